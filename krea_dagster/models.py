@@ -1,0 +1,145 @@
+"""The frozen values that several parts share: what is asked for, and what EvoLink answers.
+
+Sizes are in pixels, times in UTC, money in units: integer 1/10,000 credits, so that sums are
+exact (EvoLink's amounts have at most four decimals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any, Final
+
+MODEL: Final = "krea-2-turbo"
+
+#: Output pixels (width, height) by size and quality: the table of EvoLink's documentation.
+PIXELS: Final[Mapping[tuple[str, str], tuple[int, int]]] = {
+    ("1:1", "1K"): (1024, 1024),
+    ("1:1", "2K"): (2048, 2048),
+    ("4:3", "1K"): (1152, 896),
+    ("4:3", "2K"): (2304, 1728),
+    ("3:4", "1K"): (896, 1152),
+    ("3:4", "2K"): (1728, 2304),
+    ("5:4", "1K"): (1152, 896),
+    ("5:4", "2K"): (2240, 1792),
+    ("4:5", "1K"): (896, 1152),
+    ("4:5", "2K"): (1792, 2240),
+    ("2:3", "1K"): (832, 1280),
+    ("2:3", "2K"): (1664, 2496),
+    ("3:2", "1K"): (1280, 832),
+    ("3:2", "2K"): (2496, 1664),
+    ("9:16", "1K"): (768, 1344),
+    ("9:16", "2K"): (1472, 2688),
+    ("16:9", "1K"): (1344, 768),
+    ("16:9", "2K"): (2688, 1472),
+    ("1:2", "1K"): (704, 1472),
+    ("1:2", "2K"): (1408, 2816),
+    ("2:1", "1K"): (1472, 704),
+    ("2:1", "2K"): (2816, 1408),
+}
+SIZES: Final = tuple(dict.fromkeys(size for size, _ in PIXELS))
+QUALITIES: Final = ("1K", "2K")
+
+#: The seeds that can be asked for and known: 0 would let the server draw one and not say which.
+SEED_MIN: Final = 1
+SEED_MAX: Final = 1_048_576
+
+UNITS_PER_CREDIT: Final = 10_000
+
+
+def units_from_credits(credits: float | int | str | Decimal) -> int:
+    """Credits as EvoLink writes them, in units, to the nearest 1/10,000 credit.
+
+    Goes through the number's shortest decimal text, so that 0.45 is 4,500 and not a
+    neighbour of it.
+    """
+    return int((Decimal(str(credits)) * UNITS_PER_CREDIT).quantize(Decimal(1), ROUND_HALF_UP))
+
+
+def credits_from_units(units: int) -> float:
+    """Units as credits, for tables and for people."""
+    return units / UNITS_PER_CREDIT
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to be asked for: all that decides the picture, and its identity.
+
+    ``request_key`` is the hash of the other fields (``krea_dagster.prompts.requests``).
+    ``seed`` is from 1 to 1048576, never 0.
+    """
+
+    request_key: str
+    prompt: str
+    size: str
+    quality: str
+    seed: int
+    nsfw_check: bool
+    attempt: int
+    model: str = MODEL
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Width and height that the finished image must have."""
+        return PIXELS[self.size, self.quality]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The answer to a create call that was taken: what is not kept of it is gone.
+
+    ``credits_reserved_units`` is None where the answer did not say. ``replayed`` is true
+    where the server recognised the Idempotency-Key and created nothing. ``answer`` is the
+    whole JSON object.
+    """
+
+    task_id: str
+    status: str
+    credits_reserved_units: int | None
+    billing_rule: str | None
+    user_group: str | None
+    replayed: bool
+    answer: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TaskFailure:
+    """Why a task failed. ``code`` is lower-cased, ``unknown_error`` where there was none."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One answer about a task.
+
+    ``status`` is ``pending``, ``processing``, ``completed``, ``failed``, ``cancelled``, or any
+    other text that the server used. ``progress`` is 0 to 100. ``results`` are links, empty
+    while there are none. ``credits_used_units`` is None unless the server said it.
+    """
+
+    task_id: str
+    status: str
+    progress: int
+    results: tuple[str, ...] = ()
+    failure: TaskFailure | None = None
+    credits_used_units: int | None = None
+
+
+@dataclass(frozen=True)
+class AccountCredits:
+    """What ``GET /v1/credits`` says, in units. ``token_*`` is the key's own limit.
+
+    ``token_remaining_units`` means nothing where ``token_unlimited`` is true;
+    ``user_remaining_units`` may be negative.
+    """
+
+    user_remaining_units: int
+    user_used_units: int
+    token_remaining_units: int | None
+    token_used_units: int | None
+    token_unlimited: bool
+    read_at: datetime
