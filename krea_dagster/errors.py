@@ -7,6 +7,7 @@
     │   ├── ConfigError             a setting; mend it and run again
     │   └── PromptTableError        rows of the prompt table; names each row and column
     ├── JournalError              the journal cannot be trusted or written; nothing more is bought
+    │   ├── TakenOver               another run holds this request now, and carries it on
     │   └── IllegalTransition       an event that the request's state does not allow; nothing changed
     ├── ApiError                  EvoLink answered a *question* with an error, or not at all; asking is free
     │   ├── TaskNotFound            the task is not known (any more)
@@ -115,6 +116,10 @@ class PromptTableError(InputError):
 
 class JournalError(KreaError):
     """The journal cannot be read, written or trusted. Nothing more is bought until it can."""
+
+
+class TakenOver(JournalError):
+    """Another run holds the request now. Nothing was changed; that run carries it on."""
 
 
 class IllegalTransition(JournalError):

@@ -1,0 +1,1 @@
+"""Every request paid for once and delivered, whatever happens in between."""

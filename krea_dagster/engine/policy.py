@@ -1,0 +1,246 @@
+"""Error and history to the next step: submit, ask, fetch, wait, or leave. Pure.
+
+Three worlds of retry, never mixed: a *submit* is repeated under a new Idempotency-Key only
+where certainly nothing was created, and under the same key where that is not certain; an *ask*
+and a *fetch* are repeated freely, because they cost nothing. Deadlines count from the
+submission, not from the run, and end in ``Leave``: the request keeps its state, and the next
+run takes it up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias
+
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+
+OnUnknown: TypeAlias = Literal["replay", "hold"]
+
+#: Task errors that may go away on their own, with the seconds to wait, from and to. EvoLink
+#: documents 30–60 s for service_error and 1–5 min for resource_exhausted; the others are like
+#: one or the other. Every other code is final: repeating it as it is would fail again.
+REPEATABLE_TASK_ERRORS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
+    {
+        "service_error": (30.0, 60.0),
+        "generation_timeout": (30.0, 60.0),
+        "service_unavailable": (30.0, 60.0),
+        "generation_failed_no_content": (1.0, 5.0),
+        "resource_exhausted": (60.0, 300.0),
+        "quota_exceeded": (60.0, 300.0),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done about failures. Seconds throughout.
+
+    ``patience_s``: how long after its submission a task is waited for before the run detaches
+    from it. ``replay_for_s``: how long a repeat with the same Idempotency-Key is trusted to
+    buy nothing; EvoLink's client trusts it for 23 hours. ``link_life_s``: how long a result
+    link is promised to live. ``wait_scale`` multiplies every pause between tries.
+    """
+
+    on_unknown: OnUnknown = "replay"
+    patience_s: float = 1800.0
+    replay_for_s: float = 23 * 3600.0
+    link_life_s: float = 24 * 3600.0
+    submit_tries: int = 8
+    replay_tries: int = 12
+    task_tries: int = 3
+    ask_tries: int = 20
+    relink_tries: int = 4
+    fetch_tries: int = 6
+    gone_after_s: float = 60.0
+    gone_reads: int = 3
+    backoff_s: float = 0.5
+    backoff_max_s: float = 60.0
+    wait_scale: float = 1.0
+    task_error_waits: Mapping[str, tuple[float, float]] = field(
+        default_factory=lambda: REPEATABLE_TASK_ERRORS
+    )
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What this run has seen of one request and the journal need not keep.
+
+    ``task_failures`` counts this run's tasks that failed. ``submit_failures``,
+    ``ask_failures`` and ``not_found`` count consecutive tries without progress.
+    ``fetch_failures`` counts over all links. ``stale_link`` asks for a fresh link
+    before the next fetch; ``link_dead`` says that the last fetch found the link dead.
+    ``final`` is a reason, found in this run, to leave the request alone.
+    """
+
+    asks: int = 0
+    task_failures: int = 0
+    submit_failures: int = 0
+    ask_failures: int = 0
+    not_found: int = 0
+    fetch_failures: int = 0
+    stale_link: bool = False
+    link_dead: bool = False
+    final: str | None = None
+
+
+@dataclass(frozen=True)
+class Submit:
+    """POST it under a new Idempotency-Key."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """POST it again under the Idempotency-Key and with the body of the first try."""
+
+
+@dataclass(frozen=True)
+class FoundUnanswered:
+    """Its intent is on disk and its answer is not: a process died. Record that as unknown."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Read its task."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Download its image."""
+
+
+@dataclass(frozen=True)
+class Expire:
+    """Record that it is paid and lost."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PlanAgain:
+    """Its task failed, cost nothing, and may succeed: put it back to planned."""
+
+
+@dataclass(frozen=True)
+class Defer:
+    """Buying is closed: record that it was kept back."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Nothing more to do in this run. ``reason`` is empty where the request is finished."""
+
+    reason: str = ""
+
+
+Action: TypeAlias = (
+    Submit | Replay | FoundUnanswered | Ask | Fetch | Expire | PlanAgain | Defer | Leave
+)
+
+DONE: Final = Leave()
+
+
+def next_action(
+    record: Record, trail: Trail, now: datetime, policy: Policy, *, buying: bool
+) -> Action:
+    """What to do next for a request.
+
+    ``buying`` is false once the account or a cap has stopped this run's purchases. Never
+    raises; every state has an answer.
+    """
+    if trail.final is not None:
+        return Leave(trail.final)
+    match record.state:
+        case State.PLANNED | State.DEFERRED:
+            return _to_buy(trail, policy, buying=buying)
+        case State.SUBMITTING:
+            return FoundUnanswered()
+        case State.UNKNOWN:
+            return _unknown(record, trail, now, policy, buying=buying)
+        case State.SUBMITTED:
+            return _submitted(record, trail, now, policy)
+        case State.COMPLETED:
+            return _completed(record, trail, now, policy)
+        case State.FAILED:
+            repeatable = (record.error_code or "") in policy.task_error_waits
+            spent = trail.task_failures >= policy.task_tries
+            return PlanAgain() if buying and repeatable and not spent else DONE
+        case State.STORED | State.REFUSED | State.EXPIRED:
+            return DONE
+
+
+def _to_buy(trail: Trail, policy: Policy, *, buying: bool) -> Action:
+    if not buying:
+        return Defer()
+    if trail.submit_failures >= policy.submit_tries:
+        return Leave(f"not taken in {trail.submit_failures} tries; nothing was bought")
+    return Submit()
+
+
+def _unknown(
+    record: Record, trail: Trail, now: datetime, policy: Policy, *, buying: bool
+) -> Action:
+    if policy.on_unknown == "hold":
+        return Leave("outcome unknown, policy hold: a person decides")
+    if record.sent_at is None or _age_s(record.sent_at, now) > policy.replay_for_s:
+        hours = f"{policy.replay_for_s / 3600:g}"
+        return Leave(f"outcome unknown, first try over {hours} hours ago: a person decides")
+    if not buying:
+        return Leave("outcome unknown, and this run has stopped buying")
+    if trail.submit_failures >= policy.replay_tries:
+        return Leave(f"outcome still unknown after {trail.submit_failures} tries")
+    return Replay()
+
+
+def _submitted(record: Record, trail: Trail, now: datetime, policy: Policy) -> Action:
+    age_s = _age_s(record.submitted_at or now, now)
+    if trail.not_found >= policy.gone_reads and age_s >= policy.gone_after_s:
+        return Expire("task_not_found", "the server does not know the task any more")
+    if trail.ask_failures >= policy.ask_tries:
+        return Leave(f"detached: no usable answer to {trail.ask_failures} reads of its task")
+    # Asked at least once, so that a run which comes after the deadline still collects it.
+    if age_s > policy.patience_s and trail.asks > 0:
+        return Leave(f"detached: not finished {age_s:.0f} s after its submission")
+    return Ask()
+
+
+def _completed(record: Record, trail: Trail, now: datetime, policy: Policy) -> Action:
+    age_s = _age_s(record.completed_at or now, now)
+    if trail.link_dead and trail.not_found >= policy.gone_reads:
+        return Expire("task_not_found", "its link is dead and its task is not known any more")
+    if trail.fetch_failures >= policy.fetch_tries:
+        if trail.link_dead and age_s > policy.link_life_s:
+            return Expire("link_dead", "its links are dead, and a fresh one was dead too")
+        return Leave(f"not stored after {trail.fetch_failures} tries; its link is kept")
+    if trail.ask_failures >= policy.relink_tries:
+        return Leave(f"not stored: no fresh link in {trail.ask_failures} reads of its task")
+    if record.result_url is None or trail.stale_link:
+        return Ask()
+    return Fetch()
+
+
+def backoff_s(
+    tries: int, fraction: float, policy: Policy, *, at_least_s: float | None = None
+) -> float:
+    """Seconds to pause after ``tries`` failures in a row: doubling, jittered, bounded.
+
+    ``fraction`` is a random number from 0 to 1. ``at_least_s`` is what the server asked for
+    (Retry-After) or its documentation says, and is always honoured.
+    """
+    doubled = min(policy.backoff_max_s, policy.backoff_s * 2.0 ** max(0, tries - 1))
+    pause_s = doubled * (0.5 + fraction / 2) * policy.wait_scale
+    return max(pause_s, at_least_s or 0.0)
+
+
+def task_error_wait_s(code: str, fraction: float, policy: Policy) -> float:
+    """Seconds before a failed task's request may be bought again, by the task's error code."""
+    low_s, high_s = policy.task_error_waits[code]
+    return (low_s + fraction * (high_s - low_s)) * policy.wait_scale
+
+
+def _age_s(since: datetime, now: datetime) -> float:
+    return (now - since) / timedelta(seconds=1)

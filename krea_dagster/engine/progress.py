@@ -1,0 +1,62 @@
+"""How far a run is, as one frozen value: what a progress bar or a log line shows."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+
+#: States that end in this run without an image.
+_WITHOUT_IMAGE = frozenset({State.FAILED, State.REFUSED, State.EXPIRED})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts of images asked for; an image that two rows ask for counts twice.
+
+    ``reused`` were stored before the run began, ``delivered`` were stored by it, ``failed``
+    ended without an image, ``left`` are unfinished and wait for a later run or a person.
+    ``in_flight`` are at the server. ``charged_units`` is what this run's images cost, in
+    1/10,000 credits, as far as it is settled.
+    """
+
+    total: int
+    reused: int = 0
+    delivered: int = 0
+    failed: int = 0
+    left: int = 0
+    in_flight: int = 0
+    charged_units: int = 0
+
+    @property
+    def ended(self) -> int:
+        """Images for which this run has nothing left to do."""
+        return self.reused + self.delivered + self.failed + self.left
+
+    @classmethod
+    def of(
+        cls,
+        rows: Mapping[str, int],
+        records: Mapping[str, Record],
+        unfinished: Container[str],
+    ) -> Progress:
+        """The start of a run: ``rows`` counts the images that want each request."""
+        progress = cls(total=sum(rows.values()))
+        for key, record in records.items():
+            if key in unfinished:
+                continue
+            if record.state is State.STORED:
+                progress = replace(progress, reused=progress.reused + rows[key])
+            else:
+                progress = progress.finished(record, rows[key])
+        return progress
+
+    def finished(self, record: Record, rows: int, *, left: bool = False) -> Progress:
+        """With one more request at its end in this run."""
+        if record.state is State.STORED:
+            return replace(self, delivered=self.delivered + rows)
+        if record.state in _WITHOUT_IMAGE and not left:
+            return replace(self, failed=self.failed + rows)
+        return replace(self, left=self.left + rows)

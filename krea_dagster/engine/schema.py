@@ -1,0 +1,175 @@
+"""The journal's tables: invariants as database constraints, so that no code can break them."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Dialect,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+from krea_dagster.engine.states import State
+
+#: Raised with every change of these tables; a journal of another version is not touched.
+SCHEMA_VERSION: Final = 1
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A time as microseconds since 1970 in UTC: exact, sortable, the same in every database."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:  # noqa: ARG002 - SQLAlchemy's signature
+        """To the column."""
+        return None if value is None else (value - _EPOCH) // _MICROSECOND
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's signature
+        """From the column."""
+        return None if value is None else _EPOCH + value * _MICROSECOND
+
+
+def _one_of(column: str, names: list[str]) -> str:
+    return f"{column} in ({', '.join(repr(name) for name in names)})"
+
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+#: One row: the version of this schema.
+schema_version: Final = Table(
+    "schema_version",
+    metadata,
+    Column("version", Integer, primary_key=True),
+)
+
+#: The state machine, as rows: an event that it does not hold cannot be written. ``from_state``
+#: is empty before the first event.
+transitions: Final = Table(
+    "transitions",
+    metadata,
+    Column("from_state", String(16), primary_key=True),
+    Column("event", String(24), primary_key=True),
+    Column("to_state", String(16), primary_key=True),
+)
+
+#: One row per process that carries requests; a claim is good while its owner lives.
+owners: Final = Table(
+    "owners",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("run_id", String(255), nullable=False),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("pid_started", BigInteger, nullable=False),
+    Column("heartbeat_at", UtcTime, nullable=False),
+)
+
+#: One row per image that was ever asked for: what it is, and how it stands now.
+requests: Final = Table(
+    "requests",
+    metadata,
+    Column("request_key", String(64), primary_key=True),
+    Column("model", String(64), nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("size", String(8), nullable=False),
+    Column("quality", String(8), nullable=False),
+    Column("seed", Integer, nullable=False),
+    Column("nsfw_check", Boolean, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("partition_key", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("claimed_by", String(64), ForeignKey("owners.owner", ondelete="SET NULL")),
+    Column("idempotency_key", String(96), unique=True),
+    Column("result_url", Text),
+    Column("completed_at", UtcTime),
+    Column("stored_at", UtcTime),
+    Column("image_path", Text),
+    Column("image_sha256", String(64)),
+    Column("image_bytes", BigInteger),
+    Column("image_format", String(16)),
+    Column("width", Integer),
+    Column("height", Integer),
+    Column("error_code", Text),
+    Column("error_message", Text),
+    Column("updated_at", UtcTime, nullable=False),
+    CheckConstraint(_one_of("state", [state.value for state in State]), name="state"),
+    CheckConstraint("seed between 1 and 1048576", name="seed"),
+    CheckConstraint(
+        "state <> 'stored' or (image_path is not null and image_sha256 is not null)",
+        name="stored_has_file",
+    ),
+    CheckConstraint(
+        "state in ('planned', 'deferred') or idempotency_key is not null", name="sent_has_key"
+    ),
+    Index("ix_requests_state", "state"),
+    Index("ix_requests_claimed_by", "claimed_by"),
+)
+
+#: One row per purchase, or what may have been one: the money.
+submissions: Final = Table(
+    "submissions",
+    metadata,
+    Column("idempotency_key", String(96), primary_key=True),
+    Column("request_key", String(64), ForeignKey("requests.request_key"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("run_id", String(255), nullable=False),
+    Column("partition_key", Text, nullable=False),
+    Column("sent_at", UtcTime, nullable=False),
+    Column("posts", Integer, nullable=False, default=1),
+    Column("task_id", String(128), unique=True),
+    Column("submitted_at", UtcTime),
+    Column("reserved_units", BigInteger),
+    Column("charged_units", BigInteger),
+    Column("settled_at", UtcTime),
+    Column("billing_rule", String(64)),
+    Column("user_group", String(255)),
+    CheckConstraint("reserved_units >= 0", name="reserved"),
+    CheckConstraint("charged_units >= 0", name="charged"),
+    Index("ix_submissions_request", "request_key", "number", unique=True),
+)
+
+#: Everything that happened, in order; replaying it gives the current state.
+events: Final = Table(
+    "events",
+    metadata,
+    Column("request_key", String(64), ForeignKey("requests.request_key"), primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("run_id", String(255), nullable=False),
+    Column("from_state", String(16), nullable=False),
+    Column("event", String(24), nullable=False),
+    Column("to_state", String(16), nullable=False),
+    Column("idempotency_key", String(96)),
+    Column("data", JSON(none_as_null=True)),
+    ForeignKeyConstraint(
+        ["from_state", "event", "to_state"],
+        ["transitions.from_state", "transitions.event", "transitions.to_state"],
+    ),
+)

@@ -1,0 +1,126 @@
+"""The life of a request, as one literal table. Pure: the table is the design.
+
+.. code-block:: text
+
+    planned ─▶ submitting ─▶ submitted ─▶ completed ─▶ stored
+      │            │             ├─▶ failed        (the task failed: not charged)
+      │            │             └─▶ expired       (paid, and nothing could be read again: lost)
+      │            ├─▶ refused    (a certain refusal: not charged)
+      │            └─▶ unknown    (no usable answer: may have been charged)
+      └─▶ deferred (a cap or a stop kept it back)
+
+``submitting`` is on disk before the POST leaves. Whoever finds it there without having written
+it in this very run has found a crash between intent and answer, and must treat it as
+``unknown``.
+
+While the outcome of a purchase is unknown, no refusal of a *repeat* makes it known: the first
+POST may have created the task all the same. So ``unknown`` is left only by the task itself
+(``accepted``) or by a person (``released``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Final
+
+from krea_dagster.errors import IllegalTransition
+
+
+class State(str, Enum):
+    """Where a request stands. The text is what the manifest's ``status`` holds."""
+
+    PLANNED = "planned"
+    SUBMITTING = "submitting"
+    SUBMITTED = "submitted"
+    COMPLETED = "completed"
+    STORED = "stored"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+    DEFERRED = "deferred"
+
+
+class Event(str, Enum):
+    """What happened to a request. Each is one row of the journal's events."""
+
+    #: It was asked for, for the first time, or again after it had failed or been refused.
+    PLANNED = "planned"
+    #: The intent to POST it; written before the POST leaves.
+    SUBMITTING = "submitting"
+    #: The server took it: task id, credits and the whole answer are known.
+    ACCEPTED = "accepted"
+    #: Certainly not created this time, and worth another try (429, no connection).
+    TURNED_AWAY = "turned_away"
+    #: Certainly not created, and never will be as it is.
+    REFUSED = "refused"
+    #: A cap or a stop of the account keeps it back; certainly not created.
+    DEFERRED = "deferred"
+    #: The POST got no usable answer, or the process died before it came.
+    OUTCOME_UNKNOWN = "outcome_unknown"
+    #: The intent to repeat the POST with the same Idempotency-Key and body.
+    REPLAYING = "replaying"
+    #: A person decided that the unknown purchase did not happen.
+    RELEASED = "released"
+    #: The task is completed and a link is known, or a fresh link for one that is.
+    COMPLETED = "completed"
+    #: The task failed or was cancelled.
+    FAILED = "failed"
+    #: The file is verified, named and on disk.
+    STORED = "stored"
+    #: The run gave up fetching or was given something else; the next one tries again.
+    NOT_STORED = "not_stored"
+    #: The stored file is not there any more; it is fetched again.
+    FILE_MISSING = "file_missing"
+    #: Paid, and neither the task nor the link can be read again.
+    EXPIRED = "expired"
+
+
+#: (state, event) → state. What is not here is illegal. ``None`` is before the first event.
+TRANSITIONS: Final[Mapping[tuple[State | None, Event], State]] = {
+    (None, Event.PLANNED): State.PLANNED,
+    (State.PLANNED, Event.SUBMITTING): State.SUBMITTING,
+    (State.PLANNED, Event.DEFERRED): State.DEFERRED,
+    (State.DEFERRED, Event.SUBMITTING): State.SUBMITTING,
+    (State.DEFERRED, Event.DEFERRED): State.DEFERRED,
+    (State.SUBMITTING, Event.ACCEPTED): State.SUBMITTED,
+    (State.SUBMITTING, Event.TURNED_AWAY): State.PLANNED,
+    (State.SUBMITTING, Event.REFUSED): State.REFUSED,
+    (State.SUBMITTING, Event.DEFERRED): State.DEFERRED,
+    (State.SUBMITTING, Event.OUTCOME_UNKNOWN): State.UNKNOWN,
+    (State.UNKNOWN, Event.REPLAYING): State.UNKNOWN,
+    (State.UNKNOWN, Event.OUTCOME_UNKNOWN): State.UNKNOWN,
+    (State.UNKNOWN, Event.ACCEPTED): State.SUBMITTED,
+    (State.UNKNOWN, Event.RELEASED): State.PLANNED,
+    (State.SUBMITTED, Event.COMPLETED): State.COMPLETED,
+    (State.SUBMITTED, Event.FAILED): State.FAILED,
+    (State.SUBMITTED, Event.EXPIRED): State.EXPIRED,
+    (State.COMPLETED, Event.COMPLETED): State.COMPLETED,
+    (State.COMPLETED, Event.NOT_STORED): State.COMPLETED,
+    (State.COMPLETED, Event.STORED): State.STORED,
+    (State.COMPLETED, Event.EXPIRED): State.EXPIRED,
+    (State.STORED, Event.FILE_MISSING): State.COMPLETED,
+    (State.FAILED, Event.PLANNED): State.PLANNED,
+    (State.REFUSED, Event.PLANNED): State.PLANNED,
+}
+
+#: States in which a purchase has been paid for, or may have been, and is not at hand yet.
+AT_STAKE: Final = frozenset({State.SUBMITTING, State.SUBMITTED, State.COMPLETED, State.UNKNOWN})
+
+
+def advance(state: State | None, event: Event) -> State:
+    """The state after an event. Raises IllegalTransition where the table has no such row."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        where = "a request that was never planned" if state is None else f"a {state.value} request"
+        raise IllegalTransition(f"{where} cannot take the event {event.value!r}") from None
+
+
+def replay(events: Iterable[Event]) -> State | None:
+    """The state that a request's events lead to, from the first on."""
+    state: State | None = None
+    for event in events:
+        state = advance(state, event)
+    return state

@@ -1,0 +1,392 @@
+"""One step of one request: do it once, record its event, say how long to wait.
+
+The three worlds of retry meet EvoLink here: buying, asking, fetching. What to do next is the
+policy's to say, and when to do it the runner's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Final, Protocol
+
+import anyio
+
+from krea_dagster.engine.asker import Asker, TaskReader
+from krea_dagster.engine.changes import Change
+from krea_dagster.engine.clock import Clock
+from krea_dagster.engine.images import Downloader, ImageStore
+from krea_dagster.engine.pace import Latencies, Window, next_look_s
+from krea_dagster.engine.policy import Policy, Trail, backoff_s, task_error_wait_s
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.writer import GroupCommit
+from krea_dagster.errors import (
+    AccessDenied,
+    AccountStopped,
+    ApiError,
+    DownloadError,
+    IdempotencyConflict,
+    ImageRejected,
+    InsufficientCredits,
+    LinkDead,
+    NotCharged,
+    NotSent,
+    OutcomeUnknown,
+    PurchasePending,
+    Refused,
+    SubmitError,
+    TaskNotFound,
+    TurnedAway,
+    Unauthorized,
+)
+from krea_dagster.models import ImageRequest, Submission, Task
+
+#: Downloads under way at once; each holds its body on disk, not in memory.
+_FETCHES: Final = 8
+#: Seconds that a stop leaves to a POST under way, so that its task id is not lost.
+_GRACE_S: Final = 10.0
+#: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
+_PENDING_S: Final = 60.0
+
+
+class Client(TaskReader, Downloader, Protocol):
+    """What the engine needs of KreaClient."""
+
+    async def submit(self, request: ImageRequest, *, idempotency_key: str) -> Submission:
+        """POST one request. Raises SubmitError."""
+
+
+@dataclass
+class Carrier:
+    """A request in the hands of a task. ``not_yet_s``: its age when it was last not finished."""
+
+    record: Record
+    trail: Trail
+    partition_key: str
+    holds_place: bool = True
+    not_yet_s: float = 0.0
+
+
+class Steps:
+    """The steps of one run, and what the run has learned by them.
+
+    Every method takes a carrier, changes its record and trail, and returns the seconds to wait
+    before its next step. ``stopped`` is the answer that ended the buying. Raises JournalError
+    where an event could not be written.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        writer: GroupCommit,
+        images: ImageStore,
+        *,
+        run_id: str,
+        policy: Policy,
+        clock: Clock,
+        randomness: random.Random,
+        window: Window,
+    ) -> None:
+        self._client = client
+        self._writer = writer
+        self._images = images
+        self._run_id = run_id
+        self._policy = policy
+        self._clock = clock
+        self._random = randomness
+        self._latencies = Latencies()
+        self._fetches = anyio.CapacityLimiter(_FETCHES)
+        self._posting: set[anyio.CancelScope] = set()
+        self._last_taken_s = clock.monotonic()
+        self.asker = Asker(client, clock.monotonic)
+        self.window = window
+        self.stopped: AccountStopped | None = None
+        self.posts = 0
+        self.charged_units = 0
+
+    def end_submitting(self) -> None:
+        """Give the POSTs under way a few seconds, after which their outcome is unknown.
+
+        They are shielded from cancellation until then, because an answer that is not read
+        may be an image that was paid for.
+        """
+        for scope in self._posting:
+            scope.deadline = anyio.current_time() + _GRACE_S
+
+    # -- buying -------------------------------------------------------------------------------
+
+    async def submit(self, carrier: Carrier, intent: Event) -> float:
+        """POST once: the intent is on disk before it leaves, and the answer before anything."""
+        values = {} if intent is Event.REPLAYING else {"partition_key": carrier.partition_key}
+        with anyio.CancelScope(shield=True) as scope:
+            self._posting.add(scope)
+            try:
+                await self.record(carrier, intent, values)
+                self.posts += 1
+                return await self._post(carrier)
+            finally:
+                self._posting.discard(scope)
+        # Only reached where a stop's grace ended before the answer came.
+        with anyio.CancelScope(shield=True):
+            said = _said("stopped", "the run was stopped before the answer came")
+            await self.record(carrier, Event.OUTCOME_UNKNOWN, said)
+        return 0.0
+
+    async def _post(self, carrier: Carrier) -> float:
+        record = carrier.record
+        try:
+            submission = await self._client.submit(
+                record.request, idempotency_key=str(record.idempotency_key)
+            )
+        except NotCharged as error:
+            # Of a repeat it is certain, of the first try it is not.
+            known = record.state is not State.UNKNOWN
+            return await (self._not_charged if known else self._outcome_unknown)(carrier, error)
+        except OutcomeUnknown as error:
+            return await self._outcome_unknown(carrier, error)
+        await self.record(
+            carrier,
+            Event.ACCEPTED,
+            {
+                "task_id": submission.task_id,
+                "reserved_units": submission.credits_reserved_units,
+                "billing_rule": submission.billing_rule,
+                "user_group": submission.user_group,
+            },
+            {"answer": dict(submission.answer), "replayed": submission.replayed},
+        )
+        carrier.trail = replace(carrier.trail, submit_failures=0)
+        self.window = self.window.taken()
+        self._last_taken_s = self._clock.monotonic()
+        return 0.0
+
+    async def _not_charged(self, carrier: Carrier, error: SubmitError) -> float:
+        said = _said(_code(error), str(error))
+        match error:
+            case AccountStopped():
+                await self.record(carrier, Event.DEFERRED, said)
+                self.stopped = self.stopped or error
+                carrier.trail = replace(carrier.trail, final=self.why_kept_back())
+                return 0.0
+            case Refused():
+                await self.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
+                return 0.0
+            case TurnedAway():
+                await self.record(carrier, Event.TURNED_AWAY, said)
+                return self._turned_away(carrier, error)
+            case _:
+                await self.record(carrier, Event.TURNED_AWAY, said)
+                failures = carrier.trail.submit_failures + 1
+                carrier.trail = replace(carrier.trail, submit_failures=failures)
+                return backoff_s(failures, self._fraction(), self._policy)
+
+    async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> float:
+        await self.record(carrier, Event.OUTCOME_UNKNOWN, _said(_code(error), str(error)))
+        failures = carrier.trail.submit_failures + 1
+        carrier.trail = replace(carrier.trail, submit_failures=failures)
+        at_least_s = error.retry_after_s or 0.0
+        match error:
+            case IdempotencyConflict() | Refused():
+                reason = f"outcome unknown, a person decides: {error}"
+                carrier.trail = replace(carrier.trail, final=reason)
+                return 0.0
+            case AccountStopped():
+                self.stopped = self.stopped or error
+                return 0.0
+            case TurnedAway():
+                return self._turned_away(carrier, error)
+            case PurchasePending():
+                at_least_s = max(at_least_s, _PENDING_S * self._policy.wait_scale)
+        return backoff_s(failures, self._fraction(), self._policy, at_least_s=at_least_s)
+
+    def _turned_away(self, carrier: Carrier, error: SubmitError) -> float:
+        """Cut the window; a 429 is no failure of the request, so it uses up no try."""
+        now_s = self._clock.monotonic()
+        self.window = self.window.turned_away(now_s, error.retry_after_s)
+        if now_s - self._last_taken_s > self._policy.patience_s:
+            reason = f"turned away for {self._policy.patience_s:g} s: {error}"
+            carrier.trail = replace(carrier.trail, final=reason)
+            return 0.0
+        return backoff_s(1, self._fraction(), self._policy, at_least_s=error.retry_after_s)
+
+    def why_kept_back(self) -> str:
+        """Why nothing more is bought, for the people who read the manifest."""
+        return f"not bought, because the account stopped the run: {self.stopped}"
+
+    async def defer(self, carrier: Carrier) -> float:
+        """Record that a request is kept back, because buying has stopped."""
+        code = "" if self.stopped is None else _code(self.stopped)
+        await self.record(carrier, Event.DEFERRED, _said(code, self.why_kept_back()))
+        carrier.trail = replace(carrier.trail, final=self.why_kept_back())
+        return 0.0
+
+    async def found_unanswered(self, carrier: Carrier) -> float:
+        """Record that a process died between its intent and the answer."""
+        said = _said("no_answer_written", "a run ended between its POST and the answer")
+        await self.record(carrier, Event.OUTCOME_UNKNOWN, said)
+        return 0.0
+
+    async def plan_again(self, carrier: Carrier) -> float:
+        """Put a request back whose task failed, cost nothing, and may succeed."""
+        code = carrier.record.error_code or ""
+        await self.record(carrier, Event.PLANNED)
+        return task_error_wait_s(code, self._fraction(), self._policy)
+
+    # -- asking -------------------------------------------------------------------------------
+
+    async def ask(self, carrier: Carrier) -> float:
+        """Read the task when it is due, and record what it says."""
+        record = carrier.record
+        due_s = self._clock.monotonic() + self._next_look_s(carrier)
+        try:
+            task = await self.asker.ask(str(record.task_id), due_s)
+        except ApiError as error:
+            return self._asked_in_vain(carrier, error)
+        asks = carrier.trail.asks + 1
+        carrier.trail = replace(
+            carrier.trail, asks=asks, ask_failures=0, not_found=0, stale_link=False
+        )
+        match task:
+            case Task(status="completed", results=(url, *_)):
+                await self._task_completed(carrier, task, url)
+                return 0.0
+            case Task(status="failed" | "cancelled") if record.state is State.SUBMITTED:
+                await self._task_failed(carrier, task)
+                return 0.0
+        if record.state is State.SUBMITTED:
+            carrier.not_yet_s = self._age_s(record)
+            return 0.0
+        # No fresh link: the old one is tried again before the run gives up.
+        failures = carrier.trail.fetch_failures + 1
+        carrier.trail = replace(carrier.trail, fetch_failures=failures)
+        return backoff_s(failures, self._fraction(), self._policy)
+
+    def _next_look_s(self, carrier: Carrier) -> float:
+        record, asks = carrier.record, carrier.trail.asks
+        earlier_run = record.run_id != self._run_id
+        if record.state is not State.SUBMITTED or (earlier_run and asks == 0):
+            return 0.0
+        age_s = self._age_s(record)
+        return next_look_s(self._latencies, record.request.quality, age_s, asks)
+
+    async def _task_completed(self, carrier: Carrier, task: Task, url: str) -> None:
+        record = carrier.record
+        if record.state is not State.SUBMITTED:
+            await self.record(carrier, Event.COMPLETED, {"result_url": url})
+            return
+        if record.run_id == self._run_id:
+            self._latencies = self._latencies.finished(
+                record.request.quality, carrier.not_yet_s, self._age_s(record)
+            )
+        charged = record.reserved_units
+        if task.credits_used_units is not None:
+            charged = task.credits_used_units
+        values = {"result_url": url, "charged_units": charged}
+        await self.record(carrier, Event.COMPLETED, values)
+        self.charged_units += charged or 0
+
+    async def _task_failed(self, carrier: Carrier, task: Task) -> None:
+        code = task.failure.code if task.failure else "unknown_error"
+        message = task.failure.message if task.failure else "the task failed without saying why"
+        # Whether a cancelled task is charged is not documented: then the charge is not known.
+        cancelled = task.status == "cancelled"
+        if cancelled and task.failure is None:
+            code, message = "request_cancelled", "the task was cancelled at the server"
+        charged = None if cancelled else 0
+        await self.record(carrier, Event.FAILED, {**_said(code, message), "charged_units": charged})
+        failures = carrier.trail.task_failures + 1
+        carrier.trail = replace(carrier.trail, task_failures=failures, asks=0)
+        carrier.not_yet_s = 0.0
+
+    def _asked_in_vain(self, carrier: Carrier, error: ApiError) -> float:
+        trail = replace(carrier.trail, ask_failures=carrier.trail.ask_failures + 1)
+        match error:
+            case TaskNotFound():
+                trail = replace(trail, not_found=trail.not_found + 1)
+            case Unauthorized() | AccessDenied() | InsufficientCredits():
+                trail = replace(trail, final=f"detached: its task cannot be read: {error}")
+        carrier.trail = trail
+        return backoff_s(
+            trail.ask_failures, self._fraction(), self._policy, at_least_s=error.retry_after_s
+        )
+
+    # -- fetching -----------------------------------------------------------------------------
+
+    async def fetch(self, carrier: Carrier) -> float:
+        """Download, verify and publish the image, and record it."""
+        record = carrier.record
+        try:
+            async with self._fetches:
+                image = await self._images.fetch(
+                    self._client, str(record.result_url), record.request
+                )
+        except DownloadError as error:
+            await self.record(carrier, Event.NOT_STORED, _said(error.code, str(error)))
+            # A rejected image would come again as it is; one more look is enough.
+            weight = 3 if isinstance(error, ImageRejected) else 1
+            carrier.trail = replace(
+                carrier.trail,
+                fetch_failures=carrier.trail.fetch_failures + weight,
+                stale_link=True,
+                link_dead=isinstance(error, LinkDead),
+            )
+            return backoff_s(carrier.trail.fetch_failures, self._fraction(), self._policy)
+        await self.record(
+            carrier,
+            Event.STORED,
+            {
+                "image_path": image.path,
+                "image_sha256": image.sha256,
+                "image_bytes": image.bytes,
+                "image_format": image.format,
+                "width": image.width,
+                "height": image.height,
+            },
+        )
+        return 0.0
+
+    async def expire(self, carrier: Carrier, code: str, message: str) -> float:
+        """Record that an image is paid and lost."""
+        await self.record(carrier, Event.EXPIRED, _said(code, message))
+        return 0.0
+
+    async def file_missing(self, carrier: Carrier) -> float:
+        """Record that a stored file is not there any more."""
+        await self.record(carrier, Event.FILE_MISSING)
+        return 0.0
+
+    # -- the rest -----------------------------------------------------------------------------
+
+    async def record(
+        self,
+        carrier: Carrier,
+        event: Event,
+        values: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write an event of the carrier's request, durably."""
+        carrier.record = await self._writer.append(
+            Change(carrier.record.request_key, event, self._clock.now(), values or {}, data)
+        )
+
+    def _age_s(self, record: Record) -> float:
+        since = record.submitted_at or self._clock.now()
+        return (self._clock.now() - since) / timedelta(seconds=1)
+
+    def _fraction(self) -> float:
+        return self._random.random()
+
+
+def _said(code: str, message: str) -> dict[str, Any]:
+    return {"error_code": code, "error_message": message}
+
+
+def _code(error: SubmitError) -> str:
+    if error.code:
+        return error.code
+    if isinstance(error, NotSent):
+        return "not_sent"
+    return f"http_{error.status}" if error.status is not None else "no_answer"

@@ -1,0 +1,113 @@
+"""Where files end up: a local folder, or an object store through fsspec.
+
+A file appears under its name whole or not at all: it is written elsewhere first, made durable,
+and then renamed (a folder) or put (an object store).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import fsspec
+
+from krea_dagster.errors import ConfigError
+
+
+class Storage:
+    """The storage root: a folder or a URL that fsspec knows. Names under it use ``/``.
+
+    Raises ConfigError where the root cannot be understood.
+    """
+
+    def __init__(self, root: str) -> None:
+        if not root:
+            raise ConfigError("the storage root is empty; give a folder or a URL")
+        try:
+            self._fs, path = fsspec.core.url_to_fs(root)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"the storage root {root!r} cannot be used: {error}") from error
+        self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
+        self.folder: Path | None = Path(path).absolute() if self._remote is None else None
+
+    def __repr__(self) -> str:
+        return f"Storage({self.locate('')!r})"
+
+    def locate(self, name: str) -> str:
+        """The path or URL of a name, for people and for the manifest."""
+        if self.folder is not None:
+            return str(self.folder / name)
+        return str(self._fs.unstrip_protocol(self._full(name)))
+
+    def size_bytes(self, name: str) -> int | None:
+        """The size of a file, or None where there is none."""
+        try:
+            if self.folder is not None:
+                return (self.folder / name).stat().st_size
+            return cast("int", self._fs.info(self._full(name))["size"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading. Raises FileNotFoundError."""
+        if self.folder is not None:
+            return (self.folder / name).open("rb")
+        return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a path to write a new file at; it is removed afterwards where it is still there.
+
+        In the same file system as the root, so that publishing is a rename.
+        """
+        folder = None
+        if self.folder is not None:
+            folder = self.folder / ".partial"
+            folder.mkdir(parents=True, exist_ok=True)
+        descriptor, path = tempfile.mkstemp(dir=folder, suffix=".part")
+        os.close(descriptor)
+        try:
+            yield Path(path)
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def publish(self, temporary: Path, name: str) -> None:
+        """Give a finished file its name, durably; an older one of that name is replaced."""
+        if self.folder is None:
+            self._fs.put_file(str(temporary), self._full(name))
+            return
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+        _sync_folder(target.parent)
+
+    def write(self, name: str, write: Callable[[BinaryIO], None]) -> None:
+        """Write a file through ``write``, atomically."""
+        with self.scratch() as temporary:
+            with temporary.open("wb") as file:
+                write(file)
+            self.publish(temporary, name)
+
+    def _full(self, name: str) -> str:
+        return f"{self._remote}/{name}" if name else str(self._remote)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = fs.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: the name is the folder's content, not the file's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
