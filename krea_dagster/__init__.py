@@ -1,1 +1,67 @@
-"""Krea 2 Turbo images as Dagster assets."""
+"""Krea 2 Turbo images as Dagster assets: each bought once, verified, and accounted for.
+
+``build_krea_definitions`` makes a code location from a prompt table and a ``KreaResource``;
+``build_krea_assets`` makes its assets alone. Below that, ``KreaClient`` speaks EvoLink's API
+without Dagster.
+
+A name is imported when it is first used: the command's help and the emulator need no Dagster,
+which takes two seconds to import. The library is registered with Dagster in
+``krea_dagster.plugin``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from krea_dagster.api import KreaClient
+    from krea_dagster.errors import KreaError
+    from krea_dagster.plugin.assets import KreaAssets, build_krea_assets
+    from krea_dagster.plugin.definitions import build_krea_definitions
+    from krea_dagster.plugin.environment import definitions_from_environment
+    from krea_dagster.plugin.io_manager import KreaManifestIOManager
+    from krea_dagster.plugin.resource import KreaResource
+    from krea_dagster.prompts import Defaults, PromptTable
+
+__all__ = [
+    "Defaults",
+    "KreaAssets",
+    "KreaClient",
+    "KreaError",
+    "KreaManifestIOManager",
+    "KreaResource",
+    "PromptTable",
+    "build_krea_assets",
+    "build_krea_definitions",
+    "definitions_from_environment",
+]
+
+__version__: Final = version("krea-dagster")
+
+_HOMES: Final = {
+    "Defaults": "prompts",
+    "KreaAssets": "plugin.assets",
+    "KreaClient": "api",
+    "KreaError": "errors",
+    "KreaManifestIOManager": "plugin.io_manager",
+    "KreaResource": "plugin.resource",
+    "PromptTable": "prompts",
+    "build_krea_assets": "plugin.assets",
+    "build_krea_definitions": "plugin.definitions",
+    "definitions_from_environment": "plugin.environment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -51,7 +51,7 @@ class Fetched(Protocol):
     """What a download tells of the bytes that went through it."""
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """How many."""
 
     @property
@@ -112,7 +112,7 @@ class ImageStore:
         return StoredImage(
             path=name,
             sha256=fetched.sha256,
-            bytes=fetched.bytes,
+            bytes=fetched.size_bytes,
             format=image_format,
             width=width,
             height=height,

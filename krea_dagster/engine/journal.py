@@ -97,6 +97,23 @@ class Journal:
         self._reading.dispose()
         self._writing.dispose()
 
+    def bind(self, origin: str) -> None:
+        """Bind the journal to where its images are bought, for good.
+
+        An image is looked up by what was asked for, so a journal must not hold an emulator's
+        pictures beside EvoLink's. Raises ConfigError where it is bound to another origin.
+        """
+        with self._write("bind") as connection:
+            bound = connection.execute(select(schema.about.c.origin)).scalar()
+            if bound is None:
+                connection.execute(update(schema.about).values(origin=origin))
+            elif bound != origin:
+                raise ConfigError(
+                    f"the journal {self._where} holds images from {bound}, and this run would "
+                    f"buy from {origin}. Nothing was bought. Use another storage root "
+                    "(KREA_STORAGE) or another journal (KREA_JOURNAL_URL)."
+                )
+
     # -- owners and claims --------------------------------------------------------------------
 
     def register(self, owner: Owner, at: datetime) -> None:
@@ -308,8 +325,8 @@ class Journal:
 
     def _create(self) -> None:
         with self._writing.begin() as connection:
-            if inspect(connection).has_table(schema.schema_version.name):
-                version = connection.execute(select(schema.schema_version.c.version)).scalar()
+            if inspect(connection).has_table(schema.about.name):
+                version = connection.execute(select(schema.about.c.version)).scalar()
                 if version != schema.SCHEMA_VERSION:
                     raise JournalError(
                         f"{self._where} has schema version {version}, and this version of "
@@ -318,7 +335,7 @@ class Journal:
                     )
                 return
             schema.metadata.create_all(connection)
-            connection.execute(insert(schema.schema_version).values(version=schema.SCHEMA_VERSION))
+            connection.execute(insert(schema.about).values(version=schema.SCHEMA_VERSION))
             connection.execute(
                 insert(transitions),
                 [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
@@ -34,6 +34,12 @@ class Progress:
     def ended(self) -> int:
         """Images for which this run has nothing left to do."""
         return self.reused + self.delivered + self.failed + self.left
+
+    def __add__(self, other: Progress) -> Progress:
+        """Two runs together."""
+        return Progress(
+            *(getattr(self, item.name) + getattr(other, item.name) for item in fields(self))
+        )
 
     @classmethod
     def of(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -90,12 +91,13 @@ class RunReport:
 class Runner:
     """Buys, fetches and verifies requests, and returns once nothing more can be done for them.
 
-    ``run_id`` is written with every purchase. ``max_in_flight`` bounds the tasks at the
-    server. ``randomness`` jitters the pauses. ``on_progress`` is called on the event loop
-    whenever something changed.
+    ``connect`` opens a client; it is not called where there is nothing to do. ``run_id`` is
+    written with every purchase. ``max_in_flight`` bounds the tasks at the server.
+    ``randomness`` jitters the pauses. ``on_progress`` is called on the event loop whenever
+    something changed.
     """
 
-    client: Client
+    connect: Callable[[], AbstractAsyncContextManager[Client]]
     journal: Journal
     images: ImageStore
     run_id: str
@@ -125,11 +127,12 @@ class Runner:
         if not unfinished:
             self.on_progress(progress)
             return RunReport(new, progress, self.clock.monotonic() - started_s)
-        session = _Session(self, by_key, progress)
-        await session.carry_all(list(unfinished))
+        async with self.connect() as client:
+            session = _Session(self, client, by_key, progress)
+            await session.carry_all(list(unfinished))
         return RunReport(
             new=new,
-            progress=session.progress,
+            progress=session.progress_now(),
             seconds=self.clock.monotonic() - started_s,
             left=session.left,
             stopped=session.steps.stopped,
@@ -172,7 +175,9 @@ class _Item:
 class _Session:
     """One run under way: its queue, its window, and the tasks that carry requests."""
 
-    def __init__(self, runner: Runner, wanted: Mapping[str, Wanted], progress: Progress) -> None:
+    def __init__(
+        self, runner: Runner, client: Client, wanted: Mapping[str, Wanted], progress: Progress
+    ) -> None:
         self._runner = runner
         self._wanted = wanted
         self._journal = runner.journal
@@ -180,7 +185,7 @@ class _Session:
         self._owner = this_process(runner.run_id)
         self._writer = GroupCommit(runner.journal, owner=self._owner.owner, run_id=runner.run_id)
         self.steps = Steps(
-            runner.client,
+            client,
             self._writer,
             runner.images,
             run_id=runner.run_id,
@@ -196,7 +201,7 @@ class _Session:
         self._in_flight = 0  # of those, the ones that hold a place in the window
         self._elsewhere: set[str] = set()  # requests that another run holds
         self._failure: JournalError | None = None
-        self.progress = progress
+        self._progress = progress
         self.left: dict[str, str] = {}
 
     async def carry_all(self, keys: list[str]) -> None:
@@ -321,7 +326,7 @@ class _Session:
         if reason:
             self.left[record.request_key] = reason
         rows = self._wanted[record.request_key].rows
-        self.progress = self.progress.finished(record, rows, left=bool(reason))
+        self._progress = self._progress.finished(record, rows, left=bool(reason))
 
     def _push(self, record: Record, trail: Trail, after_s: float) -> None:
         not_before_s = self._clock.monotonic() + after_s
@@ -333,14 +338,14 @@ class _Session:
             self._in_flight -= 1
             self._changed.set()
 
-    def _tell(self) -> None:
-        self._runner.on_progress(
-            replace(
-                self.progress,
-                in_flight=self._in_flight,
-                charged_units=self.steps.charged_units,
-            )
+    def progress_now(self) -> Progress:
+        """How far the run is."""
+        return replace(
+            self._progress, in_flight=self._in_flight, charged_units=self.steps.charged_units
         )
+
+    def _tell(self) -> None:
+        self._runner.on_progress(self.progress_now())
 
     async def _take_over(self) -> None:
         """Claim what others hold and have let go, and put it into the queue.

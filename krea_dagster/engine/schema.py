@@ -61,11 +61,12 @@ metadata: Final = MetaData(
     }
 )
 
-#: One row: the version of this schema.
-schema_version: Final = Table(
-    "schema_version",
+#: One row: the version of this schema, and where the journal's images are bought.
+about: Final = Table(
+    "about",
     metadata,
     Column("version", Integer, primary_key=True),
+    Column("origin", String(255)),
 )
 
 #: The state machine, as rows: an event that it does not hold cannot be written. ``from_state``

@@ -43,6 +43,10 @@ class Storage:
             return str(self.folder / name)
         return str(self._fs.unstrip_protocol(self._full(name)))
 
+    def name_of(self, location: str) -> str:
+        """The name under the root of a path or URL that ``locate`` gave."""
+        return location.removeprefix(self.locate("")).lstrip("/")
+
     def size_bytes(self, name: str) -> int | None:
         """The size of a file, or None where there is none."""
         try:

@@ -1,0 +1,8 @@
+"""EvoLink's API: what is sent, what its answers mean, and how a result is fetched."""
+
+from __future__ import annotations
+
+from krea_dagster.api.client import DEFAULT_BASE_URL, KreaClient
+from krea_dagster.api.files import Download
+
+__all__ = ["DEFAULT_BASE_URL", "Download", "KreaClient"]

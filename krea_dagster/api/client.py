@@ -1,0 +1,577 @@
+"""KreaClient: EvoLink's API over one httpx client, each call made once, each failure classified.
+
+It does not retry, writes no file, and knows nothing of Dagster. What it owes its caller is the
+truth about money: a purchase ends in a :class:`~krea_dagster.models.Submission`, in
+``NotCharged``, or in ``OutcomeUnknown``.
+
+What an exception of the HTTP library means depends on the transport. Plain httpx raises
+``ConnectError``, ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only before the first
+byte of a request has left. Other transports were measured to raise ``ConnectTimeout`` or
+``ConnectError`` for a server that read the whole purchase and then closed. So those exceptions
+are believed from httpx's own transport only; see ``transport_reports_unsent``.
+
+The API key is in no repr, no error, and no error's context: an answer's failure is carried out
+of the ``except`` clause as a value, because httpx's exceptions hold the request.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from types import TracebackType
+from typing import Final, TypeVar
+
+import anyio
+import httpx
+
+from krea_dagster.api.files import Download, FileHosts, Resolve, Sink, Unpacker, resolve_host
+from krea_dagster.api.links import (
+    AddressKind,
+    address_kind,
+    is_address,
+    is_host_and_port,
+    is_local_name,
+)
+from krea_dagster.api.wire import (
+    BATCH_MAX,
+    BATCH_PATH,
+    CREATE_PATH,
+    CREDITS_PATH,
+    QUESTION_BY_STATUS,
+    SUBMIT_BY_STATUS,
+    TASKS_PATH,
+    batch_body,
+    encode_json,
+    generation_body,
+    is_task_id,
+    read_credits,
+    read_submission,
+    read_task,
+    read_tasks,
+    safe_text,
+)
+from krea_dagster.errors import (
+    AccessDenied,
+    ApiError,
+    ConfigError,
+    InputError,
+    InsufficientCredits,
+    KreaError,
+    NotSent,
+    NotSupported,
+    NoUsableAnswer,
+    OutcomeUnknown,
+    RateLimited,
+    TaskNotFound,
+    Unauthorized,
+)
+from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task
+
+DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
+
+#: The most that is read of a JSON answer; a batch of 50 tasks has about 30 KB.
+ANSWER_MAX_BYTES: Final = 1024 * 1024
+#: Unusable batch answers in a row, with no usable one before, that end the use of the endpoint.
+BATCH_TRIES: Final = 3
+#: Single reads at a time, where they stand in for a batch.
+SINGLE_READS: Final = 8
+
+_Value = TypeVar("_Value")
+
+_IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._-]{16,96}", re.ASCII)
+_API_KEY = re.compile(r"[\x21-\x7e]{1,512}", re.ASCII)
+
+# Plain httpx raises these before the first byte of the request has left, and never after.
+_UNSENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+# After one of these, the next read of this call would fail alike.
+_STOPS_READING: Final = (RateLimited, Unauthorized, InsufficientCredits)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("krea-dagster")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+USER_AGENT: Final = f"krea-dagster/{_version()}"
+#: File hosts were seen to answer 403 to a User-Agent of a form that they do not know.
+FILE_USER_AGENT: Final = f"Mozilla/5.0 (compatible; {USER_AGENT})"
+
+
+def _utc_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+class _ApiKey(httpx.Auth):
+    """The key as httpx's authentication, so that it lies in no variable that is printed."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        request.headers["Authorization"] = f"Bearer {self._text}"
+        yield request
+
+    def hide(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(self._text, "***")
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the server answered. ``whole`` is false where the body broke off or was too long.
+
+    The server may have echoed the key, so the repr leaves out what it wrote.
+    """
+
+    status: int
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+    whole: bool
+    trouble: str
+
+
+@dataclass(frozen=True)
+class _NoAnswer:
+    """No status line came. ``unsent`` is what the transport says: nothing had left yet."""
+
+    unsent: bool
+    trouble: str
+
+
+class KreaClient:
+    """EvoLink's API for ``krea-2-turbo``. Use it as an async context manager, in one event loop.
+
+    Args:
+        api_key: sent to the API's host only, never to a file host.
+        base_url: the API's root, without ``/v1``. https; http only where the host is an address
+            of this machine or of a private network, or a name that public DNS does not answer.
+        timeout_s: the longest silence while reading or writing, and the longest wait for a
+            free connection.
+        connect_timeout_s: for TCP and for TLS each.
+        deadline_s: for one whole API call, so that a trickle ends. By default, and so that a
+            purchase whose deadline passes has always been sent or is unknown, the sum of the
+            other limits.
+        download_timeout_s: for one whole download.
+        max_connections: open at a time, and kept alive. Keep it far below the number of tasks
+            in flight: httpx's pool grows costly with it.
+        transport: for the API's host, instead of httpx's own.
+        transport_reports_unsent: whether the given transport raises ``httpx.ConnectError``,
+            ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only where nothing of the
+            request has left. False: any failure of a purchase on it is OutcomeUnknown. Say
+            True only for a transport that was tested for it on a real socket.
+        resolve: turns the name of a file host into addresses.
+        now: the present, with a time zone.
+
+    Proxies and certificates of the environment are honoured. ``.netrc`` is not read, cookies
+    are not kept, and redirects of the API are not followed.
+
+    Raises:
+        ConfigError: one of these is not usable. The message never shows the key.
+    """
+
+    def __init__(
+        self,
+        api_key: str,
+        *,
+        base_url: str = DEFAULT_BASE_URL,
+        timeout_s: float = 60.0,
+        connect_timeout_s: float = 10.0,
+        deadline_s: float | None = None,
+        download_timeout_s: float = 120.0,
+        max_connections: int = 16,
+        transport: httpx.AsyncBaseTransport | None = None,
+        transport_reports_unsent: bool = False,
+        resolve: Resolve = resolve_host,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        usable = isinstance(api_key, str) and _API_KEY.fullmatch(api_key) is not None
+        key = _ApiKey(api_key) if usable else None
+        del api_key  # out of the frame that a traceback may show with its variables
+        if key is None:
+            raise ConfigError(
+                "the API key must be 1 to 512 printable ASCII characters without spaces or line"
+                " breaks, and without the word Bearer"
+            )
+        self._key = key
+        self._base_url = check_base_url(base_url)
+        for name, value in (
+            ("timeout_s", timeout_s),
+            ("connect_timeout_s", connect_timeout_s),
+            ("download_timeout_s", download_timeout_s),
+            ("deadline_s", 1.0 if deadline_s is None else deadline_s),
+        ):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value!r}; it must be above 0 seconds, and finite")
+        if max_connections < 1:
+            raise ConfigError(f"max_connections is {max_connections!r}; it must be at least 1")
+        if deadline_s is None:
+            deadline_s = 3 * timeout_s + 2 * connect_timeout_s
+        self._deadline_s = deadline_s
+        self._believes_unsent = transport is None or transport_reports_unsent
+        self._single_reads = min(SINGLE_READS, max_connections)
+        self._now = now
+        self._batch_supported: bool | None = None
+        self._batch_failures = 0
+        ssl_context = httpx.create_ssl_context()
+        try:
+            self._http = httpx.AsyncClient(
+                verify=ssl_context,
+                timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s),
+                limits=httpx.Limits(
+                    max_connections=max_connections, max_keepalive_connections=max_connections
+                ),
+                headers={
+                    "User-Agent": USER_AGENT,
+                    "Accept": "application/json",
+                    "Accept-Encoding": "identity",
+                },
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                follow_redirects=False,
+                transport=transport,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL):
+            # A proxy's URL may hold a password, so what httpx says of it is left out.
+            raise ConfigError("a proxy in the environment has a URL that cannot be used") from None
+        self._files = FileHosts(
+            self._base_url,
+            ssl_context=ssl_context,
+            user_agent=FILE_USER_AGENT,
+            read_timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            deadline_s=download_timeout_s,
+            max_connections=max_connections,
+            resolve=resolve,
+        )
+
+    def __repr__(self) -> str:
+        # A traceback may show a client whose making failed before it had a base URL.
+        shown = str(getattr(self, "_base_url", "")).rstrip("/")
+        return f"KreaClient(base_url={shown!r}, api_key=***)"
+
+    async def __aenter__(self) -> KreaClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes the connections. A closed client sends nothing any more."""
+        await self._http.aclose()
+        await self._files.aclose()
+
+    @property
+    def base_url(self) -> str:
+        """The API's root, without a slash at the end."""
+        return str(self._base_url).rstrip("/")
+
+    @property
+    def batch_supported(self) -> bool | None:
+        """Whether the server reads many tasks at once; None until it is known."""
+        return self._batch_supported
+
+    # -- buying -------------------------------------------------------------------------------
+
+    async def submit(
+        self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
+    ) -> Submission:
+        """Buys one image: one POST, sent once.
+
+        The same request, key and callback URL make the very same bytes, so that a repeat is
+        recognised by a server that honours ``Idempotency-Key``.
+
+        Args:
+            request: what is asked for.
+            idempotency_key: 16 to 96 of letters, digits, ``.``, ``_`` and ``-``; always sent.
+            callback_url: where EvoLink is to tell the end of the task.
+
+        Raises:
+            InputError: the request, key or URL cannot be sent, or the client is closed.
+            NotCharged: certainly unspent; the class says why.
+            OutcomeUnknown: may have been spent; also where the deadline passed.
+        """
+        if not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+            raise InputError(
+                "the Idempotency-Key must be 16 to 96 letters, digits, dots, underscores, hyphens"
+            )
+        content = encode_json(generation_body(request, callback_url))
+        answer = await self._exchange("POST", CREATE_PATH, content, idempotency_key)
+        if isinstance(answer, _NoAnswer):
+            if not answer.unsent:
+                raise OutcomeUnknown(answer.trouble)
+            if self._believes_unsent:
+                raise NotSent(answer.trouble)
+            raise OutcomeUnknown(
+                f"{answer.trouble} (reported by a transport that is not trusted to know that"
+                " nothing was sent)"
+            )
+        if not answer.whole and answer.status not in SUBMIT_BY_STATUS:
+            raise OutcomeUnknown(answer.trouble, status=answer.status)
+        return self._read(read_submission, answer)
+
+    # -- asking -------------------------------------------------------------------------------
+
+    async def task(self, task_id: str) -> Task:
+        """Reads one task.
+
+        Raises:
+            InputError: the id cannot be one, or the client is closed. Nothing was sent.
+            TaskNotFound: EvoLink says in so many words that it does not know the task.
+            ApiError: any other failure; asking again costs nothing.
+        """
+        if not is_task_id(task_id):
+            raise InputError(f"{safe_text(task_id, max_chars=200)!r} is not a task id")
+        answer = await self._ask("GET", f"{TASKS_PATH}/{task_id}")
+        return self._read(read_task, answer, task_id=task_id)
+
+    async def tasks(self, task_ids: Sequence[str]) -> dict[str, Task]:
+        """Reads many tasks, 50 at a time where the server can, else one by one, a few at once.
+
+        Ids that the server left out or could not answer, and texts that are no task id, are
+        absent from the result, which is in the order asked: read those singly to learn why.
+        What was read is never lost to a later failure. An error is raised only where nothing
+        at all could be read because of it.
+
+        Raises:
+            InputError: the client is closed.
+            ApiError: the first failure (a rate limit, the key or the account before others).
+        """
+        ids = [task_id for task_id in dict.fromkeys(task_ids) if is_task_id(task_id)]
+        found: dict[str, Task] = {}
+        for start in range(0, len(ids), BATCH_MAX):
+            part = ids[start : start + BATCH_MAX]
+            batch, error = await self._read_batch(part)
+            if batch is None and error is None:
+                batch, error = await self._read_singly(part)
+            found.update(batch or {})
+            if error is not None:
+                if not found:
+                    raise error
+                break
+        return found
+
+    async def credits(self) -> AccountCredits:
+        """Reads the account's credits and the key's own limit. Free, and the way to check a key.
+
+        Raises:
+            ApiError: ``Unauthorized`` where the key is wrong.
+        """
+        answer = await self._ask("GET", CREDITS_PATH)
+        return self._read(read_credits, answer)
+
+    async def _read_batch(
+        self, task_ids: Sequence[str]
+    ) -> tuple[dict[str, Task] | None, ApiError | None]:
+        """The tasks, or an error, or neither: then the tasks are to be read singly."""
+        # One id is asked for at the documented endpoint.
+        if self._batch_supported is False or len(task_ids) == 1:
+            return None, None
+        try:
+            answer = await self._ask("POST", BATCH_PATH, encode_json(batch_body(task_ids)))
+            found = self._read(read_tasks, answer, task_ids=task_ids)
+        except NotSupported:
+            self._batch_supported = False
+            return None, None
+        except NoUsableAnswer as error:
+            # The endpoint is undocumented: where it never worked, it may be what is broken.
+            self._batch_failures += 1
+            if self._batch_supported is None and self._batch_failures >= BATCH_TRIES:
+                self._batch_supported = False
+                return None, None
+            return None, error
+        except ApiError as error:
+            return None, error
+        self._batch_supported = True
+        return found, None
+
+    async def _read_singly(
+        self, task_ids: Sequence[str]
+    ) -> tuple[dict[str, Task], ApiError | None]:
+        """The tasks that could be read, and the error that kept the others back, if one did."""
+        found: dict[str, Task] = {}
+        errors: list[ApiError] = []
+        limiter = anyio.CapacityLimiter(self._single_reads)
+
+        async def read(task_id: str) -> None:
+            async with limiter:
+                if len(errors) >= BATCH_TRIES or any(isinstance(e, _STOPS_READING) for e in errors):
+                    return
+                try:
+                    found[task_id] = await self.task(task_id)
+                except (TaskNotFound, AccessDenied):
+                    pass  # about this one task: it is absent from the answer
+                except ApiError as error:
+                    errors.append(error)
+
+        async with anyio.create_task_group() as group:
+            for task_id in task_ids:
+                group.start_soon(read, task_id)
+        stops = [error for error in errors if isinstance(error, _STOPS_READING)]
+        ordered = {task_id: found[task_id] for task_id in task_ids if task_id in found}
+        return ordered, next(iter(stops + errors), None)
+
+    async def _ask(self, method: str, path: str, content: bytes | None = None) -> _Answer:
+        answer = await self._exchange(method, path, content)
+        if isinstance(answer, _NoAnswer):
+            raise NoUsableAnswer(answer.trouble)
+        if not answer.whole and answer.status not in QUESTION_BY_STATUS:
+            raise NoUsableAnswer(answer.trouble, status=answer.status)
+        return answer
+
+    def _read(self, read: Callable[..., _Value], answer: _Answer, **facts: object) -> _Value:
+        """What the answer says. Errors leave without the frames that hold the raw answer."""
+        try:
+            return read(
+                answer.status,
+                answer.headers,
+                answer.body,
+                now=self._now(),
+                hide=self._key.hide,
+                **facts,
+            )
+        except KreaError as caught:
+            error = caught.with_traceback(None)
+        raise error
+
+    # -- fetching -----------------------------------------------------------------------------
+
+    async def download(
+        self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int
+    ) -> Download:
+        """Fetches a result link to a sink. Neither the key nor a cookie goes to the file host.
+
+        Args:
+            url: the link, as the task's ``results`` hold it.
+            sink: a function, or an object with ``write``; gets pieces of 64 KiB and a rest.
+            max_bytes: the longest body that is taken, unpacked.
+
+        Raises:
+            LinkRefused: the link, or what it redirects to, is not safe to follow.
+            LinkDead: 403, 404 or 410: read the task again for a fresh link.
+            NoUsableBody: anything else that is not a whole body. What the sink holds by then
+                is worthless.
+        """
+        return await self._files.fetch(url, sink, max_bytes)
+
+    # -- the one exchange ---------------------------------------------------------------------
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        idempotency_key: str | None = None,
+    ) -> _Answer | _NoAnswer:
+        """Sends one request once. Returns every failure, and raises only a cancellation."""
+        if self._http.is_closed:
+            raise InputError("the client is closed; nothing was sent")
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        request = self._http.build_request(
+            method, f"{self.base_url}{path}", content=content, headers=headers
+        )
+        response: httpx.Response | None = None
+        answer: _Answer | None = None
+        trouble = f"not done after {self._deadline_s:g} s"
+        unsent = False
+        with anyio.move_on_after(self._deadline_s):
+            try:
+                response = await self._http.send(request, stream=True, auth=self._key)
+                try:
+                    answer = await _read_answer(response)
+                finally:
+                    await response.aclose()
+            except Exception as error:  # noqa: BLE001 - a transport may raise anything; what was sent stays sent
+                trouble = self._describe(error)
+                unsent = response is None and isinstance(error, _UNSENT)
+        if answer is not None:
+            return answer
+        if response is not None:
+            return _Answer(
+                response.status_code,
+                dict(response.headers),
+                b"",
+                whole=False,
+                trouble=f"the answer broke off: {trouble}",
+            )
+        return _NoAnswer(unsent, f"no answer: {trouble}")
+
+    def _describe(self, error: Exception) -> str:
+        detail = safe_text(str(error), self._key.hide, 300)
+        return f"{type(error).__name__}: {detail}" if detail else type(error).__name__
+
+
+async def _read_answer(response: httpx.Response) -> _Answer:
+    """The whole body, unpacked, up to the bound."""
+    status, headers = response.status_code, dict(response.headers)
+
+    def unusable(trouble: str) -> _Answer:
+        return _Answer(status, headers, b"", whole=False, trouble=trouble)
+
+    body = bytearray()
+    try:
+        unpacker = Unpacker(response.headers.get("content-encoding", ""))
+        async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # httpx says AsyncIterator; it is a generator
+            async for part in parts:
+                for piece in unpacker.pieces(part):
+                    body += piece
+                    if len(body) > ANSWER_MAX_BYTES:
+                        return unusable(f"the answer is longer than {ANSWER_MAX_BYTES} bytes")
+    except ValueError as error:
+        return unusable(str(error))
+    if not unpacker.ended:
+        return unusable("the packed answer is cut off")
+    return _Answer(status, headers, bytes(body), whole=True, trouble="")
+
+
+def check_base_url(text: str) -> httpx.URL:
+    """The API's root as a URL, without a slash at the end.
+
+    Raises:
+        ConfigError: it is not https (or http to a local host), or holds a user name, a query,
+            a fragment or ``/v1``, or is an address where no API is.
+    """
+    shown = safe_text(re.sub(r"//[^/]*@", "//***@", str(text)), max_chars=200)
+    wrong = f"base_url is {shown!r}; it must be"
+    try:
+        url = httpx.URL(text)
+        host = url.host
+    except (httpx.InvalidURL, UnicodeError, ValueError, TypeError):
+        raise ConfigError(f"{wrong} a URL such as {DEFAULT_BASE_URL}") from None
+    if url.scheme not in ("http", "https") or not is_host_and_port(url):
+        raise ConfigError(f"{wrong} a URL such as {DEFAULT_BASE_URL}")
+    if url.userinfo or url.query or url.fragment or "?" in text or "#" in text:
+        raise ConfigError(f"{wrong} without user name, password, query and fragment")
+    path = url.path.rstrip("/")
+    if path.endswith("/v1"):
+        raise ConfigError(f"{wrong} without /v1 at the end: that is part of each call")
+    local = is_local_name(host)
+    if is_address(host):
+        kind = address_kind(host)
+        local = kind is AddressKind.LOCAL
+        if kind is AddressKind.NEVER:
+            raise ConfigError(f"{wrong} an address where an API can be")
+    if url.scheme == "http" and not local:
+        raise ConfigError(
+            f"{wrong} https: the API key would travel in clear (http is for hosts on this machine"
+            " or in a private network)"
+        )
+    return url.copy_with(path=path or "/")

@@ -1,0 +1,138 @@
+"""The command krea-dagster: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from krea_dagster.emulator import emulator_command
+from krea_dagster.errors import InputError, KreaError
+
+if TYPE_CHECKING:
+    from krea_dagster.plugin.environment import Settings
+    from krea_dagster.plugin.materialize import Materialized
+
+#: What the exit code says; the same for every command.
+DONE: Final = 0
+NOT_DELIVERED: Final = 1
+WRONG_USE: Final = 2
+STOPPED: Final = 3
+
+#: For the demo: an address that is not asked, whatever the environment says.
+_NO_ADDRESS: Final = "https://emulator.invalid"
+
+_EPILOG: Final = """
+\b
+Environment (the same that definitions.py reads):
+  EVOLINK_API_KEY    the key; without it an emulator draws synthetic pictures
+  EVOLINK_BASE_URL   API root                    [https://api.evolink.ai]
+  KREA_PROMPTS       prompt table                [data/prompts.parquet]
+  KREA_STORAGE       root of what is made        [data/krea]
+  KREA_JOURNAL_URL   SQLAlchemy URL              [SQLite in the storage root]
+  KREA_PARTITION_BY  hash:N, column:NAME, day:NAME            [hash:8]
+  KREA_MAX_IN_FLIGHT most tasks at the server    [64]
+  KREA_ON_UNKNOWN    replay or hold              [replay]
+
+\b
+Exit codes: 0 done, 1 rows not delivered, 2 wrong use or bad input,
+3 the account or the key stops everything.
+"""
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="krea-dagster")
+def main() -> None:
+    """Krea 2 Turbo images as Dagster assets: each bought once, verified, and accounted for."""
+
+
+main.add_command(emulator_command, "emulator")
+
+
+@main.command("materialize", epilog=_EPILOG)
+@click.option(
+    "--partition",
+    "partitions",
+    multiple=True,
+    metavar="KEY",
+    help="Materialize this partition; may be given several times. Default: all.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def materialize_command(partitions: Sequence[str], *, as_json: bool) -> None:
+    """Buy what is missing of the prompt table, and write the manifest.
+
+    Runs the Dagster job krea_images in this process. Its events are in DAGSTER_HOME, or where
+    that is not set, in the folder dagster/ of the storage root. Run it again at any time: what
+    is at hand is not bought again, and what was interrupted goes on.
+    """
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
+
+    done = _materialize(Settings.from_environment(), partitions, as_json=as_json)
+    sys.exit(_exit_code(done, done.progress.failed + done.progress.left))
+
+
+@main.command("demo")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def demo_command(*, as_json: bool) -> None:
+    """Do the main job against the emulator: no key, no cost, synthetic pictures.
+
+    Materializes every partition of the prompt table (KREA_PROMPTS, or the sample). Never uses
+    EVOLINK_API_KEY. Rows whose prompt asks the emulator for a failure are meant to fail.
+    """
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.metadata import missing_rows  # noqa: PLC0415
+
+    settings = replace(Settings.from_environment(), has_key=False, base_url=_NO_ADDRESS)
+    done = _materialize(settings, (), as_json=as_json)
+    missing = missing_rows(done.manifest)
+    meant = sum("[emulator:" in prompt for prompt in missing["prompt"].to_pylist())
+    sys.exit(_exit_code(done, missing.num_rows - meant))
+
+
+def _materialize(settings: Settings, partitions: Sequence[str], *, as_json: bool) -> Materialized:
+    from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415
+
+    if settings.synthetic:
+        terminal.say_synthetic()
+    with terminal.progress_bar() as on_progress:
+        done = materialize(settings, partitions, on_progress=on_progress)
+    if as_json:
+        terminal.show_json(terminal.materialized_figures(done, where=settings.storage))
+    else:
+        terminal.show_materialized(done, where=settings.storage, ui=_ui_line(done))
+    for failure in done.failures:
+        terminal.say_error(failure)
+    return done
+
+
+def _ui_line(done: Materialized) -> str:
+    """The one line that opens Dagster's UI on what was just made."""
+    dagster = Path(sys.executable).with_name("dagster")
+    return f"DAGSTER_HOME={done.dagster_home} {os.path.relpath(dagster)} dev -f definitions.py"
+
+
+def _exit_code(done: Materialized, missing: int) -> int:
+    if done.stopped is not None:
+        return STOPPED
+    return NOT_DELIVERED if missing or done.failures else DONE
+
+
+def run() -> None:
+    """Run the command; errors of ours become one message and an exit code."""
+    try:
+        main()
+    except KreaError as error:
+        from krea_dagster.terminal import say_error  # noqa: PLC0415 - as above
+
+        say_error(error)
+        sys.exit(WRONG_USE if isinstance(error, InputError) else NOT_DELIVERED)
+
+
+if __name__ == "__main__":
+    run()

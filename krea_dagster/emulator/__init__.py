@@ -1,0 +1,62 @@
+"""EvoLink's API for ``krea-2-turbo`` on this machine: synthetic pictures, and nothing is charged.
+
+For tests, crash drills and a demo without a key. It imports nothing else of ``krea_dagster``,
+so that it cannot share a mistake with the client that it tests.
+
+``Emulator``
+    the server in a background thread, with its ``world`` and its ``books()``
+``World``
+    the state behind it: accounts, tasks, scripted faults; usable without HTTP
+``FAULTS``
+    everything that it can be told to do wrong, by name
+``emulator_command``
+    the command line
+``OPENAPI``
+    the path of the OpenAPI description of what it answers
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from krea_dagster.emulator.command import emulator_command
+    from krea_dagster.emulator.faults import FAULTS, Fault, UnknownFaultError
+    from krea_dagster.emulator.server import Emulator, serve
+    from krea_dagster.emulator.state import StateInUseError
+    from krea_dagster.emulator.world import World
+
+__all__ = [
+    "FAULTS",
+    "OPENAPI",
+    "Emulator",
+    "Fault",
+    "StateInUseError",
+    "UnknownFaultError",
+    "World",
+    "emulator_command",
+    "serve",
+]
+
+OPENAPI: Final = Path(__file__).with_name("openapi.yaml")
+
+_HOMES: Final = {
+    "FAULTS": "faults",
+    "Emulator": "server",
+    "Fault": "faults",
+    "StateInUseError": "state",
+    "UnknownFaultError": "faults",
+    "World": "world",
+    "emulator_command": "command",
+    "serve": "server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command's --help needs no server."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - only needed here
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,526 @@
+"""Answer HTTP requests as EvoLink does, from a World, with the faults that it was told.
+
+Every request is answered in one transaction of the world, which is committed before the first
+byte of the answer leaves. What a fault does to the connection is done afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from krea_dagster.emulator import contract, faults
+from krea_dagster.emulator.answers import (
+    created_answer,
+    credits_answer,
+    listed_answer,
+    task_answer,
+)
+from krea_dagster.emulator.contract import Refusal
+from krea_dagster.emulator.delivery import ENDLESS_PIECE_BYTES, Delivery, Hang, Reply
+from krea_dagster.emulator.faults import Chosen, Kind
+from krea_dagster.emulator.files import BODY_EFFECTS, PictureKey, Pictures
+from krea_dagster.emulator.world import (
+    Account,
+    Created,
+    ForeignTaskError,
+    KeyConflictError,
+    LinkExpiredError,
+    OutOfCreditsError,
+    Task,
+    TooBusyError,
+    UndecidedError,
+    UnknownTaskError,
+    World,
+)
+
+_PNG: Final = "image/png"
+_STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
+
+
+def create_app(world: World, *, batch: bool = True, render_threads: int = 2) -> Emulation:
+    """Return the ASGI application over a world."""
+    return Emulation(world, batch=batch, render_threads=render_threads)
+
+
+class Emulation:
+    """The ASGI application. ``hang`` is set by the server that runs it.
+
+    Without a server (an in-process ASGI transport) a fault that needs a real connection raises
+    ConnectionError. ``close`` ends the drawing threads.
+    """
+
+    def __init__(self, world: World, *, batch: bool, render_threads: int) -> None:
+        self.world = world
+        self.hang: Hang | None = None
+        self._batch = batch
+        self._pictures = Pictures()
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            render_threads, thread_name_prefix="emulator-render"
+        )
+        self._app = Starlette(
+            routes=[
+                Route("/v1/images/generations", self._on("create", self._create), methods=["POST"]),
+                Route("/v1/tasks/batch", self._on("batch", self._batch_read), methods=["POST"]),
+                Route("/v1/tasks/{task_id}", self._on("read", self._read), methods=["GET"]),
+                Route("/v1/tasks", self._on("list", self._list), methods=["GET"]),
+                Route("/v1/credits", self._on("credits", self._credits), methods=["GET"]),
+                Route("/files/{name}", self._file, methods=["GET"]),
+                Route("/emulator/books", self._books, methods=["GET"]),
+                Route("/emulator/faults", self._faults, methods=["GET", "POST"]),
+                Route("/emulator/health", self._health, methods=["GET"]),
+            ],
+            exception_handlers={HTTPException: _no_route, ClientDisconnect: _gone},
+        )
+        self._app.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        await self._app(scope, receive, send)
+
+    def close(self) -> None:
+        """End the drawing threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # -- the API ------------------------------------------------------------------------------
+
+    def _on(self, kind: Kind, handle: Callable[[_Call], Reply]) -> Callable[[Request], Any]:
+        """Wrap a handler: read the body, answer in one transaction, count, deliver."""
+
+        async def endpoint(request: Request) -> Delivery:
+            request_id = self.world.bytes(8).hex()
+            raw = await _read_body(request) if request.method == "POST" else b""
+            with self.world.transaction():
+                try:
+                    reply = handle(_Call(request, raw))
+                except Refusal as refusal:
+                    # EvoLink was seen to name the request in the errors of this route.
+                    named = request_id if kind == "create" else None
+                    reply = _refused(refusal, named)
+                self.world.count(kind, reply.noted)
+            reply.headers["x-request-id"] = request_id
+            return Delivery(reply, self.hang)
+
+        return endpoint
+
+    def _account(self, request: Request, route: str) -> Account:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        account = self.world.account(key.strip()) if scheme.lower() == "bearer" else None
+        if account is None:
+            raise contract.unauthorized(route)
+        return account
+
+    def _create(self, call: _Call) -> Reply:
+        account = self._account(call.request, "create")
+        if not _is_json(call.request):
+            raise Refusal(415, "unsupported_media_type", "Content-Type must be application/json")
+        order = contract.read_order(call.json())
+        key = contract.read_idempotency_key(call.request.headers.get("idempotency-key"))
+        marked = _markers(order.prompt)
+        refuse = faults.of_kind(marked, "create")
+        chosen = refuse[0] if refuse else self.world.choose("create", order.prompt)
+        if chosen is not None and not chosen.fault.after:
+            return self._strike("create", chosen, call.request)
+        created = self._buy(account, order, key, faults.of_kind(marked, "task"), chosen)
+        reply = _json(created_answer(created.task))
+        if created.replayed:
+            reply.headers["idempotency-replayed"] = "true"
+            self.world.count("note", "replays")
+        if chosen is None or chosen.fault.effect == "ignore_idempotency":
+            return reply
+        return self._strike_after(chosen, created, reply, call.request)
+
+    def _buy(
+        self,
+        account: Account,
+        order: contract.Order,
+        key: str | None,
+        marked: list[Chosen],
+        chosen: Chosen | None,
+    ) -> Created:
+        effect = "" if chosen is None else chosen.fault.effect
+        undecided = chosen is not None and effect in ("undecided", "delay")
+        try:
+            return self.world.create(
+                account,
+                order,
+                idempotency_key=key,
+                task_faults=marked,
+                ignore_key=effect == "ignore_idempotency",
+                undecided_s=chosen.seconds if chosen is not None and undecided else 0.0,
+            )
+        except KeyConflictError:
+            raise contract.idempotency_conflict() from None
+        except UndecidedError:
+            raise contract.paid_outcome_unknown() from None
+        except OutOfCreditsError:
+            raise contract.out_of_credits("create") from None
+        except TooBusyError as busy:
+            wait_s = busy.retry_after_s
+            advice = None if wait_s is None else str(max(1, math.ceil(wait_s)))
+            raise contract.rate_limited("create", advice) from None
+
+    def _strike_after(
+        self, chosen: Chosen, created: Created, reply: Reply, request: Request
+    ) -> Reply:
+        """Return what a fault makes of the answer about a task that exists."""
+        effect = chosen.fault.effect
+        if effect == "no_id":
+            answer = created_answer(created.task)
+            del answer["id"]
+            return _json(answer, headers=reply.headers)
+        if effect == "undecided":
+            return Reply(0, wire="close")
+        if effect == "delay":
+            reply.delay_s = chosen.seconds
+            return reply
+        return self._strike("create", chosen, request)
+
+    def _unless_struck(
+        self, kind: Kind, request: Request, prompt: str, answer: Callable[[], Mapping[str, Any]]
+    ) -> Reply:
+        """Answer a question, unless a fault strikes it. ``prompt`` is what scripts match."""
+        chosen = self.world.choose(kind, prompt)
+        if chosen is None:
+            return _json(answer())
+        if chosen.fault.effect == "delay":
+            reply = _json(answer())
+            reply.delay_s = chosen.seconds
+            return reply
+        return self._strike(kind, chosen, request)
+
+    def _read(self, call: _Call) -> Reply:
+        request = call.request
+        account = self._account(request, "read")
+        task_id = request.path_params["task_id"]
+        if not task_id.startswith(contract.TASK_ID_PREFIX):
+            raise contract.invalid_task_id()
+        known = self._known(task_id, account)
+
+        def answer() -> Mapping[str, Any]:
+            return self._shown(known or self._find(task_id, account), request)
+
+        return self._unless_struck("read", request, known.prompt if known else "", answer)
+
+    def _batch_read(self, call: _Call) -> Reply:
+        request = call.request
+        if not self._batch:
+            raise contract.no_such_route(request.method, request.url.path)
+        account = self._account(request, "batch")
+        task_ids = contract.read_task_ids(call.json())
+
+        def answer() -> Mapping[str, Any]:
+            found = [self._known(task_id, account) for task_id in dict.fromkeys(task_ids)]
+            return {"code": 200, "data": [self._shown(task, request) for task in found if task]}
+
+        return self._unless_struck("batch", request, "", answer)
+
+    def _list(self, call: _Call) -> Reply:
+        request = call.request
+        account = self._account(request, "list")
+        query = request.query_params
+        page, page_size = contract.read_page(query)
+        status = query.get("status") or None
+        if status is not None and status not in _STATUSES:
+            raise contract.invalid_request("status")
+        ours = query.get("type") in (None, "", "image")
+        ours = ours and query.get("model") in (None, "", contract.MODEL)
+
+        def answer() -> Mapping[str, Any]:
+            found, total = (
+                ([], 0)
+                if not ours
+                else self.world.tasks(account, status=status, page=page, page_size=page_size)
+            )
+            now = self.world.now()
+            rows = [listed_answer(task, now) for task in found]
+            return {"code": 200, "data": rows, "page": page, "page_size": page_size, "total": total}
+
+        return self._unless_struck("list", request, "", answer)
+
+    def _credits(self, call: _Call) -> Reply:
+        account = self._account(call.request, "credits")
+        return self._unless_struck("credits", call.request, "", lambda: credits_answer(account))
+
+    def _known(self, task_id: str, account: Account) -> Task | None:
+        try:
+            return self.world.task(task_id, account)
+        except (UnknownTaskError, ForeignTaskError):
+            return None
+
+    def _find(self, task_id: str, account: Account) -> Task:
+        try:
+            return self.world.task(task_id, account)
+        except UnknownTaskError:
+            raise contract.task_not_found() from None
+        except ForeignTaskError:
+            raise contract.access_denied("read") from None
+
+    def _shown(self, task: Task, request: Request) -> dict[str, Any]:
+        now = self.world.now()
+        if task.status(now) != "completed":
+            return task_answer(task, now, [])
+        link = task.fault("link")
+        if link is not None:
+            return task_answer(task, now, [link.arg])
+        late = task.fault("no_results")
+        if late is not None and self.world.count_read_at_end(task) < late.count:
+            return task_answer(task, now, [])
+        return task_answer(task, now, [_absolute(request, self.world.link_path(task))])
+
+    # -- faults -------------------------------------------------------------------------------
+
+    def _strike(self, route: str, chosen: Chosen, request: Request) -> Reply:
+        """Return what a fault answers in the place of the true answer."""
+        effect, status = chosen.fault.effect, chosen.fault.status
+        if effect in ("drop", "reset", "garbage"):
+            return Reply(0, wire={"drop": "close"}.get(effect, effect))
+        if effect == "no_success":
+            return _json({"data": None, "message": "Failed to read credits", "success": False})
+        if effect == "html":
+            return Reply(status, _html(status), "text/html; charset=utf-8")
+        if effect == "empty":
+            return Reply(status, b"", "text/plain")
+        if effect == "redirect":
+            elsewhere = _absolute(request, "/elsewhere" + request.url.path)
+            return Reply(status, b"", "text/plain", {"location": elsewhere})
+        raise _error_of(route, chosen, self.world.now())
+
+    # -- the file host ------------------------------------------------------------------------
+
+    async def _file(self, request: Request) -> Delivery:
+        """Answer a fetch of a picture: its record in one transaction, its drawing in a thread."""
+        world = self.world
+        with world.transaction():
+            if "authorization" in request.headers:
+                world.count("note", "key_leaks")
+            try:
+                task = world.file(request.path_params["name"])
+            except UnknownTaskError:
+                return self._sent(_file_error(404, "NoSuchKey"))
+            except LinkExpiredError:
+                return self._sent(_file_error(403, "RequestExpired"))
+            chosen = self._file_fault(task)
+        direct = "direct" in request.query_params
+        if chosen is not None and not direct:
+            plain = self._file_reply(request, chosen)
+            if plain is not None:
+                return self._sent(plain)
+        effect = chosen.fault.effect if chosen is not None and not direct else ""
+        body = await self._body(task, effect)
+        reply = Reply(200, body, _PNG)
+        if effect == "octet_stream":
+            reply.content_type = "application/octet-stream"
+        elif effect == "truncated":
+            reply.wire = "truncated"
+        elif effect == "delay" and chosen is not None:
+            reply.delay_s = chosen.seconds
+        return self._sent(reply)
+
+    def _file_fault(self, task: Task) -> Chosen | None:
+        for one in faults.of_kind(_markers(task.prompt), "file"):
+            if not one.once or task.fetched == 0:
+                return one
+        return self.world.choose("file", task.prompt)
+
+    def _file_reply(self, request: Request, chosen: Chosen) -> Reply | None:
+        """Return the answer of a fault that needs no picture, None for those that do."""
+        effect, status = chosen.fault.effect, chosen.fault.status
+        if effect == "expired":
+            return _file_error(403, "RequestExpired")
+        if effect == "error":
+            return _file_error(status, "AccessDenied" if status == 403 else "Error")
+        if effect == "redirect":
+            good = _absolute(request, request.url.path + "?direct=1")
+            return Reply(status, b"", _PNG, {"location": good})
+        if effect == "redirect_to":
+            return Reply(status, b"", _PNG, {"location": chosen.arg})
+        if effect == "redirect_loop":
+            return Reply(status, b"", _PNG, {"location": _absolute(request, request.url.path)})
+        if effect == "endless":
+            return Reply(200, self.world.bytes(ENDLESS_PIECE_BYTES), _PNG, wire="endless")
+        if effect.startswith("too_busy"):
+            return _refused(_error_of("file", chosen, self.world.now()), None)
+        if effect in ("drop", "reset", "garbage", "html", "empty"):
+            return self._strike("file", chosen, request)
+        return None
+
+    async def _body(self, task: Task, effect: str) -> bytes:
+        order = contract.Order(task.prompt, task.size, task.quality)
+        key: PictureKey = (task.prompt, task.used_seed, *order.pixels)
+        loop = asyncio.get_running_loop()
+        if effect in BODY_EFFECTS:
+            noise = self.world.bytes(50_000)
+            return await loop.run_in_executor(
+                self._threads, self._pictures.damaged, key, effect, noise
+            )
+        body = await loop.run_in_executor(self._threads, self._pictures.png, key)
+        self.world.rendered(task, hashlib.sha256(body).hexdigest())
+        return body
+
+    def _sent(self, reply: Reply) -> Delivery:
+        self.world.count("file", reply.noted)
+        return Delivery(reply, self.hang)
+
+    # -- the emulator's own -------------------------------------------------------------------
+
+    async def _books(self, request: Request) -> Response:
+        return JSONResponse(self.world.books(tasks=request.query_params.get("tasks") != "0"))
+
+    async def _health(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok", "synthetic": True})
+
+    async def _faults(self, request: Request) -> Response:
+        """Script faults or set rates at run time; answer with what is set and still to strike.
+
+        Body: ``{"script": [{"name", "n"?, "match"?, "arg"?}], "rates": {name: rate},
+        "quota_credits": number or null, "clear": true}``, each part optional.
+        """
+        if request.method == "POST":
+            call = _Call(request, await _read_body(request))
+            try:
+                self._set_faults(call.json())
+            except Refusal as refusal:
+                return JSONResponse(refusal.body(), refusal.status)
+            except (faults.UnknownFaultError, TypeError, KeyError, AttributeError) as error:
+                return JSONResponse(contract.invalid_request(detail=str(error)).body(), 400)
+        return JSONResponse({"unconsumed": self.world.unconsumed(), "rates": self.world.rates()})
+
+    def _set_faults(self, wanted: Mapping[str, Any]) -> None:
+        world = self.world
+        with world.transaction():
+            if wanted.get("clear"):
+                world.forget_scripts()
+                for name in list(world.rates()):
+                    world.set_rate(name, 0)
+            for one in wanted.get("script", []):
+                world.script(
+                    one["name"], one.get("n", 1), match=one.get("match"), arg=one.get("arg")
+                )
+            for name, rate in wanted.get("rates", {}).items():
+                world.set_rate(name, rate)
+            if "quota_credits" in wanted:
+                world.set_quota(wanted["quota_credits"])
+
+
+# -- small shapes -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request with its whole body; None where that is larger than allowed."""
+
+    request: Request
+    raw: bytes | None
+
+    def json(self) -> Any:
+        """Return the body's JSON. Raises Refusal 400 or 413."""
+        if self.raw is None:
+            raise Refusal(413, "payload_too_large", "Request body is too large")
+        return contract.parse_json(self.raw)
+
+
+async def _read_body(request: Request) -> bytes | None:
+    """Return the body; None, and read no further, where it is beyond the limit."""
+    pieces, size = [], 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > contract.MAX_BODY_BYTES:
+            return None
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _error_of(route: str, chosen: Chosen, now: float) -> Refusal:
+    """Return the refusal that a fault stands for."""
+    effect, status, arg = chosen.fault.effect, chosen.fault.status, chosen.arg
+    message = contract.invalid_request().message
+    build: dict[str, Callable[[], Refusal]] = {
+        "too_busy": lambda: contract.rate_limited(route, arg),
+        "too_busy_date": lambda: contract.rate_limited(
+            route, formatdate(now + float(arg), usegmt=True)
+        ),
+        "too_busy_bare": lambda: contract.rate_limited(route),
+        "code": lambda: Refusal(status, arg, message),
+        "integer_code": lambda: Refusal(int(arg), int(arg), "Upstream error", "upstream_error"),
+        "upper_case_code": lambda: Refusal(status, arg, message, ""),
+        "unauthorized": lambda: contract.unauthorized(route),
+        "out_of_credits": lambda: contract.out_of_credits(route, arg),
+        "denied": lambda: contract.access_denied(route, arg),
+        "not_found": contract.task_not_found,
+        "no_route": lambda: Refusal(404, "not_found", "Invalid URL"),
+        "error": lambda: (
+            contract.internal_error(route, status)
+            if status >= 500
+            else Refusal(status, "invalid_request", message)
+        ),
+    }
+    return build[effect]()
+
+
+def _json(
+    value: Mapping[str, Any], status: int = 200, *, headers: dict[str, str] | None = None
+) -> Reply:
+    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return Reply(status, body, headers=headers or {})
+
+
+def _refused(refusal: Refusal, request_id: str | None) -> Reply:
+    return _json(refusal.body(request_id), refusal.status, headers=dict(refusal.headers))
+
+
+def _file_error(status: int, code: str) -> Reply:
+    body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code></Error>\n'
+    return Reply(status, body.encode(), "application/xml")
+
+
+def _html(status: int) -> bytes:
+    page = f"<!DOCTYPE html><html><head><title>{status}</title></head><body>{status}</body></html>"
+    return page.encode()
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def _markers(prompt: str) -> list[Chosen]:
+    if "[emulator:" not in prompt:
+        return []
+    try:
+        return faults.markers(prompt)
+    except faults.UnknownFaultError as error:
+        raise contract.invalid_request("prompt", str(error)) from None
+
+
+def _absolute(request: Request, path: str) -> str:
+    """Return a link under the very address that the client used to get here."""
+    server = request.scope.get("server") or ("127.0.0.1", 80)
+    host = request.headers.get("host") or f"{server[0]}:{server[1]}"
+    return f"{request.url.scheme}://{host}{path}"
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    refusal = contract.no_such_route(request.method, request.url.path)
+    if not isinstance(error, HTTPException):
+        raise error
+    return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    """Answer a client that left while it was still sending: nobody reads this."""
+    return Response(status_code=400)

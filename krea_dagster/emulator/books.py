@@ -1,0 +1,74 @@
+"""Read the emulator's books: what was asked, created, charged and fetched."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from krea_dagster.emulator.world import Task
+
+
+def counted(db: sqlite3.Connection) -> dict[str, Any]:
+    """Return the totals, of a state whose ended tasks are settled. Money in units."""
+    counts: dict[str, dict[str, int]] = {}
+    for kind, what, n in db.execute("SELECT kind, what, n FROM counts"):
+        counts.setdefault(kind, {})[what] = n
+    notes = counts.pop("note", {})
+    posts = counts.get("create", {})
+    money = db.execute(
+        "SELECT total(granted), total(reserved), total(charged), total(returned) FROM accounts"
+    ).fetchone()
+    granted, reserved, charged, returned = (round(amount) for amount in money)
+    states = db.execute("SELECT count(*), total(settled = 0) FROM tasks").fetchone()
+    return {
+        "requests": counts,
+        "submit_posts": sum(posts.values()),
+        "creates": states[0],
+        "replays": notes.get("replays", 0),
+        "refused": sum(n for status, n in posts.items() if status.startswith("4")),
+        "reads": sum(counts.get("read", {}).values()),
+        "batch_reads": sum(counts.get("batch", {}).values()),
+        "lists": sum(counts.get("list", {}).values()),
+        "credits_reads": sum(counts.get("credits", {}).values()),
+        "file_gets": sum(counts.get("file", {}).values()),
+        "key_leaks": notes.get("key_leaks", 0),
+        "in_flight": round(states[1]),
+        "granted_units": granted,
+        "reserved_units": reserved,
+        "charged_units": charged,
+        "returned_units": returned,
+        "held_units": reserved - charged - returned,
+        "bodies_bought_more_than_once": _bought_twice(db),
+    }
+
+
+def _bought_twice(db: sqlite3.Connection) -> int:
+    row = db.execute(
+        "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE settled = 0 OR ends_as = 'completed' "
+        "GROUP BY account, fingerprint HAVING count(*) > 1)"
+    ).fetchone()
+    return int(row[0])
+
+
+def booked(task: Task, sent: dict[str, Any], now: float) -> dict[str, Any]:
+    """Return one task's entry; ``sent`` is what the client sent and the task does not hold."""
+    status = task.status(now)
+    ended = status not in ("pending", "processing")
+    return {
+        "task_id": task.task_id,
+        **sent,
+        "prompt": task.prompt,
+        "size": task.size,
+        "quality": task.quality,
+        "used_seed": task.used_seed,
+        "status": status,
+        "error_code": task.error_code if status == "failed" else None,
+        "reserved_units": task.reserved,
+        "charged_units": task.reserved if status == "completed" else 0,
+        "created_at": task.created_at,
+        "completed_at": task.ready_at if ended else None,
+        "file_sha256": task.file_sha256,
+        "fetched": task.fetched,
+        "faults": [one.fault.name for one in task.faults],
+    }

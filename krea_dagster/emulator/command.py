@@ -1,0 +1,180 @@
+"""The command that runs the emulator in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import click
+
+_EPILOG = """
+\b
+NAME=VALUE:  a VALUE with a decimal point or % is a rate (0.05, 5%), a whole
+number is a count of requests from now on. NAME=VALUE:ARG refines a fault:
+  --fault drop_after_create=3      the next three
+  --fault fail=0.05:service_error  every twentieth task, with this code
+  --fault 429=10%:2                Retry-After: 2
+  --fault insufficient_quota_after=10.5   402 beyond 10.5 credits
+A prompt can ask for a fault by itself: [emulator: refuse],
+[emulator: fail CODE], [emulator: NAME], [emulator: NAME once].
+"""
+
+
+def _wishes(
+    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
+) -> list[object]:
+    """Check each ``NAME=VALUE``."""
+    from krea_dagster.emulator import faults  # noqa: PLC0415 - keeps --help quick
+
+    try:
+        return [faults.parse_wish(value) for value in values]
+    except faults.UnknownFaultError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command("emulator", epilog=_EPILOG)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    default=8765,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on; 0 takes any that is free.",
+)
+@click.option(
+    "--api-key", default="emulator", show_default=True, help="The key that opens the account."
+)
+@click.option(
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps tasks and books across restarts. [default: a temporary one]",
+)
+@click.option(
+    "--latency-s",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds that a task takes.",
+)
+@click.option(
+    "--latency-jitter",
+    default=0.3,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share by which that varies, up and down.",
+)
+@click.option(
+    "--fault",
+    "wishes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_wishes,
+    help="Have something go wrong; may be repeated. --list-faults shows the names.",
+)
+@click.option(
+    "--credits",
+    default=1000.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Credits of the account when it is made; a kept state keeps its own.",
+)
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(min=1),
+    help="Unfinished tasks beyond which the answer is 429. [default: no limit]",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Create calls a second beyond which the answer is 429. [default: no limit]",
+)
+@click.option(
+    "--idempotency/--no-idempotency",
+    default=True,
+    show_default=True,
+    help="Honour the Idempotency-Key, or buy again at each repeat.",
+)
+@click.option(
+    "--batch/--no-batch", default=True, show_default=True, help="Have POST /v1/tasks/batch."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of all that is drawn by chance.")
+@click.option(
+    "--until-unlocked",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="End once nobody has held a shared flock on this file for 2 s.",
+)
+@click.option(
+    "--ready-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write {url, port, pid} as JSON here once connections are taken.",
+)
+@click.option("--list-faults", is_flag=True, help="Print the faults, and end.")
+def emulator_command(
+    *,
+    host: str,
+    port: int,
+    api_key: str,
+    state: Path | None,
+    latency_s: float,
+    latency_jitter: float,
+    wishes: list[object],
+    credits: float,  # noqa: A002 - the API's word
+    max_concurrent: int | None,
+    rate: float | None,
+    idempotency: bool,
+    batch: bool,
+    seed: int,
+    until_unlocked: Path | None,
+    ready_file: Path | None,
+    list_faults: bool,
+) -> None:
+    """Run EvoLink's API for krea-2-turbo on this machine.
+
+    The pictures are synthetic and nothing is charged. The address is printed on stdout.
+    """
+    from krea_dagster.emulator import StateInUseError, faults, server  # noqa: PLC0415 - as above
+
+    if list_faults:
+        for fault in faults.FAULTS.values():
+            arg = f" (ARG: {fault.arg})" if fault.arg is not None else ""
+            click.echo(f"{fault.name:24} {fault.kind:8} {fault.says}{arg}")
+        return
+    with contextlib.ExitStack() as stack:
+        if state is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="krea-emulator-"))
+            state = Path(folder)
+        try:
+            emulator = server.Emulator(
+                api_key=api_key,
+                credits=credits,
+                state=state,
+                host=host,
+                port=port,
+                seed=seed,
+                latency_s=latency_s,
+                latency_jitter=latency_jitter,
+                max_concurrent=max_concurrent,
+                rate=rate,
+                idempotency=idempotency,
+                batch=batch,
+            )
+        except StateInUseError as error:
+            raise click.UsageError(str(error)) from None
+        except OSError as error:
+            raise click.UsageError(f"cannot listen on {host}:{port}: {error}") from None
+        stack.callback(emulator.stop)
+        for wish in wishes:
+            if isinstance(wish, faults.Wish):
+                emulator.world.apply(wish)
+        click.echo(
+            "Emulator of EvoLink's API: the pictures are synthetic and nothing is charged. "
+            f"State: {state}",
+            err=True,
+        )
+        server.serve(
+            emulator,
+            until_unlocked=until_unlocked,
+            ready_file=ready_file,
+            on_ready=lambda running: click.echo(running.url),
+        )

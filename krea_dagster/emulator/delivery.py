@@ -1,0 +1,102 @@
+"""Send an answer, or do to the connection what a fault wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+#: Does something to the connection of an ASGI scope: "close", "reset" or "garbage".
+Hang = Callable[[Scope, str], None]
+
+ENDLESS_PIECE_BYTES: Final = 64 * 1024
+
+
+@dataclass
+class Reply:
+    """What is answered, and what happens to the connection.
+
+    ``wire`` is "" for a whole answer; "close", "reset" or "garbage" for none at all;
+    "truncated" for half of the body under the length of the whole; "endless" for a body
+    without end. The answer leaves ``delay_s`` seconds late.
+    """
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+    delay_s: float = 0.0
+    wire: str = ""
+
+    @property
+    def noted(self) -> str:
+        """The word under which the books count it."""
+        return "dropped" if self.wire in ("close", "reset", "garbage") else str(self.status)
+
+
+class Delivery(Response):
+    """Sends a reply, or does to the connection what it says."""
+
+    def __init__(self, reply: Reply, hang: Hang | None) -> None:
+        super().__init__(reply.body, reply.status or 200, reply.headers, reply.content_type)
+        self._reply = reply
+        self._hang_up = hang
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Deliver over one ASGI connection."""
+        reply = self._reply
+        if reply.delay_s > 0 and await _left_within(receive, reply.delay_s):
+            return
+        if reply.wire == "":
+            await super().__call__(scope, receive, send)
+        elif reply.wire == "truncated":
+            await self._send_half(scope, receive, send)
+        elif reply.wire == "endless":
+            await self._send_for_ever(receive, send)
+        else:
+            await self._end(reply.wire, scope, receive)
+
+    async def _end(self, how: str, scope: Scope, receive: Receive) -> None:
+        if self._hang_up is None:
+            raise ConnectionError(f"the emulator was told to {how} a connection, and has none")
+        self._hang_up(scope, how)
+        await _left_within(receive, None)
+
+    async def _send_half(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        body = self._reply.body
+        half = body[: len(body) // 2]
+        await send({"type": "http.response.body", "body": half, "more_body": True})
+        await self._end("close", scope, receive)
+
+    async def _send_for_ever(self, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", self._reply.content_type.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        piece = b"\x89PNG\r\n\x1a\n" + self._reply.body[8:]
+        left = asyncio.ensure_future(_left_within(receive, None))
+        try:
+            while not left.done():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                piece = self._reply.body
+                await asyncio.sleep(0)
+        finally:
+            left.cancel()
+
+
+async def _left_within(receive: Receive, seconds: float | None) -> bool:
+    """Wait until the client has left, at most so long; tell whether it has."""
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    try:
+        await asyncio.wait_for(left(), seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True

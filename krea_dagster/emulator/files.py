@@ -1,0 +1,82 @@
+"""Make the bodies that the file host sends: the pictures, and the damaged ones.
+
+CPU-bound and without any HTTP: meant to be called in a thread.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import zlib
+from collections import OrderedDict
+from typing import Final
+
+from PIL import Image
+
+from krea_dagster.emulator import render
+
+PictureKey = tuple[str, int, int, int]  # prompt, seed, width, height
+
+#: Effects of file faults that put another body in the place of the picture.
+BODY_EFFECTS: Final = frozenset({"jpeg", "black", "half", "bomb", "noise", "nothing", "cut"})
+
+_BOMB_SIDE: Final = 60_000
+
+
+class Pictures:
+    """Draws pictures and keeps the last ones, up to ``keep_bytes`` in all. Thread-safe."""
+
+    def __init__(self, keep_bytes: int = 32 << 20) -> None:
+        self._keep_bytes = keep_bytes
+        self._kept: OrderedDict[PictureKey, bytes] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def png(self, key: PictureKey) -> bytes:
+        """Return the picture of (prompt, seed, width, height) as PNG."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        body = render.render_png(*key)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = body
+                self._size += len(body)
+            while self._size > self._keep_bytes:
+                _, dropped = self._kept.popitem(last=False)
+                self._size -= len(dropped)
+        return body
+
+    def damaged(self, key: PictureKey, effect: str, noise: bytes) -> bytes:
+        """Return what is sent instead of the picture. ``effect`` is one of BODY_EFFECTS."""
+        prompt, seed, width, height = key
+        if effect == "jpeg":
+            return render.encode(render.render(prompt, seed, width, height), "JPEG")
+        if effect == "black":
+            return render.encode(Image.new("RGB", (width, height)), "PNG")
+        if effect == "half":
+            return render.render_png(prompt, seed, width // 2, height // 2)
+        if effect == "bomb":
+            return bomb()
+        if effect == "noise":
+            return noise
+        if effect == "cut":
+            body = self.png(key)
+            return body[: len(body) * 2 // 3]
+        return b""
+
+
+def bomb() -> bytes:
+    """Return a small PNG that declares 60,000 × 60,000 RGB pixels, with sound checksums.
+
+    It holds the first rows only: whoever trusts the header reserves 10 GB.
+    """
+    header = struct.pack(">IIBBBBB", _BOMB_SIDE, _BOMB_SIDE, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(3 * _BOMB_SIDE + 1) * 4, 9)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + render.png_chunk(b"IHDR", header)
+        + render.png_chunk(b"IDAT", rows)
+        + render.png_chunk(b"IEND", b"")
+    )

@@ -1,0 +1,324 @@
+"""Run the emulator: in a thread for tests and drills, or until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+import uvicorn
+from starlette.types import Scope
+
+from krea_dagster.emulator.app import create_app
+from krea_dagster.emulator.contract import UNITS_PER_CREDIT
+from krea_dagster.emulator.world import LINK_LIFETIME_S, World
+
+#: How often ``serve`` looks for the users' lock, and how long it must be free.
+UNLOCKED_LOOK_S: Final = 0.5
+UNLOCKED_FOR_S: Final = 2.0
+
+_STOP_WITHIN_S: Final = 0.05
+
+
+class Emulator:
+    """EvoLink's API on this machine, in a background thread, while the ``with`` block runs.
+
+    .. code-block:: python
+
+        with Emulator(latency_s=0.05, state=tmp_path) as emulator:
+            client = httpx.Client(base_url=emulator.url)
+            emulator.world.script("drop_after_create")
+            ...
+            assert emulator.books()["creates"] == 1
+
+    ``api_key`` opens the account with ``credits``; ``other_accounts`` are further keys with
+    their credits. ``state`` is the folder that survives (None: one that is deleted at the end).
+    An account that exists there keeps its credits. ``faults`` are rates (0 to 1) by name; see
+    ``World.script`` for faults that strike once. The other settings are those of ``World``.
+    Raises StateInUseError where another emulator works on ``state``, and OSError where the port
+    is taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_key: str = "emulator",
+        credits: float = 1000.0,  # noqa: A002 - the API's word
+        other_accounts: Mapping[str, float] | None = None,
+        state: Path | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        clock: Callable[[], float] = time.time,
+        seed: int = 0,
+        latency_s: float = 1.0,
+        latency_jitter: float = 0.3,
+        faults: Mapping[str, float] | None = None,
+        max_concurrent: int | None = None,
+        rate: float | None = None,
+        idempotency: bool = True,
+        batch: bool = True,
+        task_lifetime_s: float | None = None,
+        link_lifetime_s: float = LINK_LIFETIME_S,
+        render_threads: int = 2,
+    ) -> None:
+        self._exit = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            if state is None:
+                state = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="emulator-")))
+            self.state = state
+            self.world = World(
+                state,
+                clock=clock,
+                seed=seed,
+                latency_s=latency_s,
+                latency_jitter=latency_jitter,
+                max_concurrent=max_concurrent,
+                rate=rate,
+                idempotency=idempotency,
+                task_lifetime_s=task_lifetime_s,
+                link_lifetime_s=link_lifetime_s,
+            )
+            undo.callback(self.world.close)
+            for key, granted in {**(other_accounts or {}), api_key: credits}.items():
+                self.world.add_account(key, round(granted * UNITS_PER_CREDIT))
+            for name, share in (faults or {}).items():
+                self.world.set_rate(name, share)
+            self._socket = undo.enter_context(_listen(host, port))
+            self.app = create_app(self.world, batch=batch, render_threads=render_threads)
+            undo.callback(self.app.close)
+            self._exit = undo.pop_all()
+        self.host = host
+        self.port: int = self._socket.getsockname()[1]
+        self._server = _Server(
+            uvicorn.Config(
+                self.app,
+                http="httptools" if importlib.util.find_spec("httptools") else "h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=75,
+            )
+        )
+        self.app.hang = self._server.hang
+        self._thread = threading.Thread(target=self._run, name="emulator", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """The API's root, without a slash at the end."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def books(self, *, tasks: bool = True) -> dict[str, Any]:
+        """Return what was asked, created, charged and fetched so far."""
+        return self.world.books(tasks=tasks)
+
+    def start(self) -> None:
+        """Start to answer. Connections are taken when this returns."""
+        self._thread.start()
+        self._server.ready.wait()
+
+    def stop(self) -> None:
+        """Stop to answer, cut what is under way, and close the state."""
+        if self._thread.is_alive():
+            self._server.stop()
+            self._thread.join()
+        self._exit.close()
+
+    def __enter__(self) -> Emulator:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        loop = _new_event_loop()
+        try:
+            loop.run_until_complete(self._server.serve([self._socket]))
+        finally:
+            self._server.ready.set()
+            loop.close()
+
+
+def serve(
+    emulator: Emulator,
+    *,
+    until_unlocked: Path | None = None,
+    ready_file: Path | None = None,
+    on_ready: Callable[[Emulator], None] = lambda _: None,
+) -> None:
+    """Run an emulator until SIGINT or SIGTERM. Call it in the main thread.
+
+    With ``until_unlocked`` it also ends once nobody has held a shared ``flock`` on that file
+    for two seconds; whoever uses the emulator takes the lock before it is started, waiting for
+    it, and keeps it. A lock ends with its process, so the emulator does not outlive its users.
+    ``ready_file`` gets ``{"url", "port", "pid"}`` as JSON, at once and whole, when connections
+    are taken; a file of that name from an earlier run is removed first.
+    """
+    stop = threading.Event()
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)
+    with _signals(stop), emulator:
+        if ready_file is not None:
+            _write_ready(ready_file, emulator)
+        on_ready(emulator)
+        unlocked_since: float | None = None
+        while not stop.wait(UNLOCKED_LOOK_S):
+            if until_unlocked is None:
+                continue
+            if _is_locked(until_unlocked):
+                unlocked_since = None
+            elif unlocked_since is None:
+                unlocked_since = time.monotonic()
+            elif time.monotonic() - unlocked_since >= UNLOCKED_FOR_S:
+                return
+
+
+# -- inside -----------------------------------------------------------------------------------
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which wakes at once when it is told to stop, and waits for nobody."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken: asyncio.Event | None = None
+
+    def stop(self) -> None:
+        """Stop the server, from another thread."""
+        if self._loop is not None and self._woken is not None:
+            self._loop.call_soon_threadsafe(self._woken.set)
+
+    def hang(self, scope: Scope, how: str) -> None:
+        """Do something to the connection that a request came on."""
+        for connection in self.server_state.connections:
+            # Each of uvicorn's HTTP/1.1 protocols has it; their common type does not say so.
+            if getattr(connection, "client", None) == scope["client"]:
+                _end(connection.transport, how)
+                return
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+        self.ready.set()
+
+    async def main_loop(self) -> None:
+        """Keep the date of the answers fresh until ``stop`` is called."""
+        assert self._woken is not None  # noqa: S101 - startup has run
+        while not self._woken.is_set():
+            await self.on_tick(0)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), 1.0)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close everything. Answers under way get a moment, then their connections are cut."""
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_STOP_WITHIN_S)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks)
+
+
+def _end(transport: asyncio.Transport, how: str) -> None:
+    if how == "garbage":
+        transport.write(b"\x00\x01\x02 this is not HTTP\r\n\r\n")
+    if how == "reset":
+        # A linger time of zero makes the system answer with RST instead of FIN.
+        linger = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        transport.abort()
+    else:
+        transport.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    if importlib.util.find_spec("uvloop"):
+        loop: asyncio.AbstractEventLoop = importlib.import_module("uvloop").new_event_loop()
+        return loop
+    return asyncio.new_event_loop()
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_ready(path: Path, emulator: Emulator) -> None:
+    ready = {"url": emulator.url, "port": emulator.port, "pid": os.getpid()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(ready), encoding="utf-8")
+    beside.replace(path)
+
+
+def _is_locked(path: Path) -> bool:
+    """Tell whether somebody holds a lock on a file. One that does not exist is not locked."""
+    import fcntl  # noqa: PLC0415 - not there on Windows, where only this option is missing
+
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

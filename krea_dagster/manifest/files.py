@@ -1,0 +1,48 @@
+"""Manifest files: one Parquet file per partition under the storage root, written atomically."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster.engine.storage import Storage
+from krea_dagster.manifest.schema import MANIFEST_SCHEMA
+from krea_dagster.prompts import safe_name
+
+#: Rows per row group: small enough that memory stays flat, large enough to compress.
+_ROW_GROUP = 10_000
+
+
+def manifest_name(partition_key: str) -> str:
+    """The name of a partition's file under the storage root; any key gives a safe one."""
+    return f"manifest/{safe_name(partition_key)}.parquet"
+
+
+def write_manifest(storage: Storage, partition_key: str, table: pa.Table) -> str:
+    """Write a partition's manifest; returns its path or URL. Equal tables give equal bytes."""
+    name = manifest_name(partition_key)
+    storage.write(name, lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP))
+    return storage.locate(name)
+
+
+def read_manifests(
+    storage: Storage, partition_keys: Sequence[str], columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read the manifests of these partitions as one table, in the order of the keys.
+
+    Partitions without a file are left out. Where the table's further columns differ between
+    files, what one lacks is null.
+    """
+    tables: list[pa.Table] = []
+    for key in partition_keys:
+        try:
+            with storage.open(manifest_name(key)) as file:
+                tables.append(pq.read_table(file, columns=columns))
+        except FileNotFoundError:
+            continue
+    if not tables:
+        empty = MANIFEST_SCHEMA.empty_table()
+        return empty if columns is None else empty.select(list(columns))
+    return pa.concat_tables(tables, promote_options="permissive")

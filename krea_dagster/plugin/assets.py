@@ -1,0 +1,299 @@
+"""The assets: prompts (external), images (buys), image_manifest (a view of the journal)."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import dagster as dg
+import pyarrow as pa
+
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.runner import RunReport
+from krea_dagster.errors import KeyRejected, KreaError, OutOfCredits
+from krea_dagster.manifest import (
+    MANIFEST_SCHEMA,
+    manifest_name,
+    manifest_table,
+    write_manifest,
+)
+from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.automation import report_prompts
+from krea_dagster.plugin.beta import quiet_beta
+from krea_dagster.plugin.io_manager import split_by_partition
+from krea_dagster.plugin.metadata import (
+    images_metadata,
+    manifest_metadata,
+    missing_rows,
+    missing_table,
+    table_schema,
+)
+from krea_dagster.plugin.observer import tell_progress, tell_report
+from krea_dagster.plugin.partitions import partitions_for
+from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import (
+    PlannedImage,
+    PromptRows,
+    PromptTable,
+    partition_version,
+    plan_images,
+)
+
+#: Seconds between two lines of progress in Dagster's log: each is an event in its database.
+_LOG_EVERY_S = 30.0
+
+CHECK_NAME = "all_rows_delivered"
+
+
+@dataclass(frozen=True)
+class KreaAssets:
+    """The assets of one prompt table, and what is needed to wire them."""
+
+    table: PromptTable
+    partitions_def: dg.PartitionsDefinition[str]
+    prompts: dg.AssetSpec
+    images: dg.AssetsDefinition
+    image_manifest: dg.AssetsDefinition
+
+    @property
+    def all(self) -> list[dg.AssetSpec | dg.AssetsDefinition]:
+        """All of them, for ``dagster.Definitions``."""
+        return [self.prompts, self.images, self.image_manifest]
+
+
+@quiet_beta
+def build_krea_assets(
+    table: PromptTable,
+    *,
+    key_prefix: Sequence[str] = (),
+    group_name: str = "krea",
+    backfill_policy: dg.BackfillPolicy | None = None,
+    resource_key: str = "krea",
+    io_manager_key: str = "krea_manifest",
+) -> KreaAssets:
+    """Build the assets of a prompt table.
+
+    ``prompts`` is external; each run, and the sensor, report its data version per partition.
+    ``images`` buys: a run takes one partition, or with the default backfill policy
+    (single_run) any range of them, as one step with one sliding window. ``image_manifest`` is
+    made from the journal without network, through the IO manager ``io_manager_key``.
+    """
+    partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]))
+    policy = backfill_policy or dg.BackfillPolicy.single_run()
+    prompts_key, images_key, manifest_key = (
+        dg.AssetKey([*key_prefix, name]) for name in ("prompts", "images", "image_manifest")
+    )
+    prompts = dg.AssetSpec(
+        prompts_key,
+        partitions_def=partitions_def,
+        group_name=group_name,
+        kinds={"parquet"},
+        description=f"The prompt table {table.source}, partitioned by {table.partition_by}.",
+        metadata={"dagster/uri": table.source},
+    )
+
+    @dg.asset(
+        key=images_key,
+        deps=[prompts_key],
+        partitions_def=partitions_def,
+        backfill_policy=policy,
+        group_name=group_name,
+        kinds={"evolink", "png"},
+        required_resource_keys={resource_key},
+        check_specs=[
+            dg.AssetCheckSpec(
+                CHECK_NAME,
+                asset=images_key,
+                description="Every row of the prompt table has its verified image.",
+            )
+        ],
+        description=(
+            "Images of Krea 2 Turbo: each row bought once, fetched, verified and named by what "
+            "decides the picture."
+        ),
+    )
+    def images(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+        krea = _resource(context, resource_key)
+        batch = _read(table, context.partition_keys)
+        report_prompts(context.instance, prompts_key, batch.versions())
+        if batch.rows.warning_count:
+            context.log.warning(_warnings(batch.rows))
+        if krea.emulator:
+            context.log.warning(
+                "No EvoLink key is set: the emulator draws the pictures. They are synthetic, and "
+                "nothing is charged."
+            )
+        with _as_failure():
+            report = krea.generate(
+                batch.images, run_id=context.run_id, on_progress=_Narrator(context)
+            )
+        tell_report(report)
+        manifest = batch.manifest(krea, context.run_id)
+        storage = krea.open_storage()
+        for key, part in split_by_partition(manifest, context.partition_keys).items():
+            context.add_asset_metadata(
+                images_metadata(part, storage, seconds=report.seconds), partition_key=key
+            )
+        yield dg.MaterializeResult(check_results=[_check_rows(manifest, report)])
+        if report.stopped is not None:
+            # The step that writes the manifest will not run after this one has failed.
+            for key, part in split_by_partition(manifest, context.partition_keys).items():
+                path = write_manifest(storage, key, part)
+                context.log_event(
+                    dg.AssetMaterialization(
+                        manifest_key, partition=key, metadata=manifest_metadata(part, path)
+                    )
+                )
+            raise dg.Failure(stop_message(report), allow_retries=False)
+
+    @dg.asset(
+        key=manifest_key,
+        deps=[images_key],
+        partitions_def=partitions_def,
+        backfill_policy=policy,
+        group_name=group_name,
+        kinds={"parquet", "pyarrow"},
+        required_resource_keys={resource_key},
+        io_manager_key=io_manager_key,
+        metadata={"dagster/column_schema": table_schema(MANIFEST_SCHEMA)},
+        description=(
+            "One row per image asked for: seed, size, credits, file, and why one is missing."
+        ),
+    )
+    def image_manifest(context: dg.AssetExecutionContext) -> pa.Table:
+        krea = _resource(context, resource_key)
+        batch = _read(table, context.partition_keys)
+        manifest = batch.manifest(krea, context.run_id)
+        storage = krea.open_storage()
+        schema = table_schema(manifest.schema)
+        for key, part in split_by_partition(manifest, context.partition_keys).items():
+            path = storage.locate(manifest_name(key))
+            values = {**manifest_metadata(part, path), "dagster/column_schema": schema}
+            context.add_asset_metadata(values, partition_key=key)
+        return manifest
+
+    return KreaAssets(table, partitions_def, prompts, images, image_manifest)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rows of a run's partitions, and the images that they ask for."""
+
+    keys: Sequence[str]
+    rows: PromptRows
+    images: tuple[PlannedImage, ...]
+
+    def versions(self) -> Mapping[str, str]:
+        """The data version of ``prompts``, by partition."""
+        request_keys: dict[str, list[str]] = {key: [] for key in self.keys}
+        for image in self.images:
+            request_keys[image.partition_key].append(image.request.request_key)
+        return {key: partition_version(found) for key, found in request_keys.items()}
+
+    def manifest(self, krea: KreaResource, run_id: str) -> pa.Table:
+        """The manifest of these rows, as the journal has them now."""
+        return manifest_table(
+            self.images,
+            self.rows,
+            krea.records(self.images),
+            locate=krea.open_storage().locate,
+            run_id=run_id,
+        )
+
+
+def _read(table: PromptTable, keys: Sequence[str]) -> _Batch:
+    with _as_failure():
+        rows = table.read(keys)
+        return _Batch(keys, rows, tuple(plan_images(rows.rows)))
+
+
+@contextmanager
+def _as_failure() -> Iterator[None]:
+    """Errors of this package as Dagster's: their text says all, and a retry would not help."""
+    try:
+        yield
+    except KreaError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _resource(context: dg.AssetExecutionContext, key: str) -> KreaResource:
+    resource = getattr(context.resources, key)
+    if not isinstance(resource, KreaResource):
+        raise dg.Failure(f"resource {key!r} is a {type(resource).__name__}, not a KreaResource")
+    return resource
+
+
+class _Narrator:
+    """Tells the observer of every change, and Dagster's log of one now and then."""
+
+    def __init__(self, context: dg.AssetExecutionContext) -> None:
+        self._log = context.log
+        self._next_s = time.monotonic() + _LOG_EVERY_S
+
+    def __call__(self, progress: Progress) -> None:
+        tell_progress(progress)
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + _LOG_EVERY_S
+            self._log.info(progress_line(progress))
+
+
+def progress_line(progress: Progress) -> str:
+    """One line on how far a run is."""
+    return (
+        f"{progress.ended} of {progress.total} images: {progress.delivered} delivered, "
+        f"{progress.reused} reused, {progress.failed} failed, {progress.left} left, "
+        f"{progress.in_flight} in flight, "
+        f"{credits_from_units(progress.charged_units):g} credits"
+    )
+
+
+def _check_rows(manifest: pa.Table, report: RunReport) -> dg.AssetCheckResult:
+    missing = missing_rows(manifest)
+    if missing.num_rows == 0:
+        return dg.AssetCheckResult(
+            passed=True,
+            check_name=CHECK_NAME,
+            metadata={"rows": manifest.num_rows},
+            description=f"All {manifest.num_rows} rows have their image.",
+        )
+    reasons = Counter(
+        f"{status}: {code or 'no code'}"
+        for status, code in zip(
+            missing["status"].to_pylist(), missing["error_code"].to_pylist(), strict=True
+        )
+    )
+    listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+    left = Counter(report.left.values()).most_common(10)
+    return dg.AssetCheckResult(
+        passed=False,
+        check_name=CHECK_NAME,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=f"{missing.num_rows} of {manifest.num_rows} rows have no image: {listed}",
+        metadata={
+            "rows": manifest.num_rows,
+            "rows_missing": missing.num_rows,
+            "missing": missing_table(manifest),
+            **({"left_for_later": dict(left)} if left else {}),
+        },
+    )
+
+
+def stop_message(report: RunReport) -> str:
+    """One sentence for a run that the account stopped."""
+    match report.stopped:
+        case KeyRejected():
+            what, then = "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
+        case OutOfCredits():
+            what, then = "the account or its key has no credits left", "top up"
+        case _:
+            what, then = "the key may not use this model", "ask for access or use another key"
+    return (
+        f"Buying stopped, {what} ({report.stopped}): everything already paid for was finished, "
+        f"the other rows are deferred; {then} and run again."
+    )
+
+
+def _warnings(rows: PromptRows) -> str:
+    lines = "\n".join(f"  {problem}" for problem in rows.warnings)
+    return f"{rows.warning_count} prompts are very long:\n{lines}"

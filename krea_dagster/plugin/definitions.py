@@ -1,0 +1,76 @@
+"""The factory: a prompt table, a way to partition it, and a resource make a code location."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import dagster as dg
+
+import krea_dagster.plugin.assets as krea_assets
+from krea_dagster.plugin.automation import build_prompts_sensor
+from krea_dagster.plugin.io_manager import KreaManifestIOManager
+from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
+
+
+def build_krea_definitions(
+    *,
+    prompts: str,
+    krea: KreaResource,
+    partition_by: str = "hash:8",
+    defaults: Defaults | None = None,
+    count_tokens: Callable[[str], int] = estimate_tokens,
+    key_prefix: Sequence[str] = (),
+    group_name: str = "krea",
+    backfill_policy: dg.BackfillPolicy | None = None,
+) -> dg.Definitions:
+    """Build everything that a code location needs from one prompt table.
+
+    ``prompts`` is a Parquet file, a folder of them, or a URL; ``partition_by`` is ``hash:N``,
+    ``column:NAME`` or ``day:NAME``. ``defaults`` fill in what a row leaves open, and
+    ``count_tokens`` counts the tokens of a prompt. ``key_prefix`` keeps several tables apart
+    in one code location.
+
+    The result holds the assets ``prompts``, ``images`` and ``image_manifest``, the job
+    ``krea_images``, the sensor that watches the table, and the resources ``krea`` and
+    ``krea_manifest``; merge it with your own by ``dagster.Definitions.merge``. Raises
+    ConfigError for a setting that cannot be used.
+    """
+    table = PromptTable(
+        _absolute(prompts),
+        parse_partition_by(partition_by),
+        defaults=defaults or Defaults(),
+        count_tokens=count_tokens,
+    )
+    assets = krea_assets.build_krea_assets(
+        table, key_prefix=key_prefix, group_name=group_name, backfill_policy=backfill_policy
+    )
+    prefix = "_".join(key_prefix)
+    job = dg.define_asset_job(
+        f"{prefix}_krea_images" if prefix else JOB_NAME,
+        selection=dg.AssetSelection.assets(assets.images, assets.image_manifest),
+        description="Buys what is missing, and writes the manifest.",
+    )
+    sensor = build_prompts_sensor(
+        table,
+        assets.partitions_def,
+        assets.prompts.key,
+        name=f"{prefix}_krea_prompts" if prefix else "krea_prompts",
+    )
+    return dg.Definitions(
+        assets=assets.all,
+        jobs=[job],
+        sensors=[sensor],
+        resources={"krea": krea, "krea_manifest": KreaManifestIOManager(storage=krea.storage)},
+        # One process per run: the steps wait for the network, and a second process would cost
+        # seconds to start.
+        executor=dg.in_process_executor,
+    )
+
+
+#: The job's name where there is no key prefix.
+JOB_NAME = "krea_images"
+
+
+def _absolute(source: str) -> str:
+    """A local path made absolute: Dagster's processes need not share a working folder."""
+    return source if "://" in source else str(Path(source).absolute())

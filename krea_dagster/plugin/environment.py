@@ -1,0 +1,111 @@
+"""Reads the environment, once: the settings of definitions.py and of the command."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import dagster as dg
+import httpx
+
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.definitions import build_krea_definitions
+from krea_dagster.plugin.local_emulator import EMULATOR_KEY
+from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import PromptTable, parse_partition_by
+
+KEY_VARIABLE: Final = "EVOLINK_API_KEY"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says, with its defaults. Never holds the key itself."""
+
+    has_key: bool
+    base_url: str
+    prompts: str
+    storage: str
+    journal_url: str
+    partition_by: str
+    max_in_flight: int
+    on_unknown: str
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> "Settings":
+        """Read the variables. Raises ConfigError, which names the variable."""
+        values = os.environ if environ is None else environ
+        on_unknown = values.get("KREA_ON_UNKNOWN") or "replay"
+        if on_unknown not in ("replay", "hold"):
+            raise ConfigError(f"KREA_ON_UNKNOWN is {on_unknown!r}; use replay or hold")
+        for name in ("KREA_RUN_CREDITS", "KREA_DAY_CREDITS"):
+            if values.get(name):
+                raise ConfigError(
+                    f"{name} is set, and this version cannot keep a cap yet. Unset it."
+                )
+        return cls(
+            has_key=bool(values.get(KEY_VARIABLE)),
+            base_url=values.get("EVOLINK_BASE_URL") or "https://api.evolink.ai",
+            prompts=_absolute(values.get("KREA_PROMPTS") or "data/prompts.parquet"),
+            storage=_absolute(values.get("KREA_STORAGE") or "data/krea"),
+            journal_url=values.get("KREA_JOURNAL_URL") or "",
+            partition_by=values.get("KREA_PARTITION_BY") or "hash:8",
+            max_in_flight=_whole(values, "KREA_MAX_IN_FLIGHT", 64, most=4096),
+            on_unknown=on_unknown,
+        )
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the pictures come from an emulator."""
+        return not self.has_key or httpx.URL(self.base_url).scheme == "http"
+
+    def resource(self) -> KreaResource:
+        """The resource: EvoLink where there is a key, else an emulator on this machine."""
+        key: str = ""
+        if self.has_key:
+            # Named, not read: Dagster shows the name of a variable and the text of a string.
+            key = dg.EnvVar(KEY_VARIABLE)
+        elif httpx.URL(self.base_url).scheme == "http":
+            key = EMULATOR_KEY
+        return KreaResource(
+            api_key=key,
+            base_url=self.base_url,
+            emulator=not key,
+            storage=self.storage,
+            journal_url=self.journal_url,
+            max_in_flight=self.max_in_flight,
+            on_unknown=self.on_unknown,
+        )
+
+    def table(self) -> PromptTable:
+        """The prompt table. Raises ConfigError for a partitioning that cannot be used."""
+        return PromptTable(self.prompts, parse_partition_by(self.partition_by))
+
+    def definitions(self) -> dg.Definitions:
+        """The code location."""
+        return build_krea_definitions(
+            prompts=self.prompts, partition_by=self.partition_by, krea=self.resource()
+        )
+
+
+def definitions_from_environment(environ: Mapping[str, str] | None = None) -> dg.Definitions:
+    """Build the code location that the environment describes; unset variables have defaults.
+
+    ``EVOLINK_API_KEY``, ``EVOLINK_BASE_URL``, ``KREA_PROMPTS``, ``KREA_STORAGE``,
+    ``KREA_JOURNAL_URL``, ``KREA_PARTITION_BY``, ``KREA_MAX_IN_FLIGHT``, ``KREA_ON_UNKNOWN``.
+    Without a key the emulator is used, and the pictures are synthetic. Raises ConfigError.
+    """
+    return Settings.from_environment(environ).definitions()
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).absolute())
+
+
+def _whole(values: Mapping[str, str], name: str, default: int, *, most: int) -> int:
+    text = values.get(name)
+    if not text:
+        return default
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise ConfigError(f"{name} is {text!r}; use a whole number from 1 to {most}")
+    return int(text)

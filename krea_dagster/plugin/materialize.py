@@ -1,0 +1,169 @@
+"""Materializes partitions in this process: real runs of the job, in a real instance."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import dagster as dg
+import pyarrow as pa
+
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.runner import RunReport
+from krea_dagster.errors import AccountStopped, ConfigError
+from krea_dagster.manifest import read_manifests
+from krea_dagster.plugin.definitions import JOB_NAME
+from krea_dagster.plugin.environment import Settings
+from krea_dagster.plugin.observer import observed
+from krea_dagster.plugin.partitions import partitions_for, register_partitions
+
+_RANGE_START: Final = "dagster/asset_partition_range_start"
+_RANGE_END: Final = "dagster/asset_partition_range_end"
+
+#: Written where an instance of our own is made: a tool that was asked for images should neither
+#: call home nor greet.
+_INSTANCE_SETTINGS: Final = "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
+
+
+@dataclass(frozen=True)
+class Materialized:
+    """What became of the partitions that were asked for.
+
+    ``failures`` are the texts of runs that failed. ``waiting`` are partitions of the table
+    that Dagster does not have yet (days to come).
+    """
+
+    partitions: Sequence[str]
+    manifest: pa.Table
+    progress: Progress
+    seconds: float
+    dagster_home: str
+    run_ids: Sequence[str] = ()
+    failures: Sequence[str] = ()
+    stopped: AccountStopped | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    waiting: Sequence[str] = ()
+
+
+def materialize(
+    settings: Settings,
+    partitions: Sequence[str] = (),
+    *,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Materialized:
+    """Materialize these partitions of ``images`` and ``image_manifest``, or all.
+
+    The table is read and checked first, so that bad input launches nothing. Raises
+    ConfigError or PromptTableError.
+    """
+    started_s = time.monotonic()
+    table = settings.table()
+    partitions_def = partitions_for(table, name="krea")
+    table.read(list(partitions) or None)
+    job = settings.definitions().resolve_job_def(JOB_NAME)
+    home = _dagster_home(settings)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        in_table = table.partition_keys()
+        register_partitions(instance, partitions_def, in_table)
+        known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
+        chosen = _chosen(partitions, known, in_table)
+        watch = _Watch(on_progress)
+        results: list[dg.ExecuteInProcessResult] = []
+        for start, end in _ranges(chosen, known):
+            with observed(watch.on_progress, watch.reports.append):
+                results.append(
+                    job.execute_in_process(
+                        instance=instance,
+                        tags={_RANGE_START: start, _RANGE_END: end},
+                        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                        raise_on_error=False,
+                    )
+                )
+            watch.next_run()
+            if watch.stopped is not None:
+                break
+    storage = settings.resource().open_storage()
+    return Materialized(
+        partitions=chosen,
+        manifest=read_manifests(storage, chosen),
+        progress=watch.total,
+        seconds=time.monotonic() - started_s,
+        dagster_home=str(home),
+        run_ids=[result.run_id for result in results],
+        failures=[text for result in results for text in _failures(result)],
+        stopped=watch.stopped,
+        left={key: why for report in watch.reports for key, why in report.left.items()},
+        waiting=sorted(set(in_table) - set(known)),
+    )
+
+
+class _Watch:
+    """Adds up the progress of several runs."""
+
+    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
+        self._on_progress = on_progress
+        self._before = Progress(total=0)
+        self.total = Progress(total=0)
+        self.reports: list[RunReport] = []
+
+    @property
+    def stopped(self) -> AccountStopped | None:
+        """The answer that ended the buying."""
+        return next((r.stopped for r in self.reports if r.stopped is not None), None)
+
+    def on_progress(self, progress: Progress) -> None:
+        """Take the progress of the present run."""
+        self.total = self._before + progress
+        self._on_progress(self.total)
+
+    def next_run(self) -> None:
+        """Keep what has been added up."""
+        self._before = self.total
+
+
+def _dagster_home(settings: Settings) -> Path:
+    """DAGSTER_HOME, or where there is none, a folder beside what is made."""
+    if home := os.environ.get("DAGSTER_HOME"):
+        folder = Path(home).absolute()
+    elif (root := settings.resource().open_storage().folder) is not None:
+        folder = root / "dagster"
+    else:
+        raise ConfigError("set DAGSTER_HOME to a folder: the storage root is not one")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "dagster.yaml").exists():
+        (folder / "dagster.yaml").write_text(_INSTANCE_SETTINGS)
+    return folder
+
+
+def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
+    """What the failed steps said; Dagster's own stack is left to its log."""
+    texts: list[str] = []
+    for event in result.all_events:
+        if event.event_type_value == "STEP_FAILURE":
+            data = event.step_failure_data
+            said = data.user_failure_data.description if data.user_failure_data else None
+            texts.append(said or (data.error.message.strip() if data.error else "a step failed"))
+    return texts
+
+
+def _chosen(wanted: Sequence[str], known: Sequence[str], in_table: Sequence[str]) -> list[str]:
+    if not wanted:
+        return [key for key in known if key in set(in_table)]
+    if unknown := [key for key in wanted if key not in set(known)]:
+        shown = ", ".join(list(known)[:10]) + (", …" if len(known) > 10 else "")
+        raise ConfigError(f"there is no partition {unknown[0]!r}; there are {shown or 'none'}")
+    return [key for key in known if key in set(wanted)]
+
+
+def _ranges(chosen: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
+    """Contiguous ranges, as Dagster takes them: each is one run."""
+    position = {key: number for number, key in enumerate(known)}
+    ranges: list[tuple[str, str]] = []
+    for key in chosen:
+        if ranges and position[key] == position[ranges[-1][1]] + 1:
+            ranges[-1] = (ranges[-1][0], key)
+        else:
+            ranges.append((key, key))
+    return ranges

@@ -1,0 +1,187 @@
+"""KreaResource: how EvoLink is reached, and where what is bought is kept."""
+
+import asyncio
+import contextvars
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, contextmanager
+from typing import Any, TypeVar
+
+import dagster as dg
+import httpx
+from pydantic import Field
+
+from krea_dagster.api import KreaClient
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.policy import Policy
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
+from krea_dagster.prompts import PlannedImage
+
+_T = TypeVar("_T")
+
+
+class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
+    """Buys images of Krea 2 Turbo from EvoLink, each once, and keeps them verified.
+
+    Give the key as ``dagster.EnvVar("EVOLINK_API_KEY")``: a plain string would be shown in
+    the UI.
+    """
+
+    api_key: str = Field(
+        default="",
+        repr=False,
+        description="EvoLink API key, as dagster.EnvVar. May stay empty with the emulator.",
+    )
+    base_url: str = Field(
+        default="https://api.evolink.ai",
+        description="Root of the API. http is taken for addresses of this machine or network only.",
+    )
+    emulator: bool = Field(
+        default=False,
+        description=(
+            "Use an emulator on this machine instead of base_url: the pictures are synthetic, "
+            "and nothing is charged."
+        ),
+    )
+    storage: str = Field(
+        default="data/krea",
+        description="Root of what is made: a folder, or a URL that fsspec knows.",
+    )
+    journal_url: str = Field(
+        default="",
+        description=(
+            "SQLAlchemy URL of the journal. Empty: SQLite in the storage root, where that is a "
+            "folder. Runs that share a journal never buy the same image twice."
+        ),
+    )
+    max_in_flight: int = Field(
+        default=64, ge=1, le=4096, description="Most tasks of one run at the server at once."
+    )
+    on_unknown: str = Field(
+        default="replay",
+        pattern="^(replay|hold)$",
+        description=(
+            "What is done about a purchase whose outcome is unknown: replay repeats it with the "
+            "same Idempotency-Key within 23 hours, hold leaves it to a person."
+        ),
+    )
+    patience_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description=(
+            "Seconds after its submission that a run waits for a task. Then it detaches, and "
+            "the next run takes the task up again."
+        ),
+    )
+    timeout_s: float = Field(
+        default=60.0, gt=0, description="Seconds that EvoLink may take to answer a call."
+    )
+    download_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds that one download may take in all."
+    )
+
+    def open_storage(self) -> Storage:
+        """Return the storage root. Raises ConfigError."""
+        return Storage(self.storage)
+
+    @contextmanager
+    def open_journal(self) -> Iterator[Journal]:
+        """Open the journal. Raises ConfigError or JournalError."""
+        with closing(Journal(self._journal_url())) as journal:
+            yield journal
+
+    def generate(
+        self,
+        images: Iterable[PlannedImage],
+        *,
+        run_id: str,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> RunReport:
+        """Buy, fetch and verify what is not at hand yet, and return when nothing more can be done.
+
+        Raises ConfigError for a wrong setting before anything is bought, and JournalError
+        where the journal cannot be written. What EvoLink refuses or loses is in the report
+        and in the journal, not an exception.
+        """
+        wanted = [Wanted(image.request, image.partition_key) for image in images]
+        if not self.emulator and not self.api_key:
+            raise ConfigError(
+                "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
+                "that variable, or set emulator=True"
+            )
+        with self.open_journal() as journal:
+            journal.bind(self._origin())
+            runner = Runner(
+                connect=self._connect,
+                journal=journal,
+                images=ImageStore(self.open_storage()),
+                run_id=run_id,
+                policy=Policy(
+                    on_unknown="hold" if self.on_unknown == "hold" else "replay",
+                    patience_s=self.patience_s,
+                ),
+                max_in_flight=self.max_in_flight,
+                on_progress=on_progress or (lambda _progress: None),
+            )
+            return _run(runner.run(wanted))
+
+    def records(self, images: Iterable[PlannedImage]) -> dict[str, Record]:
+        """Return what the journal knows of these images, by request key. Needs no network."""
+        with self.open_journal() as journal:
+            return journal.records({image.request.request_key for image in images})
+
+    def _journal_url(self) -> str:
+        if self.journal_url:
+            return self.journal_url
+        folder = self.open_storage().folder
+        if folder is None:
+            raise ConfigError(
+                f"the storage root {self.storage} is not a folder, so the journal needs a "
+                "place of its own: set journal_url (KREA_JOURNAL_URL), for example to PostgreSQL"
+            )
+        return f"sqlite:///{folder / 'journal.db'}"
+
+    def _origin(self) -> str:
+        """Where images are bought: EvoLink's host, or an emulator on some port of this machine."""
+        url = httpx.URL(self.base_url)
+        synthetic = self.emulator or url.scheme == "http"
+        return "an emulator" if synthetic else url.host
+
+    @asynccontextmanager
+    async def _connect(self) -> AsyncIterator[KreaClient]:
+        if not self.emulator:
+            async with self._client(self.api_key, self.base_url) as client:
+                yield client
+            return
+        folder = self.open_storage().folder
+        if folder is None:
+            raise ConfigError("the emulator keeps its state in the storage root: use a folder")
+        with local_emulator(folder / "emulator") as url:
+            async with self._client(EMULATOR_KEY, url) as client:
+                yield client
+
+    def _client(self, api_key: str, base_url: str) -> KreaClient:
+        return KreaClient(
+            api_key,
+            base_url=base_url,
+            timeout_s=self.timeout_s,
+            download_timeout_s=self.download_timeout_s,
+        )
+
+
+def _run(main: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine to its end, also where this thread has an event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        # A sync step that runs its own loop: on Dagster's terminate its tasks are cancelled and
+        # may still write what they know, which those of an async step may not.
+        return asyncio.run(main)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(contextvars.copy_context().run, asyncio.run, main).result()

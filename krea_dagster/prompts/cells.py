@@ -1,0 +1,189 @@
+"""Read the cells of an Arrow column as Python values: lenient in type, exact in value.
+
+Each reader gives a list with, for every cell, its value, None where it is missing (null or
+NaN), or a :class:`Bad` that says what is there instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.prompts.partitioning import day_of_text, key_problem
+
+_SHOWN: Final = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Bad:
+    """A cell that cannot be used.
+
+    ``value`` is safe to print; ``allowed`` is "" where the column's own rule says it.
+    """
+
+    value: str
+    allowed: str = ""
+
+
+T = TypeVar("T", bound=Hashable)
+Cells = list[T | Bad | None]
+
+
+def shown(value: object) -> str:
+    """Return a value as a person may read it in a terminal: short, with nothing unprintable."""
+    text = repr(value[: _SHOWN + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= _SHOWN + 2 else f"{text[:_SHOWN]}…"
+
+
+def plain(text: str) -> str:
+    """Return a name, such as a column's, short and with nothing unprintable, without quotes."""
+    return shown(text).strip("'\"") or "''"
+
+
+# -- types ------------------------------------------------------------------------------------
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether text is in a column of this type."""
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of a column's values, without dictionary and view encodings."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    return kind
+
+
+def plain_array(array: pa.Array) -> pa.Array:
+    """Return a column without dictionary and view encodings."""
+    kind = plain_type(array.type)
+    return array if kind == array.type else array.cast(kind)
+
+
+# -- values -----------------------------------------------------------------------------------
+
+
+def text_cells(array: pa.Array) -> Cells[str]:
+    """Read text. A column of whole numbers is read as their digits."""
+    array = plain_array(array)
+    if pa.types.is_integer(array.type):
+        array = array.cast(pa.string())
+    if pa.types.is_floating(array.type):
+        return _only_missing(array)
+    try:
+        values: Cells[str] = array.to_pylist()
+    except UnicodeDecodeError:
+        values = [_text_cell(scalar) for scalar in array]
+    # Arrow checks nothing here, and a NUL is valid UTF-8 that PostgreSQL cannot keep.
+    return [
+        Bad(shown(value), "must not hold NUL characters")
+        if isinstance(value, str) and "\0" in value
+        else value
+        for value in values
+    ]
+
+
+def _text_cell(scalar: Any) -> str | Bad | None:
+    try:
+        value: str | None = scalar.as_py()
+    except UnicodeDecodeError:
+        return Bad(shown(scalar.as_buffer().to_pybytes()), "must be valid UTF-8 text")
+    return value
+
+
+def whole_cells(array: pa.Array) -> Cells[int]:
+    """Read whole numbers, of any width. 3.0 is one: pandas makes it of a 3 beside a null."""
+    array = plain_array(array)
+    if pa.types.is_integer(array.type):
+        integers: Cells[int] = array.to_pylist()
+        return integers
+    return [_whole_cell(value) for value in array.to_pylist()]
+
+
+def _whole_cell(value: float | Decimal | None) -> int | Bad | None:
+    if value is None or value != value:  # noqa: PLR0124 - only NaN differs from itself
+        return None
+    number = Decimal(value)
+    if number.is_finite() and number == number.to_integral_value():
+        return int(number)
+    return Bad(shown(value) if isinstance(value, float) else str(value))
+
+
+def flag_cells(array: pa.Array) -> Cells[bool]:
+    """Read booleans. 1 and "true" are none."""
+    array = plain_array(array)
+    if pa.types.is_floating(array.type):
+        return _only_missing(array)
+    flags: Cells[bool] = array.to_pylist()
+    return flags
+
+
+def _only_missing(array: pa.Array) -> Cells[Any]:
+    """Read the column of floats that pandas makes where every cell is missing."""
+    return [
+        None if value is None or value != value else Bad(shown(value))  # noqa: PLR0124 - NaN
+        for value in array.to_pylist()
+    ]
+
+
+# -- partition keys ---------------------------------------------------------------------------
+
+_NO_KEY: Final = "is needed in every row: it decides the partition"
+
+
+def column_keys(array: pa.Array) -> list[str | Bad]:
+    """Read a column as partition keys: text, whole numbers, booleans, or dates."""
+    array = plain_array(array)
+    kind = array.type
+    if pa.types.is_boolean(kind):
+        flags = array.to_pylist()
+        texts: Cells[str] = [None if flag is None else str(flag).lower() for flag in flags]
+    elif pa.types.is_date(kind):
+        texts = array.cast(pa.date32()).cast(pa.string()).to_pylist()
+    else:
+        texts = text_cells(array)
+    return _keys(texts, _column_key)
+
+
+def _column_key(text: str) -> str | Bad:
+    problem = key_problem(text)
+    return text if problem is None else Bad(shown(text), f"{problem}, to be a partition key")
+
+
+def day_keys(array: pa.Array) -> list[str | Bad]:
+    """Read a column of dates, times or ISO texts as days in UTC."""
+    array = plain_array(array)
+    if pa.types.is_timestamp(array.type):
+        # Arrow keeps times with a zone in UTC: without the zone they are UTC times.
+        days = pc.floor_temporal(array.view(pa.timestamp(array.type.unit)), unit="day")
+        array = days.cast(pa.date32(), safe=False)
+    if pa.types.is_date(array.type):
+        array = array.cast(pa.date32()).cast(pa.string())
+    return _keys(text_cells(array), _day_key)
+
+
+def _day_key(text: str) -> str | Bad:
+    day = day_of_text(text)
+    return Bad(shown(text), "must be a date or time such as 2026-11-01") if day is None else day
+
+
+def _keys(texts: Sequence[str | Bad | None], key: Callable[[str], str | Bad]) -> list[str | Bad]:
+    # Few different values in many rows: each is looked at once.
+    known = {text: key(text) for text in set(texts) if isinstance(text, str)}
+    missing = Bad("missing", _NO_KEY)
+    return [
+        known[text] if isinstance(text, str) else (missing if text is None else text)
+        for text in texts
+    ]

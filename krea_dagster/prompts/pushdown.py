@@ -1,0 +1,87 @@
+"""Say which row groups can hold the rows of a partition, as an expression for Arrow."""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from krea_dagster.prompts.partitioning import (
+    DayPartitions,
+    HashPartitions,
+    PartitionBy,
+    parse_day,
+)
+
+#: With more spans than this, an expression costs more than the row groups that it skips.
+_MAX_SPANS: Final = 64
+_EPOCH: Final = date(1970, 1, 1).toordinal()
+_TICKS: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def row_group_filter(by: PartitionBy, kind: pa.DataType, wanted: frozenset[str]) -> Any | None:
+    """Return an expression that holds for every row of the wanted partitions, or None.
+
+    It is held against the statistics of row groups, so it may hold for other rows too. There
+    is none for a dictionary-encoded column, whose statistics Arrow does not use.
+    """
+    if isinstance(by, HashPartitions):
+        return None
+    try:
+        if isinstance(by, DayPartitions):
+            spans = _day_spans(kind, wanted)
+        else:
+            spans = _value_spans(kind, wanted)
+        if spans is None:
+            return None
+        column, found = ds.field(by.column), ds.scalar(False)
+        for low, high in spans:
+            found |= (column >= pa.scalar(low, kind)) & (column <= pa.scalar(high, kind))
+    except (OverflowError, pa.ArrowInvalid):
+        # A key beyond what the column's type can hold: let all be read, and nothing be found.
+        return None
+    return found
+
+
+def _value_spans(kind: pa.DataType, wanted: frozenset[str]) -> list[tuple[Any, Any]] | None:
+    values: list[Any]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        values = sorted(wanted)
+    elif pa.types.is_integer(kind):
+        values = sorted(int(key) for key in wanted if re.fullmatch(r"-?[0-9]{1,20}", key))
+    elif pa.types.is_date(kind):
+        values = sorted(day for day in map(parse_day, wanted) if day is not None)
+    else:
+        return None
+    if len(values) > _MAX_SPANS:
+        return [(values[0], values[-1])]
+    return [(value, value) for value in values]
+
+
+def _day_spans(kind: pa.DataType, wanted: frozenset[str]) -> list[tuple[Any, Any]] | None:
+    numbers = sorted(day.toordinal() for day in map(parse_day, wanted) if day is not None)
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and (number == runs[-1][1] + 1 or len(runs) == _MAX_SPANS):
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    if pa.types.is_date(kind):
+        return [(date.fromordinal(low), date.fromordinal(high)) for low, high in runs]
+    if pa.types.is_timestamp(kind):
+        day = _TICKS[kind.unit] * 24 * 60 * 60
+        return [((low - _EPOCH) * day, (high + 1 - _EPOCH) * day - 1) for low, high in runs]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        # A zone moves a time by less than a day, so its text may begin with a neighbour's date.
+        first, last = date.min.toordinal(), date.max.toordinal()
+        return [
+            (
+                date.fromordinal(max(low - 1, first)).isoformat(),
+                date.fromordinal(min(high + 1, last)).isoformat() + "~",
+            )
+            for low, high in runs
+        ]
+    return None

@@ -1,0 +1,200 @@
+"""Find and read the Parquet files of a prompt table, on a disk or behind a URL.
+
+Whatever a file does wrong ends in one :class:`~krea_dagster.errors.ConfigError` that names the
+file and says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec.core
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from krea_dagster.errors import ConfigError
+
+#: Rows that are in memory at once while a table streams by.
+BATCH_ROWS: Final = 8_192
+
+# Read column chunks piece by piece: a row group of a million rows is then no larger in memory
+# than one of ten thousand.
+_BUFFER_BYTES: Final = 1 << 20
+
+_ENDINGS: Final = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One Parquet file of the table. ``first_row`` is the number, from 1, of its first row."""
+
+    name: str
+    schema: pa.Schema
+    first_row: int
+    _path: str
+    _filesystem: Any
+    _fragment: Any
+
+    @property
+    def row_count(self) -> int:
+        """Rows in the file, as its footer says."""
+        return int(self._fragment.metadata.num_rows)
+
+    def batches(
+        self, columns: Sequence[str], keep: Any | None = None
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield ``(number of the first row, batch)`` in the file's order.
+
+        Only the columns that are named are read. ``keep``, a ``pyarrow.dataset`` expression,
+        skips the row groups whose statistics show that they hold no such row; rows that are
+        read are not filtered by it. Raises ConfigError where the file cannot be read.
+        """
+        columns = list(dict.fromkeys(columns))
+        with _reading(self.name):
+            metadata = self._fragment.metadata
+            first_rows = [self.first_row]
+            for group in range(metadata.num_row_groups):
+                first_rows.append(first_rows[-1] + metadata.row_group(group).num_rows)
+            wanted = self._groups(columns, keep)
+            if not wanted or not columns:
+                return
+            with self._filesystem.open_input_file(self._path) as handle:
+                file = pq.ParquetFile(
+                    handle, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES
+                )
+                for group in wanted:
+                    row = first_rows[group]
+                    for batch in file.iter_batches(BATCH_ROWS, [group], columns):
+                        # By name: "a.b" as a path also means the member b of a structure a.
+                        yield row, batch.select(columns)
+                        row += batch.num_rows
+
+    def _groups(self, columns: Sequence[str], keep: Any | None) -> list[int]:
+        if keep is None:
+            return list(range(self._fragment.metadata.num_row_groups))
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return [group.id for group in self._fragment.subset(filter=keep, schema=schema).row_groups]
+
+
+def open_files(source: str) -> list[TableFile]:
+    """Return the table's files in sorted order, with their footers read.
+
+    ``source`` is a Parquet file, a folder (all ``.parquet`` and ``.pq`` files in it and below,
+    but for names that begin with "." or "_"), or the URL of either. Raises ConfigError.
+    """
+    filesystem, root = _filesystem(source)
+    files: list[TableFile] = []
+    first_row = 1
+    for name, path in _listing(source, filesystem, root):
+        file = replace(_open(name, path, filesystem), first_row=first_row)
+        first_row += file.row_count
+        files.append(file)
+    return files
+
+
+def _open(name: str, path: str, filesystem: Any) -> TableFile:
+    with _reading(name):
+        fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=filesystem)
+        fragment.ensure_complete_metadata()
+        return TableFile(name, fragment.physical_schema, 1, path, filesystem, fragment)
+
+
+def _filesystem(source: str) -> tuple[Any, str]:
+    if not source.strip():
+        raise ConfigError("the prompt table has no name; give a Parquet file, a folder, or a URL")
+    if "://" not in source:
+        return fs.LocalFileSystem(), str(Path(source).expanduser().absolute())
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+    except ImportError as missing:
+        # Without the fsspec package for this kind of URL, Arrow may have its own.
+        try:
+            return tuple(fs.FileSystem.from_uri(source))
+        except (pa.ArrowException, OSError, ValueError):
+            raise ConfigError(f"{source} cannot be opened: {missing}") from missing
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{source} cannot be opened: {_first_line(error)}; "
+            "give a Parquet file, a folder, or a URL of a kind that fsspec knows"
+        ) from error
+    # Some file systems remember listings; a process that runs for days must see new files.
+    filesystem.invalidate_cache()
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def _listing(source: str, filesystem: Any, root: str) -> list[tuple[str, str]]:
+    with _reading(source):
+        info = filesystem.get_file_info(root)
+        if info.type == fs.FileType.File:
+            return [(source, root)]
+        if info.type == fs.FileType.Directory:
+            below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+            prefix = root.rstrip("/") + "/"
+            types = {entry.path.removeprefix(prefix): entry.type for entry in below}
+            if isinstance(filesystem, fs.LocalFileSystem):
+                types = _dangling_links(root) | types
+            found = sorted(
+                name
+                for name, kind in types.items()
+                if kind != fs.FileType.Directory and _is_table(name)
+            )
+            base = source.rstrip("/")
+            for name in found:
+                if types[name] == fs.FileType.Unknown:
+                    raise ConfigError(f"{base}/{name} is neither a file nor a folder")
+            if not found:
+                raise ConfigError(
+                    f"{source} is a folder without a Parquet file; put files that end in "
+                    f"{' or '.join(_ENDINGS)} into it, or name another"
+                )
+            return [(f"{base}/{name}", f"{prefix}{name}") for name in found]
+    if info.type == fs.FileType.NotFound:
+        raise ConfigError(
+            f"{source} does not exist; the prompt table (KREA_PROMPTS) must be a Parquet file, "
+            "a folder of them, or a URL"
+        )
+    raise ConfigError(f"{source} is neither a file nor a folder")
+
+
+def _dangling_links(root: str) -> dict[str, Any]:
+    """Return the links that lead nowhere: Arrow passes over them, so that rows would be missed."""
+    return {
+        path.relative_to(root).as_posix(): fs.FileType.NotFound
+        for path in Path(root).rglob("*")
+        if path.is_symlink() and not path.exists()
+    }
+
+
+def _is_table(name: str) -> bool:
+    parts = name.split("/")
+    return name.lower().endswith(_ENDINGS) and not any(part[:1] in {".", "_"} for part in parts)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what Arrow and file systems raise into one error that names the file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        said = _first_line(error)
+        if "crypt" in said.lower():
+            advice = "it is encrypted; write it without encryption"
+        elif isinstance(error, PermissionError):
+            advice = "allow this user to read it"
+        else:
+            advice = "it may be cut short, damaged, or not a Parquet file; write it again"
+        raise ConfigError(f"{name} cannot be read: {advice} ({said})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line[:200].encode("unicode_escape").decode() if not line.isprintable() else line[:200]

@@ -1,0 +1,192 @@
+"""Read the partitions of a prompt table, and say what is wrong by row and column.
+
+A table streams by in batches of 8,192 rows. Only the columns that are needed are read, and
+only the row groups that can hold the partitions that are asked for; the rows that are kept are
+those asked for. All that is wrong is collected and raised as one error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.errors import ConfigError, Problem
+from krea_dagster.prompts.cells import Bad, shown
+from krea_dagster.prompts.layout import (
+    RECOGNISED_COLUMNS,
+    RESERVED_COLUMNS,
+    Layout,
+    Problems,
+    problem_in,
+)
+from krea_dagster.prompts.partitioning import (
+    DayPartitions,
+    HashPartitions,
+    PartitionBy,
+    key_problem,
+    parse_day,
+)
+from krea_dagster.prompts.requests import (
+    Attempts,
+    Defaults,
+    PartitionVersion,
+    PromptRow,
+    plan_images,
+)
+from krea_dagster.prompts.scan import Scan, partition_cells
+from krea_dagster.prompts.source import open_files
+from krea_dagster.prompts.tokens import MAX_TOKENS, estimate_tokens
+
+__all__ = ["RECOGNISED_COLUMNS", "RESERVED_COLUMNS", "PromptRows", "PromptTable"]
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Rows of the prompt table, in its order, and their further columns.
+
+    ``carried`` has one row for each of ``rows``, with every column that is not recognised;
+    dictionary and view encodings are undone. ``warnings`` names the first of the rows whose
+    prompt is so long that the model may not read all of it; ``warning_count`` is their number.
+    """
+
+    rows: tuple[PromptRow, ...]
+    carried: pa.Table
+    warnings: tuple[Problem, ...] = ()
+    warning_count: int = 0
+
+    def by_partition(self) -> dict[str, PromptRows]:
+        """Return the rows of each partition that has some, by key, sorted; without warnings."""
+        keys = pa.array([row.partition_key for row in self.rows], pa.string())
+        parts: dict[str, list[PromptRow]] = {}
+        for row in self.rows:
+            parts.setdefault(row.partition_key, []).append(row)
+        return {
+            key: PromptRows(tuple(parts[key]), self.carried.filter(pc.equal(keys, key)))
+            for key in sorted(parts)
+        }
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """A prompt table: a Parquet file, a folder of them, or the URL of either.
+
+    The table is read afresh by every method. All raise
+    :class:`~krea_dagster.errors.ConfigError` where a file cannot be found or read, and
+    :class:`~krea_dagster.errors.PromptTableError` where its content cannot be used.
+
+    ``count_tokens`` counts the tokens of a prompt; more than ``max_prompt_tokens`` is a problem.
+    """
+
+    source: str
+    partition_by: PartitionBy
+    defaults: Defaults = field(default_factory=Defaults)
+    count_tokens: Callable[[str], int] = estimate_tokens
+    max_prompt_tokens: int = MAX_TOKENS
+
+    def partition_keys(self) -> list[str]:
+        """Return the keys of all partitions, sorted.
+
+        Of ``hash:N`` these are all N, and nothing is read. Else the partition column is read.
+        """
+        if isinstance(self.partition_by, HashPartitions):
+            return self.partition_by.keys()
+        return sorted(self._keys_in_table())
+
+    def first_day(self) -> str | None:
+        """Return the first day, ``YYYY-MM-DD``, of ``day:NAME``; None for an empty table."""
+        if not isinstance(self.partition_by, DayPartitions):
+            raise ConfigError(f"partitions by {self.partition_by} have no first day; use day:NAME")
+        return min(self._keys_in_table(), default=None)
+
+    def read(self, keys: Sequence[str] | None = None) -> PromptRows:
+        """Return the rows of these partitions, or of all, validated, in table order.
+
+        A key without rows gives none. Rows of other partitions are not checked, but for
+        prompt_ids, which are unique in the whole table, and for cells that decide the
+        partition. Raises ConfigError for a key that this partitioning cannot have.
+        """
+        scan = self._scan(self._wanted(keys), carry=True)
+        rows: list[PromptRow] = []
+        batches: list[pa.RecordBatch] = []
+        for chunk, carried in scan:
+            rows += chunk
+            batches.append(carried)
+        carried = _joined(batches, scan.carried_schema, len(rows))
+        warnings = scan.warnings
+        return PromptRows(tuple(rows), carried, tuple(warnings.first), warnings.count)
+
+    def versions(
+        self, keys: Sequence[str] | None = None, attempts: Attempts | None = None
+    ) -> dict[str, str]:
+        """Return the data version of these partitions, or of all, by key, sorted.
+
+        It hangs on the request keys of the partition's rows alone
+        (:func:`~krea_dagster.prompts.requests.partition_version`). Partitions of ``hash:N`` and
+        those that are named have one also where they hold no row.
+        """
+        wanted = self._wanted(keys)
+        named = wanted
+        if named is None and isinstance(self.partition_by, HashPartitions):
+            named = frozenset(self.partition_by.keys())
+        versions = {key: PartitionVersion() for key in named or ()}
+        for rows, _ in self._scan(wanted, carry=False):
+            for image in plan_images(rows, attempts):
+                version = versions.setdefault(image.partition_key, PartitionVersion())
+                version.add(image.request.request_key)
+        return {key: versions[key].hexdigest() for key in sorted(versions)}
+
+    def _scan(self, wanted: frozenset[str] | None, *, carry: bool) -> Scan:
+        return Scan(
+            self.source,
+            self.partition_by,
+            wanted,
+            defaults=self.defaults,
+            count_tokens=self.count_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            carry=carry,
+        )
+
+    def _wanted(self, keys: Sequence[str] | None) -> frozenset[str] | None:
+        if keys is None:
+            return None
+        if isinstance(keys, str):
+            raise TypeError("keys is a sequence of partition keys, not one text")
+        by = self.partition_by
+        known = frozenset(by.keys()) if isinstance(by, HashPartitions) else frozenset()
+        for key in keys:
+            if isinstance(by, HashPartitions):
+                right = key in known
+            elif isinstance(by, DayPartitions):
+                right = parse_day(key) is not None
+            else:
+                right = key_problem(key) is None
+            if not right:
+                raise ConfigError(f"{shown(key)} is no partition of {by}")
+        return frozenset(keys)
+
+    def _keys_in_table(self) -> set[str]:
+        problems = Problems()
+        layout = Layout.of(self.partition_by, open_files(self.source), problems)
+        keys: set[str] = set()
+        if layout.partition_column is not None:
+            for file in layout.files:
+                for first, batch in file.batches([layout.partition_column]):
+                    cells = partition_cells(self.partition_by, batch.column(0))
+                    found = set(cells)
+                    keys.update(key for key in found if isinstance(key, str))
+                    if any(isinstance(key, Bad) for key in found):
+                        for row, cell in enumerate(cells, first):
+                            if isinstance(cell, Bad):
+                                problems.add(problem_in(row, None, layout.partition_column, cell))
+        problems.raise_for(self.source)
+        return keys
+
+
+def _joined(batches: list[pa.RecordBatch], schema: pa.Schema, rows: int) -> pa.Table:
+    if schema.names:
+        return pa.Table.from_batches(batches, schema)
+    # A table without columns has no length of its own: make one, then drop its only column.
+    return pa.table({"": pa.nulls(rows)}).select([])

@@ -1,0 +1,155 @@
+"""A server on loopback that does to a connection exactly what a test says, and notes what came."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+
+class Seen:
+    """One request as it came in. Header names are lower-case."""
+
+    def __init__(self, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+#: Gets the request and the connection. Returns true to keep the connection, else it is closed.
+Behaviour = Callable[[Seen, asyncio.StreamWriter], Awaitable[bool]]
+
+
+class Server:
+    """Where it listens, and what it saw."""
+
+    def __init__(self, port: int, scheme: str) -> None:
+        self.port = port
+        self.url = f"{scheme}://127.0.0.1:{port}"
+        self.seen: list[Seen] = []
+        self.connections = 0
+
+
+@asynccontextmanager
+async def serving(behave: Behaviour, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+    """Serves until the block ends; connections that are still held are cut then."""
+    handlers: set[asyncio.Task[None]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        handlers.add(task)
+        server.connections += 1
+        try:
+            while (seen := await _read_request(reader)) is not None:
+                server.seen.append(seen)
+                if not await behave(seen, writer):
+                    break
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            handlers.discard(task)
+            writer.close()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
+    server = Server(listener.sockets[0].getsockname()[1], "https" if tls else "http")
+    try:
+        yield server
+    finally:
+        listener.close()
+        waiting = tuple(handlers)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def _read_request(reader: asyncio.StreamReader) -> Seen | None:
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+    first, *lines = head.strip().split("\r\n")
+    method, target, _ = first.split(" ")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return Seen(method, target, headers, body)
+
+
+def message(status: int, body: bytes = b"", **headers: str) -> bytes:
+    """A whole HTTP answer. ``content_type`` stands for Content-Type, and so on."""
+    fields = {"Content-Length": str(len(body))}
+    fields |= {name.replace("_", "-").title(): value for name, value in headers.items()}
+    lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def answers(status: int, value: object = b"", **headers: str) -> Behaviour:
+    """Answers every request alike; a value that is not bytes is sent as JSON."""
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return says(message(status, body, **headers))
+
+
+def says(*parts: bytes, keep: bool = True) -> Behaviour:
+    """Writes these bytes, and keeps the connection or closes it."""
+
+    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        return keep
+
+    return behave
+
+
+def holds(*parts: bytes, reached: asyncio.Event | None = None) -> Behaviour:
+    """Writes these bytes, says that it has been reached, and then nothing more, for ever."""
+
+    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+        for part in parts:
+            writer.write(part)
+        if reached is not None:
+            reached.set()
+        await asyncio.Event().wait()
+        return False
+
+    return behave
+
+
+def floods(head: bytes, piece: bytes) -> Behaviour:
+    """Writes the head, and then one piece after another, until the client is gone."""
+
+    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+        writer.write(head)
+        while not writer.is_closing():
+            writer.write(piece)
+            await writer.drain()
+        return False
+
+    return behave
+
+
+def by_path(**behaviours: Behaviour) -> Behaviour:
+    """One behaviour per first part of the path; ``task`` answers /task/… and so on."""
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        name = seen.target.partition("?")[0].strip("/").split("/")[0]
+        return await behaviours[name](seen, writer)
+
+    return behave
+
+
+def closed_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,699 @@
+"""The client over real sockets: what each failure of a purchase means, and where the key goes."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from api_loopback import (
+    Behaviour,
+    Seen,
+    Server,
+    answers,
+    by_path,
+    closed_port,
+    floods,
+    holds,
+    says,
+    serving,
+)
+
+from krea_dagster.api import KreaClient
+from krea_dagster.api.client import ANSWER_MAX_BYTES, BATCH_TRIES, check_base_url
+from krea_dagster.errors import (
+    ApiError,
+    ConfigError,
+    ContentRefused,
+    InputError,
+    KreaError,
+    NoCapacity,
+    NotSent,
+    NoUsableAnswer,
+    OutcomeUnknown,
+    PurchasePending,
+    RateLimited,
+    SubmitError,
+    TaskNotFound,
+    TurnedAway,
+    Unauthorized,
+)
+from krea_dagster.models import ImageRequest
+
+pytestmark = pytest.mark.anyio
+
+KEY = "sk-test-0123456789abcdefghij"
+IDEMPOTENCY_KEY = "krea-0123456789abcdef"
+REQUEST = ImageRequest(
+    request_key="k",
+    prompt="a red cube",
+    size="1:1",
+    quality="1K",
+    seed=7,
+    nsfw_check=False,
+    attempt=0,
+)
+CREATED = {"id": "task-unified-1-a", "status": "pending", "usage": {"credits_reserved": 0.45}}
+
+
+def client_for(server: Server, **settings: Any) -> KreaClient:
+    return KreaClient(KEY, base_url=server.url, **settings)
+
+
+async def buy(client: KreaClient) -> Any:
+    return await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
+
+
+async def failed_purchase(client: KreaClient) -> SubmitError:
+    with pytest.raises(SubmitError) as caught:
+        await buy(client)
+    return caught.value
+
+
+def status_of(task_id: str) -> dict[str, str]:
+    return {"id": task_id, "status": "processing"}
+
+
+# -- a purchase that works --------------------------------------------------------------------
+
+
+async def test_a_purchase_sends_the_key_the_idempotency_key_and_the_body_and_nothing_more() -> None:
+    async with serving(answers(200, CREATED)) as server, client_for(server) as client:
+        submission = await buy(client)
+    (seen,) = server.seen
+    assert submission.task_id == "task-unified-1-a"
+    assert submission.credits_reserved_units == 4500
+    assert (seen.method, seen.target) == ("POST", "/v1/images/generations")
+    assert seen.headers.pop("user-agent").startswith("krea-dagster/")
+    assert seen.headers == {
+        "host": f"127.0.0.1:{server.port}",
+        "accept": "application/json",
+        "accept-encoding": "identity",
+        "connection": "keep-alive",
+        "content-type": "application/json",
+        "content-length": str(len(seen.body)),
+        "authorization": f"Bearer {KEY}",
+        "idempotency-key": IDEMPOTENCY_KEY,
+    }
+    assert seen.json["seed"] == 7
+    assert "callback_url" not in seen.json
+
+
+async def test_a_repeat_sends_the_very_same_bytes_and_says_that_it_was_replayed() -> None:
+    async with (
+        serving(answers(200, CREATED, idempotency_replayed="true")) as server,
+        client_for(server) as client,
+    ):
+        url = "https://example.com/hook"
+        for _ in range(2):
+            submission = await client.submit(
+                REQUEST, idempotency_key=IDEMPOTENCY_KEY, callback_url=url
+            )
+    assert submission.replayed
+    assert server.seen[0].body == server.seen[1].body
+    assert server.seen[0].json["callback_url"] == url
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["", "short", "x" * 97, "has space 0123456789", "ümlaut-0123456789"]
+)
+async def test_a_bad_idempotency_key_sends_nothing(key: str) -> None:
+    async with serving(answers(200, CREATED)) as server, client_for(server) as client:
+        with pytest.raises(InputError):
+            await client.submit(REQUEST, idempotency_key=key)
+    assert server.seen == []
+
+
+async def test_a_closed_client_sends_nothing() -> None:
+    async with serving(answers(200, CREATED)) as server:
+        client = client_for(server)
+        await client.aclose()
+        with pytest.raises(InputError):
+            await buy(client)
+    assert server.seen == []
+
+
+async def test_an_answer_that_is_packed_though_not_asked_for_is_unpacked() -> None:
+    body = gzip.compress(json.dumps(CREATED).encode())
+    async with (
+        serving(answers(200, body, content_encoding="gzip")) as server,
+        client_for(server) as client,
+    ):
+        assert (await buy(client)).task_id == "task-unified-1-a"
+
+
+# -- what a failure on the line means ---------------------------------------------------------
+
+
+async def test_a_refused_connection_is_certainly_unspent() -> None:
+    async with KreaClient(KEY, base_url=f"http://127.0.0.1:{closed_port()}") as client:
+        assert type(await failed_purchase(client)) is NotSent
+
+
+async def test_a_name_that_does_not_resolve_is_certainly_unspent() -> None:
+    async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
+        assert type(await failed_purchase(client)) is NotSent
+
+
+async def test_a_failed_tls_handshake_is_certainly_unspent() -> None:
+    async def hangs_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 No\r\n\r\n")
+        writer.close()
+
+    listener = await asyncio.start_server(hangs_up, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with KreaClient(KEY, base_url=f"https://127.0.0.1:{port}") as client:
+        assert type(await failed_purchase(client)) is NotSent
+    listener.close()
+
+
+async def test_a_proxy_that_opens_no_tunnel_is_certainly_unspent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(answers(407)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
+            assert type(await failed_purchase(client)) is NotSent
+    (seen,) = proxy.seen
+    assert seen.method == "CONNECT"
+    assert "authorization" not in seen.headers
+
+
+async def test_waiting_for_a_connection_in_vain_is_certainly_unspent() -> None:
+    async with (
+        serving(holds()) as server,
+        client_for(server, max_connections=1, timeout_s=0.3) as client,
+    ):
+        errors: list[SubmitError] = []
+
+        async def buy_one() -> None:
+            errors.append(await failed_purchase(client))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(buy_one)
+            group.start_soon(buy_one)
+    assert len(server.seen) == 1
+    assert sorted(type(error).__name__ for error in errors) == ["NotSent", "OutcomeUnknown"]
+
+
+UNKNOWN: dict[str, Behaviour] = {
+    "the server reads the purchase and closes in silence": says(keep=False),
+    "the server never answers": holds(),
+    "the status line is garbage": says(b"garbage\r\n\r\n", keep=False),
+    "the head breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Le", keep=False),
+    "the body breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False),
+    "the body never ends": floods(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536),
+    "the body hangs": holds(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+    "the body is a bomb": answers(200, gzip.compress(bytes(20_000_000)), content_encoding="gzip"),
+    "the packing is unknown": answers(200, b"x", content_encoding="br"),
+    "the packing is damaged": answers(200, b"x", content_encoding="gzip"),
+    "a 400 breaks off before its code": says(
+        b"HTTP/1.1 400 No\r\nContent-Length: 99\r\n\r\n{", keep=False
+    ),
+    "a 302 leads elsewhere": answers(302, location="http://127.0.0.1:1/"),
+    "a 307 leads elsewhere": answers(307, location="http://127.0.0.1:1/"),
+    "a redirect has an unreadable target": answers(308, location="https://["),
+    "a redirect has another protocol": answers(308, location="gopher://x/"),
+    "a 200 without an id": answers(200, {}),
+    "a 500": answers(500, {"error": {"code": "internal_error", "message": "no"}}),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+async def test_whatever_fails_after_the_purchase_has_left_is_an_unknown_outcome(case: str) -> None:
+    async with (
+        serving(UNKNOWN[case]) as server,
+        client_for(server, timeout_s=0.3) as client,
+    ):
+        assert type(await failed_purchase(client)) is OutcomeUnknown
+    assert len(server.seen) == 1
+
+
+async def test_a_purchase_whose_deadline_passes_is_an_unknown_outcome() -> None:
+    async with serving(holds()) as server, client_for(server, deadline_s=0.2) as client:
+        error = await failed_purchase(client)
+    assert type(error) is OutcomeUnknown
+    assert "0.2 s" in error.message
+
+
+async def test_a_kept_connection_that_the_server_closes_on_the_next_purchase_is_unknown() -> None:
+    purchases = iter([answers(200, CREATED), says(keep=False)])
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        return await next(purchases)(seen, writer)
+
+    async with serving(behave) as server, client_for(server) as client:
+        await buy(client)
+        assert type(await failed_purchase(client)) is OutcomeUnknown
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        (answers(429, retry_after="7"), TurnedAway),
+        (answers(400, {"error": {"code": "channel_busy"}}), NoCapacity),
+        (answers(400, {"error": {"code": "content_filter"}}), ContentRefused),
+        (answers(409, {"error": {"code": "paid_outcome_unknown"}}), PurchasePending),
+        (says(b"HTTP/1.1 429 No\r\nContent-Length: 99\r\n\r\n{", keep=False), TurnedAway),
+    ],
+)
+async def test_an_answer_that_came_is_classified_by_the_tables(
+    behaviour: Behaviour, error: type[SubmitError]
+) -> None:
+    async with serving(behaviour) as server, client_for(server) as client:
+        assert type(await failed_purchase(client)) is error
+
+
+async def test_a_cancellation_passes_through() -> None:
+    reached = asyncio.Event()
+    async with serving(holds(reached=reached)) as server, client_for(server) as client:
+        purchase = asyncio.ensure_future(buy(client))
+        await reached.wait()
+        purchase.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await purchase
+
+
+# -- another transport ------------------------------------------------------------------------
+
+
+class LyingTransport(httpx.AsyncBaseTransport):
+    """Sends the whole request, and then claims something else, as real transports do."""
+
+    def __init__(self, claim: Exception) -> None:
+        self.claim = claim
+        self.inner = httpx.AsyncHTTPTransport()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await (await self.inner.handle_async_request(request)).aclose()
+        raise self.claim
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        httpx.ConnectError("no"),
+        httpx.ConnectTimeout("no"),
+        httpx.PoolTimeout("no"),
+        httpx.UnsupportedProtocol("no"),
+        ZeroDivisionError("raw"),
+        TimeoutError(),
+    ],
+)
+async def test_a_transport_that_is_not_httpx_own_is_not_believed(claim: Exception) -> None:
+    async with (
+        serving(answers(200, CREATED)) as server,
+        client_for(server, transport=LyingTransport(claim)) as client,
+    ):
+        assert type(await failed_purchase(client)) is OutcomeUnknown
+    assert len(server.seen) == 1
+
+
+async def test_a_transport_is_believed_where_the_caller_vouches_for_it() -> None:
+    async with KreaClient(
+        KEY,
+        base_url=f"http://127.0.0.1:{closed_port()}",
+        transport=httpx.AsyncHTTPTransport(),
+        transport_reports_unsent=True,
+    ) as client:
+        assert type(await failed_purchase(client)) is NotSent
+
+
+# -- questions --------------------------------------------------------------------------------
+
+
+async def test_a_task_is_asked_for_by_its_id() -> None:
+    async with serving(answers(200, status_of("t:1"))) as server, client_for(server) as client:
+        assert (await client.task("t:1")).status == "processing"
+    assert (server.seen[0].method, server.seen[0].target) == ("GET", "/v1/tasks/t:1")
+    assert "idempotency-key" not in server.seen[0].headers
+
+
+@pytest.mark.parametrize("task_id", ["", "..", "a/b", "a?b", "a\nb", "x" * 129])
+async def test_a_text_that_is_no_task_id_is_not_asked_for(task_id: str) -> None:
+    async with serving(answers(200)) as server, client_for(server) as client:
+        with pytest.raises(InputError):
+            await client.task(task_id)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        (says(keep=False), NoUsableAnswer),
+        (says(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False), NoUsableAnswer),
+        (says(b"HTTP/1.1 404 No\r\nContent-Length: 99\r\n\r\n{", keep=False), NoUsableAnswer),
+        (floods(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536), NoUsableAnswer),
+        (answers(404, b"<html>"), NoUsableAnswer),
+        (answers(404, {"error": {"code": "task_not_found"}}), TaskNotFound),
+        (answers(401), Unauthorized),
+        (answers(429, retry_after="7"), RateLimited),
+    ],
+)
+async def test_a_question_without_a_usable_answer_has_its_class(
+    behaviour: Behaviour, error: type[ApiError]
+) -> None:
+    async with serving(behaviour) as server, client_for(server) as client:
+        with pytest.raises(ApiError) as caught:
+            await client.task("t")
+    assert type(caught.value) is error
+
+
+async def test_credits_are_stamped_with_the_clients_clock() -> None:
+    now = datetime(2025, 7, 1, tzinfo=timezone.utc)
+    value = {"data": {"user": {"remaining_credits": 1, "used_credits": 2}}, "success": True}
+    async with (
+        serving(answers(200, value)) as server,
+        client_for(server, now=lambda: now) as client,
+    ):
+        account = await client.credits()
+    assert (account.user_remaining_units, account.read_at) == (10_000, now)
+    assert server.seen[0].target == "/v1/credits"
+
+
+async def test_a_path_in_the_base_url_is_kept() -> None:
+    async with (
+        serving(answers(200, status_of("t"))) as server,
+        KreaClient(KEY, base_url=f"{server.url}/gate/") as client,
+    ):
+        await client.task("t")
+    assert server.seen[0].target == "/gate/v1/tasks/t"
+
+
+# -- many tasks -------------------------------------------------------------------------------
+
+
+def evolink(*, batch: Behaviour | None = None, single: Behaviour | None = None) -> Behaviour:
+    """Knows every task whose id begins with t, unless told otherwise."""
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        if seen.target == "/v1/tasks/batch":
+            if batch is not None:
+                return await batch(seen, writer)
+            data = [status_of(i) for i in seen.json["task_ids"] if i.startswith("t")]
+            return await answers(200, {"code": 200, "data": data})(seen, writer)
+        task_id = seen.target.rpartition("/")[2]
+        if single is not None:
+            return await single(seen, writer)
+        if task_id.startswith("t"):
+            return await answers(200, status_of(task_id))(seen, writer)
+        return await answers(404, {"error": {"code": "task_not_found"}})(seen, writer)
+
+    return behave
+
+
+async def test_many_tasks_are_read_fifty_at_a_time() -> None:
+    ids = [f"t{n}" for n in range(120)]
+    async with serving(evolink()) as server, client_for(server) as client:
+        before = client.batch_supported
+        found = await client.tasks([*ids, "gone", ids[0], "no/id"])
+        assert (before, client.batch_supported) == (None, True)
+    assert list(found) == ids
+    assert [len(seen.json["task_ids"]) for seen in server.seen] == [50, 50, 21]
+
+
+async def test_one_task_is_read_at_the_documented_endpoint() -> None:
+    async with serving(evolink()) as server, client_for(server) as client:
+        assert list(await client.tasks(["t1"])) == ["t1"]
+        assert await client.tasks(["gone"]) == {}
+        assert await client.tasks([]) == {}
+    assert {seen.method for seen in server.seen} == {"GET"}
+
+
+@pytest.mark.parametrize("missing", [answers(404, b"<html>"), answers(405), answers(200, b"hi")])
+async def test_without_a_batch_endpoint_tasks_are_read_singly_from_then_on(
+    missing: Behaviour,
+) -> None:
+    async with serving(evolink(batch=missing)) as server, client_for(server) as client:
+        for _ in range(2):
+            assert list(await client.tasks(["t1", "gone", "t2"])) == ["t1", "t2"]
+        assert client.batch_supported is False
+    assert [seen.method for seen in server.seen].count("POST") == 1
+
+
+async def test_single_reads_stand_in_a_few_at_a_time() -> None:
+    ids = [f"t{n}" for n in range(30)]
+    behaviour = evolink(batch=answers(404))
+    async with serving(behaviour) as server, client_for(server, max_connections=3) as client:
+        assert list(await client.tasks(ids)) == ids
+    assert server.connections <= 3
+
+
+async def test_a_batch_endpoint_that_never_worked_is_given_up() -> None:
+    async with serving(evolink(batch=answers(500))) as server, client_for(server) as client:
+        for _ in range(BATCH_TRIES - 1):
+            with pytest.raises(NoUsableAnswer):
+                await client.tasks(["t1", "t2"])
+        assert list(await client.tasks(["t1", "t2"])) == ["t1", "t2"]
+        assert client.batch_supported is False
+
+
+async def test_a_batch_endpoint_that_worked_is_not_given_up_for_an_outage() -> None:
+    batches = iter([answers(200, []), *[answers(500)] * 4])
+
+    async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        return await next(batches)(seen, writer)
+
+    async with serving(evolink(batch=batch)) as server, client_for(server) as client:
+        assert await client.tasks(["t1", "t2"]) == {}
+        for _ in range(4):
+            with pytest.raises(NoUsableAnswer):
+                await client.tasks(["t1", "t2"])
+        assert client.batch_supported is True
+
+
+async def test_what_was_read_is_not_lost_to_a_later_failure() -> None:
+    batches = iter([answers(200, [status_of("t0")]), answers(429)])
+
+    async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        return await next(batches)(seen, writer)
+
+    async with serving(evolink(batch=batch)) as server, client_for(server) as client:
+        assert list(await client.tasks([f"t{n}" for n in range(60)])) == ["t0"]
+
+
+@pytest.mark.parametrize(("status", "error"), [(429, RateLimited), (401, Unauthorized)])
+async def test_single_reads_stop_at_the_first_answer_that_all_would_get(
+    status: int, error: type[ApiError]
+) -> None:
+    behaviour = evolink(batch=answers(404), single=answers(status))
+    async with serving(behaviour) as server, client_for(server, max_connections=1) as client:
+        with pytest.raises(ApiError) as caught:
+            await client.tasks([f"t{n}" for n in range(20)])
+    assert type(caught.value) is error
+    assert len(server.seen) == 2
+
+
+# -- the key ----------------------------------------------------------------------------------
+
+
+def shown(error: BaseException) -> str:
+    """All that a traceback with local variables shows of an error, and of what led to it."""
+    text = ""
+    told: BaseException | None = error
+    while told is not None:
+        trace = traceback.TracebackException.from_exception(told, capture_locals=True)
+        beyond_this_test = [frame for frame in trace.stack if frame.filename != __file__]
+        assert beyond_this_test
+        text += repr([frame.locals for frame in beyond_this_test]) + repr(vars(told)) + str(told)
+        told = told.__cause__ or told.__context__
+    return text
+
+
+LEAKY: dict[str, Behaviour] = {
+    "closes": says(keep=False),
+    "hangs": holds(),
+    "garbage": says(b"garbage\r\n\r\n", keep=False),
+    "echoes the key": answers(
+        400,
+        {"error": {"code": KEY, "type": KEY, "message": f"bad key {KEY} (request id: {KEY})"}},
+        x_request_id=KEY,
+    ),
+    "echoes the key in a page": answers(500, f"<html><title>{KEY}</title>".encode()),
+    "echoes the key at the cut": answers(400, {"error": {"message": "x" * 490 + KEY}}),
+    "echoes the key in a status line": says(f"HTTP/9 {KEY}\r\n\r\n".encode(), keep=False),
+}
+
+
+@pytest.mark.parametrize("case", LEAKY)
+async def test_no_error_shows_the_key(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    errors: list[KreaError] = []
+    async with serving(LEAKY[case]) as server, client_for(server, timeout_s=0.2) as client:
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: buy(client),
+            lambda: client.task("t"),
+            lambda: client.tasks(["t", "u"]),
+            client.credits,
+        ]
+        for call in calls:
+            with pytest.raises(KreaError) as caught:
+                await call()
+            errors.append(caught.value)
+    for error in errors:
+        assert error.__cause__ is None
+        assert error.__context__ is None
+        assert KEY[:12] not in shown(error)
+    ours = [record for record in caplog.records if not record.name.startswith("httpcore")]
+    assert KEY not in "".join(record.getMessage() for record in ours)
+
+
+async def test_the_kept_answer_of_a_purchase_does_not_hold_the_key() -> None:
+    async with (
+        serving(answers(200, {**CREATED, "debug": {"token": [KEY]}})) as server,
+        client_for(server) as client,
+    ):
+        assert KEY not in json.dumps(dict((await buy(client)).answer))
+
+
+async def test_the_repr_shows_the_base_url_and_no_key() -> None:
+    async with KreaClient(KEY) as client:
+        assert repr(client) == "KreaClient(base_url='https://api.evolink.ai', api_key=***)"
+        assert KEY not in repr(vars(client))
+        assert KEY not in f"{client} {client._key}"
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", f"{KEY}\n", f"{KEY} x", f"{KEY}\x00", f"é{KEY}", "k" * 513]
+)
+def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KreaClient(key)
+    assert KEY not in shown(caught.value)
+
+
+async def test_cookies_of_the_api_are_not_kept() -> None:
+    async with (
+        serving(answers(200, status_of("t"), set_cookie="a=b; Path=/")) as server,
+        client_for(server) as client,
+    ):
+        await client.task("t")
+        await client.task("t")
+    assert len(server.seen) == 2
+    assert all("cookie" not in seen.headers for seen in server.seen)
+
+
+async def test_a_redirect_of_the_api_is_not_followed_so_the_key_stays() -> None:
+    async with serving(answers(200, status_of("t"))) as other:
+        moved = answers(307, location=f"{other.url}/v1/tasks/t")
+        async with serving(moved) as server, client_for(server) as client:
+            with pytest.raises(NoUsableAnswer):
+                await client.task("t")
+            with pytest.raises(OutcomeUnknown):
+                await buy(client)
+    assert other.seen == []
+
+
+async def test_credentials_of_netrc_are_sent_to_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    behaviour = by_path(v1=answers(200, status_of("t")), file=answers(200, b"picture"))
+    async with serving(behaviour) as server, client_for(server) as client:
+        await client.task("t")
+        await client.download(f"{server.url}/file", sink=bytearray().extend, max_bytes=100)
+    assert server.seen[0].headers["authorization"] == f"Bearer {KEY}"
+    assert "authorization" not in server.seen[1].headers
+
+
+# -- settings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.evolink.ai",
+        "https://api.evolink.ai/",
+        "https://gateway.example.com/evolink",
+        "https://10.0.0.1:8443",
+        "http://127.0.0.1:8000",
+        "http://[::1]:8000",
+        "http://192.168.1.5",
+        "http://localhost:8000",
+        "http://emulator:8000",
+        "http://host.docker.internal:8000",
+    ],
+)
+def test_a_base_url_is_https_or_local(url: str) -> None:
+    check_base_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "api.evolink.ai",
+        "http://api.evolink.ai",
+        "http://8.8.8.8",
+        "http://134744072",
+        "http://[::ffff:8.8.8.8]",
+        "http://169.254.169.254",
+        "https://169.254.169.254",
+        "ftp://localhost",
+        "file:///tmp/x",
+        "https://user:secret@api.evolink.ai",
+        "https://api.evolink.ai?x=1",
+        "https://api.evolink.ai/?",
+        "https://api.evolink.ai#x",
+        "https://api.evolink.ai/v1",
+        "https://api.evolink.ai/v1/",
+        "https://a..b",
+        "https://" + "x" * 64 + ".ai",
+        "https://api.evolink.ai:0",
+        "https://api.evolink.ai\n",
+    ],
+)
+def test_a_base_url_that_would_show_the_key_or_cannot_work_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KreaClient(KEY, base_url=url)
+    assert KEY not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"timeout_s": 0.0},
+        {"timeout_s": float("nan")},
+        {"connect_timeout_s": -1.0},
+        {"deadline_s": float("inf")},
+        {"download_timeout_s": 0.0},
+        {"max_connections": 0},
+    ],
+)
+def test_a_limit_that_is_none_is_refused(setting: dict[str, float]) -> None:
+    settings: dict[str, Any] = setting
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        KreaClient(KEY, **settings)
+
+
+@pytest.mark.parametrize("proxy", ["bogus://u:secret@h", "socks5://u:secret@h:1"])
+def test_a_proxy_that_cannot_be_used_is_refused_without_its_password(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(ConfigError) as caught:
+        KreaClient(KEY)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_answer_bound_leaves_room_for_a_whole_batch() -> None:
+    task = {"id": "x" * 128, "status": "completed", "results": ["https://h/" + "x" * 8192]}
+    assert len(json.dumps([task] * 50)) < ANSWER_MAX_BYTES

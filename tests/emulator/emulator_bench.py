@@ -1,0 +1,89 @@
+"""A running emulator with a clock that only the test moves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from krea_dagster.emulator import Emulator
+
+KEY = "emulator"
+PLAIN: dict[str, Any] = {"timeout": 5.0, "verify": False, "trust_env": False}
+AUTH = {"Authorization": f"Bearer {KEY}"}
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def move(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class Bench:
+    """An emulator, a client with the key, and the calls that the tests repeat."""
+
+    def __init__(self, emulator: Emulator, clock: Clock) -> None:
+        self.emulator = emulator
+        self.world = emulator.world
+        self.clock = clock
+        # Plain HTTP needs no certificates, and loading them takes longer than most of the tests.
+        self.client = httpx.Client(base_url=emulator.url, headers=AUTH, **PLAIN)
+        self.plain = httpx.Client(**PLAIN)
+
+    def close(self) -> None:
+        self.client.close()
+        self.plain.close()
+
+    def post(self, prompt: str = "a fox", key: str | None = None, **fields: Any) -> httpx.Response:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        body = {"model": "krea-2-turbo", "prompt": prompt, "seed": 7, **fields}
+        return self.client.post("/v1/images/generations", json=body, headers=headers)
+
+    def create(self, prompt: str = "a fox", **fields: Any) -> str:
+        answer = self.post(prompt, **fields)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def read(self, task_id: str) -> httpx.Response:
+        return self.client.get(f"/v1/tasks/{task_id}")
+
+    def finished(self, prompt: str = "a fox", **fields: Any) -> str:
+        task_id = self.create(prompt, **fields)
+        self.clock.move(10)
+        return task_id
+
+    def link(self, task_id: str) -> str:
+        return str(self.read(task_id).json()["results"][0])
+
+    def fetch(self, task_id: str) -> httpx.Response:
+        return self.plain.get(self.link(task_id))
+
+    def books(self) -> dict[str, Any]:
+        return self.emulator.books()
+
+
+@contextlib.contextmanager
+def running(state: Path) -> Iterator[Bench]:
+    """Run an emulator whose tasks take 2 s of a clock that only the test moves."""
+    clock = Clock()
+    with Emulator(
+        api_key=KEY,
+        state=state,
+        clock=clock,
+        latency_s=2.0,
+        latency_jitter=0.0,
+        other_accounts={"other": 10.0},
+    ) as emulator:
+        bench = Bench(emulator, clock)
+        yield bench
+        bench.close()

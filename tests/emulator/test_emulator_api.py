@@ -1,0 +1,558 @@
+"""What the emulator answers over HTTP: the documented calls, and each documented error."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from emulator_bench import AUTH, Bench, Clock, running
+from PIL import Image
+
+from krea_dagster.emulator import Emulator
+
+KEY_1 = "key-0000000000000001"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with running(tmp_path / "state") as made:
+        yield made
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def error(answer: httpx.Response) -> tuple[int, str, str]:
+    said = answer.json()["error"]
+    return answer.status_code, said["code"], said["type"]
+
+
+# -- create -----------------------------------------------------------------------------------
+
+
+def test_a_create_call_is_answered_as_documented(bench: Bench) -> None:
+    answer = bench.post()
+    body = answer.json()
+    assert re.fullmatch(r"task-unified-1800000000-[a-z0-9]{8}", body.pop("id"))
+    assert body == {
+        "created": 1_800_000_000,
+        "model": "krea-2-turbo",
+        "object": "image.generation.task",
+        "progress": 0,
+        "status": "pending",
+        "task_info": {"can_cancel": False, "estimated_time": 45},
+        "type": "image",
+        "usage": {"billing_rule": "per_call", "credits_reserved": 0.45, "user_group": "default"},
+    }
+    assert "idempotency-replayed" not in answer.headers
+    assert answer.headers["x-request-id"]
+
+
+def test_a_2k_picture_costs_four_times_as_much(bench: Bench) -> None:
+    assert bench.post(quality="2K").json()["usage"]["credits_reserved"] == 1.8
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "krea-2"),
+        ("model", None),
+        ("prompt", ""),
+        ("prompt", 7),
+        ("prompt", None),
+        ("prompt", "word " * 493),
+        ("prompt", "猫" * 641),
+        ("size", "7:5"),
+        ("size", None),
+        ("size", "1024x1024"),
+        ("quality", "4K"),
+        ("quality", "1k"),
+        ("seed", -1),
+        ("seed", 1_048_577),
+        ("seed", 1.5),
+        ("seed", True),
+        ("seed", "7"),
+        ("seed", None),
+        ("nsfw_check", 1),
+        ("nsfw_check", "false"),
+        ("callback_url", "http://example.com/hook"),
+        ("callback_url", "https://10.1.2.3/hook"),
+        ("callback_url", "https://127.0.0.1/hook"),
+        ("callback_url", "https://172.20.0.1/hook"),
+        ("callback_url", "https://192.168.1.1/hook"),
+        ("callback_url", "https://[::1]/hook"),
+        ("callback_url", "https://localhost/hook"),
+        ("callback_url", "https://"),
+        ("callback_url", "https://example.com:port/"),
+        ("callback_url", "https://example.com/" + "a" * 2048),
+        ("callback_url", None),
+    ],
+)
+def test_a_wrong_field_is_refused_and_nothing_is_reserved(
+    bench: Bench, field: str, value: Any
+) -> None:
+    answer = bench.post(**{field: value})
+    assert error(answer) == (400, "invalid_request", "invalid_request_error")
+    assert answer.json()["error"]["param"] == field
+    assert answer.json()["error"]["message"].startswith("Invalid request parameters")
+    assert bench.books()["reserved_units"] == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seed": 0},
+        {"seed": 1_048_576},
+        {"prompt": "word " * 492},
+        {"nsfw_check": True},
+        {"callback_url": "https://example.com:8443/hook?x=1"},
+        {"callback_url": "https://8.8.8.8/hook"},
+        {"unknown_field": [1, {"a": None}]},
+    ],
+)
+def test_what_the_contract_allows_is_taken(bench: Bench, fields: dict[str, Any]) -> None:
+    bench.create(**fields)
+
+
+def test_a_lone_surrogate_is_kept_as_the_replacement_character(bench: Bench) -> None:
+    answer = bench.client.post(
+        "/v1/images/generations",
+        content=rb'{"model":"krea-2-turbo","prompt":"a \ud800 b"}',
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 200
+    assert bench.books()["tasks"][0]["prompt"] == "a \ufffd b"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'{"model":"krea-2-turbo","prompt":"a","seed":NaN}', "application/json", 400),
+        (b'{"seed":' + b"9" * 5000 + b"}", "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b'{"model":"krea-2-turbo","prompt":"a"}', "text/plain", 415),
+        (b" " * (1 << 20) + b"{}", "application/json", 413),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(
+    bench: Bench, content: bytes, kind: str, status: int
+) -> None:
+    answer = bench.client.post(
+        "/v1/images/generations", content=content, headers={"content-type": kind}
+    )
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"]
+
+
+def test_errors_of_the_create_call_name_the_request_in_their_message(bench: Bench) -> None:
+    answer = bench.post(size="7:5")
+    tail = f" (request id: {answer.headers['x-request-id']})"
+    assert answer.json()["error"]["message"] == "Invalid request parameters" + tail
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic emulator", "emulator", "Bearer"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/images/generations"),
+        ("POST", "/v1/tasks/batch"),
+        ("GET", "/v1/tasks/task-unified-1800000000-abcdefgh"),
+        ("GET", "/v1/tasks"),
+        ("GET", "/v1/credits"),
+    ],
+)
+def test_every_call_needs_the_key(bench: Bench, method: str, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    answer = bench.plain.request(method, bench.emulator.url + path, headers=headers)
+    assert error(answer) == (401, "unauthorized", "authentication_error")
+
+
+def test_a_call_beyond_the_credits_is_refused(tmp_path: Path) -> None:
+    with Emulator(state=tmp_path, credits=1.0) as emulator:
+        bench = Bench(emulator, Clock())
+        bench.create("one")
+        bench.create("two")
+        assert error(bench.post("three")) == (402, "insufficient_quota", "insufficient_quota")
+        assert bench.books()["creates"] == 2
+        bench.close()
+
+
+def test_no_more_than_the_rate_is_taken(tmp_path: Path, clock: Clock) -> None:
+    with Emulator(state=tmp_path, clock=clock, rate=2) as emulator:
+        bench = Bench(emulator, clock)
+        bench.create("one")
+        bench.create("two")
+        answer = bench.post("three")
+        assert error(answer) == (429, "rate_limit_exceeded", "rate_limit_error")
+        assert answer.headers["retry-after"] == "1"
+        clock.move(0.5)
+        bench.create("three")
+        bench.close()
+
+
+def test_no_more_than_the_concurrency_is_taken_but_a_replay_is(
+    tmp_path: Path, clock: Clock
+) -> None:
+    with Emulator(
+        state=tmp_path, clock=clock, max_concurrent=1, latency_s=2, latency_jitter=0
+    ) as emulator:
+        bench = Bench(emulator, clock)
+        first = bench.post("one", key=KEY_1).json()["id"]
+        answer = bench.post("two")
+        assert answer.status_code == 429
+        assert "retry-after" not in answer.headers
+        assert bench.post("one", key=KEY_1).json()["id"] == first
+        clock.move(2)
+        bench.create("two")
+        bench.close()
+
+
+# -- replays ----------------------------------------------------------------------------------
+
+
+def test_the_same_key_and_body_return_the_first_task_and_charge_nothing(bench: Bench) -> None:
+    first = bench.post(key=KEY_1)
+    bench.clock.move(22 * 3600)
+    again = bench.post(key=KEY_1)
+    assert again.json() == first.json()
+    assert again.headers["idempotency-replayed"] == "true"
+    books = bench.books()
+    assert (books["creates"], books["replays"], books["reserved_units"]) == (1, 1, 4_500)
+
+
+def test_the_same_body_in_another_order_of_fields_is_the_same_body(bench: Bench) -> None:
+    headers = {"Idempotency-Key": KEY_1}
+    fields = {"prompt": "a fox", "model": "krea-2-turbo", "seed": 7, "size": "1:1"}
+    first = bench.post(key=KEY_1).json()["id"]
+    again = bench.client.post("/v1/images/generations", json=fields, headers=headers)
+    assert again.json()["id"] == first
+
+
+def test_the_same_key_with_another_body_is_a_conflict(bench: Bench) -> None:
+    bench.post(key=KEY_1)
+    answer = bench.post("a bear", key=KEY_1)
+    assert error(answer)[:2] == (409, "idempotency_conflict")
+    assert bench.books()["creates"] == 1
+
+
+def test_a_key_belongs_to_its_account(bench: Bench) -> None:
+    bench.post(key=KEY_1)
+    bench.client.headers["Authorization"] = "Bearer other"
+    assert "idempotency-replayed" not in bench.post("a bear", key=KEY_1).headers
+
+
+@pytest.mark.parametrize("key", ["short", "x" * 97, "has a space in the key"])
+def test_a_key_of_the_wrong_form_is_refused(bench: Bench, key: str) -> None:
+    assert bench.post(key=key).json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_without_a_key_the_same_body_is_bought_again(bench: Bench) -> None:
+    bench.create()
+    bench.create()
+    books = bench.books()
+    assert (books["creates"], books["bodies_bought_more_than_once"]) == (2, 1)
+
+
+def test_keys_can_be_ignored_altogether(tmp_path: Path) -> None:
+    with Emulator(state=tmp_path, idempotency=False) as emulator:
+        bench = Bench(emulator, Clock())
+        first = bench.post(key=KEY_1)
+        again = bench.post(key=KEY_1)
+        assert first.json()["id"] != again.json()["id"]
+        assert "idempotency-replayed" not in again.headers
+        bench.close()
+
+
+# -- query ------------------------------------------------------------------------------------
+
+
+def test_a_task_goes_from_pending_to_completed_by_the_clock(bench: Bench) -> None:
+    task_id = bench.create()
+    seen = []
+    for _ in range(5):
+        body = bench.read(task_id).json()
+        seen.append((body["status"], body["progress"], "results" in body))
+        bench.clock.move(0.5)
+    assert seen == [
+        ("pending", 0, False),
+        ("processing", 25, False),
+        ("processing", 50, False),
+        ("processing", 75, False),
+        ("completed", 100, True),
+    ]
+
+
+def test_a_completed_task_reads_as_documented(bench: Bench) -> None:
+    task_id = bench.finished()
+    body = bench.read(task_id).json()
+    [link] = body.pop("results")
+    assert link.startswith(f"{bench.emulator.url}/files/")
+    assert link.endswith(".png")
+    assert body == {
+        "created": 1_800_000_000,
+        "id": task_id,
+        "model": "krea-2-turbo",
+        "object": "image.generation.task",
+        "progress": 100,
+        "status": "completed",
+        "task_info": {"can_cancel": False},
+        "type": "image",
+    }
+
+
+def test_an_id_of_the_wrong_form_is_refused(bench: Bench) -> None:
+    answer = bench.read("cgt-2025-abc")
+    assert answer.status_code == 400
+    assert answer.json() == {
+        "error": {
+            "code": "invalid_task_id",
+            "message": "Invalid task ID format, must start with 'task-unified-'",
+            "type": "invalid_request_error",
+            "param": "task_id",
+        }
+    }
+
+
+def test_a_task_that_nobody_knows_is_not_found(bench: Bench) -> None:
+    answer = bench.read("task-unified-1800000000-abcdefgh")
+    assert error(answer) == (404, "task_not_found", "invalid_request_error")
+
+
+def test_a_task_of_another_account_is_denied(bench: Bench) -> None:
+    task_id = bench.create()
+    bench.client.headers["Authorization"] = "Bearer other"
+    assert error(bench.read(task_id)) == (403, "permission_denied", "invalid_request_error")
+    assert bench.client.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"] == []
+    assert bench.client.get("/v1/tasks").json()["data"] == []
+
+
+def test_a_task_can_be_read_for_ever_unless_a_lifetime_is_set(tmp_path: Path, bench: Bench) -> None:
+    task_id = bench.finished()
+    bench.clock.move(365 * 24 * 3600)
+    assert bench.fetch(task_id).status_code == 200
+    with Emulator(state=tmp_path / "short", clock=bench.clock, task_lifetime_s=3600) as emulator:
+        short = Bench(emulator, bench.clock)
+        task_id = short.finished()
+        link = short.link(task_id)
+        bench.clock.move(3600)
+        assert short.read(task_id).status_code == 404
+        assert short.plain.get(link).status_code == 404
+        assert short.client.get("/v1/tasks").json()["total"] == 0
+        short.close()
+
+
+def test_a_batch_read_leaves_out_what_it_does_not_know(bench: Bench) -> None:
+    first, second = bench.create("one"), bench.finished("two")
+    ids = [second, "task-unified-1800000000-abcdefgh", "nonsense", first, second]
+    body = bench.client.post("/v1/tasks/batch", json={"task_ids": ids}).json()
+    assert body["code"] == 200
+    assert [task["id"] for task in body["data"]] == [second, first]
+    assert all("results" in task for task in body["data"])
+
+
+@pytest.mark.parametrize(
+    "body", [{}, [], {"task_ids": "x"}, {"task_ids": [1]}, {"task_ids": ["x"] * 51}]
+)
+def test_a_batch_read_that_is_none_is_refused(bench: Bench, body: object) -> None:
+    assert error(bench.client.post("/v1/tasks/batch", json=body))[0] == 400
+
+
+def test_the_batch_endpoint_can_be_missing(tmp_path: Path) -> None:
+    with Emulator(state=tmp_path, batch=False) as emulator:
+        answer = httpx.post(f"{emulator.url}/v1/tasks/batch", json={"task_ids": []}, headers=AUTH)
+        assert answer.status_code == 404
+
+
+def test_the_list_is_newest_first_in_pages_and_without_links(bench: Bench) -> None:
+    ids = [bench.create(f"picture {n}") for n in range(5)]
+    bench.clock.move(10)
+    pages = [
+        bench.client.get("/v1/tasks", params={"page": page, "page_size": 2}).json()
+        for page in (1, 2, 3, 4)
+    ]
+    assert [row["id"] for page in pages for row in page["data"]] == ids[::-1]
+    assert {page["total"] for page in pages} == {5}
+    assert all("results" not in row for page in pages for row in page["data"])
+    assert pages[0]["data"][0]["has_results"]
+
+
+def test_the_list_can_be_narrowed(bench: Bench) -> None:
+    bench.create("done")
+    bench.create("broken [emulator: fail service_error]")
+    bench.clock.move(10)
+    bench.create("new")
+    found = {}
+    for status in ("", "pending", "processing", "completed", "failed", "cancelled"):
+        rows = bench.client.get(f"/v1/tasks?status={status}").json()["data"]
+        found[status] = [row["status"] for row in rows]
+    assert found == {
+        "": ["pending", "failed", "completed"],
+        "pending": ["pending"],
+        "processing": ["pending"],
+        "completed": ["completed"],
+        "failed": ["failed"],
+        "cancelled": [],
+    }
+    assert bench.client.get("/v1/tasks?type=video").json()["total"] == 0
+    assert bench.client.get("/v1/tasks?model=other").json()["total"] == 0
+
+
+@pytest.mark.parametrize("query", ["page=0", "page=x", "page_size=51", "page_size=0", "status=no"])
+def test_a_list_call_that_asks_nonsense_is_refused(bench: Bench, query: str) -> None:
+    assert error(bench.client.get(f"/v1/tasks?{query}"))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/images/generations", 405),
+        ("DELETE", "/v1/tasks/task-unified-1800000000-abcdefgh", 405),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/tasks/", 404),
+    ],
+)
+def test_other_routes_are_json_errors(bench: Bench, method: str, path: str, status: int) -> None:
+    answer = bench.client.request(method, path)
+    assert error(answer)[0] == status
+
+
+# -- money ------------------------------------------------------------------------------------
+
+
+def money(bench: Bench) -> tuple[float, float]:
+    user = bench.client.get("/v1/credits").json()["data"]["user"]
+    return user["remaining_credits"], user["used_credits"]
+
+
+def test_credits_are_reserved_at_once_settled_at_the_end_and_returned_on_failure(
+    bench: Bench,
+) -> None:
+    assert money(bench) == (1000.0, 0.0)
+    bench.create("good")
+    bench.create("bad [emulator: fail service_error]")
+    bench.create("never [emulator: stuck]", quality="2K")
+    assert money(bench) == (997.3, 0.0)
+    bench.clock.move(10)
+    assert money(bench) == (997.75, 0.45)
+    books = bench.books()
+    assert books["reserved_units"] == 27_000
+    assert books["charged_units"] == 4_500
+    assert books["returned_units"] == 4_500
+    assert books["held_units"] == 18_000
+    assert [task["charged_units"] for task in books["tasks"]] == [4_500, 0, 0]
+
+
+def test_the_credits_call_is_answered_as_documented(bench: Bench) -> None:
+    assert bench.client.get("/v1/credits").json() == {
+        "data": {
+            "token": {
+                "remaining_credits": 1000.0,
+                "unlimited_credits": True,
+                "used_credits": 0.0,
+            },
+            "user": {"remaining_credits": 1000.0, "used_credits": 0.0},
+        },
+        "message": "",
+        "success": True,
+    }
+
+
+def test_a_failed_task_is_no_second_purchase_when_its_order_is_repeated(bench: Bench) -> None:
+    bench.world.script("fail")
+    bench.finished()
+    bench.finished()
+    assert bench.books()["bodies_bought_more_than_once"] == 0
+    bench.finished()
+    assert bench.books()["bodies_bought_more_than_once"] == 1
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def test_the_picture_has_the_size_that_was_asked_for(bench: Bench) -> None:
+    answer = bench.fetch(bench.finished(size="16:9"))
+    assert answer.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert (image.format, image.size) == ("PNG", (1344, 768))
+
+
+def test_a_link_works_for_a_day_from_the_read_that_gave_it_and_a_read_gives_a_new_one(
+    bench: Bench,
+) -> None:
+    task_id = bench.finished()
+    link = bench.link(task_id)
+    bench.clock.move(24 * 3600 - 1)
+    first = bench.plain.get(link)
+    assert first.status_code == 200
+    bench.clock.move(1)
+    assert bench.plain.get(link).status_code == 403
+    assert bench.fetch(task_id).content == first.content
+
+
+def test_a_link_that_was_not_handed_out_finds_nothing(bench: Bench) -> None:
+    link = bench.link(bench.finished())
+    assert bench.plain.get(link.replace(".png", "0.png")).status_code == 404
+    assert bench.plain.get(f"{bench.emulator.url}/files/x.png").status_code == 404
+
+
+def test_links_name_the_host_that_the_client_used(bench: Bench) -> None:
+    task_id = bench.finished()
+    answer = bench.client.get(f"/v1/tasks/{task_id}", headers={"Host": "localhost:1234"})
+    assert answer.json()["results"][0].startswith("http://localhost:1234/files/")
+
+
+def test_a_key_that_is_sent_to_the_file_host_is_noted(bench: Bench) -> None:
+    link = bench.link(bench.finished())
+    assert bench.plain.get(link).status_code == 200
+    assert bench.books()["key_leaks"] == 0
+    assert bench.client.get(link).status_code == 200
+    assert bench.books()["key_leaks"] == 1
+
+
+# -- the books --------------------------------------------------------------------------------
+
+
+def test_the_books_count_every_request(bench: Bench) -> None:
+    task_id = bench.finished(size="1:2")
+    bench.post(size="7:5")
+    bench.world.script("drop_before_create")
+    with pytest.raises(httpx.RemoteProtocolError):
+        bench.post()
+    content = bench.fetch(task_id).content
+    bench.client.post("/v1/tasks/batch", json={"task_ids": []})
+    bench.client.get("/v1/tasks")
+    bench.client.get("/v1/credits")
+    books = bench.client.get("/emulator/books").json()
+    assert books == bench.books()
+    assert books["requests"] == {
+        "create": {"200": 1, "400": 1, "dropped": 1},
+        "read": {"200": 1},
+        "batch": {"200": 1},
+        "list": {"200": 1},
+        "credits": {"200": 1},
+        "file": {"200": 1},
+    }
+    assert (books["submit_posts"], books["creates"], books["refused"]) == (3, 1, 1)
+    [entry] = books["tasks"]
+    assert (entry["task_id"], entry["prompt"], entry["size"]) == (task_id, "a fox", "1:2")
+    assert (entry["seed"], entry["used_seed"], entry["fetched"]) == (7, 7, 1)
+    assert (entry["created_at"], entry["completed_at"]) == (1_800_000_000.0, 1_800_000_002.0)
+    assert entry["file_sha256"] == hashlib.sha256(content).hexdigest()
+    assert "tasks" not in bench.client.get("/emulator/books?tasks=0").json()
+
+
+def test_the_emulators_own_routes_need_no_key(bench: Bench) -> None:
+    health = bench.plain.get(f"{bench.emulator.url}/emulator/health")
+    assert health.json() == {"status": "ok", "synthetic": True}
+    assert bench.plain.get(f"{bench.emulator.url}/emulator/books").status_code == 200

@@ -1,0 +1,154 @@
+"""Partition keys: how they are chosen, which are refused, and how they become file names."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krea_dagster.errors import ConfigError
+from krea_dagster.prompts import (
+    ColumnPartitions,
+    DayPartitions,
+    HashPartitions,
+    PartitionBy,
+    key_from_name,
+    parse_partition_by,
+    safe_name,
+)
+from krea_dagster.prompts.partitioning import day_of_text, key_problem, parse_day
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("hash:8", HashPartitions(8)),
+        (" hash:10000\n", HashPartitions(10_000)),
+        ("column:category", ColumnPartitions("category")),
+        ("column:a:b c", ColumnPartitions("a:b c")),
+        ("day:made_at", DayPartitions("made_at")),
+    ],
+)
+def test_the_three_kinds_are_read_and_written(text: str, meant: PartitionBy) -> None:
+    assert parse_partition_by(text) == meant
+    assert str(meant) == text.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "hash", "hash:", "hash:0", "hash:10001", "hash:-1", "hash:8.0", "hash:٨", "hash:1_0",
+     "column:", "day:", "Column:a", "range:a", "category", "hash:" + "9" * 5000],
+)  # fmt: skip
+def test_nonsense_is_a_config_error_that_says_what_is_allowed(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"KREA_PARTITION_BY is .*must be hash:N"):
+        parse_partition_by(text)
+
+
+def test_the_bucket_is_the_pinned_hash_of_the_prompt_id() -> None:
+    """Made with sha256sum. A change would move paid images to other partitions."""
+    assert HashPartitions(8).key_for("harbor-dawn-01") == "bucket-005"
+    assert HashPartitions(10_000).key_for("harbor-dawn-01") == "bucket-6677"
+
+
+def test_the_keys_of_hash_partitions_are_known_sorted_and_of_one_width() -> None:
+    assert HashPartitions(3).keys() == ["bucket-000", "bucket-001", "bucket-002"]
+    for count in (1, 999, 1000, 1001, 10_000):
+        keys = HashPartitions(count).keys()
+        assert len(keys) == count
+        assert keys == sorted(keys)
+        assert len({len(key) for key in keys}) == 1
+    assert HashPartitions(1001).keys()[-1] == "bucket-1000"
+
+
+@given(TEXTS, st.integers(1, 10_000))
+def test_every_prompt_id_has_a_bucket_among_the_keys(prompt_id: str, count: int) -> None:
+    by = HashPartitions(count)
+    key = by.key_for(prompt_id)
+    assert 0 <= int(key.removeprefix("bucket-")) < count
+    assert len(key) == len(by.keys()[0])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "...", "a...c", "a\nb", "a\rb", "a\tb", "a|b", "a\x1b[31m", "a\0", "a\u2028b", " a",
+     "a ", "x" * 251, "\x7f", "a\u0085b", "\ud800"],
+)  # fmt: skip
+def test_a_key_that_dagster_would_mangle_has_a_reason(key: str) -> None:
+    assert key_problem(key)
+
+
+@pytest.mark.parametrize("key", ["a", "Food & Drink", "a/b", "..", "雪", "x" * 250, "a,b", "[1]"])
+def test_an_odd_but_harmless_key_is_let_through(key: str) -> None:
+    assert key_problem(key) is None
+
+
+def test_a_usual_key_is_percent_quoted() -> None:
+    assert safe_name("Food & Drink") == "Food%20%26%20Drink"
+    assert safe_name("2026-11-02") == "2026-11-02"
+    assert safe_name("a/b") == "a%2Fb"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [(".", "%2E"), ("..", "%2E."), (".hidden", "%2Ehidden"), ("_a", "%5Fa")]
+)
+def test_a_name_is_no_directory_and_not_hidden_from_readers_of_folders(key: str, name: str) -> None:
+    assert safe_name(key) == name
+
+
+@given(TEXTS)
+def test_a_name_fits_a_file_system_and_gives_the_key_back_unless_it_was_cut(key: str) -> None:
+    name = safe_name(key)
+    assert name.isascii()
+    assert len(name) <= 200
+    assert not set(name) & set('/\\:*?"<>|\0 ')
+    assert name not in {".", ".."}
+    if len(quote(key, safe="")) < 190:
+        assert key_from_name(name) == key
+    assert key_from_name(name) in {key, None}
+
+
+def test_long_keys_keep_names_of_their_own() -> None:
+    long = "雪" * 250
+    assert len(safe_name(long)) == 200
+    assert safe_name(long) != safe_name(long + "a")
+    assert key_from_name(safe_name(long)) is None
+    assert safe_name(safe_name(long)) != safe_name(long)
+
+
+@pytest.mark.parametrize(
+    ("text", "day"),
+    [
+        ("2026-11-01", "2026-11-01"),
+        ("2026-11-01T23:59:59", "2026-11-01"),
+        ("2026-11-01 23:59", "2026-11-01"),
+        ("2026-11-01T23:30:00.123456789Z", "2026-11-01"),
+        ("2026-11-01T23:30:00-05:00", "2026-11-02"),
+        ("2026-11-01T00:30:00+01:00", "2026-10-31"),
+        ("2026-11-01T00:30+0100", "2026-10-31"),
+        ("2026-11-01T00:30:00+01", "2026-10-31"),
+        ("2024-02-29", "2024-02-29"),
+        ("2023-02-29", None),
+        ("2026-11-01T24:00:00", None),
+        ("2026-11-01T12:60", None),
+        ("2026-11", None),
+        ("01.11.2026", None),
+        ("20261101", None),
+        (" 2026-11-01", None),
+        ("2026-11-01x", None),
+        ("٢٠٢٦-11-01", None),
+        ("9999-12-31T23:00:00-05:00", None),
+        ("", None),
+    ],
+)
+def test_the_day_of_an_iso_text_is_that_in_utc(text: str, day: str | None) -> None:
+    assert day_of_text(text) == day
+
+
+def test_a_day_key_is_one_way_to_write_a_day() -> None:
+    assert str(parse_day("2026-11-01")) == "2026-11-01"
+    assert parse_day("2026-11-01T00:00") is None
+    assert parse_day("monday") is None

@@ -1,0 +1,285 @@
+"""Where a prompt table may be, and what is said of files that cannot be used."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as pe
+import pytest
+
+from krea_dagster.errors import ConfigError, PromptTableError
+from krea_dagster.prompts import PromptTable, parse_partition_by
+from krea_dagster.prompts.source import BATCH_ROWS, open_files
+
+Write = Callable[..., str]
+
+
+def opened(source: object, by: str = "hash:4") -> PromptTable:
+    return PromptTable(str(source), parse_partition_by(by))
+
+
+def refused(source: object) -> str:
+    """What reading says; every use of the table says the same."""
+    said = set()
+    table = opened(source)
+    for use in (table.read, table.versions, opened(source, "column:part").partition_keys):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        said.add(str(caught.value))
+    (text,) = said
+    return text
+
+
+# -- where it may be ----------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_and_below(write: Write, tmp_path: Path) -> None:
+    for name, prompt in (("b.parquet", "2"), ("a/z.parquet", "1"), ("c.PQ", "3")):
+        write({"prompt": [prompt, prompt], "prompt_id": [prompt, f"{prompt}b"]}, f"table/{name}")
+    for name in ("_metadata.parquet", ".hidden.parquet", "_old/x.parquet", "readme.txt"):
+        other = tmp_path / "table" / name
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("not a table")
+    rows = opened(tmp_path / "table").read().rows
+    assert [row.prompt for row in rows] == ["1", "1", "2", "2", "3", "3"]
+    assert [row.row for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert opened(f"{tmp_path}/table/").read().rows == rows
+
+
+def test_a_relative_path_and_a_file_without_the_usual_ending_will_do(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write({"prompt": ["a"]}, "wishes")
+    monkeypatch.chdir(tmp_path)
+    assert len(opened("wishes").read().rows) == 1
+    assert len(opened("./wishes").read().rows) == 1
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    filesystem = fsspec.filesystem("memory")
+    yield filesystem
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+
+
+def test_a_url_is_read_through_fsspec(write: Write, memory: Any) -> None:
+    path = write({"prompt": ["a", "b"], "part": ["p", "q"]})
+    memory.pipe_file("/wishes/one.parquet", Path(path).read_bytes())
+    for url in ("memory://wishes/one.parquet", "memory://wishes", "memory://wishes/"):
+        table = opened(url, "column:part")
+        assert table.partition_keys() == ["p", "q"]
+        assert [row.prompt for row in table.read(["q"]).rows] == ["b"]
+    assert len(opened(f"file://{path}").read().rows) == 2
+
+
+def test_a_table_is_read_afresh_each_time(write: Write) -> None:
+    table = opened(write({"prompt": ["a"]}))
+    assert len(table.read().rows) == 1
+    write({"prompt": ["a", "b"]})
+    assert len(table.read().rows) == 2
+
+
+def test_a_url_that_is_not_there_says_so(memory: Any) -> None:
+    assert "memory://no/such.parquet does not exist" in refused("memory://no/such.parquet")
+
+
+def test_an_unknown_kind_of_url_says_so() -> None:
+    assert "nosuch://a/b cannot be opened" in refused("nosuch://a/b")
+
+
+def test_a_url_whose_package_is_missing_names_the_package() -> None:
+    said = refused("abfs://container/prompts.parquet")
+    assert "abfs://container/prompts.parquet cannot be opened" in said
+
+
+# -- files that cannot be used ------------------------------------------------------------------
+
+
+def test_a_missing_path_says_what_it_must_be(tmp_path: Path) -> None:
+    said = refused(tmp_path / "none.parquet")
+    assert f"{tmp_path}/none.parquet does not exist" in said
+    assert "KREA_PROMPTS" in said
+
+
+@pytest.mark.parametrize("nothing", ["", "  "])
+def test_no_name_at_all_is_an_error(nothing: str) -> None:
+    assert "no name" in refused(nothing)
+
+
+def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("x")
+    assert "a folder without a Parquet file" in refused(tmp_path)
+
+
+def test_something_that_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is neither a file nor a folder" in refused(tmp_path / "pipe")
+
+
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(write: Write, tmp_path: Path) -> None:
+    write({"prompt": ["a"]}, "table/a.parquet")
+    os.mkfifo(tmp_path / "table/b.parquet")
+    assert "table/b.parquet is neither a file nor a folder" in refused(tmp_path / "table")
+
+
+def test_a_dangling_link_in_a_folder_is_not_passed_over(write: Write, tmp_path: Path) -> None:
+    write({"prompt": ["a"]}, "table/a.parquet")
+    (tmp_path / "table/b.parquet").symlink_to(tmp_path / "gone.parquet")
+    assert "table/b.parquet cannot be read" in refused(tmp_path / "table")
+
+
+NOT_PARQUET = [b"", b"PAR1", b"prompt,size\na,1:1\n", b"PAR1" + b"\xff" * 100 + b"PAR1"]
+
+
+@pytest.mark.parametrize("content", NOT_PARQUET, ids=["empty", "magic only", "csv", "bad footer"])
+def test_what_is_no_parquet_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "prompts.parquet"
+    path.write_bytes(content)
+    said = refused(path)
+    assert f"{path} cannot be read" in said
+    assert "write it again" in said
+    assert said.isprintable()
+
+
+def test_a_file_that_is_cut_short_is_named(write: Write) -> None:
+    path = Path(write({"prompt": ["a cat"] * 100}))
+    whole = path.read_bytes()
+    for kept in (len(whole) - 1, len(whole) // 2, 20):
+        path.write_bytes(whole[:kept])
+        assert f"{path} cannot be read" in refused(path)
+
+
+def test_a_bad_file_among_good_ones_is_the_one_that_is_named(write: Write, tmp_path: Path) -> None:
+    write({"prompt": ["a"]}, "table/a.parquet")
+    (tmp_path / "table/b.parquet").write_bytes(b"PAR1")
+    assert "table/b.parquet cannot be read" in refused(tmp_path / "table")
+
+
+class _PlainKeys(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no types
+    """Wraps keys in base64: enough to make a file that is encrypted."""
+
+    def __init__(self, _config: object) -> None:
+        pe.KmsClient.__init__(self)
+
+    def wrap_key(self, key_bytes: bytes, _master: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+
+@pytest.mark.parametrize("plain_footer", [False, True])
+def test_an_encrypted_file_is_said_to_be_one(tmp_path: Path, plain_footer: bool) -> None:
+    settings = pe.EncryptionConfiguration(
+        footer_key="footer", column_keys={"column": ["prompt"]}, plaintext_footer=plain_footer
+    )
+    properties = pe.CryptoFactory(_PlainKeys).file_encryption_properties(
+        pe.KmsConnectionConfig(), settings
+    )
+    table = pa.table({"prompt": ["secret"], "prompt_id": ["x"]})
+    path = tmp_path / "prompts.parquet"
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    with pytest.raises(ConfigError, match="is encrypted; write it without encryption"):
+        opened(path).read()
+
+
+# -- files that do not fit together -------------------------------------------------------------
+
+
+def disagreement(write: Write, tmp_path: Path, first: Any, second: Any) -> str:
+    write(first, "table/a.parquet")
+    write(second, "table/b.parquet")
+    with pytest.raises(PromptTableError) as caught:
+        opened(tmp_path / "table").read()
+    return str(caught.value)
+
+
+def test_a_column_that_a_file_lacks_is_named_with_the_file(write: Write, tmp_path: Path) -> None:
+    said = disagreement(
+        write, tmp_path, {"prompt": ["a"], "seed": [1]}, {"prompt": ["b"], "tag": ["x"]}
+    )
+    assert "seed is missing in" in said
+    assert "table/b.parquet; all files of a table must have the same columns" in said
+    assert "tag is missing in" in said
+
+
+def test_a_further_column_of_two_types_is_named_with_both_files(
+    write: Write, tmp_path: Path
+) -> None:
+    said = disagreement(
+        write, tmp_path, {"prompt": ["a"], "tag": ["x"]}, {"prompt": ["b"], "tag": [1]}
+    )
+    assert "tag is of the types string in" in said
+    assert "int64 in" in said
+
+
+def test_what_writers_make_of_the_same_column_fits_together(write: Write, tmp_path: Path) -> None:
+    first: dict[str, Any] = {
+        "prompt": ["a"],
+        "seed": [1],
+        "text": pa.array(["x"], pa.large_string()),
+        "number": pa.array([1], pa.int16()),
+        "gap": [1],
+        "void": pa.nulls(1),
+    }
+    second: dict[str, Any] = {
+        "void": [date_like := {"a": 1}],
+        "gap": [None],
+        "number": pa.array([2], pa.int64()),
+        "text": ["y"],
+        "seed": pa.array([float("nan")]),
+        "prompt": pa.array(["b"], pa.large_string()),
+    }
+    second["gap"] = pa.array([None], pa.float64())
+    write(first, "table/a.parquet")
+    write(second, "table/b.parquet")
+    rows = opened(tmp_path / "table").read()
+    assert [(row.prompt, row.seed) for row in rows.rows] == [("a", 1), ("b", None)]
+    assert rows.carried.to_pylist() == [
+        {"text": "x", "number": 1, "gap": 1.0, "void": None},
+        {"text": "y", "number": 2, "gap": None, "void": date_like},
+    ]
+
+
+def test_a_number_that_the_common_type_cannot_hold_is_refused_not_rounded(
+    write: Write, tmp_path: Path
+) -> None:
+    write({"prompt": ["a"], "n": [2**53 + 1]}, "table/a.parquet")
+    write({"prompt": ["b"], "n": [0.5]}, "table/b.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet has a column that cannot be carried"):
+        opened(tmp_path / "table").read()
+
+
+# -- streaming ----------------------------------------------------------------------------------
+
+
+def test_batches_are_small_numbered_and_in_order(write: Write, tmp_path: Path) -> None:
+    columns = {"prompt": ["a"] * 20_000, "n": range(20_000)}
+    write(columns, "table/a.parquet", row_group_size=20_000)
+    write(columns, "table/b.parquet", row_group_size=3_000)
+    files = open_files(str(tmp_path / "table"))
+    assert [(file.first_row, file.row_count) for file in files] == [(1, 20_000), (20_001, 20_000)]
+    expected = 1
+    for file in files:
+        for first, batch in file.batches(["n"]):
+            assert first == expected
+            assert 0 < batch.num_rows <= BATCH_ROWS
+            assert batch.column(0)[0].as_py() == first - file.first_row
+            assert batch.schema.names == ["n"]
+            expected += batch.num_rows
+    assert expected == 40_001
+
+
+def test_a_reader_that_stops_early_leaves_no_file_open(write: Write) -> None:
+    path = write({"prompt": ["a"] * 20_000})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    batches = open_files(path)[0].batches(["prompt"])
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]  # it is a generator
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
