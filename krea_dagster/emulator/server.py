@@ -133,6 +133,8 @@ class Emulator:
         """Start to answer. Connections are taken when this returns."""
         self._thread.start()
         self._server.ready.wait()
+        if not self._server.started:
+            raise RuntimeError("the emulator's server did not start; its thread says why")
 
     def stop(self) -> None:
         """Stop to answer, cut what is under way, and close the state."""

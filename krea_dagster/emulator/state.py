@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+#: How long a start waits for the emulator before it, which may still be ending.
+LOCK_WAIT_S = 5.0
+
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS accounts (
@@ -119,7 +122,7 @@ class State:
 def _open(state: Path) -> sqlite3.Connection:
     state.mkdir(parents=True, exist_ok=True)
     db = sqlite3.connect(
-        state / "emulator.db", timeout=5.0, isolation_level=None, check_same_thread=False
+        state / "emulator.db", timeout=LOCK_WAIT_S, isolation_level=None, check_same_thread=False
     )
     try:
         # The lock of this mode is what keeps a second emulator out; a killed one leaves none.

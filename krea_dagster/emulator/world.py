@@ -296,22 +296,21 @@ class World:
         ``status`` is pending, processing (which includes pending), completed, failed or
         cancelled.
         """
-        now = self.now()
-        where = "account = ?"
-        values: list[Any] = [account.id]
-        if status == "pending":
-            where += " AND settled = 0 AND started_at > ?"
-            values.append(now)
-        elif status == "processing":
-            where += " AND settled = 0"
-        elif status is not None:
-            where += " AND settled = 1 AND ends_as = ?"
-            values.append(status)
-        if self.task_lifetime_s is not None:
-            where += " AND created_at > ?"
-            values.append(now - self.task_lifetime_s)
         with self.transaction():
-            self._settle()
+            now = self._settle()
+            where = "account = ?"
+            values: list[Any] = [account.id]
+            if status == "pending":
+                where += " AND settled = 0 AND started_at > ?"
+                values.append(now)
+            elif status == "processing":
+                where += " AND settled = 0"
+            elif status is not None:
+                where += " AND settled = 1 AND ends_as = ?"
+                values.append(status)
+            if self.task_lifetime_s is not None:
+                where += " AND created_at > ?"
+                values.append(now - self.task_lifetime_s)
             # Only fixed text is put together here; every value is bound.
             total = self._db.execute(f"SELECT count(*) FROM tasks WHERE {where}", values)  # noqa: S608
             count = int(total.fetchone()[0])
@@ -458,8 +457,7 @@ class World:
         The fields are described in the package's ``openapi.yaml``, under ``Books``.
         """
         with self.transaction():
-            self._settle()
-            now = self.now()
+            now = self._settle()
             return {
                 **counted(self._db),
                 "unconsumed_faults": self.unconsumed(),
@@ -491,24 +489,24 @@ class World:
             ).fetchone()
         return None if row is None else _task(row)
 
-    def _settle(self) -> None:
-        """Move the credits of tasks whose end has passed."""
+    def _settle(self) -> float:
+        """Move the credits of tasks whose end has passed; return the time that was looked at."""
+        now = self.now()  # once: what is added up and what is marked must be the same tasks
         ended = self._db.execute(
             "SELECT account, ends_as = 'completed', sum(reserved) FROM tasks "
             "WHERE settled = 0 AND ready_at <= ? GROUP BY 1, 2",
-            (self.now(),),
+            (now,),
         ).fetchall()
         if not ended:
-            return
-        self._db.execute(
-            "UPDATE tasks SET settled = 1 WHERE settled = 0 AND ready_at <= ?", (self.now(),)
-        )
+            return now
+        self._db.execute("UPDATE tasks SET settled = 1 WHERE settled = 0 AND ready_at <= ?", (now,))
         for account, completed, units in ended:
             column = "charged" if completed else "returned"
             self._db.execute(
                 f"UPDATE accounts SET {column} = {column} + ? WHERE id = ?",  # noqa: S608
                 (units, account),
             )
+        return now
 
     def _take_token(self) -> None:
         if self.rate is None:

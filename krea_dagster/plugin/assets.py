@@ -126,10 +126,10 @@ def build_krea_assets(
             )
         with _as_failure():
             report = krea.generate(
-                batch.images, run_id=context.run_id, on_progress=_Narrator(context)
+                batch.images, run_id=context.run.run_id, on_progress=_Narrator(context)
             )
         tell_report(report)
-        manifest = batch.manifest(krea, context.run_id)
+        manifest = batch.manifest(krea, context.run.run_id)
         storage = krea.open_storage()
         for key, part in split_by_partition(manifest, context.partition_keys).items():
             context.add_asset_metadata(
@@ -164,7 +164,7 @@ def build_krea_assets(
     def image_manifest(context: dg.AssetExecutionContext) -> pa.Table:
         krea = _resource(context, resource_key)
         batch = _read(table, context.partition_keys)
-        manifest = batch.manifest(krea, context.run_id)
+        manifest = batch.manifest(krea, context.run.run_id)
         storage = krea.open_storage()
         schema = table_schema(manifest.schema)
         for key, part in split_by_partition(manifest, context.partition_keys).items():

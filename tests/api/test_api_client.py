@@ -15,18 +15,6 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from api_loopback import (
-    Behaviour,
-    Seen,
-    Server,
-    answers,
-    by_path,
-    closed_port,
-    floods,
-    holds,
-    says,
-    serving,
-)
 
 from krea_dagster.api import KreaClient
 from krea_dagster.api.client import ANSWER_MAX_BYTES, BATCH_TRIES, check_base_url
@@ -48,6 +36,18 @@ from krea_dagster.errors import (
     Unauthorized,
 )
 from krea_dagster.models import ImageRequest
+from tests.api.api_loopback import (
+    Behaviour,
+    Seen,
+    Server,
+    answers,
+    by_path,
+    closed_port,
+    floods,
+    holds,
+    says,
+    serving,
+)
 
 pytestmark = pytest.mark.anyio
 

@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_loopback import (
+
+from krea_dagster.api import Download, KreaClient
+from krea_dagster.api.files import CHUNK_BYTES, Unpacker
+from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
+from tests.api.api_loopback import (
     Behaviour,
     Seen,
     answers,
@@ -28,10 +32,6 @@ from api_loopback import (
     says,
     serving,
 )
-
-from krea_dagster.api import Download, KreaClient
-from krea_dagster.api.files import CHUNK_BYTES
-from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
 
 pytestmark = pytest.mark.anyio
 
@@ -141,6 +141,17 @@ async def test_a_body_that_is_packed_though_not_asked_for_is_unpacked(
         got, download = await fetch(server.url)
     assert got == PICTURE
     assert download.sha256 == hashlib.sha256(PICTURE).hexdigest()
+
+
+def test_a_packed_body_is_unpacked_a_bounded_piece_at_a_time() -> None:
+    packed = gzip.compress(bytes(5_000_000))
+    unpacker = Unpacker("gzip")
+    sizes: list[int] = []
+    for start in range(0, len(packed), 1000):
+        assert not unpacker.ended
+        sizes += map(len, unpacker.pieces(packed[start : start + 1000]))
+    assert unpacker.ended
+    assert (sum(sizes), max(sizes)) == (5_000_000, CHUNK_BYTES)
 
 
 # -- bodies that are not usable ---------------------------------------------------------------

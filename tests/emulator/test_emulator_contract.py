@@ -50,7 +50,7 @@ def emulator() -> Iterator[Emulator]:
 
 @SCHEMA.parametrize()
 @settings(
-    max_examples=40,
+    max_examples=20,
     derandomize=True,
     database=None,
     deadline=None,

@@ -325,7 +325,7 @@ def redirect_loop(bench: Bench) -> None:
 
 
 def truncated(bench: Bench) -> None:
-    with pytest.raises(httpx.RemoteProtocolError, match="incomplete|without sending complete"):
+    with pytest.raises(httpx.RemoteProtocolError, match="without sending complete"):
         ask(bench, "file")
     assert good_bytes(bench)
 
@@ -550,12 +550,12 @@ def test_a_rate_strikes_that_share_and_always_the_same_ones(tmp_path: Path) -> N
             state=tmp_path / folder, clock=Clock(), seed=seed, faults={"500": 0.3}
         ) as emulator:
             bench = Bench(emulator, Clock())
-            codes = [bench.post().status_code for _ in range(100)]
+            codes = [bench.post().status_code for _ in range(40)]
             bench.close()
             return codes
 
     first = struck("a", 1)
-    assert 15 <= first.count(500) <= 45
+    assert 6 <= first.count(500) <= 18
     assert struck("b", 1) == first
     assert struck("c", 2) != first
 

@@ -1,0 +1,54 @@
+# `make demo` and `make test` need python3 (3.10 or newer), pip and git, and nothing else.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+export UV_PYTHON_DOWNLOADS := never
+
+.PHONY: help setup demo test lint dev lock services-test browser-test clean
+
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: .venv/.ready  ## Install the locked packages into .venv
+
+# uv comes through pip into a folder of its own, so that no venv module and no installer is needed.
+.uv/bin/uv:
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv==0.13.9
+
+.venv/.ready: requirements.lock pyproject.toml .uv/bin/uv
+	@.uv/bin/uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" .venv
+	@.uv/bin/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@.uv/bin/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup  ## Make the sample's images with the emulator: no key, no cost
+	@$(BIN)/krea-dagster demo
+
+test: setup  ## Run the test suite
+	@$(BIN)/pytest -n auto --dist worksteal
+
+lint: setup  ## Check style, types and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@! grep -rn 'from __future__ import annotations' krea_dagster/plugin definitions.py \
+		|| { echo 'Dagster cannot read annotations that are text'; exit 1; }
+
+dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000
+	@DAGSTER_HOME="$${DAGSTER_HOME:-$(CURDIR)/data/krea/dagster}"; mkdir -p "$$DAGSTER_HOME"; \
+	DAGSTER_HOME="$$DAGSTER_HOME" $(BIN)/dagster dev -f definitions.py -h 127.0.0.1 -p $${PORT:-3000}
+
+services-test: setup  ## Run the journal's tests against a real PostgreSQL
+	@$(BIN)/python tests/services/run.py
+
+browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
+	@$(BIN)/pytest tests/browser -m browser
+
+lock: setup  ## Resolve the newest packages into requirements.lock
+	@.uv/bin/uv pip compile --quiet --upgrade pyproject.toml --all-extras --group dev --universal \
+		--python-version 3.10 --generate-hashes --no-header --output-file requirements.lock
+
+clean:  ## Remove what was made and installed
+	@rm -rf data/krea .venv .uv

@@ -1,0 +1,175 @@
+"""The state survives, on time and exactly; usable without HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulator_bench import Clock
+
+from krea_dagster.emulator import StateInUseError, World
+from krea_dagster.emulator.contract import Order
+from krea_dagster.emulator.world import Account, Created, KeyConflictError, UndecidedError
+
+KEY = "key-0000000000000001"
+
+
+@contextlib.contextmanager
+def opened(state: Path, clock: Clock, **settings: Any) -> Iterator[World]:
+    world = World(state, clock=clock, **{"latency_s": 2.0, "latency_jitter": 0.0, **settings})
+    world.add_account("emulator", 10_000_000)
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+def account(world: World) -> Account:
+    found = world.account("emulator")
+    assert found is not None
+    return found
+
+
+def create(world: World, prompt: str = "a fox", **settings: Any) -> Created:
+    return world.create(account(world), Order(prompt, seed=7), **settings)
+
+
+def test_a_restart_on_the_same_folder_forgets_nothing(tmp_path: Path) -> None:
+    clock = Clock()
+    with opened(tmp_path, clock) as world:
+        first = create(world, idempotency_key=KEY).task
+        create(world, "undecided", idempotency_key="u" * 16, undecided_s=60)
+        world.script("no_results", arg=3)
+        world.script("fail", 2, match="bear")
+        late = create(world, "late").task
+        clock.move(10)
+        assert world.count_read_at_end(late) == 0
+        world.rendered(first, "a" * 64)
+        link = world.link_path(first).rpartition("/")[2]
+        assert world.file(link).fetched == 0
+        world.count("create", "200")
+        before = world.books()
+    with opened(tmp_path, clock) as world:
+        assert world.books() == before
+        assert before["unconsumed_faults"] == [
+            {"name": "fail", "n": 2, "match": "bear", "arg": "service_error"}
+        ]
+        again = create(world, idempotency_key=KEY)
+        assert (again.replayed, again.task.task_id) == (True, first.task_id)
+        with pytest.raises(KeyConflictError):
+            create(world, "a bear", idempotency_key=KEY)
+        with pytest.raises(UndecidedError):
+            create(world, "undecided", idempotency_key="u" * 16)
+        assert world.task(late.task_id, account(world)).reads_at_end == 1
+        assert [one.fault.name for one in world.task(late.task_id, account(world)).faults] == [
+            "no_results"
+        ]
+        assert world.file(link).fetched == 1
+
+
+def test_credits_of_a_kept_account_are_not_granted_again(tmp_path: Path) -> None:
+    clock = Clock()
+    with opened(tmp_path, clock) as world:
+        create(world)
+    with opened(tmp_path, clock) as world:
+        world.add_account("emulator", 99)
+        assert account(world).remaining == 10_000_000 - 4_500
+
+
+def test_a_task_settles_while_the_emulator_is_away(tmp_path: Path) -> None:
+    clock = Clock()
+    with opened(tmp_path, clock) as world:
+        create(world)
+        assert world.books()["held_units"] == 4_500
+    clock.move(10)
+    with opened(tmp_path, clock) as world:
+        books = world.books()
+        assert (books["held_units"], books["charged_units"]) == (0, 4_500)
+        assert books["tasks"][0]["completed_at"] == 1_800_000_002.0
+
+
+def test_the_sums_of_the_books_agree_at_every_moment(tmp_path: Path) -> None:
+    clock = Clock()
+    with opened(tmp_path, clock, latency_jitter=0.9, seed=3) as world:
+        for name in ("fail", "cancelled", "stuck", "slow_task"):
+            world.set_rate(name, 0.2)
+        for n in range(60):
+            create(world, f"{n % 50}")
+            clock.move(0.1)
+            books = world.books()
+            ended = ("failed", "cancelled")
+            tasks = books["tasks"]
+            assert books["reserved_units"] == 4_500 * len(tasks)
+            assert books["charged_units"] == sum(task["charged_units"] for task in tasks)
+            assert books["returned_units"] == 4_500 * sum(t["status"] in ended for t in tasks)
+            waiting = ("pending", "processing")
+            assert books["in_flight"] == sum(task["status"] in waiting for task in tasks)
+            assert books["held_units"] == 4_500 * books["in_flight"]
+
+
+def test_the_sums_agree_although_the_clock_moves_between_any_two_looks(tmp_path: Path) -> None:
+    class Running(Clock):
+        def __call__(self) -> float:
+            self.move(0.05)
+            return self.now_s
+
+    with opened(tmp_path, Running()) as world:
+        for n in range(100):
+            create(world, f"{n}")
+        books = world.books(tasks=False)
+        assert books["charged_units"] > 0
+        assert books["held_units"] == 4_500 * books["in_flight"]
+
+
+def test_the_same_seed_gives_the_same_tasks_and_a_restart_gives_new_ones(tmp_path: Path) -> None:
+    def ids(folder: str, seed: int) -> list[str]:
+        with opened(tmp_path / folder, Clock(), seed=seed) as world:
+            return [create(world, f"{n}").task.task_id for n in range(5)]
+
+    first = ids("a", 1)
+    assert ids("b", 1) == first
+    assert ids("c", 2) != first
+    assert not set(ids("a", 1)) & set(first)
+
+
+def test_the_latency_varies_by_its_share(tmp_path: Path) -> None:
+    with opened(tmp_path, Clock(), latency_s=10.0, latency_jitter=0.3) as world:
+        took = []
+        for n in range(100):
+            task = create(world, f"{n}").task
+            assert task.ready_at is not None
+            took.append(task.ready_at - task.created_at)
+    assert 7.0 <= min(took) < 8.0
+    assert 12.0 < max(took) <= 13.0
+
+
+def test_an_unasked_seed_is_drawn_and_kept(tmp_path: Path) -> None:
+    with opened(tmp_path, Clock()) as world:
+        drawn = [
+            world.create(account(world), Order("a fox", seed=seed)).task.used_seed
+            for seed in (None, 0)
+        ]
+    assert all(1 <= seed <= 1_048_576 for seed in drawn)
+    assert len(set(drawn)) == 2
+
+
+def test_two_emulators_cannot_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("krea_dagster.emulator.state.LOCK_WAIT_S", 0.0)
+    with opened(tmp_path, Clock()), pytest.raises(StateInUseError, match="in use"):
+        World(tmp_path, clock=Clock())
+
+
+def test_what_fails_within_a_transaction_leaves_nothing_behind(tmp_path: Path) -> None:
+    with opened(tmp_path, Clock()) as world:
+        with contextlib.suppress(RuntimeError), world.transaction():
+            create(world)
+            raise RuntimeError
+        assert world.books()["creates"] == 0
+        assert account(world).held == 0
+        create(world)
+        assert world.books()["creates"] == 1
