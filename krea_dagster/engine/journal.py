@@ -8,6 +8,7 @@ gathers the changes of many requests into one commit.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -35,7 +36,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DatabaseError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from krea_dagster.engine import schema
@@ -137,6 +138,16 @@ class Journal:
                 update(owners).where(owners.c.owner == owner).values(heartbeat_at=at)
             )
 
+    def let_go(self, keys: Iterable[str], owner: str) -> None:
+        """Give up an owner's claims on these requests."""
+        with self._write("release claims in") as connection:
+            for chunk in _chunks(sorted(keys)):
+                connection.execute(
+                    update(requests)
+                    .where(requests.c.request_key.in_(chunk), requests.c.claimed_by == owner)
+                    .values(claimed_by=None)
+                )
+
     def release(self, owner: str) -> None:
         """Give up all claims of an owner, and forget it."""
         with self._write("release claims in") as connection:
@@ -168,7 +179,8 @@ class Journal:
                 requests.c.claimed_by == owner,
                 requests.c.claimed_by.in_(dead),
             )
-            for chunk in _chunks(keys):
+            # Sorted, here and below, so that two runs never wait for each other's row locks.
+            for chunk in _chunks(sorted(keys)):
                 found = connection.execute(
                     update(requests)
                     .where(requests.c.request_key.in_(chunk), free)
@@ -188,7 +200,7 @@ class Journal:
         added = 0
         upsert = sqlite.insert if self._sqlite else postgresql.insert
         with self._write("plan requests in") as connection:
-            for chunk in _chunks(wanted):
+            for chunk in _chunks(sorted(wanted, key=lambda pair: pair[0].request_key)):
                 rows = {
                     request.request_key: {
                         "request_key": request.request_key,
@@ -289,7 +301,8 @@ class Journal:
                 present[change.request_key] = step.after
                 written[number] = change.request_key
                 steps.append(step)
-            _write_steps(connection, steps, run_id)
+            for round_ in _rounds(steps):
+                _write_steps(connection, round_, run_id)
             records = {
                 key: record
                 for chunk in _chunks(set(written.values()))
@@ -362,7 +375,7 @@ class Journal:
     def _explained(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except DatabaseError as error:
+        except DBAPIError as error:
             # The statement and its parameters hold prompts, so only the driver's words are shown.
             raise JournalError(
                 f"could not {doing} the journal {self._where}: {error.orig}. Nothing more is "
@@ -372,6 +385,19 @@ class Journal:
 
 
 # -- rows -----------------------------------------------------------------------------------------
+
+
+def _rounds(steps: Iterable[Step]) -> list[list[Step]]:
+    """The steps in rounds that hold each request once: within a round the order is free."""
+    rounds: list[list[Step]] = []
+    taken: Counter[str] = Counter()
+    for step in steps:
+        number = taken[step.change.request_key]
+        taken[step.change.request_key] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(step)
+    return rounds
 
 
 def _write_steps(connection: Connection, steps: Sequence[Step], run_id: str) -> None:

@@ -47,7 +47,10 @@ def is_alive(owner: Owner, *, silent_s: float, limit_s: float) -> bool:
     if owner.host != _host():
         return silent_s <= limit_s
     try:
-        started = _started(psutil.Process(owner.pid))
+        process = psutil.Process(owner.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False  # killed, and its parent has not noticed yet
+        started = _started(process)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.owner import this_process
-from krea_dagster.engine.pace import Window
+from krea_dagster.engine.pace import Latencies, Window
 from krea_dagster.engine.policy import (
     DONE,
     Ask,
@@ -54,6 +54,8 @@ _T = TypeVar("_T")
 _SHORT_S: Final = 0.5
 #: Finished images that may wait for their download before nothing new is started.
 _FETCH_BACKLOG: Final = 64
+#: States in which the next step may be a purchase.
+_TO_BUY: Final = frozenset({State.PLANNED, State.UNKNOWN})
 _HEARTBEAT_S: Final = 20.0
 _ELSEWHERE_S: Final = 1.0
 
@@ -93,7 +95,8 @@ class Runner:
 
     ``connect`` opens a client; it is not called where there is nothing to do. ``run_id`` is
     written with every purchase. ``max_in_flight`` bounds the tasks at the server.
-    ``randomness`` jitters the pauses. ``on_progress`` is called on the event loop whenever
+    ``randomness`` jitters the pauses. ``latencies`` is what is known before the run.
+    ``on_progress`` is called on the event loop whenever
     something changed.
     """
 
@@ -105,6 +108,7 @@ class Runner:
     max_in_flight: int = 64
     clock: Clock = field(default_factory=SystemClock)
     randomness: random.Random = field(default_factory=random.Random)
+    latencies: Latencies = field(default_factory=Latencies)
     on_progress: Callable[[Progress], None] = lambda _: None
 
     async def run(self, wanted: Iterable[Wanted]) -> RunReport:
@@ -193,6 +197,7 @@ class _Session:
             clock=runner.clock,
             randomness=runner.randomness,
             window=Window.opening(runner.max_in_flight),
+            latencies=runner.latencies,
         )
         self._queue: list[_Item] = []
         self._order = count()
@@ -200,6 +205,7 @@ class _Session:
         self._carried = 0  # requests in the hands of a carrier
         self._in_flight = 0  # of those, the ones that hold a place in the window
         self._elsewhere: set[str] = set()  # requests that another run holds
+        self._finished: set[str] = set()  # requests that this run is done with, and holds still
         self._failure: JournalError | None = None
         self._progress = progress
         self.left: dict[str, str] = {}
@@ -219,14 +225,13 @@ class _Session:
     async def _work(self) -> None:
         async with anyio.create_task_group() as background:
             background.start_soon(self.steps.asker.run)
-            background.start_soon(self._beat)
-            background.start_soon(self._watch_elsewhere)
+            background.start_soon(self._guarded, self._beat)
+            background.start_soon(self._guarded, self._watch_elsewhere)
             async with anyio.create_task_group() as carriers:
                 try:
                     await self._feed(carriers)
-                except anyio.get_cancelled_exc_class():
+                finally:
                     self.steps.end_submitting()
-                    raise
             background.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
@@ -237,7 +242,6 @@ class _Session:
             self._tell()
             if self._failure is not None:
                 # Nothing more is started. What is under way fails on its own next write.
-                self.steps.end_submitting()
                 carriers.cancel_scope.cancel()
                 return
             self._changed = anyio.Event()
@@ -286,7 +290,8 @@ class _Session:
             wait_s = await self._step(carrier)
             if wait_s is None:
                 return None
-            if wait_s > _SHORT_S:
+            # What is to be bought again competes for its place anew: the window may be smaller.
+            if wait_s > _SHORT_S or (wait_s > 0 and carrier.record.state in _TO_BUY):
                 return wait_s
             self._changed.set()
             if wait_s > 0:
@@ -323,6 +328,7 @@ class _Session:
                 return await steps.defer(carrier)
 
     def _finish(self, record: Record, reason: str) -> None:
+        self._finished.add(record.request_key)
         if reason:
             self.left[record.request_key] = reason
         rows = self._wanted[record.request_key].rows
@@ -361,10 +367,23 @@ class _Session:
         self._changed.set()
 
     async def _watch_elsewhere(self) -> None:
-        """Follow the requests that another run holds."""
+        """Follow the requests that another run holds, and let go of what is finished.
+
+        A run that waits holds nothing that it is done with, so that no two wait for each other.
+        """
         while self._elsewhere:
             await self._clock.sleep(_ELSEWHERE_S)
+            finished, self._finished = self._finished, set()
+            await _in_thread(self._journal.let_go, finished, self._owner.owner)
             await self._take_over()
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Have a journal that fails in the background end the run as it does elsewhere."""
+        try:
+            await work()
+        except JournalError as error:
+            self._failure = self._failure or error
+            self._changed.set()
 
     async def _beat(self) -> None:
         while True:

@@ -149,8 +149,9 @@ submissions: Final = Table(
     Column("reserved_units", BigInteger),
     Column("charged_units", BigInteger),
     Column("settled_at", UtcTime),
-    Column("billing_rule", String(64)),
-    Column("user_group", String(255)),
+    # The server's words, of whatever length: a text that does not fit would cost the task's id.
+    Column("billing_rule", Text),
+    Column("user_group", Text),
     CheckConstraint("reserved_units >= 0", name="reserved"),
     CheckConstraint("charged_units >= 0", name="charged"),
     Index("ix_submissions_request", "request_key", "number", unique=True),

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any, Final, Protocol
 
 import anyio
+import anyio.lowlevel
 
 from krea_dagster.engine.asker import Asker, TaskReader
 from krea_dagster.engine.changes import Change
@@ -89,6 +90,7 @@ class Steps:
         clock: Clock,
         randomness: random.Random,
         window: Window,
+        latencies: Latencies,
     ) -> None:
         self._client = client
         self._writer = writer
@@ -97,10 +99,11 @@ class Steps:
         self._policy = policy
         self._clock = clock
         self._random = randomness
-        self._latencies = Latencies()
+        self._latencies = latencies
         self._fetches = anyio.CapacityLimiter(_FETCHES)
         self._posting: set[anyio.CancelScope] = set()
-        self._last_taken_s = clock.monotonic()
+        self._ending = False
+        self._refused_since_s: float | None = None
         self.asker = Asker(client, clock.monotonic)
         self.window = window
         self.stopped: AccountStopped | None = None
@@ -113,6 +116,7 @@ class Steps:
         They are shielded from cancellation until then, because an answer that is not read
         may be an image that was paid for.
         """
+        self._ending = True
         for scope in self._posting:
             scope.deadline = anyio.current_time() + _GRACE_S
 
@@ -121,10 +125,13 @@ class Steps:
     async def submit(self, carrier: Carrier, intent: Event) -> float:
         """POST once: the intent is on disk before it leaves, and the answer before anything."""
         values = {} if intent is Event.REPLAYING else {"partition_key": carrier.partition_key}
+        await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard
         with anyio.CancelScope(shield=True) as scope:
             self._posting.add(scope)
             try:
                 await self.record(carrier, intent, values)
+                if self._ending:
+                    return await self._not_sent_any_more(carrier)
                 self.posts += 1
                 return await self._post(carrier)
             finally:
@@ -133,6 +140,13 @@ class Steps:
         with anyio.CancelScope(shield=True):
             said = _said("stopped", "the run was stopped before the answer came")
             await self.record(carrier, Event.OUTCOME_UNKNOWN, said)
+        return 0.0
+
+    async def _not_sent_any_more(self, carrier: Carrier) -> float:
+        """Take an intent back that the run's stop overtook."""
+        if carrier.record.state is State.SUBMITTING:
+            said = _said("stopped", "the run was stopped before it was sent")
+            await self.record(carrier, Event.TURNED_AWAY, said)
         return 0.0
 
     async def _post(self, carrier: Carrier) -> float:
@@ -160,7 +174,7 @@ class Steps:
         )
         carrier.trail = replace(carrier.trail, submit_failures=0)
         self.window = self.window.taken()
-        self._last_taken_s = self._clock.monotonic()
+        self._refused_since_s = None
         return 0.0
 
     async def _not_charged(self, carrier: Carrier, error: SubmitError) -> float:
@@ -206,7 +220,9 @@ class Steps:
         """Cut the window; a 429 is no failure of the request, so it uses up no try."""
         now_s = self._clock.monotonic()
         self.window = self.window.turned_away(now_s, error.retry_after_s)
-        if now_s - self._last_taken_s > self._policy.patience_s:
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        if now_s - self._refused_since_s > self._policy.patience_s:
             reason = f"turned away for {self._policy.patience_s:g} s: {error}"
             carrier.trail = replace(carrier.trail, final=reason)
             return 0.0
@@ -293,8 +309,10 @@ class Steps:
         message = task.failure.message if task.failure else "the task failed without saying why"
         # Whether a cancelled task is charged is not documented: then the charge is not known.
         cancelled = task.status == "cancelled"
-        if cancelled and task.failure is None:
-            code, message = "request_cancelled", "the task was cancelled at the server"
+        if cancelled:
+            # Whatever code came with it: one that may be repeated would be bought again.
+            said = f": {code}: {message}" if task.failure else ""
+            code, message = "request_cancelled", f"the task was cancelled at the server{said}"
         charged = None if cancelled else 0
         await self.record(carrier, Event.FAILED, {**_said(code, message), "charged_units": charged})
         failures = carrier.trail.task_failures + 1

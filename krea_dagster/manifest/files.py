@@ -15,20 +15,28 @@ from krea_dagster.prompts import safe_name
 _ROW_GROUP = 10_000
 
 
-def manifest_name(partition_key: str) -> str:
-    """The name of a partition's file under the storage root; any key gives a safe one."""
-    return f"manifest/{safe_name(partition_key)}.parquet"
+def manifest_name(partition_key: str, folders: Sequence[str] = ()) -> str:
+    """The name of a partition's file under the storage root; any key gives a safe one.
+
+    ``folders`` below ``manifest`` keep the tables apart that share a storage root.
+    """
+    return "/".join(["manifest", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
 
 
-def write_manifest(storage: Storage, partition_key: str, table: pa.Table) -> str:
+def write_manifest(
+    storage: Storage, partition_key: str, table: pa.Table, folders: Sequence[str] = ()
+) -> str:
     """Write a partition's manifest; returns its path or URL. Equal tables give equal bytes."""
-    name = manifest_name(partition_key)
+    name = manifest_name(partition_key, folders)
     storage.write(name, lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP))
     return storage.locate(name)
 
 
 def read_manifests(
-    storage: Storage, partition_keys: Sequence[str], columns: Sequence[str] | None = None
+    storage: Storage,
+    partition_keys: Sequence[str],
+    columns: Sequence[str] | None = None,
+    folders: Sequence[str] = (),
 ) -> pa.Table:
     """Read the manifests of these partitions as one table, in the order of the keys.
 
@@ -38,7 +46,7 @@ def read_manifests(
     tables: list[pa.Table] = []
     for key in partition_keys:
         try:
-            with storage.open(manifest_name(key)) as file:
+            with storage.open(manifest_name(key, folders)) as file:
                 tables.append(pq.read_table(file, columns=columns))
         except FileNotFoundError:
             continue

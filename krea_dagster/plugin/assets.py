@@ -21,7 +21,11 @@ from krea_dagster.manifest import (
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.automation import report_prompts
 from krea_dagster.plugin.beta import quiet_beta
-from krea_dagster.plugin.io_manager import split_by_partition
+from krea_dagster.plugin.io_manager import (
+    MANIFEST_ASSET,
+    manifest_folders,
+    split_by_partition,
+)
 from krea_dagster.plugin.metadata import (
     images_metadata,
     manifest_metadata,
@@ -66,7 +70,7 @@ class KreaAssets:
 def build_krea_assets(
     table: PromptTable,
     *,
-    key_prefix: Sequence[str] = (),
+    key_prefix: str | Sequence[str] = (),
     group_name: str = "krea",
     backfill_policy: dg.BackfillPolicy | None = None,
     resource_key: str = "krea",
@@ -79,10 +83,11 @@ def build_krea_assets(
     (single_run) any range of them, as one step with one sliding window. ``image_manifest`` is
     made from the journal without network, through the IO manager ``io_manager_key``.
     """
+    key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
     partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]))
     policy = backfill_policy or dg.BackfillPolicy.single_run()
     prompts_key, images_key, manifest_key = (
-        dg.AssetKey([*key_prefix, name]) for name in ("prompts", "images", "image_manifest")
+        dg.AssetKey([*key_prefix, name]) for name in ("prompts", "images", MANIFEST_ASSET)
     )
     prompts = dg.AssetSpec(
         prompts_key,
@@ -139,7 +144,7 @@ def build_krea_assets(
         if report.stopped is not None:
             # The step that writes the manifest will not run after this one has failed.
             for key, part in split_by_partition(manifest, context.partition_keys).items():
-                path = write_manifest(storage, key, part)
+                path = write_manifest(storage, key, part, manifest_folders(manifest_key))
                 context.log_event(
                     dg.AssetMaterialization(
                         manifest_key, partition=key, metadata=manifest_metadata(part, path)
@@ -168,7 +173,7 @@ def build_krea_assets(
         storage = krea.open_storage()
         schema = table_schema(manifest.schema)
         for key, part in split_by_partition(manifest, context.partition_keys).items():
-            path = storage.locate(manifest_name(key))
+            path = storage.locate(manifest_name(key, manifest_folders(manifest_key)))
             values = {**manifest_metadata(part, path), "dagster/column_schema": schema}
             context.add_asset_metadata(values, partition_key=key)
         return manifest

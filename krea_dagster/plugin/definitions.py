@@ -19,7 +19,7 @@ def build_krea_definitions(
     partition_by: str = "hash:8",
     defaults: Defaults | None = None,
     count_tokens: Callable[[str], int] = estimate_tokens,
-    key_prefix: Sequence[str] = (),
+    key_prefix: str | Sequence[str] = (),
     group_name: str = "krea",
     backfill_policy: dg.BackfillPolicy | None = None,
 ) -> dg.Definitions:
@@ -31,10 +31,13 @@ def build_krea_definitions(
     in one code location.
 
     The result holds the assets ``prompts``, ``images`` and ``image_manifest``, the job
-    ``krea_images``, the sensor that watches the table, and the resources ``krea`` and
-    ``krea_manifest``; merge it with your own by ``dagster.Definitions.merge``. Raises
-    ConfigError for a setting that cannot be used.
+    ``krea_images``, the sensor ``krea_prompts`` that watches the table, and the resources
+    ``krea`` and ``krea_manifest``. All these names begin with the prefix where there is one.
+    Merge it with your own by ``dagster.Definitions.merge``. Raises ConfigError for a setting
+    that cannot be used.
     """
+    key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
+    before = "".join(f"{part}_" for part in key_prefix)
     table = PromptTable(
         _absolute(prompts),
         parse_partition_by(partition_by),
@@ -42,11 +45,15 @@ def build_krea_definitions(
         count_tokens=count_tokens,
     )
     assets = krea_assets.build_krea_assets(
-        table, key_prefix=key_prefix, group_name=group_name, backfill_policy=backfill_policy
+        table,
+        key_prefix=key_prefix,
+        group_name=group_name,
+        backfill_policy=backfill_policy,
+        resource_key=f"{before}krea",
+        io_manager_key=f"{before}krea_manifest",
     )
-    prefix = "_".join(key_prefix)
     job = dg.define_asset_job(
-        f"{prefix}_krea_images" if prefix else JOB_NAME,
+        f"{before}{JOB_NAME}",
         selection=dg.AssetSelection.assets(assets.images, assets.image_manifest),
         description="Buys what is missing, and writes the manifest.",
     )
@@ -54,13 +61,16 @@ def build_krea_definitions(
         table,
         assets.partitions_def,
         assets.prompts.key,
-        name=f"{prefix}_krea_prompts" if prefix else "krea_prompts",
+        name=f"{before}krea_prompts",
     )
     return dg.Definitions(
         assets=assets.all,
         jobs=[job],
         sensors=[sensor],
-        resources={"krea": krea, "krea_manifest": KreaManifestIOManager(storage=krea.storage)},
+        resources={
+            f"{before}krea": krea,
+            f"{before}krea_manifest": KreaManifestIOManager(storage=krea.storage),
+        },
         # One process per run: the steps wait for the network, and a second process would cost
         # seconds to start.
         executor=dg.in_process_executor,

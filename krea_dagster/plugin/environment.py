@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,7 @@ class Settings:
     base_url: str
     prompts: str
     storage: str
-    journal_url: str
+    journal_url: str = field(repr=False)
     partition_by: str
     max_in_flight: int
     on_unknown: str
@@ -72,7 +72,8 @@ class Settings:
             base_url=self.base_url,
             emulator=not key,
             storage=self.storage,
-            journal_url=self.journal_url,
+            # Named as well: it may hold a password.
+            journal_url=dg.EnvVar("KREA_JOURNAL_URL") if self.journal_url else "",
             max_in_flight=self.max_in_flight,
             on_unknown=self.on_unknown,
         )

@@ -55,13 +55,14 @@ def materialize(
 ) -> Materialized:
     """Materialize these partitions of ``images`` and ``image_manifest``, or all.
 
-    The table is read and checked first, so that bad input launches nothing. Raises
-    ConfigError or PromptTableError.
+    The table and the settings are checked first, so that bad input launches nothing. Raises
+    ConfigError, JournalError or PromptTableError.
     """
     started_s = time.monotonic()
     table = settings.table()
     partitions_def = partitions_for(table, name="krea")
     table.read(list(partitions) or None)
+    settings.resource().check()
     job = settings.definitions().resolve_job_def(JOB_NAME)
     home = _dagster_home(settings)
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -127,10 +128,12 @@ def _dagster_home(settings: Settings) -> Path:
     """DAGSTER_HOME, or where there is none, a folder beside what is made."""
     if home := os.environ.get("DAGSTER_HOME"):
         folder = Path(home).absolute()
-    elif (root := settings.resource().open_storage().folder) is not None:
-        folder = root / "dagster"
-    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    root = settings.resource().open_storage().folder
+    if root is None:
         raise ConfigError("set DAGSTER_HOME to a folder: the storage root is not one")
+    folder = root / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "dagster.yaml").exists():
         (folder / "dagster.yaml").write_text(_INSTANCE_SETTINGS)

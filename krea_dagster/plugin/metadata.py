@@ -70,11 +70,14 @@ def count_metadata(table: pa.Table) -> Metadata:
     at_stake = sum(
         statuses.get(state.value, 0) for state in (State.UNKNOWN, State.SUBMITTED, State.COMPLETED)
     )
+    # Rows that ask for the same thing share one purchase.
+    money = [("credits_reserved", "max"), ("credits_charged", "max")]
+    bought_once = table.group_by("request_key").aggregate(money)
     return {
         "rows": table.num_rows,
         **{f"rows_{state}": count for state, count in sorted(statuses.items())},
-        "credits_reserved": _total(table["credits_reserved"]),
-        "credits_charged": _total(table["credits_charged"]),
+        "credits_reserved": _total(bought_once["credits_reserved_max"]),
+        "credits_charged": _total(bought_once["credits_charged_max"]),
         "rows_at_stake": at_stake,
     }
 

@@ -55,9 +55,11 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     )
     journal_url: str = Field(
         default="",
+        repr=False,
         description=(
             "SQLAlchemy URL of the journal. Empty: SQLite in the storage root, where that is a "
-            "folder. Runs that share a journal never buy the same image twice."
+            "folder. Runs that share a journal never buy the same image twice. With a password "
+            "in it, give it as dagster.EnvVar."
         ),
     )
     max_in_flight: int = Field(
@@ -88,13 +90,26 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
 
     def open_storage(self) -> Storage:
         """Return the storage root. Raises ConfigError."""
-        return Storage(self.storage)
+        return Storage(_text(self.storage))
 
     @contextmanager
     def open_journal(self) -> Iterator[Journal]:
         """Open the journal. Raises ConfigError or JournalError."""
         with closing(Journal(self._journal_url())) as journal:
             yield journal
+
+    def check(self) -> None:
+        """Check what can be checked before anything is bought. Raises ConfigError or JournalError.
+
+        Binds the journal to where these settings buy.
+        """
+        if not self.emulator and not _text(self.api_key):
+            raise ConfigError(
+                "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
+                "that variable, or set emulator=True"
+            )
+        with self.open_journal() as journal:
+            journal.bind(self._origin())
 
     def generate(
         self,
@@ -110,13 +125,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         and in the journal, not an exception.
         """
         wanted = [Wanted(image.request, image.partition_key) for image in images]
-        if not self.emulator and not self.api_key:
-            raise ConfigError(
-                "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
-                "that variable, or set emulator=True"
-            )
+        self.check()
         with self.open_journal() as journal:
-            journal.bind(self._origin())
             runner = Runner(
                 connect=self._connect,
                 journal=journal,
@@ -137,8 +147,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             return journal.records({image.request.request_key for image in images})
 
     def _journal_url(self) -> str:
-        if self.journal_url:
-            return self.journal_url
+        if url := _text(self.journal_url):
+            return url
         folder = self.open_storage().folder
         if folder is None:
             raise ConfigError(
@@ -156,7 +166,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     @asynccontextmanager
     async def _connect(self) -> AsyncIterator[KreaClient]:
         if not self.emulator:
-            async with self._client(self.api_key, self.base_url) as client:
+            async with self._client(_text(self.api_key), self.base_url) as client:
                 yield client
             return
         folder = self.open_storage().folder
@@ -173,6 +183,11 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             timeout_s=self.timeout_s,
             download_timeout_s=self.download_timeout_s,
         )
+
+
+def _text(value: str) -> str:
+    """A setting's text, also outside a run, where Dagster has left an EnvVar as it is."""
+    return value.get_value() or "" if isinstance(value, dg.EnvVar) else value
 
 
 def _run(main: Coroutine[Any, Any, _T]) -> _T:

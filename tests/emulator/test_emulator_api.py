@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from emulator_bench import AUTH, Bench, Clock, running
+from tests.emulator.emulator_bench import AUTH, Bench, Clock, running
 from PIL import Image
 
 from krea_dagster.emulator import Emulator

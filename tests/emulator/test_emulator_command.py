@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
-from emulator_bench import AUTH, PLAIN
+from tests.emulator.emulator_bench import AUTH, PLAIN
 
 from krea_dagster.emulator import FAULTS, emulator_command
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from emulator_bench import PLAIN, Bench, Clock, running
+from tests.emulator.emulator_bench import PLAIN, Bench, Clock, running
 from PIL import Image
 
 from krea_dagster.emulator import FAULTS, Emulator, UnknownFaultError

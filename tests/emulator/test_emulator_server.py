@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from emulator_bench import PLAIN, Bench, Clock
+from tests.emulator.emulator_bench import PLAIN, Bench, Clock
 
 from krea_dagster.emulator import Emulator
 

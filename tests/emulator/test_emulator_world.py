@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulator_bench import Clock
+from tests.emulator.emulator_bench import Clock
 
 from krea_dagster.emulator import StateInUseError, World
 from krea_dagster.emulator.contract import Order

@@ -1,0 +1,88 @@
+"""What tests of the Dagster side share: write a table, run a job, look at what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster.emulator import Emulator
+
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
+#: Dagster writes its log to the instance in full, and to the terminal only what kills a run.
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def write_table(path: Path, columns: Mapping[str, Any] | pa.Table) -> str:
+    """Write a prompt table; its path as text."""
+    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return str(path)
+
+
+def run_job(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    first: str,
+    last: str | None = None,
+    *,
+    job: str = "krea_images",
+) -> dg.ExecuteInProcessResult:
+    """Run the job for one partition, or for a range of them in one run."""
+    resolved = defs.resolve_job_def(job)
+    if last is None:
+        return resolved.execute_in_process(
+            instance=instance, partition_key=first, run_config=QUIET, raise_on_error=False
+        )
+    return resolved.execute_in_process(
+        instance=instance,
+        tags={RANGE_START: first, RANGE_END: last},
+        run_config=QUIET,
+        raise_on_error=False,
+    )
+
+
+def latest(
+    instance: dg.DagsterInstance, key: Sequence[str], partition: str
+) -> dg.AssetMaterialization:
+    """The last materialization of a partition, as the instance has it."""
+    found = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(key), asset_partitions=[partition]), limit=1
+    )
+    assert found.records, f"{key} {partition} was never materialized"
+    materialization = found.records[0].asset_materialization
+    assert materialization is not None
+    return materialization
+
+
+def values(materialization: dg.AssetMaterialization) -> dict[str, Any]:
+    """Its metadata as plain values."""
+    return {name: entry.value for name, entry in materialization.metadata.items()}
+
+
+def bought(emulator: Emulator, marker: str) -> list[dict[str, Any]]:
+    """The emulator's own entries of the tasks whose prompt holds this text."""
+    tasks: list[dict[str, Any]] = emulator.books()["tasks"]
+    return [task for task in tasks if marker in task["prompt"]]
+
+
+def posts(emulator: Emulator) -> int:
+    """How many create calls the emulator has seen so far."""
+    return int(emulator.books(tasks=False)["submit_posts"])
+
+
+def failure_text(result: dg.ExecuteInProcessResult, step: str) -> str:
+    """What a failed step says to the person who reads the run's page."""
+    for event in result.all_events:
+        if event.event_type_value == "STEP_FAILURE" and event.step_key == step:
+            data = event.step_failure_data
+            assert data.user_failure_data is not None
+            return data.user_failure_data.description or ""
+    raise AssertionError(f"step {step} did not fail")

