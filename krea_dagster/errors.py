@@ -3,39 +3,42 @@
 .. code-block:: text
 
     KreaError
-    ├── InputError                what the caller gave is wrong; nothing was sent, nothing was bought
-    │   ├── ConfigError             a setting; mend it and run again
-    │   └── PromptTableError        rows of the prompt table; names each row and column
-    ├── JournalError              the journal cannot be trusted or written; nothing more is bought
-    │   ├── TakenOver               another run holds this request now, and carries it on
-    │   └── IllegalTransition       an event that the request's state does not allow; nothing changed
-    ├── ApiError                  EvoLink answered a *question* with an error, or not at all; asking is free
-    │   ├── TaskNotFound            the task is not known (any more)
-    │   ├── Unauthorized            401: the key is wrong or expired; mend the key
-    │   ├── AccessDenied            403
-    │   ├── InsufficientCredits     402
-    │   ├── RateLimited             429; ask again after ``retry_after_s``
-    │   ├── NotSupported            the server does not have this endpoint; use another
-    │   └── NoUsableAnswer          disconnect, time-out, 5xx, HTML, nonsense; ask again
-    ├── SubmitError               a *purchase* did not get a usable answer
-    │   ├── NotCharged              certainly unspent
-    │   │   ├── NotSent               no connection was made; send it again when there is one
-    │   │   ├── TurnedAway            429: the server was too busy to take it; send it again later
-    │   │   ├── Refused               400, 413, 415: this request will never be taken as it is
-    │   │   │   └── ContentRefused      moderation at submit; change the prompt
-    │   │   └── AccountStopped        nothing can be bought with this key now; stop buying
-    │   │       ├── KeyRejected         401
-    │   │       ├── OutOfCredits        402
-    │   │       └── ModelDenied         403
-    │   └── OutcomeUnknown          may have been spent; repeat with the same Idempotency-Key, or ask a person
-    │       ├── NoCapacity            a 400 that is a lack of capacity; EvoLink does not say that it is free
-    │       ├── PurchasePending       409 paid_outcome_unknown: wait a minute, repeat with the same key
-    │       └── IdempotencyConflict   409: the key was used for another body; never repeat, ask a person
-    └── DownloadError             a paid image could not be fetched or is not what was asked for; spent
-        ├── LinkRefused             the link is unsafe: a private address, a file, a redirect to one
-        ├── LinkDead                the link has expired or is gone; read the task for a fresh one
-        ├── NoUsableBody            truncated, endless, HTML, or no answer; fetch again
-        └── ImageRejected           a whole file, but not the picture that was asked for
+    ├── InputError            what the caller gave is wrong; nothing was sent or bought
+    │   ├── ConfigError         a setting; mend it and run again
+    │   └── PromptTableError    rows of the prompt table; names each row and column
+    ├── JournalError          the journal cannot be trusted or written; nothing more is bought
+    │   ├── TakenOver           another run holds this request now, and carries it on
+    │   └── IllegalTransition   an event that the state does not allow; nothing changed
+    ├── BuyingClosed          nothing was sent; the row is deferred
+    │   ├── CapReached          a cap leaves no room; the text says when it frees
+    │   └── RunStopped          the account stopped another shard of this run
+    ├── ApiError              EvoLink did not answer a *question* as hoped; asking is free
+    │   ├── TaskNotFound        the task is not known (any more)
+    │   ├── Unauthorized        401: the key is wrong or expired; mend the key
+    │   ├── AccessDenied        403
+    │   ├── InsufficientCredits 402
+    │   ├── RateLimited         429; ask again after ``retry_after_s``
+    │   ├── NotSupported        the server does not have this endpoint; use another
+    │   └── NoUsableAnswer      disconnect, time-out, 5xx, HTML, nonsense; ask again
+    ├── SubmitError           a *purchase* did not get a usable answer
+    │   ├── NotCharged          certainly unspent
+    │   │   ├── NotSent           no connection was made; send it again when there is one
+    │   │   ├── TurnedAway        429: the server was too busy; send it again later
+    │   │   ├── Refused           400, 413, 415: never taken as it is; change the row
+    │   │   │   └── ContentRefused  moderation at submit; change the prompt
+    │   │   └── AccountStopped    nothing can be bought with this key now; stop buying
+    │   │       ├── KeyRejected     401
+    │   │       ├── OutOfCredits    402
+    │   │       └── ModelDenied     403
+    │   └── OutcomeUnknown      may be spent; repeat with the same key, or ask a person
+    │       ├── NoCapacity        a 400 for lack of capacity; not said to be free
+    │       ├── PurchasePending   409 paid_outcome_unknown: wait a minute, the same key
+    │       └── IdempotencyConflict 409: the key has another body; ask a person
+    └── DownloadError         a paid image is not at hand yet; certainly spent
+        ├── LinkRefused         the link is unsafe: a private address, a file
+        ├── LinkDead            it has expired or is gone; read the task for a fresh one
+        ├── NoUsableBody        truncated, endless, HTML, or no answer; fetch again
+        └── ImageRejected       a whole file, but not the picture that was asked for
 
 So a reader of an ``except`` clause knows the money: ``NotCharged`` is certainly unspent,
 ``OutcomeUnknown`` may be spent, ``DownloadError`` is certainly spent, and an ``ApiError``
@@ -124,6 +127,25 @@ class TakenOver(JournalError):
 
 class IllegalTransition(JournalError):
     """An event that the request's present state does not allow. Nothing was changed."""
+
+
+# -- what keeps a run from buying -------------------------------------------------------------
+
+
+class BuyingClosed(KreaError):
+    """A purchase was not admitted. Nothing was sent; the row waits for a later run."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class CapReached(BuyingClosed):
+    """A cap leaves no room. The message names cap, spent, reserved, and when it frees."""
+
+
+class RunStopped(BuyingClosed):
+    """The account stopped the buying, as another shard of the same run has found."""
 
 
 # -- what EvoLink answered --------------------------------------------------------------------

@@ -49,7 +49,7 @@ SEED_MAX: Final = 1_048_576
 UNITS_PER_CREDIT: Final = 10_000
 
 
-def units_from_credits(credits: float | int | str | Decimal) -> int:
+def units_from_credits(credits: float | str | Decimal) -> int:
     """Credits as EvoLink writes them, in units, to the nearest 1/10,000 credit.
 
     Goes through the number's shortest decimal text, so that 0.45 is 4,500 and not a

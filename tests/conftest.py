@@ -14,9 +14,6 @@ from krea_dagster.emulator import Emulator
 if TYPE_CHECKING:
     import dagster as dg
 
-#: Opens an account at the emulator with so many credits, and returns its key.
-OpenAccount = Callable[[float], str]
-
 _VARIABLES = (
     "DAGSTER_HOME",
     "EVOLINK_API_KEY",
@@ -49,11 +46,11 @@ def emulator() -> Iterator[Emulator]:
 
 
 @pytest.fixture(scope="session")
-def open_account(emulator: Emulator) -> OpenAccount:
+def open_account(emulator: Emulator) -> Callable[..., str]:
     """Open a fresh account, so that a test's credits are its own."""
     numbers = itertools.count(1)
 
-    def opened(credits: float = 1000.0) -> str:
+    def opened(credits: float = 1000.0) -> str:  # noqa: A002 - the API's word
         key = f"sk-of-this-test-{next(numbers):04d}-Zq81"
         emulator.world.add_account(key, round(credits * 10_000))
         return key

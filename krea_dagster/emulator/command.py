@@ -119,7 +119,7 @@ def emulator_command(
     latency_s: float,
     latency_jitter: float,
     wishes: list[object],
-    credits: float,  # noqa: A002 - the API's word
+    credits: float,
     max_concurrent: int | None,
     rate: float | None,
     idempotency: bool,

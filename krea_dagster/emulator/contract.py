@@ -80,7 +80,7 @@ class Order:
         return _digest([self.fingerprint, self.callback_url])
 
 
-class Refusal(Exception):  # noqa: N818 - an answer of the API, not a fault of this program
+class Refusal(Exception):
     """The API answers with an error.
 
     ``code`` is what the body says, ``param`` the field that is meant, where there is one.

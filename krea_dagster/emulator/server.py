@@ -56,7 +56,7 @@ class Emulator:
         self,
         *,
         api_key: str = "emulator",
-        credits: float = 1000.0,  # noqa: A002 - the API's word
+        credits: float = 1000.0,
         other_accounts: Mapping[str, float] | None = None,
         state: Path | None = None,
         host: str = "127.0.0.1",

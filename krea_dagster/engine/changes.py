@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -66,13 +66,22 @@ _CLEARS: Final[Mapping[Event, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Present:
-    """What a change is checked against."""
+    """What a change is checked against: the request, and its present submission.
+
+    ``committed_units`` is what that submission counts under the caps, ``expected_units`` what
+    it was expected to cost, ``bought_by`` its run and ``sent_at`` the time of its intent.
+    """
 
     state: State
     seq: int
     claimed_by: str | None
     idempotency_key: str | None
     last_submission: int
+    quality: str = ""
+    committed_units: int = 0
+    expected_units: int = 0
+    bought_by: str = ""
+    sent_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,12 @@ def check(change: Change, present: Present | None, owner: str) -> Step:
         key = idempotency_key(change.request_key, last)
     elif change.event is Event.PLANNED:
         key = None
-    after = Present(
-        advance(present.state, change.event), present.seq + 1, present.claimed_by, key, last
+    after = replace(
+        present,
+        state=advance(present.state, change.event),
+        seq=present.seq + 1,
+        idempotency_key=key,
+        last_submission=last,
     )
     return Step(change, present, after)
 
@@ -160,30 +173,38 @@ def submission_row(step: Step, run_id: str) -> dict[str, Any]:
         "partition_key": step.change.values.get("partition_key", ""),
         "sent_at": step.change.at,
         "posts": 1,
+        "expected_units": step.after.expected_units,
+        "committed_units": step.after.committed_units,
     }
 
 
 def submission_values(step: Step, run_id: str) -> dict[str, Any]:
     """The columns of ``submissions`` that a step sets; ``posts`` is added to what is there."""
     change = step.change
+    allowed = _COLUMNS[change.event][1]
+    values: dict[str, Any] = {}
     match change.event:
         case Event.SUBMITTING:
             # Taken up again after it was certainly not created: the hours start anew.
-            values: dict[str, Any] = {"posts": 1, "sent_at": change.at, "run_id": run_id}
+            values = {
+                "posts": 1,
+                "sent_at": change.at,
+                "run_id": run_id,
+                "expected_units": step.after.expected_units,
+            }
         case Event.REPLAYING:
-            return {"posts": 1}
+            values = {"posts": 1}
         case Event.ACCEPTED:
             values = {"submitted_at": change.at}
         case Event.COMPLETED if step.before.state is State.COMPLETED:
-            return {}  # a fresh link; the money was settled before
+            allowed = frozenset()  # a fresh link; the money was settled before
         case Event.COMPLETED | Event.FAILED | Event.REFUSED:
             values = {"settled_at": change.at}
-        case _:
-            return {}
-    allowed = _COLUMNS[change.event][1]
     values.update(
         {name: _storable(item) for name, item in change.values.items() if name in allowed}
     )
+    if step.after.committed_units != step.before.committed_units:
+        values["committed_units"] = step.after.committed_units
     return values
 
 

@@ -34,7 +34,7 @@ MAX_IMAGE_BYTES: Final = 64 * 1024 * 1024
 _FLAT_RANGE: Final = 2
 
 #: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus.
-_DAMAGED: Final = (
+DAMAGED: Final = (
     OSError,
     SyntaxError,
     ValueError,
@@ -143,7 +143,7 @@ def look_at(path: Path, pixels: tuple[int, int]) -> str:
         raise NoUsableBody(f"not an image: it begins with {_beginning(path)}") from None
     except DownloadError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise NoUsableBody(f"the image is damaged: {error}") from None
     if not _ends_well(path, image_format):
         raise NoUsableBody(f"the {image_format} file is cut short")

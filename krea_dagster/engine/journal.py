@@ -8,9 +8,12 @@ gathers the changes of many requests into one commit.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -40,6 +43,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from krea_dagster.engine import schema
+from krea_dagster.engine.budget import Caps, Commitment
 from krea_dagster.engine.changes import (
     Change,
     Present,
@@ -50,30 +54,84 @@ from krea_dagster.engine.changes import (
     submission_row,
     submission_values,
 )
+from krea_dagster.engine.ledger import Ledger
 from krea_dagster.engine.owner import Owner, is_alive
 from krea_dagster.engine.record import Record, StoredImage
-from krea_dagster.engine.schema import events, owners, requests, submissions, transitions
-from krea_dagster.engine.states import TRANSITIONS, Event, State
-from krea_dagster.errors import ConfigError, JournalError
-from krea_dagster.models import ImageRequest
+from krea_dagster.engine.schema import (
+    account_readings,
+    attempts,
+    commitments,
+    events,
+    owners,
+    prices,
+    requests,
+    stops,
+    submissions,
+    transitions,
+)
+from krea_dagster.engine.states import AT_STAKE, TRANSITIONS, Event, State
+from krea_dagster.errors import BuyingClosed, ConfigError, JournalError
+from krea_dagster.models import AccountCredits, ImageRequest
 
 _T = TypeVar("_T")
 
 #: Keys per statement: under every database's limit of parameters.
 _CHUNK: Final = 500
 
+#: The advisory lock under which PostgreSQL's tables are created; any number that nobody else uses.
+_CREATING: Final = 4_705_170_317
+
+NO_CAPS: Final = Caps()
+
 #: An owner of another machine that has not been heard of for this long is dead.
 HEARTBEAT_LIMIT_S: Final = 90.0
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One submission: a purchase, or what may have been one. Money in units, None if not known.
+
+    ``state`` is the request's, where this submission is its present one, and else None: an
+    earlier one ended without an image and, as far as is known, without a charge.
+    """
+
+    idempotency_key: str
+    request_key: str
+    number: int
+    run_id: str
+    partition_key: str
+    quality: str
+    sent_at: datetime
+    posts: int
+    task_id: str | None
+    submitted_at: datetime | None
+    expected_units: int
+    committed_units: int
+    reserved_units: int | None
+    charged_units: int | None
+    settled_at: datetime | None
+    state: State | None
+
+
+@dataclass(frozen=True)
+class AccountReading:
+    """What ``GET /v1/credits`` said during a run, in units: the key's use, or the account's."""
+
+    at: datetime
+    run_id: str
+    used_units: int
+    remaining_units: int
 
 
 class Journal:
     """The journal behind a SQLAlchemy URL.
 
     Raises JournalError wherever the database cannot be read or written: an unreadable journal
-    means stop, never that nothing was bought.
+    means stop, never that nothing was bought. ``lock_timeout_s`` is how long SQLite waits for
+    another process that writes.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, lock_timeout_s: float = 60.0) -> None:
         try:
             parsed = make_url(url)
         except SQLAlchemyError as error:
@@ -83,9 +141,10 @@ class Journal:
             ) from error
         self._where = parsed.render_as_string(hide_password=True)
         self._sqlite = parsed.get_backend_name() == "sqlite"
-        if self._sqlite and parsed.database not in (None, "", ":memory:"):
-            Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+        self._lock_timeout_s = lock_timeout_s
         with self._explained("open"):
+            if self._sqlite and parsed.database not in (None, "", ":memory:"):
+                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
             self._reading = self._engine(url, begin="BEGIN")
             self._writing = self._engine(url, begin="BEGIN IMMEDIATE")
             self._create()
@@ -198,7 +257,6 @@ class Journal:
         ``wanted`` are pairs of a request and the partition key of the first row that wants it.
         """
         added = 0
-        upsert = sqlite.insert if self._sqlite else postgresql.insert
         with self._write("plan requests in") as connection:
             for chunk in _chunks(sorted(wanted, key=lambda pair: pair[0].request_key)):
                 rows = {
@@ -219,7 +277,9 @@ class Journal:
                     for request, partition_key in chunk
                 }
                 new = connection.execute(
-                    upsert(requests).on_conflict_do_nothing().returning(requests.c.request_key),
+                    self._upsert(requests)
+                    .on_conflict_do_nothing()
+                    .returning(requests.c.request_key),
                     list(rows.values()),
                 )
                 first = [
@@ -255,6 +315,15 @@ class Journal:
             for row in connection.execute(_joined().order_by(requests.c.request_key)):
                 yield _record(row)
 
+    def unsettled(self) -> list[Record]:
+        """The requests that are paid for, or may be, and not at hand; the oldest first."""
+        states = [state.value for state in AT_STAKE]
+        with self._read("read") as connection:
+            rows = connection.execute(
+                _joined().where(requests.c.state.in_(states)).order_by(submissions.c.sent_at)
+            )
+            return [_record(row) for row in rows]
+
     def count_by_state(self) -> dict[State, int]:
         """How many requests stand in each state; states without one are left out."""
         with self._read("read") as connection:
@@ -274,16 +343,24 @@ class Journal:
             return [(at, Event(name), data or {}) for at, name, data in rows]
 
     def append(
-        self, changes: Sequence[Change], *, owner: str, run_id: str
-    ) -> list[Record | JournalError]:
+        self,
+        changes: Sequence[Change],
+        *,
+        owner: str,
+        run_id: str,
+        caps: Caps = NO_CAPS,
+        launch: str = "",
+    ) -> list[Record | JournalError | BuyingClosed]:
         """Write the events of several requests in one commit.
 
         Answers in the order of the changes: the record as it stands now, or the reason why
-        that one change was not written: IllegalTransition, or a JournalError where another
-        run has taken the request over. The others are written all the same. Raises
-        JournalError where nothing could be written.
+        that one change was not written: IllegalTransition, TakenOver where another run holds
+        the request, or BuyingClosed where ``caps`` leave no room for a purchase or the account
+        has stopped the ``launch`` (the run's own id, unless several runs were launched
+        together). The others are written all the same. Raises JournalError where nothing could
+        be written.
         """
-        answers: dict[int, Record | JournalError] = {}
+        answers: dict[int, Record | JournalError | BuyingClosed] = {}
         written: dict[int, str] = {}
         with self._write("write to") as connection:
             present = {
@@ -291,11 +368,14 @@ class Journal:
                 for chunk in _chunks({change.request_key for change in changes})
                 for key, row in _states(connection, chunk, lock=not self._sqlite).items()
             }
+            ledger = Ledger(connection, caps, run_id=run_id, launch=launch or run_id)
             steps: list[Step] = []
             for number, change in enumerate(changes):
                 try:
                     step = check(change, present.get(change.request_key), owner)
-                except JournalError as error:
+                    buys = change.event is Event.SUBMITTING
+                    step = ledger.admit(step) if buys else ledger.settle(step)
+                except (JournalError, BuyingClosed) as error:
                     answers[number] = error
                     continue
                 present[change.request_key] = step.after
@@ -311,13 +391,119 @@ class Journal:
         answers.update({number: records[key] for number, key in written.items()})
         return [answers[number] for number in range(len(changes))]
 
+    # -- money --------------------------------------------------------------------------------
+
+    def charges(self) -> list[Charge]:
+        """Every submission that was made, in the order of their first POSTs."""
+        with self._read("read") as connection:
+            rows = connection.execute(
+                select(
+                    submissions,
+                    requests.c.quality,
+                    requests.c.state,
+                    requests.c.idempotency_key.label("present_key"),
+                )
+                .join(requests, submissions.c.request_key == requests.c.request_key)
+                .order_by(submissions.c.sent_at, submissions.c.idempotency_key)
+            )
+            return [_charge(row) for row in rows]
+
+    def commitment(self, scope: str) -> Commitment:
+        """What ``run:<run id>`` or ``day:<YYYY-MM-DD>`` has committed and spent."""
+        with self._read("read") as connection:
+            row = connection.execute(
+                select(commitments.c.committed_units, commitments.c.spent_units).where(
+                    commitments.c.scope == scope
+                )
+            ).first()
+            return Commitment() if row is None else Commitment(*row)
+
+    def highest_prices(self) -> dict[str, int]:
+        """The highest price that was seen for each quality, in units."""
+        with self._read("read") as connection:
+            rows = connection.execute(select(prices.c.quality, prices.c.highest_units))
+            return {row.quality: row.highest_units for row in rows}
+
+    def stop(self, launch: str, code: str, message: str, at: datetime) -> None:
+        """Tell all shards of a launch that the account has stopped the buying."""
+        values = {"launch": launch, "at": at, "error_code": code, "error_message": message}
+        with self._write("write a stop to") as connection:
+            connection.execute(
+                self._upsert(stops)
+                .values(values)
+                .on_conflict_do_update(index_elements=["launch"], set_=values)
+            )
+
+    def add_account_reading(self, run_id: str, said: AccountCredits) -> None:
+        """Keep what the account said, to hold the journal against."""
+        used = said.token_used_units
+        with self._write("write an account reading to") as connection:
+            connection.execute(
+                insert(account_readings).values(
+                    at=said.read_at,
+                    run_id=run_id,
+                    used_units=said.user_used_units if used is None else used,
+                    remaining_units=said.user_remaining_units,
+                )
+            )
+
+    def account_readings(self) -> list[AccountReading]:
+        """What the account said, in its order."""
+        with self._read("read") as connection:
+            rows = connection.execute(select(account_readings).order_by(account_readings.c.id))
+            return [
+                AccountReading(row.at, row.run_id, row.used_units, row.remaining_units)
+                for row in rows
+            ]
+
+    # -- attempts -----------------------------------------------------------------------------
+
+    def attempts(self) -> dict[tuple[str, int], int]:
+        """How often a person asked for another picture, by prompt_id and sample."""
+        with self._read("read") as connection:
+            rows = connection.execute(
+                select(attempts.c.prompt_id, attempts.c.sample, attempts.c.attempt)
+            )
+            return {(row.prompt_id, row.sample): row.attempt for row in rows}
+
+    def raise_attempts(
+        self, samples: Iterable[tuple[str, int]], *, raised_by: str, at: datetime
+    ) -> int:
+        """Ask for another picture of these (prompt_id, sample); returns of how many.
+
+        Once for each ``raised_by``, so that a run that is repeated with the same wish does not
+        ask again.
+        """
+        raised = 0
+        with self._write("raise attempts in") as connection:
+            for prompt_id, sample in samples:
+                found = connection.execute(
+                    self._upsert(attempts)
+                    .values(
+                        prompt_id=prompt_id, sample=sample, attempt=1, at=at, raised_by=raised_by
+                    )
+                    .on_conflict_do_update(
+                        index_elements=["prompt_id", "sample"],
+                        set_={"attempt": attempts.c.attempt + 1, "at": at, "raised_by": raised_by},
+                        where=attempts.c.raised_by != raised_by,
+                    )
+                    .returning(attempts.c.attempt)
+                )
+                raised += len(found.all())
+        return raised
+
     # -- connections --------------------------------------------------------------------------
+
+    def _upsert(self, table: Table) -> Any:
+        return (sqlite.insert if self._sqlite else postgresql.insert)(table)
 
     def _engine(self, url: str, *, begin: str) -> Engine:
         if not self._sqlite:
             return create_engine(url, pool_size=2, pool_pre_ping=True)
         # One connection per use: SQLite's are cheap, and none is held across a fork.
-        engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": 60.0})
+        engine = create_engine(
+            url, poolclass=NullPool, connect_args={"timeout": self._lock_timeout_s}
+        )
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, _record: Any) -> None:
@@ -325,7 +511,7 @@ class Journal:
             # read and write under one lock.
             connection.isolation_level = None
             cursor = connection.cursor()
-            cursor.execute("PRAGMA journal_mode = WAL")
+            self._turn_log_on(cursor)
             cursor.execute("PRAGMA synchronous = FULL")
             cursor.execute("PRAGMA foreign_keys = ON")
             cursor.close()
@@ -336,8 +522,24 @@ class Journal:
 
         return engine
 
+    def _turn_log_on(self, cursor: Any) -> None:
+        """Switch to the write-ahead log. SQLite itself does not wait for the lock it needs once."""
+        deadline_s = time.monotonic() + self._lock_timeout_s
+        while True:
+            try:
+                cursor.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+
     def _create(self) -> None:
         with self._writing.begin() as connection:
+            if not self._sqlite:
+                # Two runs that open a new database together: the second waits for the first.
+                connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
             if inspect(connection).has_table(schema.about.name):
                 version = connection.execute(select(schema.about.c.version)).scalar()
                 if version != schema.SCHEMA_VERSION:
@@ -375,6 +577,8 @@ class Journal:
     def _explained(self, doing: str) -> Iterator[None]:
         try:
             yield
+        except OSError as error:
+            raise JournalError(f"could not {doing} the journal {self._where}: {error}") from error
         except DBAPIError as error:
             # The statement and its parameters hold prompts, so only the driver's words are shown.
             raise JournalError(
@@ -448,22 +652,47 @@ def _update_each(
 
 
 def _states(connection: Connection, keys: Sequence[str], *, lock: bool) -> dict[str, Present]:
+    earlier = submissions.alias("earlier")
     query = select(
         requests.c.request_key,
         requests.c.state,
         requests.c.seq,
         requests.c.claimed_by,
         requests.c.idempotency_key,
-        select(func.coalesce(func.max(submissions.c.number), 0))
-        .where(submissions.c.request_key == requests.c.request_key)
-        .scalar_subquery(),
-    ).where(requests.c.request_key.in_(keys))
+        select(func.coalesce(func.max(earlier.c.number), 0))
+        .where(earlier.c.request_key == requests.c.request_key)
+        .scalar_subquery()
+        .label("last_submission"),
+        requests.c.quality,
+        submissions.c.committed_units,
+        submissions.c.expected_units,
+        submissions.c.run_id,
+        submissions.c.sent_at,
+    )
+    query = query.select_from(_WITH_SUBMISSION).where(requests.c.request_key.in_(keys))
     if lock:
         query = query.with_for_update(of=requests)
     return {
-        key: Present(State(state), seq, claimed_by, idempotency, number)
-        for key, state, seq, claimed_by, idempotency, number in connection.execute(query)
+        row.request_key: Present(
+            state=State(row.state),
+            seq=row.seq,
+            claimed_by=row.claimed_by,
+            idempotency_key=row.idempotency_key,
+            last_submission=row.last_submission,
+            quality=row.quality,
+            committed_units=row.committed_units or 0,
+            expected_units=row.expected_units or 0,
+            bought_by=row.run_id or "",
+            sent_at=row.sent_at,
+        )
+        for row in connection.execute(query)
     }
+
+
+#: Requests, each beside its present submission where it has one.
+_WITH_SUBMISSION: Final = requests.outerjoin(
+    submissions, requests.c.idempotency_key == submissions.c.idempotency_key
+)
 
 
 def _joined() -> Select[Any]:
@@ -532,6 +761,28 @@ def _record(row: Row[Any]) -> Record:
         error_code=row.error_code,
         error_message=row.error_message,
         claimed_by=row.claimed_by,
+    )
+
+
+def _charge(row: Row[Any]) -> Charge:
+    present = row.idempotency_key == row.present_key
+    return Charge(
+        idempotency_key=row.idempotency_key,
+        request_key=row.request_key,
+        number=row.number,
+        run_id=row.run_id,
+        partition_key=row.partition_key,
+        quality=row.quality,
+        sent_at=row.sent_at,
+        posts=row.posts,
+        task_id=row.task_id,
+        submitted_at=row.submitted_at,
+        expected_units=row.expected_units,
+        committed_units=row.committed_units,
+        reserved_units=row.reserved_units,
+        charged_units=row.charged_units,
+        settled_at=row.settled_at,
+        state=State(row.state) if present else None,
     )
 
 

@@ -43,6 +43,8 @@ class Policy:
     from it. ``replay_for_s``: how long a repeat with the same Idempotency-Key is trusted to
     buy nothing; EvoLink's client trusts it for 23 hours. ``link_life_s``: how long a result
     link is promised to live. ``wait_scale`` multiplies every pause between tries.
+    ``ask_again`` are error codes of failed and refused requests that a person wants to be asked
+    for again.
     """
 
     on_unknown: OnUnknown = "replay"
@@ -60,6 +62,7 @@ class Policy:
     backoff_s: float = 0.5
     backoff_max_s: float = 60.0
     wait_scale: float = 1.0
+    ask_again: frozenset[str] = frozenset()
     task_error_waits: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: REPEATABLE_TASK_ERRORS
     )
@@ -73,6 +76,7 @@ class Trail:
     ``ask_failures`` and ``not_found`` count consecutive tries without progress.
     ``fetch_failures`` counts over all links. ``stale_link`` asks for a fresh link
     before the next fetch; ``link_dead`` says that the last fetch found the link dead.
+    ``asked_again`` and ``replay_decided`` say that a person's wish was followed in this run.
     ``final`` is a reason, found in this run, to leave the request alone.
     """
 
@@ -84,6 +88,8 @@ class Trail:
     fetch_failures: int = 0
     stale_link: bool = False
     link_dead: bool = False
+    asked_again: bool = False
+    replay_decided: bool = False
     final: str | None = None
 
 
@@ -165,12 +171,18 @@ def next_action(
             return _submitted(record, trail, now, policy)
         case State.COMPLETED:
             return _completed(record, trail, now, policy)
-        case State.FAILED:
-            repeatable = (record.error_code or "") in policy.task_error_waits
-            spent = trail.task_failures >= policy.task_tries
-            return PlanAgain() if buying and repeatable and not spent else DONE
-        case State.STORED | State.REFUSED | State.EXPIRED:
+        case State.FAILED | State.REFUSED:
+            return PlanAgain() if buying and _worth_another_try(record, trail, policy) else DONE
+        case State.STORED | State.EXPIRED:
             return DONE
+
+
+def _worth_another_try(record: Record, trail: Trail, policy: Policy) -> bool:
+    code = record.error_code or ""
+    if code in policy.ask_again and not trail.asked_again:
+        return True
+    repeatable = record.state is State.FAILED and code in policy.task_error_waits
+    return repeatable and trail.task_failures < policy.task_tries
 
 
 def _to_buy(trail: Trail, policy: Policy, *, buying: bool) -> Action:
@@ -184,6 +196,8 @@ def _to_buy(trail: Trail, policy: Policy, *, buying: bool) -> Action:
 def _unknown(
     record: Record, trail: Trail, now: datetime, policy: Policy, *, buying: bool
 ) -> Action:
+    if trail.replay_decided and buying and trail.submit_failures < policy.replay_tries:
+        return Replay()
     if policy.on_unknown == "hold":
         return Leave("outcome unknown, policy hold: a person decides")
     if record.sent_at is None or _age_s(record.sent_at, now) > policy.replay_for_s:
@@ -238,7 +252,7 @@ def backoff_s(
 
 def task_error_wait_s(code: str, fraction: float, policy: Policy) -> float:
     """Seconds before a failed task's request may be bought again, by the task's error code."""
-    low_s, high_s = policy.task_error_waits[code]
+    low_s, high_s = policy.task_error_waits.get(code, (0.0, 0.0))
     return (low_s + fraction * (high_s - low_s)) * policy.wait_scale
 
 

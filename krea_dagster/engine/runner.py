@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,9 +20,10 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal import NO_CAPS, Journal
 from krea_dagster.engine.owner import this_process
 from krea_dagster.engine.pace import Latencies, Window
 from krea_dagster.engine.policy import (
@@ -42,10 +43,11 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.steps import Carrier, Client, Steps
 from krea_dagster.engine.writer import GroupCommit
-from krea_dagster.errors import AccountStopped, JournalError, TakenOver
+from krea_dagster.errors import AccountStopped, ApiError, JournalError, RunStopped, TakenOver
 from krea_dagster.models import ImageRequest
 
 _T = TypeVar("_T")
@@ -75,15 +77,18 @@ class RunReport:
 
     ``new`` counts requests that the journal had never seen. ``left`` says, by request key, why
     a request is not finished although the run is. ``stopped`` is the answer that ended the
-    buying, where one did. ``posts``, ``asked`` and ``reads`` count create calls, tasks asked
-    about, and the calls which that took.
+    buying, where one did; ``caps_reached`` what the caps said. ``account_error`` is why the
+    account's credits could not be read beside, where they could not. ``posts``, ``asked`` and
+    ``reads`` count create calls, tasks asked about, and the calls which that took.
     """
 
     new: int
     progress: Progress
     seconds: float
     left: Mapping[str, str] = field(default_factory=dict)
-    stopped: AccountStopped | None = None
+    stopped: AccountStopped | RunStopped | None = None
+    caps_reached: Sequence[str] = ()
+    account_error: str | None = None
     posts: int = 0
     asked: int = 0
     reads: int = 0
@@ -95,9 +100,11 @@ class Runner:
 
     ``connect`` opens a client; it is not called where there is nothing to do. ``run_id`` is
     written with every purchase. ``max_in_flight`` bounds the tasks at the server.
+    ``caps`` bound what it commits, and ``launch`` names the runs that stop together where the
+    account stops one (by default this run alone). With ``buying`` false it only asks and
+    fetches. ``resolutions`` are a person's decisions about unknown outcomes, by request key.
     ``randomness`` jitters the pauses. ``latencies`` is what is known before the run.
-    ``on_progress`` is called on the event loop whenever
-    something changed.
+    ``on_progress`` is called on the event loop whenever something changed.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[Client]]
@@ -106,6 +113,10 @@ class Runner:
     run_id: str
     policy: Policy = field(default_factory=Policy)
     max_in_flight: int = 64
+    caps: Caps = NO_CAPS
+    launch: str = ""
+    buying: bool = True
+    resolutions: Mapping[str, Resolution] = field(default_factory=dict)
     clock: Clock = field(default_factory=SystemClock)
     randomness: random.Random = field(default_factory=random.Random)
     latencies: Latencies = field(default_factory=Latencies)
@@ -140,6 +151,8 @@ class Runner:
             seconds=self.clock.monotonic() - started_s,
             left=session.left,
             stopped=session.steps.stopped,
+            caps_reached=tuple(session.steps.caps_reached.values()),
+            account_error=session.account_error,
             posts=session.steps.posts,
             asked=session.steps.asker.asked,
             reads=session.steps.asker.calls,
@@ -187,7 +200,13 @@ class _Session:
         self._journal = runner.journal
         self._clock = runner.clock
         self._owner = this_process(runner.run_id)
-        self._writer = GroupCommit(runner.journal, owner=self._owner.owner, run_id=runner.run_id)
+        self._writer = GroupCommit(
+            runner.journal,
+            owner=self._owner.owner,
+            run_id=runner.run_id,
+            caps=runner.caps,
+            launch=runner.launch,
+        )
         self.steps = Steps(
             client,
             self._writer,
@@ -198,6 +217,7 @@ class _Session:
             randomness=runner.randomness,
             window=Window.opening(runner.max_in_flight),
             latencies=runner.latencies,
+            announce_stop=self._announce_stop,
         )
         self._queue: list[_Item] = []
         self._order = count()
@@ -206,7 +226,10 @@ class _Session:
         self._in_flight = 0  # of those, the ones that hold a place in the window
         self._elsewhere: set[str] = set()  # requests that another run holds
         self._finished: set[str] = set()  # requests that this run is done with, and holds still
+        self._resolutions = dict(runner.resolutions)
+        self._client = client
         self._failure: JournalError | None = None
+        self.account_error: str | None = None
         self._progress = progress
         self.left: dict[str, str] = {}
 
@@ -217,7 +240,9 @@ class _Session:
             with self._writer:
                 self._elsewhere = set(keys)
                 await self._take_over()
+                await self._read_account()
                 await self._work()
+                await self._read_account()
         finally:
             with anyio.CancelScope(shield=True):
                 await _in_thread(self._journal.release, self._owner.owner)
@@ -302,7 +327,9 @@ class _Session:
         record, steps = carrier.record, self.steps
         if record.state is State.STORED and self._runner.file_is_missing(record):
             return await steps.file_missing(carrier)
-        buying = steps.stopped is None
+        if record.state is State.UNKNOWN and record.request_key in self._resolutions:
+            return await steps.resolve(carrier, self._resolutions.pop(record.request_key))
+        buying = self._runner.buying and steps.stopped is None
         policy = self._runner.policy
         now = self._clock.now()
         match next_action(record, carrier.trail, now, policy, buying=buying):
@@ -361,10 +388,30 @@ class _Session:
         mine = await _in_thread(
             self._journal.claim, list(self._elsewhere), self._owner.owner, self._clock.now()
         )
-        for record in (await _in_thread(self._journal.records, mine)).values():
+        found = await _in_thread(self._journal.records, mine)
+        in_order = [found[key] for key in self._wanted if key in found]
+        for record in sorted(in_order, key=_urgency):
             self._push(record, Trail(), 0.0)
         self._elsewhere -= mine
         self._changed.set()
+
+    async def _announce_stop(self, error: AccountStopped) -> None:
+        await _in_thread(
+            self._journal.stop,
+            self._runner.launch or self._runner.run_id,
+            error.code,
+            str(error),
+            self._clock.now(),
+        )
+
+    async def _read_account(self) -> None:
+        """Keep what the account says before and after, to hold the journal against."""
+        try:
+            said = await self._client.credits()
+        except ApiError as error:
+            self.account_error = str(error)
+            return
+        await _in_thread(self._journal.add_account_reading, self._runner.run_id, said)
 
     async def _watch_elsewhere(self) -> None:
         """Follow the requests that another run holds, and let go of what is finished.
@@ -389,6 +436,12 @@ class _Session:
         while True:
             await self._clock.sleep(_HEARTBEAT_S)
             await _in_thread(self._journal.heartbeat, self._owner.owner, self._clock.now())
+
+
+def _urgency(record: Record) -> tuple[bool, float]:
+    """What is paid before what is to be bought, and the oldest first: links live for a day."""
+    paid_at = record.completed_at or record.submitted_at or record.sent_at
+    return paid_at is None, 0.0 if paid_at is None else paid_at.timestamp()
 
 
 async def _in_thread(call: Callable[..., _T], *arguments: Any) -> _T:

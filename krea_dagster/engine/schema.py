@@ -146,6 +146,8 @@ submissions: Final = Table(
     Column("posts", Integer, nullable=False, default=1),
     Column("task_id", String(128), unique=True),
     Column("submitted_at", UtcTime),
+    Column("expected_units", BigInteger, nullable=False),
+    Column("committed_units", BigInteger, nullable=False),
     Column("reserved_units", BigInteger),
     Column("charged_units", BigInteger),
     Column("settled_at", UtcTime),
@@ -154,7 +156,60 @@ submissions: Final = Table(
     Column("user_group", Text),
     CheckConstraint("reserved_units >= 0", name="reserved"),
     CheckConstraint("charged_units >= 0", name="charged"),
+    CheckConstraint("committed_units >= 0", name="committed"),
     Index("ix_submissions_request", "request_key", "number", unique=True),
+)
+
+#: What each run and each UTC day has committed and spent: the sums that caps are checked against.
+commitments: Final = Table(
+    "commitments",
+    metadata,
+    Column("scope", String(300), primary_key=True),
+    Column("committed_units", BigInteger, nullable=False),
+    Column("spent_units", BigInteger, nullable=False),
+)
+
+#: The highest price seen for each quality.
+prices: Final = Table(
+    "prices",
+    metadata,
+    Column("quality", String(8), primary_key=True),
+    Column("highest_units", BigInteger, nullable=False),
+    Column("latest_units", BigInteger, nullable=False),
+    Column("seen_at", UtcTime, nullable=False),
+)
+
+#: Launches (a run, or the runs of one backfill) whose buying the account has stopped.
+stops: Final = Table(
+    "stops",
+    metadata,
+    Column("launch", String(255), primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("error_code", Text, nullable=False),
+    Column("error_message", Text, nullable=False),
+)
+
+#: How often a person has asked for another picture of a row's sample.
+attempts: Final = Table(
+    "attempts",
+    metadata,
+    Column("prompt_id", Text, primary_key=True),
+    Column("sample", Integer, primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("raised_by", String(255), nullable=False),
+    CheckConstraint("attempt > 0", name="attempt"),
+)
+
+#: What the account said of itself, to hold the journal against.
+account_readings: Final = Table(
+    "account_readings",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", UtcTime, nullable=False),
+    Column("run_id", String(255), nullable=False),
+    Column("used_units", BigInteger, nullable=False),
+    Column("remaining_units", BigInteger, nullable=False),
 )
 
 #: Everything that happened, in order; replaying it gives the current state.

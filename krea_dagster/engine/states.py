@@ -15,7 +15,7 @@ it in this very run has found a crash between intent and answer, and must treat 
 
 While the outcome of a purchase is unknown, no refusal of a *repeat* makes it known: the first
 POST may have created the task all the same. So ``unknown`` is left only by the task itself
-(``accepted``) or by a person (``released``).
+(``accepted``) or by a person (``released``: it did not happen; ``expired``: it did, and is lost).
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ TRANSITIONS: Final[Mapping[tuple[State | None, Event], State]] = {
     (State.UNKNOWN, Event.OUTCOME_UNKNOWN): State.UNKNOWN,
     (State.UNKNOWN, Event.ACCEPTED): State.SUBMITTED,
     (State.UNKNOWN, Event.RELEASED): State.PLANNED,
+    (State.UNKNOWN, Event.EXPIRED): State.EXPIRED,
     (State.SUBMITTED, Event.COMPLETED): State.COMPLETED,
     (State.SUBMITTED, Event.FAILED): State.FAILED,
     (State.SUBMITTED, Event.EXPIRED): State.EXPIRED,

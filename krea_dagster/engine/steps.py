@@ -7,7 +7,7 @@ policy's to say, and when to do it the runner's.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final, Protocol
@@ -22,12 +22,14 @@ from krea_dagster.engine.images import Downloader, ImageStore
 from krea_dagster.engine.pace import Latencies, Window, next_look_s
 from krea_dagster.engine.policy import Policy, Trail, backoff_s, task_error_wait_s
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.writer import GroupCommit
 from krea_dagster.errors import (
     AccessDenied,
     AccountStopped,
     ApiError,
+    BuyingClosed,
     DownloadError,
     IdempotencyConflict,
     ImageRejected,
@@ -38,12 +40,13 @@ from krea_dagster.errors import (
     OutcomeUnknown,
     PurchasePending,
     Refused,
+    RunStopped,
     SubmitError,
     TaskNotFound,
     TurnedAway,
     Unauthorized,
 )
-from krea_dagster.models import ImageRequest, Submission, Task
+from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task
 
 #: Downloads under way at once; each holds its body on disk, not in memory.
 _FETCHES: Final = 8
@@ -58,6 +61,9 @@ class Client(TaskReader, Downloader, Protocol):
 
     async def submit(self, request: ImageRequest, *, idempotency_key: str) -> Submission:
         """POST one request. Raises SubmitError."""
+
+    async def credits(self) -> AccountCredits:
+        """Read the account's credits. Raises ApiError."""
 
 
 @dataclass
@@ -75,8 +81,9 @@ class Steps:
     """The steps of one run, and what the run has learned by them.
 
     Every method takes a carrier, changes its record and trail, and returns the seconds to wait
-    before its next step. ``stopped`` is the answer that ended the buying. Raises JournalError
-    where an event could not be written.
+    before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
+    the caps said, by code. ``announce_stop`` tells the launch's other shards that the account
+    stopped this one. Raises JournalError where an event could not be written.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class Steps:
         randomness: random.Random,
         window: Window,
         latencies: Latencies,
+        announce_stop: Callable[[AccountStopped], Awaitable[None]],
     ) -> None:
         self._client = client
         self._writer = writer
@@ -106,7 +114,9 @@ class Steps:
         self._refused_since_s: float | None = None
         self.asker = Asker(client, clock.monotonic)
         self.window = window
-        self.stopped: AccountStopped | None = None
+        self._announce_stop = announce_stop
+        self.stopped: AccountStopped | RunStopped | None = None
+        self.caps_reached: dict[str, str] = {}
         self.posts = 0
         self.charged_units = 0
 
@@ -134,6 +144,8 @@ class Steps:
                     return await self._not_sent_any_more(carrier)
                 self.posts += 1
                 return await self._post(carrier)
+            except BuyingClosed as closed:
+                return await self._closed(carrier, closed)
             finally:
                 self._posting.discard(scope)
         # Only reached where a stop's grace ended before the answer came.
@@ -147,6 +159,16 @@ class Steps:
         if carrier.record.state is State.SUBMITTING:
             said = _said("stopped", "the run was stopped before it was sent")
             await self.record(carrier, Event.TURNED_AWAY, said)
+        return 0.0
+
+    async def _closed(self, carrier: Carrier, closed: BuyingClosed) -> float:
+        """Keep a row back that a cap or the account does not let in; nothing was sent."""
+        await self.record(carrier, Event.DEFERRED, _said(closed.code, str(closed)))
+        if isinstance(closed, RunStopped):
+            self.stopped = self.stopped or closed
+        else:
+            self.caps_reached.setdefault(closed.code, str(closed))
+        carrier.trail = replace(carrier.trail, final=f"not bought: {closed}")
         return 0.0
 
     async def _post(self, carrier: Carrier) -> float:
@@ -182,7 +204,7 @@ class Steps:
         match error:
             case AccountStopped():
                 await self.record(carrier, Event.DEFERRED, said)
-                self.stopped = self.stopped or error
+                await self._account_stopped(error)
                 carrier.trail = replace(carrier.trail, final=self.why_kept_back())
                 return 0.0
             case Refused():
@@ -208,7 +230,7 @@ class Steps:
                 carrier.trail = replace(carrier.trail, final=reason)
                 return 0.0
             case AccountStopped():
-                self.stopped = self.stopped or error
+                await self._account_stopped(error)
                 return 0.0
             case TurnedAway():
                 return self._turned_away(carrier, error)
@@ -228,13 +250,18 @@ class Steps:
             return 0.0
         return backoff_s(1, self._fraction(), self._policy, at_least_s=error.retry_after_s)
 
+    async def _account_stopped(self, error: AccountStopped) -> None:
+        if self.stopped is None:
+            self.stopped = error
+            await self._announce_stop(error)
+
     def why_kept_back(self) -> str:
         """Why nothing more is bought, for the people who read the manifest."""
         return f"not bought, because the account stopped the run: {self.stopped}"
 
     async def defer(self, carrier: Carrier) -> float:
         """Record that a request is kept back, because buying has stopped."""
-        code = "" if self.stopped is None else _code(self.stopped)
+        code = "" if self.stopped is None else self.stopped.code
         await self.record(carrier, Event.DEFERRED, _said(code, self.why_kept_back()))
         carrier.trail = replace(carrier.trail, final=self.why_kept_back())
         return 0.0
@@ -245,10 +272,26 @@ class Steps:
         await self.record(carrier, Event.OUTCOME_UNKNOWN, said)
         return 0.0
 
+    async def resolve(self, carrier: Carrier, resolution: Resolution) -> float:
+        """Follow what a person has decided about an unknown outcome."""
+        by = {"resolved_by": "a person", "decision": str(resolution)}
+        match resolution:
+            case NotBought():
+                await self.record(carrier, Event.RELEASED, data=by)
+            case Lost():
+                said = _said("resolved_as_lost", "a person decided that it was charged and lost")
+                await self.record(carrier, Event.EXPIRED, said, by)
+            case HasTask(task_id=task_id):
+                await self.record(carrier, Event.ACCEPTED, {"task_id": task_id}, by)
+            case SendAgain():
+                carrier.trail = replace(carrier.trail, replay_decided=True)
+        return 0.0
+
     async def plan_again(self, carrier: Carrier) -> float:
         """Put a request back whose task failed, cost nothing, and may succeed."""
         code = carrier.record.error_code or ""
         await self.record(carrier, Event.PLANNED)
+        carrier.trail = replace(carrier.trail, asked_again=True)
         return task_error_wait_s(code, self._fraction(), self._policy)
 
     # -- asking -------------------------------------------------------------------------------

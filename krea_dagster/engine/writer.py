@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
+from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.changes import Change
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal import NO_CAPS, Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import JournalError
 
@@ -30,10 +31,20 @@ class GroupCommit:
     Leaving it writes all that was given before, and joins the thread.
     """
 
-    def __init__(self, journal: Journal, *, owner: str, run_id: str) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        owner: str,
+        run_id: str,
+        caps: Caps = NO_CAPS,
+        launch: str = "",
+    ) -> None:
         self._journal = journal
         self._owner = owner
         self._run_id = run_id
+        self._caps = caps
+        self._launch = launch
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="krea-journal", daemon=True)
 
@@ -54,7 +65,7 @@ class GroupCommit:
         """Write one change; returns the record as it stands once it is durable.
 
         A caller that is cancelled leaves, and the change is written all the same. Raises
-        IllegalTransition or JournalError, with nothing changed for this request.
+        IllegalTransition, BuyingClosed or JournalError, with nothing changed for this request.
         """
         answer: Future[Record] = Future()
         self._jobs.put((change, answer))
@@ -85,17 +96,34 @@ class GroupCommit:
     def _write(self, batch: Sequence[_Job]) -> None:
         changes = [change for change, _ in batch]
         try:
-            answers = self._journal.append(changes, owner=self._owner, run_id=self._run_id)
+            answers = self._journal.append(
+                changes,
+                owner=self._owner,
+                run_id=self._run_id,
+                caps=self._caps,
+                launch=self._launch,
+            )
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it, whatever it is
-            if len(batch) > 1:
+            if len(batch) > 1 and not _of_the_database(error):
                 # One change that the database refuses must not take the others' ids with it.
                 for job in batch:
                     self._write([job])
                 return
-            batch[0][1].set_exception(error)
+            for _, future in batch:
+                future.set_exception(error)
             return
         for (_, future), answer in zip(batch, answers, strict=True):
-            if isinstance(answer, JournalError):
-                future.set_exception(answer)
-            else:
+            if isinstance(answer, Record):
                 future.set_result(answer)
+            else:
+                future.set_exception(answer)
+
+
+def _of_the_database(error: BaseException) -> bool:
+    """Whether the database as a whole fails (locked, full, gone), and not one change.
+
+    Each try may wait a minute for a lock, so the rest of a batch is not tried one by one then.
+    By the names that PEP 249 gives, because the journal hides the rest.
+    """
+    kinds = {kind.__name__ for kind in type(error.__cause__).__mro__}
+    return isinstance(error, JournalError) and not kinds & {"IntegrityError", "DataError"}

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.errors import AccountStopped, ConfigError
+from krea_dagster.errors import AccountStopped, ConfigError, RunStopped
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.definitions import JOB_NAME
 from krea_dagster.plugin.environment import Settings
@@ -42,7 +42,7 @@ class Materialized:
     dagster_home: str
     run_ids: Sequence[str] = ()
     failures: Sequence[str] = ()
-    stopped: AccountStopped | None = None
+    stopped: AccountStopped | RunStopped | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     waiting: Sequence[str] = ()
 
@@ -110,7 +110,7 @@ class _Watch:
         self.reports: list[RunReport] = []
 
     @property
-    def stopped(self) -> AccountStopped | None:
+    def stopped(self) -> AccountStopped | RunStopped | None:
         """The answer that ended the buying."""
         return next((r.stopped for r in self.reports if r.stopped is not None), None)
 

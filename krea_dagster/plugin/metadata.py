@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from krea_dagster.engine.images import DAMAGED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import DESCRIPTIONS
@@ -150,7 +151,7 @@ def _thumbnail(storage: Storage, name: str) -> Image.Image | None:
         with storage.open(name) as file, Image.open(file) as image:
             image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
             picture: Image.Image = image.convert("RGB")
-    except OSError:
+    except DAMAGED:
         return None
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), reducing_gap=2.0)
     return picture

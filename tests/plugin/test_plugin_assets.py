@@ -4,24 +4,292 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import sqlite3
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import OpenAccount
-from dagster_bench import bought, latest, posts, run_job, values, write_table
 from PIL import Image
 
-from krea_dagster import KreaResource, build_krea_assets, build_krea_definitions
+from krea_dagster import KreaResource, PromptTable, build_krea_assets
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from krea_dagster.plugin.metadata import images_metadata
-from krea_dagster.prompts import PromptTable, parse_partition_by
+from krea_dagster.plugin.metadata import contact_sheet, images_metadata
+from krea_dagster.prompts import parse_partition_by
+from tests.dagster_bench import bought, latest, posts, run_job, values
+from tests.plugin.shopping_trip import BUCKETS, MARKER, PREFIX, Trip
 
-from .conftest import BUCKETS, MARKER, PREFIX, Trip
+IMAGES = (PREFIX, "images")
+MANIFEST = (PREFIX, "image_manifest")
+#: The partition in which nothing fails.
+WHOLE = BUCKETS[0]
+DATA_URI = "![images](data:image/jpeg;base64,"
+
+
+def manifest(trip: Trip, bucket: str) -> pa.Table:
+    return pq.read_table(trip.storage / "manifest" / PREFIX / f"{bucket}.parquet")
+
+
+# -- one run, two partitions ------------------------------------------------------------------
+
+
+def test_a_range_of_partitions_is_one_step_and_each_partition_is_materialized(trip: Trip) -> None:
+    steps = {event.step_key for event in trip.result.all_events if event.is_step_start}
+    assert steps == {f"{PREFIX}__images", f"{PREFIX}__image_manifest"}
+    for step in steps:
+        done = trip.result.asset_materializations_for_node(step)
+        assert sorted(str(one.partition) for one in done) == list(BUCKETS)
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_a_manifest_holds_the_rows_of_its_own_partition_in_the_tables_order(
+    trip: Trip, bucket: str
+) -> None:
+    table = manifest(trip, bucket)
+    assert list(dict.fromkeys(table["prompt_id"].to_pylist())) == trip.ids(bucket)
+    assert set(table["partition_key"].to_pylist()) == {bucket}
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_the_metadata_of_a_partition_counts_its_own_rows_by_status(
+    trip: Trip, instance: dg.DagsterInstance, bucket: str
+) -> None:
+    shown = values(latest(instance, IMAGES, bucket))
+    table = manifest(trip, bucket)
+    counts = Counter(table["status"].to_pylist())
+    assert shown["rows"] == table.num_rows
+    assert {name: shown[name] for name in shown if name.startswith("rows_")} == {
+        **{f"rows_{status}": count for status, count in counts.items()},
+        "rows_at_stake": 0,
+    }
+    assert shown["images_bought"] == counts["stored"]
+    assert shown["images_reused"] == 0
+
+
+def test_the_credits_of_all_partitions_are_what_the_account_was_charged(
+    trip: Trip, instance: dg.DagsterInstance, emulator: Emulator
+) -> None:
+    shown = [values(latest(instance, IMAGES, bucket)) for bucket in BUCKETS]
+    account = emulator.world.account(trip.api_key)
+    assert account is not None
+    # 10 plain, 2 of a pair, at 0.45; 2 large at 1.8. The twins are one purchase. What failed
+    # or was refused is not charged.
+    assert account.charged == 10 * 4500 + 2 * 4500 + 2 * 18000 + 4500
+    # Each twin's partition shows what its picture cost.
+    assert sum(one["credits_charged"] for one in shown) == pytest.approx(
+        account.charged / 10_000 + 0.45
+    )
+
+
+def test_two_rows_that_ask_for_the_same_picture_are_bought_once_and_both_get_it(
+    trip: Trip, emulator: Emulator
+) -> None:
+    assert len(bought(emulator, f"the twins {MARKER}")) == 1
+    both = pa.concat_tables([manifest(trip, bucket) for bucket in BUCKETS])
+    twins = [row for row in both.to_pylist() if row["prompt_id"].startswith("twin")]
+    assert len(twins) == 2
+    assert len({row["image_path"] for row in twins}) == 1
+
+
+def test_one_purchase_for_two_rows_of_a_partition_counts_once_in_its_credits(
+    trip: Trip,
+) -> None:
+    rows = [row for row in manifest(trip, BUCKETS[0]).to_pylist() if row["status"] == "stored"]
+    doubled = pa.Table.from_pylist([rows[0], {**rows[0], "prompt_id": "its-twin"}], MANIFEST_SCHEMA)
+    shown = images_metadata(doubled, Storage(str(trip.storage)), seconds=1.0)
+    assert (shown["rows"], shown["credits_charged"]) == (2, rows[0]["credits_charged"])
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_latencies_are_those_of_the_partitions_tasks(
+    trip: Trip, instance: dg.DagsterInstance, bucket: str
+) -> None:
+    shown = values(latest(instance, IMAGES, bucket))
+    rows = manifest(trip, bucket).to_pylist()
+    seconds = [
+        (row["completed_at"] - row["submitted_at"]).total_seconds()
+        for row in rows
+        if row["status"] == "stored"
+    ]
+    assert min(seconds) <= shown["latency_p50_s"] + 0.001
+    assert shown["latency_p50_s"] <= shown["latency_p95_s"] <= max(seconds) + 0.001
+    assert shown["images_per_second"] > 0
+
+
+def test_the_manifest_shows_its_path_its_schema_and_its_row_count(
+    trip: Trip, instance: dg.DagsterInstance
+) -> None:
+    materialization = latest(instance, MANIFEST, BUCKETS[0])
+    table = manifest(trip, BUCKETS[0])
+    assert Path(values(materialization)["path"]).samefile(
+        trip.storage / "manifest" / PREFIX / f"{BUCKETS[0]}.parquet"
+    )
+    assert values(materialization)["dagster/partition_row_count"] == table.num_rows
+    schema = materialization.metadata["dagster/column_schema"].value
+    assert isinstance(schema, dg.TableSchema)
+    assert [column.name for column in schema.columns] == table.schema.names
+    assert all(column.description for column in schema.columns)
+
+
+# -- thumbnails -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_the_thumbnails_are_a_jpeg_that_a_browser_can_decode(
+    trip: Trip, instance: dg.DagsterInstance, bucket: str
+) -> None:
+    text = values(latest(instance, IMAGES, bucket))["thumbnails"]
+    assert text.startswith(DATA_URI)
+    data = base64.b64decode(text.removeprefix(DATA_URI).removesuffix(")"), validate=True)
+    with Image.open(io.BytesIO(data)) as sheet:
+        sheet.load()
+        assert sheet.format == "JPEG"
+        assert len(sheet.getcolors(2**24) or []) > 100  # there are pictures on it
+
+
+def noise(storage: Storage, count: int, *, side: int) -> pa.Table:
+    """So many stored pictures of pure noise, the worst that JPEG can be given."""
+    names = [f"images/no/noise-{number}.png" for number in range(count)]
+    for name in names[:12]:
+        picture = Image.frombytes("RGB", (side, side), os.urandom(3 * side * side))
+        storage.write(name, lambda file, picture=picture: picture.save(file, "PNG"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+    rows = [
+        {
+            "prompt_id": f"{number:05d}-{'x' * 100}",
+            "request_key": f"{number:064x}",
+            "status": "stored",
+            "reused": False,
+            "image_path": storage.locate(name),
+        }
+        for number, name in enumerate(names)
+    ]
+    return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+
+
+def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    table = noise(storage, 2_000, side=512)
+    sheet = contact_sheet(table, storage)
+    assert sheet is not None
+    assert len(sheet) <= 45_000
+    shown = images_metadata(table, storage, seconds=1.0)
+    assert len(shown["thumbnails"].value) < 65_000
+
+
+def test_a_materialization_is_under_100_kb_in_dagsters_database(
+    trip: Trip, dagster_home: Path
+) -> None:
+    sizes = []
+    for run in dagster_home.glob(f"history/runs/{trip.result.run_id}.db"):
+        with sqlite3.connect(run) as database:
+            sizes += [
+                size
+                for (size,) in database.execute(
+                    "SELECT length(event) FROM event_logs "
+                    "WHERE dagster_event_type = 'ASSET_MATERIALIZATION'"
+                )
+            ]
+    assert len(sizes) == 4
+    assert max(sizes) < 100_000
+
+
+def test_a_damaged_picture_is_left_out_of_the_sheet_and_does_not_fail_the_run(
+    tmp_path: Path,
+) -> None:
+    storage = Storage(str(tmp_path))
+    table = noise(storage, 5, side=64)
+    for number, at in ((0, 4), (1, 34), (2, 40)):  # signature, length of a chunk, pixels
+        path = tmp_path / f"images/no/noise-{number}.png"
+        data = bytearray(path.read_bytes())
+        data[at : at + 2] = b"\x01\x01"
+        path.write_bytes(data)
+    (tmp_path / "images/no/noise-3.png").unlink()
+    assert contact_sheet(table, storage) is not None
+
+
+def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:
+    assert contact_sheet(MANIFEST_SCHEMA.empty_table(), Storage(str(tmp_path))) is None
+
+
+# -- the check --------------------------------------------------------------------------------
+
+
+def test_undelivered_rows_fail_the_check_by_name_and_the_run_succeeds_all_the_same(
+    trip: Trip,
+) -> None:
+    assert trip.result.success
+    (check,) = trip.result.get_asset_check_evaluations()
+    assert (check.check_name, check.passed) == ("all_rows_delivered", False)
+    assert check.severity is dg.AssetCheckSeverity.ERROR
+    assert check.description == (
+        "2 of 18 rows have no image: 1 × refused: content_policy_violation; "
+        "1 × failed: content_policy_violation"
+    )
+    table = check.metadata["missing"]
+    assert isinstance(table, dg.TableMetadataValue)
+    missing = {record.data["prompt_id"]: record.data for record in table.records}
+    assert set(missing) == {"refused-01", "failed-00"}
+    assert missing["failed-00"]["status"] == "failed"
+    assert missing["refused-01"]["error_message"]
+
+
+def test_the_check_passes_where_every_row_has_its_image_and_a_repeated_run_buys_nothing(
+    trip: Trip, instance: dg.DagsterInstance, emulator: Emulator
+) -> None:
+    before = posts(emulator)
+    result = run_job(trip.defs, instance, WHOLE, job=f"{PREFIX}_krea_images")
+    (check,) = result.get_asset_check_evaluations()
+    assert (result.success, check.passed) == (True, True)
+    assert posts(emulator) == before
+    shown = values(result.asset_materializations_for_node(f"{PREFIX}__images")[0])
+    assert (shown["images_bought"], shown["images_reused"]) == (0, shown["rows"])
+    assert "latency_p50_s" not in shown
+
+
+# -- how they are built -----------------------------------------------------------------------
+
+
+def test_a_range_is_one_run_by_default_and_several_where_workers_share_it(
+    tmp_path: Path,
+) -> None:
+    table = PromptTable(str(tmp_path / "prompts.parquet"), parse_partition_by("hash:4"))
+    assets = build_krea_assets(table)
+    assert assets.images.backfill_policy == dg.BackfillPolicy.single_run()
+    shared = build_krea_assets(table, backfill_policy=dg.BackfillPolicy.multi_run(2))
+    for asset in (shared.images, shared.image_manifest):
+        assert asset.backfill_policy == dg.BackfillPolicy.multi_run(2)
+
+
+def test_a_resource_of_another_kind_is_told_at_once(
+    trip: Trip, instance: dg.DagsterInstance
+) -> None:
+    class Other(dg.ConfigurableResource[None]):
+        name: str = ""
+
+    table = PromptTable(str(trip.storage.parent / "prompts.parquet"), parse_partition_by("hash:2"))
+    assets = build_krea_assets(table, key_prefix="other")
+    defs = dg.Definitions(
+        assets=[assets.prompts, assets.images],
+        jobs=[dg.define_asset_job("other", selection=[assets.images])],
+        resources={"krea": Other()},
+    )
+    result = run_job(defs, instance, BUCKETS[0], job="other")
+    assert not result.success
+    (failed,) = result.get_step_failure_events()
+    error = failed.step_failure_data.user_failure_data
+    assert error is not None
+    assert error.description == "resource 'krea' is a Other, not a KreaResource"
+
+
+def test_the_resource_finds_nothing_to_do_in_an_empty_partition(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path))
+    before = posts(emulator)
+    report = krea.generate([], run_id="nothing")
+    assert (report.progress.total, posts(emulator)) == (0, before)

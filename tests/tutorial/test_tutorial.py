@@ -1,4 +1,4 @@
-"""Read this first: from ten lines of definitions to images, a manifest, and a run that buys nothing.
+"""Read this first: ten lines of definitions, their images and manifest, a run that buys nothing.
 
 The emulator of EvoLink's API stands in for EvoLink; with a key of your own only ``base_url`` and
 ``api_key`` change.
@@ -14,7 +14,6 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-
 
 
 @pytest.fixture(scope="module")

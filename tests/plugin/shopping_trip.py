@@ -1,0 +1,49 @@
+"""One shopping trip that many tests look at: a range of partitions, bought in one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from krea_dagster.prompts import parse_partition_by
+
+#: In every prompt of the trip, so that its tasks can be told from those of other tests.
+MARKER = "of the shopping trip"
+PREFIX = "trip"
+BUCKETS = ("bucket-000", "bucket-001")
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A table, its definitions, the account that paid, and the run that bought both partitions."""
+
+    rows: list[dict[str, Any]]
+    storage: Path
+    defs: dg.Definitions
+    result: dg.ExecuteInProcessResult
+    api_key: str
+
+    def ids(self, bucket: str) -> list[str]:
+        """The prompt_ids of a partition, in the table's order."""
+        by = parse_partition_by("hash:2")
+        return [row["prompt_id"] for row in self.rows if by.key_for(row["prompt_id"]) == bucket]
+
+
+def rows_of_the_trip() -> list[dict[str, Any]]:
+    def row(prompt_id: str, text: str = "", **wishes: Any) -> dict[str, Any]:
+        prompt = f"{prompt_id} {MARKER} {text}".strip()
+        wanted = {"quality": "1K", "size": "1:1", "seed": None, "num_images": 1, **wishes}
+        return {"prompt_id": prompt_id, "prompt": prompt, **wanted, "campaign": "autumn"}
+
+    rows = [row(f"plain-{number:02d}") for number in range(10)]
+    rows += [row("large-00", quality="2K", size="16:9"), row("large-01", quality="2K")]
+    rows += [row("pair-00", num_images=2)]
+    # Two rows that ask for the very same picture: bought once, and both get it.
+    rows += [{**row("twin-00", seed=7), "prompt": f"the twins {MARKER}"}]
+    rows += [{**row("twin-01", seed=7), "prompt": f"the twins {MARKER}"}]
+    rows += [row("refused-01", "[emulator: refuse]")]
+    rows += [row("failed-00", "[emulator: fail content_policy_violation]")]
+    return rows
