@@ -15,6 +15,7 @@ from krea_dagster.emulator import emulator_command
 from krea_dagster.errors import InputError, KreaError
 
 if TYPE_CHECKING:
+    from krea_dagster.plugin.config import KreaImagesConfig
     from krea_dagster.plugin.environment import Settings
     from krea_dagster.plugin.materialize import Materialized
 
@@ -37,6 +38,8 @@ Environment (the same that definitions.py reads):
   KREA_JOURNAL_URL   SQLAlchemy URL              [SQLite in the storage root]
   KREA_PARTITION_BY  hash:N, column:NAME, day:NAME            [hash:8]
   KREA_MAX_IN_FLIGHT most tasks at the server    [64]
+  KREA_RUN_CREDITS   most credits of one run     [no cap]
+  KREA_DAY_CREDITS   most credits of a UTC day, all runs together [no cap]
   KREA_ON_UNKNOWN    replay or hold              [replay]
 
 \b
@@ -62,17 +65,52 @@ main.add_command(emulator_command, "emulator")
     metavar="KEY",
     help="Materialize this partition; may be given several times. Default: all.",
 )
+@click.option(
+    "--again",
+    multiple=True,
+    metavar="PROMPT_ID",
+    help="Buy another picture of this row: its attempt is raised, the old picture stays.",
+)
+@click.option(
+    "--retry",
+    "retry_errors",
+    multiple=True,
+    metavar="ERROR_CODE",
+    help="Buy the rows again that failed or were refused with this error code.",
+)
+@click.option(
+    "--resolve",
+    "decisions",
+    multiple=True,
+    metavar="ROW=DECISION",
+    help=(
+        "Decide about a purchase whose outcome is unknown. ROW is a prompt_id or request_key; "
+        "DECISION is replay (send it again under the same key), not-charged (buy it anew), lost, "
+        "or task:ID (it was charged, and this is its task)."
+    ),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
-def materialize_command(partitions: Sequence[str], *, as_json: bool) -> None:
+def materialize_command(
+    partitions: Sequence[str],
+    again: Sequence[str],
+    retry_errors: Sequence[str],
+    decisions: Sequence[str],
+    *,
+    as_json: bool,
+) -> None:
     """Buy what is missing of the prompt table, and write the manifest.
 
     Runs the Dagster job krea_images in this process. Its events are in DAGSTER_HOME, or where
     that is not set, in the folder dagster/ of the storage root. Run it again at any time: what
     is at hand is not bought again, and what was interrupted goes on.
     """
-    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.config import KreaImagesConfig  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
 
-    done = _materialize(Settings.from_environment(), partitions, as_json=as_json)
+    wishes = KreaImagesConfig(
+        again=list(again), retry_errors=list(retry_errors), resolve=_decisions(decisions)
+    )
+    done = _materialize(Settings.from_environment(), partitions, wishes, as_json=as_json)
     sys.exit(_exit_code(done, done.progress.failed + done.progress.left))
 
 
@@ -88,20 +126,61 @@ def demo_command(*, as_json: bool) -> None:
     from krea_dagster.plugin.metadata import missing_rows  # noqa: PLC0415
 
     settings = replace(Settings.from_environment(), has_key=False, base_url=_NO_ADDRESS)
-    done = _materialize(settings, (), as_json=as_json)
+    done = _materialize(settings, (), None, as_json=as_json)
     missing = missing_rows(done.manifest)
     meant = sum("[emulator:" in prompt for prompt in missing["prompt"].to_pylist())
     sys.exit(_exit_code(done, missing.num_rows - meant))
 
 
-def _materialize(settings: Settings, partitions: Sequence[str], *, as_json: bool) -> Materialized:
+@main.command("salvage", epilog=_EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def salvage_command(*, as_json: bool) -> None:
+    """Collect what is paid for and at hand nowhere; buys nothing.
+
+    Asks for the tasks that earlier runs left behind and fetches their images, the most urgent
+    link first: links live for 24 hours. Runs the Dagster job krea_salvage in this process.
+    """
+    from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
+    from krea_dagster.plugin.materialize import salvage  # noqa: PLC0415
+
+    with terminal.progress_bar() as on_progress:
+        done = salvage(Settings.from_environment(), on_progress=on_progress)
+    if as_json:
+        unknown = terminal.unknown_figures(done.unknown)
+        terminal.show_json({**done.figures, "run_id": done.run_id, "unknown": unknown})
+    else:
+        terminal.show_salvaged(done)
+    for failure in done.failures:
+        terminal.say_error(failure)
+    waiting = done.figures.get("still_waiting", 0) + done.figures.get("lost", 0)
+    sys.exit(NOT_DELIVERED if waiting or done.failures else DONE)
+
+
+def _decisions(texts: Sequence[str]) -> dict[str, str]:
+    decisions: dict[str, str] = {}
+    for text in texts:
+        row, equals, decision = text.rpartition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not ROW=DECISION", param_hint="--resolve")
+        decisions[row] = decision
+    return decisions
+
+
+def _materialize(
+    settings: Settings,
+    partitions: Sequence[str],
+    wishes: KreaImagesConfig | None,
+    *,
+    as_json: bool,
+) -> Materialized:
     from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
     from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415
 
     if settings.synthetic:
         terminal.say_synthetic()
     with terminal.progress_bar() as on_progress:
-        done = materialize(settings, partitions, on_progress=on_progress)
+        done = materialize(settings, partitions, wishes, on_progress=on_progress)
     if as_json:
         terminal.show_json(terminal.materialized_figures(done, where=settings.storage))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -23,8 +23,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.record import Record
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.materialize import Materialized
+from krea_dagster.plugin.materialize import Materialized, Salvaged
 from krea_dagster.plugin.metadata import missing_rows
 
 #: Seconds between two lines of progress where there is no terminal.
@@ -126,6 +127,9 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
     out.print(table)
     for reason, count, ids in _reasons(done.manifest):
         out.print(escape(_plain(f"  {count} × {reason}: {ids}")))
+    for cap in done.caps_reached:
+        out.print(escape(f"deferred: {cap}"))
+    show_unknown(done.unknown)
     if progress.total and progress.reused == progress.total:
         out.print("Nothing was bought: every image was at hand.")
     elif not progress.charged_units and not progress.delivered:
@@ -135,6 +139,39 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
     out.print(f"images     {escape(where)}/images")
     out.print(f"manifest   {escape(where)}/manifest")
     out.print(f"Dagster UI {escape(ui)}")
+
+
+def show_unknown(records: Sequence[Record]) -> None:
+    """Say how many purchases may have been charged, at most how much, and since when."""
+    if records:
+        figures = unknown_figures(records)
+        out.print(
+            f"unknown: {figures['count']} purchases got no usable answer; at most "
+            f"{figures['credits_at_most']:g} credits, the oldest since {figures['since']}. "
+            "Decide with krea-dagster materialize --resolve."
+        )
+
+
+def unknown_figures(records: Sequence[Record]) -> dict[str, Any]:
+    """The same, as figures."""
+    since = min((record.sent_at for record in records if record.sent_at), default=None)
+    return {
+        "count": len(records),
+        "credits_at_most": credits_from_units(sum(record.committed_units for record in records)),
+        "since": None if since is None else since.isoformat(timespec="seconds"),
+        "request_keys": [record.request_key for record in records[:_REASONS]],
+    }
+
+
+def show_salvaged(done: Salvaged) -> None:
+    """Print what a salvage collected."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in done.figures.items():
+        table.add_row(name.replace("_", " "), f"{value:g}")
+    out.print(table)
+    if not done.figures.get("taken_up"):
+        out.print("Nothing that was paid for is left behind.")
+    show_unknown(done.unknown)
 
 
 def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
@@ -157,6 +194,8 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "manifest": f"{where}/manifest",
         "dagster_home": done.dagster_home,
         "run_ids": list(done.run_ids),
+        "caps_reached": list(done.caps_reached),
+        "unknown": unknown_figures(done.unknown),
         "stopped": None if done.stopped is None else str(done.stopped),
         "failures": list(done.failures),
     }

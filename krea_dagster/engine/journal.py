@@ -142,12 +142,21 @@ class Journal:
         self._where = parsed.render_as_string(hide_password=True)
         self._sqlite = parsed.get_backend_name() == "sqlite"
         self._lock_timeout_s = lock_timeout_s
-        with self._explained("open"):
-            if self._sqlite and parsed.database not in (None, "", ":memory:"):
-                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+        if self._sqlite and parsed.database in (None, "", ":memory:"):
+            raise ConfigError("a journal in memory would forget what was paid for; name a file")
+        try:
             self._reading = self._engine(url, begin="BEGIN")
             self._writing = self._engine(url, begin="BEGIN IMMEDIATE")
-            self._create()
+        except (ImportError, SQLAlchemyError) as error:
+            raise ConfigError(f"the journal {self._where} cannot be used: {error}") from error
+        with self._explained("open"):
+            if self._sqlite and not str(parsed.database).startswith("file:"):
+                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._create()
+            except BaseException:
+                self.close()
+                raise
 
     def __repr__(self) -> str:
         return f"Journal({self._where!r})"
@@ -223,16 +232,7 @@ class Journal:
         """
         mine: set[str] = set()
         with self._write("claim requests in") as connection:
-            dead = [
-                row.owner
-                for row in connection.execute(select(owners))
-                if row.owner != owner
-                and not is_alive(
-                    Owner(row.owner, row.run_id, row.host, row.pid, row.pid_started),
-                    silent_s=(at - row.heartbeat_at) / timedelta(seconds=1),
-                    limit_s=HEARTBEAT_LIMIT_S,
-                )
-            ]
+            dead = _dead_owners(connection, at) - {owner}
             free = or_(
                 requests.c.claimed_by.is_(None),
                 requests.c.claimed_by == owner,
@@ -323,6 +323,16 @@ class Journal:
                 _joined().where(requests.c.state.in_(states)).order_by(submissions.c.sent_at)
             )
             return [_record(row) for row in rows]
+
+    def unattended(self, at: datetime) -> list[Record]:
+        """The unsettled requests that no living run holds; the oldest first."""
+        with self._read("read") as connection:
+            dead = _dead_owners(connection, at)
+        return [
+            record
+            for record in self.unsettled()
+            if record.claimed_by is None or record.claimed_by in dead
+        ]
 
     def count_by_state(self) -> dict[State, int]:
         """How many requests stand in each state; states without one are left out."""
@@ -580,9 +590,10 @@ class Journal:
         except OSError as error:
             raise JournalError(f"could not {doing} the journal {self._where}: {error}") from error
         except DBAPIError as error:
-            # The statement and its parameters hold prompts, so only the driver's words are shown.
+            # The statement, its parameters and the further lines of some drivers hold prompts.
+            said = (str(error.orig).splitlines() or [type(error.orig).__name__])[0]
             raise JournalError(
-                f"could not {doing} the journal {self._where}: {error.orig}. Nothing more is "
+                f"could not {doing} the journal {self._where}: {said}. Nothing more is "
                 "bought until it can be written. What was paid for is safe: run again when it is "
                 "mended."
             ) from error.orig
@@ -651,6 +662,18 @@ def _update_each(
     connection.execute(update(table).where(key == bindparam("b_key")).values(assignments), rows)
 
 
+def _dead_owners(connection: Connection, at: datetime) -> set[str]:
+    return {
+        row.owner
+        for row in connection.execute(select(owners))
+        if not is_alive(
+            Owner(row.owner, row.run_id, row.host, row.pid, row.pid_started),
+            silent_s=(at - row.heartbeat_at) / timedelta(seconds=1),
+            limit_s=HEARTBEAT_LIMIT_S,
+        )
+    }
+
+
 def _states(connection: Connection, keys: Sequence[str], *, lock: bool) -> dict[str, Present]:
     earlier = submissions.alias("earlier")
     query = select(
@@ -710,6 +733,7 @@ _SUBMISSION: Final = (
     "task_id",
     "reserved_units",
     "charged_units",
+    "committed_units",
     "billing_rule",
     "user_group",
 )
@@ -751,6 +775,7 @@ def _record(row: Row[Any]) -> Record:
         task_id=row.task_id,
         reserved_units=row.reserved_units,
         charged_units=row.charged_units,
+        committed_units=row.committed_units or 0,
         billing_rule=row.billing_rule,
         user_group=row.user_group,
         run_id=row.run_id,

@@ -245,7 +245,7 @@ def backoff_s(
     ``fraction`` is a random number from 0 to 1. ``at_least_s`` is what the server asked for
     (Retry-After) or its documentation says, and is always honoured.
     """
-    doubled = min(policy.backoff_max_s, policy.backoff_s * 2.0 ** max(0, tries - 1))
+    doubled = min(policy.backoff_max_s, policy.backoff_s * 2.0 ** min(60, max(0, tries - 1)))
     pause_s = doubled * (0.5 + fraction / 2) * policy.wait_scale
     return max(pause_s, at_least_s or 0.0)
 

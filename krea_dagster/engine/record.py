@@ -32,7 +32,7 @@ class Record:
     the start of the hours in which a repeat is safe.
 
     ``charged_units`` is None while it is not known: between submission and settlement, and
-    for an unknown outcome.
+    for an unknown outcome. ``committed_units`` is what it may cost at most, as far as is known.
     """
 
     request: ImageRequest
@@ -45,6 +45,7 @@ class Record:
     task_id: str | None = None
     reserved_units: int | None = None
     charged_units: int | None = None
+    committed_units: int = 0
     billing_rule: str | None = None
     user_group: str | None = None
     run_id: str | None = None

@@ -1,26 +1,25 @@
 """The assets: prompts (external), images (buys), image_manifest (a view of the journal)."""
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
 import pyarrow as pa
 
 from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.runner import RunReport
-from krea_dagster.errors import KeyRejected, KreaError, OutOfCredits
 from krea_dagster.manifest import (
     MANIFEST_SCHEMA,
     manifest_name,
-    manifest_table,
     write_manifest,
 )
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.automation import report_prompts
+from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.beta import quiet_beta
+from krea_dagster.plugin.checks import CHECK_NAME, check_rows
+from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.plugin.failures import as_failure, stop_message
 from krea_dagster.plugin.io_manager import (
     MANIFEST_ASSET,
     manifest_folders,
@@ -29,25 +28,21 @@ from krea_dagster.plugin.io_manager import (
 from krea_dagster.plugin.metadata import (
     images_metadata,
     manifest_metadata,
-    missing_rows,
-    missing_table,
     table_schema,
 )
 from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import (
-    PlannedImage,
     PromptRows,
     PromptTable,
-    partition_version,
-    plan_images,
 )
 
 #: Seconds between two lines of progress in Dagster's log: each is an event in its database.
 _LOG_EVERY_S = 30.0
 
-CHECK_NAME = "all_rows_delivered"
+#: Dagster's tag of the runs of one backfill.
+_BACKFILL_TAG = "dagster/backfill"
 
 
 @dataclass(frozen=True)
@@ -118,9 +113,13 @@ def build_krea_assets(
             "decides the picture."
         ),
     )
-    def images(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
-        krea = _resource(context, resource_key)
-        batch = _read(table, context.partition_keys)
+    def images(
+        context: dg.AssetExecutionContext, config: KreaImagesConfig
+    ) -> Iterator[dg.MaterializeResult[None]]:
+        krea = krea_of(context, resource_key)
+        with as_failure():
+            root = context.run.root_run_id or context.run.run_id
+            batch = Batch.read(table, context.partition_keys, krea).ask_again(config, krea, root)
         report_prompts(context.instance, prompts_key, batch.versions())
         if batch.rows.warning_count:
             context.log.warning(_warnings(batch.rows))
@@ -129,10 +128,17 @@ def build_krea_assets(
                 "No EvoLink key is set: the emulator draws the pictures. They are synthetic, and "
                 "nothing is charged."
             )
-        with _as_failure():
+        with as_failure():
             report = krea.generate(
-                batch.images, run_id=context.run.run_id, on_progress=_Narrator(context)
+                batch.images,
+                run_id=context.run.run_id,
+                launch=context.run.tags.get(_BACKFILL_TAG) or root,
+                ask_again=config.retry_errors,
+                resolutions=config.resolutions(batch.images),
+                on_progress=Narrator(context),
             )
+        for message in report.caps_reached:
+            context.log.warning("%s. The rows that did not fit are deferred.", message)
         tell_report(report)
         manifest = batch.manifest(krea, context.run.run_id)
         storage = krea.open_storage()
@@ -140,7 +146,7 @@ def build_krea_assets(
             context.add_asset_metadata(
                 images_metadata(part, storage, seconds=report.seconds), partition_key=key
             )
-        yield dg.MaterializeResult(check_results=[_check_rows(manifest, report)])
+        yield dg.MaterializeResult(check_results=[check_rows(manifest, report)])
         if report.stopped is not None:
             # The step that writes the manifest will not run after this one has failed.
             for key, part in split_by_partition(manifest, context.partition_keys).items():
@@ -167,8 +173,9 @@ def build_krea_assets(
         ),
     )
     def image_manifest(context: dg.AssetExecutionContext) -> pa.Table:
-        krea = _resource(context, resource_key)
-        batch = _read(table, context.partition_keys)
+        krea = krea_of(context, resource_key)
+        with as_failure():
+            batch = Batch.read(table, context.partition_keys, krea)
         manifest = batch.manifest(krea, context.run.run_id)
         storage = krea.open_storage()
         schema = table_schema(manifest.schema)
@@ -181,55 +188,15 @@ def build_krea_assets(
     return KreaAssets(table, partitions_def, prompts, images, image_manifest)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """The rows of a run's partitions, and the images that they ask for."""
-
-    keys: Sequence[str]
-    rows: PromptRows
-    images: tuple[PlannedImage, ...]
-
-    def versions(self) -> Mapping[str, str]:
-        """The data version of ``prompts``, by partition."""
-        request_keys: dict[str, list[str]] = {key: [] for key in self.keys}
-        for image in self.images:
-            request_keys[image.partition_key].append(image.request.request_key)
-        return {key: partition_version(found) for key, found in request_keys.items()}
-
-    def manifest(self, krea: KreaResource, run_id: str) -> pa.Table:
-        """The manifest of these rows, as the journal has them now."""
-        return manifest_table(
-            self.images,
-            self.rows,
-            krea.records(self.images),
-            locate=krea.open_storage().locate,
-            run_id=run_id,
-        )
-
-
-def _read(table: PromptTable, keys: Sequence[str]) -> _Batch:
-    with _as_failure():
-        rows = table.read(keys)
-        return _Batch(keys, rows, tuple(plan_images(rows.rows)))
-
-
-@contextmanager
-def _as_failure() -> Iterator[None]:
-    """Errors of this package as Dagster's: their text says all, and a retry would not help."""
-    try:
-        yield
-    except KreaError as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
-
-
-def _resource(context: dg.AssetExecutionContext, key: str) -> KreaResource:
+def krea_of(context: dg.AssetExecutionContext, key: str) -> KreaResource:
+    """The KreaResource of a step. Raises Failure where another resource has its key."""
     resource = getattr(context.resources, key)
     if not isinstance(resource, KreaResource):
         raise dg.Failure(f"resource {key!r} is a {type(resource).__name__}, not a KreaResource")
     return resource
 
 
-class _Narrator:
+class Narrator:
     """Tells the observer of every change, and Dagster's log of one now and then."""
 
     def __init__(self, context: dg.AssetExecutionContext) -> None:
@@ -237,6 +204,7 @@ class _Narrator:
         self._next_s = time.monotonic() + _LOG_EVERY_S
 
     def __call__(self, progress: Progress) -> None:
+        """Take note of how far the run is."""
         tell_progress(progress)
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _LOG_EVERY_S
@@ -250,52 +218,6 @@ def progress_line(progress: Progress) -> str:
         f"{progress.reused} reused, {progress.failed} failed, {progress.left} left, "
         f"{progress.in_flight} in flight, "
         f"{credits_from_units(progress.charged_units):g} credits"
-    )
-
-
-def _check_rows(manifest: pa.Table, report: RunReport) -> dg.AssetCheckResult:
-    missing = missing_rows(manifest)
-    if missing.num_rows == 0:
-        return dg.AssetCheckResult(
-            passed=True,
-            check_name=CHECK_NAME,
-            metadata={"rows": manifest.num_rows},
-            description=f"All {manifest.num_rows} rows have their image.",
-        )
-    reasons = Counter(
-        f"{status}: {code or 'no code'}"
-        for status, code in zip(
-            missing["status"].to_pylist(), missing["error_code"].to_pylist(), strict=True
-        )
-    )
-    listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-    left = Counter(report.left.values()).most_common(10)
-    return dg.AssetCheckResult(
-        passed=False,
-        check_name=CHECK_NAME,
-        severity=dg.AssetCheckSeverity.ERROR,
-        description=f"{missing.num_rows} of {manifest.num_rows} rows have no image: {listed}",
-        metadata={
-            "rows": manifest.num_rows,
-            "rows_missing": missing.num_rows,
-            "missing": missing_table(manifest),
-            **({"left_for_later": dict(left)} if left else {}),
-        },
-    )
-
-
-def stop_message(report: RunReport) -> str:
-    """One sentence for a run that the account stopped."""
-    match report.stopped:
-        case KeyRejected():
-            what, then = "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
-        case OutOfCredits():
-            what, then = "the account or its key has no credits left", "top up"
-        case _:
-            what, then = "the key may not use this model", "ask for access or use another key"
-    return (
-        f"Buying stopped, {what} ({report.stopped}): everything already paid for was finished, "
-        f"the other rows are deferred; {then} and run again."
     )
 
 

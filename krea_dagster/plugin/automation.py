@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import dagster as dg
 
 from krea_dagster.errors import KreaError
+from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable
 
 _DATA_VERSION = "dagster/data_version"
@@ -38,24 +39,27 @@ def build_prompts_sensor(
     key: dg.AssetKey,
     *,
     name: str,
+    resource_key: str = "krea",
     minimum_interval_s: int = 60,
 ) -> dg.SensorDefinition:
     """Build the sensor that watches the prompt table.
 
     It reports the changed partitions of ``prompts`` and registers new dynamic ones. The data
     versions hang on the rows' request keys alone: a table that was rewritten, reordered, or
-    given a further column reports nothing.
+    given a further column reports nothing. Raising a row's attempt reports its partition.
     """
 
     @dg.sensor(
         name=name,
         minimum_interval_seconds=minimum_interval_s,
         default_status=dg.DefaultSensorStatus.RUNNING,
+        required_resource_keys={resource_key},
         description=f"Reports the partitions of {key.to_user_string()} that have changed.",
     )
     def prompts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
-            versions = table.versions()
+            krea: KreaResource = getattr(context.resources, resource_key)
+            versions = table.versions(attempts=krea.attempts())
         except KreaError as error:
             return dg.SkipReason(str(error))
         seen: Mapping[str, str] = json.loads(context.cursor or "{}")

@@ -9,6 +9,7 @@ import krea_dagster.plugin.assets as krea_assets
 from krea_dagster.plugin.automation import build_prompts_sensor
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.salvage import build_salvage
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 
 
@@ -31,8 +32,9 @@ def build_krea_definitions(
     in one code location.
 
     The result holds the assets ``prompts``, ``images`` and ``image_manifest``, the job
-    ``krea_images``, the sensor ``krea_prompts`` that watches the table, and the resources
-    ``krea`` and ``krea_manifest``. All these names begin with the prefix where there is one.
+    ``krea_images``, the sensor ``krea_prompts`` that watches the table, the asset
+    ``salvaged_images`` with the job and the sensor ``krea_salvage``, and the resources ``krea``
+    and ``krea_manifest``. All these names begin with the prefix where there is one.
     Merge it with your own by ``dagster.Definitions.merge``. Raises ConfigError for a setting
     that cannot be used.
     """
@@ -62,11 +64,15 @@ def build_krea_definitions(
         assets.partitions_def,
         assets.prompts.key,
         name=f"{before}krea_prompts",
+        resource_key=f"{before}krea",
+    )
+    salvage = build_salvage(
+        assets, resource_key=f"{before}krea", prefix=before, group_name=group_name
     )
     return dg.Definitions(
-        assets=assets.all,
-        jobs=[job],
-        sensors=[sensor],
+        assets=[*assets.all, salvage.asset],
+        jobs=[job, salvage.job],
+        sensors=[sensor, salvage.sensor],
         resources={
             f"{before}krea": krea,
             f"{before}krea_manifest": KreaManifestIOManager(storage=krea.storage),
@@ -77,8 +83,9 @@ def build_krea_definitions(
     )
 
 
-#: The job's name where there is no key prefix.
+#: The jobs' names where there is no key prefix.
 JOB_NAME = "krea_images"
+SALVAGE_JOB_NAME = "krea_salvage"
 
 
 def _absolute(source: str) -> str:

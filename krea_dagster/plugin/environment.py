@@ -1,5 +1,6 @@
 """Reads the environment, once: the settings of definitions.py and of the command."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class Settings:
     partition_by: str
     max_in_flight: int
     on_unknown: str
+    run_credits: float | None
+    day_credits: float | None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> "Settings":
@@ -38,20 +41,17 @@ class Settings:
         on_unknown = values.get("KREA_ON_UNKNOWN") or "replay"
         if on_unknown not in ("replay", "hold"):
             raise ConfigError(f"KREA_ON_UNKNOWN is {on_unknown!r}; use replay or hold")
-        for name in ("KREA_RUN_CREDITS", "KREA_DAY_CREDITS"):
-            if values.get(name):
-                raise ConfigError(
-                    f"{name} is set, and this version cannot keep a cap yet. Unset it."
-                )
         return cls(
             has_key=bool(values.get(KEY_VARIABLE)),
-            base_url=values.get("EVOLINK_BASE_URL") or "https://api.evolink.ai",
+            base_url=_root(values, "EVOLINK_BASE_URL", "https://api.evolink.ai"),
             prompts=_absolute(values.get("KREA_PROMPTS") or "data/prompts.parquet"),
             storage=_absolute(values.get("KREA_STORAGE") or "data/krea"),
             journal_url=values.get("KREA_JOURNAL_URL") or "",
             partition_by=values.get("KREA_PARTITION_BY") or "hash:8",
             max_in_flight=_whole(values, "KREA_MAX_IN_FLIGHT", 64, most=4096),
             on_unknown=on_unknown,
+            run_credits=_credits(values, "KREA_RUN_CREDITS"),
+            day_credits=_credits(values, "KREA_DAY_CREDITS"),
         )
 
     @property
@@ -76,6 +76,8 @@ class Settings:
             journal_url=dg.EnvVar("KREA_JOURNAL_URL") if self.journal_url else "",
             max_in_flight=self.max_in_flight,
             on_unknown=self.on_unknown,
+            run_credits=self.run_credits,
+            day_credits=self.day_credits,
         )
 
     def table(self) -> PromptTable:
@@ -93,7 +95,8 @@ def definitions_from_environment(environ: Mapping[str, str] | None = None) -> dg
     """Build the code location that the environment describes; unset variables have defaults.
 
     ``EVOLINK_API_KEY``, ``EVOLINK_BASE_URL``, ``KREA_PROMPTS``, ``KREA_STORAGE``,
-    ``KREA_JOURNAL_URL``, ``KREA_PARTITION_BY``, ``KREA_MAX_IN_FLIGHT``, ``KREA_ON_UNKNOWN``.
+    ``KREA_JOURNAL_URL``, ``KREA_PARTITION_BY``, ``KREA_MAX_IN_FLIGHT``, ``KREA_RUN_CREDITS``,
+    ``KREA_DAY_CREDITS``, ``KREA_ON_UNKNOWN``.
     Without a key the emulator is used, and the pictures are synthetic. Raises ConfigError.
     """
     return Settings.from_environment(environ).definitions()
@@ -103,6 +106,17 @@ def _absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
 
+def _root(values: Mapping[str, str], name: str, default: str) -> str:
+    text = values.get(name) or default
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(f"{name} is {text!r}; use a URL such as {default}")
+    return text
+
+
 def _whole(values: Mapping[str, str], name: str, default: int, *, most: int) -> int:
     text = values.get(name)
     if not text:
@@ -110,3 +124,16 @@ def _whole(values: Mapping[str, str], name: str, default: int, *, most: int) -> 
     if not text.isdecimal() or not 1 <= int(text) <= most:
         raise ConfigError(f"{name} is {text!r}; use a whole number from 1 to {most}")
     return int(text)
+
+
+def _credits(values: Mapping[str, str], name: str) -> float | None:
+    text = values.get(name)
+    if not text:
+        return None
+    try:
+        credits = float(text)
+    except ValueError:
+        credits = math.nan
+    if not 0 <= credits < math.inf:
+        raise ConfigError(f"{name} is {text!r}; use a number of credits, 0 or more")
+    return credits

@@ -11,13 +11,19 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped
 from krea_dagster.manifest import read_manifests
-from krea_dagster.plugin.definitions import JOB_NAME
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
 from krea_dagster.plugin.environment import Settings
 from krea_dagster.plugin.observer import observed
 from krea_dagster.plugin.partitions import partitions_for, register_partitions
+from krea_dagster.plugin.resource import KreaResource
+
+SALVAGED_IMAGES: Final = dg.AssetKey("salvaged_images")
 
 _RANGE_START: Final = "dagster/asset_partition_range_start"
 _RANGE_END: Final = "dagster/asset_partition_range_end"
@@ -32,7 +38,8 @@ class Materialized:
     """What became of the partitions that were asked for.
 
     ``failures`` are the texts of runs that failed. ``waiting`` are partitions of the table
-    that Dagster does not have yet (days to come).
+    that Dagster does not have yet (days to come). ``unknown`` are all purchases of the journal
+    whose outcome is unknown, the oldest first.
     """
 
     partitions: Sequence[str]
@@ -44,12 +51,15 @@ class Materialized:
     failures: Sequence[str] = ()
     stopped: AccountStopped | RunStopped | None = None
     left: Mapping[str, str] = field(default_factory=dict)
+    caps_reached: Sequence[str] = ()
     waiting: Sequence[str] = ()
+    unknown: Sequence[Record] = ()
 
 
 def materialize(
     settings: Settings,
     partitions: Sequence[str] = (),
+    wishes: KreaImagesConfig | None = None,
     *,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Materialized:
@@ -61,8 +71,10 @@ def materialize(
     started_s = time.monotonic()
     table = settings.table()
     partitions_def = partitions_for(table, name="krea")
-    table.read(list(partitions) or None)
-    settings.resource().check()
+    krea = settings.resource()
+    krea.check()
+    wishes = wishes or KreaImagesConfig()
+    _check_wishes(wishes, Batch.read(table, list(partitions) or None, krea), krea)
     job = settings.definitions().resolve_job_def(JOB_NAME)
     home = _dagster_home(settings)
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -78,14 +90,17 @@ def materialize(
                     job.execute_in_process(
                         instance=instance,
                         tags={_RANGE_START: start, _RANGE_END: end},
-                        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                        run_config={
+                            "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                            "ops": {"images": {"config": wishes.model_dump()}},
+                        },
                         raise_on_error=False,
                     )
                 )
             watch.next_run()
             if watch.stopped is not None:
                 break
-    storage = settings.resource().open_storage()
+    storage = krea.open_storage()
     return Materialized(
         partitions=chosen,
         manifest=read_manifests(storage, chosen),
@@ -96,8 +111,78 @@ def materialize(
         failures=[text for result in results for text in _failures(result)],
         stopped=watch.stopped,
         left={key: why for report in watch.reports for key, why in report.left.items()},
+        caps_reached=list(
+            dict.fromkeys(said for report in watch.reports for said in report.caps_reached)
+        ),
         waiting=sorted(set(in_table) - set(known)),
+        unknown=krea.unknown(),
     )
+
+
+@dataclass(frozen=True)
+class Salvaged:
+    """What a salvage did. ``figures`` are those of its materialization."""
+
+    figures: Mapping[str, int | float]
+    run_id: str
+    failures: Sequence[str]
+    unknown: Sequence[Record]
+
+
+def salvage(
+    settings: Settings, *, on_progress: Callable[[Progress], None] = lambda _: None
+) -> Salvaged:
+    """Run the salvage job in this process. Raises ConfigError or JournalError."""
+    krea = settings.resource()
+    krea.check()
+    job = settings.definitions().resolve_job_def(SALVAGE_JOB_NAME)
+    with dg.DagsterInstance.from_config(str(_dagster_home(settings))) as instance:
+        with observed(on_progress, lambda _: None):
+            result = job.execute_in_process(
+                instance=instance,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                raise_on_error=False,
+            )
+        figures = {
+            name: value.value
+            for event in result.all_events
+            if event.is_step_materialization and event.asset_key == SALVAGED_IMAGES
+            for name, value in event.step_materialization_data.materialization.metadata.items()
+            if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue)
+            and value.value is not None
+        }
+    return Salvaged(figures, result.run_id, _failures(result), krea.unknown())
+
+
+def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) -> None:
+    """Refuse a wish that names no row, before anything is launched."""
+    known = {image.prompt_id for image in batch.images}
+    if missing := [name for name in wishes.again if name not in known]:
+        raise ConfigError(f"no row has the prompt_id {missing[0]!r}; nothing was bought")
+    if not wishes.resolve:
+        return
+    resolutions = wishes.resolutions(batch.images)
+    unknown = {record.request_key: record for record in krea.unknown()}
+    named = {key for key in resolutions if key in unknown}
+    by_name = {
+        name: [
+            image.request.request_key
+            for image in batch.images
+            if name in (image.prompt_id, image.request.request_key)
+            and image.request.request_key in named
+        ]
+        for name in wishes.resolve
+    }
+    for name, keys in by_name.items():
+        if not keys:
+            raise ConfigError(
+                f"{name!r} names no purchase whose outcome is unknown; nothing was decided"
+            )
+        if len(set(keys)) > 1 and wishes.resolve[name].startswith("task:"):
+            raise ConfigError(
+                f"{name!r} names {len(set(keys))} purchases, and one task is of one of them; "
+                "name its request_key"
+            )
 
 
 class _Watch:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 import dagster as dg
@@ -12,14 +14,18 @@ import httpx
 from pydantic import Field
 
 from krea_dagster.api import KreaClient
+from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
+from krea_dagster.models import units_from_credits
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
 from krea_dagster.prompts import PlannedImage
 
@@ -73,6 +79,19 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             "same Idempotency-Key within 23 hours, hold leaves it to a person."
         ),
     )
+    run_credits: float | None = Field(
+        default=None,
+        ge=0,
+        description="Most credits that one run may commit; the rows beyond it are deferred.",
+    )
+    day_credits: float | None = Field(
+        default=None,
+        ge=0,
+        description=(
+            "Most credits that all runs which share the journal may commit in one UTC day; the "
+            "rows beyond it are deferred."
+        ),
+    )
     patience_s: float = Field(
         default=1800.0,
         gt=0,
@@ -116,18 +135,89 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         images: Iterable[PlannedImage],
         *,
         run_id: str,
-        on_progress: Callable[[Progress], None] | None = None,
+        launch: str = "",
+        ask_again: Iterable[str] = (),
+        resolutions: Mapping[str, Resolution] | None = None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> RunReport:
         """Buy, fetch and verify what is not at hand yet, and return when nothing more can be done.
+
+        ``launch`` names the runs that stop together where the account stops one. ``ask_again``
+        are error codes whose rows are bought again; ``resolutions`` a person's decisions about
+        unknown outcomes, by request key.
 
         Raises ConfigError for a wrong setting before anything is bought, and JournalError
         where the journal cannot be written. What EvoLink refuses or loses is in the report
         and in the journal, not an exception.
         """
         wanted = [Wanted(image.request, image.partition_key) for image in images]
-        self.check()
+        with self._runner(run_id, on_progress) as runner:
+            wishful = replace(
+                runner,
+                policy=replace(runner.policy, ask_again=frozenset(ask_again)),
+                launch=launch,
+                resolutions=resolutions or {},
+            )
+            return _run(wishful.run(wanted))
+
+    def salvage(
+        self, *, run_id: str, on_progress: Callable[[Progress], None] = lambda _: None
+    ) -> tuple[RunReport, dict[str, Record]]:
+        """Ask for and fetch what is paid for and at hand nowhere; buys nothing.
+
+        The oldest first, because links live for a day. Returns the report, and what became of
+        each request that it took up, by request key. Raises as ``generate`` does.
+        """
+        with self._runner(run_id, on_progress) as runner:
+            paid = _paid(runner.journal)
+            wanted = [Wanted(record.request, record.partition_key) for record in paid]
+            report = _run(replace(runner, buying=False).run(wanted))
+            return report, runner.journal.records([record.request_key for record in paid])
+
+    def records(self, images: Iterable[PlannedImage]) -> dict[str, Record]:
+        """Return what the journal knows of these images, by request key. Needs no network."""
         with self.open_journal() as journal:
-            runner = Runner(
+            return journal.records({image.request.request_key for image in images})
+
+    def left_behind(self) -> list[Record]:
+        """Return what is paid for, not at hand, and held by no living run; the oldest first."""
+        with self.open_journal() as journal:
+            return _paid(journal)
+
+    def unknown(self) -> list[Record]:
+        """Return the purchases whose outcome is unknown; the oldest first."""
+        with self.open_journal() as journal:
+            return [record for record in journal.unsettled() if record.state is State.UNKNOWN]
+
+    def attempts(self) -> dict[tuple[str, int], int]:
+        """Return how often a person asked for another picture, by prompt_id and sample."""
+        with self.open_journal() as journal:
+            return journal.attempts()
+
+    def raise_attempts(self, samples: Iterable[tuple[str, int]], *, raised_by: str) -> int:
+        """Ask for another picture of these (prompt_id, sample); once for each ``raised_by``."""
+        with self.open_journal() as journal:
+            return journal.raise_attempts(
+                samples, raised_by=raised_by, at=datetime.now(timezone.utc)
+            )
+
+    def caps(self) -> Caps:
+        """Return the caps in units."""
+        return Caps(
+            run_units=None if self.run_credits is None else units_from_credits(self.run_credits),
+            day_units=None if self.day_credits is None else units_from_credits(self.day_credits),
+        )
+
+    @contextmanager
+    def _runner(self, run_id: str, on_progress: Callable[[Progress], None]) -> Iterator[Runner]:
+        if not self.emulator and not self.api_key:
+            raise ConfigError(
+                "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
+                "that variable, or set emulator=True"
+            )
+        with self.open_journal() as journal:
+            journal.bind(self._origin())
+            yield Runner(
                 connect=self._connect,
                 journal=journal,
                 images=ImageStore(self.open_storage()),
@@ -137,14 +227,9 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                     patience_s=self.patience_s,
                 ),
                 max_in_flight=self.max_in_flight,
-                on_progress=on_progress or (lambda _progress: None),
+                caps=self.caps(),
+                on_progress=on_progress,
             )
-            return _run(runner.run(wanted))
-
-    def records(self, images: Iterable[PlannedImage]) -> dict[str, Record]:
-        """Return what the journal knows of these images, by request key. Needs no network."""
-        with self.open_journal() as journal:
-            return journal.records({image.request.request_key for image in images})
 
     def _journal_url(self) -> str:
         if url := _text(self.journal_url):
@@ -188,6 +273,14 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
 def _text(value: str) -> str:
     """A setting's text, also outside a run, where Dagster has left an EnvVar as it is."""
     return value.get_value() or "" if isinstance(value, dg.EnvVar) else value
+
+
+def _paid(journal: Journal) -> list[Record]:
+    return [
+        record
+        for record in journal.unattended(datetime.now(timezone.utc))
+        if record.state in (State.SUBMITTED, State.COMPLETED)
+    ]
 
 
 def _run(main: Coroutine[Any, Any, _T]) -> _T:

@@ -1,0 +1,43 @@
+"""What a person may ask of one run of images, as Dagster's run config."""
+
+from collections.abc import Iterable
+
+import dagster as dg
+from pydantic import Field
+
+from krea_dagster.engine.resolution import Resolution, parse_resolution
+from krea_dagster.prompts import PlannedImage
+
+
+class KreaImagesConfig(dg.Config):
+    """Wishes for one run of ``images``; without any it buys what is missing."""
+
+    again: list[str] = Field(
+        default=[],
+        description=(
+            "prompt_ids of which another picture is bought: their attempt is raised by one, and "
+            "with it the seed, where it was drawn. The old pictures stay in the journal."
+        ),
+    )
+    retry_errors: list[str] = Field(
+        default=[],
+        description="Error codes: rows that failed or were refused with one are bought again.",
+    )
+    resolve: dict[str, str] = Field(
+        default={},
+        description=(
+            "Decisions about purchases whose outcome is unknown, by prompt_id or request_key: "
+            "replay (repeat under the same key), not-charged (buy it anew), lost, or task:ID."
+        ),
+    )
+
+    def resolutions(self, images: Iterable[PlannedImage]) -> dict[str, Resolution]:
+        """The decisions, by request key. Raises ConfigError for one that cannot be read."""
+        decided = {name: parse_resolution(text) for name, text in self.resolve.items()}
+        found: dict[str, Resolution] = {}
+        for image in images:
+            key = image.request.request_key
+            decision = decided.get(key) or decided.get(image.prompt_id)
+            if decision is not None:
+                found[key] = decision
+        return found

@@ -1,0 +1,134 @@
+"""Collects what is paid for and at hand nowhere: an asset, its job, and the sensor that starts it.
+
+Only asks and fetches; nothing here can buy.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dagster as dg
+
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+from krea_dagster.errors import KreaError
+from krea_dagster.manifest import write_manifest
+from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.assets import KreaAssets, Narrator, krea_of
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.io_manager import manifest_folders, split_by_partition
+from krea_dagster.plugin.metadata import manifest_metadata
+from krea_dagster.plugin.observer import tell_report
+from krea_dagster.plugin.resource import KreaResource
+
+#: Seconds between two looks of the sensor. A link lives for 24 hours.
+_LOOK_EVERY_S = 300
+
+
+@dataclass(frozen=True)
+class Salvage:
+    """What ``build_salvage`` makes."""
+
+    asset: dg.AssetsDefinition
+    job: dg.UnresolvedAssetJobDefinition
+    sensor: dg.SensorDefinition
+
+
+def build_salvage(
+    assets: KreaAssets, *, resource_key: str, prefix: str, group_name: str
+) -> Salvage:
+    """Build the salvage of one prompt table's journal.
+
+    The asset collects, most urgent link first, and rewrites the manifests of the partitions
+    that it completed. The sensor starts the job while there is something to save that no living
+    run holds.
+    """
+    manifest_key = assets.image_manifest.key
+    folders = manifest_folders(manifest_key)
+
+    @dg.asset(
+        key=dg.AssetKey([*manifest_key.path[:-1], "salvaged_images"]),
+        group_name=group_name,
+        kinds={"evolink"},
+        required_resource_keys={resource_key},
+        description=(
+            "What earlier runs paid for and left behind: asked for and fetched, never bought."
+        ),
+    )
+    def salvaged_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        krea = krea_of(context, resource_key)
+        with as_failure():
+            report, found = krea.salvage(run_id=context.run.run_id, on_progress=Narrator(context))
+        tell_report(report)
+        collected = sorted(
+            {record.partition_key for record in found.values() if record.state is State.STORED}
+        )
+        with as_failure():
+            keys = [key for key in assets.table.partition_keys() if key in set(collected)]
+            batch = Batch.read(assets.table, keys, krea)
+        storage = krea.open_storage()
+        table = batch.manifest(krea, context.run.run_id)
+        for key, part in split_by_partition(table, keys).items():
+            path = write_manifest(storage, key, part, folders)
+            context.log_event(
+                dg.AssetMaterialization(
+                    manifest_key, partition=key, metadata=manifest_metadata(part, path)
+                )
+            )
+        return dg.MaterializeResult(metadata=salvage_figures(list(found.values())))
+
+    job = dg.define_asset_job(
+        f"{prefix}krea_salvage",
+        selection=dg.AssetSelection.assets(salvaged_images),
+        description="Collects what is paid for and was left behind; buys nothing.",
+    )
+
+    @dg.sensor(
+        name=f"{prefix}krea_salvage",
+        job=job,
+        minimum_interval_seconds=_LOOK_EVERY_S,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        required_resource_keys={resource_key},
+        description="Starts the salvage while something is paid for and left behind.",
+    )
+    def salvage_sensor(
+        context: dg.SensorEvaluationContext,
+    ) -> dg.RunRequest | dg.SkipReason:
+        krea: KreaResource = getattr(context.resources, resource_key)
+        try:
+            waiting = krea.left_behind()
+        except KreaError as error:
+            return dg.SkipReason(str(error))
+        if not waiting:
+            return dg.SkipReason("Nothing that was paid for is left behind.")
+        running = context.instance.get_runs(
+            dg.RunsFilter(
+                job_name=job.name,
+                statuses=[
+                    dg.DagsterRunStatus.QUEUED,
+                    dg.DagsterRunStatus.STARTING,
+                    dg.DagsterRunStatus.STARTED,
+                ],
+            ),
+            limit=1,
+        )
+        if running:
+            return dg.SkipReason("A salvage is under way.")
+        return dg.RunRequest(tags={"krea/left_behind": str(len(waiting))})
+
+    return Salvage(salvaged_images, job, salvage_sensor)
+
+
+def salvage_figures(records: Sequence[Record]) -> dict[str, int | float]:
+    """What became of the requests that a salvage took up: counts, and credits."""
+    states = Counter(record.state for record in records)
+    lost = sum(record.committed_units for record in records if record.state is State.EXPIRED)
+    return {
+        "taken_up": len(records),
+        "collected": states[State.STORED],
+        "still_waiting": states[State.SUBMITTED] + states[State.COMPLETED],
+        "failed": states[State.FAILED],
+        "lost": states[State.EXPIRED],
+        "credits_lost": credits_from_units(lost),
+    }
