@@ -69,10 +69,10 @@ def build_krea_definitions(
     salvage = build_salvage(
         assets, resource_key=f"{before}krea", prefix=before, group_name=group_name
     )
-    return dg.Definitions(
-        assets=[*assets.all, salvage.asset],
-        jobs=[job, salvage.job],
-        sensors=[sensor, salvage.sensor],
+    images = dg.Definitions(
+        assets=assets.all,
+        jobs=[job],
+        sensors=[sensor],
         resources={
             f"{before}krea": krea,
             f"{before}krea_manifest": KreaManifestIOManager(storage=krea.storage),
@@ -81,6 +81,7 @@ def build_krea_definitions(
         # seconds to start.
         executor=dg.in_process_executor,
     )
+    return dg.Definitions.merge(images, salvage)
 
 
 #: The jobs' names where there is no key prefix.

@@ -5,7 +5,6 @@ Only asks and fetches; nothing here can buy.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import dagster as dg
 
@@ -26,19 +25,10 @@ from krea_dagster.plugin.resource import KreaResource
 _LOOK_EVERY_S = 300
 
 
-@dataclass(frozen=True)
-class Salvage:
-    """What ``build_salvage`` makes."""
-
-    asset: dg.AssetsDefinition
-    job: dg.UnresolvedAssetJobDefinition
-    sensor: dg.SensorDefinition
-
-
 def build_salvage(
     assets: KreaAssets, *, resource_key: str, prefix: str, group_name: str
-) -> Salvage:
-    """Build the salvage of one prompt table's journal.
+) -> dg.Definitions:
+    """Build the salvage of one prompt table's journal: an asset, a job, and a sensor.
 
     The asset collects, most urgent link first, and rewrites the manifests of the partitions
     that it completed. The sensor starts the job while there is something to save that no living
@@ -117,7 +107,7 @@ def build_salvage(
             return dg.SkipReason("A salvage is under way.")
         return dg.RunRequest(tags={"krea/left_behind": str(len(waiting))})
 
-    return Salvage(salvaged_images, job, salvage_sensor)
+    return dg.Definitions(assets=[salvaged_images], jobs=[job], sensors=[salvage_sensor])
 
 
 def salvage_figures(records: Sequence[Record]) -> dict[str, int | float]:
