@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from krea_dagster.drill.command import drill_command
 from krea_dagster.emulator import emulator_command
 from krea_dagster.errors import InputError, KreaError
 
@@ -43,8 +45,8 @@ Environment (the same that definitions.py reads):
   KREA_ON_UNKNOWN    replay or hold              [replay]
 
 \b
-Exit codes: 0 done, 1 rows not delivered, 2 wrong use or bad input,
-3 the account or the key stops everything.
+Exit codes: 0 done, 1 rows not delivered or books that do not add up,
+2 wrong use or bad input, 3 the account or the key stops everything.
 """
 
 
@@ -55,6 +57,7 @@ def main() -> None:
 
 
 main.add_command(emulator_command, "emulator")
+main.add_command(drill_command, "drill")
 
 
 @main.command("materialize", epilog=_EPILOG)
@@ -157,6 +160,74 @@ def salvage_command(*, as_json: bool) -> None:
     sys.exit(NOT_DELIVERED if waiting or done.failures else DONE)
 
 
+@main.command("quote", epilog=_EPILOG)
+@click.option(
+    "--partition",
+    "partitions",
+    multiple=True,
+    metavar="KEY",
+    help="Quote this partition; may be given several times. Default: all.",
+)
+@click.option("--by-partition", is_flag=True, help="List every partition, however many there are.")
+@click.option(
+    "--credits-per-usd",
+    type=click.FloatRange(min=0, min_open=True, max=1e9),
+    default=68.0,  # engine.budget.CREDITS_PER_USD, which --help need not import
+    show_default=True,
+    help="Credits that one US dollar buys.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def quote_command(
+    partitions: Sequence[str], credits_per_usd: float, *, by_partition: bool, as_json: bool
+) -> None:
+    """Say what materialize would buy now, and what that costs at most. Buys nothing.
+
+    Reads the prompt table, the journal and the files, and needs no network. The price of a
+    quality is the highest that this account was seen to pay, and before that the published one.
+    """
+    from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
+    from krea_dagster.plugin.quoting import quote_partitions  # noqa: PLC0415
+
+    settings = Settings.from_environment()
+    quoted = quote_partitions(
+        settings.resource(), settings.table(), partitions, credits_per_usd=credits_per_usd
+    )
+    if as_json:
+        terminal.show_json(terminal.quote_figures(quoted))
+    else:
+        terminal.show_quote(quoted, by_partition=by_partition)
+
+
+@main.command("verify", epilog=_EPILOG)
+@click.option(
+    "--no-files", is_flag=True, help="Compare only the size of the files, not their hash."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def verify_command(*, no_files: bool, as_json: bool) -> None:
+    """Prove that every credit is accounted for; exit with 1 where something does not add up.
+
+    Holds against each other: every charge in the journal, its task, its file (read again, and
+    hashed), its manifest row, the events, the sums under the caps, and what the account said it
+    used. Changes nothing, and needs no network.
+    """
+    from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
+    from krea_dagster.plugin.proof import prove  # noqa: PLC0415
+
+    with terminal.proof_progress() as on_progress:
+        proof = prove(
+            Settings.from_environment().resource(),
+            hash_bytes=0 if no_files else None,
+            on_progress=on_progress,
+        )
+    if as_json:
+        terminal.show_json(terminal.proof_figures(proof))
+    else:
+        terminal.show_proof(proof)
+    sys.exit(DONE if proof.adds_up else NOT_DELIVERED)
+
+
 def _decisions(texts: Sequence[str]) -> dict[str, str]:
     decisions: dict[str, str] = {}
     for text in texts:
@@ -193,7 +264,8 @@ def _materialize(
 def _ui_line(done: Materialized) -> str:
     """The one line that opens Dagster's UI on what was just made."""
     dagster = Path(sys.executable).with_name("dagster")
-    return f"DAGSTER_HOME={done.dagster_home} {os.path.relpath(dagster)} dev -f definitions.py"
+    home, command = shlex.quote(done.dagster_home), shlex.quote(os.path.relpath(dagster))
+    return f"DAGSTER_HOME={home} {command} dev -f definitions.py"
 
 
 def _exit_code(done: Materialized, missing: int) -> int:

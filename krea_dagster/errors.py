@@ -7,6 +7,7 @@
     │   ├── ConfigError         a setting; mend it and run again
     │   └── PromptTableError    rows of the prompt table; names each row and column
     ├── JournalError          the journal cannot be trusted or written; nothing more is bought
+    │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
     │   ├── TakenOver           another run holds this request now, and carries it on
     │   └── IllegalTransition   an event that the state does not allow; nothing changed
     ├── BuyingClosed          nothing was sent; the row is deferred
@@ -119,6 +120,46 @@ class PromptTableError(InputError):
 
 class JournalError(KreaError):
     """The journal cannot be read, written or trusted. Nothing more is bought until it can."""
+
+
+@dataclass(frozen=True)
+class UnwrittenPurchase:
+    """A task that the server created, and that is not in the journal.
+
+    ``credits`` is what the server reserved for it, None where it did not say.
+    """
+
+    request_key: str
+    idempotency_key: str
+    task_id: str
+    credits: float | None
+
+    def __str__(self) -> str:
+        cost = "credits not known" if self.credits is None else f"{self.credits:g} credits"
+        return f"task {self.task_id} ({cost}) of request {self.request_key}"
+
+
+class PurchasesNotWritten(JournalError):
+    """Tasks were created, and the journal could not be written. The message names them all.
+
+    Mend the journal and run again: within 23 hours the next run repeats their POSTs under the
+    same Idempotency-Keys, which brings the same tasks and buys nothing. Later, or with the
+    policy ``hold``, a person resolves them by the task ids.
+    """
+
+    def __init__(self, purchases: Sequence[UnwrittenPurchase], why: str) -> None:
+        self.purchases = tuple(purchases)
+        self.why = why
+        super().__init__(self.purchases, why)
+
+    def __str__(self) -> str:
+        many = "1 purchase" if len(self.purchases) == 1 else f"{len(self.purchases)} purchases"
+        text = (
+            f"{many} could not be written to the journal: {self.why}\n"
+            "Once it is mended, run again within 23 hours, which brings the same tasks and buys "
+            "nothing. Bought and not written:"
+        )
+        return "\n".join([text, *(f"  {purchase}" for purchase in self.purchases)])
 
 
 class TakenOver(JournalError):

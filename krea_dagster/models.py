@@ -63,6 +63,11 @@ def credits_from_units(units: int) -> float:
     return units / UNITS_PER_CREDIT
 
 
+def credits_text(units: int) -> str:
+    """Units as credits in exact text: ``0.45``, and no digit is lost, however many there are."""
+    return f"{Decimal(units) / UNITS_PER_CREDIT:f}"
+
+
 @dataclass(frozen=True)
 class ImageRequest:
     """One image to be asked for: all that decides the picture, and its identity.

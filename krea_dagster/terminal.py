@@ -24,14 +24,32 @@ from rich.table import Table
 
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
-from krea_dagster.models import credits_from_units
+from krea_dagster.models import credits_from_units, credits_text
 from krea_dagster.plugin.materialize import Materialized, Salvaged
 from krea_dagster.plugin.metadata import missing_rows
+from krea_dagster.plugin.quoting import Quoted
+from krea_dagster.spend.findings import Figures, Proof
+from krea_dagster.spend.quote import Line, Quote
 
 #: Seconds between two lines of progress where there is no terminal.
 _LINE_EVERY_S: Final = 5.0
 #: Kinds of failure that are listed with their rows.
 _REASONS: Final = 20
+
+#: Partitions up to which a quote lists them.
+_QUOTE_PARTITIONS: Final = 16
+#: The counts of a quote's line, and their headings; those that are 0 throughout are left out.
+_QUOTE_COUNTS: Final = {
+    "asked": "asked",
+    "reused": "reused",
+    "refetched": "fetched again",
+    "taken_up": "taken up",
+    "replayed": "replayed",
+    "held": "held",
+    "ended": "ended",
+    "to_buy": "to buy",
+}
+_ALWAYS: Final = frozenset({"asked", "reused", "to_buy"})
 
 out: Final = Console(highlight=False, soft_wrap=True)
 err: Final = Console(stderr=True, highlight=False)
@@ -132,7 +150,9 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
     show_unknown(done.unknown)
     if progress.total and progress.reused == progress.total:
         out.print("Nothing was bought: every image was at hand.")
-    elif not progress.charged_units and not progress.delivered:
+    elif progress.ended == progress.total and not (
+        progress.charged_units or progress.delivered or progress.left
+    ):
         out.print("Nothing was bought.")
     for key in done.waiting:
         out.print(f"partition {escape(_plain(key))} waits: its day has not come")
@@ -201,24 +221,232 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
     }
 
 
+def show_quote(quoted: Quoted, *, by_partition: bool) -> None:
+    """Print what would be bought: by partition and quality, or by quality where they are many."""
+    quote, total = quoted.quote, quoted.quote.total
+    many = len(quoted.partitions) > _QUOTE_PARTITIONS and not by_partition
+    out.print(_quote_table(quote, quote.by_quality() if many else quote.lines, names=not many))
+    if many:
+        out.print(f"{len(quoted.partitions)} partitions; --by-partition lists them.")
+    for quality, price in quote.prices.items():
+        source = "published; this account has not paid for one yet"
+        if not price.published:
+            source = "the highest that the journal has seen"
+        out.print(f"price of {quality}: {_credits(price.units)} credits ({source})")
+    out.print(f"USD at {quote.credits_per_usd:g} credits per USD")
+    if total.purchases < total.to_buy:
+        out.print(f"{total.to_buy} rows share {total.purchases} purchases.")
+    if total.at_stake:
+        since = f", the oldest since {_since(total)}" if total.at_stake_since else ""
+        out.print(
+            f"unknown: {total.at_stake} purchases may have been charged before; at most "
+            f"{_credits(total.at_stake_units)} credits{since}"
+        )
+    if quote.cap is not None:
+        out.print(
+            f"deferred: {total.deferred} purchases of {_credits(total.deferred_units)} credits: "
+            f"{escape(quote.cap)}"
+        )
+    for key in quoted.waiting:
+        out.print(f"partition {escape(_plain(key))} waits: its day has not come")
+    if not total.to_buy:
+        out.print("Nothing would be bought.")
+
+
+def _quote_table(quote: Quote, lines: Sequence[Line], *, names: bool) -> Table:
+    total = quote.total
+    counts = [name for name in _QUOTE_COUNTS if name in _ALWAYS or getattr(total, name)]
+    table = Table(box=None, pad_edge=False, show_footer=len(lines) > 1)
+    if names:
+        table.add_column("partition", "total", overflow="fold")
+    table.add_column("quality", "" if names else "total")
+    for name in counts:
+        table.add_column(_QUOTE_COUNTS[name], str(getattr(total, name)), justify="right")
+    table.add_column("credits", _credits(total.units), justify="right")
+    decimals = 2 if quote.usd(total.units) >= 1 else 4
+    table.add_column("USD", f"{quote.usd(total.units):.{decimals}f}", justify="right")
+    for line in lines:
+        table.add_row(
+            *([escape(_plain(line.partition_key))] if names else []),
+            line.quality,
+            *(str(getattr(line, name)) for name in counts),
+            _credits(line.units),
+            f"{quote.usd(line.units):.{decimals}f}",
+        )
+    return table
+
+
+def quote_figures(quoted: Quoted) -> dict[str, Any]:
+    """The same, as figures."""
+    quote = quoted.quote
+    return {
+        "partitions": [_line_figures(quote, line) for line in quote.lines],
+        "total": _line_figures(quote, quote.total),
+        "prices": {
+            quality: {"credits": credits_from_units(price.units), "published": price.published}
+            for quality, price in quote.prices.items()
+        },
+        "credits_per_usd": quote.credits_per_usd,
+        "cap": quote.cap,
+        "waiting": list(quoted.waiting),
+    }
+
+
+def _line_figures(quote: Quote, line: Line) -> dict[str, Any]:
+    names = {"partition": line.partition_key, "quality": line.quality} if line.quality else {}
+    return {
+        **names,
+        "asked": line.asked,
+        **{name: getattr(line, name) for name in _QUOTE_COUNTS if name != "asked"},
+        "purchases": line.purchases,
+        "credits": credits_from_units(line.units),
+        "usd": round(quote.usd(line.units), 4),
+        "deferred": line.deferred,
+        "credits_deferred": credits_from_units(line.deferred_units),
+        "at_stake": line.at_stake,
+        "credits_at_stake": credits_from_units(line.at_stake_units),
+        "at_stake_since": _since(line),
+    }
+
+
+def _since(line: Line) -> str | None:
+    at = line.at_stake_since
+    return None if at is None else at.isoformat(timespec="seconds")
+
+
+@contextmanager
+def proof_progress() -> Iterator[Callable[[Figures], None]]:
+    """Yield what shows how far a proof is: a line every few seconds."""
+    next_s = time.monotonic() + _LINE_EVERY_S
+
+    def show(figures: Figures) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + _LINE_EVERY_S
+            err.print(
+                f"{figures.requests} requests, {figures.files_hashed} files read again "
+                f"({figures.bytes_hashed / 1e9:.1f} GB)"
+            )
+
+    yield show
+
+
+def show_proof(proof: Proof) -> None:
+    """Print what was proved, in figures, and then what was found."""
+    figures, account = proof.figures, proof.account
+    rows: list[tuple[str, str]] = [
+        ("requests", f"{figures.requests}, by {figures.events} events"),
+        ("charges", f"{figures.charges} of {_credits(figures.charged_units)} credits"),
+        ("tasks", str(figures.tasks)),
+        ("files", f"{figures.files}, {figures.files_hashed} of them read again"),
+        ("manifest rows", f"{figures.rows_agreeing} of {figures.rows} agree"),
+        ("at stake", f"{figures.at_stake} of at most {_credits(figures.at_stake_units)} credits"),
+        ("lost", f"{figures.lost} of at most {_credits(figures.lost_units)} credits"),
+    ]
+    if account is not None:
+        first, last = account.stretches[0].before, account.stretches[-1].after
+        explained = f"{_credits(account.journal_units)} credits"
+        if account.in_flight_units:
+            explained += f", and up to {_credits(account.in_flight_units)} in flight"
+        rows += [
+            ("account before", f"{_credits(first.used_units)} credits used"),
+            ("account after", f"{_credits(last.used_units)} credits used"),
+            ("of it charged", explained),
+            ("unexplained", f"{_credits(account.unexplained_units)} credits"),
+        ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    out.print(table)
+    shown: Counter[str] = Counter()
+    for finding in proof.findings:
+        shown[finding.kind.value] += 1
+        mark = "[bold red]error[/]" if finding.severity.value == "error" else "note"
+        out.print(f"{mark}: {escape(_plain(finding.text))}")
+    for kind, count in proof.counts.items():
+        if count > shown[kind.value]:
+            out.print(f"… and {count - shown[kind.value]} more of the kind {kind.value}")
+    if proof.adds_up:
+        out.print("Every credit is accounted for.")
+    else:
+        many = "1 thing does" if proof.errors == 1 else f"{proof.errors} things do"
+        out.print(f"[bold red]{many} not add up.[/]")
+
+
+def proof_figures(proof: Proof) -> dict[str, Any]:
+    """The same, as figures."""
+    figures, account = proof.figures, proof.account
+    return {
+        "adds_up": proof.adds_up,
+        "errors": proof.errors,
+        "notes": proof.notes,
+        "requests": figures.requests,
+        "events": figures.events,
+        "submissions": figures.submissions,
+        "charges": figures.charges,
+        "tasks": figures.tasks,
+        "files": figures.files,
+        "files_hashed": figures.files_hashed,
+        "bytes_hashed": figures.bytes_hashed,
+        "manifest_rows": figures.rows,
+        "manifest_rows_agreeing": figures.rows_agreeing,
+        "credits_charged": credits_from_units(figures.charged_units),
+        "at_stake": figures.at_stake,
+        "credits_at_stake": credits_from_units(figures.at_stake_units),
+        "lost": figures.lost,
+        "credits_lost": credits_from_units(figures.lost_units),
+        "account": None
+        if account is None
+        else {
+            "readings": account.readings,
+            "credits_used_before": credits_from_units(account.stretches[0].before.used_units),
+            "credits_used_after": credits_from_units(account.stretches[-1].after.used_units),
+            "credits_used": credits_from_units(account.used_units),
+            "credits_charged": credits_from_units(account.journal_units),
+            "credits_in_flight": credits_from_units(account.in_flight_units),
+            "credits_unexplained": credits_from_units(account.unexplained_units),
+        },
+        "counts": {kind.value: count for kind, count in proof.counts.items()},
+        "credits": {kind.value: credits_from_units(units) for kind, units in proof.units.items()},
+        "findings": [
+            {
+                "severity": finding.severity.value,
+                "kind": finding.kind.value,
+                "text": finding.text,
+                "credits": credits_from_units(finding.units),
+                "request_key": finding.request_key,
+                "task_id": finding.task_id,
+            }
+            for finding in proof.findings
+        ],
+    }
+
+
 def show_json(figures: object) -> None:
     """Print figures as JSON."""
-    out.print_json(json.dumps(figures))
+    # In ASCII: a terminal takes some characters beyond it for commands.
+    out.print_json(json.dumps(figures), ensure_ascii=True)
 
 
 def _reasons(manifest: pa.Table) -> list[tuple[str, int, str]]:
-    """Why rows have no image: the reason, how many, and the first of their prompt_ids."""
+    """Why rows have no image: the reason, how many, and the first of their prompt_ids.
+
+    Rows with the same code are one reason, in the words of the first: EvoLink's messages end in
+    a request id, so that no two are alike.
+    """
     counts: Counter[str] = Counter()
+    words: dict[str, str] = {}
     ids: dict[str, list[str]] = {}
     columns = ("prompt_id", "status", "error_code", "error_message")
     for row in missing_rows(manifest).select(columns).to_pylist():
         code = f" ({row['error_code']})" if row["error_code"] else ""
         message = f", {row['error_message']}" if row["error_message"] else ""
-        reason = f"{row['status']}{code}{message}"
+        reason = f"{row['status']}{code}"
+        words.setdefault(reason, f"{reason}{message}")
         counts[reason] += 1
         ids.setdefault(reason, []).append(str(row["prompt_id"])[:60])
     return [
-        (reason, count, ", ".join(ids[reason][:5]) + (" …" if count > 5 else ""))
+        (words[reason], count, ", ".join(ids[reason][:5]) + (" …" if count > 5 else ""))
         for reason, count in counts.most_common(_REASONS)
     ]
 
@@ -233,7 +461,7 @@ def _trouble(progress: Progress) -> str:
 
 
 def _credits(units: int) -> str:
-    return f"{credits_from_units(units):g}"
+    return credits_text(units)
 
 
 def _plain(text: str) -> str:

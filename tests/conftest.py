@@ -50,7 +50,7 @@ def open_account(emulator: Emulator) -> Callable[..., str]:
     """Open a fresh account, so that a test's credits are its own."""
     numbers = itertools.count(1)
 
-    def opened(credits: float = 1000.0) -> str:  # noqa: A002 - the API's word
+    def opened(credits: float = 1000.0) -> str:
         key = f"sk-of-this-test-{next(numbers):04d}-Zq81"
         emulator.world.add_account(key, round(credits * 10_000))
         return key

@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster.emulator import Emulator
 
@@ -52,6 +53,21 @@ def run_job(
     )
 
 
+def tick(
+    defs: dg.Definitions, instance: dg.DagsterInstance, sensor: str, cursor: str | None = None
+) -> SensorExecutionData:
+    """Evaluate a sensor, and do with its outcome what the daemon does every minute."""
+    context = dg.build_sensor_context(instance, cursor, resources=defs.resources)
+    outcome = defs.resolve_sensor_def(sensor).evaluate_tick(context)
+    for request in outcome.dynamic_partitions_requests or []:
+        assert isinstance(request, dg.AddDynamicPartitionsRequest)
+        instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+    for event in outcome.asset_events:
+        assert isinstance(event, dg.AssetMaterialization | dg.AssetObservation)
+        instance.report_runless_asset_event(event)
+    return outcome
+
+
 def latest(
     instance: dg.DagsterInstance, key: Sequence[str], partition: str
 ) -> dg.AssetMaterialization:
@@ -79,6 +95,14 @@ def bought(emulator: Emulator, marker: str) -> list[dict[str, Any]]:
 def posts(emulator: Emulator) -> int:
     """How many create calls the emulator has seen so far."""
     return int(emulator.books(tasks=False)["submit_posts"])
+
+
+def check_of(
+    result: dg.ExecuteInProcessResult, name: str = "all_rows_delivered"
+) -> dg.AssetCheckEvaluation:
+    """The outcome of a check in a run."""
+    (found,) = [one for one in result.get_asset_check_evaluations() if one.check_name == name]
+    return found
 
 
 def failure_text(result: dg.ExecuteInProcessResult, step: str) -> str:

@@ -135,6 +135,9 @@ def look_at(path: Path, pixels: tuple[int, int]) -> str:
                 raise ImageRejected("animated", "the image has several frames")
             image.load()
             flat = _is_flat(image)
+        if image_format == "PNG":
+            with Image.open(path, formats=["PNG"]) as image:
+                image.verify()  # decoding does not compare the checksums
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageRejected(
             "wrong_size", f"the image declares far more than {pixels[0]}×{pixels[1]} pixels"
@@ -160,6 +163,9 @@ def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejecte
 
 
 def _is_flat(image: Image.Image) -> bool:
+    if image.mode.startswith("I"):  # grey in 16 bits
+        low, high = cast("tuple[int, int]", image.getextrema())
+        return high - low <= _FLAT_RANGE * 257
     # By way of RGBA, because a palette may hold its transparency in a form that RGB cannot.
     colours = image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
     extrema = cast("tuple[tuple[int, int], ...]", colours.getextrema())
@@ -175,7 +181,7 @@ def _ends_well(path: Path, image_format: str) -> bool:
         tail = file.read()
     match image_format:
         case "PNG":
-            return b"IEND" in tail
+            return b"IEND\xaeB`\x82" in tail
         case "JPEG":
             return tail.rstrip(b"\x00").endswith(b"\xff\xd9")
         case "WEBP":

@@ -8,39 +8,29 @@ gathers the changes of many requests into one commit.
 
 from __future__ import annotations
 
-import sqlite3
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import islice
-from pathlib import Path
+from itertools import groupby, islice
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     Column,
     Connection,
-    Engine,
     Row,
     Select,
     Table,
     bindparam,
-    create_engine,
     delete,
-    event,
     func,
     insert,
-    inspect,
-    make_url,
     or_,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from krea_dagster.engine import schema
 from krea_dagster.engine.budget import Caps, Commitment
@@ -54,6 +44,7 @@ from krea_dagster.engine.changes import (
     submission_row,
     submission_values,
 )
+from krea_dagster.engine.database import Database
 from krea_dagster.engine.ledger import Ledger
 from krea_dagster.engine.owner import Owner, is_alive
 from krea_dagster.engine.record import Record, StoredImage
@@ -67,9 +58,8 @@ from krea_dagster.engine.schema import (
     requests,
     stops,
     submissions,
-    transitions,
 )
-from krea_dagster.engine.states import AT_STAKE, TRANSITIONS, Event, State
+from krea_dagster.engine.states import AT_STAKE, Event, State
 from krea_dagster.errors import BuyingClosed, ConfigError, JournalError
 from krea_dagster.models import AccountCredits, ImageRequest
 
@@ -77,9 +67,6 @@ _T = TypeVar("_T")
 
 #: Keys per statement: under every database's limit of parameters.
 _CHUNK: Final = 500
-
-#: The advisory lock under which PostgreSQL's tables are created; any number that nobody else uses.
-_CREATING: Final = 4_705_170_317
 
 NO_CAPS: Final = Caps()
 
@@ -132,39 +119,22 @@ class Journal:
     """
 
     def __init__(self, url: str, *, lock_timeout_s: float = 60.0) -> None:
-        try:
-            parsed = make_url(url)
-        except SQLAlchemyError as error:
-            raise ConfigError(
-                "the journal's URL cannot be read; expected something like "
-                "sqlite:////data/journal.db or postgresql+psycopg://user@host/database"
-            ) from error
-        self._where = parsed.render_as_string(hide_password=True)
-        self._sqlite = parsed.get_backend_name() == "sqlite"
-        self._lock_timeout_s = lock_timeout_s
-        if self._sqlite and parsed.database in (None, "", ":memory:"):
-            raise ConfigError("a journal in memory would forget what was paid for; name a file")
-        try:
-            self._reading = self._engine(url, begin="BEGIN")
-            self._writing = self._engine(url, begin="BEGIN IMMEDIATE")
-        except (ImportError, SQLAlchemyError) as error:
-            raise ConfigError(f"the journal {self._where} cannot be used: {error}") from error
-        with self._explained("open"):
-            if self._sqlite and not str(parsed.database).startswith("file:"):
-                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._create()
-            except BaseException:
-                self.close()
-                raise
+        self._database = Database(url, lock_timeout_s=lock_timeout_s)
+        self._where = self._database.where
+        self._sqlite = self._database.sqlite
+        self._read = self._database.read
+        self._write = self._database.write
 
     def __repr__(self) -> str:
         return f"Journal({self._where!r})"
 
     def close(self) -> None:
         """Close the connections."""
-        self._reading.dispose()
-        self._writing.dispose()
+        self._database.close()
+
+    def look_through(self) -> None:
+        """Look for damage that SQLite would not notice. Raises JournalError."""
+        self._database.look_through()
 
     def bind(self, origin: str) -> None:
         """Bind the journal to where its images are bought, for good.
@@ -393,6 +363,7 @@ class Journal:
                 steps.append(step)
             for round_ in _rounds(steps):
                 _write_steps(connection, round_, run_id)
+            ledger.write()
             records = {
                 key: record
                 for chunk in _chunks(set(written.values()))
@@ -406,17 +377,8 @@ class Journal:
     def charges(self) -> list[Charge]:
         """Every submission that was made, in the order of their first POSTs."""
         with self._read("read") as connection:
-            rows = connection.execute(
-                select(
-                    submissions,
-                    requests.c.quality,
-                    requests.c.state,
-                    requests.c.idempotency_key.label("present_key"),
-                )
-                .join(requests, submissions.c.request_key == requests.c.request_key)
-                .order_by(submissions.c.sent_at, submissions.c.idempotency_key)
-            )
-            return [_charge(row) for row in rows]
+            order = (submissions.c.sent_at, submissions.c.idempotency_key)
+            return [_charge(row) for row in connection.execute(_charges().order_by(*order))]
 
     def commitment(self, scope: str) -> Commitment:
         """What ``run:<run id>`` or ``day:<YYYY-MM-DD>`` has committed and spent."""
@@ -466,6 +428,15 @@ class Journal:
                 for row in rows
             ]
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Yield the journal as it stands now, for reads that belong together.
+
+        What runs write meanwhile is not seen. No error of the caller's own is changed.
+        """
+        with self._database.snapshot() as connection:
+            yield Snapshot(connection, self._database.explained)
+
     # -- attempts -----------------------------------------------------------------------------
 
     def attempts(self) -> dict[tuple[str, int], int]:
@@ -502,101 +473,84 @@ class Journal:
                 raised += len(found.all())
         return raised
 
-    # -- connections --------------------------------------------------------------------------
-
     def _upsert(self, table: Table) -> Any:
         return (sqlite.insert if self._sqlite else postgresql.insert)(table)
 
-    def _engine(self, url: str, *, begin: str) -> Engine:
-        if not self._sqlite:
-            return create_engine(url, pool_size=2, pool_pre_ping=True)
-        # One connection per use: SQLite's are cheap, and none is held across a fork.
-        engine = create_engine(
-            url, poolclass=NullPool, connect_args={"timeout": self._lock_timeout_s}
-        )
 
-        @event.listens_for(engine, "connect")
-        def _configure(connection: Any, _record: Any) -> None:
-            # Transactions are begun by hand, because the driver would begin them too late to
-            # read and write under one lock.
-            connection.isolation_level = None
-            cursor = connection.cursor()
-            self._turn_log_on(cursor)
-            cursor.execute("PRAGMA synchronous = FULL")
-            cursor.execute("PRAGMA foreign_keys = ON")
-            cursor.close()
+@dataclass(frozen=True)
+class History:
+    """A request's state, and the events that led to it: ``(seq, event)`` in their order, as text.
 
-        @event.listens_for(engine, "begin")
-        def _begin(connection: Connection) -> None:
-            connection.exec_driver_sql(begin)
+    ``seq`` is the number that the request gives its last event.
+    """
 
-        return engine
+    request_key: str
+    state: str
+    seq: int
+    events: Sequence[tuple[int, str]]
 
-    def _turn_log_on(self, cursor: Any) -> None:
-        """Switch to the write-ahead log. SQLite itself does not wait for the lock it needs once."""
-        deadline_s = time.monotonic() + self._lock_timeout_s
-        while True:
-            try:
-                cursor.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline_s:
-                    raise
-                time.sleep(0.02)
-            else:
-                return
 
-    def _create(self) -> None:
-        with self._writing.begin() as connection:
-            if not self._sqlite:
-                # Two runs that open a new database together: the second waits for the first.
-                connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
-            if inspect(connection).has_table(schema.about.name):
-                version = connection.execute(select(schema.about.c.version)).scalar()
-                if version != schema.SCHEMA_VERSION:
-                    raise JournalError(
-                        f"{self._where} has schema version {version}, and this version of "
-                        f"krea-dagster reads {schema.SCHEMA_VERSION}. Nothing was changed or "
-                        "bought. Use the version that wrote it."
-                    )
-                return
-            schema.metadata.create_all(connection)
-            connection.execute(insert(schema.about).values(version=schema.SCHEMA_VERSION))
-            connection.execute(
-                insert(transitions),
-                [
-                    {
-                        "from_state": "" if before is None else before.value,
-                        "event": happened.value,
-                        "to_state": after.value,
-                    }
-                    for (before, happened), after in TRANSITIONS.items()
-                ],
+class Snapshot:
+    """The journal at one moment. Rows stream by, a thousand at a time, in the order of the keys.
+
+    All raise JournalError where they cannot be read.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        explained: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._connection = connection.execution_options(yield_per=1000)
+        self._explained = explained
+
+    def records(self) -> Iterator[Record]:
+        """Every request."""
+        for row in self._rows(_joined().order_by(requests.c.request_key)):
+            yield _record(row)
+
+    def charges(self) -> Iterator[Charge]:
+        """Every submission; those of one request follow one another by their numbers."""
+        order = (submissions.c.request_key, submissions.c.number)
+        for row in self._rows(_charges().order_by(*order)):
+            yield _charge(row)
+
+    def histories(self) -> Iterator[History]:
+        """Every request's events."""
+        query = (
+            select(
+                requests.c.request_key,
+                requests.c.state,
+                requests.c.seq.label("last"),
+                events.c.seq,
+                events.c.event,
             )
+            .select_from(requests.outerjoin(events))
+            .order_by(requests.c.request_key, events.c.seq)
+        )
+        for key, group in groupby(self._rows(query), key=lambda row: str(row.request_key)):
+            found = list(group)
+            happened = [(row.seq, row.event) for row in found if row.event is not None]
+            yield History(key, found[0].state, found[0].last, happened)
 
-    @contextmanager
-    def _read(self, doing: str) -> Iterator[Connection]:
-        with self._explained(doing), self._reading.connect() as connection:
-            yield connection
+    def commitments(self) -> dict[str, Commitment]:
+        """What each run and day has committed and spent, by scope."""
+        return {
+            row.scope: Commitment(row.committed_units, row.spent_units)
+            for row in self._rows(select(commitments))
+        }
 
-    @contextmanager
-    def _write(self, doing: str) -> Iterator[Connection]:
-        with self._explained(doing), self._writing.begin() as connection:
-            yield connection
+    def account_readings(self) -> list[AccountReading]:
+        """What the account said, in its order."""
+        query = select(account_readings).order_by(account_readings.c.id)
+        return [
+            AccountReading(row.at, row.run_id, row.used_units, row.remaining_units)
+            for row in self._rows(query)
+        ]
 
-    @contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise JournalError(f"could not {doing} the journal {self._where}: {error}") from error
-        except DBAPIError as error:
-            # The statement, its parameters and the further lines of some drivers hold prompts.
-            said = (str(error.orig).splitlines() or [type(error.orig).__name__])[0]
-            raise JournalError(
-                f"could not {doing} the journal {self._where}: {said}. Nothing more is "
-                "bought until it can be written. What was paid for is safe: run again when it is "
-                "mended."
-            ) from error.orig
+    def _rows(self, query: Select[Any]) -> Iterator[Row[Any]]:
+        with self._explained("read"):
+            yield from self._connection.execute(query)
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -787,6 +741,15 @@ def _record(row: Row[Any]) -> Record:
         error_message=row.error_message,
         claimed_by=row.claimed_by,
     )
+
+
+def _charges() -> Select[Any]:
+    return select(
+        submissions,
+        requests.c.quality,
+        requests.c.state,
+        requests.c.idempotency_key.label("present_key"),
+    ).join(requests, submissions.c.request_key == requests.c.request_key)
 
 
 def _charge(row: Row[Any]) -> Charge:

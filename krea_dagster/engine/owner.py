@@ -8,8 +8,12 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import psutil
+
+#: Owners of this process whose runs have ended and could not say so in the journal.
+_ended: Final[set[str]] = set()
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,19 @@ def this_process(run_id: str) -> Owner:
     )
 
 
+def has_ended(owner: Owner) -> None:
+    """Remember that an owner's run is over, where its claims could not be given up."""
+    _ended.add(owner.owner)
+
+
 def is_alive(owner: Owner, *, silent_s: float, limit_s: float) -> bool:
     """Whether an owner may still be at work.
 
     On its own machine the process table knows at once, so that a run after ``kill -9`` goes
     on without waiting. From elsewhere only its silence tells.
     """
+    if owner.owner in _ended:
+        return False
     if owner.host != _host():
         return silent_s <= limit_s
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -24,7 +24,7 @@ from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import NO_CAPS, Journal
-from krea_dagster.engine.owner import this_process
+from krea_dagster.engine.owner import has_ended, this_process
 from krea_dagster.engine.pace import Latencies, Window
 from krea_dagster.engine.policy import (
     DONE,
@@ -47,7 +47,14 @@ from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.steps import Carrier, Client, Steps
 from krea_dagster.engine.writer import GroupCommit
-from krea_dagster.errors import AccountStopped, ApiError, JournalError, RunStopped, TakenOver
+from krea_dagster.errors import (
+    AccountStopped,
+    ApiError,
+    JournalError,
+    PurchasesNotWritten,
+    RunStopped,
+    TakenOver,
+)
 from krea_dagster.models import ImageRequest
 
 _T = TypeVar("_T")
@@ -235,6 +242,7 @@ class _Session:
 
     async def carry_all(self, keys: list[str]) -> None:
         """Claim what is unfinished, and carry it until nothing more can be done."""
+        await _in_thread(self._journal.look_through)
         await _in_thread(self._journal.register, self._owner, self._clock.now())
         try:
             with self._writer:
@@ -243,9 +251,19 @@ class _Session:
                 await self._read_account()
                 await self._work()
                 await self._read_account()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await _in_thread(self._journal.release, self._owner.owner)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True), suppress(JournalError):
+                await self._release()
+            if self.steps.unwritten:
+                why = str(self._failure or error)
+                raise PurchasesNotWritten(self.steps.unwritten, why) from error
+            raise
+        await self._release()
+
+    async def _release(self) -> None:
+        """Give up what is claimed; a journal that fails must not keep the next run from it."""
+        has_ended(self._owner)
+        await _in_thread(self._journal.release, self._owner.owner)
 
     async def _work(self) -> None:
         async with anyio.create_task_group() as background:

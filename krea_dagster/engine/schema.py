@@ -1,4 +1,7 @@
-"""The journal's tables: invariants as database constraints, so that no code can break them."""
+"""The journal's tables: invariants as database constraints, so that no code can break them.
+
+A change here needs a revision in ``migrations``.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,6 @@ from sqlalchemy import (
 )
 
 from krea_dagster.engine.states import State
-
-#: Raised with every change of these tables; a journal of another version is not touched.
-SCHEMA_VERSION: Final = 1
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -61,11 +61,12 @@ metadata: Final = MetaData(
     }
 )
 
-#: One row: the version of this schema, and where the journal's images are bought.
+#: One row: a random name that tells this journal from every other, and where its images are
+#: bought.
 about: Final = Table(
     "about",
     metadata,
-    Column("version", Integer, primary_key=True),
+    Column("journal_id", String(32), primary_key=True),
     Column("origin", String(255)),
 )
 

@@ -34,6 +34,7 @@ from krea_dagster.errors import (
     IdempotencyConflict,
     ImageRejected,
     InsufficientCredits,
+    JournalError,
     LinkDead,
     NotCharged,
     NotSent,
@@ -42,11 +43,19 @@ from krea_dagster.errors import (
     Refused,
     RunStopped,
     SubmitError,
+    TakenOver,
     TaskNotFound,
     TurnedAway,
     Unauthorized,
+    UnwrittenPurchase,
 )
-from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task
+from krea_dagster.models import (
+    AccountCredits,
+    ImageRequest,
+    Submission,
+    Task,
+    credits_from_units,
+)
 
 #: Downloads under way at once; each holds its body on disk, not in memory.
 _FETCHES: Final = 8
@@ -82,8 +91,9 @@ class Steps:
 
     Every method takes a carrier, changes its record and trail, and returns the seconds to wait
     before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
-    the caps said, by code. ``announce_stop`` tells the launch's other shards that the account
-    stopped this one. Raises JournalError where an event could not be written.
+    the caps said, by code, ``unwritten`` what was bought and the journal did not take.
+    ``announce_stop`` tells the launch's other shards that the account stopped this one. Raises
+    JournalError where an event could not be written.
     """
 
     def __init__(
@@ -117,6 +127,7 @@ class Steps:
         self._announce_stop = announce_stop
         self.stopped: AccountStopped | RunStopped | None = None
         self.caps_reached: dict[str, str] = {}
+        self.unwritten: list[UnwrittenPurchase] = []
         self.posts = 0
         self.charged_units = 0
 
@@ -183,21 +194,37 @@ class Steps:
             return await (self._not_charged if known else self._outcome_unknown)(carrier, error)
         except OutcomeUnknown as error:
             return await self._outcome_unknown(carrier, error)
-        await self.record(
-            carrier,
-            Event.ACCEPTED,
-            {
-                "task_id": submission.task_id,
-                "reserved_units": submission.credits_reserved_units,
-                "billing_rule": submission.billing_rule,
-                "user_group": submission.user_group,
-            },
-            {"answer": dict(submission.answer), "replayed": submission.replayed},
-        )
+        await self._accepted(carrier, submission)
         carrier.trail = replace(carrier.trail, submit_failures=0)
         self.window = self.window.taken()
         self._refused_since_s = None
         return 0.0
+
+    async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
+        """Write what was bought, or keep what could not be written for the run's last words."""
+        record, units = carrier.record, submission.credits_reserved_units
+        values = {
+            "task_id": submission.task_id,
+            "reserved_units": units,
+            "billing_rule": submission.billing_rule,
+            "user_group": submission.user_group,
+        }
+        data = {"answer": dict(submission.answer), "replayed": submission.replayed}
+        bought = UnwrittenPurchase(
+            record.request_key,
+            str(record.idempotency_key),
+            submission.task_id,
+            None if units is None else credits_from_units(units),
+        )
+        try:
+            # The grace of a stop is for the answer, not for writing it down.
+            with anyio.CancelScope(shield=True):
+                await self.record(carrier, Event.ACCEPTED, values, data)
+        except TakenOver as error:
+            raise TakenOver(f"{error}; not written: {bought}") from error
+        except JournalError:
+            self.unwritten.append(bought)
+            raise
 
     async def _not_charged(self, carrier: Carrier, error: SubmitError) -> float:
         said = _said(_code(error), str(error))
@@ -417,6 +444,9 @@ class Steps:
     async def file_missing(self, carrier: Carrier) -> float:
         """Record that a stored file is not there any more."""
         await self.record(carrier, Event.FILE_MISSING)
+        # Counted, because a storage that changes what it is given would be filled for ever.
+        failures = carrier.trail.fetch_failures + 1
+        carrier.trail = replace(carrier.trail, fetch_failures=failures)
         return 0.0
 
     # -- the rest -----------------------------------------------------------------------------

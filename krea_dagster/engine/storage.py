@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -62,6 +63,27 @@ class Storage:
             return (self.folder / name).open("rb")
         return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
 
+    def names(self, folder: str) -> Iterator[str]:
+        """The names of all files below a folder, which need not exist."""
+        if self.folder is None:
+            for path in self._fs.find(self._full(folder)):
+                yield cast("str", path).removeprefix(f"{self._remote}/")
+            return
+        for parent, folders, files in os.walk(self.folder / folder):
+            folders.sort()
+            for file in sorted(files):
+                yield (Path(parent) / file).relative_to(self.folder).as_posix()
+
+    def modified_at(self, name: str) -> datetime | None:
+        """When a file was last written, UTC; None where there is none, or nobody can tell."""
+        try:
+            if self.folder is not None:
+                written_s = (self.folder / name).stat().st_mtime
+                return datetime.fromtimestamp(written_s, timezone.utc)
+            return cast("datetime", self._fs.modified(self._full(name)))
+        except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+            return None
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Yield a path to write a new file at; it is removed afterwards where it is still there.
@@ -90,7 +112,7 @@ class Storage:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def write(self, name: str, write: Callable[[BinaryIO], None]) -> None:
         """Write a file through ``write``, atomically."""
@@ -108,7 +130,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable: the name is the folder's content, not the file's."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -69,7 +69,10 @@ class GroupCommit:
         """
         answer: Future[Record] = Future()
         self._jobs.put((change, answer))
-        return await asyncio.shield(asyncio.wrap_future(answer))
+        waiting = asyncio.wrap_future(answer)
+        # asyncio would complain of an error that nobody is there to take any more.
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(waiting)
 
     def _work(self) -> None:
         while True:

@@ -73,7 +73,7 @@ def _row(
         status=record.state.value,
         task_id=record.task_id,
         credits_reserved=_credits(record.reserved_units),
-        credits_charged=_credits(0 if record.state in _FREE else record.charged_units),
+        credits_charged=credits_charged(record),
         billing_rule=record.billing_rule,
         user_group=record.user_group,
         submitted_at=record.submitted_at,
@@ -94,6 +94,11 @@ def _row(
             height=stored.height,
         )
     return values
+
+
+def credits_charged(record: Record) -> float | None:
+    """What a request cost, as its row says it: 0 where certainly nothing, None while not known."""
+    return _credits(0 if record.state in _FREE else record.charged_units)
 
 
 def _credits(units: int | None) -> float | None:

@@ -28,10 +28,12 @@ from krea_dagster.plugin.io_manager import (
 from krea_dagster.plugin.metadata import (
     images_metadata,
     manifest_metadata,
+    quote_metadata,
     table_schema,
 )
 from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
+from krea_dagster.plugin.quoting import quote_images
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import (
     PromptRows,
@@ -129,6 +131,7 @@ def build_krea_assets(
                 "nothing is charged."
             )
         with as_failure():
+            quoted = quote_images(krea, batch.images, ask_again=config.retry_errors).by_partition()
             report = krea.generate(
                 batch.images,
                 run_id=context.run.run_id,
@@ -143,8 +146,9 @@ def build_krea_assets(
         manifest = batch.manifest(krea, context.run.run_id)
         storage = krea.open_storage()
         for key, part in split_by_partition(manifest, context.partition_keys).items():
+            values = images_metadata(part, storage, seconds=report.seconds)
             context.add_asset_metadata(
-                images_metadata(part, storage, seconds=report.seconds), partition_key=key
+                {**values, **quote_metadata(quoted.get(key))}, partition_key=key
             )
         yield dg.MaterializeResult(check_results=[check_rows(manifest, report)])
         if report.stopped is not None:

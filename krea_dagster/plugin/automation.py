@@ -18,7 +18,8 @@ def report_prompts(
     """Report the partitions of ``prompts`` whose data version is not the one last reported."""
     for partition, version in versions.items():
         if last_version(instance, key, partition) != version:
-            instance.report_runless_asset_event(_materialization(key, partition, version))
+            for event in _events(key, partition, version):
+                instance.report_runless_asset_event(event)
 
 
 def last_version(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str) -> str | None:
@@ -71,7 +72,9 @@ def build_prompts_sensor(
             return dg.SkipReason("The prompt table asks for the same images as before.")
         return dg.SensorResult(
             asset_events=[
-                _materialization(key, partition, versions[partition]) for partition in changed
+                event
+                for partition in changed
+                for event in _events(key, partition, versions[partition])
             ],
             dynamic_partitions_requests=requests,
             cursor=json.dumps(versions),
@@ -92,5 +95,17 @@ def _new_partitions(
     return [dg.AddDynamicPartitionsRequest(partitions_def.name, new)] if new else []
 
 
-def _materialization(key: dg.AssetKey, partition: str, version: str) -> dg.AssetMaterialization:
-    return dg.AssetMaterialization(key, partition=partition, tags={_DATA_VERSION: version})
+def _events(
+    key: dg.AssetKey, partition: str, version: str
+) -> tuple[dg.AssetObservation, dg.AssetMaterialization]:
+    """The two events by which Dagster learns of a new version of an external asset's partition.
+
+    Automation conditions look at materializations, and the UI's "unsynced" at observations. In
+    this order: what is downstream remembers the materialization, and is taken for out of date
+    where an observation came after it.
+    """
+    tags = {_DATA_VERSION: version}
+    return (
+        dg.AssetObservation(key, partition=partition, tags=tags),
+        dg.AssetMaterialization(key, partition=partition, tags=tags),
+    )

@@ -8,6 +8,7 @@ import dagster as dg
 import krea_dagster.plugin.assets as krea_assets
 from krea_dagster.plugin.automation import build_prompts_sensor
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
+from krea_dagster.plugin.proof import build_spend_proof_check
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.salvage import build_salvage
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
@@ -71,6 +72,9 @@ def build_krea_definitions(
     )
     images = dg.Definitions(
         assets=assets.all,
+        asset_checks=[
+            build_spend_proof_check(assets.image_manifest.key, resource_key=f"{before}krea")
+        ],
         jobs=[job],
         sensors=[sensor],
         resources={

@@ -24,6 +24,9 @@ EMULATOR_KEY: Final = "emulator"
 
 _START_S: Final = 20.0
 
+#: Emulators that this process has started. They outlive the run, so nobody waits for them here.
+_started: Final[list[subprocess.Popen[bytes]]] = []
+
 
 @contextmanager
 def local_emulator(folder: Path) -> Iterator[str]:
@@ -76,6 +79,7 @@ def _start(folder: Path, in_use: Path) -> str:
                 start_new_session=True,  # a Ctrl-C is for the run, which still has tasks to read
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
+        _started.append(process)
         deadline_s = time.monotonic() + _START_S
         while time.monotonic() < deadline_s and process.poll() is None:
             if (url := _running(folder)) is not None:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped
 from krea_dagster.manifest import read_manifests
+from krea_dagster.plugin.automation import report_prompts
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
@@ -24,6 +25,8 @@ from krea_dagster.plugin.partitions import partitions_for, register_partitions
 from krea_dagster.plugin.resource import KreaResource
 
 SALVAGED_IMAGES: Final = dg.AssetKey("salvaged_images")
+
+_PROMPTS: Final = dg.AssetKey("prompts")
 
 _RANGE_START: Final = "dagster/asset_partition_range_start"
 _RANGE_END: Final = "dagster/asset_partition_range_end"
@@ -74,7 +77,8 @@ def materialize(
     krea = settings.resource()
     krea.check()
     wishes = wishes or KreaImagesConfig()
-    _check_wishes(wishes, Batch.read(table, list(partitions) or None, krea), krea)
+    batch = Batch.read(table, list(partitions) or None, krea)
+    _check_wishes(wishes, batch, krea)
     job = settings.definitions().resolve_job_def(JOB_NAME)
     home = _dagster_home(settings)
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -82,6 +86,10 @@ def materialize(
         register_partitions(instance, partitions_def, in_table)
         known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
         chosen = _chosen(partitions, known, in_table)
+        # Before the runs, so that they know the version that they are about to buy.
+        keys = [*chosen, *(image.partition_key for image in batch.images)]
+        versions = replace(batch, keys=keys).versions()
+        report_prompts(instance, _PROMPTS, {key: versions[key] for key in chosen})
         watch = _Watch(on_progress)
         results: list[dg.ExecuteInProcessResult] = []
         for start, end in _ranges(chosen, known):
@@ -232,6 +240,8 @@ def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
         if event.event_type_value == "STEP_FAILURE":
             data = event.step_failure_data
             said = data.user_failure_data.description if data.user_failure_data else None
+            if data.error and data.error.cls_name == "DagsterExecutionInterruptedError":
+                said = "The run was stopped. What is paid for is kept: the next run collects it."
             texts.append(said or (data.error.message.strip() if data.error else "a step failed"))
     return texts
 

@@ -20,6 +20,8 @@ from krea_dagster.engine.images import DAMAGED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import DESCRIPTIONS
+from krea_dagster.models import credits_from_units
+from krea_dagster.spend.quote import Line
 
 #: Thumbnails on a partition's sheet, and their longest side in pixels.
 SHEET_IMAGES: Final = 12
@@ -89,6 +91,14 @@ def manifest_metadata(table: pa.Table, path: str) -> Metadata:
         **count_metadata(table),
         "dagster/partition_row_count": table.num_rows,
         "path": dg.MetadataValue.path(path),
+    }
+
+
+def quote_metadata(line: Line | None) -> Metadata:
+    """What was said before a partition's run: rows to buy, and at most how many credits."""
+    return {
+        "quoted_to_buy": 0 if line is None else line.to_buy,
+        "quoted_credits": 0.0 if line is None else credits_from_units(line.units),
     }
 
 

@@ -3,8 +3,8 @@
 import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Caps
+from krea_dagster.engine.database import has_database
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.policy import Policy
@@ -117,6 +118,10 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with closing(Journal(self._journal_url())) as journal:
             yield journal
 
+    def has_journal(self) -> bool:
+        """Return whether there is a journal yet; makes none. Raises ConfigError."""
+        return has_database(self._journal_url())
+
     def check(self) -> None:
         """Check what can be checked before anything is bought. Raises ConfigError or JournalError.
 
@@ -154,7 +159,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self._runner(run_id, on_progress) as runner:
             wishful = replace(
                 runner,
-                policy=replace(runner.policy, ask_again=frozenset(ask_again)),
+                policy=self.policy(ask_again),
                 launch=launch,
                 resolutions=resolutions or {},
             )
@@ -208,24 +213,24 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             day_units=None if self.day_credits is None else units_from_credits(self.day_credits),
         )
 
+    def policy(self, ask_again: Iterable[str] = ()) -> Policy:
+        """Return what a run does about failures; ``ask_again`` as for ``generate``."""
+        return Policy(
+            on_unknown="hold" if self.on_unknown == "hold" else "replay",
+            patience_s=self.patience_s,
+            ask_again=frozenset(ask_again),
+        )
+
     @contextmanager
     def _runner(self, run_id: str, on_progress: Callable[[Progress], None]) -> Iterator[Runner]:
-        if not self.emulator and not self.api_key:
-            raise ConfigError(
-                "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
-                "that variable, or set emulator=True"
-            )
+        self.check()
         with self.open_journal() as journal:
-            journal.bind(self._origin())
             yield Runner(
                 connect=self._connect,
                 journal=journal,
                 images=ImageStore(self.open_storage()),
                 run_id=run_id,
-                policy=Policy(
-                    on_unknown="hold" if self.on_unknown == "hold" else "replay",
-                    patience_s=self.patience_s,
-                ),
+                policy=self.policy(),
                 max_in_flight=self.max_in_flight,
                 caps=self.caps(),
                 on_progress=on_progress,
@@ -284,12 +289,25 @@ def _paid(journal: Journal) -> list[Record]:
 
 
 def _run(main: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, also where this thread has an event loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        # A sync step that runs its own loop: on Dagster's terminate its tasks are cancelled and
-        # may still write what they know, which those of an async step may not.
-        return asyncio.run(main)
+    """Run a coroutine to its end in a thread, and stop it gently where this one is interrupted.
+
+    Dagster ends a run by raising in the main thread, wherever that is. Within an event loop this
+    would tear a POST from its answer; here it becomes a cancellation, on which the engine writes
+    what it knows. So it also runs where this thread has an event loop (a notebook).
+    """
+    under_way: Future[tuple[asyncio.AbstractEventLoop, asyncio.Future[_T]]] = Future()
+
+    async def stoppable() -> _T:
+        task = asyncio.ensure_future(main)
+        under_way.set_result((asyncio.get_running_loop(), task))
+        return await task
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(contextvars.copy_context().run, asyncio.run, main).result()
+        ended = pool.submit(contextvars.copy_context().run, asyncio.run, stoppable())
+        try:
+            return ended.result()
+        except BaseException:
+            loop, task = under_way.result()
+            with suppress(RuntimeError):  # the loop is closed: it has ended by itself
+                loop.call_soon_threadsafe(task.cancel)
+            raise

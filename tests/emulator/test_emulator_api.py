@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.emulator.emulator_bench import AUTH, Bench, Clock, running
 from PIL import Image
 
 from krea_dagster.emulator import Emulator
+from tests.emulator.emulator_bench import AUTH, Bench, Clock, running
 
 KEY_1 = "key-0000000000000001"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
-from tests.emulator.emulator_bench import AUTH, PLAIN
 
 from krea_dagster.emulator import FAULTS, emulator_command
+from tests.emulator.emulator_bench import AUTH, PLAIN
 
 KEY = "key-0000000000000001"
 BODY = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}

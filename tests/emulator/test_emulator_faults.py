@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.emulator.emulator_bench import PLAIN, Bench, Clock, running
 from PIL import Image
 
 from krea_dagster.emulator import FAULTS, Emulator, UnknownFaultError
 from krea_dagster.emulator.faults import Wish, markers, parse_wish
+from tests.emulator.emulator_bench import PLAIN, Bench, Clock, running
 
 KEY = "key-0000000000000001"
 

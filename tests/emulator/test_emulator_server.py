@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.emulator.emulator_bench import PLAIN, Bench, Clock
 
 from krea_dagster.emulator import Emulator
+from tests.emulator.emulator_bench import PLAIN, Bench, Clock
 
 
 def test_it_starts_and_stops_quickly_and_the_port_is_free_again(tmp_path: Path) -> None:

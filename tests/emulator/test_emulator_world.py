@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.emulator.emulator_bench import Clock
 
 from krea_dagster.emulator import StateInUseError, World
 from krea_dagster.emulator.contract import Order
 from krea_dagster.emulator.world import Account, Created, KeyConflictError, UndecidedError
+from tests.emulator.emulator_bench import Clock
 
 KEY = "key-0000000000000001"
 

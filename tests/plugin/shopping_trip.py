@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from krea_dagster.prompts import parse_partition_by
+from krea_dagster.prompts import HashPartitions
 
 #: In every prompt of the trip, so that its tasks can be told from those of other tests.
 MARKER = "of the shopping trip"
@@ -28,8 +28,8 @@ class Trip:
 
     def ids(self, bucket: str) -> list[str]:
         """The prompt_ids of a partition, in the table's order."""
-        by = parse_partition_by("hash:2")
-        return [row["prompt_id"] for row in self.rows if by.key_for(row["prompt_id"]) == bucket]
+        ids = [str(row["prompt_id"]) for row in self.rows]
+        return [id_ for id_ in ids if HashPartitions(2).key_for(id_) == bucket]
 
 
 def rows_of_the_trip() -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def rows_of_the_trip() -> list[dict[str, Any]]:
         return {"prompt_id": prompt_id, "prompt": prompt, **wanted, "campaign": "autumn"}
 
     rows = [row(f"plain-{number:02d}") for number in range(10)]
-    rows += [row("large-00", quality="2K", size="16:9"), row("large-01", quality="2K")]
+    rows += [row("wide-00", size="16:9"), row("tall-00", size="1:2")]
     rows += [row("pair-00", num_images=2)]
     # Two rows that ask for the very same picture: bought once, and both get it.
     rows += [{**row("twin-00", seed=7), "prompt": f"the twins {MARKER}"}]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import (
     OpenAccount,
+    check_of,
     failure_text,
     latest,
     posts,
@@ -48,23 +51,51 @@ def retries(result: dg.ExecuteInProcessResult) -> int:
     return sum(event.event_type_value == "STEP_UP_FOR_RETRY" for event in result.all_events)
 
 
-def test_an_account_without_credits_fails_the_run_after_what_was_delivered_is_written(
-    tmp_path: Path, emulator: Emulator, instance: dg.DagsterInstance, open_account: OpenAccount
-) -> None:
-    key = open_account(0.9)  # two images of four
-    defs = shop(tmp_path, "poor", emulator, key)
-    result = run_job(defs, instance, "bucket-000", "bucket-001", job="retrying")
+@dataclass(frozen=True)
+class Stopped:
+    """A run whose account had credits for two images of four."""
 
-    assert not result.success
-    said = failure_text(result, "poor__images")
+    defs: dg.Definitions
+    result: dg.ExecuteInProcessResult
+    api_key: str
+    manifest: Path
+    rows: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    tmp_path_factory: pytest.TempPathFactory,
+    emulator: Emulator,
+    instance: dg.DagsterInstance,
+    open_account: OpenAccount,
+) -> Stopped:
+    folder, key = tmp_path_factory.mktemp("poor"), open_account()
+    defs = shop(folder, "poor", emulator, key)
+    emulator.world.set_quota(0.9)
+    try:
+        result = run_job(defs, instance, "bucket-000", "bucket-001", job="retrying")
+    finally:
+        emulator.world.set_quota(None)
+    manifest = folder / "krea" / "manifest" / "poor"
+    return Stopped(defs, result, key, manifest, pq.read_table(manifest).to_pylist())
+
+
+def test_an_account_without_credits_fails_the_run_with_one_sentence_and_no_retry(
+    stopped: Stopped,
+) -> None:
+    assert not stopped.result.success
+    said = failure_text(stopped.result, "poor__images")
     assert said.startswith("Buying stopped, the account or its key has no credits left (402 ")
     assert said.endswith("the other rows are deferred; top up and run again.")
     assert "\n" not in said
-    assert retries(result) == 0
+    assert retries(stopped.result) == 0
 
-    rows = pq.read_table(tmp_path / "krea" / "manifest" / "poor").to_pylist()
-    assert Counter(row["status"] for row in rows) == {"stored": 2, "deferred": 2}
-    for row in rows:
+
+def test_what_was_delivered_before_the_stop_is_in_the_manifest_with_the_rest_deferred(
+    stopped: Stopped, instance: dg.DagsterInstance
+) -> None:
+    assert Counter(row["status"] for row in stopped.rows) == {"stored": 2, "deferred": 2}
+    for row in stopped.rows:
         paid = row["status"] == "stored"
         assert row["credits_charged"] == (0.45 if paid else 0.0)
         assert (row["image_path"] is not None) == paid
@@ -72,28 +103,21 @@ def test_an_account_without_credits_fails_the_run_after_what_was_delivered_is_wr
     # The step that writes the manifest never ran, and Dagster knows the files all the same.
     for bucket in ("bucket-000", "bucket-001"):
         shown = values(latest(instance, ("poor", "image_manifest"), bucket))
-        assert Path(shown["path"]) == tmp_path / "krea" / "manifest" / "poor" / f"{bucket}.parquet"
-    (check,) = result.get_asset_check_evaluations()
+        assert Path(shown["path"]) == stopped.manifest / f"{bucket}.parquet"
+    check = check_of(stopped.result)
     assert not check.passed
     assert check.description == "2 of 4 rows have no image: 2 × deferred: insufficient_quota"
 
 
 def test_after_a_top_up_the_next_run_buys_only_what_was_deferred(
-    tmp_path: Path, emulator: Emulator, instance: dg.DagsterInstance, open_account: OpenAccount
+    stopped: Stopped, emulator: Emulator, instance: dg.DagsterInstance
 ) -> None:
-    key = open_account(1000)
-    defs = shop(tmp_path, "topped", emulator, key)
-    emulator.world.set_quota(0.9)
-    try:
-        assert not run_job(defs, instance, "bucket-000", "bucket-001", job="retrying").success
-    finally:
-        emulator.world.set_quota(None)
-    result = run_job(defs, instance, "bucket-000", "bucket-001", job="retrying")
+    result = run_job(stopped.defs, instance, "bucket-000", "bucket-001", job="retrying")
     assert result.success
-    account = emulator.world.account(key)
+    account = emulator.world.account(stopped.api_key)
     assert account is not None
     assert account.charged == 4 * 4500
-    shown = [values(one) for one in result.asset_materializations_for_node("topped__images")]
+    shown = [values(one) for one in result.asset_materializations_for_node("poor__images")]
     assert sum(one["images_bought"] for one in shown) == 2
     assert sum(one["images_reused"] for one in shown) == 2
 

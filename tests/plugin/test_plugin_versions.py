@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,22 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.definitions.sensor_definition import SensorExecutionData
+from dagster._core.loader import LoadingContextForTest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.prompts import parse_partition_by
-from tests.dagster_bench import latest, posts, run_job, write_table
+from krea_dagster.prompts import HashPartitions
+from tests.dagster_bench import latest, posts, run_job, tick, write_table
 
 VERSION = "dagster/data_version"
-BY = "hash:16"
-COUNT = 40
+BY = HashPartitions(8)
+COUNT = 20
 
 
 def table(**changed: Any) -> pa.Table:
-    """Forty rows that the emulator refuses at once, so that a run over them takes no time."""
+    """Twenty rows that the emulator refuses at once, so that a run over them takes no time."""
     columns: dict[str, Any] = {
         "prompt_id": [f"v-{number:02d}" for number in range(COUNT)],
         "prompt": [f"version {number} [emulator: refuse]" for number in range(COUNT)],
@@ -31,33 +34,26 @@ def table(**changed: Any) -> pa.Table:
 
 
 def partition_of(number: int) -> str:
-    return str(parse_partition_by(BY).key_for(f"v-{number:02d}"))  # type: ignore[union-attr]  # hash:N
+    return BY.key_for(f"v-{number:02d}")
 
 
 def definitions(folder: Path, prefix: str, base_url: str = "http://127.0.0.1:9") -> dg.Definitions:
     return build_krea_definitions(
         prompts=str(folder / "prompts.parquet"),
-        partition_by=BY,
+        partition_by=str(BY),
         krea=KreaResource(api_key="emulator", base_url=base_url, storage=str(folder / "krea")),
         key_prefix=prefix,
     )
 
 
-def tick(
-    defs: dg.Definitions, instance: dg.DagsterInstance, sensor: str, cursor: str | None = None
-) -> dg.SensorResult | dg.SkipReason:
-    """Evaluate the sensor, as the daemon does every minute."""
-    context = dg.build_sensor_context(instance=instance, cursor=cursor)
-    outcome = defs.resolve_sensor_def(sensor)(context)
-    assert isinstance(outcome, dg.SensorResult | dg.SkipReason)
-    return outcome
-
-
-def versions(outcome: dg.SensorResult | dg.SkipReason) -> Mapping[str, str]:
-    assert isinstance(outcome, dg.SensorResult)
+def versions(outcome: SensorExecutionData) -> Mapping[str, str]:
     reported = {}
-    for event in outcome.asset_events:
+    events = list(outcome.asset_events)
+    for observed, event in zip(events[::2], events[1::2], strict=True):
+        # Automation conditions look at the one, the UI at the other.
+        assert isinstance(observed, dg.AssetObservation)
         assert isinstance(event, dg.AssetMaterialization)
+        assert (observed.partition, observed.tags) == (event.partition, event.tags)
         assert event.partition is not None
         assert event.tags is not None
         reported[event.partition] = event.tags[VERSION]
@@ -70,10 +66,9 @@ def test_the_first_look_reports_every_partition_and_the_second_none(
     write_table(tmp_path / "prompts.parquet", table())
     defs = definitions(tmp_path, "first")
     first = tick(defs, instance, "first_krea_prompts")
-    assert sorted(versions(first)) == [f"bucket-{number:03d}" for number in range(16)]
-    assert isinstance(first, dg.SensorResult)
+    assert sorted(versions(first)) == [f"bucket-{number:03d}" for number in range(8)]
     second = tick(defs, instance, "first_krea_prompts", first.cursor)
-    assert isinstance(second, dg.SkipReason)
+    assert not second.asset_events
     assert second.skip_message == "The prompt table asks for the same images as before."
 
 
@@ -92,9 +87,9 @@ def test_a_table_that_asks_for_the_same_reports_nothing(
     write_table(tmp_path / "prompts.parquet", table())
     defs = definitions(tmp_path, "same")
     first = tick(defs, instance, "same_krea_prompts")
-    assert isinstance(first, dg.SensorResult)
     pq.write_table(same, tmp_path / "prompts.parquet", compression="zstd", row_group_size=3)
-    assert isinstance(tick(defs, instance, "same_krea_prompts", first.cursor), dg.SkipReason), how
+    again = tick(defs, instance, "same_krea_prompts", first.cursor)
+    assert (again.asset_events, again.cursor) == ([], first.cursor), how
 
 
 # The tester of automation conditions uses a beta parameter of Dagster's own.
@@ -108,36 +103,59 @@ def test_only_the_partitions_whose_rows_changed_are_reported_and_trigger_what_is
     # An asset that Dagster's own automation launches wherever its dependency is updated.
     @dg.asset(
         deps=[["changed", "prompts"]],
-        partitions_def=dg.StaticPartitionsDefinition(parse_partition_by(BY).keys()),  # type: ignore[union-attr]  # hash:N
+        partitions_def=dg.StaticPartitionsDefinition(BY.keys()),
         automation_condition=dg.AutomationCondition.any_deps_updated(),
     )
     def downstream() -> None: ...
 
     both = dg.Definitions.merge(defs, dg.Definitions(assets=[downstream]))
     first = tick(defs, instance, "changed_krea_prompts")
-    assert isinstance(first, dg.SensorResult)
-    report(instance, first)
     before = dg.evaluate_automation_conditions(defs=both, instance=instance)
 
     rows = table().to_pydict()
-    for number in (3, 17, 29):
+    for number in (3, 11, 17):
         rows["prompt"][number] += ", in the rain"
     write_table(tmp_path / "prompts.parquet", rows)
     second = tick(defs, instance, "changed_krea_prompts", first.cursor)
-    changed = {partition_of(number) for number in (3, 17, 29)}
+    changed = {partition_of(number) for number in (3, 11, 17)}
     assert set(versions(second)) == changed
     assert all(version != versions(first)[key] for key, version in versions(second).items())
 
-    assert isinstance(second, dg.SensorResult)
-    report(instance, second)
     after = dg.evaluate_automation_conditions(defs=both, instance=instance, cursor=before.cursor)
     assert after.get_requested_partitions(downstream.key) == changed
 
 
-def report(instance: dg.DagsterInstance, result: dg.SensorResult) -> None:
-    for event in result.asset_events:
-        assert isinstance(event, dg.AssetMaterialization)
-        instance.report_runless_asset_event(event)
+def unsynced(defs: dg.Definitions, instance: dg.DagsterInstance, key: Sequence[str]) -> set[str]:
+    """The partitions that the UI marks as out of date. Dagster has no public name for it."""
+    resolver = CachingStaleStatusResolver(
+        instance, defs.resolve_asset_graph(), LoadingContextForTest(instance)
+    )
+    partitions = BY.keys()
+    return {
+        partition
+        for partition in partitions
+        if resolver.get_status(dg.AssetKey(key), partition) is StaleStatus.STALE
+    }
+
+
+def test_the_ui_marks_the_images_of_the_changed_partitions_as_out_of_date_until_the_next_run(
+    tmp_path: Path, instance: dg.DagsterInstance, emulator: Emulator
+) -> None:
+    defs = definitions(tmp_path, "synced", emulator.url)
+    write_table(tmp_path / "prompts.parquet", table())
+    first = tick(defs, instance, "synced_krea_prompts")
+    everything = ("bucket-000", "bucket-007")
+    assert run_job(defs, instance, *everything, job="synced_krea_images").success
+    assert unsynced(defs, instance, ("synced", "images")) == set()
+
+    rows = table().to_pydict()
+    rows["prompt"][5] += ", at night"
+    write_table(tmp_path / "prompts.parquet", rows)
+    tick(defs, instance, "synced_krea_prompts", first.cursor)
+    assert unsynced(defs, instance, ("synced", "images")) == {partition_of(5)}
+
+    assert run_job(defs, instance, partition_of(5), job="synced_krea_images").success
+    assert unsynced(defs, instance, ("synced", "images")) == set()
 
 
 def test_a_run_reports_the_versions_that_the_sensor_would_and_no_version_twice(
@@ -148,7 +166,7 @@ def test_a_run_reports_the_versions_that_the_sensor_would_and_no_version_twice(
     first, last = "bucket-000", "bucket-003"
     for _ in range(2):
         assert run_job(defs, instance, first, last, job="run_krea_images").success
-    by_sensor = versions(tick(defs, instance, "run_krea_prompts"))
+    by_run = {}
     for number in range(4):
         bucket = f"bucket-{number:03d}"
         found = instance.fetch_materializations(
@@ -160,7 +178,9 @@ def test_a_run_reports_the_versions_that_the_sensor_would_and_no_version_twice(
         assert len(found.records) == 1, "the second run had nothing new to report"
         tags = latest(instance, ("run", "prompts"), bucket).tags
         assert tags is not None
-        assert tags[VERSION] == by_sensor[bucket]
+        by_run[bucket] = tags[VERSION]
+    by_sensor = versions(tick(defs, instance, "run_krea_prompts"))
+    assert by_run.items() <= by_sensor.items()
 
 
 def test_a_table_that_cannot_be_read_is_a_skipped_tick_that_says_why_and_keeps_the_cursor(
@@ -169,12 +189,11 @@ def test_a_table_that_cannot_be_read_is_a_skipped_tick_that_says_why_and_keeps_t
     defs = definitions(tmp_path, "broken")
     before = posts(emulator)
     missing = tick(defs, instance, "broken_krea_prompts")
-    assert isinstance(missing, dg.SkipReason)
     assert "does not exist" in str(missing.skip_message)
-    write_table(tmp_path / "prompts.parquet", table(quality=["1K"] * 39 + ["8K"]))
+    write_table(tmp_path / "prompts.parquet", table(quality=["1K"] * 19 + ["8K"]))
     wrong = tick(defs, instance, "broken_krea_prompts")
-    assert isinstance(wrong, dg.SkipReason)
-    assert "row 40 (prompt_id v-39): quality is '8K'" in str(wrong.skip_message)
+    assert wrong.asset_events == []
+    assert "row 20 (prompt_id v-19): quality is '8K'" in str(wrong.skip_message)
     assert posts(emulator) == before
 
 

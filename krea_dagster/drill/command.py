@@ -1,0 +1,305 @@
+"""The command that runs the drill and prints what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from krea_dagster.drill.reckoning import Fate
+from krea_dagster.models import credits_from_units
+
+if TYPE_CHECKING:
+    from krea_dagster.drill.run import Outcome, Plan, Progress
+
+_EPILOG: Final = """
+\b
+  krea-dagster drill                                a minute or two
+  krea-dagster drill --requests 1000 --kills 200    the full proof
+  krea-dagster drill --on-unknown hold --requests 1000 --kills 200
+                                                    a server that ignores the Idempotency-Key
+  krea-dagster drill --storm --requests 2000        every fault at once, no kills
+  krea-dagster drill --kills 0 --workers 2 --requests 500 --faults 0
+                                                    two processes, the same rows
+
+\b
+Exit codes: 0 nothing was bought twice or lost (under replay, nothing is unknown
+either), 1 otherwise, 2 wrong use.
+"""
+
+_LINE_EVERY_S: Final = 5.0
+
+
+@click.command("drill", epilog=_EPILOG)
+@click.option(
+    "--requests", default=200, show_default=True, type=click.IntRange(min=1), help="Images to buy."
+)
+@click.option(
+    "--kills",
+    type=click.IntRange(min=0),
+    help="Worker processes to kill with SIGKILL.  [default: 60; 0 with --storm]",
+)
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 8),
+    help="Worker processes at the same time, on the same rows.",
+)
+@click.option(
+    "--on-unknown",
+    default="replay",
+    show_default=True,
+    type=click.Choice(["replay", "hold"]),
+    help="What the workers do about unknown outcomes.",
+)
+@click.option(
+    "--idempotency/--no-idempotency",
+    default=None,
+    help="Whether the server honours the Idempotency-Key.  [default: yes with replay, no with "
+    "hold]",
+)
+@click.option(
+    "--faults",
+    type=click.FloatRange(0, 1),
+    help="Share of requests that each kind of server fault strikes.  [default: 0.01; 0.05 with "
+    "--storm]",
+)
+@click.option("--storm", is_flag=True, help="No kills, and every kind of server fault at once.")
+@click.option("--seed", default=0, show_default=True, help="Seed of prompts, kills and faults.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder, new or empty, that keeps journal, images, books and logs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def drill_command(
+    *,
+    requests: int,
+    kills: int | None,
+    workers: int,
+    on_unknown: str,
+    idempotency: bool | None,
+    faults: float | None,
+    storm: bool,
+    seed: int,
+    keep: Path | None,
+    as_json: bool,
+) -> None:
+    """Prove on this machine that nothing is bought twice or lost. No key, no cost.
+
+    Buys images from an emulator with worker processes that are killed at every edge of the
+    state machine and at random times, while connections break and answers get lost. A last
+    worker finishes. Then the server's books are compared with the journal and the files.
+    """
+    if sys.platform == "win32":
+        raise click.UsageError("the drill needs fork and SIGKILL, which Windows does not have")
+    if storm and kills:
+        raise click.UsageError("--storm kills nothing; leave out --kills")
+    import anyio  # noqa: PLC0415 - keeps --help quick
+
+    from krea_dagster.drill import run  # noqa: PLC0415 - as above
+
+    held = on_unknown == "hold"
+    share = faults if faults is not None else (0.05 if storm else 0.01)
+    names = run.STORM_FAULTS if storm else run.KILL_FAULTS
+    plan = run.Plan(
+        requests=requests,
+        kills=0 if storm else 60 if kills is None else kills,
+        workers=workers,
+        on_unknown="hold" if held else "replay",
+        honours_key=not held if idempotency is None else idempotency,
+        rates=dict.fromkeys(names, share) if share else {},
+        seed=seed,
+    )
+    with ExitStack() as stack:
+        if keep is None:
+            keep = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="krea-drill-")))
+        else:
+            keep.mkdir(parents=True, exist_ok=True)
+            if any(keep.iterdir()):
+                raise click.UsageError(f"{keep} is not empty; give a folder that is new or empty")
+        lines = _Lines(plan)
+        try:
+            outcome = anyio.run(run.drill, plan, keep.absolute(), lines)
+        finally:
+            lines.end()
+        figures = figures_of(plan, outcome)
+        (keep / "drill.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        if as_json:
+            click.echo(json.dumps(figures, indent=1))
+        else:
+            _show(plan, outcome)
+        if outcome.crashed:
+            click.echo((keep / "workers.log").read_text(encoding="utf-8")[-4000:], err=True)
+    sys.exit(1 if outcome.faults else 0)
+
+
+class _Lines:
+    """Progress, a line every few seconds; on a terminal one line that is written over."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._terminal = sys.stderr.isatty()
+        self._next_s = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + (0.2 if self._terminal else _LINE_EVERY_S)
+        kills = f"{progress.kills} of {self._plan.kills} kills, " if self._plan.kills else ""
+        text = f"{progress.doing}: {kills}{progress.stored} of {self._plan.requests} images"
+        click.echo(f"\r\x1b[K{text}" if self._terminal else text, err=True, nl=not self._terminal)
+
+    def end(self) -> None:
+        """Leave the line clean for what follows."""
+        if self._terminal:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """The drill's figures, as plain JSON values. Money in credits."""
+    found = outcome.reckoning
+    return {
+        "passed": not outcome.faults,
+        "faults": outcome.faults,
+        "policy": plan.on_unknown,
+        "server_honours_idempotency_key": plan.honours_key,
+        "fault_rates": dict(plan.rates),
+        "workers": plan.workers,
+        "seed": plan.seed,
+        "requests": found.requests,
+        "submitted": found.submitted,
+        "billed": found.billed,
+        "credits_billed": credits_from_units(found.billed_units),
+        "credits_in_journal": credits_from_units(found.journal_units),
+        "credits_unexplained": credits_from_units(found.unexplained_units),
+        "delivered": len(found.of(Fate.DELIVERED)),
+        "lost": list(found.of(Fate.LOST)),
+        "bought_twice": list(found.bought_twice),
+        "charged_and_not_in_journal": list(found.unrecorded),
+        "undelivered": list(found.of(Fate.UNDELIVERED)),
+        "unknown": [
+            {
+                "request_key": one.request_key,
+                "prompt": one.prompt,
+                "credits_at_most": credits_from_units(one.credits_units),
+                "since": None if one.since is None else one.since.isoformat(),
+                "charged_at_server": one.charged,
+            }
+            for one in found.unknown
+        ],
+        "credits_unknown_at_most": credits_from_units(found.unknown_units),
+        "forgotten_by_server": list(found.of(Fate.FORGOTTEN)),
+        "credits_forgotten": credits_from_units(found.forgotten_units),
+        "never_ending": len(found.of(Fate.ENDLESS)),
+        "failed": len(found.of(Fate.FAILED)),
+        "refused": len(found.of(Fate.REFUSED)),
+        "never_bought": list(found.of(Fate.NEVER_BOUGHT)),
+        "kills": {"edges": dict(outcome.kills), "random": outcome.random_kills},
+        "kills_missed": outcome.kills_missed,
+        "edges_never_reached": list(outcome.never_reached),
+        "edges_not_planned": list(outcome.not_planned),
+        "workers_started": outcome.launches,
+        "workers_crashed": list(outcome.crashed),
+        "workers_hung": list(outcome.hung),
+        "last_passes": outcome.passes,
+        "seconds": round(outcome.seconds, 1),
+    }
+
+
+def _show(plan: Plan, outcome: Outcome) -> None:
+    """Print the figures for people."""
+    honours = "honours" if plan.honours_key else "ignores"
+    click.echo(f"Policy {plan.on_unknown}; a server that {honours} the Idempotency-Key.")
+    if plan.rates:
+        share = max(plan.rates.values())
+        click.echo(f"Each of {len(plan.rates)} kinds of server fault strikes {share:.1%}.")
+    _columns(_totals(outcome, figures_of(plan, outcome)))
+    _show_edges(plan, outcome)
+    if outcome.reckoning.unknown:
+        click.echo("\nUnknown outcomes:")
+        _columns(
+            [
+                (
+                    one.request_key[:16],
+                    f"at most {credits_from_units(one.credits_units):g} credits",
+                    "" if one.since is None else f"since {one.since:%Y-%m-%d %H:%M:%S} UTC",
+                    f"at the server: {'charged' if one.charged else 'nothing'}",
+                )
+                for one in outcome.reckoning.unknown
+            ]
+        )
+    verdict = "; ".join(outcome.faults)
+    click.echo(f"\nFAILED: {verdict}" if verdict else "\nPASSED: nothing bought twice or lost")
+
+
+def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    found = outcome.reckoning
+    at_most = f"at most {figures['credits_unknown_at_most']:g} credits" if found.unknown else ""
+    forgotten = f"charged, and the server denies the task: {figures['credits_forgotten']:g} credits"
+    unexplained = f"{figures['credits_unexplained']:g} of them not explained by the journal"
+    always = [
+        ("requests", found.requests, ""),
+        ("submitted", found.submitted, "POSTs"),
+        ("billed", found.billed, f"tasks, {figures['credits_billed']:g} credits, {unexplained}"),
+        ("delivered", len(found.of(Fate.DELIVERED)), "files whose sha256 is the server's"),
+        ("lost", len(found.of(Fate.LOST)), "charged, not at hand, not at stake in the journal"),
+        ("bought twice", len(found.bought_twice), "request bodies with more than one charged task"),
+        ("unknown", len(found.unknown), at_most),
+    ]
+    sometimes = [
+        ("unrecorded", len(found.unrecorded), "charged tasks that the journal does not know"),
+        ("undelivered", len(found.of(Fate.UNDELIVERED)), "charged, could be had, not at hand"),
+        ("forgotten", len(found.of(Fate.FORGOTTEN)), f"{forgotten}, expired in the journal"),
+        ("failed", len(found.of(Fate.FAILED)), "tasks failed, not charged"),
+        ("refused", len(found.of(Fate.REFUSED)), "not charged"),
+        ("never ending", len(found.of(Fate.ENDLESS)), "tasks that the server never ends"),
+        ("never bought", len(found.of(Fate.NEVER_BOUGHT)), ""),
+        ("crashed", len(outcome.crashed), "workers that ended with an error"),
+        ("hung", len(outcome.hung), "workers that did not end"),
+    ]
+    at_edges = sum(outcome.kills.values())
+    kills = f"{at_edges} at {len(outcome.kills)} edges, {outcome.random_kills} at random times"
+    if outcome.kills_missed:
+        kills += f"; {outcome.kills_missed} planned and not made, the worker had ended"
+    rows = [*always, *(row for row in sometimes if row[1])]
+    rows.append(("kills", at_edges + outcome.random_kills, kills))
+    rounds = "1 round" if outcome.passes == 1 else f"{outcome.passes} rounds"
+    rows.append(
+        ("workers", outcome.launches, f"started, with {rounds} of them unharmed at the end")
+    )
+    shown = [(name, f"{count:>7}", words) for name, count, words in rows]
+    return [*shown, ("seconds", f"{outcome.seconds:>7.1f}", "")]
+
+
+def _show_edges(plan: Plan, outcome: Outcome) -> None:
+    from krea_dagster.drill.edges import EDGES, NOT_UNDER  # noqa: PLC0415 - keeps --help quick
+
+    if not plan.kills:
+        return
+    click.echo("\nKills by edge:")
+    names = [edge.name for edge in EDGES if edge.name in outcome.kills]
+    _columns([(name, f"{outcome.kills[name]:>3}") for name in names])
+    if outcome.never_reached:
+        click.echo(f"Planned and never reached: {'; '.join(outcome.never_reached)}")
+    if outcome.not_planned:
+        click.echo(f"Not planned, too few kills: {'; '.join(outcome.not_planned)}")
+    out = [edge.name for edge in EDGES if plan.on_unknown not in edge.policies]
+    click.echo(f"Not planned, because {NOT_UNDER[plan.on_unknown]}: {'; '.join(out)}")
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows as a table: as wide as its cells, whatever the terminal's width."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo(f"  {'  '.join(cells)}".rstrip())

@@ -1,0 +1,1 @@
+"""The revisions of the journal's tables, each as it was when it was released."""

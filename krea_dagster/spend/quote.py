@@ -1,0 +1,289 @@
+"""What a run would buy, and for how much: said beforehand, from the journal alone. Pure.
+
+What becomes of each request is asked of ``engine.policy.next_action``, the very function that
+the run asks, so that quote and run cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from enum import Enum
+from typing import Any, Final
+
+from krea_dagster.engine.budget import (
+    CREDITS_PER_USD,
+    Caps,
+    Commitment,
+    admit,
+    expected_units,
+)
+from krea_dagster.engine.policy import (
+    Ask,
+    Fetch,
+    FoundUnanswered,
+    Leave,
+    PlanAgain,
+    Policy,
+    Replay,
+    Submit,
+    Trail,
+    next_action,
+)
+from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.states import State
+from krea_dagster.models import credits_from_units
+from krea_dagster.prompts import PlannedImage
+
+#: No cap: everything may be bought.
+_NO_CAPS: Final = Caps()
+
+
+class Fate(str, Enum):
+    """What the next run does about a request. The text is a field of ``Line``."""
+
+    #: Stored, and its file is there: nothing.
+    REUSED = "reused"
+    #: Stored, and its file is gone: it is fetched again, for nothing.
+    REFETCHED = "refetched"
+    #: Paid by an earlier run: its task is read and its image fetched.
+    TAKEN_UP = "taken_up"
+    #: Outcome unknown: the same POST is repeated with the same Idempotency-Key.
+    REPLAYED = "replayed"
+    #: Outcome unknown: a person decides.
+    HELD = "held"
+    #: Failed, refused or lost, and not asked for again.
+    ENDED = "ended"
+    #: Bought.
+    TO_BUY = "to_buy"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an image of a quality is expected to cost at most, in units.
+
+    ``published`` says that this account was not seen to pay for one yet.
+    """
+
+    units: int
+    published: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One partition and quality. Counts are rows, each sample of a row being one.
+
+    ``asked`` is the sum of the seven after it. ``purchases`` counts distinct requests: rows
+    that want the same picture share one, and it is counted where the first of them stands.
+    ``units`` is what these purchases cost at most. Of them, ``deferred`` would be kept back by a
+    cap, with ``deferred_units``. ``at_stake`` are requests whose outcome is unknown, at most
+    ``at_stake_units``, the oldest since ``at_stake_since``.
+    """
+
+    partition_key: str
+    quality: str
+    asked: int = 0
+    reused: int = 0
+    refetched: int = 0
+    taken_up: int = 0
+    replayed: int = 0
+    held: int = 0
+    ended: int = 0
+    to_buy: int = 0
+    purchases: int = 0
+    units: int = 0
+    deferred: int = 0
+    deferred_units: int = 0
+    at_stake: int = 0
+    at_stake_units: int = 0
+    at_stake_since: datetime | None = None
+
+    def __add__(self, other: Line) -> Line:
+        """Two lines together, under the names of the first."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        times = [at for at in (self.at_stake_since, other.at_stake_since) if at is not None]
+        return replace(self, **sums, at_stake_since=min(times, default=None))
+
+
+_COUNTS: Final = tuple(item.name for item in fields(Line) if item.default == 0)
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What the next run would do, by partition and quality, in their order.
+
+    ``prices`` are those that were counted with, by quality. ``cap`` says which cap would be
+    reached, and when it frees.
+    """
+
+    lines: tuple[Line, ...]
+    prices: Mapping[str, Price]
+    credits_per_usd: float = CREDITS_PER_USD
+    cap: str | None = None
+
+    @property
+    def total(self) -> Line:
+        """All lines together."""
+        return self._sum("", "", self.lines)
+
+    def by_quality(self) -> list[Line]:
+        """One line for each quality, all partitions together."""
+        names = dict.fromkeys(line.quality for line in self.lines)
+        return [
+            self._sum("", name, (line for line in self.lines if line.quality == name))
+            for name in names
+        ]
+
+    def by_partition(self) -> dict[str, Line]:
+        """One line for each partition, all qualities together."""
+        parts: dict[str, Line] = {}
+        for line in self.lines:
+            known = parts.get(line.partition_key, Line(line.partition_key, ""))
+            parts[line.partition_key] = known + line
+        return parts
+
+    def usd(self, units: int) -> float:
+        """Units of credit in US dollars."""
+        return credits_from_units(units) / self.credits_per_usd
+
+    @staticmethod
+    def _sum(partition_key: str, quality: str, lines: Iterable[Line]) -> Line:
+        return sum(lines, Line(partition_key, quality))
+
+
+@dataclass
+class _Counter:
+    """One line while it is being counted."""
+
+    rows: dict[Fate, int] = field(default_factory=dict)
+    sums: Line = field(default_factory=lambda: Line("", ""))
+
+
+def quote(
+    images: Iterable[PlannedImage],
+    records: Mapping[str, Record],
+    *,
+    prices: Mapping[str, int],
+    now: datetime,
+    policy: Policy,
+    holds: Callable[[StoredImage], bool],
+    caps: Caps = _NO_CAPS,
+    run: Commitment | None = None,
+    day: Commitment | None = None,
+    credits_per_usd: float = CREDITS_PER_USD,
+) -> Quote:
+    """Say what a run over these images would do now, and what it would cost at most.
+
+    ``records`` is what the journal knows, by request key, and ``prices`` its highest price for
+    each quality, in units; a quality without one costs the published price. ``holds`` tells
+    whether a stored image's file is at hand. ``caps`` are counted from what ``run`` and ``day``
+    have committed already (nothing by default). An unknown price or a capped purchase is
+    counted as dear as it may be; a task that fails is not foreseen.
+    """
+    budget = _Budget(caps, run or Commitment(), day or Commitment(), prices, now)
+    fates: dict[str, Fate] = {}
+    lines: dict[tuple[str, str], _Counter] = {}
+    for image in images:
+        request = image.request
+        counter = lines.setdefault((image.partition_key, request.quality), _Counter())
+        fate = fates.get(request.request_key)
+        if fate is None:
+            record = records.get(request.request_key)
+            if record is None:
+                record = Record(request, State.PLANNED, image.partition_key)
+            fate = fate_of(record, now=now, policy=policy, holds=holds)
+            fates[request.request_key] = fate
+            if (money := _money(fate, record, budget)) is not None:
+                counter.sums += money
+        counter.rows[fate] = counter.rows.get(fate, 0) + 1
+    return Quote(
+        lines=tuple(_line(*names, counter) for names, counter in sorted(lines.items())),
+        prices={
+            quality: Price(expected_units(quality, prices), not prices.get(quality))
+            for quality in dict.fromkeys(quality for _, quality in lines)
+        },
+        credits_per_usd=credits_per_usd,
+        cap=budget.reached,
+    )
+
+
+def fate_of(
+    record: Record, *, now: datetime, policy: Policy, holds: Callable[[StoredImage], bool]
+) -> Fate:
+    """What a run that begins now does about a request."""
+    if record.state is State.STORED:
+        at_hand = record.image is not None and holds(record.image)
+        return Fate.REUSED if at_hand else Fate.REFETCHED
+    match next_action(record, Trail(), now, policy, buying=True):
+        case Submit() | PlanAgain():
+            return Fate.TO_BUY
+        case Replay():
+            return Fate.REPLAYED
+        case FoundUnanswered():
+            unknown = replace(record, state=State.UNKNOWN)
+            return fate_of(unknown, now=now, policy=policy, holds=holds)
+        case Ask() | Fetch():
+            return Fate.TAKEN_UP
+        case Leave(reason=reason) if reason:
+            return Fate.HELD
+        case _:
+            return Fate.ENDED
+
+
+class _Budget:
+    """Admits purchases one after the other, as the journal will."""
+
+    def __init__(
+        self, caps: Caps, run: Commitment, day: Commitment, prices: Mapping[str, int], now: datetime
+    ) -> None:
+        self._caps = caps
+        self._run = run
+        self._day = day
+        self._prices = prices
+        self._now = now
+        self.reached: str | None = None
+
+    def price(self, quality: str) -> int:
+        return expected_units(quality, self._prices)
+
+    def takes(self, units: int) -> bool:
+        refused = admit(self._caps, self._run, self._day, units, self._now)
+        if refused is not None:
+            self.reached = self.reached or str(refused)
+            return False
+        self._run = self._run.plus(units)
+        self._day = self._day.plus(units)
+        return True
+
+
+def _money(fate: Fate, record: Record, budget: _Budget) -> Line | None:
+    """What one request adds to the sums of its line, where it adds something."""
+    price = budget.price(record.request.quality)
+    match fate:
+        case Fate.TO_BUY:
+            kept_back = not budget.takes(price)
+            return Line(
+                "",
+                "",
+                purchases=1,
+                units=price,
+                deferred=int(kept_back),
+                deferred_units=price if kept_back else 0,
+            )
+        case Fate.HELD | Fate.REPLAYED:
+            at_most = record.committed_units or price
+            return Line("", "", at_stake=1, at_stake_units=at_most, at_stake_since=record.sent_at)
+        case _:
+            return None
+
+
+def _line(partition_key: str, quality: str, counter: _Counter) -> Line:
+    rows: dict[str, Any] = {fate.value: count for fate, count in counter.rows.items()}
+    return replace(
+        counter.sums,
+        partition_key=partition_key,
+        quality=quality,
+        asked=sum(rows.values()),
+        **rows,
+    )

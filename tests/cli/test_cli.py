@@ -1,0 +1,343 @@
+"""The command krea-dagster: what it prints where, how it exits, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow.parquet as pq
+import pytest
+
+from krea_dagster import cli
+from krea_dagster.emulator import Emulator
+from krea_dagster.plugin import local_emulator
+from tests.dagster_bench import OpenAccount, posts, write_table
+
+REPOSITORY = Path(__file__).parents[2]
+REFUSE = "[emulator: refuse]"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A folder with a prompt table, and the environment that names it."""
+
+    folder: Path
+    capture: pytest.CaptureFixture[str]
+    patch: pytest.MonkeyPatch
+
+    def table(self, **columns: Any) -> None:
+        write_table(self.folder / "prompts.parquet", columns)
+
+    def run(self, *arguments: str) -> Outcome:
+        """Run the command in this process, which spares it four seconds of imports."""
+        self.patch.setattr(sys, "argv", ["krea-dagster", *arguments])
+        self.capture.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.run()
+        captured = self.capture.readouterr()
+        code = ended.value.code
+        return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+
+@pytest.fixture
+def shell(
+    *,
+    tmp_path: Path,
+    dagster_home: Path,
+    emulator: Emulator,
+    open_account: OpenAccount,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Shell:
+    variables = {
+        "EVOLINK_API_KEY": open_account(),
+        "EVOLINK_BASE_URL": emulator.url,
+        "KREA_PROMPTS": str(tmp_path / "prompts.parquet"),
+        "KREA_STORAGE": str(tmp_path / "krea"),
+        "KREA_PARTITION_BY": "hash:2",
+        "DAGSTER_HOME": str(dagster_home),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return Shell(tmp_path, capsys, monkeypatch)
+
+
+# -- materialize ------------------------------------------------------------------------------
+
+
+def test_all_delivered_is_exit_0_with_figures_on_stdout_and_progress_on_stderr(
+    shell: Shell, emulator: Emulator
+) -> None:
+    shell.table(prompt=["a quay at dawn", "a quay at dusk"])
+    # As a person runs it: another process, its two streams apart.
+    command = [sys.executable, "-m", "krea_dagster.cli", "materialize", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=shell.folder)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert {name: figures[name] for name in ("asked", "delivered", "reused", "failed", "left")} == {
+        "asked": 2,
+        "delivered": 2,
+        "reused": 0,
+        "failed": 0,
+        "left": 0,
+    }
+    assert figures["credits_charged"] == 0.9
+    assert figures["failures"] == figures["not_delivered"] == []
+    assert re.search(r"^2/2 images, .* images/s, 0.9 credits$", done.stderr, re.MULTILINE)
+
+    # And again: nothing is bought, and it says so.
+    before = posts(emulator)
+    again = shell.run("materialize")
+    assert again.code == 0
+    assert "Nothing was bought: every image was at hand." in again.out
+    assert posts(emulator) == before
+
+
+def test_rows_without_an_image_are_exit_1_and_are_named_with_their_reasons(shell: Shell) -> None:
+    shell.table(prompt=[f"one {REFUSE}", f"two {REFUSE}"], prompt_id=["first", "second"])
+    done = shell.run("materialize")
+    assert done.code == 1
+    (line,) = [line for line in done.out.splitlines() if "refused (content_policy" in line]
+    assert line.startswith("  2 × ")
+    assert "first" in line
+    assert "second" in line
+
+
+def test_only_the_partitions_that_are_named_are_materialized(shell: Shell) -> None:
+    names = ["Still life", "Land & sea", "Land & sea"]
+    shell.table(prompt=[f"{n} {REFUSE}" for n in range(3)], category=names)
+    shell.patch.setenv("KREA_PARTITION_BY", "column:category")
+    done = shell.run("materialize", "--partition", "Land & sea", "--json")
+    figures = json.loads(done.out)
+    assert (figures["partitions"], figures["asked"]) == (["Land & sea"], 2)
+    (manifest,) = (shell.folder / "krea" / "manifest").iterdir()
+    assert pq.read_table(manifest)["category"].unique().to_pylist() == ["Land & sea"]
+
+
+def test_a_rejected_key_is_exit_3_with_the_sentence_and_without_the_key(shell: Shell) -> None:
+    shell.table(prompt=["for a key that nobody knows"])
+    shell.patch.setenv("EVOLINK_API_KEY", "sk-nobody-knows-this")
+    done = shell.run("materialize", "--json")
+    assert done.code == 3
+    figures = json.loads(done.out)
+    assert figures["stopped"].startswith("401 ")
+    assert figures["left"] == 1
+    assert "Buying stopped, EvoLink rejects the key" in done.err
+    assert "sk-nobody-knows-this" not in done.out + done.err
+
+
+# -- wrong use and bad input ------------------------------------------------------------------
+
+
+def wrong_partition(shell: Shell) -> list[str]:
+    return ["--partition", "bucket-999"]
+
+
+def wrong_option(shell: Shell) -> list[str]:
+    return ["--partitions", "bucket-000"]
+
+
+def missing_table(shell: Shell) -> list[str]:
+    (shell.folder / "prompts.parquet").unlink()
+    return []
+
+
+def bad_row(shell: Shell) -> list[str]:
+    shell.table(prompt=["fine", "  "])
+    return []
+
+
+def bad_variable(shell: Shell) -> list[str]:
+    shell.patch.setenv("KREA_MAX_IN_FLIGHT", "lots")
+    return []
+
+
+def bad_address(shell: Shell) -> list[str]:
+    shell.patch.setenv("EVOLINK_BASE_URL", "evolink")
+    return []
+
+
+def bad_journal(shell: Shell) -> list[str]:
+    shell.patch.setenv("KREA_JOURNAL_URL", "nonsense")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (wrong_partition, "bucket-999"),
+        (wrong_option, "No such option"),
+        (missing_table, "prompts.parquet does not exist"),
+        (bad_row, "row 2: prompt is '  '"),
+        (bad_variable, "KREA_MAX_IN_FLIGHT is 'lots'; use a whole number from 1 to 4096"),
+        (bad_address, "EVOLINK_BASE_URL is 'evolink'"),
+        (bad_journal, "the journal's URL cannot be read"),
+    ],
+)
+def test_wrong_use_and_bad_input_are_exit_2_before_any_request(
+    shell: Shell, emulator: Emulator, wrong: Callable[[Shell], list[str]], said: str
+) -> None:
+    shell.table(prompt=["never asked for"])
+    before = posts(emulator)
+    done = shell.run("materialize", *wrong(shell))
+    assert done.code == 2
+    assert said in done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert posts(emulator) == before
+    assert not (shell.folder / "krea" / "manifest").exists()
+
+
+def test_a_partition_that_a_column_does_not_have_is_exit_2_and_names_those_that_it_has(
+    shell: Shell,
+) -> None:
+    shell.table(prompt=[f"x {REFUSE}"], topic=["Harbour"])
+    shell.patch.setenv("KREA_PARTITION_BY", "column:topic")
+    done = shell.run("materialize", "--partition", "Harbor")
+    assert done.code == 2
+    assert "there is no partition 'Harbor'; there are Harbour" in done.err
+
+
+def test_a_day_to_come_waits_and_is_said(shell: Shell) -> None:
+    shell.table(prompt=[f"{n} {REFUSE}" for n in range(2)], day=["2026-01-31", "2999-12-31"])
+    shell.patch.setenv("KREA_PARTITION_BY", "day:day")
+    done = shell.run("materialize")
+    assert "partition 2999-12-31 waits: its day has not come" in done.out
+    files = (shell.folder / "krea" / "manifest").iterdir()
+    assert [file.stem for file in files] == ["2026-01-31"]
+
+
+def test_a_journal_of_an_emulators_pictures_refuses_to_buy_from_evolink(shell: Shell) -> None:
+    shell.table(prompt=[f"bound {REFUSE}"])
+    assert shell.run("materialize").code == 1
+    shell.patch.delenv("EVOLINK_BASE_URL")  # with a key and no address: EvoLink itself
+    done = shell.run("materialize")
+    assert done.code == 2
+    assert "holds images from an emulator, and this run would buy from api.evolink.ai" in done.err
+    assert "Nothing was bought." in done.err
+
+
+# -- what is printed --------------------------------------------------------------------------
+
+#: Moves the cursor, clears the screen, sets the title, begins a sequence in one byte, turns text
+#: around, and would be markup to the library that prints.
+HOSTILE = "\x1b[2J\x1b]0;owned\x07 \x9b31m \u202etxt.exe [red]not red[/red] \r end"
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_text_from_the_table_cannot_move_the_terminal(shell: Shell, how: list[str]) -> None:
+    shell.table(prompt=[f"{HOSTILE} {REFUSE}"], prompt_id=[HOSTILE])
+    done = shell.run("materialize", *how)
+    assert done.code == 1
+    for text in (done.out, done.err):
+        controls = {
+            character
+            for character in text
+            if unicodedata.category(character) in {"Cc", "Cf"} and character != "\n"
+        }
+        assert controls == set()
+    assert "[red]not red[/red]" in done.out
+    if how:
+        (reason,) = json.loads(done.out)["not_delivered"]
+        assert HOSTILE[:40] in reason["rows"]
+
+
+def test_a_hostile_cell_in_an_error_about_the_table_is_shown_as_text(shell: Shell) -> None:
+    shell.table(prompt=["fine"], prompt_id=[HOSTILE], size=[HOSTILE])
+    done = shell.run("materialize")
+    assert done.code == 2
+    assert "\x1b" not in done.err
+    assert "\x9b" not in done.err
+    assert "size is '\\x1b[2J" in done.err
+
+
+def test_the_line_that_opens_the_ui_can_be_pasted_whatever_the_folder_is_called(
+    shell: Shell, dagster_home: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "my home; rm"
+    home.mkdir()
+    home.joinpath("dagster.yaml").write_text(dagster_home.joinpath("dagster.yaml").read_text())
+    shell.patch.setenv("DAGSTER_HOME", str(home))
+    shell.table(prompt=[f"quoted {REFUSE}"])
+    (line,) = [line for line in shell.run("materialize").out.splitlines() if "Dagster UI" in line]
+    variable = line.split("Dagster UI ", 1)[1].rsplit(" ", 4)[0]
+    shown = ["bash", "-c", f'{variable} && printf %s "$DAGSTER_HOME"']
+    assert subprocess.run(shown, capture_output=True, text=True, check=True).stdout == str(home)
+
+
+# -- demo and salvage -------------------------------------------------------------------------
+
+
+def test_the_demo_never_uses_the_key_and_says_that_its_pictures_are_synthetic(
+    shell: Shell, emulator: Emulator
+) -> None:
+    shell.table(prompt=[f"meant to fail {REFUSE}"])
+    before = posts(emulator)
+    done = shell.run("demo")
+    assert done.code == 0, "rows that ask the emulator for a failure are meant to fail"
+    assert "synthetic" in done.err
+    assert "1 × refused" in done.out
+    assert posts(emulator) == before, "it has an emulator of its own"
+    # Which ends by itself, once nobody uses it: nobody is left to end it.
+    assert local_emulator._started[-1].wait(timeout=30) == 0
+
+
+def test_a_salvage_with_nothing_left_behind_is_exit_0(shell: Shell, emulator: Emulator) -> None:
+    shell.table(prompt=["never bought"])
+    before = posts(emulator)
+    done = shell.run("salvage")
+    assert done.code == 0
+    assert "Nothing that was paid for is left behind." in done.out
+    assert posts(emulator) == before
+
+
+# -- help -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(cli.main.commands))
+def test_help_says_what_a_command_does_and_what_each_option_means(shell: Shell, name: str) -> None:
+    command = cli.main.commands[name]
+    done = shell.run(name, "--help")
+    assert done.code == 0
+    assert (command.help or "").splitlines()[0].split(".")[0] in " ".join(done.out.split())
+    for option in command.params:
+        assert isinstance(option, click.Option), "the commands take options only"
+        assert option.help, option.name
+        assert max(option.opts, key=len) in done.out
+
+
+def test_the_group_lists_every_command_the_variables_and_the_exit_codes(shell: Shell) -> None:
+    done = shell.run("--help")
+    for name in cli.main.commands:
+        assert re.search(rf"^  {name}  ", done.out, re.MULTILINE), name
+    for word in ("EVOLINK_API_KEY", "KREA_PROMPTS", "KREA_STORAGE", "0 done", "3 the account"):
+        assert word in done.out
+
+
+def test_every_command_and_option_that_the_readme_names_exists() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    used = re.findall(r"krea-dagster[ \n]+([a-z]+)((?: +--[a-z-]+(?:[= ][^\s`-]\S*)?)*)", text)
+    known = cli.main.commands
+    named = [(name, options) for name, options in used if f"`krea-dagster {name}" in text]
+    assert named, "the README names commands"
+    for name, options in named:
+        assert name in known, f"README.md names krea-dagster {name}"
+        opts = {opt for option in known[name].params for opt in option.opts}
+        assert set(re.findall(r"--[a-z-]+", options)) <= opts

@@ -1,0 +1,32 @@
+"""Buys images in a process of its own: ``python -m tests.crash.buyer URL FOLDER COUNT``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from krea_dagster.api import KreaClient
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.runner import Runner
+from krea_dagster.engine.storage import Storage
+from tests.engine.engine_bench import LEARNED, QUICK, as_wanted, several
+
+
+def main(url: str, folder: str, count: str) -> int:
+    """Run once; the exit code is the number of requests that were not delivered."""
+    runner = Runner(
+        connect=lambda: KreaClient("emulator", base_url=url),
+        journal=Journal(f"sqlite:///{folder}/journal.db"),
+        images=ImageStore(Storage(folder)),
+        run_id="bought-beside",
+        policy=QUICK,
+        max_in_flight=3,
+        latencies=LEARNED,
+    )
+    report = asyncio.run(runner.run(as_wanted(several(int(count)))))
+    return report.progress.left + report.progress.failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

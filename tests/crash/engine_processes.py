@@ -1,0 +1,151 @@
+"""Runs of the engine in processes of their own, which share one journal and one emulator."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.record import Record
+from krea_dagster.models import ImageRequest
+from tests.engine.engine_bench import asked
+
+_ROOT: Final = Path(__file__).parents[2]
+_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: rows ``start`` to ``start + count``, every ``two_k``-th of them in 2K.
+
+    ``file_bytes`` bounds the size of the files that the process may write.
+    """
+
+    emulator: str
+    journal: str
+    storage: str
+    run_id: str
+    start: int = 0
+    count: int = 0
+    two_k: int = 0
+    partition: str = "p"
+    max_in_flight: int = 64
+    run_units: int | None = None
+    day_units: int | None = None
+    file_bytes: int | None = None
+
+
+def requests(job: Job) -> list[ImageRequest]:
+    """What a job asks for: the same rows ask for the same pictures in every process."""
+    return [
+        asked(seed=row + 1, quality="2K" if job.two_k and row % job.two_k == 0 else "1K")
+        for row in range(job.start, job.start + job.count)
+    ]
+
+
+class Process:
+    """A run in a process of its own. It is ready when this returns, and waits for ``go``."""
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        file = folder / f"{uuid.uuid4().hex}.json"
+        file.write_text(json.dumps(asdict(job)))
+        environment = {k: v for k, v in os.environ.items() if k.lower() not in _PROXIES}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash.engine_worker", str(file)],
+            cwd=_ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def go(self) -> None:
+        """Let it run."""
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout.readline() == "ready\n"
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self._process.send_signal(number)
+
+    def end(self) -> tuple[int, dict[str, Any]]:
+        """Wait for its end; its exit code and what it reports."""
+        text, _ = self._process.communicate(timeout=300)
+        return self._process.returncode, json.loads(text) if text.strip() else {}
+
+    def abandon(self) -> None:
+        """End it, if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+class Shop:
+    """One emulator, one journal and one storage root, and processes that use them together."""
+
+    def __init__(self, folder: Path, emulator: Emulator, journal: str | None = None) -> None:
+        self.emulator = emulator
+        self._folder = folder
+        self._all: list[Process] = []
+        self.job = Job(
+            emulator=emulator.url,
+            journal=journal or f"sqlite:///{folder / 'journal.db'}",
+            storage=str(folder / "images"),
+            run_id="",
+        )
+
+    def start(self, *runs: dict[str, Any]) -> list[Process]:
+        """Start these runs, all at once when each is ready."""
+        started = [self.prepare(**run) for run in runs]
+        for process in started:
+            process.go()
+        return started
+
+    def prepare(self, **run: Any) -> Process:
+        """Start a process that waits for ``go``."""
+        job = replace(self.job, **{"run_id": f"run-{len(self._all)}", **run})
+        process = Process(self._folder, job)
+        self._all.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what still runs."""
+        for process in self._all:
+            process.abandon()
+
+    def records(self) -> list[Record]:
+        """Every request of the journal."""
+        with closing(Journal(self.job.journal)) as journal:
+            return list(journal.all_records())
+
+    def agree(self, *, tasks: int | None = None) -> dict[str, Any]:
+        """The emulator's books, after they were held against the journal.
+
+        Nothing was bought twice, and both know the same tasks and the same charges.
+        """
+        books = self.emulator.books()
+        assert books["bodies_bought_more_than_once"] == 0
+        with closing(Journal(self.job.journal)) as journal:
+            charges = [charge for charge in journal.charges() if charge.task_id]
+        known = {charge.task_id: charge.charged_units for charge in charges}
+        assert known == {task["task_id"]: task["charged_units"] for task in books["tasks"]}
+        assert tasks is None or books["creates"] == tasks
+        return books
+
+
+def outcomes(processes: Sequence[Process]) -> list[tuple[int, dict[str, Any]]]:
+    """Wait for all of them."""
+    return [process.end() for process in processes]

@@ -1,0 +1,91 @@
+"""A process that is killed without warning: the next run delivers all, and buys nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from krea_dagster.engine.states import Event, State
+from tests.engine.engine_bench import House, house, several
+
+ROOT = Path(__file__).parents[2]
+
+#: Far more than any of this takes, also on a busy machine.
+PATIENCE_S = 60.0
+
+
+@contextmanager
+def buying(home: House, count: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that buys so many images; killed at the end, if it still runs."""
+    command = [sys.executable, "-m", "tests.crash.buyer"]
+    arguments = [home.emulator.url, str(home.folder), str(count)]
+    process = subprocess.Popen([*command, *arguments], cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not what():
+        assert process.poll() is None, "the process ended too early"
+        assert time.monotonic() < deadline_s, "what was waited for did not happen"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("moment", "happened"),
+    [
+        ("some tasks are created", lambda books: books["creates"] >= 4),
+        ("some files are fetched", lambda books: books["file_gets"] >= 2),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_killed_process_had_begun_is_finished_and_not_bought_again(
+    tmp_path: Path, moment: str, happened: Callable[[dict[str, Any]], bool]
+) -> None:
+    with house(tmp_path, latency_s=0.2) as home:
+        with buying(home, 7) as process:
+            wait_until(lambda: happened(home.emulator.books(tasks=False)), process)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        books = home.agree()
+        assert 0 < books["creates"] < 7
+        report = asyncio.run(home.run(several(7), "run-2"))
+        assert report.posts >= 7 - books["creates"]
+        assert home.states(several(7)) == ["stored"] * 7
+        assert home.agree()["creates"] == 7
+
+
+def test_a_process_that_is_killed_between_post_and_answer_finds_its_task_again(
+    tmp_path: Path,
+) -> None:
+    """Its parent has not even noticed its death: the next run does not wait for that."""
+    with house(tmp_path) as home:
+        home.emulator.world.script("delay_create", arg=2)
+        with buying(home, 1) as process:
+            wait_until(lambda: home.emulator.books(tasks=False)["creates"] == 1, process)
+            process.send_signal(signal.SIGKILL)
+            (request,) = several(1)
+            with buying(home, 1) as second:
+                assert second.wait(PATIENCE_S) == 0
+        assert home.record(request).state is State.STORED
+        events = home.events(request)
+        assert events[:4] == [
+            Event.PLANNED,
+            Event.SUBMITTING,
+            Event.OUTCOME_UNKNOWN,
+            Event.REPLAYING,
+        ]
+        assert home.agree()["creates"] == 1

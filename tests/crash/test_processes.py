@@ -1,0 +1,165 @@
+"""Several processes at once, and processes that end in the middle: each row is bought once."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.states import State
+from tests.crash.cap_trials import trial
+from tests.crash.engine_processes import Shop, outcomes
+from tests.crash.pair_of_runs import together
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    with Emulator(latency_s=0.2, state=tmp_path / "emulator") as emulator:
+        opened = Shop(tmp_path, emulator)
+        yield opened
+        opened.close()
+
+
+def wait_for(shop: Shop, what: Callable[[dict[str, Any]], bool]) -> None:
+    """Until the emulator's books say so."""
+    until_s = time.monotonic() + 60
+    while not what(shop.emulator.books(tasks=False)):
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
+def all_stored(shop: Shop, count: int) -> None:
+    records = shop.records()
+    assert len(records) == count
+    assert {record.state for record in records} == {State.STORED}
+    assert {record.claimed_by for record in records} == {None}
+
+
+def test_two_processes_on_the_same_rows_buy_each_row_once(tmp_path: Path) -> None:
+    """With 500 rows: ``python -m tests.crash.pair_of_runs``."""
+    books, reports = together(tmp_path, rows=80, processes=2)
+    assert sum(report["new"] for report in reports) == 80
+    assert sum(report["posts"] for report in reports) == 80
+    assert books["charged_units"] == 80 * 4500
+
+
+def test_three_processes_that_start_one_after_the_other_buy_each_row_once(shop: Shop) -> None:
+    """The later ones find rows bought, rows in the hands of the others, and rows of their own."""
+    first, second, third = (shop.prepare(start=start, count=30) for start in (0, 10, 20))
+    first.go()
+    wait_for(shop, lambda books: books["creates"] >= 5)
+    second.go()
+    wait_for(shop, lambda books: books["creates"] >= 15)
+    third.go()
+    assert [code for code, _ in outcomes([first, second, third])] == [0, 0, 0]
+    shop.agree(tasks=50)
+    all_stored(shop, 50)
+
+
+def test_what_a_killed_process_held_is_taken_up_by_the_one_beside_it(shop: Shop) -> None:
+    """Without another run, and without waiting: the process table says that it is dead."""
+    killed, other = shop.prepare(count=40), shop.prepare(count=40)
+    killed.go()
+    wait_for(shop, lambda books: books["creates"] >= 10)
+    other.go()
+    wait_for(shop, lambda books: books["creates"] >= 20)
+    killed.send(signal.SIGKILL)
+    assert killed.end()[0] == -signal.SIGKILL
+    code, report = other.end()
+    assert (code, report["left"], report["delivered"] + report["reused"]) == (0, 0, 40)
+    shop.agree(tasks=40)
+    all_stored(shop, 40)
+
+
+def test_a_write_ahead_log_that_is_lost_with_its_process_buys_nothing_twice(shop: Shop) -> None:
+    (killed,) = shop.start({"count": 40})
+    wait_for(shop, lambda books: books["creates"] >= 20)
+    killed.send(signal.SIGKILL)
+    killed.end()
+    file = Path(shop.job.journal.removeprefix("sqlite:///"))
+    for ending in ("-wal", "-shm"):
+        file.with_name(file.name + ending).unlink(missing_ok=True)
+    (again,) = shop.start({"count": 40})
+    assert again.end()[0] == 0
+    shop.agree(tasks=40)
+    all_stored(shop, 40)
+
+
+def test_two_shards_in_two_processes_keep_to_their_own_rows(shop: Shop) -> None:
+    ended = outcomes(
+        shop.start(
+            {"start": 0, "count": 20, "partition": "bucket-000"},
+            {"start": 20, "count": 20, "partition": "bucket-001"},
+        )
+    )
+    assert [(code, report["posts"]) for code, report in ended] == [(0, 20), (0, 20)]
+    shop.agree(tasks=40)
+    bought_by = {record.partition_key: record.run_id for record in shop.records()}
+    assert bought_by == {"bucket-000": "run-0", "bucket-001": "run-1"}
+    all_stored(shop, 40)
+
+
+def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(shop: Shop) -> None:
+    (stopped,) = shop.start({"count": 40, "max_in_flight": 8})
+    wait_for(shop, lambda books: books["creates"] >= 12)
+    stopped.send(signal.SIGTERM)
+    assert stopped.end() == (143, {"stopped": True})
+    created = {task["task_id"] for task in shop.emulator.books()["tasks"]}
+    records = shop.records()
+    assert {record.task_id for record in records if record.task_id} == created
+    assert {record.state for record in records} <= {
+        State.PLANNED,
+        State.SUBMITTED,
+        State.COMPLETED,
+        State.STORED,
+    }
+    assert {record.claimed_by for record in records} == {None}
+    (again,) = shop.start({"count": 40})
+    code, report = again.end()
+    assert (code, report["posts"]) == (0, 40 - len(created))
+    shop.agree(tasks=40)
+
+
+@pytest.mark.parametrize("faults", [False, True])
+def test_four_processes_with_64_in_flight_each_never_pass_a_cap_of_ten_credits(
+    tmp_path: Path, faults: bool
+) -> None:
+    """Twenty trials: ``python -m tests.crash.cap_trials``."""
+    found = trial(tmp_path, seed=1, faults=faults)
+    assert found.most_units <= 100_000
+    assert found.committed_units <= 100_000
+    if not faults:
+        assert found.charged_units > 100_000 - 4500
+
+
+def test_a_process_that_may_write_no_more_ends_with_a_clear_error(shop: Shop) -> None:
+    """A quota, as the system sets it: the write fails in the middle of the run."""
+    (first,) = shop.start({"count": 8})
+    assert first.end()[0] == 0
+    file = Path(shop.job.journal.removeprefix("sqlite:///"))
+    with sqlite3.connect(file) as grown:
+        grown.execute("create table filler (content blob)")
+        grown.execute("insert into filler values (zeroblob(4000000))")
+    grown.close()
+    size = file.stat().st_size
+    posts = shop.emulator.books()["submit_posts"]
+    (bounded,) = shop.start({"count": 60, "file_bytes": size})
+    code, report = bounded.end()
+    assert code == 3
+    assert "disk I/O error" in report["journal_error"] or "full" in report["journal_error"]
+    assert "Nothing more is bought" in report["journal_error"]
+    named = report["journal_error"].count("task-unified-")
+    books = shop.emulator.books()
+    with_task = sum(record.task_id is not None for record in shop.records())
+    assert books["creates"] == with_task + named
+    assert books["submit_posts"] >= posts
+    (again,) = shop.start({"count": 60})
+    assert again.end()[0] == 0
+    shop.agree(tasks=60)
+    assert {record.state for record in shop.records()} == {State.STORED}

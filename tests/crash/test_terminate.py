@@ -1,0 +1,68 @@
+"""SIGTERM to the command: it ends soon, writes what it knows, and the next run completes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster.engine.states import State
+from tests.crash.test_kill import PATIENCE_S, ROOT, wait_until
+from tests.engine.engine_bench import House, house
+
+
+def command(home: House) -> subprocess.Popen[bytes]:
+    """``krea-dagster materialize`` over eight rows, three at a time."""
+    prompts = home.folder / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": [f"a fox {n}" for n in range(8)]}), prompts)
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": "",
+        "EVOLINK_API_KEY": "emulator",
+        "EVOLINK_BASE_URL": home.emulator.url,
+        "KREA_PROMPTS": str(prompts),
+        "KREA_STORAGE": str(home.folder),
+        "KREA_PARTITION_BY": "hash:1",
+        "KREA_MAX_IN_FLIGHT": "3",
+        "KREA_ON_UNKNOWN": "hold",
+    }
+    arguments = [sys.executable, "-m", "krea_dagster.cli", "materialize"]
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_a_terminated_command_tears_no_post_from_its_answer(tmp_path: Path) -> None:
+    """Under hold a torn one would need a person."""
+    with house(tmp_path, latency_s=0.05) as home:
+        home.emulator.world.set_rate("stuck", 1.0)
+        home.emulator.world.script("delay_create", arg=1)
+        process = command(home)
+        try:
+            wait_until(lambda: home.emulator.books(tasks=False)["creates"] == 3, process)
+            process.send_signal(signal.SIGTERM)
+            started_s = time.monotonic()
+            assert process.wait(PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.wait()
+        assert time.monotonic() - started_s < 20
+        books = home.agree()
+        assert books["creates"] == books["submit_posts"] == 3
+        records = list(home.journal.all_records())
+        states = sorted(record.state.value for record in records)
+        assert states == ["planned"] * 5 + ["submitted"] * 3
+        assert {record.claimed_by for record in records} == {None}
+
+        home.emulator.world.set_rate("stuck", 0.0)
+        unfinished = [record.request for record in records if record.state is State.PLANNED]
+        report = asyncio.run(home.run(unfinished, "run-2"))
+        assert (report.posts, report.progress.delivered) == (5, 5)
+        assert home.agree()["creates"] == 8

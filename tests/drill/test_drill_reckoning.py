@@ -1,0 +1,145 @@
+"""How the books, the journal and the files are compared: each way in which they can disagree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import pytest
+
+from krea_dagster.drill.reckoning import Fate, Reckoning, ServerTask, body_of, reckon
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+from krea_dagster.models import ImageRequest
+
+KEY = "a" * 64
+SENT = datetime(2026, 5, 1, tzinfo=timezone.utc)
+REQUEST = ImageRequest(KEY, "a heron", "1:1", "1K", 7, nsfw_check=False, attempt=0)
+TASK = ServerTask("task-1", body_of(REQUEST), "completed", 4500, 4500, "hash", frozenset())
+RECORD = Record(
+    REQUEST,
+    State.STORED,
+    "p",
+    task_id="task-1",
+    sent_at=SENT,
+    reserved_units=4500,
+    charged_units=4500,
+)
+
+
+def found(
+    *tasks: ServerTask, record: Record | None = RECORD, file: str | None = "hash"
+) -> Reckoning:
+    records = {} if record is None else {KEY: record}
+    files = {} if file is None else {KEY: file}
+    return reckon([REQUEST], len(tasks), tasks, records, files)
+
+
+def in_state(state: State, task_id: str | None = "task-1") -> Record:
+    settled = state in (State.COMPLETED, State.STORED)
+    charged = 4500 if settled else None
+    return replace(RECORD, state=state, task_id=task_id, charged_units=charged)
+
+
+def test_one_charge_one_file_with_the_servers_hash_is_delivered() -> None:
+    reckoning = found(TASK)
+    assert reckoning.of(Fate.DELIVERED) == [KEY]
+    assert (reckoning.billed, reckoning.billed_units) == (1, 4500)
+    assert reckoning.faults("replay") == []
+
+
+@pytest.mark.parametrize("status", ["completed", "processing"])
+def test_a_second_task_that_is_charged_or_may_be_is_bought_twice(status: str) -> None:
+    charged = 4500 if status == "completed" else 0
+    second = replace(TASK, task_id="task-2", status=status, charged_units=charged)
+    assert "1 bought twice" in found(TASK, second).faults("hold")
+
+
+def test_a_second_task_after_one_that_failed_is_not_bought_twice() -> None:
+    failed = replace(TASK, task_id="task-0", status="failed", charged_units=0)
+    assert found(failed, TASK).faults("replay") == []
+
+
+def test_credits_that_the_journal_has_not_down_as_charged_are_unexplained() -> None:
+    cheaper = found(TASK, record=replace(RECORD, charged_units=4000))
+    assert cheaper.faults("replay") == ["0.05 credits unexplained"]
+
+
+@pytest.mark.parametrize("file", [None, "another hash"])
+def test_a_stored_request_without_the_right_file_is_lost_whatever_the_journal_says(
+    file: str | None,
+) -> None:
+    reckoning = found(TASK, file=file)
+    assert reckoning.of(Fate.LOST) == [KEY]
+    assert reckoning.faults("hold") == ["1 lost"]
+
+
+@pytest.mark.parametrize("state", [State.PLANNED, State.FAILED, State.REFUSED, State.DEFERRED])
+def test_a_charge_for_what_the_journal_holds_for_unbought_is_lost_and_unrecorded(
+    state: State,
+) -> None:
+    reckoning = found(TASK, record=in_state(state, None), file=None)
+    assert reckoning.of(Fate.LOST) == [KEY]
+    assert reckoning.unrecorded == ["task-1"]
+
+
+def test_a_charge_that_the_journal_has_never_heard_of_is_lost_and_unrecorded() -> None:
+    reckoning = found(TASK, record=None, file=None)
+    assert (reckoning.of(Fate.LOST), reckoning.unrecorded) == ([KEY], ["task-1"])
+
+
+def test_a_charge_for_something_that_was_not_asked_for_is_unrecorded() -> None:
+    stranger = replace(TASK, task_id="task-9", body=("other", "1:1", "1K", 1))
+    assert found(TASK, stranger).unrecorded == ["task-9"]
+
+
+@pytest.mark.parametrize("state", [State.UNKNOWN, State.SUBMITTING])
+@pytest.mark.parametrize("charged", [True, False])
+def test_an_open_outcome_is_unknown_with_its_price_and_not_lost(
+    state: State, *, charged: bool
+) -> None:
+    tasks = [TASK] if charged else []
+    reckoning = found(*tasks, record=in_state(state, None), file=None)
+    (unknown,) = reckoning.unknown
+    assert (unknown.credits_units, unknown.since, unknown.charged) == (4500, SENT, charged)
+    assert reckoning.faults("hold") == []
+    assert reckoning.faults("replay") == ["1 unknown"]
+
+
+def test_an_unknown_outcome_before_any_answer_counts_the_published_price() -> None:
+    record = replace(in_state(State.UNKNOWN, None), reserved_units=None)
+    assert found(record=record, file=None).unknown_units == 4500
+
+
+def test_a_paid_picture_that_the_last_worker_left_behind_is_a_fault() -> None:
+    reckoning = found(TASK, record=in_state(State.COMPLETED), file=None)
+    assert reckoning.faults("hold") == ["1 charged, could be had, and not delivered"]
+
+
+def test_a_task_that_the_server_denies_is_forgotten_only_where_the_journal_says_expired() -> None:
+    vanished = replace(TASK, faults=frozenset({"vanished"}))
+    said = found(vanished, record=in_state(State.EXPIRED), file=None)
+    assert (said.of(Fate.FORGOTTEN), said.forgotten_units) == ([KEY], 4500)
+    assert said.faults("replay") == []
+    unsaid = found(vanished, record=in_state(State.FAILED), file=None)
+    assert unsaid.of(Fate.LOST) == [KEY]
+    not_denied = found(TASK, record=in_state(State.EXPIRED), file=None)
+    assert not_denied.of(Fate.LOST) == [KEY]
+
+
+def test_what_never_ends_failed_or_was_refused_is_told_apart_from_what_was_never_bought() -> None:
+    stuck = replace(TASK, status="processing", charged_units=0)
+    failed = replace(TASK, status="failed", charged_units=0)
+    fates = [
+        found(stuck, record=in_state(State.SUBMITTED), file=None),
+        found(failed, record=in_state(State.FAILED), file=None),
+        found(record=in_state(State.REFUSED, None), file=None),
+        found(record=in_state(State.PLANNED, None), file=None),
+    ]
+    assert [list(one.fates) for one in fates] == [
+        [Fate.ENDLESS],
+        [Fate.FAILED],
+        [Fate.REFUSED],
+        [Fate.NEVER_BOUGHT],
+    ]
+    assert fates[3].faults("hold") == ["1 never bought"]

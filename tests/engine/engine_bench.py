@@ -1,0 +1,278 @@
+"""What the engine's tests share: requests, a hand that writes events, and a house to run in."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import anyio
+from sqlalchemy import Table, create_engine, select
+
+from krea_dagster.api import KreaClient
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine import schema
+from krea_dagster.engine.changes import Change
+from krea_dagster.engine.clock import Clock, SystemClock
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.owner import this_process
+from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.policy import Policy
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.states import Event, State, replay
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import BuyingClosed, JournalError
+from krea_dagster.models import ImageRequest
+from krea_dagster.prompts.requests import request_key
+
+NOW: Final = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def asked(prompt: str = "a fox", **fields: Any) -> ImageRequest:
+    """A request for one picture, with its true identity."""
+    what = {"size": "1:2", "quality": "1K", "seed": 7, "nsfw_check": False, **fields}
+    key = request_key(prompt=prompt, **what)
+    return ImageRequest(request_key=key, prompt=prompt, attempt=what.pop("attempt", 0), **what)
+
+
+def several(count: int, start: int = 0) -> list[ImageRequest]:
+    """Requests that differ in their seed."""
+    return [asked(seed=number + 1) for number in range(start, start + count)]
+
+
+#: Columns that each event needs at least.
+VALUES: Final[Mapping[Event, Mapping[str, Any]]] = MappingProxyType(
+    {
+        Event.SUBMITTING: {"partition_key": "p"},
+        Event.ACCEPTED: {"reserved_units": 4500},
+        Event.COMPLETED: {"result_url": "https://files.test/a.png", "charged_units": 4500},
+        Event.FAILED: {"error_code": "service_error", "charged_units": 0},
+        Event.STORED: {
+            "image_path": "images/a.png",
+            "image_sha256": "0" * 64,
+            "image_bytes": 10,
+            "image_format": "PNG",
+            "width": 704,
+            "height": 1472,
+        },
+    }
+)
+
+#: The shortest way to each state, after a request was planned.
+WAYS: Final[Mapping[State, tuple[Event, ...]]] = MappingProxyType(
+    {
+        State.PLANNED: (),
+        State.DEFERRED: (Event.DEFERRED,),
+        State.SUBMITTING: (Event.SUBMITTING,),
+        State.UNKNOWN: (Event.SUBMITTING, Event.OUTCOME_UNKNOWN),
+        State.REFUSED: (Event.SUBMITTING, Event.REFUSED),
+        State.SUBMITTED: (Event.SUBMITTING, Event.ACCEPTED),
+        State.FAILED: (Event.SUBMITTING, Event.ACCEPTED, Event.FAILED),
+        State.EXPIRED: (Event.SUBMITTING, Event.ACCEPTED, Event.EXPIRED),
+        State.COMPLETED: (Event.SUBMITTING, Event.ACCEPTED, Event.COMPLETED),
+        State.STORED: (Event.SUBMITTING, Event.ACCEPTED, Event.COMPLETED, Event.STORED),
+    }
+)
+
+
+def change(request: ImageRequest, event: Event, at: datetime = NOW, /, **values: Any) -> Change:
+    """An event of a request, with what it needs."""
+    needed = dict(VALUES.get(event, {}))
+    if event is Event.ACCEPTED:
+        needed["task_id"] = f"task-unified-{request.request_key[:20]}"
+    return Change(request.request_key, event, at, {**needed, **values})
+
+
+class Hand:
+    """An owner that writes events one by one."""
+
+    def __init__(self, journal: Journal, run_id: str = "run-by-hand") -> None:
+        self.journal = journal
+        self.run_id = run_id
+        self.owner = this_process(run_id)
+        journal.register(self.owner, NOW)
+
+    def plan(self, *requests: ImageRequest) -> int:
+        """Plan and claim requests; how many were new."""
+        pairs = [(request, "p") for request in requests]
+        new = self.journal.plan(pairs, run_id=self.run_id, at=NOW)
+        self.journal.claim([r.request_key for r in requests], self.owner.owner, NOW)
+        return new
+
+    def append(self, *changes: Change) -> list[Record | JournalError | BuyingClosed]:
+        return self.journal.append(changes, owner=self.owner.owner, run_id=self.run_id)
+
+    def write(self, request: ImageRequest, event: Event, **values: Any) -> Record:
+        """Write one event. Raises what the journal says against it."""
+        (answer,) = self.append(change(request, event, **values))
+        if not isinstance(answer, Record):
+            raise answer
+        return answer
+
+    def bring(self, request: ImageRequest, state: State) -> Record:
+        """Plan a request and bring it to a state."""
+        self.plan(request)
+        for event in WAYS[state]:
+            self.write(request, event)
+        return self.journal.records([request.request_key])[request.request_key]
+
+
+def rows(journal_url: str, table: Table) -> list[dict[str, Any]]:
+    """All rows of a table, as the database has them, in the order of their keys."""
+    engine = create_engine(journal_url)
+    with engine.connect() as connection:
+        found = connection.execute(select(table).order_by(*table.primary_key.columns)).mappings()
+        values = [dict(row) for row in found]
+    engine.dispose()
+    return values
+
+
+def all_rows(journal_url: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every table."""
+    return {table.name: rows(journal_url, table) for table in schema.metadata.sorted_tables}
+
+
+#: Retries without pauses; a task is gone as soon as it was not found three times.
+QUICK: Final = Policy(wait_scale=0.01, gone_after_s=0.0, patience_s=20.0)
+
+#: The emulator's latency is known, so that a run does not wait for the first look.
+LEARNED: Final = Latencies(recent={"1K": (0.02,), "2K": (0.02,)})
+
+
+async def until(what: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Wait for something that happens in another thread or process. Raises TimeoutError."""
+    with anyio.fail_after(within_s):
+        while not what():  # noqa: ASYNC110 - nobody there could set an event of this loop
+            await anyio.sleep(0.005)
+
+
+class ServerClock:
+    """The emulator's clock: it goes on by itself, and further when a test moves it."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self._ahead_s
+
+    def move(self, seconds: float) -> None:
+        self._ahead_s += seconds
+
+
+class ClockAhead(SystemClock):
+    """This machine's clocks, with the time of day moved on."""
+
+    def __init__(self, ahead: timedelta) -> None:
+        self._ahead = ahead
+
+    def now(self) -> datetime:
+        return super().now() + self._ahead
+
+
+class House:
+    """A storage root with its journal, and runs against one emulator."""
+
+    def __init__(self, folder: Path, emulator: Emulator) -> None:
+        self.folder = folder
+        self.emulator = emulator
+        self.url = f"sqlite:///{folder / 'journal.db'}"
+        self.journal = Journal(self.url)
+        self.images = ImageStore(Storage(str(folder)))
+
+    def runner(
+        self,
+        run_id: str = "run-1",
+        *,
+        max_in_flight: int = 64,
+        clock: Clock | None = None,
+        timeout_s: float = 5.0,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        images: ImageStore | None = None,
+        **policy: Any,
+    ) -> Runner:
+        """A runner whose pauses are short."""
+        return Runner(
+            connect=lambda: KreaClient(
+                "emulator", base_url=self.emulator.url, timeout_s=timeout_s, max_connections=16
+            ),
+            journal=self.journal,
+            images=images or self.images,
+            run_id=run_id,
+            policy=replace(QUICK, **policy),
+            max_in_flight=max_in_flight,
+            clock=clock or SystemClock(),
+            randomness=random.Random(1),  # noqa: S311 - jitter
+            latencies=LEARNED,
+            on_progress=on_progress,
+        )
+
+    async def run(
+        self, requests: Iterable[ImageRequest], run_id: str = "run-1", **options: Any
+    ) -> RunReport:
+        """Run these requests as far as they go."""
+        return await self.runner(run_id, **options).run(as_wanted(requests))
+
+    def record(self, request: ImageRequest) -> Record:
+        return self.journal.records([request.request_key])[request.request_key]
+
+    def states(self, requests: Iterable[ImageRequest]) -> list[str]:
+        return [self.record(request).state.value for request in requests]
+
+    def events(self, request: ImageRequest) -> list[Event]:
+        return [event for _, event, _ in self.journal.history(request.request_key)]
+
+    def files(self) -> list[str]:
+        """Every file under the storage root that belongs to an image."""
+        parts = [*self.folder.glob("images/**/*"), *self.folder.glob(".partial/*")]
+        return sorted(str(p.relative_to(self.folder)) for p in parts if p.is_file())
+
+    def agree(self, *, bought_twice: int = 0) -> dict[str, Any]:
+        """The emulator's books, held against the journal.
+
+        Nothing was bought twice; every task that was created is known, or its request counts
+        as unknown; every charge is the server's; the events lead to the present states; the
+        key went to nobody else.
+        """
+        books = self.emulator.books()
+        assert books["bodies_bought_more_than_once"] == bought_twice
+        assert books["key_leaks"] == 0
+        records = list(self.journal.all_records())
+        open_keys = {
+            record.idempotency_key
+            for record in records
+            if record.state in (State.UNKNOWN, State.SUBMITTING)
+        }
+        bought = {row["task_id"]: row for row in rows(self.url, schema.submissions)}
+        for task in books["tasks"]:
+            if task["idempotency_key"] in open_keys:
+                continue
+            row = bought[task["task_id"]]
+            assert row["idempotency_key"] == task["idempotency_key"]
+            assert row["reserved_units"] == task["reserved_units"]
+            if row["charged_units"] is not None:
+                assert row["charged_units"] == task["charged_units"]
+        for record in records:
+            history = self.journal.history(record.request_key)
+            assert replay(event for _, event, _ in history) is record.state
+        return books
+
+
+def as_wanted(requests: Iterable[ImageRequest]) -> list[Wanted]:
+    return [Wanted(request, "p") for request in requests]
+
+
+@contextmanager
+def house(folder: Path, **settings: Any) -> Iterator[House]:
+    """A house whose emulator finishes a task within 20 ms."""
+    options = {"latency_s": 0.01, "latency_jitter": 0.0, **settings}
+    with Emulator(state=folder / "emulator", **options) as emulator:
+        yield House(folder, emulator)

@@ -1,0 +1,159 @@
+"""Group commit: many changes in few transactions, and each caller gets its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from krea_dagster.engine.changes import Change
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.writer import GroupCommit
+from krea_dagster.errors import BuyingClosed, IllegalTransition, JournalError
+from krea_dagster.models import ImageRequest
+from tests.engine.engine_bench import Hand, asked, change, several
+
+pytestmark = pytest.mark.anyio
+
+
+class CountingJournal(Journal):
+    """A journal that counts its commits of events."""
+
+    commits = 0
+
+    def append(
+        self, changes: Sequence[Change], *args: Any, **who: Any
+    ) -> list[Record | JournalError | BuyingClosed]:
+        self.commits += 1
+        return super().append(changes, *args, **who)
+
+
+def group_commit(hand: Hand) -> GroupCommit:
+    return GroupCommit(hand.journal, owner=hand.owner.owner, run_id=hand.run_id)
+
+
+async def results(writer: GroupCommit, *changes: Change) -> list[Record | BaseException]:
+    return await asyncio.gather(*map(writer.append, changes), return_exceptions=True)
+
+
+def states(journal: Journal, requests: Sequence[ImageRequest]) -> list[State]:
+    records = journal.records([request.request_key for request in requests])
+    return [records[request.request_key].state for request in requests]
+
+
+async def test_changes_that_come_together_share_few_commits(journal_url: str) -> None:
+    journal = CountingJournal(journal_url)
+    hand, requests = Hand(journal), several(300)
+    hand.plan(*requests)
+    with group_commit(hand) as writer:
+        answers = await results(writer, *(change(r, Event.SUBMITTING) for r in requests))
+    assert [answer.request for answer in answers if isinstance(answer, Record)] == requests
+    assert set(states(journal, requests)) == {State.SUBMITTING}
+    assert journal.commits <= 10
+    journal.close()
+
+
+async def test_what_is_answered_is_on_disk(journal: Journal, journal_url: str) -> None:
+    hand, request = Hand(journal), asked()
+    hand.plan(request)
+    with group_commit(hand) as writer:
+        record = await writer.append(change(request, Event.SUBMITTING))
+        with closing(Journal(journal_url)) as other:
+            assert other.records([request.request_key]) == {request.request_key: record}
+
+
+async def test_an_illegal_change_fails_alone(journal: Journal) -> None:
+    hand, requests = Hand(journal), several(5)
+    hand.plan(*requests)
+    wrong = requests[2]
+    changes = [change(r, Event.STORED if r is wrong else Event.SUBMITTING) for r in requests]
+    with group_commit(hand) as writer:
+        answers = await results(writer, *changes)
+    assert [type(answer) for answer in answers].count(Record) == 4
+    assert isinstance(answers[2], IllegalTransition)
+    assert states(journal, requests).count(State.SUBMITTING) == 4
+
+
+async def test_a_change_that_the_database_refuses_fails_alone(journal: Journal) -> None:
+    """The others' task ids are paid for: they must be on disk."""
+    hand, requests = Hand(journal), several(5)
+    for request in requests:
+        hand.bring(request, State.SUBMITTING)
+    same = {"task_id": "task-unified-same"}
+    changes = [
+        change(request, Event.ACCEPTED, **(same if number < 2 else {}))
+        for number, request in enumerate(requests)
+    ]
+    with group_commit(hand) as writer:
+        answers = await results(writer, *changes)
+    assert sum(isinstance(answer, JournalError) for answer in answers) == 1
+    assert states(journal, requests).count(State.SUBMITTED) == 4
+
+
+async def test_a_change_whose_caller_was_cancelled_is_written_all_the_same(
+    journal: Journal,
+) -> None:
+    hand, requests = Hand(journal), several(20)
+    hand.plan(*requests)
+    with group_commit(hand) as writer:
+        async with anyio.create_task_group() as callers:
+            for request in requests:
+                callers.start_soon(writer.append, change(request, Event.SUBMITTING))
+            await anyio.lowlevel.checkpoint()
+            callers.cancel_scope.cancel()
+    assert set(states(journal, requests)) == {State.SUBMITTING}
+
+
+async def test_leaving_writes_all_that_was_given_before(journal: Journal) -> None:
+    hand, requests = Hand(journal), several(600)
+    hand.plan(*requests)
+    with group_commit(hand) as writer:
+        tasks = [
+            asyncio.ensure_future(writer.append(change(r, Event.SUBMITTING))) for r in requests
+        ]
+        await anyio.lowlevel.checkpoint()
+    assert set(states(journal, requests)) == {State.SUBMITTING}
+    await asyncio.gather(*tasks)
+
+
+async def test_the_changes_of_one_request_keep_their_order(journal: Journal) -> None:
+    hand, (first, second) = Hand(journal), several(2)
+    hand.plan(first, second)
+    changes = [
+        change(first, Event.SUBMITTING),
+        change(second, Event.SUBMITTING),
+        change(first, Event.OUTCOME_UNKNOWN),
+        change(second, Event.ACCEPTED),
+        change(first, Event.REPLAYING),
+        change(first, Event.ACCEPTED),
+    ]
+    with group_commit(hand) as writer:
+        await results(writer, *changes)
+    assert states(journal, [first, second]) == [State.SUBMITTED, State.SUBMITTED]
+    assert [event for _, event, _ in journal.history(first.request_key)][-1] is Event.ACCEPTED
+
+
+async def test_a_locked_database_fails_all_that_wait_for_it_at_once(tmp_path: Path) -> None:
+    """Not one after the other: each would wait for the lock anew."""
+    path = tmp_path / "journal.db"
+    journal = Journal(f"sqlite:///{path}", lock_timeout_s=0.2)
+    hand, requests = Hand(journal), several(40)
+    hand.plan(*requests)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("begin immediate")
+        started_s = time.monotonic()
+        with group_commit(hand) as writer:
+            answers = await results(writer, *(change(r, Event.SUBMITTING) for r in requests))
+        other.rollback()
+    assert all(isinstance(answer, JournalError) for answer in answers)
+    assert time.monotonic() - started_s < 5.0  # 40 waits would be 8 s
+    assert set(states(journal, requests)) == {State.PLANNED}

@@ -1,0 +1,383 @@
+"""Only the picture that was asked for is published; every other body is told apart."""
+
+# ruff: noqa: ARG002 - doubles take all that their interface gives them
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+import pytest
+from PIL import Image, ImageDraw
+
+from krea_dagster.engine.images import MAX_IMAGE_BYTES, ImageStore, look_at
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
+from krea_dagster.models import ImageRequest
+from tests.engine.engine_bench import asked
+
+pytestmark = pytest.mark.anyio
+
+REQUEST = asked()
+PIXELS = REQUEST.pixels
+
+
+@dataclass(frozen=True)
+class Body:
+    size_bytes: int
+    sha256: str
+
+
+class Server:
+    """Answers every download with the same bytes, in pieces, and stops at the limit."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    async def download(self, url: str, *, sink: Callable[[bytes], object], max_bytes: int) -> Body:
+        for start in range(0, len(self.body), 65536):
+            if start + 65536 > max_bytes:
+                raise NoUsableBody("longer than allowed")
+            sink(self.body[start : start + 65536])
+        return Body(len(self.body), sha256(self.body).hexdigest())
+
+
+def picture(pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> Image.Image:
+    """A picture with something in it."""
+    image = Image.new("RGB", pixels, (200, 180, 90))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((10, 10, pixels[0] - 50, pixels[1] - 90), fill=(20, 90, 160))
+    return image.convert(mode)
+
+
+@cache
+def encoded(file_format: str, pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> bytes:
+    target = io.BytesIO()
+    options = {"compress_level": 1} if file_format == "PNG" else {}
+    picture(pixels, mode).save(target, file_format, **options)
+    return target.getvalue()
+
+
+def flat(mode: str, colour: object) -> bytes:
+    target = io.BytesIO()
+    image = Image.new(mode, PIXELS, colour)  # type: ignore[arg-type]  # each mode has its own
+    image.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
+def flat_palette_with_alpha() -> bytes:
+    target = io.BytesIO()
+    image = Image.new("P", PIXELS, 3)
+    image.putpalette([0, 0, 0] * 3 + [9, 9, 9])
+    image.save(target, "PNG", transparency=3, compress_level=1)
+    return target.getvalue()
+
+
+def almost_black_jpeg() -> bytes:
+    """Black as a lossy encoder leaves it: not every pixel is quite the same."""
+    image = Image.new("RGB", PIXELS, (0, 0, 0))
+    image.putpixel((5, 5), (2, 1, 2))
+    target = io.BytesIO()
+    image.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
+def bomb() -> bytes:
+    """A few hundred bytes that declare 60,000 × 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(b"\0" * 99)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def animated(file_format: str) -> bytes:
+    target = io.BytesIO()
+    first, second = picture(), picture().rotate(180)
+    first.save(target, file_format, save_all=True, append_images=[second])
+    return target.getvalue()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore(Storage(str(tmp_path)))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+async def fetch(
+    store: ImageStore, body: bytes, request: ImageRequest = REQUEST, url: str = "https://x/a.png"
+) -> object:
+    return await store.fetch(Server(body), url, request)
+
+
+# -- what is taken ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file_format", "ending"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("AVIF", "avif")]
+)
+async def test_a_picture_is_published_under_its_request_key_and_its_true_format(
+    store: ImageStore, tmp_path: Path, file_format: str, ending: str
+) -> None:
+    """Whatever the link's ending says."""
+    body = encoded(file_format)
+    image = await store.fetch(Server(body), "https://files.test/x.gif", REQUEST)
+    key = REQUEST.request_key
+    assert image.path == f"images/{key[:2]}/{key}.{ending}"
+    assert files(tmp_path) == [image.path]
+    assert (tmp_path / image.path).read_bytes() == body
+    assert (image.bytes, image.sha256) == (len(body), sha256(body).hexdigest())
+    assert (image.format, image.width, image.height) == (file_format, *PIXELS)
+    assert store.holds(image)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
+async def test_pictures_in_other_colour_modes_are_pictures(store: ImageStore, mode: str) -> None:
+    assert await fetch(store, encoded("PNG", PIXELS, mode))
+
+
+async def test_a_picture_in_16_bit_grey_is_a_picture(store: ImageStore) -> None:
+    target = io.BytesIO()
+    picture(mode="L").convert("I").point(lambda v: v * 256).convert("I;16").save(target, "PNG")
+    assert await fetch(store, target.getvalue())
+
+
+async def test_a_file_can_be_read_by_others(store: ImageStore, tmp_path: Path) -> None:
+    image = await store.fetch(Server(encoded("PNG")), "https://x/a", REQUEST)
+    assert (tmp_path / image.path).stat().st_mode & 0o777 == 0o644
+
+
+async def test_a_picture_that_is_fetched_again_replaces_the_old_file(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    await fetch(store, encoded("PNG"))
+    await fetch(store, encoded("PNG", PIXELS, "RGBA"))
+    (name,) = files(tmp_path)
+    assert (tmp_path / name).read_bytes() == encoded("PNG", PIXELS, "RGBA")
+
+
+async def test_a_missing_or_shorter_file_is_not_held(store: ImageStore, tmp_path: Path) -> None:
+    image = await store.fetch(Server(encoded("PNG")), "https://x/a", REQUEST)
+    os.truncate(tmp_path / image.path, 100)
+    assert not store.holds(image)
+    (tmp_path / image.path).unlink()
+    assert not store.holds(image)
+
+
+# -- what is not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"<!DOCTYPE html><html>Sign in</html>", id="HTML"),
+        pytest.param(b'{"error": {"code": "x"}}', id="JSON"),
+        pytest.param(os.urandom(50_000), id="random bytes"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", id="only a signature"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + os.urandom(5000), id="a signature and noise"),
+        pytest.param(b"GIF89a" + b"\0" * 100, id="GIF"),
+        pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", id="SVG"),
+    ],
+)
+async def test_a_body_that_is_no_picture_is_to_be_fetched_again(
+    store: ImageStore, tmp_path: Path, body: bytes
+) -> None:
+    with pytest.raises(NoUsableBody):
+        await fetch(store, body)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
+async def test_a_picture_that_is_cut_short_is_to_be_fetched_again(
+    store: ImageStore, tmp_path: Path, file_format: str, share: float
+) -> None:
+    whole = encoded(file_format)
+    with pytest.raises(NoUsableBody):
+        await fetch(store, whole[: int(len(whole) * share)])
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("missing", [1, 4, 12])
+async def test_a_png_without_its_last_bytes_is_to_be_fetched_again(
+    store: ImageStore, missing: int
+) -> None:
+    with pytest.raises(NoUsableBody):
+        await fetch(store, encoded("PNG")[:-missing])
+
+
+async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageStore) -> None:
+    body = bytearray(encoded("PNG"))
+    body[len(body) // 2] ^= 0xFF
+    with pytest.raises(NoUsableBody):
+        await fetch(store, bytes(body))
+
+
+@pytest.mark.parametrize(
+    ("code", "body"),
+    [
+        pytest.param("wrong_size", encoded("PNG", (352, 736)), id="half the size"),
+        pytest.param("wrong_size", encoded("PNG", (PIXELS[1], PIXELS[0])), id="turned"),
+        pytest.param("wrong_size", encoded("JPEG", (PIXELS[0] + 1, PIXELS[1])), id="one too wide"),
+        pytest.param("wrong_size", bomb(), id="bomb"),
+        pytest.param("animated", animated("PNG"), id="animated PNG"),
+        pytest.param("animated", animated("WEBP"), id="animated WebP"),
+        pytest.param("flat_image", flat("RGB", (0, 0, 0)), id="black"),
+        pytest.param("flat_image", almost_black_jpeg(), id="almost black"),
+        pytest.param("flat_image", flat("RGB", (255, 255, 255)), id="white"),
+        pytest.param("flat_image", flat("L", 0), id="black in grey"),
+        pytest.param("flat_image", flat("1", 0), id="black in one bit"),
+        pytest.param("flat_image", flat("P", 0), id="one colour of a palette"),
+        pytest.param("flat_image", flat_palette_with_alpha(), id="palette with transparency"),
+        pytest.param("flat_image", flat("RGBA", (1, 2, 3, 128)), id="flat with alpha"),
+        pytest.param("flat_image", flat("LA", (7, 0)), id="grey with alpha"),
+    ],
+)
+async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
+    store: ImageStore, tmp_path: Path, code: str, body: bytes
+) -> None:
+    """It was paid for: a person may look at it."""
+    with pytest.raises(ImageRejected) as caught:
+        await fetch(store, body)
+    assert caught.value.code == code
+    name = f"images/rejected/{REQUEST.request_key}"
+    assert files(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == body
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_dimensions_are_compared_before_anything_is_decoded(tmp_path: Path) -> None:
+    """Rows that would take 3 GB are not even begun: the data behind the header is nonsense."""
+    path = tmp_path / "bomb.png"
+    body = bytearray(bomb())
+    body[16:24] = struct.pack(">II", 30_000, 2_900)  # below the library's own limit
+    body[29:33] = struct.pack(">I", zlib.crc32(bytes(body[12:29])))
+    path.write_bytes(body)
+    with pytest.raises(ImageRejected) as caught:
+        look_at(path, PIXELS)
+    assert caught.value.code == "wrong_size"
+
+
+async def test_a_body_without_an_end_is_cut_off(store: ImageStore, tmp_path: Path) -> None:
+    class Endless(Server):
+        asked_for = 0
+
+        async def download(
+            self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
+        ) -> Body:
+            self.asked_for = max_bytes
+            return await super().download(url, sink=sink, max_bytes=2_000_000)
+
+    server = Endless(b"\x89PNG\r\n\x1a\n" + b"\0" * 3_000_000)
+    with pytest.raises(NoUsableBody):
+        await store.fetch(server, "https://x/a", REQUEST)
+    assert server.asked_for == MAX_IMAGE_BYTES
+    assert files(tmp_path) == []
+
+
+async def test_a_download_that_breaks_off_leaves_nothing(store: ImageStore, tmp_path: Path) -> None:
+    class Broken(Server):
+        async def download(
+            self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
+        ) -> Body:
+            sink(self.body)
+            raise NoUsableBody("broke off")
+
+    with pytest.raises(DownloadError):
+        await store.fetch(Broken(encoded("PNG")), "https://x/a", REQUEST)
+    assert files(tmp_path) == []
+
+
+# -- where it goes ----------------------------------------------------------------------------
+
+
+async def test_a_file_has_its_name_only_when_it_is_whole(store: ImageStore, tmp_path: Path) -> None:
+    """Until then it is in a folder that nobody reads."""
+    seen: list[list[str]] = []
+
+    class Watched(Server):
+        async def download(
+            self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
+        ) -> Body:
+            body = await super().download(url, sink=sink, max_bytes=max_bytes)
+            seen.append(files(tmp_path))
+            return body
+
+    await store.fetch(Watched(encoded("PNG")), "https://x/a", REQUEST)
+    ((during,),) = seen
+    assert during.startswith(".partial/")
+    assert [name.partition("/")[0] for name in files(tmp_path)] == ["images"]
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A root in fsspec's memory file system, as an object store has it."""
+    root = f"memory://{uuid.uuid4().hex}/krea"
+    yield root
+    fsspec.filesystem("memory").store.clear()
+
+
+async def test_an_object_store_gets_the_same_names(memory: str) -> None:
+    store = ImageStore(Storage(memory))
+    body = encoded("PNG")
+    image = await store.fetch(Server(body), "https://x/a", REQUEST)
+    assert store.holds(image)
+    with store.storage.open(image.path) as file:
+        assert file.read() == body
+    with fsspec.open(store.storage.locate(image.path)) as file:
+        assert file.read() == body
+    assert store.storage.name_of(store.storage.locate(image.path)) == image.path
+
+
+async def test_an_object_store_keeps_what_is_rejected(memory: str) -> None:
+    store = ImageStore(Storage(memory))
+    with pytest.raises(ImageRejected, match="kept as memory://"):
+        await fetch(store, flat("RGB", (0, 0, 0)))
+    assert store.storage.size_bytes(f"images/rejected/{REQUEST.request_key}")
+
+
+def test_a_file_that_is_not_there_has_no_size(memory: str, tmp_path: Path) -> None:
+    assert Storage(memory).size_bytes("images/a.png") is None
+    assert Storage(str(tmp_path)).size_bytes("images/a.png") is None
+    (tmp_path / "images").write_text("a file where a folder should be")
+    assert Storage(str(tmp_path)).size_bytes("images/a.png") is None
+
+
+def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+
+    def write_old(file: BinaryIO) -> None:
+        file.write(b"old")
+
+    storage.write("manifest/a.parquet", write_old)
+
+    def fails(file: BinaryIO) -> None:
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError):
+        storage.write("manifest/a.parquet", fails)
+    assert files(tmp_path) == ["manifest/a.parquet"]
+    assert (tmp_path / "manifest/a.parquet").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("root", ["", "nosuchprotocol://bucket/x"])
+def test_a_root_that_cannot_be_used_is_a_wrong_setting(root: str) -> None:
+    with pytest.raises(ConfigError):
+        Storage(root)

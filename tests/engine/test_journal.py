@@ -1,0 +1,555 @@
+"""The journal: what was asked for and paid, in a database that can be trusted or says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import create_engine, text
+
+from krea_dagster.engine import schema
+from krea_dagster.engine.changes import Change
+from krea_dagster.engine.journal import HEARTBEAT_LIMIT_S, Journal
+from krea_dagster.engine.owner import Owner, this_process
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import Event, State
+from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
+from tests.engine.engine_bench import NOW, Hand, all_rows, asked, change, rows, several
+
+
+def only(records: Any) -> Any:
+    (record,) = records.values()
+    return record
+
+
+# -- planning ---------------------------------------------------------------------------------
+
+
+def test_planning_the_same_requests_again_changes_nothing(
+    journal: Journal, journal_url: str
+) -> None:
+    hand = Hand(journal)
+    assert hand.plan(*several(3)) == 3
+    hand.write(several(1)[0], Event.SUBMITTING)
+    before = all_rows(journal_url)
+    assert hand.plan(*several(3)) == 0
+    assert all_rows(journal_url) == before
+    assert hand.plan(*several(5)) == 2
+
+
+def test_a_request_that_is_planned_twice_in_one_call_is_entered_once(journal: Journal) -> None:
+    assert Hand(journal).plan(asked(), asked()) == 1
+
+
+def test_a_planned_request_comes_back_as_it_was_asked_for(journal: Journal) -> None:
+    request = asked("Fuchs, 狐, 🦊\n\"quoted\" 'twice' %s :name", quality="2K", nsfw_check=True)
+    Hand(journal).plan(request)
+    record = only(journal.records([request.request_key]))
+    assert record.request == request
+    assert record.state is State.PLANNED
+    assert (record.submission, record.idempotency_key) == (0, None)
+
+
+def test_more_requests_than_a_statement_takes_are_planned_claimed_and_read(
+    journal: Journal,
+) -> None:
+    many = several(1203)
+    hand = Hand(journal)
+    assert hand.plan(*many) == 1203
+    assert len(journal.records([request.request_key for request in many])) == 1203
+    assert journal.count_by_state() == {State.PLANNED: 1203}
+    assert len({record.claimed_by for record in journal.all_records()}) == 1
+
+
+def test_keys_that_nobody_planned_are_left_out(journal: Journal) -> None:
+    assert journal.records(["no such key"]) == {}
+    assert journal.history("no such key") == []
+
+
+# -- events -----------------------------------------------------------------------------------
+
+
+def test_an_event_and_the_state_that_it_leads_to_are_written_in_one_transaction(
+    journal: Journal, journal_url: str
+) -> None:
+    """Where the state cannot be written, the event is not there either."""
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.COMPLETED)
+    before = all_rows(journal_url)
+    with pytest.raises(JournalError):
+        hand.write(request, Event.STORED, image_sha256=None)  # breaks the table's own rule
+    assert all_rows(journal_url) == before
+
+
+def test_each_event_says_when_and_what_and_keeps_what_came_with_it(journal: Journal) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.SUBMITTING)
+    later = NOW + timedelta(seconds=3)
+    answer = {"id": "task-unified-1", "usage": {"credits_reserved": 0.45}, "text": "é"}
+    accepted = Change(
+        request.request_key, Event.ACCEPTED, later, {"task_id": "t"}, {"answer": answer}
+    )
+    hand.append(accepted)
+    history = journal.history(request.request_key)
+    assert [event for _, event, _ in history] == [
+        Event.PLANNED,
+        Event.SUBMITTING,
+        Event.ACCEPTED,
+    ]
+    assert history[-1][0] == later
+    assert history[-1][2] == {"answer": answer}
+
+
+def test_a_record_carries_a_request_from_intent_to_file(journal: Journal) -> None:
+    hand, request = Hand(journal), asked()
+    record = hand.bring(request, State.STORED)
+    assert record.submission == 1
+    assert record.idempotency_key == f"krea-{request.request_key}-1"
+    assert (record.sent_at, record.submitted_at) == (NOW, NOW)
+    assert (record.completed_at, record.stored_at) == (NOW, NOW)
+    assert (record.reserved_units, record.charged_units) == (4500, 4500)
+    assert record.run_id == "run-by-hand"
+    assert record.image is not None
+    assert record.image.path == "images/a.png"
+
+
+def test_one_bad_change_keeps_none_of_the_others_from_being_written(journal: Journal) -> None:
+    hand, (first, second) = Hand(journal), several(2)
+    hand.plan(first, second)
+    good, bad, good_too = hand.append(
+        change(first, Event.SUBMITTING),
+        change(second, Event.COMPLETED),
+        change(first, Event.ACCEPTED),
+    )
+    assert isinstance(bad, IllegalTransition)
+    assert isinstance(good, Record)
+    assert isinstance(good_too, Record)
+    assert good_too.state is State.SUBMITTED
+
+
+def test_no_two_requests_can_hold_the_same_task(journal: Journal) -> None:
+    hand, (first, second) = Hand(journal), several(2)
+    hand.bring(first, State.SUBMITTING)
+    hand.bring(second, State.SUBMITTING)
+    hand.write(first, Event.ACCEPTED, task_id="task-unified-1")
+    with pytest.raises(JournalError):
+        hand.write(second, Event.ACCEPTED, task_id="task-unified-1")
+    assert only(journal.records([second.request_key])).state is State.SUBMITTING
+
+
+@pytest.mark.parametrize("units", [-1, -4500])
+def test_no_amount_can_be_negative(journal: Journal, units: int) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.SUBMITTING)
+    with pytest.raises(JournalError):
+        hand.write(request, Event.ACCEPTED, reserved_units=units)
+
+
+def test_texts_of_the_server_that_no_database_takes_are_stored_made_harmless(
+    journal: Journal,
+) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.SUBMITTING)
+    hostile = "a\x00b\ud800c\udfffd \U0001f98a"
+    record = hand.write(
+        request, Event.OUTCOME_UNKNOWN, error_code="x\x00", error_message=hostile + "é" * 100_000
+    )
+    assert record.error_code == "x\ufffd"
+    assert str(record.error_message).startswith("a\ufffdb?c?d \U0001f98a")
+
+
+def test_words_of_the_server_of_any_length_never_cost_a_task_its_id(journal: Journal) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.SUBMITTING)
+    record = hand.write(
+        request, Event.ACCEPTED, task_id="t" * 128, billing_rule="r" * 200, user_group="g" * 300
+    )
+    assert record.task_id == "t" * 128
+
+
+# -- money ------------------------------------------------------------------------------------
+
+
+def test_a_repeat_of_a_purchase_keeps_its_idempotency_key_and_the_time_of_its_first_try(
+    journal: Journal,
+) -> None:
+    hand, request = Hand(journal), asked()
+    first = hand.bring(request, State.UNKNOWN)
+    again = hand.write(request, Event.REPLAYING)
+    hand.write(request, Event.OUTCOME_UNKNOWN)
+    taken = hand.write(request, Event.ACCEPTED)
+    assert again.idempotency_key == taken.idempotency_key == first.idempotency_key
+    assert again.sent_at == taken.sent_at == first.sent_at
+    assert taken.submission == 1
+
+
+@pytest.mark.parametrize("free", [Event.TURNED_AWAY, Event.DEFERRED])
+def test_what_was_certainly_not_created_is_sent_again_under_the_same_key_and_a_new_time(
+    journal: Journal, journal_url: str, free: Event
+) -> None:
+    hand, request = Hand(journal), asked()
+    first = hand.bring(request, State.SUBMITTING)
+    hand.write(request, free)
+    later = NOW + timedelta(days=3)
+    (again,) = hand.append(change(request, Event.SUBMITTING, later))
+    assert isinstance(again, Record)
+    assert again.idempotency_key == first.idempotency_key
+    assert again.sent_at == later
+    assert [row["posts"] for row in rows(journal_url, schema.submissions)] == [2]
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.REFUSED])
+def test_a_purchase_after_a_certain_end_has_a_key_of_its_own_and_the_old_one_is_kept(
+    journal: Journal, journal_url: str, state: State
+) -> None:
+    hand, request = Hand(journal), asked()
+    first = hand.bring(request, state)
+    planned = hand.write(request, Event.PLANNED)
+    assert (planned.idempotency_key, planned.task_id, planned.error_code) == (None, None, None)
+    second = hand.write(request, Event.SUBMITTING)
+    assert second.submission == 2
+    assert second.idempotency_key == f"krea-{request.request_key}-2"
+    kept = {row["idempotency_key"] for row in rows(journal_url, schema.submissions)}
+    assert kept == {first.idempotency_key, second.idempotency_key}
+
+
+def test_a_failed_task_and_a_refused_request_cost_nothing(journal: Journal) -> None:
+    hand, (failed, refused) = Hand(journal), several(2)
+    hand.bring(failed, State.SUBMITTED)
+    assert hand.write(failed, Event.FAILED).charged_units == 0
+    hand.bring(refused, State.SUBMITTING)
+    assert hand.write(refused, Event.REFUSED, charged_units=0).charged_units == 0
+
+
+def test_the_charge_of_an_open_purchase_is_not_known(journal: Journal) -> None:
+    hand, (unknown, submitted) = Hand(journal), several(2)
+    assert hand.bring(unknown, State.UNKNOWN).charged_units is None
+    record = hand.bring(submitted, State.SUBMITTED)
+    assert (record.reserved_units, record.charged_units) == (4500, None)
+
+
+def test_a_fresh_link_changes_neither_the_charge_nor_the_time_of_completion(
+    journal: Journal,
+) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.COMPLETED)
+    fresh = change(request, Event.COMPLETED, NOW + timedelta(hours=1), result_url="https://b")
+    (record,) = hand.append(replace(fresh, values={"result_url": "https://b"}))
+    assert isinstance(record, Record)
+    assert record.result_url == "https://b"
+    assert (record.charged_units, record.completed_at) == (4500, NOW)
+
+
+def test_a_stored_file_that_is_missing_is_forgotten_and_its_purchase_is_not(
+    journal: Journal,
+) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.STORED)
+    record = hand.write(request, Event.FILE_MISSING)
+    assert (record.image, record.stored_at) == (None, None)
+    assert (record.charged_units, record.submission) == (4500, 1)
+    assert record.result_url is not None
+
+
+# -- claims -----------------------------------------------------------------------------------
+
+
+def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
+    journal: Journal,
+) -> None:
+    first, second = Hand(journal, "first"), Hand(journal, "second")
+    key = asked().request_key
+    first.plan(asked())
+    assert journal.claim([key], second.owner.owner, NOW) == set()
+    assert journal.claim([key], first.owner.owner, NOW) == {key}
+    journal.release(first.owner.owner)
+    assert journal.claim([key], second.owner.owner, NOW) == {key}
+
+
+def test_only_the_holder_writes_and_the_other_learns_that_it_was_taken_over(
+    journal: Journal, journal_url: str
+) -> None:
+    first, second = Hand(journal, "first"), Hand(journal, "second")
+    first.bring(asked(), State.SUBMITTING)
+    before = all_rows(journal_url)
+    with pytest.raises(TakenOver):
+        second.write(asked(), Event.ACCEPTED)
+    assert all_rows(journal_url) == before
+
+
+def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
+    first, second = Hand(journal, "first"), Hand(journal, "second")
+    requests = several(3)
+    keys = [request.request_key for request in requests]
+    first.plan(*requests)
+    journal.let_go(keys[:1], first.owner.owner)
+    journal.let_go(keys, second.owner.owner)  # nothing of its own
+    assert journal.claim(keys, second.owner.owner, NOW) == set(keys[:1])
+
+
+def test_claiming_what_nobody_planned_claims_nothing(journal: Journal) -> None:
+    assert journal.claim(["no such key"], Hand(journal).owner.owner, NOW) == set()
+
+
+def _held_by(journal: Journal, owner: Owner) -> str:
+    """A planned request that an owner holds."""
+    request = asked()
+    journal.register(owner, NOW)
+    journal.plan([(request, "p")], run_id=owner.run_id, at=NOW)
+    assert journal.claim([request.request_key], owner.owner, NOW) == {request.request_key}
+    return request.request_key
+
+
+@contextmanager
+def _another_process() -> Iterator[tuple[subprocess.Popen[bytes], Owner]]:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        started = int(psutil.Process(process.pid).create_time() * 1000)
+        yield process, replace(this_process("other"), pid=process.pid, pid_started=started)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_a_killed_process_held_is_free_at_once(journal: Journal) -> None:
+    with _another_process() as (process, owner):
+        key = _held_by(journal, owner)
+        me = Hand(journal).owner.owner
+        assert journal.claim([key], me, NOW) == set()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert journal.claim([key], me, NOW) == {key}
+
+
+def test_a_killed_process_whose_parent_has_not_noticed_is_dead_all_the_same(
+    journal: Journal,
+) -> None:
+    with _another_process() as (process, owner):
+        key = _held_by(journal, owner)
+        process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table
+        assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+        assert journal.claim([key], Hand(journal).owner.owner, NOW) == {key}
+
+
+def test_another_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(
+    journal: Journal,
+) -> None:
+    mine = this_process("dead")
+    key = _held_by(journal, replace(mine, pid_started=mine.pid_started - 60_000))
+    assert journal.claim([key], Hand(journal).owner.owner, NOW) == {key}
+
+
+def test_a_silent_owner_on_another_machine_is_dead_after_the_limit(journal: Journal) -> None:
+    key = _held_by(journal, replace(this_process("far"), host="elsewhere"))
+    me = Hand(journal).owner.owner
+    limit = timedelta(seconds=HEARTBEAT_LIMIT_S)
+    assert journal.claim([key], me, NOW + limit) == set()
+    assert journal.claim([key], me, NOW + limit + timedelta(seconds=1)) == {key}
+
+
+def test_an_owner_on_another_machine_lives_as_long_as_it_is_heard_of(journal: Journal) -> None:
+    far = replace(this_process("far"), host="elsewhere")
+    key = _held_by(journal, far)
+    journal.heartbeat(far.owner, NOW + timedelta(hours=1))
+    me = Hand(journal).owner.owner
+    assert journal.claim([key], me, NOW + timedelta(hours=1, seconds=80)) == set()
+
+
+def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
+    journal_url: str, journal: Journal
+) -> None:
+    """In whatever order they ask; and opening a new journal together harms nobody."""
+    requests = several(1100)
+    journal.plan([(r, "p") for r in requests], run_id="r", at=NOW)
+    keys = [request.request_key for request in requests]
+    claimed: list[set[str]] = []
+    start = threading.Barrier(4)
+
+    def claim(number: int) -> None:
+        with closing(Journal(journal_url)) as mine:
+            me = Hand(mine, f"run-{number}").owner.owner
+            start.wait()
+            claimed.append(mine.claim(keys[:: 1 if number % 2 else -1], me, NOW))
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(len(part) for part in claimed) == len(set().union(*claimed)) == 1100
+
+
+# -- trust ------------------------------------------------------------------------------------
+
+
+def test_a_journal_holds_the_images_of_one_place_for_good(journal: Journal) -> None:
+    journal.bind("api.evolink.ai")
+    journal.bind("api.evolink.ai")
+    with pytest.raises(ConfigError, match=r"holds images from api\.evolink\.ai.*an emulator"):
+        journal.bind("an emulator")
+
+
+def test_a_new_journal_can_be_opened_by_many_at_the_same_time(journal_url: str) -> None:
+    start = threading.Barrier(6)
+    opened: list[Journal] = []
+
+    def open_it() -> None:
+        start.wait()
+        opened.append(Journal(journal_url))
+
+    threads = [threading.Thread(target=open_it) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 6
+    for one in opened:
+        one.close()
+
+
+def test_a_journal_of_another_version_is_not_touched(journal_url: str, journal: Journal) -> None:
+    engine = create_engine(journal_url)
+    with engine.begin() as connection:
+        connection.execute(text("update journal_version set version_num = '9999'"))
+    engine.dispose()
+    before = all_rows(journal_url)
+    with pytest.raises(JournalError, match="schema revision 9999"):
+        Journal(journal_url)
+    assert all_rows(journal_url) == before
+
+
+def _is_trouble(error: pytest.ExceptionInfo[JournalError], path: Path) -> bool:
+    """The error names the file, and says what it means for the money."""
+    return str(path) in str(error.value) and "Nothing more is bought" in str(error.value)
+
+
+def test_a_file_that_is_no_database_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    path.write_bytes(b"this is not a database, " * 100)
+    with pytest.raises(JournalError) as caught:
+        Journal(f"sqlite:///{path}")
+    assert _is_trouble(caught, path)
+    assert path.read_bytes() == b"this is not a database, " * 100
+
+
+def test_a_damaged_journal_is_an_error_and_never_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        Hand(journal).plan(*several(200))
+        keys = [request.request_key for request in several(200)]
+        data = bytearray(path.read_bytes())
+        data[4096:] = b"\xff" * (len(data) - 4096)
+        path.write_bytes(data)
+        for question in (
+            lambda: journal.records(keys),
+            lambda: list(journal.all_records()),
+            journal.count_by_state,
+            lambda: journal.history(keys[0]),
+        ):
+            with pytest.raises(JournalError) as caught:
+                question()
+            assert _is_trouble(caught, path)
+
+
+def test_a_journal_that_cannot_be_written_is_an_error_and_can_still_be_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal.db"
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        Hand(journal).plan(asked())
+    read_only = Journal(f"sqlite:///file:{path}?mode=ro&uri=true")
+    assert read_only.count_by_state() == {State.PLANNED: 1}
+    with pytest.raises(JournalError, match="readonly"):
+        read_only.plan([(asked(), "p")], run_id="r", at=NOW)
+
+
+def test_a_journal_in_a_place_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="could not open the journal"):
+        Journal(f"sqlite:///{tmp_path / 'file' / 'journal.db'}")
+
+
+def test_a_journal_that_another_process_keeps_locked_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    journal = Journal(f"sqlite:///{path}", lock_timeout_s=0.05)
+    Hand(journal).plan(asked())
+    before = all_rows(f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("begin immediate")
+        with pytest.raises(JournalError, match="locked") as caught:
+            journal.plan(several_pairs(), run_id="r", at=NOW)
+        assert _is_trouble(caught, path)
+        other.rollback()
+    assert all_rows(f"sqlite:///{path}") == before
+    assert journal.plan(several_pairs(), run_id="r", at=NOW) == 2
+
+
+def several_pairs() -> list[tuple[Any, str]]:
+    return [(request, "p") for request in several(2)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "not a url",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite://user:secret@/journal.db",
+        "nosuchdatabase://here/journal",
+        "postgresql+nosuchdriver://here/journal",
+    ],
+)
+def test_a_url_that_cannot_be_used_is_a_wrong_setting(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Journal(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_no_prompt_is_in_an_error_message(journal: Journal) -> None:
+    secret = asked("a secret prompt")
+    hand = Hand(journal)
+    hand.bring(secret, State.COMPLETED)
+    with pytest.raises(JournalError) as caught:
+        hand.write(secret, Event.STORED, image_sha256=None)
+    assert "secret" not in str(caught.value)
+
+
+def test_what_a_journal_wrote_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
+    """A process that ends without any goodbye has lost nothing."""
+    path = tmp_path / "journal.db"
+    program = f"""
+import os
+from datetime import datetime, timezone
+from krea_dagster.engine.journal import Journal
+from tests.engine.engine_bench import several
+journal = Journal("sqlite:///{path}")
+journal.plan([(r, "p") for r in several(7)], run_id="r", at=datetime.now(timezone.utc))
+os._exit(9)
+"""
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, check=False)
+    assert ended.returncode == 9
+    assert Journal(f"sqlite:///{path}").count_by_state() == {State.PLANNED: 7}
+
+
+def test_the_answer_of_the_server_is_kept_as_json(journal: Journal, journal_url: str) -> None:
+    hand, request = Hand(journal), asked()
+    hand.bring(request, State.SUBMITTING)
+    answer = {"a": [1, 2.5, None, True], "b": {"c": "\U0001f98a", "d": "\ufffd"}}
+    hand.append(replace(change(request, Event.ACCEPTED), data=answer))
+    kept = rows(journal_url, schema.events)[-1]["data"]
+    assert json.loads(json.dumps(kept)) == answer

@@ -1,0 +1,326 @@
+"""What is done next, for each state and each history: one table, and what holds for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krea_dagster.engine.policy import (
+    DONE,
+    REPEATABLE_TASK_ERRORS,
+    Action,
+    Ask,
+    Defer,
+    Expire,
+    Fetch,
+    FoundUnanswered,
+    Leave,
+    PlanAgain,
+    Policy,
+    Replay,
+    Submit,
+    Trail,
+    backoff_s,
+    next_action,
+    task_error_wait_s,
+)
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+from tests.engine.engine_bench import NOW, asked
+
+POLICY = Policy()
+HOUR = 3600.0
+
+
+def record(state: State, **fields: Any) -> Record:
+    """A request in a state, sent, taken and completed just now."""
+    times = {"sent_at": NOW, "submitted_at": NOW, "completed_at": NOW, "result_url": "https://x/y"}
+    return Record(request=asked(), state=state, partition_key="p", **{**times, **fields})
+
+
+def following(
+    state: State,
+    trail: Trail | None = None,
+    *,
+    after_s: float = 1.0,
+    policy: Policy = POLICY,
+    buying: bool = True,
+    **fields: Any,
+) -> Action:
+    """The next action so many seconds after everything."""
+    now = NOW + timedelta(seconds=after_s)
+    return next_action(record(state, **fields), trail or Trail(), now, policy, buying=buying)
+
+
+@pytest.mark.parametrize(
+    ("state", "first"),
+    [
+        (State.PLANNED, Submit()),
+        (State.DEFERRED, Submit()),
+        (State.SUBMITTING, FoundUnanswered()),
+        (State.UNKNOWN, Replay()),
+        (State.SUBMITTED, Ask()),
+        (State.COMPLETED, Fetch()),
+        (State.STORED, DONE),
+        (State.REFUSED, DONE),
+        (State.EXPIRED, DONE),
+        (State.FAILED, DONE),
+    ],
+)
+def test_a_run_that_finds_a_request_in_a_state_begins_with(state: State, first: Action) -> None:
+    assert following(state) == first
+
+
+# -- buying -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [State.PLANNED, State.DEFERRED])
+def test_once_buying_has_stopped_what_is_not_bought_is_deferred(state: State) -> None:
+    assert following(state, buying=False) == Defer()
+
+
+def test_a_request_that_nobody_takes_is_left_after_its_tries_and_costs_nothing() -> None:
+    assert following(State.PLANNED, Trail(submit_failures=7)) == Submit()
+    action = following(State.PLANNED, Trail(submit_failures=8))
+    assert isinstance(action, Leave)
+    assert "nothing was bought" in action.reason
+
+
+@pytest.mark.parametrize("state", State)
+def test_what_this_run_has_settled_for_good_is_left_whatever_its_state(state: State) -> None:
+    assert following(state, Trail(final="a person decides")) == Leave("a person decides")
+
+
+# -- unknown outcomes -------------------------------------------------------------------------
+
+
+def test_an_unknown_outcome_is_repeated_up_to_23_hours_after_the_first_try() -> None:
+    assert following(State.UNKNOWN, after_s=23 * HOUR) == Replay()
+    late = following(State.UNKNOWN, after_s=23 * HOUR + 1)
+    assert late == Leave("outcome unknown, first try over 23 hours ago: a person decides")
+
+
+def test_an_unknown_outcome_of_which_the_time_is_not_known_is_not_repeated() -> None:
+    assert isinstance(following(State.UNKNOWN, sent_at=None), Leave)
+
+
+def test_under_the_policy_hold_an_unknown_outcome_is_never_repeated() -> None:
+    action = following(State.UNKNOWN, policy=Policy(on_unknown="hold"))
+    assert action == Leave("outcome unknown, policy hold: a person decides")
+
+
+def test_under_the_policy_hold_a_crash_is_still_recorded_as_unknown() -> None:
+    assert following(State.SUBMITTING, policy=Policy(on_unknown="hold")) == FoundUnanswered()
+
+
+def test_a_run_that_has_stopped_buying_repeats_no_purchase() -> None:
+    assert isinstance(following(State.UNKNOWN, buying=False), Leave)
+    assert following(State.SUBMITTING, buying=False) == FoundUnanswered()
+
+
+def test_an_outcome_that_stays_unknown_is_left_for_the_next_run() -> None:
+    assert following(State.UNKNOWN, Trail(submit_failures=11)) == Replay()
+    assert isinstance(following(State.UNKNOWN, Trail(submit_failures=12)), Leave)
+
+
+# -- asking -----------------------------------------------------------------------------------
+
+
+def test_a_task_is_waited_for_until_patience_ends_counted_from_its_submission() -> None:
+    asked_before = Trail(asks=3)
+    assert following(State.SUBMITTED, asked_before, after_s=1800) == Ask()
+    late = following(State.SUBMITTED, asked_before, after_s=1801)
+    assert late == Leave("detached: not finished 1801 s after its submission")
+
+
+def test_a_run_that_comes_after_the_deadline_asks_once_before_it_detaches() -> None:
+    assert following(State.SUBMITTED, after_s=48 * HOUR) == Ask()
+
+
+def test_what_is_paid_is_finished_although_buying_has_stopped() -> None:
+    assert following(State.SUBMITTED, buying=False) == Ask()
+    assert following(State.COMPLETED, buying=False) == Fetch()
+
+
+def test_reads_that_fail_detach_from_the_task_and_never_give_it_up() -> None:
+    assert following(State.SUBMITTED, Trail(ask_failures=19)) == Ask()
+    action = following(State.SUBMITTED, Trail(ask_failures=20))
+    assert action == Leave("detached: no usable answer to 20 reads of its task")
+
+
+def test_a_task_is_gone_when_it_is_old_enough_and_was_not_found_three_times() -> None:
+    gone = Trail(not_found=3, ask_failures=3)
+    assert following(State.SUBMITTED, gone, after_s=59) == Ask()
+    assert following(State.SUBMITTED, Trail(not_found=2, ask_failures=2), after_s=60) == Ask()
+    action = following(State.SUBMITTED, gone, after_s=60)
+    assert action == Expire("task_not_found", "the server does not know the task any more")
+
+
+# -- fetching ---------------------------------------------------------------------------------
+
+
+def test_a_finished_image_without_a_link_or_with_a_stale_one_is_asked_for_a_fresh_one() -> None:
+    assert following(State.COMPLETED, result_url=None) == Ask()
+    assert following(State.COMPLETED, Trail(stale_link=True, fetch_failures=1)) == Ask()
+
+
+def test_an_image_that_cannot_be_fetched_keeps_its_link_for_the_next_run() -> None:
+    assert following(State.COMPLETED, Trail(fetch_failures=5)) == Fetch()
+    action = following(State.COMPLETED, Trail(fetch_failures=6))
+    assert action == Leave("not stored after 6 tries; its link is kept")
+
+
+def test_dead_links_are_given_up_only_after_the_day_that_they_are_promised_for() -> None:
+    dead = Trail(fetch_failures=6, link_dead=True)
+    assert isinstance(following(State.COMPLETED, dead, after_s=24 * HOUR), Leave)
+    action = following(State.COMPLETED, dead, after_s=24 * HOUR + 1)
+    assert action == Expire("link_dead", "its links are dead, and a fresh one was dead too")
+
+
+def test_other_failures_of_a_download_never_give_an_image_up() -> None:
+    action = following(State.COMPLETED, Trail(fetch_failures=6), after_s=1000 * HOUR)
+    assert isinstance(action, Leave)
+
+
+def test_an_image_is_lost_when_its_link_is_dead_and_its_task_is_gone() -> None:
+    gone = Trail(link_dead=True, stale_link=True, not_found=3, ask_failures=3)
+    action = following(State.COMPLETED, gone)
+    assert action == Expire("task_not_found", "its link is dead and its task is not known any more")
+
+
+def test_a_task_that_is_gone_does_not_give_up_a_link_that_is_not_known_to_be_dead() -> None:
+    action = following(State.COMPLETED, Trail(stale_link=True, not_found=4, ask_failures=4))
+    assert isinstance(action, Leave)
+
+
+# -- failed tasks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", REPEATABLE_TASK_ERRORS)
+def test_a_task_error_that_may_pass_is_planned_again(code: str) -> None:
+    assert following(State.FAILED, error_code=code) == PlanAgain()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "content_policy_violation",
+        "invalid_parameters",
+        "image_processing_error",
+        "image_dimension_mismatch",
+        "request_cancelled",
+        "resource_not_found",
+        "unknown_error",
+        "engine_misaligned",
+        None,
+    ],
+)
+def test_any_other_task_error_is_final(code: str | None) -> None:
+    assert following(State.FAILED, error_code=code) == DONE
+
+
+def test_a_run_buys_three_times_at_most_what_fails_each_time() -> None:
+    assert following(State.FAILED, Trail(task_failures=2), error_code="service_error") == (
+        PlanAgain()
+    )
+    assert following(State.FAILED, Trail(task_failures=3), error_code="service_error") == DONE
+
+
+def test_a_failed_task_is_not_planned_again_once_buying_has_stopped() -> None:
+    assert following(State.FAILED, error_code="service_error", buying=False) == DONE
+
+
+# -- pauses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tries", "longest_s"), [(1, 0.5), (2, 1.0), (5, 8.0), (50, 60.0)])
+def test_pauses_double_with_jitter_up_to_a_bound(tries: int, longest_s: float) -> None:
+    assert backoff_s(tries, 1.0, POLICY) == longest_s
+    assert backoff_s(tries, 0.0, POLICY) == longest_s / 2
+
+
+@given(tries=st.integers(0, 100_000), fraction=st.floats(0, 1), asked_s=st.floats(0, 3600))
+def test_what_the_server_asks_for_is_always_honoured(
+    tries: int, fraction: float, asked_s: float
+) -> None:
+    hurried = replace(POLICY, wait_scale=0.001)
+    assert backoff_s(tries, fraction, hurried, at_least_s=asked_s) >= asked_s
+
+
+@pytest.mark.parametrize("code", REPEATABLE_TASK_ERRORS)
+def test_a_failed_task_is_repeated_after_the_documented_pause(code: str) -> None:
+    low_s, high_s = REPEATABLE_TASK_ERRORS[code]
+    assert task_error_wait_s(code, 0.0, POLICY) == low_s
+    assert task_error_wait_s(code, 1.0, POLICY) == high_s
+
+
+# -- everything -------------------------------------------------------------------------------
+
+COUNTS = st.integers(0, 40)
+TIMES = st.one_of(st.none(), st.timedeltas(timedelta(days=-400), timedelta(days=400)))
+TRAILS = st.builds(
+    Trail,
+    asks=COUNTS,
+    task_failures=COUNTS,
+    submit_failures=COUNTS,
+    ask_failures=COUNTS,
+    not_found=COUNTS,
+    fetch_failures=COUNTS,
+    stale_link=st.booleans(),
+    link_dead=st.booleans(),
+    final=st.none() | st.text(min_size=1),
+)
+
+
+@given(
+    state=st.sampled_from(State),
+    trail=TRAILS,
+    sent=TIMES,
+    submitted=TIMES,
+    completed=TIMES,
+    link=st.none() | st.just("https://x/y"),
+    code=st.none() | st.text() | st.sampled_from(sorted(REPEATABLE_TASK_ERRORS)),
+    on_unknown=st.sampled_from(["replay", "hold"]),
+    buying=st.booleans(),
+)
+def test_every_state_and_history_has_a_next_step_and_none_buys_against_the_rules(
+    *,
+    state: State,
+    trail: Trail,
+    sent: timedelta | None,
+    submitted: timedelta | None,
+    completed: timedelta | None,
+    link: str | None,
+    code: str | None,
+    on_unknown: Any,
+    buying: bool,
+) -> None:
+    present = record(
+        state,
+        sent_at=sent and NOW - sent,
+        submitted_at=submitted and NOW - submitted,
+        completed_at=completed and NOW - completed,
+        result_url=link,
+        error_code=code,
+    )
+    policy = replace(POLICY, on_unknown=on_unknown)
+    action = next_action(present, trail, NOW, policy, buying=buying)
+    if isinstance(action, Submit):
+        assert buying
+        assert state in (State.PLANNED, State.DEFERRED)
+    if isinstance(action, Replay):
+        assert buying
+        assert on_unknown == "replay"
+        assert sent is not None
+        assert sent <= timedelta(hours=23)
+    if isinstance(action, Fetch):
+        assert link is not None
+    if isinstance(action, Expire):
+        assert state in (State.SUBMITTED, State.COMPLETED)
+    if action == DONE:
+        assert state in (State.STORED, State.FAILED, State.REFUSED, State.EXPIRED)

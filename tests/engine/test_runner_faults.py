@@ -1,0 +1,346 @@
+"""Each thing that the emulator can do wrong, and what becomes of the request.
+
+One run per kind of fault, with one request for each fault, so that a fault is also shown to
+harm no other row. The emulator's list of faults must be covered in full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from krea_dagster.emulator import FAULTS
+from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.states import Event
+from krea_dagster.models import ImageRequest
+from tests.engine.engine_bench import House, as_wanted, asked, house, several
+
+#: Faults with an argument of their own, to be quick.
+ARGUMENTS: Mapping[str, float | str] = {
+    "delay_create": 0.2,
+    "paid_outcome_unknown": 0.3,
+    "429": 0,
+    "429_date": 0,
+    "read_429": 0,
+    "read_429_date": 0,
+    "read_delay": 0.1,
+    "batch_429": 0,
+    "batch_429_date": 0,
+    "batch_delay": 0.1,
+    "file_429": 0,
+    "file_429_date": 0,
+    "file_delay": 0.1,
+    "slow_task": 0.3,
+    "fail": "invalid_parameters",
+    # Addresses that no server may send a reader to; nobody connects to them.
+    "private_link": "http://169.254.169.254/file.png",
+    "redirect_private": "http://169.254.169.254/file.png",
+}
+
+#: Faults that end all buying; they have a test each in test_runner_stops.py.
+STOPPING = frozenset({"unauthorized", "insufficient_quota", "model_denied"})
+
+#: What becomes of a request whose first POST met the fault; else it is bought.
+CREATE_ENDS: Mapping[str, str] = {
+    "upper_case_code": "refused",
+    "content_refused": "refused",
+    "too_large_413": "refused",
+    "unsupported_415": "refused",
+}
+#: Answers after which it is certain that nothing was created, so that no outcome is unknown.
+CERTAIN = frozenset(
+    {"429", "429_date", "429_no_retry_after", "429_empty", "delay_create", "ignore_idempotency"}
+) | frozenset(CREATE_ENDS)
+
+#: What becomes of a task with the fault: state, and the error's code.
+TASK_ENDS: Mapping[str, tuple[str, str | None]] = {
+    "fail": ("failed", "invalid_parameters"),
+    "fail_bare": ("failed", "content_policy_violation"),
+    "unknown_error_code": ("failed", "engine_misaligned"),
+    "cancelled": ("failed", "request_cancelled"),
+    "stuck": ("submitted", None),
+    "unknown_final_status": ("submitted", None),
+    "vanished": ("expired", "task_not_found"),
+    "private_link": ("completed", "link_refused"),
+    "file_link": ("completed", "link_refused"),
+}
+
+#: Images that are whole and wrong, each time that they are fetched.
+REJECTED: Mapping[str, str] = {
+    "black": "flat_image",
+    "wrong_dimensions": "wrong_size",
+    "bomb": "wrong_size",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run after which every fault has struck once."""
+
+    home: House
+    report: RunReport
+    books: dict[str, Any]
+
+    def state(self, name: str) -> str:
+        return self.home.record(about(name)).state.value
+
+    def task(self, name: str) -> dict[str, Any]:
+        (found,) = (task for task in self.books["tasks"] if task["prompt"] == about(name).prompt)
+        return dict(found)
+
+
+def about(name: str) -> ImageRequest:
+    """The request that one fault strikes."""
+    return asked(f"a fox [{name}]")
+
+
+def names(kind: str) -> list[str]:
+    return [name for name, fault in FAULTS.items() if fault.kind == kind and name not in STOPPING]
+
+
+def without_pictures(home: House) -> None:
+    """Let every task fail, at once and for good: drawing takes longer than all the rest."""
+    home.emulator.world.set_rate("fail", 1.0, arg="invalid_parameters")
+
+
+def run_with_each(
+    folder: Path,
+    kind: str,
+    *,
+    pictures: bool = True,
+    patience_s: float = 30.0,
+    **settings: Any,
+) -> Iterator[Ended]:
+    with house(folder, **settings) as home:
+        if not pictures:
+            without_pictures(home)
+        for name in names(kind):
+            home.emulator.world.script(name, match=f"[{name}]", arg=ARGUMENTS.get(name))
+        requests = [about(name) for name in names(kind)]
+        report = asyncio.run(home.run(requests, patience_s=patience_s, timeout_s=2.0))
+        yield Ended(home, report, home.agree())
+
+
+# -- POST -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def after_create(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    yield from run_with_each(tmp_path_factory.mktemp("create"), "create", pictures=False)
+
+
+def test_every_fault_of_a_purchase_has_struck(after_create: Ended) -> None:
+    assert after_create.books["unconsumed_faults"] == []
+    assert after_create.report.stopped is None
+
+
+@pytest.mark.parametrize("name", names("create"))
+def test_a_purchase_that_met_a_fault_ends(after_create: Ended, name: str) -> None:
+    """Bought once, or refused; what is bought here fails afterwards."""
+    refused = name in CREATE_ENDS
+    assert after_create.state(name) == CREATE_ENDS.get(name, "failed")
+    tasks = [t for t in after_create.books["tasks"] if t["prompt"] == about(name).prompt]
+    assert len(tasks) == (0 if refused else 1)
+
+
+@pytest.mark.parametrize("name", names("create"))
+def test_an_answer_that_leaves_the_purchase_open_is_recorded_as_unknown(
+    after_create: Ended, name: str
+) -> None:
+    """And repeated under the same key only; what is certain is not recorded as unknown."""
+    events = after_create.home.events(about(name))
+    assert (Event.OUTCOME_UNKNOWN in events) == (name not in CERTAIN)
+    assert (Event.REPLAYING in events) == (name not in CERTAIN)
+    assert events.count(Event.SUBMITTING) == (2 if name.startswith("429") else 1)
+
+
+@pytest.mark.parametrize("name", sorted(CREATE_ENDS))
+def test_a_refused_purchase_costs_nothing_and_says_why(after_create: Ended, name: str) -> None:
+    record = after_create.home.record(about(name))
+    assert record.charged_units == 0
+    assert record.error_message
+
+
+# -- task -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def after_task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    yield from run_with_each(tmp_path_factory.mktemp("task"), "task", patience_s=2.0)
+
+
+def test_every_fault_of_a_task_has_struck(after_task: Ended) -> None:
+    assert after_task.books["unconsumed_faults"] == []
+
+
+@pytest.mark.parametrize("name", names("task"))
+def test_a_task_with_a_fault_ends(after_task: Ended, name: str) -> None:
+    record = after_task.home.record(about(name))
+    assert (record.state.value, record.error_code) == TASK_ENDS.get(name, ("stored", None))
+    assert len([t for t in after_task.books["tasks"] if t["prompt"] == about(name).prompt]) == 1
+
+
+@pytest.mark.parametrize("name", ["stuck", "unknown_final_status"])
+def test_a_task_that_never_ends_is_left_with_its_task_id(after_task: Ended, name: str) -> None:
+    record = after_task.home.record(about(name))
+    assert record.task_id == after_task.task(name)["task_id"]
+    assert after_task.report.left[record.request_key].startswith("detached: not finished")
+
+
+@pytest.mark.parametrize("name", ["fail", "fail_bare", "unknown_error_code"])
+def test_a_failed_task_costs_nothing(after_task: Ended, name: str) -> None:
+    record = after_task.home.record(about(name))
+    assert (record.reserved_units, record.charged_units) == (4500, 0)
+
+
+def test_the_charge_of_a_cancelled_task_is_not_known(after_task: Ended) -> None:
+    assert after_task.home.record(about("cancelled")).charged_units is None
+
+
+def test_a_task_that_vanished_is_paid_and_lost_as_far_as_anybody_knows(after_task: Ended) -> None:
+    assert after_task.task("vanished")["charged_units"] == 4500
+    assert after_task.home.record(about("vanished")).charged_units is None
+
+
+@pytest.mark.parametrize("name", ["private_link", "file_link"])
+def test_an_unsafe_link_is_not_followed_and_its_image_stays_paid(
+    after_task: Ended, name: str
+) -> None:
+    record = after_task.home.record(about(name))
+    assert record.charged_units == 4500
+    assert after_task.report.left[record.request_key].startswith("not stored after")
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+#: Reads that a run does not repeat, because the key or the account must be mended first.
+DETACHING = frozenset({"read_401", "read_402", "read_403"})
+
+
+@pytest.fixture(scope="module")
+def after_read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    yield from run_with_each(tmp_path_factory.mktemp("read"), "read", pictures=False, batch=False)
+
+
+def test_every_fault_of_a_read_has_struck(after_read: Ended) -> None:
+    assert after_read.books["unconsumed_faults"] == []
+
+
+@pytest.mark.parametrize("name", names("read"))
+def test_a_read_that_met_a_fault_costs_nothing_and_loses_nothing(
+    after_read: Ended, name: str
+) -> None:
+    assert after_read.state(name) == ("submitted" if name in DETACHING else "failed")
+    assert after_read.home.events(about(name)).count(Event.SUBMITTING) == 1
+
+
+def test_what_could_not_be_read_is_collected_by_the_next_run(after_read: Ended) -> None:
+    report = asyncio.run(after_read.home.run([about(name) for name in DETACHING], "run-2"))
+    assert (report.posts, report.progress.failed) == (0, len(DETACHING))
+    after_read.home.agree()
+
+
+@pytest.fixture(scope="module")
+def quick_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with house(tmp_path_factory.mktemp("quick")) as home:
+        without_pictures(home)
+        yield home
+
+
+@pytest.mark.parametrize("name", names("batch"))
+def test_a_batch_read_that_met_a_fault_costs_nothing_and_loses_nothing(
+    quick_home: House, name: str
+) -> None:
+    quick_home.emulator.world.script(name, arg=ARGUMENTS.get(name))
+    requests = [asked(f"a fox [{name}]", seed=seed) for seed in (1, 2, 3)]
+    # Looked at together, because they are looked at later than they take to be bought.
+    runner = replace(quick_home.runner(f"run-{name}"), latencies=Latencies({"1K": (0.15,)}))
+    report = asyncio.run(runner.run(as_wanted(requests)))
+    assert (report.posts, report.progress.failed) == (3, 3)
+    assert quick_home.agree()["unconsumed_faults"] == []
+
+
+@pytest.mark.parametrize("name", names("credits"))
+def test_a_run_whose_account_cannot_be_read_goes_on(quick_home: House, name: str) -> None:
+    arg = {"credits_429": 0, "credits_429_date": 0, "credits_delay": 0.1}.get(name)
+    quick_home.emulator.world.script(name, arg=arg)
+    report = asyncio.run(quick_home.run([asked(f"a fox [{name}]")], f"run-{name}"))
+    assert (report.posts, report.progress.failed) == (1, 1)
+    assert (report.account_error is None) == (name == "credits_delay")
+    assert quick_home.agree()["unconsumed_faults"] == []
+
+
+def test_a_server_without_the_batch_read_is_asked_one_by_one(tmp_path: Path) -> None:
+    with house(tmp_path, batch=False) as home:
+        report = asyncio.run(home.run(several(4)))
+        assert report.progress.delivered == 4
+        assert home.agree()["batch_reads"] == 1
+
+
+# -- fetching ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def after_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    yield from run_with_each(tmp_path_factory.mktemp("file"), "file")
+
+
+def test_every_fault_of_a_download_has_struck(after_file: Ended) -> None:
+    assert after_file.books["unconsumed_faults"] == []
+
+
+@pytest.mark.parametrize("name", names("file"))
+def test_an_image_whose_first_download_met_a_fault_is_stored(after_file: Ended, name: str) -> None:
+    """By another download, never by another purchase."""
+    assert after_file.state(name) == "stored"
+    assert after_file.home.events(about(name)).count(Event.SUBMITTING) == 1
+    image = after_file.home.record(about(name)).image
+    assert image is not None
+    if name != "jpeg_as_png":
+        assert image.sha256 == after_file.task(name)["file_sha256"]
+
+
+def test_the_format_of_a_file_is_read_from_its_bytes(after_file: Ended) -> None:
+    image = after_file.home.record(about("jpeg_as_png")).image
+    assert image is not None
+    assert image.format == "JPEG"
+    assert image.path.endswith(".jpg")
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_an_image_that_was_rejected_once_is_kept_beside_the_good_one(
+    after_file: Ended, name: str
+) -> None:
+    assert f"images/rejected/{about(name).request_key}" in after_file.home.files()
+
+
+def test_no_half_of_a_file_is_left(after_file: Ended) -> None:
+    assert not [name for name in after_file.home.files() if name.startswith(".partial")]
+
+
+def test_an_image_that_is_wrong_each_time_is_left_paid_and_named(tmp_path: Path) -> None:
+    with house(tmp_path) as home:
+        requests = [about(name) for name in REJECTED]
+        for name in REJECTED:
+            home.emulator.world.script(name, 100, match=f"[{name}]")
+        report = asyncio.run(home.run(requests))
+        for request, code in zip(requests, REJECTED.values(), strict=True):
+            record = home.record(request)
+            assert (record.state.value, record.error_code) == ("completed", code)
+            assert record.charged_units == 4500
+        assert (report.posts, report.progress.left) == (3, 3)
+        again = asyncio.run(home.run(requests, "run-2"))
+        assert (again.posts, again.progress.left) == (0, 3)
+        assert home.agree()["creates"] == 3
+
+
+def test_every_fault_that_the_emulator_knows_is_tested() -> None:
+    """``list`` is not here: the engine asks for tasks that it knows."""
+    kinds = {fault.kind for fault in FAULTS.values()}
+    assert kinds == {"create", "task", "read", "batch", "credits", "file", "list"}

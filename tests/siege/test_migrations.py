@@ -1,0 +1,236 @@
+"""The journal's tables through the versions: made, upgraded with all that they hold, or refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect, text
+
+from krea_dagster.engine import migrations, schema
+from krea_dagster.engine.database import Database
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.migrations import REVISIONS, Revisions, transition_rows, version_table
+from krea_dagster.engine.states import State
+from krea_dagster.errors import JournalError
+from tests.siege import first_release
+from tests.siege.first_release import ROWS, content, engine_of
+
+_FOLDER = Path(__file__).with_name("revisions")
+
+
+def later(name: str) -> Revisions:
+    """The revisions of a later version, which has one more."""
+    return Revisions("next", (*REVISIONS.folders, _FOLDER / name))
+
+
+def version(journal_url: str) -> Any:
+    with engine_of(journal_url) as engine, engine.connect() as connection:
+        return migrations.revision(connection)
+
+
+def tables(journal_url: str) -> dict[str, Any]:
+    """Everything that the database says of its tables."""
+    with engine_of(journal_url) as engine, engine.connect() as connection:
+        return {name: _table(connection, name) for name in schema.metadata.tables}
+
+
+def _table(connection: Connection, name: str) -> dict[str, Any]:
+    there = inspect(connection)
+    return {
+        "columns": {
+            one["name"]: (str(one["type"]), one["nullable"], one["default"])
+            for one in there.get_columns(name)
+        },
+        "primary key": there.get_pk_constraint(name),
+        "foreign keys": sorted(map(str, there.get_foreign_keys(name))),
+        "unique": sorted(map(str, there.get_unique_constraints(name))),
+        "checks": sorted(map(str, there.get_check_constraints(name))),
+        "indexes": sorted(map(str, there.get_indexes(name))),
+    }
+
+
+def other(journal_url: str, tmp_path: Path) -> str:
+    """A second database, where one needs two; on PostgreSQL the same, emptied."""
+    if journal_url.startswith("sqlite"):
+        return f"sqlite:///{tmp_path / 'other.db'}"
+    with engine_of(journal_url) as engine, engine.begin() as connection:
+        schema.metadata.drop_all(connection)
+        version_table.drop(connection)
+    return journal_url
+
+
+# -- the revisions and the code say the same --------------------------------------------------
+
+
+def test_the_revisions_make_what_the_code_describes(journal_url: str, tmp_path: Path) -> None:
+    """Fails where schema.metadata or TRANSITIONS was changed without a revision."""
+    Journal(journal_url).close()
+    made = tables(journal_url)
+    url = other(journal_url, tmp_path)
+    with engine_of(url) as engine, engine.begin() as connection:
+        migrations.run(connection, REVISIONS)
+        context = MigrationContext.configure(
+            connection,
+            opts={"compare_type": True, "compare_server_default": True, "version_table": "none"},
+        )
+        found = [
+            one
+            for one in compare_metadata(context, schema.metadata)
+            if not (one[0] == "remove_table" and one[1].name == version_table.name)
+        ]
+        assert found == []
+        rows = {tuple(row) for row in connection.execute(text("select * from transitions"))}
+    assert rows == {tuple(row.values()) for row in transition_rows()}
+    assert tables(url) == made
+
+
+def test_the_head_is_the_newest_revision_and_there_is_one_line_of_them() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(REVISIONS.folders[0].parent))
+    script = ScriptDirectory.from_config(config)
+    assert script.get_heads() == [REVISIONS.head]
+    assert script.get_bases() == ["0001"]
+
+
+def test_a_journal_at_the_head_opens_without_alembic(tmp_path: Path) -> None:
+    """It takes longer to import than a journal takes to open."""
+    code = (
+        "import sys; from krea_dagster.engine.journal import Journal; "
+        f"url = 'sqlite:///{tmp_path / 'journal.db'}'; "
+        "Journal(url).close(); Journal(url).close(); "
+        "sys.exit('alembic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- upgrades ---------------------------------------------------------------------------------
+
+
+def test_a_journal_of_the_first_release_opens_with_all_that_it_holds(journal_url: str) -> None:
+    first_release.make(journal_url)
+    with closing(Journal(journal_url)) as journal:
+        assert version(journal_url) == REVISIONS.head
+        assert content(journal_url) == ROWS
+        assert journal.count_by_state() == dict.fromkeys(
+            (State.STORED, State.SUBMITTED, State.UNKNOWN, State.PLANNED), 1
+        )
+        (stored,) = journal.records(["a" * 64]).values()
+        assert stored.request.prompt == "Füchse, 狐, a"
+        assert stored.task_id == "task-a"
+        assert stored.charged_units == 4500
+        assert stored.sent_at == datetime(2026, 1, 1, tzinfo=timezone.utc)
+        assert [charge.task_id for charge in journal.charges()] == ["task-a", "task-b", None]
+        journal.bind("an emulator")
+
+
+def test_an_upgrade_keeps_every_row_and_every_constraint(journal_url: str) -> None:
+    first_release.make(journal_url)
+    Journal(journal_url).close()
+    before = tables(journal_url)
+    Database(journal_url, revisions=later("grown")).close()
+    assert version(journal_url) == "next"
+    assert content(journal_url) == ROWS
+    after = tables(journal_url)
+    assert "archived" in str(after["requests"].pop("checks"))
+    assert after["requests"]["columns"].pop("archived_at") == ("BIGINT", True, None)
+    del before["requests"]["checks"]
+    assert after == before
+    with engine_of(journal_url) as engine, engine.begin() as connection:
+        connection.execute(text("update requests set state = 'archived' where state = 'stored'"))
+        row = {"from_state": "stored", "event": "archived", "to_state": "archived"}
+        found = connection.execute(text("select * from transitions")).mappings()
+        assert row in [dict(one) for one in found]
+
+
+@pytest.mark.parametrize("name", ["breaks", "orphans"])
+def test_an_upgrade_that_fails_changes_nothing(journal_url: str, name: str) -> None:
+    first_release.make(journal_url)
+    Journal(journal_url).close()
+    before = (tables(journal_url), content(journal_url))
+    with pytest.raises(JournalError):
+        Database(journal_url, revisions=later(name))
+    assert version(journal_url) == REVISIONS.head
+    assert (tables(journal_url), content(journal_url)) == before
+    Journal(journal_url).close()
+
+
+def test_processes_that_open_an_old_journal_together_upgrade_it_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    first_release.make(url)
+    Journal(url).close()
+    code = (
+        "import sys; from tests.siege.test_migrations import *; "
+        f"print('ready', flush=True); sys.stdin.read(1); "
+        f"Database({url!r}, revisions=later('grown')).close()"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.communicate("!")
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert version(url) == "next"
+    assert content(url) == ROWS
+
+
+def test_a_run_ends_where_a_newer_version_upgrades_its_journal(journal_url: str) -> None:
+    with closing(Journal(journal_url)) as journal:
+        Database(journal_url, revisions=later("grown")).close()
+        with pytest.raises(JournalError, match="revision next by another version"):
+            journal.count_by_state()
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_a_journal_of_a_newer_version_is_refused_and_not_changed(journal_url: str) -> None:
+    first_release.make(journal_url)
+    Database(journal_url, revisions=later("grown")).close()
+    before = (tables(journal_url), content(journal_url))
+    with pytest.raises(
+        JournalError, match=r"revision next, which this version .* not know"
+    ) as said:
+        Journal(journal_url)
+    assert "pip install --upgrade krea-dagster" in str(said.value)
+    assert version(journal_url) == "next"
+    assert (tables(journal_url), content(journal_url)) == before
+
+
+def test_tables_of_the_same_names_without_a_revision_are_not_taken_for_a_journal(
+    journal_url: str,
+) -> None:
+    with engine_of(journal_url) as engine, engine.begin() as connection:
+        connection.execute(text("create table events (what text)"))
+    with pytest.raises(JournalError, match=r"not a journal .* \(events\)"):
+        Journal(journal_url)
+    with engine_of(journal_url) as engine, engine.connect() as connection:
+        assert inspect(connection).get_table_names() == ["events"]
+
+
+def test_another_programs_sqlite_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    with engine_of(url) as engine, engine.begin() as connection:
+        connection.execute(text("create table runs (id integer)"))
+        connection.execute(text("create table alembic_version (version_num text)"))
+    with pytest.raises(JournalError, match="not a journal"):
+        Journal(url)

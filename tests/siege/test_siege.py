@@ -1,0 +1,453 @@
+"""The journal in trouble: a run stops with a clear error, and the next one buys nothing twice.
+
+The emulator's books are the witness: what was posted, created, and bought twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from subprocess import DEVNULL
+from typing import Any, Final
+
+import pytest
+
+from krea_dagster.api import KreaClient
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.resolution import HasTask
+from krea_dagster.engine.runner import Runner, RunReport
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import JournalError, PurchasesNotWritten
+from krea_dagster.models import AccountCredits, ImageRequest, Submission
+from tests.engine.engine_bench import LEARNED, NOW, QUICK, as_wanted, several
+
+pytestmark = pytest.mark.anyio
+
+ROWS: Final = 6
+
+
+class Client(KreaClient):
+    """The real client, which tells the test of two moments of a run."""
+
+    before_buying: Callable[[], None] = staticmethod(lambda: None)
+    after_a_post: Callable[[], None] = staticmethod(lambda: None)
+
+    async def credits(self) -> AccountCredits:
+        answer = await super().credits()
+        self.before_buying()
+        return answer
+
+    async def submit(
+        self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
+    ) -> Submission:
+        answer = await super().submit(
+            request, idempotency_key=idempotency_key, callback_url=callback_url
+        )
+        self.after_a_post()
+        return answer
+
+
+class Fort:
+    """A journal in a folder of its own, and runs over the same rows against one emulator."""
+
+    def __init__(self, folder: Path, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.folder = folder / "journal"
+        self.folder.mkdir()
+        self.path = self.folder / "journal.db"
+        self.requests = several(ROWS)
+        self.images = ImageStore(Storage(str(folder / "images")))
+
+    def open(self) -> Journal:
+        return Journal(f"sqlite:///{self.path}", lock_timeout_s=0.2)
+
+    async def run(self, run_id: str, client: type[Client] = Client, **options: Any) -> RunReport:
+        with closing(self.open()) as journal:
+            return await self.runner(journal, run_id, client, **options).run(
+                as_wanted(self.requests)
+            )
+
+    def runner(
+        self, journal: Journal, run_id: str, client: type[Client] = Client, **options: Any
+    ) -> Runner:
+        return Runner(
+            connect=lambda: client("emulator", base_url=self.emulator.url, timeout_s=5.0),
+            journal=journal,
+            images=self.images,
+            run_id=run_id,
+            latencies=LEARNED,
+            **{"policy": QUICK, **options},
+        )
+
+    def task_ids(self) -> set[str]:
+        """The tasks that the journal knows."""
+        with closing(self.open()) as journal:
+            return {charge.task_id for charge in journal.charges() if charge.task_id}
+
+    def created(self) -> set[str]:
+        """The tasks that the server has created."""
+        return {task["task_id"] for task in self.emulator.books()["tasks"]}
+
+    async def settle(self) -> None:
+        """Run again without trouble: every row is delivered, and none was bought twice."""
+        report = await self.run("run-after")
+        assert report.left == {}
+        books = self.emulator.books()
+        assert books["creates"] == len(self.requests)
+        assert books["bodies_bought_more_than_once"] == 0
+        assert self.task_ids() == self.created()
+        with closing(self.open()) as journal:
+            assert journal.count_by_state() == {State.STORED: len(self.requests)}
+
+
+@pytest.fixture
+def fort(tmp_path: Path) -> Iterator[Fort]:
+    with Emulator(latency_s=0.01, latency_jitter=0.0, state=tmp_path / "emulator") as emulator:
+        yield Fort(tmp_path, emulator)
+
+
+# -- the troubles: each yields once it is there, and ends with the block --------------------------
+
+
+@contextmanager
+def _file_system(folder: Path) -> Iterator[None]:
+    """Mount a small file system at a folder, where this user may."""
+    if os.name != "posix" or os.getuid() or _mount("-t", "tmpfs", "-o", "size=2m", "t", folder):
+        pytest.skip("needs to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["/bin/umount", "-l", folder], check=True)
+
+
+def _mount(*options: str | Path) -> int:
+    return subprocess.run(["/bin/mount", *options], check=False, stderr=DEVNULL).returncode
+
+
+@contextmanager
+def full(path: Path) -> Iterator[None]:
+    filler = path.with_name("filler")
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"\0" * 4096):
+            pass
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    assert _mount("-o", "remount,ro", path.parent) == 0
+    yield
+    assert _mount("-o", "remount,rw", path.parent) == 0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        yield
+
+
+@contextmanager
+def removed(path: Path) -> Iterator[None]:
+    aside = path.with_name("aside")
+    path.rename(aside)
+    yield
+    aside.rename(path)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[None]:
+    with removed(path):
+        Journal(f"sqlite:///{path}").close()
+        yield
+
+
+@contextmanager
+def folder_removed(path: Path) -> Iterator[None]:
+    aside = path.parent.with_name("aside")
+    path.parent.rename(aside)
+    yield
+    aside.rename(path.parent)
+
+
+@contextmanager
+def emptied(path: Path) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(b"")
+    yield
+    path.write_bytes(before)
+
+
+@contextmanager
+def header_overwritten(path: Path) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(b"\xff" * 100 + before[100:])
+    yield
+    path.write_bytes(before)
+
+
+@contextmanager
+def cut(path: Path) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2])
+    yield
+    path.write_bytes(before)
+
+
+Trouble = Callable[[Path], Any]
+
+#: The trouble, words of the error, and words of the advice.
+TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
+    (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
+    (read_only, "readonly|unable to open", "writable|read and written"),
+    (locked, "database is locked", "let it end, or end it"),
+    (removed, "unable to open", "not there any more. Put it back"),
+    (replaced, "was replaced by another", "Put it back"),
+    (folder_removed, "unable to open", "not there any more. Put it back"),
+    (header_overwritten, "not a database", "Do not remove it.*restore a backup"),
+    (cut, "malformed", "Do not remove it.*restore a backup"),
+]
+_NEED_A_MOUNT: Final = (full, read_only)
+every_trouble = pytest.mark.parametrize(
+    ("trouble", "said", "advice"), TROUBLES, ids=[trouble.__name__ for trouble, _, _ in TROUBLES]
+)
+
+
+@pytest.fixture
+def place(fort: Fort, request: pytest.FixtureRequest) -> Iterator[None]:
+    """A file system for those troubles that need one."""
+    if request.node.callspec.params["trouble"] in _NEED_A_MOUNT:
+        with _file_system(fort.folder):
+            yield
+    else:
+        yield
+
+
+# -- the moments ------------------------------------------------------------------------------
+
+
+@every_trouble
+@pytest.mark.usefixtures("place")
+async def test_where_no_intent_can_be_written_nothing_is_posted(
+    fort: Fort, trouble: Trouble, said: str, advice: str
+) -> None:
+    with closing(fort.open()):
+        pass
+    with Stage(trouble, fort) as stage:
+        with pytest.raises(JournalError, match=f"(?s)({said}).*Nothing more is bought") as error:
+            await fort.run("run-1", stage.client("before_buying"))
+        assert stage.began
+        assert re.search(advice, str(error.value))
+        assert fort.emulator.books()["submit_posts"] == 0
+    await fort.settle()
+
+
+@every_trouble
+@pytest.mark.usefixtures("place")
+async def test_a_purchase_that_cannot_be_written_is_named_and_taken_up_by_the_next_run(
+    fort: Fort, trouble: Trouble, said: str, advice: str
+) -> None:
+    with Stage(trouble, fort) as stage:
+        with pytest.raises(PurchasesNotWritten, match=f"(?s)({said}).*Nothing more is") as error:
+            await fort.run("run-1", stage.client("after_a_post"))
+        created = {task["task_id"]: task for task in fort.emulator.books()["tasks"]}
+    named = {purchase.task_id: purchase for purchase in error.value.purchases}
+    assert named.keys() == created.keys() - fort.task_ids() != set()
+    for task_id, purchase in named.items():
+        assert purchase.idempotency_key == created[task_id]["idempotency_key"]
+        assert purchase.credits == 0.45
+        assert f"task {task_id} (0.45 credits) of request {purchase.request_key}" in str(
+            error.value
+        )
+    await fort.settle()
+
+
+async def test_with_the_policy_hold_a_person_settles_what_could_not_be_written(
+    fort: Fort,
+) -> None:
+    hold = replace(QUICK, on_unknown="hold")
+    with Stage(locked, fort) as stage, pytest.raises(PurchasesNotWritten) as error:
+        await fort.run("run-1", stage.client("after_a_post"), policy=hold)
+    named = {purchase.request_key: purchase.task_id for purchase in error.value.purchases}
+    posts = fort.emulator.books()["submit_posts"]
+    report = await fort.run("run-2", policy=hold)
+    assert set(report.left) >= set(named)
+    assert report.posts == fort.emulator.books()["submit_posts"] - posts
+    assert report.posts == ROWS - len(report.left) - len(fort.task_ids() - fort.created())
+    decisions = {key: HasTask(task_id) for key, task_id in named.items()}
+    report = await fort.run("run-3", policy=hold, resolutions=decisions)
+    assert not set(report.left) & set(named)
+    await fort.settle()
+
+
+async def test_the_next_run_of_the_same_process_takes_the_rows_up_at_once(fort: Fort) -> None:
+    """A run that could not give up its claims does not keep them."""
+    with Stage(locked, fort) as stage, pytest.raises(JournalError):
+        await fort.run("run-1", stage.client("after_a_post"))
+    with closing(fort.open()) as journal:
+        assert any(record.claimed_by for record in journal.all_records())
+    await fort.settle()
+
+
+class Stage:
+    """Brings a trouble on at a moment of a run, and ends it with the block."""
+
+    def __init__(self, trouble: Trouble, fort: Fort) -> None:
+        self._trouble = trouble(fort.path)
+        self.began = False
+
+    def client(self, moment: str) -> type[Client]:
+        return type("Told", (Client,), {moment: staticmethod(self._begin)})
+
+    def _begin(self) -> None:
+        if not self.began:
+            self.began = True
+            self._trouble.__enter__()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.began:
+            self._trouble.__exit__(None, None, None)
+
+
+# -- a journal that was lost, or went back in time ------------------------------------------------
+
+
+async def test_a_journal_that_is_lost_for_good_is_made_anew_from_the_servers_memory(
+    fort: Fort,
+) -> None:
+    """The same rows have the same Idempotency-Keys, so within the hours nothing is bought."""
+    await fort.run("run-1")
+    fort.path.unlink()
+    report = await fort.run("run-2")
+    assert report.new == report.posts == ROWS
+    assert fort.emulator.books()["replays"] == ROWS
+    await fort.settle()
+
+
+async def test_a_journal_whose_write_ahead_log_was_removed_buys_nothing_twice(fort: Fort) -> None:
+    """All that was written since the last checkpoint is forgotten."""
+    with closing(fort.open()) as journal:
+        journal.plan([(r, "p") for r in fort.requests[:1]], run_id="r", at=NOW)
+    with closing(sqlite3.connect(fort.path)) as reader:
+        reader.execute("begin")
+        reader.execute("select * from requests").fetchall()
+        await fort.run("run-1")  # the reader keeps the log from being taken into the file
+        shutil.copy(fort.path, fort.path.with_name("kept"))
+    assert fort.path.with_name("kept").read_bytes() != fort.path.read_bytes()
+    fort.path.unlink()
+    fort.path.with_name("kept").rename(fort.path)
+    with closing(fort.open()) as journal:
+        assert journal.count_by_state() == {State.PLANNED: 1}
+    await fort.settle()
+
+
+async def test_a_damaged_write_ahead_log_buys_nothing_twice(fort: Fort) -> None:
+    with closing(fort.open()):
+        pass
+    with closing(sqlite3.connect(fort.path)) as reader:
+        reader.execute("begin")
+        reader.execute("select * from requests").fetchall()
+        await fort.run("run-1")
+        log = bytearray(fort.path.with_name("journal.db-wal").read_bytes())
+        shutil.copy(fort.path, fort.path.with_name("kept"))
+    fort.path.unlink()
+    fort.path.with_name("kept").rename(fort.path)
+    log[len(log) // 2 :] = b"\x55" * (len(log) - len(log) // 2)
+    fort.path.with_name("journal.db-wal").write_bytes(log)
+    await fort.settle()
+
+
+# -- damage -----------------------------------------------------------------------------------
+
+
+async def test_whichever_page_of_the_file_is_damaged_nothing_is_bought_twice(fort: Fort) -> None:
+    """What a run on damaged pages cannot notice must not cost anything either."""
+    await fort.run("run-1")
+    whole = fort.path.read_bytes()
+    fort.requests = several(ROWS + 1)
+    noticed = 0
+    pages = range(4096, len(whole), 4096)
+    for start in pages:
+        fort.path.write_bytes(whole[:start] + b"\xa5" * 4096 + whole[start + 4096 :])
+        try:
+            await fort.run("run-2")
+        except JournalError as error:
+            assert "Nothing more is bought" in str(error)  # noqa: PT017 - or it went well
+            noticed += 1
+        assert fort.emulator.books()["creates"] <= ROWS + 1
+    assert noticed > 0.9 * len(pages)
+    fort.path.write_bytes(whole)
+    await fort.settle()
+
+
+async def test_a_damaged_page_that_a_run_would_not_read_is_found_before_it_buys(
+    fort: Fort,
+) -> None:
+    with closing(fort.open()):
+        pass
+    with closing(sqlite3.connect(fort.path)) as other:
+        page = other.execute(
+            "select rootpage from sqlite_master where name = 'account_readings'"
+        ).fetchone()[0]
+    data = bytearray(fort.path.read_bytes())
+    data[(page - 1) * 4096 : page * 4096] = b"\xa5" * 4096
+    fort.path.write_bytes(data)
+    with pytest.raises(JournalError, match="Do not remove it"):
+        await fort.run("run-1")
+    assert fort.emulator.books()["requests"] == {}
+
+
+# -- what is found where a journal should be ------------------------------------------------------
+
+
+def _is_refused(path: Path, said: str) -> None:
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(JournalError, match=said):
+        Journal(f"sqlite:///{path}", lock_timeout_s=0.2)
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_an_empty_file_is_not_taken_for_a_new_journal(fort: Fort) -> None:
+    fort.path.write_bytes(b"")
+    _is_refused(fort.path, "is empty, which a journal never is")
+
+
+def test_a_journal_that_was_emptied_is_refused(fort: Fort) -> None:
+    with closing(fort.open()):
+        pass
+    with emptied(fort.path):
+        _is_refused(fort.path, "is empty, which a journal never is")
+    with closing(fort.open()):
+        pass
+
+
+def test_a_write_ahead_log_without_its_journal_is_not_given_a_new_one(fort: Fort) -> None:
+    """SQLite would take the old log into the new file."""
+    fort.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
+    _is_refused(fort.path, "its write-ahead log journal.db-wal is. Put it back")
+    assert not fort.path.exists()
+
+
+def test_a_folder_is_not_a_journal(fort: Fort) -> None:
+    fort.path.mkdir()
+    _is_refused(fort.path, "unable to open database file.*Look whether the path is right")
+
+
+def test_a_new_journal_appears_whole_or_not_at_all(fort: Fort) -> None:
+    with closing(fort.open()):
+        pass
+    assert [file.name for file in fort.folder.iterdir()] == ["journal.db"]

@@ -1,0 +1,145 @@
+"""What the tests of quote and proof share: a small shop whose books can be looked at and forged."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster import KreaResource
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.runner import RunReport, Wanted
+from krea_dagster.manifest import write_manifest
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.io_manager import split_by_partition
+from krea_dagster.plugin.proof import prove
+from krea_dagster.plugin.quoting import quote_images, quote_partitions
+from krea_dagster.prompts import PromptTable, parse_partition_by
+from krea_dagster.spend.findings import Proof
+from krea_dagster.spend.quote import Quote
+from tests.dagster_bench import write_table
+
+#: The emulator's latency is known, so that no run waits for its first look.
+LEARNED: Final = Latencies(recent={"1K": (0.02,), "2K": (0.02,)})
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A table in two partitions, an account, and a storage root."""
+
+    folder: Path
+    emulator: Emulator
+    api_key: str
+    rows: Sequence[dict[str, Any]] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def with_rows(self, *names: str, **wishes: Any) -> Shop:
+        """The same shop with more rows, one for each name; the smallest pictures."""
+        more = [
+            {"prompt_id": name, "prompt": f"{name} of {self.folder.name}"}
+            | {"size": "1:2", "quality": "1K", "seed": None, "num_images": 1}
+            | wishes
+            for name in names
+        ]
+        return replace(self, rows=[*self.rows, *more])
+
+    def with_settings(self, **settings: Any) -> Shop:
+        """The same shop with other settings of its resource."""
+        return replace(self, settings=self.settings | settings)
+
+    @property
+    def krea(self) -> KreaResource:
+        given: dict[str, Any] = {
+            "api_key": self.api_key,
+            "base_url": self.emulator.url,
+            "storage": str(self.folder / "krea"),
+        }
+        return KreaResource(**(given | self.settings))
+
+    @property
+    def table(self) -> PromptTable:
+        source = write_table(self.folder / "prompts.parquet", pa.Table.from_pylist(self.rows))
+        return PromptTable(source, parse_partition_by("hash:2"))
+
+    def batch(self) -> Batch:
+        return Batch.read(self.table, self.table.partition_keys(), self.krea)
+
+    def buy(self, run_id: str = "run-1", *, ask_again: Iterable[str] = ()) -> RunReport:
+        """A run over all partitions, and their manifests."""
+        report = self.carry(run_id, ask_again=ask_again)
+        self.write_manifests(run_id)
+        return report
+
+    def carry(self, run_id: str = "run-1", *, ask_again: Iterable[str] = ()) -> RunReport:
+        """A run alone, as KreaResource.generate makes it, but without its pauses."""
+        wanted = [Wanted(image.request, image.partition_key) for image in self.batch().images]
+        krea = self.krea
+        policy = replace(krea.policy(ask_again), wait_scale=0.01)
+        with krea._runner(run_id, lambda _: None) as runner:
+            return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
+
+    def write_manifests(self, run_id: str = "run-1") -> None:
+        batch, krea = self.batch(), self.krea
+        for key, part in split_by_partition(batch.manifest(krea, run_id), batch.keys).items():
+            write_manifest(krea.open_storage(), key, part)
+
+    def quote(self, *, ask_again: Iterable[str] = ()) -> Quote:
+        if ask_again:
+            return quote_images(self.krea, self.batch().images, ask_again=ask_again)
+        return quote_partitions(self.krea, self.table).quote
+
+    def prove(self, **options: Any) -> Proof:
+        return prove(self.krea, **options)
+
+    # -- what others say ----------------------------------------------------------------------
+
+    def paid_units(self) -> int:
+        """What the account was charged, by the emulator's own books."""
+        account = self.emulator.world.account(self.api_key)
+        assert account is not None
+        return account.charged
+
+    def records(self) -> dict[str, Record]:
+        """What the journal knows, by prompt_id."""
+        found = self.krea.records(self.batch().images)
+        return {
+            image.prompt_id: found[image.request.request_key]
+            for image in self.batch().images
+            if image.request.request_key in found
+        }
+
+    def file_of(self, name: str) -> Path:
+        image = self.records()[name].image
+        assert image is not None
+        return self.folder / "krea" / image.path
+
+    # -- forgery ------------------------------------------------------------------------------
+
+    def sql(self, statement: str, *values: object) -> None:
+        """Change the journal behind its back."""
+        with closing(sqlite3.connect(self.folder / "krea" / "journal.db")) as database, database:
+            assert database.execute(statement, values).rowcount > 0, statement
+
+    def forge_row(self, name: str, **values: object) -> None:
+        """Change a row of a manifest behind its back."""
+        for path in sorted((self.folder / "krea" / "manifest").rglob("*.parquet")):
+            table = pq.read_table(path)
+            rows = table.to_pylist()
+            for row in rows:
+                if row["prompt_id"] == name:
+                    row.update(values)
+            pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def kinds(proof: Proof) -> list[str]:
+    """What a proof found, one entry for each finding."""
+    return [finding.kind.value for finding in proof.findings]

@@ -1,0 +1,275 @@
+"""The quote: what it says is what the next run then does, by the emulator's own books."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.budget import PUBLISHED_UNITS, Caps, Commitment
+from krea_dagster.engine.policy import Policy
+from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.states import State
+from krea_dagster.errors import ConfigError
+from krea_dagster.models import ImageRequest
+from krea_dagster.prompts import PlannedImage
+from krea_dagster.spend.quote import Fate, Line, Price, Quote, fate_of, quote
+from tests.spend.spend_bench import Shop
+
+ONE_K = 4500
+TWO_K = 18_000
+
+
+def files_fetched(shop: Shop) -> int:
+    return int(shop.emulator.books(tasks=False)["file_gets"])
+
+
+# -- against real runs ------------------------------------------------------------------------
+
+
+def test_before_the_first_run_all_is_to_buy_at_the_published_price(shop: Shop) -> None:
+    shop = shop.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
+    shop = shop.with_rows("twin-0", "twin-1", seed=5, prompt=f"twins of {shop.folder.name}")
+    said = shop.quote()
+    assert not (shop.folder / "krea").exists()  # neither a journal nor a folder for it
+    total = said.total
+    assert (total.asked, total.to_buy, total.purchases) == (6, 6, 5)
+    assert total.units == 4 * ONE_K + TWO_K
+    assert said.prices == {"1K": Price(ONE_K, True), "2K": Price(TWO_K, True)}
+    assert said.usd(total.units) == pytest.approx(3.6 / 68)
+    shop.buy()
+    assert shop.paid_units() == total.units
+
+
+def test_what_is_done_costs_nothing_and_needs_no_network(tmp_path: Path) -> None:
+    with Emulator(latency_s=0.02, latency_jitter=0.0) as emulator:
+        shop = Shop(tmp_path, emulator, "emulator").with_rows("ash", "birch", "cedar")
+        shop.buy()
+        address = emulator.url
+    # The emulator is gone, and no address answers.
+    stranded = shop.with_settings(emulator=False)
+    assert stranded.krea.base_url == address
+    said = stranded.quote()
+    assert (said.total.asked, said.total.reused) == (3, 3)
+    assert (said.total.to_buy, said.total.units) == (0, 0)
+    assert said.prices == {"1K": Price(ONE_K, False)}
+
+
+def test_after_a_run_with_faults_the_quote_is_what_the_next_run_buys(shop: Shop) -> None:
+    name = shop.folder.name
+    shop = shop.with_rows("lost answer", "blocked", "black", "kept", "deleted")
+    shop = shop.with_rows("refused", prompt=f"[emulator: refuse] of {name}")
+    shop = shop.with_settings(on_unknown="hold")
+    world = shop.emulator.world
+    world.script("drop_before_create", match=f"lost answer of {name}")
+    world.script("fail", match=f"blocked of {name}", arg="content_policy_violation")
+    world.script("black", 2, match=f"black of {name}")
+    try:
+        shop.buy()
+    finally:
+        world.forget_scripts()
+    shop.file_of("deleted").unlink()
+    shop = shop.with_rows("new-0", "new-1").with_rows("new-2", quality="2K")
+
+    said = shop.quote()
+    total = said.total
+    assert (total.asked, total.reused, total.refetched, total.taken_up) == (9, 1, 1, 1)
+    assert (total.held, total.replayed, total.ended, total.to_buy) == (1, 0, 2, 3)
+    assert total.units == 2 * ONE_K + TWO_K
+    assert (total.at_stake, total.at_stake_units) == (1, ONE_K)
+    assert total.at_stake_since == shop.records()["lost answer"].sent_at
+    assert said.prices == {"1K": Price(ONE_K, False), "2K": Price(TWO_K, True)}
+
+    paid, fetched = shop.paid_units(), files_fetched(shop)
+    shop.buy("run-2")
+    assert shop.paid_units() - paid == total.units
+    assert files_fetched(shop) - fetched == total.to_buy + total.refetched + total.taken_up
+    assert shop.records()["lost answer"].state is State.UNKNOWN
+
+    # A person wants the blocked row again, and lets the unknown one be repeated.
+    final = shop.with_settings(on_unknown="replay")
+    said = final.quote(ask_again=["content_policy_violation"])
+    total = said.total
+    assert (total.reused, total.replayed, total.held, total.ended) == (6, 1, 0, 0)
+    assert (total.to_buy, total.units) == (2, 2 * ONE_K)  # the blocked row, and the refused one
+    assert (total.at_stake, total.at_stake_units) == (1, ONE_K)
+    paid = shop.paid_units()
+    final.buy("run-3", ask_again=["content_policy_violation"])
+    # The refused row is refused again, which costs nothing; the replay costs what was at stake.
+    assert final.paid_units() - paid == total.units - ONE_K + total.at_stake_units
+    assert final.quote().total.to_buy == 0
+
+
+def test_a_cap_says_what_would_be_deferred_and_the_run_defers_it(shop: Shop) -> None:
+    shop = shop.with_rows(*(f"row-{number}" for number in range(5)))
+    shop = shop.with_settings(run_credits=1.0)
+    said = shop.quote()
+    assert (said.total.purchases, said.total.deferred) == (5, 3)
+    assert said.total.deferred_units == 3 * ONE_K
+    assert said.cap is not None
+    assert said.cap.startswith("the run cap of 1 credits leaves no room for 0.45 more")
+    shop.buy()
+    states = Counter(record.state for record in shop.records().values())
+    assert states == {State.STORED: 2, State.DEFERRED: 3}
+    assert shop.paid_units() == said.total.units - said.total.deferred_units
+
+    # The day remembers what was committed, in whatever run.
+    days = shop.with_settings(run_credits=None, day_credits=1.4)
+    said = days.quote()
+    assert (said.total.purchases, said.total.deferred) == (3, 2)
+    days.buy("run-2")
+    assert days.paid_units() == 3 * ONE_K
+
+
+def test_a_partition_that_is_not_there_is_refused_by_name(shop: Shop) -> None:
+    from krea_dagster.plugin.quoting import quote_partitions  # noqa: PLC0415
+
+    shop = shop.with_rows("ash")
+    with pytest.raises(ConfigError, match="no partition 'bucket-007'; there are bucket-000"):
+        quote_partitions(shop.krea, shop.table, ["bucket-007"])
+    only = quote_partitions(shop.krea, shop.table, ["bucket-000"])
+    both = quote_partitions(shop.krea, shop.table, ["bucket-000", "bucket-001"])
+    assert only.partitions == ["bucket-000"]
+    assert both.quote.total.asked == 1
+    assert both.quote == quote_partitions(shop.krea, shop.table).quote
+
+
+# -- the decisions ----------------------------------------------------------------------------
+
+NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
+IMAGE = StoredImage("images/a.png", "0" * 64, 10, "PNG", 704, 1472)
+
+
+def request(number: int = 0, quality: str = "1K") -> ImageRequest:
+    return ImageRequest(f"{number:064x}", f"prompt {number}", "1:2", quality, 7, False, 0)
+
+
+def record(state: State, number: int = 0, quality: str = "1K", **fields: Any) -> Record:
+    sent = NOW - timedelta(hours=1)
+    known: dict[str, Any] = {"sent_at": sent, "submitted_at": sent, "completed_at": sent}
+    known["result_url"] = "https://a"
+    if state is State.STORED:
+        known["image"] = IMAGE
+    return Record(request(number, quality), state, "p", **{**known, **fields})
+
+
+def fate(found: Record, policy: Policy | None = None, *, at_hand: bool = True) -> Fate:
+    return fate_of(found, now=NOW, policy=policy or Policy(), holds=lambda _: at_hand)
+
+
+def test_each_state_has_its_fate() -> None:
+    fates = {state: fate(record(state)) for state in State}
+    assert fates == {
+        State.PLANNED: Fate.TO_BUY,
+        State.DEFERRED: Fate.TO_BUY,
+        State.SUBMITTING: Fate.REPLAYED,  # a process died before the answer
+        State.UNKNOWN: Fate.REPLAYED,
+        State.SUBMITTED: Fate.TAKEN_UP,
+        State.COMPLETED: Fate.TAKEN_UP,
+        State.STORED: Fate.REUSED,
+        State.FAILED: Fate.ENDED,
+        State.REFUSED: Fate.ENDED,
+        State.EXPIRED: Fate.ENDED,
+    }
+
+
+def test_the_policy_decides_what_is_held_and_what_is_bought_again() -> None:
+    hold = Policy(on_unknown="hold")
+    assert fate(record(State.UNKNOWN), hold) is Fate.HELD
+    assert fate(record(State.SUBMITTING), hold) is Fate.HELD
+    old = record(State.UNKNOWN, sent_at=NOW - timedelta(hours=24))
+    assert fate(old) is Fate.HELD  # too old for a repeat under the same key
+    assert fate(record(State.STORED), at_hand=False) is Fate.REFETCHED
+    assert fate(record(State.FAILED, error_code="service_error")) is Fate.TO_BUY
+    blocked = record(State.REFUSED, error_code="content_policy_violation")
+    assert fate(blocked) is Fate.ENDED
+    wished = Policy(ask_again=frozenset({"content_policy_violation"}))
+    assert fate(blocked, wished) is Fate.TO_BUY
+
+
+# -- the sums ---------------------------------------------------------------------------------
+
+_ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 12),  # which request
+        st.sampled_from(["bucket-000", "bucket-001", "bucket-002"]),
+    ),
+    max_size=40,
+)
+_STATES = st.dictionaries(st.integers(0, 12), st.sampled_from(list(State)))
+_CAPS = st.builds(Caps, st.none() | st.integers(0, 60_000), st.none() | st.integers(0, 60_000))
+
+
+def quality_of(number: int) -> str:
+    return "2K" if number % 3 == 0 else "1K"
+
+
+@given(_ROWS, _STATES, _CAPS, st.booleans(), st.booleans())
+def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
+    rows: list[tuple[int, str]],
+    states: dict[int, State],
+    caps: Caps,
+    hold: bool,
+    at_hand: bool,
+) -> None:
+    images = [
+        PlannedImage(f"id-{row}", 0, partition, request(number, quality_of(number)), row)
+        for row, (number, partition) in enumerate(rows)
+    ]
+    records = {
+        request(number).request_key: record(state, number, quality_of(number))
+        for number, state in states.items()
+    }
+    said = quote(
+        images,
+        records,
+        prices={"2K": 20_000},
+        now=NOW,
+        policy=Policy(on_unknown="hold" if hold else "replay"),
+        holds=lambda _: at_hand,
+        caps=caps,
+        day=Commitment(9000),
+    )
+    total = said.total
+    assert total.asked == len(rows)
+    for line in [*said.lines, total, *said.by_quality(), *said.by_partition().values()]:
+        assert line.asked == (
+            line.reused
+            + line.refetched
+            + line.taken_up
+            + line.replayed
+            + line.held
+            + line.ended
+            + line.to_buy
+        )
+        assert line.deferred <= line.purchases <= line.to_buy
+        assert line.deferred_units <= line.units
+    assert sum(said.by_partition().values(), Line("", "")) == total
+    assert sum(said.by_quality(), Line("", "")) == total
+    assert [(line.partition_key, line.quality) for line in said.lines] == sorted(
+        {(partition, quality_of(number)) for number, partition in rows}
+    )
+    to_buy = {
+        number for number, _ in rows if states.get(number) in (None, State.PLANNED, State.DEFERRED)
+    }
+    assert total.purchases == len(to_buy)
+    price = {"1K": PUBLISHED_UNITS["1K"], "2K": 20_000}
+    assert total.units == sum(price[quality_of(number)] for number in to_buy)
+    taken = total.units - total.deferred_units
+    assert caps.run_units is None or taken <= caps.run_units
+    assert caps.day_units is None or taken == 0 or taken + 9000 <= caps.day_units
+    assert (said.cap is None) == (total.deferred == 0)
+
+
+def test_usd_follows_the_rate() -> None:
+    line = Line("p", "1K", asked=1, to_buy=1, purchases=1, units=ONE_K)
+    said = Quote((line,), {"1K": Price(ONE_K, True)}, credits_per_usd=45.0)
+    assert said.usd(said.total.units) == pytest.approx(0.01)
+    assert replace(said, credits_per_usd=68.0).usd(68 * 10_000) == 1.0

@@ -1,0 +1,203 @@
+"""Quote and proof where people meet them: the asset check, the metadata, and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from krea_dagster import build_krea_definitions, cli
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.budget import CREDITS_PER_USD
+from tests.dagster_bench import OpenAccount, latest, run_job, values
+from tests.spend.spend_bench import Shop
+
+BUCKETS = ("bucket-000", "bucket-001")
+
+
+# -- Dagster ----------------------------------------------------------------------------------
+
+
+def evaluation(result: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
+    """What the proof said at the end of a run."""
+    (found,) = [
+        one for one in result.get_asset_check_evaluations() if one.check_name == "spend_proof"
+    ]
+    return found
+
+
+def test_each_run_ends_with_the_proof_and_shows_what_it_had_quoted(
+    shop: Shop, instance: dg.DagsterInstance
+) -> None:
+    shop = shop.with_rows("ash", "birch", "cedar", "date")
+    sizes = {
+        key: sum(image.partition_key == key for image in shop.batch().images) for key in BUCKETS
+    }
+    defs = build_krea_definitions(
+        prompts=shop.table.source, partition_by="hash:2", krea=shop.krea, key_prefix="proved"
+    )
+    first = run_job(defs, instance, *BUCKETS, job="proved_krea_images")
+    assert first.success
+    proof = evaluation(first)
+    assert proof.passed
+    assert proof.asset_key == dg.AssetKey(["proved", "image_manifest"])
+    assert proof.description == "4 charges of 1.8 credits add up; 0 notes."
+    said = {name: entry.value for name, entry in proof.metadata.items()}
+    assert (said["charges"], said["files_hashed"], said["manifest_rows"]) == (4, 4, 4)
+    assert (said["account_credits_used"], said["account_credits_unexplained"]) == (1.8, 0)
+    for key in BUCKETS:
+        shown = values(latest(instance, ("proved", "images"), key))
+        assert shown["quoted_to_buy"] == sizes[key]
+        assert shown["quoted_credits"] == pytest.approx(0.45 * sizes[key])
+
+    # A byte changes, and the next run of one partition says so, whatever partition it was in.
+    path = shop.file_of("ash")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    second = run_job(defs, instance, BUCKETS[0], job="proved_krea_images")
+    assert second.success
+    proof = evaluation(second)
+    assert not proof.passed
+    assert proof.severity is dg.AssetCheckSeverity.ERROR
+    assert proof.description is not None
+    assert proof.description.startswith("ash (bucket-00")
+    table = proof.metadata["findings"].value
+    assert isinstance(table, dg.TableMetadataValue)
+    (row,) = table.records
+    assert row.data["kind"] == "file_changed"
+    shown = values(latest(instance, ("proved", "images"), BUCKETS[0]))
+    assert (shown["quoted_to_buy"], shown["quoted_credits"]) == (0, 0)
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+class Shell:
+    """The command, in the environment of a shop."""
+
+    def __init__(
+        self, shop: Shop, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+    ) -> None:
+        self._patch = patch
+        self._capture = capture
+        variables = {
+            "EVOLINK_API_KEY": shop.api_key,
+            "EVOLINK_BASE_URL": shop.emulator.url,
+            "KREA_PROMPTS": shop.table.source,
+            "KREA_STORAGE": str(shop.folder / "krea"),
+            "KREA_PARTITION_BY": "hash:2",
+        }
+        for name, value in variables.items():
+            patch.setenv(name, value)
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Run it; exit code, stdout, stderr."""
+        self._patch.setattr(sys, "argv", ["krea-dagster", *arguments])
+        self._capture.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.run()
+        captured = self._capture.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_quote_prints_a_table_and_makes_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop = shop.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
+    before = shop.emulator.books(tasks=False)["requests"]
+    shell = Shell(shop, monkeypatch, capsys)
+    code, out, err = shell.run("quote")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["partition", "quality", "asked", "reused", "to", "buy", "credits", "USD"]
+    assert ["total", "4", "0", "4", "3.15", "0.0463"] in lines
+    assert "price of 1K: 0.45 credits (published; this account has not paid for one yet)" in out
+
+    code, out, _ = shell.run("quote", "--json", "--credits-per-usd", "45")
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["total"]["to_buy"] == 4
+    assert figures["total"]["usd"] == 0.07
+    sums = [(line["asked"], line["credits"]) for line in figures["partitions"]]
+    assert (sum(asked for asked, _ in sums), sum(credit for _, credit in sums)) == (4, 3.15)
+
+    code, out, err = shell.run("quote", "--partition", "bucket-002")
+    assert (code, out) == (2, "")
+    assert "there is no partition 'bucket-002'" in err
+    assert not (shop.folder / "krea").exists()
+    assert shop.emulator.books(tasks=False)["requests"] == before
+
+
+def test_the_commands_rate_is_the_published_one() -> None:
+    (rate,) = [one for one in cli.quote_command.params if one.name == "credits_per_usd"]
+    assert rate.default == CREDITS_PER_USD
+
+
+def test_quote_shows_totals_where_the_partitions_are_many(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop = shop.with_rows(*(f"row-{number}" for number in range(30)))
+    shell = Shell(shop, monkeypatch, capsys)
+    monkeypatch.setenv("KREA_PARTITION_BY", "hash:20")
+    _, out, _ = shell.run("quote")
+    assert "20 partitions; --by-partition lists them." in out
+    assert "bucket-" not in out
+    _, out, _ = shell.run("quote", "--by-partition")
+    assert out.count("bucket-") > 5
+
+
+def test_verify_prints_what_it_proved_and_exits_1_where_something_does_not_add_up(
+    bought: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = Shell(bought, monkeypatch, capsys)
+    code, out, err = shell.run("verify")
+    assert (code, err) == (0, "")
+    figures = {line[:16].strip(): line[16:].strip() for line in out.splitlines()}
+    assert figures["charges"] == "4 of 1.8 credits"
+    assert figures["files"] == "4, 4 of them read again"
+    assert figures["manifest rows"] == "4 of 4 agree"
+    assert figures["account before"] == "0 credits used"
+    assert figures["account after"] == "1.8 credits used"
+    assert figures["unexplained"] == "0 credits"
+    assert "Every credit is accounted for." in out
+
+    bought.file_of("ash").write_bytes(b"another picture")
+    code, out, _ = shell.run("verify", "--no-files", "--json")
+    told = json.loads(out)
+    assert code == 1
+    assert (told["adds_up"], told["errors"], told["files_hashed"]) == (False, 1, 0)
+    assert told["counts"] == {"file_changed": 1}
+    assert told["findings"][0]["credits"] == 0.45
+    code, out, _ = shell.run("verify")
+    assert code == 1
+    assert "error: ash (bucket-00" in out
+    assert "1 thing does not add up." in out
+
+
+def test_verify_without_a_journal_is_wrong_use(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = Shell(shop.with_rows("ash"), monkeypatch, capsys).run("verify")
+    assert (code, out) == (2, "")
+    assert "there is no journal for" in err
+    assert not (shop.folder / "krea").exists()
+
+
+def test_quote_of_a_journal_elsewhere_needs_no_emulator(
+    tmp_path: Path,
+    emulator: Emulator,
+    open_account: OpenAccount,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a key, where a run would start an emulator of its own."""
+    shop = Shop(tmp_path, emulator, open_account()).with_rows("ash")
+    shell = Shell(shop, monkeypatch, capsys)
+    monkeypatch.delenv("EVOLINK_API_KEY")
+    monkeypatch.delenv("EVOLINK_BASE_URL")
+    code, out, _ = shell.run("quote")
+    assert code == 0
+    assert "0.45" in out
+    assert not (tmp_path / "krea").exists()
