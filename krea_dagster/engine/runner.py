@@ -63,8 +63,6 @@ _T = TypeVar("_T")
 _SHORT_S: Final = 0.5
 #: Finished images that may wait for their download before nothing new is started.
 _FETCH_BACKLOG: Final = 64
-#: States in which the next step may be a purchase.
-_TO_BUY: Final = frozenset({State.PLANNED, State.UNKNOWN})
 _HEARTBEAT_S: Final = 20.0
 _ELSEWHERE_S: Final = 1.0
 
@@ -333,8 +331,7 @@ class _Session:
             wait_s = await self._step(carrier)
             if wait_s is None:
                 return None
-            # What is to be bought again competes for its place anew: the window may be smaller.
-            if wait_s > _SHORT_S or (wait_s > 0 and carrier.record.state in _TO_BUY):
+            if wait_s > _SHORT_S:
                 return wait_s
             self._changed.set()
             if wait_s > 0:

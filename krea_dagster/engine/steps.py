@@ -413,8 +413,8 @@ class Steps:
                 )
         except DownloadError as error:
             await self.record(carrier, Event.NOT_STORED, _said(error.code, str(error)))
-            # A rejected image would come again as it is; one more look is enough.
-            weight = 3 if isinstance(error, ImageRejected) else 1
+            # A rejected image mostly comes again as it is: fewer looks are enough.
+            weight = 2 if isinstance(error, ImageRejected) else 1
             carrier.trail = replace(
                 carrier.trail,
                 fetch_failures=carrier.trail.fetch_failures + weight,

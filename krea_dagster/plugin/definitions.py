@@ -24,13 +24,16 @@ def build_krea_definitions(
     key_prefix: str | Sequence[str] = (),
     group_name: str = "krea",
     backfill_policy: dg.BackfillPolicy | None = None,
+    executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build everything that a code location needs from one prompt table.
 
     ``prompts`` is a Parquet file, a folder of them, or a URL; ``partition_by`` is ``hash:N``,
     ``column:NAME`` or ``day:NAME``. ``defaults`` fill in what a row leaves open, and
     ``count_tokens`` counts the tokens of a prompt. ``key_prefix`` keeps several tables apart
-    in one code location.
+    in one code location. ``executor`` is the code location's: in-process by default, because
+    the steps wait for the network and a second process would cost seconds to start; give None
+    where your own definitions bring one.
 
     The result holds the assets ``prompts``, ``images`` and ``image_manifest``, the job
     ``krea_images``, the sensor ``krea_prompts`` that watches the table, the asset
@@ -81,9 +84,7 @@ def build_krea_definitions(
             f"{before}krea": krea,
             f"{before}krea_manifest": KreaManifestIOManager(storage=krea.storage),
         },
-        # One process per run: the steps wait for the network, and a second process would cost
-        # seconds to start.
-        executor=dg.in_process_executor,
+        executor=executor,
     )
     return dg.Definitions.merge(images, salvage)
 

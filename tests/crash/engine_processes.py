@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +17,10 @@ from krea_dagster.engine.record import Record
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import asked
 
-_ROOT: Final = Path(__file__).parents[2]
-_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+#: Importing the engine takes longer than many a run here, so each process is a fork of one
+#: that has imported it, and has done nothing else.
+_PROCESSES: Final = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.crash.engine_worker"])
 
 
 @dataclass(frozen=True)
@@ -54,43 +53,38 @@ def requests(job: Job) -> list[ImageRequest]:
 
 
 class Process:
-    """A run in a process of its own. It is ready when this returns, and waits for ``go``."""
+    """A run in a process of its own, which waits for ``go``."""
 
-    def __init__(self, folder: Path, job: Job) -> None:
-        file = folder / f"{uuid.uuid4().hex}.json"
-        file.write_text(json.dumps(asdict(job)))
-        environment = {k: v for k, v in os.environ.items() if k.lower() not in _PROXIES}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.engine_worker", str(file)],
-            cwd=_ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, job: Job) -> None:
+        from tests.crash.engine_worker import work  # noqa: PLC0415 - which imports this file
+
+        self._here, there = _PROCESSES.Pipe()
+        self._process = _PROCESSES.Process(target=work, args=(job, there), daemon=True)
+        self._process.start()
+        there.close()
 
     def go(self) -> None:
         """Let it run."""
-        assert self._process.stdout is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout.readline() == "ready\n"
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        self._here.send("go")
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
-        self._process.send_signal(number)
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
-    def end(self) -> tuple[int, dict[str, Any]]:
+    def end(self) -> tuple[int | None, dict[str, Any]]:
         """Wait for its end; its exit code and what it reports."""
-        text, _ = self._process.communicate(timeout=300)
-        return self._process.returncode, json.loads(text) if text.strip() else {}
+        report: dict[str, Any] = {}
+        with suppress(EOFError):
+            report = self._here.recv()
+        self._process.join(60)
+        return self._process.exitcode, report
 
     def abandon(self) -> None:
         """End it, if it still runs."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
+        self._process.kill()
+        self._process.join()
+        self._here.close()
 
 
 class Shop:
@@ -98,7 +92,6 @@ class Shop:
 
     def __init__(self, folder: Path, emulator: Emulator, journal: str | None = None) -> None:
         self.emulator = emulator
-        self._folder = folder
         self._all: list[Process] = []
         self.job = Job(
             emulator=emulator.url,
@@ -117,7 +110,7 @@ class Shop:
     def prepare(self, **run: Any) -> Process:
         """Start a process that waits for ``go``."""
         job = replace(self.job, **{"run_id": f"run-{len(self._all)}", **run})
-        process = Process(self._folder, job)
+        process = Process(job)
         self._all.append(process)
         return process
 
@@ -146,6 +139,6 @@ class Shop:
         return books
 
 
-def outcomes(processes: Sequence[Process]) -> list[tuple[int, dict[str, Any]]]:
+def outcomes(processes: Sequence[Process]) -> list[tuple[int | None, dict[str, Any]]]:
     """Wait for all of them."""
     return [process.end() for process in processes]

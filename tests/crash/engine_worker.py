@@ -1,17 +1,15 @@
-"""One run of the engine in a process of its own: ``python -m tests.crash.engine_worker JOB``.
-
-JOB is a JSON object, see ``engine_processes.Job``. The report is one line of JSON on stdout.
-"""
+"""One run of the engine in a process of its own, which is forked with all of it imported."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import resource
 import signal
 import sys
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
+from multiprocessing.connection import Connection
+from typing import Any
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Caps
@@ -25,8 +23,45 @@ from krea_dagster.errors import JournalError
 from tests.crash.engine_processes import Job, requests
 
 
-async def work(job: Job, journal: Journal) -> RunReport:
-    """Run once. SIGTERM ends the run as Dagster's terminate does: its tasks are cancelled."""
+def work(job: Job, connection: Connection) -> None:
+    """Run once, when told to; send the report, and exit with 0 where all was delivered.
+
+    Else with 1, with 3 where the journal failed, and with 143 where SIGTERM ended it.
+    """
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)
+    connection.recv()
+    if job.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    code, report = _ended(job)
+    connection.send(report)
+    sys.exit(code)
+
+
+def _ended(job: Job) -> tuple[int, dict[str, Any]]:
+    try:
+        with closing(Journal(job.journal)) as journal:
+            report = asyncio.run(_run(job, journal))
+    except asyncio.CancelledError:
+        return 143, {"stopped": True}
+    except JournalError as error:
+        return 3, {"journal_error": str(error)}
+    progress = report.progress
+    return int(progress.delivered + progress.reused < progress.total), {
+        "posts": report.posts,
+        "new": report.new,
+        "left": len(report.left),
+        "delivered": progress.delivered,
+        "reused": progress.reused,
+        "caps_reached": list(report.caps_reached),
+        "seconds": round(report.seconds, 1),
+    }
+
+
+async def _run(job: Job, journal: Journal) -> RunReport:
+    """SIGTERM ends the run as Dagster's terminate does: its tasks are cancelled."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -41,45 +76,3 @@ async def work(job: Job, journal: Journal) -> RunReport:
         latencies=Latencies(recent={"1K": (0.2,), "2K": (0.2,)}),
     )
     return await runner.run(Wanted(one, job.partition) for one in requests(job))
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
-def main(job: Job) -> int:
-    """Run once told to; 1 where not all was delivered, 3 where the journal failed."""
-    _say("ready")
-    sys.stdin.readline()
-    if job.file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with closing(Journal(job.journal)) as journal:
-            report = asyncio.run(work(job, journal))
-    except asyncio.CancelledError:
-        _say(json.dumps({"stopped": True}))
-        return 143
-    except JournalError as error:
-        _say(json.dumps({"journal_error": str(error)}))
-        return 3
-    _say(
-        json.dumps(
-            {
-                "posts": report.posts,
-                "new": report.new,
-                "left": len(report.left),
-                "delivered": report.progress.delivered,
-                "reused": report.progress.reused,
-                "caps_reached": list(report.caps_reached),
-                "seconds": report.seconds,
-            }
-        )
-    )
-    return 0 if report.progress.delivered + report.progress.reused == report.progress.total else 1
-
-
-if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
-        sys.exit(main(Job(**json.loads(Path(sys.argv[1]).read_text()))))

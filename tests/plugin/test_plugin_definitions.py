@@ -123,13 +123,12 @@ def test_it_merges_with_definitions_of_ones_own(tmp_path: Path) -> None:
     assert "other" in {key.to_user_string() for key in merged.resolve_all_asset_keys()}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the factory's Definitions carry an executor, and Dagster merges only one",
-)
 def test_it_merges_with_definitions_that_have_an_executor_of_their_own(tmp_path: Path) -> None:
-    defs = build_krea_definitions(prompts=str(tmp_path / "p.parquet"), krea=KreaResource())
-    dg.Definitions.merge(defs, dg.Definitions(executor=dg.multiprocess_executor))
+    defs = build_krea_definitions(
+        prompts=str(tmp_path / "p.parquet"), krea=KreaResource(), executor=None
+    )
+    merged = dg.Definitions.merge(defs, dg.Definitions(executor=dg.multiprocess_executor))
+    assert merged.executor is dg.multiprocess_executor
 
 
 def test_the_names_without_a_prefix_are_the_documented_ones(tmp_path: Path) -> None:

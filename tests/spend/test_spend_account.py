@@ -95,6 +95,9 @@ def test_a_failure_whose_reservation_was_counted_may_lower_the_use() -> None:
     for used in (0, UNITS):
         assert certain([reading(10, 0), reading(20, used)], failed, later).unexplained_units == 0
     assert certain([reading(8, 0), reading(20, 0)], failed, later).unexplained_units == -UNITS
+    # But it cannot raise it: it was given back before the second reading.
+    too_much = [reading(10, 0), reading(20, 2 * UNITS)]
+    assert certain(too_much, failed, later).unexplained_units == UNITS
 
 
 def test_where_the_use_falls_a_new_stretch_begins() -> None:
