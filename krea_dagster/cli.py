@@ -141,7 +141,8 @@ def salvage_command(*, as_json: bool) -> None:
     """Collect what is paid for and at hand nowhere; buys nothing.
 
     Asks for the tasks that earlier runs left behind and fetches their images, the most urgent
-    link first: links live for 24 hours. Runs the Dagster job krea_salvage in this process.
+    link first: links live for 24 hours. What was given up as lost is asked about once more.
+    Runs the Dagster job krea_salvage in this process.
     """
     from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415

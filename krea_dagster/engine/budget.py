@@ -110,7 +110,7 @@ def committed_after(
         case Event.FAILED:
             charged = values.get("charged_units")
             return charged if isinstance(charged, int) else committed_units
-        case Event.COMPLETED if before is State.SUBMITTED:
+        case Event.COMPLETED:
             charged = values.get("charged_units")
             return charged if isinstance(charged, int) else committed_units
         case _:

@@ -196,8 +196,8 @@ def submission_values(step: Step, run_id: str) -> dict[str, Any]:
             values = {"posts": 1}
         case Event.ACCEPTED:
             values = {"submitted_at": change.at}
-        case Event.COMPLETED if step.before.state is State.COMPLETED:
-            allowed = frozenset()  # a fresh link; the money was settled before
+        case Event.COMPLETED if "charged_units" not in change.values:
+            pass  # a fresh link; the money was settled before
         case Event.COMPLETED | Event.FAILED | Event.REFUSED:
             values = {"settled_at": change.at}
     values.update(

@@ -294,6 +294,16 @@ class Journal:
             )
             return [_record(row) for row in rows]
 
+    def given_up(self) -> list[Record]:
+        """The requests that are paid and lost, whose task could be asked about again."""
+        with self._read("read") as connection:
+            rows = connection.execute(
+                _joined()
+                .where(requests.c.state == State.EXPIRED.value, submissions.c.task_id.is_not(None))
+                .order_by(submissions.c.sent_at)
+            )
+            return [_record(row) for row in rows]
+
     def unattended(self, at: datetime) -> list[Record]:
         """The unsettled requests that no living run holds; the oldest first."""
         with self._read("read") as connection:

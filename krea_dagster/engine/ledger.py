@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from krea_dagster.engine.budget import Caps, Commitment, admit, committed_after, expected_units
 from krea_dagster.engine.changes import Step
 from krea_dagster.engine.schema import commitments, prices, stops
-from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.states import Event
 from krea_dagster.errors import RunStopped
 
 #: How long the account's stop holds for the other shards of a launch: long enough that all of
@@ -88,7 +88,7 @@ class Ledger:
         before, after = step.before, step.after
         committed = after.committed_units - before.committed_units
         spent = 0
-        if step.change.event is Event.COMPLETED and before.state is State.SUBMITTED:
+        if step.change.event is Event.COMPLETED:
             spent = step.change.values.get("charged_units") or 0
         if (committed or spent) and after.sent_at is not None:
             for scope in (f"run:{after.bought_by}", _day(after.sent_at)):

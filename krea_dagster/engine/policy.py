@@ -44,7 +44,10 @@ class Policy:
     buy nothing; EvoLink's client trusts it for 23 hours. ``link_life_s``: how long a result
     link is promised to live. ``wait_scale`` multiplies every pause between tries.
     ``ask_again`` are error codes of failed and refused requests that a person wants to be asked
-    for again.
+    for again. ``revive`` asks once more about tasks that were given up as lost.
+    ``gone_after_s``, ``gone_reads`` and ``gone_pause_s``: how old a task must be, and how many
+    reads that far apart must not find it, before it counts as gone. ``silence_tries``: purchases
+    in a row without a usable answer after which the run slows down.
     """
 
     on_unknown: OnUnknown = "replay"
@@ -63,6 +66,9 @@ class Policy:
     backoff_max_s: float = 60.0
     wait_scale: float = 1.0
     ask_again: frozenset[str] = frozenset()
+    revive: bool = False
+    gone_pause_s: float = 15.0
+    silence_tries: int = 5
     task_error_waits: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: REPEATABLE_TASK_ERRORS
     )
@@ -173,7 +179,10 @@ def next_action(
             return _completed(record, trail, now, policy)
         case State.FAILED | State.REFUSED:
             return PlanAgain() if buying and _worth_another_try(record, trail, policy) else DONE
-        case State.STORED | State.EXPIRED:
+        case State.EXPIRED:
+            once = policy.revive and trail.asks == 0 and trail.ask_failures == 0
+            return Ask() if once and record.task_id is not None else DONE
+        case State.STORED:
             return DONE
 
 

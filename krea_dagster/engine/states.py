@@ -13,6 +13,9 @@
 it in this very run has found a crash between intent and answer, and must treat it as
 ``unknown``.
 
+``expired`` is what could be said with the answers at hand. Where a salvage finds that the server
+knows the task after all (another key had asked, or it was restored), it goes on from there.
+
 While the outcome of a purchase is unknown, no refusal of a *repeat* makes it known: the first
 POST may have created the task all the same. So ``unknown`` is left only by the task itself
 (``accepted``) or by a person (``released``: it did not happen; ``expired``: it did, and is lost).
@@ -101,6 +104,8 @@ TRANSITIONS: Final[Mapping[tuple[State | None, Event], State]] = {
     (State.COMPLETED, Event.NOT_STORED): State.COMPLETED,
     (State.COMPLETED, Event.STORED): State.STORED,
     (State.COMPLETED, Event.EXPIRED): State.EXPIRED,
+    (State.EXPIRED, Event.COMPLETED): State.COMPLETED,
+    (State.EXPIRED, Event.FAILED): State.FAILED,
     (State.STORED, Event.FILE_MISSING): State.COMPLETED,
     (State.FAILED, Event.PLANNED): State.PLANNED,
     (State.REFUSED, Event.PLANNED): State.PLANNED,

@@ -65,6 +65,10 @@ _GRACE_S: Final = 10.0
 _PENDING_S: Final = 60.0
 
 
+#: States whose task has not been seen to end.
+_UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED})
+
+
 class Client(TaskReader, Downloader, Protocol):
     """What the engine needs of KreaClient."""
 
@@ -122,6 +126,8 @@ class Steps:
         self._posting: set[anyio.CancelScope] = set()
         self._ending = False
         self._refused_since_s: float | None = None
+        self._unanswered = 0
+        self._silent_since_s: float | None = None
         self.asker = Asker(client, clock.monotonic)
         self.window = window
         self._announce_stop = announce_stop
@@ -198,6 +204,7 @@ class Steps:
         carrier.trail = replace(carrier.trail, submit_failures=0)
         self.window = self.window.taken()
         self._refused_since_s = None
+        self._unanswered, self._silent_since_s = 0, None
         return 0.0
 
     async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
@@ -261,9 +268,32 @@ class Steps:
                 return 0.0
             case TurnedAway():
                 return self._turned_away(carrier, error)
+            case OutcomeUnknown() if not isinstance(error, PurchasePending):
+                self._slow_down(error)
             case PurchasePending():
                 at_least_s = max(at_least_s, _PENDING_S * self._policy.wait_scale)
         return backoff_s(failures, self._fraction(), self._policy, at_least_s=at_least_s)
+
+    def _slow_down(self, error: SubmitError) -> None:
+        """Take a server that does not answer for overloaded: each further purchase is at stake.
+
+        Without any answer for as long as the patience lasts, buying stops.
+        """
+        now_s = self._clock.monotonic()
+        self._unanswered += 1
+        if self._silent_since_s is None:
+            self._silent_since_s = now_s
+        over = self._unanswered - self._policy.silence_tries
+        if over < 0:
+            return
+        pause_s = backoff_s(over + 1, self._fraction(), self._policy)
+        self.window = self.window.turned_away(now_s, pause_s)
+        if now_s - self._silent_since_s > self._policy.patience_s and self.stopped is None:
+            self.stopped = RunStopped(
+                "no_usable_answer",
+                f"no purchase got a usable answer for {now_s - self._silent_since_s:.0f} s, "
+                f"the last: {error}",
+            )
 
     def _turned_away(self, carrier: Carrier, error: SubmitError) -> float:
         """Cut the window; a 429 is no failure of the request, so it uses up no try."""
@@ -284,7 +314,9 @@ class Steps:
 
     def why_kept_back(self) -> str:
         """Why nothing more is bought, for the people who read the manifest."""
-        return f"not bought, because the account stopped the run: {self.stopped}"
+        by_account = isinstance(self.stopped, AccountStopped)
+        why = "the account stopped the run" if by_account else "buying stopped"
+        return f"not bought, {why}: {self.stopped}"
 
     async def defer(self, carrier: Carrier) -> float:
         """Record that a request is kept back, because buying has stopped."""
@@ -339,7 +371,7 @@ class Steps:
             case Task(status="completed", results=(url, *_)):
                 await self._task_completed(carrier, task, url)
                 return 0.0
-            case Task(status="failed" | "cancelled") if record.state is State.SUBMITTED:
+            case Task(status="failed" | "cancelled") if _may_have_failed(record):
                 await self._task_failed(carrier, task)
                 return 0.0
         if record.state is State.SUBMITTED:
@@ -360,7 +392,7 @@ class Steps:
 
     async def _task_completed(self, carrier: Carrier, task: Task, url: str) -> None:
         record = carrier.record
-        if record.state is not State.SUBMITTED:
+        if record.state not in _UNSETTLED or record.charged_units is not None:
             await self.record(carrier, Event.COMPLETED, {"result_url": url})
             return
         if record.run_id == self._run_id:
@@ -391,15 +423,16 @@ class Steps:
 
     def _asked_in_vain(self, carrier: Carrier, error: ApiError) -> float:
         trail = replace(carrier.trail, ask_failures=carrier.trail.ask_failures + 1)
+        at_least_s = error.retry_after_s or 0.0
         match error:
             case TaskNotFound():
+                # Apart, because what it leads to is an image given up as lost.
                 trail = replace(trail, not_found=trail.not_found + 1)
+                at_least_s = max(at_least_s, self._policy.gone_pause_s * self._policy.wait_scale)
             case Unauthorized() | AccessDenied() | InsufficientCredits():
                 trail = replace(trail, final=f"detached: its task cannot be read: {error}")
         carrier.trail = trail
-        return backoff_s(
-            trail.ask_failures, self._fraction(), self._policy, at_least_s=error.retry_after_s
-        )
+        return backoff_s(trail.ask_failures, self._fraction(), self._policy, at_least_s=at_least_s)
 
     # -- fetching -----------------------------------------------------------------------------
 
@@ -469,6 +502,10 @@ class Steps:
 
     def _fraction(self) -> float:
         return self._random.random()
+
+
+def _may_have_failed(record: Record) -> bool:
+    return record.state in _UNSETTLED and record.charged_units is None
 
 
 def _said(code: str, message: str) -> dict[str, Any]:

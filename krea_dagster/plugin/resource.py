@@ -170,13 +170,15 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     ) -> tuple[RunReport, dict[str, Record]]:
         """Ask for and fetch what is paid for and at hand nowhere; buys nothing.
 
-        The oldest first, because links live for a day. Returns the report, and what became of
+        The oldest first, because links live for a day. What was given up as lost is asked about
+        once more. Returns the report, and what became of
         each request that it took up, by request key. Raises as ``generate`` does.
         """
         with self._runner(run_id, on_progress) as runner:
-            paid = _paid(runner.journal)
+            paid = [*_paid(runner.journal), *runner.journal.given_up()]
             wanted = [Wanted(record.request, record.partition_key) for record in paid]
-            report = _run(replace(runner, buying=False).run(wanted))
+            policy = replace(runner.policy, revive=True)
+            report = _run(replace(runner, buying=False, policy=policy).run(wanted))
             return report, runner.journal.records([record.request_key for record in paid])
 
     def records(self, images: Iterable[PlannedImage]) -> dict[str, Record]:

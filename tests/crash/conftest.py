@@ -1,8 +1,12 @@
-"""Keeps the machine's proxies away from tests that talk to this machine only."""
+"""Keeps the machine's proxies away from tests that talk to this machine only; the databases."""
 
 from __future__ import annotations
 
 import pytest
+
+from tests.engine.conftest import journal_url
+
+__all__ = ["journal_url"]
 
 
 @pytest.fixture(autouse=True)

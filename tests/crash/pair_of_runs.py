@@ -13,10 +13,12 @@ from krea_dagster.emulator import Emulator
 from tests.crash.engine_processes import Shop, outcomes
 
 
-def together(folder: Path, *, rows: int, processes: int) -> tuple[dict[str, Any], list[Any]]:
+def together(
+    folder: Path, *, rows: int, processes: int, journal: str | None = None
+) -> tuple[dict[str, Any], list[Any]]:
     """Run them to their end; the emulator's books and the reports."""
     with Emulator(latency_s=0.2, state=folder / "emulator") as emulator:
-        shop = Shop(folder, emulator)
+        shop = Shop(folder, emulator, journal)
         ended = outcomes(shop.start(*({"count": rows} for _ in range(processes))))
         shop.close()
         assert [code for code, _ in ended] == [0] * processes, ended

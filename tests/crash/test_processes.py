@@ -40,9 +40,9 @@ def all_stored(shop: Shop, count: int) -> None:
     assert {record.claimed_by for record in records} == {None}
 
 
-def test_two_processes_on_the_same_rows_buy_each_row_once(tmp_path: Path) -> None:
+def test_two_processes_on_the_same_rows_buy_each_row_once(tmp_path: Path, journal_url: str) -> None:
     """With 500 rows: ``python -m tests.crash.pair_of_runs``."""
-    books, reports = together(tmp_path, rows=80, processes=2)
+    books, reports = together(tmp_path, rows=80, processes=2, journal=journal_url)
     assert sum(report["new"] for report in reports) == 80
     assert sum(report["posts"] for report in reports) == 80
     assert books["charged_units"] == 80 * 4500
@@ -127,10 +127,10 @@ def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(shop:
 
 @pytest.mark.parametrize("faults", [False, True])
 def test_four_processes_with_64_in_flight_each_never_pass_a_cap_of_ten_credits(
-    tmp_path: Path, faults: bool
+    tmp_path: Path, journal_url: str, faults: bool
 ) -> None:
     """Twenty trials: ``python -m tests.crash.cap_trials``."""
-    found = trial(tmp_path, seed=1, faults=faults)
+    found = trial(tmp_path, seed=1, faults=faults, journal=journal_url)
     assert found.most_units <= 100_000
     assert found.committed_units <= 100_000
     if not faults:

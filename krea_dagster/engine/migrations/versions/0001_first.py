@@ -216,6 +216,8 @@ _TRANSITIONS = (
     ("completed", "not_stored", "completed"),
     ("completed", "stored", "stored"),
     ("completed", "expired", "expired"),
+    ("expired", "completed", "completed"),
+    ("expired", "failed", "failed"),
     ("stored", "file_missing", "completed"),
     ("failed", "planned", "planned"),
     ("refused", "planned", "planned"),
