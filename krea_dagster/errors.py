@@ -10,6 +10,7 @@
     │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
     │   ├── TakenOver           another run holds this request now, and carries it on
     │   └── IllegalTransition   an event that the state does not allow; nothing changed
+    ├── StorageError          a paid image cannot be written; nothing more is bought until it can
     ├── BuyingClosed          nothing was sent; the row is deferred
     │   ├── CapReached          a cap leaves no room; the text says when it frees
     │   └── RunStopped          the account stopped another shard of this run
@@ -168,6 +169,13 @@ class TakenOver(JournalError):
 
 class IllegalTransition(JournalError):
     """An event that the request's present state does not allow. Nothing was changed."""
+
+
+# -- the storage root ---------------------------------------------------------------------------
+
+
+class StorageError(KreaError):
+    """The storage root cannot be written. What was paid for is in the journal: run again."""
 
 
 # -- what keeps a run from buying -------------------------------------------------------------

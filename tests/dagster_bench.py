@@ -34,14 +34,14 @@ def write_table(path: Path, columns: Mapping[str, Any] | pa.Table) -> str:
 def run_job(
     defs: dg.Definitions,
     instance: dg.DagsterInstance,
-    first: str,
+    first: str | None = None,
     last: str | None = None,
     *,
     job: str = "krea_images",
 ) -> dg.ExecuteInProcessResult:
-    """Run the job for one partition, or for a range of them in one run."""
+    """Run the job for one partition, for a range of them in one run, or without any."""
     resolved = defs.resolve_job_def(job)
-    if last is None:
+    if first is None or last is None:
         return resolved.execute_in_process(
             instance=instance, partition_key=first, run_config=QUIET, raise_on_error=False
         )

@@ -53,6 +53,7 @@ from krea_dagster.errors import (
     JournalError,
     PurchasesNotWritten,
     RunStopped,
+    StorageError,
     TakenOver,
 )
 from krea_dagster.models import ImageRequest
@@ -130,8 +131,8 @@ class Runner:
     async def run(self, wanted: Iterable[Wanted]) -> RunReport:
         """Carry all requests as far as they go.
 
-        Raises JournalError where the journal cannot be read or written: then nothing more is
-        bought. On cancellation nothing more is submitted, a POST under way is given a few
+        Raises JournalError where the journal cannot be read or written, and StorageError where
+        an image cannot be stored: then nothing more is bought. On cancellation nothing more is submitted, a POST under way is given a few
         seconds, and what is known is written; the next run goes on from there.
         """
         started_s = self.clock.monotonic()
@@ -233,7 +234,7 @@ class _Session:
         self._finished: set[str] = set()  # requests that this run is done with, and holds still
         self._resolutions = dict(runner.resolutions)
         self._client = client
-        self._failure: JournalError | None = None
+        self._failure: JournalError | StorageError | None = None
         self.account_error: str | None = None
         self._progress = progress
         self.left: dict[str, str] = {}
@@ -318,7 +319,7 @@ class _Session:
                 self._push(carrier.record, carrier.trail, wait_s)
         except TakenOver as error:
             self._finish(carrier.record, str(error))
-        except JournalError as error:
+        except (JournalError, StorageError) as error:
             self._failure = self._failure or error
         finally:
             self._leave_window(carrier)

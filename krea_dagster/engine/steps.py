@@ -42,6 +42,7 @@ from krea_dagster.errors import (
     PurchasePending,
     Refused,
     RunStopped,
+    StorageError,
     SubmitError,
     TakenOver,
     TaskNotFound,
@@ -97,7 +98,7 @@ class Steps:
     before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
     the caps said, by code, ``unwritten`` what was bought and the journal did not take.
     ``announce_stop`` tells the launch's other shards that the account stopped this one. Raises
-    JournalError where an event could not be written.
+    JournalError where an event could not be written, and StorageError where an image could not.
     """
 
     def __init__(
@@ -455,6 +456,13 @@ class Steps:
                 link_dead=isinstance(error, LinkDead),
             )
             return backoff_s(carrier.trail.fetch_failures, self._fraction(), self._policy)
+        except OSError as error:
+            raise StorageError(
+                f"could not store an image under {self._images.storage.locate('')}: {error}. "
+                "Nothing more is bought until this is mended. What was paid for is in the journal, "
+                "and the next run fetches it: do not wait longer than its links live, which is 24 "
+                "hours."
+            ) from error
         await self.record(
             carrier,
             Event.STORED,

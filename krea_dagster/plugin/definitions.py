@@ -37,8 +37,8 @@ def build_krea_definitions(
 
     The result holds the assets ``prompts``, ``images`` and ``image_manifest``, the job
     ``krea_images``, the sensor ``krea_prompts`` that watches the table, the asset
-    ``salvaged_images`` with the job and the sensor ``krea_salvage``, and the resources ``krea``
-    and ``krea_manifest``. All these names begin with the prefix where there is one.
+    ``salvaged_images`` with the job and the sensor ``krea_salvage``, the check ``spend_proof``
+    with the job ``krea_proof``, and the resources ``krea`` and ``krea_manifest``. All these names begin with the prefix where there is one.
     Merge it with your own by ``dagster.Definitions.merge``. Raises ConfigError for a setting
     that cannot be used.
     """
@@ -58,10 +58,18 @@ def build_krea_definitions(
         resource_key=f"{before}krea",
         io_manager_key=f"{before}krea_manifest",
     )
+    proof = build_spend_proof_check(assets.image_manifest.key, resource_key=f"{before}krea")
     job = dg.define_asset_job(
         f"{before}{JOB_NAME}",
-        selection=dg.AssetSelection.assets(assets.images, assets.image_manifest),
+        # Without the proof: it reads every file again, which is not each run's to do.
+        selection=dg.AssetSelection.assets(assets.images, assets.image_manifest)
+        - dg.AssetSelection.checks(proof),
         description="Buys what is missing, and writes the manifest.",
+    )
+    proof_job = dg.define_asset_job(
+        f"{before}{PROOF_JOB_NAME}",
+        selection=dg.AssetSelection.checks(proof),
+        description="Holds every charge against its task, file, manifest row and the account.",
     )
     sensor = build_prompts_sensor(
         table,
@@ -75,10 +83,8 @@ def build_krea_definitions(
     )
     images = dg.Definitions(
         assets=assets.all,
-        asset_checks=[
-            build_spend_proof_check(assets.image_manifest.key, resource_key=f"{before}krea")
-        ],
-        jobs=[job],
+        asset_checks=[proof],
+        jobs=[job, proof_job],
         sensors=[sensor],
         resources={
             f"{before}krea": krea,
@@ -92,6 +98,7 @@ def build_krea_definitions(
 #: The jobs' names where there is no key prefix.
 JOB_NAME = "krea_images"
 SALVAGE_JOB_NAME = "krea_salvage"
+PROOF_JOB_NAME = "krea_proof"
 
 
 def _absolute(source: str) -> str:

@@ -29,7 +29,7 @@ def evaluation(result: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
     return found
 
 
-def test_each_run_ends_with_the_proof_and_shows_what_it_had_quoted(
+def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     shop: Shop, instance: dg.DagsterInstance
 ) -> None:
     shop = shop.with_rows("ash", "birch", "cedar", "date")
@@ -41,7 +41,8 @@ def test_each_run_ends_with_the_proof_and_shows_what_it_had_quoted(
     )
     first = run_job(defs, instance, *BUCKETS, job="proved_krea_images")
     assert first.success
-    proof = evaluation(first)
+    assert "spend_proof" not in {one.check_name for one in first.get_asset_check_evaluations()}
+    proof = evaluation(run_job(defs, instance, job="proved_krea_proof"))
     assert proof.passed
     assert proof.asset_key == dg.AssetKey(["proved", "image_manifest"])
     assert proof.description == "4 charges of 1.8 credits add up; 0 notes."
@@ -53,12 +54,12 @@ def test_each_run_ends_with_the_proof_and_shows_what_it_had_quoted(
         assert shown["quoted_to_buy"] == sizes[key]
         assert shown["quoted_credits"] == pytest.approx(0.45 * sizes[key])
 
-    # A byte changes, and the next run of one partition says so, whatever partition it was in.
+    # A byte changes, and the next proof says so.
     path = shop.file_of("ash")
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     second = run_job(defs, instance, BUCKETS[0], job="proved_krea_images")
     assert second.success
-    proof = evaluation(second)
+    proof = evaluation(run_job(defs, instance, job="proved_krea_proof"))
     assert not proof.passed
     assert proof.severity is dg.AssetCheckSeverity.ERROR
     assert proof.description is not None
