@@ -132,8 +132,9 @@ class Runner:
         """Carry all requests as far as they go.
 
         Raises JournalError where the journal cannot be read or written, and StorageError where
-        an image cannot be stored: then nothing more is bought. On cancellation nothing more is submitted, a POST under way is given a few
-        seconds, and what is known is written; the next run goes on from there.
+        an image cannot be stored: then nothing more is bought. On cancellation nothing more is
+        submitted, a POST under way is given a few seconds, and what is known is written; the
+        next run goes on from there.
         """
         started_s = self.clock.monotonic()
         by_key = _merged(wanted)

@@ -120,9 +120,9 @@ def build_krea_assets(
     ) -> Iterator[dg.MaterializeResult[None]]:
         krea = krea_of(context, resource_key)
         with as_failure():
-            krea.check()
             root = context.run.root_run_id or context.run.run_id
-            batch = Batch.read(table, context.partition_keys, krea).ask_again(config, krea, root)
+            batch = Batch.read(table, context.partition_keys, krea, to_buy=True)
+            batch = batch.ask_again(config, krea, root)
         report_prompts(context.instance, prompts_key, batch.versions())
         if batch.rows.warning_count:
             context.log.warning(_warnings(batch.rows))

@@ -26,9 +26,22 @@ class Batch:
     images: tuple[PlannedImage, ...]
 
     @classmethod
-    def read(cls, table: PromptTable, keys: Sequence[str] | None, krea: KreaResource) -> "Batch":
-        """Read the partitions, or all. Raises PromptTableError, ConfigError or JournalError."""
+    def read(
+        cls,
+        table: PromptTable,
+        keys: Sequence[str] | None,
+        krea: KreaResource,
+        *,
+        to_buy: bool = False,
+    ) -> "Batch":
+        """Read the partitions, or all, and where they are ``to_buy``, check that one can.
+
+        In that order: a bad table makes nothing, not even a journal. Raises PromptTableError,
+        ConfigError or JournalError.
+        """
         rows = table.read(keys)
+        if to_buy:
+            krea.check()
         return cls(keys or [], rows, tuple(plan_images(rows.rows, krea.attempts())))
 
     def ask_again(self, config: KreaImagesConfig, krea: KreaResource, raised_by: str) -> "Batch":

@@ -35,12 +35,12 @@ def build_krea_definitions(
     the steps wait for the network and a second process would cost seconds to start; give None
     where your own definitions bring one.
 
-    The result holds the assets ``prompts``, ``images`` and ``image_manifest``, the job
-    ``krea_images``, the sensor ``krea_prompts`` that watches the table, the asset
-    ``salvaged_images`` with the job and the sensor ``krea_salvage``, the check ``spend_proof``
-    with the job ``krea_proof``, and the resources ``krea`` and ``krea_manifest``. All these names begin with the prefix where there is one.
-    Merge it with your own by ``dagster.Definitions.merge``. Raises ConfigError for a setting
-    that cannot be used.
+    The result holds the assets ``prompts``, ``images``, ``image_manifest`` and
+    ``salvaged_images``; the jobs ``krea_images``, ``krea_salvage`` and ``krea_proof``; the sensor
+    ``krea_prompts`` that watches the table and ``krea_salvage`` that starts its job; the checks
+    ``all_rows_delivered`` and ``spend_proof``; and the resources ``krea`` and ``krea_manifest``.
+    All these names begin with the prefix where there is one. Merge it with your own by
+    ``dagster.Definitions.merge``. Raises ConfigError for a setting that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
     before = "".join(f"{part}_" for part in key_prefix)

@@ -5,6 +5,7 @@ The emulator's books are the witness: what was posted, created, and bought twice
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -18,22 +19,28 @@ from subprocess import DEVNULL
 from typing import Any, Final
 
 import pytest
+from sqlalchemy import insert
 
 from krea_dagster.api import KreaClient
 from krea_dagster.emulator import Emulator
+from krea_dagster.engine.database import Database
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.resolution import HasTask
 from krea_dagster.engine.runner import Runner, RunReport
+from krea_dagster.engine.schema import stops
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
-from krea_dagster.errors import JournalError, PurchasesNotWritten
+from krea_dagster.errors import JournalError, PurchasesNotWritten, StorageError
 from krea_dagster.models import AccountCredits, ImageRequest, Submission
 from tests.engine.engine_bench import LEARNED, NOW, QUICK, as_wanted, several
 
 pytestmark = pytest.mark.anyio
 
 ROWS: Final = 6
+
+#: Some row that can be written.
+STOP: Final = {"launch": "l", "at": NOW, "error_code": "c", "error_message": "m"}
 
 
 class Client(KreaClient):
@@ -120,9 +127,13 @@ def fort(tmp_path: Path) -> Iterator[Fort]:
 
 
 @contextmanager
-def _file_system(folder: Path) -> Iterator[None]:
+def _file_system(folder: Path, size: str = "2m") -> Iterator[None]:
     """Mount a small file system at a folder, where this user may."""
-    if os.name != "posix" or os.getuid() or _mount("-t", "tmpfs", "-o", "size=2m", "t", folder):
+    if (
+        os.name != "posix"
+        or os.getuid()
+        or _mount("-t", "tmpfs", "-o", f"size={size}", "t", folder)
+    ):
         pytest.skip("needs to mount a file system")
     try:
         yield
@@ -280,14 +291,59 @@ async def test_with_the_policy_hold_a_person_settles_what_could_not_be_written(
     with Stage(locked, fort) as stage, pytest.raises(PurchasesNotWritten) as error:
         await fort.run("run-1", stage.client("after_a_post"), policy=hold)
     named = {purchase.request_key: purchase.task_id for purchase in error.value.purchases}
-    posts = fort.emulator.books()["submit_posts"]
     report = await fort.run("run-2", policy=hold)
     assert set(report.left) >= set(named)
-    assert report.posts == fort.emulator.books()["submit_posts"] - posts
-    assert report.posts == ROWS - len(report.left) - len(fort.task_ids() - fort.created())
+    assert fort.emulator.books()["replays"] == 0
     decisions = {key: HasTask(task_id) for key, task_id in named.items()}
     report = await fort.run("run-3", policy=hold, resolutions=decisions)
     assert not set(report.left) & set(named)
+    await fort.settle()
+
+
+async def test_a_run_that_is_stopped_while_its_journal_fails_names_what_it_bought_too(
+    fort: Fort,
+) -> None:
+    runs: list[asyncio.Task[RunReport]] = []
+
+    @contextmanager
+    def locked_and_stopped(path: Path) -> Iterator[None]:
+        with locked(path):
+            runs[0].cancel()
+            yield
+
+    with Stage(locked_and_stopped, fort) as stage:
+        runs.append(asyncio.ensure_future(fort.run("run-1", stage.client("after_a_post"))))
+        with pytest.raises(PurchasesNotWritten) as error:
+            await runs[0]
+    created = {task["task_id"] for task in fort.emulator.books()["tasks"]}
+    assert {purchase.task_id for purchase in error.value.purchases} == created != set()
+    await fort.settle()
+
+
+def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
+    fort: Fort,
+) -> None:
+    """The commit succeeds, in a file that nobody will find."""
+
+    def write_and_lose(database: Database) -> None:
+        with database.write("write to") as connection:
+            connection.execute(insert(stops).values(STOP))
+            fort.path.unlink()
+
+    with closing(Database(f"sqlite:///{fort.path}")) as database:
+        with pytest.raises(JournalError, match="removed or replaced while it was written to"):
+            write_and_lose(database)
+        with pytest.raises(JournalError, match=r"not there any more. Put it back"):
+            database.look_through()
+
+
+async def test_a_storage_root_that_is_full_ends_the_run_and_loses_no_image(fort: Fort) -> None:
+    folder = Path(fort.images.storage.locate(""))
+    folder.mkdir()  # noqa: ASYNC240 - on this machine
+    with _file_system(folder, "300k"), pytest.raises(StorageError, match="No space left") as error:
+        await fort.run("run-1")
+    assert "Nothing more is bought" in str(error.value)
+    assert fort.task_ids() == fort.created() != set()
     await fort.settle()
 
 
