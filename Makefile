@@ -14,7 +14,7 @@ setup: .venv/.ready  ## Install the locked packages into .venv
 
 # uv comes through pip into a folder of its own, so that no venv module and no installer is needed.
 .uv/bin/uv:
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv==0.13.9
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --target .uv uv==0.13.9
 
 .venv/.ready: requirements.lock pyproject.toml .uv/bin/uv
 	@.uv/bin/uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" .venv

@@ -22,14 +22,16 @@ EXPECTED_LATENCY_S: Final[Mapping[str, float]] = MappingProxyType({"1K": 2.0, "2
 class Window:
     """How many tasks may be in flight.
 
-    Starts small, doubles with every full window taken, until the server first turns one away;
-    from then on it grows by one per full window. A cut takes it to 70 %, and one burst of
-    refusals counts as one.
+    Starts small, doubles with every full window taken, until the server first turns one away.
+    A cut takes it to 70 %, and one burst of refusals counts as one. After a cut it grows as
+    fast again up to 90 % of where it was cut, and from there by one per full window: refusals
+    that come by chance, and not because of the load, do not wear it down.
     """
 
     most: int
     limit: float = 8.0
     cut_at_s: float | None = None
+    ceiling: float = 0.0
     pause_until_s: float = 0.0
     calm_s: float = 2.0
 
@@ -45,7 +47,8 @@ class Window:
 
     def taken(self) -> Window:
         """After a submission that the server took."""
-        growth = 1.0 if self.cut_at_s is None else 1.0 / self.limit
+        quickly = self.cut_at_s is None or self.limit < 0.9 * self.ceiling
+        growth = 1.0 if quickly else 1.0 / self.limit
         return replace(self, limit=min(float(self.most), self.limit + growth))
 
     def turned_away(self, now_s: float, retry_after_s: float | None) -> Window:
@@ -54,7 +57,9 @@ class Window:
         if self.cut_at_s is not None and now_s - self.cut_at_s < self.calm_s:
             return replace(self, pause_until_s=pause_until_s)
         limit = max(1.0, self.limit * 0.7)
-        return replace(self, limit=limit, cut_at_s=now_s, pause_until_s=pause_until_s)
+        return replace(
+            self, limit=limit, ceiling=self.limit, cut_at_s=now_s, pause_until_s=pause_until_s
+        )
 
 
 @dataclass(frozen=True)
@@ -90,3 +95,12 @@ def next_look_s(latencies: Latencies, quality: str, age_s: float, asks: int) -> 
     if asks == 0:
         return max(0.0, expected_s - age_s)
     return min(15.0, max(0.2, expected_s / 4, (age_s - expected_s) / 4))
+
+
+def is_overdue(latencies: Latencies, quality: str, age_s: float) -> bool:
+    """Whether a task is so late that the server has hardly still got it in work.
+
+    It is asked about on and on, but no longer kept a place in the window: a few tasks that never
+    end would otherwise fill it.
+    """
+    return age_s > 5.0 + 4.0 * latencies.expected_s(quality)

@@ -64,6 +64,8 @@ _T = TypeVar("_T")
 _SHORT_S: Final = 0.5
 #: Finished images that may wait for their download before nothing new is started.
 _FETCH_BACKLOG: Final = 64
+#: So that what is to be bought and holds no place goes by way of the queue.
+_ANEW_S: Final = 0.001
 _HEARTBEAT_S: Final = 20.0
 _ELSEWHERE_S: Final = 1.0
 
@@ -231,6 +233,7 @@ class _Session:
         self._changed = anyio.Event()
         self._carried = 0  # requests in the hands of a carrier
         self._in_flight = 0  # of those, the ones that hold a place in the window
+        self._fetching = 0  # of those, the ones whose image is on its way
         self._elsewhere: set[str] = set()  # requests that another run holds
         self._finished: set[str] = set()  # requests that this run is done with, and holds still
         self._resolutions = dict(runner.resolutions)
@@ -303,8 +306,7 @@ class _Session:
         self._tell()
 
     def _has_room(self) -> bool:
-        backlog = self._carried - self._in_flight
-        return self._in_flight < self.steps.window.size and backlog < _FETCH_BACKLOG
+        return self._in_flight < self.steps.window.size and self._fetching < _FETCH_BACKLOG
 
     def _start(self, carriers: anyio.abc.TaskGroup, item: _Item) -> None:
         partition_key = self._wanted[item.record.request_key].partition_key
@@ -353,6 +355,8 @@ class _Session:
             case Leave(reason=reason):
                 self._finish(record, reason)
                 return None
+            case Submit() if not carrier.holds_place:
+                return _ANEW_S
             case Submit():
                 return await steps.submit(carrier, Event.SUBMITTING)
             case Replay():
@@ -360,16 +364,26 @@ class _Session:
             case FoundUnanswered():
                 return await steps.found_unanswered(carrier)
             case Ask():
+                if steps.is_overdue(record):
+                    self._leave_window(carrier)
                 return await steps.ask(carrier)
             case Fetch():
                 self._leave_window(carrier)
-                return await steps.fetch(carrier)
+                return await self._fetch(carrier)
             case Expire(code=code, message=message):
                 return await steps.expire(carrier, code, message)
             case PlanAgain():
                 return await steps.plan_again(carrier)
             case Defer():
                 return await steps.defer(carrier)
+
+    async def _fetch(self, carrier: Carrier) -> float:
+        self._fetching += 1
+        try:
+            return await self.steps.fetch(carrier)
+        finally:
+            self._fetching -= 1
+            self._changed.set()
 
     def _finish(self, record: Record, reason: str) -> None:
         self._finished.add(record.request_key)

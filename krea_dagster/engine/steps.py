@@ -19,7 +19,7 @@ from krea_dagster.engine.asker import Asker, TaskReader
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.images import Downloader, ImageStore
-from krea_dagster.engine.pace import Latencies, Window, next_look_s
+from krea_dagster.engine.pace import Latencies, Window, is_overdue, next_look_s
 from krea_dagster.engine.policy import Policy, Trail, backoff_s, task_error_wait_s
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
@@ -382,6 +382,11 @@ class Steps:
         failures = carrier.trail.fetch_failures + 1
         carrier.trail = replace(carrier.trail, fetch_failures=failures)
         return backoff_s(failures, self._fraction(), self._policy)
+
+    def is_overdue(self, record: Record) -> bool:
+        """Whether a task has taken far longer than its kind takes."""
+        late = is_overdue(self._latencies, record.request.quality, self._age_s(record))
+        return record.state is State.SUBMITTED and late
 
     def _next_look_s(self, carrier: Carrier) -> float:
         record, asks = carrier.record, carrier.trail.asks

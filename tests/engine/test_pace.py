@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.pace import EXPECTED_LATENCY_S, Latencies, Window, next_look_s
+from krea_dagster.engine.pace import EXPECTED_LATENCY_S, Latencies, Window, is_overdue, next_look_s
 
 
 def taken(window: Window, times: int) -> Window:
@@ -40,10 +40,20 @@ def test_one_burst_of_refusals_cuts_once() -> None:
     assert window.turned_away(12.0, None).size == 31
 
 
-def test_after_a_refusal_the_window_grows_by_one_per_full_window() -> None:
-    window = taken(Window.opening(64), 92).turned_away(10.0, None)
-    assert taken(window, 40).size == 45
-    assert taken(window, 90).size == 46
+def test_after_a_refusal_the_window_grows_back_quickly_and_then_by_one_per_full_window() -> None:
+    window = taken(Window.opening(128), 92).turned_away(10.0, None)
+    assert window.size == 70
+    back = taken(window, 20)
+    assert back.size == 90, "quickly up to 90 % of the 100 where it was cut"
+    assert taken(back, 92).size == 91
+    assert taken(back, 184).size == 92
+
+
+def test_a_task_is_overdue_when_it_takes_far_longer_than_its_kind() -> None:
+    known = Latencies(recent={"1K": (2.0,)})
+    assert not is_overdue(known, "1K", 13.0)
+    assert is_overdue(known, "1K", 13.1)
+    assert not is_overdue(Latencies(), "2K", 33.0)
 
 
 def test_a_window_always_has_room_for_one() -> None:

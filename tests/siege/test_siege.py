@@ -18,6 +18,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any, Final
 
+import anyio
 import pytest
 from sqlalchemy import insert
 
@@ -107,7 +108,8 @@ class Fort:
 
     async def settle(self) -> None:
         """Run again without trouble: every row is delivered, and none was bought twice."""
-        report = await self.run("run-after")
+        with anyio.fail_after(60):
+            report = await self.run("run-after")
         assert report.left == {}
         books = self.emulator.books()
         assert books["creates"] == len(self.requests)
