@@ -59,7 +59,7 @@ class Policy:
     task_tries: int = 3
     ask_tries: int = 20
     relink_tries: int = 4
-    fetch_tries: int = 8
+    fetch_tries: int = 12
     gone_after_s: float = 60.0
     gone_reads: int = 3
     backoff_s: float = 0.5

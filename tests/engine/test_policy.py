@@ -170,20 +170,20 @@ def test_a_finished_image_without_a_link_or_with_a_stale_one_is_asked_for_a_fres
 
 
 def test_an_image_that_cannot_be_fetched_keeps_its_link_for_the_next_run() -> None:
-    assert following(State.COMPLETED, Trail(fetch_failures=7)) == Fetch()
-    action = following(State.COMPLETED, Trail(fetch_failures=8))
-    assert action == Leave("not stored after 8 tries; its link is kept")
+    assert following(State.COMPLETED, Trail(fetch_failures=11)) == Fetch()
+    action = following(State.COMPLETED, Trail(fetch_failures=12))
+    assert action == Leave("not stored after 12 tries; its link is kept")
 
 
 def test_dead_links_are_given_up_only_after_the_day_that_they_are_promised_for() -> None:
-    dead = Trail(fetch_failures=8, link_dead=True)
+    dead = Trail(fetch_failures=12, link_dead=True)
     assert isinstance(following(State.COMPLETED, dead, after_s=24 * HOUR), Leave)
     action = following(State.COMPLETED, dead, after_s=24 * HOUR + 1)
     assert action == Expire("link_dead", "its links are dead, and a fresh one was dead too")
 
 
 def test_other_failures_of_a_download_never_give_an_image_up() -> None:
-    action = following(State.COMPLETED, Trail(fetch_failures=8), after_s=1000 * HOUR)
+    action = following(State.COMPLETED, Trail(fetch_failures=12), after_s=1000 * HOUR)
     assert isinstance(action, Leave)
 
 
