@@ -341,7 +341,7 @@ class _Session:
             if wait_s > 0:
                 await self._clock.sleep(wait_s)
 
-    async def _step(self, carrier: Carrier) -> float | None:  # noqa: C901 - one arm per action
+    async def _step(self, carrier: Carrier) -> float | None:  # noqa: C901, PLR0912 - an arm per action
         """Do the next thing once; None where there is nothing more to do in this run."""
         record, steps = carrier.record, self.steps
         if record.state is State.STORED and self._runner.file_is_missing(record):

@@ -75,6 +75,7 @@ class Process:
     def end(self) -> tuple[int | None, dict[str, Any]]:
         """Wait for its end; its exit code and what it reports."""
         report: dict[str, Any] = {}
+        assert self._here.poll(120), "the process does not end"
         with suppress(EOFError):
             report = self._here.recv()
         self._process.join(60)
