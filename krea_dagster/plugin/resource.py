@@ -132,8 +132,22 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
                 "that variable, or set emulator=True"
             )
+        if not self.has_journal():
+            self._refuse_images_without_journal()
         with self.open_journal() as journal:
+            if not journal.count_by_state():
+                self._refuse_images_without_journal()
             journal.bind(self._origin())
+
+    def _refuse_images_without_journal(self) -> None:
+        """Refuse to begin anew beside images: their journal knows that they are paid for."""
+        storage = self.open_storage()
+        if next(storage.names("images"), None) is not None:
+            raise ConfigError(
+                f"{storage.locate('images')} holds images, and the journal that bought them is "
+                "not there: a new one would buy them again. Nothing was bought. Put the journal "
+                "back (KREA_JOURNAL_URL), or move the images away to begin anew."
+            )
 
     def generate(
         self,

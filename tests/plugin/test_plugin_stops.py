@@ -13,6 +13,7 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
+from krea_dagster.errors import ConfigError
 from tests.dagster_bench import (
     OpenAccount,
     check_of,
@@ -186,3 +187,18 @@ def test_a_setting_that_cannot_be_used_fails_the_step_with_its_own_text(
     assert not result.success
     assert said in failure_text(result, "wrong__images")
     assert posts(emulator) == before
+
+
+def test_images_whose_journal_is_gone_are_not_bought_again(tmp_path: Path) -> None:
+    (tmp_path / "images" / "ab").mkdir(parents=True)
+    (tmp_path / "images" / "ab" / "abcd.png").write_bytes(b"paid for")
+    krea = KreaResource(api_key="emulator", base_url="http://127.0.0.1:9", storage=str(tmp_path))
+    with pytest.raises(ConfigError, match="holds images, and the journal that bought them is not"):
+        krea.check()
+    assert not (tmp_path / "journal.db").exists(), "nor is a new one begun"
+
+    empty = krea.model_copy(update={"journal_url": f"sqlite:///{tmp_path / 'another.db'}"})
+    with empty.open_journal():
+        pass
+    with pytest.raises(ConfigError, match="move the images away"):
+        empty.check()
