@@ -32,13 +32,11 @@ pytestmark = pytest.mark.browser
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a finished demo."""
     folder = tmp_path_factory.mktemp("demo")
-    environment = {
-        **os.environ,
-        "KREA_STORAGE": str(folder / "krea"),
-        "DAGSTER_HOME": str(folder / "krea" / "dagster"),
-    }
+    environment = {**os.environ, "KREA_STORAGE": str(folder / "krea")}
+    environment.pop("DAGSTER_HOME", None)  # the demo's own, which greets nobody
     command = [sys.executable, "-m", "krea_dagster.cli", "demo"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
+    environment["DAGSTER_HOME"] = str(folder / "krea" / "dagster")
     if docs := os.environ.get("KREA_DOCS_IMAGES"):
         storage = Storage(environment["KREA_STORAGE"])
         keys = [f"bucket-{number:03d}" for number in range(8)]
