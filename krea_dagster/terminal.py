@@ -145,6 +145,8 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
     out.print(table)
     for reason, count, ids in _reasons(done.manifest):
         out.print(escape(_plain(f"  {count} × {reason}: {ids}")))
+    for price in done.dearer:
+        out.print(escape(f"price: {price}"))
     for cap in done.caps_reached:
         out.print(escape(f"deferred: {cap}"))
     show_unknown(done.unknown)
@@ -215,6 +217,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "dagster_home": done.dagster_home,
         "run_ids": list(done.run_ids),
         "caps_reached": list(done.caps_reached),
+        "dearer": list(done.dearer),
         "unknown": unknown_figures(done.unknown),
         "stopped": None if done.stopped is None else str(done.stopped),
         "failures": list(done.failures),

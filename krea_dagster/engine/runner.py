@@ -85,7 +85,8 @@ class RunReport:
 
     ``new`` counts requests that the journal had never seen. ``left`` says, by request key, why
     a request is not finished although the run is. ``stopped`` is the answer that ended the
-    buying, where one did; ``caps_reached`` what the caps said. ``account_error`` is why the
+    buying, where one did; ``caps_reached`` what the caps said, ``dearer``
+    which prices were above the expected. ``account_error`` is why the
     account's credits could not be read beside, where they could not. ``posts``, ``asked`` and
     ``reads`` count create calls, tasks asked about, and the calls which that took.
     """
@@ -96,6 +97,7 @@ class RunReport:
     left: Mapping[str, str] = field(default_factory=dict)
     stopped: AccountStopped | RunStopped | None = None
     caps_reached: Sequence[str] = ()
+    dearer: Sequence[str] = ()
     account_error: str | None = None
     posts: int = 0
     asked: int = 0
@@ -161,6 +163,7 @@ class Runner:
             left=session.left,
             stopped=session.steps.stopped,
             caps_reached=tuple(session.steps.caps_reached.values()),
+            dearer=tuple(session.steps.dearer.values()),
             account_error=session.account_error,
             posts=session.steps.posts,
             asked=session.steps.asker.asked,

@@ -56,6 +56,7 @@ from krea_dagster.models import (
     Submission,
     Task,
     credits_from_units,
+    credits_text,
 )
 
 #: Downloads under way at once; each holds its body on disk, not in memory.
@@ -96,9 +97,10 @@ class Steps:
 
     Every method takes a carrier, changes its record and trail, and returns the seconds to wait
     before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
-    the caps said, by code, ``unwritten`` what was bought and the journal did not take.
-    ``announce_stop`` tells the launch's other shards that the account stopped this one. Raises
-    JournalError where an event could not be written, and StorageError where an image could not.
+    the caps said, by code, ``dearer`` the prices above the expected, by quality, ``unwritten``
+    what was bought and the journal did not take. ``announce_stop`` tells the launch's other
+    shards that the account stopped this one. Raises JournalError where an event could not be
+    written, and StorageError where an image could not.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Steps:
         self._announce_stop = announce_stop
         self.stopped: AccountStopped | RunStopped | None = None
         self.caps_reached: dict[str, str] = {}
+        self.dearer: dict[str, str] = {}
         self.unwritten: list[UnwrittenPurchase] = []
         self.posts = 0
         self.charged_units = 0
@@ -211,6 +214,12 @@ class Steps:
     async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
         """Write what was bought, or keep what could not be written for the run's last words."""
         record, units = carrier.record, submission.credits_reserved_units
+        if units is not None and units > record.committed_units:
+            quality = record.request.quality
+            self.dearer[quality] = (
+                f"{quality} costs {credits_text(units)} credits, and "
+                f"{credits_text(record.committed_units)} were expected"
+            )
         values = {
             "task_id": submission.task_id,
             "reserved_units": units,

@@ -8,6 +8,7 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.runner import RunReport
 from krea_dagster.manifest import (
     MANIFEST_SCHEMA,
     manifest_name,
@@ -141,8 +142,7 @@ def build_krea_assets(
                 resolutions=config.resolutions(batch.images),
                 on_progress=Narrator(context),
             )
-        for message in report.caps_reached:
-            context.log.warning("%s. The rows that did not fit are deferred.", message)
+        _warn(context, report)
         tell_report(report)
         manifest = batch.manifest(krea, context.run.run_id)
         storage = krea.open_storage()
@@ -224,6 +224,13 @@ def progress_line(progress: Progress) -> str:
         f"{progress.in_flight} in flight, "
         f"{credits_from_units(progress.charged_units):g} credits"
     )
+
+
+def _warn(context: dg.AssetExecutionContext, report: RunReport) -> None:
+    for message in report.dearer:
+        context.log.warning("%s. The caps reckon with the new price from now on.", message)
+    for message in report.caps_reached:
+        context.log.warning("%s. The rows that did not fit are deferred.", message)
 
 
 def _warnings(rows: PromptRows) -> str:

@@ -55,6 +55,7 @@ class Materialized:
     stopped: AccountStopped | RunStopped | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     caps_reached: Sequence[str] = ()
+    dearer: Sequence[str] = ()
     waiting: Sequence[str] = ()
     unknown: Sequence[Record] = ()
 
@@ -118,6 +119,7 @@ def materialize(
         failures=[text for result in results for text in _failures(result)],
         stopped=watch.stopped,
         left={key: why for report in watch.reports for key, why in report.left.items()},
+        dearer=list(dict.fromkeys(said for report in watch.reports for said in report.dearer)),
         caps_reached=list(
             dict.fromkeys(said for report in watch.reports for said in report.caps_reached)
         ),

@@ -483,3 +483,18 @@ async def test_a_stop_does_not_wait_for_tasks_or_pauses(home: House) -> None:
     await _stopped(home, requests, all_wait)
     assert time.monotonic() - started_s < 5.0
     assert not {"submitting", "unknown"} & set(home.states(requests))
+
+
+async def test_a_price_above_the_expected_one_is_reported_and_reckoned_with(home: House) -> None:
+    """Before an account's first answer the published price is expected; this one pays more."""
+    runner = home.runner()
+
+    class Dearer(KreaClient):
+        async def submit(self, *args: Any, **kwargs: Any) -> Submission:
+            taken = await super().submit(*args, **kwargs)
+            return replace(taken, credits_reserved_units=9000)
+
+    client = Dearer("emulator", base_url=home.emulator.url)
+    report = await replace(runner, connect=lambda: client).run(as_wanted(several(1)))
+    assert report.dearer == ("1K costs 0.9 credits, and 0.45 were expected",)
+    assert home.journal.highest_prices() == {"1K": 9000}
