@@ -25,6 +25,8 @@ def stop_message(report: RunReport) -> str:
             what, then = "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
         case OutOfCredits():
             what, then = "the account or its key has no credits left", "top up"
+        case RunStopped(code="no_usable_answer"):
+            what, then = "EvoLink gives no usable answer", "wait until it does"
         case RunStopped():
             what, then = "the account stopped another run of this launch", "see its message"
         case _:

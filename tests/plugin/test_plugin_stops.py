@@ -13,7 +13,10 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.errors import ConfigError
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.runner import RunReport
+from krea_dagster.errors import ConfigError, RunStopped
+from krea_dagster.plugin.failures import stop_message
 from tests.dagster_bench import (
     OpenAccount,
     check_of,
@@ -202,3 +205,10 @@ def test_images_whose_journal_is_gone_are_not_bought_again(tmp_path: Path) -> No
         pass
     with pytest.raises(ConfigError, match="move the images away"):
         empty.check()
+
+
+def test_a_server_that_fell_silent_is_not_called_a_stop_of_the_account() -> None:
+    silent = RunStopped("no_usable_answer", "no purchase got a usable answer for 1800 s")
+    said = stop_message(RunReport(0, Progress(total=1), 0.0, stopped=silent))
+    assert "EvoLink gives no usable answer" in said
+    assert "account" not in said
