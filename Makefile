@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help setup demo test lint dev lock services-test browser-test clean
+.PHONY: help setup demo test lint bench dev lock services-test browser-test clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ lint: setup  ## Check style, types and the direction of imports
 	@$(BIN)/lint-imports --no-cache
 	@! grep -rn 'from __future__ import annotations' krea_dagster/plugin definitions.py \
 		|| { echo 'Dagster cannot read annotations that are text'; exit 1; }
+
+bench: setup  ## Measure it beside what users write today (25 minutes; BENCH=quick: a few)
+	@$(BIN)/python -m benchmarks $(if $(filter quick,$(BENCH)),--quick)
 
 dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000
 	@DAGSTER_HOME="$${DAGSTER_HOME:-$(CURDIR)/data/krea/dagster}"; mkdir -p "$$DAGSTER_HOME"; \

@@ -1,0 +1,82 @@
+"""Runs the benchmarks, and writes docs/benchmarks.md from what they found.
+
+    python -m benchmarks [NAME …] [--quick]
+
+Each runs in a process of its own. What is named replaces its part of the page and leaves the
+others as they are; with ``--quick`` nothing is written, for its figures say little.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from typing import Any, Final
+
+from benchmarks.harness import ROOT, Report, show
+from benchmarks.page import page
+
+#: In the order of the page.
+NAMES: Final = ("makespan", "workers", "cpu", "memory", "planning", "in_dagster")
+
+PAGE: Final = ROOT / "docs" / "benchmarks.md"
+#: What the page is made of, so that one benchmark can be run again without the others.
+RESULTS: Final = ROOT / "docs" / "benchmarks.json"
+
+
+def main() -> None:
+    """Run the command; exit with 1 where a benchmark failed to run."""
+    add = ArgumentParser(prog="python -m benchmarks", description="Run the benchmarks")
+    add.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add.add_argument("--quick", action="store_true", help="a few minutes, and nothing is written")
+    options = add.parse_args()
+    if wrong := set(options.names) - set(NAMES):
+        add.error(f"there is no benchmark {', '.join(sorted(wrong))}")
+    found: dict[str, Any] = {}
+    failed = []
+    for name in options.names or NAMES:
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        values = _run(name, quick=options.quick)
+        if values is None:
+            failed.append(name)
+            continue
+        found[name] = values
+        show(Report.from_json(values))
+        if not options.quick:
+            _write(found)
+    missed = [
+        str(claim)
+        for values in found.values()
+        for claim in Report.from_json(values).claims
+        if not claim.met
+    ]
+    print("\n".join(["Not met:", *missed]) if missed else "Every limit is met.")
+    if failed:
+        print(f"Did not run to their end: {', '.join(failed)}")
+        sys.exit(1)
+
+
+def _run(name: str, *, quick: bool) -> dict[str, Any] | None:
+    """Run one; None, with its error on stderr, where it failed."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json"]
+    ended = subprocess.run(
+        command + ["--quick"] * quick, cwd=ROOT, stdout=subprocess.PIPE, check=False
+    )
+    if ended.returncode:
+        return None
+    values: dict[str, Any] = json.loads(ended.stdout.decode().strip().rpartition("\n")[2])
+    return values
+
+
+def _write(found: dict[str, Any]) -> None:
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known.update(found)
+    in_order = {name: known[name] for name in NAMES if name in known}
+    RESULTS.write_text(json.dumps(in_order, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(list(in_order.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The most memory that a run takes: many images against few, and large ones at once.
+
+python -m benchmarks.memory [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from benchmarks.books import most_at_once
+from benchmarks.harness import Ran, Report, Server, finish, note_progress, options_of, run
+
+#: Few and many images, and how much more memory the many may take.
+FEW: Final = 5_000
+MANY: Final = 50_000
+RATIO: Final = 1.2
+
+#: Large images, how many at once, and the most memory for them.
+LARGE: Final = 640
+AT_ONCE: Final = 256
+LARGE_BYTES: Final = 4_000_000
+MOST_BYTES: Final = 1_000_000_000
+
+SMALL: Final = ("--latency", 0, "--image-bytes", 1)
+LARGE_SERVER: Final = (
+    *("--latency", 2, "--spread", 0.3, "--concurrent", AT_ONCE),
+    *("--qualities", "2K", "--format", "png", "--image-bytes", LARGE_BYTES),
+)
+
+
+def main() -> None:
+    """Run the command."""
+    options = options_of("memory").parse_args()
+    few, many, large = (500, 2_000, 300) if options.quick else (FEW, MANY, LARGE)
+    report = Report(
+        "memory",
+        "Peak memory",
+        setting=(
+            f"small: 1024×1024 JPEGs of 13 KB, no latency, no limits, {AT_ONCE} in flight at most. "
+            f"Large: 2048×2048 PNGs of {LARGE_BYTES / 1e6:g} MB, 2 s ± 30 %, {AT_ONCE} at once. "
+            "Every picture is decoded. n = 1"
+        ),
+        columns=["case", "images", "peak memory, MB", "wall, s", "CPU, ms per image"],
+    )
+    for kind, name in (("engine", "engine"), ("dagster", "through Dagster")):
+        peaks = []
+        for images in (few, many):
+            ran, _ = _measure(kind, images, SMALL, ())
+            peaks.append(_report(report, f"{name}, small", images, ran))
+        report.claim(f"{name}: {many:,} images to {few:,}", peaks[1] / peaks[0], RATIO)
+    ran, at_once = _measure("engine", large, LARGE_SERVER, ("--quality", "2K"))
+    peak = _report(report, f"engine, large ({at_once} at once)", large, ran)
+    report.claim(f"2K images, {at_once} at once, in MB", peak / 1e6, MOST_BYTES / 1e6)
+    report.note(
+        "Peak memory is the largest resident set of the process that does the work (VmHWM), with "
+        "Python and all that it imports."
+    )
+    finish(report, options)
+
+
+def _measure(
+    kind: str, images: int, server_options: Sequence[object], more: Sequence[str]
+) -> tuple[Ran, int]:
+    note_progress(f"{kind}, {images:,} images")
+    with Server.start(*server_options) as server, TemporaryDirectory() as folder:
+        command = ["--url", server.url, "--images", str(images), "--folder", folder, *more]
+        command += ["--most", str(AT_ONCE)]
+        if kind == "dagster":
+            run(["benchmarks.worker", "table", *command])
+        ran = run(["benchmarks.worker", kind, *command])
+        if ran.said["delivered"] != images:
+            raise RuntimeError(f"{ran.said} instead of {images} images")
+        stored = sum(path.stat().st_size for path in Path(folder).rglob("images/*/*"))
+        books = server.books()
+        if stored != books["download_bytes"]:
+            raise RuntimeError(f"{stored} bytes are stored of {books['download_bytes']}")
+        return ran, most_at_once(books)
+
+
+def _report(report: Report, name: str, images: int, ran: Ran) -> int:
+    peak = int(ran.said["peak_bytes"])
+    report.add(
+        name,
+        f"{images:,}",
+        f"{peak / 1e6:.0f}",
+        f"{ran.said['wall_s']:.1f}",
+        f"{1000 * ran.said['cpu_s'] / images:.2f}",
+    )
+    return peak
+
+
+if __name__ == "__main__":
+    main()

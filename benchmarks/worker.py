@@ -1,0 +1,174 @@
+"""One client in a process of its own: runs once, and prints what it took as one JSON line.
+
+    python -m benchmarks.worker KIND --url URL --images 2000 --folder FOLDER
+
+``engine`` is the engine without Dagster, with a SQLite journal and its images in the folder;
+``dagster`` materializes all partitions of ``prompts.parquet`` in the folder, which ``table``
+writes; ``threads``, ``aiohttp`` and ``httpx`` are the baselines.
+
+``wall_s`` and ``cpu_s`` leave out Python's start and imports; ``peak_bytes`` does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.baselines import bare_aiohttp, bare_httpx, body_of, thread_pool
+from benchmarks.harness import peak_bytes
+
+
+def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
+    """The engine as a run of the plugin puts it together."""
+    from krea_dagster.api import KreaClient  # noqa: PLC0415 - only what is measured is imported
+    from krea_dagster.engine.images import ImageStore  # noqa: PLC0415
+    from krea_dagster.engine.journal import Journal  # noqa: PLC0415
+    from krea_dagster.engine.runner import Runner, RunReport, Wanted  # noqa: PLC0415
+    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.models import ImageRequest  # noqa: PLC0415
+    from krea_dagster.prompts.requests import request_key  # noqa: PLC0415
+
+    looking: dict[str, Any] = {}
+    if not options.look:
+        if "look" not in inspect.signature(ImageStore).parameters:
+            raise SystemExit("this version cannot leave out the look at the picture")
+        looking["look"] = False
+
+    def wanted(number: int) -> Wanted:
+        body = {**body_of(number), "size": options.size, "quality": options.quality}
+        del body["model"]
+        request = ImageRequest(request_key=request_key(**body), attempt=0, **body)
+        return Wanted(request, "all")
+
+    async def buy(journal: Journal) -> RunReport:
+        runner = Runner(
+            connect=lambda: KreaClient(options.key, base_url=options.url),
+            journal=journal,
+            images=ImageStore(Storage(str(options.folder)), **looking),
+            run_id=f"benchmark-{options.key}",
+            max_in_flight=options.most,
+        )
+        first = options.first
+        return await runner.run(wanted(number) for number in range(first, first + options.images))
+
+    def work() -> dict[str, Any]:
+        with closing(Journal(f"sqlite:///{options.folder / 'journal.db'}")) as journal:
+            report = asyncio.run(buy(journal))
+        return {
+            "delivered": report.progress.delivered,
+            "left": len(report.left),
+            "posts": report.posts,
+            "reads": report.reads,
+        }
+
+    return work
+
+
+def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
+    """What ``krea-dagster materialize`` does: runs of the job, in a real instance."""
+    os.environ.update(
+        {
+            "EVOLINK_API_KEY": options.key,
+            "EVOLINK_BASE_URL": options.url,
+            "KREA_PROMPTS": str(options.folder / "prompts.parquet"),
+            "KREA_STORAGE": str(options.folder / "krea"),
+            "KREA_PARTITION_BY": options.partition_by,
+            "KREA_MAX_IN_FLIGHT": str(options.most),
+        }
+    )
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - as above
+    from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415
+
+    def work() -> dict[str, Any]:
+        done = materialize(Settings.from_environment())
+        return {
+            "delivered": done.progress.delivered,
+            "left": len(done.left),
+            "rows": done.manifest.num_rows,
+            "failures": list(done.failures),
+        }
+
+    return work
+
+
+def table(options: Namespace) -> Callable[[], dict[str, Any]]:
+    """Write a prompt table that asks for the same images as the engine alone."""
+    import pyarrow as pa  # noqa: PLC0415 - as above
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    def work() -> dict[str, Any]:
+        first = options.first
+        bodies = [body_of(number) for number in range(first, first + options.images)]
+        columns = {
+            "prompt_id": [f"p{number:07d}" for number in range(first, first + options.images)],
+            "prompt": [body["prompt"] for body in bodies],
+            "seed": [body["seed"] for body in bodies],
+            "size": [options.size] * options.images,
+            "quality": [options.quality] * options.images,
+        }
+        pq.write_table(pa.table(columns), options.folder / "prompts.parquet")
+        return {}
+
+    return work
+
+
+def baseline(buy: Callable[..., None]) -> Callable[[Namespace], Callable[[], dict[str, Any]]]:
+    """One of the baselines."""
+
+    def prepared(options: Namespace) -> Callable[[], dict[str, Any]]:
+        def work() -> dict[str, Any]:
+            buy(options.url, options.key, options.images, options.folder, options.most)
+            return {"delivered": sum(1 for _ in options.folder.glob("*.jpg"))}
+
+        return work
+
+    return prepared
+
+
+KINDS: Final = {
+    "engine": engine,
+    "dagster": through_dagster,
+    "table": table,
+    "threads": baseline(thread_pool),
+    "aiohttp": baseline(bare_aiohttp),
+    "httpx": baseline(bare_httpx),
+}
+
+
+def main() -> None:
+    """Run the command."""
+    add = ArgumentParser(prog="python -m benchmarks.worker")
+    add.add_argument("kind", choices=KINDS)
+    add.add_argument("--url", default="")
+    add.add_argument("--key", default="bench")
+    add.add_argument("--images", type=int, required=True)
+    add.add_argument("--first", type=int, default=0, help="number of the first image")
+    add.add_argument("--folder", type=Path, required=True)
+    add.add_argument("--size", default="1:1")
+    add.add_argument("--quality", default="1K")
+    add.add_argument("--most", type=int, default=256, help="most in flight, or threads")
+    add.add_argument("--partition-by", default="hash:8")
+    add.add_argument("--no-look", action="store_false", dest="look")
+    add.add_argument("--begin-at", type=float, default=0.0, help="of time.monotonic()")
+    options = add.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    work = KINDS[options.kind](options)
+    time.sleep(max(0.0, options.begin_at - time.monotonic()))
+    began_s, cpu_s = time.monotonic(), time.process_time()
+    said = work()
+    said["wall_s"] = time.monotonic() - began_s
+    said["cpu_s"] = time.process_time() - cpu_s
+    said["peak_bytes"] = peak_bytes()
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()
