@@ -38,7 +38,7 @@ from krea_dagster.drill.job import API_KEY, PARTITION, Job, journal_url, read_re
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import parse_resolution
@@ -197,7 +197,7 @@ def carry(job: Job, make_client: MakeClient = DrilledClient) -> None:
         max_in_flight=job.max_in_flight,
         resolutions={key: parse_resolution(text) for key, text in job.resolutions.items()},
         randomness=random.Random(f"{job.seed}:{job.number}"),  # noqa: S311 - nothing secret
-        latencies=Latencies(recent={"1K": (job.latency_s,)}),
+        latencies=Latencies.known({"1K": job.latency_s}),
     )
     wanted = [Wanted(request, PARTITION) for request in read_requests(folder)[: job.rows]]
     report = asyncio.run(runner.run(wanted))

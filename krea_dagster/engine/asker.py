@@ -1,27 +1,38 @@
-"""Gathers the questions about tasks that fall due together, so that one read answers many."""
+"""Reads tasks when it is worth it, many in one call where the server can."""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import anyio
 import anyio.abc
 
+from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.looking import (
+    BATCH,
+    Awaited,
+    chances,
+    due_s,
+    is_learned,
+    pause_s,
+    scout_due_s,
+    together,
+)
 from krea_dagster.errors import ApiError
 from krea_dagster.models import Task
 
-#: Tasks per batch read: the server's limit.
-BATCH: Final = 50
-
-#: Questions due within this many seconds go together.
-_TOGETHER_S: Final = 0.15
-
 #: Reads under way at once.
-_READS: Final = 8
+_READS: Final = 12
+#: Tasks in the first batch read, which shows whether the server has it: where it does not, they
+#: are read one by one.
+_TRIAL: Final = 2
+#: A task that fell due and is less likely to have ended than was thought waits at least so long.
+_LATER_S: Final = 0.01
 
 
 class TaskReader(Protocol):
@@ -38,90 +49,217 @@ class TaskReader(Protocol):
         """Read many; those that the server left out are missing."""
 
 
+class Answer(NamedTuple):
+    """What a read said of a task, and when it was asked, in the clock's seconds."""
+
+    task: Task
+    asked_at_s: float
+
+
+@dataclass(eq=False)
+class _Waiting:
+    task_id: str
+    awaited: Awaited | None
+    answer: asyncio.Future[Answer]
+    scout: bool = False
+    taken: bool = False
+
+
 class Asker:
     """Answers ``ask`` with one task, whichever read brought it.
 
-    ``monotonic`` is the clock of the due times, in seconds. ``run`` must be under way in a
-    task group for anything to be answered.
+    ``monotonic`` is the clock, in seconds. ``latencies`` says when a task has probably ended,
+    and learns from it. ``run`` must be under way in a task group for anything to be answered.
     """
 
-    def __init__(self, client: TaskReader, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, client: TaskReader, monotonic: Callable[[], float], latencies: Latencies
+    ) -> None:
         self._client = client
         self._monotonic = monotonic
-        self._due: list[tuple[float, int, str, asyncio.Future[Task]]] = []
+        self.latencies = latencies
+        self._pressed = False
+        self._waiting: dict[str, _Waiting] = {}
+        # When each falls due by itself, where places in the window are wanted and where not.
+        self._due: dict[bool, list[tuple[float, int, _Waiting]]] = {False: [], True: []}
+        self._scouts: set[str] = set()
         self._order = count()
         self._arrived = asyncio.Event()
         self._reads = anyio.CapacityLimiter(_READS)
+        self._trying = False
+        self._pausing = False
         #: Tasks read so far, and the calls that it took.
         self.asked = 0
         self.calls = 0
 
-    async def ask(self, task_id: str, at_s: float) -> Task:
-        """Return the task as it is at ``at_s`` or a little later. Raises ApiError."""
-        answer: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._due, (at_s, next(self._order), task_id, answer))
-        self._arrived.set()
-        return await answer
+    @property
+    def pressed(self) -> bool:
+        """Whether places in the window are wanted, so that it is worth asking early."""
+        return self._pressed
+
+    @pressed.setter
+    def pressed(self, pressed: bool) -> None:
+        if pressed != self._pressed:
+            self._pressed = pressed
+            self._arrived.set()
+
+    async def ask(self, task_id: str, awaited: Awaited | None = None) -> Answer:
+        """Return the task once it has probably ended, or at once without ``awaited``.
+
+        Raises ApiError.
+        """
+        waiting = _Waiting(task_id, awaited, asyncio.get_running_loop().create_future())
+        self._waiting[task_id] = waiting
+        if awaited is not None:
+            quality = awaited.quality
+            if quality not in self._scouts and not is_learned(self.latencies, quality):
+                self._scouts.add(quality)
+                waiting.scout = True
+        first = sum(self._push(waiting, pressed) for pressed in self._due) > 0
+        # In a batch, what has just come has hardly ended, so it does not wake the loop.
+        if first or awaited is None or not self._pausing:
+            self._arrived.set()
+        return await waiting.answer
 
     async def run(self) -> None:
-        """Read what falls due, for ever."""
+        """Read what is worth it, for ever."""
         async with anyio.create_task_group() as reads:
             while True:
-                wait_s = self._due[0][0] - self._monotonic() if self._due else None
-                if wait_s is not None and wait_s <= 0:
-                    self._start_reads(reads, self._take())
-                    continue
                 self._arrived.clear()
+                wait_s = self._start_reads(reads)
                 with anyio.move_on_after(wait_s):
                     await self._arrived.wait()
 
-    def _take(self) -> dict[str, asyncio.Future[Task]]:
-        until_s = self._monotonic() + _TOGETHER_S
-        batch: dict[str, asyncio.Future[Task]] = {}
-        while self._due and self._due[0][0] <= until_s and len(batch) < BATCH:
-            _, _, task_id, answer = heapq.heappop(self._due)
-            batch[task_id] = answer
-        return batch
+    # -- what to read -------------------------------------------------------------------------
 
-    def _start_reads(
-        self, reads: anyio.abc.TaskGroup, batch: dict[str, asyncio.Future[Task]]
-    ) -> None:
+    def _start_reads(self, reads: anyio.abc.TaskGroup) -> float | None:
+        """Start what is due; returns the seconds until something may be, None for never."""
+        now_s = self._monotonic()
+        self._pausing = False
+        if self._client.batch_supported is False:
+            for waiting in self._take_due(now_s):
+                self._begin([waiting])
+                reads.start_soon(self._read_one, waiting)
+            due = self._due[self._pressed]
+            return max(0.0, due[0][0] - now_s) if due else None
+        if self._trying:
+            return None
+        batch = self._take_together(now_s)
+        if batch:
+            self._begin(batch)
+            if len(batch) == 1:
+                reads.start_soon(self._read_one, batch[0])
+            else:
+                reads.start_soon(self._read_together, batch)
+        if not self._waiting:
+            return None
+        self._pausing = True
+        waited_for = [w.awaited for w in self._waiting.values()]
+        return pause_s(self.latencies, {task.quality for task in waited_for if task})
+
+    def _take_together(self, now_s: float) -> list[_Waiting]:
+        """The tasks of the next batch read: what is due at once, and what has probably ended."""
+        for waiting in [w for w in self._waiting.values() if w.answer.done()]:
+            del self._waiting[waiting.task_id]  # whoever asked was cancelled
+        urgent = [w for w in self._waiting.values() if self._is_urgent(w, now_s)]
+        others = [w for w in self._waiting.values() if w.awaited is not None and not w.scout]
+        likely = chances(self.latencies, [w.awaited for w in others if w.awaited], now_s)
+        batch = urgent[:BATCH]
+        batch += [others[at] for at in together(likely, pressed=self._pressed)]
+        if self._client.batch_supported is None and len(batch) > 1:
+            self._trying = True
+            return batch[:_TRIAL]
+        return batch[:BATCH]
+
+    def _is_urgent(self, waiting: _Waiting, now_s: float) -> bool:
+        if waiting.awaited is None:
+            return True
+        return waiting.scout and scout_due_s(waiting.awaited) <= now_s
+
+    def _take_due(self, now_s: float) -> list[_Waiting]:
+        """The tasks that are due by themselves."""
+        due = self._due[self._pressed]
+        found = []
+        while due and due[0][0] <= now_s:
+            _, _, waiting = heapq.heappop(due)
+            if waiting.taken or waiting.answer.done():
+                self._waiting.pop(waiting.task_id, None)
+                continue
+            # What was learned since it was put there may have made it later.
+            if self._due_s(waiting, self._pressed) > now_s + _LATER_S:
+                self._push(waiting, self._pressed)
+            else:
+                waiting.taken = True
+                found.append(waiting)
+        return found
+
+    def _push(self, waiting: _Waiting, pressed: bool) -> bool:
+        """Put it where it falls due by itself; returns whether it is the first there."""
+        if self._client.batch_supported:
+            return False
+        due = self._due[pressed]
+        heapq.heappush(due, (self._due_s(waiting, pressed), next(self._order), waiting))
+        return due[0][2] is waiting
+
+    def _due_s(self, waiting: _Waiting, pressed: bool) -> float:
+        if waiting.awaited is None:
+            return 0.0
+        at_s = due_s(self.latencies, waiting.awaited, pressed=pressed)
+        return min(at_s, scout_due_s(waiting.awaited)) if waiting.scout else at_s
+
+    def _begin(self, batch: Sequence[_Waiting]) -> None:
         self.asked += len(batch)
-        if self._client.batch_supported is not False and len(batch) > 1:
-            reads.start_soon(self._read_together, batch)
-            return
-        for task_id, answer in batch.items():
-            reads.start_soon(self._read_one, task_id, answer)
+        for waiting in batch:
+            waiting.taken = True
+            if self._waiting.get(waiting.task_id) is waiting:
+                del self._waiting[waiting.task_id]
+            if waiting.scout and waiting.awaited is not None:
+                self._scouts.discard(waiting.awaited.quality)
+        if len(self._due[not self._pressed]) > 4 * len(self._waiting) + BATCH:
+            self._forget_taken()
 
-    async def _read_together(self, batch: dict[str, asyncio.Future[Task]]) -> None:
+    def _forget_taken(self) -> None:
+        for pressed, due in self._due.items():
+            kept = [entry for entry in due if not entry[2].taken]
+            heapq.heapify(kept)
+            self._due[pressed] = kept
+
+    # -- reading ------------------------------------------------------------------------------
+
+    async def _read_together(self, batch: Sequence[_Waiting]) -> None:
+        asked_at_s = self._monotonic()
         try:
             async with self._reads:
                 self.calls += 1
-                found = await self._client.tasks(list(batch))
+                found = await self._client.tasks([waiting.task_id for waiting in batch])
         except ApiError as error:
-            for answer in batch.values():
-                _fail(answer, error)
+            for waiting in batch:
+                _fail(waiting, error)
             return
-        for task_id, answer in batch.items():
-            task = found.get(task_id)
+        finally:
+            self._trying = False
+            self._arrived.set()
+        for waiting in batch:
+            task = found.get(waiting.task_id)
             if task is None or (task.status == "completed" and not task.results):
                 # Left out, or without its link: only the single read says more.
-                await self._read_one(task_id, answer)
-            elif not answer.done():
-                answer.set_result(task)
+                await self._read_one(waiting)
+            elif not waiting.answer.done():
+                waiting.answer.set_result(Answer(task, asked_at_s))
 
-    async def _read_one(self, task_id: str, answer: asyncio.Future[Task]) -> None:
+    async def _read_one(self, waiting: _Waiting) -> None:
         try:
             async with self._reads:
                 self.calls += 1
-                task = await self._client.task(task_id)
+                asked_at_s = self._monotonic()
+                task = await self._client.task(waiting.task_id)
         except ApiError as error:
-            _fail(answer, error)
+            _fail(waiting, error)
             return
-        if not answer.done():
-            answer.set_result(task)
+        if not waiting.answer.done():
+            waiting.answer.set_result(Answer(task, asked_at_s))
 
 
-def _fail(answer: asyncio.Future[Task], error: ApiError) -> None:
-    if not answer.done():
-        answer.set_exception(error)
+def _fail(waiting: _Waiting, error: ApiError) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(error)

@@ -1,106 +1,356 @@
-"""How many tasks in flight, and when to ask about one. Pure, given a clock's seconds.
+"""How fast tasks may be submitted, and how many may be at the server. Pure, given seconds.
 
-The account's limits are nowhere published and no header names them, so they are met by
-feedback: the window grows while the server takes what it is given and is cut when it turns
-something away.
+An account's limits are nowhere published and no header names them, so they are met by feedback:
+what the server takes, and what it turns away with a 429. A 429 does not say which limit was met,
+the number at once or the rate. They are told apart while the window first opens, before tasks
+end: a server that is full takes nothing until one ends, one that counts by the second takes the
+next although none has ended.
+
+- A limit on the **number at once** is met by a window. It grows a little with what is taken,
+  shrinks a little with what is turned away, and so stays where few are turned away.
+- A limit on the **rate** is met by spacing. A refusal takes 3 % off, which are given back
+  within 2 s; then the rate rises, slowly first, until the next refusal.
+
+Several runs with one key share an account by this alone: who sends more is refused more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from statistics import median
-from types import MappingProxyType
-from typing import Final
+import enum
+import math
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
-#: Seconds from submission to the finished image before anything has been learned: public
-#: measurements of the model itself.
-EXPECTED_LATENCY_S: Final[Mapping[str, float]] = MappingProxyType({"1K": 2.0, "2K": 7.0})
+#: Tasks at once before anything was turned away; each that is taken opens the window by one.
+_OPENING: Final = 8.0
+
+#: What a refusal takes off the rate, and the seconds until it is given back.
+_CUT: Final = 0.03
+_RECOVERY_S: Final = 2.0
+#: How the rate rises after that, as a share by the second squared: when little is known of the
+#: limit, and at last.
+_RISE_FIRST: Final = 0.25
+_RISE_LAST: Final = 0.0011
+#: The rate at which it rises so. A lower one rises relatively faster and a higher one slower, so
+#: that runs which share an account come to share it evenly.
+_USUAL_PER_S: Final = 20.0
+#: After so many quiet seconds the limit is no longer what it was, and the rate rises quickly.
+_QUIET_S: Final = 6.0
+#: A refusal is no measure of the rate before the last one is this long ago.
+_MEASURE_S: Final = 1.0
+
+#: Pauses after refusals in a row: the first, and the longest that is not asked for.
+_PAUSE_S: Final = 0.05
+_PAUSE_MOST_S: Final = 0.3
+#: A server that refuses for so long while nothing ends is full: limits on the rate are mostly
+#: by the second.
+_FULL_S: Final = 1.1
+#: Refusals with nothing taken beyond them, after which the server counts as full.
+_FULL_TIMES: Final = 3
+#: Refusals in a row after which a window that is still larger than what is at the server shrinks
+#: to that, at most by half.
+_FULL_ROW: Final = 4
+#: Refusals in a row at the rate that was thought right, and seconds: then it was not the rate.
+_NOT_THE_RATE: Final = 8
+_NOT_THE_RATE_S: Final = 2.0
+#: Cuts within so many submissions that did not help: the refusals come by chance.
+_CUTS_IN_VAIN: Final = 6
+_CUTS_WITHIN: Final = 100
+
+#: A kind of image that takes this many times as long as it did shows an overloaded server.
+_SLOW: Final = 2.0
+
+
+class Limit(enum.Enum):
+    """Which of an account's limits is known to bind."""
+
+    NONE = "none"  #: nothing was turned away yet
+    UNCLEAR = "unclear"  #: something was, and it is not clear why
+    AT_ONCE = "at once"
+    RATE = "rate"
+
+
+class InWork(NamedTuple):
+    """Tasks at the server: known, and as they are expected to be, with its standard deviation.
+
+    ``known`` were taken and not seen to end; some of those have ended by now.
+    """
+
+    known: int
+    expected: float
+    deviation: float
+
+
+class _Refusal(NamedTuple):
+    at_s: float
+    taken: int
+    paused_s: float
 
 
 @dataclass(frozen=True)
-class Window:
-    """How many tasks may be in flight.
+class Pace:
+    """What may be submitted now, learned from the answers so far.
 
-    Starts small, doubles with every full window taken, until the server first turns one away.
-    A cut takes it to 70 %, and one burst of refusals counts as one. After a cut it grows as
-    fast again up to 90 % of where it was cut, and from there by one per full window: refusals
-    that come by chance, and not because of the load, do not wear it down.
+    ``most`` bounds the tasks at once, and ``most_per_s`` the submissions a second, where the
+    user knows. Times are seconds of one clock that never goes back.
     """
 
     most: int
-    limit: float = 8.0
-    cut_at_s: float | None = None
-    ceiling: float = 0.0
+    most_per_s: float | None = None
+    limit: Limit = Limit.NONE
+    window: float = _OPENING
+    rate_per_s: float | None = None
+    cut: float = 0.0
+    cut_at_s: float = 0.0
+    rise: float = _RISE_FIRST
+    next_at_s: float = 0.0
     pause_until_s: float = 0.0
-    calm_s: float = 2.0
+    paused_s: float = 0.0
+    taken_count: int = 0
+    taken_in_row: int = 0
+    refused_in_row: int = 0
+    row_since_s: float = 0.0
+    refused_at_s: float = -math.inf
+    refused_with: float = math.inf
+    unrefuted: int = 0
+    refusals: tuple[_Refusal, ...] = ()
+    cuts: tuple[int, ...] = ()
+    refusal_cost_s: float = 0.0
+    slowed_at_s: float = -math.inf
 
-    @classmethod
-    def opening(cls, most: int) -> Window:
-        """The window of a run that knows nothing yet."""
-        return cls(most=most, limit=float(min(8, most)))
+    # -- questions ----------------------------------------------------------------------------
 
     @property
-    def size(self) -> int:
-        """Tasks that may be in flight now."""
-        return max(1, min(self.most, int(self.limit)))
+    def room(self) -> int:
+        """Tasks that may be at the server at once."""
+        return max(1, min(self.most, math.floor(self.window)))
 
-    def taken(self) -> Window:
-        """After a submission that the server took."""
-        quickly = self.cut_at_s is None or self.limit < 0.9 * self.ceiling
-        growth = 1.0 if quickly else 1.0 / self.limit
-        return replace(self, limit=min(float(self.most), self.limit + growth))
+    @property
+    def one_by_one(self) -> bool:
+        """Whether to wait for each answer before the next submission: an answer decides."""
+        unmeasured = self.limit is Limit.RATE and self.rate_per_s is None
+        return self.limit is Limit.UNCLEAR or unmeasured or self.refused_in_row > 0
 
-    def turned_away(self, now_s: float, retry_after_s: float | None) -> Window:
-        """After a 429, with what the server asked for."""
-        pause_until_s = max(self.pause_until_s, now_s + (retry_after_s or 0.0))
-        if self.cut_at_s is not None and now_s - self.cut_at_s < self.calm_s:
-            return replace(self, pause_until_s=pause_until_s)
-        limit = max(1.0, self.limit * 0.7)
-        return replace(
-            self, limit=limit, ceiling=self.limit, cut_at_s=now_s, pause_until_s=pause_until_s
+    @property
+    def unclear(self) -> bool:
+        """Whether it matters now how many tasks have ended."""
+        return self.limit is Limit.UNCLEAR
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until the rate, and what the server asked for, let the next one leave."""
+        until_s = self.pause_until_s
+        if self.rate_at(now_s) is not None:
+            until_s = max(until_s, self.next_at_s)
+        return max(0.0, until_s - now_s)
+
+    def rate_at(self, now_s: float) -> float | None:
+        """Submissions a second, or None where no limit is known."""
+        if self.rate_per_s is None:
+            return self.most_per_s
+        quiet_s = max(0.0, now_s - self.cut_at_s)
+        if self.cut and quiet_s < _RECOVERY_S:
+            rate = self.rate_per_s * (1.0 - self.cut * (1.0 - quiet_s / _RECOVERY_S) ** 3)
+        else:
+            quiet_s -= _RECOVERY_S if self.cut else 0.0
+            # Where a refusal costs seconds of silence, they are looked for less often.
+            cost_s = self.refusal_cost_s
+            rise = _RISE_LAST / (1.0 + 20.0 * cost_s)
+            rise += (self.rise - _RISE_LAST) / (1.0 + 2.0 * cost_s)
+            late_s = max(0.0, quiet_s - _QUIET_S - 15.0 * cost_s)
+            risen = rise * quiet_s**2 * math.sqrt(_USUAL_PER_S / self.rate_per_s)
+            rate = self.rate_per_s * (1.0 + risen + 0.05 * late_s**2)
+        return rate if self.most_per_s is None else min(rate, self.most_per_s)
+
+    # -- what happened ------------------------------------------------------------------------
+
+    def sent(self, now_s: float) -> Pace:
+        """After a submission left. One that was late by less than its spacing is made up for."""
+        rate = self.rate_at(now_s)
+        if rate is None:
+            return self
+        spacing_s = 1.0 / rate
+        return replace(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
+
+    def taken(self, sent_at_s: float, in_work: InWork, *, pressed: bool) -> Pace:
+        """After a submission was taken; ``in_work`` counts it.
+
+        ``pressed``: whether more would be submitted if there were room.
+        """
+        after = replace(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
+        if sent_at_s <= self.refused_at_s:
+            return after  # of the burst that was refused: it says nothing about the time since
+        after = replace(after, refused_in_row=0)
+        match self.limit:
+            case Limit.NONE:
+                return _opened(after, 1.0)
+            case Limit.UNCLEAR:
+                return _weighed(_opened(after, 1.0), in_work)
+            case Limit.AT_ONCE if pressed:
+                return _opened(after, _growth(after))
+        return after
+
+    def refused(self, now_s: float, sent_at_s: float, in_work: InWork, wait_s: float) -> Pace:
+        """After a 429, which asked for ``wait_s`` seconds of silence (0 where it did not).
+
+        Refusals of what was sent before the last refusal came are one burst, and count once.
+        """
+        after = self.paused(now_s, wait_s)
+        if sent_at_s <= self.refused_at_s:
+            return after
+        first = self.refused_in_row == 0
+        in_row = self.refused_in_row + 1
+        after = replace(
+            after,
+            refused_at_s=now_s,
+            refused_in_row=in_row,
+            row_since_s=now_s if first else self.row_since_s,
+            taken_in_row=0,
+            refusal_cost_s=max(self.refusal_cost_s * 0.9, wait_s),
+            refusals=(
+                *(one for one in self.refusals if now_s - one.at_s < 15.0),
+                _Refusal(now_s, self.taken_count, self.paused_s),
+            ),
         )
+        pause_s = min(_PAUSE_MOST_S, _PAUSE_S * 2.0 ** (in_row - 1))
+        rate = self.rate_at(now_s)
+        if rate is not None:
+            pause_s = max(pause_s, 1.0 / rate)
+        after = replace(after, pause_until_s=max(after.pause_until_s, now_s + pause_s))
+        match self.limit:
+            case Limit.NONE | Limit.UNCLEAR:
+                return _doubted(after, now_s, in_work, wait_s)
+            case Limit.AT_ONCE:
+                window = self.window - max(0.5, self.window / 32.0)
+                if in_row >= _FULL_ROW:
+                    window = max(window / 2.0, min(window, float(in_work.known)))
+                return replace(after, window=max(1.0, window))
+            case Limit.RATE:
+                return _slower(after, now_s, in_work)
+
+    def paused(self, now_s: float, wait_s: float) -> Pace:
+        """With nothing submitted for some seconds."""
+        until_s = max(self.pause_until_s, now_s + wait_s)
+        added_s = max(0.0, until_s - max(self.pause_until_s, now_s))
+        return replace(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
+
+    def slowed(self, now_s: float, median_s: float, best_s: float) -> Pace:
+        """With images that take ``median_s`` where they once took ``best_s``.
+
+        A server that queues instead of refusing is overloaded all the same, and what waits
+        there longer is not finished sooner. Once per such latency, 10 % are taken off.
+        """
+        if median_s < _SLOW * best_s or now_s - self.slowed_at_s < median_s:
+            return self
+        window = max(_OPENING, min(self.window, float(self.most)) * 0.9)
+        if window >= self.window:
+            return replace(self, slowed_at_s=now_s)
+        limit = Limit.AT_ONCE if self.limit is Limit.NONE else self.limit
+        return replace(self, limit=limit, window=window, slowed_at_s=now_s, taken_in_row=0)
 
 
-@dataclass(frozen=True)
-class Latencies:
-    """The seconds that finished images took, by quality, as far as they were bracketed.
+def _opened(pace: Pace, by: float) -> Pace:
+    return replace(pace, window=min(float(pace.most), pace.window + by))
 
-    Learned from the middle between the last "not yet" and the first "done": learning from
-    when the end was *noticed* would let every late look make the next one later.
+
+def _growth(pace: Pace) -> float:
+    """By how much a task that was taken opens the window.
+
+    So little that about every 14th submission is refused; more and more after a long time
+    without a refusal, because then the limit is no longer where it was.
     """
-
-    recent: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    keep: int = 64
-
-    def finished(self, quality: str, last_not_yet_s: float, first_done_s: float) -> Latencies:
-        """With one more, in seconds since its submission."""
-        middle = (last_not_yet_s + first_done_s) / 2
-        kept = (*self.recent.get(quality, ()), middle)[-self.keep :]
-        return replace(self, recent={**self.recent, quality: kept})
-
-    def expected_s(self, quality: str) -> float:
-        """The median of the recent ones, or what is expected before there are any."""
-        recent = self.recent.get(quality)
-        return median(recent) if recent else EXPECTED_LATENCY_S.get(quality, 2.0)
+    steady = (1.0 / 24.0 + pace.window / 1024.0) / (1.0 + 20.0 * pace.refusal_cost_s)
+    quiet = (pace.taken_in_row / pace.window - 2.0) / (4.0 + 40.0 * pace.refusal_cost_s)
+    return max(steady, min(1.0, quiet))
 
 
-def next_look_s(latencies: Latencies, quality: str, age_s: float, asks: int) -> float:
-    """Seconds until a task should be asked about, given its age and how often it was asked.
+def _weighed(pace: Pace, in_work: InWork) -> Pace:
+    """What a task means that was taken after a refusal whose reason is not clear."""
+    at_least = in_work.expected - 2.0 * in_work.deviation
+    if at_least >= pace.refused_with + 2.5 and in_work.deviation < 1.5:
+        return replace(
+            pace,
+            limit=Limit.RATE,
+            rate_per_s=None,
+            rise=_RISE_FIRST,
+            window=float(pace.most),
+            refused_with=math.inf,
+        )
+    return replace(pace, unrefuted=0) if at_least > pace.refused_with + 0.5 else pace
 
-    First when half of its kind are done, then after a quarter of the expected time, and ever
-    more seldom as it grows older, at least 0.2 s and at most 15 s apart.
+
+def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
+    """After a refusal whose reason is not clear yet."""
+    new = pace.limit is Limit.NONE or in_work.expected > pace.refused_with + 2.0
+    # Further refusals in a row say as little as the first, unless a long pause lay between.
+    counts = pace.refused_in_row == 1 or (pace.refused_in_row == 2 and wait_s > 0.5)
+    unrefuted = 1 if new else pace.unrefuted + counts
+    long = pace.refused_in_row >= _FULL_TIMES and now_s - pace.row_since_s >= _FULL_S
+    if long or unrefuted >= _FULL_TIMES:
+        return replace(pace, limit=Limit.AT_ONCE, window=max(1.0, float(in_work.known)))
+    return replace(
+        pace,
+        limit=Limit.UNCLEAR,
+        window=max(float(in_work.known) + 1.0, min(pace.window, float(pace.most))),
+        refused_with=in_work.expected if new else min(in_work.expected, pace.refused_with),
+        unrefuted=unrefuted,
+    )
+
+
+def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
+    """After a refusal at a rate."""
+    if pace.refused_in_row >= _NOT_THE_RATE and now_s - pace.row_since_s >= _NOT_THE_RATE_S:
+        window = max(1.0, float(in_work.known))
+        return replace(pace, limit=Limit.AT_ONCE, rate_per_s=None, window=window)
+    before = pace.rate_at(now_s) if pace.rate_per_s is not None else None
+    if before is None:
+        first = pace.refusals[0]
+        rate = max(1, pace.taken_count - first.taken) / max(0.02, now_s - first.at_s)
+        mark = pace.refusals[-1]
+        return _at_rate(pace, now_s, rate, cut=0.0, rise=_RISE_FIRST, refusals=(mark,))
+    if pace.refused_in_row > 1:
+        return pace
+    cuts = (*(c for c in pace.cuts if pace.taken_count - c < _CUTS_WITHIN), pace.taken_count)
+    if len(cuts) >= _CUTS_IN_VAIN and pace.rise <= _RISE_LAST:
+        return replace(pace, limit=Limit.NONE, rate_per_s=None, cuts=(), refusals=())
+    rate = _measured(pace, now_s, before)
+    slower = _at_rate(pace, now_s, rate, cut=_CUT, rise=max(_RISE_LAST, pace.rise / 6.0))
+    return replace(slower, cuts=cuts)
+
+
+def _measured(pace: Pace, now_s: float, rate: float) -> float:
+    """The rate that the server takes, by what it took since the refusal before.
+
+    A server that saves up what was not used takes for a while more than it does on the whole,
+    so what it took counts. One that does not takes just less than it refused.
     """
-    expected_s = latencies.expected_s(quality)
-    if asks == 0:
-        return max(0.0, expected_s - age_s)
-    return min(15.0, max(0.2, expected_s / 4, (age_s - expected_s) / 4))
+    expensive = min(1.0, pace.refusal_cost_s)
+    top = rate * (1.0 - 0.06 * expensive)
+    earlier = (one for one in reversed(pace.refusals[:-1]) if now_s - one.at_s >= _MEASURE_S)
+    last = next(earlier, None)
+    if last is None or pace.taken_count == last.taken:
+        return top
+    sending_s = max(0.3, now_s - last.at_s - (pace.refusals[-1].paused_s - last.paused_s))
+    took = (pace.taken_count - last.taken) / sending_s
+    if took > 0.93 * rate and expensive < 0.2:
+        took += 0.4 * max(0.0, top - took)
+    return min(top, max(took, 0.7 * rate))
 
 
-def is_overdue(latencies: Latencies, quality: str, age_s: float) -> bool:
-    """Whether a task is so late that the server has hardly still got it in work.
-
-    It is asked about on and on, but no longer kept a place in the window: a few tasks that never
-    end would otherwise fill it.
-    """
-    return age_s > 5.0 + 4.0 * latencies.expected_s(quality)
+def _at_rate(
+    pace: Pace,
+    now_s: float,
+    rate_per_s: float,
+    *,
+    cut: float,
+    rise: float,
+    refusals: tuple[_Refusal, ...] | None = None,
+) -> Pace:
+    return replace(
+        pace,
+        rate_per_s=rate_per_s,
+        cut=cut,
+        cut_at_s=now_s,
+        rise=rise,
+        next_at_s=now_s + 1.0 / rate_per_s,
+        refusals=pace.refusals if refusals is None else refusals,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields, replace
 
 from krea_dagster.engine.record import Record
@@ -41,23 +40,15 @@ class Progress:
             *(getattr(self, item.name) + getattr(other, item.name) for item in fields(self))
         )
 
-    @classmethod
-    def of(
-        cls,
-        rows: Mapping[str, int],
-        records: Mapping[str, Record],
-        unfinished: Container[str],
-    ) -> Progress:
-        """The start of a run: ``rows`` counts the images that want each request."""
-        progress = cls(total=sum(rows.values()))
-        for key, record in records.items():
-            if key in unfinished:
-                continue
-            if record.state is State.STORED:
-                progress = replace(progress, reused=progress.reused + rows[key])
-            else:
-                progress = progress.finished(record, rows[key])
-        return progress
+    def wanted(self, rows: int) -> Progress:
+        """With more images that are asked for."""
+        return replace(self, total=self.total + rows)
+
+    def found_finished(self, record: Record, rows: int) -> Progress:
+        """With a request that had come to its end before the run began."""
+        if record.state is State.STORED:
+            return replace(self, reused=self.reused + rows)
+        return self.finished(record, rows)
 
     def finished(self, record: Record, rows: int, *, left: bool = False) -> Progress:
         """With one more request at its end in this run."""

@@ -19,7 +19,9 @@ from krea_dagster.engine.asker import Asker, TaskReader
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.images import Downloader, ImageStore
-from krea_dagster.engine.pace import Latencies, Window, is_overdue, next_look_s
+from krea_dagster.engine.latency import Latencies, is_overdue
+from krea_dagster.engine.looking import Awaited, chances, is_learned
+from krea_dagster.engine.pace import InWork, Pace
 from krea_dagster.engine.policy import Policy, Trail, backoff_s, task_error_wait_s
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
@@ -65,7 +67,8 @@ _FETCHES: Final = 8
 _GRACE_S: Final = 10.0
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
 _PENDING_S: Final = 60.0
-
+#: By how much the quickest median seen is raised with every image.
+_FORGET: Final = 1.001
 
 #: States whose task has not been seen to end.
 _UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED})
@@ -83,13 +86,25 @@ class Client(TaskReader, Downloader, Protocol):
 
 @dataclass
 class Carrier:
-    """A request in the hands of a task. ``not_yet_s``: its age when it was last not finished."""
+    """A request in the hands of a task.
+
+    ``holds_place``: it counts in the window. ``may_submit``: it may send one POST; the pace is
+    kept by giving that out. ``since_s`` is when its task was submitted, by the run's clock, and
+    ``not_yet_s`` its age when it had last not ended.
+    """
 
     record: Record
     trail: Trail
     partition_key: str
     holds_place: bool = True
+    may_submit: bool = False
+    since_s: float = 0.0
     not_yet_s: float = 0.0
+
+    @property
+    def awaited(self) -> Awaited:
+        """Its task, as what is waited for."""
+        return Awaited(self.record.request.quality, self.since_s, self.not_yet_s)
 
 
 class Steps:
@@ -113,7 +128,7 @@ class Steps:
         policy: Policy,
         clock: Clock,
         randomness: random.Random,
-        window: Window,
+        pace: Pace,
         latencies: Latencies,
         announce_stop: Callable[[AccountStopped], Awaitable[None]],
     ) -> None:
@@ -124,21 +139,24 @@ class Steps:
         self._policy = policy
         self._clock = clock
         self._random = randomness
-        self._latencies = latencies
         self._fetches = anyio.CapacityLimiter(_FETCHES)
         self._posting: set[anyio.CancelScope] = set()
         self._ending = False
         self._refused_since_s: float | None = None
         self._unanswered = 0
         self._silent_since_s: float | None = None
-        self.asker = Asker(client, clock.monotonic)
-        self.window = window
+        self.asker = Asker(client, clock.monotonic, latencies)
+        self.pace = pace
+        self._submitting: set[str] = set()  # requests that were given leave to submit
+        self._in_work: dict[str, Carrier] = {}  # requests whose task has not been seen to end
+        self._quickest_s: dict[str, float] = {}  # the least that the median was, by quality
         self._announce_stop = announce_stop
         self.stopped: AccountStopped | RunStopped | None = None
         self.caps_reached: dict[str, str] = {}
         self.dearer: dict[str, str] = {}
         self.unwritten: list[UnwrittenPurchase] = []
         self.posts = 0
+        self.turned_away = 0
         self.charged_units = 0
 
     def end_submitting(self) -> None:
@@ -169,6 +187,7 @@ class Steps:
                 return await self._closed(carrier, closed)
             finally:
                 self._posting.discard(scope)
+                self.may_no_more_submit(carrier)
         # Only reached where a stop's grace ended before the answer came.
         with anyio.CancelScope(shield=True):
             said = _said("stopped", "the run was stopped before the answer came")
@@ -192,8 +211,39 @@ class Steps:
         carrier.trail = replace(carrier.trail, final=f"not bought: {closed}")
         return 0.0
 
+    def may_submit(self, carrier: Carrier) -> None:
+        """Give a carrier leave for one POST, by the pace."""
+        carrier.may_submit = True
+        self.pace = self.pace.sent(self._clock.monotonic())
+        self._submitting.add(carrier.record.request_key)
+
+    def may_no_more_submit(self, carrier: Carrier) -> None:
+        """Take the leave back, or note that it was used."""
+        carrier.may_submit = False
+        self._submitting.discard(carrier.record.request_key)
+
+    @property
+    def submitting(self) -> int:
+        """Requests that have leave to submit and no answer yet."""
+        return len(self._submitting)
+
+    def out_of_work(self, carrier: Carrier) -> None:
+        """Note that a request's task has ended, or is not counted on to end any more."""
+        self._in_work.pop(carrier.record.request_key, None)
+
+    def _tasks_in_work(self, *, closely: bool) -> InWork:
+        """The tasks at the server; ``closely``: with how many of them have probably ended."""
+        known = len(self._in_work)
+        if not closely or not known:
+            return InWork(known, float(known), 0.0)
+        awaited = [carrier.awaited for carrier in self._in_work.values()]
+        ended = chances(self.asker.latencies, awaited, self._clock.monotonic())
+        deviation = float((ended * (1.0 - ended)).sum()) ** 0.5
+        return InWork(known, known - float(ended.sum()), deviation)
+
     async def _post(self, carrier: Carrier) -> float:
         record = carrier.record
+        sent_at_s = self._clock.monotonic()
         try:
             submission = await self._client.submit(
                 record.request, idempotency_key=str(record.idempotency_key)
@@ -201,12 +251,17 @@ class Steps:
         except NotCharged as error:
             # Of a repeat it is certain, of the first try it is not.
             known = record.state is not State.UNKNOWN
+            if isinstance(error, TurnedAway):
+                self._pace_turned_away(error, sent_at_s)
             return await (self._not_charged if known else self._outcome_unknown)(carrier, error)
         except OutcomeUnknown as error:
             return await self._outcome_unknown(carrier, error)
+        carrier.since_s, carrier.not_yet_s = sent_at_s, 0.0
+        self._in_work[record.request_key] = carrier
+        in_work = self._tasks_in_work(closely=self.pace.unclear)
+        self.pace = self.pace.taken(sent_at_s, in_work, pressed=self.asker.pressed)
         await self._accepted(carrier, submission)
         carrier.trail = replace(carrier.trail, submit_failures=0)
-        self.window = self.window.taken()
         self._refused_since_s = None
         self._unanswered, self._silent_since_s = 0, None
         return 0.0
@@ -265,6 +320,8 @@ class Steps:
 
     async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> float:
         await self.record(carrier, Event.OUTCOME_UNKNOWN, _said(_code(error), str(error)))
+        if isinstance(error, TurnedAway):
+            return self._turned_away(carrier, error)
         failures = carrier.trail.submit_failures + 1
         carrier.trail = replace(carrier.trail, submit_failures=failures)
         at_least_s = error.retry_after_s or 0.0
@@ -276,8 +333,6 @@ class Steps:
             case AccountStopped():
                 await self._account_stopped(error)
                 return 0.0
-            case TurnedAway():
-                return self._turned_away(carrier, error)
             case OutcomeUnknown() if not isinstance(error, PurchasePending):
                 self._slow_down(error)
             case PurchasePending():
@@ -297,7 +352,7 @@ class Steps:
         if over < 0:
             return
         pause_s = backoff_s(over + 1, self._fraction(), self._policy)
-        self.window = self.window.turned_away(now_s, pause_s)
+        self.pace = self.pace.paused(now_s, pause_s)
         if now_s - self._silent_since_s > self._policy.patience_s and self.stopped is None:
             self.stopped = RunStopped(
                 "no_usable_answer",
@@ -305,17 +360,21 @@ class Steps:
                 f"the last: {error}",
             )
 
-    def _turned_away(self, carrier: Carrier, error: SubmitError) -> float:
-        """Cut the window; a 429 is no failure of the request, so it uses up no try."""
+    def _pace_turned_away(self, error: TurnedAway, sent_at_s: float) -> None:
+        self.turned_away += 1
         now_s = self._clock.monotonic()
-        self.window = self.window.turned_away(now_s, error.retry_after_s)
+        in_work = self._tasks_in_work(closely=True)
+        self.pace = self.pace.refused(now_s, sent_at_s, in_work, error.retry_after_s or 0.0)
+
+    def _turned_away(self, carrier: Carrier, error: SubmitError) -> float:
+        """A 429 is no failure of the request, so it uses up no try; the pace waits, and not it."""
+        now_s = self._clock.monotonic()
         if self._refused_since_s is None:
             self._refused_since_s = now_s
         if now_s - self._refused_since_s > self._policy.patience_s:
             reason = f"turned away for {self._policy.patience_s:g} s: {error}"
             carrier.trail = replace(carrier.trail, final=reason)
-            return 0.0
-        return backoff_s(1, self._fraction(), self._policy, at_least_s=error.retry_after_s)
+        return 0.0
 
     async def _account_stopped(self, error: AccountStopped) -> None:
         if self.stopped is None:
@@ -366,11 +425,11 @@ class Steps:
     # -- asking -------------------------------------------------------------------------------
 
     async def ask(self, carrier: Carrier) -> float:
-        """Read the task when it is due, and record what it says."""
+        """Read the task when it has probably ended, and record what it says."""
         record = carrier.record
-        due_s = self._clock.monotonic() + self._next_look_s(carrier)
+        awaited = self._awaited(carrier)
         try:
-            task = await self.asker.ask(str(record.task_id), due_s)
+            task, asked_at_s = await self.asker.ask(str(record.task_id), awaited)
         except ApiError as error:
             return self._asked_in_vain(carrier, error)
         asks = carrier.trail.asks + 1
@@ -379,13 +438,15 @@ class Steps:
         )
         match task:
             case Task(status="completed", results=(url, *_)):
+                self.out_of_work(carrier)
                 await self._task_completed(carrier, task, url)
                 return 0.0
             case Task(status="failed" | "cancelled") if _may_have_failed(record):
+                self.out_of_work(carrier)
                 await self._task_failed(carrier, task)
                 return 0.0
         if record.state is State.SUBMITTED:
-            carrier.not_yet_s = self._age_s(record)
+            carrier.not_yet_s = max(carrier.not_yet_s, asked_at_s - carrier.since_s)
             return 0.0
         # No fresh link: the old one is tried again before the run gives up.
         failures = carrier.trail.fetch_failures + 1
@@ -394,16 +455,19 @@ class Steps:
 
     def is_overdue(self, record: Record) -> bool:
         """Whether a task has taken far longer than its kind takes."""
-        late = is_overdue(self._latencies, record.request.quality, self._age_s(record))
+        late = is_overdue(self.asker.latencies, record.request.quality, self._age_s(record))
         return record.state is State.SUBMITTED and late
 
-    def _next_look_s(self, carrier: Carrier) -> float:
-        record, asks = carrier.record, carrier.trail.asks
-        earlier_run = record.run_id != self._run_id
-        if record.state is not State.SUBMITTED or (earlier_run and asks == 0):
-            return 0.0
-        age_s = self._age_s(record)
-        return next_look_s(self._latencies, record.request.quality, age_s, asks)
+    def _awaited(self, carrier: Carrier) -> Awaited | None:
+        """What to wait for before its task is read; None where it is read at once."""
+        record = carrier.record
+        if record.state is not State.SUBMITTED:
+            return None
+        if not carrier.since_s:
+            carrier.since_s = self._clock.monotonic() - self._age_s(record)
+            if record.run_id != self._run_id and carrier.trail.asks == 0:
+                return None  # nobody knows how long it has been finished
+        return carrier.awaited
 
     async def _task_completed(self, carrier: Carrier, task: Task, url: str) -> None:
         record = carrier.record
@@ -411,15 +475,28 @@ class Steps:
             await self.record(carrier, Event.COMPLETED, {"result_url": url})
             return
         if record.run_id == self._run_id:
-            self._latencies = self._latencies.finished(
-                record.request.quality, carrier.not_yet_s, self._age_s(record)
-            )
+            self._learn(carrier)
         charged = record.reserved_units
         if task.credits_used_units is not None:
             charged = task.credits_used_units
         values = {"result_url": url, "charged_units": charged}
         await self.record(carrier, Event.COMPLETED, values)
         self.charged_units += charged or 0
+
+    def _learn(self, carrier: Carrier) -> None:
+        """Take note of how long an image took, and of a server that has become slow."""
+        quality = carrier.record.request.quality
+        now_s = self._clock.monotonic()
+        asker = self.asker
+        asker.latencies = asker.latencies.finished(
+            quality, carrier.not_yet_s, now_s - carrier.since_s
+        )
+        if is_learned(asker.latencies, quality):
+            median_s = asker.latencies.of(quality).median_s
+            # Forgotten by and by: what was quick once may never be again.
+            quickest_s = self._quickest_s.get(quality, median_s) * _FORGET
+            self._quickest_s[quality] = quickest_s = min(median_s, quickest_s)
+            self.pace = self.pace.slowed(now_s, median_s, quickest_s)
 
     async def _task_failed(self, carrier: Carrier, task: Task) -> None:
         code = task.failure.code if task.failure else "unknown_error"
@@ -515,7 +592,8 @@ class Steps:
     ) -> None:
         """Write an event of the carrier's request, durably."""
         carrier.record = await self._writer.append(
-            Change(carrier.record.request_key, event, self._clock.now(), values or {}, data)
+            Change(carrier.record.request_key, event, self._clock.now(), values or {}, data),
+            known=carrier.record,
         )
 
     def _age_s(self, record: Record) -> float:

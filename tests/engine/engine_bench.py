@@ -22,8 +22,8 @@ from krea_dagster.engine.changes import Change
 from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.owner import this_process
-from krea_dagster.engine.pace import Latencies
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
@@ -145,7 +145,7 @@ def all_rows(journal_url: str) -> dict[str, list[dict[str, Any]]]:
 QUICK: Final = Policy(wait_scale=0.01, gone_after_s=0.0, patience_s=20.0)
 
 #: The emulator's latency is known, so that a run does not wait for the first look.
-LEARNED: Final = Latencies(recent={"1K": (0.02,), "2K": (0.02,)})
+LEARNED: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
 
 
 async def until(what: Callable[[], bool], within_s: float = 10.0) -> None:
@@ -210,7 +210,7 @@ class House:
             policy=replace(QUICK, **policy),
             max_in_flight=max_in_flight,
             clock=clock or SystemClock(),
-            randomness=random.Random(1),  # noqa: S311 - jitter
+            randomness=random.Random(1),
             latencies=LEARNED,
             on_progress=on_progress,
         )

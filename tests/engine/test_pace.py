@@ -1,4 +1,4 @@
-"""How many tasks are in flight, and when each is asked about."""
+"""How fast tasks are submitted, and how many at once: against accounts of every kind."""
 
 from __future__ import annotations
 
@@ -6,120 +6,189 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.pace import EXPECTED_LATENCY_S, Latencies, Window, is_overdue, next_look_s
+from krea_dagster.engine.pace import InWork, Limit, Pace
+from tests.engine.account_simulation import Account, Run, made
+
+IMAGES = 600
+
+#: Limits of the kinds that servers have, and how far from the best a run may end.
+LIMITED: dict[str, tuple[Account, float]] = {
+    "20 a second, saved up to 20": (Account(rate=20, at_once=64), 1.05),
+    "20 a second, saved up to 5": (Account(rate=20, burst=5, at_once=64), 1.05),
+    "20 in any second": (Account(rate=20, sliding=True, at_once=64), 1.20),
+    "20 a second, Retry-After": (Account(rate=20, at_once=64, retry_after_s=1.0), 1.08),
+    "32 at once": (Account(at_once=32), 1.12),
+    "32 at once, Retry-After": (Account(at_once=32, retry_after_s=1.0), 1.20),
+    "32 at once, of half a second": (Account(at_once=32, latency_s=(0.4, 0.6)), 1.30),
+}
 
 
-def taken(window: Window, times: int) -> Window:
-    for _ in range(times):
-        window = window.taken()
-    return window
+def share_refused(run: Run, after_s: float = 10.0) -> float:
+    """The share of POSTs answered by 429, after the first seconds."""
+    posts = [at_s for at_s in run.posts_s if at_s > after_s]
+    return sum(at_s > after_s for at_s in run.refused_s) / len(posts)
 
 
-def test_a_window_starts_small_and_doubles_with_every_full_window_that_is_taken() -> None:
-    window = Window.opening(64)
-    assert window.size == 8
-    window = taken(window, 8)
-    assert window.size == 16
-    assert taken(window, 16).size == 32
+@pytest.mark.parametrize("batch", [False, True], ids=["single reads", "batch reads"])
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_run_that_knows_no_limit_finds_it(name: str, batch: bool) -> None:
+    account, most = LIMITED[name]
+    assert made(account.afresh(), Run(IMAGES, batch=batch)) <= most
 
 
-def test_a_window_never_grows_beyond_the_most_nor_starts_there() -> None:
-    assert taken(Window.opening(64), 1000).size == 64
-    assert Window.opening(3).size == 3
-    assert taken(Window.opening(3), 10).size == 3
+@pytest.mark.parametrize(("batch", "reads"), [(False, 1.3), (True, 0.1)])
+def test_where_the_rate_binds_few_are_refused_and_each_is_asked_about_about_once(
+    batch: bool,
+    reads: float,
+) -> None:
+    run = Run(IMAGES, batch=batch)
+    made(Account(rate=20, at_once=64), run)
+    assert share_refused(run) <= 0.02
+    assert run.reads / IMAGES <= reads
+    assert run.pace.limit is Limit.RATE
 
 
-def test_a_refusal_cuts_the_window_to_70_percent() -> None:
-    window = taken(Window.opening(64), 92)
-    assert window.turned_away(10.0, None).size == 44
+@pytest.mark.parametrize(("batch", "reads"), [(False, 2.5), (True, 0.3)])
+def test_where_the_number_at_once_binds_it_is_filled_and_not_flooded(
+    batch: bool,
+    reads: float,
+) -> None:
+    run = Run(IMAGES, batch=batch)
+    made(Account(at_once=32), run)
+    assert run.pace.limit is Limit.AT_ONCE
+    assert 30 <= run.pace.room <= 38
+    assert share_refused(run) <= 0.08
+    assert run.reads / IMAGES <= reads
 
 
-def test_one_burst_of_refusals_cuts_once() -> None:
-    window = taken(Window.opening(64), 92).turned_away(10.0, None)
-    assert window.turned_away(10.5, None).turned_away(11.9, None).size == 44
-    assert window.turned_away(12.0, None).size == 31
+def test_two_runs_with_one_key_share_it_without_talking() -> None:
+    runs = [Run(1000, batch=True), Run(1000, batch=True, starts_s=0.2)]
+    assert made(Account(rate=20, at_once=64), *runs) <= 1.08
+    first_s = min(run.finished_s for run in runs)
+    shares = [sum(at_s <= first_s for at_s in run.taken_s) for run in runs]
+    assert min(shares) / sum(shares) >= 0.4
 
 
-def test_after_a_refusal_the_window_grows_back_quickly_and_then_by_one_per_full_window() -> None:
-    window = taken(Window.opening(128), 92).turned_away(10.0, None)
-    assert window.size == 70
-    back = taken(window, 20)
-    assert back.size == 90, "quickly up to 90 % of the 100 where it was cut"
-    assert taken(back, 92).size == 91
-    assert taken(back, 184).size == 92
+def test_a_run_that_comes_later_gets_a_share_and_nothing_is_wasted() -> None:
+    runs = [Run(800, batch=True), Run(400, batch=True, starts_s=10.0)]
+    assert made(Account(rate=20, at_once=64), *runs) <= 1.15
+    middle = [at_s for at_s in runs[1].taken_s if 20.0 < at_s < 30.0]
+    assert len(middle) >= 30, "of 200 in these ten seconds"
 
 
-def test_a_task_is_overdue_when_it_takes_far_longer_than_its_kind() -> None:
-    known = Latencies(recent={"1K": (2.0,)})
-    assert not is_overdue(known, "1K", 13.0)
-    assert is_overdue(known, "1K", 13.1)
-    assert not is_overdue(Latencies(), "2K", 33.0)
+def test_refusals_by_chance_do_not_wear_the_pace_down() -> None:
+    run = Run(IMAGES, batch=True)
+    assert made(Account(at_once=64, refuse_by_chance=0.05), run) <= 2.0
 
 
-def test_a_window_always_has_room_for_one() -> None:
-    window = Window.opening(2)
-    for number in range(50):
-        window = window.turned_away(number * 10.0, None)
-    assert window.size == 1
+def test_without_limits_the_window_opens_to_the_most_and_no_further() -> None:
+    account, run = Account(), Run(400, batch=True, most=50)
+    made(account, run)
+    assert account.most_seen == 50
+    assert run.refused_s == []
 
 
-def test_retry_after_pauses_everybody_also_within_a_burst_and_the_longest_counts() -> None:
-    window = Window.opening(8).turned_away(100.0, 5.0)
-    assert window.pause_until_s == 105.0
-    assert window.turned_away(100.5, 20.0).pause_until_s == 120.5
-    assert window.turned_away(100.5, 1.0).pause_until_s == 105.0
-    assert window.turned_away(100.5, None).pause_until_s == 105.0
+def test_a_rate_that_the_user_knows_is_kept() -> None:
+    account, run = Account(), Run(100, batch=True)
+    run.pace = Pace(256, most_per_s=10.0)
+    made(account, run)
+    assert run.posts_s[-1] >= 9.8
+    gaps_s = [b - a for a, b in zip(run.posts_s, run.posts_s[1:], strict=False)]
+    assert sum(gap_s < 0.05 for gap_s in gaps_s) <= 2
+
+
+# -- the rules by themselves ------------------------------------------------------------------
+
+
+def busy(tasks: int) -> InWork:
+    return InWork(tasks, float(tasks), 0.0)
+
+
+def opened(pace: Pace, times: int) -> Pace:
+    for number in range(times):
+        pace = pace.taken(100.0 + number, busy(number + 1), pressed=True)
+    return pace
+
+
+def test_the_window_starts_small_and_opens_by_one_with_every_task_that_is_taken() -> None:
+    assert Pace(64).room == 8
+    assert opened(Pace(64), 8).room == 16
+    assert opened(Pace(64), 1000).room == 64
+    assert Pace(3).room == 3
+
+
+def test_retry_after_is_honoured_also_within_a_burst_and_the_longest_counts() -> None:
+    pace = Pace(8).refused(100.0, 99.0, busy(4), 5.0)
+    assert pace.wait_s(100.0) == 5.0
+    assert pace.refused(100.5, 99.0, busy(4), 20.0).wait_s(100.5) == 20.0
+    assert pace.refused(100.5, 99.0, busy(4), 1.0).wait_s(100.5) == 4.5
+    assert pace.refused(100.5, 99.0, busy(4), 0.0).wait_s(100.5) == 4.5
+
+
+def test_after_a_first_refusal_one_is_tried_at_a_time_until_the_reason_is_clear() -> None:
+    pace = opened(Pace(64), 40).refused(200.0, 199.0, busy(40), 0.0)
+    assert pace.limit is Limit.UNCLEAR
+    assert pace.one_by_one
+
+
+def test_a_server_that_takes_more_although_nothing_has_ended_limits_the_rate() -> None:
+    pace = opened(Pace(64), 20).refused(200.0, 199.0, busy(20), 0.0)
+    for number in range(3):
+        pace = pace.taken(200.1 + number / 10, busy(21 + number), pressed=True)
+    assert pace.limit is Limit.RATE
+
+
+def test_a_server_that_takes_nothing_until_something_ends_is_full() -> None:
+    pace = opened(Pace(64), 40)
+    for number in range(8):
+        pace = pace.refused(200.0 + number / 5, 199.9 + number / 5, busy(32), 0.0)
+    assert pace.limit is Limit.AT_ONCE
+    assert 30 <= pace.room <= 32
+
+
+def test_one_burst_of_refusals_counts_once() -> None:
+    pace = Pace(64, limit=Limit.AT_ONCE, window=40.0)
+    once = pace.refused(10.0, 9.0, busy(40), 0.0)
+    assert once.room < 40
+    assert once.refused(10.1, 9.5, busy(40), 0.0).window == once.window
+
+
+def test_a_server_that_becomes_slow_is_sent_less() -> None:
+    pace = opened(Pace(64), 64)
+    assert pace.slowed(300.0, median_s=3.0, best_s=2.0).room == 64
+    slower = pace.slowed(300.0, median_s=5.0, best_s=2.0)
+    assert slower.room == 57
+    assert slower.slowed(302.0, 5.0, 2.0).room == 57, "once per latency"
+    assert slower.slowed(306.0, 5.0, 2.0).room == 51
 
 
 @given(
     most=st.integers(1, 4096),
-    events=st.lists(st.none() | st.tuples(st.floats(0, 1e6), st.none() | st.floats(0, 3600))),
+    per_s=st.none() | st.floats(0.01, 1000),
+    events=st.lists(
+        st.tuples(
+            st.booleans(),
+            st.floats(0, 60),
+            st.floats(0, 10),
+            st.integers(0, 5000),
+            st.floats(0, 1),
+            st.sampled_from([0.0, 1.0, 60.0]),
+        ),
+        max_size=60,
+    ),
 )
-def test_whatever_happens_the_window_stays_between_one_and_the_most(
-    most: int, events: list[tuple[float, float | None] | None]
+def test_whatever_happens_there_is_room_for_one_and_never_for_more_than_the_most(
+    most: int,
+    per_s: float | None,
+    events: list[tuple[bool, float, float, int, float, float]],
 ) -> None:
-    window = Window.opening(most)
-    for event in events:
-        window = window.taken() if event is None else window.turned_away(*event)
-        assert 1 <= window.size <= most
-
-
-def test_before_anything_is_learned_the_published_figures_are_expected() -> None:
-    assert Latencies().expected_s("1K") == EXPECTED_LATENCY_S["1K"]
-    assert Latencies().expected_s("2K") == EXPECTED_LATENCY_S["2K"]
-
-
-def test_latencies_are_learned_from_the_middle_of_the_bracket_by_quality() -> None:
-    learned = Latencies().finished("1K", 4.0, 6.0).finished("1K", 6.0, 8.0).finished("1K", 0, 100)
-    assert learned.expected_s("1K") == 7.0
-    assert learned.expected_s("2K") == EXPECTED_LATENCY_S["2K"]
-
-
-def test_only_the_recent_latencies_count() -> None:
-    learned = Latencies(keep=4)
-    for latency_s in (100.0, 100.0, 100.0, 2.0, 2.0, 2.0, 2.0):
-        learned = learned.finished("1K", latency_s, latency_s)
-    assert learned.recent["1K"] == (2.0, 2.0, 2.0, 2.0)
-
-
-def test_a_task_is_first_asked_about_when_half_of_its_kind_are_done() -> None:
-    assert next_look_s(Latencies(), "1K", age_s=0.5, asks=0) == 1.5
-    assert next_look_s(Latencies(), "1K", age_s=9.0, asks=0) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("age_s", "wait_s"), [(2.0, 0.5), (6.0, 1.0), (42.0, 10.0), (1000.0, 15.0)]
-)
-def test_then_ever_more_seldom_as_it_grows_older(age_s: float, wait_s: float) -> None:
-    assert next_look_s(Latencies(), "1K", age_s=age_s, asks=1) == wait_s
-
-
-@given(
-    recent=st.lists(st.floats(0, 1e5), max_size=10).map(tuple),
-    age_s=st.floats(0, 1e7),
-    asks=st.integers(1, 100),
-)
-def test_two_looks_at_a_task_are_between_a_fifth_of_a_second_and_15_seconds_apart(
-    recent: tuple[float, ...], age_s: float, asks: int
-) -> None:
-    assert 0.2 <= next_look_s(Latencies({"1K": recent}), "1K", age_s, asks) <= 15.0
+    pace, now_s = Pace(most, per_s), 0.0
+    for taken, after_s, ago_s, known, share, wait_s in events:
+        now_s += after_s
+        in_work = InWork(known, known * share, known**0.5)
+        if taken:
+            pace = pace.sent(now_s).taken(now_s - ago_s, in_work, pressed=True)
+        else:
+            pace = pace.refused(now_s, now_s - ago_s, in_work, wait_s)
+        assert 1 <= pace.room <= most
+        assert 0.0 <= pace.wait_s(now_s) < 400.0

@@ -128,9 +128,9 @@ async def test_a_run_of_nothing_opens_no_connection(home: House) -> None:
 
 async def test_progress_ends_at_the_total_and_never_falls(home: House) -> None:
     seen: list[Progress] = []
-    await home.run(several(5), on_progress=seen.append, max_in_flight=2)
+    await home.run(several(40), on_progress=seen.append, max_in_flight=2)
     assert [p.ended for p in seen] == sorted(p.ended for p in seen)
-    assert seen[-1].ended == seen[-1].total == 5
+    assert seen[-1].ended == seen[-1].total == 40
     assert max(p.in_flight for p in seen) == 2
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from krea_dagster.emulator import FAULTS
-from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.engine.states import Event
 from krea_dagster.models import ImageRequest
@@ -260,7 +260,7 @@ def test_a_batch_read_that_met_a_fault_costs_nothing_and_loses_nothing(
     quick_home.emulator.world.script(name, arg=ARGUMENTS.get(name))
     requests = [asked(f"a fox [{name}]", seed=seed) for seed in (1, 2, 3)]
     # Looked at together, because they are looked at later than they take to be bought.
-    runner = replace(quick_home.runner(f"run-{name}"), latencies=Latencies({"1K": (0.15,)}))
+    runner = replace(quick_home.runner(f"run-{name}"), latencies=Latencies.known({"1K": 0.15}))
     report = asyncio.run(runner.run(as_wanted(requests)))
     assert (report.posts, report.progress.failed) == (3, 3)
     assert quick_home.agree()["unconsumed_faults"] == []

@@ -107,8 +107,8 @@ async def test_an_unknown_outcome_stays_unknown_whatever_refuses_its_repeat(
     home: House, fault: str
 ) -> None:
     home.emulator.world.script("reset_after_create")
-    home.emulator.world.script(fault, 50, arg=0 if fault == "429" else None)
-    report = await home.run([asked()], replay_tries=2)
+    home.emulator.world.script(fault, 100_000, arg=0 if fault == "429" else None)
+    report = await home.run([asked()], replay_tries=2, patience_s=1.0)
     record = home.record(asked())
     assert (record.state, record.charged_units) == (State.UNKNOWN, None)
     assert asked().request_key in report.left

@@ -1,0 +1,150 @@
+"""How long images take: a distribution per quality, learned from looks that bracket the end.
+
+Pure. When a task ended is never said, only noticed: it lies between the last "not yet" and the
+first "done". Learning from when it was *noticed* would let every late look make the next one
+later, so each image only moves the weight of the distribution that lies in its bracket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+#: Seconds from submission to the finished image before anything has been learned: public
+#: measurements of the model itself.
+EXPECTED_LATENCY_S: Final[Mapping[str, float]] = MappingProxyType({"1K": 2.0, "2K": 7.0})
+
+# Bins of 5 %, from 20 ms to 15 minutes.
+_BINS: Final = 220
+_EDGES_S: Final[Floats] = np.concatenate(([0.0], 0.02 * 1.05 ** np.arange(1.0, _BINS + 1)))
+_WIDTHS_S: Final = np.diff(_EDGES_S)
+_MIDDLES_S: Final = np.maximum(_EDGES_S[:-1], 0.01) + _WIDTHS_S / 2
+
+#: Images that the distribution remembers, so that it follows a service that changes.
+_MEMORY: Final = 200.0
+#: Images that what was expected beforehand counts for.
+_PRIOR: Final = 1.5
+#: How far the expectation beforehand spreads, as a share.
+_SPREAD: Final = 0.35
+#: Where so many of a kind have ended, the others are stragglers: the distribution says little of
+#: them. They are expected within this share of their age, and within this many seconds.
+_NEARLY_ALL: Final = 0.9
+_STRAGGLER_SHARE: Final = 0.15
+_STRAGGLER_MOST_S: Final = 5.0
+_UNSEEN: Final = 2e-3
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The distribution of one quality's latencies. ``seen`` counts what it was learned from."""
+
+    mass: Floats = field(repr=False)
+    seen: float = 0.0
+    total: Floats = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        total = np.concatenate(([0.0], np.cumsum(self.mass)))
+        object.__setattr__(self, "total", total / total[-1])
+
+    @classmethod
+    def expecting(cls, latency_s: float) -> Curve:
+        """Before anything is known but about how long it takes."""
+        distance = np.log(_MIDDLES_S / latency_s) / _SPREAD
+        mass = np.exp(-distance * distance / 2) + 1e-4
+        return cls(mass / mass.sum())
+
+    @classmethod
+    def known(cls, latency_s: float) -> Curve:
+        """Where it is known beforehand how long it takes."""
+        return replace(cls.expecting(latency_s), seen=_MEMORY / 4)
+
+    def finished(self, not_yet_s: float, done_s: float) -> Curve:
+        """With one more image: unfinished at the first age, finished at the second."""
+        low = np.maximum(_EDGES_S[:-1], not_yet_s)
+        high = np.minimum(_EDGES_S[1:], max(done_s, not_yet_s + 1e-3))
+        within = np.maximum(high - low, 0.0) / _WIDTHS_S * (self.mass + 1e-7)
+        weight = within.sum()
+        if weight <= 0:  # older than the oldest bin
+            return self
+        seen = min(self.seen + 1.0, _MEMORY)
+        share = 1.0 / (seen + _PRIOR)
+        return Curve(self.mass * (1.0 - share) + within * (share / weight), seen)
+
+    def done_since(self, not_yet_s: Floats, age_s: Floats) -> Floats:
+        """The chance that a task has ended, by its age when it had not and its age now."""
+        before = np.interp(not_yet_s, _EDGES_S, self.total)
+        left = 1.0 - before
+        now = np.interp(age_s, _EDGES_S, self.total)
+        chance = np.clip((now - before) / np.maximum(left, 1e-9), 0.0, 1.0)
+        scale_s = np.clip(_STRAGGLER_SHARE * not_yet_s, 0.01, _STRAGGLER_MOST_S)
+        straggler = 1.0 - np.exp(-np.maximum(age_s - not_yet_s, 0.0) / scale_s)
+        return np.where(before > _NEARLY_ALL, np.maximum(chance, straggler), chance)
+
+    def age_when_s(self, chance: float, not_yet_s: float = 0.0) -> float:
+        """The age at which a task that had not ended at ``not_yet_s`` has, with this chance.
+
+        Never more than 15 % after ``not_yet_s`` where nearly all of its kind have ended by
+        then, so that stragglers are found.
+        """
+        before = float(np.interp(not_yet_s, _EDGES_S, self.total))
+        left = 1.0 - before
+        straggler_s = min(max(_STRAGGLER_SHARE * not_yet_s, 0.1), _STRAGGLER_MOST_S)
+        if left <= _UNSEEN:
+            return not_yet_s - math.log(1.0 - chance) * straggler_s
+        age_s = float(np.interp(before + chance * left, self.total, _EDGES_S))
+        if before > _NEARLY_ALL:
+            age_s = min(age_s, not_yet_s + straggler_s)
+        return max(age_s, not_yet_s + 0.01)
+
+    @property
+    def median_s(self) -> float:
+        """The latency that half of them stay under."""
+        return float(np.interp(0.5, self.total, _EDGES_S))
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What is known of the latencies, by quality."""
+
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+
+    @classmethod
+    def known(cls, by_quality_s: Mapping[str, float]) -> Latencies:
+        """Where it is known beforehand how long images take, in seconds."""
+        return cls({quality: Curve.known(s) for quality, s in by_quality_s.items()})
+
+    def of(self, quality: str) -> Curve:
+        """The distribution of a quality, or what is expected before anything was seen."""
+        known = self.curves.get(quality)
+        return _expected(quality) if known is None else known
+
+    def finished(self, quality: str, not_yet_s: float, done_s: float) -> Latencies:
+        """With one more image, by its ages when it was last unfinished and first finished."""
+        after = self.of(quality).finished(not_yet_s, done_s)
+        return Latencies({**self.curves, quality: after})
+
+
+def is_overdue(latencies: Latencies, quality: str, age_s: float) -> bool:
+    """Whether a task is so late that the server has hardly still got it in work.
+
+    It is asked about on and on, but no longer kept a place in the window: a few tasks that never
+    end would otherwise fill it.
+    """
+    return age_s > 5.0 + 4.0 * latencies.of(quality).median_s
+
+
+_EXPECTED: dict[str, Curve] = {}
+
+
+def _expected(quality: str) -> Curve:
+    if quality not in _EXPECTED:
+        _EXPECTED[quality] = Curve.expecting(EXPECTED_LATENCY_S.get(quality, 2.0))
+    return _EXPECTED[quality]

@@ -1,0 +1,86 @@
+"""When to ask about a task, and about which together. Pure, given seconds of one clock.
+
+Asking early costs a read that says "not yet"; asking late keeps a place in the window that
+could hold the next task. So a task is asked about once the chance that it has ended is high
+enough: a fair chance where places are wanted, a good one where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from krea_dagster.engine.latency import Floats, Latencies
+
+#: Tasks per batch read: the server's limit.
+BATCH: Final = 50
+
+#: The chance at which a single task is asked about, where places are wanted and where not.
+#: Some 2.4 and 1.1 reads an image follow from them.
+_EAGER: Final = 0.42
+_PATIENT: Final = 0.90
+#: Ended tasks that a batch read should find: 0.25 and 0.07 reads an image.
+_FINDS_EAGER: Final = 4.0
+_FINDS_PATIENT: Final = 14.0
+#: Where few are left, a batch read is worth it for this share of them.
+_FINDS_SHARE: Final = 0.9
+#: A batch read takes along what has this chance at least.
+_ALONG: Final = 0.02
+#: Until so many ended, one task of a kind is asked about early and again, to learn from it.
+_LEARNED: Final = 4.0
+_SCOUT_S: Final = 0.1
+_SCOUT_GROWTH: Final = 1.5
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """A task that is waited for: submitted at ``since_s``, not ended at the age ``not_yet_s``."""
+
+    quality: str
+    since_s: float
+    not_yet_s: float = 0.0
+
+
+def due_s(latencies: Latencies, task: Awaited, *, pressed: bool) -> float:
+    """When to ask about a task by itself. ``pressed``: places in the window are wanted."""
+    chance = _EAGER if pressed else _PATIENT
+    return task.since_s + latencies.of(task.quality).age_when_s(chance, task.not_yet_s)
+
+
+def scout_due_s(task: Awaited) -> float:
+    """When to ask about the one task of a kind that shows how long its kind takes."""
+    return task.since_s + max(_SCOUT_S, task.not_yet_s * _SCOUT_GROWTH)
+
+
+def is_learned(latencies: Latencies, quality: str) -> bool:
+    """Whether enough of a kind have ended to know how long they take."""
+    return latencies.of(quality).seen >= _LEARNED
+
+
+def chances(latencies: Latencies, tasks: Sequence[Awaited], now_s: float) -> Floats:
+    """For each task, the chance that it has ended by now."""
+    found = np.zeros(len(tasks))
+    for quality in {task.quality for task in tasks}:
+        which = [at for at, task in enumerate(tasks) if task.quality == quality]
+        not_yet_s = np.array([tasks[at].not_yet_s for at in which])
+        age_s = now_s - np.array([tasks[at].since_s for at in which])
+        found[which] = latencies.of(quality).done_since(not_yet_s, age_s)
+    return found
+
+
+def together(ended: Floats, *, pressed: bool) -> list[int]:
+    """Which tasks to read in one batch now, the likeliest first, by their chances; or none."""
+    finds = _FINDS_EAGER if pressed else _FINDS_PATIENT
+    if ended.sum() < min(finds, _FINDS_SHARE * len(ended)):
+        return []
+    order = np.argsort(-ended, kind="stable")[:BATCH]
+    return [int(at) for at in order if ended[at] > _ALONG]
+
+
+def pause_s(latencies: Latencies, qualities: set[str]) -> float:
+    """How long to wait before it is worth looking at the chances again."""
+    shortest_s = min((latencies.of(quality).median_s for quality in qualities), default=2.0)
+    return min(0.25, max(0.01, shortest_s / 50.0))

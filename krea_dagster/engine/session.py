@@ -1,0 +1,450 @@
+"""One run under way: its queue, its window, and the tasks that carry requests.
+
+The only file that owns tasks. One sliding window over all requests of the run: whatever must
+wait goes back into the same queue, so that neither a retry nor the last few hold anything up.
+Downloads and checks overlap generation, outside the window.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+
+from krea_dagster.engine.owner import has_ended, this_process
+from krea_dagster.engine.pace import Pace
+from krea_dagster.engine.planned import Planned
+from krea_dagster.engine.policy import (
+    Ask,
+    Defer,
+    Expire,
+    Fetch,
+    FoundUnanswered,
+    Leave,
+    PlanAgain,
+    Replay,
+    Submit,
+    Trail,
+    next_action,
+)
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.steps import Carrier, Client, Steps
+from krea_dagster.engine.writer import GroupCommit
+from krea_dagster.errors import (
+    AccountStopped,
+    ApiError,
+    JournalError,
+    PurchasesNotWritten,
+    StorageError,
+    TakenOver,
+)
+
+if TYPE_CHECKING:
+    from krea_dagster.engine.runner import Runner
+
+_T = TypeVar("_T")
+
+#: A pause up to this long is slept through in place; a longer one goes back to the queue.
+_SHORT_S: Final = 0.5
+#: Finished images that may wait for their download before nothing new is started.
+_FETCH_BACKLOG: Final = 64
+#: Requests in hand: fewer than these, and the next part is claimed and read from the journal.
+_IN_HAND: Final = 256
+_PART: Final = 512
+_HEARTBEAT_S: Final = 20.0
+_ELSEWHERE_S: Final = 1.0
+#: Seconds between two words on progress.
+_TELL_S: Final = 0.1
+
+#: States from which a request's next step is, or leads to, a POST.
+_TO_SUBMIT: Final = frozenset(
+    {
+        State.PLANNED,
+        State.DEFERRED,
+        State.SUBMITTING,
+        State.UNKNOWN,
+        State.FAILED,
+        State.REFUSED,
+    }
+)
+
+
+@dataclass(order=True)
+class _Item:
+    """A request in the run's queue: not before when, and in which order."""
+
+    not_before_s: float
+    order: int
+    record: Record = field(compare=False)
+    trail: Trail = field(compare=False)
+
+
+class Session:
+    """Carries the planned requests of a run to their end, or as far as they go."""
+
+    def __init__(self, runner: Runner, client: Client, planned: Planned) -> None:
+        self._runner = runner
+        self._planned = planned
+        self._journal = runner.journal
+        self._clock = runner.clock
+        self._owner = this_process(runner.run_id)
+        self._writer = GroupCommit(
+            runner.journal,
+            owner=self._owner.owner,
+            run_id=runner.run_id,
+            caps=runner.caps,
+            launch=runner.launch,
+        )
+        self.steps = Steps(
+            client,
+            self._writer,
+            runner.images,
+            run_id=runner.run_id,
+            policy=runner.policy,
+            clock=runner.clock,
+            randomness=runner.randomness,
+            pace=Pace(runner.max_in_flight, runner.max_per_s),
+            latencies=runner.latencies,
+            announce_stop=self._announce_stop,
+        )
+        self._backlog: deque[str] = deque(planned.unfinished)  # requests not claimed yet
+        self._claiming = False
+        self._to_submit: list[_Item] = []
+        self._to_collect: list[_Item] = []  # what is paid
+        self._order = count()
+        self._changed = anyio.Event()
+        self._carried = 0  # requests in the hands of a carrier
+        self._in_flight = 0  # of those, the ones that hold a place in the window
+        self._fetching = 0  # of those, the ones whose image is on its way
+        self._elsewhere: deque[str] = deque()  # requests that another run holds
+        self._finished: set[str] = set()  # requests that this run is done with, and holds still
+        self._resolutions = dict(runner.resolutions)
+        self._client = client
+        self._failure: JournalError | StorageError | None = None
+        self.account_error: str | None = None
+        self._progress = planned.progress
+        self._told_at_s = 0.0
+        self.left: dict[str, str] = {}
+
+    async def carry_all(self) -> None:
+        """Claim what is unfinished, and carry it until nothing more can be done."""
+        await in_thread(self._journal.look_through)
+        await in_thread(self._journal.register, self._owner, self._clock.now())
+        try:
+            with self._writer:
+                await self._claim_part()
+                await self._read_account()
+                await self._work()
+                await self._read_account()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True), suppress(JournalError):
+                await self._release()
+            if self.steps.unwritten:
+                why = str(self._failure or error)
+                raise PurchasesNotWritten(self.steps.unwritten, why) from error
+            raise
+        await self._release()
+
+    async def _release(self) -> None:
+        """Give up what is claimed; a journal that fails must not keep the next run from it."""
+        has_ended(self._owner)
+        await in_thread(self._journal.release, self._owner.owner)
+
+    async def _work(self) -> None:
+        async with anyio.create_task_group() as background:
+            background.start_soon(self.steps.asker.run)
+            background.start_soon(self._guarded, self._beat)
+            background.start_soon(self._guarded, self._watch_elsewhere)
+            async with anyio.create_task_group() as carriers:
+                try:
+                    await self._feed(carriers, background)
+                finally:
+                    self.steps.end_submitting()
+            background.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    # -- the queue ----------------------------------------------------------------------------
+
+    async def _feed(self, carriers: anyio.abc.TaskGroup, background: anyio.abc.TaskGroup) -> None:
+        """Start carriers as the pace has room, until there is nothing left to carry."""
+        while self._has_work():
+            self._tell()
+            if self._failure is not None:
+                # Nothing more is started. What is under way fails on its own next write.
+                carriers.cancel_scope.cancel()
+                return
+            in_hand = len(self._to_submit) + len(self._to_collect)
+            if self._backlog and in_hand < _IN_HAND and not self._claiming:
+                self._claiming = True
+                background.start_soon(self._guarded, self._claim_part)
+            self._changed = anyio.Event()
+            wait_s = self._start_ready(carriers)
+            with anyio.move_on_after(wait_s):
+                await self._changed.wait()
+        self._tell(last=True)
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._to_submit
+            or self._to_collect
+            or self._carried
+            or self._backlog
+            or self._claiming
+            or self._elsewhere
+        )
+
+    def _start_ready(self, carriers: anyio.abc.TaskGroup) -> float | None:
+        """Start what may be started now; returns the seconds until time alone lets more start."""
+        now_s = self._clock.monotonic()
+        waits_s: list[float] = []
+        while self._to_collect and self._carried < self._most_carried():
+            wait_s = self._to_collect[0].not_before_s - now_s
+            if wait_s > 0:
+                waits_s.append(wait_s)
+                break
+            self._start(carriers, heapq.heappop(self._to_collect))
+        wanting = False
+        while (
+            self._to_submit
+            and self._fetching < _FETCH_BACKLOG
+            and self._carried < self._most_carried()
+        ):
+            item = self._to_submit[0]
+            wait_s = item.not_before_s - now_s
+            if wait_s > 0:
+                waits_s.append(wait_s)
+                break
+            submits = self._will_submit(item)
+            if submits:
+                pace = self.steps.pace
+                wanting = self._in_flight >= pace.room or pace.unclear
+                if self._in_flight >= pace.room or (pace.one_by_one and self.steps.submitting):
+                    break
+                wait_s = pace.wait_s(now_s)
+                if wait_s > 0:
+                    waits_s.append(wait_s)
+                    break
+            self._start(carriers, heapq.heappop(self._to_submit), submits=submits)
+        self.steps.asker.pressed = wanting
+        return min(waits_s, default=None)
+
+    def _most_carried(self) -> int:
+        return self._runner.max_in_flight + _FETCH_BACKLOG
+
+    def _will_submit(self, item: _Item) -> bool:
+        if item.record.request_key in self._resolutions:
+            return False
+        buying = self._runner.buying and self.steps.stopped is None
+        now, policy = self._clock.now(), self._runner.policy
+        action = next_action(item.record, item.trail, now, policy, buying=buying)
+        return isinstance(action, Submit | Replay)
+
+    def _start(self, carriers: anyio.abc.TaskGroup, item: _Item, *, submits: bool = False) -> None:
+        partition_key = self._planned.unfinished[item.record.request_key]
+        self._carried += 1
+        self._in_flight += 1
+        carrier = Carrier(item.record, item.trail, partition_key)
+        if submits:
+            self.steps.may_submit(carrier)
+        carriers.start_soon(self._carry, carrier)
+
+    def _push(self, record: Record, trail: Trail, after_s: float) -> None:
+        not_before_s = self._clock.monotonic() + after_s
+        queue = self._to_submit if record.state in _TO_SUBMIT else self._to_collect
+        heapq.heappush(queue, _Item(not_before_s, next(self._order), record, trail))
+
+    # -- one request --------------------------------------------------------------------------
+
+    async def _carry(self, carrier: Carrier) -> None:
+        """Carry one request until it is finished, left, or must wait."""
+        try:
+            wait_s = await self._advance(carrier)
+            if wait_s is not None:
+                self._push(carrier.record, carrier.trail, wait_s)
+        except TakenOver as error:
+            self._finish(carrier.record, str(error))
+        except (JournalError, StorageError) as error:
+            self._failure = self._failure or error
+        finally:
+            self._leave_window(carrier)
+            self.steps.may_no_more_submit(carrier)
+            self._carried -= 1
+            self._changed.set()
+
+    async def _advance(self, carrier: Carrier) -> float | None:
+        """Take step after step; returns the seconds to wait where it must be put back."""
+        wait_s: float | None = 0.0
+        while wait_s is not None and wait_s <= _SHORT_S:
+            if wait_s > 0:
+                await self._clock.sleep(wait_s)
+            buying = self._runner.buying and self.steps.stopped is None
+            now, policy = self._clock.now(), self._runner.policy
+            action = next_action(carrier.record, carrier.trail, now, policy, buying=buying)
+            leave_needed = isinstance(action, Submit | Replay) and not carrier.may_submit
+            if leave_needed and carrier.record.request_key not in self._resolutions:
+                return 0.0  # by way of the queue, because only the pace gives leave
+            wait_s = await self._step(carrier, action)
+            self._changed.set()  # the pace may have room now
+        return wait_s
+
+    async def _step(self, carrier: Carrier, action: object) -> float | None:  # noqa: C901 - an arm per action
+        """Do the next thing once; None where there is nothing more to do in this run."""
+        record, steps = carrier.record, self.steps
+        if record.state is State.STORED and self._runner.file_is_missing(record):
+            return await steps.file_missing(carrier)
+        if record.state is State.UNKNOWN and record.request_key in self._resolutions:
+            return await steps.resolve(carrier, self._resolutions.pop(record.request_key))
+        match action:
+            case Leave(reason=reason):
+                self._finish(record, reason)
+                return None
+            case Submit():
+                return await steps.submit(carrier, Event.SUBMITTING)
+            case Replay():
+                return await steps.submit(carrier, Event.REPLAYING)
+            case FoundUnanswered():
+                return await steps.found_unanswered(carrier)
+            case Ask():
+                if steps.is_overdue(record):
+                    self._leave_window(carrier)
+                return await steps.ask(carrier)
+            case Fetch():
+                self._leave_window(carrier)
+                return await self._fetch(carrier)
+            case Expire(code=code, message=message):
+                return await steps.expire(carrier, code, message)
+            case PlanAgain():
+                return await steps.plan_again(carrier)
+            case Defer():
+                return await steps.defer(carrier)
+        raise AssertionError(action)
+
+    async def _fetch(self, carrier: Carrier) -> float:
+        self._fetching += 1
+        try:
+            return await self.steps.fetch(carrier)
+        finally:
+            self._fetching -= 1
+            self._changed.set()
+
+    def _finish(self, record: Record, reason: str) -> None:
+        self._finished.add(record.request_key)
+        if reason:
+            self.left[record.request_key] = reason
+        rows = self._planned.rows(record.request_key)
+        self._progress = self._progress.finished(record, rows, left=bool(reason))
+
+    def _leave_window(self, carrier: Carrier) -> None:
+        self.steps.out_of_work(carrier)
+        if carrier.holds_place:
+            carrier.holds_place = False
+            self._in_flight -= 1
+            self._changed.set()
+
+    # -- progress -----------------------------------------------------------------------------
+
+    def progress_now(self) -> Progress:
+        """How far the run is."""
+        return replace(
+            self._progress, in_flight=self._in_flight, charged_units=self.steps.charged_units
+        )
+
+    def _tell(self, *, last: bool = False) -> None:
+        now_s = self._clock.monotonic()
+        if last or now_s - self._told_at_s >= _TELL_S:
+            self._told_at_s = now_s
+            self._runner.on_progress(self.progress_now())
+
+    # -- claims and the journal ---------------------------------------------------------------
+
+    async def _claim_part(self) -> None:
+        """Claim the next part of the backlog. What another run holds is looked at again later."""
+        part = [self._backlog.popleft() for _ in range(min(_PART, len(self._backlog)))]
+        await self._claim(part)
+        self._claiming = False
+
+    async def _claim(self, keys: list[str]) -> None:
+        """Claim requests and put them into the queue.
+
+        Read again after the claim: another run may have carried them further.
+        """
+        now = self._clock.now()
+        mine = await in_thread(self._journal.claim, keys, self._owner.owner, now)
+        found = await in_thread(self._journal.records, mine)
+        for key in keys:
+            if key in found:
+                self._push(found[key], Trail(), 0.0)
+            elif key not in mine:
+                self._elsewhere.append(key)
+        self._changed.set()
+
+    async def _watch_elsewhere(self) -> None:
+        """Follow the requests that another run holds, and let go of what is finished.
+
+        A run that waits holds nothing that it is done with, so that no two wait for each other.
+        """
+        while True:
+            await self._clock.sleep(_ELSEWHERE_S)
+            if not self._elsewhere:
+                continue
+            await self._let_go()
+            # The longest waiting first; what is still held goes to the end again.
+            part = list(islice(self._elsewhere, _PART))
+            held = len(self._elsewhere)
+            await self._claim(part)
+            for _ in range(min(len(part), held)):
+                self._elsewhere.popleft()
+            self._changed.set()
+
+    async def _let_go(self) -> None:
+        finished, self._finished = self._finished, set()
+        await in_thread(self._journal.let_go, finished, self._owner.owner)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._clock.sleep(_HEARTBEAT_S)
+            await in_thread(self._journal.heartbeat, self._owner.owner, self._clock.now())
+            await self._let_go()
+
+    async def _announce_stop(self, error: AccountStopped) -> None:
+        await in_thread(
+            self._journal.stop,
+            self._runner.launch or self._runner.run_id,
+            error.code,
+            str(error),
+            self._clock.now(),
+        )
+
+    async def _read_account(self) -> None:
+        """Keep what the account says before and after, to hold the journal against."""
+        try:
+            said = await self._client.credits()
+        except ApiError as error:
+            self.account_error = str(error)
+            return
+        await in_thread(self._journal.add_account_reading, self._runner.run_id, said)
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Have a journal that fails in the background end the run as it does elsewhere."""
+        try:
+            await work()
+        except JournalError as error:
+            self._failure = self._failure or error
+            self._changed.set()
+
+
+async def in_thread(call: Callable[..., _T], *arguments: Any) -> _T:
+    """Call what blocks in a worker thread."""
+    return await anyio.to_thread.run_sync(partial(call, *arguments))

@@ -1,0 +1,58 @@
+"""When tasks are asked about: early where places are wanted, late where they are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.looking import BATCH, Awaited, chances, due_s, scout_due_s, together
+
+KNOWN = Latencies.known({"1K": 2.0, "2K": 7.0})
+
+
+def test_a_task_is_asked_about_earlier_where_places_in_the_window_are_wanted() -> None:
+    task = Awaited("1K", since_s=100.0)
+    pressed, calm = due_s(KNOWN, task, pressed=True), due_s(KNOWN, task, pressed=False)
+    assert 101.0 < pressed < 102.1 < calm < 104.0
+
+
+def test_a_task_that_had_not_ended_is_asked_about_again_soon() -> None:
+    task = Awaited("1K", since_s=100.0, not_yet_s=2.0)
+    assert 102.0 < due_s(KNOWN, task, pressed=True) < 102.5
+
+
+def test_each_quality_is_waited_for_as_long_as_it_takes() -> None:
+    tasks = [Awaited("1K", 0.0), Awaited("2K", 0.0)]
+    small, large = chances(KNOWN, tasks, now_s=3.0)
+    assert small > 0.8
+    assert large < 0.1
+
+
+def test_a_scout_is_asked_about_at_growing_ages_to_learn_how_long_its_kind_takes() -> None:
+    assert scout_due_s(Awaited("1K", 10.0)) == pytest.approx(10.1)
+    assert scout_due_s(Awaited("1K", 10.0, not_yet_s=1.0)) == pytest.approx(11.5)
+
+
+def test_a_batch_is_read_once_it_finds_enough() -> None:
+    ended = np.full(40, 0.05)
+    assert together(ended, pressed=True) == []
+    ended[:4] = 0.9
+    assert together(ended, pressed=True)[:4] == [0, 1, 2, 3]
+    assert together(ended, pressed=False) == [], "there it can wait for more"
+    assert together(np.full(40, 0.5), pressed=False) == list(range(40))
+
+
+def test_a_batch_holds_what_the_server_takes_and_the_likeliest_first() -> None:
+    ended = np.linspace(0.0, 1.0, 120)
+    assert together(ended, pressed=True) == list(range(119, 119 - BATCH, -1))
+
+
+def test_the_last_few_are_asked_about_although_they_are_few() -> None:
+    assert together(np.array([0.95]), pressed=False) == [0]
+    assert together(np.array([0.5]), pressed=False) == []
+
+
+def test_nobody_waits_for_nothing() -> None:
+    assert chances(KNOWN, [], now_s=0.0).size == 0
+    assert together(np.zeros(0), pressed=True) == []
