@@ -85,7 +85,7 @@ class Asker:
         self._scouts: set[str] = set()
         self._order = count()
         self._arrived = asyncio.Event()
-        self._reads = anyio.CapacityLimiter(_READS)
+        self._reads = asyncio.Semaphore(_READS)
         self._trying = False
         self._pausing = False
         #: Tasks read so far, and the calls that it took.

@@ -83,4 +83,4 @@ def together(ended: Floats, *, pressed: bool) -> list[int]:
 def pause_s(latencies: Latencies, qualities: set[str]) -> float:
     """How long to wait before it is worth looking at the chances again."""
     shortest_s = min((latencies.of(quality).median_s for quality in qualities), default=2.0)
-    return min(0.25, max(0.01, shortest_s / 50.0))
+    return min(0.25, max(0.02, shortest_s / 50.0))

@@ -61,8 +61,6 @@ from krea_dagster.models import (
     credits_text,
 )
 
-#: Downloads under way at once; each holds its body on disk, not in memory.
-_FETCHES: Final = 8
 #: Seconds that a stop leaves to a POST under way, so that its task id is not lost.
 _GRACE_S: Final = 10.0
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
@@ -89,8 +87,9 @@ class Carrier:
     """A request in the hands of a task.
 
     ``holds_place``: it counts in the window. ``may_submit``: it may send one POST; the pace is
-    kept by giving that out. ``since_s`` is when its task was submitted, by the run's clock, and
-    ``not_yet_s`` its age when it had last not ended.
+    kept by giving that out. ``just_stored``: its file was made by this carrier. ``since_s`` is
+    when its task was submitted, by the run's clock, and ``not_yet_s`` its age when it had last
+    not ended.
     """
 
     record: Record
@@ -98,6 +97,7 @@ class Carrier:
     partition_key: str
     holds_place: bool = True
     may_submit: bool = False
+    just_stored: bool = False
     since_s: float = 0.0
     not_yet_s: float = 0.0
 
@@ -139,7 +139,6 @@ class Steps:
         self._policy = policy
         self._clock = clock
         self._random = randomness
-        self._fetches = anyio.CapacityLimiter(_FETCHES)
         self._posting: set[anyio.CancelScope] = set()
         self._ending = False
         self._refused_since_s: float | None = None
@@ -532,10 +531,7 @@ class Steps:
         """Download, verify and publish the image, and record it."""
         record = carrier.record
         try:
-            async with self._fetches:
-                image = await self._images.fetch(
-                    self._client, str(record.result_url), record.request
-                )
+            image = await self._images.fetch(self._client, str(record.result_url), record.request)
         except DownloadError as error:
             await self.record(carrier, Event.NOT_STORED, _said(error.code, str(error)))
             # A rejected image mostly comes again as it is: fewer looks are enough.
@@ -566,6 +562,7 @@ class Steps:
                 "height": image.height,
             },
         )
+        carrier.just_stored = True
         return 0.0
 
     async def expire(self, carrier: Carrier, code: str, message: str) -> float:
