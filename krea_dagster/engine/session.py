@@ -302,7 +302,7 @@ class Session:
     async def _step(self, carrier: Carrier, action: object) -> float | None:  # noqa: C901 - an arm per action
         """Do the next thing once; None where there is nothing more to do in this run."""
         record, steps = carrier.record, self.steps
-        if self._is_missing(carrier):
+        if record.state is State.STORED and self._runner.file_is_missing(record):
             return await steps.file_missing(carrier)
         if record.state is State.UNKNOWN and record.request_key in self._resolutions:
             return await steps.resolve(carrier, self._resolutions.pop(record.request_key))
@@ -330,12 +330,6 @@ class Session:
             case Defer():
                 return await steps.defer(carrier)
         raise AssertionError(action)
-
-    def _is_missing(self, carrier: Carrier) -> bool:
-        """Whether a stored file is gone, other than one that this run has just made."""
-        record = carrier.record
-        stored_before = record.state is State.STORED and not carrier.just_stored
-        return stored_before and self._runner.file_is_missing(record)
 
     async def _fetch(self, carrier: Carrier) -> float:
         self._fetching += 1

@@ -87,9 +87,8 @@ class Carrier:
     """A request in the hands of a task.
 
     ``holds_place``: it counts in the window. ``may_submit``: it may send one POST; the pace is
-    kept by giving that out. ``just_stored``: its file was made by this carrier. ``since_s`` is
-    when its task was submitted, by the run's clock, and ``not_yet_s`` its age when it had last
-    not ended.
+    kept by giving that out. ``since_s`` is when its task was submitted, by
+    the run's clock, and ``not_yet_s`` its age when it had last not ended.
     """
 
     record: Record
@@ -97,7 +96,6 @@ class Carrier:
     partition_key: str
     holds_place: bool = True
     may_submit: bool = False
-    just_stored: bool = False
     since_s: float = 0.0
     not_yet_s: float = 0.0
 
@@ -562,7 +560,6 @@ class Steps:
                 "height": image.height,
             },
         )
-        carrier.just_stored = True
         return 0.0
 
     async def expire(self, carrier: Carrier, code: str, message: str) -> float:

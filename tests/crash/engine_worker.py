@@ -15,7 +15,7 @@ from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.runner import Runner, RunReport, Wanted
 from krea_dagster.engine.storage import Storage
@@ -73,6 +73,6 @@ async def _run(job: Job, journal: Journal) -> RunReport:
         policy=Policy(wait_scale=0.02, patience_s=60.0, gone_after_s=5.0),
         max_in_flight=job.max_in_flight,
         caps=Caps(run_units=job.run_units, day_units=job.day_units),
-        latencies=Latencies(recent={"1K": (0.2,), "2K": (0.2,)}),
+        latencies=Latencies.known({"1K": 0.2, "2K": 0.2}),
     )
     return await runner.run(Wanted(one, job.partition) for one in requests(job))
