@@ -92,7 +92,7 @@ def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
         return {
             "delivered": done.progress.delivered,
             "left": len(done.left),
-            "rows": done.manifest.num_rows,
+            "rows": done.progress.total,
             "failures": list(done.failures),
         }
 

@@ -1,17 +1,15 @@
-"""KreaClient: EvoLink's API over one httpx client, each call made once, each failure classified.
+"""KreaClient: EvoLink's API, each call made once, each failure classified.
 
 It does not retry, writes no file, and knows nothing of Dagster. What it owes its caller is the
 truth about money: a purchase ends in a :class:`~krea_dagster.models.Submission`, in
 ``NotCharged``, or in ``OutcomeUnknown``.
 
-What an exception of the HTTP library means depends on the transport. Plain httpx raises
-``ConnectError``, ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only before the first
-byte of a request has left. Other transports were measured to raise ``ConnectTimeout`` or
-``ConnectError`` for a server that read the whole purchase and then closed. So those exceptions
-are believed from httpx's own transport only; see ``transport_reports_unsent``.
+What an exception of an HTTP library means depends on the library, and a wrong guess buys twice.
+So the ways of sending, ``over_aiohttp`` and ``over_httpx``, say of each request that got no answer
+whether it has certainly not left.
 
 The API key is in no repr, no error, and no error's context: an answer's failure is carried out
-of the ``except`` clause as a value, because httpx's exceptions hold the request.
+of the ``except`` clause as a value, because a library's exceptions hold the request.
 """
 
 from __future__ import annotations
@@ -19,18 +17,17 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Final, TypeVar
 
 import anyio
 import httpx
 
-from krea_dagster.api.files import Download, FileHosts, Resolve, Sink, Unpacker, resolve_host
+from krea_dagster.api.exchange import Answer, Exchange, Limits, NoAnswer, Secret
+from krea_dagster.api.files import Download, FileHosts, Resolve, Sink, resolve_host
 from krea_dagster.api.links import (
     AddressKind,
     address_kind,
@@ -38,6 +35,9 @@ from krea_dagster.api.links import (
     is_host_and_port,
     is_local_name,
 )
+from krea_dagster.api.over_aiohttp import AiohttpExchange
+from krea_dagster.api.over_httpx import HttpxExchange
+from krea_dagster.api.proxies import Proxies
 from krea_dagster.api.wire import (
     BATCH_MAX,
     BATCH_PATH,
@@ -75,8 +75,6 @@ from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 
-#: The most that is read of a JSON answer; a batch of 50 tasks has about 30 KB.
-ANSWER_MAX_BYTES: Final = 1024 * 1024
 #: Unusable batch answers in a row, with no usable one before, that end the use of the endpoint.
 BATCH_TRIES: Final = 3
 #: Single reads at a time, where they stand in for a batch.
@@ -87,8 +85,6 @@ _Value = TypeVar("_Value")
 _IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._-]{16,96}", re.ASCII)
 _API_KEY = re.compile(r"[\x21-\x7e]{1,512}", re.ASCII)
 
-# Plain httpx raises these before the first byte of the request has left, and never after.
-_UNSENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 # After one of these, the next read of this call would fail alike.
 _STOPS_READING: Final = (RateLimited, Unauthorized, InsufficientCredits)
 
@@ -101,6 +97,11 @@ def _version() -> str:
 
 
 USER_AGENT: Final = f"krea-dagster/{_version()}"
+_HEADERS: Final = {
+    "User-Agent": USER_AGENT,
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+}
 #: File hosts were seen to answer 403 to a User-Agent of a form that they do not know.
 FILE_USER_AGENT: Final = f"Mozilla/5.0 (compatible; {USER_AGENT})"
 
@@ -109,46 +110,26 @@ def _utc_now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-class _ApiKey(httpx.Auth):
-    """The key as httpx's authentication, so that it lies in no variable that is printed."""
+class _Key:
+    """The key, in no variable that prints it."""
 
-    __slots__ = ("_text",)
+    __slots__ = ("_text", "header")
 
     def __init__(self, text: str) -> None:
         self._text = text
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        request.headers["Authorization"] = f"Bearer {self._text}"
-        yield request
+        self.header = Secret(f"Bearer {text}")
 
     def hide(self, text: str) -> str:
         """The text without the key."""
         return text.replace(self._text, "***")
 
+    def describe(self, error: Exception) -> str:
+        """One line on an exception, without the key."""
+        detail = safe_text(str(error), self.hide, 300)
+        return f"{type(error).__name__}: {detail}" if detail else type(error).__name__
+
     def __repr__(self) -> str:
         return "***"
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What the server answered. ``whole`` is false where the body broke off or was too long.
-
-    The server may have echoed the key, so the repr leaves out what it wrote.
-    """
-
-    status: int
-    headers: Mapping[str, str] = field(repr=False)
-    body: bytes = field(repr=False)
-    whole: bool
-    trouble: str
-
-
-@dataclass(frozen=True)
-class _NoAnswer:
-    """No status line came. ``unsent`` is what the transport says: nothing had left yet."""
-
-    unsent: bool
-    trouble: str
 
 
 class KreaClient:
@@ -165,13 +146,14 @@ class KreaClient:
             purchase whose deadline passes has always been sent or is unknown, the sum of the
             other limits.
         download_timeout_s: for one whole download.
-        max_connections: open at a time, and kept alive. Keep it far below the number of tasks
-            in flight: httpx's pool grows costly with it.
-        transport: for the API's host, instead of httpx's own.
+        max_connections: open at a time, and kept alive, to the API's host and to file hosts
+            each. Keep it far below the number of tasks in flight.
+        transport: for the API's host, instead of aiohttp; also for tests. What was said of
+            connections, proxies and certificates is the transport's own then.
         transport_reports_unsent: whether the given transport raises ``httpx.ConnectError``,
             ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only where nothing of the
-            request has left. False: any failure of a purchase on it is OutcomeUnknown. Say
-            True only for a transport that was tested for it on a real socket.
+            request has left, as httpx's own does. False: any failure of a purchase on it is
+            OutcomeUnknown. Say True only for one that was tested for it on a real socket.
         resolve: turns the name of a file host into addresses.
         now: the present, with a time zone.
 
@@ -198,7 +180,7 @@ class KreaClient:
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         usable = isinstance(api_key, str) and _API_KEY.fullmatch(api_key) is not None
-        key = _ApiKey(api_key) if usable else None
+        key = _Key(api_key) if usable else None
         del api_key  # out of the frame that a traceback may show with its variables
         if key is None:
             raise ConfigError(
@@ -207,6 +189,7 @@ class KreaClient:
             )
         self._key = key
         self._base_url = check_base_url(base_url)
+        self._root = str(self._base_url).rstrip("/")
         for name, value in (
             ("timeout_s", timeout_s),
             ("connect_timeout_s", connect_timeout_s),
@@ -220,39 +203,36 @@ class KreaClient:
         if deadline_s is None:
             deadline_s = 3 * timeout_s + 2 * connect_timeout_s
         self._deadline_s = deadline_s
-        self._believes_unsent = transport is None or transport_reports_unsent
         self._single_reads = min(SINGLE_READS, max_connections)
         self._now = now
         self._batch_supported: bool | None = None
         self._batch_failures = 0
+        limits = Limits(timeout_s, connect_timeout_s, deadline_s, max_connections)
+        proxies = Proxies()
         ssl_context = httpx.create_ssl_context()
-        try:
-            self._http = httpx.AsyncClient(
-                verify=ssl_context,
-                timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s),
-                limits=httpx.Limits(
-                    max_connections=max_connections, max_keepalive_connections=max_connections
-                ),
-                headers={
-                    "User-Agent": USER_AGENT,
-                    "Accept": "application/json",
-                    "Accept-Encoding": "identity",
-                },
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-                follow_redirects=False,
-                transport=transport,
+        self._api: Exchange
+        if transport is None:
+            self._api = AiohttpExchange(
+                limits,
+                _HEADERS,
+                ssl_context=ssl_context,
+                proxy=proxies.of(self._base_url),
+                describe=key.describe,
             )
-        except (ImportError, ValueError, httpx.InvalidURL):
-            # A proxy's URL may hold a password, so what httpx says of it is left out.
-            raise ConfigError("a proxy in the environment has a URL that cannot be used") from None
+        else:
+            self._api = HttpxExchange(
+                limits,
+                _HEADERS,
+                transport=transport,
+                believed=transport_reports_unsent,
+                describe=key.describe,
+            )
         self._files = FileHosts(
             self._base_url,
             ssl_context=ssl_context,
+            proxies=proxies,
             user_agent=FILE_USER_AGENT,
-            read_timeout_s=timeout_s,
-            connect_timeout_s=connect_timeout_s,
-            deadline_s=download_timeout_s,
-            max_connections=max_connections,
+            limits=replace(limits, deadline_s=download_timeout_s),
             resolve=resolve,
         )
 
@@ -274,13 +254,13 @@ class KreaClient:
 
     async def aclose(self) -> None:
         """Closes the connections. A closed client sends nothing any more."""
-        await self._http.aclose()
+        await self._api.aclose()
         await self._files.aclose()
 
     @property
     def base_url(self) -> str:
         """The API's root, without a slash at the end."""
-        return str(self._base_url).rstrip("/")
+        return self._root
 
     @property
     def batch_supported(self) -> bool | None:
@@ -313,15 +293,8 @@ class KreaClient:
             )
         content = encode_json(generation_body(request, callback_url))
         answer = await self._exchange("POST", CREATE_PATH, content, idempotency_key)
-        if isinstance(answer, _NoAnswer):
-            if not answer.unsent:
-                raise OutcomeUnknown(answer.trouble)
-            if self._believes_unsent:
-                raise NotSent(answer.trouble)
-            raise OutcomeUnknown(
-                f"{answer.trouble} (reported by a transport that is not trusted to know that"
-                " nothing was sent)"
-            )
+        if isinstance(answer, NoAnswer):
+            raise (NotSent if answer.unsent else OutcomeUnknown)(answer.trouble)
         if not answer.whole and answer.status not in SUBMIT_BY_STATUS:
             raise OutcomeUnknown(answer.trouble, status=answer.status)
         return self._read(read_submission, answer)
@@ -427,15 +400,15 @@ class KreaClient:
         ordered = {task_id: found[task_id] for task_id in task_ids if task_id in found}
         return ordered, next(iter(stops + errors), None)
 
-    async def _ask(self, method: str, path: str, content: bytes | None = None) -> _Answer:
+    async def _ask(self, method: str, path: str, content: bytes | None = None) -> Answer:
         answer = await self._exchange(method, path, content)
-        if isinstance(answer, _NoAnswer):
+        if isinstance(answer, NoAnswer):
             raise NoUsableAnswer(answer.trouble)
         if not answer.whole and answer.status not in QUESTION_BY_STATUS:
             raise NoUsableAnswer(answer.trouble, status=answer.status)
         return answer
 
-    def _read(self, read: Callable[..., _Value], answer: _Answer, **facts: object) -> _Value:
+    def _read(self, read: Callable[..., _Value], answer: Answer, **facts: object) -> _Value:
         """What the answer says. Errors leave without the frames that hold the raw answer."""
         try:
             return read(
@@ -459,7 +432,8 @@ class KreaClient:
 
         Args:
             url: the link, as the task's ``results`` hold it.
-            sink: a function, or an object with ``write``; gets pieces of 64 KiB and a rest.
+            sink: a function, or an object with ``write``; gets pieces of 64 KiB or more, and a
+                rest. What it returns is waited for, where that is possible.
             max_bytes: the longest body that is taken, unpacked.
 
         Raises:
@@ -478,68 +452,16 @@ class KreaClient:
         path: str,
         content: bytes | None = None,
         idempotency_key: str | None = None,
-    ) -> _Answer | _NoAnswer:
+    ) -> Answer | NoAnswer:
         """Sends one request once. Returns every failure, and raises only a cancellation."""
-        if self._http.is_closed:
+        if self._api.is_closed:
             raise InputError("the client is closed; nothing was sent")
-        headers = {} if content is None else {"Content-Type": "application/json"}
+        headers: dict[str, str] = {"Authorization": self._key.header}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        request = self._http.build_request(
-            method, f"{self.base_url}{path}", content=content, headers=headers
-        )
-        response: httpx.Response | None = None
-        answer: _Answer | None = None
-        trouble = f"not done after {self._deadline_s:g} s"
-        unsent = False
-        with anyio.move_on_after(self._deadline_s):
-            try:
-                response = await self._http.send(request, stream=True, auth=self._key)
-                try:
-                    answer = await _read_answer(response)
-                finally:
-                    await response.aclose()
-            except Exception as error:  # noqa: BLE001 - a transport may raise anything; what was sent stays sent
-                trouble = self._describe(error)
-                unsent = response is None and isinstance(error, _UNSENT)
-        if answer is not None:
-            return answer
-        if response is not None:
-            return _Answer(
-                response.status_code,
-                dict(response.headers),
-                b"",
-                whole=False,
-                trouble=f"the answer broke off: {trouble}",
-            )
-        return _NoAnswer(unsent, f"no answer: {trouble}")
-
-    def _describe(self, error: Exception) -> str:
-        detail = safe_text(str(error), self._key.hide, 300)
-        return f"{type(error).__name__}: {detail}" if detail else type(error).__name__
-
-
-async def _read_answer(response: httpx.Response) -> _Answer:
-    """The whole body, unpacked, up to the bound."""
-    status, headers = response.status_code, dict(response.headers)
-
-    def unusable(trouble: str) -> _Answer:
-        return _Answer(status, headers, b"", whole=False, trouble=trouble)
-
-    body = bytearray()
-    try:
-        unpacker = Unpacker(response.headers.get("content-encoding", ""))
-        async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # httpx says AsyncIterator; it is a generator
-            async for part in parts:
-                for piece in unpacker.pieces(part):
-                    body += piece
-                    if len(body) > ANSWER_MAX_BYTES:
-                        return unusable(f"the answer is longer than {ANSWER_MAX_BYTES} bytes")
-    except ValueError as error:
-        return unusable(str(error))
-    if not unpacker.ended:
-        return unusable("the packed answer is cut off")
-    return _Answer(status, headers, bytes(body), whole=True, trouble="")
+        return await self._api.send(method, f"{self._root}{path}", headers, content)
 
 
 def check_base_url(text: str) -> httpx.URL:

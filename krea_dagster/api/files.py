@@ -6,28 +6,22 @@ body), and the time that all of it takes. No credentials, no cookies and no API 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import socket
 import ssl
-import urllib.request
-import zlib
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import aiohttp
+import aiohttp.abc
 import anyio
-import httpcore
 import httpx
+import yarl
 
+from krea_dagster.api.exchange import Limits
 from krea_dagster.api.links import (
     MAX_REDIRECTS,
     AddressKind,
@@ -38,28 +32,24 @@ from krea_dagster.api.links import (
     is_address,
     printable,
 )
+from krea_dagster.api.proxies import Proxies, Proxy
+from krea_dagster.api.unpack import CHUNK_BYTES, Unpacker
 from krea_dagster.api.wire import safe_text
-from krea_dagster.errors import ConfigError, LinkDead, NoUsableBody
+from krea_dagster.errors import LinkDead, LinkRefused, NoUsableBody
 
 #: Names to addresses: host and port in, IP addresses out. Raises OSError where there are none.
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
-#: How much is gathered before it goes to the sink, and most of what is unpacked at a time.
-CHUNK_BYTES: Final = 64 * 1024
+#: Connections that nobody has used for so long are closed.
+_KEPT_S: Final = 5.0
+#: How much of a body aiohttp reads ahead: half of what it buffers at most.
+_READ_AHEAD_BYTES: Final = 128 * 1024
 
 _DEAD_STATUSES: Final = frozenset({403, 404, 410})
 _REDIRECT_STATUSES: Final = frozenset({301, 302, 303, 307, 308})
-_PACKED: Final = frozenset({"gzip", "x-gzip", "deflate"})
 
-# Everything by which httpcore says that there was no usable answer; it has no common base.
-_NETWORK_ERRORS: Final = (
-    httpcore.TimeoutException,
-    httpcore.NetworkError,
-    httpcore.ProtocolError,
-    httpcore.ProxyError,
-    httpcore.UnsupportedProtocol,
-    OSError,
-)
+# Everything by which aiohttp says that there was no usable answer.
+_NETWORK_ERRORS: Final = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
 class Sink(Protocol):
@@ -90,79 +80,34 @@ async def resolve_host(host: str, port: int) -> Sequence[str]:
     return tuple(dict.fromkeys(entry[4][0] for entry in found))
 
 
-class Unpacker:
-    """Undoes a Content-Encoding piece by piece, so that a small body cannot fill the memory.
-
-    Understands none, gzip and deflate. ``ended`` is false for a packed body that is cut off.
-
-    Raises:
-        ValueError: the encoding is another one, or (from ``pieces``) the data is not in it.
-    """
-
-    def __init__(self, encoding: str) -> None:
-        name = encoding.strip().lower()
-        if name not in ("", "identity") and name not in _PACKED:
-            raise ValueError(f"the body is packed with {safe_text(name, max_chars=40)}")
-        # 32 + 15: the largest window, and the header tells gzip from zlib.
-        self._inflate = zlib.decompressobj(47) if name in _PACKED else None
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is missing at the end of a packed body."""
-        return self._inflate is None or self._inflate.eof
-
-    def pieces(self, data: bytes) -> Iterator[bytes]:
-        """What the next data unpacks to, at most 64 KiB at a time where it was packed."""
-        if self._inflate is None:
-            yield data
-            return
-        try:
-            while not self._inflate.eof:
-                piece = self._inflate.decompress(data, CHUNK_BYTES)
-                data = self._inflate.unconsumed_tail
-                if piece:
-                    yield piece
-                if not data and len(piece) < CHUNK_BYTES:
-                    return
-        except zlib.error as error:
-            raise ValueError(f"the packed body is damaged: {error}") from None
-
-
-class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects only to addresses that were checked, and to exactly those.
-
-    The check is part of connecting, so that a name cannot be answered differently between the
-    two, and a connection that is reused is one that was checked. TLS still verifies the name.
-    """
+class _CheckedResolver(aiohttp.abc.AbstractResolver):
+    """Finds the addresses of a name, all of them checked."""
 
     def __init__(self, addresses_of: Callable[[str, int], Awaitable[Sequence[str]]]) -> None:
         self._addresses_of = addresses_of
-        self._inner = httpcore.AnyIOBackend()
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - the signature is httpcore's
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        addresses = await self._addresses_of(host, port)
-        share = timeout / len(addresses) if timeout is not None and addresses else timeout
-        failures: list[Exception] = []
-        for address in addresses:
-            try:
-                return await self._inner.connect_tcp(
-                    address, port, share, local_address, socket_options
-                )
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failures.append(error)
-        if failures:
-            raise failures[-1]
-        raise httpcore.ConnectError("the host has no address")
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[aiohttp.abc.ResolveResult]:
+        """The addresses, whatever their family. Raises OSError where there are none."""
+        found = [
+            aiohttp.abc.ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in await self._addresses_of(host, port)
+            if family in (socket.AF_UNSPEC, socket.AF_INET6 if ":" in address else socket.AF_INET)
+        ]
+        if not found:
+            raise OSError("the host has no address")
+        return found
 
-    async def sleep(self, seconds: float) -> None:
-        await anyio.sleep(seconds)
+    async def close(self) -> None:
+        """Nothing is held."""
 
 
 class FileHosts:
@@ -177,14 +122,10 @@ class FileHosts:
     Args:
         base_url: the API's; it decides whether http and local addresses are allowed.
         ssl_context: for https.
+        proxies: the environment's.
         user_agent: sent to the file host; an unknown one may get a 403.
-        read_timeout_s: the longest silence. connect_timeout_s: for DNS, TCP and TLS each.
-        deadline_s: for the whole of one download, redirects included.
-        max_connections: at a time, kept alive.
+        limits: of one download, redirects included.
         resolve: names to addresses.
-
-    Raises:
-        ConfigError: a proxy of the environment cannot be used.
     """
 
     def __init__(
@@ -192,57 +133,41 @@ class FileHosts:
         base_url: httpx.URL,
         *,
         ssl_context: ssl.SSLContext,
+        proxies: Proxies,
         user_agent: str,
-        read_timeout_s: float,
-        connect_timeout_s: float,
-        deadline_s: float,
-        max_connections: int,
+        limits: Limits,
         resolve: Resolve,
     ) -> None:
         self._base_host = base_url.host
         self._base_port = base_url.port or (80 if base_url.scheme == "http" else 443)
         self._http_allowed = base_url.scheme == "http"
         self._base_kinds: frozenset[AddressKind] | None = None
-        self._headers = [
-            (b"User-Agent", user_agent.encode("ascii")),
-            (b"Accept", b"*/*"),
-            (b"Accept-Encoding", b"identity"),
-        ]
-        self._timeouts = {
-            "connect": connect_timeout_s,
-            "read": read_timeout_s,
-            "write": read_timeout_s,
-            "pool": deadline_s,
+        self._headers = {
+            "User-Agent": user_agent,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
         }
-        self._deadline_s = deadline_s
+        self._limits = limits
+        self._places = asyncio.Semaphore(limits.connections)
         self._resolve = resolve
         self._ssl_context = ssl_context
-        self._max_connections = max_connections
-        self._direct = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context,
-            max_connections=max_connections,
-            max_keepalive_connections=max_connections,
-            keepalive_expiry=5.0,
-            network_backend=_CheckedBackend(self._checked_addresses),
-        )
-        proxies = urllib.request.getproxies()
-        self._proxied = {
-            scheme: self._proxy_pool(proxy_url)
-            for scheme in ("http", "https")
-            if (proxy_url := proxies.get(scheme) or proxies.get("all"))
-        }
+        self._proxies = proxies
+        self._direct: aiohttp.ClientSession | None = None
+        self._proxied: aiohttp.ClientSession | None = None
 
     async def aclose(self) -> None:
         """Closes the connections."""
-        for pool in (self._direct, *self._proxied.values()):
-            await pool.aclose()
+        for session in (self._direct, self._proxied):
+            if session is not None:
+                await session.close()
 
     async def fetch(
         self, link: str, sink: Sink | Callable[[bytes], object], max_bytes: int
     ) -> Download:
-        """Fetches one link to a sink, in pieces of 64 KiB and a last, shorter one.
+        """Fetches one link to a sink, in pieces of 64 KiB or more and a last, shorter one.
 
-        After an error the sink holds the beginning of a body, or nothing: throw it away. What
+        Where the sink returns something to wait for, it is waited for before the next piece is
+        read. After an error the sink holds the beginning of a body, or nothing: throw it away. What
         the sink raises is passed on as it is.
 
         Raises:
@@ -252,9 +177,10 @@ class FileHosts:
                 than ``max_bytes`` or unreadably packed, too many redirects, or out of time.
         """
         write = sink if callable(sink) else sink.write
-        with anyio.move_on_after(self._deadline_s):
-            return await self._follow(link, write, max_bytes)
-        raise NoUsableBody(f"{printable(link)}: not done after {self._deadline_s:g} s")
+        with anyio.move_on_after(self._limits.deadline_s):
+            async with self._places:
+                return await self._follow(link, write, max_bytes)
+        raise NoUsableBody(f"{printable(link)}: not done after {self._limits.deadline_s:g} s")
 
     async def _follow(
         self, link: str, write: Callable[[bytes], object], max_bytes: int
@@ -262,66 +188,59 @@ class FileHosts:
         url = check_link(link, http_allowed=self._http_allowed)
         for _ in range(MAX_REDIRECTS + 1):
             async with self._answer(url) as answer:
-                location = _header(answer, b"location")
+                location = answer.headers.get("Location", "")
                 if answer.status not in _REDIRECT_STATUSES or not location:
                     return await self._receive(url, answer, write, max_bytes)
             url = check_redirect(url, location, http_allowed=self._http_allowed)
         raise NoUsableBody(f"{printable(link)}: more than {MAX_REDIRECTS} redirects")
 
     @asynccontextmanager
-    async def _answer(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
-        pool = self._pool_for(url)
-        if pool is not self._direct:
-            await self._check_before_proxy(url)
-        request = httpcore.Request(
-            "GET",
-            httpcore.URL(
-                scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
-            ),
-            headers=[(b"Host", url.netloc), *self._headers],
-            extensions={"timeout": self._timeouts},
-        )
+    async def _answer(self, url: httpx.URL) -> AsyncIterator[aiohttp.ClientResponse]:
+        proxy = self._proxies.of(url)
+        await self._check_before(url, proxy)
+        session = self._session(proxy)
+        target = yarl.URL(str(url), encoded=True)
+        options = {} if proxy is None else proxy.options(target, {})
         try:
-            answer = await pool.handle_async_request(request)
+            answer = await session.request("GET", target, allow_redirects=False, **options)
         except _NETWORK_ERRORS as error:
             raise _unusable(url, error) from error
         try:
             yield answer
         finally:
-            with suppress(*_NETWORK_ERRORS):  # what was read counts, not how the line ended
-                await answer.aclose()
+            answer.close()  # closes nothing where the body was read to its end
 
     async def _receive(
         self,
         url: httpx.URL,
-        answer: httpcore.Response,
+        answer: aiohttp.ClientResponse,
         write: Callable[[bytes], object],
         max_bytes: int,
     ) -> Download:
-        shown = printable(str(url))
         if answer.status in _DEAD_STATUSES:
-            raise LinkDead(f"{shown}: status {answer.status}")
+            raise LinkDead(f"{printable(str(url))}: status {answer.status}")
         if answer.status != 200:
-            raise NoUsableBody(f"{shown}: status {answer.status}")
-        promised = _header(answer, b"content-length")
+            raise NoUsableBody(f"{printable(str(url))}: status {answer.status}")
+        promised = answer.headers.get("Content-Length", "")
         if promised.isdecimal() and len(promised) < 20 and int(promised) > max_bytes:
-            raise NoUsableBody(f"{shown}: {promised} bytes, which is more than {max_bytes}")
+            raise _too_long(url, f"{promised} bytes, which is more than {max_bytes}")
         try:
-            unpacker = Unpacker(_header(answer, b"content-encoding"))
+            unpacker = Unpacker(answer.headers.get("Content-Encoding", ""))
         except ValueError as error:
-            raise NoUsableBody(f"{shown}: {error}") from None
+            raise NoUsableBody(f"{printable(str(url))}: {error}") from None
         gathered = _Gathered(write)
         async with aclosing(_pieces(url, answer, unpacker)) as pieces:
             async for piece in pieces:
                 if gathered.size_bytes + len(piece) > max_bytes:
-                    raise NoUsableBody(f"{shown}: longer than {max_bytes} bytes")
-                gathered.add(piece)
+                    raise _too_long(url, f"longer than {max_bytes} bytes")
+                if gathered.add(piece) >= CHUNK_BYTES:
+                    await gathered.flush()
         if not gathered.size_bytes:
-            raise NoUsableBody(f"{shown}: the body is empty")
+            raise NoUsableBody(f"{printable(str(url))}: the body is empty")
         if not unpacker.ended:
-            raise NoUsableBody(f"{shown}: the packed body is cut off")
-        gathered.flush()
-        media_type = _header(answer, b"content-type").partition(";")[0]
+            raise NoUsableBody(f"{printable(str(url))}: the packed body is cut off")
+        await gathered.flush()
+        media_type = answer.headers.get("Content-Type", "").partition(";")[0]
         return Download(
             size_bytes=gathered.size_bytes,
             sha256=gathered.digest.hexdigest(),
@@ -329,10 +248,76 @@ class FileHosts:
             url=str(url),
         )
 
+    def _session(self, proxy: Proxy | None) -> aiohttp.ClientSession:
+        # Only here is an event loop certain to run.
+        if proxy is not None:
+            if self._proxied is None:
+                connector = aiohttp.TCPConnector(
+                    ssl=self._ssl_context, limit=0, keepalive_timeout=_KEPT_S
+                )
+                self._proxied = self._session_over(connector)
+            return self._proxied
+        if self._direct is None:
+            connector = aiohttp.TCPConnector(
+                ssl=self._ssl_context,
+                limit=0,
+                keepalive_timeout=_KEPT_S,
+                resolver=_CheckedResolver(self._checked_addresses),
+                use_dns_cache=False,
+                socket_factory=self._checked_socket,
+            )
+            self._direct = self._session_over(connector)
+        return self._direct
+
+    def _session_over(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        limits = self._limits
+        return aiohttp.ClientSession(
+            connector=connector,
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(
+                total=None,  # the deadline is over all redirects
+                connect=3 * limits.connect_s,  # the name, TCP and TLS
+                sock_connect=2 * limits.connect_s,
+                sock_read=limits.silence_s,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+            read_bufsize=_READ_AHEAD_BYTES,
+        )
+
     # -- where it may go ----------------------------------------------------------------------
 
+    def _checked_socket(self, wanted: Any) -> socket.socket:
+        """A socket for an address that may be connected to.
+
+        Addresses are checked before, where names are resolved and links are read. Here is the
+        last place before the connection, and it is given the very address that is used.
+        """
+        family, kind, protocol, _, (address, *_) = wanted
+        found = address_kind(address)
+        allowed = found is AddressKind.PUBLIC or found in (self._base_kinds or ())
+        if not allowed or found is AddressKind.NEVER:
+            raise LinkRefused(f"{address} is an address that a result link may not lead to")
+        return socket.socket(family, kind, protocol)
+
+    async def _check_before(self, url: httpx.URL, proxy: Proxy | None) -> None:
+        """Check what aiohttp would connect to without asking for an address, or leave to a proxy.
+
+        It does so for hosts that look like addresses, among them 2130706433 and 127.1.
+        """
+        host = url.raw_host.decode("ascii")
+        if proxy is None and not (":" in host or host.replace(".", "").isdigit()):
+            return
+        try:
+            await self._checked_addresses(host, _port(url))
+        except OSError as error:
+            if proxy is None:
+                raise _unusable(url, error) from error
+            # Behind a proxy, names often resolve nowhere else.
+
     async def _checked_addresses(self, host: str, port: int) -> Sequence[str]:
-        """All addresses of a host. LinkRefused where one is not allowed."""
+        """All addresses of a host. LinkRefused where one is not allowed, OSError without any."""
         addresses = (host,) if is_address(host) else await self._lookup(host, port)
         if any(address_kind(address) is not AddressKind.PUBLIC for address in addresses):
             check_addresses(host, addresses, await self._kinds_of_base())
@@ -350,49 +335,12 @@ class FileHosts:
         return self._base_kinds
 
     async def _lookup(self, host: str, port: int) -> Sequence[str]:
-        with anyio.move_on_after(self._timeouts["connect"]):
+        with anyio.move_on_after(self._limits.connect_s):
             try:
                 return await self._resolve(host, port)
             except (OSError, UnicodeError) as error:
-                raise httpcore.ConnectError(f"no address for the host: {error}") from error
-        raise httpcore.ConnectTimeout("the name was not resolved in time")
-
-    # -- proxies ------------------------------------------------------------------------------
-
-    def _pool_for(self, url: httpx.URL) -> httpcore.AsyncConnectionPool:
-        pool = self._proxied.get(url.scheme)
-        if pool is None or urllib.request.proxy_bypass(url.netloc.decode("ascii")):
-            return self._direct
-        return pool
-
-    async def _check_before_proxy(self, url: httpx.URL) -> None:
-        try:
-            await self._checked_addresses(url.raw_host.decode("ascii"), _port(url))
-        except (httpcore.ConnectError, httpcore.ConnectTimeout):
-            return  # behind a proxy, names often resolve nowhere else
-
-    def _proxy_pool(self, proxy_url: str) -> httpcore.AsyncConnectionPool:
-        try:
-            proxy = httpx.Proxy(proxy_url if "://" in proxy_url else f"http://{proxy_url}")
-            return httpcore.AsyncConnectionPool(
-                ssl_context=self._ssl_context,
-                proxy=httpcore.Proxy(
-                    url=httpcore.URL(
-                        scheme=proxy.url.raw_scheme,
-                        host=proxy.url.raw_host,
-                        port=proxy.url.port,
-                        target=b"/",
-                    ),
-                    auth=proxy.raw_auth,
-                    ssl_context=proxy.ssl_context,
-                ),
-                max_connections=self._max_connections,
-                max_keepalive_connections=self._max_connections,
-                keepalive_expiry=5.0,
-            )
-        except (httpx.InvalidURL, ValueError):
-            # The proxy's URL may hold a password, so it is not named.
-            raise ConfigError("a proxy in the environment has a URL that cannot be used") from None
+                raise OSError(f"no address for the host: {error}") from error
+        raise OSError("the name was not resolved in time")
 
 
 class _Gathered:
@@ -402,27 +350,34 @@ class _Gathered:
         self.size_bytes = 0
         self.digest = hashlib.sha256()
         self._write = write
-        self._waiting = bytearray()
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
 
-    def add(self, piece: bytes) -> None:
+    def add(self, piece: bytes) -> int:
+        """Take the next piece; returns how many bytes wait to be written."""
         self.size_bytes += len(piece)
-        self._waiting += piece
-        if len(self._waiting) >= CHUNK_BYTES:
-            self.flush()
+        self._waiting.append(piece)
+        self._waiting_bytes += len(piece)
+        return self._waiting_bytes
 
-    def flush(self) -> None:
-        if self._waiting:
-            data = bytes(self._waiting)
-            self._waiting.clear()
-            self.digest.update(data)
-            self._write(data)
+    async def flush(self) -> None:
+        """Write what waits."""
+        if not self._waiting:
+            return
+        data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self.digest.update(data)
+        done = self._write(data)
+        if isinstance(done, Awaitable):
+            await done
 
 
 async def _pieces(
-    url: httpx.URL, answer: httpcore.Response, unpacker: Unpacker
+    url: httpx.URL, answer: aiohttp.ClientResponse, unpacker: Unpacker
 ) -> AsyncGenerator[bytes, None]:
     try:
-        async for data in answer.aiter_stream():
+        while data := await answer.content.readany():
             for piece in unpacker.pieces(data):
                 yield piece
     except _NETWORK_ERRORS as error:
@@ -438,11 +393,8 @@ def _unusable(url: httpx.URL, error: Exception) -> NoUsableBody:
     )
 
 
-def _header(answer: httpcore.Response, name: bytes) -> str:
-    for key, value in answer.headers:
-        if key.lower() == name:
-            return value.decode("latin-1").strip()
-    return ""
+def _too_long(url: httpx.URL, how: str) -> NoUsableBody:
+    return NoUsableBody(f"{printable(str(url))}: {how}")
 
 
 def _port(url: httpx.URL) -> int:

@@ -23,6 +23,7 @@ import enum
 import ipaddress
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Final
 
 import httpx
@@ -92,6 +93,7 @@ IPV4_WITHIN: Final = (
 )
 
 
+@lru_cache(maxsize=1024)
 def address_kind(text: str) -> AddressKind:
     """The kind of one IP address; NEVER for a text that is not one."""
     try:
@@ -114,6 +116,7 @@ def address_kind(text: str) -> AddressKind:
     return otherwise
 
 
+@lru_cache(maxsize=1024)
 def is_address(host: str) -> bool:
     """Whether a host is written as an IP address, and not as a name."""
     try:
@@ -192,7 +195,7 @@ def check_link(link: str, *, http_allowed: bool) -> httpx.URL:
         raise LinkRefused("the link carries a user name or a password")
     if url.scheme == "http" and not http_allowed:
         url = url.copy_with(scheme="https")
-    return url.copy_with(fragment=None)
+    return url.copy_with(fragment=None) if "#" in link else url
 
 
 def check_redirect(from_url: httpx.URL, location: str, *, http_allowed: bool) -> httpx.URL:

@@ -238,6 +238,10 @@ def read_submission(
             OutcomeUnknown, and so is a success without an id, or with an error beside it.
     """
     value, readable = _parse(body)
+    if status in (200, 201, 202) and isinstance(value, dict) and not _may_hold_error(value):
+        task_id = value.get("id")
+        if readable and isinstance(task_id, str) and is_task_id(task_id):
+            return _submission(task_id, headers, value, hide)
     fault = _read_fault(status, headers, value, body, hide)
     facts: dict[str, Any] = {
         "status": status,
@@ -254,7 +258,7 @@ def read_submission(
             message = f"a success that carries an error: {named}{fault.message}"
         elif not isinstance(task_id, str) or not is_task_id(task_id):
             message = "a success without a usable task id"
-        else:
+        else:  # what looked like an error holds none
             return _submission(task_id, headers, value, hide)
         raise OutcomeUnknown(message, **facts)
     raise _submit_error_class(status, fault)(fault.message, **facts)
@@ -264,9 +268,12 @@ def _submission(
     task_id: str, headers: Mapping[str, str], value: Mapping[str, Any], hide: Hide
 ) -> Submission:
     usage = _object(value.get("usage"))
-    answer = {
-        key: item if key == "id" else _map_texts(item, hide, 0) for key, item in value.items()
-    }
+    answer: Mapping[str, Any] = value
+    shown = str(value)
+    if hide(shown) != shown or "\\" in shown:  # an escape in the text could part the key
+        answer = {
+            key: item if key == "id" else _map_texts(item, hide, 0) for key, item in value.items()
+        }
     return Submission(
         task_id=task_id,
         status=_status(value.get("status")) or "pending",
@@ -318,11 +325,13 @@ def read_task(
             name, for a success that cannot be read, and for an answer about another task.
     """
     value, _ = _parse(body)
-    fault = _read_fault(status, headers, value, body, hide)
+    task = None
     if status == 200 and isinstance(value, dict):
         task = _task(value, hide, default_id=task_id)
         if task is not None and task.task_id == task_id:
             return task
+    fault = _read_fault(status, headers, value, body, hide)
+    if status == 200 and isinstance(value, dict):
         if task is not None:
             fault = replace(fault, message=f"the answer is about another task, {task.task_id}")
         elif not fault.present:
@@ -351,7 +360,6 @@ def read_tasks(
         ApiError: as for :func:`read_task`.
     """
     value, _ = _parse(body)
-    fault = _read_fault(status, headers, value, body, hide)
     if status == 200:
         items = _batch_items(value)
         if items is not None:
@@ -361,6 +369,7 @@ def read_tasks(
                 if task is not None:
                     found.setdefault(task.task_id, task)
             return {task_id: found[task_id] for task_id in task_ids if task_id in found}
+    fault = _read_fault(status, headers, value, body, hide)
     code = _code(value.get("code", 200)) if isinstance(value, dict) else ""
     if status == 200 and code not in _OK_CODES:
         fault = replace(
@@ -488,6 +497,11 @@ class _Fault:
     kind: str
     message: str
     request_id: str | None
+
+
+def _may_hold_error(value: Mapping[str, Any]) -> bool:
+    """Whether an answer is worth reading for an error."""
+    return bool(value.get("error")) or value.get("success") is False
 
 
 def _read_fault(
@@ -643,9 +657,10 @@ def safe_text(value: Any, hide: Hide = _as_is, max_chars: int = MESSAGE_MAX_CHAR
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return ""
-    text = _ESCAPES.sub("", str(value)[:100_000])
-    text = hide(" ".join(_UNPRINTABLE.sub(" ", text).split()))
-    return _shortened(text, max_chars)
+    text = str(value)[:100_000]
+    if not (text.isascii() and text.isprintable()):
+        text = _UNPRINTABLE.sub(" ", _ESCAPES.sub("", text))
+    return _shortened(hide(" ".join(text.split())), max_chars)
 
 
 def _shortened(text: str, max_chars: int) -> str:
@@ -662,12 +677,20 @@ def _parse(body: bytes) -> tuple[Any, bool]:
     """
     text = body.decode("utf-8-sig", "replace")
     try:
-        value = json.loads(
-            text, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant
-        )
+        value = _JSON.decode(text)
+        if _is_plain(body):
+            return value, True
         return _map_texts(value, _storable, 0), True
     except (ValueError, RecursionError):
         return None, False
+
+
+def _is_plain(body: bytes) -> bool:
+    """Whether JSON can hold no text that cannot be stored, and cannot be nested too deeply.
+
+    Without escapes by number there are neither lone surrogates nor NULs in it.
+    """
+    return b"\\u" not in body and body.count(b"[") + body.count(b"{") <= _MAX_DEPTH
 
 
 def _parse_int(digits: str) -> int | None:
@@ -682,6 +705,11 @@ def _parse_float(digits: str) -> float | None:
 
 def _parse_constant(_name: str) -> None:
     """NaN and Infinity are not JSON; a database would not take them back."""
+
+
+_JSON: Final = json.JSONDecoder(
+    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant
+)
 
 
 def _storable(text: str) -> str:

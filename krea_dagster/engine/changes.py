@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from krea_dagster.engine.record import idempotency_key
+from krea_dagster.engine.record import Record, StoredImage, idempotency_key
 from krea_dagster.engine.states import Event, State, advance
 from krea_dagster.errors import IllegalTransition, JournalError, TakenOver
 
@@ -63,68 +63,113 @@ _CLEARS: Final[Mapping[Event, tuple[str, ...]]] = {
     Event.FILE_MISSING: (*sorted(_IMAGE), "stored_at"),
 }
 
+#: A record's fields of its present submission, as they are while there is none.
+_NO_SUBMISSION: Final[Mapping[str, Any]] = {
+    "submission": 0,
+    "idempotency_key": None,
+    "sent_at": None,
+    "submitted_at": None,
+    "task_id": None,
+    "reserved_units": None,
+    "charged_units": None,
+    "committed_units": 0,
+    "expected_units": 0,
+    "billing_rule": None,
+    "user_group": None,
+    "run_id": None,
+}
 
-@dataclass(frozen=True)
-class Present:
-    """What a change is checked against: the request, and its present submission.
-
-    ``committed_units`` is what that submission counts under the caps, ``expected_units`` what
-    it was expected to cost, ``bought_by`` its run and ``sent_at`` the time of its intent.
-    """
-
-    state: State
-    seq: int
-    claimed_by: str | None
-    idempotency_key: str | None
-    last_submission: int
-    quality: str = ""
-    committed_units: int = 0
-    expected_units: int = 0
-    bought_by: str = ""
-    sent_at: datetime | None = None
+#: Columns of ``requests`` and ``submissions`` that are not fields of a record of the same name.
+_NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One legal change, and what it leaves behind."""
+    """One legal change, what it leaves behind, and the columns that it sets for that.
+
+    ``opens`` is the whole row of a new submission, where this is the intent of a purchase under
+    a new Idempotency-Key; else ``submission`` are the columns that the present one gets, among
+    them ``posts``, which is added to what is there.
+    """
 
     change: Change
-    before: Present
-    after: Present
-
-    @property
-    def opens_submission(self) -> bool:
-        """Whether this is the intent of a purchase under a new Idempotency-Key."""
-        return self.change.event is Event.SUBMITTING and self.before.idempotency_key is None
+    before: Record
+    after: Record
+    request: Mapping[str, Any]
+    submission: Mapping[str, Any]
+    opens: Mapping[str, Any] | None
 
 
-def check(change: Change, present: Present | None, owner: str) -> Step:
-    """The step that a change makes from the present state.
+def check(change: Change, before: Record | None, owner: str) -> Record:
+    """The record that a change may be made of.
 
-    Raises IllegalTransition where the state machine does not know it, TakenOver where another
-    owner holds the request, and JournalError where the request is not known at all.
+    Raises TakenOver where another owner holds the request, IllegalTransition where the state
+    machine does not know the change, and JournalError where the request is not known at all.
     """
-    if present is None:
+    if before is None:
         raise JournalError(f"request {change.request_key} is not in the journal")
-    if present.claimed_by != owner:
+    if before.claimed_by != owner:
         raise TakenOver(f"request {change.request_key} was taken over by another run")
-    allowed = _COLUMNS[change.event]
-    if unknown := set(change.values) - allowed[0] - allowed[1]:
-        raise IllegalTransition(f"{change.event.value} does not set {', '.join(sorted(unknown))}")
-    key, last = present.idempotency_key, present.last_submission
-    if change.event is Event.SUBMITTING and key is None:
-        last += 1
-        key = idempotency_key(change.request_key, last)
-    elif change.event is Event.PLANNED:
-        key = None
-    after = replace(
-        present,
-        state=advance(present.state, change.event),
-        seq=present.seq + 1,
-        idempotency_key=key,
-        last_submission=last,
-    )
-    return Step(change, present, after)
+    for_request, for_submission = _COLUMNS[change.event]
+    for name in change.values:
+        if name not in for_request and name not in for_submission:
+            unknown = set(change.values) - for_request - for_submission
+            raise IllegalTransition(
+                f"{change.event.value} does not set {', '.join(sorted(unknown))}"
+            )
+    advance(before.state, change.event)
+    return before
+
+
+def take(
+    change: Change, before: Record, run_id: str, *, committed_units: int, expected_units: int
+) -> Step:
+    """The step of a change that was checked, with what its submission commits from now on."""
+    state = advance(before.state, change.event)
+    request = _request_values(change, before)
+    opens: dict[str, Any] | None = None
+    submission: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    if change.event is Event.SUBMITTING and before.idempotency_key is None:
+        number = before.submissions + 1
+        key = idempotency_key(change.request_key, number)
+        request["idempotency_key"] = key
+        opens = {
+            "idempotency_key": key,
+            "request_key": change.request_key,
+            "number": number,
+            "run_id": run_id,
+            "partition_key": change.values.get("partition_key", ""),
+            "sent_at": change.at,
+            "posts": 1,
+            "expected_units": expected_units,
+            "committed_units": committed_units,
+        }
+        fields = {
+            **_NO_SUBMISSION,
+            "submission": number,
+            "submissions": number,
+            "run_id": run_id,
+            "sent_at": change.at,
+            "expected_units": expected_units,
+            "committed_units": committed_units,
+        }
+    else:
+        submission = _submission_values(change, run_id, expected_units)
+        if committed_units != before.committed_units:
+            submission["committed_units"] = committed_units
+        if change.event is Event.PLANNED:
+            fields = dict(_NO_SUBMISSION)
+        else:
+            fields = {k: v for k, v in submission.items() if k not in _NOT_IN_RECORD}
+    request["state"] = state.value
+    request["seq"] = before.seq + 1
+    request["updated_at"] = change.at
+    fields.update((k, v) for k, v in request.items() if k not in _NOT_IN_RECORD)
+    fields["state"] = state
+    if "image_path" in request:
+        fields["image"] = _image(request)
+    return Step(change, before, before.changed(fields), request, submission, opens)
 
 
 def event_row(step: Step, run_id: str) -> dict[str, Any]:
@@ -138,50 +183,26 @@ def event_row(step: Step, run_id: str) -> dict[str, Any]:
         "event": step.change.event.value,
         "to_state": step.after.state.value,
         "idempotency_key": step.after.idempotency_key or step.before.idempotency_key,
-        "data": None if step.change.data is None else dict(step.change.data),
+        "data": step.change.data,
     }
 
 
-def request_values(step: Step) -> dict[str, Any]:
-    """The columns of ``requests`` that a step sets."""
-    change = step.change
+def _request_values(change: Change, before: Record) -> dict[str, Any]:
+    """The columns of ``requests`` that an event sets, beside the state and its number."""
     values: dict[str, Any] = dict.fromkeys(_CLEARS.get(change.event, ()))
-    values.update(
-        {
-            name: _storable(item)
-            for name, item in change.values.items()
-            if name in _COLUMNS[change.event][0]
-        }
-    )
-    values.update(state=step.after.state.value, seq=step.after.seq, updated_at=change.at)
-    if step.opens_submission:
-        values["idempotency_key"] = step.after.idempotency_key
-    if change.event is Event.COMPLETED and step.before.state is not State.COMPLETED:
+    allowed = _COLUMNS[change.event][0]
+    for name, item in change.values.items():
+        if name in allowed:
+            values[name] = _storable(item)
+    if change.event is Event.COMPLETED and before.state is not State.COMPLETED:
         values["completed_at"] = change.at
-    if change.event is Event.STORED:
+    elif change.event is Event.STORED:
         values["stored_at"] = change.at
     return values
 
 
-def submission_row(step: Step, run_id: str) -> dict[str, Any]:
-    """The row of ``submissions`` that a step opens."""
-    return {
-        "idempotency_key": step.after.idempotency_key,
-        "request_key": step.change.request_key,
-        "number": step.after.last_submission,
-        "run_id": run_id,
-        "partition_key": step.change.values.get("partition_key", ""),
-        "sent_at": step.change.at,
-        "posts": 1,
-        "expected_units": step.after.expected_units,
-        "committed_units": step.after.committed_units,
-    }
-
-
-def submission_values(step: Step, run_id: str) -> dict[str, Any]:
-    """The columns of ``submissions`` that a step sets; ``posts`` is added to what is there."""
-    change = step.change
-    allowed = _COLUMNS[change.event][1]
+def _submission_values(change: Change, run_id: str, expected_units: int) -> dict[str, Any]:
+    """The columns of the present submission that an event sets."""
     values: dict[str, Any] = {}
     match change.event:
         case Event.SUBMITTING:
@@ -190,7 +211,7 @@ def submission_values(step: Step, run_id: str) -> dict[str, Any]:
                 "posts": 1,
                 "sent_at": change.at,
                 "run_id": run_id,
-                "expected_units": step.after.expected_units,
+                "expected_units": expected_units,
             }
         case Event.REPLAYING:
             values = {"posts": 1}
@@ -200,16 +221,30 @@ def submission_values(step: Step, run_id: str) -> dict[str, Any]:
             pass  # a fresh link; the money was settled before
         case Event.COMPLETED | Event.FAILED | Event.REFUSED:
             values = {"settled_at": change.at}
-    values.update(
-        {name: _storable(item) for name, item in change.values.items() if name in allowed}
-    )
-    if step.after.committed_units != step.before.committed_units:
-        values["committed_units"] = step.after.committed_units
+    allowed = _COLUMNS[change.event][1]
+    for name, item in change.values.items():
+        if name in allowed:
+            values[name] = _storable(item)
     return values
+
+
+def _image(values: Mapping[str, Any]) -> StoredImage | None:
+    if values["image_path"] is None:
+        return None
+    return StoredImage(
+        path=values["image_path"],
+        sha256=values["image_sha256"],
+        bytes=values["image_bytes"],
+        format=values["image_format"],
+        width=values["width"],
+        height=values["height"],
+    )
 
 
 def _storable(value: Any) -> Any:
     """Text as every database takes it: without lone surrogates and NUL."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\ufffd")
+    if isinstance(value, str) and not value.isascii():
+        value = value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, str) and "\x00" in value:
+        value = value.replace("\x00", "\ufffd")
     return value

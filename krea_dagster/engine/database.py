@@ -4,6 +4,11 @@ A journal that is lost or exchanged while a run works must not look like one tha
 run would buy everything again. So a SQLite file is created whole and in one place only, every
 connection after that needs it to exist, every transaction asks which journal it is in, and one
 that has written looks whether the file is still the one under the journal's name.
+
+Connections are kept between uses, because the last one that closes takes SQLite's log into the
+file, at ten times the cost of a commit. A kept one would not notice what happens to its file. So
+before each use the file is looked at: where it is another one, or was written to by anybody else,
+the connection is closed and a new one must find the journal as it should be.
 """
 
 from __future__ import annotations
@@ -11,19 +16,22 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url, select
+from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.pool import QueuePool
 
 from krea_dagster.engine import migrations, schema
 from krea_dagster.engine.migrations import REVISIONS, Revisions
+from krea_dagster.engine.statements import Cursor
 from krea_dagster.engine.storage import sync_folder
 from krea_dagster.errors import ConfigError, JournalError
 
@@ -78,6 +86,11 @@ class Database:
             self._writing = self._engine(begin="BEGIN IMMEDIATE")
         except (ImportError, SQLAlchemyError) as error:
             raise ConfigError(f"the journal {self.where} cannot be used: {error}") from error
+        self._driver_error: type[Exception] = self.dialect.loaded_dbapi.Error
+        self._identity_text = str(_IDENTITY.compile(dialect=self.dialect))
+        self._finalizer = weakref.finalize(
+            self, _dispose, os.getpid(), self._reading, self._writing
+        )
         try:
             with self.explained("open"):
                 self._open()
@@ -85,10 +98,14 @@ class Database:
             self.close()
             raise
 
+    @property
+    def dialect(self) -> Dialect:
+        """The kind of database, as SQLAlchemy knows it."""
+        return self._writing.dialect
+
     def close(self) -> None:
         """Close the connections."""
-        self._reading.dispose()
-        self._writing.dispose()
+        self._finalizer()
 
     @contextmanager
     def read(self, doing: str) -> Iterator[Connection]:
@@ -100,16 +117,43 @@ class Database:
     @contextmanager
     def write(self, doing: str) -> Iterator[Connection]:
         """Yield a connection for one transaction that is durable once the block has ended."""
-        with self.explained(doing):
-            with self._writing.begin() as connection:
+        with self.explained(doing), self._writing.connect() as connection:
+            with connection.begin():
                 self._check_identity(connection)
-                opened = connection.info.get("file")
                 yield connection
-            if self._file is not None and _file_id(self._file) != opened:
-                raise JournalError(
-                    f"the journal {self.where} was removed or replaced while it was written to. "
-                    f"Nothing more is bought. {_GONE}"
-                )
+            if self._file is not None:
+                self._look_at_file(self._file, connection.info)
+
+    @contextmanager
+    def write_by_driver(self, doing: str) -> Iterator[Cursor]:
+        """Yield the driver's cursor for one transaction like that of ``write``.
+
+        For what is done so often that SQLAlchemy's part would be most of its cost.
+        """
+        with self.explained(doing), closing(self._writing.raw_connection()) as connection:
+            with closing(connection.cursor()) as cursor:
+                if self.sqlite:
+                    cursor.execute("BEGIN IMMEDIATE")
+                try:
+                    cursor.execute(self._identity_text)
+                    self._check_found(cursor.fetchone())
+                    yield cursor
+                    connection.commit()
+                except BaseException:
+                    connection.rollback()
+                    raise
+            if self._file is not None:
+                self._look_at_file(self._file, connection.info)
+
+    def _look_at_file(self, file: Path, info: dict[Any, Any]) -> None:
+        """See that what was written is in the file that has the journal's name."""
+        found, opened = _Stamp.of(file), info.get("stamp")
+        if found is None or opened is None or not found.is_same_file(opened):
+            raise JournalError(
+                f"the journal {self.where} was removed or replaced while it was written to. "
+                f"Nothing more is bought. {_GONE}"
+            )
+        info["stamp"] = found  # a commit may have taken the log into the file
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
@@ -153,7 +197,7 @@ class Database:
         if found != self._history.head:
             self._bring_to_head(self._url)
         with self._reading.begin() as connection:
-            self._identity = _identity(connection)
+            self._identity = _as_identity(connection.execute(_IDENTITY).first())
 
     def _make_file(self, file: Path) -> None:
         """Make a new file, whole before it has its name: an empty one is never a new journal."""
@@ -185,7 +229,10 @@ class Database:
     # -- guards -------------------------------------------------------------------------------
 
     def _check_identity(self, connection: Connection) -> None:
-        found = _identity(connection)
+        self._check_found(connection.execute(_IDENTITY).first())
+
+    def _check_found(self, row: Sequence[Any] | None) -> None:
+        found = _as_identity(row)
         if self._identity is None or found == self._identity:
             return
         if found[0] == self._identity[0]:
@@ -209,12 +256,17 @@ class Database:
                 f"could not {doing} the journal {self.where}: {error}. Nothing more is bought."
             ) from error
         except DBAPIError as error:
-            # The statement, its parameters and the further lines of some drivers hold prompts.
-            said = (str(error.orig).splitlines() or [type(error.orig).__name__])[0]
-            raise JournalError(
-                f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
-                f"until this is mended. {self._advice(said)}"
-            ) from error.orig
+            raise self._explanation(doing, error.orig) from error.orig
+        except self._driver_error as error:
+            raise self._explanation(doing, error) from error
+
+    def _explanation(self, doing: str, error: BaseException | None) -> JournalError:
+        # The statement, its parameters and the further lines of some drivers hold prompts.
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return JournalError(
+            f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
+            f"until this is mended. {self._advice(said)}"
+        )
 
     def _advice(self, said: str) -> str:
         if self._file is not None and not self._file.exists():
@@ -230,22 +282,34 @@ class Database:
     def _engine(self, url: URL | None = None, *, begin: str, foreign_keys: bool = True) -> Engine:
         if self._file is None:
             return create_engine(self._url, pool_size=2, pool_pre_ping=True)
-        file = self._file
-        # One connection per use: SQLite's are cheap, and none is held across a fork.
+        # The engine must not hold this object, or neither would ever end.
+        file, lock_timeout_s = self._file, self._lock_timeout_s
         engine = create_engine(
             url or self._url,
-            poolclass=NullPool,
-            connect_args={"timeout": self._lock_timeout_s},
+            poolclass=QueuePool,
+            pool_size=1,
+            max_overflow=-1,
+            connect_args={"timeout": self._lock_timeout_s, "check_same_thread": False},
         )
+
+        @event.listens_for(engine, "checkout")
+        def _look(connection: Any, record: Any, proxy: Any) -> None:
+            if record.info["pid"] != os.getpid():
+                # It is the parent's, whose locks go with it if it is closed here.
+                _of_the_parent.append(connection)
+                record.dbapi_connection = proxy.dbapi_connection = None
+                raise DisconnectionError
+            if _Stamp.of(file) != record.info["stamp"]:
+                raise DisconnectionError
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, record: Any) -> None:
-            record.info["file"] = _file_id(file)
+            record.info.update(pid=os.getpid(), stamp=_Stamp.of(file))
             # Transactions are begun by hand, because the driver would begin them too late to
             # read and write under one lock.
             connection.isolation_level = None
             cursor = connection.cursor()
-            self._turn_log_on(cursor)
+            _turn_log_on(cursor, lock_timeout_s)
             cursor.execute("PRAGMA synchronous = FULL")
             cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
             cursor.close()
@@ -256,18 +320,19 @@ class Database:
 
         return engine
 
-    def _turn_log_on(self, cursor: Any) -> None:
-        """Switch to the write-ahead log. SQLite itself does not wait for the lock it needs once."""
-        deadline_s = time.monotonic() + self._lock_timeout_s
-        while True:
-            try:
-                cursor.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline_s:
-                    raise
-                time.sleep(0.02)
-            else:
-                return
+
+def _turn_log_on(cursor: Any, lock_timeout_s: float) -> None:
+    """Switch to the write-ahead log. SQLite itself does not wait for the lock it needs once."""
+    deadline_s = time.monotonic() + lock_timeout_s
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def has_database(url: str) -> bool:
@@ -313,20 +378,48 @@ def _file_url(url: URL, file: Path, mode: str) -> URL:
     return url.set(database=file.as_uri()).update_query_dict({"mode": mode, "uri": "true"})
 
 
-def _identity(connection: Connection) -> tuple[str, str]:
-    """Which journal this is, and at which revision of its tables."""
-    version = select(migrations.version_table.c.version_num).scalar_subquery()
-    row = connection.execute(select(schema.about.c.journal_id, version.label("version"))).first()
-    return ("", "") if row is None else (row.journal_id, str(row.version))
+#: Which journal this is, and at which revision of its tables.
+_IDENTITY: Final = select(
+    schema.about.c.journal_id,
+    select(migrations.version_table.c.version_num).scalar_subquery().label("version"),
+)
 
 
-def _file_id(file: Path) -> tuple[int, int] | None:
-    """What tells a file from another of the same name, or None where there is none."""
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+def _as_identity(row: Sequence[Any] | None) -> tuple[str, str]:
+    return ("", "") if row is None else (str(row[0]), str(row[1]))
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What tells a file from another of its name, and from itself before it was written to."""
+
+    device: int
+    number: int
+    size: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> _Stamp | None:
+        """The stamp of a file as it is now, or None where there is none."""
+        try:
+            found = file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def is_same_file(self, other: _Stamp) -> bool:
+        """Whether both are of one file."""
+        return (self.device, self.number) == (other.device, other.number)
+
+
+#: SQLite's connections of the process that this one was forked from: never used, never closed.
+_of_the_parent: Final[list[Any]] = []
+
+
+def _dispose(pid: int, *engines: Engine) -> None:
+    for engine in engines:
+        # What a process has inherited is not its own to close.
+        engine.dispose(close=os.getpid() == pid)
 
 
 def _give_name(new: Path, file: Path) -> None:

@@ -1,50 +1,44 @@
-"""A paid image: fetch it to a temporary file, look at it, and publish it under its own name.
+"""A paid image: fetch it, look at it, and publish it under its own name.
 
-The name comes from the request's key, so no prompt_id can name a file. What the file is, is
-read from its bytes; neither the link's ending nor the answer's header is believed.
+The name comes from the request's key, so no prompt_id can name a file. Bytes wait in memory only
+as far as a budget of bytes allows, and everything that blocks or computes is done in threads: one
+call for an image of up to 1 MiB, and one more for each further MiB.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-import struct
-import zlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio
-import anyio.to_thread
-from PIL import Image, UnidentifiedImageError
 
+from krea_dagster.engine.bytebudget import ByteBudget
+from krea_dagster.engine.look import DAMAGED, FORMATS, decoded_bytes, look_at
 from krea_dagster.engine.record import StoredImage
 from krea_dagster.engine.storage import Storage
-from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
+from krea_dagster.errors import ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 
-#: Formats that are looked at, and the ending of their files.
-FORMATS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
+__all__ = ["DAMAGED", "FORMATS", "MAX_IMAGE_BYTES", "Downloader", "Fetched", "ImageStore"]
+
+_T = TypeVar("_T")
 
 #: Bytes of the largest file that is taken: four times an uncompressed 2K picture would be more
 #: than any of the formats needs.
 MAX_IMAGE_BYTES: Final = 64 * 1024 * 1024
 
-#: A picture whose every channel stays within this range is one flat colour: hosts were seen to
-#: answer an overlong prompt with a black one.
-_FLAT_RANGE: Final = 2
+#: So much of a body waits in memory before it is written, and so much more on its way there.
+_PIECE_BYTES: Final = 1024 * 1024
+_ON_ITS_WAY_BYTES: Final = 512 * 1024
 
-#: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus.
-DAMAGED: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+#: What all downloads together, and all looks together, may hold in memory.
+_DOWNLOADS_BYTES: Final = 96 * 1024 * 1024
+_LOOKS_BYTES: Final = 256 * 1024 * 1024
 
 
 class Fetched(Protocol):
@@ -65,22 +59,31 @@ class Downloader(Protocol):
     async def download(
         self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
     ) -> Fetched:
-        """Stream a file into ``sink``."""
+        """Stream a file into ``sink``, and wait for what it returns where that is possible."""
 
 
 class ImageStore:
-    """The verified images under the storage root.
+    """The verified images under the storage root. Use it in one event loop at a time.
 
-    ``decoders`` bounds how many pictures are decoded at once: a decoded 2K picture takes some
-    20 MB, and Pillow releases the interpreter, so one per core is enough.
+    ``look`` decodes every picture: a flat or damaged one is rejected. Without it, a file is
+    taken for what its header says, its bytes are as the host sent them, and a decode is saved.
+    ``decoders`` bounds how many pictures are decoded at once: Pillow releases the interpreter,
+    so one per core is enough.
     """
 
-    def __init__(self, storage: Storage, *, decoders: int | None = None) -> None:
+    def __init__(self, storage: Storage, *, look: bool = True, decoders: int | None = None) -> None:
+        cores = os.cpu_count() or 1
         self.storage = storage
-        self._decoders = anyio.CapacityLimiter(decoders or os.cpu_count() or 1)
+        self._look = look
+        self._decoding = threading.BoundedSemaphore(decoders or cores)
+        self._downloads = ByteBudget(_DOWNLOADS_BYTES)
+        self._looks = ByteBudget(_LOOKS_BYTES)
+        self._most_threads = min(32, 4 + 2 * cores)
+        self._threads: ThreadPoolExecutor | None = None
+        self._threads_of = 0
 
     def holds(self, image: StoredImage) -> bool:
-        """Whether a stored image's file is still there with its size."""
+        """Whether the file is there in its full size."""
         return self.storage.size_bytes(image.path) == image.bytes
 
     async def fetch(self, client: Downloader, url: str, request: ImageRequest) -> StoredImage:
@@ -89,25 +92,31 @@ class ImageStore:
         Raises DownloadError: ImageRejected where the file is whole but wrong (it is kept
         under ``images/rejected``, for it was paid for), others where it could not be had.
         """
-        with self.storage.scratch() as temporary:
-            with temporary.open("wb") as file:
-                fetched = await client.download(url, sink=file.write, max_bytes=MAX_IMAGE_BYTES)
-            return await anyio.to_thread.run_sync(
-                self._admit, temporary, fetched, request, limiter=self._decoders
-            )
+        async with self._downloads.take(_PIECE_BYTES + _ON_ITS_WAY_BYTES):
+            body = _Body(self.storage, self._in_thread)
+            try:
+                fetched = await client.download(url, sink=body.take, max_bytes=MAX_IMAGE_BYTES)
+                memory = fetched.size_bytes if body.path is not None else 0
+                if self._look:
+                    memory += decoded_bytes(request.pixels)
+                async with self._looks.take(memory):
+                    return await self._in_thread(self._admit, body, fetched, request)
+            finally:
+                if body.path is not None:
+                    body.path.unlink(missing_ok=True)
 
-    def _admit(self, temporary: Path, fetched: Fetched, request: ImageRequest) -> StoredImage:
+    def _admit(self, body: _Body, fetched: Fetched, request: ImageRequest) -> StoredImage:
         key = request.request_key
         try:
-            image_format = look_at(temporary, request.pixels)
+            image_format = self._look_at(body, request)
         except ImageRejected as rejected:
             name = f"images/rejected/{key}"
-            self.storage.publish(temporary, name)
+            body.publish(name)
             raise ImageRejected(
                 rejected.code, f"{rejected}; kept as {self.storage.locate(name)}"
             ) from None
-        name = f"images/{key[:2]}/{key}.{FORMATS[image_format]}"
-        self.storage.publish(temporary, name)
+        name = image_name(key, image_format)
+        body.publish(name)
         width, height = request.pixels
         return StoredImage(
             path=name,
@@ -118,78 +127,100 @@ class ImageStore:
             height=height,
         )
 
+    def _look_at(self, body: _Body, request: ImageRequest) -> str:
+        if not self._look:
+            try:
+                return look_at(body.beginning(), request.pixels, decode=False)
+            except NoUsableBody:  # its header may be longer
+                return look_at(body.content(), request.pixels, decode=False)
+        with self._decoding:
+            return look_at(body.content(), request.pixels)
 
-def look_at(path: Path, pixels: tuple[int, int]) -> str:
-    """Decode a file in full and return its format: ``PNG``, ``JPEG``, ``WEBP`` or ``AVIF``.
-
-    Raises NoUsableBody where it is no whole picture, and ImageRejected where it is one of
-    other dimensions, or of one flat colour. Dimensions are compared before anything is
-    decoded, so that a small file cannot ask for much memory.
-    """
-    try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
-            if image.size != pixels:
-                raise _wrong_size(image.size, pixels)
-            image_format = image.format or ""
-            if getattr(image, "n_frames", 1) != 1:
-                raise ImageRejected("animated", "the image has several frames")
-            image.load()
-            flat = _is_flat(image)
-        if image_format == "PNG":
-            with Image.open(path, formats=["PNG"]) as image:
-                image.verify()  # decoding does not compare the checksums
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageRejected(
-            "wrong_size", f"the image declares far more than {pixels[0]}×{pixels[1]} pixels"
-        ) from None
-    except UnidentifiedImageError:
-        raise NoUsableBody(f"not an image: it begins with {_beginning(path)}") from None
-    except DownloadError:
-        raise
-    except DAMAGED as error:
-        raise NoUsableBody(f"the image is damaged: {error}") from None
-    if not _ends_well(path, image_format):
-        raise NoUsableBody(f"the {image_format} file is cut short")
-    if flat:
-        raise ImageRejected("flat_image", "the image is one flat colour")
-    return image_format
+    async def _in_thread(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """Call in a thread of this store's own; a cancellation waits for its end."""
+        if self._threads is None or self._threads_of != os.getpid():
+            self._threads = ThreadPoolExecutor(self._most_threads, "krea-image")
+            self._threads_of = os.getpid()
+        running = self._threads.submit(call, *arguments)
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            if not running.cancelled():
+                ending = asyncio.wrap_future(running)
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([ending])
+                ending.exception()  # nobody is there to take it any more
+            raise
 
 
-def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejected:
-    return ImageRejected(
-        "wrong_size",
-        f"the image has {found[0]}×{found[1]} pixels instead of {wanted[0]}×{wanted[1]}",
-    )
+class _Body:
+    """What has come of a file: in memory, and from 1 MiB on in a file at ``path``."""
+
+    def __init__(self, storage: Storage, in_thread: Callable[..., Any]) -> None:
+        self._storage = storage
+        self._in_thread = in_thread
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self.path: Path | None = None
+
+    def take(self, piece: bytes) -> object:
+        """Take the next piece. What it returns is to be waited for before the next."""
+        self._waiting.append(piece)
+        self._waiting_bytes += len(piece)
+        return _Room(self) if self._waiting_bytes >= _PIECE_BYTES else None
+
+    async def make_room(self) -> None:
+        """Write what waits to the file."""
+        await self._in_thread(self.written)
+
+    def written(self) -> Path:
+        """Write what waits to the file; returns its path. In a thread."""
+        if self.path is None:
+            self.path, descriptor = self._storage.open_new_file()
+        else:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            for piece in self._waiting:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+        finally:
+            os.close(descriptor)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        return self.path
+
+    def publish(self, name: str) -> None:
+        """Give the file its name. In a thread."""
+        self._storage.publish(self.written(), name)
+        if self._storage.folder is not None:
+            self.path = None  # it has been renamed
+
+    def beginning(self) -> bytes:
+        """The first 64 KiB or more, or all of it. In a thread."""
+        if self.path is None and self._waiting:
+            return self._waiting[0]
+        return self.content()
+
+    def content(self) -> bytes:
+        """All of it. In a thread."""
+        if self.path is not None:
+            return self.written().read_bytes()
+        if len(self._waiting) != 1:
+            self._waiting[:] = [b"".join(self._waiting)]
+        return self._waiting[0]
 
 
-def _is_flat(image: Image.Image) -> bool:
-    if image.mode.startswith("I"):  # grey in 16 bits
-        low, high = cast("tuple[int, int]", image.getextrema())
-        return high - low <= _FLAT_RANGE * 257
-    # By way of RGBA, because a palette may hold its transparency in a form that RGB cannot.
-    colours = image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
-    extrema = cast("tuple[tuple[int, int], ...]", colours.getextrema())
-    return all(high - low <= _FLAT_RANGE for low, high in extrema)
+class _Room:
+    """Room in memory for the next piece, for whoever waits for it."""
+
+    def __init__(self, body: _Body) -> None:
+        self._body = body
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._body.make_room().__await__()
 
 
-def _ends_well(path: Path, image_format: str) -> bool:
-    """Whether the file's end is its format's: decoders forgive a missing tail."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        file.seek(max(0, size - 64))
-        tail = file.read()
-    match image_format:
-        case "PNG":
-            return b"IEND\xaeB`\x82" in tail
-        case "JPEG":
-            return tail.rstrip(b"\x00").endswith(b"\xff\xd9")
-        case "WEBP":
-            return size >= int.from_bytes(head[4:8], "little") + 8
-        case _:
-            return True
-
-
-def _beginning(path: Path) -> str:
-    with path.open("rb") as file:
-        return repr(file.read(24))
+def image_name(request_key: str, image_format: str) -> str:
+    """The name of a stored image under the storage root."""
+    return f"images/{request_key[:2]}/{request_key}.{FORMATS[image_format]}"

@@ -8,46 +8,33 @@ gathers the changes of many requests into one commit.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import groupby, islice
-from typing import Any, Final, TypeVar
+from types import MappingProxyType
+from typing import Any, Final
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Row,
-    Select,
-    Table,
-    bindparam,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Table, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from krea_dagster.engine import schema
+from krea_dagster.engine.batch import OutOfDate, write_changes
 from krea_dagster.engine.budget import Caps, Commitment
-from krea_dagster.engine.changes import (
-    Change,
-    Present,
-    Step,
-    check,
-    event_row,
-    request_values,
-    submission_row,
-    submission_values,
-)
+from krea_dagster.engine.changes import Change
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.ledger import Ledger
 from krea_dagster.engine.owner import Owner, is_alive
-from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.rows import (
+    CHARGES,
+    JOINED,
+    AccountReading,
+    Charge,
+    charge_of,
+    chunks,
+    read_records,
+    record_of,
+)
 from krea_dagster.engine.schema import (
     account_readings,
     attempts,
@@ -59,55 +46,26 @@ from krea_dagster.engine.schema import (
     stops,
     submissions,
 )
+from krea_dagster.engine.snapshot import History, Snapshot
+from krea_dagster.engine.statements import Statements
 from krea_dagster.engine.states import AT_STAKE, Event, State
 from krea_dagster.errors import BuyingClosed, ConfigError, JournalError
 from krea_dagster.models import AccountCredits, ImageRequest
 
-_T = TypeVar("_T")
-
-#: Keys per statement: under every database's limit of parameters.
-_CHUNK: Final = 500
+__all__ = [
+    "HEARTBEAT_LIMIT_S",
+    "NO_CAPS",
+    "AccountReading",
+    "Charge",
+    "History",
+    "Journal",
+    "Snapshot",
+]
 
 NO_CAPS: Final = Caps()
 
 #: An owner of another machine that has not been heard of for this long is dead.
 HEARTBEAT_LIMIT_S: Final = 90.0
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One submission: a purchase, or what may have been one. Money in units, None if not known.
-
-    ``state`` is the request's, where this submission is its present one, and else None: an
-    earlier one ended without an image and, as far as is known, without a charge.
-    """
-
-    idempotency_key: str
-    request_key: str
-    number: int
-    run_id: str
-    partition_key: str
-    quality: str
-    sent_at: datetime
-    posts: int
-    task_id: str | None
-    submitted_at: datetime | None
-    expected_units: int
-    committed_units: int
-    reserved_units: int | None
-    charged_units: int | None
-    settled_at: datetime | None
-    state: State | None
-
-
-@dataclass(frozen=True)
-class AccountReading:
-    """What ``GET /v1/credits`` said during a run, in units: the key's use, or the account's."""
-
-    at: datetime
-    run_id: str
-    used_units: int
-    remaining_units: int
 
 
 class Journal:
@@ -122,6 +80,7 @@ class Journal:
         self._database = Database(url, lock_timeout_s=lock_timeout_s)
         self._where = self._database.where
         self._sqlite = self._database.sqlite
+        self._statements = Statements(self._database.dialect)
         self._read = self._database.read
         self._write = self._database.write
 
@@ -153,6 +112,10 @@ class Journal:
                     "(KREA_STORAGE) or another journal (KREA_JOURNAL_URL)."
                 )
 
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A connection for one reading transaction, for those who read many columns at once."""
+        return self._read("read")
+
     # -- owners and claims --------------------------------------------------------------------
 
     def register(self, owner: Owner, at: datetime) -> None:
@@ -179,7 +142,7 @@ class Journal:
     def let_go(self, keys: Iterable[str], owner: str) -> None:
         """Give up an owner's claims on these requests."""
         with self._write("release claims in") as connection:
-            for chunk in _chunks(sorted(keys)):
+            for chunk in chunks(sorted(keys)):
                 connection.execute(
                     update(requests)
                     .where(requests.c.request_key.in_(chunk), requests.c.claimed_by == owner)
@@ -209,7 +172,7 @@ class Journal:
                 requests.c.claimed_by.in_(dead),
             )
             # Sorted, here and below, so that two runs never wait for each other's row locks.
-            for chunk in _chunks(sorted(keys)):
+            for chunk in chunks(sorted(keys)):
                 found = connection.execute(
                     update(requests)
                     .where(requests.c.request_key.in_(chunk), free)
@@ -228,7 +191,7 @@ class Journal:
         """
         added = 0
         with self._write("plan requests in") as connection:
-            for chunk in _chunks(sorted(wanted, key=lambda pair: pair[0].request_key)):
+            for chunk in chunks(sorted(wanted, key=lambda pair: pair[0].request_key)):
                 rows = {
                     request.request_key: {
                         "request_key": request.request_key,
@@ -273,36 +236,33 @@ class Journal:
 
     def records(self, keys: Iterable[str]) -> dict[str, Record]:
         """The requests with these keys, as they stand; unknown keys are left out."""
-        found: dict[str, Record] = {}
         with self._read("read") as connection:
-            for chunk in _chunks(keys):
-                found.update(_records(connection, chunk))
-        return found
+            return read_records(connection, keys)
 
     def all_records(self) -> Iterator[Record]:
         """Every request, in the order of their keys."""
         with self._read("read") as connection:
-            for row in connection.execute(_joined().order_by(requests.c.request_key)):
-                yield _record(row)
+            for row in connection.execute(JOINED.order_by(requests.c.request_key)):
+                yield record_of(row)
 
     def unsettled(self) -> list[Record]:
         """The requests that are paid for, or may be, and not at hand; the oldest first."""
         states = [state.value for state in AT_STAKE]
         with self._read("read") as connection:
             rows = connection.execute(
-                _joined().where(requests.c.state.in_(states)).order_by(submissions.c.sent_at)
+                JOINED.where(requests.c.state.in_(states)).order_by(submissions.c.sent_at)
             )
-            return [_record(row) for row in rows]
+            return [record_of(row) for row in rows]
 
     def given_up(self) -> list[Record]:
         """The requests that are paid and lost, whose task could be asked about again."""
         with self._read("read") as connection:
             rows = connection.execute(
-                _joined()
-                .where(requests.c.state == State.EXPIRED.value, submissions.c.task_id.is_not(None))
-                .order_by(submissions.c.sent_at)
+                JOINED.where(
+                    requests.c.state == State.EXPIRED.value, submissions.c.task_id.is_not(None)
+                ).order_by(submissions.c.sent_at)
             )
-            return [_record(row) for row in rows]
+            return [record_of(row) for row in rows]
 
     def unattended(self, at: datetime) -> list[Record]:
         """The unsettled requests that no living run holds; the oldest first."""
@@ -340,6 +300,7 @@ class Journal:
         run_id: str,
         caps: Caps = NO_CAPS,
         launch: str = "",
+        known: Mapping[str, Record] = MappingProxyType({}),
     ) -> list[Record | JournalError | BuyingClosed]:
         """Write the events of several requests in one commit.
 
@@ -349,38 +310,29 @@ class Journal:
         has stopped the ``launch`` (the run's own id, unless several runs were launched
         together). The others are written all the same. Raises JournalError where nothing could
         be written.
+
+        ``known`` are records, by request key, as the caller has them from its last change: they
+        need not be read again. One that is out of date after all is read, and nothing is lost.
         """
-        answers: dict[int, Record | JournalError | BuyingClosed] = {}
-        written: dict[int, str] = {}
-        with self._write("write to") as connection:
-            present = {
-                key: row
-                for chunk in _chunks({change.request_key for change in changes})
-                for key, row in _states(connection, chunk, lock=not self._sqlite).items()
-            }
-            ledger = Ledger(connection, caps, run_id=run_id, launch=launch or run_id)
-            steps: list[Step] = []
-            for number, change in enumerate(changes):
-                try:
-                    step = check(change, present.get(change.request_key), owner)
-                    buys = change.event is Event.SUBMITTING
-                    step = ledger.admit(step) if buys else ledger.settle(step)
-                except (JournalError, BuyingClosed) as error:
-                    answers[number] = error
-                    continue
-                present[change.request_key] = step.after
-                written[number] = change.request_key
-                steps.append(step)
-            for round_ in _rounds(steps):
-                _write_steps(connection, round_, run_id)
-            ledger.write()
-            records = {
-                key: record
-                for chunk in _chunks(set(written.values()))
-                for key, record in _records(connection, chunk).items()
-            }
-        answers.update({number: records[key] for number, key in written.items()})
-        return [answers[number] for number in range(len(changes))]
+
+        def write(known: Mapping[str, Record]) -> list[Record | JournalError | BuyingClosed]:
+            with self._database.write_by_driver("write to") as cursor:
+                statements, name = self._statements, launch or run_id
+                ledger = Ledger(cursor, statements, caps, run_id=run_id, launch=name)
+                return write_changes(
+                    cursor,
+                    statements,
+                    ledger,
+                    changes,
+                    owner=owner,
+                    run_id=run_id,
+                    known=known,
+                )
+
+        try:
+            return write(known)
+        except OutOfDate:
+            return write({})
 
     # -- money --------------------------------------------------------------------------------
 
@@ -388,7 +340,7 @@ class Journal:
         """Every submission that was made, in the order of their first POSTs."""
         with self._read("read") as connection:
             order = (submissions.c.sent_at, submissions.c.idempotency_key)
-            return [_charge(row) for row in connection.execute(_charges().order_by(*order))]
+            return [charge_of(row) for row in connection.execute(CHARGES.order_by(*order))]
 
     def commitment(self, scope: str) -> Commitment:
         """What ``run:<run id>`` or ``day:<YYYY-MM-DD>`` has committed and spent."""
@@ -487,145 +439,6 @@ class Journal:
         return (sqlite.insert if self._sqlite else postgresql.insert)(table)
 
 
-@dataclass(frozen=True)
-class History:
-    """A request's state, and the events that led to it: ``(seq, event)`` in their order, as text.
-
-    ``seq`` is the number that the request gives its last event.
-    """
-
-    request_key: str
-    state: str
-    seq: int
-    events: Sequence[tuple[int, str]]
-
-
-class Snapshot:
-    """The journal at one moment. Rows stream by, a thousand at a time, in the order of the keys.
-
-    All raise JournalError where they cannot be read.
-    """
-
-    def __init__(
-        self,
-        connection: Connection,
-        explained: Callable[[str], AbstractContextManager[None]],
-    ) -> None:
-        self._connection = connection.execution_options(yield_per=1000)
-        self._explained = explained
-
-    def records(self) -> Iterator[Record]:
-        """Every request."""
-        for row in self._rows(_joined().order_by(requests.c.request_key)):
-            yield _record(row)
-
-    def charges(self) -> Iterator[Charge]:
-        """Every submission; those of one request follow one another by their numbers."""
-        order = (submissions.c.request_key, submissions.c.number)
-        for row in self._rows(_charges().order_by(*order)):
-            yield _charge(row)
-
-    def histories(self) -> Iterator[History]:
-        """Every request's events."""
-        query = (
-            select(
-                requests.c.request_key,
-                requests.c.state,
-                requests.c.seq.label("last"),
-                events.c.seq,
-                events.c.event,
-            )
-            .select_from(requests.outerjoin(events))
-            .order_by(requests.c.request_key, events.c.seq)
-        )
-        for key, group in groupby(self._rows(query), key=lambda row: str(row.request_key)):
-            found = list(group)
-            happened = [(row.seq, row.event) for row in found if row.event is not None]
-            yield History(key, found[0].state, found[0].last, happened)
-
-    def commitments(self) -> dict[str, Commitment]:
-        """What each run and day has committed and spent, by scope."""
-        return {
-            row.scope: Commitment(row.committed_units, row.spent_units)
-            for row in self._rows(select(commitments))
-        }
-
-    def account_readings(self) -> list[AccountReading]:
-        """What the account said, in its order."""
-        query = select(account_readings).order_by(account_readings.c.id)
-        return [
-            AccountReading(row.at, row.run_id, row.used_units, row.remaining_units)
-            for row in self._rows(query)
-        ]
-
-    def _rows(self, query: Select[Any]) -> Iterator[Row[Any]]:
-        with self._explained("read"):
-            yield from self._connection.execute(query)
-
-
-# -- rows -----------------------------------------------------------------------------------------
-
-
-def _rounds(steps: Iterable[Step]) -> list[list[Step]]:
-    """The steps in rounds that hold each request once: within a round the order is free."""
-    rounds: list[list[Step]] = []
-    taken: Counter[str] = Counter()
-    for step in steps:
-        number = taken[step.change.request_key]
-        taken[step.change.request_key] += 1
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append(step)
-    return rounds
-
-
-def _write_steps(connection: Connection, steps: Sequence[Step], run_id: str) -> None:
-    """Write three kinds of rows; statements of one shape go to the driver together."""
-    new: list[dict[str, Any]] = []
-    log: list[dict[str, Any]] = []
-    request_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    submission_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for step in steps:
-        change = step.change
-        log.append(event_row(step, run_id))
-        values = request_values(step)
-        request_updates.setdefault(tuple(values), []).append(
-            {"b_key": change.request_key, **{f"b_{name}": item for name, item in values.items()}}
-        )
-        if step.opens_submission:
-            new.append(submission_row(step, run_id))
-            continue
-        values = submission_values(step, run_id)
-        if values:
-            submission_updates.setdefault(tuple(values), []).append(
-                {
-                    "b_key": step.after.idempotency_key or step.before.idempotency_key,
-                    **{f"b_{name}": item for name, item in values.items()},
-                }
-            )
-    if new:
-        connection.execute(insert(submissions), new)
-    for names, rows in submission_updates.items():
-        _update_each(connection, submissions, submissions.c.idempotency_key, names, rows)
-    for names, rows in request_updates.items():
-        _update_each(connection, requests, requests.c.request_key, names, rows)
-    if log:
-        connection.execute(insert(events), log)
-
-
-def _update_each(
-    connection: Connection,
-    table: Table,
-    key: Column[str],
-    names: tuple[str, ...],
-    rows: list[dict[str, Any]],
-) -> None:
-    assignments: dict[str, Any] = {name: bindparam(f"b_{name}") for name in names}
-    if "posts" in assignments:
-        assignments["posts"] = submissions.c.posts + bindparam("b_posts")
-    connection.execute(update(table).where(key == bindparam("b_key")).values(assignments), rows)
-
-
 def _dead_owners(connection: Connection, at: datetime) -> set[str]:
     return {
         row.owner
@@ -636,155 +449,3 @@ def _dead_owners(connection: Connection, at: datetime) -> set[str]:
             limit_s=HEARTBEAT_LIMIT_S,
         )
     }
-
-
-def _states(connection: Connection, keys: Sequence[str], *, lock: bool) -> dict[str, Present]:
-    earlier = submissions.alias("earlier")
-    query = select(
-        requests.c.request_key,
-        requests.c.state,
-        requests.c.seq,
-        requests.c.claimed_by,
-        requests.c.idempotency_key,
-        select(func.coalesce(func.max(earlier.c.number), 0))
-        .where(earlier.c.request_key == requests.c.request_key)
-        .scalar_subquery()
-        .label("last_submission"),
-        requests.c.quality,
-        submissions.c.committed_units,
-        submissions.c.expected_units,
-        submissions.c.run_id,
-        submissions.c.sent_at,
-    )
-    query = query.select_from(_WITH_SUBMISSION).where(requests.c.request_key.in_(keys))
-    if lock:
-        query = query.with_for_update(of=requests)
-    return {
-        row.request_key: Present(
-            state=State(row.state),
-            seq=row.seq,
-            claimed_by=row.claimed_by,
-            idempotency_key=row.idempotency_key,
-            last_submission=row.last_submission,
-            quality=row.quality,
-            committed_units=row.committed_units or 0,
-            expected_units=row.expected_units or 0,
-            bought_by=row.run_id or "",
-            sent_at=row.sent_at,
-        )
-        for row in connection.execute(query)
-    }
-
-
-#: Requests, each beside its present submission where it has one.
-_WITH_SUBMISSION: Final = requests.outerjoin(
-    submissions, requests.c.idempotency_key == submissions.c.idempotency_key
-)
-
-
-def _joined() -> Select[Any]:
-    return select(requests, *(submissions.c[name] for name in _SUBMISSION)).select_from(
-        requests.outerjoin(submissions, requests.c.idempotency_key == submissions.c.idempotency_key)
-    )
-
-
-#: Columns of the present submission that a record shows.
-_SUBMISSION: Final = (
-    "number",
-    "run_id",
-    "sent_at",
-    "submitted_at",
-    "task_id",
-    "reserved_units",
-    "charged_units",
-    "committed_units",
-    "billing_rule",
-    "user_group",
-)
-
-
-def _records(connection: Connection, keys: Sequence[str]) -> dict[str, Record]:
-    rows = connection.execute(_joined().where(requests.c.request_key.in_(keys)))
-    return {row.request_key: _record(row) for row in rows}
-
-
-def _record(row: Row[Any]) -> Record:
-    image = None
-    if row.image_path is not None:
-        image = StoredImage(
-            path=row.image_path,
-            sha256=row.image_sha256,
-            bytes=row.image_bytes,
-            format=row.image_format,
-            width=row.width,
-            height=row.height,
-        )
-    return Record(
-        request=ImageRequest(
-            request_key=row.request_key,
-            prompt=row.prompt,
-            size=row.size,
-            quality=row.quality,
-            seed=row.seed,
-            nsfw_check=row.nsfw_check,
-            attempt=row.attempt,
-            model=row.model,
-        ),
-        state=State(row.state),
-        partition_key=row.partition_key,
-        submission=row.number or 0,
-        idempotency_key=row.idempotency_key,
-        sent_at=row.sent_at,
-        submitted_at=row.submitted_at,
-        task_id=row.task_id,
-        reserved_units=row.reserved_units,
-        charged_units=row.charged_units,
-        committed_units=row.committed_units or 0,
-        billing_rule=row.billing_rule,
-        user_group=row.user_group,
-        run_id=row.run_id,
-        result_url=row.result_url,
-        completed_at=row.completed_at,
-        stored_at=row.stored_at,
-        image=image,
-        error_code=row.error_code,
-        error_message=row.error_message,
-        claimed_by=row.claimed_by,
-    )
-
-
-def _charges() -> Select[Any]:
-    return select(
-        submissions,
-        requests.c.quality,
-        requests.c.state,
-        requests.c.idempotency_key.label("present_key"),
-    ).join(requests, submissions.c.request_key == requests.c.request_key)
-
-
-def _charge(row: Row[Any]) -> Charge:
-    present = row.idempotency_key == row.present_key
-    return Charge(
-        idempotency_key=row.idempotency_key,
-        request_key=row.request_key,
-        number=row.number,
-        run_id=row.run_id,
-        partition_key=row.partition_key,
-        quality=row.quality,
-        sent_at=row.sent_at,
-        posts=row.posts,
-        task_id=row.task_id,
-        submitted_at=row.submitted_at,
-        expected_units=row.expected_units,
-        committed_units=row.committed_units,
-        reserved_units=row.reserved_units,
-        charged_units=row.charged_units,
-        settled_at=row.settled_at,
-        state=State(row.state) if present else None,
-    )
-
-
-def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, _CHUNK)):
-        yield chunk

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from krea_dagster.engine.states import State
 from krea_dagster.models import ImageRequest
@@ -32,7 +34,11 @@ class Record:
     the start of the hours in which a repeat is safe.
 
     ``charged_units`` is None while it is not known: between submission and settlement, and
-    for an unknown outcome. ``committed_units`` is what it may cost at most, as far as is known.
+    for an unknown outcome. ``committed_units`` is what it may cost at most, as far as is known,
+    ``expected_units`` what the submission was expected to cost when it was admitted.
+
+    ``seq`` numbers the request's events from 0, and ``submissions`` counts its submissions: by
+    them a change is written only onto the very record that it was made from.
     """
 
     request: ImageRequest
@@ -56,11 +62,24 @@ class Record:
     error_code: str | None = None
     error_message: str | None = None
     claimed_by: str | None = None
+    seq: int = 0
+    submissions: int = 0
+    expected_units: int = 0
 
     @property
     def request_key(self) -> str:
         """The request's identity."""
         return self.request.request_key
+
+    def changed(self, fields: Mapping[str, Any]) -> Record:
+        """The same record with other values in these fields.
+
+        What ``dataclasses.replace`` does, at a tenth of its cost: it is done for every event.
+        """
+        after = object.__new__(Record)
+        after.__dict__.update(self.__dict__)
+        after.__dict__.update(fields)
+        return after
 
 
 def idempotency_key(request_key: str, submission: int) -> str:

@@ -32,6 +32,16 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
+def microseconds(at: datetime) -> int:
+    """A time as microseconds since 1970 in UTC."""
+    return (at - _EPOCH) // _MICROSECOND
+
+
+def time_of(at_us: int) -> datetime:
+    """The time that so many microseconds since 1970 are."""
+    return _EPOCH + at_us * _MICROSECOND
+
+
 class UtcTime(TypeDecorator[datetime]):
     """A time as microseconds since 1970 in UTC: exact, sortable, the same in every database."""
 
@@ -40,11 +50,11 @@ class UtcTime(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:  # noqa: ARG002 - SQLAlchemy's signature
         """To the column."""
-        return None if value is None else (value - _EPOCH) // _MICROSECOND
+        return None if value is None else microseconds(value)
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's signature
         """From the column."""
-        return None if value is None else _EPOCH + value * _MICROSECOND
+        return None if value is None else time_of(value)
 
 
 def _one_of(column: str, names: list[str]) -> str:

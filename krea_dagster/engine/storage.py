@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 
 import fsspec
 
+from krea_dagster.engine import partial
 from krea_dagster.errors import ConfigError
 
 
@@ -34,6 +35,7 @@ class Storage:
             raise ConfigError(f"the storage root {root!r} cannot be used: {error}") from error
         self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
         self.folder: Path | None = Path(path).absolute() if self._remote is None else None
+        self._folders: set[str] = set()  # those that this one has made, or found
 
     def __repr__(self) -> str:
         return f"Storage({self.locate('')!r})"
@@ -52,7 +54,8 @@ class Storage:
         """The size of a file, or None where there is none."""
         try:
             if self.folder is not None:
-                return (self.folder / name).stat().st_size
+                # Not by pathlib, which costs ten times the call: this is asked for every image.
+                return os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116
             return cast("int", self._fs.info(self._full(name))["size"])
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -86,20 +89,37 @@ class Storage:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yield a path to write a new file at; it is removed afterwards where it is still there.
+        """Yield a path to write a new file at; it is removed afterwards where it is still there."""
+        path = self.new_file()
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def new_file(self) -> Path:
+        """The path of a new, empty file, for whoever fills it to publish or to remove."""
+        path, descriptor = self.open_new_file()
+        os.close(descriptor)
+        return path
+
+    def open_new_file(self) -> tuple[Path, int]:
+        """The same, and a descriptor to write to it, which the caller closes.
 
         In the same file system as the root, so that publishing is a rename.
         """
-        folder = None
-        if self.folder is not None:
-            folder = self.folder / ".partial"
-            folder.mkdir(parents=True, exist_ok=True)
-        descriptor, path = tempfile.mkstemp(dir=folder, suffix=".part")
-        os.close(descriptor)
+        if self.folder is None:
+            descriptor, name = tempfile.mkstemp(suffix=".part")
+            return Path(name), descriptor
+        folder = self.folder / partial.FOLDER
+        if self._make(folder):
+            partial.remove_abandoned(folder)
+        path = folder / partial.new_name()
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         try:
-            yield Path(path)
-        finally:
-            Path(path).unlink(missing_ok=True)
+            return path, os.open(path, flags, 0o644)
+        except FileNotFoundError:  # somebody has tidied up
+            folder.mkdir(parents=True, exist_ok=True)
+            return path, os.open(path, flags, 0o644)
 
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished file its name, durably; an older one of that name is replaced."""
@@ -107,11 +127,13 @@ class Storage:
             self._fs.put_file(str(temporary), self._full(name))
             return
         target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
+        sync_file(temporary)
+        self._make(target.parent)
+        try:
+            temporary.replace(target)
+        except FileNotFoundError:  # somebody has removed the folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(target)
         sync_folder(target.parent)
 
     def write(self, name: str, write: Callable[[BinaryIO], None]) -> None:
@@ -120,6 +142,19 @@ class Storage:
             with temporary.open("wb") as file:
                 write(file)
             self.publish(temporary, name)
+
+    def _make(self, folder: str | Path) -> bool:
+        """Make a folder, durably; false where this one has made or found it before."""
+        name = os.fspath(folder)
+        if name in self._folders:
+            return False
+        missing = Path(name)
+        parents = [parent for parent in (missing, *missing.parents) if not parent.exists()]
+        missing.mkdir(parents=True, exist_ok=True)
+        for made in parents:
+            sync_folder(made.parent)
+        self._folders.add(name)
+        return True
 
     def _full(self, name: str) -> str:
         return f"{self._remote}/{name}" if name else str(self._remote)
@@ -130,9 +165,14 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | Path) -> None:
     """Make a rename durable: the name is the folder's content, not the file's."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,33 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch, no_certificates: Path) -
     # Reading the machine's bundle costs 40 ms a client, and only the TLS tests need any.
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.setenv("SSL_CERT_DIR", str(no_certificates))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for files.test and 127.0.0.1, and its key, made for this run."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    crt, key = folder / "crt.pem", folder / "key.pem"
+    subprocess.run(
+        [
+            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=files.test", "-keyout", str(key)),
+            *("-addext", "subjectAltName=DNS:files.test,IP:127.0.0.1", "-out", str(crt)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return crt, key
+
+
+@pytest.fixture
+def tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """A server's side; the client trusts it through SSL_CERT_FILE."""
+    crt, key = certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(crt, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(crt))
+    return context

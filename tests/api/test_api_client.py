@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from krea_dagster.api import KreaClient
-from krea_dagster.api.client import ANSWER_MAX_BYTES, BATCH_TRIES, check_base_url
+from krea_dagster.api.client import BATCH_TRIES, check_base_url
+from krea_dagster.api.exchange import ANSWER_MAX_BYTES
 from krea_dagster.errors import (
     ApiError,
     ConfigError,
@@ -98,7 +99,6 @@ async def test_a_purchase_sends_the_key_the_idempotency_key_and_the_body_and_not
         "host": f"127.0.0.1:{server.port}",
         "accept": "application/json",
         "accept-encoding": "identity",
-        "connection": "keep-alive",
         "content-type": "application/json",
         "content-length": str(len(seen.body)),
         "authorization": f"Bearer {KEY}",
@@ -550,6 +550,18 @@ async def test_no_error_shows_the_key(case: str, caplog: pytest.LogCaptureFixtur
         assert KEY[:12] not in shown(error)
     ours = [record for record in caplog.records if not record.name.startswith("httpcore")]
     assert KEY not in "".join(record.getMessage() for record in ours)
+
+
+async def test_a_cancellation_shows_no_key() -> None:
+    """Its traceback goes through the HTTP library, whose variables hold the headers."""
+    reached = asyncio.Event()
+    async with serving(holds(reached=reached)) as server, client_for(server) as client:
+        purchase = asyncio.ensure_future(buy(client))
+        await reached.wait()
+        purchase.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await purchase
+    assert KEY[:12] not in shown(caught.value)
 
 
 async def test_the_kept_answer_of_a_purchase_does_not_hold_the_key() -> None:

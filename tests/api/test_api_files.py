@@ -6,19 +6,16 @@ import asyncio
 import gzip
 import hashlib
 import io
-import shutil
 import socket
 import ssl
-import subprocess
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from krea_dagster.api import Download, KreaClient
-from krea_dagster.api.files import CHUNK_BYTES, Unpacker
+from krea_dagster.api.unpack import CHUNK_BYTES, Unpacker
 from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
 from tests.api.api_loopback import (
     Behaviour,
@@ -346,36 +343,6 @@ async def test_redirects_are_followed_five_times(turns: int) -> None:
 
 
 # -- TLS --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for files.test and its key, made for this run."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl command to make a certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    crt, key = folder / "crt.pem", folder / "key.pem"
-    subprocess.run(
-        [
-            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
-            *("-nodes", "-days", "2", "-subj", "/CN=files.test", "-keyout", str(key)),
-            *("-addext", "subjectAltName=DNS:files.test", "-out", str(crt)),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return crt, key
-
-
-@pytest.fixture
-def tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
-    """A server's side; the client trusts it through SSL_CERT_FILE."""
-    crt, key = certificate
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(crt, key)
-    monkeypatch.setenv("SSL_CERT_FILE", str(crt))
-    return context
 
 
 @pytest.mark.parametrize("scheme", ["https", "http"])

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import struct
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -20,11 +21,12 @@ import fsspec
 import pytest
 from PIL import Image, ImageDraw
 
-from krea_dagster.engine.images import MAX_IMAGE_BYTES, ImageStore, look_at
+from krea_dagster.engine.images import MAX_IMAGE_BYTES, ImageStore
+from krea_dagster.engine.look import is_flat, look_at
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
-from tests.engine.engine_bench import asked
+from tests.engine.engine_bench import asked, until
 
 pytestmark = pytest.mark.anyio
 
@@ -263,15 +265,13 @@ async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_dimensions_are_compared_before_anything_is_decoded(tmp_path: Path) -> None:
+def test_dimensions_are_compared_before_anything_is_decoded() -> None:
     """Rows that would take 3 GB are not even begun: the data behind the header is nonsense."""
-    path = tmp_path / "bomb.png"
     body = bytearray(bomb())
     body[16:24] = struct.pack(">II", 30_000, 2_900)  # below the library's own limit
     body[29:33] = struct.pack(">I", zlib.crc32(bytes(body[12:29])))
-    path.write_bytes(body)
     with pytest.raises(ImageRejected) as caught:
-        look_at(path, PIXELS)
+        look_at(bytes(body), PIXELS)
     assert caught.value.code == "wrong_size"
 
 
@@ -321,8 +321,8 @@ async def test_a_file_has_its_name_only_when_it_is_whole(store: ImageStore, tmp_
             return body
 
     await store.fetch(Watched(encoded("PNG")), "https://x/a", REQUEST)
-    ((during,),) = seen
-    assert during.startswith(".partial/")
+    (during,) = seen
+    assert all(name.startswith(".partial/") for name in during)
     assert [name.partition("/")[0] for name in files(tmp_path)] == ["images"]
 
 
@@ -381,3 +381,81 @@ def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path: Path) -> N
 def test_a_root_that_cannot_be_used_is_a_wrong_setting(root: str) -> None:
     with pytest.raises(ConfigError):
         Storage(root)
+
+
+# -- what it takes ----------------------------------------------------------------------------
+
+
+async def test_without_a_look_only_the_header_is_believed(tmp_path: Path) -> None:
+    """A flat picture passes, and one that is cut; another size or no picture does not."""
+    store = ImageStore(Storage(str(tmp_path)), look=False)
+    black = flat("RGB", (0, 0, 0))
+    image = await store.fetch(Server(black), "https://x/a", REQUEST)
+    assert (image.format, image.width, image.height) == ("PNG", *PIXELS)
+    assert (image.bytes, image.sha256) == (len(black), sha256(black).hexdigest())
+    assert await fetch(store, encoded("JPEG")[:5000])
+    with pytest.raises(ImageRejected):
+        await fetch(store, encoded("PNG", (352, 736)))
+    with pytest.raises(NoUsableBody):
+        await fetch(store, b"<html>")
+
+
+class Waits(Server):
+    """Waits for what the sink returns, as the client does."""
+
+    async def download(self, url: str, *, sink: Callable[[bytes], object], max_bytes: int) -> Body:
+        for start in range(0, len(self.body), 65536):
+            done = sink(self.body[start : start + 65536])
+            if isinstance(done, Awaitable):
+                await done
+        return Body(len(self.body), sha256(self.body).hexdigest())
+
+
+def noise(side: int = 0) -> bytes:
+    """A picture whose file is larger than what is kept in memory."""
+    target = io.BytesIO()
+    pixels = (side, side) if side else PIXELS
+    image = Image.merge("RGB", [Image.effect_noise(pixels, 90) for _ in range(3)])
+    image.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
+async def test_a_large_file_is_written_while_it_comes(store: ImageStore, tmp_path: Path) -> None:
+    body, sizes = noise(), set[int]()
+
+    class Watched(Waits):
+        async def download(
+            self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
+        ) -> Body:
+            got = await super().download(url, sink=sink, max_bytes=max_bytes)
+            sizes.update(len((tmp_path / name).read_bytes()) for name in files(tmp_path))
+            return got
+
+    assert len(body) > 3_000_000
+    image = await store.fetch(Watched(body), "https://x/a", REQUEST)
+    (written,) = sizes
+    assert 2_000_000 < written < len(body)
+    assert files(tmp_path) == [image.path]
+    assert (tmp_path / image.path).read_bytes() == body
+
+
+async def test_a_stop_waits_for_the_file_that_is_being_written(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    """It is there whole or not at all, and no thread is left behind with it."""
+    fetching = asyncio.ensure_future(store.fetch(Waits(noise()), "https://x/a", REQUEST))
+    await until(lambda: files(tmp_path) != [])
+    fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    assert [name for name in files(tmp_path) if name.startswith(".partial")] == []
+
+
+def test_a_picture_that_is_flat_in_its_middle_only_is_not_flat() -> None:
+    """The squares that are looked at first settle only that a picture is not flat."""
+    image = Image.new("RGB", PIXELS, (7, 7, 7))
+    assert is_flat(image)
+    image.putpixel((PIXELS[0] - 1, PIXELS[1] - 1), (7, 10, 7))
+    assert not is_flat(image)
+    image.putpixel((PIXELS[0] - 1, PIXELS[1] - 1), (7, 9, 7))
+    assert is_flat(image)

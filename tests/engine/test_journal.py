@@ -25,9 +25,9 @@ from krea_dagster.engine.changes import Change
 from krea_dagster.engine.journal import HEARTBEAT_LIMIT_S, Journal
 from krea_dagster.engine.owner import Owner, this_process
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
-from tests.engine.engine_bench import NOW, Hand, all_rows, asked, change, rows, several
+from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change, rows, several
 
 
 def only(records: Any) -> Any:
@@ -178,6 +178,69 @@ def test_words_of_the_server_of_any_length_never_cost_a_task_its_id(journal: Jou
         request, Event.ACCEPTED, task_id="t" * 128, billing_rule="r" * 200, user_group="g" * 300
     )
     assert record.task_id == "t" * 128
+
+
+# -- records that the writer knows already ------------------------------------------------------
+
+
+def test_a_record_that_is_handed_in_leads_to_the_same_rows_as_one_that_is_read(
+    journal: Journal, journal_url: str
+) -> None:
+    """For every event there is, the computed record is what another reader finds."""
+    hand = Hand(journal)
+    for request, state in zip(several(len(State)), State, strict=True):
+        known = hand.bring(request, State.PLANNED)
+        for event in WAYS[state]:
+            (known,) = journal.append(  # type: ignore[assignment]  # nothing is refused here
+                [change(request, event)],
+                owner=hand.owner.owner,
+                run_id=hand.run_id,
+                known={request.request_key: known},
+            )
+            assert only(journal.records([request.request_key])) == known
+        for event in (Event.PLANNED, Event.SUBMITTING, Event.FILE_MISSING, Event.TURNED_AWAY):
+            if (known.state, event) in TRANSITIONS:
+                known = hand.write(request, event)
+                assert only(journal.records([request.request_key])) == known
+
+
+def test_a_record_that_is_out_of_date_is_read_again_and_nothing_is_written_twice(
+    journal: Journal,
+) -> None:
+    hand, (first, second) = Hand(journal), several(2)
+    old = hand.bring(first, State.PLANNED)
+    hand.bring(second, State.PLANNED)
+    hand.write(first, Event.SUBMITTING)
+    answers = journal.append(
+        [change(second, Event.SUBMITTING), change(first, Event.SUBMITTING)],
+        owner=hand.owner.owner,
+        run_id=hand.run_id,
+        known={first.request_key: old},
+    )
+    assert isinstance(answers[0], Record)
+    assert isinstance(answers[1], IllegalTransition)
+    assert [event for _, event, _ in journal.history(second.request_key)] == [
+        Event.PLANNED,
+        Event.SUBMITTING,
+    ]
+    assert len(journal.charges()) == 2
+
+
+def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
+    journal: Journal,
+) -> None:
+    mine, theirs = Hand(journal, "mine"), Hand(journal, "theirs")
+    old = mine.bring(asked(), State.PLANNED)
+    journal.release(mine.owner.owner)
+    journal.claim([old.request_key], theirs.owner.owner, NOW)
+    (answer,) = journal.append(
+        [change(asked(), Event.SUBMITTING)],
+        owner=mine.owner.owner,
+        run_id="mine",
+        known={old.request_key: old},
+    )
+    assert isinstance(answer, TakenOver)
+    assert journal.charges() == []
 
 
 # -- money ------------------------------------------------------------------------------------

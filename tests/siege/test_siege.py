@@ -181,9 +181,14 @@ def removed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[None]:
+    """With its log: an old one would keep a new journal from being made."""
+    logs = [path.with_name(path.name + ending) for ending in ("-wal", "-shm")]
+    kept = [log.rename(log.with_name(f"aside{log.name}")) for log in logs]
     with removed(path):
         Journal(f"sqlite:///{path}").close()
         yield
+    for log, aside in zip(logs, kept, strict=True):
+        aside.rename(log)
 
 
 @contextmanager
@@ -223,7 +228,6 @@ Trouble = Callable[[Path], Any]
 #: The trouble, words of the error, and words of the advice.
 TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
     (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
-    (read_only, "readonly|unable to open", "writable|read and written"),
     (locked, "database is locked", "let it end, or end it"),
     (removed, "unable to open", "not there any more. Put it back"),
     (replaced, "was replaced by another", "Put it back"),
@@ -231,7 +235,7 @@ TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
     (header_overwritten, "not a database", "Do not remove it.*restore a backup"),
     (cut, "malformed", "Do not remove it.*restore a backup"),
 ]
-_NEED_A_MOUNT: Final = (full, read_only)
+_NEED_A_MOUNT: Final = (full,)
 every_trouble = pytest.mark.parametrize(
     ("trouble", "said", "advice"), TROUBLES, ids=[trouble.__name__ for trouble, _, _ in TROUBLES]
 )
@@ -264,6 +268,21 @@ async def test_where_no_intent_can_be_written_nothing_is_posted(
         assert re.search(advice, str(error.value))
         assert fort.emulator.books()["submit_posts"] == 0
     await fort.settle()
+
+
+async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(fort: Fort) -> None:
+    """No system makes a disk read-only under a file that is open for writing."""
+    with _file_system(fort.folder):
+        with closing(fort.open()):
+            pass
+        with (
+            read_only(fort.path),
+            pytest.raises(JournalError, match=r"(?s)(readonly|unable to open).*writ") as error,
+        ):
+            await fort.run("run-1")
+        assert "Nothing more is bought" in str(error.value)
+        assert fort.emulator.books()["submit_posts"] == 0
+        await fort.settle()
 
 
 @every_trouble

@@ -1,0 +1,316 @@
+"""What a run does before it buys: read, check and identify a large table, leave out what is done.
+
+python -m benchmarks.planning [--rows N] [--large N] [--quick] [--json]
+
+Each is measured in a fresh process. Beside it, the loop that a user would write: pandas, hashlib
+and a set of the keys that are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from benchmarks.harness import Ran, Report, finish, note_progress, options_of, peak_bytes, run
+
+#: The largest time and memory, and the rows that they are for.
+ROWS: Final = 1_000_000
+LARGE: Final = 10_000_000
+PLAN_S: Final = 4.0
+PLAN_BYTES: Final = 700_000_000
+PARTITION_S: Final = 5.0
+
+SENTENCE: Final = "harbor dawn red kite quiet city soft light film grain portrait sailor lake fog"
+_AT_ONCE: Final = 100_000
+_BUCKETS: Final = 64
+
+
+def main() -> None:
+    """Run the command: the report, or with ``--work`` one of its processes."""
+    parser = options_of("planning")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the table that is done")
+    parser.add_argument("--large", type=int, default=LARGE, help="rows of the large table")
+    parser.add_argument("--work", choices=sorted(WORK), help="do this, and say what it took")
+    parser.add_argument("--folder", type=Path, help="for --work")
+    options = parser.parse_args()
+    if options.work:
+        print(json.dumps(WORK[options.work](options)))
+        return
+    if options.quick:
+        options.rows, options.large = options.rows // 10, options.large // 10
+    with TemporaryDirectory() as name:
+        _measure(options, Path(name))
+
+
+def _measure(options: Namespace, folder: Path) -> None:
+    report = Report(
+        "planning",
+        f"A table of {options.rows:,} rows, all done; one of {_BUCKETS} partitions of "
+        f"{options.large:,} rows",
+        setting=(
+            "Rows of prompt_id, prompt (14 words), size, quality, seed (half of them drawn) and "
+            "one further column; Parquet, row groups of 100,000. Every row stored in a SQLite "
+            "journal, and its file in its folder. n = 1, both cores."
+        ),
+        columns=["what", "wall, s", "CPU, s", "peak memory, MB", "images left to do"],
+    )
+    times = 1 if options.quick else 2
+    _do("table", folder, options.rows)
+    _do("done", folder, options.rows)
+    plan = _best("journal", folder, options.rows, times)
+    _row(report, "read, check, identify, leave out what the journal has", plan)
+    files = _best("files", folder, options.rows, times)
+    _row(report, "the same, and look for each file and its size", files)
+    _row(report, "read, check and identify alone", _best("identify", folder, options.rows, times))
+    loop = _best("loop", folder, options.rows, 1)
+    _row(report, "pandas, hashlib and a set, without checks and files", loop)
+    _do("table", folder, options.large)
+    part = _best("partition", folder, options.large, times)
+    _row(report, f"one partition of hash:{_BUCKETS} of {options.large:,} rows", part)
+    whole = options.rows / ROWS
+    report.claim(f"planning {options.rows:,} rows", plan.said["wall_s"], PLAN_S * whole, "s")
+    peak = max(plan.said["peak_bytes"], files.said["peak_bytes"])
+    report.claim("its peak memory with the files, MB", peak / 1e6, PLAN_BYTES / 1e6)
+    limit_s = PARTITION_S * options.large / LARGE
+    report.claim("one partition", part.said["wall_s"], limit_s, "s")
+    report.note("Seconds are without Python's start and imports, memory is with them.")
+    finish(report, options)
+
+
+def _do(work: str, folder: Path, rows: int) -> Ran:
+    note_progress(f"{work}, {rows:,} rows")
+    command = ["benchmarks.planning", "--work", work, "--folder", str(folder), "--rows", str(rows)]
+    return run(command)
+
+
+def _best(work: str, folder: Path, rows: int, times: int) -> Ran:
+    return min((_do(work, folder, rows) for _ in range(times)), key=lambda ran: ran.said["wall_s"])
+
+
+def _row(report: Report, what: str, ran: Ran) -> None:
+    said = ran.said
+    memory = f"{said['peak_bytes'] / 1e6:.0f}"
+    report.add(what, f"{said['wall_s']:.2f}", f"{said['cpu_s']:.2f}", memory, said.get("left", "–"))
+
+
+# -- the processes --------------------------------------------------------------------------------
+
+
+def _timed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    found = work()
+    return {
+        **found,
+        "wall_s": time.perf_counter() - wall_s,
+        "cpu_s": time.process_time() - cpu_s,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def write_table(options: Namespace) -> dict[str, Any]:
+    """Write the table."""
+    import numpy as np  # noqa: PLC0415 - only what is measured is imported
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    chance = np.random.default_rng(1)
+    known = np.array(SENTENCE.split())
+    writer = None
+    for start in range(0, options.rows, _AT_ONCE):
+        rows = min(_AT_ONCE, options.rows - start)
+        words = known[chance.integers(0, len(known), (rows, 14))]
+        drawn = chance.random(rows) < 0.5
+        table = pa.table(
+            {
+                "prompt_id": [f"row-{start + at:08d}" for at in range(rows)],
+                "prompt": [f"{' '.join(row)} {start + at}" for at, row in enumerate(words)],
+                "size": np.array(["1:1", "16:9", "2:1"])[chance.integers(0, 3, rows)],
+                "quality": ["1K"] * rows,
+                "seed": np.where(drawn, 0, chance.integers(1, 1_048_577, rows)).astype(np.int32),
+                "campaign": np.array(["a", "b", "c"])[chance.integers(0, 3, rows)],
+            }
+        )
+        writer = writer or pq.ParquetWriter(options.folder / "prompts.parquet", table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
+    return {}
+
+
+def write_done(options: Namespace) -> dict[str, Any]:
+    """Write the journal and the files of a table that is done."""
+    from krea_dagster.engine.journal import Journal  # noqa: PLC0415
+
+    krea = _krea(options)
+    table = _table(options, "hash:8")
+    root = options.folder / "krea"
+    with closing(Journal(f"sqlite:///{root / 'journal.db'}")) as journal:
+        journal.bind("an emulator")
+    for number in range(256):
+        (root / "images" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(root / "journal.db")) as database, table.plan() as plan:
+        # The figures are of reading: how this journal came to be does not matter to them.
+        database.executescript("pragma synchronous = off; pragma foreign_keys = off;")
+        for key in plan.keys:
+            for batch in plan.batches(key):
+                _fill(database, root, batch.to_pylist())
+                database.commit()
+    assert krea.has_journal()
+    return {}
+
+
+_NOW_US: Final = 1_780_000_000_000_000
+
+
+def _fill(database: sqlite3.Connection, root: Path, rows: list[dict[str, Any]]) -> None:
+    names = {
+        table: [row[1] for row in database.execute(f"pragma table_info({table})")]
+        for table in ("requests", "submissions")
+    }
+    for table, columns in names.items():
+        marks = ", ".join("?" for _ in columns)
+        database.executemany(
+            f"insert into {table} values ({marks})",
+            ([_stored(row).get(column) for column in columns] for row in rows),
+        )
+    for row in rows:
+        key = row["request_key"]
+        path = root / "images" / key[:2] / f"{key}.png"
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+        os.write(descriptor, b"0123456789")
+        os.close(descriptor)
+
+
+def _stored(row: dict[str, Any]) -> dict[str, Any]:
+    key = row["request_key"]
+    times = ("sent_at", "submitted_at", "completed_at", "settled_at", "stored_at", "updated_at")
+    money = ("expected_units", "committed_units", "reserved_units", "charged_units")
+    return {
+        **{name: row[name] for name in ("request_key", "prompt", "size", "quality", "seed")},
+        **{name: row[name] for name in ("nsfw_check", "attempt", "partition_key")},
+        **dict.fromkeys(times, _NOW_US),
+        **dict.fromkeys(money, 4500),
+        "model": "krea-2-turbo",
+        "state": "stored",
+        "seq": 5,
+        "idempotency_key": f"krea-{key}-1",
+        "result_url": f"https://files.example/{key}.png",
+        "image_path": f"images/{key[:2]}/{key}.png",
+        "image_sha256": key,
+        "image_bytes": 10,
+        "image_format": "PNG",
+        "width": 1024,
+        "height": 1024,
+        "number": 1,
+        "run_id": "an-earlier-run",
+        "posts": 1,
+        "task_id": f"task-{key[:32]}",
+        "billing_rule": "standard",
+        "user_group": "default",
+    }
+
+
+def _krea(options: Namespace) -> Any:
+    from krea_dagster.plugin.resource import KreaResource  # noqa: PLC0415
+
+    # An address that nobody answers: planning needs no network.
+    return KreaResource(
+        api_key="none", base_url="http://127.0.0.1:9", storage=str(options.folder / "krea")
+    )
+
+
+def _table(options: Namespace, by: str) -> Any:
+    from krea_dagster.prompts import PromptTable, parse_partition_by  # noqa: PLC0415
+
+    return PromptTable(str(options.folder / "prompts.parquet"), parse_partition_by(by))
+
+
+def plan(options: Namespace) -> dict[str, Any]:
+    """What a run does until it knows what is left to do."""
+    from krea_dagster.plugin.batch import Batch  # noqa: PLC0415
+
+    krea, table = _krea(options), _table(options, "hash:8")
+
+    def work() -> dict[str, Any]:
+        with Batch.read(table, table.partition_keys(), krea, look=True) as batch:
+            standing = batch.standing(krea)
+            return {"left": sum(1 for _ in standing.wanted())}
+
+    return _timed(work)
+
+
+def journal_only(options: Namespace) -> dict[str, Any]:
+    """The same, with every file that the journal knows taken to be there."""
+    from krea_dagster.engine import lookup  # noqa: PLC0415
+
+    vars(lookup)["_those_listed"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
+    return plan(options)
+
+
+def identify(options: Namespace) -> dict[str, Any]:
+    """Read, check, identify: the request keys of all rows, and no more."""
+    table = _table(options, "hash:8")
+
+    def work() -> dict[str, Any]:
+        with table.plan(keep=False) as found:
+            return {"left": found.images}
+
+    return _timed(work)
+
+
+def partition(options: Namespace) -> dict[str, Any]:
+    """One partition of a large table, planned."""
+    table = _table(options, f"hash:{_BUCKETS}")
+
+    def work() -> dict[str, Any]:
+        with table.plan(["bucket-007"]) as found:
+            return {"left": found.images}
+
+    return _timed(work)
+
+
+def loop(options: Namespace) -> dict[str, Any]:
+    """What a user would write: a loop over a data frame. It checks nothing, and sees no file."""
+    import pandas as pd  # noqa: PLC0415
+
+    def digest(*parts: object) -> str:
+        return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+    def keys() -> Iterator[str]:
+        frame = pd.read_parquet(options.folder / "prompts.parquet")
+        for row in frame.itertuples():
+            seed = row.seed or 1 + int(digest("krea-dagster/1/seed", 0, 0, row.prompt_id)[:5], 16)
+            digest(row.prompt_id)  # the partition
+            wishes = (row.size, row.quality, seed, 0, 0, row.prompt)
+            yield digest("krea-dagster/1", "krea-2-turbo", *wishes)
+
+    def work() -> dict[str, Any]:
+        with closing(sqlite3.connect(options.folder / "krea" / "journal.db")) as database:
+            query = "select request_key from requests where state = 'stored'"
+            done = {key for (key,) in database.execute(query)}
+        return {"left": sum(1 for key in keys() if key not in done)}
+
+    return _timed(work)
+
+
+WORK: Final[dict[str, Callable[[Namespace], dict[str, Any]]]] = {
+    "table": write_table,
+    "done": write_done,
+    "files": plan,
+    "journal": journal_only,
+    "identify": identify,
+    "partition": partition,
+    "loop": loop,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Writes a batch of changes within one transaction, in few statements.
+
+The records that the changes are made of may be known already, to whoever made the last change.
+They are believed only as far as the database agrees: every update names the number of the
+request's last event and its holder, and the count of rows that it touched must be right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from krea_dagster.engine.changes import Change, Step, check, event_row, take
+from krea_dagster.engine.ledger import Ledger
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.schema import events, submissions
+from krea_dagster.engine.statements import ADDED_POSTS, Cursor, Statements
+from krea_dagster.engine.states import Event
+from krea_dagster.errors import BuyingClosed, JournalError
+
+
+class OutOfDate(Exception):
+    """A record that was thought to be known has changed meanwhile. Nothing may be committed."""
+
+
+def write_changes(
+    cursor: Cursor,
+    statements: Statements,
+    ledger: Ledger,
+    changes: Sequence[Change],
+    *,
+    owner: str,
+    run_id: str,
+    known: Mapping[str, Record],
+) -> list[Record | JournalError | BuyingClosed]:
+    """Write what may be written; answers in the order of the changes.
+
+    ``known`` are records by request key; what is not among them is read, and kept from being
+    changed by others until the transaction ends. Raises OutOfDate.
+    """
+    present = dict(known)
+    missing = {change.request_key for change in changes} - present.keys()
+    if missing:
+        present.update(statements.records(cursor, sorted(missing)))
+    answers: list[Record | JournalError | BuyingClosed] = []
+    steps: list[Step] = []
+    for change in changes:
+        try:
+            before = check(change, present.get(change.request_key), owner)
+            if change.event is Event.SUBMITTING:
+                committed = expected = ledger.admit(change, before)
+            else:
+                committed, expected = ledger.settle(change, before), before.expected_units
+        except (JournalError, BuyingClosed) as error:
+            answers.append(error)
+            continue
+        step = take(change, before, run_id, committed_units=committed, expected_units=expected)
+        ledger.move(step)
+        present[change.request_key] = step.after
+        answers.append(step.after)
+        steps.append(step)
+    for round_ in _rounds(steps):
+        _write_steps(cursor, statements, round_, owner, run_id)
+    ledger.write()
+    return answers
+
+
+def _rounds(steps: Sequence[Step]) -> Iterable[Sequence[Step]]:
+    """The steps in rounds that hold each request once: within a round the order is free."""
+    rounds: list[list[Step]] = []
+    taken: Counter[str] = Counter()
+    for step in steps:
+        number = taken[step.change.request_key]
+        taken[step.change.request_key] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(step)
+    return rounds
+
+
+def _write_steps(
+    cursor: Cursor,
+    statements: Statements,
+    steps: Sequence[Step],
+    owner: str,
+    run_id: str,
+) -> None:
+    """Write three kinds of rows; statements of one shape go to the driver together."""
+    request_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    submission_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for step in steps:
+        request_updates.setdefault(tuple(step.request), []).append(
+            {
+                **step.request,
+                "old_key": step.change.request_key,
+                "old_seq": step.before.seq,
+                "old_owner": owner,
+            }
+        )
+        if step.submission:
+            values = dict(step.submission)
+            if "posts" in values:
+                values[ADDED_POSTS] = values.pop("posts")
+            submission_updates.setdefault(tuple(values), []).append(
+                {**values, "old_key": step.after.idempotency_key or step.before.idempotency_key}
+            )
+    # First, for by these alone the database tells what is out of date.
+    for names, rows in request_updates.items():
+        if statements.request_update(names).execute(cursor, rows) != len(rows):
+            raise OutOfDate
+    opened = [step.opens for step in steps if step.opens is not None]
+    if opened:
+        statements.insertion(submissions, tuple(opened[0])).execute(cursor, opened)
+    for names, rows in submission_updates.items():
+        if statements.submission_update(names).execute(cursor, rows) != len(rows):
+            raise OutOfDate
+    log = [event_row(step, run_id) for step in steps]
+    statements.insertion(events, tuple(log[0])).execute(cursor, log)

@@ -1,0 +1,150 @@
+"""Looks at a file that should be a picture: is it whole, of the right size, and not one colour.
+
+What a file is, is read from its bytes; neither a link's ending nor an answer's header is
+believed. Decoding alone misses what is missing at the end, and damage in a JPEG or WebP; the
+checksums and ends of the formats find a cut at a fraction of the cost. Both are asked here, and
+the picture is decoded once.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Final, cast
+
+from PIL import Image, UnidentifiedImageError
+
+from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
+
+#: Formats that are looked at, and the ending of their files.
+FORMATS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
+
+#: A picture whose every channel stays within this range is one flat colour: hosts were seen to
+#: answer an overlong prompt with a black one.
+_FLAT_RANGE: Final = 2
+
+#: Pixels of a side of the squares that are looked at before the whole picture.
+_SAMPLE: Final = 32
+
+#: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus.
+DAMAGED: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+_PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+
+
+def look_at(data: bytes, pixels: tuple[int, int], *, decode: bool = True) -> str:
+    """Look at a file's content and return its format: ``PNG``, ``JPEG``, ``WEBP`` or ``AVIF``.
+
+    Raises NoUsableBody where it is no whole picture, and ImageRejected where it is one of
+    other dimensions, or of one flat colour. Dimensions are compared before anything is
+    decoded, so that a small file cannot ask for much memory. Without ``decode`` only the format
+    and the dimensions in the file's header are looked at.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            if image.size != pixels:
+                raise _wrong_size(image.size, pixels)
+            image_format = image.format or ""
+            if not decode:
+                return image_format
+            if getattr(image, "n_frames", 1) != 1:
+                raise ImageRejected("animated", "the image has several frames")
+            _check_whole(data, image_format)
+            image.load()
+            flat = is_flat(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageRejected(
+            "wrong_size", f"the image declares far more than {pixels[0]}×{pixels[1]} pixels"
+        ) from None
+    except UnidentifiedImageError:
+        raise NoUsableBody(f"not an image: it begins with {data[:24]!r}") from None
+    except DownloadError:
+        raise
+    except DAMAGED as error:
+        raise NoUsableBody(f"the image is damaged: {error}") from None
+    if flat:
+        raise ImageRejected("flat_image", "the image is one flat colour")
+    return image_format
+
+
+def decoded_bytes(pixels: tuple[int, int]) -> int:
+    """About what looking at a picture takes in memory, beside the file itself.
+
+    Pillow keeps four bytes a pixel, and the look converts some kinds of pictures twice.
+    """
+    return 10 * pixels[0] * pixels[1]
+
+
+def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejected:
+    return ImageRejected(
+        "wrong_size",
+        f"the image has {found[0]}×{found[1]} pixels instead of {wanted[0]}×{wanted[1]}",
+    )
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether a decoded picture is one flat colour, or nearly so.
+
+    Two small squares settle it for nearly every picture: what is not flat in a part is not
+    flat. Only where both are, the whole is looked at.
+    """
+    width, height = image.size
+    for left, top in ((width // 2, height // 2), (width // 4, height // 3)):
+        box = (left, top, min(left + _SAMPLE, width), min(top + _SAMPLE, height))
+        if not _all_alike(image.crop(box)):
+            return False
+    return _all_alike(image)
+
+
+def _all_alike(image: Image.Image) -> bool:
+    if image.mode.startswith("I"):  # grey in 16 bits
+        low, high = cast("tuple[int, int]", image.getextrema())
+        return high - low <= _FLAT_RANGE * 257
+    # By way of RGBA, because a palette may hold its transparency in a form that RGB cannot.
+    colours = image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
+    extrema = cast("tuple[tuple[int, int], ...]", colours.getextrema())
+    return all(high - low <= _FLAT_RANGE for low, high in extrema)
+
+
+def _check_whole(data: bytes, image_format: str) -> None:
+    """Raise NoUsableBody where the file's end is not its format's: decoders forgive that."""
+    match image_format:
+        case "PNG":
+            _walk_png(data)
+            return
+        case "JPEG":
+            whole = data[-64:].rstrip(b"\x00").endswith(b"\xff\xd9")
+        case "WEBP":
+            whole = len(data) >= int.from_bytes(data[4:8], "little") + 8
+        case _:
+            whole = True
+    if not whole:
+        raise NoUsableBody(f"the {image_format} file is cut short")
+
+
+def _walk_png(data: bytes) -> None:
+    """Compare the checksum of every chunk, to the end mark: decoding does not."""
+    view = memoryview(data)
+    place = len(_PNG_SIGNATURE)
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        end = place + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[place + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise NoUsableBody("the image is damaged: a checksum of the PNG file is wrong")
+        if data[place + 4 : place + 8] == b"IEND":
+            return
+        place = end + 4
+    raise NoUsableBody("the PNG file is cut short")

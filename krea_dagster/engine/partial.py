@@ -1,0 +1,74 @@
+"""Files that are being written: where they lie until they have their name, and who left them.
+
+Their names say which process writes them. What a killed process has left is removed by the next
+one on the same machine that writes here; what cannot be told from a living one's is left alone
+for a day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import time
+from contextlib import suppress
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+#: The folder under the storage root.
+FOLDER: Final = ".partial"
+#: No file takes this long to be written, so whoever began it is gone.
+_ABANDONED_S: Final = 24 * 3600.0
+
+_NAME = re.compile(r"(?P<host>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-\d+\.part")
+_NUMBERS: Final = count()
+
+
+def new_name() -> str:
+    """A name that no other file has, here or on another machine."""
+    return f"{_prefix(os.getpid())}-{next(_NUMBERS)}.part"
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the files in a folder whose process has ended."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if entry.is_file(follow_symlinks=False) and _is_abandoned(entry):
+                    Path(entry.path).unlink()
+
+
+def _is_abandoned(entry: os.DirEntry[str]) -> bool:
+    named = _NAME.fullmatch(entry.name)
+    if named is not None and named["host"] == _host():
+        return not _is_alive(int(named["pid"]), int(named["started"]))
+    return time.time() - entry.stat().st_mtime > _ABANDONED_S
+
+
+def _is_alive(pid: int, started_s: int) -> bool:
+    try:
+        # The start is derived from the clock, which may have been set a little since.
+        return abs(psutil.Process(pid).create_time() - started_s) < 5.0
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+@lru_cache(maxsize=4)
+def _prefix(pid: int) -> str:
+    return f"{_host()}-{pid}-{int(psutil.Process(pid).create_time())}"
+
+
+@lru_cache(maxsize=1)
+def _host() -> str:
+    """The machine, and on Linux the process namespace: within another one, numbers differ."""
+    namespace = ""
+    with suppress(OSError):
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:12]

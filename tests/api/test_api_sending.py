@@ -1,0 +1,290 @@
+"""What a failure says of the purchase, for each way of sending, on a real socket.
+
+The same event is another exception in every HTTP library. What counts is whether a byte of the
+purchase may have left: only where it certainly has not may it be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from krea_dagster.api import KreaClient
+from krea_dagster.errors import NotSent, OutcomeUnknown, SubmitError
+from krea_dagster.models import ImageRequest
+from tests.api.api_loopback import (
+    Behaviour,
+    Seen,
+    answers,
+    closed_port,
+    holds,
+    says,
+    serving,
+)
+
+pytestmark = pytest.mark.anyio
+
+KEY = "sk-test-0123456789abcdefghij"
+CREATED = {"id": "task-unified-1-a", "status": "pending", "usage": {"credits_reserved": 0.45}}
+REQUEST = ImageRequest(
+    request_key="k",
+    prompt="a red cube " * 90,
+    size="1:1",
+    quality="1K",
+    seed=7,
+    nsfw_check=False,
+    attempt=0,
+)
+
+MakeClient = Callable[..., KreaClient]
+
+
+@pytest.fixture(params=["aiohttp", "httpx"])
+def make_client(request: pytest.FixtureRequest) -> MakeClient:
+    """The default way of sending, and httpx's own transport, for which the caller vouches."""
+
+    def make(url: str, *, max_connections: int = 16, **settings: Any) -> KreaClient:
+        if request.param == "httpx":
+            most = httpx.Limits(max_connections=max_connections)
+            settings["transport"] = httpx.AsyncHTTPTransport(limits=most)
+            settings["transport_reports_unsent"] = True
+        return KreaClient(KEY, base_url=url, max_connections=max_connections, **settings)
+
+    return make
+
+
+async def failed(client: KreaClient) -> type[SubmitError]:
+    with pytest.raises(SubmitError) as caught:
+        await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+    return type(caught.value)
+
+
+@asynccontextmanager
+async def listening(handle: Callable[..., Any]) -> AsyncIterator[int]:
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+
+
+# -- certainly not sent -----------------------------------------------------------------------
+
+
+async def test_a_refused_connection(make_client: MakeClient) -> None:
+    async with make_client(f"http://127.0.0.1:{closed_port()}") as client:
+        assert await failed(client) is NotSent
+
+
+async def test_a_name_that_does_not_resolve(make_client: MakeClient) -> None:
+    async with make_client("https://api.evolink.invalid") as client:
+        assert await failed(client) is NotSent
+
+
+async def test_a_connection_that_is_not_taken_in_time(make_client: MakeClient) -> None:
+    """A full queue of the listener: the system answers nothing at all."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        fillers = [socket.socket() for _ in range(8)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with make_client(url, connect_timeout_s=0.1, timeout_s=5.0) as client:
+            assert await failed(client) is NotSent
+        for filler in fillers:
+            filler.close()
+
+
+async def test_a_tls_handshake_that_fails(make_client: MakeClient) -> None:
+    async def hangs_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 No\r\n\r\n")
+        writer.close()
+
+    async with listening(hangs_up) as port, make_client(f"https://127.0.0.1:{port}") as client:
+        assert await failed(client) is NotSent
+
+
+async def test_a_tls_handshake_that_hangs(make_client: MakeClient) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with (
+        listening(silent) as port,
+        make_client(f"https://127.0.0.1:{port}", connect_timeout_s=0.1) as client,
+    ):
+        assert await failed(client) is NotSent
+
+
+async def test_waiting_for_a_place_in_vain(make_client: MakeClient) -> None:
+    found: list[type[SubmitError]] = []
+    async with (
+        serving(holds()) as server,
+        make_client(server.url, max_connections=1, timeout_s=0.3) as client,
+    ):
+
+        async def buy() -> None:
+            found.append(await failed(client))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(buy)
+            group.start_soon(buy)
+    assert len(server.seen) == 1
+    assert {kind.__name__ for kind in found} == {"NotSent", "OutcomeUnknown"}
+
+
+async def test_a_proxy_that_opens_no_tunnel(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(answers(407)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//me:secret@"))
+        async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
+            assert await failed(client) is NotSent
+    (seen,) = proxy.seen
+    assert seen.method == "CONNECT"
+    assert seen.headers["proxy-authorization"] == "Basic bWU6c2VjcmV0"
+    assert "authorization" not in seen.headers
+
+
+async def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{closed_port()}")
+    async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
+        assert await failed(client) is NotSent
+
+
+async def test_a_deadline_that_passes_while_connecting() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with (
+        listening(silent) as port,
+        KreaClient(KEY, base_url=f"https://127.0.0.1:{port}", deadline_s=0.2) as client,
+    ):
+        assert await failed(client) is NotSent
+
+
+# -- sent, or in doubt ------------------------------------------------------------------------
+
+
+def _reset(seen: Seen, writer: asyncio.StreamWriter) -> None:
+    """Close so that the other side gets a reset instead of an end."""
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
+async def resets(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    _reset(seen, writer)
+    return False
+
+
+IN_DOUBT: dict[str, Behaviour] = {
+    "the server reads the purchase and closes in silence": says(keep=False),
+    "the server reads the purchase and resets the connection": resets,
+    "the server never answers": holds(),
+    "the status line is garbage": says(b"garbage\r\n\r\n", keep=False),
+    "the head breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Le", keep=False),
+    "the head is too long": says(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, keep=False),
+    "the body breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False),
+    "the chunks are damaged": says(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", keep=False
+    ),
+    "the body hangs": holds(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+}
+
+
+@pytest.mark.parametrize("case", IN_DOUBT)
+async def test_in_doubt_where(make_client: MakeClient, case: str) -> None:
+    async with (
+        serving(IN_DOUBT[case]) as server,
+        make_client(server.url, timeout_s=0.3) as client,
+    ):
+        assert await failed(client) is OutcomeUnknown
+    assert len(server.seen) == 1
+
+
+async def test_in_doubt_where_the_connection_is_reset_while_the_purchase_is_sent(
+    make_client: MakeClient,
+) -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(20)
+        _reset(None, writer)  # type: ignore[arg-type]  # nothing whole was seen
+
+    async with listening(cut) as port, make_client(f"http://127.0.0.1:{port}") as client:
+        assert await failed(client) is OutcomeUnknown
+
+
+@pytest.mark.parametrize("ending", [says(keep=False), resets])
+async def test_a_kept_connection_that_ends_on_the_next_purchase_is_not_sent_anew(
+    make_client: MakeClient, ending: Behaviour
+) -> None:
+    """Libraries repeat requests on connections that turn out to be closed. No purchase."""
+    purchases = iter([answers(200, CREATED), ending])
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        return await next(purchases)(seen, writer)
+
+    async with serving(behave) as server, make_client(server.url) as client:
+        await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+        assert await failed(client) is OutcomeUnknown
+    assert len(server.seen) == 2
+    assert server.connections == 1
+
+
+async def test_a_library_that_connects_in_another_way_is_not_believed() -> None:
+    """Nothing is certain where the connector was never asked for a connection."""
+    async with KreaClient(KEY, base_url="http://127.0.0.1:1") as client:
+
+        class Other:
+            async def request(self, *_: object, **__: object) -> None:
+                raise ConnectionRefusedError("no connection, it says")
+
+            async def close(self) -> None: ...
+
+        client._api._session = Other()  # type: ignore[attr-defined]
+        assert await failed(client) is OutcomeUnknown
+
+
+# -- what is sent -----------------------------------------------------------------------------
+
+
+async def test_an_http_request_by_way_of_a_proxy_carries_the_proxys_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(answers(200, CREATED)) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//me:secret@"))
+        async with KreaClient(KEY, base_url="http://api.evolink.internal") as client:
+            await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+    (seen,) = proxy.seen
+    assert seen.target == "http://api.evolink.internal/v1/images/generations"
+    assert seen.headers["proxy-authorization"] == "Basic bWU6c2VjcmV0"
+
+
+async def test_a_purchase_over_tls_whose_answer_is_cut_is_in_doubt(
+    tls: ssl.SSLContext, make_client: MakeClient
+) -> None:
+    async with serving(says(keep=False), tls) as server, make_client(server.url) as client:
+        assert await failed(client) is OutcomeUnknown
+    assert len(server.seen) == 1
+
+
+async def test_a_certificate_of_nobody_that_is_trusted(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    async with (
+        serving(answers(200, CREATED), tls) as server,
+        KreaClient(KEY, base_url=server.url) as client,
+    ):
+        assert await failed(client) is NotSent
+    assert server.seen == []

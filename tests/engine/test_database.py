@@ -1,0 +1,106 @@
+"""Connections are kept, and a kept one notices what happens to its file, and to its process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import insert, select
+
+from krea_dagster.engine.database import Database
+from krea_dagster.engine.schema import stops
+from krea_dagster.errors import JournalError
+from tests.engine.engine_bench import NOW
+
+
+def write(database: Database, launch: str) -> None:
+    with database.write("write to") as connection:
+        row = {"launch": launch, "at": NOW, "error_code": "c", "error_message": "m"}
+        connection.execute(insert(stops), row)
+
+
+def read(database: Database) -> list[str]:
+    with database.read("read") as connection:
+        return sorted(connection.execute(select(stops.c.launch)).scalars())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.db"
+
+
+def open_files(path: Path) -> int:
+    """How many descriptors of this process are of a file of that name."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum(1 for link in links if link.exists() and str(path) == os.path.realpath(link))
+
+
+def test_one_connection_serves_one_write_after_another(path: Path) -> None:
+    with closing(Database(f"sqlite:///{path}")) as database:
+        write(database, "0")
+        before = path.with_name("journal.db-wal").stat().st_ino
+        for number in range(1, 20):
+            write(database, str(number))
+        # The log is taken into the file and removed where the last connection closes.
+        assert path.with_name("journal.db-wal").stat().st_ino == before
+        assert open_files(path) <= 2
+        assert len(read(database)) == 20
+    assert [file.name for file in path.parent.iterdir()] == ["journal.db"]
+    assert open_files(path) == 0
+
+
+def test_a_file_that_was_changed_by_others_is_opened_anew(path: Path) -> None:
+    """SQLite would go on with the pages that it remembers."""
+    with closing(Database(f"sqlite:///{path}")) as database:
+        write(database, "first")
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("pragma wal_checkpoint(truncate)")
+        whole = path.read_bytes()
+        path.write_bytes(b"\xff" * 100 + whole[100:])
+        with pytest.raises(JournalError, match="not a database"):
+            write(database, "second")
+        path.write_bytes(whole)
+        write(database, "third")
+        assert read(database) == ["first", "third"]
+
+
+def test_a_file_that_is_put_in_the_place_of_the_journal_is_not_written_to(path: Path) -> None:
+    with closing(Database(f"sqlite:///{path}")) as database:
+        write(database, "mine")
+        path.rename(path.with_name("aside"))
+        for ending in ("-wal", "-shm"):
+            path.with_name(f"journal.db{ending}").rename(path.with_name(f"aside{ending}"))
+        with closing(Database(f"sqlite:///{path}")) as another:
+            write(another, "another's")
+            with pytest.raises(JournalError, match="was replaced by another"):
+                write(database, "lost")
+            assert read(another) == ["another's"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_uses_connections_of_its_own(path: Path) -> None:
+    """SQLite's locks are the process's: a connection that is shared would corrupt the file."""
+    with closing(Database(f"sqlite:///{path}")) as database:
+        write(database, "parent")
+
+        def in_child() -> None:
+            write(database, "child")
+            assert read(database) == ["child", "parent"]
+            database.close()
+
+        child = multiprocessing.get_context("fork").Process(target=in_child)
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        write(database, "parent again")
+        assert read(database) == ["child", "parent", "parent again"]
+        database.look_through()
+
+
+def test_a_database_that_nobody_holds_any_more_closes_its_connections(path: Path) -> None:
+    write(Database(f"sqlite:///{path}"), "x")
+    assert open_files(path) == 0

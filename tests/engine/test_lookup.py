@@ -1,0 +1,217 @@
+"""Bulk reads of the journal say, row by row, what the records and the files say one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krea_dagster.engine import lookup
+from krea_dagster.engine.digests import Digests, DigestSet, first_of_each
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.lookup import RECORD_SCHEMA, known, record_columns
+from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.storage import Storage
+from krea_dagster.models import ImageRequest
+from krea_dagster.prompts import digests_of_texts
+from tests.engine.engine_bench import Hand, asked
+
+ENDINGS = ("png", "jpg", "webp", "avif")
+
+
+def digests(*requests: ImageRequest) -> Digests:
+    return digests_of_texts("".join(request.request_key for request in requests))
+
+
+@pytest.fixture(params=["a pass over all", "looked up"])
+def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have few requests looked up, or all of the journal passed over, in parts of three rows."""
+
+    def use(number: int) -> None:
+        monkeypatch.setattr(lookup, "_ROWS", 3)
+        monkeypatch.setattr(lookup, "_DEAR", 10**6 if request.param == "a pass over all" else 0)
+        assert number
+
+    return use
+
+
+@pytest.fixture(params=["folder", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "folder":
+        return Storage(str(tmp_path / "made"))
+    return Storage(f"memory://{hashlib.sha256(str(tmp_path).encode()).hexdigest()}")
+
+
+class Shelf:
+    """Requests that were stored, and their files."""
+
+    def __init__(self, journal: Journal, storage: Storage) -> None:
+        self.journal = journal
+        self.hand = Hand(journal)
+        self.storage = storage
+
+    def store(self, number: int, *, name: str | None = None) -> ImageRequest:
+        request = asked(f"stored {number}")
+        key = request.request_key
+        ending = ENDINGS[number % len(ENDINGS)]
+        path = name or f"images/{key[:2]}/{key}.{ending}"
+        self.hand.bring(request, State.COMPLETED)
+        self.hand.write(request, Event.STORED, image_path=path, image_bytes=10 + number)
+        self.write(path, 10 + number)
+        return request
+
+    def write(self, name: str, size: int) -> None:
+        def fill(file: BinaryIO) -> None:
+            file.write(b"x" * size)
+
+        self.storage.write(name, fill)
+
+    def path_of(self, request: ImageRequest) -> str:
+        image = self.journal.records([request.request_key])[request.request_key].image
+        assert image is not None
+        return image.path
+
+
+def test_whole_is_what_the_store_holds_and_nothing_else(
+    journal: Journal, storage: Storage, look: Callable[..., None]
+) -> None:
+    shelf = Shelf(journal, storage)
+    requests = [shelf.store(number) for number in range(12)]
+    others = [asked(f"in state {state.value}") for state in State if state is not State.STORED]
+    for request, state in zip(others, (s for s in State if s is not State.STORED), strict=True):
+        shelf.hand.bring(request, state)
+    gone, cut, grown = requests[:3]
+    for request in (gone, cut, grown):
+        remove(storage, shelf.path_of(request))
+    shelf.write(shelf.path_of(cut), 5)
+    shelf.write(shelf.path_of(grown), 5000)
+    elsewhere = shelf.store(20, name="images/zz/some other name.png")
+    key = requests[3].request_key
+    shelf.write(f"images/{key[:2]}/{key}.bak", 13)
+    shelf.write(f"images/{'00' if key[:2] != '00' else '01'}/{key}.png", 13)
+    shelf.write("images/rejected/" + key, 13)
+    unknown = asked("never planned")
+    look(1)
+
+    every = [*requests, *others, elsewhere, unknown]
+    found = known(journal, storage, digests(*every))
+    records = journal.records([request.request_key for request in every])
+    store = ImageStore(storage)
+    seen, whole = found.of(digests(*every))
+    assert seen.tolist() == [request.request_key in records for request in every]
+    expected = []
+    for request in every:
+        record = records.get(request.request_key)
+        image = None if record is None or record.state is not State.STORED else record.image
+        expected.append(image is not None and store.holds(image))
+    # One that is stored under another name is not plainly whole: the run decides about it alone.
+    assert expected[every.index(elsewhere)]
+    expected[every.index(elsewhere)] = False
+    assert whole.tolist() == expected
+    assert sum(expected) == 9
+
+
+def remove(storage: Storage, name: str) -> None:
+    if storage.folder is not None:
+        (storage.folder / name).unlink()
+    else:
+        storage._fs.rm(storage._full(name))
+
+
+def test_a_file_whose_name_is_no_key_is_passed_over(journal: Journal, tmp_path: Path) -> None:
+    shelf = Shelf(journal, Storage(str(tmp_path / "made")))
+    request = shelf.store(0)
+    key = request.request_key
+    folder = tmp_path / "made" / "images" / key[:2]
+    for name in (f"{key.upper()}.png", f"{key[:-1]}g.png", f"{key}0.png", "x.png", f"{key}.PNG"):
+        (folder / name).write_bytes(b"x" * 10)
+    (folder / f"{key}.jpg").mkdir()
+    _, whole = known(journal, shelf.storage, digests(request)).of(digests(request))
+    assert whole.tolist() == [True]
+
+
+def test_an_empty_journal_without_a_folder_knows_nothing(journal: Journal, tmp_path: Path) -> None:
+    found = known(journal, Storage(str(tmp_path / "none")), digests(asked()))
+    assert [mask.tolist() for mask in found.of(digests(asked()))] == [[False], [False]]
+
+
+def test_columns_are_those_of_the_records(journal: Journal, look: Callable[..., None]) -> None:
+    hand = Hand(journal)
+    requests = [asked(f"in state {state.value} 'ä\n\" 🦊") for state in State]
+    for request, state in zip(requests, State, strict=True):
+        hand.bring(request, state)
+    look(1)
+    keys = [request.request_key for request in requests]
+    asked_for = [keys[3], "0" * 64, *keys, keys[3]]
+    table = record_columns(journal, pa.array(asked_for, pa.string()))
+    assert table.schema == RECORD_SCHEMA
+    records = journal.records(keys)
+    for key, row in zip(asked_for, table.to_pylist(), strict=True):
+        record = records.get(key)
+        if record is None:
+            assert set(row.values()) == {None}
+            continue
+        image = record.image
+        assert row == {
+            "state": record.state.value,
+            "image_path": image and image.path,
+            "image_sha256": image and image.sha256,
+            "image_bytes": image and image.bytes,
+            "image_format": image and image.format,
+            "width": image and image.width,
+            "height": image and image.height,
+            "completed_at": microseconds(record.completed_at),
+            "stored_at": microseconds(record.stored_at),
+            "error_code": record.error_code,
+            "error_message": record.error_message,
+            "task_id": record.task_id,
+            "reserved_units": record.reserved_units,
+            "charged_units": record.charged_units,
+            "billing_rule": record.billing_rule,
+            "user_group": record.user_group,
+            "submitted_at": microseconds(record.submitted_at),
+            "run_id": record.run_id,
+        }
+
+
+def microseconds(at: datetime | None) -> int | None:
+    if at is None:
+        return None
+    return round((at - datetime(1970, 1, 1, tzinfo=timezone.utc)).total_seconds() * 1_000_000)
+
+
+KEYS = st.lists(st.binary(min_size=32, max_size=32), max_size=20)
+
+
+@given(KEYS, KEYS)
+def test_a_set_of_keys_finds_what_is_in_it(inside: list[bytes], others: list[bytes]) -> None:
+    """Also where keys agree in their first eight bytes, which is what they are sorted by."""
+    begun = [key[:8] + bytes(24) for key in inside]
+    wanted = [*inside, *others, *begun]
+    held = DigestSet(packed(inside), np.arange(len(inside)))
+    firsts = [key[:8] for key in inside]
+    for key, place in zip(wanted, held.find(packed(wanted)).tolist(), strict=True):
+        if place >= 0:
+            assert inside[held.values[place]] == key
+        else:
+            assert key not in inside or firsts.count(key[:8]) > 1
+
+
+@given(st.lists(st.sampled_from([b"a" * 32, b"a" * 31 + b"b", b"b" * 32, bytes(32)]), max_size=20))
+def test_the_first_of_each_kind_and_their_number(keys: list[bytes]) -> None:
+    first, counts = first_of_each(packed(keys))
+    assert first.tolist() == [key not in keys[:at] for at, key in enumerate(keys)]
+    assert counts.tolist() == [keys.count(key) for key in keys]
+
+
+def packed(keys: list[bytes]) -> Digests:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
