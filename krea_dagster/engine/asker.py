@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, Protocol
 import anyio
 import anyio.abc
 
+from krea_dagster.engine.alarm import wait
 from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.looking import (
     BATCH,
@@ -127,8 +128,7 @@ class Asker:
             while True:
                 self._arrived.clear()
                 wait_s = self._start_reads(reads)
-                with anyio.move_on_after(wait_s):
-                    await self._arrived.wait()
+                await wait(self._arrived, wait_s)
 
     # -- what to read -------------------------------------------------------------------------
 

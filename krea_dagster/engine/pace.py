@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+from krea_dagster.engine.frozen import changed
 
 #: Tasks at once before anything was turned away; each that is taken opens the window by one.
 _OPENING: Final = 8.0
@@ -169,17 +171,17 @@ class Pace:
         if rate is None:
             return self
         spacing_s = 1.0 / rate
-        return replace(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
+        return changed(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
 
     def taken(self, sent_at_s: float, in_work: InWork, *, pressed: bool) -> Pace:
         """After a submission was taken; ``in_work`` counts it.
 
         ``pressed``: whether more would be submitted if there were room.
         """
-        after = replace(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
+        after = changed(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
         if sent_at_s <= self.refused_at_s:
             return after  # of the burst that was refused: it says nothing about the time since
-        after = replace(after, refused_in_row=0)
+        after = changed(after, refused_in_row=0)
         match self.limit:
             case Limit.NONE:
                 return _opened(after, 1.0)
@@ -199,7 +201,7 @@ class Pace:
             return after
         first = self.refused_in_row == 0
         in_row = self.refused_in_row + 1
-        after = replace(
+        after = changed(
             after,
             refused_at_s=now_s,
             refused_in_row=in_row,
@@ -215,7 +217,7 @@ class Pace:
         rate = self.rate_at(now_s)
         if rate is not None:
             pause_s = max(pause_s, 1.0 / rate)
-        after = replace(after, pause_until_s=max(after.pause_until_s, now_s + pause_s))
+        after = changed(after, pause_until_s=max(after.pause_until_s, now_s + pause_s))
         match self.limit:
             case Limit.NONE | Limit.UNCLEAR:
                 return _doubted(after, now_s, in_work, wait_s)
@@ -223,7 +225,7 @@ class Pace:
                 window = self.window - max(0.5, self.window / 32.0)
                 if in_row >= _FULL_ROW:
                     window = max(window / 2.0, min(window, float(in_work.known)))
-                return replace(after, window=max(1.0, window))
+                return changed(after, window=max(1.0, window))
             case Limit.RATE:
                 return _slower(after, now_s, in_work)
 
@@ -231,7 +233,7 @@ class Pace:
         """With nothing submitted for some seconds."""
         until_s = max(self.pause_until_s, now_s + wait_s)
         added_s = max(0.0, until_s - max(self.pause_until_s, now_s))
-        return replace(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
+        return changed(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
 
     def slowed(self, now_s: float, median_s: float, best_s: float) -> Pace:
         """With images that take ``median_s`` where they once took ``best_s``.
@@ -243,13 +245,13 @@ class Pace:
             return self
         window = max(_OPENING, min(self.window, float(self.most)) * 0.9)
         if window >= self.window:
-            return replace(self, slowed_at_s=now_s)
+            return changed(self, slowed_at_s=now_s)
         limit = Limit.AT_ONCE if self.limit is Limit.NONE else self.limit
-        return replace(self, limit=limit, window=window, slowed_at_s=now_s, taken_in_row=0)
+        return changed(self, limit=limit, window=window, slowed_at_s=now_s, taken_in_row=0)
 
 
 def _opened(pace: Pace, by: float) -> Pace:
-    return replace(pace, window=min(float(pace.most), pace.window + by))
+    return changed(pace, window=min(float(pace.most), pace.window + by))
 
 
 def _growth(pace: Pace) -> float:
@@ -267,7 +269,7 @@ def _weighed(pace: Pace, in_work: InWork) -> Pace:
     """What a task means that was taken after a refusal whose reason is not clear."""
     at_least = in_work.expected - 2.0 * in_work.deviation
     if at_least >= pace.refused_with + 2.5 and in_work.deviation < 1.5:
-        return replace(
+        return changed(
             pace,
             limit=Limit.RATE,
             rate_per_s=None,
@@ -275,7 +277,7 @@ def _weighed(pace: Pace, in_work: InWork) -> Pace:
             window=float(pace.most),
             refused_with=math.inf,
         )
-    return replace(pace, unrefuted=0) if at_least > pace.refused_with + 0.5 else pace
+    return changed(pace, unrefuted=0) if at_least > pace.refused_with + 0.5 else pace
 
 
 def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
@@ -286,8 +288,8 @@ def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
     unrefuted = 1 if new else pace.unrefuted + counts
     long = pace.refused_in_row >= _FULL_TIMES and now_s - pace.row_since_s >= _FULL_S
     if long or unrefuted >= _FULL_TIMES:
-        return replace(pace, limit=Limit.AT_ONCE, window=max(1.0, float(in_work.known)))
-    return replace(
+        return changed(pace, limit=Limit.AT_ONCE, window=max(1.0, float(in_work.known)))
+    return changed(
         pace,
         limit=Limit.UNCLEAR,
         window=max(float(in_work.known) + 1.0, min(pace.window, float(pace.most))),
@@ -300,7 +302,7 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
     """After a refusal at a rate."""
     if pace.refused_in_row >= _NOT_THE_RATE and now_s - pace.row_since_s >= _NOT_THE_RATE_S:
         window = max(1.0, float(in_work.known))
-        return replace(pace, limit=Limit.AT_ONCE, rate_per_s=None, window=window)
+        return changed(pace, limit=Limit.AT_ONCE, rate_per_s=None, window=window)
     before = pace.rate_at(now_s) if pace.rate_per_s is not None else None
     if before is None:
         first = pace.refusals[0]
@@ -311,10 +313,10 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
         return pace
     cuts = (*(c for c in pace.cuts if pace.taken_count - c < _CUTS_WITHIN), pace.taken_count)
     if len(cuts) >= _CUTS_IN_VAIN and pace.rise <= _RISE_LAST:
-        return replace(pace, limit=Limit.NONE, rate_per_s=None, cuts=(), refusals=())
+        return changed(pace, limit=Limit.NONE, rate_per_s=None, cuts=(), refusals=())
     rate = _measured(pace, now_s, before)
     slower = _at_rate(pace, now_s, rate, cut=_CUT, rise=max(_RISE_LAST, pace.rise / 6.0))
-    return replace(slower, cuts=cuts)
+    return changed(slower, cuts=cuts)
 
 
 def _measured(pace: Pace, now_s: float, rate: float) -> float:
@@ -345,7 +347,7 @@ def _at_rate(
     rise: float,
     refusals: tuple[_Refusal, ...] | None = None,
 ) -> Pace:
-    return replace(
+    return changed(
         pace,
         rate_per_s=rate_per_s,
         cut=cut,

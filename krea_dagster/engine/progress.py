@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
+from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 
@@ -42,18 +43,18 @@ class Progress:
 
     def wanted(self, rows: int) -> Progress:
         """With more images that are asked for."""
-        return replace(self, total=self.total + rows)
+        return changed(self, total=self.total + rows)
 
     def found_finished(self, record: Record, rows: int) -> Progress:
         """With a request that had come to its end before the run began."""
         if record.state is State.STORED:
-            return replace(self, reused=self.reused + rows)
+            return changed(self, reused=self.reused + rows)
         return self.finished(record, rows)
 
     def finished(self, record: Record, rows: int, *, left: bool = False) -> Progress:
         """With one more request at its end in this run."""
         if record.state is State.STORED:
-            return replace(self, delivered=self.delivered + rows)
+            return changed(self, delivered=self.delivered + rows)
         if record.state in _WITHOUT_IMAGE and not left:
-            return replace(self, failed=self.failed + rows)
-        return replace(self, left=self.left + rows)
+            return changed(self, failed=self.failed + rows)
+        return changed(self, left=self.left + rows)

@@ -7,11 +7,12 @@ Downloads and checks overlap generation, outside the window.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -20,6 +21,8 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from krea_dagster.engine.alarm import wait
+from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.owner import has_ended, this_process
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.planned import Planned
@@ -123,7 +126,7 @@ class Session:
         self._to_submit: list[_Item] = []
         self._to_collect: list[_Item] = []  # what is paid
         self._order = count()
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
         self._carried = 0  # requests in the hands of a carrier
         self._in_flight = 0  # of those, the ones that hold a place in the window
         self._fetching = 0  # of those, the ones whose image is on its way
@@ -189,10 +192,9 @@ class Session:
             if self._backlog and in_hand < _IN_HAND and not self._claiming:
                 self._claiming = True
                 background.start_soon(self._guarded, self._claim_part)
-            self._changed = anyio.Event()
+            self._changed = asyncio.Event()
             wait_s = self._start_ready(carriers)
-            with anyio.move_on_after(wait_s):
-                await self._changed.wait()
+            await wait(self._changed, wait_s)
         self._tell(last=True)
 
     def _has_work(self) -> bool:
@@ -357,7 +359,7 @@ class Session:
 
     def progress_now(self) -> Progress:
         """How far the run is."""
-        return replace(
+        return changed(
             self._progress, in_flight=self._in_flight, charged_units=self.steps.charged_units
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, Protocol
 
@@ -18,6 +18,7 @@ import anyio.lowlevel
 from krea_dagster.engine.asker import Asker, TaskReader
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.clock import Clock
+from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader, ImageStore
 from krea_dagster.engine.latency import Latencies, is_overdue
 from krea_dagster.engine.looking import Awaited, chances, is_learned
@@ -205,7 +206,7 @@ class Steps:
             self.stopped = self.stopped or closed
         else:
             self.caps_reached.setdefault(closed.code, str(closed))
-        carrier.trail = replace(carrier.trail, final=f"not bought: {closed}")
+        carrier.trail = changed(carrier.trail, final=f"not bought: {closed}")
         return 0.0
 
     def may_submit(self, carrier: Carrier) -> None:
@@ -258,7 +259,7 @@ class Steps:
         in_work = self._tasks_in_work(closely=self.pace.unclear)
         self.pace = self.pace.taken(sent_at_s, in_work, pressed=self.asker.pressed)
         await self._accepted(carrier, submission)
-        carrier.trail = replace(carrier.trail, submit_failures=0)
+        carrier.trail = changed(carrier.trail, submit_failures=0)
         self._refused_since_s = None
         self._unanswered, self._silent_since_s = 0, None
         return 0.0
@@ -301,7 +302,7 @@ class Steps:
             case AccountStopped():
                 await self.record(carrier, Event.DEFERRED, said)
                 await self._account_stopped(error)
-                carrier.trail = replace(carrier.trail, final=self.why_kept_back())
+                carrier.trail = changed(carrier.trail, final=self.why_kept_back())
                 return 0.0
             case Refused():
                 await self.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
@@ -312,7 +313,7 @@ class Steps:
             case _:
                 await self.record(carrier, Event.TURNED_AWAY, said)
                 failures = carrier.trail.submit_failures + 1
-                carrier.trail = replace(carrier.trail, submit_failures=failures)
+                carrier.trail = changed(carrier.trail, submit_failures=failures)
                 return backoff_s(failures, self._fraction(), self._policy)
 
     async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> float:
@@ -320,12 +321,12 @@ class Steps:
         if isinstance(error, TurnedAway):
             return self._turned_away(carrier, error)
         failures = carrier.trail.submit_failures + 1
-        carrier.trail = replace(carrier.trail, submit_failures=failures)
+        carrier.trail = changed(carrier.trail, submit_failures=failures)
         at_least_s = error.retry_after_s or 0.0
         match error:
             case IdempotencyConflict() | Refused():
                 reason = f"outcome unknown, a person decides: {error}"
-                carrier.trail = replace(carrier.trail, final=reason)
+                carrier.trail = changed(carrier.trail, final=reason)
                 return 0.0
             case AccountStopped():
                 await self._account_stopped(error)
@@ -370,7 +371,7 @@ class Steps:
             self._refused_since_s = now_s
         if now_s - self._refused_since_s > self._policy.patience_s:
             reason = f"turned away for {self._policy.patience_s:g} s: {error}"
-            carrier.trail = replace(carrier.trail, final=reason)
+            carrier.trail = changed(carrier.trail, final=reason)
         return 0.0
 
     async def _account_stopped(self, error: AccountStopped) -> None:
@@ -388,7 +389,7 @@ class Steps:
         """Record that a request is kept back, because buying has stopped."""
         code = "" if self.stopped is None else self.stopped.code
         await self.record(carrier, Event.DEFERRED, _said(code, self.why_kept_back()))
-        carrier.trail = replace(carrier.trail, final=self.why_kept_back())
+        carrier.trail = changed(carrier.trail, final=self.why_kept_back())
         return 0.0
 
     async def found_unanswered(self, carrier: Carrier) -> float:
@@ -409,14 +410,14 @@ class Steps:
             case HasTask(task_id=task_id):
                 await self.record(carrier, Event.ACCEPTED, {"task_id": task_id}, by)
             case SendAgain():
-                carrier.trail = replace(carrier.trail, replay_decided=True)
+                carrier.trail = changed(carrier.trail, replay_decided=True)
         return 0.0
 
     async def plan_again(self, carrier: Carrier) -> float:
         """Put a request back whose task failed, cost nothing, and may succeed."""
         code = carrier.record.error_code or ""
         await self.record(carrier, Event.PLANNED)
-        carrier.trail = replace(carrier.trail, asked_again=True)
+        carrier.trail = changed(carrier.trail, asked_again=True)
         return task_error_wait_s(code, self._fraction(), self._policy)
 
     # -- asking -------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ class Steps:
         except ApiError as error:
             return self._asked_in_vain(carrier, error)
         asks = carrier.trail.asks + 1
-        carrier.trail = replace(
+        carrier.trail = changed(
             carrier.trail, asks=asks, ask_failures=0, not_found=0, stale_link=False
         )
         match task:
@@ -447,7 +448,7 @@ class Steps:
             return 0.0
         # No fresh link: the old one is tried again before the run gives up.
         failures = carrier.trail.fetch_failures + 1
-        carrier.trail = replace(carrier.trail, fetch_failures=failures)
+        carrier.trail = changed(carrier.trail, fetch_failures=failures)
         return backoff_s(failures, self._fraction(), self._policy)
 
     def is_overdue(self, record: Record) -> bool:
@@ -507,19 +508,19 @@ class Steps:
         charged = None if cancelled else 0
         await self.record(carrier, Event.FAILED, {**_said(code, message), "charged_units": charged})
         failures = carrier.trail.task_failures + 1
-        carrier.trail = replace(carrier.trail, task_failures=failures, asks=0)
+        carrier.trail = changed(carrier.trail, task_failures=failures, asks=0)
         carrier.not_yet_s = 0.0
 
     def _asked_in_vain(self, carrier: Carrier, error: ApiError) -> float:
-        trail = replace(carrier.trail, ask_failures=carrier.trail.ask_failures + 1)
+        trail = changed(carrier.trail, ask_failures=carrier.trail.ask_failures + 1)
         at_least_s = error.retry_after_s or 0.0
         match error:
             case TaskNotFound():
                 # Apart, because what it leads to is an image given up as lost.
-                trail = replace(trail, not_found=trail.not_found + 1)
+                trail = changed(trail, not_found=trail.not_found + 1)
                 at_least_s = max(at_least_s, self._policy.gone_pause_s * self._policy.wait_scale)
             case Unauthorized() | AccessDenied() | InsufficientCredits():
-                trail = replace(trail, final=f"detached: its task cannot be read: {error}")
+                trail = changed(trail, final=f"detached: its task cannot be read: {error}")
         carrier.trail = trail
         return backoff_s(trail.ask_failures, self._fraction(), self._policy, at_least_s=at_least_s)
 
@@ -534,7 +535,7 @@ class Steps:
             await self.record(carrier, Event.NOT_STORED, _said(error.code, str(error)))
             # A rejected image mostly comes again as it is: fewer looks are enough.
             weight = 2 if isinstance(error, ImageRejected) else 1
-            carrier.trail = replace(
+            carrier.trail = changed(
                 carrier.trail,
                 fetch_failures=carrier.trail.fetch_failures + weight,
                 stale_link=True,
@@ -572,7 +573,7 @@ class Steps:
         await self.record(carrier, Event.FILE_MISSING)
         # Counted, because a storage that changes what it is given would be filled for ever.
         failures = carrier.trail.fetch_failures + 1
-        carrier.trail = replace(carrier.trail, fetch_failures=failures)
+        carrier.trail = changed(carrier.trail, fetch_failures=failures)
         return 0.0
 
     # -- the rest -----------------------------------------------------------------------------
