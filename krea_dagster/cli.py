@@ -126,13 +126,11 @@ def demo_command(*, as_json: bool) -> None:
     EVOLINK_API_KEY. Rows whose prompt asks the emulator for a failure are meant to fail.
     """
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
-    from krea_dagster.plugin.metadata import missing_rows  # noqa: PLC0415
 
     settings = replace(Settings.from_environment(), has_key=False, base_url=_NO_ADDRESS)
     done = _materialize(settings, (), None, as_json=as_json)
-    missing = missing_rows(done.manifest)
-    meant = sum("[emulator:" in prompt for prompt in missing["prompt"].to_pylist())
-    sys.exit(_exit_code(done, missing.num_rows - meant))
+    meant = sum("[emulator:" in prompt for prompt in done.missing["prompt"].to_pylist())
+    sys.exit(_exit_code(done, done.missing.num_rows - meant))
 
 
 @main.command("salvage", epilog=_EPILOG)

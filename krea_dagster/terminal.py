@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -26,7 +27,6 @@ from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
 from krea_dagster.models import credits_from_units, credits_text
 from krea_dagster.plugin.materialize import Materialized, Salvaged
-from krea_dagster.plugin.metadata import missing_rows
 from krea_dagster.plugin.quoting import Quoted
 from krea_dagster.spend.findings import Figures, Proof
 from krea_dagster.spend.quote import Line, Quote
@@ -143,7 +143,7 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
     for name, value in rows:
         table.add_row(name, str(value))
     out.print(table)
-    for reason, count, ids in _reasons(done.manifest):
+    for reason, count, ids in _reasons(done.missing):
         out.print(escape(_plain(f"  {count} × {reason}: {ids}")))
     for price in done.dearer:
         out.print(escape(f"price: {price}"))
@@ -210,7 +210,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "seconds": round(done.seconds, 3),
         "not_delivered": [
             {"reason": reason, "count": count, "rows": ids}
-            for reason, count, ids in _reasons(done.manifest)
+            for reason, count, ids in _reasons(done.missing)
         ],
         "images": f"{where}/images",
         "manifest": f"{where}/manifest",
@@ -431,27 +431,24 @@ def show_json(figures: object) -> None:
     out.print_json(json.dumps(figures), ensure_ascii=True)
 
 
-def _reasons(manifest: pa.Table) -> list[tuple[str, int, str]]:
+def _reasons(missing: pa.Table) -> list[tuple[str, int, str]]:
     """Why rows have no image: the reason, how many, and the first of their prompt_ids.
 
     Rows with the same code are one reason, in the words of the first: EvoLink's messages end in
     a request id, so that no two are alike.
     """
-    counts: Counter[str] = Counter()
-    words: dict[str, str] = {}
-    ids: dict[str, list[str]] = {}
-    columns = ("prompt_id", "status", "error_code", "error_message")
-    for row in missing_rows(manifest).select(columns).to_pylist():
-        code = f" ({row['error_code']})" if row["error_code"] else ""
-        message = f", {row['error_message']}" if row["error_message"] else ""
-        reason = f"{row['status']}{code}"
-        words.setdefault(reason, f"{reason}{message}")
-        counts[reason] += 1
-        ids.setdefault(reason, []).append(str(row["prompt_id"])[:60])
-    return [
-        (words[reason], count, ", ".join(ids[reason][:5]) + (" …" if count > 5 else ""))
-        for reason, count in counts.most_common(_REASONS)
-    ]
+    codes = pc.coalesce(missing["error_code"], "")
+    reasons = pc.binary_join_element_wise(missing["status"], codes, "\x1f")
+    counts = {run["values"].as_py(): run["counts"].as_py() for run in pc.value_counts(reasons)}
+    found: list[tuple[str, int, str]] = []
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1])[:_REASONS]:
+        rows = missing.filter(pc.equal(reasons, reason)).slice(0, 5).to_pylist()
+        code = f" ({rows[0]['error_code']})" if rows[0]["error_code"] else ""
+        message = f", {rows[0]['error_message']}" if rows[0]["error_message"] else ""
+        ids = ", ".join(str(row["prompt_id"])[:60] for row in rows)
+        words = f"{rows[0]['status']}{code}{message}"
+        found.append((words, count, ids + (" …" if count > 5 else "")))
+    return found
 
 
 def _trouble(progress: Progress) -> str:

@@ -1,105 +1,92 @@
-"""Journal and prompt rows to the manifest table. Pure: no file, no network, no clock."""
+"""Journal and plan to the manifest, whole columns at a time, a batch of rows after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.lookup import record_columns
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
-from krea_dagster.models import credits_from_units
-from krea_dagster.prompts import PlannedImage, PromptRows
+from krea_dagster.models import MODEL, UNITS_PER_CREDIT, credits_from_units
+from krea_dagster.prompts import PLAN_SCHEMA, Plan
 
 #: States in which a request certainly costs nothing.
-_FREE = frozenset({State.PLANNED, State.DEFERRED, State.REFUSED})
+_FREE: Final = frozenset({State.PLANNED, State.DEFERRED, State.REFUSED})
+_FREE_NAMES: Final = pa.array(sorted(state.value for state in _FREE), pa.string())
+
+
+def manifest_schema(plan: Plan) -> pa.Schema:
+    """Return the manifest's columns, and the table's further ones."""
+    return pa.schema([*MANIFEST_SCHEMA, *plan.carried])
+
+
+def manifest_parts(
+    plan: Plan, key: str, journal: Journal, *, locate: Callable[[str], str], run_id: str
+) -> Iterator[pa.Table]:
+    """Yield the manifest of a partition, some ten thousand rows at a time.
+
+    One row per image asked for, in the table's order, as the journal has them now. ``locate``
+    turns a name under the storage root into the path or URL that is shown. ``run_id`` is the run
+    that asks: what another run bought is ``reused``. Raises JournalError.
+    """
+    for images in plan.batches(key):
+        records = record_columns(journal, images.column(_KEY))
+        yield manifest_table(images, records, locate=locate, run_id=run_id)
 
 
 def manifest_table(
-    images: Iterable[PlannedImage],
-    rows: PromptRows,
-    records: Mapping[str, Record],
-    *,
-    locate: Callable[[str], str],
-    run_id: str,
+    images: pa.RecordBatch, records: pa.Table, *, locate: Callable[[str], str], run_id: str
 ) -> pa.Table:
-    """One row per image asked for, in the table's order, then the table's further columns.
+    """Return the manifest of some images of a plan. Pure.
 
-    ``images`` are those planned from ``rows``; ``records`` is what the journal knows, by
-    request key. ``locate`` turns a name under the storage root into the path or URL that is
-    shown. ``run_id`` is the run that asks: what another run bought is ``reused``.
+    ``records`` holds, beside them, what the journal knows (``engine.lookup.RECORD_SCHEMA``).
     """
-    columns: dict[str, list[Any]] = {name: [] for name in MANIFEST_SCHEMA.names}
-    position = {row.row: number for number, row in enumerate(rows.rows)}
-    carried_at: list[int] = []
-    for image in images:
-        carried_at.append(position[image.row])
-        values = _row(image, records.get(image.request.request_key), locate, run_id)
-        for name, column in columns.items():
-            column.append(values.get(name))
-    table = pa.table(columns, schema=MANIFEST_SCHEMA)
-    carried = rows.carried.take(pa.array(carried_at, pa.int64()))
-    for field, column in zip(carried.schema, carried.columns, strict=True):
-        table = table.append_column(field, column)
-    return table
-
-
-def _row(
-    image: PlannedImage, record: Record | None, locate: Callable[[str], str], run_id: str
-) -> dict[str, Any]:
-    request = image.request
+    planned = {name: images.column(at) for at, name in enumerate(PLAN_SCHEMA.names)}
+    found = {name: records[name].combine_chunks() for name in records.column_names}
+    known = pc.is_valid(found["state"])
+    bought = pc.is_valid(found["task_id"])
+    free = pc.and_(known, pc.is_in(found["state"], value_set=_FREE_NAMES))
+    unknown = pc.equal(found["state"], State.UNKNOWN.value).fill_null(False)
+    by_another = pc.not_equal(found["run_id"], run_id).fill_null(True)
     values: dict[str, Any] = {
-        "prompt_id": image.prompt_id,
-        "sample": image.sample,
-        "prompt": request.prompt,
-        "model": request.model,
-        "size": request.size,
-        "quality": request.quality,
-        "seed": request.seed,
-        "nsfw_check": request.nsfw_check,
-        "attempt": request.attempt,
-        "request_key": request.request_key,
-        "partition_key": image.partition_key,
-        "status": State.PLANNED.value,
-        "reused": False,
+        **found,
+        **planned,
+        "model": pa.repeat(pa.scalar(MODEL, pa.string()), images.num_rows),
+        "status": found["state"].fill_null(State.PLANNED.value),
+        "image_path": _located(found["image_path"], locate),
+        "credits_reserved": _credits(found["reserved_units"]),
+        "credits_charged": pc.if_else(free, 0.0, _credits(found["charged_units"])),
+        "reused": pc.and_(bought, by_another),
+        "run_id": pc.if_else(pc.or_(bought, unknown), found["run_id"], None),
     }
-    if record is None:
-        return values
-    stored = record.image
-    bought = record.task_id is not None
-    values.update(
-        status=record.state.value,
-        task_id=record.task_id,
-        credits_reserved=_credits(record.reserved_units),
-        credits_charged=credits_charged(record),
-        billing_rule=record.billing_rule,
-        user_group=record.user_group,
-        submitted_at=record.submitted_at,
-        completed_at=record.completed_at,
-        stored_at=record.stored_at,
-        reused=bought and record.run_id != run_id,
-        run_id=record.run_id if bought or record.state is State.UNKNOWN else None,
-        error_code=record.error_code,
-        error_message=record.error_message,
+    columns = [values[field.name].cast(field.type) for field in MANIFEST_SCHEMA]
+    further = list(images.schema)[len(PLAN_SCHEMA) :]
+    return pa.Table.from_arrays(
+        [*columns, *images.columns[len(PLAN_SCHEMA) :]],
+        schema=pa.schema([*MANIFEST_SCHEMA, *further]),
     )
-    if stored is not None:
-        values.update(
-            image_path=locate(stored.path),
-            image_sha256=stored.sha256,
-            image_bytes=stored.bytes,
-            image_format=stored.format,
-            width=stored.width,
-            height=stored.height,
-        )
-    return values
 
 
 def credits_charged(record: Record) -> float | None:
     """What a request cost, as its row says it: 0 where certainly nothing, None while not known."""
-    return _credits(0 if record.state in _FREE else record.charged_units)
-
-
-def _credits(units: int | None) -> float | None:
+    units = 0 if record.state in _FREE else record.charged_units
     return None if units is None else credits_from_units(units)
+
+
+_KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
+
+
+def _credits(units: pa.Array) -> pa.Array:
+    return pc.divide(units.cast(pa.float64()), float(UNITS_PER_CREDIT))
+
+
+def _located(names: pa.Array, locate: Callable[[str], str]) -> pa.Array:
+    """Return where the files are: all under one root, so that one is asked for, not each."""
+    root = locate("images").removesuffix("images")
+    return pc.binary_join_element_wise(root, names, "")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 from krea_dagster.prompts import safe_name
 
 #: Rows per row group: small enough that memory stays flat, large enough to compress.
-_ROW_GROUP = 10_000
+_ROW_GROUP: Final = 10_000
 
 
 def manifest_name(partition_key: str, folders: Sequence[str] = ()) -> str:
@@ -27,9 +30,27 @@ def write_manifest(
     storage: Storage, partition_key: str, table: pa.Table, folders: Sequence[str] = ()
 ) -> str:
     """Write a partition's manifest; returns its path or URL. Equal tables give equal bytes."""
+    return write_manifest_parts(storage, partition_key, table.schema, [table], folders)
+
+
+def write_manifest_parts(
+    storage: Storage,
+    partition_key: str,
+    schema: pa.Schema,
+    parts: Iterable[pa.Table],
+    folders: Sequence[str] = (),
+) -> str:
+    """Write a partition's manifest while it is made, part by part; returns its path or URL."""
     name = manifest_name(partition_key, folders)
-    storage.write(name, lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP))
+    storage.write(name, lambda file: write_parts(file, schema, parts))
     return storage.locate(name)
+
+
+def write_parts(file: BinaryIO, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
+    """Write tables of one schema as one Parquet file, of row groups that fit into memory."""
+    with pq.ParquetWriter(file, schema) as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=_ROW_GROUP)
 
 
 def read_manifests(
@@ -54,3 +75,26 @@ def read_manifests(
         empty = MANIFEST_SCHEMA.empty_table()
         return empty if columns is None else empty.select(list(columns))
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def read_missing(
+    storage: Storage,
+    partition_keys: Sequence[str],
+    columns: Sequence[str],
+    folders: Sequence[str] = (),
+) -> pa.Table:
+    """Read the rows without an image, a row group at a time; ``columns`` are the manifest's own."""
+    schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
+    tables = [schema.empty_table()]
+    read = list(dict.fromkeys([*columns, "status"]))
+    for key in partition_keys:
+        try:
+            with storage.open(manifest_name(key, folders)) as file:
+                for batch in pq.ParquetFile(file).iter_batches(_ROW_GROUP, columns=read):
+                    missing = pc.not_equal(batch.column("status"), State.STORED.value)
+                    if pc.any(missing).as_py():
+                        found = batch.filter(missing).select(list(columns))
+                        tables.append(pa.Table.from_batches([found]))
+        except FileNotFoundError:
+            continue
+    return pa.concat_tables(tables)

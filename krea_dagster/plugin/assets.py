@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import dagster as dg
-import pyarrow as pa
 
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.manifest import (
     MANIFEST_SCHEMA,
+    Manifests,
     manifest_name,
-    write_manifest,
+    write_manifest_parts,
 )
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.automation import report_prompts
@@ -21,11 +22,8 @@ from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.failures import as_failure, stop_message
-from krea_dagster.plugin.io_manager import (
-    MANIFEST_ASSET,
-    manifest_folders,
-    split_by_partition,
-)
+from krea_dagster.plugin.figures import Figures, watched
+from krea_dagster.plugin.io_manager import MANIFEST_ASSET, manifest_folders
 from krea_dagster.plugin.metadata import (
     images_metadata,
     manifest_metadata,
@@ -36,10 +34,7 @@ from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
 from krea_dagster.plugin.quoting import quote_images
 from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.prompts import (
-    PromptRows,
-    PromptTable,
-)
+from krea_dagster.prompts import Plan, PromptTable
 
 #: Seconds between two lines of progress in Dagster's log: each is an event in its database.
 _LOG_EVERY_S = 30.0
@@ -79,7 +74,9 @@ def build_krea_assets(
     ``prompts`` is external; each run, and the sensor, report its data version per partition.
     ``images`` buys: a run takes one partition, or with the default backfill policy
     (single_run) any range of them, as one step with one sliding window. ``image_manifest`` is
-    made from the journal without network, through the IO manager ``io_manager_key``.
+    made from the journal without network, through the IO manager ``io_manager_key``; another
+    one than ``KreaManifestIOManager`` gets a ``krea_dagster.manifest.Manifests``, whose
+    ``to_table`` gives the rows.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
     partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]))
@@ -120,48 +117,47 @@ def build_krea_assets(
         context: dg.AssetExecutionContext, config: KreaImagesConfig
     ) -> Iterator[dg.MaterializeResult[None]]:
         krea = krea_of(context, resource_key)
-        with as_failure():
-            root = context.run.root_run_id or context.run.run_id
-            batch = Batch.read(table, context.partition_keys, krea, to_buy=True)
-            batch = batch.ask_again(config, krea, root)
-        report_prompts(context.instance, prompts_key, batch.versions())
-        if batch.rows.warning_count:
-            context.log.warning(_warnings(batch.rows))
-        if krea.emulator:
-            context.log.warning(
-                "No EvoLink key is set: the emulator draws the pictures. They are synthetic, and "
-                "nothing is charged."
-            )
-        with as_failure():
-            quoted = quote_images(krea, batch.images, ask_again=config.retry_errors).by_partition()
-            report = krea.generate(
-                batch.images,
-                run_id=context.run.run_id,
-                launch=context.run.tags.get(_BACKFILL_TAG) or root,
-                ask_again=config.retry_errors,
-                resolutions=config.resolutions(batch.images),
-                on_progress=Narrator(context),
-            )
-        _warn(context, report)
-        tell_report(report)
-        manifest = batch.manifest(krea, context.run.run_id)
-        storage = krea.open_storage()
-        for key, part in split_by_partition(manifest, context.partition_keys).items():
-            values = images_metadata(part, storage, seconds=report.seconds)
-            context.add_asset_metadata(
-                {**values, **quote_metadata(quoted.get(key))}, partition_key=key
-            )
-        yield dg.MaterializeResult(check_results=[check_rows(manifest, report)])
-        if report.stopped is not None:
-            # The step that writes the manifest will not run after this one has failed.
-            for key, part in split_by_partition(manifest, context.partition_keys).items():
-                path = write_manifest(storage, key, part, manifest_folders(manifest_key))
-                context.log_event(
-                    dg.AssetMaterialization(
-                        manifest_key, partition=key, metadata=manifest_metadata(part, path)
-                    )
+        with ExitStack() as stack:
+            with as_failure():
+                root = context.run.root_run_id or context.run.run_id
+                batch = Batch.read(table, context.partition_keys, krea, to_buy=True, look=True)
+                batch = stack.enter_context(batch.ask_again(config, krea, root))
+            report_prompts(context.instance, prompts_key, batch.versions())
+            if batch.plan.warning_count:
+                context.log.warning(_warnings(batch.plan))
+            if krea.emulator:
+                context.log.warning(
+                    "No EvoLink key is set: the emulator draws the pictures. They are synthetic, "
+                    "and nothing is charged."
                 )
-            raise dg.Failure(stop_message(report), allow_retries=False)
+            with as_failure():
+                standing = batch.standing(krea)
+                quoted = quote_images(krea, standing, ask_again=config.retry_errors).by_partition()
+                report = krea.carry(
+                    standing.wanted(),
+                    reused_rows=int(standing.whole.sum()),
+                    run_id=context.run.run_id,
+                    launch=context.run.tags.get(_BACKFILL_TAG) or root,
+                    ask_again=config.retry_errors,
+                    resolutions=config.resolutions(batch.plan),
+                    on_progress=Narrator(context),
+                )
+            del standing
+            _warn(context, report)
+            tell_report(report)
+            storage = krea.open_storage()
+            total = Figures()
+            for key, figures in batch.figures(krea, context.run.run_id):
+                total += figures
+                values = images_metadata(figures, storage, seconds=report.seconds)
+                context.add_asset_metadata(
+                    {**values, **quote_metadata(quoted.get(key))}, partition_key=key
+                )
+            yield dg.MaterializeResult(check_results=[check_rows(total, report)])
+            if report.stopped is not None:
+                # The step that writes the manifest will not run after this one has failed.
+                rewrite_manifests(context, batch, krea, manifest_key)
+                raise dg.Failure(stop_message(report), allow_retries=False)
 
     @dg.asset(
         key=manifest_key,
@@ -177,20 +173,40 @@ def build_krea_assets(
             "One row per image asked for: seed, size, credits, file, and why one is missing."
         ),
     )
-    def image_manifest(context: dg.AssetExecutionContext) -> pa.Table:
+    def image_manifest(context: dg.AssetExecutionContext) -> Manifests:
         krea = krea_of(context, resource_key)
-        with as_failure():
-            batch = Batch.read(table, context.partition_keys, krea)
-        manifest = batch.manifest(krea, context.run.run_id)
-        storage = krea.open_storage()
-        schema = table_schema(manifest.schema)
-        for key, part in split_by_partition(manifest, context.partition_keys).items():
-            path = storage.locate(manifest_name(key, manifest_folders(manifest_key)))
-            values = {**manifest_metadata(part, path), "dagster/column_schema": schema}
-            context.add_asset_metadata(values, partition_key=key)
-        return manifest
+        storage, made = krea.open_storage(), Manifests()
+        with as_failure(), Batch.read(table, context.partition_keys, krea) as batch:
+            schema = table_schema(batch.manifest_schema)
+            with krea.open_journal() as journal:
+                for key in batch.plan.keys:
+                    figures = Figures()
+                    parts = batch.manifest_parts(key, krea, journal, context.run.run_id)
+                    watching = watched(parts, batch.plan.digests(key), figures)
+                    made.add(key, batch.manifest_schema, watching)
+                    path = storage.locate(manifest_name(key, manifest_folders(manifest_key)))
+                    values = {**manifest_metadata(figures, path), "dagster/column_schema": schema}
+                    context.add_asset_metadata(values, partition_key=key)
+        return made
 
     return KreaAssets(table, partitions_def, prompts, images, image_manifest)
+
+
+def rewrite_manifests(
+    context: dg.AssetExecutionContext, batch: Batch, krea: KreaResource, key: dg.AssetKey
+) -> None:
+    """Write the manifests of a batch from a step of another asset, and say so to Dagster."""
+    storage, folders = krea.open_storage(), manifest_folders(key)
+    with krea.open_journal() as journal:
+        for partition in batch.plan.keys:
+            figures = Figures()
+            parts = batch.manifest_parts(partition, krea, journal, context.run.run_id)
+            watching = watched(parts, batch.plan.digests(partition), figures)
+            path = write_manifest_parts(
+                storage, partition, batch.manifest_schema, watching, folders
+            )
+            values = manifest_metadata(figures, path)
+            context.log_event(dg.AssetMaterialization(key, partition=partition, metadata=values))
 
 
 def krea_of(context: dg.AssetExecutionContext, key: str) -> KreaResource:
@@ -233,6 +249,6 @@ def _warn(context: dg.AssetExecutionContext, report: RunReport) -> None:
         context.log.warning("%s. The rows that did not fit are deferred.", message)
 
 
-def _warnings(rows: PromptRows) -> str:
-    lines = "\n".join(f"  {problem}" for problem in rows.warnings)
-    return f"{rows.warning_count} prompts are very long:\n{lines}"
+def _warnings(plan: Plan) -> str:
+    lines = "\n".join(f"  {problem}" for problem in plan.warnings)
+    return f"{plan.warning_count} prompts are very long:\n{lines}"

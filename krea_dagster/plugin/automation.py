@@ -11,27 +11,33 @@ from krea_dagster.prompts import PromptTable
 
 _DATA_VERSION = "dagster/data_version"
 
+#: Partitions that are asked for by name.
+_MOST_NAMES = 500
+
 
 def report_prompts(
     instance: dg.DagsterInstance, key: dg.AssetKey, versions: Mapping[str, str]
 ) -> None:
     """Report the partitions of ``prompts`` whose data version is not the one last reported."""
+    last = last_versions(instance, key, list(versions))
     for partition, version in versions.items():
-        if last_version(instance, key, partition) != version:
+        if last.get(partition) != version:
             for event in _events(key, partition, version):
                 instance.report_runless_asset_event(event)
 
 
-def last_version(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str) -> str | None:
-    """The data version that was last reported for a partition."""
-    found = instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition]), limit=1
+def last_versions(
+    instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Sequence[str]
+) -> Mapping[str, str]:
+    """The data versions that were last reported for these partitions, in one question."""
+    found = instance.event_log_storage.get_latest_tags_by_partition(
+        key,
+        dg.DagsterEventType.ASSET_MATERIALIZATION,
+        tag_keys=[_DATA_VERSION],
+        # Of very many, all: databases take only so many names in one question.
+        asset_partitions=partitions if len(partitions) <= _MOST_NAMES else None,
     )
-    for record in found.records:
-        materialization = record.asset_materialization
-        if materialization is not None and materialization.tags:
-            return materialization.tags.get(_DATA_VERSION)
-    return None
+    return {partition: tags[_DATA_VERSION] for partition, tags in found.items() if tags}
 
 
 def build_prompts_sensor(

@@ -1,12 +1,10 @@
 """What a person may ask of one run of images, as Dagster's run config."""
 
-from collections.abc import Iterable
-
 import dagster as dg
 from pydantic import Field
 
 from krea_dagster.engine.resolution import Resolution, parse_resolution
-from krea_dagster.prompts import PlannedImage
+from krea_dagster.prompts import Plan
 
 
 class KreaImagesConfig(dg.Config):
@@ -31,11 +29,11 @@ class KreaImagesConfig(dg.Config):
         ),
     )
 
-    def resolutions(self, images: Iterable[PlannedImage]) -> dict[str, Resolution]:
+    def resolutions(self, plan: Plan) -> dict[str, Resolution]:
         """The decisions, by request key. Raises ConfigError for one that cannot be read."""
         decided = {name: parse_resolution(text) for name, text in self.resolve.items()}
         found: dict[str, Resolution] = {}
-        for image in images:
+        for image in plan.named(decided):
             key = image.request.request_key
             decision = decided.get(key) or decided.get(image.prompt_id)
             if decision is not None:

@@ -10,14 +10,14 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from krea_dagster.engine.storage import Storage
-from krea_dagster.manifest import read_manifests, write_manifest
+from krea_dagster.manifest import Manifests, read_manifests, write_manifest
 
 #: The last part of the key of the asset that this IO manager is made for.
 MANIFEST_ASSET: Final = "image_manifest"
 
 
 class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
-    """Writes a manifest table as one file per partition, and reads any number of them as one.
+    """Writes manifests as one file per partition, and reads any number of them as one table.
 
     A downstream asset gets a ``pandas.DataFrame`` where its parameter is annotated so, and a
     ``pyarrow.Table`` otherwise.
@@ -28,11 +28,17 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
         description="Root under which manifest/ lies: the storage of the KreaResource.",
     )
 
-    def handle_output(self, context: dg.OutputContext, obj: pa.Table) -> None:
+    def handle_output(self, context: dg.OutputContext, obj: Manifests | pa.Table) -> None:
         """Write each partition's rows as its file, atomically; also where it has no rows."""
         storage = Storage(self.storage)
+        folders = manifest_folders(context.asset_key)
+        if isinstance(obj, Manifests):
+            for key in obj.partition_keys:
+                obj.publish(storage, key, folders)
+            obj.close()
+            return
         for key, table in split_by_partition(obj, context.asset_partition_keys).items():
-            write_manifest(storage, key, table, manifest_folders(context.asset_key))
+            write_manifest(storage, key, table, folders)
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Read the manifests of the upstream partitions; those never written are left out."""
@@ -57,5 +63,15 @@ def manifest_folders(key: dg.AssetKey) -> Sequence[str]:
 
 def split_by_partition(table: pa.Table, keys: Sequence[str]) -> dict[str, pa.Table]:
     """The rows of each of these partitions, by key, in their order."""
-    column = table["partition_key"]
-    return {key: table.filter(pc.equal(column, key)) for key in sorted(keys)}
+    keyed = table["partition_key"].combine_chunks().cast(pa.string())
+    places = pc.index_in(keyed, value_set=pa.array(sorted(keys), pa.string()))
+    order = pc.sort_indices(places)  # stable, the rows of other partitions last
+    ordered = table.take(order)
+    counts = dict.fromkeys(range(len(keys)), 0)
+    counts |= {run["values"].as_py(): run["counts"].as_py() for run in pc.value_counts(places)}
+    parts: dict[str, pa.Table] = {}
+    start = 0
+    for number, key in enumerate(sorted(keys)):
+        parts[key] = ordered.slice(start, counts[number])
+        start += counts[number]
+    return parts

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +14,7 @@ from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped
-from krea_dagster.manifest import read_manifests
+from krea_dagster.manifest import read_missing
 from krea_dagster.plugin.automation import report_prompts
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
@@ -23,6 +23,10 @@ from krea_dagster.plugin.environment import Settings
 from krea_dagster.plugin.observer import observed
 from krea_dagster.plugin.partitions import partitions_for, register_partitions
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import partition_version
+
+#: What is told of a row without an image.
+MISSING_COLUMNS: Final = ("prompt_id", "prompt", "status", "error_code", "error_message")
 
 SALVAGED_IMAGES: Final = dg.AssetKey("salvaged_images")
 
@@ -40,13 +44,14 @@ _INSTANCE_SETTINGS: Final = "telemetry:\n  enabled: false\nnux:\n  enabled: fals
 class Materialized:
     """What became of the partitions that were asked for.
 
-    ``failures`` are the texts of runs that failed. ``waiting`` are partitions of the table
+    ``missing`` are the rows without an image (``MISSING_COLUMNS``). ``failures`` are the texts
+    of runs that failed. ``waiting`` are partitions of the table
     that Dagster does not have yet (days to come). ``unknown`` are all purchases of the journal
     whose outcome is unknown, the oldest first.
     """
 
     partitions: Sequence[str]
-    manifest: pa.Table
+    missing: pa.Table
     progress: Progress
     seconds: float
     dagster_home: str
@@ -77,8 +82,10 @@ def materialize(
     partitions_def = partitions_for(table, name="krea")
     krea = settings.resource()
     wishes = wishes or KreaImagesConfig()
-    batch = Batch.read(table, list(partitions) or None, krea, to_buy=True)
-    _check_wishes(wishes, batch, krea)
+    keep = bool(wishes.again or wishes.resolve)
+    with Batch.read(table, list(partitions) or None, krea, to_buy=True, keep=keep) as batch:
+        _check_wishes(wishes, batch, krea)
+        versions = batch.versions()
     job = settings.definitions().resolve_job_def(JOB_NAME)
     home = _dagster_home(settings)
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -87,9 +94,8 @@ def materialize(
         known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
         chosen = _chosen(partitions, known, in_table)
         # Before the runs, so that they know the version that they are about to buy.
-        keys = [*chosen, *(image.partition_key for image in batch.images)]
-        versions = replace(batch, keys=keys).versions()
-        report_prompts(instance, _PROMPTS, {key: versions[key] for key in chosen})
+        nothing = partition_version([])
+        report_prompts(instance, _PROMPTS, {key: versions.get(key, nothing) for key in chosen})
         watch = _Watch(on_progress)
         results: list[dg.ExecuteInProcessResult] = []
         for start, end in _ranges(chosen, known):
@@ -111,7 +117,7 @@ def materialize(
     storage = krea.open_storage()
     return Materialized(
         partitions=chosen,
-        manifest=read_manifests(storage, chosen),
+        missing=read_missing(storage, chosen, MISSING_COLUMNS),
         progress=watch.total,
         seconds=time.monotonic() - started_s,
         dagster_home=str(home),
@@ -165,18 +171,19 @@ def salvage(
 
 def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) -> None:
     """Refuse a wish that names no row, before anything is launched."""
-    known = {image.prompt_id for image in batch.images}
+    known = {image.prompt_id for image in batch.plan.named(wishes.again)}
     if missing := [name for name in wishes.again if name not in known]:
         raise ConfigError(f"no row has the prompt_id {missing[0]!r}; nothing was bought")
     if not wishes.resolve:
         return
-    resolutions = wishes.resolutions(batch.images)
+    resolutions = wishes.resolutions(batch.plan)
+    images = list(batch.plan.named(wishes.resolve))
     unknown = {record.request_key: record for record in krea.unknown()}
     named = {key for key in resolutions if key in unknown}
     by_name = {
         name: [
             image.request.request_key
-            for image in batch.images
+            for image in images
             if name in (image.prompt_id, image.request.request_key)
             and image.request.request_key in named
         ]

@@ -6,12 +6,12 @@ Dagster plots them over time.
 
 import base64
 import io
-from collections import Counter
-from collections.abc import Mapping
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import dagster as dg
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
@@ -21,10 +21,10 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import DESCRIPTIONS
 from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.figures import SHEET_IMAGES, Figures
 from krea_dagster.spend.quote import Line
 
-#: Thumbnails on a partition's sheet, and their longest side in pixels.
-SHEET_IMAGES: Final = 12
+#: Thumbnails in a row of a sheet, their longest side in pixels, and the space between them.
 _COLUMNS: Final = 6
 _THUMBNAIL: Final = 128
 _GAP: Final = 6
@@ -33,63 +33,50 @@ _GAP: Final = 6
 #: UI becomes slow.
 SHEET_BYTES: Final = 45_000
 
-#: Rows of a table of what is missing.
-MISSING_ROWS: Final = 50
-
 Metadata = Mapping[str, Any]
 
 
-def images_metadata(table: pa.Table, storage: Storage, *, seconds: float) -> Metadata:
-    """The metadata of one partition of ``images``, from its manifest rows.
+def images_metadata(figures: Figures, storage: Storage, *, seconds: float) -> Metadata:
+    """The metadata of one partition of ``images``, from the figures of its manifest.
 
     ``seconds`` is how long the run worked, for all its partitions together.
     """
-    bought = table.filter(pc.and_(pc.invert(table["reused"]), pc.is_valid(table["stored_at"])))
-    latencies_s = sorted(
-        (done - sent) / timedelta(seconds=1)
-        for sent, done in zip(
-            bought["submitted_at"].to_pylist(), bought["completed_at"].to_pylist(), strict=True
-        )
-        if sent is not None and done is not None
-    )
+    latencies_s = figures.latencies_s()
     values: dict[str, Any] = {
-        **count_metadata(table),
-        "images_bought": bought.num_rows,
-        "images_reused": pc.sum(table["reused"]).as_py() or 0,
-        "images_per_second": round(bought.num_rows / seconds, 3) if seconds > 0 else 0.0,
+        **count_metadata(figures),
+        "images_bought": figures.bought,
+        "images_reused": figures.reused,
+        "images_per_second": round(figures.bought / seconds, 3) if seconds > 0 else 0.0,
     }
-    if latencies_s:
+    if len(latencies_s):
         values["latency_p50_s"] = round(_quantile(latencies_s, 0.5), 3)
         values["latency_p95_s"] = round(_quantile(latencies_s, 0.95), 3)
-    if (sheet := contact_sheet(table, storage)) is not None:
+    if (sheet := _sheet(figures.shown[:SHEET_IMAGES], storage, _COLUMNS)) is not None:
         picture = base64.b64encode(sheet).decode()
         values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{picture})")
     return values
 
 
-def count_metadata(table: pa.Table) -> Metadata:
+def count_metadata(figures: Figures) -> Metadata:
     """Rows by status, and credits, of one partition's manifest rows."""
-    statuses = Counter(table["status"].to_pylist())
+    statuses = figures.statuses
     at_stake = sum(
         statuses.get(state.value, 0) for state in (State.UNKNOWN, State.SUBMITTED, State.COMPLETED)
     )
-    # Rows that ask for the same thing share one purchase.
-    money = [("credits_reserved", "max"), ("credits_charged", "max")]
-    bought_once = table.group_by("request_key").aggregate(money)
     return {
-        "rows": table.num_rows,
+        "rows": figures.rows,
         **{f"rows_{state}": count for state, count in sorted(statuses.items())},
-        "credits_reserved": _total(bought_once["credits_reserved_max"]),
-        "credits_charged": _total(bought_once["credits_charged_max"]),
+        "credits_reserved": round(figures.reserved, 4),
+        "credits_charged": round(figures.charged, 4),
         "rows_at_stake": at_stake,
     }
 
 
-def manifest_metadata(table: pa.Table, path: str) -> Metadata:
+def manifest_metadata(figures: Figures, path: str) -> Metadata:
     """The metadata of one partition of ``image_manifest``."""
     return {
-        **count_metadata(table),
-        "dagster/partition_row_count": table.num_rows,
+        **count_metadata(figures),
+        "dagster/partition_row_count": figures.rows,
         "path": dg.MetadataValue.path(path),
     }
 
@@ -116,20 +103,14 @@ def table_schema(schema: pa.Schema) -> dg.TableSchema:
     )
 
 
-def missing_table(table: pa.Table) -> dg.TableMetadataValue:
+def missing_table(figures: Figures) -> dg.TableMetadataValue:
     """The rows without an image, as a table for the UI; the first 50."""
-    names = ("partition_key", "prompt_id", "sample", "status", "error_code", "error_message")
-    rows = missing_rows(table).select(names).slice(0, MISSING_ROWS).to_pylist()
     return dg.MetadataValue.table(
         records=[
-            dg.TableRecord({name: _short(value) for name, value in row.items()}) for row in rows
+            dg.TableRecord({name: _short(value) for name, value in row.items()})
+            for row in figures.missing
         ]
     )
-
-
-def missing_rows(table: pa.Table) -> pa.Table:
-    """The rows of a manifest that have no image."""
-    return table.filter(pc.not_equal(table["status"], State.STORED.value))
 
 
 def contact_sheet(
@@ -140,7 +121,11 @@ def contact_sheet(
     A file that cannot be read is left out: the run that finds it missing fetches it again.
     """
     stored = table.filter(pc.is_valid(table["image_path"])).slice(0, most)
-    names = [storage.name_of(location) for location in stored["image_path"].to_pylist()]
+    return _sheet(stored["image_path"].to_pylist(), storage, columns)
+
+
+def _sheet(locations: Sequence[str], storage: Storage, columns: int) -> bytes | None:
+    names = [storage.name_of(location) for location in locations]
     thumbnails = [thumbnail for name in names if (thumbnail := _thumbnail(storage, name))]
     if not thumbnails:
         return None
@@ -178,12 +163,8 @@ def _jpeg(sheet: Image.Image) -> bytes:
     return data
 
 
-def _total(column: pa.ChunkedArray) -> float:
-    return round(pc.sum(column).as_py() or 0.0, 4)
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def _quantile(ordered: npt.NDArray[np.float64], share: float) -> float:
+    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
 
 
 def _short(value: str | int | None) -> str | int | None:

@@ -1,17 +1,28 @@
 """Quotes what a run would buy, from the table, the journal and the files; without network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import Final
 
-from krea_dagster.engine.budget import CREDITS_PER_USD, Commitment
+import numpy as np
+import pyarrow as pa
+
+from krea_dagster.engine.budget import CREDITS_PER_USD, Caps, Commitment
+from krea_dagster.engine.digests import Mask, first_of_each
 from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.batch import Batch, Standing
 from krea_dagster.plugin.partitions import partitions_for
 from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.prompts import DayPartitions, PlannedImage, PromptTable, plan_images
-from krea_dagster.spend.quote import Quote, quote
+from krea_dagster.prompts import PLAN_SCHEMA, DayPartitions, PromptTable
+from krea_dagster.spend.quote import Asked, Quote, quote
+
+_QUALITY: Final = PLAN_SCHEMA.get_field_index("quality")
+_KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
 
 
 @dataclass(frozen=True)
@@ -42,37 +53,93 @@ def quote_partitions(
         shown = ", ".join(sorted(known)[:10]) + (", …" if len(known) > 10 else "")
         raise ConfigError(f"there is no partition {unknown[0]!r}; there are {shown or 'none'}")
     chosen = [key for key in in_table if key in (partitions or known)]
-    rows = table.read(chosen).rows
-    attempts = krea.attempts() if krea.has_journal() else {}
-    quoted = quote_images(krea, tuple(plan_images(rows, attempts)), credits_per_usd=credits_per_usd)
+    with Batch.read(table, chosen, krea, look=True) as batch:
+        quoted = quote_images(krea, batch.standing(krea), credits_per_usd=credits_per_usd)
     return Quoted(quoted, chosen, [key for key in in_table if key not in known])
 
 
 def quote_images(
     krea: KreaResource,
-    images: Sequence[PlannedImage],
+    standing: Standing,
     *,
     ask_again: Iterable[str] = (),
     credits_per_usd: float = CREDITS_PER_USD,
 ) -> Quote:
     """Quote these images. Makes no journal where there is none. Raises as ``quote_partitions``."""
     now = datetime.now(timezone.utc)
-    records: dict[str, Record] = {}
     prices: dict[str, int] = {}
     day = Commitment()
-    if krea.has_journal():
-        with krea.open_journal() as journal:
-            records = journal.records({image.request.request_key for image in images})
+    with ExitStack() as stack:
+        journal = None
+        if krea.has_journal():
+            journal = stack.enter_context(krea.open_journal())
             prices = journal.highest_prices()
             day = journal.commitment(f"day:{now:%Y-%m-%d}")
-    return quote(
-        images,
-        records,
-        prices=prices,
-        now=now,
-        policy=krea.policy(ask_again),
-        holds=ImageStore(krea.open_storage()).holds,
-        caps=krea.caps(),
-        day=day,
-        credits_per_usd=credits_per_usd,
-    )
+        caps = krea.caps()
+        return quote(
+            _asked(standing, journal, in_order=caps != Caps()),
+            prices=prices,
+            now=now,
+            policy=krea.policy(ask_again),
+            holds=ImageStore(krea.open_storage()).holds,
+            caps=caps,
+            day=day,
+            credits_per_usd=credits_per_usd,
+        )
+
+
+def _asked(standing: Standing, journal: Journal | None, *, in_order: bool) -> Iterator[Asked]:
+    """Yield the images by how they stand, thousands at once; ``in_order`` where caps bind."""
+    plan = standing.plan
+    whole = standing.by_partition(standing.whole)
+    seen = standing.by_partition(standing.seen)
+    first = standing.by_partition(first_of_each(standing.digests)[0])
+    for key in plan.keys:
+        start = 0
+        for batch in plan.batches(key):
+            here = slice(start, start + batch.num_rows)
+            start += batch.num_rows
+            yield from _of_batch(
+                key,
+                batch,
+                whole=whole[key][here],
+                seen=seen[key][here],
+                first=first[key][here],
+                journal=journal,
+                in_order=in_order,
+            )
+
+
+def _of_batch(
+    key: str,
+    batch: pa.RecordBatch,
+    *,
+    whole: Mask,
+    seen: Mask,
+    first: Mask,
+    journal: Journal | None,
+    in_order: bool,
+) -> Iterator[Asked]:
+    qualities = batch.column(_QUALITY).dictionary_encode()
+    names = qualities.dictionary.to_pylist()
+    numbers = np.asarray(qualities.indices.to_numpy(), np.int64)
+    # Those that the journal knows, and that are not done, are looked at one by one.
+    alone = seen & ~whole
+    records: Mapping[str, Record] = {}
+    keys = batch.column(_KEY)
+    if journal is not None and alone.any():
+        records = journal.records(keys.filter(pa.array(alone)).unique().to_pylist())
+    kinds = numbers * 3 + np.where(whole, 0, np.where(alone, 1, 2))
+    order = np.arange(len(kinds)) if in_order else np.argsort(kinds, kind="stable")
+    kinds = kinds[order]
+    breaks = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] % 3 == 1)) + 1
+    for places in np.split(order, breaks) if len(order) else ():
+        at = int(places[0])
+        yield Asked(
+            key,
+            names[numbers[at]],
+            rows=len(places),
+            requests=int(first[places].sum()),
+            record=records.get(keys[at].as_py()) if alone[at] else None,
+            at_hand=bool(whole[at]),
+        )

@@ -70,7 +70,28 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         ),
     )
     max_in_flight: int = Field(
-        default=64, ge=1, le=4096, description="Most tasks of one run at the server at once."
+        default=64,
+        ge=1,
+        le=4096,
+        description=(
+            "Most tasks of one run at the server at once. What the account takes is found by "
+            "itself, also where it is less."
+        ),
+    )
+    max_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "Most images a second that one run asks for, where the account's limit is known. "
+            "Without it the limit is found by itself."
+        ),
+    )
+    look_at_images: bool = Field(
+        default=True,
+        description=(
+            "Decode each image once before it counts as stored, to find damage, a wrong size and "
+            "flat colour. Without it the hash, the length and the file's header are checked."
+        ),
     )
     on_unknown: str = Field(
         default="replay",
@@ -169,7 +190,30 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         where the journal cannot be written. What EvoLink refuses or loses is in the report
         and in the journal, not an exception.
         """
-        wanted = [Wanted(image.request, image.partition_key) for image in images]
+        return self.carry(
+            (Wanted(image.request, image.partition_key) for image in images),
+            run_id=run_id,
+            launch=launch,
+            ask_again=ask_again,
+            resolutions=resolutions,
+            on_progress=on_progress,
+        )
+
+    def carry(
+        self,
+        wanted: Iterable[Wanted],
+        *,
+        run_id: str,
+        reused_rows: int = 0,
+        launch: str = "",
+        ask_again: Iterable[str] = (),
+        resolutions: Mapping[str, Resolution] | None = None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> RunReport:
+        """Do the same for requests, which are taken up as they come.
+
+        ``reused_rows`` counts the images beside them that are known to be at hand.
+        """
         with self._runner(run_id, on_progress) as runner:
             wishful = replace(
                 runner,
@@ -177,7 +221,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 launch=launch,
                 resolutions=resolutions or {},
             )
-            return _run(wishful.run(wanted))
+            return _run(wishful.run(wanted, reused_rows=reused_rows))
 
     def salvage(
         self, *, run_id: str, on_progress: Callable[[Progress], None] = lambda _: None
@@ -244,10 +288,11 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             yield Runner(
                 connect=self._connect,
                 journal=journal,
-                images=ImageStore(self.open_storage()),
+                images=ImageStore(self.open_storage(), look=self.look_at_images),
                 run_id=run_id,
                 policy=self.policy(),
                 max_in_flight=self.max_in_flight,
+                max_per_s=self.max_per_s,
                 caps=self.caps(),
                 on_progress=on_progress,
             )

@@ -11,13 +11,10 @@ import dagster as dg
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.errors import KreaError
-from krea_dagster.manifest import write_manifest
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.assets import KreaAssets, Narrator, krea_of
+from krea_dagster.plugin.assets import KreaAssets, Narrator, krea_of, rewrite_manifests
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.io_manager import manifest_folders, split_by_partition
-from krea_dagster.plugin.metadata import manifest_metadata
 from krea_dagster.plugin.observer import tell_report
 from krea_dagster.plugin.resource import KreaResource
 
@@ -35,7 +32,6 @@ def build_salvage(
     run holds.
     """
     manifest_key = assets.image_manifest.key
-    folders = manifest_folders(manifest_key)
 
     @dg.asset(
         key=dg.AssetKey([*manifest_key.path[:-1], "salvaged_images"]),
@@ -56,16 +52,8 @@ def build_salvage(
         )
         with as_failure():
             keys = [key for key in assets.table.partition_keys() if key in set(collected)]
-            batch = Batch.read(assets.table, keys, krea)
-        storage = krea.open_storage()
-        table = batch.manifest(krea, context.run.run_id)
-        for key, part in split_by_partition(table, keys).items():
-            path = write_manifest(storage, key, part, folders)
-            context.log_event(
-                dg.AssetMaterialization(
-                    manifest_key, partition=key, metadata=manifest_metadata(part, path)
-                )
-            )
+            with Batch.read(assets.table, keys, krea) as batch:
+                rewrite_manifests(context, batch, krea, manifest_key)
         return dg.MaterializeResult(metadata=salvage_figures(list(found.values())))
 
     job = dg.define_asset_job(

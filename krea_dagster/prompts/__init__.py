@@ -1,10 +1,12 @@
 """From a Parquet table of prompts to image requests, each with its identity and its seed.
 
-``table`` reads and checks; ``requests`` (pure) plans; ``partitioning`` (pure) decides which
-row belongs to which partition; ``tokens`` (pure) counts; ``source`` and ``cells`` are what
-``table`` reads files and columns with.
+``table`` reads, checks and plans. ``requests`` (pure) defines what a row asks for; ``identity`` and
+``plan`` do it for whole columns. ``partitioning`` (pure) decides which row belongs to which
+partition; ``tokens`` counts. ``scan``, ``exact``, ``columns``, ``cells`` and ``source`` are what
+``table`` reads with.
 """
 
+from krea_dagster.prompts.identity import digests_of, digests_of_digits, digests_of_texts
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     DayPartitions,
@@ -14,6 +16,7 @@ from krea_dagster.prompts.partitioning import (
     parse_partition_by,
     safe_name,
 )
+from krea_dagster.prompts.plan import PLAN_SCHEMA, Plan, image_requests
 from krea_dagster.prompts.requests import (
     Attempts,
     Defaults,
@@ -36,6 +39,7 @@ from krea_dagster.prompts.tokens import MAX_TOKENS, WARN_TOKENS, estimate_tokens
 
 __all__ = [
     "MAX_TOKENS",
+    "PLAN_SCHEMA",
     "RECOGNISED_COLUMNS",
     "RESERVED_COLUMNS",
     "WARN_TOKENS",
@@ -45,13 +49,18 @@ __all__ = [
     "Defaults",
     "HashPartitions",
     "PartitionBy",
+    "Plan",
     "PlannedImage",
     "PromptRow",
     "PromptRows",
     "PromptTable",
     "derived_prompt_id",
+    "digests_of",
+    "digests_of_digits",
+    "digests_of_texts",
     "drawn_seed",
     "estimate_tokens",
+    "image_requests",
     "key_from_name",
     "parse_partition_by",
     "partition_version",

@@ -76,13 +76,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image that a row asks for. Several may share a request; it is bought once."""
+    """One image that a row asks for. Several may share a request; it is bought once.
+
+    ``row`` is the row's number, 0 where it is not known.
+    """
 
     prompt_id: str
     sample: int
     partition_key: str
     request: ImageRequest
-    row: int
+    row: int = 0
 
 
 def request_key(
@@ -179,39 +182,12 @@ def plan_images(
             yield PlannedImage(row.prompt_id, sample, row.partition_key, request, row.row)
 
 
-class PartitionVersion:
-    """The data version of a partition, from its request keys in any order.
-
-    Keeps 32 bytes a key, so that a large table can be read as a stream.
-    """
-
-    __slots__ = ("_digests",)
-
-    def __init__(self) -> None:
-        self._digests = bytearray()
-
-    def add(self, key: str) -> None:
-        """Count one request key. A key that is added twice counts twice."""
-        self._digests += bytes.fromhex(key)
-
-    def hexdigest(self) -> str:
-        """Return 16 hexadecimal digits that change when the set or the number of keys does."""
-        size = hashlib.sha256().digest_size
-        digests = self._digests
-        keys = sorted(bytes(digests[at : at + size]) for at in range(0, len(digests), size))
-        parts = ("krea-dagster/1/partition", *(key.hex() for key in keys))
-        return _digest(parts)[:16]
-
-
 def partition_version(request_keys: Iterable[str]) -> str:
     """Return the data version of a partition: 16 hexadecimal digits.
 
     It hangs on the request keys alone: their order changes nothing, their number does.
     """
-    version = PartitionVersion()
-    for key in request_keys:
-        version.add(key)
-    return version.hexdigest()
+    return _digest(("krea-dagster/1/partition", *sorted(request_keys)))[:16]
 
 
 def _attempt_reader(attempts: Attempts | None) -> Callable[[str, int], int]:

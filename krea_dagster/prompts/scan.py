@@ -1,39 +1,103 @@
-"""Pass once over a prompt table: choose the rows, check them, yield them batch by batch."""
+"""Pass once over a prompt table: choose the rows, check them, yield them batch by batch.
+
+Whole columns at a time, several batches at once in threads: Arrow and DuckDB let go of the
+interpreter. Only a batch with something in it that is not plainly right is read cell by cell
+(``exact``), to say what is wrong, or to find that nothing is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.errors import ConfigError, Problem
+from krea_dagster.errors import ConfigError
 from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
-from krea_dagster.prompts.cells import (
-    Bad,
-    Cells,
-    column_keys,
-    day_keys,
-    flag_cells,
-    plain_array,
-    shown,
-    text_cells,
-    whole_cells,
-)
-from krea_dagster.prompts.layout import MAX_PROBLEMS, Layout, Problems, problem_in
-from krea_dagster.prompts.partitioning import DayPartitions, HashPartitions, PartitionBy
+from krea_dagster.prompts import columns
+from krea_dagster.prompts.cells import Bad, plain_array, shown, text_cells
+from krea_dagster.prompts.doubles import find_doubles, hashes_of_ids
+from krea_dagster.prompts.exact import ExactRows
+from krea_dagster.prompts.identity import Hasher, Numbers, buckets, derived_prompt_ids
+from krea_dagster.prompts.layout import Layout, Problems, problem_in
+from krea_dagster.prompts.partitioning import HashPartitions, PartitionBy
 from krea_dagster.prompts.pushdown import row_group_filter
-from krea_dagster.prompts.requests import MAX_IMAGES, Defaults, PromptRow, derived_prompt_id
-from krea_dagster.prompts.source import TableFile, open_files
-from krea_dagster.prompts.tokens import WARN_TOKENS, estimate_tokens
+from krea_dagster.prompts.requests import MAX_IMAGES, Defaults
+from krea_dagster.prompts.source import open_files
+from krea_dagster.prompts.tokens import WARN_TOKENS, at_most_tokens, estimate_tokens
 
-T = TypeVar("T", bound=Hashable)
+#: A row with the defaults filled in, as ``requests.PromptRow`` has it. A null seed is drawn.
+ROWS_SCHEMA: Final = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("size", pa.string()),
+        ("quality", pa.string()),
+        ("seed", pa.int64()),
+        ("nsfw_check", pa.bool_()),
+        ("num_images", pa.int64()),
+        ("partition_key", pa.string()),
+    ]
+)
+
+_Columns = dict[str, pa.Array]
+_T = TypeVar("_T")
+
+#: Batches that are worked on at once: more would only take memory.
+_THREADS: Final = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows (``ROWS_SCHEMA``), and beside them the columns that are carried along."""
+
+    rows: pa.RecordBatch
+    carried: pa.RecordBatch
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some rows of the table with their numbers; ``keys`` are null where a cell is no key."""
+
+    numbers: npt.NDArray[np.int64]
+    columns: _Columns
+    keys: pa.Array | None = None
+    bad_keys: list[str | Bad] | None = None
+
+    def filter(self, mask: npt.NDArray[np.bool_]) -> _Batch:
+        if mask.all():
+            return self
+        kept = pa.array(mask)
+        bad = self.bad_keys
+        return _Batch(
+            self.numbers[mask],
+            {name: array.filter(kept) for name, array in self.columns.items()},
+            None if self.keys is None else self.keys.filter(kept),
+            None if bad is None else [bad[at] for at in np.flatnonzero(mask)],
+        )
+
+
+@dataclass
+class _Looked:
+    """What was found in one batch."""
+
+    problems: Problems = field(default_factory=Problems)
+    warnings: Problems = field(default_factory=Problems)
+    chunk: Chunk | None = None
+    #: Of ``hash:N``: what the SHA-256 of every prompt_id begins with, in whatever partition.
+    begins: Numbers = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 class Scan:
-    """One pass over a table: yields ``(rows, carried columns)``, and raises at its end.
+    """One pass over a table: yields chunks, and raises at its end.
 
     Nothing of a pass that raises may be used.
     """
@@ -48,6 +112,7 @@ class Scan:
         count_tokens: Callable[[str], int],
         max_prompt_tokens: int,
         carry: bool,
+        hasher: Hasher,
     ) -> None:
         self._source = source
         self._by = by
@@ -55,262 +120,293 @@ class Scan:
         self._count_tokens = count_tokens
         self._max_tokens = max_prompt_tokens
         self._wanted = wanted
+        self._wanted_values = None if wanted is None else pa.array(sorted(wanted), pa.string())
+        self._hasher = hasher
         self._problems = Problems()
         self.warnings = Problems()
         self._layout = Layout.of(by, open_files(source), self._problems)
         self.carried_schema = self._layout.carried if carry else pa.schema([])
+        self._names = pa.array(by.keys() if isinstance(by, HashPartitions) else [], pa.string())
 
-    def __iter__(self) -> Iterator[tuple[list[PromptRow], pa.RecordBatch]]:
+    def map(self, use: Callable[[Chunk], _T]) -> Iterator[_T]:
+        """Yield what ``use`` makes of each chunk, in their order; it is called in threads."""
+
+        def work(name: str, first: int, batch: pa.RecordBatch) -> tuple[_Looked, _T | None]:
+            try:
+                looked = self._look(first, batch)
+            except pa.ArrowException as error:
+                raise ConfigError(
+                    f"{name} has a column that cannot be carried along: {error}; "
+                    "leave it out, or write it in a plain type, the same in all files"
+                ) from error
+            return looked, None if looked.chunk is None else use(looked.chunk)
+
+        files, hasher = self._layout.files, self._hasher
+        has_ids = "prompt_id" in self._layout.recognised
+        if has_ids and not isinstance(self._by, HashPartitions):
+            hashes = hashes_of_ids(files, hasher)
+            find_doubles(hashes, files, self._problems, hasher.quick)
+        begins: list[Numbers] = []
+        for looked, made in _in_threads(work, self._batches()):
+            begins.append(looked.begins)
+            self._problems.add(*looked.problems.first, count=looked.problems.count)
+            self.warnings.add(*looked.warnings.first, count=looked.warnings.count)
+            if made is not None and not self._problems.count:
+                yield made
+        # hash:N has looked at every prompt_id by now.
+        find_doubles(begins, files, self._problems, hasher.sha256_begin)
+        self._problems.raise_for(self._source)
+
+    def _batches(self) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         layout = self._layout
-        columns = [*layout.recognised, *self.carried_schema.names]
+        names = [*layout.recognised, *self.carried_schema.names]
         if layout.partition_column is not None:
-            columns.append(layout.partition_column)
-        if "prompt_id" in layout.recognised:
-            find_doubles(layout.files, self._problems)
+            names.append(layout.partition_column)
         for file in layout.files:
             keep = None
             if layout.partition_column is not None and self._wanted is not None:
                 kind = file.schema.field(layout.partition_column).type
                 keep = row_group_filter(self._by, kind, self._wanted)
-            for first, batch in file.batches(columns, keep):
-                numbered = _Batch(batch, list(range(first, first + batch.num_rows)))
-                try:
-                    chunk = self._chunk(numbered)
-                except pa.ArrowException as error:
-                    raise ConfigError(
-                        f"{file.name} has a column that cannot be carried along: {error}; "
-                        "leave it out, or write it in a plain type, the same in all files"
-                    ) from error
-                yield chunk
-        self._problems.raise_for(self._source)
+            for first, batch in file.batches(names, keep):
+                yield file.name, first, batch
 
-    def _chunk(self, batch: _Batch) -> tuple[list[PromptRow], pa.RecordBatch]:
-        by, wanted, layout = self._by, self._wanted, self._layout
-        keys: list[str | Bad] | None = None
-        if layout.partition_column is not None:
-            keys = partition_cells(by, batch.columns.column(layout.partition_column))
-            if wanted is not None:
-                chosen = [key in wanted for key in keys]
-                batch, keys = batch.filter(chosen), _chosen(keys, chosen)
-        elif isinstance(by, HashPartitions) and "prompt_id" in layout.recognised:
-            ids = text_cells(batch.columns.column("prompt_id"))
-            unkeyed = Bad("")
-            keys = [by.key_for(id_) if isinstance(id_, str) else unkeyed for id_ in ids]
-            if wanted is not None:
-                # A row without a usable prompt_id may belong to any of them.
-                chosen = [key in wanted or key is unkeyed for key in keys]
-                batch, keys = batch.filter(chosen), _chosen(keys, chosen)
+    def _look(self, first: int, read: pa.RecordBatch) -> _Looked:
+        """Check the chosen rows of a batch; they are not given where there is a problem."""
+        looked = _Looked()
+        numbers = np.arange(first, first + read.num_rows)
+        whole = {name: plain_array(read.column(name)) for name in read.schema.names}
+        batch = self._keyed(_Batch(numbers, whole), looked)
+        rows = self._rows(batch, looked) if len(batch.numbers) else None
+        if rows is None or looked.problems.count:
+            return looked
+        carried = batch.columns
+        if isinstance(self._by, HashPartitions) and batch.keys is None:
+            # The prompt_id was drawn from the row, and the partition is drawn from that.
+            keys = self._name(buckets(self._by, self._hasher.sha256_begin(rows["prompt_id"])))
+            rows["partition_key"] = keys
+            if self._wanted_values is not None:
+                mask = pc.is_in(keys, value_set=self._wanted_values)
+                rows = {name: array.filter(mask) for name, array in rows.items()}
+                carried = {name: carried[name].filter(mask) for name in self.carried_schema.names}
+        if "partition_key" not in rows:  # its column cannot serve: a problem of the table
+            return looked
+        looked.chunk = Chunk(
+            pa.RecordBatch.from_arrays(
+                [rows[name] for name in ROWS_SCHEMA.names], schema=ROWS_SCHEMA
+            ),
+            _carried(carried, self.carried_schema, len(rows["row"])),
+        )
+        return looked
 
-        rows = self._rows(batch, keys)
-        if wanted is not None and keys is None:
-            chosen = [row.partition_key in wanted for row in rows]
-            rows = _chosen(rows, chosen)
-            if not self._problems.count:
-                batch = batch.filter(chosen)
-        if self._problems.count:
-            return [], _cast(batch.columns.slice(0, 0), self.carried_schema)
-        return rows, _cast(batch.columns, self.carried_schema)
+    # -- which partition ----------------------------------------------------------------------
 
-    def _rows(self, batch: _Batch, keys: list[str | Bad] | None) -> list[PromptRow]:
-        """Return the rows of a batch; none once there is a problem, but all are checked."""
+    def _name(self, numbers: npt.NDArray[np.int64]) -> pa.Array:
+        return self._names.take(pa.array(numbers))
+
+    def _keyed(self, batch: _Batch, looked: _Looked) -> _Batch:
+        """Say which partition each row belongs to, and keep the rows of those that are wanted."""
+        column = self._layout.partition_column
+        if column is not None:
+            keys, bad = columns.partition_keys(self._by, batch.columns[column])
+            batch = _Batch(batch.numbers, batch.columns, keys, bad)
+            if self._wanted_values is None:
+                return batch
+            return batch.filter(_mask(pc.is_in(keys, value_set=self._wanted_values)))
+        if not isinstance(self._by, HashPartitions) or "prompt_id" not in batch.columns:
+            return batch
+        return self._bucketed(batch, self._by, looked)
+
+    def _bucketed(self, batch: _Batch, by: HashPartitions, looked: _Looked) -> _Batch:
+        ids = columns.texts(batch.columns["prompt_id"])
+        if ids is None:
+            cells = text_cells(batch.columns["prompt_id"])
+            ids = pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())
+        begins = self._hasher.sha256_begin(ids.fill_null(""))
+        usable = _mask(pc.not_equal(ids, "").fill_null(False))
+        looked.begins = begins if usable.all() else begins[usable]
+        numbers = buckets(by, begins)
+        unkeyed = _mask(ids.is_null())
+        if self._wanted is not None:
+            chosen = np.isin(
+                numbers, [at for at, key in enumerate(by.keys()) if key in self._wanted]
+            )
+            # A row without a usable prompt_id may belong to any of them.
+            mask = chosen | unkeyed
+            if not mask.any():
+                return _Batch(batch.numbers[:0], {})
+            numbers = numbers[mask]
+            batch = batch.filter(mask)
+        return _Batch(batch.numbers, batch.columns, self._name(numbers))
+
+    # -- what is in the rows ------------------------------------------------------------------
+
+    def _rows(self, batch: _Batch, looked: _Looked) -> _Columns | None:
+        """Return the recognised columns, or None where there is a problem."""
+        plain = self._plain(batch.columns, len(batch.numbers))
+        if plain is not None and batch.bad_keys is None:
+            ids = plain["prompt_id"]
+            for at, bad in self._too_long(self._long(plain["prompt"]), batch, ids, looked):
+                who = ids[at].as_py() or None
+                looked.problems.add(problem_in(int(batch.numbers[at]), who, "prompt", bad))
+            return self._completed(plain, batch)
+        exact = ExactRows(batch.columns, batch.numbers.tolist(), self._defaults)
+        prompts = enumerate(exact.columns["prompt"])
+        texts = [(at, prompt) for at, prompt in prompts if prompt is not None]
+        ids = pa.array(exact.columns["prompt_id"], pa.string())
+        for at, bad in self._too_long(texts, batch, ids, looked):
+            exact.add("prompt", at, bad)
+        if batch.bad_keys is not None and self._layout.partition_column is not None:
+            exact.add_bad(self._layout.partition_column, batch.bad_keys)
+        looked.problems.add(*exact.problems())
+        if looked.problems.count:
+            return None
+        kinds = {name: ROWS_SCHEMA.field(name).type for name in exact.columns}
+        found = {name: pa.array(cells, kinds[name]) for name, cells in exact.columns.items()}
+        return self._completed(found, batch)
+
+    def _plain(self, given: _Columns, rows: int) -> _Columns | None:
+        """Return the recognised columns where all is plainly right; absent ids are empty."""
         defaults = self._defaults
-        checks = _Checks(batch)
-        prompts = checks.cells("prompt", text_cells, _is_prompt, "")
-        ids = checks.cells("prompt_id", text_cells, bool, "")
-        sizes = checks.cells("size", text_cells, SIZES.__contains__, defaults.size)
-        qualities = checks.cells("quality", text_cells, QUALITIES.__contains__, defaults.quality)
-        seeds = checks.cells("seed", whole_cells, _is_seed, 0)
-        flags = checks.cells("nsfw_check", flag_cells, _is_flag, defaults.nsfw_check)
-        counts = checks.cells("num_images", whole_cells, _is_count, defaults.num_images)
-        self._check_lengths(checks, prompts, ids)
-        if keys is not None and self._layout.partition_column is not None:
-            checks.add_bad(self._layout.partition_column, keys)
+        prompts = columns.texts(given["prompt"]) if "prompt" in given else None
+        if prompts is None or prompts.null_count or _any(_is_blank(prompts)):
+            return None
+        ids = columns.texts(given["prompt_id"]) if "prompt_id" in given else _same("", rows)
+        if ids is None or ids.null_count or ("prompt_id" in given and _any(pc.equal(ids, ""))):
+            return None
+        found: _Columns = {"prompt": prompts, "prompt_id": ids}
+        choices: tuple[tuple[str, tuple[str, ...], str], ...] = (
+            ("size", SIZES, defaults.size),
+            ("quality", QUALITIES, defaults.quality),
+        )
+        for name, allowed, default in choices:
+            values = columns.texts(given[name]) if name in given else _same(default, rows)
+            if values is None:
+                return None
+            found[name] = values.fill_null(default)
+            if not _all(pc.is_in(found[name], value_set=pa.array(allowed, pa.string()))):
+                return None
+        numbers: tuple[tuple[str, int, int, int], ...] = (
+            ("seed", 0, SEED_MAX, 0),
+            ("num_images", 1, MAX_IMAGES, defaults.num_images),
+        )
+        for name, least, most, default_number in numbers:
+            values = columns.wholes(given[name]) if name in given else _same(default_number, rows)
+            if values is None:
+                return None
+            found[name] = values.fill_null(default_number)
+            if not _all(
+                pc.and_(pc.greater_equal(found[name], least), pc.less_equal(found[name], most))
+            ):
+                return None
+        checks = (
+            columns.flags(given["nsfw_check"])
+            if "nsfw_check" in given
+            else _same(defaults.nsfw_check, rows)
+        )
+        if checks is None:
+            return None
+        found["nsfw_check"] = checks.fill_null(defaults.nsfw_check)
+        return found
 
-        self._problems.add(*checks.problems(ids))
-        if self._problems.count:
-            return []
-        has_ids = "prompt_id" in self._layout.recognised
-        rows: list[PromptRow] = []
-        for at, number in enumerate(batch.numbers):
-            prompt, size, quality, flag = prompts[at], sizes[at], qualities[at], flags[at]
-            seed = seeds[at] or None
-            prompt_id = (
-                ids[at]
-                if has_ids
-                else derived_prompt_id(
-                    prompt=prompt, size=size, quality=quality, seed=seed, nsfw_check=flag
-                )
+    def _completed(self, plain: _Columns, batch: _Batch) -> _Columns:
+        """Add what follows from the other columns."""
+        seeds = plain["seed"]
+        rows = {
+            **plain,
+            "row": pa.array(batch.numbers),
+            "seed": pc.if_else(pc.equal(seeds, 0), pa.scalar(None, pa.int64()), seeds),
+        }
+        if "prompt_id" not in self._layout.recognised:
+            rows["prompt_id"] = derived_prompt_ids(
+                self._hasher,
+                prompts=plain["prompt"],
+                sizes=plain["size"],
+                qualities=plain["quality"],
+                seeds=rows["seed"],
+                nsfw_checks=plain["nsfw_check"],
             )
-            key = self._by.key_for(prompt_id) if keys is None else keys[at]  # type: ignore[union-attr]  # only hash:N leaves the key to the prompt_id
-            rows.append(
-                PromptRow(
-                    number, prompt_id, prompt, size, quality, seed, flag, counts[at], str(key)
-                )
-            )
+        if batch.keys is not None:
+            rows["partition_key"] = batch.keys
         return rows
 
-    def _check_lengths(
-        self, checks: _Checks, prompts: Sequence[str | None], ids: Sequence[str | None]
-    ) -> None:
-        count, most = self._count_tokens, self._max_tokens
+    # -- lengths ------------------------------------------------------------------------------
+
+    def _long(self, prompts: pa.Array) -> list[tuple[int, str]]:
+        """Return the prompts that may have too many tokens, each with its place."""
+        if self._count_tokens is not estimate_tokens:
+            return list(enumerate(prompts.to_pylist()))
+        free = min(self._max_tokens, WARN_TOKENS)
         # The estimate is never above the number of bytes: most prompts need no counting.
+        long = np.flatnonzero(_mask(pc.greater(pc.binary_length(prompts), free)))
+        if len(long):
+            bounds = at_most_tokens(prompts.take(pa.array(long)))
+            long = long[_mask(pc.greater(bounds, free))]
+        return [(int(at), prompts[int(at)].as_py()) for at in long]
+
+    def _too_long(
+        self, suspects: Iterable[tuple[int, str]], batch: _Batch, ids: pa.Array, looked: _Looked
+    ) -> Iterator[tuple[int, Bad]]:
+        """Yield what is wrong with prompts that are too long; warn of those that are nearly."""
+        count, most = self._count_tokens, self._max_tokens
+        # As in ``_long``: these are free where nothing else has been ruled out.
         free = min(most, WARN_TOKENS) if count is estimate_tokens else -1
-        for at, prompt in enumerate(prompts):
-            if prompt is None or (prompt.isascii() and len(prompt) <= free):
+        for at, prompt in suspects:
+            if prompt.isascii() and len(prompt) <= free:
                 continue
             tokens = count(prompt)
             if tokens > most:
                 said = f"has about {tokens} tokens; EvoLink takes at most {most}"
-                checks.add("prompt", at, Bad(shown(prompt), said))
+                yield at, Bad(shown(prompt), said)
             elif tokens > WARN_TOKENS:
                 said = f"has about {tokens} tokens; above {WARN_TOKENS} the model may not read all"
-                row = checks.batch.numbers[at]
-                self.warnings.add(
-                    problem_in(row, ids[at] or None, "prompt", Bad(shown(prompt), said))
+                who = ids[at].as_py() or None
+                looked.warnings.add(
+                    problem_in(int(batch.numbers[at]), who, "prompt", Bad(shown(prompt), said))
                 )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Some rows of the table, with their numbers."""
-
-    columns: pa.RecordBatch
-    numbers: list[int]
-
-    def filter(self, chosen: list[bool]) -> _Batch:
-        if all(chosen):
-            return self
-        columns = [plain_array(column) for column in self.columns.columns]
-        batch = pa.RecordBatch.from_arrays(columns, names=self.columns.schema.names)
-        mask = pa.array(chosen, pa.bool_())
-        return _Batch(batch.filter(mask), _chosen(self.numbers, chosen))
-
-
-class _Checks:
-    """Reads the columns of one batch and notes what is wrong in them."""
-
-    def __init__(self, batch: _Batch) -> None:
-        self.batch = batch
-        self._wrong: list[tuple[int, str, Bad]] = []
-
-    def cells(
-        self,
-        column: str,
-        read: Callable[[pa.Array], Cells[T]],
-        right: Callable[[T], bool],
-        default: T,
-    ) -> list[Any]:
-        """Read a column, with the default where a cell, or the column, is missing.
-
-        A cell that is wrong is noted, and stands as None.
-        """
-        if column not in self.batch.columns.schema.names:
-            return [default] * len(self.batch.numbers)
-        # Each different value is looked at once.
-        found = read(self.batch.columns.column(column))
-        values = set(found)
-        kept = {cell: cell for cell in values if not isinstance(cell, Bad | None) and right(cell)}
-        if len(kept) == len(values):
-            return found
-        required = column in {"prompt", "prompt_id"}
-        for at, cell in enumerate(found):
-            if isinstance(cell, Bad):
-                self.add(column, at, cell)
-            elif cell is None and required:
-                self.add(column, at, Bad("missing"))
-            elif cell is not None and cell not in kept:
-                self.add(column, at, Bad(shown(cell)))
-        return [
-            (None if required else default)
-            if cell is None
-            else (None if isinstance(cell, Bad) else kept.get(cell))
-            for cell in found
-        ]
-
-    def add(self, column: str, at: int, bad: Bad) -> None:
-        self._wrong.append((at, column, bad))
-
-    def add_bad(self, column: str, cells: Iterable[object]) -> None:
-        for at, cell in enumerate(cells):
-            if isinstance(cell, Bad):
-                self.add(column, at, cell)
-
-    def problems(self, ids: Sequence[str | None]) -> list[Problem]:
-        numbers = self.batch.numbers
-        return [
-            problem_in(numbers[at], ids[at] or None, column, bad) for at, column, bad in self._wrong
-        ]
+def _in_threads(work: Callable[..., _T], items: Iterable[tuple[Any, ...]]) -> Iterator[_T]:
+    """Yield what ``work`` makes of each item, in their order, a few ahead of who asks."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        ahead: deque[Future[_T]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, *item))
+                if len(ahead) > _THREADS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
-def _is_prompt(prompt: str) -> bool:
-    return bool(prompt.strip())
-
-
-def _is_seed(seed: int) -> bool:
-    return 0 <= seed <= SEED_MAX
-
-
-def _is_flag(_flag: bool) -> bool:
-    return True
-
-
-def _is_count(count: int) -> bool:
-    return 1 <= count <= MAX_IMAGES
-
-
-def partition_cells(by: PartitionBy, array: pa.Array) -> list[str | Bad]:
-    """Read the partition column of a batch as keys."""
-    return day_keys(array) if isinstance(by, DayPartitions) else column_keys(array)
-
-
-def _chosen(values: Sequence[T], chosen: Iterable[bool]) -> list[T]:
-    return [value for value, keep in zip(values, chosen, strict=True) if keep]
-
-
-def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+def _carried(columns_: _Columns, schema: pa.Schema, rows: int) -> pa.RecordBatch:
+    if not schema.names:
+        # A batch without columns has no length of its own.
+        return pa.RecordBatch.from_arrays([pa.nulls(rows)], names=[""]).select([])
     arrays = []
     for column in schema:
-        array = plain_array(batch.column(column.name))
+        array = columns_[column.name]
         arrays.append(array if array.type == column.type else array.cast(column.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def find_doubles(files: Sequence[TableFile], problems: Problems) -> None:
-    """Note every row whose prompt_id an earlier row has, over the whole table.
-
-    First by eight bytes a row (Python's hash, whose seed no table can know), so that a large
-    table fits in memory; the texts are read again only where two hashes agree.
-    """
-    hashes = [
-        pa.array(map(hash, _ids(batch)), pa.int64())
-        for file in files
-        for _, batch in file.batches(["prompt_id"])
-    ]
-    counted = pc.value_counts(pa.chunked_array(hashes, pa.int64()))
-    many = counted.filter(pc.greater(counted.field("counts"), 1))
-    if not len(many):
-        return
-    suspects = set(many.field("values").to_pylist())
-    total = pc.sum(many.field("counts")).as_py() - len(many)
-    first_rows: dict[str, int] = {}
-    found: list[Problem] = []
-    for file in files:
-        for first, batch in file.batches(["prompt_id"]):
-            cells = text_cells(batch.column(0))
-            for row, cell in enumerate(cells, first):
-                if not isinstance(cell, str) or not cell or hash(cell) not in suspects:
-                    continue
-                if cell in first_rows:
-                    said = f"must be unique, but row {first_rows[cell]} has it too"
-                    found.append(problem_in(row, cell, "prompt_id", Bad(shown(cell), said)))
-                    if len(found) == MAX_PROBLEMS:
-                        problems.add(*found, count=total)
-                        return
-                else:
-                    first_rows[cell] = row
-    problems.add(*found)
+def _is_blank(prompts: pa.Array) -> pa.Array:
+    return pc.or_(pc.equal(prompts, ""), pc.utf8_is_space(prompts))
 
 
-def _ids(batch: pa.RecordBatch) -> list[str]:
-    # Empty and unreadable ones are problems of their own rows.
-    return [cell for cell in text_cells(batch.column(0)) if isinstance(cell, str) and cell]
+def _same(value: str | int | bool, rows: int) -> pa.Array:
+    return pa.repeat(value, rows)
+
+
+def _mask(flags: Any) -> npt.NDArray[np.bool_]:
+    return np.asarray(flags.to_numpy(zero_copy_only=False), np.bool_)
+
+
+def _any(flags: Any) -> bool:
+    return bool(pc.any(flags).as_py())
+
+
+def _all(flags: Any) -> bool:
+    return pc.all(flags).as_py() is not False

@@ -20,8 +20,10 @@ from pyarrow import fs
 
 from krea_dagster.errors import ConfigError
 
-#: Rows that are in memory at once while a table streams by.
-BATCH_ROWS: Final = 8_192
+#: What is in memory at once while a table streams by: so many bytes, within so many rows.
+_BATCH_BYTES: Final = 4 * 1024**2
+BATCH_ROWS: Final = 32_768
+_LEAST_ROWS: Final = 2_048
 
 # Read column chunks piece by piece: a row group of a million rows is then no larger in memory
 # than one of ten thousand.
@@ -70,7 +72,8 @@ class TableFile:
                 )
                 for group in wanted:
                     row = first_rows[group]
-                    for batch in file.iter_batches(BATCH_ROWS, [group], columns):
+                    rows = _batch_rows(metadata.row_group(group))
+                    for batch in file.iter_batches(rows, [group], columns):
                         # By name: "a.b" as a path also means the member b of a structure a.
                         yield row, batch.select(columns)
                         row += batch.num_rows
@@ -80,6 +83,12 @@ class TableFile:
             return list(range(self._fragment.metadata.num_row_groups))
         schema = pa.schema([self.schema.field(name) for name in columns])
         return [group.id for group in self._fragment.subset(filter=keep, schema=schema).row_groups]
+
+
+def _batch_rows(group: Any) -> int:
+    """Return how many rows of a row group make a batch, by the size of them all."""
+    rows = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+    return int(min(BATCH_ROWS, max(_LEAST_ROWS, rows)))
 
 
 def open_files(source: str) -> list[TableFile]:

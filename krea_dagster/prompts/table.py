@@ -1,20 +1,23 @@
 """Read the partitions of a prompt table, and say what is wrong by row and column.
 
-A table streams by in batches of 8,192 rows. Only the columns that are needed are read, and
-only the row groups that can hold the partitions that are asked for; the rows that are kept are
-those asked for. All that is wrong is collected and raised as one error.
+A table streams by in batches. Only the columns that are needed are read, and only the row
+groups that can hold the partitions that are asked for; the rows that are kept are those asked
+for. All that is wrong is collected and raised as one error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.errors import ConfigError, Problem
+from krea_dagster.prompts import columns
 from krea_dagster.prompts.cells import Bad, shown
+from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.layout import (
     RECOGNISED_COLUMNS,
     RESERVED_COLUMNS,
@@ -29,14 +32,9 @@ from krea_dagster.prompts.partitioning import (
     key_problem,
     parse_day,
 )
-from krea_dagster.prompts.requests import (
-    Attempts,
-    Defaults,
-    PartitionVersion,
-    PromptRow,
-    plan_images,
-)
-from krea_dagster.prompts.scan import Scan, partition_cells
+from krea_dagster.prompts.plan import Plan, Planner
+from krea_dagster.prompts.requests import Attempts, Defaults, PromptRow
+from krea_dagster.prompts.scan import Scan
 from krea_dagster.prompts.source import open_files
 from krea_dagster.prompts.tokens import MAX_TOKENS, estimate_tokens
 
@@ -101,6 +99,10 @@ class PromptTable:
             raise ConfigError(f"partitions by {self.partition_by} have no first day; use day:NAME")
         return min(self._keys_in_table(), default=None)
 
+    def row_count(self) -> int:
+        """Return how many rows the table has, as the footers of its files say."""
+        return sum(file.row_count for file in open_files(self.source))
+
     def read(self, keys: Sequence[str] | None = None) -> PromptRows:
         """Return the rows of these partitions, or of all, validated, in table order.
 
@@ -108,15 +110,30 @@ class PromptTable:
         prompt_ids, which are unique in the whole table, and for cells that decide the
         partition. Raises ConfigError for a key that this partitioning cannot have.
         """
-        scan = self._scan(self._wanted(keys), carry=True)
         rows: list[PromptRow] = []
         batches: list[pa.RecordBatch] = []
-        for chunk, carried in scan:
-            rows += chunk
-            batches.append(carried)
+        with closing(Hasher()) as hasher:
+            scan = self._scan(self._wanted(keys), hasher, carry=True)
+            for chunk in scan.map(lambda chunk: chunk):
+                rows += (PromptRow(**row) for row in chunk.rows.to_pylist())
+                batches.append(chunk.carried)
         carried = _joined(batches, scan.carried_schema, len(rows))
         warnings = scan.warnings
         return PromptRows(tuple(rows), carried, tuple(warnings.first), warnings.count)
+
+    def plan(
+        self,
+        keys: Sequence[str] | None = None,
+        attempts: Attempts | None = None,
+        *,
+        keep: bool = True,
+    ) -> Plan:
+        """Return the images that the rows of these partitions ask for, or of all.
+
+        The rows are checked as by :meth:`read`, whole columns at a time, and are kept on disk.
+        Without ``keep`` the plan knows the request keys and no more.
+        """
+        return self._plan(keys, attempts, keep=keep, carry=True)
 
     def versions(
         self, keys: Sequence[str] | None = None, attempts: Attempts | None = None
@@ -127,18 +144,29 @@ class PromptTable:
         (:func:`~krea_dagster.prompts.requests.partition_version`). Partitions of ``hash:N`` and
         those that are named have one also where they hold no row.
         """
+        with closing(self._plan(keys, attempts, keep=False, carry=False)) as plan:
+            return plan.versions()
+
+    def _plan(
+        self, keys: Sequence[str] | None, attempts: Attempts | None, *, keep: bool, carry: bool
+    ) -> Plan:
         wanted = self._wanted(keys)
         named = wanted
         if named is None and isinstance(self.partition_by, HashPartitions):
             named = frozenset(self.partition_by.keys())
-        versions = {key: PartitionVersion() for key in named or ()}
-        for rows, _ in self._scan(wanted, carry=False):
-            for image in plan_images(rows, attempts):
-                version = versions.setdefault(image.partition_key, PartitionVersion())
-                version.add(image.request.request_key)
-        return {key: versions[key].hexdigest() for key in sorted(versions)}
+        with closing(Hasher()) as hasher:
+            scan = self._scan(wanted, hasher, carry=carry)
+            planner = Planner(scan.carried_schema, attempts, hasher, keep=keep)
+            try:
+                for planned in scan.map(planner.planned):
+                    planner.add(planned)
+                warnings = scan.warnings
+                return planner.plan(named or (), tuple(warnings.first), warnings.count)
+            except BaseException:
+                planner.close()
+                raise
 
-    def _scan(self, wanted: frozenset[str] | None, *, carry: bool) -> Scan:
+    def _scan(self, wanted: frozenset[str] | None, hasher: Hasher, *, carry: bool) -> Scan:
         return Scan(
             self.source,
             self.partition_by,
@@ -147,6 +175,7 @@ class PromptTable:
             count_tokens=self.count_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             carry=carry,
+            hasher=hasher,
         )
 
     def _wanted(self, keys: Sequence[str] | None) -> frozenset[str] | None:
@@ -174,13 +203,11 @@ class PromptTable:
         if layout.partition_column is not None:
             for file in layout.files:
                 for first, batch in file.batches([layout.partition_column]):
-                    cells = partition_cells(self.partition_by, batch.column(0))
-                    found = set(cells)
-                    keys.update(key for key in found if isinstance(key, str))
-                    if any(isinstance(key, Bad) for key in found):
-                        for row, cell in enumerate(cells, first):
-                            if isinstance(cell, Bad):
-                                problems.add(problem_in(row, None, layout.partition_column, cell))
+                    found, cells = columns.partition_keys(self.partition_by, batch.column(0))
+                    keys.update(found.unique().drop_null().to_pylist())
+                    for row, cell in enumerate(cells or (), first):
+                        if isinstance(cell, Bad):
+                            problems.add(problem_in(row, None, layout.partition_column, cell))
         problems.raise_for(self.source)
         return keys
 

@@ -6,8 +6,9 @@ the run asks, so that quote and run cannot disagree.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from enum import Enum
 from typing import Any, Final
@@ -34,7 +35,6 @@ from krea_dagster.engine.policy import (
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import State
 from krea_dagster.models import credits_from_units
-from krea_dagster.prompts import PlannedImage
 
 #: No cap: everything may be bought.
 _NO_CAPS: Final = Caps()
@@ -152,17 +152,25 @@ class Quote:
         return sum(lines, Line(partition_key, quality))
 
 
-@dataclass
-class _Counter:
-    """One line while it is being counted."""
+@dataclass(frozen=True)
+class Asked:
+    """Some images of one partition and quality that stand alike.
 
-    rows: dict[Fate, int] = field(default_factory=dict)
-    sums: Line = field(default_factory=lambda: Line("", ""))
+    ``rows`` counts them, and ``requests`` those of them that are the first to ask for their
+    request. ``record`` is what the journal knows of that request, None where it has never seen
+    it; a record stands for one request alone. ``at_hand`` says that they are stored and whole.
+    """
+
+    partition_key: str
+    quality: str
+    rows: int = 1
+    requests: int = 1
+    record: Record | None = None
+    at_hand: bool = False
 
 
 def quote(
-    images: Iterable[PlannedImage],
-    records: Mapping[str, Record],
+    asked: Iterable[Asked],
     *,
     prices: Mapping[str, int],
     now: datetime,
@@ -175,30 +183,27 @@ def quote(
 ) -> Quote:
     """Say what a run over these images would do now, and what it would cost at most.
 
-    ``records`` is what the journal knows, by request key, and ``prices`` its highest price for
-    each quality, in units; a quality without one costs the published price. ``holds`` tells
-    whether a stored image's file is at hand. ``caps`` are counted from what ``run`` and ``day``
-    have committed already (nothing by default). An unknown price or a capped purchase is
-    counted as dear as it may be; a task that fails is not foreseen.
+    ``prices`` is the journal's highest price for each quality, in units; a quality without one
+    costs the published price. ``holds`` tells whether a stored image's file is at hand.
+    ``caps`` are counted from what ``run`` and ``day`` have committed already (nothing by
+    default), in the order of the images. An unknown price or a capped purchase is counted as
+    dear as it may be; a task that fails is not foreseen.
     """
     budget = _Budget(caps, run or Commitment(), day or Commitment(), prices, now)
-    fates: dict[str, Fate] = {}
-    lines: dict[tuple[str, str], _Counter] = {}
-    for image in images:
-        request = image.request
-        counter = lines.setdefault((image.partition_key, request.quality), _Counter())
-        fate = fates.get(request.request_key)
-        if fate is None:
-            record = records.get(request.request_key)
-            if record is None:
-                record = Record(request, State.PLANNED, image.partition_key)
-            fate = fate_of(record, now=now, policy=policy, holds=holds)
-            fates[request.request_key] = fate
-            if (money := _money(fate, record, budget)) is not None:
-                counter.sums += money
-        counter.rows[fate] = counter.rows.get(fate, 0) + 1
+    lines: dict[tuple[str, str], Line] = {}
+    for images in asked:
+        names = (images.partition_key, images.quality)
+        if images.at_hand:
+            fate = Fate.REUSED
+        elif images.record is None:
+            fate = Fate.TO_BUY
+        else:
+            fate = fate_of(images.record, now=now, policy=policy, holds=holds)
+        rows: dict[str, Any] = {"asked": images.rows, fate.value: images.rows}
+        known = lines.get(names) or Line(*names)
+        lines[names] = known + Line("", "", **rows) + _money(fate, images, budget)
     return Quote(
-        lines=tuple(_line(*names, counter) for names, counter in sorted(lines.items())),
+        lines=tuple(lines[names] for names in sorted(lines)),
         prices={
             quality: Price(expected_units(quality, prices), not prices.get(quality))
             for quality in dict.fromkeys(quality for _, quality in lines)
@@ -247,43 +252,46 @@ class _Budget:
     def price(self, quality: str) -> int:
         return expected_units(quality, self._prices)
 
-    def takes(self, units: int) -> bool:
-        refused = admit(self._caps, self._run, self._day, units, self._now)
-        if refused is not None:
-            self.reached = self.reached or str(refused)
-            return False
-        self._run = self._run.plus(units)
-        self._day = self._day.plus(units)
-        return True
+    def takes(self, units: int, purchases: int) -> int:
+        """Commit as many purchases of one price as there is room for; return their number."""
+        if self._refusal(units, 1) is None and self._refusal(units, purchases) is None:
+            taken = purchases
+        else:
+            # The first that is refused: behind it, all of this price are.
+            taken = bisect_left(
+                range(purchases), 1, key=lambda taken: self._refusal(units, taken + 1) is not None
+            )
+            self.reached = self.reached or str(self._refusal(units, taken + 1))
+        self._run = self._run.plus(units * taken)
+        self._day = self._day.plus(units * taken)
+        return taken
+
+    def _refusal(self, units: int, number: int) -> object | None:
+        """Return why the n-th of several purchases of one price is refused, if it is."""
+        before = units * (number - 1)
+        run, day = self._run.plus(before), self._day.plus(before)
+        return admit(self._caps, run, day, units, self._now)
 
 
-def _money(fate: Fate, record: Record, budget: _Budget) -> Line | None:
-    """What one request adds to the sums of its line, where it adds something."""
-    price = budget.price(record.request.quality)
+def _money(fate: Fate, images: Asked, budget: _Budget) -> Line:
+    """What the requests of some images add to the sums of their line."""
+    price = budget.price(images.quality)
+    if not images.requests:
+        return Line("", "")
     match fate:
         case Fate.TO_BUY:
-            kept_back = not budget.takes(price)
+            kept_back = images.requests - budget.takes(price, images.requests)
             return Line(
                 "",
                 "",
-                purchases=1,
-                units=price,
-                deferred=int(kept_back),
-                deferred_units=price if kept_back else 0,
+                purchases=images.requests,
+                units=price * images.requests,
+                deferred=kept_back,
+                deferred_units=price * kept_back,
             )
-        case Fate.HELD | Fate.REPLAYED:
-            at_most = record.committed_units or price
-            return Line("", "", at_stake=1, at_stake_units=at_most, at_stake_since=record.sent_at)
+        case Fate.HELD | Fate.REPLAYED if images.record is not None:
+            at_most = images.record.committed_units or price
+            since = images.record.sent_at
+            return Line("", "", at_stake=1, at_stake_units=at_most, at_stake_since=since)
         case _:
-            return None
-
-
-def _line(partition_key: str, quality: str, counter: _Counter) -> Line:
-    rows: dict[str, Any] = {fate.value: count for fate, count in counter.rows.items()}
-    return replace(
-        counter.sums,
-        partition_key=partition_key,
-        quality=quality,
-        asked=sum(rows.values()),
-        **rows,
-    )
+            return Line("", "")

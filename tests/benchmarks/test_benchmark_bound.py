@@ -84,7 +84,7 @@ def test_a_client_that_tries_at_every_moment_is_as_fast_as_the_bound(
 def test_no_client_is_faster_than_the_bound(
     latencies: list[float], limits: Limits, seed: int
 ) -> None:
-    draw = random.Random(seed)  # noqa: S311 - a schedule
+    draw = random.Random(seed)
     account = served(latencies, limits, tries=lambda: draw.random() < 0.3)
     assert makespan_s(account) >= schedule_bound_s(latencies, limits)
 

@@ -7,14 +7,14 @@ import pytest
 
 from krea_dagster.engine.progress import Progress
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from krea_dagster.plugin.materialize import Materialized
+from krea_dagster.plugin.materialize import MISSING_COLUMNS, Materialized
 from krea_dagster.terminal import materialized_figures, show_materialized
 
 
 def ended(progress: Progress, *rows: dict[str, object]) -> Materialized:
     return Materialized(
         partitions=["p"],
-        manifest=pa.Table.from_pylist(list(rows), MANIFEST_SCHEMA),
+        missing=pa.Table.from_pylist(list(rows), MANIFEST_SCHEMA).select(MISSING_COLUMNS),
         progress=progress,
         seconds=1.0,
         dagster_home="/home",

@@ -46,12 +46,12 @@ def test_every_fault_of_the_drill_is_one_that_the_emulator_knows() -> None:
 def test_sixty_kills_are_enough_to_plan_every_edge_and_fifteen_random_times(
     policy: OnUnknown,
 ) -> None:
-    kills = plan_kills(60, policy, random.Random(1))  # noqa: S311 - nothing secret
+    kills = plan_kills(60, policy, random.Random(1))
     edges = [kill.edge.name for kill in kills if kill.edge is not None]
     assert set(edges) == {edge.name for edge in edges_under(policy)}
     assert (len(kills), len(edges)) == (60, 45)
 
 
 def test_the_same_seed_plans_the_same_kills() -> None:
-    first, again = (plan_kills(40, "replay", random.Random(7)) for _ in range(2))  # noqa: S311 - as above
+    first, again = (plan_kills(40, "replay", random.Random(7)) for _ in range(2))
     assert [kill.edge for kill in first] == [kill.edge for kill in again]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,26 +16,31 @@ from PIL import Image
 
 from krea_dagster import KreaResource, PromptTable
 from krea_dagster.emulator import Emulator
+from krea_dagster.engine.lookup import RECORD_SCHEMA
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import (
     DESCRIPTIONS,
     MANIFEST_SCHEMA,
+    Manifests,
     manifest_name,
+    manifest_parts,
+    manifest_schema,
     manifest_table,
     read_manifests,
+    read_missing,
     write_manifest,
 )
 from krea_dagster.models import PIXELS
 from krea_dagster.prompts import (
     RECOGNISED_COLUMNS,
     RESERVED_COLUMNS,
-    PlannedImage,
-    PromptRows,
+    Plan,
     parse_partition_by,
     plan_images,
 )
 
 RUN = "run-that-bought"
+KEY = "bucket-000"
 
 #: The contract with everybody who reads manifests: these columns, these types, this order.
 COLUMNS = [
@@ -96,15 +102,16 @@ class Shop:
     """What is left once the emulator has been shut down: the table, the journal, its books."""
 
     krea: KreaResource
-    rows: PromptRows
-    images: tuple[PlannedImage, ...]
+    plan: Plan
     books: dict[str, Any]
 
-    def build(self, run_id: str = RUN) -> pa.Table:
+    def build(self, run_id: str = RUN, krea: KreaResource | None = None) -> pa.Table:
         """The manifest, from the journal and the table alone."""
-        records = self.krea.records(self.images)
-        locate = self.krea.open_storage().locate
-        return manifest_table(self.images, self.rows, records, locate=locate, run_id=run_id)
+        krea = krea or self.krea
+        locate = krea.open_storage().locate
+        with krea.open_journal() as journal:
+            parts = manifest_parts(self.plan, KEY, journal, locate=locate, run_id=run_id)
+            return pa.concat_tables(parts)
 
     def by_id(self, run_id: str = RUN) -> dict[str, dict[str, Any]]:
         """Its rows by prompt_id; of several samples the last."""
@@ -112,11 +119,11 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     folder = tmp_path_factory.mktemp("manifest")
     pq.write_table(pa.Table.from_pylist(prompt_rows()), folder / "prompts.parquet")
-    rows = PromptTable(str(folder / "prompts.parquet"), parse_partition_by("hash:1")).read()
-    images = tuple(plan_images(rows.rows))
+    table = PromptTable(str(folder / "prompts.parquet"), parse_partition_by("hash:1"))
+    images = tuple(plan_images(table.read().rows))
     with Emulator(latency_s=0.02, latency_jitter=0.0) as emulator:
         emulator.world.script("drop_after_create", match="line that is cut")
         krea = KreaResource(
@@ -127,7 +134,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
         )
         krea.generate(images, run_id=RUN)
         books = emulator.books()
-    return Shop(krea, rows, images, books)
+    with table.plan() as plan:
+        yield Shop(krea, plan, books)
 
 
 # -- the contract -----------------------------------------------------------------------------
@@ -266,7 +274,9 @@ def test_columns_of_the_table_are_carried_as_they_are_also_nested_ones(shop: Sho
 
 
 def test_a_request_that_the_journal_has_never_seen_is_planned(shop: Shop) -> None:
-    table = manifest_table(shop.images, shop.rows, {}, locate=str, run_id="none")
+    (images,) = shop.plan.batches(KEY)
+    nothing = pa.Table.from_pylist([{}] * images.num_rows, RECORD_SCHEMA)
+    table = manifest_table(images, nothing, locate=str, run_id="none")
     assert table["status"].unique().to_pylist() == ["planned"]
     assert table["request_key"].null_count == 0
     nothing = ("task_id", "image_path", "credits_reserved", "run_id", "submitted_at")
@@ -278,11 +288,7 @@ def test_it_is_made_again_from_journal_and_table_without_any_server(
 ) -> None:
     # The emulator is down since the fixture; a new process would begin like this.
     elsewhere = KreaResource(storage=shop.krea.storage, base_url="http://127.0.0.1:9")
-    records = elsewhere.records(shop.images)
-    again = manifest_table(
-        shop.images, shop.rows, records, locate=elsewhere.open_storage().locate, run_id=RUN
-    )
-    assert again.equals(shop.build())
+    assert shop.build(krea=elsewhere).equals(shop.build())
 
 
 def test_equal_inputs_give_equal_bytes(shop: Shop, tmp_path: Path) -> None:
@@ -328,3 +334,42 @@ def test_a_manifest_is_replaced_whole_and_leaves_no_scraps(tmp_path: Path) -> No
         write_manifest(storage, "p", pa.Table.from_pylist(rows, MANIFEST_SCHEMA))
     assert read_manifests(storage, ["p"])["prompt_id"].to_pylist() == ["a"]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["p.parquet"]
+
+
+def test_manifests_that_are_made_part_by_part_are_published_as_they_are(
+    shop: Shop, tmp_path: Path
+) -> None:
+    made, whole = Manifests(), shop.build()
+    parts = [whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)]
+    made.add("p", manifest_schema(shop.plan), parts)
+    made.add("empty", manifest_schema(shop.plan), [])
+    assert made.partition_keys == ["empty", "p"]
+    assert made.to_table().equals(whole)
+    storage = Storage(str(tmp_path / "made"))
+    assert not (tmp_path / "made").exists()
+    for key in made.partition_keys:
+        made.publish(storage, key)
+    made.close()
+    assert read_manifests(storage, ["p"]).equals(whole)
+    assert read_manifests(storage, ["empty"]).schema.equals(whole.schema)
+
+
+def test_a_large_manifest_has_row_groups_that_fit_into_memory(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    table = pa.Table.from_pylist([{"prompt_id": "a"}] * 25_000, MANIFEST_SCHEMA)
+    metadata = pq.read_metadata(write_manifest(storage, "p", table))
+    groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    assert groups == [10_000, 10_000, 5_000]
+
+
+def test_the_rows_without_an_image_are_read_back_alone(shop: Shop, tmp_path: Path) -> None:
+    storage, whole = Storage(str(tmp_path)), shop.build()
+    write_manifest(storage, "p", whole)
+    write_manifest(storage, "none", whole.slice(0, 0))
+    missing = read_missing(storage, ["none", "p", "never written"], ["prompt_id", "error_code"])
+    assert missing.to_pylist() == [
+        {"prompt_id": row["prompt_id"], "error_code": row["error_code"]}
+        for row in whole.to_pylist()
+        if row["status"] != "stored"
+    ]
+    assert missing.num_rows == 3

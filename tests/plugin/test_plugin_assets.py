@@ -19,6 +19,7 @@ from krea_dagster import KreaResource, PromptTable, build_krea_assets
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.plugin.figures import Figures
 from krea_dagster.plugin.metadata import contact_sheet, images_metadata
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, check_of, latest, posts, run_job, values
@@ -101,7 +102,7 @@ def test_one_purchase_for_two_rows_of_a_partition_counts_once_in_its_credits(
 ) -> None:
     rows = [row for row in manifest(trip, BUCKETS[0]).to_pylist() if row["status"] == "stored"]
     doubled = pa.Table.from_pylist([rows[0], {**rows[0], "prompt_id": "its-twin"}], MANIFEST_SCHEMA)
-    shown = images_metadata(doubled, Storage(str(trip.storage)), seconds=1.0)
+    shown = images_metadata(Figures.of(doubled), Storage(str(trip.storage)), seconds=1.0)
     assert (shown["rows"], shown["credits_charged"]) == (2, rows[0]["credits_charged"])
 
 
@@ -177,7 +178,7 @@ def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
     sheet = contact_sheet(table, storage)
     assert sheet is not None
     assert len(sheet) <= 45_000
-    shown = images_metadata(table, storage, seconds=1.0)
+    shown = images_metadata(Figures.of(table), storage, seconds=1.0)
     assert len(shown["thumbnails"].value) < 65_000
 
 

@@ -881,7 +881,7 @@ def test_the_row_of_a_problem_is_its_row_in_the_whole_table(write: Write, tmp_pa
 def test_a_large_row_group_streams_by_in_bounded_memory(write: Write) -> None:
     """60 MB of prompts and notes in one row group, of which Arrow holds a few MB at once."""
     rows = 40_000
-    chance = random.Random(1)  # noqa: S311 - not a secret
+    chance = random.Random(1)
     path = write(
         {
             "prompt_id": [f"row-{number}" for number in range(rows)],

@@ -15,21 +15,20 @@ import pyarrow.parquet as pq
 
 from krea_dagster import KreaResource
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.pace import Latencies
+from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport, Wanted
-from krea_dagster.manifest import write_manifest
+from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.plugin.batch import Batch
-from krea_dagster.plugin.io_manager import split_by_partition
 from krea_dagster.plugin.proof import prove
 from krea_dagster.plugin.quoting import quote_images, quote_partitions
-from krea_dagster.prompts import PromptTable, parse_partition_by
+from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by, plan_images
 from krea_dagster.spend.findings import Proof
 from krea_dagster.spend.quote import Quote
 from tests.dagster_bench import write_table
 
 #: The emulator's latency is known, so that no run waits for its first look.
-LEARNED: Final = Latencies(recent={"1K": (0.02,), "2K": (0.02,)})
+LEARNED: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,9 @@ class Shop:
         source = write_table(self.folder / "prompts.parquet", pa.Table.from_pylist(self.rows))
         return PromptTable(source, parse_partition_by("hash:2"))
 
+    def images(self) -> list[PlannedImage]:
+        return list(plan_images(self.table.read().rows))
+
     def batch(self) -> Batch:
         return Batch.read(self.table, self.table.partition_keys(), self.krea)
 
@@ -81,20 +83,23 @@ class Shop:
 
     def carry(self, run_id: str = "run-1", *, ask_again: Iterable[str] = ()) -> RunReport:
         """A run alone, as KreaResource.generate makes it, but without its pauses."""
-        wanted = [Wanted(image.request, image.partition_key) for image in self.batch().images]
         krea = self.krea
+        wanted = [Wanted(image.request, image.partition_key) for image in self.images()]
         policy = replace(krea.policy(ask_again), wait_scale=0.01)
         with krea._runner(run_id, lambda _: None) as runner:
             return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
 
     def write_manifests(self, run_id: str = "run-1") -> None:
-        batch, krea = self.batch(), self.krea
-        for key, part in split_by_partition(batch.manifest(krea, run_id), batch.keys).items():
-            write_manifest(krea.open_storage(), key, part)
+        krea = self.krea
+        with self.batch() as batch, krea.open_journal() as journal:
+            for key in batch.plan.keys:
+                parts = batch.manifest_parts(key, krea, journal, run_id)
+                write_manifest_parts(krea.open_storage(), key, batch.manifest_schema, parts)
 
     def quote(self, *, ask_again: Iterable[str] = ()) -> Quote:
         if ask_again:
-            return quote_images(self.krea, self.batch().images, ask_again=ask_again)
+            with self.batch() as batch:
+                return quote_images(self.krea, batch.standing(self.krea), ask_again=ask_again)
         return quote_partitions(self.krea, self.table).quote
 
     def prove(self, **options: Any) -> Proof:
@@ -110,10 +115,11 @@ class Shop:
 
     def records(self) -> dict[str, Record]:
         """What the journal knows, by prompt_id."""
-        found = self.krea.records(self.batch().images)
+        images = self.images()
+        found = self.krea.records(images)
         return {
             image.prompt_id: found[image.request.request_key]
-            for image in self.batch().images
+            for image in images
             if image.request.request_key in found
         }
 

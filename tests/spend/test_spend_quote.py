@@ -19,8 +19,7 @@ from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import ImageRequest
-from krea_dagster.prompts import PlannedImage
-from krea_dagster.spend.quote import Fate, Line, Price, Quote, fate_of, quote
+from krea_dagster.spend.quote import Asked, Fate, Line, Price, Quote, fate_of, quote
 from tests.spend.spend_bench import Shop
 
 ONE_K = 4500
@@ -219,17 +218,21 @@ def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
     hold: bool,
     at_hand: bool,
 ) -> None:
-    images = [
-        PlannedImage(f"id-{row}", 0, partition, request(number, quality_of(number)), row)
+    records = {
+        number: record(state, number, quality_of(number)) for number, state in states.items()
+    }
+    numbers = [number for number, _ in rows]
+    asked = [
+        Asked(
+            partition,
+            quality_of(number),
+            requests=int(number not in numbers[:row]),
+            record=records.get(number),
+        )
         for row, (number, partition) in enumerate(rows)
     ]
-    records = {
-        request(number).request_key: record(state, number, quality_of(number))
-        for number, state in states.items()
-    }
     said = quote(
-        images,
-        records,
+        asked,
         prices={"2K": 20_000},
         now=NOW,
         policy=Policy(on_unknown="hold" if hold else "replay"),
@@ -266,6 +269,37 @@ def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
     assert caps.run_units is None or taken <= caps.run_units
     assert caps.day_units is None or taken == 0 or taken + 9000 <= caps.day_units
     assert (said.cap is None) == (total.deferred == 0)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from(["1K", "2K"])), max_size=8
+    ),
+    _CAPS,
+)
+def test_many_alike_are_quoted_as_they_would_be_one_by_one(
+    groups: list[tuple[int, bool, str]], caps: Caps
+) -> None:
+    """A large table is quoted by how its images stand, thousands at once."""
+
+    def said(asked: list[Asked]) -> Quote:
+        return quote(
+            asked,
+            prices={"2K": 20_000},
+            now=NOW,
+            policy=Policy(),
+            holds=lambda _: True,
+            caps=caps,
+            day=Commitment(9000),
+        )
+
+    together = [
+        Asked("p", quality, rows=rows, requests=rows, at_hand=done)
+        for rows, done, quality in groups
+        if rows
+    ]
+    alone = [replace(one, rows=1, requests=1) for one in together for _ in range(one.rows)]
+    assert said(together) == said(alone)
 
 
 def test_usd_follows_the_rate() -> None:

@@ -33,9 +33,7 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     shop: Shop, instance: dg.DagsterInstance
 ) -> None:
     shop = shop.with_rows("ash", "birch", "cedar", "date")
-    sizes = {
-        key: sum(image.partition_key == key for image in shop.batch().images) for key in BUCKETS
-    }
+    sizes = {key: sum(image.partition_key == key for image in shop.images()) for key in BUCKETS}
     defs = build_krea_definitions(
         prompts=shop.table.source, partition_by="hash:2", krea=shop.krea, key_prefix="proved"
     )

@@ -1,0 +1,99 @@
+"""What a run finds out before it buys: which images are at hand, and what is left to carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from krea_dagster import KreaResource, PromptTable
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine import lookup
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.io_manager import split_by_partition
+from krea_dagster.prompts import parse_partition_by, plan_images
+from tests.dagster_bench import posts, write_table
+
+ROWS: dict[str, list[Any]] = {
+    "prompt_id": ["one", "two", "twin-a", "twin-b", "refused", "three"],
+    "prompt": ["one", "two", "twins", "twins", "[emulator: refuse] this", "three"],
+    "seed": [1, 2, 3, 3, 4, 5],
+    "num_images": [1, 1, 1, 1, 1, 3],
+    "size": ["1:2"] * 6,
+}
+
+
+class Bought:
+    """A table of which all rows were asked for once."""
+
+    def __init__(self, folder: Path, emulator: Emulator) -> None:
+        source = write_table(folder / "prompts.parquet", ROWS)
+        self.table = PromptTable(source, parse_partition_by("hash:2"))
+        self.krea = KreaResource(
+            api_key="emulator", base_url=emulator.url, storage=str(folder / "krea")
+        )
+        self.images = list(plan_images(self.table.read().rows))
+        self.krea.generate(self.images, run_id="first")
+
+    def left(self) -> dict[str, int]:
+        """The prompts of what is left to carry, each with its rows."""
+        with Batch.read(self.table, None, self.krea, look=True) as batch:
+            standing = batch.standing(self.krea)
+            wanted = list(standing.wanted())
+            assert int(standing.whole.sum()) + sum(one.rows for one in wanted) == 8
+            return {f"{one.request.prompt} {one.request.seed}": one.rows for one in wanted}
+
+    def file_of(self, prompt_id: str) -> Path:
+        (image,) = [image for image in self.images if image.prompt_id == prompt_id]
+        stored = self.krea.records([image])[image.request.request_key].image
+        assert stored is not None
+        return Path(self.krea.storage) / stored.path
+
+
+@pytest.fixture(params=["looked up", "a pass over all"])
+def bought(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bought:
+    monkeypatch.setattr(lookup, "_DEAR", 0 if request.param == "looked up" else 5)
+    return Bought(tmp_path, emulator)
+
+
+def test_only_what_is_not_plainly_done_is_left_to_the_runner(
+    bought: Bought, emulator: Emulator
+) -> None:
+    assert bought.left() == {"[emulator: refuse] this 4": 1}
+    bought.file_of("one").unlink()
+    bought.file_of("twin-a").write_bytes(b"cut")
+    before = posts(emulator)
+    assert bought.left() == {"one 1": 1, "twins 3": 2, "[emulator: refuse] this 4": 1}
+    assert posts(emulator) == before
+
+
+def test_before_anything_was_bought_everything_is_left_and_twins_are_one(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    table = PromptTable(
+        write_table(tmp_path / "prompts.parquet", ROWS), parse_partition_by("hash:2")
+    )
+    krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path / "krea"))
+    with Batch.read(table, None, krea, look=True) as batch:
+        wanted = list(batch.standing(krea).wanted())
+    assert not (tmp_path / "krea").exists(), "no journal is made to look into it"
+    assert sorted(one.rows for one in wanted) == [1, 1, 1, 1, 1, 1, 2]
+    keys = {image.request.request_key for image in plan_images(table.read().rows)}
+    assert {one.request.request_key for one in wanted} == keys
+
+
+def test_a_table_is_cut_by_partition_in_the_order_of_its_rows() -> None:
+    table = pa.table({"partition_key": list("bacbaab"), "number": range(7)})
+    parts = split_by_partition(table, ["d", "b", "a"])
+    assert {key: part["number"].to_pylist() for key, part in parts.items()} == {
+        "a": [1, 4, 5],
+        "b": [0, 3, 6],
+        "d": [],
+    }
