@@ -57,9 +57,9 @@ class Hasher:
         """Return eight bytes of hash for each text, good for finding equal ones, no more."""
         return np.asarray(self._column("hash(text)", texts).to_numpy(zero_copy_only=False))
 
-    def sha256_begin(self, texts: pa.Array) -> Numbers:
-        """Return the first eight bytes of the SHA-256 of each text, as a number."""
-        digests = _packed(digits_of(self.sha256(texts), 16))
+    def md5_begin(self, texts: pa.Array) -> Numbers:
+        """Return the first eight bytes of the MD5 of each text, as a number."""
+        digests = _packed(digits_of(self._column("md5(text)", texts), 16, of=32))
         return digests.view(">u8").reshape(-1).astype(np.uint64)
 
     def _column(self, expression: str, texts: pa.Array) -> pa.Array:
@@ -73,14 +73,17 @@ class Hasher:
         return values if (order == numbers).all() else values.take(pa.array(np.argsort(order)))
 
 
-def digits_of(hexadecimal: pa.Array, digits: int = 64) -> Digits:
-    """Return the values, 0 to 15, of the first digits of hashes of 64: shape (rows, digits)."""
+def digits_of(hexadecimal: pa.Array, digits: int = 64, *, of: int = 64) -> Digits:
+    """Return the values, 0 to 15, of the first digits of hashes: shape (rows, digits).
+
+    ``of`` is how many digits each hash has.
+    """
     offset = hexadecimal.offset
     data = hexadecimal.buffers()[2]
     if not len(hexadecimal):
         return np.empty((0, digits), np.uint8)
-    characters = np.frombuffer(data, np.uint8, count=64 * len(hexadecimal), offset=64 * offset)
-    characters = characters.reshape(-1, 64)[:, :digits]
+    characters = np.frombuffer(data, np.uint8, count=of * len(hexadecimal), offset=of * offset)
+    characters = characters.reshape(-1, of)[:, :digits]
     return values_of_digits(characters)
 
 
@@ -179,7 +182,7 @@ def derived_prompt_ids(
 def buckets(by: HashPartitions, begins: Numbers) -> npt.NDArray[np.int64]:
     """Return the number of the partition, of ``by.keys()`` which one, of each prompt_id.
 
-    ``begins`` are what its SHA-256 begins with (``Hasher.sha256_begin``).
+    ``begins`` are what its MD5 begins with (``Hasher.md5_begin``).
     """
     numbers: npt.NDArray[np.int64] = (begins >> np.uint64(32)).astype(np.int64) % by.count
     return numbers

@@ -43,8 +43,12 @@ class HashPartitions:
         return [self._key(bucket) for bucket in range(self.count)]
 
     def key_for(self, prompt_id: str) -> str:
-        """Return the key of the row with this prompt_id."""
-        digest = hashlib.sha256(prompt_id.encode()).digest()
+        """Return the key of the row with this prompt_id.
+
+        By MD5, which only has to spread them evenly, and takes a quarter of SHA-256's time where a
+        partition is looked for among millions of rows.
+        """
+        digest = hashlib.md5(prompt_id.encode(), usedforsecurity=False).digest()
         return self._key(int.from_bytes(digest[:4], "big") % self.count)
 
     def _key(self, bucket: int) -> str:

@@ -92,7 +92,7 @@ class _Looked:
     problems: Problems = field(default_factory=Problems)
     warnings: Problems = field(default_factory=Problems)
     chunk: Chunk | None = None
-    #: Of ``hash:N``: what the SHA-256 of every prompt_id begins with, in whatever partition.
+    #: Of ``hash:N``: what the MD5 of every prompt_id begins with, in whatever partition.
     begins: Numbers = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
@@ -154,7 +154,7 @@ class Scan:
             if made is not None and not self._problems.count:
                 yield made
         # hash:N has looked at every prompt_id by now.
-        find_doubles(begins, files, self._problems, hasher.sha256_begin)
+        find_doubles(begins, files, self._problems, hasher.md5_begin)
         self._problems.raise_for(self._source)
 
     def _batches(self) -> Iterator[tuple[str, int, pa.RecordBatch]]:
@@ -182,7 +182,7 @@ class Scan:
         carried = batch.columns
         if isinstance(self._by, HashPartitions) and batch.keys is None:
             # The prompt_id was drawn from the row, and the partition is drawn from that.
-            keys = self._name(buckets(self._by, self._hasher.sha256_begin(rows["prompt_id"])))
+            keys = self._name(buckets(self._by, self._hasher.md5_begin(rows["prompt_id"])))
             rows["partition_key"] = keys
             if self._wanted_values is not None:
                 mask = pc.is_in(keys, value_set=self._wanted_values)
@@ -221,7 +221,7 @@ class Scan:
         if ids is None:
             cells = text_cells(batch.columns["prompt_id"])
             ids = pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())
-        begins = self._hasher.sha256_begin(ids.fill_null(""))
+        begins = self._hasher.md5_begin(ids.fill_null(""))
         usable = _mask(pc.not_equal(ids, "").fill_null(False))
         looked.begins = begins if usable.all() else begins[usable]
         numbers = buckets(by, begins)

