@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/engine/test_journal.py",
     "tests/engine/test_group_commit.py",
+    "tests/engine/test_lookup.py",
     "tests/siege/test_migrations.py",
     "tests/crash/test_processes.py",
 )
