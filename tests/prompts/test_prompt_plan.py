@@ -141,8 +141,7 @@ def test_hashes_are_those_of_the_standard_library(texts: list[str]) -> None:
     assert digests_of(found.slice(1)).tobytes().hex() == "".join(digests[1:])
     assert digests_of_texts("".join(digests)).tobytes().hex() == "".join(digests)
     names = [
-        HashPartitions(7).keys()[at]
-        for at in buckets(HashPartitions(7), hasher.md5_begin(column))
+        HashPartitions(7).keys()[at] for at in buckets(HashPartitions(7), hasher.md5_begin(column))
     ]
     assert names == [HashPartitions(7).key_for(text) for text in texts]
 
