@@ -44,6 +44,6 @@ def rows_of_the_trip() -> list[dict[str, Any]]:
     # Two rows that ask for the very same picture: bought once, and both get it.
     rows += [{**row("twin-00", seed=7), "prompt": f"the twins {MARKER}"}]
     rows += [{**row("twin-01", seed=7), "prompt": f"the twins {MARKER}"}]
-    rows += [row("refused-01", "[emulator: refuse]")]
-    rows += [row("failed-00", "[emulator: fail content_policy_violation]")]
+    rows += [row("refused-00", "[emulator: refuse]")]
+    rows += [row("failed-01", "[emulator: fail content_policy_violation]")]
     return rows

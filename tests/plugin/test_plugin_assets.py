@@ -235,9 +235,9 @@ def test_undelivered_rows_fail_the_check_by_name_and_the_run_succeeds_all_the_sa
     table = check.metadata["missing"]
     assert isinstance(table, dg.TableMetadataValue)
     missing = {record.data["prompt_id"]: record.data for record in table.records}
-    assert set(missing) == {"refused-01", "failed-00"}
-    assert missing["failed-00"]["status"] == "failed"
-    assert missing["refused-01"]["error_message"]
+    assert set(missing) == {"refused-00", "failed-01"}
+    assert missing["failed-01"]["status"] == "failed"
+    assert missing["refused-00"]["error_message"]
 
 
 def test_the_check_passes_where_every_row_has_its_image_and_a_repeated_run_buys_nothing(
