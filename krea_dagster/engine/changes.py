@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
+from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.record import Record, StoredImage, idempotency_key
 from krea_dagster.engine.states import Event, State, advance
 from krea_dagster.errors import IllegalTransition, JournalError, TakenOver
@@ -169,7 +170,7 @@ def take(
     fields["state"] = state
     if "image_path" in request:
         fields["image"] = _image(request)
-    return Step(change, before, before.changed(fields), request, submission, opens)
+    return Step(change, before, changed(before, **fields), request, submission, opens)
 
 
 def event_row(step: Step, run_id: str) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Pace:
     taken_count: int = 0
     taken_in_row: int = 0
     refused_in_row: int = 0
+    unanswered: bool = False
     row_since_s: float = 0.0
     refused_at_s: float = -math.inf
     refused_with: float = math.inf
@@ -131,7 +132,9 @@ class Pace:
     def one_by_one(self) -> bool:
         """Whether to wait for each answer before the next submission: an answer decides."""
         unmeasured = self.limit is Limit.RATE and self.rate_per_s is None
-        return self.limit is Limit.UNCLEAR or unmeasured or self.refused_in_row > 0
+        return (
+            self.limit is Limit.UNCLEAR or unmeasured or self.unanswered or self.refused_in_row > 0
+        )
 
     @property
     def unclear(self) -> bool:
@@ -181,7 +184,7 @@ class Pace:
         after = changed(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
         if sent_at_s <= self.refused_at_s:
             return after  # of the burst that was refused: it says nothing about the time since
-        after = changed(after, refused_in_row=0)
+        after = changed(after, refused_in_row=0, unanswered=False)
         match self.limit:
             case Limit.NONE:
                 return _opened(after, 1.0)
@@ -234,6 +237,13 @@ class Pace:
         until_s = max(self.pause_until_s, now_s + wait_s)
         added_s = max(0.0, until_s - max(self.pause_until_s, now_s))
         return changed(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
+
+    def silent(self, now_s: float, wait_s: float) -> Pace:
+        """With a pause, and then one at a time until one is taken.
+
+        For a server that gives no usable answer: each further submission may be charged.
+        """
+        return changed(self.paused(now_s, wait_s), unanswered=True)
 
     def slowed(self, now_s: float, median_s: float, best_s: float) -> Pace:
         """With images that take ``median_s`` where they once took ``best_s``.

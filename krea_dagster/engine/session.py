@@ -27,6 +27,7 @@ from krea_dagster.engine.owner import has_ended, this_process
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.planned import Planned
 from krea_dagster.engine.policy import (
+    Action,
     Ask,
     Defer,
     Expire,
@@ -248,10 +249,11 @@ class Session:
     def _will_submit(self, item: _Item) -> bool:
         if item.record.request_key in self._resolutions:
             return False
+        return isinstance(self._next(item.record, item.trail), Submit | Replay)
+
+    def _next(self, record: Record, trail: Trail) -> Action:
         buying = self._runner.buying and self.steps.stopped is None
-        now, policy = self._clock.now(), self._runner.policy
-        action = next_action(item.record, item.trail, now, policy, buying=buying)
-        return isinstance(action, Submit | Replay)
+        return next_action(record, trail, self._clock.now(), self._runner.policy, buying=buying)
 
     def _start(self, carriers: anyio.abc.TaskGroup, item: _Item, *, submits: bool = False) -> None:
         partition_key = self._planned.unfinished[item.record.request_key]
@@ -291,9 +293,7 @@ class Session:
         while wait_s is not None and wait_s <= _SHORT_S:
             if wait_s > 0:
                 await self._clock.sleep(wait_s)
-            buying = self._runner.buying and self.steps.stopped is None
-            now, policy = self._clock.now(), self._runner.policy
-            action = next_action(carrier.record, carrier.trail, now, policy, buying=buying)
+            action = self._next(carrier.record, carrier.trail)
             leave_needed = isinstance(action, Submit | Replay) and not carrier.may_submit
             if leave_needed and carrier.record.request_key not in self._resolutions:
                 return 0.0  # by way of the queue, because only the pace gives leave
@@ -301,7 +301,7 @@ class Session:
             self._changed.set()  # the pace may have room now
         return wait_s
 
-    async def _step(self, carrier: Carrier, action: object) -> float | None:  # noqa: C901 - an arm per action
+    async def _step(self, carrier: Carrier, action: Action) -> float | None:  # noqa: C901 - an arm per action
         """Do the next thing once; None where there is nothing more to do in this run."""
         record, steps = carrier.record, self.steps
         if record.state is State.STORED and self._runner.file_is_missing(record):
@@ -331,7 +331,6 @@ class Session:
                 return await steps.plan_again(carrier)
             case Defer():
                 return await steps.defer(carrier)
-        raise AssertionError(action)
 
     async def _fetch(self, carrier: Carrier) -> float:
         self._fetching += 1
@@ -404,9 +403,8 @@ class Session:
             await self._let_go()
             # The longest waiting first; what is still held goes to the end again.
             part = list(islice(self._elsewhere, _PART))
-            held = len(self._elsewhere)
             await self._claim(part)
-            for _ in range(min(len(part), held)):
+            for _ in part:
                 self._elsewhere.popleft()
             self._changed.set()
 

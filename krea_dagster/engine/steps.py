@@ -350,7 +350,7 @@ class Steps:
         if over < 0:
             return
         pause_s = backoff_s(over + 1, self._fraction(), self._policy)
-        self.pace = self.pace.paused(now_s, pause_s)
+        self.pace = self.pace.silent(now_s, pause_s)
         if now_s - self._silent_since_s > self._policy.patience_s and self.stopped is None:
             self.stopped = RunStopped(
                 "no_usable_answer",

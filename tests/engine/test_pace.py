@@ -192,3 +192,10 @@ def test_whatever_happens_there_is_room_for_one_and_never_for_more_than_the_most
             pace = pace.refused(now_s, now_s - ago_s, in_work, wait_s)
         assert 1 <= pace.room <= most
         assert 0.0 <= pace.wait_s(now_s) < 400.0
+
+
+def test_a_server_that_does_not_answer_is_tried_one_at_a_time_until_it_takes_one() -> None:
+    pace = opened(Pace(64), 64).silent(200.0, 5.0)
+    assert pace.wait_s(200.0) == 5.0
+    assert pace.one_by_one
+    assert not pace.taken(206.0, busy(65), pressed=True).one_by_one
