@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -107,7 +106,7 @@ def known(journal: Journal, storage: Storage, digests: Digests) -> Known:
     found = known_of_many(journal, storage, len(digests))
     if found is not None:
         return found
-    with _reading(journal) as connection:
+    with journal.reading() as connection:
         requests = _look_up(connection, digests)
     return Known(requests, _those_at_hand(storage, requests))
 
@@ -118,7 +117,7 @@ def known_of_many(journal: Journal, storage: Storage, number: int) -> Known | No
     None where it has so many that to look up this ``number`` of them costs less. Raises
     JournalError.
     """
-    with _reading(journal) as connection:
+    with journal.reading() as connection:
         if number * _DEAR < _row_count(connection):
             return None
         requests = _pass_over(connection)
@@ -134,7 +133,7 @@ def record_columns(
     """
     schema = pa.schema([("request_key", pa.string()), *map(RECORD_SCHEMA.field, names)])
     tables = [schema.empty_table()]
-    with _reading(journal) as connection:
+    with journal.reading() as connection:
         for at in range(0, len(keys), _ROWS):
             wanted = json.dumps(keys.slice(at, _ROWS).to_pylist())
             columns = _lists(connection, schema.names, wanted)
@@ -153,10 +152,6 @@ def record_columns(
 
 
 # -- the journal ----------------------------------------------------------------------------------
-
-
-def _reading(journal: Journal) -> AbstractContextManager[Connection]:
-    return journal._read("read")  # noqa: SLF001 - of the same part
 
 
 def _is_sqlite(connection: Connection) -> bool:
