@@ -187,6 +187,7 @@ def test_whatever_happens_there_is_room_for_one_and_never_for_more_than_the_most
         now_s += after_s
         in_work = InWork(known, known * share, known**0.5)
         if taken:
+            now_s += pace.wait_s(now_s)  # nothing is sent before its time
             pace = pace.sent(now_s).taken(now_s - ago_s, in_work, pressed=True)
         else:
             pace = pace.refused(now_s, now_s - ago_s, in_work, wait_s)
