@@ -18,7 +18,7 @@ setup: .venv/.ready  ## Install the locked packages into .venv
 
 .venv/.ready: requirements.lock pyproject.toml .uv/bin/uv
 	@.uv/bin/uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" .venv
-	@.uv/bin/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@.uv/bin/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	@.uv/bin/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
