@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
@@ -39,6 +40,9 @@ from krea_dagster.prompts import Plan, PromptTable
 #: Seconds between two lines of progress in Dagster's log: each is an event in its database.
 _LOG_EVERY_S = 30.0
 
+#: The pool of the steps that buy.
+POOL = "krea"
+
 #: Dagster's tag of the runs of one backfill.
 _BACKFILL_TAG = "dagster/backfill"
 
@@ -63,9 +67,13 @@ class KreaAssets:
 def build_krea_assets(
     table: PromptTable,
     *,
+    start: str | None = None,
     key_prefix: str | Sequence[str] = (),
     group_name: str = "krea",
     backfill_policy: dg.BackfillPolicy | None = None,
+    automation_condition: dg.AutomationCondition[Any] | None = None,
+    freshness_policy: dg.FreshnessPolicy | None = None,
+    pool: str | None = POOL,
     resource_key: str = "krea",
     io_manager_key: str = "krea_manifest",
 ) -> KreaAssets:
@@ -77,9 +85,14 @@ def build_krea_assets(
     made from the journal without network, through the IO manager ``io_manager_key``; another
     one than ``KreaManifestIOManager`` gets a ``krea_dagster.manifest.Manifests``, whose
     ``to_table`` gives the rows.
+
+    ``start`` is the first day of partitions by time. ``automation_condition`` and
+    ``freshness_policy`` are those of ``images`` and ``image_manifest``. ``pool`` bounds how many
+    steps of ``images`` work at once, across runs; their HTTP calls are the resource's to bound.
+    Raises ConfigError for a start that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
-    partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]))
+    partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]), start=start)
     policy = backfill_policy or dg.BackfillPolicy.single_run()
     prompts_key, images_key, manifest_key = (
         dg.AssetKey([*key_prefix, name]) for name in ("prompts", "images", MANIFEST_ASSET)
@@ -100,6 +113,9 @@ def build_krea_assets(
         backfill_policy=policy,
         group_name=group_name,
         kinds={"evolink", "png"},
+        automation_condition=automation_condition,
+        freshness_policy=freshness_policy,
+        pool=pool,
         required_resource_keys={resource_key},
         check_specs=[
             dg.AssetCheckSpec(
@@ -120,7 +136,7 @@ def build_krea_assets(
         with ExitStack() as stack:
             with as_failure():
                 root = context.run.root_run_id or context.run.run_id
-                batch = Batch.read(table, context.partition_keys, krea, to_buy=True, look=True)
+                batch = Batch.read(table, partition_keys_of(context), krea, to_buy=True, look=True)
                 batch = stack.enter_context(batch.ask_again(config, krea, root))
             report_prompts(context.instance, prompts_key, batch.versions())
             if batch.plan.warning_count:
@@ -166,6 +182,8 @@ def build_krea_assets(
         backfill_policy=policy,
         group_name=group_name,
         kinds={"parquet", "pyarrow"},
+        automation_condition=automation_condition,
+        freshness_policy=freshness_policy,
         required_resource_keys={resource_key},
         io_manager_key=io_manager_key,
         metadata={"dagster/column_schema": table_schema(MANIFEST_SCHEMA)},
@@ -176,7 +194,7 @@ def build_krea_assets(
     def image_manifest(context: dg.AssetExecutionContext) -> Manifests:
         krea = krea_of(context, resource_key)
         storage, made = krea.open_storage(), Manifests()
-        with as_failure(), Batch.read(table, context.partition_keys, krea) as batch:
+        with as_failure(), Batch.read(table, partition_keys_of(context), krea) as batch:
             schema = table_schema(batch.manifest_schema)
             with krea.open_journal() as journal:
                 for key in batch.plan.keys:
@@ -207,6 +225,11 @@ def rewrite_manifests(
             )
             values = manifest_metadata(figures, path)
             context.log_event(dg.AssetMaterialization(key, partition=partition, metadata=values))
+
+
+def partition_keys_of(context: dg.AssetExecutionContext) -> list[str]:
+    """The partitions of a step, as plain text: Dagster has a class of its own for some."""
+    return [str(key) for key in context.partition_keys]
 
 
 def krea_of(context: dg.AssetExecutionContext, key: str) -> KreaResource:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import dagster as dg
 
 from krea_dagster.errors import KreaError
+from krea_dagster.plugin.partitions import missing_dynamic_keys
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable
 
@@ -94,11 +95,8 @@ def _new_partitions(
     partitions_def: dg.PartitionsDefinition[str],
     keys: Sequence[str],
 ) -> list[dg.AddDynamicPartitionsRequest]:
-    if not isinstance(partitions_def, dg.DynamicPartitionsDefinition) or not partitions_def.name:
-        return []
-    known = set(instance.get_dynamic_partitions(partitions_def.name))
-    new = [key for key in keys if key not in known]
-    return [dg.AddDynamicPartitionsRequest(partitions_def.name, new)] if new else []
+    found = missing_dynamic_keys(instance, partitions_def, keys)
+    return [] if found is None else [dg.AddDynamicPartitionsRequest(*found)]
 
 
 def _events(

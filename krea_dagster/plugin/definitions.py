@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -19,21 +20,31 @@ def build_krea_definitions(
     prompts: str,
     krea: KreaResource,
     partition_by: str = "hash:8",
+    start: str | None = None,
     defaults: Defaults | None = None,
     count_tokens: Callable[[str], int] = estimate_tokens,
     key_prefix: str | Sequence[str] = (),
     group_name: str = "krea",
     backfill_policy: dg.BackfillPolicy | None = None,
+    automation_condition: dg.AutomationCondition[Any] | None = None,
+    freshness_policy: dg.FreshnessPolicy | None = None,
+    pool: str | None = krea_assets.POOL,
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build everything that a code location needs from one prompt table.
 
-    ``prompts`` is a Parquet file, a folder of them, or a URL; ``partition_by`` is ``hash:N``,
-    ``column:NAME`` or ``day:NAME``. ``defaults`` fill in what a row leaves open, and
-    ``count_tokens`` counts the tokens of a prompt. ``key_prefix`` keeps several tables apart
-    in one code location. ``executor`` is the code location's: in-process by default, because
-    the steps wait for the network and a second process would cost seconds to start; give None
-    where your own definitions bring one.
+    ``prompts`` is a Parquet file, a folder of them, or a URL. ``partition_by`` is ``hash:N``,
+    ``column:NAME``, ``day:NAME``, ``week:NAME`` or ``month:NAME``, the last three also in a time
+    zone (``day:NAME@Europe/Berlin``) and with a column beside it (``day:NAME,column:NAME``);
+    ``start`` is the first day of those, by default the table's. ``defaults`` fill in what a row
+    leaves open, and ``count_tokens`` counts the tokens of a prompt. ``key_prefix`` keeps several
+    tables apart in one code location. ``automation_condition``, such as ``on_prompts_changed()``,
+    has runs launched by themselves, by a sensor of its own; without it nothing is bought that
+    nobody asked for. ``freshness_policy`` and ``pool`` are as for ``build_krea_assets``.
+
+    ``executor`` is the code location's: in-process by default, because the steps wait for the
+    network and a second process would cost seconds to start; give None where your own definitions
+    bring one.
 
     The result holds the assets ``prompts``, ``images``, ``image_manifest`` and
     ``salvaged_images``; the jobs ``krea_images``, ``krea_salvage`` and ``krea_proof``; the sensor
@@ -52,9 +63,13 @@ def build_krea_definitions(
     )
     assets = krea_assets.build_krea_assets(
         table,
+        start=start,
         key_prefix=key_prefix,
         group_name=group_name,
         backfill_policy=backfill_policy,
+        automation_condition=automation_condition,
+        freshness_policy=freshness_policy,
+        pool=pool,
         resource_key=f"{before}krea",
         io_manager_key=f"{before}krea_manifest",
     )

@@ -21,7 +21,7 @@ from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
 from krea_dagster.plugin.environment import Settings
 from krea_dagster.plugin.observer import observed
-from krea_dagster.plugin.partitions import partitions_for, register_partitions
+from krea_dagster.plugin.partitions import partitions_for, ranges, register_partitions
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import partition_version
 
@@ -98,7 +98,7 @@ def materialize(
         report_prompts(instance, _PROMPTS, {key: versions.get(key, nothing) for key in chosen})
         watch = _Watch(on_progress)
         results: list[dg.ExecuteInProcessResult] = []
-        for start, end in _ranges(chosen, known):
+        for start, end in ranges(partitions_def, chosen, known):
             with observed(watch.on_progress, watch.reports.append):
                 results.append(
                     job.execute_in_process(
@@ -261,15 +261,3 @@ def _chosen(wanted: Sequence[str], known: Sequence[str], in_table: Sequence[str]
         shown = ", ".join(list(known)[:10]) + (", …" if len(known) > 10 else "")
         raise ConfigError(f"there is no partition {unknown[0]!r}; there are {shown or 'none'}")
     return [key for key in known if key in set(wanted)]
-
-
-def _ranges(chosen: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
-    """Contiguous ranges, as Dagster takes them: each is one run."""
-    position = {key: number for number, key in enumerate(known)}
-    ranges: list[tuple[str, str]] = []
-    for key in chosen:
-        if ranges and position[key] == position[ranges[-1][1]] + 1:
-            ranges[-1] = (ranges[-1][0], key)
-        else:
-            ranges.append((key, key))
-    return ranges

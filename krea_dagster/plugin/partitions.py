@@ -1,49 +1,159 @@
 """How the table is cut, as Dagster's partitions."""
 
-from datetime import datetime, timezone
+from collections.abc import Iterable, Sequence
+from datetime import date, datetime, timezone
+from typing import Final
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 
-from krea_dagster.errors import InputError
-from krea_dagster.prompts import ColumnPartitions, DayPartitions, HashPartitions, PromptTable
+from krea_dagster.errors import ConfigError, InputError
+from krea_dagster.prompts import (
+    ColumnPartitions,
+    HashPartitions,
+    MultiPartitions,
+    PromptTable,
+    TimePartitions,
+)
+
+#: The name of a multi-dimensional partition's dimension that is a column; the other one's is the
+#: unit. Dagster joins keys in the order of these names.
+COLUMN_DIMENSION: Final = "column"
 
 
-def partitions_for(table: PromptTable, *, name: str) -> dg.PartitionsDefinition[str]:
+def partitions_for(
+    table: PromptTable, *, name: str, start: str | None = None
+) -> dg.PartitionsDefinition[str]:
     """The partitions of a prompt table.
 
     ``hash:N`` gives static partitions; ``column:NAME`` dynamic ones, registered under
-    ``<name>_<column>``; ``day:NAME`` daily ones from the table's first day to today, in UTC.
+    ``<name>_<column>``; ``day:NAME``, ``week:NAME`` and ``month:NAME`` time windows in their zone,
+    from ``start`` (``YYYY-MM-DD``; None for the table's first) to the present one; with a column
+    beside them the product of both. Raises ConfigError for a start that is no day, or of
+    partitions that have none.
     """
-    match table.partition_by:
-        case HashPartitions() as by:
+    by = table.partition_by
+    if isinstance(by, HashPartitions | ColumnPartitions) and start is not None:
+        raise ConfigError(f"partitions by {by} have no start; leave it out, or use day:NAME")
+    match by:
+        case HashPartitions():
             return dg.StaticPartitionsDefinition(by.keys())
         case ColumnPartitions(column=column):
             return dg.DynamicPartitionsDefinition(name=f"{name}_{column}")
-        case DayPartitions():
-            return dg.DailyPartitionsDefinition(
-                start_date=_first_day(table), timezone="UTC", end_offset=1
+        case TimePartitions():
+            return _time_windows(table, by, start)
+        case MultiPartitions():
+            return dg.MultiPartitionsDefinition(
+                {
+                    COLUMN_DIMENSION: dg.DynamicPartitionsDefinition(
+                        name=f"{name}_{by.by_column.column}"
+                    ),
+                    by.time.unit: _time_windows(table, by.time, start),
+                }
             )
 
 
-def _first_day(table: PromptTable) -> str:
+def _time_windows(
+    table: PromptTable, by: TimePartitions, start: str | None
+) -> dg.TimeWindowPartitionsDefinition:
+    first = by.key_of(_first_day(table) if start is None else _day(start))
+    # The present window is there from its beginning: its prompts need not wait for its end.
+    match by.unit:
+        case "day":
+            return dg.DailyPartitionsDefinition(first, timezone=by.zone, end_offset=1)
+        case "week":
+            return dg.WeeklyPartitionsDefinition(
+                first, timezone=by.zone, end_offset=1, day_offset=1
+            )
+        case "month":
+            return dg.MonthlyPartitionsDefinition(first, timezone=by.zone, end_offset=1)
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"start is {text!r}; use a day such as 2026-11-01") from None
+
+
+def _first_day(table: PromptTable) -> date:
     """The table's first day, or today while there is no table that can be read.
 
     A code location must load without its table: the run that reads it says what is wrong.
     """
     try:
-        first = table.first_day()
+        first = table.first_time()
     except InputError:
         first = None
-    return first or datetime.now(timezone.utc).date().isoformat()
+    return datetime.now(timezone.utc).date() if first is None else date.fromisoformat(first)
+
+
+def has_come(table: PromptTable, key: str, now: datetime) -> bool:
+    """Whether a partition of the table has begun; those that are not by time always have."""
+    by = table.partition_by
+    if isinstance(by, MultiPartitions):
+        parts = MultiPartitions.split(key)
+        by, key = by.time, "" if parts is None else parts[1]
+    if not isinstance(by, TimePartitions):
+        return True
+    return key <= by.key_of(now.astimezone(ZoneInfo(by.zone)).date())
+
+
+def dynamic_keys(
+    partitions_def: dg.PartitionsDefinition[str], keys: Iterable[str]
+) -> tuple[str, list[str]] | None:
+    """The name of the dynamic partitions behind these, and their keys in these; None without."""
+    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
+        within = partitions_def.get_partitions_def_for_dimension(COLUMN_DIMENSION)
+        parts = [part for part in map(MultiPartitions.split, keys) if part is not None]
+        return dynamic_keys(within, dict.fromkeys(value for value, _ in parts))
+    if isinstance(partitions_def, dg.DynamicPartitionsDefinition) and partitions_def.name:
+        return partitions_def.name, list(keys)
+    return None
+
+
+def missing_dynamic_keys(
+    instance: dg.DagsterInstance,
+    partitions_def: dg.PartitionsDefinition[str],
+    keys: Iterable[str],
+) -> tuple[str, list[str]] | None:
+    """The dynamic partitions that the instance does not know yet, and their name, or None."""
+    found = dynamic_keys(partitions_def, keys)
+    if found is None:
+        return None
+    name, wanted = found
+    known = set(instance.get_dynamic_partitions(name))
+    missing = [key for key in wanted if key not in known]
+    return (name, missing) if missing else None
 
 
 def register_partitions(
     instance: dg.DagsterInstance,
     partitions_def: dg.PartitionsDefinition[str],
-    keys: list[str],
+    keys: Iterable[str],
 ) -> None:
     """Register the keys of dynamic partitions that the instance does not know yet."""
-    if isinstance(partitions_def, dg.DynamicPartitionsDefinition) and partitions_def.name:
-        known = set(instance.get_dynamic_partitions(partitions_def.name))
-        if missing := [key for key in keys if key not in known]:
-            instance.add_dynamic_partitions(partitions_def.name, missing)
+    if found := missing_dynamic_keys(instance, partitions_def, keys):
+        instance.add_dynamic_partitions(*found)
+
+
+def ranges(
+    partitions_def: dg.PartitionsDefinition[str], chosen: Sequence[str], known: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Cut keys into ranges as Dagster takes them, each one run: its first and its last key.
+
+    ``known`` are all keys in Dagster's order. A range of a multi-dimensional definition is the
+    product of a range in each dimension, so that it stays within one value of the column.
+    """
+    multi = isinstance(partitions_def, dg.MultiPartitionsDefinition)
+    position = {key: number for number, key in enumerate(known)}
+    found: list[tuple[str, str]] = []
+    for key in chosen:
+        if found and position[key] == position[found[-1][1]] + 1:
+            same = MultiPartitions.split(key) or (key, "")
+            before = MultiPartitions.split(found[-1][1]) or (key, "")
+            if not multi or same[0] == before[0]:
+                found[-1] = (found[-1][0], key)
+                continue
+        found.append((key, key))
+    return found

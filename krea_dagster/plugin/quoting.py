@@ -16,9 +16,9 @@ from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.batch import Batch, Standing
-from krea_dagster.plugin.partitions import partitions_for
+from krea_dagster.plugin.partitions import has_come
 from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.prompts import PLAN_SCHEMA, DayPartitions, PromptTable
+from krea_dagster.prompts import PLAN_SCHEMA, PromptTable
 from krea_dagster.spend.quote import Asked, Quote, quote
 
 _QUALITY: Final = PLAN_SCHEMA.get_field_index("quality")
@@ -46,9 +46,8 @@ def quote_partitions(
     Makes no journal where there is none. Raises ConfigError, PromptTableError or JournalError.
     """
     in_table = table.partition_keys()
-    known = set(in_table)
-    if isinstance(table.partition_by, DayPartitions):
-        known &= set(partitions_for(table, name="krea").get_partition_keys())
+    now = datetime.now(timezone.utc)
+    known = {key for key in in_table if has_come(table, key, now)}
     if unknown := [key for key in partitions if key not in known]:
         shown = ", ".join(sorted(known)[:10]) + (", …" if len(known) > 10 else "")
         raise ConfigError(f"there is no partition {unknown[0]!r}; there are {shown or 'none'}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any, Final, TypeVar
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.prompts.partitioning import day_of_text, key_problem
+from krea_dagster.prompts.partitioning import TimePartitions, day_of_text, key_problem
 
 _SHOWN: Final = 60
 
@@ -143,7 +145,9 @@ def _only_missing(array: pa.Array) -> Cells[Any]:
 _NO_KEY: Final = "is needed in every row: it decides the partition"
 
 
-def column_keys(array: pa.Array) -> list[str | Bad]:
+def column_keys(
+    array: pa.Array, problem: Callable[[str], str | None] = key_problem
+) -> list[str | Bad]:
     """Read a column as partition keys: text, whole numbers, booleans, or dates."""
     array = plain_array(array)
     kind = array.type
@@ -154,29 +158,55 @@ def column_keys(array: pa.Array) -> list[str | Bad]:
         texts = array.cast(pa.date32()).cast(pa.string()).to_pylist()
     else:
         texts = text_cells(array)
-    return _keys(texts, _column_key)
+
+    def key(text: str) -> str | Bad:
+        said = problem(text)
+        return text if said is None else Bad(shown(text), f"{said}, to be a partition key")
+
+    return _keys(texts, key)
 
 
-def _column_key(text: str) -> str | Bad:
-    problem = key_problem(text)
-    return text if problem is None else Bad(shown(text), f"{problem}, to be a partition key")
-
-
-def day_keys(array: pa.Array) -> list[str | Bad]:
-    """Read a column of dates, times or ISO texts as days in UTC."""
+def time_keys(by: TimePartitions, array: pa.Array) -> list[str | Bad]:
+    """Read a column of dates, times or ISO texts as keys of days, weeks or months."""
     array = plain_array(array)
     if pa.types.is_timestamp(array.type):
-        # Arrow keeps times with a zone in UTC: without the zone they are UTC times.
-        days = pc.floor_temporal(array.view(pa.timestamp(array.type.unit)), unit="day")
-        array = days.cast(pa.date32(), safe=False)
+        array = local_days(array, by.zone)
     if pa.types.is_date(array.type):
         array = array.cast(pa.date32()).cast(pa.string())
-    return _keys(text_cells(array), _day_key)
+
+    def key(text: str) -> str | Bad:
+        day = day_of_text(text, by.zone)
+        if day is None:
+            return Bad(shown(text), "must be a date or time such as 2026-11-01")
+        return by.key_of(date.fromisoformat(day))
+
+    return _keys(text_cells(array), key)
 
 
-def _day_key(text: str) -> str | Bad:
-    day = day_of_text(text)
-    return Bad(shown(text), "must be a date or time such as 2026-11-01") if day is None else day
+def local_days(times: pa.Array, zone: str) -> pa.Array:
+    """Return the day in a zone of each time of a column; those without a zone stand as they are."""
+    # Arrow keeps times with a zone in UTC: without the zone they are UTC times.
+    plain_times = times.view(pa.timestamp(times.type.unit))
+    if times.type.tz is None or zone == "UTC":
+        return pc.floor_temporal(plain_times, unit="day").cast(pa.date32(), safe=False)
+    # By Python's zones, as Arrow needs the system's. In all of them days begin at a quarter.
+    quarters = pc.floor_temporal(plain_times, 15, unit="minute").cast(pa.timestamp("s"))
+    encoded = quarters.dictionary_encode()
+    there = ZoneInfo(zone)
+    days = [
+        _local_day(seconds, there) for seconds in encoded.dictionary.cast(pa.int64()).to_pylist()
+    ]
+    return pa.array(days, pa.date32()).take(encoded.indices)
+
+
+def _local_day(seconds: int, zone: ZoneInfo) -> date | None:
+    try:
+        return (_EPOCH + timedelta(seconds=seconds)).astimezone(zone).date()
+    except OverflowError:
+        return None
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def _keys(texts: Sequence[str | Bad | None], key: Callable[[str], str | Bad]) -> list[str | Bad]:

@@ -6,16 +6,29 @@ all its cells are plainly right; whoever gets None reads it with ``cells``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.prompts.cells import (
     Bad,
     column_keys,
-    day_keys,
+    local_days,
     plain_array,
+    time_keys,
 )
-from krea_dagster.prompts.partitioning import DayPartitions, PartitionBy
+from krea_dagster.prompts.partitioning import (
+    ColumnPartitions,
+    MultiPartitions,
+    TimePartitions,
+    dimension_problem,
+    key_problem,
+)
+
+#: The cells of partition columns as keys, by column, with those that are none.
+BadCells = dict[str, list[str | Bad]]
 
 
 def texts(array: pa.Array) -> pa.Array | None:
@@ -31,9 +44,21 @@ def texts(array: pa.Array) -> pa.Array | None:
     except pa.ArrowInvalid:
         return None
     # A NUL is valid UTF-8 that PostgreSQL cannot keep.
-    if pc.any(pc.match_substring(array, "\0")).as_py():
+    if _may_hold_nul(array) and pc.any(pc.match_substring(array, "\0")).as_py():
         return None
     return array.cast(pa.string())
+
+
+def _may_hold_nul(array: pa.Array) -> bool:
+    """Say whether a byte of the texts is 0; to look at each text takes ten times as long."""
+    if not len(array):
+        return False
+    _, ends, data = array.buffers()
+    wide = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
+    number = np.dtype(np.int64 if wide else np.int32)
+    places = np.frombuffer(ends, number, len(array) + 1, array.offset * number.itemsize)
+    first, end = int(places[0]), int(places[-1])
+    return data is not None and not np.frombuffer(data, np.uint8, end - first, first).all()
 
 
 def wholes(array: pa.Array) -> pa.Array | None:
@@ -55,13 +80,37 @@ def flags(array: pa.Array) -> pa.Array | None:
     return _nothing(array, pa.bool_())
 
 
-def partition_keys(by: PartitionBy, array: pa.Array) -> tuple[pa.Array, list[str | Bad] | None]:
-    """Read the partition column as keys, null where a cell is no key; then also cell by cell."""
+def partition_keys(
+    by: ColumnPartitions | TimePartitions | MultiPartitions, columns: Mapping[str, pa.Array]
+) -> tuple[pa.Array, BadCells | None]:
+    """Read the columns that decide the partition as keys, null where a cell is no key.
+
+    Where one is not, also cell by cell, by column.
+    """
+    if not isinstance(by, MultiPartitions):
+        keys, bad = _keys_of(by, columns[by.column], key_problem)
+        return keys, (None if bad is None else {by.column: bad})
+    values, bad_values = _keys_of(by.by_column, columns[by.by_column.column], dimension_problem)
+    times, bad_times = _keys_of(by.time, columns[by.time.column], key_problem)
+    found = {by.by_column.column: bad_values, by.time.column: bad_times}
+    bad_cells = {name: cells for name, cells in found.items() if cells is not None}
+    return pc.binary_join_element_wise(values, times, MultiPartitions.BAR), bad_cells or None
+
+
+def _keys_of(
+    by: ColumnPartitions | TimePartitions,
+    array: pa.Array,
+    problem: Callable[[str], str | None],
+) -> tuple[pa.Array, list[str | Bad] | None]:
     array = plain_array(array)
-    read = day_keys if isinstance(by, DayPartitions) else column_keys
-    if pa.types.is_timestamp(array.type):
-        # Nearly each is another time, and few are another day.
-        array = pc.floor_temporal(array.view(pa.timestamp(array.type.unit)), unit="day")
+    if isinstance(by, TimePartitions) and pa.types.is_timestamp(array.type):
+        array = local_days(array, by.zone)  # nearly each is another time, and few another day
+
+    def read(cells: pa.Array) -> list[str | Bad]:
+        return (
+            time_keys(by, cells) if isinstance(by, TimePartitions) else column_keys(cells, problem)
+        )
+
     try:
         encoded = array.dictionary_encode(null_encoding="encode")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,30 +10,26 @@ import pyarrow as pa
 from krea_dagster.errors import Problem
 from krea_dagster.prompts import columns
 from krea_dagster.prompts.cells import Bad, shown, text_cells
-from krea_dagster.prompts.identity import Hasher, Numbers
 from krea_dagster.prompts.layout import MAX_PROBLEMS, Problems, problem_in
+from krea_dagster.prompts.murmur import Numbers, hashes_of_texts
 from krea_dagster.prompts.source import TableFile
 
 
-def hashes_of_ids(files: Sequence[TableFile], hasher: Hasher) -> list[Numbers]:
-    """Return eight bytes of hash for every prompt_id of a table that is usable."""
+def hashes_of_ids(files: Sequence[TableFile]) -> list[Numbers]:
+    """Return the hash of every prompt_id of a table that is usable."""
     return [
-        hasher.quick(_ids(batch.column(0)))
+        hashes_of_texts(_ids(batch.column(0)))
         for file in files
         for _, batch in file.batches(["prompt_id"])
     ]
 
 
-def find_doubles(
-    parts: list[Numbers],
-    files: Sequence[TableFile],
-    problems: Problems,
-    hash_of: Callable[[pa.Array], Numbers],
-) -> None:
+def find_doubles(parts: list[Numbers], files: Sequence[TableFile], problems: Problems) -> None:
     """Note every row whose prompt_id an earlier row has, over the whole table.
 
-    ``parts``, which are used up, are eight bytes for every prompt_id, by ``hash_of``, so that a
-    large table fits in memory. The texts are read again only where two hashes agree.
+    ``parts``, which are used up, are the hashes of all prompt_ids (``hashes_of_texts``): eight
+    bytes each, so that a large table fits in memory. The texts are read again only where two
+    hashes agree.
     """
     hashes = np.concatenate([np.empty(0, np.uint64), *parts])
     parts.clear()
@@ -48,7 +44,7 @@ def find_doubles(
     found: list[Problem] = []
     for file in files:
         for first, batch in file.batches(["prompt_id"]):
-            for row, cell in _suspects(first, batch.column(0), suspects, hash_of):
+            for row, cell in _suspects(first, batch.column(0), suspects):
                 if cell in first_rows:
                     said = f"must be unique, but row {first_rows[cell]} has it too"
                     found.append(problem_in(row, cell, "prompt_id", Bad(shown(cell), said)))
@@ -60,9 +56,7 @@ def find_doubles(
     problems.add(*found)
 
 
-def _suspects(
-    first: int, array: pa.Array, suspects: Numbers, hash_of: Callable[[pa.Array], Numbers]
-) -> list[tuple[int, str]]:
+def _suspects(first: int, array: pa.Array, suspects: Numbers) -> list[tuple[int, str]]:
     """Return the rows whose hash is one of these, each with its prompt_id."""
     cells = columns.texts(array)
     if cells is None:
@@ -72,7 +66,7 @@ def _suspects(
             for row, cell in zip(numbers, text_cells(array), strict=True)
             if isinstance(cell, str) and cell
         ]
-    at = np.flatnonzero(np.isin(hash_of(cells.fill_null("")), suspects))
+    at = np.flatnonzero(np.isin(hashes_of_texts(cells), suspects))
     found = cells.take(pa.array(at)).to_pylist()
     return [(first + int(row), cell) for row, cell in zip(at, found, strict=True) if cell]
 

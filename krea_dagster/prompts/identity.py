@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.models import MODEL, SEED_MAX, SEED_MIN
+from krea_dagster.prompts.murmur import Numbers
 from krea_dagster.prompts.partitioning import HashPartitions
 
 Digits = npt.NDArray[np.uint8]
-Numbers = npt.NDArray[np.uint64]
 
 _SEPARATOR: Final = "\x1f"
 
@@ -51,39 +51,24 @@ class Hasher:
 
     def sha256(self, texts: pa.Array) -> pa.Array:
         """Return the SHA-256 of each text's UTF-8 form, as 64 hexadecimal digits."""
-        return self._column("sha256(text)", texts)
-
-    def quick(self, texts: pa.Array) -> Numbers:
-        """Return eight bytes of hash for each text, good for finding equal ones, no more."""
-        return np.asarray(self._column("hash(text)", texts).to_numpy(zero_copy_only=False))
-
-    def md5_begin(self, texts: pa.Array) -> Numbers:
-        """Return the first eight bytes of the MD5 of each text, as a number."""
-        digests = _packed(digits_of(self._column("md5(text)", texts), 16, of=32))
-        return digests.view(">u8").reshape(-1).astype(np.uint64)
-
-    def _column(self, expression: str, texts: pa.Array) -> pa.Array:
         if not hasattr(self._own, "duck"):
             self._own.duck = self._duck.cursor()
         numbers = np.arange(len(texts))
         given = self._own.duck.from_arrow(pa.table({"number": numbers, "text": texts}))
-        found = given.project(f"number, {expression} AS value").to_arrow_table()
+        found = given.project("number, sha256(text) AS value").to_arrow_table()
         values = found["value"].combine_chunks()
         order = found["number"].to_numpy()
         return values if (order == numbers).all() else values.take(pa.array(np.argsort(order)))
 
 
-def digits_of(hexadecimal: pa.Array, digits: int = 64, *, of: int = 64) -> Digits:
-    """Return the values, 0 to 15, of the first digits of hashes: shape (rows, digits).
-
-    ``of`` is how many digits each hash has.
-    """
+def digits_of(hexadecimal: pa.Array, digits: int = 64) -> Digits:
+    """Return the values, 0 to 15, of the first digits of hashes: shape (rows, digits)."""
     offset = hexadecimal.offset
     data = hexadecimal.buffers()[2]
     if not len(hexadecimal):
         return np.empty((0, digits), np.uint8)
-    characters = np.frombuffer(data, np.uint8, count=of * len(hexadecimal), offset=of * offset)
-    characters = characters.reshape(-1, of)[:, :digits]
+    characters = np.frombuffer(data, np.uint8, count=64 * len(hexadecimal), offset=64 * offset)
+    characters = characters.reshape(-1, 64)[:, :digits]
     return values_of_digits(characters)
 
 
@@ -179,12 +164,13 @@ def derived_prompt_ids(
     return pc.binary_join_element_wise("p", digests, "-")
 
 
-def buckets(by: HashPartitions, begins: Numbers) -> npt.NDArray[np.int64]:
+def buckets(by: HashPartitions, hashes: Numbers) -> npt.NDArray[np.uint32]:
     """Return the number of the partition, of ``by.keys()`` which one, of each prompt_id.
 
-    ``begins`` are what its MD5 begins with (``Hasher.md5_begin``).
+    ``hashes`` are those of ``hashes_of_texts``.
     """
-    numbers: npt.NDArray[np.int64] = (begins >> np.uint64(32)).astype(np.int64) % by.count
+    numbers: npt.NDArray[np.uint32] = (hashes >> np.uint64(32)).astype(np.uint32)
+    numbers %= np.uint32(by.count)
     return numbers
 
 

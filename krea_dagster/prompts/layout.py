@@ -13,10 +13,10 @@ from krea_dagster.errors import Problem, PromptTableError
 from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
 from krea_dagster.prompts.cells import Bad, is_text, plain, plain_type
 from krea_dagster.prompts.partitioning import (
-    ColumnPartitions,
-    DayPartitions,
     HashPartitions,
+    MultiPartitions,
     PartitionBy,
+    TimePartitions,
 )
 from krea_dagster.prompts.requests import MAX_IMAGES
 from krea_dagster.prompts.source import TableFile
@@ -104,22 +104,25 @@ def problem_in(row: int, prompt_id: str | None, column: str, bad: Bad) -> Proble
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a table and the columns that can be used; the others are problems."""
+    """The files of a table and the columns that can be used; the others are problems.
+
+    ``partition_columns`` decide the partition; none where one of them cannot be used.
+    """
 
     files: list[TableFile]
     recognised: tuple[str, ...]
     carried: pa.Schema
-    partition_column: str | None
+    partition_columns: tuple[str, ...]
 
     @classmethod
     def of(cls, by: PartitionBy, files: list[TableFile], problems: Problems) -> Layout:
         """Look at the files' columns, and add to ``problems`` what is wrong with them."""
         names = list(dict.fromkeys(files[0].schema.names))
-        partition = None if isinstance(by, HashPartitions) else by.column
         unusable = _doubled(files, problems) | _not_everywhere(files, problems)
         _missing(names, "prompt", "the table needs this column", problems)
-        if partition is not None and partition != "prompt":
-            _missing(names, partition, f"{by} needs this column", problems)
+        for name in by.columns:
+            if name != "prompt":
+                _missing(names, name, f"{by} needs this column", problems)
 
         recognised: list[str] = []
         carried: list[pa.Field] = []
@@ -138,13 +141,15 @@ class Layout:
             if kind is not None:
                 carried.append(pa.field(name, kind))
 
-        usable = None
-        if partition is not None and partition in names and partition not in unusable:
-            types = _types(files, partition)
-            fits, allowed = _PARTITION_TYPES[type(by)]
-            if _types_fit(partition, types, fits, allowed, problems):
-                usable = partition
-        return cls(files, tuple(recognised), pa.schema(carried), usable)
+        usable = [
+            name
+            for name, fits, allowed in _partition_types(by)
+            if name in names
+            and name not in unusable
+            and _types_fit(name, _types(files, name), fits, allowed, problems)
+        ]
+        deciding = by.columns if len(usable) == len(by.columns) else ()
+        return cls(files, tuple(recognised), pa.schema(carried), deciding)
 
 
 def _types(files: Iterable[TableFile], name: str) -> dict[pa.DataType, str]:
@@ -230,17 +235,25 @@ def _is_column_key(kind: pa.DataType) -> bool:
     )
 
 
-def _is_day_key(kind: pa.DataType) -> bool:
+def _is_time_key(kind: pa.DataType) -> bool:
     return bool(is_text(kind) or pa.types.is_date(kind) or pa.types.is_timestamp(kind))
 
 
-_PARTITION_TYPES: Final[dict[type, tuple[Callable[[pa.DataType], bool], str]]] = {
-    ColumnPartitions: (
-        _is_column_key,
-        "must be text, whole numbers, booleans or dates, to be a partition key",
-    ),
-    DayPartitions: (_is_day_key, "must be dates, times or ISO texts, to be a partition key"),
-}
+_TypeRule = tuple[str, Callable[[pa.DataType], bool], str]
+
+
+def _partition_types(by: PartitionBy) -> list[_TypeRule]:
+    """Return the columns that decide the partition, with the types that they may have."""
+    if isinstance(by, HashPartitions):
+        return []
+    if isinstance(by, MultiPartitions):
+        return [*_partition_types(by.by_column), *_partition_types(by.time)]
+    if isinstance(by, TimePartitions):
+        return [
+            (by.column, _is_time_key, "must be dates, times or ISO texts, to be a partition key")
+        ]
+    allowed = "must be text, whole numbers, booleans or dates, to be a partition key"
+    return [(by.column, _is_column_key, allowed)]
 
 
 # What writers make of the same column. Values are cast exactly, or refused.

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from krea_dagster.prompts.partitioning import (
-    DayPartitions,
+    ColumnPartitions,
     HashPartitions,
+    MultiPartitions,
     PartitionBy,
+    TimePartitions,
     parse_day,
 )
 
@@ -22,17 +24,33 @@ _EPOCH: Final = date(1970, 1, 1).toordinal()
 _TICKS: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
-def row_group_filter(by: PartitionBy, kind: pa.DataType, wanted: frozenset[str]) -> Any | None:
+def row_group_filter(by: PartitionBy, schema: pa.Schema, wanted: frozenset[str]) -> Any | None:
     """Return an expression that holds for every row of the wanted partitions, or None.
 
     It is held against the statistics of row groups, so it may hold for other rows too. There
     is none for a dictionary-encoded column, whose statistics Arrow does not use.
     """
-    if isinstance(by, HashPartitions):
-        return None
+    match by:
+        case HashPartitions():
+            return None
+        case MultiPartitions():
+            parts = [part for part in map(MultiPartitions.split, wanted) if part is not None]
+            by_value = _filter(by.by_column, schema, frozenset(value for value, _ in parts))
+            by_time = _filter(by.time, schema, frozenset(time for _, time in parts))
+            if by_value is None or by_time is None:
+                return by_time if by_value is None else by_value
+            return by_value & by_time
+        case _:
+            return _filter(by, schema, wanted)
+
+
+def _filter(
+    by: ColumnPartitions | TimePartitions, schema: pa.Schema, wanted: frozenset[str]
+) -> Any | None:
+    kind = schema.field(by.column).type
     try:
-        if isinstance(by, DayPartitions):
-            spans = _day_spans(kind, wanted)
+        if isinstance(by, TimePartitions):
+            spans = _time_spans(by, kind, wanted)
         else:
             spans = _value_spans(kind, wanted)
         if spans is None:
@@ -61,14 +79,19 @@ def _value_spans(kind: pa.DataType, wanted: frozenset[str]) -> list[tuple[Any, A
     return [(value, value) for value in values]
 
 
-def _day_spans(kind: pa.DataType, wanted: frozenset[str]) -> list[tuple[Any, Any]] | None:
-    numbers = sorted(day.toordinal() for day in map(parse_day, wanted) if day is not None)
+def _time_spans(
+    by: TimePartitions, kind: pa.DataType, wanted: frozenset[str]
+) -> list[tuple[Any, Any]] | None:
     runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and (number == runs[-1][1] + 1 or len(runs) == _MAX_SPANS):
-            runs[-1] = (runs[-1][0], number)
+    for key in sorted(wanted):
+        first, last = date.fromisoformat(key).toordinal(), by.last_day(key).toordinal()
+        if runs and (first == runs[-1][1] + 1 or len(runs) == _MAX_SPANS):
+            runs[-1] = (runs[-1][0], last)
         else:
-            runs.append((number, number))
+            runs.append((first, last))
+    if by.zone != "UTC" and pa.types.is_timestamp(kind) and kind.tz is not None:
+        # A zone moves a time by a day at most.
+        runs = [(low - 1, high + 1) for low, high in runs]
     if pa.types.is_date(kind):
         return [(date.fromordinal(low), date.fromordinal(high)) for low, high in runs]
     if pa.types.is_timestamp(kind):

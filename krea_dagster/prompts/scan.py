@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -23,10 +23,12 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
 from krea_dagster.prompts import columns
 from krea_dagster.prompts.cells import Bad, plain_array, shown, text_cells
+from krea_dagster.prompts.columns import BadCells
 from krea_dagster.prompts.doubles import find_doubles, hashes_of_ids
 from krea_dagster.prompts.exact import ExactRows
-from krea_dagster.prompts.identity import Hasher, Numbers, buckets, derived_prompt_ids
+from krea_dagster.prompts.identity import Hasher, buckets, derived_prompt_ids
 from krea_dagster.prompts.layout import Layout, Problems, problem_in
+from krea_dagster.prompts.murmur import Numbers, hashes_of_texts
 from krea_dagster.prompts.partitioning import HashPartitions, PartitionBy
 from krea_dagster.prompts.pushdown import row_group_filter
 from krea_dagster.prompts.requests import MAX_IMAGES, Defaults
@@ -70,7 +72,7 @@ class _Batch:
     numbers: npt.NDArray[np.int64]
     columns: _Columns
     keys: pa.Array | None = None
-    bad_keys: list[str | Bad] | None = None
+    bad_keys: BadCells | None = None
 
     def filter(self, mask: npt.NDArray[np.bool_]) -> _Batch:
         if mask.all():
@@ -81,7 +83,7 @@ class _Batch:
             self.numbers[mask],
             {name: array.filter(kept) for name, array in self.columns.items()},
             None if self.keys is None else self.keys.filter(kept),
-            None if bad is None else [bad[at] for at in np.flatnonzero(mask)],
+            None if bad is None else {name: _chosen(cells, mask) for name, cells in bad.items()},
         )
 
 
@@ -92,8 +94,8 @@ class _Looked:
     problems: Problems = field(default_factory=Problems)
     warnings: Problems = field(default_factory=Problems)
     chunk: Chunk | None = None
-    #: Of ``hash:N``: what the MD5 of every prompt_id begins with, in whatever partition.
-    begins: Numbers = field(default_factory=lambda: np.empty(0, np.uint64))
+    #: Of ``hash:N``: the hash of every prompt_id, in whatever partition.
+    hashes: Numbers = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 class Scan:
@@ -127,6 +129,11 @@ class Scan:
         self._layout = Layout.of(by, open_files(source), self._problems)
         self.carried_schema = self._layout.carried if carry else pa.schema([])
         self._names = pa.array(by.keys() if isinstance(by, HashPartitions) else [], pa.string())
+        self._wanted_buckets = (
+            None
+            if self._wanted_values is None
+            else _mask(pc.is_in(self._names, value_set=self._wanted_values))
+        )
 
     def map(self, use: Callable[[Chunk], _T]) -> Iterator[_T]:
         """Yield what ``use`` makes of each chunk, in their order; it is called in threads."""
@@ -141,32 +148,29 @@ class Scan:
                 ) from error
             return looked, None if looked.chunk is None else use(looked.chunk)
 
-        files, hasher = self._layout.files, self._hasher
+        files = self._layout.files
         has_ids = "prompt_id" in self._layout.recognised
         if has_ids and not isinstance(self._by, HashPartitions):
-            hashes = hashes_of_ids(files, hasher)
-            find_doubles(hashes, files, self._problems, hasher.quick)
-        begins: list[Numbers] = []
+            find_doubles(hashes_of_ids(files), files, self._problems)
+        hashes: list[Numbers] = []
         for looked, made in _in_threads(work, self._batches()):
-            begins.append(looked.begins)
+            hashes.append(looked.hashes)
             self._problems.add(*looked.problems.first, count=looked.problems.count)
             self.warnings.add(*looked.warnings.first, count=looked.warnings.count)
             if made is not None and not self._problems.count:
                 yield made
         # hash:N has looked at every prompt_id by now.
-        find_doubles(begins, files, self._problems, hasher.md5_begin)
+        find_doubles(hashes, files, self._problems)
         self._problems.raise_for(self._source)
 
     def _batches(self) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         layout = self._layout
         names = [*layout.recognised, *self.carried_schema.names]
-        if layout.partition_column is not None:
-            names.append(layout.partition_column)
+        names += layout.partition_columns
         for file in layout.files:
             keep = None
-            if layout.partition_column is not None and self._wanted is not None:
-                kind = file.schema.field(layout.partition_column).type
-                keep = row_group_filter(self._by, kind, self._wanted)
+            if layout.partition_columns and self._wanted is not None:
+                keep = row_group_filter(self._by, file.schema, self._wanted)
             for first, batch in file.batches(names, keep):
                 yield file.name, first, batch
 
@@ -174,15 +178,22 @@ class Scan:
         """Check the chosen rows of a batch; they are not given where there is a problem."""
         looked = _Looked()
         numbers = np.arange(first, first + read.num_rows)
-        whole = {name: plain_array(read.column(name)) for name in read.schema.names}
+        # Without their encodings, but for dictionaries: of those only the chosen rows are.
+        given = {name: read.column(name) for name in read.schema.names}
+        whole = {
+            name: array if pa.types.is_dictionary(array.type) else plain_array(array)
+            for name, array in given.items()
+        }
         batch = self._keyed(_Batch(numbers, whole), looked)
+        plain = {name: plain_array(array) for name, array in batch.columns.items()}
+        batch = replace(batch, columns=plain)
         rows = self._rows(batch, looked) if len(batch.numbers) else None
         if rows is None or looked.problems.count:
             return looked
         carried = batch.columns
         if isinstance(self._by, HashPartitions) and batch.keys is None:
             # The prompt_id was drawn from the row, and the partition is drawn from that.
-            keys = self._name(buckets(self._by, self._hasher.md5_begin(rows["prompt_id"])))
+            keys = self._name(buckets(self._by, hashes_of_texts(rows["prompt_id"])))
             rows["partition_key"] = keys
             if self._wanted_values is not None:
                 mask = pc.is_in(keys, value_set=self._wanted_values)
@@ -200,14 +211,13 @@ class Scan:
 
     # -- which partition ----------------------------------------------------------------------
 
-    def _name(self, numbers: npt.NDArray[np.int64]) -> pa.Array:
+    def _name(self, numbers: npt.NDArray[np.uint32]) -> pa.Array:
         return self._names.take(pa.array(numbers))
 
     def _keyed(self, batch: _Batch, looked: _Looked) -> _Batch:
         """Say which partition each row belongs to, and keep the rows of those that are wanted."""
-        column = self._layout.partition_column
-        if column is not None:
-            keys, bad = columns.partition_keys(self._by, batch.columns[column])
+        if self._layout.partition_columns and not isinstance(self._by, HashPartitions):
+            keys, bad = columns.partition_keys(self._by, batch.columns)
             batch = _Batch(batch.numbers, batch.columns, keys, bad)
             if self._wanted_values is None:
                 return batch
@@ -221,17 +231,14 @@ class Scan:
         if ids is None:
             cells = text_cells(batch.columns["prompt_id"])
             ids = pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())
-        begins = self._hasher.md5_begin(ids.fill_null(""))
+        hashes = hashes_of_texts(ids)
         usable = _mask(pc.not_equal(ids, "").fill_null(False))
-        looked.begins = begins if usable.all() else begins[usable]
-        numbers = buckets(by, begins)
+        looked.hashes = hashes if usable.all() else hashes[usable]
+        numbers = buckets(by, hashes)
         unkeyed = _mask(ids.is_null())
-        if self._wanted is not None:
-            chosen = np.isin(
-                numbers, [at for at, key in enumerate(by.keys()) if key in self._wanted]
-            )
+        if self._wanted_buckets is not None:
             # A row without a usable prompt_id may belong to any of them.
-            mask = chosen | unkeyed
+            mask = self._wanted_buckets[numbers] | unkeyed
             if not mask.any():
                 return _Batch(batch.numbers[:0], {})
             numbers = numbers[mask]
@@ -255,8 +262,8 @@ class Scan:
         ids = pa.array(exact.columns["prompt_id"], pa.string())
         for at, bad in self._too_long(texts, batch, ids, looked):
             exact.add("prompt", at, bad)
-        if batch.bad_keys is not None and self._layout.partition_column is not None:
-            exact.add_bad(self._layout.partition_column, batch.bad_keys)
+        for name, cells in (batch.bad_keys or {}).items():
+            exact.add_bad(name, cells)
         looked.problems.add(*exact.problems())
         if looked.problems.count:
             return None
@@ -390,6 +397,10 @@ def _carried(columns_: _Columns, schema: pa.Schema, rows: int) -> pa.RecordBatch
         array = columns_[column.name]
         arrays.append(array if array.type == column.type else array.cast(column.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _chosen(cells: list[str | Bad], mask: npt.NDArray[np.bool_]) -> list[str | Bad]:
+    return [cells[at] for at in np.flatnonzero(mask)]
 
 
 def _is_blank(prompts: pa.Array) -> pa.Array:

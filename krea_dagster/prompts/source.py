@@ -29,6 +29,9 @@ _LEAST_ROWS: Final = 2_048
 # than one of ten thousand.
 _BUFFER_BYTES: Final = 1 << 20
 
+# A column with fewer bytes a value holds few texts, many times each.
+_LEAST_TEXT_BYTES: Final = 2
+
 _ENDINGS: Final = (".parquet", ".pq")
 
 
@@ -68,7 +71,11 @@ class TableFile:
                 return
             with self._filesystem.open_input_file(self._path) as handle:
                 file = pq.ParquetFile(
-                    handle, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES
+                    handle,
+                    metadata=metadata,
+                    read_dictionary=self._dictionaries(columns),
+                    pre_buffer=False,
+                    buffer_size=_BUFFER_BYTES,
                 )
                 for group in wanted:
                     row = first_rows[group]
@@ -77,6 +84,30 @@ class TableFile:
                         # By name: "a.b" as a path also means the member b of a structure a.
                         yield row, batch.select(columns)
                         row += batch.num_rows
+
+    def _dictionaries(self, columns: Sequence[str]) -> list[str]:
+        """Return the columns of text that have few values, to read them as dictionaries.
+
+        In the file they are dictionaries: a text that is written out takes at least 4 bytes.
+        """
+        metadata = self._fragment.metadata
+        schema = metadata.schema
+        texts = {
+            name
+            for name in columns
+            if "." not in name and pa.types.is_string(self.schema.field(name).type)
+        }
+        found = []
+        for place in range(len(schema)):
+            if schema.column(place).path in texts:
+                groups = [
+                    metadata.row_group(group).column(place)
+                    for group in range(metadata.num_row_groups)
+                ]
+                size = sum(group.total_uncompressed_size for group in groups)
+                if size < _LEAST_TEXT_BYTES * sum(group.num_values for group in groups):
+                    found.append(schema.column(place).path)
+        return found
 
     def _groups(self, columns: Sequence[str], keep: Any | None) -> list[int]:
         if keep is None:

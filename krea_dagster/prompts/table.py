@@ -26,11 +26,10 @@ from krea_dagster.prompts.layout import (
     problem_in,
 )
 from krea_dagster.prompts.partitioning import (
-    DayPartitions,
     HashPartitions,
+    MultiPartitions,
     PartitionBy,
-    key_problem,
-    parse_day,
+    TimePartitions,
 )
 from krea_dagster.prompts.plan import Plan, Planner
 from krea_dagster.prompts.requests import Attempts, Defaults, PromptRow
@@ -93,11 +92,18 @@ class PromptTable:
             return self.partition_by.keys()
         return sorted(self._keys_in_table())
 
-    def first_day(self) -> str | None:
-        """Return the first day, ``YYYY-MM-DD``, of ``day:NAME``; None for an empty table."""
-        if not isinstance(self.partition_by, DayPartitions):
-            raise ConfigError(f"partitions by {self.partition_by} have no first day; use day:NAME")
-        return min(self._keys_in_table(), default=None)
+    def first_time(self) -> str | None:
+        """Return the first day, week or month, as its key; None for an empty table.
+
+        Raises ConfigError for partitions that are not by time.
+        """
+        by = self.partition_by
+        if not isinstance(by, TimePartitions | MultiPartitions):
+            raise ConfigError(f"partitions by {by} have no first day; use day:NAME")
+        keys = self._keys_in_table()
+        if isinstance(by, MultiPartitions):
+            keys = {key.rpartition(MultiPartitions.BAR)[2] for key in keys}
+        return min(keys, default=None)
 
     def row_count(self) -> int:
         """Return how many rows the table has, as the footers of its files say."""
@@ -183,31 +189,26 @@ class PromptTable:
             return None
         if isinstance(keys, str):
             raise TypeError("keys is a sequence of partition keys, not one text")
-        by = self.partition_by
-        known = frozenset(by.keys()) if isinstance(by, HashPartitions) else frozenset()
         for key in keys:
-            if isinstance(by, HashPartitions):
-                right = key in known
-            elif isinstance(by, DayPartitions):
-                right = parse_day(key) is not None
-            else:
-                right = key_problem(key) is None
-            if not right:
-                raise ConfigError(f"{shown(key)} is no partition of {by}")
+            if not self.partition_by.has_key(key):
+                raise ConfigError(f"{shown(key)} is no partition of {self.partition_by}")
         return frozenset(keys)
 
     def _keys_in_table(self) -> set[str]:
         problems = Problems()
-        layout = Layout.of(self.partition_by, open_files(self.source), problems)
+        by = self.partition_by
+        layout = Layout.of(by, open_files(self.source), problems)
         keys: set[str] = set()
-        if layout.partition_column is not None:
+        if layout.partition_columns and not isinstance(by, HashPartitions):
             for file in layout.files:
-                for first, batch in file.batches([layout.partition_column]):
-                    found, cells = columns.partition_keys(self.partition_by, batch.column(0))
+                for first, batch in file.batches(layout.partition_columns):
+                    given = {name: batch.column(name) for name in layout.partition_columns}
+                    found, bad_cells = columns.partition_keys(by, given)
                     keys.update(found.unique().drop_null().to_pylist())
-                    for row, cell in enumerate(cells or (), first):
-                        if isinstance(cell, Bad):
-                            problems.add(problem_in(row, None, layout.partition_column, cell))
+                    for name, cells in (bad_cells or {}).items():
+                        for row, cell in enumerate(cells, first):
+                            if isinstance(cell, Bad):
+                                problems.add(problem_in(row, None, name, cell))
         problems.raise_for(self.source)
         return keys
 

@@ -155,7 +155,7 @@ def test_a_misspelt_argument_of_the_factory_is_refused() -> None:
 
 @pytest.mark.parametrize("by", ["hash:0", "hash:x", "columns:a", "column:", "weekly", ""])
 def test_a_partitioning_that_does_not_exist_is_refused_with_those_that_do(by: str) -> None:
-    with pytest.raises(ConfigError, match=r"hash:N .*, column:NAME, or day:NAME"):
+    with pytest.raises(ConfigError, match=r"hash:N .*, column:NAME, day:NAME, week:NAME"):
         build_krea_definitions(prompts="p.parquet", krea=KreaResource(), partition_by=by)
 
 

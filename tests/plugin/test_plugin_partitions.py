@@ -8,10 +8,13 @@ from pathlib import Path
 
 import dagster as dg
 import pyarrow.parquet as pq
+import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.prompts import key_from_name
+from krea_dagster.errors import ConfigError, PromptTableError
+from krea_dagster.plugin.partitions import ranges
+from krea_dagster.prompts import PromptTable, key_from_name, parse_partition_by
 from tests.dagster_bench import run_job, tick, write_table
 
 #: What people write into a column, and file systems or shells stumble over.
@@ -118,7 +121,106 @@ def test_a_time_belongs_to_its_day_in_utc(tmp_path: Path, instance: dg.DagsterIn
     assert {event.partition for event in outcome.asset_events} == {date(2026, 3, 2).isoformat()}
 
 
+# -- weeks, months, zones, and a column beside them -------------------------------------------
+
+
+def partitions_of(defs: dg.Definitions, prefix: str) -> dg.PartitionsDefinition[str]:
+    found = defs.resolve_asset_graph().get(dg.AssetKey([prefix, "images"])).partitions_def
+    assert found is not None
+    return found
+
+
+def test_weeks_begin_on_mondays_and_months_on_their_first_day_in_their_zone(
+    tmp_path: Path,
+) -> None:
+    sunday_night = datetime(2026, 11, 1, 23, 30, tzinfo=timezone.utc)  # Monday in Berlin
+    write_table(tmp_path / "prompts.parquet", {"prompt": ["a"], "at": [sunday_night]})
+    now = datetime(2026, 11, 20)  # noqa: DTZ001 - Dagster's own clock has no zone here
+    for by, keys in (
+        ("week:at", ["2026-10-26", "2026-11-02", "2026-11-09", "2026-11-16"]),
+        ("week:at@Europe/Berlin", ["2026-11-02", "2026-11-09", "2026-11-16"]),
+        ("month:at", ["2026-11-01"]),
+    ):
+        partitions = partitions_of(definitions(tmp_path, "time", by), "time")
+        assert isinstance(partitions, dg.TimeWindowPartitionsDefinition)
+        assert partitions.get_partition_keys(current_time=now) == keys
+        assert partitions.timezone == ("Europe/Berlin" if "@" in by else "UTC")
+
+
+def test_a_start_leaves_out_what_came_before_and_is_asked_of_times_only(tmp_path: Path) -> None:
+    write_table(tmp_path / "prompts.parquet", {"prompt": ["a"], "at": [date(2020, 1, 1)]})
+
+    def begun(by: str, start: str) -> dg.Definitions:
+        return build_krea_definitions(
+            prompts=str(tmp_path / "prompts.parquet"),
+            partition_by=by,
+            start=start,
+            krea=KreaResource(api_key="emulator", storage=str(tmp_path / "krea")),
+            key_prefix="begun",
+        )
+
+    partitions = partitions_of(begun("month:at", "2026-09-17"), "begun")
+    assert isinstance(partitions, dg.TimeWindowPartitionsDefinition)
+    assert partitions.get_first_partition_key() == "2026-09-01"
+    with pytest.raises(ConfigError, match="start is 'soon'; use a day such as 2026-11-01"):
+        begun("month:at", "soon")
+    with pytest.raises(ConfigError, match="partitions by hash:8 have no start"):
+        begun("hash:8", "2026-09-17")
+
+
+def test_a_column_and_a_day_are_two_dimensions_and_each_partition_has_its_file(
+    tmp_path: Path, instance: dg.DagsterInstance, emulator: Emulator
+) -> None:
+    today = datetime.now(timezone.utc).date()
+    yesterday = today - timedelta(days=1)
+    rows = [("ink", yesterday), ("ink", today), ("oil, wet", today)]
+    write_multi(tmp_path, rows[:2])
+    defs = definitions(tmp_path, "multi", "day:day,column:style", emulator.url)
+    tick(defs, instance, "multi_krea_prompts")
+    assert instance.get_dynamic_partitions("multi_krea_style") == ["ink"]
+    first, last = f"ink|{yesterday}", f"ink|{today}"
+    assert run_job(defs, instance, first, last, job="multi_krea_images").success
+    files = sorted((tmp_path / "krea" / "manifest" / "multi").iterdir())
+    assert [key_from_name(file.stem) for file in files] == [first, last]
+    assert [pq.read_table(file)["style"].to_pylist() for file in files] == [["ink"], ["ink"]]
+    assert len(emulator.books()["tasks"]) == 2
+
+    write_multi(tmp_path, rows)
+    with pytest.raises(PromptTableError, match="'oil, wet'"):
+        build_table(tmp_path).partition_keys()
+
+
+def test_ranges_of_two_dimensions_stay_within_one_value_of_the_column() -> None:
+    days = dg.DailyPartitionsDefinition("2026-11-01", end_date="2026-11-04")
+    multi = dg.MultiPartitionsDefinition(
+        {"column": dg.StaticPartitionsDefinition(["a", "b"]), "day": days}
+    )
+    known = list(multi.get_partition_keys())
+    found = ranges(multi, known, known)
+    assert found == [("a|2026-11-01", "a|2026-11-03"), ("b|2026-11-01", "b|2026-11-03")]
+    assert ranges(days, ["2026-11-01", "2026-11-03"], days.get_partition_keys()) == [
+        ("2026-11-01", "2026-11-01"),
+        ("2026-11-03", "2026-11-03"),
+    ]
+
+
+def write_multi(folder: Path, rows: Sequence[tuple[str, date]]) -> None:
+    columns = {
+        "prompt": [f"{style} of {day}" for style, day in rows],
+        "style": [style for style, _ in rows],
+        "day": [day for _, day in rows],
+    }
+    write_table(folder / "prompts.parquet", columns)
+
+
+def build_table(folder: Path) -> PromptTable:
+    by = parse_partition_by("day:day,column:style")
+    return PromptTable(str(folder / "prompts.parquet"), by)
+
+
 def test_definitions_load_before_there_is_a_table(tmp_path: Path) -> None:
-    for number, by in enumerate(("hash:3", "column:category", "day:day")):
+    for number, by in enumerate(
+        ("hash:3", "column:category", "day:day", "week:day,column:category")
+    ):
         defs = definitions(tmp_path, f"early{number}", by)
         dg.Definitions.validate_loadable(defs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from urllib.parse import quote
 
 import pytest
@@ -11,14 +12,15 @@ from hypothesis import strategies as st
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import (
     ColumnPartitions,
-    DayPartitions,
     HashPartitions,
+    MultiPartitions,
     PartitionBy,
+    TimePartitions,
     key_from_name,
     parse_partition_by,
     safe_name,
 )
-from krea_dagster.prompts.partitioning import day_of_text, key_problem, parse_day
+from krea_dagster.prompts.partitioning import Unit, day_of_text, key_problem, parse_day
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 
@@ -30,10 +32,18 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
         (" hash:10000\n", HashPartitions(10_000)),
         ("column:category", ColumnPartitions("category")),
         ("column:a:b c", ColumnPartitions("a:b c")),
-        ("day:made_at", DayPartitions("made_at")),
+        ("day:made_at", TimePartitions("day", "made_at")),
+        ("week:made_at", TimePartitions("week", "made_at")),
+        ("month:a@b:c@Europe/Berlin", TimePartitions("month", "a@b:c", "Europe/Berlin")),
+        (
+            "day:made_at@Asia/Tokyo,column:a,b",
+            MultiPartitions(
+                TimePartitions("day", "made_at", "Asia/Tokyo"), ColumnPartitions("a,b")
+            ),
+        ),
     ],
 )
-def test_the_three_kinds_are_read_and_written(text: str, meant: PartitionBy) -> None:
+def test_the_kinds_are_read_and_written(text: str, meant: PartitionBy) -> None:
     assert parse_partition_by(text) == meant
     assert str(meant) == text.strip()
 
@@ -41,11 +51,48 @@ def test_the_three_kinds_are_read_and_written(text: str, meant: PartitionBy) -> 
 @pytest.mark.parametrize(
     "text",
     ["", "hash", "hash:", "hash:0", "hash:10001", "hash:-1", "hash:8.0", "hash:٨", "hash:1_0",
-     "column:", "day:", "Column:a", "range:a", "category", "hash:" + "9" * 5000],
+     "column:", "day:", "Column:a", "range:a", "category", "hash:" + "9" * 5000,
+     "day:@UTC", "day:,column:a", "day:a,column:", "year:a"],
 )  # fmt: skip
 def test_nonsense_is_a_config_error_that_says_what_is_allowed(text: str) -> None:
     with pytest.raises(ConfigError, match=r"KREA_PARTITION_BY is .*must be hash:N"):
         parse_partition_by(text)
+
+
+@pytest.mark.parametrize("zone", ["Berlin", "", "europe/berlin", "UTC+1"])
+def test_a_zone_that_nobody_knows_is_named(zone: str) -> None:
+    with pytest.raises(ConfigError, match=f"{zone!r} is no time zone".replace("+", r"\+")):
+        parse_partition_by(f"day:made_at@{zone}")
+
+
+@pytest.mark.parametrize(
+    ("unit", "day", "key", "last"),
+    [
+        ("day", "2026-11-04", "2026-11-04", "2026-11-04"),
+        ("week", "2026-11-04", "2026-11-02", "2026-11-08"),  # a Wednesday; weeks begin on Mondays
+        ("week", "2026-11-08", "2026-11-02", "2026-11-08"),
+        ("week", "0001-01-01", "0001-01-01", "0001-01-07"),
+        ("week", "9999-12-31", "9999-12-27", "9999-12-31"),
+        ("month", "2028-02-29", "2028-02-01", "2028-02-29"),
+        ("month", "2026-12-31", "2026-12-01", "2026-12-31"),
+    ],
+)
+def test_the_key_of_a_time_is_the_first_day_of_its_unit(
+    unit: Unit, day: str, key: str, last: str
+) -> None:
+    by = TimePartitions(unit, "at")
+    assert by.key_of(date.fromisoformat(day)) == key
+    assert by.last_day(key) == date.fromisoformat(last)
+    assert by.has_key(key)
+    assert by.has_key(day) is (day == key)
+
+
+def test_the_key_of_a_column_and_a_time_is_as_dagster_writes_it() -> None:
+    by = parse_partition_by("week:at,column:model")
+    assert by.has_key("flux|2026-11-02")
+    for wrong in ("flux|2026-11-03", "2026-11-02|flux", "flux", "|2026-11-02", "a|b|2026-11-02"):
+        assert not by.has_key(wrong), wrong
+    assert not by.has_key("a,b|2026-11-02"), "a comma parts lists of keys in Dagster"
 
 
 def test_the_bucket_is_the_pinned_hash_of_the_prompt_id() -> None:
@@ -146,6 +193,23 @@ def test_long_keys_keep_names_of_their_own() -> None:
 )
 def test_the_day_of_an_iso_text_is_that_in_utc(text: str, day: str | None) -> None:
     assert day_of_text(text) == day
+
+
+@pytest.mark.parametrize(
+    ("text", "day"),
+    [
+        ("2026-11-01T23:30:00Z", "2026-11-02"),
+        ("2026-07-01T22:30:00+00:00", "2026-07-02"),
+        ("2026-11-01T23:30:00+02:00", "2026-11-01"),
+        ("2026-11-01T23:30:00", "2026-11-01"),
+        ("2026-11-01", "2026-11-01"),
+        ("9999-12-31T23:30:00Z", None),
+    ],
+)
+def test_the_day_of_an_iso_text_with_a_zone_is_that_in_the_partitions_zone(
+    text: str, day: str | None
+) -> None:
+    assert day_of_text(text, "Europe/Berlin") == day
 
 
 def test_a_day_key_is_one_way_to_write_a_day() -> None:

@@ -202,7 +202,7 @@ def test_an_empty_table_has_no_rows_and_no_problem(open_table: Open) -> None:
     assert open_table(columns).read().rows == ()
     assert len(open_table(columns).versions()) == 4
     by_day = open_table(columns, "day:day")
-    assert (by_day.partition_keys(), by_day.first_day(), by_day.versions()) == ([], None, {})
+    assert (by_day.partition_keys(), by_day.first_time(), by_day.versions()) == ([], None, {})
     assert by_day.read().carried.column_names == ["day"]
 
 
@@ -598,11 +598,70 @@ def test_a_day_is_that_of_a_date_a_time_or_an_iso_text_in_utc(
 ) -> None:
     table = open_table({"prompt": ["x", "y"], "at": values}, "day:at")
     assert table.partition_keys() == keys
-    assert table.first_day() == keys[0]
+    assert table.first_time() == keys[0]
     for key in keys:
         (row,) = table.read([key]).rows
         assert row.partition_key == key
     assert len(table.read(keys).rows) == 2
+
+
+BERLIN_NIGHT = datetime(2026, 10, 31, 23, 30, tzinfo=UTC)  # 00:30 of November there
+
+
+@pytest.mark.parametrize(
+    ("by", "values", "keys"),
+    [
+        ("day:at@Europe/Berlin", [BERLIN_NIGHT, BERLIN_NIGHT - timedelta(hours=1)],
+         ["2026-10-31", "2026-11-01"]),
+        ("month:at@Europe/Berlin", [BERLIN_NIGHT, BERLIN_NIGHT - timedelta(hours=1)],
+         ["2026-10-01", "2026-11-01"]),
+        ("month:at", [BERLIN_NIGHT, BERLIN_NIGHT + timedelta(hours=1)],
+         ["2026-10-01", "2026-11-01"]),
+        ("week:at", [date(2026, 11, 2), date(2026, 11, 1)], ["2026-10-26", "2026-11-02"]),
+        ("week:at@Asia/Tokyo", ["2026-11-01T15:00:00Z", "2026-11-01T14:59:59Z"],
+         ["2026-10-26", "2026-11-02"]),
+        ("day:at@America/New_York", pa.array([1_761_955_200, 1_762_041_600], pa.timestamp("s")),
+         ["2025-11-01", "2025-11-02"]),  # without a zone: as it stands
+    ],
+)  # fmt: skip
+def test_weeks_and_months_and_zones_decide_the_partition(
+    open_table: Open, by: str, values: Any, keys: list[str]
+) -> None:
+    table = open_table({"prompt": ["x", "y"], "at": values}, by)
+    assert table.partition_keys() == keys
+    assert table.first_time() == keys[0]
+    for key in keys:
+        (row,) = table.read([key]).rows
+        assert row.partition_key == key
+
+
+def test_a_column_and_a_time_decide_the_partition_together(open_table: Open) -> None:
+    table = open_table(
+        {
+            "prompt": ["w", "x", "y", "z"],
+            "style": ["flux", "ink", "flux", "ink"],
+            "at": [date(2026, 11, 2), date(2026, 11, 2), date(2026, 11, 3), date(2026, 11, 2)],
+        },
+        "day:at,column:style",
+    )
+    assert table.partition_keys() == ["flux|2026-11-02", "flux|2026-11-03", "ink|2026-11-02"]
+    assert table.first_time() == "2026-11-02"
+    assert [row.prompt for row in table.read(["ink|2026-11-02"]).rows] == ["x", "z"]
+    assert table.read(["ink|2026-11-03"]).rows == ()
+    with pytest.raises(ConfigError, match="is no partition of"):
+        table.read(["2026-11-02|ink"])
+
+
+def test_each_part_of_a_multi_dimensional_key_names_its_own_column(open_table: Open) -> None:
+    columns = {"prompt": ["x", "y"], "style": ["flux", "a,b"], "at": ["2026-11-02", "soon"]}
+    table = open_table(columns, "day:at,column:style")
+    with pytest.raises(PromptTableError) as caught:
+        table.partition_keys()
+    assert {problem.column for problem in caught.value.problems} == {"style", "at"}
+    assert "part lists of keys in Dagster" in str(caught.value)
+    missing = open_table({"prompt": ["x"], "at": ["2026-11-02"]}, "day:at,column:style")
+    with pytest.raises(PromptTableError, match="needs this column"):
+        missing.read()
 
 
 @pytest.mark.parametrize(
@@ -684,9 +743,9 @@ def test_one_text_is_no_list_of_keys(open_table: Open) -> None:
         open_table({"prompt": ["x"]}).read("bucket-000")
 
 
-def test_first_day_is_asked_of_days_only(open_table: Open) -> None:
+def test_the_first_time_is_asked_of_times_only(open_table: Open) -> None:
     with pytest.raises(ConfigError, match="no first day"):
-        open_table({"prompt": ["x"]}).first_day()
+        open_table({"prompt": ["x"]}).first_time()
 
 
 # -- versions -----------------------------------------------------------------------------------
