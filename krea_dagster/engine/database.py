@@ -257,7 +257,7 @@ class Database:
             ) from error
         except DBAPIError as error:
             raise self._explanation(doing, error.orig) from error.orig
-        except self._driver_error as error:
+        except (self._driver_error, SQLAlchemyError) as error:
             raise self._explanation(doing, error) from error
 
     def _explanation(self, doing: str, error: BaseException | None) -> JournalError:
@@ -294,6 +294,10 @@ class Database:
 
         @event.listens_for(engine, "checkout")
         def _look(connection: Any, record: Any, proxy: Any) -> None:
+            if record.info.pop("new", False):
+                # Made just now, of the file as it is. That it has been written to since says
+                # nothing, and after two refusals the pool would give up.
+                return
             if record.info["pid"] != os.getpid():
                 # It is the parent's, whose locks go with it if it is closed here.
                 _of_the_parent.append(connection)
@@ -304,7 +308,7 @@ class Database:
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, record: Any) -> None:
-            record.info.update(pid=os.getpid(), stamp=_Stamp.of(file))
+            record.info.update(pid=os.getpid(), stamp=_Stamp.of(file), new=True)
             # Transactions are begun by hand, because the driver would begin them too late to
             # read and write under one lock.
             connection.isolation_level = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -66,6 +68,28 @@ def test_a_file_that_was_changed_by_others_is_opened_anew(path: Path) -> None:
         path.write_bytes(whole)
         write(database, "third")
         assert read(database) == ["first", "third"]
+
+
+def test_a_journal_that_is_written_to_all_the_time_can_be_read_all_the_same(path: Path) -> None:
+    """Every checkpoint of a busy run changes the file, also while a connection is being made."""
+    with closing(Database(f"sqlite:///{path}")) as database:
+        write(database, "first")
+        ended = threading.Event()
+
+        def touch() -> None:
+            at_ns = path.stat().st_mtime_ns
+            while not ended.is_set():
+                at_ns += 1000
+                os.utime(path, ns=(at_ns, at_ns))
+
+        with ThreadPoolExecutor(1) as pool:
+            touching = pool.submit(touch)
+            try:
+                assert [read(database) for _ in range(200)] == [["first"]] * 200
+                write(database, "second")
+            finally:
+                ended.set()
+            touching.result()
 
 
 def test_a_file_that_is_put_in_the_place_of_the_journal_is_not_written_to(path: Path) -> None:
