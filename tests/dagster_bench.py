@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster.emulator import Emulator
+from krea_dagster.engine.runner import Wanted
+from krea_dagster.prompts import PlannedImage
 
 #: Opens an account at the emulator, with 1,000 credits or as many as are given; returns its key.
 OpenAccount = Callable[..., str]
@@ -66,6 +68,11 @@ def tick(
         assert isinstance(event, dg.AssetMaterialization | dg.AssetObservation)
         instance.report_runless_asset_event(event)
     return outcome
+
+
+def wanted(images: Iterable[PlannedImage]) -> list[Wanted]:
+    """Planned images as what a run carries."""
+    return [Wanted(image.request, image.partition_key) for image in images]
 
 
 def latest(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 import httpx
+import pyarrow as pa
 from pydantic import Field
 
 from krea_dagster.api import KreaClient
@@ -28,7 +29,7 @@ from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import units_from_credits
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
-from krea_dagster.prompts import PlannedImage
+from krea_dagster.prompts import Defaults, PlannedImage
 
 _T = TypeVar("_T")
 
@@ -172,30 +173,35 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
 
     def generate(
         self,
-        images: Iterable[PlannedImage],
+        prompts: Any,
         *,
-        run_id: str,
-        launch: str = "",
-        ask_again: Iterable[str] = (),
-        resolutions: Mapping[str, Resolution] | None = None,
+        context: dg.AssetExecutionContext | dg.OpExecutionContext | None = None,
+        defaults: Defaults | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
-    ) -> RunReport:
-        """Buy, fetch and verify what is not at hand yet, and return when nothing more can be done.
+    ) -> pa.Table:
+        """Buy, fetch and verify the images of a few prompts, and return their manifest.
 
-        ``launch`` names the runs that stop together where the account stops one. ``ask_again``
-        are error codes whose rows are bought again; ``resolutions`` a person's decisions about
-        unknown outcomes, by request key.
+        For an asset or op of one's own, with the same journal and storage as the assets of this
+        package: what any of them has bought is not bought again. ``prompts`` are texts, or rows
+        with the columns of a prompt table, or a table (pandas, Polars or Arrow). Give the
+        ``context`` of the asset or op, whose run and name stand in the journal and in the
+        manifest's ``run_id`` and ``partition_key``. ``defaults`` fill in what a row leaves open.
 
-        Raises ConfigError for a wrong setting before anything is bought, and JournalError
-        where the journal cannot be written. What EvoLink refuses or loses is in the report
-        and in the journal, not an exception.
+        The manifest has a row for each image asked for, also where there is none: ``status`` and
+        ``error_message`` say why. Raises ConfigError or PromptTableError before anything is
+        bought, AccountStopped or RunStopped where buying ended, JournalError or StorageError
+        where what was bought could not be written; what is paid for is taken up by the next call.
         """
-        return self.carry(
-            (Wanted(image.request, image.partition_key) for image in images),
+        from krea_dagster.plugin.generate import generate, ids_of  # noqa: PLC0415 - it needs this
+
+        run_id, name = ids_of(context)
+        return generate(
+            self,
+            prompts,
             run_id=run_id,
-            launch=launch,
-            ask_again=ask_again,
-            resolutions=resolutions,
+            name=name,
+            defaults=defaults,
+            launch=run_id,
             on_progress=on_progress,
         )
 
@@ -210,9 +216,16 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         resolutions: Mapping[str, Resolution] | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> RunReport:
-        """Do the same for requests, which are taken up as they come.
+        """Buy, fetch and verify what is not at hand yet, and return when nothing more can be done.
 
-        ``reused_rows`` counts the images beside them that are known to be at hand.
+        ``wanted`` is taken up as it comes; ``reused_rows`` counts the images beside it that are
+        known to be at hand. ``launch`` names the runs that stop together where the account stops
+        one. ``ask_again`` are error codes whose rows are bought again; ``resolutions`` a person's
+        decisions about unknown outcomes, by request key.
+
+        Raises ConfigError for a wrong setting before anything is bought, and JournalError
+        where the journal cannot be written. What EvoLink refuses or loses is in the report
+        and in the journal, not an exception.
         """
         with self._runner(run_id, on_progress) as runner:
             wishful = replace(
@@ -230,7 +243,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
 
         The oldest first, because links live for a day. What was given up as lost is asked about
         once more. Returns the report, and what became of
-        each request that it took up, by request key. Raises as ``generate`` does.
+        each request that it took up, by request key. Raises as ``carry`` does.
         """
         with self._runner(run_id, on_progress) as runner:
             paid = [*_paid(runner.journal), *runner.journal.given_up()]

@@ -38,6 +38,7 @@ from krea_dagster.prompts import (
     parse_partition_by,
     plan_images,
 )
+from tests.dagster_bench import wanted
 
 RUN = "run-that-bought"
 KEY = "bucket-000"
@@ -132,7 +133,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
             storage=str(folder / "krea"),
             on_unknown="hold",
         )
-        krea.generate(images, run_id=RUN)
+        krea.carry(wanted(images), run_id=RUN)
         books = emulator.books()
     with table.plan() as plan:
         yield Shop(krea, plan, books)

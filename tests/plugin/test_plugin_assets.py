@@ -235,8 +235,8 @@ def test_undelivered_rows_fail_the_check_by_name_and_the_run_succeeds_all_the_sa
     table = check.metadata["missing"]
     assert isinstance(table, dg.TableMetadataValue)
     missing = {record.data["prompt_id"]: record.data for record in table.records}
-    assert set(missing) == {"refused-00", "failed-01"}
-    assert missing["failed-01"]["status"] == "failed"
+    assert set(missing) == {"refused-00", "failed-00"}
+    assert missing["failed-00"]["status"] == "failed"
     assert missing["refused-00"]["error_message"]
 
 
@@ -293,5 +293,5 @@ def test_the_resource_finds_nothing_to_do_in_an_empty_partition(
 ) -> None:
     krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path))
     before = posts(emulator)
-    report = krea.generate([], run_id="nothing")
+    report = krea.carry([], run_id="nothing")
     assert (report.progress.total, posts(emulator)) == (0, before)

@@ -14,7 +14,7 @@ from krea_dagster.engine import lookup
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.io_manager import split_by_partition
 from krea_dagster.prompts import parse_partition_by, plan_images
-from tests.dagster_bench import posts, write_table
+from tests.dagster_bench import posts, wanted, write_table
 
 ROWS: dict[str, list[Any]] = {
     "prompt_id": ["one", "two", "twin-a", "twin-b", "refused", "three"],
@@ -35,7 +35,7 @@ class Bought:
             api_key="emulator", base_url=emulator.url, storage=str(folder / "krea")
         )
         self.images = list(plan_images(self.table.read().rows))
-        self.krea.generate(self.images, run_id="first")
+        self.krea.carry(wanted(self.images), run_id="first")
 
     def left(self) -> dict[str, int]:
         """The prompts of what is left to carry, each with its rows."""
