@@ -15,7 +15,7 @@ class DigestSet:
 
     def __init__(self, digests: Digests, values: npt.NDArray[np.int64] | None = None) -> None:
         words = _words(digests)
-        order = np.argsort(words[:, 0], kind="stable")
+        order = np.argsort(np.ascontiguousarray(words[:, 0]))
         self.words = words[order]
         self._firsts = np.ascontiguousarray(self.words[:, 0])
         self.values = np.zeros(len(order), np.int64) if values is None else values[order]
@@ -33,7 +33,7 @@ class DigestSet:
             return np.full(len(digests), -1)
         words = _words(digests)
         # In their order, so that memory is walked through and not jumped about in.
-        order = np.argsort(words[:, 0])
+        order = np.argsort(np.ascontiguousarray(words[:, 0]))
         words = words[order]
         places = np.searchsorted(self._firsts, words[:, 0])
         places[places == len(self.words)] = 0

@@ -211,7 +211,7 @@ def _pass_over(connection: Connection) -> DigestSet:
         keys, sizes, paths = connection.execute(query, {"low": low, "high": high}).one()
         if keys:
             every.append(digests_of_texts(keys))
-            files.append(_files(keys, _split(sizes), _split(paths)))
+            files.append(_files(keys, sizes, paths))
     return _held(every, files)
 
 
@@ -242,9 +242,8 @@ def _look_up(connection: Connection, digests: Digests) -> DigestSet:
                 (str(size), path) if here else ("", "")
                 for here, size, path in zip(stored, sizes, paths, strict=True)
             ]
-            columns = [pa.array(column, pa.string()) for column in zip(*shown, strict=True)]
             every.append(digests_of_texts("".join(keys)))
-            files.append(_files("".join(keys), *columns))
+            files.append(_files("".join(keys), *map(",".join, zip(*shown, strict=True))))
     return _held(every, files)
 
 
@@ -252,8 +251,41 @@ def _split(joined: str) -> pa.Array:
     return pc.split_pattern(pa.array([joined]), ",").flatten()
 
 
-def _files(keys: str, sizes: pa.Array, paths: pa.Array) -> _Numbers:
-    """Return what the files must be like, from columns of text that are "" where not stored."""
+def _files(keys: str, sizes: str, paths: str) -> _Numbers:
+    """Return what the files must be like, from lists in text, with "" where not stored."""
+    endings = _endings_if_alike(keys, paths)
+    if endings is None:
+        endings = _endings_of(keys, _split(paths))
+    wanted = pc.if_else(pa.array(endings >= 0), _split(sizes), "0").cast(pa.int64()).to_numpy()
+    return np.where(endings >= 0, _like(wanted, endings), -1)
+
+
+def _endings_if_alike(keys: str, paths: str) -> _Numbers | None:
+    """Return the ending of each path where all are under their own names and have the same.
+
+    So it is in most journals, and is seen in a third of the time that it takes to look at each.
+    """
+    named = np.frombuffer(keys.encode(), np.uint8).reshape(-1, 64)
+    found = np.frombuffer(f"{paths},".encode(), np.uint8)
+    for number, ending in enumerate(_ENDINGS.to_pylist()):
+        tail = np.frombuffer(f"{ending},".encode(), np.uint8)
+        if len(found) == len(named) * (_STEM + len(tail)):
+            rows = found.reshape(len(named), -1)
+            home, digits = rows[:, :_HOME], named[:, :2]
+            alike = (
+                bool((home[:, :-3] == np.frombuffer(b"images/", np.uint8)).all())
+                and bool((home[:, -3:-1] == digits).all())
+                and bool((home[:, -1] == ord("/")).all())
+                and bool((rows[:, _HOME:_STEM] == named).all())
+                and bool((rows[:, _STEM:] == tail).all())
+            )
+            if alike:
+                return np.full(len(named), number)
+    return None
+
+
+def _endings_of(keys: str, paths: pa.Array) -> _Numbers:
+    """Return the ending of each path, -1 where it is not the request's own name."""
     ends = pa.array(np.arange(0, len(keys) + 64, 64, dtype=np.int32)).buffers()[1]
     named = pa.Array.from_buffers(
         pa.string(), len(paths), [None, ends, pa.py_buffer(keys.encode())]
@@ -262,9 +294,7 @@ def _files(keys: str, sizes: pa.Array, paths: pa.Array) -> _Numbers:
     home = pc.binary_join_element_wise("images/", cut(named, 0, 2), "/", "")
     plain = pc.and_(pc.equal(cut(paths, 0, _HOME), home), pc.equal(cut(paths, _HOME, _STEM), named))
     endings = pc.if_else(plain, pc.index_in(cut(paths, _STEM), value_set=_ENDINGS), None)
-    known = np.asarray(endings.is_valid().to_numpy(zero_copy_only=False), np.bool_)
-    wanted = pc.if_else(endings.is_valid(), sizes, "0").cast(pa.int64()).to_numpy()
-    return np.where(known, _like(wanted, endings.fill_null(0).to_numpy().astype(np.int64)), -1)
+    return np.asarray(endings.fill_null(-1).to_numpy(), np.int64)
 
 
 def _held(every: list[Digests], files: list[_Numbers]) -> DigestSet:
@@ -334,19 +364,20 @@ def _in_folder(folder: Path) -> tuple[Digests, _Numbers]:
 
 def _named(names: Sequence[str], sizes: Sequence[int]) -> tuple[Digests, _Numbers]:
     """Read names of a request key and an ending; others are left out."""
-    named, sized = pa.array(names, pa.string()), np.array(sizes, np.int64)
+    sized, lengths = np.array(sizes, np.int64), np.fromiter(map(len, names), np.int64, len(names))
     digests, files = [_NO_DIGESTS], [sized[:0]]
     for number, ending in enumerate(_ENDINGS.to_pylist()):
-        mask = pc.and_(
-            pc.equal(pc.binary_length(named), 64 + len(ending)), pc.ends_with(named, ending)
-        )
-        chosen = np.asarray(mask.to_numpy(zero_copy_only=False), np.bool_)
-        if chosen.any():
-            data = "".join(names if chosen.all() else named.filter(mask).to_pylist()).encode()
-            characters = np.frombuffer(data, np.uint8).reshape(-1, 64 + len(ending))[:, :64]
-            right = _are_digits(characters)
-            digests.append(digests_of_digits(characters[right]))
-            files.append(_like(sized[chosen], number)[right])
+        chosen = np.flatnonzero(lengths == 64 + len(ending))
+        if len(chosen):
+            alike = names if len(chosen) == len(names) else [names[at] for at in chosen.tolist()]
+            data = "".join(alike).encode("ascii", "replace")
+            characters = np.frombuffer(data, np.uint8).reshape(-1, 64 + len(ending))
+            ends = (characters[:, 64:] == np.frombuffer(ending.encode(), np.uint8)).all(axis=1)
+            if ends.any():
+                characters = characters[:, :64]
+                right = ends & _are_digits(characters)
+                digests.append(digests_of_digits(characters[right]))
+                files.append(_like(sized[chosen], number)[right])
     return np.concatenate(digests), np.concatenate(files)
 
 

@@ -24,6 +24,9 @@ Digits = npt.NDArray[np.uint8]
 
 _SEPARATOR: Final = "\x1f"
 
+#: The two digits of each byte, as they follow one another in memory.
+_CHARACTERS: Final = np.frombuffer(bytes(range(256)).hex().encode(), np.uint16)
+
 #: Request keys that are hashed at once for a version.
 _AT_ONCE: Final = 10_000
 
@@ -31,10 +34,12 @@ _AT_ONCE: Final = 10_000
 class Hasher:
     """Hashes columns of text. Reads no file and no network, and loads no extension.
 
-    Each thread that uses it works for itself.
+    Each thread that uses it works for itself. Fewer than ``few`` texts take the standard library
+    less time than DuckDB takes to begin.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, few: int = 1_000) -> None:
+        self._few = few
         self._duck = duckdb.connect(
             ":memory:",
             config={
@@ -51,6 +56,11 @@ class Hasher:
 
     def sha256(self, texts: pa.Array) -> pa.Array:
         """Return the SHA-256 of each text's UTF-8 form, as 64 hexadecimal digits."""
+        if len(texts) < self._few:
+            digests = [
+                hashlib.sha256(text).hexdigest() for text in texts.cast(pa.binary()).to_pylist()
+            ]
+            return pa.array(digests, pa.string())
         if not hasattr(self._own, "duck"):
             self._own.duck = self._duck.cursor()
         numbers = np.arange(len(texts))
@@ -81,6 +91,14 @@ def values_of_digits(characters: Digits) -> Digits:
 def digests_of(hexadecimal: pa.Array) -> Digits:
     """Return hashes of 64 hexadecimal digits as bytes: shape (rows, 32)."""
     return _packed(digits_of(hexadecimal))
+
+
+def hexadecimal_of(digests: Digits) -> pa.Array:
+    """Return hashes that are given as bytes as 64 hexadecimal digits each."""
+    characters = _CHARACTERS[digests]  # two beside one another
+    ends = np.arange(0, 64 * len(digests) + 1, 64, dtype=np.int32)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(characters))]
+    return pa.Array.from_buffers(pa.string(), len(digests), buffers)
 
 
 def digests_of_texts(hexadecimal: str) -> Digits:
@@ -189,8 +207,10 @@ def _joined(first: str, *parts: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(pa.scalar(first), *parts, _SEPARATOR)
 
 
-def _text(numbers: pa.Array) -> pa.Array:
-    return numbers.cast(pa.string())
+def _text(numbers: pa.Array) -> pa.Array | pa.Scalar:
+    """Return numbers as text; one text where all are the same, as samples and attempts are."""
+    least, most = pc.min_max(numbers).values()
+    return (least if least.equals(most) else numbers).cast(pa.string())
 
 
 def _flags(values: pa.Array) -> pa.Array:

@@ -2,7 +2,7 @@
 
 It spreads rows over the buckets of ``hash:N``, and finds prompt_ids that are there twice; it keeps
 no secret. The same on every machine. Source: Austin Appleby, MurmurHash2.cpp, in the public
-domain. A column takes a thirtieth of the time that MD5 takes it.
+domain. A column takes it a tenth of the time that MD5 takes.
 """
 
 from __future__ import annotations
@@ -93,5 +93,5 @@ def _hashes(words: Callable[[int, int], Numbers], lengths: npt.NDArray[np.int64]
         hashes[whole:count] = np.where(rest > 0, ended, hashes[whole:count])
     hashes ^= hashes >> shift
     hashes *= factor
-    hashes ^= hashes >> shift
-    return hashes
+    mixed: Numbers = hashes ^ (hashes >> shift)
+    return mixed

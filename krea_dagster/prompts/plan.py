@@ -21,6 +21,7 @@ from krea_dagster.prompts.identity import (
     Digits,
     Hasher,
     digests_of,
+    hexadecimal_of,
     partition_version,
     request_keys,
     seeds_for,
@@ -44,6 +45,8 @@ PLAN_SCHEMA: Final = pa.schema(
         ("partition_key", pa.string()),
     ]
 )
+
+_KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
 
 Mask = npt.NDArray[np.bool_]
 
@@ -88,8 +91,18 @@ class Plan:
 
     def batches(self, key: str) -> Iterator[pa.RecordBatch]:
         """Yield the images of a partition: ``PLAN_SCHEMA``, then the further columns."""
-        if self._spool is not None:
-            yield from self._spool.batches(key)
+        if self._spool is None:
+            return
+        digests, start = self.digests(key), 0
+        for batch in self._spool.batches(key):
+            # The request keys are in memory anyway, and hardly anything makes them smaller.
+            end = start + batch.num_rows
+            columns = batch.columns
+            columns.insert(_KEY, hexadecimal_of(digests[start:end]))
+            fields = list(batch.schema)
+            fields.insert(_KEY, PLAN_SCHEMA.field(_KEY))
+            yield pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+            start = end
 
     def digests(self, key: str) -> Digits:
         """Return the request keys of a partition's images as bytes: shape (images, 32)."""
@@ -136,7 +149,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """Images of some rows: of how many, their partitions and request keys, and all columns."""
+    """Images of some rows: of how many, their partitions and request keys, and other columns."""
 
     rows: int
     keys: pa.Array
@@ -238,9 +251,10 @@ class Planner:
         images = self._images_of(rows, pa.array(samples))
         whole = None
         if self._spool is not None:
+            columns, fields = images.columns, list(images.schema)
+            del columns[_KEY], fields[_KEY]
             whole = pa.RecordBatch.from_arrays(
-                [*images.columns, *carried.columns],
-                schema=pa.schema([*images.schema, *carried.schema]),
+                [*columns, *carried.columns], schema=pa.schema([*fields, *carried.schema])
             )
         keys = images.column("request_key")
         return Planned(asked, images.column("partition_key"), digests_of(keys), whole)

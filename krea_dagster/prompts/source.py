@@ -70,14 +70,18 @@ class TableFile:
             if not wanted or not columns:
                 return
             with self._filesystem.open_input_file(self._path) as handle:
-                file = pq.ParquetFile(
-                    handle,
-                    metadata=metadata,
-                    read_dictionary=self._dictionaries(columns),
-                    pre_buffer=False,
-                    buffer_size=_BUFFER_BYTES,
-                )
-                for group in wanted:
+                dictionaries: list[str] | None = None
+                for place, group in enumerate(wanted):
+                    if place == 1:
+                        dictionaries = self._dictionaries(columns, wanted[0])
+                    if place <= 1:
+                        file = pq.ParquetFile(
+                            handle,
+                            metadata=metadata,
+                            read_dictionary=dictionaries,
+                            pre_buffer=False,
+                            buffer_size=_BUFFER_BYTES,
+                        )
                     row = first_rows[group]
                     rows = _batch_rows(metadata.row_group(group))
                     for batch in file.iter_batches(rows, [group], columns):
@@ -85,28 +89,25 @@ class TableFile:
                         yield row, batch.select(columns)
                         row += batch.num_rows
 
-    def _dictionaries(self, columns: Sequence[str]) -> list[str]:
+    def _dictionaries(self, columns: Sequence[str], group: int) -> list[str]:
         """Return the columns of text that have few values, to read them as dictionaries.
 
-        In the file they are dictionaries: a text that is written out takes at least 4 bytes.
+        In the file they are dictionaries: a text that is written out takes at least 4 bytes. The
+        row group must have been read: Arrow ends the process where it is asked how large an
+        encrypted column is.
         """
-        metadata = self._fragment.metadata
-        schema = metadata.schema
         texts = {
             name
             for name in columns
             if "." not in name and pa.types.is_string(self.schema.field(name).type)
         }
+        schema, about = self._fragment.metadata.schema, self._fragment.metadata.row_group(group)
         found = []
-        for place in range(len(schema)):
-            if schema.column(place).path in texts:
-                groups = [
-                    metadata.row_group(group).column(place)
-                    for group in range(metadata.num_row_groups)
-                ]
-                size = sum(group.total_uncompressed_size for group in groups)
-                if size < _LEAST_TEXT_BYTES * sum(group.num_values for group in groups):
-                    found.append(schema.column(place).path)
+        for place in range(about.num_columns):
+            if (name := schema.column(place).path) in texts:
+                column = about.column(place)
+                if column.total_uncompressed_size < _LEAST_TEXT_BYTES * column.num_values:
+                    found.append(name)
         return found
 
     def _groups(self, columns: Sequence[str], keep: Any | None) -> list[int]:

@@ -139,6 +139,28 @@ def test_a_file_whose_name_is_no_key_is_passed_over(journal: Journal, tmp_path: 
     assert whole.tolist() == [True]
 
 
+@pytest.mark.parametrize("part", ["images", "00", "/", "key", "ending"])
+def test_a_name_that_is_wrong_in_one_letter_is_seen_among_names_that_are_all_alike(
+    journal: Journal, tmp_path: Path, look: Callable[..., None], part: str
+) -> None:
+    shelf = Shelf(journal, Storage(str(tmp_path / "made")))
+    requests = [shelf.store(4 * number) for number in range(2)]
+    key = asked("stored 8").request_key
+    other = "1" if key[0] == "0" else "0"
+    names = {
+        "images": f"imagez/{key[:2]}/{key}.png",
+        "00": f"images/{other}{key[1]}/{key}.png",
+        "/": f"images/{key[:2]}_{key}.png",
+        "key": f"images/{key[:2]}/{key[:-1]}{'1' if key[-1] == '0' else '0'}.png",
+        "ending": f"images/{key[:2]}/{key}.pnG",
+    }
+    requests.append(shelf.store(8, name=names[part]))
+    shelf.write(f"images/{key[:2]}/{key}.png", 18)
+    look(1)
+    _, whole = known(journal, shelf.storage, digests(*requests)).of(digests(*requests))
+    assert whole.tolist() == [True, True, False]
+
+
 def test_an_empty_journal_without_a_folder_knows_nothing(journal: Journal, tmp_path: Path) -> None:
     found = known(journal, Storage(str(tmp_path / "none")), digests(asked()))
     assert [mask.tolist() for mask in found.of(digests(asked()))] == [[False], [False]]

@@ -43,7 +43,7 @@ def rows_of_the_trip() -> list[dict[str, Any]]:
     rows += [row("pair-00", num_images=2)]
     # Two rows that ask for the very same picture: bought once, and both get it.
     rows += [{**row("twin-00", seed=7), "prompt": f"the twins {MARKER}"}]
-    rows += [{**row("twin-01", seed=7), "prompt": f"the twins {MARKER}"}]
+    rows += [{**row("twin-04", seed=7), "prompt": f"the twins {MARKER}"}]
     rows += [row("refused-00", "[emulator: refuse]")]
-    rows += [row("failed-01", "[emulator: fail content_policy_violation]")]
+    rows += [row("failed-00", "[emulator: fail content_policy_violation]")]
     return rows

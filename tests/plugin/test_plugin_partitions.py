@@ -15,7 +15,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.plugin.partitions import ranges
 from krea_dagster.prompts import PromptTable, key_from_name, parse_partition_by
-from tests.dagster_bench import run_job, tick, write_table
+from tests.dagster_bench import bought, run_job, tick, write_table
 
 #: What people write into a column, and file systems or shells stumble over.
 CATEGORIES = ["Still life & more", "a/b", "..", "Ünïcode 🌊", "50% off?", "bucket-000"]
@@ -183,7 +183,7 @@ def test_a_column_and_a_day_are_two_dimensions_and_each_partition_has_its_file(
     files = sorted((tmp_path / "krea" / "manifest" / "multi").iterdir())
     assert [key_from_name(file.stem) for file in files] == [first, last]
     assert [pq.read_table(file)["style"].to_pylist() for file in files] == [["ink"], ["ink"]]
-    assert len(emulator.books()["tasks"]) == 2
+    assert len(bought(emulator, "of two dimensions")) == 2
 
     write_multi(tmp_path, rows)
     with pytest.raises(PromptTableError, match="'oil, wet'"):
@@ -206,7 +206,7 @@ def test_ranges_of_two_dimensions_stay_within_one_value_of_the_column() -> None:
 
 def write_multi(folder: Path, rows: Sequence[tuple[str, date]]) -> None:
     columns = {
-        "prompt": [f"{style} of {day}" for style, day in rows],
+        "prompt": [f"{style} {day} of two dimensions" for style, day in rows],
         "style": [style for style, _ in rows],
         "day": [day for _, day in rows],
     }

@@ -96,9 +96,9 @@ def test_the_key_of_a_column_and_a_time_is_as_dagster_writes_it() -> None:
 
 
 def test_the_bucket_is_the_pinned_hash_of_the_prompt_id() -> None:
-    """Made with sha256sum. A change would move paid images to other partitions."""
-    assert HashPartitions(8).key_for("harbor-dawn-01") == "bucket-000"
-    assert HashPartitions(10_000).key_for("harbor-dawn-01") == "bucket-6712"
+    """Made with libstdc++'s ``_Hash_bytes``. A change would move paid images elsewhere."""
+    assert HashPartitions(8).key_for("harbor-dawn-01") == "bucket-004"
+    assert HashPartitions(10_000).key_for("harbor-dawn-01") == "bucket-9372"
 
 
 def test_the_keys_of_hash_partitions_are_known_sorted_and_of_one_width() -> None:

@@ -31,10 +31,11 @@ from krea_dagster.prompts import (
 from krea_dagster.prompts import spool as spool_module
 from krea_dagster.prompts.identity import Hasher, buckets
 from krea_dagster.prompts.identity import partition_version as version_of_digests
+from krea_dagster.prompts.murmur import hashes_of_texts
 from krea_dagster.prompts.scan import _is_blank
 from krea_dagster.prompts.tokens import at_most_tokens
 
-HASHER = Hasher()
+HASHERS = {few: Hasher(few) for few in (0, 1_000)}
 Open = Callable[..., PromptTable]
 
 #: Text as people write it and as it hurts: quotes, newlines, separators, other planes.
@@ -131,19 +132,19 @@ def planned(image: PlannedImage) -> dict[str, Any]:
 
 @settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=20))
-def test_hashes_are_those_of_the_standard_library(texts: list[str]) -> None:
-    hasher = HASHER
+@pytest.mark.parametrize("few", [0, 1_000], ids=["by DuckDB", "one by one"])
+def test_hashes_are_those_of_the_standard_library(few: int, texts: list[str]) -> None:
+    hasher = HASHERS[few]
     # Cut out of a larger column, as batches are.
     column = pa.array(["before", *texts, "after"], pa.string()).slice(1, len(texts))
+    numbers = buckets(HashPartitions(7), hashes_of_texts(column))
+    names = [HashPartitions(7).keys()[at] for at in numbers]
+    assert names == [HashPartitions(7).key_for(text) for text in texts]
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     found = hasher.sha256(column)
     assert found.to_pylist() == digests
     assert digests_of(found.slice(1)).tobytes().hex() == "".join(digests[1:])
     assert digests_of_texts("".join(digests)).tobytes().hex() == "".join(digests)
-    names = [
-        HashPartitions(7).keys()[at] for at in buckets(HashPartitions(7), hasher.md5_begin(column))
-    ]
-    assert names == [HashPartitions(7).key_for(text) for text in texts]
 
 
 @given(

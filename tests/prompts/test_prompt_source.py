@@ -276,6 +276,28 @@ def test_batches_are_small_numbered_and_in_order(write: Write, tmp_path: Path) -
     assert expected == 40_001
 
 
+def test_few_texts_in_many_rows_are_the_same_in_every_row_group(write: Write) -> None:
+    """From the second row group on they are read as a dictionary, as they are in the file."""
+    rows = 4_000
+    styles = ["ink", None, "oil"] * rows
+    styles[2 * rows :] = [f"style {number}" for number in range(rows)]
+    columns: dict[str, list[Any]] = {
+        "prompt": [f"a fox {number}" for number in range(3 * rows)],
+        "size": ["1:1", None, "16:9", "2:1"] * (3 * rows // 4),
+        "style": styles,
+        "a.b": ["x"] * (3 * rows),
+    }
+    (file,) = open_files(write(columns, row_group_size=rows))
+    batches = [batch for _, batch in file.batches(list(columns))]
+    kinds = [[str(batch.schema.field(name).type)[:10] for name in columns] for batch in batches]
+    assert kinds[0] == ["string"] * 4
+    assert kinds[-1] == ["string", "dictionary", "dictionary", "string"]
+    found = PromptTable(file.name, parse_partition_by("hash:1")).read()
+    assert [row.size for row in found.rows] == [size or "1:1" for size in columns["size"]]
+    assert found.carried.to_pydict() == {name: columns[name] for name in ("style", "a.b")}
+    assert found.carried.schema.types == [pa.string(), pa.string()]
+
+
 def test_a_reader_that_stops_early_leaves_no_file_open(write: Write) -> None:
     path = write({"prompt": ["a"] * 20_000})
     before = len(list(Path("/proc/self/fd").iterdir()))
