@@ -1,8 +1,9 @@
 """Krea 2 Turbo images as Dagster assets: each bought once, verified, and accounted for.
 
-``build_krea_definitions`` makes a code location from a prompt table and a ``KreaResource``;
-``build_krea_assets`` makes its assets alone. Below that, ``KreaClient`` speaks EvoLink's API
-without Dagster.
+``build_krea_definitions`` makes a code location from a prompt table and a ``KreaResource``, and
+``KreaImages`` the same from YAML; ``build_krea_assets`` makes the assets alone. Below that,
+``KreaResource.generate`` buys a few prompts in an asset of one's own, and ``KreaClient`` speaks
+EvoLink's API without Dagster.
 
 A name is imported when it is first used: the command's help and the emulator need no Dagster,
 which takes two seconds to import. The library is registered with Dagster in
@@ -19,10 +20,21 @@ if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
     from krea_dagster.errors import KreaError
     from krea_dagster.plugin.assets import KreaAssets, build_krea_assets
+    from krea_dagster.plugin.automation import on_prompts_changed
+    from krea_dagster.plugin.checks import (
+        build_failure_share_check,
+        build_files_check,
+        build_manifest_schema_check,
+        build_pictures_check,
+        build_spend_check,
+    )
+    from krea_dagster.plugin.component import KreaImages
     from krea_dagster.plugin.definitions import build_krea_definitions
     from krea_dagster.plugin.environment import definitions_from_environment
+    from krea_dagster.plugin.failures import KreaFailure, failure_of
     from krea_dagster.plugin.io_manager import KreaManifestIOManager
     from krea_dagster.plugin.resource import KreaResource
+    from krea_dagster.plugin.schedules import build_krea_schedule
     from krea_dagster.prompts import Defaults, PromptTable
 
 __all__ = [
@@ -30,12 +42,22 @@ __all__ = [
     "KreaAssets",
     "KreaClient",
     "KreaError",
+    "KreaFailure",
+    "KreaImages",
     "KreaManifestIOManager",
     "KreaResource",
     "PromptTable",
+    "build_failure_share_check",
+    "build_files_check",
     "build_krea_assets",
     "build_krea_definitions",
+    "build_krea_schedule",
+    "build_manifest_schema_check",
+    "build_pictures_check",
+    "build_spend_check",
     "definitions_from_environment",
+    "failure_of",
+    "on_prompts_changed",
 ]
 
 __version__: Final = version("krea-dagster")
@@ -45,12 +67,22 @@ _HOMES: Final = {
     "KreaAssets": "plugin.assets",
     "KreaClient": "api",
     "KreaError": "errors",
+    "KreaFailure": "plugin.failures",
+    "KreaImages": "plugin.component",
     "KreaManifestIOManager": "plugin.io_manager",
     "KreaResource": "plugin.resource",
     "PromptTable": "prompts",
+    "build_failure_share_check": "plugin.checks",
+    "build_files_check": "plugin.checks",
     "build_krea_assets": "plugin.assets",
     "build_krea_definitions": "plugin.definitions",
+    "build_krea_schedule": "plugin.schedules",
+    "build_manifest_schema_check": "plugin.checks",
+    "build_pictures_check": "plugin.checks",
+    "build_spend_check": "plugin.checks",
     "definitions_from_environment": "plugin.environment",
+    "failure_of": "plugin.failures",
+    "on_prompts_changed": "plugin.automation",
 }
 
 

@@ -8,6 +8,9 @@ from krea_dagster.manifest.build import (
 )
 from krea_dagster.manifest.files import (
     manifest_name,
+    manifest_names,
+    manifest_paths,
+    no_column,
     read_manifests,
     read_missing,
     write_manifest,
@@ -22,9 +25,12 @@ __all__ = [
     "Manifests",
     "credits_charged",
     "manifest_name",
+    "manifest_names",
     "manifest_parts",
+    "manifest_paths",
     "manifest_schema",
     "manifest_table",
+    "no_column",
     "read_manifests",
     "read_missing",
     "write_manifest",

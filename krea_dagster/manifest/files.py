@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import ConfigError
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 from krea_dagster.prompts import safe_name
 
@@ -24,6 +25,15 @@ def manifest_name(partition_key: str, folders: Sequence[str] = ()) -> str:
     ``folders`` below ``manifest`` keep the tables apart that share a storage root.
     """
     return "/".join(["manifest", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
+
+
+def manifest_names(storage: Storage, folders: Sequence[str] = ()) -> Iterator[str]:
+    """The names of all manifests that are on file, without those of folders further down."""
+    home = "/".join(["manifest", *map(safe_name, folders)])
+    for name in storage.names(home):
+        folder, _, file = name.rpartition("/")
+        if folder == home and file.endswith(".parquet"):
+            yield name
 
 
 def write_manifest(
@@ -62,19 +72,50 @@ def read_manifests(
     """Read the manifests of these partitions as one table, in the order of the keys.
 
     Partitions without a file are left out. Where the table's further columns differ between
-    files, what one lacks is null.
+    files, what one lacks is null. Of ``columns`` only these are read; a further one of which
+    nothing is known yet, for there is no file, is of Arrow's null type. Raises ConfigError for a
+    column that is in none of the files.
     """
     tables: list[pa.Table] = []
+    known: dict[str, None] = {}
     for key in partition_keys:
         try:
             with storage.open(manifest_name(key, folders)) as file:
-                tables.append(pq.read_table(file, columns=columns))
+                names = pq.ParquetFile(file).schema_arrow.names
+                known |= dict.fromkeys(names)
+                wanted = None if columns is None else [name for name in columns if name in names]
+                tables.append(pq.read_table(file, columns=wanted))
         except FileNotFoundError:
             continue
+    if columns is None:
+        tables = tables or [MANIFEST_SCHEMA.empty_table()]
+        return pa.concat_tables(tables, promote_options="permissive")
     if not tables:
-        empty = MANIFEST_SCHEMA.empty_table()
-        return empty if columns is None else empty.select(list(columns))
-    return pa.concat_tables(tables, promote_options="permissive")
+        return _empty(columns)
+    if missing := [name for name in columns if name not in known]:
+        raise no_column(missing[0], known)
+    return pa.concat_tables(tables, promote_options="permissive").select(list(columns))
+
+
+def no_column(name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a column that manifests do not have, which says what they have."""
+    return ConfigError(f"the manifest has no column {name!r}; it has {', '.join(known)}")
+
+
+def manifest_paths(
+    storage: Storage, partition_keys: Sequence[str], folders: Sequence[str] = ()
+) -> list[str]:
+    """The paths of the manifests of these partitions that are on disk; none behind a URL."""
+    if storage.folder is None:
+        return []
+    names = [manifest_name(key, folders) for key in partition_keys]
+    return [storage.locate(name) for name in names if storage.size_bytes(name) is not None]
+
+
+def _empty(columns: Sequence[str]) -> pa.Table:
+    own = set(MANIFEST_SCHEMA.names)
+    fields = [MANIFEST_SCHEMA.field(one) if one in own else (one, pa.null()) for one in columns]
+    return pa.schema(fields).empty_table()
 
 
 def read_missing(

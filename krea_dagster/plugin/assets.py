@@ -1,4 +1,8 @@
-"""The assets: prompts (external), images (buys), image_manifest (a view of the journal)."""
+"""The assets: images (buys), image_manifest (a view of the journal), and what they hang on.
+
+That are two external ones, of the same table: ``prompts``, what its rows ask for, and
+``prompt_columns``, what they carry along.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +26,16 @@ from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.failures import as_failure, stop_message
+from krea_dagster.plugin.failures import as_failure, stop_message, tag_run
 from krea_dagster.plugin.figures import Figures, watched
 from krea_dagster.plugin.io_manager import MANIFEST_ASSET, manifest_folders
 from krea_dagster.plugin.metadata import (
     images_metadata,
     manifest_metadata,
+    prompts_lineage,
     quote_metadata,
     table_schema,
+    without_credentials,
 )
 from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
@@ -54,13 +60,14 @@ class KreaAssets:
     table: PromptTable
     partitions_def: dg.PartitionsDefinition[str]
     prompts: dg.AssetSpec
+    prompt_columns: dg.AssetSpec
     images: dg.AssetsDefinition
     image_manifest: dg.AssetsDefinition
 
     @property
     def all(self) -> list[dg.AssetSpec | dg.AssetsDefinition]:
         """All of them, for ``dagster.Definitions``."""
-        return [self.prompts, self.images, self.image_manifest]
+        return [self.prompts, self.prompt_columns, self.images, self.image_manifest]
 
 
 @quiet_beta
@@ -80,6 +87,8 @@ def build_krea_assets(
     """Build the assets of a prompt table.
 
     ``prompts`` is external; each run, and the sensor, report its data version per partition.
+    ``prompt_columns`` is too, for the columns that only the manifest carries; the sensor reports
+    it.
     ``images`` buys: a run takes one partition, or with the default backfill policy
     (single_run) any range of them, as one step with one sliding window. ``image_manifest`` is
     made from the journal without network, through the IO manager ``io_manager_key``; another
@@ -94,16 +103,12 @@ def build_krea_assets(
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
     partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]), start=start)
     policy = backfill_policy or dg.BackfillPolicy.single_run()
-    prompts_key, images_key, manifest_key = (
-        dg.AssetKey([*key_prefix, name]) for name in ("prompts", "images", MANIFEST_ASSET)
+    prompts_key, columns_key, images_key, manifest_key = (
+        dg.AssetKey([*key_prefix, name])
+        for name in ("prompts", "prompt_columns", "images", MANIFEST_ASSET)
     )
-    prompts = dg.AssetSpec(
-        prompts_key,
-        partitions_def=partitions_def,
-        group_name=group_name,
-        kinds={"parquet"},
-        description=f"The prompt table {table.source}, partitioned by {table.partition_by}.",
-        metadata={"dagster/uri": table.source},
+    prompts, prompt_columns = _table_specs(
+        table, prompts_key, columns_key, partitions_def, group_name
     )
 
     @dg.asset(
@@ -169,6 +174,8 @@ def build_krea_assets(
                 context.add_asset_metadata(
                     {**values, **quote_metadata(quoted.get(key))}, partition_key=key
                 )
+            with as_failure():
+                tag_run(context.instance, context.run.run_id, krea, report, total.missing_count)
             yield dg.MaterializeResult(check_results=[check_rows(total, report)])
             if report.stopped is not None:
                 # The step that writes the manifest will not run after this one has failed.
@@ -177,7 +184,7 @@ def build_krea_assets(
 
     @dg.asset(
         key=manifest_key,
-        deps=[images_key],
+        deps=[images_key, columns_key],
         partitions_def=partitions_def,
         backfill_policy=policy,
         group_name=group_name,
@@ -186,7 +193,10 @@ def build_krea_assets(
         freshness_policy=freshness_policy,
         required_resource_keys={resource_key},
         io_manager_key=io_manager_key,
-        metadata={"dagster/column_schema": table_schema(MANIFEST_SCHEMA)},
+        metadata={
+            "dagster/column_schema": table_schema(MANIFEST_SCHEMA),
+            "dagster/column_lineage": prompts_lineage(MANIFEST_SCHEMA, prompts_key),
+        },
         description=(
             "One row per image asked for: seed, size, credits, file, and why one is missing."
         ),
@@ -195,7 +205,10 @@ def build_krea_assets(
         krea = krea_of(context, resource_key)
         storage, made = krea.open_storage(), Manifests()
         with as_failure(), Batch.read(table, partition_keys_of(context), krea) as batch:
-            schema = table_schema(batch.manifest_schema)
+            shown = {
+                "dagster/column_schema": table_schema(batch.manifest_schema),
+                "dagster/column_lineage": prompts_lineage(batch.manifest_schema, prompts_key),
+            }
             with krea.open_journal() as journal:
                 for key in batch.plan.keys:
                     figures = Figures()
@@ -203,11 +216,41 @@ def build_krea_assets(
                     watching = watched(parts, batch.plan.digests(key), figures)
                     made.add(key, batch.manifest_schema, watching)
                     path = storage.locate(manifest_name(key, manifest_folders(manifest_key)))
-                    values = {**manifest_metadata(figures, path), "dagster/column_schema": schema}
+                    values = {**manifest_metadata(figures, path), **shown}
                     context.add_asset_metadata(values, partition_key=key)
         return made
 
-    return KreaAssets(table, partitions_def, prompts, images, image_manifest)
+    return KreaAssets(table, partitions_def, prompts, prompt_columns, images, image_manifest)
+
+
+def _table_specs(
+    table: PromptTable,
+    prompts_key: dg.AssetKey,
+    columns_key: dg.AssetKey,
+    partitions_def: dg.PartitionsDefinition[str],
+    group_name: str,
+) -> tuple[dg.AssetSpec, dg.AssetSpec]:
+    """The two external assets that stand for the table: what it asks for, and what it carries."""
+    source = without_credentials(table.source)
+    prompts = dg.AssetSpec(
+        prompts_key,
+        partitions_def=partitions_def,
+        group_name=group_name,
+        kinds={"parquet"},
+        description=f"The prompt table {source}, partitioned by {table.partition_by}.",
+        metadata={"dagster/uri": source},
+    )
+    prompt_columns = dg.AssetSpec(
+        columns_key,
+        partitions_def=partitions_def,
+        group_name=group_name,
+        kinds={"parquet"},
+        description=(
+            "The further columns of the prompt table, which the manifest carries along: where only "
+            "they change, nothing is bought."
+        ),
+    )
+    return prompts, prompt_columns
 
 
 def rewrite_manifests(

@@ -7,7 +7,8 @@ from typing import Any
 import dagster as dg
 
 import krea_dagster.plugin.assets as krea_assets
-from krea_dagster.plugin.automation import build_prompts_sensor
+from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
+from krea_dagster.plugin.checks import CheckFactory, default_checks
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
 from krea_dagster.plugin.proof import build_spend_proof_check
 from krea_dagster.plugin.resource import KreaResource
@@ -29,6 +30,7 @@ def build_krea_definitions(
     automation_condition: dg.AutomationCondition[Any] | None = None,
     freshness_policy: dg.FreshnessPolicy | None = None,
     pool: str | None = krea_assets.POOL,
+    checks: Sequence[CheckFactory] | None = None,
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build everything that a code location needs from one prompt table.
@@ -41,17 +43,20 @@ def build_krea_definitions(
     tables apart in one code location. ``automation_condition``, such as ``on_prompts_changed()``,
     has runs launched by themselves, by a sensor of its own; without it nothing is bought that
     nobody asked for. ``freshness_policy`` and ``pool`` are as for ``build_krea_assets``.
+    ``checks`` are those of ``image_manifest``, each as a factory such as ``build_files_check``, or
+    a ``functools.partial`` of one; None takes the cheap ones.
 
     ``executor`` is the code location's: in-process by default, because the steps wait for the
     network and a second process would cost seconds to start; give None where your own definitions
     bring one.
 
-    The result holds the assets ``prompts``, ``images``, ``image_manifest`` and
+    The result holds the assets ``prompts``, ``prompt_columns``, ``images``, ``image_manifest`` and
     ``salvaged_images``; the jobs ``krea_images``, ``krea_salvage`` and ``krea_proof``; the sensor
-    ``krea_prompts`` that watches the table and ``krea_salvage`` that starts its job; the checks
-    ``all_rows_delivered`` and ``spend_proof``; and the resources ``krea`` and ``krea_manifest``.
-    All these names begin with the prefix where there is one. Merge it with your own by
-    ``dagster.Definitions.merge``. Raises ConfigError for a setting that cannot be used.
+    ``krea_prompts`` that watches the table, ``krea_salvage`` that starts its job and, with an
+    ``automation_condition``, ``krea_automation`` that launches runs; the checks
+    ``all_rows_delivered``, ``spend_proof`` and those of ``checks``; and the resources ``krea`` and
+    ``krea_manifest``. All these names begin with the prefix where there is one. Merge it with
+    your own by ``dagster.Definitions.merge``. Raises ConfigError for a setting that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
     before = "".join(f"{part}_" for part in key_prefix)
@@ -74,6 +79,8 @@ def build_krea_definitions(
         io_manager_key=f"{before}krea_manifest",
     )
     proof = build_spend_proof_check(assets.image_manifest.key, resource_key=f"{before}krea")
+    chosen = default_checks() if checks is None else checks
+    made = [factory(assets.image_manifest.key, resource_key=f"{before}krea") for factory in chosen]
     job = dg.define_asset_job(
         f"{before}{JOB_NAME}",
         # Without the proof: it reads every file again, which is not each run's to do.
@@ -92,15 +99,21 @@ def build_krea_definitions(
         assets.prompts.key,
         name=f"{before}krea_prompts",
         resource_key=f"{before}krea",
+        columns_key=assets.prompt_columns.key,
+    )
+    launching = (
+        []
+        if automation_condition is None
+        else [build_automation_sensor(assets, name=f"{before}krea_automation")]
     )
     salvage = build_salvage(
         assets, resource_key=f"{before}krea", prefix=before, group_name=group_name
     )
     images = dg.Definitions(
         assets=assets.all,
-        asset_checks=[proof],
+        asset_checks=[proof, *made],
         jobs=[job, proof_job],
-        sensors=[sensor],
+        sensors=[sensor, *launching],
         resources={
             f"{before}krea": krea,
             f"{before}krea_manifest": KreaManifestIOManager(storage=krea.storage),

@@ -1,12 +1,111 @@
-"""Errors of this package as Dagster's failures, and the words for a run that was stopped."""
+"""What went wrong in a run, for people and for their sensors: a text, and tags of the run.
 
-from collections.abc import Iterator
+A ``@dagster.run_failure_sensor`` reads them by ``failure_of``::
+
+    @dg.run_failure_sensor
+    def tell_us(context: dg.RunFailureSensorContext) -> None:
+        if (failure := failure_of(context.dagster_run)) is not None:
+            send(f"{failure.rows_missing} rows are missing: {failure.to_do}")
+
+Rows that fail while the account goes on do not fail a run; it has the tags all the same, so that
+a ``@dagster.run_status_sensor`` for SUCCESS can read them too.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
 
 import dagster as dg
 
+from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.states import AT_STAKE
 from krea_dagster.errors import KeyRejected, KreaError, OutOfCredits, RunStopped
+from krea_dagster.models import credits_text
+from krea_dagster.plugin.resource import KreaResource
+
+#: The tags of a run whose rows have not all got their image. The runs page filters by the first.
+OUTCOME_TAG: Final = "krea/outcome"
+ROWS_MISSING_TAG: Final = "krea/rows_missing"
+AT_STAKE_TAG: Final = "krea/credits_at_stake"
+STOPPED_TAG: Final = "krea/stopped"
+TO_DO_TAG: Final = "krea/to_do"
+
+#: Longest text of a tag that is shown whole in the UI's dialogs.
+_MOST_TEXT: Final = 250
+
+
+@dataclass(frozen=True)
+class KreaFailure:
+    """What a run left undone.
+
+    ``credits_at_stake`` are credits of purchases whose image is not there yet, or whose outcome
+    is unknown, as exact text. ``stopped`` is the code by which the account ended the buying,
+    None where it did not. ``to_do`` is one sentence.
+    """
+
+    run_id: str
+    outcome: str
+    rows_missing: int
+    credits_at_stake: str
+    stopped: str | None
+    to_do: str
+
+
+def failure_of(run: dg.DagsterRun) -> KreaFailure | None:
+    """What a run left undone, from its tags; None where it has nothing to say.
+
+    A run that fails before it has asked for anything, as by a wrong setting, has no tags: its
+    failure's text says what to do.
+    """
+    if OUTCOME_TAG not in run.tags:
+        return None
+    return KreaFailure(
+        run_id=run.run_id,
+        outcome=run.tags[OUTCOME_TAG],
+        rows_missing=int(run.tags.get(ROWS_MISSING_TAG, "0")),
+        credits_at_stake=run.tags.get(AT_STAKE_TAG, "0"),
+        stopped=run.tags.get(STOPPED_TAG),
+        to_do=run.tags.get(TO_DO_TAG, ""),
+    )
+
+
+def failure_tags(
+    report: RunReport, rows_missing: int, left: Mapping[str, Record]
+) -> dict[str, str]:
+    """The tags of a run; none where every row has its image.
+
+    ``left`` is what the journal knows of the requests in ``report.left``.
+    """
+    if not rows_missing and report.stopped is None:
+        return {}
+    at_stake = sum(one.committed_units for one in left.values() if one.state in AT_STAKE)
+    tags = {
+        OUTCOME_TAG: "stopped" if report.stopped else "rows_missing",
+        ROWS_MISSING_TAG: str(rows_missing),
+        AT_STAKE_TAG: credits_text(at_stake),
+        TO_DO_TAG: _to_do(report)[:_MOST_TEXT],
+    }
+    if report.stopped is not None:
+        tags[STOPPED_TAG] = report.stopped.code or type(report.stopped).__name__
+    return tags
+
+
+def tag_run(
+    instance: dg.DagsterInstance,
+    run_id: str,
+    krea: KreaResource,
+    report: RunReport,
+    rows_missing: int,
+) -> None:
+    """Say in a run's tags what it leaves undone. Raises JournalError."""
+    left: Mapping[str, Record] = {}
+    if report.left:
+        with krea.open_journal() as journal:
+            left = journal.records(report.left)
+    if tags := failure_tags(report, rows_missing, left):
+        instance.add_run_tags(run_id, tags)
 
 
 @contextmanager
@@ -20,18 +119,33 @@ def as_failure() -> Iterator[None]:
 
 def stop_message(report: RunReport) -> str:
     """One sentence for a run that the account stopped."""
-    match report.stopped:
-        case KeyRejected():
-            what, then = "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
-        case OutOfCredits():
-            what, then = "the account or its key has no credits left", "top up"
-        case RunStopped(code="no_usable_answer"):
-            what, then = "EvoLink gives no usable answer", "wait until it does"
-        case RunStopped():
-            what, then = "the account stopped another run of this launch", "see its message"
-        case _:
-            what, then = "the key may not use this model", "ask for access or use another key"
+    what, then = _what_and_then(report)
     return (
         f"Buying stopped, {what} ({report.stopped}): everything already paid for was finished, "
         f"the other rows are deferred; {then} and run again."
     )
+
+
+def _what_and_then(report: RunReport) -> tuple[str, str]:
+    match report.stopped:
+        case KeyRejected():
+            return "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
+        case OutOfCredits():
+            return "the account or its key has no credits left", "top up"
+        case RunStopped(code="no_usable_answer"):
+            return "EvoLink gives no usable answer", "wait until it does"
+        case RunStopped():
+            return "the account stopped another run of this launch", "see its message"
+        case _:
+            return "the key may not use this model", "ask for access or use another key"
+
+
+def _to_do(report: RunReport) -> str:
+    if report.stopped is not None:
+        _, then = _what_and_then(report)
+        return f"{then}, then launch these partitions again: only what is missing is bought"
+    if report.caps_reached:
+        return "raise the cap or wait for its next day, then launch these partitions again"
+    if report.left:
+        return "launch these partitions again: what is under way is taken up, not bought anew"
+    return "see the rows of the check all_rows_delivered: they change, or retry_errors names them"

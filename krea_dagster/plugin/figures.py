@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,15 @@ SHEET_IMAGES: Final = 12
 #: Rows of a table of what is missing.
 MISSING_ROWS: Final = 50
 
+#: Failures that are kept for a table of the newest.
+NEWEST_FAILURES: Final = 20
+
+#: States in which a row has no image, and will have none by waiting.
+FAILED_STATES: Final = (State.FAILED, State.REFUSED, State.EXPIRED, State.UNKNOWN)
+
+_FAILED_NAMES: Final = pa.array([state.value for state in FAILED_STATES])
+_FAILURE: Final = ("prompt_id", "sample", "status", "error_code", "error_message", "submitted_at")
+
 _MISSING: Final = (
     "partition_key", "prompt_id", "sample", "status", "error_code", "error_message"
 )  # fmt: skip
@@ -28,8 +38,10 @@ class Figures:
     """Counts and credits of manifest rows.
 
     ``reserved`` and ``charged`` are credits; rows that ask for the same thing share one
-    purchase. ``reasons`` counts the rows without an image by status and error code, ``missing``
-    holds the first of them, and ``shown`` where the first images are.
+    purchase. ``spent`` is the part of ``charged`` that the run which asks has bought, and
+    ``saved`` what its rows would have cost beside, had each been bought by it. ``reasons`` counts
+    the rows without an image by status and error code, ``missing`` holds the first of them,
+    ``failures`` the newest that failed, and ``shown`` where the first images are.
     """
 
     def __init__(self) -> None:
@@ -37,11 +49,14 @@ class Figures:
         self.statuses: Counter[str] = Counter()
         self.reserved = 0.0
         self.charged = 0.0
+        self.spent = 0.0
+        self.saved = 0.0
         self.bought = 0
         self.reused = 0
         self.shown: list[str] = []
         self.reasons: Counter[str] = Counter()
         self.missing: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
         self._latencies: list[npt.NDArray[np.float64]] = []
 
     @classmethod
@@ -64,9 +79,14 @@ class Figures:
         """Add rows. ``first`` says which are the first that ask for their request."""
         self.rows += part.num_rows
         self.statuses.update(_counted(part["status"]))
-        once = part.select(["credits_reserved", "credits_charged"]).filter(pa.array(first))
+        once = part.select(["credits_reserved", "credits_charged", "reused"])
+        once = once.filter(pa.array(first))
         self.reserved += pc.sum(once["credits_reserved"]).as_py() or 0.0
         self.charged += pc.sum(once["credits_charged"]).as_py() or 0.0
+        own = once.filter(pc.invert(once["reused"]))
+        spent = pc.sum(own["credits_charged"]).as_py() or 0.0
+        self.spent += spent
+        self.saved += (pc.sum(part["credits_charged"]).as_py() or 0.0) - spent
         self.reused += pc.sum(part["reused"]).as_py() or 0
         bought = part.filter(pc.and_(pc.invert(part["reused"]), pc.is_valid(part["stored_at"])))
         self.bought += bought.num_rows
@@ -85,6 +105,10 @@ class Figures:
             )
             room = MISSING_ROWS - len(self.missing)
             self.missing += missing.select(_MISSING).slice(0, room).to_pylist()
+            failed = missing.filter(pc.is_in(missing["status"], value_set=_FAILED_NAMES))
+            order = pc.sort_indices(failed, sort_keys=[("submitted_at", "descending")])
+            latest = failed.select(_FAILURE).take(order[:NEWEST_FAILURES]).to_pylist()
+            self.failures = _newest([*self.failures, *latest])
 
     def __add__(self, other: "Figures") -> "Figures":
         """Two partitions together; a purchase that they share counts in both."""
@@ -94,10 +118,13 @@ class Figures:
             both.statuses += one.statuses
             both.reserved += one.reserved
             both.charged += one.charged
+            both.spent += one.spent
+            both.saved += one.saved
             both.bought += one.bought
             both.reused += one.reused
             both.reasons += one.reasons
             both.shown = [*both.shown, *one.shown][:SHEET_IMAGES]
+            both.failures = _newest([*both.failures, *one.failures])
             both.missing = [*both.missing, *one.missing][:MISSING_ROWS]
         return both
 
@@ -110,6 +137,13 @@ def watched(parts: Iterable[pa.Table], digests: Digests, figures: Figures) -> It
         figures.add(part, first[start : start + part.num_rows])
         start += part.num_rows
         yield part
+
+
+def _newest(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest first; last those that EvoLink never took, for which no time is known."""
+    began = datetime.min.replace(tzinfo=timezone.utc)
+    ordered = sorted(failures, key=lambda row: row["submitted_at"] or began, reverse=True)
+    return ordered[:NEWEST_FAILURES]
 
 
 def _counted(column: pa.ChunkedArray) -> dict[str, int]:

@@ -1,16 +1,17 @@
-"""The manifest's IO manager: one Parquet file per partition, read back as one table."""
+"""The manifest's IO manager: one Parquet file per partition, read back as one."""
 
 from collections.abc import Sequence
 from typing import Any, Final
 
 import dagster as dg
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from krea_dagster.engine.storage import Storage
-from krea_dagster.manifest import Manifests, read_manifests, write_manifest
+from krea_dagster.manifest import Manifests, write_manifest
+from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.reading import Wishes, load
 
 #: The last part of the key of the asset that this IO manager is made for.
 MANIFEST_ASSET: Final = "image_manifest"
@@ -19,8 +20,17 @@ MANIFEST_ASSET: Final = "image_manifest"
 class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
     """Writes manifests as one file per partition, and reads any number of them as one table.
 
-    A downstream asset gets a ``pandas.DataFrame`` where its parameter is annotated so, and a
-    ``pyarrow.Table`` otherwise.
+    A downstream asset gets what its parameter is annotated with: ``pandas.DataFrame``,
+    ``polars.DataFrame``, ``polars.LazyFrame``, ``duckdb.DuckDBPyRelation`` (on a connection of
+    its own), or ``pyarrow.Table``, which is given without an annotation too. The metadata of its
+    ``AssetIn`` may ask for
+
+    - ``"columns"``: a list of names; only these are read from the files;
+    - ``"images"``: ``"bytes"`` or ``"pil"`` adds a column ``image`` with each row's file, or with
+      a ``PIL.Image`` (in pandas only), null where a row has none; of at most 1,000 rows, or as
+      many as ``"most_images"`` says.
+
+    What cannot be given fails the step, and the text says what there is.
     """
 
     storage: str = Field(
@@ -42,14 +52,14 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Read the manifests of the upstream partitions; those never written are left out."""
-        table = read_manifests(
-            Storage(self.storage),
-            sorted(context.asset_partition_keys),
-            folders=manifest_folders(context.asset_key),
-        )
-        if context.dagster_type.typing_type is pd.DataFrame:
-            return table.to_pandas()
-        return table
+        with as_failure():
+            return load(
+                Storage(self.storage),
+                sorted(context.asset_partition_keys),
+                manifest_folders(context.asset_key),
+                annotation=context.dagster_type.typing_type,
+                wishes=Wishes.parse(context.definition_metadata or {}),
+            )
 
 
 def manifest_folders(key: dg.AssetKey) -> Sequence[str]:

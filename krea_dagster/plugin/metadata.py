@@ -6,7 +6,9 @@ Dagster plots them over time.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import dagster as dg
@@ -33,6 +35,27 @@ _GAP: Final = 6
 #: UI becomes slow.
 SHEET_BYTES: Final = 45_000
 
+#: Bytes of a table, of a schema and of a lineage, as Dagster writes them to its database.
+TABLE_BYTES: Final = 15_000
+SCHEMA_BYTES: Final = 45_000
+LINEAGE_BYTES: Final = 30_000
+
+#: What Dagster writes beside a row or a column of its own words.
+_ROW_BYTES: Final = 60
+_COLUMN_BYTES: Final = 200
+
+#: The manifest's columns that are made of the prompt table's, beside those that carry its own.
+_FROM_PROMPTS: Final[Mapping[str, str]] = {
+    **{name: name for name in ("prompt_id", "prompt", "size", "quality", "seed", "nsfw_check")},
+    "sample": "num_images",
+}
+
+#: User and password of a URL.
+_USER: Final = re.compile(r"://[^/\s]*@")
+
+#: The query or fragment of a URL in a text.
+_QUERY: Final = re.compile(r"(://[^\s?#]*)[?#]\S*")
+
 Metadata = Mapping[str, Any]
 
 
@@ -44,6 +67,8 @@ def images_metadata(figures: Figures, storage: Storage, *, seconds: float) -> Me
     latencies_s = figures.latencies_s()
     values: dict[str, Any] = {
         **count_metadata(figures),
+        "dagster/partition_row_count": figures.rows,
+        "storage": location_value(storage.locate("")),
         "images_bought": figures.bought,
         "images_reused": figures.reused,
         "images_per_second": round(figures.bought / seconds, 3) if seconds > 0 else 0.0,
@@ -51,6 +76,8 @@ def images_metadata(figures: Figures, storage: Storage, *, seconds: float) -> Me
     if len(latencies_s):
         values["latency_p50_s"] = round(_quantile(latencies_s, 0.5), 3)
         values["latency_p95_s"] = round(_quantile(latencies_s, 0.95), 3)
+    if figures.failures:
+        values["newest_failures"] = failures_table(figures)
     if (sheet := _sheet(figures.shown[:SHEET_IMAGES], storage, _COLUMNS)) is not None:
         picture = base64.b64encode(sheet).decode()
         values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{picture})")
@@ -67,7 +94,10 @@ def count_metadata(figures: Figures) -> Metadata:
         "rows": figures.rows,
         **{f"rows_{state}": count for state, count in sorted(statuses.items())},
         "credits_reserved": round(figures.reserved, 4),
+        # What the rows cost, by whichever run; what this one spent; what it need not spend.
         "credits_charged": round(figures.charged, 4),
+        "credits_spent_by_run": round(figures.spent, 4),
+        "credits_saved_by_reuse": round(figures.saved, 4),
         "rows_at_stake": at_stake,
     }
 
@@ -77,7 +107,7 @@ def manifest_metadata(figures: Figures, path: str) -> Metadata:
     return {
         **count_metadata(figures),
         "dagster/partition_row_count": figures.rows,
-        "path": dg.MetadataValue.path(path),
+        "path": location_value(path),
     }
 
 
@@ -90,27 +120,91 @@ def quote_metadata(line: Line | None) -> Metadata:
 
 
 def table_schema(schema: pa.Schema) -> dg.TableSchema:
-    """A manifest's columns as Dagster shows them."""
-    return dg.TableSchema(
-        columns=[
-            dg.TableColumn(
-                field.name,
-                str(field.type),
-                description=DESCRIPTIONS.get(field.name, "Carried from the prompt table"),
-            )
-            for field in schema
-        ]
-    )
+    """A manifest's columns as Dagster shows them; of very many the first, and how many more."""
+    columns: list[dg.TableColumn] = []
+    left = SCHEMA_BYTES
+    for field in schema:
+        means = DESCRIPTIONS.get(field.name, "Carried from the prompt table")
+        column = dg.TableColumn(field.name, _short(str(field.type)), description=means)
+        left -= _COLUMN_BYTES + _written(column.name, column.type, means)
+        if left < 0:
+            break
+        columns.append(column)
+    more = len(schema) - len(columns)
+    said = dg.TableConstraints(other=[f"and {more} more columns"]) if more else None
+    return dg.TableSchema(columns, said)
+
+
+def prompts_lineage(schema: pa.Schema, prompts: dg.AssetKey) -> dg.TableColumnLineage:
+    """Which of the prompt table's columns a manifest's columns come from.
+
+    ``dagster/column_lineage``. Those that EvoLink or the journal gave come from none.
+    """
+    found: dict[str, list[dg.TableColumnDep]] = {}
+    left = LINEAGE_BYTES
+    for name in schema.names:
+        source = _FROM_PROMPTS.get(name, None if name in DESCRIPTIONS else name)
+        if source is None:
+            continue
+        left -= _COLUMN_BYTES + _written(name, source, *prompts.path)
+        if left < 0:
+            break
+        found[name] = [dg.TableColumnDep(prompts, source)]
+    return dg.TableColumnLineage(found)
 
 
 def missing_table(figures: Figures) -> dg.TableMetadataValue:
-    """The rows without an image, as a table for the UI; the first 50."""
-    return dg.MetadataValue.table(
-        records=[
-            dg.TableRecord({name: _short(value) for name, value in row.items()})
-            for row in figures.missing
+    """The rows without an image, as a table for the UI; the first 50, or as many as are small."""
+    return small_table(figures.missing)
+
+
+def failures_table(figures: Figures) -> dg.TableMetadataValue:
+    """The newest failures; ``at`` is when EvoLink took the request, null where it never did."""
+    return small_table(
+        [
+            {
+                "prompt_id": row["prompt_id"],
+                "sample": row["sample"],
+                "status": row["status"],
+                "error_code": row["error_code"],
+                "message": row["error_message"],
+                "at": None if row["submitted_at"] is None else f"{row['submitted_at']:%F %T} UTC",
+            }
+            for row in figures.failures
         ]
     )
+
+
+def small_table(
+    rows: Iterable[Mapping[str, Any]],
+    schema: dg.TableSchema | None = None,
+    *,
+    most_bytes: int = TABLE_BYTES,
+) -> dg.TableMetadataValue:
+    """A table for the UI: long cells are cut, and rows that do not fit are left out."""
+    records: list[dg.TableRecord] = []
+    for row in rows:
+        cells = {name: _short(value) for name, value in row.items()}
+        most_bytes -= _ROW_BYTES + _written(cells)
+        if most_bytes < 0 and records:
+            break
+        records.append(dg.TableRecord(cells))
+    return dg.MetadataValue.table(records, schema)
+
+
+def location_value(location: str) -> dg.MetadataValue[Any]:
+    """A path or URL as metadata: a link where a browser can follow it, and never a credential."""
+    shown = without_credentials(location)
+    if shown.startswith(("http://", "https://")):
+        return dg.MetadataValue.url(shown)
+    return dg.MetadataValue.path(shown)
+
+
+def without_credentials(location: str) -> str:
+    """A path or URL without the user, password and query that a URL may have; to be shown."""
+    if "://" not in location:
+        return location
+    return _USER.sub("://", location.partition("?")[0].partition("#")[0])
 
 
 def contact_sheet(
@@ -167,5 +261,17 @@ def _quantile(ordered: npt.NDArray[np.float64], share: float) -> float:
     return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
 
 
-def _short(value: str | int | None) -> str | int | None:
+def scrubbed(text: str) -> str:
+    """A sentence whose URLs are shown without user, password and query."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1", _USER.sub("://", text))
+
+
+def _short(value: Any) -> Any:
     return value if not isinstance(value, str) or len(value) <= 200 else f"{value[:199]}…"
+
+
+def _written(*values: object) -> int:
+    """How many bytes these are in Dagster's database, which escapes all but ASCII."""
+    return len(json.dumps(values))

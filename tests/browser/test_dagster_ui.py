@@ -1,4 +1,4 @@
-"""What a person sees in Dagster's UI after the demo, in a real browser.
+"""What a person sees in Dagster's UI after some runs, in a real browser against ``dg dev``.
 
 ``KREA_DOCS_IMAGES`` names a folder for the screenshots, which is how docs/images is made.
 """
@@ -7,72 +7,96 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
+from playwright.sync_api import Page, Response, expect, sync_playwright
 
+from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.metadata import contact_sheet
 
 ROOT = Path(__file__).parents[2]
-START_S = 90.0
+START_S = 120.0
+KEY = "sk-a-key-that-nobody-may-see"
 
 pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a finished demo."""
-    folder = tmp_path_factory.mktemp("demo")
-    environment = {**os.environ, "KREA_STORAGE": str(folder / "krea")}
-    environment.pop("DAGSTER_HOME", None)  # the demo's own, which greets nobody
-    command = [sys.executable, "-m", "krea_dagster.cli", "demo"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
-    environment["DAGSTER_HOME"] = str(folder / "krea" / "dagster")
-    if docs := os.environ.get("KREA_DOCS_IMAGES"):
-        storage = Storage(environment["KREA_STORAGE"])
-        keys = [f"bucket-{number:03d}" for number in range(8)]
-        sheet = contact_sheet(read_manifests(storage, keys), storage, most=36, columns=9)
-        assert sheet is not None
-        Path(docs, "contact-sheet.jpg").write_bytes(sheet)
-    return environment
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a project that was materialized three times, with a key."""
+    folder = tmp_path_factory.mktemp("project")
+    with Emulator(api_key=KEY, latency_s=0.05) as emulator:
+        environment = {
+            **os.environ,
+            "KREA_STORAGE": str(folder / "krea"),
+            "EVOLINK_API_KEY": KEY,
+            "EVOLINK_BASE_URL": emulator.url,
+            "DAGSTER_HOME": str(folder / "home"),
+        }
+        (folder / "home").mkdir()
+        (folder / "home" / "dagster.yaml").write_text(
+            "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
+        )
+        for again in ((), ("terrace-rice-01", "dune-shadow-01"), ("dune-shadow-01",)):
+            wishes = [word for prompt_id in again for word in ("--again", prompt_id)]
+            command = [sys.executable, "-m", "krea_dagster.cli", "materialize", *wishes]
+            done = subprocess.run(command, cwd=ROOT, env=environment, timeout=180, check=False)
+            assert done.returncode == 1, "two of the sample's rows are refused"
+        if docs := os.environ.get("KREA_DOCS_IMAGES"):
+            storage = Storage(environment["KREA_STORAGE"])
+            keys = [f"bucket-{number:03d}" for number in range(8)]
+            sheet = contact_sheet(read_manifests(storage, keys), storage, most=36, columns=9)
+            assert sheet is not None
+            Path(docs, "contact-sheet.jpg").write_bytes(sheet)
+        yield environment
 
 
 @pytest.fixture(scope="module")
 def ui(made: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a web server over the demo's instance."""
+    """The address of ``dg dev`` over the project's instance."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    webserver = Path(sys.executable).with_name("dagster-webserver")
-    log_file = tmp_path_factory.mktemp("ui") / "webserver.log"
+    dg = Path(sys.executable).with_name("dg")
+    log_file = tmp_path_factory.mktemp("ui") / "dg-dev.log"
     with log_file.open("wb") as log:
         server = subprocess.Popen(
-            [webserver, "-f", "definitions.py", "-h", "127.0.0.1", "-p", str(port)],
+            [dg, "dev", "-f", "definitions.py", "-h", "127.0.0.1", "-p", str(port)],
             cwd=ROOT,
             env=made,
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_for(url, server)
             yield url
         finally:
-            server.terminate()
-            server.wait(timeout=30)
+            os.killpg(server.pid, signal.SIGINT)
+            server.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def answers() -> list[str]:
+    """What the server has sent to the page, as texts."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(answers: list[str]) -> Iterator[Page]:
     """A page of a headless Chromium."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -91,6 +115,13 @@ def page() -> Iterator[Page]:
         )
         page = browser.new_page(viewport={"width": 1440, "height": 960})
         page.set_default_timeout(45_000)
+
+        def keep(response: Response) -> None:
+            if "/graphql" in response.url:
+                with suppress(PlaywrightError):  # the page was left before it came
+                    answers.append(response.text())
+
+        page.on("response", keep)
         yield page
         browser.close()
 
@@ -115,11 +146,37 @@ def test_a_partition_shows_its_figures_and_its_thumbnails(page: Page, ui: str) -
     page.keyboard.press("Escape")
 
 
+def test_credits_and_counts_are_plotted_over_the_runs(page: Page, ui: str) -> None:
+    page.goto(f"{ui}/assets/images?view=overview")
+    page.get_by_text("Plots", exact=True).first.click()
+    expect(page.get_by_text("credits_charged").first).to_be_visible()
+    page.wait_for_timeout(1500)
+    _keep(page, "plots")
+
+
 def test_the_failed_check_names_the_rows_that_are_missing(page: Page, ui: str) -> None:
     page.goto(f"{ui}/assets/images?view=checks")
     expect(page.get_by_text("all_rows_delivered").first).to_be_visible()
     expect(page.get_by_text("rows have no image").first).to_be_visible()
+    page.wait_for_timeout(500)
     _keep(page, "failed-check")
+
+
+def test_the_launchpad_shows_the_resources_fields(page: Page, ui: str) -> None:
+    page.goto(f"{ui}/locations/definitions.py/jobs/krea_images/playground")
+    expect(page.get_by_text("max_in_flight").first).to_be_visible()
+    page.wait_for_timeout(500)
+    _keep(page, "launchpad")
+
+
+def test_no_page_and_no_answer_holds_a_secret(page: Page, ui: str, answers: list[str]) -> None:
+    for path in ("locations/definitions.py/resources/krea", "runs", "overview/resources"):
+        page.goto(f"{ui}/{path}")
+        page.wait_for_timeout(1500)
+        assert KEY not in page.content()
+    assert sum(map(len, answers)) > 100_000, "the answers were looked at"
+    assert any("EVOLINK_API_KEY" in answer for answer in answers), "it is shown by its name"
+    assert not any(KEY in answer for answer in answers)
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:

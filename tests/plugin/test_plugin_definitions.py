@@ -134,12 +134,16 @@ def test_it_merges_with_definitions_that_have_an_executor_of_their_own(tmp_path:
 def test_the_names_without_a_prefix_are_the_documented_ones(tmp_path: Path) -> None:
     defs = build_krea_definitions(prompts=str(tmp_path / "p.parquet"), krea=KreaResource())
     keys = {key.to_user_string() for key in defs.resolve_all_asset_keys()}
-    assert keys >= {"prompts", "images", "image_manifest"}
+    assert keys >= {"prompts", "prompt_columns", "images", "image_manifest"}
     assert set(defs.resources or {}) == {"krea", "krea_manifest"}
     graph = defs.resolve_asset_graph()
     assert graph.get(dg.AssetKey("images")).parent_keys == {dg.AssetKey("prompts")}
-    assert graph.get(dg.AssetKey("image_manifest")).parent_keys == {dg.AssetKey("images")}
+    assert graph.get(dg.AssetKey("image_manifest")).parent_keys == {
+        dg.AssetKey("images"),
+        dg.AssetKey("prompt_columns"),
+    }
     assert graph.get(dg.AssetKey("prompts")).is_external
+    assert graph.get(dg.AssetKey("prompt_columns")).is_external
     assert "all_rows_delivered" in {check.name for check in graph.asset_check_keys}
     partitions = graph.get(dg.AssetKey("images")).partitions_def
     assert partitions is not None

@@ -14,7 +14,7 @@ from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.plugin.partitions import ranges
-from krea_dagster.prompts import PromptTable, key_from_name, parse_partition_by
+from krea_dagster.prompts import PromptTable, key_from_name, parse_partition_by, partition_version
 from tests.dagster_bench import bought, run_job, tick, write_table
 
 #: What people write into a column, and file systems or shells stumble over.
@@ -57,7 +57,7 @@ def test_the_sensor_registers_the_values_of_a_column_and_later_only_the_new_ones
     assert {event.partition for event in second.asset_events} == {"Seascape, calm"}
 
 
-def test_a_category_that_is_gone_is_not_reported_and_its_partition_stays(
+def test_a_category_that_is_gone_is_reported_as_empty_and_its_partition_stays(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     defs = definitions(tmp_path, "gone", "column:category")
@@ -65,7 +65,13 @@ def test_a_category_that_is_gone_is_not_reported_and_its_partition_stays(
     first = tick(defs, instance, "gone_krea_prompts")
     write_categories(tmp_path, ["stays"])
     second = tick(defs, instance, "gone_krea_prompts", first.cursor)
-    assert second.asset_events == []
+    assert {event.partition for event in second.asset_events} == {"goes"}
+    versions = {
+        (event.tags or {})["dagster/data_version"]
+        for event in second.asset_events
+        if isinstance(event, dg.AssetMaterialization)
+    }
+    assert versions == {partition_version([])}
     assert set(instance.get_dynamic_partitions("gone_krea_category")) == {"stays", "goes"}
 
 

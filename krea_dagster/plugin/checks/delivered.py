@@ -1,4 +1,4 @@
-"""The asset checks."""
+"""Whether every row of a run has its image: the check of `images`, made from the run itself."""
 
 from collections import Counter
 

@@ -1,0 +1,55 @@
+"""Data versions of the columns that a prompt table only carries along into the manifest."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+
+from krea_dagster.prompts import PromptTable
+from krea_dagster.prompts.identity import Hasher
+from krea_dagster.prompts.scan import Chunk, Scan
+
+_BITS: Final = 2**64
+
+
+def carried_versions(table: PromptTable) -> Mapping[str, str]:
+    """Return a version of each partition's further columns, by key, sorted.
+
+    It hangs on their names, types and order, and on each row's values by its prompt_id; the order
+    of the rows changes nothing. Raises ConfigError or PromptTableError.
+    """
+    sums: dict[str, int] = defaultdict(int)
+    with closing(Hasher()) as hasher, closing(duckdb.connect(":memory:")) as duck:
+        scan = Scan(
+            table.source,
+            table.partition_by,
+            None,
+            defaults=table.defaults,
+            count_tokens=table.count_tokens,
+            max_prompt_tokens=table.max_prompt_tokens,
+            carry=True,
+            hasher=hasher,
+        )
+        for chunk in scan.map(lambda chunk: chunk):
+            for key, value in _sums(chunk, duck):
+                sums[key] = (sums[key] + value) % _BITS
+        about = str([(field.name, str(field.type)) for field in scan.carried_schema])
+    return {
+        key: hashlib.sha256(f"{about}\x1f{sums[key]}".encode()).hexdigest()[:16]
+        for key in sorted(sums)
+    }
+
+
+def _sums(chunk: Chunk, duck: duckdb.DuckDBPyConnection) -> list[tuple[str, int]]:
+    """Add up a hash of each row, by partition."""
+    columns = [chunk.rows.column("prompt_id"), *chunk.carried.columns]
+    names = [f"c{number}" for number in range(len(columns))]
+    rows = pa.table([chunk.rows.column("partition_key"), *columns], ["partition", *names])
+    found = duck.from_arrow(rows).aggregate(
+        f"partition, (sum(hash({', '.join(names)})::hugeint) % {_BITS})::varchar", "partition"
+    )
+    return [(key, int(value)) for key, value in found.fetchall()]

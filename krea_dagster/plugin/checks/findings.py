@@ -1,0 +1,91 @@
+"""Rows that a check has something to say about: the first of them by name, and how many."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.plugin.metadata import scrubbed, small_table
+
+#: The columns that name a row.
+NAMING: Final = ("partition_key", "prompt_id", "sample")
+
+#: Rows of a table of findings.
+MOST_ROWS: Final = 50
+
+#: Bytes of such a table.
+_MOST_BYTES: Final = 40_000
+
+#: Characters of a reason in a sentence.
+_REASON: Final = 200
+
+
+class Findings:
+    """Findings about rows. ``count`` is that of all; ``rows`` holds the first 50."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def room(self) -> int:
+        """How many more are kept by name."""
+        return MOST_ROWS - len(self.rows)
+
+    def add(
+        self,
+        batch: pa.RecordBatch,
+        which: pa.Array,
+        why: str | Callable[[Mapping[str, Any]], str],
+    ) -> int:
+        """Add the rows of a batch that are true in ``which``; returns how many.
+
+        ``why`` is asked of those that are kept only. The batch must have the columns ``NAMING``.
+        """
+        count = pc.sum(which).as_py() or 0
+        self.count += count
+        if count and self.room:
+            for row in batch.filter(which).slice(0, self.room).to_pylist():
+                self._keep(row, why if isinstance(why, str) else why(row))
+        return count
+
+    def say(self, row: Mapping[str, Any], why: str) -> None:
+        """Add one row."""
+        self.count += 1
+        if self.room:
+            self._keep(row, why)
+
+    def _keep(self, row: Mapping[str, Any], why: str) -> None:
+        self.rows.append({**{name: row.get(name) for name in NAMING}, "why": scrubbed(why)})
+
+    def named(self, most: int = 3) -> str:
+        """The first of them in a sentence: who, and why."""
+        said = [f"{_who(row)}: {row['why'][:_REASON]}" for row in self.rows[:most]]
+        more = self.count - len(said)
+        return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
+
+    def metadata(self) -> dict[str, Any]:
+        """The table for the UI, and the count; nothing where there is no finding."""
+        if not self.count:
+            return {}
+        schema = dg.TableSchema(
+            columns=[
+                dg.TableColumn("partition_key", "string", description="Partition of the row"),
+                dg.TableColumn("prompt_id", "string", description="Identity of the prompt"),
+                dg.TableColumn("sample", "int", description="Which of the row's images"),
+                dg.TableColumn("why", "string", description="What was found"),
+            ]
+        )
+        return {
+            "findings": small_table(self.rows, schema, most_bytes=_MOST_BYTES),
+            "findings_count": self.count,
+        }
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    if row["prompt_id"] is None:
+        return f"partition {row['partition_key']}"
+    sample = f" sample {row['sample']}" if row["sample"] else ""
+    return f"{str(row['prompt_id'])[:60]}{sample}"

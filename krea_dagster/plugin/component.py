@@ -1,0 +1,319 @@
+"""The component for ``dg``: everything that the factory takes, as YAML."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import dagster as dg
+from pydantic import BaseModel, Field
+
+from krea_dagster.plugin.automation import on_prompts_changed
+from krea_dagster.plugin.beta import quiet_beta
+from krea_dagster.plugin.checks import (
+    CheckFactory,
+    build_failure_share_check,
+    build_files_check,
+    build_manifest_schema_check,
+    build_pictures_check,
+    build_spend_check,
+)
+from krea_dagster.plugin.component_scaffolder import KreaImagesScaffolder
+from krea_dagster.plugin.definitions import build_krea_definitions
+from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import Defaults, estimate_tokens
+
+_Size = Literal["1:1", "4:3", "3:4", "5:4", "4:5", "2:3", "3:2", "9:16", "16:9", "1:2", "2:1"]
+
+KEY_VARIABLE: Final = "EVOLINK_API_KEY"
+
+
+class _Section(dg.Model, dg.Resolvable):
+    """A part of the YAML in which a wrong line is named, however deep it lies.
+
+    Dagster lets every field be a text too, a template such as ``{{ name }}``, and says so by
+    ``anyOf``: of a section with one misspelt line, ``dg check yaml`` then only says that all of it
+    fits nothing. Where the schema says ``if`` it is a section, a checker goes into it.
+    """
+
+    @classmethod
+    def model(cls) -> type[BaseModel]:
+        """The model that the YAML is read with."""
+        model = super().model()
+        extra = model.model_config.get("json_schema_extra")
+        if isinstance(extra, dict):  # else it has been done
+            model.model_config["json_schema_extra"] = partial(_go_into_sections, extra)
+        return model
+
+
+def _go_into_sections(extra: Mapping[str, Any], schema: dict[str, Any]) -> None:
+    schema.update(extra)
+    for field in schema["properties"].values():
+        options = field.get("anyOf", ())
+        sections = [option for option in options if "$ref" in option]
+        if len(sections) == 1:
+            others = [option for option in options if "$ref" not in option]
+            del field["anyOf"]
+            field |= {"if": {"type": "object"}, "then": sections[0], "else": {"anyOf": others}}
+
+
+class KreaSettings(_Section):
+    """How EvoLink is reached, and where what is bought is kept: the fields of ``KreaResource``.
+
+    Secrets are given by the names of their variables, so that no YAML and no page shows them.
+    """
+
+    api_key_env: str = Field(
+        default=KEY_VARIABLE,
+        description="Name of the environment variable that holds the EvoLink API key.",
+    )
+    journal_url_env: str | None = Field(
+        default=None,
+        description=(
+            "Name of the environment variable that holds the journal's SQLAlchemy URL. Without it "
+            "the journal is SQLite in the storage root."
+        ),
+    )
+    emulator: bool | None = Field(
+        default=None,
+        description=(
+            "Use the emulator: synthetic pictures, no charge. By default where the variable of the "
+            "key is not set."
+        ),
+    )
+    storage: str = Field(
+        default="data/krea",
+        description="Root of what is made: a folder below the project's root, or a URL.",
+    )
+    base_url: str = Field(default="https://api.evolink.ai", description="Root of the API.")
+    max_in_flight: int = Field(
+        default=64, ge=1, le=4096, description="Most tasks of one run at the server at once."
+    )
+    max_per_s: float | None = Field(
+        default=None, gt=0, description="Most images a second that one run asks for."
+    )
+    look_at_images: bool = Field(
+        default=True, description="Decode each image once before it counts as stored."
+    )
+    on_unknown: Literal["replay", "hold"] = Field(
+        default="replay", description="What is done about a purchase whose outcome is unknown."
+    )
+    run_credits: float | None = Field(
+        default=None, ge=0, description="Most credits that one run may commit."
+    )
+    day_credits: float | None = Field(
+        default=None, ge=0, description="Most credits that all runs may commit in one UTC day."
+    )
+    patience_s: float = Field(
+        default=1800.0, gt=0, description="Seconds that a run waits for a task."
+    )
+    timeout_s: float = Field(
+        default=60.0, gt=0, description="Seconds that EvoLink may take to answer a call."
+    )
+    download_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds that one download may take in all."
+    )
+
+
+class RowDefaults(_Section):
+    """What a row of the prompt table leaves open."""
+
+    size: _Size = "1:1"
+    quality: Literal["1K", "2K"] = "1K"
+    num_images: Annotated[int, Field(ge=1, le=100)] = 1
+    nsfw_check: bool = False
+
+
+class FailureShareCheck(_Section):
+    """The share of rows that failed: a warning above one, an error above the other."""
+
+    warn_above: float = 0.01
+    error_above: float = 0.05
+
+
+class SampledCheck(_Section):
+    """A check of so many files, drawn by the seed; ``sample: null`` takes all."""
+
+    sample: int | None = 100
+    seed: int | None = None
+
+
+class SpendCheck(_Section):
+    """What the rows cost against the published prices, and against a bound in credits."""
+
+    most_credits: float | None = None
+    tolerance: float = 0.0
+    prices: dict[str, float] | None = None
+
+
+class NoSettings(_Section):
+    """A check without settings: ``{}``."""
+
+
+class Checks(_Section):
+    """The asset checks of ``image_manifest``; one that is not named is not made."""
+
+    manifest_schema: NoSettings | None = None
+    failure_share: FailureShareCheck | None = None
+    files: SampledCheck | None = None
+    pictures: SampledCheck | None = None
+    spend: SpendCheck | None = None
+
+    def factories(self) -> list[CheckFactory]:
+        """The checks that are named, each with its settings."""
+        known: dict[str, Any] = {
+            "manifest_schema": build_manifest_schema_check,
+            "failure_share": build_failure_share_check,
+            "files": build_files_check,
+            "pictures": build_pictures_check,
+            "spend": build_spend_check,
+        }
+        named = ((name, getattr(self, name)) for name in known)
+        return [
+            partial(known[name], **settings.model_dump())
+            for name, settings in named
+            if settings is not None
+        ]
+
+
+@dg.scaffold_with(KreaImagesScaffolder)
+class KreaImages(dg.Component, _Section):
+    """Images of Krea 2 Turbo from a Parquet prompt table: each bought once, and verified.
+
+    The assets ``prompts``, ``images`` and ``image_manifest`` with their job, sensors and checks.
+    Several instances in one project each need a ``key_prefix`` of their own.
+
+    To change what YAML cannot say, subclass it: ``build_resource`` makes the resource,
+    ``build_checks`` the checks, ``get_asset_spec`` has the last word on every asset, and
+    ``count_tokens`` counts those of a prompt.
+    """
+
+    prompts: str = Field(
+        description=(
+            "The prompt table: a Parquet file or a folder below the project's root, or a URL."
+        )
+    )
+    partition_by: str = Field(
+        default="hash:8",
+        description=(
+            "hash:N, column:NAME, day:NAME, week:NAME, month:NAME, in a time zone "
+            "day:NAME@Europe/Berlin, with a column day:NAME,column:NAME."
+        ),
+    )
+    start: str | None = Field(
+        default=None, description="First day of partitions by time; by default the table's."
+    )
+    krea: KreaSettings = Field(
+        default_factory=KreaSettings, description="How EvoLink is reached, and what is kept where."
+    )
+    defaults: RowDefaults = Field(
+        default_factory=RowDefaults, description="What a row of the table leaves open."
+    )
+    key_prefix: list[str] = Field(
+        default=[], description="Prefix of the assets' keys, and of all names."
+    )
+    group_name: str = Field(default="krea", description="Group of the assets.")
+    partitions_per_run: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most partitions that a run of a backfill takes; by default all in one run.",
+    )
+    launch_on_changed_prompts: bool = Field(
+        default=False,
+        description="Have runs launched, and images bought, where prompts have changed.",
+    )
+    fresh_within_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="Hours after which images that were not materialized count as stale.",
+    )
+    pool: str | None = Field(
+        default="krea", description="Pool of the steps that buy, which bounds them across runs."
+    )
+    checks: Checks | None = Field(
+        default=None, description="Asset checks of image_manifest; by default the cheap ones."
+    )
+    in_process: bool = Field(
+        default=True,
+        description=(
+            "Have the code location run steps in the run's own process: they wait for the network. "
+            "Set it to false where the project has an executor of its own."
+        ),
+    )
+
+    def build_resource(self, context: dg.ComponentLoadContext) -> KreaResource:
+        """The resource that the assets use."""
+        settings = self.krea.model_dump(exclude={"api_key_env", "journal_url_env", "emulator"})
+        settings["storage"] = _in_project(self.krea.storage, context)
+        emulator = self.krea.emulator
+        if emulator is None:
+            emulator = not os.environ.get(self.krea.api_key_env)
+        # By name: Dagster shows the name of a variable, and the text of a string.
+        url_env = self.krea.journal_url_env
+        return KreaResource(
+            **settings,
+            emulator=emulator,
+            api_key="" if emulator else dg.EnvVar(self.krea.api_key_env),
+            journal_url=dg.EnvVar(url_env) if url_env else "",
+        )
+
+    def build_checks(self) -> Sequence[CheckFactory] | None:
+        """The checks of ``image_manifest``, each as a factory; None for the cheap ones."""
+        return None if self.checks is None else self.checks.factories()
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens a prompt has; here an estimate that needs no tokenizer."""
+        return estimate_tokens(prompt)
+
+    def get_asset_spec(self, spec: dg.AssetSpec) -> dg.AssetSpec:
+        """An asset's spec as it shall be; this one is left as it is."""
+        return spec
+
+    @quiet_beta
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """Build the definitions. Raises ConfigError for a setting that cannot be used."""
+        per_run, fresh_hours = self.partitions_per_run, self.fresh_within_hours
+        defs = build_krea_definitions(
+            prompts=_in_project(self.prompts, context),
+            krea=self.build_resource(context),
+            partition_by=self.partition_by,
+            start=self.start,
+            defaults=Defaults(**self.defaults.model_dump()),
+            count_tokens=self._counter(),
+            key_prefix=self.key_prefix,
+            group_name=self.group_name,
+            backfill_policy=None if per_run is None else dg.BackfillPolicy.multi_run(per_run),
+            automation_condition=on_prompts_changed() if self.launch_on_changed_prompts else None,
+            freshness_policy=(
+                None
+                if fresh_hours is None
+                else dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=fresh_hours))
+            ),
+            pool=self.pool,
+            checks=self.build_checks(),
+            executor=dg.in_process_executor if self.in_process else None,
+        )
+        # By hand: the method of Definitions that does this is a preview, and warns of itself.
+        own = [
+            one for one in defs.assets or () if isinstance(one, dg.AssetSpec | dg.AssetsDefinition)
+        ]
+        return dg.Definitions(
+            assets=dg.map_asset_specs(self.get_asset_spec, own),
+            asset_checks=defs.asset_checks,
+            jobs=defs.jobs,
+            sensors=defs.sensors,
+            resources=defs.resources,
+            executor=defs.executor,
+        )
+
+    def _counter(self) -> Callable[[str], int]:
+        # The estimate by its own name: a table counts whole columns by it at once.
+        own = type(self).count_tokens is not KreaImages.count_tokens
+        return self.count_tokens if own else estimate_tokens
+
+
+def _in_project(place: str, context: dg.ComponentLoadContext) -> str:
+    """A path below the project's root made absolute; a URL or an absolute path as it is."""
+    return place if "://" in place else str(Path(context.project_root, place))

@@ -1,0 +1,157 @@
+"""A schedule for the assets of a prompt table, whatever they are partitioned by."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import groupby
+from typing import Final
+
+import dagster as dg
+
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.assets import KreaAssets
+from krea_dagster.plugin.io_manager import MANIFEST_ASSET
+from krea_dagster.plugin.partitions import COLUMN_DIMENSION
+from krea_dagster.prompts import MultiPartitions
+
+_RANGE_START: Final = "dagster/asset_partition_range_start"
+_RANGE_END: Final = "dagster/asset_partition_range_end"
+
+#: Every day at midnight.
+_DAILY: Final = "0 0 * * *"
+
+
+def build_krea_schedule(
+    assets: KreaAssets | dg.Definitions,
+    *,
+    name: str | None = None,
+    cron_schedule: str | None = None,
+    execution_timezone: str | None = None,
+    key_prefix: str | Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
+    default_status: dg.DefaultScheduleStatus = dg.DefaultScheduleStatus.STOPPED,
+) -> dg.ScheduleDefinition:
+    """Build a schedule of the job ``krea_images``, for the partitions of its assets.
+
+    ``assets`` are those of ``build_krea_assets`` beside a job ``krea_images``, or what
+    ``build_krea_definitions`` returned, there with the ``key_prefix`` that it was given.
+    By day, week or month it launches the partition that has just ended, when it ends, in the
+    partitions' time zone; with a column beside it, for each of the column's values. By hash
+    buckets or a column's values it launches all partitions, every day at midnight in UTC: what
+    was bought is not bought again, so that this takes up new prompts and what was left for later.
+    ``cron_schedule`` and ``execution_timezone`` say another time.
+
+    Runs take as many partitions as the backfill policy says, and a tick that is repeated launches
+    none twice. ``tags`` are those of the runs. Like every schedule that spends money it is off
+    until it is switched on, or ``default_status`` says RUNNING. Raises ConfigError where
+    there are no such assets.
+    """
+    images, manifest = _assets_of(
+        assets, [key_prefix] if isinstance(key_prefix, str) else key_prefix
+    )
+    partitions_def = images.partitions_def
+    if partitions_def is None:
+        raise ConfigError(f"{images.key.to_user_string()} has no partitions")
+    before = "".join(f"{part}_" for part in images.key.path[:-1])
+    name = name or f"{before}krea_schedule"
+    time = _time_of(partitions_def)
+    policy = images.backfill_policy
+    most = policy.max_partitions_per_run if policy else 1
+
+    @dg.schedule(
+        name=name,
+        job_name=f"{before}krea_images",
+        cron_schedule=cron_schedule or (_DAILY if time is None else time.cron_schedule),
+        execution_timezone=execution_timezone or ("UTC" if time is None else time.timezone),
+        default_status=default_status,
+        description=(
+            "Buys what the partition that has just ended asks for."
+            if time is not None
+            else "Buys what is new or was left for later, in all partitions."
+        ),
+    )
+    def krea_schedule(
+        context: dg.ScheduleEvaluationContext,
+    ) -> list[dg.RunRequest] | dg.SkipReason:
+        at = context.scheduled_execution_time
+        runs = list(_runs(context.instance, partitions_def, at, most))
+        if not runs:
+            return dg.SkipReason("There is no partition to launch.")
+        return [
+            dg.RunRequest(
+                run_key=f"{at.astimezone(timezone.utc).isoformat()}/{first}",
+                tags={**(tags or {}), _RANGE_START: first, _RANGE_END: last},
+                asset_selection=[images.key, manifest],
+            )
+            for first, last in runs
+        ]
+
+    return krea_schedule
+
+
+def _assets_of(
+    assets: KreaAssets | dg.Definitions, prefix: Sequence[str]
+) -> tuple[dg.AssetsDefinition, dg.AssetKey]:
+    if isinstance(assets, KreaAssets):
+        return assets.images, assets.image_manifest.key
+    key = dg.AssetKey([*prefix, "images"])
+    for one in assets.assets or ():
+        if isinstance(one, dg.AssetsDefinition) and key in one.keys:
+            return one, dg.AssetKey([*prefix, MANIFEST_ASSET])
+    raise ConfigError(
+        f"there is no asset {key.to_user_string()} in these definitions; give the key_prefix "
+        "that build_krea_definitions was given"
+    )
+
+
+def _time_of(
+    partitions_def: dg.PartitionsDefinition[str],
+) -> dg.TimeWindowPartitionsDefinition | None:
+    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
+        return next(
+            one.partitions_def
+            for one in partitions_def.partitions_defs
+            if isinstance(one.partitions_def, dg.TimeWindowPartitionsDefinition)
+        )
+    if isinstance(partitions_def, dg.TimeWindowPartitionsDefinition):
+        return partitions_def
+    return None
+
+
+def _runs(
+    instance: dg.DagsterInstance,
+    partitions_def: dg.PartitionsDefinition[str],
+    at: datetime,
+    most: int | None,
+) -> Iterator[tuple[str, str]]:
+    """The runs of a tick: the first and the last partition of each."""
+    time = _time_of(partitions_def)
+    if time is None:
+        keys = partitions_def.get_partition_keys(dynamic_partitions_store=instance)
+        for chunk in _chunks(keys, most):
+            yield chunk[0], chunk[-1]
+        return
+    ended = _ended(time, at)
+    if ended is None:
+        return
+    if not isinstance(partitions_def, dg.MultiPartitionsDefinition):
+        yield ended, ended
+        return
+    within = partitions_def.get_partitions_def_for_dimension(COLUMN_DIMENSION)
+    for value in within.get_partition_keys(dynamic_partitions_store=instance):
+        # A range is a product, so that each value of the column is a run of its own.
+        key = f"{value}{MultiPartitions.BAR}{ended}"
+        yield key, key
+
+
+def _ended(time: dg.TimeWindowPartitionsDefinition, at: datetime) -> str | None:
+    """The partition that has ended last; None before the first one has."""
+    window = time.get_prev_partition_window(at)
+    return (
+        None if window is None else time.get_partition_key_for_timestamp(window.start.timestamp())
+    )
+
+
+def _chunks(keys: Sequence[str], most: int | None) -> Iterator[list[str]]:
+    most = most or max(1, len(keys))
+    for _, chunk in groupby(enumerate(keys), lambda numbered: numbered[0] // most):
+        yield [key for _, key in chunk]

@@ -1,0 +1,257 @@
+"""A real ``dagster dev`` on an instance on disk, driven as the UI drives it: by GraphQL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import dagster as dg
+import httpx
+from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES
+
+#: Seconds in which sensors, automation and run queue have all looked at least twice.
+_QUIET_S = 11.0
+
+ROOT = Path(__file__).parents[2]
+
+#: Runs are waited for, not polled from a queue; the rest is Dagster as it is installed.
+_SETTINGS = """\
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+"""
+
+#: A code location with the automation as it is shipped, but for shorter intervals.
+DEFINITIONS = """\
+import os
+import dagster as dg
+import krea_dagster.plugin.assets as krea_assets
+from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable
+from krea_dagster.plugin.automation import (
+    build_automation_sensor, build_prompts_sensor, on_prompts_changed,
+)
+from krea_dagster.prompts import parse_partition_by
+
+table = PromptTable(os.environ["TABLE"], parse_partition_by(os.environ["PARTITION_BY"]))
+width = int(os.environ["WIDTH"])
+made = krea_assets.build_krea_assets(
+    table, backfill_policy=dg.BackfillPolicy.multi_run(width) if width else None
+)
+automated = os.environ["AUTOMATED"] == "yes"
+assets = [made.images, made.image_manifest]
+if automated:
+    assets = dg.map_asset_specs(
+        lambda spec: spec.replace_attributes(automation_condition=on_prompts_changed()), assets
+    )
+sensors = [
+    build_prompts_sensor(
+        table, made.partitions_def, made.prompts.key, columns_key=made.prompt_columns.key,
+        name="krea_prompts", minimum_interval_s=1,
+    ),
+    build_automation_sensor(made, name="krea_automation", minimum_interval_s=1),
+]
+storage = os.environ["STORAGE"]
+defs = dg.Definitions(
+    assets=[made.prompts, made.prompt_columns, *assets],
+    jobs=[dg.define_asset_job("krea_images", selection=[made.images, made.image_manifest])],
+    sensors=sensors if automated else [],
+    resources={
+        "krea": KreaResource(
+            api_key=dg.EnvVar("DAEMON_KEY"), base_url=os.environ["BASE_URL"], storage=storage
+        ),
+        "krea_manifest": KreaManifestIOManager(storage=storage),
+    },
+    executor=dg.in_process_executor,
+)
+"""
+
+
+@dataclass(frozen=True)
+class Dagster:
+    """A running ``dagster dev``: its web server's GraphQL, and the instance on disk."""
+
+    folder: Path
+    url: str
+    instance: dg.DagsterInstance
+    process: subprocess.Popen[bytes]
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        """The answer of a GraphQL query or mutation."""
+        answer = httpx.post(
+            f"{self.url}/graphql",
+            json={"query": dedent(query), "variables": variables},
+            timeout=60.0,
+            trust_env=False,
+        ).json()
+        assert "errors" not in answer, answer
+        data: dict[str, Any] = answer["data"]
+        return data
+
+    def wait(self, what: Callable[[], bool], seconds: float) -> None:
+        """Wait until it is so."""
+        until_s = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < until_s, self.log()
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        """The last that it wrote."""
+        return (self.folder / "dagster.log").read_text()[-6000:]
+
+    def runs(self) -> list[dg.DagsterRun]:
+        """All runs, the oldest first."""
+        return list(reversed(self.instance.get_runs()))
+
+    def wait_until_quiet(self, seconds: float = 150.0) -> None:
+        """Wait until nothing runs or is about to, for as long as sensors and daemon need to look.
+
+        They look every one to five seconds.
+        """
+        until_s = time.monotonic() + seconds
+        quiet_since_s = time.monotonic()
+        while time.monotonic() - quiet_since_s < _QUIET_S:
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < until_s, self.log()
+            if not self._idle():
+                quiet_since_s = time.monotonic()
+            time.sleep(0.5)
+
+    def _idle(self) -> bool:
+        backfills = self.instance.get_backfills()
+        return all(run.is_finished for run in self.runs()) and all(
+            backfill.status in BULK_ACTION_TERMINAL_STATUSES for backfill in backfills
+        )
+
+    def backfill(self, partitions: list[str]) -> str:
+        """Launch a backfill as the button does; its id."""
+        data = self.ask(
+            """
+            mutation($params: LaunchBackfillParams!) {
+              launchPartitionBackfill(backfillParams: $params) {
+                __typename
+                ... on LaunchBackfillSuccess { backfillId }
+                ... on PythonError { message }
+              }
+            }
+            """,
+            params={
+                "assetSelection": [{"path": ["images"]}, {"path": ["image_manifest"]}],
+                "partitionNames": partitions,
+            },
+        )["launchPartitionBackfill"]
+        return str(data["backfillId"])
+
+    def backfill_status(self, backfill_id: str) -> str:
+        """How a backfill stands."""
+        data = self.ask(
+            "query($id: String!) { partitionBackfillOrError(backfillId: $id) "
+            "{ ... on PartitionBackfill { status } } }",
+            id=backfill_id,
+        )
+        return str(data["partitionBackfillOrError"]["status"])
+
+    def launch(self, partition: str, tags: Mapping[str, str] | None = None) -> str:
+        """Launch the job for one partition as the launchpad does; the run's id."""
+        given = {"dagster/partition": partition, **(tags or {})}
+        data = self.ask(
+            """
+            mutation($params: ExecutionParams!) {
+              launchRun(executionParams: $params) {
+                __typename
+                ... on LaunchRunSuccess { run { runId } }
+                ... on PythonError { message }
+              }
+            }
+            """,
+            params={
+                "selector": {
+                    "repositoryLocationName": "location.py",
+                    "repositoryName": "__repository__",
+                    "jobName": "krea_images",
+                },
+                "runConfigData": {},
+                "executionMetadata": {
+                    "tags": [{"key": key, "value": value} for key, value in given.items()]
+                },
+            },
+        )["launchRun"]
+        return str(data["run"]["runId"])
+
+
+@contextmanager
+def dagster_dev(
+    folder: Path,
+    *,
+    base_url: str,
+    api_key: str,
+    partition_by: str,
+    automated: bool = False,
+    width: int = 0,
+    settings: str = "",
+) -> Iterator[Dagster]:
+    """Run ``dagster dev`` over a code location of one table, and end it."""
+    home = folder / "home"
+    home.mkdir(parents=True)
+    (home / "dagster.yaml").write_text(_SETTINGS + settings)
+    (folder / "location.py").write_text(DEFINITIONS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": str(home),
+        "TABLE": str(folder / "prompts.parquet"),
+        "PARTITION_BY": partition_by,
+        "WIDTH": str(width),
+        "AUTOMATED": "yes" if automated else "no",
+        "STORAGE": str(folder / "krea"),
+        "DAEMON_KEY": api_key,
+        "BASE_URL": base_url,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [Path(sys.executable).with_name("dagster"), "dev", "-f", "location.py"]
+    url = f"http://127.0.0.1:{port}"
+    # Opened first: two processes that make its database at once would be in each other's way.
+    with (
+        dg.DagsterInstance.from_config(str(home)) as instance,
+        (folder / "dagster.log").open("wb") as log,
+    ):
+        process = subprocess.Popen(
+            [*map(str, command), "-h", "127.0.0.1", "-p", str(port)],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            running = Dagster(folder, url, instance, process)
+            running.wait(lambda: _answers(url), 90)
+            yield running
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/server_info", timeout=2.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False

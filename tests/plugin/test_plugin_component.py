@@ -1,0 +1,436 @@
+"""The component: what its YAML says reaches the factory, and no YAML and no page shows a key."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster.components.testing import DefsFolderSandbox, create_defs_folder_sandbox
+
+from krea_dagster import KreaImages, KreaResource, build_krea_definitions
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.component import Checks, KreaSettings, RowDefaults
+from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
+from tests.dagster_bench import tick, write_table
+from tests.plugin.test_plugin_secrets import told_to_the_ui
+
+DG = Path(sys.executable).with_name("dg")
+
+#: Dagster reads its YAML by a function that Pydantic has deprecated, and notes in a beta class of
+#: its own from which file a component came.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`parse_obj_as` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Class `LocalFileCodeReference`"),
+]
+
+KEY = "sk-of-the-component-7Hq2"
+
+#: Everything that the YAML takes, nothing as it is by default.
+EVERYTHING: dict[str, Any] = {
+    "prompts": "data/prompts.parquet",
+    "partition_by": "day:day@Europe/Berlin",
+    "start": "2026-11-02",
+    "krea": {
+        "api_key_env": "HERO_KEY",
+        "journal_url_env": "HERO_JOURNAL",
+        "emulator": False,
+        "storage": "made",
+        "base_url": "https://gateway.example",
+        "max_in_flight": 5,
+        "max_per_s": 2.5,
+        "look_at_images": False,
+        "on_unknown": "hold",
+        "run_credits": 7.5,
+        "day_credits": 20,
+        "patience_s": 600,
+        "timeout_s": 30,
+        "download_timeout_s": 90,
+    },
+    "defaults": {"size": "16:9", "quality": "2K", "num_images": 2, "nsfw_check": True},
+    "key_prefix": ["shop", "hero"],
+    "group_name": "pictures",
+    "partitions_per_run": 7,
+    "launch_on_changed_prompts": True,
+    "fresh_within_hours": 36,
+    "pool": "painters",
+    "checks": {
+        "manifest_schema": {},
+        "failure_share": {"warn_above": 0.02, "error_above": 0.1},
+        "files": {"sample": 10, "seed": 3},
+        "pictures": {"sample": None, "seed": 4},
+        "spend": {"most_credits": 9, "tolerance": 0.1, "prices": {"1K": 0.5, "2K": 1.0}},
+    },
+    "in_process": False,
+}
+
+
+@pytest.fixture
+def sandbox() -> Iterator[DefsFolderSandbox]:
+    with create_defs_folder_sandbox() as made:
+        write_table(
+            made.project_root / "data" / "prompts.parquet",
+            {"prompt": ["a boat", "a kite"], "day": ["2026-11-02", "2026-11-03"]},
+        )
+        yield made
+
+
+def add(sandbox: DefsFolderSandbox, attributes: Mapping[str, Any], *, name: str = "hero") -> Path:
+    """Write the YAML of an instance into the sandbox's project."""
+    return sandbox.scaffold_component(
+        KreaImages,
+        name,
+        defs_yaml_contents={"type": "krea_dagster.KreaImages", "attributes": dict(attributes)},
+    )
+
+
+def built(
+    sandbox: DefsFolderSandbox, attributes: Mapping[str, Any]
+) -> tuple[KreaImages, dg.Definitions]:
+    with sandbox.load_component_and_build_defs(add(sandbox, attributes)) as (component, defs):
+        assert isinstance(component, KreaImages)
+        return component, defs
+
+
+def resource_of(defs: dg.Definitions, key: str = "krea") -> KreaResource:
+    krea = (defs.resources or {})[key]
+    assert isinstance(krea, KreaResource)
+    return krea
+
+
+# -- what the YAML says -----------------------------------------------------------------------
+
+
+def test_this_file_says_everything_that_the_yaml_takes() -> None:
+    assert set(EVERYTHING) == set(KreaImages.model_fields)
+    for section, model in (("krea", KreaSettings), ("defaults", RowDefaults), ("checks", Checks)):
+        assert set(EVERYTHING[section]) == set(model.model_fields)
+
+
+def test_every_setting_of_the_resource_is_in_the_yaml_with_the_same_default() -> None:
+    ours = {name: field.default for name, field in KreaSettings.model_fields.items()}
+    theirs = {name: field.default for name, field in KreaResource.model_fields.items()}
+    by_name = {"api_key": "api_key_env", "journal_url": "journal_url_env"}
+    assert {by_name.get(name, name) for name in theirs} == set(ours)
+    same = set(ours) - {"api_key_env", "journal_url_env", "emulator"}
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+
+
+def test_every_option_of_a_check_is_in_the_yaml() -> None:
+    checks = Checks.model_validate(EVERYTHING["checks"])
+    for factory in checks.factories():
+        options = set(inspect.signature(factory).parameters) - {"manifest_key", "resource_key"}
+        assert options == set(factory.keywords), factory  # type: ignore[attr-defined]  # partial
+
+
+def test_every_argument_of_the_factory_is_in_the_yaml_or_has_a_hook() -> None:
+    arguments = set(inspect.signature(build_krea_definitions).parameters)
+    said_otherwise = {
+        "partitions_per_run": "backfill_policy",
+        "launch_on_changed_prompts": "automation_condition",
+        "fresh_within_hours": "freshness_policy",
+        "in_process": "executor",
+    }
+    in_yaml = {said_otherwise.get(name, name) for name in KreaImages.model_fields}
+    assert in_yaml | {"count_tokens"} == arguments
+    assert callable(KreaImages.count_tokens)
+
+
+def test_all_of_it_reaches_the_definitions(
+    sandbox: DefsFolderSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERO_KEY", KEY)
+    component, defs = built(sandbox, EVERYTHING)
+
+    prefix = ["shop", "hero"]
+    images = defs.resolve_assets_def(dg.AssetKey([*prefix, "images"]))
+    manifest = dg.AssetKey([*prefix, "image_manifest"])
+    spec = images.get_asset_spec()
+    assert spec.group_name == "pictures"
+    assert images.op.pool == "painters"
+    assert images.backfill_policy == dg.BackfillPolicy.multi_run(7)
+    assert spec.freshness_policy == dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=36))
+    partitions = images.partitions_def
+    assert isinstance(partitions, dg.DailyPartitionsDefinition)
+    assert partitions.get_first_partition_key() == "2026-11-02"
+    assert partitions.timezone == "Europe/Berlin"
+    assert defs.executor is None
+    assert defs.resolve_sensor_def("shop_hero_krea_automation")
+    assert spec.automation_condition is not None
+
+    checks = {key.name for key in defs.resolve_asset_graph().asset_check_keys}
+    assert checks == {
+        "all_rows_delivered", "spend_proof", "manifest_schema", "failure_share", "files_whole",
+        "pictures", "spend_expected",
+    }  # fmt: skip
+    options = [dict(one.keywords) for one in component.build_checks() or ()]  # type: ignore[attr-defined]  # partials
+    assert options == list(EVERYTHING["checks"].values())
+    share = defs.resolve_asset_graph().get_check_spec(dg.AssetCheckKey(manifest, "failure_share"))
+    assert "2.00%" in (share.description or "")
+
+    krea = resource_of(defs, "shop_hero_krea")
+    settings = EVERYTHING["krea"]
+    for name in set(settings) - {"api_key_env", "journal_url_env", "storage"}:
+        assert getattr(krea, name) == settings[name], name
+    assert krea.storage == str(sandbox.project_root / "made")
+    uri = defs.resolve_asset_graph().get(dg.AssetKey([*prefix, "prompts"])).metadata["dagster/uri"]
+    assert uri == str(sandbox.project_root / "data" / "prompts.parquet")
+
+
+def test_the_defaults_of_a_row_decide_what_is_bought(
+    sandbox: DefsFolderSandbox, tmp_path: Path
+) -> None:
+    wide = {"size": "16:9", "num_images": 2}
+    _, defs = built(sandbox, {"prompts": "data/prompts.parquet", "defaults": wide})
+    source = str(sandbox.project_root / "data" / "prompts.parquet")
+    by = parse_partition_by("hash:8")
+    expected = PromptTable(source, by, defaults=Defaults(size="16:9", num_images=2)).versions()
+    assert expected != PromptTable(source, by).versions()
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        told = {
+            event.partition: (event.tags or {})["dagster/data_version"]
+            for event in tick(defs, instance, "krea_prompts").asset_events
+            if event.asset_key == dg.AssetKey("prompts")
+        }
+    assert told == expected
+
+
+def test_what_is_left_out_is_as_the_factory_has_it(sandbox: DefsFolderSandbox) -> None:
+    _, defs = built(sandbox, {"prompts": "data/prompts.parquet"})
+    plain = build_krea_definitions(
+        prompts=str(sandbox.project_root / "data" / "prompts.parquet"),
+        krea=KreaResource(emulator=True, storage=str(sandbox.project_root / "data" / "krea")),
+    )
+    assert resource_of(defs) == resource_of(plain)
+    assert defs.executor is plain.executor
+    assert told_to_the_ui(defs) == told_to_the_ui(plain)
+
+
+def test_a_url_is_not_taken_for_a_path_of_the_project(sandbox: DefsFolderSandbox) -> None:
+    urls = {"prompts": "memory://shop/prompts.parquet", "krea": {"storage": "memory://shop/krea"}}
+    _, defs = built(sandbox, urls)
+    assert resource_of(defs).storage == "memory://shop/krea"
+    prompts = defs.resolve_asset_graph().get(dg.AssetKey("prompts"))
+    assert prompts.metadata["dagster/uri"] == "memory://shop/prompts.parquet"
+
+
+@pytest.mark.parametrize(
+    ("partition_by", "kind"),
+    [
+        ("hash:3", dg.StaticPartitionsDefinition),
+        ("column:day", dg.DynamicPartitionsDefinition),
+        ("day:day", dg.DailyPartitionsDefinition),
+        ("week:day", dg.WeeklyPartitionsDefinition),
+        ("month:day", dg.MonthlyPartitionsDefinition),
+        ("day:day,column:prompt", dg.MultiPartitionsDefinition),
+    ],
+)
+def test_each_partitioning_is_a_word_in_the_yaml(
+    sandbox: DefsFolderSandbox, partition_by: str, kind: type
+) -> None:
+    _, defs = built(sandbox, {"prompts": "data/prompts.parquet", "partition_by": partition_by})
+    images = defs.resolve_assets_def(dg.AssetKey("images"))
+    assert type(images.partitions_def) is kind
+
+
+def test_a_partitioning_that_does_not_exist_is_told_when_the_project_is_loaded(
+    sandbox: DefsFolderSandbox,
+) -> None:
+    path = add(sandbox, {"prompts": "p.parquet", "partition_by": "weekly"})
+    with (
+        pytest.raises(Exception, match="hero") as caught,
+        sandbox.load_component_and_build_defs(path),
+    ):
+        pass
+    causes = [caught.value, caught.value.__cause__]
+    assert any(isinstance(one, ConfigError) and "weekly" in str(one) for one in causes)
+
+
+def test_two_instances_with_prefixes_of_their_own_share_a_project(
+    sandbox: DefsFolderSandbox,
+) -> None:
+    for name in ("ads", "shop"):
+        add(
+            sandbox,
+            {"prompts": "data/prompts.parquet", "partition_by": "column:day", "key_prefix": [name]},
+            name=name,
+        )
+    with sandbox.build_all_defs() as defs:
+        dg.Definitions.validate_loadable(defs)
+        keys = {key.to_user_string() for key in defs.resolve_all_asset_keys()}
+        for name in ("ads", "shop"):
+            assert {f"{name}/images", f"{name}/image_manifest", f"{name}/prompts"} <= keys
+            assert defs.resolve_job_def(f"{name}_krea_images")
+            assert resource_of(defs, f"{name}_krea").emulator
+            partitions = defs.resolve_assets_def(dg.AssetKey([name, "images"])).partitions_def
+            assert isinstance(partitions, dg.DynamicPartitionsDefinition)
+            assert partitions.name == f"{name}_krea_day"
+
+
+# -- the key ----------------------------------------------------------------------------------
+
+
+def test_the_key_and_the_journals_url_are_given_by_name_and_shown_by_name(
+    sandbox: DefsFolderSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "postgresql://me:hunter2@db.example/krea"
+    monkeypatch.setenv("HERO_KEY", KEY)
+    monkeypatch.setenv("HERO_JOURNAL", url)
+    component, defs = built(sandbox, EVERYTHING)
+    krea = resource_of(defs, "shop_hero_krea")
+    assert isinstance(krea.api_key, dg.EnvVar)
+    assert isinstance(krea.journal_url, dg.EnvVar)
+    assert (krea.api_key.env_var_name, krea.journal_url.env_var_name) == (
+        "HERO_KEY",
+        "HERO_JOURNAL",
+    )
+    assert (krea.api_key.get_value(), krea.journal_url.get_value()) == (KEY, url)
+
+    shown = [
+        told_to_the_ui(defs),
+        repr(krea),
+        repr(component),
+        repr(krea.get_resource_definition()),
+    ]
+    assert "HERO_KEY" in shown[0]
+    for text in shown:
+        assert KEY not in text
+        assert "hunter2" not in text
+
+
+def test_without_the_variable_the_emulator_draws(
+    sandbox: DefsFolderSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HERO_KEY", raising=False)
+    attributes = {"prompts": "data/prompts.parquet", "krea": {"api_key_env": "HERO_KEY"}}
+    assert resource_of(built(sandbox, attributes)[1]).emulator
+    monkeypatch.setenv("HERO_KEY", "")
+    assert resource_of(built(sandbox, attributes)[1]).emulator
+    monkeypatch.setenv("HERO_KEY", KEY)
+    assert not resource_of(built(sandbox, attributes)[1]).emulator
+
+
+@pytest.mark.parametrize("emulator", [True, False])
+def test_the_emulator_can_be_chosen_and_forbidden(
+    sandbox: DefsFolderSandbox, monkeypatch: pytest.MonkeyPatch, emulator: bool
+) -> None:
+    monkeypatch.setenv("HERO_KEY", KEY) if emulator else monkeypatch.delenv("HERO_KEY", False)
+    krea = {"api_key_env": "HERO_KEY", "emulator": emulator}
+    made = resource_of(built(sandbox, {"prompts": "data/prompts.parquet", "krea": krea})[1])
+    assert made.emulator is emulator
+    if emulator:
+        assert made.api_key == ""
+    else:
+        with pytest.raises(ConfigError, match="api_key is empty"):
+            made.check()
+
+
+# -- subclasses -------------------------------------------------------------------------------
+
+OWN = '''
+import dagster as dg
+from functools import partial
+from krea_dagster import KreaImages, build_pictures_check
+
+class Own(KreaImages):
+    """A component of one's own, with a field of its own."""
+
+    owner: str
+
+    def build_resource(self, context):
+        return super().build_resource(context).model_copy(update={"max_in_flight": 3})
+
+    def build_checks(self):
+        return [partial(build_pictures_check, sample=1)]
+
+    def get_asset_spec(self, spec):
+        return spec.replace_attributes(owners=[self.owner])
+
+    def count_tokens(self, prompt):
+        return 1000 if "kite" in prompt else 1
+'''
+
+
+def test_a_subclass_changes_what_yaml_cannot_say(
+    sandbox: DefsFolderSandbox, tmp_path: Path
+) -> None:
+    path = add(sandbox, {"prompts": "data/prompts.parquet", "owner": "team:art"})
+    (path / "own.py").write_text(OWN)
+    file = path / "defs.yaml"
+    file.write_text(file.read_text().replace("krea_dagster.KreaImages", ".own.Own"))
+    with sandbox.load_component_and_build_defs(path) as (_, defs):
+        assert resource_of(defs).max_in_flight == 3
+        checks = {key.name for key in defs.resolve_asset_graph().asset_check_keys}
+        assert checks == {"all_rows_delivered", "spend_proof", "pictures"}
+        for key in ("images", "image_manifest", "prompts"):
+            assert defs.resolve_asset_graph().get(dg.AssetKey(key)).owners == ["team:art"]
+        with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+            assert "1000 tokens" in str(tick(defs, instance, "krea_prompts").skip_message)
+
+
+def test_tokens_are_estimated_by_whole_columns_unless_a_subclass_counts(
+    sandbox: DefsFolderSandbox,
+) -> None:
+    component, _ = built(sandbox, {"prompts": "data/prompts.parquet"})
+    assert component._counter() is estimate_tokens
+    assert component.count_tokens("a boat at dawn") == estimate_tokens("a boat at dawn")
+
+
+# -- dg ---------------------------------------------------------------------------------------
+
+PROJECT = """\
+[project]
+name = "hero"
+version = "0.1.0"
+requires-python = ">=3.10"
+
+[tool.dg]
+directory_type = "project"
+
+[tool.dg.project]
+root_module = "hero"
+"""
+
+YAML = """\
+type: krea_dagster.KreaImages
+
+attributes:
+  prompts: data/prompts.parquet
+  krea:
+    api_key_env: HERO_KEY
+    storag: data/krea
+  partiton_by: hash:2
+  checks:
+    files:
+      sampel: 3
+"""
+
+
+def test_dg_check_yaml_finds_each_typo_at_its_line(tmp_path: Path) -> None:
+    home = tmp_path / "src" / "hero" / "defs" / "hero"
+    home.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    for folder in (home.parent.parent, home.parent):
+        (folder / "__init__.py").touch()
+    (home / "defs.yaml").write_text(YAML)
+    environment = {**os.environ, "DAGSTER_DISABLE_TELEMETRY": "1"}
+    environment["PATH"] = f"{DG.parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        [str(DG), "check", "yaml"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    for line, word in enumerate(YAML.splitlines(), 1):
+        if any(typo in word for typo in ("storag:", "partiton_by", "sampel")):
+            (typo,) = word.split(":")[:1]
+            assert f"defs.yaml:{line} " in said, said
+            assert f"'{typo.strip()}' was unexpected" in said
+    assert said.count("was unexpected") == 6, "each is said in a line and at its place"
