@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help setup demo test lint bench dev lock services-test browser-test clean
+.PHONY: help setup demo test lint bench dev lock services-test browser-test daemon-test clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +45,9 @@ dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000
 
 services-test: setup  ## Run the journal's tests against a real PostgreSQL
 	@$(BIN)/python tests/services/run.py
+
+daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling (6 minutes)
+	@$(BIN)/pytest tests/daemon -m daemon -n 4
 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
 	@$(BIN)/pytest tests/browser -m browser

@@ -158,7 +158,8 @@ def build_krea_assets(
                     standing.wanted(),
                     reused_rows=int(standing.whole.sum()),
                     run_id=context.run.run_id,
-                    launch=context.run.tags.get(_BACKFILL_TAG) or root,
+                    # Not shared with a re-execution: it is how one goes on after a top-up.
+                    launch=context.run.tags.get(_BACKFILL_TAG) or context.run.run_id,
                     ask_again=config.retry_errors,
                     resolutions=config.resolutions(batch.plan),
                     on_progress=Narrator(context),

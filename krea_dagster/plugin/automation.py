@@ -51,7 +51,9 @@ def on_prompts_changed() -> dg.AutomationCondition[Any]:
     materialization, and whenever a partition that it depends on has changed, also where this
     happened while it was being run. A run that fails, or ends with rows missing, is not launched
     again before its prompts change: after a top-up a person launches it (the runs' tags say
-    which, see ``krea_dagster.plugin.failures``), and only what is missing is bought.
+    which, see ``krea_dagster.plugin.failures``), and only what is missing is bought. A run that a
+    person launches before the sensor has seen the new prompts is followed by one more, which has
+    nothing left to buy.
     """
     condition = dg.AutomationCondition
     requested, made = condition.newly_requested(), condition.newly_updated()

@@ -135,7 +135,10 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
         case RunStopped(code="no_usable_answer"):
             return "EvoLink gives no usable answer", "wait until it does"
         case RunStopped():
-            return "the account stopped another run of this launch", "see its message"
+            return (
+                "the account stopped another run of this launch",
+                "mend what its message says, wait five minutes",
+            )
         case _:
             return "the key may not use this model", "ask for access or use another key"
 

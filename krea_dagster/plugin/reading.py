@@ -128,11 +128,8 @@ def load(
     if wishes.images == "pil":
         frame = table.to_pandas()
         pictures = [None if one is None else Image.open(io.BytesIO(one)) for one in contents]
-        # One by one: given whole, some kinds of pictures are taken for arrays of numbers.
-        frame[IMAGE_COLUMN] = None
-        frame[IMAGE_COLUMN] = frame[IMAGE_COLUMN].astype(object)
-        for place, picture in enumerate(pictures):
-            frame.iat[place, frame.columns.get_loc(IMAGE_COLUMN)] = picture
+        pandas = importlib.import_module("pandas")  # takes a second, and few ask for it
+        frame[IMAGE_COLUMN] = pandas.Series(pictures, index=frame.index, dtype=object)
         return frame
     return _shaped(table.append_column(IMAGE_COLUMN, pa.array(contents, pa.large_binary())), shape)
 

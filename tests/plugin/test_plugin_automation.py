@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -78,6 +79,18 @@ class Shop:
                 instance=self.instance,
                 run_config=QUIET,
             )
+
+    @contextmanager
+    def running(self, partition: str) -> Iterator[None]:
+        """A run of this partition is under way, and is cancelled at the end."""
+        run = self.instance.create_run_for_job(
+            self.stand_ins.resolve_implicit_global_asset_job_def(),
+            tags={"dagster/partition": partition},
+            asset_selection=frozenset([self.assets.images.key, self.assets.image_manifest.key]),
+            status=dg.DagsterRunStatus.STARTED,
+        )
+        yield
+        self.instance.report_run_canceled(run)
 
     def tick(self) -> tuple[set[str], set[str]]:
         """The partitions of images, and of image_manifest, that are launched now."""
@@ -166,6 +179,19 @@ def test_prompts_that_change_while_their_partition_is_run_are_not_forgotten(shop
     assert images == {BUCKETS[0]}
     shop.made(BUCKETS[0])
     assert [shop.tick()[0] for _ in range(3)] == [set()] * 3
+
+
+def test_prompts_that_change_under_a_run_wait_for_its_end_through_all_ticks(shop: Shop) -> None:
+    shop.prompts("v1", *BUCKETS)
+    shop.tick()
+    shop.made(*BUCKETS)
+    shop.tick()
+    with shop.running(BUCKETS[0]):
+        shop.prompts("v2", *BUCKETS[:2])
+        assert shop.tick()[0] == {BUCKETS[1]}
+        assert [shop.tick()[0] for _ in range(3)] == [set()] * 3
+    assert shop.tick()[0] == {BUCKETS[0]}
+    assert shop.tick()[0] == set()
 
 
 def test_prompts_that_change_again_right_after_a_launch_are_launched_again(shop: Shop) -> None:

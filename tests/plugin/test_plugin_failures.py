@@ -7,14 +7,13 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from krea_dagster import KreaResource
+from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.runner import RunReport, Wanted
+from krea_dagster.engine.runner import RunReport
 from krea_dagster.errors import OutOfCredits
-from krea_dagster.plugin.failures import KreaFailure, failure_of, failure_tags, tag_run
-from krea_dagster.prompts import PromptTable, parse_partition_by, plan_images
-from tests.dagster_bench import OpenAccount, write_table
+from krea_dagster.plugin.failures import KreaFailure, failure_of, failure_tags
+from tests.dagster_bench import OpenAccount, run_job, write_table
 
 NOTHING_LEFT = RunReport(0, Progress(total=4), 1.0)
 
@@ -47,43 +46,44 @@ def test_dagster_takes_the_tags_as_they_are() -> None:
     assert taken.tags == tags
 
 
-def test_a_run_that_the_account_stopped_says_in_its_tags_what_is_missing_and_what_to_do(
+def test_a_users_failure_sensor_reads_what_is_missing_what_it_costs_and_what_to_do(
     tmp_path: Path, emulator: Emulator, instance: dg.DagsterInstance, open_account: OpenAccount
 ) -> None:
-    """A step adds tags to its own run, which a failure sensor then reads."""
-    source = write_table(
-        tmp_path / "prompts.parquet", {"prompt": [f"tagged {number}" for number in range(4)]}
+    """An account with credits for two images of four."""
+    rows = {"prompt": [f"tagged {number}" for number in range(4)]}
+    defs = build_krea_definitions(
+        prompts=write_table(tmp_path / "prompts.parquet", rows),
+        partition_by="hash:1",
+        krea=KreaResource(
+            api_key=open_account(1.0), base_url=emulator.url, storage=str(tmp_path / "krea")
+        ),
+        key_prefix="tagged",
     )
-    table = PromptTable(source, parse_partition_by("hash:1"))
-    krea = KreaResource(
-        api_key=open_account(1.0), base_url=emulator.url, storage=str(tmp_path / "krea")
-    )
+    result = run_job(defs, instance, "bucket-000", job="tagged_krea_images")
+    told: list[KreaFailure | None] = []
 
-    @dg.op
-    def buy() -> None:
-        context = dg.OpExecutionContext.get()
-        images = plan_images(table.read().rows)
-        wanted = [Wanted(image.request, image.partition_key) for image in images]
-        report = krea.carry(wanted, run_id=context.run_id)
-        tag_run(context.instance, context.run_id, krea, report, len(report.left))
-        raise dg.Failure("as the asset does")
+    @dg.run_failure_sensor
+    def tell_us(context: dg.RunFailureSensorContext) -> None:
+        told.append(failure_of(context.dagster_run))
 
-    @dg.job
-    def buying() -> None:
-        buy()
-
-    result = buying.execute_in_process(instance=instance, raise_on_error=False)
     run = instance.get_run_by_id(result.run_id)
     assert run is not None
-    failure = failure_of(run)
-    assert failure == KreaFailure(
-        run_id=result.run_id,
-        outcome="stopped",
-        rows_missing=2,
-        credits_at_stake="0",
-        stopped="insufficient_quota",
-        to_do="top up, then launch these partitions again: only what is missing is bought",
+    event = result.get_run_failure_event()
+    tell_us(
+        dg.build_run_status_sensor_context(
+            "tell_us", dagster_event=event, dagster_instance=instance, dagster_run=run
+        ).for_run_failure()
     )
+    assert told == [
+        KreaFailure(
+            run_id=result.run_id,
+            outcome="stopped",
+            rows_missing=2,
+            credits_at_stake="0",
+            stopped="insufficient_quota",
+            to_do="top up, then launch these partitions again: only what is missing is bought",
+        )
+    ]
 
 
 def test_a_run_without_the_tags_has_nothing_to_say(instance: dg.DagsterInstance) -> None:
