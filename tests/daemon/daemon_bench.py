@@ -21,6 +21,8 @@ from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES
 
 #: Seconds in which sensors, automation and run queue have all looked at least twice.
 _QUIET_S = 11.0
+#: Seconds after which something hangs: on a busy machine most takes several times as long.
+_MOST_S = 600.0
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,24 +38,20 @@ nux:
 DEFINITIONS = """\
 import os
 import dagster as dg
-import krea_dagster.plugin.assets as krea_assets
-from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable
-from krea_dagster.plugin.automation import (
-    build_automation_sensor, build_prompts_sensor, on_prompts_changed,
+from krea_dagster import (
+    KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets, on_prompts_changed,
 )
+from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
 from krea_dagster.prompts import parse_partition_by
 
 table = PromptTable(os.environ["TABLE"], parse_partition_by(os.environ["PARTITION_BY"]))
 width = int(os.environ["WIDTH"])
-made = krea_assets.build_krea_assets(
-    table, backfill_policy=dg.BackfillPolicy.multi_run(width) if width else None
-)
 automated = os.environ["AUTOMATED"] == "yes"
-assets = [made.images, made.image_manifest]
-if automated:
-    assets = dg.map_asset_specs(
-        lambda spec: spec.replace_attributes(automation_condition=on_prompts_changed()), assets
-    )
+made = build_krea_assets(
+    table,
+    backfill_policy=dg.BackfillPolicy.multi_run(width) if width else None,
+    automation_condition=on_prompts_changed() if automated else None,
+)
 sensors = [
     build_prompts_sensor(
         table, made.partitions_def, made.prompts.key, columns_key=made.prompt_columns.key,
@@ -63,7 +61,7 @@ sensors = [
 ]
 storage = os.environ["STORAGE"]
 defs = dg.Definitions(
-    assets=[made.prompts, made.prompt_columns, *assets],
+    assets=made.all,
     jobs=[dg.define_asset_job("krea_images", selection=[made.images, made.image_manifest])],
     sensors=sensors if automated else [],
     resources={
@@ -98,7 +96,7 @@ class Dagster:
         data: dict[str, Any] = answer["data"]
         return data
 
-    def wait(self, what: Callable[[], bool], seconds: float) -> None:
+    def wait(self, what: Callable[[], bool], seconds: float = _MOST_S) -> None:
         """Wait until it is so."""
         until_s = time.monotonic() + seconds
         while not what():
@@ -114,7 +112,7 @@ class Dagster:
         """All runs, the oldest first."""
         return list(reversed(self.instance.get_runs()))
 
-    def wait_until_quiet(self, seconds: float = 150.0) -> None:
+    def wait_until_quiet(self, seconds: float = _MOST_S) -> None:
         """Wait until nothing runs or is about to, for as long as sensors and daemon need to look.
 
         They look every one to five seconds.
@@ -239,7 +237,7 @@ def dagster_dev(
         )
         try:
             running = Dagster(folder, url, instance, process)
-            running.wait(lambda: _answers(url), 90)
+            running.wait(lambda: _answers(url))
             yield running
         finally:
             process.send_signal(signal.SIGINT)

@@ -57,7 +57,7 @@ def test_the_daemon_buys_what_is_missing_once_and_then_exactly_what_changed(
     with dagster_dev(
         tmp_path, base_url=emulator.url, api_key=key, partition_by="hash:8", automated=True
     ) as dagster:
-        dagster.wait(lambda: len(bought(emulator, MARKER)) == COUNT, 120)
+        dagster.wait(lambda: len(bought(emulator, MARKER)) == COUNT)
         dagster.wait_until_quiet()
         first = {task["task_id"] for task in bought(emulator, MARKER)}
         assert len(first) == COUNT
@@ -76,7 +76,7 @@ def test_the_daemon_buys_what_is_missing_once_and_then_exactly_what_changed(
             prompts[number]["prompt"] += ", in the rain"
         del prompts[12]
         write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(prompts))
-        dagster.wait(lambda: len(bought(emulator, MARKER)) == COUNT + 3, 120)
+        dagster.wait(lambda: len(bought(emulator, MARKER)) == COUNT + 3)
         dagster.wait_until_quiet()
         changed = {partition_of(number) for number in (3, 5, 7, 12)}
         assert worked_on(dagster, runs) == dict.fromkeys(changed, 1)
@@ -96,7 +96,7 @@ def test_the_daemon_buys_what_is_missing_once_and_then_exactly_what_changed(
         try:
             prompts[1]["prompt"] += ", at night"
             write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(prompts))
-            dagster.wait(lambda: len(dagster.runs()) == runs + 1, 60)
+            dagster.wait(lambda: len(dagster.runs()) == runs + 1)
             dagster.wait_until_quiet()
             assert len(dagster.runs()) == runs + 1
             assert dagster.runs()[-1].status is dg.DagsterRunStatus.FAILURE

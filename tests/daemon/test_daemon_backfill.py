@@ -34,8 +34,7 @@ def test_a_backfill_of_200_partitions_buys_every_row_once_also_where_it_is_launc
         # Twice at once: the runs of the two share their rows by the journal's claims.
         backfills = [dagster.backfill(PARTITIONS) for _ in range(2)]
         dagster.wait(
-            lambda: all(dagster.backfill_status(one).startswith("COMPLETED") for one in backfills),
-            240,
+            lambda: all(dagster.backfill_status(one).startswith("COMPLETED") for one in backfills)
         )
         assert {dagster.backfill_status(one) for one in backfills} == {"COMPLETED_SUCCESS"}
         assert len(dagster.runs()) == 2 * runs

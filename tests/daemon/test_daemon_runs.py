@@ -76,9 +76,9 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
         # Cancelled while all of its tasks are at the server.
         emulator.world.latency_s = 40.0
         run = dagster.launch(BUCKET)
-        dagster.wait(lambda: emulator.books(tasks=False)["creates"] == COUNT, 90)
+        dagster.wait(lambda: emulator.books(tasks=False)["creates"] == COUNT)
         terminate(dagster, run)
-        dagster.wait(lambda: status(dagster, run) is dg.DagsterRunStatus.CANCELED, 30)
+        dagster.wait(lambda: status(dagster, run) is dg.DagsterRunStatus.CANCELED)
         with krea.open_journal() as journal:
             records = list(journal.all_records())
         assert Counter(record.state for record in records) == {State.SUBMITTED: COUNT}
@@ -91,18 +91,18 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
         emulator.world.set_quota((COUNT + 3) * 0.45)
         write_rows(tmp_path, COUNT + 6)
         poor = dagster.launch(BUCKET)
-        dagster.wait(lambda: status(dagster, poor) is dg.DagsterRunStatus.FAILURE, 90)
+        dagster.wait(lambda: status(dagster, poor) is dg.DagsterRunStatus.FAILURE)
         emulator.world.set_quota(None)
         again = execute_again(dagster, poor)
-        dagster.wait(lambda: status(dagster, again) is success, 90)
+        dagster.wait(lambda: status(dagster, again) is success)
 
         # Retried by the daemon, which a tag of the run allows.
         emulator.world.set_quota((COUNT + 6 + 1) * 0.45)
         write_rows(tmp_path, COUNT + 9)
         retried = dagster.launch(BUCKET, {"dagster/max_retries": "1"})
-        dagster.wait(lambda: status(dagster, retried) is dg.DagsterRunStatus.FAILURE, 90)
+        dagster.wait(lambda: status(dagster, retried) is dg.DagsterRunStatus.FAILURE)
         emulator.world.set_quota(None)
-        dagster.wait(lambda: len(dagster.runs()) == 5 and dagster.runs()[-1].is_finished, 120)
+        dagster.wait(lambda: len(dagster.runs()) == 5 and dagster.runs()[-1].is_finished)
         last = dagster.runs()[-1]
         assert (last.parent_run_id, last.status) == (retried, success)
 
