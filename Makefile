@@ -52,6 +52,9 @@ daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
 	@$(BIN)/pytest tests/browser -m browser
 
+project-test: setup  ## Install the wheel into a fresh dg project, as the README says
+	@$(BIN)/python tests/project/run.py
+
 lock: setup  ## Resolve the newest packages into requirements.lock
 	@.uv/bin/uv pip compile --quiet --upgrade pyproject.toml --all-extras --group dev --universal \
 		--python-version 3.10 --generate-hashes --no-header --output-file requirements.lock

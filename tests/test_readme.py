@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import yaml
 
+import krea_dagster
+from krea_dagster import KreaImages
 from krea_dagster.cli import main
+from krea_dagster.emulator import Emulator
+from krea_dagster.prompts import (
+    ColumnPartitions,
+    HashPartitions,
+    MultiPartitions,
+    TimePartitions,
+    parse_partition_by,
+)
+from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, OpenAccount, run_job, write_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,27 +34,172 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_its_code_makes_a_code_location_with_the_assets_that_it_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Iterator[dict[str, Any]]:
+    """What the README's code makes, read from its top, in a folder with a table.
+
+    The code is run as it stands, but that the emulator is at the address of EvoLink.
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("EVOLINK_API_KEY", "emulator")
+        table = {
+            "prompt_id": ["boat", "kite"],
+            "prompt": ["a boat of the readme", "a kite of the readme"],
+            "category": ["Sea & Sky", "Sea & Sky"],
+            "day": ["2026-11-02", "2026-11-02"],
+        }
+        write_table(folder / "data" / "prompts.parquet", table)
+        made: dict[str, Any] = {}
+        key = 'api_key=dg.EnvVar("EVOLINK_API_KEY")'
+        for block in blocks("python"):
+            text = block.replace(key, f'{key}, base_url="{emulator.url}"')
+            # Not with this file's own __future__: Dagster cannot read annotations that are text.
+            code = compile(text, "README.md", "exec", dont_inherit=True)
+            exec(code, made)  # noqa: S102 - the README's own code
+        yield made
+
+
+@pytest.fixture(scope="module")
+def result(names: dict[str, Any], instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    """A run of its own assets, after one of its first code location."""
+    own = [names[name] for name in ("delivered", "dearest", "spend", "first_bytes", "hero")]
+    defs = dg.Definitions.merge(names["defs"], dg.Definitions(assets=own))
+    instance.add_dynamic_partitions("krea_category", ["Sea & Sky"])
+    assert run_job(defs, instance, "Sea & Sky", "Sea & Sky").success
+    job = defs.resolve_implicit_global_asset_job_def()
+    return job.execute_in_process(
+        instance=instance, asset_selection=[asset.key for asset in own], run_config=QUIET
+    )
+
+
+def test_its_code_makes_a_code_location_with_the_assets_and_jobs_that_it_names(
+    names: dict[str, Any],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("EVOLINK_API_KEY", "not-used")
-    (tmp_path / "data").mkdir()
-    table = pa.table({"prompt": ["a boat"], "category": ["Sea & Sky"]})
-    pq.write_table(table, tmp_path / "data" / "prompts.parquet")
+    defs = names["defs"]
+    section = README.split("## Use it in your own project")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|[^|]*\|$", section, re.MULTILINE)
+    assert {dg.AssetKey(name) for name in listed} == set(
+        defs.resolve_asset_graph().get_all_asset_keys()
+    )
+    assert defs.resolve_job_def("krea_images")
+    assert defs.resolve_sensor_def("krea_prompts")
 
-    names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(block, names)  # noqa: S102 - the README's own code
 
-    defs, delivered = names["defs"], names["delivered"]
-    assert isinstance(defs, dg.Definitions)
-    assert isinstance(delivered, dg.AssetsDefinition)
-    together = dg.Definitions.merge(defs, dg.Definitions(assets=[delivered]))
-    graph = together.resolve_asset_graph()
-    for name in re.findall(r"^\| `(\w+)` \| (?:the table|buys|one Parquet)", README, re.MULTILINE):
-        assert dg.AssetKey(name) in graph.get_all_asset_keys()
-    assert together.resolve_job_def("krea_images")
+def test_its_assets_alone_are_a_code_location_too(
+    names: dict[str, Any], instance: dg.DagsterInstance
+) -> None:
+    defs = names["poster_defs"]
+    dg.Definitions.validate_loadable(defs)
+    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance,
+        run_config=QUIET,
+        tags={RANGE_START: "bucket-000", RANGE_END: "bucket-001"},
+    )
+    assert result.success
+    assert len(result.asset_materializations_for_node("posters__images")) == 2
+
+
+def test_its_readers_get_what_they_are_annotated_with(result: dg.ExecuteInProcessResult) -> None:
+    files = result.output_for_node("delivered")
+    assert len(files) == 2
+    assert all(Path(file).is_file() for file in files)
+    assert set(result.output_for_node("dearest")) == {"boat", "kite"}
+    assert result.output_for_node("spend") == pytest.approx(0.9)
+    assert result.output_for_node("first_bytes") == [b"\x89PNG\r\n\x1a\n"] * 2
+
+
+def test_its_own_asset_buys_a_few_prompts(result: dg.ExecuteInProcessResult) -> None:
+    (event,) = result.asset_materializations_for_node("hero")
+    files = event.metadata["files"].value
+    assert isinstance(files, list)
+    assert len(files) == 2
+    assert all(Path(str(file)).is_file() for file in files)
+
+
+def test_its_client_asks_for_the_credits(
+    names: dict[str, Any], emulator: Emulator, open_account: OpenAccount
+) -> None:
+    key = open_account(12.5)
+    assert asyncio.run(names["credits_left"](key, emulator.url)) == 12.5
+
+
+def test_its_automation_and_its_schedule_are_of_the_same_assets(names: dict[str, Any]) -> None:
+    together = dg.Definitions.merge(
+        names["daily_defs"], dg.Definitions(schedules=[names["schedule"]])
+    )
+    dg.Definitions.validate_loadable(together)
+    assert together.resolve_sensor_def("daily_krea_automation")
+    assert together.resolve_schedule_def("daily_krea_schedule").job_name == "daily_krea_images"
+
+
+def test_its_table_of_checks_names_each_with_its_builder(names: dict[str, Any]) -> None:
+    section = README.split("### Checks")[1].split("\n### ")[0]
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.MULTILINE))
+    builders = {name for name in krea_dagster.__all__ if name.endswith("_check")}
+    assert set(re.findall(r"`(build_\w+)`", " ".join(table.values()))) == builders
+    key = dg.AssetKey("image_manifest")
+    for name, by in table.items():
+        if builder := re.search(r"`(build_\w+)`", by):
+            (spec,) = getattr(krea_dagster, builder[1])(key).check_specs
+            assert spec.name == name
+    default = {name for name, by in table.items() if by.startswith("default")}
+    always = {"all_rows_delivered", "spend_proof"}
+    assert checks_of(names["defs"]) == default | always
+    assert checks_of(names["checked_defs"]) == {
+        *always, "failure_share", "files_whole", "spend_expected",
+    }  # fmt: skip
+
+
+def checks_of(defs: dg.Definitions) -> set[str]:
+    return {key.name for key in defs.resolve_asset_graph().asset_check_keys}
+
+
+#: The rows of the table of partitions: the text, and a key.
+PARTITIONS = re.findall(
+    r"^\| `((?:hash|column|day|week|month):[^`]+)` \|.*\| (.+) \|$", README, re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("text", "key"), PARTITIONS)
+def test_its_partitionings_are_taken_and_have_keys_of_that_form(text: str, key: str) -> None:
+    by = parse_partition_by(text.replace("hash:N", "hash:8").replace("NAME", "made_for"))
+    key = key.strip("`").replace("\\|", "|")
+    match by:
+        case HashPartitions():
+            assert key == "bucket-000"
+            assert by.key_for("any prompt_id")[:-3] == key[:-3]
+        case TimePartitions():
+            assert key == by.key_of(date(2026, 11, 2))
+        case MultiPartitions():
+            assert MultiPartitions.split(key) == ("flux", "2026-11-02")
+        case ColumnPartitions():
+            assert key == "the value"
+
+
+#: Dagster reads its YAML by a function that Pydantic has deprecated.
+@pytest.mark.filterwarnings("ignore:`parse_obj_as` is deprecated")
+def test_its_component_is_one(names: dict[str, Any]) -> None:
+    (block,) = blocks("yaml")
+    content = yaml.safe_load(block)
+    assert content["type"] == "krea_dagster.KreaImages"
+    component = KreaImages.resolve_from_dict(content["attributes"])
+    assert component.krea.day_credits == 100
+    assert len(component.build_checks() or ()) == 2
+    for hook in ("build_resource", "build_checks", "get_asset_spec", "count_tokens"):
+        assert f"`{hook}`" in README
+        assert callable(getattr(KreaImages, hook))
+
+
+def test_the_list_of_public_names_is_whole_and_says_what_was_left_out() -> None:
+    page = (ROOT / "docs" / "public-names.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == krea_dagster.__all__
+    for name, sentence in rows:
+        assert sentence.endswith("."), name
+        assert sentence.count(". ") == 0, name
+    assert "## Left out on purpose" in page
 
 
 def test_its_make_targets_exist() -> None:

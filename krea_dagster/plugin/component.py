@@ -11,7 +11,6 @@ import dagster as dg
 from pydantic import BaseModel, Field
 
 from krea_dagster.plugin.automation import on_prompts_changed
-from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.checks import (
     CheckFactory,
     build_failure_share_check,
@@ -35,7 +34,7 @@ class _Section(dg.Model, dg.Resolvable):
 
     Dagster lets every field be a text too, a template such as ``{{ name }}``, and says so by
     ``anyOf``: of a section with one misspelt line, ``dg check yaml`` then only says that all of it
-    fits nothing. Where the schema says ``if`` it is a section, a checker goes into it.
+    fits nothing. So the schema takes any section there, and says by ``if`` what one must hold.
     """
 
     @classmethod
@@ -51,12 +50,10 @@ class _Section(dg.Model, dg.Resolvable):
 def _go_into_sections(extra: Mapping[str, Any], schema: dict[str, Any]) -> None:
     schema.update(extra)
     for field in schema["properties"].values():
-        options = field.get("anyOf", ())
-        sections = [option for option in options if "$ref" in option]
+        sections = [option for option in field.get("anyOf", ()) if "$ref" in option]
         if len(sections) == 1:
-            others = [option for option in options if "$ref" not in option]
-            del field["anyOf"]
-            field |= {"if": {"type": "object"}, "then": sections[0], "else": {"anyOf": others}}
+            field["anyOf"].append({"type": "object"})
+            field |= {"if": {"type": "object"}, "then": sections[0]}
 
 
 class KreaSettings(_Section):
@@ -271,7 +268,6 @@ class KreaImages(dg.Component, _Section):
         """An asset's spec as it shall be; this one is left as it is."""
         return spec
 
-    @quiet_beta
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Build the definitions. Raises ConfigError for a setting that cannot be used."""
         per_run, fresh_hours = self.partitions_per_run, self.fresh_within_hours

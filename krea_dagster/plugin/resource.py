@@ -350,8 +350,17 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
 
 
 def _text(value: str) -> str:
-    """A setting's text, also outside a run, where Dagster has left an EnvVar as it is."""
-    return value.get_value() or "" if isinstance(value, dg.EnvVar) else value
+    """A setting's text, also outside a run, where Dagster has left an EnvVar as it is.
+
+    Raises ConfigError where its variable is not set: without the URL of a journal another one
+    would be begun, which knows of no purchase.
+    """
+    if not isinstance(value, dg.EnvVar):
+        return value
+    text = value.get_value()
+    if text is None:
+        raise ConfigError(f"the variable {value.env_var_name} is not set; nothing was bought")
+    return text
 
 
 def _paid(journal: Journal) -> list[Record]:

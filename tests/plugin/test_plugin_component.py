@@ -21,7 +21,7 @@ from krea_dagster import KreaImages, KreaResource, build_krea_definitions
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.component import Checks, KreaSettings, RowDefaults
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
-from tests.dagster_bench import tick, write_table
+from tests.dagster_bench import QUIET, tick, write_table
 from tests.plugin.test_plugin_secrets import told_to_the_ui
 
 DG = Path(sys.executable).with_name("dg")
@@ -39,7 +39,7 @@ KEY = "sk-of-the-component-7Hq2"
 EVERYTHING: dict[str, Any] = {
     "prompts": "data/prompts.parquet",
     "partition_by": "day:day@Europe/Berlin",
-    "start": "2026-11-02",
+    "start": "2026-10-26",
     "krea": {
         "api_key_env": "HERO_KEY",
         "journal_url_env": "HERO_JOURNAL",
@@ -161,7 +161,7 @@ def test_all_of_it_reaches_the_definitions(
     assert spec.freshness_policy == dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=36))
     partitions = images.partitions_def
     assert isinstance(partitions, dg.DailyPartitionsDefinition)
-    assert partitions.get_first_partition_key() == "2026-11-02"
+    assert partitions.get_first_partition_key() == "2026-10-26"
     assert partitions.timezone == "Europe/Berlin"
     assert defs.executor is None
     assert defs.resolve_sensor_def("shop_hero_krea_automation")
@@ -257,8 +257,20 @@ def test_a_partitioning_that_does_not_exist_is_told_when_the_project_is_loaded(
     assert any(isinstance(one, ConfigError) and "weekly" in str(one) for one in causes)
 
 
+class Owned(KreaImages):
+    """Somebody owns its assets."""
+
+    def get_asset_spec(self, spec: dg.AssetSpec) -> dg.AssetSpec:
+        return spec.replace_attributes(owners=["team:art"])
+
+
 def test_building_the_definitions_warns_of_nothing(tmp_path: Path) -> None:
-    component = KreaImages(prompts=str(tmp_path / "prompts.parquet"), partitions_per_run=3)
+    component = Owned(
+        prompts=str(tmp_path / "prompts.parquet"),
+        partitions_per_run=3,
+        fresh_within_hours=36,
+        launch_on_changed_prompts=True,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         defs = component.build_defs(ComponentTree.for_test().load_context)
@@ -342,6 +354,19 @@ def test_the_emulator_can_be_chosen_and_forbidden(
     else:
         with pytest.raises(ConfigError, match="api_key is empty"):
             made.check()
+
+
+def test_a_run_without_the_journals_variable_buys_nothing_by_another_journal(
+    sandbox: DefsFolderSandbox, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
+) -> None:
+    monkeypatch.delenv("HERO_JOURNAL", raising=False)
+    krea = {"journal_url_env": "HERO_JOURNAL", "emulator": True}
+    _, defs = built(sandbox, {"prompts": "data/prompts.parquet", "krea": krea})
+    with pytest.raises(dg.DagsterInvalidConfigError, match="HERO_JOURNAL"):
+        defs.resolve_job_def("krea_images").execute_in_process(
+            instance=instance, partition_key="bucket-000", run_config=QUIET
+        )
+    assert not (sandbox.project_root / "data" / "krea").exists()
 
 
 # -- subclasses -------------------------------------------------------------------------------

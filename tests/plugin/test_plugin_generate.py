@@ -127,3 +127,17 @@ def test_an_account_that_stops_is_an_error_and_what_is_paid_for_is_kept(
     assert 0 < kept < 8
     stored = [path for path in (tmp_path / "images").rglob("*") if path.is_file()]
     assert len(stored) == kept
+
+
+def test_a_variable_that_is_not_set_is_an_error_and_begins_no_other_journal(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    krea = KreaResource(
+        api_key="emulator",
+        base_url=emulator.url,
+        storage=str(tmp_path / "krea"),
+        journal_url=dg.EnvVar("A_JOURNAL_THAT_IS_NOT_SET"),
+    )
+    with pytest.raises(ConfigError, match="the variable A_JOURNAL_THAT_IS_NOT_SET is not set"):
+        krea.generate(["never bought"])
+    assert not (tmp_path / "krea").exists()

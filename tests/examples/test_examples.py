@@ -1,0 +1,108 @@
+"""The examples do what their README says, started by the very command that stands in it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from krea_dagster import __all__ as public_names
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+NAMES = sorted(path.name for path in EXAMPLES.iterdir() if (path / "README.md").is_file())
+
+
+def run(name: str, folder: Path) -> str:
+    """Run the one command of an example's README; returns what it printed."""
+    readme = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"```console\n(.*?)```", readme, flags=re.DOTALL)
+    (line,) = command.splitlines()
+    python, *arguments = shlex.split(line)
+    assert python == "python"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "EXAMPLE_FOLDER": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_curated_dataset_is_what_was_delivered(tmp_path: Path) -> None:
+    said = run("curated_dataset", tmp_path)
+    lines = (tmp_path / "dataset.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt_id"] for row in rows] == [
+        "baker", "harbor", "lighthouse", "sailor", "surf", "twins",
+    ]  # fmt: skip
+    assert {row["category"] for row in rows} == {"people", "sea"}
+    assert all(Path(row["image_path"]).is_file() for row in rows)
+    assert "all_rows_delivered: ERROR. 1 of 7 rows have no image" in said
+    assert "failure_share: WARN. 1 of 7 rows failed" in said
+    for name in ("files_whole", "manifest_schema", "pictures", "spend_expected"):
+        assert f"{name}: passed" in said
+    assert f"6 images in {tmp_path / 'dataset.jsonl'}" in said
+
+
+def test_of_daily_prompts_only_the_new_ones_are_bought_each_day(tmp_path: Path) -> None:
+    line = re.compile(r"(\S+) the (sensor|schedule) \w+ (\[.*\]), bought (\[.*\])")
+    told = []
+    for said in run("daily_prompts", tmp_path).splitlines():
+        match = line.fullmatch(said)
+        assert match, said
+        day, who, took, bought = match.groups()
+        told.append((day, who, ast.literal_eval(took), ast.literal_eval(bought)))
+    first, second, third = "2025-03-03", "2025-03-04", "2025-03-05"
+    assert told == [
+        (first, "sensor", [first], ["a tram in the rain", "a kite over stubble"]),
+        (first, "schedule", [first], []),
+        (second, "sensor", [second], ["three lemons and a jug"]),
+        (second, "schedule", [second], []),
+        (third, "sensor", [first, third], ["a tram depot at night", "a fox in the snow"]),
+        (third, "schedule", [third], []),
+    ]
+
+
+def test_the_spend_dashboard_adds_up(tmp_path: Path) -> None:
+    said = run("spend_dashboard", tmp_path)
+    by_day, by_campaign, by_status = (
+        [line.split() for line in table.splitlines()[2:]] for table in said.strip().split("\n\n")
+    )
+    assert by_day == [["2025-03-03", "3.15", "4"], ["2025-03-04", "1.35", "3"]]
+    assert by_campaign == [["autumn", "1.35", "3", "0.450"], ["ski", "3.15", "4", "0.788"]]
+    assert by_status == [
+        ["refused", "content_policy_violation", "1", "0.0"],
+        ["stored", "7", "4.5"],
+    ]
+    manifest = pd.read_parquet(tmp_path / "krea" / "manifest")
+    assert manifest["credits_charged"].sum() == pytest.approx(3.15 + 1.35)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_and_uses_public_names_only(name: str) -> None:
+    (script,) = (EXAMPLES / name).glob("*.py")
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert not re.search(r"(?:from|import) krea_dagster\.", text)
+    (names,) = re.findall(r"from krea_dagster import (\([^)]*\)|[^\n]*)", text)
+    assert set(re.findall(r"\w+", names)) <= set(public_names)
+
+
+def test_the_readme_names_every_example() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(NAMES) == 3
+    for name in NAMES:
+        assert f"(examples/{name})" in readme
