@@ -149,7 +149,8 @@ def test_a_partition_shows_its_figures_and_its_thumbnails(page: Page, ui: str) -
 def test_credits_and_counts_are_plotted_over_the_runs(page: Page, ui: str) -> None:
     page.goto(f"{ui}/assets/images?view=overview")
     page.get_by_text("Plots", exact=True).first.click()
-    expect(page.get_by_text("credits_charged").first).to_be_visible()
+    page.get_by_role("button", name="Events").click()  # over time, not by partition
+    expect(page.get_by_text("credits_spent_by_run").first).to_be_visible()
     page.wait_for_timeout(1500)
     _keep(page, "plots")
 
