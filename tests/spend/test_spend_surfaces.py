@@ -12,7 +12,7 @@ import pytest
 from krea_dagster import build_krea_definitions, cli
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import CREDITS_PER_USD
-from tests.dagster_bench import OpenAccount, latest, run_job, values
+from tests.dagster_bench import QUIET, OpenAccount, latest, run_job, values
 from tests.spend.spend_bench import Shop
 
 BUCKETS = ("bucket-000", "bucket-001")
@@ -68,6 +68,22 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     assert row.data["kind"] == "file_changed"
     shown = values(latest(instance, ("proved", "images"), BUCKETS[0]))
     assert (shown["quoted_to_buy"], shown["quoted_credits"]) == (0, 0)
+
+
+def test_beside_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
+    shop: Shop, instance: dg.DagsterInstance
+) -> None:
+    """A launch from the UI takes every check of its assets along."""
+    shop = shop.with_rows("elder", "fir")
+    defs = build_krea_definitions(
+        prompts=shop.table.source, partition_by="hash:1", krea=shop.krea, key_prefix="beside"
+    )
+    keys = [dg.AssetKey(["beside", name]) for name in ("images", "image_manifest")]
+    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance, asset_selection=keys, partition_key="bucket-000", run_config=QUIET
+    )
+    said = {name: entry.value for name, entry in evaluation(result).metadata.items()}
+    assert (said["files"], said["files_hashed"]) == (2, 0)
 
 
 # -- the command ------------------------------------------------------------------------------
