@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +43,7 @@ Environment (the same that definitions.py reads):
   KREA_MAX_IN_FLIGHT most tasks at the server    [64]
   KREA_RUN_CREDITS   most credits of one run     [no cap]
   KREA_DAY_CREDITS   most credits of a UTC day, all runs together [no cap]
+  KREA_BUDGETS       budgets, such as month=900,column:campaign:autumn=100 [none]
   KREA_ON_UNKNOWN    replay or hold              [replay]
 
 \b
@@ -196,6 +198,76 @@ def quote_command(
         terminal.show_json(terminal.quote_figures(quoted))
     else:
         terminal.show_quote(quoted, by_partition=by_partition)
+
+
+@main.command("spend", epilog=_EPILOG)
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="COLUMN",
+    help=(
+        "Sum by this column of the ledger or the manifest (day, month, quality, partition_key, "
+        "status, or one that your table carries); may be given several times."
+    ),
+)
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="From this UTC day on.")
+@click.option("--month", metavar="YYYY-MM", help="Only this UTC month.")
+@click.option(
+    "--sql",
+    metavar="QUERY",
+    help="Answer one SELECT over the views ledger, daily, failures, manifest and prompts.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print figures as CSV on stdout.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the report: one page with charts, tables and warnings, no network needed.",
+)
+def spend_command(
+    by: Sequence[str],
+    since: datetime | None,
+    month: str | None,
+    sql: str | None,
+    *,
+    as_json: bool,
+    as_csv: bool,
+    html: Path | None,
+) -> None:
+    """Say where the credits went: today, this month and in all, or by any column.
+
+    Brings the tables under spend/ of the storage root up to the journal first. Buys nothing, and
+    needs no network.
+    """
+    from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
+    from krea_dagster.plugin.spending import answer_of, report_of, spend_of  # noqa: PLC0415
+
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    if sql is not None and (by or since or month):
+        raise click.UsageError("--sql asks for itself: leave --by, --since and --month out")
+    if since is not None and month is not None:
+        raise click.UsageError("--since and --month exclude each other")
+    if html is not None and (as_json or as_csv or since or month or sql):
+        raise click.UsageError("--html writes the whole report: give it with --by alone")
+    settings = Settings.from_environment()
+    if html is not None:
+        terminal.show_report(html, report_of(settings.resource(), html, by=by))
+        return
+    if sql is not None:
+        answer = answer_of(settings.resource(), sql, settings.prompts)
+        terminal.show_answer(answer, "json" if as_json else "csv" if as_csv else "table")
+        return
+    found = spend_of(
+        settings.resource(), by, since=None if since is None else since.date(), month=month
+    )
+    if as_json:
+        terminal.show_json(terminal.spend_figures(found))
+    elif as_csv:
+        terminal.show_csv(found)
+    else:
+        terminal.show_spend(found)
 
 
 @main.command("verify", epilog=_EPILOG)

@@ -190,7 +190,14 @@ class BuyingClosed(KreaError):
 
 
 class CapReached(BuyingClosed):
-    """A cap leaves no room. The message names cap, spent, reserved, and when it frees."""
+    """A cap or budget leaves no room. The message names it, spent, reserved, and when it frees.
+
+    ``scope`` is what is full, such as ``day:2026-11-22``.
+    """
+
+    def __init__(self, code: str, message: str, scope: str = "") -> None:
+        super().__init__(code, message)
+        self.scope = scope
 
 
 class RunStopped(BuyingClosed):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
@@ -28,8 +32,11 @@ from krea_dagster.engine.record import Record
 from krea_dagster.models import credits_from_units, credits_text
 from krea_dagster.plugin.materialize import Materialized, Salvaged
 from krea_dagster.plugin.quoting import Quoted
+from krea_dagster.plugin.spending import Spend
 from krea_dagster.spend.findings import Figures, Proof
+from krea_dagster.spend.query import Line as SpendLine
 from krea_dagster.spend.quote import Line, Quote
+from krea_dagster.spend.warnings import SpendWarning
 
 #: Seconds between two lines of progress where there is no terminal.
 _LINE_EVERY_S: Final = 5.0
@@ -423,6 +430,136 @@ def proof_figures(proof: Proof) -> dict[str, Any]:
             for finding in proof.findings
         ],
     }
+
+
+def show_report(path: Path, warnings: Sequence[SpendWarning]) -> None:
+    """Say where the report is, and its warnings."""
+    for one in warnings:
+        out.print(escape(f"{one.level.value}: {one.text}"))
+    out.print(f"The report is in {escape(str(path))}")
+
+
+def _spend_table(shown: Spend) -> Table:
+    """The sums, without columns in which nothing stands: by two columns it fits a terminal."""
+    lines, rate = shown.lines, shown.rate
+    figures: dict[str, list[str]] = {
+        "asked": [str(line.purchases) for line in lines],
+        "images": [str(line.delivered) for line in lines],
+        "failed": [str(line.failed + line.refused) for line in lines],
+        "lost": [str(line.lost + line.rejected) for line in lines],
+        "open": [str(line.unknown + line.pending) for line in lines],
+        "credits": [_credits(line.charged_units) for line in lines],
+        "USD": [f"{float(line.usd(rate)):.2f}" for line in lines],
+        "at stake": [_credits(line.at_stake_units) for line in lines],
+        "each": [_per_image(line) for line in lines],
+    }
+    table = Table(box=None, pad_edge=False)
+    columns: list[list[str]] = []
+    for number, name in enumerate(shown.by):
+        values = [line.of[number] for line in lines]
+        columns.append([escape(_plain("–" if value is None else value)) for value in values])
+        table.add_column(escape(_plain(name)), overflow="fold")
+    for name, texts in figures.items():
+        if name in ("failed", "lost", "open", "at stake") and set(texts) == {"0"}:
+            continue
+        columns.append(texts)
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def show_spend(shown: Spend) -> None:
+    """Print what was spent: today, this month and in all, or by the columns that were named."""
+    if not shown.lines:
+        out.print("Nothing was bought in that time.")
+    else:
+        out.print(_spend_table(shown))
+    out.print(f"USD at {float(shown.rate):g} credits per USD; days are UTC")
+    out.print(f"tables     {escape(shown.where)}/spend")
+
+
+_SPEND_COUNTS: Final = (
+    "delivered",
+    "replaced",
+    "failed",
+    "refused",
+    "lost",
+    "rejected",
+    "unknown",
+    "pending",
+)
+
+
+def _per_image(line: SpendLine) -> str:
+    """What an image came to, all charges together."""
+    if not line.delivered:
+        return "–"
+    return f"{credits_from_units(line.charged_units) / line.delivered:.4f}"
+
+
+def spend_figures(shown: Spend) -> dict[str, Any]:
+    """The same, as figures."""
+    return {
+        "by": list(shown.by),
+        "since": None if shown.since is None else shown.since.isoformat(),
+        "until": None if shown.until is None else shown.until.isoformat(),
+        "credits_per_usd": float(shown.rate),
+        "lines": [_spend_row(shown, line) for line in shown.lines],
+    }
+
+
+def _spend_row(shown: Spend, line: SpendLine) -> dict[str, Any]:
+    return {
+        **dict(zip(shown.by, line.of, strict=True)),
+        "purchases": line.purchases,
+        **{name: getattr(line, name) for name in _SPEND_COUNTS},
+        "credits_charged": credits_from_units(line.charged_units),
+        "credits_returned": credits_from_units(line.returned_units),
+        "credits_at_stake": credits_from_units(line.at_stake_units),
+        "usd_charged": round(float(line.usd(shown.rate)), 6),
+    }
+
+
+def show_csv(shown: Spend) -> None:
+    """Print the same as CSV: a line of names, and exact decimals."""
+    money = {"credits_charged", "credits_returned", "credits_at_stake"}
+    rows = [_spend_row(shown, line) for line in shown.lines]
+    names = [*shown.by, "purchases", *_SPEND_COUNTS, *sorted(money), "usd_charged"]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    for row, line in zip(rows, shown.lines, strict=True):
+        exact = {name: _credits(getattr(line, f"{name[8:]}_units")) for name in money}
+        writer.writerow([{**row, **exact}[name] for name in names])
+
+
+def show_answer(answer: pa.Table, form: str) -> None:
+    """Print the answer to a query: as a table, ``json`` or ``csv``."""
+    rows = [[_cell(value) for value in row.values()] for row in answer.to_pylist()]
+    if form == "json":
+        show_json([dict(zip(answer.column_names, row, strict=True)) for row in rows])
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(answer.column_names)
+        writer.writerows(rows)
+    else:
+        table = Table(box=None, pad_edge=False)
+        for name, kind in zip(answer.column_names, answer.schema.types, strict=True):
+            is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            justify: Any = "right" if is_number or pa.types.is_decimal(kind) else "left"
+            table.add_column(escape(_plain(name)), justify=justify, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(_plain("–" if cell is None else str(cell))) for cell in row))
+        out.print(table)
+
+
+def _cell(value: Any) -> Any:
+    """A value as JSON and CSV take it; decimals and times as exact text."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def show_json(figures: object) -> None:

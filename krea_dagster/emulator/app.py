@@ -52,21 +52,37 @@ _PNG: Final = "image/png"
 _STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
 
 
-def create_app(world: World, *, batch: bool = True, render_threads: int = 2) -> Emulation:
+def create_app(
+    world: World,
+    *,
+    batch: bool = True,
+    render_threads: int = 2,
+    callbacks_to_private: bool = False,
+) -> Emulation:
     """Return the ASGI application over a world."""
-    return Emulation(world, batch=batch, render_threads=render_threads)
+    return Emulation(
+        world,
+        batch=batch,
+        render_threads=render_threads,
+        callbacks_to_private=callbacks_to_private,
+    )
 
 
 class Emulation:
-    """The ASGI application. ``hang`` is set by the server that runs it.
+    """The ASGI application. ``hang`` and ``wake`` are set by the server that runs it.
 
+    ``wake`` is called when a callback was planned; nothing here makes the call.
     Without a server (an in-process ASGI transport) a fault that needs a real connection raises
     ConnectionError. ``close`` ends the drawing threads.
     """
 
-    def __init__(self, world: World, *, batch: bool, render_threads: int) -> None:
+    def __init__(
+        self, world: World, *, batch: bool, render_threads: int, callbacks_to_private: bool
+    ) -> None:
         self.world = world
         self.hang: Hang | None = None
+        self.wake: Callable[[], None] = lambda: None
+        self._callbacks_to_private = callbacks_to_private
         self._batch = batch
         self._pictures = Pictures()
         self._threads = concurrent.futures.ThreadPoolExecutor(
@@ -128,14 +144,19 @@ class Emulation:
         account = self._account(call.request, "create")
         if not _is_json(call.request):
             raise Refusal(415, "unsupported_media_type", "Content-Type must be application/json")
-        order = contract.read_order(call.json())
+        order = contract.read_order(call.json(), callbacks_to_private=self._callbacks_to_private)
         key = contract.read_idempotency_key(call.request.headers.get("idempotency-key"))
         marked = _markers(order.prompt)
         refuse = faults.of_kind(marked, "create")
         chosen = refuse[0] if refuse else self.world.choose("create", order.prompt)
         if chosen is not None and not chosen.fault.after:
             return self._strike("create", chosen, call.request)
-        created = self._buy(account, order, key, faults.of_kind(marked, "task"), chosen)
+        kept = faults.of_kind(marked, "task")
+        if order.callback_url is not None:
+            kept += faults.of_kind(marked, "callback")
+        created = self._buy(account, order, key, kept, chosen)
+        if order.callback_url is not None:
+            self.wake()
         reply = _json(created_answer(created.task))
         if created.replayed:
             reply.headers["idempotency-replayed"] = "true"

@@ -16,10 +16,12 @@ def counted(db: sqlite3.Connection) -> dict[str, Any]:
         counts.setdefault(kind, {})[what] = n
     notes = counts.pop("note", {})
     posts = counts.get("create", {})
+    calls = counts.pop("call", {})
     money = db.execute(
         "SELECT total(granted), total(reserved), total(charged), total(returned) FROM accounts"
     ).fetchone()
     granted, reserved, charged, returned = (round(amount) for amount in money)
+    waiting = db.execute("SELECT count(*) FROM callbacks").fetchone()
     states = db.execute("SELECT count(*), total(settled = 0) FROM tasks").fetchone()
     return {
         "requests": counts,
@@ -34,6 +36,11 @@ def counted(db: sqlite3.Connection) -> dict[str, Any]:
         "file_gets": sum(counts.get("file", {}).values()),
         "key_leaks": notes.get("key_leaks", 0),
         "in_flight": round(states[1]),
+        "callbacks": calls,
+        "callbacks_sent": sum(calls.values()),
+        "callbacks_answered": notes.get("callbacks_answered", 0),
+        "callbacks_given_up": notes.get("callbacks_given_up", 0),
+        "callbacks_waiting": waiting[0],
         "granted_units": granted,
         "reserved_units": reserved,
         "charged_units": charged,

@@ -16,6 +16,7 @@ number is a count of requests from now on. NAME=VALUE:ARG refines a fault:
   --fault fail=0.05:service_error  every twentieth task, with this code
   --fault 429=10%:2                Retry-After: 2
   --fault insufficient_quota_after=10.5   402 beyond 10.5 credits
+  --fault callback_missing=10%     every tenth callback never comes
 A prompt can ask for a fault by itself: [emulator: refuse],
 [emulator: fail CODE], [emulator: NAME], [emulator: NAME once].
 """
@@ -31,6 +32,20 @@ def _wishes(
         return [faults.parse_wish(value) for value in values]
     except faults.UnknownFaultError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _certificates(
+    _context: click.Context, _option: click.Parameter, path: Path | None
+) -> Path | None:
+    """Check that a file holds certificates."""
+    import ssl  # noqa: PLC0415 - keeps --help quick
+
+    try:
+        if path is not None:
+            ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError is one
+        raise click.BadParameter(f"{path} holds no certificates: {error}") from None
+    return path
 
 
 @click.command("emulator", epilog=_EPILOG)
@@ -98,6 +113,18 @@ def _wishes(
 @click.option(
     "--batch/--no-batch", default=True, show_default=True, help="Have POST /v1/tasks/batch."
 )
+@click.option(
+    "--callbacks-to-private",
+    is_flag=True,
+    help="Take and call a callback_url at a private address, such as this machine.",
+)
+@click.option(
+    "--callback-ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="PATH",
+    callback=_certificates,
+    help="Certificates (PEM) that receivers of callbacks may have, besides the machine's.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of all that is drawn by chance.")
 @click.option(
     "--until-unlocked",
@@ -124,6 +151,8 @@ def emulator_command(
     rate: float | None,
     idempotency: bool,
     batch: bool,
+    callbacks_to_private: bool,
+    callback_ca: Path | None,
     seed: int,
     until_unlocked: Path | None,
     ready_file: Path | None,
@@ -131,7 +160,9 @@ def emulator_command(
 ) -> None:
     """Run EvoLink's API for krea-2-turbo on this machine.
 
-    The pictures are synthetic and nothing is charged. The address is printed on stdout.
+    The pictures are synthetic and nothing is charged. A task whose order has a callback_url is
+    posted there over HTTPS when it has ended, and after 1, 2 and 4 s again until the answer is
+    2xx. The address is printed on stdout.
     """
     from krea_dagster.emulator import StateInUseError, faults, server  # noqa: PLC0415 - as above
 
@@ -158,6 +189,8 @@ def emulator_command(
                 rate=rate,
                 idempotency=idempotency,
                 batch=batch,
+                callbacks_to_private=callbacks_to_private,
+                callback_ca=callback_ca,
             )
         except StateInUseError as error:
             raise click.UsageError(str(error)) from None

@@ -247,9 +247,10 @@ def approximate_tokens(prompt: str) -> int:
     return math.ceil(words * 1.3) + dense
 
 
-def read_order(body: object) -> Order:
+def read_order(body: object, *, callbacks_to_private: bool = False) -> Order:
     """Check a create body against the contract. Raises Refusal 400, which names the field.
 
+    ``callbacks_to_private`` takes a ``callback_url`` at a private address as well.
     Fields that the contract does not name are ignored. Lone surrogates in the prompt become
     U+FFFD, as they do in a server that keeps its text as UTF-8.
     """
@@ -267,7 +268,7 @@ def read_order(body: object) -> Order:
         quality=_read_choice(body, "quality", "1K", QUALITIES),
         seed=seed,
         nsfw_check=nsfw_check,
-        callback_url=_read_callback_url(body),
+        callback_url=_read_callback_url(body, callbacks_to_private),
     )
 
 
@@ -328,16 +329,22 @@ def _read_seed(body: Mapping[str, Any]) -> int | None:
     return value
 
 
-def _read_callback_url(body: Mapping[str, Any]) -> str | None:
+def _read_callback_url(body: Mapping[str, Any], private_too: bool) -> str | None:
     if "callback_url" not in body:
         return None
     url = body["callback_url"]
-    if not isinstance(url, str) or len(url) > MAX_CALLBACK_URL or not _is_public_https(url):
+    if not isinstance(url, str) or len(url) > MAX_CALLBACK_URL:
+        raise invalid_request("callback_url")
+    if not is_public_https(url, private_too=private_too):
         raise invalid_request("callback_url")
     return url
 
 
-def _is_public_https(url: str) -> bool:
+def is_public_https(url: str, *, private_too: bool = False) -> bool:
+    """Tell whether a URL is one that may be called; ``private_too``: at a private host as well.
+
+    What a public name leads to is not looked at here.
+    """
     if not url.isprintable() or not url.isascii() or " " in url:
         return False
     try:
@@ -348,11 +355,19 @@ def _is_public_https(url: str) -> bool:
         return False
     if parts.scheme.lower() != "https" or not host:
         return False
+    if private_too:
+        return True
     try:
-        return ipaddress.ip_address(host).is_global
+        ipaddress.ip_address(host)
     except ValueError:
         name = host.rstrip(".")
         return not (name == "localhost" or name.endswith((".localhost", ".local", ".internal")))
+    return is_public_address(host)
+
+
+def is_public_address(text: str) -> bool:
+    """Tell whether an IP address is one that the whole internet has."""
+    return ipaddress.ip_address(text.partition("%")[0]).is_global
 
 
 def _whole_text(text: str) -> str:

@@ -10,20 +10,20 @@ A fault belongs to one kind of request and is chosen when such a request arrives
     The questions. The names begin with the kind: ``read_429``.
 ``file``
     A ``GET`` of a picture.
+``callback``
+    Chosen when a task is created that names a ``callback_url`` and will end, and kept with it.
 
 A fault is asked for in one of three ways: scripted for the next request of its kind (once or
 ``n`` times, optionally only for prompts that hold a given text), at a rate, or by a marker in
 the prompt itself, for a table that shows faults: ``[emulator: NAME]``, ``[emulator: NAME ARG]``
 and either with ``once`` at the end. ``once`` means the first task for the same request (task
-faults), or the first fetch of the picture (file faults). Two short forms exist:
+and callback faults), or the first fetch of the picture (file faults). Two short forms exist:
 ``[emulator: refuse]`` is ``content_refused``, and ``[emulator: fail CODE]`` is ``fail``. A
-marker may name a task fault, a file fault, or ``content_refused``.
+marker may name a task fault, a callback fault, a file fault, or ``content_refused``.
 
 ``ARG`` refines a fault: seconds, a code, a count. Each fault has a default.
 
-Not here: faults of callbacks (late, doubled, missing). The emulator checks ``callback_url`` and
-calls nobody; a kind ``callback`` would be added to ``Kind`` for them. Also not here: a fault
-for a plain ``http:`` link, because every link of this emulator is one.
+Not here: a fault for a plain ``http:`` link, because every link of this emulator is one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-Kind = Literal["create", "task", "read", "batch", "list", "credits", "file"]
+Kind = Literal["create", "task", "read", "batch", "list", "credits", "file", "callback"]
 
 QUESTIONS: Final[tuple[Kind, ...]] = ("read", "batch", "list", "credits", "file")
 ACCOUNT_QUESTIONS: Final[tuple[Kind, ...]] = ("read", "credits")
@@ -294,6 +294,30 @@ _FILE: Final = (
 )
 
 
+#: What a forged callback can claim.
+FORGERIES: Final = ("status", "task", "early")
+
+_CALLBACK: Final = (
+    Fault(
+        "callback_late",
+        "callback",
+        "call_late",
+        "the callback comes ARG seconds after the task's end",
+        arg="5",
+    ),
+    Fault("callback_doubled", "callback", "call_twice", "the callback comes twice"),
+    Fault("callback_missing", "callback", "call_never", "the callback never comes"),
+    Fault(
+        "callback_forged",
+        "callback",
+        "call_forged",
+        "the callback lies; ARG is how: status (another end than the task's), task (another "
+        "task's id), or early (a completion at once, and the true callback in its time)",
+        arg="status",
+    ),
+)
+
+
 def _all_faults() -> Iterator[Fault]:
     yield from _create_faults()
     yield from _TASK
@@ -311,6 +335,7 @@ def _all_faults() -> Iterator[Fault]:
     yield Fault("no_list", "list", "no_route", "404: the endpoint does not exist", 404)
     yield Fault("credits_no_success", "credits", "no_success", "200 with success false", 200)
     yield from _FILE
+    yield from _CALLBACK
 
 
 #: Every fault by its name.
@@ -319,7 +344,7 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType({f.name: f for f in _all_f
 #: The setting that is written like a fault: 402 for all that goes beyond so many credits.
 QUOTA: Final = "insufficient_quota_after"
 
-_NUMBER_EFFECTS: Final = {"delay", "undecided", "slow", "too_busy", "too_busy_date"}
+_NUMBER_EFFECTS: Final = {"delay", "undecided", "slow", "too_busy", "too_busy_date", "call_late"}
 _COUNT_EFFECTS: Final = {"no_results", "integer_code"}
 
 
@@ -338,6 +363,8 @@ def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> 
             float(text)
         elif fault.effect in _COUNT_EFFECTS:
             int(text)
+        elif fault.effect == "call_forged":
+            FORGERIES.index(text)
     except ValueError:
         raise UnknownFaultError(f"the fault {name!r} does not take {text!r}") from None
     return Chosen(fault, text, once)
@@ -354,7 +381,7 @@ def markers(prompt: str) -> list[Chosen]:
     for name, arg, once in _MARKER.findall(prompt):
         real = "content_refused" if name == "refuse" else name
         chosen = choose(real, arg or None, once=bool(once))
-        if chosen.fault.kind not in ("task", "file") and real != "content_refused":
+        if chosen.fault.kind not in ("task", "file", "callback") and real != "content_refused":
             raise UnknownFaultError(f"a prompt cannot ask for the fault {name!r}")
         found.append(chosen)
     return found

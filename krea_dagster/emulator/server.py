@@ -23,6 +23,7 @@ import uvicorn
 from starlette.types import Scope
 
 from krea_dagster.emulator.app import create_app
+from krea_dagster.emulator.callbacks import TIMEOUT_S, Caller
 from krea_dagster.emulator.contract import UNITS_PER_CREDIT
 from krea_dagster.emulator.world import LINK_LIFETIME_S, World
 
@@ -47,9 +48,12 @@ class Emulator:
     ``api_key`` opens the account with ``credits``; ``other_accounts`` are further keys with
     their credits. ``state`` is the folder that survives (None: one that is deleted at the end).
     An account that exists there keeps its credits. ``faults`` are rates (0 to 1) by name; see
-    ``World.script`` for faults that strike once. The other settings are those of ``World``.
+    ``World.script`` for faults that strike once. ``callbacks_to_private`` takes a
+    ``callback_url`` at a private address and calls it; ``callback_ca`` is a file of certificates
+    that receivers may have, besides those the machine trusts. The other settings are those of
+    ``World``.
     Raises StateInUseError where another emulator works on ``state``, and OSError where the port
-    is taken.
+    is taken or ``callback_ca`` cannot be read.
     """
 
     def __init__(
@@ -73,6 +77,9 @@ class Emulator:
         task_lifetime_s: float | None = None,
         link_lifetime_s: float = LINK_LIFETIME_S,
         render_threads: int = 2,
+        callbacks_to_private: bool = False,
+        callback_ca: Path | None = None,
+        callback_timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._exit = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
@@ -97,11 +104,23 @@ class Emulator:
             for name, share in (faults or {}).items():
                 self.world.set_rate(name, share)
             self._socket = undo.enter_context(_listen(host, port))
-            self.app = create_app(self.world, batch=batch, render_threads=render_threads)
+            self.host = host
+            self.port: int = self._socket.getsockname()[1]
+            self._caller = Caller(
+                self.world,
+                self.url,
+                to_private=callbacks_to_private,
+                ca=callback_ca,
+                timeout_s=callback_timeout_s,
+            )
+            self.app = create_app(
+                self.world,
+                batch=batch,
+                render_threads=render_threads,
+                callbacks_to_private=callbacks_to_private,
+            )
             undo.callback(self.app.close)
             self._exit = undo.pop_all()
-        self.host = host
-        self.port: int = self._socket.getsockname()[1]
         self._server = _Server(
             uvicorn.Config(
                 self.app,
@@ -158,10 +177,20 @@ class Emulator:
     def _run(self) -> None:
         loop = _new_event_loop()
         try:
-            loop.run_until_complete(self._server.serve([self._socket]))
+            loop.run_until_complete(self._serve())
         finally:
             self._server.ready.set()
             loop.close()
+
+    async def _serve(self) -> None:
+        async with self._caller as caller:
+            self.app.wake = caller.wake
+            calling = asyncio.create_task(caller.run())
+            try:
+                await self._server.serve([self._socket])
+            finally:
+                caller.stop()
+                await calling
 
 
 def serve(

@@ -58,6 +58,14 @@ CREATE TABLE IF NOT EXISTS idempotency (
     undecided_until REAL NOT NULL,
     PRIMARY KEY (account, key)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS callbacks (
+    id INTEGER PRIMARY KEY,
+    n INTEGER NOT NULL REFERENCES tasks (n),
+    due_at REAL NOT NULL,
+    forged TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS callbacks_by_time ON callbacks (due_at, id);
 CREATE TABLE IF NOT EXISTS counts (
     kind TEXT NOT NULL, what TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (kind, what)
 ) WITHOUT ROWID;

@@ -18,7 +18,7 @@ import hashlib
 import hmac
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +33,13 @@ from krea_dagster.emulator.contract import (
     Order,
 )
 from krea_dagster.emulator.faults import Chosen, Kind
+from krea_dagster.emulator.outbox import DueCall, Outbox
 from krea_dagster.emulator.state import State
 
 LINK_LIFETIME_S: Final = 24 * 3600.0
+
+#: The kinds of fault that can be bound to a prompt.
+_WITH_PROMPT: Final = ("create", "task", "read", "file", "callback")
 
 _ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -191,6 +195,7 @@ class World:
         self._state = State(state)
         self._db = self._state.db
         self._lock = self._state.lock
+        self._outbox = Outbox(self._state)
         start = int(self._state.meta("starts", "0")) + 1
         self._db.execute("UPDATE meta SET value = ? WHERE name = 'starts'", (str(start),))
         self._random = random.Random(f"{seed}:{start}")  # noqa: S311 - nothing secret
@@ -243,8 +248,8 @@ class World:
     ) -> Created:
         """Create a task and reserve its credits, or return the one that the key created.
 
-        Scripted and rated task faults are chosen here, for tasks that really come to exist,
-        after ``task_faults``. While ``undecided_s`` lasts, a repeat raises UndecidedError.
+        Scripted and rated task and callback faults are chosen here, for tasks that really come to
+        exist, after ``task_faults``. While ``undecided_s`` lasts, a repeat raises UndecidedError.
         Raises TooBusyError, KeyConflictError, UndecidedError, OutOfCreditsError.
         """
         with self.transaction():
@@ -261,6 +266,10 @@ class World:
             row = self._planned(order, task_faults, now)
             row.update(account=account.id, idempotency_key=idempotency_key, reserved=price)
             task = self._insert(row)
+            if order.callback_url is not None and task.ready_at is not None:
+                self._outbox.plan(
+                    task.n, task.faults, created_at=task.created_at, ready_at=task.ready_at
+                )
             self._db.execute(
                 "UPDATE accounts SET reserved = reserved + ? WHERE id = ?", (price, account.id)
             )
@@ -354,6 +363,33 @@ class World:
             with self.transaction():
                 self._db.execute("UPDATE tasks SET file_sha256 = ? WHERE n = ?", (sha256, task.n))
 
+    # -- callbacks ----------------------------------------------------------------------------
+
+    def due_calls(self, most: int, *, without: Collection[int] = ()) -> list[DueCall]:
+        """Return the next calls to make, the earliest first, whether due or not yet.
+
+        ``without`` are those that are under way.
+        """
+        return self._outbox.due(most, without=without)
+
+    def called(self, call: DueCall, status: int) -> None:
+        """Note what a call was answered with, 0 for nothing; plan its repeat, or give it up."""
+        self._outbox.answered(call, status, self.now())
+
+    def task_called_about(self, call: DueCall) -> Task:
+        """Return the task that a call is about."""
+        with self._lock:
+            found = self._db.execute(
+                f"SELECT {_TASK_COLUMNS} FROM tasks WHERE n = ?",  # noqa: S608
+                (call.n,),
+            )
+            return _task(found.fetchone())
+
+    def unused_task_id(self) -> str:
+        """Return an id as a task could have, and none has."""
+        with self._lock:
+            return self._new_task_id(self.now())
+
     # -- faults -------------------------------------------------------------------------------
 
     def script(
@@ -366,7 +402,7 @@ class World:
         UnknownFaultError.
         """
         chosen = faults.choose(name, arg)
-        if match is not None and chosen.fault.kind not in ("create", "task", "read", "file"):
+        if match is not None and chosen.fault.kind not in _WITH_PROMPT:
             raise faults.UnknownFaultError(f"the fault {name!r} has no prompt to match")
         if n < 1:
             raise faults.UnknownFaultError(f"{name}: a count is at least 1")
@@ -558,6 +594,9 @@ class World:
         spread = 1 + self.latency_jitter * self._random.uniform(-1, 1)
         duration_s = max(0.0, self.latency_s * spread)
         ready_at, ends_as, error_code = _end(chosen, now, duration_s)
+        if order.callback_url is not None and ready_at is not None:
+            lied_about = self.choose("callback", order.prompt)
+            chosen += [] if lied_about is None else [lied_about]
         return {
             "task_id": self._new_task_id(now),
             "fingerprint": order.fingerprint,

@@ -43,6 +43,7 @@ def write_changes(
     missing = {change.request_key for change in changes} - present.keys()
     if missing:
         present.update(statements.records(cursor, sorted(missing)))
+    ledger.lock(changes, present)
     answers: list[Record | JournalError | BuyingClosed] = []
     steps: list[Step] = []
     for change in changes:

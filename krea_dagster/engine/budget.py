@@ -8,15 +8,17 @@ journal cannot pass them together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 from typing import Final
 
 from krea_dagster.engine.states import Event, State
-from krea_dagster.errors import CapReached
-from krea_dagster.models import credits_from_units
+from krea_dagster.errors import CapReached, ConfigError
+from krea_dagster.models import credits_from_units, units_from_credits
 
 #: Published prices, in units: 0.45 credits for 1K and 1.8 for 2K, per call.
 PUBLISHED_UNITS: Final[Mapping[str, int]] = MappingProxyType({"1K": 4_500, "2K": 18_000})
@@ -25,20 +27,118 @@ PUBLISHED_UNITS: Final[Mapping[str, int]] = MappingProxyType({"1K": 4_500, "2K":
 CREDITS_PER_USD: Final = 68.0
 
 
+#: What a budget may be of; each of them is a scope of every purchase, but for ``column``.
+KINDS: Final = ("run", "day", "month", "partition", "column")
+
+#: Characters of a scope, and of its beginning where it is longer.
+_MOST: Final = 300
+_BEGINNING: Final = 200
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a scope may commit, in units.
+
+    ``kind`` is one of ``KINDS``. Without a ``value`` it bounds each run, day, month, partition, or
+    value of the column ``name`` for itself; with one, only that partition or value.
+    """
+
+    kind: str
+    units: int
+    name: str = ""
+    value: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``SCOPE=CREDITS``, such as ``month=900`` or ``column:campaign:autumn=100``.
+
+        The scope is ``run``, ``day``, ``month``, ``partition``, ``partition:KEY``,
+        ``column:NAME`` (each value) or ``column:NAME:VALUE``. Raises ConfigError.
+        """
+        scope, equals, credits = text.rpartition("=")
+        kind, colon, rest = scope.partition(":")
+        name, value = "", rest if colon else None
+        if kind == "column":
+            name, colon, rest = rest.partition(":")
+            value = rest if colon else None
+        try:
+            amount = Decimal(credits)
+        except InvalidOperation:
+            amount = Decimal("NaN")
+        dated = kind in ("run", "day", "month") and value is not None
+        known = kind in KINDS and not dated and (kind != "column" or 0 < len(name) <= 100)
+        if not equals or not known or not amount.is_finite() or amount < 0:
+            raise ConfigError(
+                f"the budget {text!r} cannot be read; write SCOPE=CREDITS, with one of day, month, "
+                "partition, partition:KEY, column:NAME or column:NAME:VALUE as the scope, such as "
+                "month=900 or column:campaign:autumn=100"
+            )
+        return cls(kind, units_from_credits(amount), name, value)
+
+    def bounds(self, scope: str) -> bool:
+        """Whether a scope is one of those that it bounds."""
+        begin = f"{self.kind}:{self.name}:" if self.kind == "column" else f"{self.kind}:"
+        if self.value is None:
+            return scope.startswith(begin)
+        return scope == scope_name(f"{begin}{self.value}")
+
+
+def scope_name(text: str) -> str:
+    """Return a scope as the journal has it: of bounded length, and as every database takes it."""
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode("utf-8")
+    text = text.replace("\x00", "\ufffd")
+    if len(text) <= _MOST:
+        return text
+    return f"{text[:_BEGINNING]}~{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def column_scope(name: str, value: str | None) -> str:
+    """Return the scope of a value of a column; a null counts as the empty text."""
+    return scope_name(f"column:{name}:{value or ''}")
+
+
+def scopes_of(
+    run_id: str, sent_at: datetime, partition_key: str, further: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Return all that a purchase counts for: its run, UTC day and month, its partition, further."""
+    day = sent_at.astimezone(timezone.utc)
+    month = f"{day.year:04}-{day.month:02}"
+    return (
+        f"run:{run_id}",
+        f"day:{month}-{day.day:02}",
+        f"month:{month}",
+        scope_name(f"partition:{partition_key}"),
+        *further,
+    )
+
+
 @dataclass(frozen=True)
 class Caps:
     """The most that may be committed, in units; None where there is no cap.
 
-    ``run_units`` bounds one run, ``day_units`` all runs of a UTC day together.
+    ``run_units`` bounds one run, ``day_units`` all runs of a UTC day together; ``budgets`` bound
+    what they say, over all runs that share the journal.
     """
 
     run_units: int | None = None
     day_units: int | None = None
+    budgets: tuple[Budget, ...] = ()
+
+    def limits(self, scope: str) -> Iterator[tuple[str, int]]:
+        """Yield what bounds a scope: what it is called, and how many units there may be."""
+        if self.run_units is not None and scope.startswith("run:"):
+            yield "cap", self.run_units
+        if self.day_units is not None and scope.startswith("day:"):
+            yield "cap", self.day_units
+        for budget in self.budgets:
+            if budget.bounds(scope):
+                yield "budget", budget.units
 
 
 @dataclass(frozen=True)
 class Commitment:
-    """What a run or a day has committed, and how much of that was charged for good. In units."""
+    """What a scope has committed, and how much of that was charged for good. In units."""
 
     committed_units: int = 0
     spent_units: int = 0
@@ -63,27 +163,52 @@ def expected_units(quality: str, highest_seen: Mapping[str, int]) -> int:
 
 
 def admit(
-    caps: Caps, run: Commitment, day: Commitment, units: int, now: datetime
+    caps: Caps,
+    scopes: Iterable[str],
+    committed: Callable[[str], Commitment],
+    units: int,
+    now: datetime,
 ) -> CapReached | None:
-    """None where a purchase of so many units fits under the caps, else the reason why not."""
-    if caps.run_units is not None and run.committed_units + units > caps.run_units:
-        return _reached(
-            "run", caps.run_units, run, units, "frees when what it reserved is returned"
-        )
-    if caps.day_units is not None and day.committed_units + units > caps.day_units:
-        return _reached(
-            "day", caps.day_units, day, units, f"frees at {next_day(now):%Y-%m-%d %H:%M} UTC"
-        )
+    """None where a purchase of so many units fits under the caps, else the reason why not.
+
+    ``scopes`` are those of the purchase, and ``committed`` says what one has committed; it is
+    asked only about scopes that something bounds.
+    """
+    for scope in scopes:
+        for what, limit_units in caps.limits(scope):
+            found = committed(scope)
+            if found.committed_units + units > limit_units:
+                said = f"{credits_from_units(limit_units):g} credits leaves no room for "
+                said += f"{credits_from_units(units):g} more"
+                return _reached(what, scope, found, said, now)
     return None
 
 
-def _reached(name: str, cap_units: int, found: Commitment, units: int, frees: str) -> CapReached:
+def _reached(what: str, scope: str, found: Commitment, said: str, now: datetime) -> CapReached:
+    kind = scope.partition(":")[0]
+    frees = {
+        "day": f"frees at {next_day(now):%Y-%m-%d %H:%M} UTC",
+        "month": f"frees at {next_month(now):%Y-%m-%d %H:%M} UTC",
+        "run": "frees when what it reserved is returned",
+    }.get(kind, "frees when what is reserved is returned, or the budget is raised")
+    name = f"the {kind} cap"
+    if what == "budget":
+        shown = scope if kind in ("partition", "column") else scope.replace(":", " ", 1)
+        name = f"the budget of {shown}"
+        if kind == "run":
+            name = "the budget of a run"
     return CapReached(
-        f"{name}_cap_reached",
-        f"the {name} cap of {credits_from_units(cap_units):g} credits leaves no room for "
-        f"{credits_from_units(units):g} more: {credits_from_units(found.spent_units):g} spent, "
+        f"{kind}_{what}_reached",
+        f"{name} of {said}: {credits_from_units(found.spent_units):g} spent, "
         f"{credits_from_units(found.reserved_units):g} reserved; it {frees}",
+        scope,
     )
+
+
+def next_month(now: datetime) -> datetime:
+    """When the next UTC month begins."""
+    first = now.astimezone(timezone.utc).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
 
 
 def next_day(now: datetime) -> datetime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -36,7 +37,7 @@ _IMAGE: Final = frozenset(
 #: The columns of ``requests`` and of ``submissions`` that each event may set.
 _COLUMNS: Final[Mapping[Event, tuple[frozenset[str], frozenset[str]]]] = {
     Event.PLANNED: (frozenset(), frozenset()),
-    Event.SUBMITTING: (frozenset(), frozenset({"partition_key"})),
+    Event.SUBMITTING: (frozenset(), frozenset({"partition_key", "scopes"})),
     Event.REPLAYING: (frozenset(), frozenset()),
     Event.ACCEPTED: (
         frozenset(),
@@ -78,10 +79,12 @@ _NO_SUBMISSION: Final[Mapping[str, Any]] = {
     "billing_rule": None,
     "user_group": None,
     "run_id": None,
+    "bought_for": None,
+    "scopes": (),
 }
 
 #: Columns of ``requests`` and ``submissions`` that are not fields of a record of the same name.
-_NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key"}
+_NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key", "scopes"}
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def take(
             "posts": 1,
             "expected_units": expected_units,
             "committed_units": committed_units,
+            "scopes": _scopes_text(change),
         }
         fields = {
             **_NO_SUBMISSION,
@@ -163,6 +167,9 @@ def take(
             fields = dict(_NO_SUBMISSION)
         else:
             fields = {k: v for k, v in submission.items() if k not in _NOT_IN_RECORD}
+    if change.event is Event.SUBMITTING:
+        fields["bought_for"] = change.values.get("partition_key", "")
+        fields["scopes"] = tuple(change.values.get("scopes", ()))
     request["state"] = state.value
     request["seq"] = before.seq + 1
     request["updated_at"] = change.at
@@ -184,8 +191,15 @@ def event_row(step: Step, run_id: str) -> dict[str, Any]:
         "event": step.change.event.value,
         "to_state": step.after.state.value,
         "idempotency_key": step.after.idempotency_key or step.before.idempotency_key,
-        "data": step.change.data,
+        "data": _kept(step.change),
     }
+
+
+def _kept(change: Change) -> Mapping[str, Any] | None:
+    """What is kept with an event: of a failure its code, which the request's next try clears."""
+    if change.data is None and change.event in (Event.FAILED, Event.REFUSED):
+        return {"error_code": change.values.get("error_code")}
+    return change.data
 
 
 def _request_values(change: Change, before: Record) -> dict[str, Any]:
@@ -213,6 +227,7 @@ def _submission_values(change: Change, run_id: str, expected_units: int) -> dict
                 "sent_at": change.at,
                 "run_id": run_id,
                 "expected_units": expected_units,
+                "scopes": _scopes_text(change),
             }
         case Event.REPLAYING:
             values = {"posts": 1}
@@ -224,9 +239,15 @@ def _submission_values(change: Change, run_id: str, expected_units: int) -> dict
             values = {"settled_at": change.at}
     allowed = _COLUMNS[change.event][1]
     for name, item in change.values.items():
-        if name in allowed:
+        if name in allowed and name != "scopes":
             values[name] = _storable(item)
     return values
+
+
+def _scopes_text(change: Change) -> str | None:
+    """What a purchase counts for, as the column has it."""
+    scopes = change.values.get("scopes")
+    return json.dumps(list(scopes)) if scopes else None
 
 
 def _image(values: Mapping[str, Any]) -> StoredImage | None:

@@ -343,7 +343,7 @@ class Journal:
             return [charge_of(row) for row in connection.execute(CHARGES.order_by(*order))]
 
     def commitment(self, scope: str) -> Commitment:
-        """What ``run:<run id>`` or ``day:<YYYY-MM-DD>`` has committed and spent."""
+        """What a scope (``budget.scopes_of``), such as a day, has committed and spent."""
         with self._read("read") as connection:
             row = connection.execute(
                 select(commitments.c.committed_units, commitments.c.spent_units).where(

@@ -1,11 +1,19 @@
-"""Within one transaction of the journal: what runs and days have committed, and who may buy."""
+"""Within one transaction of the journal: what its scopes have committed, and who may buy."""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Final
 
-from krea_dagster.engine.budget import Caps, Commitment, admit, committed_after, expected_units
+from krea_dagster.engine.budget import (
+    Caps,
+    Commitment,
+    admit,
+    committed_after,
+    expected_units,
+    scopes_of,
+)
 from krea_dagster.engine.changes import Change, Step
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.statements import Cursor, Statements
@@ -45,6 +53,28 @@ class Ledger:
         self._stop: RunStopped | None = None
         self._stop_read = False
 
+    def lock(self, changes: Sequence[Change], present: Mapping[str, Record]) -> None:
+        """Keep the sums that these changes read or move from being moved by others meanwhile.
+
+        All together and in their order, so that no two writers wait for each other, whatever
+        each of them is bounded by.
+        """
+        if not self._capped:
+            return  # then they are only moved, which is done in their order
+        scopes: set[str] = set()
+        for change in changes:
+            before = present.get(change.request_key)
+            if change.event is Event.SUBMITTING:
+                scopes.update(self._scopes_of_intent(change))
+            elif before is not None:
+                scopes.update(_scopes_of(before))
+        # Written before they are read, so that writers of one scope follow one another.
+        nothing = [
+            {"scope": scope, "committed_units": 0, "spent_units": 0} for scope in sorted(scopes)
+        ]
+        if nothing:
+            self._statements.commitment_sum.execute(self._cursor, nothing)
+
     def admit(self, change: Change, before: Record) -> int:
         """What a purchase may cost and commits, in units. Raises BuyingClosed where it may not."""
         at = change.at
@@ -52,8 +82,8 @@ class Ledger:
             raise stop
         units = expected_units(before.request.quality, self._highest())
         if self._capped:
-            run, day = self._committed(f"run:{self._run_id}"), self._committed(_day(at))
-            if (reached := admit(self._caps, run, day, units, at)) is not None:
+            scopes = self._scopes_of_intent(change)
+            if (reached := admit(self._caps, scopes, self._committed, units, at)) is not None:
                 raise reached
         return units
 
@@ -70,8 +100,8 @@ class Ledger:
         spent = 0
         if step.change.event is Event.COMPLETED:
             spent = step.change.values.get("charged_units") or 0
-        if (committed or spent) and after.sent_at is not None:
-            for scope in (f"run:{after.run_id}", _day(after.sent_at)):
+        if committed or spent:
+            for scope in _scopes_of(after):
                 delta = self._deltas.get(scope, Commitment())
                 self._deltas[scope] = delta.plus(committed, spent)
 
@@ -100,11 +130,13 @@ class Ledger:
         if seen:
             self._statements.price_seen.execute(self._cursor, seen)
 
+    def _scopes_of_intent(self, change: Change) -> tuple[str, ...]:
+        values = change.values
+        own = values.get("scopes", ())
+        return scopes_of(self._run_id, change.at, values.get("partition_key", ""), own)
+
     def _committed(self, scope: str) -> Commitment:
         if scope not in self._found:
-            # Written before it is read, so that writers of one scope follow one another.
-            nothing = {"scope": scope, "committed_units": 0, "spent_units": 0}
-            self._statements.commitment_sum.execute(self._cursor, [nothing])
             (row,) = self._statements.commitment.find(self._cursor, {"wanted": scope})
             self._found[scope] = Commitment(*row)
         delta = self._deltas.get(scope, Commitment())
@@ -132,6 +164,8 @@ class Ledger:
         return self._stop
 
 
-def _day(at: datetime) -> str:
-    day = at.astimezone(timezone.utc)
-    return f"day:{day.year:04}-{day.month:02}-{day.day:02}"
+def _scopes_of(record: Record) -> tuple[str, ...]:
+    """What a request's present submission counts for; nothing where it has none."""
+    if record.sent_at is None:
+        return ()
+    return scopes_of(str(record.run_id), record.sent_at, record.bought_for or "", record.scopes)

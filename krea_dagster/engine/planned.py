@@ -24,11 +24,16 @@ _TOGETHER: Final = 2000
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request that some rows want; ``rows`` counts them."""
+    """A request that some rows want; ``rows`` counts them.
+
+    ``scopes`` are the budgets' scopes of its first row (``budget.column_scope``), beside those of
+    its run, day, month and partition.
+    """
 
     request: ImageRequest
     partition_key: str
     rows: int = 1
+    scopes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -44,10 +49,15 @@ class Planned:
     new: int = 0
     unfinished: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
+    _scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rows(self, request_key: str) -> int:
         """How many rows want a request."""
         return self._rows.get(request_key, 1)
+
+    def scopes(self, request_key: str) -> tuple[str, ...]:
+        """What a purchase of a request counts for, beside its run, day, month and partition."""
+        return self._scopes.get(request_key, ())
 
     @classmethod
     def enter(
@@ -96,6 +106,8 @@ class Planned:
             self.unfinished[key] = sys.intern(item.partition_key)
             if item.rows > 1:
                 self._rows[key] = item.rows
+            if item.scopes:
+                self._scopes[key] = item.scopes
             paid_at = record.completed_at or record.submitted_at or record.sent_at
             if paid_at is not None:
                 paid.append((paid_at.timestamp(), key))

@@ -35,6 +35,9 @@ class Record:
     for an unknown outcome. ``committed_units`` is what it may cost at most, as far as is known,
     ``expected_units`` what the submission was expected to cost when it was admitted.
 
+    ``bought_for`` is the partition that the present submission was bought for, and ``scopes`` what
+    it counts for beside its run, day, month and partition.
+
     ``seq`` numbers the request's events from 0, and ``submissions`` counts its submissions: by
     them a change is written only onto the very record that it was made from.
     """
@@ -63,6 +66,8 @@ class Record:
     seq: int = 0
     submissions: int = 0
     expected_units: int = 0
+    bought_for: str | None = None
+    scopes: tuple[str, ...] = ()
 
     @property
     def request_key(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,6 +46,7 @@ class Charge:
     charged_units: int | None
     settled_at: datetime | None
     state: State | None
+    scopes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ _SUBMISSION: Final = (
     "expected_units",
     "billing_rule",
     "user_group",
+    "scopes",
 )
 
 
@@ -82,7 +85,9 @@ def _joined() -> Select[Any]:
         .scalar_subquery()
         .label("submissions")
     )
-    return select(requests, *(submissions.c[name] for name in _SUBMISSION), count).select_from(
+    bought_for = submissions.c.partition_key.label("bought_for")
+    columns = (*(submissions.c[name] for name in _SUBMISSION), bought_for, count)
+    return select(requests, *columns).select_from(
         requests.outerjoin(submissions, requests.c.idempotency_key == submissions.c.idempotency_key)
     )
 
@@ -146,7 +151,13 @@ def record_of(row: Any) -> Record:
         seq=row.seq,
         submissions=row.submissions,
         expected_units=row.expected_units or 0,
+        bought_for=row.bought_for,
+        scopes=_scopes(row.scopes),
     )
+
+
+def _scopes(text: str | None) -> tuple[str, ...]:
+    return tuple(json.loads(text)) if text else ()
 
 
 #: Every submission as a charge needs it.
@@ -178,6 +189,7 @@ def charge_of(row: Row[Any]) -> Charge:
         charged_units=row.charged_units,
         settled_at=row.settled_at,
         state=State(row.state) if present else None,
+        scopes=_scopes(row.scopes),
     )
 
 

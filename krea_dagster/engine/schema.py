@@ -142,6 +142,7 @@ requests: Final = Table(
     ),
     Index("ix_requests_state", "state"),
     Index("ix_requests_claimed_by", "claimed_by"),
+    Index("ix_requests_updated_at", "updated_at"),
 )
 
 #: One row per purchase, or what may have been one: the money.
@@ -165,13 +166,18 @@ submissions: Final = Table(
     # The server's words, of whatever length: a text that does not fit would cost the task's id.
     Column("billing_rule", Text),
     Column("user_group", Text),
+    # Part of what was sent: a repeat under the same Idempotency-Key must send the same one.
+    Column("callback_url", Text),
+    # What it counts for beside its run, day, month and partition, as a JSON list.
+    Column("scopes", Text),
     CheckConstraint("reserved_units >= 0", name="reserved"),
     CheckConstraint("charged_units >= 0", name="charged"),
     CheckConstraint("committed_units >= 0", name="committed"),
     Index("ix_submissions_request", "request_key", "number", unique=True),
 )
 
-#: What each run and each UTC day has committed and spent: the sums that caps are checked against.
+#: What each run, UTC day, month, partition and budgeted value has committed and spent: the sums
+#: that caps and budgets are checked against.
 commitments: Final = Table(
     "commitments",
     metadata,
@@ -221,6 +227,20 @@ account_readings: Final = Table(
     Column("run_id", String(255), nullable=False),
     Column("used_units", BigInteger, nullable=False),
     Column("remaining_units", BigInteger, nullable=False),
+)
+
+#: Requests that somebody who knows their address has called about: hints, and never facts.
+callbacks: Final = Table(
+    "callbacks",
+    metadata,
+    Column("request_key", String(64), ForeignKey("requests.request_key"), primary_key=True),
+    # What the last call claimed that named a task at all.
+    Column("task_id", String(128)),
+    Column("first_at", UtcTime, nullable=False),
+    Column("last_at", UtcTime, nullable=False),
+    Column("count", BigInteger, nullable=False),
+    CheckConstraint("count > 0", name="count"),
+    Index("ix_callbacks_last_at", "last_at"),
 )
 
 #: Everything that happened, in order; replaying it gives the current state.

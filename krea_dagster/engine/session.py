@@ -259,7 +259,8 @@ class Session:
         partition_key = self._planned.unfinished[item.record.request_key]
         self._carried += 1
         self._in_flight += 1
-        carrier = Carrier(item.record, item.trail, partition_key)
+        scopes = self._planned.scopes(item.record.request_key)
+        carrier = Carrier(item.record, item.trail, partition_key, scopes)
         if submits:
             self.steps.may_submit(carrier)
         carriers.start_soon(self._carry, carrier)

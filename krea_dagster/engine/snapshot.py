@@ -43,6 +43,11 @@ class Snapshot:
         self._connection = connection.execution_options(yield_per=1000)
         self._explained = explained
 
+    @property
+    def connection(self) -> Connection:
+        """The connection itself, for those who read many columns at once."""
+        return self._connection
+
     def records(self) -> Iterator[Record]:
         """Every request."""
         for row in self._rows(JOINED.order_by(requests.c.request_key)):

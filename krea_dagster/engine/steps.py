@@ -33,6 +33,7 @@ from krea_dagster.errors import (
     AccountStopped,
     ApiError,
     BuyingClosed,
+    CapReached,
     DownloadError,
     IdempotencyConflict,
     ImageRejected,
@@ -95,6 +96,7 @@ class Carrier:
     record: Record
     trail: Trail
     partition_key: str
+    scopes: tuple[str, ...] = ()
     holds_place: bool = True
     may_submit: bool = False
     since_s: float = 0.0
@@ -111,7 +113,7 @@ class Steps:
 
     Every method takes a carrier, changes its record and trail, and returns the seconds to wait
     before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
-    the caps said, by code, ``dearer`` the prices above the expected, by quality, ``unwritten``
+    the caps said, by scope, ``dearer`` the prices above the expected, by quality, ``unwritten``
     what was bought and the journal did not take. ``announce_stop`` tells the launch's other
     shards that the account stopped this one. Raises JournalError where an event could not be
     written, and StorageError where an image could not.
@@ -171,7 +173,9 @@ class Steps:
 
     async def submit(self, carrier: Carrier, intent: Event) -> float:
         """POST once: the intent is on disk before it leaves, and the answer before anything."""
-        values = {} if intent is Event.REPLAYING else {"partition_key": carrier.partition_key}
+        values: dict[str, Any] = {}
+        if intent is not Event.REPLAYING:
+            values = {"partition_key": carrier.partition_key, "scopes": carrier.scopes}
         await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard
         with anyio.CancelScope(shield=True) as scope:
             self._posting.add(scope)
@@ -205,7 +209,8 @@ class Steps:
         if isinstance(closed, RunStopped):
             self.stopped = self.stopped or closed
         else:
-            self.caps_reached.setdefault(closed.code, str(closed))
+            scope = closed.scope if isinstance(closed, CapReached) else ""
+            self.caps_reached.setdefault(scope or closed.code, str(closed))
         carrier.trail = changed(carrier.trail, final=f"not bought: {closed}")
         return 0.0
 

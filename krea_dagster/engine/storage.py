@@ -143,6 +143,13 @@ class Storage:
                 write(file)
             self.publish(temporary, name)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, where there is one."""
+        if self.folder is not None:
+            (self.folder / name).unlink(missing_ok=True)
+        elif self._fs.exists(self._full(name)):
+            self._fs.rm_file(self._full(name))
+
     def _make(self, folder: str | Path) -> bool:
         """Make a folder, durably; false where this one has made or found it before."""
         name = os.fspath(folder)

@@ -1,23 +1,26 @@
 """What one run works on: the images that its partitions ask for, and which of them are done."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
 
+from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.lookup import NOTHING_KNOWN, Known, known, known_of_many
 from krea_dagster.engine.runner import Wanted
+from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_parts, manifest_schema
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.figures import Figures, watched
 from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.prompts import HashPartitions, Plan, PromptTable
+from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,19 @@ class Batch:
     def standing(self, krea: KreaResource) -> "Standing":
         """How the images stand in the journal and in the storage. Raises JournalError."""
         digests = self.plan.all_digests
+        columns = krea.budget_columns()
+        if missing := [name for name in columns if name not in self._columns]:
+            raise ConfigError(
+                f"a budget names the column {missing[0]!r}, and the prompt table has none of that "
+                f"name; it has {', '.join(self._columns)}. Nothing was bought."
+            )
         if not krea.has_journal():
-            return Standing(self.plan, NOTHING_KNOWN)
+            return Standing(self.plan, NOTHING_KNOWN, columns)
         found = None if self._ahead is None else self._ahead.result()
         if found is None:
             with krea.open_journal() as journal:
                 found = known(journal, krea.open_storage(), digests)
-        return Standing(self.plan, found)
+        return Standing(self.plan, found, columns)
 
     def manifest_parts(
         self, key: str, krea: KreaResource, journal: Journal, run_id: str
@@ -120,6 +129,11 @@ class Batch:
                 for _ in watched(parts, self.plan.digests(key), figures):
                     pass
                 yield key, figures
+
+    @property
+    def _columns(self) -> list[str]:
+        """The columns of the plan, and the table's further ones."""
+        return [*PLAN_SCHEMA.names, *self.plan.carried.names]
 
     @property
     def manifest_schema(self) -> pa.Schema:
@@ -148,10 +162,14 @@ def _look_ahead(table: PromptTable, keys: Sequence[str] | None, krea: KreaResour
 
 @dataclass(frozen=True)
 class Standing:
-    """How the images of a plan stand: which are stored and whole, and which are known at all."""
+    """How the images of a plan stand: which are stored and whole, and which are known at all.
+
+    ``budget_columns`` are those whose values have a budget.
+    """
 
     plan: Plan
     known: Known
+    budget_columns: Sequence[str] = ()
 
     @property
     def whole(self) -> Mask:
@@ -176,9 +194,38 @@ class Standing:
         first, counts = first_of_each(self.digests[open_])
         chosen = np.zeros(len(self.digests), np.bool_)
         chosen[open_[first]] = True
-        requests = self.plan.requests(self.by_partition(chosen))
-        for (request, partition_key), rows in zip(requests, counts[first], strict=True):
-            yield Wanted(request, partition_key, int(rows))
+        masks = self.by_partition(chosen)
+        requests = self.plan.requests(masks)
+        scopes: Iterable[tuple[str, ...]] = repeat((), len(counts[first]))
+        if self.budget_columns:
+            scopes = self._scopes(masks)
+        for (request, partition_key), rows, own in zip(
+            requests, counts[first], scopes, strict=True
+        ):
+            yield Wanted(request, partition_key, int(rows), own)
+
+    def _scopes(self, masks: Mapping[str, Mask]) -> Iterator[tuple[str, ...]]:
+        """Yield what each masked image counts for, in the order of the plan."""
+        for key in self.plan.keys:
+            mask, start = masks[key], 0
+            for batch in self.plan.batches(key) if mask.any() else ():
+                chosen = pa.array(mask[start : start + batch.num_rows])
+                start += batch.num_rows
+                yield from self.scopes_of(batch.filter(chosen))
+
+    def scopes_of(self, images: pa.RecordBatch) -> Sequence[tuple[str, ...]]:
+        """Return what each of these images counts for; nothing where no column has a budget."""
+        names = images.schema.names
+        columns = []
+        for name in self.budget_columns:
+            # The table's own columns come first, and may have a further one's name.
+            texts = images.column(names.index(name)).cast(pa.string())
+            values = texts.dictionary_encode()
+            scopes = [column_scope(name, value) for value in values.dictionary.to_pylist()]
+            places = values.indices.to_pylist()
+            empty = column_scope(name, None)
+            columns.append([empty if place is None else scopes[place] for place in places])
+        return list(zip(*columns, strict=True))
 
     def by_partition(self, mask: Mask) -> dict[str, Mask]:
         """Cut a mask over all images by partition."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.plugin.automation import on_prompts_changed
 from krea_dagster.plugin.checks import (
     CheckFactory,
@@ -102,6 +103,13 @@ class KreaSettings(_Section):
     )
     day_credits: float | None = Field(
         default=None, ge=0, description="Most credits that all runs may commit in one UTC day."
+    )
+    budgets: list[str] = Field(
+        default=[],
+        description=(
+            "Most credits that all runs may commit, each as SCOPE=CREDITS, such as month=900 or "
+            "column:campaign:autumn=100."
+        ),
     )
     patience_s: float = Field(
         default=1800.0, gt=0, description="Seconds that a run waits for a task."
@@ -232,6 +240,17 @@ class KreaImages(dg.Component, _Section):
     checks: Checks | None = Field(
         default=None, description="Asset checks of image_manifest; by default the cheap ones."
     )
+    credits_per_usd: float = Field(
+        default=CREDITS_PER_USD, gt=0, description="Rate of the dollars in the spend tables."
+    )
+    spend_by: list[str] = Field(
+        default=[],
+        description="Further columns of the table that the daily spend is kept apart by.",
+    )
+    soft_budgets: list[str] = Field(
+        default=[],
+        description="Budgets that warn and stop nothing, in the words of krea.budgets.",
+    )
     in_process: bool = Field(
         default=True,
         description=(
@@ -289,6 +308,9 @@ class KreaImages(dg.Component, _Section):
             ),
             pool=self.pool,
             checks=self.build_checks(),
+            credits_per_usd=self.credits_per_usd,
+            spend_by=self.spend_by,
+            soft_budgets=self.soft_budgets,
             executor=dg.in_process_executor if self.in_process else None,
         )
         # By hand: the method of Definitions that does this is a preview, and warns of itself.

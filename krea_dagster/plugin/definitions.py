@@ -7,12 +7,15 @@ from typing import Any
 import dagster as dg
 
 import krea_dagster.plugin.assets as krea_assets
+from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
 from krea_dagster.plugin.checks import CheckFactory, default_checks
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
 from krea_dagster.plugin.proof import build_spend_proof_check
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.salvage import build_salvage
+from krea_dagster.plugin.spend_assets import build_spend_assets
+from krea_dagster.plugin.spend_checks import build_spend_warnings_checks
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 
 
@@ -31,6 +34,9 @@ def build_krea_definitions(
     freshness_policy: dg.FreshnessPolicy | None = None,
     pool: str | None = krea_assets.POOL,
     checks: Sequence[CheckFactory] | None = None,
+    credits_per_usd: float = CREDITS_PER_USD,
+    spend_by: Sequence[str] = (),
+    soft_budgets: Sequence[str] = (),
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build everything that a code location needs from one prompt table.
@@ -44,19 +50,29 @@ def build_krea_definitions(
     has runs launched by themselves, by a sensor of its own; without it nothing is bought that
     nobody asked for. ``freshness_policy`` and ``pool`` are as for ``build_krea_assets``.
     ``checks`` are those of ``image_manifest``, each as a factory such as ``build_files_check``, or
-    a ``functools.partial`` of one; None takes the cheap ones.
+    a ``functools.partial`` of one; None takes the cheap ones. ``credits_per_usd`` is the rate of
+    the dollars in the spend tables, and ``spend_by`` names further columns of the prompt table
+    that the daily sums are kept apart by. ``soft_budgets``, in the words of
+    ``KreaResource.budgets``, stop nothing: the checks of ``spend_daily`` warn before and when they
+    are passed.
 
     ``executor`` is the code location's: in-process by default, because the steps wait for the
     network and a second process would cost seconds to start; give None where your own definitions
     bring one.
 
-    The result holds the assets ``prompts``, ``prompt_columns``, ``images``, ``image_manifest`` and
-    ``salvaged_images``; the jobs ``krea_images``, ``krea_salvage`` and ``krea_proof``; the sensor
-    ``krea_prompts`` that watches the table, ``krea_salvage`` that starts its job and, with an
-    ``automation_condition``, ``krea_automation`` that launches runs; the checks
-    ``all_rows_delivered``, ``spend_proof`` and those of ``checks``; and the resources ``krea`` and
-    ``krea_manifest``. All these names begin with the prefix where there is one. Merge it with
-    your own by ``dagster.Definitions.merge``. Raises ConfigError for a setting that cannot be used.
+    The result holds
+
+    - the assets ``prompts``, ``prompt_columns``, ``images``, ``image_manifest``, ``spend_ledger``,
+      ``spend_daily`` and ``salvaged_images``;
+    - the jobs ``krea_images``, ``krea_spend``, ``krea_salvage`` and ``krea_proof``;
+    - the sensors ``krea_prompts``, which watches the table, ``krea_salvage``, which starts its job,
+      and with an ``automation_condition`` ``krea_automation``, which launches runs;
+    - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``, and of
+      ``spend_daily`` one for each kind of warning;
+    - the resources ``krea`` and ``krea_manifest``.
+
+    All these names begin with the prefix where there is one. Merge it with your own by
+    ``dagster.Definitions.merge``. Raises ConfigError for a setting that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
     before = "".join(f"{part}_" for part in key_prefix)
@@ -93,6 +109,19 @@ def build_krea_definitions(
         selection=dg.AssetSelection.checks(proof),
         description="Holds every charge against its task, file, manifest row and the account.",
     )
+    spend = build_spend_assets(
+        assets.image_manifest.key,
+        prefix=key_prefix,
+        group_name=group_name,
+        resource_key=f"{before}krea",
+        credits_per_usd=credits_per_usd,
+        by=spend_by,
+    )
+    warnings = build_spend_warnings_checks(
+        dg.AssetKey([*key_prefix, "spend_daily"]),
+        resource_key=f"{before}krea",
+        budgets=soft_budgets,
+    )
     sensor = build_prompts_sensor(
         table,
         assets.partitions_def,
@@ -110,9 +139,9 @@ def build_krea_definitions(
         assets, resource_key=f"{before}krea", prefix=before, group_name=group_name
     )
     images = dg.Definitions(
-        assets=assets.all,
-        asset_checks=[proof, *made],
-        jobs=[job, proof_job],
+        assets=[*assets.all, spend.tables],
+        asset_checks=[proof, *made, warnings],
+        jobs=[job, proof_job, spend.job],
         sensors=[sensor, *launching],
         resources={
             f"{before}krea": krea,

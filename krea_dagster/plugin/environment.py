@@ -10,6 +10,7 @@ from typing import Final
 import dagster as dg
 import httpx
 
+from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.definitions import build_krea_definitions
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY
@@ -33,6 +34,7 @@ class Settings:
     on_unknown: str
     run_credits: float | None
     day_credits: float | None
+    budgets: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> "Settings":
@@ -52,6 +54,7 @@ class Settings:
             on_unknown=on_unknown,
             run_credits=_credits(values, "KREA_RUN_CREDITS"),
             day_credits=_credits(values, "KREA_DAY_CREDITS"),
+            budgets=_budgets(values, "KREA_BUDGETS"),
         )
 
     @property
@@ -78,6 +81,7 @@ class Settings:
             on_unknown=self.on_unknown,
             run_credits=self.run_credits,
             day_credits=self.day_credits,
+            budgets=list(self.budgets),
         )
 
     def table(self) -> PromptTable:
@@ -96,7 +100,7 @@ def definitions_from_environment(environ: Mapping[str, str] | None = None) -> dg
 
     ``EVOLINK_API_KEY``, ``EVOLINK_BASE_URL``, ``KREA_PROMPTS``, ``KREA_STORAGE``,
     ``KREA_JOURNAL_URL``, ``KREA_PARTITION_BY``, ``KREA_MAX_IN_FLIGHT``, ``KREA_RUN_CREDITS``,
-    ``KREA_DAY_CREDITS``, ``KREA_ON_UNKNOWN``.
+    ``KREA_DAY_CREDITS``, ``KREA_BUDGETS``, ``KREA_ON_UNKNOWN``.
     Without a key the emulator is used, and the pictures are synthetic. Raises ConfigError.
     """
     return Settings.from_environment(environ).definitions()
@@ -124,6 +128,16 @@ def _whole(values: Mapping[str, str], name: str, default: int, *, most: int) -> 
     if not text.isdecimal() or not 1 <= int(text) <= most:
         raise ConfigError(f"{name} is {text!r}; use a whole number from 1 to {most}")
     return int(text)
+
+
+def _budgets(values: Mapping[str, str], name: str) -> tuple[str, ...]:
+    budgets = tuple(text.strip() for text in (values.get(name) or "").split(",") if text.strip())
+    for budget in budgets:
+        try:
+            Budget.parse(budget)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return budgets
 
 
 def _credits(values: Mapping[str, str], name: str) -> float | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from operator import ne
 from typing import Final
 
 import numpy as np
@@ -67,13 +68,11 @@ def quote_images(
     """Quote these images. Makes no journal where there is none. Raises as ``quote_partitions``."""
     now = datetime.now(timezone.utc)
     prices: dict[str, int] = {}
-    day = Commitment()
     with ExitStack() as stack:
         journal = None
         if krea.has_journal():
             journal = stack.enter_context(krea.open_journal())
             prices = journal.highest_prices()
-            day = journal.commitment(f"day:{now:%Y-%m-%d}")
         caps = krea.caps()
         return quote(
             _asked(standing, journal, in_order=caps != Caps()),
@@ -82,7 +81,7 @@ def quote_images(
             policy=krea.policy(ask_again),
             holds=ImageStore(krea.open_storage()).holds,
             caps=caps,
-            day=day,
+            committed=(lambda _: Commitment()) if journal is None else journal.commitment,
             credits_per_usd=credits_per_usd,
         )
 
@@ -106,6 +105,7 @@ def _asked(standing: Standing, journal: Journal | None, *, in_order: bool) -> It
                 first=first[key][here],
                 journal=journal,
                 in_order=in_order,
+                scopes=standing.scopes_of(batch),
             )
 
 
@@ -118,6 +118,7 @@ def _of_batch(
     first: Mask,
     journal: Journal | None,
     in_order: bool,
+    scopes: Sequence[tuple[str, ...]],
 ) -> Iterator[Asked]:
     qualities = batch.column(_QUALITY).dictionary_encode()
     names = qualities.dictionary.to_pylist()
@@ -131,7 +132,10 @@ def _of_batch(
     kinds = numbers * 3 + np.where(whole, 0, np.where(alone, 1, 2))
     order = np.arange(len(kinds)) if in_order else np.argsort(kinds, kind="stable")
     kinds = kinds[order]
-    breaks = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] % 3 == 1)) + 1
+    changes = (kinds[1:] != kinds[:-1]) | (kinds[1:] % 3 == 1)
+    if scopes:  # then caps bind, and the images are in their order
+        changes |= np.fromiter(map(ne, scopes[1:], scopes), np.bool_, len(changes))
+    breaks = np.flatnonzero(changes) + 1
     for places in np.split(order, breaks) if len(order) else ():
         at = int(places[0])
         yield Asked(
@@ -141,4 +145,5 @@ def _of_batch(
             requests=int(first[places].sum()),
             record=records.get(keys[at].as_py()) if alone[at] else None,
             at_hand=bool(whole[at]),
+            scopes=scopes[at] if scopes else (),
         )

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from krea_dagster.api import KreaClient
-from krea_dagster.engine.budget import Caps
+from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.database import has_database
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
@@ -113,6 +113,15 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         description=(
             "Most credits that all runs which share the journal may commit in one UTC day; the "
             "rows beyond it are deferred."
+        ),
+    )
+    budgets: list[str] = Field(
+        default=[],
+        description=(
+            "Most credits that all runs which share the journal may commit, each as SCOPE=CREDITS: "
+            "day, month, partition (each), partition:KEY, column:NAME (each value) or "
+            "column:NAME:VALUE, such as month=900 or column:campaign:autumn=100. The rows beyond "
+            "are deferred."
         ),
     )
     patience_s: float = Field(
@@ -280,11 +289,16 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             )
 
     def caps(self) -> Caps:
-        """Return the caps in units."""
+        """Return the caps and budgets in units. Raises ConfigError for a budget that is none."""
         return Caps(
             run_units=None if self.run_credits is None else units_from_credits(self.run_credits),
             day_units=None if self.day_credits is None else units_from_credits(self.day_credits),
+            budgets=tuple(map(Budget.parse, self.budgets)),
         )
+
+    def budget_columns(self) -> list[str]:
+        """Return the columns whose values have a budget. Raises ConfigError."""
+        return list(dict.fromkeys(one.name for one in self.caps().budgets if one.name))
 
     def policy(self, ask_again: Iterable[str] = ()) -> Policy:
         """Return what a run does about failures; ``ask_again`` as for ``generate``."""

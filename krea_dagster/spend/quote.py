@@ -19,6 +19,7 @@ from krea_dagster.engine.budget import (
     Commitment,
     admit,
     expected_units,
+    scopes_of,
 )
 from krea_dagster.engine.policy import (
     Ask,
@@ -158,7 +159,8 @@ class Asked:
 
     ``rows`` counts them, and ``requests`` those of them that are the first to ask for their
     request. ``record`` is what the journal knows of that request, None where it has never seen
-    it; a record stands for one request alone. ``at_hand`` says that they are stored and whole.
+    it; a record stands for one request alone. ``at_hand`` says that they are stored and whole,
+    and ``scopes`` what a purchase of theirs counts for beside its run, day, month and partition.
     """
 
     partition_key: str
@@ -167,6 +169,7 @@ class Asked:
     requests: int = 1
     record: Record | None = None
     at_hand: bool = False
+    scopes: tuple[str, ...] = ()
 
 
 def quote(
@@ -177,19 +180,18 @@ def quote(
     policy: Policy,
     holds: Callable[[StoredImage], bool],
     caps: Caps = _NO_CAPS,
-    run: Commitment | None = None,
-    day: Commitment | None = None,
+    committed: Callable[[str], Commitment] = lambda _: Commitment(),
     credits_per_usd: float = CREDITS_PER_USD,
 ) -> Quote:
     """Say what a run over these images would do now, and what it would cost at most.
 
     ``prices`` is the journal's highest price for each quality, in units; a quality without one
     costs the published price. ``holds`` tells whether a stored image's file is at hand.
-    ``caps`` are counted from what ``run`` and ``day`` have committed already (nothing by
-    default), in the order of the images. An unknown price or a capped purchase is counted as
+    ``caps`` are counted from what each scope has ``committed`` already (nothing by default), in
+    the order of the images. An unknown price or a capped purchase is counted as
     dear as it may be; a task that fails is not foreseen.
     """
-    budget = _Budget(caps, run or Commitment(), day or Commitment(), prices, now)
+    budget = _Budget(caps, committed, prices, now)
     lines: dict[tuple[str, str], Line] = {}
     for images in asked:
         names = (images.partition_key, images.quality)
@@ -240,11 +242,15 @@ class _Budget:
     """Admits purchases one after the other, as the journal will."""
 
     def __init__(
-        self, caps: Caps, run: Commitment, day: Commitment, prices: Mapping[str, int], now: datetime
+        self,
+        caps: Caps,
+        committed: Callable[[str], Commitment],
+        prices: Mapping[str, int],
+        now: datetime,
     ) -> None:
         self._caps = caps
-        self._run = run
-        self._day = day
+        self._read = committed
+        self._sums: dict[str, Commitment] = {}
         self._prices = prices
         self._now = now
         self.reached: str | None = None
@@ -252,25 +258,36 @@ class _Budget:
     def price(self, quality: str) -> int:
         return expected_units(quality, self._prices)
 
-    def takes(self, units: int, purchases: int) -> int:
+    def takes(self, units: int, purchases: int, images: Asked) -> int:
         """Commit as many purchases of one price as there is room for; return their number."""
-        if self._refusal(units, 1) is None and self._refusal(units, purchases) is None:
+        scopes = scopes_of("", self._now, images.partition_key, images.scopes)
+        if self._refusal(scopes, units, 1) is None and (
+            self._refusal(scopes, units, purchases) is None
+        ):
             taken = purchases
         else:
             # The first that is refused: behind it, all of this price are.
             taken = bisect_left(
-                range(purchases), 1, key=lambda taken: self._refusal(units, taken + 1) is not None
+                range(purchases),
+                1,
+                key=lambda taken: self._refusal(scopes, units, taken + 1) is not None,
             )
-            self.reached = self.reached or str(self._refusal(units, taken + 1))
-        self._run = self._run.plus(units * taken)
-        self._day = self._day.plus(units * taken)
+            self.reached = self.reached or str(self._refusal(scopes, units, taken + 1))
+        for scope in scopes:
+            self._sums[scope] = self._committed(scope).plus(units * taken)
         return taken
 
-    def _refusal(self, units: int, number: int) -> object | None:
+    def _committed(self, scope: str) -> Commitment:
+        if scope not in self._sums:
+            self._sums[scope] = self._read(scope)
+        return self._sums[scope]
+
+    def _refusal(self, scopes: tuple[str, ...], units: int, number: int) -> object | None:
         """Return why the n-th of several purchases of one price is refused, if it is."""
         before = units * (number - 1)
-        run, day = self._run.plus(before), self._day.plus(before)
-        return admit(self._caps, run, day, units, self._now)
+        return admit(
+            self._caps, scopes, lambda scope: self._committed(scope).plus(before), units, self._now
+        )
 
 
 def _money(fate: Fate, images: Asked, budget: _Budget) -> Line:
@@ -280,7 +297,7 @@ def _money(fate: Fate, images: Asked, budget: _Budget) -> Line:
         return Line("", "")
     match fate:
         case Fate.TO_BUY:
-            kept_back = images.requests - budget.takes(price, images.requests)
+            kept_back = images.requests - budget.takes(price, images.requests, images)
             return Line(
                 "",
                 "",

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Final
 
-from krea_dagster.engine.budget import Commitment
+from krea_dagster.engine.budget import Commitment, scopes_of
 from krea_dagster.engine.journal import Charge, History, Journal, Snapshot
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import Event, State
@@ -123,7 +123,7 @@ class _Books:
         self._count(submissions=1)
         if charged:
             self._count(charges=1, tasks=int(charge.task_id is not None), charged_units=charged)
-        for scope in (f"run:{charge.run_id}", _day(charge.sent_at)):
+        for scope in scopes_of(charge.run_id, charge.sent_at, charge.partition_key, charge.scopes):
             self._committed[scope] += charge.committed_units
             self._spent[scope] += charged
         self.account.add(charge)
@@ -260,7 +260,7 @@ class _Books:
     # -- the sums -----------------------------------------------------------------------------
 
     def compare_sums(self) -> None:
-        """Hold what runs and days have committed against the sums of their purchases."""
+        """Hold what each scope has committed against the sum of its purchases."""
         kept = self._snapshot.commitments()
         for scope in sorted({*kept, *self._committed}):
             said = kept.get(scope, Commitment())
@@ -379,10 +379,6 @@ def _range(low: int, high: int) -> str:
 
 def _when(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S}"
-
-
-def _day(at: datetime) -> str:
-    return f"day:{at.astimezone(timezone.utc):%Y-%m-%d}"
 
 
 def _chunks(names: Iterable[str]) -> Iterator[list[str]]:

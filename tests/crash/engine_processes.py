@@ -5,14 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from krea_dagster.emulator import Emulator
+from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.planned import Wanted
 from krea_dagster.engine.record import Record
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import asked
@@ -27,7 +29,8 @@ _PROCESSES.set_forkserver_preload(["tests.crash.engine_worker"])
 class Job:
     """One run: rows ``start`` to ``start + count``, every ``two_k``-th of them in 2K.
 
-    ``file_bytes`` bounds the size of the files that the process may write.
+    ``file_bytes`` bounds the size of the files that the process may write. Every second row is of
+    the campaign autumn, the others of spring.
     """
 
     emulator: str
@@ -42,6 +45,7 @@ class Job:
     run_units: int | None = None
     day_units: int | None = None
     file_bytes: int | None = None
+    budgets: tuple[str, ...] = ()
 
 
 def requests(job: Job) -> list[ImageRequest]:
@@ -50,6 +54,13 @@ def requests(job: Job) -> list[ImageRequest]:
         asked(seed=row + 1, quality="2K" if job.two_k and row % job.two_k == 0 else "1K")
         for row in range(job.start, job.start + job.count)
     ]
+
+
+def wanted(job: Job) -> Iterator[Wanted]:
+    """The same, with the partition and the campaign that each is bought for."""
+    for request in requests(job):
+        campaign = "autumn" if request.seed % 2 else "spring"
+        yield Wanted(request, job.partition, scopes=(column_scope("campaign", campaign),))
 
 
 class Process:

@@ -12,15 +12,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from krea_dagster.api import KreaClient
-from krea_dagster.engine.budget import Caps
+from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.policy import Policy
-from krea_dagster.engine.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.runner import Runner, RunReport
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import JournalError
-from tests.crash.engine_processes import Job, requests
+from tests.crash.engine_processes import Job, wanted
 
 
 def work(job: Job, connection: Connection) -> None:
@@ -72,7 +72,7 @@ async def _run(job: Job, journal: Journal) -> RunReport:
         run_id=job.run_id,
         policy=Policy(wait_scale=0.02, patience_s=60.0, gone_after_s=5.0),
         max_in_flight=job.max_in_flight,
-        caps=Caps(run_units=job.run_units, day_units=job.day_units),
+        caps=Caps(job.run_units, job.day_units, tuple(map(Budget.parse, job.budgets))),
         latencies=Latencies.known({"1K": 0.2, "2K": 0.2}),
     )
-    return await runner.run(Wanted(one, job.partition) for one in requests(job))
+    return await runner.run(wanted(job))

@@ -400,6 +400,13 @@ def no_success(bench: Bench) -> None:
     assert answer.json()["success"] is False
 
 
+def calls_planned(wanted: list[tuple[float, str]], bench: Bench) -> None:
+    """The calls themselves are the matter of test_emulator_callbacks.py."""
+    bench.create(callback_url="https://hooks.example.com/hook")
+    planned = bench.world.due_calls(3)
+    assert [(round(c.due_at - bench.clock(), 3), c.forged) for c in planned] == wanted
+
+
 Check = Callable[[Bench], Any]
 
 CHECKS: dict[str, Check] = {
@@ -482,6 +489,10 @@ CHECKS: dict[str, Check] = {
     "endless": endless,
     "bomb": bomb,
     "not_an_image": noise,
+    "callback_late": partial(calls_planned, [(7.0, "")]),
+    "callback_doubled": partial(calls_planned, [(2.0, ""), (2.0, "")]),
+    "callback_missing": partial(calls_planned, []),
+    "callback_forged": partial(calls_planned, [(2.0, "status")]),
 }
 
 

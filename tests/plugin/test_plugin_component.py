@@ -52,6 +52,7 @@ EVERYTHING: dict[str, Any] = {
         "on_unknown": "hold",
         "run_credits": 7.5,
         "day_credits": 20,
+        "budgets": ["month=900", "column:day=5"],
         "patience_s": 600,
         "timeout_s": 30,
         "download_timeout_s": 90,
@@ -70,8 +71,17 @@ EVERYTHING: dict[str, Any] = {
         "pictures": {"sample": None, "seed": 4},
         "spend": {"most_credits": 9, "tolerance": 0.1, "prices": {"1K": 0.5, "2K": 1.0}},
     },
+    "credits_per_usd": 70.0,
+    "spend_by": ["campaign"],
+    "soft_budgets": ["month=500"],
     "in_process": False,
 }
+
+
+def names_of_checks(defs: dg.Definitions) -> set[str]:
+    """The checks of the images and their manifest; the spend tables have their own."""
+    keys = defs.resolve_asset_graph().asset_check_keys
+    return {key.name for key in keys if not key.asset_key.path[-1].startswith("spend_")}
 
 
 @pytest.fixture
@@ -167,7 +177,7 @@ def test_all_of_it_reaches_the_definitions(
     assert defs.resolve_sensor_def("shop_hero_krea_automation")
     assert spec.automation_condition is not None
 
-    checks = {key.name for key in defs.resolve_asset_graph().asset_check_keys}
+    checks = names_of_checks(defs)
     assert checks == {
         "all_rows_delivered", "spend_proof", "manifest_schema", "failure_share", "files_whole",
         "pictures", "spend_expected",
@@ -182,6 +192,12 @@ def test_all_of_it_reaches_the_definitions(
     for name in set(settings) - {"api_key_env", "journal_url_env", "storage"}:
         assert getattr(krea, name) == settings[name], name
     assert krea.storage == str(sandbox.project_root / "made")
+    columns = (
+        defs.resolve_assets_def(dg.AssetKey([*prefix, "spend_daily"]))
+        .specs_by_key[dg.AssetKey([*prefix, "spend_daily"])]
+        .metadata["dagster/column_schema"]
+    )
+    assert "campaign" in [column.name for column in columns.columns]
     uri = defs.resolve_asset_graph().get(dg.AssetKey([*prefix, "prompts"])).metadata["dagster/uri"]
     assert uri == str(sandbox.project_root / "data" / "prompts.parquet")
 
@@ -352,7 +368,7 @@ def test_the_emulator_can_be_chosen_and_forbidden(
     if emulator:
         assert made.api_key == ""
     else:
-        with pytest.raises(ConfigError, match="api_key is empty"):
+        with pytest.raises(ConfigError, match="the variable HERO_KEY is not set"):
             made.check()
 
 
@@ -404,7 +420,7 @@ def test_a_subclass_changes_what_yaml_cannot_say(
     file.write_text(file.read_text().replace("krea_dagster.KreaImages", ".own.Own"))
     with sandbox.load_component_and_build_defs(path) as (_, defs):
         assert resource_of(defs).max_in_flight == 3
-        checks = {key.name for key in defs.resolve_asset_graph().asset_check_keys}
+        checks = names_of_checks(defs)
         assert checks == {"all_rows_delivered", "spend_proof", "pictures"}
         for key in ("images", "image_manifest", "prompts"):
             assert defs.resolve_asset_graph().get(dg.AssetKey(key)).owners == ["team:art"]

@@ -18,6 +18,9 @@ TESTS = (
     "tests/engine/test_lookup.py",
     "tests/siege/test_migrations.py",
     "tests/crash/test_processes.py",
+    "tests/crash/test_crash_budgets.py",
+    "tests/engine/test_budget.py",
+    "tests/spend/test_spend_journals.py",
 )
 
 

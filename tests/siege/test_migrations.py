@@ -25,6 +25,14 @@ from krea_dagster.errors import JournalError
 from tests.siege import first_release
 from tests.siege.first_release import ROWS, content, engine_of
 
+#: What is there after the upgrade: the sums of its month and its partition are added up.
+UPGRADED = ROWS | {
+    "commitments": [
+        {"scope": scope, "committed_units": 13500, "spent_units": 4500}
+        for scope in ("day:2026-01-01", "month:2026-01", "partition:bucket-000")
+    ]
+}
+
 _FOLDER = Path(__file__).with_name("revisions")
 
 
@@ -120,7 +128,7 @@ def test_a_journal_of_the_first_release_opens_with_all_that_it_holds(journal_url
     first_release.make(journal_url)
     with closing(Journal(journal_url)) as journal:
         assert version(journal_url) == REVISIONS.head
-        assert content(journal_url) == ROWS
+        assert content(journal_url) == UPGRADED
         assert journal.count_by_state() == dict.fromkeys(
             (State.STORED, State.SUBMITTED, State.UNKNOWN, State.PLANNED), 1
         )
@@ -139,7 +147,7 @@ def test_an_upgrade_keeps_every_row_and_every_constraint(journal_url: str) -> No
     before = tables(journal_url)
     Database(journal_url, revisions=later("grown")).close()
     assert version(journal_url) == "next"
-    assert content(journal_url) == ROWS
+    assert content(journal_url) == UPGRADED
     after = tables(journal_url)
     assert "archived" in str(after["requests"].pop("checks"))
     assert after["requests"]["columns"].pop("archived_at") == ("BIGINT", True, None)
@@ -190,7 +198,7 @@ def test_processes_that_open_an_old_journal_together_upgrade_it_once(tmp_path: P
         process.communicate("!")
     assert [process.returncode for process in processes] == [0, 0]
     assert version(url) == "next"
-    assert content(url) == ROWS
+    assert content(url) == UPGRADED
 
 
 def test_a_run_ends_where_a_newer_version_upgrades_its_journal(journal_url: str) -> None:

@@ -238,7 +238,7 @@ def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
         policy=Policy(on_unknown="hold" if hold else "replay"),
         holds=lambda _: at_hand,
         caps=caps,
-        day=Commitment(9000),
+        committed=_committed,
     )
     total = said.total
     assert total.asked == len(rows)
@@ -271,6 +271,11 @@ def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
     assert (said.cap is None) == (total.deferred == 0)
 
 
+def _committed(scope: str) -> Commitment:
+    """What the day had committed before; nothing else had."""
+    return Commitment(9000 if scope.startswith("day:") else 0)
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from(["1K", "2K"])), max_size=8
@@ -290,7 +295,7 @@ def test_many_alike_are_quoted_as_they_would_be_one_by_one(
             policy=Policy(),
             holds=lambda _: True,
             caps=caps,
-            day=Commitment(9000),
+            committed=_committed,
         )
 
     together = [

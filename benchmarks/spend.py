@@ -1,0 +1,158 @@
+"""The tables of what was spent, from a simulated year of a million purchases.
+
+python -m benchmarks.spend [--purchases N] [--quick] [--json]
+
+Each is measured in a fresh process, and its sums are held against the books that the simulation
+keeps apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import Namespace
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from benchmarks.harness import Ran, Report, finish, note_progress, options_of, peak_bytes, run
+
+PURCHASES: Final = 1_000_000
+SCRATCH_S: Final = 30.0
+DAY_S: Final = 5.0
+PEAK_BYTES: Final = 1_000_000_000
+
+#: What is added up, by its name in the ledger and in the books.
+_SUMS: Final = {
+    "credits_charged": "charged_units",
+    "credits_returned": "returned_units",
+    "credits_unknown": "unknown_units",
+}
+
+
+def main() -> None:
+    """Run the command: the report, or with ``--work`` one of its processes."""
+    parser = options_of("spend")
+    parser.add_argument("--purchases", type=int, default=PURCHASES, help="purchases of the year")
+    parser.add_argument("--work", choices=["simulate", "update"], help="do this, and say what")
+    parser.add_argument("--until", help="for --work simulate: the days to write, in order")
+    parser.add_argument("--folder", type=Path, help="for --work")
+    options = parser.parse_args()
+    if options.work:
+        work = simulate if options.work == "simulate" else update
+        print(json.dumps(work(options)))
+        return
+    if options.quick:
+        options.purchases //= 20
+    with TemporaryDirectory() as name:
+        _measure(options, Path(name))
+
+
+def _measure(options: Namespace, folder: Path) -> None:
+    report = Report(
+        "spend",
+        f"Spend tables of a year, {options.purchases:,} purchases",
+        setting=(
+            "A simulated year in a SQLite journal, eight manifests with a row per image: prices "
+            "rise in May, three days of outage in July, one runaway day in September. Ledger, "
+            "daily sums and failures as Parquet files by month. n = 1, both cores."
+        ),
+        columns=["what", "wall, s", "CPU, s", "peak memory, MB", "months written"],
+    )
+    # One simulation, which stops on the last but one day and goes on when the tables are made.
+    for step, (what, until) in enumerate(
+        (("from scratch, 364 days", "2026-12-30"), ("one more day", "2026-12-30,2026-12-31"))
+    ):
+        books = _do("simulate", folder / str(step), options, until).said
+        if step:
+            _take_tables(folder / "0", folder / "1")
+        ran = _do("update", folder / str(step), options, until).said
+        differ = {name: ran["sums"][name] - books[units] for name, units in _SUMS.items()}
+        assert not any(differ.values()), differ
+        assert ran["purchases"] == books["asked"], (ran["purchases"], books["asked"])
+        memory = f"{ran['peak_bytes'] / 1e6:.0f}"
+        report.add(what, f"{ran['wall_s']:.2f}", f"{ran['cpu_s']:.2f}", memory, ran["months"])
+        limit_s = DAY_S if step else SCRATCH_S
+        report.claim(what, ran["wall_s"], limit_s, "s")
+        report.claim(f"{what}: peak memory, MB", ran["peak_bytes"] / 1e6, PEAK_BYTES / 1e6)
+    report.note(
+        "Purchases, charged, returned and unknown credits are those of the simulation's own books, "
+        "to the last 1/10,000 credit. Seconds are without Python's start and imports, memory is "
+        "with them."
+    )
+    finish(report, options)
+
+
+def _take_tables(before: Path, after: Path) -> None:
+    """Put the tables of the first 364 days beside the journal of the whole year.
+
+    Both journals are of one simulation, but each has a name of its own.
+    """
+    (before / "spend").rename(after / "spend")
+    state = after / "spend" / "state.json"
+    said = json.loads(state.read_text())
+    said["journal_id"] = _journal_id(after)
+    state.write_text(json.dumps(said))
+
+
+def _journal_id(folder: Path) -> str:
+    import sqlite3  # noqa: PLC0415 - only here
+
+    with closing(sqlite3.connect(folder / "journal.db")) as database:
+        return str(database.execute("select journal_id from about").fetchone()[0])
+
+
+def _do(work: str, folder: Path, options: Namespace, until: str) -> Ran:
+    note_progress(f"{work}, {options.purchases:,} purchases until {until}")
+    folder.mkdir(exist_ok=True)
+    command = ["benchmarks.spend", "--work", work, "--folder", str(folder), "--until", until]
+    return run([*command, "--purchases", str(options.purchases)])
+
+
+# -- the processes --------------------------------------------------------------------------------
+
+
+def simulate(options: Namespace) -> dict[str, Any]:
+    """Write the days of the year; what the books say of them."""
+    from tests.spend.year import Year  # noqa: PLC0415 - only what is measured is imported
+
+    year = Year(options.folder, options.purchases)
+    for until in options.until.split(","):
+        year.write(date.fromisoformat(until))
+    books = year.books()
+    return {name: books.total(name) for name in ("asked", *_SUMS.values())}
+
+
+def update(options: Namespace) -> dict[str, Any]:
+    """Bring the tables up to the journal, and add them up."""
+    import duckdb  # noqa: PLC0415 - only what is measured is imported
+
+    from krea_dagster.engine.journal import Journal  # noqa: PLC0415
+    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.spend.tables import update_spend  # noqa: PLC0415
+
+    storage = Storage(str(options.folder))
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    with closing(Journal(f"sqlite:///{options.folder / 'journal.db'}")) as journal:
+        updated = update_spend(journal, storage)
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    peak = peak_bytes()
+    paths = os.fspath(options.folder / "spend" / "ledger" / "*.parquet")
+    sums = ", ".join(f"CAST(sum({name}) * 10000 AS BIGINT)" for name in _SUMS)
+    found = duckdb.sql(f"SELECT {sums} FROM read_parquet('{paths}')").fetchone()
+    assert found is not None
+    return {
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "peak_bytes": peak,
+        "months": len(updated.months),
+        "purchases": updated.purchases,
+        "sums": dict(zip(_SUMS, found, strict=True)),
+    }
+
+
+if __name__ == "__main__":
+    main()

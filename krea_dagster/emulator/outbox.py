@@ -1,0 +1,96 @@
+"""Keep what is to be called back: each call until it is answered, or given up.
+
+A table of the state file, so that a killed emulator makes its calls when it is started again.
+Times are unix seconds of the world's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from krea_dagster.emulator.faults import Chosen
+from krea_dagster.emulator.state import State
+
+#: After a try that failed the next comes so much later; after the last of them none.
+RETRY_AFTER_S: Final = (1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class DueCall:
+    """One call to make. ``n`` is the task's number, ``forged`` how it lies, "" where it does not.
+
+    ``tries`` is how often it was made in vain.
+    """
+
+    id: int
+    n: int
+    url: str
+    due_at: float
+    forged: str
+    tries: int
+
+
+class Outbox:
+    """The calls that are still to be made."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._db = state.db
+
+    def plan(self, n: int, chosen: Sequence[Chosen], *, created_at: float, ready_at: float) -> None:
+        """Enter the calls about a task that ends at ``ready_at``, as its faults want them."""
+        effects = {one.fault.effect: one for one in chosen}
+        self._db.executemany(
+            "INSERT INTO callbacks (n, due_at, forged) VALUES (?, ?, ?)",
+            [(n, at, forged) for at, forged in _calls(effects, created_at, ready_at)],
+        )
+
+    def due(self, most: int, *, without: Collection[int]) -> list[DueCall]:
+        """Return the next calls, the earliest first, whether due or not yet."""
+        with self._state.lock:
+            rows = self._db.execute(
+                "SELECT c.id, c.n, t.callback_url, c.due_at, c.forged, c.tries "
+                "FROM callbacks c JOIN tasks t ON t.n = c.n ORDER BY c.due_at, c.id LIMIT ?",
+                (most + len(without),),
+            ).fetchall()
+        return [DueCall(*row) for row in rows if row[0] not in without][:most]
+
+    def answered(self, call: DueCall, status: int, now: float) -> None:
+        """Note the status that a call was answered with, 0 where it was not answered."""
+        with self._state.transaction():
+            self._count("call", str(status) if status else "no answer")
+            if 200 <= status < 300:
+                self._count("note", "callbacks_answered")
+            elif call.tries < len(RETRY_AFTER_S):
+                self._db.execute(
+                    "UPDATE callbacks SET tries = tries + 1, due_at = ? WHERE id = ?",
+                    (now + RETRY_AFTER_S[call.tries], call.id),
+                )
+                return
+            else:
+                self._count("note", "callbacks_given_up")
+            self._db.execute("DELETE FROM callbacks WHERE id = ?", (call.id,))
+
+    def _count(self, kind: str, what: str) -> None:
+        self._db.execute(
+            "INSERT INTO counts VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1", (kind, what)
+        )
+
+
+def _calls(
+    effects: dict[str, Any], created_at: float, ready_at: float
+) -> Iterator[tuple[float, str]]:
+    """Each call about a task: when, and how it lies."""
+    if "call_never" in effects:
+        return
+    late = effects.get("call_late")
+    at = ready_at + (late.seconds if late is not None else 0.0)
+    forged = effects["call_forged"].arg if "call_forged" in effects else ""
+    if forged == "early":
+        yield created_at, forged
+        forged = ""
+    yield at, forged
+    if "call_twice" in effects:
+        yield at, forged

@@ -1,0 +1,164 @@
+"""The journal's part of callbacks: what is remembered of a call, and that nothing else changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from krea_dagster.engine.calls import OVERLAP, CallLog
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.schema import metadata
+from krea_dagster.errors import JournalError
+from krea_dagster.models import ImageRequest
+
+START = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+class Now:
+    """UTC that only the test moves."""
+
+    def __init__(self) -> None:
+        self.at = START
+
+    def __call__(self) -> datetime:
+        return self.at
+
+    def move(self, seconds: float) -> datetime:
+        self.at += timedelta(seconds=seconds)
+        return self.at
+
+
+@pytest.fixture
+def now() -> Now:
+    return Now()
+
+
+@pytest.fixture
+def log(journal: Journal, journal_url: str, now: Now) -> Iterator[CallLog]:
+    """The calls of a journal that knows the requests A and B."""
+    wanted = [
+        (
+            ImageRequest(
+                request_key=key,
+                prompt="a fox",
+                size="1:1",
+                quality="1K",
+                seed=7,
+                nsfw_check=False,
+                attempt=0,
+            ),
+            "p",
+        )
+        for key in (A, B)
+    ]
+    journal.plan(wanted, run_id="run", at=START)
+    with closing(CallLog.open(journal_url, now=now)) as opened:
+        yield opened
+
+
+def everything_else(journal: Journal) -> dict[str, list[tuple[object, ...]]]:
+    with journal.reading() as connection:
+        return {
+            name: sorted(map(tuple, connection.execute(table.select())), key=str)
+            for name, table in metadata.tables.items()
+            if name != "callbacks"
+        }
+
+
+def test_a_call_is_remembered_and_another_one_counted(log: CallLog, now: Now) -> None:
+    assert log.remember([(A, "task-1")]) == {A}
+    later = now.move(5)
+    assert log.remember([(A, None), (B, None)]) == {A, B}
+    found = log.called([A, B, C])
+    assert set(found) == {A, B}
+    assert (found[A].first_at, found[A].last_at, found[A].count) == (START, later, 2)
+    assert found[A].task_id == "task-1"  # a call that claims nothing takes no claim away
+    assert found[B].task_id is None
+
+
+def test_calls_that_came_together_are_one_row_with_their_number_and_the_last_claim(
+    log: CallLog,
+) -> None:
+    assert log.remember([(A, "task-1"), (A, "task-2"), (A, None)]) == {A}
+    assert (log.called([A])[A].count, log.called([A])[A].task_id) == (3, "task-2")
+
+
+def test_a_call_about_a_request_that_the_journal_does_not_know_leaves_nothing(
+    log: CallLog,
+) -> None:
+    assert log.remember([(C, "task-1"), (A, None)]) == {A}
+    assert log.remember([(C, None)]) == set()
+    assert set(log.called([A, B, C])) == {A}
+
+
+def test_a_call_changes_nothing_but_its_own_table(log: CallLog, journal: Journal) -> None:
+    before = everything_else(journal)
+    log.remember([(A, "task-of-somebody-else"), (B, None), (C, None)] * 10)
+    assert everything_else(journal) == before
+
+
+def test_what_came_since_a_mark_is_found_whatever_was_committed_a_little_late(
+    log: CallLog, now: Now
+) -> None:
+    assert log.calls_since(None).mark is None
+    log.remember([(A, None)])
+    first = log.calls_since(None)
+    assert [call.request_key for call in first.calls] == [A]
+    assert first.mark == START
+    now.move(-OVERLAP.total_seconds() / 2)  # another receiver, whose clock is behind
+    log.remember([(B, None)])
+    second = log.calls_since(first.mark)
+    assert [call.request_key for call in second.calls] == [B, A]
+    assert second.mark == first.mark
+    now.move(1000)
+    log.remember([(A, None)])
+    third = log.calls_since(log.calls_since(second.mark).mark)
+    assert [(call.request_key, call.count) for call in third.calls] == [(A, 2)]
+
+
+def test_a_clock_behind_does_not_take_a_later_call_back(log: CallLog, now: Now) -> None:
+    log.remember([(A, None)])
+    now.move(-60)
+    log.remember([(A, None)])
+    assert log.called([A])[A].last_at == START
+
+
+def test_receivers_that_write_together_lose_no_call(
+    log: CallLog, journal_url: str, now: Now
+) -> None:
+    def write() -> None:
+        with closing(CallLog.open(journal_url, now=now, lock_timeout_s=30)) as other:
+            for _ in range(20):
+                other.remember([(B, None), (A, None)])
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {key: call.count for key, call in log.called([A, B]).items()} == {A: 80, B: 80}
+
+
+def test_many_keys_at_once_are_no_trouble(log: CallLog) -> None:
+    keys = [f"{number:064x}" for number in range(5000)]
+    assert log.remember([(key, None) for key in keys] + [(A, None)]) == {A}
+    assert set(log.called([*keys, A])) == {A}
+
+
+def test_a_journal_that_is_gone_is_an_error_and_no_empty_one(
+    log: CallLog, journal_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if not journal_url.startswith("sqlite"):
+        pytest.skip("a file is removed")
+    file = Path(journal_url.removeprefix("sqlite:///"))
+    log.check()
+    file.rename(tmp_path_factory.mktemp("elsewhere") / "journal.db")
+    for use in (log.check, lambda: log.remember([(A, None)]), lambda: log.called([A])):
+        with pytest.raises(JournalError):
+            use()

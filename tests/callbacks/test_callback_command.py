@@ -1,0 +1,226 @@
+"""The command as a process: over TLS from the emulator to the journal, and through a flood."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import ssl
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+from click.testing import CliRunner
+
+from krea_dagster.callbacks import CallbackUrls, callbacks_command
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.calls import Called, CallLog
+from krea_dagster.errors import ConfigError
+from tests.callbacks.callback_flood import (
+    EXPECTED,
+    KEYS,
+    SECRET,
+    URLS,
+    flood,
+    make_journal,
+    serving,
+    state_of,
+)
+
+PATH = URLS.url(KEYS[0]).removeprefix("https://hooks.example.com")
+PLAIN = {"trust_env": False, "timeout": 10.0}
+HEADERS = {"Authorization": "Bearer emulator"}
+
+
+def called(file: Path) -> dict[str, Called]:
+    with contextlib.closing(CallLog.open(f"sqlite:///{file}")) as log:
+        return log.called(KEYS)
+
+
+def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: Path) -> None:
+    """20 tasks: 2 calls are missing, 2 are doubled, 2 lie, and each row is found but the 2."""
+    file = make_journal(tmp_path)
+    ca = trustme.CA()
+    ca_file, cert, key = (tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    ca.cert_pem.write_to_path(ca_file)
+    issued = ca.issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    wanted = KEYS[:20]
+    with (
+        serving(tmp_path, "--tls-cert", str(cert), "--tls-key", str(key)) as running,
+        Emulator(
+            latency_s=0.01, latency_jitter=0, callbacks_to_private=True, callback_ca=ca_file
+        ) as emulator,
+        httpx.Client(base_url=emulator.url, headers=HEADERS, **PLAIN) as client,  # type: ignore[arg-type]  # alike for all
+    ):
+        assert running.url.startswith("https://127.0.0.1:")
+        urls = CallbackUrls(
+            running.url.replace("127.0.0.1", "localhost"), SECRET, private_allowed=True
+        )
+        for name, arg in (("missing", None), ("doubled", None), ("forged", "task")):
+            emulator.world.script(f"callback_{name}", 2, arg=arg)
+        task_ids = {}
+        for number, request_key in enumerate(wanted):
+            body = {
+                "model": "krea-2-turbo",
+                "prompt": f"a fox, {number}",
+                "callback_url": urls.url(request_key),
+            }
+            answer = client.post("/v1/images/generations", json=body)
+            task_ids[request_key] = answer.json()["id"]
+        ends = time.monotonic() + 10
+        while emulator.books()["callbacks_waiting"]:
+            assert time.monotonic() < ends, emulator.books()
+        books = emulator.books()
+        assert books["callbacks"] == {"204": 20}
+        with httpx.Client(verify=ssl.create_default_context(cafile=ca_file), **PLAIN) as http:  # type: ignore[arg-type]  # as above
+            health = http.get(running.url.replace("127.0.0.1", "localhost") + "/health")
+        assert health.status_code == 200
+    found = called(file)
+    assert set(found) == set(wanted[2:])
+    assert [found[key].count for key in wanted[2:]] == [2, 2, *[1] * 16]
+    lies = {key for key in found if found[key].task_id != task_ids[key]}
+    assert lies == set(wanted[4:6])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_it_is_told_to_and_what_it_answered_is_in_the_journal(
+    tmp_path: Path, stop: signal.Signals
+) -> None:
+    file = make_journal(tmp_path)
+    with serving(tmp_path) as running:
+        assert httpx.post(running.url + PATH, **PLAIN).status_code == 204  # type: ignore[arg-type]  # as above
+        running.process.send_signal(stop)
+        running.process.wait(10)
+    assert called(file)[KEYS[0]].count == 1
+
+
+def test_a_flood_of_wrong_calls_changes_nothing_and_takes_no_memory(tmp_path: Path) -> None:
+    """3,000 here; ``callback_flood`` sends 100,000 in half a minute."""
+    file = make_journal(tmp_path)
+    before = state_of(file)
+    free = ("--rate", "1e9", "--burst", "1e9", "--trust-proxy", "127.0.0.1")
+    with serving(tmp_path, *free) as running:
+        outcome = asyncio.run(flood(running, 3000, look_every=1000))
+        assert httpx.get(f"{running.url}/health", **PLAIN).status_code == 200  # type: ignore[arg-type]  # as above
+        assert running.process.num_fds() < 100
+    answers = outcome.answers
+    assert {kind: status for kind, status in answers if kind != "good"} == EXPECTED
+    assert answers["good", 204] == 30
+    hints = sum(n for (_, status), n in answers.items() if status == 204)
+    assert sum(call.count for call in called(file).values()) == hints
+    assert state_of(file) == before
+    assert outcome.rss_mib[3000] - outcome.rss_mib[1000] < 8
+    assert running.stderr.read_text() == ""  # nothing that a stranger could fill a disk with
+
+
+def test_what_is_not_http_or_has_no_end_is_cut_off_and_not_logged(tmp_path: Path) -> None:
+    make_journal(tmp_path)
+
+    async def cut_off(port: int, *pieces: bytes) -> bool:
+        """Whether the receiver closes the connection, before all of it was sent or after."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+            await asyncio.wait_for(reader.read(), 5)
+        except ConnectionError:
+            return True
+        else:
+            return True
+        finally:
+            writer.close()
+
+    with serving(tmp_path) as running:
+        port = int(running.url.rpartition(":")[2])
+        before = running.rss_mib
+        for pieces in (
+            [b"\x00\x01\x02\r\n\r\n"],
+            [b"POST / HTTP/9.9\r\n\r\n"],
+            [b"POST /", *[b"a" * 100_000] * 200],
+            [b"POST / HTTP/1.1\r\nhost: a\r\n", *[b"a: " + b"b" * 8000 + b"\r\n"] * 2000],
+        ):
+            assert asyncio.run(cut_off(port, *pieces))
+        assert running.rss_mib - before < 8
+        assert httpx.post(running.url + PATH, **PLAIN).status_code == 204  # type: ignore[arg-type]  # as above
+    assert running.stderr.read_text() == ""
+
+
+def test_one_client_is_held_to_its_rate_and_the_proxy_in_front_is_believed_only_if_named(
+    tmp_path: Path,
+) -> None:
+    make_journal(tmp_path)
+
+    def statuses(*options: str) -> list[int]:
+        with (
+            serving(tmp_path, "--rate", "0.001", "--burst", "1", *options) as running,
+            httpx.Client(base_url=running.url, **PLAIN) as client,  # type: ignore[arg-type]  # as above
+        ):
+            return [
+                client.post(PATH, headers={"x-forwarded-for": f"198.51.100.{n}"}).status_code
+                for n in (1, 2)
+            ]
+
+    assert statuses() == [204, 429]
+    assert statuses("--trust-proxy", "127.0.0.1") == [204, 204]
+
+
+# -- wrong use --------------------------------------------------------------------------------
+
+
+def invoke(*options: str, secret: str | None = SECRET) -> tuple[int, str, BaseException | None]:
+    environment = {"KREA_CALLBACK_SECRET": secret}
+    result = CliRunner().invoke(callbacks_command, ["serve", *options], env=environment)
+    return result.exit_code, result.output, result.exception
+
+
+def test_it_does_not_make_a_journal_because_one_made_in_the_wrong_place_knows_nothing(
+    tmp_path: Path,
+) -> None:
+    _, _, error = invoke("--storage", str(tmp_path))
+    assert isinstance(error, ConfigError)
+    assert "there is no journal yet" in str(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_storage_that_is_no_folder_needs_a_journal_of_its_own() -> None:
+    _, _, error = invoke("--storage", "s3://bucket/krea")
+    assert isinstance(error, ConfigError)
+    assert "KREA_JOURNAL_URL" in str(error)
+
+
+def test_a_missing_secret_names_its_variable(tmp_path: Path) -> None:
+    make_journal(tmp_path)
+    _, _, error = invoke("--storage", str(tmp_path), "--port", "0", secret=None)
+    assert isinstance(error, ConfigError)
+    assert "KREA_CALLBACK_SECRET" in str(error)
+
+
+def test_a_certificate_without_its_key_is_wrong_use(tmp_path: Path) -> None:
+    cert = tmp_path / "cert.pem"
+    cert.write_text("")
+    code, output, _ = invoke("--tls-cert", str(cert))
+    assert (code, "given together" in output) == (2, True)
+
+
+def test_a_taken_port_is_wrong_use(tmp_path: Path) -> None:
+    make_journal(tmp_path)
+    with serving(tmp_path) as running:
+        code, output, _ = invoke(
+            "--storage", str(tmp_path), "--port", running.url.rpartition(":")[2]
+        )
+    assert (code, "cannot listen" in output) == (2, True)
+
+
+def test_help_says_what_must_be_set() -> None:
+    result = CliRunner().invoke(callbacks_command, ["serve", "--help"])
+    assert result.exit_code == 0
+    for word in (
+        "--host", "--port", "--storage", "--journal", "--secret-file", "--tls-cert", "--tls-key",
+        "--trust-proxy", "--rate", "--burst", "KREA_CALLBACK_SECRET", "BASE/health",
+    ):  # fmt: skip
+        assert word in result.output

@@ -1,0 +1,365 @@
+"""The emulator calls back as EvoLink documents it: when, with what, how often, and whom never."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+from click.testing import CliRunner
+
+from krea_dagster.emulator import Emulator, UnknownFaultError, emulator_command
+from krea_dagster.emulator.callbacks import MAX_CALLS, Caller
+from krea_dagster.emulator.contract import read_order
+from krea_dagster.emulator.posting import Poster
+from tests.emulator.callback_bench import Listener, certificates, listening
+from tests.emulator.emulator_bench import Bench, Clock
+
+BODY = {"model": "krea-2-turbo", "prompt": "a fox"}
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def ca_file(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return certificates(ca, tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def listener(ca: trustme.CA) -> Iterator[Listener]:
+    with listening(ca) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def calling(state: Path, ca_file: Path | None, clock: Clock, **settings: Any) -> Iterator[Bench]:
+    """An emulator that calls this machine; tasks take 2 s of a clock that only the test moves."""
+    with Emulator(
+        state=state,
+        clock=clock,
+        latency_s=2.0,
+        latency_jitter=0.0,
+        callback_ca=ca_file,
+        **{"callbacks_to_private": True, **settings},
+    ) as emulator:
+        bench = Bench(emulator, clock)
+        yield bench
+        bench.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, ca_file: Path) -> Iterator[Bench]:
+    with calling(tmp_path / "state", ca_file, Clock()) as running:
+        yield running
+
+
+def until(bench: Bench, **wanted: int) -> dict[str, Any]:
+    """Wait until the books say so, for what another thread writes after its answer."""
+    ends = time.monotonic() + 10
+    while True:
+        books = bench.emulator.books()
+        if all(books[name] == value for name, value in wanted.items()):
+            return books
+        assert time.monotonic() < ends, books
+        threading.Event().wait(0.002)
+
+
+# -- what is called, and when -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status"),
+    [
+        ("a fox", "completed"),
+        ("a fox [emulator: fail service_error]", "failed"),
+        ("a fox [emulator: cancelled]", "cancelled"),
+    ],
+)
+def test_the_end_of_a_task_is_called_back_with_the_body_of_its_query(
+    bench: Bench, listener: Listener, prompt: str, status: str
+) -> None:
+    task_id = bench.finished(prompt, callback_url=f"{listener.url}/hook?x=1")
+    call = listener.next()
+    said, read = call.json, bench.read(task_id).json()
+    assert call.path == "/hook?x=1"
+    assert call.headers["content-type"] == "application/json"
+    assert "authorization" not in {name.lower() for name in call.headers}
+    assert said["status"] == status
+    links = (said.pop("results", []), read.pop("results", []))
+    assert said == read
+    assert [len(some) for some in links] == ([1, 1] if status == "completed" else [0, 0])
+    for link in links[0]:
+        assert bench.plain.get(link).content.startswith(b"\x89PNG")
+
+
+def test_nothing_is_called_before_the_end_and_the_task_is_settled_then(
+    bench: Bench, listener: Listener
+) -> None:
+    bench.create(callback_url=listener.url)
+    bench.clock.move(1.9)
+    assert until(bench, callbacks_waiting=1)["callbacks_sent"] == 0
+    bench.clock.move(0.2)
+    assert listener.next().json["status"] == "completed"
+    books = until(bench, callbacks_waiting=0)
+    assert (books["charged_units"], books["held_units"]) == (4500, 0)
+    assert (books["callbacks_sent"], books["callbacks_answered"]) == (1, 1)
+    assert books["callbacks"] == {"204": 1}
+
+
+def test_a_task_without_a_callback_url_calls_nobody(bench: Bench) -> None:
+    bench.finished()
+    assert bench.world.due_calls(1) == []
+
+
+def test_a_replay_does_not_call_again(bench: Bench, listener: Listener) -> None:
+    for _ in range(2):
+        bench.post(key="key-0000000000000001", callback_url=listener.url)
+    bench.clock.move(3)
+    listener.next()
+    assert until(bench, callbacks_waiting=0)["callbacks_sent"] == 1
+
+
+def test_the_same_key_with_another_callback_url_is_a_conflict(bench: Bench) -> None:
+    """So a repeat must send the very URL that was sent before."""
+    key = "key-0000000000000001"
+    assert bench.post(key=key, callback_url="https://localhost:1/a").status_code == 200
+    answer = bench.post(key=key, callback_url="https://localhost:1/b")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+
+# -- retries ----------------------------------------------------------------------------------
+
+
+def test_what_is_not_2xx_is_called_again_after_1_2_and_4_seconds_and_then_given_up(
+    tmp_path: Path, ca_file: Path, listener: Listener
+) -> None:
+    """By the world's own clock, with each due call made by hand: nothing else calls."""
+    clock = Clock()
+    emulator = Emulator(
+        state=tmp_path, clock=clock, latency_s=2.0, latency_jitter=0.0, callbacks_to_private=True
+    )
+    world = emulator.world
+    account = world.account("emulator")
+    assert account is not None
+    order = read_order({**BODY, "callback_url": listener.url}, callbacks_to_private=True)
+    world.create(account, order)
+    listener.statuses += [500, 302, 404, 429]
+
+    async def calls_after(*moves: float) -> list[int]:
+        made = []
+        async with Caller(world, "http://emulator", to_private=True, ca=ca_file) as caller:
+            for move in moves:
+                clock.move(move)
+                made.append(await caller.call_due())
+        return made
+
+    made = asyncio.run(calls_after(2.0, 0.99, 0.02, 1.97, 0.04, 3.95, 0.06, 1000))
+    assert made == [1, 0, 1, 0, 1, 0, 1, 0]
+    books = emulator.books()
+    assert books["callbacks"] == {"302": 1, "404": 1, "429": 1, "500": 1}
+    assert (books["callbacks_given_up"], books["callbacks_waiting"]) == (1, 0)
+    assert books["callbacks_answered"] == 0
+    emulator.stop()
+
+
+def test_a_receiver_that_comes_back_gets_the_repeat(bench: Bench, listener: Listener) -> None:
+    listener.statuses.append(503)
+    bench.finished(callback_url=listener.url)
+    first = listener.next()
+    until(bench, callbacks_sent=1)
+    bench.clock.move(1)
+    assert listener.next().json["id"] == first.json["id"]
+    assert until(bench, callbacks_waiting=0)["callbacks_answered"] == 1
+
+
+def test_a_call_that_is_not_answered_in_time_counts_as_failed(
+    tmp_path: Path, ca_file: Path, listener: Listener
+) -> None:
+    listener.open.clear()
+    with calling(tmp_path, ca_file, Clock(), callback_timeout_s=0.1) as bench:
+        bench.finished(callback_url=listener.url)
+        assert until(bench, callbacks_sent=1)["callbacks"] == {"no answer": 1}
+        assert bench.emulator.books()["callbacks_waiting"] == 1
+
+
+def test_a_slow_receiver_holds_up_neither_the_api_nor_the_end_of_the_emulator(
+    tmp_path: Path, ca_file: Path, listener: Listener
+) -> None:
+    listener.open.clear()
+    with calling(tmp_path, ca_file, Clock()) as bench:
+        task_ids = [
+            bench.create(f"fox {n}", callback_url=listener.url) for n in range(MAX_CALLS + 5)
+        ]
+        bench.clock.move(3)
+        for _ in range(MAX_CALLS):
+            listener.next()
+        assert listener.arrived.empty()  # no more at a time
+        assert bench.read(task_ids[0]).json()["status"] == "completed"
+        assert bench.create("another") not in task_ids
+        began = time.perf_counter()
+    assert time.perf_counter() - began < 2.0
+
+
+def test_a_call_that_was_not_made_is_made_by_the_next_emulator_on_the_same_state(
+    tmp_path: Path, ca_file: Path, listener: Listener
+) -> None:
+    clock = Clock()
+    with calling(tmp_path, ca_file, clock) as bench:
+        task_id = bench.create(callback_url=listener.url)
+    clock.move(100)
+    with calling(tmp_path, ca_file, clock) as bench:
+        assert listener.next().json["id"] == task_id
+        until(bench, callbacks_waiting=0)
+
+
+# -- whom it calls ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://localhost/hook", "https://127.0.0.1/hook", "https://10.1.2.3/hook", "https://[::1]/"],
+)
+def test_a_private_address_is_refused_unless_it_was_allowed(
+    tmp_path: Path, ca_file: Path, url: str
+) -> None:
+    with calling(tmp_path / "no", None, Clock(), callbacks_to_private=False) as bench:
+        answer = bench.post(callback_url=url)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "callback_url")
+        assert bench.emulator.books()["creates"] == 0
+    with calling(tmp_path / "yes", ca_file, Clock()) as bench:
+        assert bench.post(callback_url=url).status_code == 200
+        assert bench.post(callback_url=url.replace("https", "http")).status_code == 400
+
+
+def test_a_name_that_leads_to_a_private_address_is_not_called(
+    ca: trustme.CA, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The create call cannot know, so the call itself looks. The name is made to lead here."""
+    real = socket.getaddrinfo
+
+    def here(host: Any, *rest: Any, **named: Any) -> Any:
+        ours = host in ("hooks.example.com", b"hooks.example.com")
+        return real("127.0.0.1" if ours else host, *rest, **named)
+
+    async def posted(url: str, *, to_private: bool) -> int:
+        poster = Poster(ca_file, to_private=to_private, most=1, timeout_s=5)
+        try:
+            return await poster.post(url, b"{}")
+        finally:
+            await poster.close()
+
+    monkeypatch.setattr(socket, "getaddrinfo", here)
+    with listening(ca, "hooks.example.com") as listener:
+        url = listener.url.replace("localhost", "hooks.example.com")
+        assert asyncio.run(posted(url, to_private=False)) == 0
+        assert listener.arrived.empty()
+        assert asyncio.run(posted(url, to_private=True)) == 204
+
+
+def test_a_receiver_whose_certificate_nobody_vouches_for_is_not_told_anything(
+    tmp_path: Path, listener: Listener
+) -> None:
+    with calling(tmp_path, None, Clock()) as bench:
+        bench.finished(callback_url=listener.url)
+        assert until(bench, callbacks_sent=1)["callbacks"] == {"no answer": 1}
+    assert listener.arrived.empty()
+
+
+def test_a_redirect_is_not_followed(bench: Bench, listener: Listener) -> None:
+    listener.statuses.append(307)
+    bench.finished(callback_url=listener.url)
+    listener.next()
+    assert until(bench, callbacks_sent=1)["callbacks"] == {"307": 1}
+
+
+# -- faults -----------------------------------------------------------------------------------
+
+
+def test_a_late_callback_comes_so_many_seconds_later(bench: Bench, listener: Listener) -> None:
+    bench.world.script("callback_late", arg=7)
+    bench.finished(callback_url=listener.url)  # 10 s later: 8 after the end
+    listener.next()
+    bench.world.script("callback_late", arg=70)
+    bench.finished("another", callback_url=listener.url)
+    assert until(bench, callbacks_waiting=1, callbacks_sent=1)
+    bench.clock.move(70)
+    listener.next()
+
+
+def test_a_doubled_callback_comes_twice_and_a_missing_one_never(
+    bench: Bench, listener: Listener
+) -> None:
+    bench.world.script("callback_doubled")
+    bench.world.script("callback_missing")
+    twice = bench.create("one", callback_url=listener.url)
+    bench.create("two", callback_url=listener.url)
+    bench.clock.move(3)
+    assert [listener.next().json["id"] for _ in range(2)] == [twice, twice]
+    assert until(bench, callbacks_waiting=0)["callbacks_sent"] == 2
+
+
+def test_a_forged_callback_claims_another_end_or_another_task(
+    bench: Bench, listener: Listener
+) -> None:
+    bench.world.script("callback_forged")
+    task_id = bench.finished(callback_url=listener.url)
+    said = listener.next().json
+    assert (said["id"], said["status"]) == (task_id, "failed")
+    bench.world.script("callback_forged", arg="task")
+    task_id = bench.finished("another", callback_url=listener.url)
+    said = listener.next().json
+    assert said["id"] != task_id
+    assert bench.read(said["id"]).status_code == 404
+
+
+def test_an_early_lie_comes_before_the_end_and_the_truth_in_its_time(
+    bench: Bench, listener: Listener
+) -> None:
+    bench.world.script("callback_forged", arg="early")
+    task_id = bench.create(callback_url=listener.url)
+    assert listener.next().json["status"] == "completed"
+    assert bench.read(task_id).json()["status"] == "pending"
+    bench.clock.move(3)
+    assert listener.next().json["results"] != []
+
+
+def test_callback_faults_strike_only_tasks_that_will_call_and_are_in_the_books(
+    bench: Bench, listener: Listener
+) -> None:
+    bench.world.script("callback_missing")
+    bench.finished("no url")
+    bench.finished("no end [emulator: stuck]", callback_url=listener.url)
+    assert [one["name"] for one in bench.world.unconsumed()] == ["callback_missing"]
+    bench.finished("a wolf [emulator: callback_doubled]", callback_url=listener.url)
+    assert bench.world.unconsumed() == []
+    assert bench.books()["tasks"][-1]["faults"] == ["callback_doubled", "callback_missing"]
+    with pytest.raises(UnknownFaultError, match="does not take 'nobody'"):
+        bench.world.script("callback_forged", arg="nobody")
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_refuses_a_file_without_certificates(tmp_path: Path) -> None:
+    wrong = tmp_path / "ca.pem"
+    wrong.write_text("nothing")
+    result = CliRunner().invoke(emulator_command, ["--callback-ca", str(wrong)])
+    assert result.exit_code == 2
+    assert "holds no certificates" in result.output
+
+
+def test_health_answers_while_calls_fail(bench: Bench) -> None:
+    bench.finished(callback_url="https://localhost:1/nobody-listens")
+    until(bench, callbacks_sent=1)
+    assert httpx.get(f"{bench.emulator.url}/emulator/health", trust_env=False).status_code == 200

@@ -1,0 +1,182 @@
+"""The spend tables where people meet them: the assets, their figures, and the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from krea_dagster import KreaResource, cli
+from krea_dagster.plugin.spend_assets import build_spend_assets
+from tests.dagster_bench import run_job
+from tests.spend.year import OUTAGE, Year
+
+Shell = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def year(tmp_path_factory: pytest.TempPathFactory) -> Year:
+    made = Year(tmp_path_factory.mktemp("year"), 2_000)
+    made.write()
+    return made
+
+
+@pytest.fixture
+def shell(year: Year, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Run the command on the year; exit code, stdout, stderr."""
+    monkeypatch.setenv("KREA_STORAGE", str(year.folder))
+    monkeypatch.setenv("KREA_PROMPTS", "data/prompts.parquet")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["krea-dagster", "spend", *arguments])
+        capsys.readouterr()
+        try:
+            cli.run()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def units(credits: Any) -> int:
+    """Credits as they are printed, in units; exact, or it fails."""
+    value = Decimal(str(credits)) * 10_000
+    assert value == value.to_integral_value()
+    return int(value)
+
+
+@pytest.mark.parametrize(
+    "by", [(), ("day",), ("month", "quality"), ("campaign",), ("outcome", "partition_key")]
+)
+def test_json_and_csv_add_up_to_the_books_to_the_last_unit(
+    year: Year, shell: Shell, by: tuple[str, ...]
+) -> None:
+    books = year.books()
+    wishes = [word for name in by for word in ("--by", name)]
+    code, out, err = shell("--json", *wishes)
+    assert (code, err) == (0, "")
+    lines = json.loads(out)["lines"]
+    if not by:
+        assert [line["when"] for line in lines][0::2] == ["today", "in all"]
+        lines = lines[-1:]
+    _, text, _ = shell("--csv", *wishes)
+    rows = list(csv.DictReader(io.StringIO(text)))[-len(lines) :]
+    assert len(rows) == len(lines)
+    for said in (lines, rows):
+        assert sum(units(line["credits_charged"]) for line in said) == books.total("charged_units")
+        assert sum(units(line["credits_returned"]) for line in said) == books.total(
+            "returned_units"
+        )
+        assert sum(units(line["credits_at_stake"]) for line in said) >= books.total("unknown_units")
+        assert sum(int(line["unknown"]) for line in said) == books.total("unknown")
+
+
+def test_a_part_of_the_year_is_asked_for_by_its_month_or_its_first_day(
+    year: Year, shell: Shell
+) -> None:
+    books = year.books()
+    _, out, _ = shell("--month", "2026-07", "--json")
+    (july,) = json.loads(out)["lines"]
+    first, last = OUTAGE[0].replace(day=1), OUTAGE[0].replace(day=31)
+    assert (july["when"], july["purchases"]) == ("2026-07", books.total("asked", first, last))
+    _, out, _ = shell("--since", "2026-07-01", "--json")
+    (since,) = json.loads(out)["lines"]
+    assert units(since["credits_charged"]) == books.total("charged_units", first)
+
+
+def test_the_table_shows_whole_figures_and_its_rate(year: Year, shell: Shell) -> None:
+    code, out, _ = shell("--by", "quality")
+    assert code == 0
+    assert out.splitlines()[0].split() == [
+        *("quality", "asked", "images", "failed", "lost", "open"),
+        *("credits", "USD", "at", "stake", "each"),
+    ]
+    figures = [line.split() for line in out.splitlines()[1:3]]
+    assert sum(units(line[6]) for line in figures) == year.books().total("charged_units")
+    assert "USD at 68 credits per USD; days are UTC" in out
+
+
+def test_a_question_in_sql_is_answered_in_every_form(year: Year, shell: Shell) -> None:
+    query = "SELECT sum(credits_charged) AS credits, min(day) AS first FROM ledger"
+    charged = year.books().total("charged_units")
+    _, out, _ = shell("--sql", query, "--json")
+    (row,) = json.loads(out)
+    assert (units(row["credits"]), row["first"]) == (charged, "2026-01-01")
+    _, out, _ = shell("--sql", query, "--csv")
+    assert out == f"credits,first\n{row['credits']},2026-01-01\n"
+    _, out, _ = shell("--sql", query)
+    assert out.split() == ["credits", "first", row["credits"], "2026-01-01"]
+    code, out, err = shell("--sql", "DROP VIEW ledger")
+    assert (code, out) == (2, "")
+    assert "only a SELECT can be asked" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--json", "--csv"),
+        ("--sql", "SELECT 1", "--by", "day"),
+        ("--since", "2026-01-01", "--month", "2026-01"),
+        ("--month", "July"),
+        ("--by", "hue"),
+    ],
+)
+def test_wrong_use_is_said_and_exits_2(shell: Shell, arguments: tuple[str, ...]) -> None:
+    code, out, err = shell(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+
+
+def test_without_a_journal_there_is_nothing_to_say(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KREA_STORAGE", str(tmp_path / "none"))
+    code, _, err = shell()
+    assert code == 2
+    assert "nothing was spent" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_job_makes_both_tables_and_shows_figures_that_plot(
+    year: Year, instance: dg.DagsterInstance
+) -> None:
+    spend = build_spend_assets(
+        dg.AssetKey(["kept", "image_manifest"]), prefix=["kept"], by=["campaign"]
+    )
+    krea = KreaResource(emulator=True, storage=str(year.folder))
+    defs = dg.Definitions(assets=[spend.tables], jobs=[spend.job], resources={"krea": krea})
+    result = run_job(defs, instance, job="kept_krea_spend")
+    assert result.success
+    books = year.books()
+    for name in ("spend_ledger", "spend_daily"):
+        key = dg.AssetKey(["kept", name])
+        (made,) = [
+            event.step_materialization_data.materialization.metadata
+            for event in result.all_events
+            if event.is_step_materialization and event.asset_key == key
+        ]
+        said = {one: entry.value for one, entry in made.items()}
+        files = (year.folder / "spend" / name.removeprefix("spend_")).glob("*.parquet")
+        assert said["dagster/row_count"] == sum(pq.read_metadata(file).num_rows for file in files)
+        assert said["purchases"] == books.total("asked")
+        assert ("spend" in said) is (name == "spend_daily"), "a picture of the days"
+        assert units(said["credits_charged"]) == books.total("charged_units")
+        assert said["unknown"] == books.total("unknown")
+        assert isinstance(said["credits_today"], float)
+        assert said["path"] == str(year.folder / "spend" / name.removeprefix("spend_"))
+    graph = defs.resolve_asset_graph()
+    assert graph.get(dg.AssetKey(["kept", "spend_ledger"])).parent_keys == {
+        dg.AssetKey(["kept", "image_manifest"])
+    }

@@ -1,0 +1,299 @@
+"""The ledger and the daily sums: what they hold, and that it is the books', to the last unit."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from krea_dagster.engine.journal import Journal
+from krea_dagster.errors import ConfigError
+from krea_dagster.spend.daily import DAILY_SCHEMA, FAILURES_SCHEMA, daily_schema
+from krea_dagster.spend.ledger import CREDITS, LEDGER_SCHEMA, decimals, units_of
+from krea_dagster.spend.query import ask, open_views, sums
+from krea_dagster.spend.tables import TABLES, Updated, update_spend
+from tests.spend.year import FIRST, OUTAGE, Year
+
+LAST = date(2026, 12, 31)
+LATER = datetime(2027, 1, 2, tzinfo=timezone.utc)
+
+
+def update(year: Year, **options: Any) -> Updated:
+    with closing(Journal(year.url)) as journal:
+        return update_spend(journal, year.storage, **({"now": LATER} | options))
+
+
+def read(year: Year, table: str) -> pa.Table:
+    paths = sorted((year.folder / "spend" / table).glob("*.parquet"))
+    schemas = {"ledger": LEDGER_SCHEMA, "failures": FAILURES_SCHEMA}
+    tables = [pq.read_table(path) for path in paths]
+    return pa.concat_tables(tables or [schemas[table].empty_table()])
+
+
+def files(year: Year) -> dict[str, bytes]:
+    """The bytes of every table, by name."""
+    root = year.folder / "spend"
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.parquet")
+    }
+
+
+def total_units(column: pa.ChunkedArray) -> int:
+    return units_of(pc.sum(column).as_py())
+
+
+@pytest.fixture(scope="module")
+def year(tmp_path_factory: pytest.TempPathFactory) -> Year:
+    """A whole year with its tables."""
+    made = Year(tmp_path_factory.mktemp("year"), 3_000)
+    made.write()
+    update(made, by=["campaign"])
+    return made
+
+
+# -- sums -----------------------------------------------------------------------------------------
+
+_BOOKED = {
+    "images_asked": "asked",
+    **{name: name for name in ("delivered", "failed", "refused", "lost", "rejected", "unknown")},
+    **{name: name for name in ("pending", "replaced", "reused")},
+    "credits_charged": "charged_units",
+    "credits_returned": "returned_units",
+    "credits_at_stake": "unknown_units",
+    "credits_saved_by_reuse": "saved_units",
+}
+
+
+def test_every_day_of_the_daily_sums_is_the_books_to_the_last_unit(year: Year) -> None:
+    books, daily = year.books(), read(year, "daily")
+    assert daily.schema.equals(daily_schema(["campaign"]))
+    assert {*daily["day"].to_pylist()} == set(books.days)
+    for day, sums_of_day in books.days.items():
+        rows = daily.filter(pc.equal(daily["day"], pa.scalar(day)))
+        for column, booked in _BOOKED.items():
+            kind = daily.schema.field(column).type
+            found = total_units(rows[column]) if kind == CREDITS else pc.sum(rows[column]).as_py()
+            assert found == sums_of_day[booked], (day, column)
+
+
+def test_the_ledger_has_one_row_per_purchase_and_the_books_sums(year: Year) -> None:
+    books, ledger = year.books(), read(year, "ledger")
+    assert ledger.schema.equals(LEDGER_SCHEMA)
+    assert ledger.num_rows == year.purchases == len(set(ledger["idempotency_key"].to_pylist()))
+    for column, booked in (
+        ("credits_charged", "charged_units"),
+        ("credits_reserved", "reserved_units"),
+        ("credits_returned", "returned_units"),
+        ("credits_unknown", "unknown_units"),
+    ):
+        assert total_units(ledger[column]) == books.total(booked), column
+    usd = [(row, Fraction(units_of(row), 680_000)) for row in ledger["credits_charged"].to_pylist()]
+    for (_, exact), said in zip(usd, ledger["usd_charged"].to_pylist(), strict=True):
+        assert said is None or abs(Fraction(said) - exact) <= Fraction(1, 2_000_000)
+    assert ledger["sent_at"].to_pylist() == sorted(ledger["sent_at"].to_pylist())
+
+
+def test_an_earlier_purchase_stays_failed_and_keeps_the_code_of_its_failure(year: Year) -> None:
+    ledger = read(year, "ledger").to_pylist()
+    second = [row for row in ledger if row["number"] == 2]
+    assert second
+    by_key = {row["idempotency_key"]: row for row in ledger}
+    for row in second:
+        first = by_key[f"krea-{row['request_key']}-1"]
+        assert (first["status"], first["outcome"]) == ("failed", "failed")
+        assert first["error_code"] == "generation_failed"
+        assert (first["credits_charged"], first["width"]) == (Decimal("0.0000"), None)
+
+
+def test_a_picture_that_a_later_attempt_replaced_is_known_by_its_row(year: Year) -> None:
+    """The manifest lists the later one alone."""
+    ledger = read(year, "ledger").to_pylist()
+    replaced = [row for row in ledger if row["outcome"] == "replaced"]
+    assert len(replaced) == year.books().total("replaced") > 5
+    later = {row["prompt_id"] for row in ledger if row["attempt"] == 1}
+    assert {row["prompt_id"] for row in replaced} == later
+    assert all(row["rows"] >= 1 for row in replaced)
+
+
+def test_failures_are_told_by_class_with_what_they_cost(year: Year) -> None:
+    failures, books = read(year, "failures"), year.books()
+    assert failures.schema.equals(FAILURES_SCHEMA)
+    by_code: dict[str, int] = {}
+    for row in failures.to_pylist():
+        by_code[row["error_code"]] = by_code.get(row["error_code"], 0) + row["count"]
+    assert by_code["generation_failed"] == books.total("failed")
+    assert by_code["no_answer"] == books.total("unknown")
+    assert by_code["task_not_found"] == books.total("lost")
+    in_outage = pc.and_(
+        pc.greater_equal(failures["day"], pa.scalar(OUTAGE[0])),
+        pc.less_equal(failures["day"], pa.scalar(OUTAGE[1])),
+    )
+    unknown = failures.filter(pc.and_(in_outage, pc.equal(failures["error_code"], "no_answer")))
+    assert total_units(unknown["credits"]) == books.total("unknown_units", *OUTAGE)
+
+
+def test_sums_by_any_column_and_by_sql_are_the_books(year: Year) -> None:
+    books = year.books()
+    with closing(open_views(year.storage)) as duck:
+        for by in (
+            [],
+            ["day"],
+            ["month"],
+            ["quality", "size"],
+            ["campaign"],
+            ["run_id"],
+            ["outcome"],
+        ):
+            lines = sums(duck, by)
+            assert sum(line.purchases for line in lines) == books.total("asked"), by
+            for name in ("charged", "returned"):
+                found = sum(getattr(line, f"{name}_units") for line in lines)
+                assert found == books.total(f"{name}_units"), by
+        july = sums(duck, since=OUTAGE[0], until=OUTAGE[1])
+        assert july[0].unknown == books.total("unknown", *OUTAGE)
+        questions = (
+            "SELECT sum(credits_charged) AS credits FROM ledger",
+            "SELECT sum(credits_charged) AS credits FROM daily",
+        )
+        for question in questions:
+            answer = ask(duck, question)
+            assert units_of(answer["credits"][0].as_py()) == books.total("charged_units")
+        with pytest.raises(ConfigError, match="no column 'hue' to sum by; there are month"):
+            sums(duck, ["hue"])
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DROP VIEW ledger",
+        "SELECT 1; SELECT 2",
+        "COPY (SELECT 1) TO 'here.csv'",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT hue FROM ledger",
+        "SELEKT",
+        "SET enable_external_access = true",
+    ],
+)
+def test_nothing_but_a_question_about_the_tables_is_answered(
+    year: Year, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(open_views(year.storage)) as duck, pytest.raises(ConfigError):
+        ask(duck, query)
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.none() | st.integers(-(2**62), 2**62), max_size=40))
+def test_units_become_decimals_exactly(units: list[int | None]) -> None:
+    kind = pa.decimal128(38, 4)
+    found = decimals(pa.array(units, pa.int64()), kind).to_pylist()
+    assert found == [None if one is None else Decimal(one).scaleb(-4) for one in units]
+
+
+# -- small steps ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])
+@given(
+    steps=st.lists(st.integers(1, 364), min_size=1, max_size=4, unique=True).map(sorted),
+    seed=st.integers(0, 1000),
+    by=st.sampled_from([(), ("campaign",)]),
+)
+def test_many_increments_end_in_the_bytes_of_one_rebuild(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], seed: int, by: tuple[str, ...]
+) -> None:
+    year = Year(tmp_path_factory.mktemp("steps"), 150, seed=seed)
+    for number in [*steps, (LAST - FIRST).days]:
+        year.write(FIRST + timedelta(days=number))
+        update(year, by=by)
+        ledger = read(year, "ledger")
+        assert total_units(ledger["credits_charged"]) == year.books().total("charged_units")
+    small_steps = files(year)
+    update(year, by=by, rebuild=True)
+    assert files(year) == small_steps
+    assert update(year, by=by).months == ("2026-12",), "within the margin of two days"
+
+
+def test_only_the_months_that_are_touched_are_written(tmp_path: Path) -> None:
+    year = Year(tmp_path, 800)
+    year.write(date(2026, 11, 10))
+    assert len(update(year).months) == 11
+    before = files(year)
+    year.write(date(2026, 11, 11))
+    written = update(year).months
+    assert "2026-11" in written
+    assert len(written) < 4, "November, and those of which a picture was replaced"
+    after = files(year)
+    assert {name for name in after if after[name] != before.get(name)} <= {
+        f"{table}/{month}.parquet" for table in TABLES for month in written
+    }
+
+
+def test_a_change_that_the_clocks_hide_is_found_by_the_sums(tmp_path: Path) -> None:
+    """A machine whose clock is a month behind settles a purchase."""
+    year = Year(tmp_path, 300)
+    year.write()
+    update(year)
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as database, database:
+        (key,) = database.execute(
+            "select idempotency_key from submissions where sent_at < 1772000000000000 "
+            "and charged_units > 0 limit 1"
+        ).fetchone()
+        database.execute(
+            "update submissions set charged_units = charged_units - 1 where idempotency_key = ?",
+            (key,),
+        )
+    assert len(update(year).months) == 2, "and December, for the margin"
+    ledger = read(year, "ledger")
+    assert total_units(ledger["credits_charged"]) == year.books().total("charged_units") - 1
+
+
+def test_a_purchase_that_moves_to_another_month_leaves_no_row_behind(tmp_path: Path) -> None:
+    """One that was turned away is sent again, and counts from then on."""
+    year = Year(tmp_path, 200)
+    year.write()
+    update(year)
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as database, database:
+        database.execute("update submissions set sent_at = sent_at + 366 * 86400000000")
+    updated = update(year)
+    assert updated.months[0] == "2027-01"
+    assert updated.removed == tuple(f"2026-{number:02d}" for number in range(1, 13))
+    assert read(year, "ledger").num_rows == year.purchases
+    assert {day.year for day in read(year, "daily")["day"].to_pylist()} <= {2027, 2028}
+
+
+def test_lost_files_another_rate_and_other_columns_are_made_anew(tmp_path: Path) -> None:
+    year = Year(tmp_path, 300)
+    year.write()
+    update(year)
+    (tmp_path / "spend" / "daily" / "2026-03.parquet").unlink()
+    assert "2026-03" in update(year).months
+    assert len(update(year, credits_per_usd=100.0).months) == 12
+    assert len(update(year, credits_per_usd=100.0, by=["campaign"]).months) == 12
+    (tmp_path / "spend" / "state.json").write_text("{")
+    assert len(update(year).months) == 12
+    with pytest.raises(ConfigError, match="no column 'hue'"):
+        update(year, by=["hue"])
+    with pytest.raises(ConfigError, match="has a column 'quality' already"):
+        update(year, by=["quality"])
+
+
+def test_a_journal_without_a_purchase_gives_empty_tables(tmp_path: Path) -> None:
+    year = Year(tmp_path, 10)
+    with closing(Journal(year.url)):
+        assert update(year) == Updated((), (), 0)
+    with closing(open_views(year.storage)) as duck:
+        assert sums(duck)[0].purchases == 0
+        assert sums(duck, ["month"]) == []
+        assert ask(duck, "SELECT * FROM daily").schema.names == DAILY_SCHEMA.names

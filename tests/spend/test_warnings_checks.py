@@ -1,0 +1,127 @@
+"""The warnings as asset checks of spend_daily, in a real run of Dagster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from krea_dagster import KreaResource
+from krea_dagster.engine.journal import Journal
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.spend_assets import update_tables
+from krea_dagster.plugin.spend_checks import build_spend_warnings_checks, recent_warnings
+from krea_dagster.spend.stored import account_proof, prompt_texts, stored_tables
+from krea_dagster.spend.tables import update_spend
+from krea_dagster.spend.warnings import WarningKind
+from tests.spend.spend_bench import Shop
+from tests.spend.year import FIRST, RUNAWAY, Year
+
+DAILY = dg.AssetKey("spend_daily")
+
+
+def evaluations(
+    krea: KreaResource, instance: dg.DagsterInstance, **options: Any
+) -> Mapping[str, dg.AssetCheckEvaluation]:
+    """What the checks said in a run of their own, by name."""
+    checks = build_spend_warnings_checks(DAILY, **options)
+    defs = dg.Definitions(
+        assets=[dg.AssetSpec(DAILY)],
+        asset_checks=[checks],
+        jobs=[dg.define_asset_job("look", dg.AssetSelection.all_asset_checks())],
+        resources={"krea": krea},
+    )
+    result = defs.resolve_job_def("look").execute_in_process(instance=instance)
+    return {one.check_name: one for one in result.get_asset_check_evaluations()}
+
+
+def test_each_kind_is_a_check_and_a_quiet_account_passes_all(
+    stocked: Shop, instance: dg.DagsterInstance
+) -> None:
+    update_tables(stocked.krea)
+    found = evaluations(stocked.krea, instance, budgets=["day=50", "month=900"])
+    assert set(found) == {f"spend_{kind.value}" for kind in WarningKind}
+    assert all(one.passed for one in found.values())
+
+
+def test_a_budget_that_is_used_warns_with_its_figures(
+    stocked: Shop, instance: dg.DagsterInstance
+) -> None:
+    update_tables(stocked.krea)
+    one = evaluations(stocked.krea, instance, budgets=["day=2"])["spend_budget_used"]
+    assert not one.passed
+    assert one.severity is dg.AssetCheckSeverity.WARN
+    assert "1.80 credits of 2.00 credits (90%) of the budget for" in (one.description or "")
+    assert one.metadata["credits_in_question"].value == stocked.paid_units() / 10_000 == 1.8
+
+
+def test_an_account_that_used_more_than_the_journal_explains_is_an_error(
+    stocked: Shop, instance: dg.DagsterInstance
+) -> None:
+    update_tables(stocked.krea)
+    stocked.sql("update account_readings set used_units = used_units + 4500 where id = 2")
+    found = evaluations(stocked.krea, instance)
+    one = found["spend_account_differs"]
+    assert not one.passed
+    assert one.severity is dg.AssetCheckSeverity.ERROR
+    assert "0.45 credits more than the journal explains" in (one.description or "")
+    assert [name for name, said in found.items() if not said.passed] == ["spend_account_differs"]
+
+
+def test_without_tables_the_checks_say_that_nothing_was_checked(
+    shop: Shop, instance: dg.DagsterInstance
+) -> None:
+    found = evaluations(shop.krea, instance)
+    assert not any(one.passed for one in found.values())
+    assert {one.severity for one in found.values()} == {dg.AssetCheckSeverity.WARN}
+    assert "no spend tables yet" in (found["spend_forecast"].description or "")
+
+
+def test_a_warning_is_shown_for_a_week(tmp_path: Path) -> None:
+    """The runaway day of the simulated year, asked for on the days after it."""
+    simulated = Year(tmp_path, 4_000)
+    simulated.write(RUNAWAY + timedelta(days=9))
+    with closing(Journal(simulated.url)) as journal:
+        update_spend(journal, simulated.storage)
+    krea = KreaResource(storage=str(tmp_path), api_key="not used")
+
+    def kinds(day: date) -> list[WarningKind]:
+        now = datetime(day.year, day.month, day.day, 23, tzinfo=timezone.utc)
+        return [one.kind for one in recent_warnings(krea, now=now) or []]
+
+    assert kinds(RUNAWAY - timedelta(days=1)) == []
+    assert kinds(RUNAWAY) == [WarningKind.DAY_OUT_OF_HABIT]
+    assert kinds(RUNAWAY + timedelta(days=7)) == [WarningKind.DAY_OUT_OF_HABIT]
+    assert kinds(RUNAWAY + timedelta(days=8)) == []
+    assert stored_tables(simulated.storage).months == RUNAWAY.month - FIRST.month + 1
+
+
+def test_a_budget_that_cannot_be_read_is_refused_when_the_checks_are_built() -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        build_spend_warnings_checks(DAILY, budgets=["daily=5"])
+    with pytest.raises(ConfigError, match="recent_days"):
+        build_spend_warnings_checks(DAILY, recent_days=-1)
+
+
+def test_the_account_is_held_against_the_journal_where_it_was_read_twice(stocked: Shop) -> None:
+    with stocked.krea.open_journal() as journal:
+        found = account_proof(journal)
+    assert found is not None
+    assert found.used_units == found.journal_units == stocked.paid_units()
+    stocked.sql("delete from account_readings where id > 1")
+    with stocked.krea.open_journal() as journal:
+        assert account_proof(journal) is None
+
+
+def test_the_texts_of_prompts_are_looked_up_in_the_manifests(stocked: Shop) -> None:
+    found = prompt_texts(stocked.krea.open_storage(), ["ash", "cedar", "no such row"])
+    assert found == {name: f"{name} of {stocked.folder.name}" for name in ("ash", "cedar")}
+
+
+def test_where_nothing_is_on_file_there_are_no_texts(shop: Shop) -> None:
+    assert prompt_texts(shop.krea.open_storage(), ["ash"]) == {}
