@@ -115,6 +115,7 @@ def run_with_each(
     *,
     pictures: bool = True,
     patience_s: float = 30.0,
+    timeout_s: float = 2.0,
     **settings: Any,
 ) -> Iterator[Ended]:
     with house(folder, **settings) as home:
@@ -123,7 +124,7 @@ def run_with_each(
         for name in names(kind):
             home.emulator.world.script(name, match=f"[{name}]", arg=ARGUMENTS.get(name))
         requests = [about(name) for name in names(kind)]
-        report = asyncio.run(home.run(requests, patience_s=patience_s, timeout_s=2.0))
+        report = asyncio.run(home.run(requests, patience_s=patience_s, timeout_s=timeout_s))
         yield Ended(home, report, home.agree())
 
 
@@ -288,7 +289,8 @@ def test_a_server_without_the_batch_read_is_asked_one_by_one(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def after_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
-    yield from run_with_each(tmp_path_factory.mktemp("file"), "file")
+    # Long enough that on a busy machine no fault is used up by a download that was given up.
+    yield from run_with_each(tmp_path_factory.mktemp("file"), "file", timeout_s=6.0)
 
 
 def test_every_fault_of_a_download_has_struck(after_file: Ended) -> None:
