@@ -40,7 +40,7 @@ from krea_dagster.plugin.metadata import (
 from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
 from krea_dagster.plugin.quoting import quote_images
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.prompts import Plan, PromptTable
 
 #: Seconds between two lines of progress in Dagster's log: each is an event in its database.
@@ -274,14 +274,6 @@ def rewrite_manifests(
 def partition_keys_of(context: dg.AssetExecutionContext) -> list[str]:
     """The partitions of a step, as plain text: Dagster has a class of its own for some."""
     return [str(key) for key in context.partition_keys]
-
-
-def krea_of(context: dg.AssetExecutionContext, key: str) -> KreaResource:
-    """The KreaResource of a step. Raises Failure where another resource has its key."""
-    resource = getattr(context.resources, key)
-    if not isinstance(resource, KreaResource):
-        raise dg.Failure(f"resource {key!r} is a {type(resource).__name__}, not a KreaResource")
-    return resource
 
 
 class Narrator:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from krea_dagster.prompts import PromptTable
 from krea_dagster.prompts.identity import Hasher
-from krea_dagster.prompts.scan import Chunk, Scan
+from krea_dagster.prompts.scan import Chunk
 
 _BITS: Final = 2**64
 
@@ -24,16 +24,7 @@ def carried_versions(table: PromptTable) -> Mapping[str, str]:
     """
     sums: dict[str, int] = defaultdict(int)
     with closing(Hasher()) as hasher, closing(duckdb.connect(":memory:")) as duck:
-        scan = Scan(
-            table.source,
-            table.partition_by,
-            None,
-            defaults=table.defaults,
-            count_tokens=table.count_tokens,
-            max_prompt_tokens=table.max_prompt_tokens,
-            carry=True,
-            hasher=hasher,
-        )
+        scan = table.scan(None, hasher, carry=True)
         for chunk in scan.map(lambda chunk: chunk):
             for key, value in _sums(chunk, duck):
                 sums[key] = (sums[key] + value) % _BITS

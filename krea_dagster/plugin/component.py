@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 import dagster as dg
 from pydantic import BaseModel, Field
@@ -22,12 +22,11 @@ from krea_dagster.plugin.checks import (
 )
 from krea_dagster.plugin.component_scaffolder import KreaImagesScaffolder
 from krea_dagster.plugin.definitions import build_krea_definitions
+from krea_dagster.plugin.environment import KEY_VARIABLE
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import Defaults, estimate_tokens
 
 _Size = Literal["1:1", "4:3", "3:4", "5:4", "4:5", "2:3", "3:2", "9:16", "16:9", "1:2", "2:1"]
-
-KEY_VARIABLE: Final = "EVOLINK_API_KEY"
 
 
 class _Section(dg.Model, dg.Resolvable):

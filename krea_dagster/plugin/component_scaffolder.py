@@ -6,6 +6,8 @@ from typing import Any, Final
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from krea_dagster.plugin.environment import KEY_VARIABLE
+
 #: The first prompts of somebody who has none yet.
 FIRST_PROMPTS: Final = (
     ("harbor-dawn", "a harbor at dawn, film grain"),
@@ -23,7 +25,7 @@ class KreaImagesParams(BaseModel):
     )
     partition_by: str = Field(default="hash:8", description="How the table is partitioned.")
     api_key_env: str = Field(
-        default="EVOLINK_API_KEY", description="Name of the variable that holds the API key."
+        default=KEY_VARIABLE, description="Name of the variable that holds the API key."
     )
 
 

@@ -32,7 +32,6 @@ def generate(
     run_id: str,
     name: str,
     defaults: Defaults | None,
-    launch: str,
     on_progress: Callable[[Progress], None],
 ) -> pa.Table:
     """Do what ``KreaResource.generate`` says."""
@@ -53,7 +52,6 @@ def generate(
                 standing.wanted(),
                 run_id=run_id,
                 reused_rows=int(standing.whole.sum()),
-                launch=launch,
                 on_progress=on_progress,
             )
             if report.stopped is not None:

@@ -8,7 +8,7 @@ import dagster as dg
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.spend.findings import Figures, Proof
 from krea_dagster.spend.verify import verify
 
@@ -43,7 +43,7 @@ def build_spend_proof_check(
         ),
     )
     def spend_proof(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        krea: KreaResource = getattr(context.resources, resource_key)
+        krea = krea_of(context, resource_key)
         bound = 0 if context.run.asset_selection else hash_bytes
         with as_failure(), krea.open_journal() as journal:
             proof = verify(journal, krea.open_storage(), hash_bytes=bound, manifests_may_lag=True)

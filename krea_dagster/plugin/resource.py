@@ -210,7 +210,6 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             run_id=run_id,
             name=name,
             defaults=defaults,
-            launch=run_id,
             on_progress=on_progress,
         )
 
@@ -361,6 +360,16 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             timeout_s=self.timeout_s,
             download_timeout_s=self.download_timeout_s,
         )
+
+
+def krea_of(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: str
+) -> KreaResource:
+    """The KreaResource of a step. Raises Failure where another resource has its key."""
+    resource = getattr(context.resources, key)
+    if not isinstance(resource, KreaResource):
+        raise dg.Failure(f"resource {key!r} is a {type(resource).__name__}, not a KreaResource")
+    return resource
 
 
 def _text(value: str) -> str:

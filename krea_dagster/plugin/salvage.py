@@ -12,11 +12,11 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.errors import KreaError
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.assets import KreaAssets, Narrator, krea_of, rewrite_manifests
+from krea_dagster.plugin.assets import KreaAssets, Narrator, rewrite_manifests
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.observer import tell_report
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import KreaResource, krea_of
 
 #: Seconds between two looks of the sensor. A link lives for 24 hours.
 _LOOK_EVERY_S = 300

@@ -15,7 +15,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import table_schema
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.spend.daily import daily_schema
 from krea_dagster.spend.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.picture import spend_picture
@@ -88,7 +88,7 @@ def build_spend_assets(
     def spend_tables(
         context: dg.AssetExecutionContext, config: KreaSpendConfig
     ) -> Iterator[dg.MaterializeResult[None]]:
-        krea: KreaResource = getattr(context.resources, resource_key)
+        krea = krea_of(context, resource_key)
         with as_failure():
             updated = update_tables(
                 krea, credits_per_usd=credits_per_usd, by=by, rebuild=config.rebuild

@@ -11,7 +11,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.spend.observed import observe
 from krea_dagster.spend.stored import account_proof, stored_tables
 from krea_dagster.spend.warnings import SpendWarning, WarningKind, find_warnings
@@ -66,11 +66,7 @@ def build_spend_warnings_checks(
         required_resource_keys={resource_key},
     )
     def spend_warnings(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        krea = getattr(context.resources, resource_key)
-        if not isinstance(krea, KreaResource):
-            raise dg.Failure(
-                f"resource {resource_key!r} is a {type(krea).__name__}, not a KreaResource"
-            )
+        krea = krea_of(context, resource_key)
         now = datetime.now(timezone.utc)
         with as_failure():
             found = recent_warnings(krea, parsed, now=now, recent_days=recent_days)

@@ -1,5 +1,6 @@
 """What the command ``spend`` asks: the tables brought up to date, and sums of them."""
 
+from calendar import monthrange
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import duckdb
 import pyarrow as pa
 
 from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
+from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.spend_assets import update_tables
@@ -75,7 +77,8 @@ def spend_of(
                 for line in sums(duck, since=start, until=end)
             ]
     storage = krea.open_storage()
-    return Spend(names, lines, since, until, exact_rate(CREDITS_PER_USD), storage.locate(""))
+    rate, _ = _as_kept(storage)
+    return Spend(names, lines, since, until, exact_rate(rate), storage.locate(""))
 
 
 def answer_of(krea: KreaResource, query: str, prompts: str | None = None) -> pa.Table:
@@ -90,9 +93,7 @@ def report_of(
     """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
     now = now or datetime.now(timezone.utc)
     storage = krea.open_storage()
-    known = SpendState.read(storage)
-    rate = CREDITS_PER_USD if known is None else float(Fraction(known.credits_per_usd))
-    own = () if known is None else known.by
+    rate, own = _as_kept(storage)
     # What daily does not keep apart yet is added to what it does.
     wanted = [*own, *(name for name in by if name not in DAILY_SCHEMA.names)]
     wanted += krea.budget_columns()
@@ -121,10 +122,17 @@ def report_of(
 def _opened(krea: KreaResource, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
     """Bring the tables up to date, as they are kept apart, and open the views."""
     storage = krea.open_storage()
-    known = SpendState.read(storage)
-    rate = CREDITS_PER_USD if known is None else float(Fraction(known.credits_per_usd))
-    update_tables(krea, credits_per_usd=rate, by=() if known is None else known.by)
+    rate, by = _as_kept(storage)
+    update_tables(krea, credits_per_usd=rate, by=by)
     return open_views(storage, prompts)
+
+
+def _as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:
+    """The rate of the tables on file, and the columns that they keep apart; else the defaults."""
+    known = SpendState.read(storage)
+    if known is None:
+        return CREDITS_PER_USD, ()
+    return float(Fraction(known.credits_per_usd)), known.by
 
 
 def _named(name: str, line: Line) -> Line:
@@ -136,5 +144,4 @@ def _days_of(month: str) -> tuple[date, date]:
         first = datetime.strptime(month, "%Y-%m").replace(tzinfo=timezone.utc).date()
     except ValueError:
         raise ConfigError(f"{month!r} is not a month such as 2026-11") from None
-    last = date(first.year + first.month // 12, first.month % 12 + 1, 1)
-    return first, date.fromordinal(last.toordinal() - 1)
+    return first, first.replace(day=monthrange(first.year, first.month)[1])

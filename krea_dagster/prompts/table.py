@@ -119,7 +119,7 @@ class PromptTable:
         rows: list[PromptRow] = []
         batches: list[pa.RecordBatch] = []
         with closing(Hasher()) as hasher:
-            scan = self._scan(self._wanted(keys), hasher, carry=True)
+            scan = self.scan(self._wanted(keys), hasher, carry=True)
             for chunk in scan.map(lambda chunk: chunk):
                 rows += (PromptRow(**row) for row in chunk.rows.to_pylist())
                 batches.append(chunk.carried)
@@ -161,7 +161,7 @@ class PromptTable:
         if named is None and isinstance(self.partition_by, HashPartitions):
             named = frozenset(self.partition_by.keys())
         with closing(Hasher()) as hasher:
-            scan = self._scan(wanted, hasher, carry=carry)
+            scan = self.scan(wanted, hasher, carry=carry)
             planner = Planner(scan.carried_schema, attempts, hasher, keep=keep)
             try:
                 for planned in scan.map(planner.planned):
@@ -172,7 +172,8 @@ class PromptTable:
                 planner.close()
                 raise
 
-    def _scan(self, wanted: frozenset[str] | None, hasher: Hasher, *, carry: bool) -> Scan:
+    def scan(self, wanted: frozenset[str] | None, hasher: Hasher, *, carry: bool) -> Scan:
+        """Return a pass over the rows of these partitions, or all; ``carry`` adds columns."""
         return Scan(
             self.source,
             self.partition_by,

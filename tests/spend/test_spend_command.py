@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster import KreaResource, cli
-from krea_dagster.plugin.spend_assets import build_spend_assets
+from krea_dagster.plugin.spend_assets import build_spend_assets, update_tables
 from tests.dagster_bench import run_job
 from tests.spend.year import OUTAGE, Year
 
@@ -137,6 +137,30 @@ def test_wrong_use_is_said_and_exits_2(shell: Shell, arguments: tuple[str, ...])
     code, out, err = shell(*arguments)
     assert (code, out) == (2, "")
     assert "Error" in err
+
+
+def test_the_report_is_one_file_with_the_sums_of_the_books(
+    year: Year, shell: Shell, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    code, out, err = shell("--html", str(file), "--by", "campaign")
+    assert (code, err) == (0, "")
+    assert f"The report is in {file}" in out
+    page = file.read_text()
+    assert f"{year.books().total('charged_units') / 10_000:,.2f}" in page
+    code, _, err = shell("--html", str(file), "--json")
+    assert (code, "--html writes the whole report" in err) == (2, True)
+
+
+def test_dollars_are_at_the_rate_that_the_tables_are_kept_at(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = Year(tmp_path, 200)
+    small.write()
+    monkeypatch.setenv("KREA_STORAGE", str(tmp_path))
+    update_tables(KreaResource(emulator=True, storage=str(tmp_path)), credits_per_usd=34.0)
+    code, out, _ = shell()
+    assert (code, "USD at 34 credits per USD" in out) == (0, True)
 
 
 def test_without_a_journal_there_is_nothing_to_say(

@@ -16,7 +16,7 @@ from krea_dagster.plugin.checks.findings import NAMING
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
 from krea_dagster.plugin.metadata import scrubbed
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import krea_of
 
 #: Rows that are read at once.
 _ROWS: Final = 10_000
@@ -100,11 +100,7 @@ def manifest_check(
         description=description,
     )
     def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        krea = getattr(context.resources, resource_key)
-        if not isinstance(krea, KreaResource):
-            raise dg.Failure(
-                f"resource {resource_key!r} is a {type(krea).__name__}, not a KreaResource"
-            )
+        krea = krea_of(context, resource_key)
         with as_failure():
             subject = _subject(context, krea.open_storage(), manifest_key)
             if not subject.names:
