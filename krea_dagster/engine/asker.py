@@ -17,6 +17,7 @@ from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.looking import (
     BATCH,
     Awaited,
+    Hint,
     chances,
     due_s,
     is_learned,
@@ -51,10 +52,16 @@ class TaskReader(Protocol):
 
 
 class Answer(NamedTuple):
-    """What a read said of a task, and when it was asked, in the clock's seconds."""
+    """What a read said of a task, and when it was asked, in the clock's seconds.
+
+    Where its callback was waited for, ``hint`` is why it was asked, and ``quiet_at_s`` when nobody
+    had called yet.
+    """
 
     task: Task
     asked_at_s: float
+    hint: Hint | None = None
+    quiet_at_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -64,6 +71,8 @@ class _Waiting:
     answer: asyncio.Future[Answer]
     scout: bool = False
     taken: bool = False
+    hint: Hint | None = None
+    quiet_at_s: float = 0.0
 
 
 class Asker:
@@ -81,6 +90,7 @@ class Asker:
         self.latencies = latencies
         self._pressed = False
         self._waiting: dict[str, _Waiting] = {}
+        self._listening: dict[str, _Waiting] = {}  # by request key
         # When each falls due by itself, where places in the window are wanted and where not.
         self._due: dict[bool, list[tuple[float, int, _Waiting]]] = {False: [], True: []}
         self._scouts: set[str] = set()
@@ -104,13 +114,41 @@ class Asker:
             self._pressed = pressed
             self._arrived.set()
 
-    async def ask(self, task_id: str, awaited: Awaited | None = None) -> Answer:
+    async def ask(
+        self, task_id: str, awaited: Awaited | None = None, *, called_for: str | None = None
+    ) -> Answer:
         """Return the task once it has probably ended, or at once without ``awaited``.
 
-        Raises ApiError.
+        ``called_for`` is the key of a request that will be called about: then the task is asked
+        about when ``wake`` says so. Raises ApiError.
         """
         waiting = _Waiting(task_id, awaited, asyncio.get_running_loop().create_future())
-        self._waiting[task_id] = waiting
+        if called_for is not None and awaited is not None:
+            self._listening[called_for] = waiting
+            try:
+                return await waiting.answer
+            finally:
+                if self._listening.get(called_for) is waiting:
+                    del self._listening[called_for]
+        self._put(waiting)
+        return await waiting.answer
+
+    @property
+    def listening(self) -> dict[str, Awaited]:
+        """The tasks whose callbacks are waited for, by request key."""
+        return {key: one.awaited for key, one in self._listening.items() if one.awaited}
+
+    def wake(self, request_key: str, hint: Hint, quiet_at_s: float) -> None:
+        """Have a task asked about whose callback was waited for; nothing where nobody waits."""
+        waiting = self._listening.pop(request_key, None)
+        if waiting is not None:
+            waiting.awaited, waiting.hint, waiting.quiet_at_s = None, hint, quiet_at_s
+            self._put(waiting)
+
+    def _put(self, waiting: _Waiting) -> None:
+        """Put a task among those that are asked about by themselves."""
+        awaited = waiting.awaited
+        self._waiting[waiting.task_id] = waiting
         if awaited is not None:
             quality = awaited.quality
             if quality not in self._scouts and not is_learned(self.latencies, quality):
@@ -120,7 +158,6 @@ class Asker:
         # In a batch, what has just come has hardly ended, so it does not wake the loop.
         if first or awaited is None or not self._pausing:
             self._arrived.set()
-        return await waiting.answer
 
     async def run(self) -> None:
         """Read what is worth it, for ever."""
@@ -245,7 +282,7 @@ class Asker:
                 # Left out, or without its link: only the single read says more.
                 await self._read_one(waiting)
             elif not waiting.answer.done():
-                waiting.answer.set_result(Answer(task, asked_at_s))
+                waiting.answer.set_result(_answer(waiting, task, asked_at_s))
 
     async def _read_one(self, waiting: _Waiting) -> None:
         try:
@@ -257,7 +294,11 @@ class Asker:
             _fail(waiting, error)
             return
         if not waiting.answer.done():
-            waiting.answer.set_result(Answer(task, asked_at_s))
+            waiting.answer.set_result(_answer(waiting, task, asked_at_s))
+
+
+def _answer(waiting: _Waiting, task: Task, asked_at_s: float) -> Answer:
+    return Answer(task, asked_at_s, waiting.hint, waiting.quiet_at_s)
 
 
 def _fail(waiting: _Waiting, error: ApiError) -> None:

@@ -37,7 +37,7 @@ _IMAGE: Final = frozenset(
 #: The columns of ``requests`` and of ``submissions`` that each event may set.
 _COLUMNS: Final[Mapping[Event, tuple[frozenset[str], frozenset[str]]]] = {
     Event.PLANNED: (frozenset(), frozenset()),
-    Event.SUBMITTING: (frozenset(), frozenset({"partition_key", "scopes"})),
+    Event.SUBMITTING: (frozenset(), frozenset({"partition_key", "scopes", "callback_url"})),
     Event.REPLAYING: (frozenset(), frozenset()),
     Event.ACCEPTED: (
         frozenset(),
@@ -81,7 +81,12 @@ _NO_SUBMISSION: Final[Mapping[str, Any]] = {
     "run_id": None,
     "bought_for": None,
     "scopes": (),
+    "callback_url": None,
 }
+
+#: What is not set as it is given: the scopes are written as text, and the callback URL stays as the
+#: submission was opened with it.
+_BY_THEMSELVES: Final = frozenset({"scopes", "callback_url"})
 
 #: Columns of ``requests`` and ``submissions`` that are not fields of a record of the same name.
 _NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key", "scopes"}
@@ -149,6 +154,7 @@ def take(
             "expected_units": expected_units,
             "committed_units": committed_units,
             "scopes": _scopes_text(change),
+            "callback_url": change.values.get("callback_url"),
         }
         fields = {
             **_NO_SUBMISSION,
@@ -158,6 +164,7 @@ def take(
             "sent_at": change.at,
             "expected_units": expected_units,
             "committed_units": committed_units,
+            "callback_url": change.values.get("callback_url"),
         }
     else:
         submission = _submission_values(change, run_id, expected_units)
@@ -239,7 +246,7 @@ def _submission_values(change: Change, run_id: str, expected_units: int) -> dict
             values = {"settled_at": change.at}
     allowed = _COLUMNS[change.event][1]
     for name, item in change.values.items():
-        if name in allowed and name != "scopes":
+        if name in allowed and name not in _BY_THEMSELVES:
             values[name] = _storable(item)
     return values
 

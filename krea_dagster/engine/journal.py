@@ -20,6 +20,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from krea_dagster.engine import schema
 from krea_dagster.engine.batch import OutOfDate, write_changes
 from krea_dagster.engine.budget import Caps, Commitment
+from krea_dagster.engine.calls import CallLog
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.ledger import Ledger
@@ -115,6 +116,11 @@ class Journal:
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection for one reading transaction, for those who read many columns at once."""
         return self._read("read")
+
+    @property
+    def calls(self) -> CallLog:
+        """The callbacks that receivers have written down."""
+        return CallLog(self._database)
 
     # -- owners and claims --------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,12 @@ _ALONG: Final = 0.02
 _LEARNED: Final = 4.0
 _SCOUT_S: Final = 0.1
 _SCOUT_GROWTH: Final = 1.5
+#: A task that nobody called about is asked about when it has taken so long, and twice as long, ...
+_QUIET_S: Final = 5.0
+_QUIET_MEDIANS: Final = 4.0
+_QUIET_GROWTH: Final = 2.0
+#: Seconds between two questions about one task, however often it is called about.
+_AGAIN_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,32 @@ def due_s(latencies: Latencies, task: Awaited, *, pressed: bool) -> float:
 def scout_due_s(task: Awaited) -> float:
     """When to ask about the one task of a kind that shows how long its kind takes."""
     return task.since_s + max(_SCOUT_S, task.not_yet_s * _SCOUT_GROWTH)
+
+
+def sweep_due_s(latencies: Latencies, task: Awaited) -> float:
+    """When to ask about a task that should have been called about, and was not."""
+    quiet_s = _QUIET_S + _QUIET_MEDIANS * latencies.of(task.quality).median_s
+    return task.since_s + max(quiet_s, _QUIET_GROWTH * task.not_yet_s)
+
+
+class Hint(Enum):
+    """Why a task whose callback is waited for is asked about."""
+
+    CALLED = "called"
+    SWEPT = "swept"
+
+
+def hint(
+    latencies: Latencies, task: Awaited, *, calls: int, seen: int, asked_s: float, now_s: float
+) -> Hint | None:
+    """Whether to ask now about a task that was called about ``calls`` times, and why.
+
+    ``seen`` of the calls have been followed by a question before, the last at ``asked_s``. Each
+    rise is worth one question, and no more: a call may be early, late, doubled or forged.
+    """
+    if calls > seen and now_s - asked_s >= _AGAIN_S:
+        return Hint.CALLED
+    return Hint.SWEPT if now_s >= sweep_due_s(latencies, task) else None
 
 
 def is_learned(latencies: Latencies, quality: str) -> bool:

@@ -27,13 +27,14 @@ class Wanted:
     """A request that some rows want; ``rows`` counts them.
 
     ``scopes`` are the budgets' scopes of its first row (``budget.column_scope``), beside those of
-    its run, day, month and partition.
+    its run, day, month and partition. ``callback_url`` is where the row has its task's end told.
     """
 
     request: ImageRequest
     partition_key: str
     rows: int = 1
     scopes: tuple[str, ...] = ()
+    callback_url: str | None = None
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Planned:
     unfinished: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
     _scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _callback_urls: dict[str, str] = field(default_factory=dict)
 
     def rows(self, request_key: str) -> int:
         """How many rows want a request."""
@@ -58,6 +60,10 @@ class Planned:
     def scopes(self, request_key: str) -> tuple[str, ...]:
         """What a purchase of a request counts for, beside its run, day, month and partition."""
         return self._scopes.get(request_key, ())
+
+    def callback_url(self, request_key: str) -> str | None:
+        """Where the row of a request has its task's end told, if it says so."""
+        return self._callback_urls.get(request_key)
 
     @classmethod
     def enter(
@@ -108,6 +114,8 @@ class Planned:
                 self._rows[key] = item.rows
             if item.scopes:
                 self._scopes[key] = item.scopes
+            if item.callback_url is not None:
+                self._callback_urls[key] = item.callback_url
             paid_at = record.completed_at or record.submitted_at or record.sent_at
             if paid_at is not None:
                 paid.append((paid_at.timestamp(), key))

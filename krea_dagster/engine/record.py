@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from krea_dagster.engine.states import State
@@ -36,7 +36,8 @@ class Record:
     ``expected_units`` what the submission was expected to cost when it was admitted.
 
     ``bought_for`` is the partition that the present submission was bought for, and ``scopes`` what
-    it counts for beside its run, day, month and partition.
+    it counts for beside its run, day, month and partition. ``callback_url`` is the address that it
+    was sent with: a repeat under its key is sent with the same, or is a conflict.
 
     ``seq`` numbers the request's events from 0, and ``submissions`` counts its submissions: by
     them a change is written only onto the very record that it was made from.
@@ -68,6 +69,7 @@ class Record:
     expected_units: int = 0
     bought_for: str | None = None
     scopes: tuple[str, ...] = ()
+    callback_url: str | None = field(default=None, repr=False)
 
     @property
     def request_key(self) -> str:

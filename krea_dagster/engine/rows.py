@@ -73,6 +73,7 @@ _SUBMISSION: Final = (
     "billing_rule",
     "user_group",
     "scopes",
+    "callback_url",
 )
 
 
@@ -153,6 +154,7 @@ def record_of(row: Any) -> Record:
         expected_units=row.expected_units or 0,
         bought_for=row.bought_for,
         scopes=_scopes(row.scopes),
+        callback_url=row.callback_url,
     )
 
 

@@ -36,7 +36,8 @@ class RunReport:
     which prices were above the expected. ``account_error`` is why the
     account's credits could not be read beside, where they could not. ``posts`` counts create calls,
     ``turned_away`` those answered by 429, ``asked`` the tasks asked about, and ``reads`` the
-    calls which that took.
+    calls which that took. ``missed_callbacks`` counts the tasks that ended and that nobody called
+    about in good time.
     """
 
     new: int
@@ -51,6 +52,7 @@ class RunReport:
     turned_away: int = 0
     asked: int = 0
     reads: int = 0
+    missed_callbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Runner:
     ``caps`` bound what it commits, and ``launch`` names the runs that stop together where the
     account stops one (by default this run alone). With ``buying`` false it only asks and
     fetches. ``resolutions`` are a person's decisions about unknown outcomes, by request key.
-    ``randomness`` jitters the pauses. ``latencies`` is what is known before the run.
+    ``callback_url_of`` gives, for a request key, the address at which a receiver that writes into
+    this journal is told of the task's end; without it tasks are asked about when they have probably
+    ended. ``randomness`` jitters the pauses. ``latencies`` is what is known before the run.
     ``on_progress`` is called on the event loop whenever something changed.
     """
 
@@ -78,6 +82,7 @@ class Runner:
     launch: str = ""
     buying: bool = True
     resolutions: Mapping[str, Resolution] = field(default_factory=dict)
+    callback_url_of: Callable[[str], str] | None = None
     clock: Clock = field(default_factory=SystemClock)
     randomness: random.Random = field(default_factory=random.Random)
     latencies: Latencies = field(default_factory=Latencies)
@@ -127,6 +132,7 @@ class Runner:
             turned_away=steps.turned_away,
             asked=steps.asker.asked,
             reads=steps.asker.calls,
+            missed_callbacks=steps.missed_callbacks,
         )
 
     def _unfinished(self, record: Record) -> bool:

@@ -121,6 +121,8 @@ class Session:
             pace=Pace(runner.max_in_flight, runner.max_per_s),
             latencies=runner.latencies,
             announce_stop=self._announce_stop,
+            calls=runner.journal.calls,
+            callback_url_of=runner.callback_url_of,
         )
         self._backlog: deque[str] = deque(planned.unfinished)  # requests not claimed yet
         self._claiming = False
@@ -170,6 +172,8 @@ class Session:
             background.start_soon(self.steps.asker.run)
             background.start_soon(self._guarded, self._beat)
             background.start_soon(self._guarded, self._watch_elsewhere)
+            if self.steps.listener is not None:
+                background.start_soon(self._guarded, self.steps.listener.run)
             async with anyio.create_task_group() as carriers:
                 try:
                     await self._feed(carriers, background)
@@ -259,8 +263,14 @@ class Session:
         partition_key = self._planned.unfinished[item.record.request_key]
         self._carried += 1
         self._in_flight += 1
-        scopes = self._planned.scopes(item.record.request_key)
-        carrier = Carrier(item.record, item.trail, partition_key, scopes)
+        key = item.record.request_key
+        carrier = Carrier(
+            item.record,
+            item.trail,
+            partition_key,
+            self._planned.scopes(key),
+            self._planned.callback_url(key),
+        )
         if submits:
             self.steps.may_submit(carrier)
         carriers.start_soon(self._carry, carrier)

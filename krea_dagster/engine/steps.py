@@ -15,13 +15,14 @@ from typing import Any, Final, Protocol
 import anyio
 import anyio.lowlevel
 
-from krea_dagster.engine.asker import Asker, TaskReader
+from krea_dagster.engine.asker import Answer, Asker, TaskReader
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader, ImageStore
 from krea_dagster.engine.latency import Latencies, is_overdue
-from krea_dagster.engine.looking import Awaited, chances, is_learned
+from krea_dagster.engine.listener import Calls, Listener
+from krea_dagster.engine.looking import Awaited, Hint, chances, is_learned
 from krea_dagster.engine.pace import InWork, Pace
 from krea_dagster.engine.policy import Policy, Trail, backoff_s, task_error_wait_s
 from krea_dagster.engine.record import Record
@@ -77,7 +78,9 @@ _UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED})
 class Client(TaskReader, Downloader, Protocol):
     """What the engine needs of KreaClient."""
 
-    async def submit(self, request: ImageRequest, *, idempotency_key: str) -> Submission:
+    async def submit(
+        self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
+    ) -> Submission:
         """POST one request. Raises SubmitError."""
 
     async def credits(self) -> AccountCredits:
@@ -88,15 +91,17 @@ class Client(TaskReader, Downloader, Protocol):
 class Carrier:
     """A request in the hands of a task.
 
-    ``holds_place``: it counts in the window. ``may_submit``: it may send one POST; the pace is
-    kept by giving that out. ``since_s`` is when its task was submitted, by
-    the run's clock, and ``not_yet_s`` its age when it had last not ended.
+    ``callback_url`` is where its row wants its end told. ``holds_place``: it counts in the window.
+    ``may_submit``: it may send one POST; the pace is kept by giving that out. ``since_s`` is when
+    its task was submitted, by the run's clock, and ``not_yet_s`` its age when it had last not
+    ended.
     """
 
     record: Record
     trail: Trail
     partition_key: str
     scopes: tuple[str, ...] = ()
+    callback_url: str | None = None
     holds_place: bool = True
     may_submit: bool = False
     since_s: float = 0.0
@@ -115,8 +120,10 @@ class Steps:
     before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
     the caps said, by scope, ``dearer`` the prices above the expected, by quality, ``unwritten``
     what was bought and the journal did not take. ``announce_stop`` tells the launch's other
-    shards that the account stopped this one. Raises JournalError where an event could not be
-    written, and StorageError where an image could not.
+    shards that the account stopped this one. ``callback_url_of`` gives the address at which a
+    request is called back, where there is a receiver, whose ``calls`` are then listened to;
+    ``missed_callbacks`` counts the tasks that ended and were not called about. Raises JournalError
+    where an event could not be written, and StorageError where an image could not.
     """
 
     def __init__(
@@ -132,6 +139,8 @@ class Steps:
         pace: Pace,
         latencies: Latencies,
         announce_stop: Callable[[AccountStopped], Awaitable[None]],
+        calls: Calls,
+        callback_url_of: Callable[[str], str] | None = None,
     ) -> None:
         self._client = client
         self._writer = writer
@@ -146,6 +155,8 @@ class Steps:
         self._unanswered = 0
         self._silent_since_s: float | None = None
         self.asker = Asker(client, clock.monotonic, latencies)
+        self._callback_url_of = callback_url_of
+        self.listener = Listener(calls, self.asker, clock) if callback_url_of else None
         self.pace = pace
         self._submitting: set[str] = set()  # requests that were given leave to submit
         self._in_work: dict[str, Carrier] = {}  # requests whose task has not been seen to end
@@ -158,6 +169,7 @@ class Steps:
         self.posts = 0
         self.turned_away = 0
         self.charged_units = 0
+        self.missed_callbacks = 0
 
     def end_submitting(self) -> None:
         """Give the POSTs under way a few seconds, after which their outcome is unknown.
@@ -175,7 +187,11 @@ class Steps:
         """POST once: the intent is on disk before it leaves, and the answer before anything."""
         values: dict[str, Any] = {}
         if intent is not Event.REPLAYING:
-            values = {"partition_key": carrier.partition_key, "scopes": carrier.scopes}
+            values = {
+                "partition_key": carrier.partition_key,
+                "scopes": carrier.scopes,
+                "callback_url": carrier.callback_url or self._callback_url(carrier.record),
+            }
         await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard
         with anyio.CancelScope(shield=True) as scope:
             self._posting.add(scope)
@@ -249,7 +265,9 @@ class Steps:
         sent_at_s = self._clock.monotonic()
         try:
             submission = await self._client.submit(
-                record.request, idempotency_key=str(record.idempotency_key)
+                record.request,
+                idempotency_key=str(record.idempotency_key),
+                callback_url=record.callback_url,
             )
         except NotCharged as error:
             # Of a repeat it is certain, of the first try it is not.
@@ -431,25 +449,29 @@ class Steps:
         """Read the task when it has probably ended, and record what it says."""
         record = carrier.record
         awaited = self._awaited(carrier)
+        listens = self.listener is not None and self._is_called(record)
         try:
-            task, asked_at_s = await self.asker.ask(str(record.task_id), awaited)
+            answer = await self.asker.ask(
+                str(record.task_id), awaited, called_for=record.request_key if listens else None
+            )
         except ApiError as error:
             return self._asked_in_vain(carrier, error)
         asks = carrier.trail.asks + 1
         carrier.trail = changed(
             carrier.trail, asks=asks, ask_failures=0, not_found=0, stale_link=False
         )
+        task = answer.task
         match task:
             case Task(status="completed", results=(url, *_)):
-                self.out_of_work(carrier)
-                await self._task_completed(carrier, task, url)
+                self._ended(carrier, answer)
+                await self._task_completed(carrier, answer, url)
                 return 0.0
             case Task(status="failed" | "cancelled") if _may_have_failed(record):
-                self.out_of_work(carrier)
+                self._ended(carrier, answer)
                 await self._task_failed(carrier, task)
                 return 0.0
         if record.state is State.SUBMITTED:
-            carrier.not_yet_s = max(carrier.not_yet_s, asked_at_s - carrier.since_s)
+            carrier.not_yet_s = max(carrier.not_yet_s, answer.asked_at_s - carrier.since_s)
             return 0.0
         # No fresh link: the old one is tried again before the run gives up.
         failures = carrier.trail.fetch_failures + 1
@@ -468,17 +490,37 @@ class Steps:
             return None
         if not carrier.since_s:
             carrier.since_s = self._clock.monotonic() - self._age_s(record)
-            if record.run_id != self._run_id and carrier.trail.asks == 0:
+            unheard = self.listener is None or not self._is_called(record)
+            if record.run_id != self._run_id and carrier.trail.asks == 0 and unheard:
                 return None  # nobody knows how long it has been finished
         return carrier.awaited
 
-    async def _task_completed(self, carrier: Carrier, task: Task, url: str) -> None:
-        record = carrier.record
+    def _callback_url(self, record: Record) -> str | None:
+        """Where a request is called back by the receiver of this journal, if there is one."""
+        return self._callback_url_of(record.request_key) if self._callback_url_of else None
+
+    def _is_called(self, record: Record) -> bool:
+        """Whether the receiver will be told of its task's end: it was sent with that address."""
+        submitted = record.state is State.SUBMITTED and record.callback_url is not None
+        return submitted and record.callback_url == self._callback_url(record)
+
+    def _ended(self, carrier: Carrier, answer: Answer) -> None:
+        """Note that a task has ended, and whether it should have been called about."""
+        self.out_of_work(carrier)
+        if self.listener is None or carrier.record.state is not State.SUBMITTED:
+            return
+        key = carrier.record.request_key
+        if answer.hint is Hint.SWEPT and not self.listener.was_called(key):
+            self.missed_callbacks += 1
+        self.listener.forget(key)
+
+    async def _task_completed(self, carrier: Carrier, answer: Answer, url: str) -> None:
+        record, task = carrier.record, answer.task
         if record.state not in _UNSETTLED or record.charged_units is not None:
             await self.record(carrier, Event.COMPLETED, {"result_url": url})
             return
         if record.run_id == self._run_id:
-            self._learn(carrier)
+            self._learn(carrier, answer)
         charged = record.reserved_units
         if task.credits_used_units is not None:
             charged = task.credits_used_units
@@ -486,8 +528,13 @@ class Steps:
         await self.record(carrier, Event.COMPLETED, values)
         self.charged_units += charged or 0
 
-    def _learn(self, carrier: Carrier) -> None:
+    def _learn(self, carrier: Carrier, answer: Answer) -> None:
         """Take note of how long an image took, and of a server that has become slow."""
+        if answer.hint is Hint.SWEPT:
+            return  # it may have ended long ago
+        if answer.hint is Hint.CALLED:
+            quiet_s = answer.quiet_at_s - carrier.since_s
+            carrier.not_yet_s = max(carrier.not_yet_s, quiet_s)
         quality = carrier.record.request.quality
         now_s = self._clock.monotonic()
         asker = self.asker

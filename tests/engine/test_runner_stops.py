@@ -241,7 +241,9 @@ class Told:
         self._answer = answer
         self.posts: list[str] = []
 
-    async def submit(self, request: ImageRequest, *, idempotency_key: str) -> Submission:
+    async def submit(
+        self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
+    ) -> Submission:
         self.posts.append(idempotency_key)
         task_id = f"task-unified-{len(self.posts)}"
         return Submission(task_id, "pending", 4500, None, None, replayed=False, answer={})
