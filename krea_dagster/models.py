@@ -123,7 +123,8 @@ class Task:
 
     ``status`` is ``pending``, ``processing``, ``completed``, ``failed``, ``cancelled``, or any
     other text that the server used. ``progress`` is 0 to 100. ``results`` are links, empty
-    while there are none. ``credits_used_units`` is None unless the server said it.
+    while there are none. ``credits_used_units`` and ``created_at`` are None unless the server said
+    them.
     """
 
     task_id: str
@@ -132,6 +133,7 @@ class Task:
     results: tuple[str, ...] = ()
     failure: TaskFailure | None = None
     credits_used_units: int | None = None
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True)

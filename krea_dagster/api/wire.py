@@ -68,6 +68,8 @@ CREDITS_PATH: Final = "/v1/credits"
 CALLBACK_URL_MAX_CHARS: Final = 2048
 MESSAGE_MAX_CHARS: Final = 500
 RETRY_AFTER_MAX_S: Final = 3600.0
+#: The end of the year 9998: a later second is no time of a task.
+_LAST_SECOND: Final = 253_370_764_800
 
 # -- the tables -------------------------------------------------------------------------------
 
@@ -577,7 +579,15 @@ def _task(value: Mapping[str, Any], hide: Hide, default_id: str | None = None) -
         results=_results(value.get("results")),
         failure=_failure(value.get("error"), status, hide),
         credits_used_units=_units(used),
+        created_at=_time(value.get("created")),
     )
+
+
+def _time(value: Any) -> datetime | None:
+    """A time in seconds since 1970; None where it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LAST_SECOND:
+        return None
+    return datetime.fromtimestamp(value, timezone.utc)
 
 
 def _failure(error: Any, status: str, hide: Hide) -> TaskFailure | None:

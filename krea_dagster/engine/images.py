@@ -8,6 +8,7 @@ call for an image of up to 1 MiB, and one more for each further MiB.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Generator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 import anyio
+from PIL import Image
 
 from krea_dagster.engine.bytebudget import ByteBudget
 from krea_dagster.engine.look import DAMAGED, FORMATS, decoded_bytes, look_at
@@ -27,6 +29,8 @@ from krea_dagster.models import ImageRequest
 __all__ = ["DAMAGED", "FORMATS", "MAX_IMAGE_BYTES", "Downloader", "Fetched", "ImageStore"]
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 #: Bytes of the largest file that is taken: four times an uncompressed 2K picture would be more
 #: than any of the formats needs.
@@ -69,12 +73,24 @@ class ImageStore:
     taken for what its header says, its bytes are as the host sent them, and a decode is saved.
     ``decoders`` bounds how many pictures are decoded at once: Pillow releases the interpreter,
     so one per core is enough.
+
+    ``on_picture`` is given the sha256 and the decoded pixels of each picture, once it is
+    published; only with ``look``. It is called in threads, several at once, and what goes wrong
+    in it is logged: the image is paid for, and stays stored.
     """
 
-    def __init__(self, storage: Storage, *, look: bool = True, decoders: int | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        look: bool = True,
+        decoders: int | None = None,
+        on_picture: Callable[[str, Image.Image], object] | None = None,
+    ) -> None:
         cores = os.cpu_count() or 1
         self.storage = storage
         self._look = look
+        self._on_picture = on_picture
         self._decoding = threading.BoundedSemaphore(decoders or cores)
         self._downloads = ByteBudget(_DOWNLOADS_BYTES)
         self._looks = ByteBudget(_LOOKS_BYTES)
@@ -107,8 +123,9 @@ class ImageStore:
 
     def _admit(self, body: _Body, fetched: Fetched, request: ImageRequest) -> StoredImage:
         key = request.request_key
+        pictures: list[Image.Image] = []
         try:
-            image_format = self._look_at(body, request)
+            image_format = self._look_at(body, request, pictures)
         except ImageRejected as rejected:
             name = f"images/rejected/{key}"
             body.publish(name)
@@ -117,6 +134,8 @@ class ImageStore:
             ) from None
         name = image_name(key, image_format)
         body.publish(name)
+        for picture in pictures:
+            self._show(fetched.sha256, picture)
         width, height = request.pixels
         return StoredImage(
             path=name,
@@ -127,14 +146,25 @@ class ImageStore:
             height=height,
         )
 
-    def _look_at(self, body: _Body, request: ImageRequest) -> str:
+    def _look_at(self, body: _Body, request: ImageRequest, pictures: list[Image.Image]) -> str:
         if not self._look:
             try:
                 return look_at(body.beginning(), request.pixels, decode=False)
             except NoUsableBody:  # its header may be longer
                 return look_at(body.content(), request.pixels, decode=False)
         with self._decoding:
-            return look_at(body.content(), request.pixels)
+            if self._on_picture is None:
+                return look_at(body.content(), request.pixels)
+            return look_at(body.content(), request.pixels, seen=pictures.append)
+
+    def _show(self, sha256: str, picture: Image.Image) -> None:
+        if self._on_picture is None:
+            return
+        try:
+            with self._decoding:
+                self._on_picture(sha256, picture)
+        except Exception:  # noqa: BLE001 - a paid image is not given up for what comes of it
+            _log.exception("the image %s is stored, and what was to be made of it failed", sha256)
 
     async def _in_thread(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Call in a thread of this store's own; a cancellation waits for its end."""

@@ -50,6 +50,7 @@ from krea_dagster.engine.schema import (
 from krea_dagster.engine.snapshot import History, Snapshot
 from krea_dagster.engine.statements import Statements
 from krea_dagster.engine.states import AT_STAKE, Event, State
+from krea_dagster.engine.verdicts import VerdictLog
 from krea_dagster.errors import BuyingClosed, ConfigError, JournalError
 from krea_dagster.models import AccountCredits, ImageRequest
 
@@ -121,6 +122,11 @@ class Journal:
     def calls(self) -> CallLog:
         """The callbacks that receivers have written down."""
         return CallLog(self._database)
+
+    @property
+    def verdicts(self) -> VerdictLog:
+        """What people think of the images."""
+        return VerdictLog(self._database)
 
     # -- owners and claims --------------------------------------------------------------------
 
@@ -244,6 +250,18 @@ class Journal:
         """The requests with these keys, as they stand; unknown keys are left out."""
         with self._read("read") as connection:
             return read_records(connection, keys)
+
+    def known_tasks(self, task_ids: Iterable[str | None]) -> set[str]:
+        """Those of these tasks that a submission has already."""
+        wanted = sorted({task_id for task_id in task_ids if task_id is not None})
+        found: set[str] = set()
+        with self._read("read") as connection:
+            for chunk in chunks(wanted):
+                rows = connection.execute(
+                    select(submissions.c.task_id).where(submissions.c.task_id.in_(chunk))
+                )
+                found.update(rows.scalars())
+        return found
 
     def all_records(self) -> Iterator[Record]:
         """Every request, in the order of their keys."""
@@ -439,6 +457,39 @@ class Journal:
                     .returning(attempts.c.attempt)
                 )
                 raised += len(found.all())
+        return raised
+
+    def replace_attempts(
+        self, samples: Iterable[tuple[str, int, int]], *, raised_by: str, at: datetime
+    ) -> list[tuple[str, int]]:
+        """Ask for another picture of these (prompt_id, sample, attempt); returns which of them.
+
+        Only where the attempt is still the one that is named: of two runs that want the same
+        picture replaced, one asks.
+        """
+        raised: list[tuple[str, int]] = []
+        with self._write("raise attempts in") as connection:
+            # Sorted, so that two runs never wait for each other's row locks.
+            for prompt_id, sample, attempt in sorted(samples):
+                values = {"attempt": attempt + 1, "at": at, "raised_by": raised_by}
+                if attempt == 0:
+                    statement = (
+                        self._upsert(attempts)
+                        .values(prompt_id=prompt_id, sample=sample, **values)
+                        .on_conflict_do_nothing()
+                    )
+                else:
+                    statement = (
+                        update(attempts)
+                        .where(
+                            attempts.c.prompt_id == prompt_id,
+                            attempts.c.sample == sample,
+                            attempts.c.attempt == attempt,
+                        )
+                        .values(values)
+                    )
+                found = connection.execute(statement.returning(attempts.c.attempt))
+                raised += [(prompt_id, sample)] * len(found.all())
         return raised
 
     def _upsert(self, table: Table) -> Any:

@@ -68,6 +68,16 @@ def sweep_due_s(latencies: Latencies, task: Awaited) -> float:
     return task.since_s + max(quiet_s, _QUIET_GROWTH * task.not_yet_s)
 
 
+def worth_asking(latencies: Latencies, quality: str, age_s: float, *, called: bool | None) -> bool:
+    """Whether a task of this age has probably ended, for a run that waits for none.
+
+    ``called`` is whether it was called about, None where nobody will call about it.
+    """
+    if called is None:
+        return age_s >= latencies.of(quality).age_when_s(_PATIENT)
+    return called or age_s >= sweep_due_s(latencies, Awaited(quality, 0.0))
+
+
 class Hint(Enum):
     """Why a task whose callback is waited for is asked about."""
 

@@ -128,6 +128,10 @@ class Pace:
         """Tasks that may be at the server at once."""
         return max(1, min(self.most, math.floor(self.window)))
 
+    def is_full(self, at_once: int) -> bool:
+        """Whether so many tasks are all that the user allows, or that the server takes at once."""
+        return at_once >= self.most or (self.limit is Limit.AT_ONCE and at_once >= self.room)
+
     @property
     def one_by_one(self) -> bool:
         """Whether to wait for each answer before the next submission: an answer decides."""

@@ -47,7 +47,9 @@ class Policy:
     for again. ``revive`` asks once more about tasks that were given up as lost.
     ``gone_after_s``, ``gone_reads`` and ``gone_pause_s``: how old a task must be, and how many
     reads that far apart must not find it, before it counts as gone. ``silence_tries``: purchases
-    in a row without a usable answer after which the run slows down.
+    in a row without a usable answer after which the run slows down. ``wait``: whether the run waits
+    for the tasks that it has submitted; else it leaves them to a later run, and asks only about
+    those of earlier ones that have probably ended.
     """
 
     on_unknown: OnUnknown = "replay"
@@ -69,6 +71,7 @@ class Policy:
     revive: bool = False
     gone_pause_s: float = 15.0
     silence_tries: int = 5
+    wait: bool = True
     task_error_waits: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: REPEATABLE_TASK_ERRORS
     )
@@ -83,6 +86,7 @@ class Trail:
     ``fetch_failures`` counts over all links. ``stale_link`` asks for a fresh link
     before the next fetch; ``link_dead`` says that the last fetch found the link dead.
     ``asked_again`` and ``replay_decided`` say that a person's wish was followed in this run.
+    ``worth_asking`` says that its task, of an earlier run, has probably ended.
     ``final`` is a reason, found in this run, to leave the request alone.
     """
 
@@ -96,6 +100,7 @@ class Trail:
     link_dead: bool = False
     asked_again: bool = False
     replay_decided: bool = False
+    worth_asking: bool = False
     final: str | None = None
 
 
@@ -155,6 +160,9 @@ Action: TypeAlias = (
 
 DONE: Final = Leave()
 
+#: Why a run that does not wait leaves what it has bought.
+LEFT_AT_SERVER: Final = "at the server: a later run collects it"
+
 
 def next_action(
     record: Record, trail: Trail, now: datetime, policy: Policy, *, buying: bool
@@ -191,7 +199,9 @@ def _worth_another_try(record: Record, trail: Trail, policy: Policy) -> bool:
     if code in policy.ask_again and not trail.asked_again:
         return True
     repeatable = record.state is State.FAILED and code in policy.task_error_waits
-    return repeatable and trail.task_failures < policy.task_tries
+    # Runs that do not wait see one failure each.
+    tries = trail.task_failures if policy.wait else record.submissions
+    return repeatable and tries < policy.task_tries
 
 
 def _to_buy(trail: Trail, policy: Policy, *, buying: bool) -> Action:
@@ -225,6 +235,8 @@ def _submitted(record: Record, trail: Trail, now: datetime, policy: Policy) -> A
         return Expire("task_not_found", "the server does not know the task any more")
     if trail.ask_failures >= policy.ask_tries:
         return Leave(f"detached: no usable answer to {trail.ask_failures} reads of its task")
+    if not policy.wait and (trail.asks > 0 or not trail.worth_asking):
+        return Leave(LEFT_AT_SERVER)
     # Asked at least once, so that a run which comes after the deadline still collects it.
     if age_s > policy.patience_s and trail.asks > 0:
         return Leave(f"detached: not finished {age_s:.0f} s after its submission")

@@ -1,12 +1,18 @@
-"""What a person may decide about a purchase whose outcome is unknown. Pure."""
+"""What may be decided about a purchase whose outcome is unknown, and by whom. Pure."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Final, TypeAlias
 
+from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
+from krea_dagster.models import Task
+
+#: By how much the clocks of EvoLink and of this machine may disagree.
+_CLOCKS: Final = timedelta(minutes=2)
 
 _TASK_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -48,6 +54,11 @@ class HasTask:
 Resolution: TypeAlias = SendAgain | NotBought | Lost | HasTask
 
 
+def is_task_id(text: str) -> bool:
+    """Whether a text can be a task's id."""
+    return _TASK_ID.fullmatch(text) is not None
+
+
 def parse_resolution(text: str) -> Resolution:
     """Read ``replay``, ``not-charged``, ``lost`` or ``task:ID``. Raises ConfigError."""
     match text.partition(":"):
@@ -57,6 +68,30 @@ def parse_resolution(text: str) -> Resolution:
             return NotBought()
         case ("lost", "", ""):
             return Lost()
-        case ("task", ":", task_id) if _TASK_ID.fullmatch(task_id):
+        case ("task", ":", task_id) if is_task_id(task_id):
             return HasTask(task_id)
     raise ConfigError(f"{text!r} is no decision; use replay, not-charged, lost or task:ID")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A callback about a request: the task that it named, and when it came first. Never a fact."""
+
+    task_id: str
+    first_at: datetime
+
+
+def why_not_taken(claim: Claim, record: Record, task: Task) -> str | None:
+    """Why a claimed task cannot be that of a purchase, None where it can.
+
+    ``task`` is what EvoLink says of the claimed one. Whoever knows an address can claim another
+    task of the same account, so its time must fit: created once the purchase was sent, and before
+    the first call.
+    """
+    if task.created_at is None or record.sent_at is None:
+        return "EvoLink does not say when it was created"
+    if task.created_at < record.sent_at - _CLOCKS:
+        return "it is older than the purchase"
+    if task.created_at > claim.first_at + _CLOCKS:
+        return "it is younger than the callback"
+    return None

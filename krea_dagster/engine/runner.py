@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from krea_dagster.engine.budget import Caps
+from krea_dagster.engine.buying import Client
 from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import NO_CAPS, Journal
@@ -20,7 +21,6 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.session import Session, in_thread
 from krea_dagster.engine.states import State
-from krea_dagster.engine.steps import Client
 from krea_dagster.errors import AccountStopped, RunStopped
 
 __all__ = ["RunReport", "Runner", "Wanted"]
@@ -37,7 +37,7 @@ class RunReport:
     account's credits could not be read beside, where they could not. ``posts`` counts create calls,
     ``turned_away`` those answered by 429, ``asked`` the tasks asked about, and ``reads`` the
     calls which that took. ``missed_callbacks`` counts the tasks that ended and that nobody called
-    about in good time.
+    about in good time. ``waited``: whether it was to wait for what it submitted.
     """
 
     new: int
@@ -53,6 +53,7 @@ class RunReport:
     asked: int = 0
     reads: int = 0
     missed_callbacks: int = 0
+    waited: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,25 +115,26 @@ class Runner:
         if not planned.unfinished:
             self.on_progress(planned.progress)
             seconds = self.clock.monotonic() - started_s
-            return RunReport(planned.new, planned.progress, seconds)
+            return RunReport(planned.new, planned.progress, seconds, waited=self.policy.wait)
         async with self.connect() as client:
             session = Session(self, client, planned)
             await session.carry_all()
-        steps = session.steps
+        buying, asking, asker = session.buying, session.asking, session.asker
         return RunReport(
             new=planned.new,
             progress=session.progress_now(),
             seconds=self.clock.monotonic() - started_s,
             left=session.left,
-            stopped=steps.stopped,
-            caps_reached=tuple(steps.caps_reached.values()),
-            dearer=tuple(steps.dearer.values()),
+            stopped=buying.stopped,
+            caps_reached=tuple(buying.caps_reached.values()),
+            dearer=tuple(buying.dearer.values()),
             account_error=session.account_error,
-            posts=steps.posts,
-            turned_away=steps.turned_away,
-            asked=steps.asker.asked,
-            reads=steps.asker.calls,
-            missed_callbacks=steps.missed_callbacks,
+            posts=buying.posts,
+            turned_away=buying.turned_away,
+            asked=asker.asked,
+            reads=asker.calls,
+            missed_callbacks=asking.missed_callbacks,
+            waited=self.policy.wait,
         )
 
     def _unfinished(self, record: Record) -> bool:

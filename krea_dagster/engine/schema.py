@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from sqlalchemy import (
+    DDL,
     JSON,
     BigInteger,
     Boolean,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    event,
 )
 
 from krea_dagster.engine.states import State
@@ -242,6 +244,58 @@ callbacks: Final = Table(
     CheckConstraint("count > 0", name="count"),
     Index("ix_callbacks_last_at", "last_at"),
 )
+
+#: What may be thought of an image; the last takes the verdict before it back.
+VERDICTS: Final = ("keep", "reject", "flag", "none")
+
+#: What people think of the images, in order: the last verdict on an image counts. No row is ever
+#: changed or removed, which triggers see to. A verdict belongs to the file with this hash, and
+#: beside it stands what the file was made for when somebody looked at it.
+verdicts: Final = Table(
+    "verdicts",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("verdict_id", String(64), nullable=False, unique=True),
+    Column("image_sha256", String(64), nullable=False),
+    Column("verdict", String(8), nullable=False),
+    Column("reason", Text),
+    Column("reviewer", String(255), nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("request_key", String(64), nullable=False),
+    Column("prompt_id", Text, nullable=False),
+    Column("sample", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("partition_key", Text, nullable=False),
+    CheckConstraint(_one_of("verdict", list(VERDICTS)), name="verdict"),
+    Index("ix_verdicts_image", "image_sha256", "number"),
+    Index("ix_verdicts_prompt_id", "prompt_id"),
+    sqlite_autoincrement=True,
+)
+
+#: The statements that make the table of verdicts append only, by the kind of database.
+APPEND_ONLY: Final = {
+    "sqlite": tuple(
+        f"CREATE TRIGGER verdicts_before_{change} BEFORE {change.upper()} ON verdicts BEGIN "
+        "SELECT RAISE(ABORT, 'a verdict is never changed or removed; give another one'); END"
+        for change in ("update", "delete")
+    ),
+    "postgresql": (
+        """
+        CREATE OR REPLACE FUNCTION verdicts_are_kept() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'a verdict is never changed or removed; give another one';
+        END $$
+        """,
+        """
+        CREATE TRIGGER verdicts_before_change BEFORE UPDATE OR DELETE OR TRUNCATE ON verdicts
+        FOR EACH STATEMENT EXECUTE FUNCTION verdicts_are_kept()
+        """,
+    ),
+}
+for _kind, _statements in APPEND_ONLY.items():
+    for _statement in _statements:
+        _make = DDL(_statement)  # type: ignore[no-untyped-call]  # SQLAlchemy's has no types
+        event.listen(verdicts, "after_create", _make.execute_if(dialect=_kind))
 
 #: Everything that happened, in order; replaying it gives the current state.
 events: Final = Table(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,13 @@ import anyio.abc
 import anyio.to_thread
 
 from krea_dagster.engine.alarm import wait
+from krea_dagster.engine.asker import Asker
+from krea_dagster.engine.asking import Asking
+from krea_dagster.engine.at_server import AtServer
+from krea_dagster.engine.buying import Buying, Client
+from krea_dagster.engine.calls import Called
+from krea_dagster.engine.carrier import Carrier, Desk
+from krea_dagster.engine.fetching import Fetching
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.owner import has_ended, this_process
 from krea_dagster.engine.pace import Pace
@@ -42,8 +49,8 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.resolution import Claim, Resolution, is_task_id
 from krea_dagster.engine.states import Event, State
-from krea_dagster.engine.steps import Carrier, Client, Steps
 from krea_dagster.engine.writer import GroupCommit
 from krea_dagster.errors import (
     AccountStopped,
@@ -70,6 +77,15 @@ _HEARTBEAT_S: Final = 20.0
 _ELSEWHERE_S: Final = 1.0
 #: Seconds between two words on progress.
 _TELL_S: Final = 0.1
+
+#: Seconds without a place at the server after which a run that does not wait buys no more.
+_TURNED_AWAY_S: Final = 10.0
+
+#: States of a purchase whose outcome is not known.
+_OPEN: Final = frozenset({State.SUBMITTING, State.UNKNOWN})
+
+#: States of a request that certainly costs nothing so far.
+_NOT_BOUGHT: Final = frozenset({State.PLANNED, State.DEFERRED})
 
 #: States from which a request's next step is, or leads to, a POST.
 _TO_SUBMIT: Final = frozenset(
@@ -110,20 +126,31 @@ class Session:
             caps=runner.caps,
             launch=runner.launch,
         )
-        self.steps = Steps(
-            client,
+        desk = Desk(
             self._writer,
-            runner.images,
             run_id=runner.run_id,
             policy=runner.policy,
             clock=runner.clock,
             randomness=runner.randomness,
-            pace=Pace(runner.max_in_flight, runner.max_per_s),
-            latencies=runner.latencies,
+        )
+        self.asker = Asker(client, runner.clock.monotonic, runner.latencies)
+        pace = Pace(runner.max_in_flight, runner.max_per_s)
+        self._at_server = AtServer(self.asker, pace, runner.clock)
+        self.buying = Buying(
+            client,
+            desk,
+            self._at_server,
             announce_stop=self._announce_stop,
-            calls=runner.journal.calls,
             callback_url_of=runner.callback_url_of,
         )
+        self.asking = Asking(
+            self.asker,
+            desk,
+            self._at_server,
+            runner.journal.calls,
+            callback_url_of=runner.callback_url_of,
+        )
+        self._fetching = Fetching(client, runner.images, desk)
         self._backlog: deque[str] = deque(planned.unfinished)  # requests not claimed yet
         self._claiming = False
         self._to_submit: list[_Item] = []
@@ -132,16 +159,18 @@ class Session:
         self._changed = asyncio.Event()
         self._carried = 0  # requests in the hands of a carrier
         self._in_flight = 0  # of those, the ones that hold a place in the window
-        self._fetching = 0  # of those, the ones whose image is on its way
+        self._downloads = 0  # of those, the ones whose image is on its way
         self._elsewhere: deque[str] = deque()  # requests that another run holds
         self._finished: set[str] = set()  # requests that this run is done with, and holds still
         self._resolutions = dict(runner.resolutions)
+        self._claims: dict[str, Claim] = {}  # tasks that callbacks claim for unknown purchases
         self._client = client
         self._failure: JournalError | StorageError | None = None
         self.account_error: str | None = None
         self._progress = planned.progress
         self._told_at_s = 0.0
         self.left: dict[str, str] = {}
+        self._left_there = 0  # what a run that does not wait has left there
 
     async def carry_all(self) -> None:
         """Claim what is unfinished, and carry it until nothing more can be done."""
@@ -156,9 +185,9 @@ class Session:
         except BaseException as error:
             with anyio.CancelScope(shield=True), suppress(JournalError):
                 await self._release()
-            if self.steps.unwritten:
+            if self.buying.unwritten:
                 why = str(self._failure or error)
-                raise PurchasesNotWritten(self.steps.unwritten, why) from error
+                raise PurchasesNotWritten(self.buying.unwritten, why) from error
             raise
         await self._release()
 
@@ -169,16 +198,16 @@ class Session:
 
     async def _work(self) -> None:
         async with anyio.create_task_group() as background:
-            background.start_soon(self.steps.asker.run)
+            background.start_soon(self.asker.run)
             background.start_soon(self._guarded, self._beat)
             background.start_soon(self._guarded, self._watch_elsewhere)
-            if self.steps.listener is not None:
-                background.start_soon(self._guarded, self.steps.listener.run)
+            if self.asking.listener is not None:
+                background.start_soon(self._guarded, self.asking.listener.run)
             async with anyio.create_task_group() as carriers:
                 try:
                     await self._feed(carriers, background)
                 finally:
-                    self.steps.end_submitting()
+                    self.buying.end_submitting()
             background.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
@@ -225,7 +254,7 @@ class Session:
         wanting = False
         while (
             self._to_submit
-            and self._fetching < _FETCH_BACKLOG
+            and self._downloads < _FETCH_BACKLOG
             and self._carried < self._most_carried()
         ):
             item = self._to_submit[0]
@@ -235,17 +264,39 @@ class Session:
                 break
             submits = self._will_submit(item)
             if submits:
-                pace = self.steps.pace
-                wanting = self._in_flight >= pace.room or pace.unclear
-                if self._in_flight >= pace.room or (pace.one_by_one and self.steps.submitting):
+                pace = self._at_server.pace
+                if self._is_left(item.record):
+                    self._leave(heapq.heappop(self._to_submit).record)
+                    continue
+                full = self._in_flight >= pace.room
+                full = full or pace.is_full(self._in_flight + self._left_there)
+                wanting = full or pace.unclear
+                if full or (pace.one_by_one and self._at_server.submitting):
                     break
                 wait_s = pace.wait_s(now_s)
                 if wait_s > 0:
                     waits_s.append(wait_s)
                     break
             self._start(carriers, heapq.heappop(self._to_submit), submits=submits)
-        self.steps.asker.pressed = wanting
+        self.asker.pressed = wanting
         return min(waits_s, default=None)
+
+    def _is_left(self, record: Record) -> bool:
+        """Whether a purchase is left to a later run, because only waiting would give it a place.
+
+        The repeat of one whose outcome is unknown may have a place already.
+        """
+        if self._runner.policy.wait:
+            return False
+        turned_away = self.buying.turned_away_s > _TURNED_AWAY_S
+        full = self._at_server.pace.is_full(self._left_there)
+        return turned_away or (full and record.state in _NOT_BOUGHT)
+
+    def _leave(self, record: Record) -> None:
+        not_bought = record.state in _NOT_BOUGHT
+        before = "not bought yet" if not_bought else "outcome still unknown"
+        self._finish(record, f"{before}: the server has as many tasks as it takes")
+        self._changed.set()
 
     def _most_carried(self) -> int:
         return self._runner.max_in_flight + _FETCH_BACKLOG
@@ -256,7 +307,7 @@ class Session:
         return isinstance(self._next(item.record, item.trail), Submit | Replay)
 
     def _next(self, record: Record, trail: Trail) -> Action:
-        buying = self._runner.buying and self.steps.stopped is None
+        buying = self._runner.buying and self.buying.stopped is None
         return next_action(record, trail, self._clock.now(), self._runner.policy, buying=buying)
 
     def _start(self, carriers: anyio.abc.TaskGroup, item: _Item, *, submits: bool = False) -> None:
@@ -272,7 +323,7 @@ class Session:
             self._planned.callback_url(key),
         )
         if submits:
-            self.steps.may_submit(carrier)
+            self._at_server.may_submit(carrier)
         carriers.start_soon(self._carry, carrier)
 
     def _push(self, record: Record, trail: Trail, after_s: float) -> None:
@@ -294,7 +345,7 @@ class Session:
             self._failure = self._failure or error
         finally:
             self._leave_window(carrier)
-            self.steps.may_no_more_submit(carrier)
+            self._at_server.may_no_more_submit(carrier)
             self._carried -= 1
             self._changed.set()
 
@@ -314,41 +365,58 @@ class Session:
 
     async def _step(self, carrier: Carrier, action: Action) -> float | None:  # noqa: C901 - an arm per action
         """Do the next thing once; None where there is nothing more to do in this run."""
-        record, steps = carrier.record, self.steps
+        record = carrier.record
         if record.state is State.STORED and self._runner.file_is_missing(record):
-            return await steps.file_missing(carrier)
-        if record.state is State.UNKNOWN and record.request_key in self._resolutions:
-            return await steps.resolve(carrier, self._resolutions.pop(record.request_key))
+            return await self._fetching.file_missing(carrier)
+        if (resolution := self._resolution(record, action)) is not None:
+            return await self._resolve(carrier, resolution)
         match action:
             case Leave(reason=reason):
                 self._finish(record, reason)
                 return None
             case Submit():
-                return await steps.submit(carrier, Event.SUBMITTING)
+                return await self.buying.submit(carrier, Event.SUBMITTING)
             case Replay():
-                return await steps.submit(carrier, Event.REPLAYING)
+                return await self.buying.submit(carrier, Event.REPLAYING)
             case FoundUnanswered():
-                return await steps.found_unanswered(carrier)
+                return await self.buying.found_unanswered(carrier)
             case Ask():
-                if steps.is_overdue(record):
+                if self._runner.policy.wait and self.asking.is_overdue(record):
                     self._leave_window(carrier)
-                return await steps.ask(carrier)
+                return await self.asking.ask(carrier)
             case Fetch():
                 self._leave_window(carrier)
                 return await self._fetch(carrier)
             case Expire(code=code, message=message):
-                return await steps.expire(carrier, code, message)
+                return await self._fetching.expire(carrier, code, message)
             case PlanAgain():
-                return await steps.plan_again(carrier)
+                return await self.buying.plan_again(carrier)
             case Defer():
-                return await steps.defer(carrier)
+                return await self.buying.defer(carrier)
+
+    def _resolution(self, record: Record, action: Action) -> Resolution | Claim | None:
+        """What a person has decided about an unknown outcome; failing that, what a call claims.
+
+        A claim counts only where no repeat of the purchase would tell for certain.
+        """
+        if record.state is not State.UNKNOWN:
+            return None
+        decided = self._resolutions.pop(record.request_key, None)
+        if decided is None and isinstance(action, Leave):
+            return self._claims.pop(record.request_key, None)
+        return decided
+
+    async def _resolve(self, carrier: Carrier, resolution: Resolution | Claim) -> float:
+        if isinstance(resolution, Claim):
+            return await self.asking.take_claim(carrier, resolution)
+        return await self.buying.resolve(carrier, resolution)
 
     async def _fetch(self, carrier: Carrier) -> float:
-        self._fetching += 1
+        self._downloads += 1
         try:
-            return await self.steps.fetch(carrier)
+            return await self._fetching.fetch(carrier)
         finally:
-            self._fetching -= 1
+            self._downloads -= 1
             self._changed.set()
 
     def _finish(self, record: Record, reason: str) -> None:
@@ -359,7 +427,10 @@ class Session:
         self._progress = self._progress.finished(record, rows, left=bool(reason))
 
     def _leave_window(self, carrier: Carrier) -> None:
-        self.steps.out_of_work(carrier)
+        if not self._runner.policy.wait and carrier.record.state is State.SUBMITTED:
+            self._left_there += carrier.holds_place  # it stays there, and counts on
+        else:
+            self._at_server.ended(carrier)
         if carrier.holds_place:
             carrier.holds_place = False
             self._in_flight -= 1
@@ -370,7 +441,7 @@ class Session:
     def progress_now(self) -> Progress:
         """How far the run is."""
         return changed(
-            self._progress, in_flight=self._in_flight, charged_units=self.steps.charged_units
+            self._progress, in_flight=self._in_flight, charged_units=self.asking.charged_units
         )
 
     def _tell(self, *, last: bool = False) -> None:
@@ -395,12 +466,29 @@ class Session:
         now = self._clock.now()
         mine = await in_thread(self._journal.claim, keys, self._owner.owner, now)
         found = await in_thread(self._journal.records, mine)
+        calls = await self._calls_about(found)
         for key in keys:
             if key in found:
-                self._push(found[key], Trail(), 0.0)
+                worth_asking = self.asking.worth_asking(found[key], calls)
+                self._push(found[key], Trail(worth_asking=worth_asking), 0.0)
             elif key not in mine:
                 self._elsewhere.append(key)
         self._changed.set()
+
+    async def _calls_about(self, found: Mapping[str, Record]) -> Mapping[str, Called]:
+        """What was called about of requests whose next step may hang on it."""
+        unknown = [key for key, record in found.items() if record.state in _OPEN]
+        wait = self._runner.policy.wait
+        left = [] if wait else [k for k, one in found.items() if one.state is State.SUBMITTED]
+        if not unknown and not left:
+            return {}
+        calls = await in_thread(self._journal.calls.called, [*unknown, *left])
+        claimed = {key: calls[key] for key in unknown if key in calls}
+        taken = await in_thread(self._journal.known_tasks, [c.task_id for c in claimed.values()])
+        for key, call in claimed.items():
+            if call.task_id and call.task_id not in taken and is_task_id(call.task_id):
+                self._claims[key] = Claim(call.task_id, call.first_at)
+        return calls
 
     async def _watch_elsewhere(self) -> None:
         """Follow the requests that another run holds, and let go of what is finished.

@@ -93,9 +93,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Running]:
-    """Run the command on a free port, on the journal in ``folder``."""
-    command = [sys.executable, "-m", "krea_dagster.callbacks", "serve", "--port", "0", *options]
+def serving(folder: Path, *options: str, port: int = 0) -> Iterator[Running]:
+    """Run the command on a free port, or this one, on the journal in ``folder``."""
+    serve = [sys.executable, "-m", "krea_dagster.callbacks", "serve", "--port", str(port)]
+    command = [*serve, *options]
     environment = {**os.environ, "KREA_STORAGE": str(folder), "KREA_CALLBACK_SECRET": SECRET}
     errors = folder / "stderr.txt"
     with (

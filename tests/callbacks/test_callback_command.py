@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import trustme
 from click.testing import CliRunner
 
 from krea_dagster.callbacks import CallbackUrls, callbacks_command
@@ -28,6 +27,7 @@ from tests.callbacks.callback_flood import (
     serving,
     state_of,
 )
+from tests.callbacks.callback_tls import Tls
 
 PATH = URLS.url(KEYS[0]).removeprefix("https://hooks.example.com")
 PLAIN = {"trust_env": False, "timeout": 10.0}
@@ -42,17 +42,12 @@ def called(file: Path) -> dict[str, Called]:
 def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: Path) -> None:
     """20 tasks: 2 calls are missing, 2 are doubled, 2 lie, and each row is found but the 2."""
     file = make_journal(tmp_path)
-    ca = trustme.CA()
-    ca_file, cert, key = (tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem"))
-    ca.cert_pem.write_to_path(ca_file)
-    issued = ca.issue_cert("localhost")
-    issued.cert_chain_pems[0].write_to_path(cert)
-    issued.private_key_pem.write_to_path(key)
+    tls = Tls.make(tmp_path)
     wanted = KEYS[:20]
     with (
-        serving(tmp_path, "--tls-cert", str(cert), "--tls-key", str(key)) as running,
+        serving(tmp_path, *tls.options) as running,
         Emulator(
-            latency_s=0.01, latency_jitter=0, callbacks_to_private=True, callback_ca=ca_file
+            latency_s=0.01, latency_jitter=0, callbacks_to_private=True, callback_ca=tls.ca
         ) as emulator,
         httpx.Client(base_url=emulator.url, headers=HEADERS, **PLAIN) as client,  # type: ignore[arg-type]  # alike for all
     ):
@@ -76,7 +71,7 @@ def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: P
             assert time.monotonic() < ends, emulator.books()
         books = emulator.books()
         assert books["callbacks"] == {"204": 20}
-        with httpx.Client(verify=ssl.create_default_context(cafile=ca_file), **PLAIN) as http:  # type: ignore[arg-type]  # as above
+        with httpx.Client(verify=ssl.create_default_context(cafile=tls.ca), **PLAIN) as http:  # type: ignore[arg-type]  # as above
             health = http.get(running.url.replace("127.0.0.1", "localhost") + "/health")
         assert health.status_code == 200
     found = called(file)

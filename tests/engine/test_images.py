@@ -383,6 +383,52 @@ def test_a_root_that_cannot_be_used_is_a_wrong_setting(root: str) -> None:
         Storage(root)
 
 
+# -- what is shown of it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "AVIF"])
+async def test_a_published_picture_is_shown_as_it_was_decoded(
+    tmp_path: Path, file_format: str
+) -> None:
+    """Once it has its name, by its hash, so that nobody need decode it again."""
+    shown: list[tuple[str, bytes, list[str]]] = []
+
+    def on_picture(sha256: str, image: Image.Image) -> None:
+        shown.append((sha256, image.convert("RGB").tobytes(), files(tmp_path)))
+
+    body = encoded(file_format)
+    store = ImageStore(Storage(str(tmp_path)), on_picture=on_picture)
+    image = await store.fetch(Server(body), "https://x/a", REQUEST)
+    with Image.open(io.BytesIO(body)) as decoded:
+        pixels = decoded.convert("RGB").tobytes()
+    assert shown == [(image.sha256, pixels, [image.path])]
+
+
+async def test_what_is_not_taken_or_not_decoded_is_not_shown(tmp_path: Path) -> None:
+    shown: list[str] = []
+    storage = Storage(str(tmp_path))
+    store = ImageStore(storage, on_picture=lambda sha256, _: shown.append(sha256))
+    for body in (flat("RGB", (0, 0, 0)), encoded("PNG", (352, 736)), encoded("PNG")[:-30]):
+        with pytest.raises((ImageRejected, NoUsableBody)):
+            await fetch(store, body)
+    blind = ImageStore(storage, look=False, on_picture=lambda sha256, _: shown.append(sha256))
+    assert await fetch(blind, encoded("PNG"))
+    assert shown == []
+
+
+async def test_a_paid_image_stays_stored_whatever_is_made_of_its_picture(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(sha256: str, image: Image.Image) -> None:
+        raise ValueError("no such figure")
+
+    store = ImageStore(Storage(str(tmp_path)), on_picture=broken)
+    image = await store.fetch(Server(encoded("PNG")), "https://x/a", REQUEST)
+    assert store.holds(image)
+    assert f"the image {image.sha256} is stored" in caplog.text
+    assert "no such figure" in caplog.text
+
+
 # -- what it takes ----------------------------------------------------------------------------
 
 

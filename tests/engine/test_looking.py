@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.looking import BATCH, Awaited, chances, due_s, scout_due_s, together
+from krea_dagster.engine.looking import (
+    BATCH,
+    Awaited,
+    Hint,
+    chances,
+    due_s,
+    hint,
+    scout_due_s,
+    sweep_due_s,
+    together,
+    worth_asking,
+)
 
 KNOWN = Latencies.known({"1K": 2.0, "2K": 7.0})
 
@@ -56,3 +67,42 @@ def test_the_last_few_are_asked_about_although_they_are_few() -> None:
 def test_nobody_waits_for_nothing() -> None:
     assert chances(KNOWN, [], now_s=0.0).size == 0
     assert together(np.zeros(0), pressed=True) == []
+
+
+# -- where callbacks are waited for -----------------------------------------------------------
+
+CALLED = Awaited("1K", since_s=100.0)
+
+
+def hinted(task: Awaited = CALLED, **given: float) -> Hint | None:
+    values = {"calls": 0, "seen": 0, "asked_s": float("-inf"), "now_s": 101.0, **given}
+    return hint(KNOWN, task, **values)  # type: ignore[arg-type]  # counts are whole
+
+
+def test_a_task_is_asked_about_once_for_each_rise_of_its_calls() -> None:
+    assert hinted() is None
+    assert hinted(calls=1) is Hint.CALLED
+    assert hinted(calls=1, seen=1, asked_s=50.0) is None
+    assert hinted(calls=3, seen=1, asked_s=50.0) is Hint.CALLED
+
+
+def test_a_storm_of_calls_about_one_task_costs_a_question_in_two_seconds() -> None:
+    assert hinted(calls=9, seen=1, asked_s=99.5) is None
+    assert hinted(calls=9, seen=1, asked_s=98.9) is Hint.CALLED
+
+
+def test_a_task_that_nobody_called_about_is_swept_once_it_is_far_too_late() -> None:
+    due_at_s = sweep_due_s(KNOWN, CALLED)
+    assert due_at_s == pytest.approx(113.0, abs=0.5), "5 s and four times the median of 2 s"
+    assert hinted(now_s=due_at_s - 0.1) is None
+    assert hinted(now_s=due_at_s + 0.1) is Hint.SWEPT
+    again_s = sweep_due_s(KNOWN, Awaited("1K", since_s=100.0, not_yet_s=20.0))
+    assert again_s == pytest.approx(140.0), "and then at twice the age at which it had not ended"
+
+
+def test_a_run_that_waits_for_none_asks_about_what_was_called_about_or_has_probably_ended() -> None:
+    assert worth_asking(KNOWN, "1K", 0.1, called=True)
+    assert not worth_asking(KNOWN, "1K", 5.0, called=False), "its call is still to be expected"
+    assert worth_asking(KNOWN, "1K", 14.0, called=False), "its call was missed"
+    assert not worth_asking(KNOWN, "1K", 1.0, called=None)
+    assert worth_asking(KNOWN, "1K", 5.0, called=None), "nobody will call about it"

@@ -21,6 +21,7 @@ TESTS = (
     "tests/crash/test_crash_budgets.py",
     "tests/engine/test_budget.py",
     "tests/spend/test_spend_journals.py",
+    "tests/engine/test_verdicts.py",
 )
 
 

@@ -1,0 +1,196 @@
+"""Asks: reads a task when it has probably ended, or was called about, and writes what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from krea_dagster.engine.asker import Answer, Asker
+from krea_dagster.engine.at_server import AtServer
+from krea_dagster.engine.calls import Called
+from krea_dagster.engine.carrier import Carrier, Desk, trouble
+from krea_dagster.engine.frozen import changed
+from krea_dagster.engine.latency import is_overdue
+from krea_dagster.engine.listener import Calls, Listener
+from krea_dagster.engine.looking import Awaited, Hint, worth_asking
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.resolution import Claim, why_not_taken
+from krea_dagster.engine.states import Event, State
+from krea_dagster.errors import (
+    AccessDenied,
+    ApiError,
+    InsufficientCredits,
+    TaskNotFound,
+    Unauthorized,
+)
+from krea_dagster.models import Task
+
+#: States whose task has not been seen to end.
+_UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED})
+
+
+class Asking:
+    """The questions of one run, and what their answers add up to.
+
+    Every step takes a carrier, changes its record and trail, and returns the seconds to wait
+    before its next step. ``callback_url_of`` gives the address at which a request is called back,
+    where there is a receiver, whose ``calls`` are then listened to. ``charged_units`` is what this
+    run's answers settled; ``missed_callbacks`` counts the tasks that ended and were not called
+    about. Raises JournalError where an event could not be written.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        desk: Desk,
+        at_server: AtServer,
+        calls: Calls,
+        *,
+        callback_url_of: Callable[[str], str] | None = None,
+    ) -> None:
+        self._asker = asker
+        self._desk = desk
+        self._at_server = at_server
+        self._callback_url_of = callback_url_of
+        self.listener = Listener(calls, asker, desk.clock) if callback_url_of else None
+        self.charged_units = 0
+        self.missed_callbacks = 0
+
+    async def ask(self, carrier: Carrier) -> float:
+        """Read the task when it has probably ended, and record what it says."""
+        record = carrier.record
+        awaited = self._awaited(carrier)
+        listens = self.is_called(record)
+        try:
+            answer = await self._asker.ask(
+                str(record.task_id), awaited, called_for=record.request_key if listens else None
+            )
+        except ApiError as error:
+            return self._asked_in_vain(carrier, error)
+        asks = carrier.trail.asks + 1
+        carrier.trail = changed(
+            carrier.trail, asks=asks, ask_failures=0, not_found=0, stale_link=False
+        )
+        task = answer.task
+        match task:
+            case Task(status="completed", results=(url, *_)):
+                self._ended(carrier, answer)
+                await self._task_completed(carrier, answer, url)
+                return 0.0
+            case Task(status="failed" | "cancelled") if _may_have_failed(record):
+                self._ended(carrier, answer)
+                await self._task_failed(carrier, task)
+                return 0.0
+        if record.state is State.SUBMITTED:
+            carrier.not_yet_s = max(carrier.not_yet_s, answer.asked_at_s - carrier.since_s)
+            return 0.0
+        # No fresh link: the old one is tried again before the run gives up.
+        failures = carrier.trail.fetch_failures + 1
+        carrier.trail = changed(carrier.trail, fetch_failures=failures)
+        return self._desk.backoff_s(failures)
+
+    def worth_asking(self, record: Record, calls: Mapping[str, Called]) -> bool:
+        """Whether the task of an earlier run has probably ended."""
+        if record.state is not State.SUBMITTED:
+            return False
+        called = record.request_key in calls if self.is_called(record) else None
+        quality = record.request.quality
+        return worth_asking(self._asker.latencies, quality, self._desk.age_s(record), called=called)
+
+    def is_overdue(self, record: Record) -> bool:
+        """Whether a task has taken far longer than its kind takes."""
+        late = is_overdue(self._asker.latencies, record.request.quality, self._desk.age_s(record))
+        return record.state is State.SUBMITTED and late
+
+    async def take_claim(self, carrier: Carrier, claim: Claim) -> float:
+        """Take up the task that a callback claims, where EvoLink says that it may be the one."""
+        said = f"outcome unknown, a person decides: a callback claims task {claim.task_id}"
+        try:
+            answer = await self._asker.ask(claim.task_id)
+        except ApiError as error:
+            carrier.trail = changed(carrier.trail, final=f"{said}, which cannot be read: {error}")
+            return 0.0
+        if why := why_not_taken(claim, carrier.record, answer.task):
+            carrier.trail = changed(carrier.trail, final=f"{said}, but {why}")
+            return 0.0
+        by = {"resolved_by": "a callback, confirmed by EvoLink", "called_at": str(claim.first_at)}
+        await self._desk.record(carrier, Event.ACCEPTED, {"task_id": claim.task_id}, by)
+        return 0.0
+
+    def is_called(self, record: Record) -> bool:
+        """Whether the receiver will be told of its task's end: it was sent with that address."""
+        if record.state is not State.SUBMITTED or self._callback_url_of is None:
+            return False
+        return record.callback_url == self._callback_url_of(record.request_key)
+
+    def _awaited(self, carrier: Carrier) -> Awaited | None:
+        """What to wait for before its task is read; None where it is read at once."""
+        record = carrier.record
+        if record.state is not State.SUBMITTED:
+            return None
+        if not carrier.since_s:
+            carrier.since_s = self._desk.clock.monotonic() - self._desk.age_s(record)
+            unheard = not self.is_called(record)
+            if record.run_id != self._desk.run_id and carrier.trail.asks == 0 and unheard:
+                return None  # nobody knows how long it has been finished
+        return carrier.awaited
+
+    def _ended(self, carrier: Carrier, answer: Answer) -> None:
+        """Note that a task has ended, and whether it should have been called about."""
+        self._at_server.ended(carrier)
+        if self.listener is None or carrier.record.state is not State.SUBMITTED:
+            return
+        key = carrier.record.request_key
+        if answer.hint is Hint.SWEPT and not self.listener.was_called(key):
+            self.missed_callbacks += 1
+        self.listener.forget(key)
+
+    async def _task_completed(self, carrier: Carrier, answer: Answer, url: str) -> None:
+        record, task = carrier.record, answer.task
+        if record.state not in _UNSETTLED or record.charged_units is not None:
+            await self._desk.record(carrier, Event.COMPLETED, {"result_url": url})
+            return
+        if record.run_id == self._desk.run_id:
+            self._at_server.learn(carrier, answer)
+        charged = record.reserved_units
+        if task.credits_used_units is not None:
+            charged = task.credits_used_units
+        values = {"result_url": url, "charged_units": charged}
+        await self._desk.record(carrier, Event.COMPLETED, values)
+        self.charged_units += charged or 0
+
+    async def _task_failed(self, carrier: Carrier, task: Task) -> None:
+        code = task.failure.code if task.failure else "unknown_error"
+        message = task.failure.message if task.failure else "the task failed without saying why"
+        # Whether a cancelled task is charged is not documented: then the charge is not known.
+        cancelled = task.status == "cancelled"
+        if cancelled:
+            # Whatever code came with it: one that may be repeated would be bought again.
+            said = f": {code}: {message}" if task.failure else ""
+            code, message = "request_cancelled", f"the task was cancelled at the server{said}"
+        charged = None if cancelled else 0
+        await self._desk.record(
+            carrier, Event.FAILED, {**trouble(code, message), "charged_units": charged}
+        )
+        failures = carrier.trail.task_failures + 1
+        carrier.trail = changed(carrier.trail, task_failures=failures, asks=0)
+        carrier.not_yet_s = 0.0
+
+    def _asked_in_vain(self, carrier: Carrier, error: ApiError) -> float:
+        trail = changed(carrier.trail, ask_failures=carrier.trail.ask_failures + 1)
+        at_least_s = error.retry_after_s or 0.0
+        match error:
+            case TaskNotFound():
+                # Apart, because what it leads to is an image given up as lost.
+                trail = changed(trail, not_found=trail.not_found + 1)
+                at_least_s = max(
+                    at_least_s, self._desk.policy.gone_pause_s * self._desk.policy.wait_scale
+                )
+            case Unauthorized() | AccessDenied() | InsufficientCredits():
+                trail = changed(trail, final=f"detached: its task cannot be read: {error}")
+        carrier.trail = trail
+        return self._desk.backoff_s(trail.ask_failures, at_least_s=at_least_s)
+
+
+def _may_have_failed(record: Record) -> bool:
+    return record.state in _UNSETTLED and record.charged_units is None

@@ -1,0 +1,361 @@
+"""Buys: one POST at a time, its intent on disk before it leaves, and its answer before anything.
+
+What the answer says about money decides what is written: bought, certainly not charged, or
+unknown. Nothing here repeats by itself; what to do next is the policy's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+import anyio
+import anyio.lowlevel
+
+from krea_dagster.engine.asker import TaskReader
+from krea_dagster.engine.at_server import AtServer
+from krea_dagster.engine.carrier import Carrier, Desk, trouble
+from krea_dagster.engine.frozen import changed
+from krea_dagster.engine.images import Downloader
+from krea_dagster.engine.policy import task_error_wait_s
+from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
+from krea_dagster.engine.states import Event, State
+from krea_dagster.errors import (
+    AccountStopped,
+    BuyingClosed,
+    CapReached,
+    IdempotencyConflict,
+    JournalError,
+    NotCharged,
+    NotSent,
+    OutcomeUnknown,
+    PurchasePending,
+    Refused,
+    RunStopped,
+    SubmitError,
+    TakenOver,
+    TurnedAway,
+    UnwrittenPurchase,
+)
+from krea_dagster.models import (
+    AccountCredits,
+    ImageRequest,
+    Submission,
+    credits_from_units,
+    credits_text,
+)
+
+#: Seconds that a stop leaves to a POST under way, so that its task id is not lost.
+_GRACE_S: Final = 10.0
+#: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
+_PENDING_S: Final = 60.0
+
+
+class Client(TaskReader, Downloader, Protocol):
+    """What the engine needs of KreaClient."""
+
+    async def submit(
+        self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
+    ) -> Submission:
+        """POST one request. Raises SubmitError."""
+
+    async def credits(self) -> AccountCredits:
+        """Read the account's credits. Raises ApiError."""
+
+
+class Buying:
+    """The purchases of one run, and what it has learned by them.
+
+    Every method takes a carrier, changes its record and trail, and returns the seconds to wait
+    before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
+    the caps said, by scope, ``dearer`` the prices above the expected, by quality, ``unwritten``
+    what was bought and the journal did not take. ``announce_stop`` tells the launch's other
+    shards that the account stopped this one. ``callback_url_of`` gives the address at which a
+    request is called back, where there is a receiver. Raises JournalError where an event could
+    not be written.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        desk: Desk,
+        at_server: AtServer,
+        *,
+        announce_stop: Callable[[AccountStopped], Awaitable[None]],
+        callback_url_of: Callable[[str], str] | None = None,
+    ) -> None:
+        self._client = client
+        self._desk = desk
+        self._at_server = at_server
+        self._announce_stop = announce_stop
+        self._callback_url_of = callback_url_of
+        self._posting: set[anyio.CancelScope] = set()
+        self._ending = False
+        self._refused_since_s: float | None = None
+        self._unanswered = 0
+        self._silent_since_s: float | None = None
+        self.stopped: AccountStopped | RunStopped | None = None
+        self.caps_reached: dict[str, str] = {}
+        self.dearer: dict[str, str] = {}
+        self.unwritten: list[UnwrittenPurchase] = []
+        self.posts = 0
+        self.turned_away = 0
+
+    def end_submitting(self) -> None:
+        """Give the POSTs under way a few seconds, after which their outcome is unknown.
+
+        They are shielded from cancellation until then, because an answer that is not read
+        may be an image that was paid for.
+        """
+        self._ending = True
+        for scope in self._posting:
+            scope.deadline = anyio.current_time() + _GRACE_S
+
+    # -- one POST -----------------------------------------------------------------------------
+
+    async def submit(self, carrier: Carrier, intent: Event) -> float:
+        """POST once: the intent is on disk before it leaves, and the answer before anything."""
+        values: dict[str, Any] = {}
+        if intent is not Event.REPLAYING:
+            values = {
+                "partition_key": carrier.partition_key,
+                "scopes": carrier.scopes,
+                "callback_url": self._callback_url(carrier),
+            }
+        await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard
+        with anyio.CancelScope(shield=True) as scope:
+            self._posting.add(scope)
+            try:
+                await self._desk.record(carrier, intent, values)
+                if self._ending:
+                    return await self._not_sent_any_more(carrier)
+                self.posts += 1
+                return await self._post(carrier)
+            except BuyingClosed as closed:
+                return await self._closed(carrier, closed)
+            finally:
+                self._posting.discard(scope)
+                self._at_server.may_no_more_submit(carrier)
+        # Only reached where a stop's grace ended before the answer came.
+        with anyio.CancelScope(shield=True):
+            said = trouble("stopped", "the run was stopped before the answer came")
+            await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said)
+        return 0.0
+
+    def _callback_url(self, carrier: Carrier) -> str | None:
+        """Where a purchase is called back: by its row, or by the receiver of this journal."""
+        if carrier.callback_url is not None or self._callback_url_of is None:
+            return carrier.callback_url
+        return self._callback_url_of(carrier.record.request_key)
+
+    async def _not_sent_any_more(self, carrier: Carrier) -> float:
+        """Take an intent back that the run's stop overtook."""
+        if carrier.record.state is State.SUBMITTING:
+            said = trouble("stopped", "the run was stopped before it was sent")
+            await self._desk.record(carrier, Event.TURNED_AWAY, said)
+        return 0.0
+
+    async def _closed(self, carrier: Carrier, closed: BuyingClosed) -> float:
+        """Keep a row back that a cap or the account does not let in; nothing was sent."""
+        await self._desk.record(carrier, Event.DEFERRED, trouble(closed.code, str(closed)))
+        if isinstance(closed, RunStopped):
+            self.stopped = self.stopped or closed
+        else:
+            scope = closed.scope if isinstance(closed, CapReached) else ""
+            self.caps_reached.setdefault(scope or closed.code, str(closed))
+        carrier.trail = changed(carrier.trail, final=f"not bought: {closed}")
+        return 0.0
+
+    async def _post(self, carrier: Carrier) -> float:
+        record = carrier.record
+        sent_at_s = self._desk.clock.monotonic()
+        try:
+            submission = await self._client.submit(
+                record.request,
+                idempotency_key=str(record.idempotency_key),
+                callback_url=record.callback_url,
+            )
+        except NotCharged as error:
+            # Of a repeat it is certain, of the first try it is not.
+            known = record.state is not State.UNKNOWN
+            if isinstance(error, TurnedAway):
+                self.turned_away += 1
+                self._at_server.refused(sent_at_s, error.retry_after_s or 0.0)
+            return await (self._not_charged if known else self._outcome_unknown)(carrier, error)
+        except OutcomeUnknown as error:
+            return await self._outcome_unknown(carrier, error)
+        self._at_server.taken(carrier, sent_at_s)
+        await self._accepted(carrier, submission)
+        carrier.trail = changed(carrier.trail, submit_failures=0)
+        self._refused_since_s = None
+        self._unanswered, self._silent_since_s = 0, None
+        return 0.0
+
+    async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
+        """Write what was bought, or keep what could not be written for the run's last words."""
+        record, units = carrier.record, submission.credits_reserved_units
+        if units is not None and units > record.committed_units:
+            quality = record.request.quality
+            self.dearer[quality] = (
+                f"{quality} costs {credits_text(units)} credits, and "
+                f"{credits_text(record.committed_units)} were expected"
+            )
+        values = {
+            "task_id": submission.task_id,
+            "reserved_units": units,
+            "billing_rule": submission.billing_rule,
+            "user_group": submission.user_group,
+        }
+        data = {"answer": dict(submission.answer), "replayed": submission.replayed}
+        bought = UnwrittenPurchase(
+            record.request_key,
+            str(record.idempotency_key),
+            submission.task_id,
+            None if units is None else credits_from_units(units),
+        )
+        try:
+            # The grace of a stop is for the answer, not for writing it down.
+            with anyio.CancelScope(shield=True):
+                await self._desk.record(carrier, Event.ACCEPTED, values, data)
+        except TakenOver as error:
+            raise TakenOver(f"{error}; not written: {bought}") from error
+        except JournalError:
+            self.unwritten.append(bought)
+            raise
+
+    # -- what the answer says of money --------------------------------------------------------
+
+    async def _not_charged(self, carrier: Carrier, error: SubmitError) -> float:
+        said = trouble(_code(error), str(error))
+        match error:
+            case AccountStopped():
+                await self._desk.record(carrier, Event.DEFERRED, said)
+                await self._account_stopped(error)
+                carrier.trail = changed(carrier.trail, final=self.why_kept_back())
+                return 0.0
+            case Refused():
+                await self._desk.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
+                return 0.0
+            case TurnedAway():
+                await self._desk.record(carrier, Event.TURNED_AWAY, said)
+                return self._turned_away(carrier, error)
+            case _:
+                await self._desk.record(carrier, Event.TURNED_AWAY, said)
+                failures = carrier.trail.submit_failures + 1
+                carrier.trail = changed(carrier.trail, submit_failures=failures)
+                return self._desk.backoff_s(failures)
+
+    async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> float:
+        await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, trouble(_code(error), str(error)))
+        if isinstance(error, TurnedAway):
+            return self._turned_away(carrier, error)
+        failures = carrier.trail.submit_failures + 1
+        carrier.trail = changed(carrier.trail, submit_failures=failures)
+        at_least_s = error.retry_after_s or 0.0
+        match error:
+            case IdempotencyConflict() | Refused():
+                reason = f"outcome unknown, a person decides: {error}"
+                carrier.trail = changed(carrier.trail, final=reason)
+                return 0.0
+            case AccountStopped():
+                await self._account_stopped(error)
+                return 0.0
+            case OutcomeUnknown() if not isinstance(error, PurchasePending):
+                self._slow_down(error)
+            case PurchasePending():
+                at_least_s = max(at_least_s, _PENDING_S * self._desk.policy.wait_scale)
+        return self._desk.backoff_s(failures, at_least_s=at_least_s)
+
+    def _slow_down(self, error: SubmitError) -> None:
+        """Take a server that does not answer for overloaded: each further purchase is at stake.
+
+        Without any answer for as long as the patience lasts, buying stops.
+        """
+        now_s = self._desk.clock.monotonic()
+        self._unanswered += 1
+        if self._silent_since_s is None:
+            self._silent_since_s = now_s
+        over = self._unanswered - self._desk.policy.silence_tries
+        if over < 0:
+            return
+        pause_s = self._desk.backoff_s(over + 1)
+        self._at_server.silent(pause_s)
+        if now_s - self._silent_since_s > self._desk.policy.patience_s and self.stopped is None:
+            self.stopped = RunStopped(
+                "no_usable_answer",
+                f"no purchase got a usable answer for {now_s - self._silent_since_s:.0f} s, "
+                f"the last: {error}",
+            )
+
+    def _turned_away(self, carrier: Carrier, error: SubmitError) -> float:
+        """A 429 is no failure of the request, so it uses up no try; the pace waits, and not it."""
+        now_s = self._desk.clock.monotonic()
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        if now_s - self._refused_since_s > self._desk.policy.patience_s:
+            reason = f"turned away for {self._desk.policy.patience_s:g} s: {error}"
+            carrier.trail = changed(carrier.trail, final=reason)
+        return 0.0
+
+    @property
+    def turned_away_s(self) -> float:
+        """Seconds since which the server has taken nothing more."""
+        if self._refused_since_s is None:
+            return 0.0
+        return self._desk.clock.monotonic() - self._refused_since_s
+
+    async def _account_stopped(self, error: AccountStopped) -> None:
+        if self.stopped is None:
+            self.stopped = error
+            await self._announce_stop(error)
+
+    def why_kept_back(self) -> str:
+        """Why nothing more is bought, for the people who read the manifest."""
+        by_account = isinstance(self.stopped, AccountStopped)
+        why = "the account stopped the run" if by_account else "buying stopped"
+        return f"not bought, {why}: {self.stopped}"
+
+    # -- without a POST -----------------------------------------------------------------------
+
+    async def defer(self, carrier: Carrier) -> float:
+        """Record that a request is kept back, because buying has stopped."""
+        code = "" if self.stopped is None else self.stopped.code
+        await self._desk.record(carrier, Event.DEFERRED, trouble(code, self.why_kept_back()))
+        carrier.trail = changed(carrier.trail, final=self.why_kept_back())
+        return 0.0
+
+    async def found_unanswered(self, carrier: Carrier) -> float:
+        """Record that a process died between its intent and the answer."""
+        said = trouble("no_answer_written", "a run ended between its POST and the answer")
+        await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said)
+        return 0.0
+
+    async def resolve(self, carrier: Carrier, resolution: Resolution) -> float:
+        """Follow what a person has decided about an unknown outcome."""
+        by = {"resolved_by": "a person", "decision": str(resolution)}
+        match resolution:
+            case NotBought():
+                await self._desk.record(carrier, Event.RELEASED, data=by)
+            case Lost():
+                said = trouble("resolved_as_lost", "a person decided that it was charged and lost")
+                await self._desk.record(carrier, Event.EXPIRED, said, by)
+            case HasTask(task_id=task_id):
+                await self._desk.record(carrier, Event.ACCEPTED, {"task_id": task_id}, by)
+            case SendAgain():
+                carrier.trail = changed(carrier.trail, replay_decided=True)
+        return 0.0
+
+    async def plan_again(self, carrier: Carrier) -> float:
+        """Put a request back whose task failed, cost nothing, and may succeed."""
+        code = carrier.record.error_code or ""
+        await self._desk.record(carrier, Event.PLANNED)
+        carrier.trail = changed(carrier.trail, asked_again=True)
+        return task_error_wait_s(code, self._desk.fraction(), self._desk.policy)
+
+
+def _code(error: SubmitError) -> str:
+    if error.code:
+        return error.code
+    if isinstance(error, NotSent):
+        return "not_sent"
+    return f"http_{error.status}" if error.status is not None else "no_answer"

@@ -1,0 +1,91 @@
+"""Finished images announce themselves: a run, the emulator over TLS, and the receiver's process.
+
+Nothing here is made up but the certificate: the emulator calls back with EvoLink's documented
+retries, the receiver is the command in a process of its own, and the journal is theirs together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from krea_dagster.callbacks import CallbackUrls
+from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.schema import submissions
+from krea_dagster.models import ImageRequest
+from tests.callbacks.callback_flood import SECRET, serving
+from tests.callbacks.callback_tls import Tls
+from tests.engine.engine_bench import House, as_wanted, house, rows, several
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Tls:
+    return Tls.make(tmp_path)
+
+
+@contextmanager
+def announced(folder: Path, tls: Tls, **emulator: Any) -> Iterator[tuple[House, CallbackUrls]]:
+    """A house whose images announce themselves at a receiver over TLS."""
+    options = {"callbacks_to_private": True, "callback_ca": tls.ca, **emulator}
+    with (
+        house(folder, **options) as home,
+        serving(folder, *tls.options) as receiver,
+    ):
+        base = receiver.url.replace("127.0.0.1", "localhost")
+        yield home, CallbackUrls(base, SECRET, private_allowed=True)
+
+
+async def _run(home: House, urls: CallbackUrls, requests: list[ImageRequest]) -> RunReport:
+    runner = replace(home.runner(max_in_flight=256), callback_url_of=urls.url)
+    return await runner.run(as_wanted(requests))
+
+
+@pytest.mark.parametrize(
+    ("count", "faults", "most_reads"),
+    [(200, {}, 1.05), (500, {"callback_missing": 0.1}, 1.1)],
+    ids=["all calls arrive", "every tenth call is lost"],
+)
+async def test_images_that_announce_themselves_are_asked_about_once(
+    tmp_path: Path, tls: Tls, count: int, faults: dict[str, float], most_reads: float
+) -> None:
+    """With 5 % of the create answers lost besides: none is bought twice, and each finds its row."""
+    requests = several(count)
+    rates = {**faults, "drop_after_create": 0.05}
+    with announced(tmp_path, tls, latency_s=0.5, latency_jitter=0.2, faults=rates) as (home, urls):
+        report = await _run(home, urls, requests)
+        books = home.agree()
+        called = home.journal.calls.called([one.request_key for one in requests])
+    reads = report.asked / len(requests)
+    print(
+        f"{count} images, {faults or 'all calls arrive'}: {reads:.3f} reads an image, "
+        f"{books['reads'] + books['batch_reads']} calls, {len(called)} called about, "
+        f"{report.missed_callbacks} found by the sweep, {books['replays']} answers lost, "
+        f"{report.seconds:.1f} s"
+    )
+    assert home.states(requests) == ["stored"] * count
+    assert books["creates"] == count
+    assert books["replays"] > 3, "answers were lost"
+    assert reads <= most_reads
+    lost = count - len(called)
+    assert report.missed_callbacks == lost
+    assert (lost > 20) == bool(faults)
+
+
+async def test_calls_that_are_forged_doubled_or_late_change_no_row(
+    tmp_path: Path, tls: Tls
+) -> None:
+    requests = several(60)
+    rates = {"callback_forged": 0.2, "callback_doubled": 0.2, "callback_late": 0.1}
+    with announced(tmp_path, tls, latency_s=0.2, faults=rates) as (home, urls):
+        report = await _run(home, urls, requests)
+        home.agree()
+    assert home.states(requests) == ["stored"] * 60
+    assert report.asked <= 60 * 1.5
+    assert all(row["charged_units"] is not None for row in rows(home.url, submissions))

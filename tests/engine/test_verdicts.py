@@ -1,0 +1,260 @@
+"""Verdicts on images: kept for good, in one order for everybody, and remembered once each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.verdicts import Verdict, VerdictLog
+from krea_dagster.errors import InputError, JournalError
+from tests.siege import first_release
+from tests.siege.first_release import engine_of
+
+NOON = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
+
+
+def sha256(number: int) -> str:
+    return f"{number:064x}"
+
+
+def on(number: int, verdict: str = "keep", **further: object) -> Verdict:
+    """A verdict on the image with this number."""
+    values: dict[str, object] = {
+        "verdict_id": uuid4().hex,
+        "image_sha256": sha256(number),
+        "verdict": verdict,
+        "reviewer": "ada",
+        "request_key": f"key-{number}",
+        "prompt_id": f"prompt-{number}",
+        "sample": 0,
+        "attempt": 0,
+        "partition_key": "bucket-000",
+    }
+    return Verdict(**{**values, **further})  # type: ignore[arg-type]  # a test's own values
+
+
+@pytest.fixture
+def clock() -> Callable[[], datetime]:
+    """A clock that goes on by a second each time it is read."""
+    times = iter(NOON + timedelta(seconds=at) for at in range(100_000))
+    lock = threading.Lock()
+
+    def now() -> datetime:
+        with lock:
+            return next(times)
+
+    return now
+
+
+@pytest.fixture
+def log(journal_url: str, clock: Callable[[], datetime]) -> Iterator[VerdictLog]:
+    with closing(VerdictLog.open(journal_url, now=clock)) as opened:
+        yield opened
+
+
+def test_a_verdict_is_remembered_with_its_number_and_time(log: VerdictLog) -> None:
+    given = on(1, "reject", reason="six fingers", sample=2, attempt=1)
+    (kept,) = log.remember([given])
+    assert (kept.number, kept.at) == (1, NOON)
+    assert kept == Verdict(**{**vars(given), "number": 1, "at": NOON})
+    assert log.present() == {sha256(1): kept}
+    assert log.last_number() == 1
+
+
+def test_a_time_that_is_there_already_is_kept(log: VerdictLog) -> None:
+    then = NOON - timedelta(days=30)
+    assert log.remember([on(1, at=then)])[0].at == then
+
+
+def test_the_last_verdict_counts_and_the_earlier_ones_are_its_history(log: VerdictLog) -> None:
+    log.remember([on(1, "keep"), on(2, "reject", reviewer="grace")])
+    log.remember([on(1, "reject", reviewer="grace", reason="blurred")])
+    assert {one.image_sha256: one.verdict for one in log.present().values()} == {
+        sha256(1): "reject",
+        sha256(2): "reject",
+    }
+    assert [(one.verdict, one.reviewer) for one in log.history(image_sha256=sha256(1))] == [
+        ("keep", "ada"),
+        ("reject", "grace"),
+    ]
+    assert [one.number for one in log.history(prompt_id="prompt-1")] == [1, 3]
+    assert log.history(image_sha256=sha256(1), prompt_id="prompt-2") == []
+    assert [one.number for one in log.history()] == [1, 2, 3]
+
+
+def test_none_takes_a_verdict_back_and_leaves_it_in_the_history(log: VerdictLog) -> None:
+    log.remember([on(1, "keep"), on(1, "none")])
+    assert log.present() == {}
+    assert log.present([sha256(1)]) == {}
+    assert [one.verdict for one in log.history()] == ["keep", "none"]
+
+
+def test_a_verdict_that_is_sent_again_is_remembered_once(log: VerdictLog) -> None:
+    """No answer came, so the page sends it again, and perhaps beside new ones."""
+    first = on(1, "keep")
+    (kept,) = log.remember([first])
+    again = log.remember([on(2), first, first])
+    assert [one.number for one in again] == [2, 1, 1]
+    assert again[1] == kept
+    assert [one.number for one in log.history()] == [1, 2]
+
+
+def test_the_verdicts_of_some_images_are_read_without_the_others(log: VerdictLog) -> None:
+    log.remember([on(number) for number in range(1200)])
+    wanted = [sha256(number) for number in range(0, 2400, 2)]
+    assert set(log.present(wanted)) == {sha256(number) for number in range(0, 1200, 2)}
+    assert log.present([]) == {}
+    many = [sha256(number) for number in range(1100, 9000)]
+    assert set(log.present(many)) == {sha256(number) for number in range(1100, 1200)}
+
+
+def test_a_reader_goes_on_from_the_last_number(log: VerdictLog) -> None:
+    log.remember([on(1), on(2)])
+    assert [one.number for one in log.since(0)] == [1, 2]
+    log.remember([on(3)])
+    assert [one.image_sha256 for one in log.since(2)] == [sha256(3)]
+    assert log.since(3) == []
+
+
+def test_a_journal_gives_its_verdicts(journal: Journal) -> None:
+    journal.verdicts.remember([on(1)])
+    assert set(journal.verdicts.present()) == {sha256(1)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"verdict": "maybe"}, "'maybe' is no verdict; give one of keep, reject, flag, none"),
+        ({"image_sha256": "AB" * 32}, "is no image's SHA-256"),
+        ({"image_sha256": "ab"}, "is no image's SHA-256"),
+        ({"verdict_id": ""}, "a verdict's verdict_id is a text of at most 64 characters"),
+        ({"verdict_id": "x" * 65}, "a verdict's verdict_id is a text"),
+        ({"reviewer": "  "}, "a verdict's reviewer is a text of at most 255"),
+        ({"reviewer": "\ud800"}, "a verdict's reviewer is a text"),
+        ({"reason": "a\x00b"}, "a verdict's reason is a text of at most 2000"),
+    ],
+)
+def test_what_is_no_verdict_is_refused_before_anything_is_written(
+    wrong: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        on(1, **wrong)  # type: ignore[arg-type]  # wrong on purpose
+
+
+# -- append only ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["update verdicts set verdict = 'keep'", "delete from verdicts"],
+)
+@pytest.mark.parametrize("age", ["new", "upgraded"])
+def test_the_database_itself_changes_and_removes_no_verdict(
+    journal_url: str, change: str, age: str
+) -> None:
+    if age == "upgraded":
+        first_release.make(journal_url)
+    with closing(VerdictLog.open(journal_url)) as log:
+        log.remember([on(1, "reject")])
+        with (
+            engine_of(journal_url) as engine,
+            pytest.raises(DBAPIError, match="never changed or removed"),
+            engine.begin() as connection,
+        ):
+            connection.execute(text(change))
+        assert [one.verdict for one in log.history()] == ["reject"]
+
+
+def test_what_is_no_verdict_is_refused_by_the_database_too(journal_url: str) -> None:
+    unknown = (
+        "insert into verdicts (verdict_id, image_sha256, verdict, reviewer, at, request_key, "
+        "prompt_id, sample, attempt, partition_key) "
+        "values ('1', 'a', 'maybe', 'x', 0, 'k', 'p', 0, 0, 'b')"
+    )
+    with closing(VerdictLog.open(journal_url)) as log:
+        with (
+            engine_of(journal_url) as engine,
+            pytest.raises(DBAPIError),
+            engine.begin() as connection,
+        ):
+            connection.execute(text(unknown))
+        assert log.history() == []
+
+
+# -- several at once --------------------------------------------------------------------------
+
+
+def test_writers_and_a_reader_at_once_miss_nothing_and_see_nothing_twice(
+    journal_url: str, clock: Callable[[], datetime]
+) -> None:
+    """The reader goes on from the last number it saw, as the page's poll does."""
+    VerdictLog.open(journal_url).close()
+    done = threading.Event()
+    seen: list[int] = []
+
+    def write(writer: int) -> None:
+        with closing(VerdictLog.open(journal_url, now=clock)) as log:
+            for turn in range(25):
+                log.remember([on(writer * 1000 + turn, reviewer=f"writer-{writer}")] * 2)
+
+    def read() -> None:
+        with closing(VerdictLog.open(journal_url)) as log:
+            while True:
+                last = done.is_set()
+                seen.extend(one.number for one in log.since(seen[-1] if seen else 0))
+                if last:
+                    return
+
+    with ThreadPoolExecutor(5) as pool:
+        reader = pool.submit(read)
+        for writer in [pool.submit(write, number) for number in range(4)]:
+            writer.result()
+        done.set()
+        reader.result()
+    with closing(VerdictLog.open(journal_url)) as log:
+        history = log.history()
+    assert [one.number for one in history] == seen
+    assert len(history) == 100
+    times = [one.at for one in history if one.at is not None]
+    assert times == sorted(times)
+
+
+def test_numbers_become_visible_in_their_order(journal_url: str) -> None:
+    """A later number is never to be seen before an earlier one: the later writer waits."""
+    entered, go = threading.Event(), threading.Event()
+
+    def slowly() -> datetime:
+        entered.set()  # within the transaction, behind the lock
+        assert go.wait(20)
+        return NOON
+
+    slow = VerdictLog.open(journal_url, now=slowly)
+    quick = VerdictLog.open(journal_url)
+    with closing(slow), closing(quick), ThreadPoolExecutor(2) as pool:
+        first = pool.submit(slow.remember, [on(1)])
+        assert entered.wait(20)
+        second = pool.submit(quick.remember, [on(2)])
+        assert quick.since(0) == [], "a reader waits for nobody"
+        assert not second.done()
+        go.set()
+        assert first.result()[0].number < second.result()[0].number
+        assert [one.image_sha256 for one in quick.since(0)] == [sha256(1), sha256(2)]
+
+
+def test_a_journal_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    file = tmp_path / "journal.db"
+    with closing(VerdictLog.open(f"sqlite:///{file}")) as log:
+        log.remember([on(1)])
+        file.unlink()
+        with pytest.raises(JournalError, match="not there any more"):
+            log.remember([on(2)])
