@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from krea_dagster.callbacks.command import callbacks_command
 from krea_dagster.drill.command import drill_command
 from krea_dagster.emulator import emulator_command
 from krea_dagster.errors import InputError, KreaError
@@ -45,6 +46,9 @@ Environment (the same that definitions.py reads):
   KREA_DAY_CREDITS   most credits of a UTC day, all runs together [no cap]
   KREA_BUDGETS       budgets, such as month=900,column:campaign:autumn=100 [none]
   KREA_ON_UNKNOWN    replay or hold              [replay]
+  KREA_CALLBACK_BASE_URL where callbacks are taken, https:// [no callbacks]
+  KREA_CALLBACK_SECRET   32 characters or more, the same for runs and receiver
+  KREA_COLLECT       wait, or later: Dagster's runs submit and end [wait]
 
 \b
 Exit codes: 0 done, 1 rows not delivered or books that do not add up,
@@ -60,6 +64,7 @@ def main() -> None:
 
 main.add_command(emulator_command, "emulator")
 main.add_command(drill_command, "drill")
+main.add_command(callbacks_command, "callbacks")
 
 
 @main.command("materialize", epilog=_EPILOG)
@@ -113,7 +118,10 @@ def materialize_command(
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
 
     wishes = KreaImagesConfig(
-        again=list(again), retry_errors=list(retry_errors), resolve=_decisions(decisions)
+        again=list(again),
+        retry_errors=list(retry_errors),
+        resolve=_decisions(decisions),
+        wait=True,
     )
     done = _materialize(Settings.from_environment(), partitions, wishes, as_json=as_json)
     sys.exit(_exit_code(done, done.progress.failed + done.progress.left))

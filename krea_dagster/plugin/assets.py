@@ -12,6 +12,8 @@ from typing import Any
 
 import dagster as dg
 
+from krea_dagster.curation.accepted import Rules
+from krea_dagster.curation.wanted import WantedImages
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.manifest import (
@@ -21,7 +23,7 @@ from krea_dagster.manifest import (
     write_manifest_parts,
 )
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.automation import report_prompts
+from krea_dagster.plugin.automation import report_in_step
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
@@ -41,10 +43,17 @@ from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
 from krea_dagster.plugin.quoting import quote_images
 from krea_dagster.plugin.resource import KreaResource, krea_of
+from krea_dagster.plugin.wanted import Asked, ask_for_wanted
 from krea_dagster.prompts import Plan, PromptTable
 
 #: Seconds between two lines of progress in Dagster's log: each is an event in its database.
 _LOG_EVERY_S = 30.0
+
+#: Said where images were found that should have announced themselves.
+_MISSED = (
+    "%d finished images were not called about, and found by looking. Is `krea-dagster callbacks "
+    "serve` running, and is it reached from outside at callback_base_url?"
+)
 
 #: The pool of the steps that buy.
 POOL = "krea"
@@ -81,6 +90,9 @@ def build_krea_assets(
     automation_condition: dg.AutomationCondition[Any] | None = None,
     freshness_policy: dg.FreshnessPolicy | None = None,
     pool: str | None = POOL,
+    collect_later: bool = False,
+    wanted: WantedImages | None = None,
+    rules: Rules | None = None,
     resource_key: str = "krea",
     io_manager_key: str = "krea_manifest",
 ) -> KreaAssets:
@@ -98,6 +110,10 @@ def build_krea_assets(
     ``start`` is the first day of partitions by time. ``automation_condition`` and
     ``freshness_policy`` are those of ``images`` and ``image_manifest``. ``pool`` bounds how many
     steps of ``images`` work at once, across runs; their HTTP calls are the resource's to bound.
+    With ``collect_later`` a run submits, collects what has ended, and ends; ``krea_collect``, the
+    sensor of ``build_krea_definitions``, launches the next.
+    With ``wanted`` a run asks again in place of images that ``rules`` or a person refused, until
+    as many are accepted, and buys no more than that (``krea_dagster.plugin.wanted``).
     Raises ConfigError for a start that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
@@ -143,14 +159,13 @@ def build_krea_assets(
                 root = context.run.root_run_id or context.run.run_id
                 batch = Batch.read(table, partition_keys_of(context), krea, to_buy=True, look=True)
                 batch = stack.enter_context(batch.ask_again(config, krea, root))
-            report_prompts(context.instance, prompts_key, batch.versions())
-            if batch.plan.warning_count:
-                context.log.warning(_warnings(batch.plan))
-            if krea.emulator:
-                context.log.warning(
-                    "No EvoLink key is set: the emulator draws the pictures. They are synthetic, "
-                    "and nothing is charged."
+                folders = manifest_folders(manifest_key)
+                batch, asked = ask_for_wanted(
+                    batch, config, krea, wanted, rules, folders=folders, raised_by=root
                 )
+                stack.enter_context(batch)
+            report_in_step(context, prompts_key, batch.versions())
+            _say_before(context, batch, krea, asked)
             with as_failure():
                 standing = batch.standing(krea)
                 quoted = quote_images(krea, standing, ask_again=config.retry_errors).by_partition()
@@ -162,22 +177,22 @@ def build_krea_assets(
                     launch=context.run.tags.get(_BACKFILL_TAG) or context.run.run_id,
                     ask_again=config.retry_errors,
                     resolutions=config.resolutions(batch.plan),
+                    wait=config.waits(not collect_later),
                     on_progress=Narrator(context),
                 )
             del standing
-            _warn(context, report)
-            tell_report(report)
-            storage = krea.open_storage()
+            _say_after(context, report)
             total = Figures()
             for key, figures in batch.figures(krea, context.run.run_id):
                 total += figures
-                values = images_metadata(figures, storage, seconds=report.seconds)
-                context.add_asset_metadata(
-                    {**values, **quote_metadata(quoted.get(key))}, partition_key=key
-                )
+                values = images_metadata(figures, krea.open_storage(), seconds=report.seconds)
+                values = {**values, **quote_metadata(quoted.get(key)), **asked.metadata(key)}
+                context.add_asset_metadata(values, partition_key=key)
             with as_failure():
-                tag_run(context.instance, context.run.run_id, krea, report, total.missing_count)
-            yield dg.MaterializeResult(check_results=[check_rows(total, report)])
+                missing = total.missing_count - (0 if report.waited else total.under_way)
+                missing -= batch.held_count
+                tag_run(context.instance, context.run.run_id, krea, report, missing)
+            yield dg.MaterializeResult(check_results=[check_rows(total, report, batch.held_count)])
             if report.stopped is not None:
                 # The step that writes the manifest will not run after this one has failed.
                 rewrite_manifests(context, batch, krea, manifest_key)
@@ -301,9 +316,26 @@ def progress_line(progress: Progress) -> str:
     )
 
 
-def _warn(context: dg.AssetExecutionContext, report: RunReport) -> None:
+def _say_before(
+    context: dg.AssetExecutionContext, batch: Batch, krea: KreaResource, asked: Asked
+) -> None:
+    if batch.plan.warning_count:
+        context.log.warning(_warnings(batch.plan))
+    if asked.outcomes:
+        context.log.info(asked.line())
+    if krea.emulator:
+        context.log.warning(
+            "No EvoLink key is set: the emulator draws the pictures. They are synthetic, "
+            "and nothing is charged."
+        )
+
+
+def _say_after(context: dg.AssetExecutionContext, report: RunReport) -> None:
+    tell_report(report)
     for message in report.dearer:
         context.log.warning("%s. The caps reckon with the new price from now on.", message)
+    if report.missed_callbacks:
+        context.log.warning(_MISSED, report.missed_callbacks)
     for message in report.caps_reached:
         context.log.warning("%s. The rows that did not fit are deferred.", message)
 

@@ -91,8 +91,20 @@ def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Ve
     last = last_versions(instance, key, list(versions))
     for partition, version in versions.items():
         if last.get(partition) != version:
-            for event in _events(key, partition, version):
+            for event in version_events(key, partition, version):
                 instance.report_runless_asset_event(event)
+
+
+def report_in_step(
+    context: dg.AssetExecutionContext, key: dg.AssetKey, versions: _Versions
+) -> None:
+    """Do the same from a step of an asset downstream, which is then made of these versions.
+
+    Dagster notes what a step is made of when the step begins: it has to look again, or what the
+    step makes would be out of date at once.
+    """
+    report_prompts(context.instance, key, versions)
+    context.get_step_execution_context().wipe_input_asset_version_info(key)
 
 
 def last_versions(
@@ -187,12 +199,14 @@ def build_prompts_sensor(
             return dg.SkipReason(str(error))
         missing = missing_dynamic_keys(instance, partitions_def, asked)
         requests = [] if missing is None else [dg.AddDynamicPartitionsRequest(*missing)]
-        has_key = _has_key(instance, partitions_def)
+        has_key = knows_partition(instance, partitions_def)
         # Compared with what Dagster was told last, by whomever: a run may have reported meanwhile.
         changed = [
             (asset, partition, version)
             for asset, versions in zip(keys, (asked, carried), strict=False)
-            for partition, version in _news(versions, last_versions(instance, asset)).items()
+            for partition, version in changed_versions(
+                versions, last_versions(instance, asset)
+            ).items()
             if has_key(partition)
         ]
         # A partition's columns before its prompts, so that one run makes images and manifest.
@@ -200,7 +214,7 @@ def build_prompts_sensor(
         now = changed[:most_reports]
         if now or requests:
             return dg.SensorResult(
-                asset_events=[event for one in now for event in _events(*one)],
+                asset_events=[event for one in now for event in version_events(*one)],
                 dynamic_partitions_requests=requests,
             )
         settled = replace(marks, versions=hash_of_versions(asked, carried))
@@ -209,7 +223,7 @@ def build_prompts_sensor(
     return prompts_sensor
 
 
-def _news(versions: _Versions, last: _Versions) -> _Versions:
+def changed_versions(versions: _Versions, last: _Versions) -> _Versions:
     """The versions to report: those that differ, and of partitions without a row any more."""
     gone = dict.fromkeys(sorted(last.keys() - versions.keys()), _NOTHING)
     return {
@@ -219,7 +233,7 @@ def _news(versions: _Versions, last: _Versions) -> _Versions:
     }
 
 
-def _has_key(
+def knows_partition(
     instance: dg.DagsterInstance, partitions_def: dg.PartitionsDefinition[str]
 ) -> Callable[[str], bool]:
     """Whether Dagster has a partition now: not one of a day to come, or before the first."""
@@ -237,7 +251,7 @@ def _has_key(
     return known.__contains__
 
 
-def _events(key: dg.AssetKey, partition: str, version: str) -> tuple[_Event, _Event]:
+def version_events(key: dg.AssetKey, partition: str, version: str) -> tuple[_Event, _Event]:
     """The two events by which Dagster learns of a new version of an external asset's partition.
 
     Automation conditions look at materializations, and the UI's "unsynced" at observations. In

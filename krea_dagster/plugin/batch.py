@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,20 +18,29 @@ from krea_dagster.engine.lookup import NOTHING_KNOWN, Known, known, known_of_man
 from krea_dagster.engine.runner import Wanted
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_parts, manifest_schema
+from krea_dagster.plugin.calling import COLUMN, check_own_urls, own_urls
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.figures import Figures, watched
+from krea_dagster.plugin.metadata import without_credentials
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
+
+#: The scopes of an image, and where its row wants its end told.
+_Carried: TypeAlias = tuple[tuple[str, ...], str | None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The images that some partitions ask for, at their attempts. Must be closed."""
+    """The images that some partitions ask for, at their attempts. Must be closed.
+
+    ``held`` are those that are not to be bought now, in the order of the plan; None for none.
+    """
 
     table: PromptTable
     keys: Sequence[str] | None
     plan: Plan
     _ahead: "Future[Known | None] | None" = None
+    held: Mask | None = None
 
     @classmethod
     def read(
@@ -92,6 +102,11 @@ class Batch:
         self.close()
         return replace(self, plan=self.table.plan(self.keys, krea.attempts()))
 
+    @property
+    def held_count(self) -> int:
+        """How many images are not to be bought now."""
+        return 0 if self.held is None else int(self.held.sum())
+
     def versions(self) -> Mapping[str, str]:
         """The data version of ``prompts``, by partition."""
         return self.plan.versions()
@@ -105,13 +120,15 @@ class Batch:
                 f"a budget names the column {missing[0]!r}, and the prompt table has none of that "
                 f"name; it has {', '.join(self._columns)}. Nothing was bought."
             )
+        source = without_credentials(self.table.source)
+        check_own_urls(self.plan, source, private_allowed=krea.synthetic)
         if not krea.has_journal():
-            return Standing(self.plan, NOTHING_KNOWN, columns)
+            return Standing(self.plan, NOTHING_KNOWN, columns, self.held)
         found = None if self._ahead is None else self._ahead.result()
         if found is None:
             with krea.open_journal() as journal:
                 found = known(journal, krea.open_storage(), digests)
-        return Standing(self.plan, found, columns)
+        return Standing(self.plan, found, columns, self.held)
 
     def manifest_parts(
         self, key: str, krea: KreaResource, journal: Journal, run_id: str
@@ -164,17 +181,23 @@ def _look_ahead(table: PromptTable, keys: Sequence[str] | None, krea: KreaResour
 class Standing:
     """How the images of a plan stand: which are stored and whole, and which are known at all.
 
-    ``budget_columns`` are those whose values have a budget.
+    ``budget_columns`` are those whose values have a budget; ``held`` as in ``Batch``.
     """
 
     plan: Plan
     known: Known
     budget_columns: Sequence[str] = ()
+    held: Mask | None = None
 
     @property
     def whole(self) -> Mask:
         """Which images are stored and whole: nothing is left to do for them."""
         return self._seen_and_whole[1]
+
+    @property
+    def done(self) -> Mask:
+        """Which images a run has nothing to do for: those that are whole, and those held back."""
+        return self.whole if self.held is None else self.whole | self.held
 
     @property
     def seen(self) -> Mask:
@@ -190,28 +213,32 @@ class Standing:
 
         What is in the journal, and not plainly done, is left to the runner to decide about.
         """
-        open_ = np.flatnonzero(~self.whole)
+        open_ = np.flatnonzero(~self.done)
         first, counts = first_of_each(self.digests[open_])
         chosen = np.zeros(len(self.digests), np.bool_)
         chosen[open_[first]] = True
         masks = self.by_partition(chosen)
         requests = self.plan.requests(masks)
-        scopes: Iterable[tuple[str, ...]] = repeat((), len(counts[first]))
-        if self.budget_columns:
-            scopes = self._scopes(masks)
-        for (request, partition_key), rows, own in zip(
-            requests, counts[first], scopes, strict=True
+        carried: Iterable[_Carried] = repeat(((), None), len(counts[first]))
+        if self.budget_columns or COLUMN in self.plan.carried.names:
+            carried = self._carried(masks)
+        for (request, partition_key), rows, (scopes, url) in zip(
+            requests, counts[first], carried, strict=True
         ):
-            yield Wanted(request, partition_key, int(rows), own)
+            yield Wanted(request, partition_key, int(rows), scopes, url)
 
-    def _scopes(self, masks: Mapping[str, Mask]) -> Iterator[tuple[str, ...]]:
-        """Yield what each masked image counts for, in the order of the plan."""
+    def _carried(self, masks: Mapping[str, Mask]) -> Iterator[_Carried]:
+        """Yield what the table's further columns say of each masked image, in the plan's order."""
+        calls = COLUMN in self.plan.carried.names
         for key in self.plan.keys:
             mask, start = masks[key], 0
             for batch in self.plan.batches(key) if mask.any() else ():
-                chosen = pa.array(mask[start : start + batch.num_rows])
+                chosen = batch.filter(pa.array(mask[start : start + batch.num_rows]))
                 start += batch.num_rows
-                yield from self.scopes_of(batch.filter(chosen))
+                nothing = repeat((), chosen.num_rows)
+                scopes = self.scopes_of(chosen) if self.budget_columns else nothing
+                urls = own_urls(chosen) if calls else repeat(None, chosen.num_rows)
+                yield from zip(scopes, urls, strict=True)
 
     def scopes_of(self, images: pa.RecordBatch) -> Sequence[tuple[str, ...]]:
         """Return what each of these images counts for; nothing where no column has a budget."""

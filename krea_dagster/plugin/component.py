@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import dagster as dg
 from pydantic import BaseModel, Field
@@ -73,6 +73,14 @@ class KreaSettings(_Section):
             "the journal is SQLite in the storage root."
         ),
     )
+    callback_base_url: str = Field(
+        default="",
+        description="Where the receiver of callbacks is reached from outside, https://.",
+    )
+    callback_secret_env: str | None = Field(
+        default=None,
+        description="Name of the environment variable that holds the secret of the callbacks.",
+    )
     emulator: bool | None = Field(
         default=None,
         description=(
@@ -119,6 +127,10 @@ class KreaSettings(_Section):
     download_timeout_s: float = Field(
         default=120.0, gt=0, description="Seconds that one download may take in all."
     )
+
+
+#: Fields that are not the resource's own.
+_BY_NAME: Final = {"api_key_env", "journal_url_env", "callback_secret_env", "emulator"}
 
 
 class RowDefaults(_Section):
@@ -228,6 +240,13 @@ class KreaImages(dg.Component, _Section):
         default=False,
         description="Have runs launched, and images bought, where prompts have changed.",
     )
+    collect_later: bool = Field(
+        default=False,
+        description=(
+            "Have runs submit and end; a sensor launches the runs that collect, when callbacks or "
+            "the clock say so, and no worker waits."
+        ),
+    )
     fresh_within_hours: float | None = Field(
         default=None,
         gt=0,
@@ -260,18 +279,19 @@ class KreaImages(dg.Component, _Section):
 
     def build_resource(self, context: dg.ComponentLoadContext) -> KreaResource:
         """The resource that the assets use."""
-        settings = self.krea.model_dump(exclude={"api_key_env", "journal_url_env", "emulator"})
+        settings = self.krea.model_dump(exclude=_BY_NAME)
         settings["storage"] = _in_project(self.krea.storage, context)
         emulator = self.krea.emulator
         if emulator is None:
             emulator = not os.environ.get(self.krea.api_key_env)
         # By name: Dagster shows the name of a variable, and the text of a string.
-        url_env = self.krea.journal_url_env
+        url_env, secret_env = self.krea.journal_url_env, self.krea.callback_secret_env
         return KreaResource(
             **settings,
             emulator=emulator,
             api_key="" if emulator else dg.EnvVar(self.krea.api_key_env),
             journal_url=dg.EnvVar(url_env) if url_env else "",
+            callback_secret=dg.EnvVar(secret_env) if secret_env else "",
         )
 
     def build_checks(self) -> Sequence[CheckFactory] | None:
@@ -310,6 +330,7 @@ class KreaImages(dg.Component, _Section):
             credits_per_usd=self.credits_per_usd,
             spend_by=self.spend_by,
             soft_budgets=self.soft_budgets,
+            collect_later=self.collect_later,
             executor=dg.in_process_executor if self.in_process else None,
         )
         # By hand: the method of Definitions that does this is a preview, and warns of itself.

@@ -29,6 +29,18 @@ class KreaImagesConfig(dg.Config):
         ),
     )
 
+    wait: bool | None = Field(
+        default=None,
+        description=(
+            "Whether the run waits for its images, or submits and ends. By default as the assets "
+            "were built: they wait, unless they collect later."
+        ),
+    )
+
+    def waits(self, by_default: bool) -> bool:
+        """Whether the run waits for its images."""
+        return by_default if self.wait is None else self.wait
+
     def resolutions(self, plan: Plan) -> dict[str, Resolution]:
         """The decisions, by request key. Raises ConfigError for one that cannot be read."""
         decided = {name: parse_resolution(text) for name, text in self.resolve.items()}

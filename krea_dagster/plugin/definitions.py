@@ -10,6 +10,7 @@ import krea_dagster.plugin.assets as krea_assets
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
 from krea_dagster.plugin.checks import CheckFactory, default_checks
+from krea_dagster.plugin.collecting import build_collect_sensor
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
 from krea_dagster.plugin.proof import build_spend_proof_check
 from krea_dagster.plugin.resource import KreaResource
@@ -37,6 +38,7 @@ def build_krea_definitions(
     credits_per_usd: float = CREDITS_PER_USD,
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
+    collect_later: bool = False,
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build everything that a code location needs from one prompt table.
@@ -54,7 +56,8 @@ def build_krea_definitions(
     the dollars in the spend tables, and ``spend_by`` names further columns of the prompt table
     that the daily sums are kept apart by. ``soft_budgets``, in the words of
     ``KreaResource.budgets``, stop nothing: the checks of ``spend_daily`` warn before and when they
-    are passed.
+    are passed. With ``collect_later`` runs submit and end, and the sensor ``krea_collect`` launches
+    those that collect, when callbacks or the clock say so: no worker waits.
 
     ``executor`` is the code location's: in-process by default, because the steps wait for the
     network and a second process would cost seconds to start; give None where your own definitions
@@ -66,7 +69,8 @@ def build_krea_definitions(
       ``spend_daily`` and ``salvaged_images``;
     - the jobs ``krea_images``, ``krea_spend``, ``krea_salvage`` and ``krea_proof``;
     - the sensors ``krea_prompts``, which watches the table, ``krea_salvage``, which starts its job,
-      and with an ``automation_condition`` ``krea_automation``, which launches runs;
+      with an ``automation_condition`` ``krea_automation``, which launches runs, and with
+      ``collect_later`` ``krea_collect``;
     - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``, and of
       ``spend_daily`` one for each kind of warning;
     - the resources ``krea`` and ``krea_manifest``.
@@ -91,6 +95,7 @@ def build_krea_definitions(
         automation_condition=automation_condition,
         freshness_policy=freshness_policy,
         pool=pool,
+        collect_later=collect_later,
         resource_key=f"{before}krea",
         io_manager_key=f"{before}krea_manifest",
     )
@@ -130,13 +135,22 @@ def build_krea_definitions(
         resource_key=f"{before}krea",
         columns_key=assets.prompt_columns.key,
     )
-    launching = (
+    launching: list[dg.SensorDefinition] = (
         []
         if automation_condition is None
         else [build_automation_sensor(assets, name=f"{before}krea_automation")]
     )
+    if collect_later:
+        collecting = build_collect_sensor(
+            name=f"{before}krea_collect", job_name=job.name, resource_key=f"{before}krea"
+        )
+        launching.append(collecting)
     salvage = build_salvage(
-        assets, resource_key=f"{before}krea", prefix=before, group_name=group_name
+        assets,
+        resource_key=f"{before}krea",
+        prefix=before,
+        group_name=group_name,
+        collect_later=collect_later,
     )
     images = dg.Definitions(
         assets=[*assets.all, spend.tables],

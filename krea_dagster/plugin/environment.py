@@ -18,11 +18,12 @@ from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable, parse_partition_by
 
 KEY_VARIABLE: Final = "EVOLINK_API_KEY"
+_SECRET_VARIABLE: Final = "KREA_CALLBACK_SECRET"  # noqa: S105 - the name of the variable
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says, with its defaults. Never holds the key itself."""
+    """What the environment says, with its defaults. Never holds the key or the secret itself."""
 
     has_key: bool
     base_url: str
@@ -35,6 +36,9 @@ class Settings:
     run_credits: float | None
     day_credits: float | None
     budgets: tuple[str, ...] = ()
+    callback_base_url: str = ""
+    has_callback_secret: bool = False
+    collect_later: bool = False
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> "Settings":
@@ -43,6 +47,9 @@ class Settings:
         on_unknown = values.get("KREA_ON_UNKNOWN") or "replay"
         if on_unknown not in ("replay", "hold"):
             raise ConfigError(f"KREA_ON_UNKNOWN is {on_unknown!r}; use replay or hold")
+        collect = values.get("KREA_COLLECT") or "wait"
+        if collect not in ("wait", "later"):
+            raise ConfigError(f"KREA_COLLECT is {collect!r}; use wait or later")
         return cls(
             has_key=bool(values.get(KEY_VARIABLE)),
             base_url=_root(values, "EVOLINK_BASE_URL", "https://api.evolink.ai"),
@@ -55,6 +62,9 @@ class Settings:
             run_credits=_credits(values, "KREA_RUN_CREDITS"),
             day_credits=_credits(values, "KREA_DAY_CREDITS"),
             budgets=_budgets(values, "KREA_BUDGETS"),
+            callback_base_url=values.get("KREA_CALLBACK_BASE_URL") or "",
+            has_callback_secret=bool(values.get(_SECRET_VARIABLE)),
+            collect_later=collect == "later",
         )
 
     @property
@@ -82,6 +92,8 @@ class Settings:
             run_credits=self.run_credits,
             day_credits=self.day_credits,
             budgets=list(self.budgets),
+            callback_base_url=self.callback_base_url,
+            callback_secret=dg.EnvVar(_SECRET_VARIABLE) if self.has_callback_secret else "",
         )
 
     def table(self) -> PromptTable:
@@ -91,7 +103,10 @@ class Settings:
     def definitions(self) -> dg.Definitions:
         """The code location."""
         return build_krea_definitions(
-            prompts=self.prompts, partition_by=self.partition_by, krea=self.resource()
+            prompts=self.prompts,
+            partition_by=self.partition_by,
+            krea=self.resource(),
+            collect_later=self.collect_later,
         )
 
 
@@ -100,7 +115,8 @@ def definitions_from_environment(environ: Mapping[str, str] | None = None) -> dg
 
     ``EVOLINK_API_KEY``, ``EVOLINK_BASE_URL``, ``KREA_PROMPTS``, ``KREA_STORAGE``,
     ``KREA_JOURNAL_URL``, ``KREA_PARTITION_BY``, ``KREA_MAX_IN_FLIGHT``, ``KREA_RUN_CREDITS``,
-    ``KREA_DAY_CREDITS``, ``KREA_BUDGETS``, ``KREA_ON_UNKNOWN``.
+    ``KREA_DAY_CREDITS``, ``KREA_BUDGETS``, ``KREA_ON_UNKNOWN``, ``KREA_CALLBACK_BASE_URL``,
+    ``KREA_CALLBACK_SECRET``, ``KREA_COLLECT``.
     Without a key the emulator is used, and the pictures are synthetic. Raises ConfigError.
     """
     return Settings.from_environment(environ).definitions()

@@ -26,6 +26,9 @@ NEWEST_FAILURES: Final = 20
 #: States in which a row has no image, and will have none by waiting.
 FAILED_STATES: Final = (State.FAILED, State.REFUSED, State.EXPIRED, State.UNKNOWN)
 
+#: States in which a row waits, and nothing is wrong.
+_UNDER_WAY: Final = (State.PLANNED, State.SUBMITTED, State.COMPLETED)
+
 _FAILED_NAMES: Final = pa.array([state.value for state in FAILED_STATES])
 _FAILURE: Final = ("prompt_id", "sample", "status", "error_code", "error_message", "submitted_at")
 
@@ -70,6 +73,11 @@ class Figures:
     def missing_count(self) -> int:
         """Rows that have no image."""
         return self.rows - self.statuses[State.STORED.value]
+
+    @property
+    def under_way(self) -> int:
+        """Rows that wait for the server, or for a place there: a later run delivers them."""
+        return sum(self.statuses[state.value] for state in _UNDER_WAY)
 
     def latencies_s(self) -> npt.NDArray[np.float64]:
         """Seconds from submission to completion of what was bought, sorted."""

@@ -89,7 +89,7 @@ def quote_images(
 def _asked(standing: Standing, journal: Journal | None, *, in_order: bool) -> Iterator[Asked]:
     """Yield the images by how they stand, thousands at once; ``in_order`` where caps bind."""
     plan = standing.plan
-    whole = standing.by_partition(standing.whole)
+    whole = standing.by_partition(standing.done)
     seen = standing.by_partition(standing.seen)
     first = standing.by_partition(first_of_each(standing.digests)[0])
     for key in plan.keys:

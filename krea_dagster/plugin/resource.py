@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from krea_dagster.api import KreaClient
+from krea_dagster.callbacks import CallbackUrls
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.database import has_database
 from krea_dagster.engine.images import ImageStore
@@ -28,6 +29,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import units_from_credits
+from krea_dagster.plugin.calling import receiver_urls
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
 from krea_dagster.prompts import Defaults, PlannedImage
 
@@ -124,6 +126,21 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             "are deferred."
         ),
     )
+    callback_base_url: str = Field(
+        default="",
+        description=(
+            "Where `krea-dagster callbacks serve` is reached from outside, https://. Then finished "
+            "images announce themselves, and tasks are hardly asked about in vain. Empty: none."
+        ),
+    )
+    callback_secret: str = Field(
+        default="",
+        repr=False,
+        description=(
+            "What callback addresses are made with, 32 characters or more, the same as the "
+            "receiver's. Give it as dagster.EnvVar."
+        ),
+    )
     patience_s: float = Field(
         default=1800.0,
         gt=0,
@@ -163,6 +180,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 "KreaResource.api_key is empty; give dagster.EnvVar('EVOLINK_API_KEY') and set "
                 "that variable, or set emulator=True"
             )
+        self._callback_urls()
         if not self.has_journal():
             self._refuse_images_without_journal()
         with self.open_journal() as journal:
@@ -222,6 +240,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         launch: str = "",
         ask_again: Iterable[str] = (),
         resolutions: Mapping[str, Resolution] | None = None,
+        wait: bool = True,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> RunReport:
         """Buy, fetch and verify what is not at hand yet, and return when nothing more can be done.
@@ -229,7 +248,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         ``wanted`` is taken up as it comes; ``reused_rows`` counts the images beside it that are
         known to be at hand. ``launch`` names the runs that stop together where the account stops
         one. ``ask_again`` are error codes whose rows are bought again; ``resolutions`` a person's
-        decisions about unknown outcomes, by request key.
+        decisions about unknown outcomes, by request key. Without ``wait`` it submits, fetches what
+        earlier runs submitted and has probably ended, and returns: a later run collects the rest.
 
         Raises ConfigError for a wrong setting before anything is bought, and JournalError
         where the journal cannot be written. What EvoLink refuses or loses is in the report
@@ -238,7 +258,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self._runner(run_id, on_progress) as runner:
             wishful = replace(
                 runner,
-                policy=self.policy(ask_again),
+                policy=replace(self.policy(ask_again), wait=wait),
                 launch=launch,
                 resolutions=resolutions or {},
             )
@@ -320,8 +340,16 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 max_in_flight=self.max_in_flight,
                 max_per_s=self.max_per_s,
                 caps=self.caps(),
+                callback_url_of=None if (urls := self._callback_urls()) is None else urls.url,
                 on_progress=on_progress,
             )
+
+    def _callback_urls(self) -> CallbackUrls | None:
+        return receiver_urls(
+            _text(self.callback_base_url),
+            _text(self.callback_secret),
+            private_allowed=self.synthetic,
+        )
 
     def _journal_url(self) -> str:
         if url := _text(self.journal_url):
@@ -334,11 +362,14 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             )
         return f"sqlite:///{folder / 'journal.db'}"
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether images are bought of an emulator, on this machine or its network."""
+        return self.emulator or httpx.URL(self.base_url).scheme == "http"
+
     def _origin(self) -> str:
         """Where images are bought: EvoLink's host, or an emulator on some port of this machine."""
-        url = httpx.URL(self.base_url)
-        synthetic = self.emulator or url.scheme == "http"
-        return "an emulator" if synthetic else url.host
+        return "an emulator" if self.synthetic else httpx.URL(self.base_url).host
 
     @asynccontextmanager
     async def _connect(self) -> AsyncIterator[KreaClient]:

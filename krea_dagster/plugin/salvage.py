@@ -5,6 +5,7 @@ Only asks and fetches; nothing here can buy.
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
 
 import dagster as dg
 
@@ -21,15 +22,23 @@ from krea_dagster.plugin.resource import KreaResource, krea_of
 #: Seconds between two looks of the sensor. A link lives for 24 hours.
 _LOOK_EVERY_S = 300
 
+#: Where runs collect later, nobody has forgotten an image that is younger than this.
+_LATE = timedelta(hours=1)
+
 
 def build_salvage(
-    assets: KreaAssets, *, resource_key: str, prefix: str, group_name: str
+    assets: KreaAssets,
+    *,
+    resource_key: str,
+    prefix: str,
+    group_name: str,
+    collect_later: bool = False,
 ) -> dg.Definitions:
     """Build the salvage of one prompt table's journal: an asset, a job, and a sensor.
 
     The asset collects, most urgent link first, and rewrites the manifests of the partitions
     that it completed. The sensor starts the job while there is something to save that no living
-    run holds.
+    run holds; with ``collect_later``, what the runs that collect have not taken for an hour.
     """
     manifest_key = assets.image_manifest.key
 
@@ -76,6 +85,9 @@ def build_salvage(
         krea: KreaResource = getattr(context.resources, resource_key)
         try:
             waiting = krea.left_behind()
+            if collect_later:
+                since = datetime.now(timezone.utc) - _LATE
+                waiting = [one for one in waiting if (one.submitted_at or since) <= since]
         except KreaError as error:
             return dg.SkipReason(str(error))
         if not waiting:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.ledger import CREDITS, typed
 from krea_dagster.spend.listed import quoted
+from krea_dagster.spend.reviewed import IS_ACCEPTED
 
 #: What a day's rows are kept apart by, before the user's own columns.
 DAILY_KEYS: Final = ("day", "partition_key", "quality", "size")
@@ -25,13 +26,18 @@ _FIGURES: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("unknown", pa.int64(), "Of them: got no usable answer yet"),
     ("pending", pa.int64(), "Of them: at the server, or on their way from it"),
     ("replaced", pa.int64(), "Of the delivered: a later attempt was delivered"),
+    (
+        "accepted",
+        pa.int64(),
+        "Of the delivered: not replaced, and no person rejected or flagged it",
+    ),
     ("reused", pa.int64(), "Manifest rows that the delivered serve beyond the first"),
     ("credits_charged", CREDITS, "What was charged, credits"),
     ("credits_returned", CREDITS, "Reserved and not charged, credits"),
     ("credits_at_stake", CREDITS, "May have been charged, or is paid and not at hand, credits"),
     ("credits_saved_by_reuse", CREDITS, "What the reused rows would have cost, credits"),
     ("credits_per_delivered", pa.float64(), "All that was charged, per image delivered, credits"),
-    ("credits_per_accepted", pa.float64(), "The same, per delivered and not replaced, credits"),
+    ("credits_per_accepted", pa.float64(), "All that was charged, per image accepted, credits"),
     ("latency_p50_s", pa.float64(), "Median of submission to completion, seconds"),
     ("latency_p95_s", pa.float64(), "95 % were quicker, seconds"),
 )
@@ -96,6 +102,7 @@ def daily_table(duck: duckdb.DuckDBPyConnection, by: Sequence[str] = ()) -> pa.T
             {count("unknown")} AS unknown,
             {count("pending")} AS pending,
             {count("replaced")} AS replaced,
+            count(*) FILTER ({IS_ACCEPTED}) AS accepted,
             coalesce(sum(rows - 1) FILTER ({served}), 0)::BIGINT AS reused,
             coalesce(sum(credits_charged), 0)::BIGINT AS credits_charged,
             coalesce(sum(credits_returned), 0)::BIGINT AS credits_returned,
@@ -105,7 +112,7 @@ def daily_table(duck: duckdb.DuckDBPyConnection, by: Sequence[str] = ()) -> pa.T
                 AS credits_saved_by_reuse,
             coalesce(sum(credits_charged), 0) / 1e4 / nullif({delivered}, 0)
                 AS credits_per_delivered,
-            coalesce(sum(credits_charged), 0) / 1e4 / nullif({count("delivered")}, 0)
+            coalesce(sum(credits_charged), 0) / 1e4 / nullif(count(*) FILTER ({IS_ACCEPTED}), 0)
                 AS credits_per_accepted,
             quantile_cont(latency_s, 0.5) AS latency_p50_s,
             quantile_cont(latency_s, 0.95) AS latency_p95_s

@@ -50,6 +50,7 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("pixels", pa.int64(), "Width times height; null where there is no file"),
     ("status", pa.string(), "State of the request, as far as it concerns this purchase"),
     ("outcome", pa.string(), "What it bought: delivered, replaced, rejected, lost, failed, …"),
+    ("verdict", pa.string(), "What a person thinks of the image: keep, reject, flag, or null"),
     ("credits_reserved", CREDITS, "What EvoLink reserved, credits; null where it took nothing"),
     ("credits_charged", CREDITS, "What it cost, credits; null while not known"),
     ("credits_returned", CREDITS, "Reserved and not charged, credits; null while not settled"),
@@ -82,7 +83,7 @@ _FREE: Final = _sql((State.PLANNED, State.DEFERRED, State.REFUSED))
 
 
 def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> None:
-    """Make the table ``month`` from the relation ``raw`` and the view ``listed``.
+    """Make the table ``month`` from the relations ``raw``, ``listed`` and ``reviewed``.
 
     ``raw`` holds ``engine.purchases.PURCHASE_SCHEMA``. ``rate`` is how many credits one US dollar
     buys. All is in whole numbers: units, microseconds, 1/1,000,000 dollars; the table's further
@@ -117,6 +118,7 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> Non
                 WHEN status = 'failed' THEN 'failed'
                 ELSE 'refused'
             END AS outcome,
+            CASE WHEN status = 'stored' THEN reviewed.verdict END AS verdict,
             reserved_units AS credits_reserved,
             charged AS credits_charged,
             if(charged IS NULL, NULL, coalesce(reserved_units - charged, 0)) AS credits_returned,
@@ -127,7 +129,7 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> Non
             CASE WHEN status IN ('stored', 'planned') THEN NULL ELSE code END AS error_code,
             (completed_at - submitted_at) / 1e6 AS latency_s,
             listed.* EXCLUDE (request_key, prompt_id, sample, rows, replaced)
-        FROM stated LEFT JOIN listed USING (request_key)
+        FROM stated LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
         """
     )
 

@@ -12,7 +12,6 @@ from contextlib import closing
 from typing import Final
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,7 +22,8 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column
-from krea_dagster.prompts.identity import Hasher, request_keys, seeds_for
+from krea_dagster.prompts.identity import Hasher
+from krea_dagster.spend.earlier import earlier_attempts
 
 _ROW: Final = ("request_key", "prompt_id", "sample", "attempt")
 _WISH: Final = (*_ROW, "prompt", "size", "quality", "seed", "nsfw_check")
@@ -121,38 +121,10 @@ def _insert_earlier(
 ) -> None:
     """Take the earlier attempts of these rows, all of which have been raised."""
     with closing(Hasher()) as hasher:
-
-        def seeds(rows: pa.RecordBatch, attempts: pa.Array, given: pa.Array) -> pa.Array:
-            return seeds_for(
-                hasher,
-                seeds=given,
-                prompt_ids=rows.column("prompt_id"),
-                samples=rows.column("sample"),
-                attempts=attempts,
-            )
-
-        nothing = pa.nulls(batch.num_rows, pa.int32())
-        # A seed that would have been drawn for this attempt was drawn, and so anew for each.
-        drawn = pc.equal(batch.column("seed"), seeds(batch, batch.column("attempt"), nothing))
-        for attempt in range(pc.max(batch.column("attempt")).as_py()):
-            chosen = pc.greater(batch.column("attempt"), attempt)
-            rows, was_drawn = batch.filter(chosen), drawn.filter(chosen)
-            attempts = pa.array(np.full(rows.num_rows, attempt, np.int32))
-            anew = seeds(rows, attempts, pa.nulls(rows.num_rows, pa.int32()))
-            keys = request_keys(
-                hasher,
-                prompts=rows.column("prompt"),
-                sizes=rows.column("size"),
-                qualities=rows.column("quality"),
-                seeds=pc.if_else(was_drawn, anew, rows.column("seed")),
-                nsfw_checks=rows.column("nsfw_check"),
-                attempts=attempts,
-            )
-            if attempt:
+        for made, _ in earlier_attempts(hasher, batch):
+            keys = made.column("request_key")
+            if made.num_rows and made.column("attempt")[0].as_py():
                 later.extend(keys.to_pylist())
-            values = {name: rows.column(name) for name in rows.schema.names}
-            values |= {"request_key": keys, "attempt": attempts}
-            made = pa.RecordBatch.from_pydict(values)
             _insert(duck, pa.RecordBatchReader.from_batches(made.schema, [made]), source, by)
 
 

@@ -20,6 +20,7 @@ from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.listed import quoted
+from krea_dagster.spend.reviewed import IS_ACCEPTED
 from krea_dagster.spend.tables import open_duck
 
 #: What may be asked by, beside every column of the ledger and the manifest.
@@ -30,7 +31,8 @@ _MADE: Final = {"month": "strftime(day, '%Y-%m')", "year": "strftime(day, '%Y')"
 class Line:
     """One line of sums: what they are of, counts of purchases, and money in units.
 
-    ``delivered`` holds what was replaced since; ``at_stake_units`` may have been charged, or is
+    ``delivered`` holds what was replaced since; ``accepted`` does not, nor what a person has
+    rejected or flagged; ``at_stake_units`` may have been charged, or is
     paid and not at hand.
     """
 
@@ -44,6 +46,7 @@ class Line:
     unknown: int
     pending: int
     replaced: int
+    accepted: int
     charged_units: int
     returned_units: int
     at_stake_units: int
@@ -52,11 +55,16 @@ class Line:
         """What was charged, in US dollars, at so many credits to the dollar."""
         return Fraction(self.charged_units, 10_000) / rate
 
+    @property
+    def per_accepted_units(self) -> float | None:
+        """What an accepted image came to: all that was charged, also for what was refused."""
+        return self.charged_units / self.accepted if self.accepted else None
+
 
 #: The figures of a line, in their order.
 FIGURES: Final = tuple(field.name for field in fields(Line))[1:]
 
-_SUMS: Final = """
+_SUMS: Final = f"""
     count(*),
     count(*) FILTER (outcome IN ('delivered', 'replaced')),
     count(*) FILTER (outcome = 'failed'),
@@ -66,6 +74,7 @@ _SUMS: Final = """
     count(*) FILTER (outcome = 'unknown'),
     count(*) FILTER (outcome = 'pending'),
     count(*) FILTER (outcome = 'replaced'),
+    count(*) FILTER ({IS_ACCEPTED}),
     CAST(coalesce(sum(credits_charged), 0) * 10000 AS BIGINT),
     CAST(coalesce(sum(credits_returned), 0) * 10000 AS BIGINT),
     CAST(coalesce(sum(credits_unknown

@@ -13,6 +13,7 @@ import duckdb
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.listed import quoted
 from krea_dagster.spend.observed import Table, connect, units_of
+from krea_dagster.spend.reviewed import IS_ACCEPTED
 
 #: Rows of a breakdown and of the dearest prompts; what is left is one row of its own.
 MOST_ROWS: Final = 12
@@ -37,7 +38,8 @@ OUTCOMES: Final[Mapping[str, str]] = {
 class Line:
     """One row of a table: counts of purchases, and units.
 
-    ``accepted`` are delivered images that no later one has replaced. ``at_stake_units`` may have
+    ``accepted`` are delivered images that no later one has replaced, and that nobody has rejected
+    or flagged. ``at_stake_units`` may have
     been charged, or is paid and not at hand; ``open_units``, the first of these alone, is not in
     ``charged_units``.
     """
@@ -121,7 +123,7 @@ def figures_of(
     """
     today = now.astimezone(timezone.utc).date()
     with closing(connect({"ledger": ledger, "daily": daily, "failures": failures})) as database:
-        names = [row[0] for row in database.execute("describe daily").fetchall()]
+        names = _names(database, "daily")
         if missing := [name for name in by if name not in names]:
             raise ConfigError(
                 f"spend_daily has no column {', '.join(missing)}; it has {', '.join(names)}"
@@ -129,7 +131,7 @@ def figures_of(
         days = [
             Stretch(row[0], _line(row))
             for row in database.execute(
-                f"select day, {_LEDGER_SUMS} from ledger group by day order by day"
+                f"select day, {_ledger_sums(database)} from ledger group by day order by day"
             ).fetchall()
         ]
         first = days[0].start if days else today
@@ -167,15 +169,28 @@ _STARTS: Final[Mapping[str, Callable[[date], date]]] = {
 }
 
 _AT_STAKE: Final = "sum(credits_unknown + if(outcome = 'pending', coalesce(credits_charged, 0), 0))"
-_LEDGER_SUMS: Final = (
-    "count(*), count(*) filter (outcome in ('delivered', 'replaced')), "
-    "count(*) filter (outcome = 'delivered'), "
-    f"sum(credits_charged), {_AT_STAKE}, sum(credits_unknown)"
-)
-_DAILY_SUMS: Final = (
-    "sum(images_asked), sum(delivered), sum(delivered) - sum(replaced), "
-    "sum(credits_charged), sum(credits_at_stake), null"
-)
+
+
+def _ledger_sums(database: duckdb.DuckDBPyConnection) -> str:
+    # Tables of an earlier version know of no verdict.
+    accepted = IS_ACCEPTED if "verdict" in _names(database, "ledger") else "outcome = 'delivered'"
+    return (
+        "count(*), count(*) filter (outcome in ('delivered', 'replaced')), "
+        f"count(*) filter ({accepted}), sum(credits_charged), {_AT_STAKE}, sum(credits_unknown)"
+    )
+
+
+def _daily_sums(database: duckdb.DuckDBPyConnection) -> str:
+    known = "accepted" in _names(database, "daily")
+    accepted = "sum(accepted)" if known else "sum(delivered) - sum(replaced)"
+    return (
+        f"sum(images_asked), sum(delivered), {accepted}, "
+        "sum(credits_charged), sum(credits_at_stake), null"
+    )
+
+
+def _names(database: duckdb.DuckDBPyConnection, table: str) -> list[str]:
+    return [row[0] for row in database.execute(f"describe {table}").fetchall()]
 
 
 def _line(row: Sequence[Any], *, is_rest: bool = False) -> Line:
@@ -192,7 +207,7 @@ def _line(row: Sequence[Any], *, is_rest: bool = False) -> Line:
 
 
 def _total(database: duckdb.DuckDBPyConnection) -> Line:
-    row = database.execute(f"select 'All', {_LEDGER_SUMS} from ledger").fetchone()
+    row = database.execute(f"select 'All', {_ledger_sums(database)} from ledger").fetchone()
     return _line(row or ("All", 0, 0, 0, None, None, None))
 
 
@@ -209,7 +224,7 @@ def _breakdown(
     )
     # The name is made of quoted columns of the table.
     rows = database.execute(
-        f"select {name}, {_DAILY_SUMS} from daily group by 1 "
+        f"select {name}, {_daily_sums(database)} from daily group by 1 "
         "order by sum(credits_charged) desc, sum(credits_at_stake) desc, 1"
     ).fetchall()
     lines = [_line(row) for row in rows]
@@ -257,7 +272,7 @@ def _dearest(
     database: duckdb.DuckDBPyConnection, prompts: Callable[[Sequence[str]], Mapping[str, str]]
 ) -> list[Line]:
     rows = database.execute(
-        f"select prompt_id, {_LEDGER_SUMS} from ledger where prompt_id is not null group by 1 "
+        f"select prompt_id, {_ledger_sums(database)} from ledger where prompt_id is not null group by 1 "
         "order by coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0) desc, 1 "
         f"limit {MOST_PROMPTS}"
     ).fetchall()

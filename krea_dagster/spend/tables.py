@@ -10,7 +10,7 @@ Those are
 - the months whose totals (purchases, settled, money) are not what they were: whatever the times
   say, no purchase and no unit is missed, and none stays where it was moved away from;
 - the months in which a row's prompt_id, its sharers or its later attempt are not what the
-  manifests say now.
+  manifests say now, or a verdict is not what a person says now.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from krea_dagster.spend.ledger import (
     write_table,
 )
 from krea_dagster.spend.listed import load_listed, quoted
+from krea_dagster.spend.reviewed import load_reviewed
 from krea_dagster.spend.state import SpendState, table_name
 
 TABLES: Final = ("ledger", "daily", "failures")
@@ -107,6 +108,7 @@ def update_spend(
             state = known
             changed = changed_since(connection, known.taken_until_us - MARGIN_US)
         load_listed(duck, storage, connection, by)
+        load_reviewed(duck, connection)
         stale = {month for month in totals if _is_stale(storage, state, month, totals[month])}
         touched = (changed & totals.keys()) | stale
         labels = _labels(duck, storage, sorted(totals.keys() - touched), by)
@@ -161,7 +163,7 @@ def _is_stale(storage: Storage, state: SpendState, month: str, totals: Totals) -
 def _labels(
     duck: duckdb.DuckDBPyConnection, storage: Storage, months: Sequence[str], by: Sequence[str]
 ) -> dict[str, str]:
-    """Return a label of what the manifests say of each month's purchases.
+    """Return a label of what the manifests and the reviewers say of each month's purchases.
 
     ``_WRONG`` where the month's ledger says otherwise; else it hangs on the columns ``by``.
     """
@@ -176,9 +178,12 @@ def _labels(
                 OR said.sample IS DISTINCT FROM listed.sample
                 OR said.rows <> coalesce(listed.rows, 0)
                 OR (said.outcome = 'replaced') <> (coalesce(replaced, false)
-                    AND said.outcome IN ('delivered', 'replaced'))),
+                    AND said.outcome IN ('delivered', 'replaced'))
+                OR said.verdict IS DISTINCT FROM
+                    if(said.outcome IN ('delivered', 'replaced'), reviewed.verdict, NULL)),
             {_hash(by)}
-        FROM said LEFT JOIN listed USING (request_key) GROUP BY month
+        FROM said LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+        GROUP BY month
         """,
     )
     return {month: _WRONG if wrong else label for month, wrong, label in found.fetchall()}
@@ -190,6 +195,7 @@ _SAID: Final = pa.schema(
         ("month", pa.string()),
         *(LEDGER_SCHEMA.field(name) for name in ("request_key", "prompt_id", "sample", "rows")),
         LEDGER_SCHEMA.field("outcome"),
+        LEDGER_SCHEMA.field("verdict"),
     ]
 )
 

@@ -42,6 +42,7 @@ from krea_dagster import (
     KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets, on_prompts_changed,
 )
 from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
+from krea_dagster.plugin.collecting import build_collect_sensor
 from krea_dagster.prompts import parse_partition_by
 
 table = PromptTable(os.environ["TABLE"], parse_partition_by(os.environ["PARTITION_BY"]))
@@ -51,6 +52,7 @@ made = build_krea_assets(
     table,
     backfill_policy=dg.BackfillPolicy.multi_run(width) if width else None,
     automation_condition=on_prompts_changed() if automated else None,
+    collect_later=os.environ["COLLECT"] == "later",
 )
 sensors = [
     build_prompts_sensor(
@@ -59,14 +61,26 @@ sensors = [
     ),
     build_automation_sensor(made, name="krea_automation", minimum_interval_s=1),
 ]
+collecting = [
+    build_collect_sensor(
+        name="krea_collect", job_name="krea_images", resource_key="krea", minimum_interval_s=1
+    )
+]
 storage = os.environ["STORAGE"]
+callbacks = {}
+if "CALLBACK_BASE_URL" in os.environ:
+    callbacks = {
+        "callback_base_url": os.environ["CALLBACK_BASE_URL"],
+        "callback_secret": dg.EnvVar("CALLBACK_SECRET"),
+    }
 defs = dg.Definitions(
     assets=made.all,
     jobs=[dg.define_asset_job("krea_images", selection=[made.images, made.image_manifest])],
-    sensors=sensors if automated else [],
+    sensors=sensors if automated else collecting if os.environ["COLLECT"] == "later" else [],
     resources={
         "krea": KreaResource(
-            api_key=dg.EnvVar("DAEMON_KEY"), base_url=os.environ["BASE_URL"], storage=storage
+            api_key=dg.EnvVar("DAEMON_KEY"), base_url=os.environ["BASE_URL"], storage=storage,
+            **callbacks,
         ),
         "krea_manifest": KreaManifestIOManager(storage=storage),
     },
@@ -198,8 +212,13 @@ def dagster_dev(
     automated: bool = False,
     width: int = 0,
     settings: str = "",
+    collect: str = "wait",
+    callbacks: Mapping[str, str] | None = None,
 ) -> Iterator[Dagster]:
-    """Run ``dagster dev`` over a code location of one table, and end it."""
+    """Run ``dagster dev`` over a code location of one table, and end it.
+
+    ``collect`` is ``wait`` or ``later``; ``callbacks`` are the variables of a receiver.
+    """
     home = folder / "home"
     home.mkdir(parents=True)
     (home / "dagster.yaml").write_text(_SETTINGS + settings)
@@ -217,6 +236,8 @@ def dagster_dev(
         "STORAGE": str(folder / "krea"),
         "DAEMON_KEY": api_key,
         "BASE_URL": base_url,
+        "COLLECT": collect,
+        **(callbacks or {}),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }

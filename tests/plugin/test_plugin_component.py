@@ -43,6 +43,8 @@ EVERYTHING: dict[str, Any] = {
     "krea": {
         "api_key_env": "HERO_KEY",
         "journal_url_env": "HERO_JOURNAL",
+        "callback_base_url": "https://hooks.example.com",
+        "callback_secret_env": "HERO_SECRET",
         "emulator": False,
         "storage": "made",
         "base_url": "https://gateway.example",
@@ -74,8 +76,13 @@ EVERYTHING: dict[str, Any] = {
     "credits_per_usd": 70.0,
     "spend_by": ["campaign"],
     "soft_budgets": ["month=500"],
+    "collect_later": True,
     "in_process": False,
 }
+
+
+#: Settings that are given by the names of their variables.
+_NAMED = {"api_key_env", "journal_url_env", "callback_secret_env"}
 
 
 def names_of_checks(defs: dg.Definitions) -> set[str]:
@@ -129,9 +136,9 @@ def test_this_file_says_everything_that_the_yaml_takes() -> None:
 def test_every_setting_of_the_resource_is_in_the_yaml_with_the_same_default() -> None:
     ours = {name: field.default for name, field in KreaSettings.model_fields.items()}
     theirs = {name: field.default for name, field in KreaResource.model_fields.items()}
-    by_name = {"api_key": "api_key_env", "journal_url": "journal_url_env"}
+    by_name = {name: f"{name}_env" for name in ("api_key", "journal_url", "callback_secret")}
     assert {by_name.get(name, name) for name in theirs} == set(ours)
-    same = set(ours) - {"api_key_env", "journal_url_env", "emulator"}
+    same = set(ours) - {*by_name.values(), "emulator"}
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
 
 
@@ -175,6 +182,7 @@ def test_all_of_it_reaches_the_definitions(
     assert partitions.timezone == "Europe/Berlin"
     assert defs.executor is None
     assert defs.resolve_sensor_def("shop_hero_krea_automation")
+    assert defs.resolve_sensor_def("shop_hero_krea_collect")
     assert spec.automation_condition is not None
 
     checks = names_of_checks(defs)
@@ -189,7 +197,7 @@ def test_all_of_it_reaches_the_definitions(
 
     krea = resource_of(defs, "shop_hero_krea")
     settings = EVERYTHING["krea"]
-    for name in set(settings) - {"api_key_env", "journal_url_env", "storage"}:
+    for name in set(settings) - _NAMED - {"storage"}:
         assert getattr(krea, name) == settings[name], name
     assert krea.storage == str(sandbox.project_root / "made")
     columns = (

@@ -1,0 +1,1 @@
+"""What is done with finished images: measured, compared, reviewed, accepted, handed on."""

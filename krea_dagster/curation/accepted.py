@@ -1,0 +1,317 @@
+"""Which images are accepted, and why a row is not: rules, measures, likeness and verdicts. Pure.
+
+A row is accepted where its image is stored and nothing speaks against it:
+
+- a person's last verdict is not *reject*, and not *flag*, which waits for another look;
+- with ``require_keep`` that verdict is *keep*. Without it, which is the default, an image that
+  nobody has looked at is accepted too, so that one can go on before there is a review;
+- each measure lies in its range. A keep does not stand above a range: take the rule away, or
+  loosen it;
+- of images that are alike, it is the one to keep.
+
+Where a number of images is wanted, as many are taken (``take``), in an order that hangs on no
+file's order: kept by a person before not looked at, then the lower sample, then prompt_id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.engine.states import State
+from krea_dagster.engine.verdicts import FLAG, KEEP, REJECT, Verdict
+from krea_dagster.errors import ConfigError
+
+#: Why a row is accepted, or not. A measure out of its range says its rule instead.
+ACCEPTED: Final = "accepted"
+NOT_STORED: Final = "not stored"
+REJECTED: Final = "rejected"
+FLAGGED: Final = "flagged"
+NOT_REVIEWED: Final = "not reviewed"
+NOT_MEASURED: Final = "not measured"
+DUPLICATE: Final = "duplicate"
+#: More than are wanted: the same image again, or one beyond the number.
+SAME_IMAGE: Final = "same image"
+SURPLUS: Final = "more than wanted"
+
+#: A person, or a measure to come, has still to say.
+WAITING: Final = (FLAGGED, NOT_REVIEWED, NOT_MEASURED)
+
+#: What ``judge`` reads of each row, beside the columns of the measures.
+JUDGED: Final = ("prompt_id", "sample", "request_key", "status", "image_sha256")
+
+VERDICT_SCHEMA: Final = pa.schema(
+    [
+        ("image_sha256", pa.string()),
+        ("verdict", pa.string()),
+        ("reviewer", pa.string()),
+        ("reviewed_at", pa.timestamp("us", tz="UTC")),
+        ("number", pa.int64()),
+    ]
+)
+
+Mask = npt.NDArray[np.bool_]
+
+_COMPARE: Final = {
+    ">=": pc.greater_equal,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    "<": pc.less,
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """A bound of one measure: its name, ``>=``, ``<=``, ``>`` or ``<``, and a number."""
+
+    measure: str
+    operator: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Range:
+        """Read ``MEASURE>=NUMBER``, such as ``sharpness>=120``. Raises ConfigError."""
+        for operator in _COMPARE:  # the longer ones first
+            name, found, number = text.partition(operator)
+            if not found:
+                continue
+            try:
+                bound = float(number)
+            except ValueError:
+                break
+            if name.strip() and math.isfinite(bound):
+                return cls(name.strip(), operator, bound)
+            break
+        raise ConfigError(
+            f"the rule {text!r} cannot be read; write MEASURE>=NUMBER (or <=, >, <), "
+            "such as sharpness>=120"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.measure}{self.operator}{self.bound:g}"
+
+    def holds(self, values: pa.Array) -> pa.Array:
+        """Return where a value lies within; null where there is none, or it is not a number."""
+        numbers = values.cast(pa.float64())
+        found = _COMPARE[self.operator](numbers, self.bound)
+        return pc.if_else(pc.is_nan(numbers), None, found)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What must hold of an accepted image beside that it is stored and not rejected."""
+
+    require_keep: bool = False
+    ranges: tuple[Range, ...] = ()
+    one_of_duplicates: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        ranges: Iterable[str] = (),
+        *,
+        require_keep: bool = False,
+        one_of_duplicates: bool = False,
+    ) -> Rules:
+        """Read the ranges from texts. Raises ConfigError."""
+        return cls(require_keep, tuple(map(Range.parse, ranges)), one_of_duplicates)
+
+    @property
+    def measures(self) -> list[str]:
+        """The measures that they need, each once."""
+        return list(dict.fromkeys(one.measure for one in self.ranges))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of the images beside their rows.
+
+    ``verdicts`` has ``VERDICT_SCHEMA``, each image at most once. ``measures`` has
+    ``image_sha256`` and the rules' measures; None where no rule needs one. ``spare`` are the
+    rows of ``spare_rows``.
+    """
+
+    verdicts: pa.Table
+    measures: pa.Table | None = None
+    spare: pa.Array | None = None
+
+
+def verdict_table(verdicts: Iterable[Verdict]) -> pa.Table:
+    """Return present verdicts as ``VERDICT_SCHEMA``."""
+    rows = [(one.image_sha256, one.verdict, one.reviewer, one.at, one.number) for one in verdicts]
+    columns = list(zip(*rows, strict=True)) or [() for _ in VERDICT_SCHEMA]
+    return pa.table(
+        [
+            pa.array(column, field.type)
+            for column, field in zip(columns, VERDICT_SCHEMA, strict=True)
+        ],
+        schema=VERDICT_SCHEMA,
+    )
+
+
+def verdicts_of(images: pa.Array, verdicts: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Return these columns of ``VERDICT_SCHEMA`` beside images; null where nobody has judged."""
+    places = pc.index_in(images, value_set=_whole(verdicts["image_sha256"]))
+    return verdicts.select(list(columns)).take(places)
+
+
+def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> pa.Array:
+    """Return of each row why it is accepted or not: the texts above, or a rule's own.
+
+    ``rows`` hold ``JUDGED``. Of several reasons the first is said: not stored, rejected, flagged,
+    a range, not measured, duplicate, not reviewed. Raises ConfigError where the rules need
+    measures that are not given.
+    """
+    images = _column(rows, "image_sha256")
+    stored = pc.and_(pc.equal(_column(rows, "status"), State.STORED.value), pc.is_valid(images))
+    verdicts = _whole(verdicts_of(images, evidence.verdicts, ["verdict"])["verdict"])
+    reasons: list[tuple[pa.Array, str]] = [
+        (pc.invert(stored), NOT_STORED),
+        (pc.equal(verdicts, REJECT), REJECTED),
+        (pc.equal(verdicts, FLAG), FLAGGED),
+    ]
+    if rules.ranges:
+        if evidence.measures is None:
+            raise ConfigError("the rules need measures, and none were read")
+        places = pc.index_in(images, value_set=_whole(evidence.measures["image_sha256"]))
+        found = evidence.measures.select(rules.measures).take(places)
+        holds = {one: one.holds(_whole(found[one.measure])) for one in rules.ranges}
+        # What is certainly wrong is said before what is not known yet.
+        reasons += [(pc.invert(held), str(one)) for one, held in holds.items()]
+        reasons += [(pc.is_null(held), NOT_MEASURED) for held in holds.values()]
+    if rules.one_of_duplicates and evidence.spare is not None:
+        reasons.append((pc.is_in(row_names(rows), value_set=evidence.spare), DUPLICATE))
+    if rules.require_keep:
+        kept = pc.equal(verdicts, KEEP).fill_null(False)
+        reasons.append((pc.invert(kept), NOT_REVIEWED))
+    said = pa.array(np.full(rows.num_rows, ACCEPTED, object), pa.string())
+    for where, reason in reversed(reasons):
+        said = pc.if_else(where.fill_null(False), reason, said)
+    return said
+
+
+def spare_rows(duplicates: pa.Table, verdicts: pa.Table, *, require_keep: bool = False) -> pa.Array:
+    """Return the names (``row_names``) of the rows that are not the one to keep of their cluster.
+
+    ``duplicates`` is the table ``near_duplicates``. Where a person has refused the one that is
+    marked to keep (or, with ``require_keep``, has not kept it), the next that he has not refused
+    takes its place: the one whose distance to it is least.
+    """
+    judged = _whole(
+        verdicts_of(_column(duplicates, "image_sha256"), verdicts, ["verdict"])["verdict"]
+    )
+    refused = pc.is_in(judged, value_set=pa.array([REJECT, FLAG]))
+    if require_keep:
+        refused = pc.invert(pc.equal(judged, KEEP).fill_null(False))
+    order = pa.table(
+        {
+            "cluster": duplicates["cluster"],
+            "refused": refused.fill_null(False).cast(pa.int8()),
+            "not_kept": pc.invert(_column(duplicates, "keep")).cast(pa.int8()),
+            "distance": duplicates["distance"],
+            "image_sha256": duplicates["image_sha256"],
+            "prompt_id": duplicates["prompt_id"],
+            "sample": duplicates["sample"],
+        }
+    )
+    places = pc.sort_indices(order, sort_keys=[(name, "ascending") for name in order.schema.names])
+    clusters = _column(duplicates, "cluster").take(places)
+    first = np.ones(len(clusters), np.bool_)
+    if len(clusters) > 1:
+        first[1:] = np.asarray(pc.not_equal(clusters[1:], clusters[:-1]))
+    return row_names(duplicates.take(places.filter(pa.array(~first))))
+
+
+def verdict_version(images: pa.Array, verdicts: pa.Table) -> str:
+    """Return a version of what people think of these images: 16 hexadecimal digits.
+
+    It hangs on the present verdicts (``VERDICT_SCHEMA``) alone: an image that nobody has judged
+    changes nothing, and a verdict that is taken back leaves no trace.
+    """
+    found = verdicts.filter(pc.is_in(verdicts["image_sha256"], value_set=images))
+    hashed = hashlib.sha256(b"krea-dagster/1/verdicts")
+    for number in sorted(found["number"].to_pylist()):
+        hashed.update(b"\x1f%d" % number)
+    return hashed.hexdigest()[:16]
+
+
+def row_names(rows: pa.Table | pa.RecordBatch) -> pa.Array:
+    """Return a text that names each row: its request, its sample and its prompt_id."""
+    return pc.binary_join_element_wise(
+        _column(rows, "request_key"),
+        _column(rows, "sample").cast(pa.string()),
+        _column(rows, "prompt_id"),
+        "\x1f",
+    )
+
+
+def take(
+    reasons: pa.Array,
+    rows: pa.Table,
+    groups: npt.NDArray[np.int64],
+    wanted: npt.NDArray[np.int64],
+    *,
+    kept: pa.Array,
+) -> pa.Array:
+    """Return the reasons with the surplus left out: of each group as many as are wanted.
+
+    ``groups`` says for each row which group it is of; ``wanted`` how many of each, and -1 where
+    any number is. ``kept`` is true where a person's verdict is keep. ``rows`` hold ``JUDGED``.
+    An image that two rows of a group share counts once.
+    """
+    fine = np.asarray(pc.equal(reasons, ACCEPTED)) & (wanted[groups] >= 0)
+    (places,) = np.nonzero(fine)
+    if not len(places):
+        return reasons
+    chosen = rows.select(["sample", "prompt_id", "image_sha256"]).take(pa.array(places))
+    not_kept = ~np.asarray(kept.fill_null(False))[places]
+    images = np.asarray(chosen["image_sha256"].combine_chunks().dictionary_encode().indices)
+    table = pa.table(
+        {
+            "group": groups[places],
+            "not_kept": not_kept.astype(np.int8),
+            "sample": chosen["sample"],
+            "prompt_id": chosen["prompt_id"],
+            "image_sha256": chosen["image_sha256"],
+        }
+    )
+    keys = [(name, "ascending") for name in table.schema.names]
+    order = np.asarray(pc.sort_indices(table, sort_keys=keys))
+    places, images, of = places[order], images[order], groups[places][order]
+    _, firsts = np.unique(of * (int(images.max()) + 1) + images, return_index=True)
+    first = np.zeros(len(places), np.bool_)
+    first[firsts] = True
+    beyond = first & (ranks(np.where(first, of, -1)) >= wanted[of])
+    said = np.array(reasons.to_pylist(), object)
+    said[places[~first]] = SAME_IMAGE
+    said[places[beyond]] = SURPLUS
+    return pa.array(said, pa.string())
+
+
+def ranks(groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return of each row how many of its group come before it."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    begins = np.searchsorted(ordered, ordered, side="left")
+    found = np.empty(len(groups), np.int64)
+    found[order] = np.arange(len(groups)) - begins
+    return found
+
+
+def _column(rows: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
+    return _whole(rows.column(name))
+
+
+def _whole(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if isinstance(column, pa.Array):
+        return column
+    found = column.combine_chunks()
+    return pa.concat_arrays(found.chunks) if isinstance(found, pa.ChunkedArray) else found

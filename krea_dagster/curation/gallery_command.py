@@ -1,0 +1,229 @@
+"""The command that writes a gallery: options to a wish, figures to the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from krea_dagster.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from krea_dagster.curation.gallery import Written
+    from krea_dagster.engine.storage import Storage
+
+_EPILOG: Final = """
+\b
+Environment:
+  KREA_STORAGE      root of what is made  [data/krea]
+  KREA_JOURNAL_URL  SQLAlchemy URL        [SQLite in the storage root]
+
+\b
+  krea-dagster gallery --partition bucket-000
+  krea-dagster gallery --where campaign=autumn --verdict keep -o autumn.html
+
+\b
+Exit codes: 0 done, 1 some stored files are missing or changed (the page says
+which), 2 wrong use or nothing to show.
+"""
+
+
+@click.command("gallery", epilog=_EPILOG)
+@click.option(
+    "-o",
+    "--output",
+    default="gallery.html",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write.",
+)
+@click.option(
+    "--storage",
+    envvar="KREA_STORAGE",
+    default="data/krea",
+    show_default=True,
+    help="The storage root whose images are shown.",
+)
+@click.option(
+    "--journal",
+    "journal_url",
+    envvar="KREA_JOURNAL_URL",
+    default="",
+    metavar="URL",
+    help="The journal with the verdicts, where it is not in the storage root.",
+)
+@click.option("--partition", "partitions", multiple=True, metavar="KEY", help="Only these.")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="COLUMN=VALUE",
+    help="Only rows whose column has this value; one column twice takes either.",
+)
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    metavar="STATUS",
+    help="Rows in this state; `any` for all.  [default: stored]",
+)
+@click.option(
+    "--verdict",
+    "verdicts",
+    multiple=True,
+    type=click.Choice(["keep", "reject", "flag", "none"]),
+    help="Only images so judged; none for those not judged.",
+)
+@click.option(
+    "--limit", default=500, show_default=True, type=click.IntRange(min=1), help="Most rows."
+)
+@click.option(
+    "--pixels",
+    default=320,
+    show_default=True,
+    type=click.IntRange(32, 1024),
+    help="Longest side of the small pictures.",
+)
+@click.option(
+    "--most-mb",
+    default=25.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Largest size of the file; further rows are left out, and counted.",
+)
+@click.option("--title", default="Gallery", show_default=True, help="The page's heading.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+def gallery_command(
+    *,
+    output: Path,
+    storage: str,
+    journal_url: str,
+    partitions: tuple[str, ...],
+    where: tuple[str, ...],
+    statuses: tuple[str, ...],
+    verdicts: tuple[str, ...],
+    limit: int,
+    pixels: int,
+    most_mb: float,
+    title: str,
+    as_json: bool,
+) -> None:
+    """Write one HTML file with small pictures, to look at or to send to a colleague.
+
+    With prompt, seed, size, credits and ids below each. It needs no network and no other file,
+    and holds no script. Only files that are still what was verified are shown.
+    """
+    from krea_dagster.curation.gallery import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
+    from krea_dagster.curation.gallery_rows import GalleryWish, choose_rows  # noqa: PLC0415
+    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+
+    wish = GalleryWish(
+        partitions=partitions,
+        where=[_pair(text) for text in where],
+        statuses=() if "any" in statuses else statuses or ("stored",),
+        verdicts=verdicts,
+        limit=limit,
+    )
+    root = Storage(storage)
+    chosen = choose_rows(root, wish, _verdicts(root, journal_url, wanted=bool(verdicts)))
+    if not chosen.matched:
+        raise ConfigError(
+            "no row meets this: there is nothing to show. Leave a --where, --verdict or "
+            "--partition out, or give --status any"
+        )
+    about = min(estimate_bytes(root, chosen.rows, pixels), round(most_mb * 1e6))
+    click.echo(
+        f"{len(chosen.rows):,} of {chosen.matched:,} rows, about {about / 1e6:.1f} MB", err=True
+    )
+    with tempfile.TemporaryFile() as page:
+        written = write_gallery(
+            root,
+            chosen,
+            page,
+            title=title,
+            wish=wish.words(),
+            side=pixels,
+            most_bytes=round(most_mb * 1e6),
+            on_made=_tell if sys.stderr.isatty() else lambda _: None,
+        )
+        page.seek(0)
+        _place(output, page.read())
+    _say(output, written, as_json=as_json)
+    if written.missing:
+        sys.exit(1)
+
+
+def _say(output: Path, written: Written, *, as_json: bool) -> None:
+    if as_json:
+        figures = {
+            "path": str(output),
+            "images": written.shown,
+            "files_missing": written.missing,
+            "rows_left_out": written.left_out,
+            "bytes": written.size_bytes,
+        }
+        click.echo(json.dumps(figures))
+        return
+    click.echo(f"{output}: {written.shown:,} images, {written.size_bytes / 1e6:.1f} MB")
+    if written.missing:
+        click.echo(
+            f"{written.missing:,} stored files are missing or changed; the page says which, and a "
+            "run of images fetches what can be fetched",
+            err=True,
+        )
+    if written.left_out:
+        click.echo(f"{written.left_out:,} more rows are left out: --limit, --most-mb", err=True)
+
+
+def _tell(done: int) -> None:
+    if done % 50 == 0:
+        click.echo(f"\r{done:,} pictures", nl=False, err=True)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals or not column:
+        raise click.UsageError(f"--where takes COLUMN=VALUE, not {text!r}")
+    return column, value
+
+
+def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, str]:
+    """The verdicts that count, by sha256; ConfigError where they are wanted and not there."""
+    from krea_dagster.engine.database import has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.verdicts import VerdictLog  # noqa: PLC0415
+
+    url = journal_url
+    if not url and storage.folder is not None:
+        url = f"sqlite:///{storage.folder / 'journal.db'}"
+    if not url or not has_database(url):
+        if wanted:
+            raise ConfigError(
+                "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or leave "
+                "--verdict out"
+            )
+        return {}
+    with closing(VerdictLog.open(url)) as log:
+        return {sha256: one.verdict for sha256, one in log.present().items()}
+
+
+def _place(path: Path, page: bytes) -> None:
+    """Write beside it and rename, so that nobody ever opens half a page."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(page)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except OSError:
+            with suppress(OSError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise StorageError(f"the gallery cannot be written to {path}: {error}") from error

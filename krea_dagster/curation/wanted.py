@@ -1,0 +1,425 @@
+"""Exactly N accepted: which slots are bought, asked again or held back, and why some stay short.
+
+Pure. A slot is one sample of a row (``num_images`` of them), and holds one picture at a time. Of
+each group (a prompt, or a value of a column) a number of accepted images is wanted, and what is
+missing is what is wanted less what is accepted or undecided: not looked at yet, at the server, of
+unknown outcome. Never more is asked for than is missing:
+
+- first the slots that have no picture yet, then those whose picture was refused, of which another
+  is asked for (the next attempt); the fewest attempts first, then the lowest sample, then the
+  order of the table;
+- a slot whose seed stands in the table would give the same picture again, and is left alone;
+- a slot whose task failed or was refused is left alone too: ``retry_errors`` says which of them
+  a run buys again, and these count as slots without a picture;
+- nothing beyond the candidate budget: so many images of a group, and so many credits, whatever
+  has become of them. What failed or was refused at the server cost nothing and does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.curation import accepted as rules
+from krea_dagster.curation.accepted import ranks
+from krea_dagster.engine.states import AT_STAKE, State
+from krea_dagster.errors import ConfigError
+from krea_dagster.models import credits_from_units, units_from_credits
+
+Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+#: How a slot stands.
+IS_ACCEPTED: Final = 0
+IS_UNDECIDED: Final = 1
+IS_OPEN: Final = 2
+IS_REFUSED: Final = 3
+IS_FIXED: Final = 4
+IS_FAILED: Final = 5
+
+#: Candidates of a group for each image that is wanted, where nobody says how many.
+CANDIDATES_EACH: Final = 4
+
+#: The most of the credits of a group where nobody says: no bound but that of the images.
+_NO_BOUND: Final = 2**62
+
+_AT_STAKE: Final = pa.array(sorted(state.value for state in AT_STAKE))
+_UNASKED: Final = pa.array([State.PLANNED.value, State.DEFERRED.value])
+_ENDED: Final = pa.array([State.FAILED.value, State.REFUSED.value])
+
+
+@dataclass(frozen=True)
+class WantedImages:
+    """How many accepted images are wanted, of what, and how many candidates may be bought.
+
+    ``number`` is wanted of each prompt, or where ``column`` names one, of each of its values;
+    None where only the ``values`` that are named have a number. ``most_images`` and
+    ``most_units`` bound what is bought of each group in all; None stands for ``CANDIDATES_EACH``
+    times the number, and for no bound.
+    """
+
+    number: int | None
+    column: str = ""
+    values: Mapping[str, int] = field(default_factory=dict)
+    most_images: int | None = None
+    most_units: int | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        texts: Sequence[str],
+        *,
+        most_images: int | None = None,
+        most_credits: float | None = None,
+    ) -> WantedImages | None:
+        """Read ``prompt=N``, or ``column:NAME=N`` and ``column:NAME:VALUE=N``; None for none.
+
+        All of one column. Raises ConfigError.
+        """
+        if not texts:
+            if most_images is not None or most_credits is not None:
+                raise ConfigError(
+                    "a candidate budget is given, and no number of wanted images; give one, such "
+                    "as prompt=3"
+                )
+            return None
+        number: int | None = None
+        columns: set[str] = set()
+        values: dict[str, int] = {}
+        for text in texts:
+            column, value, count = _read(text)
+            columns.add(column)
+            if (value is None and number is not None) or (value is not None and value in values):
+                raise ConfigError(f"the wanted images {text!r} are given twice")
+            if value is None:
+                number = count
+            else:
+                values[value] = count
+        if len(columns) > 1:
+            raise ConfigError(
+                "images are wanted per prompt, or per value of one column; here both are given, "
+                f"or two columns: {', '.join(texts)}"
+            )
+        if (most_images is not None and most_images < 0) or (
+            most_credits is not None and not 0 <= most_credits < 1e12
+        ):
+            raise ConfigError("a candidate budget is a number of images or credits, not below 0")
+        return cls(
+            number,
+            columns.pop(),
+            values,
+            most_images,
+            None if most_credits is None else units_from_credits(most_credits),
+        )
+
+    @property
+    def of(self) -> str:
+        """What a group is, in words."""
+        return f"value of {self.column}" if self.column else "prompt"
+
+    def numbers(self, names: Sequence[str]) -> Numbers:
+        """Return how many are wanted of these groups; -1 where any number is."""
+        rest = -1 if self.number is None else self.number
+        return np.array([self.values.get(name, rest) for name in names], np.int64)
+
+    def most(self, numbers: Numbers) -> Numbers:
+        """Return how many images of each group may be bought in all."""
+        if self.most_images is None:
+            return numbers * CANDIDATES_EACH
+        return np.full(len(numbers), self.most_images, np.int64)
+
+
+def _read(text: str) -> tuple[str, str | None, int]:
+    scope, equals, count = text.rpartition("=")
+    kind, colon, rest = scope.partition(":")
+    column, second, value = rest.partition(":")
+    known = scope == "prompt" or (kind == "column" and colon and column)
+    if not equals or not known or not count.strip().isdecimal():
+        raise ConfigError(
+            f"the wanted images {text!r} cannot be read; write prompt=N, column:NAME=N or "
+            "column:NAME:VALUE=N, such as prompt=3"
+        )
+    return column, value if second else None, int(count)
+
+
+#: The columns of slots: what ``Decision`` and ``short_table`` need of each.
+SLOT_SCHEMA: Final = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("attempt", pa.int32()),
+        ("seed", pa.int32()),
+        ("drawn", pa.bool_()),  # so that another attempt has another seed
+        ("request_key", pa.string()),
+        ("partition_key", pa.string()),
+        ("value", pa.string()),  # of the column that is counted by; null without
+        ("status", pa.string()),
+        ("image_sha256", pa.string()),
+        ("error_code", pa.string()),
+        ("price_units", pa.int64()),  # what to ask for it would cost at most
+        ("bought_images", pa.int32()),  # at all its attempts
+        ("bought_units", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of some rows: their names, and for each row which of them it is of."""
+
+    names: Sequence[str]
+    of: Numbers
+
+    @classmethod
+    def by(cls, wanted: WantedImages, rows: pa.Table) -> Groups:
+        """Group rows that have ``prompt_id`` and ``value``."""
+        column = rows["value"].fill_null("") if wanted.column else rows["prompt_id"]
+        encoded = column.combine_chunks().dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):  # of more rows than fit into one array
+            encoded = encoded.unify_dictionaries().combine_chunks()
+        return cls(encoded.dictionary.to_pylist(), np.asarray(encoded.indices).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one group stands after a decision, or at the end; counts of slots.
+
+    ``images`` and ``units`` are what was bought of it so far, at all attempts. ``why`` says what
+    keeps it from its number; empty where nothing does, or it is not known yet (``undecided`` and
+    ``asked`` are under way).
+    """
+
+    name: str
+    wanted: int
+    accepted: int
+    undecided: int
+    asked: int
+    images: int
+    units: int
+    why: str
+
+    @property
+    def reached(self) -> bool:
+        """Whether as many are accepted as are wanted."""
+        return self.accepted >= self.wanted
+
+    @property
+    def short(self) -> int:
+        """How many there will never be unless somebody changes something."""
+        return max(0, self.wanted - self.accepted - self.undecided - self.asked)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with slots: masks beside them, and how each group then stands.
+
+    ``ask`` have no picture yet and are bought; ``again`` are those of which another is asked for;
+    ``held`` have no picture and are not bought now.
+    """
+
+    ask: Mask
+    again: Mask
+    held: Mask
+    outcomes: Sequence[Outcome]
+
+    @property
+    def totals(self) -> Mapping[str, Any]:
+        """Counts over all groups that a number is wanted of, and how many are short."""
+        return totals_of(self.outcomes)
+
+
+def totals_of(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
+    """Counts over groups: images and credits as plain numbers, for metadata."""
+    return {
+        "groups": len(outcomes),
+        "groups_reached": sum(one.reached for one in outcomes),
+        "groups_short": sum(one.short > 0 for one in outcomes),
+        "wanted": sum(one.wanted for one in outcomes),
+        "accepted": sum(min(one.accepted, one.wanted) for one in outcomes),
+        "undecided": sum(one.undecided for one in outcomes),
+        "asked": sum(one.asked for one in outcomes),
+        "candidates": sum(one.images for one in outcomes),
+        "candidate_credits": credits_from_units(sum(one.units for one in outcomes)),
+    }
+
+
+def standings(
+    slots: pa.Table, reasons: pa.Array, *, retry_errors: Collection[str] = ()
+) -> npt.NDArray[np.int8]:
+    """Return how each slot stands, from why its picture is accepted or not (``accepted.judge``).
+
+    ``slots`` has ``SLOT_SCHEMA``; a null status is a request that was never planned.
+    """
+    status = slots["status"].fill_null(State.PLANNED.value)
+    stored = pc.equal(status, State.STORED.value)
+    retried = pc.is_in(slots["error_code"], value_set=pa.array(sorted(retry_errors), pa.string()))
+    unasked = pc.or_(
+        pc.is_in(status, value_set=_UNASKED),
+        pc.and_(pc.is_in(status, value_set=_ENDED), retried),
+    )
+    found = np.full(slots.num_rows, IS_FAILED, np.int8)
+    found[np.asarray(pc.is_in(status, value_set=_AT_STAKE))] = IS_UNDECIDED
+    found[np.asarray(unasked)] = IS_OPEN
+    is_stored = np.asarray(stored)
+    waiting = np.asarray(pc.is_in(reasons, value_set=pa.array(rules.WAITING)))
+    fine = np.asarray(pc.equal(reasons, rules.ACCEPTED))
+    drawn = np.asarray(slots["drawn"])
+    found[is_stored & drawn] = IS_REFUSED
+    found[is_stored & ~drawn] = IS_FIXED
+    found[is_stored & waiting] = IS_UNDECIDED
+    found[is_stored & fine] = IS_ACCEPTED
+    return found
+
+
+def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]) -> Decision:
+    """Decide what is asked for. ``slots`` has ``SLOT_SCHEMA``, in the order of the table.
+
+    Two slots of a group that share a request are one: it is bought once and is one picture.
+    """
+    groups = Groups.by(wanted, slots)
+    of, number = groups.of, len(groups.names)
+    numbers = wanted.numbers(groups.names)
+    governed = numbers[of] >= 0
+    first = _first_of_each(of, slots["request_key"])
+    counted = governed & first
+
+    def count(*kinds: int) -> Numbers:
+        return np.bincount(of[counted & np.isin(standing, kinds)], minlength=number)
+
+    # What a shared request has cost counts once for the group.
+    images = _sums(of[counted], _numbers(slots, "bought_images")[counted], number)
+    units = _sums(of[counted], _numbers(slots, "bought_units")[counted], number)
+    accepted, undecided = count(IS_ACCEPTED), count(IS_UNDECIDED)
+    missing = np.maximum(numbers - accepted - undecided, 0)
+    room = np.maximum(wanted.most(numbers) - images, 0)
+    credits_left = (_NO_BOUND if wanted.most_units is None else wanted.most_units) - units
+    candidates = counted & np.isin(standing, (IS_OPEN, IS_REFUSED))
+    (places,) = np.nonzero(candidates)
+    order = places[
+        np.lexsort(
+            (
+                places,
+                _numbers(slots, "sample")[places],
+                _numbers(slots, "attempt")[places],
+                standing[places],
+                of[places],
+            )
+        )
+    ]
+    of_each, prices = of[order], _numbers(slots, "price_units")[order]
+    place_in_group = ranks(of_each)
+    # The running cost within the group: the whole's, less the whole's before the group began.
+    running = np.cumsum(prices)
+    before = running - prices
+    begins = order_of_begins(place_in_group)
+    within = running - before[begins] if len(order) else running
+    chosen = (place_in_group < np.minimum(missing, room)[of_each]) & (
+        within <= credits_left[of_each]
+    )
+    picked = np.zeros(len(of), np.bool_)
+    picked[order[chosen]] = True
+    asked = np.bincount(of[picked], minlength=number)
+    left = count(IS_OPEN, IS_REFUSED) - asked
+    # Those that share a request fare alike.
+    picked = _alike(of, slots["request_key"], picked, first)
+    is_open = standing == IS_OPEN
+    fixed, failed = count(IS_FIXED), count(IS_FAILED)
+    outcomes = [
+        Outcome(
+            groups.names[at],
+            int(numbers[at]),
+            int(accepted[at]),
+            int(undecided[at]),
+            int(asked[at]),
+            int(images[at]),
+            int(units[at]),
+            _why(
+                int(missing[at] - asked[at]),
+                left=int(left[at]),
+                room=int(room[at] - asked[at]),
+                most=wanted.most_units,
+                images=int(images[at] + asked[at]),
+                fixed=int(fixed[at]),
+                failed=int(failed[at]),
+            ),
+        )
+        for at in np.flatnonzero(numbers >= 0).tolist()
+    ]
+    return Decision(
+        ask=is_open & (picked | ~governed),
+        again=picked & (standing == IS_REFUSED) & first,
+        held=is_open & governed & ~picked,
+        outcomes=outcomes,
+    )
+
+
+def order_of_begins(place_in_group: Numbers) -> Numbers:
+    """Return of rows that are sorted by group where each one's group begins."""
+    found: Numbers = np.arange(len(place_in_group)) - place_in_group
+    return found
+
+
+def _why(
+    short: int, *, left: int, room: int, most: int | None, images: int, fixed: int, failed: int
+) -> str:
+    if short <= 0:
+        return ""
+    reasons = []
+    if left and room <= 0:
+        reasons.append(f"the candidate budget is spent at {images} images")
+    elif left:
+        reasons.append(
+            f"the candidate budget of {credits_from_units(most or 0):g} credits leaves no room for "
+            "another"
+        )
+    if short > left:
+        if fixed:
+            reasons.append(
+                f"{fixed} refused with a seed that the table fixes, which would give the same again"
+            )
+        if failed:
+            reasons.append(f"{failed} failed at the server (retry_errors buys them again)")
+        if short > left + fixed + failed:
+            reasons.append("its rows ask for too few images (num_images)")
+    return "; ".join(reasons)
+
+
+def _first_of_each(of: Numbers, keys: pa.ChunkedArray) -> Mask:
+    """Return which are the first of their group with a request."""
+    _, first = np.unique(_requests(of, keys), return_index=True)
+    found = np.zeros(len(of), np.bool_)
+    found[first] = True
+    return found
+
+
+def _alike(of: Numbers, keys: pa.ChunkedArray, chosen: Mask, first: Mask) -> Mask:
+    """Return the chosen, and those that share a request with one of its group."""
+    if first.all():
+        return chosen
+    requests = _requests(of, keys)
+    return np.isin(requests, requests[chosen])
+
+
+def _requests(of: Numbers, keys: pa.ChunkedArray) -> Numbers:
+    """Return a number for each group and request together."""
+    encoded = pa.chunked_array(keys.chunks, pa.string()).combine_chunks().dictionary_encode()
+    found: Numbers = of * (len(encoded.dictionary) + 1) + np.asarray(encoded.indices)
+    return found
+
+
+def _numbers(slots: pa.Table, name: str) -> Numbers:
+    found: Numbers = np.asarray(slots[name]).astype(np.int64)
+    return found
+
+
+def _sums(of: Numbers, values: Numbers, number: int) -> Numbers:
+    """Add up by group, in whole numbers."""
+    found = np.zeros(number, np.int64)
+    np.add.at(found, of, values)
+    return found

@@ -1,0 +1,293 @@
+"""Exactly N accepted, with a reviewer who rejects some at random: rounds of a run and a review.
+
+Run it for the figures of 100 prompts::
+
+    .venv/bin/python -m tests.curation.exactly_n
+    .venv/bin/python -m tests.curation.exactly_n --most-images 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets
+from krea_dagster.curation.accepted import Rules
+from krea_dagster.curation.accepting import Accepting
+from krea_dagster.curation.wanted import Outcome, WantedImages
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.verdicts import KEEP, REJECT, Verdict
+from krea_dagster.manifest import write_manifest_parts
+from krea_dagster.plugin.accepted_assets import build_accepted_assets
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.plugin.wanted import Asked, ask_for_wanted
+from krea_dagster.prompts import parse_partition_by
+from tests.dagster_bench import bought, run_job, write_table
+
+PRICE = 0.45
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of ``images`` and the review after it; counts of pictures."""
+
+    missing: int
+    bought: int
+    rejected: int
+
+
+@dataclass
+class Studio:
+    """A prompt table, its assets with a wish for accepted images, and a reviewer."""
+
+    folder: Path
+    emulator: Emulator
+    api_key: str
+    prompts: Mapping[str, Any]
+    wanted: WantedImages | None
+    rules: Rules = field(default_factory=Rules)
+    prefix: str = "studio"
+    by: str = "hash:2"
+    rejects: float = 0.3
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        source = write_table(self.folder / "prompts.parquet", self.prompts)
+        self.table = PromptTable(source, parse_partition_by(self.by))
+        self.krea = KreaResource(
+            api_key=self.api_key,
+            base_url=self.emulator.url,
+            storage=str(self.folder / "krea"),
+            max_in_flight=32,
+        )
+        self._random = random.Random(self.seed)
+        self._runs = itertools.count(1)
+
+    @property
+    def defs(self) -> dg.Definitions:
+        """The assets and the two jobs, made anew as a code location that is loaded again."""
+        assets = build_krea_assets(
+            self.table, key_prefix=self.prefix, wanted=self.wanted, rules=self.rules
+        )
+        accepted = build_accepted_assets(
+            assets.image_manifest.key,
+            partitions_def=assets.partitions_def,
+            prefix=[self.prefix],
+            rules=self.rules,
+            wanted=self.wanted,
+        )
+        job = dg.define_asset_job(
+            "krea_images", selection=dg.AssetSelection.assets(assets.images, assets.image_manifest)
+        )
+        return dg.Definitions(
+            assets=[*assets.all, *accepted.all],
+            jobs=[job, accepted.job],
+            sensors=[accepted.sensor],
+            resources={
+                "krea": self.krea,
+                "krea_manifest": KreaManifestIOManager(storage=self.krea.storage),
+            },
+        )
+
+    @property
+    def partitions(self) -> Sequence[str]:
+        return self.table.partition_keys()
+
+    def buy(
+        self, instance: dg.DagsterInstance, partitions: Sequence[str] | None = None
+    ) -> dg.ExecuteInProcessResult:
+        """One run of ``images`` and ``image_manifest`` over these partitions, or all."""
+        keys = partitions or self.partitions
+        return run_job(self.defs, instance, keys[0], keys[-1])
+
+    def carry(self, partitions: Sequence[str] | None = None) -> Asked:
+        """The same without Dagster: decide, buy, write the manifests."""
+        batch = Batch.read(self.table, partitions, self.krea, to_buy=True)
+        run_id = f"run-{next(self._runs)}"
+        batch, asked = ask_for_wanted(
+            batch,
+            KreaImagesConfig(),
+            self.krea,
+            self.wanted,
+            self.rules,
+            folders=[self.prefix],
+            raised_by=run_id,
+        )
+        with batch, self.journal() as journal:
+            self.krea.carry(batch.standing(self.krea).wanted(), run_id=run_id)
+            for key in batch.plan.keys:
+                parts = batch.manifest_parts(key, self.krea, journal, run_id)
+                storage, schema = self.krea.open_storage(), batch.manifest_schema
+                write_manifest_parts(storage, key, schema, parts, [self.prefix])
+        return asked
+
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """Make ``accepted_images`` without Dagster; returns how each group stands."""
+        with self.journal() as journal:
+            storage, folders = self.krea.open_storage(), [self.prefix]
+            accepting = Accepting.read(storage, journal, self.rules, self.wanted, folders)
+            _, outcomes = accepting.make(self.partitions)
+        return {one.name: one for one in outcomes}
+
+    def accept(
+        self, instance: dg.DagsterInstance, partitions: Sequence[str] | None = None
+    ) -> dg.ExecuteInProcessResult:
+        """One run of ``accepted_images``."""
+        keys = partitions or self.partitions
+        return run_job(self.defs, instance, keys[0], keys[-1], job=f"{self.prefix}_krea_accepted")
+
+    def journal(self) -> Any:
+        return closing(Journal(f"sqlite:///{self.folder / 'krea' / 'journal.db'}"))
+
+    def manifest(self) -> list[dict[str, Any]]:
+        return self._rows("manifest")
+
+    def accepted(self) -> list[dict[str, Any]]:
+        return self._rows("accepted")
+
+    def _rows(self, kind: str) -> list[dict[str, Any]]:
+        home = self.folder / "krea" / kind / self.prefix
+        tables = [pq.read_table(path) for path in sorted(home.glob("*.parquet"))]
+        rows: list[dict[str, Any]] = pa.concat_tables(tables, promote_options="default").to_pylist()
+        return rows
+
+    def judge(self, verdicts: Mapping[tuple[str, int], str], reviewer: str = "ann") -> None:
+        """Say what a person thinks of the present pictures of these (prompt_id, sample)."""
+        rows = [row for row in self.manifest() if (row["prompt_id"], row["sample"]) in verdicts]
+        assert len(rows) == len(verdicts)
+        with self.journal() as journal:
+            journal.verdicts.remember(
+                [
+                    Verdict(
+                        f"{random.SystemRandom().getrandbits(64):016x}",
+                        row["image_sha256"],
+                        verdicts[row["prompt_id"], row["sample"]],
+                        reviewer,
+                        row["request_key"],
+                        row["prompt_id"],
+                        row["sample"],
+                        row["attempt"],
+                        row["partition_key"],
+                    )
+                    for row in rows
+                ]
+            )
+
+    def review(self) -> int:
+        """Look at all that nobody has looked at; returns how many were rejected."""
+        with self.journal() as journal:
+            seen = set(journal.verdicts.present())
+        verdicts = {}
+        for row in self.manifest():
+            if row["status"] == "stored" and row["image_sha256"] not in seen:
+                bad = self._random.random() < self.rejects
+                verdicts[row["prompt_id"], row["sample"]] = REJECT if bad else KEEP
+        self.judge(verdicts)
+        return sum(verdict == REJECT for verdict in verdicts.values())
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The emulator's own entries of what this studio has bought."""
+        return bought(self.emulator, f"[{self.prefix}]")
+
+    def kept(self) -> dict[str, int]:
+        """How many present pictures of each prompt are kept."""
+        with self.journal() as journal:
+            present = journal.verdicts.present()
+        counts = dict.fromkeys((row["prompt_id"] for row in self.manifest()), 0)
+        for row in self.manifest():
+            verdict = present.get(row["image_sha256"])
+            counts[row["prompt_id"]] += verdict is not None and verdict.verdict == KEEP
+        return counts
+
+    def rounds(self, instance: dg.DagsterInstance | None = None, most: int = 40) -> list[Round]:
+        """Runs and reviews until a run has bought nothing more; by Dagster where it is given."""
+        assert self.wanted is not None
+        number, found = self.wanted.number or 0, []
+        missing = number * len(self.prompts["prompt_id"])
+        for _ in range(most):
+            before = len(self.tasks())
+            if instance is None:
+                self.carry()
+            else:
+                assert self.buy(instance).success
+            now = len(self.tasks()) - before
+            found.append(Round(missing, now, self.review()))
+            if now == 0:
+                return found
+            missing = sum(max(0, number - kept) for kept in self.kept().values())
+        raise AssertionError(f"still buying after {most} rounds: {found}")
+
+
+def prompts_of(count: int, prefix: str, *, num_images: int = 3, **further: Any) -> dict[str, Any]:
+    names = [f"{prefix}-{number:03d}" for number in range(count)]
+    return {
+        "prompt_id": names,
+        "prompt": [f"a picture for {name} [{prefix}]" for name in names],
+        "num_images": pa.array([num_images] * count, pa.int32()),
+        **further,
+    }
+
+
+def main() -> None:
+    """Print the rounds of 100 prompts, and what the books say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--wanted", type=int, default=3)
+    parser.add_argument("--rejects", type=float, default=0.3)
+    parser.add_argument("--most-images", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=7)
+    given = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Emulator(latency_s=0.02, latency_jitter=0.0) as emulator,
+        dg.DagsterInstance.local_temp(folder) as instance,
+    ):
+        key = "sk-of-exactly-n-Zq81"
+        emulator.world.add_account(key, 10_000_000)
+        studio = Studio(
+            Path(folder) / "studio",
+            emulator,
+            key,
+            prompts_of(given.prompts, "studio", num_images=given.wanted),
+            WantedImages(given.wanted, most_images=given.most_images),
+            Rules(require_keep=True),
+            rejects=given.rejects,
+            seed=given.seed,
+        )
+        began_s = time.perf_counter()
+        rounds = studio.rounds(instance)
+        for number, one in enumerate(rounds, 1):
+            print(
+                f"round {number}: {one.missing} missing, {one.bought} bought, "
+                f"{one.rejected} rejected"
+            )
+        result = studio.accept(instance)
+        check = next(iter(result.get_asset_check_evaluations()))
+        total = len(studio.tasks())
+        replaced = sum(one.bought for one in rounds[1:])
+        account = emulator.world.account(key)
+        assert account is not None
+        print(check.description)
+        print(
+            f"{total} bought = {rounds[0].bought} + {replaced} replaced; "
+            f"{sum(one.rejected for one in rounds)} rejected; {account.charged / 1e4:g} credits; "
+            f"{len(studio.accepted())} accepted; {time.perf_counter() - began_s:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

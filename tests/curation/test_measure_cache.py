@@ -1,0 +1,197 @@
+"""The cache of figures: durable, for several writers at once, and never in the way."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from krea_dagster.curation.measure_cache import (
+    KEY,
+    MeasureCache,
+    Notes,
+    digests,
+    measured_while_verified,
+)
+from krea_dagster.curation.measures import measure
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import StorageError
+from tests.curation.measured_shelf import drawn
+
+
+def sha(number: int) -> str:
+    return hashlib.sha256(b"%d" % number).hexdigest()
+
+
+def scores(storage: Storage, version: str = "1") -> MeasureCache:
+    return MeasureCache.of_further(storage, "score", version)
+
+
+def found(cache: MeasureCache, numbers: range) -> dict[bytes, float | None]:
+    """What the cache knows of these, by hash; each once."""
+    table = cache.find(digests(pa.array([sha(number) for number in numbers])))
+    values = dict(zip(table[KEY].to_pylist(), table["value"].to_pylist(), strict=True))
+    assert len(values) == len(table)
+    return values
+
+
+def write_scores(root: str, numbers: range) -> None:
+    """Take note of a value for each number, and write one file for each."""
+    cache = scores(Storage(root))
+    for number in numbers:
+        with Notes(cache) as notes:
+            notes.take(sha(number), (float(number),))
+
+
+@pytest.fixture(params=["folder", "store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "folder":
+        yield Storage(str(tmp_path / "krea"))
+        return
+    yield Storage(f"memory://{uuid.uuid4().hex}/krea")
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_what_was_written_is_found_by_another_process_and_nothing_else_is(storage: Storage) -> None:
+    with Notes(scores(storage)) as notes:
+        for number in range(10):
+            notes.take(sha(number), (float(number),))
+    again = scores(storage)
+    assert found(again, range(5, 20)) == {bytes.fromhex(sha(at)): float(at) for at in range(5, 10)}
+
+
+def test_no_value_is_an_answer_too(storage: Storage) -> None:
+    with Notes(scores(storage)) as notes:
+        notes.take(sha(1), (None,))
+    assert found(scores(storage), range(3)) == {bytes.fromhex(sha(1)): None}
+
+
+def test_another_version_knows_nothing_yet(storage: Storage) -> None:
+    with Notes(scores(storage)) as notes:
+        notes.take(sha(1), (0.5,))
+    assert found(scores(storage, version="2"), range(3)) == {}
+
+
+def test_many_small_files_become_one_and_lose_nothing(storage: Storage) -> None:
+    cache = scores(storage)
+    for number in range(100):
+        with Notes(cache) as notes:
+            notes.take(sha(number), (float(number),))
+    assert len(list(storage.names("measures/_cache"))) <= 33
+    assert len(found(cache, range(100))) == 100
+
+
+class NothingRemoved(Storage):
+    """A store whose key may not remove anything."""
+
+    def remove(self, name: str) -> None:
+        raise PermissionError(f"{name} may not be removed")
+
+
+def test_where_nothing_may_be_removed_the_small_files_stay_and_nothing_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = scores(NothingRemoved(str(tmp_path)))
+    for number in range(40):
+        with Notes(cache) as notes:
+            notes.take(sha(number), (float(number),))
+    assert len(found(cache, range(40))) == 40
+    assert len(list(tmp_path.rglob("*.parquet"))) == 41, "it was tried once"
+    assert caplog.text.count("stay as they are") == 1
+
+
+def test_several_processes_write_and_tidy_up_at_once_and_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    root = str(tmp_path)
+    parts = [range(start, start + 60) for start in (0, 40, 80)]  # some are written twice
+    workers = [context.Process(target=write_scores, args=(root, part)) for part in parts]
+    for one in workers:
+        one.start()
+    cache, known = scores(Storage(root)), 0
+    while any(one.is_alive() for one in workers):
+        seen = len(found(cache, range(140)))
+        assert seen >= known, "a reader saw less than before"
+        known = seen
+    for one in workers:
+        one.join()
+        assert one.exitcode == 0
+    values = found(cache, range(200))
+    assert values == {bytes.fromhex(sha(at)): float(at) for at in range(140)}
+
+
+def test_notes_are_written_when_they_have_waited_long_enough_or_are_many(tmp_path: Path) -> None:
+    now_s = [0.0]
+    cache = scores(Storage(str(tmp_path)))
+    notes = Notes(cache, wait_s=60.0, clock=lambda: now_s[0])
+    notes.take(sha(0), (0.0,))
+    now_s[0] = 59.0
+    notes.take(sha(1), (1.0,))
+    assert found(cache, range(10)) == {}
+    now_s[0] = 60.0
+    notes.take(sha(2), (2.0,))
+    assert len(found(cache, range(10))) == 3
+    for number in range(3, 2003):
+        notes.take(sha(number), (1.0,))
+    assert len(found(cache, range(2003))) == 2003
+
+
+def test_threads_may_take_notes_at_once(tmp_path: Path) -> None:
+    cache = scores(Storage(str(tmp_path)))
+    with Notes(cache, keep=True) as notes, ThreadPoolExecutor(4) as pool:
+        for number in range(5000):
+            pool.submit(notes.take, sha(number), (float(number),))
+    assert len(found(cache, range(5000))) == 5000
+    assert sum(len(table) for table in notes.written) == 5000
+
+
+def test_a_run_measures_what_it_decodes(storage: Storage) -> None:
+    with measured_while_verified(storage) as on_picture:
+        for number in range(3):
+            on_picture(sha(number), drawn(number))
+    table = MeasureCache.of_pictures(storage).find(digests(pa.array([sha(2)])))
+    (row,) = table.to_pylist()
+    assert row.pop(KEY) == bytes.fromhex(sha(2))
+    assert tuple(row.values()) == measure(drawn(2)).values()
+
+
+def test_a_run_goes_on_where_figures_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "measures").write_text("in the way")
+    storage = Storage(str(tmp_path))
+    with (
+        caplog.at_level(logging.ERROR),
+        measured_while_verified(storage) as on_picture,
+    ):
+        on_picture(sha(1), drawn(1))
+    assert "will be measured again" in caplog.text
+    notes = Notes(MeasureCache.of_pictures(storage))
+    notes.take(sha(1), measure(drawn(1)).values())
+    with pytest.raises(StorageError, match="measures cannot be written to"):
+        notes.close()
+
+
+def test_a_large_cache_is_read_in_bulk(tmp_path: Path) -> None:
+    cache = MeasureCache.of_pictures(Storage(str(tmp_path)))
+    count = 100_000
+    generator = np.random.default_rng(0)
+    key = generator.bytes(32 * count)
+
+    def binary(data: bytes) -> Any:
+        return pa.Array.from_buffers(pa.binary(32), count, [None, pa.py_buffer(data)])
+
+    figures = [pa.array(generator.random(count)) for _ in range(6)]
+    quality = pa.array(generator.integers(0, 100, count), pa.int32())
+    columns = [binary(key), binary(generator.bytes(32 * count)), quality, *figures]
+    cache.add(pa.Table.from_arrays(columns, schema=cache.schema))
+    assert len(cache.find(binary(key))) == count

@@ -1,0 +1,131 @@
+"""near_duplicates in Dagster: what a run makes and shows, and what its check says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from krea_dagster import KreaResource
+from krea_dagster.curation.likeness_table import likeness_name, read_likeness
+from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.likeness_assets import (
+    build_near_duplicates,
+    build_no_near_duplicates_check,
+)
+from tests.curation.likeness_bench import Pile, digest, flipped, hashes
+from tests.dagster_bench import QUIET, check_of, values
+
+MANIFEST = dg.AssetKey(["shop", "image_manifest"])
+DUPLICATES = dg.AssetKey(["shop", "near_duplicates"])
+
+
+@pytest.fixture
+def pile(tmp_path: Path) -> Pile:
+    return Pile(tmp_path / "krea", ["shop"])
+
+
+def definitions(pile: Pile) -> dg.Definitions:
+    return dg.Definitions(
+        assets=[build_near_duplicates(MANIFEST, prefix=["shop"], resource_key="shop_krea")],
+        asset_checks=[
+            build_no_near_duplicates_check(DUPLICATES, MANIFEST, resource_key="shop_krea")
+        ],
+        resources={"shop_krea": KreaResource(storage=str(pile.root))},
+        jobs=[
+            dg.define_asset_job("both", selection=dg.AssetSelection.assets(DUPLICATES)),
+            dg.define_asset_job(
+                "check",
+                selection=dg.AssetSelection.checks(
+                    dg.AssetCheckKey(DUPLICATES, "no_near_duplicates")
+                ),
+            ),
+        ],
+    )
+
+
+def run(pile: Pile, job: str = "both") -> dg.ExecuteInProcessResult:
+    with dg.DagsterInstance.ephemeral() as instance:
+        return (
+            definitions(pile)
+            .resolve_job_def(job)
+            .execute_in_process(instance=instance, run_config=QUIET)
+        )
+
+
+def test_a_run_makes_the_table_and_says_what_went_into_copies(pile: Pile) -> None:
+    picture, other = hashes(2)
+    pile.add("one", picture, sharpness=9.0)
+    pile.add("two", flipped(picture, range(12)), partition="b", sharpness=1.0)
+    pile.add("bought again", picture, file="one", sharpness=9.0, later_s=5)
+    pile.add("other", other)
+    pile.write()
+    result = run(pile)
+    (made,) = result.asset_materializations_for_node("shop__near_duplicates")
+    found = values(made)
+    assert {name: found[name] for name in ("images", "purchases", "clusters")} == {
+        "images": 3,
+        "purchases": 4,
+        "clusters": 1,
+    }
+    assert (found["copies_exact"], found["copies_near"]) == (1, 1)
+    assert (found["credits_in_copies"], found["dagster/row_count"]) == (0.9, 3)
+    (bar,) = found["copies_by_distance"].records
+    assert bar.data == {"bits": 12, "copies": 1}
+    assert found["path"] == pile.storage.locate(likeness_name(["shop"]))
+    (cluster,) = found["largest_clusters"].records
+    assert (cluster.data["prompt_id"], cluster.data["purchases"]) == ("one", 3)
+
+    check = check_of(result, "no_near_duplicates")
+    assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert (check.description or "").startswith(
+        "1 pictures are there twice and 1 are nearly alike, in 1 clusters; 0.9 credits went into "
+        "these copies. 3 like one sample 0 (partition a, cluster "
+    )
+
+
+def test_without_duplicates_the_check_passes(pile: Pile) -> None:
+    for number, picture in enumerate(hashes(3)):
+        pile.add(f"{number}", picture)
+    pile.write()
+    check = check_of(run(pile), "no_near_duplicates")
+    assert check.passed
+
+
+def test_before_the_table_is_made_nothing_is_called_good(pile: Pile) -> None:
+    pile.write()
+    check = check_of(run(pile, "check"), "no_near_duplicates")
+    assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert "was never made" in (check.description or "")
+
+
+def test_what_a_person_accepted_is_kept_whatever_the_measures_say(pile: Pile) -> None:
+    picture = hashes(1)[0]
+    pile.add("sharp", picture, sharpness=900.0)
+    chosen = pile.add("chosen", flipped(picture, [1]), sharpness=1.0)
+    pile.write()
+    given = Verdict(
+        verdict_id="1",
+        image_sha256=chosen,
+        verdict="keep",
+        reviewer="ada",
+        request_key=digest("request chosen"),
+        prompt_id="chosen",
+        sample=0,
+        attempt=0,
+        partition_key="a",
+    )
+    with KreaResource(storage=str(pile.root)).open_journal() as journal:
+        journal.verdicts.remember([given])
+    run(pile)
+    table = read_likeness(pile.storage, ["shop"])
+    assert table is not None
+    assert {row["prompt_id"] for row in table.to_pylist() if row["keep"]} == {"chosen"}
+
+
+@pytest.mark.parametrize("wrong", [{"most_bits": -1}, {"most_bits": 48}, {"least_quality": -1}])
+def test_a_limit_that_cannot_be_is_refused_when_the_asset_is_built(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        build_near_duplicates(MANIFEST, **wrong)  # type: ignore[arg-type]  # numbers, all of them

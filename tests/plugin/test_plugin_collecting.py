@@ -1,0 +1,188 @@
+"""Submit now, collect later: which partitions are collected when, and by which runs."""
+
+import sqlite3
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from krea_dagster import KreaResource, build_krea_definitions
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.calls import Called
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+from krea_dagster.plugin.collecting import COLLECTS_TAG, due_collections
+from tests.dagster_bench import tick, write_table
+from tests.engine.engine_bench import ServerClock, asked
+
+NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
+#: Partitions of two runs.
+FIRST, SECOND = (("dagster/partition", "a"),), (("dagster/partition", "b"),)
+PARTITIONS = {"run-a": FIRST, "run-b": SECOND}
+
+
+def waiting(age_s: float, run_id: str = "run-a", seed: int = 1, **fields: Any) -> Record:
+    submitted_at = NOW - timedelta(seconds=age_s)
+    values = {"task_id": f"task-{seed}", "submitted_at": submitted_at, "run_id": run_id, **fields}
+    return Record(asked(seed=seed), State.SUBMITTED, "p", **values)
+
+
+def call_about(record: Record, ago_s: float) -> dict[str, Called]:
+    at = NOW - timedelta(seconds=ago_s)
+    return {record.request_key: Called(record.request_key, None, at, at, 1)}
+
+
+def due(*records: Record, **given: Any) -> list[Any]:
+    values: dict[str, Any] = {
+        "partitions": PARTITIONS, "called": {}, "launched": {}, "now": NOW, **given
+    }  # fmt: skip
+    return [one.partitions for one in due_collections(records, **values)]
+
+
+URL = "https://hooks.example.com/x"
+
+
+# -- when -------------------------------------------------------------------------------------
+
+
+def test_images_are_collected_once_they_are_called_about() -> None:
+    record = waiting(5, callback_url=URL)
+    assert due(record) == []
+    assert due(record, called=call_about(record, 1)) == [FIRST]
+
+
+def test_a_call_that_a_run_has_followed_is_no_reason_for_another() -> None:
+    record = waiting(30, callback_url=URL)
+    called = call_about(record, 20)
+    launched = {FIRST: NOW - timedelta(seconds=10)}
+    assert due(record, called=called, launched=launched) == []
+    assert due(record, called=call_about(record, 5), launched=launched) == [FIRST]
+
+
+def test_without_calls_the_clock_says_when() -> None:
+    assert due(waiting(50)) == []
+    assert due(waiting(70)) == [FIRST]
+    assert due(waiting(70, callback_url=URL)) == [], "its call is still to be expected"
+    assert due(waiting(700, callback_url=URL)) == [FIRST], "its call was missed"
+
+
+def test_what_was_not_finished_is_collected_at_growing_ages() -> None:
+    launched = {FIRST: NOW - timedelta(seconds=30)}
+    assert due(waiting(110), launched=launched) == [], "looked at when it was 80 s old"
+    assert due(waiting(110), launched={FIRST: NOW - timedelta(seconds=45)}) == [FIRST]
+
+
+def test_a_link_at_hand_is_fetched_at_the_next_look() -> None:
+    record = waiting(2, completed_at=NOW)
+    assert due(record) == []
+    completed = Record(**{**vars(record), "state": State.COMPLETED})
+    assert due(completed) == [FIRST]
+
+
+def test_links_that_expire_soonest_are_collected_first() -> None:
+    young, old = waiting(100, "run-a", 1), waiting(21 * 3600, "run-b", 2)
+    assert due(young, old) == [SECOND, FIRST]
+    launched = {SECOND: NOW - timedelta(seconds=1)}
+    assert due(young, old, launched=launched) == [SECOND, FIRST], "at every look from 20 h on"
+
+
+def test_what_a_failed_or_cancelled_run_left_is_not_collected_here() -> None:
+    assert due(waiting(1000, "run-cancelled")) == []
+
+
+def test_each_collection_says_for_how_many_images_it_is() -> None:
+    records = [waiting(100 + n, "run-a", n + 1) for n in range(3)]
+    (one,) = due_collections(records, PARTITIONS, {}, {}, NOW)
+    assert (one.images, one.oldest_at) == (3, NOW - timedelta(seconds=102))
+
+
+# -- through Dagster --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server_clock() -> ServerClock:
+    return ServerClock()
+
+
+@pytest.fixture
+def slow(server_clock: ServerClock) -> Iterator[Emulator]:
+    """Tasks that take an hour of the server's clock."""
+    with Emulator(latency_s=3600.0, latency_jitter=0.0, clock=server_clock) as emulator:
+        yield emulator
+
+
+def location(folder: Path, emulator: Emulator) -> dg.Definitions:
+    table = folder / "prompts.parquet"
+    if not table.exists():
+        write_table(table, {"prompt": [f"boat {n}" for n in range(6)]})
+    return build_krea_definitions(
+        prompts=str(table),
+        krea=KreaResource(
+            api_key="emulator", base_url=emulator.url, storage=str(folder / "krea")
+        ),
+        partition_by="hash:2",
+        collect_later=True,
+    )  # fmt: skip
+
+
+RANGE = {
+    "dagster/asset_partition_range_start": "bucket-000",
+    "dagster/asset_partition_range_end": "bucket-001",
+}
+
+
+def test_a_run_submits_and_ends_and_the_sensor_launches_the_one_that_collects(
+    tmp_path: Path, slow: Emulator, server_clock: ServerClock
+) -> None:
+    defs = location(tmp_path, slow)
+    job = defs.resolve_job_def("krea_images")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        first = job.execute_in_process(instance=instance, tags=RANGE)
+        assert first.success
+        assert slow.books()["in_flight"] == 6
+        (check,) = first.get_asset_check_evaluations()[:1]
+        assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+        assert "a later run collects them" in (check.description or "")
+        run = instance.get_run_by_id(first.run_id)
+        assert run is not None
+        assert "krea/outcome" not in run.tags, "nothing is wrong with such a run"
+
+        assert not tick(defs, instance, "krea_collect").run_requests, "they are seconds old"
+        _make_older(tmp_path / "krea" / "journal.db", seconds=120)
+        launched = tick(defs, instance, "krea_collect")
+        (request,) = launched.run_requests or ()
+        assert {name: request.tags[name] for name in RANGE} == RANGE
+        assert request.tags[COLLECTS_TAG] == "6"
+        assert not tick(defs, instance, "krea_collect", launched.cursor).run_requests, (
+            "it has just been launched"
+        )
+
+        server_clock.move(3601.0)
+        second = job.execute_in_process(instance=instance, tags=dict(request.tags))
+        assert second.success
+        books = slow.books()
+        assert (books["creates"], books["submit_posts"]) == (6, 6)
+        assert second.get_asset_check_evaluations()[0].passed
+        assert not tick(defs, instance, "krea_collect").run_requests
+
+
+def _make_older(journal: Path, *, seconds: float) -> None:
+    with sqlite3.connect(journal) as connection:
+        connection.execute(
+            "UPDATE submissions SET submitted_at = submitted_at - ?", [int(seconds * 1e6)]
+        )
+
+
+def test_a_person_may_have_one_run_wait_all_the_same(tmp_path: Path, emulator: Emulator) -> None:
+    defs = location(tmp_path, emulator)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        done = defs.resolve_job_def("krea_images").execute_in_process(
+            instance=instance,
+            tags=RANGE,
+            run_config={"ops": {"images": {"config": {"wait": True}}}},
+        )
+        assert done.success
+        assert done.get_asset_check_evaluations()[0].passed

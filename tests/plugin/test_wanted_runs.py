@@ -1,0 +1,228 @@
+"""Exactly N accepted, in runs of ``images``: asked again where refused, never more than missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from krea_dagster.curation.accepted import Rules
+from krea_dagster.curation.wanted import WantedImages
+from krea_dagster.emulator import Emulator
+from krea_dagster.plugin.accepted_assets import check_wanted
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.plugin.wanted import ask_for_wanted
+from tests.curation.exactly_n import PRICE, Studio, prompts_of
+from tests.dagster_bench import OpenAccount, check_of, latest, values
+
+KEPT = Rules(require_keep=True)
+CHECK = "all_wanted_accepted"
+
+
+def shown(
+    instance: dg.DagsterInstance,
+    studio: Studio,
+    asset: str = "images",
+    keys: Sequence[str] = (),
+) -> Counter[str]:
+    """The numbers that the materializations of these partitions, or all, show, added up."""
+    found: Counter[str] = Counter()
+    for key in keys or studio.partitions:
+        for name, value in values(latest(instance, (studio.prefix, asset), key)).items():
+            if isinstance(value, int | float):
+                found[name] += value  # type: ignore[assignment] # credits are floats
+    return found
+
+
+# -- a reviewer who rejects 30 % ---------------------------------------------------------------
+
+
+def test_three_of_each_prompt_are_reached_and_never_more_is_bought_than_is_missing(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount, instance: dg.DagsterInstance
+) -> None:
+    key = open_account()
+    wanted = WantedImages(3, most_images=30)
+    studio = Studio(tmp_path, emulator, key, prompts_of(20, "reach"), wanted, KEPT, "reach")
+    rounds = studio.rounds()
+    assert rounds[0].bought == 60
+    assert all(one.bought == one.missing for one in rounds)
+    replaced = sum(one.bought for one in rounds[1:])
+    # The emulator's own books: what was bought, and what the account paid.
+    assert len(studio.tasks()) == 60 + replaced
+    assert replaced == sum(one.rejected for one in rounds) > 0
+    account = emulator.world.account(key)
+    assert account is not None
+    assert account.charged == len(studio.tasks()) * PRICE * 10_000
+    result = studio.accept(instance)
+    assert check_of(result, CHECK).passed
+    counts = Counter(row["prompt_id"] for row in studio.accepted())
+    assert set(counts.values()) == {3}
+    assert len(counts) == 20
+    # All that was bought, the refused among it, over what is accepted.
+    metadata = shown(instance, studio, "accepted_images")
+    assert metadata["credits"] == round(len(studio.tasks()) * PRICE, 4)
+    assert (metadata["accepted"], metadata["images_bought"]) == (60, 60 + replaced)
+
+
+def test_a_budget_that_is_too_small_is_not_passed_and_the_short_prompts_are_named(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount, instance: dg.DagsterInstance
+) -> None:
+    wanted = WantedImages(2, most_images=3)
+    prompts = prompts_of(4, "tight", num_images=2)
+    studio = Studio(
+        tmp_path, emulator, open_account(), prompts, wanted, KEPT, "tight", rejects=0.6, seed=1
+    )
+    studio.rounds()
+    assert studio.buy(instance).success
+    bought = Counter(task["prompt"] for task in studio.tasks())
+    assert max(bought.values()) == 3
+    short = sorted(name for name, kept in studio.kept().items() if kept < 2)
+    assert short
+    check = check_of(studio.accept(instance), CHECK)
+    assert not check.passed
+    assert f"{len(short)} stay short: {short[0]}" in (check.description or "")
+    assert "the candidate budget is spent at 3 images" in (check.description or "")
+    table = check.metadata["stay_short"]
+    assert isinstance(table, dg.TableMetadataValue)
+    assert sorted(str(record.data["of"]) for record in table.records) == short
+    assert shown(instance, studio)["wanted_groups_short"] == len(short)
+
+
+# -- what is left alone ------------------------------------------------------------------------
+
+
+def test_what_would_be_the_same_picture_or_has_failed_is_never_bought_again(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount
+) -> None:
+    prompts = {
+        "prompt_id": ["fixed", "drawn", "failed", "shared-1", "shared-2"],
+        "prompt": [
+            "fixed [alone]", "drawn [alone]",
+            "failed [alone] [emulator: fail content_policy_violation]",
+            "shared [alone]", "shared [alone]",
+        ],
+        "seed": pa.array([7, None, None, 9, 9], pa.int32()),
+    }  # fmt: skip
+    studio = Studio(
+        tmp_path, emulator, open_account(), prompts, WantedImages(1), Rules(), "alone", "hash:1"
+    )
+    studio.carry()
+    assert len(studio.tasks()) == 4
+    studio.judge({("fixed", 0): "reject", ("drawn", 0): "reject", ("shared-1", 0): "reject"})
+    for _ in range(2):
+        studio.carry()
+    assert Counter(task["prompt"] for task in studio.tasks()) == {
+        "fixed [alone]": 1,
+        "drawn [alone]": 2,
+        "failed [alone] [emulator: fail content_policy_violation]": 1,
+        "shared [alone]": 1,
+    }
+    why = {one.name: one.why for one in studio.outcomes().values() if one.short}
+    # One picture, and so one verdict, for both rows that share it.
+    assert set(why) == {"fixed", "failed", "shared-1", "shared-2"}
+    assert "a seed that the table fixes" in why["fixed"]
+    assert "retry_errors" in why["failed"]
+
+
+def test_a_flagged_picture_waits_and_one_that_is_taken_back_counts_again(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount
+) -> None:
+    prompts = prompts_of(2, "wait", num_images=1)
+    studio = Studio(
+        tmp_path, emulator, open_account(), prompts, WantedImages(1), Rules(), "wait", "hash:1"
+    )
+    studio.carry()
+    studio.judge({("wait-000", 0): "flag", ("wait-001", 0): "reject"})
+    studio.judge({("wait-001", 0): "none"})
+    studio.carry()
+    assert len(studio.tasks()) == 2
+    waiting = studio.outcomes()["wait-000"]
+    assert (waiting.undecided, waiting.short) == (1, 0)
+    assert studio.wanted is not None
+    check = check_wanted([waiting], studio.wanted)
+    assert not check.passed
+    assert check.severity is dg.AssetCheckSeverity.WARN
+    assert [row["prompt_id"] for row in studio.accepted()] == ["wait-001"]
+
+
+# -- values of a column ------------------------------------------------------------------------
+
+
+def test_values_of_a_column_are_counted_over_all_partitions_and_the_rest_is_held_back(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount, instance: dg.DagsterInstance
+) -> None:
+    prompts = prompts_of(12, "col", num_images=1, campaign=["autumn"] * 8 + ["spring"] * 4)
+    wanted = WantedImages.parse(["column:campaign:autumn=3"])
+    studio = Studio(tmp_path, emulator, open_account(), prompts, wanted, Rules(), "col", "hash:3")
+    # One run each, as a backfill by several workers does it.
+    first, *others = studio.partitions
+    assert check_of(studio.buy(instance, [first])).passed
+    held = sum(studio.carry([key]).held[key] for key in others)
+    assert held + shown(instance, studio, keys=[first])["slots_held_back"] == 5
+    assert len(studio.tasks()) == 3 + 4
+    bought = [row for row in studio.manifest() if row["status"] == "stored"]
+    refused = next(row["prompt_id"] for row in bought if row["campaign"] == "autumn")
+    studio.judge({(refused, 0): "reject"})
+    for key in studio.partitions:
+        asked = studio.carry([key])
+    # A prompt that has no picture yet, before another picture of one that has.
+    assert len(studio.tasks()) == 3 + 4 + 1
+    assert [(one.name, one.asked) for one in asked.outcomes] == [("autumn", 0)]
+    studio.outcomes()
+    counts = Counter(row["campaign"] for row in studio.accepted())
+    assert counts == {"autumn": 3, "spring": 4}
+
+
+def test_exactly_as_many_are_taken_where_more_are_accepted(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount
+) -> None:
+    prompts = prompts_of(4, "many", num_images=3)
+    studio = Studio(tmp_path, emulator, open_account(), prompts, None, Rules(), "many")
+    studio.carry()
+    studio.judge({("many-000", 2): "keep"})
+    studio.wanted = WantedImages(2)
+    assert all(one.reached for one in studio.outcomes().values())
+    taken = {(row["prompt_id"], row["sample"]) for row in studio.accepted()}
+    assert len(taken) == 8
+    # Kept by a person before those that nobody has looked at, then the lower sample.
+    assert {("many-000", 0), ("many-000", 2), ("many-001", 0), ("many-001", 1)} <= taken
+
+
+# -- two runs at once --------------------------------------------------------------------------
+
+
+def test_two_runs_that_decide_at_once_raise_a_slot_once(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount
+) -> None:
+    prompts = prompts_of(3, "twice", num_images=1)
+    wanted, rules = WantedImages(1), Rules()
+    studio = Studio(tmp_path, emulator, open_account(), prompts, wanted, rules, "twice", "hash:1")
+    studio.carry()
+    studio.judge({("twice-000", 0): "reject", ("twice-001", 0): "reject"})
+    krea, config = studio.krea, KreaImagesConfig()
+
+    def ask(batch: Batch, run_id: str) -> tuple[int, list[Any]]:
+        folders = [studio.prefix]
+        batch, asked = ask_for_wanted(
+            batch, config, krea, wanted, rules, folders=folders, raised_by=run_id
+        )
+        with batch:
+            open_ = [one.request.request_key for one in batch.standing(krea).wanted()]
+            return sum(asked.again.values()), sorted(open_)
+
+    # Both have read the table and the attempts before either raises one.
+    first = Batch.read(studio.table, None, krea, to_buy=True)
+    second = Batch.read(studio.table, None, krea, to_buy=True)
+    raised, keys = ask(first, "run-1")
+    assert (raised, len(keys)) == (2, 2)
+    # The other raises nothing, and wants the same requests, which are bought once.
+    assert ask(second, "run-2") == (0, keys)
+    # A re-execution does not raise what is asked for already.
+    third = Batch.read(studio.table, None, krea, to_buy=True)
+    assert ask(third, "run-1") == (0, keys)
+    assert set(krea.attempts().values()) == {1}
