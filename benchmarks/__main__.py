@@ -19,7 +19,17 @@ from benchmarks.harness import ROOT, Report, show
 from benchmarks.page import page
 
 #: In the order of the page.
-NAMES: Final = ("makespan", "workers", "cpu", "memory", "planning", "in_dagster", "spend")
+NAMES: Final = (
+    "makespan",
+    "workers",
+    "cpu",
+    "memory",
+    "planning",
+    "in_dagster",
+    "spend",
+    "measures",
+    "likeness",
+)
 
 PAGE: Final = ROOT / "docs" / "benchmarks.md"
 #: What the page is made of, so that one benchmark can be run again without the others.

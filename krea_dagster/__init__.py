@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
+    from krea_dagster.curation.own_measures import Measure
     from krea_dagster.errors import KreaError
     from krea_dagster.plugin.assets import KreaAssets, build_krea_assets
     from krea_dagster.plugin.automation import on_prompts_changed
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         build_spend_check,
     )
     from krea_dagster.plugin.component import KreaImages
+    from krea_dagster.plugin.curation import Curation
     from krea_dagster.plugin.definitions import build_krea_definitions
     from krea_dagster.plugin.environment import definitions_from_environment
     from krea_dagster.plugin.failures import KreaFailure, failure_of
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from krea_dagster.prompts import Defaults, PromptTable
 
 __all__ = [
+    "Curation",
     "Defaults",
     "KreaAssets",
     "KreaClient",
@@ -46,6 +49,7 @@ __all__ = [
     "KreaImages",
     "KreaManifestIOManager",
     "KreaResource",
+    "Measure",
     "PromptTable",
     "build_failure_share_check",
     "build_files_check",
@@ -63,6 +67,7 @@ __all__ = [
 __version__: Final = version("krea-dagster")
 
 _HOMES: Final = {
+    "Curation": "plugin.curation",
     "Defaults": "prompts",
     "KreaAssets": "plugin.assets",
     "KreaClient": "api",
@@ -71,6 +76,7 @@ _HOMES: Final = {
     "KreaImages": "plugin.component",
     "KreaManifestIOManager": "plugin.io_manager",
     "KreaResource": "plugin.resource",
+    "Measure": "curation.own_measures",
     "PromptTable": "prompts",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from krea_dagster.callbacks.command import callbacks_command
+from krea_dagster.curation.export.command import export_command
+from krea_dagster.curation.gallery_command import gallery_command
+from krea_dagster.curation.review.command import review_command
 from krea_dagster.drill.command import drill_command
 from krea_dagster.emulator import emulator_command
 from krea_dagster.errors import InputError, KreaError
@@ -65,6 +68,9 @@ def main() -> None:
 main.add_command(emulator_command, "emulator")
 main.add_command(drill_command, "drill")
 main.add_command(callbacks_command, "callbacks")
+main.add_command(review_command, "review")
+main.add_command(export_command, "export")
+main.add_command(gallery_command, "gallery")
 
 
 @main.command("materialize", epilog=_EPILOG)

@@ -156,6 +156,10 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
         out.print(escape(f"price: {price}"))
     for cap in done.caps_reached:
         out.print(escape(f"deferred: {cap}"))
+    if done.missed_callbacks:
+        out.print(
+            f"callbacks: {done.missed_callbacks} images were found by looking, not called about"
+        )
     show_unknown(done.unknown)
     if progress.total and progress.reused == progress.total:
         out.print("Nothing was bought: every image was at hand.")
@@ -225,6 +229,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "run_ids": list(done.run_ids),
         "caps_reached": list(done.caps_reached),
         "dearer": list(done.dearer),
+        "missed_callbacks": done.missed_callbacks,
         "unknown": unknown_figures(done.unknown),
         "stopped": None if done.stopped is None else str(done.stopped),
         "failures": list(done.failures),

@@ -114,14 +114,15 @@ def serve_command(
     from krea_dagster.callbacks.receiver import Receiver  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.callbacks.server import Tls, listen, serve  # noqa: PLC0415 - as above
     from krea_dagster.engine.calls import CallLog  # noqa: PLC0415 - as above
-    from krea_dagster.engine.database import has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.database import database_in, has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
 
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key are given together")
     secret = os.environ.get(_SECRET_VARIABLE, "")
     if secret_file is not None:
         secret = secret_file.read_text(encoding="utf-8").strip()
-    url = journal_url or _journal_in(storage)
+    url = journal_url or database_in(Storage(storage))
     if not has_database(url):
         raise ConfigError(
             "there is no journal yet, so no callback could belong to a purchase. Look whether "
@@ -141,12 +142,3 @@ def serve_command(
             trusted_proxies=trust_proxy,
             on_ready=click.echo,
         )
-
-
-def _journal_in(storage: str) -> str:
-    if "://" in storage:
-        raise ConfigError(
-            f"the storage root {storage} is not a folder, so the journal has a place of its own: "
-            "set KREA_JOURNAL_URL"
-        )
-    return f"sqlite:///{Path(storage).absolute() / 'journal.db'}"

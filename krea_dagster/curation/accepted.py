@@ -171,7 +171,9 @@ def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> 
     measures that are not given.
     """
     images = _column(rows, "image_sha256")
-    stored = pc.and_(pc.equal(_column(rows, "status"), State.STORED.value), pc.is_valid(images))
+    # A null status is a request that was never planned.
+    is_stored = pc.equal(_column(rows, "status"), State.STORED.value).fill_null(False)
+    stored = pc.and_(is_stored, pc.is_valid(images))
     verdicts = _whole(verdicts_of(images, evidence.verdicts, ["verdict"])["verdict"])
     reasons: list[tuple[pa.Array, str]] = [
         (pc.invert(stored), NOT_STORED),

@@ -179,9 +179,10 @@ def _small(data: bytes, side: int) -> Thumbnail:
         image.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
         image.load()
         small = plain(image)
-        small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        # By halves first, which is quick, and what is left by a filter.
+        small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()
-    small.convert("RGB").save(buffer, "WEBP", quality=_QUALITY, method=4)
+    small.convert("RGB").save(buffer, "WEBP", quality=_QUALITY, method=2)
     return Thumbnail(buffer.getvalue(), *small.size)
 
 

@@ -19,9 +19,9 @@ of pictures that are not alike. Below a quality of 50 (of PDQ) images are compar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -93,8 +93,8 @@ class Likeness:
 
 
 def find_likeness(
-    purchases: Purchases,
-    measured: Measured,
+    purchases: Iterable[Purchases],
+    measured: Iterable[Measured],
     verdicts: Mapping[str, str],
     *,
     most_bits: int,
@@ -103,9 +103,10 @@ def find_likeness(
 ) -> Likeness:
     """Find the clusters, as this file's head says. ``verdicts`` are by sha256, in hexadecimal.
 
-    Raises ValueError for a number of bits that cannot be compared (``find_stars``).
+    ``purchases`` and ``measured`` are given in parts, so that none need be held twice. Raises
+    ValueError for a number of bits that cannot be compared (``find_stars``).
     """
-    lines = _Lines.of(purchases)
+    lines = _Lines.of(*_together(purchases))
     words = lines.images
     hashes, quality, sharpness, known = _measures(words, measured)
     verdict = np.full(len(words), _NO_VERDICT, np.int8)
@@ -152,35 +153,53 @@ class _Lines:
     stored_at: Places
 
     @classmethod
-    def of(cls, purchases: Purchases) -> _Lines:
-        images, keys = _words(purchases.sha256), _words(purchases.request_key)
+    def of(
+        cls, images: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], stored_at: Places
+    ) -> _Lines:
         # The best purchase of each image comes first: earliest stored, then the smallest key.
-        order = np.lexsort((*keys.T[::-1], purchases.stored_at, *images.T[::-1]))
-        images, stored_at = images[order], purchases.stored_at[order]
+        order = np.lexsort((*keys.T[::-1], stored_at, *images.T[::-1]))
+        images, keys, stored_at = images[order], keys[order], stored_at[order]
         first = _begins(images)
         which = np.cumsum(first) - 1
-        best = keys[order][first]
-        pairs = np.lexsort((*keys[order].T[::-1], which))
-        new = _begins(np.column_stack([which[pairs].astype(np.uint64), keys[order][pairs]]))
-        count = np.bincount(which[pairs][new], minlength=int(first.sum()))
-        return cls(images[first], count, best, stored_at[first])
+        # Lines that repeat a purchase stand side by side, unless they differ in their time.
+        repeated = ~_begins(keys) & ~first
+        if (~first & ~repeated).any():
+            again = np.lexsort((*keys.T[::-1], which))
+            new = np.zeros(len(keys), np.bool_)
+            new[again] = _begins(keys[again]) | _begins(which[again][:, None])
+            repeated = ~new
+        count = np.bincount(which[~repeated], minlength=int(first.sum()))
+        return cls(images[first], count, keys[first], stored_at[first])
+
+
+def _together(
+    parts: Iterable[Purchases],
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], Places]:
+    images, keys = [np.empty((0, 4), np.uint64)], [np.empty((0, 4), np.uint64)]
+    stored_at = [np.empty(0, np.int64)]
+    for part in parts:
+        images.append(_words(part.sha256))
+        keys.append(_words(part.request_key))
+        stored_at.append(part.stored_at)
+    return np.concatenate(images), np.concatenate(keys), np.concatenate(stored_at)
 
 
 def _measures(
-    words: npt.NDArray[np.uint64], measured: Measured
+    words: npt.NDArray[np.uint64], measured: Iterable[Measured]
 ) -> tuple[Digests, npt.NDArray[np.int32], npt.NDArray[np.float64], Mask]:
     """What is known of these images; an image that was measured twice has the same figures."""
-    places = _find(words, _words(measured.sha256))
-    here = places >= 0
-    places = places[here]
     hashes = np.zeros((len(words), 32), np.uint8)
-    hashes[places] = measured.perceptual_hash[here]
     quality = np.zeros(len(words), np.int32)
-    quality[places] = measured.quality[here]
     sharpness = np.full(len(words), np.nan)
-    sharpness[places] = measured.sharpness[here]
     known = np.zeros(len(words), np.bool_)
-    known[places] = True
+    for part in measured:
+        places = _find(words, _words(part.sha256))
+        here = places >= 0
+        places = places[here]
+        hashes[places] = part.perceptual_hash[here]
+        quality[places] = part.quality[here]
+        sharpness[places] = part.sharpness[here]
+        known[places] = True
     return hashes, quality, sharpness, known
 
 
@@ -193,7 +212,7 @@ def _bytes(words: npt.NDArray[np.uint64]) -> Digests:
     return words.astype(">u8").view(np.uint8).reshape(-1, 32)
 
 
-def _begins(rows: npt.NDArray[np.uint64]) -> Mask:
+def _begins(rows: npt.NDArray[Any]) -> Mask:
     """Which rows differ from the one before."""
     begins = np.ones(len(rows), np.bool_)
     begins[1:] = (rows[1:] != rows[:-1]).any(axis=1)

@@ -72,7 +72,7 @@ def find_stars(hashes: Hashes, most_bits: int, *, threads: int | None = None) ->
     """
     if not 0 <= most_bits <= MOST_BITS:
         raise ValueError(f"most_bits must be 0 to {MOST_BITS}, not {most_bits}")
-    words = _spread(hashes)
+    words = words_of(hashes)
     search = _Search(words, most_bits)
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         search.run(pool)
@@ -310,8 +310,8 @@ def _distances(words: _Words, centre: _Places) -> npt.NDArray[np.int32]:
     return distance
 
 
-def _spread(hashes: Hashes) -> _Words:
-    """The hashes as four words each, their bits in an order of our own.
+def words_of(hashes: Hashes) -> _Words:
+    """The hashes (n × 32 bytes) as four words each (n × 4), their bits in an order of our own.
 
     The bits of PDQ stand for 16 × 16 frequencies, and neighbours are alike in many pictures. A
     piece takes a diagonal of them, so that none is made of bits that say the same.

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from krea_dagster.curation.likeness import (
     NEVER,
-    Digests,
     Likeness,
     Measured,
     Purchases,
@@ -144,21 +143,20 @@ def update_likeness(
     if not 0 <= most_bits <= MOST_BITS:
         raise ConfigError(f"most_bits must be 0 to {MOST_BITS} bits of 256, not {most_bits}")
     names = list(manifest_names(storage, folders))
-    purchases = _purchases(storage, names)
     found = find_likeness(
-        purchases,
+        _purchases(storage, names),
         _measured(storage, names),
         verdicts or {},
         most_bits=most_bits,
         least_quality=least_quality,
         threads=threads,
     )
-    del purchases
     table = _table(storage, names, found)
     storage.write(
         likeness_name(folders),
         lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP),
     )
+    pa.default_memory_pool().release_unused()
     return LikenessFigures(
         images=len(found.sha256),
         purchases=int(found.purchases.sum()),
@@ -170,21 +168,21 @@ def update_likeness(
     )
 
 
-def _purchases(storage: Storage, names: Sequence[str]) -> Purchases:
-    shas, keys, times = [_NO_DIGESTS], [_NO_DIGESTS], [np.empty(0, np.int64)]
+def _purchases(storage: Storage, names: Sequence[str]) -> Iterator[Purchases]:
     for batch in _stored(storage, names, ["request_key", "image_sha256", "stored_at"]):
-        shas.append(digests_of(batch.column("image_sha256")))
-        keys.append(digests_of(batch.column("request_key")))
         stored_at = batch.column("stored_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
-        times.append(stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False))
-    return Purchases(np.concatenate(shas), np.concatenate(keys), np.concatenate(times))
+        yield Purchases(
+            digests_of(batch.column("image_sha256")),
+            digests_of(batch.column("request_key")),
+            stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False),
+        )
+    # What Arrow has read by now it would keep, for as long as the search needs the memory.
+    pa.default_memory_pool().release_unused()
 
 
-def _measured(storage: Storage, manifests: Sequence[str]) -> Measured:
+def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[Measured]:
     """Read the measures of the partitions that have a manifest, and a file of them."""
     columns = ["image_sha256", "perceptual_hash", "perceptual_hash_quality", "sharpness"]
-    shas, hashes = [_NO_DIGESTS], [_NO_DIGESTS]
-    qualities, sharps = [np.empty(0, np.int32)], [np.empty(0, np.float64)]
     for manifest in manifests:
         # The files of the measures are named as the manifests are.
         name = f"measures{manifest.removeprefix('manifest')}"
@@ -196,18 +194,15 @@ def _measured(storage: Storage, manifests: Sequence[str]) -> Measured:
                 pc.is_valid(batch.column("perceptual_hash_quality")),
             )
             rows = batch.filter(pc.and_(whole, _is_hash(batch.column("image_sha256"))))
-            shas.append(digests_of(rows.column("image_sha256")))
-            hashes.append(_fixed(rows.column("perceptual_hash")))
             quality = rows.column("perceptual_hash_quality").cast(pa.int32())
-            qualities.append(quality.to_numpy(zero_copy_only=False))
             sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
-            sharps.append(sharpness.to_numpy(zero_copy_only=False))
-    return Measured(
-        np.concatenate(shas),
-        np.concatenate(hashes),
-        np.concatenate(qualities),
-        np.concatenate(sharps),
-    )
+            yield Measured(
+                digests_of(rows.column("image_sha256")),
+                _fixed(rows.column("perceptual_hash")),
+                quality.to_numpy(zero_copy_only=False),
+                sharpness.to_numpy(zero_copy_only=False),
+            )
+    pa.default_memory_pool().release_unused()
 
 
 def _table(storage: Storage, names: Sequence[str], found: Likeness) -> pa.Table:
@@ -295,8 +290,6 @@ def _bought(table: pa.Table) -> pa.Table:
 
 
 # -- reading --------------------------------------------------------------------------------------
-
-_NO_DIGESTS: Final[Digests] = np.empty((0, 32), np.uint8)
 
 
 def _stored(

@@ -4,7 +4,8 @@ The algorithm is the published one of Meta's ThreatExchange (pdq/ in its reposit
 tent filter down to 64×64, the 16×16 lowest frequencies of a cosine transform without the
 constant one, and a bit for each that lies above their median. Filter and transform are linear and
 work on rows and columns alike, so both are done here as products with small matrices, which
-are kept for each length of a side.
+are kept for each length of a side. Grey is in whole levels, so that a few bits of pictures below
+some 500 pixels a side may be other than the reference's; larger ones that were tried had the same.
 
 The same picture at another size, or compressed anew, differs in a few of the 256 bits; 31 or
 fewer count as the same picture by that project's advice, and quality below 50 as too little

@@ -32,7 +32,7 @@ from sqlalchemy.pool import QueuePool
 from krea_dagster.engine import migrations, schema
 from krea_dagster.engine.migrations import REVISIONS, Revisions
 from krea_dagster.engine.statements import Cursor
-from krea_dagster.engine.storage import sync_folder
+from krea_dagster.engine.storage import Storage, sync_folder
 from krea_dagster.errors import ConfigError, JournalError
 
 #: What may be done, by words of SQLite's message.
@@ -337,6 +337,19 @@ def _turn_log_on(cursor: Any, lock_timeout_s: float) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+def database_in(storage: Storage) -> str:
+    """Return the URL of the journal in a storage root, where nobody named another.
+
+    Raises ConfigError for a root that is no folder: SQLite needs a file.
+    """
+    if storage.folder is None:
+        raise ConfigError(
+            f"the storage root {storage.locate('')} is not a folder, so the journal needs a place "
+            "of its own: set journal_url (KREA_JOURNAL_URL), for example to PostgreSQL"
+        )
+    return f"sqlite:///{storage.folder / 'journal.db'}"
 
 
 def has_database(url: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final, Literal
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.own_measures import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.plugin.automation import on_prompts_changed
 from krea_dagster.plugin.checks import (
@@ -21,6 +23,7 @@ from krea_dagster.plugin.checks import (
     build_spend_check,
 )
 from krea_dagster.plugin.component_scaffolder import KreaImagesScaffolder
+from krea_dagster.plugin.curation import Curation
 from krea_dagster.plugin.definitions import build_krea_definitions
 from krea_dagster.plugin.environment import KEY_VARIABLE
 from krea_dagster.plugin.resource import KreaResource
@@ -101,6 +104,9 @@ class KreaSettings(_Section):
     )
     look_at_images: bool = Field(
         default=True, description="Decode each image once before it counts as stored."
+    )
+    measure_images: bool = Field(
+        default=True, description="Measure each image in the decode that verifies it."
     )
     on_unknown: Literal["replay", "hold"] = Field(
         default="replay", description="What is done about a purchase whose outcome is unknown."
@@ -194,6 +200,81 @@ class Checks(_Section):
         ]
 
 
+class ExportSettings(_Section):
+    """A dataset that is made of the accepted images, an asset of its own."""
+
+    form: Literal["parquet", "imagefolder", "webdataset", "jsonl", "csv"] = Field(
+        default="parquet",
+        description=(
+            "parquet (images inside) and imagefolder are for the library datasets, webdataset is "
+            "tar shards, jsonl and csv are files and a plain table."
+        ),
+    )
+    splits: list[str] = Field(
+        default=[], description="Splits and their shares of the prompts, such as train=0.9."
+    )
+    where: list[str] = Field(
+        default=[], description="Only rows with these values, each as COLUMN=VALUE."
+    )
+    everything: bool = Field(
+        default=False, description="Take all stored images, not only the accepted ones."
+    )
+    columns: list[str] | None = Field(
+        default=None, description="Columns that are handed on; by default all that mean something."
+    )
+    shard_images: int = Field(default=10_000, ge=1, description="Most images of a shard.")
+    shard_bytes: int = Field(default=500_000_000, ge=1, description="Most bytes of a shard.")
+    leaks: bool = Field(default=False, description="Keep images that are alike in several splits.")
+    embed_parameters: bool = Field(
+        default=False, description="Write prompt, seed and so on into PNG files, as text."
+    )
+    sidecars: bool = Field(default=False, description="Write KEY.json beside each image file.")
+    license: str | None = Field(default=None, description="For the card, such as cc-by-4.0.")
+    title: str | None = Field(default=None, description="For the card.")
+    source: str | None = Field(default=None, description="What the prompts are of, for the card.")
+
+    def wish(self) -> ExportWish:
+        """The same for the engine. Raises ConfigError."""
+        values = self.model_dump()
+        if self.columns is not None:
+            values["columns"] = tuple(self.columns)
+        return ExportWish.parse(**values)
+
+
+class CurationSettings(_Section):
+    """Which images are accepted, and how many are wanted: the fields of ``Curation``."""
+
+    accept: list[str] = Field(default=[], description="Bounds, such as sharpness>=40.")
+    require_keep: bool = Field(
+        default=False, description="Accept only what a person kept, not all that nobody rejected."
+    )
+    one_of_duplicates: bool = Field(
+        default=False, description="Accept only the best of images that are alike."
+    )
+    wanted: list[str] = Field(
+        default=[],
+        description=(
+            "How many accepted images are wanted: prompt=3, column:NAME=500 or "
+            "column:NAME:VALUE=20. A run asks again in place of what was not accepted."
+        ),
+    )
+    most_images: int | None = Field(
+        default=None, ge=1, description="Most candidates that are bought of each prompt or value."
+    )
+    most_credits: float | None = Field(
+        default=None, ge=0, description="Most credits that these candidates may cost."
+    )
+    exports: dict[str, ExportSettings] = Field(
+        default={}, description="Datasets to be made of the accepted images, by name."
+    )
+
+    def curation(self, measures: Sequence[Measure]) -> Curation:
+        """The same for the factory. Raises ConfigError."""
+        exports = {name: one.wish() for name, one in self.exports.items()}
+        values = self.model_dump(exclude={"exports"})
+        return Curation(measures=measures, exports=exports, **values)
+
+
 @dg.scaffold_with(KreaImagesScaffolder)
 class KreaImages(dg.Component, _Section):
     """Images of Krea 2 Turbo from a Parquet prompt table: each bought once, and verified.
@@ -202,8 +283,8 @@ class KreaImages(dg.Component, _Section):
     Several instances in one project each need a ``key_prefix`` of their own.
 
     To change what YAML cannot say, subclass it: ``build_resource`` makes the resource,
-    ``build_checks`` the checks, ``get_asset_spec`` has the last word on every asset, and
-    ``count_tokens`` counts those of a prompt.
+    ``build_checks`` the checks, ``build_measures`` measures of your own, ``get_asset_spec`` has the
+    last word on every asset, and ``count_tokens`` counts those of a prompt.
     """
 
     prompts: str = Field(
@@ -246,6 +327,10 @@ class KreaImages(dg.Component, _Section):
             "Have runs submit and end; a sensor launches the runs that collect, when callbacks or "
             "the clock say so, and no worker waits."
         ),
+    )
+    curation: CurationSettings = Field(
+        default_factory=CurationSettings,
+        description="Which images are accepted, and how many are wanted.",
     )
     fresh_within_hours: float | None = Field(
         default=None,
@@ -298,6 +383,10 @@ class KreaImages(dg.Component, _Section):
         """The checks of ``image_manifest``, each as a factory; None for the cheap ones."""
         return None if self.checks is None else self.checks.factories()
 
+    def build_measures(self) -> Sequence[Measure]:
+        """Measures of one's own, which ``image_measures`` takes of every image; here none."""
+        return ()
+
     def count_tokens(self, prompt: str) -> int:
         """How many tokens a prompt has; here an estimate that needs no tokenizer."""
         return estimate_tokens(prompt)
@@ -331,6 +420,7 @@ class KreaImages(dg.Component, _Section):
             spend_by=self.spend_by,
             soft_budgets=self.soft_budgets,
             collect_later=self.collect_later,
+            curation=self.curation.curation(self.build_measures()),
             executor=dg.in_process_executor if self.in_process else None,
         )
         # By hand: the method of Definitions that does this is a preview, and warns of itself.

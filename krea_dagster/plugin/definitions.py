@@ -11,6 +11,7 @@ from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
 from krea_dagster.plugin.checks import CheckFactory, default_checks
 from krea_dagster.plugin.collecting import build_collect_sensor
+from krea_dagster.plugin.curation import Curation, build_curation
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
 from krea_dagster.plugin.proof import build_spend_proof_check
 from krea_dagster.plugin.resource import KreaResource
@@ -39,6 +40,7 @@ def build_krea_definitions(
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
     collect_later: bool = False,
+    curation: Curation | None = None,
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build everything that a code location needs from one prompt table.
@@ -57,7 +59,8 @@ def build_krea_definitions(
     that the daily sums are kept apart by. ``soft_budgets``, in the words of
     ``KreaResource.budgets``, stop nothing: the checks of ``spend_daily`` warn before and when they
     are passed. With ``collect_later`` runs submit and end, and the sensor ``krea_collect`` launches
-    those that collect, when callbacks or the clock say so: no worker waits.
+    those that collect, when callbacks or the clock say so: no worker waits. ``curation`` says which
+    images are accepted, how many are wanted, and what is measured of them.
 
     ``executor`` is the code location's: in-process by default, because the steps wait for the
     network and a second process would cost seconds to start; give None where your own definitions
@@ -66,19 +69,23 @@ def build_krea_definitions(
     The result holds
 
     - the assets ``prompts``, ``prompt_columns``, ``images``, ``image_manifest``, ``spend_ledger``,
-      ``spend_daily`` and ``salvaged_images``;
-    - the jobs ``krea_images``, ``krea_spend``, ``krea_salvage`` and ``krea_proof``;
-    - the sensors ``krea_prompts``, which watches the table, ``krea_salvage``, which starts its job,
+      ``spend_daily``, ``salvaged_images``, ``image_measures``, ``near_duplicates``, ``verdicts``
+      and ``accepted_images``;
+    - the jobs ``krea_images``, ``krea_spend``, ``krea_salvage``, ``krea_proof``, ``krea_dataset``
+      and ``krea_accepted``;
+    - the sensors ``krea_prompts``, which watches the table, ``krea_verdicts``, which reports what
+      people have judged, ``krea_salvage``, which starts its job,
       with an ``automation_condition`` ``krea_automation``, which launches runs, and with
       ``collect_later`` ``krea_collect``;
-    - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``, and of
-      ``spend_daily`` one for each kind of warning;
+    - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``,
+      ``no_near_duplicates``, and of ``spend_daily`` one for each kind of warning;
     - the resources ``krea`` and ``krea_manifest``.
 
     All these names begin with the prefix where there is one. Merge it with your own by
     ``dagster.Definitions.merge``. Raises ConfigError for a setting that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
+    curation = curation or Curation()
     before = "".join(f"{part}_" for part in key_prefix)
     table = PromptTable(
         _absolute(prompts),
@@ -96,6 +103,8 @@ def build_krea_definitions(
         freshness_policy=freshness_policy,
         pool=pool,
         collect_later=collect_later,
+        wanted=curation.wanted_images,
+        rules=curation.rules,
         resource_key=f"{before}krea",
         io_manager_key=f"{before}krea_manifest",
     )
@@ -163,7 +172,14 @@ def build_krea_definitions(
         },
         executor=executor,
     )
-    return dg.Definitions.merge(images, salvage)
+    dataset = build_curation(
+        curation,
+        assets,
+        prefix=key_prefix,
+        group_name=group_name,
+        resource_key=f"{before}krea",
+    )
+    return dg.Definitions.merge(images, salvage, dataset)
 
 
 #: The jobs' names where there is no key prefix.

@@ -61,6 +61,7 @@ class Materialized:
     left: Mapping[str, str] = field(default_factory=dict)
     caps_reached: Sequence[str] = ()
     dearer: Sequence[str] = ()
+    missed_callbacks: int = 0
     waiting: Sequence[str] = ()
     unknown: Sequence[Record] = ()
 
@@ -125,6 +126,7 @@ def materialize(
         failures=[text for result in results for text in _failures(result)],
         stopped=watch.stopped,
         left={key: why for report in watch.reports for key, why in report.left.items()},
+        missed_callbacks=sum(report.missed_callbacks for report in watch.reports),
         dearer=list(dict.fromkeys(said for report in watch.reports for said in report.dearer)),
         caps_reached=list(
             dict.fromkeys(said for report in watch.reports for said in report.caps_reached)

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, TypeVar
@@ -16,8 +16,9 @@ from pydantic import Field
 
 from krea_dagster.api import KreaClient
 from krea_dagster.callbacks import CallbackUrls
+from krea_dagster.curation.measure_cache import measured_while_verified
 from krea_dagster.engine.budget import Budget, Caps
-from krea_dagster.engine.database import has_database
+from krea_dagster.engine.database import database_in, has_database
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.policy import Policy
@@ -94,6 +95,13 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         description=(
             "Decode each image once before it counts as stored, to find damage, a wrong size and "
             "flat colour. Without it the hash, the length and the file's header are checked."
+        ),
+    )
+    measure_images: bool = Field(
+        default=True,
+        description=(
+            "Measure each image in the decode that verifies it, for `image_measures`, which else "
+            "decodes it again. Without look_at_images nothing is measured in a run."
         ),
     )
     on_unknown: str = Field(
@@ -330,11 +338,16 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     @contextmanager
     def _runner(self, run_id: str, on_progress: Callable[[Progress], None]) -> Iterator[Runner]:
         self.check()
-        with self.open_journal() as journal:
+        storage = self.open_storage()
+        with ExitStack() as stack:
+            journal = stack.enter_context(self.open_journal())
+            on_picture = None
+            if self.measure_images and self.look_at_images:
+                on_picture = stack.enter_context(measured_while_verified(storage))
             yield Runner(
                 connect=self._connect,
                 journal=journal,
-                images=ImageStore(self.open_storage(), look=self.look_at_images),
+                images=ImageStore(storage, look=self.look_at_images, on_picture=on_picture),
                 run_id=run_id,
                 policy=self.policy(),
                 max_in_flight=self.max_in_flight,
@@ -354,13 +367,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     def _journal_url(self) -> str:
         if url := _text(self.journal_url):
             return url
-        folder = self.open_storage().folder
-        if folder is None:
-            raise ConfigError(
-                f"the storage root {self.storage} is not a folder, so the journal needs a "
-                "place of its own: set journal_url (KREA_JOURNAL_URL), for example to PostgreSQL"
-            )
-        return f"sqlite:///{folder / 'journal.db'}"
+        return database_in(self.open_storage())
 
     @property
     def synthetic(self) -> bool:

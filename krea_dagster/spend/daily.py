@@ -29,7 +29,7 @@ _FIGURES: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     (
         "accepted",
         pa.int64(),
-        "Of the delivered: not replaced, and no person rejected or flagged it",
+        "Of the delivered: not replaced, rejected or flagged by a person",
     ),
     ("reused", pa.int64(), "Manifest rows that the delivered serve beyond the first"),
     ("credits_charged", CREDITS, "What was charged, credits"),

@@ -272,8 +272,9 @@ def _dearest(
     database: duckdb.DuckDBPyConnection, prompts: Callable[[Sequence[str]], Mapping[str, str]]
 ) -> list[Line]:
     rows = database.execute(
-        f"select prompt_id, {_ledger_sums(database)} from ledger where prompt_id is not null group by 1 "
-        "order by coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0) desc, 1 "
+        f"select prompt_id, {_ledger_sums(database)} from ledger "
+        "where prompt_id is not null group by 1 order by "
+        "coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0) desc, 1 "
         f"limit {MOST_PROMPTS}"
     ).fetchall()
     texts = prompts([row[0] for row in rows]) if rows else {}

@@ -10,10 +10,9 @@ from typing import Final
 
 import duckdb
 import pyarrow as pa
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from krea_dagster.engine.schema import requests, verdicts
-from krea_dagster.engine.states import State
 from krea_dagster.engine.verdicts import FLAG, NONE, REJECT
 
 #: A purchase whose image counts as accepted, as a condition of DuckDB on ``outcome`` and
@@ -24,27 +23,52 @@ IS_ACCEPTED: Final = (
 )
 
 _ROWS: Final = 20_000
-_SCHEMA: Final = pa.schema([("request_key", pa.string()), ("verdict", pa.string())])
+_SCHEMA: Final = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("request_key", pa.string()),
+        ("image_sha256", pa.string()),
+        ("verdict", pa.string()),
+        ("holds", pa.bool_()),
+    ]
+)
+
+#: Each verdict beside the request that it was given on: by its key, as their hashes have no index.
+_QUERY: Final = select(
+    verdicts.c.number,
+    verdicts.c.request_key,
+    verdicts.c.image_sha256,
+    verdicts.c.verdict,
+    requests.c.image_sha256 == verdicts.c.image_sha256,
+).select_from(verdicts.outerjoin(requests, requests.c.request_key == verdicts.c.request_key))
 
 
 def load_reviewed(duck: duckdb.DuckDBPyConnection, connection: Connection) -> None:
-    """Make the relation ``reviewed``: the present verdict on the image of each stored request.
+    """Make the relation ``reviewed``: the present verdict on the image of each request.
 
-    Its columns are ``request_key`` and ``verdict``; requests whose image nobody has judged, or
-    whose verdict was taken back, are left out.
+    Its columns are ``request_key`` and ``verdict``. Left out are requests whose image nobody has
+    judged or whose verdict was taken back, and those whose file is another one since.
     """
-    last = select(func.max(verdicts.c.number)).group_by(verdicts.c.image_sha256)
-    query = (
-        select(requests.c.request_key, verdicts.c.verdict)
-        .join(requests, requests.c.image_sha256 == verdicts.c.image_sha256)
-        .where(
-            verdicts.c.number.in_(last),
-            verdicts.c.verdict != NONE,
-            requests.c.state == State.STORED.value,
-        )
+    duck.execute(
+        "CREATE TABLE judged (number BIGINT, request_key VARCHAR, image_sha256 VARCHAR, "
+        "verdict VARCHAR, holds BOOLEAN)"
     )
-    duck.execute("CREATE TABLE reviewed (request_key VARCHAR, verdict VARCHAR)")
-    found = connection.execute(query)
+    found = connection.execute(_QUERY)
     while rows := found.fetchmany(_ROWS):
-        columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-        duck.from_arrow(pa.table(columns, schema=_SCHEMA)).insert_into("reviewed")
+        columns = [
+            pa.array(column, field.type)
+            for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)
+        ]
+        duck.from_arrow(pa.table(columns, schema=_SCHEMA)).insert_into("judged")
+    duck.execute(
+        f"""
+        CREATE TABLE reviewed AS
+            SELECT request_key, verdict
+            FROM (SELECT DISTINCT request_key, image_sha256 FROM judged WHERE holds)
+            JOIN (
+                SELECT image_sha256, arg_max(verdict, number) AS verdict
+                FROM judged GROUP BY image_sha256
+            ) USING (image_sha256)
+            WHERE verdict <> '{NONE}'
+        """
+    )

@@ -183,7 +183,7 @@ def test_it_does_not_make_a_journal_because_one_made_in_the_wrong_place_knows_no
 
 
 def test_a_storage_that_is_no_folder_needs_a_journal_of_its_own() -> None:
-    _, _, error = invoke("--storage", "s3://bucket/krea")
+    _, _, error = invoke("--storage", "memory://bucket/krea")
     assert isinstance(error, ConfigError)
     assert "KREA_JOURNAL_URL" in str(error)
 

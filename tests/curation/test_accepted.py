@@ -30,13 +30,13 @@ def sha(name: str) -> str:
     return (name.encode().hex() + "0" * 64)[:64]
 
 
-def rows(*names: str, status: str = "stored", sample: int = 0) -> pa.Table:
+def rows(*names: str, status: str | None = "stored", sample: int = 0) -> pa.Table:
     return pa.table(
         {
             "prompt_id": [f"p-{name}" for name in names],
             "sample": pa.array([sample] * len(names), pa.int32()),
             "request_key": [f"k-{name}" for name in names],
-            "status": [status] * len(names),
+            "status": pa.array([status] * len(names), pa.string()),
             "image_sha256": pa.array(
                 [sha(name) if status == "stored" else None for name in names], pa.string()
             ),
@@ -62,9 +62,15 @@ def test_without_a_review_every_stored_image_is_accepted() -> None:
     assert reasons(rows("a", "b"), Rules(), Evidence(NOBODY)) == ["accepted", "accepted"]
 
 
-@pytest.mark.parametrize("status", ["planned", "failed", "unknown", "completed"])
-def test_what_is_not_stored_is_not_accepted(status: str) -> None:
+@pytest.mark.parametrize("status", ["planned", "failed", "unknown", "completed", None])
+def test_what_is_not_stored_is_not_accepted(status: str | None) -> None:
     assert reasons(rows("a", status=status), Rules(), Evidence(NOBODY)) == ["not stored"]
+
+
+def test_a_stored_row_without_a_hash_is_not_accepted() -> None:
+    table = rows("a")
+    table = table.set_column(4, "image_sha256", pa.nulls(1, pa.string()))
+    assert reasons(table, Rules(), Evidence(NOBODY)) == ["not stored"]
 
 
 def test_a_rejected_image_is_out_and_a_flagged_one_waits() -> None:

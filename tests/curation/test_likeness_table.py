@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from krea_dagster.curation.likeness_table import (
     LIKENESS_SCHEMA,
@@ -15,6 +18,8 @@ from krea_dagster.curation.likeness_table import (
     read_likeness,
     update_likeness,
 )
+from krea_dagster.curation.measures import measure
+from krea_dagster.emulator.render import render
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from tests.curation.likeness_bench import Pile, digest, flipped, hashes
@@ -80,8 +85,14 @@ def test_one_file_under_two_request_keys_was_bought_twice(pile: Pile) -> None:
 
 
 def test_rows_that_share_a_purchase_are_no_duplicates(pile: Pile) -> None:
-    for partition in ("a", "b"):
-        pile.add(f"twin {partition}", file="x", partition=partition, request_key=digest("shared"))
+    for number, partition in enumerate("abc"):
+        pile.add(
+            f"twin {partition}",
+            file="x",
+            partition=partition,
+            request_key=digest("shared"),
+            later_s=number // 2,  # also where two manifests say different times of it
+        )
     figures, rows = found(pile)
     assert rows == {}
     assert (figures.purchases, figures.copies.count) == (1, 0)
@@ -258,3 +269,28 @@ def test_the_largest_clusters_come_first_with_what_went_into_their_copies(pile: 
         ("small 0", 2, 0.45),
     ]
     assert len(largest_clusters(table, 1)) == 1
+
+
+# -- real pictures --------------------------------------------------------------------------------
+
+
+def test_a_picture_that_was_compressed_anew_or_made_smaller_is_found_and_others_are_not(
+    pile: Pile,
+) -> None:
+    """Through the hash that image_measures takes: pictures of the emulator, and changes of one."""
+    pictures = {f"seed {seed}": render("a heron at dawn", seed, 512, 512) for seed in range(1, 9)}
+    one = pictures["seed 3"]
+    buffer = io.BytesIO()
+    one.save(buffer, "JPEG", quality=40)
+    pictures["compressed"] = Image.open(buffer)
+    pictures["smaller"] = one.resize((400, 400))
+    pictures["flat"] = Image.new("RGB", (512, 512), "teal")
+    pictures["flat too"] = Image.new("RGB", (512, 512), "navy")
+    for name, picture in pictures.items():
+        figures = measure(picture)
+        bits = np.frombuffer(figures.perceptual_hash, np.uint8)
+        quality = figures.perceptual_hash_quality
+        pile.add(name, bits, quality=quality, sharpness=figures.sharpness)
+    figures_of_all, rows = found(pile)
+    assert set(rows) == {"seed 3", "compressed", "smaller"}
+    assert figures_of_all.low_quality == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ import pytest
 from dagster import ComponentTree
 from dagster.components.testing import DefsFolderSandbox, create_defs_folder_sandbox
 
-from krea_dagster import KreaImages, KreaResource, build_krea_definitions
+from krea_dagster import Curation, KreaImages, KreaResource, build_krea_definitions
+from krea_dagster.curation.export.wish import ExportWish
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.component import Checks, KreaSettings, RowDefaults
+from krea_dagster.plugin.component import (
+    Checks,
+    CurationSettings,
+    ExportSettings,
+    KreaSettings,
+    RowDefaults,
+)
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 from tests.dagster_bench import QUIET, tick, write_table
 from tests.plugin.test_plugin_secrets import told_to_the_ui
@@ -51,6 +59,7 @@ EVERYTHING: dict[str, Any] = {
         "max_in_flight": 5,
         "max_per_s": 2.5,
         "look_at_images": False,
+        "measure_images": False,
         "on_unknown": "hold",
         "run_credits": 7.5,
         "day_credits": 20,
@@ -77,6 +86,31 @@ EVERYTHING: dict[str, Any] = {
     "spend_by": ["campaign"],
     "soft_budgets": ["month=500"],
     "collect_later": True,
+    "curation": {
+        "accept": ["sharpness>=40"],
+        "require_keep": True,
+        "one_of_duplicates": True,
+        "wanted": ["prompt=2"],
+        "most_images": 5,
+        "most_credits": 3.5,
+        "exports": {
+            "training_set": {
+                "form": "webdataset",
+                "splits": ["train=0.9", "validation=0.1"],
+                "where": ["day=2026-11-02"],
+                "everything": False,
+                "columns": ["prompt", "seed"],
+                "shard_images": 100,
+                "shard_bytes": 1_000_000,
+                "leaks": True,
+                "embed_parameters": True,
+                "sidecars": False,
+                "license": "cc-by-4.0",
+                "title": "Boats",
+                "source": "our own",
+            }
+        },
+    },
     "in_process": False,
 }
 
@@ -86,9 +120,9 @@ _NAMED = {"api_key_env", "journal_url_env", "callback_secret_env"}
 
 
 def names_of_checks(defs: dg.Definitions) -> set[str]:
-    """The checks of the images and their manifest; the spend tables have their own."""
+    """The checks of the images and their manifest; what is made of these has its own."""
     keys = defs.resolve_asset_graph().asset_check_keys
-    return {key.name for key in keys if not key.asset_key.path[-1].startswith("spend_")}
+    return {key.name for key in keys if key.asset_key.path[-1] in ("images", "image_manifest")}
 
 
 @pytest.fixture
@@ -129,7 +163,12 @@ def resource_of(defs: dg.Definitions, key: str = "krea") -> KreaResource:
 
 def test_this_file_says_everything_that_the_yaml_takes() -> None:
     assert set(EVERYTHING) == set(KreaImages.model_fields)
-    for section, model in (("krea", KreaSettings), ("defaults", RowDefaults), ("checks", Checks)):
+    for section, model in (
+        ("krea", KreaSettings),
+        ("defaults", RowDefaults),
+        ("checks", Checks),
+        ("curation", CurationSettings),
+    ):
         assert set(EVERYTHING[section]) == set(model.model_fields)
 
 
@@ -157,6 +196,12 @@ def test_every_argument_of_the_factory_is_in_the_yaml_or_has_a_hook() -> None:
         "fresh_within_hours": "freshness_policy",
         "in_process": "executor",
     }
+    exports = EVERYTHING["curation"]["exports"]["training_set"]
+    assert set(exports) == set(ExportSettings.model_fields)
+    renamed = {"splits": "splits", "where": "filters"}
+    said = {renamed.get(name, name) for name in ExportSettings.model_fields}
+    assert said | {"partitions"} == {one.name for one in fields(ExportWish)}
+    assert {"measures", *CurationSettings.model_fields} == {one.name for one in fields(Curation)}
     in_yaml = {said_otherwise.get(name, name) for name in KreaImages.model_fields}
     assert in_yaml | {"count_tokens"} == arguments
     assert callable(KreaImages.count_tokens)
@@ -192,6 +237,10 @@ def test_all_of_it_reaches_the_definitions(
     }  # fmt: skip
     options = [dict(one.keywords) for one in component.build_checks() or ()]  # type: ignore[attr-defined]  # partials
     assert options == list(EVERYTHING["checks"].values())
+    assert component.curation.wanted == ["prompt=2"]
+    assert defs.resolve_asset_graph().has(dg.AssetKey([*prefix, "training_set"]))
+    wanted = dg.AssetCheckKey(dg.AssetKey([*prefix, "accepted_images"]), "all_wanted_accepted")
+    assert defs.resolve_asset_graph().get_check_spec(wanted)
     share = defs.resolve_asset_graph().get_check_spec(dg.AssetCheckKey(manifest, "failure_share"))
     assert "2.00%" in (share.description or "")
 

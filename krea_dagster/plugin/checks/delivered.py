@@ -22,7 +22,11 @@ def check_rows(figures: Figures, report: RunReport, held: int = 0) -> dg.AssetCh
         return dg.AssetCheckResult(
             passed=True,
             check_name=CHECK_NAME,
-            metadata={"rows": figures.rows, **({"rows_held_back": held} if held else {})},
+            metadata={
+                "rows": figures.rows,
+                **({"rows_held_back": held} if held else {}),
+                **_missed_callbacks(report),
+            },
             description=(
                 f"All {figures.rows} rows have their image."
                 if not held
@@ -47,5 +51,10 @@ def check_rows(figures: Figures, report: RunReport, held: int = 0) -> dg.AssetCh
             "missing": missing_table(figures),
             **({"left_for_later": dict(left)} if left else {}),
             **({"caps_reached": list(report.caps_reached)} if report.caps_reached else {}),
+            **_missed_callbacks(report),
         },
     )
+
+
+def _missed_callbacks(report: RunReport) -> dict[str, int]:
+    return {"missed_callbacks": report.missed_callbacks} if report.missed_callbacks else {}

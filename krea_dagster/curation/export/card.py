@@ -1,0 +1,306 @@
+"""The dataset card: what the images are, how they were made, and what they cost.
+
+``README.md`` with a header that the Hugging Face Hub and ``datasets`` read: YAML, whose values
+are written as JSON, which is YAML too. Nothing in it hangs on the time of the export, so that an
+export without changes is the same export.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.curation.export.plan import Plan
+from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.wish import ExportWish
+
+_SIZES: Final = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+)
+_USER: Final = re.compile(r"://[^/\s]*@")
+
+_FORMS: Final = {
+    "webdataset": "WebDataset shards: each image as `<key>.png` (or jpg, webp, avif), its prompt "
+    "as `<key>.txt`, its row as `<key>.json`",
+    "parquet": "Parquet files with the images inside, in the column `image`",
+    "imagefolder": "image files, with the rows in each split's `metadata.jsonl`",
+    "jsonl": "image files, with the rows of each split as JSON lines",
+    "csv": "image files, with the rows of each split as CSV",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is said of the images of an export. ``splits`` are images by name, in order."""
+
+    images: int
+    prompts: int
+    splits: Mapping[str, int]
+    leaked: Mapping[str, int]
+    likeness_known: bool
+    models: Sequence[str]
+    sizes: Mapping[str, int]
+    qualities: Mapping[str, int]
+    formats: Mapping[str, int]
+    seeds: tuple[int, int, int] | None
+    stored: tuple[str, str] | None
+    bytes: int
+    purchases: int
+    credits: float
+    unpriced: int
+    made_by: Mapping[str, str]
+
+
+def facts_of(rows: Rows, plan: Plan, wish: ExportWish) -> Facts:
+    """Count what the images of a plan are."""
+    names = ["prompt", "model", "size", "quality", "seed", "request_key", "image_format"]
+    table = rows.take(plan.rows(), [*names, "credits_charged", "stored_at"])
+    # A purchase that several rows share was paid for once.
+    paid = table.group_by("request_key").aggregate([("credits_charged", "max")])
+    charged = paid["credits_charged_max"]
+    seeds = pc.min_max(table["seed"])
+    times = pc.min_max(table["stored_at"])
+    return Facts(
+        images=plan.images,
+        prompts=int(pc.count_distinct(table["prompt"]).as_py()),
+        splits={
+            one.name: sum(len(shard.rows) for shard in plan.of(one.name)) for one in wish.splits
+        },
+        leaked=plan.leaked,
+        likeness_known=plan.likeness_known,
+        models=sorted(_counts(table["model"])),
+        sizes=_counts(table["size"]),
+        qualities=_counts(table["quality"]),
+        formats=_counts(table["image_format"]),
+        seeds=None
+        if seeds["min"].as_py() is None
+        else (
+            seeds["min"].as_py(),
+            seeds["max"].as_py(),
+            int(pc.count_distinct(table["seed"]).as_py()),
+        ),
+        stored=None
+        if times["min"].as_py() is None
+        else (f"{times['min'].as_py():%Y-%m-%d}", f"{times['max'].as_py():%Y-%m-%d}"),
+        bytes=int(rows.sizes[plan.rows()].sum()),
+        purchases=len(paid),
+        credits=round(float(pc.sum(charged).as_py() or 0), 4),
+        unpriced=charged.null_count,
+        made_by={name: _version(name) for name in ("krea-dagster", "pyarrow")},
+    )
+
+
+def write_card(facts: Facts, wish: ExportWish, plan: Plan) -> str:
+    """Return the card as Markdown."""
+    title = wish.title or "Images of " + (", ".join(facts.models) or "a text-to-image model")
+    return "\n".join(
+        ["---", *_header(facts, wish, plan, title), "---", "", *_body(facts, wish, plan, title), ""]
+    )
+
+
+def without_credentials(location: str) -> str:
+    """A path or URL without user, password, query and fragment."""
+    if "://" not in location:
+        return location
+    return _USER.sub("://", location.partition("?")[0].partition("#")[0])
+
+
+def _source(location: str) -> str:
+    """Where prompts come from: of a path on this machine only the name concerns others."""
+    if "://" in location:
+        return without_credentials(location)
+    return location.rstrip("/").rpartition("/")[2]
+
+
+# -- the header ------------------------------------------------------------------------------
+
+
+def _header(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
+    size = next((name for most, name in _SIZES if facts.images < most), "n>10M")
+    values: dict[str, Any] = {}
+    if wish.license is not None:
+        values["license"] = wish.license.lower()
+    values |= {
+        "pretty_name": _line(title),
+        "task_categories": ["text-to-image"],
+        "tags": ["synthetic", "text-to-image", "krea-dagster"],
+        "size_categories": [size],
+        "configs": [{"config_name": "default", "data_files": _data_files(facts, wish, plan)}],
+    }
+    return [f"{name}: {json.dumps(value, ensure_ascii=True)}" for name, value in values.items()]
+
+
+def _data_files(facts: Facts, wish: ExportWish, plan: Plan) -> list[dict[str, Any]]:
+    found = []
+    for name, images in facts.splits.items():
+        if not images:
+            continue
+        match wish.form:
+            case "webdataset":
+                path: Any = f"data/{name}-*.tar"
+            case "parquet":
+                path = f"data/{name}-*.parquet"
+            case "imagefolder":
+                # By their endings: sidecars are no images.
+                endings = sorted({ending.lower() for ending in plan.endings})
+                path = [f"{name}/metadata.jsonl", *(f"{name}/*/*.{one}" for one in endings)]
+            case _:
+                path = f"{name}.{wish.form}"
+        found.append({"split": name, "path": path})
+    return found
+
+
+# -- the text --------------------------------------------------------------------------------
+
+
+def _body(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
+    kind = "stored" if wish.everything else "accepted"
+    lines = [
+        f"# {_plain(title)}",
+        "",
+        (
+            f"{_many(facts.images, 'image')} of {_many(facts.prompts, 'prompt')}, all {kind}: "
+            f"{_FORMS[wish.form]}."
+        ),
+        "",
+        "| split | share of prompts | images | shards |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {one.name} | {one.share.normalize():f} | {facts.splits[one.name]} | "
+            f"{len(plan.of(one.name))} |"
+            for one in wish.splits
+        ),
+        "",
+        *_said_of_splits(facts, wish),
+        "## How the images were made",
+        "",
+        f"- Model: {_list(facts.models)}, asked over EvoLink's API",
+        f"- Sizes: {_shares(facts.sizes)}",
+        f"- Qualities: {_shares(facts.qualities)}",
+        f"- Files: {_shares(facts.formats)}, {facts.bytes} bytes, as they were received",
+    ]
+    if facts.seeds is not None:
+        least, most, distinct = facts.seeds
+        lines.append(
+            f"- Seeds: {distinct} different ones, {least} to {most}, in the column `seed`; where "
+            "the table gives none, drawn from prompt_id, sample and attempt"
+        )
+    if wish.source:
+        lines.append(f"- Prompts: {_plain(_source(wish.source))}")
+    if facts.stored is not None:
+        lines.append(f"- Stored: {facts.stored[0]} to {facts.stored[1]}, UTC")
+    if wish.filters:
+        texts = [f"{one.column} is {' or '.join(one.values)}" for one in wish.filters]
+        lines.append(f"- Only rows where {_plain('; '.join(texts))}")
+    if wish.embed_parameters:
+        lines.append(
+            "- The parameters of the generation are in the PNG files, in the text chunk "
+            "`parameters`: the pixels are as received; `image_sha256` is of the file as received, "
+            "`exported_sha256` of the one here"
+        )
+    lines += [
+        "",
+        "## What they cost",
+        "",
+        _cost(facts),
+        "",
+        "## Traced and verified",
+        "",
+        (
+            "`index.parquet` has of each image its shard, prompt_id, sample, request_key (what was "
+            "bought) and sha256. Each file was held against the hash that was taken when it was "
+            "stored, and every shard was read back. `export.json` has the shards and their hashes."
+        ),
+        "",
+        "Made by " + ", ".join(f"{name} {number}" for name, number in facts.made_by.items()) + ".",
+    ]
+    if wish.form == "webdataset" and len(plan.endings) > 1:
+        lines += [
+            "",
+            (
+                f"The files are of several formats ({', '.join(plan.endings)}): the library "
+                "`webdataset` reads them, the loader of `datasets` wants one format."
+            ),
+        ]
+    if wish.license is None:
+        lines += ["", "No licence was named by whoever made this export."]
+    return lines
+
+
+def _cost(facts: Facts) -> str:
+    unknown = (
+        f", without {facts.unpriced} of which the charge is not known" if facts.unpriced else ""
+    )
+    return (
+        f"{facts.credits:g} credits for the {_many(facts.purchases, 'purchase')} of these images"
+        f"{unknown}. What was bought and is not in here is not counted."
+    )
+
+
+def _said_of_splits(facts: Facts, wish: ExportWish) -> list[str]:
+    if len(wish.splits) == 1:
+        return []
+    held = (
+        "near-duplicates were looked for" if facts.likeness_known else "only equal files were seen"
+    )
+    alike = (
+        "Images of different prompts that are alike may be in two splits."
+        if wish.leaks
+        else (
+            f"Where images of different prompts are alike ({held}), the split named last keeps "
+            f"its own; {sum(facts.leaked.values())} images of the others are left out."
+        )
+    )
+    return [
+        "A prompt's split is drawn from its text alone (without case and spacing), so that equal "
+        "prompts are never in two splits, and none moves as the dataset grows. " + alike,
+        "",
+    ]
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    found = Counter(
+        {one["values"].as_py(): one["counts"].as_py() for one in pc.value_counts(column)}
+    )
+    return {str(name): count for name, count in found.most_common() if name is not None}
+
+
+def _shares(counts: Mapping[str, int]) -> str:
+    shown = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:20]
+    return ", ".join(f"{_plain(name)} ({count})" for name, count in shown) or "not known"
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(map(_plain, names)) or "not known"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", _line(text))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not known"

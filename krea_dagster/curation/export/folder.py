@@ -1,0 +1,100 @@
+"""Exports of loose files: a folder of images for each shard, and a table of all beside them.
+
+``imagefolder`` has ``<split>/metadata.jsonl``, which ``datasets`` reads; ``jsonl`` and ``csv``
+have ``<split>.jsonl`` and ``<split>.csv``. The column ``file_name`` says where an image lies, from
+where the table lies. Image files are not made durable one by one: all are, before the export is
+published.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from krea_dagster.curation.export.content import (
+    Content,
+    Damaged,
+    Item,
+    Picture,
+    check_picture,
+)
+from krea_dagster.curation.export.records import line_of, text_of
+from krea_dagster.curation.export.target import Target
+
+#: The table of a split, by form.
+TABLES: Final = {
+    "imagefolder": "{split}/metadata.jsonl",
+    "jsonl": "{split}.jsonl",
+    "csv": "{split}.csv",
+}
+
+
+def write_folder(
+    target: Target, folder: str, content: Content, pictures: Iterator[Picture], *, sidecars: bool
+) -> None:
+    """Write the images of a shard that are not there yet."""
+    for picture in pictures:
+        target.put(f"{folder}/{picture.item.file}", picture.data)
+        if sidecars:
+            target.put(
+                f"{folder}/{picture.item.key}.json", _sidecar(content, picture.item, picture.sha256)
+            )
+
+
+def check_folder(target: Target, folder: str, content: Content, *, sidecars: bool) -> list[str]:
+    """Read the images of a shard back; return the sha256 of each. Raises Damaged."""
+    found = []
+    for item in content.items:
+        sha256 = check_picture(item, _read(target, f"{folder}/{item.file}"))
+        if sidecars:
+            written = _read(target, f"{folder}/{item.key}.json")
+            if written != _sidecar(content, item, sha256):
+                raise Damaged(f"{folder}/{item.key}.json holds other values")
+        found.append(sha256)
+    return found
+
+
+def folder_sha256(content: Content, shas: Iterable[str]) -> str:
+    """A hash over a shard's files: a line of name and sha256 for each."""
+    lines = (f"{item.file} {sha}\n" for item, sha in zip(content.items, shas, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def table_lines(
+    form: str, rows: Iterable[tuple[str, dict[str, Any]]], *, columns: list[str]
+) -> Iterator[bytes]:
+    """Yield the lines of a split's table: the name of each image's file, and its row."""
+    if form != "csv":
+        for file, record in rows:
+            yield f"{line_of({'file_name': file, **record})}\n".encode()
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file_name", *columns])
+    for file, record in rows:
+        writer.writerow([file, *(_cell(record[name]) for name in columns)])
+        if text.tell() > 1 << 20:
+            yield text.getvalue().encode()
+            text.seek(0)
+            text.truncate()
+    yield text.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return text_of(value) if isinstance(value, dict | list) else value
+
+
+def _sidecar(content: Content, item: Item, sha256: str) -> bytes:
+    return f"{line_of(content.ready(item, sha256))}\n".encode()
+
+
+def _read(target: Target, name: str) -> bytes:
+    try:
+        return target.read(name)
+    except FileNotFoundError:
+        raise Damaged(f"{name} is missing") from None

@@ -1,0 +1,188 @@
+"""What an export will hold: which image is in which split and shard, and what is there already.
+
+Made before anything is written, and equal for equal rows: a killed export finds its own plan
+again, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.curation.export.content import FACTS, Content, ending_of
+from krea_dagster.curation.export.placing import place
+from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.splits import leaking, split_numbers
+from krea_dagster.curation.export.target import FORMAT_VERSION
+from krea_dagster.curation.export.wish import ONE_FILE, ExportWish
+
+#: Raised where the same rows would be written as other bytes.
+_WRITER: Final = 1
+
+_ENDINGS: Final = {"webdataset": ".tar", "parquet": ".parquet"}
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some images of a split. ``rows`` are places in ``Rows``; ``name`` is below the version.
+
+    Shards with equal fingerprints hold the same.
+    """
+
+    split: str
+    number: int
+    name: str
+    rows: Numbers
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards, in order, and what was left out.
+
+    ``leaked`` counts by split the images that are left out because a later split has one alike.
+    ``likeness_known`` says whether near-duplicates were looked for at all, or only equal files.
+    ``endings`` are those of the files.
+    """
+
+    shards: tuple[Shard, ...]
+    leaked: Mapping[str, int]
+    likeness_known: bool
+    endings: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        """How many are in all shards."""
+        return sum(len(one.rows) for one in self.shards)
+
+    def of(self, split: str) -> list[Shard]:
+        """The shards of a split."""
+        return [one for one in self.shards if one.split == split]
+
+    def rows(self) -> Numbers:
+        """The rows of all shards, in order."""
+        return np.concatenate([one.rows for one in self.shards] or [np.zeros(0, np.int64)])
+
+    def version(self, card: str) -> str:
+        """The name of this export: 16 hexadecimal digits, from all that it holds."""
+        hashed = hashlib.sha256(f"krea-dagster/{FORMAT_VERSION}/version\x1f{card}".encode())
+        for one in self.shards:
+            hashed.update(f"\x1f{one.name}\x1f{one.fingerprint}".encode())
+        return hashed.hexdigest()[:16]
+
+
+def make_plan(rows: Rows, wish: ExportWish, alike: pa.Table | None, index: pa.Table | None) -> Plan:
+    """Say where each row goes.
+
+    ``alike`` has ``image_sha256`` and ``cluster`` of images that are alike, None where nobody has
+    looked. ``index`` is that of the version before, where it had the same layout.
+    """
+    splits = split_numbers(rows.column("prompt"), wish.splits)
+    dropped = np.zeros(len(rows), np.bool_)
+    if len(wish.splits) > 1 and not wish.leaks:
+        dropped = leaking(splits, _alike(rows.column("image_sha256"), alike))
+    shards: list[Shard] = []
+    for number, split in enumerate(wish.splits):
+        members = np.flatnonzero((splits == number) & ~dropped)
+        old, lost = _before(rows.keys[members], split.name, index)
+        placed = place(
+            old,
+            rows.sizes[members],
+            lost,
+            most_images=wish.shard_images,
+            most_bytes=wish.shard_bytes,
+        )
+        order = np.argsort(placed, kind="stable")
+        ends = np.bincount(placed).cumsum().tolist()
+        for shard, end in enumerate(ends):
+            begin = 0 if shard == 0 else ends[shard - 1]
+            found = members[order[begin:end]]
+            shards.append(
+                Shard(
+                    split.name,
+                    shard,
+                    shard_name(wish, split.name, shard),
+                    found,
+                    _fingerprint(rows, wish, found),
+                )
+            )
+    counts = Counter(wish.splits[number].name for number in splits[dropped].tolist())
+    endings = {ending_of(path) for path in rows.column("image_path").to_pylist()}
+    return Plan(tuple(shards), dict(counts), alike is not None, tuple(sorted(endings)))
+
+
+def shard_name(wish: ExportWish, split: str, number: int) -> str:
+    """The name of a shard below its version: a file, or a folder."""
+    if wish.form in ONE_FILE:
+        return f"data/{split}-{number:05d}{_ENDINGS[wish.form]}"
+    return f"{split}/{number:05d}"
+
+
+def layout_of(wish: ExportWish) -> dict[str, Any]:
+    """What must be the same for a later version to put its images where this one has them."""
+    return {
+        "form": wish.form,
+        "splits": [str(one) for one in wish.splits],
+        "shard_images": wish.shard_images,
+        "shard_bytes": wish.shard_bytes,
+    }
+
+
+def content_of(rows: Rows, wish: ExportWish, shard: Shard) -> Content:
+    """The rows of a shard."""
+    needed = list(dict.fromkeys([*rows.columns, *FACTS]))
+    table = rows.take(shard.rows, needed)
+    keys = [key.decode() for key in rows.keys[shard.rows].tolist()]
+    return Content(
+        table.select(rows.columns), table.select(FACTS), keys, embed=wish.embed_parameters
+    )
+
+
+def _fingerprint(rows: Rows, wish: ExportWish, members: Numbers) -> str:
+    form = [_WRITER, wish.form, wish.embed_parameters, wish.sidecars, str(rows.schema)]
+    hashed = hashlib.sha256(json.dumps(form).encode())
+    hashed.update(b"".join(rows.keys[members].tolist()))
+    hashed.update(rows.digests[members].tobytes())
+    return hashed.hexdigest()
+
+
+def _alike(images: pa.ChunkedArray, alike: pa.Table | None) -> Numbers:
+    groups = images
+    if alike is not None and len(alike):
+        known = alike["image_sha256"].combine_chunks()
+        clusters = alike["cluster"].take(pc.index_in(images, value_set=known))
+        groups = pc.coalesce(clusters, images)
+    texts = groups.cast(pa.large_string()).combine_chunks().dictionary_encode()
+    return np.asarray(texts.indices.to_numpy(), np.int64)
+
+
+def _before(
+    keys: npt.NDArray[np.bytes_], split: str, index: pa.Table | None
+) -> tuple[Numbers, frozenset[int]]:
+    """Where each key was, -1 for none, and which shards have lost some."""
+    if index is None:
+        return np.full(len(keys), -1, np.int64), frozenset()
+    found = index.filter(pc.equal(index["split"], split))
+    known = np.array(found["key"].to_pylist(), "S24")
+    numbers = np.array(found["shard"].to_pylist(), np.int64)
+    order = np.argsort(known)
+    known, numbers = known[order], numbers[order]
+    if not len(known):
+        return np.full(len(keys), -1, np.int64), frozenset()
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    here = known[places] == keys
+    still = np.zeros(len(known), np.bool_)
+    still[places[here]] = True
+    old = np.where(here, numbers[places], -1)
+    return old, frozenset(np.unique(numbers[~still]).tolist())

@@ -1,0 +1,204 @@
+"""Brings the shards of an export into place: found there, linked, or written and read back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from krea_dagster.curation.export.content import (
+    BadImage,
+    Content,
+    Damaged,
+    ImagesNotAsStored,
+    Picture,
+    pictures,
+)
+from krea_dagster.curation.export.folder import check_folder, folder_sha256, write_folder
+from krea_dagster.curation.export.parquet import check_parquet, write_parquet
+from krea_dagster.curation.export.plan import Plan, Shard, content_of
+from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.tar import check_tar, write_tar
+from krea_dagster.curation.export.target import Target, sha256_of
+from krea_dagster.curation.export.wish import ONE_FILE, ExportWish
+from krea_dagster.engine.storage import Storage
+
+_WRITE: Final = {"webdataset": write_tar, "parquet": write_parquet}
+_CHECK: Final = {"webdataset": check_tar, "parquet": check_parquet}
+
+#: Threads where the images are behind a URL, and most of the time is spent waiting.
+_REMOTE_THREADS: Final = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an export is: images that are in verified shards, of all."""
+
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard that is in its place and verified. ``shas`` are those of the images in it."""
+
+    shard: Shard
+    how: str
+    sha256: str
+    bytes: int
+    shas: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Before:
+    """The version before: its shards by fingerprint, and the hashes of its images by key."""
+
+    version: str
+    shards: Mapping[str, Mapping[str, Any]]
+    exported: Mapping[str, str]
+
+    @classmethod
+    def read(
+        cls, version: str | None, described: Mapping[str, Any] | None, target: Target
+    ) -> Before | None:
+        """Read a version; None where there is none, or none that is complete."""
+        if version is None or described is None:
+            return None
+        # Hashes are other ones than the manifest's only where parameters are in the files.
+        exported: dict[str, str] = {}
+        if described.get("embed_parameters"):
+            index = target.index(version)
+            exported = dict(
+                zip(index["key"].to_pylist(), index["exported_sha256"].to_pylist(), strict=True)
+            )
+        return cls(version, {one["fingerprint"]: one for one in described["shards"]}, exported)
+
+
+@dataclass
+class Work:
+    """Brings the shards of one version into their places."""
+
+    storage: Storage
+    target: Target
+    rows: Rows
+    wish: ExportWish
+    version: str
+    before: Before | None
+    on_progress: Callable[[Progress], object]
+    images: int
+
+    def __post_init__(self) -> None:
+        self.bad: list[BadImage] = []
+
+    def run(self, plan: Plan, threads: int | None) -> list[Done]:
+        """Return the shards in the plan's order. Raises ImagesNotAsStored."""
+        local = self.storage.folder is not None and self.target.is_folder
+        workers = threads or ((os.cpu_count() or 1) if local else _REMOTE_THREADS)
+        ready = 0
+        with ThreadPoolExecutor(workers, "krea-export") as pool:
+            futures = [pool.submit(self.bring, shard) for shard in plan.shards]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    if (done := future.result()) is not None:
+                        ready += len(done.shard.rows)
+                    self.on_progress(Progress(ready, self.images))
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+        if self.bad:
+            order = sorted(self.bad, key=lambda one: (one.prompt_id, one.sample))
+            raise ImagesNotAsStored(order)
+        return [done for future in futures if (done := future.result()) is not None]
+
+    def bring(self, shard: Shard) -> Done | None:
+        """Bring one shard into its place; None where images are bad, which are noted."""
+        content = content_of(self.rows, self.wish, shard)
+        if self.bad:  # nothing will be published: the others are only looked at
+            for _ in pictures(content, self.storage, self.bad.append):
+                pass
+            return None
+        found = self._found(shard, content) or self._linked(shard, content)
+        return found or self._written(shard, content)
+
+    def _found(self, shard: Shard, content: Content) -> Done | None:
+        name = f"{self.version}/{shard.name}"
+        try:
+            if self.wish.form not in ONE_FILE:
+                shas = check_folder(self.target, name, content, sidecars=self.wish.sidecars)
+                return self._done(shard, content, "found", shas)
+            size = self.target.storage.size_bytes(name)
+            if size is None:
+                return None
+            return self._checked(shard, content, name, size)
+        except Damaged:
+            return None
+
+    def _checked(self, shard: Shard, content: Content, name: str, size: int) -> Done:
+        folder = self.target.storage.folder
+        if folder is not None:
+            shas = _CHECK[self.wish.form](folder / name, content)
+        else:
+            with self.target.storage.scratch() as copy:
+                copy.write_bytes(self.target.read(name))
+                shas = _CHECK[self.wish.form](copy, content)
+        return Done(shard, "found", self.target.sha256(name), size, shas)
+
+    def _linked(self, shard: Shard, content: Content) -> Done | None:
+        """Take a shard from the version before, where it is there and as it was."""
+        before = self.before
+        known = None if before is None else before.shards.get(shard.fingerprint)
+        if before is None or known is None or before.version == self.version:
+            return None
+        old, new = f"{before.version}/{known['name']}", f"{self.version}/{shard.name}"
+        shas = [before.exported.get(item.key, item.sha256) for item in content.items]
+        if self.wish.form not in ONE_FILE:
+            try:
+                check_folder(self.target, old, content, sidecars=self.wish.sidecars)
+            except Damaged:
+                return None
+            for item in content.items:
+                self.target.link(f"{old}/{item.file}", f"{new}/{item.file}")
+                if self.wish.sidecars:
+                    self.target.link(f"{old}/{item.key}.json", f"{new}/{item.key}.json")
+            return self._done(shard, content, "linked", shas)
+        if self.target.storage.size_bytes(old) != known["bytes"]:
+            return None
+        # An object store keeps checksums of its own, and reading all back would be a download.
+        if self.target.is_folder and self.target.sha256(old) != known["sha256"]:
+            return None
+        self.target.link(old, new)
+        return Done(shard, "linked", known["sha256"], known["bytes"], shas)
+
+    def _written(self, shard: Shard, content: Content) -> Done | None:
+        already = len(self.bad)
+        source: Iterator[Picture] = pictures(content, self.storage, self.bad.append)
+        name = f"{self.version}/{shard.name}"
+        if self.wish.form not in ONE_FILE:
+            write_folder(self.target, name, content, source, sidecars=self.wish.sidecars)
+            if len(self.bad) > already:
+                return None
+            shas = check_folder(self.target, name, content, sidecars=self.wish.sidecars)
+            return self._done(shard, content, "written", shas)
+        with self.target.storage.scratch() as path:
+            _WRITE[self.wish.form](path, content, source)
+            if len(self.bad) > already:
+                return None
+            shas = _CHECK[self.wish.form](path, content)
+            size = path.stat().st_size
+            sha256 = _sha256_of(path)
+            self.target.send(path, name)
+        return Done(shard, "written", sha256, size, shas)
+
+    def _done(self, shard: Shard, content: Content, how: str, shas: Sequence[str]) -> Done:
+        size = int(self.rows.sizes[shard.rows].sum())
+        return Done(shard, how, folder_sha256(content, shas), size, shas)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256_of(file)

@@ -1,0 +1,158 @@
+"""The command that opens the review's page and serves it in the foreground."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import secrets
+import webbrowser
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import click
+
+from krea_dagster.errors import ConfigError
+
+_TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the variable
+
+_EPILOG = """
+\b
+Environment:
+  KREA_STORAGE       root of what is made  [data/krea]
+  KREA_JOURNAL_URL   SQLAlchemy URL        [SQLite in the storage root]
+  KREA_REVIEW_TOKEN  the secret part of the page's address  [a new one each time]
+
+\b
+Verdicts are in the journal when the page shows them as saved. Should the server
+die, the page keeps what is not saved: start it again with the same --port, and
+with the same token, or open the new address in the same browser.
+
+\b
+Several people share a review by the journal: each starts the command on a
+machine of their own, with KREA_JOURNAL_URL and KREA_STORAGE the same, or they
+open one server's page through a tunnel, and put in their names.
+"""
+
+
+@click.command("review", epilog=_EPILOG)
+@click.option(
+    "--storage",
+    envvar="KREA_STORAGE",
+    default="data/krea",
+    show_default=True,
+    help="The storage root whose images are reviewed.",
+)
+@click.option(
+    "--journal",
+    "journal_url",
+    envvar="KREA_JOURNAL_URL",
+    default="",
+    metavar="URL",
+    help="The journal, where it is not in the storage root.",
+)
+@click.option("--reviewer", metavar="NAME", help="Who judges.  [default: the login name]")
+@click.option(
+    "--port",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on, at 127.0.0.1; 0 takes any that is free.",
+)
+@click.option(
+    "--token-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help=f"File that holds the token.  [default: {_TOKEN_VARIABLE}, or a new token]",
+)
+@click.option(
+    "--reason",
+    "reasons",
+    multiple=True,
+    metavar="TEXT",
+    help="A reason to reject, on the keys 1 to 9; may be repeated.",
+)
+@click.option("--no-open", is_flag=True, help="Do not open a browser.")
+def review_command(
+    *,
+    storage: str,
+    journal_url: str,
+    reviewer: str | None,
+    port: int,
+    token_file: Path | None,
+    reasons: tuple[str, ...],
+    no_open: bool,
+) -> None:
+    """Look at the images in a browser, and keep, reject or flag them by keyboard.
+
+    A verdict is written to the journal at once, with who gave it and when. None is overwritten:
+    the last one on an image counts. The address that is printed on stdout is a secret: whoever
+    has it, and is on this machine, may give verdicts.
+    """
+    from krea_dagster.curation.review.app import REASONS, Review, Setting  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.curation.review.server import listen, serve  # noqa: PLC0415 - as above
+    from krea_dagster.engine.database import has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal import Journal  # noqa: PLC0415 - as above
+    from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
+
+    if len(reasons) > 9:
+        raise click.UsageError("--reason is given nine times at most: there are nine keys")
+    token = _token(token_file)
+    root = Storage(storage)
+    url = journal_url or _journal_in(storage)
+    if not has_database(url):
+        raise ConfigError(
+            "there is no journal yet, so there is nothing to review. Look whether KREA_STORAGE or "
+            "KREA_JOURNAL_URL is what the runs have, or run `krea-dagster materialize` once"
+        )
+    try:
+        listener = listen(port)
+    except OSError as error:
+        raise click.UsageError(f"cannot listen on 127.0.0.1:{port}: {error}") from None
+
+    def ready(address: str) -> None:
+        click.echo(address)
+        if not no_open and not webbrowser.open(address):
+            click.echo("Open this address in a browser on this machine.", err=True)
+
+    with listener, closing(Journal(url)) as journal:
+        setting = Setting(
+            storage=root,
+            journal=journal,
+            reviewer=reviewer or _login(),
+            title=root.locate("").rstrip("/"),
+            reasons=reasons or REASONS,
+        )
+        review = Review(setting)
+        click.echo(f"{len(review):,} rows; Ctrl+C ends the review.", err=True)
+        serve(review, listener, token, on_ready=ready)
+
+
+def _token(file: Path | None) -> str:
+    token = os.environ.get(_TOKEN_VARIABLE, "")
+    if file is not None:
+        token = file.read_text(encoding="utf-8").strip()
+    if not token:
+        return secrets.token_urlsafe(24)
+    # It is part of an address, and all that keeps other users of this machine out.
+    if not re.fullmatch(r"[A-Za-z0-9_-]{16,200}", token):
+        raise ConfigError(
+            f"the token ({_TOKEN_VARIABLE} or --token-file) has 16 to 200 letters, digits, - or _"
+        )
+    return token
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "reviewer"
+
+
+def _journal_in(storage: str) -> str:
+    if "://" in storage:
+        raise ConfigError(
+            f"the storage root {storage} is not a folder, so the journal has a place of its own: "
+            "set KREA_JOURNAL_URL"
+        )
+    return f"sqlite:///{Path(storage).absolute() / 'journal.db'}"

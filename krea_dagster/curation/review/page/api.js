@@ -1,0 +1,56 @@
+// Asks the server. The page's own address holds the token, so every address is relative to it.
+
+/** The server said no: `status` says how, and the text is for people. */
+export class Refused extends Error {
+  constructor(status, text) {
+    super(text);
+    this.status = status;
+  }
+}
+
+/** There was no answer, or the journal could not be reached: asking again may help. */
+export class Away extends Error {}
+
+const WAIT_MS = 20000;
+
+async function answered(path, options) {
+  let answer;
+  let said;
+  try {
+    const signal = AbortSignal.any([
+      AbortSignal.timeout(WAIT_MS),
+      ...(options.signal ? [options.signal] : []),
+    ]);
+    answer = await fetch(path, { cache: "no-store", ...options, signal });
+    said = await answer.text();
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    throw new Away("The server does not answer.");
+  }
+  let value = {};
+  try {
+    value = JSON.parse(said);
+  } catch {
+    value = { error: said };
+  }
+  if (answer.status >= 500) throw new Away(value.error || `The server answers ${answer.status}.`);
+  if (!answer.ok) throw new Refused(answer.status, value.error || `The server answers ${answer.status}.`);
+  return value;
+}
+
+export function ask(name, parameters = {}, signal = undefined) {
+  const query = new URLSearchParams();
+  for (const [key, value] of Object.entries(parameters)) query.set(key, value);
+  return answered(`api/${name}?${query}`, { signal });
+}
+
+export function post(name, value) {
+  return answered(`api/${name}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(value),
+  });
+}
+
+export const small = (sha256) => `small/${sha256}`;
+export const full = (sha256) => `full/${sha256}`;

@@ -1,0 +1,43 @@
+// Makes elements. Whatever is shown goes in as text, never as markup.
+
+export function el(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "value") made.value = value;
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+export const byId = (id) => document.getElementById(id);
+
+export const count = (number) => number.toLocaleString("en");
+
+/** Says something to whoever cannot see it. The same words twice are said twice. */
+export function say(words) {
+  const live = byId("live");
+  live.textContent = live.textContent === words ? `${words}\u00a0` : words;
+}
+
+export const WORDS = { keep: "Kept", reject: "Rejected", flag: "Flagged", none: "No verdict" };
+export const SIGNS = { keep: "✓", reject: "✕", flag: "⚑", none: "" };
+
+/** What a picture is called in words: the beginning of its prompt, and which of several it is. */
+export function named(row) {
+  const words = row.prompt.length > 80 ? `${row.prompt.slice(0, 79)}…` : row.prompt;
+  const which = row.sample ? `, sample ${row.sample}` : "";
+  const again = row.attempt ? `, attempt ${row.attempt}` : "";
+  return `${words}${which}${again}`;
+}
+
+/** Runs a function once things have been quiet for so long. */
+export function quiet(wait_ms, run) {
+  let timer = 0;
+  return (...given) => {
+    clearTimeout(timer);
+    timer = setTimeout(run, wait_ms, ...given);
+  };
+}

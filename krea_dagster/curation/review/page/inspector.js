@@ -1,0 +1,138 @@
+// The side panel: the chosen picture larger, its prompt, what is known of it, and its history.
+
+import { full, small } from "./api.js";
+import { SIGNS, WORDS, el, quiet } from "./dom.js";
+
+/** What is shown first, and what is left to the table below. */
+const FACTS = [
+  ["seed", "Seed"],
+  ["quality", "Quality"],
+  ["partition_key", "Partition"],
+  ["status", "State"],
+  ["credits_charged", "Credits"],
+];
+const ELSEWHERE = new Set([
+  ...FACTS.map(([name]) => name),
+  ...["prompt", "image_sha256", "perceptual_hash", "width", "height", "sample", "attempt", "model"],
+  ...["image_path", "task_id", "run_id", "request_key", "billing_rule", "user_group", "earlier"],
+]);
+
+export function when(text) {
+  if (!text) return "just now";
+  return new Date(text).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
+}
+
+export function asText(value) {
+  if (typeof value === "number" && !Number.isInteger(value)) return value.toPrecision(4);
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
+export class Inspector {
+  #root;
+  #list;
+  #verdicts;
+  #row;
+  #stop = new AbortController();
+  #parts;
+  #later = quiet(140, () => this.#fetch());
+
+  constructor(root, list, verdicts) {
+    this.#root = root;
+    this.#list = list;
+    this.#verdicts = verdicts;
+    const picture = el("img", { alt: "", decoding: "async" });
+    const verdict = el("p", { class: "present" });
+    const prompt = el("p", { class: "prompt" });
+    const facts = el("dl", { class: "facts" });
+    const history = el("ol", { class: "history" });
+    const further = el("dl", { class: "facts" });
+    const more = el("details", {}, el("summary", {}, "All columns"), further);
+    const past = el("section", {}, el("h3", {}, "Verdicts"), history);
+    this.#parts = { picture, verdict, prompt, facts, history, further, more, past };
+    const frame = el("div", { class: "frame" }, picture);
+    const words = el("div", { class: "about", tabindex: "0", role: "group" }, verdict, prompt, facts, past, more);
+    words.setAttribute("aria-label", "About the picture");
+    root.append(el("h2", { class: "hidden" }, "The chosen picture"), frame, words);
+    picture.addEventListener("load", () => picture.classList.add("there"));
+  }
+
+  show(row) {
+    if (row === this.#row) return;
+    this.#row = row;
+    this.#stop.abort();
+    const { picture, prompt, facts, history, further, past } = this.#parts;
+    past.hidden = true;
+    this.#root.classList.toggle("blank", !row);
+    for (const one of [facts, history, further]) one.replaceChildren();
+    prompt.textContent = row?.prompt ?? "";
+    if (row?.image_sha256) picture.src = small(row.image_sha256);
+    else picture.removeAttribute("src");
+    this.verdict();
+    if (row) this.#later();
+  }
+
+  /** The verdicts on these pictures have changed. */
+  changed(shas) {
+    this.verdict();
+    if (shas.has(this.#row?.image_sha256)) this.#later();
+  }
+
+  verdict() {
+    const { verdict } = this.#parts;
+    const row = this.#row;
+    const found = row ? this.#verdicts.of(row) : null;
+    verdict.dataset.verdict = found?.verdict ?? "none";
+    if (!row) verdict.textContent = "";
+    else if (!found) verdict.textContent = row.image_sha256 ? "No verdict yet" : "There is no picture";
+    else {
+      const why = found.reason ? `: ${found.reason}` : "";
+      verdict.textContent = `${SIGNS[found.verdict]} ${WORDS[found.verdict]}${why} · ${found.reviewer}`;
+    }
+  }
+
+  async #fetch() {
+    const row = this.#row;
+    if (!row || !this.#root.checkVisibility()) return;
+    const stop = (this.#stop = new AbortController());
+    let found;
+    try {
+      found = await this.#list.whole(row, stop.signal);
+    } catch {
+      return; // The list says what is wrong.
+    }
+    if (row !== this.#row) return;
+    const { picture, prompt, facts, history, further, past } = this.#parts;
+    if (row.image_sha256) picture.src = full(row.image_sha256);
+    const all = found.row;
+    prompt.textContent = all.prompt;
+    const which = [`sample ${all.sample}`, all.attempt ? `attempt ${all.attempt}` : ""];
+    facts.replaceChildren(
+      ...pair("Picture", all.width ? `${all.width} × ${all.height} px, ${all.image_format ?? ""}` : "–"),
+      ...pair("Which", which.filter(Boolean).join(", ")),
+      ...FACTS.flatMap(([name, words]) => (all[name] === null ? [] : pair(words, asText(all[name])))),
+    );
+    further.replaceChildren(
+      ...Object.entries(all)
+        .filter(([name, value]) => value !== null && !ELSEWHERE.has(name))
+        .flatMap(([name, value]) => pair(name, asText(value))),
+    );
+    past.hidden = !found.history.length;
+    history.replaceChildren(...found.history.map(said));
+  }
+}
+
+function pair(name, value) {
+  return [el("dt", {}, name), el("dd", {}, value)];
+}
+
+function said(one) {
+  const words = one.verdict === "none" ? "Taken back" : WORDS[one.verdict];
+  const why = one.reason ? `: ${one.reason}` : "";
+  return el(
+    "li",
+    { "data-verdict": one.verdict },
+    el("span", {}, `${words}${why}`),
+    el("span", { class: "faint" }, `${one.reviewer}, ${when(one.at)}`),
+  );
+}

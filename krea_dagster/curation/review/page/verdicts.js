@@ -1,0 +1,225 @@
+// The verdicts: what is known of each picture, and what was given here and is not saved yet.
+//
+// A verdict has an id from the moment the key is pressed, and stays in this browser's storage until
+// the server says that it is in the journal. It is posted again until then. The id makes that
+// harmless: the journal remembers each id once.
+
+import { Away, Refused, ask, post } from "./api.js";
+
+const MOST_AT_ONCE = 100;
+const POLL_MS = 1500;
+const POLL_HIDDEN_MS = 15000;
+const MOST_UNDO = 1000;
+
+function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (one) => one.toString(16).padStart(2, "0")).join("");
+}
+
+export class Verdicts extends EventTarget {
+  #prefix = "";
+  #waiting = new Map();
+  /** The newest that the server has said of each picture, and what is not saved yet. */
+  #heard = new Map();
+  #pending = new Map();
+  #given = [];
+  #busy = false;
+  #failed = 0;
+  #timer = 0;
+  #clock = 0;
+
+  constructor() {
+    super();
+    this.reviewer = "";
+    this.number = 0;
+  }
+
+  /** Begins. `journal` tells this journal's verdicts from those of another at the same port. */
+  start(journal, number) {
+    this.#prefix = `krea-review:${journal}:`;
+    this.number = number;
+    for (const entry of this.#left()) {
+      this.#waiting.set(entry.verdict_id, entry);
+      this.#pending.set(entry.image_sha256, entry);
+    }
+    addEventListener("online", () => this.#flush());
+    document.addEventListener("visibilitychange", () => this.#poll());
+    addEventListener("beforeunload", (event) => {
+      if (this.#waiting.size) event.preventDefault();
+    });
+    this.#flush();
+    this.#timer = setTimeout(() => this.#poll(), POLL_MS);
+  }
+
+  get waiting() {
+    return this.#waiting.size;
+  }
+
+  get canUndo() {
+    return this.#given.length > 0;
+  }
+
+  /** The verdict on a row's picture, `null` where there is none. */
+  of(row) {
+    if (!row?.image_sha256) return null;
+    const { image_sha256 } = row;
+    const found = this.#pending.get(image_sha256) ?? this.#heard.get(image_sha256) ?? row.verdict;
+    return found?.verdict === "none" ? null : found;
+  }
+
+  /** Takes what rows say of their pictures, where nothing newer is known. */
+  learnFrom(rows) {
+    for (const row of rows) if (row.verdict) this.#learn(row.verdict);
+  }
+
+  give(row, verdict, reason = null) {
+    const before = this.of(row);
+    this.#given.push({ row, before });
+    if (this.#given.length > MOST_UNDO) this.#given.shift();
+    this.#enter(row, verdict, reason);
+  }
+
+  /** Waits until all that was given is saved, or cannot be at present. */
+  async settled() {
+    let away = false;
+    while (this.#waiting.size && !away) {
+      await new Promise((resolve) => {
+        const saved = () => {
+          this.removeEventListener("away", failed);
+          resolve();
+        };
+        const failed = () => {
+          this.removeEventListener("saved", saved);
+          away = true;
+          resolve();
+        };
+        this.addEventListener("saved", saved, { once: true });
+        this.addEventListener("away", failed, { once: true });
+      });
+    }
+  }
+
+  /** Puts the last verdict given here back to what stood before; returns its row. */
+  undo() {
+    const last = this.#given.pop();
+    if (!last) return null;
+    this.#enter(last.row, last.before?.verdict ?? "none", last.before?.reason ?? null);
+    return last.row;
+  }
+
+  #enter(row, verdict, reason) {
+    const entry = {
+      verdict_id: newId(),
+      image_sha256: row.image_sha256,
+      verdict,
+      reason,
+      reviewer: this.reviewer,
+      request_key: row.request_key,
+      prompt_id: row.prompt_id,
+      sample: row.sample,
+      attempt: row.attempt,
+      partition_key: row.partition_key,
+      order: ++this.#clock,
+    };
+    this.#waiting.set(entry.verdict_id, entry);
+    try {
+      localStorage.setItem(this.#prefix + entry.verdict_id, JSON.stringify(entry));
+    } catch {
+      // Full or forbidden: it is still kept in the page.
+    }
+    this.#pending.set(row.image_sha256, entry);
+    this.#changed([row.image_sha256]);
+    this.#flush();
+  }
+
+  async #flush() {
+    if (this.#busy || !this.#waiting.size) return;
+    this.#busy = true;
+    try {
+      while (this.#waiting.size) {
+        const batch = [...this.#waiting.values()].slice(0, MOST_AT_ONCE);
+        const answer = await post("verdicts", { verdicts: batch });
+        for (const one of answer.verdicts) this.#saved(one);
+        for (const one of answer.refused) this.#refused(one);
+        this.#failed = 0;
+        this.dispatchEvent(new Event("saved"));
+      }
+    } catch (error) {
+      if (!(error instanceof Away || error instanceof Refused)) throw error;
+      this.#failed += 1;
+      const wait_ms = Math.min(5000, 250 * 2 ** Math.min(this.#failed, 6));
+      setTimeout(() => this.#flush(), wait_ms);
+      this.dispatchEvent(new CustomEvent("away", { detail: error }));
+    } finally {
+      this.#busy = false;
+    }
+  }
+
+  #saved(one) {
+    this.#drop(one.verdict_id);
+    this.#learn(one);
+    this.#changed([one.image_sha256]);
+  }
+
+  #refused({ verdict_id, why }) {
+    const entry = this.#waiting.get(verdict_id);
+    this.#drop(verdict_id);
+    if (entry) this.#changed([entry.image_sha256]);
+    this.dispatchEvent(new CustomEvent("refused", { detail: why }));
+  }
+
+  #drop(id) {
+    const entry = this.#waiting.get(id);
+    this.#waiting.delete(id);
+    if (this.#pending.get(entry?.image_sha256) === entry) this.#pending.delete(entry?.image_sha256);
+    try {
+      localStorage.removeItem(this.#prefix + id);
+    } catch {
+      // As above.
+    }
+  }
+
+  #learn(one) {
+    const heard = this.#heard.get(one.image_sha256);
+    if (heard && heard.number >= one.number) return false;
+    this.#heard.set(one.image_sha256, one);
+    return true;
+  }
+
+  /** What a page of this browser has left behind, the oldest first. */
+  #left() {
+    const found = [];
+    try {
+      for (const key of Object.keys(localStorage)) {
+        if (key.startsWith(this.#prefix)) found.push(JSON.parse(localStorage.getItem(key)));
+      }
+    } catch {
+      return [];
+    }
+    return found.sort((one, other) => one.order - other.order);
+  }
+
+  /** Asks what others have said meanwhile. */
+  async #poll() {
+    clearTimeout(this.#timer);
+    try {
+      const found = await ask("since", { number: this.number });
+      this.number = found.number;
+      const news = found.verdicts.filter((one) => this.#learn(one));
+      if (news.length) this.#changed(news.map((one) => one.image_sha256));
+      this.dispatchEvent(new CustomEvent("heard", { detail: found.generation }));
+      if (this.#waiting.size) this.#flush();
+    } catch (error) {
+      if (!(error instanceof Away || error instanceof Refused)) throw error;
+      this.dispatchEvent(new CustomEvent("away", { detail: error }));
+    } finally {
+      clearTimeout(this.#timer);
+      const wait_ms = document.hidden ? POLL_HIDDEN_MS : POLL_MS;
+      this.#timer = setTimeout(() => this.#poll(), wait_ms);
+    }
+  }
+
+  #changed(shas) {
+    this.dispatchEvent(new CustomEvent("verdicts", { detail: new Set(shas) }));
+  }
+}

@@ -1,0 +1,582 @@
+"""The review in a real browser: 100,000 rows, by keyboard, two people at once, a killed server.
+
+``KREA_DOCS_IMAGES`` names a folder for the screenshots, which is how docs/images is made. Times are
+printed (``pytest -s``) and bounded loosely: a busy machine is no defect.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from krea_dagster.curation.review.app import REASONS
+from krea_dagster.curation.review.index import Index, build_index
+from krea_dagster.curation.review.wishes import Wish, empty_code, rows_of
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.manifest import read_manifests, write_manifest
+from tests.curation.review.review_bench import Server, Shelf, make_shelf
+
+pytestmark = pytest.mark.browser
+
+ROWS = 100_000
+DESK, PHONE = (1440, 900), (390, 844)
+Scheme = Literal["light", "dark"]
+VIEWS: list[tuple[tuple[int, int], Scheme]] = [
+    (DESK, "dark"),
+    (DESK, "light"),
+    (PHONE, "dark"),
+    (PHONE, "light"),
+]
+STORED = '{"where": [["status", "is", "stored"], ["earlier", "is", "false"]]}'
+
+#: Frames between one call and the next of the browser's clock, milliseconds.
+FRAMES = """
+async ([seconds, step]) => {
+    const grid = document.getElementById("grid"), times = [];
+    let last = performance.now();
+    const end = last + 1000 * seconds;
+    while (last < end) {
+        const now = await new Promise(requestAnimationFrame);
+        times.push(now - last);
+        last = now;
+        grid.scrollTop += step;
+    }
+    return times;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """A storage root with 100,000 rows."""
+    return make_shelf(tmp_path_factory.mktemp("review") / "krea", rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def server(shelf: Shelf) -> Iterator[Server]:
+    """The command, reviewing it."""
+    running = Server(shelf)
+    yield running
+    assert running.stop()[0] == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.fail("make browser-test needs Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
+        )
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page with the review, and what it said and asked for."""
+
+    def __init__(
+        self,
+        browser: Browser,
+        url: str,
+        *,
+        size: tuple[int, int] = DESK,
+        scheme: Scheme = "dark",
+        bypass_csp: bool = False,
+        touch: bool = False,
+    ) -> None:
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]},
+            color_scheme=scheme,
+            bypass_csp=bypass_csp,
+            has_touch=touch,
+        )
+        self.page: Page = self.context.new_page()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        began = time.perf_counter()
+        self.page.goto(url)
+        self.wait("document.querySelector('.cell img[src]')?.naturalWidth > 0")
+        self.first_picture_s = time.perf_counter() - began
+        # Everything of the first window has come, so that keys are not waited for.
+        self.wait(
+            "!document.querySelector('.cell:not([hidden]).blank') && "
+            "document.getElementById('progress-text').textContent !== '…'"
+        )
+
+    def wait(self, true: str) -> None:
+        """Wait until an expression is true. Playwright's own way needs eval, which is forbidden."""
+        until(lambda: bool(self.page.evaluate(true)), true)
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def chosen(self) -> Any:
+        """The place that is chosen, from 0."""
+        return self.page.evaluate("+document.querySelector('.cell.chosen').id.slice(6)")
+
+
+@contextmanager
+def visiting(browser: Browser, url: str, **further: Any) -> Iterator[Visit]:
+    visit = Visit(browser, url, **further)
+    yield visit
+    visit.context.close()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[tuple[Shelf, Server]]:
+    """A few rows of one's own, in the journal of which nothing stands yet."""
+    shelf = make_shelf(tmp_path / "krea", rows=400, subjects=3)
+    server = Server(shelf)
+    yield shelf, server
+    server.stop()
+
+
+def index_of(shelf: Shelf) -> Index:
+    with closing(Journal(shelf.journal_url)) as journal:
+        return build_index(Storage(str(shelf.folder)), journal)
+
+
+def order_of(index: Index, wish: str = STORED) -> list[str]:
+    """The pictures of a list, by their places."""
+    codes = np.full(len(index), empty_code(), np.int8)
+    rows = rows_of(index.table, Wish.parse(wish), codes)
+    return [str(one) for one in index.table["image_sha256"].take(rows).to_pylist()]
+
+
+def history_of(shelf: Shelf) -> list[Verdict]:
+    with closing(Journal(shelf.journal_url)) as journal:
+        return journal.verdicts.history()
+
+
+def until(true: Callable[[], bool], what: str, within_s: float = 30.0) -> None:
+    """Look again and again, until something is so."""
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+# -- quick with 100,000 rows ------------------------------------------------------------------
+
+
+def test_the_first_of_100_000_pictures_is_there_at_once(server: Server, browser: Browser) -> None:
+    with visiting(browser, server.url) as visit:
+        print(f"\nfirst picture of {ROWS:,} rows after {visit.first_picture_s:.2f} s")
+        expect(visit.page.get_by_role("heading", name="Review")).to_be_visible()
+        assert visit.first_picture_s < 15
+        visit.page.wait_for_load_state("networkidle")
+        assert visit.said == []
+        assert {url.split("/")[2] for url in visit.asked} == {f"127.0.0.1:{server.port}"}
+
+
+def test_scrolling_draws_what_can_be_seen_and_no_more(server: Server, browser: Browser) -> None:
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        height = page.evaluate("document.getElementById('grid').scrollHeight")
+        assert height > 3_000_000
+        for words, step in (("slowly", 12), ("quickly", 900), ("headlong", 20_000)):
+            times = page.evaluate(FRAMES, [4, step])
+            long = sum(1 for one in times if one > 50)
+            print(
+                f"\nscrolled {words} ({step} px a frame): {len(times)} frames, median "
+                f"{np.median(times):.1f} ms, 99th {np.percentile(times, 99):.1f} ms, longest "
+                f"{max(times):.0f} ms, {long} over 50 ms"
+            )
+            assert np.median(times) < 200
+            assert page.locator(".cell").count() < 120, "only what is near the window is there"
+        visit.press("End")
+        visit.wait("document.querySelector('.cell.chosen img')?.naturalWidth > 0")
+        last = page.locator(".cell.chosen")
+        expect(last).to_have_attribute("id", f"place-{len_of_list() - 1}")
+        expect(last).to_have_attribute("aria-selected", "true")
+        assert visit.said == []
+
+
+def test_a_list_that_is_higher_than_browsers_scroll_is_seen_to_its_end(
+    server: Server, browser: Browser
+) -> None:
+    """Large cells make 100,000 rows 18 million pixels high."""
+    with visiting(browser, server.url) as visit:
+        visit.press("+", "+")
+        columns = int(visit.page.locator("#grid").get_attribute("aria-colcount") or 0)
+        lines = int(visit.page.locator("#grid").get_attribute("aria-rowcount") or 0)
+        side = visit.page.locator(".cell.chosen").evaluate("one => one.offsetWidth")
+        assert lines * side > 16_000_000
+        inside = (
+            "(() => { const one = document.querySelector('.cell.chosen')?.getBoundingClientRect(), "
+            "all = document.getElementById('grid').getBoundingClientRect(); "
+            "return one && one.top >= all.top && one.bottom <= all.bottom })()"
+        )
+        visit.press("End")
+        for place in (len_of_list() - 1, len_of_list() - 1 - columns):
+            visit.wait(inside)
+            visit.wait("document.querySelector('.cell.chosen img')?.naturalWidth > 0")
+            assert visit.chosen() == place
+            visit.press("ArrowUp")
+        for _ in range(30):
+            visit.press("PageUp")
+            assert visit.page.evaluate(inside)
+        visit.press("Home")
+        visit.wait(inside)
+        assert visit.chosen() == 0
+        assert visit.page.evaluate("document.getElementById('grid').scrollTop") == 0
+
+
+def test_verdicts_do_not_stutter(server: Server, browser: Browser) -> None:
+    with visiting(browser, server.url) as visit:
+        visit.press("ArrowDown")
+        visit.page.evaluate(
+            "() => { window.times = []; let last = performance.now(); const tick = (now) => { "
+            "times.push(now - last); last = now; requestAnimationFrame(tick) }; tick(last) }"
+        )
+        began = time.perf_counter()
+        visit.press(*"kkfk" * 50)
+        passed_s = time.perf_counter() - began
+        times = visit.page.evaluate("times")
+        print(
+            f"\n200 verdicts by keyboard in {passed_s:.1f} s: {len(times)} frames, median "
+            f"{np.median(times):.1f} ms, 99th {np.percentile(times, 99):.1f} ms, longest "
+            f"{max(times):.0f} ms, {sum(1 for one in times if one > 50)} over 50 ms"
+        )
+        assert np.median(times) < 200
+        visit.wait("Object.keys(localStorage).length === 0")
+        assert visit.said == []
+
+
+def len_of_list() -> int:
+    """The rows that have a picture."""
+    return ROWS - ROWS // 211
+
+
+# -- by keyboard, two at once, and a kill in between ------------------------------------------
+
+
+def test_no_verdict_is_lost_and_none_is_double_when_the_server_is_killed(
+    shelf: Shelf, browser: Browser
+) -> None:
+    """400 verdicts of two people by keyboard, while the server dies twice under their hands."""
+    server = Server(shelf)
+    port = server.port
+    backwards = STORED[:-1] + ', "down": true}'
+    with (
+        visiting(browser, f"{server.url}?reviewer=Ada#{STORED}") as ada,
+        visiting(browser, f"{server.url}?reviewer=Grace#{backwards}") as grace,
+    ):
+        began = {one.verdict_id for one in history_of(shelf)}
+        cycle = [("keep", ["k"]), ("reject", ["r", "3"]), ("flag", ["f"]), ("keep", ["k"])]
+        times: list[float] = []
+        for number in range(200):
+            if number in (60, 140):
+                server.kill()
+            if number in (90, 150):
+                server = Server(shelf, port=port)
+            for visit in (ada, grace):
+                at = time.perf_counter()
+                visit.press(*cycle[number % 4][1])
+                times.append(time.perf_counter() - at)
+        for visit in (ada, grace):
+            visit.wait("Object.keys(localStorage).length === 0")
+            expect(visit.page.locator("#saved")).to_have_text("All saved")
+            expect(visit.page.locator("#trouble")).to_be_hidden()
+            assert visit.chosen() == 200
+        print(f"\n400 verdicts, {1000 * float(np.median(times)):.0f} ms each (median, one key)")
+        index = index_of(shelf)
+        given = [one for one in history_of(shelf) if one.verdict_id not in began]
+        for name, wish in (("Ada", STORED), ("Grace", backwards)):
+            wanted = [
+                (sha256, cycle[at % 4][0], REASONS[2] if at % 4 == 1 else None)
+                for at, sha256 in enumerate(order_of(index, wish)[:200])
+            ]
+            found = [
+                (one.image_sha256, one.verdict, one.reason) for one in given if one.reviewer == name
+            ]
+            assert found == wanted, "each once, and in the order of the keys"
+        assert len(given) == 400
+    assert server.stop()[0] == 0
+
+
+def test_a_page_that_is_closed_leaves_its_verdicts_to_the_next(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    shelf, server = small
+    with visiting(browser, server.url) as visit:
+        server.kill()
+        visit.press("k", "f")
+        expect(visit.page.locator("#saved")).to_have_text("2 not saved")
+        expect(visit.page.locator("#trouble")).to_contain_text("wait in this browser")
+        visit.page.close(run_before_unload=False)
+        assert history_of(shelf) == []
+        again = Server(shelf, port=server.port)
+        page = visit.context.new_page()
+        page.goto(again.url)
+        until(lambda: len(history_of(shelf)) == 2, "what was left is sent")
+        assert [one.verdict for one in history_of(shelf)] == ["keep", "flag"]
+        again.stop()
+
+
+def test_people_see_each_other_s_verdicts_within_seconds(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    shelf, server = small
+    with (
+        visiting(browser, f"{server.url}?reviewer=Ada") as ada,
+        visiting(browser, f"{server.url}?reviewer=Grace") as grace,
+    ):
+        ada.press("r")
+        ada.page.keyboard.type("six fingers")
+        ada.press("Enter")
+        expect(grace.page.locator("#place-0")).to_have_attribute(
+            "data-verdict", "reject", timeout=8000
+        )
+        expect(grace.page.locator(".present")).to_have_text("✕ Rejected: six fingers · Ada")
+        grace.press("k")  # another opinion: the last counts, and the first stays
+        expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep", timeout=8000)
+        expect(grace.page.locator("#progress-text")).to_have_text("1 of 399 judged")
+        assert [(one.verdict, one.reviewer, one.reason) for one in history_of(shelf)] == [
+            ("reject", "Ada", "six fingers"),
+            ("keep", "Grace", None),
+        ]
+
+
+def test_undo_brings_back_what_stood_before(small: tuple[Shelf, Server], browser: Browser) -> None:
+    shelf, server = small
+    with visiting(browser, server.url) as visit:
+        visit.press("k", "k", "ArrowLeft", "f", "u", "u", "u", "u")
+        assert visit.chosen() == 0
+        expect(visit.page.locator("#place-0")).to_have_attribute("data-verdict", "none")
+        expect(visit.page.locator("#place-1")).to_have_attribute("data-verdict", "none")
+        until(lambda: len(history_of(shelf)) == 6, "three verdicts and three undone")
+        assert [one.verdict for one in history_of(shelf)] == [
+            "keep", "keep", "flag", "keep", "none", "none",
+        ]  # fmt: skip
+
+
+def test_n_goes_to_the_next_picture_without_a_verdict(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    _, server = small
+    with visiting(browser, server.url) as visit:
+        visit.press("k", "k", "k", "Home", "n")
+        assert visit.chosen() == 3
+        visit.press("End", "k")  # the last of all stays chosen
+        visit.press("n")
+        visit.wait("document.querySelector('.cell.chosen').id === 'place-3'")
+
+
+# -- what is shown ----------------------------------------------------------------------------
+
+
+def test_filters_sort_and_find_nothing_and_survive_a_reload(
+    server: Server, browser: Browser
+) -> None:
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        visit.press("/")
+        page.get_by_role("button", name="Add a condition").click()
+        line = page.get_by_role("group", name="Condition").last
+        expect(line.get_by_label("Column")).to_have_value("sharpness")
+        line.get_by_label("Condition", exact=True).select_option("at least")
+        line.get_by_label("Value").fill("many")
+        page.get_by_role("button", name="Show", exact=True).click()
+        expect(page.get_by_role("alert").last).to_contain_text("'many' is no value of its kind")
+        line.get_by_label("Value").fill("900")
+        page.get_by_label("Order").select_option("sharpness")
+        page.get_by_label("Largest first").check()
+        page.get_by_role("button", name="Show", exact=True).click()
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        text = "sharpness at least 900 · by sharpness ↓"
+        expect(page.locator("#filter-text")).to_have_text(text)
+        page.reload()
+        expect(page.locator("#filter-text")).to_have_text(text)
+        visit.press("/")
+        page.get_by_label("Words of the prompt").fill("no prompt says this")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("No picture meets this filter.")).to_be_visible()
+        page.get_by_role("button", name="Show all pictures").click()
+        expect(page.locator("#place-0")).to_be_visible()
+        assert visit.said == [
+            "Failed to load resource: the server responded with a status of 400 (Bad Request)"
+        ]
+
+
+def test_comparing_shows_the_samples_at_full_size_and_judges_them(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    shelf, server = small
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        visit.press("Enter")
+        panes = page.get_by_role("option")
+        expect(panes).to_have_count(4)
+        visit.wait(
+            "[...document.querySelectorAll('.pane img')].every(one => one.naturalWidth >= 768)"
+        )
+        visit.press("ArrowRight", "ArrowRight", "k", "z")
+        large = page.locator(".pane img").evaluate_all("all => all.map(one => one.style.transform)")
+        assert len(set(large)) == 1, "all are enlarged together"
+        assert "scale" in large[0]
+        expect(panes.nth(2)).to_have_attribute("data-verdict", "keep")
+        expect(panes.nth(3)).to_have_attribute("aria-selected", "true")
+        visit.press("Escape")
+        expect(page.get_by_role("grid")).to_be_focused()
+        expect(page.locator("#place-2")).to_have_attribute("data-verdict", "keep")
+        until(lambda: len(history_of(shelf)) == 1, "the verdict is in the journal")
+        visit.press("d")
+        expect(page.get_by_role("option")).to_have_count(2)  # the pictures of one cluster
+
+
+def test_a_prompt_is_shown_as_text_whatever_it_holds(tmp_path: Path, browser: Browser) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=32, subjects=1)
+    storage = Storage(str(shelf.folder))
+    table = read_manifests(storage, ["bucket-000"])
+    bad = "<img src=x onerror=document.title='taken'><script>document.title='taken'</script>"
+    column = table.schema.get_field_index("prompt")
+    table = table.set_column(column, "prompt", [[bad] * table.num_rows])
+    write_manifest(storage, "bucket-000", table)
+    server = Server(shelf)
+    with visiting(browser, server.url) as visit:
+        expect(visit.page.locator(".about .prompt")).to_have_text(bad)
+        visit.press("Enter")
+        expect(visit.page.locator(".compare .prompt")).to_have_text(bad)
+        assert "taken" not in visit.page.title()
+        assert visit.said == []
+    server.stop()
+
+
+def test_the_page_s_own_policy_lets_no_other_script_run(server: Server, browser: Browser) -> None:
+    with visiting(browser, server.url) as visit:
+        ran = visit.page.evaluate(
+            "() => { const one = document.createElement('div'); try { one.innerHTML = '<b>'; "
+            "return 'markup' } catch (error) { return error.name } }"
+        )
+        assert ran == "TypeError"
+        visit.page.evaluate(
+            "() => { const one = document.createElement('img'); "
+            "one.src = 'http://127.0.0.1:9/other.png'; document.body.append(one) }"
+        )
+        assert "Content Security Policy" in " ".join(visit.said)
+
+
+# -- for everybody ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "scheme"), VIEWS, ids=lambda one: str(one).replace(", ", "x"))
+def test_axe_finds_nothing_to_object_to(
+    server: Server, browser: Browser, size: tuple[int, int], scheme: Scheme
+) -> None:
+    # axe is a script that the test brings along, which the page's policy rightly refuses.
+    with visiting(browser, server.url, size=size, scheme=scheme, bypass_csp=True) as visit:
+        page = visit.page
+        visit.press("k", "f", "r", "1")
+        page.wait_for_timeout(400)
+        for key in ("", "/", "?", "p", "r", "Enter"):
+            if key:
+                page.locator("#grid").focus()
+                visit.press(key)
+                expect(page.get_by_role("dialog")).to_be_visible()
+            results = Axe().run(page)
+            assert results.violations_count == 0, f"{key}: {results.generate_report()}"
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            if key:
+                visit.press("Escape")
+                expect(page.get_by_role("dialog")).to_have_count(0)
+                expect(page.get_by_role("grid")).to_be_focused()
+        visit.press("u", "u", "u")  # other tests count what stands there
+        expect(page.locator("#saved")).to_have_text("All saved")
+
+
+def test_a_screen_reader_is_told_where_it_is_and_what_was_done(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    _, server = small
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        grid = page.get_by_role("grid", name="Pictures")
+        expect(grid).to_be_focused()
+        columns = int(grid.get_attribute("aria-colcount") or 0)
+        assert int(grid.get_attribute("aria-rowcount") or 0) == -(-399 // columns)
+        visit.press("ArrowDown")
+        expect(grid).to_have_attribute("aria-activedescendant", f"place-{columns}")
+        cell = page.locator(f"#place-{columns}")
+        expect(cell).to_have_attribute("aria-colindex", "1")
+        assert cell.evaluate("one => one.parentElement.getAttribute('aria-rowindex')") == "2"
+        visit.press("k")
+        expect(page.locator("#live")).to_contain_text("Kept.")
+        expect(cell).to_have_attribute("aria-label", f"{label(cell)}. Kept. {columns + 1} of 399")
+        expect(grid).to_be_focused()
+
+
+def label(cell: Any) -> str:
+    """The words of a cell before its verdict."""
+    return str(cell.get_attribute("aria-label")).rsplit(". ", 2)[0]
+
+
+def test_everything_can_be_done_by_touch(small: tuple[Shelf, Server], browser: Browser) -> None:
+    shelf, server = small
+    with visiting(browser, server.url, size=PHONE, touch=True) as visit:
+        page = visit.page
+        sizes = page.locator("button:visible").evaluate_all(
+            "all => all.map(one => { const box = one.getBoundingClientRect(); "
+            "return Math.min(box.width, box.height) })"
+        )
+        assert min(sizes) >= 44
+        page.locator("#place-4").tap()
+        page.get_by_role("button", name="Reject").tap()
+        page.get_by_role("button", name="Blurred").tap()
+        expect(page.locator("#place-4")).to_have_attribute("data-verdict", "reject")
+        page.get_by_role("button", name="Compare").tap()
+        expect(page.get_by_role("option").first).to_be_visible()
+        until(lambda: len(history_of(shelf)) == 1, "the verdict is in the journal")
+        assert history_of(shelf)[0].reason == "Blurred"
+
+
+# -- screenshots ------------------------------------------------------------------------------
+
+
+def test_its_screenshots_are_kept(tmp_path: Path, browser: Browser) -> None:
+    docs = os.environ.get("KREA_DOCS_IMAGES")
+    if not docs:
+        pytest.skip("KREA_DOCS_IMAGES names no folder")
+    shelf = make_shelf(tmp_path / "harvest" / "krea", rows=4000)
+    server = Server(shelf)
+    keys = "kkfkrkkkrkkfkkkkrkkk"
+
+    def settle(visit: Visit) -> None:
+        visit.wait("[...document.images].every(one => !one.hasAttribute('src') || one.complete)")
+        visit.page.wait_for_timeout(900)
+
+    for name, size, scheme in (
+        ("review", DESK, "dark"),
+        ("review-light", DESK, "light"),
+        ("review-phone", PHONE, "dark"),
+    ):
+        with visiting(browser, server.url, size=size, scheme=scheme) as visit:
+            for key in keys if name == "review" else "":
+                visit.press(*(("r", "4") if key == "r" else (key,)))
+            visit.press(*["Home", *["ArrowRight"] * (7 if size == DESK else 4)])
+            settle(visit)
+            visit.page.screenshot(path=Path(docs) / f"{name}.png")
+            if name == "review":
+                visit.press("Enter")
+                settle(visit)
+                visit.page.screenshot(path=Path(docs) / "review-compare.png")
+    server.stop()

@@ -1,0 +1,136 @@
+"""A storage root with accepted images, for tests of exports."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from krea_dagster.curation.accepting import accepted_name, accepted_schema
+from krea_dagster.curation.likeness_table import LIKENESS_SCHEMA, likeness_name
+from krea_dagster.engine.storage import Storage
+from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
+
+FURTHER: Final = (
+    pa.field("category", pa.string()),
+    pa.field("weight", pa.float64()),
+    pa.field("tags", pa.list_(pa.string())),
+)
+FORMATS: Final = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+
+
+@cache
+def drawn(number: int, ending: str = "png", side: int = 24) -> bytes:
+    """A picture of its own for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, FORMATS[ending])
+    return file.getvalue()
+
+
+@dataclass
+class Shelf:
+    """Writes accepted images, manifests, and what is alike."""
+
+    root: str
+    storage: Storage = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.storage = Storage(self.root)
+
+    def row(self, number: int, *, picture: int | None = None, **columns: Any) -> dict[str, Any]:
+        """A stored row: of four rows, three have a PNG of their own, and one a JPEG."""
+        key = hashlib.sha256(b"%d" % number).hexdigest()
+        ending = "jpg" if number % 4 == 3 else "png"
+        data = drawn(number if picture is None else picture, ending)
+        name = f"images/{key[:2]}/{key}.{ending}"
+        self._put(name, data)
+        return {
+            "prompt_id": f"row-{number:04d}",
+            "sample": 0,
+            "prompt": f"prompt {number}, ünïcode “quoted”, 50 % | <b>",
+            "model": "krea-2-turbo",
+            "size": "1:1",
+            "quality": "1K",
+            "seed": 1 + number,
+            "nsfw_check": False,
+            "attempt": 0,
+            "request_key": key,
+            "partition_key": "a",
+            "status": "stored",
+            "task_id": f"task-{number}",
+            "image_path": self.storage.locate(name),
+            "image_sha256": hashlib.sha256(data).hexdigest(),
+            "image_bytes": len(data),
+            "image_format": FORMATS[ending],
+            "width": 24,
+            "height": 24,
+            "credits_reserved": 1.0,
+            "credits_charged": 0.9,
+            "stored_at": datetime(2026, 11, 2, 3, 4, number % 60, 567, timezone.utc),
+            "reused": number % 2 == 0,
+            "category": "sea" if number % 2 else "land",
+            "weight": float("nan") if number == 5 else number / 7,
+            "tags": None if number == 6 else ["x", f"y{number}"],
+            "verdict": "keep",
+            "reviewer": "ada",
+            **columns,
+        }
+
+    def rows(self, count: int, begin: int = 0) -> list[dict[str, Any]]:
+        """Rows with the numbers from ``begin`` on."""
+        return [self.row(number) for number in range(begin, begin + count)]
+
+    def accept(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
+        """Write the accepted images of a partition."""
+        schema = accepted_schema(pa.schema([*MANIFEST_SCHEMA, *FURTHER]))
+        table = pa.Table.from_pylist([{**row, "partition_key": key} for row in rows], schema)
+        self.storage.write(accepted_name(key), lambda file: pq.write_table(table, file))
+
+    def list(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
+        """Write the manifest of a partition."""
+        schema = pa.schema([*MANIFEST_SCHEMA, *FURTHER])
+        table = pa.Table.from_pylist([{**row, "partition_key": key} for row in rows], schema)
+        write_manifest(self.storage, key, table)
+
+    def liken(self, *clusters: Sequence[dict[str, Any]]) -> None:
+        """Write the table of near-duplicates."""
+        rows = [
+            {
+                "image_sha256": row["image_sha256"],
+                "partition_key": row["partition_key"],
+                "prompt_id": row["prompt_id"],
+                "sample": row["sample"],
+                "request_key": row["request_key"],
+                "cluster": min(one["image_sha256"] for one in cluster),
+                "kind": "near",
+                "keep": row is cluster[0],
+                "distance": 0 if row is cluster[0] else 9,
+                "credits_charged": 0.9,
+            }
+            for cluster in clusters
+            for row in cluster
+        ]
+        table = pa.Table.from_pylist(rows, LIKENESS_SCHEMA)
+        self.storage.write(likeness_name(), lambda file: pq.write_table(table, file))
+
+    def _put(self, name: str, data: bytes) -> None:
+        if self.storage.folder is None:
+            self.storage.write(name, lambda file: _write(file, data))
+            return
+        path = self.storage.folder / name  # without waiting for the disk, image by image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)

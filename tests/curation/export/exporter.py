@@ -1,0 +1,30 @@
+"""A process that exports, and is killed after so many shards: for tests of what is left then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from krea_dagster.curation.export.exporting import export
+from krea_dagster.curation.export.shards import Progress
+from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.engine.storage import Storage
+
+
+def main() -> None:
+    root, to, form, after = sys.argv[1:]
+    left = int(after)
+
+    def die(progress: Progress) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    wish = ExportWish.parse(form=form, shard_images=10)
+    export(Storage(root), wish, to, threads=1, on_progress=die)
+
+
+if __name__ == "__main__":
+    main()

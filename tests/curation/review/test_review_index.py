@@ -1,0 +1,175 @@
+"""The index of a review: all that is on file beside one another, and the verdicts upon it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from krea_dagster.curation.review.index import Index, Stamp, build_index
+from krea_dagster.curation.review.judged import Judged
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.runner import Wanted
+from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.verdicts import VERDICTS, Verdict
+from krea_dagster.errors import ConfigError
+from krea_dagster.prompts import plan_images
+from tests.curation.review.review_bench import SAMPLES, Shelf, make_shelf, sha256
+from tests.spend.spend_bench import LEARNED, Shop
+
+ROWS = 844  # four of them without a picture
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return make_shelf(tmp_path_factory.mktemp("index") / "krea", rows=ROWS, subjects=1)
+
+
+def read(shelf: Shelf) -> Index:
+    with closing(Journal(shelf.journal_url)) as journal:
+        return build_index(Storage(str(shelf.folder)), journal)
+
+
+def test_every_row_of_every_manifest_is_there_with_what_is_known_of_it(shelf: Shelf) -> None:
+    index = read(shelf)
+    assert len(index) == ROWS
+    assert len(index.partitions) == 8
+    assert index.to_review.sum() == ROWS - 4
+    row = index.table["image_sha256"].to_pylist().index(sha256(97))
+    whole = index.whole_row(row)
+    assert whole["sharpness"] > 0
+    assert whole["width"] == 1024, "the manifest's own column is not overwritten"
+    assert (whole["cluster"], whole["duplicate"], whole["duplicate_to_keep"]) == (
+        sha256(97), "near", True,
+    )  # fmt: skip
+    assert whole["campaign"] == "campaign 3"
+    alike = [index.whole_row(one)["image_sha256"] for one in index.of_cluster(row)]
+    assert sorted(alike) == sorted([sha256(97), sha256(98)])
+    assert [index.whole_row(one)["sample"] for one in index.of_prompt(row)] == list(range(SAMPLES))
+
+
+def test_what_was_accepted_is_marked(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    accepted = pa.table({"image_sha256": [sha256(3)]})
+    storage = Storage(str(shelf.folder))
+    storage.write("accepted/bucket-000.parquet", lambda file: pq.write_table(accepted, file))
+    index = read(shelf)
+    chosen = index.table.filter(index.table["accepted"])
+    assert chosen["image_sha256"].to_pylist() == [sha256(3)]
+    assert index.of_cluster(0) == [0], "nothing is known of likeness"
+
+
+def test_the_columns_say_what_may_be_asked_of_them(shelf: Shelf) -> None:
+    columns = {one["name"]: one for one in read(shelf).columns()}
+    assert columns["status"]["values"] == [("failed", 4), ("stored", ROWS - 4)]
+    assert columns["sharpness"]["kind"] == "number"
+    low, high = columns["sharpness"]["range"]
+    assert 0 < low < high
+    assert "values" not in columns["prompt_id"]
+    assert columns["stored_at"]["kind"] == "time"
+    assert columns["earlier"]["kind"] == "truth"
+
+
+def test_a_picture_s_file_is_the_index_s_own(shelf: Shelf) -> None:
+    index = read(shelf)
+    found = index.file_of(sha256(1))
+    assert found is not None
+    assert found[0] == str(shelf.folder / "images/00/000-1.png")
+    assert found[1] == "PNG"
+    assert index.file_of("0" * 64) is None
+
+
+def test_the_stamp_changes_with_the_files_and_not_without(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    storage = Storage(str(shelf.folder))
+    before = read(shelf).generation
+    assert Stamp.of(storage).text == before == read(shelf).generation
+    (shelf.folder / "manifest" / "bucket-000.parquet").unlink()
+    assert Stamp.of(storage).text != before
+    assert len(read(shelf)) < 16
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    (shelf.folder / "manifest" / "bucket-003.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ConfigError, match=r"manifest/bucket-003\.parquet cannot be read"):
+        read(shelf)
+
+
+def test_an_empty_root_has_an_empty_index(tmp_path: Path) -> None:
+    with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
+        index = build_index(Storage(str(tmp_path)), journal)
+        assert len(index) == 0
+        assert Judged(journal.verdicts).progress(index) == []
+
+
+def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
+    tmp_path: Path, emulator: Emulator, open_account: Callable[..., str]
+) -> None:
+    shop = Shop(tmp_path, emulator, open_account()).with_rows("first", "second", campaign="spring")
+    shop.buy()
+    krea = shop.krea
+    krea.raise_attempts([("first", 0)], raised_by="a person")
+    with krea.open_journal() as journal:
+        planned = list(plan_images(shop.table.read().rows, journal.attempts()))
+        wanted = [Wanted(one.request, one.partition_key) for one in planned]
+        policy = replace(krea.policy([]), wait_scale=0.01)
+        with krea._runner("run-2", lambda _: None) as runner:
+            asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
+        shop.write_manifests("run-2")
+        index = build_index(krea.open_storage(), journal)
+        earlier = index.table.filter(index.table["earlier"]).to_pylist()
+        assert len(index) == 3
+        assert [(one["prompt_id"], one["attempt"]) for one in earlier] == [("first", 0)]
+        assert earlier[0]["status"] == "stored"
+        assert earlier[0]["campaign"] == "spring"
+        assert Path(earlier[0]["image_path"]).is_file()
+        row = index.table["prompt_id"].to_pylist().index("first")
+        assert [index.whole_row(one)["attempt"] for one in index.of_prompt(row)] == [0, 1]
+        assert index.to_review.sum() == 2
+
+
+# -- verdicts ---------------------------------------------------------------------------------
+
+
+def on(number: int, verdict: str) -> Verdict:
+    return Verdict(uuid4().hex, sha256(number), verdict, "ada", "key", "prompt", 0, 0, "bucket")
+
+
+def test_a_list_can_be_asked_for_as_the_verdicts_stood_before(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    with closing(Journal(shelf.journal_url)) as journal:
+        log = journal.verdicts
+        log.remember([on(0, "keep"), on(1, "reject")])
+        judged = Judged(log)
+        index = build_index(Storage(str(shelf.folder)), journal)
+        places = [index.table["image_sha256"].to_pylist().index(sha256(one)) for one in range(3)]
+
+        def words(at_number: int | None = None) -> list[str]:
+            return [VERDICTS[code] for code in judged.codes(index, at_number)[places]]
+
+        assert words() == ["keep", "reject", "none"]
+        log.remember([on(0, "flag"), on(0, "none"), on(2, "keep"), on(9999, "keep")])
+        assert words() == ["keep", "reject", "none"], "nothing moves before it is asked for"
+        assert judged.catch_up() == 6
+        assert words() == ["none", "reject", "keep"]
+        assert words(3) == ["flag", "reject", "none"]
+        assert words(2) == ["keep", "reject", "none"]
+        assert words(0) == ["none", "none", "none"]
+        assert words() == ["none", "reject", "keep"]
+        assert judged.of(sha256(0)) is None
+        assert [one.number for one in judged.since(4)] == [5, 6]
+        sums = judged.progress(index)
+        assert sum(one["pictures"] for one in sums) == 16
+        assert sum(one["keep"] for one in sums) == sum(one["reject"] for one in sums) == 1
+        other = build_index(Storage(str(shelf.folder)), journal)
+        assert np.array_equal(judged.codes(other), judged.codes(index))

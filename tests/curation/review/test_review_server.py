@@ -1,0 +1,334 @@
+"""The review's server, over real HTTP: who may speak to it, and what becomes of a verdict."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import httpx
+import pytest
+from PIL import Image
+
+from krea_dagster.curation.review.app import Review, Setting, name_in
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.manifest import read_manifests, write_manifest
+from tests.curation.review.review_bench import TOKEN, Server, Shelf, make_shelf, sha256
+
+ROWS = 240
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return make_shelf(tmp_path_factory.mktemp("server") / "krea", rows=ROWS, subjects=1)
+
+
+@pytest.fixture(scope="module")
+def server(shelf: Shelf) -> Iterator[Server]:
+    running = Server(shelf, "--reason", "Too dark", "--reason", "Too bright")
+    yield running
+    assert running.stop()[0] == 0
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[httpx.Client]:
+    """What the page itself would ask with."""
+    origin = f"http://127.0.0.1:{server.port}"
+    with httpx.Client(base_url=server.url, headers={"Origin": origin}) as client:
+        yield client
+
+
+def given(number: int = 0, **further: Any) -> dict[str, Any]:
+    """A verdict as the page posts it."""
+    return {
+        "verdict_id": uuid4().hex,
+        "image_sha256": sha256(number),
+        "verdict": "keep",
+        "reason": None,
+        "reviewer": "ada",
+        "request_key": f"key-{number}",
+        "prompt_id": "prompt-000000",
+        "sample": 0,
+        "attempt": 0,
+        "partition_key": "bucket-000",
+        **further,
+    }
+
+
+def history(shelf: Shelf) -> list[Verdict]:
+    with closing(Journal(shelf.journal_url)) as journal:
+        return journal.verdicts.history()
+
+
+# -- who may speak to it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api/start", f"/{TOKEN[:-1]}/", f"/{TOKEN}x/api/start", f"/{TOKEN}", "//", "/ä/"]
+)
+def test_whoever_has_another_token_finds_no_page(server: Server, path: str) -> None:
+    answer = httpx.get(f"http://127.0.0.1:{server.port}{path}")
+    assert answer.status_code == 404
+    assert "krea-dagster review" in answer.text
+    assert TOKEN not in answer.text
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", ""])
+def test_a_name_that_was_pointed_here_is_refused(server: Server, host: str) -> None:
+    answer = httpx.get(server.url, headers={"Host": host})
+    assert answer.status_code in (400, 421)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
+)
+def test_no_other_origin_gives_a_verdict(
+    server: Server, shelf: Shelf, headers: dict[str, str]
+) -> None:
+    before = len(history(shelf))
+    if "Sec-Fetch-Site" in headers:
+        headers = headers | {"Origin": f"http://127.0.0.1:{server.port}"}
+    answer = httpx.post(f"{server.url}api/verdicts", json={"verdicts": [given()]}, headers=headers)
+    assert answer.status_code == 403
+    assert len(history(shelf)) == before
+
+
+@pytest.mark.parametrize("path", ["api/start", f"small/{'0' * 64}", "page/main.js"])
+def test_another_site_s_page_cannot_take_what_is_here(server: Server, path: str) -> None:
+    answer = httpx.get(server.url + path, headers={"Sec-Fetch-Site": "cross-site"})
+    assert answer.status_code == 403
+    opened = httpx.get(server.url, headers={"Sec-Fetch-Site": "cross-site"})
+    assert opened.status_code == 200, "the link itself may be opened from anywhere"
+
+
+def test_every_answer_has_the_strict_policy_and_no_cookie(page: httpx.Client) -> None:
+    for path in ("", "page/review.css", "api/start", "no/such/page"):
+        answer = page.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self';" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+        assert "cache-control" in answer.headers
+        assert "set-cookie" not in answer.headers
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_page_is_of_its_own_files_alone(page: httpx.Client) -> None:
+    text = page.get("").text
+    assert not re.search(r"https?://", text)
+    assert not re.search(r"\son\w+=|style=|<style|<script(?! type=\"module\" src=)", text)
+    for name in re.findall(r'(?:src|href)="([^"]+)"', text):
+        assert page.get(name).status_code == 200, name
+        body = page.get(name).text.replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://", body), name
+        assert "innerHTML" not in body
+    for wrong in ("page/../app.py", "page/%2e%2e%2fapp.py", "page/app.py", "app.py"):
+        assert page.get(wrong).status_code == 404
+
+
+# -- verdicts ---------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_in_the_journal_when_the_answer_comes(
+    page: httpx.Client, shelf: Shelf
+) -> None:
+    number = page.get("api/start").json()["number"]
+    entry = given(5, verdict="reject", reason="Too dark")
+    answer = page.post("api/verdicts", json={"verdicts": [entry, given(6)]})
+    assert answer.status_code == 200
+    first, second = history(shelf)[-2:]
+    assert (first.verdict_id, first.reason, first.reviewer) == (
+        entry["verdict_id"], "Too dark", "ada",
+    )  # fmt: skip
+    assert [one["number"] for one in answer.json()["verdicts"]] == [first.number, second.number]
+    again = page.post("api/verdicts", json={"verdicts": [entry]})
+    assert again.json()["verdicts"][0]["number"] == first.number
+    assert len([one for one in history(shelf) if one.verdict_id == entry["verdict_id"]]) == 1
+    said = page.get("api/since", params={"number": number}).json()
+    assert [one["verdict"] for one in said["verdicts"]] == ["reject", "keep"]
+    assert said["number"] == second.number
+
+
+def test_a_verdict_that_cannot_be_kept_is_named_and_does_not_hold_up_the_others(
+    page: httpx.Client, shelf: Shelf
+) -> None:
+    wrong = [
+        given(verdict="maybe"),
+        given(image_sha256="../../etc/passwd"),
+        given(sample="0"),
+        given(attempt=True),
+        given(reviewer=" "),
+        given(reason=["x"]),
+        {"verdict_id": "nothing else"},
+    ]
+    good = given(7)
+    answer = page.post("api/verdicts", json={"verdicts": [*wrong, good]}).json()
+    assert [one["verdict_id"] for one in answer["verdicts"]] == [good["verdict_id"]]
+    assert [one["verdict_id"] for one in answer["refused"]] == [one["verdict_id"] for one in wrong]
+    assert all(one["why"] for one in answer["refused"])
+    assert history(shelf)[-1].verdict_id == good["verdict_id"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[1]", "application/json", 400),
+        (b'{"verdicts": 7}', "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b" " * 2_000_000, "application/json", 413),
+        (b"verdicts=1", "application/x-www-form-urlencoded", 415),
+        (b'{"verdicts": []}', "text/plain", 415),
+    ],
+)
+def test_what_is_no_verdict_is_refused(
+    page: httpx.Client, content: bytes, kind: str, status: int
+) -> None:
+    answer = page.post("api/verdicts", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == status
+
+
+def test_progress_counts_each_partition(page: httpx.Client) -> None:
+    page.post("api/verdicts", json={"verdicts": [given(1, verdict="flag")]})
+    sums = page.get("api/progress").json()["partitions"]
+    assert [one["partition_key"] for one in sums] == [f"bucket-{at:03d}" for at in range(8)]
+    assert sum(one["pictures"] for one in sums) == ROWS - 1
+    assert sums[0]["flag"] == 1
+
+
+# -- rows and pictures ------------------------------------------------------------------------
+
+
+def test_rows_come_in_pages_and_go_on_where_the_verdicts_stood(page: httpx.Client) -> None:
+    wish = '{"verdicts": ["none"], "where": [["status", "is", "stored"]]}'
+    view = page.get("api/view", params={"wish": wish}).json()
+    name = {"wish": wish, "number": view["number"], "generation": view["generation"]}
+
+    def rows() -> list[str]:
+        found: list[str] = []
+        for offset in range(0, view["count"], 100):
+            part = {**name, "offset": offset, "limit": 100}
+            answer = page.get("api/rows", params=part).json()
+            found += [one["image_sha256"] for one in answer["rows"]]
+        return found
+
+    before = rows()
+    assert len(before) == len(set(before)) == view["count"]
+    chosen = int(page.get("api/next", params={**name, "after": -1}).json()["place"])
+    assert chosen == 0
+    entry = given() | {"image_sha256": before[0]}
+    page.post("api/verdicts", json={"verdicts": [entry]})
+    assert rows() == before, "a list does not move under the hand"
+    assert page.get("api/next", params={**name, "after": -1}).json()["place"] == 1
+    last = view["count"] - 1
+    assert page.get("api/next", params={**name, "after": last}).json()["place"] == 1
+    assert page.get("api/view", params={"wish": wish}).json()["count"] == view["count"] - 1
+    row = page.get("api/rows", params={**name, "offset": 0, "limit": 1}).json()["rows"][0]
+    assert row["verdict"]["verdict"] == "keep"
+    whole = page.get("api/row", params={**name, "row": row["row"]}).json()
+    assert whole["row"]["prompt"].startswith(row["prompt"])
+    assert [one["verdict"] for one in whole["history"]] == ["keep"]
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "status"),
+    [
+        ("api/view", {"wish": '{"sort": "nothing"}'}, 400),
+        ("api/rows", {"generation": "another"}, 409),
+        ("api/row", {"row": "99999"}, 404),
+        ("api/row", {"row": "1; drop table verdicts"}, 400),
+        ("api/siblings", {"row": "-1"}, 404),
+    ],
+)
+def test_what_cannot_be_answered_is_said(
+    page: httpx.Client, path: str, parameters: dict[str, str], status: int
+) -> None:
+    generation = page.get("api/start").json()["generation"]
+    answer = page.get(path, params={"generation": generation, **parameters})
+    assert answer.status_code == status
+    assert answer.json()["error"]
+
+
+def test_pictures_are_known_by_their_hash_and_kept_for_ever(
+    page: httpx.Client, shelf: Shelf
+) -> None:
+    small = page.get(f"small/{sha256(2)}")
+    assert small.headers["content-type"] == "image/jpeg"
+    assert "immutable" in small.headers["cache-control"]
+    assert max(Image.open(io.BytesIO(small.content)).size) == 384
+    full = page.get(f"full/{sha256(2)}")
+    assert full.headers["content-type"] == "image/png"
+    assert "immutable" in full.headers["cache-control"]
+    assert full.content == (shelf.folder / "images/00/000-2.png").read_bytes()
+    for wrong in (
+        "0" * 64, "..%2f..%2fjournal.db", "../../journal.db", "journal.db", sha256(210),
+    ):  # fmt: skip
+        for kind in ("small", "full"):
+            assert page.get(f"{kind}/{wrong}").status_code == 404
+
+
+def test_a_file_outside_the_root_is_not_served(tmp_path: Path) -> None:
+    """A manifest is a file that somebody may have changed."""
+    storage = Storage(str(tmp_path / "krea"))
+    inside = storage.locate("images/aa/b.png")
+    assert name_in(storage, inside) == "images/aa/b.png"
+    assert name_in(storage, "/before/it/was/moved/images/aa/b.png") == "images/aa/b.png"
+    for wrong in (
+        "/etc/passwd",
+        storage.locate("journal.db"),
+        storage.locate("images/../journal.db"),
+        "/images/../../etc/passwd",
+        "",
+    ):
+        assert name_in(storage, wrong) is None, wrong
+
+
+def test_new_rows_are_seen_while_the_page_is_open(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    storage = Storage(str(shelf.folder))
+    with closing(Journal(shelf.journal_url)) as journal:
+        review = Review(Setting(storage, journal, "ada", "krea"))
+        before = review.generation
+        table = read_manifests(storage, ["bucket-000"])
+        (shelf.folder / "manifest" / "bucket-001.parquet").write_bytes(b"not whole yet")
+
+        async def wait() -> None:
+            with anyio.fail_after(60):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(review.keep_up, 0.01)
+                    await anyio.sleep(0.05)
+                    assert review.generation == before, "what cannot be read changes nothing"
+                    write_manifest(storage, "bucket-001", table)
+                    while review.generation == before:  # noqa: ASYNC110 - as a page asks
+                        await anyio.sleep(0.01)
+                    group.cancel_scope.cancel()
+
+        anyio.run(wait)
+        assert len(review) == 16
+
+
+def test_a_journal_that_is_gone_is_said_and_the_verdict_is_not_taken(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    server = Server(shelf)
+    (shelf.folder / "journal.db").unlink()
+    headers = {"Origin": f"http://127.0.0.1:{server.port}"}
+    answer = httpx.post(f"{server.url}api/verdicts", json={"verdicts": [given()]}, headers=headers)
+    assert answer.status_code == 503
+    assert "not there any more" in answer.json()["error"]
+    server.stop()

@@ -1,0 +1,116 @@
+"""What a reviewer wishes to see: any column, any value, and never a line of a query language."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from krea_dagster.curation.review.wishes import Wish, empty_code, rows_of
+from krea_dagster.engine.verdicts import VERDICTS
+from krea_dagster.errors import InputError
+
+TABLE = pa.table(
+    {
+        "prompt_id": ["a", "b", "c", "d"],
+        "prompt": ["A red fox", "A blue whale", "The Red sea", "100% fox' OR 1=1 --"],
+        "status": ["stored", "stored", "failed", "stored"],
+        "seed": pa.array([7, 5, 5, None], pa.int32()),
+        "sharpness": [0.5, float("nan"), None, 2.5],
+        "earlier": [False, False, True, False],
+        "stored_at": pa.array(
+            [datetime(2026, 1, day, tzinfo=timezone.utc) for day in (1, 2, 3, 4)],
+            pa.timestamp("us", tz="UTC"),
+        ),
+        "tags": [["x"], ["y", "z"], None, ["x"]],
+    }
+)
+NO_VERDICTS = np.full(4, empty_code(), np.int8)
+
+
+def found(codes: Any = NO_VERDICTS, **wish: Any) -> str:
+    """The prompts that a wish finds, by their ids."""
+    rows = rows_of(TABLE, Wish.parse(json.dumps(wish)), codes)
+    return "".join(TABLE["prompt_id"].take(rows).to_pylist())
+
+
+def test_no_wish_shows_everything_in_the_table_s_order() -> None:
+    assert found() == "abcd"
+    assert found(down=True) == "dcba"
+    assert rows_of(TABLE, Wish.parse(""), NO_VERDICTS).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("condition", "shown"),
+    [
+        (["status", "is", "stored"], "abd"),
+        (["status", "is", "stored", "failed"], "abcd"),
+        (["status", "is not", "stored"], "c"),
+        (["prompt", "contains", "RED"], "ac"),
+        (["prompt", "contains", "fox' OR 1=1 --"], "d"),
+        (["prompt", "contains", "%"], "d"),
+        (["seed", "is", "5"], "bc"),
+        (["seed", "is not", "5"], "ad"),
+        (["seed", "at least", "5.5"], "a"),
+        (["seed", "at most", "5"], "bc"),
+        (["seed", "is empty"], "d"),
+        (["sharpness", "at least", "0.5"], "ad"),
+        (["sharpness", "is empty"], "bc"),
+        (["earlier", "is", "true"], "c"),
+        (["earlier", "is", "false"], "abd"),
+        (["stored_at", "at least", "2026-01-03T00:00"], "cd"),
+        (["stored_at", "at most", "2026-01-01"], "a"),
+        (["tags", "contains", "z"], "b"),
+        (["tags", "is not empty"], "abd"),
+    ],
+)
+def test_a_condition_holds_for_any_kind_of_column(condition: list[str], shown: str) -> None:
+    assert found(where=[condition]) == shown
+
+
+def test_all_conditions_and_all_words_of_the_search_must_be_met() -> None:
+    assert found(search="fox red") == "a"
+    assert found(search="fox", where=[["seed", "is empty"]]) == "d"
+    assert found(search="B") == "b", "an id is found as well"
+
+
+def test_verdicts_choose_rows_and_none_stands_for_those_without() -> None:
+    codes = np.array([VERDICTS.index(one) for one in ("keep", "none", "reject", "flag")], np.int8)
+    assert found(codes, verdicts=["keep", "flag"]) == "ad"
+    assert found(codes, verdicts=["none"]) == "b"
+    assert found(codes, verdicts=[]) == found(codes, verdicts=list(VERDICTS)) == "abcd"
+
+
+def test_equal_values_stay_in_order_and_empty_ones_come_last() -> None:
+    assert found(sort="seed") == "bcad"
+    assert found(sort="seed", down=True) == "abcd"
+    assert found(sort="sharpness")[:2] == "ad"
+    assert found(sort="tags") == "adbc"
+    assert found(sort="earlier", down=True) == "cabd"
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ('{"where": [["nothing", "is", "1"]]}', "there is no column 'nothing'"),
+        ('{"sort": "seed; drop table"}', "there is no column 'seed; drop table'"),
+        ('{"where": [["seed", "contains", "1"]]}', "no condition 'contains'"),
+        ('{"where": [["seed", "is", "many"]]}', "seed: 'many' is no value of its kind"),
+        ('{"where": [["earlier", "is", "perhaps"]]}', "earlier: 'perhaps'"),
+        ('{"where": [["stored_at", "at least", "soon"]]}', "stored_at: 'soon'"),
+        ('{"where": [["seed", "is"]]}', "what. Give a value"),
+        ('{"where": [["seed"]]}', "cannot be read"),
+        ('{"verdicts": ["maybe"]}', "unknown verdict"),
+        ("[1]", "cannot be read"),
+        ("{", "cannot be read"),
+        ("[" * 5000, "cannot be read"),
+        ('"' + "x" * 30_000 + '"', "too long"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_and_not_guessed(wish: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        rows_of(TABLE, Wish.parse(wish), NO_VERDICTS)

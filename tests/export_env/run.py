@@ -1,0 +1,174 @@
+"""Reads every export back with its own library, in an environment that has nothing of ours.
+
+Images must be equal by sha256 and by pixels, columns equal to the rows they were made from, and
+splits the same when the table has grown by a tenth. ``EXPORT_PYTHON`` names a Python that has the
+libraries already; else an environment is made with uv, which takes the versions below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+UV = ROOT / ".uv" / "bin" / "uv"
+PACKAGES = ("datasets==5.2.0", "webdataset==1.0.2", "pillow")
+IMAGES = 200
+
+sys.path.insert(0, str(ROOT))
+
+from PIL import Image  # noqa: E402
+
+from krea_dagster.curation.export.exporting import export  # noqa: E402
+from krea_dagster.curation.export.rows import LEFT_OUT  # noqa: E402
+from krea_dagster.curation.export.wish import FORMS, ExportWish  # noqa: E402
+from tests.curation.export.export_shelf import Shelf  # noqa: E402
+
+
+def main() -> int:
+    """Return 0 where all is as it was written."""
+    with tempfile.TemporaryDirectory(prefix="krea-export-env-") as folder:
+        home = Path(folder)
+        python = Path(os.environ.get("EXPORT_PYTHON") or make_environment(home))
+        shelf = Shelf(str(home / "store"))
+        rows = shelf.rows(IMAGES)
+        more = [*rows, *shelf.rows(IMAGES // 10, IMAGES)]
+        for form in FORMS:
+            for embed in (False, True):
+                to = home / "out" / f"{form}-{embed}"
+                shelf.accept(rows)
+                first = read(python, home, form, publish(shelf, form, to, embed=embed))
+                for reader, found in first.items():
+                    compare(reader, found, rows, embed=embed)
+                if form == "webdataset":
+                    one_format(python, home, shelf, rows, embed=embed)
+                shelf.accept(more)
+                second = read(python, home, form, publish(shelf, form, to, embed=embed))
+                for reader, found in second.items():
+                    compare(reader, found, more, embed=embed)
+                    before, after = splits_of(first[reader]), splits_of(found)
+                    assert before == {name: after[name] for name in before}, "rows have moved"
+                    sizes = {split: len(images) for split, images in found.items()}
+                    print(f"{reader}, parameters in the files: {embed}; {sizes}: as written")
+    return 0
+
+
+def one_format(
+    python: Path, home: Path, shelf: Shelf, rows: list[dict[str, Any]], *, embed: bool
+) -> None:
+    """``datasets`` reads WebDataset shards too, where all images are of one format."""
+    to = home / "out" / f"png-{embed}"
+    folder = publish(shelf, "webdataset", to, embed=embed, where=["image_format=PNG"])
+    found = read(python, home, "webdataset-datasets", folder)
+    chosen = [row for row in rows if row["image_format"] == "PNG"]
+    for reader, images in found.items():
+        compare(reader, images, chosen, embed=embed)
+        print(f"{reader}, parameters in the files: {embed}; {len(chosen)} images: as written")
+
+
+def publish(shelf: Shelf, form: Any, to: Path, *, embed: bool, where: Sequence[str] = ()) -> Path:
+    wish = ExportWish.parse(
+        splits=["train=0.8", "test=0.2"],
+        where=where,
+        form=form,
+        shard_images=50,
+        embed_parameters=embed,
+    )
+    return Path(export(shelf.storage, wish, str(to)).path)
+
+
+def read(python: Path, home: Path, reader: str, folder: Path) -> dict[str, Any]:
+    """What a library finds in an export."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    script = str(Path(__file__).with_name("readers.py"))
+    ran = subprocess.run(
+        [str(python), "-I", script, reader, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=home,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return {reader: json.loads(ran.stdout.splitlines()[-1])}
+
+
+def compare(reader: str, found: dict[str, Any], rows: list[dict[str, Any]], *, embed: bool) -> None:
+    images = {name: image for split in found.values() for name, image in split.items()}
+    assert set(images) == {row["prompt_id"] for row in rows}, reader
+    assert sum(map(len, found.values())) == len(rows), reader
+    for row in rows:
+        image, columns = images[row["prompt_id"]], images[row["prompt_id"]]["columns"]
+        has_text = embed and row["image_format"] == "PNG"
+        if not has_text:
+            assert image["sha256"] == row["image_sha256"], (reader, row["prompt_id"])
+        else:
+            assert image["sha256"] == columns["exported_sha256"] != row["image_sha256"]
+        assert image["pixels"] == pixels_of(row), (reader, row["prompt_id"])
+        expected = {name: value for name, value in row.items() if name not in LEFT_OUT}
+        for name, value in expected.items():
+            wanted, got = plain(value), columns[name]
+            if reader == "csv":
+                wanted = text(wanted)
+            elif isinstance(value, datetime):
+                got = got.replace("Z", "+00:00")
+            assert got == wanted, (reader, row["prompt_id"], name, got, wanted)
+
+
+def pixels_of(row: dict[str, Any]) -> str:
+    with Image.open(io.BytesIO(Path(row["image_path"]).read_bytes())) as picture:
+        return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+
+
+def splits_of(found: dict[str, Any]) -> dict[str, str]:
+    return {name: split for split, images in found.items() for name in images}
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def text(value: Any) -> str:
+    """A value as CSV has it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and value.endswith("+00:00"):
+        return value.replace("+00:00", "Z")
+    return str(value)
+
+
+def make_environment(home: Path) -> Path:
+    python = home / "env" / "bin" / "python"
+    bare = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    for command in (
+        ["venv", "--quiet", "--python", sys.executable, str(home / "env")],
+        ["pip", "install", "--quiet", "--python", str(python), *PACKAGES],
+    ):
+        subprocess.run([str(UV), *command], check=True, env=bare)
+    return python
+
+
+if __name__ == "__main__":
+    sys.exit(main())

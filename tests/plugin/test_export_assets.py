@@ -1,0 +1,126 @@
+"""Export assets: in the graph below accepted_images, with a data version, and honest when bad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from krea_dagster import KreaResource
+from krea_dagster.curation.accepting import accepted_name, accepted_schema
+from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
+from krea_dagster.plugin.export_assets import build_export
+from tests.curation.export.export_shelf import Shelf
+from tests.dagster_bench import QUIET, values
+
+MANIFEST = dg.AssetKey(["hand", "image_manifest"])
+ACCEPTED = dg.AssetKey(["hand", "accepted_images"])
+FOLDERS = ["hand"]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(str(tmp_path / "krea"))
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as opened:
+        yield opened
+
+
+def accept(shelf: Shelf, count: int, partition: str) -> None:
+    schema = accepted_schema(MANIFEST_SCHEMA)
+    begin = 100 * ord(partition[0])
+    table = pa.Table.from_pylist(shelf.rows(count, begin), schema)
+    name = accepted_name(partition, FOLDERS)
+    shelf.storage.write(name, lambda file: pq.write_table(table, file))
+
+
+def asset(**fields: Any) -> dg.AssetsDefinition:
+    wish = ExportWish.parse(
+        splits=["train=0.5", "test=0.5"], form="webdataset", shard_images=5, **fields
+    )
+    return build_export(MANIFEST, name="training", wish=wish, prefix=["hand"])
+
+
+def run(
+    shelf: Shelf, instance: dg.DagsterInstance, exported: dg.AssetsDefinition
+) -> dg.ExecuteInProcessResult:
+    defs = dg.Definitions(
+        assets=[exported],
+        resources={"krea": KreaResource(storage=shelf.root)},
+        jobs=[dg.define_asset_job("hand_on", selection=[exported.key])],
+    )
+    return defs.resolve_job_def("hand_on").execute_in_process(
+        instance=instance, run_config=QUIET, raise_on_error=False
+    )
+
+
+def test_it_exports_all_partitions_and_shows_where_from_and_how_many(
+    shelf: Shelf, instance: dg.DagsterInstance
+) -> None:
+    accept(shelf, 12, "a")
+    accept(shelf, 8, "b")
+    exported = asset()
+    assert exported.asset_deps[exported.key] == {ACCEPTED}
+    result = run(shelf, instance, exported)
+    assert result.success
+    (event,) = result.asset_materializations_for_node("hand__training")
+    shown = values(event)
+    assert (shown["dagster/row_count"], shown["shards_written"]) == (20, shown["shards"])
+    assert shown["credits"] == pytest.approx(18.0)
+    home = Path(shelf.root) / "exports" / "hand" / "training"
+    assert shown["path"] == str(home / (home / "LATEST").read_text().strip())
+    lineage = event.metadata["dagster/column_lineage"].value
+    assert isinstance(lineage, dg.TableColumnLineage)
+    assert list(lineage.deps_by_column["prompt"]) == [dg.TableColumnDep(ACCEPTED, "prompt")]
+    assert event.tags is not None
+    assert event.tags["dagster/data_version"] == shown["version"]
+
+
+def test_an_export_without_changes_has_the_same_data_version(
+    shelf: Shelf, instance: dg.DagsterInstance
+) -> None:
+    accept(shelf, 6, "a")
+    versions = []
+    for count in (6, 6, 7):
+        accept(shelf, count, "a")
+        (event,) = run(shelf, instance, asset()).asset_materializations_for_node("hand__training")
+        versions.append((event.tags or {})["dagster/data_version"])
+    assert versions[0] == versions[1] != versions[2]
+
+
+def test_images_that_are_missing_fail_the_run_and_nothing_is_published(
+    shelf: Shelf, instance: dg.DagsterInstance
+) -> None:
+    accept(shelf, 6, "a")
+    Path(shelf.row(100 * ord("a") + 2)["image_path"]).unlink()
+    result = run(shelf, instance, asset())
+    assert not result.success
+    (failure,) = [one for one in result.all_events if one.is_step_failure]
+    said = str(failure.step_failure_data.user_failure_data)
+    assert "1 image is not what the manifest says. Nothing was published" in said
+    assert "is missing" in said
+    assert not list(Path(shelf.root).glob("exports/**/LATEST"))
+
+
+def test_all_stored_images_hang_on_the_manifest(shelf: Shelf, instance: dg.DagsterInstance) -> None:
+    table = pa.Table.from_pylist(shelf.rows(4), MANIFEST_SCHEMA)
+    write_manifest(shelf.storage, "a", table, FOLDERS)
+    exported = asset(everything=True)
+    assert exported.asset_deps[exported.key] == {MANIFEST}
+    (event,) = run(shelf, instance, exported).asset_materializations_for_node("hand__training")
+    assert values(event)["images"] == 4
+
+
+def test_an_export_needs_a_name() -> None:
+    with pytest.raises(ConfigError, match="needs a name"):
+        build_export(MANIFEST, name="")
