@@ -30,8 +30,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_its_table_of_checks_names_each_with_its_builder(names: dict[str, Any]) 
             (spec,) = getattr(krea_dagster, builder[1])(key).check_specs
             assert spec.name == name
     default = {name for name, by in table.items() if by.startswith("default")}
-    always = {"all_rows_delivered", "spend_proof"}
+    always = {"all_rows_delivered", "spend_proof", "no_near_duplicates"}
     assert checks_of(names["defs"]) == default | always
     assert checks_of(names["checked_defs"]) == {
         *always, "failure_share", "files_whole", "spend_expected",
@@ -231,5 +234,28 @@ def test_its_variables_are_those_that_are_read() -> None:
 
 
 def test_its_pictures_are_there() -> None:
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / picture).is_file(), picture
+    for page in (ROOT / "README.md", *PAGES):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / picture).is_file(), f"{page.name}: {picture}"
+
+
+@pytest.mark.parametrize("page", ["callbacks.md", "curation.md"])
+def test_the_code_of_the_pages_beside_it_makes_code_locations(
+    names: dict[str, Any], page: str
+) -> None:
+    """After the README's own, whose names it may use."""
+    made = dict(names)
+    for block in blocks("python", (ROOT / "docs" / page).read_text(encoding="utf-8")):
+        exec(compile(block, page, "exec", dont_inherit=True), made)  # noqa: S102 - our own code
+    for one in made.values():
+        if isinstance(one, dg.Definitions):
+            dg.Definitions.validate_loadable(one)
+
+
+def test_the_commands_and_options_of_the_pages_exist() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, options in re.findall(r"^krea-dagster ([a-z]+)(.*)$", text, re.MULTILINE):
+            command = main.commands[name]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert set(re.findall(r"(?<= )--[a-z-]+", options)) <= known | {"--port"}, (page, name)

@@ -436,10 +436,16 @@ def test_comparing_shows_the_samples_at_full_size_and_judges_them(
         assert "scale" in large[0]
         expect(panes.nth(2)).to_have_attribute("data-verdict", "keep")
         expect(panes.nth(3)).to_have_attribute("aria-selected", "true")
+        visit.press("r")
+        page.keyboard.type("a reason that is much longer than there is room for below a picture")
+        visit.press("Enter")
+        expect(panes.nth(3)).to_have_attribute("data-verdict", "reject")
+        wide = page.locator(".pane img").evaluate_all("all => all.map(one => one.clientWidth)")
+        assert len(set(wide)) == 1, "all keep one size"
         visit.press("Escape")
         expect(page.get_by_role("grid")).to_be_focused()
         expect(page.locator("#place-2")).to_have_attribute("data-verdict", "keep")
-        until(lambda: len(history_of(shelf)) == 1, "the verdict is in the journal")
+        until(lambda: len(history_of(shelf)) == 2, "the verdicts are in the journal")
         visit.press("d")
         expect(page.get_by_role("option")).to_have_count(2)  # the pictures of one cluster
 

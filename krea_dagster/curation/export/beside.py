@@ -48,7 +48,8 @@ def finish(
                 "number": one.shard.number,
                 "images": len(one.shard.rows),
                 "bytes": one.bytes,
-                "sha256": one.sha256,
+                "crc32": one.crc32,
+                "images_sha256": one.images_sha256,
                 "fingerprint": one.shard.fingerprint,
             }
             for one in done

@@ -57,8 +57,8 @@ def check_folder(target: Target, folder: str, content: Content, *, sidecars: boo
     return found
 
 
-def folder_sha256(content: Content, shas: Iterable[str]) -> str:
-    """A hash over a shard's files: a line of name and sha256 for each."""
+def images_sha256(content: Content, shas: Iterable[str]) -> str:
+    """A hash over a shard's images: a line of name and sha256 for each."""
     lines = (f"{item.file} {sha}\n" for item, sha in zip(content.items, shas, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -17,12 +17,12 @@ from krea_dagster.curation.export.content import (
     Picture,
     pictures,
 )
-from krea_dagster.curation.export.folder import check_folder, folder_sha256, write_folder
+from krea_dagster.curation.export.folder import check_folder, images_sha256, write_folder
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
 from krea_dagster.curation.export.plan import Plan, Shard, content_of
 from krea_dagster.curation.export.rows import Rows
 from krea_dagster.curation.export.tar import check_tar, write_tar
-from krea_dagster.curation.export.target import Target, sha256_of
+from krea_dagster.curation.export.target import Target, crc32_of
 from krea_dagster.curation.export.wish import ONE_FILE, ExportWish
 from krea_dagster.engine.storage import Storage
 
@@ -43,12 +43,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Done:
-    """A shard that is in its place and verified. ``shas`` are those of the images in it."""
+    """A shard that is in its place and verified. ``shas`` are those of the images in it.
+
+    ``crc32`` is of the shard's file, None where it is a folder.
+    """
 
     shard: Shard
     how: str
-    sha256: str
     bytes: int
+    crc32: str | None
+    images_sha256: str
     shas: Sequence[str]
 
 
@@ -131,22 +135,19 @@ class Work:
             if self.wish.form not in ONE_FILE:
                 shas = check_folder(self.target, name, content, sidecars=self.wish.sidecars)
                 return self._done(shard, content, "found", shas)
-            size = self.target.storage.size_bytes(name)
-            if size is None:
+            if self.target.storage.size_bytes(name) is None:
                 return None
-            return self._checked(shard, content, name, size)
+            return self._checked(shard, content, name)
         except Damaged:
             return None
 
-    def _checked(self, shard: Shard, content: Content, name: str, size: int) -> Done:
+    def _checked(self, shard: Shard, content: Content, name: str) -> Done:
         folder = self.target.storage.folder
         if folder is not None:
-            shas = _CHECK[self.wish.form](folder / name, content)
-        else:
-            with self.target.storage.scratch() as copy:
-                copy.write_bytes(self.target.read(name))
-                shas = _CHECK[self.wish.form](copy, content)
-        return Done(shard, "found", self.target.sha256(name), size, shas)
+            return self._read_back(shard, content, "found", folder / name)
+        with self.target.storage.scratch() as copy:
+            self.target.fetch(name, copy)
+            return self._read_back(shard, content, "found", copy)
 
     def _linked(self, shard: Shard, content: Content) -> Done | None:
         """Take a shard from the version before, where it is there and as it was."""
@@ -169,10 +170,12 @@ class Work:
         if self.target.storage.size_bytes(old) != known["bytes"]:
             return None
         # An object store keeps checksums of its own, and reading all back would be a download.
-        if self.target.is_folder and self.target.sha256(old) != known["sha256"]:
+        if self.target.is_folder and self.target.crc32(old) != known["crc32"]:
             return None
         self.target.link(old, new)
-        return Done(shard, "linked", known["sha256"], known["bytes"], shas)
+        return Done(
+            shard, "linked", known["bytes"], known["crc32"], images_sha256(content, shas), shas
+        )
 
     def _written(self, shard: Shard, content: Content) -> Done | None:
         already = len(self.bad)
@@ -188,17 +191,18 @@ class Work:
             _WRITE[self.wish.form](path, content, source)
             if len(self.bad) > already:
                 return None
-            shas = _CHECK[self.wish.form](path, content)
-            size = path.stat().st_size
-            sha256 = _sha256_of(path)
+            done = self._read_back(shard, content, "written", path)
             self.target.send(path, name)
-        return Done(shard, "written", sha256, size, shas)
+        return done
+
+    def _read_back(self, shard: Shard, content: Content, how: str, path: Path) -> Done:
+        """A shard's file that was read, and is as it should be. Raises Damaged."""
+        shas = _CHECK[self.wish.form](path, content)
+        with path.open("rb") as file:
+            crc32 = crc32_of(file)
+        images = images_sha256(content, shas)
+        return Done(shard, how, path.stat().st_size, crc32, images, shas)
 
     def _done(self, shard: Shard, content: Content, how: str, shas: Sequence[str]) -> Done:
         size = int(self.rows.sizes[shard.rows].sum())
-        return Done(shard, how, folder_sha256(content, shas), size, shas)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha256_of(file)
+        return Done(shard, how, size, None, images_sha256(content, shas), shas)

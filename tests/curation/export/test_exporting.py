@@ -282,7 +282,7 @@ def test_files_that_are_missing_or_changed_are_all_named_and_nothing_is_publishe
     assert done(shelf, to, form=form, shard_images=10).facts.images == 60
 
 
-@pytest.mark.parametrize("form", ["parquet", "webdataset", "jsonl"])
+@pytest.mark.parametrize("form", ["webdataset", "jsonl"])
 def test_what_a_killed_export_has_written_is_not_written_again(
     shelf: Shelf, to: str, form: Form
 ) -> None:

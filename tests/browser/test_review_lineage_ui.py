@@ -1,0 +1,156 @@
+"""The way from a rejected image to the dataset, as Dagster's UI draws it, in a real browser.
+
+``KREA_DOCS_IMAGES`` names a folder for the screenshots, which is how docs/images is made.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from playwright.sync_api import Page, expect
+
+from krea_dagster import KreaResource, build_krea_definitions
+from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.verdicts import REJECT, Verdict
+from krea_dagster.manifest import read_manifests
+from krea_dagster.plugin.curation import Curation
+from tests.browser.test_dagster_ui import _keep, _wait_for, answers, page  # noqa: F401 - fixtures
+from tests.curation.exactly_n import prompts_of
+from tests.dagster_bench import QUIET, tick, write_table
+
+pytestmark = pytest.mark.browser
+
+PARTITIONS = ("bucket-000", "bucket-001")
+
+_DEFINITIONS = """
+import os
+import dagster as dg
+from krea_dagster import KreaResource, build_krea_definitions
+from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.plugin.curation import Curation
+
+defs = build_krea_definitions(
+    prompts=os.environ["KREA_PROMPTS"],
+    partition_by="hash:2",
+    krea=KreaResource(
+        api_key=dg.EnvVar("EVOLINK_API_KEY"),
+        base_url=os.environ["EVOLINK_BASE_URL"],
+        storage=os.environ["KREA_STORAGE"],
+    ),
+    curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportWish()}),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """The environment of a project whose images were taken as a dataset, and judged since."""
+    folder = tmp_path_factory.mktemp("judged-project")
+    home = folder / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\nnux:\n  enabled: false\n")
+    (folder / "defs.py").write_text(_DEFINITIONS)
+    with Emulator(latency_s=0.02) as emulator:
+        key = "sk-of-the-judged-project-Zq81"
+        emulator.world.add_account(key, 10_000_000)
+        environment = {
+            **os.environ,
+            "KREA_PROMPTS": write_table(
+                folder / "prompts.parquet", prompts_of(6, "plain", num_images=2)
+            ),
+            "KREA_STORAGE": str(folder / "krea"),
+            "EVOLINK_API_KEY": key,
+            "EVOLINK_BASE_URL": emulator.url,
+            "DAGSTER_HOME": str(home),
+            "PROJECT": str(folder),
+        }
+        krea = KreaResource(api_key=key, base_url=emulator.url, storage=str(folder / "krea"))
+        defs = build_krea_definitions(
+            prompts=environment["KREA_PROMPTS"],
+            partition_by="hash:2",
+            krea=krea,
+            curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportWish()}),
+        )
+        with dg.DagsterInstance.from_config(str(home)) as instance:
+            _make(defs, instance)
+            with krea.open_journal() as journal:
+                _reject_one(krea, journal)
+            tick(defs, instance, "krea_verdicts")
+        yield environment
+
+
+def _make(defs: dg.Definitions, instance: dg.DagsterInstance) -> None:
+    job = defs.resolve_implicit_global_asset_job_def()
+    each = ("images", "image_manifest", "image_measures", "accepted_images")
+    for partition in PARTITIONS:
+        keys = [dg.AssetKey([name]) for name in each]
+        assert job.execute_in_process(
+            instance=instance, asset_selection=keys, partition_key=partition, run_config=QUIET
+        ).success
+    keys = [dg.AssetKey([name]) for name in ("near_duplicates", "dataset")]
+    assert job.execute_in_process(instance=instance, asset_selection=keys, run_config=QUIET).success
+
+
+def _reject_one(krea: KreaResource, journal: Journal) -> None:
+    row = read_manifests(krea.open_storage(), PARTITIONS).to_pylist()[0]
+    names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
+    about = {name: row[name] for name in names}
+    journal.verdicts.remember([Verdict("one", row["image_sha256"], REJECT, "ann", **about)])
+
+
+@pytest.fixture(scope="module")
+def ui(project: Mapping[str, str]) -> Iterator[str]:
+    """The address of ``dg dev`` over the project's instance."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = Path(project["PROJECT"])
+    command = [Path(sys.executable).with_name("dg"), "dev", "-f", "defs.py"]
+    with (folder / "dg-dev.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "-h", "127.0.0.1", "-p", str(port)],
+            cwd=folder,
+            env=project,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_for(url, server)
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGINT)
+            server.wait(timeout=60)
+
+
+def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(
+    page: Page,  # noqa: F811 - the fixture
+    ui: str,
+) -> None:
+    page.set_viewport_size({"width": 1900, "height": 760})
+    page.goto(f"{ui}/assets/dataset?view=lineage&lineageScope=upstream&lineageDepth=6")
+    for name in ("prompts", "images", "image_manifest", "verdicts", "accepted_images", "dataset"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    page.wait_for_timeout(4000)
+    _keep(page, "review-lineage")
+
+
+def test_a_partition_whose_verdicts_have_changed_is_said_to_be_out_of_date(
+    page: Page,  # noqa: F811 - the fixture
+    ui: str,
+) -> None:
+    page.goto(f"{ui}/assets/accepted_images?view=overview")
+    expect(page.get_by_text("Unsynced").first).to_be_visible()
+    page.wait_for_timeout(1500)
+    _keep(page, "review-out-of-date")
