@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help setup demo test lint bench dev lock services-test browser-test daemon-test clean
+.PHONY: help setup demo test lint bench dev lock services-test browser-test daemon-test export-test clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,9 @@ browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
 
 project-test: setup  ## Install the wheel into a fresh dg project, as the README says
 	@$(BIN)/python tests/project/run.py
+
+export-test: setup  ## Read every export back by its own library, in an environment of its own
+	@$(BIN)/python tests/export_env/run.py
 
 lock: setup  ## Resolve the newest packages into requirements.lock
 	@.uv/bin/uv pip compile --quiet --upgrade pyproject.toml --all-extras --group dev --universal \

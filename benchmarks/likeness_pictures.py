@@ -27,7 +27,7 @@ from krea_dagster.curation.measures import plain
 from krea_dagster.curation.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
 from krea_dagster.emulator.render import render
 
-PICTURES: Final = 2000
+PICTURES: Final = 500
 LIMITS: Final = (8, 15, 23, 31, 39, 47)
 #: As EvoLink delivers at 1K.
 _SIDE: Final = 1024

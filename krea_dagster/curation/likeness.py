@@ -13,8 +13,13 @@ order of all images, so that the result depends neither on the order of rows nor
 and takes all later ones in none that are within the limit of it. Whatever is in a cluster is thus
 that near to the one that is kept; A like B and B like C does not put A beside C.
 
-**Too little structure**: hashes of nearly flat pictures are noise, and would make giant clusters
-of pictures that are not alike. Below a quality of 50 (of PDQ) images are compared by sha256 only.
+**Too little structure**: the hashes of nearly flat pictures are made of noise, and all flat ones
+have the same. They would put together what is not alike, in clusters without end. Below a quality
+of 50 (of PDQ) images are compared by sha256 only.
+
+What 31 bits find, by benchmarks.likeness_pictures: files compressed anew, resized by half or to
+twice the size, blurred a little, with noise, brighter or darker; of pictures cropped by 2 % a
+third, by 5 % none. 47 bits find most that are cropped by 2 %.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def ui(project: Mapping[str, str]) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = Path(project["PROJECT"])
-    command = [Path(sys.executable).with_name("dg"), "dev", "-f", "defs.py"]
+    command = [str(Path(sys.executable).with_name("dg")), "dev", "-f", "defs.py"]
     with (folder / "dg-dev.log").open("wb") as log:
         server = subprocess.Popen(
             [*command, "-h", "127.0.0.1", "-p", str(port)],
@@ -135,22 +135,24 @@ def ui(project: Mapping[str, str]) -> Iterator[str]:
 
 
 def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(
-    page: Page,  # noqa: F811 - the fixture
     ui: str,
+    page: Page,  # noqa: F811 - the fixture, which has a loop of its own: after the runs
 ) -> None:
     page.set_viewport_size({"width": 1900, "height": 760})
     page.goto(f"{ui}/assets/dataset?view=lineage&lineageScope=upstream&lineageDepth=6")
     for name in ("prompts", "images", "image_manifest", "verdicts", "accepted_images", "dataset"):
-        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+        expect(page.get_by_text(name, exact=True).first).to_be_visible(timeout=45_000)
     page.wait_for_timeout(4000)
     _keep(page, "review-lineage")
 
 
 def test_a_partition_whose_verdicts_have_changed_is_said_to_be_out_of_date(
-    page: Page,  # noqa: F811 - the fixture
     ui: str,
+    page: Page,  # noqa: F811 - the fixture, which has a loop of its own: after the runs
 ) -> None:
-    page.goto(f"{ui}/assets/accepted_images?view=overview")
-    expect(page.get_by_text("Unsynced").first).to_be_visible()
-    page.wait_for_timeout(1500)
+    (touched,) = (PARTITIONS[number] for number in (0,))
+    page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={touched}")
+    page.wait_for_timeout(8000)
+    Path("/tmp/shots_a/text.txt").write_text(page.inner_text("body"))
     _keep(page, "review-out-of-date")
+    expect(page.get_by_text("nsynced").first).to_be_visible()

@@ -35,7 +35,7 @@ TABLES: Final = {
 def write_folder(
     target: Target, folder: str, content: Content, pictures: Iterator[Picture], *, sidecars: bool
 ) -> None:
-    """Write the images of a shard that are not there yet."""
+    """Write the images of a shard, and what lies beside each."""
     for picture in pictures:
         target.put(f"{folder}/{picture.item.file}", picture.data)
         if sidecars:

@@ -156,7 +156,11 @@ class Work:
         if before is None or known is None or before.version == self.version:
             return None
         old, new = f"{before.version}/{known['name']}", f"{self.version}/{shard.name}"
-        shas = [before.exported.get(item.key, item.sha256) for item in content.items]
+        shas = [item.sha256 for item in content.items]
+        if self.wish.embed_parameters:
+            if not before.exported.keys() >= set(content.keys):
+                return None
+            shas = [before.exported[key] for key in content.keys]
         if self.wish.form not in ONE_FILE:
             try:
                 check_folder(self.target, old, content, sidecars=self.wish.sidecars)

@@ -98,9 +98,12 @@ class Target:
         return found
 
     def index(self, version: str) -> pa.Table:
-        """The index of a version."""
-        with self.storage.open(f"{version}/{INDEX}") as file:
-            return pq.read_table(file)
+        """The index of a version; empty where somebody has removed it."""
+        try:
+            with self.storage.open(f"{version}/{INDEX}") as file:
+                return pq.read_table(file)
+        except FileNotFoundError:
+            return INDEX_SCHEMA.empty_table()
 
     def publish(self, version: str) -> None:
         """Make a complete version the one that counts. Raises StorageError."""

@@ -221,10 +221,12 @@ def _beside(table: pa.Table, folder: str, tables: Sequence[pa.Table]) -> pa.Tabl
     shas = further["image_sha256"].combine_chunks()
     if folder == "accepted":
         return table.append_column("accepted", pc.is_in(table["image_sha256"], value_set=shas))
-    names = {name: name for name in further.column_names}
+    names, by = {name: name for name in further.column_names}, "image_sha256"
     if folder == "near_duplicates":
+        # Of one file that was bought twice, one purchase is to be kept and the other is not.
+        by = "request_key" if "request_key" in names else by
         names = {name: shown for name, shown in _LIKENESS.items() if name in names}
-    place = pc.index_in(table["image_sha256"], value_set=shas)
+    place = pc.index_in(table[by], value_set=further[by].combine_chunks())
     for name, shown in names.items():
         kind = further.schema.field(name).type
         plain = kind_of(kind) != "text" or pa.types.is_string(kind)

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -334,6 +335,21 @@ def test_without_changes_the_export_is_the_same_version_and_nothing_is_written(
     second = done(shelf, to, shard_images=5)
     assert (second.version, second.found, second.written) == (first.version, 4, 0)
     assert shard.stat().st_mtime_ns == written
+
+
+def test_a_version_whose_index_or_files_somebody_has_removed_is_no_hindrance(
+    shelf: Shelf, to: str
+) -> None:
+    shelf.accept(shelf.rows(20))
+    first = done(shelf, to, form="webdataset", shard_images=5, embed_parameters=True)
+    (Path(first.path) / "index.parquet").unlink()
+    shelf.accept(shelf.rows(21))
+    second = done(shelf, to, form="webdataset", shard_images=5, embed_parameters=True)
+    hashes = {row["prompt_id"]: row["exported_sha256"] for row in index_of(second)}
+    for prompt_id, (data, _) in images_in(second).items():
+        assert hashes[prompt_id] == hashlib.sha256(data).hexdigest()
+    shutil.rmtree(second.path)
+    assert done(shelf, to, form="webdataset", shard_images=5).facts.images == 21
 
 
 def test_old_versions_go_only_where_that_is_asked_for(shelf: Shelf, to: str) -> None:

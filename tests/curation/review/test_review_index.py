@@ -68,6 +68,26 @@ def test_what_was_accepted_is_marked(tmp_path: Path) -> None:
     assert index.of_cluster(0) == [0], "nothing is known of likeness"
 
 
+def test_of_a_file_that_was_bought_twice_one_purchase_is_to_be_kept(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    keys = read(shelf).table["request_key"].to_pylist()[:2]
+    alike = pa.table(
+        {
+            "image_sha256": [sha256(0)] * 2,
+            "request_key": keys,
+            "cluster": [sha256(0)] * 2,
+            "kind": ["exact"] * 2,
+            "keep": [True, False],
+        }
+    )
+    storage = Storage(str(shelf.folder))
+    storage.write("near_duplicates/clusters.parquet", lambda file: pq.write_table(alike, file))
+    index = read(shelf)
+    kept = index.table["duplicate_to_keep"].to_pylist()
+    assert kept == [True, False, *[None] * 14]
+    assert index.of_cluster(1) == [0, 1]
+
+
 def test_the_columns_say_what_may_be_asked_of_them(shelf: Shelf) -> None:
     columns = {one["name"]: one for one in read(shelf).columns()}
     assert columns["status"]["values"] == [("failed", 4), ("stored", ROWS - 4)]
