@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.engine.states import State
-from krea_dagster.engine.verdicts import FLAG, KEEP, REJECT, Verdict
+from krea_dagster.engine.verdict import FLAG, KEEP, REJECT, Verdict
 from krea_dagster.errors import ConfigError
 
 #: Why a row is accepted, or not. A measure out of its range says its rule instead.

@@ -41,7 +41,7 @@ from krea_dagster.curation.wanted import (
 )
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import KEEP
+from krea_dagster.engine.verdict import KEEP
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_name, manifest_names
 from krea_dagster.manifest.files import write_parts

@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 
 from krea_dagster.engine.states import State
+from krea_dagster.engine.verdict import VERDICTS
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -244,9 +245,6 @@ callbacks: Final = Table(
     CheckConstraint("count > 0", name="count"),
     Index("ix_callbacks_last_at", "last_at"),
 )
-
-#: What may be thought of an image; the last takes the verdict before it back.
-VERDICTS: Final = ("keep", "reject", "flag", "none")
 
 #: What people think of the images, in order: the last verdict on an image counts. No row is ever
 #: changed or removed, which triggers see to. A verdict belongs to the file with this hash, and

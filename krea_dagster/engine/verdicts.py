@@ -12,7 +12,7 @@ numbers become visible in their order, and a reader never waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -20,65 +20,17 @@ from sqlalchemy import Connection, Select, func, insert, select, text
 
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.rows import chunks
-from krea_dagster.engine.schema import VERDICTS, verdicts
-from krea_dagster.errors import InputError
+from krea_dagster.engine.schema import verdicts
+from krea_dagster.engine.verdict import FLAG, KEEP, NONE, REJECT, VERDICTS, Verdict
 
 __all__ = ["FLAG", "KEEP", "NONE", "REJECT", "VERDICTS", "Verdict", "VerdictLog"]
 
-KEEP: Final = "keep"
-REJECT: Final = "reject"
-FLAG: Final = "flag"
-#: Takes the last verdict back.
-NONE: Final = "none"
-
 #: From here on it is quicker to read every image's verdict than to ask for these.
 _MANY: Final = 5000
-_HEX: Final = frozenset("0123456789abcdef")
-#: The longest texts that are kept, in characters.
-_LONGEST: Final = {"verdict_id": 64, "reviewer": 255, "reason": 2000}
 
 
 def _utc_now() -> datetime:
     return datetime.now(timezone.utc)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What somebody thinks of one image. Raises InputError where it could not be kept.
-
-    ``verdict_id`` is made by whoever gives it, anew for each (a UUID does). ``verdict`` is one of
-    ``VERDICTS``. The request's columns say what the image was made for when it was looked at.
-    ``number`` and ``at`` (UTC) are given when it is remembered; an ``at`` that is there already
-    is kept.
-    """
-
-    verdict_id: str
-    image_sha256: str
-    verdict: str
-    reviewer: str
-    request_key: str
-    prompt_id: str
-    sample: int
-    attempt: int
-    partition_key: str
-    reason: str | None = None
-    at: datetime | None = None
-    number: int = 0
-
-    def __post_init__(self) -> None:
-        if self.verdict not in VERDICTS:
-            raise InputError(f"{self.verdict!r} is no verdict; give one of {', '.join(VERDICTS)}")
-        if len(self.image_sha256) != 64 or not _HEX.issuperset(self.image_sha256):
-            raise InputError(f"{self.image_sha256!r} is no image's SHA-256, in lower case")
-        for name, most in _LONGEST.items():
-            value = getattr(self, name)
-            if value is None and name == "reason":
-                continue
-            if not _can_be_kept(value, most) or (name != "reason" and not value.strip()):
-                raise InputError(
-                    f"a verdict's {name} is a text of at most {most} characters, "
-                    f"not {str(value)[:40]!r}"
-                )
 
 
 class VerdictLog:
@@ -183,13 +135,6 @@ class VerdictLog:
 _EVERY: Final[Select[Any]] = select(verdicts).order_by(verdicts.c.number)
 #: The number of each image's last verdict.
 _ALL: Final = select(func.max(verdicts.c.number)).group_by(verdicts.c.image_sha256)
-
-
-def _can_be_kept(value: object, most: int) -> bool:
-    """Whether every database takes a text: PostgreSQL no zero, and neither half a character."""
-    if not isinstance(value, str) or len(value) > most or "\x00" in value:
-        return False
-    return value.encode("utf-8", "replace").decode() == value
 
 
 def _last_of(numbers: Select[Any]) -> Select[Any]:

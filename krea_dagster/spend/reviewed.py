@@ -13,7 +13,7 @@ import pyarrow as pa
 from sqlalchemy import Connection, select
 
 from krea_dagster.engine.schema import requests, verdicts
-from krea_dagster.engine.verdicts import FLAG, NONE, REJECT
+from krea_dagster.engine.verdict import FLAG, NONE, REJECT
 
 #: A purchase whose image counts as accepted, as a condition of DuckDB on ``outcome`` and
 #: ``verdict``: delivered, not replaced by a later attempt, and neither rejected nor flagged.

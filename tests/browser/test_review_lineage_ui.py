@@ -142,7 +142,8 @@ def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(
     page.goto(f"{ui}/assets/dataset?view=lineage&lineageScope=upstream&lineageDepth=6")
     for name in ("prompts", "images", "image_manifest", "verdicts", "accepted_images", "dataset"):
         expect(page.get_by_text(name, exact=True).first).to_be_visible(timeout=45_000)
-    page.wait_for_timeout(4000)
+    expect(page.get_by_text("Loading")).to_have_count(0, timeout=45_000)
+    page.wait_for_timeout(1000)
     _keep(page, "review-lineage")
 
 
@@ -150,9 +151,10 @@ def test_a_partition_whose_verdicts_have_changed_is_said_to_be_out_of_date(
     ui: str,
     page: Page,  # noqa: F811 - the fixture, which has a loop of its own: after the runs
 ) -> None:
-    (touched,) = (PARTITIONS[number] for number in (0,))
-    page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={touched}")
-    page.wait_for_timeout(8000)
-    Path("/tmp/shots_a/text.txt").write_text(page.inner_text("body"))
+    # The first row of all was rejected, which lies in the first partition.
+    page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={PARTITIONS[0]}")
+    expect(page.get_by_text("Unsynced").first).to_be_visible(timeout=45_000)
     _keep(page, "review-out-of-date")
-    expect(page.get_by_text("nsynced").first).to_be_visible()
+    page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={PARTITIONS[1]}")
+    expect(page.get_by_text("credits_per_accepted_image").first).to_be_visible(timeout=45_000)
+    expect(page.get_by_text("Unsynced")).to_have_count(0)

@@ -47,13 +47,13 @@ def test_three_of_each_prompt_are_reached_and_never_more_is_bought_than_is_missi
 ) -> None:
     key = open_account()
     wanted = WantedImages(3, most_images=30)
-    studio = Studio(tmp_path, emulator, key, prompts_of(20, "reach"), wanted, KEPT, "reach")
+    studio = Studio(tmp_path, emulator, key, prompts_of(10, "reach"), wanted, KEPT, "reach")
     rounds = studio.rounds()
-    assert rounds[0].bought == 60
+    assert rounds[0].bought == 30
     assert all(one.bought == one.missing for one in rounds)
     replaced = sum(one.bought for one in rounds[1:])
     # The emulator's own books: what was bought, and what the account paid.
-    assert len(studio.tasks()) == 60 + replaced
+    assert len(studio.tasks()) == 30 + replaced
     assert replaced == sum(one.rejected for one in rounds) > 0
     account = emulator.world.account(key)
     assert account is not None
@@ -62,11 +62,11 @@ def test_three_of_each_prompt_are_reached_and_never_more_is_bought_than_is_missi
     assert check_of(result, CHECK).passed
     counts = Counter(row["prompt_id"] for row in studio.accepted())
     assert set(counts.values()) == {3}
-    assert len(counts) == 20
+    assert len(counts) == 10
     # All that was bought, the refused among it, over what is accepted.
     metadata = shown(instance, studio, "accepted_images")
     assert metadata["credits"] == round(len(studio.tasks()) * PRICE, 4)
-    assert (metadata["accepted"], metadata["images_bought"]) == (60, 60 + replaced)
+    assert (metadata["accepted"], metadata["images_bought"]) == (30, 30 + replaced)
 
 
 def test_a_budget_that_is_too_small_is_not_passed_and_the_short_prompts_are_named(

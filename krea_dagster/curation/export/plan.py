@@ -118,7 +118,9 @@ def make_plan(rows: Rows, wish: ExportWish, alike: pa.Table | None, index: pa.Ta
                 )
             )
     counts = Counter(wish.splits[number].name for number in splits[dropped].tolist())
-    endings = {ending_of(path) for path in rows.column("image_path").to_pylist()}
+    paths = rows.column("image_path")
+    names = pc.unique(pc.replace_substring_regex(paths, r"^.*\.", ""))
+    endings = {ending_of(f".{name}") for name in names.to_pylist()}
     return Plan(tuple(shards), dict(counts), alike is not None, tuple(sorted(endings)))
 
 

@@ -28,6 +28,10 @@ import pyarrow.compute as pc
 from krea_dagster.errors import ConfigError
 
 _VALUES: Final = 1 << 64
+
+#: Texts that are Python's at once.
+_PIECE: Final = 10_000
+
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 
 #: Names that the datasets library gives a meaning of their own.
@@ -91,7 +95,11 @@ def split_numbers(prompts: pa.ChunkedArray, splits: Sequence[Split]) -> Numbers:
     if len(splits) == 1:
         return np.zeros(len(prompts), np.int64)
     texts = pc.fill_null(prompts.cast(pa.large_string()).combine_chunks(), "").dictionary_encode()
-    hashes = np.fromiter(map(_hash, texts.dictionary.to_pylist()), np.uint64)
+    different = texts.dictionary
+    hashes = np.empty(len(different), np.uint64)
+    for begin in range(0, len(different), _PIECE):
+        piece = different.slice(begin, _PIECE).to_pylist()
+        hashes[begin : begin + _PIECE] = [_hash(text) for text in piece]
     ends, total = [], Decimal(0)
     for one in splits[:-1]:
         total += one.share

@@ -91,7 +91,7 @@ def review_command(
     """
     from krea_dagster.curation.review.app import REASONS, Review, Setting  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.curation.review.server import listen, serve  # noqa: PLC0415 - as above
-    from krea_dagster.engine.database import has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal import Journal  # noqa: PLC0415 - as above
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
 
@@ -99,7 +99,7 @@ def review_command(
         raise click.UsageError("--reason is given nine times at most: there are nine keys")
     token = _token(token_file)
     root = Storage(storage)
-    url = journal_url or _journal_in(storage)
+    url = journal_url or database_in(root)
     if not has_database(url):
         raise ConfigError(
             "there is no journal yet, so there is nothing to review. Look whether KREA_STORAGE or "
@@ -147,12 +147,3 @@ def _login() -> str:
         return getpass.getuser()
     except (OSError, KeyError):
         return "reviewer"
-
-
-def _journal_in(storage: str) -> str:
-    if "://" in storage:
-        raise ConfigError(
-            f"the storage root {storage} is not a folder, so the journal has a place of its own: "
-            "set KREA_JOURNAL_URL"
-        )
-    return f"sqlite:///{Path(storage).absolute() / 'journal.db'}"

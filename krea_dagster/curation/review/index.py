@@ -23,7 +23,7 @@ from krea_dagster.curation.review.wishes import OPERATORS, kind_of
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, credits_charged
 from krea_dagster.models import credits_from_units

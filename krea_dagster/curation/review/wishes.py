@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.engine.verdicts import NONE, VERDICTS
+from krea_dagster.engine.verdict import NONE, VERDICTS
 from krea_dagster.errors import InputError
 
 #: Numbers of rows, in the order in which they are shown.
