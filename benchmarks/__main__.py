@@ -29,6 +29,7 @@ NAMES: Final = (
     "spend",
     "measures",
     "likeness",
+    "likeness_pictures",
 )
 
 PAGE: Final = ROOT / "docs" / "benchmarks.md"

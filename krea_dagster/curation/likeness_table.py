@@ -1,7 +1,7 @@
 """The table of near-duplicates: made from manifests and measures on file, and kept beside them.
 
 One row per manifest row whose image is in a cluster of two or more purchases. Made anew each time:
-a million images take half a minute, and nothing of it is kept from one time to the next.
+a million images take about a minute of CPU, and nothing is kept from one time to the next.
 """
 
 from __future__ import annotations
