@@ -30,6 +30,7 @@ NAMES: Final = (
     "measures",
     "likeness",
     "likeness_pictures",
+    "export",
 )
 
 PAGE: Final = ROOT / "docs" / "benchmarks.md"

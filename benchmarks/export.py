@@ -146,7 +146,7 @@ def _accept(options: Namespace, rows: Iterator[dict[str, Any]], key: str = "a") 
     import pyarrow as pa  # noqa: PLC0415 - only what is measured is imported
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    from krea_dagster.curation.accepting import accepted_name, accepted_schema  # noqa: PLC0415
+    from krea_dagster.curation.accepted.making import accepted_name, accepted_schema  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA  # noqa: PLC0415
 
@@ -234,16 +234,16 @@ def tar(options: Namespace) -> dict[str, Any]:
 def export(options: Namespace) -> dict[str, Any]:
     """Export in one form; ``grow`` takes the further images too."""
     from krea_dagster.curation.export.exporting import export as exported  # noqa: PLC0415
-    from krea_dagster.curation.export.wish import ExportWish  # noqa: PLC0415
+    from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
 
     grow = options.work == "grow"
     form = "webdataset" if grow else options.work
-    wish = ExportWish.parse(
+    spec = ExportSpec.parse(
         splits=["train=0.9", "test=0.1"], form=form, partitions=("a", "b") if grow else ("a",)
     )
     began = _now()
-    exported(Storage(str(options.folder / "krea")), wish, str(options.folder / "out" / form))
+    exported(Storage(str(options.folder / "krea")), spec, str(options.folder / "out" / form))
     return _took(began)
 
 
@@ -266,16 +266,16 @@ def plan(options: Namespace) -> dict[str, Any]:
     from krea_dagster.curation.export.card import facts_of, write_card  # noqa: PLC0415
     from krea_dagster.curation.export.plan import make_plan  # noqa: PLC0415
     from krea_dagster.curation.export.rows import choose  # noqa: PLC0415
-    from krea_dagster.curation.export.wish import ExportWish  # noqa: PLC0415
+    from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
 
     began = _now()
-    wish = ExportWish.parse(
+    spec = ExportSpec.parse(
         splits=["train=0.9", "test=0.1"], partitions=tuple(f"many-{n}" for n in range(10))
     )
-    with choose(Storage(str(options.folder / "krea")), wish) as chosen:
-        planned = make_plan(chosen, wish, None, None)
-        planned.version(write_card(facts_of(chosen, planned, wish), wish, planned))
+    with choose(Storage(str(options.folder / "krea")), spec) as chosen:
+        planned = make_plan(chosen, spec, None, None)
+        planned.version(write_card(facts_of(chosen, planned, spec), spec, planned))
     return _took(began)
 
 

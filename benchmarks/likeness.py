@@ -131,7 +131,7 @@ def make(options: Namespace) -> dict[str, Any]:
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    from krea_dagster.curation.measured import MEASURES_SCHEMA, measures_name  # noqa: PLC0415
+    from krea_dagster.curation.measures.table import MEASURES_SCHEMA, measures_name  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest  # noqa: PLC0415
 
@@ -207,25 +207,25 @@ def _table(values: dict[str, Any], schema: Any) -> Any:
 
 def find(options: Namespace) -> dict[str, Any]:
     """Make the table as the asset does, then hold it against what was planted."""
-    from krea_dagster.curation import likeness, likeness_index, likeness_table  # noqa: PLC0415
+    from krea_dagster.curation.likeness import index, stars, table  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
 
     search_s = [0.0]
 
     def timed(*arguments: Any, **named: Any) -> Any:
         began_s = time.perf_counter()
-        stars = likeness_index.find_stars(*arguments, **named)
+        found = index.find_stars(*arguments, **named)
         search_s[0] += time.perf_counter() - began_s
-        return stars
+        return found
 
-    vars(likeness)["find_stars"] = timed
+    vars(stars)["find_stars"] = timed
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    figures = likeness_table.update_likeness(storage)
+    figures = table.update_likeness(storage)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     used = peak_bytes()
     return {
-        **_held_against(options.folder, likeness_table.read_likeness(storage)),
+        **_held_against(options.folder, table.read_likeness(storage)),
         "pairs": figures.pairs_compared,
         "search_s": search_s[0],
         "wall_s": wall_s,

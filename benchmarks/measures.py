@@ -125,7 +125,7 @@ def pictures(options: Namespace) -> dict[str, Any]:
 def _ways(data: bytes, side: int) -> Mapping[str, Callable[[], object]]:
     from PIL import Image  # noqa: PLC0415 - only what is measured is imported
 
-    from krea_dagster.curation.measures import measure  # noqa: PLC0415
+    from krea_dagster.curation.measures.figures import measure  # noqa: PLC0415
     from krea_dagster.engine.look import look_at  # noqa: PLC0415
 
     def decode() -> Image.Image:
@@ -200,7 +200,7 @@ def prepare(options: Namespace) -> dict[str, Any]:
     import numpy as np  # noqa: PLC0415 - only what is measured is imported
     import pyarrow as pa  # noqa: PLC0415
 
-    from krea_dagster.curation.measure_cache import MeasureCache, Notes  # noqa: PLC0415
+    from krea_dagster.curation.measures.cache import MeasureCache, Notes  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest  # noqa: PLC0415
 
@@ -226,7 +226,7 @@ def prepare(options: Namespace) -> dict[str, Any]:
 
 def known(options: Namespace) -> dict[str, Any]:
     """Measure the partition; every figure is known."""
-    from krea_dagster.curation.measuring import measure_partitions  # noqa: PLC0415
+    from krea_dagster.curation.measures.taking import measure_partitions  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
 
     wall_s, cpu_s = time.perf_counter(), time.process_time()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
-    from krea_dagster.curation.own_measures import Measure
+    from krea_dagster.curation.measures.own import Measure
     from krea_dagster.errors import KreaError
     from krea_dagster.plugin.assets import KreaAssets, build_krea_assets
     from krea_dagster.plugin.automation import on_prompts_changed
@@ -76,7 +76,7 @@ _HOMES: Final = {
     "KreaImages": "plugin.component",
     "KreaManifestIOManager": "plugin.io_manager",
     "KreaResource": "plugin.resource",
-    "Measure": "curation.own_measures",
+    "Measure": "curation.measures.own",
     "PromptTable": "prompts",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",

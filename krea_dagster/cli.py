@@ -15,7 +15,7 @@ import click
 
 from krea_dagster.callbacks.command import callbacks_command
 from krea_dagster.curation.export.command import export_command
-from krea_dagster.curation.gallery_command import gallery_command
+from krea_dagster.curation.gallery.command import gallery_command
 from krea_dagster.curation.review.command import review_command
 from krea_dagster.drill.command import drill_command
 from krea_dagster.emulator import emulator_command

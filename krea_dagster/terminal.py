@@ -450,6 +450,7 @@ def _spend_table(shown: Spend) -> Table:
     figures: dict[str, list[str]] = {
         "asked": [str(line.purchases) for line in lines],
         "images": [str(line.delivered) for line in lines],
+        "accepted": [str(line.accepted) for line in lines],
         "failed": [str(line.failed + line.refused) for line in lines],
         "lost": [str(line.lost + line.rejected) for line in lines],
         "open": [str(line.unknown + line.pending) for line in lines],
@@ -458,6 +459,8 @@ def _spend_table(shown: Spend) -> Table:
         "at stake": [_credits(line.at_stake_units) for line in lines],
         "each": [_per_image(line) for line in lines],
     }
+    if all(line.accepted == line.delivered - line.replaced for line in lines):
+        del figures["accepted"]  # nobody has judged
     table = Table(box=None, pad_edge=False)
     columns: list[list[str]] = []
     for number, name in enumerate(shown.by):
@@ -487,6 +490,7 @@ def show_spend(shown: Spend) -> None:
 _SPEND_COUNTS: Final = (
     "delivered",
     "replaced",
+    "accepted",
     "failed",
     "refused",
     "lost",

@@ -8,14 +8,14 @@ from typing import Any, Final
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.curation.accepted import Rules
-from krea_dagster.curation.accepting import (
+from krea_dagster.curation.accepted.making import (
     ACCEPTED_COLUMNS,
     Accepted,
     Accepting,
     accepted_schema,
 )
-from krea_dagster.curation.wanted import Outcome, WantedImages, totals_of
+from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.accepted.wanted import Outcome, WantedImages, totals_of
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.models import credits_from_units

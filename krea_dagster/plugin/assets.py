@@ -12,8 +12,8 @@ from typing import Any
 
 import dagster as dg
 
-from krea_dagster.curation.accepted import Rules
-from krea_dagster.curation.wanted import WantedImages
+from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.accepted.wanted import WantedImages
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.manifest import (

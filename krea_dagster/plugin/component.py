@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, Literal
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from krea_dagster.curation.export.wish import ExportWish
-from krea_dagster.curation.own_measures import Measure
+from krea_dagster.curation.export.spec import ExportSpec
+from krea_dagster.curation.measures.own import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.plugin.automation import on_prompts_changed
 from krea_dagster.plugin.checks import (
@@ -233,12 +233,12 @@ class ExportSettings(_Section):
     title: str | None = Field(default=None, description="For the card.")
     source: str | None = Field(default=None, description="What the prompts are of, for the card.")
 
-    def wish(self) -> ExportWish:
+    def spec(self) -> ExportSpec:
         """The same for the engine. Raises ConfigError."""
         values = self.model_dump()
         if self.columns is not None:
             values["columns"] = tuple(self.columns)
-        return ExportWish.parse(**values)
+        return ExportSpec.parse(**values)
 
 
 class CurationSettings(_Section):
@@ -270,7 +270,7 @@ class CurationSettings(_Section):
 
     def curation(self, measures: Sequence[Measure]) -> Curation:
         """The same for the factory. Raises ConfigError."""
-        exports = {name: one.wish() for name, one in self.exports.items()}
+        exports = {name: one.spec() for name, one in self.exports.items()}
         values = self.model_dump(exclude={"exports"})
         return Curation(measures=measures, exports=exports, **values)
 

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import dagster as dg
 
-from krea_dagster.curation.accepted import Rules
-from krea_dagster.curation.export.wish import ExportWish
-from krea_dagster.curation.own_measures import Measure
-from krea_dagster.curation.wanted import WantedImages
+from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.accepted.wanted import WantedImages
+from krea_dagster.curation.export.spec import ExportSpec
+from krea_dagster.curation.measures.own import Measure
 from krea_dagster.plugin.accepted_assets import build_accepted_assets
 from krea_dagster.plugin.assets import KreaAssets
 from krea_dagster.plugin.export_assets import build_export
@@ -43,7 +43,7 @@ class Curation:
     wanted: Sequence[str] = ()
     most_images: int | None = None
     most_credits: float | None = None
-    exports: Mapping[str, ExportWish] = field(default_factory=dict)
+    exports: Mapping[str, ExportSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ = self.rules, self.wanted_images  # so that a wrong one is refused where it is written
@@ -105,13 +105,13 @@ def build_curation(
         build_export(
             manifest_key,
             name=name,
-            wish=wish,
+            spec=spec,
             likeness_key=duplicates.key,
             prefix=prefix,
             group_name=group_name,
             resource_key=resource_key,
         )
-        for name, wish in curation.exports.items()
+        for name, spec in curation.exports.items()
     ]
     job = dg.define_asset_job(
         f"{before}{DATASET_JOB_NAME}",

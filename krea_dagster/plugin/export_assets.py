@@ -9,7 +9,7 @@ from pydantic import Field
 
 from krea_dagster.curation.export.exporting import Exported, export
 from krea_dagster.curation.export.shards import Progress
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.accepted_assets import ACCEPTED_ASSET
 from krea_dagster.plugin.failures import as_failure
@@ -51,7 +51,7 @@ def build_export(
     manifest_key: dg.AssetKey,
     *,
     name: str,
-    wish: ExportWish | None = None,
+    spec: ExportSpec | None = None,
     to: str | None = None,
     likeness_key: dg.AssetKey | None = None,
     prefix: Sequence[str] = (),
@@ -60,9 +60,9 @@ def build_export(
     keep: int | None = None,
     automation_condition: dg.AutomationCondition[Any] | None = None,
 ) -> dg.AssetsDefinition:
-    """Build an asset that exports ``accepted_images``, or with ``wish.everything`` the manifest.
+    """Build an asset that exports ``accepted_images``, or with ``spec.everything`` the manifest.
 
-    It takes all partitions, or those of the wish. ``to`` is a folder or URL; None is
+    It takes all partitions, or those of the spec. ``to`` is a folder or URL; None is
     ``exports/<name>`` in the storage root. Where images that are alike are kept out of further
     splits, ``likeness_key`` is ``near_duplicates``. The asset's data version is
     that of the export, so that an export without changes makes nothing stale. ``keep`` removes
@@ -71,7 +71,7 @@ def build_export(
     """
     if not name:
         raise ConfigError("an export needs a name")
-    wanted = wish or ExportWish()
+    wanted = spec or ExportSpec()
     folders = manifest_folders(manifest_key)
     source_key = manifest_key if wanted.everything else dg.AssetKey([*prefix, ACCEPTED_ASSET])
     alike = [likeness_key] if likeness_key is not None else []

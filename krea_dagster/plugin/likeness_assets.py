@@ -6,8 +6,8 @@ from typing import Any, Final
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.curation.likeness_index import MOST_BITS
-from krea_dagster.curation.likeness_table import (
+from krea_dagster.curation.likeness.index import MOST_BITS
+from krea_dagster.curation.likeness.table import (
     LIKENESS_DESCRIPTIONS,
     LIKENESS_SCHEMA,
     Copies,
@@ -18,7 +18,7 @@ from krea_dagster.curation.likeness_table import (
     read_likeness,
     update_likeness,
 )
-from krea_dagster.curation.pdq import LEAST_QUALITY, SAME_BITS
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.failures import as_failure

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from krea_dagster.curation.measured import (
+from krea_dagster.curation.measures.own import Measure, checked
+from krea_dagster.curation.measures.table import (
     MEASURES_DESCRIPTIONS,
     MEASURES_SCHEMA,
     measures_schema,
 )
-from krea_dagster.curation.measuring import Measured, measure_partitions
-from krea_dagster.curation.own_measures import Measure, checked
+from krea_dagster.curation.measures.taking import Measured, measure_partitions
 from krea_dagster.plugin.assets import partition_keys_of
 from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.failures import as_failure

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from krea_dagster.api import KreaClient
 from krea_dagster.callbacks import CallbackUrls
-from krea_dagster.curation.measure_cache import measured_while_verified
+from krea_dagster.curation.measures.cache import measured_while_verified
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.database import database_in, has_database
 from krea_dagster.engine.images import ImageStore

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation.accepted import Rules, judge
-from krea_dagster.curation.accepting import Accepting
-from krea_dagster.curation.slots import read_slots
-from krea_dagster.curation.wanted import (
+from krea_dagster.curation.accepted.making import Accepting
+from krea_dagster.curation.accepted.rules import Rules, judge
+from krea_dagster.curation.accepted.slots import read_slots
+from krea_dagster.curation.accepted.wanted import (
     IS_FIXED,
     Decision,
     Outcome,

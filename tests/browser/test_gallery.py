@@ -16,8 +16,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from krea_dagster.curation.gallery import write_gallery
-from krea_dagster.curation.gallery_rows import GalleryWish, choose_rows
+from krea_dagster.curation.gallery.page import write_gallery
+from krea_dagster.curation.gallery.rows import GalleryFilter, choose_rows
 from tests.curation.gallery_bench import HOSTILE, PROMPTS, Walls
 
 pytestmark = pytest.mark.browser
@@ -55,8 +55,8 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     walls.hang("hostile", HOSTILE, partition="bucket-001")
     walls.path_of(walls.hang("gone", PROMPTS[1], partition="bucket-001")).unlink()
     walls.fail("refused", PROMPTS[2], partition="bucket-001")
-    wish = GalleryWish(statuses=())
-    chosen = choose_rows(walls.write(), wish, verdicts)
+    filtered = GalleryFilter(statuses=())
+    chosen = choose_rows(walls.write(), filtered, verdicts)
     path = root / "gallery.html"
     with path.open("wb") as file:
         write_gallery(walls.storage, chosen, file, title="Coasts and terraces", now=NOW)

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from krea_dagster.curation.review.app import REASONS
 from krea_dagster.curation.review.index import Index, build_index
-from krea_dagster.curation.review.wishes import Wish, empty_code, rows_of
+from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.storage import Storage
 from krea_dagster.engine.verdicts import Verdict
@@ -155,10 +155,10 @@ def index_of(shelf: Shelf) -> Index:
         return build_index(Storage(str(shelf.folder)), journal)
 
 
-def order_of(index: Index, wish: str = STORED) -> list[str]:
+def order_of(index: Index, selection: str = STORED) -> list[str]:
     """The pictures of a list, by their places."""
     codes = np.full(len(index), empty_code(), np.int8)
-    rows = rows_of(index.table, Wish.parse(wish), codes)
+    rows = rows_of(index.table, Selection.parse(selection), codes)
     return [str(one) for one in index.table["image_sha256"].take(rows).to_pylist()]
 
 
@@ -301,10 +301,10 @@ def test_no_verdict_is_lost_and_none_is_double_when_the_server_is_killed(
         print(f"\n400 verdicts, {1000 * float(np.median(times)):.0f} ms each (median, one key)")
         index = index_of(shelf)
         given = [one for one in history_of(shelf) if one.verdict_id not in began]
-        for name, wish in (("Ada", STORED), ("Grace", backwards)):
+        for name, selection in (("Ada", STORED), ("Grace", backwards)):
             wanted = [
                 (sha256, cycle[at % 4][0], REASONS[2] if at % 4 == 1 else None)
-                for at, sha256 in enumerate(order_of(index, wish)[:200])
+                for at, sha256 in enumerate(order_of(index, selection)[:200])
             ]
             found = [
                 (one.image_sha256, one.verdict, one.reason) for one in given if one.reviewer == name

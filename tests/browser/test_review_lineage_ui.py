@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from krea_dagster import KreaResource, build_krea_definitions
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.verdicts import REJECT, Verdict
@@ -36,7 +36,7 @@ _DEFINITIONS = """
 import os
 import dagster as dg
 from krea_dagster import KreaResource, build_krea_definitions
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.plugin.curation import Curation
 
 defs = build_krea_definitions(
@@ -47,7 +47,7 @@ defs = build_krea_definitions(
         base_url=os.environ["EVOLINK_BASE_URL"],
         storage=os.environ["KREA_STORAGE"],
     ),
-    curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportWish()}),
+    curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportSpec()}),
 )
 """
 
@@ -79,7 +79,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, s
             prompts=environment["KREA_PROMPTS"],
             partition_by="hash:2",
             krea=krea,
-            curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportWish()}),
+            curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportSpec()}),
         )
         with dg.DagsterInstance.from_config(str(home)) as instance:
             _make(defs, instance)

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets
-from krea_dagster.curation.accepted import Rules
-from krea_dagster.curation.accepting import Accepting
-from krea_dagster.curation.wanted import Outcome, WantedImages
+from krea_dagster.curation.accepted.making import Accepting
+from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.accepted.wanted import Outcome, WantedImages
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.verdicts import KEEP, REJECT, Verdict

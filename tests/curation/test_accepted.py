@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from krea_dagster.curation.accepted import (
+from krea_dagster.curation.accepted.rules import (
     Evidence,
     Range,
     Rules,

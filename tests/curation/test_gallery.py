@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from krea_dagster.curation.gallery import Written, estimate_bytes, write_gallery
-from krea_dagster.curation.gallery_command import gallery_command
-from krea_dagster.curation.gallery_rows import GalleryWish, choose_rows
+from krea_dagster.curation.gallery.command import gallery_command
+from krea_dagster.curation.gallery.page import Written, estimate_bytes, write_gallery
+from krea_dagster.curation.gallery.rows import GalleryFilter, choose_rows
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.verdicts import Verdict
 from krea_dagster.errors import ConfigError
@@ -59,11 +59,11 @@ class Page(HTMLParser):
 
 
 def page_of(
-    walls: Walls, wanted: GalleryWish | None = None, **options: Any
+    walls: Walls, wanted: GalleryFilter | None = None, **options: Any
 ) -> tuple[Page, Written]:
     storage = walls.write()
     verdicts = options.pop("verdicts", {})
-    chosen = choose_rows(storage, wanted or GalleryWish(), verdicts)
+    chosen = choose_rows(storage, wanted or GalleryFilter(), verdicts)
     target = io.BytesIO()
     written = write_gallery(storage, chosen, target, **options)
     assert written.size_bytes == len(target.getvalue())
@@ -121,8 +121,10 @@ def test_a_text_is_shown_as_text_wherever_it_comes_from(walls: Walls, place: str
     if place == "error":
         walls.fail("refused", plain)
         walls.rows["a"][-1]["error_message"] = HOSTILE
-    wish = GalleryWish(statuses=(), where=[("mood", HOSTILE)] if place == "where" else [])
-    page, _ = page_of(walls, wish, title=HOSTILE if place == "title" else "x", wish=wish.words())
+    filtered = GalleryFilter(statuses=(), where=[("mood", HOSTILE)] if place == "where" else [])
+    page, _ = page_of(
+        walls, filtered, title=HOSTILE if place == "title" else "x", filtered=filtered.words()
+    )
     assert not page.all("script")
     assert all((one["src"] or "").startswith("data:") for one in page.all("img"))
     assert "</p><script>window.ran = 1</script>"[:40] in page.text
@@ -201,7 +203,7 @@ def test_a_row_that_failed_says_why_where_it_is_asked_for(walls: Walls) -> None:
     walls.hang("one", PROMPTS[0])
     walls.fail("refused", PROMPTS[1])
     assert len(page_of(walls)[0].all("figure")) == 1
-    page, written = page_of(walls, GalleryWish(statuses=()))
+    page, written = page_of(walls, GalleryFilter(statuses=()))
     assert "failed: content_policy_violation: refused <b>it</b>" in page.text
     assert "1 image of 2 rows" in page.text
     assert (written.shown, written.missing) == (1, 0)
@@ -210,8 +212,8 @@ def test_a_row_that_failed_says_why_where_it_is_asked_for(walls: Walls) -> None:
 # -- which rows -----------------------------------------------------------------------------------
 
 
-def chosen(walls: Walls, judged: dict[str, str] | None = None, **wish: Any) -> list[str]:
-    found = choose_rows(walls.write(), GalleryWish(**wish), judged or {})
+def chosen(walls: Walls, judged: dict[str, str] | None = None, **filtered: Any) -> list[str]:
+    found = choose_rows(walls.write(), GalleryFilter(**filtered), judged or {})
     return [row["prompt_id"] for row in found.rows]
 
 
@@ -260,12 +262,12 @@ def test_rows_are_chosen_by_partition_verdict_and_number(mixed: Walls) -> None:
     assert chosen(mixed, partitions=["b", "a"]) == ["four", "one", "two", "three"]
     assert chosen(mixed, verdicts, verdicts=["keep", "reject"]) == ["one", "four"]
     assert chosen(mixed, verdicts, verdicts=["none"]) == ["two", "three"]
-    found = choose_rows(mixed.storage, GalleryWish(limit=2), {})
+    found = choose_rows(mixed.storage, GalleryFilter(limit=2), {})
     assert (len(found.rows), found.matched) == (2, 4)
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("filtered", "said"),
     [
         ({"where": [("moood", "calm")]}, "no column 'moood'; it has prompt_id"),
         ({"where": [("seed", "seven")]}, "column 'seed' holds int32, which 'seven' is not"),
@@ -275,24 +277,28 @@ def test_rows_are_chosen_by_partition_verdict_and_number(mixed: Walls) -> None:
         ({"limit": 0}, "at least one row"),
     ],
 )
-def test_a_wish_that_cannot_be_met_says_why(mixed: Walls, wish: dict[str, Any], said: str) -> None:
+def test_a_filter_that_cannot_be_met_says_why(
+    mixed: Walls, filtered: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        chosen(mixed, **wish)
+        chosen(mixed, **filtered)
 
 
 def test_without_a_manifest_there_is_no_gallery(walls: Walls) -> None:
     with pytest.raises(ConfigError, match="no manifest under"):
-        choose_rows(walls.storage, GalleryWish(), {})
+        choose_rows(walls.storage, GalleryFilter(), {})
 
 
-def test_the_wish_is_said_in_words() -> None:
-    wish = GalleryWish(
+def test_the_filter_is_said_in_words() -> None:
+    filtered = GalleryFilter(
         partitions=["a", "b"],
         where=[("mood", "calm"), ("mood", "wild"), ("tag", "")],
         verdicts=["keep"],
     )
-    assert wish.words() == "partition a or b, mood is calm or wild, tag is nothing, verdict keep"
-    assert GalleryWish().words() == ""
+    assert (
+        filtered.words() == "partition a or b, mood is calm or wild, tag is nothing, verdict keep"
+    )
+    assert GalleryFilter().words() == ""
 
 
 # -- its size -------------------------------------------------------------------------------------
@@ -307,7 +313,7 @@ def test_the_page_stays_below_its_size_and_says_what_is_left_out(walls: Walls) -
     assert 0 < written.shown < 30
     assert written.left_out == 30 - written.shown
     assert f"{written.left_out} more rows are left out" in page.text
-    about = estimate_bytes(walls.storage, choose_rows(walls.storage, GalleryWish(), {}).rows)
+    about = estimate_bytes(walls.storage, choose_rows(walls.storage, GalleryFilter(), {}).rows)
     assert 0.6 < about / all_of_it.size_bytes < 1.6
     assert len(whole.all("img")) == 30
 

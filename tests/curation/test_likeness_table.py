@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.likeness_table import (
+from krea_dagster.curation.likeness.table import (
     LIKENESS_SCHEMA,
     LikenessFigures,
     largest_clusters,
@@ -18,7 +18,7 @@ from krea_dagster.curation.likeness_table import (
     read_likeness,
     update_likeness,
 )
-from krea_dagster.curation.measures import measure
+from krea_dagster.curation.measures.figures import measure
 from krea_dagster.emulator.render import render
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from krea_dagster.curation.measure_cache import (
+from krea_dagster.curation.measures.cache import (
     KEY,
     MeasureCache,
     Notes,
     digests,
     measured_while_verified,
 )
-from krea_dagster.curation.measures import measure
+from krea_dagster.curation.measures.figures import measure
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import StorageError
 from tests.curation.measured_shelf import drawn

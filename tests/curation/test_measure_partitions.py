@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.measure_cache import measured_while_verified
-from krea_dagster.curation.measured import (
+from krea_dagster.curation.measures.cache import measured_while_verified
+from krea_dagster.curation.measures.figures import NAMES, measure
+from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.table import (
     MEASURES_SCHEMA,
     measures_name,
     read_measures,
 )
-from krea_dagster.curation.measures import NAMES, measure
-from krea_dagster.curation.measuring import Measured, measure_partitions
-from krea_dagster.curation.own_measures import Measure
+from krea_dagster.curation.measures.taking import Measured, measure_partitions
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.measured_shelf import Shelf, drawn, png
@@ -288,17 +288,17 @@ def test_a_killed_measuring_goes_on_where_it_was(shelf: Shelf) -> None:
     shelf.write("a", [shelf.row(number) for number in range(40)])
     script = f"""
 import os, signal
-from krea_dagster.curation import measuring
-from krea_dagster.curation.own_measures import Measure
+from krea_dagster.curation.measures import taking
+from krea_dagster.curation.measures.own import Measure
 from krea_dagster.engine.storage import Storage
-measuring._WAIT_S = 0.0  # written at once
+taking._WAIT_S = 0.0  # written at once
 def slow(pictures):
     slow.calls += 1
     if slow.calls == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return [0.5] * len(pictures)
 slow.calls = 0
-list(measuring.measure_partitions(Storage({shelf.root!r}), ["a"],
+list(taking.measure_partitions(Storage({shelf.root!r}), ["a"],
     further=[Measure("slow", slow, batch_size=5)]))
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from krea_dagster.curation.measures import NAMES, measure, plain
-from krea_dagster.curation.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
+from krea_dagster.curation.measures.figures import NAMES, measure, plain
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
 
 Pixels = npt.NDArray[np.uint8]
 

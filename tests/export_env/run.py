@@ -31,7 +31,7 @@ from PIL import Image  # noqa: E402
 
 from krea_dagster.curation.export.exporting import export  # noqa: E402
 from krea_dagster.curation.export.rows import LEFT_OUT  # noqa: E402
-from krea_dagster.curation.export.wish import FORMS, ExportWish  # noqa: E402
+from krea_dagster.curation.export.spec import FORMS, ExportSpec  # noqa: E402
 from tests.curation.export.export_shelf import Shelf  # noqa: E402
 
 
@@ -77,14 +77,14 @@ def one_format(
 
 
 def publish(shelf: Shelf, form: Any, to: Path, *, embed: bool, where: Sequence[str] = ()) -> Path:
-    wish = ExportWish.parse(
+    spec = ExportSpec.parse(
         splits=["train=0.8", "test=0.2"],
         where=where,
         form=form,
         shard_images=50,
         embed_parameters=embed,
     )
-    return Path(export(shelf.storage, wish, str(to)).path)
+    return Path(export(shelf.storage, spec, str(to)).path)
 
 
 def read(python: Path, home: Path, reader: str, folder: Path) -> dict[str, Any]:

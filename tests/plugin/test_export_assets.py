@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.accepting import accepted_name, accepted_schema
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.accepted.making import accepted_name, accepted_schema
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 from krea_dagster.plugin.export_assets import build_export
@@ -45,10 +45,10 @@ def accept(shelf: Shelf, count: int, partition: str) -> None:
 
 
 def asset(**fields: Any) -> dg.AssetsDefinition:
-    wish = ExportWish.parse(
+    spec = ExportSpec.parse(
         splits=["train=0.5", "test=0.5"], form="webdataset", shard_images=5, **fields
     )
-    return build_export(MANIFEST, name="training", wish=wish, prefix=["hand"])
+    return build_export(MANIFEST, name="training", spec=spec, prefix=["hand"])
 
 
 def run(

@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.likeness_table import likeness_name, read_likeness
+from krea_dagster.curation.likeness.table import likeness_name, read_likeness
 from krea_dagster.engine.verdicts import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.likeness_assets import (

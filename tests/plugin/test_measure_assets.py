@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.measured import MEASURES_SCHEMA, read_measures
-from krea_dagster.curation.own_measures import Measure
+from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.table import MEASURES_SCHEMA, read_measures
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.measure_assets import build_image_measures, histogram_text
 from tests.curation.measured_shelf import Shelf

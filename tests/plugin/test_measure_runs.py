@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.measure_cache import KEY, MeasureCache, digests
-from krea_dagster.curation.measures import measure
+from krea_dagster.curation.measures.cache import KEY, MeasureCache, digests
+from krea_dagster.curation.measures.figures import measure
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage import Storage
 from tests.dagster_bench import OpenAccount

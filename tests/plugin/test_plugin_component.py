@@ -19,7 +19,7 @@ from dagster import ComponentTree
 from dagster.components.testing import DefsFolderSandbox, create_defs_folder_sandbox
 
 from krea_dagster import Curation, KreaImages, KreaResource, build_krea_definitions
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.component import (
     Checks,
@@ -200,7 +200,7 @@ def test_every_argument_of_the_factory_is_in_the_yaml_or_has_a_hook() -> None:
     assert set(exports) == set(ExportSettings.model_fields)
     renamed = {"splits": "splits", "where": "filters"}
     said = {renamed.get(name, name) for name in ExportSettings.model_fields}
-    assert said | {"partitions"} == {one.name for one in fields(ExportWish)}
+    assert said | {"partitions"} == {one.name for one in fields(ExportSpec)}
     assert {"measures", *CurationSettings.model_fields} == {one.name for one in fields(Curation)}
     in_yaml = {said_otherwise.get(name, name) for name in KreaImages.model_fields}
     assert in_yaml | {"count_tokens"} == arguments

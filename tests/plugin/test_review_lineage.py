@@ -15,7 +15,7 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from krea_dagster import KreaResource, build_krea_definitions
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.verdicts import Verdict
@@ -93,7 +93,7 @@ def test_from_rejected_to_replaced_to_exported(
             api_key=open_account(), base_url=emulator.url, storage=str(tmp_path / "krea")
         ),
         key_prefix=PREFIX,
-        curation=Curation(wanted=["prompt=1"], exports={"dataset": ExportWish()}),
+        curation=Curation(wanted=["prompt=1"], exports={"dataset": ExportSpec()}),
     )
     # The way back from the dataset to the prompts, and to what people think.
     assert set(chain(defs, "dataset")) >= {

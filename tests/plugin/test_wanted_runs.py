@@ -10,8 +10,8 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.curation.accepted import Rules
-from krea_dagster.curation.wanted import WantedImages
+from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.accepted.wanted import WantedImages
 from krea_dagster.emulator import Emulator
 from krea_dagster.plugin.accepted_assets import check_wanted
 from krea_dagster.plugin.batch import Batch

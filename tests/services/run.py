@@ -22,6 +22,8 @@ TESTS = (
     "tests/engine/test_budget.py",
     "tests/spend/test_spend_journals.py",
     "tests/engine/test_verdicts.py",
+    "tests/engine/test_attempts.py",
+    "tests/curation/test_slots.py",
 )
 
 

@@ -15,18 +15,18 @@ from krea_dagster.curation.export.content import ending_of
 from krea_dagster.curation.export.folder import TABLES, table_lines
 from krea_dagster.curation.export.plan import Plan, content_of, layout_of
 from krea_dagster.curation.export.shards import Done, Work
+from krea_dagster.curation.export.spec import ONE_FILE
 from krea_dagster.curation.export.target import EXPORT, FORMAT_VERSION, INDEX, INDEX_SCHEMA
-from krea_dagster.curation.export.wish import ONE_FILE
 
 
 def finish(
     work: Work, plan: Plan, done: Sequence[Done], card: str, facts: Facts
 ) -> Mapping[str, Any]:
     """Write the tables, the index and the card, and last what makes the version complete."""
-    target, wish, version = work.target, work.wish, work.version
-    if wish.form in TABLES:
-        for split in wish.splits:
-            name = TABLES[wish.form].format(split=split.name)
+    target, spec, version = work.target, work.spec, work.version
+    if spec.form in TABLES:
+        for split in spec.splits:
+            name = TABLES[spec.form].format(split=split.name)
             lines = _table(work, [one for one in done if one.shard.split == split.name])
             target.storage.write(f"{version}/{name}", partial(_all, pieces=lines))
     target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, work, done))
@@ -34,8 +34,8 @@ def finish(
     described = {
         "format_version": FORMAT_VERSION,
         "version": version,
-        "layout": layout_of(wish),
-        "embed_parameters": wish.embed_parameters,
+        "layout": layout_of(spec),
+        "embed_parameters": spec.embed_parameters,
         "made_by": facts.made_by,
         "images": plan.images,
         "splits": dict(facts.splits),
@@ -62,12 +62,12 @@ def finish(
 
 def _table(work: Work, done: Sequence[Done]) -> Iterator[bytes]:
     """The table of a split, shard by shard."""
-    form = work.wish.form
-    own = ["exported_sha256"] if work.wish.embed_parameters else []
+    form = work.spec.form
+    own = ["exported_sha256"] if work.spec.embed_parameters else []
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         for one in done:
-            content = content_of(work.rows, work.wish, one.shard)
+            content = content_of(work.rows, work.spec, one.shard)
             # The table of an imagefolder lies in the split's folder, the others above it.
             folder = one.shard.name
             if form == "imagefolder":
@@ -90,7 +90,7 @@ def _write_index(file: BinaryIO, work: Work, done: Sequence[Done]) -> None:
                 f"{key}.{ending_of(path)}"
                 for key, path in zip(keys, facts["image_path"].to_pylist(), strict=True)
             ]
-            folder = "" if work.wish.form in ONE_FILE else f"{shard.name}/"
+            folder = "" if work.spec.form in ONE_FILE else f"{shard.name}/"
             columns = {
                 "key": keys,
                 "split": [shard.split] * len(keys),

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from krea_dagster.curation.export.plan import Plan
 from krea_dagster.curation.export.rows import Rows
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 
 _SIZES: Final = (
     (1_000, "n<1K"),
@@ -63,7 +63,7 @@ class Facts:
     made_by: Mapping[str, str]
 
 
-def facts_of(rows: Rows, plan: Plan, wish: ExportWish) -> Facts:
+def facts_of(rows: Rows, plan: Plan, spec: ExportSpec) -> Facts:
     """Count what the images of a plan are."""
     names = ["prompt", "model", "size", "quality", "seed", "request_key", "image_format"]
     table = rows.take(plan.rows(), [*names, "credits_charged", "stored_at"])
@@ -76,7 +76,7 @@ def facts_of(rows: Rows, plan: Plan, wish: ExportWish) -> Facts:
         images=plan.images,
         prompts=int(pc.count_distinct(table["prompt"]).as_py()),
         splits={
-            one.name: sum(len(shard.rows) for shard in plan.of(one.name)) for one in wish.splits
+            one.name: sum(len(shard.rows) for shard in plan.of(one.name)) for one in spec.splits
         },
         leaked=plan.leaked,
         likeness_known=plan.likeness_known,
@@ -102,11 +102,11 @@ def facts_of(rows: Rows, plan: Plan, wish: ExportWish) -> Facts:
     )
 
 
-def write_card(facts: Facts, wish: ExportWish, plan: Plan) -> str:
+def write_card(facts: Facts, spec: ExportSpec, plan: Plan) -> str:
     """Return the card as Markdown."""
-    title = wish.title or "Images of " + (", ".join(facts.models) or "a text-to-image model")
+    title = spec.title or "Images of " + (", ".join(facts.models) or "a text-to-image model")
     return "\n".join(
-        ["---", *_header(facts, wish, plan, title), "---", "", *_body(facts, wish, plan, title), ""]
+        ["---", *_header(facts, spec, plan, title), "---", "", *_body(facts, spec, plan, title), ""]
     )
 
 
@@ -127,27 +127,27 @@ def _source(location: str) -> str:
 # -- the header ------------------------------------------------------------------------------
 
 
-def _header(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
+def _header(facts: Facts, spec: ExportSpec, plan: Plan, title: str) -> list[str]:
     size = next((name for most, name in _SIZES if facts.images < most), "n>10M")
     values: dict[str, Any] = {}
-    if wish.license is not None:
-        values["license"] = wish.license.lower()
+    if spec.license is not None:
+        values["license"] = spec.license.lower()
     values |= {
         "pretty_name": _line(title),
         "task_categories": ["text-to-image"],
         "tags": ["synthetic", "text-to-image", "krea-dagster"],
         "size_categories": [size],
-        "configs": [{"config_name": "default", "data_files": _data_files(facts, wish, plan)}],
+        "configs": [{"config_name": "default", "data_files": _data_files(facts, spec, plan)}],
     }
     return [f"{name}: {json.dumps(value, ensure_ascii=True)}" for name, value in values.items()]
 
 
-def _data_files(facts: Facts, wish: ExportWish, plan: Plan) -> list[dict[str, Any]]:
+def _data_files(facts: Facts, spec: ExportSpec, plan: Plan) -> list[dict[str, Any]]:
     found = []
     for name, images in facts.splits.items():
         if not images:
             continue
-        match wish.form:
+        match spec.form:
             case "webdataset":
                 path: Any = f"data/{name}-*.tar"
             case "parquet":
@@ -157,7 +157,7 @@ def _data_files(facts: Facts, wish: ExportWish, plan: Plan) -> list[dict[str, An
                 endings = sorted({ending.lower() for ending in plan.endings})
                 path = [f"{name}/metadata.jsonl", *(f"{name}/*/*.{one}" for one in endings)]
             case _:
-                path = f"{name}.{wish.form}"
+                path = f"{name}.{spec.form}"
         found.append({"split": name, "path": path})
     return found
 
@@ -165,14 +165,14 @@ def _data_files(facts: Facts, wish: ExportWish, plan: Plan) -> list[dict[str, An
 # -- the text --------------------------------------------------------------------------------
 
 
-def _body(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
-    kind = "stored" if wish.everything else "accepted"
+def _body(facts: Facts, spec: ExportSpec, plan: Plan, title: str) -> list[str]:
+    kind = "stored" if spec.everything else "accepted"
     lines = [
         f"# {_plain(title)}",
         "",
         (
             f"{_many(facts.images, 'image')} of {_many(facts.prompts, 'prompt')}, all {kind}: "
-            f"{_FORMS[wish.form]}."
+            f"{_FORMS[spec.form]}."
         ),
         "",
         "| split | share of prompts | images | shards |",
@@ -180,10 +180,10 @@ def _body(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
         *(
             f"| {one.name} | {one.share.normalize():f} | {facts.splits[one.name]} | "
             f"{len(plan.of(one.name))} |"
-            for one in wish.splits
+            for one in spec.splits
         ),
         "",
-        *_said_of_splits(facts, wish),
+        *_said_of_splits(facts, spec),
         "## How the images were made",
         "",
         f"- Model: {_list(facts.models)}, asked over EvoLink's API",
@@ -197,14 +197,14 @@ def _body(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
             f"- Seeds: {distinct} different ones, {least} to {most}, in the column `seed`; where "
             "the table gives none, drawn from prompt_id, sample and attempt"
         )
-    if wish.source:
-        lines.append(f"- Prompts: {_plain(_source(wish.source))}")
+    if spec.source:
+        lines.append(f"- Prompts: {_plain(_source(spec.source))}")
     if facts.stored is not None:
         lines.append(f"- Stored: {facts.stored[0]} to {facts.stored[1]}, UTC")
-    if wish.filters:
-        texts = [f"{one.column} is {' or '.join(one.values)}" for one in wish.filters]
+    if spec.filters:
+        texts = [f"{one.column} is {' or '.join(one.values)}" for one in spec.filters]
         lines.append(f"- Only rows where {_plain('; '.join(texts))}")
-    if wish.embed_parameters:
+    if spec.embed_parameters:
         lines.append(
             "- The parameters of the generation are in the PNG files, in the text chunk "
             "`parameters`: the pixels are as received; `image_sha256` is of the file as received, "
@@ -226,7 +226,7 @@ def _body(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
         "",
         "Made by " + ", ".join(f"{name} {number}" for name, number in facts.made_by.items()) + ".",
     ]
-    if wish.form == "webdataset" and len(plan.endings) > 1:
+    if spec.form == "webdataset" and len(plan.endings) > 1:
         lines += [
             "",
             (
@@ -234,7 +234,7 @@ def _body(facts: Facts, wish: ExportWish, plan: Plan, title: str) -> list[str]:
                 "`webdataset` reads them, the loader of `datasets` wants one format."
             ),
         ]
-    if wish.license is None:
+    if spec.license is None:
         lines += ["", "No licence was named by whoever made this export."]
     return lines
 
@@ -249,15 +249,15 @@ def _cost(facts: Facts) -> str:
     )
 
 
-def _said_of_splits(facts: Facts, wish: ExportWish) -> list[str]:
-    if len(wish.splits) == 1:
+def _said_of_splits(facts: Facts, spec: ExportSpec) -> list[str]:
+    if len(spec.splits) == 1:
         return []
     held = (
         "near-duplicates were looked for" if facts.likeness_known else "only equal files were seen"
     )
     alike = (
         "Images of different prompts that are alike may be in two splits."
-        if wish.leaks
+        if spec.leaks
         else (
             f"Where images of different prompts are alike ({held}), the split named last keeps "
             f"its own; {sum(facts.leaked.values())} images of the others are left out."

@@ -155,10 +155,10 @@ def export_command(
     the prompts' text: equal prompts are never in two, and none moves as the table grows.
     """
     from krea_dagster.curation.export.exporting import export  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.curation.export.wish import ExportWish  # noqa: PLC0415 - as above
+    from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415 - as above
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
 
-    wish = ExportWish.parse(
+    spec = ExportSpec.parse(
         splits=splits,
         where=where,
         form=form,
@@ -177,7 +177,7 @@ def export_command(
     root = Storage(storage)
     done = export(
         root,
-        wish,
+        spec,
         to or root.locate(f"exports/{form}"),
         fresh=fresh,
         keep=keep,
@@ -216,7 +216,7 @@ def _show(done: Exported) -> None:
     click.echo(f"{'size':<10} {done.bytes / 1e6:.1f} MB")
     click.echo(f"{'credits':<10} {facts.credits:g} for these images")
     click.echo(f"{'version':<10} {done.path}")
-    if len(facts.splits) > 1 and not facts.likeness_known and not done.wish.leaks:
+    if len(facts.splits) > 1 and not facts.likeness_known and not done.spec.leaks:
         click.echo(
             "Near-duplicates across splits were not looked for: materialize near_duplicates first.",
             err=True,

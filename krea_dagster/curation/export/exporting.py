@@ -18,9 +18,9 @@ from krea_dagster.curation.export.card import Facts, facts_of, without_credentia
 from krea_dagster.curation.export.plan import layout_of, make_plan
 from krea_dagster.curation.export.rows import choose
 from krea_dagster.curation.export.shards import Before, Progress, Work
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import Target
-from krea_dagster.curation.export.wish import ExportWish
-from krea_dagster.curation.likeness_table import read_likeness
+from krea_dagster.curation.likeness.table import read_likeness
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import StorageError
 
@@ -35,7 +35,7 @@ class Exported:
 
     version: str
     path: str
-    wish: ExportWish
+    spec: ExportSpec
     facts: Facts
     schema: pa.Schema
     left_by_filter: int
@@ -57,7 +57,7 @@ class Exported:
         return {
             "version": self.version,
             "path": self.path,
-            "form": self.wish.form,
+            "form": self.spec.form,
             "images": facts.images,
             "prompts": facts.prompts,
             "splits": {
@@ -79,7 +79,7 @@ class Exported:
 
 def export(
     storage: Storage,
-    wish: ExportWish,
+    spec: ExportSpec,
     to: str,
     *,
     folders: Sequence[str] = (),
@@ -98,7 +98,7 @@ def export(
     try:
         return _export(
             storage,
-            wish,
+            spec,
             Target(to),
             folders,
             fresh=fresh,
@@ -114,7 +114,7 @@ def export(
 
 def _export(
     storage: Storage,
-    wish: ExportWish,
+    spec: ExportSpec,
     target: Target,
     folders: Sequence[str],
     *,
@@ -123,24 +123,24 @@ def _export(
     threads: int | None,
     on_progress: Callable[[Progress], object],
 ) -> Exported:
-    with choose(storage, wish, folders) as rows:
+    with choose(storage, spec, folders) as rows:
         latest = None if fresh else target.latest()
         before = target.described(latest) if latest else None
         index = (
             target.index(latest)
-            if latest and before and before.get("layout") == layout_of(wish)
+            if latest and before and before.get("layout") == layout_of(spec)
             else None
         )
         known = read_likeness(storage, folders, ["image_sha256", "cluster"])
-        plan = make_plan(rows, wish, known, index)
-        facts = facts_of(rows, plan, wish)
-        card = write_card(facts, wish, plan)
+        plan = make_plan(rows, spec, known, index)
+        facts = facts_of(rows, plan, spec)
+        card = write_card(facts, spec, plan)
         version = plan.version(card)
         work = Work(
             storage,
             target,
             rows,
-            wish,
+            spec,
             version,
             Before.read(latest, before, target),
             on_progress,
@@ -153,7 +153,7 @@ def _export(
     return Exported(
         version=version,
         path=target.locate(version),
-        wish=wish,
+        spec=spec,
         facts=facts,
         schema=rows.schema,
         left_by_filter=rows.left.by_filter,

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 from krea_dagster.curation.export.content import FACTS, Content, ending_of
 from krea_dagster.curation.export.placing import place
 from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.splits import leaking, split_numbers
 from krea_dagster.curation.export.target import FORMAT_VERSION
-from krea_dagster.curation.export.wish import ONE_FILE, ExportWish
 
 #: Raised where the same rows would be written as other bytes.
 _WRITER: Final = 1
@@ -82,26 +82,26 @@ class Plan:
         return hashed.hexdigest()[:16]
 
 
-def make_plan(rows: Rows, wish: ExportWish, alike: pa.Table | None, index: pa.Table | None) -> Plan:
+def make_plan(rows: Rows, spec: ExportSpec, alike: pa.Table | None, index: pa.Table | None) -> Plan:
     """Say where each row goes.
 
     ``alike`` has ``image_sha256`` and ``cluster`` of images that are alike, None where nobody has
     looked. ``index`` is that of the version before, where it had the same layout.
     """
-    splits = split_numbers(rows.column("prompt"), wish.splits)
+    splits = split_numbers(rows.column("prompt"), spec.splits)
     dropped = np.zeros(len(rows), np.bool_)
-    if len(wish.splits) > 1 and not wish.leaks:
+    if len(spec.splits) > 1 and not spec.leaks:
         dropped = leaking(splits, _alike(rows.column("image_sha256"), alike))
     shards: list[Shard] = []
-    for number, split in enumerate(wish.splits):
+    for number, split in enumerate(spec.splits):
         members = np.flatnonzero((splits == number) & ~dropped)
         old, lost = _before(rows.keys[members], split.name, index)
         placed = place(
             old,
             rows.sizes[members],
             lost,
-            most_images=wish.shard_images,
-            most_bytes=wish.shard_bytes,
+            most_images=spec.shard_images,
+            most_bytes=spec.shard_bytes,
         )
         order = np.argsort(placed, kind="stable")
         ends = np.bincount(placed).cumsum().tolist()
@@ -112,47 +112,47 @@ def make_plan(rows: Rows, wish: ExportWish, alike: pa.Table | None, index: pa.Ta
                 Shard(
                     split.name,
                     shard,
-                    shard_name(wish, split.name, shard),
+                    shard_name(spec, split.name, shard),
                     found,
-                    _fingerprint(rows, wish, found),
+                    _fingerprint(rows, spec, found),
                 )
             )
-    counts = Counter(wish.splits[number].name for number in splits[dropped].tolist())
+    counts = Counter(spec.splits[number].name for number in splits[dropped].tolist())
     paths = rows.column("image_path")
     names = pc.unique(pc.replace_substring_regex(paths, r"^.*\.", ""))
     endings = {ending_of(f".{name}") for name in names.to_pylist()}
     return Plan(tuple(shards), dict(counts), alike is not None, tuple(sorted(endings)))
 
 
-def shard_name(wish: ExportWish, split: str, number: int) -> str:
+def shard_name(spec: ExportSpec, split: str, number: int) -> str:
     """The name of a shard below its version: a file, or a folder."""
-    if wish.form in ONE_FILE:
-        return f"data/{split}-{number:05d}{_ENDINGS[wish.form]}"
+    if spec.form in ONE_FILE:
+        return f"data/{split}-{number:05d}{_ENDINGS[spec.form]}"
     return f"{split}/{number:05d}"
 
 
-def layout_of(wish: ExportWish) -> dict[str, Any]:
+def layout_of(spec: ExportSpec) -> dict[str, Any]:
     """What must be the same for a later version to put its images where this one has them."""
     return {
-        "form": wish.form,
-        "splits": [str(one) for one in wish.splits],
-        "shard_images": wish.shard_images,
-        "shard_bytes": wish.shard_bytes,
+        "form": spec.form,
+        "splits": [str(one) for one in spec.splits],
+        "shard_images": spec.shard_images,
+        "shard_bytes": spec.shard_bytes,
     }
 
 
-def content_of(rows: Rows, wish: ExportWish, shard: Shard) -> Content:
+def content_of(rows: Rows, spec: ExportSpec, shard: Shard) -> Content:
     """The rows of a shard."""
     needed = list(dict.fromkeys([*rows.columns, *FACTS]))
     table = rows.take(shard.rows, needed)
     keys = [key.decode() for key in rows.keys[shard.rows].tolist()]
     return Content(
-        table.select(rows.columns), table.select(FACTS), keys, embed=wish.embed_parameters
+        table.select(rows.columns), table.select(FACTS), keys, embed=spec.embed_parameters
     )
 
 
-def _fingerprint(rows: Rows, wish: ExportWish, members: Numbers) -> str:
-    form = [_WRITER, wish.form, wish.embed_parameters, wish.sidecars, str(rows.schema)]
+def _fingerprint(rows: Rows, spec: ExportSpec, members: Numbers) -> str:
+    form = [_WRITER, spec.form, spec.embed_parameters, spec.sidecars, str(rows.schema)]
     hashed = hashlib.sha256(json.dumps(form).encode())
     hashed.update(b"".join(rows.keys[members].tolist()))
     hashed.update(rows.digests[members].tobytes())

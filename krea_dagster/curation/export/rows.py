@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from krea_dagster.curation.export.records import line_of, records
-from krea_dagster.curation.export.wish import ExportWish, Filter
+from krea_dagster.curation.export.spec import ExportSpec, Filter
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -133,24 +133,24 @@ class Rows:
         self.sizes = np.array(sizes, np.int64)[first]
 
 
-def choose(storage: Storage, wish: ExportWish, folders: Sequence[str] = ()) -> Rows:
+def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> Rows:
     """Read the rows that are wanted.
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
     are in none of the files or have a name that the form needs.
     """
-    names = _names(storage, wish, folders)
+    names = _names(storage, spec, folders)
     files = [_schema_of(storage, name) for name in names]
     schema = pa.unify_schemas(files, promote_options="permissive")
     known = schema.names
-    columns = wish.columns or [name for name in known if name not in LEFT_OUT]
-    for name in [*columns, *_NEEDED, *(one.column for one in wish.filters)]:
+    columns = spec.columns or [name for name in known if name not in LEFT_OUT]
+    for name in [*columns, *_NEEDED, *(one.column for one in spec.filters)]:
         if name not in known:
             raise no_column(name, known)
-    own = [*_OWN[wish.form], *(["exported_sha256"] if wish.embed_parameters else [])]
+    own = [*_OWN[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
     if taken := [name for name in columns if name in own]:
         raise ConfigError(
-            f"the table has a column {taken[0]!r}, which {wish.form} has of its own; rename it "
+            f"the table has a column {taken[0]!r}, which {spec.form} has of its own; rename it "
             "in the table, or name the columns that you want"
         )
     kept = pa.schema([_decoded(schema.field(name)) for name in dict.fromkeys([*columns, *_NEEDED])])
@@ -158,8 +158,8 @@ def choose(storage: Storage, wish: ExportWish, folders: Sequence[str] = ()) -> R
     try:
         left = 0
         for name in names:
-            for batch in _batches(storage, name, [*kept.names, *_filtered(wish)]):
-                mask = _mask(batch, wish.filters)
+            for batch in _batches(storage, name, [*kept.names, *_filtered(spec)]):
+                mask = _mask(batch, spec.filters)
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
                 spool.write(batch.filter(mask))
         rows = Rows(spool, columns, Left(left))
@@ -169,21 +169,21 @@ def choose(storage: Storage, wish: ExportWish, folders: Sequence[str] = ()) -> R
         raise
     if not len(rows):
         rows.close()
-        raise ConfigError(_nothing(storage, wish, left))
+        raise ConfigError(_nothing(storage, spec, left))
     return rows
 
 
 # -- files -----------------------------------------------------------------------------------
 
 
-def _names(storage: Storage, wish: ExportWish, folders: Sequence[str]) -> list[str]:
-    home = "manifest" if wish.everything else "accepted"
-    if wish.partitions is None:
+def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[str]:
+    home = "manifest" if spec.everything else "accepted"
+    if spec.partitions is None:
         # The files of the accepted images are named as the manifests are.
         below = "/".join([home, *map(safe_name, folders)])
         names = (
             list(manifest_names(storage, folders))
-            if wish.everything
+            if spec.everything
             else [
                 name
                 for name in storage.names(below)
@@ -196,15 +196,15 @@ def _names(storage: Storage, wish: ExportWish, folders: Sequence[str]) -> list[s
             f"there is no table below {storage.locate(below)} yet. "
             + (
                 "Materialize image_manifest first"
-                if wish.everything
+                if spec.everything
                 else "Materialize accepted_images first, or ask for all stored images (--all)"
             )
         )
     found = [
         home + manifest_name(key, folders).removeprefix("manifest")
-        for key in dict.fromkeys(wish.partitions)
+        for key in dict.fromkeys(spec.partitions)
     ]
-    for key, name in zip(dict.fromkeys(wish.partitions), found, strict=True):
+    for key, name in zip(dict.fromkeys(spec.partitions), found, strict=True):
         if storage.size_bytes(name) is None:
             raise ConfigError(f"the partition {key!r} has no table at {storage.locate(name)}")
     return found
@@ -239,8 +239,8 @@ def _has_path(batch: pa.RecordBatch) -> pa.Array:
     return pc.is_valid(batch.column("image_path"))
 
 
-def _filtered(wish: ExportWish) -> list[str]:
-    return [one.column for one in wish.filters]
+def _filtered(spec: ExportSpec) -> list[str]:
+    return [one.column for one in spec.filters]
 
 
 def _mask(batch: pa.RecordBatch, filters: Sequence[Filter]) -> pa.Array:
@@ -267,8 +267,8 @@ def _matches(column: pa.Array, one: Filter) -> pa.Array:
     return pc.or_(found, pc.is_null(column)) if "" in one.values else found
 
 
-def _nothing(storage: Storage, wish: ExportWish, left: int) -> str:
-    kind = "stored" if wish.everything else "accepted"
+def _nothing(storage: Storage, spec: ExportSpec, left: int) -> str:
+    kind = "stored" if spec.everything else "accepted"
     if left:
         return f"no {kind} image passes the filters; {left} were left out by them"
     return f"there is no {kind} image in the tables of {storage.locate('')}"

@@ -21,9 +21,9 @@ from krea_dagster.curation.export.folder import check_folder, images_sha256, wri
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
 from krea_dagster.curation.export.plan import Plan, Shard, content_of
 from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.tar import check_tar, write_tar
 from krea_dagster.curation.export.target import Target, crc32_of
-from krea_dagster.curation.export.wish import ONE_FILE, ExportWish
 from krea_dagster.engine.storage import Storage
 
 _WRITE: Final = {"webdataset": write_tar, "parquet": write_parquet}
@@ -88,7 +88,7 @@ class Work:
     storage: Storage
     target: Target
     rows: Rows
-    wish: ExportWish
+    spec: ExportSpec
     version: str
     before: Before | None
     on_progress: Callable[[Progress], object]
@@ -121,7 +121,7 @@ class Work:
 
     def bring(self, shard: Shard) -> Done | None:
         """Bring one shard into its place; None where images are bad, which are noted."""
-        content = content_of(self.rows, self.wish, shard)
+        content = content_of(self.rows, self.spec, shard)
         if self.bad:  # nothing will be published: the others are only looked at
             for _ in pictures(content, self.storage, self.bad.append):
                 pass
@@ -132,8 +132,8 @@ class Work:
     def _found(self, shard: Shard, content: Content) -> Done | None:
         name = f"{self.version}/{shard.name}"
         try:
-            if self.wish.form not in ONE_FILE:
-                shas = check_folder(self.target, name, content, sidecars=self.wish.sidecars)
+            if self.spec.form not in ONE_FILE:
+                shas = check_folder(self.target, name, content, sidecars=self.spec.sidecars)
                 return self._done(shard, content, "found", shas)
             if self.target.storage.size_bytes(name) is None:
                 return None
@@ -157,18 +157,18 @@ class Work:
             return None
         old, new = f"{before.version}/{known['name']}", f"{self.version}/{shard.name}"
         shas = [item.sha256 for item in content.items]
-        if self.wish.embed_parameters:
+        if self.spec.embed_parameters:
             if not before.exported.keys() >= set(content.keys):
                 return None
             shas = [before.exported[key] for key in content.keys]
-        if self.wish.form not in ONE_FILE:
+        if self.spec.form not in ONE_FILE:
             try:
-                check_folder(self.target, old, content, sidecars=self.wish.sidecars)
+                check_folder(self.target, old, content, sidecars=self.spec.sidecars)
             except Damaged:
                 return None
             for item in content.items:
                 self.target.link(f"{old}/{item.file}", f"{new}/{item.file}")
-                if self.wish.sidecars:
+                if self.spec.sidecars:
                     self.target.link(f"{old}/{item.key}.json", f"{new}/{item.key}.json")
             return self._done(shard, content, "linked", shas)
         if self.target.storage.size_bytes(old) != known["bytes"]:
@@ -185,14 +185,14 @@ class Work:
         already = len(self.bad)
         source: Iterator[Picture] = pictures(content, self.storage, self.bad.append)
         name = f"{self.version}/{shard.name}"
-        if self.wish.form not in ONE_FILE:
-            write_folder(self.target, name, content, source, sidecars=self.wish.sidecars)
+        if self.spec.form not in ONE_FILE:
+            write_folder(self.target, name, content, source, sidecars=self.spec.sidecars)
             if len(self.bad) > already:
                 return None
-            shas = check_folder(self.target, name, content, sidecars=self.wish.sidecars)
+            shas = check_folder(self.target, name, content, sidecars=self.spec.sidecars)
             return self._done(shard, content, "written", shas)
         with self.target.storage.scratch() as path:
-            _WRITE[self.wish.form](path, content, source)
+            _WRITE[self.spec.form](path, content, source)
             if len(self.bad) > already:
                 return None
             done = self._read_back(shard, content, "written", path)
@@ -201,7 +201,7 @@ class Work:
 
     def _read_back(self, shard: Shard, content: Content, how: str, path: Path) -> Done:
         """A shard's file that was read, and is as it should be. Raises Damaged."""
-        shas = _CHECK[self.wish.form](path, content)
+        shas = _CHECK[self.spec.form](path, content)
         with path.open("rb") as file:
             crc32 = crc32_of(file)
         images = images_sha256(content, shas)

@@ -27,8 +27,8 @@ from starlette.routing import Route
 from krea_dagster.curation.review.answers import as_json, said, unavailable, whole_number
 from krea_dagster.curation.review.index import Index, Stamp, build_index
 from krea_dagster.curation.review.judged import Judged, shown
+from krea_dagster.curation.review.selection import Rows, Selection, empty_code, rows_of
 from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
-from krea_dagster.curation.review.wishes import Rows, Wish, empty_code, rows_of
 from krea_dagster.engine import schema
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.storage import Storage
@@ -189,15 +189,15 @@ class Review:
 
     def _view(self, request: Request) -> dict[str, Any]:
         index, number = self._index, self._judged.catch_up()
-        rows = self._list(index, request.query_params.get("wish", ""), number)
+        rows = self._list(index, request.query_params.get("selection", ""), number)
         return {"generation": index.generation, "number": number, "count": len(rows)}
 
-    def _list(self, index: Index, wish: str, number: int) -> Rows:
-        """The rows of a wish as they were at a verdict's number."""
-        key = (wish, number, index.generation)
+    def _list(self, index: Index, selection: str, number: int) -> Rows:
+        """The rows of a selection as they were at a verdict's number."""
+        key = (selection, number, index.generation)
         found = self._lists.get(key)
         if found is None:
-            wanted = Wish.parse(wish)
+            wanted = Selection.parse(selection)
             if number < self._judged.number:
                 codes = self._judged.codes(index, number)
             else:
@@ -212,7 +212,7 @@ class Review:
         """The list that a request is about. Raises 409 where the files have changed since."""
         index = self._of_generation(request)
         number = whole_number(request, "number", 0)
-        return index, self._list(index, request.query_params.get("wish", ""), number)
+        return index, self._list(index, request.query_params.get("selection", ""), number)
 
     def _of_generation(self, request: Request) -> Index:
         index = self._index

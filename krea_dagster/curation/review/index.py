@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.review.wishes import OPERATORS, kind_of
+from krea_dagster.curation.review.selection import OPERATORS, kind_of
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.storage import Storage

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krea_dagster.curation.review.index import Index
-from krea_dagster.curation.review.wishes import empty_code
+from krea_dagster.curation.review.selection import empty_code
 from krea_dagster.engine.verdicts import NONE, VERDICTS, Verdict, VerdictLog
 
 Codes = npt.NDArray[np.int8]

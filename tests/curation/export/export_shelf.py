@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from krea_dagster.curation.accepting import accepted_name, accepted_schema
-from krea_dagster.curation.likeness_table import LIKENESS_SCHEMA, likeness_name
+from krea_dagster.curation.accepted.making import accepted_name, accepted_schema
+from krea_dagster.curation.likeness.table import LIKENESS_SCHEMA, likeness_name
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 

@@ -8,7 +8,7 @@ import sys
 
 from krea_dagster.curation.export.exporting import export
 from krea_dagster.curation.export.shards import Progress
-from krea_dagster.curation.export.wish import ExportWish
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.engine.storage import Storage
 
 
@@ -22,8 +22,8 @@ def main() -> None:
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    wish = ExportWish.parse(form=form, shard_images=10)
-    export(Storage(root), wish, to, threads=1, on_progress=die)
+    spec = ExportSpec.parse(form=form, shard_images=10)
+    export(Storage(root), spec, to, threads=1, on_progress=die)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_the_prompt_table_is_named_in_the_card_without_what_is_private(
         assert "secret" not in card
 
 
-def test_wrong_wishes_are_input_errors_and_bad_images_are_not(shelf: Shelf) -> None:
+def test_wrong_options_are_input_errors_and_bad_images_are_not(shelf: Shelf) -> None:
     """The command group makes exit code 2 of the former, and 1 of the latter."""
     assert isinstance(run(shelf, "--split", "train=0.5").exception, ConfigError)
     assert isinstance(run(shelf, "--where", "nope=1").exception, ConfigError)

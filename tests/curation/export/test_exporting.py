@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.accepting import accepted_name
+from krea_dagster.curation.accepted.making import accepted_name
 from krea_dagster.curation.export.content import (
     ImagesNotAsStored,
     with_parameters,
     without_parameters,
 )
 from krea_dagster.curation.export.exporting import Exported, export
-from krea_dagster.curation.export.wish import ExportWish, Form
+from krea_dagster.curation.export.spec import ExportSpec, Form
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.export.export_shelf import Shelf, drawn
 
@@ -47,7 +47,7 @@ def to(tmp_path: Path) -> str:
 
 def done(shelf: Shelf, to: str, *, splits: list[str] | None = None, **fields: Any) -> Exported:
     how = {name: fields.pop(name) for name in ("fresh", "keep", "threads") if name in fields}
-    return export(shelf.storage, ExportWish.parse(splits=splits or [], **fields), to, **how)
+    return export(shelf.storage, ExportSpec.parse(splits=splits or [], **fields), to, **how)
 
 
 def index_of(exported: Exported) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def index_of(exported: Exported) -> list[dict[str, Any]]:
 
 def images_in(exported: Exported) -> dict[str, tuple[bytes, dict[str, Any]]]:
     """Each image's bytes and columns by prompt_id, read without any of the package's readers."""
-    read = {"parquet": from_parquet, "webdataset": from_tar}.get(exported.wish.form, from_files)
+    read = {"parquet": from_parquet, "webdataset": from_tar}.get(exported.spec.form, from_files)
     return {row["prompt_id"]: (data, row) for data, row in read(Path(exported.path))}
 
 

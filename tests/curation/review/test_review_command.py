@@ -41,7 +41,7 @@ def test_without_a_journal_there_is_nothing_to_review(tmp_path: Path) -> None:
 
 
 def test_an_object_store_needs_a_journal_of_its_own() -> None:
-    assert "set KREA_JOURNAL_URL" in str(run("--storage", "memory://shelf"))
+    assert "KREA_JOURNAL_URL" in str(run("--storage", "memory://shelf"))
 
 
 @pytest.mark.parametrize("token", ["short", "with a space in it, and long", "slash/in/it-and-long"])

@@ -216,9 +216,9 @@ def test_progress_counts_each_partition(page: httpx.Client) -> None:
 
 
 def test_rows_come_in_pages_and_go_on_where_the_verdicts_stood(page: httpx.Client) -> None:
-    wish = '{"verdicts": ["none"], "where": [["status", "is", "stored"]]}'
-    view = page.get("api/view", params={"wish": wish}).json()
-    name = {"wish": wish, "number": view["number"], "generation": view["generation"]}
+    selection = '{"verdicts": ["none"], "where": [["status", "is", "stored"]]}'
+    view = page.get("api/view", params={"selection": selection}).json()
+    name = {"selection": selection, "number": view["number"], "generation": view["generation"]}
 
     def rows() -> list[str]:
         found: list[str] = []
@@ -238,7 +238,9 @@ def test_rows_come_in_pages_and_go_on_where_the_verdicts_stood(page: httpx.Clien
     assert page.get("api/next", params={**name, "after": -1}).json()["place"] == 1
     last = view["count"] - 1
     assert page.get("api/next", params={**name, "after": last}).json()["place"] == 1
-    assert page.get("api/view", params={"wish": wish}).json()["count"] == view["count"] - 1
+    assert (
+        page.get("api/view", params={"selection": selection}).json()["count"] == view["count"] - 1
+    )
     row = page.get("api/rows", params={**name, "offset": 0, "limit": 1}).json()["rows"][0]
     assert row["verdict"]["verdict"] == "keep"
     whole = page.get("api/row", params={**name, "row": row["row"]}).json()
@@ -249,7 +251,7 @@ def test_rows_come_in_pages_and_go_on_where_the_verdicts_stood(page: httpx.Clien
 @pytest.mark.parametrize(
     ("path", "parameters", "status"),
     [
-        ("api/view", {"wish": '{"sort": "nothing"}'}, 400),
+        ("api/view", {"selection": '{"sort": "nothing"}'}, 400),
         ("api/rows", {"generation": "another"}, 409),
         ("api/row", {"row": "99999"}, 404),
         ("api/row", {"row": "1; drop table verdicts"}, 400),

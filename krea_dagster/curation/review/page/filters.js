@@ -19,14 +19,14 @@ const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 const isDefault = (condition) => DEFAULT.where.some((one) => same(one, condition));
 
 /** A filter in few words, for its button. */
-export function inWords(wish) {
-  const parts = (wish.verdicts ?? []).map((one) => NAMES[one].toLowerCase());
+export function inWords(selection) {
+  const parts = (selection.verdicts ?? []).map((one) => NAMES[one].toLowerCase());
   const words = parts.length ? [parts.join(" or ")] : [];
-  if (wish.search) words.push(`“${wish.search}”`);
-  for (const condition of wish.where ?? []) {
+  if (selection.search) words.push(`“${selection.search}”`);
+  for (const condition of selection.where ?? []) {
     if (!isDefault(condition)) words.push(condition.join(" "));
   }
-  if (wish.sort) words.push(`by ${wish.sort}${wish.down ? " ↓" : " ↑"}`);
+  if (selection.sort) words.push(`by ${selection.sort}${selection.down ? " ↓" : " ↑"}`);
   return words.join(" · ") || "All pictures";
 }
 
@@ -40,19 +40,19 @@ export function fromAddress() {
   }
 }
 
-export function toAddress(wish) {
-  const text = same(wish, DEFAULT) ? "" : `#${encodeURIComponent(JSON.stringify(wish))}`;
+export function toAddress(selection) {
+  const text = same(selection, DEFAULT) ? "" : `#${encodeURIComponent(JSON.stringify(selection))}`;
   history.replaceState(null, "", location.pathname + location.search + text);
 }
 
 /** Opens the dialog. `apply` is called with the new filter and says what is wrong with it. */
-export async function askFilter(wish, apply) {
+export async function askFilter(selection, apply) {
   const { columns } = await ask("columns");
   const byName = new Map(columns.map((one) => [one.name, one]));
-  const search = el("input", { type: "search", id: "search", value: wish.search ?? "", autocomplete: "off" });
+  const search = el("input", { type: "search", id: "search", value: selection.search ?? "", autocomplete: "off" });
   const boxes = Object.entries(NAMES).map(([verdict, words]) => {
     const box = el("input", { type: "checkbox", value: verdict });
-    box.checked = (wish.verdicts ?? []).includes(verdict);
+    box.checked = (selection.verdicts ?? []).includes(verdict);
     return [box, el("label", { class: "choice", "data-verdict": verdict }, box, el("span", {}, words))];
   });
   const list = el("div", { class: "conditions" });
@@ -68,16 +68,16 @@ export async function askFilter(wish, apply) {
     list.append(line.root);
     return line;
   };
-  for (const one of wish.where ?? []) if (byName.has(one[0])) addLine(one);
+  for (const one of selection.where ?? []) if (byName.has(one[0])) addLine(one);
 
   const add = el("button", { type: "button" }, "Add a condition");
   add.addEventListener("click", () => {
     const first = ["sharpness", "partition_key"].find((name) => byName.has(name)) ?? columns[0].name;
     addLine([first, byName.get(first).operators[0]]).root.querySelector("select").focus();
   });
-  const sort = select("sort", ["", ...columns.map((one) => one.name)], wish.sort ?? "", { "": "as in the manifest" });
+  const sort = select("sort", ["", ...columns.map((one) => one.name)], selection.sort ?? "", { "": "as in the manifest" });
   const down = el("input", { type: "checkbox", id: "down" });
-  down.checked = Boolean(wish.down);
+  down.checked = Boolean(selection.down);
   const wrong = el("p", { class: "wrong", role: "alert" });
   const reset = el("button", { type: "button" }, "Show all");
   const form = el(

@@ -13,23 +13,23 @@ export class List extends EventTarget {
   constructor() {
     super();
     this.count = 0;
-    this.wish = {};
+    this.selection = {};
     this.pages = new Map();
     this.asked = new Map();
     this.opened = 0;
   }
 
   /** Opens the list of a filter. Raises Refused where it cannot be understood. */
-  async open(wish) {
-    const text = JSON.stringify(wish);
+  async open(selection) {
+    const text = JSON.stringify(selection);
     const turn = ++this.opened;
-    const found = await ask("view", { wish: text });
+    const found = await ask("view", { selection: text });
     if (turn !== this.opened) return false;
     for (const one of this.asked.values()) one.abort();
     this.asked.clear();
     this.pages.clear();
-    this.wish = wish;
-    this.name = { wish: text, number: found.number, generation: found.generation };
+    this.selection = selection;
+    this.name = { selection: text, number: found.number, generation: found.generation };
     this.count = found.count;
     return true;
   }

@@ -80,10 +80,10 @@ async function asking(work) {
 
 // -- what is shown ----------------------------------------------------------------------------
 
-async function show(wish, place = 0) {
-  if (!(await list.open(wish))) return;
-  toAddress(wish);
-  byId("filter-text").textContent = inWords(wish);
+async function show(selection, place = 0) {
+  if (!(await list.open(selection))) return;
+  toAddress(selection);
+  byId("filter-text").textContent = inWords(selection);
   byId("nothing").hidden = list.count > 0;
   byId("fresh").hidden = true;
   grid.opened(place);
@@ -181,7 +181,7 @@ async function compareWith(by) {
 }
 
 function openFilter() {
-  return asking(() => askFilter(list.wish, (wish) => show(wish)));
+  return asking(() => askFilter(list.selection, (selection) => show(selection)));
 }
 
 function openProgress() {
@@ -305,7 +305,7 @@ verdicts.addEventListener("heard", ({ detail }) => {
   if (list.name && detail !== list.name.generation) byId("fresh").hidden = false;
 });
 
-byId("fresh-button").addEventListener("click", () => asking(() => show(list.wish, grid.place)));
+byId("fresh-button").addEventListener("click", () => asking(() => show(list.selection, grid.place)));
 byId("nothing-button").addEventListener("click", () => asking(() => show(DEFAULT)));
 byId("filter-button").addEventListener("click", openFilter);
 byId("progress-button").addEventListener("click", openProgress);

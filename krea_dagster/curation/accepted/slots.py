@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation.wanted import SLOT_SCHEMA
+from krea_dagster.curation.accepted.wanted import SLOT_SCHEMA
 from krea_dagster.engine.budget import expected_units
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.lookup import record_columns

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from krea_dagster.curation.pdq import perceptual_hash
+from krea_dagster.curation.measures.pdq import perceptual_hash
 
 #: Of what the figures mean: those of another version are taken anew.
 VERSION: Final = 1

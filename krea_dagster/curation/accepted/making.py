@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.accepted import (
+from krea_dagster.curation.accepted.rules import (
     ACCEPTED,
     REJECTED,
     VERDICT_SCHEMA,
@@ -30,8 +30,8 @@ from krea_dagster.curation.accepted import (
     verdict_version,
     verdicts_of,
 )
-from krea_dagster.curation.slots import read_slots
-from krea_dagster.curation.wanted import (
+from krea_dagster.curation.accepted.slots import read_slots
+from krea_dagster.curation.accepted.wanted import (
     SLOT_SCHEMA,
     Groups,
     Outcome,

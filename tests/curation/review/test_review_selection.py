@@ -1,4 +1,4 @@
-"""What a reviewer wishes to see: any column, any value, and never a line of a query language."""
+"""What a reviewer wants to see: any column, any value, and never a line of a query language."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from krea_dagster.curation.review.wishes import Wish, empty_code, rows_of
+from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
 from krea_dagster.engine.verdicts import VERDICTS
 from krea_dagster.errors import InputError
 
@@ -32,16 +32,16 @@ TABLE = pa.table(
 NO_VERDICTS = np.full(4, empty_code(), np.int8)
 
 
-def found(codes: Any = NO_VERDICTS, **wish: Any) -> str:
-    """The prompts that a wish finds, by their ids."""
-    rows = rows_of(TABLE, Wish.parse(json.dumps(wish)), codes)
+def found(codes: Any = NO_VERDICTS, **selection: Any) -> str:
+    """The prompts that a selection finds, by their ids."""
+    rows = rows_of(TABLE, Selection.parse(json.dumps(selection)), codes)
     return "".join(TABLE["prompt_id"].take(rows).to_pylist())
 
 
-def test_no_wish_shows_everything_in_the_table_s_order() -> None:
+def test_no_selection_shows_everything_in_the_table_s_order() -> None:
     assert found() == "abcd"
     assert found(down=True) == "dcba"
-    assert rows_of(TABLE, Wish.parse(""), NO_VERDICTS).tolist() == [0, 1, 2, 3]
+    assert rows_of(TABLE, Selection.parse(""), NO_VERDICTS).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_equal_values_stay_in_order_and_empty_ones_come_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("selection", "said"),
     [
         ('{"where": [["nothing", "is", "1"]]}', "there is no column 'nothing'"),
         ('{"sort": "seed; drop table"}', "there is no column 'seed; drop table'"),
@@ -111,6 +111,6 @@ def test_equal_values_stay_in_order_and_empty_ones_come_last() -> None:
         ('"' + "x" * 30_000 + '"', "too long"),
     ],
 )
-def test_what_cannot_be_meant_is_said_and_not_guessed(wish: str, said: str) -> None:
+def test_what_cannot_be_meant_is_said_and_not_guessed(selection: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        rows_of(TABLE, Wish.parse(wish), NO_VERDICTS)
+        rows_of(TABLE, Selection.parse(selection), NO_VERDICTS)

@@ -1,6 +1,6 @@
-"""What a reviewer wishes to see: conditions on any column, a search, an order. Pure.
+"""What a reviewer wants to see: conditions on any column, a search, an order. Pure.
 
-A wish comes from the page as JSON and is answered by Arrow's own functions. It never becomes a
+A selection comes from the page as JSON and is answered by Arrow's own functions. It never becomes a
 text in a query language, so no value of it has to be quoted.
 """
 
@@ -30,7 +30,7 @@ OPERATORS: Final[Mapping[str, tuple[str, ...]]] = {
     "truth": ("is", "is empty", "is not empty"),
 }
 
-#: A wish of the page is a few words: more is a mistake or an attack.
+#: A selection of the page is a few words: more is a mistake or an attack.
 _LONGEST: Final = 20_000
 _MOST_CONDITIONS: Final = 50
 
@@ -45,7 +45,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Selection:
     """What is to be shown: ``verdicts`` of which ``none`` stands for those without one."""
 
     verdicts: frozenset[str] = frozenset()
@@ -55,8 +55,8 @@ class Wish:
     down: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Wish:
-        """Read a wish as the page writes it. Raises InputError.
+    def parse(cls, text: str) -> Selection:
+        """Read a selection as the page writes it. Raises InputError.
 
         ``{"verdicts": ["none"], "search": "fox", "where": [["seed", "at least", "7"]],
         "sort": "sharpness", "down": true}``; all of it may be left out.
@@ -71,7 +71,7 @@ class Wish:
                 for column, operator, *values in said.get("where", ())
             )
             sort = said.get("sort")
-            wish = cls(
+            selection = cls(
                 verdicts=verdicts,
                 search=str(said.get("search", "")).strip(),
                 where=where,
@@ -84,7 +84,7 @@ class Wish:
             raise InputError(
                 "the filter cannot be read: an unknown verdict, or too many conditions"
             )
-        return wish
+        return selection
 
 
 def kind_of(type_: pa.DataType) -> str:
@@ -97,29 +97,29 @@ def kind_of(type_: pa.DataType) -> str:
     return "number" if any(test(type_) for test in numeric) else "text"
 
 
-def rows_of(table: pa.Table, wish: Wish, codes: npt.NDArray[np.int8]) -> Rows:
-    """Return the rows that a wish asks for, in its order.
+def rows_of(table: pa.Table, selection: Selection, codes: npt.NDArray[np.int8]) -> Rows:
+    """Return the rows that a selection asks for, in its order.
 
     ``codes`` are the rows' verdicts as places in ``VERDICTS``. Raises InputError for a column that
     the table does not have, or a value that is none of its kind.
     """
     shown = np.ones(table.num_rows, bool)
-    for condition in wish.where:
+    for condition in selection.where:
         shown &= _truth(_meets(table, condition))
-    if wish.search:
-        for word in wish.search.split():
+    if selection.search:
+        for word in selection.search.split():
             found = pc.match_substring(table["prompt"], word, ignore_case=True)
             named = pc.match_substring(table["prompt_id"], word, ignore_case=True)
             shown &= _truth(found) | _truth(named)
-    if wish.verdicts and wish.verdicts != set(VERDICTS):
-        shown &= np.isin(codes, [VERDICTS.index(one) for one in wish.verdicts])
+    if selection.verdicts and selection.verdicts != set(VERDICTS):
+        shown &= np.isin(codes, [VERDICTS.index(one) for one in selection.verdicts])
     rows = np.flatnonzero(shown)
-    if wish.sort is None:
-        return rows[::-1] if wish.down else rows
-    column = _column(table, wish.sort).take(pa.array(rows))
+    if selection.sort is None:
+        return rows[::-1] if selection.down else rows
+    column = _column(table, selection.sort).take(pa.array(rows))
     if kind_of(column.type) == "text":
         column = _as_text(column)
-    order = "descending" if wish.down else "ascending"
+    order = "descending" if selection.down else "ascending"
     # Equal ones stay in the table's order, so that a page never depends on the one before.
     keys = [("value", order), ("row", "ascending")]
     by = pa.table({"value": column, "row": pa.array(rows)})

@@ -26,8 +26,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation import accepted as rules
-from krea_dagster.curation.accepted import ranks
+from krea_dagster.curation.accepted import rules
+from krea_dagster.curation.accepted.rules import ranks
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units, units_from_credits

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from krea_dagster.curation.measured import MEASURES_SCHEMA
-from krea_dagster.curation.measures import NAMES, VERSION, measure
+from krea_dagster.curation.measures.figures import NAMES, VERSION, measure
+from krea_dagster.curation.measures.table import MEASURES_SCHEMA
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import StorageError
 from krea_dagster.prompts import safe_name

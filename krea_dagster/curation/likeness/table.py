@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.likeness import (
+from krea_dagster.curation.likeness.index import MOST_BITS
+from krea_dagster.curation.likeness.stars import (
     NEVER,
     Likeness,
     Measured,
     Purchases,
     find_likeness,
 )
-from krea_dagster.curation.likeness_index import MOST_BITS
-from krea_dagster.curation.pdq import LEAST_QUALITY, SAME_BITS
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError

@@ -31,7 +31,7 @@ _ROWS: Final = 10_000
 
 
 @dataclass(frozen=True)
-class GalleryWish:
+class GalleryFilter:
     """Which rows are wanted: those that meet all of it; of an empty sequence, any.
 
     ``where`` holds column and value, as texts; an empty value stands for null or no text, and of
@@ -56,7 +56,7 @@ class GalleryWish:
             raise ConfigError("a gallery holds at least one row: give a limit from 1")
 
     def words(self) -> str:
-        """The wish as a line for the page; nothing where every stored row is wanted."""
+        """The filters as a line for the page; nothing where every stored row is wanted."""
         said = []
         if self.partitions:
             said.append(f"partition {' or '.join(self.partitions)}")
@@ -75,7 +75,7 @@ class GalleryWish:
 class GalleryRows:
     """The rows that were found, in the order of partitions and of the prompt table.
 
-    ``matched`` is how many meet the wish, of which ``rows`` are the first.
+    ``matched`` is how many meet the filters, of which ``rows`` are the first.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -84,7 +84,7 @@ class GalleryRows:
 
 def choose_rows(
     storage: Storage,
-    wish: GalleryWish,
+    filters: GalleryFilter,
     verdicts: Mapping[str, str],
     folders: Sequence[str] = (),
 ) -> GalleryRows:
@@ -93,7 +93,7 @@ def choose_rows(
     Each row has ``COLUMNS``, and ``verdict`` (None where nobody judged). Raises ConfigError for a
     partition, a column or a value that cannot be, and where there is no manifest.
     """
-    names = _names(storage, wish, folders)
+    names = _names(storage, filters, folders)
     known: dict[str, None] = {}
     judged = pa.array(verdicts, pa.string())
     said = pa.array(verdicts.values(), pa.string())
@@ -102,22 +102,22 @@ def choose_rows(
         with storage.open(name) as opened:
             file = pq.ParquetFile(opened)
             known |= dict.fromkeys(file.schema_arrow.names)
-            wanted = list(dict.fromkeys([*COLUMNS, *_columns(wish)]))
+            wanted = list(dict.fromkeys([*COLUMNS, *_columns(filters)]))
             here = [one for one in wanted if one in file.schema_arrow.names]
             for batch in file.iter_batches(_ROWS, columns=here):
                 judgement = said.take(pc.index_in(batch.column("image_sha256"), value_set=judged))
-                rows = _chosen(batch, wish, judgement)
+                rows = _chosen(batch, filters, judgement)
                 found.matched += rows.num_rows
-                room = wish.limit - len(found.rows)
+                room = filters.limit - len(found.rows)
                 found.rows += rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
-    for column in _columns(wish):
+    for column in _columns(filters):
         if column not in known:
             raise no_column(column, known)
     return found
 
 
-def _names(storage: Storage, wish: GalleryWish, folders: Sequence[str]) -> Iterator[str]:
-    if not wish.partitions:
+def _names(storage: Storage, filters: GalleryFilter, folders: Sequence[str]) -> Iterator[str]:
+    if not filters.partitions:
         names = sorted(manifest_names(storage, folders))
         if not names:
             raise ConfigError(
@@ -126,27 +126,27 @@ def _names(storage: Storage, wish: GalleryWish, folders: Sequence[str]) -> Itera
             )
         yield from names
         return
-    for key in dict.fromkeys(wish.partitions):
+    for key in dict.fromkeys(filters.partitions):
         name = manifest_name(key, folders)
         if storage.size_bytes(name) is None:
             raise ConfigError(f"there is no manifest of partition {key!r}: {storage.locate(name)}")
         yield name
 
 
-def _columns(wish: GalleryWish) -> list[str]:
-    return list(dict.fromkeys(column for column, _ in wish.where))
+def _columns(filters: GalleryFilter) -> list[str]:
+    return list(dict.fromkeys(column for column, _ in filters.where))
 
 
-def _chosen(batch: pa.RecordBatch, wish: GalleryWish, verdict: pa.Array) -> pa.Table:
-    """The rows of a batch that meet the wish, with their verdicts."""
+def _chosen(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) -> pa.Table:
+    """The rows of a batch that meet the filters, with their verdicts."""
     mask = pa.repeat(pa.scalar(value=True), batch.num_rows)
-    if wish.statuses:
-        mask = pc.and_(mask, pc.is_in(batch.column("status"), value_set=pa.array(wish.statuses)))
-    if wish.verdicts:
+    if filters.statuses:
+        mask = pc.and_(mask, pc.is_in(batch.column("status"), value_set=pa.array(filters.statuses)))
+    if filters.verdicts:
         shown = verdict.fill_null(NO_VERDICT)
-        mask = pc.and_(mask, pc.is_in(shown, value_set=pa.array(wish.verdicts)))
-    for column in _columns(wish):
-        values = [value for name, value in wish.where if name == column]
+        mask = pc.and_(mask, pc.is_in(shown, value_set=pa.array(filters.verdicts)))
+    for column in _columns(filters):
+        values = [value for name, value in filters.where if name == column]
         if column not in batch.schema.names:  # of another shape than other partitions
             mask = mask if "" in values else pa.repeat(pa.scalar(value=False), batch.num_rows)
             continue

@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from krea_dagster.curation.likeness_index import find_stars
+from krea_dagster.curation.likeness.index import find_stars
 
 Digests = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]

@@ -31,7 +31,7 @@ class Filter:
 
 
 @dataclass(frozen=True)
-class ExportWish:
+class ExportSpec:
     """What is wanted. Raises ConfigError for what cannot be.
 
     ``everything`` takes all stored images of the manifests, else the accepted ones. A shard has
@@ -76,8 +76,8 @@ class ExportWish:
     @classmethod
     def parse(
         cls, *, splits: Sequence[str] = (), where: Sequence[str] = (), **fields: Any
-    ) -> ExportWish:
-        """Make a wish of texts: ``splits`` as NAME=SHARE, ``where`` as COLUMN=VALUE.
+    ) -> ExportSpec:
+        """Make a spec of texts: ``splits`` as NAME=SHARE, ``where`` as COLUMN=VALUE.
 
         ``fields`` are the others. Raises ConfigError.
         """

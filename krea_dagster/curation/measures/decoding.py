@@ -17,10 +17,10 @@ from typing import Final
 
 from PIL import Image
 
-from krea_dagster.curation.measure_cache import Notes
-from krea_dagster.curation.measured import PICTURE
-from krea_dagster.curation.measures import Measures, measure, plain
-from krea_dagster.curation.own_measures import Measure
+from krea_dagster.curation.measures.cache import Notes
+from krea_dagster.curation.measures.figures import Measures, measure, plain
+from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.table import PICTURE
 from krea_dagster.engine.look import look_at
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected

@@ -25,8 +25,8 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from krea_dagster.curation.gallery_rows import GalleryRows
-from krea_dagster.curation.measures import plain
+from krea_dagster.curation.gallery.rows import GalleryRows
+from krea_dagster.curation.measures.figures import plain
 from krea_dagster.engine.look import DAMAGED, FORMATS
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
@@ -63,7 +63,7 @@ class Written:
     """What became of a gallery: counts of rows, and the bytes of the page.
 
     ``shown`` have their picture, ``missing`` have none though it was stored, and ``left_out``
-    met the wish and are not on the page for want of room.
+    met the filtered and are not on the page for want of room.
     """
 
     shown: int
@@ -87,7 +87,7 @@ def write_gallery(
     target: BinaryIO,
     *,
     title: str = "Gallery",
-    wish: str = "",
+    filtered: str = "",
     side: int = THUMBNAIL,
     most_bytes: int = MOST_BYTES,
     now: datetime | None = None,
@@ -95,9 +95,9 @@ def write_gallery(
 ) -> Written:
     """Write the page of these rows into an open file.
 
-    Rows are taken while the page stays below ``most_bytes``. ``wish`` says in words what was asked
-    for, and ``on_made`` is told of every row that is done. Raises ConfigError where not even one
-    picture fits.
+    Rows are taken while the page stays below ``most_bytes``. ``filtered`` says in words by what
+    they were chosen, and ``on_made`` is told of every row that is done. Raises ConfigError where
+    not even one picture fits.
     """
     if not 32 <= side <= 1024:
         raise ConfigError(f"the small pictures have 32 to 1024 pixels, not {side}")
@@ -118,11 +118,11 @@ def write_gallery(
     paid = {card["request_key"]: card["credits"] or 0.0 for card in cards}
     at = (now or datetime.now(timezone.utc)).astimezone(timezone.utc)
     page = (
-        _templates()
+        _environment()
         .get_template("gallery.html.j2")
         .render(
             title=_readable(title),
-            wish=_readable(wish),
+            filtered=_readable(filtered),
             groups=[
                 (key, list(group)) for key, group in groupby(cards, lambda card: card["partition"])
             ],
@@ -240,11 +240,11 @@ def _style() -> str:
 
 
 def _text(name: str) -> str:
-    return (files("krea_dagster.curation") / "templates" / name).read_text("utf-8")
+    return (files("krea_dagster.curation.gallery") / name).read_text("utf-8")
 
 
 @cache
-def _templates() -> jinja2.Environment:
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_text),
         autoescape=True,

@@ -15,15 +15,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation.decoding import ImageFile, Trouble, take_measures
-from krea_dagster.curation.measure_cache import DIGEST, KEY, MeasureCache, Notes, digests
-from krea_dagster.curation.measured import (
+from krea_dagster.curation.measures.cache import DIGEST, KEY, MeasureCache, Notes, digests
+from krea_dagster.curation.measures.decoding import ImageFile, Trouble, take_measures
+from krea_dagster.curation.measures.own import Measure, checked
+from krea_dagster.curation.measures.table import (
     PICTURE,
     measures_schema,
     read_still_valid,
     write_measures,
 )
-from krea_dagster.curation.own_measures import Measure, checked
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import read_manifests

@@ -1,4 +1,4 @@
-"""The command that writes a gallery: options to a wish, figures to the terminal."""
+"""The command that writes a gallery: options to a filters, figures to the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from krea_dagster.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from krea_dagster.curation.gallery import Written
+    from krea_dagster.curation.gallery.page import Written
     from krea_dagster.engine.storage import Storage
 
 _EPILOG: Final = """
@@ -118,11 +118,11 @@ def gallery_command(
     With prompt, seed, size, credits and ids below each. It needs no network and no other file,
     and holds no script. Only files that are still what was verified are shown.
     """
-    from krea_dagster.curation.gallery import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
-    from krea_dagster.curation.gallery_rows import GalleryWish, choose_rows  # noqa: PLC0415
+    from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
+    from krea_dagster.curation.gallery.rows import GalleryFilter, choose_rows  # noqa: PLC0415
     from krea_dagster.engine.storage import Storage  # noqa: PLC0415
 
-    wish = GalleryWish(
+    filters = GalleryFilter(
         partitions=partitions,
         where=[_pair(text) for text in where],
         statuses=() if "any" in statuses else statuses or ("stored",),
@@ -130,7 +130,7 @@ def gallery_command(
         limit=limit,
     )
     root = Storage(storage)
-    chosen = choose_rows(root, wish, _verdicts(root, journal_url, wanted=bool(verdicts)))
+    chosen = choose_rows(root, filters, _verdicts(root, journal_url, wanted=bool(verdicts)))
     if not chosen.matched:
         raise ConfigError(
             "no row meets this: there is nothing to show. Leave a --where, --verdict or "
@@ -146,7 +146,7 @@ def gallery_command(
             chosen,
             page,
             title=title,
-            wish=wish.words(),
+            filtered=filters.words(),
             side=pixels,
             most_bytes=round(most_mb * 1e6),
             on_made=_tell if sys.stderr.isatty() else lambda _: None,

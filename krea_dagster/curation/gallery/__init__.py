@@ -1,0 +1,1 @@
+"""The gallery: one HTML file of small pictures."""

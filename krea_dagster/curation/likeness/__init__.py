@@ -1,0 +1,1 @@
+"""Likeness: which images are the same picture, or nearly."""
