@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
+    from krea_dagster.curation.export.spec import ExportSpec
     from krea_dagster.curation.measures.own import Measure
     from krea_dagster.errors import KreaError
     from krea_dagster.plugin.assets import KreaAssets, build_krea_assets
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Curation",
     "Defaults",
+    "ExportSpec",
     "KreaAssets",
     "KreaClient",
     "KreaError",
@@ -69,6 +71,7 @@ __version__: Final = version("krea-dagster")
 _HOMES: Final = {
     "Curation": "plugin.curation",
     "Defaults": "prompts",
+    "ExportSpec": "curation.export.spec",
     "KreaAssets": "plugin.assets",
     "KreaClient": "api",
     "KreaError": "errors",
