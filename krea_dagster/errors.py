@@ -10,7 +10,7 @@
     │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
     │   ├── TakenOver           another run holds this request now, and carries it on
     │   └── IllegalTransition   an event that the state does not allow; nothing changed
-    ├── ImagesNotAsStored     files are missing or changed since they were verified (curation/export)
+    ├── ImagesNotAsStored     files are missing or not what was verified (curation/export)
     ├── Damaged               a shard that was read back is not what was written (curation/export)
     ├── StorageError          a paid image cannot be written; nothing more is bought until it can
     ├── BuyingClosed          nothing was sent; the row is deferred
