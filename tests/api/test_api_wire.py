@@ -489,6 +489,7 @@ def test_the_documented_completed_task_is_read() -> None:
         status="completed",
         progress=100,
         results=("https://files.evolink.ai/a/file_b75c.png",),
+        created_at=datetime(2025, 9, 2, 12, 57, 1, tzinfo=timezone.utc),
     )
 
 

@@ -230,7 +230,8 @@ TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
     (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
     (locked, "database is locked", "let it end, or end it"),
     (removed, "unable to open", "not there any more. Put it back"),
-    (replaced, "was replaced by another", "Put it back"),
+    # Between its removal and the new one, a write finds none at all.
+    (replaced, "was replaced by another|not there any more", "Put it back"),
     (folder_removed, "unable to open", "not there any more. Put it back"),
     (header_overwritten, "not a database", "Do not remove it.*restore a backup"),
     (cut, "malformed", "Do not remove it.*restore a backup"),
