@@ -65,6 +65,11 @@ class CallLog:
                 "last_at": case(
                     (new.last_at > callbacks.c.last_at, new.last_at), else_=callbacks.c.last_at
                 ),
+                # Another task: another purchase of the request, whose first call this is.
+                "first_at": case(
+                    (new.task_id != callbacks.c.task_id, new.first_at),
+                    else_=callbacks.c.first_at,
+                ),
                 "count": callbacks.c["count"] + new["count"],
             },
         )

@@ -88,6 +88,8 @@ def why_not_taken(claim: Claim, record: Record, task: Task) -> str | None:
     task of the same account, so its time must fit: created once the purchase was sent, and before
     the first call.
     """
+    if task.status in ("failed", "cancelled"):
+        return "it has failed, so that nothing shows whether it is the one"
     if task.created_at is None or record.sent_at is None:
         return "EvoLink does not say when it was created"
     if task.created_at < record.sent_at - _CLOCKS:

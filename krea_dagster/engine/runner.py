@@ -37,7 +37,8 @@ class RunReport:
     account's credits could not be read beside, where they could not. ``posts`` counts create calls,
     ``turned_away`` those answered by 429, ``asked`` the tasks asked about, and ``reads`` the
     calls which that took. ``missed_callbacks`` counts the tasks that ended and that nobody called
-    about in good time. ``waited``: whether it was to wait for what it submitted.
+    about in good time. ``waited``: whether it was to wait for what it submitted;
+    ``left_for_room`` are the requests that it then left because the server took no more.
     """
 
     new: int
@@ -54,6 +55,7 @@ class RunReport:
     reads: int = 0
     missed_callbacks: int = 0
     waited: bool = True
+    left_for_room: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Runner:
             reads=asker.calls,
             missed_callbacks=asking.missed_callbacks,
             waited=self.policy.wait,
+            left_for_room=session.left_for_room,
         )
 
     def _unfinished(self, record: Record) -> bool:

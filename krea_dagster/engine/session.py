@@ -78,8 +78,10 @@ _ELSEWHERE_S: Final = 1.0
 #: Seconds between two words on progress.
 _TELL_S: Final = 0.1
 
-#: Seconds without a place at the server after which a run that does not wait buys no more.
+#: Seconds without a place at the server after which a run that does not wait buys no more, and the
+#: pause that it does not sit out.
 _TURNED_AWAY_S: Final = 10.0
+_LONG_PAUSE_S: Final = 30.0
 
 #: States of a purchase whose outcome is not known.
 _OPEN: Final = frozenset({State.SUBMITTING, State.UNKNOWN})
@@ -170,7 +172,8 @@ class Session:
         self._progress = planned.progress
         self._told_at_s = 0.0
         self.left: dict[str, str] = {}
-        self._left_there = 0  # what a run that does not wait has left there
+        self._left_there: set[str] = set()  # what a run that does not wait has at the server
+        self.left_for_room = 0  # what it left, because the server took no more
 
     async def carry_all(self) -> None:
         """Claim what is unfinished, and carry it until nothing more can be done."""
@@ -269,7 +272,8 @@ class Session:
                     self._leave(heapq.heappop(self._to_submit).record)
                     continue
                 full = self._in_flight >= pace.room
-                full = full or pace.is_full(self._in_flight + self._left_there)
+                if item.record.state in _NOT_BOUGHT:  # a repeat may have its place already
+                    full = full or pace.is_full(self._in_flight + len(self._left_there))
                 wanting = full or pace.unclear
                 if full or (pace.one_by_one and self._at_server.submitting):
                     break
@@ -288,14 +292,18 @@ class Session:
         """
         if self._runner.policy.wait:
             return False
-        turned_away = self.buying.turned_away_s > _TURNED_AWAY_S
-        full = self._at_server.pace.is_full(self._left_there)
-        return turned_away or (full and record.state in _NOT_BOUGHT)
+        pace = self._at_server.pace
+        # Not before one more was tried after the pause that the server asked for, if it is short.
+        tried = pace.refused_in_row > 1 and self.buying.turned_away_s > _TURNED_AWAY_S
+        if tried or pace.wait_s(self._clock.monotonic()) > _LONG_PAUSE_S:
+            return True
+        return record.state in _NOT_BOUGHT and pace.is_full(len(self._left_there))
 
     def _leave(self, record: Record) -> None:
         not_bought = record.state in _NOT_BOUGHT
         before = "not bought yet" if not_bought else "outcome still unknown"
         self._finish(record, f"{before}: the server has as many tasks as it takes")
+        self.left_for_room += 1
         self._changed.set()
 
     def _most_carried(self) -> int:
@@ -314,6 +322,7 @@ class Session:
         partition_key = self._planned.unfinished[item.record.request_key]
         self._carried += 1
         self._in_flight += 1
+        self._left_there.discard(item.record.request_key)
         key = item.record.request_key
         carrier = Carrier(
             item.record,
@@ -428,8 +437,9 @@ class Session:
 
     def _leave_window(self, carrier: Carrier) -> None:
         if not self._runner.policy.wait and carrier.record.state is State.SUBMITTED:
-            self._left_there += carrier.holds_place  # it stays there, and counts on
+            self._left_there.add(carrier.record.request_key)  # it stays there, and counts on
         else:
+            self._left_there.discard(carrier.record.request_key)
             self._at_server.ended(carrier)
         if carrier.holds_place:
             carrier.holds_place = False

@@ -27,6 +27,7 @@ from krea_dagster.plugin.automation import report_in_step
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
+from krea_dagster.plugin.collecting import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.failures import as_failure, stop_message, tag_run
 from krea_dagster.plugin.figures import Figures, watched
@@ -332,6 +333,11 @@ def _say_before(
 
 def _say_after(context: dg.AssetExecutionContext, report: RunReport) -> None:
     tell_report(report)
+    if report.left_for_room:
+        context.log.info(
+            "%d images are left to a later run: the server took no more.", report.left_for_room
+        )
+        context.instance.add_run_tags(context.run.run_id, {GOES_ON_TAG: GOES_ON})
     for message in report.dearer:
         context.log.warning("%s. The caps reckon with the new price from now on.", message)
     if report.missed_callbacks:

@@ -6,7 +6,7 @@ fetches what has ended, submits what had no place before, and ends as well.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Final
@@ -32,13 +32,25 @@ _PARTITION_TAGS: Final = (
 #: Runs that one look launches; the next look launches the rest.
 _MOST_RUNS: Final = 10
 
+#: The tag of a run that left rows because the server took no more, and its value.
+GOES_ON_TAG: Final = "krea/goes_on"
+GOES_ON: Final = "yes"
+
+#: Runs that left rows so, the newest, that a look takes into account.
+_MOST_LOOKED_AT: Final = 200
+
 #: Without a call, an image is collected at this age; where one is to be expected, later.
 _CLOCK: Final = timedelta(minutes=1)
 _CALL_MISSED: Final = timedelta(minutes=10)
 #: A collection that found an image unfinished is followed by one at so many times its age.
 _GROWTH: Final = 1.5
-#: From this age on an image is collected at every look: its link lives for 24 hours.
+#: From this age on an image is collected every half hour: its link lives for 24 hours. After two
+#: days it is left to the salvage and to people: what could be had was had.
 _URGENT: Final = timedelta(hours=20)
+_URGENT_PAUSE: Final = timedelta(minutes=30)
+_GIVEN_UP: Final = timedelta(hours=48)
+#: The least time between two collections without a new call.
+_PAUSE: Final = timedelta(minutes=5)
 
 _UNFINISHED: Final = [
     dg.DagsterRunStatus.QUEUED,
@@ -77,7 +89,7 @@ def due_collections(
     found: dict[_Partitions, Due] = {}
     for record in waiting:
         where = partitions.get(record.run_id or "")
-        at = record.completed_at or record.submitted_at
+        at = record.completed_at or record.submitted_at or record.sent_at
         if where is None or at is None:
             continue
         if not _is_due(record, called.get(record.request_key), launched.get(where), now):
@@ -91,24 +103,57 @@ def due_collections(
 def _is_due(
     record: Record, called: Called | None, launched_at: datetime | None, now: datetime
 ) -> bool:
-    at = record.submitted_at
-    if record.state is not State.SUBMITTED or at is None or now - at >= _URGENT:
-        return True
     if called is not None and (launched_at is None or called.last_at > launched_at):
         return True
+    at = record.submitted_at
+    if at is None or record.state is State.UNKNOWN:
+        return False  # only a call says more about it than the run did that left it
+    age = now - at
+    looked_at = None if launched_at is None else launched_at - at  # its age at the last collection
+    if age >= _GIVEN_UP:
+        return False
+    if record.state is State.COMPLETED:  # its link is at hand
+        return looked_at is None or age >= max(_GROWTH * looked_at, looked_at + _PAUSE)
+    if age >= _URGENT:
+        return looked_at is None or age >= looked_at + _URGENT_PAUSE
     first = _CLOCK if record.callback_url is None else _CALL_MISSED
-    before = timedelta(0) if launched_at is None else launched_at - at
-    return now - at >= max(first, _GROWTH * before)
+    return age >= max(first, _GROWTH * (looked_at or timedelta(0)))
+
+
+def due_to_go_on(
+    left: Iterable[tuple[_Partitions, datetime]],
+    launched: Mapping[_Partitions, datetime],
+    now: datetime,
+) -> list[_Partitions]:
+    """Return the partitions whose last run left rows for want of room, and when it ended.
+
+    They are launched again after a pause, for as long as rows are left.
+    """
+    return [
+        where
+        for where, ended_at in left
+        if now - max(ended_at, launched.get(where, ended_at)) >= _PAUSE
+    ]
 
 
 def build_collect_sensor(
-    *, name: str, job_name: str, resource_key: str, minimum_interval_s: int = 30
+    *,
+    name: str,
+    job_name: str,
+    images_key: dg.AssetKey,
+    resource_key: str,
+    minimum_interval_s: int = 30,
 ) -> dg.SensorDefinition:
     """Build the sensor that launches the runs which collect.
 
-    It looks at what successful runs of the job have left at the server. What a failed or
-    cancelled run has left is the salvage's, which buys nothing.
+    It looks at what successful runs of ``images`` have left at the server, and at those that left
+    rows because the server took no more. What a failed or cancelled run has left is the salvage's,
+    which buys nothing.
     """
+
+    def buys(run: dg.DagsterRun) -> bool:
+        # Also by the UI's button, a backfill or the automation, whose runs are of no named job.
+        return run.job_name == job_name or images_key in (run.asset_selection or ())
 
     @dg.sensor(
         name=name,
@@ -129,9 +174,12 @@ def build_collect_sensor(
             return dg.SkipReason(str(error))
         launched = _read_cursor(context.cursor)
         run_ids = {record.run_id for record in waiting if record.run_id}
-        partitions = _partitions_of(context.instance, job_name, run_ids)
+        partitions = _partitions_of(context.instance, buys, run_ids)
         due = due_collections(waiting, partitions, called, launched, now)
-        under_way = _under_way(context.instance, job_name)
+        left = _left_for_room(context.instance, buys)
+        known = {one.partitions for one in due}
+        due += [Due(one, 0, now) for one in due_to_go_on(left, launched, now) if one not in known]
+        under_way = _under_way(context.instance, buys)
         runs = [one for one in due if one.partitions not in under_way][:_MOST_RUNS]
         if not runs:
             return dg.SkipReason(f"{len(waiting)} images are at the server, none to collect yet.")
@@ -142,7 +190,11 @@ def build_collect_sensor(
                 for one in runs
             ],
             cursor=_cursor(
-                {where: launched[where] for where in partitions.values() if where in launched}
+                {
+                    where: launched[where]
+                    for where in {*partitions.values(), *(one for one, _ in left)}
+                    if where in launched
+                }
             ),
         )
 
@@ -153,28 +205,49 @@ def _waiting(krea: KreaResource) -> tuple[list[Record], Mapping[str, Called]]:
     """What is paid for and held by no living run, and what was called about of it."""
     if not krea.has_journal():
         return [], {}
-    waiting = krea.left_behind()
+    # Those of unknown outcome too: a call about one may name its task.
     with krea.open_journal() as journal:
+        waiting = journal.unattended(datetime.now(timezone.utc))
         return waiting, journal.calls.called([record.request_key for record in waiting])
 
 
 def _partitions_of(
-    instance: dg.DagsterInstance, job_name: str, run_ids: Iterable[str]
+    instance: dg.DagsterInstance, buys: Callable[[dg.DagsterRun], bool], run_ids: Iterable[str]
 ) -> dict[str, _Partitions]:
     """The partitions of the successful runs among these, by run id."""
     found: dict[str, _Partitions] = {}
     for run_id in sorted(run_ids):
         run = instance.get_run_by_id(run_id)
-        if run is None or run.job_name != job_name:
+        if run is None or not buys(run):
             continue
         if run.status is dg.DagsterRunStatus.SUCCESS and (tags := _partition_tags(run)):
             found[run_id] = tags
     return found
 
 
-def _under_way(instance: dg.DagsterInstance, job_name: str) -> set[_Partitions]:
-    runs = instance.get_runs(dg.RunsFilter(job_name=job_name, statuses=_UNFINISHED))
-    return {_partition_tags(run) for run in runs}
+def _left_for_room(
+    instance: dg.DagsterInstance, buys: Callable[[dg.DagsterRun], bool]
+) -> list[tuple[_Partitions, datetime]]:
+    """The partitions whose newest successful run left rows for want of room, and when it ended."""
+    found: list[tuple[_Partitions, datetime]] = []
+    tagged = dg.RunsFilter(tags={GOES_ON_TAG: GOES_ON}, statuses=[dg.DagsterRunStatus.SUCCESS])
+    for record in instance.get_run_records(tagged, limit=_MOST_LOOKED_AT):
+        where = _partition_tags(record.dagster_run)
+        if not where or not buys(record.dagster_run) or where in {one for one, _ in found}:
+            continue
+        newer = instance.get_runs(dg.RunsFilter(tags=dict(where)), limit=5)
+        last = next((run for run in newer if buys(run)), None)
+        if last is not None and last.run_id == record.dagster_run.run_id:
+            ended_s = record.end_time or record.create_timestamp.timestamp()
+            found.append((where, datetime.fromtimestamp(ended_s, timezone.utc)))
+    return found
+
+
+def _under_way(
+    instance: dg.DagsterInstance, buys: Callable[[dg.DagsterRun], bool]
+) -> set[_Partitions]:
+    runs = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
+    return {_partition_tags(run) for run in runs if buys(run)}
 
 
 def _partition_tags(run: dg.DagsterRun) -> _Partitions:

@@ -151,7 +151,10 @@ def build_krea_definitions(
     )
     if collect_later:
         collecting = build_collect_sensor(
-            name=f"{before}krea_collect", job_name=job.name, resource_key=f"{before}krea"
+            name=f"{before}krea_collect",
+            job_name=job.name,
+            images_key=assets.images.key,
+            resource_key=f"{before}krea",
         )
         launching.append(collecting)
     salvage = build_salvage(

@@ -63,7 +63,8 @@ sensors = [
 ]
 collecting = [
     build_collect_sensor(
-        name="krea_collect", job_name="krea_images", resource_key="krea", minimum_interval_s=1
+        name="krea_collect", job_name="krea_images", images_key=made.images.key,
+        resource_key="krea", minimum_interval_s=1,
     )
 ]
 storage = os.environ["STORAGE"]

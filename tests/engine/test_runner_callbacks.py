@@ -308,3 +308,15 @@ async def test_it_repeats_an_unknown_purchase_before_it_ends(home: House) -> Non
     await home.runner(wait=False).run(as_wanted([request]))
     assert home.states([request]) == ["submitted"]
     assert home.agree()["creates"] == 1
+
+
+async def test_an_unknown_purchase_keeps_no_run_waiting_for_a_place(home: House) -> None:
+    """Its repeat needs none: all places are taken, and one of them may be its own."""
+    home.emulator.world.latency_s = 3600.0
+    requests = several(8)
+    home.emulator.world.script("drop_after_create", 1)
+    with anyio.fail_after(20.0):
+        report = await home.runner(wait=False, max_in_flight=4).run(as_wanted(requests))
+    assert home.states(requests).count("unknown") == 0
+    assert report.left_for_room == home.states(requests).count("planned") > 0
+    assert home.agree()["creates"] == home.states(requests).count("submitted")

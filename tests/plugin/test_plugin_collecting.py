@@ -14,7 +14,12 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.calls import Called
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
-from krea_dagster.plugin.collecting import COLLECTS_TAG, due_collections
+from krea_dagster.plugin.collecting import (
+    COLLECTS_TAG,
+    GOES_ON_TAG,
+    due_collections,
+    due_to_go_on,
+)
 from tests.dagster_bench import tick, write_table
 from tests.engine.engine_bench import ServerClock, asked
 
@@ -85,8 +90,31 @@ def test_a_link_at_hand_is_fetched_at_the_next_look() -> None:
 def test_links_that_expire_soonest_are_collected_first() -> None:
     young, old = waiting(100, "run-a", 1), waiting(21 * 3600, "run-b", 2)
     assert due(young, old) == [SECOND, FIRST]
-    launched = {SECOND: NOW - timedelta(seconds=1)}
-    assert due(young, old, launched=launched) == [SECOND, FIRST], "at every look from 20 h on"
+    launched = {SECOND: NOW - timedelta(minutes=29)}
+    assert due(young, old, launched=launched) == [FIRST]
+    launched = {SECOND: NOW - timedelta(minutes=31)}
+    assert due(young, old, launched=launched) == [SECOND, FIRST], "every half hour from 20 h on"
+    assert due(waiting(49 * 3600.0)) == [], "what could be had was had"
+
+
+def test_a_file_that_cannot_be_stored_launches_no_run_at_every_look() -> None:
+    record = Record(**{**vars(waiting(3600, completed_at=NOW)), "state": State.COMPLETED})
+    assert due(record) == [FIRST]
+    assert due(record, launched={FIRST: NOW - timedelta(minutes=4)}) == []
+    assert due(record, launched={FIRST: NOW - timedelta(minutes=21)}) == [FIRST]
+
+
+def test_an_unknown_purchase_is_collected_only_once_it_is_called_about() -> None:
+    values = {**vars(waiting(100)), "state": State.UNKNOWN, "sent_at": NOW, "submitted_at": None}
+    record = Record(**values)
+    assert due(record) == []
+    assert due(record, called=call_about(record, 1)) == [FIRST]
+
+
+def test_partitions_with_rows_that_found_no_room_are_launched_again_after_a_pause() -> None:
+    left = [(FIRST, NOW - timedelta(minutes=6)), (SECOND, NOW - timedelta(minutes=4))]
+    assert due_to_go_on(left, {}, NOW) == [FIRST]
+    assert due_to_go_on(left, {FIRST: NOW - timedelta(minutes=1)}, NOW) == []
 
 
 def test_what_a_failed_or_cancelled_run_left_is_not_collected_here() -> None:
@@ -114,14 +142,14 @@ def slow(server_clock: ServerClock) -> Iterator[Emulator]:
         yield emulator
 
 
-def location(folder: Path, emulator: Emulator) -> dg.Definitions:
+def location(folder: Path, emulator: Emulator, **settings: Any) -> dg.Definitions:
     table = folder / "prompts.parquet"
     if not table.exists():
         write_table(table, {"prompt": [f"boat {n}" for n in range(6)]})
     return build_krea_definitions(
         prompts=str(table),
         krea=KreaResource(
-            api_key="emulator", base_url=emulator.url, storage=str(folder / "krea")
+            api_key="emulator", base_url=emulator.url, storage=str(folder / "krea"), **settings
         ),
         partition_by="hash:2",
         collect_later=True,
@@ -174,6 +202,17 @@ def _make_older(journal: Path, *, seconds: float) -> None:
         connection.execute(
             "UPDATE submissions SET submitted_at = submitted_at - ?", [int(seconds * 1e6)]
         )
+
+
+def test_rows_that_found_no_room_are_bought_by_a_later_run(tmp_path: Path, slow: Emulator) -> None:
+    defs = location(tmp_path, slow, max_in_flight=2)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        done = defs.resolve_job_def("krea_images").execute_in_process(instance=instance, tags=RANGE)
+        assert slow.books()["in_flight"] == 2
+        run = instance.get_run_by_id(done.run_id)
+        assert run is not None
+        assert run.tags[GOES_ON_TAG] == "yes"
+        assert not tick(defs, instance, "krea_collect").run_requests, "it has just ended"
 
 
 def test_a_person_may_have_one_run_wait_all_the_same(tmp_path: Path, emulator: Emulator) -> None:

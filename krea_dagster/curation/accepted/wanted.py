@@ -9,8 +9,8 @@ unknown outcome. Never more is asked for than is missing:
   is asked for (the next attempt); the fewest attempts first, then the lowest sample, then the
   order of the table;
 - a slot whose seed stands in the table would give the same picture again, and is left alone;
-- a slot whose task failed or was refused is left alone too: ``retry_errors`` says which of them
-  a run buys again, and these count as slots without a picture;
+- a slot whose task failed or was refused is left alone too, but for the errors that every run
+  tries again, and those that ``retry_errors`` names: these count as slots without a picture;
 - nothing beyond the candidate budget: so many images of a group, and so many credits, whatever
   has become of them. What failed or was refused at the server cost nothing and does not count.
 """
@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 
 from krea_dagster.curation.accepted import rules
 from krea_dagster.curation.accepted.rules import ranks
+from krea_dagster.engine.policy import REPEATABLE_TASK_ERRORS
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units, units_from_credits
@@ -51,6 +52,7 @@ _NO_BOUND: Final = 2**62
 
 _AT_STAKE: Final = pa.array(sorted(state.value for state in AT_STAKE))
 _UNASKED: Final = pa.array([State.PLANNED.value, State.DEFERRED.value])
+_REPEATABLE: Final = pa.array(sorted(REPEATABLE_TASK_ERRORS))
 _ENDED: Final = pa.array([State.FAILED.value, State.REFUSED.value])
 
 
@@ -258,10 +260,13 @@ def standings(
     """
     status = slots["status"].fill_null(State.PLANNED.value)
     stored = pc.equal(status, State.STORED.value)
-    retried = pc.is_in(slots["error_code"], value_set=pa.array(sorted(retry_errors), pa.string()))
+    codes = slots["error_code"]
+    retried = pc.is_in(codes, value_set=pa.array(sorted(retry_errors), pa.string()))
+    # A run tries these again by itself, so that another slot in their place would be one too many.
+    repeated = pc.and_(pc.equal(status, State.FAILED.value), pc.is_in(codes, value_set=_REPEATABLE))
     unasked = pc.or_(
         pc.is_in(status, value_set=_UNASKED),
-        pc.and_(pc.is_in(status, value_set=_ENDED), retried),
+        pc.or_(repeated, pc.and_(pc.is_in(status, value_set=_ENDED), retried)),
     )
     found = np.full(slots.num_rows, IS_FAILED, np.int8)
     found[np.asarray(pc.is_in(status, value_set=_AT_STAKE))] = IS_UNDECIDED
