@@ -228,8 +228,8 @@ def test_totals_count_no_more_accepted_than_are_wanted() -> None:
         ({"status": "failed", "error_code": "busy"}, "not stored", "open"),
         ({"status": "refused", "error_code": "busy"}, "not stored", "open"),
         # Every run tries this one again, so that another slot in its place would be one too many.
-        ({"status": "failed", "error_code": "service_error"}, "not stored", IS_OPEN),
-        ({"status": "refused", "error_code": "service_error"}, "not stored", IS_FAILED),
+        ({"status": "failed", "error_code": "service_error"}, "not stored", "open"),
+        ({"status": "refused", "error_code": "service_error"}, "not stored", "failed"),
         # Paid and lost: retry_errors does not buy it again.
         ({"status": "expired", "error_code": "busy"}, "not stored", "failed"),
     ],
