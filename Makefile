@@ -50,7 +50,7 @@ daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling 
 	@$(BIN)/pytest tests/daemon -m daemon -n 4
 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
-	@$(BIN)/pytest tests/browser -m browser
+	@$(BIN)/pytest tests/browser -m browser -n 2 --dist loadfile
 
 project-test: setup  ## Install the wheel into a fresh dg project, as the README says
 	@$(BIN)/python tests/project/run.py
