@@ -6,7 +6,7 @@ import socket
 import ssl
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import httpcore
@@ -45,7 +45,7 @@ class Poster:
             ssl_context=context,
             max_connections=most,
             keepalive_expiry=30.0,
-            network_backend=None if to_private else _PublicNetwork(),
+            network_backend=_Network(to_private=to_private),
         )
 
     async def close(self) -> None:
@@ -72,10 +72,11 @@ class Poster:
             return answer.status
 
 
-class _PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to names of which every address is public."""
+class _Network(httpcore.AsyncNetworkBackend):
+    """Connects to names of which every address is public, or to any where ``to_private``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, to_private: bool) -> None:
+        self._to_private = to_private
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -87,20 +88,70 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """Connect to the first address that answers. Raises httpcore.ConnectError."""
-        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys(str(where[0]) for *_, where in found))
-        for address in addresses:
-            if not is_public_address(address):
-                raise httpcore.ConnectError(f"{host} leads to the private address {address}")
-        for address in addresses:
+        for address in await self._addresses(host, port):
             try:
-                return await self._network.connect_tcp(
+                stream = await self._network.connect_tcp(
                     address, port, timeout, local_address, socket_options
                 )
             except httpcore.ConnectError:
                 continue
+            return _Stream(stream)
         raise httpcore.ConnectError(f"no address of {host} answers")
 
     async def sleep(self, seconds: float) -> None:
         """Pause."""
         await self._network.sleep(seconds)
+
+    async def _addresses(self, host: str, port: int) -> list[str]:
+        if self._to_private:
+            return [host]
+        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(where[0]) for *_, where in found))
+        for address in addresses:
+            if not is_public_address(address):
+                raise httpcore.ConnectError(f"{host} leads to the private address {address}")
+        return addresses
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """A connection that is closed where its TLS handshake is cut.
+
+    httpcore closes it on an error, but not where the handshake is cancelled, as it is here when
+    the receiver's time is over or the emulator ends.
+    """
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(
+        self,
+        max_bytes: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+    ) -> bytes:
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(
+        self,
+        buffer: bytes,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+    ) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._stream.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

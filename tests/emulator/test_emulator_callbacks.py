@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -191,6 +192,27 @@ def test_a_call_that_is_not_answered_in_time_counts_as_failed(
         bench.finished(callback_url=listener.url)
         assert until(bench, callbacks_sent=1)["callbacks"] == {"no answer": 1}
         assert bench.emulator.books()["callbacks_waiting"] == 1
+
+
+def test_a_receiver_that_never_shakes_hands_costs_no_open_connection(ca_file: Path) -> None:
+    """Its time is over within the TLS handshake. A connection left open would warn here."""
+
+    async def posted(url: str) -> int:
+        poster = Poster(ca_file, to_private=True, most=2, timeout_s=0.1)
+        try:
+            return await poster.post(url, b"{}")
+        finally:
+            await poster.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://localhost:{silent.getsockname()[1]}/"
+        assert asyncio.run(posted(url)) == 0
+        caller, _ = silent.accept()
+        with caller:
+            caller.settimeout(5)
+            while caller.recv(4096):  # the ClientHello, then the end
+                pass
+    gc.collect()
 
 
 def test_a_slow_receiver_holds_up_neither_the_api_nor_the_end_of_the_emulator(
