@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Table, delete, func, insert, or_, select, upd
 from sqlalchemy.dialects import postgresql, sqlite
 
 from krea_dagster.engine import schema
+from krea_dagster.engine.attempts import AttemptLog
 from krea_dagster.engine.batch import OutOfDate, write_changes
 from krea_dagster.engine.budget import Caps, Commitment
 from krea_dagster.engine.calls import CallLog
@@ -38,7 +39,6 @@ from krea_dagster.engine.rows import (
 )
 from krea_dagster.engine.schema import (
     account_readings,
-    attempts,
     commitments,
     events,
     owners,
@@ -117,6 +117,11 @@ class Journal:
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection for one reading transaction, for those who read many columns at once."""
         return self._read("read")
+
+    @property
+    def attempts(self) -> AttemptLog:
+        """Which pictures were asked for again."""
+        return AttemptLog(self._database)
 
     @property
     def calls(self) -> CallLog:
@@ -422,75 +427,6 @@ class Journal:
         """
         with self._database.snapshot() as connection:
             yield Snapshot(connection, self._database.explained)
-
-    # -- attempts -----------------------------------------------------------------------------
-
-    def attempts(self) -> dict[tuple[str, int], int]:
-        """How often a person asked for another picture, by prompt_id and sample."""
-        with self._read("read") as connection:
-            rows = connection.execute(
-                select(attempts.c.prompt_id, attempts.c.sample, attempts.c.attempt)
-            )
-            return {(row.prompt_id, row.sample): row.attempt for row in rows}
-
-    def raise_attempts(
-        self, samples: Iterable[tuple[str, int]], *, raised_by: str, at: datetime
-    ) -> int:
-        """Ask for another picture of these (prompt_id, sample); returns of how many.
-
-        Once for each ``raised_by``, so that a run that is repeated with the same wish does not
-        ask again.
-        """
-        raised = 0
-        with self._write("raise attempts in") as connection:
-            for prompt_id, sample in samples:
-                found = connection.execute(
-                    self._upsert(attempts)
-                    .values(
-                        prompt_id=prompt_id, sample=sample, attempt=1, at=at, raised_by=raised_by
-                    )
-                    .on_conflict_do_update(
-                        index_elements=["prompt_id", "sample"],
-                        set_={"attempt": attempts.c.attempt + 1, "at": at, "raised_by": raised_by},
-                        where=attempts.c.raised_by != raised_by,
-                    )
-                    .returning(attempts.c.attempt)
-                )
-                raised += len(found.all())
-        return raised
-
-    def replace_attempts(
-        self, samples: Iterable[tuple[str, int, int]], *, raised_by: str, at: datetime
-    ) -> list[tuple[str, int]]:
-        """Ask for another picture of these (prompt_id, sample, attempt); returns which of them.
-
-        Only where the attempt is still the one that is named: of two runs that want the same
-        picture replaced, one asks.
-        """
-        raised: list[tuple[str, int]] = []
-        with self._write("raise attempts in") as connection:
-            # Sorted, so that two runs never wait for each other's row locks.
-            for prompt_id, sample, attempt in sorted(samples):
-                values = {"attempt": attempt + 1, "at": at, "raised_by": raised_by}
-                if attempt == 0:
-                    statement = (
-                        self._upsert(attempts)
-                        .values(prompt_id=prompt_id, sample=sample, **values)
-                        .on_conflict_do_nothing()
-                    )
-                else:
-                    statement = (
-                        update(attempts)
-                        .where(
-                            attempts.c.prompt_id == prompt_id,
-                            attempts.c.sample == sample,
-                            attempts.c.attempt == attempt,
-                        )
-                        .values(values)
-                    )
-                found = connection.execute(statement.returning(attempts.c.attempt))
-                raised += [(prompt_id, sample)] * len(found.all())
-        return raised
 
     def _upsert(self, table: Table) -> Any:
         return (sqlite.insert if self._sqlite else postgresql.insert)(table)

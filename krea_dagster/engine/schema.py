@@ -221,6 +221,18 @@ attempts: Final = Table(
     CheckConstraint("attempt > 0", name="attempt"),
 )
 
+#: Every time that another picture was asked for, and by which run: a run that is executed again
+#: does not ask again, whoever has asked in between.
+raised_attempts: Final = Table(
+    "raised_attempts",
+    metadata,
+    Column("prompt_id", Text, primary_key=True),
+    Column("sample", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("raised_by", String(255), nullable=False),
+)
+
 #: What the account said of itself, to hold the journal against.
 account_readings: Final = Table(
     "account_readings",

@@ -125,7 +125,9 @@ class Statements:
             each = func.json_each(bindparam("wanted")).table_valued("value")
             return JOINED.where(requests.c.request_key.in_(select(each.c.value)))
         wanted = bindparam("wanted", type_=postgresql.ARRAY(String))
-        return JOINED.where(requests.c.request_key == any_(wanted)).with_for_update(of=requests)
+        return JOINED.where(requests.c.request_key == any_(wanted)).with_for_update(
+            of=requests, key_share=True
+        )
 
     def insertion(self, table: Table, names: tuple[str, ...]) -> Statement:
         """Insert rows with these columns."""

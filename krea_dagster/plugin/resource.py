@@ -306,14 +306,13 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     def attempts(self) -> dict[tuple[str, int], int]:
         """Return how often a person asked for another picture, by prompt_id and sample."""
         with self.open_journal() as journal:
-            return journal.attempts()
+            return journal.attempts.present()
 
     def raise_attempts(self, samples: Iterable[tuple[str, int]], *, raised_by: str) -> int:
         """Ask for another picture of these (prompt_id, sample); once for each ``raised_by``."""
         with self.open_journal() as journal:
-            return journal.raise_attempts(
-                samples, raised_by=raised_by, at=datetime.now(timezone.utc)
-            )
+            at = datetime.now(timezone.utc)
+            return len(journal.attempts.ask_again(samples, raised_by=raised_by, at=at))
 
     def caps(self) -> Caps:
         """Return the caps and budgets in units. Raises ConfigError for a budget that is none."""

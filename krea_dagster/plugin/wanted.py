@@ -5,6 +5,7 @@ was refused, as far as their groups lack images and their budgets last. The run 
 always, through the same caps and budgets.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -28,18 +29,22 @@ from krea_dagster.curation.accepted.wanted import (
     standings,
     totals_of,
 )
-from krea_dagster.engine.digests import DigestSet
+from krea_dagster.engine.digests import Digests, DigestSet, Mask
 from krea_dagster.engine.journal import Journal
+from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.metadata import Metadata, small_table
+from krea_dagster.plugin.metadata import Metadata, small_table, without_credentials
 from krea_dagster.plugin.partitions import has_come
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import Plan, digests_of
 
 #: Groups that a table in the UI names.
 _MOST_SHORT: Final = 50
+
+#: Readings of a table that changes while it is decided about.
+_MOST_READINGS: Final = 5
 
 #: A slot's prompt_id and sample.
 _Slot = tuple[str, int]
@@ -133,32 +138,96 @@ def ask_for_wanted(
     """
     if wanted is None:
         return batch, Asked()
+    again: Counter[str] = Counter()
+    for _ in range(_MOST_READINGS):
+        decided = _decided(
+            batch, config, krea, wanted, rules or Rules(), folders=folders, raised_by=raised_by
+        )
+        again.update(decided.raised.values())
+        if decided.plan is not batch.plan:
+            batch.close()
+            batch = replace(batch, plan=decided.plan)
+        held = decided.held()
+        if held is not None:
+            break
+        batch.close()
+        batch = replace(batch, plan=batch.table.plan(batch.keys, krea.attempts()))
+    else:
+        batch.close()
+        raise ConfigError(
+            f"the prompt table {without_credentials(batch.table.source)} was changed each time "
+            "that it was read. Nothing was bought. Run again when it is complete."
+        )
+    homes = {} if wanted.column else dict(_pairs(decided.slots, "prompt_id", "partition_key"))
+    counts = {key: int(held[batch.plan.place(key)].sum()) for key in batch.plan.keys}
+    return replace(batch, held=held), Asked(decided.decision.outcomes, again, counts, homes)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What was decided about slots, and the plan with the attempts that were ``raised`` for it.
+
+    ``raised`` has the partition of each slot.
+    """
+
+    slots: pa.Table
+    decision: Decision
+    plan: Plan
+    raised: Mapping[_Slot, str]
+
+    def held(self) -> Mask | None:
+        """Which images of the plan are not bought now; a request that any group asks for is.
+
+        None where the plan has images that nothing was decided about: the table, or an attempt,
+        has changed since the slots were read.
+        """
+        images = self.plan.all_digests
+        asked = DigestSet(self._digests(self.decision.ask)).contains(images)
+        known = DigestSet(self._digests(np.ones(self.slots.num_rows, np.bool_))).contains(images)
+        if not known.all():
+            raised = [
+                bytes.fromhex(image.request.request_key)
+                for image in self.plan.named({prompt_id for prompt_id, _ in self.raised})
+                if (image.prompt_id, image.sample) in self.raised
+            ]
+            known |= DigestSet(_as_digests(raised)).contains(images)
+            if not known.all():
+                return None
+        held = DigestSet(self._digests(self.decision.held & ~self.decision.ask)).contains(images)
+        return np.asarray(held & ~asked)
+
+    def _digests(self, mask: Mask) -> Digests:
+        return digests_of(self.slots["request_key"].filter(pa.array(mask)).combine_chunks())
+
+
+def _decided(
+    batch: Batch,
+    config: KreaImagesConfig,
+    krea: KreaResource,
+    wanted: WantedImages,
+    rules: Rules,
+    *,
+    folders: Sequence[str],
+    raised_by: str,
+) -> _Decided:
+    """Decide about the table as it is now, and raise the attempts that are asked for again."""
     with ExitStack() as stack:
         journal = stack.enter_context(krea.open_journal())
-        accepting = Accepting.read(krea.open_storage(), journal, rules or Rules(), wanted, folders)
+        accepting = Accepting.read(krea.open_storage(), journal, rules, wanted, folders)
         view = batch.plan
         if wanted.column and batch.keys is not None:
             now = datetime.now(timezone.utc)
             every = [key for key in batch.table.partition_keys() if has_come(batch.table, key, now)]
-            view = stack.enter_context(batch.table.plan(every, journal.attempts()))
+            view = stack.enter_context(batch.table.plan(every, journal.attempts.present()))
         slots = read_slots(
             _batches(view), journal, column=wanted.column, prices=journal.highest_prices()
         )
         reasons = judge(slots, accepting.rules, accepting.evidence())
         standing = standings(slots, reasons, retry_errors=config.retry_errors)
-        decision, plan, again = _decided(
-            batch, journal, wanted, slots, standing, raised_by=raised_by
-        )
-    held = _held(slots, decision, plan)
-    homes = {} if wanted.column else dict(_pairs(slots, "prompt_id", "partition_key"))
-    counts = {key: int(held[plan.place(key)].sum()) for key in plan.keys}
-    asked = Asked(decision.outcomes, again, counts, homes)
-    if plan is not batch.plan:
-        batch.close()
-    return replace(batch, plan=plan, held=held), asked
+        return _raised(batch, journal, wanted, slots, standing, raised_by=raised_by)
 
 
-def _decided(
+def _raised(
     batch: Batch,
     journal: Journal,
     wanted: WantedImages,
@@ -166,15 +235,15 @@ def _decided(
     standing: npt.NDArray[np.int8],
     *,
     raised_by: str,
-) -> tuple[Decision, Plan, Mapping[str, int]]:
-    """Decide, raise the attempts, and plan anew; returns also by partition how many were raised."""
+) -> _Decided:
+    """Decide, raise the attempts of this batch's slots that are asked for again, and plan anew."""
     mine = np.asarray(pc.is_in(slots["partition_key"], value_set=pa.array(batch.plan.keys)))
-    known = journal.attempts()
+    known = journal.attempts.present()
     while True:
         decision = decide(wanted, slots, standing)
         (places,) = np.nonzero(decision.again & mine)
         if not len(places):
-            return decision, batch.plan, {}
+            return _Decided(slots, decision, batch.plan, {})
         chosen = slots.take(pa.array(places))
         names = list(_pairs(chosen, "prompt_id", "sample"))
         attempts = dict(zip(names, chosen["attempt"].to_pylist(), strict=True))
@@ -191,20 +260,17 @@ def _decided(
         standing[[place for place, name in zip(places, names, strict=True) if name in same]] = (
             IS_FIXED
         )
-    raised = journal.replace_attempts(
+    raised = journal.attempts.replace(
         [(*name, attempt) for name, attempt in attempts.items()],
         raised_by=raised_by,
         at=datetime.now(timezone.utc),
     )
-    now = journal.attempts()
+    now = journal.attempts.present()
     if now != {**known, **{name: attempt + 1 for name, attempt in attempts.items()}}:
         trial.close()  # another run was quicker with some of them
         trial = batch.table.plan(batch.keys, now)
-    home = dict(zip(names, chosen["partition_key"].to_pylist(), strict=True))
-    counts: dict[str, int] = {}
-    for name in raised:
-        counts[home[name]] = counts.get(home[name], 0) + 1
-    return decision, trial, counts
+    homes = dict(zip(names, chosen["partition_key"].to_pylist(), strict=True))
+    return _Decided(slots, decision, trial, {name: homes[name] for name in raised})
 
 
 def _unchanged(plan: Plan, seeds: Mapping[_Slot, int]) -> set[_Slot]:
@@ -217,16 +283,8 @@ def _unchanged(plan: Plan, seeds: Mapping[_Slot, int]) -> set[_Slot]:
     return found
 
 
-def _held(slots: pa.Table, decision: Decision, plan: Plan) -> npt.NDArray[np.bool_]:
-    """Which images of a plan are not bought now; a request that any group asks for is."""
-    held = _digests(slots, decision.held & ~decision.ask)
-    asked = _digests(slots, decision.ask)
-    found = DigestSet(held).contains(plan.all_digests)
-    return np.asarray(found & ~DigestSet(asked).contains(plan.all_digests))
-
-
-def _digests(slots: pa.Table, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    return digests_of(slots["request_key"].filter(pa.array(mask)).combine_chunks())
+def _as_digests(found: Sequence[bytes]) -> Digests:
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32)
 
 
 def _batches(plan: Plan) -> Iterator[pa.RecordBatch]:

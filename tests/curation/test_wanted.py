@@ -145,6 +145,26 @@ def test_two_slots_that_share_a_request_are_one_picture() -> None:
     assert (marks(fresh), fresh.outcomes[0].asked) == ("aaa", 2)
 
 
+def test_two_requests_of_a_group_that_gave_the_same_file_are_one_image() -> None:
+    """As a server does that leaves the seed out: the later of the two is asked for again."""
+    stands = ("accepted", "accepted", "accepted")
+    files = ["f" * 64, "f" * 64, "e" * 64]
+    found = decided(3, *stands, image_sha256=files)
+    assert marks(found) == "-g-"
+    assert (found.outcomes[0].accepted, found.outcomes[0].asked) == (2, 1)
+    # Nothing is asked for where two are enough, and none where the seed is the table's.
+    assert marks(decided(2, *stands, image_sha256=files)) == "---"
+    fixed = decided(3, *stands, image_sha256=files, drawn=[True, False, True])
+    assert marks(fixed) == "---"
+    assert "1 refused with a seed that the table fixes" in fixed.outcomes[0].why
+    # In two groups each has its own.
+    shared = {"image_sha256": "f" * 64}
+    two = decide(
+        WantedImages(1), table(slot("a", **shared), slot("b", **shared)), np.zeros(2, np.int8)
+    )
+    assert [one.accepted for one in two.outcomes] == [1, 1]
+
+
 # -- budgets ----------------------------------------------------------------------------------
 
 

@@ -285,10 +285,12 @@ def standings(
 def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]) -> Decision:
     """Decide what is asked for. ``slots`` has ``SLOT_SCHEMA``, in the order of the table.
 
-    Two slots of a group that share a request are one: it is bought once and is one picture.
+    Two slots of a group that share a request are one: it is bought once and is one picture. Two
+    requests of a group that gave the same file are one accepted image: the later is as if refused.
     """
     groups = Groups.by(wanted, slots)
     of, number = groups.of, len(groups.names)
+    standing = _without_same_images(of, slots, standing)
     numbers = wanted.numbers(groups.names)
     governed = numbers[of] >= 0
     first = _first_of_each(of, slots["request_key"])
@@ -364,6 +366,24 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     )
 
 
+def _without_same_images(
+    of: Numbers, slots: pa.Table, standing: npt.NDArray[np.int8]
+) -> npt.NDArray[np.int8]:
+    """Return how slots stand, where of requests of a group that gave the same file one counts."""
+    (places,) = np.nonzero(standing == IS_ACCEPTED)
+    order = places[np.lexsort((places, _numbers(slots, "sample")[places], of[places]))]
+    chosen = slots.select(["image_sha256", "request_key"]).take(pa.array(order))
+    images = _requests(of[order], pc.coalesce(chosen["image_sha256"], chosen["request_key"]))
+    requests = _requests(of[order], chosen["request_key"])
+    _, first, image = np.unique(images, return_index=True, return_inverse=True)
+    again = order[requests != requests[first][image]]
+    if not len(again):
+        return standing
+    found: npt.NDArray[np.int8] = standing.copy()
+    found[again] = np.where(np.asarray(slots["drawn"])[again], IS_REFUSED, IS_FIXED)
+    return found
+
+
 def order_of_begins(place_in_group: Numbers) -> Numbers:
     """Return of rows that are sorted by group where each one's group begins."""
     found: Numbers = np.arange(len(place_in_group)) - place_in_group
@@ -412,7 +432,7 @@ def _alike(of: Numbers, keys: pa.ChunkedArray, chosen: Mask, first: Mask) -> Mas
 
 
 def _requests(of: Numbers, keys: pa.ChunkedArray) -> Numbers:
-    """Return a number for each group and request together."""
+    """Return a number for each group and text, such as a request, together."""
     encoded = pa.chunked_array(keys.chunks, pa.string()).combine_chunks().dictionary_encode()
     found: Numbers = of * (len(encoded.dictionary) + 1) + np.asarray(encoded.indices)
     return found

@@ -140,7 +140,7 @@ def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
     krea = shop.krea
     krea.raise_attempts([("first", 0)], raised_by="a person")
     with krea.open_journal() as journal:
-        planned = list(plan_images(shop.table.read().rows, journal.attempts()))
+        planned = list(plan_images(shop.table.read().rows, journal.attempts.present()))
         wanted = [Wanted(one.request, one.partition_key) for one in planned]
         policy = replace(krea.policy([]), wait_scale=0.01)
         with krea._runner("run-2", lambda _: None) as runner:
