@@ -18,7 +18,7 @@ from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.wanted import ask_for_wanted
 from tests.curation.exactly_n import PRICE, Studio, prompts_of
-from tests.dagster_bench import OpenAccount, check_of, latest, values
+from tests.dagster_bench import OpenAccount, check_of, latest, values, write_table
 
 KEPT = Rules(require_keep=True)
 CHECK = "all_wanted_accepted"
@@ -226,3 +226,26 @@ def test_two_runs_that_decide_at_once_raise_a_slot_once(
     third = Batch.read(studio.table, None, krea, to_buy=True)
     assert ask(third, "run-1") == (0, keys)
     assert set(krea.attempts().values()) == {1}
+
+
+def test_rows_that_come_while_a_run_decides_are_decided_about_too(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount
+) -> None:
+    """The table is read again once attempts are raised; what is new in it is not simply bought."""
+    prompts, wanted = prompts_of(2, "late", num_images=1), WantedImages(1)
+    studio = Studio(tmp_path, emulator, open_account(), prompts, wanted, Rules(), "late", "hash:1")
+    studio.carry()
+    studio.judge({("late-000", 0): "reject"})
+    batch = Batch.read(studio.table, None, studio.krea, to_buy=True)
+    more = prompts_of(3, "late", num_images=1)
+    write_table(tmp_path / "prompts.parquet", {**more, "num_images": [1, 1, 5]})
+    batch, asked = ask_for_wanted(
+        batch, KreaImagesConfig(), studio.krea, wanted, Rules(), folders=["late"], raised_by="run"
+    )
+    with batch:
+        open_ = list(batch.standing(studio.krea).wanted())
+        assert [(one.name, one.asked) for one in asked.outcomes] == [
+            ("late-000", 1), ("late-001", 0), ("late-002", 1)
+        ]  # fmt: skip
+        assert asked.again == {"bucket-000": 1}
+    assert (len(open_), batch.held_count) == (2, 4)
