@@ -134,6 +134,13 @@ class Latencies:
         """Where it is known beforehand how long images take, in seconds."""
         return cls({quality: Curve.known(s) for quality, s in by_quality_s.items()})
 
+    @classmethod
+    def expecting(cls, latency_s: float | None) -> Latencies:
+        """Before anything was seen, where somebody expects so many seconds; None: nobody does."""
+        if latency_s is None:
+            return cls()
+        return cls({quality: Curve.expecting(latency_s) for quality in EXPECTED_LATENCY_S})
+
     def of(self, quality: str) -> Curve:
         """The distribution of a quality, or what is expected before anything was seen."""
         known = self.curves.get(quality)

@@ -102,6 +102,9 @@ class KreaSettings(_Section):
     max_per_s: float | None = Field(
         default=None, gt=0, description="Most images a second that one run asks for."
     )
+    expected_latency_s: float | None = Field(
+        default=None, gt=0, le=900, description="Seconds from an order to its image, where known."
+    )
     look_at_images: bool = Field(
         default=True, description="Decode each image once before it counts as stored."
     )

@@ -21,6 +21,7 @@ from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.database import database_in, has_database
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
@@ -88,6 +89,15 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         description=(
             "Most images a second that one run asks for, where the account's limit is known. "
             "Without it the limit is found by itself."
+        ),
+    )
+    expected_latency_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=900,
+        description=(
+            "Seconds from an order to its image, as far as they are known: when a run asks about "
+            "its first tasks. Without it 2 (1K) and 7 (2K). What comes is learned from either way."
         ),
     )
     look_at_images: bool = Field(
@@ -351,6 +361,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 policy=self.policy(),
                 max_in_flight=self.max_in_flight,
                 max_per_s=self.max_per_s,
+                latencies=Latencies.expecting(self.expected_latency_s),
                 caps=self.caps(),
                 callback_url_of=None if (urls := self._callback_urls()) is None else urls.url,
                 on_progress=on_progress,

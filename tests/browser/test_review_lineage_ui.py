@@ -44,7 +44,7 @@ defs = build_krea_definitions(
     partition_by="hash:2",
     krea=KreaResource(
         api_key=dg.EnvVar("EVOLINK_API_KEY"),
-        base_url=os.environ["EVOLINK_BASE_URL"],
+        base_url=os.environ["EVOLINK_BASE_URL"], expected_latency_s=0.02,
         storage=os.environ["KREA_STORAGE"],
     ),
     curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportSpec()}),
@@ -74,7 +74,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, s
             "DAGSTER_HOME": str(home),
             "PROJECT": str(folder),
         }
-        krea = KreaResource(api_key=key, base_url=emulator.url, storage=str(folder / "krea"))
+        krea = KreaResource(
+            api_key=key,
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(folder / "krea"),
+        )
         defs = build_krea_definitions(
             prompts=environment["KREA_PROMPTS"],
             partition_by="hash:2",

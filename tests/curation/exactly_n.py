@@ -71,6 +71,7 @@ class Studio:
         self.krea = KreaResource(
             api_key=self.api_key,
             base_url=self.emulator.url,
+            expected_latency_s=0.02,
             storage=str(self.folder / "krea"),
             max_in_flight=32,
         )

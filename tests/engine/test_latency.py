@@ -22,6 +22,16 @@ def learned(latency_s: float, *, looks_at_s: tuple[float, ...], images: int = 15
     return curve
 
 
+def test_what_somebody_expects_stands_for_every_quality_and_is_learned_from() -> None:
+    latencies = Latencies.expecting(12.0)
+    for quality in EXPECTED_LATENCY_S:
+        assert latencies.of(quality).median_s == pytest.approx(12.0, rel=0.05)
+    for _ in range(20):
+        latencies = latencies.finished("1K", 2.9, 3.1)
+    assert latencies.of("1K").median_s == pytest.approx(3.0, rel=0.1)
+    assert Latencies.expecting(None) == Latencies()
+
+
 def test_before_anything_is_known_the_published_latency_is_expected() -> None:
     for quality, latency_s in EXPECTED_LATENCY_S.items():
         assert Latencies().of(quality).median_s == pytest.approx(latency_s, rel=0.05)

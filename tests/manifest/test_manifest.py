@@ -130,6 +130,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         krea = KreaResource(
             api_key="emulator",
             base_url=emulator.url,
+            expected_latency_s=0.02,
             storage=str(folder / "krea"),
             on_unknown="hold",
         )

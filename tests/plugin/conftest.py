@@ -32,6 +32,7 @@ def trip(
             krea=KreaResource(
                 api_key=dg.EnvVar("KEY_OF_THE_TRIP"),
                 base_url=emulator.url,
+                expected_latency_s=0.02,
                 storage=str(folder / "krea"),
             ),
             key_prefix=PREFIX,

@@ -28,7 +28,11 @@ def test_a_run_measures_what_it_decodes_unless_it_is_told_not_to(
     measured: bool,
 ) -> None:
     krea = KreaResource(
-        api_key=open_account(), base_url=emulator.url, storage=str(tmp_path), **settings
+        api_key=open_account(),
+        base_url=emulator.url,
+        expected_latency_s=0.02,
+        storage=str(tmp_path),
+        **settings,
     )
     bought = krea.generate([f"a ruler of {number} cm, {settings}" for number in range(3)])
     assert bought["status"].to_pylist() == ["stored"] * 3

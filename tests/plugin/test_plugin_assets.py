@@ -291,7 +291,9 @@ def test_a_resource_of_another_kind_is_told_at_once(
 def test_the_resource_finds_nothing_to_do_in_an_empty_partition(
     tmp_path: Path, emulator: Emulator
 ) -> None:
-    krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path))
+    krea = KreaResource(
+        api_key="emulator", base_url=emulator.url, expected_latency_s=0.02, storage=str(tmp_path)
+    )
     before = posts(emulator)
     report = krea.carry([], run_id="nothing")
     assert (report.progress.total, posts(emulator)) == (0, before)

@@ -32,7 +32,10 @@ class Bought:
         source = write_table(folder / "prompts.parquet", ROWS)
         self.table = PromptTable(source, parse_partition_by("hash:2"))
         self.krea = KreaResource(
-            api_key="emulator", base_url=emulator.url, storage=str(folder / "krea")
+            api_key="emulator",
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(folder / "krea"),
         )
         self.images = list(plan_images(self.table.read().rows))
         self.krea.carry(wanted(self.images), run_id="first")
@@ -80,7 +83,12 @@ def test_before_anything_was_bought_everything_is_left_and_twins_are_one(
     table = PromptTable(
         write_table(tmp_path / "prompts.parquet", ROWS), parse_partition_by("hash:2")
     )
-    krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path / "krea"))
+    krea = KreaResource(
+        api_key="emulator",
+        base_url=emulator.url,
+        expected_latency_s=0.02,
+        storage=str(tmp_path / "krea"),
+    )
     with Batch.read(table, None, krea, look=True) as batch:
         wanted = list(batch.standing(krea).wanted())
     assert not (tmp_path / "krea").exists(), "no journal is made to look into it"

@@ -58,6 +58,7 @@ EVERYTHING: dict[str, Any] = {
         "base_url": "https://gateway.example",
         "max_in_flight": 5,
         "max_per_s": 2.5,
+        "expected_latency_s": 12.0,
         "look_at_images": False,
         "measure_images": False,
         "on_unknown": "hold",

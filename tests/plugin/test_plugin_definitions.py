@@ -65,7 +65,12 @@ def test_run_config_replaces_all_settings_so_that_one_without_a_key_buys_nothing
     defs = build_krea_definitions(
         prompts=write_table(tmp_path / "p.parquet", {"prompt": ["for a partial run config"]}),
         partition_by="hash:1",
-        krea=KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path)),
+        krea=KreaResource(
+            api_key="emulator",
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(tmp_path),
+        ),
         key_prefix="partial",
     )
     monkeypatch.chdir(tmp_path)  # the default storage root is below the working folder
@@ -87,7 +92,12 @@ def test_run_config_replaces_all_settings_so_that_one_without_a_key_buys_nothing
 def test_two_tables_with_prefixes_share_a_code_location_an_account_and_a_storage_root(
     tmp_path: Path, instance: dg.DagsterInstance, emulator: Emulator
 ) -> None:
-    krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path / "krea"))
+    krea = KreaResource(
+        api_key="emulator",
+        base_url=emulator.url,
+        expected_latency_s=0.02,
+        storage=str(tmp_path / "krea"),
+    )
     tables = [
         build_krea_definitions(
             prompts=write_table(

@@ -55,7 +55,10 @@ def test_a_users_failure_sensor_reads_what_is_missing_what_it_costs_and_what_to_
         prompts=write_table(tmp_path / "prompts.parquet", rows),
         partition_by="hash:1",
         krea=KreaResource(
-            api_key=open_account(1.0), base_url=emulator.url, storage=str(tmp_path / "krea")
+            api_key=open_account(1.0),
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(tmp_path / "krea"),
         ),
         key_prefix="tagged",
     )

@@ -17,7 +17,12 @@ from tests.dagster_bench import OpenAccount, bought, posts
 
 @pytest.fixture
 def krea(tmp_path: Path, emulator: Emulator) -> KreaResource:
-    return KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path / "krea"))
+    return KreaResource(
+        api_key="emulator",
+        base_url=emulator.url,
+        expected_latency_s=0.02,
+        storage=str(tmp_path / "krea"),
+    )
 
 
 def test_texts_and_rows_become_a_manifest_with_a_row_for_each_image(
@@ -120,7 +125,13 @@ def test_an_account_that_stops_is_an_error_and_what_is_paid_for_is_kept(
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount
 ) -> None:
     key = open_account(0.5)
-    krea = KreaResource(api_key=key, base_url=emulator.url, storage=str(tmp_path), max_in_flight=1)
+    krea = KreaResource(
+        api_key=key,
+        base_url=emulator.url,
+        expected_latency_s=0.02,
+        storage=str(tmp_path),
+        max_in_flight=1,
+    )
     with pytest.raises(AccountStopped):
         krea.generate([f"number {number} of a poor account" for number in range(8)])
     kept = len(bought(emulator, "of a poor account"))
@@ -135,6 +146,7 @@ def test_a_variable_that_is_not_set_is_an_error_and_begins_no_other_journal(
     krea = KreaResource(
         api_key="emulator",
         base_url=emulator.url,
+        expected_latency_s=0.02,
         storage=str(tmp_path / "krea"),
         journal_url=dg.EnvVar("A_JOURNAL_THAT_IS_NOT_SET"),
     )

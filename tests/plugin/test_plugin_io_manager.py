@@ -67,7 +67,12 @@ def made(
     defs = build_krea_definitions(
         prompts=write_table(folder / "prompts.parquet", columns),
         partition_by="hash:5",
-        krea=KreaResource(api_key="emulator", base_url=emulator.url, storage=str(folder / "krea")),
+        krea=KreaResource(
+            api_key="emulator",
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(folder / "krea"),
+        ),
         key_prefix="io",
     )
     assert run_job(defs, instance, MADE[0], MADE[-1], job="io_krea_images").success

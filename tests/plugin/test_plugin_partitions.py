@@ -27,7 +27,12 @@ def definitions(
     return build_krea_definitions(
         prompts=str(folder / "prompts.parquet"),
         partition_by=by,
-        krea=KreaResource(api_key="emulator", base_url=base_url, storage=str(folder / "krea")),
+        krea=KreaResource(
+            api_key="emulator",
+            base_url=base_url,
+            expected_latency_s=0.02,
+            storage=str(folder / "krea"),
+        ),
         key_prefix=prefix,
     )
 

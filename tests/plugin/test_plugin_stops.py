@@ -40,7 +40,12 @@ def shop(
     defs = build_krea_definitions(
         prompts=write_table(folder / "prompts.parquet", table | columns),
         partition_by="hash:2",
-        krea=KreaResource(api_key=api_key, base_url=emulator.url, storage=str(folder / "krea")),
+        krea=KreaResource(
+            api_key=api_key,
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(folder / "krea"),
+        ),
         key_prefix=prefix,
     )
     retrying = dg.define_asset_job(

@@ -41,7 +41,12 @@ def definitions(folder: Path, prefix: str, base_url: str = "http://127.0.0.1:9")
     return build_krea_definitions(
         prompts=str(folder / "prompts.parquet"),
         partition_by=str(BY),
-        krea=KreaResource(api_key="emulator", base_url=base_url, storage=str(folder / "krea")),
+        krea=KreaResource(
+            api_key="emulator",
+            base_url=base_url,
+            expected_latency_s=0.02,
+            storage=str(folder / "krea"),
+        ),
         key_prefix=prefix,
     )
 

@@ -90,7 +90,10 @@ def test_from_rejected_to_replaced_to_exported(
         prompts=write_table(tmp_path / "prompts.parquet", prompts_of(3, PREFIX, num_images=1)),
         partition_by="hash:1",
         krea=KreaResource(
-            api_key=open_account(), base_url=emulator.url, storage=str(tmp_path / "krea")
+            api_key=open_account(),
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(tmp_path / "krea"),
         ),
         key_prefix=PREFIX,
         curation=Curation(wanted=["prompt=1"], exports={"dataset": ExportSpec()}),
