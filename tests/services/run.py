@@ -24,6 +24,7 @@ TESTS = (
     "tests/engine/test_verdicts.py",
     "tests/engine/test_attempts.py",
     "tests/curation/test_slots.py",
+    "tests/curation/review/test_review_servers.py",
 )
 
 

@@ -1,0 +1,96 @@
+"""Several review servers on one journal, as several machines of a team have it on PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from krea_dagster.engine.journal import Journal
+from tests.curation.review.review_bench import Server, Shelf, make_shelf, sha256
+from tests.engine.conftest import journal_url  # noqa: F401 - a fixture of this file too
+
+EACH = 60
+
+
+class Person:
+    """Somebody at one of the servers, as their page does it: gives verdicts, and hears others'."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.name, self._number = name, 0
+        origin = f"http://127.0.0.1:{server.port}"
+        self.page = httpx.Client(base_url=server.url, headers={"Origin": origin}, timeout=60)
+        self.heard: list[str] = []
+
+    def judge(self, row: int) -> str:
+        entry: dict[str, Any] = {
+            "verdict_id": uuid4().hex,
+            "image_sha256": sha256(row),
+            "verdict": "keep",
+            "reason": None,
+            "reviewer": self.name,
+            "request_key": f"key-{row}",
+            "prompt_id": "prompt-000000",
+            "sample": 0,
+            "attempt": 0,
+            "partition_key": "bucket-000",
+        }
+        answer = self.page.post("api/verdicts", json={"verdicts": [entry]}).json()
+        assert [one["verdict_id"] for one in answer["verdicts"]] == [entry["verdict_id"]]
+        return str(entry["verdict_id"])
+
+    def listen(self) -> None:
+        said = self.page.get("api/since", params={"number": self._number}).json()
+        self.heard += [one["verdict_id"] for one in said["verdicts"]]
+        self._number = said["number"]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return make_shelf(tmp_path / "krea", rows=EACH, subjects=1)
+
+
+@pytest.fixture
+def people(shelf: Shelf, journal_url: str) -> Iterator[list[Person]]:  # noqa: F811 - the fixture
+    Journal(journal_url).close()
+    servers = [Server(shelf, "--journal", journal_url) for _ in range(2)]
+    team = [Person(server, name) for server, name in zip(servers, ("ada", "ben"), strict=True)]
+    yield team
+    for person, server in zip(team, servers, strict=True):
+        person.page.close()
+        assert server.stop()[0] == 0
+
+
+def test_each_hears_every_verdict_once_and_in_the_order_of_the_journal(
+    people: list[Person],
+    journal_url: str,  # noqa: F811 - the fixture
+) -> None:
+    """They judge the same pictures at the same time, and listen all the while."""
+    over = threading.Event()
+
+    def work(person: Person) -> list[str]:
+        return [person.judge(row) for row in range(EACH)]
+
+    def listen(person: Person) -> None:
+        while not over.is_set():
+            person.listen()
+        person.listen()
+
+    with ThreadPoolExecutor(4) as pool:
+        listening = [pool.submit(listen, person) for person in people]
+        given = [found for done in pool.map(work, people) for found in done]
+        over.set()
+        for one in listening:
+            one.result()
+    with closing(Journal(journal_url)) as journal:
+        kept = [one.verdict_id for one in journal.verdicts.history()]
+    assert sorted(kept) == sorted(given)
+    for person in people:
+        assert person.heard == kept
