@@ -6,6 +6,7 @@ printed (``pytest -s``) and bounded loosely: a busy machine is no defect.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -26,7 +28,7 @@ from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.storage import Storage
 from krea_dagster.engine.verdicts import Verdict
 from krea_dagster.manifest import read_manifests, write_manifest
-from tests.curation.review.review_bench import Server, Shelf, make_shelf
+from tests.curation.review.review_bench import PARTITIONS, Server, Shelf, make_shelf
 
 pytestmark = pytest.mark.browser
 
@@ -331,6 +333,45 @@ def test_a_page_that_is_closed_leaves_its_verdicts_to_the_next(
         until(lambda: len(history_of(shelf)) == 2, "what was left is sent")
         assert [one.verdict for one in history_of(shelf)] == ["keep", "flag"]
         again.stop()
+
+
+def test_of_several_pages_that_were_closed_the_last_verdict_counts(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    """Pages that cannot post, one after the other: each leaves what it has to the next."""
+    shelf, server = small
+    with visiting(browser, server.url) as visit:
+        visit.context.route("**/api/verdicts", lambda route: route.abort())
+        for keys, waiting in (("fff", 3), ("k", 4)):
+            visit.press("Home", *itertools.chain.from_iterable((key, "ArrowLeft") for key in keys))
+            expect(visit.page.locator("#saved")).to_have_text(f"{waiting} not saved")
+            visit.page.close(run_before_unload=False)
+            visit.page = visit.context.new_page()
+            visit.page.goto(server.url)
+            visit.wait("document.querySelector('.cell img[src]')?.naturalWidth > 0")
+        visit.context.unroute("**/api/verdicts")
+        until(lambda: len(history_of(shelf)) == 4, "what was left is sent")
+        assert [one.verdict for one in history_of(shelf)] == ["flag", "flag", "flag", "keep"]
+
+
+def test_verdicts_with_long_names_are_posted_in_parts(tmp_path: Path, browser: Browser) -> None:
+    """A prompt_id may be of any length, and what waits may be more than the server reads."""
+    shelf = make_shelf(tmp_path / "krea", rows=60, subjects=1, measured=False)
+    storage = Storage(str(shelf.folder))
+    for key in (f"bucket-{number:03d}" for number in range(PARTITIONS)):
+        table = read_manifests(storage, [key])
+        ids = pc.binary_join_element_wise(table["prompt_id"], "長い" * 3000, "")
+        at = table.column_names.index("prompt_id")
+        write_manifest(storage, key, table.set_column(at, "prompt_id", ids))
+    server = Server(shelf)
+    with visiting(browser, server.url) as visit:
+        visit.context.route("**/api/verdicts", lambda route: route.abort())
+        visit.press(*["k"] * 40)
+        expect(visit.page.locator("#saved")).to_have_text("40 not saved")
+        visit.context.unroute("**/api/verdicts")
+        until(lambda: len(history_of(shelf)) == 40, "all are kept")
+        expect(visit.page.locator("#saved")).to_have_text("All saved")
+    server.stop()
 
 
 def test_people_see_each_other_s_verdicts_within_seconds(

@@ -33,7 +33,7 @@ from krea_dagster.engine import schema
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.storage import Storage
 from krea_dagster.engine.verdicts import Verdict
-from krea_dagster.errors import ConfigError, InputError, JournalError
+from krea_dagster.errors import InputError, JournalError
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Review:
             await anyio.sleep(every_s)
             try:
                 await anyio.to_thread.run_sync(self._look)
-            except (ConfigError, JournalError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever a file holds, verdicts go on
                 _log.warning("the review goes on with what it has read before: %s", error)
 
     def _look(self) -> None:

@@ -7,6 +7,8 @@
 import { Away, Refused, ask, post } from "./api.js";
 
 const MOST_AT_ONCE = 100;
+/** Characters of one post: the server reads a million bytes, and a prompt_id may be long. */
+const LONGEST_POST = 200_000;
 const POLL_MS = 1500;
 const POLL_HIDDEN_MS = 15000;
 const MOST_UNDO = 1000;
@@ -119,7 +121,8 @@ export class Verdicts extends EventTarget {
       sample: row.sample,
       attempt: row.attempt,
       partition_key: row.partition_key,
-      order: ++this.#clock,
+      // Rises over pages and tabs of this browser too: what one leaves behind, the next sends.
+      order: (this.#clock = Math.max(Date.now(), this.#clock + 1)),
     };
     this.#waiting.set(entry.verdict_id, entry);
     try {
@@ -137,8 +140,7 @@ export class Verdicts extends EventTarget {
     this.#busy = true;
     try {
       while (this.#waiting.size) {
-        const batch = [...this.#waiting.values()].slice(0, MOST_AT_ONCE);
-        const answer = await post("verdicts", { verdicts: batch });
+        const answer = await post("verdicts", { verdicts: this.#batch() });
         for (const one of answer.verdicts) this.#saved(one);
         for (const one of answer.refused) this.#refused(one);
         this.#failed = 0;
@@ -153,6 +155,18 @@ export class Verdicts extends EventTarget {
     } finally {
       this.#busy = false;
     }
+  }
+
+  /** The oldest that wait, as many as fit one post. */
+  #batch() {
+    const batch = [];
+    let length = 0;
+    for (const entry of this.#waiting.values()) {
+      length += JSON.stringify(entry).length;
+      if (batch.length && (batch.length === MOST_AT_ONCE || length > LONGEST_POST)) break;
+      batch.push(entry);
+    }
+    return batch;
   }
 
   #saved(one) {
@@ -194,9 +208,11 @@ export class Verdicts extends EventTarget {
         if (key.startsWith(this.#prefix)) found.push(JSON.parse(localStorage.getItem(key)));
       }
     } catch {
-      return [];
+      // Forbidden, or written by somebody else: what was read until here is sent.
     }
-    return found.sort((one, other) => one.order - other.order);
+    found.sort((one, other) => one.order - other.order);
+    this.#clock = Math.max(0, ...found.map((one) => one.order));
+    return found;
   }
 
   /** Asks what others have said meanwhile. */
