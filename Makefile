@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 export UV_PYTHON_DOWNLOADS := never
+# The checks start hundreds of processes: without bytecode each would compile all modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test lint bench dev lock services-test browser-test daemon-test export-test clean
 

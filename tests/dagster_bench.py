@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,3 +123,13 @@ def failure_text(result: dg.ExecuteInProcessResult, step: str) -> str:
             assert data.user_failure_data is not None
             return data.user_failure_data.description or ""
     raise AssertionError(f"step {step} did not fail")
+
+
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group of its own, with its children: kindly at first."""
+    os.killpg(leader.pid, signal.SIGINT)
+    try:
+        leader.wait(timeout=60)
+    except subprocess.TimeoutExpired:  # on a busy machine Dagster takes its time
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.metadata import contact_sheet
+from tests.dagster_bench import end_group
 
 ROOT = Path(__file__).parents[2]
 START_S = 120.0
@@ -85,8 +85,7 @@ def ui(made: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterat
             _wait_for(url, server)
             yield url
         finally:
-            os.killpg(server.pid, signal.SIGINT)
-            server.wait(timeout=60)
+            end_group(server)
 
 
 @pytest.fixture(scope="module")

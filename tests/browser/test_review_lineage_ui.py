@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.curation import Curation
 from tests.browser.test_dagster_ui import _keep, _wait_for, answers, page  # noqa: F401 - fixtures
 from tests.curation.exactly_n import prompts_of
-from tests.dagster_bench import QUIET, tick, write_table
+from tests.dagster_bench import QUIET, end_group, tick, write_table
 
 pytestmark = pytest.mark.browser
 
@@ -135,8 +134,7 @@ def ui(project: Mapping[str, str]) -> Iterator[str]:
             _wait_for(url, server)
             yield url
         finally:
-            os.killpg(server.pid, signal.SIGINT)
-            server.wait(timeout=60)
+            end_group(server)
 
 
 def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from typing import Any
 import dagster as dg
 import httpx
 from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES
+
+from tests.dagster_bench import end_group
 
 #: Seconds in which sensors, automation and run queue have all looked at least twice.
 _QUIET_S = 11.0
@@ -262,12 +263,7 @@ def dagster_dev(
             running.wait(lambda: _answers(url))
             yield running
         finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end_group(process)
 
 
 def _answers(url: str) -> bool:

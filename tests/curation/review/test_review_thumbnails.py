@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -49,17 +50,19 @@ def test_a_small_picture_is_not_made_larger() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("made", "said"),
     [
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "damaged"),
-        (picture()[:900], "damaged"),
-        (picture(size=(20_000, 4000)), "20000×4000 pixels"),
+        (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "damaged"),
+        (lambda: picture()[:900], "damaged"),
+        (lambda: picture(mode="1", size=(20_000, 4000)), "20000×4000 pixels"),
     ],
     ids=["no picture", "cut short", "far too large"],
 )
-def test_what_is_no_picture_is_refused_with_its_reason(data: bytes, said: str) -> None:
+def test_what_is_no_picture_is_refused_with_its_reason(
+    made: Callable[[], bytes], said: str
+) -> None:
     with pytest.raises(NoThumbnail, match=said):
-        small(io.BytesIO(data))
+        small(io.BytesIO(made()))
 
 
 def test_a_small_picture_is_made_once_and_then_read(tmp_path: Path) -> None:
