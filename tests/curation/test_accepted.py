@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from krea_dagster.curation.accepted.making import Accepting
 from krea_dagster.curation.accepted.rules import (
     Evidence,
     Range,
@@ -20,6 +25,8 @@ from krea_dagster.curation.accepted.rules import (
     verdict_table,
     verdict_version,
 )
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.storage import Storage
 from krea_dagster.engine.verdicts import Verdict
 from krea_dagster.errors import ConfigError
 
@@ -262,3 +269,15 @@ def test_a_later_verdict_is_another_version_though_it_says_the_same() -> None:
 def test_row_names_tell_rows_of_one_image_apart() -> None:
     table = pa.concat_tables([rows("a"), rows("a", sample=1), rows("b")])
     assert len(set(row_names(table).to_pylist())) == 3
+
+
+def test_a_measure_may_be_whole_in_one_partition_and_broken_in_another(tmp_path: Path) -> None:
+    """As a function of one's own gives them: Parquet then has another type in each file."""
+    storage = Storage(str(tmp_path))
+    for name, scores in (("a", [1, 3]), ("b", [2.5, 0.5])):
+        table = pa.table({"image_sha256": [sha(f"{name}{one}") for one in scores], "score": scores})
+        storage.write(f"measures/{name}.parquet", partial(pq.write_table, table))
+    with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
+        evidence = Accepting.read(storage, journal, Rules.parse(["score>=2"])).evidence()
+    assert evidence.measures is not None
+    assert evidence.measures["score"].to_pylist() == [1.0, 3.0, 2.5, 0.5]

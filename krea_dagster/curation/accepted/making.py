@@ -318,7 +318,7 @@ class Accepting:
                     )
                 tables.append(pq.read_table(file, columns=list(columns)))
         if tables:
-            return pa.concat_tables(tables).combine_chunks()
+            return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         known = {field.name: field.type for field in _DUPLICATES}
         return pa.schema([(name, known.get(name, pa.float64())) for name in columns]).empty_table()
 
