@@ -28,9 +28,11 @@ _FLAT_RANGE: Final = 2
 #: Pixels of a side of the squares that are looked at before the whole picture.
 _SAMPLE: Final = 32
 
-#: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus.
+#: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus; RuntimeError is
+#: AVIF's.
 DAMAGED: Final = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster.curation.export.card import Facts
 from krea_dagster.curation.export.content import ending_of
-from krea_dagster.curation.export.folder import TABLES, table_lines
+from krea_dagster.curation.export.folder import TABLES, check_table, table_lines
 from krea_dagster.curation.export.plan import Plan, content_of, layout_of
 from krea_dagster.curation.export.shards import Done, Work
 from krea_dagster.curation.export.spec import ONE_FILE
@@ -27,8 +27,11 @@ def finish(
     if spec.form in TABLES:
         for split in spec.splits:
             name = TABLES[spec.form].format(split=split.name)
-            lines = _table(work, [one for one in done if one.shard.split == split.name])
+            names: list[str] = []
+            lines = _table(work, [one for one in done if one.shard.split == split.name], names)
             target.storage.write(f"{version}/{name}", partial(_all, pieces=lines))
+            with target.storage.open(f"{version}/{name}") as file:
+                check_table(spec.form, file, names)
     target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, work, done))
     target.storage.write(f"{version}/README.md", partial(_all, pieces=[card.encode()]))
     described = {
@@ -60,8 +63,8 @@ def finish(
     return described
 
 
-def _table(work: Work, done: Sequence[Done]) -> Iterator[bytes]:
-    """The table of a split, shard by shard."""
+def _table(work: Work, done: Sequence[Done], names: list[str]) -> Iterator[bytes]:
+    """The table of a split, shard by shard; appends the names of its files to ``names``."""
     form = work.spec.form
     own = ["exported_sha256"] if work.spec.embed_parameters else []
 
@@ -73,7 +76,8 @@ def _table(work: Work, done: Sequence[Done]) -> Iterator[bytes]:
             if form == "imagefolder":
                 folder = folder.partition("/")[2]
             for item, sha in zip(content.items, one.shas, strict=True):
-                yield f"{folder}/{item.file}", content.ready(item, sha)
+                names.append(f"{folder}/{item.file}")
+                yield names[-1], content.ready(item, sha)
 
     return table_lines(form, rows(), columns=[*work.rows.columns, *own])
 

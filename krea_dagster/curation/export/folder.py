@@ -11,8 +11,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
-from typing import Any, Final
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, Final
 
 from krea_dagster.curation.export.content import (
     Content,
@@ -72,7 +73,8 @@ def table_lines(
             yield f"{line_of({'file_name': file, **record})}\n".encode()
         return
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # Only what ends a line is quoted, and readers take a lone \r for an end too.
+    writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(["file_name", *columns])
     for file, record in rows:
         writer.writerow([file, *(_cell(record[name]) for name in columns)])
@@ -81,6 +83,19 @@ def table_lines(
             text.seek(0)
             text.truncate()
     yield text.getvalue().encode()
+
+
+def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
+    """Read a split's table back: a row for each image, of as many cells. Raises Damaged."""
+    with io.TextIOWrapper(file, encoding="utf-8", newline="" if form == "csv" else "\n") as text:
+        if form == "csv":
+            reader = csv.reader(text, strict=True)
+            wide = len(next(reader))
+            found = [row[0] for row in reader if len(row) == wide]
+        else:
+            found = [json.loads(line)["file_name"] for line in text]
+    if found != list(names):
+        raise Damaged(f"the table of {len(names)} images was read back as one of {len(found)}")
 
 
 def _cell(value: Any) -> Any:

@@ -106,13 +106,26 @@ class Target:
             return INDEX_SCHEMA.empty_table()
 
     def publish(self, version: str) -> None:
-        """Make a complete version the one that counts. Raises StorageError."""
+        """Make a complete version the one that counts. Raises StorageError.
+
+        Another export may remove old versions meanwhile (``prune``), and this one with them.
+        """
         if self._loose and hasattr(os, "sync"):
             os.sync()  # they were not made durable one by one
         else:
             for folder in self._made:
                 sync_folder(folder)
-        self.storage.write(LATEST, lambda file: _put(file, f"{version}\n".encode()))
+        before = self.latest()
+        self._check_there(version)
+        self._point_at(version)
+        try:
+            self._check_there(version)
+        except StorageError:
+            if before is not None and self.described(before) is not None:
+                self._point_at(before)
+            else:
+                self.storage.remove(LATEST)
+            raise
         if self.storage.folder is not None:
             link = self.storage.folder / LINK
             with suppress(OSError):  # some file systems have no links
@@ -120,6 +133,16 @@ class Target:
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(version, target_is_directory=True)
                 temporary.replace(link)
+
+    def _point_at(self, version: str) -> None:
+        self.storage.write(LATEST, lambda file: _put(file, f"{version}\n".encode()))
+
+    def _check_there(self, version: str) -> None:
+        if self.described(version) is None:
+            raise StorageError(
+                f"the version {version} of {self.locate('')} was removed by another export before "
+                "it was published. What was published before counts on. Export again."
+            )
 
     def read(self, name: str) -> bytes:
         """A file's bytes. Raises FileNotFoundError."""

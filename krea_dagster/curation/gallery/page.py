@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import Any, BinaryIO, Final
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from krea_dagster.curation.gallery.rows import GalleryRows
@@ -213,7 +213,7 @@ def _card(row: dict[str, Any], made: Thumbnail) -> dict[str, Any]:
         "request_key": row["request_key"] or "",
         "sha256": row["image_sha256"] or "",
         "verdict": row.get("verdict"),
-        "bytes": len(picture) + 3 * len(prompt.encode()) + _BESIDE,
+        "bytes": len(picture) + 3 * len(str(escape(prompt)).encode()) + _BESIDE,
     }
 
 

@@ -60,6 +60,8 @@ _TYPES: Final = {
     "AVIF": "image/avif",
 }
 
+_KEPT: Final = "until then your verdicts wait in this browser."
+
 REASONS: Final = (
     "Not what the prompt says",
     "Anatomy",
@@ -267,7 +269,17 @@ class Review:
 
     # -- verdicts ---------------------------------------------------------------------------------
 
+    def _check_journal(self, named: object) -> None:
+        """Refuse a page that was opened on another journal's review, at the same address."""
+        if named is not None and named != self._journal_id:
+            raise HTTPException(
+                409,
+                "Another storage root is reviewed at this address now: its journal is not this "
+                f"page's. Start the review of the first again on this port; {_KEPT}",
+            )
+
     def _since(self, request: Request) -> dict[str, Any]:
+        self._check_journal(request.query_params.get("journal"))
         number = self._judged.catch_up()
         after = whole_number(request, "number", number)
         return {
@@ -285,10 +297,12 @@ class Review:
             if len(body) > _LONGEST_BODY:
                 raise HTTPException(413, "too many verdicts in one post")
         try:
-            given = json.loads(bytes(body))["verdicts"]
-            entries = [dict(one) for one in given[:_MOST_VERDICTS]]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            posted = json.loads(bytes(body))
+            journal = posted.get("journal")
+            entries = [dict(one) for one in posted["verdicts"][:_MOST_VERDICTS]]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise HTTPException(400, "the verdicts cannot be read") from None
+        self._check_journal(journal)
         good: list[Verdict] = []
         refused: list[dict[str, Any]] = []
         for entry in entries:
@@ -302,7 +316,7 @@ class Review:
     # -- pictures ---------------------------------------------------------------------------------
 
     async def _small(self, request: Request) -> Response:
-        name, _ = self._name_of(request)
+        name, _ = await anyio.to_thread.run_sync(self._name_of, request)
         if await request.is_disconnected():
             return Response(status_code=499)  # scrolled on: nobody waits for it
         try:
@@ -312,13 +326,10 @@ class Review:
         return Response(data, media_type="image/jpeg", headers=_FOR_EVER)
 
     async def _full(self, request: Request) -> Response:
-        name, kind = self._name_of(request)
+        name, kind = await anyio.to_thread.run_sync(self._name_of, request)
         storage = self._setting.storage
         if storage.folder is not None:
-            path = storage.folder / name
-            if not await anyio.to_thread.run_sync(path.is_file):
-                raise HTTPException(404, "the file is not there any more")
-            return FileResponse(path, media_type=kind, headers=_FOR_EVER)
+            return FileResponse(storage.folder / name, media_type=kind, headers=_FOR_EVER)
         try:
             file = await anyio.to_thread.run_sync(storage.open, name)
         except FileNotFoundError:
@@ -347,6 +358,15 @@ class Review:
         kind = _TYPES.get(found[1].upper())
         if name is None or kind is None:
             raise HTTPException(415, "the row's file is no picture of this storage root")
+        try:
+            size = self._setting.storage.size_bytes(name)
+        except OSError as error:
+            raise HTTPException(502, f"the file cannot be read: {error}") from None
+        if size is None:
+            raise HTTPException(404, "the file is not there any more")
+        if found[2] is not None and size != found[2]:
+            # Nobody shall judge another picture under this one's hash.
+            raise HTTPException(415, "the file is not the one that was verified")
         return name, kind
 
 

@@ -6,8 +6,10 @@ import getpass
 import os
 import re
 import secrets
+import tempfile
 import webbrowser
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -112,10 +114,10 @@ def review_command(
 
     def ready(address: str) -> None:
         click.echo(address)
-        if not no_open and not webbrowser.open(address):
+        if not no_open and not webbrowser.open(door(address)):
             click.echo("Open this address in a browser on this machine.", err=True)
 
-    with listener, closing(Journal(url)) as journal:
+    with listener, closing(Journal(url)) as journal, _door() as door:
         setting = Setting(
             storage=root,
             journal=journal,
@@ -126,6 +128,28 @@ def review_command(
         review = Review(setting)
         click.echo(f"{len(review):,} rows; Ctrl+C ends the review.", err=True)
         serve(review, listener, token, on_ready=ready)
+
+
+@contextmanager
+def _door() -> Iterator[Callable[[str], str]]:
+    """Yield what makes a page of this user's own that leads on to an address; returns its URL.
+
+    The address holds the token, and the command line of a browser can be read by every user of the
+    machine.
+    """
+    with tempfile.TemporaryDirectory(prefix="krea-review-") as folder:  # of mode 0700
+
+        def make(address: str) -> str:
+            page = Path(folder, "review.html")
+            page.write_text(
+                '<!doctype html><meta charset="utf-8"><title>Review</title>'
+                f'<meta http-equiv="refresh" content="0;url={address}">'
+                f'<a href="{address}">The review</a>\n',
+                encoding="utf-8",
+            )
+            return page.as_uri()
+
+        yield make
 
 
 def _token(file: Path | None) -> str:

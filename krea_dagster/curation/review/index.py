@@ -8,7 +8,7 @@ An index is never changed; where files have changed, another is made.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.review.selection import OPERATORS, kind_of
+from krea_dagster.curation.review.selection import OPERATORS, as_text, kind_of
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.storage import Storage
@@ -34,6 +34,9 @@ _FOLDERS: Final = ("manifest", "measures", "near_duplicates", "accepted")
 
 #: What likeness says of a picture, and what it is called here.
 _LIKENESS: Final = {"cluster": "cluster", "kind": "duplicate", "keep": "duplicate_to_keep"}
+
+#: Columns that the index adds, and a prompt table may have as well.
+_OWN: Final = frozenset({"earlier", "accepted", *_LIKENESS.values()})
 
 #: More values than this are not offered as a list.
 _MOST_VALUES: Final = 200
@@ -104,14 +107,15 @@ class Index:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def file_of(self, sha256: str) -> tuple[str, str] | None:
-        """The path and the format of a picture, or None where no row has it."""
+    def file_of(self, sha256: str) -> tuple[str, str, int | None] | None:
+        """The path, the format and the bytes of a picture, or None where no row has it."""
         code = self.codes_by_sha.get(sha256)
         if code is None:
             return None
         row = int(self._first[code])
-        path, kind = (self.table[name][row].as_py() for name in ("image_path", "image_format"))
-        return None if path is None else (path, kind or "")
+        names = ("image_path", "image_format", "image_bytes")
+        path, kind, size = (self.table[name][row].as_py() for name in names)
+        return None if path is None else (path, kind or "", size)
 
     def grid_rows(self, rows: Iterable[int]) -> list[dict[str, Any]]:
         """What the grid shows of these rows; ``row`` is the number."""
@@ -167,7 +171,7 @@ def build_index(storage: Storage, journal: Journal, verdicts: Iterable[Verdict] 
     """
     stamp = Stamp.of(storage)
     tables = [MANIFEST_SCHEMA.empty_table(), *_tables(storage, "manifest")]
-    table = _together(tables, "manifest")
+    table = _plainly_named(_together(tables, "manifest"))
     table = table.append_column("earlier", pa.array(np.zeros(table.num_rows, bool)))
     earlier = _earlier(storage, journal, table, verdicts)
     if earlier is not None:
@@ -201,12 +205,46 @@ def _tables(storage: Storage, folder: str) -> Iterator[pa.Table]:
 
 
 def _together(tables: Sequence[pa.Table], folder: str) -> pa.Table:
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
+    """Put the files of a folder together; a column whose types do not agree becomes text."""
+    clashing = {
+        name
+        for name in {name for one in tables for name in one.column_names}
+        if not _agree({one.schema.field(name).type for one in tables if name in one.column_names})
+    }
+    if own := clashing.intersection(MANIFEST_SCHEMA.names):
         raise ConfigError(
-            f"the files of {folder} have columns of types that do not agree: {error}"
-        ) from error
+            f"the files of {folder} have columns of types that do not agree: {', '.join(own)}. "
+            "Materialize them again."
+        )
+    return pa.concat_tables(
+        [_with_texts(one, clashing) for one in tables], promote_options="permissive"
+    )
+
+
+def _agree(types: Iterable[pa.DataType]) -> bool:
+    schemas = [pa.schema([("column", one)]) for one in types]
+    try:
+        pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _with_texts(table: pa.Table, names: Collection[str]) -> pa.Table:
+    for at, name in enumerate(table.column_names):
+        if name in names:
+            table = table.set_column(at, name, as_text(table[name]))
+    return table
+
+
+def _plainly_named(table: pa.Table) -> pa.Table:
+    """Return manifests whose further columns have no name of the index's own."""
+    names = [f"{name} (table)" if name in _OWN else name for name in table.column_names]
+    table = table.rename_columns(names)
+    for at, field in enumerate(table.schema):
+        if pa.types.is_float16(field.type):  # of which Arrow can compute little
+            table = table.set_column(at, field.name, table[field.name].cast(pa.float32()))
+    return table
 
 
 # -- what stands beside the manifest ----------------------------------------------------------

@@ -91,7 +91,7 @@ def kind_of(type_: pa.DataType) -> str:
     """``text``, ``number``, ``time`` or ``truth``; what is none of the others is text."""
     if pa.types.is_boolean(type_):
         return "truth"
-    if pa.types.is_temporal(type_) and not pa.types.is_duration(type_):
+    if pa.types.is_timestamp(type_) or pa.types.is_date(type_):
         return "time"
     numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return "number" if any(test(type_) for test in numeric) else "text"
@@ -118,7 +118,7 @@ def rows_of(table: pa.Table, selection: Selection, codes: npt.NDArray[np.int8]) 
         return rows[::-1] if selection.down else rows
     column = _column(table, selection.sort).take(pa.array(rows))
     if kind_of(column.type) == "text":
-        column = _as_text(column)
+        column = as_text(column)
     order = "descending" if selection.down else "ascending"
     # Equal ones stay in the table's order, so that a page never depends on the one before.
     keys = [("value", order), ("row", "ascending")]
@@ -142,7 +142,8 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return table[name]
 
 
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of any kind as texts; lists and structures as JSON."""
     if pa.types.is_string(column.type):
         return column
     try:
@@ -171,16 +172,18 @@ def _meets(table: pa.Table, condition: Condition) -> Any:
     if operator == "is empty":
         return pc.is_null(column, nan_is_null=True)
     if operator == "is not empty":
-        return pc.is_valid(column)
+        return pc.invert(pc.is_null(column, nan_is_null=True))
     if not condition.values:
         raise InputError(f"{condition.column} {operator}: what? Give a value")
     if kind == "text":
-        column = _as_text(column)
+        column = as_text(column)
         if operator == "contains":
             return pc.match_substring(column, condition.values[0], ignore_case=True)
         values = pa.array(condition.values, pa.string())
     else:
         values = _values(condition, column.type)
+    if values.type != column.type and kind == "number":
+        column = column.cast(values.type, safe=False)
     if operator in _COMPARE:
         return _COMPARE[operator](column, values[0])
     found = pc.is_in(column, value_set=values)
@@ -192,10 +195,13 @@ def _values(condition: Condition, type_: pa.DataType) -> pa.Array:
     try:
         if pa.types.is_timestamp(type_):
             return texts.cast(pa.timestamp("us")).cast(type_)
-        if pa.types.is_integer(type_) or pa.types.is_decimal(type_):
+        if pa.types.is_date(type_):  # the page gives a day with its hour
+            return texts.cast(pa.timestamp("us")).cast(type_, safe=False)
+        try:
+            return texts.cast(type_)
+        except pa.ArrowException:
             # Whole columns are compared with 2.5 all the same.
             return texts.cast(pa.float64())
-        return texts.cast(type_)
     except pa.ArrowException:
         said = ", ".join(condition.values)
         raise InputError(

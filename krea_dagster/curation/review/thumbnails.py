@@ -64,7 +64,8 @@ class Thumbnails:
         path = self._folder / sha256[:2] / f"{sha256}-{SIDE}.jpg"
         while True:
             with suppress(OSError):
-                return path.read_bytes()
+                if data := path.read_bytes():  # a power cut may leave a name without content
+                    return data
             other = self._under_way.get(sha256)
             if other is None:
                 break

@@ -131,6 +131,8 @@ export class Compare {
     else if (key === "+" || key === "=") this.#scale(1.25);
     else if (key === "-") this.#scale(0.8);
     else if (key === "Enter") this.#dialog.close();
+    // As in the grid: a key that is held judges nothing.
+    else if (event.repeat && "krf".includes(key)) event.preventDefault();
     else if ("krfun".includes(key) && key.length === 1) this.#act(key);
     else return;
     event.preventDefault();

@@ -173,7 +173,8 @@ function field(id, column, given) {
     if (!given || options.includes(given)) return select(id, options, given, words);
   }
   const kind = column.kind === "time" ? "datetime-local" : "text";
-  const range = column.range?.[0] === null || !column.range ? "" : `${short(column.range[0])} to ${short(column.range[1])}`;
+  // Of what is without bound no number is said.
+  const range = column.range?.every((end) => end !== null) ? column.range.map(short).join(" to ") : "";
   return el("input", { type: kind, id, value: given, placeholder: range, autocomplete: "off" });
 }
 

@@ -142,6 +142,10 @@ function undo() {
     say("There is nothing to undo");
     return;
   }
+  if (row.since) {
+    say(`Not undone: ${row.since} has judged it since. ${named(row)}`);
+    return;
+  }
   say(`Undone. ${named(row)}`);
   if (compare.isOpen) compare.choose(row);
   else if (list.row(row.place)?.row === row.row) grid.choose(row.place);
@@ -262,7 +266,10 @@ document.addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]")) return;
   const { target, key } = event;
   if (target.matches("input, textarea, select")) return;
-  const run = KEYS[key.length === 1 ? key.toLowerCase() : key];
+  const letter = key.length === 1 ? key.toLowerCase() : key;
+  // A key that is held would judge pictures that nobody has seen.
+  if (event.repeat && "krf".includes(letter)) return;
+  const run = KEYS[letter];
   const onControl = target.matches("button, summary, .about");
   // A control keeps the keys that it needs; every letter works wherever the focus is.
   if (!run || (onControl && key.length > 1)) return;

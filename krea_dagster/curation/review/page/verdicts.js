@@ -19,12 +19,15 @@ function newId() {
 }
 
 export class Verdicts extends EventTarget {
+  #journal = "";
   #prefix = "";
   #waiting = new Map();
   /** The newest that the server has said of each picture, and what is not saved yet. */
   #heard = new Map();
   #pending = new Map();
   #given = [];
+  /** The ids that were given in this page: what somebody else has said since is not undone. */
+  #own = new Set();
   #busy = false;
   #failed = 0;
   #timer = 0;
@@ -38,6 +41,7 @@ export class Verdicts extends EventTarget {
 
   /** Begins. `journal` tells this journal's verdicts from those of another at the same port. */
   start(journal, number) {
+    this.#journal = journal;
     this.#prefix = `krea-review:${journal}:`;
     this.number = number;
     for (const entry of this.#left()) {
@@ -64,9 +68,13 @@ export class Verdicts extends EventTarget {
   /** The verdict on a row's picture, `null` where there is none. */
   of(row) {
     if (!row?.image_sha256) return null;
-    const { image_sha256 } = row;
-    const found = this.#pending.get(image_sha256) ?? this.#heard.get(image_sha256) ?? row.verdict;
+    const found = this.#last(row);
     return found?.verdict === "none" ? null : found;
+  }
+
+  /** The last that is known of a row's picture, also where it takes one back. */
+  #last({ image_sha256, verdict }) {
+    return this.#pending.get(image_sha256) ?? this.#heard.get(image_sha256) ?? verdict;
   }
 
   /** Takes what rows say of their pictures, where nothing newer is known. */
@@ -101,10 +109,15 @@ export class Verdicts extends EventTarget {
     }
   }
 
-  /** Puts the last verdict given here back to what stood before; returns its row. */
+  /**
+   * Puts the last verdict given here back to what stood before; returns its row. Where somebody
+   * else has judged the picture since, theirs stays, and `since` says who.
+   */
   undo() {
     const last = this.#given.pop();
     if (!last) return null;
+    const now = this.#last(last.row);
+    if (now && !this.#own.has(now.verdict_id)) return { ...last.row, since: now.reviewer };
     this.#enter(last.row, last.before?.verdict ?? "none", last.before?.reason ?? null);
     return last.row;
   }
@@ -124,6 +137,7 @@ export class Verdicts extends EventTarget {
       // Rises over pages and tabs of this browser too: what one leaves behind, the next sends.
       order: (this.#clock = Math.max(Date.now(), this.#clock + 1)),
     };
+    this.#own.add(entry.verdict_id);
     this.#waiting.set(entry.verdict_id, entry);
     try {
       localStorage.setItem(this.#prefix + entry.verdict_id, JSON.stringify(entry));
@@ -140,7 +154,7 @@ export class Verdicts extends EventTarget {
     this.#busy = true;
     try {
       while (this.#waiting.size) {
-        const answer = await post("verdicts", { verdicts: this.#batch() });
+        const answer = await post("verdicts", { journal: this.#journal, verdicts: this.#batch() });
         for (const one of answer.verdicts) this.#saved(one);
         for (const one of answer.refused) this.#refused(one);
         this.#failed = 0;
@@ -219,7 +233,7 @@ export class Verdicts extends EventTarget {
   async #poll() {
     clearTimeout(this.#timer);
     try {
-      const found = await ask("since", { number: this.number });
+      const found = await ask("since", { number: this.number, journal: this.#journal });
       this.number = found.number;
       const news = found.verdicts.filter((one) => this.#learn(one));
       if (news.length) this.#changed(news.map((one) => one.image_sha256));
