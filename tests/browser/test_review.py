@@ -411,6 +411,62 @@ def test_undo_brings_back_what_stood_before(small: tuple[Shelf, Server], browser
         ]  # fmt: skip
 
 
+def test_undo_leaves_what_somebody_else_has_said_since(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    shelf, server = small
+    with (
+        visiting(browser, f"{server.url}?reviewer=Ada") as ada,
+        visiting(browser, f"{server.url}?reviewer=Grace") as grace,
+    ):
+        ada.press("f")
+        expect(grace.page.locator("#place-0")).to_have_attribute(
+            "data-verdict", "flag", timeout=8000
+        )
+        grace.press("k")
+        expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep", timeout=8000)
+        ada.press("u")
+        expect(ada.page.locator("[aria-live=polite]").first).to_contain_text(
+            "Not undone: Grace has judged it since"
+        )
+        assert [one.verdict for one in history_of(shelf)] == ["flag", "keep"]
+
+
+def test_a_key_that_is_held_judges_one_picture(
+    small: tuple[Shelf, Server], browser: Browser
+) -> None:
+    shelf, server = small
+    with visiting(browser, server.url) as visit:
+        for _ in range(6):  # the browser repeats a key that is down
+            visit.page.keyboard.down("k")
+        visit.page.keyboard.up("k")
+        visit.press("f")
+        until(lambda: len(history_of(shelf)) == 2, "one for each key")
+        assert [one.verdict for one in history_of(shelf)] == ["keep", "flag"]
+        assert visit.chosen() == 2
+
+
+def test_the_verdicts_of_one_root_never_go_to_another(
+    small: tuple[Shelf, Server], browser: Browser, tmp_path: Path
+) -> None:
+    """The command was started for another root, with the same port and token."""
+    shelf, server = small
+    other = make_shelf(tmp_path / "other", rows=400, subjects=3)
+    with visiting(browser, server.url) as visit:
+        server.kill()
+        visit.press("k")
+        swapped = Server(other, port=server.port)
+        expect(visit.page.locator("#trouble")).to_contain_text(
+            "Another storage root", timeout=15000
+        )
+        expect(visit.page.locator("#saved")).to_have_text("1 not saved")
+        swapped.stop()
+        again = Server(shelf, port=server.port)
+        until(lambda: len(history_of(shelf)) == 1, "it is sent to its own")
+        assert history_of(other) == []
+        again.stop()
+
+
 def test_n_goes_to_the_next_picture_without_a_verdict(
     small: tuple[Shelf, Server], browser: Browser
 ) -> None:

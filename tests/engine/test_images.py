@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import random
 import struct
 import uuid
 import zlib
@@ -505,3 +506,18 @@ def test_a_picture_that_is_flat_in_its_middle_only_is_not_flat() -> None:
     assert not is_flat(image)
     image.putpixel((PIXELS[0] - 1, PIXELS[1] - 1), (7, 9, 7))
     assert is_flat(image)
+
+
+def test_whatever_byte_of_an_avif_is_damaged_it_is_one_file_s_trouble() -> None:
+    """Its decoder raises RuntimeError, which no other does: a run would end by it."""
+    body, troubled = encoded("AVIF"), 0
+    source = random.Random(7)
+    for _ in range(150):
+        place, bit = source.randrange(len(body)), 1 << source.randrange(8)
+        damaged = bytearray(body)
+        damaged[place] ^= bit
+        try:
+            look_at(bytes(damaged), PIXELS)
+        except DownloadError:
+            troubled += 1
+    assert troubled > 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import fsspec
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -27,6 +28,7 @@ from krea_dagster.curation.export.content import (
 )
 from krea_dagster.curation.export.exporting import Exported, export
 from krea_dagster.curation.export.spec import ExportSpec, Form
+from krea_dagster.curation.export.target import Target
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.export.export_shelf import Shelf, drawn
 
@@ -380,6 +382,40 @@ def memory() -> Iterator[Any]:
     fs.store.clear()
     yield fs
     fs.store.clear()
+
+
+def test_a_version_that_another_export_removed_is_not_published(shelf: Shelf, to: str) -> None:
+    """That one was told to keep few, and this one's was complete and not the one that counts."""
+    rows = shelf.rows(3)
+    shelf.accept(rows)
+    first = done(shelf, to, form="jsonl")
+    shelf.accept([*rows, *shelf.rows(1, 3)])
+    second = done(shelf, to, form="jsonl")
+    target = Target(to)
+    target.publish(first.version)
+    shutil.rmtree(Path(second.path))
+    with pytest.raises(StorageError, match="removed by another export"):
+        target.publish(second.version)
+    assert target.latest() == first.version
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "imagefolder"])
+def test_prompts_with_every_kind_of_line_end_stay_in_their_row(
+    shelf: Shelf, to: str, form: Form
+) -> None:
+    ends = ["\r", "\n", "\r\n", "\u2028", "\x85", "\x0b", '"', ","]
+    rows = [{**row, "prompt": f"one{end}two"} for row, end in zip(shelf.rows(8), ends, strict=True)]
+    shelf.accept(rows)
+    exported = done(shelf, to, form=form)
+    assert {row["prompt"] for _, row in images_in(exported).values()} == {
+        row["prompt"] for row in rows
+    }
+    if form == "csv":
+        table = pa_csv.read_csv(
+            Path(exported.path) / "train.csv",
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+        )
+        assert sorted(table["prompt"].to_pylist()) == sorted(row["prompt"] for row in rows)
 
 
 @pytest.mark.parametrize("form", FORMS)

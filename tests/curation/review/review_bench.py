@@ -161,15 +161,17 @@ def _measure(storage: Storage, rows: np.ndarray, partitions: np.ndarray) -> None
 class Server:
     """The command, running in a process of its own; ``url`` is the page's address."""
 
-    def __init__(self, shelf: Shelf, *further: str, port: int = 0) -> None:
+    def __init__(self, shelf: Shelf, *further: str, port: int = 0, opens: str = "") -> None:
         code = "from krea_dagster.curation.review import review_command; review_command()"
-        settings = ["--storage", str(shelf.folder), "--no-open", "--port", str(port)]
+        settings = ["--storage", str(shelf.folder), "--port", str(port)]
+        if not opens:
+            settings.append("--no-open")
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, *settings, "--reviewer", "ada", *further],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "KREA_REVIEW_TOKEN": TOKEN},
+            env={**os.environ, "KREA_REVIEW_TOKEN": TOKEN, "BROWSER": opens},
         )
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()

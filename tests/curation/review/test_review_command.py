@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -32,6 +34,27 @@ def test_the_address_is_printed_and_the_reviewer_is_whom_one_names(tmp_path: Pat
     code, said = server.stop()
     assert code == 0
     assert said.splitlines() == ["16 rows; Ctrl+C ends the review."]
+
+
+def test_the_token_is_not_on_the_browser_s_command_line(tmp_path: Path) -> None:
+    """Every user of the machine can read that. What is opened can be read by this user only."""
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    browser, seen = tmp_path / "browser", tmp_path / "seen"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {seen}.new; mv {seen}.new {seen}\n')
+    browser.chmod(0o700)
+    server = Server(shelf, opens=str(browser))
+    deadline = time.monotonic() + 20
+    while not seen.exists():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+    opened = seen.read_text().strip()
+    assert opened.startswith("file://")
+    assert TOKEN not in opened
+    page = Path(opened.removeprefix("file://"))
+    assert f'content="0;url={server.url}"' in page.read_text()
+    assert page.parent.stat().st_mode & 0o077 == 0
+    assert server.stop()[0] == 0
+    assert not page.exists()
 
 
 def test_without_a_journal_there_is_nothing_to_review(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from krea_dagster.engine.runner import Wanted
 from krea_dagster.engine.storage import Storage
 from krea_dagster.engine.verdicts import VERDICTS, Verdict
 from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import read_manifests, write_manifest
 from krea_dagster.prompts import plan_images
-from tests.curation.review.review_bench import SAMPLES, Shelf, make_shelf, sha256
+from tests.curation.review.review_bench import PARTITIONS, SAMPLES, Shelf, make_shelf, sha256
 from tests.spend.spend_bench import LEARNED, Shop
 
 ROWS = 844  # four of them without a picture
@@ -66,6 +67,30 @@ def test_what_was_accepted_is_marked(tmp_path: Path) -> None:
     chosen = index.table.filter(index.table["accepted"])
     assert chosen["image_sha256"].to_pylist() == [sha256(3)]
     assert index.of_cluster(0) == [0], "nothing is known of likeness"
+
+
+def test_columns_of_the_table_that_are_called_like_the_index_s_own_are_shown_beside(
+    tmp_path: Path,
+) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1)
+    storage = Storage(str(shelf.folder))
+    for at in range(PARTITIONS):
+        table = read_manifests(storage, [f"bucket-{at:03d}"])
+        for name in ("earlier", "accepted"):
+            table = table.append_column(name, pa.array(["said"] * len(table)))
+        table = table.append_column("half", pa.array(np.ones(len(table), np.float16)))
+        # A column that is whole in one partition and text in the others.
+        kind = pa.int64() if at == 0 else pa.string()
+        table = table.append_column("mixed", pa.array(["7"] * len(table)).cast(kind))
+        write_manifest(storage, f"bucket-{at:03d}", table)
+    accepted = pa.table({"image_sha256": [sha256(3)]})
+    storage.write("accepted/bucket-000.parquet", lambda file: pq.write_table(accepted, file))
+    index = read(shelf)
+    said = {one["name"]: one for one in index.columns()}
+    assert (said["accepted"]["kind"], said["accepted (table)"]["kind"]) == ("truth", "text")
+    assert index.table["earlier (table)"].to_pylist() == ["said"] * 16
+    assert set(index.table["mixed"].to_pylist()) == {"7"}
+    assert said["half"]["range"] == [1.0, 1.0]
 
 
 def test_of_a_file_that_was_bought_twice_one_purchase_is_to_be_kept(tmp_path: Path) -> None:

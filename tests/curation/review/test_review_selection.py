@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timezone
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ TABLE = pa.table(
             pa.timestamp("us", tz="UTC"),
         ),
         "tags": [["x"], ["y", "z"], None, ["x"]],
+        "big": pa.array([2**60 + 1, 2**60 + 2, 3, None], pa.uint64()),
+        "day": pa.array([date(2026, 1, day) for day in (1, 2, 3, 4)], pa.date32()),
+        "hour": pa.array([time(1), time(2), None, time(4)], pa.time64("us")),
     }
 )
 NO_VERDICTS = np.full(4, empty_code(), np.int8)
@@ -60,6 +63,13 @@ def test_no_selection_shows_everything_in_the_table_s_order() -> None:
         (["seed", "is empty"], "d"),
         (["sharpness", "at least", "0.5"], "ad"),
         (["sharpness", "is empty"], "bc"),
+        (["sharpness", "is not empty"], "ad"),
+        (["big", "is", str(2**60 + 1)], "a"),
+        (["big", "at least", str(2**60 + 2)], "b"),
+        (["big", "at least", "3.5"], "ab"),
+        (["big", "is not", "-1"], "abcd"),
+        (["day", "at least", "2026-01-03T00:00"], "cd"),
+        (["hour", "contains", "01:00"], "a"),
         (["earlier", "is", "true"], "c"),
         (["earlier", "is", "false"], "abd"),
         (["stored_at", "at least", "2026-01-03T00:00"], "cd"),

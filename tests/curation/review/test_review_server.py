@@ -185,6 +185,32 @@ def test_a_verdict_that_cannot_be_kept_is_named_and_does_not_hold_up_the_others(
     assert history(shelf)[-1].verdict_id == good["verdict_id"]
 
 
+def test_a_page_of_another_journal_s_review_is_refused_and_keeps_its_verdicts(
+    page: httpx.Client, shelf: Shelf
+) -> None:
+    """As where the command was started for another root, with the same port and token."""
+    own, before = page.get("api/start").json()["journal"], len(history(shelf))
+    entry = given(9)
+    for journal, status in (("another", 409), (own, 200)):
+        answer = page.post("api/verdicts", json={"journal": journal, "verdicts": [entry]})
+        heard = page.get("api/since", params={"number": 0, "journal": journal})
+        assert (answer.status_code, heard.status_code) == (status, status)
+    assert len(history(shelf)) == before + 1
+
+
+def test_a_file_that_was_replaced_is_not_shown_under_the_old_hash(tmp_path: Path) -> None:
+    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    server = Server(shelf)
+    for path in (shelf.folder / "images").rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"more")
+    for kind in ("small", "full"):
+        answer = httpx.get(f"{server.url}{kind}/{sha256(0)}")
+        assert (answer.status_code, answer.json()["error"]) == (
+            415, "the file is not the one that was verified",
+        )  # fmt: skip
+    server.stop()
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
     [

@@ -86,6 +86,8 @@ def test_a_small_picture_is_made_once_and_then_read(tmp_path: Path) -> None:
     assert len(set(found)) == 1
     (kept,) = [path for path in thumbnail_folder(storage).rglob("*") if path.is_file()]
     assert kept.name == f"{SHA}-{SIDE}.jpg"
+    kept.write_bytes(b"")  # as a power cut may leave it
+    assert anyio.run(thumbnails.get, SHA, "images/a.png") == found[0]
     (tmp_path / "images" / "a.png").unlink()
     assert anyio.run(thumbnails.get, SHA, "images/a.png") == found[0]
     with pytest.raises(NoThumbnail, match="not there any more"):
