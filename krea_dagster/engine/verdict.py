@@ -17,7 +17,9 @@ VERDICTS: Final = (KEEP, REJECT, FLAG, NONE)
 
 _HEX: Final = frozenset("0123456789abcdef")
 #: The longest texts that are kept, in characters.
-_LONGEST: Final = {"verdict_id": 64, "reviewer": 255, "reason": 2000}
+_LONGEST: Final = {"verdict_id": 64, "reviewer": 255, "reason": 2000, "request_key": 64}
+#: Texts of any length.
+_NAMES: Final = ("prompt_id", "partition_key")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Verdict:
                     f"a verdict's {name} is a text of at most {most} characters, "
                     f"not {str(value)[:40]!r}"
                 )
+        for name in _NAMES:
+            value = getattr(self, name)
+            if not _can_be_kept(value, len(value)):
+                raise InputError(f"a verdict's {name} holds characters that cannot be kept")
 
 
 def _can_be_kept(value: object, most: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -12,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from krea_dagster.curation.export.exporting import Exported
     from krea_dagster.curation.export.shards import Progress
+    from krea_dagster.engine.storage import Storage
 
 #: Seconds between two lines of progress.
 _LINE_EVERY_S: Final = 5.0
@@ -19,8 +21,9 @@ _LINE_EVERY_S: Final = 5.0
 _EPILOG: Final = """
 \b
 Environment:
-  KREA_STORAGE  root of what is made                       [data/krea]
-  KREA_PROMPTS  the prompt table, to be named in the card  [none]
+  KREA_STORAGE      root of what is made                       [data/krea]
+  KREA_JOURNAL_URL  SQLAlchemy URL        [SQLite in the storage root]
+  KREA_PROMPTS      the prompt table, to be named in the card  [none]
 
 \b
 An export is a new version: a folder below --to that never changes. LATEST (and
@@ -45,6 +48,14 @@ published, 2 wrong use or nothing to export.
     default="data/krea",
     show_default=True,
     help="The storage root whose images are exported.",
+)
+@click.option(
+    "--journal",
+    "journal_url",
+    envvar="KREA_JOURNAL_URL",
+    default="",
+    metavar="URL",
+    help="The journal, where it is not in the storage root.",
 )
 @click.option(
     "--to",
@@ -129,6 +140,7 @@ published, 2 wrong use or nothing to export.
 def export_command(
     *,
     storage: str,
+    journal_url: str,
     to: str | None,
     form: str,
     everything: bool,
@@ -184,10 +196,36 @@ def export_command(
         threads=threads,
         on_progress=_lines(),
     )
+    if not everything:
+        _warn_of_verdicts(root, journal_url, done)
     if as_json:
         click.echo(json.dumps(done.figures(), indent=2))
     else:
         _show(done)
+
+
+def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
+    """Say where somebody has refused an image since ``accepted_images`` was made."""
+    from krea_dagster.curation.export.target import Target  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.engine.database import database_in, has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.verdicts import FLAG, REJECT, VerdictLog  # noqa: PLC0415 - as above
+
+    if not journal_url and root.folder is None:
+        return
+    url = journal_url or database_in(root)
+    if not has_database(url):
+        return
+    path, _, version = done.path.rpartition("/")
+    images = Target(path).index(version)["image_sha256"].to_pylist()
+    with closing(VerdictLog.open(url)) as verdicts:
+        found = verdicts.present(images).values()
+    refused = sum(1 for one in found if one.verdict in (REJECT, FLAG))
+    if refused:
+        click.echo(
+            f"{refused} of these images {'was' if refused == 1 else 'were'} rejected or flagged "
+            "since accepted_images was made: materialize it, and export again.",
+            err=True,
+        )
 
 
 def _lines() -> Callable[[Progress], None]:

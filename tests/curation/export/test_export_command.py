@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 
 from krea_dagster.curation.export.command import export_command
 from krea_dagster.curation.export.content import ImagesNotAsStored
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.verdicts import REJECT, Verdict
 from krea_dagster.errors import ConfigError, InputError
 from tests.curation.export.export_shelf import Shelf
 
@@ -38,6 +41,19 @@ def test_it_publishes_below_the_storage_root_and_prints_where(shelf: Shelf) -> N
     assert f"version    {home / version}" in ran.stdout
     assert "credits    18 for these images" in ran.stdout
     assert "materialize near_duplicates first" in ran.stderr
+
+
+def test_a_verdict_that_came_after_accepted_images_was_made_is_said(shelf: Shelf) -> None:
+    row = shelf.rows(1)[0]
+    names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
+    with closing(Journal(f"sqlite:///{shelf.root}/journal.db")) as journal:
+        assert "rejected or flagged" not in run(shelf).stderr
+        about = {name: row[name] for name in names}
+        journal.verdicts.remember([Verdict("1", row["image_sha256"], REJECT, "ann", **about)])
+    ran = run(shelf)
+    assert ran.exit_code == 0
+    assert "1 of these images was rejected or flagged since accepted_images was made" in ran.stderr
+    assert "rejected or flagged" not in run(shelf, "--all").stderr
 
 
 def test_json_is_all_that_is_on_stdout(shelf: Shelf, tmp_path: Path) -> None:
