@@ -47,8 +47,15 @@ class Storage:
         return str(self._fs.unstrip_protocol(self._full(name)))
 
     def name_of(self, location: str) -> str:
-        """The name under the root of a path or URL that ``locate`` gave."""
-        return location.removeprefix(self.locate("")).lstrip("/")
+        """The name under the root of an image's path or URL, as a manifest has it.
+
+        A root that was moved after its manifests were written is understood.
+        """
+        root = f"{self.locate('').rstrip('/')}/"
+        if location.startswith(root):
+            return location.removeprefix(root)
+        _, found, rest = location.rpartition("/images/")
+        return f"images/{rest}" if found else location.lstrip("/")
 
     def size_bytes(self, name: str) -> int | None:
         """The size of a file, or None where there is none."""

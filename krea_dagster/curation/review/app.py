@@ -371,16 +371,10 @@ class Review:
 
 
 def name_in(storage: Storage, location: str) -> str | None:
-    """The name of a picture under the root, or None where it can be no picture of it.
-
-    A root that was moved after its manifest was written is understood.
-    """
+    """The name of a picture under the root, or None where it can be no picture of it."""
     name = storage.name_of(location)
-    if not name.startswith("images/"):
-        _, found, rest = name.rpartition("/images/")
-        name = f"images/{rest}" if found else ""
-    path = PurePosixPath(name)
-    return name if name and ".." not in path.parts else None
+    allowed = name.startswith("images/") and ".." not in PurePosixPath(name).parts
+    return name if allowed else None
 
 
 def _verdict_of(entry: dict[str, Any]) -> Verdict:

@@ -29,6 +29,7 @@ from krea_dagster.curation.export.content import (
 from krea_dagster.curation.export.exporting import Exported, export
 from krea_dagster.curation.export.spec import ExportSpec, Form
 from krea_dagster.curation.export.target import Target
+from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.export.export_shelf import Shelf, drawn
 
@@ -382,6 +383,16 @@ def memory() -> Iterator[Any]:
     fs.store.clear()
     yield fs
     fs.store.clear()
+
+
+def test_a_root_that_was_moved_is_exported_from_where_it_is_now(
+    shelf: Shelf, tmp_path: Path, to: str
+) -> None:
+    """Its manifests name the files where they were."""
+    shelf.accept(shelf.rows(3))
+    Path(shelf.root).rename(tmp_path / "krea-moved")
+    moved = export(Storage(str(tmp_path / "krea-moved")), ExportSpec.parse(form="jsonl"), to)
+    assert len(images_in(moved)) == 3
 
 
 def test_a_version_that_another_export_removed_is_not_published(shelf: Shelf, to: str) -> None:
