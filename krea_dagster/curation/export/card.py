@@ -29,7 +29,6 @@ _SIZES: Final = (
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
 )
-_USER: Final = re.compile(r"://[^/\s]*@")
 
 _FORMS: Final = {
     "webdataset": "WebDataset shards: each image as `<key>.png` (or jpg, webp, avif), its prompt "
@@ -112,9 +111,12 @@ def write_card(facts: Facts, spec: ExportSpec, plan: Plan) -> str:
 
 def without_credentials(location: str) -> str:
     """A path or URL without user, password, query and fragment."""
-    if "://" not in location:
+    scheme, found, rest = location.partition("://")
+    if not found:
         return location
-    return _USER.sub("://", location.partition("?")[0].partition("#")[0])
+    # A password that nobody has encoded may hold any of the characters that end an address.
+    rest = rest.rpartition("@")[2]
+    return f"{scheme}://{rest.partition('?')[0].partition('#')[0]}"
 
 
 def _source(location: str) -> str:

@@ -141,7 +141,13 @@ def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> R
     """
     names = _names(storage, spec, folders)
     files = [_schema_of(storage, name) for name in names]
-    schema = pa.unify_schemas(files, promote_options="permissive")
+    try:
+        schema = pa.unify_schemas(files, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"a column is of one type in some partitions and of another in others: {error}. Give "
+            "it one type in the prompt table, and materialize them again; nothing was published"
+        ) from None
     known = schema.names
     columns = spec.columns or [name for name in known if name not in LEFT_OUT]
     for name in [*columns, *_NEEDED, *(one.column for one in spec.filters)]:

@@ -69,6 +69,7 @@ def test_the_prompt_table_is_named_in_the_card_without_what_is_private(
     for source, said in (
         ("/home/ada/secret/prompts.parquet", "- Prompts: prompts.parquet\n"),
         ("s3://ada:secret@bucket/p.parquet?secret=1", "- Prompts: s3://bucket/p.parquet\n"),
+        ("postgresql://ada:secret?secret#@host/db", "- Prompts: postgresql://host/db\n"),
     ):
         ran = CliRunner().invoke(
             export_command,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -179,6 +180,16 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(
     with pytest.raises(ConfigError, match=said):
         done(shelf, to, **fields)
     assert not Path(to).exists()
+
+
+def test_a_column_of_two_types_is_said(shelf: Shelf, to: str) -> None:
+    for key, value in (("a", 7), ("b", "seven")):
+        shelf.accept(shelf.rows(1), key)
+        name = accepted_name(key)
+        table = pq.read_table(shelf.storage.locate(name)).append_column("mixed", [[value]])
+        shelf.storage.write(name, partial(pq.write_table, table))
+    with pytest.raises(ConfigError, match="mixed"):
+        done(shelf, to)
 
 
 def test_a_column_that_the_form_needs_for_itself_is_refused(shelf: Shelf, to: str) -> None:
