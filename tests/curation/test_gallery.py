@@ -318,6 +318,14 @@ def test_the_page_stays_below_its_size_and_says_what_is_left_out(walls: Walls) -
     assert len(whole.all("img")) == 30
 
 
+def test_so_does_one_of_prompts_that_markup_makes_longer(walls: Walls) -> None:
+    for number in range(12):
+        walls.hang(f"row {number}", '"<&>"' * 1000)
+    _, written = page_of(walls, most_bytes=300_000)
+    assert written.size_bytes <= 300_000
+    assert 0 < written.shown < 12
+
+
 def test_a_page_with_no_room_for_one_picture_is_refused(walls: Walls) -> None:
     walls.hang("one", PROMPTS[0])
     with pytest.raises(ConfigError, match="no room for one picture"):
