@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.engine.calls import OVERLAP, CallLog
+from krea_dagster.engine.database import Database
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.schema import metadata
+from krea_dagster.engine.statements import Statements
 from krea_dagster.errors import JournalError
 from krea_dagster.models import ImageRequest
 
@@ -143,6 +146,21 @@ def test_receivers_that_write_together_lose_no_call(
     for thread in threads:
         thread.join()
     assert {key: call.count for key, call in log.called([A, B]).items()} == {A: 80, B: 80}
+
+
+def test_a_run_that_holds_a_request_does_not_keep_its_call_waiting(
+    log: CallLog, journal_url: str
+) -> None:
+    """Or the two could wait for each other, each with a row that the other wants."""
+    if journal_url.startswith("sqlite"):
+        pytest.skip("SQLite has one writer at a time")
+    with (
+        closing(Database(journal_url)) as database,
+        ThreadPoolExecutor(1) as pool,
+        database.write_by_driver("hold a request of") as cursor,
+    ):
+        assert set(Statements(database.dialect).records(cursor, [A, B])) == {A, B}
+        assert pool.submit(log.remember, [(A, "task-1")]).result(timeout=20) == {A}
 
 
 def test_many_keys_at_once_are_no_trouble(log: CallLog) -> None:

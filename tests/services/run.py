@@ -22,6 +22,7 @@ TESTS = (
     "tests/engine/test_budget.py",
     "tests/spend/test_spend_journals.py",
     "tests/engine/test_verdicts.py",
+    "tests/callbacks/test_callback_calls.py",
     "tests/engine/test_attempts.py",
     "tests/curation/test_slots.py",
     "tests/curation/review/test_review_servers.py",
