@@ -48,8 +48,8 @@ dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000
 services-test: setup  ## Run the journal's tests against a real PostgreSQL
 	@$(BIN)/python tests/services/run.py
 
-daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling (6 minutes)
-	@$(BIN)/pytest tests/daemon -m daemon -n 4
+daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling (7 minutes)
+	@$(BIN)/pytest $(or $(ONLY),tests/daemon) -m daemon -n 4
 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
 	@$(BIN)/pytest tests/browser -m browser -n 2 --dist loadfile
