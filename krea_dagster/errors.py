@@ -9,6 +9,7 @@
     ├── JournalError          the journal cannot be trusted or written; nothing more is bought
     │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
     │   ├── TakenOver           another run holds this request now, and carries it on
+    │   ├── TaskTaken           another purchase has this task; nothing changed
     │   └── IllegalTransition   an event that the state does not allow; nothing changed
     ├── ImagesNotAsStored     files are missing or not what was verified (curation/export)
     ├── Damaged               a shard that was read back is not what was written (curation/export)
@@ -167,6 +168,10 @@ class PurchasesNotWritten(JournalError):
 
 class TakenOver(JournalError):
     """Another run holds the request now. Nothing was changed; that run carries it on."""
+
+
+class TaskTaken(JournalError):
+    """A task is that of another purchase, so it cannot be this one's too. Nothing was changed."""
 
 
 class IllegalTransition(JournalError):

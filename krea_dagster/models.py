@@ -6,6 +6,7 @@ exact (EvoLink's amounts have at most four decimals).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -66,6 +67,14 @@ def credits_from_units(units: int) -> float:
 def credits_text(units: int) -> str:
     """Units as credits in exact text: ``0.45``, and no digit is lost, however many there are."""
     return f"{Decimal(units) / UNITS_PER_CREDIT:f}"
+
+
+_TASK_ID: Final = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}")
+
+
+def is_task_id(text: str) -> bool:
+    """Whether a text can be a task's id: it is put into a path, so it is not only dots."""
+    return _TASK_ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

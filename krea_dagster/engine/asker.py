@@ -25,7 +25,7 @@ from krea_dagster.engine.looking import (
     scout_due_s,
     together,
 )
-from krea_dagster.errors import ApiError
+from krea_dagster.errors import KreaError
 from krea_dagster.models import Task
 
 #: Reads under way at once.
@@ -89,7 +89,8 @@ class Asker:
         self._monotonic = monotonic
         self.latencies = latencies
         self._pressed = False
-        self._waiting: dict[str, _Waiting] = {}
+        # All that is waited for, in the order in which it came. Two may wait for one task.
+        self._waiting: dict[_Waiting, None] = {}
         self._listening: dict[str, _Waiting] = {}  # by request key
         # When each falls due by itself, where places in the window are wanted and where not.
         self._due: dict[bool, list[tuple[float, int, _Waiting]]] = {False: [], True: []}
@@ -148,7 +149,7 @@ class Asker:
     def _put(self, waiting: _Waiting) -> None:
         """Put a task among those that are asked about by themselves."""
         awaited = waiting.awaited
-        self._waiting[waiting.task_id] = waiting
+        self._waiting[waiting] = None
         if awaited is not None:
             quality = awaited.quality
             if quality not in self._scouts and not is_learned(self.latencies, quality):
@@ -191,15 +192,15 @@ class Asker:
         if not self._waiting:
             return None
         self._pausing = True
-        waited_for = [w.awaited for w in self._waiting.values()]
+        waited_for = [w.awaited for w in self._waiting]
         return pause_s(self.latencies, {task.quality for task in waited_for if task})
 
     def _take_together(self, now_s: float) -> list[_Waiting]:
         """The tasks of the next batch read: what is due at once, and what has probably ended."""
-        for waiting in [w for w in self._waiting.values() if w.answer.done()]:
-            del self._waiting[waiting.task_id]  # whoever asked was cancelled
-        urgent = [w for w in self._waiting.values() if self._is_urgent(w, now_s)]
-        others = [w for w in self._waiting.values() if w.awaited is not None and not w.scout]
+        for waiting in [w for w in self._waiting if w.answer.done()]:
+            del self._waiting[waiting]  # its caller was cancelled
+        urgent = [w for w in self._waiting if self._is_urgent(w, now_s)]
+        others = [w for w in self._waiting if w.awaited is not None and not w.scout]
         likely = chances(self.latencies, [w.awaited for w in others if w.awaited], now_s)
         batch = urgent[:BATCH]
         batch += [others[at] for at in together(likely, pressed=self._pressed)]
@@ -220,7 +221,7 @@ class Asker:
         while due and due[0][0] <= now_s:
             _, _, waiting = heapq.heappop(due)
             if waiting.taken or waiting.answer.done():
-                self._waiting.pop(waiting.task_id, None)
+                self._waiting.pop(waiting, None)
                 continue
             # What was learned since it was put there may have made it later.
             if self._due_s(waiting, self._pressed) > now_s + _LATER_S:
@@ -232,8 +233,6 @@ class Asker:
 
     def _push(self, waiting: _Waiting, pressed: bool) -> bool:
         """Put it where it falls due by itself; returns whether it is the first there."""
-        if self._client.batch_supported:
-            return False
         due = self._due[pressed]
         heapq.heappush(due, (self._due_s(waiting, pressed), next(self._order), waiting))
         return due[0][2] is waiting
@@ -248,8 +247,7 @@ class Asker:
         self.asked += len(batch)
         for waiting in batch:
             waiting.taken = True
-            if self._waiting.get(waiting.task_id) is waiting:
-                del self._waiting[waiting.task_id]
+            self._waiting.pop(waiting, None)
             if waiting.scout and waiting.awaited is not None:
                 self._scouts.discard(waiting.awaited.quality)
         if len(self._due[not self._pressed]) > 4 * len(self._waiting) + BATCH:
@@ -269,7 +267,7 @@ class Asker:
             async with self._reads:
                 self.calls += 1
                 found = await self._client.tasks([waiting.task_id for waiting in batch])
-        except ApiError as error:
+        except KreaError as error:
             for waiting in batch:
                 _fail(waiting, error)
             return
@@ -278,8 +276,7 @@ class Asker:
             self._arrived.set()
         for waiting in batch:
             task = found.get(waiting.task_id)
-            if task is None or (task.status == "completed" and not task.results):
-                # Left out, or without its link: only the single read says more.
+            if task is None or _needs_single_read(task):
                 await self._read_one(waiting)
             elif not waiting.answer.done():
                 waiting.answer.set_result(_answer(waiting, task, asked_at_s))
@@ -290,17 +287,27 @@ class Asker:
                 self.calls += 1
                 asked_at_s = self._monotonic()
                 task = await self._client.task(waiting.task_id)
-        except ApiError as error:
+        except KreaError as error:
             _fail(waiting, error)
             return
         if not waiting.answer.done():
             waiting.answer.set_result(_answer(waiting, task, asked_at_s))
 
 
+def _needs_single_read(task: Task) -> bool:
+    """Whether only the documented read of one task is believed: no link, or a failure.
+
+    After a failure the image may be bought again.
+    """
+    return task.status in ("failed", "cancelled") or (
+        task.status == "completed" and not task.results
+    )
+
+
 def _answer(waiting: _Waiting, task: Task, asked_at_s: float) -> Answer:
     return Answer(task, asked_at_s, waiting.hint, waiting.quiet_at_s)
 
 
-def _fail(waiting: _Waiting, error: ApiError) -> None:
+def _fail(waiting: _Waiting, error: KreaError) -> None:
     if not waiting.answer.done():
         waiting.answer.set_exception(error)

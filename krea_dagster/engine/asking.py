@@ -7,6 +7,7 @@ from typing import Final
 
 from krea_dagster.engine.asker import Answer, Asker
 from krea_dagster.engine.at_server import AtServer
+from krea_dagster.engine.budget import is_doubtful
 from krea_dagster.engine.calls import Called
 from krea_dagster.engine.carrier import Carrier, Desk, trouble
 from krea_dagster.engine.frozen import changed
@@ -18,25 +19,31 @@ from krea_dagster.engine.resolution import Claim, why_not_taken
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
     AccessDenied,
-    ApiError,
+    InputError,
     InsufficientCredits,
+    KreaError,
+    RunStopped,
     TaskNotFound,
+    TaskTaken,
     Unauthorized,
 )
 from krea_dagster.models import Task
 
 #: States whose task has not been seen to end.
-_UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED})
+_UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED, State.FAILED})
+
+#: So many tasks that are not known, and none that is, mean that the key is another account's.
+_ALL_UNKNOWN: Final = 3
 
 
 class Asking:
     """The questions of one run, and what their answers add up to.
 
-    Every step takes a carrier, changes its record and trail, and returns the seconds to wait
-    before its next step. ``callback_url_of`` gives the address at which a request is called back,
-    where there is a receiver, whose ``calls`` are then listened to. ``charged_units`` is what this
-    run's answers settled; ``missed_callbacks`` counts the tasks that ended and were not called
-    about. Raises JournalError where an event could not be written.
+    Every step takes a carrier, changes its record and trail, and returns the seconds to wait before
+    its next step. ``callback_url_of`` gives the address at which a request is called back, where
+    there is a receiver, whose ``calls`` are then listened to. ``stop`` ends the buying.
+    ``charged_units`` is what this run's answers settled; ``missed_callbacks`` counts the tasks that
+    ended and were not called about. Raises JournalError where an event could not be written.
     """
 
     def __init__(
@@ -46,8 +53,12 @@ class Asking:
         at_server: AtServer,
         calls: Calls,
         *,
+        stop: Callable[[RunStopped], None],
         callback_url_of: Callable[[str], str] | None = None,
     ) -> None:
+        self._stop = stop
+        self._unknown_tasks: set[str] = set()
+        self._found_one = False
         self._asker = asker
         self._desk = desk
         self._at_server = at_server
@@ -61,15 +72,22 @@ class Asking:
         record = carrier.record
         awaited = self._awaited(carrier)
         listens = self.is_called(record)
+        lost = record.state is State.EXPIRED
         try:
             answer = await self._asker.ask(
                 str(record.task_id), awaited, called_for=record.request_key if listens else None
             )
-        except ApiError as error:
+        except KreaError as error:
             return self._asked_in_vain(carrier, error)
+        self._found_one = True
         asks = carrier.trail.asks + 1
         carrier.trail = changed(
-            carrier.trail, asks=asks, ask_failures=0, not_found=0, stale_link=False
+            carrier.trail,
+            asks=asks,
+            ask_failures=0,
+            not_found=0,
+            stale_link=False,
+            revived=carrier.trail.revived or lost,
         )
         task = answer.task
         match task:
@@ -81,7 +99,7 @@ class Asking:
                 self._ended(carrier, answer)
                 await self._task_failed(carrier, task)
                 return 0.0
-        if record.state is State.SUBMITTED:
+        if record.state is not State.COMPLETED:
             carrier.not_yet_s = max(carrier.not_yet_s, answer.asked_at_s - carrier.since_s)
             return 0.0
         # No fresh link: the old one is tried again before the run gives up.
@@ -107,15 +125,42 @@ class Asking:
         said = f"outcome unknown, a person decides: a callback claims task {claim.task_id}"
         try:
             answer = await self._asker.ask(claim.task_id)
-        except ApiError as error:
+        except KreaError as error:
             carrier.trail = changed(carrier.trail, final=f"{said}, which cannot be read: {error}")
             return 0.0
         if why := why_not_taken(claim, carrier.record, answer.task):
             carrier.trail = changed(carrier.trail, final=f"{said}, but {why}")
             return 0.0
         by = {"resolved_by": "a callback, confirmed by EvoLink", "called_at": str(claim.first_at)}
-        await self._desk.record(carrier, Event.ACCEPTED, {"task_id": claim.task_id}, by)
+        try:
+            await self._desk.record(carrier, Event.ACCEPTED, {"task_id": claim.task_id}, by)
+        except TaskTaken as error:
+            carrier.trail = changed(carrier.trail, final=f"{said}, but {error}")
         return 0.0
+
+    async def may_be_bought_again(self, carrier: Carrier) -> bool:
+        """Read a failed task once more before its request is bought again.
+
+        Where it is completed after all, that is recorded. What cannot be read is left alone.
+        """
+        record = carrier.record
+        try:
+            answer = await self._asker.ask(str(record.task_id))
+        except TaskNotFound:
+            return True  # it has failed, and is forgotten by now
+        except KreaError as error:
+            reason = f"not bought again: its failed task cannot be read: {error}"
+            carrier.trail = changed(carrier.trail, final=reason)
+            return False
+        match answer.task:
+            case Task(status="completed", results=(url, *_)):
+                await self._task_completed(carrier, answer, url)
+                return False
+            case Task(status="failed"):
+                return True
+        reason = f"not bought again: its task failed, and is {answer.task.status} now"
+        carrier.trail = changed(carrier.trail, final=reason)
+        return False
 
     def is_called(self, record: Record) -> bool:
         """Whether the receiver will be told of its task's end: it was sent with that address."""
@@ -147,14 +192,13 @@ class Asking:
 
     async def _task_completed(self, carrier: Carrier, answer: Answer, url: str) -> None:
         record, task = carrier.record, answer.task
-        if record.state not in _UNSETTLED or record.charged_units is not None:
+        settled = record.charged_units is not None and record.state is not State.FAILED
+        if record.state not in _UNSETTLED or settled:
             await self._desk.record(carrier, Event.COMPLETED, {"result_url": url})
             return
         if record.run_id == self._desk.run_id:
             self._at_server.learn(carrier, answer)
-        charged = record.reserved_units
-        if task.credits_used_units is not None:
-            charged = task.credits_used_units
+        charged = _charge(record, task)
         values = {"result_url": url, "charged_units": charged}
         await self._desk.record(carrier, Event.COMPLETED, values)
         self.charged_units += charged or 0
@@ -176,11 +220,27 @@ class Asking:
         carrier.trail = changed(carrier.trail, task_failures=failures, asks=0)
         carrier.not_yet_s = 0.0
 
-    def _asked_in_vain(self, carrier: Carrier, error: ApiError) -> float:
+    def _not_found(self, record: Record) -> None:
+        """Note a task that is not known and should be: several, and no other, mean a wrong key."""
+        age_s = self._desk.age_s(record)
+        if record.state is State.SUBMITTED and age_s < self._desk.policy.gone_after_s:
+            self._unknown_tasks.add(str(record.task_id))
+        if len(self._unknown_tasks) >= _ALL_UNKNOWN and not self._found_one:
+            self._stop(
+                RunStopped(
+                    "tasks_not_found",
+                    f"none of {len(self._unknown_tasks)} tasks that were asked about is known to "
+                    "the server with this API key: is it a key of another account? Nothing more "
+                    "is bought, and nothing is given up",
+                )
+            )
+
+    def _asked_in_vain(self, carrier: Carrier, error: KreaError) -> float:
         trail = changed(carrier.trail, ask_failures=carrier.trail.ask_failures + 1)
-        at_least_s = error.retry_after_s or 0.0
+        at_least_s = getattr(error, "retry_after_s", None) or 0.0
         match error:
             case TaskNotFound():
+                self._not_found(carrier.record)
                 # Apart, because what it leads to is an image given up as lost.
                 trail = changed(trail, not_found=trail.not_found + 1)
                 at_least_s = max(
@@ -188,9 +248,26 @@ class Asking:
                 )
             case Unauthorized() | AccessDenied() | InsufficientCredits():
                 trail = changed(trail, final=f"detached: its task cannot be read: {error}")
+            case InputError():
+                trail = changed(trail, final=f"its task cannot be read: {error}")
         carrier.trail = trail
+        if carrier.record.state is State.EXPIRED:
+            return 0.0  # asked about once in a run
         return self._desk.backoff_s(trail.ask_failures, at_least_s=at_least_s)
 
 
+def _charge(record: Record, task: Task) -> int | None:
+    """What a completed task was charged, in units; None where that cannot be believed or told."""
+    if record.replayed:
+        return 0  # another journal has bought it
+    charged = record.reserved_units
+    if task.credits_used_units is not None:
+        charged = task.credits_used_units
+    known = {record.request.quality: record.expected_units}
+    if charged and is_doubtful(charged, record.request.quality, known):
+        return None
+    return charged
+
+
 def _may_have_failed(record: Record) -> bool:
-    return record.state in _UNSETTLED and record.charged_units is None
+    return record.state in (State.SUBMITTED, State.EXPIRED) and record.charged_units is None

@@ -17,7 +17,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.schema import events, submissions
 from krea_dagster.engine.statements import ADDED_POSTS, Cursor, Statements
 from krea_dagster.engine.states import Event
-from krea_dagster.errors import BuyingClosed, JournalError
+from krea_dagster.errors import BuyingClosed, JournalError, TaskTaken
 
 
 class OutOfDate(Exception):
@@ -32,9 +32,12 @@ def write_changes(
     *,
     owner: str,
     run_id: str,
+    root_id: str,
     known: Mapping[str, Record],
 ) -> list[Record | JournalError | BuyingClosed]:
     """Write what may be written; answers in the order of the changes.
+
+    ``root_id`` is the storage root whose files the changes are about.
 
     ``known`` are records by request key; what is not among them is read, and kept from being
     changed by others until the transaction ends. Raises OutOfDate.
@@ -44,11 +47,19 @@ def write_changes(
     if missing:
         present.update(statements.records(cursor, sorted(missing)))
     ledger.lock(changes, present)
+    taken = _tasks_of_others(cursor, statements, changes)
     answers: list[Record | JournalError | BuyingClosed] = []
     steps: list[Step] = []
     for change in changes:
         try:
             before = check(change, present.get(change.request_key), owner)
+            if (task_id := _task_id(change)) and taken.get(
+                task_id, change.request_key
+            ) != change.request_key:
+                raise TaskTaken(
+                    f"task {task_id} is that of request {taken[task_id]}, and not of request "
+                    f"{change.request_key} too"
+                )
             if change.event is Event.SUBMITTING:
                 committed = expected = ledger.admit(change, before)
             else:
@@ -61,8 +72,10 @@ def write_changes(
         present[change.request_key] = step.after
         answers.append(step.after)
         steps.append(step)
+        if task_id:
+            taken[task_id] = change.request_key
     for round_ in _rounds(steps):
-        _write_steps(cursor, statements, round_, owner, run_id)
+        _write_steps(cursor, statements, round_, owner=owner, run_id=run_id, root_id=root_id)
     ledger.write()
     return answers
 
@@ -84,10 +97,12 @@ def _write_steps(
     cursor: Cursor,
     statements: Statements,
     steps: Sequence[Step],
+    *,
     owner: str,
     run_id: str,
+    root_id: str,
 ) -> None:
-    """Write three kinds of rows; statements of one shape go to the driver together."""
+    """Write four kinds of rows; statements of one shape go to the driver together."""
     request_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     submission_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for step in steps:
@@ -116,5 +131,39 @@ def _write_steps(
     for names, rows in submission_updates.items():
         if statements.submission_update(names).execute(cursor, rows) != len(rows):
             raise OutOfDate
+    _write_files(cursor, statements, steps, root_id)
     log = [event_row(step, run_id) for step in steps]
     statements.insertion(events, tuple(log[0])).execute(cursor, log)
+
+
+def _write_files(
+    cursor: Cursor, statements: Statements, steps: Sequence[Step], root_id: str
+) -> None:
+    """Note which files lie in the run's storage root, and which are missing there."""
+    if not root_id:
+        return
+    rows = [
+        {
+            "request_key": step.change.request_key,
+            "root_id": root_id,
+            "at": step.change.at,
+            "missing_since": None if step.file else step.change.at,
+        }
+        for step in steps
+        if step.file is not None
+    ]
+    if rows:
+        statements.file_seen.execute(cursor, rows)
+
+
+def _task_id(change: Change) -> str | None:
+    """The task that a change gives a request."""
+    return change.values.get("task_id") if change.event is Event.ACCEPTED else None
+
+
+def _tasks_of_others(
+    cursor: Cursor, statements: Statements, changes: Sequence[Change]
+) -> dict[str, str]:
+    """The requests that have the tasks which these changes name, by task id."""
+    named = [task_id for change in changes if (task_id := _task_id(change))]
+    return statements.tasks(cursor, named) if named else {}

@@ -78,9 +78,13 @@ class Budget:
     def bounds(self, scope: str) -> bool:
         """Whether a scope is one of those that it bounds."""
         begin = f"{self.kind}:{self.name}:" if self.kind == "column" else f"{self.kind}:"
+        table = ""
+        if self.kind == "partition" and scope.startswith("table:"):
+            # Only purchases of its own table are ever held against a budget.
+            table = scope[: scope.index(":", len("table:")) + 1]
         if self.value is None:
-            return scope.startswith(begin)
-        return scope == scope_name(f"{begin}{self.value}")
+            return scope.startswith(f"{table}{begin}")
+        return scope == scope_name(f"{table}{begin}{self.value}")
 
 
 def scope_name(text: str) -> str:
@@ -98,17 +102,31 @@ def column_scope(name: str, value: str | None) -> str:
     return scope_name(f"column:{name}:{value or ''}")
 
 
+def partition_scope(table_id: str, partition_key: str) -> str:
+    """Return the scope of a partition of a prompt table."""
+    begin = f"table:{table_id}:" if table_id else ""
+    return scope_name(f"{begin}partition:{partition_key}")
+
+
 def scopes_of(
-    run_id: str, sent_at: datetime, partition_key: str, further: Iterable[str] = ()
+    run_id: str,
+    sent_at: datetime,
+    partition_key: str,
+    further: Iterable[str] = (),
+    *,
+    table_id: str = "",
 ) -> tuple[str, ...]:
-    """Return all that a purchase counts for: its run, UTC day and month, its partition, further."""
+    """Return all that a purchase counts for: its run, UTC day and month, its partition, further.
+
+    A partition is one of a prompt table: two tables that share a journal may have the same keys.
+    """
     day = sent_at.astimezone(timezone.utc)
     month = f"{day.year:04}-{day.month:02}"
     return (
         f"run:{run_id}",
         f"day:{month}-{day.day:02}",
         f"month:{month}",
-        scope_name(f"partition:{partition_key}"),
+        partition_scope(table_id, partition_key),
         *further,
     )
 
@@ -162,6 +180,20 @@ def expected_units(quality: str, highest_seen: Mapping[str, int]) -> int:
     return highest_seen.get(quality) or PUBLISHED_UNITS.get(quality, max(PUBLISHED_UNITS.values()))
 
 
+#: How many times dearer or cheaper than every known price a price may be and be believed.
+DOUBTFUL_TIMES: Final = 4
+
+
+def is_doubtful(units: int, quality: str, highest_seen: Mapping[str, int]) -> bool:
+    """Whether a price is far from what is published and from what was paid before.
+
+    Such a one is a mistake until a person accepts it: it is not reserved by, nor remembered.
+    """
+    known = [PUBLISHED_UNITS.get(quality, 0), highest_seen.get(quality, 0)]
+    known = [price for price in known if price > 0] or [expected_units(quality, {})]
+    return units > DOUBTFUL_TIMES * max(known) or units * DOUBTFUL_TIMES < min(known)
+
+
 def admit(
     caps: Caps,
     scopes: Iterable[str],
@@ -185,6 +217,8 @@ def admit(
 
 
 def _reached(what: str, scope: str, found: Commitment, said: str, now: datetime) -> CapReached:
+    if scope.startswith("table:"):
+        scope = scope.split(":", 2)[2]  # the id of a table says nothing to people
     kind = scope.partition(":")[0]
     frees = {
         "day": f"frees at {next_day(now):%Y-%m-%d %H:%M} UTC",
@@ -235,7 +269,7 @@ def committed_after(
         case Event.FAILED:
             charged = values.get("charged_units")
             return charged if isinstance(charged, int) else committed_units
-        case Event.COMPLETED:
+        case Event.COMPLETED | Event.FOUND:
             charged = values.get("charged_units")
             return charged if isinstance(charged, int) else committed_units
         case _:

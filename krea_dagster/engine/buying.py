@@ -6,7 +6,7 @@ unknown. Nothing here repeats by itself; what to do next is the policy's to say.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 import anyio
@@ -14,10 +14,12 @@ import anyio.lowlevel
 
 from krea_dagster.engine.asker import TaskReader
 from krea_dagster.engine.at_server import AtServer
+from krea_dagster.engine.budget import is_doubtful
 from krea_dagster.engine.carrier import Carrier, Desk, trouble
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader
-from krea_dagster.engine.policy import task_error_wait_s
+from krea_dagster.engine.policy import CONFLICT, task_error_wait_s
+from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
@@ -34,6 +36,7 @@ from krea_dagster.errors import (
     RunStopped,
     SubmitError,
     TakenOver,
+    TaskTaken,
     TurnedAway,
     UnwrittenPurchase,
 )
@@ -47,6 +50,8 @@ from krea_dagster.models import (
 
 #: Seconds that a stop leaves to a POST under way, so that its task id is not lost.
 _GRACE_S: Final = 10.0
+#: Prices in a row that cannot be believed, after which nothing more is bought.
+_DOUBTED: Final = 3
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
 _PENDING_S: Final = 60.0
 
@@ -67,12 +72,14 @@ class Buying:
     """The purchases of one run, and what it has learned by them.
 
     Every method takes a carrier, changes its record and trail, and returns the seconds to wait
-    before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what
-    the caps said, by scope, ``dearer`` the prices above the expected, by quality, ``unwritten``
-    what was bought and the journal did not take. ``announce_stop`` tells the launch's other
-    shards that the account stopped this one. ``callback_url_of`` gives the address at which a
-    request is called back, where there is a receiver. Raises JournalError where an event could
-    not be written.
+    before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what the
+    caps said, by scope, ``dearer`` the prices above the expected, by quality, ``unwritten`` what
+    was bought and the journal did not take. ``announce_stop`` tells the launch's other shards that
+    the account stopped this one, ``keep`` writes what was bought and could not be written where the
+    next run finds it, and returns where; ``confirm`` reads a failed task before its request is
+    bought again. ``table_id`` and ``api_key`` (a fingerprint) are kept with each purchase.
+    ``callback_url_of`` gives the address at which a request is called back, where there is a
+    receiver. Raises JournalError where an event could not be written.
     """
 
     def __init__(
@@ -82,12 +89,21 @@ class Buying:
         at_server: AtServer,
         *,
         announce_stop: Callable[[AccountStopped], Awaitable[None]],
+        keep: Callable[[UnwrittenPurchase, Mapping[str, Any]], str] = lambda _, __: "",
+        confirm: Callable[[Carrier], Awaitable[bool]],
+        table_id: str = "",
+        api_key: str | None = None,
         callback_url_of: Callable[[str], str] | None = None,
     ) -> None:
         self._client = client
         self._desk = desk
         self._at_server = at_server
         self._announce_stop = announce_stop
+        self._keep = keep
+        self._confirm = confirm
+        self._table_id = table_id
+        self._api_key = api_key
+        self._doubted_in_row = 0
         self._callback_url_of = callback_url_of
         self._posting: set[anyio.CancelScope] = set()
         self._ending = False
@@ -118,7 +134,9 @@ class Buying:
         values: dict[str, Any] = {}
         if intent is not Event.REPLAYING:
             values = {
+                "table_id": self._table_id,
                 "partition_key": carrier.partition_key,
+                "api_key": self._api_key,
                 "scopes": carrier.scopes,
                 "callback_url": self._callback_url(carrier),
             }
@@ -126,9 +144,11 @@ class Buying:
         with anyio.CancelScope(shield=True) as scope:
             self._posting.add(scope)
             try:
-                await self._desk.record(carrier, intent, values)
-                if self._ending:
-                    return await self._not_sent_any_more(carrier)
+                # Whatever stops the run: what is not known to be sent is not left as if it were.
+                with anyio.CancelScope(shield=True):
+                    await self._desk.record(carrier, intent, values)
+                    if self._ending:
+                        return await self._not_sent_any_more(carrier)
                 self.posts += 1
                 return await self._post(carrier)
             except BuyingClosed as closed:
@@ -175,8 +195,14 @@ class Buying:
                 idempotency_key=str(record.idempotency_key),
                 callback_url=record.callback_url,
             )
+        except IdempotencyConflict as error:
+            if record.state is State.UNKNOWN:
+                return await self._outcome_unknown(carrier, error)
+            # Of a first POST it is certain that it created nothing: another purchase has its key.
+            said = trouble(CONFLICT, str(error))
+            await self._desk.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
+            return 0.0
         except NotCharged as error:
-            # Of a repeat it is certain, of the first try it is not.
             known = record.state is not State.UNKNOWN
             if isinstance(error, TurnedAway):
                 self.turned_away += 1
@@ -194,17 +220,15 @@ class Buying:
     async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
         """Write what was bought, or keep what could not be written for the run's last words."""
         record, units = carrier.record, submission.credits_reserved_units
-        if units is not None and units > record.committed_units:
-            quality = record.request.quality
-            self.dearer[quality] = (
-                f"{quality} costs {credits_text(units)} credits, and "
-                f"{credits_text(record.committed_units)} were expected"
-            )
+        # Not of a repeat: there the server recognises what this journal has sent.
+        replayed = submission.replayed and record.state is State.SUBMITTING
+        self._look_at_price(record, units)
         values = {
             "task_id": submission.task_id,
             "reserved_units": units,
             "billing_rule": submission.billing_rule,
             "user_group": submission.user_group,
+            "replayed": replayed,
         }
         data = {"answer": dict(submission.answer), "replayed": submission.replayed}
         bought = UnwrittenPurchase(
@@ -217,11 +241,48 @@ class Buying:
             # The grace of a stop is for the answer, not for writing it down.
             with anyio.CancelScope(shield=True):
                 await self._desk.record(carrier, Event.ACCEPTED, values, data)
+        except TaskTaken as error:
+            said = trouble(
+                "task_id_repeated", f"the server named a task that cannot be its: {error}"
+            )
+            with anyio.CancelScope(shield=True):
+                await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said, data)
+            reason = f"outcome unknown, a person decides: {error}"
+            carrier.trail = changed(carrier.trail, final=reason)
         except TakenOver as error:
-            raise TakenOver(f"{error}; not written: {bought}") from error
+            where = self._keep(bought, {**values, "answer": data["answer"]})
+            raise TakenOver(f"{error}; {bought} is kept in {where} for the next run") from error
         except JournalError:
+            self._keep(bought, {**values, "answer": data["answer"]})
             self.unwritten.append(bought)
             raise
+
+    def _look_at_price(self, record: Record, units: int | None) -> None:
+        """Note a price above the expected one, and stop where none can be believed."""
+        quality = record.request.quality
+        if units in (None, 0, record.expected_units):
+            self._doubted_in_row = 0
+            return
+        expected = credits_text(record.expected_units)
+        if is_doubtful(units, quality, {quality: record.expected_units}):
+            self._doubted_in_row += 1
+            self.dearer[quality] = (
+                f"EvoLink says that a {quality} image costs {credits_text(units)} credits, which "
+                f"is far from the {expected} that were expected: its charge counts as not known, "
+                f"and caps go on to reckon with {expected}, until `krea-dagster accept price "
+                f"{quality}`"
+            )
+            if self._doubted_in_row >= _DOUBTED and self.stopped is None:
+                self.stopped = RunStopped(
+                    "price_doubted",
+                    f"{self._doubted_in_row} purchases in a row. {self.dearer[quality]}",
+                )
+            return
+        self._doubted_in_row = 0
+        if units > record.expected_units:
+            self.dearer[quality] = (
+                f"{quality} costs {credits_text(units)} credits, and {expected} were expected"
+            )
 
     # -- what the answer says of money --------------------------------------------------------
 
@@ -324,10 +385,10 @@ class Buying:
         carrier.trail = changed(carrier.trail, final=self.why_kept_back())
         return 0.0
 
-    async def found_unanswered(self, carrier: Carrier) -> float:
-        """Record that a process died between its intent and the answer."""
-        said = trouble("no_answer_written", "a run ended between its POST and the answer")
-        await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said)
+    async def mark_unknown(self, carrier: Carrier, code: str, message: str) -> float:
+        """Record that the outcome of a purchase is unknown."""
+        kept = {"task_id": carrier.record.task_id} if carrier.record.task_id else None
+        await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, trouble(code, message), kept)
         return 0.0
 
     async def resolve(self, carrier: Carrier, resolution: Resolution) -> float:
@@ -335,22 +396,37 @@ class Buying:
         by = {"resolved_by": "a person", "decision": str(resolution)}
         match resolution:
             case NotBought():
-                await self._desk.record(carrier, Event.RELEASED, data=by)
+                await self._desk.record(carrier, Event.RELEASED, {"charged_units": 0}, by)
             case Lost():
                 said = trouble("resolved_as_lost", "a person decided that it was charged and lost")
                 await self._desk.record(carrier, Event.EXPIRED, said, by)
             case HasTask(task_id=task_id):
-                await self._desk.record(carrier, Event.ACCEPTED, {"task_id": task_id}, by)
+                try:
+                    await self._desk.record(carrier, Event.ACCEPTED, {"task_id": task_id}, by)
+                except TaskTaken as error:
+                    reason = f"outcome unknown, a person decides: {error}"
+                    carrier.trail = changed(carrier.trail, final=reason)
             case SendAgain():
                 carrier.trail = changed(carrier.trail, replay_decided=True)
         return 0.0
 
     async def plan_again(self, carrier: Carrier) -> float:
-        """Put a request back whose task failed, cost nothing, and may succeed."""
-        code = carrier.record.error_code or ""
+        """Put a request back whose task failed, cost nothing, and may succeed.
+
+        After the pause that its error code asks for, and only if its task has still failed then.
+        """
+        record = carrier.record
+        code = record.error_code or ""
+        pause_s = task_error_wait_s(code, self._desk.fraction(), self._desk.policy)
+        if record.state is State.FAILED and not carrier.trail.waited:
+            carrier.trail = changed(carrier.trail, waited=True)
+            if pause_s > 0:
+                return pause_s
+        if record.task_id is not None and not await self._confirm(carrier):
+            return 0.0
         await self._desk.record(carrier, Event.PLANNED)
-        carrier.trail = changed(carrier.trail, asked_again=True)
-        return task_error_wait_s(code, self._desk.fraction(), self._desk.policy)
+        carrier.trail = changed(carrier.trail, asked_again=True, waited=False)
+        return 0.0
 
 
 def _code(error: SubmitError) -> str:

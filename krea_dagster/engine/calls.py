@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
-from sqlalchemy import Select, case, func, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Select, case, func, select
 
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.rows import chunks
@@ -54,8 +53,7 @@ class CallLog:
     def __init__(self, database: Database, *, now: Callable[[], datetime] = _utc_now) -> None:
         self._database = database
         self._now = now
-        insert: Any = sqlite.insert if self._database.sqlite else postgresql.insert
-        statement = insert(callbacks)
+        statement = self._database.insertion(callbacks)
         new = statement.excluded
         self._upsert = statement.on_conflict_do_update(
             index_elements=["request_key"],
@@ -110,8 +108,9 @@ class CallLog:
             )
             row["count"] += 1
             row["task_id"] = task_id or row["task_id"]
-        known: set[str] = set()
-        with self._database.write("remember callbacks in") as connection:
+
+        def write(connection: Connection) -> set[str]:
+            known: set[str] = set()
             # Sorted, so that two receivers never wait for each other's rows.
             for chunk in chunks(sorted(sums)):
                 found = connection.execute(
@@ -122,7 +121,9 @@ class CallLog:
             rows = [{**sums[key], "first_at": at, "last_at": at} for key in sorted(known)]
             if rows:
                 connection.execute(self._upsert, rows)
-        return known
+            return known
+
+        return self._database.write("remember callbacks in", write)
 
     def called(self, request_keys: Iterable[str]) -> dict[str, Called]:
         """Those of these requests that were called about, by request key.

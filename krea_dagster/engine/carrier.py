@@ -77,7 +77,7 @@ class Desk:
     def age_s(self, record: Record) -> float:
         """Seconds since a request was submitted."""
         since = record.submitted_at or self.clock.now()
-        return (self.clock.now() - since) / timedelta(seconds=1)
+        return max(0.0, (self.clock.now() - since) / timedelta(seconds=1))
 
     def fraction(self) -> float:
         """Return a random number from 0 to 1."""

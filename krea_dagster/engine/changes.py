@@ -37,20 +37,24 @@ _IMAGE: Final = frozenset(
 #: The columns of ``requests`` and of ``submissions`` that each event may set.
 _COLUMNS: Final[Mapping[Event, tuple[frozenset[str], frozenset[str]]]] = {
     Event.PLANNED: (frozenset(), frozenset()),
-    Event.SUBMITTING: (frozenset(), frozenset({"partition_key", "scopes", "callback_url"})),
+    Event.SUBMITTING: (
+        frozenset(),
+        frozenset({"table_id", "partition_key", "scopes", "callback_url", "api_key"}),
+    ),
     Event.REPLAYING: (frozenset(), frozenset()),
     Event.ACCEPTED: (
         frozenset(),
-        frozenset({"task_id", "reserved_units", "billing_rule", "user_group"}),
+        frozenset({"task_id", "reserved_units", "billing_rule", "user_group", "replayed"}),
     ),
     Event.TURNED_AWAY: (_ERROR, frozenset()),
     Event.REFUSED: (_ERROR, frozenset({"charged_units"})),
     Event.DEFERRED: (_ERROR, frozenset()),
     Event.OUTCOME_UNKNOWN: (_ERROR, frozenset()),
-    Event.RELEASED: (frozenset(), frozenset()),
+    Event.RELEASED: (frozenset(), frozenset({"charged_units"})),
     Event.COMPLETED: (frozenset({"result_url"}), frozenset({"charged_units"})),
     Event.FAILED: (_ERROR, frozenset({"charged_units"})),
     Event.STORED: (_IMAGE, frozenset()),
+    Event.FOUND: (_IMAGE, frozenset({"charged_units"})),
     Event.NOT_STORED: (_ERROR, frozenset()),
     Event.FILE_MISSING: (frozenset(), frozenset()),
     Event.EXPIRED: (_ERROR, frozenset()),
@@ -59,11 +63,23 @@ _COLUMNS: Final[Mapping[Event, tuple[frozenset[str], frozenset[str]]]] = {
 #: What an event sets to nothing or to its own time, beside the columns that it is given.
 _CLEARS: Final[Mapping[Event, tuple[str, ...]]] = {
     Event.PLANNED: ("idempotency_key", "result_url", "completed_at", *sorted(_ERROR)),
+    # Certainly not created, and never to be asked for under that key again: the next has another.
+    Event.RELEASED: ("idempotency_key", *sorted(_ERROR)),
     Event.ACCEPTED: tuple(sorted(_ERROR)),
     Event.COMPLETED: tuple(sorted(_ERROR)),
     Event.STORED: tuple(sorted(_ERROR)),
-    Event.FILE_MISSING: (*sorted(_IMAGE), "stored_at"),
+    Event.FOUND: tuple(sorted(_ERROR)),
 }
+
+#: What an event says of the request's file in the run's storage root: whether it is there.
+_FILES: Final[Mapping[Event, bool]] = {
+    Event.STORED: True,
+    Event.FOUND: True,
+    Event.FILE_MISSING: False,
+}
+
+#: Events after which a request has no present submission.
+_ENDS_SUBMISSION: Final = frozenset({Event.PLANNED, Event.RELEASED})
 
 #: A record's fields of its present submission, as they are while there is none.
 _NO_SUBMISSION: Final[Mapping[str, Any]] = {
@@ -82,11 +98,14 @@ _NO_SUBMISSION: Final[Mapping[str, Any]] = {
     "bought_for": None,
     "scopes": (),
     "callback_url": None,
+    "api_key": None,
+    "replayed": False,
+    "bought_for_table": "",
 }
 
 #: What is not set as it is given: the scopes are written as text, and the callback URL stays as the
 #: submission was opened with it.
-_BY_THEMSELVES: Final = frozenset({"scopes", "callback_url"})
+_BY_THEMSELVES: Final = frozenset({"scopes", "callback_url", "table_id"})
 
 #: Columns of ``requests`` and ``submissions`` that are not fields of a record of the same name.
 _NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key", "scopes"}
@@ -98,7 +117,8 @@ class Step:
 
     ``opens`` is the whole row of a new submission, where this is the intent of a purchase under
     a new Idempotency-Key; else ``submission`` are the columns that the present one gets, among
-    them ``posts``, which is added to what is there.
+    them ``posts``, which is added to what is there. ``file`` says whether its file is in the run's
+    storage root, where the event tells.
     """
 
     change: Change
@@ -107,6 +127,7 @@ class Step:
     request: Mapping[str, Any]
     submission: Mapping[str, Any]
     opens: Mapping[str, Any] | None
+    file: bool | None = None
 
 
 def check(change: Change, before: Record | None, owner: str) -> Record:
@@ -148,13 +169,16 @@ def take(
             "request_key": change.request_key,
             "number": number,
             "run_id": run_id,
+            "table_id": change.values.get("table_id", ""),
             "partition_key": change.values.get("partition_key", ""),
+            "api_key": change.values.get("api_key"),
             "sent_at": change.at,
             "posts": 1,
             "expected_units": expected_units,
             "committed_units": committed_units,
             "scopes": _scopes_text(change),
             "callback_url": change.values.get("callback_url"),
+            "replayed": False,
         }
         fields = {
             **_NO_SUBMISSION,
@@ -165,12 +189,14 @@ def take(
             "expected_units": expected_units,
             "committed_units": committed_units,
             "callback_url": change.values.get("callback_url"),
+            "api_key": change.values.get("api_key"),
+            "bought_for_table": change.values.get("table_id", ""),
         }
     else:
-        submission = _submission_values(change, run_id, expected_units)
+        submission = _submission_values(change, before, run_id, expected_units)
         if committed_units != before.committed_units:
             submission["committed_units"] = committed_units
-        if change.event is Event.PLANNED:
+        if change.event in _ENDS_SUBMISSION:
             fields = dict(_NO_SUBMISSION)
         else:
             fields = {k: v for k, v in submission.items() if k not in _NOT_IN_RECORD}
@@ -184,7 +210,8 @@ def take(
     fields["state"] = state
     if "image_path" in request:
         fields["image"] = _image(request)
-    return Step(change, before, changed(before, **fields), request, submission, opens)
+    file = _FILES.get(change.event)
+    return Step(change, before, changed(before, **fields), request, submission, opens, file)
 
 
 def event_row(step: Step, run_id: str) -> dict[str, Any]:
@@ -218,12 +245,14 @@ def _request_values(change: Change, before: Record) -> dict[str, Any]:
             values[name] = _storable(item)
     if change.event is Event.COMPLETED and before.state is not State.COMPLETED:
         values["completed_at"] = change.at
-    elif change.event is Event.STORED:
+    elif change.event in (Event.STORED, Event.FOUND):
         values["stored_at"] = change.at
     return values
 
 
-def _submission_values(change: Change, run_id: str, expected_units: int) -> dict[str, Any]:
+def _submission_values(
+    change: Change, before: Record, run_id: str, expected_units: int
+) -> dict[str, Any]:
     """The columns of the present submission that an event sets."""
     values: dict[str, Any] = {}
     match change.event:
@@ -235,14 +264,17 @@ def _submission_values(change: Change, run_id: str, expected_units: int) -> dict
                 "run_id": run_id,
                 "expected_units": expected_units,
                 "scopes": _scopes_text(change),
+                "api_key": change.values.get("api_key"),
             }
         case Event.REPLAYING:
             values = {"posts": 1}
         case Event.ACCEPTED:
             values = {"submitted_at": change.at}
-        case Event.COMPLETED if "charged_units" not in change.values:
-            pass  # a fresh link; the money was settled before
-        case Event.COMPLETED | Event.FAILED | Event.REFUSED:
+        case Event.OUTCOME_UNKNOWN if before.state is State.SUBMITTED:
+            values = {"task_id": None}  # it was no task's
+        case Event.COMPLETED | Event.FAILED | Event.REFUSED | Event.RELEASED | Event.FOUND if (
+            change.values.get("charged_units") is not None
+        ):
             values = {"settled_at": change.at}
     allowed = _COLUMNS[change.event][1]
     for name, item in change.values.items():

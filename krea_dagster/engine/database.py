@@ -13,24 +13,38 @@ the connection is closed and a new one must find the journal as it should be.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url, select
+from sqlalchemy import (
+    URL,
+    Connection,
+    Dialect,
+    Engine,
+    Table,
+    create_engine,
+    event,
+    make_url,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
 from krea_dagster.engine import migrations, schema
 from krea_dagster.engine.migrations import REVISIONS, Revisions
+from krea_dagster.engine.owner import FileLocks, Locks, SessionLocks
 from krea_dagster.engine.statements import Cursor
 from krea_dagster.engine.storage import Storage, sync_folder
 from krea_dagster.errors import ConfigError, JournalError
@@ -58,6 +72,15 @@ _GONE: Final = (
     "Put it back before anything else runs: a new journal would know nothing of what was paid for."
 )
 
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+#: SQLSTATEs of a transaction that PostgreSQL broke off for the sake of another (a deadlock, a
+#: serialization failure), and the pauses before it is repeated, in seconds.
+_CONCURRENT: Final = frozenset({"40001", "40P01"})
+_PAUSES_S: Final = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
+
 
 class Database:
     """The database behind a SQLAlchemy URL, at the schema of this version of the package.
@@ -81,11 +104,18 @@ class Database:
         self._lock_timeout_s = lock_timeout_s
         self._history = revisions
         self._identity: tuple[str, str] | None = None
+        self.begun = False
         try:
             self._reading = self._engine(begin="BEGIN")
             self._writing = self._engine(begin="BEGIN IMMEDIATE")
         except (ImportError, SQLAlchemyError) as error:
             raise ConfigError(f"the journal {self.where} cannot be used: {error}") from error
+        #: Which runs hold claims, and which of them are at work.
+        self.locks: Locks = (
+            SessionLocks(self._writing)
+            if self._file is None
+            else FileLocks(self._file.with_name(f"{self._file.name}-runs"))
+        )
         self._driver_error: type[Exception] = self.dialect.loaded_dbapi.Error
         self._identity_text = str(_IDENTITY.compile(dialect=self.dialect))
         self._finalizer = weakref.finalize(
@@ -97,6 +127,15 @@ class Database:
         except BaseException:
             self.close()
             raise
+
+    def insertion(self, table: Table) -> Any:
+        """An INSERT that may say what is done about a conflict."""
+        return (sqlite.insert if self.sqlite else postgresql.insert)(table)
+
+    @property
+    def journal_id(self) -> str:
+        """The random name that tells this journal from every other."""
+        return "" if self._identity is None else self._identity[0]
 
     @property
     def dialect(self) -> Dialect:
@@ -114,36 +153,59 @@ class Database:
             self._check_identity(connection)
             yield connection
 
-    @contextmanager
-    def write(self, doing: str) -> Iterator[Connection]:
-        """Yield a connection for one transaction that is durable once the block has ended."""
-        with self.explained(doing), self._writing.connect() as connection:
-            with connection.begin():
-                self._check_identity(connection)
-                yield connection
-            if self._file is not None:
-                self._look_at_file(self._file, connection.info)
+    def write(self, doing: str, work: Callable[[Connection], _T]) -> _T:
+        """Do ``work`` in one transaction that is durable once this has returned.
 
-    @contextmanager
-    def write_by_driver(self, doing: str) -> Iterator[Cursor]:
-        """Yield the driver's cursor for one transaction like that of ``write``.
+        One that the database broke off for the sake of another, as PostgreSQL does, is repeated.
+        """
+
+        def once() -> _T:
+            with self._writing.connect() as connection:
+                with connection.begin():
+                    self._check_identity(connection)
+                    done = work(connection)
+                if self._file is not None:
+                    self._look_at_file(self._file, connection.info)
+                return done
+
+        with self.explained(doing):
+            return self._repeated(once)
+
+    def write_by_driver(self, doing: str, work: Callable[[Cursor], _T]) -> _T:
+        """Do ``work`` with the driver's cursor, in one transaction like that of ``write``.
 
         For what is done so often that SQLAlchemy's part would be most of its cost.
         """
-        with self.explained(doing), closing(self._writing.raw_connection()) as connection:
+        with self.explained(doing):
+            return self._repeated(partial(self._write_by_driver, work))
+
+    def _repeated(self, once: Callable[[], _T]) -> _T:
+        for pause_s in _PAUSES_S:
+            try:
+                return once()
+            except (DBAPIError, self._driver_error) as error:
+                cause = error.orig if isinstance(error, DBAPIError) else error
+                if getattr(cause, "sqlstate", None) not in _CONCURRENT:
+                    raise
+                time.sleep(pause_s)
+        return once()
+
+    def _write_by_driver(self, work: Callable[[Cursor], _T]) -> _T:
+        with closing(self._writing.raw_connection()) as connection:
             with closing(connection.cursor()) as cursor:
                 if self.sqlite:
                     cursor.execute("BEGIN IMMEDIATE")
                 try:
                     cursor.execute(self._identity_text)
                     self._check_found(cursor.fetchone())
-                    yield cursor
+                    done = work(cursor)
                     connection.commit()
                 except BaseException:
                     connection.rollback()
                     raise
             if self._file is not None:
                 self._look_at_file(self._file, connection.info)
+            return done
 
     def _look_at_file(self, file: Path, info: dict[Any, Any]) -> None:
         """See that what was written is in the file that has the journal's name."""
@@ -213,6 +275,9 @@ class Database:
             self._bring_to_head(_file_url(self._url, new, "rwc"))
             with suppress(FileExistsError):  # another process was first
                 _give_name(new, file)
+                self.begun = True
+                # Loudly, because it knows of no purchase: a wrong path begins one, too.
+                _log.warning("A new journal is begun: %s. It knows of no earlier purchase.", file)
             sync_folder(file.parent)
         finally:
             for ending in ("", "-wal", "-shm"):

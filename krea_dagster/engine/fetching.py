@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from krea_dagster.engine.carrier import Carrier, Desk, trouble
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader, ImageStore
-from krea_dagster.engine.states import Event
+from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import DownloadError, ImageRejected, LinkDead, StorageError
 
 
@@ -21,6 +24,8 @@ class Fetching:
         self._client = client
         self._images = images
         self._desk = desk
+        #: The content of what this run has stored, by request key.
+        self.stored: dict[str, str] = {}
 
     async def fetch(self, carrier: Carrier) -> float:
         """Download, verify and publish the image, and record it."""
@@ -29,11 +34,13 @@ class Fetching:
             image = await self._images.fetch(self._client, str(record.result_url), record.request)
         except DownloadError as error:
             await self._desk.record(carrier, Event.NOT_STORED, trouble(error.code, str(error)))
-            # A rejected image mostly comes again as it is: fewer looks are enough.
-            weight = 2 if isinstance(error, ImageRejected) else 1
+            if isinstance(error, ImageRejected):
+                # A whole file that was paid for: it is kept, and would come again as it is.
+                carrier.trail = changed(carrier.trail, final=f"not stored: {error}")
+                return 0.0
             carrier.trail = changed(
                 carrier.trail,
-                fetch_failures=carrier.trail.fetch_failures + weight,
+                fetch_failures=carrier.trail.fetch_failures + 1,
                 stale_link=True,
                 link_dead=isinstance(error, LinkDead),
             )
@@ -45,18 +52,49 @@ class Fetching:
                 "and the next run fetches it: do not wait longer than its links live, which is 24 "
                 "hours."
             ) from error
-        await self._desk.record(
-            carrier,
-            Event.STORED,
-            {
-                "image_path": image.path,
-                "image_sha256": image.sha256,
-                "image_bytes": image.bytes,
-                "image_format": image.format,
-                "width": image.width,
-                "height": image.height,
-            },
-        )
+        again = record.state is State.STORED  # in another storage root
+        await self._desk.record(carrier, Event.FOUND if again else Event.STORED, _columns(image))
+        self.stored[record.request_key] = image.sha256
+        return 0.0
+
+    async def adopt(self, carrier: Carrier, name: str) -> float:
+        """Take a file that lies under the request's name for its image, if it verifies."""
+        record = carrier.record
+        carrier.trail = changed(carrier.trail, file=None)
+        image = await self._images.verified(name, record)
+        if image is not None:
+            values = _columns(image)
+            if record.state is State.SUBMITTED and record.charged_units is None:
+                values["charged_units"] = 0 if record.replayed else record.reserved_units
+            found = {"file": name, "was": record.state.value}
+            await self._desk.record(carrier, Event.FOUND, values, found)
+        return 0.0
+
+    async def not_here(self, carrier: Carrier) -> float:
+        """Get the file of a stored image that is not in this storage root.
+
+        Where another root of the journal holds it, it is copied from there, or fetched by the link
+        while that lives; what is said of the other root stays true. Else it is missing.
+        """
+        record, elsewhere = carrier.record, carrier.trail.elsewhere
+        for location in elsewhere:
+            image = await self._images.copied(location, record)
+            if image is not None:
+                found = {"file": image.path, "copied_from": location}
+                await self._desk.record(carrier, Event.FOUND, _columns(image), found)
+                return 0.0
+        if not elsewhere:
+            return await self._file_missing(carrier)
+        try:
+            image = await self._images.fetch(self._client, str(record.result_url), record.request)
+        except DownloadError as error:
+            reason = (
+                f"stored in the storage root {', '.join(elsewhere)}, which cannot be read from "
+                f"here, and its link is of no use any more ({error}): copy {_path(record)} here"
+            )
+            carrier.trail = changed(carrier.trail, final=reason)
+            return 0.0
+        await self._desk.record(carrier, Event.FOUND, _columns(image), {"file": image.path})
         return 0.0
 
     async def expire(self, carrier: Carrier, code: str, message: str) -> float:
@@ -64,10 +102,26 @@ class Fetching:
         await self._desk.record(carrier, Event.EXPIRED, trouble(code, message))
         return 0.0
 
-    async def file_missing(self, carrier: Carrier) -> float:
+    async def _file_missing(self, carrier: Carrier) -> float:
         """Record that a stored file is not there any more."""
         await self._desk.record(carrier, Event.FILE_MISSING)
         # Counted, because a storage that changes what it is given would be filled for ever.
         failures = carrier.trail.fetch_failures + 1
         carrier.trail = changed(carrier.trail, fetch_failures=failures)
         return 0.0
+
+
+def _columns(image: StoredImage) -> dict[str, Any]:
+    """Return what an event sets where a request's file is known."""
+    return {
+        "image_path": image.path,
+        "image_sha256": image.sha256,
+        "image_bytes": image.bytes,
+        "image_format": image.format,
+        "width": image.width,
+        "height": image.height,
+    }
+
+
+def _path(record: Record) -> str:
+    return "its file" if record.image is None else record.image.path

@@ -8,6 +8,7 @@ call for an image of up to 1 MiB, and one more for each further MiB.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import threading
@@ -21,9 +22,9 @@ from PIL import Image
 
 from krea_dagster.engine.bytebudget import ByteBudget
 from krea_dagster.engine.look import DAMAGED, FORMATS, decoded_bytes, look_at
-from krea_dagster.engine.record import StoredImage
+from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.storage import Storage
-from krea_dagster.errors import ImageRejected, NoUsableBody
+from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 
 __all__ = ["DAMAGED", "FORMATS", "MAX_IMAGE_BYTES", "Downloader", "Fetched", "ImageStore"]
@@ -101,6 +102,63 @@ class ImageStore:
     def holds(self, image: StoredImage) -> bool:
         """Whether the file is there in its full size."""
         return self.storage.size_bytes(image.path) == image.bytes
+
+    def find(self, record: Record, *, adopts: bool = False) -> str | None:
+        """Return the name of a file that may be a request's image, None where there is none.
+
+        It lies under the request's own name. Behind a URL it is looked for only where the journal
+        has entered one before, or the root ``adopts`` files that it did not enter.
+        """
+        if record.image is not None:
+            return record.image.path if self.holds(record.image) else None
+        if self.storage.folder is None and not adopts:
+            return None
+        for image_format in FORMATS:
+            name = image_name(record.request_key, image_format)
+            if self.storage.size_bytes(name):
+                return name
+        return None
+
+    async def verified(self, name: str, record: Record) -> StoredImage | None:
+        """Return the image in a file of the storage root, None where it is not the request's.
+
+        One that was stored before must have the same content; another one is looked at.
+        """
+        return await self._in_thread(self._verified, self.storage, name, record)
+
+    async def copied(self, location: str, record: Record) -> StoredImage | None:
+        """Copy a stored image from another storage root; None where it cannot be had there."""
+        return await self._in_thread(self._copied, location, record)
+
+    def _verified(self, storage: Storage, name: str, record: Record) -> StoredImage | None:
+        try:
+            with storage.open(name) as file:
+                data = file.read(MAX_IMAGE_BYTES + 1)
+        except OSError:
+            return None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if record.image is not None:
+            return record.image if record.image.sha256 == sha256 else None
+        try:
+            with self._decoding:
+                image_format = look_at(data, record.request.pixels)
+        except DownloadError:
+            return None
+        width, height = record.request.pixels
+        return StoredImage(name, sha256, len(data), image_format, width, height)
+
+    def _copied(self, location: str, record: Record) -> StoredImage | None:
+        image = record.image
+        try:
+            other = Storage(location)
+            if image is None or self._verified(other, image.path, record) is None:
+                return None
+            with other.open(image.path) as source, self.storage.scratch() as temporary:
+                temporary.write_bytes(source.read())
+                self.storage.publish(temporary, image.path)
+        except (OSError, ConfigError):
+            return None
+        return image
 
     async def fetch(self, client: Downloader, url: str, request: ImageRequest) -> StoredImage:
         """Download, verify and publish the image of a request.

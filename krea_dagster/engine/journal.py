@@ -8,25 +8,29 @@ gathers the changes of many requests into one commit.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, delete, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from krea_dagster.engine import schema
+from krea_dagster.engine.api_keys import ApiKeyLog
 from krea_dagster.engine.attempts import AttemptLog
 from krea_dagster.engine.batch import OutOfDate, write_changes
-from krea_dagster.engine.budget import Caps, Commitment
+from krea_dagster.engine.budget import Caps, Commitment, scopes_of
 from krea_dagster.engine.calls import CallLog
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.ledger import Ledger
-from krea_dagster.engine.owner import Owner, is_alive
+from krea_dagster.engine.owner import Owner
+from krea_dagster.engine.prompt_tables import PromptTableLog
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.roots import RootLog
 from krea_dagster.engine.rows import (
     CHARGES,
     JOINED,
@@ -48,14 +52,13 @@ from krea_dagster.engine.schema import (
     submissions,
 )
 from krea_dagster.engine.snapshot import History, Snapshot
-from krea_dagster.engine.statements import Statements
+from krea_dagster.engine.statements import Cursor, Statements
 from krea_dagster.engine.states import AT_STAKE, Event, State
 from krea_dagster.engine.verdicts import VerdictLog
 from krea_dagster.errors import BuyingClosed, ConfigError, JournalError
 from krea_dagster.models import AccountCredits, ImageRequest
 
 __all__ = [
-    "HEARTBEAT_LIMIT_S",
     "NO_CAPS",
     "AccountReading",
     "Charge",
@@ -65,9 +68,6 @@ __all__ = [
 ]
 
 NO_CAPS: Final = Caps()
-
-#: An owner of another machine that has not been heard of for this long is dead.
-HEARTBEAT_LIMIT_S: Final = 90.0
 
 
 class Journal:
@@ -85,6 +85,7 @@ class Journal:
         self._statements = Statements(self._database.dialect)
         self._read = self._database.read
         self._write = self._database.write
+        self._locks = self._database.locks
 
     def __repr__(self) -> str:
         return f"Journal({self._where!r})"
@@ -101,27 +102,54 @@ class Journal:
         """Bind the journal to where its images are bought, for good.
 
         An image is looked up by what was asked for, so a journal must not hold an emulator's
-        pictures beside EvoLink's. Raises ConfigError where it is bound to another origin.
+        images beside EvoLink's. Raises ConfigError where it is bound to another origin.
         """
-        with self._write("bind") as connection:
-            bound = connection.execute(select(schema.about.c.origin)).scalar()
-            if bound is None:
-                connection.execute(update(schema.about).values(origin=origin))
-            elif bound != origin:
-                raise ConfigError(
-                    f"the journal {self._where} holds images from {bound}, and this run would "
-                    f"buy from {origin}. Nothing was bought. Use another storage root "
-                    "(KREA_STORAGE) or another journal (KREA_JOURNAL_URL)."
-                )
+        about = schema.about
+
+        def write(connection: Connection) -> str | None:
+            connection.execute(update(about).where(about.c.origin.is_(None)).values(origin=origin))
+            return connection.execute(select(about.c.origin)).scalar()
+
+        bound = self._write("bind", write)
+        if bound != origin:
+            raise ConfigError(
+                f"the journal {self._where} holds images from {bound}, and this run would "
+                f"buy from {origin}. Nothing was bought. Use another storage root "
+                "(KREA_STORAGE) or another journal (KREA_JOURNAL_URL)."
+            )
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection for one reading transaction, for those who read many columns at once."""
         return self._read("read")
 
+    def attempts(self, table_id: str) -> AttemptLog:
+        """Which images of a prompt table were asked for again."""
+        return AttemptLog(self._database, table_id)
+
     @property
-    def attempts(self) -> AttemptLog:
-        """Which pictures were asked for again."""
-        return AttemptLog(self._database)
+    def roots(self) -> RootLog:
+        """The storage roots that hold the images."""
+        return RootLog(self._database)
+
+    @property
+    def tables(self) -> PromptTableLog:
+        """The prompt tables whose runs share the journal."""
+        return PromptTableLog(self._database)
+
+    @property
+    def api_keys(self) -> ApiKeyLog:
+        """The API keys that images were bought with."""
+        return ApiKeyLog(self._database)
+
+    @property
+    def journal_id(self) -> str:
+        """The random name that tells this journal from every other."""
+        return self._database.journal_id
+
+    @property
+    def begun(self) -> bool:
+        """Whether this object has made the journal, where none was."""
+        return self._database.begun
 
     @property
     def calls(self) -> CallLog:
@@ -135,80 +163,149 @@ class Journal:
 
     # -- owners and claims --------------------------------------------------------------------
 
-    def register(self, owner: Owner, at: datetime) -> None:
-        """Enter a process that will carry requests."""
-        with self._write("register a run in") as connection:
+    def register(self, owner: Owner) -> None:
+        """Enter a run that will carry requests, and take its lock."""
+        self._locks.take(owner.owner)
+        now = self._locks.now()
+
+        def write(connection: Connection) -> None:
             connection.execute(
                 insert(owners).values(
                     owner=owner.owner,
                     run_id=owner.run_id,
                     host=owner.host,
                     pid=owner.pid,
-                    pid_started=owner.pid_started,
-                    heartbeat_at=at,
+                    since=now,
+                    heartbeat_at=now,
                 )
             )
 
-    def heartbeat(self, owner: str, at: datetime) -> None:
-        """Say that an owner is alive."""
-        with self._write("write a heartbeat to") as connection:
-            connection.execute(
-                update(owners).where(owners.c.owner == owner).values(heartbeat_at=at)
-            )
+        self._write("register a run in", write)
+
+    def heartbeat(self, owner: str) -> None:
+        """Say that a run is alive."""
+        with self._database.explained("lock"):
+            self._locks.take(owner)
+        beat = update(owners).where(owners.c.owner == owner).values(heartbeat_at=self._locks.now())
+        self._write("write a heartbeat to", lambda connection: connection.execute(beat))
 
     def let_go(self, keys: Iterable[str], owner: str) -> None:
         """Give up an owner's claims on these requests."""
-        with self._write("release claims in") as connection:
-            for chunk in chunks(sorted(keys)):
-                connection.execute(
-                    update(requests)
-                    .where(requests.c.request_key.in_(chunk), requests.c.claimed_by == owner)
-                    .values(claimed_by=None)
-                )
+        wanted = sorted(keys)
+
+        def write(connection: Connection) -> None:
+            for chunk in chunks(wanted):
+                mine = requests.c.request_key.in_(chunk), requests.c.claimed_by == owner
+                self._lock_rows(connection, *mine)
+                connection.execute(update(requests).where(*mine).values(claimed_by=None))
+
+        self._write("release claims in", write)
 
     def release(self, owner: str) -> None:
-        """Give up all claims of an owner, and forget it."""
-        with self._write("release claims in") as connection:
-            connection.execute(
-                update(requests).where(requests.c.claimed_by == owner).values(claimed_by=None)
-            )
+        """Give up all claims of an owner and its lock, and forget it.
+
+        The lock is given back also where the journal cannot be written.
+        """
+        mine = requests.c.claimed_by == owner
+
+        def write(connection: Connection) -> None:
+            self._lock_rows(connection, mine)
+            connection.execute(update(requests).where(mine).values(claimed_by=None))
             connection.execute(delete(owners).where(owners.c.owner == owner))
 
-    def claim(self, keys: Iterable[str], owner: str, at: datetime) -> set[str]:
+        try:
+            self._write("release claims in", write)
+        finally:
+            self._locks.give_back(owner)
+
+    def claim(self, keys: Iterable[str], owner: str) -> set[str]:
         """Claim requests for an owner; returns the keys that are its own now.
 
-        A request is free where nobody holds it, or where its holder is dead: its process is
-        gone, or, from another machine, not heard of for ``HEARTBEAT_LIMIT_S``.
+        A request is free where nobody holds it, or where its holder is dead (``owner.py``).
         """
-        mine: set[str] = set()
-        with self._write("claim requests in") as connection:
-            dead = _dead_owners(connection, at) - {owner}
+        wanted = sorted(keys)
+
+        def write(connection: Connection) -> tuple[set[str], set[str]]:
+            mine: set[str] = set()
+            dead = self._locks.dead(connection) - {owner}
             free = or_(
                 requests.c.claimed_by.is_(None),
                 requests.c.claimed_by == owner,
                 requests.c.claimed_by.in_(dead),
             )
-            # Sorted, here and below, so that two runs never wait for each other's row locks.
-            for chunk in chunks(sorted(keys)):
+            for chunk in chunks(wanted):
+                chosen = requests.c.request_key.in_(chunk), free
+                self._lock_rows(connection, *chosen)
                 found = connection.execute(
                     update(requests)
-                    .where(requests.c.request_key.in_(chunk), free)
+                    .where(*chosen)
                     .values(claimed_by=owner)
                     .returning(requests.c.request_key)
                 )
                 mine.update(found.scalars())
+            # What a dead owner still holds is found dead again by whoever wants it.
+            idle = owners.c.owner.not_in(
+                select(requests.c.claimed_by).where(requests.c.claimed_by.is_not(None))
+            )
+            if dead:
+                connection.execute(delete(owners).where(owners.c.owner.in_(dead), idle))
+            return mine, dead
+
+        mine, dead = self._write("claim requests in", write)
+        for gone in dead:
+            self._locks.forget(gone)
         return mine
+
+    def holders(self, keys: Iterable[str]) -> dict[str, str]:
+        """Who holds these requests, in words for people, by request key."""
+        found: dict[str, str] = {}
+        with self._read("read") as connection:
+            for chunk in chunks(sorted(keys)):
+                rows = connection.execute(
+                    select(requests.c.request_key, owners)
+                    .join(owners, requests.c.claimed_by == owners.c.owner)
+                    .where(requests.c.request_key.in_(chunk))
+                )
+                for row in rows:
+                    found[row.request_key] = (
+                        f"run {row.run_id} (process {row.pid} on {row.host}, since "
+                        f"{row.since:%Y-%m-%d %H:%M:%S} UTC)"
+                    )
+        return found
+
+    def _lock_rows(self, connection: Connection, *conditions: Any) -> None:
+        """Lock requests in the order of their keys, so that no two transactions deadlock.
+
+        An UPDATE locks them in the order in which it finds them. SQLite locks the whole file.
+        """
+        if not self._sqlite:
+            connection.execute(
+                select(requests.c.request_key)
+                .where(*conditions)
+                .order_by(requests.c.request_key)
+                .with_for_update(key_share=True)
+            )
 
     # -- requests -----------------------------------------------------------------------------
 
-    def plan(self, wanted: Iterable[tuple[ImageRequest, str]], *, run_id: str, at: datetime) -> int:
+    def plan(
+        self,
+        wanted: Iterable[tuple[ImageRequest, str]],
+        *,
+        run_id: str,
+        at: datetime,
+        table_id: str = "",
+    ) -> int:
         """Enter requests that are not known yet, as planned; returns how many were new.
 
-        ``wanted`` are pairs of a request and the partition key of the first row that wants it.
+        ``wanted`` are pairs of a request and the partition key of the first row that wants it, in
+        the prompt table ``table_id``.
         """
-        added = 0
-        with self._write("plan requests in") as connection:
-            for chunk in chunks(sorted(wanted, key=lambda pair: pair[0].request_key)):
+        ordered = sorted(wanted, key=lambda pair: pair[0].request_key)
+
+        def write(connection: Connection) -> int:
+            added = 0
+            for chunk in chunks(ordered):
                 rows = {
                     request.request_key: {
                         "request_key": request.request_key,
@@ -219,6 +316,7 @@ class Journal:
                         "seed": request.seed,
                         "nsfw_check": request.nsfw_check,
                         "attempt": request.attempt,
+                        "table_id": table_id,
                         "partition_key": partition_key,
                         "state": State.PLANNED.value,
                         "seq": 0,
@@ -227,7 +325,7 @@ class Journal:
                     for request, partition_key in chunk
                 }
                 new = connection.execute(
-                    self._upsert(requests)
+                    self._database.insertion(requests)
                     .on_conflict_do_nothing()
                     .returning(requests.c.request_key),
                     list(rows.values()),
@@ -249,7 +347,9 @@ class Journal:
                 if first:
                     connection.execute(insert(events), first)
                 added += len(first)
-        return added
+            return added
+
+        return self._write("plan requests in", write)
 
     def records(self, keys: Iterable[str]) -> dict[str, Record]:
         """The requests with these keys, as they stand; unknown keys are left out."""
@@ -293,10 +393,10 @@ class Journal:
             )
             return [record_of(row) for row in rows]
 
-    def unattended(self, at: datetime) -> list[Record]:
+    def unattended(self) -> list[Record]:
         """The unsettled requests that no living run holds; the oldest first."""
         with self._read("read") as connection:
-            dead = _dead_owners(connection, at)
+            dead = self._locks.dead(connection)
         return [
             record
             for record in self.unsettled()
@@ -329,6 +429,7 @@ class Journal:
         run_id: str,
         caps: Caps = NO_CAPS,
         launch: str = "",
+        root_id: str = "",
         known: Mapping[str, Record] = MappingProxyType({}),
     ) -> list[Record | JournalError | BuyingClosed]:
         """Write the events of several requests in one commit.
@@ -337,31 +438,34 @@ class Journal:
         that one change was not written: IllegalTransition, TakenOver where another run holds
         the request, or BuyingClosed where ``caps`` leave no room for a purchase or the account
         has stopped the ``launch`` (the run's own id, unless several runs were launched
-        together). The others are written all the same. Raises JournalError where nothing could
-        be written.
+        together), or TaskTaken where another purchase has the task that the server named. The
+        others are written all the same. ``root_id`` is the storage root that the changes of files
+        are about. Raises JournalError where nothing could be written.
 
         ``known`` are records, by request key, as the caller has them from its last change: they
         need not be read again. One that is out of date after all is read, and nothing is lost.
         """
 
-        def write(known: Mapping[str, Record]) -> list[Record | JournalError | BuyingClosed]:
-            with self._database.write_by_driver("write to") as cursor:
-                statements, name = self._statements, launch or run_id
-                ledger = Ledger(cursor, statements, caps, run_id=run_id, launch=name)
-                return write_changes(
-                    cursor,
-                    statements,
-                    ledger,
-                    changes,
-                    owner=owner,
-                    run_id=run_id,
-                    known=known,
-                )
+        def write(
+            known: Mapping[str, Record], cursor: Cursor
+        ) -> list[Record | JournalError | BuyingClosed]:
+            statements, name = self._statements, launch or run_id
+            ledger = Ledger(cursor, statements, caps, run_id=run_id, launch=name)
+            return write_changes(
+                cursor,
+                statements,
+                ledger,
+                changes,
+                owner=owner,
+                run_id=run_id,
+                root_id=root_id,
+                known=known,
+            )
 
         try:
-            return write(known)
+            return self._database.write_by_driver("write to", partial(write, known))
         except OutOfDate:
-            return write({})
+            return self._database.write_by_driver("write to", partial(write, {}))
 
     # -- money --------------------------------------------------------------------------------
 
@@ -387,28 +491,83 @@ class Journal:
             rows = connection.execute(select(prices.c.quality, prices.c.highest_units))
             return {row.quality: row.highest_units for row in rows}
 
+    def accept_price(self, quality: str, at: datetime) -> tuple[int, int]:
+        """Believe the price of a quality that was doubted; returns it, in units.
+
+        And how many purchases at that price are settled by it. Raises ConfigError where no price
+        is doubted.
+        """
+
+        def write(connection: Connection) -> tuple[int, int]:
+            units = connection.execute(
+                select(prices.c.doubted_units).where(prices.c.quality == quality).with_for_update()
+            ).scalar()
+            if units is None:
+                raise ConfigError(
+                    f"no price of {quality} waits to be accepted in the journal {self._where}"
+                )
+            connection.execute(
+                update(prices)
+                .where(prices.c.quality == quality)
+                .values(highest_units=units, latest_units=units, doubted_units=None)
+            )
+            waiting = CHARGES.where(
+                requests.c.quality == quality,
+                submissions.c.reserved_units == units,
+                submissions.c.charged_units.is_(None),
+                submissions.c.replayed.is_(False),
+            )
+            charges = [charge_of(row) for row in connection.execute(waiting)]
+            ended = (State.COMPLETED, State.STORED, State.EXPIRED)
+            settled = [charge for charge in charges if charge.state in ended]
+            moved: Counter[str] = Counter()
+            spent: Counter[str] = Counter()
+            for charge in charges:
+                values: dict[str, Any] = {"committed_units": units, "expected_units": units}
+                if charge.state in ended:
+                    values |= {"charged_units": units, "settled_at": at}
+                connection.execute(
+                    update(submissions)
+                    .where(submissions.c.idempotency_key == charge.idempotency_key)
+                    .values(values)
+                )
+                for scope in scopes_of_charge(charge):
+                    moved[scope] += units - charge.committed_units
+                    spent[scope] += units if charge.state in ended else 0
+            for scope in sorted(moved):
+                row = commitments.c.scope == scope
+                connection.execute(
+                    update(commitments)
+                    .where(row)
+                    .values(
+                        committed_units=commitments.c.committed_units + moved[scope],
+                        spent_units=commitments.c.spent_units + spent[scope],
+                    )
+                )
+            return units, len(settled)
+
+        return self._write("accept a price in", write)
+
     def stop(self, launch: str, code: str, message: str, at: datetime) -> None:
         """Tell all shards of a launch that the account has stopped the buying."""
         values = {"launch": launch, "at": at, "error_code": code, "error_message": message}
-        with self._write("write a stop to") as connection:
-            connection.execute(
-                self._upsert(stops)
-                .values(values)
-                .on_conflict_do_update(index_elements=["launch"], set_=values)
-            )
+        statement = (
+            self._database.insertion(stops)
+            .values(values)
+            .on_conflict_do_update(index_elements=["launch"], set_=values)
+        )
+        self._write("write a stop to", lambda connection: connection.execute(statement))
 
     def add_account_reading(self, run_id: str, said: AccountCredits) -> None:
         """Keep what the account said, to hold the journal against."""
         used = said.token_used_units
-        with self._write("write an account reading to") as connection:
-            connection.execute(
-                insert(account_readings).values(
-                    at=said.read_at,
-                    run_id=run_id,
-                    used_units=said.user_used_units if used is None else used,
-                    remaining_units=said.user_remaining_units,
-                )
-            )
+        statement = insert(account_readings).values(
+            at=said.read_at,
+            run_id=run_id,
+            used_units=said.user_used_units if used is None else used,
+            remaining_units=said.user_remaining_units,
+        )
+        self._write("write an account reading to", lambda connection: connection.execute(statement))
 
     def account_readings(self) -> list[AccountReading]:
         """What the account said, in its order."""
@@ -428,17 +587,13 @@ class Journal:
         with self._database.snapshot() as connection:
             yield Snapshot(connection, self._database.explained)
 
-    def _upsert(self, table: Table) -> Any:
-        return (sqlite.insert if self._sqlite else postgresql.insert)(table)
 
-
-def _dead_owners(connection: Connection, at: datetime) -> set[str]:
-    return {
-        row.owner
-        for row in connection.execute(select(owners))
-        if not is_alive(
-            Owner(row.owner, row.run_id, row.host, row.pid, row.pid_started),
-            silent_s=(at - row.heartbeat_at) / timedelta(seconds=1),
-            limit_s=HEARTBEAT_LIMIT_S,
-        )
-    }
+def scopes_of_charge(charge: Charge) -> tuple[str, ...]:
+    """All that a purchase counts for."""
+    return scopes_of(
+        charge.run_id,
+        charge.sent_at,
+        charge.partition_key,
+        charge.scopes,
+        table_id=charge.table_id,
+    )

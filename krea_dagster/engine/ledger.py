@@ -12,6 +12,7 @@ from krea_dagster.engine.budget import (
     admit,
     committed_after,
     expected_units,
+    is_doubtful,
     scopes_of,
 )
 from krea_dagster.engine.changes import Change, Step
@@ -49,7 +50,7 @@ class Ledger:
         self._deltas: dict[str, Commitment] = {}
         self._found: dict[str, Commitment] = {}
         self._prices: dict[str, int] | None = None
-        self._new_prices: dict[str, tuple[int, datetime]] = {}
+        self._new_prices: dict[str, tuple[int, int | None, datetime]] = {}
         self._stop: RunStopped | None = None
         self._stop_read = False
 
@@ -89,8 +90,12 @@ class Ledger:
 
     def settle(self, change: Change, before: Record) -> int:
         """What the request's submission commits, in units, after an event made it certain."""
-        if change.event is Event.ACCEPTED:
-            self._price_seen(change, before.request.quality)
+        if change.values.get("replayed"):
+            return 0  # another journal has bought it, and counts it
+        units = change.values.get("reserved_units")
+        told = change.event is Event.ACCEPTED and isinstance(units, int) and units > 0
+        if told and not self._believe(units, before.request.quality, change.at):
+            return before.committed_units
         return committed_after(change.event, before.state, before.committed_units, change.values)
 
     def move(self, step: Step) -> None:
@@ -98,10 +103,11 @@ class Ledger:
         after = step.after
         committed = after.committed_units - step.before.committed_units
         spent = 0
-        if step.change.event is Event.COMPLETED:
+        if step.change.event in (Event.COMPLETED, Event.FOUND):
             spent = step.change.values.get("charged_units") or 0
         if committed or spent:
-            for scope in _scopes_of(after):
+            # What ends a submission leaves the request without one: then it is the one before.
+            for scope in _scopes_of(after) or _scopes_of(step.before):
                 delta = self._deltas.get(scope, Commitment())
                 self._deltas[scope] = delta.plus(committed, spent)
 
@@ -121,11 +127,12 @@ class Ledger:
         seen = [
             {
                 "quality": quality,
-                "highest_units": max(units, (self._prices or {}).get(quality, 0)),
+                "highest_units": self._highest().get(quality, 0) or expected_units(quality, {}),
                 "latest_units": units,
+                "doubted_units": doubted,
                 "seen_at": at,
             }
-            for quality, (units, at) in sorted(self._new_prices.items())
+            for quality, (units, doubted, at) in sorted(self._new_prices.items())
         ]
         if seen:
             self._statements.price_seen.execute(self._cursor, seen)
@@ -133,7 +140,13 @@ class Ledger:
     def _scopes_of_intent(self, change: Change) -> tuple[str, ...]:
         values = change.values
         own = values.get("scopes", ())
-        return scopes_of(self._run_id, change.at, values.get("partition_key", ""), own)
+        return scopes_of(
+            self._run_id,
+            change.at,
+            values.get("partition_key", ""),
+            own,
+            table_id=values.get("table_id", ""),
+        )
 
     def _committed(self, scope: str) -> Commitment:
         if scope not in self._found:
@@ -147,12 +160,17 @@ class Ledger:
             self._prices = dict(self._statements.prices.find(self._cursor))
         return self._prices
 
-    def _price_seen(self, change: Change, quality: str) -> None:
-        units = change.values.get("reserved_units")
-        if isinstance(units, int) and units > 0:
-            highest = self._highest()
-            self._new_prices[quality] = (units, change.at)
-            highest[quality] = max(units, highest.get(quality, 0))
+    def _believe(self, units: int, quality: str, at: datetime) -> bool:
+        """Take note of a price, and tell whether it is believed (``budget.is_doubtful``)."""
+        highest = self._highest()
+        if is_doubtful(units, quality, highest):
+            latest = self._new_prices.get(quality, (highest.get(quality, 0), None, at))[0]
+            self._new_prices[quality] = (latest, units, at)
+            return False
+        doubted = self._new_prices.get(quality, (0, None, at))[1]
+        self._new_prices[quality] = (units, doubted, at)
+        highest[quality] = max(units, highest.get(quality, 0))
+        return True
 
     def _stopped(self, at: datetime) -> RunStopped | None:
         if not self._stop_read:
@@ -168,4 +186,10 @@ def _scopes_of(record: Record) -> tuple[str, ...]:
     """What a request's present submission counts for; nothing where it has none."""
     if record.sent_at is None:
         return ()
-    return scopes_of(str(record.run_id), record.sent_at, record.bought_for or "", record.scopes)
+    return scopes_of(
+        str(record.run_id),
+        record.sent_at,
+        record.bought_for or "",
+        record.scopes,
+        table_id=record.bought_for_table,
+    )

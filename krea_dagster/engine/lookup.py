@@ -56,6 +56,9 @@ RECORD_SCHEMA: Final = pa.schema(
 )
 _SUBMISSION: Final = frozenset(RECORD_SCHEMA.names[RECORD_SCHEMA.get_field_index("task_id") :])
 
+#: What is kept of a file that is gone, and shown only while it is there.
+_FILE: Final = frozenset({"image_path", "image_sha256", "image_bytes", "stored_at"})
+
 #: Rows of the journal that are put into one text.
 _ROWS: Final = 10_000
 
@@ -170,10 +173,10 @@ def _lists(connection: Connection, names: Sequence[str], keys: str) -> list[list
     if _is_sqlite(connection):
         # The keys first, whatever the planner thinks.
         source = "json_each(:keys) AS wanted CROSS JOIN requests"
-        listed = [f"json_group_array({table[name]}.{name})" for name in names]
+        listed = [f"json_group_array({_value(table[name], name)})" for name in names]
     else:
         source = "json_array_elements_text(CAST(:keys AS json)) AS wanted(value) JOIN requests"
-        listed = [f"CAST(json_agg({table[name]}.{name}) AS text)" for name in names]
+        listed = [f"CAST(json_agg({_value(table[name], name)}) AS text)" for name in names]
     row = connection.execute(
         text(
             f"SELECT {', '.join(listed)} FROM {source} ON requests.request_key = wanted.value "
@@ -182,6 +185,13 @@ def _lists(connection: Connection, names: Sequence[str], keys: str) -> list[list
         {"keys": keys},
     ).one()
     return [json.loads(column or "[]") for column in row]
+
+
+def _value(table: str, name: str) -> str:
+    """Return a column as the views show it: a file only of a request that is stored."""
+    if name not in _FILE:
+        return f"{table}.{name}"
+    return f"CASE WHEN requests.state = '{State.STORED.value}' THEN requests.{name} END"
 
 
 # Requests are held with a number beside: what their file must be like (``_like``), or -1 where

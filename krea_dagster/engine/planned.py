@@ -73,6 +73,7 @@ class Planned:
         *,
         run_id: str,
         at: datetime,
+        table_id: str = "",
         is_unfinished: Callable[[Record], bool],
         reused_rows: int = 0,
     ) -> Planned:
@@ -85,7 +86,7 @@ class Planned:
         paid: list[tuple[float, str]] = []
         for part in _parts(wanted):
             pairs = [(item.request, item.partition_key) for item in part]
-            planned.new += journal.plan(pairs, run_id=run_id, at=at)
+            planned.new += journal.plan(pairs, run_id=run_id, at=at, table_id=table_id)
             records = journal.records({item.request.request_key for item in part})
             for item in part:
                 record = records[item.request.request_key]

@@ -37,7 +37,13 @@ class Record:
 
     ``bought_for`` is the partition that the present submission was bought for, and ``scopes`` what
     it counts for beside its run, day, month and partition. ``callback_url`` is the address that it
-    was sent with: a repeat under its key is sent with the same, or is a conflict.
+    was sent with: a repeat under its key is sent with the same, or is a conflict. ``table_id`` is
+    the prompt table that asked for the request first, ``bought_for_table`` the one that its present
+    submission was bought for. ``api_key`` is the fingerprint of the key that it was sent with, None
+    where that was not kept. ``replayed``: the server knew its first POST already, so that another
+    journal has bought it.
+
+    ``image`` is kept where the file is gone: only a ``stored`` request has its file.
 
     ``seq`` numbers the request's events from 0, and ``submissions`` counts its submissions: by
     them a change is written only onto the very record that it was made from.
@@ -70,6 +76,10 @@ class Record:
     bought_for: str | None = None
     scopes: tuple[str, ...] = ()
     callback_url: str | None = field(default=None, repr=False)
+    api_key: str | None = None
+    replayed: bool = False
+    table_id: str = ""
+    bought_for_table: str = ""
 
     @property
     def request_key(self) -> str:

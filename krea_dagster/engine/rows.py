@@ -47,6 +47,8 @@ class Charge:
     settled_at: datetime | None
     state: State | None
     scopes: tuple[str, ...] = ()
+    table_id: str = ""
+    replayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ _SUBMISSION: Final = (
     "user_group",
     "scopes",
     "callback_url",
+    "api_key",
+    "replayed",
 )
 
 
@@ -87,7 +91,8 @@ def _joined() -> Select[Any]:
         .label("submissions")
     )
     bought_for = submissions.c.partition_key.label("bought_for")
-    columns = (*(submissions.c[name] for name in _SUBMISSION), bought_for, count)
+    for_table = submissions.c.table_id.label("for_table")
+    columns = (*(submissions.c[name] for name in _SUBMISSION), bought_for, for_table, count)
     return select(requests, *columns).select_from(
         requests.outerjoin(submissions, requests.c.idempotency_key == submissions.c.idempotency_key)
     )
@@ -155,6 +160,10 @@ def record_of(row: Any) -> Record:
         bought_for=row.bought_for,
         scopes=_scopes(row.scopes),
         callback_url=row.callback_url,
+        api_key=row.api_key,
+        replayed=bool(row.replayed),
+        table_id=row.table_id,
+        bought_for_table=row.for_table or "",
     )
 
 
@@ -192,6 +201,8 @@ def charge_of(row: Row[Any]) -> Charge:
         settled_at=row.settled_at,
         state=State(row.state) if present else None,
         scopes=_scopes(row.scopes),
+        table_id=row.table_id,
+        replayed=bool(row.replayed),
     )
 
 

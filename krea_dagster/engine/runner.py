@@ -21,9 +21,24 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.session import Session, in_thread
 from krea_dagster.engine.states import State
+from krea_dagster.engine.unwritten import take_up
 from krea_dagster.errors import AccountStopped, RunStopped
 
 __all__ = ["RunReport", "Runner", "Wanted"]
+
+
+@dataclass(frozen=True)
+class Root:
+    """The storage root of a run, as its journal knows it.
+
+    ``root_id`` is empty where the journal is not to keep which files lie there. ``adopts``: files
+    that the journal did not enter are looked for behind a URL too. ``elsewhere`` gives the other
+    roots that hold these images.
+    """
+
+    root_id: str = ""
+    adopts: bool = False
+    elsewhere: Callable[[Sequence[str]], Mapping[str, Sequence[str]]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class RunReport:
     calls which that took. ``missed_callbacks`` counts the tasks that ended and that nobody called
     about in good time. ``waited``: whether it was to wait for what it submitted;
     ``left_for_room`` are the requests that it then left because the server took no more.
+    ``taken_up`` says what became of answers that earlier runs could not write, ``same_files`` which
+    requests got one and the same file.
     """
 
     new: int
@@ -56,22 +73,25 @@ class RunReport:
     missed_callbacks: int = 0
     waited: bool = True
     left_for_room: int = 0
+    taken_up: Sequence[str] = ()
+    same_files: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Runner:
     """Buys, fetches and verifies requests, and returns once nothing more can be done for them.
 
-    ``connect`` opens a client; it is not called where there is nothing to do. ``run_id`` is
-    written with every purchase. ``max_in_flight`` bounds the tasks at the server, and
-    ``max_per_s`` the submissions a second, where the account's limits are known.
-    ``caps`` bound what it commits, and ``launch`` names the runs that stop together where the
-    account stops one (by default this run alone). With ``buying`` false it only asks and
-    fetches. ``resolutions`` are a person's decisions about unknown outcomes, by request key.
-    ``callback_url_of`` gives, for a request key, the address at which a receiver that writes into
-    this journal is told of the task's end; without it tasks are asked about when they have probably
-    ended. ``randomness`` jitters the pauses. ``latencies`` is what is known before the run.
-    ``on_progress`` is called on the event loop whenever something changed.
+    ``root`` is the storage root as the journal knows it, ``table_id`` the prompt table that asks,
+    and ``api_key`` the fingerprint of the key that buys. ``connect`` opens a client; it is not
+    called where there is nothing to do. ``run_id`` is written with every purchase.
+    ``max_in_flight`` bounds the tasks at the server, and ``max_per_s`` the submissions a second,
+    where the account's limits are known. ``caps`` bound what it commits, and ``launch`` names the
+    runs that stop together where the account stops one (by default this run alone). With ``buying``
+    false it only asks and fetches. ``resolutions`` are a person's decisions about unknown outcomes,
+    by request key. ``callback_url_of`` gives, for a request key, the address at which a receiver
+    that writes into this journal is told of the task's end; without it tasks are asked about when
+    they have probably ended. ``randomness`` jitters the pauses. ``latencies`` is what is known
+    before the run. ``on_progress`` is called on the event loop whenever something changed.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[Client]]
@@ -83,6 +103,9 @@ class Runner:
     max_per_s: float | None = None
     caps: Caps = NO_CAPS
     launch: str = ""
+    root: Root = field(default_factory=Root)
+    table_id: str = ""
+    api_key: str | None = None
     buying: bool = True
     resolutions: Mapping[str, Resolution] = field(default_factory=dict)
     callback_url_of: Callable[[str], str] | None = None
@@ -103,6 +126,15 @@ class Runner:
         next run goes on from there.
         """
         started_s = self.clock.monotonic()
+        taken_up = await in_thread(
+            partial(
+                take_up,
+                self.journal,
+                self.images.storage,
+                run_id=self.run_id,
+                at=self.clock.now(),
+            )
+        )
         planned = await in_thread(
             partial(
                 Planned.enter,
@@ -110,6 +142,7 @@ class Runner:
                 self.journal,
                 run_id=self.run_id,
                 at=self.clock.now(),
+                table_id=self.table_id,
                 is_unfinished=self._unfinished,
                 reused_rows=reused_rows,
             )
@@ -117,7 +150,13 @@ class Runner:
         if not planned.unfinished:
             self.on_progress(planned.progress)
             seconds = self.clock.monotonic() - started_s
-            return RunReport(planned.new, planned.progress, seconds, waited=self.policy.wait)
+            return RunReport(
+                planned.new,
+                planned.progress,
+                seconds,
+                waited=self.policy.wait,
+                taken_up=taken_up,
+            )
         async with self.connect() as client:
             session = Session(self, client, planned)
             await session.carry_all()
@@ -138,11 +177,15 @@ class Runner:
             missed_callbacks=asking.missed_callbacks,
             waited=self.policy.wait,
             left_for_room=session.left_for_room,
+            taken_up=taken_up,
+            same_files=session.same_files,
         )
 
     def _unfinished(self, record: Record) -> bool:
         if record.state is State.STORED:
             return self.file_is_missing(record)
+        if self.images.find(record, adopts=self.root.adopts) is not None:
+            return True
         action = next_action(record, Trail(), self.clock.now(), self.policy, buying=True)
         return action != DONE
 

@@ -26,6 +26,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     event,
+    false,
 )
 
 from krea_dagster.engine.states import State
@@ -93,7 +94,53 @@ transitions: Final = Table(
     Column("to_state", String(16), primary_key=True),
 )
 
-#: One row per process that carries requests; a claim is good while its owner lives.
+#: The storage roots that hold this journal's images. ``location`` is where a root was seen last,
+#: empty for that of a journal from before roots were known. ``adopts``: a person accepted it as it
+#: is, so it may hold files that this journal does not know.
+roots: Final = Table(
+    "roots",
+    metadata,
+    Column("root_id", String(32), primary_key=True),
+    Column("location", Text, nullable=False),
+    Column("adopts", Boolean, nullable=False),
+    Column("first_at", UtcTime, nullable=False),
+)
+
+#: One row per run that wrote into a root: its token is here before it is in the root's marker. So
+#: a marker whose token is not here tells that the journal is older than the root.
+root_tokens: Final = Table(
+    "root_tokens",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("token", String(32), nullable=False, unique=True),
+    Column("root_id", String(32), ForeignKey("roots.root_id"), nullable=False),
+    Column("at", UtcTime, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+#: The prompt tables whose runs share this journal. ``root_id`` is empty where the name alone tells
+#: the table from others (an asset key prefix, a URL), and else the root that the path starts at.
+prompt_tables: Final = Table(
+    "prompt_tables",
+    metadata,
+    Column("table_id", String(32), primary_key=True),
+    Column("root_id", String(32), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("first_at", UtcTime, nullable=False),
+    Index("ix_prompt_tables_name", "root_id", "name", unique=True),
+)
+
+#: The API keys that images were bought with, as fingerprints, and which are of one account.
+api_keys: Final = Table(
+    "api_keys",
+    metadata,
+    Column("fingerprint", String(16), primary_key=True),
+    Column("account", String(16), nullable=False),
+    Column("first_at", UtcTime, nullable=False),
+)
+
+#: One row per run that carries requests; a claim is good while its owner lives. The host, the
+#: process and the time are for people: what tells whether an owner lives is ``owner.py``'s.
 owners: Final = Table(
     "owners",
     metadata,
@@ -101,7 +148,7 @@ owners: Final = Table(
     Column("run_id", String(255), nullable=False),
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
-    Column("pid_started", BigInteger, nullable=False),
+    Column("since", UtcTime, nullable=False),
     Column("heartbeat_at", UtcTime, nullable=False),
 )
 
@@ -117,6 +164,7 @@ requests: Final = Table(
     Column("seed", Integer, nullable=False),
     Column("nsfw_check", Boolean, nullable=False),
     Column("attempt", Integer, nullable=False),
+    Column("table_id", String(32), nullable=False, default="", server_default=""),
     Column("partition_key", Text, nullable=False),
     Column("state", String(16), nullable=False),
     Column("seq", Integer, nullable=False),
@@ -140,8 +188,10 @@ requests: Final = Table(
         "state <> 'stored' or (image_path is not null and image_sha256 is not null)",
         name="stored_has_file",
     ),
+    # A stored one without a key was found in its root, and who bought it is not known.
     CheckConstraint(
-        "state in ('planned', 'deferred') or idempotency_key is not null", name="sent_has_key"
+        "state in ('planned', 'deferred', 'stored') or idempotency_key is not null",
+        name="sent_has_key",
     ),
     Index("ix_requests_state", "state"),
     Index("ix_requests_claimed_by", "claimed_by"),
@@ -156,13 +206,18 @@ submissions: Final = Table(
     Column("request_key", String(64), ForeignKey("requests.request_key"), nullable=False),
     Column("number", Integer, nullable=False),
     Column("run_id", String(255), nullable=False),
+    Column("table_id", String(32), nullable=False, default="", server_default=""),
     Column("partition_key", Text, nullable=False),
+    # The fingerprint of the API key that it was sent with; null: from before they were kept.
+    Column("api_key", String(16)),
     Column("sent_at", UtcTime, nullable=False),
     Column("posts", Integer, nullable=False, default=1),
     Column("task_id", String(128), unique=True),
     Column("submitted_at", UtcTime),
     Column("expected_units", BigInteger, nullable=False),
     Column("committed_units", BigInteger, nullable=False),
+    # The server recognised the Idempotency-Key of a first POST: another journal has bought it.
+    Column("replayed", Boolean, nullable=False, default=False, server_default=false()),
     Column("reserved_units", BigInteger),
     Column("charged_units", BigInteger),
     Column("settled_at", UtcTime),
@@ -179,6 +234,17 @@ submissions: Final = Table(
     Index("ix_submissions_request", "request_key", "number", unique=True),
 )
 
+#: Which files lie in which root. ``missing_since``: it was looked for there, and was gone.
+files: Final = Table(
+    "files",
+    metadata,
+    Column("request_key", String(64), ForeignKey("requests.request_key"), primary_key=True),
+    Column("root_id", String(32), ForeignKey("roots.root_id"), primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("missing_since", UtcTime),
+    Index("ix_files_root", "root_id", "at"),
+)
+
 #: What each run, UTC day, month, partition and budgeted value has committed and spent: the sums
 #: that caps and budgets are checked against.
 commitments: Final = Table(
@@ -189,13 +255,15 @@ commitments: Final = Table(
     Column("spent_units", BigInteger, nullable=False),
 )
 
-#: The highest price seen for each quality.
+#: The highest price of each quality that was believed, and the last that was not: it was far from
+#: the others, and counts for nothing until a person accepts it.
 prices: Final = Table(
     "prices",
     metadata,
     Column("quality", String(8), primary_key=True),
     Column("highest_units", BigInteger, nullable=False),
     Column("latest_units", BigInteger, nullable=False),
+    Column("doubted_units", BigInteger),
     Column("seen_at", UtcTime, nullable=False),
 )
 
@@ -209,28 +277,34 @@ stops: Final = Table(
     Column("error_message", Text, nullable=False),
 )
 
-#: How often a person has asked for another picture of a row's sample.
+#: How often another image was asked for of a row's sample, by table. ``draws``: its seed is drawn,
+#: also where the table fixes one.
 attempts: Final = Table(
     "attempts",
     metadata,
+    Column("table_id", String(32), primary_key=True),
     Column("prompt_id", Text, primary_key=True),
     Column("sample", Integer, primary_key=True),
     Column("attempt", Integer, nullable=False),
+    Column("draws", Boolean, nullable=False, default=False, server_default=false()),
     Column("at", UtcTime, nullable=False),
     Column("raised_by", String(255), nullable=False),
     CheckConstraint("attempt > 0", name="attempt"),
 )
 
-#: Every time that another picture was asked for, and by which run: a run that is executed again
-#: does not ask again, whoever has asked in between.
+#: Every time that another image was asked for, and by which run: a run that is executed again does
+#: not ask again. ``ended_at`` is when a run came to its end with that wish; until then the wish is
+#: gone on with, and not made again.
 raised_attempts: Final = Table(
     "raised_attempts",
     metadata,
+    Column("table_id", String(32), primary_key=True),
     Column("prompt_id", Text, primary_key=True),
     Column("sample", Integer, primary_key=True),
     Column("attempt", Integer, primary_key=True),
     Column("at", UtcTime, nullable=False),
     Column("raised_by", String(255), nullable=False),
+    Column("ended_at", UtcTime),
 )
 
 #: What the account said of itself, to hold the journal against.
@@ -276,6 +350,7 @@ verdicts: Final = Table(
     Column("sample", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("partition_key", Text, nullable=False),
+    Column("table_id", String(32), nullable=False, default="", server_default=""),
     CheckConstraint(_one_of("verdict", list(VERDICTS)), name="verdict"),
     Index("ix_verdicts_image", "image_sha256", "number"),
     Index("ix_verdicts_prompt_id", "prompt_id"),

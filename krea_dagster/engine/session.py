@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,17 +30,19 @@ from krea_dagster.engine.calls import Called
 from krea_dagster.engine.carrier import Carrier, Desk
 from krea_dagster.engine.fetching import Fetching
 from krea_dagster.engine.frozen import changed
-from krea_dagster.engine.owner import has_ended, this_process
+from krea_dagster.engine.journal import NO_CAPS
+from krea_dagster.engine.owner import this_process
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.planned import Planned
 from krea_dagster.engine.policy import (
     Action,
+    Adopt,
     Ask,
     Defer,
     Expire,
     Fetch,
-    FoundUnanswered,
     Leave,
+    MarkUnknown,
     PlanAgain,
     Replay,
     Submit,
@@ -49,17 +51,21 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.resolution import Claim, Resolution, is_task_id
+from krea_dagster.engine.resolution import Claim, Resolution
 from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.unwritten import Answer, keep
 from krea_dagster.engine.writer import GroupCommit
 from krea_dagster.errors import (
     AccountStopped,
     ApiError,
     JournalError,
     PurchasesNotWritten,
+    RunStopped,
     StorageError,
     TakenOver,
+    UnwrittenPurchase,
 )
+from krea_dagster.models import is_task_id
 
 if TYPE_CHECKING:
     from krea_dagster.engine.runner import Runner
@@ -75,6 +81,8 @@ _IN_HAND: Final = 256
 _PART: Final = 512
 _HEARTBEAT_S: Final = 20.0
 _ELSEWHERE_S: Final = 1.0
+#: Purchases without an answer at once, where a cap or a budget bounds the run.
+UNANSWERED_UNDER_CAP: Final = 4
 #: Seconds between two words on progress.
 _TELL_S: Final = 0.1
 
@@ -121,12 +129,14 @@ class Session:
         self._journal = runner.journal
         self._clock = runner.clock
         self._owner = this_process(runner.run_id)
+        self._images = runner.images
         self._writer = GroupCommit(
             runner.journal,
             owner=self._owner.owner,
             run_id=runner.run_id,
             caps=runner.caps,
             launch=runner.launch,
+            root_id=runner.root.root_id,
         )
         desk = Desk(
             self._writer,
@@ -143,6 +153,10 @@ class Session:
             desk,
             self._at_server,
             announce_stop=self._announce_stop,
+            keep=self._keep,
+            confirm=self._confirm,
+            table_id=runner.table_id,
+            api_key=runner.api_key,
             callback_url_of=runner.callback_url_of,
         )
         self.asking = Asking(
@@ -150,6 +164,7 @@ class Session:
             desk,
             self._at_server,
             runner.journal.calls,
+            stop=self._stop_buying,
             callback_url_of=runner.callback_url_of,
         )
         self._fetching = Fetching(client, runner.images, desk)
@@ -163,6 +178,7 @@ class Session:
         self._in_flight = 0  # of those, the ones that hold a place in the window
         self._downloads = 0  # of those, the ones whose image is on its way
         self._elsewhere: deque[str] = deque()  # requests that another run holds
+        self._elsewhere_since_s: float | None = None
         self._finished: set[str] = set()  # requests that this run is done with, and holds still
         self._resolutions = dict(runner.resolutions)
         self._claims: dict[str, Claim] = {}  # tasks that callbacks claim for unknown purchases
@@ -178,7 +194,7 @@ class Session:
     async def carry_all(self) -> None:
         """Claim what is unfinished, and carry it until nothing more can be done."""
         await in_thread(self._journal.look_through)
-        await in_thread(self._journal.register, self._owner, self._clock.now())
+        await in_thread(self._journal.register, self._owner)
         try:
             with self._writer:
                 await self._claim_part()
@@ -195,9 +211,42 @@ class Session:
         await self._release()
 
     async def _release(self) -> None:
-        """Give up what is claimed; a journal that fails must not keep the next run from it."""
-        has_ended(self._owner)
+        """Give up what is claimed; a journal that fails does not keep the next run from it."""
         await in_thread(self._journal.release, self._owner.owner)
+
+    @property
+    def same_files(self) -> list[str]:
+        """What is said of files that several requests of this run got."""
+        by_content: dict[str, list[str]] = {}
+        for key, sha256 in self._fetching.stored.items():
+            by_content.setdefault(sha256, []).append(key)
+        return [
+            f"{len(keys)} requests got one and the same file ({sha256[:12]}): "
+            f"{', '.join(key[:12] for key in keys[:10])}"
+            for sha256, keys in by_content.items()
+            if len(keys) > 1
+        ]
+
+    def _stop_buying(self, stop: RunStopped) -> None:
+        self.buying.stopped = self.buying.stopped or stop
+        self._changed.set()
+
+    async def _confirm(self, carrier: Carrier) -> bool:
+        return await self.asking.may_be_bought_again(carrier)
+
+    def _keep(self, bought: UnwrittenPurchase, values: Mapping[str, Any]) -> str:
+        """Write what was bought where the next run finds it; returns where."""
+        answer = Answer(
+            self._journal.journal_id,
+            bought.request_key,
+            bought.idempotency_key,
+            {name: value for name, value in values.items() if name != "answer"},
+            values["answer"],
+        )
+        try:
+            return keep(self._images.storage, answer)
+        except OSError as error:
+            return f"no place ({error})"
 
     async def _work(self) -> None:
         async with anyio.create_task_group() as background:
@@ -275,7 +324,8 @@ class Session:
                 if item.record.state in _NOT_BOUGHT:  # a repeat may have its place already
                     full = full or pace.is_full(self._in_flight + len(self._left_there))
                 wanting = full or pace.unclear
-                if full or (pace.one_by_one and self._at_server.submitting):
+                few = pace.one_by_one and self._at_server.submitting
+                if full or few or self._price_is_awaited():
                     break
                 wait_s = pace.wait_s(now_s)
                 if wait_s > 0:
@@ -284,6 +334,14 @@ class Session:
             self._start(carriers, heapq.heappop(self._to_submit), submits=submits)
         self.asker.pressed = wanting
         return min(waits_s, default=None)
+
+    def _price_is_awaited(self) -> bool:
+        """Whether so many purchases wait for an answer that a cap could be passed by much.
+
+        What is under way was admitted at the old price: at a rise a cap is passed by no more than
+        these cost more.
+        """
+        return self._runner.caps != NO_CAPS and self._at_server.submitting >= UNANSWERED_UNDER_CAP
 
     def _is_left(self, record: Record) -> bool:
         """Whether a purchase is left to a later run, because only waiting would give it a place.
@@ -376,19 +434,18 @@ class Session:
         """Do the next thing once; None where there is nothing more to do in this run."""
         record = carrier.record
         if record.state is State.STORED and self._runner.file_is_missing(record):
-            return await self._fetching.file_missing(carrier)
+            if isinstance(action, Leave) and action.reason:
+                self._finish(record, action.reason)
+                return None
+            return await self._fetching.not_here(carrier)
         if (resolution := self._resolution(record, action)) is not None:
             return await self._resolve(carrier, resolution)
         match action:
             case Leave(reason=reason):
                 self._finish(record, reason)
                 return None
-            case Submit():
-                return await self.buying.submit(carrier, Event.SUBMITTING)
-            case Replay():
-                return await self.buying.submit(carrier, Event.REPLAYING)
-            case FoundUnanswered():
-                return await self.buying.found_unanswered(carrier)
+            case Submit() | Replay() | MarkUnknown() | PlanAgain() | Defer():
+                return await self._buy(carrier, action)
             case Ask():
                 if self._runner.policy.wait and self.asking.is_overdue(record):
                     self._leave_window(carrier)
@@ -396,8 +453,21 @@ class Session:
             case Fetch():
                 self._leave_window(carrier)
                 return await self._fetch(carrier)
+            case Adopt(name=name):
+                return await self._fetching.adopt(carrier, name)
             case Expire(code=code, message=message):
                 return await self._fetching.expire(carrier, code, message)
+
+    async def _buy(
+        self, carrier: Carrier, action: Submit | Replay | MarkUnknown | PlanAgain | Defer
+    ) -> float:
+        match action:
+            case Submit():
+                return await self.buying.submit(carrier, Event.SUBMITTING)
+            case Replay():
+                return await self.buying.submit(carrier, Event.REPLAYING)
+            case MarkUnknown(code=code, message=message):
+                return await self.buying.mark_unknown(carrier, code, message)
             case PlanAgain():
                 return await self.buying.plan_again(carrier)
             case Defer():
@@ -473,17 +543,35 @@ class Session:
 
         Read again after the claim: another run may have carried them further.
         """
-        now = self._clock.now()
-        mine = await in_thread(self._journal.claim, keys, self._owner.owner, now)
+        mine = await in_thread(self._journal.claim, keys, self._owner.owner)
         found = await in_thread(self._journal.records, mine)
         calls = await self._calls_about(found)
+        files, elsewhere = await in_thread(self._look_for_files, found)
         for key in keys:
             if key in found:
-                worth_asking = self.asking.worth_asking(found[key], calls)
-                self._push(found[key], Trail(worth_asking=worth_asking), 0.0)
+                trail = Trail(
+                    worth_asking=self.asking.worth_asking(found[key], calls),
+                    file=files.get(key),
+                    elsewhere=tuple(elsewhere.get(key, ())),
+                )
+                self._push(found[key], trail, 0.0)
             elif key not in mine:
                 self._elsewhere.append(key)
         self._changed.set()
+
+    def _look_for_files(
+        self, found: Mapping[str, Record]
+    ) -> tuple[dict[str, str], Mapping[str, Sequence[str]]]:
+        """Which requests have a file in the storage root, or in another one, that may be theirs."""
+        files: dict[str, str] = {}
+        missing: list[str] = []
+        for key, record in found.items():
+            name = self._images.find(record, adopts=self._runner.root.adopts)
+            if name is not None:
+                files[key] = name
+            elif record.state is State.STORED:
+                missing.append(key)
+        return files, self._runner.root.elsewhere(missing) if missing else {}
 
     async def _calls_about(self, found: Mapping[str, Record]) -> Mapping[str, Called]:
         """What was called about of requests whose next step may hang on it."""
@@ -508,6 +596,13 @@ class Session:
         while True:
             await self._clock.sleep(_ELSEWHERE_S)
             if not self._elsewhere:
+                self._elsewhere_since_s = None
+                continue
+            now_s = self._clock.monotonic()
+            if self._elsewhere_since_s is None:
+                self._elsewhere_since_s = now_s
+            if now_s - self._elsewhere_since_s > self._runner.policy.patience_s:
+                await self._leave_elsewhere()
                 continue
             await self._let_go()
             # The longest waiting first; what is still held goes to the end again.
@@ -517,6 +612,18 @@ class Session:
                 self._elsewhere.popleft()
             self._changed.set()
 
+    async def _leave_elsewhere(self) -> None:
+        """Leave what another run still holds, and say which."""
+        keys = list(self._elsewhere)
+        holders = await in_thread(self._journal.holders, keys)
+        records = await in_thread(self._journal.records, keys)
+        for key in keys:
+            if key in records:
+                holder = holders.get(key, "another run")
+                self._finish(records[key], f"held by {holder}; a later run goes on with it")
+        self._elsewhere.clear()
+        self._changed.set()
+
     async def _let_go(self) -> None:
         finished, self._finished = self._finished, set()
         await in_thread(self._journal.let_go, finished, self._owner.owner)
@@ -524,7 +631,7 @@ class Session:
     async def _beat(self) -> None:
         while True:
             await self._clock.sleep(_HEARTBEAT_S)
-            await in_thread(self._journal.heartbeat, self._owner.owner, self._clock.now())
+            await in_thread(self._journal.heartbeat, self._owner.owner)
             await self._let_go()
 
     async def _announce_stop(self, error: AccountStopped) -> None:

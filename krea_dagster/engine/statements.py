@@ -13,7 +13,18 @@ from datetime import datetime
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Final, Protocol
 
-from sqlalchemy import Boolean, String, Table, any_, bindparam, func, insert, select, update
+from sqlalchemy import (
+    Boolean,
+    String,
+    Table,
+    any_,
+    bindparam,
+    case,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 
@@ -22,6 +33,7 @@ from krea_dagster.engine.rows import JOINED, record_of
 from krea_dagster.engine.schema import (
     UtcTime,
     commitments,
+    files,
     microseconds,
     prices,
     requests,
@@ -108,7 +120,9 @@ class Statements:
                 stops.c.at >= bindparam("since", type_=UtcTime),
             )
         )
+        self.file_seen = self._file_seen()
         self._records = self._select(self._records_query())
+        self._tasks = self._select(self._tasks_query())
 
     def records(self, cursor: Cursor, keys: Sequence[str]) -> dict[str, Record]:
         """The requests with these keys, kept from being changed by others meanwhile."""
@@ -116,6 +130,11 @@ class Statements:
         found = self._records.find(cursor, {"wanted": wanted})
         records = [record_of(_named(row)) for row in found]
         return {record.request_key: record for record in records}
+
+    def tasks(self, cursor: Cursor, task_ids: Sequence[str]) -> dict[str, str]:
+        """The requests that have these tasks, by task id."""
+        wanted = json.dumps(list(task_ids)) if self._sqlite else list(task_ids)
+        return dict(self._tasks.find(cursor, {"wanted": wanted}))
 
     def _select(self, query: Any) -> Statement:
         return Statement(query, self._dialect)
@@ -128,6 +147,14 @@ class Statements:
         return JOINED.where(requests.c.request_key == any_(wanted)).with_for_update(
             of=requests, key_share=True
         )
+
+    def _tasks_query(self) -> Any:
+        query = select(submissions.c.task_id, submissions.c.request_key)
+        if self._sqlite:
+            each = func.json_each(bindparam("wanted")).table_valued("value")
+            return query.where(submissions.c.task_id.in_(select(each.c.value)))
+        wanted = bindparam("wanted", type_=postgresql.ARRAY(String))
+        return query.where(submissions.c.task_id == any_(wanted))
 
     def insertion(self, table: Table, names: tuple[str, ...]) -> Statement:
         """Insert rows with these columns."""
@@ -176,12 +203,32 @@ class Statements:
         return Statement(upsert, self._dialect)
 
     def _price_seen(self) -> Statement:
-        """Keep the latest price of a quality, and the highest."""
+        """Keep the latest price of a quality, the highest, and the last that was not believed."""
         statement = self._insert(prices)
+        new = statement.excluded
+        # Compared here, because two runs may have read the same highest price.
+        greater = func.max if self._sqlite else func.greatest
         seen = {
-            name: statement.excluded[name] for name in ("highest_units", "latest_units", "seen_at")
+            "highest_units": greater(prices.c.highest_units, new.highest_units),
+            "latest_units": new.latest_units,
+            "doubted_units": func.coalesce(new.doubted_units, prices.c.doubted_units),
+            "seen_at": new.seen_at,
         }
         upsert = statement.on_conflict_do_update(index_elements=["quality"], set_=seen)
+        return Statement(upsert, self._dialect)
+
+    def _file_seen(self) -> Statement:
+        """Keep whether a file lies in a storage root."""
+        statement = self._insert(files)
+        new = statement.excluded
+        seen = {
+            # Its own time, as long as it has only gone missing.
+            "at": case((new.missing_since.is_(None), new.at), else_=files.c.at),
+            "missing_since": new.missing_since,
+        }
+        upsert = statement.on_conflict_do_update(
+            index_elements=["request_key", "root_id"], set_=seen
+        )
         return Statement(upsert, self._dialect)
 
 

@@ -13,8 +13,12 @@
 it in this very run has found a crash between intent and answer, and must treat it as
 ``unknown``.
 
-``expired`` is what could be said with the answers at hand. Where a salvage finds that the server
-knows the task after all (another key had asked, or it was restored), it goes on from there.
+``expired`` is what could be said with the answers of that time. Where a run finds that the server
+knows the task after all, or that the file is there, it goes on from there; so it does where a
+failed task turns out to be completed.
+
+A file that is found under a request's own name and verifies makes the request ``stored`` from
+every state: whoever bought it, it is not bought again.
 
 While the outcome of a purchase is unknown, no refusal of a *repeat* makes it known: the first
 POST may have created the task all the same. So ``unknown`` is left only by the task itself
@@ -78,6 +82,8 @@ class Event(str, Enum):
     FILE_MISSING = "file_missing"
     #: Paid, and neither the task nor the link can be read again.
     EXPIRED = "expired"
+    #: Its verified file lies in the storage root, although this journal did not enter it there.
+    FOUND = "found"
 
 
 #: (state, event) → state. What is not here is illegal. ``None`` is before the first event.
@@ -109,6 +115,10 @@ TRANSITIONS: Final[Mapping[tuple[State | None, Event], State]] = {
     (State.STORED, Event.FILE_MISSING): State.COMPLETED,
     (State.FAILED, Event.PLANNED): State.PLANNED,
     (State.REFUSED, Event.PLANNED): State.PLANNED,
+    (State.FAILED, Event.COMPLETED): State.COMPLETED,
+    (State.SUBMITTED, Event.OUTCOME_UNKNOWN): State.UNKNOWN,
+    (State.EXPIRED, Event.ACCEPTED): State.SUBMITTED,
+    **{(state, Event.FOUND): State.STORED for state in State},
 }
 
 #: States in which a purchase has been paid for, or may have been, and is not at hand yet.

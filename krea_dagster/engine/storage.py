@@ -46,6 +46,10 @@ class Storage:
             return str(self.folder / name)
         return str(self._fs.unstrip_protocol(self._full(name)))
 
+    def shown(self, name: str) -> str:
+        """The path or URL of a name, for people: without user, password and query."""
+        return self.locate(name)
+
     def name_of(self, location: str) -> str:
         """The name under the root of an image's path or URL, as a manifest has it.
 
@@ -143,7 +147,7 @@ class Storage:
             temporary.replace(target)
         sync_folder(target.parent)
 
-    def write(self, name: str, write: Callable[[BinaryIO], None]) -> None:
+    def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Write a file through ``write``, atomically."""
         with self.scratch() as temporary:
             with temporary.open("wb") as file:

@@ -69,7 +69,8 @@ class VerdictLog:
         """
         if not given:
             return []
-        with self._database.write("remember verdicts in") as connection:
+
+        def write(connection: Connection) -> list[Verdict]:
             if not self._database.sqlite:
                 # Writers wait for one another, readers do not: see above.
                 connection.execute(text("LOCK TABLE verdicts IN SHARE ROW EXCLUSIVE MODE"))
@@ -83,7 +84,9 @@ class VerdictLog:
             if new:
                 connection.execute(insert(verdicts), [_row(one) for one in new.values()])
                 known |= _by_id(connection, list(new))
-        return [known[one.verdict_id] for one in given]
+            return [known[one.verdict_id] for one in given]
+
+        return self._database.write("remember verdicts in", write)
 
     def present(self, image_sha256s: Iterable[str] | None = None) -> dict[str, Verdict]:
         """The verdict that counts, by the image's SHA-256; images without one are left out.

@@ -47,6 +47,7 @@ class GroupCommit:
         run_id: str,
         caps: Caps = NO_CAPS,
         launch: str = "",
+        root_id: str = "",
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
         self._journal = journal
@@ -55,6 +56,7 @@ class GroupCommit:
         self._run_id = run_id
         self._caps = caps
         self._launch = launch
+        self._root_id = root_id
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # The requests under way as the last change left them: the thread's own.
         self._known: dict[str, Record] = {}
@@ -122,6 +124,7 @@ class GroupCommit:
                 run_id=self._run_id,
                 caps=self._caps,
                 launch=self._launch,
+                root_id=self._root_id,
                 known={
                     c.request_key: known[c.request_key]
                     for c, _, _ in batch

@@ -174,6 +174,7 @@ def build_krea_assets(
                     standing.wanted(),
                     reused_rows=int(standing.whole.sum()),
                     run_id=context.run.run_id,
+                    table=table,
                     # Not shared with a re-execution: it is how one goes on after a top-up.
                     launch=context.run.tags.get(_BACKFILL_TAG) or context.run.run_id,
                     ask_again=config.retry_errors,
@@ -181,6 +182,7 @@ def build_krea_assets(
                     wait=config.waits(not collect_later),
                     on_progress=Narrator(context),
                 )
+                batch.end_wishes(krea)
             del standing
             _say_after(context, report)
             total = Figures()
@@ -338,8 +340,8 @@ def _say_after(context: dg.AssetExecutionContext, report: RunReport) -> None:
             "%d images are left to a later run: the server took no more.", report.left_for_room
         )
         context.instance.add_run_tags(context.run.run_id, {GOES_ON_TAG: GOES_ON})
-    for message in report.dearer:
-        context.log.warning("%s. The caps reckon with the new price from now on.", message)
+    for message in (*report.dearer, *report.taken_up, *report.same_files):
+        context.log.warning("%s.", message)
     if report.missed_callbacks:
         context.log.warning(_MISSED, report.missed_callbacks)
     for message in report.caps_reached:

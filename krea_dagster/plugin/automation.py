@@ -137,7 +137,7 @@ class _Watcher:
         with self._lock:
             if self._known is not None and marks.files and self._known[0] == state:
                 return self._known[1]
-        asked = self._table.versions(attempts=krea.attempts() if krea.has_journal() else None)
+        asked = krea.versions(self._table)
         carried: _Versions = {}
         if self._carried:
             # Partitions without a row have a version too: what waits for it must not wait forever.
@@ -189,7 +189,7 @@ def build_prompts_sensor(
         try:
             marks = Marks(
                 mark_of_files(table.source),
-                mark_of_attempts(krea),
+                mark_of_attempts(krea, table),
                 mark_of_reports(instance, keys),
             )
             if marks.stand_still(Marks.from_cursor(context.cursor)):

@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import cached_property
 from itertools import repeat
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +17,20 @@ from krea_dagster.engine.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.lookup import NOTHING_KNOWN, Known, known, known_of_many
 from krea_dagster.engine.runner import Wanted
+from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_parts, manifest_schema
+from krea_dagster.plugin import again
 from krea_dagster.plugin.calling import COLUMN, check_own_urls, own_urls
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.figures import Figures, watched
 from krea_dagster.plugin.metadata import without_credentials
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
+from krea_dagster.prompts.requests import seed_for
+
+#: States in which a request has come to its end: another image may be asked for.
+_SETTLED: Final = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
 
 #: The scopes of an image, and where its row wants its end told.
 _Carried: TypeAlias = tuple[tuple[str, ...], str | None]
@@ -61,12 +68,12 @@ class Batch:
         """
         _return_memory()
         has_journal = krea.has_journal()
-        attempts = krea.attempts() if has_journal else None
+        krea.check_root()
         # A large table is compared with all that is stored, which is listed meanwhile: the one
         # is work for the processor, the other for the system.
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(_look_ahead, table, keys, krea) if has_journal and look else None
-            plan = table.plan(keys, attempts, keep=keep)
+            plan = krea.plan(table, keys, keep=keep)
         try:
             if to_buy:
                 krea.check()
@@ -86,21 +93,84 @@ class Batch:
         self.close()
 
     def ask_again(self, config: KreaImagesConfig, krea: KreaResource, raised_by: str) -> "Batch":
-        """Raise the attempts of the rows that a person wants another picture of.
+        """Raise the attempts of the rows that a person wants another image of.
 
-        ``raised_by`` is the root of the run and its re-executions, none of which asks again.
+        ``raised_by`` is the root of the run and its re-executions, none of which asks again. A row
+        whose last wish has not come to its end is gone on with, and not asked for once more. Raises
+        ConfigError for a row whose seed the table fixes, unless ``config.new_seed``.
         """
-        wanted = frozenset(config.again)
-        samples = [
-            (image.prompt_id, image.sample)
-            for image in self.plan.named(wanted)
-            if image.prompt_id in wanted
-        ]
-        if not samples:
+        slots = self.wished(config, krea)
+        if not slots:
             return self
-        krea.raise_attempts(samples, raised_by=raised_by)
+        states = {
+            (image.prompt_id, image.sample): image.request.request_key
+            for image in self.plan.named({prompt_id for prompt_id, _ in slots})
+        }
+        with krea.open_journal() as journal:
+            known = journal.records(states.values())
+            ended = {
+                slot: known[key].state in _SETTLED for slot, key in states.items() if key in known
+            }
+            journal.attempts(krea.table_id(journal, self.table, enter=True)).ask_again(
+                slots,
+                raised_by=raised_by,
+                at=datetime.now(timezone.utc),
+                settled=lambda slot, _attempt: ended.get(slot, False),
+                draw=config.new_seed,
+            )
         self.close()
-        return replace(self, plan=self.table.plan(self.keys, krea.attempts()))
+        return replace(self, plan=krea.plan(self.table, self.keys))
+
+    def wished(self, config: KreaImagesConfig, krea: KreaResource) -> list[tuple[str, int]]:
+        """Return the (prompt_id, sample) that a person wants another image of.
+
+        Raises ConfigError for a row that is not there, or whose seed the table fixes.
+        """
+        if not config.again:
+            return []
+        wishes = again.read(config.again)
+        if krea.has_journal():
+            with krea.open_journal() as journal:
+                slots = wishes.slots(self.plan, journal)
+        else:
+            slots = wishes.slots(self.plan, None)
+        if not config.new_seed:
+            self._refuse_fixed(slots)
+        return slots
+
+    def _refuse_fixed(self, slots: Sequence[tuple[str, int]]) -> None:
+        """Refuse to buy the same image again: its seed is the table's."""
+        names = {prompt_id for prompt_id, _ in slots}
+        for image in self.plan.named(names):
+            request = image.request
+            slot = (image.prompt_id, image.sample)
+            drawn = seed_for(None, image.prompt_id, image.sample, request.attempt)
+            if slot in slots and request.seed != drawn:
+                raise ConfigError(
+                    f"row {image.prompt_id!r} has its seed in the prompt table, so that another "
+                    "image of it would be the same one, paid for twice. Nothing was bought. Give "
+                    "--new-seed (new_seed in the run config) to have a seed drawn, or change the "
+                    "table."
+                )
+
+    def end_wishes(self, krea: KreaResource) -> None:
+        """Note the wishes for images of this batch that a run has come to its end with."""
+        with krea.open_journal() as journal:
+            log = journal.attempts(krea.table_id(journal, self.table))
+            open_ = log.open()
+            images = {
+                (image.prompt_id, image.sample): image.request.request_key
+                for image in self.plan.named({prompt_id for prompt_id, _ in open_})
+                if (image.prompt_id, image.sample) in open_
+            }
+            known = journal.records(images.values())
+            ended = [
+                slot
+                for slot, key in images.items()
+                if key in known and known[key].state in _SETTLED
+            ]
+            if ended:
+                log.end(ended, at=datetime.now(timezone.utc))
 
     @property
     def held_count(self) -> int:
@@ -125,10 +195,11 @@ class Batch:
         if not krea.has_journal():
             return Standing(self.plan, NOTHING_KNOWN, columns, self.held)
         found = None if self._ahead is None else self._ahead.result()
-        if found is None:
-            with krea.open_journal() as journal:
+        with krea.open_journal() as journal:
+            if found is None:
                 found = known(journal, krea.open_storage(), digests)
-        return Standing(self.plan, found, columns, self.held)
+            table_id = krea.table_id(journal, self.table)
+        return Standing(self.plan, found, columns, self.held, table_id)
 
     def manifest_parts(
         self, key: str, krea: KreaResource, journal: Journal, run_id: str
@@ -181,13 +252,15 @@ def _look_ahead(table: PromptTable, keys: Sequence[str] | None, krea: KreaResour
 class Standing:
     """How the images of a plan stand: which are stored and whole, and which are known at all.
 
-    ``budget_columns`` are those whose values have a budget; ``held`` as in ``Batch``.
+    ``budget_columns`` are those whose values have a budget; ``held`` as in ``Batch``; ``table_id``
+    is the prompt table's in the journal.
     """
 
     plan: Plan
     known: Known
     budget_columns: Sequence[str] = ()
     held: Mask | None = None
+    table_id: str = ""
 
     @property
     def whole(self) -> Mask:

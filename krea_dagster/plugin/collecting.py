@@ -207,7 +207,7 @@ def _waiting(krea: KreaResource) -> tuple[list[Record], Mapping[str, Called]]:
         return [], {}
     # Those of unknown outcome too: a call about one may name its task.
     with krea.open_journal() as journal:
-        waiting = journal.unattended(datetime.now(timezone.utc))
+        waiting = journal.unattended()
         return waiting, journal.calls.called([record.request_key for record in waiting])
 
 

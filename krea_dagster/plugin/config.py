@@ -13,8 +13,18 @@ class KreaImagesConfig(dg.Config):
     again: list[str] = Field(
         default=[],
         description=(
-            "prompt_ids of which another picture is bought: their attempt is raised by one, and "
-            "with it the seed, where it was drawn. The old pictures stay in the journal."
+            "prompt_ids of which another image is bought: their attempt is raised by one, and with "
+            "it the seed, where it was drawn. Also error:CODE, for the rows that failed with that "
+            "code, and rejected, for those whose image a person has rejected. The old images stay "
+            "in the journal. A wish that a run was interrupted in is gone on with, and not made "
+            "twice."
+        ),
+    )
+    new_seed: bool = Field(
+        default=False,
+        description=(
+            "Draw the seed of the rows in `again` whose seed the table fixes: with the same seed "
+            "they would give the same image, and are refused."
         ),
     )
     retry_errors: list[str] = Field(

@@ -92,7 +92,9 @@ def build_krea_definitions(
         parse_partition_by(partition_by),
         defaults=defaults or Defaults(),
         count_tokens=count_tokens,
+        name="/".join(key_prefix),
     )
+    krea = with_absolute_storage(krea)
     assets = krea_assets.build_krea_assets(
         table,
         start=start,
@@ -189,6 +191,17 @@ def build_krea_definitions(
 JOB_NAME = "krea_images"
 SALVAGE_JOB_NAME = "krea_salvage"
 PROOF_JOB_NAME = "krea_proof"
+
+
+def with_absolute_storage(krea: KreaResource) -> KreaResource:
+    """The resource with a storage folder that does not depend on where a process works.
+
+    A relative one is made absolute here, where definitions are loaded: in another working folder a
+    run would begin another journal, which knows of no purchase.
+    """
+    if not isinstance(krea.storage, str) or "://" in krea.storage or not krea.storage:
+        return krea
+    return krea.model_copy(update={"storage": str(Path(krea.storage).absolute())})
 
 
 def _absolute(source: str) -> str:

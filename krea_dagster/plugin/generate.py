@@ -41,7 +41,9 @@ def generate(
         # The column is of this file only: what is bought is told by the asset's or op's name.
         own = pa.repeat(pa.scalar(name, pa.string()), rows.num_rows)
         pq.write_table(rows.append_column(_ALL.columns[0], own), file)
-        table = PromptTable(str(file), _ALL, defaults=defaults or Defaults())
+        table = PromptTable(
+            str(file), _ALL, defaults=defaults or Defaults(), name=f"generate:{name}"
+        )
         try:
             batch = Batch.read(table, [name], krea, to_buy=True, look=True)
         except PromptTableError as error:
@@ -51,6 +53,7 @@ def generate(
             report = krea.carry(
                 standing.wanted(),
                 run_id=run_id,
+                table=table,
                 reused_rows=int(standing.whole.sum()),
                 on_progress=on_progress,
             )

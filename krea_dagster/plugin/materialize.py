@@ -173,9 +173,7 @@ def salvage(
 
 def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) -> None:
     """Refuse a wish that names no row, before anything is launched."""
-    known = {image.prompt_id for image in batch.plan.named(wishes.again)}
-    if missing := [name for name in wishes.again if name not in known]:
-        raise ConfigError(f"no row has the prompt_id {missing[0]!r}; nothing was bought")
+    batch.wished(wishes, krea)
     if not wishes.resolve:
         return
     resolutions = wishes.resolutions(batch.plan)
@@ -201,6 +199,14 @@ def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) ->
                 f"{name!r} names {len(set(keys))} purchases, and one task is of one of them; "
                 "name its request_key"
             )
+        if wishes.resolve[name].startswith("task:"):
+            task_id = wishes.resolve[name].removeprefix("task:")
+            with krea.open_journal() as journal:
+                if journal.known_tasks([task_id]):
+                    raise ConfigError(
+                        f"task {task_id} is that of another purchase in the journal, and not of "
+                        f"{name!r} too; nothing was decided"
+                    )
 
 
 class _Watch:

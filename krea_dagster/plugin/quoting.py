@@ -83,6 +83,7 @@ def quote_images(
             caps=caps,
             committed=(lambda _: Commitment()) if journal is None else journal.commitment,
             credits_per_usd=credits_per_usd,
+            table_id=standing.table_id,
         )
 
 

@@ -2,12 +2,21 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime, timezone
-from typing import Any, TypeVar
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import dagster as dg
 import httpx
@@ -22,20 +31,26 @@ from krea_dagster.engine.database import database_in, has_database
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.policy import Policy
+from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.prompt_tables import identity_of
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
-from krea_dagster.engine.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.roots import Marker
+from krea_dagster.engine.runner import Root, Runner, RunReport, Wanted
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import units_from_credits
+from krea_dagster.models import credits_text, units_from_credits
 from krea_dagster.plugin.calling import receiver_urls
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
-from krea_dagster.prompts import Defaults, PlannedImage
+from krea_dagster.prompts import Defaults, Plan, PlannedImage, PromptTable
 
 _T = TypeVar("_T")
+
+#: What another table has paid for, and nobody has taken for so long, any salvage takes: half of
+#: what its link lives.
+_TAKEN_BY_OTHERS: Final = timedelta(hours=12)
 
 
 class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
@@ -191,7 +206,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     def check(self) -> None:
         """Check what can be checked before anything is bought. Raises ConfigError or JournalError.
 
-        Binds the journal to where these settings buy.
+        Binds the journal to where these settings buy, and sees that the storage root is as the
+        journal left it.
         """
         if not self.emulator and not _text(self.api_key):
             raise ConfigError(
@@ -199,22 +215,45 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 "that variable, or set emulator=True"
             )
         self._callback_urls()
-        if not self.has_journal():
-            self._refuse_images_without_journal()
-        with self.open_journal() as journal:
-            if not journal.count_by_state():
-                self._refuse_images_without_journal()
-            journal.bind(self._origin())
-
-    def _refuse_images_without_journal(self) -> None:
-        """Refuse to begin anew beside images: their journal knows that they are paid for."""
         storage = self.open_storage()
-        if next(storage.names("images"), None) is not None:
-            raise ConfigError(
-                f"{storage.locate('images')} holds images, and the journal that bought them is "
-                "not there: a new one would buy them again. Nothing was bought. Put the journal "
-                "back (KREA_JOURNAL_URL), or move the images away to begin anew."
-            )
+        if not self.has_journal():
+            refuse_without_journal(storage)
+        with self.open_journal() as journal:
+            journal.bind(self._origin())
+            journal.roots.check(storage)
+
+    def check_root(self) -> None:
+        """See that the storage root is as the journal left it. Raises ConfigError or JournalError.
+
+        Makes no journal where there is none.
+        """
+        if self.has_journal():
+            with self.open_journal() as journal:
+                journal.roots.check(self.open_storage())
+
+    def accept_root(self) -> str:
+        """Take the storage root as it is for the journal's; returns what that means, for people."""
+        with self.open_journal() as journal:
+            return journal.roots.accept(self.open_storage())
+
+    def accept_key(self, same_as: str = "") -> str:
+        """Declare the API key to be of the account that the journal's images were bought with."""
+        with self.open_journal() as journal:
+            fingerprint = journal.api_keys.fingerprint(self._key())
+            count = journal.api_keys.accept(fingerprint, same_as)
+        return (
+            f"the API key with the fingerprint {fingerprint} is of the account that {count} "
+            "purchases were made with"
+        )
+
+    def accept_price(self, quality: str) -> str:
+        """Believe the price of a quality that was far from the expected one."""
+        with self.open_journal() as journal:
+            units, settled = journal.accept_price(quality, datetime.now(timezone.utc))
+        return (
+            f"{quality} costs {credits_text(units)} credits from now on; the charges of {settled} "
+            "purchases at that price are settled"
+        )
 
     def generate(
         self,
@@ -254,6 +293,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         wanted: Iterable[Wanted],
         *,
         run_id: str,
+        table: PromptTable | None = None,
         reused_rows: int = 0,
         launch: str = "",
         ask_again: Iterable[str] = (),
@@ -263,7 +303,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     ) -> RunReport:
         """Buy, fetch and verify what is not at hand yet, and return when nothing more can be done.
 
-        ``wanted`` is taken up as it comes; ``reused_rows`` counts the images beside it that are
+        ``wanted`` is taken up as it comes; ``table`` is the prompt table that asks for it;
+        ``reused_rows`` counts the images beside it that are
         known to be at hand. ``launch`` names the runs that stop together where the account stops
         one. ``ask_again`` are error codes whose rows are bought again; ``resolutions`` a person's
         decisions about unknown outcomes, by request key. Without ``wait`` it submits, fetches what
@@ -273,26 +314,32 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         where the journal cannot be written. What EvoLink refuses or loses is in the report
         and in the journal, not an exception.
         """
-        with self._runner(run_id, on_progress) as runner:
+        with self._runner(run_id, on_progress, table) as runner:
             wishful = replace(
                 runner,
-                policy=replace(self.policy(ask_again), wait=wait),
+                policy=replace(runner.policy, ask_again=frozenset(ask_again), wait=wait),
                 launch=launch,
                 resolutions=resolutions or {},
             )
             return _run(wishful.run(wanted, reused_rows=reused_rows))
 
     def salvage(
-        self, *, run_id: str, on_progress: Callable[[Progress], None] = lambda _: None
+        self,
+        *,
+        run_id: str,
+        table: PromptTable | None = None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> tuple[RunReport, dict[str, Record]]:
         """Ask for and fetch what is paid for and at hand nowhere; buys nothing.
 
         The oldest first, because links live for a day. What was given up as lost is asked about
         once more. Returns the report, and what became of
-        each request that it took up, by request key. Raises as ``carry`` does.
+        each request that it took up, by request key. Of other tables than ``table`` it takes what
+        nobody has taken for 12 hours. Raises as ``carry`` does.
         """
-        with self._runner(run_id, on_progress) as runner:
-            paid = [*_paid(runner.journal), *runner.journal.given_up()]
+        with self._runner(run_id, on_progress, table) as runner:
+            mine = partial(_is_own, runner.table_id if table else None)
+            paid = list(filter(mine, [*_paid(runner.journal), *runner.journal.given_up()]))
             wanted = [Wanted(record.request, record.partition_key) for record in paid]
             policy = replace(runner.policy, revive=True)
             report = _run(replace(runner, buying=False, policy=policy).run(wanted))
@@ -303,26 +350,61 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self.open_journal() as journal:
             return journal.records({image.request.request_key for image in images})
 
-    def left_behind(self) -> list[Record]:
-        """Return what is paid for, not at hand, and held by no living run; the oldest first."""
+    def left_behind(self, table: PromptTable | None = None) -> list[Record]:
+        """Return what is paid for, not at hand, and held by no living run; the oldest first.
+
+        Of other tables than ``table`` only what nobody has taken for 12 hours.
+        """
         with self.open_journal() as journal:
-            return _paid(journal)
+            table_id = None if table is None else self.table_id(journal, table)
+            return list(filter(partial(_is_own, table_id), _paid(journal)))
 
     def unknown(self) -> list[Record]:
         """Return the purchases whose outcome is unknown; the oldest first."""
         with self.open_journal() as journal:
             return [record for record in journal.unsettled() if record.state is State.UNKNOWN]
 
-    def attempts(self) -> dict[tuple[str, int], int]:
-        """Return how often a person asked for another picture, by prompt_id and sample."""
-        with self.open_journal() as journal:
-            return journal.attempts.present()
+    def table_id(self, journal: Journal, table: PromptTable, *, enter: bool = False) -> str:
+        """Return the id that a prompt table has in the journal; empty where it has none yet."""
+        storage = self.open_storage()
+        marker = Marker.read(storage)
+        root_id = "" if marker is None else marker.root_id
+        name = identity_of(table.name, table.source, storage, root_id)
+        return (journal.tables.enter if enter else journal.tables.find)(*name)
 
-    def raise_attempts(self, samples: Iterable[tuple[str, int]], *, raised_by: str) -> int:
-        """Ask for another picture of these (prompt_id, sample); once for each ``raised_by``."""
+    def raise_attempts(
+        self, table: PromptTable, samples: Iterable[tuple[str, int]], *, raised_by: str
+    ) -> int:
+        """Ask for another image of these (prompt_id, sample) of a table; returns of how many."""
         with self.open_journal() as journal:
+            log = journal.attempts(self.table_id(journal, table, enter=True))
             at = datetime.now(timezone.utc)
-            return len(journal.attempts.ask_again(samples, raised_by=raised_by, at=at))
+            return len(log.ask_again(samples, raised_by=raised_by, at=at))
+
+    def attempts(self, table: PromptTable) -> dict[tuple[str, int], int]:
+        """Return how often another image was asked for, by prompt_id and sample."""
+        return self._attempts(table)[0]
+
+    def versions(self, table: PromptTable) -> dict[str, str]:
+        """Return the data version of each partition of a table. Makes no journal."""
+        attempts, drawn = self._attempts(table)
+        return table.versions(attempts=attempts, drawn=drawn)
+
+    def plan(
+        self, table: PromptTable, keys: Sequence[str] | None = None, *, keep: bool = True
+    ) -> Plan:
+        """Return the images that a table's rows ask for, at their attempts. Makes no journal."""
+        attempts, drawn = self._attempts(table)
+        return table.plan(keys, attempts, drawn=drawn, keep=keep)
+
+    def _attempts(
+        self, table: PromptTable
+    ) -> tuple[dict[tuple[str, int], int], frozenset[tuple[str, int]]]:
+        if not self.has_journal():
+            return {}, frozenset()
+        with self.open_journal() as journal:
+            log = journal.attempts(self.table_id(journal, table))
+            return log.present(), log.drawn()
 
     def caps(self) -> Caps:
         """Return the caps and budgets in units. Raises ConfigError for a budget that is none."""
@@ -345,11 +427,19 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         )
 
     @contextmanager
-    def _runner(self, run_id: str, on_progress: Callable[[Progress], None]) -> Iterator[Runner]:
+    def _runner(
+        self,
+        run_id: str,
+        on_progress: Callable[[Progress], None],
+        table: PromptTable | None,
+    ) -> Iterator[Runner]:
         self.check()
         storage = self.open_storage()
         with ExitStack() as stack:
             journal = stack.enter_context(self.open_journal())
+            root_id = journal.roots.begin(storage, journal.roots.check(storage))
+            fingerprint = journal.api_keys.fingerprint(self._key())
+            account = journal.api_keys.enter(fingerprint)
             on_picture = None
             if self.measure_images and self.look_at_images:
                 on_picture = stack.enter_context(measured_while_verified(storage))
@@ -358,7 +448,14 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 journal=journal,
                 images=ImageStore(storage, look=self.look_at_images, on_picture=on_picture),
                 run_id=run_id,
-                policy=self.policy(),
+                root=Root(
+                    root_id,
+                    adopts=journal.roots.adopts(root_id),
+                    elsewhere=lambda keys: journal.roots.elsewhere(keys, root_id),
+                ),
+                table_id="" if table is None else self.table_id(journal, table, enter=True),
+                api_key=fingerprint,
+                policy=replace(self.policy(), account_keys=account),
                 max_in_flight=self.max_in_flight,
                 max_per_s=self.max_per_s,
                 latencies=Latencies.expecting(self.expected_latency_s),
@@ -373,6 +470,9 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             _text(self.callback_secret),
             private_allowed=self.synthetic,
         )
+
+    def _key(self) -> str:
+        return EMULATOR_KEY if self.emulator else _text(self.api_key)
 
     def _journal_url(self) -> str:
         if url := _text(self.journal_url):
@@ -435,11 +535,35 @@ def _text(value: str) -> str:
 
 
 def _paid(journal: Journal) -> list[Record]:
+    """What is to be collected; what was fetched and rejected would come again as it is."""
     return [
         record
-        for record in journal.unattended(datetime.now(timezone.utc))
+        for record in journal.unattended()
         if record.state in (State.SUBMITTED, State.COMPLETED)
+        and not (record.state is State.COMPLETED and record.error_code in REJECTED)
     ]
+
+
+def _is_own(table_id: str | None, record: Record) -> bool:
+    """Whether a salvage for a table (None: for all) takes a request."""
+    if table_id is None or record.table_id in ("", table_id):
+        return True
+    since = record.sent_at
+    return since is None or datetime.now(timezone.utc) - since > _TAKEN_BY_OTHERS
+
+
+def refuse_without_journal(storage: Storage) -> None:
+    """Refuse to begin a journal beside images: another one knows that they are paid for."""
+    marker = Marker.read(storage)
+    if marker is not None or next(storage.names("images"), None) is not None:
+        named = f" ({marker.journal_id})" if marker is not None else ""
+        raise ConfigError(
+            f"{storage.shown('images')} holds images, and the journal that bought them{named} is "
+            "not there: a new one would buy them again. Nothing was bought. Put the journal "
+            "back (KREA_JOURNAL_URL), or move the images away to begin anew; or run "
+            "`krea-dagster accept root`: a new journal then takes up what lies there, without a "
+            "charge that is known."
+        )
 
 
 def _run(main: Coroutine[Any, Any, _T]) -> _T:

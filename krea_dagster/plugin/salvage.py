@@ -54,13 +54,19 @@ def build_salvage(
     def salvaged_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         krea = krea_of(context, resource_key)
         with as_failure():
-            report, found = krea.salvage(run_id=context.run.run_id, on_progress=Narrator(context))
+            report, found = krea.salvage(
+                run_id=context.run.run_id, table=assets.table, on_progress=Narrator(context)
+            )
         tell_report(report)
-        collected = sorted(
-            {record.partition_key for record in found.values() if record.state is State.STORED}
-        )
         with as_failure():
-            keys = [key for key in assets.table.partition_keys() if key in set(collected)]
+            with krea.open_journal() as journal:
+                table_id = krea.table_id(journal, assets.table)
+            collected = {
+                record.partition_key
+                for record in found.values()
+                if record.state is State.STORED and record.table_id in ("", table_id)
+            }
+            keys = [key for key in assets.table.partition_keys() if key in collected]
             with Batch.read(assets.table, keys, krea) as batch:
                 rewrite_manifests(context, batch, krea, manifest_key)
         return dg.MaterializeResult(metadata=salvage_figures(list(found.values())))
@@ -84,7 +90,7 @@ def build_salvage(
     ) -> dg.RunRequest | dg.SkipReason:
         krea: KreaResource = getattr(context.resources, resource_key)
         try:
-            waiting = krea.left_behind()
+            waiting = krea.left_behind(assets.table)
             if collect_later:
                 since = datetime.now(timezone.utc) - _LATE
                 waiting = [one for one in waiting if (one.submitted_at or since) <= since]

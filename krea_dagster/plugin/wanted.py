@@ -29,8 +29,8 @@ from krea_dagster.curation.accepted.wanted import (
     standings,
     totals_of,
 )
+from krea_dagster.engine.attempts import AttemptLog
 from krea_dagster.engine.digests import Digests, DigestSet, Mask
-from krea_dagster.engine.journal import Journal
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.batch import Batch
@@ -151,7 +151,7 @@ def ask_for_wanted(
         if held is not None:
             break
         batch.close()
-        batch = replace(batch, plan=batch.table.plan(batch.keys, krea.attempts()))
+        batch = replace(batch, plan=krea.plan(batch.table, batch.keys))
     else:
         batch.close()
         raise ConfigError(
@@ -218,18 +218,19 @@ def _decided(
         if wanted.column and batch.keys is not None:
             now = datetime.now(timezone.utc)
             every = [key for key in batch.table.partition_keys() if has_come(batch.table, key, now)]
-            view = stack.enter_context(batch.table.plan(every, journal.attempts.present()))
+            view = stack.enter_context(krea.plan(batch.table, every))
         slots = read_slots(
             _batches(view), journal, column=wanted.column, prices=journal.highest_prices()
         )
         reasons = judge(slots, accepting.rules, accepting.evidence())
         standing = standings(slots, reasons, retry_errors=config.retry_errors)
-        return _raised(batch, journal, wanted, slots, standing, raised_by=raised_by)
+        log = journal.attempts(krea.table_id(journal, batch.table, enter=True))
+        return _raised(batch, log, wanted, slots, standing, raised_by=raised_by)
 
 
 def _raised(
     batch: Batch,
-    journal: Journal,
+    log: AttemptLog,
     wanted: WantedImages,
     slots: pa.Table,
     standing: npt.NDArray[np.int8],
@@ -238,7 +239,7 @@ def _raised(
 ) -> _Decided:
     """Decide, raise the attempts of this batch's slots that are asked for again, and plan anew."""
     mine = np.asarray(pc.is_in(slots["partition_key"], value_set=pa.array(batch.plan.keys)))
-    known = journal.attempts.present()
+    known, drawn = log.present(), log.drawn()
     while True:
         decision = decide(wanted, slots, standing)
         (places,) = np.nonzero(decision.again & mine)
@@ -247,9 +248,8 @@ def _raised(
         chosen = slots.take(pa.array(places))
         names = list(_pairs(chosen, "prompt_id", "sample"))
         attempts = dict(zip(names, chosen["attempt"].to_pylist(), strict=True))
-        trial = batch.table.plan(
-            batch.keys, {**known, **{name: attempt + 1 for name, attempt in attempts.items()}}
-        )
+        later = {**known, **{name: attempt + 1 for name, attempt in attempts.items()}}
+        trial = batch.table.plan(batch.keys, later, drawn=drawn)
         # A seed that the table fixes may be, once in a million, the one that would be drawn: what
         # would give the same picture again is never raised.
         same = _unchanged(trial, dict(zip(names, chosen["seed"].to_pylist(), strict=True)))
@@ -260,15 +260,15 @@ def _raised(
         standing[[place for place, name in zip(places, names, strict=True) if name in same]] = (
             IS_FIXED
         )
-    raised = journal.attempts.replace(
+    raised = log.replace(
         [(*name, attempt) for name, attempt in attempts.items()],
         raised_by=raised_by,
         at=datetime.now(timezone.utc),
     )
-    now = journal.attempts.present()
-    if now != {**known, **{name: attempt + 1 for name, attempt in attempts.items()}}:
+    now = log.present()
+    if now != later:
         trial.close()  # another run was quicker with some of them
-        trial = batch.table.plan(batch.keys, now)
+        trial = batch.table.plan(batch.keys, now, drawn=log.drawn())
     homes = dict(zip(names, chosen["partition_key"].to_pylist(), strict=True))
     return _Decided(slots, decision, trial, {name: homes[name] for name in raised})
 

@@ -13,10 +13,9 @@ from typing import Any, Final
 
 import dagster as dg
 import fsspec.core
-import sqlalchemy as sa
 
-from krea_dagster.engine.schema import attempts
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import PromptTable
 
 #: What file systems say of a file that another content would change, each in its own words.
 _TELLING: Final = (
@@ -89,17 +88,15 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     return _hash(lines)
 
 
-def mark_of_attempts(krea: KreaResource) -> str:
-    """Return how many attempts the journal knows, and their sum: they only ever grow.
+def mark_of_attempts(krea: KreaResource, table: PromptTable) -> str:
+    """Return how many attempts the journal knows of a table, and their sum: they only ever grow.
 
     Makes no journal where there is none. Raises ConfigError or JournalError.
     """
     if not krea.has_journal():
         return ""
-    with krea.open_journal() as journal, journal.reading() as connection:
-        count, total = connection.execute(
-            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(attempts.c.attempt), 0))
-        ).one()
+    with krea.open_journal() as journal:
+        count, total = journal.attempts(krea.table_id(journal, table)).fingerprint()
     return f"{count}/{total}"
 
 

@@ -164,10 +164,16 @@ class Planner:
     """
 
     def __init__(
-        self, carried: pa.Schema, attempts: Attempts | None, hasher: Hasher, *, keep: bool
+        self,
+        carried: pa.Schema,
+        attempts: Attempts | None,
+        hasher: Hasher,
+        *,
+        drawn: Collection[tuple[str, int]] = (),
+        keep: bool,
     ) -> None:
         self._carried = carried
-        self._attempts = _Attempts(attempts)
+        self._attempts = _Attempts(attempts, drawn)
         self._hasher = hasher
         self._keys = Keys()
         self._spool = Spool(self._keys) if keep else None
@@ -264,7 +270,7 @@ class Planner:
         attempts = self._attempts.of(ids, samples)
         seeds = seeds_for(
             self._hasher,
-            seeds=rows.column("seed"),
+            seeds=self._attempts.seeds(rows.column("seed"), ids, samples, attempts),
             prompt_ids=ids,
             samples=samples,
             attempts=attempts,
@@ -293,7 +299,8 @@ class Planner:
 class _Attempts:
     """How often a person asked for another picture, for whole columns."""
 
-    def __init__(self, attempts: Attempts | None) -> None:
+    def __init__(self, attempts: Attempts | None, drawn: Collection[tuple[str, int]] = ()) -> None:
+        self._drawn = pa.array([f"{sample}\x1f{id_}" for id_, sample in drawn], pa.string())
         self._function = attempts if callable(attempts) else None
         table = {} if attempts is None or callable(attempts) else attempts
         self._ids = pa.array({prompt_id for prompt_id, _ in table}, pa.string())
@@ -306,9 +313,22 @@ class _Attempts:
             return pa.array([self._function(id_, sample) for id_, sample in pairs], pa.int64())
         if not len(self._names) or not pc.any(pc.is_in(ids, value_set=self._ids)).as_py():
             return pa.array(np.zeros(len(ids), np.int64))
-        names = pc.binary_join_element_wise(samples.cast(pa.string()), ids, "\x1f")
-        found = pc.index_in(names, value_set=self._names)
+        found = pc.index_in(_slots(ids, samples), value_set=self._names)
         return self._values.take(found).fill_null(0)
+
+    def seeds(
+        self, seeds: pa.Array, ids: pa.Array, samples: pa.Array, attempts: pa.Array
+    ) -> pa.Array:
+        """The rows' seeds, but for those that are drawn for another image."""
+        if not len(self._drawn):
+            return seeds
+        drawn = pc.is_in(_slots(ids, samples), value_set=self._drawn)
+        drawn = pc.and_(drawn, pc.greater(attempts, 0))
+        return pc.if_else(drawn, pa.scalar(None, seeds.type), seeds)
+
+
+def _slots(ids: pa.Array, samples: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(samples.cast(pa.string()), ids, "\x1f")
 
 
 def image_requests(images: pa.RecordBatch) -> Iterator[ImageRequest]:

@@ -7,7 +7,7 @@ for. All that is wrong is collected and raised as one error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -75,6 +75,7 @@ class PromptTable:
     :class:`~krea_dagster.errors.PromptTableError` where its content cannot be used.
 
     ``count_tokens`` counts the tokens of a prompt; more than ``max_prompt_tokens`` is a problem.
+    ``name`` tells it from other tables that share a journal; empty: its source does.
     """
 
     source: str
@@ -82,6 +83,7 @@ class PromptTable:
     defaults: Defaults = field(default_factory=Defaults)
     count_tokens: Callable[[str], int] = estimate_tokens
     max_prompt_tokens: int = MAX_TOKENS
+    name: str = ""
 
     def partition_keys(self) -> list[str]:
         """Return the keys of all partitions, sorted.
@@ -132,17 +134,23 @@ class PromptTable:
         keys: Sequence[str] | None = None,
         attempts: Attempts | None = None,
         *,
+        drawn: Collection[tuple[str, int]] = (),
         keep: bool = True,
     ) -> Plan:
         """Return the images that the rows of these partitions ask for, or of all.
 
         The rows are checked as by :meth:`read`, whole columns at a time, and are kept on disk.
-        Without ``keep`` the plan knows the request keys and no more.
+        ``drawn`` are the (prompt_id, sample) whose seed is drawn although the row fixes one, where
+        another image was asked for. Without ``keep`` the plan knows the request keys and no more.
         """
-        return self._plan(keys, attempts, keep=keep, carry=True)
+        return self._plan(keys, attempts, drawn, keep=keep, carry=True)
 
     def versions(
-        self, keys: Sequence[str] | None = None, attempts: Attempts | None = None
+        self,
+        keys: Sequence[str] | None = None,
+        attempts: Attempts | None = None,
+        *,
+        drawn: Collection[tuple[str, int]] = (),
     ) -> dict[str, str]:
         """Return the data version of these partitions, or of all, by key, sorted.
 
@@ -150,11 +158,17 @@ class PromptTable:
         (:func:`~krea_dagster.prompts.requests.partition_version`). Partitions of ``hash:N`` and
         those that are named have one also where they hold no row.
         """
-        with closing(self._plan(keys, attempts, keep=False, carry=False)) as plan:
+        with closing(self._plan(keys, attempts, drawn, keep=False, carry=False)) as plan:
             return plan.versions()
 
     def _plan(
-        self, keys: Sequence[str] | None, attempts: Attempts | None, *, keep: bool, carry: bool
+        self,
+        keys: Sequence[str] | None,
+        attempts: Attempts | None,
+        drawn: Collection[tuple[str, int]],
+        *,
+        keep: bool,
+        carry: bool,
     ) -> Plan:
         wanted = self._wanted(keys)
         named = wanted
@@ -162,7 +176,7 @@ class PromptTable:
             named = frozenset(self.partition_by.keys())
         with closing(Hasher()) as hasher:
             scan = self.scan(wanted, hasher, carry=carry)
-            planner = Planner(scan.carried_schema, attempts, hasher, keep=keep)
+            planner = Planner(scan.carried_schema, attempts, hasher, drawn=drawn, keep=keep)
             try:
                 for planned in scan.map(planner.planned):
                     planner.add(planned)

@@ -24,8 +24,8 @@ from krea_dagster.engine.budget import (
 from krea_dagster.engine.policy import (
     Ask,
     Fetch,
-    FoundUnanswered,
     Leave,
+    MarkUnknown,
     PlanAgain,
     Policy,
     Replay,
@@ -182,16 +182,17 @@ def quote(
     caps: Caps = _NO_CAPS,
     committed: Callable[[str], Commitment] = lambda _: Commitment(),
     credits_per_usd: float = CREDITS_PER_USD,
+    table_id: str = "",
 ) -> Quote:
     """Say what a run over these images would do now, and what it would cost at most.
 
     ``prices`` is the journal's highest price for each quality, in units; a quality without one
     costs the published price. ``holds`` tells whether a stored image's file is at hand.
     ``caps`` are counted from what each scope has ``committed`` already (nothing by default), in
-    the order of the images. An unknown price or a capped purchase is counted as
-    dear as it may be; a task that fails is not foreseen.
+    the order of the images, for the prompt table ``table_id``. An unknown price or a capped
+    purchase is counted as dear as it may be; a task that fails is not foreseen.
     """
-    budget = _Budget(caps, committed, prices, now)
+    budget = _Budget(caps, committed, prices, now, table_id)
     lines: dict[tuple[str, str], Line] = {}
     for images in asked:
         names = (images.partition_key, images.quality)
@@ -227,7 +228,7 @@ def fate_of(
             return Fate.TO_BUY
         case Replay():
             return Fate.REPLAYED
-        case FoundUnanswered():
+        case MarkUnknown():
             unknown = replace(record, state=State.UNKNOWN)
             return fate_of(unknown, now=now, policy=policy, holds=holds)
         case Ask() | Fetch():
@@ -247,7 +248,9 @@ class _Budget:
         committed: Callable[[str], Commitment],
         prices: Mapping[str, int],
         now: datetime,
+        table_id: str,
     ) -> None:
+        self._table_id = table_id
         self._caps = caps
         self._read = committed
         self._sums: dict[str, Commitment] = {}
@@ -260,7 +263,9 @@ class _Budget:
 
     def takes(self, units: int, purchases: int, images: Asked) -> int:
         """Commit as many purchases of one price as there is room for; return their number."""
-        scopes = scopes_of("", self._now, images.partition_key, images.scopes)
+        scopes = scopes_of(
+            "", self._now, images.partition_key, images.scopes, table_id=self._table_id
+        )
         if self._refusal(scopes, units, 1) is None and (
             self._refusal(scopes, units, purchases) is None
         ):

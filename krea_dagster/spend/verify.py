@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Final
 
-from krea_dagster.engine.budget import Commitment, scopes_of
-from krea_dagster.engine.journal import Charge, History, Journal, Snapshot
+from krea_dagster.engine.budget import Commitment
+from krea_dagster.engine.journal import Charge, History, Journal, Snapshot, scopes_of_charge
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.states import replay as replayed
@@ -123,7 +123,7 @@ class _Books:
         self._count(submissions=1)
         if charged:
             self._count(charges=1, tasks=int(charge.task_id is not None), charged_units=charged)
-        for scope in scopes_of(charge.run_id, charge.sent_at, charge.partition_key, charge.scopes):
+        for scope in scopes_of_charge(charge):
             self._committed[scope] += charge.committed_units
             self._spent[scope] += charged
         self.account.add(charge)

@@ -232,7 +232,7 @@ def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
     mine, theirs = Hand(journal, "mine"), Hand(journal, "theirs")
     old = mine.bring(asked(), State.PLANNED)
     journal.release(mine.owner.owner)
-    journal.claim([old.request_key], theirs.owner.owner, NOW)
+    journal.claim([old.request_key], theirs.owner.owner)
     (answer,) = journal.append(
         [change(asked(), Event.SUBMITTING)],
         owner=mine.owner.owner,
@@ -336,10 +336,10 @@ def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
     first, second = Hand(journal, "first"), Hand(journal, "second")
     key = asked().request_key
     first.plan(asked())
-    assert journal.claim([key], second.owner.owner, NOW) == set()
-    assert journal.claim([key], first.owner.owner, NOW) == {key}
+    assert journal.claim([key], second.owner.owner) == set()
+    assert journal.claim([key], first.owner.owner) == {key}
     journal.release(first.owner.owner)
-    assert journal.claim([key], second.owner.owner, NOW) == {key}
+    assert journal.claim([key], second.owner.owner) == {key}
 
 
 def test_only_the_holder_writes_and_the_other_learns_that_it_was_taken_over(
@@ -360,19 +360,19 @@ def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
     first.plan(*requests)
     journal.let_go(keys[:1], first.owner.owner)
     journal.let_go(keys, second.owner.owner)  # nothing of its own
-    assert journal.claim(keys, second.owner.owner, NOW) == set(keys[:1])
+    assert journal.claim(keys, second.owner.owner) == set(keys[:1])
 
 
 def test_claiming_what_nobody_planned_claims_nothing(journal: Journal) -> None:
-    assert journal.claim(["no such key"], Hand(journal).owner.owner, NOW) == set()
+    assert journal.claim(["no such key"], Hand(journal).owner.owner) == set()
 
 
 def _held_by(journal: Journal, owner: Owner) -> str:
     """A planned request that an owner holds."""
     request = asked()
-    journal.register(owner, NOW)
+    journal.register(owner)
     journal.plan([(request, "p")], run_id=owner.run_id, at=NOW)
-    assert journal.claim([request.request_key], owner.owner, NOW) == {request.request_key}
+    assert journal.claim([request.request_key], owner.owner) == {request.request_key}
     return request.request_key
 
 
@@ -391,10 +391,10 @@ def test_what_a_killed_process_held_is_free_at_once(journal: Journal) -> None:
     with _another_process() as (process, owner):
         key = _held_by(journal, owner)
         me = Hand(journal).owner.owner
-        assert journal.claim([key], me, NOW) == set()
+        assert journal.claim([key], me) == set()
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert journal.claim([key], me, NOW) == {key}
+        assert journal.claim([key], me) == {key}
 
 
 def test_a_killed_process_whose_parent_has_not_noticed_is_dead_all_the_same(
@@ -405,7 +405,7 @@ def test_a_killed_process_whose_parent_has_not_noticed_is_dead_all_the_same(
         process.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table
         assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
-        assert journal.claim([key], Hand(journal).owner.owner, NOW) == {key}
+        assert journal.claim([key], Hand(journal).owner.owner) == {key}
 
 
 def test_another_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(
@@ -413,14 +413,14 @@ def test_another_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(
 ) -> None:
     mine = this_process("dead")
     key = _held_by(journal, replace(mine, pid_started=mine.pid_started - 60_000))
-    assert journal.claim([key], Hand(journal).owner.owner, NOW) == {key}
+    assert journal.claim([key], Hand(journal).owner.owner) == {key}
 
 
 def test_a_silent_owner_on_another_machine_is_dead_after_the_limit(journal: Journal) -> None:
     key = _held_by(journal, replace(this_process("far"), host="elsewhere"))
     me = Hand(journal).owner.owner
     limit = timedelta(seconds=HEARTBEAT_LIMIT_S)
-    assert journal.claim([key], me, NOW + limit) == set()
+    assert journal.claim([key], me) == set()
     assert journal.claim([key], me, NOW + limit + timedelta(seconds=1)) == {key}
 
 
@@ -446,7 +446,7 @@ def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
         with closing(Journal(journal_url)) as mine:
             me = Hand(mine, f"run-{number}").owner.owner
             start.wait()
-            claimed.append(mine.claim(keys[:: 1 if number % 2 else -1], me, NOW))
+            claimed.append(mine.claim(keys[:: 1 if number % 2 else -1], me))
 
     threads = [threading.Thread(target=claim, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -292,7 +292,7 @@ async def test_runs_that_wait_for_each_others_rows_end(home: House) -> None:
             quick = home.runner("B", clock=Quick(), on_progress=watch)
             runs.start_soon(quick.run, as_wanted([one, two]))
             await anyio.sleep(0.05)
-            assert home.journal.claim(key_of_two, third.owner.owner, NOW) == key_of_two
+            assert home.journal.claim(key_of_two, third.owner.owner) == key_of_two
             home.journal.release(third.owner.owner)
     assert home.states([one, two]) == ["stored", "stored"]
     assert home.agree()["creates"] == 2

@@ -1,0 +1,94 @@
+"""Prompt tables: what belongs to one of several that share a journal."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from krea_dagster.engine.database import Database
+from krea_dagster.engine.schema import attempts, prompt_tables, raised_attempts
+from krea_dagster.engine.storage import Storage
+from krea_dagster.redact import without_credentials
+
+
+def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple[str, str]:
+    """Return the name that a table has in the journal, and the root that it counts from.
+
+    ``name`` is one that a person gave (an asset key prefix), and tells it from all others. Without
+    one it is known by its ``source``: a local path counts from the storage root, where that is a
+    folder, so that a project that is moved as a whole keeps its tables.
+    """
+    if name:
+        return name, ""
+    if "://" in source or storage.folder is None:
+        return without_credentials(source), ""
+    return Path(os.path.relpath(Path(source).absolute(), storage.folder)).as_posix(), root_id
+
+
+class PromptTableLog:
+    """The prompt tables in a journal's database.
+
+    A table is known by its name: an asset key prefix, a URL, or a path, which counts from the
+    storage root ``root_id``, so that a project that is moved as a whole keeps its tables.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find(self, name: str, root_id: str) -> str:
+        """Return the id of a table; empty for one that the journal does not know.
+
+        What was asked for before tables were known has the empty id too. Raises JournalError.
+        """
+        with self._database.read("read") as connection:
+            return str(connection.execute(_id_of(name, root_id)).scalar() or "")
+
+    def enter(self, name: str, root_id: str) -> str:
+        """Return the id of a table, which is entered where it is new. Raises JournalError.
+
+        The first one gets what was asked for before tables were known.
+        """
+        at = datetime.now(timezone.utc)
+
+        def write(connection: Connection) -> str:
+            if not self._database.sqlite:
+                connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
+            found = connection.execute(_id_of(name, root_id)).scalar()
+            if found is not None:
+                return str(found)
+            table_id = uuid4().hex
+            first = connection.execute(select(prompt_tables.c.table_id).limit(1)).first() is None
+            connection.execute(
+                insert(prompt_tables).values(
+                    table_id=table_id, root_id=root_id, name=name, first_at=at
+                )
+            )
+            if first:
+                for table in (attempts, raised_attempts):
+                    connection.execute(
+                        update(table).where(table.c.table_id == "").values(table_id=table_id)
+                    )
+            return table_id
+
+        return self.find(name, root_id) or self._database.write("enter a prompt table in", write)
+
+    def names(self) -> dict[str, str]:
+        """Return the names of the tables, by their ids. Raises JournalError."""
+        with self._database.read("read") as connection:
+            rows = connection.execute(select(prompt_tables.c.table_id, prompt_tables.c.name))
+            return {row.table_id: row.name for row in rows}
+
+
+#: The advisory lock under which PostgreSQL's tables are entered, so that one is entered once.
+_ENTERING = 4_705_170_318
+
+
+def _id_of(name: str, root_id: str) -> Any:
+    return select(prompt_tables.c.table_id).where(
+        prompt_tables.c.name == name, prompt_tables.c.root_id == root_id
+    )
