@@ -78,6 +78,11 @@ _FILES: Final[Mapping[Event, bool]] = {
     Event.FILE_MISSING: False,
 }
 
+#: States that a request may be in without a purchase: not bought yet, or found in the storage root.
+_WITHOUT_PURCHASE: Final = frozenset(
+    {State.PLANNED, State.DEFERRED, State.STORED, State.COMPLETED, State.EXPIRED}
+)
+
 #: Events after which a request has no present submission.
 _ENDS_SUBMISSION: Final = frozenset({Event.PLANNED, Event.RELEASED})
 
@@ -147,7 +152,12 @@ def check(change: Change, before: Record | None, owner: str) -> Record:
             raise IllegalTransition(
                 f"{change.event.value} does not set {', '.join(sorted(unknown))}"
             )
-    advance(before.state, change.event)
+    after = advance(before.state, change.event)
+    if before.idempotency_key is None and change.event is not Event.SUBMITTING:
+        if after not in _WITHOUT_PURCHASE:
+            raise IllegalTransition(
+                f"request {change.request_key} has no purchase that {change.event.value} is about"
+            )
     return before
 
 
@@ -192,7 +202,7 @@ def take(
             "api_key": change.values.get("api_key"),
             "bought_for_table": change.values.get("table_id", ""),
         }
-    else:
+    elif before.idempotency_key is not None:
         submission = _submission_values(change, before, run_id, expected_units)
         if committed_units != before.committed_units:
             submission["committed_units"] = committed_units

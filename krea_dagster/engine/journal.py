@@ -215,6 +215,7 @@ class Journal:
 
         try:
             self._write("release claims in", write)
+            self._locks.forget(owner)
         finally:
             self._locks.give_back(owner)
 

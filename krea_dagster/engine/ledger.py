@@ -93,8 +93,8 @@ class Ledger:
         if change.values.get("replayed"):
             return 0  # another journal has bought it, and counts it
         units = change.values.get("reserved_units")
-        told = change.event is Event.ACCEPTED and isinstance(units, int) and units > 0
-        if told and not self._believe(units, before.request.quality, change.at):
+        told = units if change.event is Event.ACCEPTED and isinstance(units, int) else 0
+        if told > 0 and not self._believe(told, before.request.quality, change.at):
             return before.committed_units
         return committed_after(change.event, before.state, before.committed_units, change.values)
 

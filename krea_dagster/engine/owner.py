@@ -60,7 +60,7 @@ class Locks(Protocol):
         """Return the owners in the journal that are not at work any more."""
 
     def forget(self, owner: str) -> None:
-        """Remove what a dead owner has left."""
+        """Remove the file of an owner that is not in the journal any more."""
 
     def now(self) -> Any:
         """Return what a heartbeat is written with."""
@@ -98,12 +98,11 @@ class FileLocks:
                     os.close(held)
 
     def give_back(self, owner: str) -> None:
-        """Close the owner's file, which gives the lock back."""
+        """Close the owner's file, which gives the lock back, and leave it for others to see."""
         with _guard:
+            _ended.add(owner)
             descriptor = _held.pop(owner, None)
             if descriptor is not None:
-                with suppress(OSError):
-                    (self._folder / owner).unlink(missing_ok=True)
                 os.close(descriptor)
 
     def dead(self, connection: Connection) -> set[str]:
@@ -111,7 +110,7 @@ class FileLocks:
         return {row.owner for row in connection.execute(select(owners)) if not self._is_alive(row)}
 
     def forget(self, owner: str) -> None:
-        """Remove what a dead owner has left."""
+        """Remove the file of an owner that is not in the journal any more."""
         with suppress(OSError):
             (self._folder / owner).unlink(missing_ok=True)
 
@@ -123,6 +122,8 @@ class FileLocks:
         with _guard:
             if row.owner in _held:
                 return True
+            if row.owner in _ended:
+                return False
             try:
                 descriptor = os.open(self._folder / row.owner, os.O_RDWR)
             except OSError:
@@ -144,8 +145,10 @@ class FileLocks:
         return now_s - since_s <= SILENCE_S
 
 
-#: The files that this process has locked, and the heartbeats that it has seen, by owner.
+#: The files that this process has locked, its owners whose runs have ended, and the heartbeats that
+#: it has seen, by owner.
 _held: Final[dict[str, int]] = {}
+_ended: Final[set[str]] = set()
 _heard: Final[dict[str, tuple[datetime, float]]] = {}
 _guard: Final = threading.RLock()
 
@@ -235,7 +238,7 @@ class SessionLocks:
         return {owner for owner in silent if _number(owner) not in locked}
 
     def forget(self, owner: str) -> None:
-        """Do nothing: a dead owner has left nothing."""
+        """Do nothing: nothing is left of it."""
 
     def now(self) -> Any:
         """Return the database's time, as an expression."""

@@ -322,6 +322,11 @@ def _submitted(record: Record, trail: Trail, now: datetime, policy: Policy) -> A
 
 def _completed(record: Record, trail: Trail, now: datetime, policy: Policy) -> Action:
     age_s = _age_s(record.completed_at or now, now)
+    if record.submission == 0:
+        return Expire(
+            "file_missing",
+            "its file was found in the storage root and is gone again, and its purchase is not known",
+        )
     code = record.error_code or ""
     if code in REJECTED and code not in policy.ask_again and not trail.asks:
         return Leave(f"not stored: {record.error_message}")

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.schema import about, files, requests, root_tokens, roots
@@ -277,7 +277,7 @@ class RootLog:
         return found
 
 
-def _files_of(connection: Connection, root_id: str, most: int | None) -> list[Row[Any]]:
+def _files_of(connection: Connection, root_id: str, most: int | None) -> list[Any]:
     """Return files that should be in a root: ``most`` of the newest and of the oldest, or all."""
     query = (
         select(files.c.request_key, files.c.at, requests.c.image_path)
@@ -289,8 +289,7 @@ def _files_of(connection: Connection, root_id: str, most: int | None) -> list[Ro
         return list(connection.execute(query))
     newest = connection.execute(query.order_by(files.c.at.desc()).limit(most)).all()
     oldest = connection.execute(query.order_by(files.c.at).limit(most)).all()
-    found: dict[str, Row[Any]] = {row.request_key: row for row in (*newest, *oldest)}
-    return list(found.values())
+    return list({row.request_key: row for row in (*newest, *oldest)}.values())
 
 
 def _count(connection: Connection, root_id: str) -> int:

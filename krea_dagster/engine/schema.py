@@ -27,6 +27,7 @@ from sqlalchemy import (
     TypeDecorator,
     event,
     false,
+    text,
 )
 
 from krea_dagster.engine.states import State
@@ -164,7 +165,7 @@ requests: Final = Table(
     Column("seed", Integer, nullable=False),
     Column("nsfw_check", Boolean, nullable=False),
     Column("attempt", Integer, nullable=False),
-    Column("table_id", String(32), nullable=False, default="", server_default=""),
+    Column("table_id", String(32), nullable=False, default="", server_default=text("''")),
     Column("partition_key", Text, nullable=False),
     Column("state", String(16), nullable=False),
     Column("seq", Integer, nullable=False),
@@ -188,9 +189,10 @@ requests: Final = Table(
         "state <> 'stored' or (image_path is not null and image_sha256 is not null)",
         name="stored_has_file",
     ),
-    # A stored one without a key was found in its root, and who bought it is not known.
+    # One without a key was found in its root, and who bought it is not known.
     CheckConstraint(
-        "state in ('planned', 'deferred', 'stored') or idempotency_key is not null",
+        "state in ('planned', 'deferred', 'stored', 'completed', 'expired') "
+        "or idempotency_key is not null",
         name="sent_has_key",
     ),
     Index("ix_requests_state", "state"),
@@ -206,7 +208,7 @@ submissions: Final = Table(
     Column("request_key", String(64), ForeignKey("requests.request_key"), nullable=False),
     Column("number", Integer, nullable=False),
     Column("run_id", String(255), nullable=False),
-    Column("table_id", String(32), nullable=False, default="", server_default=""),
+    Column("table_id", String(32), nullable=False, default="", server_default=text("''")),
     Column("partition_key", Text, nullable=False),
     # The fingerprint of the API key that it was sent with; null: from before they were kept.
     Column("api_key", String(16)),
@@ -350,7 +352,7 @@ verdicts: Final = Table(
     Column("sample", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("partition_key", Text, nullable=False),
-    Column("table_id", String(32), nullable=False, default="", server_default=""),
+    Column("table_id", String(32), nullable=False, default="", server_default=text("''")),
     CheckConstraint(_one_of("verdict", list(VERDICTS)), name="verdict"),
     Index("ix_verdicts_image", "image_sha256", "number"),
     Index("ix_verdicts_prompt_id", "prompt_id"),

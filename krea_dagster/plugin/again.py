@@ -1,4 +1,4 @@
-"""What a person may ask another image of: rows by name, by error code, or those that were rejected."""
+"""What a person may ask another image of: rows by name or by error code, or rejected ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -49,6 +49,17 @@ def several(count: int, start: int = 0) -> list[ImageRequest]:
     return [asked(seed=number + 1) for number in range(start, start + count)]
 
 
+IMAGE: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "image_path": "images/a.png",
+        "image_sha256": "0" * 64,
+        "image_bytes": 10,
+        "image_format": "PNG",
+        "width": 704,
+        "height": 1472,
+    }
+)
+
 #: Columns that each event needs at least.
 VALUES: Final[Mapping[Event, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -56,14 +67,8 @@ VALUES: Final[Mapping[Event, Mapping[str, Any]]] = MappingProxyType(
         Event.ACCEPTED: {"reserved_units": 4500},
         Event.COMPLETED: {"result_url": "https://files.test/a.png", "charged_units": 4500},
         Event.FAILED: {"error_code": "service_error", "charged_units": 0},
-        Event.STORED: {
-            "image_path": "images/a.png",
-            "image_sha256": "0" * 64,
-            "image_bytes": 10,
-            "image_format": "PNG",
-            "width": 704,
-            "height": 1472,
-        },
+        Event.STORED: IMAGE,
+        Event.FOUND: IMAGE,
     }
 )
 

@@ -20,9 +20,8 @@ from tests.engine.engine_bench import NOW
 
 
 def write(database: Database, launch: str) -> None:
-    with database.write("write to") as connection:
-        row = {"launch": launch, "at": NOW, "error_code": "c", "error_message": "m"}
-        connection.execute(insert(stops), row)
+    row = {"launch": launch, "at": NOW, "error_code": "c", "error_message": "m"}
+    database.write("write to", lambda connection: connection.execute(insert(stops), row))
 
 
 def read(database: Database) -> list[str]:

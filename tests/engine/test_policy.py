@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea_dagster.engine.policy import (
+    CONFLICT,
     DONE,
+    REJECTED,
     REPEATABLE_TASK_ERRORS,
     Action,
+    Adopt,
     Ask,
     Defer,
     Expire,
     Fetch,
-    FoundUnanswered,
     Leave,
+    MarkUnknown,
     PlanAgain,
     Policy,
     Replay,
@@ -35,11 +38,13 @@ from tests.engine.engine_bench import NOW, asked
 
 POLICY = Policy()
 HOUR = 3600.0
+UNANSWERED = MarkUnknown("no_answer_written", "a run ended between its POST and the answer")
 
 
 def record(state: State, **fields: Any) -> Record:
     """A request in a state, sent, taken and completed just now."""
     times = {"sent_at": NOW, "submitted_at": NOW, "completed_at": NOW, "result_url": "https://x/y"}
+    fields = {"task_id": "task-unified-1", "submission": 1, **fields}
     return Record(request=asked(), state=state, partition_key="p", **{**times, **fields})
 
 
@@ -62,13 +67,13 @@ def following(
     [
         (State.PLANNED, Submit()),
         (State.DEFERRED, Submit()),
-        (State.SUBMITTING, FoundUnanswered()),
+        (State.SUBMITTING, UNANSWERED),
         (State.UNKNOWN, Replay()),
         (State.SUBMITTED, Ask()),
         (State.COMPLETED, Fetch()),
         (State.STORED, DONE),
         (State.REFUSED, DONE),
-        (State.EXPIRED, DONE),
+        (State.EXPIRED, Ask()),
         (State.FAILED, DONE),
     ],
 )
@@ -115,12 +120,12 @@ def test_under_the_policy_hold_an_unknown_outcome_is_never_repeated() -> None:
 
 
 def test_under_the_policy_hold_a_crash_is_still_recorded_as_unknown() -> None:
-    assert following(State.SUBMITTING, policy=Policy(on_unknown="hold")) == FoundUnanswered()
+    assert following(State.SUBMITTING, policy=Policy(on_unknown="hold")) == UNANSWERED
 
 
 def test_a_run_that_has_stopped_buying_repeats_no_purchase() -> None:
     assert isinstance(following(State.UNKNOWN, buying=False), Leave)
-    assert following(State.SUBMITTING, buying=False) == FoundUnanswered()
+    assert following(State.SUBMITTING, buying=False) == UNANSWERED
 
 
 def test_an_outcome_that_stays_unknown_is_left_for_the_next_run() -> None:
@@ -153,12 +158,91 @@ def test_reads_that_fail_detach_from_the_task_and_never_give_it_up() -> None:
     assert action == Leave("detached: no usable answer to 20 reads of its task")
 
 
-def test_a_task_is_gone_when_it_is_old_enough_and_was_not_found_three_times() -> None:
+def test_a_task_is_gone_when_it_is_older_than_its_links_and_was_not_found_three_times() -> None:
     gone = Trail(not_found=3, ask_failures=3)
-    assert following(State.SUBMITTED, gone, after_s=59) == Ask()
-    assert following(State.SUBMITTED, Trail(not_found=2, ask_failures=2), after_s=60) == Ask()
-    action = following(State.SUBMITTED, gone, after_s=60)
+    twice = Trail(not_found=2, ask_failures=2)
+    assert following(State.SUBMITTED, twice, after_s=24 * HOUR) == Ask()
+    action = following(State.SUBMITTED, gone, after_s=24 * HOUR)
     assert action == Expire("task_not_found", "the server does not know the task any more")
+
+
+def test_a_younger_task_that_is_not_found_is_not_found_yet() -> None:
+    action = following(State.SUBMITTED, Trail(not_found=3, ask_failures=3), after_s=24 * HOUR - 1)
+    assert action == Leave("the server does not know its task yet: the next run asks again")
+
+
+def test_a_task_that_was_given_up_is_asked_about_once_in_every_run_of_the_next_week() -> None:
+    assert following(State.EXPIRED, after_s=7 * 24 * HOUR) == Ask()
+    assert following(State.EXPIRED, Trail(ask_failures=1)) == DONE
+    assert following(State.EXPIRED, after_s=7 * 24 * HOUR + 1) == DONE
+    assert following(State.EXPIRED, after_s=99 * 24 * HOUR, policy=Policy(revive=True)) == Ask()
+    assert following(State.EXPIRED, task_id=None) == DONE
+
+
+def test_what_cannot_be_the_id_of_a_task_is_an_unknown_outcome() -> None:
+    action = following(State.SUBMITTED, task_id="..")
+    assert action == MarkUnknown("no_task_id", "'..' cannot be a task's id")
+
+
+# -- another key, another clock ---------------------------------------------------------------
+
+MINE = Policy(account_keys=frozenset({"mine", "mine before"}))
+
+
+def test_what_was_sent_with_the_key_of_another_account_is_never_repeated() -> None:
+    action = following(State.UNKNOWN, policy=MINE, api_key="theirs")
+    assert isinstance(action, Leave)
+    assert "another API key (fingerprint theirs)" in action.reason
+    decided = following(State.UNKNOWN, Trail(replay_decided=True), policy=MINE, api_key="theirs")
+    assert isinstance(decided, Leave)
+
+
+def test_what_was_sent_with_another_key_of_this_account_is_repeated() -> None:
+    for api_key in ("mine", "mine before", None):
+        assert following(State.UNKNOWN, policy=MINE, api_key=api_key) == Replay()
+
+
+def test_the_key_of_another_account_never_gives_a_task_up() -> None:
+    gone = Trail(not_found=3, ask_failures=3)
+    old = following(State.SUBMITTED, gone, after_s=99 * HOUR, policy=MINE, api_key="theirs")
+    assert isinstance(old, Leave)
+    dead = Trail(link_dead=True, stale_link=True, not_found=3, ask_failures=4)
+    old = following(State.COMPLETED, dead, after_s=99 * HOUR, policy=MINE, api_key="theirs")
+    assert isinstance(old, Leave)
+
+
+def test_an_unknown_outcome_of_a_time_to_come_is_left_to_a_person() -> None:
+    assert following(State.UNKNOWN, after_s=-299) == Replay()
+    action = following(State.UNKNOWN, after_s=-301)
+    assert isinstance(action, Leave)
+    assert "this clock has not reached: a person decides" in action.reason
+
+
+def test_a_task_of_a_time_to_come_is_asked_about_and_neither_waited_for_nor_given_up() -> None:
+    assert following(State.SUBMITTED, after_s=-HOUR) == Ask()
+    assert isinstance(following(State.SUBMITTED, Trail(asks=1), after_s=-HOUR), Leave)
+    gone = Trail(not_found=3, ask_failures=3)
+    assert isinstance(following(State.SUBMITTED, gone, after_s=-HOUR), Leave)
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", sorted(set(State) - {State.STORED}))
+def test_a_file_under_a_requests_own_name_is_looked_at_before_anything_else(state: State) -> None:
+    assert following(state, Trail(file="images/a.png")) == Adopt("images/a.png")
+
+
+@pytest.mark.parametrize("code", sorted(REJECTED))
+def test_what_was_fetched_and_rejected_is_fetched_again_only_if_it_is_wished(code: str) -> None:
+    assert isinstance(following(State.COMPLETED, error_code=code), Leave)
+    wished = Policy(ask_again=frozenset({code}))
+    assert following(State.COMPLETED, error_code=code, policy=wished) == Fetch()
+
+
+def test_a_first_post_whose_key_another_purchase_has_is_sent_under_the_next_key() -> None:
+    assert following(State.REFUSED, error_code=CONFLICT, submissions=1) == PlanAgain()
+    assert following(State.REFUSED, error_code=CONFLICT, submissions=20) == DONE
 
 
 # -- fetching ---------------------------------------------------------------------------------
@@ -189,13 +273,20 @@ def test_other_failures_of_a_download_never_give_an_image_up() -> None:
 
 def test_an_image_is_lost_when_its_link_is_dead_and_its_task_is_gone() -> None:
     gone = Trail(link_dead=True, stale_link=True, not_found=3, ask_failures=3)
-    action = following(State.COMPLETED, gone)
+    assert following(State.COMPLETED, gone, after_s=24 * HOUR) == Ask()
+    action = following(State.COMPLETED, gone, after_s=24 * HOUR + 1)
     assert action == Expire("task_not_found", "its link is dead and its task is not known any more")
 
 
 def test_a_task_that_is_gone_does_not_give_up_a_link_that_is_not_known_to_be_dead() -> None:
     action = following(State.COMPLETED, Trail(stale_link=True, not_found=4, ask_failures=4))
     assert isinstance(action, Leave)
+
+
+def test_an_image_that_was_found_without_a_purchase_and_is_gone_is_lost() -> None:
+    action = following(State.COMPLETED, submission=0, task_id=None, result_url=None)
+    assert isinstance(action, Expire)
+    assert "its purchase is not known" in action.message
 
 
 # -- failed tasks -----------------------------------------------------------------------------
@@ -317,7 +408,7 @@ def test_every_state_and_history_has_a_next_step_and_none_buys_against_the_rules
         assert buying
         assert on_unknown == "replay"
         assert sent is not None
-        assert sent <= timedelta(hours=23)
+        assert timedelta(minutes=-5) <= sent <= timedelta(hours=23)
     if isinstance(action, Fetch):
         assert link is not None
     if isinstance(action, Expire):

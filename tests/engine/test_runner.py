@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ async def test_an_image_of_which_neither_task_nor_link_is_left_is_paid_and_lost_
         await home.run([asked()])
         (home.folder / home.files()[0]).unlink()
         clock.move(3601)
-        report = await home.run([asked()], "run-2")
+        report = await home.run([asked()], "run-2", link_life_s=0.0)
         record = home.record(asked())
         assert record.state is State.EXPIRED
         assert (record.error_code, record.charged_units) == ("task_not_found", 4500)
@@ -339,7 +339,7 @@ async def test_a_journal_that_fails_in_the_background_ends_the_run_as_a_journal_
     """Here at the heartbeat, which no request waits for."""
 
     class Failing(Journal):
-        def heartbeat(self, owner: str, at: datetime) -> None:
+        def heartbeat(self, owner: str) -> None:
             raise JournalError("disk full")
 
     class Hurried(SystemClock):

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from krea_dagster.emulator import FAULTS
+from krea_dagster.engine import policy
 from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.engine.states import Event
+from krea_dagster.engine.states import Event, State
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import House, as_wanted, asked, house, several
 
@@ -297,7 +298,7 @@ def test_every_fault_of_a_download_has_struck(after_file: Ended) -> None:
     assert after_file.books["unconsumed_faults"] == []
 
 
-@pytest.mark.parametrize("name", names("file"))
+@pytest.mark.parametrize("name", sorted(set(names("file")) - set(REJECTED)))
 def test_an_image_whose_first_download_met_a_fault_is_stored(after_file: Ended, name: str) -> None:
     """By another download, never by another purchase."""
     assert after_file.state(name) == "stored"
@@ -308,18 +309,23 @@ def test_an_image_whose_first_download_met_a_fault_is_stored(after_file: Ended, 
         assert image.sha256 == after_file.task(name)["file_sha256"]
 
 
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_whole_file_that_is_not_the_image_is_kept_and_fetched_once(
+    after_file: Ended, name: str
+) -> None:
+    record = after_file.home.record(about(name))
+    assert record.state is State.COMPLETED
+    assert record.error_code in policy.REJECTED
+    assert f"images/rejected/{about(name).request_key}" in after_file.home.files()
+    assert after_file.home.events(about(name)).count(Event.NOT_STORED) == 1
+    assert after_file.home.events(about(name)).count(Event.SUBMITTING) == 1
+
+
 def test_the_format_of_a_file_is_read_from_its_bytes(after_file: Ended) -> None:
     image = after_file.home.record(about("jpeg_as_png")).image
     assert image is not None
     assert image.format == "JPEG"
     assert image.path.endswith(".jpg")
-
-
-@pytest.mark.parametrize("name", REJECTED)
-def test_an_image_that_was_rejected_once_is_kept_beside_the_good_one(
-    after_file: Ended, name: str
-) -> None:
-    assert f"images/rejected/{about(name).request_key}" in after_file.home.files()
 
 
 def test_no_half_of_a_file_is_left(after_file: Ended) -> None:

@@ -152,7 +152,7 @@ async def test_a_server_that_knows_no_idempotency_sells_a_repeat_again(tmp_path:
         assert home.record(asked()).task_id == books["tasks"][1]["task_id"]
 
 
-async def test_a_key_that_the_server_knows_for_another_body_waits_for_a_person(
+async def test_a_first_post_whose_key_the_server_knows_for_another_body_created_nothing(
     home: House,
 ) -> None:
     async with KreaClient("emulator", base_url=home.emulator.url) as client:
@@ -160,9 +160,9 @@ async def test_a_key_that_the_server_knows_for_another_body_waits_for_a_person(
         await client.submit(asked("another body"), idempotency_key=key)
     report = await home.run([asked()])
     record = home.record(asked())
-    assert (record.state, record.error_code) == (State.UNKNOWN, "idempotency_conflict")
-    assert (report.posts, report.progress.left) == (1, 1)
-    assert "a person decides" in report.left[asked().request_key]
+    assert (record.state, record.submissions) == (State.STORED, 2)
+    assert (report.posts, report.progress.left) == (2, 0)
+    assert [charge.charged_units for charge in home.journal.charges()] == [0, 4500]
 
 
 async def _left_unknown(home: House) -> str:
@@ -192,14 +192,19 @@ async def test_a_person_who_has_it_sent_again_gets_the_same_task(home: House) ->
     home.agree()
 
 
-async def test_a_person_who_is_wrong_about_nothing_bought_is_saved_by_the_key(
+async def test_what_a_person_says_was_not_charged_is_bought_under_the_next_key(
     home: House,
 ) -> None:
-    task_id = await _left_unknown(home)
+    home.emulator.world.script("drop_before_create")
+    await home.run([asked()], on_unknown="hold")
     decided = {asked().request_key: NotBought()}
     runner = replace(home.runner("run-2", on_unknown="hold"), resolutions=decided)
     await runner.run(as_wanted([asked()]))
-    assert home.record(asked()).task_id == task_id
+    record = home.record(asked())
+    assert (record.state, record.submissions) == (State.STORED, 2)
+    first, second = home.journal.charges()
+    assert (first.charged_units, first.committed_units) == (0, 0)
+    assert (second.number, second.charged_units) == (2, 4500)
     assert home.agree()["creates"] == 1
 
 
@@ -396,8 +401,6 @@ async def test_what_was_given_up_as_lost_is_collected_when_the_server_knows_it_a
     home.emulator.world.set_rate("read_404", 0.0)
 
     await home.run(several(1), "run-2")
-    assert home.states(several(1)) == ["expired"], "only a salvage asks about it again"
-    await replace(home.runner("run-3", revive=True), buying=False).run(as_wanted(several(1)))
     assert home.states(several(1)) == ["stored"]
     assert home.record(several(1)[0]).charged_units == 4500
     assert home.agree()["submit_posts"] == 1

@@ -61,13 +61,13 @@ def test_a_request_is_bought_again_only_after_the_last_purchase_certainly_cost_n
     assert State.SUBMITTING not in reachable(State.SUBMITTING, without=CERTAINLY_FREE)
 
 
-def test_an_unknown_outcome_ends_with_the_task_itself_or_with_a_person() -> None:
+def test_an_unknown_outcome_ends_with_the_task_the_file_or_a_person() -> None:
     ways_out = {
         happened
         for (before, happened), after in TRANSITIONS.items()
         if before is State.UNKNOWN and after is not State.UNKNOWN
     }
-    assert ways_out <= {Event.ACCEPTED, Event.RELEASED, Event.EXPIRED}
+    assert ways_out <= {Event.ACCEPTED, Event.RELEASED, Event.EXPIRED, Event.FOUND}
 
 
 def test_every_state_is_reached_and_those_that_are_no_end_lead_to_one() -> None:
@@ -220,6 +220,8 @@ def _walk(choices: list[int]) -> list[Event]:
     state, walk = State.PLANNED, []
     for choice in choices:
         legal = sorted(happened for before, happened in TRANSITIONS if before is state)
+        if not {Event.SUBMITTING, Event.DEFERRED}.isdisjoint(legal):
+            legal.remove(Event.FOUND)  # what was found unbought has no purchase to go on with
         if legal:
             walk.append(legal[choice % len(legal)])
             state = advance(state, walk[-1])

@@ -28,7 +28,17 @@ from krea_dagster.engine.migrations import REVISIONS, Revisions
 #: 2026-01-01 in microseconds since 1970.
 AT: Final = 1_767_225_600_000_000
 
-_KEYS: Final = {letter: letter * 64 for letter in "abcd"}
+_KEYS: Final = {letter: letter * 64 for letter in "abcdefghij"}
+
+#: Requests in the states that the others do not have.
+_OTHER_STATES: Final = {
+    "e": "submitting",
+    "f": "completed",
+    "g": "failed",
+    "h": "refused",
+    "i": "expired",
+    "j": "deferred",
+}
 
 
 def _request(letter: str, state: str, **further: Any) -> dict[str, Any]:
@@ -114,11 +124,13 @@ ROWS: Final[dict[str, list[dict[str, Any]]]] = {
         _request("b", "submitted", claimed_by="f" * 32),
         _request("c", "unknown"),
         _request("d", "planned", idempotency_key=None),
+        *(_request(letter, state) for letter, state in _OTHER_STATES.items()),
     ],
     "submissions": [
         _submission("a", task_id="task-a", reserved_units=4500, charged_units=4500),
         _submission("b", task_id="task-b", reserved_units=4500),
         _submission("c", posts=2),
+        *(_submission(letter, posts=1) for letter in _OTHER_STATES),
     ],
     "events": [
         _event("a", 0, "", "planned", "planned"),
@@ -156,19 +168,24 @@ def engine_of(journal_url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
-def make(journal_url: str) -> None:
-    """Make the first release's tables by its revision, and fill them."""
+def make(journal_url: str, revision: str = "0001") -> None:
+    """Make the tables of a release by its revision, and fill them: the first one's by default."""
     with engine_of(journal_url) as engine, engine.begin() as connection:
-        migrations.run(connection, Revisions("0001", REVISIONS.folders))
+        migrations.run(connection, Revisions(revision, REVISIONS.folders))
         for name, rows in ROWS.items():
             connection.execute(insert(table(name, *(column(c) for c in rows[0]))), rows)
 
 
 def content(journal_url: str, names: dict[str, list[dict[str, Any]]] = ROWS) -> dict[str, Any]:
-    """What the database holds of these tables and columns, in the same form."""
+    """What the database holds of these tables and columns, in the same form.
+
+    Of all but the owners, which are no record of anything and have other columns later.
+    """
     found: dict[str, Any] = {}
     with engine_of(journal_url) as engine, engine.connect() as connection:
         for name, rows in names.items():
+            if name == "owners":
+                continue
             columns: list[ColumnClause[Any]] = [column(name) for name in rows[0]]
             query = select(*columns).select_from(table(name)).order_by(*columns[:2])
             found[name] = [dict(row) for row in connection.execute(query).mappings()]

@@ -21,16 +21,20 @@ from krea_dagster.engine.database import Database
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.migrations import REVISIONS, Revisions, transition_rows, version_table
 from krea_dagster.engine.states import State
+from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import JournalError
 from tests.siege import first_release
 from tests.siege.first_release import ROWS, content, engine_of
 
 #: What is there after the upgrade: the sums of its month and its partition are added up.
-UPGRADED = ROWS | {
+UPGRADED = {
+    **{name: rows for name, rows in ROWS.items() if name != "owners"},
+    "requests": [{**row, "claimed_by": None} for row in ROWS["requests"]],
     "commitments": [
-        {"scope": scope, "committed_units": 13500, "spent_units": 4500}
-        for scope in ("day:2026-01-01", "month:2026-01", "partition:bucket-000")
-    ]
+        {"scope": "day:2026-01-01", "committed_units": 13500, "spent_units": 4500},
+        {"scope": "month:2026-01", "committed_units": 40500, "spent_units": 4500},
+        {"scope": "partition:bucket-000", "committed_units": 40500, "spent_units": 4500},
+    ],
 }
 
 _FOLDER = Path(__file__).with_name("revisions")
@@ -124,21 +128,48 @@ def test_a_journal_at_the_head_opens_without_alembic(tmp_path: Path) -> None:
 # -- upgrades ---------------------------------------------------------------------------------
 
 
-def test_a_journal_of_the_first_release_opens_with_all_that_it_holds(journal_url: str) -> None:
-    first_release.make(journal_url)
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005"])
+def test_a_journal_of_every_release_opens_with_all_that_it_holds(
+    journal_url: str, revision: str
+) -> None:
+    """Rows in every state; what it knew of nobody is entered as not known."""
+    first_release.make(journal_url, revision)
     with closing(Journal(journal_url)) as journal:
         assert version(journal_url) == REVISIONS.head
-        assert content(journal_url) == UPGRADED
-        assert journal.count_by_state() == dict.fromkeys(
-            (State.STORED, State.SUBMITTED, State.UNKNOWN, State.PLANNED), 1
-        )
+        assert content(journal_url) == (UPGRADED if revision < "0003" else kept_sums())
+        assert journal.count_by_state() == dict.fromkeys(State, 1)
         (stored,) = journal.records(["a" * 64]).values()
         assert stored.request.prompt == "Füchse, 狐, a"
         assert stored.task_id == "task-a"
         assert stored.charged_units == 4500
         assert stored.sent_at == datetime(2026, 1, 1, tzinfo=timezone.utc)
-        assert [charge.task_id for charge in journal.charges()] == ["task-a", "task-b", None]
+        assert [c.task_id for c in journal.charges()][:3] == ["task-a", "task-b", None]
+        assert {charge.table_id for charge in journal.charges()} == {""}
         journal.bind("an emulator")
+        table_id = journal.tables.enter("prompts.parquet", "")
+        assert journal.attempts(table_id).present() == {("p", 0): 2}
+        assert journal.attempts(table_id).open() == set()
+        assert journal.attempts(journal.tables.enter("others.parquet", "")).present() == {}
+
+
+def kept_sums() -> dict[str, Any]:
+    """What is there after the upgrade of a journal that had its sums already."""
+    return UPGRADED | {"commitments": ROWS["commitments"]}
+
+
+def test_the_files_of_before_lie_in_a_root_that_is_found_by_them(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    first_release.make(url)
+    here, elsewhere = Storage(str(tmp_path / "here")), Storage(str(tmp_path / "elsewhere"))
+    here.write("images/aa/a.png", lambda file: file.write(b"0" * 10))
+    with closing(Journal(url)) as journal:
+        root_id = journal.roots.check(here)
+        assert root_id
+        assert journal.roots.begin(here, root_id) == root_id
+        assert journal.roots.check(here) == root_id
+        assert journal.roots.check(elsewhere) is None
 
 
 def test_an_upgrade_keeps_every_row_and_every_constraint(journal_url: str) -> None:

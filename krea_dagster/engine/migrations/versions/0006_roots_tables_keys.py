@@ -100,7 +100,7 @@ def upgrade() -> None:
 
 
 def _table_id() -> sa.Column[str]:
-    return sa.Column("table_id", sa.String(length=32), nullable=False, server_default="")
+    return sa.Column("table_id", sa.String(length=32), nullable=False, server_default=sa.text("''"))
 
 
 def _owners() -> None:
@@ -117,7 +117,8 @@ def _requests() -> None:
         requests.drop_constraint(op.f("ck_requests_sent_has_key"), type_="check")
         requests.create_check_constraint(
             op.f("ck_requests_sent_has_key"),
-            "state in ('planned', 'deferred', 'stored') or idempotency_key is not null",
+            "state in ('planned', 'deferred', 'stored', 'completed', 'expired') "
+            "or idempotency_key is not null",
         )
 
 

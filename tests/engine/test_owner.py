@@ -1,0 +1,229 @@
+"""Who holds a request: the lock of a run tells, and no clock and no process table."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text, update
+
+from krea_dagster.engine.database import Database
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.owner import SILENCE_S, FileLocks, Owner, _held, this_process
+from krea_dagster.engine.schema import owners
+from tests.engine.engine_bench import NOW, Hand, asked
+
+#: Registers, claims, says so, and waits to be told to end.
+_HOLDER = """
+import sys
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.owner import this_process
+journal = Journal(sys.argv[1])
+owner = this_process("other")
+journal.register(owner)
+journal.claim([sys.argv[2]], owner.owner)
+print(owner.owner, flush=True)
+for line in sys.stdin:
+    if line == "fork\\n":
+        import os
+        if os.fork() == 0:
+            import time
+            time.sleep(60)
+        print("forked", flush=True)
+"""
+
+
+@contextmanager
+def another_process(journal_url: str, *before: str) -> Iterator[tuple[Any, str]]:
+    """A process that holds the request, and its owner."""
+    key = asked().request_key
+    command = [*before, sys.executable, "-c", _HOLDER, journal_url, key]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def planned(journal: Journal) -> str:
+    journal.plan([(asked(), "p")], run_id="r", at=NOW)
+    return asked().request_key
+
+
+def make_silent(journal_url: str, owner: str, silence: timedelta) -> None:
+    """Move an owner's heartbeat into the past."""
+    with closing(Database(journal_url)) as database:
+        database.write(
+            "age",
+            lambda connection: connection.execute(
+                update(owners)
+                .where(owners.c.owner == owner)
+                .values(
+                    heartbeat_at=text(f"heartbeat_at - {int(silence.total_seconds() * 1_000_000)}")
+                )
+            ),
+        )
+
+
+def is_sqlite(journal_url: str) -> bool:
+    return journal_url.startswith("sqlite")
+
+
+def test_what_a_living_process_holds_is_not_free_however_long_it_is_silent(
+    journal: Journal, journal_url: str
+) -> None:
+    key, me = planned(journal), Hand(journal).owner.owner
+    with another_process(journal_url) as (_, owner):
+        assert journal.claim([key], me) == set()
+        for silence in (timedelta(days=400), timedelta(days=-400)):
+            make_silent(journal_url, owner, silence)
+            assert journal.claim([key], me) == set()
+
+
+def test_what_a_killed_process_held_is_free_at_once_or_after_its_silence(
+    journal: Journal, journal_url: str
+) -> None:
+    key, me = planned(journal), Hand(journal).owner.owner
+    with another_process(journal_url) as (process, owner):
+        process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its parent has not noticed
+        if not is_sqlite(journal_url):
+            assert journal.claim([key], me) == set()
+            make_silent(journal_url, owner, timedelta(seconds=SILENCE_S + 1))
+        assert journal.claim([key], me) == {key}
+        assert journal.holders([key])[key].startswith("run run-by-hand (process ")
+
+
+def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
+    journal: Journal, journal_url: str
+) -> None:
+    if not is_sqlite(journal_url):
+        pytest.skip("the session ends with its connection")
+    key, me = planned(journal), Hand(journal).owner.owner
+    with another_process(journal_url) as (process, _):
+        process.stdin.write("fork\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "forked\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert journal.claim([key], me) == {key}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of its own need root")
+def test_a_process_of_another_host_with_the_same_numbers_keeps_what_it_holds(
+    journal: Journal, journal_url: str
+) -> None:
+    key, me = planned(journal), Hand(journal).owner.owner
+    apart = ("unshare", "--uts", "--pid", "--fork", "--kill-child")
+    with another_process(journal_url, *apart):
+        assert journal.claim([key], me) == set()
+
+
+def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
+    journal: Journal, journal_url: str
+) -> None:
+    """Also where its journal could not be written when it ended."""
+    key = planned(journal)
+
+    class Failing(Journal):
+        def end(self, owner: Owner) -> None:
+            self._locks.give_back(owner.owner)
+
+    with closing(Failing(journal_url)) as other:
+        owner = this_process("ended")
+        other.register(owner)
+        assert other.claim([key], owner.owner) == {key}
+        other.end(owner)
+        if not is_sqlite(journal_url):
+            make_silent(journal_url, owner.owner, timedelta(seconds=SILENCE_S + 1))
+        assert journal.claim([key], Hand(journal).owner.owner) == {key}
+
+
+def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbeat_tells(
+    journal: Journal, journal_url: str
+) -> None:
+    if is_sqlite(journal_url):
+        pytest.skip("there the kernel's lock tells alone")
+    key, me = planned(journal), Hand(journal).owner.owner
+    owner = this_process("other")
+    journal.register(owner)
+    journal.claim([key], owner.owner)
+    make_silent(journal_url, owner.owner, timedelta(hours=1))
+    assert journal.claim([key], me) == set()  # it has its lock
+    journal.heartbeat(owner.owner)
+    journal._locks.give_back(owner.owner)
+    assert journal.claim([key], me) == set()  # it was heard of
+    make_silent(journal_url, owner.owner, timedelta(seconds=SILENCE_S + 1))
+    assert journal.claim([key], me) == {key}
+
+
+# -- where there is no lock file --------------------------------------------------------------
+
+
+def test_a_living_run_whose_lock_file_was_removed_makes_it_again(tmp_path: Path) -> None:
+    with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
+        hand = Hand(journal)
+        (file,) = (tmp_path / "journal.db-runs").iterdir()
+        file.unlink()
+        journal.heartbeat(hand.owner.owner)
+        assert file.exists()
+        journal.release(hand.owner.owner)
+        assert not file.exists()
+
+
+def test_an_owner_without_a_lock_file_is_dead_after_its_silence_by_our_own_clock(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    now_s = 1000.0
+    with closing(Journal(url)) as journal, closing(Database(url)) as database:
+        hand = Hand(journal)
+        locks = FileLocks(tmp_path / "nowhere", monotonic=lambda: now_s)
+        owner = hand.owner.owner
+
+        def dead() -> set[str]:
+            with database.read("read") as connection:
+                return locks.dead(connection)
+
+        os.close(_held.pop(owner))  # as of another process
+        assert dead() == set()
+        now_s += SILENCE_S
+        assert dead() == set()
+        journal._locks = locks  # its next heartbeat finds no folder to lock in, and is written
+        (tmp_path / "nowhere").write_text("no folder")
+        journal.heartbeat(owner)
+        assert dead() == set()
+        now_s += SILENCE_S + 1
+        assert dead() == {owner}
+
+
+def test_what_a_dead_owner_has_left_is_removed(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    with closing(Journal(url)) as journal:
+        key, me = planned(journal), Hand(journal).owner.owner
+        with another_process(url) as (process, owner):
+            process.kill()
+            process.wait()
+            assert journal.claim([key], me) == {key}
+        assert [file.name for file in (tmp_path / "journal.db-runs").iterdir()] == [me]
+        with closing(Database(url)) as database, database.read("read") as connection:
+            assert set(connection.execute(owners.select()).scalars()) == {me}
+        assert owner != me
