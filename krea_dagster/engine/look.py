@@ -16,6 +16,7 @@ from typing import Final, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from krea_dagster.engine.verify_jpeg import check_jpeg
 from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
 
 #: Formats that are looked at, and the ending of their files.
@@ -137,7 +138,8 @@ def _check_whole(data: bytes, image_format: str) -> None:
             _walk_png(data)
             return
         case "JPEG":
-            whole = data[-64:].rstrip(b"\x00").endswith(b"\xff\xd9")
+            check_jpeg(data)
+            return
         case "WEBP":
             whole = len(data) >= int.from_bytes(data[4:8], "little") + 8
         case _:
