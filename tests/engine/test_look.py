@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import struct
+import tracemalloc
+import zlib
+
 import pytest
 
 from krea_dagster.engine.look import look_at
 from krea_dagster.errors import NoUsableBody
-from tests.engine.bodies import SMALL, detailed, encoded
+from tests.engine.bodies import SMALL, chunk, detailed, encoded, png
 
 # -- whole to the last row --------------------------------------------------------------------
 
@@ -105,3 +110,132 @@ def test_a_jpeg_of_thousands_of_scans_is_not_begun() -> None:
     last = whole.rindex(b"\xff\xda")
     with pytest.raises(NoUsableBody, match="scans"):
         look_at(whole[:-2] + whole[last:-2] * 600 + whole[-2:], SMALL)
+
+
+# -- every row of a PNG -----------------------------------------------------------------------
+
+
+COLOURS = [
+    *(pytest.param(0, depth, id=f"grey {depth}") for depth in (1, 2, 4, 8, 16)),
+    *(pytest.param(2, depth, id=f"RGB {depth}") for depth in (8, 16)),
+    *(pytest.param(3, depth, id=f"palette {depth}") for depth in (1, 2, 4, 8)),
+    *(pytest.param(4, depth, id=f"LA {depth}") for depth in (8, 16)),
+    *(pytest.param(6, depth, id=f"RGBA {depth}") for depth in (8, 16)),
+]
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+
+
+def rows_of(pixels: tuple[int, int], colour: int, depth: int, *, interlaced: bool) -> bytes:
+    """Rows of noise, each with the byte that names its filter, as the specification counts them."""
+    source = random.Random(3)
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    rows = b""
+    for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns = len(range(left, pixels[0], across))
+        for _ in range(top, pixels[1], down) if columns else ():
+            rows += b"\0" + source.randbytes((columns * samples * depth + 7) // 8)
+    return rows
+
+
+@pytest.mark.parametrize("interlaced", [False, True], ids=["row by row", "interlaced"])
+@pytest.mark.parametrize(("colour", "depth"), COLOURS)
+@pytest.mark.parametrize("pixels", [(33, 67), (64, 64), (3, 50)])
+def test_a_png_has_as_many_rows_as_its_header_says(
+    pixels: tuple[int, int], colour: int, depth: int, interlaced: bool
+) -> None:
+    header = struct.pack(">IIBBBBB", *pixels, depth, colour, 0, 0, interlaced)
+    colours = bytes(k * 37 % 256 for k in range(3 << depth))
+    palette = chunk(b"PLTE", colours) if colour == 3 else b""
+    rows = rows_of(pixels, colour, depth, interlaced=interlaced)
+    assert look_at(png(header, rows, between=palette), pixels) == "PNG"
+    for wrong in (rows[:-1], rows[: len(rows) // 2], rows + b"\0"):
+        with pytest.raises(NoUsableBody):
+            look_at(png(header, wrong, between=palette), pixels)
+
+
+def test_a_png_of_half_its_rows_is_damaged() -> None:
+    """Its checksums are right; a decoder leaves the lower half black."""
+    header = struct.pack(">IIBBBBB", *SMALL, 8, 2, 0, 0, 0)
+    rows = rows_of(SMALL, 2, 8, interlaced=False)
+    assert look_at(png(header, rows), SMALL) == "PNG"
+    with pytest.raises(NoUsableBody, match="lacks rows"):
+        look_at(png(header, rows[: len(rows) // 2]), SMALL)
+
+
+def test_the_rows_of_a_png_are_counted_in_little_memory() -> None:
+    """A file of 100 KB that unpacks to 100 MB: it is left as soon as there are too many."""
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
+    body = png(header, rows_of((64, 64), 2, 8, interlaced=False) + bytes(100_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(NoUsableBody):
+            look_at(body, (64, 64))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 5000])
+def test_the_pixels_of_a_png_may_be_in_any_number_of_pieces(pieces: int) -> None:
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
+    packed = zlib.compress(rows_of((64, 64), 2, 8, interlaced=False))
+    step = -(-len(packed) // pieces)
+    parts = [chunk(b"IDAT", packed[k : k + step]) for k in range(0, len(packed), step)]
+    parts.insert(1, chunk(b"IDAT", b""))
+    body = b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *parts, chunk(b"IEND", b"")])
+    assert look_at(body, (64, 64)) == "PNG"
+    torn = [*parts[:1], chunk(b"tEXt", b"a\0b"), *parts[1:]]
+    body = b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *torn, chunk(b"IEND", b"")])
+    if pieces > 1:
+        with pytest.raises(NoUsableBody):
+            look_at(body, (64, 64))
+
+
+# -- WebP and AVIF ----------------------------------------------------------------------------
+
+
+def resized(webp: bytes) -> bytes:
+    """A WebP whose header says that it is as long as it is."""
+    return webp[:4] + struct.pack("<I", len(webp) - 8) + webp[8:]
+
+
+def with_its_chunk_resized(webp: bytes) -> bytes:
+    """The same of its only chunk."""
+    return resized(webp[:16] + struct.pack("<I", len(webp) - 20) + webp[20:])
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}], ids=["lossy", "lossless"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_cut_webp_is_damaged_whatever_its_lengths_say(
+    share: float, mode: str, options: dict[str, object]
+) -> None:
+    whole = detailed("WEBP", mode, **options)
+    cut = whole[: int(len(whole) * share) // 2 * 2]
+    assert look_at(whole, SMALL) == "WEBP"
+    bodies = [cut, resized(cut)]
+    if whole[12:15] == b"VP8" and whole[15:16] != b"X":
+        bodies.append(with_its_chunk_resized(cut))
+    for body in bodies:
+        with pytest.raises(NoUsableBody):
+            look_at(body, SMALL)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("missing", [1, 2, 5, 500, 5000])
+def test_an_avif_is_damaged_where_any_of_its_data_lie_beyond_its_end(
+    missing: int, mode: str
+) -> None:
+    """Its decoder compares each extent with the file, those of the transparency too."""
+    whole = detailed("AVIF", mode)
+    assert look_at(whole, SMALL) == "AVIF"
+    with pytest.raises(NoUsableBody):
+        look_at(whole[:-missing], SMALL)
