@@ -107,7 +107,7 @@ def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejecte
 
 
 def is_flat(image: Image.Image) -> bool:
-    """Whether a decoded picture is one flat colour, or nearly so.
+    """Whether a decoded picture is one flat colour, or nearly so, or nothing of it shows.
 
     Two small squares settle it for nearly every picture: what is not flat in a part is not
     flat. Only where both are, the whole is looked at.
@@ -115,9 +115,13 @@ def is_flat(image: Image.Image) -> bool:
     width, height = image.size
     for left, top in ((width // 2, height // 2), (width // 4, height // 3)):
         box = (left, top, min(left + _SAMPLE, width), min(top + _SAMPLE, height))
-        if not _all_alike(image.crop(box)):
+        if not _shows_nothing(image.crop(box)):
             return False
-    return _all_alike(image)
+    return _shows_nothing(image)
+
+
+def _shows_nothing(image: Image.Image) -> bool:
+    return _all_alike(image) or _all_transparent(image)
 
 
 def _all_alike(image: Image.Image) -> bool:
@@ -128,6 +132,14 @@ def _all_alike(image: Image.Image) -> bool:
     colours = image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
     extrema = cast("tuple[tuple[int, int], ...]", colours.getextrema())
     return all(high - low <= _FLAT_RANGE for low, high in extrema)
+
+
+def _all_transparent(image: Image.Image) -> bool:
+    """Whatever colours lie beneath. Where one colour is transparent, all alike says as much."""
+    if not {"A", "P"} & {*image.getbands()}:
+        return False
+    _, most = cast("tuple[int, int]", image.convert("RGBA").getchannel("A").getextrema())
+    return most <= _FLAT_RANGE
 
 
 def _check_whole(data: bytes, image_format: str) -> None:

@@ -70,6 +70,15 @@ def flat_palette_with_alpha() -> bytes:
     return target.getvalue()
 
 
+def unseen() -> bytes:
+    """A picture under an alpha of 0."""
+    target = io.BytesIO()
+    image = picture()
+    image.putalpha(0)
+    image.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
 def almost_black_jpeg() -> bytes:
     """Black as a lossy encoder leaves it: not every pixel is quite the same."""
     image = Image.new("RGB", PIXELS, (0, 0, 0))
@@ -249,6 +258,7 @@ async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageSt
         pytest.param("flat_image", flat_palette_with_alpha(), id="palette with transparency"),
         pytest.param("flat_image", flat("RGBA", (1, 2, 3, 128)), id="flat with alpha"),
         pytest.param("flat_image", flat("LA", (7, 0)), id="grey with alpha"),
+        pytest.param("flat_image", unseen(), id="a picture of which nothing shows"),
     ],
 )
 async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 import tracemalloc
 import zlib
 
 import pytest
+from PIL import Image
 
-from krea_dagster.engine.look import look_at
-from krea_dagster.errors import NoUsableBody
+from krea_dagster.engine.look import is_flat, look_at
+from krea_dagster.errors import ImageRejected, NoUsableBody
 from tests.engine.bodies import SMALL, chunk, detailed, encoded, png
 
 # -- whole to the last row --------------------------------------------------------------------
@@ -239,3 +241,89 @@ def test_an_avif_is_damaged_where_any_of_its_data_lie_beyond_its_end(
     assert look_at(whole, SMALL) == "AVIF"
     with pytest.raises(NoUsableBody):
         look_at(whole[:-missing], SMALL)
+
+
+# -- flat by transparency ---------------------------------------------------------------------
+
+
+def transparent(mode: str, alpha: int, seen_at: tuple[int, int] | None = None) -> bytes:
+    """Noise under one transparency; at one place it is opaque."""
+    image = Image.effect_noise(SMALL, 60).convert("L" if mode == "LA" else "RGB")
+    cover = Image.new("L", SMALL, alpha)
+    if seen_at:
+        cover.putpixel(seen_at, 255)
+    image.putalpha(cover)
+    target = io.BytesIO()
+    image.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
+def transparent_palette(*opaque: int) -> bytes:
+    """Noise in a palette, of which only these entries show."""
+    image = Image.effect_noise(SMALL, 60).convert("P")
+    target = io.BytesIO()
+    shown = bytes(255 if k in opaque else 0 for k in range(256))
+    image.save(target, "PNG", transparency=shown, compress_level=1)
+    return target.getvalue()
+
+
+def transparent_16_bit(colour: int, alpha: int) -> bytes:
+    samples = {4: 1, 6: 3}[colour]
+    rows, source = b"", random.Random(5)
+    for _ in range(SMALL[1]):
+        noise = source.randbytes(2 * samples * SMALL[0])
+        pixel = 2 * samples
+        rows += b"\0" + b"".join(
+            noise[k : k + pixel] + struct.pack(">H", alpha) for k in range(0, len(noise), pixel)
+        )
+    return png(struct.pack(">IIBBBBB", *SMALL, 16, colour, 0, 0, 0), rows)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(transparent("RGBA", 0), id="RGBA"),
+        pytest.param(transparent("RGBA", 2), id="RGBA, nearly"),
+        pytest.param(transparent("LA", 0), id="LA"),
+        pytest.param(transparent_palette(), id="palette"),
+        pytest.param(transparent_16_bit(4, 0), id="LA 16"),
+        pytest.param(transparent_16_bit(6, 0), id="RGBA 16"),
+        pytest.param(transparent_16_bit(6, 500), id="RGBA 16, nearly"),
+    ],
+)
+def test_a_picture_of_which_nothing_shows_is_flat(body: bytes) -> None:
+    """Whatever colours lie beneath."""
+    with pytest.raises(ImageRejected) as caught:
+        look_at(body, SMALL)
+    assert caught.value.code == "flat_image"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(transparent("RGBA", 3), id="RGBA, faint"),
+        pytest.param(transparent("RGBA", 0, (1, SMALL[1] - 1)), id="RGBA, one pixel"),
+        pytest.param(transparent("LA", 0, (0, 0)), id="LA, one pixel"),
+        pytest.param(transparent_palette(*range(100, 140)), id="palette, some colours"),
+        pytest.param(transparent_16_bit(4, 40_000), id="LA 16, half"),
+    ],
+)
+def test_a_picture_of_which_something_shows_is_not_flat(body: bytes) -> None:
+    assert look_at(body, SMALL) == "PNG"
+
+
+@pytest.mark.parametrize("mode", ["PA", "LA", "RGBA"])
+def test_transparency_is_seen_in_every_mode_that_has_it(mode: str) -> None:
+    image = Image.effect_noise((64, 64), 60).convert("RGB")
+    image.putalpha(0)
+    assert is_flat(image.convert(mode))
+    image.putalpha(255)
+    assert not is_flat(image.convert(mode))
+
+
+def test_one_transparent_colour_of_16_bits_is_no_trouble() -> None:
+    """Its place in the file's 16 bits has none in the picture's 8."""
+    header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
+    clear = chunk(b"tRNS", struct.pack(">HHH", 65535, 65535, 65535))
+    rows = rows_of((64, 64), 2, 16, interlaced=False)
+    assert look_at(png(header, rows, between=clear), (64, 64)) == "PNG"
