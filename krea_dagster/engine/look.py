@@ -15,6 +15,7 @@ from typing import Final, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from krea_dagster.engine.other_formats import OTHERS, load_other, open_other, other_kind
 from krea_dagster.engine.verify_jpeg import check_jpeg
 from krea_dagster.engine.verify_png import check_png
 from krea_dagster.engine.verify_webp import check_webp
@@ -56,22 +57,27 @@ def look_at(
     """Look at a file's content and return its format: ``PNG``, ``JPEG``, ``WEBP`` or ``AVIF``.
 
     Raises NoUsableBody where it is no whole picture, and ImageRejected where it is one of
-    other dimensions, or of one flat colour. Dimensions are compared before anything is
-    decoded, so that a small file cannot ask for much memory. Without ``decode`` only the format
-    and the dimensions in the file's header are looked at.
+    another format or of other dimensions, has several frames, or is of one flat colour.
+    Dimensions are compared before anything is decoded, so that a small file cannot ask for much
+    memory. Without ``decode`` only the file's header is looked at: its format, dimensions and
+    frames.
 
     ``seen`` is given the decoded picture of a whole file, also of one flat colour, so that nobody
     need decode it again. The pixels stay readable when this has returned.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+        with _open(data) as image:
             if image.size != pixels:
                 raise _wrong_size(image.size, pixels)
             image_format = image.format or ""
-            if not decode:
-                return image_format
+            if image_format in OTHERS:
+                if decode:
+                    load_other(image)
+                raise _wrong_format(image_format)
             if getattr(image, "n_frames", 1) != 1:
                 raise ImageRejected("animated", "the image has several frames")
+            if not decode:
+                return image_format
             _check_whole(data, image_format)
             image.load()
             seen(image)
@@ -80,15 +86,26 @@ def look_at(
         raise ImageRejected(
             "wrong_size", f"the image declares far more than {pixels[0]}×{pixels[1]} pixels"
         ) from None
-    except UnidentifiedImageError:
-        raise NoUsableBody(f"not an image: it begins with {data[:24]!r}") from None
     except DownloadError:
         raise
-    except DAMAGED as error:
+    except (*DAMAGED, Warning) as error:  # a warning, where those are errors
         raise NoUsableBody(f"the image is damaged: {error}") from None
     if flat:
         raise ImageRejected("flat_image", "the image is one flat colour")
     return image_format
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture, its pixels not yet decoded."""
+    try:
+        return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except UnidentifiedImageError:
+        other = open_other(data)
+    if other is not None:
+        return other
+    if kind := other_kind(data):
+        raise _wrong_format(kind)
+    raise NoUsableBody(f"not an image: it begins with {data[:24]!r}")
 
 
 def decoded_bytes(pixels: tuple[int, int]) -> int:
@@ -103,6 +120,12 @@ def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejecte
     return ImageRejected(
         "wrong_size",
         f"the image has {found[0]}×{found[1]} pixels instead of {wanted[0]}×{wanted[1]}",
+    )
+
+
+def _wrong_format(found: str) -> ImageRejected:
+    return ImageRejected(
+        "wrong_format", f"the image is a {found} file, and none of {', '.join(FORMATS)}"
     )
 
 

@@ -26,6 +26,7 @@ from krea_dagster.engine.look import is_flat, look_at
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
+from krea_dagster.spend.ledger import REJECTED_CODES
 from tests.engine.bodies import chunk, encoded, picture
 from tests.engine.engine_bench import asked, until
 
@@ -249,6 +250,10 @@ async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageSt
         pytest.param("wrong_size", bomb(), id="bomb"),
         pytest.param("animated", animated("PNG"), id="animated PNG"),
         pytest.param("animated", animated("WEBP"), id="animated WebP"),
+        pytest.param("animated", animated("MPO"), id="two pictures in one JPEG"),
+        pytest.param("wrong_format", encoded("GIF"), id="GIF"),
+        pytest.param("wrong_format", encoded("TIFF"), id="TIFF"),
+        pytest.param("wrong_size", encoded("BMP", (352, 736)), id="BMP of half the size"),
         pytest.param("flat_image", flat("RGB", (0, 0, 0)), id="black"),
         pytest.param("flat_image", almost_black_jpeg(), id="almost black"),
         pytest.param("flat_image", flat("RGB", (255, 255, 255)), id="white"),
@@ -268,6 +273,7 @@ async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
     with pytest.raises(ImageRejected) as caught:
         await fetch(store, body)
     assert caught.value.code == code
+    assert code in REJECTED_CODES, "the ledger knows it as paid and refused"
     name = f"images/rejected/{REQUEST.request_key}"
     assert files(tmp_path) == [name]
     assert (tmp_path / name).read_bytes() == body
@@ -449,8 +455,9 @@ async def test_without_a_look_only_the_header_is_believed(tmp_path: Path) -> Non
     assert (image.format, image.width, image.height) == ("PNG", *PIXELS)
     assert (image.bytes, image.sha256) == (len(black), sha256(black).hexdigest())
     assert await fetch(store, encoded("JPEG")[:5000])
-    with pytest.raises(ImageRejected):
-        await fetch(store, encoded("PNG", (352, 736)))
+    for wrong in (encoded("PNG", (352, 736)), encoded("GIF"), animated("MPO")):
+        with pytest.raises(ImageRejected):
+            await fetch(store, wrong)
     with pytest.raises(NoUsableBody):
         await fetch(store, b"<html>")
 

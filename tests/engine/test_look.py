@@ -327,3 +327,120 @@ def test_one_transparent_colour_of_16_bits_is_no_trouble() -> None:
     clear = chunk(b"tRNS", struct.pack(">HHH", 65535, 65535, 65535))
     rows = rows_of((64, 64), 2, 16, interlaced=False)
     assert look_at(png(header, rows, between=clear), (64, 64)) == "PNG"
+
+
+# -- pictures of other formats ----------------------------------------------------------------
+
+OTHERS = [
+    pytest.param("GIF", {}, id="GIF"),
+    pytest.param("BMP", {}, id="BMP"),
+    pytest.param("TIFF", {}, id="TIFF"),
+    pytest.param("TIFF", {"compression": "tiff_lzw"}, id="TIFF, LZW"),
+    pytest.param("TIFF", {"compression": "tiff_deflate"}, id="TIFF, deflate"),
+    pytest.param("JPEG2000", {}, id="JPEG 2000"),
+    pytest.param("JPEG2000", {"no_jp2": True}, id="JPEG 2000, bare"),
+    pytest.param("PPM", {}, id="PPM"),
+]
+
+
+def code_of(body: bytes, *, decode: bool = True) -> str:
+    with pytest.raises(ImageRejected) as caught:
+        look_at(body, SMALL, decode=decode)
+    return caught.value.code
+
+
+@pytest.mark.parametrize(("file_format", "options"), OTHERS)
+def test_a_whole_picture_of_another_format_is_rejected_as_such(
+    file_format: str, options: dict[str, object]
+) -> None:
+    """It was paid for, and does not come otherwise the next time."""
+    body = detailed(file_format, **options)
+    assert code_of(body) == "wrong_format"
+    assert code_of(body, decode=False) == "wrong_format"
+
+
+@pytest.mark.parametrize(("file_format", "options"), OTHERS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.99])
+def test_a_damaged_picture_of_another_format_is_to_be_fetched_again(
+    file_format: str, options: dict[str, object], share: float
+) -> None:
+    body = detailed(file_format, **options)
+    with pytest.raises(NoUsableBody):
+        look_at(body[: int(len(body) * share)], SMALL)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
+def test_a_picture_of_another_format_and_size_is_not_decoded(file_format: str) -> None:
+    target = io.BytesIO()
+    Image.new("RGB", (1200, 900)).save(target, file_format)
+    assert code_of(target.getvalue()) == "wrong_size"
+
+
+def test_an_animated_gif_is_of_the_wrong_format() -> None:
+    target = io.BytesIO()
+    first = Image.effect_noise(SMALL, 60)
+    first.save(target, "GIF", save_all=True, append_images=[first.rotate(180)])
+    assert code_of(target.getvalue()) == "wrong_format"
+
+
+def icon() -> bytes:
+    target = io.BytesIO()
+    Image.effect_noise((64, 64), 60).save(target, "ICO")
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"\xff\x0a" + bytes(90), id="JPEG XL"),
+        pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(90), id="JPEG XL in boxes"),
+        pytest.param(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(90), id="HEIC"),
+        pytest.param(
+            b"\0\0\0\x18ftypmif1\0\0\0\0mif1heix" + bytes(90), id="HEIC, by its second name"
+        ),
+        pytest.param(b"8BPS\0\x01" + bytes(90), id="PSD"),
+        pytest.param(b"qoif" + bytes(90), id="QOI"),
+        pytest.param(icon(), id="ICO"),
+    ],
+)
+def test_a_picture_that_cannot_be_decoded_here_is_known_by_its_beginning(body: bytes) -> None:
+    assert code_of(body) == "wrong_format"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"\0\0\1\0" + bytes(90), id="four bytes of an ICO"),
+        pytest.param(icon()[:-1], id="a cut ICO"),
+        pytest.param(detailed("AVIF")[:200], id="a cut AVIF"),
+        pytest.param(b"\0\0\0\x18ftypisom\0\0\0\0isomiso2" + bytes(90), id="a film"),
+        pytest.param(b"%PDF-1.7\n" + bytes(90), id="PDF"),
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", id="EPS"),
+        pytest.param(b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", id="XML"),
+        pytest.param(b"P6 and other papers", id="text"),
+        pytest.param(b"BM is no picture" + bytes(90), id="other text"),
+    ],
+)
+def test_what_only_begins_like_a_picture_is_to_be_fetched_again(body: bytes) -> None:
+    with pytest.raises(NoUsableBody):
+        look_at(body, SMALL)
+
+
+def test_a_tiff_with_a_tile_beyond_its_size_is_not_unpacked() -> None:
+    """A tile is unpacked as a whole: this one would take 1.2 GB."""
+    body = bytearray(detailed("TIFF", compression="tiff_deflate"))
+    entries = int.from_bytes(body[4:8], "little")
+    (count,) = struct.unpack_from("<H", body, entries)
+    renamed = {0x0111: 0x0144, 0x0117: 0x0145}  # where strips are, and how long, as tiles
+    tags = [bytearray(body[k : k + 12]) for k in range(entries + 2, entries + 2 + 12 * count, 12)]
+    for tag in tags:
+        (name,) = struct.unpack_from("<H", tag)
+        tag[:2] = struct.pack("<H", renamed.get(name, name))
+    tags = [tag for tag in tags if struct.unpack_from("<H", tag)[0] != 0x0116]
+    tags += [bytearray(struct.pack("<HHII", name, 4, 1, 20_000)) for name in (322, 323)]
+    tags.sort(key=lambda tag: struct.unpack_from("<H", tag)[0])
+    start = len(body)
+    body += struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+    body[4:8] = struct.pack("<I", start)
+    with pytest.raises(NoUsableBody, match="tile"):
+        look_at(bytes(body), SMALL)
