@@ -35,8 +35,8 @@ def check_png(data: bytes) -> None:
     What follows the end mark is not looked at. Raises zlib.error where the pixels cannot be
     unpacked, and struct.error or KeyError for a header that says nothing.
     """
-    chunks = _chunks(data)
-    kind, header = next(chunks)
+    chunks = chunks_of_png(data)
+    kind, header = next(chunks, (b"", memoryview(b"")))
     if kind != b"IHDR":
         raise NoUsableBody("the image is damaged: the PNG file does not begin with its header")
     wanted = _unpacked_bytes(header)
@@ -46,8 +46,11 @@ def check_png(data: bytes) -> None:
         raise NoUsableBody(f"the image is damaged: the PNG file {how}")
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """The kind and the content of every chunk to the end mark, its checksum compared."""
+def chunks_of_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """The kind and the content of every chunk to the end mark, its checksum compared.
+
+    Raises NoUsableBody where it is wrong, or there is no end mark.
+    """
     view = memoryview(data)
     place = len(_SIGNATURE)
     while place + 12 <= len(data):

@@ -106,11 +106,40 @@ def test_a_jpeg_of_a_subsampling_without_a_name_is_taken() -> None:
         look_at(of_grey_scans()[:-2], SMALL)
 
 
+def test_padding_before_a_mark_is_no_damage() -> None:
+    whole = detailed("JPEG", restart_marker_blocks=7)
+    for mark in (b"\xff\xdb", b"\xff\xda", b"\xff\xd9"):
+        place = whole.rindex(mark)
+        assert look_at(whole[:place] + b"\xff" * 5 + whole[place:], SMALL) == "JPEG"
+
+
+def scans_of(whole: bytes) -> list[int]:
+    """Where its scans begin, and the tables before them."""
+    return [k for k in range(len(whole) - 1) if whole[k : k + 2] in {b"\xff\xda", b"\xff\xc4"}]
+
+
+def test_a_progressive_jpeg_without_its_last_scans_is_damaged() -> None:
+    """Each scan is whole, and the picture a coarse one."""
+    whole = detailed("JPEG", progressive=True)
+    places = scans_of(whole)[1:]
+    assert len(places) > 8
+    for place in places:
+        with pytest.raises(NoUsableBody, match=r"missing|one picture"):
+            look_at(whole[:place] + b"\xff\xd9", SMALL)
+
+
+def test_a_jpeg_without_the_scan_of_a_channel_is_damaged() -> None:
+    whole = of_grey_scans()
+    for place in scans_of(whole)[-2:]:
+        with pytest.raises(NoUsableBody, match="missing"):
+            look_at(whole[:place] + b"\xff\xd9", SMALL)
+
+
 def test_a_jpeg_of_thousands_of_scans_is_not_begun() -> None:
     """Ten bytes make a scan, and each costs a pass over the whole picture."""
     whole = detailed("JPEG", progressive=True)
     last = whole.rindex(b"\xff\xda")
-    with pytest.raises(NoUsableBody, match="scans"):
+    with pytest.raises(NoUsableBody, match="more than 500 scans"):
         look_at(whole[:-2] + whole[last:-2] * 600 + whole[-2:], SMALL)
 
 
@@ -170,6 +199,13 @@ def test_a_png_of_half_its_rows_is_damaged() -> None:
     assert look_at(png(header, rows), SMALL) == "PNG"
     with pytest.raises(NoUsableBody, match="lacks rows"):
         look_at(png(header, rows[: len(rows) // 2]), SMALL)
+
+
+@pytest.mark.parametrize("first", [b"", chunk(b"tEXt", b"a\0b")], ids=["nothing", "text"])
+def test_a_png_that_does_not_begin_with_its_header_is_damaged(first: bytes) -> None:
+    body = b"\x89PNG\r\n\x1a\n" + first + chunk(b"IEND", b"") + encoded("PNG", SMALL)[8:]
+    with pytest.raises(NoUsableBody):
+        look_at(body, SMALL)
 
 
 def test_the_rows_of_a_png_are_counted_in_little_memory() -> None:
