@@ -98,7 +98,8 @@ def _measure(options: Namespace) -> None:
     )
     report.note(
         "An end mark is that of JPEG. WebP and AVIF hold no checksum: of their data only what does "
-        "not decode is found."
+        "not decode is found. Zeros to the end of a WebP are found by its EXIF, which comes last: "
+        "without it nine of ten are missed in a lossy file, and all in a lossless one."
     )
     finish(report, options)
 

@@ -91,7 +91,7 @@ def look_at(
     except (*DAMAGED, Warning) as error:  # a warning, where those are errors
         raise NoUsableBody(f"the image is damaged: {error}") from None
     if flat:
-        raise ImageRejected("flat_image", "the image is one flat colour")
+        raise ImageRejected("flat_image", "the image is one flat colour, or nothing of it shows")
     return image_format
 
 
