@@ -1,9 +1,8 @@
 """Looks at a file that should be a picture: is it whole, of the right size, and not one colour.
 
 What a file is, is read from its bytes; neither a link's ending nor an answer's header is
-believed. Decoding alone misses what is missing at the end, and damage in a JPEG or WebP; the
-checksums and ends of the formats find a cut at a fraction of the cost. Both are asked here, and
-the picture is decoded once.
+believed. Decoding alone forgives what is missing at the end, and damage in a JPEG; what
+``verify_jpeg``, ``verify_png`` and ``verify_webp`` compare finds that. Both are asked here.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from typing import Final, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from krea_dagster.engine.other_formats import OTHERS, load_other, open_other, other_kind
+from krea_dagster.engine.verify_jpeg import check_jpeg
+from krea_dagster.engine.verify_png import check_png
+from krea_dagster.engine.verify_webp import check_webp
 from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
 
 #: Formats that are looked at, and the ending of their files.
@@ -43,8 +46,6 @@ DAMAGED: Final = (
     zlib.error,
 )
 
-_PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
-
 
 def look_at(
     data: bytes,
@@ -56,22 +57,27 @@ def look_at(
     """Look at a file's content and return its format: ``PNG``, ``JPEG``, ``WEBP`` or ``AVIF``.
 
     Raises NoUsableBody where it is no whole picture, and ImageRejected where it is one of
-    other dimensions, or of one flat colour. Dimensions are compared before anything is
-    decoded, so that a small file cannot ask for much memory. Without ``decode`` only the format
-    and the dimensions in the file's header are looked at.
+    another format or of other dimensions, has several frames, or is of one flat colour.
+    Dimensions are compared before anything is decoded, so that a small file cannot ask for much
+    memory. Without ``decode`` only the file's header is looked at: its format, dimensions and
+    frames.
 
     ``seen`` is given the decoded picture of a whole file, also of one flat colour, so that nobody
     need decode it again. The pixels stay readable when this has returned.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+        with _open(data) as image:
             if image.size != pixels:
                 raise _wrong_size(image.size, pixels)
             image_format = image.format or ""
-            if not decode:
-                return image_format
+            if image_format in OTHERS:
+                if decode:
+                    load_other(image)
+                raise _wrong_format(image_format)
             if getattr(image, "n_frames", 1) != 1:
                 raise ImageRejected("animated", "the image has several frames")
+            if not decode:
+                return image_format
             _check_whole(data, image_format)
             image.load()
             seen(image)
@@ -80,15 +86,26 @@ def look_at(
         raise ImageRejected(
             "wrong_size", f"the image declares far more than {pixels[0]}×{pixels[1]} pixels"
         ) from None
-    except UnidentifiedImageError:
-        raise NoUsableBody(f"not an image: it begins with {data[:24]!r}") from None
     except DownloadError:
         raise
-    except DAMAGED as error:
+    except (*DAMAGED, Warning) as error:  # a warning, where those are errors
         raise NoUsableBody(f"the image is damaged: {error}") from None
     if flat:
-        raise ImageRejected("flat_image", "the image is one flat colour")
+        raise ImageRejected("flat_image", "the image is one flat colour, or nothing of it shows")
     return image_format
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture, its pixels not yet decoded."""
+    try:
+        return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except UnidentifiedImageError:
+        other = open_other(data)
+    if other is not None:
+        return other
+    if kind := other_kind(data):
+        raise _wrong_format(kind)
+    raise NoUsableBody(f"not an image: it begins with {data[:24]!r}")
 
 
 def decoded_bytes(pixels: tuple[int, int]) -> int:
@@ -106,8 +123,14 @@ def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejecte
     )
 
 
+def _wrong_format(found: str) -> ImageRejected:
+    return ImageRejected(
+        "wrong_format", f"the image is a {found} file, and none of {', '.join(FORMATS)}"
+    )
+
+
 def is_flat(image: Image.Image) -> bool:
-    """Whether a decoded picture is one flat colour, or nearly so.
+    """Whether a decoded picture is one flat colour, or nearly so, or nothing of it shows.
 
     Two small squares settle it for nearly every picture: what is not flat in a part is not
     flat. Only where both are, the whole is looked at.
@@ -115,9 +138,13 @@ def is_flat(image: Image.Image) -> bool:
     width, height = image.size
     for left, top in ((width // 2, height // 2), (width // 4, height // 3)):
         box = (left, top, min(left + _SAMPLE, width), min(top + _SAMPLE, height))
-        if not _all_alike(image.crop(box)):
+        if not _shows_nothing(image.crop(box)):
             return False
-    return _all_alike(image)
+    return _shows_nothing(image)
+
+
+def _shows_nothing(image: Image.Image) -> bool:
+    return _all_alike(image) or _all_transparent(image)
 
 
 def _all_alike(image: Image.Image) -> bool:
@@ -130,34 +157,23 @@ def _all_alike(image: Image.Image) -> bool:
     return all(high - low <= _FLAT_RANGE for low, high in extrema)
 
 
+def _all_transparent(image: Image.Image) -> bool:
+    """Whatever colours lie beneath. Where one colour is transparent, all alike says as much."""
+    if not {"A", "P"} & {*image.getbands()}:
+        return False
+    _, most = cast("tuple[int, int]", image.convert("RGBA").getchannel("A").getextrema())
+    return most <= _FLAT_RANGE
+
+
 def _check_whole(data: bytes, image_format: str) -> None:
-    """Raise NoUsableBody where the file's end is not its format's: decoders forgive that."""
+    """Raise NoUsableBody where something is missing that Pillow's decoder forgives.
+
+    For AVIF nothing is: its decoder compares each extent with the file.
+    """
     match image_format:
         case "PNG":
-            _walk_png(data)
-            return
+            check_png(data)
         case "JPEG":
-            whole = data[-64:].rstrip(b"\x00").endswith(b"\xff\xd9")
+            check_jpeg(data)
         case "WEBP":
-            whole = len(data) >= int.from_bytes(data[4:8], "little") + 8
-        case _:
-            whole = True
-    if not whole:
-        raise NoUsableBody(f"the {image_format} file is cut short")
-
-
-def _walk_png(data: bytes) -> None:
-    """Compare the checksum of every chunk, to the end mark: decoding does not."""
-    view = memoryview(data)
-    place = len(_PNG_SIGNATURE)
-    while place + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        end = place + 8 + length
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(view[place + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            raise NoUsableBody("the image is damaged: a checksum of the PNG file is wrong")
-        if data[place + 4 : place + 8] == b"IEND":
-            return
-        place = end + 4
-    raise NoUsableBody("the PNG file is cut short")
+            check_webp(data)

@@ -68,7 +68,7 @@ LEDGER_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COL
 LEDGER_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
 #: Codes with which a check refuses a file that was paid for (``engine.look``).
-REJECTED_CODES: Final = ("animated", "flat_image", "wrong_size")
+REJECTED_CODES: Final = ("animated", "flat_image", "wrong_format", "wrong_size")
 
 _UNIQUE: Final = frozenset({"sent_at", "request_key", "idempotency_key", "task_id"})
 _ROW_GROUP: Final = 50_000

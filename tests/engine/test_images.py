@@ -13,20 +13,21 @@ import uuid
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from krea_dagster.engine.images import MAX_IMAGE_BYTES, ImageStore
 from krea_dagster.engine.look import is_flat, look_at
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
+from krea_dagster.spend.ledger import REJECTED_CODES
+from tests.engine.bodies import chunk, encoded, picture
 from tests.engine.engine_bench import asked, until
 
 pytestmark = pytest.mark.anyio
@@ -55,22 +56,6 @@ class Server:
         return Body(len(self.body), sha256(self.body).hexdigest())
 
 
-def picture(pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> Image.Image:
-    """A picture with something in it."""
-    image = Image.new("RGB", pixels, (200, 180, 90))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((10, 10, pixels[0] - 50, pixels[1] - 90), fill=(20, 90, 160))
-    return image.convert(mode)
-
-
-@cache
-def encoded(file_format: str, pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> bytes:
-    target = io.BytesIO()
-    options = {"compress_level": 1} if file_format == "PNG" else {}
-    picture(pixels, mode).save(target, file_format, **options)
-    return target.getvalue()
-
-
 def flat(mode: str, colour: object) -> bytes:
     target = io.BytesIO()
     image = Image.new(mode, PIXELS, colour)  # type: ignore[arg-type]  # each mode has its own
@@ -86,6 +71,15 @@ def flat_palette_with_alpha() -> bytes:
     return target.getvalue()
 
 
+def unseen() -> bytes:
+    """A picture under an alpha of 0."""
+    target = io.BytesIO()
+    image = picture()
+    image.putalpha(0)
+    image.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
 def almost_black_jpeg() -> bytes:
     """Black as a lossy encoder leaves it: not every pixel is quite the same."""
     image = Image.new("RGB", PIXELS, (0, 0, 0))
@@ -97,10 +91,6 @@ def almost_black_jpeg() -> bytes:
 
 def bomb() -> bytes:
     """A few hundred bytes that declare 60,000 × 60,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(b"\0" * 99)), chunk(b"IEND", b""))
@@ -150,6 +140,14 @@ async def test_a_picture_is_published_under_its_request_key_and_its_true_format(
     assert store.holds(image)
 
 
+async def test_bytes_after_the_end_of_a_jpeg_are_kept_as_they_came(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    body = encoded("JPEG") + b"\r\n" + b"SEFT" * 125
+    image = await store.fetch(Server(body), "https://x/a", REQUEST)
+    assert (tmp_path / image.path).read_bytes() == body
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
 async def test_pictures_in_other_colour_modes_are_pictures(store: ImageStore, mode: str) -> None:
     assert await fetch(store, encoded("PNG", PIXELS, mode))
@@ -195,7 +193,8 @@ async def test_a_missing_or_shorter_file_is_not_held(store: ImageStore, tmp_path
         pytest.param(b"", id="nothing"),
         pytest.param(b"\x89PNG\r\n\x1a\n", id="only a signature"),
         pytest.param(b"\x89PNG\r\n\x1a\n" + os.urandom(5000), id="a signature and noise"),
-        pytest.param(b"GIF89a" + b"\0" * 100, id="GIF"),
+        pytest.param(b"GIF89a" + b"\0" * 100, id="the beginning of a GIF"),
+        pytest.param(encoded("GIF")[:-900], id="a cut GIF"),
         pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", id="SVG"),
     ],
 )
@@ -215,6 +214,15 @@ async def test_a_picture_that_is_cut_short_is_to_be_fetched_again(
     whole = encoded(file_format)
     with pytest.raises(NoUsableBody):
         await fetch(store, whole[: int(len(whole) * share)])
+    assert files(tmp_path) == []
+
+
+async def test_a_jpeg_that_is_cut_before_an_end_mark_is_to_be_fetched_again(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    whole = encoded("JPEG")
+    with pytest.raises(NoUsableBody):
+        await fetch(store, whole[: len(whole) // 2] + b"\xff\xd9")
     assert files(tmp_path) == []
 
 
@@ -242,6 +250,10 @@ async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageSt
         pytest.param("wrong_size", bomb(), id="bomb"),
         pytest.param("animated", animated("PNG"), id="animated PNG"),
         pytest.param("animated", animated("WEBP"), id="animated WebP"),
+        pytest.param("animated", animated("MPO"), id="two pictures in one JPEG"),
+        pytest.param("wrong_format", encoded("GIF"), id="GIF"),
+        pytest.param("wrong_format", encoded("TIFF"), id="TIFF"),
+        pytest.param("wrong_size", encoded("BMP", (352, 736)), id="BMP of half the size"),
         pytest.param("flat_image", flat("RGB", (0, 0, 0)), id="black"),
         pytest.param("flat_image", almost_black_jpeg(), id="almost black"),
         pytest.param("flat_image", flat("RGB", (255, 255, 255)), id="white"),
@@ -251,6 +263,7 @@ async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageSt
         pytest.param("flat_image", flat_palette_with_alpha(), id="palette with transparency"),
         pytest.param("flat_image", flat("RGBA", (1, 2, 3, 128)), id="flat with alpha"),
         pytest.param("flat_image", flat("LA", (7, 0)), id="grey with alpha"),
+        pytest.param("flat_image", unseen(), id="a picture of which nothing shows"),
     ],
 )
 async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
@@ -260,6 +273,7 @@ async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
     with pytest.raises(ImageRejected) as caught:
         await fetch(store, body)
     assert caught.value.code == code
+    assert code in REJECTED_CODES, "the ledger knows it as paid and refused"
     name = f"images/rejected/{REQUEST.request_key}"
     assert files(tmp_path) == [name]
     assert (tmp_path / name).read_bytes() == body
@@ -441,8 +455,9 @@ async def test_without_a_look_only_the_header_is_believed(tmp_path: Path) -> Non
     assert (image.format, image.width, image.height) == ("PNG", *PIXELS)
     assert (image.bytes, image.sha256) == (len(black), sha256(black).hexdigest())
     assert await fetch(store, encoded("JPEG")[:5000])
-    with pytest.raises(ImageRejected):
-        await fetch(store, encoded("PNG", (352, 736)))
+    for wrong in (encoded("PNG", (352, 736)), encoded("GIF"), animated("MPO")):
+        with pytest.raises(ImageRejected):
+            await fetch(store, wrong)
     with pytest.raises(NoUsableBody):
         await fetch(store, b"<html>")
 

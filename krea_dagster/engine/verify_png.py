@@ -1,0 +1,93 @@
+"""Finds a PNG that is not whole: decoding compares no checksum, and leaves missing rows black."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from krea_dagster.errors import NoUsableBody
+
+_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+
+#: Samples of a pixel, by colour type.
+_SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+
+#: Where each pass of an interlaced picture begins, and its steps: x, y, x, y.
+_PASSES: Final = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+
+#: So much is unpacked at once: the pixels are counted, and not kept.
+_PIECE_BYTES: Final = 256 * 1024
+
+
+def check_png(data: bytes) -> None:
+    """Raise NoUsableBody where a checksum is wrong, the end is missing, or the rows are not all.
+
+    What follows the end mark is not looked at. Raises zlib.error where the pixels cannot be
+    unpacked, and struct.error or KeyError for a header that says nothing.
+    """
+    chunks = chunks_of_png(data)
+    kind, header = next(chunks, (b"", memoryview(b"")))
+    if kind != b"IHDR":
+        raise NoUsableBody("the image is damaged: the PNG file does not begin with its header")
+    wanted = _unpacked_bytes(header)
+    found = _count((content for kind, content in chunks if kind == b"IDAT"), wanted)
+    if found != wanted:
+        how = "lacks rows" if found < wanted else "holds more than its rows"
+        raise NoUsableBody(f"the image is damaged: the PNG file {how}")
+
+
+def chunks_of_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """The kind and the content of every chunk to the end mark, its checksum compared.
+
+    Raises NoUsableBody where it is wrong, or there is no end mark.
+    """
+    view = memoryview(data)
+    place = len(_SIGNATURE)
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        end = place + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[place + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise NoUsableBody("the image is damaged: a checksum of the PNG file is wrong")
+        kind = data[place + 4 : place + 8]
+        if kind == b"IEND":
+            return
+        yield kind, view[place + 8 : end]
+        place = end + 4
+    raise NoUsableBody("the PNG file is cut short")
+
+
+def _unpacked_bytes(header: memoryview) -> int:
+    """The bytes of all rows, each with the one that names its filter."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", header)
+    bits = depth * _SAMPLES[colour]
+    total = 0
+    for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
+        columns = -((left - width) // across)
+        rows = -((top - height) // down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
+
+
+def _count(pixels: Iterable[memoryview], most: int) -> int:
+    """How many bytes are packed there; it gives up once there are more than ``most``."""
+    unpacking, total = zlib.decompressobj(), 0
+    for content in pixels:
+        for start in range(0, len(content), _PIECE_BYTES):
+            rest: bytes | memoryview = content[start : start + _PIECE_BYTES]
+            while rest and total <= most and not unpacking.eof:
+                total += len(unpacking.decompress(rest, _PIECE_BYTES))
+                rest = unpacking.unconsumed_tail
+    return total if total > most else total + len(unpacking.flush())
