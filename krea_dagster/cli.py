@@ -84,8 +84,18 @@ main.add_command(gallery_command, "gallery")
 @click.option(
     "--again",
     multiple=True,
-    metavar="PROMPT_ID",
-    help="Buy another picture of this row: its attempt is raised, the old picture stays.",
+    metavar="ROWS",
+    help=(
+        "Buy another image of a row: its attempt is raised, the old image stays. ROWS is a "
+        "prompt_id, @FILE (one prompt_id a line), error:CODE (the rows that failed with it), or "
+        "rejected (the rows whose image was rejected in the review). A wish in which a run was "
+        "killed is gone on with, and not made twice."
+    ),
+)
+@click.option(
+    "--new-seed",
+    is_flag=True,
+    help="With --again: draw a new seed for rows whose seed the table fixes, else refused.",
 )
 @click.option(
     "--retry",
@@ -112,6 +122,7 @@ def materialize_command(
     retry_errors: Sequence[str],
     decisions: Sequence[str],
     *,
+    new_seed: bool,
     as_json: bool,
 ) -> None:
     """Buy what is missing of the prompt table, and write the manifest.
@@ -120,17 +131,67 @@ def materialize_command(
     that is not set, in the folder dagster/ of the storage root. Run it again at any time: what
     is at hand is not bought again, and what was interrupted goes on.
     """
-    from krea_dagster.plugin.config import KreaImagesConfig  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.again import with_files  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.config import KreaImagesConfig  # noqa: PLC0415
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
 
     wishes = KreaImagesConfig(
-        again=list(again),
+        again=with_files(again),
+        new_seed=new_seed,
         retry_errors=list(retry_errors),
         resolve=_decisions(decisions),
         wait=True,
     )
     done = _materialize(Settings.from_environment(), partitions, wishes, as_json=as_json)
     sys.exit(_exit_code(done, done.progress.failed + done.progress.left))
+
+
+@main.group("accept", epilog=_EPILOG)
+def accept_group() -> None:
+    """Say that something is right which a run stops for: a storage root, an API key, a price."""
+
+
+@accept_group.command("root", epilog=_EPILOG)
+def accept_root_command() -> None:
+    """Take the storage root (KREA_STORAGE) as it is for the journal's.
+
+    After a run has said that the root is empty, older or newer than the journal, or another
+    journal's. Images that are missing in it are fetched by their links, as far as those live; images
+    that the journal does not know are taken up, and their charge is not known. Buys nothing.
+    """
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
+
+    click.echo(Settings.from_environment().resource().accept_root())
+
+
+@accept_group.command("key", epilog=_EPILOG)
+@click.option(
+    "--same-as",
+    default="",
+    metavar="FINGERPRINT",
+    help="A key of the same account, where the journal has keys of several.",
+)
+def accept_key_command(same_as: str) -> None:
+    """Say that EVOLINK_API_KEY is of the account that the journal's images were bought with.
+
+    For a key that was rotated: without it, what was bought with the old one is neither repeated
+    nor given up. Buys nothing.
+    """
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
+
+    click.echo(Settings.from_environment().resource().accept_key(same_as))
+
+
+@accept_group.command("price", epilog=_EPILOG)
+@click.argument("quality", type=click.Choice(["1K", "2K"]))
+def accept_price_command(quality: str) -> None:
+    """Believe the price of a quality that was far from the expected one.
+
+    The charges of the purchases at that price are settled, and caps reckon with it. Buys nothing.
+    """
+    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
+
+    click.echo(Settings.from_environment().resource().accept_price(quality))
 
 
 @main.command("demo")

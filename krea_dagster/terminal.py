@@ -154,6 +154,8 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
         out.print(escape(_plain(f"  {count} × {reason}: {ids}")))
     for price in done.dearer:
         out.print(escape(f"price: {price}"))
+    for note in done.notes:
+        out.print(escape(_plain(f"note: {note}")))
     for cap in done.caps_reached:
         out.print(escape(f"deferred: {cap}"))
     if done.missed_callbacks:
@@ -229,6 +231,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "run_ids": list(done.run_ids),
         "caps_reached": list(done.caps_reached),
         "dearer": list(done.dearer),
+        "notes": list(done.notes),
         "missed_callbacks": done.missed_callbacks,
         "unknown": unknown_figures(done.unknown),
         "stopped": None if done.stopped is None else str(done.stopped),

@@ -257,6 +257,11 @@ class RootLog:
                 ).scalar()
             )
 
+    def any_accepted(self) -> bool:
+        """Return whether a person has accepted any root as it is."""
+        with self._database.read("read") as connection:
+            return connection.execute(select(roots).where(roots.c.adopts)).first() is not None
+
     def elsewhere(self, request_keys: Sequence[str], root_id: str) -> dict[str, list[str]]:
         """Return the locations of the other roots that hold these images, by request key."""
         found: dict[str, list[str]] = {}

@@ -30,6 +30,7 @@ from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.collecting import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.failures import as_failure, stop_message, tag_run
+from krea_dagster.plugin.known_journal import JOURNAL_ENTRY, refuse_second_journal
 from krea_dagster.plugin.figures import Figures, watched
 from krea_dagster.plugin.io_manager import MANIFEST_ASSET, manifest_folders
 from krea_dagster.plugin.metadata import (
@@ -158,6 +159,7 @@ def build_krea_assets(
         with ExitStack() as stack:
             with as_failure():
                 root = context.run.root_run_id or context.run.run_id
+                refuse_second_journal(context, images_key, krea)
                 batch = Batch.read(table, partition_keys_of(context), krea, to_buy=True, look=True)
                 batch = stack.enter_context(batch.ask_again(config, krea, root))
                 folders = manifest_folders(manifest_key)
@@ -190,6 +192,7 @@ def build_krea_assets(
                 total += figures
                 values = images_metadata(figures, krea.open_storage(), seconds=report.seconds)
                 values = {**values, **quote_metadata(quoted.get(key)), **asked.metadata(key)}
+                values[JOURNAL_ENTRY] = krea.journal_name()
                 context.add_asset_metadata(values, partition_key=key)
             with as_failure():
                 missing = total.missing_count - (0 if report.waited else total.under_way)

@@ -46,7 +46,8 @@ class Materialized:
 
     ``missing`` are the rows without an image (``MISSING_COLUMNS``). ``failures`` are the texts
     of runs that failed. ``waiting`` are partitions of the table
-    that Dagster does not have yet (days to come). ``unknown`` are all purchases of the journal
+    that Dagster does not have yet (days to come). ``notes`` are what the runs found: answers of
+    earlier runs, one file for several requests. ``unknown`` are all purchases of the journal
     whose outcome is unknown, the oldest first.
     """
 
@@ -61,6 +62,7 @@ class Materialized:
     left: Mapping[str, str] = field(default_factory=dict)
     caps_reached: Sequence[str] = ()
     dearer: Sequence[str] = ()
+    notes: Sequence[str] = ()
     missed_callbacks: int = 0
     waiting: Sequence[str] = ()
     unknown: Sequence[Record] = ()
@@ -128,6 +130,7 @@ def materialize(
         left={key: why for report in watch.reports for key, why in report.left.items()},
         missed_callbacks=sum(report.missed_callbacks for report in watch.reports),
         dearer=list(dict.fromkeys(said for report in watch.reports for said in report.dearer)),
+        notes=[said for report in watch.reports for said in (*report.taken_up, *report.same_files)],
         caps_reached=list(
             dict.fromkeys(said for report in watch.reports for said in report.caps_reached)
         ),

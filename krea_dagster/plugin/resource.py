@@ -231,6 +231,20 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             with self.open_journal() as journal:
                 journal.roots.check(self.open_storage())
 
+    def has_purchases(self) -> bool:
+        """Return whether the journal is there and knows of a request or an accepted root."""
+        if not self.has_journal():
+            return False
+        with self.open_journal() as journal:
+            return bool(journal.count_by_state()) or journal.roots.any_accepted()
+
+    def journal_name(self) -> str:
+        """Return the journal's id, and where its images are bought; empty where there is none."""
+        if not self.has_journal():
+            return f" {self._origin()}"
+        with self.open_journal() as journal:
+            return f"{journal.journal_id} {self._origin()}"
+
     def accept_root(self) -> str:
         """Take the storage root as it is for the journal's; returns what that means, for people."""
         with self.open_journal() as journal:
@@ -431,7 +445,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         self,
         run_id: str,
         on_progress: Callable[[Progress], None],
-        table: PromptTable | None,
+        table: PromptTable | None = None,
     ) -> Iterator[Runner]:
         self.check()
         storage = self.open_storage()

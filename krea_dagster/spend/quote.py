@@ -233,7 +233,7 @@ def fate_of(
             return fate_of(unknown, now=now, policy=policy, holds=holds)
         case Ask() | Fetch():
             return Fate.TAKEN_UP
-        case Leave(reason=reason) if reason:
+        case Leave() if record.state is State.UNKNOWN:
             return Fate.HELD
         case _:
             return Fate.ENDED

@@ -185,7 +185,7 @@ def test_a_raised_attempt_reports_its_partition(tmp_path: Path, own: dg.DagsterI
         pass
     table.tick()
     assert table.settled()
-    table.krea.raise_attempts([("s-03", 0)], raised_by="somebody")
+    table.krea.raise_attempts(table.table, [("s-03", 0)], raised_by="somebody")
     assert table.reported() == {table.table.partition_by.key_for("s-03")}  # type: ignore[union-attr]  # hash
     assert table.settled()
 

@@ -225,7 +225,7 @@ def test_two_runs_that_decide_at_once_raise_a_slot_once(
     # A re-execution does not raise what is asked for already.
     third = Batch.read(studio.table, None, krea, to_buy=True)
     assert ask(third, "run-1") == (0, keys)
-    assert set(krea.attempts().values()) == {1}
+    assert set(krea.attempts(studio.table).values()) == {1}
 
 
 def test_rows_that_come_while_a_run_decides_are_decided_about_too(

@@ -86,7 +86,7 @@ class Shop:
         krea = self.krea
         wanted = [Wanted(image.request, image.partition_key) for image in self.images()]
         policy = replace(krea.policy(ask_again), wait_scale=0.01)
-        with krea._runner(run_id, lambda _: None) as runner:
+        with krea._runner(run_id, lambda _: None, self.table) as runner:
             return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
 
     def write_manifests(self, run_id: str = "run-1") -> None:

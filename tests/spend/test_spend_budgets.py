@@ -26,7 +26,7 @@ def run(shop: Shop, run_id: str = "run-1") -> RunReport:
     """A run over the whole table, as the asset makes it."""
     krea = shop.krea
     policy = replace(krea.policy(), wait_scale=0.01)
-    with shop.batch() as batch, krea._runner(run_id, lambda _: None) as runner:
+    with shop.batch() as batch, krea._runner(run_id, lambda _: None, shop.table) as runner:
         ready = replace(runner, policy=policy, latencies=LEARNED)
         return asyncio.run(ready.run(batch.standing(krea).wanted()))
 

@@ -146,8 +146,9 @@ def test_an_image_whose_price_was_never_said_is_a_note(bought: Shop) -> None:
     key = bought.records()["ash"].request_key
     bought.sql("update submissions set charged_units = null where request_key = ?", key)
     bought.sql(
-        "update commitments set spent_units = spent_units - 4500 where scope not like 'partition%' "
-        "or scope = (select 'partition:' || partition_key from requests where request_key = ?)",
+        "update commitments set spent_units = spent_units - 4500 where scope not like 'table:%' "
+        "or scope = (select 'table:' || table_id || ':partition:' || partition_key "
+        "from requests where request_key = ?)",
         key,
     )
     bought.write_manifests()
@@ -347,11 +348,8 @@ def test_a_request_that_was_charged_twice_is_found(bought: Shop) -> None:
     bought.sql(SECOND_CHARGE, bought.records()["birch"].request_key)
     for scope in ("run:run-0", "day:1970-01-01", "month:1970-01"):
         bought.sql("insert into commitments values (?, ?, ?)", scope, IMAGE_UNITS, IMAGE_UNITS)
-    bought.sql(
-        "update commitments set committed_units = committed_units + 4500, "
-        "spent_units = spent_units + 4500 where scope = 'partition:' || ?",
-        bought.records()["birch"].partition_key,
-    )
+    of_no_table = f"partition:{bought.records()['birch'].partition_key}"
+    bought.sql("insert into commitments values (?, ?, ?)", of_no_table, IMAGE_UNITS, IMAGE_UNITS)
     proof = bought.prove()
     assert kinds(proof) == ["bought_twice"]
     assert not proof.adds_up

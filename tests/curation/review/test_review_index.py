@@ -163,12 +163,12 @@ def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
     shop = Shop(tmp_path, emulator, open_account()).with_rows("first", "second", campaign="spring")
     shop.buy()
     krea = shop.krea
-    krea.raise_attempts([("first", 0)], raised_by="a person")
+    krea.raise_attempts(shop.table, [("first", 0)], raised_by="a person")
     with krea.open_journal() as journal:
-        planned = list(plan_images(shop.table.read().rows, journal.attempts.present()))
+        planned = list(plan_images(shop.table.read().rows, krea.attempts(shop.table)))
         wanted = [Wanted(one.request, one.partition_key) for one in planned]
         policy = replace(krea.policy([]), wait_scale=0.01)
-        with krea._runner("run-2", lambda _: None) as runner:
+        with krea._runner("run-2", lambda _: None, shop.table) as runner:
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
         shop.write_manifests("run-2")
         index = build_index(krea.open_storage(), journal)
