@@ -156,8 +156,8 @@ def accept_root_command() -> None:
     """Take the storage root (KREA_STORAGE) as it is for the journal's.
 
     After a run has said that the root is empty, older or newer than the journal, or another
-    journal's. Images that are missing in it are fetched by their links, as far as those live; images
-    that the journal does not know are taken up, and their charge is not known. Buys nothing.
+    journal's. Images that are missing in it are fetched by their links, as far as those live;
+    images that the journal does not know are taken up without a known charge. Buys nothing.
     """
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
 

@@ -153,11 +153,11 @@ def check(change: Change, before: Record | None, owner: str) -> Record:
                 f"{change.event.value} does not set {', '.join(sorted(unknown))}"
             )
     after = advance(before.state, change.event)
-    if before.idempotency_key is None and change.event is not Event.SUBMITTING:
-        if after not in _WITHOUT_PURCHASE:
-            raise IllegalTransition(
-                f"request {change.request_key} has no purchase that {change.event.value} is about"
-            )
+    bought = before.idempotency_key is not None or change.event is Event.SUBMITTING
+    if not bought and after not in _WITHOUT_PURCHASE:
+        raise IllegalTransition(
+            f"request {change.request_key} has no purchase that {change.event.value} is about"
+        )
     return before
 
 

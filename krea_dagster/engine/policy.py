@@ -325,7 +325,7 @@ def _completed(record: Record, trail: Trail, now: datetime, policy: Policy) -> A
     if record.submission == 0:
         return Expire(
             "file_missing",
-            "its file was found in the storage root and is gone again, and its purchase is not known",
+            "its file was found in the storage root and is gone, and its purchase is not known",
         )
     code = record.error_code or ""
     if code in REJECTED and code not in policy.ask_again and not trail.asks:

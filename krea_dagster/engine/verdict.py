@@ -28,8 +28,8 @@ class Verdict:
 
     ``verdict_id`` is made by whoever gives it, anew for each (a UUID does). ``verdict`` is one of
     ``VERDICTS``. The request's columns say what the image was made for when it was looked at.
-    ``table_id`` is the prompt table that it was looked at for. ``number`` and ``at`` (UTC) are given
-    when it is remembered; an ``at`` that is there already is kept.
+    ``table_id`` is the prompt table that it was looked at for. ``number`` and ``at`` (UTC) are
+    given when it is remembered; an ``at`` that is there already is kept.
     """
 
     verdict_id: str

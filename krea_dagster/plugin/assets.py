@@ -30,9 +30,9 @@ from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.collecting import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.failures import as_failure, stop_message, tag_run
-from krea_dagster.plugin.known_journal import JOURNAL_ENTRY, refuse_second_journal
 from krea_dagster.plugin.figures import Figures, watched
 from krea_dagster.plugin.io_manager import MANIFEST_ASSET, manifest_folders
+from krea_dagster.plugin.known_journal import JOURNAL_ENTRY, journal_entry, refuse_second_journal
 from krea_dagster.plugin.metadata import (
     images_metadata,
     manifest_metadata,
@@ -97,6 +97,7 @@ def build_krea_assets(
     rules: Rules | None = None,
     resource_key: str = "krea",
     io_manager_key: str = "krea_manifest",
+    relative_storage: str = "",
 ) -> KreaAssets:
     """Build the assets of a prompt table.
 
@@ -116,6 +117,8 @@ def build_krea_assets(
     sensor of ``build_krea_definitions``, launches the next.
     With ``wanted`` a run asks again in place of images that ``rules`` or a person refused, until
     as many are accepted, and buys no more than that (``krea_dagster.plugin.wanted``).
+    ``relative_storage`` is the storage root as it was named, where that was a relative path: in
+    another working folder a run does not begin a second journal.
     Raises ConfigError for a start that cannot be used.
     """
     key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
@@ -159,7 +162,7 @@ def build_krea_assets(
         with ExitStack() as stack:
             with as_failure():
                 root = context.run.root_run_id or context.run.run_id
-                refuse_second_journal(context, images_key, krea)
+                refuse_second_journal(context, images_key, krea, relative_storage)
                 batch = Batch.read(table, partition_keys_of(context), krea, to_buy=True, look=True)
                 batch = stack.enter_context(batch.ask_again(config, krea, root))
                 folders = manifest_folders(manifest_key)
@@ -192,7 +195,7 @@ def build_krea_assets(
                 total += figures
                 values = images_metadata(figures, krea.open_storage(), seconds=report.seconds)
                 values = {**values, **quote_metadata(quoted.get(key)), **asked.metadata(key)}
-                values[JOURNAL_ENTRY] = krea.journal_name()
+                values[JOURNAL_ENTRY] = journal_entry(krea, relative_storage)
                 context.add_asset_metadata(values, partition_key=key)
             with as_failure():
                 missing = total.missing_count - (0 if report.waited else total.under_way)

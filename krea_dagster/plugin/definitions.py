@@ -94,7 +94,7 @@ def build_krea_definitions(
         count_tokens=count_tokens,
         name="/".join(key_prefix),
     )
-    krea = with_absolute_storage(krea)
+    krea, relative_storage = with_absolute_storage(krea)
     assets = krea_assets.build_krea_assets(
         table,
         start=start,
@@ -109,6 +109,7 @@ def build_krea_definitions(
         rules=curation.rules,
         resource_key=f"{before}krea",
         io_manager_key=f"{before}krea_manifest",
+        relative_storage=relative_storage,
     )
     proof = build_spend_proof_check(assets.image_manifest.key, resource_key=f"{before}krea")
     chosen = default_checks() if checks is None else checks
@@ -193,15 +194,16 @@ SALVAGE_JOB_NAME = "krea_salvage"
 PROOF_JOB_NAME = "krea_proof"
 
 
-def with_absolute_storage(krea: KreaResource) -> KreaResource:
-    """The resource with a storage folder that does not depend on where a process works.
+def with_absolute_storage(krea: KreaResource) -> tuple[KreaResource, str]:
+    """Make a relative storage folder absolute, and return it as it was named too; "" if it is not.
 
-    A relative one is made absolute here, where definitions are loaded: in another working folder a
-    run would begin another journal, which knows of no purchase.
+    Done where definitions are loaded: in another working folder a run would begin another journal,
+    which knows of no purchase.
     """
-    if not isinstance(krea.storage, str) or "://" in krea.storage or not krea.storage:
-        return krea
-    return krea.model_copy(update={"storage": str(Path(krea.storage).absolute())})
+    named = krea.storage
+    if not isinstance(named, str) or not named or "://" in named or Path(named).is_absolute():
+        return krea, ""
+    return krea.model_copy(update={"storage": str(Path(named).absolute())}), named
 
 
 def _absolute(source: str) -> str:

@@ -11,10 +11,25 @@ from krea_dagster.plugin.resource import KreaResource
 JOURNAL_ENTRY: Final = "krea_journal"
 
 
+def journal_entry(krea: KreaResource, relative: str) -> dg.JsonMetadataValue:
+    """Return what a materialization says of the journal that bought its images.
+
+    ``relative`` is the storage root as the definitions name it, where that is a relative path.
+    """
+    return dg.MetadataValue.json(
+        {
+            "journal": krea.journal_id(),
+            "origin": krea.origin,
+            "root": krea.open_storage().shown(""),
+            "relative": relative,
+        }
+    )
+
+
 def refuse_second_journal(
-    context: dg.AssetExecutionContext, images: dg.AssetKey, krea: KreaResource
+    context: dg.AssetExecutionContext, images: dg.AssetKey, krea: KreaResource, relative: str
 ) -> None:
-    """Refuse to begin a journal where the instance has images of another one.
+    """Refuse to begin a journal where the instance has images of another one from the same place.
 
     A storage root that is not mounted, and a relative one in another working folder, look like a
     first run to everything but Dagster. Raises ConfigError, with nothing bought.
@@ -22,17 +37,19 @@ def refuse_second_journal(
     if krea.has_purchases():
         return
     event = context.instance.get_latest_materialization_event(images)
-    found = event and event.asset_materialization and event.asset_materialization.metadata
-    entry = found.get(JOURNAL_ENTRY) if found else None
-    before = str(entry.value) if entry is not None else ""
-    here = krea.journal_name()
-    if not before or before == here or before.partition(" ")[2] != here.partition(" ")[2]:
+    made = event.asset_materialization if event is not None else None
+    entry = made.metadata.get(JOURNAL_ENTRY) if made is not None else None
+    before = entry.value if isinstance(entry, dg.JsonMetadataValue) else None
+    if not isinstance(before, dict) or before.get("origin") != krea.origin:
+        return
+    here = krea.open_storage().shown("")
+    same_place = before.get("root") == here or (relative and before.get("relative") == relative)
+    if not same_place or before.get("journal") == krea.journal_id():
         return
     raise ConfigError(
-        f"Dagster has images of {images.to_user_string()} that the journal "
-        f"{before.partition(' ')[0]} bought, and the journal of the storage root "
-        f"{krea.open_storage().shown('')} has bought nothing: is the root not mounted, or a "
-        "relative path in another working folder? A run would buy everything again. Nothing was "
+        f"Dagster has images of {images.to_user_string()} in {before.get('root')}, and the journal "
+        f"of the storage root {here} has bought nothing: is the root not mounted, or its relative "
+        "path read in another working folder? A run would buy everything again. Nothing was "
         "bought. Mount it, or set storage (KREA_STORAGE) to the absolute path; if the journal is "
         "gone for good, run `krea-dagster accept root`."
     )

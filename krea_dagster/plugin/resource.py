@@ -219,7 +219,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         if not self.has_journal():
             refuse_without_journal(storage)
         with self.open_journal() as journal:
-            journal.bind(self._origin())
+            journal.bind(self.origin)
             journal.roots.check(storage)
 
     def check_root(self) -> None:
@@ -238,12 +238,12 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self.open_journal() as journal:
             return bool(journal.count_by_state()) or journal.roots.any_accepted()
 
-    def journal_name(self) -> str:
-        """Return the journal's id, and where its images are bought; empty where there is none."""
+    def journal_id(self) -> str:
+        """Return the journal's id; empty where there is none."""
         if not self.has_journal():
-            return f" {self._origin()}"
+            return ""
         with self.open_journal() as journal:
-            return f"{journal.journal_id} {self._origin()}"
+            return journal.journal_id
 
     def accept_root(self) -> str:
         """Take the storage root as it is for the journal's; returns what that means, for people."""
@@ -498,7 +498,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         """Whether images are bought of an emulator, on this machine or its network."""
         return self.emulator or httpx.URL(self.base_url).scheme == "http"
 
-    def _origin(self) -> str:
+    @property
+    def origin(self) -> str:
         """Where images are bought: EvoLink's host, or an emulator on some port of this machine."""
         return "an emulator" if self.synthetic else httpx.URL(self.base_url).host
 
