@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, TypeAlias
 
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import Task
+from krea_dagster.models import Task, is_task_id
 
 #: By how much the clocks of EvoLink and of this machine may disagree.
 _CLOCKS: Final = timedelta(minutes=2)
-
-_TASK_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,6 @@ class HasTask:
 
 
 Resolution: TypeAlias = SendAgain | NotBought | Lost | HasTask
-
-
-def is_task_id(text: str) -> bool:
-    """Whether a text can be a task's id."""
-    return _TASK_ID.fullmatch(text) is not None
 
 
 def parse_resolution(text: str) -> Resolution:

@@ -49,7 +49,7 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.resolution import Claim, Resolution, is_task_id
+from krea_dagster.engine.resolution import Claim, Resolution
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.writer import GroupCommit
 from krea_dagster.errors import (
@@ -60,6 +60,7 @@ from krea_dagster.errors import (
     StorageError,
     TakenOver,
 )
+from krea_dagster.models import is_task_id
 
 if TYPE_CHECKING:
     from krea_dagster.engine.runner import Runner
