@@ -149,5 +149,5 @@ def test_a_journal_that_cannot_be_reached_is_told_without_its_password(
     )
     result = run_job(defs, instance, "bucket-000", job="elsewhere_krea_images")
     assert not result.success
-    assert holding(dagster_home, "could not open the journal postgresql+psycopg://me:***@")
+    assert holding(dagster_home, "could not open the journal postgresql+psycopg://127.0.0.1:9/krea")
     assert holding(dagster_home, PASSWORD) == []

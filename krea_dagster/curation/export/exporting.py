@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from krea_dagster import redact
 from krea_dagster.curation.export.beside import finish
-from krea_dagster.curation.export.card import Facts, facts_of, without_credentials, write_card
+from krea_dagster.curation.export.card import Facts, facts_of, write_card
 from krea_dagster.curation.export.plan import layout_of, make_plan
 from krea_dagster.curation.export.rows import choose
 from krea_dagster.curation.export.shards import Before, Progress, Work
@@ -108,7 +109,7 @@ def export(
         )
     except OSError as error:
         raise StorageError(
-            f"the export to {without_credentials(to)} failed, and nothing was published: {error}"
+            f"the export to {redact.location(to)} failed, and nothing was published: {error}"
         ) from error
 
 
