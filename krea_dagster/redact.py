@@ -1,8 +1,8 @@
 """Hides credentials in what leaves: errors, logs, metadata, cards, the terminal. Pure.
 
-Three things do it, and nothing else in the package does: ``location`` for one path or URL,
-``text`` for a sentence in which URLs may stand, and ``Hidden`` for a secret that is known, such as
-the API key. Each may be applied again to what it gave.
+Three things do it, and nothing else in the package does: ``location`` for one path or URL (and
+``address`` for what must be a URL), ``text`` for a sentence in which URLs may stand, and ``Hidden``
+for a secret that is known, such as the API key. Each may be applied again to what it gave.
 
 A password that nobody has encoded may hold any of the characters that end an address. So what is
 shown of a URL is no part of a credential in whatever way the URL is read; where that leaves
@@ -52,6 +52,11 @@ def location(place: str) -> str:
     """A path or URL, also a chain of them, without user, password, query and fragment."""
     caches, url = _parted(place)
     return caches + _chain(url) if _IN_CHAIN.match(url) else place
+
+
+def address(given: str) -> str:
+    """The same for a setting that must be a URL, and may lack its scheme."""
+    return location(given) if "://" in given else location(f"https://{given}")[len("https://") :]
 
 
 def text(sentence: str, *known: str) -> str:

@@ -96,7 +96,7 @@ def test_a_budget_of_another_amount_is_refused_by_the_same_rule(text: str) -> No
 def test_the_resource_takes_no_other_cap_either(value: float) -> None:
     for field in ("run_credits", "day_credits"):
         with pytest.raises(ValueError, match=rf"{field}\n  Input should be"):
-            KreaResource(**{field: value})
+            KreaResource.model_validate({field: value})
 
 
 @pytest.mark.parametrize("value", [0.00001, 0.1 + 0.2])
@@ -111,7 +111,7 @@ def test_a_cap_of_more_than_four_decimals_is_refused_before_anything_is_bought(
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, -1.0, 1e12])
 def test_no_number_of_the_resource_is_without_bounds(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
-        KreaResource(**{field: value})
+        KreaResource.model_validate({field: value})
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,7 @@ def check_base_url(text: str) -> httpx.URL:
         ConfigError: it is not https (or http to a local host), or holds a user name, a query,
             a fragment or ``/v1``, or is an address where no API is.
     """
-    shown = safe_text(redact.location(str(text)), max_chars=200)
+    shown = safe_text(redact.address(str(text)), max_chars=200)
     wrong = f"base_url is {shown!r}; it must be"
     try:
         url = httpx.URL(text)

@@ -136,7 +136,7 @@ def _root(values: Mapping[str, str], name: str, default: str) -> str:
     except (httpx.InvalidURL, ValueError):  # the latter of an address that is none, such as [::1
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"{name} is {redact.location(text)!r}; use a URL such as {default}")
+        raise ConfigError(f"{name} is {redact.address(text)!r}; use a URL such as {default}")
     return _plain(text, name)
 
 
