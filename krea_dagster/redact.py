@@ -89,23 +89,32 @@ def harmless(error: BaseException, *known: str) -> BaseException | None:
 class Hidden:
     """Hides one secret in texts: in either case, escaped, percent-encoded, in hex and in base64."""
 
-    __slots__ = ("_found", "_long")
+    __slots__ = ("_found", "_long", "_plain")
 
     def __init__(self, secret: str) -> None:
         self._long = len(secret) >= LEAST_SECRET
+        self._plain = [secret.lower()]
         whole = "".join(map(_character, secret))
         forms = [whole if self._long else rf"(?<![A-Za-z0-9]){whole}(?![A-Za-z0-9])"]
         if self._long:
-            forms += [re.escape(secret.encode().hex()), *_in_base64(secret)]
+            self._plain += [secret.encode().hex(), *(core.lower() for core in _in_base64(secret))]
+            forms += [secret.encode().hex(), *map(_in_base64_text, _in_base64(secret))]
         self._found = re.compile("|".join(forms), re.IGNORECASE)
 
     def hide(self, said: str) -> str:
         """The text without the secret."""
-        return self._found.sub(HIDDEN, said)
+        return self._found.sub(HIDDEN, said) if self._may_be_in(said) else said
 
     def is_in(self, said: str) -> bool:
         """Whether a text holds the secret, and not by chance, as it may hold a short one."""
-        return self._long and self._found.search(said) is not None
+        return self._long and self._may_be_in(said) and self._found.search(said) is not None
+
+    def _may_be_in(self, said: str) -> bool:
+        """A quick look, because every answer is looked through, and hardly any holds a secret."""
+        if "%" in said or "\\" in said or "&#" in said:
+            return True
+        small = said.lower()
+        return any(form in small for form in self._plain)
 
     def __repr__(self) -> str:
         return HIDDEN
@@ -230,7 +239,7 @@ def _character(one: str) -> str:
 
 
 def _in_base64(secret: str) -> Iterator[str]:
-    """Patterns for the secret in base64, wherever it stands in the text that was encoded."""
+    """The secret in base64, in both alphabets, wherever it stands in what was encoded."""
     data = secret.encode()
     for offset in range(3):
         encoded = base64.b64encode(bytes(offset) + data).decode()
@@ -238,5 +247,9 @@ def _in_base64(secret: str) -> Iterator[str]:
         skipped, over = (0, 2, 3)[offset], (0, 3, 2)[(offset + len(data)) % 3]
         core = encoded[skipped : len(encoded) - over]
         if len(core) >= _LEAST_BASE64:
-            either = re.escape(core).replace(r"\+", "[+-]").replace("/", "[/_]")
-            yield rf"[A-Za-z0-9+/_-]{{0,4}}{either}[A-Za-z0-9+/_=-]{{0,4}}"
+            yield from dict.fromkeys((core, core.replace("+", "-").replace("/", "_")))
+
+
+def _in_base64_text(core: str) -> str:
+    """A pattern for base64, with the digits around it that hold a part of the secret as well."""
+    return rf"[A-Za-z0-9+/_-]{{0,4}}{re.escape(core)}[A-Za-z0-9+/_=-]{{0,4}}"

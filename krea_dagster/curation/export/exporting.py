@@ -108,9 +108,10 @@ def export(
             on_progress=on_progress,
         )
     except OSError as error:
+        said = redact.text(str(error), to)
         raise StorageError(
-            f"the export to {redact.location(to)} failed, and nothing was published: {error}"
-        ) from error
+            f"the export to {redact.location(to)} failed, and nothing was published: {said}"
+        ) from redact.harmless(error, to)
 
 
 def _export(
