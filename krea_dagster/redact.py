@@ -12,6 +12,7 @@ nothing, only its scheme is shown.
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Final
@@ -24,10 +25,9 @@ _SCHEME: Final = r"(?:[A-Za-z][A-Za-z0-9+.-]*:/{2,}|https?:/)"
 _IN_SENTENCE: Final = re.compile(rf"(?<![A-Za-z0-9+.-]){_SCHEME}", re.ASCII | re.IGNORECASE)
 _IN_CHAIN: Final = re.compile(rf"(?:\A|(?<=::)){_SCHEME}", re.ASCII | re.IGNORECASE)
 _NEXT_IN_LIST: Final = re.compile(rf"(?<=[,;|\"'<>()]){_SCHEME}", re.ASCII | re.IGNORECASE)
-#: The names of caching file systems before a chain.
-_CACHES: Final = re.compile(r"(?:[A-Za-z0-9_-]+::)+")
 
 _END_OF_HOST: Final = re.compile(r"[/?#\\]")
+_BEFORE_HOST: Final = re.compile(r"@(?=[^@/?#\\]*(?:[/?#\\]|\Z))")
 _SECRET_PART: Final = re.compile(r"[?#]")
 _IPV6: Final = re.compile(r"\[[0-9A-Fa-f:.%]*\](?::[0-9]{0,5})?", re.ASCII)
 _HOST_AND_PORT: Final = re.compile(r"[^:@\[\]]*:[0-9]{0,5}", re.ASCII)
@@ -50,13 +50,13 @@ _LEAST_BASE64: Final = 8
 
 def location(place: str) -> str:
     """A path or URL, also a chain of them, without user, password, query and fragment."""
-    caches, url = _parted(place)
-    return caches + _chain(url) if _IN_CHAIN.match(url) else place
+    before, url = _parted(place)
+    return before + _chain(url)
 
 
 def address(given: str) -> str:
     """The same for a setting that must be a URL, and may lack its scheme."""
-    return location(given) if "://" in given else location(f"https://{given}")[len("https://") :]
+    return location(given) if "://" in given else location(f"https://{given.lstrip('/')}")[8:]
 
 
 def text(sentence: str, *known: str) -> str:
@@ -158,13 +158,13 @@ def _chain(url: str) -> str:
 def _links(url: str) -> Iterator[str]:
     """The parts of a chain, each with the :: behind it."""
     begins = [found.start() for found in _IN_CHAIN.finditer(url)]
-    return (url[a:b] for a, b in zip(begins, [*begins[1:], None], strict=True))
+    return (url[a:b] for a, b in itertools.pairwise([*begins, len(url)]))
 
 
 def _parted(place: str) -> tuple[str, str]:
-    """What stands before the first URL of a chain, and the chain."""
-    caches = _CACHES.match(place)
-    at = caches.end() if caches else 0
+    """What stands before the first URL, such as ``simplecache::``, and the rest."""
+    begin = _IN_SENTENCE.search(place)
+    at = len(place) if begin is None else begin.start()
     return place[:at], place[at:]
 
 
@@ -202,9 +202,8 @@ def _user_end(rest: str) -> int | None:
         return 0 if last < 0 else None
     if last < 0:
         return None
-    # Each @ that a host follows may be the one, so none may be in a query after another.
-    first = next(at.start() for at in re.finditer(r"@[^@/?#\\]*(?:[/?#\\]|\Z)", rest))
-    return None if _SECRET_PART.search(rest, first, last) else last + 1
+    # Each @ that a host follows may be the one.
+    return last + 1 if len(_BEFORE_HOST.findall(rest)) == 1 else None
 
 
 def _lacks_host(rest: str) -> bool:

@@ -44,7 +44,6 @@ URLS: Final = [
     ("https://s3user:s3cr?et@host/x", "https://host/x"),
     ("https://s3user:s3cr#et@host/x", "https://host/x"),
     ("https://s3user:s3cr@et@host/x", "https://host/x"),
-    ("https://s3user:s3cr@et/s3cret@host/x", "https://host/x"),
     ("https://s3user:s3cr:et@[::1]/x", "https://[::1]/x"),
     ("sftp://s3user:s3cr@ss:s3cret@host:22/x", "sftp://host:22/x"),
     ("postgresql+psycopg://s3user:s3cr@ss:w@h/db?password=s3cret", "postgresql+psycopg://h/db"),
@@ -52,10 +51,15 @@ URLS: Final = [
     ("https:/s3user:s3cret@host/x", "https:/host/x"),
     # where it cannot be told what is a credential
     ("https://s3user:1/s3cret@host/x", "https://***"),
+    ("https://s3user:s3cr@et/s3cret@host/x", "https://***"),
+    ("https://s3user:s3cret@host/run@5/x", "https://***"),
     ("https://s3user:s3cr@host/x?sig=s3cr@et", "https://***"),
     ("https://s3user:s3cret", "https://***"),
     ("postgresql://host:s3cret/db", "postgresql://***"),
     ("postgresql://s3user:s3cret@host:54x/db", "postgresql://***"),
+    # behind something else
+    ("jdbc:postgresql://s3user:s3cret@host/db", "jdbc:postgresql://host/db"),
+    (" https://s3user:s3cret@host/db", " https://host/db"),
     # chains
     ("simplecache::s3://s3user:s3cret@bucket/p", "simplecache::s3://bucket/p"),
     (
