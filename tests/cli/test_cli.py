@@ -402,6 +402,7 @@ def test_the_demo_asks_no_proxy_for_its_own_emulator(
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     assert shell.run("demo").code == 0
+    assert local_emulator._started[-1].wait(timeout=30) == 0
 
 
 def test_a_salvage_with_nothing_left_behind_is_exit_0(shell: Shell, emulator: Emulator) -> None:
