@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from krea_dagster import redact
 from krea_dagster.callbacks.command import callbacks_command
 from krea_dagster.curation.export.command import export_command
 from krea_dagster.curation.gallery.command import gallery_command
@@ -34,6 +36,9 @@ STOPPED: Final = 3
 
 #: For the demo: an address that is not asked, whatever the environment says.
 _NO_ADDRESS: Final = "https://emulator.invalid"
+
+#: Variables whose URLs may hold credentials.
+_PLACES: Final = ("KREA_PROMPTS", "KREA_STORAGE", "KREA_JOURNAL_URL", "EVOLINK_BASE_URL")
 
 _EPILOG: Final = """
 \b
@@ -399,9 +404,11 @@ def _materialize(
     with terminal.progress_bar() as on_progress:
         done = materialize(settings, partitions, wishes, on_progress=on_progress)
     if as_json:
-        terminal.show_json(terminal.materialized_figures(done, where=settings.storage))
+        terminal.show_json(
+            terminal.materialized_figures(done, where=redact.location(settings.storage))
+        )
     else:
-        terminal.show_materialized(done, where=settings.storage, ui=_ui_line(done))
+        terminal.show_materialized(done, where=redact.location(settings.storage), ui=_ui_line(done))
     for failure in done.failures:
         terminal.say_error(failure)
     return done
@@ -422,13 +429,20 @@ def _exit_code(done: Materialized, missing: int) -> int:
 
 def run() -> None:
     """Run the command; errors of ours become one message and an exit code."""
+    places = [os.environ.get(name, "") for name in _PLACES]
     try:
         main()
     except KreaError as error:
         from krea_dagster.terminal import say_error  # noqa: PLC0415 - as above
 
-        say_error(error)
+        say_error(redact.text(str(error), *places))
         sys.exit(WRONG_USE if isinstance(error, InputError) else NOT_DELIVERED)
+    except Exception as error:
+        if redact.harmless(error, *places) is not None:
+            raise
+        # Nobody foresaw it, and its traceback would show a credential.
+        sys.stderr.write(redact.text("".join(traceback.format_exception(error)), *places))
+        sys.exit(NOT_DELIVERED)
 
 
 if __name__ == "__main__":

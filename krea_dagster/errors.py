@@ -60,9 +60,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from krea_dagster import redact
+
 
 class KreaError(Exception):
-    """The base of every error of this package."""
+    """The base of every error of this package. No URL in its text shows a credential."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact.text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 # -- what the caller gave ---------------------------------------------------------------------
@@ -105,10 +110,10 @@ class PromptTableError(InputError):
     """
 
     def __init__(self, source: str, problems: Sequence[Problem], count: int | None = None) -> None:
-        self.source = source
+        self.source = redact.location(source)
         self.problems = tuple(problems)
         self.count = len(self.problems) if count is None else count
-        super().__init__(source, self.problems, self.count)
+        super().__init__(self.source, self.problems, self.count)
 
     def __str__(self) -> str:
         many = "1 problem" if self.count == 1 else f"{self.count} problems"
@@ -153,8 +158,8 @@ class PurchasesNotWritten(JournalError):
 
     def __init__(self, purchases: Sequence[UnwrittenPurchase], why: str) -> None:
         self.purchases = tuple(purchases)
-        self.why = why
-        super().__init__(self.purchases, why)
+        self.why = redact.text(why)
+        super().__init__(self.purchases, self.why)
 
     def __str__(self) -> str:
         many = "1 purchase" if len(self.purchases) == 1 else f"{len(self.purchases)} purchases"
@@ -231,7 +236,7 @@ class _Answered(KreaError):
         request_id: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = redact.text(message)
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s

@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Any, Final
+
+from krea_dagster.errors import ConfigError
 
 MODEL: Final = "krea-2-turbo"
 
@@ -49,14 +51,59 @@ SEED_MAX: Final = 1_048_576
 
 UNITS_PER_CREDIT: Final = 10_000
 
+#: What a task id is: it stands in the path of a URL, where dots alone would mean another place.
+_TASK_ID: Final = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
+
+#: The most credits that a cap may be, and how one is written.
+MOST_CREDITS: Final = 1_000_000_000
+_CREDITS: Final = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,4})?", re.ASCII)
+_WHOLE: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
+#: Beyond this, an amount of credits is none: it would not fit the journal.
+_ABSURD: Final = 10**14
+
+
+def is_task_id(value: object) -> bool:
+    """Whether this is a text that can be the id of a task."""
+    return isinstance(value, str) and _TASK_ID.fullmatch(value) is not None
+
 
 def units_from_credits(credits: float | str | Decimal) -> int:
     """Credits as EvoLink writes them, in units, to the nearest 1/10,000 credit.
 
     Goes through the number's shortest decimal text, so that 0.45 is 4,500 and not a
-    neighbour of it.
+    neighbour of it. Raises ValueError for what is no amount: not a number, or beyond 10^14.
     """
-    return int((Decimal(str(credits)) * UNITS_PER_CREDIT).quantize(Decimal(1), ROUND_HALF_UP))
+    try:
+        amount = Decimal(str(credits))
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    if not amount.is_finite() or abs(amount) > _ABSURD:
+        raise ValueError(f"{str(credits)[:40]!r} is no amount of credits")
+    return int((amount * UNITS_PER_CREDIT).quantize(Decimal(1), ROUND_HALF_UP))
+
+
+def cap_units(value: float | str, name: str) -> int:
+    """The most credits that may be spent, as a person wrote it, in units.
+
+    Digits with an optional point and at most four decimals, and nothing else: no sign, no
+    exponent, no space, no grouping. What is not plainly one number must not become a cap that
+    nobody meant. Raises ConfigError, which says ``name`` and the rule.
+    """
+    if not _CREDITS.fullmatch(str(value)) or Decimal(str(value)) > MOST_CREDITS:
+        raise ConfigError(
+            f"{name} is {str(value)[:60]!r}; use a number of credits from 0 to {MOST_CREDITS}, in "
+            "plain digits with at most 4 decimals, such as 900 or 0.45"
+        )
+    return units_from_credits(str(value))
+
+
+def whole_number(text: str, name: str, *, most: int) -> int:
+    """A whole number from 1 to ``most``, as a person wrote it, by the same rule."""
+    if not _WHOLE.fullmatch(text) or not 1 <= int(text) <= most:
+        raise ConfigError(
+            f"{name} is {text[:60]!r}; use a whole number from 1 to {most}, in plain digits"
+        )
+    return int(text)
 
 
 def credits_from_units(units: int) -> float:

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from krea_dagster import redact
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
 from krea_dagster.models import credits_from_units, credits_text
@@ -76,8 +77,8 @@ def say_synthetic() -> None:
 
 
 def say_error(error: object) -> None:
-    """Say what went wrong, as it is: its text may hold anything."""
-    err.print(f"[bold red]Error:[/] {escape(_plain(str(error)))}", soft_wrap=True)
+    """Say what went wrong, without credentials: its text may hold anything."""
+    err.print(f"[bold red]Error:[/] {escape(_plain(redact.text(str(error))))}", soft_wrap=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from types import TracebackType
@@ -26,6 +26,7 @@ from typing import Final, TypeVar
 import anyio
 import httpx
 
+from krea_dagster import redact
 from krea_dagster.api.exchange import Answer, Exchange, Limits, NoAnswer, Secret
 from krea_dagster.api.files import Download, FileHosts, Resolve, Sink, resolve_host
 from krea_dagster.api.links import (
@@ -49,7 +50,6 @@ from krea_dagster.api.wire import (
     batch_body,
     encode_json,
     generation_body,
-    is_task_id,
     read_credits,
     read_submission,
     read_task,
@@ -63,15 +63,18 @@ from krea_dagster.errors import (
     InputError,
     InsufficientCredits,
     KreaError,
+    LinkDead,
+    LinkRefused,
     NotSent,
     NotSupported,
     NoUsableAnswer,
+    NoUsableBody,
     OutcomeUnknown,
     RateLimited,
     TaskNotFound,
     Unauthorized,
 )
-from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task
+from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task, is_task_id
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 
@@ -113,15 +116,12 @@ def _utc_now() -> datetime:
 class _Key:
     """The key, in no variable that prints it."""
 
-    __slots__ = ("_text", "header")
+    __slots__ = ("header", "hide", "is_in")
 
     def __init__(self, text: str) -> None:
-        self._text = text
+        hidden = redact.Hidden(text)
+        self.hide, self.is_in = hidden.hide, hidden.is_in
         self.header = Secret(f"Bearer {text}")
-
-    def hide(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self._text, "***")
 
     def describe(self, error: Exception) -> str:
         """One line on an exception, without the key."""
@@ -310,7 +310,8 @@ class KreaClient:
             ApiError: any other failure; asking again costs nothing.
         """
         if not is_task_id(task_id):
-            raise InputError(f"{safe_text(task_id, max_chars=200)!r} is not a task id")
+            shown = safe_text(task_id, self._key.hide, max_chars=200)
+            raise InputError(f"{shown!r} is not a task id")
         answer = await self._ask("GET", f"{TASKS_PATH}/{task_id}")
         return self._read(read_task, answer, task_id=task_id)
 
@@ -411,17 +412,41 @@ class KreaClient:
     def _read(self, read: Callable[..., _Value], answer: Answer, **facts: object) -> _Value:
         """What the answer says. Errors leave without the frames that hold the raw answer."""
         try:
-            return read(
-                answer.status,
-                answer.headers,
-                answer.body,
-                now=self._now(),
-                hide=self._key.hide,
-                **facts,
-            )
+            return self._read_without_key(read, answer, facts)
         except KreaError as caught:
             error = caught.with_traceback(None)
         raise error
+
+    def _read_without_key(
+        self, read: Callable[..., _Value], answer: Answer, facts: Mapping[str, object]
+    ) -> _Value:
+        value = read(
+            answer.status,
+            answer.headers,
+            answer.body,
+            now=self._now(),
+            hide=self._key.hide,
+            **facts,
+        )
+        # An id or a link is of no use with the key hidden in it, and both go to the journal before
+        # they are used. So such an answer is none: the task, which is paid for, is asked about
+        # later, or, where its id is what holds the key, the purchase is one of unknown outcome.
+        match value:
+            case Submission(task_id=task_id) if self._key.is_in(task_id):
+                raise OutcomeUnknown("the task id holds the API key", status=answer.status)
+            case Task() if self._names_key(value):
+                raise NoUsableAnswer(
+                    "the result link holds the API key, so it is neither kept nor followed; the "
+                    "task is read again later",
+                    status=answer.status,
+                )
+            case dict():
+                for task_id in [task_id for task_id in value if self._names_key(value[task_id])]:
+                    del value[task_id]
+        return value
+
+    def _names_key(self, task: Task) -> bool:
+        return any(map(self._key.is_in, task.results))
 
     # -- fetching -----------------------------------------------------------------------------
 
@@ -442,7 +467,15 @@ class KreaClient:
             NoUsableBody: anything else that is not a whole body. What the sink holds by then
                 is worthless.
         """
-        return await self._files.fetch(url, sink, max_bytes)
+        if self._key.is_in(url):  # from a journal that an earlier version has written
+            del url  # out of the frame that a traceback may show with its variables
+            raise LinkRefused("the link holds the API key")
+        try:
+            return await self._files.fetch(url, sink, max_bytes)
+        except (LinkRefused, LinkDead, NoUsableBody) as caught:
+            # Without the frames that hold what the host said, such as where it redirected to.
+            error = type(caught)(self._key.hide(str(caught)))
+        raise error
 
     # -- the one exchange ---------------------------------------------------------------------
 
@@ -461,7 +494,8 @@ class KreaClient:
             headers["Content-Type"] = "application/json"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        return await self._api.send(method, f"{self._root}{path}", headers, content)
+        answer = await self._api.send(method, f"{self._root}{path}", headers, content)
+        return replace(answer, trouble=self._key.hide(answer.trouble)) if answer.trouble else answer
 
 
 def check_base_url(text: str) -> httpx.URL:
@@ -471,7 +505,7 @@ def check_base_url(text: str) -> httpx.URL:
         ConfigError: it is not https (or http to a local host), or holds a user name, a query,
             a fragment or ``/v1``, or is an address where no API is.
     """
-    shown = safe_text(re.sub(r"//[^/]*@", "//***@", str(text)), max_chars=200)
+    shown = safe_text(redact.address(str(text)), max_chars=200)
     wrong = f"base_url is {shown!r}; it must be"
     try:
         url = httpx.URL(text)

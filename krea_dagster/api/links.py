@@ -28,6 +28,7 @@ from typing import Final
 
 import httpx
 
+from krea_dagster import redact
 from krea_dagster.api.wire import safe_text
 from krea_dagster.errors import LinkRefused
 
@@ -216,5 +217,5 @@ def check_redirect(from_url: httpx.URL, location: str, *, http_allowed: bool) ->
 
 
 def printable(link: str) -> str:
-    """A link for a message: without its query, which may be a signature, and shortened."""
-    return safe_text(link.partition("?")[0].partition("#")[0], max_chars=200) or "(empty)"
+    """A link for a message: without what may be a credential or a signature, and shortened."""
+    return safe_text(redact.location(link), max_chars=200) or "(empty)"

@@ -1,5 +1,8 @@
 """The proxies that the environment names: ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``.
 
+None is used for an address of this machine or of a private network, whatever the environment says:
+such a host may be spoken to in clear text, and a proxy would read the API key along.
+
 Only these are read, and not ``.netrc``, which HTTP libraries read along with them: its
 credentials would go to whatever host a link names.
 """
@@ -7,6 +10,8 @@ credentials would go to whatever host a link names.
 from __future__ import annotations
 
 import base64
+import ipaddress
+import socket
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +22,7 @@ import httpx
 import yarl
 
 from krea_dagster.api.exchange import Secret
+from krea_dagster.api.links import AddressKind, address_kind
 from krea_dagster.errors import ConfigError
 
 
@@ -52,9 +58,30 @@ class Proxies:
     def of(self, url: httpx.URL) -> Proxy | None:
         """The proxy for a URL, or None where there is none or the host goes without."""
         proxy = self._by_scheme.get(url.scheme)
-        if proxy is None or urllib.request.proxy_bypass(url.netloc.decode("ascii")):
+        if proxy is None or is_near(url.raw_host.decode("ascii")):
+            return None
+        if urllib.request.proxy_bypass(url.netloc.decode("ascii")):
             return None
         return proxy
+
+
+def is_near(host: str) -> bool:
+    """Whether a host is this machine, or an address of a private network."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        try:
+            # 127.1, 2130706433 and 0x7f.1 are 127.0.0.1 to those who connect.
+            address = ipaddress.IPv4Address(socket.inet_aton(host.rstrip(".")))
+        except (OSError, ValueError):
+            name = host.lower().rstrip(".")
+            return name == "localhost" or name.endswith(".localhost")
+    address = getattr(address, "ipv4_mapped", None) or address
+    return (
+        address_kind(str(address)) is AddressKind.LOCAL
+        or address.is_link_local
+        or address.is_unspecified
+    )
 
 
 def _proxy(text: str) -> Proxy:

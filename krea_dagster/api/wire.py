@@ -52,6 +52,7 @@ from krea_dagster.models import (
     Submission,
     Task,
     TaskFailure,
+    is_task_id,
     units_from_credits,
 )
 
@@ -135,7 +136,6 @@ HINTS: Final[Mapping[str, str]] = {
 #: Other spellings of a status.
 STATUS_ALIASES: Final[Mapping[str, str]] = {"canceled": "cancelled"}
 
-_TASK_ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _DECIMAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,300}(\.[0-9]{1,20})?", re.ASCII)
 _REQUEST_ID_TAIL = re.compile(r"\s*\(request id: ([^()]{1,128})\)\s*\Z", re.IGNORECASE)
@@ -208,11 +208,6 @@ def encode_json(value: object) -> bytes:
     return text.encode("ascii")
 
 
-def is_task_id(value: object) -> bool:
-    """Whether this is a text that can be a task id, and can stand in a URL's path."""
-    return isinstance(value, str) and _TASK_ID.fullmatch(value) is not None
-
-
 # -- what is read -----------------------------------------------------------------------------
 
 
@@ -256,7 +251,7 @@ def read_submission(
         if not readable or not isinstance(value, dict):
             message = f"the answer to the purchase is not a JSON object: {fault.message}"
         elif fault.present:
-            named = f"task {task_id}: " if is_task_id(task_id) else ""
+            named = f"task {hide(str(task_id))}: " if is_task_id(task_id) else ""
             message = f"a success that carries an error: {named}{fault.message}"
         elif not isinstance(task_id, str) or not is_task_id(task_id):
             message = "a success without a usable task id"
@@ -274,11 +269,12 @@ def _submission(
     shown = str(value)
     if hide(shown) != shown or "\\" in shown:  # an escape in the text could part the key
         answer = {
-            key: item if key == "id" else _map_texts(item, hide, 0) for key, item in value.items()
+            hide(key): item if key == "id" else _map_texts(item, hide, 0)
+            for key, item in value.items()
         }
     return Submission(
         task_id=task_id,
-        status=_status(value.get("status")) or "pending",
+        status=_status(value.get("status"), hide) or "pending",
         credits_reserved_units=_units(usage.get("credits_reserved")),
         billing_rule=_optional_text(usage.get("billing_rule"), hide),
         user_group=_optional_text(usage.get("user_group"), hide),
@@ -335,7 +331,9 @@ def read_task(
     fault = _read_fault(status, headers, value, body, hide)
     if status == 200 and isinstance(value, dict):
         if task is not None:
-            fault = replace(fault, message=f"the answer is about another task, {task.task_id}")
+            fault = replace(
+                fault, message=f"the answer is about another task, {hide(task.task_id)}"
+            )
         elif not fault.present:
             fault = replace(fault, message="the answer has no task status")
     raise _question_error(status, headers, fault, now, about_task=True)
@@ -372,10 +370,12 @@ def read_tasks(
                     found.setdefault(task.task_id, task)
             return {task_id: found[task_id] for task_id in task_ids if task_id in found}
     fault = _read_fault(status, headers, value, body, hide)
-    code = _code(value.get("code", 200)) if isinstance(value, dict) else ""
+    code = _code(value.get("code", 200), hide) if isinstance(value, dict) else ""
     if status == 200 and code not in _OK_CODES:
         fault = replace(
-            fault, code=safe_text(code, hide, 100), message=safe_text(value.get("message"), hide)
+            fault,
+            code=safe_text(code, max_chars=100),
+            message=safe_text(value.get("message"), hide),
         )
         raise _question_error(status, headers, fault, now)
     missing = (
@@ -530,13 +530,13 @@ def _read_fault(
         or whole.get("request_id")
         or (tail.group(1) if tail else "")
     )
-    code = safe_text(_code(source.get("code")), hide, 100)
+    code = safe_text(_code(source.get("code"), hide), max_chars=100)
     message = message or _message_without_json(status, value, body, hide)
     hint = HINTS.get(code)
     return _Fault(
         present=present,
         code=code,
-        kind=safe_text(_code(source.get("type")), hide, 100),
+        kind=safe_text(_code(source.get("type"), hide), max_chars=100),
         message=f"{message} ({hint})" if hint else message,
         request_id=safe_text(request_id, hide, 128) or None,
     )
@@ -565,7 +565,7 @@ def _task(value: Mapping[str, Any], hide: Hide, default_id: str | None = None) -
     task_id = value.get("id")
     if task_id is None:
         task_id = default_id
-    status = _status(value.get("status"))
+    status = _status(value.get("status"), hide)
     if not isinstance(task_id, str) or not is_task_id(task_id) or not status:
         return None
     usage = _object(value.get("usage"))
@@ -592,11 +592,11 @@ def _time(value: Any) -> datetime | None:
 
 def _failure(error: Any, status: str, hide: Hide) -> TaskFailure | None:
     if isinstance(error, dict):
-        code, message = _code(error.get("code")), error.get("message")
+        code, message = _code(error.get("code"), hide), error.get("message")
     else:
         code, message = "", error
     failure = TaskFailure(
-        code=safe_text(code, hide, 100) or "unknown_error", message=safe_text(message, hide)
+        code=safe_text(code, max_chars=100) or "unknown_error", message=safe_text(message, hide)
     )
     if status == "failed" or failure != TaskFailure("unknown_error", ""):
         return failure
@@ -616,17 +616,17 @@ def _progress(value: Any, status: str) -> int:
     return 100 if status == "completed" else 0
 
 
-def _status(value: Any) -> str:
-    status = safe_text(value, _as_is, 64).lower() if isinstance(value, str) else ""
+def _status(value: Any, hide: Hide) -> str:
+    status = safe_text(value, hide, 64).lower() if isinstance(value, str) else ""
     return STATUS_ALIASES.get(status, status)
 
 
-def _code(value: Any) -> str:
+def _code(value: Any, hide: Hide = _as_is) -> str:
     """A code as lower-case text: servers write them as words, as numbers, and in capitals."""
     if isinstance(value, str):
-        return value.strip().lower()
+        return hide(value).strip().lower()
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        return hide(str(value))
     return ""
 
 
@@ -663,11 +663,12 @@ def safe_text(value: Any, hide: Hide = _as_is, max_chars: int = MESSAGE_MAX_CHAR
     """A text from outside, made safe to print and to store; "" where it is no text or number.
 
     Terminal escapes, controls and direction marks go, white space becomes single spaces, the
-    key is hidden, and only then is it shortened, so that no half of a key is left at the end.
+    key is hidden (first as well: what goes could part it), and only then is it shortened, so that
+    no half of a key is left at the end.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return ""
-    text = str(value)[:100_000]
+    text = hide(str(value)[:100_000])
     if not (text.isascii() and text.isprintable()):
         text = _UNPRINTABLE.sub(" ", _ESCAPES.sub("", text))
     return _shortened(hide(" ".join(text.split())), max_chars)
@@ -734,6 +735,8 @@ def _map_texts(value: Any, change: Callable[[str], str], depth: int) -> Any:
         return change(value)
     if isinstance(value, list):
         return [_map_texts(item, change, depth + 1) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value if change(str(value)) == str(value) else change(str(value))
     if isinstance(value, dict):
         return {change(key): _map_texts(item, change, depth + 1) for key, item in value.items()}
     return value

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -38,6 +37,7 @@ from krea_dagster.callbacks.gather import Gather, Remember
 from krea_dagster.callbacks.limits import Limits, client_name
 from krea_dagster.callbacks.urls import PathReader
 from krea_dagster.errors import KreaError
+from krea_dagster.models import is_task_id
 
 MAX_BODY_BYTES: Final = 64 * 1024
 BODY_TIMEOUT_S: Final = 10.0
@@ -48,8 +48,6 @@ BURST: Final = 5000.0
 
 #: How long the answer to a load balancer holds: it asks without a secret, so anybody can.
 HEALTH_FOR_S: Final = 1.0
-
-_TASK_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +165,7 @@ def claimed_task_id(body: bytes) -> str | None:
     except (ValueError, RecursionError):  # ValueError also covers bad UTF-8 and endless digits
         return None
     task_id = said.get("id") if isinstance(said, dict) else None
-    return task_id if isinstance(task_id, str) and _TASK_ID.fullmatch(task_id) else None
+    return task_id if isinstance(task_id, str) and is_task_id(task_id) else None
 
 
 async def _read(receive: Receive, most: int) -> bytes | None:

@@ -12,13 +12,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 from typing import Final
 
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import CapReached, ConfigError
-from krea_dagster.models import credits_from_units, units_from_credits
+from krea_dagster.models import cap_units, credits_from_units
 
 #: Published prices, in units: 0.45 credits for 1K and 1.8 for 2K, per call.
 PUBLISHED_UNITS: Final[Mapping[str, int]] = MappingProxyType({"1K": 4_500, "2K": 18_000})
@@ -61,19 +60,19 @@ class Budget:
         if kind == "column":
             name, colon, rest = rest.partition(":")
             value = rest if colon else None
-        try:
-            amount = Decimal(credits)
-        except InvalidOperation:
-            amount = Decimal("NaN")
         dated = kind in ("run", "day", "month") and value is not None
         known = kind in KINDS and not dated and (kind != "column" or 0 < len(name) <= 100)
-        if not equals or not known or not amount.is_finite() or amount < 0:
-            raise ConfigError(
-                f"the budget {text!r} cannot be read; write SCOPE=CREDITS, with one of day, month, "
-                "partition, partition:KEY, column:NAME or column:NAME:VALUE as the scope, such as "
-                "month=900 or column:campaign:autumn=100"
-            )
-        return cls(kind, units_from_credits(amount), name, value)
+        wrong = ""
+        if equals and known:
+            try:
+                return cls(kind, cap_units(credits, "its amount"), name, value)
+            except ConfigError as error:
+                wrong = f"; {error}"
+        raise ConfigError(
+            f"the budget {text!r} cannot be read; write SCOPE=CREDITS, with one of day, month, "
+            "partition, partition:KEY, column:NAME or column:NAME:VALUE as the scope, such as "
+            f"month=900 or column:campaign:autumn=100{wrong}"
+        )
 
     def bounds(self, scope: str) -> bool:
         """Whether a scope is one of those that it bounds."""

@@ -42,6 +42,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
+from krea_dagster import redact
 from krea_dagster.engine import migrations, schema
 from krea_dagster.engine.migrations import REVISIONS, Revisions
 from krea_dagster.engine.owner import FileLocks, Locks, SessionLocks
@@ -95,7 +96,8 @@ class Database:
         self, url: str, *, lock_timeout_s: float = 60.0, revisions: Revisions = REVISIONS
     ) -> None:
         parsed = _parsed(url)
-        self.where = parsed.render_as_string(hide_password=True)
+        self._given = url  # what is to be seen of it nowhere
+        self.where = redact.location(url)
         self.sqlite = parsed.get_backend_name() == "sqlite"
         self._file = _file_of(parsed) if self.sqlite else None
         self._url = parsed
@@ -108,8 +110,9 @@ class Database:
         try:
             self._reading = self._engine(begin="BEGIN")
             self._writing = self._engine(begin="BEGIN IMMEDIATE")
-        except (ImportError, SQLAlchemyError) as error:
-            raise ConfigError(f"the journal {self.where} cannot be used: {error}") from error
+        except (ImportError, ValueError, TypeError, SQLAlchemyError) as error:
+            said = redact.text(str(error), url)
+            raise ConfigError(f"the journal {self.where} cannot be used: {said}") from None
         #: Which runs hold claims, and which of them are at work.
         self.locks: Locks = (
             SessionLocks(self._writing)
@@ -321,13 +324,15 @@ class Database:
                 f"could not {doing} the journal {self.where}: {error}. Nothing more is bought."
             ) from error
         except DBAPIError as error:
-            raise self._explanation(doing, error.orig) from error.orig
+            cause = error.orig or error
+            raise self._explanation(doing, cause) from redact.harmless(cause, self._given)
         except (self._driver_error, SQLAlchemyError) as error:
-            raise self._explanation(doing, error) from error
+            raise self._explanation(doing, error) from redact.harmless(error, self._given)
 
-    def _explanation(self, doing: str, error: BaseException | None) -> JournalError:
+    def _explanation(self, doing: str, error: BaseException) -> JournalError:
         # The statement, its parameters and the further lines of some drivers hold prompts.
         said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = redact.text(said, self._given)
         return JournalError(
             f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
             f"until this is mended. {self._advice(said)}"
@@ -432,11 +437,18 @@ def has_database(url: str) -> bool:
 def _parsed(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except SQLAlchemyError as error:
+        usable = "@" not in (parsed.host or "") and 0 < (parsed.port or 1) < 65536
+    except (SQLAlchemyError, ValueError):
+        usable = False
+    if not usable:
+        shown = f": {redact.location(url)}" if "://" in url else ""
+        # Not what SQLAlchemy said: a password that is not encoded is taken for the port, and named.
         raise ConfigError(
-            "the journal's URL cannot be read; expected something like "
-            "sqlite:////data/journal.db or postgresql+psycopg://user@host/database"
-        ) from error
+            f"the journal's URL cannot be read{shown} (KREA_JOURNAL_URL); "
+            "expected something like sqlite:////data/journal.db or "
+            "postgresql+psycopg://host:5432/database. In a user or a password write @ as %40, : as "
+            "%3A, / as %2F, ? as %3F, # as %23, % as %25, [ as %5B and ] as %5D"
+        ) from None
     if parsed.get_backend_name() == "sqlite":
         name = parsed.database or ""
         if name in ("", ":memory:") or "memory" in parsed.query.get("mode", ""):

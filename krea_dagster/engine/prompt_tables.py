@@ -10,10 +10,10 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, func, insert, select, update
 
+from krea_dagster import redact
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.schema import attempts, prompt_tables, raised_attempts
 from krea_dagster.engine.storage import Storage
-from krea_dagster.redact import without_credentials
 
 
 def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple[str, str]:
@@ -26,7 +26,7 @@ def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple
     if name:
         return name, ""
     if "://" in source or storage.folder is None:
-        return without_credentials(source), ""
+        return redact.location(source), ""
     return Path(os.path.relpath(Path(source).absolute(), storage.folder)).as_posix(), root_id
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 
 import fsspec
 
+from krea_dagster import redact
 from krea_dagster.engine import partial
 from krea_dagster.errors import ConfigError
 
@@ -31,14 +32,17 @@ class Storage:
             raise ConfigError("the storage root is empty; give a folder or a URL")
         try:
             self._fs, path = fsspec.core.url_to_fs(root)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"the storage root {root!r} cannot be used: {error}") from error
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            said = redact.text(str(error), root)
+            raise ConfigError(
+                f"the storage root {redact.location(root)!r} (KREA_STORAGE) cannot be used: {said}"
+            ) from redact.harmless(error, root)
         self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
         self.folder: Path | None = Path(path).absolute() if self._remote is None else None
         self._folders: set[str] = set()  # those that this one has made, or found
 
     def __repr__(self) -> str:
-        return f"Storage({self.locate('')!r})"
+        return f"Storage({redact.location(self.locate(''))!r})"
 
     def locate(self, name: str) -> str:
         """The path or URL of a name, for people and for the manifest."""
@@ -48,7 +52,7 @@ class Storage:
 
     def shown(self, name: str) -> str:
         """The path or URL of a name, for people: without user, password and query."""
-        return self.locate(name)
+        return redact.location(self.locate(name))
 
     def name_of(self, location: str) -> str:
         """The name under the root of an image's path or URL, as a manifest has it.

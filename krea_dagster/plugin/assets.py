@@ -12,6 +12,7 @@ from typing import Any
 
 import dagster as dg
 
+from krea_dagster import redact
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.curation.accepted.wanted import WantedImages
 from krea_dagster.engine.progress import Progress
@@ -39,7 +40,6 @@ from krea_dagster.plugin.metadata import (
     prompts_lineage,
     quote_metadata,
     table_schema,
-    without_credentials,
 )
 from krea_dagster.plugin.observer import tell_progress, tell_report
 from krea_dagster.plugin.partitions import partitions_for
@@ -256,7 +256,7 @@ def _table_specs(
     group_name: str,
 ) -> tuple[dg.AssetSpec, dg.AssetSpec]:
     """The two external assets that stand for the table: what it asks for, and what it carries."""
-    source = without_credentials(table.source)
+    source = redact.location(table.source)
     prompts = dg.AssetSpec(
         prompts_key,
         partitions_def=partitions_def,

@@ -12,6 +12,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from krea_dagster import redact
 from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.journal import Journal
@@ -24,7 +25,6 @@ from krea_dagster.plugin import again
 from krea_dagster.plugin.calling import COLUMN, check_own_urls, own_urls
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.figures import Figures, watched
-from krea_dagster.plugin.metadata import without_credentials
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
 from krea_dagster.prompts.requests import seed_for
@@ -190,7 +190,7 @@ class Batch:
                 f"a budget names the column {missing[0]!r}, and the prompt table has none of that "
                 f"name; it has {', '.join(self._columns)}. Nothing was bought."
             )
-        source = without_credentials(self.table.source)
+        source = redact.location(self.table.source)
         check_own_urls(self.plan, source, private_allowed=krea.synthetic)
         if not krea.has_journal():
             return Standing(self.plan, NOTHING_KNOWN, columns, self.held)

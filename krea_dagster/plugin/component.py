@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.measures.own import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
+from krea_dagster.models import MOST_CREDITS
 from krea_dagster.plugin.automation import on_prompts_changed
 from krea_dagster.plugin.checks import (
     CheckFactory,
@@ -100,7 +101,7 @@ class KreaSettings(_Section):
         default=64, ge=1, le=4096, description="Most tasks of one run at the server at once."
     )
     max_per_s: float | None = Field(
-        default=None, gt=0, description="Most images a second that one run asks for."
+        default=None, gt=0, le=10_000, description="Most images a second that one run asks for."
     )
     expected_latency_s: float | None = Field(
         default=None, gt=0, le=900, description="Seconds from an order to its image, where known."
@@ -115,10 +116,13 @@ class KreaSettings(_Section):
         default="replay", description="What is done about a purchase whose outcome is unknown."
     )
     run_credits: float | None = Field(
-        default=None, ge=0, description="Most credits that one run may commit."
+        default=None, ge=0, le=MOST_CREDITS, description="Most credits that one run may commit."
     )
     day_credits: float | None = Field(
-        default=None, ge=0, description="Most credits that all runs may commit in one UTC day."
+        default=None,
+        ge=0,
+        le=MOST_CREDITS,
+        description="Most credits that all runs may commit in one UTC day.",
     )
     budgets: list[str] = Field(
         default=[],
@@ -128,13 +132,13 @@ class KreaSettings(_Section):
         ),
     )
     patience_s: float = Field(
-        default=1800.0, gt=0, description="Seconds that a run waits for a task."
+        default=1800.0, gt=0, le=30 * 86_400, description="Seconds that a run waits for a task."
     )
     timeout_s: float = Field(
-        default=60.0, gt=0, description="Seconds that EvoLink may take to answer a call."
+        default=60.0, gt=0, le=3600, description="Seconds that EvoLink may take to answer a call."
     )
     download_timeout_s: float = Field(
-        default=120.0, gt=0, description="Seconds that one download may take in all."
+        default=120.0, gt=0, le=86_400, description="Seconds that one download may take in all."
     )
 
 
@@ -265,7 +269,10 @@ class CurationSettings(_Section):
         default=None, ge=1, description="Most candidates that are bought of each prompt or value."
     )
     most_credits: float | None = Field(
-        default=None, ge=0, description="Most credits that these candidates may cost."
+        default=None,
+        ge=0,
+        le=MOST_CREDITS,
+        description="Most credits that these candidates may cost.",
     )
     exports: dict[str, ExportSettings] = Field(
         default={}, description="Datasets to be made of the accepted images, by name."

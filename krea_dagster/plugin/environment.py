@@ -1,6 +1,5 @@
 """Reads the environment, once: the settings of definitions.py and of the command."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +9,10 @@ from typing import Final
 import dagster as dg
 import httpx
 
+from krea_dagster import redact
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
+from krea_dagster.models import cap_units, credits_from_units, whole_number
 from krea_dagster.plugin.definitions import build_krea_definitions
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY
 from krea_dagster.plugin.resource import KreaResource
@@ -27,8 +28,8 @@ class Settings:
 
     has_key: bool
     base_url: str
-    prompts: str
-    storage: str
+    prompts: str = field(repr=False)
+    storage: str = field(repr=False)
     journal_url: str = field(repr=False)
     partition_by: str
     max_in_flight: int
@@ -47,6 +48,7 @@ class Settings:
         on_unknown = values.get("KREA_ON_UNKNOWN") or "replay"
         if on_unknown not in ("replay", "hold"):
             raise ConfigError(f"KREA_ON_UNKNOWN is {on_unknown!r}; use replay or hold")
+        callbacks = "KREA_CALLBACK_BASE_URL"
         collect = values.get("KREA_COLLECT") or "wait"
         if collect not in ("wait", "later"):
             raise ConfigError(f"KREA_COLLECT is {collect!r}; use wait or later")
@@ -62,7 +64,7 @@ class Settings:
             run_credits=_credits(values, "KREA_RUN_CREDITS"),
             day_credits=_credits(values, "KREA_DAY_CREDITS"),
             budgets=_budgets(values, "KREA_BUDGETS"),
-            callback_base_url=values.get("KREA_CALLBACK_BASE_URL") or "",
+            callback_base_url=_plain(values.get(callbacks) or "", callbacks),
             has_callback_secret=bool(values.get(_SECRET_VARIABLE)),
             collect_later=collect == "later",
         )
@@ -84,7 +86,8 @@ class Settings:
             api_key=key,
             base_url=self.base_url,
             emulator=not key,
-            storage=self.storage,
+            # A place with a password in it is named too.
+            storage=self.storage if _is_plain(self.storage) else dg.EnvVar("KREA_STORAGE"),
             # Named as well: it may hold a password.
             journal_url=dg.EnvVar("KREA_JOURNAL_URL") if self.journal_url else "",
             max_in_flight=self.max_in_flight,
@@ -130,20 +133,30 @@ def _root(values: Mapping[str, str], name: str, default: str) -> str:
     text = values.get(name) or default
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, ValueError):  # the latter of an address that is none, such as [::1
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"{name} is {text!r}; use a URL such as {default}")
-    return text
+        raise ConfigError(f"{name} is {redact.address(text)!r}; use a URL such as {default}")
+    return _plain(text, name)
+
+
+def _is_plain(place: str) -> bool:
+    return redact.location(place) == place
+
+
+def _plain(url: str, name: str) -> str:
+    """A URL that Dagster may show, because it holds no secret."""
+    if not _is_plain(url):
+        raise ConfigError(
+            f"{name} holds a user, a password, a query or a fragment: {redact.location(url)} is "
+            "what may stand there"
+        )
+    return url
 
 
 def _whole(values: Mapping[str, str], name: str, default: int, *, most: int) -> int:
     text = values.get(name)
-    if not text:
-        return default
-    if not text.isdecimal() or not 1 <= int(text) <= most:
-        raise ConfigError(f"{name} is {text!r}; use a whole number from 1 to {most}")
-    return int(text)
+    return whole_number(text, name, most=most) if text else default
 
 
 def _budgets(values: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -158,12 +171,4 @@ def _budgets(values: Mapping[str, str], name: str) -> tuple[str, ...]:
 
 def _credits(values: Mapping[str, str], name: str) -> float | None:
     text = values.get(name)
-    if not text:
-        return None
-    try:
-        credits = float(text)
-    except ValueError:
-        credits = math.nan
-    if not 0 <= credits < math.inf:
-        raise ConfigError(f"{name} is {text!r}; use a number of credits, 0 or more")
-    return credits
+    return credits_from_units(cap_units(text, name)) if text else None

@@ -7,6 +7,7 @@ from typing import Any, Final
 import dagster as dg
 from pydantic import Field
 
+from krea_dagster import redact
 from krea_dagster.curation.export.exporting import Exported, export
 from krea_dagster.curation.export.shards import Progress
 from krea_dagster.curation.export.spec import ExportSpec
@@ -19,7 +20,6 @@ from krea_dagster.plugin.metadata import (
     location_value,
     small_table,
     table_schema,
-    without_credentials,
 )
 from krea_dagster.plugin.resource import krea_of
 
@@ -121,7 +121,7 @@ def export_metadata(done: Exported, source_key: dg.AssetKey) -> Metadata:
         "prompts": facts.prompts,
         "version": done.version,
         "path": location_value(done.path),
-        "index": location_value(f"{without_credentials(done.path)}/index.parquet"),
+        "index": location_value(f"{redact.location(done.path)}/index.parquet"),
         "bytes": done.bytes,
         "credits": facts.credits,
         "shards": done.shards,

@@ -18,6 +18,7 @@ from typing import Final
 
 import dagster as dg
 
+from krea_dagster import redact
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
 from krea_dagster.engine.states import AT_STAKE
@@ -114,7 +115,11 @@ def as_failure() -> Iterator[None]:
     try:
         yield
     except KreaError as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
+        raise dg.Failure(str(error), allow_retries=False) from redact.harmless(error)
+    except Exception as error:
+        if redact.harmless(error) is None:  # Dagster would keep its text, and a URL in that
+            raise dg.Failure(f"{type(error).__name__}: {redact.text(str(error))}") from None
+        raise
 
 
 def stop_message(report: RunReport) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Final
 import dagster as dg
 import pyarrow as pa
 
+from krea_dagster import redact
 from krea_dagster.curation.likeness.index import MOST_BITS
 from krea_dagster.curation.likeness.table import (
     LIKENESS_DESCRIPTIONS,
@@ -23,7 +24,7 @@ from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
-from krea_dagster.plugin.metadata import location_value, scrubbed, small_table
+from krea_dagster.plugin.metadata import location_value, small_table
 from krea_dagster.plugin.resource import KreaResource, krea_of
 
 #: Clusters that metadata shows, and that a sentence names.
@@ -180,7 +181,7 @@ def _checked(table: pa.Table) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         passed=False,
         severity=dg.AssetCheckSeverity.WARN,
-        description=scrubbed(
+        description=redact.text(
             f"{copies.exact} pictures are there twice and {copies.near} are nearly alike, in "
             f"{copies.clusters} clusters; {copies.credits:g} credits went into these copies. "
             f"{named}{more}."

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from krea_dagster import redact
 from krea_dagster.curation.measures.own import Measure, checked
 from krea_dagster.curation.measures.table import (
     MEASURES_DESCRIPTIONS,
@@ -95,7 +96,7 @@ def build_image_measures(
                 on_progress=_Progress(context),
             ):
                 for trouble in measured.troubles[:_NAMED]:
-                    context.log.warning("Not measured: %s", trouble)
+                    context.log.warning("Not measured: %s", redact.text(str(trouble)))
                 context.add_asset_metadata(
                     measures_metadata(measured), partition_key=measured.partition_key
                 )

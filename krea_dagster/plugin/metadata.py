@@ -7,7 +7,6 @@ Dagster plots them over time.
 import base64
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from krea_dagster import redact
 from krea_dagster.engine.images import DAMAGED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
@@ -49,12 +49,6 @@ _FROM_PROMPTS: Final[Mapping[str, str]] = {
     **{name: name for name in ("prompt_id", "prompt", "size", "quality", "seed", "nsfw_check")},
     "sample": "num_images",
 }
-
-#: User and password of a URL.
-_USER: Final = re.compile(r"://[^/\s]*@")
-
-#: The query or fragment of a URL in a text.
-_QUERY: Final = re.compile(r"(://[^\s?#]*)[?#]\S*")
 
 Metadata = Mapping[str, Any]
 
@@ -194,17 +188,10 @@ def small_table(
 
 def location_value(location: str) -> dg.MetadataValue[Any]:
     """A path or URL as metadata: a link where a browser can follow it, and never a credential."""
-    shown = without_credentials(location)
+    shown = redact.location(location)
     if shown.startswith(("http://", "https://")):
         return dg.MetadataValue.url(shown)
     return dg.MetadataValue.path(shown)
-
-
-def without_credentials(location: str) -> str:
-    """A path or URL without the user, password and query that a URL may have; to be shown."""
-    if "://" not in location:
-        return location
-    return _USER.sub("://", location.partition("?")[0].partition("#")[0])
 
 
 def contact_sheet(
@@ -259,13 +246,6 @@ def _jpeg(sheet: Image.Image) -> bytes:
 
 def _quantile(ordered: npt.NDArray[np.float64], share: float) -> float:
     return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
-
-
-def scrubbed(text: str) -> str:
-    """A sentence whose URLs are shown without user, password and query."""
-    if "://" not in text:
-        return text
-    return _QUERY.sub(r"\1", _USER.sub("://", text))
 
 
 def _short(value: Any) -> Any:

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from krea_dagster import redact
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_paths, no_column, read_manifests
-from krea_dagster.plugin.metadata import scrubbed
 
 #: Images that are given at once, where nothing else is asked for: about 1.5 GB of 1K pictures.
 MOST_IMAGES: Final = 1_000
@@ -182,8 +182,8 @@ def _content(storage: Storage, prompt_id: str, location: str) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise ConfigError(
-            f"the image of {prompt_id} is not at {scrubbed(location)}; a run of images fetches it "
-            "again"
+            f"the image of {prompt_id} is not at {redact.location(location)}; a run of images "
+            "fetches it again"
         ) from None
 
 

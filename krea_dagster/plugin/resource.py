@@ -41,7 +41,7 @@ from krea_dagster.engine.runner import Root, Runner, RunReport, Wanted
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import credits_text, units_from_credits
+from krea_dagster.models import MOST_CREDITS, cap_units, credits_text
 from krea_dagster.plugin.calling import receiver_urls
 from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
 from krea_dagster.prompts import Defaults, Plan, PlannedImage, PromptTable
@@ -101,6 +101,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     max_per_s: float | None = Field(
         default=None,
         gt=0,
+        le=10_000,
         description=(
             "Most images a second that one run asks for, where the account's limit is known. "
             "Without it the limit is found by itself."
@@ -140,11 +141,13 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     run_credits: float | None = Field(
         default=None,
         ge=0,
+        le=MOST_CREDITS,
         description="Most credits that one run may commit; the rows beyond it are deferred.",
     )
     day_credits: float | None = Field(
         default=None,
         ge=0,
+        le=MOST_CREDITS,
         description=(
             "Most credits that all runs which share the journal may commit in one UTC day; the "
             "rows beyond it are deferred."
@@ -177,16 +180,17 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     patience_s: float = Field(
         default=1800.0,
         gt=0,
+        le=30 * 86_400,
         description=(
             "Seconds after its submission that a run waits for a task. Then it detaches, and "
             "the next run takes the task up again."
         ),
     )
     timeout_s: float = Field(
-        default=60.0, gt=0, description="Seconds that EvoLink may take to answer a call."
+        default=60.0, gt=0, le=3600, description="Seconds that EvoLink may take to answer a call."
     )
     download_timeout_s: float = Field(
-        default=120.0, gt=0, description="Seconds that one download may take in all."
+        default=120.0, gt=0, le=86_400, description="Seconds that one download may take in all."
     )
 
     def open_storage(self) -> Storage:
@@ -423,8 +427,12 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     def caps(self) -> Caps:
         """Return the caps and budgets in units. Raises ConfigError for a budget that is none."""
         return Caps(
-            run_units=None if self.run_credits is None else units_from_credits(self.run_credits),
-            day_units=None if self.day_credits is None else units_from_credits(self.day_credits),
+            run_units=None
+            if self.run_credits is None
+            else cap_units(self.run_credits, "run_credits"),
+            day_units=None
+            if self.day_credits is None
+            else cap_units(self.day_credits, "day_credits"),
             budgets=tuple(map(Budget.parse, self.budgets)),
         )
 

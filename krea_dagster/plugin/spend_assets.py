@@ -14,7 +14,7 @@ from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.metadata import table_schema
+from krea_dagster.plugin.metadata import location_value, table_schema
 from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.spend.daily import daily_schema
 from krea_dagster.spend.ledger import LEDGER_SCHEMA
@@ -113,7 +113,7 @@ def build_spend_assets(
                     **figures,
                     **own[table],
                     "months_written": len(updated.months),
-                    "path": dg.MetadataValue.path(storage.locate(f"spend/{table}")),
+                    "path": location_value(storage.locate(f"spend/{table}")),
                 },
             )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from krea_dagster import redact
 from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -78,7 +79,7 @@ def spend_of(
             ]
     storage = krea.open_storage()
     rate, _ = _as_kept(storage)
-    return Spend(names, lines, since, until, exact_rate(rate), storage.locate(""))
+    return Spend(names, lines, since, until, exact_rate(rate), redact.location(storage.locate("")))
 
 
 def answer_of(krea: KreaResource, query: str, prompts: str | None = None) -> pa.Table:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster import redact
 from krea_dagster.curation.accepted.making import Accepting
 from krea_dagster.curation.accepted.rules import Rules, judge
 from krea_dagster.curation.accepted.slots import read_slots
@@ -35,7 +36,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.metadata import Metadata, small_table, without_credentials
+from krea_dagster.plugin.metadata import Metadata, small_table
 from krea_dagster.plugin.partitions import has_come
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import Plan, digests_of
@@ -155,7 +156,7 @@ def ask_for_wanted(
     else:
         batch.close()
         raise ConfigError(
-            f"the prompt table {without_credentials(batch.table.source)} was changed each time "
+            f"the prompt table {redact.location(batch.table.source)} was changed each time "
             "that it was read. Nothing was bought. Run again when it is complete."
         )
     homes = {} if wanted.column else dict(_pairs(decided.slots, "prompt_id", "partition_key"))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster import redact
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
 from krea_dagster.prompts import columns
@@ -141,9 +142,9 @@ class Scan:
         def work(name: str, first: int, batch: pa.RecordBatch) -> tuple[_Looked, _T | None]:
             try:
                 looked = self._look(first, batch)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, ValueError, OverflowError) as error:
                 raise ConfigError(
-                    f"{name} has a column that cannot be carried along: {error}; "
+                    f"{name} has a column that cannot be carried along: {redact.text(str(error))}; "
                     "leave it out, or write it in a plain type, the same in all files"
                 ) from error
             return looked, None if looked.chunk is None else use(looked.chunk)

@@ -6,7 +6,7 @@ file and says what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from krea_dagster.errors import ConfigError
+from krea_dagster import redact
+from krea_dagster.errors import ConfigError, KreaError
 
 #: What is in memory at once while a table streams by: so many bytes, within so many rows.
 _BATCH_BYTES: Final = 4 * 1024**2
@@ -37,7 +38,10 @@ _ENDINGS: Final = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class TableFile:
-    """One Parquet file of the table. ``first_row`` is the number, from 1, of its first row."""
+    """One Parquet file of the table. ``first_row`` is the number, from 1, of its first row.
+
+    ``name`` is what is shown of its path or URL.
+    """
 
     name: str
     schema: pa.Schema
@@ -61,7 +65,7 @@ class TableFile:
         read are not filtered by it. Raises ConfigError where the file cannot be read.
         """
         columns = list(dict.fromkeys(columns))
-        with _reading(self.name):
+        with _reading(self.name, self._path):
             metadata = self._fragment.metadata
             first_rows = [self.first_row]
             for group in range(metadata.num_row_groups):
@@ -140,10 +144,19 @@ def open_files(source: str) -> list[TableFile]:
 
 
 def _open(name: str, path: str, filesystem: Any) -> TableFile:
-    with _reading(name):
+    with _reading(name, path):
         fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=filesystem)
         fragment.ensure_complete_metadata()
-        return TableFile(name, fragment.physical_schema, 1, path, filesystem, fragment)
+        schema = fragment.physical_schema
+        _read_names(schema)
+        return TableFile(name, schema, 1, path, filesystem, fragment)
+
+
+def _read_names(fields: Iterable[pa.Field]) -> None:
+    """Read every name, also those within: damage can leave one that is not UTF-8."""
+    for field in fields:
+        _ = field.name
+        _read_names(field.type.field(at) for at in range(field.type.num_fields))
 
 
 def _filesystem(source: str) -> tuple[Any, str]:
@@ -158,22 +171,26 @@ def _filesystem(source: str) -> tuple[Any, str]:
         try:
             return tuple(fs.FileSystem.from_uri(source))
         except (pa.ArrowException, OSError, ValueError):
-            raise ConfigError(f"{source} cannot be opened: {missing}") from missing
-    except (ValueError, OSError) as error:
+            raise ConfigError(
+                f"{redact.location(source)} cannot be opened: {redact.text(str(missing), source)}"
+            ) from redact.harmless(missing, source)
+    except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        said = redact.text(_first_line(error), source)
         raise ConfigError(
-            f"{source} cannot be opened: {_first_line(error)}; "
+            f"{redact.location(source)} cannot be opened: {said}; "
             "give a Parquet file, a folder, or a URL of a kind that fsspec knows"
-        ) from error
+        ) from redact.harmless(error, source)
     # Some file systems remember listings; a process that runs for days must see new files.
     filesystem.invalidate_cache()
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
 def _listing(source: str, filesystem: Any, root: str) -> list[tuple[str, str]]:
-    with _reading(source):
+    shown = redact.location(source)
+    with _reading(shown, source):
         info = filesystem.get_file_info(root)
         if info.type == fs.FileType.File:
-            return [(source, root)]
+            return [(shown, root)]
         if info.type == fs.FileType.Directory:
             below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
             prefix = root.rstrip("/") + "/"
@@ -185,22 +202,22 @@ def _listing(source: str, filesystem: Any, root: str) -> list[tuple[str, str]]:
                 for name, kind in types.items()
                 if kind != fs.FileType.Directory and _is_table(name)
             )
-            base = source.rstrip("/")
+            base = shown.rstrip("/")
             for name in found:
                 if types[name] == fs.FileType.Unknown:
                     raise ConfigError(f"{base}/{name} is neither a file nor a folder")
             if not found:
                 raise ConfigError(
-                    f"{source} is a folder without a Parquet file; put files that end in "
+                    f"{shown} is a folder without a Parquet file; put files that end in "
                     f"{' or '.join(_ENDINGS)} into it, or name another"
                 )
             return [(f"{base}/{name}", f"{prefix}{name}") for name in found]
     if info.type == fs.FileType.NotFound:
         raise ConfigError(
-            f"{source} does not exist; the prompt table (KREA_PROMPTS) must be a Parquet file, "
+            f"{shown} does not exist; the prompt table (KREA_PROMPTS) must be a Parquet file, "
             "a folder of them, or a URL"
         )
-    raise ConfigError(f"{source} is neither a file nor a folder")
+    raise ConfigError(f"{shown} is neither a file nor a folder")
 
 
 def _dangling_links(root: str) -> dict[str, Any]:
@@ -218,21 +235,25 @@ def _is_table(name: str) -> bool:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what Arrow and file systems raise into one error that names the file."""
+def _reading(name: str, path: str) -> Iterator[None]:
+    """Turn what Arrow and file systems raise into one error that names the file.
+
+    ``name`` is what is shown; ``path`` may hold credentials.
+    """
     try:
         yield
-    except ConfigError:
+    except KreaError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        said = _first_line(error)
+    except Exception as error:  # noqa: BLE001 - Arrow and file systems raise whatever they like
+        said = redact.text(_first_line(error), path)
         if "crypt" in said.lower():
             advice = "it is encrypted; write it without encryption"
         elif isinstance(error, PermissionError):
             advice = "allow this user to read it"
         else:
             advice = "it may be cut short, damaged, or not a Parquet file; write it again"
-        raise ConfigError(f"{name} cannot be read: {advice} ({said})") from error
+        cause = redact.harmless(error, path)
+        raise ConfigError(f"{name} cannot be read: {advice} ({said})") from cause
 
 
 def _first_line(error: BaseException) -> str:

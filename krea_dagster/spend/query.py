@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from krea_dagster import redact
 from krea_dagster.engine.storage import Storage
-from krea_dagster.errors import ConfigError
+from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.ledger import LEDGER_SCHEMA
@@ -99,7 +100,7 @@ def open_views(storage: Storage, prompts: str | None = None) -> duckdb.DuckDBPyC
         names = sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
         duck.register(view, _rows(map(storage.locate, names), schema))
     if prompts is not None:
-        duck.register("prompts", _rows(_files(prompts), pa.schema([])))
+        duck.register("prompts", _prompts(prompts))
     duck.execute("SET enable_external_access = false; SET lock_configuration = true")
     return duck
 
@@ -113,7 +114,7 @@ def ask(duck: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
         if statements[0].type != duckdb.StatementType.SELECT:
             raise ConfigError("only a SELECT can be asked; the tables are made from the journal")
         return duck.sql(query).to_arrow_table()
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"the query cannot be answered: {error}") from error
 
 
@@ -156,6 +157,18 @@ def sums(
 
 def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:
     return list(duck.sql(f"SELECT * FROM {view} LIMIT 0").columns)
+
+
+def _prompts(source: str) -> Any:
+    try:
+        return _rows(_files(source), pa.schema([]))
+    except KreaError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Arrow and file systems raise whatever they like
+        said = redact.text(str(error), source)
+        raise ConfigError(
+            f"the prompt table {redact.location(source)} cannot be read: {said}"
+        ) from redact.harmless(error, source)
 
 
 def _files(source: str) -> list[str]:

@@ -7,10 +7,13 @@ import gzip
 import json
 import logging
 import traceback
+from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import httpx
@@ -19,12 +22,14 @@ import pytest
 from krea_dagster.api import KreaClient
 from krea_dagster.api.client import BATCH_TRIES, check_base_url
 from krea_dagster.api.exchange import ANSWER_MAX_BYTES
+from krea_dagster.api.proxies import Proxies
 from krea_dagster.errors import (
     ApiError,
     ConfigError,
     ContentRefused,
     InputError,
     KreaError,
+    LinkRefused,
     NoCapacity,
     NotSent,
     NoUsableAnswer,
@@ -709,3 +714,164 @@ def test_a_proxy_that_cannot_be_used_is_refused_without_its_password(
 def test_the_answer_bound_leaves_room_for_a_whole_batch() -> None:
     task = {"id": "x" * 128, "status": "completed", "results": ["https://h/" + "x" * 8192]}
     assert len(json.dumps([task] * 50)) < ANSWER_MAX_BYTES
+
+
+# -- the key, whatever the server makes of it -------------------------------------------------
+
+_ENCODED = quote("".join(f"%{ord(one):02X}" for one in KEY[:4]) + KEY[4:], safe="%")
+#: What a server may make of the key that it was sent.
+FORMS = [
+    KEY,
+    KEY.upper(),
+    _ENCODED,
+    b64encode(KEY.encode()).decode(),
+    b64encode(f"Bearer {KEY}".encode()).decode(),
+]
+
+
+def forms_in(text: str) -> list[str]:
+    return [form for form in FORMS if form.lower() in text.lower()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_no_error_holds_the_key_in_its_code_type_message_or_request_id(form: str) -> None:
+    error = {
+        "code": f"invalid_key_{form}",
+        "type": f"Type {form}",
+        "message": f"the key {form} is wrong (request id: {form})",
+        "request_id": form,
+    }
+    for status in (200, 400, 401, 402, 403, 404, 409, 429, 500):
+        headers = {"x_request_id": f"id-{form}", "content_type": f"application/json; k={form}"}
+        behaviour = answers(status, {"error": error, "success": False}, **headers)
+        async with serving(behaviour) as server, client_for(server) as client:
+            failures: list[KreaError] = [await failed_purchase(client)]
+            for ask in (partial(client.task, "t"), client.credits):
+                with pytest.raises(ApiError) as caught:
+                    await ask()
+                failures.append(caught.value)
+        for failure in failures:
+            told = f"{shown(failure)} {vars(failure)}"
+            assert forms_in(told) == [], (status, type(failure))
+            assert "***" in told or not getattr(failure, "code", ""), (status, type(failure))
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_packing_named_like_the_key_is_not_shown(form: str) -> None:
+    behaviour = answers(400, b"x", content_encoding=form)
+    async with serving(behaviour) as server, client_for(server) as client:
+        assert forms_in(shown(await failed_purchase(client))) == []
+        with pytest.raises(KreaError) as caught:
+            await client.download(f"{server.url}/file", sink=bytearray().extend, max_bytes=100)
+    assert forms_in(shown(caught.value)) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_the_kept_answer_does_not_hold_the_key_in_a_name_or_a_value(form: str) -> None:
+    answer = {**CREATED, form: 1, "deep": [{f"x{form}": {"y": f"<{form}>"}}], "status": f"s-{form}"}
+    answer["usage"] = {"billing_rule": form, "user_group": f"g {form}", "credits_reserved": 0.45}
+    async with serving(answers(200, answer)) as server, client_for(server) as client:
+        bought = await buy(client)
+    assert forms_in(json.dumps(dict(bought.answer)) + f"{vars(bought)}") == []
+    assert bought.answer["id"] == bought.task_id == CREATED["id"]
+    assert bought.credits_reserved_units == 4_500
+
+
+async def test_a_task_id_that_holds_the_key_leaves_the_purchase_unknown() -> None:
+    answer = {**CREATED, "id": f"task-{KEY.upper()}"}
+    async with serving(answers(200, answer)) as server, client_for(server) as client:
+        failure = await failed_purchase(client)
+    assert type(failure) is OutcomeUnknown
+    assert forms_in(shown(failure)) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_result_link_that_holds_the_key_is_no_answer_and_the_task_is_read_again(
+    form: str,
+) -> None:
+    def done(task_id: str, link: str) -> dict[str, Any]:
+        return {"id": task_id, "status": "completed", "results": [link]}
+
+    both = [done("t", f"https://files.test/{form}.png"), done("u", "https://files.test/u.png")]
+    behaviour = by_path(v1=answers(200, both[0]))
+    async with serving(behaviour) as server, client_for(server) as client:
+        with pytest.raises(NoUsableAnswer, match="the result link holds the API key") as caught:
+            await client.task("t")
+    assert forms_in(shown(caught.value)) == []
+    async with serving(answers(200, both)) as server, client_for(server) as client:
+        assert list(await client.tasks(["t", "u"])) == ["u"]
+        with pytest.raises(LinkRefused) as refused:
+            await client.download(both[0]["results"][0], sink=bytearray().extend, max_bytes=9)
+    assert forms_in(shown(refused.value)) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_task_that_failed_or_moves_tells_its_state_without_the_key(form: str) -> None:
+    failed = {"id": "t", "status": "failed", "error": {"code": f"c_{form}", "message": form}}
+    for answer in (failed, {"id": "t", "status": f"state {form}"}):
+        async with serving(answers(200, answer)) as server, client_for(server) as client:
+            assert forms_in(repr(await client.task("t"))) == []
+    other = answers(200, {"id": f"x{KEY}", "status": "x"})
+    async with serving(other) as server, client_for(server) as client:
+        with pytest.raises(NoUsableAnswer) as caught:
+            await client.task("t")
+    assert forms_in(shown(caught.value)) == []
+
+
+async def test_a_redirect_to_a_path_with_the_key_is_not_told() -> None:
+    behaviour = by_path(file=answers(302, location=f"http://user@files.test/{KEY}"))
+    async with serving(behaviour) as server, client_for(server) as client:
+        with pytest.raises(LinkRefused) as caught:
+            await client.download(f"{server.url}/file", sink=bytearray().extend, max_bytes=9)
+    assert forms_in(shown(caught.value)) == []
+
+
+# -- no proxy for what is near ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "127.8.9.10", "127.1", "2130706433", "0x7f.1", "localhost"),
+        *("LOCALHOST", "localhost.", "a.localhost", "10.1.2.3", "172.16.0.1", "172.31.255.255"),
+        *("192.168.7.7", "169.254.1.1", "[::1]", "[fe80::1]", "[fd12::1]", "[fc00::1]", "[::]"),
+        *("[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[::ffff:a9fe:101]", "[fe80::1%25eth0]", "0"),
+    ],
+)
+def test_a_host_that_is_near_is_reached_without_a_proxy(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://proxy.test:3128")
+    for no_proxy in ("", "example.com", "*.test"):
+        monkeypatch.setenv("NO_PROXY", no_proxy)
+        for scheme in ("http", "https"):
+            assert Proxies().of(httpx.URL(f"{scheme}://{host}:8080/v1")) is None
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["api.evolink.ai", "8.8.8.8", "172.32.0.1", "[2606:4700::1111]", "localhost.test"],
+)
+def test_a_host_that_is_far_is_reached_by_way_of_the_proxy(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://proxy.test:3128")
+    assert Proxies().of(httpx.URL(f"https://{host}/v1")) is not None
+    monkeypatch.setenv("NO_PROXY", host.strip("[]"))
+    if not host.startswith("["):
+        assert Proxies().of(httpx.URL(f"https://{host}/v1")) is None
+
+
+async def test_the_key_for_a_server_on_this_machine_is_not_seen_by_a_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    behaviour = by_path(v1=answers(200, CREATED), file=answers(200, b"picture"))
+    async with serving(answers(200, CREATED)) as proxy, serving(behaviour) as server:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        async with client_for(server) as client:
+            await buy(client)
+            await client.download(f"{server.url}/file", sink=bytearray().extend, max_bytes=100)
+    assert proxy.connections == 0
+    assert len(server.seen) == 2

@@ -282,6 +282,100 @@ def test_the_line_that_opens_the_ui_can_be_pasted_whatever_the_folder_is_called(
     assert subprocess.run(shown, capture_output=True, text=True, check=True).stdout == str(home)
 
 
+# -- settings that no command takes -----------------------------------------------------------
+
+_AMOUNTS = [
+    "1_000",
+    "1e3",
+    "1e25",
+    "1e400",
+    "inf",
+    "nan",
+    "-0",
+    "+5",
+    " 5 ",
+    "١٢",
+    "0.00001",
+    "1" * 11,
+]
+
+
+@pytest.mark.parametrize("amount", _AMOUNTS)
+@pytest.mark.parametrize("name", ["KREA_RUN_CREDITS", "KREA_DAY_CREDITS", "KREA_BUDGETS"])
+def test_a_cap_that_is_none_is_exit_2_with_the_variable_and_the_rule(
+    shell: Shell, name: str, amount: str
+) -> None:
+    if name == "KREA_BUDGETS":
+        amount = f"month={amount}"
+    shell.patch.setenv(name, amount)
+    shell.table(prompt=["never asked for"])
+    for command in ("quote", "materialize"):
+        done = shell.run(command)
+        assert done.code == 2
+        assert name in done.err
+        assert "in plain digits with at most 4 decimals" in " ".join(done.err.split())
+        assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "KREA_STORAGE",
+            "nosuch://me:s3cr3t#pw@host/krea?s3cr3t",
+            "storage root 'nosuch://host/krea'",
+        ),
+        (
+            "KREA_STORAGE",
+            "ftp://me:p@s3cr3t@127.0.0.1:9/krea",
+            "storage root 'ftp://127.0.0.1:9/krea'",
+        ),
+        (
+            "KREA_PROMPTS",
+            "http://me:s3cr/3t@127.0.0.1:9/s.parquet?s3cr3t",
+            "http://127.0.0.1:9/s.parquet",
+        ),
+        (
+            "KREA_JOURNAL_URL",
+            "postgresql+psycopg://me:p@s3cr3t:w@h:x/db",
+            "postgresql+psycopg://***",
+        ),
+        (
+            "KREA_JOURNAL_URL",
+            "postgresql+psycopg://me:s3cr3t@[::1/db",
+            "the journal's URL cannot be read",
+        ),
+        (
+            "KREA_JOURNAL_URL",
+            "postgresql+psycopg://me:s3cr3t@h:99999/db",
+            "postgresql+psycopg://h:99999/db",
+        ),
+        ("EVOLINK_BASE_URL", "https://me:s3cr3t@api.invalid", "EVOLINK_BASE_URL holds a user"),
+        ("EVOLINK_BASE_URL", "me:s3cr3t@api.invalid", "EVOLINK_BASE_URL is 'api.invalid'"),
+        ("EVOLINK_BASE_URL", "https://api.invalid/?key=s3cr3t", "https://api.invalid/ is"),
+        (
+            "KREA_CALLBACK_BASE_URL",
+            "https://me:s3cr3t@h.example.com",
+            "KREA_CALLBACK_BASE_URL holds",
+        ),
+        ("KREA_CALLBACK_SECRET", "s3cr3t", "callback_secret"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_told_without_its_secrets(
+    shell: Shell, name: str, value: str, said: str
+) -> None:
+    shell.table(prompt=["never asked for"])
+    shell.patch.setenv(name, value)
+    for command in ("materialize", "salvage"):
+        done = shell.run(command)
+        assert done.code in (1, 2)
+        assert re.search("s3cr|3t@", done.out + done.err) is None
+        assert "Traceback" not in done.err
+        if command == "materialize":
+            assert done.code == 2
+            assert said in " ".join(done.err.split())
+
+
 # -- demo and salvage -------------------------------------------------------------------------
 
 
@@ -296,6 +390,18 @@ def test_the_demo_never_uses_the_key_and_says_that_its_pictures_are_synthetic(
     assert "1 × refused" in done.out
     assert posts(emulator) == before, "it has an emulator of its own"
     # Which ends by itself, once nobody uses it: nobody is left to end it.
+    assert local_emulator._started[-1].wait(timeout=30) == 0
+
+
+def test_the_demo_asks_no_proxy_for_its_own_emulator(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.table(prompt=["a quay behind a proxy"])
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody is
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    assert shell.run("demo").code == 0
     assert local_emulator._started[-1].wait(timeout=30) == 0
 
 

@@ -104,6 +104,16 @@ def test_the_end_of_a_task_is_called_back_with_the_body_of_its_query(
         assert bench.plain.get(link).content.startswith(b"\x89PNG")
 
 
+def test_no_proxy_is_asked_to_call_back(
+    tmp_path: Path, ca_file: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody is
+    with calling(tmp_path / "state", ca_file, Clock()) as bench:
+        bench.finished(callback_url=listener.url)
+        assert listener.next().json["status"] == "completed"
+
+
 def test_nothing_is_called_before_the_end_and_the_task_is_settled_then(
     bench: Bench, listener: Listener
 ) -> None:

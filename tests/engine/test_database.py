@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sqlite3
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from sqlalchemy import insert, select
 
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.schema import stops
-from krea_dagster.errors import JournalError
+from krea_dagster.errors import ConfigError, JournalError
 from tests.engine.engine_bench import NOW
 
 
@@ -127,3 +128,52 @@ def test_a_forked_process_uses_connections_of_its_own(path: Path) -> None:
 def test_a_database_that_nobody_holds_any_more_closes_its_connections(path: Path) -> None:
     write(Database(f"sqlite:///{path}"), "x")
     assert open_files(path) == 0
+
+
+# -- a URL that cannot be used ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "journal.db",
+        "s3cr3t",
+        "sqlite://",
+        "postgresql://s3user:s3cr3t@[::1/db",
+        "postgresql://s3user:s3cr3t@[::1",
+        "postgresql://[::1",
+        "postgresql+psycopg://s3user:s3cr3t@host:port/db",
+        "postgresql+psycopg://s3user:s3cr3t@host:0/db",
+        "postgresql+psycopg://s3user:s3cr3t@host:65536/db",
+        "postgresql+psycopg://s3user:s3cr3t@host:-1/db",
+        "postgresql+psycopg://s3user:s3cr3t@host:99999999999999999999/db",
+        "postgresql+psycopg://s3user:p@s3cr3t@127.0.0.1:1/db?connect_timeout=1",
+        "postgresql+psycopg://s3user:p:s3cr3t@127.0.0.1:1/db?connect_timeout=1",
+        "postgresql+psycopg://s3user:p/s3cr3t@127.0.0.1:1/db?connect_timeout=1",
+        "postgresql+psycopg://s3user:p?s3cr3t@127.0.0.1:1/db?connect_timeout=1",
+        "postgresql+psycopg://s3user:p#s3cr3t@127.0.0.1:1/db?connect_timeout=1",
+        "postgresql+psycopg://127.0.0.1:1/db?password=s3cr3t&connect_timeout=1",
+        "postgresql+psycopg://127.0.0.1:1/db?sslpassword=s3cr3t&connect_timeout=1",
+        "postgresql+psycopg://127.0.0.1:1/db?options=s3cr3t&sslmode=s3cr3t",
+        "postgresql+psycopg://127.0.0.1:1/db?connect_timeout=s3cr3t",
+        "nosuch+driver://s3user:s3cr3t@host/db",
+        "sqlite:////proc/journal.db?s3cr3t=1",
+        "postgresql+psycopg://s3user:s3cr3t@%zz/db",
+        "postgresql+psycopg://s3user:s3cr3t%00@127.0.0.1:1/db?connect_timeout=1",
+    ],
+)
+def test_a_journal_that_cannot_be_opened_is_a_clear_error_without_the_password(url: str) -> None:
+    with pytest.raises((ConfigError, JournalError)) as caught:
+        Database(url)
+    said = "".join(traceback.format_exception(caught.value))
+    assert "s3cr3t" not in str(caught.value)
+    assert "s3cr3t" not in said
+    assert "journal" in str(caught.value)
+
+
+def test_a_password_that_is_not_encoded_is_told_how_to_be() -> None:
+    with pytest.raises(ConfigError, match="write @ as %40, : as %3A") as caught:
+        Database("postgresql+psycopg://s3user:p@s3cr3t:w@h:5432/db")
+    assert "postgresql+psycopg://h:5432/db" in str(caught.value)
+    assert caught.value.__cause__ is None

@@ -106,6 +106,17 @@ def test_neither_secret_of_the_environment_is_told_to_the_ui(environment: dict[s
     assert PASSWORD not in told
 
 
+def test_no_password_of_a_place_is_told_to_the_ui(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KREA_PROMPTS", "KREA_STORAGE"):
+        monkeypatch.setenv(name, f"ftp://me:{PASSWORD}/x@files.internal/krea?signature={PASSWORD}")
+    told = told_to_the_ui(definitions_from_environment()) + repr(Settings.from_environment())
+    assert environment["KREA_JOURNAL_URL"] not in told
+    assert "ftp://files.internal/krea" in told
+    assert PASSWORD not in told
+
+
 @pytest.mark.usefixtures("environment")
 def test_the_settings_can_be_printed() -> None:
     settings = Settings.from_environment()
@@ -149,5 +160,5 @@ def test_a_journal_that_cannot_be_reached_is_told_without_its_password(
     )
     result = run_job(defs, instance, "bucket-000", job="elsewhere_krea_images")
     assert not result.success
-    assert holding(dagster_home, "could not open the journal postgresql+psycopg://me:***@")
+    assert holding(dagster_home, "could not open the journal postgresql+psycopg://127.0.0.1:9/krea")
     assert holding(dagster_home, PASSWORD) == []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
+import random
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -305,3 +308,92 @@ def test_a_reader_that_stops_early_leaves_no_file_open(write: Write) -> None:
     next(batches)
     batches.close()  # type: ignore[attr-defined]  # it is a generator
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# -- damage -------------------------------------------------------------------------------------
+
+
+def _tables(folder: Path) -> list[bytes]:
+    """A table as several writers would write it."""
+    count = 40
+    table = pa.table(
+        {
+            "prompt": [f"a prompt, number {number}" for number in range(count)],
+            "prompt_id": [f"row-{number}" for number in range(count)],
+            "size": ["1:1"] * count,
+            "seed": list(range(1, count + 1)),
+            "part": ["a", "b"] * (count // 2),
+            "tags": [["x", "y"]] * count,
+            "about": [{"name": "n", "weight": 1}] * count,
+            "kind": pa.array(["q", "w"] * (count // 2)).dictionary_encode(),
+            "day": pa.array(range(count), pa.timestamp("us", "UTC")),
+        }
+    )
+    written = []
+    for options in (
+        {"compression": "none"},
+        {"compression": "snappy", "row_group_size": 7},
+        {"compression": "none", "use_dictionary": False, "version": "1.0"},
+    ):
+        pq.write_table(table, folder / "whole.parquet", **options)
+        written.append((folder / "whole.parquet").read_bytes())
+    return written
+
+
+def test_of_200_damaged_files_each_is_read_or_is_a_clear_error(tmp_path: Path) -> None:
+    drawn = random.Random(20261130)
+    whole, path = _tables(tmp_path), tmp_path / "damaged.parquet"
+    said: list[str] = []
+    for _ in range(200):
+        data = bytearray(drawn.choice(whole))
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        for _ in range(drawn.choice([1, 1, 2, 8, 64])):
+            begin = 0 if drawn.random() < 0.3 else footer
+            data[drawn.randrange(begin, len(data))] = drawn.randrange(256)
+        path.write_bytes(data)
+        by = drawn.choice(["hash:4", "column:part", "day:day"])
+        try:
+            getattr(opened(path, by), drawn.choice(["partition_keys", "read", "versions"]))()
+        except (ConfigError, PromptTableError) as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert all("damaged.parquet" in text for text in said)
+
+
+@pytest.mark.parametrize("name", ["prompt", "part", "weight", "about", "tags", "element"])
+def test_a_name_that_is_not_utf_8_is_damage(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "damaged.parquet"
+    data = _tables(tmp_path)[0].replace(b"ARROW:schema", b"XRROW:schema")
+    assert name.encode() in data
+    path.write_bytes(data.replace(name.encode(), b"\xff" * len(name)))
+    assert "damaged.parquet cannot be read: it may be cut short, damaged" in refused(path)
+
+
+# -- credentials --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "http://me:s3cr3t@127.0.0.1:9/table.parquet",
+        "http://me:s3cr/3t@127.0.0.1:9/table.parquet",
+        "http://me:p@s3cr3t@127.0.0.1:9/table.parquet?s3cr3t",
+        "http://127.0.0.1:9/table.parquet?X-Amz-Signature=s3cr3t",
+        "http://me:s3cr3t@[::1/table.parquet",
+        "http://me:s3cr3t@127.0.0.1:port/table.parquet",
+        "simplecache::http://me:s3cr3t@127.0.0.1:9/table.parquet",
+        "zip://table.parquet::http://me:s3cr3t@127.0.0.1:9/table.zip?s3cr3t",
+        "ftp://me:s3cr3t@127.0.0.1:9/table.parquet",
+        "nosuch://me:s3cr3t@host/table.parquet",
+        "s3://me:s3cr3t@bucket/table.parquet?s3cr3t=1",
+        "memory://me:s3cr3t@folder/table.parquet",
+        "file://me:s3cr3t@/table.parquet",
+        "hdfs://me:s3cr3t@nowhere.invalid:1/table.parquet",
+    ],
+)
+def test_a_table_that_cannot_be_reached_is_told_without_its_credentials(secret: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        opened(secret).read()
+    said = "".join(traceback.format_exception(caught.value))
+    assert re.search("s3cr|3t@", said) is None
+    assert "table" in said or "***" in said

@@ -18,6 +18,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster import redact
 from krea_dagster.curation.export.plan import Plan
 from krea_dagster.curation.export.rows import Rows
 from krea_dagster.curation.export.spec import ExportSpec
@@ -109,20 +110,10 @@ def write_card(facts: Facts, spec: ExportSpec, plan: Plan) -> str:
     )
 
 
-def without_credentials(location: str) -> str:
-    """A path or URL without user, password, query and fragment."""
-    scheme, found, rest = location.partition("://")
-    if not found:
-        return location
-    # A password that nobody has encoded may hold any of the characters that end an address.
-    rest = rest.rpartition("@")[2]
-    return f"{scheme}://{rest.partition('?')[0].partition('#')[0]}"
-
-
 def _source(location: str) -> str:
     """Where prompts come from: of a path on this machine only the name concerns others."""
     if "://" in location:
-        return without_credentials(location)
+        return redact.location(location)
     return location.rstrip("/").rpartition("/")[2]
 
 

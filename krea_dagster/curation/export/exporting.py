@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from krea_dagster import redact
 from krea_dagster.curation.export.beside import finish
-from krea_dagster.curation.export.card import Facts, facts_of, without_credentials, write_card
+from krea_dagster.curation.export.card import Facts, facts_of, write_card
 from krea_dagster.curation.export.plan import layout_of, make_plan
 from krea_dagster.curation.export.rows import choose
 from krea_dagster.curation.export.shards import Before, Progress, Work
@@ -107,9 +108,10 @@ def export(
             on_progress=on_progress,
         )
     except OSError as error:
+        said = redact.text(str(error), to)
         raise StorageError(
-            f"the export to {without_credentials(to)} failed, and nothing was published: {error}"
-        ) from error
+            f"the export to {redact.location(to)} failed, and nothing was published: {said}"
+        ) from redact.harmless(error, to)
 
 
 def _export(

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from krea_dagster import redact
 from krea_dagster.curation.measures.figures import NAMES, VERSION, measure
 from krea_dagster.curation.measures.table import MEASURES_SCHEMA
 from krea_dagster.engine.storage import Storage
@@ -66,7 +67,7 @@ class MeasureCache:
         self.schema = pa.schema([pa.field(KEY, DIGEST), *schema])
 
     def __repr__(self) -> str:
-        return f"MeasureCache({self._storage.locate(self._folder)!r})"
+        return f"MeasureCache({redact.location(self._storage.locate(self._folder))!r})"
 
     @classmethod
     def of_pictures(cls, storage: Storage) -> MeasureCache:
@@ -108,7 +109,9 @@ class MeasureCache:
                 self._make_one()
             except OSError as error:  # such as a store that nothing may be removed from
                 self._tidies = False
-                _log.warning("the many small files of %s stay as they are: %s", self, error)
+                _log.warning(
+                    "the many small files of %s stay as they are: %s", self, redact.text(str(error))
+                )
 
     def _names(self) -> Iterator[str]:
         return (name for name in self._storage.names(self._folder) if name.endswith(".parquet"))
@@ -127,8 +130,8 @@ class MeasureCache:
             try:
                 yield from pq.ParquetFile(file).iter_batches(_ROW_GROUP)
             except pa.ArrowInvalid as error:
-                path = self._storage.locate(name)
-                _log.warning("%s is damaged, and may be removed: %s", path, error)
+                path = redact.location(self._storage.locate(name))
+                _log.warning("%s is damaged, and may be removed: %s", path, redact.text(str(error)))
 
     def _write(self, name: str, table: pa.Table) -> None:
         self._storage.write(

@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from krea_dagster import redact
 from krea_dagster.curation.review.answers import as_json, said, unavailable, whole_number
 from krea_dagster.curation.review.index import Index, Stamp, build_index
 from krea_dagster.curation.review.judged import Judged, shown
@@ -140,7 +141,8 @@ class Review:
             try:
                 await anyio.to_thread.run_sync(self._look)
             except Exception as error:  # noqa: BLE001 - whatever a file holds, verdicts go on
-                _log.warning("the review goes on with what it has read before: %s", error)
+                said = redact.text(str(error))
+                _log.warning("the review goes on with what it has read before: %s", said)
 
     def _look(self) -> None:
         if Stamp.of(self._setting.storage).text != self._index.generation:

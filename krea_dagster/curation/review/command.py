@@ -15,6 +15,7 @@ from typing import Final
 
 import click
 
+from krea_dagster import redact
 from krea_dagster.errors import ConfigError
 
 _TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the variable
@@ -122,7 +123,7 @@ def review_command(
             storage=root,
             journal=journal,
             reviewer=reviewer or _login(),
-            title=root.locate("").rstrip("/"),
+            title=redact.location(root.locate("")).rstrip("/"),
             reasons=reasons or REASONS,
         )
         review = Review(setting)

@@ -7,7 +7,8 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.plugin.metadata import scrubbed, small_table
+from krea_dagster import redact
+from krea_dagster.plugin.metadata import small_table
 
 #: The columns that name a row.
 NAMING: Final = ("partition_key", "prompt_id", "sample")
@@ -58,7 +59,7 @@ class Findings:
             self._keep(row, why)
 
     def _keep(self, row: Mapping[str, Any], why: str) -> None:
-        self.rows.append({**{name: row.get(name) for name in NAMING}, "why": scrubbed(why)})
+        self.rows.append({**{name: row.get(name) for name in NAMING}, "why": redact.text(why)})
 
     def named(self, most: int = 3) -> str:
         """The first of them in a sentence: who, and why."""

@@ -10,12 +10,12 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from krea_dagster import redact
 from krea_dagster.engine.storage import Storage
 from krea_dagster.manifest import manifest_name, manifest_names
 from krea_dagster.plugin.checks.findings import NAMING
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
-from krea_dagster.plugin.metadata import scrubbed
 from krea_dagster.plugin.resource import krea_of
 
 #: Rows that are read at once.
@@ -115,7 +115,7 @@ def manifest_check(
             except UnreadableManifest as error:
                 return dg.AssetCheckResult(
                     passed=False,
-                    description=scrubbed(
+                    description=redact.text(
                         f"{error}; materialize {manifest_key.to_user_string()} again."
                     ),
                     metadata={"partitions_checked": 0},
