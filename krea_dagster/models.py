@@ -116,14 +116,6 @@ def credits_text(units: int) -> str:
     return f"{Decimal(units) / UNITS_PER_CREDIT:f}"
 
 
-_TASK_ID: Final = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}")
-
-
-def is_task_id(text: str) -> bool:
-    """Whether a text can be a task's id: it is put into a path, so it is not only dots."""
-    return _TASK_ID.fullmatch(text) is not None
-
-
 @dataclass(frozen=True)
 class ImageRequest:
     """One image to be asked for: all that decides the picture, and its identity.

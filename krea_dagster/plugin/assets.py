@@ -163,8 +163,7 @@ def build_krea_assets(
             with as_failure():
                 root = context.run.root_run_id or context.run.run_id
                 refuse_second_journal(context, images_key, krea, relative_storage)
-                batch = Batch.read(table, partition_keys_of(context), krea, to_buy=True, look=True)
-                batch = stack.enter_context(batch.ask_again(config, krea, root))
+                batch = stack.enter_context(_wished(context, table, config, krea, root))
                 folders = manifest_folders(manifest_key)
                 batch, asked = ask_for_wanted(
                     batch, config, krea, wanted, rules, folders=folders, raised_by=root
@@ -191,16 +190,13 @@ def build_krea_assets(
             del standing
             _say_after(context, report)
             total = Figures()
+            journal = journal_entry(krea, relative_storage)
             for key, figures in batch.figures(krea, context.run.run_id):
                 total += figures
                 values = images_metadata(figures, krea.open_storage(), seconds=report.seconds)
                 values = {**values, **quote_metadata(quoted.get(key)), **asked.metadata(key)}
-                values[JOURNAL_ENTRY] = journal_entry(krea, relative_storage)
-                context.add_asset_metadata(values, partition_key=key)
-            with as_failure():
-                missing = total.missing_count - (0 if report.waited else total.under_way)
-                missing -= batch.held_count
-                tag_run(context.instance, context.run.run_id, krea, report, missing)
+                context.add_asset_metadata({**values, JOURNAL_ENTRY: journal}, partition_key=key)
+            _tag_run(context, krea, report, total, batch.held_count)
             yield dg.MaterializeResult(check_results=[check_rows(total, report, batch.held_count)])
             if report.stopped is not None:
                 # The step that writes the manifest will not run after this one has failed.
@@ -246,6 +242,31 @@ def build_krea_assets(
         return made
 
     return KreaAssets(table, partitions_def, prompts, prompt_columns, images, image_manifest)
+
+
+def _tag_run(
+    context: dg.AssetExecutionContext,
+    krea: KreaResource,
+    report: RunReport,
+    total: Figures,
+    held: int,
+) -> None:
+    """Say in the run's tags how it ended."""
+    missing = total.missing_count - (0 if report.waited else total.under_way) - held
+    with as_failure():
+        tag_run(context.instance, context.run.run_id, krea, report, missing)
+
+
+def _wished(
+    context: dg.AssetExecutionContext,
+    table: PromptTable,
+    config: KreaImagesConfig,
+    krea: KreaResource,
+    raised_by: str,
+) -> Batch:
+    """Read the partitions of a run, with the images that it is to ask for again."""
+    batch = Batch.read(table, partition_keys_of(context), krea, to_buy=True, look=True)
+    return batch.ask_again(config, krea, raised_by)
 
 
 def _table_specs(
