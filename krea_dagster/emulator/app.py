@@ -163,6 +163,9 @@ class Emulation:
             self.world.count("note", "replays")
         if chosen is None or chosen.fault.effect == "ignore_idempotency":
             return reply
+        if chosen.fault.effect == "repeated_id":
+            answer = created_answer(created.task)
+            return _json({**answer, "id": self.world.first_task_id(account)})
         return self._strike_after(chosen, created, reply, call.request)
 
     def _buy(
@@ -212,10 +215,13 @@ class Emulation:
         return self._strike("create", chosen, request)
 
     def _unless_struck(
-        self, kind: Kind, request: Request, prompt: str, answer: Callable[[], Mapping[str, Any]]
+        self,
+        kind: Kind,
+        request: Request,
+        chosen: Chosen | None,
+        answer: Callable[[], Mapping[str, Any]],
     ) -> Reply:
-        """Answer a question, unless a fault strikes it. ``prompt`` is what scripts match."""
-        chosen = self.world.choose(kind, prompt)
+        """Answer a question, unless the fault that was chosen for it strikes."""
         if chosen is None:
             return _json(answer())
         if chosen.fault.effect == "delay":
@@ -235,7 +241,8 @@ class Emulation:
         def answer() -> Mapping[str, Any]:
             return self._shown(known or self._find(task_id, account), request)
 
-        return self._unless_struck("read", request, known.prompt if known else "", answer)
+        chosen = self.world.choose("read", known.prompt if known else "")
+        return self._unless_struck("read", request, chosen, answer)
 
     def _batch_read(self, call: _Call) -> Reply:
         request = call.request
@@ -246,9 +253,21 @@ class Emulation:
 
         def answer() -> Mapping[str, Any]:
             found = [self._known(task_id, account) for task_id in dict.fromkeys(task_ids)]
+            if lies:
+                failed = {"code": "service_error", "message": "said so", "type": "task_error"}
+                return {
+                    "code": 200,
+                    "data": [
+                        {**self._shown(task, request), "status": "failed", "error": failed}
+                        for task in found
+                        if task
+                    ],
+                }
             return {"code": 200, "data": [self._shown(task, request) for task in found if task]}
 
-        return self._unless_struck("batch", request, "", answer)
+        chosen = self.world.choose("batch", "")
+        lies = chosen is not None and chosen.fault.effect == "all_failed"
+        return self._unless_struck("batch", request, None if lies else chosen, answer)
 
     def _list(self, call: _Call) -> Reply:
         request = call.request
@@ -271,11 +290,13 @@ class Emulation:
             rows = [listed_answer(task, now) for task in found]
             return {"code": 200, "data": rows, "page": page, "page_size": page_size, "total": total}
 
-        return self._unless_struck("list", request, "", answer)
+        return self._unless_struck("list", request, self.world.choose("list"), answer)
 
     def _credits(self, call: _Call) -> Reply:
         account = self._account(call.request, "credits")
-        return self._unless_struck("credits", call.request, "", lambda: credits_answer(account))
+        return self._unless_struck(
+            "credits", call.request, self.world.choose("credits"), lambda: credits_answer(account)
+        )
 
     def _known(self, task_id: str, account: Account) -> Task | None:
         try:

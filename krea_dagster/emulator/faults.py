@@ -180,6 +180,13 @@ def _create_faults() -> Iterator[Fault]:
     )
     yield Fault("no_id", "create", "no_id", "200 without an id; the task exists", after=True)
     yield Fault(
+        "repeated_id",
+        "create",
+        "repeated_id",
+        "200 with the id of the account's first task; the new task exists",
+        after=True,
+    )
+    yield Fault(
         "html_200", "create", "html", "200 with a page of HTML; the task exists", 200, after=True
     )
     yield Fault(
@@ -241,6 +248,7 @@ _TASK: Final = (
         "the task never ends, and its status is ARG for good",
         arg="archived",
     ),
+    Fault("price", "task", "price", "the task reserves and costs ARG credits", arg="3"),
     Fault("vanished", "task", "vanished", "no read knows the task; it is charged on time"),
     Fault("with_usage", "task", "usage", "reads hold usage with credits_used, as some do"),
     Fault(
@@ -290,6 +298,7 @@ _FILE: Final = (
     Fault("wrong_dimensions", "file", "half", "a picture of half the size"),
     Fault("endless", "file", "endless", "a body that begins like a PNG and never ends"),
     Fault("bomb", "file", "bomb", "a small PNG that declares 60,000 × 60,000 pixels"),
+    Fault("same_file", "file", "same", "one and the same picture, whatever was asked for"),
     Fault("not_an_image", "file", "noise", "random bytes, typed as PNG"),
 )
 
@@ -332,6 +341,7 @@ def _all_faults() -> Iterator[Fault]:
     yield Fault("read_403", "read", "denied", "403; ARG is the code", 403, "permission_denied")
     yield Fault("read_404", "read", "not_found", "404: the task is not known", 404)
     yield Fault("no_batch", "batch", "no_route", "404: the endpoint does not exist", 404)
+    yield Fault("batch_failed", "batch", "all_failed", "every task is said to have failed")
     yield Fault("no_list", "list", "no_route", "404: the endpoint does not exist", 404)
     yield Fault("credits_no_success", "credits", "no_success", "200 with success false", 200)
     yield from _FILE
@@ -344,7 +354,15 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType({f.name: f for f in _all_f
 #: The setting that is written like a fault: 402 for all that goes beyond so many credits.
 QUOTA: Final = "insufficient_quota_after"
 
-_NUMBER_EFFECTS: Final = {"delay", "undecided", "slow", "too_busy", "too_busy_date", "call_late"}
+_NUMBER_EFFECTS: Final = {
+    "price",
+    "delay",
+    "undecided",
+    "slow",
+    "too_busy",
+    "too_busy_date",
+    "call_late",
+}
 _COUNT_EFFECTS: Final = {"no_results", "integer_code"}
 
 

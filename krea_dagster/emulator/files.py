@@ -18,7 +18,9 @@ from krea_dagster.emulator import render
 PictureKey = tuple[str, int, int, int]  # prompt, seed, width, height
 
 #: Effects of file faults that put another body in the place of the picture.
-BODY_EFFECTS: Final = frozenset({"jpeg", "black", "half", "bomb", "noise", "nothing", "cut"})
+BODY_EFFECTS: Final = frozenset(
+    {"jpeg", "black", "half", "bomb", "noise", "nothing", "cut", "same"}
+)
 
 _BOMB_SIDE: Final = 60_000
 
@@ -59,6 +61,8 @@ class Pictures:
             return render.render_png(prompt, seed, width // 2, height // 2)
         if effect == "bomb":
             return bomb()
+        if effect == "same":
+            return self.png(("the same for all", 1, width, height))
         if effect == "noise":
             return noise
         if effect == "cut":

@@ -18,7 +18,7 @@ import hashlib
 import hmac
 import json
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -264,6 +264,7 @@ class World:
             self._check_credits(account, price)
             now = self.now()
             row = self._planned(order, task_faults, now)
+            price = _told_price(row, price)
             row.update(account=account.id, idempotency_key=idempotency_key, reserved=price)
             task = self._insert(row)
             if order.callback_url is not None and task.ready_at is not None:
@@ -615,6 +616,13 @@ class World:
             "faults": json.dumps([[one.fault.name, one.arg] for one in chosen]),
         }
 
+    def first_task_id(self, account: Account) -> str:
+        """Return the id of an account's first task."""
+        found = self._db.execute(
+            "SELECT task_id FROM tasks WHERE account = ? ORDER BY n LIMIT 1", (account.id,)
+        )
+        return str(found.fetchone()[0])
+
     def _insert(self, row: dict[str, Any]) -> Task:
         # The names are those of _planned and create, never a caller's; the values are bound.
         names = ", ".join(row)
@@ -671,3 +679,11 @@ def _task(row: Sequence[Any]) -> Task:
 
 def _hash(api_key: str) -> str:
     return hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _told_price(row: Mapping[str, Any], units: int) -> int:
+    """Return what a task costs, in units: the published price, or what a fault says."""
+    for name, arg in json.loads(row["faults"]):
+        if name == "price":
+            return round(float(arg) * UNITS_PER_CREDIT)
+    return units

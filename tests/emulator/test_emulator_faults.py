@@ -293,6 +293,29 @@ def bad_link(link: str, bench: Bench) -> None:
     assert read_after(bench)["results"] == [link]
 
 
+def dear(bench: Bench) -> None:
+    bench.create()
+    assert units(bench) == (30_000, 0, 0)
+
+
+def repeated_id(bench: Bench) -> None:
+    first = bench.create()  # the account's first, so that its own id is named
+    bench.world.script("repeated_id")
+    assert bench.create(prompt="another") == first
+    assert bench.emulator.books()["creates"] == 2
+
+
+def all_failed(bench: Bench) -> None:
+    task_id = bench.finished()
+    said = bench.client.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"]
+    assert [task["status"] for task in said] == ["failed"]
+    assert bench.client.get(f"/v1/tasks/{task_id}").json()["status"] == "completed"
+
+
+def same(bench: Bench) -> None:
+    assert image(good_bytes(bench)) == ("PNG", (1024, 1024))
+
+
 # -- file faults ------------------------------------------------------------------------------
 
 
@@ -472,6 +495,10 @@ CHECKS: dict[str, Check] = {
     "no_batch": partial(answers, 404, kind="batch"),
     "no_list": partial(answers, 404, kind="list"),
     "credits_no_success": no_success,
+    "price": dear,
+    "repeated_id": repeated_id,
+    "batch_failed": all_failed,
+    "same_file": same,
     "file_403": partial(file_status, 403),
     "file_404": partial(file_status, 404),
     "expired_link": partial(file_status, 403),

@@ -1,0 +1,307 @@
+"""Answers that are odd about money or a task are one row's trouble, and never believed too quickly.
+
+Of the kinds that an attacker's reading found: each would have bought twice, lost an image, or ended
+the run of all other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import anyio
+import pytest
+
+from krea_dagster.api import KreaClient
+from krea_dagster.engine.budget import Caps, is_doubtful
+from krea_dagster.engine.changes import Change
+from krea_dagster.engine.resolution import HasTask
+from krea_dagster.engine.session import UNANSWERED_UNDER_CAP
+from krea_dagster.engine.states import Event, State
+from krea_dagster.errors import ConfigError, RunStopped
+from tests.engine.engine_bench import (
+    NOW,
+    ClockAhead,
+    Hand,
+    House,
+    as_wanted,
+    asked,
+    house,
+    several,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[House]:
+    with house(tmp_path) as home:
+        yield home
+
+
+# -- failures ---------------------------------------------------------------------------------
+
+
+async def test_a_batch_that_says_failed_is_not_believed_and_nothing_is_bought_again(
+    home: House,
+) -> None:
+    home.emulator.world.script("batch_failed", n=5)
+    report = await home.run(several(6))
+    assert (report.posts, report.progress.delivered) == (6, 6)
+    assert home.agree()["creates"] == 6
+
+
+async def test_a_failed_task_that_is_completed_after_the_pause_is_not_bought_again(
+    home: House,
+) -> None:
+    with anyio.fail_after(30):
+        home.emulator.world.script("slow_task", n=1, arg=0.2)
+        # Its single reads say failed, until the pause is over.
+        hand = Hand(home.journal, "earlier")
+        async with KreaClient("emulator", base_url=home.emulator.url) as client:
+            key = f"krea-{asked().request_key}-1"
+            bought = await client.submit(asked(), idempotency_key=key)
+        hand.plan(asked())
+        hand.write(asked(), Event.SUBMITTING)
+        hand.write(asked(), Event.ACCEPTED, task_id=bought.task_id)
+        hand.write(asked(), Event.FAILED)
+        home.journal.release(hand.owner.owner)
+        report = await home.run([asked()])
+    record = home.record(asked())
+    assert (record.state, record.task_id, record.charged_units) == (
+        State.STORED,
+        bought.task_id,
+        4500,
+    )
+    assert report.posts == 0
+    assert home.agree()["creates"] == 1
+
+
+async def test_a_failed_task_that_cannot_be_read_again_is_left_and_not_bought_again(
+    home: House,
+) -> None:
+    home.emulator.world.script("fail", n=3, arg="service_error")
+    await home.run([asked()], task_tries=1)
+    home.emulator.world.script("read_500", n=50)
+    report = await home.run([asked()], "run-2", task_tries=3)
+    assert report.posts == 0
+    assert "cannot be read" in report.left[asked().request_key]
+
+
+# -- ids --------------------------------------------------------------------------------------
+
+
+async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(home: House) -> None:
+    requests = several(5)
+    await home.run(requests[:1])
+    home.emulator.world.script("repeated_id", match="")
+    report = await home.run(requests, "run-2", max_in_flight=1)
+    states = home.states(requests)
+    assert sorted(states) == ["stored"] * 4 + ["unknown"]
+    (why,) = report.left.values()
+    assert "is that of request" in why
+    assert home.emulator.books()["bodies_bought_more_than_once"] == 0
+
+
+async def test_a_decision_that_names_anothers_task_leaves_its_row_and_no_other(
+    home: House,
+) -> None:
+    requests = several(4)
+    await home.run(requests[:1])
+    home.emulator.world.script("drop_before_create")
+    await home.run(requests[:2], "run-2", on_unknown="hold")
+    task_id = str(home.record(requests[0]).task_id)
+    runner = home.runner("run-3", on_unknown="hold")
+    decided = replace(runner, resolutions={requests[1].request_key: HasTask(task_id)})
+    report = await decided.run(as_wanted(requests))
+    assert home.states(requests) == ["stored", "unknown", "stored", "stored"]
+    assert "is that of request" in report.left[requests[1].request_key]
+
+
+async def test_a_journal_that_holds_an_id_that_is_none_ends_no_run(home: House) -> None:
+    """An earlier version let ``..`` in, by a decision or a callback."""
+    requests = several(4)
+    hand = Hand(home.journal, "earlier")
+    hand.plan(requests[0])
+    hand.write(requests[0], Event.SUBMITTING)
+    hand.write(requests[0], Event.ACCEPTED, task_id="..")
+    home.journal.release(hand.owner.owner)
+    report = await home.run(requests, on_unknown="hold")
+    assert home.states(requests) == ["unknown", "stored", "stored", "stored"]
+    assert list(report.left) == [requests[0].request_key]
+    assert home.journal.history(requests[0].request_key)[-1][2]["task_id"] == ".."
+
+
+async def test_two_claims_of_one_task_end_with_one_row(home: House) -> None:
+    requests = several(2)
+    home.emulator.world.script("drop_after_create", n=2)
+    await home.run(requests, on_unknown="hold")
+    (task, _) = home.emulator.books()["tasks"]
+    home.journal.calls.remember([(one.request_key, task["task_id"]) for one in requests])
+    with anyio.fail_after(20):
+        report = await home.run(requests, "run-2", on_unknown="hold")
+    assert sorted(home.states(requests)) == ["stored", "unknown"]
+    (why,) = report.left.values()
+    assert "is that of request" in why
+
+
+# -- tasks that are not found -----------------------------------------------------------------
+
+
+async def test_a_key_that_knows_none_of_the_tasks_stops_the_run_and_gives_nothing_up(
+    home: House,
+) -> None:
+    requests = several(4)
+    home.emulator.world.script("stuck", n=4)
+    await home.run(requests, patience_s=0.05)
+    home.emulator.world.set_rate("read_404", 1.0)
+    home.emulator.world.script("no_batch", n=1)
+    wanted = [*requests, *several(3, start=10)]
+    report = await home.run(wanted, "run-2", gone_after_s=3600.0, patience_s=20.0)
+    assert isinstance(report.stopped, RunStopped)
+    assert "is it a key of another account?" in str(report.stopped)
+    assert home.states(requests) == ["submitted"] * 4
+
+
+async def test_a_lost_task_that_is_back_is_found_by_the_next_run_without_being_told(
+    home: House,
+) -> None:
+    home.emulator.world.set_rate("read_404", 1.0)
+    await home.run([asked()], gone_after_s=0.0)
+    assert home.states([asked()]) == ["expired"]
+    assert home.record(asked()).task_id is not None
+    home.emulator.world.set_rate("read_404", 0.0)
+    report = await home.run([asked()], "run-2")
+    assert (report.posts, home.states([asked()])) == (0, ["stored"])
+
+
+# -- prices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("units", "doubtful"),
+    [(4500, False), (18_000, False), (18_001, True), (1125, False), (1124, True), (10**16, True)],
+)
+def test_a_price_is_doubted_that_is_four_times_any_known_one(units: int, doubtful: bool) -> None:
+    assert is_doubtful(units, "1K", {}) is doubtful
+
+
+def test_a_price_that_was_paid_before_counts_as_known() -> None:
+    assert not is_doubtful(40_000, "1K", {"1K": 10_000})
+    assert is_doubtful(40_001, "1K", {"1K": 10_000})
+
+
+async def test_one_absurd_price_is_said_and_neither_charged_reserved_by_nor_remembered(
+    home: House,
+) -> None:
+    requests = several(6)
+    home.emulator.world.script("price", arg=50)
+    runner = home.runner()
+    report = await replace(runner, caps=Caps(day_units=10 * 4500)).run(as_wanted(requests))
+    assert home.states(requests) == ["stored"] * 6
+    assert "far from the 0.45 that were expected" in " ".join(report.dearer)
+    assert home.journal.highest_prices() == {"1K": 4500}
+    charges = sorted(str(one.charged_units) for one in home.journal.charges())
+    assert charges == ["4500"] * 5 + ["None"]
+    assert home.journal.commitment("run:run-1").committed_units == 6 * 4500
+    later = await replace(home.runner("run-2"), caps=Caps(day_units=10 * 4500)).run(
+        as_wanted(several(10))
+    )
+    assert later.caps_reached == ()
+
+
+async def test_a_price_that_a_person_accepts_is_charged_and_reckoned_with(home: House) -> None:
+    home.emulator.world.script("price", arg=3)
+    await home.run(several(2), max_in_flight=1)
+    units, settled = home.journal.accept_price("1K", NOW)
+    assert (units, settled) == (30_000, 1)
+    assert home.journal.highest_prices() == {"1K": 30_000}
+    assert sorted(one.charged_units or 0 for one in home.journal.charges()) == [4500, 30_000]
+    commitment = home.journal.commitment("run:run-1")
+    assert (commitment.committed_units, commitment.spent_units) == (34_500, 34_500)
+    with pytest.raises(ConfigError, match="no price of 1K waits"):
+        home.journal.accept_price("1K", NOW)
+
+
+async def test_prices_that_cannot_be_believed_in_a_row_end_the_buying(home: House) -> None:
+    home.emulator.world.script("price", n=100, arg=99)
+    report = await home.run(several(20), max_in_flight=2)
+    assert isinstance(report.stopped, RunStopped)
+    assert report.posts <= 3 + 2
+    assert "krea-dagster accept price 1K" in str(report.stopped)
+
+
+@pytest.mark.parametrize("number", [5, 30])
+async def test_at_a_rise_a_cap_is_passed_by_what_a_few_purchases_cost_more(
+    home: House, number: int
+) -> None:
+    """Those that were without an answer when the first one told the new price."""
+    cap, rise = 10 * 4500, 17_000 - 4500
+    home.emulator.world.script("price", n=100, arg=1.7)
+    runner = home.runner(max_in_flight=16)
+    await replace(runner, caps=Caps(day_units=cap)).run(as_wanted(several(number)))
+    billed = sum(task["reserved_units"] for task in home.emulator.books()["tasks"])
+    assert billed <= cap + UNANSWERED_UNDER_CAP * rise
+
+
+# -- another account, another clock -----------------------------------------------------------
+
+
+async def test_with_the_key_of_another_account_nothing_is_repeated_and_nothing_given_up(
+    home: House,
+) -> None:
+    requests = several(6)
+    home.emulator.world.script("drop_after_create", n=3)
+    mine = replace(home.runner(on_unknown="hold"), api_key="mine")
+    await mine.run(as_wanted(requests[:3]))
+    home.emulator.world.script("stuck", n=3)
+    stuck = replace(home.runner("run-2", patience_s=0.05), api_key="mine")
+    await stuck.run(as_wanted(requests[3:]))
+    home.emulator.world.set_rate("read_404", 1.0)
+    foreign = home.runner("run-3", account_keys=frozenset({"theirs"}), gone_after_s=0.0)
+    report = await replace(foreign, api_key="theirs").run(as_wanted(requests))
+    assert report.posts == 0
+    assert home.states(requests) == ["unknown"] * 3 + ["submitted"] * 3
+    assert home.emulator.books()["creates"] == 6
+    home.emulator.world.set_rate("read_404", 0.0)
+    both = home.runner("run-4", account_keys=frozenset({"mine", "theirs"}), patience_s=0.05)
+    await replace(both, api_key="theirs").run(as_wanted(requests))
+    assert home.states(requests)[:3] == ["stored"] * 3
+    assert home.emulator.books()["creates"] == 6
+
+
+async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated(
+    home: House,
+) -> None:
+    home.emulator.world.script("drop_after_create", n=3)
+    ahead = home.runner(clock=ClockAhead(timedelta(hours=30)), on_unknown="hold")
+    await ahead.run(as_wanted(several(3)))
+    report = await home.run(several(3), "run-2")
+    assert report.posts == 0
+    assert all("this clock has not reached" in why for why in report.left.values())
+
+
+# -- stops ------------------------------------------------------------------------------------
+
+
+async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(home: House) -> None:
+    """The intent waits for the journal longer than a stop gives a POST."""
+    hand = Hand(home.journal)
+    hand.plan(asked())
+    change = Change(asked().request_key, Event.SUBMITTING, NOW, {"partition_key": "p"})
+    (record,) = hand.append(change)
+    hand.write(asked(), Event.TURNED_AWAY)
+    assert home.journal.records([asked().request_key])[asked().request_key].state is State.PLANNED
+    assert record
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+async def test_one_file_for_several_prompts_is_said(home: House) -> None:
+    home.emulator.world.script("same_file", n=3)
+    report = await home.run(several(3))
+    (said,) = report.same_files
+    assert said.startswith("3 requests got one and the same file")
