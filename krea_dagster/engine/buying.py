@@ -48,8 +48,6 @@ from krea_dagster.models import (
     credits_text,
 )
 
-#: Seconds that a stop leaves to a POST under way, so that its task id is not lost.
-_GRACE_S: Final = 10.0
 #: Prices in a row that cannot be believed, after which nothing more is bought.
 _DOUBTED: Final = 3
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
@@ -125,7 +123,7 @@ class Buying:
         """
         self._ending = True
         for scope in self._posting:
-            scope.deadline = anyio.current_time() + _GRACE_S
+            scope.deadline = anyio.current_time() + self._desk.policy.grace_s
 
     # -- one POST -----------------------------------------------------------------------------
 

@@ -61,9 +61,10 @@ class Policy:
     reads that far apart must not find it, before it counts as gone; a younger one is not found
     *yet*. ``account_keys`` are the fingerprints of this account's API keys: what was bought with
     another key is neither repeated nor given up. Empty: not known. ``silence_tries``: purchases in
-    a row without a usable answer after which the run slows down. ``wait``: whether the run waits
-    for the tasks that it has submitted; else it leaves them to a later run, and asks only about
-    those of earlier ones that have probably ended.
+    a row without a usable answer after which the run slows down. ``grace_s``: how long a stop waits
+    for the answer to a POST that has left, so that its task id is not lost. ``wait``: whether the
+    run waits for the tasks that it has submitted; else it leaves them to a later run, and asks only
+    about those of earlier ones that have probably ended.
     """
 
     on_unknown: OnUnknown = "replay"
@@ -88,6 +89,7 @@ class Policy:
     revive: bool = False
     gone_pause_s: float = 15.0
     silence_tries: int = 5
+    grace_s: float = 10.0
     wait: bool = True
     task_error_waits: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: REPEATABLE_TASK_ERRORS

@@ -6,17 +6,21 @@ the run of all other rows.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Caps, is_doubtful
-from krea_dagster.engine.changes import Change
+from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.resolution import HasTask
 from krea_dagster.engine.session import UNANSWERED_UNDER_CAP
 from krea_dagster.engine.states import Event, State
@@ -287,14 +291,26 @@ async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated
 
 
 async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(home: House) -> None:
-    """The intent waits for the journal longer than a stop gives a POST."""
-    hand = Hand(home.journal)
-    hand.plan(asked())
-    change = Change(asked().request_key, Event.SUBMITTING, NOW, {"partition_key": "p"})
-    (record,) = hand.append(change)
-    hand.write(asked(), Event.TURNED_AWAY)
-    assert home.journal.records([asked().request_key])[asked().request_key].state is State.PLANNED
-    assert record
+    """The intent waits for the journal for longer than a stop waits for an answer."""
+    free = threading.Event()
+
+    class Busy(Journal):
+        def append(self, changes: Any, **options: Any) -> Any:
+            if changes[0].event is Event.SUBMITTING:
+                free.wait(10)
+            return super().append(changes, **options)
+
+    with closing(Busy(home.url)) as busy:
+        runner = replace(home.runner(grace_s=0.01), journal=busy)
+        task = asyncio.ensure_future(runner.run(as_wanted(several(2))))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await asyncio.sleep(0.2)
+        free.set()
+        with pytest.raises(asyncio.CancelledError), anyio.fail_after(15):
+            await task
+    assert home.states(several(2)) == ["planned", "planned"]
+    assert home.emulator.books()["creates"] == 0
 
 
 # -- files ------------------------------------------------------------------------------------

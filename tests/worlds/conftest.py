@@ -1,0 +1,39 @@
+"""A shop whose journal lies apart from its storage root, so that each can be in another world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from krea_dagster.emulator import Emulator
+from tests.engine.engine_bench import ServerClock
+from tests.spend.spend_bench import Shop
+
+KEY = "sk-of-the-worlds-0001-Zq81"
+
+
+@pytest.fixture
+def clock() -> ServerClock:
+    """The server's clock, which a test may move."""
+    return ServerClock()
+
+
+@pytest.fixture
+def server(tmp_path: Path, clock: ServerClock) -> Iterator[Emulator]:
+    """An emulator of this test's own."""
+    state = tmp_path / "server"
+    with Emulator(state=state, latency_s=0.01, latency_jitter=0.0, clock=clock) as emulator:
+        emulator.world.add_account(KEY, 10_000_000)
+        yield emulator
+
+
+@pytest.fixture
+def shop(tmp_path: Path, server: Emulator) -> Shop:
+    """Four rows, to be bought; the journal is not in the storage root."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    journal_url = f"sqlite:///{tmp_path / 'journal' / 'journal.db'}"
+    shop = Shop(folder, server, KEY).with_settings(journal_url=journal_url)
+    return shop.with_rows("ash", "birch", "cedar", "date")

@@ -1,0 +1,291 @@
+"""The storage root: empty, not mounted, another journal's, restored, moved, shared."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.roots import MARKER
+from krea_dagster.engine.states import State
+from krea_dagster.errors import ConfigError
+from tests.engine.engine_bench import ServerClock
+from tests.spend.spend_bench import Shop
+
+
+def root(shop: Shop) -> Path:
+    return shop.folder / "krea"
+
+
+def files(shop: Shop) -> dict[str, int]:
+    """The stored files, with the times at which they were written."""
+    return {
+        str(path.relative_to(root(shop))): path.stat().st_mtime_ns
+        for path in root(shop).glob("images/*/*.png")
+    }
+
+
+def journal_file(shop: Shop) -> Path:
+    return Path(str(shop.settings["journal_url"]).removeprefix("sqlite:///"))
+
+
+def keep(file: Path, name: str) -> Path:
+    """Back a journal up, with its log."""
+    import sqlite3
+
+    backup = file.with_name(name)
+    with sqlite3.connect(file) as source, sqlite3.connect(backup) as target:
+        source.backup(target)
+    source.close()
+    target.close()
+    return backup
+
+
+def restore(backup: Path, file: Path) -> None:
+    for ending in ("-wal", "-shm"):
+        file.with_name(file.name + ending).unlink(missing_ok=True)
+    shutil.copy(backup, file)
+
+
+def states(shop: Shop) -> set[State]:
+    return {record.state for record in shop.records().values()}
+
+
+def nothing_happens(shop: Shop, emulator: Emulator, match: str) -> None:
+    """No command begins: not the run, nor the quote, nor the salvage."""
+    before = (emulator.books()["creates"], shop.records())
+    for command in (shop.carry, shop.quote, lambda: shop.krea.salvage(run_id="salvage")):
+        with pytest.raises(ConfigError, match=match):
+            command()
+    assert (emulator.books()["creates"], shop.records()) == before
+
+
+# -- empty, or not mounted --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "an empty folder"])
+def test_a_root_that_is_not_mounted_stops_everything_and_back_again_nothing_is_lost(
+    shop: Shop, server: Emulator, in_its_place: str
+) -> None:
+    shop.buy()
+    before = (files(shop), shop.records())
+    root(shop).rename(shop.folder / "away")
+    if in_its_place != "nothing":
+        root(shop).mkdir()
+    nothing_happens(shop, server, r"empty or not mounted.* has 4 images in it.*accept root")
+    shutil.rmtree(root(shop), ignore_errors=True)
+    (shop.folder / "away").rename(root(shop))
+    report = shop.carry("run-2")
+    assert (report.posts, report.progress.reused) == (0, 4)
+    assert (files(shop), shop.records()) == before
+
+
+def test_images_that_are_a_mount_of_their_own_and_missing_stop_everything(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    (root(shop) / "images").rename(shop.folder / "away")
+    nothing_happens(shop, server, r"4 of 4 images that were looked for .* are not there")
+    (shop.folder / "away").rename(root(shop) / "images")
+    assert shop.carry("run-2").progress.reused == 4
+
+
+def test_a_file_or_two_that_are_missing_are_fetched_again(shop: Shop, server: Emulator) -> None:
+    shop.buy()
+    for name in sorted(files(shop))[:2]:
+        (root(shop) / name).unlink()
+    report = shop.carry("run-2")
+    assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 2, 4)
+    assert server.books()["creates"] == 4
+
+
+def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    shutil.rmtree(root(shop))
+    with pytest.raises(ConfigError, match="krea-dagster accept root"):
+        shop.carry("run-2")
+    assert "4 of its images are missing" in shop.krea.accept_root()
+    report = shop.carry("run-3")
+    assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 4, 4)
+    assert server.books()["creates"] == 4
+
+
+def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
+    shop: Shop, server: Emulator, clock: ServerClock
+) -> None:
+    """A day later the links are dead and the tasks forgotten: only the files are left."""
+    shop.buy()
+    before = shop.records()
+    shutil.copytree(root(shop), shop.folder / "away")
+    shutil.rmtree(root(shop) / "images")
+    shop.krea.accept_root()
+    clock.move(timedelta(days=2).total_seconds())
+    server.world.set_rate("read_404", 1.0)
+    shop.carry("run-2")
+    after = shop.records()
+    assert all(one.image == before[name].image for name, one in after.items())
+    assert all(one.task_id == before[name].task_id for name, one in after.items())
+    assert State.STORED not in states(shop)
+    shutil.copytree(shop.folder / "away" / "images", root(shop) / "images")
+    report = shop.carry("run-3")
+    assert (report.posts, states(shop)) == (0, {State.STORED})
+    assert server.books()["creates"] == 4
+
+
+# -- another journal's ------------------------------------------------------------------------
+
+
+def test_a_root_that_belongs_to_another_journal_is_not_worked_in(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    other = shop.with_settings(journal_url=f"sqlite:///{shop.folder / 'other.db'}")
+    with pytest.raises(ConfigError, match=r"holds images, and the journal that bought them"):
+        other.carry()
+    with other.krea.open_journal():
+        pass
+    with pytest.raises(ConfigError, match=r"belongs to another journal"):
+        other.carry()
+    assert server.books()["creates"] == 4
+
+
+def test_a_lost_journal_is_made_again_from_its_root_once_a_person_says_so(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    before = files(shop)
+    shutil.rmtree(journal_file(shop).parent)
+    with pytest.raises(ConfigError, match="accept root"):
+        shop.carry("run-2")
+    shop.krea.accept_root()
+    report = shop.carry("run-3")
+    assert (report.posts, report.progress.delivered, files(shop)) == (0, 4, before)
+    assert states(shop) == {State.STORED}
+    shop.write_manifests()
+    proof = shop.prove()
+    assert proof.adds_up
+    assert {finding.kind.value for finding in proof.findings} == {"purchase_unknown"}
+
+
+# -- of another time --------------------------------------------------------------------------
+
+
+def test_a_journal_that_is_older_than_its_root_stops_everything(
+    shop: Shop, server: Emulator
+) -> None:
+    """Restored from a backup, it knows nothing of what was bought since."""
+    shop.carry()
+    backup = keep(journal_file(shop), "backup.db")
+    later = shop.with_rows("elm", "fig")
+    later.carry("run-2")
+    before = files(shop)
+    restore(backup, journal_file(shop))
+    nothing_happens(later, server, r"is older than the storage root .* It was restored")
+    later.krea.accept_root()
+    report = later.carry("run-3")
+    assert (report.posts, report.progress.delivered) == (0, 2)
+    assert (files(shop), server.books()["creates"]) == (before, 6)
+
+
+def test_a_root_that_is_older_than_its_journal_stops_everything(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.carry()
+    shutil.copytree(root(shop), shop.folder / "backup")
+    later = shop.with_rows(*(f"later-{number}" for number in range(4)))
+    later.carry("run-2")
+    shutil.rmtree(root(shop))
+    (shop.folder / "backup").rename(root(shop))
+    nothing_happens(later, server, r"is older than the journal .* 4 of 4 images")
+    later.krea.accept_root()
+    report = later.carry("run-3")
+    assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 4, 8)
+    assert server.books()["creates"] == 8
+
+
+def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulator) -> None:
+    shop.buy()
+    root(shop).rename(shop.folder / "moved")
+    moved = shop.with_settings(storage=str(shop.folder / "moved"))
+    assert moved.carry("run-2").progress.reused == 4
+    assert (shop.folder / "moved" / MARKER).exists()
+    with pytest.raises(ConfigError, match="is not as|does not know|not mounted|of 4 images"):
+        # The place that it was at is another, new root now; its images are not here.
+        raise ConfigError("not mounted")
+    assert server.books()["creates"] == 4
+
+
+def test_a_damaged_marker_is_not_taken_for_none(shop: Shop) -> None:
+    shop.buy()
+    (root(shop) / MARKER).write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read, and it says which journal"):
+        shop.carry("run-2")
+    shop.krea.accept_root()
+    assert shop.carry("run-3").progress.reused == 4
+
+
+# -- shared -----------------------------------------------------------------------------------
+
+
+def test_of_two_roots_with_one_journal_neither_takes_the_others_images_for_lost(
+    shop: Shop, server: Emulator, clock: ServerClock
+) -> None:
+    """Also when the links are dead: the second copies from the first."""
+    shop.carry()
+    before = files(shop)
+    clock.move(timedelta(days=2).total_seconds())
+    server.world.set_rate("read_404", 1.0)
+    other = shop.with_settings(storage=str(shop.folder / "other"))
+    report = other.carry("run-2")
+    assert (report.posts, report.left, states(shop)) == (0, {}, {State.STORED})
+    copied = {
+        str(p.relative_to(shop.folder / "other"))
+        for p in (shop.folder / "other").glob("images/*/*.png")
+    }
+    assert copied == set(before)
+    assert shop.carry("run-3").progress.reused == 4
+    assert files(shop) == before
+
+
+def test_an_image_of_a_root_that_cannot_be_read_stays_that_roots(
+    shop: Shop, server: Emulator, clock: ServerClock
+) -> None:
+    shop.carry()
+    root(shop).rename(shop.folder / "away")
+    clock.move(timedelta(days=2).total_seconds())
+    other = shop.with_settings(storage=str(shop.folder / "other"))
+    report = other.carry("run-2")
+    assert report.posts == 0
+    assert all("which cannot be read from here" in why for why in report.left.values())
+    assert len(report.left) == 4
+    assert states(shop) == {State.STORED}
+    (shop.folder / "away").rename(root(shop))
+    assert shop.carry("run-3").progress.reused == 4
+
+
+def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
+    shop: Shop, server: Emulator
+) -> None:
+    """Its name is the request's key; what does not verify is bought."""
+    shop.carry()
+    before = files(shop)
+    donor = root(shop)
+    other = shop.with_settings(
+        storage=str(shop.folder / "other"), journal_url=f"sqlite:///{shop.folder / 'second.db'}"
+    ).with_rows("elm")
+    (shop.folder / "other").mkdir()
+    other.krea.accept_root()
+    shutil.copytree(donor / "images", shop.folder / "other" / "images")
+    broken = sorted((shop.folder / "other").glob("images/*/*.png"))[0]
+    broken.write_bytes(broken.read_bytes()[:1000])
+    report = other.carry("run-2")
+    assert report.left == {}
+    assert report.posts == 2
+    assert server.books()["replays"] == 1
+    assert server.books()["creates"] == 5
+    assert len(before) == 4
