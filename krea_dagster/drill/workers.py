@@ -25,11 +25,21 @@ KILLED: Final = -int(signal.SIGKILL)
 class Worker:
     """One worker process. ``status`` is an exit code, or the signal that ended it, negative."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, workers: Workers) -> None:
         self.number = number
+        self._workers = workers
         self.started = anyio.Event()
         self.ended = anyio.Event()
         self.status: int | None = None
+
+    async def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        await self._workers.kill(self)
+
+    async def wait(self) -> int:
+        """Wait for its end; returns its status, 1 where the fork server is gone."""
+        await self.ended.wait()
+        return 1 if self.status is None else self.status
 
 
 class Workers:
@@ -42,7 +52,7 @@ class Workers:
 
     async def start(self, job: Job) -> Worker:
         """Start a worker; returns once it runs. Without a fork server it has failed at once."""
-        worker = Worker(job.number)
+        worker = Worker(job.number, self)
         self._workers[job.number] = worker
         if self._gone:
             worker.started.set()
@@ -54,11 +64,6 @@ class Workers:
     async def kill(self, worker: Worker) -> None:
         """SIGKILL, unless it has ended."""
         await self._send({"kill": worker.number})
-
-    async def wait(self, worker: Worker) -> int:
-        """Wait for a worker's end; returns its status, 1 where the fork server is gone."""
-        await worker.ended.wait()
-        return 1 if worker.status is None else worker.status
 
     async def listen(self) -> None:
         """Hear what the fork server says, until it ends."""

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from krea_dagster.drill.edges import EDGES, after, before, edges_under
-from krea_dagster.drill.run import KILL_FAULTS, STORM_FAULTS, plan_kills
+from krea_dagster.drill.plan import KILL_FAULTS, STORM_FAULTS, plan_kills
 from krea_dagster.emulator import FAULTS
 from krea_dagster.engine.policy import OnUnknown
 from krea_dagster.engine.states import Event
