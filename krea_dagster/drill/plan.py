@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -85,7 +85,9 @@ class Plan:
     ``honours_key``: whether the server honours the Idempotency-Key. ``rates`` are faults of
     the server by name, from 0 to 1, all at once. ``workers`` work at the same time on the same
     rows. ``patience_s`` is how long a worker waits for a task before it detaches from it.
-    ``command`` starts the fork server. ``part`` is that of a world where it is held.
+    ``edges`` are those at which workers are killed, all and random times where it is
+    empty. ``life_s`` is how long a worker may live before it counts as hung. ``command`` starts the
+    fork server. ``part`` is that of a world where it is held.
     """
 
     requests: int = 200
@@ -96,6 +98,8 @@ class Plan:
     rates: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     patience_s: float = 4.0
+    edges: Sequence[str] = ()
+    life_s: float | None = None
     command: Sequence[str] = COMMAND
     part: Part = Part()  # noqa: RUF009 - it is frozen
 
@@ -150,12 +154,18 @@ class Kill:
     tries: int = 0
 
 
-def plan_kills(count: int, policy: OnUnknown, drawn: random.Random) -> list[Kill]:
-    """So many kills: three of four at edges, each edge once before any is twice."""
-    at_edges = round(count * _AT_EDGES)
+def plan_kills(
+    count: int, policy: OnUnknown, drawn: random.Random, names: Collection[str] = ()
+) -> list[Kill]:
+    """So many kills: three of four at edges, each edge once before any is twice.
+
+    With ``names`` all are at these edges.
+    """
+    edges = [edge for edge in edges_under(policy) if not names or edge.name in names]
+    at_edges = count if names else round(count * _AT_EDGES)
     chosen: list[Edge] = []
     while len(chosen) < at_edges:
-        cycle = list(edges_under(policy))
+        cycle = list(edges)
         drawn.shuffle(cycle)
         chosen += cycle[: at_edges - len(chosen)]
     kills = [Kill(edge) for edge in chosen] + [Kill(None) for _ in range(count - at_edges)]

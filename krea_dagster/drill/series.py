@@ -20,7 +20,7 @@ import anyio.abc
 import anyio.to_thread
 
 from krea_dagster.drill.edges import TASK_EXISTS, Edge
-from krea_dagster.drill.job import Job, Place
+from krea_dagster.drill.job import API_KEY, Job, Place
 from krea_dagster.drill.plan import Kill, Plan, plan_kills
 from krea_dagster.drill.reckoning import Reckoning, ServerTask, body_of, reckon, server_tasks
 from krea_dagster.drill.server import Server
@@ -96,11 +96,11 @@ class Series:
         self._workers = workers
         self._on_progress = on_progress
         self._random = random.Random(f"{plan.seed}:kills")  # noqa: S311 - nothing secret
-        self.plan = plan_kills(plan.kills, plan.on_unknown, self._random)
+        self.plan = plan_kills(plan.kills, plan.on_unknown, self._random, plan.edges)
         self._to_do: deque[Kill | _Step] = deque(_with_episodes(self.plan, plan.episodes))
         self._rows = 0
         self._first_rows = 0  # of those, the ones opened for a kill's first try
-        self._hung_after_s = 60.0 + plan.requests / 4
+        self._hung_after_s = 60.0 + plan.requests / 4 if plan.life_s is None else plan.life_s
         self._ahead_s = [self._host(chain).ahead_s for chain in range(plan.workers)]
         self.kills: Counter[str] = Counter()
         self.random_kills = 0
@@ -318,6 +318,14 @@ class Series:
             ]
         await self._server.calm(self._settings.rates)
 
+    async def _finish_with_other_keys(self) -> None:
+        """Let the account of an episode fetch once more what is its own, and nobody else can."""
+        episode = self._part.episode
+        if episode is not None and episode.api_key != API_KEY:
+            await self._server.calm({})
+            worker = await self._launch(api_key=episode.api_key, setting=False)
+            await self._ended(worker, may_stop=True)
+
     async def _until_bought(self, worker: Worker, posts: int) -> None:
         """Wait until the server has had more purchases than so many, or the worker has ended."""
 
@@ -352,8 +360,11 @@ class Series:
 
     async def finish(self) -> int:
         """Let workers work that are not killed, until nothing changes; returns how often."""
+        await self._finish_with_other_keys()
         await self._server.calm(self._settings.rates)
         self._rows = len(self._requests)
+        for workers in self._workers:  # so that the first does not work alone
+            await workers.ready.wait()
         before: object = None
         for number in range(1, _MOST_PASSES + 1):
             # Where nobody is killed this is where clocks are set.

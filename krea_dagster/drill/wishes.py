@@ -14,6 +14,7 @@ from krea_dagster.drill import edges
 from krea_dagster.drill.plan import Kill
 from krea_dagster.drill.reckoning import Reckoning, reckon, server_tasks
 from krea_dagster.drill.series import Series
+from krea_dagster.drill.worker import STOPPED
 from krea_dagster.drill.workers import KILLED
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event
@@ -71,23 +72,26 @@ class Wishes(Series):
                 return
             row = self._random.choice(list(self._prompts))
             self._wishes[self._prompts[row]] += 1
-            killed = await self._command(row, kill)
-            if killed and self._random.random() < _TWICE:
+            status = await self._command(row, kill)
+            if status == KILLED and self._random.random() < _TWICE:
                 again = Kill(self._random.choice(self.plan).edge)
                 self.plan.append(again)
-                killed = await self._command(row, again)
-            if killed:
-                await self._command(row)
+                status = await self._command(row, again)
+            if status == KILLED:
+                status = await self._command(row)
+            if status == STOPPED:  # it says that the wish is under way: then plainly on with it
+                self.refused += 1
+                await self._command()
             await self._tell("wishing")
 
-    async def _command(self, row: str | None = None, kill: Kill | None = None) -> bool:
-        """Run the command, and tell whether it was killed."""
+    async def _command(self, row: str | None = None, kill: Kill | None = None) -> int:
+        """Run the command, and return its status. A wish may be refused, anything else may not."""
         edge = "" if kill is None or kill.edge is None else kill.edge.name
         worker = await self._launch(again=[] if row is None else [row], edge=edge)
-        killed = await self._ended(worker) == KILLED
-        if killed:
+        status = await self._ended(worker, may_stop=row is not None)
+        if status == KILLED:
             self.kills[edge] += 1
-        return killed
+        return status
 
     async def finish(self) -> int:
         """Run the command once more without a wish."""

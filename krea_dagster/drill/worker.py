@@ -2,9 +2,9 @@
 
 Run as a module it is a fork server: importing the engine takes longer than many a worker lives,
 so it is imported once, and each worker is a fork of it. It reads one JSON object per line,
-``{"start": JOB}`` or ``{"kill": NUMBER}``, and writes ``{"started": NUMBER}`` and
-``{"ended": NUMBER, "status": STATUS}``: an exit code, or a signal's number with a minus. When
-its input ends, it kills what still runs, and ends.
+``{"start": JOB}`` or ``{"kill": NUMBER}``, and writes ``{"ready": PID}`` at first, then
+``{"started": NUMBER}`` and ``{"ended": NUMBER, "status": STATUS}``: an exit code, or a signal's
+number with a minus. When its input ends, it kills what still runs, and ends.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class ForkServer:
         """Work until stdin ends; then kill what still runs."""
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._woken)
+        _say({"ready": os.getpid()})
         gc.freeze()  # what is imported is never collected, so the forks' pages stay shared
         try:
             for line in self._lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class Workers:
         self._process = process
         self._workers: dict[int, Worker] = {}
         self._gone = False
+        self.ready = anyio.Event()  # it has imported what workers need, or is gone
 
     async def start(self, job: Job) -> Worker:
         """Start a worker; returns once it runs. Without a fork server it has failed at once."""
@@ -74,11 +76,15 @@ class Workers:
             for line in lines:
                 self._hear(json.loads(line))
         self._gone = True
+        self.ready.set()
         for worker in self._workers.values():
             worker.started.set()
             worker.ended.set()
 
     def _hear(self, message: dict[str, int]) -> None:
+        if "ready" in message:
+            self.ready.set()
+            return
         if "started" in message:
             self._workers[message["started"]].started.set()
             return
@@ -92,6 +98,15 @@ class Workers:
             await self._process.stdin.send(json.dumps(message).encode() + b"\n")
 
 
+def _environment(folder: Path) -> dict[str, str]:
+    """This process's, but no proxy is between the workers and the emulator, and no TLS.
+
+    The certificates that nobody needs here cost more than most of what a worker does.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "SSL_CERT_FILE"}
+    return {**kept, "NO_PROXY": "*", "no_proxy": "*", "SSL_CERT_DIR": str(folder)}
+
+
 @asynccontextmanager
 async def fork_server(folder: Path, command: Sequence[str] = COMMAND) -> AsyncIterator[Workers]:
     """Start the fork server; leaving kills its workers and ends it."""
@@ -101,6 +116,7 @@ async def fork_server(folder: Path, command: Sequence[str] = COMMAND) -> AsyncIt
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
+            env=_environment(folder),
             start_new_session=True,  # Ctrl-C ends the drill, which then ends these
         )
     workers = Workers(process)

@@ -258,7 +258,7 @@ def _no_small_disk() -> str:
 # -- all of them ------------------------------------------------------------------------------
 
 _AWAY: Final = Host("krea-drill-a"), Host("krea-drill-b", ahead_s=120.0)
-_SLOW: Final[Sequence[Script]] = (("delay_create", 1_000_000, 0.3),)
+_SLOW: Final[Sequence[Script]] = (("delay_create", 1_000_000, 0.6),)
 
 #: Every world by its name; the plain one is the first.
 WORLDS: Final[Mapping[str, World]] = {
