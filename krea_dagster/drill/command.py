@@ -193,7 +193,7 @@ def _drill_worlds(plan: Plan, worlds: Sequence[str], folder: Path, *, as_json: b
             click.echo()
 
     async def hold_all() -> None:
-        # Workers mostly wait, so that two drills take little longer than one.
+        # Workers mostly wait, so that three drills take little longer than one.
         places = anyio.CapacityLimiter(_AT_ONCE)
         async with anyio.create_task_group() as group:
             for number in range(len(parts)):
@@ -216,7 +216,7 @@ def _drill_worlds(plan: Plan, worlds: Sequence[str], folder: Path, *, as_json: b
 
 
 #: Drills of worlds that are held at the same time.
-_AT_ONCE: Final = 2
+_AT_ONCE: Final = 3
 
 _HEADINGS: Final = (
     "world", "requests", "kills", "created", "twice", "lost", "unknown", "refused", ""

@@ -100,7 +100,7 @@ class Series:
         self._to_do: deque[Kill | _Step] = deque(_with_episodes(self.plan, plan.episodes))
         self._rows = 0
         self._first_rows = 0  # of those, the ones opened for a kill's first try
-        self._hung_after_s = 60.0 + plan.requests / 4 if plan.life_s is None else plan.life_s
+        self._hung_after_s = 60.0 + plan.requests / 10 if plan.life_s is None else plan.life_s
         self._ahead_s = [self._host(chain).ahead_s for chain in range(plan.workers)]
         self.kills: Counter[str] = Counter()
         self.random_kills = 0

@@ -28,7 +28,7 @@ PLAN = Plan(requests=24, kills=5, rates=dict.fromkeys(KILL_FAULTS, 0.01), life_s
 NOT_YET = {
     ("two-hosts", 0): "a host whose clock is behind waits for the other's dead runs (A2, M4)",
     ("two-hosts", 1): "a host whose clock is ahead takes a living run over (A2, M4)",
-    ("clock", 0): "an intent of tomorrow is repeated (M6)",
+    ("clock", 0): "an intent of tomorrow is repeated (M6), and its task is never asked about",
     ("backup", 0): "an older journal buys again what is at hand (M3)",
     ("unmounted", 0): "an empty root makes every image paid and lost (L1)",
     ("foreign-key", 0): "unknown purchases are repeated with another account's key (A8, L3)",
