@@ -281,6 +281,8 @@ class _Lines:
         self._next_s = now_s + (0.2 if self._terminal else _LINE_EVERY_S)
         kills = f"{progress.kills} of {self._plan.kills} kills, " if self._plan.kills else ""
         images = f"{progress.stored} of {self._plan.requests} images"
+        if self._plan.part.wishes:
+            kills, images = "", f"{progress.kills} kills, {progress.stored} images"
         text = f"{self._where}{progress.doing}: {kills}{images}"
         click.echo(f"\r\x1b[K{text}" if self._terminal else text, err=True, nl=not self._terminal)
 

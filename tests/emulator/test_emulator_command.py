@@ -47,8 +47,8 @@ def test_help_names_every_option_and_how_a_fault_is_written() -> None:
     for option in (
         "--host", "--port", "--api-key", "--state", "--latency-s", "--latency-jitter", "--fault",
         "--credits", "--max-concurrent", "--rate", "--no-idempotency", "--no-batch",
-        "--other-key", "--foreign-tasks", "--callbacks-to-private", "--callback-ca", "--until-unlocked", "--ready-file",
-        "NAME=VALUE", "[emulator: refuse]",
+        "--other-key", "--foreign-tasks", "--callbacks-to-private", "--callback-ca",
+        "--until-unlocked", "--ready-file", "NAME=VALUE", "[emulator: refuse]",
     ):  # fmt: skip
         assert option in result.output
 
