@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from krea_dagster.drill.reckoning import Fate
+from krea_dagster.drill.worlds import WORLDS, Part
 from krea_dagster.models import credits_from_units
 
 if TYPE_CHECKING:
-    from krea_dagster.drill.run import Outcome, Plan, Progress
+    from krea_dagster.drill.plan import Plan
+    from krea_dagster.drill.run import Outcome
+    from krea_dagster.drill.series import Progress
 
 _EPILOG: Final = """
 \b
@@ -28,11 +31,24 @@ _EPILOG: Final = """
   krea-dagster drill --storm --requests 2000        every fault at once, no kills
   krea-dagster drill --kills 0 --workers 2 --requests 500 --faults 0
                                                     two processes, the same rows
+  krea-dagster drill --world backup --world clock --requests 60 --kills 16
+                                                    two worlds, half a minute each
+  krea-dagster drill --world all --requests 1000 --kills 200
+                                                    every world, a quarter of an hour
+
+\b
+Worlds, each drilled for so many requests and kills:
+{worlds}
+
+\b
+In most a worker between the others meets what the world is named for, and
+others then finish what is open. Where it stops with a clear error before it
+asked for a purchase, that is counted as refused, and right.
 
 \b
 Exit codes: 0 nothing was bought twice or lost (under replay, nothing is unknown
 either), 1 otherwise, 2 wrong use.
-"""
+""".format(worlds="\n".join(f"  {name:12} {world.says}" for name, world in WORLDS.items()))
 
 _LINE_EVERY_S: Final = 5.0
 
@@ -72,6 +88,13 @@ _LINE_EVERY_S: Final = 5.0
     help="Share of requests that each kind of server fault strikes.  [default: 0.01; 0.05 with "
     "--storm]",
 )
+@click.option(
+    "--world",
+    "worlds",
+    multiple=True,
+    type=click.Choice([*WORLDS, "all"]),
+    help="Where the drill is held, see below; may be repeated.  [default: plain]",
+)
 @click.option("--storm", is_flag=True, help="No kills, and every kind of server fault at once.")
 @click.option("--seed", default=0, show_default=True, help="Seed of prompts, kills and faults.")
 @click.option(
@@ -88,6 +111,7 @@ def drill_command(
     on_unknown: str,
     idempotency: bool | None,
     faults: float | None,
+    worlds: Sequence[str],
     storm: bool,
     seed: int,
     keep: Path | None,
@@ -103,14 +127,14 @@ def drill_command(
         raise click.UsageError("the drill needs fork and SIGKILL, which Windows does not have")
     if storm and kills:
         raise click.UsageError("--storm kills nothing; leave out --kills")
-    import anyio  # noqa: PLC0415 - keeps --help quick
-
-    from krea_dagster.drill import run  # noqa: PLC0415 - as above
+    if storm and worlds:
+        raise click.UsageError("--storm is a drill of its own; leave out --world")
+    from krea_dagster.drill import plan as plans  # noqa: PLC0415 - keeps --help quick
 
     held = on_unknown == "hold"
     share = faults if faults is not None else (0.05 if storm else 0.01)
-    names = run.STORM_FAULTS if storm else run.KILL_FAULTS
-    plan = run.Plan(
+    names = plans.STORM_FAULTS if storm else plans.KILL_FAULTS
+    plan = plans.Plan(
         requests=requests,
         kills=0 if storm else 60 if kills is None else kills,
         workers=workers,
@@ -126,28 +150,128 @@ def drill_command(
             keep.mkdir(parents=True, exist_ok=True)
             if any(keep.iterdir()):
                 raise click.UsageError(f"{keep} is not empty; give a folder that is new or empty")
-        lines = _Lines(plan)
-        try:
-            outcome = anyio.run(run.drill, plan, keep.absolute(), lines)
-        finally:
-            lines.end()
-        figures = figures_of(plan, outcome)
-        (keep / "drill.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        if as_json:
-            click.echo(json.dumps(figures, indent=1))
+        if worlds:
+            passed = _drill_worlds(plan, worlds, keep.absolute(), as_json=as_json)
         else:
-            _show(plan, outcome)
-        if outcome.crashed:
-            click.echo((keep / "workers.log").read_text(encoding="utf-8")[-4000:], err=True)
-    sys.exit(1 if outcome.faults else 0)
+            passed = _drill_plain(plan, keep.absolute(), as_json=as_json)
+    sys.exit(0 if passed else 1)
+
+
+def _drill_plain(plan: Plan, folder: Path, *, as_json: bool) -> bool:
+    """Hold one drill, print what came of it, and tell whether it was passed."""
+    import anyio  # noqa: PLC0415 - keeps --help quick
+
+    outcome = anyio.run(_drilled, plan, folder)
+    figures = figures_of(plan, outcome)
+    _write(figures, folder, as_json=as_json)
+    if not as_json:
+        _show(plan, outcome)
+    return not outcome.faults
+
+
+def _drill_worlds(plan: Plan, worlds: Sequence[str], folder: Path, *, as_json: bool) -> bool:
+    """Hold the drill in each world, print what came of each, and tell whether all were passed."""
+    import anyio  # noqa: PLC0415 - keeps --help quick
+
+    wanted = list(WORLDS) if "all" in worlds else list(dict.fromkeys(worlds))
+    lacking = {name: WORLDS[name].lacking() for name in wanted}
+    parts = [(name, part) for name in wanted if not lacking[name] for part in WORLDS[name].parts]
+    plans = [plan.of(part) for _, part in parts]
+    outcomes: dict[int, Outcome] = {}
+
+    async def hold(number: int, places: anyio.CapacityLimiter) -> None:
+        name, part = parts[number]
+        within = folder / f"{number + 1}-{name}"
+        within.mkdir()
+        async with places:
+            outcome = await _drilled(plans[number], within, f"{name}: ")
+        outcomes[number] = outcome
+        if not as_json:
+            said = f", {part.says}" if part.says else ""
+            click.echo(f"{name}{said}: {WORLDS[name].says}.")
+            _show(plans[number], outcome, edges=False)
+            click.echo()
+
+    async def hold_all() -> None:
+        # Workers mostly wait, so that three drills take little longer than one.
+        places = anyio.CapacityLimiter(_AT_ONCE)
+        async with anyio.create_task_group() as group:
+            for number in range(len(parts)):
+                group.start_soon(hold, number, places)
+
+    anyio.run(hold_all)
+    told: list[dict[str, Any]] = [
+        {"world": name, "part": part.says, **figures_of(plans[number], outcomes[number])}
+        for number, (name, part) in enumerate(parts)
+    ]
+    skipped = {name: why for name, why in lacking.items() if why}
+    passed = not any(outcome.faults for outcome in outcomes.values())
+    _write({"passed": passed, "worlds": told, "skipped": skipped}, folder, as_json=as_json)
+    if not as_json:
+        lines = [_line(name, part, outcomes[at]) for at, (name, part) in enumerate(parts)]
+        _columns([_HEADINGS, *lines])
+        for name, why in skipped.items():
+            click.echo(f"  {name}: skipped, it {why}")
+    return passed
+
+
+#: Drills of worlds that are held at the same time.
+_AT_ONCE: Final = 3
+
+_HEADINGS: Final = (
+    "world", "requests", "kills", "created", "twice", "lost", "unknown", "refused", ""
+)  # fmt: skip
+
+
+def _line(name: str, part: Part, outcome: Outcome) -> tuple[str, ...]:
+    """A drill in one line."""
+    found = outcome.reckoning
+    counts = (
+        found.requests,
+        sum(outcome.kills.values()) + outcome.random_kills,
+        found.created,
+        len(found.bought_twice),
+        len(found.of(Fate.LOST)),
+        len(found.unknown),
+    )
+    refused = f"{outcome.refused} of {outcome.episodes}" if outcome.episodes else ""
+    verdict = f"FAILED: {'; '.join(outcome.faults)}" if outcome.faults else "passed"
+    said = f"{name}, {part.says}" if part.says else name
+    return said, *map(str, counts), refused, verdict
+
+
+async def _drilled(plan: Plan, folder: Path, where: str = "") -> Outcome:
+    """Hold one drill, and tell of its progress."""
+    from krea_dagster.drill.run import drill  # noqa: PLC0415 - keeps --help quick
+
+    lines = _Lines(plan, where)
+    try:
+        outcome = await drill(plan, folder, lines)
+    finally:
+        lines.end()
+    if outcome.crashed:
+        said = (folder / "workers.log").read_text(encoding="utf-8")
+        click.echo(said[-4000:], err=True)
+    return outcome
+
+
+def _write(figures: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+    text = json.dumps(figures, indent=1)
+    (folder / "drill.json").write_text(text, encoding="utf-8")
+    if as_json:
+        click.echo(text)
 
 
 class _Lines:
-    """Progress, a line every few seconds; on a terminal one line that is written over."""
+    """Progress, a line every few seconds; on a terminal one line that is written over.
 
-    def __init__(self, plan: Plan) -> None:
+    ``where`` tells the lines of several drills apart, which are not written over.
+    """
+
+    def __init__(self, plan: Plan, where: str) -> None:
         self._plan = plan
-        self._terminal = sys.stderr.isatty()
+        self._where = where
+        self._terminal = sys.stderr.isatty() and not where
         self._next_s = 0.0
 
     def __call__(self, progress: Progress) -> None:
@@ -156,7 +280,10 @@ class _Lines:
             return
         self._next_s = now_s + (0.2 if self._terminal else _LINE_EVERY_S)
         kills = f"{progress.kills} of {self._plan.kills} kills, " if self._plan.kills else ""
-        text = f"{progress.doing}: {kills}{progress.stored} of {self._plan.requests} images"
+        images = f"{progress.stored} of {self._plan.requests} images"
+        if self._plan.part.wishes:
+            kills, images = "", f"{progress.kills} kills, {progress.stored} images"
+        text = f"{self._where}{progress.doing}: {kills}{images}"
         click.echo(f"\r\x1b[K{text}" if self._terminal else text, err=True, nl=not self._terminal)
 
     def end(self) -> None:
@@ -178,6 +305,7 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "seed": plan.seed,
         "requests": found.requests,
         "submitted": found.submitted,
+        "created": found.created,
         "billed": found.billed,
         "credits_billed": credits_from_units(found.billed_units),
         "credits_in_journal": credits_from_units(found.journal_units),
@@ -186,6 +314,8 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "lost": list(found.of(Fate.LOST)),
         "bought_twice": list(found.bought_twice),
         "charged_and_not_in_journal": list(found.unrecorded),
+        "disowned": list(found.disowned),
+        "overwritten": list(outcome.overwritten),
         "undelivered": list(found.of(Fate.UNDELIVERED)),
         "unknown": [
             {
@@ -208,6 +338,9 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "kills_missed": outcome.kills_missed,
         "edges_never_reached": list(outcome.never_reached),
         "edges_not_planned": list(outcome.not_planned),
+        "episodes": outcome.episodes,
+        "episodes_refused": outcome.refused,
+        "episodes_stopped": outcome.stopped,
         "workers_started": outcome.launches,
         "workers_crashed": list(outcome.crashed),
         "workers_hung": list(outcome.hung),
@@ -216,7 +349,7 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _show(plan: Plan, outcome: Outcome) -> None:
+def _show(plan: Plan, outcome: Outcome, *, edges: bool = True) -> None:
     """Print the figures for people."""
     honours = "honours" if plan.honours_key else "ignores"
     click.echo(f"Policy {plan.on_unknown}; a server that {honours} the Idempotency-Key.")
@@ -224,7 +357,8 @@ def _show(plan: Plan, outcome: Outcome) -> None:
         share = max(plan.rates.values())
         click.echo(f"Each of {len(plan.rates)} kinds of server fault strikes {share:.1%}.")
     _columns(_totals(outcome, figures_of(plan, outcome)))
-    _show_edges(plan, outcome)
+    if edges:
+        _show_edges(plan, outcome)
     if outcome.reckoning.unknown:
         click.echo("\nUnknown outcomes:")
         _columns(
@@ -250,6 +384,7 @@ def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
     always = [
         ("requests", found.requests, ""),
         ("submitted", found.submitted, "POSTs"),
+        ("created", found.created, "tasks"),
         ("billed", found.billed, f"tasks, {figures['credits_billed']:g} credits, {unexplained}"),
         ("delivered", len(found.of(Fate.DELIVERED)), "files whose sha256 is the server's"),
         ("lost", len(found.of(Fate.LOST)), "charged, not at hand, not at stake in the journal"),
@@ -258,6 +393,8 @@ def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
     sometimes = [
         ("unrecorded", len(found.unrecorded), "charged tasks that the journal does not know"),
+        ("disowned", len(found.disowned), "at hand, and the journal says that they are not"),
+        ("overwritten", len(outcome.overwritten), "at hand, and written again in an episode"),
         ("undelivered", len(found.of(Fate.UNDELIVERED)), "charged, could be had, not at hand"),
         ("forgotten", len(found.of(Fate.FORGOTTEN)), f"{forgotten}, expired in the journal"),
         ("failed", len(found.of(Fate.FAILED)), "tasks failed, not charged"),
@@ -266,6 +403,7 @@ def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
         ("never bought", len(found.of(Fate.NEVER_BOUGHT)), ""),
         ("crashed", len(outcome.crashed), "workers that ended with an error"),
         ("hung", len(outcome.hung), "workers that did not end"),
+        ("episodes", outcome.episodes, _episodes(outcome)),
     ]
     at_edges = sum(outcome.kills.values())
     kills = f"{at_edges} at {len(outcome.kills)} edges, {outcome.random_kills} at random times"
@@ -279,6 +417,12 @@ def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
     )
     shown = [(name, f"{count:>7}", words) for name, count, words in rows]
     return [*shown, ("seconds", f"{outcome.seconds:>7.1f}", "")]
+
+
+def _episodes(outcome: Outcome) -> str:
+    on = outcome.episodes - outcome.refused - outcome.stopped
+    refused, stopped = outcome.refused, outcome.stopped
+    return f"of which the odd worker refused {refused}, stopped in {stopped}, worked in {on}"
 
 
 def _show_edges(plan: Plan, outcome: Outcome) -> None:

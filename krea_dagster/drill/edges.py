@@ -41,7 +41,8 @@ class Edge:
     life passes it. ``first_only`` says that a worker is to be killed at its first passage,
     because there is only one, or because each costs an image. ``file_missing`` asks for a
     stored file to be deleted before, ``resolves`` for an unknown outcome that a person decides.
-    ``policies`` are those under which it can be reached.
+    ``policies`` are those under which it can be reached. At one that is ``outside`` the worker
+    cannot kill itself: the server says that it is there, and the drill kills it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Edge:
     file_missing: bool = False
     resolves: bool = False
     policies: tuple[OnUnknown, ...] = ("replay", "hold")
+    outside: bool = False
 
 
 def before(event: Event) -> str:
@@ -74,6 +76,7 @@ AFTER_CLAIM: Final = "after the claim"
 BEFORE_RELEASE: Final = "before the claims are given up"
 AFTER_RELEASE: Final = "after the claims are given up"
 BEFORE_POST: Final = "before the POST leaves"
+UNANSWERED: Final = "task exists, answer not sent"
 TASK_EXISTS: Final = "task exists, answer unread"
 BEFORE_READ: Final = "before a read of tasks"
 AFTER_READ: Final = "read answered, answer unread"
@@ -89,6 +92,7 @@ _ELSEWHERE: Final = (
     Edge(BEFORE_CLAIM, first_only=True),
     Edge(AFTER_CLAIM, first_only=True),
     Edge(BEFORE_POST),
+    Edge(UNANSWERED, faults=("delay_create",), first_only=True, outside=True),
     Edge(TASK_EXISTS),
     Edge(BEFORE_READ),
     Edge(AFTER_READ),

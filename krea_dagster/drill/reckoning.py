@@ -105,16 +105,19 @@ class Reckoning:
     task that was charged or may still be. ``unrecorded`` are the ids of charged tasks that the
     journal does not know, and holds no unknown outcome for. ``journal_units`` is what the
     journal has down as charged; ``unexplained_units`` what the server charged beyond that, the
-    unknown outcomes, and what it has forgotten.
+    unknown outcomes, and what it has forgotten. ``created`` counts tasks, ``disowned`` are requests
+    whose right file is at hand while the journal says that it is not.
     """
 
     requests: int
     submitted: int
+    created: int
     billed: int
     billed_units: int
     fates: Mapping[Fate, Sequence[str]]
     bought_twice: Sequence[str]
     unrecorded: Sequence[str]
+    disowned: Sequence[str]
     unknown: Sequence[Unknown]
     forgotten_units: int
     journal_units: int
@@ -129,15 +132,20 @@ class Reckoning:
         """What the unknown outcomes cost at most."""
         return sum(one.credits_units for one in self.unknown)
 
-    def faults(self, policy: OnUnknown) -> list[str]:
-        """What must not be, in words; empty where the drill is passed."""
+    def faults(self, policy: OnUnknown, *, unknown_is_right: bool = False) -> list[str]:
+        """What must not be, in words; empty where the drill is passed.
+
+        An unknown outcome is right under hold, and where no clock says how old it is.
+        """
+        unknown = 0 if unknown_is_right or policy == "hold" else len(self.unknown)
         found = [
             (len(self.bought_twice), "bought twice"),
             (len(self.of(Fate.LOST)), "lost"),
             (len(self.unrecorded), "charged and not in the journal"),
             (len(self.of(Fate.UNDELIVERED)), "charged, could be had, and not delivered"),
             (len(self.of(Fate.NEVER_BOUGHT)), "never bought"),
-            (len(self.unknown) if policy == "replay" else 0, "unknown"),
+            (len(self.disowned), "at hand, and the journal says that it is not"),
+            (unknown, "unknown"),
             (credits_from_units(self.unexplained_units), "credits unexplained"),
         ]
         return [f"{count:g} {words}" for count, words in found if count]
@@ -165,8 +173,14 @@ def reckon(
     tasks: Sequence[ServerTask],
     records: Mapping[str, Record],
     files: Mapping[str, str],
+    *,
+    adopts: bool = False,
 ) -> Reckoning:
-    """Compare. ``files`` are the hashes of the files on disk, by request key."""
+    """Compare. ``files`` are the hashes of the files on disk, by request key.
+
+    With ``adopts`` the journal may hold an image as stored without a purchase: it has found the
+    file. What that one cost is explained by the file.
+    """
     by_body: dict[Body, list[ServerTask]] = {}
     for task in tasks:
         by_body.setdefault(task.body, []).append(task)
@@ -174,6 +188,8 @@ def reckon(
     fates: dict[Fate, list[str]] = {}
     unknown = []
     unrecorded = {task.task_id for task in tasks if task.charged_units > 0}
+    disowned = []
+    adopted_units = 0
     journal_units = sum(record.charged_units or 0 for record in records.values())
     forgotten_units = unknown_units = 0
     for request in requests:
@@ -189,12 +205,18 @@ def reckon(
             unknown_units += sum(task.charged_units for task in own)
         elif record is not None:
             unrecorded -= {str(record.task_id)}
+        if fate is Fate.DELIVERED and (record is None or record.state is not State.STORED):
+            disowned.append(key)
+        elif adopts and fate is Fate.DELIVERED and record is not None and record.task_id is None:
+            unrecorded -= {task.task_id for task in own}
+            adopted_units += sum(task.charged_units for task in own) - (record.charged_units or 0)
         if fate is Fate.FORGOTTEN:
             forgotten_units += sum(task.charged_units for task in own)
     billed_units = sum(task.charged_units for task in tasks)
     return Reckoning(
         requests=len(requests),
         submitted=submitted,
+        created=len(tasks),
         billed=sum(task.charged_units > 0 for task in tasks),
         billed_units=billed_units,
         fates=fates,
@@ -204,10 +226,15 @@ def reckon(
             if sum(task.counts for task in by_body.get(body_of(request), [])) > 1
         ],
         unrecorded=sorted(unrecorded),
+        disowned=disowned,
         unknown=unknown,
         forgotten_units=forgotten_units,
         journal_units=journal_units,
-        unexplained_units=billed_units - journal_units - forgotten_units - unknown_units,
+        unexplained_units=billed_units
+        - journal_units
+        - forgotten_units
+        - unknown_units
+        - adopted_units,
     )
 
 

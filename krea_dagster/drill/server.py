@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from krea_dagster.drill.job import API_KEY
+from krea_dagster.drill.job import API_KEY, OTHER_API_KEY
 from krea_dagster.errors import KreaError
 
 _CREDITS: Final = 10_000_000
@@ -32,10 +32,20 @@ class Server:
         answer = await self._http.get("/emulator/books")
         return dict(answer.raise_for_status().json())
 
-    async def script(self, fault: str, times: int) -> None:
-        """Have a fault strike the next requests of its kind."""
-        wanted = {"script": [{"name": fault, "n": times}]}
+    async def posts(self) -> int:
+        """How many purchases were asked for, whatever the answers."""
+        answer = await self._http.get("/emulator/books", params={"tasks": "0"})
+        return int(answer.raise_for_status().json()["submit_posts"])
+
+    async def script(self, fault: str, times: int, arg: float | None = None) -> None:
+        """Have a fault strike the next requests of its kind; ``arg`` refines it."""
+        wanted = {"script": [{"name": fault, "n": times, "arg": arg}]}
         (await self._http.post("/emulator/faults", json=wanted)).raise_for_status()
+
+    async def has_struck(self) -> bool:
+        """Whether every scripted fault has struck as often as it was to."""
+        answer = await self._http.get("/emulator/faults")
+        return not answer.raise_for_status().json()["unconsumed"]
 
     async def calm(self, rates: Mapping[str, float]) -> None:
         """Forget the scripted faults that have not struck, and set these rates anew."""
@@ -67,6 +77,8 @@ async def emulator(
                 "--port=0",
                 f"--state={folder / 'emulator'}",
                 f"--api-key={API_KEY}",
+                f"--other-key={OTHER_API_KEY}",
+                "--foreign-tasks=unknown",
                 f"--credits={_CREDITS}",
                 f"--latency-s={latency_s}",
                 f"--seed={seed}",

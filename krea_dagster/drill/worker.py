@@ -1,206 +1,52 @@
-"""The drill's worker process: the engine as it is, and the places where it kills itself.
-
-What is exchanged for the drill are subclasses of the journal, the storage and the client, which
-do exactly what their parents do and count how often an edge is passed.
+"""The drill's worker process: the engine as production runs it, and where it kills itself.
 
 Run as a module it is a fork server: importing the engine takes longer than many a worker lives,
 so it is imported once, and each worker is a fork of it. It reads one JSON object per line,
-``{"start": JOB}`` or ``{"kill": NUMBER}``, and writes ``{"started": NUMBER}`` and
-``{"ended": NUMBER, "status": STATUS}``: an exit code, or a signal's number with a minus. When
-its input ends, it kills what still runs, and ends.
+``{"start": JOB}`` or ``{"kill": NUMBER}``, and writes ``{"ready": PID}`` at first, then
+``{"started": NUMBER}`` and ``{"ended": NUMBER, "status": STATUS}``: an exit code, or a signal's
+number with a minus. When its input ends, it kills what still runs, and ends.
 """
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import importlib
 import json
 import os
-import random
 import select
 import signal
 import sys
-import threading
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from datetime import datetime
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
-
-from krea_dagster.api.client import KreaClient
-from krea_dagster.api.files import Download, Sink
-from krea_dagster.drill import edges
-from krea_dagster.drill.job import API_KEY, PARTITION, Job, journal_url, read_requests, storage_root
-from krea_dagster.engine.changes import Change
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.policy import Policy
-from krea_dagster.engine.record import Record
+from krea_dagster.drill.drilled import DrilledClient, Life, MakeClient, drilled_resource
+from krea_dagster.drill.job import PARTITION, Job, read_requests
 from krea_dagster.engine.resolution import parse_resolution
-from krea_dagster.engine.runner import Runner, Wanted
-from krea_dagster.engine.storage import Storage
-from krea_dagster.models import ImageRequest
+from krea_dagster.engine.runner import Wanted
+from krea_dagster.errors import ConfigError, JournalError, StorageError
 
-_CREATE: Final = "/v1/images/generations"
-_TASKS: Final = "/v1/tasks"
-
-
-class Guard:
-    """Kills this process when it passes one edge for the n-th time. Thread-safe."""
-
-    def __init__(self, edge: str, passage: int) -> None:
-        self._edge = edge
-        self._left = passage
-        self._lock = threading.Lock()
-
-    def passing(self, edge: str) -> None:
-        """Say that an edge is passed now."""
-        if edge != self._edge:
-            return
-        with self._lock:
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DrilledJournal(Journal):
-    """The journal, with an edge before and after each commit."""
-
-    def __init__(self, url: str, guard: Guard) -> None:
-        super().__init__(url)
-        self._guard = guard
-
-    def plan(self, wanted: Iterable[tuple[ImageRequest, str]], *, run_id: str, at: datetime) -> int:
-        """Enter new requests."""
-        self._guard.passing(edges.BEFORE_PLANNED)
-        added = super().plan(wanted, run_id=run_id, at=at)
-        self._guard.passing(edges.AFTER_PLANNED)
-        return added
-
-    def claim(self, keys: Iterable[str], owner: str, at: datetime) -> set[str]:
-        """Claim requests."""
-        self._guard.passing(edges.BEFORE_CLAIM)
-        mine = super().claim(keys, owner, at)
-        self._guard.passing(edges.AFTER_CLAIM)
-        return mine
-
-    def release(self, owner: str) -> None:
-        """Give up all claims."""
-        self._guard.passing(edges.BEFORE_RELEASE)
-        super().release(owner)
-        self._guard.passing(edges.AFTER_RELEASE)
-
-    def append(self, changes: Sequence[Change], **keywords: Any) -> list[Any]:
-        """Write events. A kill before the commit takes the whole group with it."""
-        for change in changes:
-            self._guard.passing(edges.before(change.event))
-        answers = super().append(changes, **keywords)
-        for change, answer in zip(changes, answers, strict=True):
-            if isinstance(answer, Record):
-                self._guard.passing(edges.after(change.event))
-        return answers
-
-
-class DrilledStorage(Storage):
-    """The storage, with an edge before and after a file gets its name."""
-
-    def __init__(self, root: str, guard: Guard) -> None:
-        super().__init__(root)
-        self._guard = guard
-
-    def publish(self, temporary: Path, name: str) -> None:
-        """Give a finished file its name."""
-        self._guard.passing(edges.BEFORE_RENAME)
-        super().publish(temporary, name)
-        self._guard.passing(edges.AFTER_RENAME)
-
-
-class DrilledTransport(httpx.AsyncHTTPTransport):
-    """httpx's own transport, with edges before a request leaves and before its answer is read.
-
-    By the second, the emulator has committed what it answers: it does so before the first byte.
-    """
-
-    def __init__(self, guard: Guard) -> None:
-        super().__init__(limits=httpx.Limits(max_connections=16, max_keepalive_connections=16))
-        self._guard = guard
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request."""
-        path = request.url.path
-        if path == _CREATE:
-            self._guard.passing(edges.BEFORE_POST)
-        elif path.startswith(_TASKS):
-            self._guard.passing(edges.BEFORE_READ)
-        response = await super().handle_async_request(request)
-        if path == _CREATE and response.status_code == httpx.codes.OK:
-            self._guard.passing(edges.TASK_EXISTS)
-        elif path.startswith(_TASKS):
-            self._guard.passing(edges.AFTER_READ)
-        return response
-
-
-class DrilledClient(KreaClient):
-    """The client, with edges around a download and in the midst of it."""
-
-    def __init__(self, url: str, guard: Guard) -> None:
-        super().__init__(
-            API_KEY,
-            base_url=url,
-            transport=DrilledTransport(guard),
-            transport_reports_unsent=True,  # it is httpx's own
-        )
-        self._guard = guard
-
-    async def download(
-        self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int
-    ) -> Download:
-        """Fetch a result link to a sink."""
-        write = sink if callable(sink) else sink.write
-
-        def through(piece: bytes) -> object:
-            written = write(piece)
-            self._guard.passing(edges.DURING_DOWNLOAD)
-            return written
-
-        self._guard.passing(edges.BEFORE_DOWNLOAD)
-        done = await super().download(url, sink=through, max_bytes=max_bytes)
-        self._guard.passing(edges.AFTER_DOWNLOAD)
-        return done
-
-
-#: Makes a worker's client.
-MakeClient = Callable[[str, Guard], KreaClient]
+#: The exit code of a worker that has stopped with an error for the person who reads it.
+STOPPED: Final = 3
 
 
 def carry(job: Job, make_client: MakeClient = DrilledClient) -> None:
     """Live one life: carry the job's rows as far as they go, and say on stderr how it ended."""
-    folder = Path(job.folder)
-    guard = Guard(job.edge, job.passage)
+    krea = drilled_resource(Life.of(job), make_client)
+    if job.again is not None:
+        from krea_dagster.drill.again import ask_again  # noqa: PLC0415 - it needs all of Dagster
 
-    @asynccontextmanager
-    async def connect() -> AsyncIterator[KreaClient]:
-        async with make_client(job.url, guard) as client:
-            yield client
-
-    runner = Runner(
-        connect=connect,
-        journal=DrilledJournal(journal_url(folder), guard),
-        images=ImageStore(DrilledStorage(str(storage_root(folder)), guard)),
+        ask_again(job, krea)
+        return
+    wanted = [Wanted(request, PARTITION) for request in read_requests(Path(job.folder))[: job.rows]]
+    report = krea.carry(
+        wanted,
         run_id=f"worker-{job.number}",
-        policy=Policy(**job.policy),
-        max_in_flight=job.max_in_flight,
         resolutions={key: parse_resolution(text) for key, text in job.resolutions.items()},
-        randomness=random.Random(f"{job.seed}:{job.number}"),  # noqa: S311 - nothing secret
-        latencies=Latencies.known({"1K": job.latency_s}),
     )
-    wanted = [Wanted(request, PARTITION) for request in read_requests(folder)[: job.rows]]
-    report = asyncio.run(runner.run(wanted))
     ended = {
         "worker": job.number,
         "seconds": round(report.seconds, 3),
@@ -228,6 +74,7 @@ class ForkServer:
         """Work until stdin ends; then kill what still runs."""
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._woken)
+        _say({"ready": os.getpid()})
         gc.freeze()  # what is imported is never collected, so the forks' pages stay shared
         try:
             for line in self._lines():
@@ -258,6 +105,8 @@ class ForkServer:
                 yield from lines
 
     def _start(self, job: Job) -> None:
+        if job.again is not None:  # once, and not in each fork
+            importlib.import_module("krea_dagster.drill.again")
         process = os.fork()
         if process == 0:
             os._exit(self._live(job))
@@ -272,6 +121,10 @@ class ForkServer:
             os.close(descriptor)
         try:
             carry(job, self._make_client)
+        except (ConfigError, JournalError, StorageError) as error:
+            kind = type(error).__name__
+            print(f"worker {job.number} stopped: {kind}: {error}", file=sys.stderr)  # noqa: T201 - its log
+            return STOPPED
         except BaseException:  # noqa: BLE001 - whatever it is, the drill must hear of it
             print(f"worker {job.number} at {job.edge!r}:", file=sys.stderr)  # noqa: T201 - its log
             traceback.print_exc()
@@ -291,7 +144,9 @@ class ForkServer:
                 process, status = os.waitpid(-1, 0 if block else os.WNOHANG)
                 if process == 0:
                     return
-                number = self._workers.pop(process)
+                number = self._workers.pop(process, None)
+                if number is None:
+                    continue  # a stranger's child, which the first process of a namespace inherits
                 _say({"ended": number, "status": os.waitstatus_to_exitcode(status)})
 
 

@@ -149,6 +149,10 @@ class Emulation:
         marked = _markers(order.prompt)
         refuse = faults.of_kind(marked, "create")
         chosen = refuse[0] if refuse else self.world.choose("create", order.prompt)
+        if chosen is not None and chosen.fault.effect == "conflict":
+            if key is not None:
+                self.world.take_key(account, key)
+            chosen = None  # the order itself now meets the key as it is
         if chosen is not None and not chosen.fault.after:
             return self._strike("create", chosen, call.request)
         kept = faults.of_kind(marked, "task")

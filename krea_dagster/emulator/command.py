@@ -95,6 +95,20 @@ def _certificates(
     help="Credits of the account when it is made; a kept state keeps its own.",
 )
 @click.option(
+    "--other-key",
+    "other_keys",
+    multiple=True,
+    metavar="KEY",
+    help="The key of a further account, with as many credits; may be repeated.",
+)
+@click.option(
+    "--foreign-tasks",
+    default="denied",
+    show_default=True,
+    type=click.Choice(["denied", "unknown"]),
+    help="What a read of another account's task is told: 403, or 404 as for one that is not.",
+)
+@click.option(
     "--max-concurrent",
     type=click.IntRange(min=1),
     help="Unfinished tasks beyond which the answer is 429. [default: no limit]",
@@ -147,6 +161,8 @@ def emulator_command(
     latency_jitter: float,
     wishes: list[object],
     credits: float,
+    other_keys: tuple[str, ...],
+    foreign_tasks: str,
     max_concurrent: int | None,
     rate: float | None,
     idempotency: bool,
@@ -179,6 +195,8 @@ def emulator_command(
             emulator = server.Emulator(
                 api_key=api_key,
                 credits=credits,
+                other_accounts=dict.fromkeys(other_keys, credits),
+                denies_foreign_tasks=foreign_tasks == "denied",
                 state=state,
                 host=host,
                 port=port,

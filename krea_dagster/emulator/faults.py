@@ -199,6 +199,14 @@ def _create_faults() -> Iterator[Fault]:
         after=True,
     )
     yield Fault(
+        "idempotency_conflict",
+        "create",
+        "conflict",
+        "409: the key of a first submission counts as used for another body, for good; no task is "
+        "created, and a key that has created one is not struck",
+        409,
+    )
+    yield Fault(
         "ignore_idempotency",
         "create",
         "ignore_idempotency",

@@ -76,6 +76,7 @@ class Emulator:
         batch: bool = True,
         task_lifetime_s: float | None = None,
         link_lifetime_s: float = LINK_LIFETIME_S,
+        denies_foreign_tasks: bool = True,
         render_threads: int = 2,
         callbacks_to_private: bool = False,
         callback_ca: Path | None = None,
@@ -97,6 +98,7 @@ class Emulator:
                 idempotency=idempotency,
                 task_lifetime_s=task_lifetime_s,
                 link_lifetime_s=link_lifetime_s,
+                denies_foreign_tasks=denies_foreign_tasks,
             )
             undo.callback(self.world.close)
             for key, granted in {**(other_accounts or {}), api_key: credits}.items():

@@ -58,6 +58,11 @@ CREATE TABLE IF NOT EXISTS idempotency (
     undecided_until REAL NOT NULL,
     PRIMARY KEY (account, key)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS taken_keys (
+    account INTEGER NOT NULL REFERENCES accounts (id),
+    key TEXT NOT NULL,
+    PRIMARY KEY (account, key)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS callbacks (
     id INTEGER PRIMARY KEY,
     n INTEGER NOT NULL REFERENCES tasks (n),

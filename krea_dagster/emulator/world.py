@@ -164,6 +164,8 @@ class World:
     does not count as unfinished, so that it does not block the others.
     ``task_lifetime_s`` is how long after its creation a task can be read, None for ever;
     ``link_lifetime_s`` how long after the read that handed it out a link works.
+    ``denies_foreign_tasks``: a read of another account's task is told that it is not one's own;
+    else, that there is none.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class World:
         idempotency: bool = True,
         task_lifetime_s: float | None = None,
         link_lifetime_s: float = LINK_LIFETIME_S,
+        denies_foreign_tasks: bool = True,
     ) -> None:
         self._clock = clock
         self.latency_s = latency_s
@@ -188,6 +191,7 @@ class World:
         self.idempotency = idempotency
         self.task_lifetime_s = task_lifetime_s
         self.link_lifetime_s = link_lifetime_s
+        self.denies_foreign_tasks = denies_foreign_tasks
         self.quota: int | None = None
         self._rates: dict[str, tuple[float, Chosen]] = {}
         self._tokens = float("inf") if rate is None else max(1.0, rate)
@@ -281,13 +285,24 @@ class World:
                 )
             return Created(task, replayed=False)
 
+    def take_key(self, account: Account, key: str) -> None:
+        """Have a key count as used for another body, unless it has created a task."""
+        with self.transaction():
+            known = self._db.execute(
+                "SELECT 1 FROM idempotency WHERE account = ? AND key = ?", (account.id, key)
+            ).fetchone()
+            if known is None:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO taken_keys VALUES (?, ?)", (account.id, key)
+                )
+
     def task(self, task_id: str, account: Account) -> Task:
         """Return a task of this account. Raises UnknownTaskError or ForeignTaskError."""
         task = self._find(task_id)
         if task is None or self._is_over(task) or task.fault("vanished"):
             raise UnknownTaskError
         if task.account != account.id:
-            raise ForeignTaskError
+            raise ForeignTaskError if self.denies_foreign_tasks else UnknownTaskError
         return task
 
     def count_read_at_end(self, task: Task) -> int:
@@ -577,6 +592,11 @@ class World:
             (account.id, key),
         ).fetchone()
         if row is None:
+            taken = self._db.execute(
+                "SELECT 1 FROM taken_keys WHERE account = ? AND key = ?", (account.id, key)
+            ).fetchone()
+            if taken is not None:
+                raise KeyConflictError
             return None
         body_hash, undecided_until, n = row
         if body_hash != order.body_hash:

@@ -69,6 +69,8 @@ class Kind(str, Enum):
     LOST = "lost"
     #: Stored, and the server never said what it cost.
     PRICE_UNKNOWN = "price_unknown"
+    #: Stored, because its file was found in the storage root; who bought it is not known here.
+    PURCHASE_UNKNOWN = "purchase_unknown"
     #: Paid and stored, and the prompt table does not ask for it any more.
     NOT_ASKED_ANY_MORE = "not_asked_any_more"
     #: The file of a request that is not stored yet.

@@ -95,11 +95,12 @@ class _Books:
         charges = _Groups(self._snapshot.charges())
         histories = self._snapshot.histories()
         for number, record in enumerate(self._snapshot.records()):
-            self._replay(record, next(histories))
+            history = next(histories)
+            self._replay(record, history)
             own = charges.of(record.request_key)
             for charge in own:
                 self._add_up(charge)
-            self._judge_charges(record, own)
+            self._judge_charges(record, own, history)
             self._count(requests=1)
             if record.state is State.STORED and record.image is not None:
                 for found in self._reader.look(record, record.image):
@@ -128,7 +129,9 @@ class _Books:
             self._spent[scope] += charged
         self.account.add(charge)
 
-    def _judge_charges(self, record: Record, charges: Sequence[Charge]) -> None:
+    def _judge_charges(
+        self, record: Record, charges: Sequence[Charge], history: History
+    ) -> None:
         paid = [charge for charge in charges if charge.charged_units]
         if len(paid) > 1:
             tasks = ", ".join(str(charge.task_id) for charge in paid)
@@ -149,7 +152,15 @@ class _Books:
                 f"{record.state.value}",
                 paid[0].charged_units or 0,
             )
-        if record.state is State.STORED and not charges:
+        found = any(name == Event.FOUND.value for _, name in history.events)
+        if record.state is State.STORED and not charges and found:
+            self._find(
+                Kind.PURCHASE_UNKNOWN,
+                record,
+                "its file was found in the storage root: another journal has bought it, and what "
+                "it cost is not known here",
+            )
+        elif record.state is State.STORED and not charges:
             self._find(
                 Kind.STORED_WITHOUT_CHARGE, record, "it is stored, and there is no purchase of it"
             )

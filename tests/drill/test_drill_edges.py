@@ -7,8 +7,15 @@ from collections import Counter
 
 import pytest
 
-from krea_dagster.drill.edges import EDGES, after, before, edges_under
-from krea_dagster.drill.run import KILL_FAULTS, STORM_FAULTS, plan_kills
+from krea_dagster.drill.edges import (
+    BEFORE_POST,
+    EDGES,
+    TASK_EXISTS,
+    after,
+    before,
+    edges_under,
+)
+from krea_dagster.drill.plan import KILL_FAULTS, STORM_FAULTS, plan_kills
 from krea_dagster.emulator import FAULTS
 from krea_dagster.engine.policy import OnUnknown
 from krea_dagster.engine.states import Event
@@ -55,3 +62,10 @@ def test_sixty_kills_are_enough_to_plan_every_edge_and_fifteen_random_times(
 def test_the_same_seed_plans_the_same_kills() -> None:
     first, again = (plan_kills(40, "replay", random.Random(7)) for _ in range(2))
     assert [kill.edge for kill in first] == [kill.edge for kill in again]
+
+
+def test_kills_can_be_kept_to_some_edges() -> None:
+    kills = plan_kills(5, "hold", random.Random(1), [TASK_EXISTS, BEFORE_POST])
+    names = Counter(kill.edge.name for kill in kills if kill.edge is not None)
+    assert sorted(names.values()) == [2, 3]
+    assert set(names) == {TASK_EXISTS, BEFORE_POST}

@@ -28,11 +28,14 @@ RECORD = Record(
 
 
 def found(
-    *tasks: ServerTask, record: Record | None = RECORD, file: str | None = "hash"
+    *tasks: ServerTask,
+    record: Record | None = RECORD,
+    file: str | None = "hash",
+    adopts: bool = False,
 ) -> Reckoning:
     records = {} if record is None else {KEY: record}
     files = {} if file is None else {KEY: file}
-    return reckon([REQUEST], len(tasks), tasks, records, files)
+    return reckon([REQUEST], len(tasks), tasks, records, files, adopts=adopts)
 
 
 def in_state(state: State, task_id: str | None = "task-1") -> Record:
@@ -143,3 +146,27 @@ def test_what_never_ends_failed_or_was_refused_is_told_apart_from_what_was_never
         [Fate.NEVER_BOUGHT],
     ]
     assert fates[3].faults("hold") == ["1 never bought"]
+
+
+@pytest.mark.parametrize("state", [State.EXPIRED, State.COMPLETED, State.PLANNED])
+def test_a_file_at_hand_that_the_journal_does_not_hold_for_stored_is_a_fault(state: State) -> None:
+    reckoning = found(TASK, record=in_state(state))
+    assert (reckoning.of(Fate.DELIVERED), reckoning.disowned) == ([KEY], [KEY])
+    assert "1 at hand, and the journal says that it is not" in reckoning.faults("hold")
+
+
+@pytest.mark.parametrize("charged", [None, 0, 4500])
+def test_an_adopted_file_explains_its_purchase_where_the_journal_may_have_forgotten_it(
+    charged: int | None,
+) -> None:
+    adopted = replace(RECORD, task_id=None, charged_units=charged, reserved_units=None)
+    assert found(TASK, record=adopted, adopts=True).faults("replay") == []
+    assert "1 charged and not in the journal" in found(TASK, record=adopted).faults("replay")
+    again = replace(TASK, task_id="task-2")
+    assert "1 bought twice" in found(TASK, again, record=adopted, adopts=True).faults("replay")
+
+
+def test_an_unknown_outcome_is_listed_and_right_where_no_clock_says_how_old_it_is() -> None:
+    reckoning = found(TASK, record=in_state(State.UNKNOWN, None), file=None)
+    assert reckoning.faults("replay", unknown_is_right=True) == []
+    assert [one.request_key for one in reckoning.unknown] == [KEY]

@@ -47,8 +47,8 @@ def test_help_names_every_option_and_how_a_fault_is_written() -> None:
     for option in (
         "--host", "--port", "--api-key", "--state", "--latency-s", "--latency-jitter", "--fault",
         "--credits", "--max-concurrent", "--rate", "--no-idempotency", "--no-batch",
-        "--callbacks-to-private", "--callback-ca", "--until-unlocked", "--ready-file",
-        "NAME=VALUE", "[emulator: refuse]",
+        "--other-key", "--foreign-tasks", "--callbacks-to-private", "--callback-ca",
+        "--until-unlocked", "--ready-file", "NAME=VALUE", "[emulator: refuse]",
     ):  # fmt: skip
         assert option in result.output
 
@@ -102,6 +102,17 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
         assert read.json()["results"][0].startswith(url)
         books = httpx.get(f"{url}/emulator/books", **PLAIN).json()
         assert (books["submit_posts"], books["creates"], books["charged_units"]) == (2, 1, 4_500)
+
+
+def test_two_keys_are_two_accounts_that_need_not_know_of_each_others_tasks() -> None:
+    options = ("--other-key", "other", "--credits", "2", "--foreign-tasks", "unknown")
+    with process(*options, "--latency-s", "0") as (_, url):
+        task_id = post(url).json()["id"]
+        other = {"Authorization": "Bearer other"}
+        read = httpx.get(f"{url}/v1/tasks/{task_id}", headers=other, **PLAIN)
+        assert (read.status_code, read.json()["error"]["code"]) == (404, "task_not_found")
+        credits = httpx.get(f"{url}/v1/credits", headers=other, **PLAIN).json()
+        assert credits["data"]["user"]["remaining_credits"] == 2.0
 
 
 def test_it_ends_by_itself_once_nobody_holds_the_lock(tmp_path: Path) -> None:

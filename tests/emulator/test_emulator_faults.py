@@ -206,6 +206,17 @@ def undecided(bench: Bench) -> None:
     assert creates(bench) == 1
 
 
+def taken(bench: Bench) -> None:
+    for _ in range(2):
+        answer = bench.post(key=KEY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
+    assert creates(bench) == 0
+    assert bench.post(key="key-of-the-next-try-2").status_code == 200
+    bench.world.script("idempotency_conflict")
+    again = bench.post(key="key-of-the-next-try-2")
+    assert again.headers["idempotency-replayed"] == "true"
+
+
 def key_ignored(bench: Bench) -> None:
     first = bench.post(key=KEY)
     assert bench.world.unconsumed() == []
@@ -463,6 +474,7 @@ CHECKS: dict[str, Check] = {
     "no_id": partial(one_task, without_id),
     "html_200": partial(one_task, partial(html, 200)),
     "paid_outcome_unknown": undecided,
+    "idempotency_conflict": taken,
     "ignore_idempotency": key_ignored,
     "fail": partial(fails, "service_error"),
     "fail_bare": fails_bare,
