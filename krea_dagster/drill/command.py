@@ -317,6 +317,7 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "disowned": list(found.disowned),
         "overwritten": list(outcome.overwritten),
         "undelivered": list(found.of(Fate.UNDELIVERED)),
+        "rejected": list(found.of(Fate.REJECTED)),
         "unknown": [
             {
                 "request_key": one.request_key,
@@ -396,6 +397,7 @@ def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
         ("disowned", len(found.disowned), "at hand, and the journal says that they are not"),
         ("overwritten", len(outcome.overwritten), "at hand, and written again in an episode"),
         ("undelivered", len(found.of(Fate.UNDELIVERED)), "charged, could be had, not at hand"),
+        ("rejected", len(found.of(Fate.REJECTED)), "charged, and another image came: kept"),
         ("forgotten", len(found.of(Fate.FORGOTTEN)), f"{forgotten}, expired in the journal"),
         ("failed", len(found.of(Fate.FAILED)), "tasks failed, not charged"),
         ("refused", len(found.of(Fate.REFUSED)), "not charged"),

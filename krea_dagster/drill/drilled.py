@@ -36,6 +36,7 @@ from krea_dagster.engine.runner import Runner
 from krea_dagster.engine.storage import Storage
 from krea_dagster.models import ImageRequest
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import PromptTable
 
 _OK: Final = 200
 
@@ -65,17 +66,24 @@ class DrilledJournal(Journal):
         super().__init__(url)
         self._guard = guard
 
-    def plan(self, wanted: Iterable[tuple[ImageRequest, str]], *, run_id: str, at: datetime) -> int:
+    def plan(
+        self,
+        wanted: Iterable[tuple[ImageRequest, str]],
+        *,
+        run_id: str,
+        at: datetime,
+        table_id: str = "",
+    ) -> int:
         """Enter new requests."""
         self._guard.passing(edges.BEFORE_PLANNED)
-        added = super().plan(wanted, run_id=run_id, at=at)
+        added = super().plan(wanted, run_id=run_id, at=at, table_id=table_id)
         self._guard.passing(edges.AFTER_PLANNED)
         return added
 
-    def claim(self, keys: Iterable[str], owner: str, at: datetime) -> set[str]:
+    def claim(self, keys: Iterable[str], owner: str) -> set[str]:
         """Claim requests."""
         self._guard.passing(edges.BEFORE_CLAIM)
-        mine = super().claim(keys, owner, at)
+        mine = super().claim(keys, owner)
         self._guard.passing(edges.AFTER_CLAIM)
         return mine
 
@@ -231,8 +239,13 @@ def drilled_resource(life: Life, make_client: MakeClient) -> KreaResource:
             return replace(super().policy(ask_again), **job.policy)
 
         @contextmanager
-        def _runner(self, run_id: str, on_progress: Callable[[Progress], None]) -> Iterator[Runner]:
-            with super()._runner(run_id, on_progress) as runner:
+        def _runner(
+            self,
+            run_id: str,
+            on_progress: Callable[[Progress], None],
+            table: PromptTable | None = None,
+        ) -> Iterator[Runner]:
+            with super()._runner(run_id, on_progress, table) as runner:
                 yield replace(
                     runner,
                     clock=life.clock,

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, Final
 
 from krea_dagster.engine.budget import PUBLISHED_UNITS
-from krea_dagster.engine.policy import OnUnknown
+from krea_dagster.engine.policy import REJECTED, OnUnknown
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.models import ImageRequest, credits_from_units
@@ -86,6 +86,8 @@ class Fate(str, Enum):
     UNKNOWN = "unknown"
     #: Charged, and could be had; the journal knows it and the run has ended all the same.
     UNDELIVERED = "undelivered"
+    #: Charged, and a whole file that is not the image came: it is kept, and fetched once.
+    REJECTED = "rejected"
     #: Charged by a server that denies knowing the task; the journal has it as expired.
     FORGOTTEN = "forgotten"
     #: Its task never ends.
@@ -250,6 +252,8 @@ def _fate(own: Sequence[ServerTask], record: Record | None, file_sha256: str | N
         return Fate.LOST
     if state in _OPEN:
         return Fate.UNKNOWN
+    if charged and record is not None and record.error_code in REJECTED:
+        return Fate.REJECTED
     if charged:
         return Fate.UNDELIVERED
     if any(task.unfinished for task in own):

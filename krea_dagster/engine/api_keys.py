@@ -60,18 +60,18 @@ class ApiKeyLog:
                     .distinct()
                 ).scalars()
             )
+            known = sorted(used)
+            if same_as:
+                used &= {same_as}
             accounts = set(
                 connection.execute(
                     select(api_keys.c.account).where(api_keys.c.fingerprint.in_(used))
                 ).scalars()
             )
-            if same_as:
-                used &= {same_as}
-                accounts = {one for one in accounts if used}
             if len(accounts) > 1 or (same_as and not used):
                 raise ConfigError(
                     f"the journal {self._database.where} holds purchases with keys of "
-                    f"{len(accounts)} accounts, with the fingerprints {', '.join(sorted(used))}: "
+                    f"several accounts, with the fingerprints {', '.join(known)}: "
                     "say with --same-as which one is of this key's account. Nothing was changed."
                 )
             for account in accounts:

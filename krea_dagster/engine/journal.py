@@ -244,18 +244,24 @@ class Journal:
                     .returning(requests.c.request_key)
                 )
                 mine.update(found.scalars())
-            # What a dead owner still holds is found dead again by whoever wants it.
-            idle = owners.c.owner.not_in(
-                select(requests.c.claimed_by).where(requests.c.claimed_by.is_not(None))
-            )
-            if dead:
-                connection.execute(delete(owners).where(owners.c.owner.in_(dead), idle))
-            return mine, dead
+            return mine, self._forget_idle(connection, dead)
 
-        mine, dead = self._write("claim requests in", write)
-        for gone in dead:
+        mine, forgotten = self._write("claim requests in", write)
+        for gone in forgotten:
             self._locks.forget(gone)
         return mine
+
+    def _forget_idle(self, connection: Connection, dead: set[str]) -> set[str]:
+        """Remove the dead owners that hold nothing any more; the others stay, to be found dead."""
+        if not dead:
+            return set()
+        held = select(requests.c.claimed_by).where(requests.c.claimed_by.is_not(None))
+        removed = connection.execute(
+            delete(owners)
+            .where(owners.c.owner.in_(dead), owners.c.owner.not_in(held))
+            .returning(owners.c.owner)
+        )
+        return set(removed.scalars())
 
     def holders(self, keys: Iterable[str]) -> dict[str, str]:
         """Who holds these requests, in words for people, by request key."""

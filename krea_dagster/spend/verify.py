@@ -129,9 +129,7 @@ class _Books:
             self._spent[scope] += charged
         self.account.add(charge)
 
-    def _judge_charges(
-        self, record: Record, charges: Sequence[Charge], history: History
-    ) -> None:
+    def _judge_charges(self, record: Record, charges: Sequence[Charge], history: History) -> None:
         paid = [charge for charge in charges if charge.charged_units]
         if len(paid) > 1:
             tasks = ", ".join(str(charge.task_id) for charge in paid)

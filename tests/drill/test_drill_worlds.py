@@ -24,19 +24,6 @@ from krea_dagster.drill.worlds import WORLDS, Episode, Part, on_host
 #: Small enough for a test, and with an episode of each kind.
 PLAN = Plan(requests=24, kills=5, rates=dict.fromkeys(KILL_FAULTS, 0.01), life_s=20.0, seed=1)
 
-#: What the engine does not stand yet, by world and part.
-NOT_YET = {
-    ("two-hosts", 0): "a host whose clock is behind waits for the other's dead runs (A2, M4)",
-    ("two-hosts", 1): "a host whose clock is ahead takes a living run over (A2, M4)",
-    ("clock", 0): "an intent of tomorrow is repeated (M6), and its task is never asked about",
-    ("backup", 0): "an older journal buys again what is at hand (M3)",
-    ("unmounted", 0): "an empty root makes every image paid and lost (L1)",
-    ("foreign-key", 0): "unknown purchases are repeated with another account's key (A8, L3)",
-    ("again", 0): "a wish that was killed and is repeated buys twice (M2)",
-    ("full-disk", 0): "answers that the journal did not take are thrown away (M7)",
-    ("server", 2): "a 409 conflict to a first POST stays unknown (A14)",
-}
-
 #: The process namespace of whoever looks at it.
 PROCESSES = "/proc/self/ns/pid"
 
@@ -48,14 +35,7 @@ def run(plan: Plan, folder: Path) -> Outcome:
 @pytest.mark.parametrize(
     ("world", "number"),
     [
-        pytest.param(
-            name,
-            number,
-            id=f"{name}-{number + 1}",
-            marks=[pytest.mark.xfail(strict=False, reason=NOT_YET[name, number])]
-            if (name, number) in NOT_YET
-            else [],
-        )
+        pytest.param(name, number, id=f"{name}-{number + 1}")
         for name, world in WORLDS.items()
         for number in range(len(world.parts))
         if name != "plain"  # test_drill_run.py

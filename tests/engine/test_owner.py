@@ -18,8 +18,8 @@ from sqlalchemy import text, update
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.owner import SILENCE_S, FileLocks, Owner, _held, this_process
-from krea_dagster.engine.schema import owners
-from tests.engine.engine_bench import NOW, Hand, asked
+from krea_dagster.engine.schema import owners, requests
+from tests.engine.engine_bench import NOW, Hand, asked, several
 
 #: Registers, claims, says so, and waits to be told to end.
 _HOLDER = """
@@ -227,3 +227,22 @@ def test_what_a_dead_owner_has_left_is_removed(tmp_path: Path) -> None:
         with closing(Database(url)) as database, database.read("read") as connection:
             assert set(connection.execute(owners.select()).scalars()) == {me}
         assert owner != me
+
+
+def test_a_dead_owner_of_which_part_was_taken_is_dead_for_the_rest_too(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    with closing(Journal(url)) as journal:
+        planned(journal)
+        journal.plan([(other, "p") for other in several(2)], run_id="r", at=NOW)
+        me = Hand(journal).owner.owner
+        with another_process(url) as (process, owner):
+            database = Database(url)
+            database.write(
+                "give more to",
+                lambda connection: connection.execute(update(requests).values(claimed_by=owner)),
+            )
+            database.close()
+            process.kill()
+            process.wait()
+            for request in (asked(), *several(2)):
+                assert journal.claim([request.request_key], me) == {request.request_key}

@@ -85,8 +85,9 @@ class Shop:
         """A run alone, as KreaResource.generate makes it, but without its pauses."""
         krea = self.krea
         wanted = [Wanted(image.request, image.partition_key) for image in self.images()]
-        policy = replace(krea.policy(ask_again), wait_scale=0.01)
         with krea._runner(run_id, lambda _: None, self.table) as runner:
+            again = frozenset(ask_again)
+            policy = replace(runner.policy, ask_again=again, wait_scale=0.01)
             return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
 
     def write_manifests(self, run_id: str = "run-1") -> None:

@@ -25,8 +25,8 @@ def campaigns(shop: Shop) -> Shop:
 def run(shop: Shop, run_id: str = "run-1") -> RunReport:
     """A run over the whole table, as the asset makes it."""
     krea = shop.krea
-    policy = replace(krea.policy(), wait_scale=0.01)
     with shop.batch() as batch, krea._runner(run_id, lambda _: None, shop.table) as runner:
+        policy = replace(runner.policy, wait_scale=0.01)
         ready = replace(runner, policy=policy, latencies=LEARNED)
         return asyncio.run(ready.run(batch.standing(krea).wanted()))
 

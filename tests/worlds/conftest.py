@@ -24,7 +24,9 @@ def clock() -> ServerClock:
 def server(tmp_path: Path, clock: ServerClock) -> Iterator[Emulator]:
     """An emulator of this test's own."""
     state = tmp_path / "server"
-    with Emulator(state=state, latency_s=0.01, latency_jitter=0.0, clock=clock) as emulator:
+    with Emulator(
+        state=state, latency_s=0.01, latency_jitter=0.0, clock=clock, task_lifetime_s=86400
+    ) as emulator:
         emulator.world.add_account(KEY, 10_000_000)
         yield emulator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,8 +35,6 @@ def journal_file(shop: Shop) -> Path:
 
 def keep(file: Path, name: str) -> Path:
     """Back a journal up, with its log."""
-    import sqlite3
-
     backup = file.with_name(name)
     with sqlite3.connect(file) as source, sqlite3.connect(backup) as target:
         source.backup(target)
@@ -125,7 +124,6 @@ def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
     shutil.rmtree(root(shop) / "images")
     shop.krea.accept_root()
     clock.move(timedelta(days=2).total_seconds())
-    server.world.set_rate("read_404", 1.0)
     shop.carry("run-2")
     after = shop.records()
     assert all(one.image == before[name].image for name, one in after.items())
@@ -214,9 +212,6 @@ def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulat
     moved = shop.with_settings(storage=str(shop.folder / "moved"))
     assert moved.carry("run-2").progress.reused == 4
     assert (shop.folder / "moved" / MARKER).exists()
-    with pytest.raises(ConfigError, match="is not as|does not know|not mounted|of 4 images"):
-        # The place that it was at is another, new root now; its images are not here.
-        raise ConfigError("not mounted")
     assert server.books()["creates"] == 4
 
 
@@ -239,7 +234,6 @@ def test_of_two_roots_with_one_journal_neither_takes_the_others_images_for_lost(
     shop.carry()
     before = files(shop)
     clock.move(timedelta(days=2).total_seconds())
-    server.world.set_rate("read_404", 1.0)
     other = shop.with_settings(storage=str(shop.folder / "other"))
     report = other.carry("run-2")
     assert (report.posts, report.left, states(shop)) == (0, {}, {State.STORED})
@@ -281,7 +275,7 @@ def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
     (shop.folder / "other").mkdir()
     other.krea.accept_root()
     shutil.copytree(donor / "images", shop.folder / "other" / "images")
-    broken = sorted((shop.folder / "other").glob("images/*/*.png"))[0]
+    broken = min((shop.folder / "other").glob("images/*/*.png"))
     broken.write_bytes(broken.read_bytes()[:1000])
     report = other.carry("run-2")
     assert report.left == {}

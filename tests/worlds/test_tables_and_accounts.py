@@ -1,0 +1,274 @@
+"""Several tables and several keys on one journal: what belongs to one is nothing to another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.states import State
+from krea_dagster.engine.verdict import Verdict
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.prompts import PromptTable
+from tests.spend.spend_bench import LEARNED, Shop
+
+OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
+
+
+def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: bool = False) -> int:
+    """A run with a wish, as the asset makes it; returns how many images were bought."""
+    krea = shop.krea
+    before = shop.emulator.books(tasks=False)["creates"]
+    config = KreaImagesConfig(again=list(again), new_seed=new_seed)
+    with Batch.read(shop.table, None, krea, to_buy=True) as read:
+        batch = read.ask_again(config, krea, run_id)
+        with krea._runner(run_id, lambda _: None, shop.table) as runner:
+            policy = replace(runner.policy, wait_scale=0.01, wait=not killed)
+            ready = replace(runner, policy=policy, latencies=LEARNED)
+            asyncio.run(ready.run(batch.standing(krea).wanted()))
+        if not killed:
+            batch.end_wishes(krea)
+        batch.close()
+    return int(shop.emulator.books(tasks=False)["creates"]) - before
+
+
+def second_project(shop: Shop) -> Shop:
+    """Another project that shares the journal, with rows of the same prompt_ids."""
+    folder = shop.folder.with_name("second")
+    folder.mkdir()
+    other = Shop(folder, shop.emulator, shop.api_key, settings=shop.settings)
+    return other.with_rows("ash", "birch")
+
+
+# -- another image of a row -------------------------------------------------------------------
+
+
+def test_another_image_of_a_row_is_nothing_to_the_row_of_that_name_in_another_table(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    other = second_project(shop)
+    other.buy()
+    assert server.books()["creates"] == 6
+    assert wish(shop, "run-2", "ash") == 1
+    assert other.carry("run-3").posts == 0
+    assert other.krea.attempts(other.table) == {}
+    assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
+
+
+def test_two_tables_of_one_name_in_two_roots_are_two(shop: Shop) -> None:
+    other = second_project(shop)
+    shop.carry()
+    other.carry()
+    with shop.krea.open_journal() as journal:
+        names = Counter(journal.tables.names().values())
+    assert names == {"../prompts.parquet": 2}
+
+
+def test_a_table_with_a_name_of_its_own_is_known_by_it_wherever_it_lies(shop: Shop) -> None:
+    shop.carry()
+    krea = shop.krea
+    named = replace(shop.table, name="posters")
+    with krea.open_journal() as journal:
+        first = krea.table_id(journal, named, enter=True)
+        moved = PromptTable("/elsewhere/p.parquet", named.partition_by, name="posters")
+        assert krea.table_id(journal, moved) == first
+        assert krea.table_id(journal, shop.table) not in ("", first)
+
+
+def test_a_wish_in_which_a_run_was_killed_is_gone_on_with_and_bought_once(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    assert wish(shop, "killed", "ash", killed=True) == 1
+    assert wish(shop, "repeated", "ash") == 0
+    assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
+    with shop.krea.open_journal() as journal:
+        assert journal.count_by_state() == {State.STORED: 5}
+    assert wish(shop, "a new wish", "ash") == 1
+    assert shop.krea.attempts(shop.table) == {("ash", 0): 2}
+    assert server.books()["bodies_bought_more_than_once"] == 0
+
+
+def test_a_row_that_was_never_bought_is_bought_once_when_another_image_is_wished_for(
+    shop: Shop,
+) -> None:
+    assert wish(shop, "run-1", "ash") == 4
+    assert shop.krea.attempts(shop.table) == {}
+
+
+def test_a_row_whose_seed_the_table_fixes_is_refused_unless_a_seed_is_to_be_drawn(
+    shop: Shop,
+) -> None:
+    shop = shop.with_rows("fixed", seed=5)
+    shop.buy()
+    with pytest.raises(ConfigError, match=r"'fixed' has its seed in the prompt table.*--new-seed"):
+        wish(shop, "run-2", "fixed")
+    assert wish(shop, "run-3", "fixed", new_seed=True) == 1
+    with shop.krea.open_journal() as journal:
+        seeds = {one.request.seed for one in journal.all_records() if "fixed" in one.request.prompt}
+    assert len(seeds) == 2
+    assert 5 in seeds
+    assert shop.carry("run-4").posts == 0  # the drawn seed stays
+
+
+def test_rows_may_be_wished_for_by_their_error_or_because_they_were_rejected(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    record = shop.records()["birch"]
+    assert record.image is not None
+    with shop.krea.open_journal() as journal:
+        journal.verdicts.remember(
+            [
+                Verdict(
+                    verdict_id="one",
+                    image_sha256=record.image.sha256,
+                    verdict="reject",
+                    reviewer="somebody",
+                    request_key=record.request_key,
+                    prompt_id="birch",
+                    sample=0,
+                    attempt=0,
+                    partition_key=record.partition_key,
+                )
+            ]
+        )
+    assert wish(shop, "run-2", "rejected") == 1
+    assert shop.krea.attempts(shop.table) == {("birch", 0): 1}
+    shop = shop.with_rows("blocked")
+    server.world.script("fail", match="blocked of", arg="content_policy_violation")
+    shop.carry("run-3")
+    assert wish(shop, "run-4", "error:content_policy_violation") == 1
+    assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("blocked", 0): 1}
+
+
+def test_a_row_that_has_the_name_of_a_word_is_asked_about(shop: Shop) -> None:
+    shop = shop.with_rows("rejected")
+    shop.buy()
+    with pytest.raises(ConfigError, match="may mean the row of that prompt_id"):
+        wish(shop, "run-2", "rejected")
+
+
+def test_a_wish_for_a_row_that_is_not_there_buys_nothing(shop: Shop) -> None:
+    with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
+        wish(shop, "run-1", "nobody")
+
+
+# -- budgets and salvage ----------------------------------------------------------------------
+
+
+def test_a_budget_of_partitions_counts_those_of_its_own_table(shop: Shop) -> None:
+    budget = shop.with_settings(budgets=["partition=0.9"])
+    budget.carry()
+    other = second_project(budget)
+    report = other.carry("run-2")
+    assert report.caps_reached == ()
+    assert report.posts == 2
+
+
+def test_a_salvage_collects_its_own_table_and_what_others_have_left_for_long(
+    shop: Shop, server: Emulator
+) -> None:
+    other = second_project(shop)
+    server.world.script("stuck", n=6)
+    for one, run_id in ((shop, "run-1"), (other, "run-2")):
+        krea = one.krea
+        with krea._runner(run_id, lambda _: None, one.table) as runner, one.batch() as batch:
+            policy = replace(runner.policy, patience_s=0.05)
+            wanted = batch.standing(krea).wanted()
+            asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
+    assert len(shop.krea.left_behind(shop.table)) == 4
+    assert len(other.krea.left_behind(other.table)) == 2
+    assert len(shop.krea.left_behind()) == 6
+
+
+# -- accounts ---------------------------------------------------------------------------------
+
+
+def test_the_key_of_another_account_repeats_nothing_until_a_person_says_it_is_the_same(
+    shop: Shop, server: Emulator
+) -> None:
+    server.world.add_account(OTHER_KEY, 10_000_000)
+    server.world.script("drop_after_create", n=2)
+    shop.with_settings(on_unknown="hold").carry()
+    other = replace(shop, api_key=OTHER_KEY)
+    report = other.carry("run-2")
+    assert report.posts == 0
+    assert all("sent with another API key" in why for why in report.left.values())
+    assert len(report.left) == 2
+    assert "of the account that 4 purchases were made with" in other.krea.accept_key()
+    assert other.carry("run-3").posts == 2
+
+
+def test_which_account_a_key_is_of_is_asked_where_there_are_several(
+    shop: Shop, server: Emulator
+) -> None:
+    keys = [OTHER_KEY, "sk-of-the-worlds-0003-Zq81"]
+    for key in keys:
+        server.world.add_account(key, 10_000_000)
+    shop.carry()
+    second = replace(shop, api_key=keys[0]).with_rows("elm")
+    second.carry("run-2")
+    third = replace(second, api_key=keys[1])
+    with pytest.raises(ConfigError, match="--same-as"):
+        third.krea.accept_key()
+    with third.krea.open_journal() as journal:
+        fingerprint = journal.api_keys.fingerprint(shop.api_key)
+    assert "4 purchases" in third.krea.accept_key(fingerprint)
+
+
+# -- a purchase that another journal has made -------------------------------------------------
+
+
+def test_a_purchase_that_is_replayed_to_another_journal_is_charged_once(
+    shop: Shop, server: Emulator, tmp_path: Path
+) -> None:
+    shop.buy()
+    folder = tmp_path / "second"
+    folder.mkdir()
+    settings = {"journal_url": f"sqlite:///{folder / 'journal.db'}", "day_credits": 2.0}
+    other = Shop(folder, server, shop.api_key, shop.rows, settings)
+    rows = [{**row, "prompt": row["prompt"]} for row in shop.rows]
+    other = replace(other, rows=rows)
+    report = other.carry("run-2")
+    assert (report.posts, report.progress.delivered, report.caps_reached) == (4, 4, ())
+    assert server.books()["creates"] == 4
+    with other.krea.open_journal() as journal:
+        assert sum(one.charged_units or 0 for one in journal.charges()) == 0
+        assert {one.replayed for one in journal.charges()} == {True}
+    other.write_manifests("run-2")
+    proof = other.prove()
+    assert proof.adds_up, proof.findings
+    assert proof.account is not None
+    assert proof.account.unexplained_units == 0
+
+
+def test_a_purchase_under_a_key_that_has_another_body_is_made_under_the_next(
+    shop: Shop, server: Emulator, tmp_path: Path
+) -> None:
+    """The first journal bought with an address for callbacks, the second without."""
+    krea = shop.krea
+    with krea._runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
+        called = replace(
+            runner,
+            policy=replace(runner.policy, wait_scale=0.01),
+            latencies=LEARNED,
+            callback_url_of=lambda key: f"https://hooks.example.com/{key}",
+        )
+        asyncio.run(called.run(batch.standing(krea).wanted()))
+    folder = tmp_path / "second"
+    folder.mkdir()
+    settings = {"journal_url": f"sqlite:///{folder / 'journal.db'}"}
+    other = Shop(folder, server, shop.api_key, shop.rows, settings)
+    report = other.carry("run-2")
+    assert (report.progress.delivered, report.left) == (4, {})
+    with other.krea.open_journal() as journal:
+        assert Counter(one.number for one in journal.charges()) == {1: 4, 2: 4}
+        assert sum(one.charged_units or 0 for one in journal.charges()) == 4 * 4500
