@@ -27,7 +27,14 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from krea_dagster.engine.schema import events, microseconds, requests, submissions, time_of
+from krea_dagster.engine.schema import (
+    events,
+    microseconds,
+    prompt_tables,
+    requests,
+    submissions,
+    time_of,
+)
 from krea_dagster.engine.states import Event
 
 #: One row per purchase. ``present`` says that it is its request's latest, so that what follows of
@@ -40,6 +47,7 @@ PURCHASE_SCHEMA: Final = pa.schema(
         ("settled_at", pa.int64()),
         ("run_id", pa.string()),
         ("partition_key", pa.string()),
+        ("prompt_table", pa.string()),
         ("number", pa.int32()),
         ("request_key", pa.string()),
         ("idempotency_key", pa.string()),
@@ -210,7 +218,9 @@ def _query() -> Select[Any]:
     of_request = {"state", "completed_at", "width", "height", "error_code"}
     columns: list[Any] = []
     for name in PURCHASE_SCHEMA.names:
-        if name == "said":
+        if name == "prompt_table":
+            columns.append(prompt_tables.c.name.label(name))
+        elif name == "said":
             columns.append(case((present, None), else_=ended).label(name))
         elif name in of_request:
             columns.append(case((present, requests.c[name]), else_=None).label(name))
@@ -218,7 +228,9 @@ def _query() -> Select[Any]:
             table = submissions if name in submissions.c else requests
             columns.append(table.c[name])
     return select(*columns).select_from(
-        submissions.join(requests, submissions.c.request_key == requests.c.request_key)
+        submissions.join(requests, submissions.c.request_key == requests.c.request_key).outerjoin(
+            prompt_tables, submissions.c.table_id == prompt_tables.c.table_id
+        )
     )
 
 

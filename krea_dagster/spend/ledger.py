@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.purchases import DAY_US
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
@@ -33,6 +34,7 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("day", pa.date32(), "UTC day of sent_at"),
     ("run_id", pa.string(), "Dagster run that bought it"),
     ("partition_key", pa.string(), "Dagster partition that it was bought for"),
+    ("prompt_table", pa.string(), "Prompt table that it was bought for; null where not known"),
     ("prompt_id", pa.string(), "First row that asks for it; null where no manifest lists it"),
     ("sample", pa.int32(), "Which of the row's num_images this is, from 0"),
     ("rows", pa.int32(), "Manifest rows that share it; 0 where no manifest lists it"),
@@ -68,7 +70,7 @@ LEDGER_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COL
 LEDGER_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
 #: Codes with which a check refuses a file that was paid for (``engine.look``).
-REJECTED_CODES: Final = ("animated", "flat_image", "wrong_format", "wrong_size")
+REJECTED_CODES: Final = tuple(sorted(REJECTED))
 
 _UNIQUE: Final = frozenset({"sent_at", "request_key", "idempotency_key", "task_id"})
 _ROW_GROUP: Final = 50_000
@@ -105,7 +107,8 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> Non
         )
         SELECT
             sent_at, submitted_at, completed_at, settled_at, sent_at // {DAY_US} AS day,
-            run_id, stated.partition_key, prompt_id, sample, coalesce(rows, 0) AS rows,
+            run_id, stated.partition_key, stated.prompt_table, prompt_id, sample,
+            coalesce(rows, 0) AS rows,
             attempt, number, request_key, idempotency_key, task_id, model, quality, size, seed,
             width, height, CAST(width AS BIGINT) * height AS pixels, status,
             CASE

@@ -11,7 +11,7 @@ from krea_dagster.engine.purchases import Totals
 from krea_dagster.engine.storage import Storage
 
 #: Raised with every change of what the files hold: then all of them are made anew.
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 STATE_NAME: Final = "spend/state.json"
 

@@ -24,6 +24,8 @@ TESTS = (
     "tests/engine/test_verdicts.py",
     "tests/callbacks/test_callback_calls.py",
     "tests/engine/test_attempts.py",
+    "tests/engine/test_owner.py",
+    "tests/services/test_two_hosts.py",
     "tests/curation/test_slots.py",
     "tests/curation/review/test_review_servers.py",
 )

@@ -24,7 +24,7 @@ OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
 def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: bool = False) -> int:
     """A run with a wish, as the asset makes it; returns how many images were bought."""
     krea = shop.krea
-    before = shop.emulator.books(tasks=False)["creates"]
+    before = int(shop.emulator.books(tasks=False)["creates"])
     config = KreaImagesConfig(again=list(again), new_seed=new_seed)
     with Batch.read(shop.table, None, krea, to_buy=True) as read:
         batch = read.ask_again(config, krea, run_id)

@@ -11,7 +11,7 @@ import logging
 import mimetypes
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -312,8 +312,21 @@ class Review:
                 good.append(_verdict_of(entry))
             except InputError as error:
                 refused.append({"verdict_id": str(entry.get("verdict_id")), "why": str(error)})
-        kept = await anyio.to_thread.run_sync(self._setting.journal.verdicts.remember, good)
+        kept = await anyio.to_thread.run_sync(self._remember, good)
         return as_json({"verdicts": [shown(one) for one in kept], "refused": refused})
+
+    def _remember(self, given: list[Verdict]) -> list[Verdict]:
+        """Write verdicts to the journal, each with the prompt table that its image is of."""
+        journal = self._setting.journal
+        known = journal.records({one.request_key for one in given})
+        return journal.verdicts.remember(
+            [
+                replace(one, table_id=known[one.request_key].table_id)
+                if one.request_key in known
+                else one
+                for one in given
+            ]
+        )
 
     # -- pictures ---------------------------------------------------------------------------------
 
