@@ -122,7 +122,7 @@ class Database:
         self._driver_error: type[Exception] = self.dialect.loaded_dbapi.Error
         self._identity_text = str(_IDENTITY.compile(dialect=self.dialect))
         self._finalizer = weakref.finalize(
-            self, _dispose, os.getpid(), self._reading, self._writing
+            self, _dispose, os.getpid(), self.locks, self._reading, self._writing
         )
         try:
             with self.explained("open"):
@@ -510,7 +510,9 @@ class _Stamp:
 _of_the_parent: Final[list[Any]] = []
 
 
-def _dispose(pid: int, *engines: Engine) -> None:
+def _dispose(pid: int, locks: Locks, *engines: Engine) -> None:
+    if os.getpid() == pid:
+        locks.close()
     for engine in engines:
         # What a process has inherited is not its own to close.
         engine.dispose(close=os.getpid() == pid)

@@ -65,6 +65,9 @@ class Locks(Protocol):
     def now(self) -> Any:
         """Return what a heartbeat is written with."""
 
+    def close(self) -> None:
+        """Give every lock back that was taken by this object."""
+
 
 class FileLocks:
     """Locks on files in a folder beside a SQLite journal, one file for each owner.
@@ -76,6 +79,7 @@ class FileLocks:
     def __init__(self, folder: Path, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
         self._monotonic = monotonic
+        self._taken: set[str] = set()
 
     def take(self, owner: str) -> None:
         """Lock the owner's file, or make and lock it again where somebody has removed it."""
@@ -94,6 +98,7 @@ class FileLocks:
                     path.unlink(missing_ok=True)
                     raise
                 _held[owner] = descriptor
+                self._taken.add(owner)
                 if held is not None:
                     os.close(held)
 
@@ -101,6 +106,7 @@ class FileLocks:
         """Close the owner's file, which gives the lock back, and leave it for others to see."""
         with _guard:
             _ended.add(owner)
+            self._taken.discard(owner)
             descriptor = _held.pop(owner, None)
             if descriptor is not None:
                 os.close(descriptor)
@@ -117,6 +123,11 @@ class FileLocks:
     def now(self) -> Any:
         """Return the time of this host: of a heartbeat it only counts that it is another one."""
         return datetime.now(timezone.utc)
+
+    def close(self) -> None:
+        """Give every lock back that was taken by this object."""
+        for owner in list(self._taken):
+            self.give_back(owner)
 
     def _is_alive(self, row: Row[Any]) -> bool:
         with _guard:
@@ -243,6 +254,11 @@ class SessionLocks:
     def now(self) -> Any:
         """Return the database's time, as an expression."""
         return literal_column(_NOW_US, UtcTime)
+
+    def close(self) -> None:
+        """End every session that was begun by this object."""
+        for owner in list(self._sessions):
+            self.give_back(owner)
 
 
 def _number(owner: str) -> int:

@@ -86,7 +86,7 @@ def test_a_write_ahead_log_that_is_lost_with_its_process_buys_nothing_twice(shop
         file.with_name(file.name + ending).unlink(missing_ok=True)
     (again,) = shop.start({"count": 40})
     assert again.end()[0] == 0
-    shop.agree(tasks=40)
+    shop.agree(tasks=40, forgotten=True)
     all_stored(shop, 40)
 
 

@@ -35,9 +35,9 @@ for line in sys.stdin:
     if line == "fork\\n":
         import os
         if os.fork() == 0:
+            print("forked", flush=True)
             import time
             time.sleep(60)
-        print("forked", flush=True)
 """
 
 
