@@ -69,7 +69,8 @@ def prove(
     """
     storage = krea.open_storage()
     if not krea.has_journal():
-        raise ConfigError(f"there is no journal for {storage.locate('')} yet: nothing to prove")
+        raise ConfigError(f"there is no journal for {storage.shown('')} yet: nothing to prove")
+    krea.check_root()
     with krea.open_journal() as journal:
         return verify(journal, storage, hash_bytes=hash_bytes, on_progress=on_progress)
 

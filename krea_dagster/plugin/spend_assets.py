@@ -138,7 +138,8 @@ def update_tables(
     """
     storage = krea.open_storage()
     if not krea.has_journal():
-        raise ConfigError(f"there is no journal for {storage.locate('')} yet: nothing was spent")
+        raise ConfigError(f"there is no journal for {storage.shown('')} yet: nothing was spent")
+    krea.check_root()
     with krea.open_journal() as journal:
         return update_spend(
             journal, storage, credits_per_usd=credits_per_usd, by=by, rebuild=rebuild

@@ -13,6 +13,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.roots import MARKER
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.spend_assets import update_tables
 from tests.engine.engine_bench import ServerClock
 from tests.spend.spend_bench import Shop
 
@@ -54,9 +55,11 @@ def states(shop: Shop) -> set[State]:
 
 
 def nothing_happens(shop: Shop, emulator: Emulator, match: str) -> None:
-    """No command begins: not the run, nor the quote, nor the salvage."""
+    """No command begins: not the run, the quote, the salvage, the proof or the spend tables."""
     before = (emulator.books()["creates"], shop.records())
-    for command in (shop.carry, shop.quote, lambda: shop.krea.salvage(run_id="salvage")):
+    salvage = lambda: shop.krea.salvage(run_id="salvage")  # noqa: E731 - a command as the others
+    tables = lambda: update_tables(shop.krea)  # noqa: E731 - as above
+    for command in (shop.carry, shop.quote, salvage, shop.prove, tables):
         with pytest.raises(ConfigError, match=match):
             command()
     assert (emulator.books()["creates"], shop.records()) == before
