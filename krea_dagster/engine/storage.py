@@ -31,7 +31,7 @@ class Storage:
         if not root:
             raise ConfigError("the storage root is empty; give a folder or a URL")
         try:
-            self._fs, path = fsspec.core.url_to_fs(root)
+            self._fs, path = _without_listings(root)
         except Exception as error:  # noqa: BLE001 - each file system has errors of its own
             said = redact.text(str(error), root)
             raise ConfigError(
@@ -180,6 +180,19 @@ class Storage:
 
     def _full(self, name: str) -> str:
         return f"{self._remote}/{name}" if name else str(self._remote)
+
+
+def _without_listings(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a root, which asks the store each time.
+
+    A listing that is remembered does not know of what another host has stored since: its images
+    would count as missing.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    except TypeError:  # one that takes no such option
+        fs, path = fsspec.core.url_to_fs(root)
+    return fs, str(path)
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
