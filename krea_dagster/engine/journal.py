@@ -556,7 +556,11 @@ class Journal:
         return self._write("accept a price in", write)
 
     def stop(self, launch: str, code: str, message: str, at: datetime) -> None:
-        """Tell all shards of a launch that the account has stopped the buying."""
+        """Tell all shards of a launch that the account has stopped the buying.
+
+        On PostgreSQL at the time of its clock, whatever ``at`` says.
+        """
+        at = at if self._sqlite else self._locks.now()
         values = {"launch": launch, "at": at, "error_code": code, "error_message": message}
         statement = (
             self._database.insertion(stops)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final
 
 from krea_dagster.engine.budget import (
     Caps,
@@ -17,13 +16,9 @@ from krea_dagster.engine.budget import (
 )
 from krea_dagster.engine.changes import Change, Step
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.statements import Cursor, Statements
+from krea_dagster.engine.statements import STOP_HOLDS_S, Cursor, Statements
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import RunStopped
-
-#: How long the account's stop holds for the other shards of a launch: long enough that all of
-#: them see it, short enough that a launch which is taken up again after topping up may buy.
-STOP_HOLDS_S: Final = 300.0
 
 
 class Ledger:

@@ -26,7 +26,7 @@ from typing import Any, Final, Protocol
 from sqlalchemy import Connection, Engine, Row, literal_column, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from krea_dagster.engine.schema import UtcTime, owners
+from krea_dagster.engine.schema import POSTGRES_NOW_US, UtcTime, owners
 
 #: Seconds without a heartbeat after which an owner without a lock is dead.
 SILENCE_S: Final = 90.0
@@ -187,13 +187,12 @@ def _is_file(path: Path, descriptor: int) -> bool:
     return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-#: Which advisory locks are held in this database, and by which time a heartbeat is judged.
+#: Which advisory locks are held in this database.
 _ADVISORY: Final = text(
     "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
     "AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = "
     "current_database())"
 )
-_NOW_US: Final = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
 #: So that the server notices within a minute where the host of a session is gone.
 _KEEPALIVE: Final = (
     "SET tcp_keepalives_idle = 20",
@@ -241,7 +240,7 @@ class SessionLocks:
 
     def dead(self, connection: Connection) -> set[str]:
         """Return the owners that hold no lock and are silent, by the database's clock."""
-        limit = text(f"heartbeat_at < {_NOW_US} - {int(SILENCE_S * 1_000_000)}")
+        limit = text(f"heartbeat_at < {POSTGRES_NOW_US} - {int(SILENCE_S * 1_000_000)}")
         silent = set(connection.execute(select(owners.c.owner).where(limit)).scalars())
         if not silent:
             return silent
@@ -253,7 +252,7 @@ class SessionLocks:
 
     def now(self) -> Any:
         """Return the database's time, as an expression."""
-        return literal_column(_NOW_US, UtcTime)
+        return literal_column(POSTGRES_NOW_US, UtcTime)
 
     def close(self) -> None:
         """End every session that was begun by this object."""

@@ -62,6 +62,10 @@ class UtcTime(TypeDecorator[datetime]):
         return None if value is None else time_of(value)
 
 
+#: The time of a PostgreSQL server, which hosts with clocks of their own share.
+POSTGRES_NOW_US: Final = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
+
+
 def _one_of(column: str, names: list[str]) -> str:
     return f"{column} in ({', '.join(repr(name) for name in names)})"
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -31,6 +32,7 @@ from sqlalchemy.engine import Dialect
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.rows import JOINED, record_of
 from krea_dagster.engine.schema import (
+    POSTGRES_NOW_US,
     UtcTime,
     commitments,
     files,
@@ -41,6 +43,10 @@ from krea_dagster.engine.schema import (
     submissions,
     time_of,
 )
+
+#: How long the account's stop holds for the other shards of a launch: long enough that all of
+#: them see it, short enough that a launch which is taken up again after topping up may buy.
+STOP_HOLDS_S: Final = 300.0
 
 #: The parameter that is added to a submission's ``posts``.
 ADDED_POSTS: Final = "added_posts"
@@ -116,8 +122,7 @@ class Statements:
         self.prices = self._select(select(prices.c.quality, prices.c.highest_units))
         self.stop = self._select(
             select(stops.c.error_code, stops.c.error_message).where(
-                stops.c.launch == bindparam("wanted"),
-                stops.c.at >= bindparam("since", type_=UtcTime),
+                stops.c.launch == bindparam("wanted"), self._since(stops.c.at)
             )
         )
         self.file_seen = self._file_seen()
@@ -130,6 +135,12 @@ class Statements:
         found = self._records.find(cursor, {"wanted": wanted})
         records = [record_of(_named(row)) for row in found]
         return {record.request_key: record for record in records}
+
+    def _since(self, at: Any) -> Any:
+        """Whether a stop still holds: on PostgreSQL by its own clock, as it was written."""
+        if self._sqlite:
+            return at >= bindparam("since", type_=UtcTime)
+        return text(f"stops.at >= {POSTGRES_NOW_US} - {int(STOP_HOLDS_S * 1_000_000)}")
 
     def tasks(self, cursor: Cursor, task_ids: Sequence[str]) -> dict[str, str]:
         """The requests that have these tasks, by task id."""
