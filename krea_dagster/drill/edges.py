@@ -128,8 +128,12 @@ def _of(event: Event) -> tuple[Edge, Edge]:
 
 
 #: Every edge: around the commit of each event of the state machine, and around what is done
-#: between two commits.
-EDGES: Final = (*(edge for event in Event for edge in _of(event)), *_ELSEWHERE)
+#: between two commits. A file is only found by a worker that follows one which was killed after it
+#: had given the file its name: by that edge the event is met, and not by a plan of its own.
+EDGES: Final = (
+    *(edge for event in Event if event is not Event.FOUND for edge in _of(event)),
+    *_ELSEWHERE,
+)
 
 #: Why an edge is left out under a policy.
 NOT_UNDER: Final[Mapping[OnUnknown, str]] = {

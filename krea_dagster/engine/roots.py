@@ -114,8 +114,9 @@ class RootLog:
     def _without_marker(self, connection: Connection, storage: Storage, known: Any) -> str | None:
         here = storage.shown("")
         for row in known:
+            if row.location == here and not (count := _count(connection, row.root_id)):
+                return str(row.root_id)  # another run is about to write the marker, or was killed
             if row.location == here:
-                count = _count(connection, row.root_id)
                 raise ConfigError(
                     f"the storage root {here} is empty or not mounted: its marker {MARKER} is "
                     f"not there, and the journal {self._database.where} has {count} images in it. "

@@ -201,7 +201,7 @@ def with_absolute_storage(krea: KreaResource) -> tuple[KreaResource, str]:
     which knows of no purchase.
     """
     named = krea.storage
-    if not isinstance(named, str) or not named or "://" in named or Path(named).is_absolute():
+    if isinstance(named, dg.EnvVar) or not named or "://" in named or Path(named).is_absolute():
         return krea, ""
     return krea.model_copy(update={"storage": str(Path(named).absolute())}), named
 

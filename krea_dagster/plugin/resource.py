@@ -579,10 +579,10 @@ def refuse_without_journal(storage: Storage) -> None:
     """Refuse to begin a journal beside images: another one knows that they are paid for."""
     marker = Marker.read(storage)
     if marker is not None or next(storage.names("images"), None) is not None:
-        named = f" ({marker.journal_id})" if marker is not None else ""
+        named = f" (its id is {marker.journal_id})" if marker is not None else ""
         raise ConfigError(
-            f"{storage.shown('images')} holds images, and the journal that bought them{named} is "
-            "not there: a new one would buy them again. Nothing was bought. Put the journal "
+            f"{storage.shown('images')} holds images, and the journal that bought them is not "
+            f"there{named}: a new one would buy them again. Nothing was bought. Put the journal "
             "back (KREA_JOURNAL_URL), or move the images away to begin anew; or run "
             "`krea-dagster accept root`: a new journal then takes up what lies there, without a "
             "charge that is known."

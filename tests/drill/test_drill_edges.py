@@ -24,8 +24,10 @@ POLICIES: tuple[OnUnknown, ...] = ("replay", "hold")
 
 
 def test_every_event_of_the_state_machine_has_an_edge_before_and_after_its_commit() -> None:
+    """But for a file that is found: that follows a worker which was killed before it said so."""
     names = {edge.name for edge in EDGES}
-    assert {before(event) for event in Event} | {after(event) for event in Event} <= names
+    events = set(Event) - {Event.FOUND}
+    assert {before(event) for event in events} | {after(event) for event in events} <= names
 
 
 def test_an_edge_has_one_name_and_can_be_reached_under_some_policy() -> None:

@@ -372,13 +372,14 @@ def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
     journal.plan([(r, "p") for r in requests], run_id="r", at=NOW)
     keys = [request.request_key for request in requests]
     claimed: list[set[str]] = []
-    start = threading.Barrier(4)
+    start, end = threading.Barrier(4), threading.Barrier(4)
 
     def claim(number: int) -> None:
         with closing(Journal(journal_url)) as mine:
             me = Hand(mine, f"run-{number}").owner.owner
             start.wait()
             claimed.append(mine.claim(keys[:: 1 if number % 2 else -1], me))
+            end.wait()  # its claims end with its journal
 
     threads = [threading.Thread(target=claim, args=(number,)) for number in range(4)]
     for thread in threads:

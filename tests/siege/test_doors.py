@@ -39,7 +39,6 @@ COMMANDS: Final[Sequence[Sequence[str]]] = (
     ("materialize", "--json"),
     ("accept", "root"),
     ("accept", "key"),
-    ("accept", "price", "1K"),
     ("salvage",),
     ("salvage", "--json"),
     ("spend",),

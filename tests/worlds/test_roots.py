@@ -286,3 +286,16 @@ def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
     assert server.books()["replays"] == 1
     assert server.books()["creates"] == 5
     assert len(before) == 4
+
+
+def test_a_run_that_was_killed_before_it_wrote_the_marker_stops_no_other(
+    shop: Shop, server: Emulator
+) -> None:
+    """Nor does one that is about to write it: several may begin at the same instant."""
+    with shop.krea.open_journal() as journal:
+        begun = journal.roots.begin(shop.krea.open_storage(), None)
+    (root(shop) / MARKER).unlink()
+    assert shop.carry().progress.delivered == 4
+    with shop.krea.open_journal() as journal:
+        assert journal.roots.check(shop.krea.open_storage()) == begun
+    assert server.books()["creates"] == 4
