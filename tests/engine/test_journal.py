@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -18,8 +20,10 @@ from sqlalchemy import create_engine, text
 
 from krea_dagster.engine import schema
 from krea_dagster.engine.changes import Change
+from krea_dagster.engine.database import Database
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.statements import Cursor, Statements
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
 from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change, rows, several
@@ -549,3 +553,77 @@ def test_the_answer_of_the_server_is_kept_as_json(journal: Journal, journal_url:
     hand.append(replace(change(request, Event.ACCEPTED), data=answer))
     kept = rows(journal_url, schema.events)[-1]["data"]
     assert json.loads(json.dumps(kept)) == answer
+
+
+# -- at the same time -------------------------------------------------------------------------
+
+
+def test_of_two_first_runs_at_the_same_instant_one_binds_the_journal(journal_url: str) -> None:
+    """Else it would hold an emulator's images beside EvoLink's."""
+    for _ in range(10):
+        with closing(Journal(journal_url)) as one, closing(Journal(journal_url)) as other:
+            make_unbound(journal_url)
+            start = threading.Barrier(2)
+
+            def bind(journal: Journal, origin: str, start: threading.Barrier = start) -> str:
+                start.wait()
+                try:
+                    journal.bind(origin)
+                except ConfigError:
+                    return ""
+                return origin
+
+            with ThreadPoolExecutor(2) as pool:
+                bound = list(pool.map(bind, (one, other), ("an emulator", "api.evolink.ai")))
+            assert min(bound) == ""
+            assert len(set(bound)) == 2
+
+
+def make_unbound(journal_url: str) -> None:
+    engine = create_engine(journal_url)
+    with engine.begin() as connection:
+        connection.execute(text("update about set origin = null"))
+    engine.dispose()
+
+
+def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
+    journal_url: str, journal: Journal
+) -> None:
+    """In chunks of all sizes, for a database finds the rows of each in another order."""
+    wanted = several(1200)
+    journal.plan([(one, "p") for one in wanted], run_id="r", at=NOW)
+    keys = [one.request_key for one in wanted]
+
+    def claim_and_let_go(number: int) -> None:
+        chance = random.Random(number)
+        with closing(Journal(journal_url)) as mine:
+            me = Hand(mine, f"run-{number}").owner.owner
+            for _ in range(15):
+                some = chance.sample(keys, chance.randint(1, len(keys)))
+                mine.let_go(mine.claim(some, me), me)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(claim_and_let_go, number) for number in range(3)]:
+            done.result(timeout=120)
+
+
+def test_the_highest_price_of_two_runs_at_once_is_the_highest(
+    journal_url: str, journal: Journal
+) -> None:
+    first, second = several(2)
+    dear, cheap = Hand(journal, "dear"), Hand(journal, "cheap")
+    for hand, request in ((dear, first), (cheap, second)):
+        hand.bring(request, State.SUBMITTING)
+    with closing(Database(journal_url)) as database:
+        statements = Statements(database.dialect)
+
+        def write(cursor: Cursor) -> None:
+            # Another run's answer, of a transaction that had read no price yet.
+            for units in (9000, 4500):
+                row = {"quality": "1K", "highest_units": units, "latest_units": units}
+                statements.price_seen.execute(
+                    cursor, [{**row, "doubted_units": None, "seen_at": NOW}]
+                )
+
+        database.write_by_driver("write prices to", write)
+    assert journal.highest_prices() == {"1K": 9000}
