@@ -189,14 +189,15 @@ def accept_key_command(same_as: str) -> None:
 
 @accept_group.command("price", epilog=_EPILOG)
 @click.argument("quality", type=click.Choice(["1K", "2K"]))
-def accept_price_command(quality: str) -> None:
+@click.option("--dismiss", is_flag=True, help="The price was a mistake: do not believe it.")
+def accept_price_command(quality: str, *, dismiss: bool) -> None:
     """Believe the price of a quality that was far from the expected one.
 
     The charges of the purchases at that price are settled, and caps reckon with it. Buys nothing.
     """
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - --help stays quick
 
-    click.echo(Settings.from_environment().resource().accept_price(quality))
+    click.echo(Settings.from_environment().resource().accept_price(quality, dismiss=dismiss))
 
 
 @main.command("demo")

@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -242,7 +242,8 @@ def _fill(place: Place, number: int) -> None:
     disk = place.journal.parent
     room = _ROOM_BYTES[number % len(_ROOM_BYTES)]
     about = os.statvfs(disk)
-    with (disk / _BALLAST).open("wb") as ballast:
+    # Unbuffered, it writes what there is room for: a worker writes to the disk at the same time.
+    with suppress(OSError), (disk / _BALLAST).open("wb", buffering=0) as ballast:
         ballast.write(bytes(max(0, about.f_bavail * about.f_frsize - room)))
 
 

@@ -101,16 +101,18 @@ class AttemptLog:
         with self._database.read("read") as connection:
             return frozenset((row.prompt_id, row.sample) for row in connection.execute(query))
 
-    def end(self, slots: Iterable[tuple[str, int]], *, at: datetime) -> None:
-        """Note that a run has come to its end with the present wishes for these slots."""
+    def end(self, slots: Iterable[tuple[str, int, int]], *, at: datetime) -> None:
+        """Note that a run has come to its end with these (prompt_id, sample, attempt).
+
+        A wish that was made since is another one.
+        """
 
         def write(connection: Connection) -> None:
-            for slot in sorted(set(slots)):
-                attempt = self._locked_attempt(connection, slot)
+            for prompt_id, sample, attempt in sorted(set(slots)):
                 connection.execute(
                     update(raised_attempts)
                     .where(
-                        self._wishes_for(slot),
+                        self._wishes_for((prompt_id, sample)),
                         raised_attempts.c.attempt <= attempt,
                         raised_attempts.c.ended_at.is_(None),
                     )

@@ -18,6 +18,7 @@ from krea_dagster.engine.budget import is_doubtful
 from krea_dagster.engine.carrier import Carrier, Desk, trouble
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader
+from krea_dagster.engine.ledger import DOUBTED_IN_ROW, price_doubted
 from krea_dagster.engine.policy import CONFLICT, task_error_wait_s
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
@@ -48,8 +49,6 @@ from krea_dagster.models import (
     credits_text,
 )
 
-#: Prices in a row that cannot be believed, after which nothing more is bought.
-_DOUBTED: Final = 3
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
 _PENDING_S: Final = 60.0
 
@@ -91,6 +90,7 @@ class Buying:
         confirm: Callable[[Carrier], Awaitable[bool]],
         table_id: str = "",
         api_key: str | None = None,
+        restored: bool = False,
         callback_url_of: Callable[[str], str] | None = None,
     ) -> None:
         self._client = client
@@ -101,6 +101,7 @@ class Buying:
         self._confirm = confirm
         self._table_id = table_id
         self._api_key = api_key
+        self._restored = restored
         self._doubted_in_row = 0
         self._callback_url_of = callback_url_of
         self._posting: set[anyio.CancelScope] = set()
@@ -194,9 +195,10 @@ class Buying:
                 callback_url=record.callback_url,
             )
         except IdempotencyConflict as error:
-            if record.state is State.UNKNOWN:
+            if record.state is State.UNKNOWN or self._restored:
                 return await self._outcome_unknown(carrier, error)
             # Of a first POST it is certain that it created nothing: another purchase has its key.
+            # In a journal that has lost purchases that one may be its own.
             said = trouble(CONFLICT, str(error))
             await self._desk.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
             return 0.0
@@ -270,11 +272,8 @@ class Buying:
                 f"and caps go on to reckon with {expected}, until `krea-dagster accept price "
                 f"{quality}`"
             )
-            if self._doubted_in_row >= _DOUBTED and self.stopped is None:
-                self.stopped = RunStopped(
-                    "price_doubted",
-                    f"{self._doubted_in_row} purchases in a row. {self.dearer[quality]}",
-                )
+            if self._doubted_in_row >= DOUBTED_IN_ROW and self.stopped is None:
+                self.stopped = price_doubted(quality, units, self._doubted_in_row)
             return
         self._doubted_in_row = 0
         if units > record.expected_units:

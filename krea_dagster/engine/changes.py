@@ -253,7 +253,7 @@ def _request_values(change: Change, before: Record) -> dict[str, Any]:
     for name, item in change.values.items():
         if name in allowed:
             values[name] = _storable(item)
-    if change.event is Event.COMPLETED and before.state is not State.COMPLETED:
+    if change.event is Event.COMPLETED and before.state in (State.SUBMITTED, State.FAILED):
         values["completed_at"] = change.at
     elif change.event in (Event.STORED, Event.FOUND):
         values["stored_at"] = change.at

@@ -46,16 +46,19 @@ class Fetching:
             )
             return self._desk.backoff_s(carrier.trail.fetch_failures)
         except OSError as error:
-            raise StorageError(
-                f"could not store an image under {self._images.storage.locate('')}: {error}. "
-                "Nothing more is bought until this is mended. What was paid for is in the journal, "
-                "and the next run fetches it: do not wait longer than its links live, which is 24 "
-                "hours."
-            ) from error
+            raise self._not_stored(error) from error
         again = record.state is State.STORED  # in another storage root
         await self._desk.record(carrier, Event.FOUND if again else Event.STORED, _columns(image))
         self.stored[record.request_key] = image.sha256
         return 0.0
+
+    def _not_stored(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"could not store an image under {self._images.storage.shown('')}: {error}. "
+            "Nothing more is bought until this is mended. What was paid for is in the journal, "
+            "and the next run fetches it: do not wait longer than its links live, which is 24 "
+            "hours."
+        )
 
     async def adopt(self, carrier: Carrier, name: str) -> float:
         """Take a file that lies under the request's name for its image, if it verifies."""
@@ -87,6 +90,8 @@ class Fetching:
             return await self._file_missing(carrier)
         try:
             image = await self._images.fetch(self._client, str(record.result_url), record.request)
+        except OSError as error:
+            raise self._not_stored(error) from error
         except DownloadError as error:
             reason = (
                 f"stored in the storage root {', '.join(elsewhere)}, which cannot be read from "

@@ -516,7 +516,9 @@ class Journal:
             connection.execute(
                 update(prices)
                 .where(prices.c.quality == quality)
-                .values(highest_units=units, latest_units=units, doubted_units=None)
+                .values(
+                    highest_units=units, latest_units=units, doubted_units=None, doubted_in_row=0
+                )
             )
             waiting = CHARGES.where(
                 requests.c.quality == quality,
@@ -525,6 +527,7 @@ class Journal:
                 submissions.c.replayed.is_(False),
             )
             charges = [charge_of(row) for row in connection.execute(waiting)]
+            self._refuse_held(connection, [charge.request_key for charge in charges])
             ended = (State.COMPLETED, State.STORED, State.EXPIRED)
             settled = [charge for charge in charges if charge.state in ended]
             moved: Counter[str] = Counter()
@@ -554,6 +557,30 @@ class Journal:
             return units, len(settled)
 
         return self._write("accept a price in", write)
+
+    def dismiss_price(self, quality: str) -> None:
+        """Take the price of a quality that was doubted for a mistake."""
+        forgotten = (
+            update(prices)
+            .where(prices.c.quality == quality)
+            .values(doubted_units=None, doubted_in_row=0)
+        )
+        self._write("dismiss a price in", lambda connection: connection.execute(forgotten))
+
+    def _refuse_held(self, connection: Connection, keys: Sequence[str]) -> None:
+        """Refuse to change purchases that a run is at work with. Raises ConfigError."""
+        dead = self._locks.dead(connection)
+        for chunk in chunks(keys):
+            held = connection.execute(
+                select(requests.c.claimed_by).where(
+                    requests.c.request_key.in_(chunk), requests.c.claimed_by.is_not(None)
+                )
+            )
+            if set(held.scalars()) - dead:
+                raise ConfigError(
+                    "a run is at work with purchases at that price. Nothing was changed. Wait for "
+                    "its end"
+                )
 
     def stop(self, launch: str, code: str, message: str, at: datetime) -> None:
         """Tell all shards of a launch that the account has stopped the buying.

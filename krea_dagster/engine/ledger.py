@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Final
 
 from krea_dagster.engine.budget import (
     Caps,
@@ -19,6 +20,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.statements import STOP_HOLDS_S, Cursor, Statements
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import RunStopped
+from krea_dagster.models import credits_text
 
 
 class Ledger:
@@ -45,7 +47,8 @@ class Ledger:
         self._deltas: dict[str, Commitment] = {}
         self._found: dict[str, Commitment] = {}
         self._prices: dict[str, int] | None = None
-        self._new_prices: dict[str, tuple[int, int | None, datetime]] = {}
+        self._new_prices: dict[str, tuple[int, int | None, int, datetime]] = {}
+        self._doubts: dict[str, RunStopped] = {}
         self._stop: RunStopped | None = None
         self._stop_read = False
 
@@ -77,6 +80,8 @@ class Ledger:
         if (stop := self._stopped(at)) is not None:
             raise stop
         units = expected_units(before.request.quality, self._highest())
+        if (doubt := self._doubts.get(before.request.quality)) is not None:
+            raise doubt
         if self._capped:
             scopes = self._scopes_of_intent(change)
             if (reached := admit(self._caps, scopes, self._committed, units, at)) is not None:
@@ -125,9 +130,10 @@ class Ledger:
                 "highest_units": self._highest().get(quality, 0) or expected_units(quality, {}),
                 "latest_units": units,
                 "doubted_units": doubted,
+                "doubted_in_row": in_row,
                 "seen_at": at,
             }
-            for quality, (units, doubted, at) in sorted(self._new_prices.items())
+            for quality, (units, doubted, in_row, at) in sorted(self._new_prices.items())
         ]
         if seen:
             self._statements.price_seen.execute(self._cursor, seen)
@@ -152,18 +158,23 @@ class Ledger:
 
     def _highest(self) -> dict[str, int]:
         if self._prices is None:
-            self._prices = dict(self._statements.prices.find(self._cursor))
+            self._prices = {}
+            for quality, highest, doubted, in_row in self._statements.prices.find(self._cursor):
+                self._prices[quality] = highest
+                if doubted is not None and in_row >= DOUBTED_IN_ROW:
+                    self._doubts[quality] = price_doubted(quality, doubted, in_row)
         return self._prices
 
     def _believe(self, units: int, quality: str, at: datetime) -> bool:
         """Take note of a price, and tell whether it is believed (``budget.is_doubtful``)."""
         highest = self._highest()
+        latest, doubted, in_row, _ = self._new_prices.get(
+            quality, (highest.get(quality, 0), None, 0, at)
+        )
         if is_doubtful(units, quality, highest):
-            latest = self._new_prices.get(quality, (highest.get(quality, 0), None, at))[0]
-            self._new_prices[quality] = (latest, units, at)
+            self._new_prices[quality] = (latest, units, in_row + 1, at)
             return False
-        doubted = self._new_prices.get(quality, (0, None, at))[1]
-        self._new_prices[quality] = (units, doubted, at)
+        self._new_prices[quality] = (units, doubted, 0, at)
         highest[quality] = max(units, highest.get(quality, 0))
         return True
 
@@ -187,4 +198,19 @@ def _scopes_of(record: Record) -> tuple[str, ...]:
         record.bought_for or "",
         record.scopes,
         table_id=record.bought_for_table,
+    )
+
+
+#: Prices in a row that cannot be believed, after which nothing more is bought at any.
+DOUBTED_IN_ROW: Final = 3
+
+
+def price_doubted(quality: str, units: int, in_row: int) -> RunStopped:
+    """Return why nothing more of a quality is bought until a person has looked at its price."""
+    return RunStopped(
+        "price_doubted",
+        f"EvoLink has said {in_row} times in a row that a {quality} image costs a price that is "
+        f"far from the expected one, the last time {credits_text(units)} credits. If that is "
+        f"right, run `krea-dagster accept price {quality}`; if it was a mistake, the same with "
+        "--dismiss",
     )

@@ -25,6 +25,9 @@ OnUnknown: TypeAlias = Literal["replay", "hold"]
 #: next one has another key.
 CONFLICT: Final = "idempotency_conflict"
 
+#: The code of an image whose task is known, and whose links are dead.
+LINK_DEAD: Final = "link_dead"
+
 #: By how much a time may lie ahead of this clock and be taken for now.
 _CLOCKS_S: Final = 300.0
 
@@ -239,6 +242,8 @@ def _may_be_back(record: Record, trail: Trail, now: datetime, policy: Policy) ->
     """Whether to ask once about a task that was given up as lost: asking costs nothing."""
     if record.task_id is None or trail.asks or trail.ask_failures:
         return False
+    if record.error_code == LINK_DEAD and not policy.revive:
+        return False  # the task is known, and its links are not coming back
     age_s = _age_s(record.sent_at, now)
     return policy.revive or age_s is None or age_s <= policy.lost_for_s
 
@@ -339,7 +344,7 @@ def _completed(record: Record, trail: Trail, now: datetime, policy: Policy) -> A
         return Expire("task_not_found", "its link is dead and its task is not known any more")
     if trail.fetch_failures >= (2 if trail.revived else policy.fetch_tries):
         if trail.link_dead and old:
-            return Expire("link_dead", "its links are dead, and a fresh one was dead too")
+            return Expire(LINK_DEAD, "its links are dead, and a fresh one was dead too")
         return Leave(f"not stored after {trail.fetch_failures} tries; its link is kept")
     if trail.ask_failures >= policy.relink_tries:
         return Leave(f"not stored: no fresh link in {trail.ask_failures} reads of its task")

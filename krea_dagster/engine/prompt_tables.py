@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple
     """Return the name that a table has in the journal, and the root that it counts from.
 
     ``name`` is one that a person gave (an asset key prefix), and tells it from all others. Without
-    one it is known by its ``source``: a local path counts from the storage root, where that is a
-    folder, so that a project that is moved as a whole keeps its tables.
+    one it is known by its ``source``: a local path is one of the root's, and counts from there
+    where that is a folder, so that a project that is moved as a whole keeps its tables.
     """
     if name:
         return name, ""
-    if "://" in source or storage.folder is None:
+    if "://" in source:
         return redact.location(source), ""
+    if storage.folder is None:
+        return Path(source).absolute().as_posix(), root_id
     return Path(os.path.relpath(Path(source).absolute(), storage.folder)).as_posix(), root_id
 
 
@@ -48,10 +51,13 @@ class PromptTableLog:
         with self._database.read("read") as connection:
             return str(connection.execute(_id_of(name, root_id)).scalar() or "")
 
-    def enter(self, name: str, root_id: str) -> str:
+    def enter(
+        self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
+    ) -> str:
         """Return the id of a table, which is entered where it is new. Raises JournalError.
 
-        The first one gets what was asked for before tables were known.
+        The first one gets what was asked for before tables were known. Where the only other table
+        of a root ``is_gone``, its file was renamed, and it is the same table.
         """
         at = datetime.now(timezone.utc)
 
@@ -61,6 +67,16 @@ class PromptTableLog:
             found = connection.execute(_id_of(name, root_id)).scalar()
             if found is not None:
                 return str(found)
+            others = connection.execute(
+                select(prompt_tables).where(prompt_tables.c.root_id == root_id)
+            ).all()
+            if root_id and len(others) == 1 and is_gone(others[0].name):
+                connection.execute(
+                    update(prompt_tables)
+                    .where(prompt_tables.c.table_id == others[0].table_id)
+                    .values(name=name)
+                )
+                return str(others[0].table_id)
             table_id = uuid4().hex
             first = connection.execute(select(prompt_tables.c.table_id).limit(1)).first() is None
             connection.execute(

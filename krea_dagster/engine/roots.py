@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
@@ -21,7 +23,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.schema import about, files, requests, root_tokens, roots
 from krea_dagster.engine.storage import Storage
-from krea_dagster.errors import ConfigError
+from krea_dagster.errors import ConfigError, StorageError
 
 #: The marker's name under the root.
 MARKER: Final = "krea-root.json"
@@ -54,6 +56,10 @@ class Marker:
             return cls(*(str(found[name]) for name in ("root_id", "journal_id", "token")))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StorageError(
+                f"the storage root {storage.shown('')} cannot be read: {error}. Nothing was bought."
+            ) from error
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"{storage.shown(MARKER)} cannot be read, and it says which journal the storage "
@@ -128,7 +134,7 @@ class RootLog:
             if row.location == "":  # of before roots were known
                 self._check_files(connection, storage, row.root_id)
                 return str(row.root_id)
-        if next(storage.names("images"), None) is not None:
+        if self._holds_images_of_others(connection, storage):
             raise ConfigError(
                 f"{storage.shown('images')} holds images, and the journal that bought them is not "
                 f"{self._database.where}, which knows nothing of this storage root: a new one "
@@ -138,6 +144,17 @@ class RootLog:
             )
         return None
 
+    def _holds_images_of_others(self, connection: Connection, storage: Storage) -> bool:
+        """Whether there are images, and among the first some that this journal has not stored."""
+        names = islice(storage.names("images"), _LOOKED_FOR[1])
+        keys = {Path(name).stem for name in names}
+        if not keys:
+            return False
+        stored = select(func.count()).where(
+            requests.c.request_key.in_(keys), requests.c.image_path.is_not(None)
+        )
+        return connection.execute(stored).scalar_one() < len(keys)
+
     def _check_files(
         self, connection: Connection, storage: Storage, root_id: str, since: int | None = None
     ) -> None:
@@ -145,7 +162,7 @@ class RootLog:
         most = _LOOKED_FOR[storage.folder is None]
         expected = _files_of(connection, root_id, most)
         missing = [one for one in expected if storage.size_bytes(one.image_path) is None]
-        all_gone = 1 < len(expected) == len(missing)
+        all_gone = 2 < len(expected) == len(missing)
         if all_gone or len(missing) * 2 > len(expected) >= _FEW:
             raise ConfigError(
                 f"{len(missing)} of {len(expected)} images that were looked for under the storage "
@@ -204,7 +221,12 @@ class RootLog:
             return Marker(name, str(journal_id), token)
 
         marker = self._database.write("enter a storage root in", write)
-        marker.write(storage)
+        try:
+            marker.write(storage)
+        except OSError as error:
+            raise StorageError(
+                f"the storage root {here} cannot be written to: {error}. Nothing was bought."
+            ) from error
         return marker.root_id
 
     def accept(self, storage: Storage) -> str:
@@ -219,7 +241,7 @@ class RootLog:
             marker = Marker.read(storage)
         at = datetime.now(timezone.utc)
 
-        def write(connection: Connection) -> tuple[str, int]:
+        def write(connection: Connection) -> str:
             known = {row.root_id: row for row in connection.execute(select(roots))}
             chosen = marker.root_id if marker is not None else None
             if chosen is None:
@@ -235,19 +257,24 @@ class RootLog:
                 connection.execute(
                     insert(roots).values(root_id=chosen, location=here, adopts=True, first_at=at)
                 )
-            expected = _files_of(connection, chosen, None)
-            gone = [one for one in expected if storage.size_bytes(one.image_path) is None]
-            for one in gone:
+            return chosen
+
+        root_id = self._database.write("accept a storage root in", write)
+        with self._database.read("read") as connection:
+            expected = _files_of(connection, root_id, None)
+        gone = [one.request_key for one in expected if storage.size_bytes(one.image_path) is None]
+
+        def note(connection: Connection) -> None:
+            for key in gone:
                 connection.execute(
                     update(files)
-                    .where(files.c.request_key == one.request_key, files.c.root_id == chosen)
+                    .where(files.c.request_key == key, files.c.root_id == root_id)
                     .values(missing_since=at)
                 )
-            return chosen, len(gone)
 
-        root_id, missing = self._database.write("accept a storage root in", write)
+        self._database.write("note missing files in", note)
         self.begin(storage, root_id)
-        return f"the storage root {here} is accepted; {missing} of its images are missing"
+        return f"the storage root {here} is accepted; {len(gone)} of its images are missing"
 
     def adopts(self, root_id: str) -> bool:
         """Return whether a person has accepted a root as it is."""

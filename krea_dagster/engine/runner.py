@@ -126,15 +126,6 @@ class Runner:
         next run goes on from there.
         """
         started_s = self.clock.monotonic()
-        taken_up = await in_thread(
-            partial(
-                take_up,
-                self.journal,
-                self.images.storage,
-                run_id=self.run_id,
-                at=self.clock.now(),
-            )
-        )
         planned = await in_thread(
             partial(
                 Planned.enter,
@@ -145,6 +136,16 @@ class Runner:
                 table_id=self.table_id,
                 is_unfinished=self._unfinished,
                 reused_rows=reused_rows,
+            )
+        )
+        # Once all requests are entered, also those that a restored journal had forgotten.
+        taken_up = await in_thread(
+            partial(
+                take_up,
+                self.journal,
+                self.images.storage,
+                run_id=self.run_id,
+                at=self.clock.now(),
             )
         )
         if not planned.unfinished:

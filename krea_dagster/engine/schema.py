@@ -270,6 +270,8 @@ prices: Final = Table(
     Column("highest_units", BigInteger, nullable=False),
     Column("latest_units", BigInteger, nullable=False),
     Column("doubted_units", BigInteger),
+    # How many prices in a row were not believed, over all runs.
+    Column("doubted_in_row", Integer, nullable=False, default=0, server_default=text("0")),
     Column("seen_at", UtcTime, nullable=False),
 )
 

@@ -157,6 +157,7 @@ class Session:
             confirm=self._confirm,
             table_id=runner.table_id,
             api_key=runner.api_key,
+            restored=runner.root.adopts,
             callback_url_of=runner.callback_url_of,
         )
         self.asking = Asking(

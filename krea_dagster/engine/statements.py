@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from sqlalchemy import (
     Boolean,
+    Integer,
     String,
     Table,
     any_,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal_column,
     select,
     text,
     update,
@@ -50,6 +52,9 @@ STOP_HOLDS_S: Final = 300.0
 
 #: The parameter that is added to a submission's ``posts``.
 ADDED_POSTS: Final = "added_posts"
+
+#: A 0 that is part of a statement's text, and none of its parameters.
+_NONE: Final = literal_column("0", Integer)
 
 
 class Cursor(Protocol):
@@ -119,7 +124,14 @@ class Statements:
                 commitments.c.scope == bindparam("wanted")
             )
         )
-        self.prices = self._select(select(prices.c.quality, prices.c.highest_units))
+        self.prices = self._select(
+            select(
+                prices.c.quality,
+                prices.c.highest_units,
+                prices.c.doubted_units,
+                prices.c.doubted_in_row,
+            )
+        )
         self.stop = self._select(
             select(stops.c.error_code, stops.c.error_message).where(
                 stops.c.launch == bindparam("wanted"), self._since(stops.c.at)
@@ -223,6 +235,10 @@ class Statements:
             "highest_units": greater(prices.c.highest_units, new.highest_units),
             "latest_units": new.latest_units,
             "doubted_units": func.coalesce(new.doubted_units, prices.c.doubted_units),
+            "doubted_in_row": case(
+                (new.doubted_in_row > _NONE, prices.c.doubted_in_row + new.doubted_in_row),
+                else_=_NONE,
+            ),
             "seen_at": new.seen_at,
         }
         upsert = statement.on_conflict_do_update(index_elements=["quality"], set_=seen)

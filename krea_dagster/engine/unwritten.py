@@ -20,7 +20,7 @@ from typing import Any, Final
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.owner import this_process
-from krea_dagster.engine.record import Record
+from krea_dagster.engine.record import Record, idempotency_key
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import KreaError
@@ -33,6 +33,7 @@ _TEMPORARY: Final = "krea-dagster-unwritten"
 
 #: States in which a purchase waits for its answer.
 _OPEN: Final = frozenset({State.SUBMITTING, State.UNKNOWN, State.EXPIRED})
+_NOT_BOUGHT: Final = frozenset({State.PLANNED, State.DEFERRED})
 
 
 @dataclass(frozen=True)
@@ -84,30 +85,46 @@ def take_up(journal: Journal, storage: Storage, *, run_id: str, at: datetime) ->
         mine = journal.claim({answer.request_key for _, answer in found}, owner.owner)
         for place, answer in found:
             if answer.request_key in mine:
-                said.append(_write(journal, answer, owner.owner, run_id, at))
-                _remove(storage, place)
+                written, text = _write(journal, answer, owner.owner, run_id, at)
+                said.append(text)
+                if written:
+                    _remove(storage, place)
     finally:
         journal.release(owner.owner)
     return said
 
 
-def _write(journal: Journal, answer: Answer, owner: str, run_id: str, at: datetime) -> str:
+def _write(
+    journal: Journal, answer: Answer, owner: str, run_id: str, at: datetime
+) -> tuple[bool, str]:
+    """Write an answer; returns whether the journal has its task now, and what was done."""
     record = journal.records([answer.request_key]).get(answer.request_key)
     task_id = answer.values["task_id"]
     named = f"task {task_id} of request {answer.request_key}"
     if record is None:
-        return f"{named} was bought, and this journal does not know the request"
+        return False, f"{named} was bought, and this journal does not know the request"
     if record.task_id == task_id:
-        return f"{named} is in the journal already"
-    if not _waits_for(record, answer):
+        return True, f"{named} is in the journal already"
+    changes = []
+    if _was_before(record, answer):
+        # The journal was restored from before the purchase: its intent is lost, too.
+        values = {"partition_key": record.partition_key, "table_id": record.table_id}
+        changes.append(Change(answer.request_key, Event.SUBMITTING, at, values))
+    elif not _waits_for(record, answer):
         said = f"{named} was bought, and the request has gone on without it"
-        return f"{said} (as task {record.task_id})" if record.task_id else said
+        return False, f"{said} (as task {record.task_id})" if record.task_id else said
     data = {"answer": dict(answer.answer), "taken_up": "its answer could not be written before"}
     change = Change(answer.request_key, Event.ACCEPTED, at, dict(answer.values), data)
-    (written,) = journal.append([change], owner=owner, run_id=run_id)
+    *_, written = journal.append([*changes, change], owner=owner, run_id=run_id)
     if isinstance(written, KreaError):
-        return f"{named} could not be written: {written}"
-    return f"{named} was bought by an earlier run, and is in the journal now"
+        return False, f"{named} could not be written: {written}"
+    return True, f"{named} was bought by an earlier run, and is in the journal now"
+
+
+def _was_before(record: Record, answer: Answer) -> bool:
+    """Whether a record is of before the purchase that is answered."""
+    next_key = record.idempotency_key or idempotency_key(record.request_key, record.submissions + 1)
+    return record.state in _NOT_BOUGHT and answer.idempotency_key == next_key
 
 
 def _waits_for(record: Record, answer: Answer) -> bool:

@@ -30,14 +30,15 @@ class Wishes:
     error_codes: frozenset[str] = frozenset()
     rejected: bool = False
 
+    def without_row(self, plan: Plan) -> list[str]:
+        """Return the prompt_ids that no row of a plan has."""
+        return sorted(self.prompt_ids.difference(i.prompt_id for i in plan.named(self.prompt_ids)))
+
     def slots(self, plan: Plan, journal: Journal | None) -> list[Slot]:
         """Return the (prompt_id, sample) of a plan that are wished for, in its order.
 
-        Raises ConfigError for a prompt_id that no row has, or that is one of the words too.
+        Raises ConfigError for a prompt_id that is one of the words too.
         """
-        named = [image.prompt_id for image in plan.named(self.prompt_ids)]
-        if missing := sorted(self.prompt_ids.difference(named)):
-            raise ConfigError(f"no row has the prompt_id {missing[0]!r}; nothing was bought")
         words = [_CODE + code for code in self.error_codes]
         words += [REJECTED_ROWS] if self.rejected else []
         if doubled := [image.prompt_id for image in plan.named(words) if image.prompt_id in words]:

@@ -162,7 +162,7 @@ def build_krea_assets(
         with ExitStack() as stack:
             with as_failure():
                 root = context.run.root_run_id or context.run.run_id
-                refuse_second_journal(context, images_key, krea, relative_storage)
+                refuse_second_journal(context, images_key, krea, table, relative_storage)
                 batch = stack.enter_context(_wished(context, table, config, krea, root))
                 folders = manifest_folders(manifest_key)
                 batch, asked = ask_for_wanted(
@@ -190,7 +190,7 @@ def build_krea_assets(
             del standing
             _say_after(context, report)
             total = Figures()
-            journal = journal_entry(krea, relative_storage)
+            journal = journal_entry(krea, table, relative_storage)
             for key, figures in batch.figures(krea, context.run.run_id):
                 total += figures
                 values = images_metadata(figures, krea.open_storage(), seconds=report.seconds)

@@ -1,7 +1,7 @@
 """What one run works on: the images that its partitions ask for, and which of them are done."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -17,6 +17,8 @@ from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.lookup import NOTHING_KNOWN, Known, known, known_of_many
+from krea_dagster.engine.policy import REJECTED
+from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import Wanted
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
@@ -102,33 +104,35 @@ class Batch:
         slots = self.wished(config, krea)
         if not slots:
             return self
-        states = {
-            (image.prompt_id, image.sample): image.request.request_key
-            for image in self.plan.named({prompt_id for prompt_id, _ in slots})
-        }
         with krea.open_journal() as journal:
-            known = journal.records(states.values())
-            ended = {
-                slot: known[key].state in _SETTLED for slot, key in states.items() if key in known
-            }
+            ended = self._ended(journal, set(slots))
             journal.attempts(krea.table_id(journal, self.table, enter=True)).ask_again(
                 slots,
                 raised_by=raised_by,
                 at=datetime.now(timezone.utc),
-                settled=lambda slot, _attempt: ended.get(slot, False),
+                settled=lambda slot, attempt: ended.get((*slot, attempt), False),
                 draw=config.new_seed,
             )
         self.close()
         return replace(self, plan=krea.plan(self.table, self.keys))
 
-    def wished(self, config: KreaImagesConfig, krea: KreaResource) -> list[tuple[str, int]]:
+    def wished(
+        self, config: KreaImagesConfig, krea: KreaResource, *, all_rows: bool = False
+    ) -> list[tuple[str, int]]:
         """Return the (prompt_id, sample) that a person wants another image of.
 
-        Raises ConfigError for a row that is not there, or whose seed the table fixes.
+        Raises ConfigError for a row whose seed the table fixes, and for one that is not there:
+        in this batch where it has ``all_rows`` that are meant, or else in the whole table.
         """
         if not config.again:
             return []
         wishes = again.read(config.again)
+        missing = wishes.without_row(self.plan)
+        if missing and not all_rows and self.keys is not None:
+            with krea.plan(self.table) as whole:
+                missing = wishes.without_row(whole)
+        if missing:
+            raise ConfigError(f"no row has the prompt_id {missing[0]!r}; nothing was bought")
         if krea.has_journal():
             with krea.open_journal() as journal:
                 slots = wishes.slots(self.plan, journal)
@@ -157,20 +161,22 @@ class Batch:
         """Note the wishes for images of this batch that a run has come to its end with."""
         with krea.open_journal() as journal:
             log = journal.attempts(krea.table_id(journal, self.table))
-            open_ = log.open()
-            images = {
-                (image.prompt_id, image.sample): image.request.request_key
-                for image in self.plan.named({prompt_id for prompt_id, _ in open_})
-                if (image.prompt_id, image.sample) in open_
-            }
-            known = journal.records(images.values())
-            ended = [
-                slot
-                for slot, key in images.items()
-                if key in known and known[key].state in _SETTLED
-            ]
-            if ended:
-                log.end(ended, at=datetime.now(timezone.utc))
+            ended = self._ended(journal, log.open())
+            if any(ended.values()):
+                done = [slot for slot, has_ended in ended.items() if has_ended]
+                log.end(done, at=datetime.now(timezone.utc))
+
+    def _ended(
+        self, journal: Journal, slots: Collection[tuple[str, int]]
+    ) -> dict[tuple[str, int, int], bool]:
+        """Return of these slots, with the attempts that this batch has, whether they have ended."""
+        keys = {
+            (image.prompt_id, image.sample, image.request.attempt): image.request.request_key
+            for image in self.plan.named({prompt_id for prompt_id, _ in slots})
+            if (image.prompt_id, image.sample) in slots
+        }
+        known = journal.records(keys.values())
+        return {slot: key in known and _has_ended(known[key]) for slot, key in keys.items()}
 
     @property
     def held_count(self) -> int:
@@ -227,6 +233,12 @@ class Batch:
     def manifest_schema(self) -> pa.Schema:
         """The schema of the parts."""
         return manifest_schema(self.plan)
+
+
+def _has_ended(record: Record) -> bool:
+    """Whether a request has come to its end, so that another image may be asked for."""
+    rejected = record.state is State.COMPLETED and record.error_code in REJECTED
+    return record.state in _SETTLED or rejected
 
 
 def _return_memory() -> None:

@@ -4,14 +4,16 @@ from typing import Final
 
 import dagster as dg
 
+from krea_dagster import redact
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import PromptTable
 
 #: The metadata entry of a materialization of ``images``.
 JOURNAL_ENTRY: Final = "krea_journal"
 
 
-def journal_entry(krea: KreaResource, relative: str) -> dg.JsonMetadataValue:
+def journal_entry(krea: KreaResource, table: PromptTable, relative: str) -> dg.JsonMetadataValue:
     """Return what a materialization says of the journal that bought its images.
 
     ``relative`` is the storage root as the definitions name it, where that is a relative path.
@@ -22,12 +24,17 @@ def journal_entry(krea: KreaResource, relative: str) -> dg.JsonMetadataValue:
             "origin": krea.origin,
             "root": krea.open_storage().shown(""),
             "relative": relative,
+            "prompts": redact.location(table.source),
         }
     )
 
 
 def refuse_second_journal(
-    context: dg.AssetExecutionContext, images: dg.AssetKey, krea: KreaResource, relative: str
+    context: dg.AssetExecutionContext,
+    images: dg.AssetKey,
+    krea: KreaResource,
+    table: PromptTable,
+    relative: str,
 ) -> None:
     """Refuse to begin a journal where the instance has images of another one from the same place.
 
@@ -43,7 +50,9 @@ def refuse_second_journal(
     if not isinstance(before, dict) or before.get("origin") != krea.origin:
         return
     here = krea.open_storage().shown("")
-    same_place = before.get("root") == here or (relative and before.get("relative") == relative)
+    same_place = before.get("root") == here
+    if relative and before.get("prompts") == redact.location(table.source):
+        same_place = same_place or before.get("relative") == relative
     if not same_place or before.get("journal") == krea.journal_id():
         return
     raise ConfigError(

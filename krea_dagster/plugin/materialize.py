@@ -176,7 +176,7 @@ def salvage(
 
 def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) -> None:
     """Refuse a wish that names no row, before anything is launched."""
-    batch.wished(wishes, krea)
+    batch.wished(wishes, krea, all_rows=True)
     if not wishes.resolve:
         return
     resolutions = wishes.resolutions(batch.plan)

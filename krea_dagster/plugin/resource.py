@@ -264,9 +264,14 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             "purchases were made with"
         )
 
-    def accept_price(self, quality: str) -> str:
-        """Believe the price of a quality that was far from the expected one."""
+    def accept_price(self, quality: str, *, dismiss: bool = False) -> str:
+        """Believe the price of a quality that was far from the expected one, or ``dismiss`` it."""
         with self.open_journal() as journal:
+            if dismiss:
+                journal.dismiss_price(quality)
+                return (
+                    f"the doubted price of {quality} counts as a mistake; its charge stays unknown"
+                )
             units, settled = journal.accept_price(quality, datetime.now(timezone.utc))
         return (
             f"{quality} costs {credits_text(units)} credits from now on; the charges of {settled} "
@@ -387,8 +392,16 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         storage = self.open_storage()
         marker = Marker.read(storage)
         root_id = "" if marker is None else marker.root_id
+        if enter and marker is None:
+            root_id = journal.roots.begin(storage, journal.roots.check(storage))
         name = identity_of(table.name, table.source, storage, root_id)
-        return (journal.tables.enter if enter else journal.tables.find)(*name)
+        if not enter:
+            return journal.tables.find(*name)
+
+        def is_gone(path: str) -> bool:
+            return storage.folder is not None and not (storage.folder / path).exists()
+
+        return journal.tables.enter(*name, is_gone=is_gone)
 
     def raise_attempts(
         self, table: PromptTable, samples: Iterable[tuple[str, int]], *, raised_by: str
@@ -485,6 +498,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 callback_url_of=None if (urls := self._callback_urls()) is None else urls.url,
                 on_progress=on_progress,
             )
+            # Another token, so that a copy of the journal from during the run is known for old.
+            journal.roots.begin(storage, root_id)
 
     def _callback_urls(self) -> CallbackUrls | None:
         return receiver_urls(

@@ -29,7 +29,7 @@ def test_it_goes_together_with_a_persons_wish_for_another(journal: Journal) -> N
     journal.attempts(TABLE).ask_again([("a", 0)], raised_by="a person's run", at=AT)
     assert journal.attempts(TABLE).replace([("a", 0, 0)], raised_by="run", at=AT) == []
     assert journal.attempts(TABLE).replace([("a", 0, 1)], raised_by="run", at=AT) == [("a", 0)]
-    journal.attempts(TABLE).end([("a", 0)], at=AT)
+    journal.attempts(TABLE).end([("a", 0, 2)], at=AT)
     journal.attempts(TABLE).ask_again([("a", 0)], raised_by="another", at=AT)
     assert journal.attempts(TABLE).present() == {("a", 0): 3}
 
@@ -49,7 +49,9 @@ def test_a_wish_is_gone_on_with_until_a_run_has_come_to_its_end_with_it(journal:
     assert log.ask_again(slots, raised_by="killed", at=AT) == slots
     assert log.ask_again(slots, raised_by="repeated", at=AT) == []
     assert log.open() == {("a", 0)}
-    log.end(slots, at=AT)
+    log.end([("a", 0, 0)], at=AT)
+    assert log.open() == {("a", 0)}, "a run that began before the wish has ended without it"
+    log.end([("a", 0, 1)], at=AT)
     assert log.open() == set()
     assert log.ask_again(slots, raised_by="a new wish", at=AT) == slots
     assert log.present() == {("a", 0): 2}
@@ -77,7 +79,7 @@ def test_a_run_that_is_executed_again_asks_for_nothing_whoever_has_asked_in_betw
     assert journal.attempts(TABLE).replace([("a", 0, 1)], raised_by="second", at=AT) == [("a", 0)]
     assert again("first", ("a", 0), ("b", 0), ("c", 0)) == [("c", 0)]
     assert again("third", ("b", 0), ("b", 0)) == []  # the first has not come to its end
-    journal.attempts(TABLE).end([("b", 0)], at=AT)
+    journal.attempts(TABLE).end([("b", 0, 1)], at=AT)
     assert again("third", ("b", 0), ("b", 0)) == [("b", 0)]
     assert again("first", ("b", 0)) == []
     assert journal.attempts(TABLE).present() == {("a", 0): 2, ("b", 0): 2, ("c", 0): 1}

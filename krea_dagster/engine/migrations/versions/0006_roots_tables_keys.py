@@ -8,13 +8,19 @@ a journal is upgraded, and what such a run has bought is found as unanswered.
 
 from __future__ import annotations
 
+import time
 from uuid import uuid4
 
 import sqlalchemy as sa
 from alembic import op
 
+from krea_dagster.errors import JournalError
+
 revision = "0006"
 down_revision = "0005"
+
+#: A run that was heard of within this time may be at work.
+_SILENCE_US = 90_000_000
 
 _TRANSITIONS = (
     *((state, "found", "stored") for state in (
@@ -93,6 +99,10 @@ def upgrade() -> None:
         sa.Column("replayed", sa.Boolean(), nullable=False, server_default=sa.false()),
     )
     op.add_column("prices", sa.Column("doubted_units", sa.BigInteger(), nullable=True))
+    op.add_column(
+        "prices",
+        sa.Column("doubted_in_row", sa.Integer(), nullable=False, server_default=sa.text("0")),
+    )
     op.add_column("verdicts", _table_id())
     _attempts()
     _transitions()
@@ -104,6 +114,13 @@ def _table_id() -> sa.Column[str]:
 
 
 def _owners() -> None:
+    newest = op.get_bind().execute(sa.text("SELECT max(heartbeat_at) FROM owners")).scalar()
+    if newest is not None and time.time() * 1_000_000 - newest < _SILENCE_US:
+        raise JournalError(
+            "a run of an earlier version of krea-dagster is at work, or was until a moment ago: "
+            "its purchases would be repeated. Nothing was changed. Let it end, and try again two "
+            "minutes later."
+        )
     op.execute("UPDATE requests SET claimed_by = NULL")
     op.execute("DELETE FROM owners")
     with op.batch_alter_table("owners") as owners:
