@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Connection, func, insert, select, update
@@ -43,40 +42,38 @@ class PromptTableLog:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def find(self, name: str, root_id: str) -> str:
+    def find(
+        self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
+    ) -> str:
         """Return the id of a table; empty for one that the journal does not know.
 
-        What was asked for before tables were known has the empty id too. Raises JournalError.
+        Where the only other table of a root ``is_gone``, its file was renamed, and it is the same
+        table. What was asked for before tables were known has the empty id too. Raises
+        JournalError.
         """
         with self._database.read("read") as connection:
-            return str(connection.execute(_id_of(name, root_id)).scalar() or "")
+            found = _id_of(connection, name, root_id)
+            return found or _renamed(connection, root_id, is_gone)
 
     def enter(
         self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
     ) -> str:
         """Return the id of a table, which is entered where it is new. Raises JournalError.
 
-        The first one gets what was asked for before tables were known. Where the only other table
-        of a root ``is_gone``, its file was renamed, and it is the same table.
+        As ``find``. The first one gets what was asked for before tables were known.
         """
         at = datetime.now(timezone.utc)
 
         def write(connection: Connection) -> str:
             if not self._database.sqlite:
                 connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
-            found = connection.execute(_id_of(name, root_id)).scalar()
-            if found is not None:
-                return str(found)
-            others = connection.execute(
-                select(prompt_tables).where(prompt_tables.c.root_id == root_id)
-            ).all()
-            if root_id and len(others) == 1 and is_gone(others[0].name):
+            if found := _id_of(connection, name, root_id):
+                return found
+            if found := _renamed(connection, root_id, is_gone):
                 connection.execute(
-                    update(prompt_tables)
-                    .where(prompt_tables.c.table_id == others[0].table_id)
-                    .values(name=name)
+                    update(prompt_tables).where(prompt_tables.c.table_id == found).values(name=name)
                 )
-                return str(others[0].table_id)
+                return found
             table_id = uuid4().hex
             first = connection.execute(select(prompt_tables.c.table_id).limit(1)).first() is None
             connection.execute(
@@ -91,7 +88,9 @@ class PromptTableLog:
                     )
             return table_id
 
-        return self.find(name, root_id) or self._database.write("enter a prompt table in", write)
+        with self._database.read("read") as connection:
+            known = _id_of(connection, name, root_id)
+        return known or self._database.write("enter a prompt table in", write)
 
     def names(self) -> dict[str, str]:
         """Return the names of the tables, by their ids. Raises JournalError."""
@@ -104,7 +103,13 @@ class PromptTableLog:
 _ENTERING = 4_705_170_318
 
 
-def _id_of(name: str, root_id: str) -> Any:
-    return select(prompt_tables.c.table_id).where(
-        prompt_tables.c.name == name, prompt_tables.c.root_id == root_id
-    )
+def _id_of(connection: Connection, name: str, root_id: str) -> str:
+    is_it = (prompt_tables.c.name == name, prompt_tables.c.root_id == root_id)
+    return connection.execute(select(prompt_tables.c.table_id).where(*is_it)).scalar() or ""
+
+
+def _renamed(connection: Connection, root_id: str, is_gone: Callable[[str], bool]) -> str:
+    others = connection.execute(
+        select(prompt_tables).where(prompt_tables.c.root_id == root_id).limit(2)
+    ).all()
+    return others[0].table_id if root_id and len(others) == 1 and is_gone(others[0].name) else ""

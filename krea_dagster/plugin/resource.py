@@ -395,13 +395,12 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         if enter and marker is None:
             root_id = journal.roots.begin(storage, journal.roots.check(storage))
         name = identity_of(table.name, table.source, storage, root_id)
-        if not enter:
-            return journal.tables.find(*name)
 
         def is_gone(path: str) -> bool:
             return storage.folder is not None and not (storage.folder / path).exists()
 
-        return journal.tables.enter(*name, is_gone=is_gone)
+        seen = journal.tables.enter if enter else journal.tables.find
+        return seen(*name, is_gone=is_gone)
 
     def raise_attempts(
         self, table: PromptTable, samples: Iterable[tuple[str, int]], *, raised_by: str

@@ -621,8 +621,8 @@ def test_the_highest_price_of_two_runs_at_once_is_the_highest(
             # Another run's answer, of a transaction that had read no price yet.
             for units in (9000, 4500):
                 row = {"quality": "1K", "highest_units": units, "latest_units": units}
-                row |= {"doubted_units": None, "doubted_in_row": 0, "seen_at": NOW}
-                statements.price_seen.execute(cursor, [row])
+                none = {"doubted_units": None, "doubted_in_row": 0}
+                statements.price_seen.execute(cursor, [{**row, **none, "seen_at": NOW}])
 
         database.write_by_driver("write prices to", write)
     assert journal.highest_prices() == {"1K": 9000}
