@@ -88,16 +88,19 @@ class Fetching:
                 return 0.0
         if not elsewhere:
             return await self._file_missing(carrier)
+        there = (
+            f"stored in the storage root {', '.join(elsewhere)}, which cannot be read from here; "
+            f"copy {_path(record)} here. Its link"
+        )
+        if record.result_url is None:
+            carrier.trail = changed(carrier.trail, final=f"{there} is not known")
+            return 0.0
         try:
-            image = await self._images.fetch(self._client, str(record.result_url), record.request)
+            image = await self._images.fetch(self._client, record.result_url, record.request)
         except OSError as error:
             raise self._not_stored(error) from error
         except DownloadError as error:
-            reason = (
-                f"stored in the storage root {', '.join(elsewhere)}, which cannot be read from "
-                f"here, and its link is of no use any more ({error}): copy {_path(record)} here"
-            )
-            carrier.trail = changed(carrier.trail, final=reason)
+            carrier.trail = changed(carrier.trail, final=f"{there} is of no use any more: {error}")
             return 0.0
         await self._desk.record(carrier, Event.FOUND, _columns(image), {"file": image.path})
         return 0.0

@@ -169,6 +169,15 @@ async def test_a_key_that_knows_none_of_the_tasks_stops_the_run_and_gives_nothin
     assert home.states(requests) == ["submitted"] * 4
 
 
+async def test_tasks_that_are_lost_are_no_sign_of_a_foreign_key_where_they_were_bought_with_it(
+    home: House,
+) -> None:
+    home.emulator.world.script("vanished", n=3)
+    mine = replace(home.runner(max_in_flight=3, account_keys=frozenset({"mine"})), api_key="mine")
+    report = await mine.run(as_wanted(several(12)))
+    assert (report.posts, report.progress.delivered, report.stopped) == (12, 9, None)
+
+
 async def test_a_lost_task_that_is_back_is_found_by_the_next_run_without_being_told(
     home: House,
 ) -> None:
@@ -235,6 +244,46 @@ async def test_prices_that_cannot_be_believed_in_a_row_end_the_buying(home: Hous
     assert isinstance(report.stopped, RunStopped)
     assert report.posts <= 3 + 2
     assert "krea-dagster accept price 1K" in str(report.stopped)
+
+
+async def test_what_was_doubted_stops_the_runs_to_come_until_a_person_has_decided(
+    home: House,
+) -> None:
+    home.emulator.world.script("price", n=3, arg=99)
+    first = await home.run(several(20), max_in_flight=1)
+    assert (first.posts, home.emulator.books()["creates"]) == (3, 3)
+    for run in ("run-2", "run-3"):
+        report = await home.run(several(20), run)
+        assert report.posts == 0
+        assert "krea-dagster accept price 1K" in str(report.stopped)
+    home.journal.dismiss_price("1K")
+    report = await home.run(several(20), "run-4")
+    assert (report.posts, report.stopped) == (17, None)
+    assert home.journal.highest_prices() == {"1K": 4500}
+
+
+async def test_a_price_that_is_right_again_ends_the_doubt(home: House) -> None:
+    for run in range(4):
+        home.emulator.world.script("price", n=2, arg=99)
+        report = await home.run(several(4, start=4 * run), f"run-{run}", max_in_flight=1)
+        assert (report.posts, report.stopped) == (4, None)
+
+
+async def test_a_price_is_not_accepted_while_a_run_is_at_work_with_purchases_at_it(
+    home: House,
+) -> None:
+    hand = Hand(home.journal, "at work")
+    hand.plan(asked())
+    hand.write(asked(), Event.SUBMITTING)
+    hand.write(asked(), Event.ACCEPTED, reserved_units=90_000)
+    with (
+        closing(Journal(home.url)) as other,
+        pytest.raises(ConfigError, match="a run is at work with purchases at that price"),
+    ):
+        other.accept_price("1K", NOW)
+    home.journal.release(hand.owner.owner)
+    units, _ = home.journal.accept_price("1K", NOW)
+    assert units == 90_000
 
 
 @pytest.mark.parametrize("number", [5, 30])

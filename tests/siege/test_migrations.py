@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -201,6 +202,18 @@ def test_an_upgrade_that_fails_changes_nothing(journal_url: str, name: str) -> N
     assert version(journal_url) == REVISIONS.head
     assert (tables(journal_url), content(journal_url)) == before
     Journal(journal_url).close()
+
+
+def test_no_journal_is_upgraded_while_an_earlier_version_is_at_work(journal_url: str) -> None:
+    """It would go on by claims that the new version does not see."""
+    first_release.make(journal_url)
+    with engine_of(journal_url) as engine, engine.begin() as connection:
+        now_us = int(time.time() * 1_000_000)
+        connection.execute(text("UPDATE owners SET heartbeat_at = :now"), {"now": now_us})
+    before = version(journal_url)
+    with pytest.raises(JournalError, match="an earlier version of krea-dagster is at work"):
+        Journal(journal_url)
+    assert version(journal_url) == before
 
 
 def test_processes_that_open_an_old_journal_together_upgrade_it_once(tmp_path: Path) -> None:

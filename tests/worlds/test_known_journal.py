@@ -76,3 +76,17 @@ def test_another_root_of_the_same_instance_is_a_first_run(
     assert run(shop, instance, str(shop.folder / "one")).success
     assert run(shop, instance, str(shop.folder / "other")).success
     assert server.books()["replays"] == 4
+
+
+def test_another_project_with_the_same_relative_root_and_instance_is_a_first_run(
+    shop: Shop,
+    server: Emulator,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("one", "other"):
+        folder = shop.folder / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        project = Shop(folder, server, shop.api_key, shop.rows)
+        assert run(project, instance, "data/krea").success

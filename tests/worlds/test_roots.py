@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from krea_dagster.emulator import Emulator
+from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.roots import MARKER
+from krea_dagster.engine.runner import Wanted
 from krea_dagster.engine.states import State
-from krea_dagster.errors import ConfigError
+from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from krea_dagster.plugin.spend_assets import update_tables
 from tests.engine.engine_bench import ServerClock
-from tests.spend.spend_bench import Shop
+from tests.spend.spend_bench import LEARNED, Shop
 
 
 def root(shop: Shop) -> Path:
@@ -193,6 +198,66 @@ def test_a_journal_that_is_older_than_its_root_stops_everything(
     assert (files(shop), server.books()["creates"]) == (before, 6)
 
 
+def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
+    shop: Shop, server: Emulator
+) -> None:
+    krea = shop.krea
+    backups: list[Path] = []
+
+    def back_up(_: Progress) -> None:
+        if not backups:
+            backups.append(keep(journal_file(shop), "backup.db"))
+
+    wanted = [Wanted(image.request, image.partition_key) for image in shop.images()]
+    with krea._runner("run-1", back_up, shop.table) as runner:
+        policy = replace(runner.policy, wait_scale=0.01)
+        asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
+    restore(backups[0], journal_file(shop))
+    nothing_happens(shop, server, r"is older than the storage root .* It was restored")
+
+
+def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.with_settings(day_credits=0.1).carry()  # planned, and deferred
+    backup = keep(journal_file(shop), "backup.db")
+    with closing(sqlite3.connect(journal_file(shop))) as database:
+        database.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON events WHEN new.event = 'accepted' "
+            "BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+        )
+    with pytest.raises(PurchasesNotWritten):
+        shop.carry("run-2")
+    restore(backup, journal_file(shop))
+    with pytest.raises(ConfigError, match="is older than the storage root"):
+        shop.carry("run-3")
+    shop.krea.accept_root()
+    kept = list((root(shop) / "unwritten").iterdir())
+    report = shop.carry("run-4")
+    assert (len(report.taken_up), report.progress.delivered) == (len(kept), 4)
+    assert not list((root(shop) / "unwritten").iterdir())
+    assert server.books()["creates"] == 4
+
+
+def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purchase(
+    shop: Shop, server: Emulator
+) -> None:
+    """It was bought after the backup, before callbacks were set up; the files are lost too."""
+    shop.with_settings(day_credits=0.1).carry()
+    backup = keep(journal_file(shop), "backup.db")
+    shop.carry("run-2")
+    restore(backup, journal_file(shop))
+    shutil.rmtree(root(shop) / "images")
+    shop.krea.accept_root()
+    called = shop.with_settings(
+        callback_base_url="https://hooks.example.com", callback_secret="s" * 40
+    )
+    called.carry("run-3")
+    assert {record.error_code for record in shop.records().values()} == {"idempotency_conflict"}
+    assert states(shop) == {State.UNKNOWN}
+    assert server.books()["creates"] == 4
+
+
 def test_a_root_that_is_older_than_its_journal_stops_everything(
     shop: Shop, server: Emulator
 ) -> None:
@@ -225,6 +290,20 @@ def test_a_damaged_marker_is_not_taken_for_none(shop: Shop) -> None:
         shop.carry("run-2")
     shop.krea.accept_root()
     assert shop.carry("run-3").progress.reused == 4
+
+
+def test_an_image_of_a_root_that_is_away_and_whose_link_is_not_known_is_left_where_it_is(
+    shop: Shop, server: Emulator
+) -> None:
+    shop.buy()
+    shutil.rmtree(journal_file(shop).parent)
+    shop.krea.accept_root()
+    shop.carry("run-2")  # found by their files, and never asked about
+    root(shop).rename(shop.folder / "away")
+    other = shop.with_settings(storage=str(shop.folder / "other"))
+    report = other.carry("run-3")
+    assert all("cannot be read from here; copy images/" in why for why in report.left.values())
+    assert (len(report.left), states(shop), server.books()["creates"]) == (4, {State.STORED}, 4)
 
 
 # -- shared -----------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from krea_dagster.emulator import Emulator
+from krea_dagster.engine.roots import MARKER
 from krea_dagster.engine.states import State
 from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
@@ -36,6 +39,10 @@ def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: b
             batch.end_wishes(krea)
         batch.close()
     return int(shop.emulator.books(tasks=False)["creates"]) - before
+
+
+def tmp_journal(shop: Shop) -> str:
+    return str(shop.settings["journal_url"]).removeprefix("sqlite:///")
 
 
 def second_project(shop: Shop) -> Shop:
@@ -159,6 +166,83 @@ def test_a_row_that_has_the_name_of_a_word_is_asked_about(shop: Shop) -> None:
 def test_a_wish_for_a_row_that_is_not_there_buys_nothing(shop: Shop) -> None:
     with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
         wish(shop, "run-1", "nobody")
+
+
+def test_a_wish_may_name_rows_of_other_partitions_but_none_that_no_partition_has(
+    shop: Shop,
+) -> None:
+    """Partitions of one launch are runs of their own, each of which has all its wishes."""
+    bought = 0
+    for key in shop.table.partition_keys():
+        with Batch.read(shop.table, [key], shop.krea) as batch:
+            names = [image.prompt_id for image in batch.plan.named(["ash", "birch"])]
+            wished = batch.wished(KreaImagesConfig(again=["ash", "birch"]), shop.krea)
+            assert [name for name, _ in wished] == names
+            bought += len(wished)
+            with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
+                batch.wished(KreaImagesConfig(again=["ash", "nobody"]), shop.krea)
+    assert bought == 2
+
+
+def test_a_wish_for_an_image_that_was_rejected_buys_one(shop: Shop, server: Emulator) -> None:
+    server.world.script("black", match="ash of")
+    shop.carry()
+    assert wish(shop, "run-2", "error:flat_image") == 1
+    assert shop.records()["ash"].error_code == "flat_image"
+
+
+def test_a_run_that_was_planned_before_a_wish_does_not_end_it(shop: Shop) -> None:
+    shop.buy()
+    with Batch.read(shop.table, None, shop.krea) as earlier:
+        assert wish(shop, "killed", "ash", killed=True) == 1
+        earlier.end_wishes(shop.krea)
+    assert wish(shop, "repeated", "ash") == 0
+
+
+def test_a_table_whose_file_is_renamed_stays_the_same_table(shop: Shop, server: Emulator) -> None:
+    shop.buy()
+    assert wish(shop, "run-2", "ash") == 1
+    (shop.folder / "prompts.parquet").rename(shop.folder / "renamed.parquet")
+    renamed = PromptTable(str(shop.folder / "renamed.parquet"), shop.table.partition_by)
+    (shop.folder / "prompts.parquet").unlink()  # which the shop writes when it is asked for it
+    assert shop.krea.attempts(renamed) == {("ash", 0): 1}
+    with shop.krea.open_journal() as journal:
+        shop.krea.table_id(journal, renamed, enter=True)
+        assert list(journal.tables.names().values()) == ["../renamed.parquet"]
+    assert shop.krea.attempts(renamed) == {("ash", 0): 1}
+
+
+def test_two_projects_with_one_bucket_and_tables_of_one_relative_path_are_two(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = shop.with_settings(storage=f"memory://{tmp_path.name}/krea")
+    with shop.krea.open_journal() as journal:
+        ids = set()
+        for name in ("one", "other"):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            table = PromptTable("data/prompts.parquet", shop.table.partition_by)
+            ids.add(shop.krea.table_id(journal, table, enter=True))
+    assert len(ids) == 2
+
+
+def test_a_wish_may_be_the_first_thing_after_an_upgrade(shop: Shop, server: Emulator) -> None:
+    """Attempts of before tables were known are those of the first table that is entered."""
+    server.world.script("fail", match="birch of", arg="service_error", n=3)
+    shop.buy()
+    assert wish(shop, "run-2", "birch") == 1
+    with closing(sqlite3.connect(tmp_journal(shop))) as database, database:
+        for table in ("attempts", "raised_attempts", "requests", "submissions"):
+            database.execute(f"UPDATE {table} SET table_id = ''")  # noqa: S608 - as named above
+        database.execute("DELETE FROM prompt_tables")
+        database.execute("DELETE FROM root_tokens")
+        database.execute("UPDATE roots SET location = ''")
+    (shop.folder / "krea" / MARKER).unlink()
+    assert shop.krea.attempts(shop.table) == {("birch", 0): 1}
+    assert wish(shop, "run-3", "ash") == 1
+    assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("ash", 0): 1}
+    assert wish(shop, "run-4", "ash") == 1
+    assert server.books()["bodies_bought_more_than_once"] == 0
 
 
 # -- budgets and salvage ----------------------------------------------------------------------
