@@ -21,6 +21,8 @@ import pytest
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Caps, is_doubtful
 from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.resolution import HasTask
 from krea_dagster.engine.session import UNANSWERED_UNDER_CAP
 from krea_dagster.engine.states import Event, State
@@ -92,6 +94,26 @@ async def test_a_failed_task_that_cannot_be_read_again_is_left_and_not_bought_ag
     report = await home.run([asked()], "run-2", task_tries=3)
     assert report.posts == 0
     assert "cannot be read" in report.left[asked().request_key]
+
+
+async def test_a_batch_read_that_is_not_there_any_more_leaves_no_task_unasked(
+    tmp_path: Path,
+) -> None:
+    scripted: list[int] = []
+    with house(tmp_path, latency_s=1.0, latency_jitter=0.5) as home:
+
+        def on_progress(progress: Progress) -> None:
+            if progress.delivered >= 20 and not scripted:
+                scripted.append(progress.delivered)
+                home.emulator.world.script("no_batch", n=1000)
+
+        runner = home.runner(max_in_flight=40, on_progress=on_progress)
+        ready = replace(runner, latencies=Latencies.known({"1K": 1.0}))
+        with anyio.fail_after(60):
+            report = await ready.run(as_wanted(several(120)))
+        assert scripted
+        assert report.progress.delivered == 120
+        assert home.agree()["creates"] == 120
 
 
 # -- ids --------------------------------------------------------------------------------------
