@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import click
 import dagster as dg
 import pytest
 import yaml
@@ -257,5 +258,7 @@ def test_the_commands_and_options_of_the_pages_exist() -> None:
         text = page.read_text(encoding="utf-8")
         for name, options in re.findall(r"^krea-dagster ([a-z]+)(.*)$", text, re.MULTILINE):
             command = main.commands[name]
-            known = {option for parameter in command.params for option in parameter.opts}
+            below = command.commands.values() if isinstance(command, click.Group) else ()
+            parameters = [each for one in (command, *below) for each in one.params]
+            known = {option for parameter in parameters for option in parameter.opts}
             assert set(re.findall(r"(?<= )--[a-z-]+", options)) <= known | {"--port"}, (page, name)
