@@ -93,8 +93,8 @@ main.add_command(gallery_command, "gallery")
     help=(
         "Buy another image of a row: its attempt is raised, the old image stays. ROWS is a "
         "prompt_id, @FILE (one prompt_id a line), error:CODE (the rows that failed with it), or "
-        "rejected (the rows whose image was rejected in the review). A wish in which a run was "
-        "killed is gone on with, and not made twice."
+        "rejected (the rows whose image was rejected in the review). If the run is "
+        "killed, the same command continues it, and buys no second image."
     ),
 )
 @click.option(

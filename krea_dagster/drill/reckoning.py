@@ -146,7 +146,7 @@ class Reckoning:
             (len(self.unrecorded), "charged and not in the journal"),
             (len(self.of(Fate.UNDELIVERED)), "charged, could be had, and not delivered"),
             (len(self.of(Fate.NEVER_BOUGHT)), "never bought"),
-            (len(self.disowned), "at hand, and the journal says that it is not"),
+            (len(self.disowned), "stored, and the journal says that it is not"),
             (unknown, "unknown"),
             (credits_from_units(self.unexplained_units), "credits unexplained"),
         ]

@@ -65,7 +65,7 @@ class Outcome:
         """What must not be, in words; empty where the drill is passed."""
         found = self.reckoning.faults(self.policy, unknown_is_right=self.unknown_is_right)
         if self.overwritten:
-            found.append(f"{len(self.overwritten)} images at hand overwritten")
+            found.append(f"{len(self.overwritten)} stored images overwritten")
         if self.crashed:
             found.append(f"{len(self.crashed)} workers ended with an error")
         if self.hung:

@@ -19,7 +19,7 @@ from krea_dagster.drill.workers import KILLED
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event
 
-#: Where a wish is killed: before its picture is at hand in the journal. Later it is fulfilled, and
+#: Where a wish is killed: before the journal has its picture. Later it is fulfilled, and
 #: the same command is another wish.
 _EDGES: Final = frozenset(
     {

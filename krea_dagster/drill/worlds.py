@@ -67,7 +67,7 @@ class Episode:
     ``enter`` changes the world before the odd worker and ``leave`` mends it after, and is told
     whether that worker refused: ended with an error before it asked for a purchase. ``earlier`` is
     called some workers before. All are told the place and the episode's number. Without
-    ``amid_purchases`` all rows opened so far are at hand when it begins; with it, a worker was
+    ``amid_purchases`` all rows opened so far are stored when it begins; with it, a worker was
     killed just before while it bought. ``midway`` changes the world once purchases of the odd
     worker have reached the server, which keeps its answers back for a moment. ``rates`` are the
     server's faults for the odd worker, ``mended_rates`` those for the workers that then finish
@@ -102,7 +102,7 @@ class Part:
     then workers begin while others' purchases are on their way. ``scripts`` are faults that
     strike the first requests of each worker. ``steps_s`` are times that wall clocks are set to,
     as seconds ahead. ``unknown_is_right``: an outcome may stay unknown also under replay, because
-    no clock said how old it was. ``adopts``: the journal may hold images as at hand that it has no
+    no clock said how old it was. ``adopts``: the journal may hold images that it has no
     purchase of. ``ground`` is what the whole drill stands on. ``wishes``: pictures are asked for
     again by the command, instead of requests by runs.
     """
@@ -180,7 +180,7 @@ def _restore(place: Place, number: int) -> None:
 
 
 def _put_newer_back(place: Place, number: int, *, refused: bool) -> None:
-    """Follow the refusal: put the newer journal back. Who works with the copy goes on with it."""
+    """Follow the refusal: put the newer journal back. Otherwise the copy stays."""
     if refused:
         _move_journal(place.journal.parent, place.folder / f"refused-{number}")
         _move_journal(place.folder / f"newer-{number}", place.journal.parent)

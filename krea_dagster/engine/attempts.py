@@ -4,8 +4,8 @@ An attempt is part of a request, so that raising one asks for a new purchase. Th
 raised by name, once, in a durable commit, and every time is kept with the run that asked. The
 attempts of one prompt table are nothing to another that shares the journal.
 
-A wish is gone on with until a run has come to its end with it: a run that was killed, and is
-started again with the same wish, asks for nothing more.
+A wish is open until a run has ended with it: a run that was killed, and is started again with the
+same wish, continues it and asks for nothing more.
 """
 
 from __future__ import annotations

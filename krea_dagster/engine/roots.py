@@ -139,7 +139,7 @@ class RootLog:
                 f"{storage.shown('images')} holds images, and the journal that bought them is not "
                 f"{self._database.where}, which knows nothing of this storage root: a new one "
                 "would buy them again. Nothing was bought. Put their journal back "
-                f"(KREA_JOURNAL_URL), or move the images away to begin anew; or run `{_ACCEPT}`: "
+                f"(KREA_JOURNAL_URL), or move the images away to start empty; or run `{_ACCEPT}`: "
                 "images in the root are then taken up without a charge that is known."
             )
         return None

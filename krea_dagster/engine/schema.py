@@ -301,8 +301,8 @@ attempts: Final = Table(
 )
 
 #: Every time that another image was asked for, and by which run: a run that is executed again does
-#: not ask again. ``ended_at`` is when a run came to its end with that wish; until then the wish is
-#: gone on with, and not made again.
+#: not ask again. ``ended_at`` is when a run ended with that wish; until then the wish is continued,
+#: and not made again.
 raised_attempts: Final = Table(
     "raised_attempts",
     metadata,

@@ -111,7 +111,7 @@ def _write(
         values = {"partition_key": record.partition_key, "table_id": record.table_id}
         changes.append(Change(answer.request_key, Event.SUBMITTING, at, values))
     elif not _waits_for(record, answer):
-        said = f"{named} was bought, and the request has gone on without it"
+        said = f"{named} was bought, but its request stands elsewhere by now"
         return False, f"{said} (as task {record.task_id})" if record.task_id else said
     data = {"answer": dict(answer.answer), "taken_up": "its answer could not be written before"}
     change = Change(answer.request_key, Event.ACCEPTED, at, dict(answer.values), data)

@@ -98,7 +98,7 @@ class Batch:
         """Raise the attempts of the rows that a person wants another image of.
 
         ``raised_by`` is the root of the run and its re-executions, none of which asks again. A row
-        whose last wish has not come to its end is gone on with, and not asked for once more. Raises
+        whose last wish has not ended is continued, and not asked for once more. Raises
         ConfigError for a row whose seed the table fixes, unless ``config.new_seed``.
         """
         slots = self.wished(config, krea)

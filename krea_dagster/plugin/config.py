@@ -16,8 +16,8 @@ class KreaImagesConfig(dg.Config):
             "prompt_ids of which another image is bought: their attempt is raised by one, and with "
             "it the seed, where it was drawn. Also error:CODE, for the rows that failed with that "
             "code, and rejected, for those whose image a person has rejected. The old images stay "
-            "in the journal. A wish that a run was interrupted in is gone on with, and not made "
-            "twice."
+            "in the journal. If the run is interrupted, the same wish continues it, and buys no "
+            "second image."
         ),
     )
     new_seed: bool = Field(

@@ -597,7 +597,7 @@ def refuse_without_journal(storage: Storage) -> None:
         raise ConfigError(
             f"{storage.shown('images')} holds images, and the journal that bought them is not "
             f"there{named}: a new one would buy them again. Nothing was bought. Put the journal "
-            "back (KREA_JOURNAL_URL), or move the images away to begin anew; or run "
+            "back (KREA_JOURNAL_URL), or move the images away to start empty; or run "
             "`krea-dagster accept root`: a new journal then takes up what lies there, without a "
             "charge that is known."
         )

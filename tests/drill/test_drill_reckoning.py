@@ -152,7 +152,7 @@ def test_what_never_ends_failed_or_was_refused_is_told_apart_from_what_was_never
 def test_a_file_at_hand_that_the_journal_does_not_hold_for_stored_is_a_fault(state: State) -> None:
     reckoning = found(TASK, record=in_state(state))
     assert (reckoning.of(Fate.DELIVERED), reckoning.disowned) == ([KEY], [KEY])
-    assert "1 at hand, and the journal says that it is not" in reckoning.faults("hold")
+    assert "1 stored, and the journal says that it is not" in reckoning.faults("hold")
 
 
 @pytest.mark.parametrize("charged", [None, 0, 4500])

@@ -77,7 +77,7 @@ def test_an_image_at_hand_that_is_written_again_in_an_episode_is_a_fault(tmp_pat
 
     outcome = run(PLAN.of(Part(episode=Episode(enter=write_again))), tmp_path)
     assert outcome.overwritten
-    assert outcome.faults == [f"{len(outcome.overwritten)} images at hand overwritten"]
+    assert outcome.faults == [f"{len(outcome.overwritten)} stored images overwritten"]
 
 
 @pytest.mark.parametrize("policy", ["replay", "hold"])
