@@ -84,6 +84,8 @@ class RootLog:
     def check(self, storage: Storage) -> str | None:
         """Return the id of a root that may be worked in; None for one that is new to the journal.
 
+        A copy of a root that is there too is a new one.
+
         Raises ConfigError for a root that is not as this journal left it: what is wrong, what is
         at stake, and what to do.
         """
@@ -114,6 +116,8 @@ class RootLog:
                     f"the server any more (24 hours), and run `{_ACCEPT}`: images in the root are "
                     "then taken up without a charge that is known, and not bought again."
                 )
+            if _is_copy(storage, known[marker.root_id].location, marker.root_id):
+                return None
             self._check_files(connection, storage, marker.root_id, since=token.number)
         return marker.root_id
 
@@ -244,6 +248,8 @@ class RootLog:
         def write(connection: Connection) -> str:
             known = {row.root_id: row for row in connection.execute(select(roots))}
             chosen = marker.root_id if marker is not None else None
+            if chosen in known and _is_copy(storage, known[chosen].location, str(chosen)):
+                chosen = uuid4().hex
             if chosen is None:
                 named = [row.root_id for row in known.values() if row.location in (here, "")]
                 chosen = named[0] if named else uuid4().hex
@@ -308,6 +314,24 @@ class RootLog:
                 for key, location in rows:
                     found.setdefault(key, []).append(location)
         return found
+
+
+def _is_copy(storage: Storage, location: str, root_id: str) -> bool:
+    """Whether a root has been copied from another folder, which is there too.
+
+    One folder may have two paths (a mount, a link): its marker is then one file.
+    """
+    here = storage.folder
+    if here is None or location in ("", storage.shown("")):
+        return False
+    original = Path(location) / MARKER
+    try:
+        its, own = original.stat(), (here / MARKER).stat()
+        if (its.st_ino, its.st_mtime_ns) == (own.st_ino, own.st_mtime_ns):
+            return False
+        return bool(json.loads(original.read_bytes()).get("root_id") == root_id)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _files_of(connection: Connection, root_id: str, most: int | None) -> list[Any]:

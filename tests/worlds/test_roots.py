@@ -283,6 +283,43 @@ def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulat
     assert server.books()["creates"] == 4
 
 
+def test_a_copy_of_a_root_that_is_there_too_is_a_root_of_its_own(
+    shop: Shop, server: Emulator, clock: ServerClock
+) -> None:
+    shop.buy()
+    shutil.copytree(root(shop), shop.folder / "copy")
+    more = shop.with_rows("elm")
+    copy = more.with_settings(storage=str(shop.folder / "copy"))
+    assert more.carry("run-2").progress.delivered == 1
+    clock.move(2 * 86400)  # no link is good for anything any more
+    report = copy.carry("run-3")
+    assert (report.posts, report.left) == (0, {})
+    assert len(list((shop.folder / "copy" / "images").glob("*/*.png"))) == 5
+    assert more.carry("run-4").progress.reused == 5
+    assert copy.carry("run-5").progress.reused == 5
+    assert server.books()["creates"] == 5
+
+
+def test_a_copy_of_a_root_takes_nothing_from_its_original(shop: Shop, server: Emulator) -> None:
+    shop.buy()
+    shutil.copytree(root(shop), shop.folder / "copy")
+    copy = shop.with_settings(storage=str(shop.folder / "copy"))
+    copy.krea.accept_root()
+    assert copy.carry("run-2").progress.reused == 4
+    shutil.rmtree(shop.folder / "copy")
+    assert shop.carry("run-3").progress.reused == 4
+    assert server.books()["creates"] == 4
+
+
+def test_a_root_that_has_two_paths_is_no_copy(shop: Shop, server: Emulator) -> None:
+    shop.buy()
+    (shop.folder / "linked").symlink_to(root(shop))
+    linked = shop.with_settings(storage=str(shop.folder / "linked"))
+    assert linked.carry("run-2").progress.reused == 4
+    assert shop.carry("run-3").progress.reused == 4
+    assert server.books()["creates"] == 4
+
+
 def test_a_damaged_marker_is_not_taken_for_none(shop: Shop) -> None:
     shop.buy()
     (root(shop) / MARKER).write_text("{")
