@@ -76,7 +76,10 @@ def test_a_storm_of_every_fault_ends_by_itself_and_delivers_what_can_be_had(
     assert outcome.faults == []
     books = json.loads((tmp_path / "books.json").read_text())
     completed = {task["prompt"] for task in books["tasks"] if task["status"] == "completed"}
-    assert len(outcome.reckoning.of(Fate.DELIVERED)) == len(completed) >= 20
+    delivered = len(outcome.reckoning.of(Fate.DELIVERED))
+    # A whole file that is not the image may strike too: it is kept, and fetched once.
+    assert delivered + len(outcome.reckoning.of(Fate.REJECTED)) == len(completed)
+    assert delivered >= 20
 
 
 @pytest.mark.parametrize(
