@@ -197,6 +197,16 @@ class RootLog:
                 "fetches what links are still good for."
             )
 
+    def id_of(self, storage: Storage) -> str:
+        """Return the id of a root, unchecked; empty for one that no run has begun in."""
+        marker = Marker.read(storage)
+        if marker is None:
+            return ""
+        with self._database.read("read") as connection:
+            query = select(roots.c.location).where(roots.c.root_id == marker.root_id)
+            location = connection.execute(query).scalar() or ""
+        return "" if _is_copy(storage, location, marker.root_id) else marker.root_id
+
     def begin(self, storage: Storage, root_id: str | None) -> str:
         """Enter a root that was checked, and have its marker say that a run writes into it.
 

@@ -390,9 +390,8 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
     def table_id(self, journal: Journal, table: PromptTable, *, enter: bool = False) -> str:
         """Return the id that a prompt table has in the journal; empty where it has none yet."""
         storage = self.open_storage()
-        marker = Marker.read(storage)
-        root_id = "" if marker is None else marker.root_id
-        if enter and marker is None:
+        root_id = journal.roots.id_of(storage)
+        if enter and not root_id:
             root_id = journal.roots.begin(storage, journal.roots.check(storage))
         name = identity_of(table.name, table.source, storage, root_id)
 

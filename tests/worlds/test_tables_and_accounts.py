@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
@@ -210,6 +211,17 @@ def test_a_table_whose_file_is_renamed_stays_the_same_table(shop: Shop, server: 
         shop.krea.table_id(journal, renamed, enter=True)
         assert list(journal.tables.names().values()) == ["../renamed.parquet"]
     assert shop.krea.attempts(renamed) == {("ash", 0): 1}
+
+
+def test_the_table_beside_a_copy_of_a_root_has_the_wishes_of_its_own_alone(shop: Shop) -> None:
+    shop.buy()
+    assert wish(shop, "run-2", "ash") == 1
+    shutil.copytree(shop.folder / "krea", shop.folder / "copy")
+    copy = shop.with_settings(storage=str(shop.folder / "copy"))
+    assert copy.krea.attempts(shop.table) == {}  # before its first run, as after it
+    assert copy.carry("run-3").posts == 0
+    assert copy.krea.attempts(shop.table) == {}
+    assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
 
 
 def test_two_projects_with_one_bucket_and_tables_of_one_relative_path_are_two(
