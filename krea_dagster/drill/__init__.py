@@ -18,7 +18,7 @@ the mended world, must end everything.
 ``job``
     what a worker is told. Pure
 ``drilled``
-    the resource and what hangs on it, with the places where a worker kills itself
+    the resource and what depends on it, with the places where a worker kills itself
 ``worker``, ``again``
     the worker process, as a run and as the command ``materialize --again``
 ``workers``

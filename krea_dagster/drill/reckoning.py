@@ -108,7 +108,7 @@ class Reckoning:
     journal does not know, and holds no unknown outcome for. ``journal_units`` is what the
     journal has down as charged; ``unexplained_units`` what the server charged beyond that, the
     unknown outcomes, and what it has forgotten. ``created`` counts tasks, ``disowned`` are requests
-    whose right file is at hand while the journal says that it is not.
+    whose right file is stored while the journal says that it is not.
     """
 
     requests: int

@@ -38,7 +38,7 @@ class Outcome:
     ``passes`` those rounds of them at the end that were not killed.
 
     Of the ``episodes``, the odd worker ``refused`` in some: it ended with a clear error before it
-    asked for a purchase. In some it ``stopped`` with one later. ``overwritten`` are images at hand
+    asked for a purchase. In some it ``stopped`` with one later. ``overwritten`` are stored images
     that were written again during one, by request key.
     """
 

@@ -18,7 +18,7 @@ knows the task after all, or that the file is there, it goes on from there; so i
 failed task turns out to be completed.
 
 A file that is found under a request's own name and verifies makes the request ``stored`` from
-every state: whoever bought it, it is not bought again.
+every state: it is not bought again, even where another journal paid for it.
 
 While the outcome of a purchase is unknown, no refusal of a *repeat* makes it known: the first
 POST may have created the task all the same. So ``unknown`` is left only by the task itself

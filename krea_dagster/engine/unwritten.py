@@ -1,4 +1,4 @@
-"""Purchases whose answer could not be written into the journal: kept beside, for the next run.
+"""Purchases whose answer could not be written into the journal: kept in files, for the next run.
 
 The id of a bought task is in no other place once its answer is gone: a journal that is locked, full
 or away, or one in which another run has taken the request over, must not lose it. So it is written

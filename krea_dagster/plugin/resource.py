@@ -374,7 +374,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             return journal.records({image.request.request_key for image in images})
 
     def left_behind(self, table: PromptTable | None = None) -> list[Record]:
-        """Return what is paid for, not at hand, and held by no living run; the oldest first.
+        """Return what is paid for, not stored, and held by no living run; the oldest first.
 
         Of other tables than ``table`` only what nobody has taken for 12 hours.
         """
