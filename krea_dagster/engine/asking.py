@@ -17,6 +17,7 @@ from krea_dagster.engine.looking import Awaited, Hint, worth_asking
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Claim, why_not_taken
 from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.threads import InThread
 from krea_dagster.errors import (
     AccessDenied,
     InputError,
@@ -53,6 +54,7 @@ class Asking:
         at_server: AtServer,
         calls: Calls,
         *,
+        in_thread: InThread,
         stop: Callable[[RunStopped], None],
         callback_url_of: Callable[[str], str] | None = None,
     ) -> None:
@@ -63,7 +65,7 @@ class Asking:
         self._desk = desk
         self._at_server = at_server
         self._callback_url_of = callback_url_of
-        self.listener = Listener(calls, asker, desk.clock) if callback_url_of else None
+        self.listener = Listener(calls, asker, desk.clock, in_thread) if callback_url_of else None
         self.charged_units = 0
         self.missed_callbacks = 0
 

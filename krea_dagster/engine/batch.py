@@ -1,6 +1,6 @@
 """Writes a batch of changes within one transaction, in few statements.
 
-The records that the changes are made of may be known already, to whoever made the last change.
+The records that the changes are made of may be known already, to the maker of the last change.
 They are believed only as far as the database agrees: every update names the number of the
 request's last event and its holder, and the count of rows that it touched must be right.
 """
@@ -11,11 +11,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sqlalchemy import Connection
+
 from krea_dagster.engine.changes import Change, Step, check, event_row, take
 from krea_dagster.engine.ledger import Ledger
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.schema import events, submissions
-from krea_dagster.engine.statements import ADDED_POSTS, Cursor, Statements
+from krea_dagster.engine.statements import (
+    ADDED_POSTS,
+    NEW_EVENT,
+    NEW_SUBMISSION,
+    POSTED_UPDATE,
+    REQUEST_UPDATE,
+    SUBMISSION_UPDATE,
+    execute_for_all,
+    locked_records,
+    requests_of_tasks,
+    see_files,
+)
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import BuyingClosed, JournalError, TaskTaken
 
@@ -25,8 +37,7 @@ class OutOfDate(Exception):
 
 
 def write_changes(
-    cursor: Cursor,
-    statements: Statements,
+    connection: Connection,
     ledger: Ledger,
     changes: Sequence[Change],
     *,
@@ -45,9 +56,9 @@ def write_changes(
     present = dict(known)
     missing = {change.request_key for change in changes} - present.keys()
     if missing:
-        present.update(statements.records(cursor, sorted(missing)))
+        present.update(locked_records(connection, sorted(missing)))
     ledger.lock(changes, present)
-    taken = _tasks_of_others(cursor, statements, changes)
+    taken = _tasks_of_others(connection, changes)
     answers: list[Record | JournalError | BuyingClosed] = []
     steps: list[Step] = []
     for change in changes:
@@ -75,7 +86,7 @@ def write_changes(
         if task_id:
             taken[task_id] = change.request_key
     for round_ in _rounds(steps):
-        _write_steps(cursor, statements, round_, owner=owner, run_id=run_id, root_id=root_id)
+        _write_steps(connection, round_, owner=owner, run_id=run_id, root_id=root_id)
     ledger.write()
     return answers
 
@@ -94,8 +105,7 @@ def _rounds(steps: Sequence[Step]) -> Iterable[Sequence[Step]]:
 
 
 def _write_steps(
-    cursor: Cursor,
-    statements: Statements,
+    connection: Connection,
     steps: Sequence[Step],
     *,
     owner: str,
@@ -122,23 +132,21 @@ def _write_steps(
                 {**values, "old_key": step.after.idempotency_key or step.before.idempotency_key}
             )
     # First, for by these alone the database tells what is out of date.
-    for names, rows in request_updates.items():
-        if statements.request_update(names).execute(cursor, rows) != len(rows):
+    for rows in request_updates.values():
+        if not execute_for_all(connection, REQUEST_UPDATE, rows):
             raise OutOfDate
     opened = [step.opens for step in steps if step.opens is not None]
     if opened:
-        statements.insertion(submissions, tuple(opened[0])).execute(cursor, opened)
+        connection.execute(NEW_SUBMISSION, opened)
     for names, rows in submission_updates.items():
-        if statements.submission_update(names).execute(cursor, rows) != len(rows):
+        statement = POSTED_UPDATE if ADDED_POSTS in names else SUBMISSION_UPDATE
+        if not execute_for_all(connection, statement, rows):
             raise OutOfDate
-    _write_files(cursor, statements, steps, root_id)
-    log = [event_row(step, run_id) for step in steps]
-    statements.insertion(events, tuple(log[0])).execute(cursor, log)
+    _write_files(connection, steps, root_id)
+    connection.execute(NEW_EVENT, [event_row(step, run_id) for step in steps])
 
 
-def _write_files(
-    cursor: Cursor, statements: Statements, steps: Sequence[Step], root_id: str
-) -> None:
+def _write_files(connection: Connection, steps: Sequence[Step], root_id: str) -> None:
     """Note which files lie in the run's storage root, and which are missing there."""
     if not root_id:
         return
@@ -153,7 +161,7 @@ def _write_files(
         if step.file is not None
     ]
     if rows:
-        statements.file_seen.execute(cursor, rows)
+        see_files(connection, rows)
 
 
 def _task_id(change: Change) -> str | None:
@@ -161,9 +169,7 @@ def _task_id(change: Change) -> str | None:
     return change.values.get("task_id") if change.event is Event.ACCEPTED else None
 
 
-def _tasks_of_others(
-    cursor: Cursor, statements: Statements, changes: Sequence[Change]
-) -> dict[str, str]:
+def _tasks_of_others(connection: Connection, changes: Sequence[Change]) -> dict[str, str]:
     """The requests that have the tasks which these changes name, by task id."""
     named = [task_id for change in changes if (task_id := _task_id(change))]
-    return statements.tasks(cursor, named) if named else {}
+    return requests_of_tasks(connection, named) if named else {}

@@ -19,9 +19,8 @@ import sqlite3
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -30,7 +29,6 @@ from uuid import uuid4
 from sqlalchemy import (
     URL,
     Connection,
-    Dialect,
     Engine,
     Table,
     create_engine,
@@ -38,7 +36,6 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
@@ -46,7 +43,7 @@ from krea_dagster import redact
 from krea_dagster.engine import migrations, schema
 from krea_dagster.engine.migrations import REVISIONS, Revisions
 from krea_dagster.engine.owner import FileLocks, Locks, SessionLocks
-from krea_dagster.engine.statements import Cursor
+from krea_dagster.engine.statements import insertion
 from krea_dagster.engine.storage import Storage, sync_folder
 from krea_dagster.errors import ConfigError, JournalError
 
@@ -119,8 +116,6 @@ class Database:
             if self._file is None
             else FileLocks(self._file.with_name(f"{self._file.name}-runs"))
         )
-        self._driver_error: type[Exception] = self.dialect.loaded_dbapi.Error
-        self._identity_text = str(_IDENTITY.compile(dialect=self.dialect))
         self._finalizer = weakref.finalize(
             self, _dispose, os.getpid(), self.locks, self._reading, self._writing
         )
@@ -132,18 +127,13 @@ class Database:
             raise
 
     def insertion(self, table: Table) -> Any:
-        """An INSERT that may say what is done about a conflict."""
-        return (sqlite.insert if self.sqlite else postgresql.insert)(table)
+        """Return an INSERT that may say what is done about a conflict."""
+        return insertion(self._writing, table)
 
     @property
     def journal_id(self) -> str:
         """The random name that tells this journal from every other."""
         return "" if self._identity is None else self._identity[0]
-
-    @property
-    def dialect(self) -> Dialect:
-        """The kind of database, as SQLAlchemy knows it."""
-        return self._writing.dialect
 
     def close(self) -> None:
         """Close the connections."""
@@ -174,41 +164,15 @@ class Database:
         with self.explained(doing):
             return self._repeated(once)
 
-    def write_by_driver(self, doing: str, work: Callable[[Cursor], _T]) -> _T:
-        """Do ``work`` with the driver's cursor, in one transaction like that of ``write``.
-
-        For what is done so often that SQLAlchemy's part would be most of its cost.
-        """
-        with self.explained(doing):
-            return self._repeated(partial(self._write_by_driver, work))
-
     def _repeated(self, once: Callable[[], _T]) -> _T:
         for pause_s in _PAUSES_S:
             try:
                 return once()
-            except (DBAPIError, self._driver_error) as error:
-                cause = error.orig if isinstance(error, DBAPIError) else error
-                if getattr(cause, "sqlstate", None) not in _CONCURRENT:
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) not in _CONCURRENT:
                     raise
                 time.sleep(pause_s)
         return once()
-
-    def _write_by_driver(self, work: Callable[[Cursor], _T]) -> _T:
-        with closing(self._writing.raw_connection()) as connection:
-            with closing(connection.cursor()) as cursor:
-                if self.sqlite:
-                    cursor.execute("BEGIN IMMEDIATE")
-                try:
-                    cursor.execute(self._identity_text)
-                    self._check_found(cursor.fetchone())
-                    done = work(cursor)
-                    connection.commit()
-                except BaseException:
-                    connection.rollback()
-                    raise
-            if self._file is not None:
-                self._look_at_file(self._file, connection.info)
-            return done
 
     def _look_at_file(self, file: Path, info: dict[Any, Any]) -> None:
         """See that what was written is in the file that has the journal's name."""
@@ -326,7 +290,7 @@ class Database:
         except DBAPIError as error:
             cause = error.orig or error
             raise self._explanation(doing, cause) from redact.harmless(cause, self._given)
-        except (self._driver_error, SQLAlchemyError) as error:
+        except SQLAlchemyError as error:
             raise self._explanation(doing, error) from redact.harmless(error, self._given)
 
     def _explanation(self, doing: str, error: BaseException) -> JournalError:

@@ -7,29 +7,25 @@ call for an image of up to 1 MiB, and one more for each further MiB.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
-import anyio
 from PIL import Image
 
 from krea_dagster.engine.bytebudget import ByteBudget
 from krea_dagster.engine.look import DAMAGED, FORMATS, decoded_bytes, look_at
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.threads import InThread, Threads
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 
 __all__ = ["DAMAGED", "FORMATS", "MAX_IMAGE_BYTES", "Downloader", "Fetched", "ImageStore"]
-
-_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +73,8 @@ class ImageStore:
 
     ``on_picture`` is given the sha256 and the decoded pixels of each picture, once it is
     published; only with ``look``. It is called in threads, several at once, and what goes wrong
-    in it is logged: the image is paid for, and stays stored.
+    in it is logged: the image is paid for, and stays stored. ``in_thread`` makes the calls that
+    block or compute.
     """
 
     def __init__(
@@ -87,6 +84,7 @@ class ImageStore:
         look: bool = True,
         decoders: int | None = None,
         on_picture: Callable[[str, Image.Image], object] | None = None,
+        in_thread: InThread | None = None,
     ) -> None:
         cores = os.cpu_count() or 1
         self.storage = storage
@@ -95,9 +93,7 @@ class ImageStore:
         self._decoding = threading.BoundedSemaphore(decoders or cores)
         self._downloads = ByteBudget(_DOWNLOADS_BYTES)
         self._looks = ByteBudget(_LOOKS_BYTES)
-        self._most_threads = min(32, 4 + 2 * cores)
-        self._threads: ThreadPoolExecutor | None = None
-        self._threads_of = 0
+        self._in_thread = in_thread or Threads(min(32, 4 + 2 * cores))
 
     def holds(self, image: StoredImage) -> bool:
         """Whether the file is there in its full size."""
@@ -224,27 +220,11 @@ class ImageStore:
         except Exception:  # noqa: BLE001 - a paid image is not given up for what comes of it
             _log.exception("the image %s is stored, and what was to be made of it failed", sha256)
 
-    async def _in_thread(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Call in a thread of this store's own; a cancellation waits for its end."""
-        if self._threads is None or self._threads_of != os.getpid():
-            self._threads = ThreadPoolExecutor(self._most_threads, "krea-image")
-            self._threads_of = os.getpid()
-        running = self._threads.submit(call, *arguments)
-        try:
-            return await asyncio.wrap_future(running)
-        except asyncio.CancelledError:
-            if not running.cancelled():
-                ending = asyncio.wrap_future(running)
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait([ending])
-                ending.exception()  # nobody is there to take it any more
-            raise
-
 
 class _Body:
     """What has come of a file: in memory, and from 1 MiB on in a file at ``path``."""
 
-    def __init__(self, storage: Storage, in_thread: Callable[..., Any]) -> None:
+    def __init__(self, storage: Storage, in_thread: InThread) -> None:
         self._storage = storage
         self._in_thread = in_thread
         self._waiting: list[bytes] = []

@@ -52,7 +52,7 @@ from krea_dagster.engine.schema import (
     submissions,
 )
 from krea_dagster.engine.snapshot import History, Snapshot
-from krea_dagster.engine.statements import Cursor, Statements
+from krea_dagster.engine.statements import insertion
 from krea_dagster.engine.states import AT_STAKE, Event, State
 from krea_dagster.engine.verdicts import VerdictLog
 from krea_dagster.errors import BuyingClosed, ConfigError, JournalError
@@ -82,7 +82,6 @@ class Journal:
         self._database = Database(url, lock_timeout_s=lock_timeout_s)
         self._where = self._database.where
         self._sqlite = self._database.sqlite
-        self._statements = Statements(self._database.dialect)
         self._read = self._database.read
         self._write = self._database.write
         self._locks = self._database.locks
@@ -332,7 +331,7 @@ class Journal:
                     for request, partition_key in chunk
                 }
                 new = connection.execute(
-                    self._database.insertion(requests)
+                    insertion(connection, requests)
                     .on_conflict_do_nothing()
                     .returning(requests.c.request_key),
                     list(rows.values()),
@@ -454,13 +453,11 @@ class Journal:
         """
 
         def write(
-            known: Mapping[str, Record], cursor: Cursor
+            known: Mapping[str, Record], connection: Connection
         ) -> list[Record | JournalError | BuyingClosed]:
-            statements, name = self._statements, launch or run_id
-            ledger = Ledger(cursor, statements, caps, run_id=run_id, launch=name)
+            ledger = Ledger(connection, caps, run_id=run_id, launch=launch or run_id)
             return write_changes(
-                cursor,
-                statements,
+                connection,
                 ledger,
                 changes,
                 owner=owner,
@@ -470,9 +467,9 @@ class Journal:
             )
 
         try:
-            return self._database.write_by_driver("write to", partial(write, known))
+            return self._write("write to", partial(write, known))
         except OutOfDate:
-            return self._database.write_by_driver("write to", partial(write, {}))
+            return self._write("write to", partial(write, {}))
 
     # -- money --------------------------------------------------------------------------------
 
@@ -589,12 +586,14 @@ class Journal:
         """
         at = at if self._sqlite else self._locks.now()
         values = {"launch": launch, "at": at, "error_code": code, "error_message": message}
-        statement = (
-            self._database.insertion(stops)
-            .values(values)
-            .on_conflict_do_update(index_elements=["launch"], set_=values)
-        )
-        self._write("write a stop to", lambda connection: connection.execute(statement))
+
+        def write(connection: Connection) -> None:
+            statement = insertion(connection, stops).values(values)
+            connection.execute(
+                statement.on_conflict_do_update(index_elements=["launch"], set_=values)
+            )
+
+        self._write("write a stop to", write)
 
     def add_account_reading(self, run_id: str, said: AccountCredits) -> None:
         """Keep what the account said, to hold the journal against."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
+
+from sqlalchemy import Connection
 
 from krea_dagster.engine.budget import (
     Caps,
@@ -17,7 +19,13 @@ from krea_dagster.engine.budget import (
 )
 from krea_dagster.engine.changes import Change, Step
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.statements import STOP_HOLDS_S, Cursor, Statements
+from krea_dagster.engine.statements import (
+    add_to_commitments,
+    commitment_of,
+    known_prices,
+    see_prices,
+    stop_of,
+)
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import RunStopped
 from krea_dagster.models import credits_text
@@ -31,15 +39,13 @@ class Ledger:
 
     def __init__(
         self,
-        cursor: Cursor,
-        statements: Statements,
+        connection: Connection,
         caps: Caps,
         *,
         run_id: str,
         launch: str,
     ) -> None:
-        self._cursor = cursor
-        self._statements = statements
+        self._connection = connection
         self._caps = caps
         self._capped = caps != Caps()
         self._run_id = run_id
@@ -72,7 +78,7 @@ class Ledger:
             {"scope": scope, "committed_units": 0, "spent_units": 0} for scope in sorted(scopes)
         ]
         if nothing:
-            self._statements.commitment_sum.execute(self._cursor, nothing)
+            add_to_commitments(self._connection, nothing)
 
     def admit(self, change: Change, before: Record) -> int:
         """What a purchase may cost and commits, in units. Raises BuyingClosed where it may not."""
@@ -123,7 +129,7 @@ class Ledger:
             if delta != Commitment()
         ]
         if moved:
-            self._statements.commitment_sum.execute(self._cursor, moved)
+            add_to_commitments(self._connection, moved)
         seen = [
             {
                 "quality": quality,
@@ -136,7 +142,7 @@ class Ledger:
             for quality, (units, doubted, in_row, at) in sorted(self._new_prices.items())
         ]
         if seen:
-            self._statements.price_seen.execute(self._cursor, seen)
+            see_prices(self._connection, seen)
 
     def _scopes_of_intent(self, change: Change) -> tuple[str, ...]:
         values = change.values
@@ -151,15 +157,14 @@ class Ledger:
 
     def _committed(self, scope: str) -> Commitment:
         if scope not in self._found:
-            (row,) = self._statements.commitment.find(self._cursor, {"wanted": scope})
-            self._found[scope] = Commitment(*row)
+            self._found[scope] = Commitment(*commitment_of(self._connection, scope))
         delta = self._deltas.get(scope, Commitment())
         return self._found[scope].plus(delta.committed_units, delta.spent_units)
 
     def _highest(self) -> dict[str, int]:
         if self._prices is None:
             self._prices = {}
-            for quality, highest, doubted, in_row in self._statements.prices.find(self._cursor):
+            for quality, highest, doubted, in_row in known_prices(self._connection):
                 self._prices[quality] = highest
                 if doubted is not None and in_row >= DOUBTED_IN_ROW:
                     self._doubts[quality] = price_doubted(quality, doubted, in_row)
@@ -181,10 +186,8 @@ class Ledger:
     def _stopped(self, at: datetime) -> RunStopped | None:
         if not self._stop_read:
             self._stop_read = True
-            since = at - timedelta(seconds=STOP_HOLDS_S)
-            wanted = {"wanted": self._launch, "since": since}
-            found = self._statements.stop.find(self._cursor, wanted)
-            self._stop = RunStopped(*found[0]) if found else None
+            found = stop_of(self._connection, self._launch, at)
+            self._stop = None if found is None else RunStopped(*found)
         return self._stop
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
-import anyio.to_thread
-
 from krea_dagster.engine.asker import Asker
 from krea_dagster.engine.calls import Called
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.looking import Hint, hint
+from krea_dagster.engine.threads import InThread
 
 #: Seconds between two looks at the journal, and more where very many are waited for: a look costs
 #: some 15 µs of a core for each.
@@ -32,10 +31,11 @@ class Calls(Protocol):
 class Listener:
     """Wakes an asker's tasks by the calls in a journal. ``run`` must be under way."""
 
-    def __init__(self, calls: Calls, asker: Asker, clock: Clock) -> None:
+    def __init__(self, calls: Calls, asker: Asker, clock: Clock, in_thread: InThread) -> None:
         self._calls = calls
         self._asker = asker
         self._clock = clock
+        self._in_thread = in_thread
         self._seen: dict[str, int] = {}  # calls that were followed by a question
         self._asked_s: dict[str, float] = {}
 
@@ -48,7 +48,7 @@ class Listener:
             if not waited_for:
                 continue
             now_s = self._clock.monotonic()
-            called = await anyio.to_thread.run_sync(self._calls.called, list(waited_for))
+            called = await self._in_thread(self._calls.called, list(waited_for))
             for key, awaited in waited_for.items():
                 calls = called[key].count if key in called else 0
                 seen = self._seen.get(key, 0)

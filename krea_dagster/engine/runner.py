@@ -19,8 +19,9 @@ from krea_dagster.engine.policy import DONE, Policy, Trail, next_action
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
-from krea_dagster.engine.session import Session, in_thread
+from krea_dagster.engine.session import Session
 from krea_dagster.engine.states import State
+from krea_dagster.engine.threads import InThread, in_thread
 from krea_dagster.engine.unwritten import take_up
 from krea_dagster.errors import AccountStopped, RunStopped
 
@@ -92,6 +93,7 @@ class Runner:
     that writes into this journal is told of the task's end; without it tasks are asked about when
     they have probably ended. ``randomness`` jitters the pauses. ``latencies`` is what is known
     before the run. ``on_progress`` is called on the event loop whenever something changed.
+    ``in_thread`` makes the calls that block.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[Client]]
@@ -113,6 +115,7 @@ class Runner:
     randomness: random.Random = field(default_factory=random.Random)
     latencies: Latencies = field(default_factory=Latencies)
     on_progress: Callable[[Progress], None] = lambda _: None
+    in_thread: InThread = in_thread
 
     async def run(self, wanted: Iterable[Wanted], *, reused_rows: int = 0) -> RunReport:
         """Carry all requests as far as they go.
@@ -126,7 +129,7 @@ class Runner:
         next run goes on from there.
         """
         started_s = self.clock.monotonic()
-        planned = await in_thread(
+        planned = await self.in_thread(
             partial(
                 Planned.enter,
                 wanted,
@@ -139,7 +142,7 @@ class Runner:
             )
         )
         # Once all requests are entered, also those that a restored journal had forgotten.
-        taken_up = await in_thread(
+        taken_up = await self.in_thread(
             partial(
                 take_up,
                 self.journal,

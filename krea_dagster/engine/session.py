@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 
 from krea_dagster.engine.alarm import wait
 from krea_dagster.engine.asker import Asker
@@ -69,8 +67,6 @@ from krea_dagster.models import is_task_id
 
 if TYPE_CHECKING:
     from krea_dagster.engine.runner import Runner
-
-_T = TypeVar("_T")
 
 #: A pause up to this long is slept through in place; a longer one goes back to the queue.
 _SHORT_S: Final = 0.5
@@ -128,6 +124,7 @@ class Session:
         self._planned = planned
         self._journal = runner.journal
         self._clock = runner.clock
+        self._in_thread = runner.in_thread
         self._owner = this_process(runner.run_id)
         self._images = runner.images
         self._writer = GroupCommit(
@@ -137,6 +134,7 @@ class Session:
             caps=runner.caps,
             launch=runner.launch,
             root_id=runner.root.root_id,
+            in_thread=runner.in_thread,
         )
         desk = Desk(
             self._writer,
@@ -165,6 +163,7 @@ class Session:
             desk,
             self._at_server,
             runner.journal.calls,
+            in_thread=runner.in_thread,
             stop=self._stop_buying,
             callback_url_of=runner.callback_url_of,
         )
@@ -194,10 +193,10 @@ class Session:
 
     async def carry_all(self) -> None:
         """Claim what is unfinished, and carry it until nothing more can be done."""
-        await in_thread(self._journal.look_through)
-        await in_thread(self._journal.register, self._owner)
+        await self._in_thread(self._journal.look_through)
+        await self._in_thread(self._journal.register, self._owner)
         try:
-            with self._writer:
+            async with self._writer:
                 await self._claim_part()
                 await self._read_account()
                 await self._work()
@@ -213,7 +212,7 @@ class Session:
 
     async def _release(self) -> None:
         """Give up what is claimed; a journal that fails does not keep the next run from it."""
-        await in_thread(self._journal.release, self._owner.owner)
+        await self._in_thread(self._journal.release, self._owner.owner)
 
     @property
     def same_files(self) -> list[str]:
@@ -544,10 +543,10 @@ class Session:
 
         Read again after the claim: another run may have carried them further.
         """
-        mine = await in_thread(self._journal.claim, keys, self._owner.owner)
-        found = await in_thread(self._journal.records, mine)
+        mine = await self._in_thread(self._journal.claim, keys, self._owner.owner)
+        found = await self._in_thread(self._journal.records, mine)
         calls = await self._calls_about(found)
-        files, elsewhere = await in_thread(self._look_for_files, found)
+        files, elsewhere = await self._in_thread(self._look_for_files, found)
         for key in keys:
             if key in found:
                 trail = Trail(
@@ -581,9 +580,11 @@ class Session:
         left = [] if wait else [k for k, one in found.items() if one.state is State.SUBMITTED]
         if not unknown and not left:
             return {}
-        calls = await in_thread(self._journal.calls.called, [*unknown, *left])
+        calls = await self._in_thread(self._journal.calls.called, [*unknown, *left])
         claimed = {key: calls[key] for key in unknown if key in calls}
-        taken = await in_thread(self._journal.known_tasks, [c.task_id for c in claimed.values()])
+        taken = await self._in_thread(
+            self._journal.known_tasks, [c.task_id for c in claimed.values()]
+        )
         for key, call in claimed.items():
             if call.task_id and call.task_id not in taken and is_task_id(call.task_id):
                 self._claims[key] = Claim(call.task_id, call.first_at)
@@ -616,8 +617,8 @@ class Session:
     async def _leave_elsewhere(self) -> None:
         """Leave what another run still holds, and say which."""
         keys = list(self._elsewhere)
-        holders = await in_thread(self._journal.holders, keys)
-        records = await in_thread(self._journal.records, keys)
+        holders = await self._in_thread(self._journal.holders, keys)
+        records = await self._in_thread(self._journal.records, keys)
         for key in keys:
             if key in records:
                 holder = holders.get(key, "another run")
@@ -627,16 +628,16 @@ class Session:
 
     async def _let_go(self) -> None:
         finished, self._finished = self._finished, set()
-        await in_thread(self._journal.let_go, finished, self._owner.owner)
+        await self._in_thread(self._journal.let_go, finished, self._owner.owner)
 
     async def _beat(self) -> None:
         while True:
             await self._clock.sleep(_HEARTBEAT_S)
-            await in_thread(self._journal.heartbeat, self._owner.owner)
+            await self._in_thread(self._journal.heartbeat, self._owner.owner)
             await self._let_go()
 
     async def _announce_stop(self, error: AccountStopped) -> None:
-        await in_thread(
+        await self._in_thread(
             self._journal.stop,
             self._runner.launch or self._runner.run_id,
             error.code,
@@ -651,7 +652,7 @@ class Session:
         except ApiError as error:
             self.account_error = str(error)
             return
-        await in_thread(self._journal.add_account_reading, self._runner.run_id, said)
+        await self._in_thread(self._journal.add_account_reading, self._runner.run_id, said)
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """Have a journal that fails in the background end the run as it does elsewhere."""
@@ -660,8 +661,3 @@ class Session:
         except JournalError as error:
             self._failure = self._failure or error
             self._changed.set()
-
-
-async def in_thread(call: Callable[..., _T], *arguments: Any) -> _T:
-    """Call what blocks in a worker thread."""
-    return await anyio.to_thread.run_sync(partial(call, *arguments))

@@ -1,4 +1,4 @@
-"""Group commit: one thread that writes whatever has gathered in one transaction.
+"""Group commit: whatever has gathered is written in one transaction.
 
 A durable commit costs an fsync. Paid once per change it bounds a run to some hundred changes
 a second; paid once for all that gathered while the last one was under way, it vanishes.
@@ -7,36 +7,34 @@ a second; paid once for all that gathered while the last one was under way, it v
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
+from typing import Final
 
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.journal import NO_CAPS, Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import AT_STAKE
+from krea_dagster.engine.threads import InThread, in_thread
 from krea_dagster.errors import BuyingClosed, JournalError
 
 #: Changes per commit: enough that the fsync vanishes, few enough that nobody waits long.
-_MOST = 256
+_MOST: Final = 256
 #: While changes come by so many at a time, the first one waits so long for others: a commit costs
 #: as much as ten more changes in it, and beside an image's seconds the wait is nothing.
-_MANY = 4
-_GATHER_S = 0.008
+_MANY: Final = 4
+_GATHER_S: Final = 0.008
 
 _Answer = Record | JournalError | BuyingClosed | BaseException
 _Job = tuple[Change, Record | None, "asyncio.Future[Record]"]
 
 
 class GroupCommit:
-    """Writes changes durably, many at a time. Use as a context manager, in one event loop.
+    """Writes changes durably, many at a time. Use as an async context manager.
 
-    Leaving it writes all that was given before, and joins the thread. ``pause`` is what its
-    thread waits with, in seconds.
+    Leaving it writes all that was given before, also where the caller is cancelled.
     """
 
     def __init__(
@@ -48,32 +46,44 @@ class GroupCommit:
         caps: Caps = NO_CAPS,
         launch: str = "",
         root_id: str = "",
-        pause: Callable[[float], object] = time.sleep,
+        in_thread: InThread = in_thread,
     ) -> None:
-        self._journal = journal
-        self._pause = pause
-        self._owner = owner
-        self._run_id = run_id
-        self._caps = caps
-        self._launch = launch
-        self._root_id = root_id
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        # The requests under way as the last change left them: the thread's own.
+        self._append = partial(
+            journal.append,
+            owner=owner,
+            run_id=run_id,
+            caps=caps,
+            launch=launch,
+            root_id=root_id,
+        )
+        self._in_thread = in_thread
+        self._jobs: list[_Job] = []
+        self._arrived = asyncio.Event()
+        self._closing = False
+        self._working: asyncio.Task[None] | None = None
+        # The requests under way as the last change left them.
         self._known: dict[str, Record] = {}
-        self._thread = threading.Thread(target=self._work, name="krea-journal", daemon=True)
 
-    def __enter__(self) -> GroupCommit:
-        self._thread.start()
+    async def __aenter__(self) -> GroupCommit:
+        self._working = asyncio.create_task(self._work())
         return self
 
-    def __exit__(
+    async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._jobs.put(None)
-        self._thread.join()
+        self._closing = True
+        self._arrived.set()
+        stopped: asyncio.CancelledError | None = None
+        while self._working is not None and not self._working.done():
+            try:
+                await asyncio.wait([self._working])
+            except asyncio.CancelledError as error:
+                stopped = error
+        if stopped is not None:
+            raise stopped
 
     async def append(self, change: Change, known: Record | None = None) -> Record:
         """Write one change; returns the record as it stands once it is durable.
@@ -84,82 +94,60 @@ class GroupCommit:
         this request.
         """
         answer: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
-        self._jobs.put((change, known, answer))
+        self._jobs.append((change, known, answer))
+        self._arrived.set()
         return await answer
 
-    def _work(self) -> None:
-        busy = False
-        while True:
-            batch, last = self._gather(busy)
-            if batch:
-                self._write(batch)
-            if last:
-                return
-            busy = len(batch) >= _MANY
+    async def _work(self) -> None:
+        many = False
+        while self._jobs or not self._closing:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._jobs:
+                if many and not self._closing:
+                    await asyncio.sleep(_GATHER_S)
+                batch, self._jobs = self._jobs[:_MOST], self._jobs[_MOST:]
+                await self._write(batch)
+                many = len(batch) >= _MANY
 
-    def _gather(self, busy: bool) -> tuple[Sequence[_Job], bool]:
-        """What has gathered, and whether it is the last; ``busy``: the last time they were many."""
-        batch: list[_Job] = []
-        while len(batch) < _MOST:
-            try:
-                job = self._jobs.get_nowait() if batch else self._jobs.get()
-            except queue.Empty:
-                break
-            if job is None:
-                return batch, True
-            if busy and not batch:
-                self._pause(_GATHER_S)
-            batch.append(job)
-        return batch, False
-
-    def _write(self, batch: Sequence[_Job]) -> None:
-        known = self._known
+    async def _write(self, batch: Sequence[_Job]) -> None:
+        changes = [change for change, _, _ in batch]
         for change, record, _ in batch:
             if record is not None:
-                known.setdefault(change.request_key, record)
+                self._known.setdefault(change.request_key, record)
         try:
-            answers: Sequence[_Answer] = self._journal.append(
-                [change for change, _, _ in batch],
-                owner=self._owner,
-                run_id=self._run_id,
-                caps=self._caps,
-                launch=self._launch,
-                root_id=self._root_id,
-                known={
-                    c.request_key: known[c.request_key]
-                    for c, _, _ in batch
-                    if c.request_key in known
-                },
-            )
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it, whatever it is
+            answers = await self._answers(changes)
+        except asyncio.CancelledError:
+            for _, _, answer in batch:
+                answer.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
             if len(batch) > 1 and not _of_the_database(error):
                 # One change that the database refuses must not take the others' ids with it.
                 for job in batch:
-                    self._write([job])
+                    await self._write([job])
                 return
             answers = [error] * len(batch)
-        for (change, _, _), answer in zip(batch, answers, strict=True):
-            if isinstance(answer, Record) and answer.state in AT_STAKE:
-                known[change.request_key] = answer
+        for (change, _, answer), said in zip(batch, answers, strict=True):
+            if isinstance(said, Record) and said.state in AT_STAKE:
+                self._known[change.request_key] = said
             else:
-                known.pop(change.request_key, None)
-        _hand_over([future for _, _, future in batch], answers)
+                self._known.pop(change.request_key, None)
+            _give(answer, said)
+
+    async def _answers(self, changes: Sequence[Change]) -> Sequence[_Answer]:
+        keys = {change.request_key for change in changes}
+        known = {key: self._known[key] for key in keys if key in self._known}
+        return await self._in_thread(partial(self._append, changes, known=known))
 
 
-def _hand_over(waiting: Sequence[asyncio.Future[Record]], answers: Sequence[_Answer]) -> None:
-    """Wake all that wait with one call into their event loop."""
-
-    def wake() -> None:
-        for future, answer in zip(waiting, answers, strict=True):
-            if future.done():
-                continue  # its caller was cancelled
-            if isinstance(answer, Record):
-                future.set_result(answer)
-            else:
-                future.set_exception(answer)
-
-    with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
-        waiting[0].get_loop().call_soon_threadsafe(wake)
+def _give(answer: asyncio.Future[Record], said: _Answer) -> None:
+    if answer.done():
+        return  # its caller was cancelled
+    if isinstance(said, Record):
+        answer.set_result(said)
+    else:
+        answer.set_exception(said)
 
 
 def _of_the_database(error: BaseException) -> bool:

@@ -10,12 +10,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
 from krea_dagster.engine.calls import OVERLAP, CallLog
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.schema import metadata
-from krea_dagster.engine.statements import Cursor, Statements
+from krea_dagster.engine.statements import locked_records
 from krea_dagster.errors import JournalError
 from krea_dagster.models import ImageRequest
 
@@ -156,11 +157,11 @@ def test_a_run_that_holds_a_request_does_not_keep_its_call_waiting(
         pytest.skip("SQLite has one writer at a time")
     with closing(Database(journal_url)) as database, ThreadPoolExecutor(1) as pool:
 
-        def hold(cursor: Cursor) -> None:
-            assert set(Statements(database.dialect).records(cursor, [A, B])) == {A, B}
+        def hold(connection: Connection) -> None:
+            assert set(locked_records(connection, [A, B])) == {A, B}
             assert pool.submit(log.remember, [(A, "task-1")]).result(timeout=20) == {A}
 
-        database.write_by_driver("hold a request of", hold)
+        database.write("hold a request of", hold)
 
 
 def test_many_keys_at_once_are_no_trouble(log: CallLog) -> None:

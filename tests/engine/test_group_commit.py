@@ -54,7 +54,7 @@ async def test_changes_that_come_together_share_few_commits(journal_url: str) ->
     journal = CountingJournal(journal_url)
     hand, requests = Hand(journal), several(300)
     hand.plan(*requests)
-    with group_commit(hand) as writer:
+    async with group_commit(hand) as writer:
         answers = await results(writer, *(change(r, Event.SUBMITTING) for r in requests))
     assert [answer.request for answer in answers if isinstance(answer, Record)] == requests
     assert set(states(journal, requests)) == {State.SUBMITTING}
@@ -65,7 +65,7 @@ async def test_changes_that_come_together_share_few_commits(journal_url: str) ->
 async def test_what_is_answered_is_on_disk(journal: Journal, journal_url: str) -> None:
     hand, request = Hand(journal), asked()
     hand.plan(request)
-    with group_commit(hand) as writer:
+    async with group_commit(hand) as writer:
         record = await writer.append(change(request, Event.SUBMITTING))
         with closing(Journal(journal_url)) as other:
             assert other.records([request.request_key]) == {request.request_key: record}
@@ -76,7 +76,7 @@ async def test_an_illegal_change_fails_alone(journal: Journal) -> None:
     hand.plan(*requests)
     wrong = requests[2]
     changes = [change(r, Event.STORED if r is wrong else Event.SUBMITTING) for r in requests]
-    with group_commit(hand) as writer:
+    async with group_commit(hand) as writer:
         answers = await results(writer, *changes)
     assert [type(answer) for answer in answers].count(Record) == 4
     assert isinstance(answers[2], IllegalTransition)
@@ -93,7 +93,7 @@ async def test_a_change_that_the_database_refuses_fails_alone(journal: Journal) 
         change(request, Event.ACCEPTED, **(same if number < 2 else {}))
         for number, request in enumerate(requests)
     ]
-    with group_commit(hand) as writer:
+    async with group_commit(hand) as writer:
         answers = await results(writer, *changes)
     assert sum(isinstance(answer, JournalError) for answer in answers) == 1
     assert states(journal, requests).count(State.SUBMITTED) == 4
@@ -104,19 +104,18 @@ async def test_a_change_whose_caller_was_cancelled_is_written_all_the_same(
 ) -> None:
     hand, requests = Hand(journal), several(20)
     hand.plan(*requests)
-    with group_commit(hand) as writer:
-        async with anyio.create_task_group() as callers:
-            for request in requests:
-                callers.start_soon(writer.append, change(request, Event.SUBMITTING))
-            await anyio.lowlevel.checkpoint()
-            callers.cancel_scope.cancel()
+    async with group_commit(hand) as writer, anyio.create_task_group() as callers:
+        for request in requests:
+            callers.start_soon(writer.append, change(request, Event.SUBMITTING))
+        await anyio.lowlevel.checkpoint()
+        callers.cancel_scope.cancel()
     assert set(states(journal, requests)) == {State.SUBMITTING}
 
 
 async def test_leaving_writes_all_that_was_given_before(journal: Journal) -> None:
     hand, requests = Hand(journal), several(600)
     hand.plan(*requests)
-    with group_commit(hand) as writer:
+    async with group_commit(hand) as writer:
         tasks = [
             asyncio.ensure_future(writer.append(change(r, Event.SUBMITTING))) for r in requests
         ]
@@ -136,7 +135,7 @@ async def test_the_changes_of_one_request_keep_their_order(journal: Journal) -> 
         change(first, Event.REPLAYING),
         change(first, Event.ACCEPTED),
     ]
-    with group_commit(hand) as writer:
+    async with group_commit(hand) as writer:
         await results(writer, *changes)
     assert states(journal, [first, second]) == [State.SUBMITTED, State.SUBMITTED]
     assert [event for _, event, _ in journal.history(first.request_key)][-1] is Event.ACCEPTED
@@ -151,7 +150,7 @@ async def test_a_locked_database_fails_all_that_wait_for_it_at_once(tmp_path: Pa
     with closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
         started_s = time.monotonic()
-        with group_commit(hand) as writer:
+        async with group_commit(hand) as writer:
             answers = await results(writer, *(change(r, Event.SUBMITTING) for r in requests))
         other.rollback()
     assert all(isinstance(answer, JournalError) for answer in answers)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 
 from krea_dagster.engine import schema
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.statements import Cursor, Statements
+from krea_dagster.engine.statements import see_prices
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
 from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change, rows, several
@@ -615,14 +615,13 @@ def test_the_highest_price_of_two_runs_at_once_is_the_highest(
     for hand, request in ((dear, first), (cheap, second)):
         hand.bring(request, State.SUBMITTING)
     with closing(Database(journal_url)) as database:
-        statements = Statements(database.dialect)
 
-        def write(cursor: Cursor) -> None:
+        def write(connection: Connection) -> None:
             # Another run's answer, of a transaction that had read no price yet.
             for units in (9000, 4500):
                 row = {"quality": "1K", "highest_units": units, "latest_units": units}
                 none = {"doubted_units": None, "doubted_in_row": 0}
-                statements.price_seen.execute(cursor, [{**row, **none, "seen_at": NOW}])
+                see_prices(connection, [{**row, **none, "seen_at": NOW}])
 
-        database.write_by_driver("write prices to", write)
+        database.write("write prices to", write)
     assert journal.highest_prices() == {"1K": 9000}

@@ -1,0 +1,55 @@
+"""Calls what blocks in threads of this process. Passed in, so that a simulation has none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+_T = TypeVar("_T")
+
+
+class InThread(Protocol):
+    """Makes a call in a thread, and returns what the call returns."""
+
+    async def __call__(self, call: Callable[..., _T], /, *arguments: Any) -> _T:
+        """Make the call. A cancellation is raised once the call has ended."""
+
+
+class Threads:
+    """A pool of at most so many threads, made when it is first used."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_of = 0
+
+    async def __call__(self, call: Callable[..., _T], /, *arguments: Any) -> _T:
+        """Make the call. A cancellation is raised once the call has ended.
+
+        So nothing is given up, such as a claim or a lock, while a thread still works with it.
+        """
+        if self._pool is None or self._pool_of != os.getpid():
+            # A child inherits the pool of its parent without the threads in it.
+            self._pool = ThreadPoolExecutor(self._most, "krea")
+            self._pool_of = os.getpid()
+        running = self._pool.submit(partial(call, *arguments))
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            ending = None if running.cancelled() else asyncio.wrap_future(running)
+            while ending is not None and not ending.done():
+                try:
+                    await asyncio.wait([ending])
+                except asyncio.CancelledError:  # once more; the first one is raised below
+                    continue
+            if ending is not None and not ending.cancelled():
+                ending.exception()  # nobody is left to take it
+            raise
+
+
+#: Where the journal is read and written.
+in_thread: Final = Threads(16)
