@@ -77,7 +77,10 @@ class Asking:
         lost = record.state is State.EXPIRED
         try:
             answer = await self._asker.ask(
-                str(record.task_id), awaited, called_for=record.request_key if listens else None
+                str(record.task_id),
+                awaited,
+                within_s=max(0.0, self._desk.policy.patience_s - self._desk.age_s(record)),
+                called_for=record.request_key if listens and awaited else None,
             )
         except KreaError as error:
             return self._asked_in_vain(carrier, error)

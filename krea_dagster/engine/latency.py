@@ -7,9 +7,8 @@ later, so each image only moves the weight of the distribution that lies in its 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
@@ -41,7 +40,6 @@ _SPREAD: Final = 0.35
 _NEARLY_ALL: Final = 0.9
 _STRAGGLER_SHARE: Final = 0.15
 _STRAGGLER_MOST_S: Final = 5.0
-_UNSEEN: Final = 2e-3
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,12 @@ class Curve:
     mass: Floats = field(repr=False)
     seen: float = 0.0
     total: Floats = field(init=False, repr=False, compare=False)
-    # The same as a list: one value at a time is found faster there.
-    _steps: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         total = np.zeros(_BINS + 1)
         np.cumsum(self.mass, out=total[1:])
         total /= total[-1]
         object.__setattr__(self, "total", total)
-        object.__setattr__(self, "_steps", total.tolist())
 
     @classmethod
     def expecting(cls, latency_s: float) -> Curve:
@@ -91,7 +86,7 @@ class Curve:
         mass[first:last] += within * (share / weight)
         return Curve(mass, seen)
 
-    def done_since(self, not_yet_s: Floats, age_s: Floats) -> Floats:
+    def done_since(self, not_yet_s: Floats | float, age_s: Floats | float) -> Floats:
         """The chance that a task has ended, by its age when it had not and its age now."""
         before = np.interp(not_yet_s, _EDGES_S, self.total)
         left = 1.0 - before
@@ -101,26 +96,10 @@ class Curve:
         straggler = 1.0 - np.exp(-np.maximum(age_s - not_yet_s, 0.0) / scale_s)
         return np.where(before > _NEARLY_ALL, np.maximum(chance, straggler), chance)
 
-    def age_when_s(self, chance: float, not_yet_s: float = 0.0) -> float:
-        """The age at which a task that had not ended at ``not_yet_s`` has, with this chance.
-
-        Never more than 15 % after ``not_yet_s`` where nearly all of its kind have ended by
-        then, so that stragglers are found.
-        """
-        before = _at(not_yet_s, _EDGES, self._steps)
-        left = 1.0 - before
-        straggler_s = min(max(_STRAGGLER_SHARE * not_yet_s, 0.1), _STRAGGLER_MOST_S)
-        if left <= _UNSEEN:
-            return not_yet_s - math.log(1.0 - chance) * straggler_s
-        age_s = _at(before + chance * left, self._steps, _EDGES)
-        if before > _NEARLY_ALL:
-            age_s = min(age_s, not_yet_s + straggler_s)
-        return max(age_s, not_yet_s + 0.01)
-
     @property
     def median_s(self) -> float:
         """The latency that half of them stay under."""
-        return _at(0.5, self._steps, _EDGES)
+        return float(np.interp(0.5, self.total, _EDGES_S))
 
 
 @dataclass(frozen=True)
@@ -168,15 +147,3 @@ def _expected(quality: str) -> Curve:
     if quality not in _EXPECTED:
         _EXPECTED[quality] = Curve.expecting(EXPECTED_LATENCY_S.get(quality, 2.0))
     return _EXPECTED[quality]
-
-
-def _at(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The value at ``x`` of the line through the points; both lists rise."""
-    if x <= xs[0]:
-        return ys[0]
-    if x >= xs[-1]:
-        return ys[-1]
-    above = bisect_right(xs, x)
-    low, high = xs[above - 1], xs[above]
-    share = (x - low) / (high - low)
-    return ys[above - 1] + share * (ys[above] - ys[above - 1])

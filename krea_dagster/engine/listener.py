@@ -43,18 +43,20 @@ class Listener:
         """Look for calls, for ever. Raises JournalError."""
         quiet_at_s: dict[str, float] = {}
         while True:
-            await self._clock.sleep(_LOOK_EVERY_S + _MORE_S_EACH * len(self._asker.listening))
-            waited_for = self._asker.listening
+            await self._clock.sleep(_LOOK_EVERY_S + _MORE_S_EACH * len(self._asker.listening()))
+            waited_for = self._asker.listening()
             if not waited_for:
                 continue
             now_s = self._clock.monotonic()
             called = await self._in_thread(self._calls.called, list(waited_for))
-            for key, awaited in waited_for.items():
+            for key, question in waited_for.items():
+                if question.awaited is None or question.reading:
+                    continue
                 calls = called[key].count if key in called else 0
                 seen = self._seen.get(key, 0)
                 why = hint(
                     self._asker.latencies,
-                    awaited,
+                    question.awaited,
                     calls=calls,
                     seen=seen,
                     asked_s=self._asked_s.get(key, float("-inf")),
@@ -65,7 +67,8 @@ class Listener:
                     continue
                 self._seen[key] = calls
                 self._asked_s[key] = now_s
-                self._asker.wake(key, why, quiet_at_s.pop(key, awaited.since_s))
+                since_s = question.awaited.since_s
+                self._asker.wake(question, why, quiet_at_s.pop(key, since_s))
 
     def was_called(self, request_key: str) -> bool:
         """Whether a question about the request has followed a call."""

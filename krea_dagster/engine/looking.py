@@ -21,7 +21,7 @@ BATCH: Final = 50
 
 #: The chance at which a single task is asked about, where places are wanted and where not.
 #: Some 2.4 and 1.1 reads an image follow from them.
-_EAGER: Final = 0.42
+_EAGER: Final = 0.38
 _PATIENT: Final = 0.90
 #: Ended tasks that a batch read should find: 0.25 and 0.07 reads an image.
 _FINDS_EAGER: Final = 4.0
@@ -40,6 +40,9 @@ _QUIET_MEDIANS: Final = 4.0
 _QUIET_GROWTH: Final = 2.0
 #: Seconds between two questions about one task, however often it is called about.
 _AGAIN_S: Final = 2.0
+#: The shortest and the longest pause between two looks at the chances.
+_PAUSE_LEAST_S: Final = 0.02
+_PAUSE_MOST_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,6 @@ class Awaited:
     quality: str
     since_s: float
     not_yet_s: float = 0.0
-
-
-def due_s(latencies: Latencies, task: Awaited, *, pressed: bool) -> float:
-    """When to ask about a task by itself. ``pressed``: places in the window are wanted."""
-    chance = _EAGER if pressed else _PATIENT
-    return task.since_s + latencies.of(task.quality).age_when_s(chance, task.not_yet_s)
 
 
 def scout_due_s(task: Awaited) -> float:
@@ -74,7 +71,7 @@ def worth_asking(latencies: Latencies, quality: str, age_s: float, *, called: bo
     ``called`` is whether it was called about, None where nobody will call about it.
     """
     if called is None:
-        return age_s >= latencies.of(quality).age_when_s(_PATIENT)
+        return bool(latencies.of(quality).done_since(0.0, age_s) >= _PATIENT)
     return called or age_s >= sweep_due_s(latencies, Awaited(quality, 0.0))
 
 
@@ -114,8 +111,18 @@ def chances(latencies: Latencies, tasks: Sequence[Awaited], now_s: float) -> Flo
     return found
 
 
-def together(ended: Floats, *, pressed: bool) -> list[int]:
-    """Which tasks to read in one batch now, the likeliest first, by their chances; or none."""
+def to_read(ended: Floats, *, pressed: bool, batch: bool) -> list[int]:
+    """Return which tasks to read now, by the chances that they have ended; in a ``batch`` together.
+
+    ``pressed``: places in the window are wanted.
+    """
+    if batch:
+        return _together(ended, pressed=pressed)
+    return [int(at) for at in np.flatnonzero(ended >= (_EAGER if pressed else _PATIENT))]
+
+
+def _together(ended: Floats, *, pressed: bool) -> list[int]:
+    """Return the tasks of the next batch, the likeliest first; none where it would find few."""
     finds = _FINDS_EAGER if pressed else _FINDS_PATIENT
     if ended.sum() < min(finds, _FINDS_SHARE * len(ended)):
         return []
@@ -123,7 +130,13 @@ def together(ended: Floats, *, pressed: bool) -> list[int]:
     return [int(at) for at in order if ended[at] > _ALONG]
 
 
-def pause_s(latencies: Latencies, qualities: set[str]) -> float:
-    """How long to wait before it is worth looking at the chances again."""
-    shortest_s = min((latencies.of(quality).median_s for quality in qualities), default=2.0)
-    return min(0.25, max(0.02, shortest_s / 50.0))
+def pause_s(latencies: Latencies, tasks: Sequence[Awaited], now_s: float) -> float:
+    """Return how long to wait before the chances are worth another look.
+
+    A fiftieth of what the quickest of these tasks takes, or has taken already.
+    """
+    shortest_s = min(
+        (max(latencies.of(task.quality).median_s, now_s - task.since_s) for task in tasks),
+        default=2.0,
+    )
+    return min(_PAUSE_MOST_S, max(_PAUSE_LEAST_S, shortest_s / 50.0))

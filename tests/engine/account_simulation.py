@@ -19,10 +19,10 @@ from krea_dagster.engine.looking import (
     BATCH,
     Awaited,
     chances,
-    due_s,
     is_learned,
+    pause_s,
     scout_due_s,
-    together,
+    to_read,
 )
 from krea_dagster.engine.pace import InWork, Pace
 
@@ -191,19 +191,15 @@ class Run:
             if again_s <= now_s:
                 self._read(now_s, waiting[:1], world)
                 return now_s
-        if self.batch:
-            ended = chances(self.latencies, [task.awaited for task in waiting], now_s)
-            chosen = together(ended, pressed=self.pressed)
-            if chosen:
-                self._read(now_s, [waiting[at] for at in chosen[:BATCH]], world)
-            return min(again_s, now_s + 0.04)
-        for task in waiting:
-            at_s = due_s(self.latencies, task.awaited, pressed=self.pressed)
-            if at_s <= now_s:
+        awaited = [task.awaited for task in waiting]
+        ended = chances(self.latencies, awaited, now_s)
+        chosen = [waiting[at] for at in to_read(ended, pressed=self.pressed, batch=self.batch)]
+        if self.batch and chosen:
+            self._read(now_s, chosen[:BATCH], world)
+        elif not self.batch:
+            for task in chosen:
                 self._read(now_s, [task], world)
-            else:
-                again_s = min(again_s, at_s)
-        return again_s
+        return min(again_s, now_s + pause_s(self.latencies, awaited, now_s))
 
     def _read(self, asked_s: float, tasks: Sequence[_Task], world: World) -> None:
         self.reads += 1

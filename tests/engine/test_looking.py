@@ -5,32 +5,45 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.latency import Floats, Latencies
 from krea_dagster.engine.looking import (
     BATCH,
     Awaited,
     Hint,
     chances,
-    due_s,
     hint,
+    pause_s,
     scout_due_s,
     sweep_due_s,
-    together,
+    to_read,
     worth_asking,
 )
 
 KNOWN = Latencies.known({"1K": 2.0, "2K": 7.0})
 
 
+def due_s(task: Awaited, *, pressed: bool) -> float:
+    """When a task is read by itself."""
+    return next(
+        float(now_s)
+        for now_s in np.arange(task.since_s, task.since_s + 60.0, 0.02)
+        if to_read(chances(KNOWN, [task], float(now_s)), pressed=pressed, batch=False)
+    )
+
+
+def together(ended: Floats, *, pressed: bool) -> list[int]:
+    return to_read(ended, pressed=pressed, batch=True)
+
+
 def test_a_task_is_asked_about_earlier_where_places_in_the_window_are_wanted() -> None:
     task = Awaited("1K", since_s=100.0)
-    pressed, calm = due_s(KNOWN, task, pressed=True), due_s(KNOWN, task, pressed=False)
+    pressed, calm = due_s(task, pressed=True), due_s(task, pressed=False)
     assert 101.0 < pressed < 102.1 < calm < 104.0
 
 
 def test_a_task_that_had_not_ended_is_asked_about_again_soon() -> None:
     task = Awaited("1K", since_s=100.0, not_yet_s=2.0)
-    assert 102.0 < due_s(KNOWN, task, pressed=True) < 102.5
+    assert 102.0 < due_s(task, pressed=True) < 102.5
 
 
 def test_each_quality_is_waited_for_as_long_as_it_takes() -> None:
@@ -67,6 +80,13 @@ def test_the_last_few_are_asked_about_although_they_are_few() -> None:
 def test_nobody_waits_for_nothing() -> None:
     assert chances(KNOWN, [], now_s=0.0).size == 0
     assert together(np.zeros(0), pressed=True) == []
+
+
+def test_looks_are_as_far_apart_as_what_is_waited_for_is_old() -> None:
+    young, old = Awaited("1K", since_s=100.0), Awaited("1K", since_s=0.0)
+    assert pause_s(KNOWN, [young, old], now_s=100.0) == pytest.approx(0.04, abs=0.001)
+    assert pause_s(KNOWN, [old], now_s=40.0) == pytest.approx(0.8)
+    assert pause_s(KNOWN, [old], now_s=1000.0) == 1.0
 
 
 # -- where callbacks are waited for -----------------------------------------------------------
