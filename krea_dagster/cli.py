@@ -21,7 +21,7 @@ from krea_dagster.curation.gallery.command import gallery_command
 from krea_dagster.curation.review.command import review_command
 from krea_dagster.drill.command import drill_command
 from krea_dagster.emulator import emulator_command
-from krea_dagster.errors import InputError, KreaError
+from krea_dagster.errors import InputError, JournalAway, KreaError, StorageAway
 
 if TYPE_CHECKING:
     from krea_dagster.plugin.config import KreaImagesConfig
@@ -33,6 +33,8 @@ DONE: Final = 0
 NOT_DELIVERED: Final = 1
 WRONG_USE: Final = 2
 STOPPED: Final = 3
+#: EX_TEMPFAIL of sysexits.h: the same command later may do what this one could not.
+TRY_LATER: Final = 75
 
 #: For the demo: an address that is not asked, whatever the environment says.
 _NO_ADDRESS: Final = "https://emulator.invalid"
@@ -60,7 +62,8 @@ Environment (the same that definitions.py reads):
 
 \b
 Exit codes: 0 done, 1 rows not delivered or books that do not add up,
-2 wrong use or bad input, 3 the account or the key stops everything.
+2 wrong use or bad input, 3 the account or the key stops everything,
+75 something was away for too long: run again later.
 """
 
 
@@ -423,9 +426,17 @@ def _ui_line(done: Materialized) -> str:
 
 
 def _exit_code(done: Materialized, missing: int) -> int:
+    if done.try_later:
+        return TRY_LATER
     if done.stopped is not None:
         return STOPPED
     return NOT_DELIVERED if missing or done.failures else DONE
+
+
+def _code_of(error: KreaError) -> int:
+    if isinstance(error, JournalAway | StorageAway):
+        return TRY_LATER
+    return WRONG_USE if isinstance(error, InputError) else NOT_DELIVERED
 
 
 def run() -> None:
@@ -437,7 +448,7 @@ def run() -> None:
         from krea_dagster.terminal import say_error  # noqa: PLC0415 - as above
 
         say_error(redact.text(str(error), *places))
-        sys.exit(WRONG_USE if isinstance(error, InputError) else NOT_DELIVERED)
+        sys.exit(_code_of(error))
     except Exception as error:
         if redact.harmless(error, *places) is not None:
             raise

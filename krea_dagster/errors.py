@@ -7,6 +7,7 @@
     │   ├── ConfigError         a setting; mend it and run again
     │   └── PromptTableError    rows of the prompt table; names each row and column
     ├── JournalError          the journal cannot be trusted or written; nothing more is bought
+    │   ├── JournalAway         its database does not answer; run again when it does
     │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
     │   ├── TakenOver           another run holds this request now, and carries it on
     │   ├── TaskTaken           another purchase has this task; nothing changed
@@ -14,9 +15,11 @@
     ├── ImagesNotAsStored     files are missing or not what was verified (curation/export)
     ├── Damaged               a shard that was read back is not what was written (curation/export)
     ├── StorageError          a paid image cannot be written; nothing more is bought until it can
+    │   └── StorageAway         the store does not answer; run again when it does
     ├── BuyingClosed          nothing was sent; the row is deferred
     │   ├── CapReached          a cap leaves no room; the text says when it frees
     │   └── RunStopped          the account stopped another shard of this run
+    │       └── TryLater          the API is away, or turns everything away: run again later
     ├── ApiError              EvoLink did not answer a *question* as hoped; asking is free
     │   ├── TaskNotFound        the task is not known (any more)
     │   ├── Unauthorized        401: the key is wrong or expired; mend the key
@@ -131,6 +134,10 @@ class JournalError(KreaError):
     """The journal cannot be read, written or trusted. Nothing more is bought until it can."""
 
 
+class JournalAway(JournalError):
+    """The journal's database does not answer, or is locked: that may pass by itself."""
+
+
 @dataclass(frozen=True)
 class UnwrittenPurchase:
     """A task that the server created, and that is not in the journal.
@@ -190,6 +197,10 @@ class StorageError(KreaError):
     """The storage root cannot be written. What was paid for is in the journal: run again."""
 
 
+class StorageAway(StorageError):
+    """The storage root does not answer: that may pass by itself."""
+
+
 # -- what keeps a run from buying -------------------------------------------------------------
 
 
@@ -204,19 +215,28 @@ class BuyingClosed(KreaError):
 class CapReached(BuyingClosed):
     """A cap or budget leaves no room. The message names it, spent, reserved, and when it frees.
 
-    ``scope`` is what is full, such as ``day:2026-11-22``.
+    ``scope`` is what is full, such as ``day:2026-11-22``; ``shown`` is what people call it.
     """
 
-    def __init__(self, code: str, message: str, scope: str = "") -> None:
+    def __init__(self, code: str, message: str, scope: str = "", shown: str = "") -> None:
         super().__init__(code, message)
         self.scope = scope
+        self.shown = shown or scope
 
 
 class RunStopped(BuyingClosed):
     """The account stopped the buying, as another shard of the same run has found."""
 
 
+class TryLater(RunStopped):
+    """What stopped the run may pass by itself: the same run later buys what this one left."""
+
+
 # -- what EvoLink answered --------------------------------------------------------------------
+
+
+#: By which gateways say that they cannot reach what is behind them; 52x and 530 are Cloudflare's.
+_GATEWAY_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
 
 
 class _Answered(KreaError):
@@ -241,6 +261,14 @@ class _Answered(KreaError):
         self.code = code
         self.retry_after_s = retry_after_s
         self.request_id = request_id
+
+    @property
+    def may_be_away(self) -> bool:
+        """Whether it may be the API itself that is away, and not this request that fails.
+
+        There was no answer, or one of a gateway in front of it.
+        """
+        return self.status is None or self.status in _GATEWAY_STATUSES
 
     def __str__(self) -> str:
         parts = [str(self.status)] if self.status is not None else []

@@ -17,7 +17,6 @@ import select
 import signal
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +51,7 @@ def carry(job: Job, make_client: MakeClient = DrilledClient) -> None:
         "seconds": round(report.seconds, 3),
         "delivered": report.progress.delivered,
         "failed": report.progress.failed,
-        "left": dict(Counter(report.left.values())),
+        "left": dict(report.left_reasons),
         "stopped": None if report.stopped is None else str(report.stopped),
     }
     print(json.dumps(ended), file=sys.stderr)  # noqa: T201 - the worker's log

@@ -156,6 +156,11 @@ class Asker:
         question.hint, question.quiet_at_s = hint, quiet_at_s
         self._arrived.set()
 
+    def end(self, error: KreaError) -> None:
+        """Answer all questions with an error: none will be answered any more."""
+        for question in self._questions:
+            question.failed(error)
+
     async def run(self) -> None:
         """Read what is worth it, for ever."""
         async with anyio.create_task_group() as reads:

@@ -14,12 +14,14 @@ from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.latency import is_overdue
 from krea_dagster.engine.listener import Calls, Listener
 from krea_dagster.engine.looking import Awaited, Hint, worth_asking
+from krea_dagster.engine.outages import Outages, Part
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Claim, why_not_taken
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.threads import InThread
 from krea_dagster.errors import (
     AccessDenied,
+    ApiError,
     InputError,
     InsufficientCredits,
     KreaError,
@@ -55,10 +57,12 @@ class Asking:
         calls: Calls,
         *,
         in_thread: InThread,
+        outages: Outages,
         stop: Callable[[RunStopped], None],
         callback_url_of: Callable[[str], str] | None = None,
     ) -> None:
         self._stop = stop
+        self._outages = outages
         self._unknown_tasks: set[str] = set()
         self._found_one = False
         self._asker = asker
@@ -83,6 +87,8 @@ class Asking:
                 called_for=record.request_key if listens and awaited else None,
             )
         except KreaError as error:
+            if _may_be_away(error) and await self._outages.until_back(Part.API, error):
+                return 0.0  # it was not the question that failed
             return self._asked_in_vain(carrier, error)
         self._found_one = True
         asks = carrier.trail.asks + 1
@@ -261,6 +267,10 @@ class Asking:
         if carrier.record.state is State.EXPIRED:
             return 0.0  # asked about once in a run
         return self._desk.backoff_s(trail.ask_failures, at_least_s=at_least_s)
+
+
+def _may_be_away(error: KreaError) -> bool:
+    return isinstance(error, ApiError) and error.may_be_away
 
 
 def _charge(record: Record, task: Task) -> int | None:

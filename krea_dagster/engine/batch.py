@@ -23,6 +23,7 @@ from krea_dagster.engine.statements import (
     POSTED_UPDATE,
     REQUEST_UPDATE,
     SUBMISSION_UPDATE,
+    events_of_run,
     execute_for_all,
     locked_records,
     requests_of_tasks,
@@ -45,13 +46,15 @@ def write_changes(
     run_id: str,
     root_id: str,
     known: Mapping[str, Record],
+    repeated: bool,
 ) -> list[Record | JournalError | BuyingClosed]:
     """Write what may be written; answers in the order of the changes.
 
     ``root_id`` is the storage root whose files the changes are about.
 
     ``known`` are records by request key; what is not among them is read, and kept from being
-    changed by others until the transaction ends. Raises OutOfDate.
+    changed by others until the transaction ends. ``repeated``: what is written already is answered
+    with the record as it stands. Raises OutOfDate.
     """
     present = dict(known)
     missing = {change.request_key for change in changes} - present.keys()
@@ -61,7 +64,11 @@ def write_changes(
     taken = _tasks_of_others(connection, changes)
     answers: list[Record | JournalError | BuyingClosed] = []
     steps: list[Step] = []
+    written = events_of_run(connection, changes, run_id) if repeated else set()
     for change in changes:
+        if (change.request_key, change.event.value, change.at) in written:
+            answers.append(present[change.request_key])
+            continue
         try:
             before = check(change, present.get(change.request_key), owner)
             if (task_id := _task_id(change)) and taken.get(

@@ -216,6 +216,7 @@ def admit(
 
 
 def _reached(what: str, scope: str, found: Commitment, said: str, now: datetime) -> CapReached:
+    full = scope
     if scope.startswith("table:"):
         scope = scope.split(":", 2)[2]  # the id of a table says nothing to people
     kind = scope.partition(":")[0]
@@ -234,6 +235,7 @@ def _reached(what: str, scope: str, found: Commitment, said: str, now: datetime)
         f"{kind}_{what}_reached",
         f"{name} of {said}: {credits_from_units(found.spent_units):g} spent, "
         f"{credits_from_units(found.reserved_units):g} reserved; it {frees}",
+        full,
         scope,
     )
 

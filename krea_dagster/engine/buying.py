@@ -6,19 +6,20 @@ unknown. Nothing here repeats by itself; what to do next is the policy's to say.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, Final, NamedTuple, Protocol
 
 import anyio
 import anyio.lowlevel
 
 from krea_dagster.engine.asker import TaskReader
 from krea_dagster.engine.at_server import AtServer
-from krea_dagster.engine.budget import is_doubtful
+from krea_dagster.engine.budget import is_doubtful, scopes_of
 from krea_dagster.engine.carrier import Carrier, Desk, trouble
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader
 from krea_dagster.engine.ledger import DOUBTED_IN_ROW, price_doubted
+from krea_dagster.engine.outages import Outages, Part
 from krea_dagster.engine.policy import CONFLICT, task_error_wait_s
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
@@ -38,6 +39,7 @@ from krea_dagster.errors import (
     SubmitError,
     TakenOver,
     TaskTaken,
+    TryLater,
     TurnedAway,
     UnwrittenPurchase,
 )
@@ -49,8 +51,20 @@ from krea_dagster.models import (
     credits_text,
 )
 
+#: The code of a run that ended because the server turned everything away.
+TURNED_AWAY: Final = "turned_away"
+#: As well, because no purchase got a usable answer.
+NO_USABLE_ANSWER: Final = "no_usable_answer"
+
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
 _PENDING_S: Final = 60.0
+
+
+class KeptBack(NamedTuple):
+    """Why rows are not bought in this run: a code, and a sentence for people."""
+
+    code: str
+    reason: str
 
 
 class Client(TaskReader, Downloader, Protocol):
@@ -85,6 +99,7 @@ class Buying:
         desk: Desk,
         at_server: AtServer,
         *,
+        outages: Outages,
         announce_stop: Callable[[AccountStopped], Awaitable[None]],
         keep: Callable[[UnwrittenPurchase, Mapping[str, Any]], str] = lambda _, __: "",
         confirm: Callable[[Carrier], Awaitable[bool]],
@@ -96,6 +111,7 @@ class Buying:
         self._client = client
         self._desk = desk
         self._at_server = at_server
+        self._outages = outages
         self._announce_stop = announce_stop
         self._keep = keep
         self._confirm = confirm
@@ -111,6 +127,7 @@ class Buying:
         self._silent_since_s: float | None = None
         self.stopped: AccountStopped | RunStopped | None = None
         self.caps_reached: dict[str, str] = {}
+        self._full: dict[tuple[str, str], KeptBack] = {}  # what is not admitted: scope and quality
         self.dearer: dict[str, str] = {}
         self.unwritten: list[UnwrittenPurchase] = []
         self.posts = 0
@@ -139,6 +156,7 @@ class Buying:
                 "scopes": carrier.scopes,
                 "callback_url": self._callback_url(carrier),
             }
+        retried: SubmitError | None = None
         await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard
         with anyio.CancelScope(shield=True) as scope:
             self._posting.add(scope)
@@ -149,16 +167,23 @@ class Buying:
                     if self._ending:
                         return await self._not_sent_any_more(carrier)
                 self.posts += 1
-                return await self._post(carrier)
+                sent_at_s = self._desk.clock.monotonic()
+                answer = await self._post(carrier.record)
+                # The grace of a stop is for the answer, not for writing it down.
+                with anyio.CancelScope(shield=True):
+                    retried = await self._answered(carrier, answer, sent_at_s)
             except BuyingClosed as closed:
                 return await self._closed(carrier, closed)
             finally:
                 self._posting.discard(scope)
                 self._at_server.may_no_more_submit(carrier)
-        # Only reached where a stop's grace ended before the answer came.
-        with anyio.CancelScope(shield=True):
-            said = trouble("stopped", "the run was stopped before the answer came")
-            await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said)
+        if retried is not None:
+            return await self._failed(carrier, retried)
+        if scope.cancelled_caught:
+            # A stop's grace ended before the answer came.
+            with anyio.CancelScope(shield=True):
+                said = trouble("stopped", "the run was stopped before the answer came")
+                await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said)
         return 0.0
 
     def _callback_url(self, carrier: Carrier) -> str | None:
@@ -176,46 +201,79 @@ class Buying:
 
     async def _closed(self, carrier: Carrier, closed: BuyingClosed) -> float:
         """Keep a row back that a cap or the account does not let in; nothing was sent."""
-        await self._desk.record(carrier, Event.DEFERRED, trouble(closed.code, str(closed)))
+        kept = KeptBack(closed.code, f"not bought: {closed}")
         if isinstance(closed, RunStopped):
             self.stopped = self.stopped or closed
-        else:
-            scope = closed.scope if isinstance(closed, CapReached) else ""
-            self.caps_reached.setdefault(scope or closed.code, str(closed))
-        carrier.trail = changed(carrier.trail, final=f"not bought: {closed}")
+        elif isinstance(closed, CapReached):
+            self.caps_reached.setdefault(closed.shown, str(closed))
+            self._full[closed.scope, carrier.record.request.quality] = kept
+        record = carrier.record
+        if record.state is not State.DEFERRED or record.error_code != closed.code:
+            await self._desk.record(carrier, Event.DEFERRED, trouble(closed.code, str(closed)))
+        carrier.trail = changed(carrier.trail, final=kept.reason)
         return 0.0
 
-    async def _post(self, carrier: Carrier) -> float:
-        record = carrier.record
-        sent_at_s = self._desk.clock.monotonic()
+    def kept_back(
+        self, record: Record, partition_key: str, scopes: tuple[str, ...] = ()
+    ) -> KeptBack | None:
+        """Return why a request is not bought in this run, where that is certain already."""
+        if self.stopped is not None:
+            return KeptBack(self.stopped.code, self.why_kept_back())
+        if self._full:
+            for scope in self._scopes(partition_key, scopes):
+                if kept := self._full.get((scope, record.request.quality)):
+                    return kept
+        return None
+
+    def all_kept_back(self, qualities: Collection[str]) -> KeptBack | None:
+        """Return why no request of these qualities is bought in this run, in any partition."""
+        if self.stopped is not None:
+            return KeptBack(self.stopped.code, self.why_kept_back())
+        if self._full and qualities:
+            for scope in self._scopes("", ()):
+                kept = [self._full.get((scope, quality)) for quality in qualities]
+                if all(kept):
+                    return kept[0]
+        return None
+
+    def _scopes(self, partition_key: str, scopes: tuple[str, ...]) -> tuple[str, ...]:
+        now = self._desk.clock.now()
+        return scopes_of(self._desk.run_id, now, partition_key, scopes, table_id=self._table_id)
+
+    async def _post(self, record: Record) -> Submission | SubmitError:
         try:
-            submission = await self._client.submit(
+            return await self._client.submit(
                 record.request,
                 idempotency_key=str(record.idempotency_key),
                 callback_url=record.callback_url,
             )
-        except IdempotencyConflict as error:
-            if record.state is State.UNKNOWN or self._restored:
-                return await self._outcome_unknown(carrier, error)
+        except SubmitError as error:
+            return error
+
+    async def _answered(
+        self, carrier: Carrier, answer: Submission | SubmitError, sent_at_s: float
+    ) -> SubmitError | None:
+        """Write what a POST was answered; returns an error after which it is to be retried."""
+        if isinstance(answer, Submission):
+            self._at_server.taken(carrier, sent_at_s)
+            await self._accepted(carrier, answer)
+            carrier.trail = changed(carrier.trail, submit_failures=0)
+            self._refused_since_s = None
+            self._unanswered, self._silent_since_s = 0, None
+            return None
+        is_first = carrier.record.state is not State.UNKNOWN
+        if isinstance(answer, TurnedAway):
+            self.turned_away += 1
+            self._at_server.refused(sent_at_s, answer.retry_after_s or 0.0)
+        if isinstance(answer, IdempotencyConflict) and is_first and not self._restored:
             # Of a first POST it is certain that it created nothing: another purchase has its key.
             # In a journal that has lost purchases that one may be its own.
-            said = trouble(CONFLICT, str(error))
-            await self._desk.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
-            return 0.0
-        except NotCharged as error:
-            known = record.state is not State.UNKNOWN
-            if isinstance(error, TurnedAway):
-                self.turned_away += 1
-                self._at_server.refused(sent_at_s, error.retry_after_s or 0.0)
-            return await (self._not_charged if known else self._outcome_unknown)(carrier, error)
-        except OutcomeUnknown as error:
-            return await self._outcome_unknown(carrier, error)
-        self._at_server.taken(carrier, sent_at_s)
-        await self._accepted(carrier, submission)
-        carrier.trail = changed(carrier.trail, submit_failures=0)
-        self._refused_since_s = None
-        self._unanswered, self._silent_since_s = 0, None
-        return 0.0
+            said = {**trouble(CONFLICT, str(answer)), "charged_units": 0}
+            await self._desk.record(carrier, Event.REFUSED, said)
+            return None
+        if isinstance(answer, NotCharged) and is_first:
+            return await self._not_charged(carrier, answer)
+        return await self._outcome_unknown(carrier, answer)
 
     async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
         """Write what was bought, or keep what could not be written for the run's last words."""
@@ -238,15 +296,12 @@ class Buying:
             None if units is None else credits_from_units(units),
         )
         try:
-            # The grace of a stop is for the answer, not for writing it down.
-            with anyio.CancelScope(shield=True):
-                await self._desk.record(carrier, Event.ACCEPTED, values, data)
+            await self._desk.record(carrier, Event.ACCEPTED, values, data)
         except TaskTaken as error:
             said = trouble(
                 "task_id_repeated", f"the server named a task that cannot be its: {error}"
             )
-            with anyio.CancelScope(shield=True):
-                await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said, data)
+            await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said, data)
             reason = f"outcome unknown, a person decides: {error}"
             carrier.trail = changed(carrier.trail, final=reason)
         except TakenOver as error:
@@ -283,45 +338,49 @@ class Buying:
 
     # -- what the answer says of money --------------------------------------------------------
 
-    async def _not_charged(self, carrier: Carrier, error: SubmitError) -> float:
+    async def _not_charged(self, carrier: Carrier, error: SubmitError) -> SubmitError | None:
         said = trouble(_code(error), str(error))
         match error:
             case AccountStopped():
                 await self._desk.record(carrier, Event.DEFERRED, said)
                 await self._account_stopped(error)
                 carrier.trail = changed(carrier.trail, final=self.why_kept_back())
-                return 0.0
             case Refused():
                 await self._desk.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
-                return 0.0
             case TurnedAway():
                 await self._desk.record(carrier, Event.TURNED_AWAY, said)
-                return self._turned_away(carrier, error)
+                self._turned_away(error)
             case _:
                 await self._desk.record(carrier, Event.TURNED_AWAY, said)
-                failures = carrier.trail.submit_failures + 1
-                carrier.trail = changed(carrier.trail, submit_failures=failures)
-                return self._desk.backoff_s(failures)
+                return error
+        return None
 
-    async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> float:
+    async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> SubmitError | None:
         await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, trouble(_code(error), str(error)))
-        if isinstance(error, TurnedAway):
-            return self._turned_away(carrier, error)
+        match error:
+            case TurnedAway():
+                self._turned_away(error)
+            case IdempotencyConflict() | Refused():
+                reason = f"outcome unknown, a person decides: {error}"
+                carrier.trail = changed(carrier.trail, final=reason)
+            case AccountStopped():
+                await self._account_stopped(error)
+            case _:
+                return error
+        return None
+
+    async def _failed(self, carrier: Carrier, error: SubmitError) -> float:
+        """Wait for the API where it was away; else count the failure, and pause."""
+        if error.may_be_away and await self._outages.until_back(Part.API, error):
+            return 0.0  # it was not the request that failed
         failures = carrier.trail.submit_failures + 1
         carrier.trail = changed(carrier.trail, submit_failures=failures)
         at_least_s = error.retry_after_s or 0.0
         match error:
-            case IdempotencyConflict() | Refused():
-                reason = f"outcome unknown, a person decides: {error}"
-                carrier.trail = changed(carrier.trail, final=reason)
-                return 0.0
-            case AccountStopped():
-                await self._account_stopped(error)
-                return 0.0
-            case OutcomeUnknown() if not isinstance(error, PurchasePending):
-                self._slow_down(error)
             case PurchasePending():
                 at_least_s = max(at_least_s, _PENDING_S * self._desk.policy.wait_scale)
+            case OutcomeUnknown():
+                self._slow_down(error)
         return self._desk.backoff_s(failures, at_least_s=at_least_s)
 
     def _slow_down(self, error: SubmitError) -> None:
@@ -339,21 +398,26 @@ class Buying:
         pause_s = self._desk.backoff_s(over + 1)
         self._at_server.silent(pause_s)
         if now_s - self._silent_since_s > self._desk.policy.patience_s and self.stopped is None:
-            self.stopped = RunStopped(
-                "no_usable_answer",
+            self.stopped = TryLater(
+                NO_USABLE_ANSWER,
                 f"no purchase got a usable answer for {now_s - self._silent_since_s:.0f} s, "
                 f"the last: {error}",
             )
 
-    def _turned_away(self, carrier: Carrier, error: SubmitError) -> float:
-        """A 429 is no failure of the request, so it uses up no try; the pace waits, and not it."""
+    def _turned_away(self, error: TurnedAway) -> None:
+        """Take note of a 429: it is no failure of the request, and the pace waits.
+
+        Nothing more is bought where it has lasted for the patience, or is said to last longer.
+        """
         now_s = self._desk.clock.monotonic()
         if self._refused_since_s is None:
             self._refused_since_s = now_s
-        if now_s - self._refused_since_s > self._desk.policy.patience_s:
-            reason = f"turned away for {self._desk.policy.patience_s:g} s: {error}"
-            carrier.trail = changed(carrier.trail, final=reason)
-        return 0.0
+        lasts_s = now_s - self._refused_since_s
+        if lasts_s + (error.retry_after_s or 0.0) > self._desk.policy.patience_s:
+            asks = f", and asks for {error.retry_after_s:g} s more" if error.retry_after_s else ""
+            self.stopped = self.stopped or TryLater(
+                TURNED_AWAY, f"the server has taken nothing for {lasts_s:.0f} s{asks}: {error}"
+            )
 
     @property
     def turned_away_s(self) -> float:
@@ -374,13 +438,6 @@ class Buying:
         return f"not bought, {why}: {self.stopped}"
 
     # -- without a POST -----------------------------------------------------------------------
-
-    async def defer(self, carrier: Carrier) -> float:
-        """Record that a request is kept back, because buying has stopped."""
-        code = "" if self.stopped is None else self.stopped.code
-        await self._desk.record(carrier, Event.DEFERRED, trouble(code, self.why_kept_back()))
-        carrier.trail = changed(carrier.trail, final=self.why_kept_back())
-        return 0.0
 
     async def mark_unknown(self, carrier: Carrier, code: str, message: str) -> float:
         """Record that the outcome of a purchase is unknown."""

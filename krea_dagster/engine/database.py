@@ -36,7 +36,8 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from krea_dagster import redact
@@ -45,7 +46,7 @@ from krea_dagster.engine.migrations import REVISIONS, Revisions
 from krea_dagster.engine.owner import FileLocks, Locks, SessionLocks
 from krea_dagster.engine.statements import insertion
 from krea_dagster.engine.storage import Storage, sync_folder
-from krea_dagster.errors import ConfigError, JournalError
+from krea_dagster.errors import ConfigError, JournalAway, JournalError
 
 #: What may be done, by words of SQLite's message.
 _ADVICE: Final = (
@@ -78,6 +79,19 @@ _log = logging.getLogger(__name__)
 #: serialization failure), and the pauses before it is repeated, in seconds.
 _CONCURRENT: Final = frozenset({"40001", "40P01"})
 _PAUSES_S: Final = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
+
+#: The beginnings of SQLSTATEs by which PostgreSQL says that it cannot be talked to now: connection
+#: exceptions, shutting down, starting up, too many connections.
+_AWAY_STATES: Final = ("08", "57P", "53300")
+
+#: How long connections to a server may be silent before they count as broken, for libpq's drivers.
+_LIBPQ: Final = {
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 
 
 class Database:
@@ -197,6 +211,11 @@ class Database:
                 self._check_identity(connection)
             yield connection
 
+    def ping(self) -> None:
+        """See that the database answers. Raises JournalAway where it does not, or JournalError."""
+        with self.read("read"):
+            pass
+
     def look_through(self) -> None:
         """Read a SQLite file from end to end. Raises JournalError where it is damaged.
 
@@ -287,16 +306,33 @@ class Database:
             raise JournalError(
                 f"could not {doing} the journal {self.where}: {error}. Nothing more is bought."
             ) from error
-        except DBAPIError as error:
-            cause = error.orig or error
-            raise self._explanation(doing, cause) from redact.harmless(cause, self._given)
         except SQLAlchemyError as error:
-            raise self._explanation(doing, error) from redact.harmless(error, self._given)
+            cause = (error.orig or error) if isinstance(error, DBAPIError) else error
+            said = self._explanation(doing, cause, is_away=self._is_away(error))
+            raise said from redact.harmless(cause, self._given)
 
-    def _explanation(self, doing: str, error: BaseException) -> JournalError:
+    def _is_away(self, error: SQLAlchemyError) -> bool:
+        """Whether it is the database that cannot be reached now, and not what was asked of it."""
+        if isinstance(error, PoolTimeout):
+            return True
+        if not isinstance(error, DBAPIError):
+            return False
+        if self.sqlite:
+            return "locked" in str(error.orig)
+        state = getattr(error.orig, "sqlstate", None)
+        if state is None:  # the driver itself says it: there was no connection, or it broke
+            return error.connection_invalidated or isinstance(error, OperationalError)
+        return str(state).startswith(_AWAY_STATES)
+
+    def _explanation(self, doing: str, error: BaseException, *, is_away: bool) -> JournalError:
         # The statement, its parameters and the further lines of some drivers hold prompts.
         said = (str(error).splitlines() or [type(error).__name__])[0]
         said = redact.text(said, self._given)
+        if is_away:
+            return JournalAway(
+                f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
+                f"until it answers. {self._advice(said)}"
+            )
         return JournalError(
             f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
             f"until this is mended. {self._advice(said)}"
@@ -315,7 +351,10 @@ class Database:
 
     def _engine(self, url: URL | None = None, *, begin: str, foreign_keys: bool = True) -> Engine:
         if self._file is None:
-            return create_engine(self._url, pool_size=2, pool_pre_ping=True)
+            libpq = self._url.get_driver_name() in ("psycopg", "psycopg2")
+            given = set(self._url.query)
+            settings = {k: v for k, v in _LIBPQ.items() if libpq and k not in given}
+            return create_engine(self._url, pool_size=2, pool_pre_ping=True, connect_args=settings)
         # The engine must not hold this object, or neither would ever end.
         file, lock_timeout_s = self._file, self._lock_timeout_s
         engine = create_engine(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from krea_dagster.engine.carrier import Carrier, Desk, trouble
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.images import Downloader, ImageStore
+from krea_dagster.engine.outages import Outages, Part
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import Event, State
-from krea_dagster.errors import DownloadError, ImageRejected, LinkDead, StorageError
+from krea_dagster.errors import DownloadError, ImageRejected, LinkDead, NoUsableBody, StorageError
 
 
 class Fetching:
@@ -20,8 +22,11 @@ class Fetching:
     where an image could not.
     """
 
-    def __init__(self, client: Downloader, images: ImageStore, desk: Desk) -> None:
+    def __init__(
+        self, client: Downloader, images: ImageStore, desk: Desk, outages: Outages
+    ) -> None:
         self._client = client
+        self._outages = outages
         self._images = images
         self._desk = desk
         #: The content of what this run has stored, by request key.
@@ -31,8 +36,10 @@ class Fetching:
         """Download, verify and publish the image, and record it."""
         record = carrier.record
         try:
-            image = await self._images.fetch(self._client, str(record.result_url), record.request)
+            image = await self._download(str(record.result_url), record)
         except DownloadError as error:
+            if isinstance(error, NoUsableBody) and await self._outages.until_back(Part.API, error):
+                return 0.0  # the network was away, and not the file
             await self._desk.record(carrier, Event.NOT_STORED, trouble(error.code, str(error)))
             if isinstance(error, ImageRejected):
                 # A whole file that was paid for: it is kept, and would come again as it is.
@@ -52,6 +59,10 @@ class Fetching:
         self.stored[record.request_key] = image.sha256
         return 0.0
 
+    async def _download(self, url: str, record: Record) -> StoredImage:
+        repeated = self._outages.repeated
+        return await self._images.fetch(self._client, url, record.request, repeated=repeated)
+
     def _not_stored(self, error: OSError) -> StorageError:
         return StorageError(
             f"could not store an image under {self._images.storage.shown('')}: {error}. "
@@ -64,7 +75,7 @@ class Fetching:
         """Take a file that lies under the request's name for its image, if it verifies."""
         record = carrier.record
         carrier.trail = changed(carrier.trail, file=None)
-        image = await self._images.verified(name, record)
+        image = await self._outages.repeated(partial(self._images.verified, name, record))
         if image is not None:
             values = _columns(image)
             if record.state is State.SUBMITTED and record.charged_units is None:
@@ -81,7 +92,7 @@ class Fetching:
         """
         record, elsewhere = carrier.record, carrier.trail.elsewhere
         for location in elsewhere:
-            image = await self._images.copied(location, record)
+            image = await self._outages.repeated(partial(self._images.copied, location, record))
             if image is not None:
                 found = {"file": image.path, "copied_from": location}
                 await self._desk.record(carrier, Event.FOUND, _columns(image), found)
@@ -96,7 +107,7 @@ class Fetching:
             carrier.trail = changed(carrier.trail, final=f"{there} is not known")
             return 0.0
         try:
-            image = await self._images.fetch(self._client, record.result_url, record.request)
+            image = await self._download(record.result_url, record)
         except OSError as error:
             raise self._not_stored(error) from error
         except DownloadError as error:

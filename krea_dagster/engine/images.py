@@ -11,7 +11,8 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -61,6 +62,10 @@ class Downloader(Protocol):
         self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
     ) -> Fetched:
         """Stream a file into ``sink``, and wait for what it returns where that is possible."""
+
+
+async def _once(call: Callable[[], Awaitable[StoredImage]]) -> StoredImage:
+    return await call()
 
 
 class ImageStore:
@@ -156,8 +161,18 @@ class ImageStore:
             return None
         return image
 
-    async def fetch(self, client: Downloader, url: str, request: ImageRequest) -> StoredImage:
+    async def fetch(
+        self,
+        client: Downloader,
+        url: str,
+        request: ImageRequest,
+        *,
+        repeated: Callable[[Callable[[], Awaitable[StoredImage]]], Awaitable[StoredImage]] = _once,
+    ) -> StoredImage:
         """Download, verify and publish the image of a request.
+
+        ``repeated`` makes a call again where the storage root was away: what has been downloaded
+        is kept until it can be published.
 
         Raises DownloadError: ImageRejected where the file is whole but wrong (it is kept
         under ``images/rejected``, for it was paid for), others where it could not be had.
@@ -170,7 +185,8 @@ class ImageStore:
                 if self._look:
                     memory += decoded_bytes(request.pixels)
                 async with self._looks.take(memory):
-                    return await self._in_thread(self._admit, body, fetched, request)
+                    admit = partial(self._in_thread, self._admit, body, fetched, request)
+                    return await repeated(admit)
             finally:
                 if body.path is not None:
                     body.path.unlink(missing_ok=True)

@@ -16,7 +16,17 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    and_,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 from krea_dagster.engine import schema
 from krea_dagster.engine.api_keys import ApiKeyLog
@@ -42,6 +52,7 @@ from krea_dagster.engine.rows import (
     record_of,
 )
 from krea_dagster.engine.schema import (
+    UtcTime,
     account_readings,
     commitments,
     events,
@@ -92,6 +103,10 @@ class Journal:
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
+
+    def ping(self) -> None:
+        """See that the database answers. Raises JournalAway where it does not."""
+        self._database.ping()
 
     def look_through(self) -> None:
         """Look for damage that SQLite would not notice. Raises JournalError."""
@@ -164,20 +179,21 @@ class Journal:
 
     def register(self, owner: Owner) -> None:
         """Enter a run that will carry requests, and take its lock."""
-        self._locks.take(owner.owner)
+        with self._database.explained("lock"):
+            self._locks.take(owner.owner)
         now = self._locks.now()
 
         def write(connection: Connection) -> None:
-            connection.execute(
-                insert(owners).values(
-                    owner=owner.owner,
-                    run_id=owner.run_id,
-                    host=owner.host,
-                    pid=owner.pid,
-                    since=now,
-                    heartbeat_at=now,
-                )
+            row = insertion(connection, owners).values(
+                owner=owner.owner,
+                run_id=owner.run_id,
+                host=owner.host,
+                pid=owner.pid,
+                since=now,
+                heartbeat_at=now,
             )
+            # It may have been entered before a connection broke.
+            connection.execute(row.on_conflict_do_nothing())
 
         self._write("register a run in", write)
 
@@ -357,6 +373,60 @@ class Journal:
 
         return self._write("plan requests in", write)
 
+    def defer(
+        self,
+        keys: Iterable[str],
+        *,
+        code: str,
+        message: str,
+        owner: str,
+        run_id: str,
+        at: datetime,
+    ) -> None:
+        """Note of requests that were not bought why they are kept back, where that is news.
+
+        By two statements for many of them. What another run holds is left alone.
+        """
+
+        def write(connection: Connection) -> None:
+            for chunk in chunks(sorted(keys)):
+                news = (
+                    requests.c.request_key.in_(chunk),
+                    or_(requests.c.claimed_by.is_(None), requests.c.claimed_by == owner),
+                    or_(
+                        requests.c.state == State.PLANNED.value,
+                        and_(
+                            requests.c.state == State.DEFERRED.value,
+                            func.coalesce(requests.c.error_code, "") != code,
+                        ),
+                    ),
+                )
+                self._lock_rows(connection, *news)
+                happened = {
+                    "request_key": requests.c.request_key,
+                    "seq": requests.c.seq + 1,
+                    "at": literal(at, UtcTime),
+                    "run_id": literal(run_id),
+                    "from_state": requests.c.state,
+                    "event": literal(Event.DEFERRED.value),
+                    "to_state": literal(State.DEFERRED.value),
+                }
+                rows = select(*happened.values()).where(*news)
+                connection.execute(insert(events).from_select(list(happened), rows))
+                connection.execute(
+                    update(requests)
+                    .where(*news)
+                    .values(
+                        state=State.DEFERRED.value,
+                        seq=requests.c.seq + 1,
+                        updated_at=at,
+                        error_code=code,
+                        error_message=message,
+                    )
+                )
+
+        self._write("defer requests in", write)
+
     def records(self, keys: Iterable[str]) -> dict[str, Record]:
         """The requests with these keys, as they stand; unknown keys are left out."""
         with self._read("read") as connection:
@@ -437,6 +507,7 @@ class Journal:
         launch: str = "",
         root_id: str = "",
         known: Mapping[str, Record] = MappingProxyType({}),
+        repeated: bool = False,
     ) -> list[Record | JournalError | BuyingClosed]:
         """Write the events of several requests in one commit.
 
@@ -450,6 +521,8 @@ class Journal:
 
         ``known`` are records, by request key, as the caller has them from its last change: they
         need not be read again. One that is out of date after all is read, and nothing is lost.
+        ``repeated``: the same changes were given before, and the connection broke: they may have
+        been written.
         """
 
         def write(
@@ -464,10 +537,11 @@ class Journal:
                 run_id=run_id,
                 root_id=root_id,
                 known=known,
+                repeated=repeated,
             )
 
         try:
-            return self._write("write to", partial(write, known))
+            return self._write("write to", partial(write, {} if repeated else known))
         except OutOfDate:
             return self._write("write to", partial(write, {}))
 

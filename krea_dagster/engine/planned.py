@@ -7,15 +7,18 @@ kept here; the rest is in the journal, and is read when its turn comes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import Final
 
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+from krea_dagster.engine.threads import InThread
 from krea_dagster.models import ImageRequest
 
 #: Requests that are entered into the journal and looked up together.
@@ -42,12 +45,16 @@ class Planned:
     """The requests of a run. ``new`` counts those that the journal had never seen.
 
     ``unfinished`` gives, by request key, the partition that wants it, in the order to carry
-    them: what is paid before what is to be bought, and of that the oldest first, because links
-    live for a day.
+    them: what is paid, or may be, before what is to be bought, and of that the oldest first,
+    because links live for a day. ``paid_count`` of them come first so, and ``qualities`` are those
+    of the others, and ``kept_codes`` why these were deferred before, None for those that were not.
     """
 
     progress: Progress
     new: int = 0
+    paid_count: int = 0
+    qualities: set[str] = field(default_factory=set)
+    kept_codes: set[str | None] = field(default_factory=set)
     unfinished: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
     _scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -66,11 +73,12 @@ class Planned:
         return self._callback_urls.get(request_key)
 
     @classmethod
-    def enter(
+    async def enter(
         cls,
         wanted: Iterable[Wanted],
         journal: Journal,
         *,
+        in_thread: InThread,
         run_id: str,
         at: datetime,
         table_id: str = "",
@@ -84,14 +92,20 @@ class Planned:
         """
         planned = cls(Progress(total=reused_rows, reused=reused_rows))
         paid: list[tuple[float, str]] = []
-        for part in _parts(wanted):
+        parts = _parts(wanted)
+        enter = partial(journal.plan, run_id=run_id, at=at, table_id=table_id)
+        while part := await in_thread(next, parts, []):
             pairs = [(item.request, item.partition_key) for item in part]
-            planned.new += journal.plan(pairs, run_id=run_id, at=at, table_id=table_id)
-            records = journal.records({item.request.request_key for item in part})
+            planned.new += await in_thread(enter, pairs)
+            keys = [item.request.request_key for item in part]
+            records = await in_thread(journal.records, keys)
+            unfinished = await in_thread(_chosen, is_unfinished, records)
             for item in part:
                 record = records[item.request.request_key]
-                planned._count(item, record, is_unfinished=is_unfinished(record), paid=paid)
+                is_open = item.request.request_key in unfinished
+                planned._count(item, record, is_unfinished=is_open, paid=paid)
         first = {key: planned.unfinished.pop(key) for _, key in sorted(paid)}
+        planned.paid_count = len(first)
         planned.unfinished = {**first, **planned.unfinished}
         return planned
 
@@ -120,6 +134,14 @@ class Planned:
             paid_at = record.completed_at or record.submitted_at or record.sent_at
             if paid_at is not None:
                 paid.append((paid_at.timestamp(), key))
+            else:
+                self.qualities.add(item.request.quality)
+                deferred = record.state is State.DEFERRED
+                self.kept_codes.add(record.error_code if deferred else None)
+
+
+def _chosen(is_unfinished: Callable[[Record], bool], records: Mapping[str, Record]) -> set[str]:
+    return {key for key, record in records.items() if is_unfinished(record)}
 
 
 def _parts(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:

@@ -64,10 +64,11 @@ class Policy:
     reads that far apart must not find it, before it counts as gone; a younger one is not found
     *yet*. ``account_keys`` are the fingerprints of this account's API keys: what was bought with
     another key is neither repeated nor given up. Empty: not known. ``silence_tries``: purchases in
-    a row without a usable answer after which the run slows down. ``grace_s``: how long a stop waits
-    for the answer to a POST that has left, so that its task id is not lost. ``wait``: whether the
-    run waits for the tasks that it has submitted; else it leaves them to a later run, and asks only
-    about those of earlier ones that have probably ended.
+    a row without a usable answer after which the run slows down. ``outage_patience_s``: how long
+    the API, the journal's database or the storage root may be away before the run ends.
+    ``grace_s``: how long a stop waits for the answer to a POST that has left, so that its task id
+    is not lost. ``wait``: whether the run waits for the tasks that it has submitted; else it leaves
+    them to a later run, and asks only about those of earlier ones that have probably ended.
     """
 
     on_unknown: OnUnknown = "replay"
@@ -92,6 +93,7 @@ class Policy:
     revive: bool = False
     gone_pause_s: float = 15.0
     silence_tries: int = 5
+    outage_patience_s: float = 300.0
     grace_s: float = 10.0
     wait: bool = True
     task_error_waits: Mapping[str, tuple[float, float]] = field(
@@ -182,20 +184,13 @@ class PlanAgain:
 
 
 @dataclass(frozen=True)
-class Defer:
-    """Buying is closed: record that it was kept back."""
-
-
-@dataclass(frozen=True)
 class Leave:
     """Nothing more to do in this run. ``reason`` is empty where the request is finished."""
 
     reason: str = ""
 
 
-Action: TypeAlias = (
-    Submit | Replay | MarkUnknown | Adopt | Ask | Fetch | Expire | PlanAgain | Defer | Leave
-)
+Action: TypeAlias = Submit | Replay | MarkUnknown | Adopt | Ask | Fetch | Expire | PlanAgain | Leave
 
 DONE: Final = Leave()
 
@@ -266,7 +261,7 @@ def _worth_another_try(record: Record, trail: Trail, policy: Policy) -> bool:
 
 def _to_buy(trail: Trail, policy: Policy, *, buying: bool) -> Action:
     if not buying:
-        return Defer()
+        return Leave("not bought: this run has stopped buying")
     if trail.submit_failures >= policy.submit_tries:
         return Leave(f"not taken in {trail.submit_failures} tries; nothing was bought")
     return Submit()

@@ -51,6 +51,10 @@ class Progress:
             return changed(self, reused=self.reused + rows)
         return self.finished(record, rows)
 
+    def left_behind(self, rows: int) -> Progress:
+        """With one more request that this run leaves to a later one."""
+        return changed(self, left=self.left + rows)
+
     def finished(self, record: Record, rows: int, *, left: bool = False) -> Progress:
         """With one more request at its end in this run."""
         if record.state is State.STORED:

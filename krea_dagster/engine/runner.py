@@ -14,6 +14,7 @@ from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import NO_CAPS, Journal
 from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.outages import Outages, Part
 from krea_dagster.engine.planned import Planned, Wanted
 from krea_dagster.engine.policy import DONE, Policy, Trail, next_action
 from krea_dagster.engine.progress import Progress
@@ -23,7 +24,14 @@ from krea_dagster.engine.session import Session
 from krea_dagster.engine.states import State
 from krea_dagster.engine.threads import InThread, in_thread
 from krea_dagster.engine.unwritten import take_up
-from krea_dagster.errors import AccountStopped, RunStopped
+from krea_dagster.errors import (
+    AccountStopped,
+    ApiError,
+    JournalAway,
+    KreaError,
+    RunStopped,
+    StorageAway,
+)
 
 __all__ = ["RunReport", "Runner", "Wanted"]
 
@@ -47,7 +55,8 @@ class RunReport:
     """How a run ended.
 
     ``new`` counts requests that the journal had never seen. ``left`` says, by request key, why
-    a request is not finished although the run is. ``stopped`` is the answer that ended the
+    a request is not finished although the run is, of a thousand at most; ``left_reasons`` counts
+    them all, and ``at_stake_units`` is what they may have cost. ``stopped`` is what ended the
     buying, where one did; ``caps_reached`` what the caps said, ``dearer``
     which prices were above the expected. ``account_error`` is why the
     account's credits could not be read beside, where they could not. ``posts`` counts create calls,
@@ -63,6 +72,8 @@ class RunReport:
     progress: Progress
     seconds: float
     left: Mapping[str, str] = field(default_factory=dict)
+    left_reasons: Mapping[str, int] = field(default_factory=dict)
+    at_stake_units: int = 0
     stopped: AccountStopped | RunStopped | None = None
     caps_reached: Sequence[str] = ()
     dearer: Sequence[str] = ()
@@ -129,20 +140,26 @@ class Runner:
         next run goes on from there.
         """
         started_s = self.clock.monotonic()
-        planned = await self.in_thread(
-            partial(
-                Planned.enter,
-                wanted,
-                self.journal,
-                run_id=self.run_id,
-                at=self.clock.now(),
-                table_id=self.table_id,
-                is_unfinished=self._unfinished,
-                reused_rows=reused_rows,
-            )
+        outages = Outages(
+            self.clock,
+            patience_s=self.policy.outage_patience_s,
+            wait_scale=self.policy.wait_scale,
+        )
+        outages.probes[Part.JOURNAL] = partial(self._said_by, self.journal.ping)
+        outages.probes[Part.STORAGE] = partial(self._said_by, self.images.storage.ping)
+        in_thread = outages.patient(self.in_thread)
+        planned = await Planned.enter(
+            wanted,
+            self.journal,
+            in_thread=in_thread,
+            run_id=self.run_id,
+            at=self.clock.now(),
+            table_id=self.table_id,
+            is_unfinished=self._unfinished,
+            reused_rows=reused_rows,
         )
         # Once all requests are entered, also those that a restored journal had forgotten.
-        taken_up = await self.in_thread(
+        taken_up = await in_thread(
             partial(
                 take_up,
                 self.journal,
@@ -162,7 +179,8 @@ class Runner:
                 taken_up=taken_up,
             )
         async with self.connect() as client:
-            session = Session(self, client, planned)
+            outages.probes[Part.API] = partial(_said_by_api, client)
+            session = Session(self, client, planned, outages)
             await session.carry_all()
         buying, asking, asker = session.buying, session.asking, session.asker
         return RunReport(
@@ -170,6 +188,8 @@ class Runner:
             progress=session.progress_now(),
             seconds=self.clock.monotonic() - started_s,
             left=session.left,
+            left_reasons=session.left_reasons,
+            at_stake_units=session.at_stake_units,
             stopped=buying.stopped,
             caps_reached=tuple(buying.caps_reached.values()),
             dearer=tuple(buying.dearer.values()),
@@ -185,6 +205,16 @@ class Runner:
             same_files=session.same_files,
         )
 
+    async def _said_by(self, ping: Callable[[], object]) -> KreaError | None:
+        """Return why a part does not answer, None where it does, or fails for another reason."""
+        try:
+            await self.in_thread(ping)
+        except (JournalAway, StorageAway) as error:
+            return error
+        except (KreaError, OSError):
+            return None
+        return None
+
     def _unfinished(self, record: Record) -> bool:
         if record.state is State.STORED:
             return self.file_is_missing(record)
@@ -196,3 +226,12 @@ class Runner:
     def file_is_missing(self, record: Record) -> bool:
         """Whether a stored request's file is gone or has another size."""
         return record.image is None or not self.images.holds(record.image)
+
+
+async def _said_by_api(client: Client) -> KreaError | None:
+    """Return why the API does not answer, None where it does, whatever it says."""
+    try:
+        await client.credits()
+    except ApiError as error:
+        return error if error.may_be_away else None
+    return None

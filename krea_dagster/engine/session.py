@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import math
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,12 +25,13 @@ from krea_dagster.engine.alarm import wait
 from krea_dagster.engine.asker import Asker
 from krea_dagster.engine.asking import Asking
 from krea_dagster.engine.at_server import AtServer
-from krea_dagster.engine.buying import Buying, Client
+from krea_dagster.engine.buying import Buying, Client, KeptBack
 from krea_dagster.engine.calls import Called
 from krea_dagster.engine.carrier import Carrier, Desk
 from krea_dagster.engine.fetching import Fetching
 from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.journal import NO_CAPS
+from krea_dagster.engine.outages import Outages
 from krea_dagster.engine.owner import this_process
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.planned import Planned
@@ -36,7 +39,6 @@ from krea_dagster.engine.policy import (
     Action,
     Adopt,
     Ask,
-    Defer,
     Expire,
     Fetch,
     Leave,
@@ -50,7 +52,7 @@ from krea_dagster.engine.policy import (
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Claim, Resolution
-from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.states import AT_STAKE, Event, State
 from krea_dagster.engine.unwritten import Answer, keep
 from krea_dagster.engine.writer import GroupCommit
 from krea_dagster.errors import (
@@ -87,6 +89,10 @@ _TELL_S: Final = 0.1
 _TURNED_AWAY_S: Final = 10.0
 _LONG_PAUSE_S: Final = 30.0
 
+#: Requests that are left and named with their reason, and reasons that are counted.
+_LEFT_NAMED: Final = 1000
+_OTHER_REASONS: Final = "other reasons"
+
 #: States of a purchase whose outcome is not known.
 _OPEN: Final = frozenset({State.SUBMITTING, State.UNKNOWN})
 
@@ -119,12 +125,14 @@ class _Item:
 class Session:
     """Carries the planned requests of a run to their end, or as far as they go."""
 
-    def __init__(self, runner: Runner, client: Client, planned: Planned) -> None:
+    def __init__(self, runner: Runner, client: Client, planned: Planned, outages: Outages) -> None:
         self._runner = runner
         self._planned = planned
         self._journal = runner.journal
         self._clock = runner.clock
-        self._in_thread = runner.in_thread
+        self._outages = outages
+        outages.changed = self._wake
+        self._in_thread = outages.patient(runner.in_thread)
         self._owner = this_process(runner.run_id)
         self._images = runner.images
         self._writer = GroupCommit(
@@ -134,7 +142,7 @@ class Session:
             caps=runner.caps,
             launch=runner.launch,
             root_id=runner.root.root_id,
-            in_thread=runner.in_thread,
+            in_thread=self._in_thread,
         )
         desk = Desk(
             self._writer,
@@ -150,6 +158,7 @@ class Session:
             client,
             desk,
             self._at_server,
+            outages=outages,
             announce_stop=self._announce_stop,
             keep=self._keep,
             confirm=self._confirm,
@@ -163,12 +172,15 @@ class Session:
             desk,
             self._at_server,
             runner.journal.calls,
-            in_thread=runner.in_thread,
+            in_thread=self._in_thread,
+            outages=outages,
             stop=self._stop_buying,
             callback_url_of=runner.callback_url_of,
         )
-        self._fetching = Fetching(client, runner.images, desk)
-        self._backlog: deque[str] = deque(planned.unfinished)  # requests not claimed yet
+        self._fetching = Fetching(client, runner.images, desk, outages)
+        # Requests not claimed yet: what is paid, or may be, and then what is to be bought.
+        self._backlog: deque[str] = deque(planned.unfinished)
+        self._paid_backlog = planned.paid_count
         self._claiming = False
         self._to_submit: list[_Item] = []
         self._to_collect: list[_Item] = []  # what is paid
@@ -177,6 +189,7 @@ class Session:
         self._carried = 0  # requests in the hands of a carrier
         self._in_flight = 0  # of those, the ones that hold a place in the window
         self._downloads = 0  # of those, the ones whose image is on its way
+        self._deferring: dict[KeptBack, list[str]] = {}  # what is to be noted as kept back
         self._elsewhere: deque[str] = deque()  # requests that another run holds
         self._elsewhere_since_s: float | None = None
         self._finished: set[str] = set()  # requests that this run is done with, and holds still
@@ -188,6 +201,8 @@ class Session:
         self._progress = planned.progress
         self._told_at_s = 0.0
         self.left: dict[str, str] = {}
+        self.left_reasons: Counter[str] = Counter()
+        self.at_stake_units = 0
         self._left_there: set[str] = set()  # what a run that does not wait has at the server
         self.left_for_room = 0  # what it left, because the server took no more
 
@@ -200,18 +215,19 @@ class Session:
                 await self._claim_part()
                 await self._read_account()
                 await self._work()
-                await self._read_account()
+                await self._note_kept_back()
+                if self._outages.over is not None:
+                    self._stop_buying(self._outages.over)
+                else:
+                    await self._read_account()
         except BaseException as error:
+            # Once: the next run need not wait for what this one cannot give up.
             with anyio.CancelScope(shield=True), suppress(JournalError):
-                await self._release()
+                await self._runner.in_thread(self._journal.release, self._owner.owner)
             if self.buying.unwritten:
                 why = str(self._failure or error)
                 raise PurchasesNotWritten(self.buying.unwritten, why) from error
             raise
-        await self._release()
-
-    async def _release(self) -> None:
-        """Give up what is claimed; a journal that fails does not keep the next run from it."""
         await self._in_thread(self._journal.release, self._owner.owner)
 
     @property
@@ -229,6 +245,9 @@ class Session:
 
     def _stop_buying(self, stop: RunStopped) -> None:
         self.buying.stopped = self.buying.stopped or stop
+        self._changed.set()
+
+    def _wake(self) -> None:
         self._changed.set()
 
     async def _confirm(self, carrier: Carrier) -> bool:
@@ -274,11 +293,12 @@ class Session:
                 # Nothing more is started. What is under way fails on its own next write.
                 carriers.cancel_scope.cancel()
                 return
+            self._changed = asyncio.Event()
+            self._leave_what_is_over()
             in_hand = len(self._to_submit) + len(self._to_collect)
             if self._backlog and in_hand < _IN_HAND and not self._claiming:
                 self._claiming = True
                 background.start_soon(self._guarded, self._claim_part)
-            self._changed = asyncio.Event()
             wait_s = self._start_ready(carriers)
             await wait(self._changed, wait_s)
         self._tell(last=True)
@@ -295,45 +315,58 @@ class Session:
 
     def _start_ready(self, carriers: anyio.abc.TaskGroup) -> float | None:
         """Start what may be started now; returns the seconds until time alone lets more start."""
+        if self._outages.closed:
+            return None
         now_s = self._clock.monotonic()
-        waits_s: list[float] = []
+        waits_s = [self._start_collecting(carriers, now_s), self._start_submitting(carriers, now_s)]
+        return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
+
+    def _start_collecting(self, carriers: anyio.abc.TaskGroup, now_s: float) -> float | None:
         while self._to_collect and self._carried < self._most_carried():
             wait_s = self._to_collect[0].not_before_s - now_s
             if wait_s > 0:
-                waits_s.append(wait_s)
-                break
+                return wait_s
             self._start(carriers, heapq.heappop(self._to_collect))
-        wanting = False
+        return None
+
+    def _start_submitting(self, carriers: anyio.abc.TaskGroup, now_s: float) -> float | None:
+        self.asker.pressed = False
         while (
             self._to_submit
             and self._downloads < _FETCH_BACKLOG
             and self._carried < self._most_carried()
         ):
             item = self._to_submit[0]
+            kept = self._kept_back(item)
+            if kept is not None:
+                heapq.heappop(self._to_submit)
+                self._deferring.setdefault(kept, []).append(item.record.request_key)
+                self._finish(item.record, kept.reason)
+                continue
             wait_s = item.not_before_s - now_s
             if wait_s > 0:
-                waits_s.append(wait_s)
-                break
+                return wait_s
             submits = self._will_submit(item)
-            if submits:
-                pace = self._at_server.pace
-                if self._is_left(item.record):
-                    self._leave(heapq.heappop(self._to_submit).record)
-                    continue
-                full = self._in_flight >= pace.room
-                if item.record.state in _NOT_BOUGHT:  # a repeat may have its place already
-                    full = full or pace.is_full(self._in_flight + len(self._left_there))
-                wanting = full or pace.unclear
-                few = pace.one_by_one and self._at_server.submitting
-                if full or few or self._price_is_awaited():
-                    break
-                wait_s = pace.wait_s(now_s)
-                if wait_s > 0:
-                    waits_s.append(wait_s)
-                    break
+            if submits and self._is_left(item.record):
+                self._leave(heapq.heappop(self._to_submit).record)
+                continue
+            wait_s = self._wait_for_place_s(item.record, now_s) if submits else 0.0
+            if wait_s > 0:
+                return None if math.isinf(wait_s) else wait_s
             self._start(carriers, heapq.heappop(self._to_submit), submits=submits)
-        self.asker.pressed = wanting
-        return min(waits_s, default=None)
+        return None
+
+    def _wait_for_place_s(self, record: Record, now_s: float) -> float:
+        """Seconds until a request may be submitted; endless where only an answer gives it leave."""
+        pace = self._at_server.pace
+        full = self._in_flight >= pace.room
+        if record.state in _NOT_BOUGHT:  # a repeat may have its place already
+            full = full or pace.is_full(self._in_flight + len(self._left_there))
+        self.asker.pressed = full or pace.unclear
+        few = pace.one_by_one and self._at_server.submitting
+        if full or few or self._price_is_awaited():
+            return math.inf
+        return pace.wait_s(now_s)
 
     def _price_is_awaited(self) -> bool:
         """Whether so many purchases wait for an answer that a cap could be passed by much.
@@ -342,6 +375,41 @@ class Session:
         these cost more.
         """
         return self._runner.caps != NO_CAPS and self._at_server.submitting >= UNANSWERED_UNDER_CAP
+
+    def _kept_back(self, item: _Item) -> KeptBack | None:
+        """Why a request that was not bought stays so in this run, where that is certain."""
+        record, key = item.record, item.record.request_key
+        if record.state not in _NOT_BOUGHT or item.trail.file is not None:
+            return None
+        partition_key = self._planned.unfinished[key]
+        return self.buying.kept_back(record, partition_key, self._planned.scopes(key))
+
+    def _leave_what_is_over(self) -> None:
+        """Leave all at once what this run will not come to: no call, event or wait for each."""
+        over = self._outages.over
+        if over is not None:
+            self._stop_buying(over)
+            self.asker.end(over)
+            reason = f"left to a later run: {over}"
+            for queue in (self._to_submit, self._to_collect):
+                for item in queue:
+                    self._finish(item.record, reason)
+                queue.clear()
+            self._leave_unread(self._backlog, reason)
+            self._backlog.clear()
+            return
+        to_buy = len(self._backlog) - self._paid_backlog
+        if to_buy > 0 and (kept := self.buying.all_kept_back(self._planned.qualities)):
+            keys = [self._backlog.pop() for _ in range(to_buy)]
+            if self._planned.kept_codes != {kept.code}:
+                self._deferring.setdefault(kept, []).extend(keys)
+            self._leave_unread(keys, kept.reason)
+
+    def _leave_unread(self, keys: Iterable[str], reason: str) -> None:
+        for key in keys:
+            self._progress = self._progress.left_behind(self._planned.rows(key))
+            self._note_left(key, reason)
+        self._wake()
 
     def _is_left(self, record: Record) -> bool:
         """Whether a purchase is left to a later run, because only waiting would give it a place.
@@ -362,7 +430,6 @@ class Session:
         before = "not bought yet" if not_bought else "outcome still unknown"
         self._finish(record, f"{before}: the server has as many tasks as it takes")
         self.left_for_room += 1
-        self._changed.set()
 
     def _most_carried(self) -> int:
         return self._runner.max_in_flight + _FETCH_BACKLOG
@@ -422,13 +489,23 @@ class Session:
         while wait_s is not None and wait_s <= _SHORT_S:
             if wait_s > 0:
                 await self._clock.sleep(wait_s)
+            if self._outages.over is not None:
+                self._finish(carrier.record, f"left to a later run: {self._outages.over}")
+                return None
             action = self._next(carrier.record, carrier.trail)
-            leave_needed = isinstance(action, Submit | Replay) and not carrier.may_submit
+            may_submit = carrier.may_submit and not self._outages.closed
+            leave_needed = isinstance(action, Submit | Replay) and not may_submit
             if leave_needed and carrier.record.request_key not in self._resolutions:
                 return 0.0  # by way of the queue, because only the pace gives leave
+            if self._is_stopped(carrier):
+                return 0.0  # by way of the queue, where all that is kept back is left at once
             wait_s = await self._step(carrier, action)
             self._changed.set()  # the pace may have room now
         return wait_s
+
+    def _is_stopped(self, carrier: Carrier) -> bool:
+        not_bought = carrier.record.state in _NOT_BOUGHT and carrier.trail.final is None
+        return not_bought and carrier.trail.file is None and self.buying.stopped is not None
 
     async def _step(self, carrier: Carrier, action: Action) -> float | None:  # noqa: C901 - an arm per action
         """Do the next thing once; None where there is nothing more to do in this run."""
@@ -444,7 +521,7 @@ class Session:
             case Leave(reason=reason):
                 self._finish(record, reason)
                 return None
-            case Submit() | Replay() | MarkUnknown() | PlanAgain() | Defer():
+            case Submit() | Replay() | MarkUnknown() | PlanAgain():
                 return await self._buy(carrier, action)
             case Ask():
                 if self._runner.policy.wait and self.asking.is_overdue(record):
@@ -459,7 +536,7 @@ class Session:
                 return await self._fetching.expire(carrier, code, message)
 
     async def _buy(
-        self, carrier: Carrier, action: Submit | Replay | MarkUnknown | PlanAgain | Defer
+        self, carrier: Carrier, action: Submit | Replay | MarkUnknown | PlanAgain
     ) -> float:
         match action:
             case Submit():
@@ -470,8 +547,6 @@ class Session:
                 return await self.buying.mark_unknown(carrier, code, message)
             case PlanAgain():
                 return await self.buying.plan_again(carrier)
-            case Defer():
-                return await self.buying.defer(carrier)
 
     def _resolution(self, record: Record, action: Action) -> Resolution | Claim | None:
         """What a person has decided about an unknown outcome; failing that, what a call claims.
@@ -501,9 +576,18 @@ class Session:
     def _finish(self, record: Record, reason: str) -> None:
         self._finished.add(record.request_key)
         if reason:
-            self.left[record.request_key] = reason
+            self._note_left(record.request_key, reason)
+            self.at_stake_units += record.committed_units if record.state in AT_STAKE else 0
+        self._wake()  # it may have been the last one
         rows = self._planned.rows(record.request_key)
         self._progress = self._progress.finished(record, rows, left=bool(reason))
+
+    def _note_left(self, key: str, reason: str) -> None:
+        """Count a reason; of so many, those that name their own task would fill the memory."""
+        if len(self.left) < _LEFT_NAMED:
+            self.left[key] = reason
+        known = reason in self.left_reasons or len(self.left_reasons) < _LEFT_NAMED
+        self.left_reasons[reason if known else _OTHER_REASONS] += 1
 
     def _leave_window(self, carrier: Carrier) -> None:
         if not self._runner.policy.wait and carrier.record.state is State.SUBMITTED:
@@ -535,6 +619,7 @@ class Session:
     async def _claim_part(self) -> None:
         """Claim the next part of the backlog. What another run holds is looked at again later."""
         part = [self._backlog.popleft() for _ in range(min(_PART, len(self._backlog)))]
+        self._paid_backlog = max(0, self._paid_backlog - len(part))
         await self._claim(part)
         self._claiming = False
 
@@ -603,7 +688,8 @@ class Session:
             now_s = self._clock.monotonic()
             if self._elsewhere_since_s is None:
                 self._elsewhere_since_s = now_s
-            if now_s - self._elsewhere_since_s > self._runner.policy.patience_s:
+            waited_s = now_s - self._elsewhere_since_s
+            if waited_s > self._runner.policy.patience_s or self._outages.over is not None:
                 await self._leave_elsewhere()
                 continue
             await self._let_go()
@@ -644,6 +730,19 @@ class Session:
             str(error),
             self._clock.now(),
         )
+
+    async def _note_kept_back(self) -> None:
+        for kept, keys in self._deferring.items():
+            defer = partial(
+                self._journal.defer,
+                keys,
+                code=kept.code,
+                message=kept.reason,
+                owner=self._owner.owner,
+                run_id=self._runner.run_id,
+                at=self._clock.now(),
+            )
+            await self._in_thread(defer)
 
     async def _read_account(self) -> None:
         """Keep what the account says before and after, to hold the journal against."""

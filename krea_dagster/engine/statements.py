@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
+from krea_dagster.engine.changes import Change
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.rows import JOINED, record_of
 from krea_dagster.engine.schema import (
@@ -92,6 +93,18 @@ def locked_records(connection: Connection, keys: Sequence[str]) -> dict[str, Rec
     # SQLite has no such lock: there the whole file is locked already.
     rows = connection.execute(wanted.with_for_update(of=requests, key_share=True))
     return {row.request_key: record_of(row) for row in rows}
+
+
+def events_of_run(
+    connection: Connection, changes: Sequence[Change], run_id: str
+) -> set[tuple[str, str, datetime]]:
+    """Return which events a run has written about the requests of these changes: what, and when."""
+    keys = {change.request_key for change in changes}
+    query = select(events.c.request_key, events.c.event, events.c.at)
+    rows = connection.execute(
+        query.where(events.c.request_key.in_(keys), events.c.run_id == run_id)
+    )
+    return {(row.request_key, row.event, row.at) for row in rows}
 
 
 def requests_of_tasks(connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:

@@ -2,23 +2,53 @@
 
 A file appears under its name whole or not at all: it is written elsewhere first, made durable,
 and then renamed (a folder) or put (an object store).
+
+A store that does not answer is never taken for one without the file: each method that reads or
+writes raises StorageAway then.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Final, NoReturn, cast
 
 import fsspec
 
 from krea_dagster import redact
 from krea_dagster.engine import partial
-from krea_dagster.errors import ConfigError
+from krea_dagster.errors import ConfigError, StorageAway
+
+#: What file systems say of themselves, and not of a network on the way to them.
+_ABOUT_FILES: Final = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    NotImplementedError,
+)
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+#: What a folder of another host says while that is not there.
+_NETWORK: Final = frozenset(
+    {
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+    }
+)
 
 
 class Storage:
@@ -74,12 +104,21 @@ class Storage:
             return cast("int", self._fs.info(self._full(name))["size"])
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            self._fail(error)
+
+    def ping(self) -> None:
+        """See that the store answers. Raises StorageAway where it does not."""
+        self.size_bytes("krea-root.json")
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises FileNotFoundError."""
-        if self.folder is not None:
-            return (self.folder / name).open("rb")
-        return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
+        try:
+            if self.folder is not None:
+                return (self.folder / name).open("rb")
+            return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            self._fail(error)
 
     def names(self, folder: str) -> Iterator[str]:
         """The names of all files below a folder, which need not exist."""
@@ -138,10 +177,15 @@ class Storage:
 
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished file its name, durably; an older one of that name is replaced."""
-        if self.folder is None:
-            self._fs.put_file(str(temporary), self._full(name))
-            return
-        target = self.folder / name
+        try:
+            if self.folder is None:
+                self._fs.put_file(str(temporary), self._full(name))
+            else:
+                self._rename(temporary, self.folder / name)
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            self._fail(error)
+
+    def _rename(self, temporary: Path, target: Path) -> None:
         sync_file(temporary)
         self._make(target.parent)
         try:
@@ -150,6 +194,20 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
         sync_folder(target.parent)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Raise the error, or StorageAway where it is the store that cannot be reached now."""
+        number = getattr(error, "errno", None)
+        about_files = isinstance(error, _ABOUT_FILES) or number in _FULL
+        is_away = number in _NETWORK if self.folder is not None else not about_files
+        if not is_away:
+            raise error
+        said = redact.text(str(error) or type(error).__name__, self.locate(""))
+        raise StorageAway(
+            f"the storage root {self.shown('')} does not answer: {said}. Nothing more is bought "
+            "until it does. What was paid for is in the journal, and the next run fetches it: do "
+            "not wait longer than its links live, which is 24 hours."
+        ) from redact.harmless(error, self.locate(""))
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Write a file through ``write``, atomically."""

@@ -138,7 +138,15 @@ class GroupCommit:
     async def _answers(self, changes: Sequence[Change]) -> Sequence[_Answer]:
         keys = {change.request_key for change in changes}
         known = {key: self._known[key] for key in keys if key in self._known}
-        return await self._in_thread(partial(self._append, changes, known=known))
+        tried = False
+
+        def write() -> Sequence[_Answer]:
+            nonlocal tried
+            repeated, tried = tried, True
+            return self._append(changes, known=known, repeated=repeated)
+
+        # Repeated where the database was away: nobody knows then whether it was written.
+        return await self._in_thread(write)
 
 
 def _give(answer: asyncio.Future[Record], said: _Answer) -> None:

@@ -30,7 +30,7 @@ from krea_dagster.plugin.beta import quiet_beta
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.collecting import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.failures import as_failure, stop_message, tag_run
+from krea_dagster.plugin.failures import as_failure, failure_tags, stop_failure
 from krea_dagster.plugin.figures import Figures, watched
 from krea_dagster.plugin.io_manager import MANIFEST_ASSET, manifest_folders
 from krea_dagster.plugin.known_journal import JOURNAL_ENTRY, journal_entry, refuse_second_journal
@@ -196,12 +196,12 @@ def build_krea_assets(
                 values = images_metadata(figures, krea.open_storage(), seconds=report.seconds)
                 values = {**values, **quote_metadata(quoted.get(key)), **asked.metadata(key)}
                 context.add_asset_metadata({**values, JOURNAL_ENTRY: journal}, partition_key=key)
-            _tag_run(context, krea, report, total, batch.held_count)
+            _tag_run(context, report, total, batch.held_count)
             yield dg.MaterializeResult(check_results=[check_rows(total, report, batch.held_count)])
             if report.stopped is not None:
                 # The step that writes the manifest will not run after this one has failed.
                 rewrite_manifests(context, batch, krea, manifest_key)
-                raise dg.Failure(stop_message(report), allow_retries=False)
+                raise stop_failure(report)
 
     @dg.asset(
         key=manifest_key,
@@ -245,16 +245,12 @@ def build_krea_assets(
 
 
 def _tag_run(
-    context: dg.AssetExecutionContext,
-    krea: KreaResource,
-    report: RunReport,
-    total: Figures,
-    held: int,
+    context: dg.AssetExecutionContext, report: RunReport, total: Figures, held: int
 ) -> None:
     """Say in the run's tags how it ended."""
     missing = total.missing_count - (0 if report.waited else total.under_way) - held
-    with as_failure():
-        tag_run(context.instance, context.run.run_id, krea, report, missing)
+    if tags := failure_tags(report, missing):
+        context.instance.add_run_tags(context.run.run_id, tags)
 
 
 def _wished(

@@ -134,6 +134,12 @@ class KreaSettings(_Section):
     patience_s: float = Field(
         default=1800.0, gt=0, le=30 * 86_400, description="Seconds that a run waits for a task."
     )
+    outage_patience_s: float = Field(
+        default=300.0,
+        ge=0,
+        le=86_400,
+        description="Seconds that the API, the journal or the storage root may be away.",
+    )
     timeout_s: float = Field(
         default=60.0, gt=0, le=3600, description="Seconds that EvoLink may take to answer a call."
     )

@@ -11,7 +11,7 @@ Rows that fail while the account goes on do not fail a run; it has the tags all 
 a ``@dagster.run_status_sensor`` for SUCCESS can read them too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -19,12 +19,17 @@ from typing import Final
 import dagster as dg
 
 from krea_dagster import redact
-from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.engine.states import AT_STAKE
-from krea_dagster.errors import KeyRejected, KreaError, OutOfCredits, RunStopped
+from krea_dagster.errors import (
+    JournalAway,
+    KeyRejected,
+    KreaError,
+    OutOfCredits,
+    RunStopped,
+    StorageAway,
+    TryLater,
+)
 from krea_dagster.models import credits_text
-from krea_dagster.plugin.resource import KreaResource
 
 #: The tags of a run whose rows have not all got their image. The runs page filters by the first.
 OUTCOME_TAG: Final = "krea/outcome"
@@ -32,6 +37,9 @@ ROWS_MISSING_TAG: Final = "krea/rows_missing"
 AT_STAKE_TAG: Final = "krea/credits_at_stake"
 STOPPED_TAG: Final = "krea/stopped"
 TO_DO_TAG: Final = "krea/to_do"
+
+#: The metadata of a failure that may pass by itself.
+TRY_LATER: Final = "krea_try_later"
 
 #: Longest text of a tag that is shown whole in the UI's dialogs.
 _MOST_TEXT: Final = 250
@@ -72,20 +80,14 @@ def failure_of(run: dg.DagsterRun) -> KreaFailure | None:
     )
 
 
-def failure_tags(
-    report: RunReport, rows_missing: int, left: Mapping[str, Record]
-) -> dict[str, str]:
-    """The tags of a run; none where every row has its image.
-
-    ``left`` is what the journal knows of the requests in ``report.left``.
-    """
+def failure_tags(report: RunReport, rows_missing: int) -> dict[str, str]:
+    """The tags of a run; none where every row has its image."""
     if not rows_missing and report.stopped is None:
         return {}
-    at_stake = sum(one.committed_units for one in left.values() if one.state in AT_STAKE)
     tags = {
         OUTCOME_TAG: "stopped" if report.stopped else "rows_missing",
         ROWS_MISSING_TAG: str(rows_missing),
-        AT_STAKE_TAG: credits_text(at_stake),
+        AT_STAKE_TAG: credits_text(report.at_stake_units),
         TO_DO_TAG: _to_do(report)[:_MOST_TEXT],
     }
     if report.stopped is not None:
@@ -93,27 +95,18 @@ def failure_tags(
     return tags
 
 
-def tag_run(
-    instance: dg.DagsterInstance,
-    run_id: str,
-    krea: KreaResource,
-    report: RunReport,
-    rows_missing: int,
-) -> None:
-    """Say in a run's tags what it leaves undone. Raises JournalError."""
-    left: Mapping[str, Record] = {}
-    if report.left:
-        with krea.open_journal() as journal:
-            left = journal.records(report.left)
-    if tags := failure_tags(report, rows_missing, left):
-        instance.add_run_tags(run_id, tags)
-
-
 @contextmanager
 def as_failure() -> Iterator[None]:
-    """Errors of this package as Dagster's: their text says all, and a retry would not help."""
+    """Errors of this package as Dagster's: their text says all.
+
+    A retry helps only where what was away may be back.
+    """
     try:
         yield
+    except (JournalAway, StorageAway) as error:
+        raise dg.Failure(
+            str(error), metadata={TRY_LATER: True}, allow_retries=True
+        ) from redact.harmless(error)
     except KreaError as error:
         raise dg.Failure(str(error), allow_retries=False) from redact.harmless(error)
     except Exception as error:
@@ -122,12 +115,15 @@ def as_failure() -> Iterator[None]:
         raise
 
 
-def stop_message(report: RunReport) -> str:
-    """One sentence for a run that the account stopped."""
+def stop_failure(report: RunReport) -> dg.Failure:
+    """A run that was stopped, as Dagster's failure: one sentence."""
     what, then = _what_and_then(report)
-    return (
-        f"Buying stopped, {what} ({report.stopped}): everything already paid for was finished, "
-        f"the other rows are deferred; {then} and run again."
+    later = isinstance(report.stopped, TryLater)
+    return dg.Failure(
+        f"Buying stopped, {what} ({report.stopped}): everything already paid for was "
+        f"{'kept' if later else 'finished'}, the other rows are deferred; {then} and run again.",
+        metadata={TRY_LATER: True} if later else None,
+        allow_retries=later,
     )
 
 
@@ -137,7 +133,11 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
             return "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
         case OutOfCredits():
             return "the account or its key has no credits left", "top up"
-        case RunStopped(code="no_usable_answer"):
+        case TryLater(code="turned_away"):
+            return "EvoLink takes nothing more for now", "wait until it does"
+        case TryLater(code="api_away"):
+            return "EvoLink's API cannot be reached", "wait until it can"
+        case TryLater():
             return "EvoLink gives no usable answer", "wait until it does"
         case RunStopped():
             return (

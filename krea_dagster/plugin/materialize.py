@@ -13,13 +13,14 @@ import pyarrow as pa
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.errors import AccountStopped, ConfigError, RunStopped
+from krea_dagster.errors import AccountStopped, ConfigError, RunStopped, TryLater
 from krea_dagster.manifest import read_missing
 from krea_dagster.plugin.automation import report_prompts
 from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
 from krea_dagster.plugin.environment import Settings
+from krea_dagster.plugin.failures import TRY_LATER
 from krea_dagster.plugin.observer import observed
 from krea_dagster.plugin.partitions import partitions_for, ranges, register_partitions
 from krea_dagster.plugin.resource import KreaResource
@@ -45,8 +46,9 @@ class Materialized:
     """What became of the partitions that were asked for.
 
     ``missing`` are the rows without an image (``MISSING_COLUMNS``). ``failures`` are the texts
-    of runs that failed. ``waiting`` are partitions of the table
-    that Dagster does not have yet (days to come). ``notes`` are what the runs found: answers of
+    of runs that failed; ``try_later``: it may pass by itself. ``waiting`` are partitions of the
+    table that Dagster does not have yet (days to come). ``notes`` are what the runs found: answers
+    of
     earlier runs, one file for several requests. ``unknown`` are all purchases of the journal
     whose outcome is unknown, the oldest first.
     """
@@ -59,6 +61,7 @@ class Materialized:
     run_ids: Sequence[str] = ()
     failures: Sequence[str] = ()
     stopped: AccountStopped | RunStopped | None = None
+    try_later: bool = False
     left: Mapping[str, str] = field(default_factory=dict)
     caps_reached: Sequence[str] = ()
     dearer: Sequence[str] = ()
@@ -127,6 +130,7 @@ def materialize(
         run_ids=[result.run_id for result in results],
         failures=[text for result in results for text in _failures(result)],
         stopped=watch.stopped,
+        try_later=isinstance(watch.stopped, TryLater) or any(map(_may_pass, results)),
         left={key: why for report in watch.reports for key, why in report.left.items()},
         missed_callbacks=sum(report.missed_callbacks for report in watch.reports),
         dearer=list(dict.fromkeys(said for report in watch.reports for said in report.dearer)),
@@ -263,6 +267,16 @@ def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
                 said = "The run was stopped. What is paid for is kept: the next run collects it."
             texts.append(said or (data.error.message.strip() if data.error else "a step failed"))
     return texts
+
+
+def _may_pass(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether a step failed because something was away."""
+    for event in result.all_events:
+        if event.event_type_value == "STEP_FAILURE":
+            data = event.step_failure_data.user_failure_data
+            if data is not None and TRY_LATER in data.metadata:
+                return True
+    return False
 
 
 def _chosen(wanted: Sequence[str], known: Sequence[str], in_table: Sequence[str]) -> list[str]:

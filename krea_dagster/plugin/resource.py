@@ -186,6 +186,15 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             "the next run takes the task up again."
         ),
     )
+    outage_patience_s: float = Field(
+        default=300.0,
+        ge=0,
+        le=86_400,
+        description=(
+            "Seconds that EvoLink's API, the journal's database or the storage root may be away. "
+            "Meanwhile a run buys nothing new and keeps what it holds; then it ends."
+        ),
+    )
     timeout_s: float = Field(
         default=60.0, gt=0, le=3600, description="Seconds that EvoLink may take to answer a call."
     )
@@ -456,6 +465,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         return Policy(
             on_unknown="hold" if self.on_unknown == "hold" else "replay",
             patience_s=self.patience_s,
+            outage_patience_s=self.outage_patience_s,
             ask_again=frozenset(ask_again),
         )
 

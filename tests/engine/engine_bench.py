@@ -147,7 +147,7 @@ def all_rows(journal_url: str) -> dict[str, list[dict[str, Any]]]:
 
 
 #: Retries without pauses; a task is gone as soon as it was not found three times.
-QUICK: Final = Policy(wait_scale=0.01, gone_after_s=0.0, patience_s=20.0)
+QUICK: Final = Policy(wait_scale=0.01, gone_after_s=0.0, patience_s=20.0, outage_patience_s=5.0)
 
 #: The emulator's latency is known, so that a run does not wait for the first look.
 LEARNED: Final = Latencies.known({"1K": 0.02, "2K": 0.02})

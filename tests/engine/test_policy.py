@@ -18,7 +18,6 @@ from krea_dagster.engine.policy import (
     Action,
     Adopt,
     Ask,
-    Defer,
     Expire,
     Fetch,
     Leave,
@@ -86,7 +85,7 @@ def test_a_run_that_finds_a_request_in_a_state_begins_with(state: State, first: 
 
 @pytest.mark.parametrize("state", [State.PLANNED, State.DEFERRED])
 def test_once_buying_has_stopped_what_is_not_bought_is_deferred(state: State) -> None:
-    assert following(state, buying=False) == Defer()
+    assert following(state, buying=False) == Leave("not bought: this run has stopped buying")
 
 
 def test_a_request_that_nobody_takes_is_left_after_its_tries_and_costs_nothing() -> None:

@@ -33,6 +33,7 @@ from krea_dagster.errors import (
     NoUsableBody,
     OutOfCredits,
     TaskNotFound,
+    TryLater,
 )
 from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task, TaskFailure
 from tests.engine.engine_bench import House, as_wanted, asked, house, several, until
@@ -344,8 +345,8 @@ async def test_a_request_is_given_up_only_after_patience_without_a_single_purcha
     home.emulator.world.script("429_empty", 100_000)
     report = await home.run(several(2), patience_s=0.3)
     assert report.progress.left == 2
-    assert all(reason.startswith("turned away for") for reason in report.left.values())
-    assert set(home.states(several(2))) == {"planned"}
+    assert all("has taken nothing for" in reason for reason in report.left.values())
+    assert set(home.states(several(2))) <= {"planned", "deferred"}
     home.emulator.world.forget_scripts()
     assert (await home.run(several(2), "run-2")).progress.delivered == 2
 
@@ -365,10 +366,12 @@ async def test_one_refusal_after_a_long_quiet_is_no_reason_to_give_up(home: Hous
 async def test_a_server_that_cannot_be_reached_costs_nothing(tmp_path: Path) -> None:
     with house(tmp_path) as home:
         home.emulator.stop()
-        report = await home.run(several(2), wait_scale=0.001)
+        report = await home.run(several(2), outage_patience_s=0.3)
         assert report.progress == Progress(total=2, left=2)
-        assert all("nothing was bought" in reason for reason in report.left.values())
+        assert isinstance(report.stopped, TryLater)
+        assert all("EvoLink's API was away" in reason for reason in report.left.values())
         assert home.states(several(2)) == ["planned", "planned"]
+        assert report.posts <= 2, "no row is tried again and again"
 
 
 async def test_an_outage_of_the_server_does_not_make_the_whole_table_unknown(home: House) -> None:

@@ -19,11 +19,11 @@ NOTHING_LEFT = RunReport(0, Progress(total=4), 1.0)
 
 
 def test_a_run_without_a_missing_row_has_no_tags() -> None:
-    assert failure_tags(NOTHING_LEFT, 0, {}) == {}
+    assert failure_tags(NOTHING_LEFT, 0) == {}
 
 
 def test_rows_that_failed_are_counted_and_the_person_is_sent_to_the_check() -> None:
-    tags = failure_tags(NOTHING_LEFT, 2, {})
+    tags = failure_tags(NOTHING_LEFT, 2)
     assert (tags["krea/outcome"], tags["krea/rows_missing"]) == ("rows_missing", "2")
     assert tags["krea/credits_at_stake"] == "0"
     assert "all_rows_delivered" in tags["krea/to_do"]
@@ -32,13 +32,13 @@ def test_rows_that_failed_are_counted_and_the_person_is_sent_to_the_check() -> N
 
 def test_a_cap_says_that_it_can_be_raised() -> None:
     report = RunReport(0, Progress(total=4), 1.0, caps_reached=["run_credits of 1"])
-    assert failure_tags(report, 2, {})["krea/to_do"].startswith("raise the cap")
+    assert failure_tags(report, 2)["krea/to_do"].startswith("raise the cap")
 
 
 def test_dagster_takes_the_tags_as_they_are() -> None:
     """It warns of keys that it does not take, and the tests' warnings are errors."""
     report = RunReport(0, Progress(total=1), 1.0, stopped=OutOfCredits("no", status=402))
-    tags = failure_tags(report, 1, {})
+    tags = failure_tags(report, 1)
 
     @dg.job(tags=tags)
     def taken() -> None: ...
@@ -102,5 +102,5 @@ def test_a_run_without_the_tags_has_nothing_to_say(instance: dg.DagsterInstance)
 @pytest.mark.parametrize("code", ["", "x" * 400])
 def test_a_stop_without_a_code_is_named_by_its_kind(code: str) -> None:
     report = RunReport(0, Progress(total=1), 1.0, stopped=OutOfCredits("no", status=402, code=code))
-    stopped = failure_tags(report, 1, {})["krea/stopped"]
+    stopped = failure_tags(report, 1)["krea/stopped"]
     assert stopped == (code or "OutOfCredits")

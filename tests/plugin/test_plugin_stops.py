@@ -15,8 +15,8 @@ from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.errors import ConfigError, RunStopped
-from krea_dagster.plugin.failures import stop_message
+from krea_dagster.errors import ConfigError, TryLater
+from krea_dagster.plugin.failures import stop_failure
 from tests.dagster_bench import (
     OpenAccount,
     check_of,
@@ -213,7 +213,9 @@ def test_images_whose_journal_is_gone_are_not_bought_again(tmp_path: Path) -> No
 
 
 def test_a_server_that_fell_silent_is_not_called_a_stop_of_the_account() -> None:
-    silent = RunStopped("no_usable_answer", "no purchase got a usable answer for 1800 s")
-    said = stop_message(RunReport(0, Progress(total=1), 0.0, stopped=silent))
+    silent = TryLater("no_usable_answer", "no purchase got a usable answer for 1800 s")
+    failure = stop_failure(RunReport(0, Progress(total=1), 0.0, stopped=silent))
+    said, may_retry = str(failure.description), failure.allow_retries
+    assert may_retry
     assert "EvoLink gives no usable answer" in said
     assert "account" not in said

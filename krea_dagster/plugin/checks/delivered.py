@@ -36,7 +36,7 @@ def check_rows(figures: Figures, report: RunReport, held: int = 0) -> dg.AssetCh
         )
     reasons = figures.reasons
     listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-    left = Counter(report.left.values()).most_common(10)
+    left = Counter(report.left_reasons).most_common(10)
     later = not report.waited and missing == figures.under_way
     when = " yet, and a later run collects them" if later else ""
     return dg.AssetCheckResult(
