@@ -32,6 +32,7 @@
     │   ├── NotCharged          certainly unspent
     │   │   ├── NotSent           no connection was made; send it again when there is one
     │   │   ├── TurnedAway        429: the server was too busy; send it again later
+    │   │   ├── GatewayRefused    400 of a gateway, not of EvoLink; send it again later
     │   │   ├── Refused           400, 413, 415: never taken as it is; change the row
     │   │   │   └── ContentRefused  moderation at submit; change the prompt
     │   │   └── AccountStopped    nothing can be bought with this key now; stop buying
@@ -62,8 +63,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from krea_dagster import redact
+
+#: Why no connection was made: none was free, or which step on the way to one failed.
+Cause = Literal["connection", "name", "certificate", "proxy", "pool"]
 
 
 class KreaError(Exception):
@@ -243,7 +248,8 @@ class _Answered(KreaError):
     """What an answer said, for the errors that stand for one.
 
     ``status`` is the HTTP status, None where there was no answer. ``code`` is lower-cased
-    text, "" where there was none. Neither the message nor any other field ever holds the key.
+    text, "" where there was none. ``cause`` says why no connection was made, None where one was,
+    or may have been. Neither the message nor any other field ever holds the key.
     """
 
     def __init__(
@@ -254,6 +260,7 @@ class _Answered(KreaError):
         code: str = "",
         retry_after_s: float | None = None,
         request_id: str | None = None,
+        cause: Cause | None = None,
     ) -> None:
         super().__init__(message)
         self.message = redact.text(message)
@@ -261,6 +268,7 @@ class _Answered(KreaError):
         self.code = code
         self.retry_after_s = retry_after_s
         self.request_id = request_id
+        self.cause: Cause | None = cause
 
     @property
     def may_be_away(self) -> bool:
@@ -325,6 +333,10 @@ class NotSent(NotCharged):
 
 class TurnedAway(NotCharged):
     """429: the server was too busy to take it. Send it again after ``retry_after_s``."""
+
+
+class GatewayRefused(NotCharged):
+    """A 400 without EvoLink's error: a gateway's page, not a word on the row. Send it again."""
 
 
 class Refused(NotCharged):

@@ -26,6 +26,7 @@ from krea_dagster.errors import (
     AccessDenied,
     ApiError,
     ContentRefused,
+    GatewayRefused,
     IdempotencyConflict,
     InputError,
     InsufficientCredits,
@@ -227,7 +228,7 @@ def read_submission(
         status: the HTTP status.
         headers: the answer's headers; case does not matter.
         body: the whole body.
-        now: the present, with a time zone, for ``Retry-After`` dates.
+        now: the present, with a time zone, for ``Retry-After`` where the answer has no ``Date``.
         hide: removes the API key from a text.
 
     Raises:
@@ -295,7 +296,8 @@ def _submit_error_class(status: int, fault: _Fault) -> type[SubmitError]:
             return NoCapacity
         if any(word in MODERATION_CODES for word in words):
             return ContentRefused
-        return Refused
+        # Without EvoLink's error it is a gateway's page, which says nothing of the row.
+        return Refused if fault.present else GatewayRefused
     if status == 409:
         for word in words:
             if word in CONFLICT_BY_CODE:
@@ -465,23 +467,32 @@ def _says_task_gone(fault: _Fault) -> bool:
 
 
 def retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
-    """``Retry-After`` in seconds from ``now``, from 0 to 3600; None where absent or unreadable.
+    """``Retry-After`` in seconds, from 0 to 3600; None where absent or unreadable.
 
-    Both forms of RFC 9110 are read: seconds, and an HTTP date. ``now`` has a time zone.
+    Both forms of RFC 9110 are read: seconds, and an HTTP date. That is counted from the answer's
+    own ``Date``, since this machine's clock may be wrong, and from ``now`` where there is none.
     """
     text = _header(headers, "retry-after").strip()
     if _SECONDS.fullmatch(text):
         return min(float(text), RETRY_AFTER_MAX_S)
+    date = http_date(text)
+    if date is None:
+        return None
+    answered_at = http_date(_header(headers, "date").strip()) or now
+    return min(max((date - answered_at).total_seconds(), 0.0), RETRY_AFTER_MAX_S)
+
+
+def http_date(text: str) -> datetime | None:
+    """A time as HTTP writes it; None where the text is none."""
     if not text or len(text) > 100:
         return None
     try:
         date = parsedate_to_datetime(text)
         if date.tzinfo is None:
             date = date.replace(tzinfo=timezone.utc)
-        wait_s = (date - now).total_seconds()
+        return date.astimezone(timezone.utc)
     except (TypeError, ValueError, OverflowError, IndexError):
         return None
-    return min(max(wait_s, 0.0), RETRY_AFTER_MAX_S)
 
 
 # -- the parts of an answer -------------------------------------------------------------------

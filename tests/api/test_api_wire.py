@@ -19,6 +19,7 @@ from krea_dagster.errors import (
     AccessDenied,
     ApiError,
     ContentRefused,
+    GatewayRefused,
     IdempotencyConflict,
     InputError,
     InsufficientCredits,
@@ -26,6 +27,7 @@ from krea_dagster.errors import (
     KreaError,
     ModelDenied,
     NoCapacity,
+    NotCharged,
     NotSent,
     NotSupported,
     NoUsableAnswer,
@@ -266,14 +268,35 @@ def test_each_answer_to_a_purchase_says_whether_money_was_spent(
 
 
 def test_every_error_of_a_purchase_comes_from_some_answer_or_from_the_line() -> None:
-    """The leaves of the tree of errors.py are exactly the classes of the table, and NotSent."""
+    """The leaves of the tree of errors.py are those of the table, and of what is no answer."""
 
     def leaves(error: type[SubmitError]) -> set[type[SubmitError]]:
         below = [leaves(child) for child in error.__subclasses__()]
         return set().union(*below) if below else {error}
 
     in_table = {row[4] for row in SUBMIT_ERRORS}
-    assert in_table - {Refused, OutcomeUnknown} | {NotSent} == leaves(SubmitError)
+    assert in_table - {Refused, OutcomeUnknown} | {NotSent, GatewayRefused} == leaves(SubmitError)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html><title>400 Bad Request</title>",
+        b"Bad Request",
+        b"{}",
+        b"[]",
+        b'{"message": "no"}',
+        b'{"error": {}}',
+        b'{"error": null}',
+    ],
+)
+def test_a_gateways_400_is_not_charged_and_does_not_refuse_the_row(body: bytes) -> None:
+    error = submit_error(400, body)
+    assert type(error) is GatewayRefused
+    assert isinstance(error, NotCharged)
+    assert not isinstance(error, Refused)
+    assert error.status == 400
 
 
 def test_no_documented_status_is_left_to_the_default() -> None:
@@ -470,6 +493,17 @@ def test_the_key_is_hidden_before_a_message_is_shortened() -> None:
 )
 def test_retry_after_is_seconds_or_a_date_within_an_hour(value: str, seconds: float | None) -> None:
     assert wire.retry_after_s({"Retry-After": value}, NOW) == seconds
+
+
+def test_a_retry_after_date_is_counted_from_the_answers_own_date() -> None:
+    """A machine whose clock is wrong by hours waits no longer than the server meant."""
+    headers = {
+        "date": "Tue, 01 Jul 2031 06:00:00 GMT",
+        "retry-after": "Tue, 01 Jul 2031 06:00:40 GMT",
+    }
+    assert wire.retry_after_s(headers, NOW) == 40
+    assert wire.retry_after_s({**headers, "date": "yesterday"}, NOW) == wire.RETRY_AFTER_MAX_S
+    assert wire.retry_after_s({**headers, "retry-after": "7"}, NOW) == 7
 
 
 def test_a_missing_retry_after_is_none() -> None:
