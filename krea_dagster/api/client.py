@@ -4,9 +4,9 @@ It does not retry, writes no file, and knows nothing of Dagster. What it owes it
 truth about money: a purchase ends in a :class:`~krea_dagster.models.Submission`, in
 ``NotCharged``, or in ``OutcomeUnknown``.
 
-What an exception of an HTTP library means depends on the library, and a wrong guess buys twice.
-So the ways of sending, ``over_aiohttp`` and ``over_httpx``, say of each request that got no answer
-whether it has certainly not left.
+It sends by ``httpx``, over a transport of its own on aiohttp. What an exception means depends on
+the transport, and a wrong guess buys twice. So only of transports that are known to be truthful is
+it believed that a request has certainly not left: see :mod:`krea_dagster.api.transport`.
 
 The API key is in no repr, no error, and no error's context: an answer's failure is carried out
 of the ``except`` clause as a value, because a library's exceptions hold the request.
@@ -17,9 +17,11 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Final, TypeVar
 
@@ -27,8 +29,10 @@ import anyio
 import httpx
 
 from krea_dagster import redact
-from krea_dagster.api.exchange import Answer, Exchange, Limits, NoAnswer, Secret
-from krea_dagster.api.files import Download, FileHosts, Resolve, Sink, resolve_host
+from krea_dagster.api.addresses import Addresses, Resolve, resolve_host, resolve_nothing
+from krea_dagster.api.answers import Answer, NoAnswer, exchange
+from krea_dagster.api.batch import BatchUse
+from krea_dagster.api.files import Download, FileHosts, Sink
 from krea_dagster.api.links import (
     AddressKind,
     address_kind,
@@ -36,9 +40,8 @@ from krea_dagster.api.links import (
     is_host_and_port,
     is_local_name,
 )
-from krea_dagster.api.over_aiohttp import AiohttpExchange
-from krea_dagster.api.over_httpx import HttpxExchange
-from krea_dagster.api.proxies import Proxies
+from krea_dagster.api.proxies import Proxies, Secret
+from krea_dagster.api.transport import AiohttpTransport, reports_unsent
 from krea_dagster.api.wire import (
     BATCH_MAX,
     BATCH_PATH,
@@ -78,10 +81,9 @@ from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task, 
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 
-#: Unusable batch answers in a row, with no usable one before, that end the use of the endpoint.
-BATCH_TRIES: Final = 3
-#: Single reads at a time, where they stand in for a batch.
+#: Single reads at a time, where they stand in for a batch, and failures that end them.
 SINGLE_READS: Final = 8
+SINGLE_FAILURES: Final = 3
 
 _Value = TypeVar("_Value")
 
@@ -128,6 +130,10 @@ class _Key:
         detail = safe_text(str(error), self.hide, 300)
         return f"{type(error).__name__}: {detail}" if detail else type(error).__name__
 
+    def shown(self, text: str) -> str:
+        """A text without the key, safe to print."""
+        return safe_text(text, self.hide)
+
     def __repr__(self) -> str:
         return "***"
 
@@ -145,17 +151,21 @@ class KreaClient:
         deadline_s: for one whole API call, so that a trickle ends. By default, and so that a
             purchase whose deadline passes has always been sent or is unknown, the sum of the
             other limits.
-        download_timeout_s: for one whole download.
+        download_timeout_s: the longest silence of a file host. A download that goes on has no
+            deadline, unless it brings fewer than 1024 bytes a second over as long as that.
         max_connections: open at a time, and kept alive, to the API's host and to file hosts
             each. Keep it far below the number of tasks in flight.
-        transport: for the API's host, instead of aiohttp; also for tests. What was said of
-            connections, proxies and certificates is the transport's own then.
-        transport_reports_unsent: whether the given transport raises ``httpx.ConnectError``,
-            ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only where nothing of the
-            request has left, as httpx's own does. False: any failure of a purchase on it is
-            OutcomeUnknown. Say True only for one that was tested for it on a real socket.
-        resolve: turns the name of a file host into addresses.
+        transport: sends all requests, to the API and to file hosts, instead of aiohttp; also for
+            tests, such as ``httpx.MockTransport``. What was said of connections, proxies and
+            certificates is the transport's own then. A failure of a purchase is believed to have
+            sent nothing only of httpx's own transports, and of one whose class has the attribute
+            ``reports_unsent = True``: it raises ``httpx.ConnectError``, ``ConnectTimeout``,
+            ``PoolTimeout`` and ``ProxyError`` only where no byte of the request has left, and was
+            tested for that on a real socket. Of any other, each failure is OutcomeUnknown.
+        resolve: turns the name of a file host into addresses. By default the system's resolver,
+            and none with ``httpx.MockTransport``, which connects to nothing.
         now: the present, with a time zone.
+        monotonic: seconds that never go back.
 
     Proxies and certificates of the environment are honoured. ``.netrc`` is not read, cookies
     are not kept, and redirects of the API are not followed.
@@ -172,12 +182,12 @@ class KreaClient:
         timeout_s: float = 60.0,
         connect_timeout_s: float = 10.0,
         deadline_s: float | None = None,
-        download_timeout_s: float = 120.0,
+        download_timeout_s: float = 60.0,
         max_connections: int = 16,
         transport: httpx.AsyncBaseTransport | None = None,
-        transport_reports_unsent: bool = False,
-        resolve: Resolve = resolve_host,
+        resolve: Resolve | None = None,
         now: Callable[[], datetime] = _utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         usable = isinstance(api_key, str) and _API_KEY.fullmatch(api_key) is not None
         key = _Key(api_key) if usable else None
@@ -205,36 +215,53 @@ class KreaClient:
         self._deadline_s = deadline_s
         self._single_reads = min(SINGLE_READS, max_connections)
         self._now = now
-        self._batch_supported: bool | None = None
-        self._batch_failures = 0
-        limits = Limits(timeout_s, connect_timeout_s, deadline_s, max_connections)
-        proxies = Proxies()
-        ssl_context = httpx.create_ssl_context()
-        self._api: Exchange
+        self._monotonic = monotonic
+        self._batch = BatchUse()
+        self._timeout = httpx.Timeout(timeout_s, connect=connect_timeout_s).as_dict()
+        if resolve is None:
+            mocked = isinstance(transport, httpx.MockTransport)
+            resolve = resolve_nothing if mocked else resolve_host
+        addresses = Addresses(self._base_url, resolve=resolve, longest_s=connect_timeout_s)
+        proxies: Proxies | None = None
+        self._transport: httpx.AsyncBaseTransport
+        self._files_transport: httpx.AsyncBaseTransport
         if transport is None:
-            self._api = AiohttpExchange(
-                limits,
-                _HEADERS,
-                ssl_context=ssl_context,
-                proxy=proxies.of(self._base_url),
-                describe=key.describe,
-            )
+            proxies = Proxies()
+            ssl_context = httpx.create_ssl_context()
+
+            def open_transport(connector: Mapping[str, object]) -> AiohttpTransport:
+                return AiohttpTransport(
+                    ssl_context=ssl_context,
+                    proxies=proxies,
+                    max_connections=max_connections,
+                    connector=connector,
+                )
+
+            self._transport = self._around(open_transport({}))
+            self._files_transport = open_transport(addresses.connector)
         else:
-            self._api = HttpxExchange(
-                limits,
-                _HEADERS,
-                transport=transport,
-                believed=transport_reports_unsent,
-                describe=key.describe,
-            )
-        self._files = FileHosts(
-            self._base_url,
-            ssl_context=ssl_context,
-            proxies=proxies,
-            user_agent=FILE_USER_AGENT,
-            limits=replace(limits, deadline_s=download_timeout_s),
-            resolve=resolve,
+            self._transport = self._files_transport = transport
+        self._http = httpx.AsyncClient(
+            transport=self._transport,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            follow_redirects=False,
+            trust_env=False,
         )
+        self._files = FileHosts(
+            self._files_transport,
+            addresses=addresses,
+            checks_itself=lambda url: proxies is not None and proxies.of(url) is None,
+            http_allowed=self._base_url.scheme == "http",
+            user_agent=FILE_USER_AGENT,
+            timeout={**self._timeout, "read": None},  # silence is watched for, also with a mock
+            silence_s=download_timeout_s,
+            most=max_connections,
+            monotonic=monotonic,
+        )
+
+    def _around(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
+        """The transport to the API's host: the one given. The drill puts another one around it."""
+        return transport
 
     def __repr__(self) -> str:
         # A traceback may show a client whose making failed before it had a base URL.
@@ -254,8 +281,9 @@ class KreaClient:
 
     async def aclose(self) -> None:
         """Closes the connections. A closed client sends nothing any more."""
-        await self._api.aclose()
-        await self._files.aclose()
+        await self._http.aclose()
+        if self._files_transport is not self._transport:
+            await self._files_transport.aclose()
 
     @property
     def base_url(self) -> str:
@@ -264,8 +292,12 @@ class KreaClient:
 
     @property
     def batch_supported(self) -> bool | None:
-        """Whether the server reads many tasks at once; None until it is known."""
-        return self._batch_supported
+        """Whether the server reads many tasks at once; None where that is to be tried.
+
+        It may change at any time: an endpoint that does not answer is not used for a while, from
+        60 s to 10 min, and then it is tried again.
+        """
+        return self._batch.supported(self._monotonic())
 
     # -- buying -------------------------------------------------------------------------------
 
@@ -294,7 +326,8 @@ class KreaClient:
         content = encode_json(generation_body(request, callback_url))
         answer = await self._exchange("POST", CREATE_PATH, content, idempotency_key)
         if isinstance(answer, NoAnswer):
-            raise (NotSent if answer.unsent else OutcomeUnknown)(answer.trouble)
+            kind = NotSent if answer.unsent else OutcomeUnknown
+            raise kind(answer.trouble, cause=answer.cause)
         if not answer.whole and answer.status not in SUBMIT_BY_STATUS:
             raise OutcomeUnknown(answer.trouble, status=answer.status)
         return self._read(read_submission, answer)
@@ -355,24 +388,23 @@ class KreaClient:
     ) -> tuple[dict[str, Task] | None, ApiError | None]:
         """The tasks, or an error, or neither: then the tasks are to be read singly."""
         # One id is asked for at the documented endpoint.
-        if self._batch_supported is False or len(task_ids) == 1:
+        if self.batch_supported is False or len(task_ids) == 1:
             return None, None
         try:
             answer = await self._ask("POST", BATCH_PATH, encode_json(batch_body(task_ids)))
             found = self._read(read_tasks, answer, task_ids=task_ids)
         except NotSupported:
-            self._batch_supported = False
+            self._batch = self._batch.missing(self._monotonic())
             return None, None
         except NoUsableAnswer as error:
-            # The endpoint is undocumented: where it never worked, it may be what is broken.
-            self._batch_failures += 1
-            if self._batch_supported is None and self._batch_failures >= BATCH_TRIES:
-                self._batch_supported = False
-                return None, None
-            return None, error
+            # The endpoint is undocumented, so it may be what is broken, and not the server.
+            now_s = self._monotonic()
+            if error.cause is None:
+                self._batch = self._batch.not_answered(now_s)
+            return None, None if self._batch.supported(now_s) is False else error
         except ApiError as error:
             return None, error
-        self._batch_supported = True
+        self._batch = self._batch.answered()
         return found, None
 
     async def _read_singly(
@@ -385,7 +417,9 @@ class KreaClient:
 
         async def read(task_id: str) -> None:
             async with limiter:
-                if len(errors) >= BATCH_TRIES or any(isinstance(e, _STOPS_READING) for e in errors):
+                if len(errors) >= SINGLE_FAILURES or any(
+                    isinstance(e, _STOPS_READING) for e in errors
+                ):
                     return
                 try:
                     found[task_id] = await self.task(task_id)
@@ -404,7 +438,7 @@ class KreaClient:
     async def _ask(self, method: str, path: str, content: bytes | None = None) -> Answer:
         answer = await self._exchange(method, path, content)
         if isinstance(answer, NoAnswer):
-            raise NoUsableAnswer(answer.trouble)
+            raise NoUsableAnswer(answer.trouble, cause=answer.cause)
         if not answer.whole and answer.status not in QUESTION_BY_STATUS:
             raise NoUsableAnswer(answer.trouble, status=answer.status)
         return answer
@@ -467,6 +501,7 @@ class KreaClient:
             NoUsableBody: anything else that is not a whole body. What the sink holds by then
                 is worthless.
         """
+        self._refuse_if_closed()
         if self._key.is_in(url):  # from a journal that an earlier version has written
             del url  # out of the frame that a traceback may show with its variables
             raise LinkRefused("the link holds the API key")
@@ -487,15 +522,34 @@ class KreaClient:
         idempotency_key: str | None = None,
     ) -> Answer | NoAnswer:
         """Sends one request once. Returns every failure, and raises only a cancellation."""
-        if self._api.is_closed:
-            raise InputError("the client is closed; nothing was sent")
-        headers: dict[str, str] = {"Authorization": self._key.header}
+        self._refuse_if_closed()
+        headers: dict[str, str] = {**_HEADERS, "Authorization": self._key.header}
         if content is not None:
             headers["Content-Type"] = "application/json"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        answer = await self._api.send(method, f"{self._root}{path}", headers, content)
-        return replace(answer, trouble=self._key.hide(answer.trouble)) if answer.trouble else answer
+        # Made here, and not by the client, which would add headers and cookies of its own.
+        request = httpx.Request(
+            method,
+            f"{self._root}{path}",
+            headers=headers,
+            content=content,
+            extensions={"timeout": self._timeout},
+        )
+        answer = await exchange(
+            self._http,
+            request,
+            deadline_s=self._deadline_s,
+            believed=reports_unsent(self._transport),
+            describe=self._key.describe,
+        )
+        return (
+            replace(answer, trouble=self._key.shown(answer.trouble)) if answer.trouble else answer
+        )
+
+    def _refuse_if_closed(self) -> None:
+        if self._http.is_closed:
+            raise InputError("the client is closed; nothing was sent")
 
 
 def check_base_url(text: str) -> httpx.URL:

@@ -1,55 +1,37 @@
 """Fetches one file from a host that is not trusted, to a sink, with every bound enforced.
 
 What is bounded: the addresses that are connected to, redirects, bytes (also of a compressed
-body), and the time that all of it takes. No credentials, no cookies and no API key go there.
+body), silence, and how slowly a body may come. No credentials, no cookies and no API key go there.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import socket
-import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-import aiohttp
-import aiohttp.abc
 import anyio
 import httpx
-import yarl
 
-from krea_dagster.api.exchange import Limits
-from krea_dagster.api.links import (
-    MAX_REDIRECTS,
-    AddressKind,
-    address_kind,
-    check_addresses,
-    check_link,
-    check_redirect,
-    is_address,
-    printable,
-)
-from krea_dagster.api.proxies import Proxies, Proxy
+from krea_dagster.api.addresses import Addresses
+from krea_dagster.api.line import CRAWL_BYTES_PER_S, AtOnce, Span
+from krea_dagster.api.links import MAX_REDIRECTS, check_link, check_redirect, printable
+from krea_dagster.api.ranges import Whole, is_packed, length_of, whole_file
+from krea_dagster.api.transport import UNSENT, body_of
+from krea_dagster.api.troubles import trouble_of
 from krea_dagster.api.unpack import CHUNK_BYTES, Unpacker
 from krea_dagster.api.wire import safe_text
-from krea_dagster.errors import LinkDead, LinkRefused, NoUsableBody
+from krea_dagster.errors import KreaError, LinkDead, NoUsableBody
 
-#: Names to addresses: host and port in, IP addresses out. Raises OSError where there are none.
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+#: How often one download goes on where it broke off, each time with some bytes more.
+CONTINUED_MAX: Final = 5
 
-#: Connections that nobody has used for so long are closed.
-_KEPT_S: Final = 5.0
-#: How much of a body aiohttp reads ahead: half of what it buffers at most.
-_READ_AHEAD_BYTES: Final = 128 * 1024
-
+_OK: Final = 200
 _DEAD_STATUSES: Final = frozenset({403, 404, 410})
 _REDIRECT_STATUSES: Final = frozenset({301, 302, 303, 307, 308})
-
-# Everything by which aiohttp says that there was no usable answer.
-_NETWORK_ERRORS: Final = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
 class Sink(Protocol):
@@ -74,92 +56,69 @@ class Download:
     url: str
 
 
-async def resolve_host(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host by the system's resolver, in its order of preference."""
-    found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return tuple(dict.fromkeys(entry[4][0] for entry in found))
+class _BrokenOff(Exception):
+    """No answer, or a body that ended before it was whole. ``silent``: for want of any byte."""
+
+    def __init__(self, trouble: str, *, silent: bool = False) -> None:
+        super().__init__(trouble)
+        self.silent = silent
 
 
-class _CheckedResolver(aiohttp.abc.AbstractResolver):
-    """Finds the addresses of a name, all of them checked."""
-
-    def __init__(self, addresses_of: Callable[[str, int], Awaitable[Sequence[str]]]) -> None:
-        self._addresses_of = addresses_of
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[aiohttp.abc.ResolveResult]:
-        """The addresses, whatever their family. Raises OSError where there are none."""
-        found = [
-            aiohttp.abc.ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for address in await self._addresses_of(host, port)
-            if family in (socket.AF_UNSPEC, socket.AF_INET6 if ":" in address else socket.AF_INET)
-        ]
-        if not found:
-            raise OSError("the host has no address")
-        return found
-
-    async def close(self) -> None:
-        """Nothing is held."""
+class _Crawling(Exception):
+    """A body that comes so slowly that it would never be whole."""
 
 
 class FileHosts:
     """Fetches result links, by the rules of :mod:`krea_dagster.api.links`.
 
-    Proxies of the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) are used as they are for the
-    API. A proxy is given the host's name and resolves it itself, so that the address cannot be
-    pinned there. Then the check is what this machine can still do: addresses that are written
-    out are checked, and so is a name if this machine can resolve it; what else the proxy may
-    reach is for the proxy to decide.
+    It uses the transport itself and no ``httpx.AsyncClient``, because that writes the whole URL of
+    every request to the log, and the query of a result link is a credential.
 
     Args:
-        base_url: the API's; it decides whether http and local addresses are allowed.
-        ssl_context: for https.
-        proxies: the environment's.
+        transport: follows no redirects.
+        addresses: what a link may lead to.
+        checks_itself: whether the transport connects to checked addresses only, for this URL.
+            Where it does not, as behind a proxy, what this machine can tell is checked before.
+        http_allowed: whether a link may be http.
         user_agent: sent to the file host; an unknown one may get a 403.
-        limits: of one download, redirects included.
-        resolve: names to addresses.
+        timeout: of each request, as httpx's transports read it.
+        silence_s: the longest time without a byte, and over which the speed is judged.
+        most: downloads at once.
+        monotonic: seconds that never go back.
     """
 
     def __init__(
         self,
-        base_url: httpx.URL,
+        transport: httpx.AsyncBaseTransport,
         *,
-        ssl_context: ssl.SSLContext,
-        proxies: Proxies,
+        addresses: Addresses,
+        checks_itself: Callable[[httpx.URL], bool],
+        http_allowed: bool,
         user_agent: str,
-        limits: Limits,
-        resolve: Resolve,
+        timeout: dict[str, float | None],
+        silence_s: float,
+        most: int,
+        monotonic: Callable[[], float],
     ) -> None:
-        self._base_host = base_url.host
-        self._base_port = base_url.port or (80 if base_url.scheme == "http" else 443)
-        self._http_allowed = base_url.scheme == "http"
-        self._base_kinds: frozenset[AddressKind] | None = None
+        self._transport = transport
+        self._addresses = addresses
+        self._checks_itself = checks_itself
+        self._http_allowed = http_allowed
         self._headers = {
             "User-Agent": user_agent,
             "Accept": "*/*",
             "Accept-Encoding": "identity",
         }
-        self._limits = limits
-        self._places = asyncio.Semaphore(limits.connections)
-        self._resolve = resolve
-        self._ssl_context = ssl_context
-        self._proxies = proxies
-        self._direct: aiohttp.ClientSession | None = None
-        self._proxied: aiohttp.ClientSession | None = None
+        self._timeout = timeout
+        self._silence_s = silence_s
+        self._at_once = AtOnce(most, most)
+        self._places = anyio.CapacityLimiter(most)
+        self._monotonic = monotonic
 
-    async def aclose(self) -> None:
-        """Closes the connections."""
-        for session in (self._direct, self._proxied):
-            if session is not None:
-                await session.close()
+    @property
+    def at_once(self) -> int:
+        """How many downloads run at once now."""
+        return self._at_once.number
 
     async def fetch(
         self, link: str, sink: Sink | Callable[[bytes], object], max_bytes: int
@@ -174,228 +133,213 @@ class FileHosts:
             LinkRefused: the link, a redirect, or an address is not allowed.
             LinkDead: 403, 404 or 410.
             NoUsableBody: another status, no answer, a body that is empty, truncated, longer
-                than ``max_bytes`` or unreadably packed, too many redirects, or out of time.
+                than ``max_bytes`` or unreadably packed, too many redirects, silence, or a body
+                that comes too slowly.
         """
         write = sink if callable(sink) else sink.write
-        with anyio.move_on_after(self._limits.deadline_s):
-            async with self._places:
-                return await self._follow(link, write, max_bytes)
-        raise NoUsableBody(f"{printable(link)}: not done after {self._limits.deadline_s:g} s")
+        async with self._places:
+            began_at_s = self._monotonic()
+            body = _Body(write, max_bytes)
+            for _ in range(1 + CONTINUED_MAX):
+                had_bytes = body.size_bytes
+                try:
+                    done = await self._receive(link, body)
+                except _Crawling as error:
+                    self._set_places(self._at_once.slow(began_at_s, self._monotonic()))
+                    raise NoUsableBody(str(error)) from None
+                except _BrokenOff as error:
+                    if error.silent:
+                        self._set_places(self._at_once.slow(began_at_s, self._monotonic()))
+                    if body.whole is None or body.size_bytes == had_bytes:
+                        raise NoUsableBody(str(error)) from None
+                    trouble = str(error)
+                else:
+                    self._set_places(self._at_once.well())
+                    return done
+        raise NoUsableBody(f"{trouble}, for the {1 + CONTINUED_MAX}th time")
 
-    async def _follow(
-        self, link: str, write: Callable[[bytes], object], max_bytes: int
-    ) -> Download:
-        url = check_link(link, http_allowed=self._http_allowed)
-        for _ in range(MAX_REDIRECTS + 1):
-            async with self._answer(url) as answer:
-                location = answer.headers.get("Location", "")
-                if answer.status not in _REDIRECT_STATUSES or not location:
-                    return await self._receive(url, answer, write, max_bytes)
-            url = check_redirect(url, location, http_allowed=self._http_allowed)
-        raise NoUsableBody(f"{printable(link)}: more than {MAX_REDIRECTS} redirects")
+    def _set_places(self, at_once: AtOnce) -> None:
+        if at_once.number != self._at_once.number:
+            self._places.total_tokens = at_once.number
+        self._at_once = at_once
+
+    async def _receive(self, link: str, body: _Body) -> Download:
+        """Fetch a link, from where the body broke off if it has begun."""
+        shown = printable(link)
+        with anyio.CancelScope(deadline=anyio.current_time() + self._silence_s) as silence:
+            url = check_link(link, http_allowed=self._http_allowed)
+            for _ in range(MAX_REDIRECTS + 1):
+                async with self._answer(url, body) as (answer, parts):
+                    shown = printable(str(url))
+                    location = answer.headers.get("Location", "")
+                    if answer.status_code not in _REDIRECT_STATUSES or not location:
+                        body.take_head(shown, answer)
+                        await self._take(shown, parts, body, silence)
+                        return await body.ended(url, shown)
+                url = check_redirect(url, location, http_allowed=self._http_allowed)
+                silence.deadline = anyio.current_time() + self._silence_s
+            raise NoUsableBody(f"{printable(link)}: more than {MAX_REDIRECTS} redirects")
+        raise _BrokenOff(f"{shown}: no byte came for {self._silence_s:g} s", silent=True)
 
     @asynccontextmanager
-    async def _answer(self, url: httpx.URL) -> AsyncIterator[aiohttp.ClientResponse]:
-        proxy = self._proxies.of(url)
-        await self._check_before(url, proxy)
-        session = self._session(proxy)
-        target = yarl.URL(str(url), encoded=True)
-        options = {} if proxy is None else proxy.options(target, {})
+    async def _answer(
+        self, url: httpx.URL, body: _Body
+    ) -> AsyncIterator[tuple[httpx.Response, AsyncIterator[bytes]]]:
+        headers = dict(self._headers)
+        if body.whole is not None:
+            headers |= body.whole.request_rest(body.size_bytes)
         try:
-            answer = await session.request("GET", target, allow_redirects=False, **options)
-        except _NETWORK_ERRORS as error:
-            raise _unusable(url, error) from error
-        try:
-            yield answer
-        finally:
-            answer.close()  # closes nothing where the body was read to its end
-
-    async def _receive(
-        self,
-        url: httpx.URL,
-        answer: aiohttp.ClientResponse,
-        write: Callable[[bytes], object],
-        max_bytes: int,
-    ) -> Download:
-        if answer.status in _DEAD_STATUSES:
-            raise LinkDead(f"{printable(str(url))}: status {answer.status}")
-        if answer.status != 200:
-            raise NoUsableBody(f"{printable(str(url))}: status {answer.status}")
-        promised = answer.headers.get("Content-Length", "")
-        if promised.isdecimal() and len(promised) < 20 and int(promised) > max_bytes:
-            raise _too_long(url, f"{promised} bytes, which is more than {max_bytes}")
-        try:
-            unpacker = Unpacker(answer.headers.get("Content-Encoding", ""))
-        except ValueError as error:
-            raise NoUsableBody(f"{printable(str(url))}: {error}") from None
-        gathered = _Gathered(write)
-        async with aclosing(_pieces(url, answer, unpacker)) as pieces:
-            async for piece in pieces:
-                if gathered.size_bytes + len(piece) > max_bytes:
-                    raise _too_long(url, f"longer than {max_bytes} bytes")
-                if gathered.add(piece) >= CHUNK_BYTES:
-                    await gathered.flush()
-        if not gathered.size_bytes:
-            raise NoUsableBody(f"{printable(str(url))}: the body is empty")
-        if not unpacker.ended:
-            raise NoUsableBody(f"{printable(str(url))}: the packed body is cut off")
-        await gathered.flush()
-        media_type = answer.headers.get("Content-Type", "").partition(";")[0]
-        return Download(
-            size_bytes=gathered.size_bytes,
-            sha256=gathered.digest.hexdigest(),
-            content_type=safe_text(media_type, max_chars=100).lower(),
-            url=str(url),
-        )
-
-    def _session(self, proxy: Proxy | None) -> aiohttp.ClientSession:
-        # Only here is an event loop certain to run.
-        if proxy is not None:
-            if self._proxied is None:
-                connector = aiohttp.TCPConnector(
-                    ssl=self._ssl_context, limit=0, keepalive_timeout=_KEPT_S
-                )
-                self._proxied = self._session_over(connector)
-            return self._proxied
-        if self._direct is None:
-            connector = aiohttp.TCPConnector(
-                ssl=self._ssl_context,
-                limit=0,
-                keepalive_timeout=_KEPT_S,
-                resolver=_CheckedResolver(self._checked_addresses),
-                use_dns_cache=False,
-                socket_factory=self._checked_socket,
+            await self._addresses.check_before(url, by_connector=self._checks_itself(url))
+            answer = await self._transport.handle_async_request(
+                httpx.Request("GET", url, headers=headers, extensions={"timeout": self._timeout})
             )
-            self._direct = self._session_over(connector)
-        return self._direct
+        except KreaError:
+            raise
+        except Exception as error:
+            raise _broken_off(url, error) from error
+        async with body_of(answer) as parts:
+            yield answer, parts
 
-    def _session_over(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-        limits = self._limits
-        return aiohttp.ClientSession(
-            connector=connector,
-            headers=self._headers,
-            timeout=aiohttp.ClientTimeout(
-                total=None,  # the deadline is over all redirects
-                connect=3 * limits.connect_s,  # the name, TCP and TLS
-                sock_connect=2 * limits.connect_s,
-                sock_read=limits.silence_s,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            read_bufsize=_READ_AHEAD_BYTES,
-        )
-
-    # -- where it may go ----------------------------------------------------------------------
-
-    def _checked_socket(self, wanted: Any) -> socket.socket:
-        """A socket for an address that may be connected to.
-
-        Addresses are checked before, where names are resolved and links are read. Here is the
-        last place before the connection, and it is given the very address that is used.
-        """
-        family, kind, protocol, _, (address, *_) = wanted
-        found = address_kind(address)
-        allowed = found is AddressKind.PUBLIC or found in (self._base_kinds or ())
-        if not allowed or found is AddressKind.NEVER:
-            raise LinkRefused(f"{address} is an address that a result link may not lead to")
-        return socket.socket(family, kind, protocol)
-
-    async def _check_before(self, url: httpx.URL, proxy: Proxy | None) -> None:
-        """Check what aiohttp would connect to without asking for an address, or leave to a proxy.
-
-        It does so for hosts that look like addresses, among them 2130706433 and 127.1.
-        """
-        host = url.raw_host.decode("ascii")
-        if proxy is None and not (":" in host or host.replace(".", "").isdigit()):
-            return
-        try:
-            await self._checked_addresses(host, _port(url))
-        except OSError as error:
-            if proxy is None:
-                raise _unusable(url, error) from error
-            # Behind a proxy, names often resolve nowhere else.
-
-    async def _checked_addresses(self, host: str, port: int) -> Sequence[str]:
-        """All addresses of a host. LinkRefused where one is not allowed, OSError without any."""
-        addresses = (host,) if is_address(host) else await self._lookup(host, port)
-        if any(address_kind(address) is not AddressKind.PUBLIC for address in addresses):
-            check_addresses(host, addresses, await self._kinds_of_base())
-        return addresses
-
-    async def _kinds_of_base(self) -> frozenset[AddressKind]:
-        # Looked up only when a link is not public, and remembered once it was answered.
-        if self._base_kinds is None:
-            host = self._base_host
-            if is_address(host):
-                addresses: Sequence[str] = (host,)
-            else:
-                addresses = await self._lookup(host, self._base_port)
-            self._base_kinds = frozenset(address_kind(address) for address in addresses)
-        return self._base_kinds
-
-    async def _lookup(self, host: str, port: int) -> Sequence[str]:
-        with anyio.move_on_after(self._limits.connect_s):
+    async def _take(
+        self,
+        shown: str,
+        parts: AsyncIterator[bytes],
+        body: _Body,
+        silence: anyio.CancelScope,
+    ) -> None:
+        """Take a body to its end. What the sink takes its time for is no silence of the host."""
+        span = Span(self._monotonic())
+        while True:
+            silence.deadline = anyio.current_time() + self._silence_s
             try:
-                return await self._resolve(host, port)
-            except (OSError, UnicodeError) as error:
-                raise OSError(f"no address for the host: {error}") from error
-        raise OSError("the name was not resolved in time")
+                part = await anext(parts)
+            except StopAsyncIteration:
+                return
+            except Exception as error:
+                silent = isinstance(error, httpx.ReadTimeout)
+                raise _BrokenOff(f"{shown}: {_described(error)}", silent=silent) from error
+            finally:
+                silence.deadline = math.inf
+            came_at_s = self._monotonic()
+            span = span.add(len(part))
+            await body.add(part, shown)
+            if body.is_whole:
+                continue
+            if span.is_over(came_at_s, self._silence_s):
+                if span.is_crawling(came_at_s):
+                    raise _Crawling(
+                        f"{shown}: fewer than {CRAWL_BYTES_PER_S} bytes a second came over "
+                        f"{came_at_s - span.since_s:.3g} s"
+                    )
+                span = Span(came_at_s)
+            span = span.pause(self._monotonic() - came_at_s)
 
 
-class _Gathered:
-    """Counts and hashes what came, and writes it in pieces of 64 KiB or more."""
+class _Body:
+    """What has come of one file, counted, hashed, and written in pieces of 64 KiB or more.
 
-    def __init__(self, write: Callable[[bytes], object]) -> None:
+    ``whole`` is what the host said of the file, None where it cannot go on where it broke off.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], max_bytes: int) -> None:
         self.size_bytes = 0
-        self.digest = hashlib.sha256()
+        self.whole: Whole | None = None
+        self._promised_bytes: int | None = None
+        self._media_type = ""
+        self._unpacker = Unpacker("")
+        self._digest = hashlib.sha256()
         self._write = write
+        self._max_bytes = max_bytes
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
 
-    def add(self, piece: bytes) -> int:
-        """Take the next piece; returns how many bytes wait to be written."""
-        self.size_bytes += len(piece)
-        self._waiting.append(piece)
-        self._waiting_bytes += len(piece)
-        return self._waiting_bytes
+    def take_head(self, shown: str, answer: httpx.Response) -> None:
+        """Look at the answer, whether its body is one, or the rest of one, that can be taken."""
+        if answer.status_code in _DEAD_STATUSES:
+            raise LinkDead(f"{shown}: status {answer.status_code}")
+        headers = answer.headers
+        if self.whole is not None:
+            self._promised_bytes = self.whole.size_if_continued(
+                answer.status_code, headers, self.size_bytes
+            )
+            if self._promised_bytes is None:
+                raise NoUsableBody(
+                    f"{shown}: broke off after {self.size_bytes} bytes, and the host does not go on"
+                    f" there (status {answer.status_code})"
+                )
+        elif answer.status_code == _OK:
+            self.whole = whole_file(headers)
+            self._promised_bytes = None if is_packed(headers) else length_of(headers)
+            self._media_type = headers.get("Content-Type", "").partition(";")[0]
+            try:
+                self._unpacker = Unpacker(headers.get("Content-Encoding", ""))
+            except ValueError as error:
+                raise NoUsableBody(f"{shown}: {error}") from None
+        else:
+            raise NoUsableBody(f"{shown}: status {answer.status_code}")
+        longest = max(self._promised_bytes or 0, length_of(headers) or 0)
+        if longest > self._max_bytes:
+            raise NoUsableBody(f"{shown}: {longest} bytes, which is more than {self._max_bytes}")
 
-    async def flush(self) -> None:
-        """Write what waits."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether as much has come as was promised."""
+        return self._promised_bytes is not None and self.size_bytes >= self._promised_bytes
+
+    async def add(self, part: bytes, shown: str) -> None:
+        """Take the next part as it came over the line."""
+        for piece in self._unpacked(part, shown):
+            self.size_bytes += len(piece)
+            if self.size_bytes > self._max_bytes:
+                raise NoUsableBody(f"{shown}: longer than {self._max_bytes} bytes")
+            self._waiting.append(piece)
+            self._waiting_bytes += len(piece)
+            if self._waiting_bytes >= CHUNK_BYTES:
+                await self._flush()
+
+    def _unpacked(self, part: bytes, shown: str) -> Iterator[bytes]:
+        try:
+            yield from self._unpacker.pieces(part)
+        except ValueError as error:
+            raise NoUsableBody(f"{shown}: {error}") from None
+
+    async def ended(self, url: httpx.URL, shown: str) -> Download:
+        """Write the rest, and return what was taken. Raises where something is missing."""
+        if self._promised_bytes is not None and self.size_bytes != self._promised_bytes:
+            raise _BrokenOff(
+                f"{shown}: ended after {self.size_bytes} of {self._promised_bytes} bytes"
+            )
+        if not self.size_bytes:
+            raise NoUsableBody(f"{shown}: the body is empty")
+        if not self._unpacker.ended:
+            raise NoUsableBody(f"{shown}: the packed body is cut off")
+        await self._flush()
+        return Download(
+            size_bytes=self.size_bytes,
+            sha256=self._digest.hexdigest(),
+            content_type=safe_text(self._media_type, max_chars=100).lower(),
+            url=str(url),
+        )
+
+    async def _flush(self) -> None:
         if not self._waiting:
             return
         data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
         self._waiting.clear()
         self._waiting_bytes = 0
-        self.digest.update(data)
+        self._digest.update(data)
         done = self._write(data)
         if isinstance(done, Awaitable):
             await done
 
 
-async def _pieces(
-    url: httpx.URL, answer: aiohttp.ClientResponse, unpacker: Unpacker
-) -> AsyncGenerator[bytes, None]:
-    try:
-        while data := await answer.content.readany():
-            for piece in unpacker.pieces(data):
-                yield piece
-    except _NETWORK_ERRORS as error:
-        raise _unusable(url, error) from error
-    except ValueError as error:
-        raise NoUsableBody(f"{printable(str(url))}: {error}") from None
+def _broken_off(url: httpx.URL, error: Exception) -> _BrokenOff:
+    shown = printable(str(url))
+    if isinstance(error, UNSENT):
+        return _BrokenOff(f"{shown}: {safe_text(trouble_of(error, url.host))}")
+    return _BrokenOff(f"{shown}: {_described(error)}", silent=isinstance(error, httpx.ReadTimeout))
 
 
-def _unusable(url: httpx.URL, error: Exception) -> NoUsableBody:
+def _described(error: Exception) -> str:
     detail = safe_text(str(error), max_chars=200)
-    return NoUsableBody(
-        f"{printable(str(url))}: {type(error).__name__}{': ' + detail if detail else ''}"
-    )
-
-
-def _too_long(url: httpx.URL, how: str) -> NoUsableBody:
-    return NoUsableBody(f"{printable(str(url))}: {how}")
-
-
-def _port(url: httpx.URL) -> int:
-    return url.port or (80 if url.scheme == "http" else 443)
+    return f"{type(error).__name__}{': ' + detail if detail else ''}"

@@ -21,9 +21,17 @@ from urllib.parse import unquote_to_bytes
 import httpx
 import yarl
 
-from krea_dagster.api.exchange import Secret
 from krea_dagster.api.links import AddressKind, address_kind
 from krea_dagster.errors import ConfigError
+
+
+class Secret(str):
+    """A header's text with a key or a password: it prints as ``***`` wherever a value is shown."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
 
 
 @dataclass(frozen=True)

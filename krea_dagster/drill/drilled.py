@@ -1,8 +1,8 @@
 """The engine as production runs it, with places where a worker kills itself. Nothing else differs.
 
 What is exchanged for the drill are subclasses of the resource, the journal, the storage and the
-client, and a wrapper of the client's way to the API's host. They do exactly what their parents do,
-and count how often an edge is passed.
+client, and a transport around the client's own to the API's host. They do exactly what their
+parents do, and count how often an edge is passed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+
+import httpx
 
 from krea_dagster.api.client import KreaClient
-from krea_dagster.api.exchange import Answer, Exchange, NoAnswer
 from krea_dagster.api.files import Download, Sink
+from krea_dagster.api.transport import reports_unsent
 from krea_dagster.api.wire import CREATE_PATH, TASKS_PATH
 from krea_dagster.drill import edges
 from krea_dagster.drill.job import Job
@@ -118,51 +119,46 @@ class DrilledStorage(Storage):
         self._guard.passing(edges.AFTER_RENAME)
 
 
-class DrilledExchange:
-    """The way to the API's host, with edges before a request leaves and after its answer came.
+class DrilledTransport(httpx.AsyncBaseTransport):
+    """The transport to the API's host, with edges before a request leaves and after its answer.
 
-    By the second, nobody in this process but the way itself has heard of the answer.
+    By the second, nobody in this process but the transport itself has heard of the answer.
     """
 
-    def __init__(self, way: Exchange, guard: Guard) -> None:
-        self._way = way
+    def __init__(self, inner: httpx.AsyncBaseTransport, guard: Guard) -> None:
+        self.inner = inner
+        self.reports_unsent = reports_unsent(inner)
         self._guard = guard
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it sends nothing any more."""
-        return self._way.is_closed
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._way.aclose()
+        await self.inner.aclose()
 
-    async def send(
-        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
-    ) -> Answer | NoAnswer:
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request once."""
-        path = urlsplit(url).path
+        path = request.url.path
         creates, reads = path == CREATE_PATH, path.startswith(TASKS_PATH)
         if creates:
             self._guard.passing(edges.BEFORE_POST)
         elif reads:
             self._guard.passing(edges.BEFORE_READ)
-        answer = await self._way.send(method, url, headers, content)
-        if isinstance(answer, Answer):
-            if creates and answer.status == _OK:
-                self._guard.passing(edges.TASK_EXISTS)
-            elif reads:
-                self._guard.passing(edges.AFTER_READ)
-        return answer
+        response = await self.inner.handle_async_request(request)
+        if creates and response.status_code == _OK:
+            self._guard.passing(edges.TASK_EXISTS)
+        elif reads:
+            self._guard.passing(edges.AFTER_READ)
+        return response
 
 
 class DrilledClient(KreaClient):
     """The client over its own transport, with edges around each call and in a download."""
 
     def __init__(self, life: Life, api_key: str, **settings: Any) -> None:
-        super().__init__(api_key, now=life.clock.now, **settings)
         self._guard = life.guard
-        self._api = DrilledExchange(self._api, life.guard)
+        super().__init__(api_key, now=life.clock.now, **settings)
+
+    def _around(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
+        return DrilledTransport(transport, self._guard)
 
     async def download(
         self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int

@@ -20,8 +20,9 @@ import httpx
 import pytest
 
 from krea_dagster.api import KreaClient
-from krea_dagster.api.client import BATCH_TRIES, check_base_url
-from krea_dagster.api.exchange import ANSWER_MAX_BYTES
+from krea_dagster.api.answers import ANSWER_MAX_BYTES
+from krea_dagster.api.batch import BATCH_TRIES
+from krea_dagster.api.client import check_base_url
 from krea_dagster.api.proxies import Proxies
 from krea_dagster.errors import (
     ApiError,
@@ -328,14 +329,33 @@ async def test_a_transport_that_is_not_httpx_own_is_not_believed(claim: Exceptio
     assert len(server.seen) == 1
 
 
-async def test_a_transport_is_believed_where_the_caller_vouches_for_it() -> None:
-    async with KreaClient(
-        KEY,
-        base_url=f"http://127.0.0.1:{closed_port()}",
-        transport=httpx.AsyncHTTPTransport(),
-        transport_reports_unsent=True,
-    ) as client:
-        assert type(await failed_purchase(client)) is NotSent
+class VouchedTransport(httpx.AsyncBaseTransport):
+    """Says of itself that it was tested."""
+
+    reports_unsent = True
+
+    async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectTimeout("no")
+
+
+class Heir(httpx.AsyncHTTPTransport):
+    """What a subclass changes, nobody knows."""
+
+
+@pytest.mark.parametrize(
+    ("transport", "error"),
+    [
+        (httpx.AsyncHTTPTransport, NotSent),
+        (VouchedTransport, NotSent),
+        (Heir, OutcomeUnknown),
+    ],
+)
+async def test_a_transport_is_believed_if_it_is_httpx_own_or_says_so_of_itself(
+    transport: type[httpx.AsyncBaseTransport], error: type[SubmitError]
+) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    async with KreaClient(KEY, base_url=url, transport=transport()) as client:
+        assert type(await failed_purchase(client)) is error
 
 
 # -- questions --------------------------------------------------------------------------------
@@ -467,18 +487,82 @@ async def test_a_batch_endpoint_that_never_worked_is_given_up() -> None:
         assert client.batch_supported is False
 
 
-async def test_a_batch_endpoint_that_worked_is_not_given_up_for_an_outage() -> None:
-    batches = iter([answers(200, []), *[answers(500)] * 4])
+class Seconds:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize("away", [answers(404, b"<html>"), answers(403), answers(405)])
+async def test_a_batch_endpoint_that_goes_and_comes_back_is_left_and_taken_up_in_mid_run(
+    away: Behaviour,
+) -> None:
+    """The very call that finds it gone reads its ids singly, and no id is left unread."""
+    ids, clock = ["t1", "t2", "t3"], Seconds()
+    is_away = False
+
+    async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        if is_away:
+            return await away(seen, writer)
+        data = [status_of(task_id) for task_id in seen.json["task_ids"]]
+        return await answers(200, data)(seen, writer)
+
+    async with (
+        serving(evolink(batch=batch)) as server,
+        client_for(server, monotonic=clock) as client,
+    ):
+
+        async def read() -> tuple[int, bool | None]:
+            """How many batches were asked for, and what is known of the endpoint then."""
+            before = len(server.seen)
+            assert list(await client.tasks(ids)) == ids
+            posts = [seen.method for seen in server.seen[before:]].count("POST")
+            return posts, client.batch_supported
+
+        assert await read() == (1, True)
+        is_away = True
+        assert await read() == (1, False)
+        assert await read() == (0, False)
+        clock.now_s = 60.0
+        assert client.batch_supported is None
+        assert await read() == (1, False)
+        clock.now_s = 179.0
+        assert await read() == (0, False)
+        clock.now_s = 180.0
+        is_away = False
+        assert await read() == (1, True)
+
+
+async def test_a_batch_endpoint_that_worked_and_breaks_is_left_for_a_while() -> None:
+    batches = iter([answers(200, []), *[answers(500)] * BATCH_TRIES])
 
     async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
         return await next(batches)(seen, writer)
 
-    async with serving(evolink(batch=batch)) as server, client_for(server) as client:
+    async with (
+        serving(evolink(batch=batch)) as server,
+        client_for(server, monotonic=Seconds()) as client,
+    ):
         assert await client.tasks(["t1", "t2"]) == {}
-        for _ in range(4):
+        for _ in range(BATCH_TRIES - 1):
             with pytest.raises(NoUsableAnswer):
                 await client.tasks(["t1", "t2"])
-        assert client.batch_supported is True
+            assert client.batch_supported is True
+        assert list(await client.tasks(["t1", "t2"])) == ["t1", "t2"]
+        assert client.batch_supported is False
+
+
+async def test_a_line_that_is_down_says_nothing_of_the_batch_endpoint() -> None:
+    async with KreaClient(KEY, base_url=f"http://127.0.0.1:{closed_port()}") as client:
+        for _ in range(BATCH_TRIES + 1):
+            with pytest.raises(NoUsableAnswer) as caught:
+                await client.tasks(["t1", "t2"])
+            assert caught.value.cause == "connection"
+        assert client.batch_supported is None
 
 
 async def test_what_was_read_is_not_lost_to_a_later_failure() -> None:

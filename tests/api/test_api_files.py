@@ -185,7 +185,7 @@ UNUSABLE: dict[str, Behaviour] = {
 @pytest.mark.parametrize("case", UNUSABLE)
 async def test_a_body_that_is_not_whole_is_not_usable(case: str) -> None:
     async with serving(UNUSABLE[case]) as server:
-        error = await failed_fetch(server.url, timeout_s=0.3)
+        error = await failed_fetch(server.url, download_timeout_s=0.3)
     assert type(error) is NoUsableBody
 
 

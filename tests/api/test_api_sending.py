@@ -56,7 +56,6 @@ def make_client(request: pytest.FixtureRequest) -> MakeClient:
         if request.param == "httpx":
             most = httpx.Limits(max_connections=max_connections)
             settings["transport"] = httpx.AsyncHTTPTransport(limits=most)
-            settings["transport_reports_unsent"] = True
         return KreaClient(KEY, base_url=url, max_connections=max_connections, **settings)
 
     return make
@@ -251,7 +250,7 @@ async def test_a_library_that_connects_in_another_way_is_not_believed() -> None:
 
             async def close(self) -> None: ...
 
-        client._api._session = Other()  # type: ignore[attr-defined]
+        client._transport._direct = Other()  # type: ignore[attr-defined]
         assert await failed(client) is OutcomeUnknown
 
 

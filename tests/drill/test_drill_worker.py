@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from krea_dagster.api.over_aiohttp import AiohttpExchange
+from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.drill import edges
-from krea_dagster.drill.drilled import DrilledClient, DrilledExchange, Life, drilled_resource
+from krea_dagster.drill.drilled import DrilledClient, DrilledTransport, Life, drilled_resource
 from krea_dagster.drill.job import API_KEY, Job, read_requests, write_requests
 from krea_dagster.drill.plan import Plan, requests_of
 from krea_dagster.drill.worker import carry
@@ -35,10 +35,11 @@ def test_it_sends_by_the_transport_that_production_uses(tmp_path: Path) -> None:
     async def way() -> object:
         krea = drilled_resource(Life.of(job(tmp_path, "http://127.0.0.1:1")), DrilledClient)
         async with krea._connect() as client:
-            assert isinstance(client._api, DrilledExchange)
-            return client._api._way
+            assert isinstance(client._transport, DrilledTransport)
+            assert client._transport.reports_unsent
+            return client._transport.inner
 
-    assert isinstance(asyncio.run(way()), AiohttpExchange)
+    assert isinstance(asyncio.run(way()), AiohttpTransport)
 
 
 def test_it_passes_the_edges_of_an_exchange_in_their_order(tmp_path: Path) -> None:

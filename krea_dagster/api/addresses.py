@@ -1,0 +1,145 @@
+"""Finds the addresses of file hosts, and refuses those that a result link may not lead to.
+
+The rules are in :mod:`krea_dagster.api.links`. Here the names are looked up, and the addresses
+that were checked are the ones that are connected to.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import aiohttp.abc
+import anyio
+import httpx
+
+from krea_dagster.api.links import AddressKind, address_kind, check_addresses, is_address
+from krea_dagster.errors import LinkRefused
+
+#: Names to addresses: host and port in, IP addresses out. Raises OSError where there are none.
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+async def resolve_host(host: str, port: int) -> Sequence[str]:
+    """The addresses of a host by the system's resolver, in its order of preference."""
+    found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return tuple(dict.fromkeys(entry[4][0] for entry in found))
+
+
+async def resolve_nothing(_host: str, _port: int) -> Sequence[str]:
+    """For a transport that connects to nothing: a lookup would be the only use of the network."""
+    raise OSError("names are not looked up")
+
+
+class Addresses(aiohttp.abc.AbstractResolver):
+    """The checked addresses of file hosts.
+
+    Args:
+        base_url: the API's; its host decides whether local addresses are allowed.
+        resolve: names to addresses.
+        longest_s: that one lookup may take.
+    """
+
+    def __init__(self, base_url: httpx.URL, *, resolve: Resolve, longest_s: float) -> None:
+        self._base_url = base_url
+        self._base_kinds: frozenset[AddressKind] | None = None
+        self._resolve_name = resolve
+        self._longest_s = longest_s
+
+    @property
+    def connector(self) -> Mapping[str, Any]:
+        """The options by which aiohttp's connector uses checked addresses only."""
+        return {
+            "resolver": self,
+            "use_dns_cache": False,
+            "socket_factory": self._checked_socket,
+        }
+
+    async def check_before(self, url: httpx.URL, *, by_connector: bool) -> None:
+        """Check what can be checked before a request is sent.
+
+        Where the connector checks, that is what it would connect to without asking for an address:
+        hosts that look like one, among them 2130706433 and 127.1. Elsewhere, behind a proxy or
+        in a transport of the caller's, names often resolve nowhere but there. So addresses that are
+        written out are checked, and names where this machine can resolve them.
+
+        Raises:
+            LinkRefused: an address is not allowed.
+            OSError: it cannot be told.
+        """
+        host = url.raw_host.decode("ascii")
+        if by_connector and not (":" in host or host.replace(".", "").isdigit()):
+            return
+        try:
+            addresses = await self._addresses(host, port_of(url))
+        except OSError:
+            if by_connector:
+                raise
+            return
+        await self._check(host, addresses)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[aiohttp.abc.ResolveResult]:
+        """The addresses for aiohttp, whatever their family. Raises OSError where there are none."""
+        addresses = await self._addresses(host, port)
+        await self._check(host, addresses)
+        found = [
+            aiohttp.abc.ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in addresses
+            if family in (socket.AF_UNSPEC, socket.AF_INET6 if ":" in address else socket.AF_INET)
+        ]
+        if not found:
+            raise OSError("the host has no address")
+        return found
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def _checked_socket(self, wanted: Any) -> socket.socket:
+        """A socket for an address that may be connected to.
+
+        Addresses are checked before, where names are resolved and links are read. Here is the
+        last place before the connection, and it is given the very address that is used.
+        """
+        family, kind, protocol, _, (address, *_) = wanted
+        found = address_kind(address)
+        allowed = found is AddressKind.PUBLIC or found in (self._base_kinds or ())
+        if not allowed or found is AddressKind.NEVER:
+            raise LinkRefused(f"{address} is an address that a result link may not lead to")
+        return socket.socket(family, kind, protocol)
+
+    async def _check(self, host: str, addresses: Sequence[str]) -> None:
+        if any(address_kind(address) is not AddressKind.PUBLIC for address in addresses):
+            check_addresses(host, addresses, await self._kinds_of_base())
+
+    async def _kinds_of_base(self) -> frozenset[AddressKind]:
+        # Looked up only when a link is not public, and remembered once it was answered.
+        if self._base_kinds is None:
+            addresses = await self._addresses(self._base_url.host, port_of(self._base_url))
+            self._base_kinds = frozenset(address_kind(address) for address in addresses)
+        return self._base_kinds
+
+    async def _addresses(self, host: str, port: int) -> Sequence[str]:
+        if is_address(host):
+            return (host,)
+        with anyio.move_on_after(self._longest_s):
+            try:
+                return await self._resolve_name(host, port)
+            except (OSError, UnicodeError) as error:
+                raise OSError(f"no address for the host: {error}") from error
+        raise OSError("the name was not resolved in time")
+
+
+def port_of(url: httpx.URL) -> int:
+    """The port that a URL leads to."""
+    return url.port or (80 if url.scheme == "http" else 443)

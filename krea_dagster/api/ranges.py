@@ -1,0 +1,81 @@
+"""Decides whether a file may be fetched on from where it broke off (RFC 9110, 13.1.5 and 14). Pure.
+
+The two parts must be of the same file. So the host must have named a strong validator with the
+first part, it gets that back as ``If-Range``, and its answer must repeat it, or leave it out, and
+agree on the size and on where the part begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from krea_dagster.api.wire import http_date
+
+PARTIAL_CONTENT: Final = 206
+
+_ETAG = re.compile(r'"[\x21\x23-\x7e]{0,1000}"', re.ASCII)
+_LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a host has said of a whole file.
+
+    ``size_bytes`` is None where it did not say it. ``validator`` is the value of the header
+    ``validated_by``, which is lower-case.
+    """
+
+    size_bytes: int | None
+    validated_by: str
+    validator: str
+
+    def request_rest(self, at_byte: int) -> dict[str, str]:
+        """The headers that ask for the rest."""
+        return {"Range": f"bytes={at_byte}-", "If-Range": self.validator}
+
+    def size_if_continued(
+        self, status: int, headers: Mapping[str, str], at_byte: int
+    ) -> int | None:
+        """The whole file's size, where an answer goes on at this byte; None where it does not."""
+        found = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
+        if status != PARTIAL_CONTENT or found is None or is_packed(headers):
+            return None
+        first, last, size = map(int, found.groups())
+        if first != at_byte or not first <= last < size or self.size_bytes not in (None, size):
+            return None
+        validator = headers.get(self.validated_by)
+        # With If-Range, a host may leave out Last-Modified, and may not leave out ETag.
+        if validator is None and self.validated_by == "last-modified":
+            return size
+        return size if validator == self.validator else None
+
+
+def whole_file(headers: Mapping[str, str]) -> Whole | None:
+    """What a 200 says of its file, by lower-case names; None where the file cannot be continued."""
+    if is_packed(headers) or headers.get("accept-ranges", "").strip().lower() == "none":
+        return None
+    size_bytes = length_of(headers)
+    etag = headers.get("etag", "")
+    if _ETAG.fullmatch(etag):
+        return Whole(size_bytes, "etag", etag)
+    modified = headers.get("last-modified", "")
+    modified_at, answered_at = http_date(modified), http_date(headers.get("date", ""))
+    # A date is strong only where the file cannot have changed twice within its second.
+    if modified_at and answered_at and (answered_at - modified_at).total_seconds() >= 1:
+        return Whole(size_bytes, "last-modified", modified)
+    return None
+
+
+def length_of(headers: Mapping[str, str]) -> int | None:
+    """``Content-Length``; None where it is absent or unreadable."""
+    text = headers.get("content-length", "")
+    return int(text) if _LENGTH.fullmatch(text) else None
+
+
+def is_packed(headers: Mapping[str, str]) -> bool:
+    """Whether the bytes on the line are not those of the file."""
+    return headers.get("content-encoding", "").strip().lower() not in ("", "identity")

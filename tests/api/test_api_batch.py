@@ -1,0 +1,54 @@
+"""When many tasks are read at once, and when singly: the endpoint may be missing, come, and go."""
+
+from __future__ import annotations
+
+import pytest
+
+from krea_dagster.api.batch import BATCH_TRIES, OFF_MAX_S, OFF_S, BatchUse
+
+
+def test_it_is_untried_at_first_and_works_once_it_has_answered() -> None:
+    assert BatchUse().supported(0.0) is None
+    assert BatchUse().answered().supported(1e9) is True
+
+
+@pytest.mark.parametrize("before", [BatchUse(), BatchUse().answered()])
+def test_an_endpoint_that_is_not_there_is_not_used_for_a_while_and_then_untried(
+    before: BatchUse,
+) -> None:
+    use = before.missing(100.0)
+    assert use.supported(100.0 + OFF_S - 0.1) is False
+    assert use.supported(100.0 + OFF_S) is None
+
+
+def test_the_pause_doubles_up_to_ten_minutes_until_a_batch_is_answered() -> None:
+    use, now_s, pauses = BatchUse(), 0.0, []
+    for _ in range(6):
+        use = use.missing(now_s)
+        assert use.off_until_s is not None
+        pauses.append(use.off_until_s - now_s)
+        now_s = use.off_until_s
+    assert pauses == [60, 120, 240, 480, 600, 600]
+    assert pauses[-1] == OFF_MAX_S
+    again = use.answered().missing(now_s)
+    assert again.off_until_s == now_s + OFF_S
+
+
+@pytest.mark.parametrize("before", [BatchUse(), BatchUse().answered()])
+def test_some_unusable_answers_in_a_row_are_a_pause_too(before: BatchUse) -> None:
+    use = before
+    for _ in range(BATCH_TRIES - 1):
+        use = use.not_answered(0.0)
+        assert use.supported(0.0) is before.supported(0.0)
+    assert use.answered().not_answered(0.0).supported(0.0) is True
+    use = use.not_answered(0.0)
+    assert use.supported(0.0) is False
+    assert use.supported(OFF_S) is None
+
+
+def test_one_unusable_answer_after_a_pause_is_enough_for_the_next() -> None:
+    use = BatchUse()
+    for _ in range(BATCH_TRIES):
+        use = use.not_answered(0.0)
+    use = use.not_answered(OFF_S)
+    assert use.supported(OFF_S + 2 * OFF_S - 0.1) is False
