@@ -129,6 +129,11 @@ def test_its_client_asks_for_the_credits(
     assert asyncio.run(names["credits_left"](key, emulator.url)) == 12.5
 
 
+def test_its_client_over_a_mock_of_httpx_asks_and_fetches(names: dict[str, Any]) -> None:
+    answer = {"id": "t", "status": "completed", "results": ["https://files.evolink.ai/t.png"]}
+    assert asyncio.run(names["picture_of"]("t", answer, b"picture")) == b"picture"
+
+
 def test_its_automation_and_its_schedule_are_of_the_same_assets(names: dict[str, Any]) -> None:
     together = dg.Definitions.merge(
         names["daily_defs"], dg.Definitions(schedules=[names["schedule"]])

@@ -48,7 +48,7 @@ class AtOnce:
 
     def slow(self, began_at_s: float, now_s: float) -> AtOnce:
         """After a slow download that began at a time."""
-        if began_at_s < self.halved_at_s:
+        if began_at_s <= self.halved_at_s:
             return self
         return replace(self, number=max(1, self.number // 2), halved_at_s=now_s)
 

@@ -70,19 +70,21 @@ async def body_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes
 
 
 class _Way:
-    """Where a request is: ``connecting`` while it has no connection yet."""
+    """Where a request is on its way to a connection."""
 
-    __slots__ = ("attempts", "connecting", "repeatable")
+    __slots__ = ("attempts", "connected", "connecting", "is_new", "repeatable")
 
     def __init__(self, *, repeatable: bool) -> None:
         self.attempts = 0
         self.connecting = False
+        self.connected = False
+        self.is_new = False
         self.repeatable = repeatable
 
     @property
     def unsent(self) -> bool:
-        """Whether it has never had a connection."""
-        return self.connecting and self.attempts == 1
+        """Whether it has certainly never had a connection."""
+        return self.connecting and not self.connected
 
 
 _WAY: Final[ContextVar[_Way | None]] = ContextVar("krea_request_way", default=None)
@@ -102,14 +104,26 @@ class _Connector(aiohttp.TCPConnector):
         if way is None:
             return await super().connect(req, traces, timeout)
         way.attempts += 1
-        if way.attempts > 1 and not way.repeatable:
-            # aiohttp sends some methods again where a kept connection turned out to be closed.
-            # A GET may be. Anything else is sent once, and the caller decides what comes next.
-            raise aiohttp.ServerDisconnectedError("the kept connection was closed")
+        if way.attempts > 1 and (way.is_new or not way.repeatable):
+            # aiohttp sends some methods again where the server has closed the connection. A GET
+            # may be, over one that was kept. Anything else is sent once, and the caller decides.
+            raise aiohttp.ServerDisconnectedError
         way.connecting = True
         connection = await super().connect(req, traces, timeout)
-        way.connecting = False
+        way.connecting, way.connected = False, True
         return connection
+
+    async def _create_connection(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Any],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
+    ) -> Any:
+        """Open a connection, where none was kept."""
+        way = _WAY.get()
+        if way is not None:
+            way.is_new = True
+        return await super()._create_connection(req, traces, timeout)
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -277,12 +291,11 @@ def _aiohttp_timeout(connect_s: float | None, read_s: float | None) -> aiohttp.C
 
 
 def _unsent(error: Exception, proxy: Proxy | None) -> httpx.TransportError:
-    text = _text(error)
+    timed_out = isinstance(error, asyncio.TimeoutError)
+    text = "no connection in time" if timed_out else _text(error)
     if proxy is not None and cause_of(error) != "certificate":
         return httpx.ProxyError(f"the proxy {proxy.url} could not be used: {text}")
-    if isinstance(error, asyncio.TimeoutError):
-        return httpx.ConnectTimeout(text)
-    return httpx.ConnectError(text)
+    return httpx.ConnectTimeout(text) if timed_out else httpx.ConnectError(text)
 
 
 def _sent(error: Exception) -> httpx.TransportError:

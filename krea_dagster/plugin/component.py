@@ -144,7 +144,7 @@ class KreaSettings(_Section):
         default=60.0, gt=0, le=3600, description="Seconds that EvoLink may take to answer a call."
     )
     download_timeout_s: float = Field(
-        default=120.0, gt=0, le=86_400, description="Seconds that one download may take in all."
+        default=60.0, gt=0, le=86_400, description="Seconds without a byte that end a download."
     )
 
 

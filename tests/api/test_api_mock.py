@@ -1,4 +1,4 @@
-"""A client over a transport of its user's: the API and the files go through it, and nothing else."""
+"""A client over a transport of its user's: the API and the files go through it, nothing else."""
 
 from __future__ import annotations
 

@@ -1,0 +1,91 @@
+"""Whether a file is fetched on from where it broke off: only if both parts are of the same file."""
+
+from __future__ import annotations
+
+import pytest
+
+from krea_dagster.api.ranges import Whole, whole_file
+
+DATE = "Tue, 01 Jul 2025 12:00:00 GMT"
+OLDER = "Tue, 01 Jul 2025 11:00:00 GMT"
+TAGGED = Whole(100, "etag", '"a"')
+DATED = Whole(100, "last-modified", OLDER)
+
+
+@pytest.mark.parametrize(
+    ("headers", "whole"),
+    [
+        ({"etag": '"a"', "content-length": "100"}, TAGGED),
+        ({"etag": '"a"', "content-length": "100", "accept-ranges": "bytes"}, TAGGED),
+        ({"etag": '"a"'}, Whole(None, "etag", '"a"')),
+        ({"last-modified": OLDER, "date": DATE, "content-length": "100"}, DATED),
+        ({"etag": 'W/"a"', "last-modified": OLDER, "date": DATE, "content-length": "100"}, DATED),
+    ],
+)
+def test_a_host_that_names_a_strong_validator_can_be_asked_for_the_rest(
+    headers: dict[str, str], whole: Whole
+) -> None:
+    assert whole_file(headers) == whole
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"accept-ranges": "bytes"},
+        {"etag": '"a"', "accept-ranges": "none"},
+        {"etag": '"a"', "content-encoding": "gzip"},
+        {"etag": 'W/"a"'},
+        {"etag": "a"},
+        {"etag": '"a\r\nX: 1"'},
+        {"last-modified": OLDER},
+        {"last-modified": DATE, "date": DATE},
+        {"last-modified": "lately", "date": DATE},
+    ],
+)
+def test_without_one_a_file_is_never_continued(headers: dict[str, str]) -> None:
+    assert whole_file(headers) is None
+
+
+def test_the_rest_is_asked_for_with_the_validator() -> None:
+    assert TAGGED.request_rest(40) == {"Range": "bytes=40-", "If-Range": '"a"'}
+
+
+PART = {"etag": '"a"', "content-range": "bytes 40-99/100"}
+
+
+def test_a_part_that_begins_there_and_is_of_the_same_file_continues_it() -> None:
+    assert TAGGED.size_if_continued(206, PART, 40) == 100
+    assert Whole(None, "etag", '"a"').size_if_continued(206, PART, 40) == 100
+    shorter = {**PART, "content-range": "bytes 40-59/100"}
+    assert TAGGED.size_if_continued(206, shorter, 40) == 100
+
+
+def test_a_host_that_was_given_a_date_may_leave_it_out() -> None:
+    part = {"content-range": "bytes 40-99/100"}
+    assert DATED.size_if_continued(206, part, 40) == 100
+    assert DATED.size_if_continued(206, {**part, "last-modified": OLDER}, 40) == 100
+    assert DATED.size_if_continued(206, {**part, "last-modified": DATE}, 40) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "changed"),
+    [
+        (200, {}),
+        (416, {}),
+        (206, {"etag": '"b"'}),
+        (206, {"etag": 'W/"a"'}),
+        (206, {"etag": ""}),
+        (206, {"content-range": ""}),
+        (206, {"content-range": "bytes 0-99/100"}),
+        (206, {"content-range": "bytes 41-99/100"}),
+        (206, {"content-range": "bytes 40-99/101"}),
+        (206, {"content-range": "bytes 40-99/*"}),
+        (206, {"content-range": "bytes 40-100/100"}),
+        (206, {"content-range": "bytes 40-39/100"}),
+        (206, {"content-range": "bytes */100"}),
+        (206, {"content-encoding": "gzip"}),
+    ],
+)
+def test_anything_else_does_not_continue_it(status: int, changed: dict[str, str]) -> None:
+    assert TAGGED.size_if_continued(status, {**PART, **changed}, 40) is None

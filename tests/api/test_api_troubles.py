@@ -1,0 +1,313 @@
+"""Why no connection was made, in an attribute and in words that say what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+import trustme
+
+from krea_dagster.api import KreaClient
+from krea_dagster.api.transport import AiohttpTransport
+from krea_dagster.errors import Cause, NotSent, NoUsableAnswer, NoUsableBody, OutcomeUnknown
+from krea_dagster.models import ImageRequest
+from tests.api.api_loopback import (
+    Behaviour,
+    Seen,
+    answers,
+    closed_port,
+    holds,
+    says,
+    serving,
+)
+
+pytestmark = pytest.mark.anyio
+
+KEY = "sk-test-0123456789abcdefghij"
+REQUEST = ImageRequest(
+    request_key="k",
+    prompt="a red cube",
+    size="1:1",
+    quality="1K",
+    seed=7,
+    nsfw_check=False,
+    attempt=0,
+)
+
+
+async def not_sent(client: KreaClient) -> NotSent:
+    """The failure of a purchase, and a question fails for the same cause."""
+    with pytest.raises(NotSent) as caught:
+        await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+    with pytest.raises(NoUsableAnswer) as asked:
+        await client.credits()
+    assert asked.value.cause == caught.value.cause
+    assert asked.value.message == caught.value.message
+    return caught.value
+
+
+@pytest.fixture
+def untrusted() -> ssl.SSLContext:
+    """The server's side of TLS, with a certificate that the client does not trust."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    return context
+
+
+# -- certificates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", [None, httpx.AsyncHTTPTransport])
+async def test_a_certificate_that_is_not_trusted(
+    untrusted: ssl.SSLContext, transport: Callable[[], httpx.AsyncBaseTransport] | None
+) -> None:
+    settings: dict[str, Any] = {} if transport is None else {"transport": transport()}
+    async with (
+        serving(answers(200, {}), untrusted) as server,
+        KreaClient(KEY, base_url=server.url, **settings) as client,
+    ):
+        error = await not_sent(client)
+    assert error.cause == "certificate"
+    assert "the certificate of 127.0.0.1 was refused: " in error.message
+    assert "certificate" in error.message.partition("refused: ")[2].partition(";")[0]
+    assert "set SSL_CERT_FILE" in error.message
+    assert server.seen == []
+
+
+async def test_a_certificate_of_a_file_host_that_is_not_trusted(
+    untrusted: ssl.SSLContext,
+) -> None:
+    async with (
+        serving(answers(200, b"x"), untrusted) as server,
+        KreaClient(KEY, base_url="http://127.0.0.1:1") as client,
+    ):
+        with pytest.raises(NoUsableBody, match=r"certificate of 127\.0\.0\.1 was refused"):
+            await client.download(server.url, sink=io.BytesIO(), max_bytes=9)
+
+
+async def test_a_certificate_for_another_name_says_so(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(answers(200, {}), tls) as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        async with KreaClient(KEY, base_url=url) as client:
+            error = await not_sent(client)
+    assert error.cause == "certificate"
+    assert "localhost" in error.message
+
+
+# -- proxies ----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def listening(handle: Callable[..., Any]) -> AsyncIterator[int]:
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+
+
+BROKEN: dict[str, Behaviour] = {
+    "wants another password": answers(407),
+    "may not go there": answers(403, b"<html>"),
+    "answers garbage": says(b"garbage\r\n\r\n", keep=False),
+    "closes in silence": says(keep=False),
+    "never answers": holds(),
+    "echoes the password": says(b"HTTP/1.1 502 \x1b[31mhunter2\r\nContent-Length: 0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+async def test_a_proxy_that_does_not_work_is_named_without_its_password(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(BROKEN[case]) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//me:s3cretword@"))
+        async with KreaClient(
+            KEY, base_url="https://api.evolink.invalid", connect_timeout_s=0.1, timeout_s=0.3
+        ) as client:
+            error = await not_sent(client)
+    assert error.cause == "proxy"
+    assert f"the proxy {proxy.url}" in error.message
+    assert "check HTTPS_PROXY, ALL_PROXY and NO_PROXY" in error.message
+    assert "s3cretword" not in f"{error} {vars(error)}"
+    assert "\x1b" not in str(error)
+    assert {seen.method for seen in proxy.seen} == {"CONNECT"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "proxy.invalid"])
+async def test_a_proxy_that_is_not_there(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = closed_port()
+    monkeypatch.setenv("ALL_PROXY", f"http://me:s3cretword@{host}:{port}")
+    async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
+        error = await not_sent(client)
+    assert error.cause == "proxy"
+    assert f"the proxy http://{host}:{port}" in error.message
+    assert "s3cretword" not in str(error)
+
+
+async def test_a_proxy_that_reads_an_http_purchase_and_closes_leaves_it_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a tunnel the proxy is given the purchase itself, and may have passed it on."""
+    async with serving(says(keep=False)) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        async with KreaClient(KEY, base_url="http://api.evolink.internal") as client:
+            with pytest.raises(OutcomeUnknown):
+                await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+    assert len(proxy.seen) == 1
+
+
+async def test_a_certificate_that_is_refused_behind_a_proxy_is_the_certificates_trouble(
+    untrusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(answers(200, {}), untrusted) as server:
+
+        async def tunnel(_: Seen, writer: asyncio.StreamWriter) -> bool:
+            """Carry bytes both ways, past the stream that has read the CONNECT."""
+            loop = asyncio.get_running_loop()
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            inward = writer.get_extra_info("socket").dup()
+            there = socket.create_connection(("127.0.0.1", server.port))
+            there.setblocking(False)
+
+            async def pump(source: socket.socket, target: socket.socket) -> None:
+                with suppress(OSError):
+                    while data := await loop.sock_recv(source, 65536):
+                        await loop.sock_sendall(target, data)
+                group.cancel_scope.cancel()
+
+            with inward, there:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(pump, there, inward)
+                    group.start_soon(pump, inward, there)
+            return False
+
+        async with serving(tunnel) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+            async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
+                error = await not_sent(client)
+    assert error.cause == "certificate"
+    assert "the certificate of api.evolink.invalid was refused" in error.message
+
+
+# -- the rest ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", [None, httpx.AsyncHTTPTransport])
+@pytest.mark.parametrize(
+    ("url", "cause", "words"),
+    [
+        ("https://api.evolink.invalid", "name", "the name api.evolink.invalid was not found"),
+        ("http://127.0.0.1:PORT", "connection", "no connection to 127.0.0.1"),
+        ("https://127.0.0.1:PORT", "connection", "no connection to 127.0.0.1"),
+    ],
+)
+async def test_a_name_or_a_host_that_is_not_there(
+    transport: Callable[[], httpx.AsyncBaseTransport] | None, url: str, cause: Cause, words: str
+) -> None:
+    settings: dict[str, Any] = {} if transport is None else {"transport": transport()}
+    url = url.replace("PORT", str(closed_port()))
+    async with KreaClient(KEY, base_url=url, **settings) as client:
+        error = await not_sent(client)
+    assert error.cause == cause
+    assert words in error.message
+
+
+async def test_a_place_that_does_not_become_free() -> None:
+    reached = asyncio.Event()
+    async with (
+        serving(holds(reached=reached)) as server,
+        KreaClient(KEY, base_url=server.url, max_connections=1, timeout_s=0.2) as client,
+    ):
+        holder = asyncio.ensure_future(client._ask("GET", "/v1/credits"))
+        await reached.wait()
+        with pytest.raises(NotSent, match=r"no connection was free for 0\.2 s") as caught:
+            await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+        assert caught.value.cause == "pool"
+        with pytest.raises(NoUsableAnswer) as asked:
+            await holder
+        assert asked.value.cause is None
+
+
+# -- the transport, as any client of httpx sees it ----------------------------------------------
+
+FAILURES: dict[str, tuple[Behaviour, type[httpx.TransportError]]] = {
+    "closes in silence": (says(keep=False), httpx.RemoteProtocolError),
+    "never answers": (holds(), httpx.ReadTimeout),
+    "answers garbage": (says(b"garbage\r\n\r\n", keep=False), httpx.RemoteProtocolError),
+    "breaks off": (
+        says(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", keep=False),
+        httpx.RemoteProtocolError,
+    ),
+    "stops": (holds(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"), httpx.ReadTimeout),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+async def test_a_request_that_was_sent_is_never_a_failure_to_connect(case: str) -> None:
+    behaviour, error = FAILURES[case]
+    async with (
+        serving(behaviour) as server,
+        httpx.AsyncClient(transport=AiohttpTransport(), timeout=0.3) as http,
+    ):
+        with pytest.raises(httpx.TransportError) as caught:
+            await http.post(server.url, content=b"purchase")
+    assert type(caught.value) is error
+
+
+async def test_any_client_of_httpx_can_use_it() -> None:
+    async with (
+        serving(answers(200, {"a": 1}, set_cookie="a=b")) as server,
+        httpx.AsyncClient(transport=AiohttpTransport()) as http,
+    ):
+        response = await http.post(server.url, json={"b": 2}, headers={"X-Own": "1"})
+        assert (response.status_code, response.json()) == (200, {"a": 1})
+        async with http.stream("GET", server.url) as streamed:
+            assert await streamed.aread() == b'{"a": 1}'
+    assert server.seen[0].json == {"b": 2}
+    assert server.seen[0].headers["x-own"] == "1"
+    assert server.connections == 1
+
+
+async def test_a_place_is_given_back_whatever_becomes_of_a_request() -> None:
+    endings = iter([says(keep=False), holds(), answers(200, b"x" * 100_000), answers(200, b"x")])
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        return await next(endings)(seen, writer)
+
+    transport = AiohttpTransport(max_connections=1)
+    async with (
+        serving(behave) as server,
+        httpx.AsyncClient(transport=transport, timeout=0.2) as http,
+    ):
+        for _ in range(2):
+            with pytest.raises(httpx.TransportError):
+                await http.get(server.url)
+        async with http.stream("GET", server.url):
+            pass  # the body is left unread
+        assert (await http.get(server.url)).content == b"x"
+
+
+async def test_a_get_is_sent_again_where_a_kept_connection_was_closed_and_a_post_is_not() -> None:
+    endings = iter([answers(200), says(keep=False), answers(200), says(keep=False)])
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        return await next(endings)(seen, writer)
+
+    async with serving(behave) as server, httpx.AsyncClient(transport=AiohttpTransport()) as http:
+        await http.get(server.url)
+        assert (await http.get(server.url)).status_code == 200
+        with pytest.raises(httpx.RemoteProtocolError):
+            await http.post(server.url, content=b"purchase")
+    assert [seen.method for seen in server.seen] == ["GET", "GET", "GET", "POST"]
