@@ -36,7 +36,9 @@ class BatchUse:
         return BatchUse(works=True)
 
     def missing(self, now_s: float) -> BatchUse:
-        """After an answer that says that it is not there."""
+        """After an answer that says that it is not there. Answers that came together count once."""
+        if self.supported(now_s) is False:
+            return self
         return replace(
             self,
             works=False,
@@ -46,5 +48,7 @@ class BatchUse:
 
     def not_answered(self, now_s: float) -> BatchUse:
         """After an unusable answer. The first one after a pause begins the next pause."""
+        if self.supported(now_s) is False:
+            return self
         counted = replace(self, unusable=self.unusable + 1)
         return counted.missing(now_s) if counted.unusable >= BATCH_TRIES else counted

@@ -57,7 +57,7 @@ def trouble_of(error: BaseException, host: str) -> str:
         case "name":
             text = f"the name {host} was not found: {detail}"
         case _:
-            text = f"no connection to {host}: {type(error).__name__}: {detail}".rstrip(": ")
+            text = f"no connection to {host}: {detail or type(error).__name__}"
     return f"{text}; {_ADVICE[cause]}" if cause in _ADVICE else text
 
 

@@ -52,3 +52,8 @@ def test_one_unusable_answer_after_a_pause_is_enough_for_the_next() -> None:
         use = use.not_answered(0.0)
     use = use.not_answered(OFF_S)
     assert use.supported(OFF_S + 2 * OFF_S - 0.1) is False
+
+
+def test_answers_that_came_together_are_one_pause() -> None:
+    use = BatchUse().answered().missing(10.0)
+    assert use.missing(10.5) == use.not_answered(11.0) == use
