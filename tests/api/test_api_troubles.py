@@ -133,7 +133,7 @@ async def test_a_proxy_that_does_not_work_is_named_without_its_password(
     async with serving(BROKEN[case]) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//me:s3cretword@"))
         async with KreaClient(
-            KEY, base_url="https://api.evolink.invalid", connect_timeout_s=0.1, timeout_s=0.3
+            KEY, base_url="https://api.evolink.invalid", connect_timeout_s=0.2, timeout_s=0.6
         ) as client:
             error = await not_sent(client)
     assert error.cause == "proxy"
