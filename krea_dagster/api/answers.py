@@ -9,7 +9,7 @@ from typing import Final
 import anyio
 import httpx
 
-from krea_dagster.api.transport import CANCELLED_UNSENT, UNSENT, body_of
+from krea_dagster.api.transport import CANCELLED_UNSENT, UNSENT, body_of, reports_unsent
 from krea_dagster.api.troubles import cause_of, trouble_of
 from krea_dagster.api.unpack import Unpacker
 from krea_dagster.errors import Cause
@@ -45,29 +45,28 @@ class NoAnswer:
 
 
 async def exchange(
-    http: httpx.AsyncClient,
+    transport: httpx.AsyncBaseTransport,
     request: httpx.Request,
     *,
     deadline_s: float,
-    believed: bool,
     describe: Callable[[Exception], str],
 ) -> Answer | NoAnswer:
     """Send one request once. Returns every failure, and raises only a cancellation.
 
     Args:
-        http: follows no redirects.
+        transport: follows no redirects.
         request: what is sent.
         deadline_s: for all of it, so that a trickle ends.
-        believed: whether the transport's word is taken that nothing has left.
         describe: what an exception means, without the key.
     """
+    believed = reports_unsent(transport)
     response: httpx.Response | None = None
     answer: Answer | None = None
     nothing = NoAnswer(unsent=False, trouble=f"no answer: not done after {deadline_s:g} s")
     trouble = f"not done after {deadline_s:g} s"
     with anyio.move_on_after(deadline_s) as scope:
         try:
-            response = await http.send(request, stream=True)
+            response = await transport.handle_async_request(request)
             answer = await _read_answer(response)
         except Exception as error:  # noqa: BLE001 - a transport may raise anything; what was sent stays sent
             trouble = describe(error)

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Final, TypeVar
 
@@ -42,7 +41,7 @@ from krea_dagster.api.links import (
     is_local_name,
 )
 from krea_dagster.api.proxies import Proxies, Secret
-from krea_dagster.api.transport import AiohttpTransport, reports_unsent
+from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.api.wire import (
     BATCH_MAX,
     BATCH_PATH,
@@ -246,12 +245,7 @@ class KreaClient:
             self._files_transport = open_transport(addresses.connector)
         else:
             self._transport = self._files_transport = transport
-        self._http = httpx.AsyncClient(
-            transport=self._transport,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self._is_closed = False
         self._files = FileHosts(
             self._files_transport,
             addresses=addresses,
@@ -286,7 +280,8 @@ class KreaClient:
 
     async def aclose(self) -> None:
         """Closes the connections. A closed client sends nothing any more."""
-        await self._http.aclose()
+        self._is_closed = True
+        await self._transport.aclose()
         if self._files_transport is not self._transport:
             await self._files_transport.aclose()
 
@@ -533,7 +528,8 @@ class KreaClient:
             headers["Content-Type"] = "application/json"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        # Made here, and not by the client, which would add headers and cookies of its own.
+        # Given to the transport itself: an httpx.AsyncClient would add headers and cookies of its
+        # own, look at the wall clock, write a line to the log for each request, and cost 0.1 ms.
         request = httpx.Request(
             method,
             _parsed(f"{self._root}{path}"),
@@ -542,10 +538,9 @@ class KreaClient:
             extensions={"timeout": self._timeout},
         )
         answer = await exchange(
-            self._http,
+            self._transport,
             request,
             deadline_s=self._deadline_s,
-            believed=reports_unsent(self._transport),
             describe=self._key.describe,
         )
         return (
@@ -553,7 +548,7 @@ class KreaClient:
         )
 
     def _refuse_if_closed(self) -> None:
-        if self._http.is_closed:
+        if self._is_closed:
             raise InputError("the client is closed; nothing was sent")
 
 
