@@ -338,6 +338,8 @@ class TurnedAway(NotCharged):
 class GatewayRefused(NotCharged):
     """A 400 without EvoLink's error: a gateway's page, not a word on the row. Send it again."""
 
+    may_be_away = True
+
 
 class Refused(NotCharged):
     """The request will never be taken as it is. Change the row."""

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.threads import InThread
-from krea_dagster.errors import JournalAway, KreaError, StorageAway, TryLater
+from krea_dagster.errors import JournalAway, KreaError, RunStopped, StorageAway, TryLater
 
 _T = TypeVar("_T")
 
@@ -57,7 +57,7 @@ class Outages:
         self.probes: dict[Part, Probe] = {}
         self.changed: Callable[[], None] = lambda: None
         #: Why the run is over, where the API stayed away for too long.
-        self.over: TryLater | None = None
+        self.over: RunStopped | None = None
 
     @property
     def closed(self) -> bool:
@@ -118,17 +118,20 @@ class Outages:
                 if tries > 1:
                     _log.warning("%s is back after %.0f s.", part.value, away_s)
                 return tries > 1
-            if tries == 1:
+            if tries == 1 and self._patience_s > 0:
                 _log.warning(
                     "%s is away, and is waited for, for at most %g s; nothing new is bought "
                     "meanwhile: %s",
                     part.value,
                     self._patience_s,
-                    error,
+                    str(error).partition(". ")[0],
                 )
-            if away_s >= self._patience_s:
+            # A certificate that is refused is so until a person has looked at it.
+            passes = getattr(said, "cause", None) != "certificate"
+            if away_s >= self._patience_s or not passes:
                 if part is Part.API:
-                    self.over = TryLater(
+                    stop = TryLater if passes else RunStopped
+                    self.over = stop(
                         API_AWAY, f"{part.value} was away for {away_s:.0f} s, the last try: {said}"
                     )
                 return True

@@ -510,7 +510,8 @@ class Session:
     async def _step(self, carrier: Carrier, action: Action) -> float | None:  # noqa: C901 - an arm per action
         """Do the next thing once; None where there is nothing more to do in this run."""
         record = carrier.record
-        if record.state is State.STORED and self._runner.file_is_missing(record):
+        missing = self._runner.file_is_missing
+        if record.state is State.STORED and await self._in_thread(missing, record):
             if isinstance(action, Leave) and action.reason:
                 self._finish(record, action.reason)
                 return None

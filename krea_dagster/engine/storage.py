@@ -120,6 +120,12 @@ class Storage:
         except Exception as error:  # noqa: BLE001 - each file system has errors of its own
             self._fail(error)
 
+    def has_files(self, folder: str) -> bool:
+        """Whether there is a file below a folder. Lists no more than it must."""
+        if self.folder is not None:
+            return next(self.names(folder), None) is not None
+        return any(files for _, _, files in self._fs.walk(self._full(folder)))
+
     def names(self, folder: str) -> Iterator[str]:
         """The names of all files below a folder, which need not exist."""
         if self.folder is None:

@@ -601,7 +601,7 @@ def _is_own(table_id: str | None, record: Record) -> bool:
 def refuse_without_journal(storage: Storage) -> None:
     """Refuse to begin a journal beside images: another one knows that they are paid for."""
     marker = Marker.read(storage)
-    if marker is not None or next(storage.names("images"), None) is not None:
+    if marker is not None or storage.has_files("images"):
         named = f" (its id is {marker.journal_id})" if marker is not None else ""
         raise ConfigError(
             f"{storage.shown('images')} holds images, and the journal that bought them is not "

@@ -1,0 +1,118 @@
+"""Runs through outages of real length, by hand: ``python -m tests.engine.outage_trials``.
+
+300 rows each: the API refuses connections for 100 s, the storage root is away for 30 s, and
+PostgreSQL for 15 s (where KREA_TEST_POSTGRES_URL names one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from sqlalchemy import make_url
+
+from krea_dagster.api import KreaClient
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.storage import Storage
+from tests.engine.engine_bench import House, as_wanted, house, several
+from tests.engine.gate import Gate, gate_to
+from tests.engine.test_outages import Shaky, set_away
+
+ROWS = 300
+
+
+def port_of(url: str) -> int:
+    return urlsplit(url).port or 5432
+
+
+@contextmanager
+def opened() -> Iterator[House]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        house(Path(folder), latency_s=1.0) as home,
+    ):
+        yield home
+
+
+@contextmanager
+def gate_before(text: str) -> Iterator[tuple[Gate, str]]:
+    """A gate in front of a PostgreSQL server, and the URL that leads through it."""
+    url = make_url(text)
+    folder, port = url.query.get("host"), url.port or 5432
+    with gate_to(f"{folder}/.s.PGSQL.{port}" if folder else port) as gate:
+        through = url.difference_update_query(["host"]).set(host="127.0.0.1", port=gate.port)
+        yield gate, through.render_as_string(hide_password=False)
+
+
+def run(
+    name: str,
+    home: House,
+    begin: Callable[[], object],
+    end: Callable[[], object],
+    lasts_s: float,
+    **other: Any,
+) -> None:
+    """One run whose outage begins once a third of the images is there."""
+    began = threading.Event()
+
+    def look(progress: Progress) -> None:
+        if progress.delivered >= ROWS // 3 and not began.is_set():
+            began.set()
+            begin()
+            threading.Timer(lasts_s, end).start()
+
+    runner = home.runner(on_progress=look, outage_patience_s=300.0, wait_scale=1.0)
+    runner = replace(runner, max_per_s=20.0, **other)
+    started_s = time.monotonic()
+    report = asyncio.run(runner.run(as_wanted(several(ROWS))))
+    states = Counter(record.state.value for record in runner.journal.all_records())
+    books = home.emulator.books()
+    print(
+        f"{name}: away {lasts_s:g} s, run {time.monotonic() - started_s:.0f} s, "
+        f"{report.progress}, stopped {report.stopped}, states {dict(states)}, "
+        f"{books['submit_posts']} POSTs, {books['creates']} created, "
+        f"{books['bodies_bought_more_than_once']} bought twice",
+        flush=True,
+    )
+    assert report.progress.delivered == ROWS
+    assert books["creates"] == ROWS
+    assert not books["bodies_bought_more_than_once"]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--scale", type=float, default=1.0, help="of the outages' lengths")
+    scale = options.parse_args().scale
+    with opened() as home, gate_to(port_of(home.emulator.url)) as gate:
+        url = f"http://127.0.0.1:{gate.port}"
+        client = {"connect": lambda: KreaClient("emulator", base_url=url)}
+        run("API", home, gate.close, gate.open, 100.0 * scale, **client)
+    with opened() as home:
+        fsspec.register_implementation("shaky", Shaky, clobber=True)
+        images = ImageStore(Storage("shaky://trial"))
+        begin, end = (lambda: set_away(True)), (lambda: set_away(False))
+        run("store", home, begin, end, 30.0 * scale, images=images)
+    if text := os.environ.get("KREA_TEST_POSTGRES_URL"):
+        with ExitStack() as stack:
+            home = stack.enter_context(opened())
+            gate, through = stack.enter_context(gate_before(text))
+            journal = stack.enter_context(closing(Journal(through)))
+            run("PostgreSQL", home, gate.close, gate.open, 15.0 * scale, journal=journal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What passes is waited for: a network, an API, a store and a journal that are away for a while."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import pytest
+import trustme
+from fsspec.implementations.memory import MemoryFileSystem
+
+from krea_dagster.api import KreaClient
+from krea_dagster.engine.clock import SystemClock
+from krea_dagster.engine.images import ImageStore
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
+from tests.api.api_loopback import answers, serving
+from tests.engine.engine_bench import House, as_wanted, house, several
+from tests.engine.gate import Gate, gate_to
+
+pytestmark = pytest.mark.anyio
+
+ROWS = 30
+
+
+class Passing(SystemClock):
+    """An outage that begins once some images are delivered, and ends after some pauses."""
+
+    def __init__(self, begin: Callable[[], object], end: Callable[[], object]) -> None:
+        self._begin, self._end = begin, end
+        self._pauses: int | None = None
+
+    def look(self, progress: Progress) -> None:
+        if self._pauses is None and progress.delivered >= ROWS // 3:
+            self._pauses = 0
+            self._begin()
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds)
+        if self._pauses is not None and seconds < 1.0:
+            self._pauses += 1
+            if self._pauses == 5:
+                self._end()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[House]:
+    with house(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def gate(home: House) -> Iterator[Gate]:
+    """In front of the emulator."""
+    port = urlsplit(home.emulator.url).port
+    assert port is not None
+    with gate_to(port) as opened:
+        yield opened
+
+
+async def run_through(home: House, passing: Passing, **other: Any) -> RunReport:
+    runner = home.runner(
+        clock=passing, on_progress=passing.look, outage_patience_s=60.0, max_in_flight=8
+    )
+    return await replace(runner, **other).run(as_wanted(several(ROWS)))
+
+
+def through(gate: Gate) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{gate.port}"
+    return {"connect": lambda: KreaClient("emulator", base_url=url, timeout_s=5.0)}
+
+
+def all_delivered(home: House, report: RunReport) -> None:
+    assert report.stopped is None
+    assert report.progress == Progress(total=ROWS, delivered=ROWS, charged_units=ROWS * 4500)
+    assert home.states(several(ROWS)) == ["stored"] * ROWS
+    assert home.agree()["creates"] == ROWS
+
+
+async def test_a_network_that_is_away_is_waited_for_and_no_row_loses_a_try(
+    home: House, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "krea_dagster.engine.outages"):
+        passing = Passing(gate.close, gate.open)
+        all_delivered(home, await run_through(home, passing, **through(gate)))
+    said = [record.message for record in caplog.records if "outages" in record.name]
+    assert len(said) == 2, "one line when it goes away, and one when it is back"
+    assert said[0].startswith("EvoLink's API is away, and is waited for, for at most 60 s")
+    assert said[1].startswith("EvoLink's API is back after")
+
+
+@pytest.mark.parametrize("answer", ["503", "502_html"])
+async def test_a_gateway_that_answers_for_an_api_that_is_away_is_waited_out(
+    home: House, answer: str
+) -> None:
+    names = [answer, f"read_{answer}", f"credits_{answer}", f"batch_{answer}"]
+
+    def rate(share: float) -> None:
+        for name in names:
+            home.emulator.world.set_rate(name, share)
+
+    report = await run_through(home, Passing(lambda: rate(1.0), lambda: rate(0.0)))
+    all_delivered(home, report)
+
+
+async def test_a_run_that_begins_while_the_api_is_away_waits_for_it(
+    home: House, gate: Gate
+) -> None:
+    passing = Passing(lambda: None, gate.open)
+    gate.close()
+    passing.look(Progress(total=ROWS, delivered=ROWS))
+    all_delivered(home, await run_through(home, passing, **through(gate)))
+
+
+async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing_lost(
+    home: House, gate: Gate
+) -> None:
+    passing = Passing(gate.close, lambda: None)
+    runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.5)
+    report = await replace(runner, **through(gate)).run(as_wanted(several(ROWS)))
+    assert isinstance(report.stopped, TryLater)
+    assert "EvoLink's API was away for" in str(report.stopped)
+    assert report.progress.left == ROWS - report.progress.delivered > 0
+    assert sum(report.left_reasons.values()) == report.progress.left
+    gate.open()
+    later = await home.run(several(ROWS), "run-2")
+    assert later.progress.delivered + later.progress.reused == ROWS
+    assert home.agree()["creates"] == ROWS
+
+
+async def test_a_certificate_that_is_refused_is_not_waited_for(home: House) -> None:
+    """It is so until a person has looked at it."""
+    untrusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(untrusted)
+    runner = home.runner(outage_patience_s=60.0)
+    async with serving(answers(200, {}), untrusted) as server:
+        connect = partial(KreaClient, "emulator", base_url=server.url)
+        report = await replace(runner, connect=connect).run(as_wanted(several(2)))
+    assert type(report.stopped) is RunStopped, "later it would be the same"
+    assert "the certificate of 127.0.0.1 was refused" in str(report.stopped)
+    assert home.states(several(2)) == ["planned", "planned"]
+
+
+class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A store in memory that can be away."""
+
+    protocol = "shaky"
+    store: dict[str, Any] = {}  # noqa: RUF012 - as fsspec has it
+    pseudo_dirs = [""]  # noqa: RUF012 - as above
+    cachable = False
+    away = False
+
+    def _see(self) -> None:
+        if Shaky.away:
+            raise ConnectionError("no route to the store")
+
+    def info(self, path: str, **options: Any) -> Any:
+        self._see()
+        return super().info(path, **options)
+
+    def put_file(self, source: str, path: str, **options: Any) -> Any:
+        self._see()
+        return super().put_file(source, path, **options)
+
+
+@pytest.fixture
+def shaky(tmp_path: Path) -> Iterator[ImageStore]:
+    fsspec.register_implementation("shaky", Shaky, clobber=True)
+    Shaky.store.clear()
+    Shaky.away = False
+    yield ImageStore(Storage(f"shaky://{tmp_path.name}"))
+    Shaky.away = False
+
+
+def set_away(away: bool) -> None:
+    Shaky.away = away
+
+
+async def test_a_store_that_is_away_is_waited_for_and_no_file_is_fetched_again(
+    home: House, shaky: ImageStore
+) -> None:
+    passing = Passing(lambda: set_away(True), lambda: set_away(False))
+    all_delivered(home, await run_through(home, passing, images=shaky))
+    assert home.emulator.books()["file_gets"] == ROWS, "what was downloaded is kept"
+
+
+async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
+    home: House, shaky: ImageStore
+) -> None:
+    passing = Passing(lambda: set_away(True), lambda: None)
+    runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
+    with pytest.raises(StorageAway, match="does not answer: no route to the store"):
+        await replace(runner, images=shaky).run(as_wanted(several(ROWS)))
+    set_away(False)
+    await replace(home.runner("run-2"), images=shaky).run(as_wanted(several(ROWS)))
+    assert home.states(several(ROWS)) == ["stored"] * ROWS
+    assert home.agree()["creates"] == ROWS
+
+
+async def test_a_journal_that_another_process_locks_is_waited_for(
+    home: House, tmp_path: Path
+) -> None:
+    """Answers that came meanwhile are kept in memory, and written when it is free."""
+    with (
+        closing(Journal(home.url, lock_timeout_s=0.05)) as journal,
+        closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
+    ):
+        passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), other.rollback)
+        all_delivered(home, await run_through(home, passing, journal=journal))
+
+
+async def test_a_journal_that_stays_locked_ends_the_run_and_the_next_one_goes_on(
+    home: House, tmp_path: Path
+) -> None:
+    with (
+        closing(Journal(home.url, lock_timeout_s=0.05)) as journal,
+        closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
+    ):
+        passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), lambda: None)
+        runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
+        with pytest.raises(JournalError, match="locked"):
+            await replace(runner, journal=journal).run(as_wanted(several(ROWS)))
+        other.rollback()
+    await home.run(several(ROWS), "run-2")
+    assert home.states(several(ROWS)) == ["stored"] * ROWS
+    assert home.agree()["creates"] == ROWS
