@@ -35,6 +35,9 @@ from krea_dagster.models import Task
 #: States whose task has not been seen to end.
 _UNSETTLED: Final = frozenset({State.SUBMITTED, State.EXPIRED, State.FAILED})
 
+#: The code of a task that was cancelled at the server, whatever it said itself.
+_CANCELLED: Final = "request_cancelled"
+
 #: So many tasks that are not known, and none that is, mean that the key is another account's.
 _ALL_UNKNOWN: Final = 3
 
@@ -169,6 +172,8 @@ class Asking:
                 return False
             case Task(status="failed"):
                 return True
+            case Task(status="cancelled") if record.error_code == _CANCELLED:
+                return True  # only a person asks again for what may have been charged
         reason = f"not bought again: its task failed, and is {answer.task.status} now"
         carrier.trail = changed(carrier.trail, final=reason)
         return False
@@ -222,7 +227,7 @@ class Asking:
         if cancelled:
             # Whatever code came with it: one that may be repeated would be bought again.
             said = f": {code}: {message}" if task.failure else ""
-            code, message = "request_cancelled", f"the task was cancelled at the server{said}"
+            code, message = _CANCELLED, f"the task was cancelled at the server{said}"
         charged = None if cancelled else 0
         await self._desk.record(
             carrier, Event.FAILED, {**trouble(code, message), "charged_units": charged}

@@ -60,8 +60,10 @@ class Fetching:
         return 0.0
 
     async def _download(self, url: str, record: Record) -> StoredImage:
+        # What has been downloaded whole is kept while the storage root is away.
         repeated = self._outages.repeated
-        return await self._images.fetch(self._client, url, record.request, repeated=repeated)
+        fetch = self._images.fetch
+        return await repeated(lambda: fetch(self._client, url, record.request, repeated=repeated))
 
     def _not_stored(self, error: OSError) -> StorageError:
         return StorageError(

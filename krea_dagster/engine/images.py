@@ -245,6 +245,7 @@ class _Body:
         self._in_thread = in_thread
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
+        self._written_bytes = 0
         self.path: Path | None = None
 
     def take(self, piece: bytes) -> object:
@@ -259,17 +260,22 @@ class _Body:
 
     def written(self) -> Path:
         """Write what waits to the file; returns its path. In a thread."""
-        if self.path is None:
-            self.path, descriptor = self._storage.open_new_file()
-        else:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
-            for piece in self._waiting:
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-        finally:
-            os.close(descriptor)
+            if self.path is None:
+                self.path, descriptor = self._storage.open_new_file()
+            else:
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.ftruncate(descriptor, self._written_bytes)  # an earlier try may have failed
+                for piece in self._waiting:
+                    rest = memoryview(piece)
+                    while rest:
+                        rest = rest[os.write(descriptor, rest) :]
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self._storage.fail(error)
+        self._written_bytes += sum(map(len, self._waiting))
         self._waiting.clear()
         self._waiting_bytes = 0
         return self.path

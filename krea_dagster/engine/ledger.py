@@ -107,7 +107,10 @@ class Ledger:
     def move(self, step: Step) -> None:
         """Move the sums by what a step commits and spends."""
         after = step.after
-        committed = after.committed_units - step.before.committed_units
+        # By the submission's own row: one that ended without a known charge stays committed.
+        columns = step.opens or step.submission
+        earlier = 0 if step.opens else step.before.committed_units
+        committed = columns.get("committed_units", earlier) - earlier
         spent = 0
         if step.change.event in (Event.COMPLETED, Event.FOUND):
             spent = step.change.values.get("charged_units") or 0

@@ -13,7 +13,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn, cast
@@ -105,7 +105,7 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-            self._fail(error)
+            self.fail(error)
 
     def ping(self) -> None:
         """See that the store answers. Raises StorageAway where it does not."""
@@ -118,7 +118,7 @@ class Storage:
                 return (self.folder / name).open("rb")
             return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
         except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-            self._fail(error)
+            self.fail(error)
 
     def has_files(self, folder: str) -> bool:
         """Whether there is a file below a folder. Lists no more than it must."""
@@ -171,15 +171,17 @@ class Storage:
             descriptor, name = tempfile.mkstemp(suffix=".part")
             return Path(name), descriptor
         folder = self.folder / partial.FOLDER
-        if self._make(folder):
-            partial.remove_abandoned(folder)
         path = folder / partial.new_name()
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         try:
-            return path, os.open(path, flags, 0o644)
-        except FileNotFoundError:  # somebody has tidied up
+            if self._make(folder):
+                partial.remove_abandoned(folder)
+            with suppress(FileNotFoundError):  # somebody has tidied up
+                return path, os.open(path, flags, 0o644)
             folder.mkdir(parents=True, exist_ok=True)
             return path, os.open(path, flags, 0o644)
+        except OSError as error:
+            self.fail(error)
 
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished file its name, durably; an older one of that name is replaced."""
@@ -189,7 +191,7 @@ class Storage:
             else:
                 self._rename(temporary, self.folder / name)
         except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-            self._fail(error)
+            self.fail(error)
 
     def _rename(self, temporary: Path, target: Path) -> None:
         sync_file(temporary)
@@ -201,7 +203,7 @@ class Storage:
             temporary.replace(target)
         sync_folder(target.parent)
 
-    def _fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: Exception) -> NoReturn:
         """Raise the error, or StorageAway where it is the store that cannot be reached now."""
         number = getattr(error, "errno", None)
         about_files = isinstance(error, _ABOUT_FILES) or number in _FULL

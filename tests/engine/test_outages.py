@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sqlite3
 import ssl
 from collections.abc import Callable, Iterator
@@ -207,6 +209,27 @@ async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     await replace(home.runner("run-2"), images=shaky).run(as_wanted(several(ROWS)))
     assert home.states(several(ROWS)) == ["stored"] * ROWS
     assert home.agree()["creates"] == ROWS
+
+
+async def test_a_folder_of_another_host_that_is_away_is_waited_for(
+    home: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS says it: the handles are stale until the server is back."""
+    away = False
+
+    def set_stale(stale: bool) -> None:
+        nonlocal away
+        away = stale
+
+    def opened(*arguments: Any, **options: Any) -> int:
+        if away and ".partial" in str(arguments[0]):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return os_open(*arguments, **options)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", opened)
+    passing = Passing(lambda: set_stale(True), lambda: set_stale(False))
+    all_delivered(home, await run_through(home, passing))
 
 
 async def test_a_journal_that_another_process_locks_is_waited_for(

@@ -19,6 +19,7 @@ import anyio
 import pytest
 
 from krea_dagster.api import KreaClient
+from krea_dagster.engine import schema
 from krea_dagster.engine.changes import Change
 from krea_dagster.engine.images import Fetched
 from krea_dagster.engine.journal import Journal
@@ -36,7 +37,7 @@ from krea_dagster.errors import (
     TryLater,
 )
 from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task, TaskFailure
-from tests.engine.engine_bench import House, as_wanted, asked, house, several, until
+from tests.engine.engine_bench import House, as_wanted, asked, house, rows, several, until
 
 pytestmark = pytest.mark.anyio
 
@@ -289,6 +290,24 @@ async def test_a_cancelled_task_is_never_bought_again_whatever_code_it_carries(
     assert (record.state, record.error_code) == (State.FAILED, "request_cancelled")
     assert code in (record.error_message or "")
     assert (record.charged_units, len(client.posts), report.progress.failed) == (None, 1, 1)
+
+
+async def test_a_cancelled_task_that_a_person_asks_for_again_stays_committed(home: House) -> None:
+    """The first one may have been charged, so the caps go on to count it beside the second."""
+    home.emulator.world.script("cancelled")
+    await home.run([asked()])
+    report = await home.run([asked()], "run-2", ask_again=frozenset({"request_cancelled"}))
+    assert report.progress.delivered == 1
+    day = next(scope for scope in committed(home) if scope.startswith("day:"))
+    assert committed(home)[day] == 2 * 4500 == sum(charged(home))
+
+
+def committed(home: House) -> dict[str, int]:
+    return {row["scope"]: row["committed_units"] for row in rows(home.url, schema.commitments)}
+
+
+def charged(home: House) -> list[int]:
+    return [row["committed_units"] for row in rows(home.url, schema.submissions)]
 
 
 async def test_a_download_that_fails_while_the_task_cannot_be_read_keeps_its_link(
