@@ -15,6 +15,7 @@ import dagster as dg
 
 from krea_dagster.engine.calls import Called
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.rows import chunks
 from krea_dagster.engine.states import State
 from krea_dagster.errors import KreaError
 from krea_dagster.plugin.resource import KreaResource
@@ -35,9 +36,11 @@ _MOST_RUNS: Final = 10
 #: The tag of a run that left rows because the server took no more, and its value.
 GOES_ON_TAG: Final = "krea/goes_on"
 GOES_ON: Final = "yes"
+#: The tag's value once a later run was for the same partitions.
+_FOLLOWED: Final = "followed"
 
-#: Runs that left rows so, the newest, that a look takes into account.
-_MOST_LOOKED_AT: Final = 200
+#: Runs that left rows so, the oldest, that a look takes into account.
+_MOST_LOOKED_AT: Final = 1000
 
 #: Without a call, an image is collected at this age; where one is to be expected, later.
 _CLOCK: Final = timedelta(minutes=1)
@@ -62,6 +65,10 @@ _UNFINISHED: Final = [
 
 #: The partitions of a run, by its tags.
 _Partitions = tuple[tuple[str, str], ...]
+#: Those of several runs, by run id.
+_Runs = dict[str, _Partitions]
+#: Whether a run buys, and so collects.
+_Buys = Callable[[dg.DagsterRun], bool]
 
 
 @dataclass(frozen=True)
@@ -177,10 +184,13 @@ def build_collect_sensor(
         partitions = _partitions_of(context.instance, buys, run_ids)
         due = due_collections(waiting, partitions, called, launched, now)
         left = _left_for_room(context.instance, buys)
-        known = {one.partitions for one in due}
-        due += [Due(one, 0, now) for one in due_to_go_on(left, launched, now) if one not in known]
         under_way = _under_way(context.instance, buys)
         runs = [one for one in due if one.partitions not in under_way][:_MOST_RUNS]
+        known = {*under_way, *(one.partitions for one in due)}
+        ended = ((where, _ended_at(record)) for where, record in left.items() if where not in known)
+        for where in due_to_go_on(ended, launched, now)[: _MOST_RUNS - len(runs)]:
+            if not _is_followed(context.instance, buys, where, left[where]):
+                runs.append(Due(where, 0, now))
         if not runs:
             return dg.SkipReason(f"{len(waiting)} images are at the server, none to collect yet.")
         launched.update((one.partitions, now) for one in runs)
@@ -192,7 +202,7 @@ def build_collect_sensor(
             cursor=_cursor(
                 {
                     where: launched[where]
-                    for where in {*partitions.values(), *(one for one, _ in left)}
+                    for where in {*partitions.values(), *left}
                     if where in launched
                 }
             ),
@@ -211,41 +221,57 @@ def _waiting(krea: KreaResource) -> tuple[list[Record], Mapping[str, Called]]:
         return waiting, journal.calls.called([record.request_key for record in waiting])
 
 
-def _partitions_of(
-    instance: dg.DagsterInstance, buys: Callable[[dg.DagsterRun], bool], run_ids: Iterable[str]
-) -> dict[str, _Partitions]:
+def _partitions_of(instance: dg.DagsterInstance, buys: _Buys, run_ids: Iterable[str]) -> _Runs:
     """The partitions of the successful runs among these, by run id."""
     found: dict[str, _Partitions] = {}
-    for run_id in sorted(run_ids):
-        run = instance.get_run_by_id(run_id)
-        if run is None or not buys(run):
-            continue
-        if run.status is dg.DagsterRunStatus.SUCCESS and (tags := _partition_tags(run)):
-            found[run_id] = tags
+    for chunk in chunks(sorted(run_ids)):
+        ended = dg.RunsFilter(run_ids=chunk, statuses=[dg.DagsterRunStatus.SUCCESS])
+        for run in instance.get_runs(ended):
+            if buys(run) and (tags := _partition_tags(run)):
+                found[run.run_id] = tags
     return found
 
 
-def _left_for_room(
-    instance: dg.DagsterInstance, buys: Callable[[dg.DagsterRun], bool]
-) -> list[tuple[_Partitions, datetime]]:
-    """The partitions whose newest successful run left rows for want of room, and when it ended."""
-    found: list[tuple[_Partitions, datetime]] = []
-    tagged = dg.RunsFilter(tags={GOES_ON_TAG: GOES_ON}, statuses=[dg.DagsterRunStatus.SUCCESS])
-    for record in instance.get_run_records(tagged, limit=_MOST_LOOKED_AT):
+def _left_for_room(instance: dg.DagsterInstance, buys: _Buys) -> dict[_Partitions, dg.RunRecord]:
+    """The newest runs that left rows for want of room, and that no look found followed, by what for.
+
+    The tag says so, and is taken back where a run has followed: nothing is kept elsewhere.
+    """
+    found: dict[_Partitions, dg.RunRecord] = {}
+    left = dg.RunsFilter(tags={GOES_ON_TAG: GOES_ON}, statuses=[dg.DagsterRunStatus.SUCCESS])
+    for record in instance.get_run_records(left, limit=_MOST_LOOKED_AT, ascending=True):
         where = _partition_tags(record.dagster_run)
-        if not where or not buys(record.dagster_run) or where in {one for one, _ in found}:
+        if not where or not buys(record.dagster_run):
             continue
-        newer = instance.get_runs(dg.RunsFilter(tags=dict(where)), limit=5)
-        last = next((run for run in newer if buys(run)), None)
-        if last is not None and last.run_id == record.dagster_run.run_id:
-            ended_s = record.end_time or record.create_timestamp.timestamp()
-            found.append((where, datetime.fromtimestamp(ended_s, timezone.utc)))
+        if (earlier := found.get(where)) is not None:
+            _note_followed(instance, earlier)
+        found[where] = record
     return found
 
 
-def _under_way(
-    instance: dg.DagsterInstance, buys: Callable[[dg.DagsterRun], bool]
-) -> set[_Partitions]:
+def _is_followed(
+    instance: dg.DagsterInstance, buys: _Buys, where: _Partitions, record: dg.RunRecord
+) -> bool:
+    """Whether a later run that buys was for the same partitions, whatever became of it."""
+    later = dg.RunsFilter(tags=dict(where), created_after=record.create_timestamp)
+    followed = any(
+        buys(run) and run.run_id != record.dagster_run.run_id for run in instance.get_runs(later)
+    )
+    if followed:
+        _note_followed(instance, record)
+    return followed
+
+
+def _note_followed(instance: dg.DagsterInstance, record: dg.RunRecord) -> None:
+    instance.add_run_tags(record.dagster_run.run_id, {GOES_ON_TAG: _FOLLOWED})
+
+
+def _ended_at(record: dg.RunRecord) -> datetime:
+    ended_s = record.end_time or record.create_timestamp.timestamp()
+    return datetime.fromtimestamp(ended_s, timezone.utc)
+
+
+def _under_way(instance: dg.DagsterInstance, buys: _Buys) -> set[_Partitions]:
     runs = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
     return {_partition_tags(run) for run in runs if buys(run)}
 

@@ -1,6 +1,7 @@
 """Submit now, collect later: which partitions are collected when, and by which runs."""
 
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from sqlalchemy import Engine, event
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
@@ -16,11 +18,12 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.plugin.collecting import (
     COLLECTS_TAG,
+    GOES_ON,
     GOES_ON_TAG,
     due_collections,
     due_to_go_on,
 )
-from tests.dagster_bench import tick, write_table
+from tests.dagster_bench import run_job, tick, write_table
 from tests.engine.engine_bench import ServerClock, asked
 
 NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
@@ -213,6 +216,89 @@ def test_rows_that_found_no_room_are_bought_by_a_later_run(tmp_path: Path, slow:
         assert run is not None
         assert run.tags[GOES_ON_TAG] == "yes"
         assert not tick(defs, instance, "krea_collect").run_requests, "it has just ended"
+
+
+@dg.op
+def _look_at_it() -> None:
+    """What somebody does with the partition downstream."""
+
+
+@dg.job
+def downstream() -> None:
+    _look_at_it()
+
+
+def _ended_earlier(instance: dg.DagsterInstance, *, seconds: float) -> None:
+    with sqlite3.connect(Path(instance.root_directory) / "history" / "runs.db") as connection:
+        connection.execute("UPDATE runs SET end_time = end_time - ?", [seconds])
+
+
+def test_rows_left_for_room_are_not_forgotten_when_other_jobs_ran_in_between(
+    tmp_path: Path, slow: Emulator
+) -> None:
+    defs = location(tmp_path, slow, max_in_flight=2)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        defs.resolve_job_def("krea_images").execute_in_process(instance=instance, tags=RANGE)
+        for _ in range(6):
+            downstream.execute_in_process(instance=instance, tags=RANGE)
+        _ended_earlier(instance, seconds=400)
+        (request,) = tick(defs, instance, "krea_collect").run_requests or ()
+        assert {name: request.tags[name] for name in RANGE} == RANGE
+
+
+def test_rows_left_for_room_are_taken_up_once_and_looked_for_no_more(
+    tmp_path: Path, slow: Emulator, server_clock: ServerClock
+) -> None:
+    defs = location(tmp_path, slow, max_in_flight=4)
+    job = defs.resolve_job_def("krea_images")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        first = job.execute_in_process(instance=instance, tags=RANGE)
+        server_clock.move(3601.0)
+        _make_older(tmp_path / "krea" / "journal.db", seconds=3700)
+        assert job.execute_in_process(instance=instance, tags=RANGE).success
+        assert slow.books()["creates"] == 6
+        _ended_earlier(instance, seconds=400)
+        _make_older(tmp_path / "krea" / "journal.db", seconds=-3700)
+        assert not tick(defs, instance, "krea_collect").run_requests, "nothing is left for room"
+        run = instance.get_run_by_id(first.run_id)
+        assert run is not None
+        assert run.tags[GOES_ON_TAG] != GOES_ON, "the next look does not find it"
+
+
+def test_a_look_asks_dagster_the_same_few_questions_however_many_runs_there_are(
+    tmp_path: Path, slow: Emulator
+) -> None:
+    defs = location(tmp_path, slow, max_in_flight=1)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        for bucket in ("bucket-000", "bucket-001"):
+            run_job(defs, instance, bucket)
+        first = _questions(defs, instance)
+        for number in range(20):
+            instance.add_run(
+                dg.DagsterRun(
+                    job_name="krea_images",
+                    run_id=str(uuid.UUID(int=number)),
+                    status=dg.DagsterRunStatus.SUCCESS,
+                    tags={GOES_ON_TAG: GOES_ON, "dagster/partition": f"other-{number}"},
+                )
+            )
+        assert _questions(defs, instance) == first
+
+
+def _questions(defs: dg.Definitions, instance: dg.DagsterInstance) -> int:
+    """How many statements a look makes of Dagster's runs."""
+    asked = []
+
+    def note(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM runs" in statement:
+            asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        tick(defs, instance, "krea_collect")
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    return len(asked)
 
 
 def test_a_person_may_have_one_run_wait_all_the_same(tmp_path: Path, emulator: Emulator) -> None:
