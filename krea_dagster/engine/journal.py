@@ -459,12 +459,17 @@ class Journal:
             )
             return [record_of(row) for row in rows]
 
-    def given_up(self) -> list[Record]:
-        """The requests that are paid and lost, whose task could be asked about again."""
+    def given_up(self, since: datetime) -> list[Record]:
+        """The requests that are paid and lost, whose task could be asked about again.
+
+        Of those that were sent since then; the oldest first.
+        """
         with self._read("read") as connection:
             rows = connection.execute(
                 JOINED.where(
-                    requests.c.state == State.EXPIRED.value, submissions.c.task_id.is_not(None)
+                    requests.c.state == State.EXPIRED.value,
+                    submissions.c.task_id.is_not(None),
+                    submissions.c.sent_at >= since,
                 ).order_by(submissions.c.sent_at)
             )
             return [record_of(row) for row in rows]

@@ -233,9 +233,9 @@ def _partitions_of(instance: dg.DagsterInstance, buys: _Buys, run_ids: Iterable[
 
 
 def _left_for_room(instance: dg.DagsterInstance, buys: _Buys) -> dict[_Partitions, dg.RunRecord]:
-    """The newest runs that left rows for want of room, and that no look found followed, by what for.
+    """The newest runs that left rows for want of room, by their partitions.
 
-    The tag says so, and is taken back where a run has followed: nothing is kept elsewhere.
+    Their tag says so, and is changed where a run has followed: nothing is kept elsewhere.
     """
     found: dict[_Partitions, dg.RunRecord] = {}
     left = dg.RunsFilter(tags={GOES_ON_TAG: GOES_ON}, statuses=[dg.DagsterRunStatus.SUCCESS])

@@ -360,18 +360,22 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         *,
         run_id: str,
         table: PromptTable | None = None,
+        only: Callable[[Record], bool] = lambda _: True,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> tuple[RunReport, dict[str, Record]]:
         """Ask for and fetch what is paid for and at hand nowhere; buys nothing.
 
-        The oldest first, because links live for a day. What was given up as lost is asked about
-        once more. Returns the report, and what became of
+        The oldest first, because links live for a day. What was given up as lost within the last
+        week is asked about once more. Of all this it takes up what ``only`` says. Returns the
+        report, and what became of
         each request that it took up, by request key. Of other tables than ``table`` it takes what
         nobody has taken for 12 hours. Raises as ``carry`` does.
         """
         with self._runner(run_id, on_progress, table) as runner:
             mine = partial(_is_own, runner.table_id if table else None)
-            paid = list(filter(mine, [*_paid(runner.journal), *runner.journal.given_up()]))
+            since = datetime.now(timezone.utc) - timedelta(seconds=runner.policy.lost_for_s)
+            known = [*_paid(runner.journal), *runner.journal.given_up(since)]
+            paid = [record for record in known if mine(record) and only(record)]
             wanted = [Wanted(record.request, record.partition_key) for record in paid]
             policy = replace(runner.policy, revive=True)
             report = _run(replace(runner, buying=False, policy=policy).run(wanted))

@@ -1,0 +1,215 @@
+"""The salvage's sensor: when it looks for what is left behind, how often, and when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.sensor_definition import SensorExecutionData
+
+from krea_dagster import build_krea_definitions
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State
+from krea_dagster.plugin.salvage import LOOKS, due, past_last_look
+from tests.dagster_bench import tick
+from tests.engine.engine_bench import ServerClock, asked
+from tests.spend.spend_bench import LEARNED, Shop
+
+NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
+EVER = datetime(1970, 1, 1, tzinfo=timezone.utc)
+TICK = timedelta(minutes=5)
+HOUR = timedelta(hours=1)
+
+
+def left(age: timedelta, seed: int = 1) -> Record:
+    return Record(asked(seed=seed), State.SUBMITTED, "p", submitted_at=NOW - age)
+
+
+def runs(until: timedelta, *, start: timedelta = timedelta(0)) -> list[timedelta]:
+    """The ages at which ticks every five minutes start a salvage of one task that never ends."""
+    task, since, found, age = left(timedelta(0)), EVER, [], start
+    while age <= until:
+        if due([task], since, NOW + age):
+            found.append(age)
+            since = NOW + age
+        age += TICK
+    return found
+
+
+# -- when -------------------------------------------------------------------------------------
+
+
+def test_what_is_left_behind_is_looked_for_at_once() -> None:
+    assert due([left(timedelta(0))], EVER, NOW)
+    assert due([left(timedelta(minutes=1))], NOW - TICK, NOW), "since the last salvage"
+
+
+def test_what_does_not_end_is_looked_for_at_growing_pauses_and_then_no_more() -> None:
+    day = runs(24 * HOUR)
+    assert len(day) == 16, "there are 288 ticks in a day"
+    pauses = [after - before for before, after in pairwise(day)]
+    assert pauses[0] == TICK
+    assert max(pauses) <= 4 * HOUR + TICK
+    assert len(runs(30 * 24 * HOUR)) == len(LOOKS), "not for ever"
+    assert runs(30 * 24 * HOUR)[-1] == 48 * HOUR
+
+
+def test_whatever_ends_meanwhile_is_looked_for_while_its_link_lives() -> None:
+    assert all(after - before <= 4 * HOUR for before, after in pairwise(LOOKS))
+
+
+def test_each_is_looked_for_at_its_own_age_whatever_others_have_started() -> None:
+    old, new = left(10 * HOUR, 1), left(timedelta(0), 2)
+    assert due([old, new], NOW - TICK, NOW) == [new]
+
+
+def test_what_no_daemon_has_looked_for_is_looked_for_once_however_old_it_is() -> None:
+    assert due([left(99 * 24 * HOUR)], EVER, NOW)
+    assert not due([left(99 * 24 * HOUR)], NOW - TICK, NOW)
+    assert due([left(49 * HOUR)], NOW - 3 * HOUR, NOW), "the daemon was down at its last look"
+
+
+def test_where_runs_collect_later_what_is_young_is_theirs() -> None:
+    assert not due([left(HOUR - TICK)], EVER, NOW, first=HOUR)
+    assert due([left(HOUR)], NOW - TICK, NOW, first=HOUR)
+
+
+def test_the_end_of_the_looking_comes_once() -> None:
+    assert past_last_look([left(48 * HOUR)], NOW - TICK, NOW)
+    assert not past_last_look([left(48 * HOUR + TICK)], NOW - TICK, NOW)
+    assert not past_last_look([left(47 * HOUR)], EVER, NOW)
+
+
+# -- through Dagster --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server_clock() -> ServerClock:
+    return ServerClock()
+
+
+@pytest.fixture
+def slow(tmp_path: Path, server_clock: ServerClock) -> Iterator[Emulator]:
+    """Tasks that take an hour of the server's clock."""
+    with Emulator(
+        state=tmp_path / "server", latency_s=3600.0, latency_jitter=0.0, clock=server_clock
+    ) as emulator:
+        emulator.world.add_account("sk-of-the-salvage", 10_000_000)
+        yield emulator
+
+
+class Left:
+    """A shop whose run was killed after it had bought, and the daemon that looks after it."""
+
+    def __init__(self, shop: Shop, instance: dg.DagsterInstance) -> None:
+        self.shop, self.instance = shop, instance
+        shop.table  # noqa: B018 - written where it is asked for
+        self.defs = build_krea_definitions(
+            prompts=str(shop.folder / "prompts.parquet"), krea=shop.krea, partition_by="hash:2"
+        )
+        self.cursor: str | None = None
+        self.runs = 0
+        krea = shop.krea
+        with krea._runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
+            wanted = batch.standing(krea).wanted()
+            policy = replace(runner.policy, patience_s=0.05)
+            asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
+
+    def tick(self) -> SensorExecutionData:
+        """Five minutes later: look, and run what was asked for."""
+        self.pass_by(TICK)
+        looked = tick(self.defs, self.instance, "krea_salvage", self.cursor)
+        self.cursor = looked.cursor
+        for request in looked.run_requests or ():
+            self.runs += 1
+            job = self.defs.resolve_job_def("krea_salvage")
+            assert job.execute_in_process(instance=self.instance, tags=dict(request.tags)).success
+        return looked
+
+    def pass_by(self, time: timedelta) -> None:
+        """Let everything that is written down be older."""
+        journal = self.shop.folder / "krea" / "journal.db"
+        with closing(sqlite3.connect(journal)) as connection, connection:
+            connection.execute(
+                "UPDATE submissions SET submitted_at = submitted_at - ?, sent_at = sent_at - ?",
+                [time // timedelta(microseconds=1)] * 2,
+            )
+        if self.cursor is not None:
+            times = map(datetime.fromisoformat, json.loads(self.cursor))
+            self.cursor = json.dumps([(at - time).isoformat() for at in times])
+
+
+def test_a_rejected_picture_is_downloaded_once_however_often_the_sensor_looks(
+    tmp_path: Path, slow: Emulator, server_clock: ServerClock
+) -> None:
+    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        here = Left(shop, instance)
+        server_clock.move(3601.0)
+        for _ in range(4):
+            here.tick()
+        (record,) = shop.records().values()
+        assert (record.state, record.error_code) == (State.COMPLETED, "flat_image")
+        assert (here.runs, slow.books()["file_gets"]) == (1, 1)
+
+
+def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_told_once(
+    tmp_path: Path, slow: Emulator
+) -> None:
+    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        here = Left(shop, instance)
+        here.pass_by(2 * HOUR)
+        looks = [here.tick() for _ in range(4)]
+        assert [len(look.run_requests or ()) for look in looks] == [1, 0, 0, 0]
+        assert looks[1].skip_message == (
+            "1 images that are paid for are left behind, none to look for yet."
+        )
+        here.pass_by(60 * HOUR)
+        last, told, after = here.tick(), here.tick(), here.tick()
+        assert len(last.run_requests or ()) == 1, "its last look"
+        assert "1 images that were paid for (0.45 credits) could not be had" in str(
+            told.skip_message
+        )
+        assert after.skip_message == "Nothing that was paid for is left behind."
+        assert not [*(told.run_requests or ()), *(after.run_requests or ())]
+
+
+def test_a_salvage_that_a_person_starts_takes_up_everything(
+    tmp_path: Path, slow: Emulator, server_clock: ServerClock
+) -> None:
+    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash", "birch")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        here = Left(shop, instance)
+        here.pass_by(60 * HOUR)
+        server_clock.move(3601.0)
+        job = here.defs.resolve_job_def("krea_salvage")
+        assert job.execute_in_process(instance=instance).success
+        assert {record.state for record in shop.records().values()} == {State.STORED}
+
+
+def test_what_was_given_up_is_asked_about_for_a_week(
+    tmp_path: Path, slow: Emulator, server_clock: ServerClock
+) -> None:
+    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        here = Left(shop, instance)
+        with closing(sqlite3.connect(tmp_path / "krea" / "journal.db")) as database, database:
+            database.execute("UPDATE requests SET state = 'expired', error_code = 'task_not_found'")
+        server_clock.move(3601.0)
+        here.pass_by(timedelta(days=8))
+        _, found = shop.krea.salvage(run_id="old", table=shop.table)
+        assert found == {}
+        here.pass_by(timedelta(days=-2))
+        _, found = shop.krea.salvage(run_id="young", table=shop.table)
+        assert [record.state for record in found.values()] == [State.STORED]
