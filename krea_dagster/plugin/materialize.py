@@ -1,8 +1,10 @@
 """Materializes partitions in this process: real runs of the job, in a real instance."""
 
+import fcntl
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -39,6 +41,9 @@ _RANGE_END: Final = "dagster/asset_partition_range_end"
 #: Written where an instance of our own is made: a tool that was asked for images should neither
 #: call home nor greet.
 _INSTANCE_SETTINGS: Final = "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
+
+#: In DAGSTER_HOME: locked by a process for as long as it opens the instance.
+_OPENING: Final = "krea-opening.lock"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def materialize(
         versions = batch.versions()
     job = settings.definitions().resolve_job_def(JOB_NAME)
     home = _dagster_home(settings)
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    with _instance_in(home) as instance:
         in_table = table.partition_keys()
         register_partitions(instance, partitions_def, in_table)
         known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
@@ -160,7 +165,7 @@ def salvage(
     krea = settings.resource()
     krea.check()
     job = settings.definitions().resolve_job_def(SALVAGE_JOB_NAME)
-    with dg.DagsterInstance.from_config(str(_dagster_home(settings))) as instance:
+    with _instance_in(_dagster_home(settings)) as instance:
         with observed(on_progress, lambda _: None):
             result = job.execute_in_process(
                 instance=instance,
@@ -243,17 +248,29 @@ class _Watch:
 def _dagster_home(settings: Settings) -> Path:
     """DAGSTER_HOME, or where there is none, a folder beside what is made."""
     if home := os.environ.get("DAGSTER_HOME"):
-        folder = Path(home).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return Path(home).absolute()
     root = settings.resource().open_storage().folder
     if root is None:
         raise ConfigError("set DAGSTER_HOME to a folder: the storage root is not one")
-    folder = root / "dagster"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "dagster.yaml").exists():
-        (folder / "dagster.yaml").write_text(_INSTANCE_SETTINGS)
-    return folder
+    return root / "dagster"
+
+
+@contextmanager
+def _instance_in(home: Path) -> Iterator[dg.DagsterInstance]:
+    """Open the instance in a folder, and make it where there is none.
+
+    One process at a time: Dagster makes the tables of its SQLite files without a lock, and several
+    that begin together would break one another.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / _OPENING).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        settings = home / "dagster.yaml"
+        if not os.environ.get("DAGSTER_HOME") and not settings.exists():
+            settings.write_text(_INSTANCE_SETTINGS)
+        opened = dg.DagsterInstance.from_config(str(home))
+    with opened as instance:
+        yield instance
 
 
 def _failures(result: dg.ExecuteInProcessResult) -> list[str]:

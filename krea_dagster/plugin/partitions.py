@@ -6,6 +6,7 @@ from typing import Final
 from zoneinfo import ZoneInfo
 
 import dagster as dg
+from sqlalchemy.exc import IntegrityError
 
 from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.prompts import (
@@ -132,9 +133,24 @@ def register_partitions(
     partitions_def: dg.PartitionsDefinition[str],
     keys: Iterable[str],
 ) -> None:
-    """Register the keys of dynamic partitions that the instance does not know yet."""
-    if found := missing_dynamic_keys(instance, partitions_def, keys):
-        instance.add_dynamic_partitions(*found)
+    """Register the keys of dynamic partitions that the instance does not know yet.
+
+    Other processes may do the same at the same time.
+    """
+    wanted = list(keys)
+    missing = missing_dynamic_keys(instance, partitions_def, wanted)
+    while missing is not None:
+        try:
+            instance.add_dynamic_partitions(*missing)
+        except IntegrityError:
+            # Dagster looks which are there, and then writes: another process came in between, and
+            # none of these was written.
+            still = missing_dynamic_keys(instance, partitions_def, wanted)
+            if still == missing:
+                raise
+            missing = still
+        else:
+            return
 
 
 def ranges(

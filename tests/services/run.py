@@ -26,6 +26,7 @@ TESTS = (
     "tests/engine/test_attempts.py",
     "tests/engine/test_owner.py",
     "tests/services/test_two_hosts.py",
+    "tests/worlds/test_beginning.py",
     "tests/curation/test_slots.py",
     "tests/curation/review/test_review_servers.py",
 )

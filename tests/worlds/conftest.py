@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.emulator import Emulator
+from tests.engine.conftest import journal_url
 from tests.engine.engine_bench import ServerClock
 from tests.spend.spend_bench import Shop
+
+__all__ = ["journal_url"]
 
 KEY = "sk-of-the-worlds-0001-Zq81"
 

@@ -1,0 +1,29 @@
+"""One of several commands that begin at one instant: it imports, waits for the others, and runs.
+
+``python -m tests.worlds.beginner FILE ARGUMENTS...`` says ``ready``, waits for the file, and is
+``krea-dagster ARGUMENTS`` from there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import krea_dagster.plugin.materialize  # noqa: F401 - else the command imports it, seconds long
+from krea_dagster import cli
+
+
+def main() -> None:
+    begin = Path(sys.argv[1])
+    sys.argv = ["krea-dagster", *sys.argv[2:]]
+    print("ready", flush=True)
+    deadline_s = time.monotonic() + 120
+    while not begin.exists():
+        if time.monotonic() > deadline_s:
+            sys.exit("nobody said begin")
+    cli.run()
+
+
+if __name__ == "__main__":
+    main()

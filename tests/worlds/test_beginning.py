@@ -1,0 +1,79 @@
+"""Several commands begin at one instant where nothing is yet: no root, journal or DAGSTER_HOME.
+
+KREA_BEGINNERS=8 begins with as many.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from krea_dagster.emulator import Emulator
+from tests.dagster_bench import write_table
+from tests.worlds.conftest import KEY
+
+ROOT: Final = Path(__file__).parents[2]
+BEGINNERS: Final = int(os.environ.get("KREA_BEGINNERS", "4"))
+ROWS: Final = 12
+
+
+def begin_together(folder: Path, settings: dict[str, str]) -> list[tuple[int, str]]:
+    """Run ``materialize`` in several processes; returns how each ended, and what it said."""
+    begin = folder / "begin"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.worlds.beginner", str(begin), "materialize"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **settings},
+            cwd=ROOT,
+        )
+        for _ in range(BEGINNERS)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        begin.touch()
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("partition_by", "home"), [("column:category", "home"), ("day:day", "beside what is made")]
+)
+def test_none_of_them_fails_and_no_image_is_bought_twice(
+    tmp_path: Path, server: Emulator, journal_url: str, partition_by: str, home: str
+) -> None:
+    settings = {
+        "EVOLINK_API_KEY": KEY,
+        "EVOLINK_BASE_URL": server.url,
+        "KREA_PROMPTS": write_table(
+            tmp_path / "prompts.parquet",
+            {
+                "prompt": [f"boat {number}" for number in range(ROWS)],
+                "category": [f"category {number % 4}" for number in range(ROWS)],
+                "day": [f"2026-01-{1 + number % 4:02d}" for number in range(ROWS)],
+            },
+        ),
+        "KREA_STORAGE": str(tmp_path / "krea"),
+        "KREA_PARTITION_BY": partition_by,
+    }
+    if home == "home":
+        settings["DAGSTER_HOME"] = str(tmp_path / "home")
+    if not journal_url.startswith("sqlite"):
+        settings["KREA_JOURNAL_URL"] = journal_url
+    ended = begin_together(tmp_path, settings)
+    assert [text for code, text in ended if code != 0] == []
+    books = server.books()
+    assert (books["creates"], books["bodies_bought_more_than_once"]) == (ROWS, 0)
