@@ -91,6 +91,22 @@ def callbacks_command() -> None:
     type=click.FloatRange(min=1),
     help="Calls that one client may make at once.",
 )
+@click.option(
+    "--connections",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Connections that one client may hold; a trusted proxy may hold any number.",
+)
+@click.option(
+    "--header-timeout",
+    "header_timeout_s",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="How long a client may take to send a request's headers.",
+)
 def serve_command(
     *,
     host: str,
@@ -103,6 +119,8 @@ def serve_command(
     trust_proxy: tuple[str, ...],
     rate: float,
     burst: float,
+    connections: int,
+    header_timeout_s: float,
 ) -> None:
     """Take callbacks and remember which images are worth asking about.
 
@@ -140,5 +158,7 @@ def serve_command(
             listener,
             tls=None if tls_cert is None or tls_key is None else Tls(tls_cert, tls_key),
             trusted_proxies=trust_proxy,
+            client_connections=connections,
+            request_within_s=header_timeout_s,
             on_ready=click.echo,
         )

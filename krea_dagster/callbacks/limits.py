@@ -1,10 +1,10 @@
-"""Says how many calls a client may make: a bucket of tokens for each. Pure, given a clock."""
+"""Says how many calls a client may make, and how many connections it may hold. Pure."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -64,3 +64,46 @@ def client_name(host: str) -> str:
             return str(address.ipv4_mapped)
         return str(ipaddress.IPv6Network((address, 64), strict=False))
     return host
+
+
+class Connections:
+    """How many connections each client holds, ``most`` at a time.
+
+    ``free`` clients may hold any number: addresses, networks, or ``*`` for all, as uvicorn takes
+    the proxies that it trusts.
+    """
+
+    def __init__(self, most: int, *, free: Sequence[str] = ()) -> None:
+        self._most = most
+        self._all = "*" in free
+        self._networks = [found for one in free if (found := _network(one)) is not None]
+        self._held: Counter[str] = Counter()
+
+    def admit(self, host: str) -> str | None:
+        """Count a connection of a host; returns the name to ``leave`` by, None for one too many."""
+        name = client_name(host)
+        limited = not self._all and not any(_within(host, one) for one in self._networks)
+        if limited and self._held[name] >= self._most:
+            return None
+        self._held[name] += 1
+        return name
+
+    def leave(self, name: str) -> None:
+        """Count a connection no more."""
+        self._held[name] -= 1
+        if self._held[name] <= 0:
+            del self._held[name]
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _within(host: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+    try:
+        return ipaddress.ip_address(host) in network
+    except ValueError:
+        return False

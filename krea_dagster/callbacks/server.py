@@ -10,10 +10,17 @@ from typing import Final, NamedTuple
 
 import uvicorn
 
+from krea_dagster.callbacks.connections import guarded
+from krea_dagster.callbacks.limits import Connections
 from krea_dagster.callbacks.receiver import Receiver
 
 #: Connections at a time; uvicorn answers those beyond with 503, and EvoLink calls again.
 MAX_CONNECTIONS: Final = 2000
+#: Those of one client; beyond them they are closed. A whole queue may end at once, and EvoLink's
+#: calls come from few addresses.
+CLIENT_CONNECTIONS: Final = 1000
+#: How long a client may take to send a request's headers.
+REQUEST_WITHIN_S: Final = 10.0
 #: EvoLink calls again after a second, so a connection that is silent for longer is of no use.
 KEEP_ALIVE_S: Final = 30
 #: How long a stop waits for answers under way.
@@ -46,16 +53,22 @@ def serve(
     *,
     tls: Tls | None = None,
     trusted_proxies: Sequence[str] = (),
+    client_connections: int = CLIENT_CONNECTIONS,
+    request_within_s: float = REQUEST_WITHIN_S,
     on_ready: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; ``on_ready`` gets the address. Call it in the main thread."""
+    """Serve until SIGINT or SIGTERM; ``on_ready`` gets the address. Call it in the main thread.
+
+    Trusted proxies may hold any number of connections.
+    """
+    connections = Connections(client_connections, free=trusted_proxies)
     # Errors go to stderr. Requests are not logged, because their paths are secrets, nor is what
     # uvicorn warns of, because strangers could fill a disk with it.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     config = uvicorn.Config(
         receiver,
         # httptools would be faster, but takes a path and headers of any length into memory.
-        http="h11",
+        http=guarded(connections, request_within_s),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import signal
+import socket
 import ssl
 import time
 from pathlib import Path
@@ -164,6 +166,98 @@ def test_one_client_is_held_to_its_rate_and_the_proxy_in_front_is_believed_only_
     assert statuses("--trust-proxy", "127.0.0.1") == [204, 204]
 
 
+# -- connections that ask for nothing ---------------------------------------------------------
+
+HALF = b"POST /a HTTP/1.1\r\nhost: a\r\n"
+
+
+class Hoard:
+    """Connections of one client that never end a request."""
+
+    def __init__(self, url: str, count: int, said: bytes = HALF) -> None:
+        self._port = int(url.rpartition(":")[2])
+        self.sockets = [self._opened(said) for _ in range(count)]
+
+    def _opened(self, said: bytes) -> socket.socket:
+        opened = socket.create_connection(("127.0.0.1", self._port), timeout=20)
+        with contextlib.suppress(ConnectionError):  # closed already
+            opened.sendall(said)
+        return opened
+
+    def closed(self) -> int:
+        """How many of them the receiver has closed."""
+        ready, _, _ = select.select(self.sockets, [], [], 0)
+        return len(ready)
+
+    def close(self) -> None:
+        for one in self.sockets:
+            one.close()
+
+
+def call(url: str, client: str, path: str = PATH) -> int:
+    """The answer to a good call from an address of this machine."""
+    transport = httpx.HTTPTransport(local_address=client)
+    with httpx.Client(transport=transport, **PLAIN) as http:  # type: ignore[arg-type]  # as above
+        return http.post(url + path).status_code
+
+
+def test_a_client_that_hoards_connections_has_a_few_of_them_and_others_are_answered(
+    tmp_path: Path,
+) -> None:
+    make_journal(tmp_path)
+    with (
+        serving(tmp_path, "--connections", "40", "--header-timeout", "60") as running,
+        contextlib.closing(Hoard(running.url, 400)) as hoard,
+    ):
+        assert call(running.url, "127.0.0.2") == 204
+        assert hoard.closed() == 360
+        with pytest.raises(httpx.TransportError):
+            call(running.url, "127.0.0.1")
+        hoard.close()
+        assert [call(running.url, "127.0.0.1") for _ in range(50)] == [204] * 50
+        assert running.stderr.read_text() == ""
+
+
+@pytest.mark.parametrize("said", [b"", HALF], ids=["nothing", "half a request"])
+def test_connections_that_send_no_request_in_time_are_closed(tmp_path: Path, said: bytes) -> None:
+    make_journal(tmp_path)
+    with (
+        serving(tmp_path, "--connections", "40", "--header-timeout", "0.5") as running,
+        contextlib.closing(Hoard(running.url, 40, said)) as hoard,
+    ):
+        for one in hoard.sockets:
+            with contextlib.suppress(ConnectionError):
+                assert one.recv(1) == b"", "it waits for its end"
+        assert call(running.url, "127.0.0.1") == 204
+
+
+def test_a_client_that_sends_a_byte_now_and_then_wins_no_time(tmp_path: Path) -> None:
+    make_journal(tmp_path)
+    unread = b"POST /a HTTP/1.1\r\nhost: a\r\ncontent-length: 60000\r\n\r\n"
+    with serving(tmp_path, "--header-timeout", "0.5") as running:
+        for said in (HALF, unread):
+            with contextlib.closing(Hoard(running.url, 1, said)) as hoard:
+                (one,) = hoard.sockets
+                began = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        one.sendall(b"a")
+                        if select.select([one], [], [], 0.05)[0] and not one.recv(1000):
+                            break
+                assert time.monotonic() - began < 10, "uvicorn alone would never close it"
+
+
+def test_a_trusted_proxy_holds_any_number_of_connections(tmp_path: Path) -> None:
+    make_journal(tmp_path)
+    options = ("--connections", "1", "--trust-proxy", "127.0.0.0/8")
+    with (
+        serving(tmp_path, *options) as running,
+        contextlib.closing(Hoard(running.url, 20)) as hoard,
+    ):
+        assert call(running.url, "127.0.0.1") == 204
+        assert hoard.closed() == 0
+
+
 # -- wrong use --------------------------------------------------------------------------------
 
 
@@ -216,6 +310,7 @@ def test_help_says_what_must_be_set() -> None:
     assert result.exit_code == 0
     for word in (
         "--host", "--port", "--storage", "--journal", "--secret-file", "--tls-cert", "--tls-key",
-        "--trust-proxy", "--rate", "--burst", "KREA_CALLBACK_SECRET", "BASE/health",
+        "--trust-proxy", "--rate", "--burst", "--connections", "--header-timeout",
+        "KREA_CALLBACK_SECRET", "BASE/health",
     ):  # fmt: skip
         assert word in result.output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from krea_dagster.callbacks.limits import Limits, client_name
+from krea_dagster.callbacks.limits import Connections, Limits, client_name
 
 
 class Seconds:
@@ -62,3 +62,18 @@ def test_a_host_of_ipv6_counts_as_its_network() -> None:
     assert client_name("2001:db8::1") != client_name("2001:db8:0:1::1")
     assert client_name("::ffff:192.0.2.1") == client_name("192.0.2.1") == "192.0.2.1"
     assert client_name("a" * 1000) == "a" * 64
+
+
+def test_a_client_holds_so_many_connections_and_another_one_for_each_that_it_leaves() -> None:
+    held = Connections(2)
+    assert [held.admit(host) for host in ("::1", "::2", "::3")] == ["::/64", "::/64", None]
+    assert held.admit("192.0.2.1") == "192.0.2.1", "another client"
+    held.leave("::/64")
+    assert [held.admit("::4"), held.admit("::5")] == ["::/64", None]
+
+
+def test_proxies_hold_any_number_of_connections() -> None:
+    for free, host in (("192.0.2.1", "192.0.2.1"), ("192.0.2.0/24", "192.0.2.9"), ("*", "")):
+        held = Connections(1, free=[free])
+        assert None not in [held.admit(host) for _ in range(9)]
+    assert Connections(0, free=["a.name", "192.0.2.1"]).admit("192.0.2.2") is None
