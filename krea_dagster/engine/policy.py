@@ -330,7 +330,8 @@ def _completed(record: Record, trail: Trail, now: datetime, policy: Policy) -> A
             "its file was found in the storage root and is gone, and its purchase is not known",
         )
     code = record.error_code or ""
-    if code in REJECTED and code not in policy.ask_again and not trail.asks:
+    rejected = code in REJECTED and not trail.asks
+    if rejected and code not in policy.ask_again:
         return Leave(f"not stored: {record.error_message}")
     old = (
         age_s is not None and age_s > policy.link_life_s and not _of_another_account(record, policy)
@@ -343,7 +344,8 @@ def _completed(record: Record, trail: Trail, now: datetime, policy: Policy) -> A
         return Leave(f"not stored after {trail.fetch_failures} tries; its link is kept")
     if trail.ask_failures >= policy.relink_tries:
         return Leave(f"not stored: no fresh link in {trail.ask_failures} reads of its task")
-    if record.result_url is None or trail.stale_link:
+    # By the same link a rejected file would come again as it is.
+    if record.result_url is None or trail.stale_link or rejected:
         return Ask()
     return Fetch()
 

@@ -233,10 +233,15 @@ def test_a_file_under_a_requests_own_name_is_looked_at_before_anything_else(stat
 
 
 @pytest.mark.parametrize("code", sorted(REJECTED))
-def test_what_was_fetched_and_rejected_is_fetched_again_only_if_it_is_wished(code: str) -> None:
+def test_what_was_rejected_is_fetched_again_only_if_it_is_wished_and_by_a_new_link(
+    code: str,
+) -> None:
     assert isinstance(following(State.COMPLETED, error_code=code), Leave)
     wished = Policy(ask_again=frozenset({code}))
-    assert following(State.COMPLETED, error_code=code, policy=wished) == Fetch()
+    assert following(State.COMPLETED, error_code=code, policy=wished) == Ask()
+    assert following(State.COMPLETED, Trail(asks=1), policy=wished) == Fetch()
+    in_vain = Trail(ask_failures=wished.relink_tries)
+    assert isinstance(following(State.COMPLETED, in_vain, error_code=code, policy=wished), Leave)
 
 
 def test_a_first_post_whose_key_another_purchase_has_is_sent_under_the_next_key() -> None:
