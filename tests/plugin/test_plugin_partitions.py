@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
+from sqlalchemy import Engine, event
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError, PromptTableError
-from krea_dagster.plugin.partitions import ranges
+from krea_dagster.plugin.partitions import ranges, register_partitions
 from krea_dagster.prompts import PromptTable, key_from_name, parse_partition_by, partition_version
 from tests.dagster_bench import bought, run_job, tick, write_table
 
@@ -213,6 +217,35 @@ def test_ranges_of_two_dimensions_stay_within_one_value_of_the_column() -> None:
         ("2026-11-01", "2026-11-01"),
         ("2026-11-03", "2026-11-03"),
     ]
+
+
+def test_partitions_that_another_process_registers_at_the_same_time_are_there(
+    tmp_path: Path,
+) -> None:
+    values = ["sea", "sky", "sun"]
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        assert instance.get_dynamic_partitions("krea_category") == []
+        database = tmp_path / "history" / "runs" / "index.db"
+        overtaken: list[str] = []
+
+        def overtake(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
+            """Between Dagster's look and its writing."""
+            if "INSERT INTO dynamic_partitions" in statement and not overtaken:
+                overtaken.append("sky")
+                with closing(sqlite3.connect(database)) as other, other:
+                    other.execute(
+                        "INSERT INTO dynamic_partitions (partitions_def_name, partition) "
+                        "VALUES ('krea_category', 'sky')"
+                    )
+
+        event.listen(Engine, "before_cursor_execute", overtake)
+        try:
+            by = dg.DynamicPartitionsDefinition(name="krea_category")
+            register_partitions(instance, by, iter(values))
+        finally:
+            event.remove(Engine, "before_cursor_execute", overtake)
+        assert overtaken
+        assert sorted(instance.get_dynamic_partitions("krea_category")) == values
 
 
 def write_multi(folder: Path, rows: Sequence[tuple[str, date]]) -> None:
