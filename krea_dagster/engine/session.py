@@ -63,6 +63,7 @@ from krea_dagster.errors import (
     RunStopped,
     StorageError,
     TakenOver,
+    TryLater,
     UnwrittenPurchase,
 )
 from krea_dagster.models import is_task_id
@@ -733,6 +734,8 @@ class Session:
         )
 
     async def _note_kept_back(self) -> None:
+        if isinstance(self.buying.stopped, TryLater):
+            return  # it passes by itself, so that it is no news of any row
         for kept, keys in self._deferring.items():
             defer = partial(
                 self._journal.defer,

@@ -399,7 +399,7 @@ async def test_an_outage_of_the_server_does_not_make_the_whole_table_unknown(hom
     report = await home.run(several(40), on_unknown="hold", patience_s=0.3)
     states = home.states(several(40))
     assert states.count("unknown") < 30
-    assert states.count("unknown") + states.count("deferred") == 40
+    assert states.count("unknown") + states.count("planned") == 40
     assert report.stopped is not None
     assert report.stopped.code == "no_usable_answer"
     assert home.emulator.books()["submit_posts"] == states.count("unknown")
