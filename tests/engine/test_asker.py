@@ -1,0 +1,142 @@
+"""Questions about tasks: each comes to an end, whatever the server's reads do meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from krea_dagster.engine import asker
+from krea_dagster.engine.asker import Answer, Asker
+from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.looking import Awaited, Hint
+from krea_dagster.errors import NoUsableAnswer
+from krea_dagster.models import Task
+
+pytestmark = pytest.mark.anyio
+
+KNOWN = Latencies.known({"1K": 0.02})
+
+
+def ended(task_id: str) -> Task:
+    return Task(task_id, "completed", 100, (f"https://files.test/{task_id}.png",))
+
+
+class Server:
+    """Its tasks have all ended. Whether it has the batch read is the test's to say."""
+
+    def __init__(self, batch: bool | None = None) -> None:
+        self.batch_supported = batch
+        self.singles: list[str] = []
+        self.batches: list[Sequence[str]] = []
+
+    async def task(self, task_id: str) -> Task:
+        self.singles.append(task_id)
+        return ended(task_id)
+
+    async def tasks(self, task_ids: Sequence[str]) -> dict[str, Task]:
+        self.batches.append(task_ids)
+        return {task_id: ended(task_id) for task_id in task_ids}
+
+
+@asynccontextmanager
+async def asking(server: Server) -> AsyncIterator[Asker]:
+    one = Asker(server, time.monotonic, KNOWN)
+    async with anyio.create_task_group() as group:
+        group.start_soon(one.run)
+        with anyio.fail_after(10):
+            yield one
+        group.cancel_scope.cancel()
+
+
+def awaited() -> Awaited:
+    return Awaited("1K", time.monotonic())
+
+
+async def ask_all(one: Asker, task_ids: Sequence[str]) -> list[Answer]:
+    answers: list[Answer] = []
+
+    async def ask(task_id: str) -> None:
+        answers.append(await one.ask(task_id, awaited(), within_s=60.0))
+
+    async with anyio.create_task_group() as group:
+        for task_id in task_ids:
+            group.start_soon(ask, task_id)
+    return answers
+
+
+@pytest.mark.parametrize("batch", [True, False, None])
+async def test_two_that_ask_about_one_task_both_get_their_answer(batch: bool | None) -> None:
+    async with asking(Server(batch)) as one:
+        answers = await ask_all(one, ["task-a", "task-a", "task-b"])
+    assert sorted(answer.task.task_id for answer in answers) == ["task-a", "task-a", "task-b"]
+
+
+async def test_a_batch_read_that_comes_and_goes_leaves_nobody_unanswered() -> None:
+    server = Server(True)
+    async with asking(server) as one:
+        for batch in (True, False, None, False, True):
+            server.batch_supported = batch
+            ids = [f"task-{batch}-{number}" for number in range(20)]
+            async with anyio.create_task_group() as group:
+                group.start_soon(ask_all, one, ids)
+                await anyio.lowlevel.checkpoint()
+                server.batch_supported = batch is not True
+    assert server.singles
+    assert server.batches
+
+
+async def test_what_is_asked_without_waiting_is_read_at_once() -> None:
+    async with asking(Server()) as one:
+        assert (await one.ask("task-a")).task == ended("task-a")
+
+
+async def test_a_task_whose_callback_is_waited_for_is_read_when_it_is_called_about() -> None:
+    server = Server()
+    async with asking(server) as one, anyio.create_task_group() as group:
+
+        async def call() -> None:
+            while "key" not in one.listening():
+                await anyio.lowlevel.checkpoint()
+            one.wake(one.listening()["key"], Hint.CALLED, 1.0)
+
+        group.start_soon(call)
+        answer = await one.ask("task-a", awaited(), within_s=60.0, called_for="key")
+    assert (answer.hint, answer.quiet_at_s) == (Hint.CALLED, 1.0)
+
+
+async def test_a_task_is_read_at_the_end_of_its_patience_although_nobody_called() -> None:
+    async with asking(Server()) as one:
+        answer = await one.ask("task-a", awaited(), within_s=0.05, called_for="key")
+    assert answer.hint is None
+
+
+async def test_a_read_that_never_ends_does_not_keep_its_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent(Server):
+        async def task(self, task_id: str) -> Task:  # noqa: ARG002 - as a reader has it
+            await anyio.sleep_forever()
+            raise AssertionError
+
+    monkeypatch.setattr(asker, "_READ_S", 0.05)
+    async with asking(Silent(False)) as one:
+        with pytest.raises(NoUsableAnswer, match="no read of task task-a has come to an end"):
+            await one.ask("task-a", awaited(), within_s=0.0)
+        assert not one.listening()
+
+
+async def test_a_run_that_is_over_ends_all_questions() -> None:
+    async with asking(Server()) as one, anyio.create_task_group() as group:
+
+        async def end() -> None:
+            await anyio.lowlevel.checkpoint()
+            one.end(NoUsableAnswer("over"))
+
+        group.start_soon(end)
+        with pytest.raises(NoUsableAnswer, match="over"):
+            await one.ask("task-a", awaited(), within_s=60.0, called_for="key")
