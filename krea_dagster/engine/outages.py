@@ -56,6 +56,7 @@ class Outages:
         self._away: dict[Part, asyncio.Event] = {}
         self.probes: dict[Part, Probe] = {}
         self.changed: Callable[[], None] = lambda: None
+        self._given_up = False
         #: Why the run is over, where the API stayed away for too long.
         self.over: RunStopped | None = None
 
@@ -63,6 +64,10 @@ class Outages:
     def closed(self) -> bool:
         """Whether nothing new is to be started now."""
         return bool(self._away) or self.over is not None
+
+    def give_up(self) -> None:
+        """Wait for nothing any more: the run was stopped."""
+        self._given_up = True
 
     def patient(self, in_thread: InThread) -> InThread:
         """Return the same way of calling, which repeats what fails because a part is away."""
@@ -84,7 +89,7 @@ class Outages:
             except (JournalAway, StorageAway) as error:
                 part = Part.JOURNAL if isinstance(error, JournalAway) else Part.STORAGE
                 was_away = await self.until_back(part, error)
-                if self._clock.monotonic() - since_s > self._patience_s:
+                if self._given_up or self._clock.monotonic() - since_s > self._patience_s:
                     raise
                 if not was_away:
                     await self._clock.sleep(self._pause_s(tries))
@@ -128,6 +133,8 @@ class Outages:
                 )
             # A certificate that is refused is so until a person has looked at it.
             passes = getattr(said, "cause", None) != "certificate"
+            if self._given_up:
+                return True
             if away_s >= self._patience_s or not passes:
                 if part is Part.API:
                     stop = TryLater if passes else RunStopped

@@ -278,6 +278,9 @@ class Session:
             async with anyio.create_task_group() as carriers:
                 try:
                     await self._feed(carriers, background)
+                except BaseException:
+                    self._outages.give_up()
+                    raise
                 finally:
                     self.buying.end_submitting()
             background.cancel_scope.cancel()

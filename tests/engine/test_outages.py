@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 import fsspec
 import pytest
 import trustme
@@ -242,6 +243,26 @@ async def test_a_journal_that_another_process_locks_is_waited_for(
     ):
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), other.rollback)
         all_delivered(home, await run_through(home, passing, journal=journal))
+
+
+async def test_a_run_that_is_stopped_waits_for_nothing(home: House, tmp_path: Path) -> None:
+    with (
+        closing(Journal(home.url, lock_timeout_s=0.05)) as journal,
+        closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
+    ):
+        passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), lambda: None)
+        runner = replace(home.runner(clock=passing, on_progress=passing.look), journal=journal)
+        runner = replace(runner, policy=replace(runner.policy, outage_patience_s=3600.0))
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                group.start_soon(runner.run, as_wanted(several(ROWS)))
+                while not other.in_transaction:  # noqa: ASYNC110 - it is the run that begins it
+                    await anyio.sleep(0.01)
+                group.cancel_scope.cancel()
+        other.rollback()
+    await home.run(several(ROWS), "run-2")
+    assert home.states(several(ROWS)) == ["stored"] * ROWS
+    assert home.agree()["creates"] == ROWS
 
 
 async def test_a_journal_that_stays_locked_ends_the_run_and_the_next_one_goes_on(
