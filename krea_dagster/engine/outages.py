@@ -57,6 +57,8 @@ class Outages:
         self.probes: dict[Part, Probe] = {}
         self.changed: Callable[[], None] = lambda: None
         self._given_up = False
+        #: Seconds of this run in which something was away.
+        self.away_s = 0.0
         #: Why the run is over, where the API stayed away for too long.
         self.over: RunStopped | None = None
 
@@ -107,10 +109,12 @@ class Outages:
             await ended.wait()
             return True
         ended = self._away[part] = asyncio.Event()
+        since_s = self._clock.monotonic()
         try:
             return await self._probe(part, error)
         finally:
             del self._away[part]
+            self.away_s += self._clock.monotonic() - since_s
             ended.set()
             self.changed()
 

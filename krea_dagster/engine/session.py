@@ -445,7 +445,10 @@ class Session:
 
     def _next(self, record: Record, trail: Trail) -> Action:
         buying = self._runner.buying and self.buying.stopped is None
-        return next_action(record, trail, self._clock.now(), self._runner.policy, buying=buying)
+        # While something was away, nobody could ask about a task.
+        policy = self._runner.policy
+        policy = changed(policy, patience_s=policy.patience_s + self._outages.away_s)
+        return next_action(record, trail, self._clock.now(), policy, buying=buying)
 
     def _start(self, carriers: anyio.abc.TaskGroup, item: _Item, *, submits: bool = False) -> None:
         partition_key = self._planned.unfinished[item.record.request_key]

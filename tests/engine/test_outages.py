@@ -127,6 +127,16 @@ async def test_a_run_that_begins_while_the_api_is_away_waits_for_it(
     all_delivered(home, await run_through(home, passing, **through(gate)))
 
 
+async def test_tasks_that_nobody_could_ask_about_have_their_patience_afterwards(
+    home: House, gate: Gate
+) -> None:
+    passing = Passing(gate.close, gate.open)
+    runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=60.0)
+    policy = replace(runner.policy, patience_s=0.5, wait_scale=0.05)
+    runner = replace(runner, policy=policy, **through(gate))
+    all_delivered(home, await runner.run(as_wanted(several(ROWS))))
+
+
 async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing_lost(
     home: House, gate: Gate
 ) -> None:
