@@ -67,10 +67,14 @@ def home(tmp_path: Path) -> Iterator[House]:
 @pytest.fixture
 def gate(home: House) -> Iterator[Gate]:
     """In front of the emulator."""
+    with gate_to(port_of(home)) as opened:
+        yield opened
+
+
+def port_of(home: House) -> int:
     port = urlsplit(home.emulator.url).port
     assert port is not None
-    with gate_to(port) as opened:
-        yield opened
+    return port
 
 
 async def run_through(home: House, passing: Passing, **other: Any) -> RunReport:
@@ -128,13 +132,16 @@ async def test_a_run_that_begins_while_the_api_is_away_waits_for_it(
 
 
 async def test_tasks_that_nobody_could_ask_about_have_their_patience_afterwards(
-    home: House, gate: Gate
+    tmp_path: Path,
 ) -> None:
-    passing = Passing(gate.close, gate.open)
-    runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=60.0)
-    policy = replace(runner.policy, patience_s=0.5, wait_scale=0.05)
-    runner = replace(runner, policy=policy, **through(gate))
-    all_delivered(home, await runner.run(as_wanted(several(ROWS))))
+    """Each was asked about before, and had not ended."""
+    slow = {"latency_s": 0.8, "latency_jitter": 0.9}
+    with house(tmp_path, **slow) as home, gate_to(port_of(home)) as gate:
+        passing = Passing(gate.close, gate.open)
+        runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=60.0)
+        policy = replace(runner.policy, patience_s=1.6, wait_scale=0.1)
+        runner = replace(runner, policy=policy, max_in_flight=30, **through(gate))
+        all_delivered(home, await runner.run(as_wanted(several(ROWS))))
 
 
 async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing_lost(
