@@ -26,7 +26,7 @@ from krea_dagster.engine.statements import (
     events_of_run,
     execute_for_all,
     locked_records,
-    requests_of_tasks,
+    purchases_of_tasks,
     see_files,
 )
 from krea_dagster.engine.states import Event
@@ -71,12 +71,11 @@ def write_changes(
             continue
         try:
             before = check(change, present.get(change.request_key), owner)
-            if (task_id := _task_id(change)) and taken.get(
-                task_id, change.request_key
-            ) != change.request_key:
+            task_id, key = _task_id(change), before.idempotency_key
+            if task_id and taken.get(task_id, key) != key:
                 raise TaskTaken(
-                    f"task {task_id} is that of request {taken[task_id]}, and not of request "
-                    f"{change.request_key} too"
+                    f"task {task_id} is that of the purchase {taken[task_id]}, and not of "
+                    f"request {change.request_key} now"
                 )
             if change.event is Event.SUBMITTING:
                 committed = expected = ledger.admit(change, before)
@@ -91,7 +90,7 @@ def write_changes(
         answers.append(step.after)
         steps.append(step)
         if task_id:
-            taken[task_id] = change.request_key
+            taken[task_id] = str(key)
     for round_ in _rounds(steps):
         _write_steps(connection, round_, owner=owner, run_id=run_id, root_id=root_id)
     ledger.write()
@@ -177,6 +176,6 @@ def _task_id(change: Change) -> str | None:
 
 
 def _tasks_of_others(connection: Connection, changes: Sequence[Change]) -> dict[str, str]:
-    """The requests that have the tasks which these changes name, by task id."""
+    """The purchases that have the tasks which these changes name, by task id."""
     named = [task_id for change in changes if (task_id := _task_id(change))]
-    return requests_of_tasks(connection, named) if named else {}
+    return purchases_of_tasks(connection, named) if named else {}

@@ -252,7 +252,29 @@ class Session:
         self._changed.set()
 
     async def _confirm(self, carrier: Carrier) -> bool:
+        record = carrier.record
+        asked_again = record.error_code in self._runner.policy.ask_again
+        if not asked_again and await self._in_thread(self._may_have_two_tasks, record):
+            reason = (
+                "not bought again: its purchase was sent twice, and the task that failed may not "
+                f"be the only one; `--retry {record.error_code}` buys it again all the same"
+            )
+            carrier.trail = changed(carrier.trail, final=reason)
+            return False
         return await self.asking.may_be_bought_again(carrier)
+
+    def _may_have_two_tasks(self, record: Record) -> bool:
+        """Whether a purchase was repeated, and the server has not said that it knew the first."""
+        repeated = known = False
+        for _, event, data in self._journal.history(record.request_key):
+            match event:
+                case Event.SUBMITTING:
+                    repeated = known = False
+                case Event.REPLAYING:
+                    repeated = True
+                case Event.ACCEPTED:
+                    known = data.get("replayed") is True
+        return repeated and not known
 
     def _keep(self, bought: UnwrittenPurchase, values: Mapping[str, Any]) -> str:
         """Write what was bought where the next run finds it; returns where."""
@@ -392,7 +414,8 @@ class Session:
         """Leave all at once what this run will not come to: no call, event or wait for each."""
         over = self._outages.over
         if over is not None:
-            self._stop_buying(over)
+            if self.buying.stopped is None:
+                self._stop_buying(over)
             self.asker.end(over)
             reason = f"left to a later run: {over}"
             for queue in (self._to_submit, self._to_collect):
@@ -413,7 +436,7 @@ class Session:
         for key in keys:
             self._progress = self._progress.left_behind(self._planned.rows(key))
             self._note_left(key, reason)
-        self._wake()
+            self._wake()
 
     def _is_left(self, record: Record) -> bool:
         """Whether a purchase is left to a later run, because only waiting would give it a place.

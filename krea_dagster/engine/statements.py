@@ -107,11 +107,11 @@ def events_of_run(
     return {(row.request_key, row.event, row.at) for row in rows}
 
 
-def requests_of_tasks(connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:
-    """Return the requests that have these tasks, by task id."""
-    query = select(submissions.c.task_id, submissions.c.request_key)
+def purchases_of_tasks(connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:
+    """Return the Idempotency-Keys of the submissions that have these tasks, by task id."""
+    query = select(submissions.c.task_id, submissions.c.idempotency_key)
     rows = connection.execute(query.where(submissions.c.task_id.in_(task_ids)))
-    return {row.task_id: row.request_key for row in rows}
+    return {row.task_id: row.idempotency_key for row in rows}
 
 
 def stop_of(connection: Connection, launch: str, at: datetime) -> tuple[str, str] | None:

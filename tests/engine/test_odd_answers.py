@@ -127,8 +127,56 @@ async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(home: 
     states = home.states(requests)
     assert sorted(states) == ["stored"] * 4 + ["unknown"]
     (why,) = report.left.values()
-    assert "is that of request" in why
+    assert "is that of the purchase" in why
     assert home.emulator.books()["bodies_bought_more_than_once"] == 0
+
+
+async def test_an_id_of_the_rows_own_earlier_purchase_is_its_trouble_alone(home: House) -> None:
+    requests = several(3)
+    home.emulator.world.script("fail", arg="service_error")
+    await home.run(requests[:1], task_tries=1)
+    home.emulator.world.script("repeated_id")
+    report = await home.run(requests[:1], "run-2")
+    assert home.states(requests[:1]) == ["unknown"]
+    assert "is that of the purchase" in report.left[requests[0].request_key]
+    await home.run(requests, "run-3")
+    assert home.states(requests) == ["stored"] * 3
+
+
+async def test_a_purchase_sent_twice_whose_task_failed_is_not_bought_again_by_itself(
+    tmp_path: Path,
+) -> None:
+    """Of a server that does not know the key again, the first POST may have a task, too."""
+    with house(tmp_path, idempotency=False) as home:
+        await repeat_a_purchase_whose_task_fails(home)
+        assert home.states([asked()]) == ["failed"]
+        again = await home.run([asked()], "run-3")
+        assert "sent twice" in again.left[asked().request_key]
+        assert home.emulator.books()["creates"] == 2
+        await home.run([asked()], "run-4", ask_again=frozenset({"service_error"}))
+        assert home.states([asked()]) == ["stored"], "a person may decide so"
+
+
+async def test_a_purchase_whose_repeat_was_recognised_is_bought_again_after_its_task_failed(
+    home: House,
+) -> None:
+    await repeat_a_purchase_whose_task_fails(home)
+    assert home.states([asked()]) == ["stored"]
+    assert home.emulator.books()["creates"] == 2
+
+
+async def repeat_a_purchase_whose_task_fails(home: House) -> None:
+    """Where the server recognises the repeat, there is one task; else the second one fails."""
+    script = home.emulator.world.script
+    honoured = home.emulator.world.idempotency
+    if honoured:
+        script("fail", arg="service_error")
+    script("html_200")
+    await home.run([asked()], on_unknown="hold")
+    assert home.states([asked()]) == ["unknown"]
+    if not honoured:
+        script("fail", arg="service_error")
+    await home.run([asked()], "run-2")
 
 
 async def test_a_decision_that_names_anothers_task_leaves_its_row_and_no_other(
@@ -143,7 +191,7 @@ async def test_a_decision_that_names_anothers_task_leaves_its_row_and_no_other(
     decided = replace(runner, resolutions={requests[1].request_key: HasTask(task_id)})
     report = await decided.run(as_wanted(requests))
     assert home.states(requests) == ["stored", "unknown", "stored", "stored"]
-    assert "is that of request" in report.left[requests[1].request_key]
+    assert "is that of the purchase" in report.left[requests[1].request_key]
 
 
 async def test_a_journal_that_holds_an_id_that_is_none_ends_no_run(home: House) -> None:
@@ -170,7 +218,7 @@ async def test_two_claims_of_one_task_end_with_one_row(home: House) -> None:
         report = await home.run(requests, "run-2", on_unknown="hold")
     assert sorted(home.states(requests)) == ["stored", "unknown"]
     (why,) = report.left.values()
-    assert "is that of request" in why
+    assert "is that of the purchase" in why
 
 
 # -- tasks that are not found -----------------------------------------------------------------

@@ -66,6 +66,7 @@ EVERYTHING: dict[str, Any] = {
         "day_credits": 20,
         "budgets": ["month=900", "column:day=5"],
         "patience_s": 600,
+        "outage_patience_s": 60,
         "timeout_s": 30,
         "download_timeout_s": 90,
     },
