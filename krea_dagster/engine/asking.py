@@ -138,7 +138,7 @@ class Asking:
         """Take up the task that a callback claims, where EvoLink says that it may be the one."""
         said = f"outcome unknown, a person decides: a callback claims task {claim.task_id}"
         try:
-            answer = await self._asker.ask(claim.task_id)
+            answer = await self._claimed(claim.task_id, carrier.record)
         except KreaError as error:
             carrier.trail = changed(carrier.trail, final=f"{said}, which cannot be read: {error}")
             return 0.0
@@ -151,6 +151,18 @@ class Asking:
         except TaskTaken as error:
             carrier.trail = changed(carrier.trail, final=f"{said}, but {error}")
         return 0.0
+
+    async def _claimed(self, task_id: str, record: Record) -> Answer:
+        """Read a claimed task once it has ended, or the patience is over."""
+        since_s, patience_s = self._desk.clock.monotonic(), self._desk.policy.patience_s
+        answer = await self._asker.ask(task_id)
+        while answer.task.status in ("pending", "processing"):
+            waited_s = answer.asked_at_s - since_s
+            if waited_s >= patience_s:
+                break
+            awaited = Awaited(record.request.quality, since_s, max(0.0, waited_s))
+            answer = await self._asker.ask(task_id, awaited, within_s=patience_s - waited_s)
+        return answer
 
     async def may_be_bought_again(self, carrier: Carrier) -> bool:
         """Read a failed task once more before its request is bought again.

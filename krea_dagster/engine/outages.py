@@ -102,7 +102,7 @@ class Outages:
 
         ``error`` is what gave rise to the question.
         """
-        if self.over is not None:
+        if self.over is not None and part is Part.API:
             return True
         ended = self._away.get(part)
         if ended is not None:
@@ -150,4 +150,4 @@ class Outages:
         raise AssertionError
 
     def _pause_s(self, tries: int) -> float:
-        return min(_MOST_S, _FIRST_S * 2.0 ** (tries - 1)) * self._wait_scale
+        return min(_MOST_S, _FIRST_S * 2.0 ** min(tries - 1, 10)) * self._wait_scale

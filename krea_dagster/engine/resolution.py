@@ -77,11 +77,12 @@ def why_not_taken(claim: Claim, record: Record, task: Task) -> str | None:
     """Why a claimed task cannot be that of a purchase, None where it can.
 
     ``task`` is what EvoLink says of the claimed one. Whoever knows an address can claim another
-    task of the same account, so its time must fit: created once the purchase was sent, and before
-    the first call.
+    task of the same account, so it must be completed, and its time must fit: created once the
+    purchase was sent, and before the first call.
     """
-    if task.status in ("failed", "cancelled"):
-        return "it has failed, so that nothing shows whether it is the one"
+    if task.status != "completed":
+        # A task that fails would be taken for proof that the purchase cost nothing.
+        return f"it is {task.status}, so that nothing shows whether it is the one"
     if task.created_at is None or record.sent_at is None:
         return "EvoLink does not say when it was created"
     if task.created_at < record.sent_at - _CLOCKS:

@@ -241,6 +241,24 @@ async def test_a_claimed_task_of_another_row_or_another_time_is_not_taken(home: 
     assert "older than the purchase" in report.left[late.request_key]
 
 
+async def test_a_claimed_task_that_fails_is_no_proof_that_the_purchase_cost_nothing(
+    tmp_path: Path,
+) -> None:
+    """It may be another row's: this row's own task may be paid for."""
+    with house(tmp_path, latency_s=0.3) as home:
+        one, other = several(2)
+        home.emulator.world.script("fail", arg="service_error")
+        home.emulator.world.script("drop_after_create", n=2)
+        await home.run([one], on_unknown="hold")
+        await home.run([other], "run-2", on_unknown="hold")
+        (failing, _) = home.emulator.books()["tasks"]
+        home.journal.calls.remember([(other.request_key, failing["task_id"])])
+        report = await home.run([other], "run-3", on_unknown="hold")
+        assert home.states([other]) == ["unknown"]
+        assert "it is failed" in report.left[other.request_key]
+        assert home.emulator.books()["creates"] == 2
+
+
 async def test_under_replay_the_repeat_tells_and_no_claim_is_believed(home: House) -> None:
     request, task_id = await _lost(home)
     other = asked(seed=11)
