@@ -22,6 +22,7 @@ from benchmarks.page import page
 NAMES: Final = (
     "makespan",
     "workers",
+    "processes",
     "cpu",
     "memory",
     "planning",

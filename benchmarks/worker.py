@@ -59,8 +59,12 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
         first = options.first
         return await runner.run(wanted(number) for number in range(first, first + options.images))
 
+    journal_url = options.journal or f"sqlite:///{options.folder / 'journal.db'}"
+    if options.journal:  # which several workers open: made before any of them begins
+        Journal(journal_url).close()
+
     def work() -> dict[str, Any]:
-        with closing(Journal(f"sqlite:///{options.folder / 'journal.db'}")) as journal:
+        with closing(Journal(journal_url)) as journal:
             report = asyncio.run(buy(journal))
         return {
             "delivered": report.progress.delivered,
@@ -158,10 +162,16 @@ def main() -> None:
     add.add_argument("--partition-by", default="hash:8")
     add.add_argument("--no-look", action="store_false", dest="look")
     add.add_argument("--begin-at", type=float, default=0.0, help="of time.monotonic()")
+    add.add_argument("--journal", help="a URL; default: a SQLite file in the folder")
+    add.add_argument("--gate", type=Path, help="a folder; begins once the file `open` is there")
     options = add.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     work = KINDS[options.kind](options)
     time.sleep(max(0.0, options.begin_at - time.monotonic()))
+    if options.gate:
+        (options.gate / f"{options.key}.ready").touch()
+        while not (options.gate / "open").exists():
+            time.sleep(0.01)
     began_s, cpu_s = time.monotonic(), time.process_time()
     said = work()
     said["wall_s"] = time.monotonic() - began_s

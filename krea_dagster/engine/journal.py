@@ -38,6 +38,7 @@ from krea_dagster.engine.changes import Change
 from krea_dagster.engine.database import Database
 from krea_dagster.engine.ledger import Ledger
 from krea_dagster.engine.owner import Owner
+from krea_dagster.engine.paces import PaceLog
 from krea_dagster.engine.prompt_tables import PromptTableLog
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.roots import RootLog
@@ -154,6 +155,11 @@ class Journal:
     def api_keys(self) -> ApiKeyLog:
         """The API keys that images were bought with."""
         return ApiKeyLog(self._database)
+
+    @property
+    def paces(self) -> PaceLog:
+        """What its runs have learned of their accounts' limits."""
+        return PaceLog(self._database)
 
     @property
     def journal_id(self) -> str:

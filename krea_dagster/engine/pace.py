@@ -8,10 +8,11 @@ next although none has ended.
 
 - A limit on the **number at once** is met by a window. It grows a little with what is taken,
   shrinks a little with what is turned away, and so stays where few are turned away.
-- A limit on the **rate** is met by spacing. A refusal takes 3 % off, which are given back
-  within 2 s; then the rate rises, slowly first, until the next refusal.
+- A limit on the **rate** is met by spacing. After a refusal the rate is what the server took
+  since the one before; then it rises, slowly first, until the next refusal.
 
-Several runs with one key share an account by this alone: who sends more is refused more.
+Several runs with one key share an account by this alone: who sends more is refused more. Where
+they share a journal, too, each goes by its share of what all of them have learned (``sharing.py``).
 """
 
 from __future__ import annotations
@@ -26,10 +27,7 @@ from krea_dagster.engine.frozen import changed
 #: Tasks at once before anything was turned away; each that is taken opens the window by one.
 _OPENING: Final = 8.0
 
-#: What a refusal takes off the rate, and the seconds until it is given back.
-_CUT: Final = 0.03
-_RECOVERY_S: Final = 2.0
-#: How the rate rises after that, as a share by the second squared: when little is known of the
+#: How the rate rises after a refusal, as a share by the second squared: when little is known of the
 #: limit, and at last.
 _RISE_FIRST: Final = 0.25
 _RISE_LAST: Final = 0.0011
@@ -52,10 +50,8 @@ _FULL_TIMES: Final = 3
 #: Refusals in a row after which a window that is still larger than what is at the server shrinks
 #: to that, at most by half.
 _FULL_ROW: Final = 4
-#: Refusals in a row at the rate that was thought right, and seconds: then it was not the rate.
-_NOT_THE_RATE: Final = 8
-_NOT_THE_RATE_S: Final = 2.0
-#: Cuts within so many submissions that did not help: the refusals come by chance.
+#: After so many cuts within so many submissions the refusals come by chance, or by others: what was
+#: learned of the rate is forgotten. Runs that share it have it rise again as when little is known.
 _CUTS_IN_VAIN: Final = 6
 _CUTS_WITHIN: Final = 100
 
@@ -83,10 +79,27 @@ class InWork(NamedTuple):
     deviation: float
 
 
-class _Refusal(NamedTuple):
+class Refusal(NamedTuple):
+    """When a 429 came, how many were taken before it, and for how long nothing was sent."""
+
     at_s: float
     taken: int
     paused_s: float
+
+
+class Share(NamedTuple):
+    """A run's share of an account: the places that others have, and its part of the rate.
+
+    ``before`` is how many runs go before it: where each answer has to be waited for, only the
+    first one tries, and after a pause for all of them they begin one after another.
+    """
+
+    elsewhere: int = 0
+    of_rate: float = 1.0
+    before: int = 0
+
+
+ALONE: Final = Share()
 
 
 @dataclass(frozen=True)
@@ -94,16 +107,17 @@ class Pace:
     """What may be submitted now, learned from the answers so far.
 
     ``most`` bounds the tasks at once, and ``most_per_s`` the submissions a second, where the
-    user knows. Times are seconds of one clock that never goes back.
+    user knows; ``share`` is what other runs leave. All else is learned of the account as a whole.
+    Times are seconds of one clock that never goes back.
     """
 
     most: int
     most_per_s: float | None = None
+    share: Share = ALONE
     limit: Limit = Limit.NONE
     window: float = _OPENING
     rate_per_s: float | None = None
-    cut: float = 0.0
-    cut_at_s: float = 0.0
+    rate_at_s: float = 0.0
     rise: float = _RISE_FIRST
     next_at_s: float = 0.0
     pause_until_s: float = 0.0
@@ -116,7 +130,7 @@ class Pace:
     refused_at_s: float = -math.inf
     refused_with: float = math.inf
     unrefuted: int = 0
-    refusals: tuple[_Refusal, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     cuts: tuple[int, ...] = ()
     refusal_cost_s: float = 0.0
     slowed_at_s: float = -math.inf
@@ -125,8 +139,15 @@ class Pace:
 
     @property
     def room(self) -> int:
-        """Tasks that may be at the server at once."""
-        return max(1, min(self.most, math.floor(self.window)))
+        """Tasks that this run may have at the server at once."""
+        if self.is_tried and self.share.before:
+            return 0
+        return max(0, math.floor(min(self.window, self.most_of_all)) - self.share.elsewhere)
+
+    @property
+    def most_of_all(self) -> float:
+        """The most that the window need be, for this run to have as many as its user allows."""
+        return float(self.most + self.share.elsewhere)
 
     def is_full(self, at_once: int) -> bool:
         """Whether so many tasks are all that the user allows, or that the server takes at once."""
@@ -135,10 +156,13 @@ class Pace:
     @property
     def one_by_one(self) -> bool:
         """Whether to wait for each answer before the next submission: an answer decides."""
+        return self.is_tried or self.refused_in_row > 0
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether nothing is known that more than one run could go by."""
         unmeasured = self.limit is Limit.RATE and self.rate_per_s is None
-        return (
-            self.limit is Limit.UNCLEAR or unmeasured or self.unanswered or self.refused_in_row > 0
-        )
+        return self.limit is Limit.UNCLEAR or unmeasured or self.unanswered
 
     @property
     def unclear(self) -> bool:
@@ -148,27 +172,23 @@ class Pace:
     def wait_s(self, now_s: float) -> float:
         """Seconds until the rate, and what the server asked for, let the next one leave."""
         until_s = self.pause_until_s
-        if self.rate_at(now_s) is not None:
-            until_s = max(until_s, self.next_at_s)
+        rate = self.rate_at(now_s)
+        if rate is not None:
+            until_s = max(until_s + self.share.before / rate, self.next_at_s)
         return max(0.0, until_s - now_s)
 
     def rate_at(self, now_s: float) -> float | None:
-        """Submissions a second, or None where no limit is known."""
+        """Submissions a second of all runs, or None where no limit is known."""
+        most_per_s = None if self.most_per_s is None else self.most_per_s / self.share.of_rate
         if self.rate_per_s is None:
-            return self.most_per_s
-        quiet_s = max(0.0, now_s - self.cut_at_s)
-        if self.cut and quiet_s < _RECOVERY_S:
-            rate = self.rate_per_s * (1.0 - self.cut * (1.0 - quiet_s / _RECOVERY_S) ** 3)
-        else:
-            quiet_s -= _RECOVERY_S if self.cut else 0.0
-            # Where a refusal costs seconds of silence, they are looked for less often.
-            cost_s = self.refusal_cost_s
-            rise = _RISE_LAST / (1.0 + 20.0 * cost_s)
-            rise += (self.rise - _RISE_LAST) / (1.0 + 2.0 * cost_s)
-            late_s = max(0.0, quiet_s - _QUIET_S - 15.0 * cost_s)
-            risen = rise * quiet_s**2 * math.sqrt(_USUAL_PER_S / self.rate_per_s)
-            rate = self.rate_per_s * (1.0 + risen + 0.05 * late_s**2)
-        return rate if self.most_per_s is None else min(rate, self.most_per_s)
+            return most_per_s
+        # A rate that is too high is refused to each of the runs that share it: it rises later.
+        quiet_s = max(0.0, now_s - self.rate_at_s)
+        late_s = max(0.0, quiet_s - _QUIET_S)
+        quiet_s *= math.sqrt(self.share.of_rate)
+        risen = self.rise * quiet_s**2 * math.sqrt(_USUAL_PER_S / self.rate_per_s)
+        rate = self.rate_per_s * (1.0 + risen + 0.05 * late_s**2)
+        return rate if most_per_s is None else min(rate, most_per_s)
 
     # -- what happened ------------------------------------------------------------------------
 
@@ -177,7 +197,7 @@ class Pace:
         rate = self.rate_at(now_s)
         if rate is None:
             return self
-        spacing_s = 1.0 / rate
+        spacing_s = 1.0 / (rate * self.share.of_rate)
         return changed(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
 
     def taken(self, sent_at_s: float, in_work: InWork, *, pressed: bool) -> Pace:
@@ -187,7 +207,9 @@ class Pace:
         """
         after = changed(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
         if sent_at_s <= self.refused_at_s:
-            return after  # of the burst that was refused: it says nothing about the time since
+            # Of the burst that was refused: it says nothing about the time since.
+            counted = [one._replace(taken=one.taken + 1) for one in self.refusals[-1:]]
+            return changed(after, refusals=(*self.refusals[:-1], *counted))
         after = changed(after, refused_in_row=0, unanswered=False)
         match self.limit:
             case Limit.NONE:
@@ -214,10 +236,10 @@ class Pace:
             refused_in_row=in_row,
             row_since_s=now_s if first else self.row_since_s,
             taken_in_row=0,
-            refusal_cost_s=max(self.refusal_cost_s * 0.9, wait_s),
+            refusal_cost_s=wait_s,
             refusals=(
                 *(one for one in self.refusals if now_s - one.at_s < 15.0),
-                _Refusal(now_s, self.taken_count, self.paused_s),
+                Refusal(now_s, self.taken_count, self.paused_s),
             ),
         )
         pause_s = min(_PAUSE_MOST_S, _PAUSE_S * 2.0 ** (in_row - 1))
@@ -255,17 +277,22 @@ class Pace:
         A server that queues instead of refusing is overloaded all the same, and what waits
         there longer is not finished sooner. Once per such latency, 10 % are taken off.
         """
-        if median_s < _SLOW * best_s or now_s - self.slowed_at_s < median_s:
+        if not is_slow(median_s, best_s) or now_s - self.slowed_at_s < median_s:
             return self
-        window = max(_OPENING, min(self.window, float(self.most)) * 0.9)
+        window = max(_OPENING, min(self.window, self.most_of_all) * 0.9)
         if window >= self.window:
             return changed(self, slowed_at_s=now_s)
         limit = Limit.AT_ONCE if self.limit is Limit.NONE else self.limit
         return changed(self, limit=limit, window=window, slowed_at_s=now_s, taken_in_row=0)
 
 
+def is_slow(median_s: float, best_s: float) -> bool:
+    """Whether images take so long that the server must be overloaded."""
+    return median_s >= _SLOW * best_s
+
+
 def _opened(pace: Pace, by: float) -> Pace:
-    return changed(pace, window=min(float(pace.most), pace.window + by))
+    return changed(pace, window=min(pace.most_of_all, pace.window + by))
 
 
 def _growth(pace: Pace) -> float:
@@ -288,7 +315,7 @@ def _weighed(pace: Pace, in_work: InWork) -> Pace:
             limit=Limit.RATE,
             rate_per_s=None,
             rise=_RISE_FIRST,
-            window=float(pace.most),
+            window=math.inf,
             refused_with=math.inf,
         )
     return changed(pace, unrefuted=0) if at_least > pace.refused_with + 0.5 else pace
@@ -306,7 +333,7 @@ def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
     return changed(
         pace,
         limit=Limit.UNCLEAR,
-        window=max(float(in_work.known) + 1.0, min(pace.window, float(pace.most))),
+        window=max(float(in_work.known) + 1.0, min(pace.window, pace.most_of_all)),
         refused_with=in_work.expected if new else min(in_work.expected, pace.refused_with),
         unrefuted=unrefuted,
     )
@@ -314,23 +341,27 @@ def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
 
 def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
     """After a refusal at a rate."""
-    if pace.refused_in_row >= _NOT_THE_RATE and now_s - pace.row_since_s >= _NOT_THE_RATE_S:
-        window = max(1.0, float(in_work.known))
-        return changed(pace, limit=Limit.AT_ONCE, rate_per_s=None, window=window)
     before = pace.rate_at(now_s) if pace.rate_per_s is not None else None
     if before is None:
         first = pace.refusals[0]
         rate = max(1, pace.taken_count - first.taken) / max(0.02, now_s - first.at_s)
         mark = pace.refusals[-1]
-        return _at_rate(pace, now_s, rate, cut=0.0, rise=_RISE_FIRST, refusals=(mark,))
+        # Too high a rate is refused to each of the runs that share it.
+        rise = _RISE_FIRST * pace.share.of_rate
+        return _at_rate(changed(pace, refusals=(mark,)), now_s, rate, rise=max(_RISE_LAST, rise))
     if pace.refused_in_row > 1:
         return pace
-    cuts = (*(c for c in pace.cuts if pace.taken_count - c < _CUTS_WITHIN), pace.taken_count)
-    if len(cuts) >= _CUTS_IN_VAIN and pace.rise <= _RISE_LAST:
-        return changed(pace, limit=Limit.NONE, rate_per_s=None, cuts=(), refusals=())
     rate = _measured(pace, now_s, before)
-    slower = _at_rate(pace, now_s, rate, cut=_CUT, rise=max(_RISE_LAST, pace.rise / 6.0))
-    return changed(slower, cuts=cuts)
+    cuts = (*(c for c in pace.cuts if pace.taken_count - c < _CUTS_WITHIN), pace.taken_count)
+    rise = max(_RISE_LAST, pace.rise / 6.0)
+    if len(cuts) >= _CUTS_IN_VAIN and pace.rise <= _RISE_LAST:
+        if pace.share.of_rate < 1.0:
+            return _at_rate(changed(pace, cuts=()), now_s, rate, rise=_RISE_FIRST)
+        window = max(_OPENING, float(in_work.known))
+        return changed(
+            pace, limit=Limit.NONE, rate_per_s=None, window=window, cuts=(), refusals=()
+        )
+    return _at_rate(changed(pace, cuts=cuts), now_s, rate, rise=rise)
 
 
 def _measured(pace: Pace, now_s: float, rate: float) -> float:
@@ -339,34 +370,17 @@ def _measured(pace: Pace, now_s: float, rate: float) -> float:
     A server that saves up what was not used takes for a while more than it does on the whole,
     so what it took counts. One that does not takes just less than it refused.
     """
-    expensive = min(1.0, pace.refusal_cost_s)
-    top = rate * (1.0 - 0.06 * expensive)
     earlier = (one for one in reversed(pace.refusals[:-1]) if now_s - one.at_s >= _MEASURE_S)
     last = next(earlier, None)
     if last is None or pace.taken_count == last.taken:
-        return top
+        return rate
     sending_s = max(0.3, now_s - last.at_s - (pace.refusals[-1].paused_s - last.paused_s))
     took = (pace.taken_count - last.taken) / sending_s
-    if took > 0.93 * rate and expensive < 0.2:
-        took += 0.4 * max(0.0, top - took)
-    return min(top, max(took, 0.7 * rate))
+    if took > 0.93 * rate:
+        took += 0.4 * max(0.0, rate - took)
+    return min(0.97 * rate if pace.share.of_rate < 1.0 else rate, max(took, 0.7 * rate))
 
 
-def _at_rate(
-    pace: Pace,
-    now_s: float,
-    rate_per_s: float,
-    *,
-    cut: float,
-    rise: float,
-    refusals: tuple[_Refusal, ...] | None = None,
-) -> Pace:
-    return changed(
-        pace,
-        rate_per_s=rate_per_s,
-        cut=cut,
-        cut_at_s=now_s,
-        rise=rise,
-        next_at_s=now_s + 1.0 / rate_per_s,
-        refusals=pace.refusals if refusals is None else refusals,
-    )
+def _at_rate(pace: Pace, now_s: float, rate_per_s: float, *, rise: float) -> Pace:
+    next_at_s = now_s + 1.0 / rate_per_s
+    return changed(pace, rate_per_s=rate_per_s, rate_at_s=now_s, rise=rise, next_at_s=next_at_s)

@@ -157,6 +157,27 @@ owners: Final = Table(
     Column("heartbeat_at", UtcTime, nullable=False),
 )
 
+#: What the runs of an account have learned of its limits (``sharing.py``). ``at_us`` is of a clock
+#: that all of them share: PostgreSQL's, or the one of SQLite's host that is never set.
+paces: Final = Table(
+    "paces",
+    metadata,
+    Column("account", String(16), primary_key=True),
+    Column("kept", Text, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+)
+
+#: What each run has at the server, and how many more it wants.
+pace_leases: Final = Table(
+    "pace_leases",
+    metadata,
+    Column("owner", String(64), ForeignKey("owners.owner", ondelete="CASCADE"), primary_key=True),
+    Column("account", String(16), nullable=False),
+    Column("in_flight", Integer, nullable=False),
+    Column("wants", Integer, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+)
+
 #: One row per image that was ever asked for: what it is, and how it stands now.
 requests: Final = Table(
     "requests",

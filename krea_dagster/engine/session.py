@@ -24,7 +24,7 @@ import anyio.abc
 from krea_dagster.engine.alarm import wait
 from krea_dagster.engine.asker import Asker
 from krea_dagster.engine.asking import Asking
-from krea_dagster.engine.at_server import AtServer
+from krea_dagster.engine.at_server import AtServer, Sharing
 from krea_dagster.engine.buying import Buying, Client, KeptBack
 from krea_dagster.engine.calls import Called
 from krea_dagster.engine.carrier import Carrier, Desk
@@ -154,7 +154,17 @@ class Session:
         )
         self.asker = Asker(client, runner.clock.monotonic, runner.latencies)
         pace = Pace(runner.max_in_flight, runner.max_per_s)
-        self._at_server = AtServer(self.asker, pace, runner.clock)
+        wants = len(planned.unfinished) if runner.buying else 0
+        self._at_server = AtServer(self.asker, pace, runner.clock, wants=wants)
+        self._sharing = Sharing(
+            self._at_server,
+            runner.journal.paces,
+            owner=self._owner.owner,
+            api_key=runner.api_key or "",
+            clock=runner.clock,
+            in_thread=runner.in_thread,
+            changed=self._wake,
+        )
         self.buying = Buying(
             client,
             desk,
@@ -213,8 +223,10 @@ class Session:
         await self._in_thread(self._journal.register, self._owner)
         try:
             async with self._writer:
+                await self._sharing.exchange()
                 await self._claim_part()
                 await self._read_account()
+                await self._sharing.exchange()  # with the runs that have begun since the first
                 await self._work()
                 await self._note_kept_back()
                 if self._outages.over is not None:
@@ -294,6 +306,7 @@ class Session:
         async with anyio.create_task_group() as background:
             background.start_soon(self.asker.run)
             background.start_soon(self._guarded, self._beat)
+            background.start_soon(self._sharing.run)
             background.start_soon(self._guarded, self._watch_elsewhere)
             if self.asking.listener is not None:
                 background.start_soon(self._guarded, self.asking.listener.run)
@@ -356,7 +369,7 @@ class Session:
         return None
 
     def _start_submitting(self, carriers: anyio.abc.TaskGroup, now_s: float) -> float | None:
-        self.asker.pressed = False
+        self.asker.pressed, self._at_server.wants = False, 0
         while (
             self._to_submit
             and self._downloads < _FETCH_BACKLOG
@@ -378,6 +391,7 @@ class Session:
                 continue
             wait_s = self._wait_for_place_s(item.record, now_s) if submits else 0.0
             if wait_s > 0:
+                self._at_server.wants = len(self._to_submit) + len(self._backlog)
                 return None if math.isinf(wait_s) else wait_s
             self._start(carriers, heapq.heappop(self._to_submit), submits=submits)
         return None

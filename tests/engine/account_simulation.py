@@ -25,11 +25,21 @@ from krea_dagster.engine.looking import (
     to_read,
 )
 from krea_dagster.engine.pace import InWork, Pace
+from krea_dagster.engine.sharing import (
+    LEASE_S,
+    Answer,
+    Exchange,
+    Lease,
+    SharedPace,
+    kept_of,
+    told_of,
+)
 
 _T = TypeVar("_T")
 
 #: Seconds that a call takes to the server and back, on the whole.
 ROUND_TRIP_S = 0.006
+JOIN_S = 0.1
 
 
 @dataclass
@@ -108,6 +118,17 @@ class Account:
 
 
 @dataclass
+class Shelf:
+    """What a journal holds for the runs that share it."""
+
+    kept: str = ""
+    kept_at_s: float = 0.0
+    leases: dict[str, tuple[Lease, float]] = field(default_factory=dict)
+    exchanges: int = 0
+    is_away: bool = False
+
+
+@dataclass
 class _Task:
     awaited: Awaited
     ends_s: float
@@ -117,12 +138,24 @@ class _Task:
 class Run:
     """One run's side: submits by the pace, asks by the chances."""
 
-    def __init__(self, images: int, *, batch: bool, most: int = 256, starts_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        images: int,
+        *,
+        batch: bool,
+        most: int = 256,
+        starts_s: float = 0.0,
+        shelf: Shelf | None = None,
+        owner: str = "",
+    ) -> None:
         self.images = images
         self.left = images
         self.batch = batch
         self.starts_s = starts_s
-        self.pace = Pace(most)
+        self.shared = SharedPace(Pace(most))
+        self.shelf = shelf
+        self.owner = owner
+        self.exchanging = False
         self.latencies = Latencies()
         self.tasks: list[_Task] = []
         self.submitting = 0
@@ -134,13 +167,60 @@ class Run:
         self.taken_s: list[float] = []
         self.reads = 0
         self.retry_after_s = 0.0
+        self.joined = self.met = False
+
+    @property
+    def pace(self) -> Pace:
+        return self.shared.pace
+
+    @pace.setter
+    def pace(self, pace: Pace) -> None:
+        self.shared.pace = pace
 
     def step(self, now_s: float, world: World) -> float:
         """Do what is due; returns when to look again."""
         if now_s < self.starts_s:
             return self.starts_s
-        again_s = self._submit(now_s, world)
+        again_s = self._exchange(now_s, world)
+        if self.shelf is not None and not self.joined:
+            return again_s
+        again_s = min(again_s, self._submit(now_s, world))
         return min(again_s, self._ask(now_s, world))
+
+    def _exchange(self, now_s: float, world: World) -> float:
+        shelf = self.shelf
+        if shelf is None or self.exchanging or not (self.left or self.tasks or self.submitting):
+            return math.inf
+        due_s = self.shared.due_s(now_s) if self.joined else self.starts_s + JOIN_S - now_s
+        if due_s > 1e-9 and self.met:
+            return now_s + due_s
+        self.exchanging = True
+        untold = self.shared.untold()
+        at_server = self._in_work(now_s).expected - self.shared.elsewhere
+        in_flight = round(at_server) + self.submitting
+        lease = Lease(self.owner, in_flight, self.left)
+
+        def arrive(at_s: float) -> Exchange:
+            shelf.leases[self.owner] = (lease, at_s)
+            shelf.exchanges += 1
+            others = [
+                one
+                for owner, (one, then_s) in shelf.leases.items()
+                if owner != self.owner and at_s - then_s <= LEASE_S
+            ]
+            told = told_of(shelf.kept, at_s - shelf.kept_at_s, at_s).among((lease, *others))
+            told = told.with_these(untold, at_s)
+            shelf.kept, shelf.kept_at_s = kept_of(told, at_s), at_s
+            return Exchange(told.learned(), lease, others, len(untold), at_s)
+
+        def answered(at_s: float, found: Exchange) -> None:
+            self.exchanging = False
+            self.shared.exchanged(found, at_s)
+            self.joined = self.met  # once more before the first submission, as a run does
+            self.met = True
+
+        world.call(arrive, answered)
+        return math.inf
 
     def _submit(self, now_s: float, world: World) -> float:
         def in_flight() -> int:
@@ -167,19 +247,22 @@ class Run:
                 self.left += 1
                 self.refused_s.append(now_s)
                 in_work = self._in_work(now_s)
-                self.pace = self.pace.refused(now_s, sent_s, in_work, self.retry_after_s)
+                wait_s = self.retry_after_s
+                self.shared.learn(Answer(now_s, "refused", now_s - sent_s, in_work, wait_s))
             else:
                 self.taken_s.append(now_s)
                 self.tasks.append(_Task(Awaited("1K", sent_s), ends_s))
                 in_work = self._in_work(now_s)
-                self.pace = self.pace.taken(sent_s, in_work, pressed=self.pressed)
+                answer = Answer(now_s, "taken", now_s - sent_s, in_work, pressed=self.pressed)
+                self.shared.learn(answer)
 
         return answered
 
     def _in_work(self, now_s: float) -> InWork:
         ended = chances(self.latencies, [task.awaited for task in self.tasks], now_s)
         deviation = float((ended * (1.0 - ended)).sum()) ** 0.5
-        return InWork(len(self.tasks), len(self.tasks) - float(ended.sum()), deviation)
+        known = len(self.tasks) + self.shared.elsewhere
+        return InWork(known, known - float(ended.sum()), deviation)
 
     def _ask(self, now_s: float, world: World) -> float:
         waiting = [task for task in self.tasks if not task.asked]
@@ -240,9 +323,9 @@ class World:
 
         def arrive() -> None:
             value = ask(self.now_s)
-            self._at(self.now_s + self._half_a_trip_s(), lambda: answered(self.now_s, value))
+            self.at(self.now_s + self._half_a_trip_s(), lambda: answered(self.now_s, value))
 
-        self._at(self.now_s + self._half_a_trip_s(), arrive)
+        self.at(self.now_s + self._half_a_trip_s(), arrive)
 
     def go(self, until_s: float = 1000.0) -> None:
         """Let time pass until every run has all its images. Raises TimeoutError."""
@@ -256,7 +339,7 @@ class World:
             if self.now_s > until_s:
                 raise TimeoutError(f"not finished after {until_s:g} s")
 
-    def _at(self, at_s: float, happen: Callable[[], None]) -> None:
+    def at(self, at_s: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._order), happen))
 
     def _half_a_trip_s(self) -> float:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea_dagster.engine.pace import InWork, Limit, Pace
-from tests.engine.account_simulation import Account, Run, made
+from tests.engine.account_simulation import Account, Run, Shelf, World, made
 
 IMAGES = 600
 
@@ -74,6 +74,49 @@ def test_a_run_that_comes_later_gets_a_share_and_nothing_is_wasted() -> None:
     assert made(Account(rate=20, at_once=64), *runs) <= 1.15
     middle = [at_s for at_s in runs[1].taken_s if 20.0 < at_s < 30.0]
     assert len(middle) >= 30, "of 200 in these ten seconds"
+
+
+def sharing(account: Account, images: int, runs: int) -> tuple[float, float, float]:
+    """Runs that share a journal: the time, the 429s per image, the slowest's rate to the mean."""
+    shelf = Shelf()
+    parts = [
+        Run(images // runs, batch=True, starts_s=0.01 * n, shelf=shelf, owner=f"{n * 7 % 10}")
+        for n in range(runs)
+    ]
+    world = World(account, parts)
+    world.go()
+    rates = [run.images / (run.finished_s - run.starts_s) for run in parts]
+    refused = sum(len(run.refused_s) for run in parts)
+    assert shelf.exchanges <= 2.5 * (world.now_s + 4) * runs, "about two a second"
+    return world.now_s, refused / images, min(rates) / (sum(rates) / runs)
+
+
+@pytest.mark.parametrize(("runs", "most_refused"), [(2, 0.15), (4, 0.15), (8, 0.25)])
+def test_runs_that_share_a_journal_share_the_account_evenly_and_as_fast_as_one(
+    runs: int, most_refused: float
+) -> None:
+    account = Account(rate=10, at_once=24, latency_s=(0.9, 1.1))
+    alone_s, _, _ = sharing(account.afresh(), 160, 1)
+    together_s, refused, slowest = sharing(account.afresh(), 160, runs)
+    assert together_s <= 1.15 * alone_s
+    assert refused <= most_refused
+    assert slowest >= 0.6
+
+
+@pytest.mark.parametrize("runs", [2, 8])
+def test_places_are_shared_evenly_too(runs: int) -> None:
+    account = Account(at_once=32)
+    alone_s, _, _ = sharing(account.afresh(), 800, 1)
+    together_s, refused, slowest = sharing(account.afresh(), 800, runs)
+    assert together_s <= 1.4 * alone_s
+    assert refused <= 0.15
+    assert slowest >= 0.8
+
+
+def test_a_run_that_is_alone_in_its_journal_is_as_fast_as_one_without() -> None:
+    account = Account(rate=20, at_once=64)
+    ratio = made(account.afresh(), Run(IMAGES, batch=True, shelf=Shelf(), owner="a"))
+    assert ratio <= 1.05
 
 
 def test_refusals_by_chance_do_not_wear_the_pace_down() -> None:

@@ -54,7 +54,7 @@ class Revisions:
     folders: tuple[Path, ...]
 
 
-REVISIONS: Final = Revisions(head="0006", folders=(Path(__file__).with_name("versions"),))
+REVISIONS: Final = Revisions(head="0007", folders=(Path(__file__).with_name("versions"),))
 
 
 def revision(connection: Connection) -> str | None:

@@ -1,0 +1,84 @@
+"""What runs that share a journal tell each other of their account, in a real database."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sqlalchemy import Connection, insert, update
+
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.owner import Owner, this_process
+from krea_dagster.engine.pace import InWork, Limit, Pace
+from krea_dagster.engine.schema import api_keys, paces
+from krea_dagster.engine.sharing import Answer, Exchange, Lease
+from tests.engine.engine_bench import NOW
+
+KEY = "0123456789abcdef"
+FULL = InWork(20, 20.0, 0.0)
+
+
+class Hours:
+    """Seconds of a host's clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def begun(journal: Journal) -> Owner:
+    owner = this_process("run")
+    journal.register(owner)
+    return owner
+
+
+def exchanged(
+    journal: Journal, owner: Owner, clock: Hours, *answers: Answer, wants: int = 5, key: str = KEY
+) -> Exchange:
+    lease = Lease(owner.owner, len(answers), wants)
+    return journal.paces.exchange(key, lease, answers, clock)
+
+
+def refused(clock: Hours, wait_s: float = 0.0) -> Answer:
+    return Answer(clock(), "refused", 0.01, FULL, wait_s)
+
+
+def test_what_one_run_was_refused_the_next_one_knows_before_its_first_submission(
+    journal: Journal,
+) -> None:
+    clock = Hours()
+    exchanged(journal, begun(journal), clock, refused(clock, 30.0))
+    learned = exchanged(journal, begun(journal), clock).learned
+    assert learned.limit is Limit.UNCLEAR
+    assert 29.0 < learned.wait_s(clock()) <= 30.0
+
+
+def test_each_run_sees_what_the_others_have_and_want_until_they_end(journal: Journal) -> None:
+    clock = Hours()
+    first, second = begun(journal), begun(journal)
+    assert exchanged(journal, first, clock, refused(clock), wants=7).others == ()
+    (seen,) = exchanged(journal, second, clock).others
+    assert (seen.owner, seen.in_flight, seen.wants) == (first.owner, 1, 7)
+    journal.release(first.owner)
+    assert exchanged(journal, second, clock).others == ()
+
+
+def test_keys_of_one_account_share_it_and_other_accounts_do_not(journal: Journal) -> None:
+    clock = Hours()
+    exchanged(journal, begun(journal), clock, refused(clock))
+    other = "fedcba9876543210"
+    assert exchanged(journal, begun(journal), clock, key=other).learned == Pace(1_000_000)
+    same = {"fingerprint": "0000000000000000", "account": KEY, "first_at": NOW}
+    journal._write("enter", lambda at: at.execute(insert(api_keys).values(same)))
+    one = exchanged(journal, begun(journal), clock, key="0000000000000000")
+    assert one.learned.limit is Limit.UNCLEAR
+
+
+def test_what_is_kept_and_cannot_be_read_is_nothing_known(journal: Journal) -> None:
+    clock, owner = Hours(), begun(journal)
+    exchanged(journal, owner, clock, refused(clock))
+    for kept in ("", "{", "[]", '{"pace": {"window": 3}, "answers": []}', '{"pace": 3}'):
+        spoiled = update(paces).values(kept=kept)
+        journal._write("spoil", partial(Connection.execute, statement=spoiled))
+        assert exchanged(journal, owner, clock).learned == Pace(1_000_000)
