@@ -58,13 +58,22 @@ def create_app(
     batch: bool = True,
     render_threads: int = 2,
     callbacks_to_private: bool = False,
+    pictures: Pictures | None = None,
+    executor: concurrent.futures.Executor | None = None,
 ) -> Emulation:
-    """Return the ASGI application over a world."""
+    """Return the ASGI application over a world.
+
+    ``pictures`` draws, in ``executor``: by default in ``render_threads`` threads of its own.
+    """
     return Emulation(
         world,
         batch=batch,
-        render_threads=render_threads,
         callbacks_to_private=callbacks_to_private,
+        pictures=pictures or Pictures(),
+        executor=executor
+        or concurrent.futures.ThreadPoolExecutor(
+            render_threads, thread_name_prefix="emulator-render"
+        ),
     )
 
 
@@ -77,17 +86,21 @@ class Emulation:
     """
 
     def __init__(
-        self, world: World, *, batch: bool, render_threads: int, callbacks_to_private: bool
+        self,
+        world: World,
+        *,
+        batch: bool,
+        callbacks_to_private: bool,
+        pictures: Pictures,
+        executor: concurrent.futures.Executor,
     ) -> None:
         self.world = world
         self.hang: Hang | None = None
         self.wake: Callable[[], None] = lambda: None
         self._callbacks_to_private = callbacks_to_private
         self._batch = batch
-        self._pictures = Pictures()
-        self._threads = concurrent.futures.ThreadPoolExecutor(
-            render_threads, thread_name_prefix="emulator-render"
-        )
+        self._pictures = pictures
+        self._executor = executor
         self._app = Starlette(
             routes=[
                 Route("/v1/images/generations", self._on("create", self._create), methods=["POST"]),
@@ -110,7 +123,7 @@ class Emulation:
 
     def close(self) -> None:
         """End the drawing threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     # -- the API ------------------------------------------------------------------------------
 
@@ -412,9 +425,9 @@ class Emulation:
         if effect in BODY_EFFECTS:
             noise = self.world.bytes(50_000)
             return await loop.run_in_executor(
-                self._threads, self._pictures.damaged, key, effect, noise
+                self._executor, self._pictures.damaged, key, effect, noise
             )
-        body = await loop.run_in_executor(self._threads, self._pictures.png, key)
+        body = await loop.run_in_executor(self._executor, self._pictures.png, key)
         self.world.rendered(task, hashlib.sha256(body).hexdigest())
         return body
 

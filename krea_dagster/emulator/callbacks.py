@@ -17,14 +17,11 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from krea_dagster.emulator.answers import task_answer
 from krea_dagster.emulator.outbox import DueCall
 from krea_dagster.emulator.world import Task, World
-
-if TYPE_CHECKING:
-    from krea_dagster.emulator.posting import Poster
 
 TIMEOUT_S: Final = 10.0
 #: Calls under way at a time: a slow receiver holds back the calls, never the API.
@@ -35,12 +32,23 @@ LOOK_S: Final = 0.05
 _SHORTEST_WAIT_S: Final = 0.001
 
 
+class Posts(Protocol):
+    """Makes one call."""
+
+    async def post(self, url: str, body: bytes) -> int:
+        """Return the status of the answer, 0 where there was none."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
 class Caller:
     """Makes the calls of a world. An async context manager, for one event loop.
 
     ``base_url`` is the emulator's own address, for the links. ``to_private`` allows receivers at
     private addresses; ``ca`` is a file of certificates (PEM) that are trusted besides the
-    machine's. Raises OSError where it cannot be read, or holds none.
+    machine's. ``poster`` makes the calls in another way, and ``look_s`` is how often the clock is
+    looked at. Raises OSError where ``ca`` cannot be read, or holds none.
     """
 
     def __init__(
@@ -51,13 +59,16 @@ class Caller:
         to_private: bool = False,
         ca: Path | None = None,
         timeout_s: float = TIMEOUT_S,
+        poster: Posts | None = None,
+        look_s: float = LOOK_S,
     ) -> None:
         self._world = world
         self._base_url = base_url
         self._to_private = to_private
         self._ca = ca
         self._timeout_s = timeout_s
-        self._poster: Poster | None = None
+        self._poster = poster
+        self._look_s = look_s
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
         self._stopped = False
@@ -114,7 +125,7 @@ class Caller:
         now = self._world.now()
         for due in found:
             if due.due_at > now:
-                return min(LOOK_S, max(_SHORTEST_WAIT_S, due.due_at - now))
+                return min(self._look_s, max(_SHORTEST_WAIT_S, due.due_at - now))
             if not free:
                 return None
             free -= 1
