@@ -7,7 +7,7 @@ export UV_PYTHON_DOWNLOADS := never
 # The checks start hundreds of processes: without bytecode each would compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint bench dev lock services-test browser-test daemon-test export-test clean
+.PHONY: help setup demo test lint bench dev lock simulate simulate-bugs services-test browser-test daemon-test export-test clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,12 @@ bench: setup  ## Measure it beside what users write today (25 minutes; BENCH=qui
 dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000
 	@DAGSTER_HOME="$${DAGSTER_HOME:-$(CURDIR)/data/krea/dagster}"; mkdir -p "$$DAGSTER_HOME"; \
 	DAGSTER_HOME="$$DAGSTER_HOME" $(BIN)/dagster dev -f definitions.py -h 127.0.0.1 -p $${PORT:-3000}
+
+simulate: setup  ## Play whole runs on virtual time, a story a seed (SEEDS=10000, or SEED=7 alone)
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
+
+simulate-bugs: setup  ## Put old bugs back, one at a time, and see the simulation find them
+	@$(BIN)/python -m tests.simulation.mutations
 
 services-test: setup  ## Run the journal's tests against a real PostgreSQL
 	@$(BIN)/python tests/services/run.py

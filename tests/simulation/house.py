@@ -1,0 +1,469 @@
+"""The world around the runs: the server, the line to it, the journal's disk, the storage's disk.
+
+All of it is shared by the processes of a story. What is away is away for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import hashlib
+import json
+import os
+import random
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import httpx
+from sqlalchemy import Engine, event
+
+from krea_dagster.emulator.app import create_app
+from krea_dagster.emulator.callbacks import Caller
+from krea_dagster.emulator.faults import Chosen, Kind
+from krea_dagster.emulator.world import World
+from krea_dagster.engine.calls import CallLog
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.storage import Storage
+from krea_dagster.errors import JournalError
+from tests.simulation.pictures import AtOnce, CheapPictures
+from tests.simulation.story import Server
+
+API_KEY: Final = "sk-of-the-simulation-7Qz"
+BASE_URL: Final = "http://127.0.0.1:9"
+RECEIVER: Final = "https://receiver.test/"
+EPOCH: Final = datetime(2026, 6, 10, 21, 30, tzinfo=timezone.utc)
+
+#: One image at the published price of the dearer quality, in units.
+_MOST_UNITS: Final = 18_000
+_RICH_UNITS: Final = 10_000_000
+
+
+class CountingWorld(World):
+    """Tells which faults have struck."""
+
+    struck: Callable[[str], None] = lambda _: None
+
+    def choose(self, kind: Kind, prompt: str = "") -> Chosen | None:
+        """Return the fault that strikes, and tell of it."""
+        chosen = super().choose(kind, prompt)
+        if chosen is not None:
+            type(self).struck(chosen.fault.name)
+        return chosen
+
+
+class House:
+    """The world of one story."""
+
+    def __init__(self, folder: Path, server: Server, seed: int) -> None:
+        self.folder = folder
+        self.server = server
+        self.loop = asyncio.get_running_loop()
+        self.chance = random.Random(f"house {seed}")
+        self.counts: Counter[str] = Counter()
+        self.away: dict[str, str] = {}
+        self.trace = hashlib.sha256()
+        self.lines: list[str] | None = None
+        self.wishes: list[tuple[str, tuple[str, int]]] = []  # asked or ended, of which slot
+        self.broken: list[str] = []  # what went wrong in the simulation's own tasks
+        CountingWorld.struck = lambda name: self.count(f"fault {name}")
+        self.world = CountingWorld(
+            folder / "server",
+            clock=self.now_s,
+            seed=seed,
+            latency_s=server.latency_s,
+            latency_jitter=server.latency_jitter,
+            max_concurrent=server.max_concurrent,
+            rate=server.rate,
+            idempotency=server.honours_keys,
+            link_lifetime_s=server.link_lifetime_s,
+            task_lifetime_s=server.task_lifetime_s,
+        )
+        paid = server.images_paid
+        self.world.add_account(API_KEY, _RICH_UNITS if paid is None else paid * _MOST_UNITS)
+        self.app = create_app(
+            self.world, batch=server.has_batch, pictures=CheapPictures(), executor=AtOnce()
+        )
+        self.app.hang = lambda scope, how: scope["extensions"]["break"](how)
+        self._caller = Caller(self.world, BASE_URL, poster=Receiver(self), look_s=60.0)
+        self.app.wake = self._caller.wake
+        self._calling = self.spawn(self._caller.run())
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    # -- time, order and what happened --------------------------------------------------------
+
+    def now_s(self) -> float:
+        """Return the true time, in unix seconds."""
+        return EPOCH.timestamp() + self.loop.time()
+
+    def now(self) -> datetime:
+        """Return the true time."""
+        return EPOCH + timedelta(seconds=self.loop.time())
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Count something that happened."""
+        self.counts[what] += n
+        self.note(what)
+
+    def note(self, what: str) -> None:
+        """Add a line to the trace, by which two tellings of a story are compared."""
+        line = f"{self.loop.time():.6f} {what}"
+        self.trace.update(line.encode())
+        if self.lines is not None:
+            self.lines.append(line)
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start a task that is no process's."""
+        return contextvars.Context().run(self.loop.create_task, coro)
+
+    def line_s(self) -> float:
+        """Return how long one way over the line takes now."""
+        return self.server.line_s * self.chance.choice((0.5, 1.0, 1.0, 1.0, 1.5, 5.0))
+
+    def disk_s(self) -> float:
+        """Return how long a call in a thread takes now."""
+        return self.chance.choice((0.0, 0.001, 0.001, 0.002, 0.02))
+
+    async def close(self) -> None:
+        """End what is the world's own."""
+        self._caller.stop()
+        await self._calling
+        self.world.close()
+
+    def mend(self) -> None:
+        """Let nothing go wrong any more."""
+        self.away.clear()
+        self.world.forget_scripts()
+        for name in list(self.world.rates()):
+            self.world.set_rate(name, 0)
+        self.world.max_concurrent = self.world.rate = None
+        self.top_up()
+
+    def top_up(self) -> None:
+        """Give the account many credits."""
+        with self.world.transaction():
+            self.world._db.execute("UPDATE accounts SET granted = granted + ?", (_RICH_UNITS,))
+
+    # -- disks --------------------------------------------------------------------------------
+
+    def check_store(self, *, writes: bool) -> None:
+        """Raise OSError where the storage's disk is away, or full for those that write."""
+        how = self.away.get("store")
+        if how == "is gone":
+            self.count("store is gone")
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if how == "is full" and writes:
+            self.count("store is full")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def check_journal(self, *, begins: bool = False, commits: bool = False) -> None:
+        """Raise what SQLite raises where the journal is away."""
+        how = self.away.get("journal")
+        if how is None:
+            return
+        # SQLite itself is never lost in this way; it stands for a database on another host.
+        away = "database is locked, or does not answer"
+        said = {
+            "is locked": away if begins else "",
+            "does not answer": "" if commits else away,
+            "loses its answers": away if commits else "",
+            "is full": "database or disk is full" if begins else "",
+        }[how]
+        if said:
+            self.count(f"journal {how}")
+            raise sqlite3.OperationalError(said)
+
+
+#: The house whose journal is opened: all journals of a story are one file.
+_PRESENT: Final[dict[str, House]] = {}
+
+
+@contextmanager
+def present(house: House) -> Any:
+    """Have all connections to a journal meet what is wrong in this house."""
+    _PRESENT["house"] = house
+    try:
+        yield
+    finally:
+        _PRESENT.clear()
+
+
+class _Cursor(sqlite3.Cursor):
+    def execute(self, sql: str, *arguments: Any) -> Any:
+        """Execute, where the journal is there."""
+        if house := _PRESENT.get("house"):
+            house.check_journal(begins=sql.startswith("BEGIN IMMEDIATE"))
+        return super().execute(sql, *arguments)
+
+
+class _Connection(sqlite3.Connection):
+    def cursor(self, *_: Any) -> Any:
+        """Return a cursor that notices when the journal is away."""
+        return super().cursor(_Cursor)
+
+    def commit(self) -> None:
+        """Commit; the caller may not hear of it."""
+        super().commit()
+        if (house := _PRESENT.get("house")) and self.total_changes:
+            house.check_journal(commits=True)
+
+
+@event.listens_for(Engine, "do_connect")
+def _connect(_dialect: Any, _record: Any, _arguments: Any, named: dict[str, Any]) -> None:
+    named["factory"] = _Connection
+
+
+#: What SQLAlchemy has compiled, by its dialect: each journal would compile all statements anew.
+_COMPILED: Final[dict[str, Any]] = {}
+
+
+def open_journal(house: House) -> Journal:
+    """Open the journal, as each process does."""
+    journal = Journal(f"sqlite:///{house.folder / 'journal.db'}", lock_timeout_s=0.0)
+    for engine in (journal._database._reading, journal._database._writing):
+        engine.dialect = _COMPILED.setdefault("dialect", engine.dialect)
+        engine._compiled_cache = _COMPILED.setdefault("cache", engine._compiled_cache)
+    return journal
+
+
+class DiskStorage(Storage):
+    """The storage root as one process sees it: a folder of another host."""
+
+    def __init__(self, root: str, check: Callable[..., None]) -> None:
+        self._check = check
+        super().__init__(root)
+
+    def size_bytes(self, name: str) -> int | None:
+        """The size of a file."""
+        self._checked(writes=False)
+        return super().size_bytes(name)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file."""
+        self._checked(writes=False)
+        return super().open(name)
+
+    def publish(self, temporary: Path, name: str) -> None:
+        """Give a file its name."""
+        self._checked(writes=True)
+        super().publish(temporary, name)
+
+    def open_new_file(self) -> tuple[Path, int]:
+        """Open a new file."""
+        self._checked(writes=True)
+        return super().open_new_file()
+
+    def names(self, folder: str) -> Iterator[str]:
+        """The names of files."""
+        self._check(writes=False)
+        return super().names(folder)
+
+    def _checked(self, *, writes: bool) -> None:
+        try:
+            self._check(writes=writes)
+        except OSError as error:
+            self.fail(error)
+
+
+# -- callbacks --------------------------------------------------------------------------------
+
+
+def callback_url(request_key: str) -> str:
+    """Return the address at which a request is called back."""
+    return f"{RECEIVER}{request_key}"
+
+
+class Receiver:
+    """Writes down who was called about."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    async def post(self, url: str, body: bytes) -> int:
+        """Take a call; returns the status of the answer."""
+        house = self._house
+        await asyncio.sleep(house.line_s())
+        if "receiver" in house.away:
+            house.count("receiver is down")
+            return 0
+        house.count("callback")
+        return remember(house, url.removeprefix(RECEIVER), json.loads(body)["id"])
+
+    async def close(self) -> None:
+        """Close nothing."""
+
+
+def remember(house: House, request_key: str, task_id: str | None) -> int:
+    """Write a call down, as the receiver does."""
+    try:
+        log = CallLog.open(f"sqlite:///{house.folder / 'journal.db'}", now=house.now)
+        try:
+            return 200 if log.remember([(request_key, task_id)]) else 404
+        finally:
+            log.close()
+    except JournalError:
+        return 503
+
+
+# -- HTTP -------------------------------------------------------------------------------------
+
+
+class Line(httpx.AsyncBaseTransport):
+    """The line from one process to the server, in this process and on virtual time.
+
+    ``enters`` is called as a request is about to leave, and ``leaves`` as its answer has come.
+    """
+
+    reports_unsent = True
+
+    def __init__(self, house: House, enters: Callable[[str], Any], leaves: Callable[[Any], None]):
+        self._house = house
+        self._enters = enters
+        self._leaves = leaves
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request, as httpx's own transport would."""
+        house = self._house
+        what = _kind(request)
+        call = self._enters(what)
+        part = "files" if what == "file" else "api"
+        how = house.away.get(part)
+        limits = request.extensions.get("timeout", {})
+        if how == "refuses":
+            house.count(f"{part} refuses")
+            await asyncio.sleep(house.line_s())
+            raise httpx.ConnectError("connection refused")
+        if how == "is silent":
+            house.count(f"{part} is silent")
+            await asyncio.sleep(limits.get("connect") or 10.0)
+            raise httpx.ConnectTimeout("no connection")
+        content = b"".join([piece async for piece in request.stream])  # type: ignore[union-attr]
+        await asyncio.sleep(house.line_s())
+        if how == "answers 502":
+            house.count(f"{part} answers 502")
+            self._leaves(call)
+            return httpx.Response(502, html="<html>Bad gateway</html>")
+        exchange = _Exchange(house, request, content)
+        if house.away.get(part) == "loses its answers":
+            house.count(f"{part} loses its answers")
+            exchange.answer.add_done_callback(
+                lambda answer: answer.cancelled() or answer.exception()
+            )
+            await asyncio.sleep(limits.get("read") or 60.0)
+            exchange.leave()
+            raise httpx.ReadTimeout("no answer")
+        try:
+            status, headers = await _within(exchange.answer, limits.get("read"))
+            await asyncio.sleep(house.line_s())
+        except BaseException:
+            exchange.leave()
+            raise
+        self._leaves(call)
+        house.note(f"answered {what} {status}")
+        return httpx.Response(status, headers=headers, stream=_Body(exchange))
+
+
+async def _within(answer: asyncio.Future[Any], seconds: float | None) -> Any:
+    done, _ = await asyncio.wait([answer], timeout=seconds)
+    if not done:
+        raise httpx.ReadTimeout("no answer")
+    return answer.result()
+
+
+def _kind(request: httpx.Request) -> str:
+    path = request.url.path
+    if path.startswith("/files/"):
+        return "file"
+    if path.endswith("/generations"):
+        return "create"
+    return "batch" if path.endswith("/batch") else "credits" if "credits" in path else "read"
+
+
+_BREAKS: Final = {
+    "close": httpx.RemoteProtocolError("server disconnected without sending a response"),
+    "reset": httpx.ReadError("connection reset by peer"),
+    "garbage": httpx.RemoteProtocolError("illegal status line"),
+}
+
+
+class _Exchange:
+    """One request at the server: its answer, and the pieces of the answer's body."""
+
+    def __init__(self, house: House, request: httpx.Request, content: bytes) -> None:
+        self.answer: asyncio.Future[tuple[int, Any]] = house.loop.create_future()
+        self.pieces: list[bytes] = []
+        self.ended = asyncio.Event()
+        self.error: Exception | None = None
+        self._content: bytes | None = content
+        self._left = asyncio.Event()
+        self._house = house
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": request.method,
+            "scheme": request.url.scheme,
+            "path": request.url.path,
+            "raw_path": request.url.raw_path,
+            "query_string": request.url.query,
+            "headers": [(name.lower(), value) for name, value in request.headers.raw],
+            "server": ("127.0.0.1", 9),
+            "client": ("127.0.0.1", 1),
+            "root_path": "",
+            "extensions": {"break": self._break},
+        }
+        house.spawn(self._serve(scope))
+
+    def leave(self) -> None:
+        """Tell the server that nobody waits for the answer."""
+        self._left.set()
+
+    async def _serve(self, scope: dict[str, Any]) -> None:
+        try:
+            await self._house.app(scope, self._receive, self._send)
+        except Exception as error:  # noqa: BLE001 - the story ends with it
+            self._house.broken.append(f"the emulator failed: {error!r}")
+        self.ended.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._content is not None:
+            content, self._content = self._content, None
+            return {"type": "http.request", "body": content, "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            if not self.answer.done():
+                self.answer.set_result((message["status"], message["headers"]))
+        else:
+            self.pieces.append(message.get("body", b""))
+            if not message.get("more_body"):
+                self.ended.set()
+
+    def _break(self, how: str) -> None:
+        self.error = _BREAKS[how]
+        if not self.answer.done():
+            self.answer.set_exception(self.error)
+            self.answer.exception()  # where nobody waits any more
+        self.ended.set()
+        self._left.set()
+
+
+class _Body(httpx.AsyncByteStream):
+    def __init__(self, exchange: _Exchange) -> None:
+        self._exchange = exchange
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        await self._exchange.ended.wait()
+        for piece in self._exchange.pieces:
+            yield piece
+        if self._exchange.error is not None:
+            raise self._exchange.error
+
+    async def aclose(self) -> None:
+        self._exchange.leave()

@@ -1,0 +1,221 @@
+"""Puts a bug back and counts the stories that it takes to find it: ``make simulate-bugs``.
+
+Each is one that was there, or could have been. The package's text is changed in a copy, and the
+simulation is run there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug: in which files of the package which text stands in the place of which."""
+
+    name: str
+    says: str
+    changes: tuple[tuple[str, str, str], ...]
+
+
+_NO_BOUND: Final = (
+    "engine/asker.py",
+    "alarm = answer.get_loop().call_later(within_s + _READ_S, question.failed, none)",
+    "alarm = answer.get_loop().call_later(1e9, question.failed, none)",
+)
+
+_RELEASED: Final = """\
+            connection.execute(update(requests).where(mine).values(claimed_by=None))
+            connection.execute(delete(owners).where(owners.c.owner == owner))
+"""
+_QUEUED: Final = "        self._questions[question] = None\n"
+
+MUTATIONS: Final = (
+    Mutation(
+        "batch-hang",
+        "what came while the server had a batch read is never read once it has none",
+        (
+            _NO_BOUND,
+            (
+                "api/batch.py",
+                "off_until_s=now_s + self.off_s,",
+                "off_until_s=float('inf'),  # for good, as it was then",
+            ),
+            (
+                "engine/asker.py",
+                "[one for one in self._questions if not one.reading]",
+                """[
+            one
+            for one in self._questions
+            if not one.reading and (self._client.batch_supported is not False or one.single)
+        ]""",
+            ),
+            (
+                "engine/asker.py",
+                "    reading: bool = False\n",
+                "    reading: bool = False\n    single: bool = True\n",
+            ),
+            (
+                "engine/asker.py",
+                _QUEUED,
+                f"{_QUEUED}        question.single = self._client.batch_supported is not True\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "doubled-claim",
+        "the second question about a task takes the place of the first",
+        (
+            _NO_BOUND,
+            (
+                "engine/asker.py",
+                _QUEUED,
+                f"""        self._questions = {{
+            one: None for one in self._questions if one.task_id != task_id
+        }}
+{_QUEUED}""",
+            ),
+            (
+                "engine/asker.py",
+                "            del self._questions[question]\n",
+                "            self._questions.pop(question, None)\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "again-repeated",
+        "a run killed with --again, and started again, asks for one more image",
+        (
+            (
+                "engine/attempts.py",
+                "self._wishes_for(slot), mine | open_",
+                "self._wishes_for(slot), mine",
+            ),
+            ("engine/attempts.py", "if not settled(slot, attempt):", "if False:"),
+        ),
+    ),
+    Mutation(
+        "batch-failed-believed",
+        "a failure that the batch read names is believed, and the image bought again",
+        (
+            ("engine/asker.py", 'task.status in ("failed", "cancelled") or (', "("),
+            (
+                "engine/buying.py",
+                "if record.task_id is not None and not await self._confirm(carrier):",
+                "if False:",
+            ),
+        ),
+    ),
+    Mutation(
+        "lost-journal",
+        "a journal that is away for a moment ends the run",
+        (
+            (
+                "engine/outages.py",
+                "            except (JournalAway, StorageAway) as error:\n",
+                "            except StorageAway as error:\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "hold-forgotten",
+        "an unknown outcome is repeated although it is to be held",
+        (("engine/policy.py", 'if policy.on_unknown == "hold":', "if False:"),),
+    ),
+    Mutation(
+        "claims-kept",
+        "a run that ends gives nothing back",
+        (
+            (
+                "engine/journal.py",
+                _RELEASED,
+                "            connection.execute(select(owners))\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "caps-not-summed",
+        "what a purchase does not cost after all stays in the sums",
+        (
+            (
+                "engine/ledger.py",
+                'committed = columns.get("committed_units", earlier) - earlier',
+                'committed = max(0, columns.get("committed_units", earlier) - earlier)',
+            ),
+        ),
+    ),
+)
+
+
+def main() -> int:
+    """Return 1 where a bug was not found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3000, help="how many stories at most")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("names", nargs="*")
+    asked = parser.parse_args()
+    missed = 0
+    for mutation in MUTATIONS:
+        if asked.names and mutation.name not in asked.names:
+            continue
+        began_s = time.monotonic()
+        seed, said = find(mutation, asked.first, asked.seeds)
+        seconds = time.monotonic() - began_s
+        if seed is None:
+            missed += 1
+            print(f"{mutation.name}: NOT FOUND in {asked.seeds} stories, {seconds:.0f} s. {said}")
+        else:
+            print(f"{mutation.name}: found by seed {seed}, {seconds:.0f} s: {said}", flush=True)
+    return 1 if missed else 0
+
+
+def find(mutation: Mutation, first: int, seeds: int) -> tuple[int | None, str]:
+    """Return the first seed whose story fails with a bug, and what it says."""
+    which = ("--first", str(first), "--seeds", str(seeds))
+    ended = simulate(mutation, *which, "--until", "1", "--plain")
+    found = re.search(r"^seed (\d+): (.*)$", ended.stdout, re.MULTILINE)
+    if found is None:
+        return None, ended.stderr[-500:]
+    return int(found[1]), found[2][:200]
+
+
+def simulate(mutation: Mutation, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the simulation on a copy of the package with a bug.
+
+    Raises ValueError where the text that is to be changed is not there any more.
+    """
+    with tempfile.TemporaryDirectory(prefix="krea-mutation-") as folder:
+        copy = Path(folder)
+        for name in ("krea_dagster", "tests/simulation"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(_ROOT / name, copy / name, ignore=ignored)
+        for name, old, new in mutation.changes:
+            file = copy / "krea_dagster" / name
+            text = file.read_text()
+            if old not in text:
+                raise ValueError(f"{mutation.name}: {name} has no {old!r} any more")
+            file.write_text(text.replace(old, new))
+        return subprocess.run(
+            [sys.executable, "-m", "tests.simulation", *arguments],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

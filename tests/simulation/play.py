@@ -1,0 +1,325 @@
+"""Plays a story: whole runs on virtual time, then calm ones, then the questions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Final
+
+from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.policy import REJECTED
+from krea_dagster.engine.resolution import HasTask, NotBought, Resolution
+from krea_dagster.engine.states import State
+from krea_dagster.errors import ConfigError
+from tests.simulation import checks
+from tests.simulation.house import House, open_journal, present, remember
+from tests.simulation.loop import Stuck, VirtualLoop, ordered
+from tests.simulation.process import Process
+from tests.simulation.story import (
+    HOUR_S,
+    Away,
+    Decision,
+    ForgedCall,
+    Kill,
+    Rate,
+    Run,
+    Step,
+    Stop,
+    Story,
+    Strike,
+    TopUp,
+)
+
+#: A run that has not ended by then will never end.
+LIMIT_S: Final = 4 * HOUR_S
+#: So long after the last run the calm begins: slow tasks have ended by then.
+_PAUSE_S: Final = 2 * HOUR_S
+_MOST_CALM_RUNS: Final = 5
+
+
+@dataclass
+class Told:
+    """How a story went. ``failures`` is empty where all is as it should be."""
+
+    story: Story
+    failures: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    digest: str = ""
+    virtual_s: float = 0.0
+    lines: list[str] = field(default_factory=list)
+
+
+def play(story: Story, *, keep_lines: bool = False, parent: Path | None = None) -> Told:
+    """Play a story in a folder below ``parent``, and look at what came of it."""
+    told = Told(story)
+    ordered()
+    loop = VirtualLoop()
+    folder = Path(tempfile.mkdtemp(prefix="krea-story-", dir=parent or memory()))
+    before, tempfile.tempdir = tempfile.tempdir, str(folder / "tmp")
+    logging.disable(logging.CRITICAL)
+    unheard: list[str] = []
+    loop.set_exception_handler(
+        lambda _, context: unheard.append(f"{context['message']}: {context.get('exception')!r}")
+    )
+    try:
+        (folder / "tmp").mkdir()
+        (folder / "root").mkdir()
+        (folder / "journal.db").write_bytes(_new_journal())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loop.run_until_complete(_tell(story, folder, told, keep_lines=keep_lines))
+    except Stuck as error:
+        told.failures.append(str(error))
+    finally:
+        told.virtual_s = loop.time()
+        _end(loop)
+        tempfile.tempdir = before
+        logging.disable(logging.NOTSET)
+        shutil.rmtree(folder)
+    return told
+
+
+def memory() -> str | None:
+    """Return where files are in memory, None where there is no such place."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - in a folder of its own
+
+
+@lru_cache(maxsize=1)
+def _new_journal() -> bytes:
+    """A new journal's file: making one takes longer than telling some stories."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "journal.db"
+        Journal(f"sqlite:///{file}").close()
+        return file.read_bytes()
+
+
+def _end(loop: VirtualLoop) -> None:
+    try:
+        for _ in range(1000):
+            left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+            if not left:
+                break
+            for task in left:
+                task.cancel()
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+    except Stuck:
+        pass
+    loop.close()
+
+
+async def _tell(story: Story, folder: Path, told: Told, *, keep_lines: bool) -> None:
+    house = House(folder, story.server, story.seed)
+    house.counts = told.counts
+    house.lines = told.lines if keep_lines else None
+    teller = _Teller(house, story, told)
+    with present(house):
+        if await teller.story():
+            await teller.calm()
+            told.failures += house.broken
+            if not told.failures:
+                checks.look(house, story, teller.processes, told)
+        told.failures += house.broken
+        told.digest = house.trace.hexdigest()
+        await house.close()
+
+
+class _Teller:
+    def __init__(self, house: House, story: Story, told: Told) -> None:
+        self.house = house
+        self._story = story
+        self._told = told
+        self._numbered = {
+            run.number: Process(
+                house,
+                run,
+                story.rows,
+                [k for k in story.decisions if isinstance(k, Kill) and k.run == run.number],
+            )
+            for run in story.runs
+        }
+        self.processes = list(self._numbered.values())
+        self._began = {number: asyncio.Event() for number in self._numbered}
+        self._ended = {number: asyncio.Event() for number in self._numbered}
+
+    async def story(self) -> bool:
+        """Have all decisions happen; whether every run ended as it may."""
+        others = [other for one in self._story.decisions if (other := self._happens(one))]
+        background = [self.house.spawn(other) for other in others]
+        runs = [self.house.spawn(self._run(run)) for run in self._story.runs]
+        if runs:
+            await asyncio.wait(runs)
+        for task in background:
+            task.cancel()
+        if background:
+            await asyncio.wait(background)
+        for task in [*runs, *background]:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        if all(process.ended == "done" for process in self.processes):
+            self._told.failures += checks.not_waited_for(self._story, self._records())
+        return not self._told.failures
+
+    async def _run(self, run: Run) -> None:
+        if run.after in self._ended:
+            await self._ended[run.after].wait()
+        await asyncio.sleep(run.at_s)
+        process = self._numbered[run.number]
+        living = process.start(process.carry)
+        self._began[run.number].set()
+        await self._end_of(living, process)
+        self._ended[run.number].set()
+
+    def _happens(self, one: Decision) -> Coroutine[Any, Any, None] | None:
+        """Return what has a decision happen in its time; None for those of the runs."""
+        match one:
+            case Strike(at_s, fault, n, arg):
+                return self._later(at_s, partial(self.house.world.script, fault, n, arg=arg))
+            case Rate(fault, share):
+                return self._later(0.0, partial(self.house.world.set_rate, fault, share))
+            case Away():
+                return self._away(one)
+            case TopUp(at_s):
+                return self._later(at_s, self.house.top_up)
+            case Stop(number, after_s):
+                return self._within(number, after_s, Process.stop)
+            case Step(number, after_s, by_s):
+                return self._within(number, after_s, partial(self._step, by_s))
+            case ForgedCall(at_s):
+                return self._later(at_s, partial(self._forge, one))
+        return None
+
+    async def _later(self, at_s: float, what: Callable[[], object]) -> None:
+        await asyncio.sleep(at_s)
+        what()
+
+    async def _within(self, number: int, after_s: float, what: Callable[[Process], object]) -> None:
+        await self._began[number].wait()
+        await asyncio.sleep(after_s)
+        what(self._numbered[number])
+
+    async def _end_of(self, living: asyncio.Task[None], process: Process) -> None:
+        began_s = self.house.loop.time()
+        await asyncio.wait([living], timeout=LIMIT_S)
+        if not living.done():
+            self._told.failures.append(
+                f"{process.name} hangs: it has not ended {LIMIT_S / HOUR_S:g} hours after its "
+                "beginning"
+            )
+            process.kill()
+            await living
+        self.house.counts["virtual run seconds"] += round(self.house.loop.time() - began_s)
+        living.result()
+        if problem := checks.wrong_end(process, self._story):
+            self._told.failures.append(problem)
+
+    async def _away(self, one: Away) -> None:
+        house = self.house
+        await asyncio.sleep(one.at_s)
+        house.away[one.what] = one.how
+        house.count(f"away: {one.what} {one.how}")
+        try:
+            await asyncio.sleep(one.for_s)
+        finally:
+            house.away.pop(one.what, None)
+
+    def _step(self, by_s: float, process: Process) -> None:
+        self.house.count("clock set")
+        process.clock.ahead += type(process.clock.ahead)(seconds=by_s)
+
+    def _forge(self, call: ForgedCall) -> None:
+        """Have a stranger call, who has seen a task of this account."""
+        if not (call.about < len(self._story.rows) and call.names < len(self._story.rows)):
+            return
+        tasks = self.house.world.books()["tasks"]
+        prompt = self._story.rows[call.names].prompt
+        named = [task["task_id"] for task in tasks if task["prompt"] == prompt]
+        keys = {task["prompt"]: task["idempotency_key"] for task in tasks}
+        key = keys.get(self._story.rows[call.about].prompt)
+        if named and key:
+            self.house.count("forged call")
+            remember(self.house, key.split("-")[1], named[0])
+
+    # -- the calm -----------------------------------------------------------------------------
+
+    async def calm(self) -> None:
+        """Let everything come to its end: nothing goes wrong any more, and a person decides."""
+        house, story = self.house, self._story
+        house.mend()
+        house.note("calm")
+        await asyncio.sleep(_PAUSE_S)
+        everything = tuple(range(len(story.rows)))
+        before: Any = None
+        for number in range(1, _MOST_CALM_RUNS + 1):
+            run = Run(100 + number, everything, on_unknown="replay", patience_s=300.0)
+            process = Process(house, run, story.rows, ())
+            self.processes.append(process)
+            resolutions = self._decided() if number > 1 else {}
+            if number > 1:
+                self._decide_prices()
+            ask_again = self._codes() if number > 1 else frozenset()
+            living = process.start(
+                partial(
+                    process.carry,
+                    resolutions=resolutions,
+                    ask_again=ask_again,
+                    revive=number > 1,
+                )
+            )
+            await self._end_of(living, process)
+            if process.ended != "done":
+                self._told.failures.append(f"a calm run ended as {process.ended}")
+                return
+            records = list(self._records())
+            standing = {record.request_key: (record.state, record.task_id) for record in records}
+            if all(record.state is State.STORED for record in records) or standing == before:
+                return
+            # One that comes without results may need some more reads.
+            before = standing if number > 1 and not story.has_fault("no_results") else None
+
+    def _records(self) -> Any:
+        journal = open_journal(self.house)
+        try:
+            return list(journal.all_records())
+        finally:
+            journal.close()
+
+    def _decided(self) -> dict[str, Resolution]:
+        """What a person decides, who sees the account's list of tasks."""
+        tasks = {}
+        for task in self.house.world.books()["tasks"]:
+            if task["status"] not in ("failed", "cancelled"):
+                tasks[task["idempotency_key"]] = task["task_id"]
+        return {
+            record.request_key: HasTask(tasks[record.idempotency_key])
+            if record.idempotency_key in tasks
+            else NotBought()
+            for record in self._records()
+            if record.state is State.UNKNOWN
+        }
+
+    def _decide_prices(self) -> None:
+        """Believe each price that was doubted, or take it for a mistake."""
+        journal = open_journal(self.house)
+        for quality in ("1K", "2K"):
+            with suppress(ConfigError):  # none is doubted
+                journal.accept_price(quality, self.house.now())
+        journal.close()
+
+    def _codes(self) -> frozenset[str]:
+        """Return the codes of all that a person may ask for once more."""
+        again = (State.FAILED, State.REFUSED, State.COMPLETED)
+        return REJECTED | {
+            record.error_code
+            for record in self._records()
+            if record.state in again and record.error_code
+        }
