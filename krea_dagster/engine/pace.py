@@ -358,9 +358,7 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
         if pace.share.of_rate < 1.0:
             return _at_rate(changed(pace, cuts=()), now_s, rate, rise=_RISE_FIRST)
         window = max(_OPENING, float(in_work.known))
-        return changed(
-            pace, limit=Limit.NONE, rate_per_s=None, window=window, cuts=(), refusals=()
-        )
+        return changed(pace, limit=Limit.NONE, rate_per_s=None, window=window, cuts=(), refusals=())
     return _at_rate(changed(pace, cuts=cuts), now_s, rate, rise=rise)
 
 
