@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
-from sqlalchemy import make_url
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.images import ImageStore
@@ -29,8 +28,8 @@ from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.storage import Storage
 from tests.engine.engine_bench import House, as_wanted, house, several
-from tests.engine.gate import Gate, gate_to
-from tests.engine.test_outages import Shaky, set_away
+from tests.engine.gate import gate_to
+from tests.engine.test_outages import Shaky, gate_before, set_away
 
 ROWS = 300
 
@@ -46,16 +45,6 @@ def opened() -> Iterator[House]:
         house(Path(folder), latency_s=1.0) as home,
     ):
         yield home
-
-
-@contextmanager
-def gate_before(text: str) -> Iterator[tuple[Gate, str]]:
-    """A gate in front of a PostgreSQL server, and the URL that leads through it."""
-    url = make_url(text)
-    folder, port = url.query.get("host"), url.port or 5432
-    with gate_to(f"{folder}/.s.PGSQL.{port}" if folder else port) as gate:
-        through = url.difference_update_query(["host"]).set(host="127.0.0.1", port=gate.port)
-        yield gate, through.render_as_string(hide_password=False)
 
 
 def run(

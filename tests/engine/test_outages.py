@@ -8,7 +8,7 @@ import os
 import sqlite3
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import fsspec
 import pytest
 import trustme
 from fsspec.implementations.memory import MemoryFileSystem
+from sqlalchemy import make_url
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.clock import SystemClock
@@ -27,6 +28,7 @@ from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.states import State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
 from tests.api.api_loopback import answers, serving
@@ -260,6 +262,32 @@ async def test_a_journal_that_another_process_locks_is_waited_for(
     ):
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), other.rollback)
         all_delivered(home, await run_through(home, passing, journal=journal))
+
+
+async def test_a_server_of_the_journal_that_is_away_is_waited_for(
+    home: House, journal_url: str
+) -> None:
+    """Connections break, also between a commit and its answer, and are refused for a while."""
+    if journal_url.startswith("sqlite"):
+        pytest.skip("SQLite has no server")
+    with gate_before(journal_url) as (gate, url), closing(Journal(url)) as journal:
+        passing = Passing(gate.close, gate.open)
+        report = await run_through(home, passing, journal=journal)
+        assert report.stopped is None
+        assert report.progress.delivered == ROWS
+        records = journal.records([request.request_key for request in several(ROWS)])
+        assert {record.state for record in records.values()} == {State.STORED}
+        assert home.emulator.books()["creates"] == ROWS
+
+
+@contextmanager
+def gate_before(text: str) -> Iterator[tuple[Gate, str]]:
+    """A gate in front of a PostgreSQL server, and the URL that leads through it."""
+    url = make_url(text)
+    folder, port = url.query.get("host"), url.port or 5432
+    with gate_to(f"{folder}/.s.PGSQL.{port}" if folder else port) as gate:
+        through = url.difference_update_query(["host"]).set(host="127.0.0.1", port=gate.port)
+        yield gate, through.render_as_string(hide_password=False)
 
 
 async def test_a_run_that_is_stopped_waits_for_nothing(home: House, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ TESTS = (
     "tests/callbacks/test_callback_calls.py",
     "tests/engine/test_attempts.py",
     "tests/engine/test_owner.py",
+    "tests/engine/test_outages.py",
+    "tests/engine/test_paces.py",
     "tests/engine/test_paces.py",
     "tests/services/test_two_hosts.py",
     "tests/worlds/test_beginning.py",
