@@ -1,9 +1,9 @@
 """How the runs of one journal share an account: what each has learned, and what each may send.
 
 Pure, given seconds. Every run keeps a lease in the journal: how many tasks it has at the server,
-and how many more it wants. Twice a second it tells the others what the server answered, takes
-up what they were told, and reads their leases. The window and the rate are dealt out evenly among
-those that want something; what one does not want, the others have.
+and how many more it wants. Twice a second it writes what the server answered, reads what the
+others wrote, and reads their leases. The window and the rate are divided evenly among those that
+want something; what one does not want, the others have.
 
 Runs that share no journal share the account by feedback alone (``pace.py``).
 """
@@ -84,7 +84,7 @@ class Told(NamedTuple):
     answers: tuple[Answer, ...]
 
     def among(self, leases: Sequence[Lease]) -> Told:
-        """As the runs with these leases go by it: the more send, the later the rate rises."""
+        """Return the same for the runs with these leases: the more send, the later the rate rises."""
         senders = sum(1 for lease in leases if lease.wants)
         share = Share(of_rate=1.0 / max(1, senders))
         return self._replace(pace=changed(self.pace, share=share))

@@ -193,10 +193,7 @@ class _Look:
                 alive[request].append(task)
         for request, tasks in alive.items():
             keys = {task["idempotency_key"] for task in tasks}
-            if len(keys) > 1 and not self.honoured and self._was_repeated(keys):
-                # A repeat that failed says nothing of the first POST, where keys are ignored.
-                self.told.counts["bought again after a repeat that failed, keys ignored"] += 1
-            elif len(keys) > 1:
+            if len(keys) > 1:
                 self.fail(f"{request[:13]} was bought twice, under {sorted(keys)}: {_ids(tasks)}")
             elif len(tasks) > 1 and self.honoured:
                 self.fail(f"{request[:13]} was bought twice under one key: {_ids(tasks)}")
@@ -211,9 +208,6 @@ class _Look:
                     self.fail(
                         f"{request[:13]} was bought {len(tasks)} times by {charge.posts} posts"
                     )
-
-    def _was_repeated(self, keys: Iterable[str]) -> bool:
-        return any(self.charges[key].posts > 1 for key in keys)
 
     def _holds(self) -> bool:
         return all(run.on_unknown == "hold" for run in self.story.runs) and not any(
