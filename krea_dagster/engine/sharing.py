@@ -84,7 +84,7 @@ class Told(NamedTuple):
     answers: tuple[Answer, ...]
 
     def among(self, leases: Sequence[Lease]) -> Told:
-        """Return the same for the runs with these leases: the more send, the later the rate rises."""
+        """Return the same for these runs: the more of them send, the later the rate rises."""
         senders = sum(1 for lease in leases if lease.wants)
         share = Share(of_rate=1.0 / max(1, senders))
         return self._replace(pace=changed(self.pace, share=share))
