@@ -10,9 +10,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -23,6 +23,9 @@ from tests.simulation.story import Story, draw
 
 #: Real seconds after which a story goes on for ever without letting virtual time pass.
 _LIMIT_S: Final = 60
+#: Stories that a process is given together, and after how many all processes are replaced.
+_TOGETHER: Final = 5
+_BLOCK: Final = 1000
 
 
 def tell(seed: int, parent: Path) -> Told:
@@ -71,6 +74,28 @@ def one(seed: int, *, lines: bool) -> int:
     return 1
 
 
+def _told(seeds: Sequence[int], processes: int, parent: Path) -> Generator[Told, None, None]:
+    """Play the stories in other processes, which are replaced now and then: their memory grows."""
+    spawn = multiprocessing.get_context("spawn")
+    for block in _parts(seeds, _BLOCK):
+        with ProcessPoolExecutor(processes, spawn, _prepare_worker) as pool:
+            parts = [pool.submit(_tell_all, part, parent) for part in _parts(block, _TOGETHER)]
+            try:
+                for part in as_completed(parts):
+                    yield from part.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _tell_all(seeds: Sequence[int], parent: Path) -> list[Told]:
+    return [tell(seed, parent) for seed in seeds]
+
+
+def _parts(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(seeds), size):
+        yield seeds[start : start + size]
+
+
 def several(
     seeds: Sequence[int], *, processes: int, most_failures: int, plain: bool = False
 ) -> int:
@@ -80,14 +105,12 @@ def several(
     counts: Counter[str] = Counter()
     failed: list[Told] = []
     done, virtual_s = 0, 0.0
-    spawn = multiprocessing.get_context("spawn")
     with (
         suppress(KeyboardInterrupt),  # what has been told is summed up all the same
         tempfile.TemporaryDirectory(prefix="krea-simulation-", dir=memory()) as folder,
-        spawn.Pool(processes, _prepare_worker, maxtasksperchild=500) as pool,
+        closing(_told(seeds, processes, Path(folder))) as stories,
     ):
-        telling = partial(tell, parent=Path(folder))
-        for told in pool.imap_unordered(telling, seeds, chunksize=5):
+        for told in stories:
             done += 1
             virtual_s += told.virtual_s
             counts += told.counts
@@ -98,8 +121,6 @@ def several(
                     break
             if done % 500 == 0:
                 print(f"{done} stories, {time.monotonic() - began_s:.0f} s", flush=True)
-        pool.terminate()
-        pool.join()
     seconds = time.monotonic() - began_s
     print("\nWhat happened, and how often:")
     for what, n in sorted(counts.items()):
