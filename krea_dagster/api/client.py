@@ -281,9 +281,10 @@ class KreaClient:
     async def aclose(self) -> None:
         """Closes the connections. A closed client sends nothing any more."""
         self._is_closed = True
-        await self._transport.aclose()
-        if self._files_transport is not self._transport:
-            await self._files_transport.aclose()
+        with anyio.CancelScope(shield=True):  # all of them, also where the caller was cancelled
+            await self._transport.aclose()
+            if self._files_transport is not self._transport:
+                await self._files_transport.aclose()
 
     @property
     def base_url(self) -> str:

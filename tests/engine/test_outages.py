@@ -137,11 +137,11 @@ async def test_tasks_that_nobody_could_ask_about_have_their_patience_afterwards(
     tmp_path: Path,
 ) -> None:
     """Each was asked about before, and had not ended."""
-    slow = {"latency_s": 0.8, "latency_jitter": 0.9}
+    slow = {"latency_s": 0.4, "latency_jitter": 0.9}
     with house(tmp_path, **slow) as home, gate_to(port_of(home)) as gate:
         passing = Passing(gate.close, gate.open)
         runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=60.0)
-        policy = replace(runner.policy, patience_s=1.6, wait_scale=0.1)
+        policy = replace(runner.policy, patience_s=1.5, wait_scale=0.1)
         runner = replace(runner, policy=policy, max_in_flight=30, **through(gate))
         all_delivered(home, await runner.run(as_wanted(several(ROWS))))
 
