@@ -242,7 +242,7 @@ class Pace:
                 Refusal(now_s, self.taken_count, self.paused_s),
             ),
         )
-        pause_s = min(_PAUSE_MOST_S, _PAUSE_S * 2.0 ** (in_row - 1))
+        pause_s = min(_PAUSE_MOST_S, _PAUSE_S * 2.0 ** min(in_row - 1, 10))
         rate = self.rate_at(now_s)
         if rate is not None:
             pause_s = max(pause_s, 1.0 / rate)

@@ -238,6 +238,14 @@ def test_whatever_happens_there_is_room_for_one_and_never_for_more_than_the_most
         assert 0.0 <= pace.wait_s(now_s) < 400.0
 
 
+def test_a_server_that_refuses_for_hours_is_asked_at_bounded_pauses() -> None:
+    pace, now_s = Pace(64), 0.0
+    for _ in range(3000):
+        now_s += 1.0
+        pace = pace.refused(now_s, now_s, busy(5), 0.0)
+    assert 0.0 < pace.wait_s(now_s) < 2.0
+
+
 def test_a_server_that_does_not_answer_is_tried_one_at_a_time_until_it_takes_one() -> None:
     pace = opened(Pace(64), 64).silent(200.0, 5.0)
     assert pace.wait_s(200.0) == 5.0
