@@ -127,7 +127,9 @@ class Buying:
         self._silent_since_s: float | None = None
         self.stopped: AccountStopped | RunStopped | None = None
         self.caps_reached: dict[str, str] = {}
-        self._full: dict[tuple[str, str], KeptBack] = {}  # what is not admitted: scope and quality
+        # What caps do not admit, by scope and quality, until a purchase gives its room back.
+        self._full: dict[tuple[str, str], KeptBack] = {}
+        desk.on_release = self._full.clear
         self.dearer: dict[str, str] = {}
         self.unwritten: list[UnwrittenPurchase] = []
         self.posts = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -44,7 +44,10 @@ class Carrier:
 
 
 class Desk:
-    """What every step has at hand: the journal's writer, the policy, the clocks, and chance."""
+    """What every step has at hand: the journal's writer, the policy, the clocks, and chance.
+
+    ``on_release`` is called where a purchase commits less than before, so that caps have room.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Desk:
         self.clock = clock
         self._writer = writer
         self._random = randomness
+        self.on_release: Callable[[], None] = lambda: None
 
     async def record(
         self,
@@ -69,10 +73,12 @@ class Desk:
         data: Mapping[str, Any] | None = None,
     ) -> None:
         """Write an event of the carrier's request, durably. Raises JournalError."""
+        before = carrier.record
         carrier.record = await self._writer.append(
-            Change(carrier.record.request_key, event, self.clock.now(), values or {}, data),
-            known=carrier.record,
+            Change(before.request_key, event, self.clock.now(), values or {}, data), known=before
         )
+        if carrier.record.committed_units < before.committed_units:
+            self.on_release()
 
     def age_s(self, record: Record) -> float:
         """Seconds since a request was submitted."""

@@ -370,3 +370,13 @@ async def test_when_the_journal_cannot_be_written_nothing_more_is_bought(home: H
     books = home.emulator.books()
     assert books["creates"] < 8
     assert books["bodies_bought_more_than_once"] == 0
+
+
+async def test_what_was_turned_away_leaves_its_room_under_the_cap_to_the_next_try(
+    home: House,
+) -> None:
+    """While it was reserved, another row found the cap full."""
+    home.emulator.world.script("429_empty", 2)
+    report = await replace(home.runner(), caps=Caps(run_units=2 * 4500)).run(as_wanted(several(4)))
+    assert report.progress.delivered == 2
+    assert home.agree()["creates"] == 2
