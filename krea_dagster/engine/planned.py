@@ -17,7 +17,7 @@ from typing import Final
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.states import State
+from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.threads import InThread
 from krea_dagster.models import ImageRequest
 
@@ -48,6 +48,7 @@ class Planned:
     them: what is paid, or may be, before what is to be bought, and of that the oldest first,
     because links live for a day. ``paid_count`` of them come first so, and ``qualities`` are those
     of the others, and ``kept_codes`` why these were deferred before, None for those that were not.
+    ``at_stake`` is what the unfinished may have cost, in units, by request key.
     """
 
     progress: Progress
@@ -55,6 +56,7 @@ class Planned:
     paid_count: int = 0
     qualities: set[str] = field(default_factory=set)
     kept_codes: set[str | None] = field(default_factory=set)
+    at_stake: dict[str, int] = field(default_factory=dict)
     unfinished: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
     _scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -132,6 +134,8 @@ class Planned:
             if item.callback_url is not None:
                 self._callback_urls[key] = item.callback_url
             paid_at = record.completed_at or record.submitted_at or record.sent_at
+            if record.state in AT_STAKE and record.committed_units:
+                self.at_stake[key] = record.committed_units
             if paid_at is not None:
                 paid.append((paid_at.timestamp(), key))
             else:

@@ -449,6 +449,7 @@ class Session:
     def _leave_unread(self, keys: Iterable[str], reason: str) -> None:
         for key in keys:
             self._progress = self._progress.left_behind(self._planned.rows(key))
+            self.at_stake_units += self._planned.at_stake.get(key, 0)
             self._note_left(key, reason)
             self._wake()
 

@@ -28,7 +28,7 @@ from krea_dagster.engine.images import ImageStore
 from krea_dagster.engine.journal import Journal
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.engine.states import State
+from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.storage import Storage
 from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
 from tests.api.api_loopback import answers, serving
@@ -156,6 +156,8 @@ async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing
     assert "EvoLink's API was away for" in str(report.stopped)
     assert report.progress.left == ROWS - report.progress.delivered > 0
     assert sum(report.left_reasons.values()) == report.progress.left
+    at_stake = [one for one in home.journal.all_records() if one.state in AT_STAKE]
+    assert report.at_stake_units == sum(one.committed_units for one in at_stake)
     gate.open()
     later = await home.run(several(ROWS), "run-2")
     assert later.progress.delivered + later.progress.reused == ROWS
