@@ -139,6 +139,12 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
             return "EvoLink's API cannot be reached", "wait until it can"
         case TryLater():
             return "EvoLink gives no usable answer", "wait until it does"
+        case RunStopped(code="api_away"):
+            return "EvoLink's API cannot be reached", "mend what the message says"
+        case RunStopped(code="tasks_not_found"):
+            return "the key is probably another account's", "set the right EVOLINK_API_KEY"
+        case RunStopped(code="price_doubted"):
+            return "a price cannot be believed", "run the command that the message names"
         case RunStopped():
             return (
                 "the account stopped another run of this launch",

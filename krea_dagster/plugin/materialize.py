@@ -53,8 +53,7 @@ class Materialized:
     ``missing`` are the rows without an image (``MISSING_COLUMNS``). ``failures`` are the texts
     of runs that failed; ``try_later``: it may pass by itself. ``waiting`` are partitions of the
     table that Dagster does not have yet (days to come). ``notes`` are what the runs found: answers
-    of
-    earlier runs, one file for several requests. ``unknown`` are all purchases of the journal
+    of earlier runs, one file for several requests. ``unknown`` are all purchases of the journal
     whose outcome is unknown, the oldest first.
     """
 

@@ -11,8 +11,8 @@ from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.runner import RunReport
-from krea_dagster.errors import OutOfCredits
-from krea_dagster.plugin.failures import KreaFailure, failure_of, failure_tags
+from krea_dagster.errors import OutOfCredits, RunStopped
+from krea_dagster.plugin.failures import KreaFailure, failure_of, failure_tags, stop_failure
 from tests.dagster_bench import OpenAccount, run_job, write_table
 
 NOTHING_LEFT = RunReport(0, Progress(total=4), 1.0)
@@ -33,6 +33,14 @@ def test_rows_that_failed_are_counted_and_the_person_is_sent_to_the_check() -> N
 def test_a_cap_says_that_it_can_be_raised() -> None:
     report = RunReport(0, Progress(total=4), 1.0, caps_reached=["run_credits of 1"])
     assert failure_tags(report, 2)["krea/to_do"].startswith("raise the cap")
+
+
+@pytest.mark.parametrize("code", ["api_away", "tasks_not_found", "price_doubted"])
+def test_what_stopped_this_run_is_not_said_to_be_another_runs(code: str) -> None:
+    report = RunReport(0, Progress(total=1), 1.0, stopped=RunStopped(code, "its message"))
+    said = str(stop_failure(report).description)
+    assert "another run" not in said
+    assert "its message" in said
 
 
 def test_dagster_takes_the_tags_as_they_are() -> None:
