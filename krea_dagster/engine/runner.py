@@ -229,7 +229,7 @@ class Runner:
 
 
 async def _said_by_api(client: Client) -> KreaError | None:
-    """Return why the API does not answer, None where it does, whatever it says."""
+    """Return why the API does not answer, None where it does, also with an error."""
     try:
         await client.credits()
     except ApiError as error:

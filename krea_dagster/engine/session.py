@@ -629,7 +629,7 @@ class Session:
         self._progress = self._progress.finished(record, rows, left=bool(reason))
 
     def _note_left(self, key: str, reason: str) -> None:
-        """Count a reason; of so many, those that name their own task would fill the memory."""
+        """Count a reason; texts that name their own task are bounded, to keep memory small."""
         if len(self.left) < _LEFT_NAMED:
             self.left[key] = reason
         known = reason in self.left_reasons or len(self.left_reasons) < _LEFT_NAMED

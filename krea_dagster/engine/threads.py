@@ -20,7 +20,7 @@ class InThread(Protocol):
 
 
 class Threads:
-    """A pool of at most so many threads, made when it is first used."""
+    """A pool with a bounded number of threads, made when it is first used."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -1,4 +1,4 @@
-"""Group commit: whatever has gathered is written in one transaction.
+"""Group commit: all changes that have gathered are written in one transaction.
 
 A durable commit costs an fsync. Paid once per change it bounds a run to some hundred changes
 a second; paid once for all that gathered while the last one was under way, it vanishes.
@@ -121,7 +121,7 @@ class GroupCommit:
             for _, _, answer in batch:
                 answer.cancel()
             raise
-        except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
+        except Exception as error:  # noqa: BLE001 - the caller gets it, of any kind
             if len(batch) > 1 and not _of_the_database(error):
                 # One change that the database refuses must not take the others' ids with it.
                 for job in batch:
