@@ -1,4 +1,4 @@
-"""Connections to the receiver: a bounded number of one client, and none that sends no request for long.
+"""Connections to the receiver: bounded for each client, and closed where no request comes.
 
 Rates count requests. A client that opens connections and never ends a request's headers is seen by
 none of them, and uvicorn itself has neither of these limits; it takes a protocol of ours.
