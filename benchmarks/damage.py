@@ -106,7 +106,7 @@ def _measure(options: Namespace) -> None:
 
 def _work(name: str, files: int) -> dict[str, Any]:
     """Damage files of a format, and count which check finds each; and what the checks cost."""
-    from krea_dagster.engine.look import look_at  # noqa: PLC0415 - only what is measured
+    from krea_dagster.engine.storage.verify import look_at  # noqa: PLC0415 - only what is measured
 
     kind, options = _FORMATS[name]
     whole = _file(kind, options)
@@ -157,10 +157,10 @@ def _damaged(whole: bytes, damage: str, source: random.Random) -> bytes:
 
 def _checks(kind: str) -> dict[str, Callable[[bytes], object]]:
     """The checks that a format has, in the order in which ``look_at`` asks them."""
-    from krea_dagster.engine.look import look_at  # noqa: PLC0415 - only what is measured
-    from krea_dagster.engine.verify_jpeg import check_jpeg, end_of_jpeg  # noqa: PLC0415
-    from krea_dagster.engine.verify_png import check_png, chunks_of_png  # noqa: PLC0415
-    from krea_dagster.engine.verify_webp import check_webp  # noqa: PLC0415
+    from krea_dagster.engine.storage.verify import look_at  # noqa: PLC0415 - only what is measured
+    from krea_dagster.engine.storage.verify_jpeg import check_jpeg, end_of_jpeg  # noqa: PLC0415
+    from krea_dagster.engine.storage.verify_png import check_png, chunks_of_png  # noqa: PLC0415
+    from krea_dagster.engine.storage.verify_webp import check_webp  # noqa: PLC0415
 
     own: dict[str, dict[str, Callable[[bytes], object]]] = {
         "PNG": {"structure": lambda data: list(chunks_of_png(data)), "rows": check_png},
@@ -176,7 +176,7 @@ def _checks(kind: str) -> dict[str, Callable[[bytes], object]]:
 
 
 def _verdict(data: bytes, checks: Mapping[str, Callable[[bytes], object]], pixels: bytes) -> str:
-    from krea_dagster.engine.look import DAMAGED, look_at  # noqa: PLC0415 - only what is measured
+    from krea_dagster.engine.storage.verify import DAMAGED, look_at  # noqa: PLC0415 - only what is measured
     from krea_dagster.errors import DownloadError  # noqa: PLC0415
 
     found = ""
@@ -204,7 +204,7 @@ def _decoded(data: bytes) -> Any:
 
 
 def _refuse_flat(data: bytes) -> None:
-    from krea_dagster.engine.look import is_flat  # noqa: PLC0415 - only what is measured
+    from krea_dagster.engine.storage.verify import is_flat  # noqa: PLC0415 - only what is measured
     from krea_dagster.errors import NoUsableBody  # noqa: PLC0415
 
     if is_flat(_decoded(data)):

@@ -146,8 +146,8 @@ def _accept(options: Namespace, rows: Iterator[dict[str, Any]], key: str = "a") 
     import pyarrow as pa  # noqa: PLC0415 - only what is measured is imported
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    from krea_dagster.curation.accepted.making import accepted_name, accepted_schema  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA  # noqa: PLC0415
 
     table = pa.Table.from_pylist(list(rows), accepted_schema(MANIFEST_SCHEMA))
@@ -233,9 +233,9 @@ def tar(options: Namespace) -> dict[str, Any]:
 
 def export(options: Namespace) -> dict[str, Any]:
     """Export in one form; ``grow`` takes the further images too."""
-    from krea_dagster.curation.export.exporting import export as exported  # noqa: PLC0415
+    from krea_dagster.curation.export.export import export as exported  # noqa: PLC0415
     from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     grow = options.work == "grow"
     form = "webdataset" if grow else options.work
@@ -265,9 +265,9 @@ def plan(options: Namespace) -> dict[str, Any]:
     """Choose and plan many rows; none has a file."""
     from krea_dagster.curation.export.card import facts_of, write_card  # noqa: PLC0415
     from krea_dagster.curation.export.plan import make_plan  # noqa: PLC0415
-    from krea_dagster.curation.export.rows import choose  # noqa: PLC0415
+    from krea_dagster.curation.export.selection import choose  # noqa: PLC0415
     from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     began = _now()
     spec = ExportSpec.parse(

@@ -132,7 +132,7 @@ def make(options: Namespace) -> dict[str, Any]:
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     from krea_dagster.curation.measures.table import MEASURES_SCHEMA, measures_name  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest  # noqa: PLC0415
 
     drawn = np.random.default_rng(8)
@@ -207,18 +207,22 @@ def _table(values: dict[str, Any], schema: Any) -> Any:
 
 def find(options: Namespace) -> dict[str, Any]:
     """Make the table as the asset does, then hold it against what was planted."""
-    from krea_dagster.curation.likeness import index, stars, table  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.similarity import (  # noqa: PLC0415
+        clusters,
+        multi_index_hash,
+        table,
+    )
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     search_s = [0.0]
 
     def timed(*arguments: Any, **named: Any) -> Any:
         began_s = time.perf_counter()
-        found = index.find_stars(*arguments, **named)
+        found = multi_index_hash.find_stars(*arguments, **named)
         search_s[0] += time.perf_counter() - began_s
         return found
 
-    vars(stars)["find_stars"] = timed
+    vars(clusters)["find_stars"] = timed
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     figures = table.update_likeness(storage)

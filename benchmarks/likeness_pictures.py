@@ -22,9 +22,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks.harness import Report, finish, note_progress, options_of
-from krea_dagster.curation.likeness.index import words_of
-from krea_dagster.curation.measures.figures import plain
+from krea_dagster.curation.measures.builtin import plain
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
+from krea_dagster.curation.similarity.multi_index_hash import words_of
 from krea_dagster.emulator.render import render
 
 PICTURES: Final = 500

@@ -125,8 +125,8 @@ def pictures(options: Namespace) -> dict[str, Any]:
 def _ways(data: bytes, side: int) -> Mapping[str, Callable[[], object]]:
     from PIL import Image  # noqa: PLC0415 - only what is measured is imported
 
-    from krea_dagster.curation.measures.figures import measure  # noqa: PLC0415
-    from krea_dagster.engine.look import look_at  # noqa: PLC0415
+    from krea_dagster.curation.measures.builtin import measure  # noqa: PLC0415
+    from krea_dagster.engine.storage.verify import look_at  # noqa: PLC0415
 
     def decode() -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
@@ -201,7 +201,7 @@ def prepare(options: Namespace) -> dict[str, Any]:
     import pyarrow as pa  # noqa: PLC0415
 
     from krea_dagster.curation.measures.cache import MeasureCache, Notes  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest  # noqa: PLC0415
 
     storage, generator = Storage(str(options.folder)), np.random.default_rng(0)
@@ -226,8 +226,8 @@ def prepare(options: Namespace) -> dict[str, Any]:
 
 def known(options: Namespace) -> dict[str, Any]:
     """Measure the partition; every figure is known."""
-    from krea_dagster.curation.measures.taking import measure_partitions  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.measures.measure_partitions import measure_partitions  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     (measured,) = measure_partitions(Storage(str(options.folder)), ["a"])

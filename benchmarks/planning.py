@@ -148,7 +148,7 @@ def write_table(options: Namespace) -> dict[str, Any]:
 
 def write_done(options: Namespace) -> dict[str, Any]:
     """Write the journal and the files of a table that is done."""
-    from krea_dagster.engine.journal import Journal  # noqa: PLC0415
+    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
 
     krea = _krea(options)
     table = _table(options, "hash:8")
@@ -236,7 +236,7 @@ def _table(options: Namespace, by: str) -> Any:
 
 def plan(options: Namespace) -> dict[str, Any]:
     """What a run does until it knows what is left to do."""
-    from krea_dagster.plugin.batch import Batch  # noqa: PLC0415
+    from krea_dagster.application.batch import Batch  # noqa: PLC0415
 
     krea, table = _krea(options), _table(options, "hash:8")
 
@@ -250,9 +250,9 @@ def plan(options: Namespace) -> dict[str, Any]:
 
 def journal_only(options: Namespace) -> dict[str, Any]:
     """The same, with every file that the journal knows taken to be there."""
-    from krea_dagster.engine import lookup  # noqa: PLC0415
+    from krea_dagster.engine.journal import bulk_reads  # noqa: PLC0415
 
-    vars(lookup)["_those_listed"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
+    vars(bulk_reads)["_those_listed"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
     return plan(options)
 
 

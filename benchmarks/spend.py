@@ -130,9 +130,9 @@ def update(options: Namespace) -> dict[str, Any]:
     """Bring the tables up to the journal, and add them up."""
     import duckdb  # noqa: PLC0415 - only what is measured is imported
 
-    from krea_dagster.engine.journal import Journal  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
-    from krea_dagster.spend.tables import update_spend  # noqa: PLC0415
+    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
+    from krea_dagster.spend.tables.update import update_spend  # noqa: PLC0415
 
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()

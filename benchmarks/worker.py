@@ -29,10 +29,10 @@ from benchmarks.harness import peak_bytes
 def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
     """The engine as a run of the plugin puts it together."""
     from krea_dagster.api import KreaClient  # noqa: PLC0415 - only what is measured is imported
-    from krea_dagster.engine.images import ImageStore  # noqa: PLC0415
-    from krea_dagster.engine.journal import Journal  # noqa: PLC0415
-    from krea_dagster.engine.runner import Runner, RunReport, Wanted  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
+    from krea_dagster.engine.run.runner import Runner, RunReport, Wanted  # noqa: PLC0415
+    from krea_dagster.engine.storage.images import ImageStore  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.models import ImageRequest  # noqa: PLC0415
     from krea_dagster.prompts.requests import request_key  # noqa: PLC0415
 

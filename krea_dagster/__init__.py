@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
     from krea_dagster.curation.export.spec import ExportSpec
-    from krea_dagster.curation.measures.own import Measure
+    from krea_dagster.curation.measures.custom import Measure
     from krea_dagster.errors import KreaError
-    from krea_dagster.plugin.assets import KreaAssets, build_krea_assets
-    from krea_dagster.plugin.automation import on_prompts_changed
+    from krea_dagster.plugin.assets.curation import Curation
+    from krea_dagster.plugin.assets.images import KreaAssets, build_krea_assets
     from krea_dagster.plugin.checks import (
         build_failure_share_check,
         build_files_check,
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
         build_spend_check,
     )
     from krea_dagster.plugin.component import KreaImages
-    from krea_dagster.plugin.curation import Curation
     from krea_dagster.plugin.definitions import build_krea_definitions
     from krea_dagster.plugin.environment import definitions_from_environment
     from krea_dagster.plugin.failures import KreaFailure, failure_of
     from krea_dagster.plugin.io_manager import KreaManifestIOManager
     from krea_dagster.plugin.resource import KreaResource
     from krea_dagster.plugin.schedules import build_krea_schedule
+    from krea_dagster.plugin.sensors.prompts import on_prompts_changed
     from krea_dagster.prompts import Defaults, PromptTable
 
 __all__ = [
@@ -69,21 +69,21 @@ __all__ = [
 __version__: Final = version("krea-dagster")
 
 _HOMES: Final = {
-    "Curation": "plugin.curation",
+    "Curation": "plugin.assets.curation",
     "Defaults": "prompts",
     "ExportSpec": "curation.export.spec",
-    "KreaAssets": "plugin.assets",
+    "KreaAssets": "plugin.assets.images",
     "KreaClient": "api",
     "KreaError": "errors",
     "KreaFailure": "plugin.failures",
     "KreaImages": "plugin.component",
     "KreaManifestIOManager": "plugin.io_manager",
     "KreaResource": "plugin.resource",
-    "Measure": "curation.measures.own",
+    "Measure": "curation.measures.custom",
     "PromptTable": "prompts",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",
-    "build_krea_assets": "plugin.assets",
+    "build_krea_assets": "plugin.assets.images",
     "build_krea_definitions": "plugin.definitions",
     "build_krea_schedule": "plugin.schedules",
     "build_manifest_schema_check": "plugin.checks",
@@ -91,7 +91,7 @@ _HOMES: Final = {
     "build_spend_check": "plugin.checks",
     "definitions_from_environment": "plugin.environment",
     "failure_of": "plugin.failures",
-    "on_prompts_changed": "plugin.automation",
+    "on_prompts_changed": "plugin.sensors.prompts",
 }
 
 

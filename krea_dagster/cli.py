@@ -139,7 +139,7 @@ def materialize_command(
     that is not set, in the folder dagster/ of the storage root. Run it again at any time: what
     is at hand is not bought again, and what was interrupted goes on.
     """
-    from krea_dagster.plugin.again import with_files  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.application.regenerate import with_files  # noqa: PLC0415 - --help stays quick
     from krea_dagster.plugin.config import KreaImagesConfig  # noqa: PLC0415
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
 
@@ -271,8 +271,8 @@ def quote_command(
     quality is the highest that this account was seen to pay, and before that the published one.
     """
     from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.application.quotes import quote_partitions  # noqa: PLC0415
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
-    from krea_dagster.plugin.quoting import quote_partitions  # noqa: PLC0415
 
     settings = Settings.from_environment()
     quoted = quote_partitions(
@@ -324,8 +324,8 @@ def spend_command(
     needs no network.
     """
     from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.application.spend import answer_of, report_of, spend_of  # noqa: PLC0415
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
-    from krea_dagster.plugin.spending import answer_of, report_of, spend_of  # noqa: PLC0415
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
@@ -367,8 +367,8 @@ def verify_command(*, no_files: bool, as_json: bool) -> None:
     used. Changes nothing, and needs no network.
     """
     from krea_dagster import terminal  # noqa: PLC0415 - --help stays quick
+    from krea_dagster.plugin.checks.spend_proof import prove  # noqa: PLC0415
     from krea_dagster.plugin.environment import Settings  # noqa: PLC0415
-    from krea_dagster.plugin.proof import prove  # noqa: PLC0415
 
     with terminal.proof_progress() as on_progress:
         proof = prove(

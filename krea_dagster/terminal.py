@@ -28,16 +28,16 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from krea_dagster import redact
-from krea_dagster.engine.progress import Progress
+from krea_dagster.application.quotes import Quoted
+from krea_dagster.application.spend import Spend
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.run.progress import Progress
 from krea_dagster.models import credits_from_units, credits_text
 from krea_dagster.plugin.materialize import Materialized, Salvaged
-from krea_dagster.plugin.quoting import Quoted
-from krea_dagster.plugin.spending import Spend
-from krea_dagster.spend.findings import Figures, Proof
-from krea_dagster.spend.query import Line as SpendLine
+from krea_dagster.spend.proof.findings import Figures, Proof
 from krea_dagster.spend.quote import Line, Quote
-from krea_dagster.spend.warnings import SpendWarning
+from krea_dagster.spend.tables.query import Line as SpendLine
+from krea_dagster.spend.warnings.warnings import SpendWarning
 
 #: Seconds between two lines of progress where there is no terminal.
 _LINE_EVERY_S: Final = 5.0

@@ -30,8 +30,8 @@ import httpx
 
 from krea_dagster import redact
 from krea_dagster.api.addresses import Addresses, Resolve, resolve_host, resolve_nothing
-from krea_dagster.api.answers import Answer, NoAnswer, exchange
-from krea_dagster.api.batch import BatchUse
+from krea_dagster.api.batch_reads import BatchUse
+from krea_dagster.api.exchange import Answer, NoAnswer, exchange
 from krea_dagster.api.files import Download, FileHosts, Sink
 from krea_dagster.api.links import (
     AddressKind,

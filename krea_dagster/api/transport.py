@@ -23,8 +23,8 @@ import anyio
 import httpx
 import yarl
 
+from krea_dagster.api.connect_errors import cause_of
 from krea_dagster.api.proxies import Proxies, Proxy, Secret
-from krea_dagster.api.troubles import cause_of
 from krea_dagster.errors import KreaError
 
 #: Connections that nobody has used for so long are closed: servers close theirs without a word,

@@ -131,9 +131,9 @@ def serve_command(
     """
     from krea_dagster.callbacks.receiver import Receiver  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.callbacks.server import Tls, listen, serve  # noqa: PLC0415 - as above
-    from krea_dagster.engine.calls import CallLog  # noqa: PLC0415 - as above
-    from krea_dagster.engine.database import database_in, has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.callback_log import CallLog  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
 
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key are given together")

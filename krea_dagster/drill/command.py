@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from krea_dagster.drill.reckoning import Fate
+from krea_dagster.drill.reconcile import Fate
 from krea_dagster.drill.worlds import WORLDS, Part
 from krea_dagster.models import credits_from_units
 

@@ -22,10 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.drill.drilled import DrilledClient, Life, MakeClient, drilled_resource
 from krea_dagster.drill.job import PARTITION, Job, read_requests
+from krea_dagster.drill.kill_points import DrilledClient, Life, MakeClient, drilled_resource
 from krea_dagster.engine.resolution import parse_resolution
-from krea_dagster.engine.runner import Wanted
+from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.errors import ConfigError, JournalError, StorageError
 
 #: The exit code of a worker that has stopped with an error for the person who reads it.
@@ -36,7 +36,7 @@ def carry(job: Job, make_client: MakeClient = DrilledClient) -> None:
     """Live one life: carry the job's rows as far as they go, and say on stderr how it ended."""
     krea = drilled_resource(Life.of(job), make_client)
     if job.again is not None:
-        from krea_dagster.drill.again import ask_again  # noqa: PLC0415 - it needs all of Dagster
+        from krea_dagster.drill.regenerate_worker import ask_again  # noqa: PLC0415 - it needs all of Dagster
 
         ask_again(job, krea)
         return
@@ -105,7 +105,7 @@ class ForkServer:
 
     def _start(self, job: Job) -> None:
         if job.again is not None:  # once, and not in each fork
-            importlib.import_module("krea_dagster.drill.again")
+            importlib.import_module("krea_dagster.drill.regenerate_worker")
         process = os.fork()
         if process == 0:
             os._exit(self._live(job))

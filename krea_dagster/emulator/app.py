@@ -24,16 +24,16 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from krea_dagster.emulator import contract, faults
-from krea_dagster.emulator.answers import (
+from krea_dagster.emulator.contract import Refusal
+from krea_dagster.emulator.faults import Chosen, Kind
+from krea_dagster.emulator.files import BODY_EFFECTS, PictureKey, Pictures
+from krea_dagster.emulator.payloads import (
     created_answer,
     credits_answer,
     listed_answer,
     task_answer,
 )
-from krea_dagster.emulator.contract import Refusal
-from krea_dagster.emulator.delivery import ENDLESS_PIECE_BYTES, Delivery, Hang, Reply
-from krea_dagster.emulator.faults import Chosen, Kind
-from krea_dagster.emulator.files import BODY_EFFECTS, PictureKey, Pictures
+from krea_dagster.emulator.reply import ENDLESS_PIECE_BYTES, Delivery, Hang, Reply
 from krea_dagster.emulator.world import (
     Account,
     Created,

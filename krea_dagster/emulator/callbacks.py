@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol
 
-from krea_dagster.emulator.answers import task_answer
 from krea_dagster.emulator.outbox import DueCall
+from krea_dagster.emulator.payloads import task_answer
 from krea_dagster.emulator.world import Task, World
 
 TIMEOUT_S: Final = 10.0
@@ -141,7 +141,7 @@ class Caller:
     async def _call(self, due: DueCall) -> None:
         if self._poster is None:
             # Takes a while, and most emulators are never asked to call anybody.
-            from krea_dagster.emulator.posting import Poster  # noqa: PLC0415 - see above
+            from krea_dagster.emulator.http_post import Poster  # noqa: PLC0415 - see above
 
             self._poster = Poster(
                 self._ca,

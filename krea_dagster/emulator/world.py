@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from krea_dagster.emulator import faults
-from krea_dagster.emulator.books import booked, counted
+from krea_dagster.emulator.accounting import booked, counted
 from krea_dagster.emulator.contract import (
     MAX_SEED,
     PRICE_UNITS,

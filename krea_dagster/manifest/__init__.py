@@ -16,8 +16,8 @@ from krea_dagster.manifest.files import (
     write_manifest,
     write_manifest_parts,
 )
-from krea_dagster.manifest.made import Manifests
 from krea_dagster.manifest.schema import DESCRIPTIONS, MANIFEST_SCHEMA
+from krea_dagster.manifest.spool import Manifests
 
 __all__ = [
     "DESCRIPTIONS",

@@ -8,8 +8,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.lookup import record_columns
+from krea_dagster.engine.journal.bulk_reads import record_columns
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA

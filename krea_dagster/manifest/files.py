@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 from krea_dagster.prompts import safe_name

@@ -11,10 +11,10 @@ import dagster as dg
 from pydantic import BaseModel, Field
 
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.models import MOST_CREDITS
-from krea_dagster.plugin.automation import on_prompts_changed
+from krea_dagster.plugin.assets.curation import Curation
 from krea_dagster.plugin.checks import (
     CheckFactory,
     build_failure_share_check,
@@ -23,11 +23,11 @@ from krea_dagster.plugin.checks import (
     build_pictures_check,
     build_spend_check,
 )
-from krea_dagster.plugin.component_scaffolder import KreaImagesScaffolder
-from krea_dagster.plugin.curation import Curation
 from krea_dagster.plugin.definitions import build_krea_definitions
 from krea_dagster.plugin.environment import KEY_VARIABLE
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.scaffolder import KreaImagesScaffolder
+from krea_dagster.plugin.sensors.prompts import on_prompts_changed
 from krea_dagster.prompts import Defaults, estimate_tokens
 
 _Size = Literal["1:1", "4:3", "3:4", "5:4", "4:5", "2:3", "3:2", "9:16", "16:9", "1:2", "2:1"]

@@ -6,18 +6,18 @@ from typing import Any
 
 import dagster as dg
 
-import krea_dagster.plugin.assets as krea_assets
+import krea_dagster.plugin.assets.images as krea_assets
 from krea_dagster.engine.budget import CREDITS_PER_USD
-from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
+from krea_dagster.plugin.assets.curation import Curation, build_curation
+from krea_dagster.plugin.assets.salvage import build_salvage
+from krea_dagster.plugin.assets.spend import build_spend_assets
 from krea_dagster.plugin.checks import CheckFactory, default_checks
-from krea_dagster.plugin.collecting import build_collect_sensor
-from krea_dagster.plugin.curation import Curation, build_curation
+from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
+from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
-from krea_dagster.plugin.proof import build_spend_proof_check
 from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.plugin.salvage import build_salvage
-from krea_dagster.plugin.spend_assets import build_spend_assets
-from krea_dagster.plugin.spend_checks import build_spend_warnings_checks
+from krea_dagster.plugin.sensors.collect import build_collect_sensor
+from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 
 

@@ -10,11 +10,11 @@ import dagster as dg
 import httpx
 
 from krea_dagster import redact
+from krea_dagster.application.emulator_process import EMULATOR_KEY
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import cap_units, credits_from_units, whole_number
 from krea_dagster.plugin.definitions import build_krea_definitions
-from krea_dagster.plugin.local_emulator import EMULATOR_KEY
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable, parse_partition_by
 

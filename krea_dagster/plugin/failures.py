@@ -19,7 +19,7 @@ from typing import Final
 import dagster as dg
 
 from krea_dagster import redact
-from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.errors import (
     JournalAway,
     KeyRejected,

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from krea_dagster.engine.storage import Storage
+from krea_dagster.application.manifest_frames import Wishes, load
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import Manifests, write_manifest
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.reading import Wishes, load
 
 #: The last part of the key of the asset that this IO manager is made for.
 MANIFEST_ASSET: Final = "image_manifest"

@@ -12,20 +12,20 @@ from typing import Final
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.engine.progress import Progress
+from krea_dagster.application.batch import Batch
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped, TryLater
 from krea_dagster.manifest import read_missing
-from krea_dagster.plugin.automation import report_prompts
-from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
 from krea_dagster.plugin.environment import Settings
 from krea_dagster.plugin.failures import TRY_LATER
-from krea_dagster.plugin.observer import observed
 from krea_dagster.plugin.partitions import partitions_for, ranges, register_partitions
+from krea_dagster.plugin.progress import observed
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.sensors.prompts import report_prompts
 from krea_dagster.prompts import partition_version
 
 #: What is told of a row without an image.

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from krea_dagster import redact
-from krea_dagster.engine.images import DAMAGED
+from krea_dagster.application.manifest_summary import SHEET_IMAGES, Figures
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import DAMAGED
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import DESCRIPTIONS
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.figures import SHEET_IMAGES, Figures
 from krea_dagster.spend.quote import Line
 
 #: Thumbnails in a row of a sheet, their longest side in pixels, and the space between them.

@@ -24,26 +24,26 @@ import pyarrow as pa
 from pydantic import Field
 
 from krea_dagster.api import KreaClient
+from krea_dagster.application.callback_column import receiver_urls
+from krea_dagster.application.emulator_process import EMULATOR_KEY, local_emulator
 from krea_dagster.callbacks import CallbackUrls
 from krea_dagster.curation.measures.cache import measured_while_verified
 from krea_dagster.engine.budget import Budget, Caps
-from krea_dagster.engine.database import database_in, has_database
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.journal.database import database_in, has_database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.prompt_tables import identity_of
+from krea_dagster.engine.journal.roots import Marker
 from krea_dagster.engine.policy import REJECTED, Policy
-from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.prompt_tables import identity_of
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
-from krea_dagster.engine.roots import Marker
-from krea_dagster.engine.runner import Root, Runner, RunReport, Wanted
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.runner import Root, Runner, RunReport, Wanted
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import MOST_CREDITS, cap_units, credits_text
-from krea_dagster.plugin.calling import receiver_urls
-from krea_dagster.plugin.local_emulator import EMULATOR_KEY, local_emulator
 from krea_dagster.prompts import Defaults, Plan, PlannedImage, PromptTable
 
 _T = TypeVar("_T")
@@ -308,7 +308,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         bought, AccountStopped or RunStopped where buying ended, JournalError or StorageError
         where what was bought could not be written; what is paid for is taken up by the next call.
         """
-        from krea_dagster.plugin.generate import generate, ids_of  # noqa: PLC0415 - it needs this
+        from krea_dagster.application.generate import generate, ids_of  # noqa: PLC0415 - it needs this
 
         run_id, name = ids_of(context)
         return generate(

@@ -22,19 +22,19 @@ import pyarrow.compute as pc
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
-from krea_dagster.prompts import columns
+from krea_dagster.prompts import validate_columns
 from krea_dagster.prompts.cells import Bad, plain_array, shown, text_cells
-from krea_dagster.prompts.columns import BadCells
-from krea_dagster.prompts.doubles import find_doubles, hashes_of_ids
-from krea_dagster.prompts.exact import ExactRows
+from krea_dagster.prompts.duplicates import find_doubles, hashes_of_ids
+from krea_dagster.prompts.files import open_files
 from krea_dagster.prompts.identity import Hasher, buckets, derived_prompt_ids
-from krea_dagster.prompts.layout import Layout, Problems, problem_in
 from krea_dagster.prompts.murmur import Numbers, hashes_of_texts
 from krea_dagster.prompts.partitioning import HashPartitions, PartitionBy
 from krea_dagster.prompts.pushdown import row_group_filter
 from krea_dagster.prompts.requests import MAX_IMAGES, Defaults
-from krea_dagster.prompts.source import open_files
+from krea_dagster.prompts.table_schema import Layout, Problems, problem_in
 from krea_dagster.prompts.tokens import WARN_TOKENS, at_most_tokens, estimate_tokens
+from krea_dagster.prompts.validate_cells import ExactRows
+from krea_dagster.prompts.validate_columns import BadCells
 
 #: A row with the defaults filled in, as ``requests.PromptRow`` has it. A null seed is drawn.
 ROWS_SCHEMA: Final = pa.schema(
@@ -218,7 +218,7 @@ class Scan:
     def _keyed(self, batch: _Batch, looked: _Looked) -> _Batch:
         """Say which partition each row belongs to, and keep the rows of those that are wanted."""
         if self._layout.partition_columns and not isinstance(self._by, HashPartitions):
-            keys, bad = columns.partition_keys(self._by, batch.columns)
+            keys, bad = validate_columns.partition_keys(self._by, batch.columns)
             batch = _Batch(batch.numbers, batch.columns, keys, bad)
             if self._wanted_values is None:
                 return batch
@@ -228,7 +228,7 @@ class Scan:
         return self._bucketed(batch, self._by, looked)
 
     def _bucketed(self, batch: _Batch, by: HashPartitions, looked: _Looked) -> _Batch:
-        ids = columns.texts(batch.columns["prompt_id"])
+        ids = validate_columns.texts(batch.columns["prompt_id"])
         if ids is None:
             cells = text_cells(batch.columns["prompt_id"])
             ids = pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())
@@ -275,10 +275,12 @@ class Scan:
     def _plain(self, given: _Columns, rows: int) -> _Columns | None:
         """Return the recognised columns where all is plainly right; absent ids are empty."""
         defaults = self._defaults
-        prompts = columns.texts(given["prompt"]) if "prompt" in given else None
+        prompts = validate_columns.texts(given["prompt"]) if "prompt" in given else None
         if prompts is None or prompts.null_count or _any(_is_blank(prompts)):
             return None
-        ids = columns.texts(given["prompt_id"]) if "prompt_id" in given else _same("", rows)
+        ids = (
+            validate_columns.texts(given["prompt_id"]) if "prompt_id" in given else _same("", rows)
+        )
         if ids is None or ids.null_count or ("prompt_id" in given and _any(pc.equal(ids, ""))):
             return None
         found: _Columns = {"prompt": prompts, "prompt_id": ids}
@@ -287,7 +289,7 @@ class Scan:
             ("quality", QUALITIES, defaults.quality),
         )
         for name, allowed, default in choices:
-            values = columns.texts(given[name]) if name in given else _same(default, rows)
+            values = validate_columns.texts(given[name]) if name in given else _same(default, rows)
             if values is None:
                 return None
             found[name] = values.fill_null(default)
@@ -298,7 +300,11 @@ class Scan:
             ("num_images", 1, MAX_IMAGES, defaults.num_images),
         )
         for name, least, most, default_number in numbers:
-            values = columns.wholes(given[name]) if name in given else _same(default_number, rows)
+            values = (
+                validate_columns.wholes(given[name])
+                if name in given
+                else _same(default_number, rows)
+            )
             if values is None:
                 return None
             found[name] = values.fill_null(default_number)
@@ -307,7 +313,7 @@ class Scan:
             ):
                 return None
         checks = (
-            columns.flags(given["nsfw_check"])
+            validate_columns.flags(given["nsfw_check"])
             if "nsfw_check" in given
             else _same(defaults.nsfw_check, rows)
         )

@@ -15,16 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.errors import ConfigError, Problem
-from krea_dagster.prompts import columns
+from krea_dagster.prompts import validate_columns
 from krea_dagster.prompts.cells import Bad, shown
+from krea_dagster.prompts.files import open_files
 from krea_dagster.prompts.identity import Hasher
-from krea_dagster.prompts.layout import (
-    RECOGNISED_COLUMNS,
-    RESERVED_COLUMNS,
-    Layout,
-    Problems,
-    problem_in,
-)
 from krea_dagster.prompts.partitioning import (
     HashPartitions,
     MultiPartitions,
@@ -34,7 +28,13 @@ from krea_dagster.prompts.partitioning import (
 from krea_dagster.prompts.plan import Plan, Planner
 from krea_dagster.prompts.requests import Attempts, Defaults, PromptRow
 from krea_dagster.prompts.scan import Scan
-from krea_dagster.prompts.source import open_files
+from krea_dagster.prompts.table_schema import (
+    RECOGNISED_COLUMNS,
+    RESERVED_COLUMNS,
+    Layout,
+    Problems,
+    problem_in,
+)
 from krea_dagster.prompts.tokens import MAX_TOKENS, estimate_tokens
 
 __all__ = ["RECOGNISED_COLUMNS", "RESERVED_COLUMNS", "PromptRows", "PromptTable"]
@@ -218,7 +218,7 @@ class PromptTable:
             for file in layout.files:
                 for first, batch in file.batches(layout.partition_columns):
                     given = {name: batch.column(name) for name in layout.partition_columns}
-                    found, bad_cells = columns.partition_keys(by, given)
+                    found, bad_cells = validate_columns.partition_keys(by, given)
                     keys.update(found.unique().drop_null().to_pylist())
                     for name, cells in (bad_cells or {}).items():
                         for row, cell in enumerate(cells, first):

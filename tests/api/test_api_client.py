@@ -20,9 +20,9 @@ import httpx
 import pytest
 
 from krea_dagster.api import KreaClient
-from krea_dagster.api.answers import ANSWER_MAX_BYTES
-from krea_dagster.api.batch import BATCH_TRIES
+from krea_dagster.api.batch_reads import BATCH_TRIES
 from krea_dagster.api.client import check_base_url
+from krea_dagster.api.exchange import ANSWER_MAX_BYTES
 from krea_dagster.api.proxies import Proxies
 from krea_dagster.errors import (
     ApiError,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from krea_dagster.api import Download, KreaClient
-from krea_dagster.api.unpack import CHUNK_BYTES, Unpacker
+from krea_dagster.api.decompress import CHUNK_BYTES, Unpacker
 from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
 from tests.api.api_loopback import (
     Behaviour,

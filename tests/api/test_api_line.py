@@ -15,7 +15,7 @@ import pytest
 
 from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.files import CONTINUED_MAX
-from krea_dagster.api.line import CRAWL_BYTES_PER_S, AtOnce, Span
+from krea_dagster.api.throughput import CRAWL_BYTES_PER_S, AtOnce, Span
 from krea_dagster.errors import LinkDead, NoUsableBody
 from tests.api.api_loopback import Behaviour, Seen, answers, message, serving
 

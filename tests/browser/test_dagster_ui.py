@@ -21,7 +21,7 @@ from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, Response, expect, sync_playwright
 
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.metadata import contact_sheet
 from tests.dagster_bench import end_group

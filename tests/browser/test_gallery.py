@@ -17,7 +17,7 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from krea_dagster.curation.gallery.page import write_gallery
-from krea_dagster.curation.gallery.rows import GalleryFilter, choose_rows
+from krea_dagster.curation.gallery.selection import GalleryFilter, choose_rows
 from tests.curation.gallery_bench import HOSTILE, PROMPTS, Walls
 
 pytestmark = pytest.mark.browser

@@ -24,9 +24,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from krea_dagster.curation.review.app import REASONS
 from krea_dagster.curation.review.index import Index, build_index
 from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import Verdict
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
 from tests.curation.review.review_bench import PARTITIONS, Server, Shelf, make_shelf
 

@@ -19,10 +19,10 @@ from playwright.sync_api import Page, expect
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.verdicts import REJECT, Verdict
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
 from krea_dagster.manifest import read_manifests
-from krea_dagster.plugin.curation import Curation
+from krea_dagster.plugin.assets.curation import Curation
 from tests.browser.test_dagster_ui import _keep, _wait_for, answers, page  # noqa: F401 - fixtures
 from tests.curation.exactly_n import prompts_of
 from tests.dagster_bench import QUIET, end_group, tick, write_table
@@ -36,7 +36,7 @@ import os
 import dagster as dg
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.plugin.curation import Curation
+from krea_dagster.plugin.assets.curation import Curation
 
 defs = build_krea_definitions(
     prompts=os.environ["KREA_PROMPTS"],

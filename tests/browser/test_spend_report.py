@@ -18,8 +18,8 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from krea_dagster.engine.budget import Budget
-from krea_dagster.spend.picture import spend_picture
-from krea_dagster.spend.report import write_report
+from krea_dagster.spend.report.report import write_report
+from krea_dagster.spend.report.sparkline import spend_picture
 from tests.spend.spend_tables import Tables, simulated_year
 
 pytestmark = pytest.mark.browser

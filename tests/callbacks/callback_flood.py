@@ -28,9 +28,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from krea_dagster.callbacks import CallbackUrls
-from krea_dagster.engine.calls import CallLog
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.schema import metadata
+from krea_dagster.engine.journal.callback_log import CallLog
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.schema import metadata
 from krea_dagster.models import ImageRequest
 
 SECRET = "f3a1" * 16

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from krea_dagster.engine.calls import OVERLAP, CallLog
-from krea_dagster.engine.database import Database
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.schema import metadata
-from krea_dagster.engine.statements import locked_records
+from krea_dagster.engine.journal.callback_log import OVERLAP, CallLog
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.schema import metadata
+from krea_dagster.engine.journal.statements import locked_records
 from krea_dagster.errors import JournalError
 from krea_dagster.models import ImageRequest
 

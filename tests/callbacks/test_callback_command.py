@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from krea_dagster.callbacks import CallbackUrls, callbacks_command
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.calls import Called, CallLog
+from krea_dagster.engine.journal.callback_log import Called, CallLog
 from krea_dagster.errors import ConfigError
 from tests.callbacks.callback_flood import (
     EXPECTED,

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from krea_dagster.callbacks import CallbackUrls
-from krea_dagster.engine.runner import RunReport
-from krea_dagster.engine.schema import submissions
+from krea_dagster.engine.journal.schema import submissions
+from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.callback_tls import Tls

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster import cli
+from krea_dagster.application import emulator_process
 from krea_dagster.emulator import Emulator
-from krea_dagster.plugin import local_emulator
 from tests.dagster_bench import OpenAccount, posts, write_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -390,7 +390,7 @@ def test_the_demo_never_uses_the_key_and_says_that_its_pictures_are_synthetic(
     assert "1 × refused" in done.out
     assert posts(emulator) == before, "it has an emulator of its own"
     # Which ends by itself, once nobody uses it: nobody is left to end it.
-    assert local_emulator._started[-1].wait(timeout=30) == 0
+    assert emulator_process._started[-1].wait(timeout=30) == 0
 
 
 def test_the_demo_asks_no_proxy_for_its_own_emulator(
@@ -402,7 +402,7 @@ def test_the_demo_asks_no_proxy_for_its_own_emulator(
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     assert shell.run("demo").code == 0
-    assert local_emulator._started[-1].wait(timeout=30) == 0
+    assert emulator_process._started[-1].wait(timeout=30) == 0
 
 
 def test_a_salvage_with_nothing_left_behind_is_exit_0(shell: Shell, emulator: Emulator) -> None:

@@ -6,10 +6,10 @@ import asyncio
 import sys
 
 from krea_dagster.api import KreaClient
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.runner import Runner
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from tests.engine.engine_bench import LEARNED, QUICK, as_wanted, several
 
 

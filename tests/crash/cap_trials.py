@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.models import credits_from_units
 from tests.crash.engine_processes import Shop, outcomes
 

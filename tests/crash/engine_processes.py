@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import column_scope
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.planned import Wanted
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.run.worklist import Wanted
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import asked
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Budget, Caps
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.latency import Latencies
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import Policy
-from krea_dagster.engine.runner import Runner, RunReport
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.runner import Runner, RunReport
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
 from tests.crash.engine_processes import Job, wanted
 

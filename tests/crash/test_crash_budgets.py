@@ -11,7 +11,7 @@ import pytest
 
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import scopes_of
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from tests.crash.cap_trials import FAULTS
 from tests.crash.engine_processes import Shop, outcomes
 

@@ -24,17 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets
-from krea_dagster.curation.accepted.making import Accepting
+from krea_dagster.application.batch import Batch
+from krea_dagster.application.quota import Asked, ask_for_wanted
+from krea_dagster.curation.accepted.accepted_table import Accepting
+from krea_dagster.curation.accepted.quota import Outcome, WantedImages
 from krea_dagster.curation.accepted.rules import Rules
-from krea_dagster.curation.accepted.wanted import Outcome, WantedImages
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.verdicts import KEEP, REJECT, Verdict
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import KEEP, REJECT, Verdict
 from krea_dagster.manifest import write_manifest_parts
-from krea_dagster.plugin.accepted_assets import build_accepted_assets
-from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.assets.accepted import build_accepted_assets
 from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.wanted import Asked, ask_for_wanted
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, run_job, write_table
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from krea_dagster.emulator.render import encode, render
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
 #: A prompt that would do harm on a page which takes it for anything but text.

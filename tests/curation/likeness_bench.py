@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.curation.measures.table import MEASURES_SCHEMA, measures_name
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
 BEGAN = datetime(2026, 11, 2, tzinfo=timezone.utc)

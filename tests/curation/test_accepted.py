@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from krea_dagster.curation.accepted.making import Accepting
+from krea_dagster.curation.accepted.accepted_table import Accepting
 from krea_dagster.curation.accepted.rules import (
     Evidence,
     Range,
@@ -25,9 +25,9 @@ from krea_dagster.curation.accepted.rules import (
     verdict_table,
     verdict_version,
 )
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import Verdict
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 
 NOBODY = verdict_table([])

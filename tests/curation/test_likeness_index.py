@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from krea_dagster.curation.likeness.index import MOST_BITS, find_stars
+from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS, find_stars
 from tests.curation.likeness_bench import flipped, hashes
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.likeness.table import (
+from krea_dagster.curation.measures.builtin import measure
+from krea_dagster.curation.similarity.table import (
     LIKENESS_SCHEMA,
     LikenessFigures,
     largest_clusters,
@@ -18,9 +19,8 @@ from krea_dagster.curation.likeness.table import (
     read_likeness,
     update_likeness,
 )
-from krea_dagster.curation.measures.figures import measure
 from krea_dagster.emulator.render import render
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from tests.curation.likeness_bench import Pile, digest, flipped, hashes
 

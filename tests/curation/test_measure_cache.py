@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from krea_dagster.curation.measures.builtin import measure
 from krea_dagster.curation.measures.cache import (
     KEY,
     MeasureCache,
@@ -23,8 +24,7 @@ from krea_dagster.curation.measures.cache import (
     digests,
     measured_while_verified,
 )
-from krea_dagster.curation.measures.figures import measure
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
 from tests.curation.measured_shelf import drawn
 

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from krea_dagster.curation.measures.builtin import NAMES, measure
 from krea_dagster.curation.measures.cache import measured_while_verified
-from krea_dagster.curation.measures.figures import NAMES, measure
-from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.custom import Measure
+from krea_dagster.curation.measures.measure_partitions import Measured, measure_partitions
 from krea_dagster.curation.measures.table import (
     MEASURES_SCHEMA,
     measures_name,
     read_measures,
 )
-from krea_dagster.curation.measures.taking import Measured, measure_partitions
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.measured_shelf import Shelf, drawn, png
 
@@ -288,17 +288,17 @@ def test_a_killed_measuring_goes_on_where_it_was(shelf: Shelf) -> None:
     shelf.write("a", [shelf.row(number) for number in range(40)])
     script = f"""
 import os, signal
-from krea_dagster.curation.measures import taking
-from krea_dagster.curation.measures.own import Measure
-from krea_dagster.engine.storage import Storage
-taking._WAIT_S = 0.0  # written at once
+from krea_dagster.curation.measures import measure_partitions
+from krea_dagster.curation.measures.custom import Measure
+from krea_dagster.engine.storage.storage import Storage
+measure_partitions._WAIT_S = 0.0  # written at once
 def slow(pictures):
     slow.calls += 1
     if slow.calls == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return [0.5] * len(pictures)
 slow.calls = 0
-list(taking.measure_partitions(Storage({shelf.root!r}), ["a"],
+list(measure_partitions.measure_partitions(Storage({shelf.root!r}), ["a"],
     further=[Measure("slow", slow, batch_size=5)]))
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from krea_dagster.curation.measures.figures import NAMES, measure, plain
+from krea_dagster.curation.measures.builtin import NAMES, measure, plain
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
 
 Pixels = npt.NDArray[np.uint8]

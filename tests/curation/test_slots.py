@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from krea_dagster.curation.accepted.slots import read_slots
-from krea_dagster.curation.accepted.wanted import SLOT_SCHEMA
-from krea_dagster.engine.journal import Journal
+from krea_dagster.curation.accepted.candidates import read_slots
+from krea_dagster.curation.accepted.quota import SLOT_SCHEMA
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import ImageRequest

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.curation.accepted.wanted import (
+from krea_dagster.curation.accepted.quota import (
     IS_ACCEPTED,
     IS_FAILED,
     IS_FIXED,

@@ -42,8 +42,8 @@ import dagster as dg
 from krea_dagster import (
     KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets, on_prompts_changed,
 )
-from krea_dagster.plugin.automation import build_automation_sensor, build_prompts_sensor
-from krea_dagster.plugin.collecting import build_collect_sensor
+from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
+from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.prompts import parse_partition_by
 
 table = PromptTable(os.environ["TABLE"], parse_partition_by(os.environ["PARTITION_BY"]))

@@ -12,7 +12,7 @@ import pytest
 from krea_dagster import KreaResource
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.states import State
-from krea_dagster.plugin.collecting import COLLECTS_TAG
+from krea_dagster.plugin.sensors.collect import COLLECTS_TAG
 from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.callback_tls import Tls
 from tests.daemon.daemon_bench import Dagster, dagster_dev

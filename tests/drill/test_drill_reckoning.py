@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 
 import pytest
 
-from krea_dagster.drill.reckoning import Fate, Reckoning, ServerTask, body_of, reckon
+from krea_dagster.drill.reconcile import Fate, Reckoning, ServerTask, body_of, reckon
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.models import ImageRequest

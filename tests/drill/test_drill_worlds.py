@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from krea_dagster.drill.command import drill_command
-from krea_dagster.drill.drilled import SetClock
 from krea_dagster.drill.edges import UNANSWERED
 from krea_dagster.drill.job import Job, Place
+from krea_dagster.drill.kill_points import SetClock
 from krea_dagster.drill.plan import KILL_FAULTS, Plan
 from krea_dagster.drill.run import Outcome, drill
 from krea_dagster.drill.worlds import WORLDS, Episode, Part, on_host

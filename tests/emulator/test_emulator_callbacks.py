@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from krea_dagster.emulator import Emulator, UnknownFaultError, emulator_command
 from krea_dagster.emulator.callbacks import MAX_CALLS, Caller
 from krea_dagster.emulator.contract import read_order
-from krea_dagster.emulator.posting import Poster
+from krea_dagster.emulator.http_post import Poster
 from tests.emulator.callback_bench import Listener, certificates, listening
 from tests.emulator.emulator_bench import Bench, Clock
 

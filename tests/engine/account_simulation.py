@@ -14,18 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.looking import (
-    BATCH,
-    Awaited,
-    chances,
-    is_learned,
-    pause_s,
-    scout_due_s,
-    to_read,
-)
-from krea_dagster.engine.pace import InWork, Pace
-from krea_dagster.engine.sharing import (
+from krea_dagster.engine.pace_sharing import (
     LEASE_S,
     Answer,
     Exchange,
@@ -33,6 +22,17 @@ from krea_dagster.engine.sharing import (
     SharedPace,
     kept_of,
     told_of,
+)
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.pace import InWork, Pace
+from krea_dagster.engine.run.poll_schedule import (
+    BATCH,
+    Awaited,
+    chances,
+    is_learned,
+    pause_s,
+    scout_due_s,
+    to_read,
 )
 
 _T = TypeVar("_T")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 
 POSTGRES = "KREA_TEST_POSTGRES_URL"
 

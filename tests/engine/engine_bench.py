@@ -17,19 +17,19 @@ from sqlalchemy import Table, create_engine, select
 
 from krea_dagster.api import KreaClient
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine import schema
-from krea_dagster.engine.changes import Change
 from krea_dagster.engine.clock import Clock, SystemClock
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.owner import this_process
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.owners import this_process
 from krea_dagster.engine.policy import Policy
-from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.runner import Runner, RunReport, Wanted
 from krea_dagster.engine.states import Event, State, replay
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import BuyingClosed, JournalError
 from krea_dagster.models import ImageRequest
 from krea_dagster.prompts.requests import request_key

@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 import fsspec
 
 from krea_dagster.api import KreaClient
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from tests.engine.engine_bench import House, as_wanted, house, several
 from tests.engine.gate import gate_to
 from tests.engine.test_outages import Shaky, gate_before, set_away

@@ -10,10 +10,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from krea_dagster.engine import asker
-from krea_dagster.engine.asker import Answer, Asker
-from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.looking import Awaited, Hint
+from krea_dagster.engine.run import poller
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.poll_schedule import Awaited, Hint
+from krea_dagster.engine.run.poller import Answer, Asker
 from krea_dagster.errors import NoUsableAnswer
 from krea_dagster.models import Task
 
@@ -123,7 +123,7 @@ async def test_a_read_that_never_ends_does_not_keep_its_question(
             await anyio.sleep_forever()
             raise AssertionError
 
-    monkeypatch.setattr(asker, "_READ_S", 0.05)
+    monkeypatch.setattr(poller, "_READ_S", 0.05)
     async with asking(Silent(False)) as one:
         with pytest.raises(NoUsableAnswer, match="no read of task task-a has come to an end"):
             await one.ask("task-a", awaited(), within_s=0.0)

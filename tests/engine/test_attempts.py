@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime, timezone
 
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 
 AT = datetime(2026, 11, 22, tzinfo=timezone.utc)
 TABLE = "a table"

@@ -20,8 +20,8 @@ from krea_dagster.engine.budget import (
     scope_name,
     scopes_of,
 )
-from krea_dagster.engine.changes import Change
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import CapReached, ConfigError

@@ -7,7 +7,7 @@ import asyncio
 import anyio
 import pytest
 
-from krea_dagster.engine.bytebudget import ByteBudget
+from krea_dagster.engine.storage.byte_budget import ByteBudget
 
 pytestmark = pytest.mark.anyio
 

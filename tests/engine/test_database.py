@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, select
 
-from krea_dagster.engine.database import Database
-from krea_dagster.engine.schema import stops
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.schema import stops
 from krea_dagster.errors import ConfigError, JournalError
 from tests.engine.engine_bench import NOW
 

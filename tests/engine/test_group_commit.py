@@ -13,11 +13,11 @@ from typing import Any
 import anyio
 import pytest
 
-from krea_dagster.engine.changes import Change
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.group_commit import GroupCommit
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State
-from krea_dagster.engine.writer import GroupCommit
 from krea_dagster.errors import BuyingClosed, IllegalTransition, JournalError
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import Hand, asked, change, several

@@ -21,12 +21,12 @@ import fsspec
 import pytest
 from PIL import Image
 
-from krea_dagster.engine.images import MAX_IMAGE_BYTES, ImageStore
-from krea_dagster.engine.look import is_flat, look_at
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import MAX_IMAGE_BYTES, ImageStore
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.storage.verify import is_flat, look_at
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
-from krea_dagster.spend.ledger import REJECTED_CODES
+from krea_dagster.spend.tables.ledger import REJECTED_CODES
 from tests.engine.bodies import chunk, encoded, picture
 from tests.engine.engine_bench import asked, until
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, create_engine, text
 
-from krea_dagster.engine import schema
-from krea_dagster.engine.changes import Change
-from krea_dagster.engine.database import Database
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.statements import see_prices
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.statements import see_prices
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
 from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change, rows, several
@@ -534,7 +534,7 @@ def test_what_a_journal_wrote_is_on_disk_when_the_call_returns(tmp_path: Path) -
     program = f"""
 import os
 from datetime import datetime, timezone
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from tests.engine.engine_bench import several
 journal = Journal("sqlite:///{path}")
 journal.plan([(r, "p") for r in several(7)], run_id="r", at=datetime.now(timezone.utc))

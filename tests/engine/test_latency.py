@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.latency import EXPECTED_LATENCY_S, Curve, Latencies, is_overdue
+from krea_dagster.engine.run.latency import EXPECTED_LATENCY_S, Curve, Latencies, is_overdue
 
 
 def age_when_s(curve: Curve, chance: float, not_yet_s: float = 0.0) -> float:

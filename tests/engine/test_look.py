@@ -11,7 +11,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from krea_dagster.engine.look import is_flat, look_at
+from krea_dagster.engine.storage.verify import is_flat, look_at
 from krea_dagster.errors import ImageRejected, NoUsableBody
 from tests.engine.bodies import SMALL, chunk, detailed, encoded, png
 

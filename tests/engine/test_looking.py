@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from krea_dagster.engine.latency import Floats, Latencies
-from krea_dagster.engine.looking import (
+from krea_dagster.engine.run.latency import Floats, Latencies
+from krea_dagster.engine.run.poll_schedule import (
     BATCH,
     Awaited,
     Hint,

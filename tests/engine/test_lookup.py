@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine import lookup
-from krea_dagster.engine.digests import Digests, DigestSet, first_of_each
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.lookup import RECORD_SCHEMA, known, record_columns
+from krea_dagster.digests import Digests, DigestSet, first_of_each
+from krea_dagster.engine.journal import bulk_reads
+from krea_dagster.engine.journal.bulk_reads import RECORD_SCHEMA, known, record_columns
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import Event, State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest
 from krea_dagster.prompts import digests_of_texts
 from tests.engine.engine_bench import Hand, asked
@@ -37,8 +37,8 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Have few requests looked up, or all of the journal passed over, in parts of three rows."""
 
     def use(number: int) -> None:
-        monkeypatch.setattr(lookup, "_ROWS", 3)
-        monkeypatch.setattr(lookup, "_DEAR", 10**6 if request.param == "a pass over all" else 0)
+        monkeypatch.setattr(bulk_reads, "_ROWS", 3)
+        monkeypatch.setattr(bulk_reads, "_DEAR", 10**6 if request.param == "a pass over all" else 0)
         assert number
 
     return use

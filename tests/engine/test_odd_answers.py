@@ -20,11 +20,11 @@ import pytest
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.budget import Caps, is_doubtful
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.progress import Progress
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.resolution import HasTask
-from krea_dagster.engine.session import UNANSWERED_UNDER_CAP
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.scheduler import UNANSWERED_UNDER_CAP
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import ConfigError, RunStopped
 from tests.engine.engine_bench import (

@@ -24,12 +24,12 @@ from sqlalchemy import make_url
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.clock import SystemClock
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.engine.states import AT_STAKE, State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
 from tests.api.api_loopback import answers, serving
 from tests.engine.engine_bench import House, as_wanted, house, several
@@ -101,7 +101,7 @@ def all_delivered(home: House, report: RunReport) -> None:
 async def test_a_network_that_is_away_is_waited_for_and_no_row_loses_a_try(
     home: House, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "krea_dagster.engine.outages"):
+    with caplog.at_level(logging.WARNING, "krea_dagster.engine.run.outages"):
         passing = Passing(gate.close, gate.open)
         all_delivered(home, await run_through(home, passing, **through(gate)))
     said = [record.message for record in caplog.records if "outages" in record.name]

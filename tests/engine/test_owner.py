@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from sqlalchemy import text, update
 
-from krea_dagster.engine.database import Database
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.owner import SILENCE_S, FileLocks, Owner, _held, this_process
-from krea_dagster.engine.schema import owners, requests
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, Owner, _held, this_process
+from krea_dagster.engine.journal.schema import owners, requests
 from tests.engine.engine_bench import NOW, Hand, asked, several
 
 #: Registers, claims, says so, and waits to be told to end.
 _HOLDER = """
 import sys
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.owner import this_process
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.owners import this_process
 journal = Journal(sys.argv[1])
 owner = this_process("other")
 journal.register(owner)

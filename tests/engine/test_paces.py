@@ -6,11 +6,11 @@ from functools import partial
 
 from sqlalchemy import Connection, insert, update
 
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.owner import Owner, this_process
-from krea_dagster.engine.pace import InWork, Limit, Pace
-from krea_dagster.engine.schema import api_keys, paces
-from krea_dagster.engine.sharing import Answer, Exchange, Lease
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.owners import Owner, this_process
+from krea_dagster.engine.journal.schema import api_keys, paces
+from krea_dagster.engine.pace_sharing import Answer, Exchange, Lease
+from krea_dagster.engine.run.pace import InWork, Limit, Pace
 from tests.engine.engine_bench import NOW
 
 KEY = "0123456789abcdef"

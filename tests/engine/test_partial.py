@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 import pytest
 
-from krea_dagster.engine import partial
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage import temp_files
+from krea_dagster.engine.storage.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 
 _KILLED = """
 import os, sys
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 path = Storage(sys.argv[1]).new_file()
 path.write_bytes(b"half of a picture")
 print(path, flush=True)
@@ -68,7 +68,7 @@ def test_what_cannot_be_told_from_a_living_ones_is_left_for_a_day(
     tmp_path: Path, name: str
 ) -> None:
     """Of another machine that shares the folder, or of an earlier version."""
-    folder = tmp_path / partial.FOLDER
+    folder = tmp_path / temp_files.FOLDER
     folder.mkdir()
     (folder / name).write_bytes(b"x")
     store(tmp_path)
@@ -80,4 +80,4 @@ def test_what_cannot_be_told_from_a_living_ones_is_left_for_a_day(
 
 
 def test_no_two_files_get_the_same_name() -> None:
-    assert len({partial.new_name() for _ in range(1000)}) == 1000
+    assert len({temp_files.new_name() for _ in range(1000)}) == 1000

@@ -16,12 +16,12 @@ from typing import Any
 import anyio
 import pytest
 
-from krea_dagster.engine import schema
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import SystemClock
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.runner import Wanted
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import JournalError
 from tests.engine.engine_bench import (

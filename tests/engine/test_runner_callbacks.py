@@ -17,9 +17,9 @@ import anyio
 import pytest
 from sqlalchemy import select
 
-from krea_dagster.engine import schema
+from krea_dagster.engine.journal import schema
 from krea_dagster.engine.policy import LEFT_AT_SERVER
-from krea_dagster.engine.runner import Runner, Wanted
+from krea_dagster.engine.run.runner import Runner, Wanted
 from krea_dagster.engine.states import Event
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import (

@@ -16,8 +16,8 @@ import pytest
 
 from krea_dagster.emulator import FAULTS
 from krea_dagster.engine import policy
-from krea_dagster.engine.latency import Latencies
-from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.engine.states import Event, State
 from krea_dagster.models import ImageRequest
 from tests.engine.engine_bench import House, as_wanted, asked, house, several

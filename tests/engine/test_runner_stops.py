@@ -19,14 +19,14 @@ import anyio
 import pytest
 
 from krea_dagster.api import KreaClient
-from krea_dagster.engine import schema
-from krea_dagster.engine.changes import Change
-from krea_dagster.engine.images import Fetched
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REPEATABLE_TASK_ERRORS
-from krea_dagster.engine.progress import Progress
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, SendAgain
+from krea_dagster.engine.run.progress import Progress
 from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.storage.images import Fetched
 from krea_dagster.errors import (
     AccountStopped,
     KeyRejected,

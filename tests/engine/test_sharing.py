@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace
-from krea_dagster.engine.sharing import (
+from krea_dagster.engine.pace_sharing import (
     LEASE_S,
     Answer,
     Exchange,
@@ -18,6 +17,7 @@ from krea_dagster.engine.sharing import (
     share_of,
     told_of,
 )
+from krea_dagster.engine.run.pace import ALONE, InWork, Limit, Pace
 
 FULL = Pace(64, limit=Limit.AT_ONCE, window=24.0)
 NO_TASKS = InWork(0, 0.0, 0.0)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, create_engine, event, insert
 from sqlalchemy.exc import IntegrityError
 
-from krea_dagster.engine import schema, states
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine import states
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import AT_STAKE, TRANSITIONS, Event, State, advance, replay
 from krea_dagster.errors import IllegalTransition, JournalError
 from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change

@@ -8,7 +8,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 
 
 class Listing(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types

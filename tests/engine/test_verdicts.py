@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.verdicts import Verdict, VerdictLog
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import Verdict, VerdictLog
 from krea_dagster.errors import InputError, JournalError
 from tests.siege import first_release
 from tests.siege.first_release import engine_of

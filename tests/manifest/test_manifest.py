@@ -16,8 +16,8 @@ from PIL import Image
 
 from krea_dagster import KreaResource, PromptTable
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.lookup import RECORD_SCHEMA
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.journal.bulk_reads import RECORD_SCHEMA
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import (
     DESCRIPTIONS,
     MANIFEST_SCHEMA,

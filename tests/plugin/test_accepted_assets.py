@@ -13,9 +13,9 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 from dagster._core.loader import LoadingContextForTest
 
-from krea_dagster.curation.accepted.making import ACCEPTED_COLUMNS
+from krea_dagster.curation.accepted.accepted_table import ACCEPTED_COLUMNS
+from krea_dagster.curation.accepted.quota import WantedImages
 from krea_dagster.curation.accepted.rules import Rules
-from krea_dagster.curation.accepted.wanted import WantedImages
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA

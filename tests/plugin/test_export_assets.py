@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.accepted.making import accepted_name, accepted_schema
+from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
-from krea_dagster.plugin.export_assets import build_export
+from krea_dagster.plugin.assets.export import build_export
 from tests.curation.export.export_shelf import Shelf
 from tests.dagster_bench import QUIET, values
 

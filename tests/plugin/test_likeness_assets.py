@@ -8,10 +8,10 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.likeness.table import likeness_name, read_likeness
-from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.curation.similarity.table import likeness_name, read_likeness
+from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.likeness_assets import (
+from krea_dagster.plugin.assets.near_duplicates import (
     build_near_duplicates,
     build_no_near_duplicates_check,
 )

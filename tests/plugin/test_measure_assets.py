@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.table import MEASURES_SCHEMA, read_measures
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.measure_assets import build_image_measures, histogram_text
+from krea_dagster.plugin.assets.measures import build_image_measures, histogram_text
 from tests.curation.measured_shelf import Shelf
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, values
 

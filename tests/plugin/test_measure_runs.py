@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaResource
+from krea_dagster.curation.measures.builtin import measure
 from krea_dagster.curation.measures.cache import KEY, MeasureCache, digests
-from krea_dagster.curation.measures.figures import measure
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from tests.dagster_bench import OpenAccount
 
 

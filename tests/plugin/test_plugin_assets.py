@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaResource, PromptTable, build_krea_assets
+from krea_dagster.application.manifest_summary import Figures
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from krea_dagster.plugin.figures import Figures
 from krea_dagster.plugin.metadata import contact_sheet, images_metadata
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, check_of, latest, posts, run_job, values

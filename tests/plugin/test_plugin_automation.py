@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaAssets, KreaManifestIOManager, KreaResource, build_krea_assets
-from krea_dagster.plugin.automation import (
+from krea_dagster.plugin.sensors.prompts import (
     build_automation_sensor,
     on_prompts_changed,
     report_prompts,

@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 
 from krea_dagster import KreaResource, build_krea_definitions
-from krea_dagster.plugin.automation import on_prompts_changed
+from krea_dagster.plugin.sensors.prompts import on_prompts_changed
 
 SENSOR = "krea_automation"
 ASSETS = (dg.AssetKey("images"), dg.AssetKey("image_manifest"))

@@ -15,9 +15,9 @@ import pytest
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster import KreaResource, build_krea_assets
-from krea_dagster.plugin.automation import build_prompts_sensor, last_versions, report_prompts
-from krea_dagster.plugin.carried import carried_versions
-from krea_dagster.plugin.watching import Marks, hash_of_versions, mark_of_files
+from krea_dagster.application.column_versions import carried_versions
+from krea_dagster.plugin.sensors.change_marks import Marks, hash_of_versions, mark_of_files
+from krea_dagster.plugin.sensors.prompts import build_prompts_sensor, last_versions, report_prompts
 from krea_dagster.prompts import PromptTable, parse_partition_by, partition_version
 from tests.dagster_bench import tick, write_table
 

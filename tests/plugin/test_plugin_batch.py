@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from krea_dagster import KreaResource, PromptTable
+from krea_dagster.application.batch import Batch
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine import lookup
-from krea_dagster.plugin.batch import Batch
+from krea_dagster.engine.journal import bulk_reads
 from krea_dagster.plugin.io_manager import split_by_partition
 from krea_dagster.prompts import parse_partition_by, plan_images
 from tests.dagster_bench import posts, wanted, write_table
@@ -62,7 +62,7 @@ def bought(
     emulator: Emulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Bought:
-    monkeypatch.setattr(lookup, "_DEAR", 0 if request.param == "looked up" else 5)
+    monkeypatch.setattr(bulk_reads, "_DEAR", 0 if request.param == "looked up" else 5)
     return Bought(tmp_path, emulator)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from krea_dagster import KreaResource
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_name, write_manifest
 from krea_dagster.plugin.checks import (

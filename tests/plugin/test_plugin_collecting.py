@@ -13,10 +13,10 @@ from sqlalchemy import Engine, event
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.calls import Called
+from krea_dagster.engine.journal.callback_log import Called
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
-from krea_dagster.plugin.collecting import (
+from krea_dagster.plugin.sensors.collect import (
     COLLECTS_TAG,
     GOES_ON,
     GOES_ON_TAG,

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaManifestIOManager, KreaResource, build_krea_definitions
+from krea_dagster.application.manifest_frames import Wishes, load
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
-from krea_dagster.plugin.reading import Wishes, load
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, run_job, write_table
 
 #: hash:5, of which the last partition is never materialized.

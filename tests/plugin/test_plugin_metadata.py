@@ -13,9 +13,9 @@ import pytest
 from dagster_shared.serdes import serialize_value
 from PIL import Image
 
-from krea_dagster.engine.storage import Storage
+from krea_dagster.application.manifest_summary import Figures
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from krea_dagster.plugin.figures import Figures
 from krea_dagster.plugin.metadata import (
     images_metadata,
     location_value,

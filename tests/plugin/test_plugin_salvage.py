@@ -20,7 +20,7 @@ from krea_dagster import build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
-from krea_dagster.plugin.salvage import LOOKS, due, past_last_look
+from krea_dagster.plugin.assets.salvage import LOOKS, due, past_last_look
 from tests.dagster_bench import tick
 from tests.engine.engine_bench import ServerClock, asked
 from tests.spend.spend_bench import LEARNED, Shop

@@ -10,13 +10,13 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
+from krea_dagster.application.batch import Batch
+from krea_dagster.application.quota import ask_for_wanted
+from krea_dagster.curation.accepted.quota import WantedImages
 from krea_dagster.curation.accepted.rules import Rules
-from krea_dagster.curation.accepted.wanted import WantedImages
 from krea_dagster.emulator import Emulator
-from krea_dagster.plugin.accepted_assets import check_wanted
-from krea_dagster.plugin.batch import Batch
+from krea_dagster.plugin.assets.accepted import check_wanted
 from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.wanted import ask_for_wanted
 from tests.curation.exactly_n import PRICE, Studio, prompts_of
 from tests.dagster_bench import OpenAccount, check_of, latest, values, write_table
 

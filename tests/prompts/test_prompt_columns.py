@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from krea_dagster.prompts.columns import texts
+from krea_dagster.prompts.validate_columns import texts
 
 KINDS = [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
 

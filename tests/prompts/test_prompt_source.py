@@ -19,7 +19,7 @@ import pytest
 
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import PromptTable, parse_partition_by
-from krea_dagster.prompts.source import BATCH_ROWS, open_files
+from krea_dagster.prompts.files import BATCH_ROWS, open_files
 
 Write = Callable[..., str]
 

@@ -22,7 +22,7 @@ import pytest
 
 from krea_dagster.drill.worlds import on_host
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import State
 from tests.engine.engine_bench import until
 from tests.services.two_hosts_worker import Work

@@ -12,11 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from krea_dagster.api import KreaClient
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import OnUnknown, Policy
-from krea_dagster.engine.runner import Runner
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from tests.engine.engine_bench import LEARNED, ClockAhead, as_wanted, several
 
 

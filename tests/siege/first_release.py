@@ -22,8 +22,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.pool import NullPool
 
-from krea_dagster.engine import migrations
-from krea_dagster.engine.migrations import REVISIONS, Revisions
+from krea_dagster.engine.journal import migrations
+from krea_dagster.engine.journal.migrations import REVISIONS, Revisions
 
 #: 2026-01-01 in microseconds since 1970.
 AT: Final = 1_767_225_600_000_000

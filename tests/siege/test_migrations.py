@@ -17,12 +17,17 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
-from krea_dagster.engine import migrations, schema
-from krea_dagster.engine.database import Database
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.migrations import REVISIONS, Revisions, transition_rows, version_table
+from krea_dagster.engine.journal import migrations, schema
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.migrations import (
+    REVISIONS,
+    Revisions,
+    transition_rows,
+    version_table,
+)
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
 from tests.siege import first_release
 from tests.siege.first_release import ROWS, content, engine_of
@@ -118,7 +123,7 @@ def test_the_head_is_the_newest_revision_and_there_is_one_line_of_them() -> None
 def test_a_journal_at_the_head_opens_without_alembic(tmp_path: Path) -> None:
     """It takes longer to import than a journal takes to open."""
     code = (
-        "import sys; from krea_dagster.engine.journal import Journal; "
+        "import sys; from krea_dagster.engine.journal.journal import Journal; "
         f"url = 'sqlite:///{tmp_path / 'journal.db'}'; "
         "Journal(url).close(); Journal(url).close(); "
         "sys.exit('alembic' in sys.modules)"

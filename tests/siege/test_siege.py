@@ -24,13 +24,13 @@ from sqlalchemy import Connection, insert
 
 from krea_dagster.api import KreaClient
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.database import Database
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.runner import Runner, RunReport
-from krea_dagster.engine.schema import stops
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.schema import stops
+from krea_dagster.engine.run.runner import Runner, RunReport
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, PurchasesNotWritten, StorageError
 from krea_dagster.models import AccountCredits, ImageRequest, Submission
 from tests.engine.engine_bench import LEARNED, NOW, QUICK, as_wanted, several

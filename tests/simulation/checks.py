@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
-from krea_dagster.engine import schema
-from krea_dagster.engine.journal import Journal, scopes_of_charge
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.journal import Journal, scopes_of_charge
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State, replay

@@ -27,9 +27,9 @@ from krea_dagster.emulator.app import create_app
 from krea_dagster.emulator.callbacks import Caller
 from krea_dagster.emulator.faults import Chosen, Kind
 from krea_dagster.emulator.world import World
-from krea_dagster.engine.calls import CallLog
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.journal.callback_log import CallLog
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
 from tests.simulation.pictures import AtOnce, CheapPictures
 from tests.simulation.story import Server

@@ -31,7 +31,7 @@ class Mutation:
 
 
 _NO_BOUND: Final = (
-    "engine/asker.py",
+    "engine/run/poller.py",
     "alarm = answer.get_loop().call_later(within_s + _READ_S, question.failed, none)",
     "alarm = answer.get_loop().call_later(1e9, question.failed, none)",
 )
@@ -49,12 +49,12 @@ MUTATIONS: Final = (
         (
             _NO_BOUND,
             (
-                "api/batch.py",
+                "api/batch_reads.py",
                 "off_until_s=now_s + self.off_s,",
                 "off_until_s=float('inf'),  # for good, as it was then",
             ),
             (
-                "engine/asker.py",
+                "engine/run/poller.py",
                 "[one for one in self._questions if not one.reading]",
                 """[
             one
@@ -63,12 +63,12 @@ MUTATIONS: Final = (
         ]""",
             ),
             (
-                "engine/asker.py",
+                "engine/run/poller.py",
                 "    reading: bool = False\n",
                 "    reading: bool = False\n    single: bool = True\n",
             ),
             (
-                "engine/asker.py",
+                "engine/run/poller.py",
                 _QUEUED,
                 f"{_QUEUED}        question.single = self._client.batch_supported is not True\n",
             ),
@@ -80,7 +80,7 @@ MUTATIONS: Final = (
         (
             _NO_BOUND,
             (
-                "engine/asker.py",
+                "engine/run/poller.py",
                 _QUEUED,
                 f"""        self._questions = {{
             one: None for one in self._questions if one.task_id != task_id
@@ -88,7 +88,7 @@ MUTATIONS: Final = (
 {_QUEUED}""",
             ),
             (
-                "engine/asker.py",
+                "engine/run/poller.py",
                 "            del self._questions[question]\n",
                 "            self._questions.pop(question, None)\n",
             ),
@@ -99,20 +99,20 @@ MUTATIONS: Final = (
         "a run killed with --again, and started again, asks for one more image",
         (
             (
-                "engine/attempts.py",
+                "engine/journal/attempts.py",
                 "self._wishes_for(slot), mine | open_",
                 "self._wishes_for(slot), mine",
             ),
-            ("engine/attempts.py", "if not settled(slot, attempt):", "if False:"),
+            ("engine/journal/attempts.py", "if not settled(slot, attempt):", "if False:"),
         ),
     ),
     Mutation(
         "batch-failed-believed",
         "a failure that the batch read names is believed, and the image bought again",
         (
-            ("engine/asker.py", 'task.status in ("failed", "cancelled") or (', "("),
+            ("engine/run/poller.py", 'task.status in ("failed", "cancelled") or (', "("),
             (
-                "engine/buying.py",
+                "engine/run/submit.py",
                 "if record.task_id is not None and not await self._confirm(carrier):",
                 "if False:",
             ),
@@ -123,7 +123,7 @@ MUTATIONS: Final = (
         "a journal that is away for a moment ends the run",
         (
             (
-                "engine/outages.py",
+                "engine/run/outages.py",
                 "            except (JournalAway, StorageAway) as error:\n",
                 "            except StorageAway as error:\n",
             ),
@@ -139,7 +139,7 @@ MUTATIONS: Final = (
         "a run that ends gives nothing back",
         (
             (
-                "engine/journal.py",
+                "engine/journal/journal.py",
                 _RELEASED,
                 "            connection.execute(select(owners))\n",
             ),
@@ -150,7 +150,7 @@ MUTATIONS: Final = (
         "what a purchase does not cost after all stays in the sums",
         (
             (
-                "engine/ledger.py",
+                "engine/journal/commitments.py",
                 'committed = columns.get("committed_units", earlier) - earlier',
                 'committed = max(0, columns.get("committed_units", earlier) - earlier)',
             ),

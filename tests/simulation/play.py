@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.resolution import HasTask, NotBought, Resolution
 from krea_dagster.engine.states import State

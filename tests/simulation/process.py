@@ -17,13 +17,13 @@ import anyio
 from krea_dagster.api import KreaClient
 from krea_dagster.api.addresses import resolve_nothing
 from krea_dagster.engine.budget import Caps
-from krea_dagster.engine.images import ImageStore
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
-from krea_dagster.engine.runner import Root, Runner, RunReport, Wanted
+from krea_dagster.engine.run.runner import Root, Runner, RunReport, Wanted
 from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.prompts.requests import PlannedImage, PromptRow, plan_images
 from tests.simulation.house import (
     API_KEY,

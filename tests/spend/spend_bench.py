@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster import KreaResource
+from krea_dagster.application.batch import Batch
+from krea_dagster.application.quotes import quote_images, quote_partitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.latency import Latencies
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.runner import RunReport, Wanted
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.runner import RunReport, Wanted
 from krea_dagster.manifest import write_manifest_parts
-from krea_dagster.plugin.batch import Batch
-from krea_dagster.plugin.proof import prove
-from krea_dagster.plugin.quoting import quote_images, quote_partitions
+from krea_dagster.plugin.checks.spend_proof import prove
 from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by, plan_images
-from krea_dagster.spend.findings import Proof
+from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.quote import Quote
 from tests.dagster_bench import write_table
 

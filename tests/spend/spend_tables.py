@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from krea_dagster.spend.observed import connect
+from krea_dagster.spend.warnings.load_history import connect
 
 FIRST: Final = date(2025, 1, 1)
 DAYS: Final = 365

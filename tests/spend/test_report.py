@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.models import UNITS_PER_CREDIT
-from krea_dagster.spend.picture import spend_picture
-from krea_dagster.spend.report import write_report
+from krea_dagster.spend.report.report import write_report
+from krea_dagster.spend.report.sparkline import spend_picture
 from tests.spend.spend_tables import END, LEDGER, Tables, money, simulated_year, tables_of
 
 NOW = datetime(2025, 3, 20, 12, tzinfo=timezone.utc)

@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.journal import AccountReading, Charge
+from krea_dagster.engine.journal.journal import AccountReading, Charge
 from krea_dagster.engine.states import State
-from krea_dagster.spend.account import AccountComparison, AccountProof
+from krea_dagster.spend.proof.account import AccountComparison, AccountProof
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 UNITS = 4500

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.engine.runner import RunReport
+from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.errors import ConfigError
 from tests.spend.spend_bench import LEARNED, Shop
 

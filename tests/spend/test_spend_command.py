@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster import KreaResource, cli
-from krea_dagster.plugin.spend_assets import build_spend_assets, update_tables
+from krea_dagster.plugin.assets.spend import build_spend_assets, update_tables
 from tests.dagster_bench import run_job
 from tests.spend.year import OUTAGE, Year
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import Event
-from krea_dagster.engine.storage import Storage
-from krea_dagster.spend.query import open_views, sums
-from krea_dagster.spend.tables import update_spend
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.spend.tables.query import open_views, sums
+from krea_dagster.spend.tables.update import update_spend
 from tests.engine.conftest import journal, journal_url  # noqa: F401 - fixtures of this file too
 from tests.engine.engine_bench import Hand, several
 

@@ -128,7 +128,7 @@ def test_a_cap_says_what_would_be_deferred_and_the_run_defers_it(shop: Shop) -> 
 
 
 def test_a_partition_that_is_not_there_is_refused_by_name(shop: Shop) -> None:
-    from krea_dagster.plugin.quoting import quote_partitions  # noqa: PLC0415
+    from krea_dagster.application.quotes import quote_partitions  # noqa: PLC0415
 
     shop = shop.with_rows("ash")
     with pytest.raises(ConfigError, match="no partition 'bucket-007'; there are bucket-000"):

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import create_engine, text
 
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.verdicts import Verdict
-from krea_dagster.spend.query import Line, open_views, sums
-from krea_dagster.spend.report_figures import figures_of
-from krea_dagster.spend.stored import stored_tables
-from krea_dagster.spend.tables import TABLES, update_spend
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import Verdict
+from krea_dagster.spend.report.report_data import figures_of
+from krea_dagster.spend.tables.query import Line, open_views, sums
+from krea_dagster.spend.tables.update import TABLES, update_spend
+from krea_dagster.spend.warnings.table_files import stored_tables
 from tests.spend.year import Year
 
 NOW = datetime(2027, 3, 1, tzinfo=timezone.utc)

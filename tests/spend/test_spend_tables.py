@@ -17,12 +17,12 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
-from krea_dagster.spend.daily import DAILY_SCHEMA, FAILURES_SCHEMA, daily_schema
-from krea_dagster.spend.ledger import CREDITS, LEDGER_SCHEMA, decimals, units_of
-from krea_dagster.spend.query import ask, open_views, sums
-from krea_dagster.spend.tables import TABLES, Updated, update_spend
+from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA, daily_schema
+from krea_dagster.spend.tables.ledger import CREDITS, LEDGER_SCHEMA, decimals, units_of
+from krea_dagster.spend.tables.query import ask, open_views, sums
+from krea_dagster.spend.tables.update import TABLES, Updated, update_spend
 from tests.spend.year import FIRST, OUTAGE, Year
 
 LAST = date(2026, 12, 31)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster.errors import ConfigError
-from krea_dagster.spend.findings import KEPT, Severity
+from krea_dagster.spend.proof.findings import KEPT, Severity
 from tests.spend.spend_bench import Shop, kinds
 
 IMAGE_UNITS = 4500
@@ -322,7 +322,7 @@ def test_paid_images_that_no_manifest_lists_are_found(bought: Shop) -> None:
 
 
 def test_a_manifest_may_lag_where_other_runs_are_about_to_write_theirs(bought: Shop) -> None:
-    from krea_dagster.spend.verify import verify  # noqa: PLC0415
+    from krea_dagster.spend.proof.verify import verify  # noqa: PLC0415
 
     for path in (bought.folder / "krea" / "manifest").iterdir():
         path.unlink()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.engine.budget import Budget
-from krea_dagster.engine.journal import AccountReading, Journal
+from krea_dagster.engine.journal.journal import AccountReading, Journal
 from krea_dagster.errors import ConfigError
-from krea_dagster.spend.account import AccountProof, Gap
-from krea_dagster.spend.history import (
+from krea_dagster.spend.proof.account import AccountProof, Gap
+from krea_dagster.spend.tables.update import update_spend
+from krea_dagster.spend.warnings.history import (
     BudgetUse,
     DaySpend,
     FailureSeen,
@@ -21,10 +22,9 @@ from krea_dagster.spend.history import (
     PartitionSpend,
     PriceSeen,
 )
-from krea_dagster.spend.observed import account_use, observe
-from krea_dagster.spend.stored import stored_tables
-from krea_dagster.spend.tables import update_spend
-from krea_dagster.spend.warnings import Level, SpendWarning, WarningKind, find_warnings
+from krea_dagster.spend.warnings.load_history import account_use, observe
+from krea_dagster.spend.warnings.table_files import stored_tables
+from krea_dagster.spend.warnings.warnings import Level, SpendWarning, WarningKind, find_warnings
 from tests.spend import year
 from tests.spend.spend_tables import END, OUTAGE, PRICE_DAY, RUNAWAY, simulated_year
 

@@ -12,13 +12,13 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.spend_assets import update_tables
-from krea_dagster.plugin.spend_checks import build_spend_warnings_checks, recent_warnings
-from krea_dagster.spend.stored import account_proof, prompt_texts, stored_tables
-from krea_dagster.spend.tables import update_spend
-from krea_dagster.spend.warnings import WarningKind
+from krea_dagster.plugin.assets.spend import update_tables
+from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks, recent_warnings
+from krea_dagster.spend.tables.update import update_spend
+from krea_dagster.spend.warnings.table_files import account_proof, prompt_texts, stored_tables
+from krea_dagster.spend.warnings.warnings import WarningKind
 from tests.spend.spend_bench import Shop
 from tests.spend.year import FIRST, RUNAWAY, Year
 

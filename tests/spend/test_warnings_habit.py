@@ -7,7 +7,7 @@ from datetime import date, timedelta
 import numpy as np
 import pytest
 
-from krea_dagster.spend.habit import days_left, episodes, far_above, forecast_month
+from krea_dagster.spend.warnings.anomaly import days_left, episodes, far_above, forecast_month
 
 FIRST = date(2025, 1, 6)  # a Monday
 GRAIN = 18_000

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 from krea_dagster.prompts.identity import Hasher, request_keys, seeds_for
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.progress import Progress
-from krea_dagster.engine.roots import MARKER
-from krea_dagster.engine.runner import Wanted
+from krea_dagster.engine.journal.roots import MARKER
+from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
-from krea_dagster.plugin.spend_assets import update_tables
+from krea_dagster.plugin.assets.spend import update_tables
 from tests.engine.engine_bench import ServerClock
 from tests.spend.spend_bench import LEARNED, Shop
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from krea_dagster.application.batch import Batch
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.roots import MARKER
+from krea_dagster.engine.journal.roots import MARKER
 from krea_dagster.engine.states import State
 from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.batch import Batch
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.prompts import PromptTable
 from tests.spend.spend_bench import LEARNED, Shop

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 import click
 
 if TYPE_CHECKING:
-    from krea_dagster.curation.export.exporting import Exported
+    from krea_dagster.curation.export.export import Exported
     from krea_dagster.curation.export.shards import Progress
-    from krea_dagster.engine.storage import Storage
+    from krea_dagster.engine.storage.storage import Storage
 
 #: Seconds between two lines of progress.
 _LINE_EVERY_S: Final = 5.0
@@ -166,9 +166,9 @@ def export_command(
     Buys nothing, and needs no network where images and target are folders. Splits are drawn from
     the prompts' text: equal prompts are never in two, and none moves as the table grows.
     """
-    from krea_dagster.curation.export.exporting import export  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.curation.export.export import export  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415 - as above
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
 
     spec = ExportSpec.parse(
         splits=splits,
@@ -207,8 +207,8 @@ def export_command(
 def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     """Say where somebody has refused an image since ``accepted_images`` was made."""
     from krea_dagster.curation.export.target import Target  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.engine.database import database_in, has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.verdicts import FLAG, REJECT, VerdictLog  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.verdict_log import FLAG, REJECT, VerdictLog  # noqa: PLC0415 - as above
 
     if not journal_url and root.folder is None:
         return

@@ -15,14 +15,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
-from krea_dagster.curation.export.content import (
+from krea_dagster.curation.export.image_content import (
     Content,
     Damaged,
     Item,
     Picture,
     check_picture,
 )
-from krea_dagster.curation.export.records import line_of, text_of
+from krea_dagster.curation.export.json_rows import line_of, text_of
 from krea_dagster.curation.export.target import Target
 
 #: The table of a split, by form.

@@ -15,8 +15,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.export.content import Content, Damaged, Picture, check_picture
-from krea_dagster.curation.export.records import records
+from krea_dagster.curation.export.image_content import Content, Damaged, Picture, check_picture
+from krea_dagster.curation.export.json_rows import records
 
 _GROUP_IMAGES: Final = 100
 _GROUP_BYTES: Final = 32_000_000

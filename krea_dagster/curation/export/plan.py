@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation.export.content import FACTS, Content, ending_of
-from krea_dagster.curation.export.placing import place
-from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.image_content import FACTS, Content, ending_of
+from krea_dagster.curation.export.selection import Rows
+from krea_dagster.curation.export.shard_assignment import place
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.splits import leaking, split_numbers
 from krea_dagster.curation.export.target import FORMAT_VERSION

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.curation.export.content import (
+from krea_dagster.curation.export.folder import check_folder, images_sha256, write_folder
+from krea_dagster.curation.export.image_content import (
     BadImage,
     Content,
     Damaged,
@@ -17,14 +18,13 @@ from krea_dagster.curation.export.content import (
     Picture,
     pictures,
 )
-from krea_dagster.curation.export.folder import check_folder, images_sha256, write_folder
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
 from krea_dagster.curation.export.plan import Plan, Shard, content_of
-from krea_dagster.curation.export.rows import Rows
+from krea_dagster.curation.export.selection import Rows
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.tar import check_tar, write_tar
 from krea_dagster.curation.export.target import Target, crc32_of
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 
 _WRITE: Final = {"webdataset": write_tar, "parquet": write_parquet}
 _CHECK: Final = {"webdataset": check_tar, "parquet": check_parquet}

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from krea_dagster.curation.export.content import Content, Damaged, Picture, check_picture
+from krea_dagster.curation.export.image_content import Content, Damaged, Picture, check_picture
 
 
 def write_tar(path: Path, content: Content, pictures: Iterator[Picture]) -> None:

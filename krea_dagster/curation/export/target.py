@@ -31,7 +31,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.engine.storage import Storage, sync_folder
+from krea_dagster.engine.storage.storage import Storage, sync_folder
 from krea_dagster.errors import StorageError
 
 LATEST: Final = "LATEST"

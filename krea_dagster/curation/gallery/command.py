@@ -16,7 +16,7 @@ from krea_dagster.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from krea_dagster.curation.gallery.page import Written
-    from krea_dagster.engine.storage import Storage
+    from krea_dagster.engine.storage.storage import Storage
 
 _EPILOG: Final = """
 \b
@@ -119,8 +119,8 @@ def gallery_command(
     and holds no script. Only files that are still what was verified are shown.
     """
     from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
-    from krea_dagster.curation.gallery.rows import GalleryFilter, choose_rows  # noqa: PLC0415
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.gallery.selection import GalleryFilter, choose_rows  # noqa: PLC0415
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     filters = GalleryFilter(
         partitions=partitions,
@@ -194,8 +194,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, str]:
     """The verdicts that count, by sha256; ConfigError where they are wanted and not there."""
-    from krea_dagster.engine.database import has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.verdicts import VerdictLog  # noqa: PLC0415
+    from krea_dagster.engine.journal.database import has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.verdict_log import VerdictLog  # noqa: PLC0415
 
     url = journal_url
     if not url and storage.folder is not None:

@@ -25,11 +25,11 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
-from krea_dagster.curation.gallery.rows import GalleryRows
-from krea_dagster.curation.measures.figures import plain
-from krea_dagster.engine.look import DAMAGED, FORMATS
+from krea_dagster.curation.gallery.selection import GalleryRows
+from krea_dagster.curation.measures.builtin import plain
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.storage.verify import DAMAGED, FORMATS
 from krea_dagster.errors import ConfigError
 
 #: The longest side of a small picture, pixels, and the most bytes of a page.

@@ -17,12 +17,12 @@ from typing import Final
 
 from PIL import Image
 
+from krea_dagster.curation.measures.builtin import Measures, measure, plain
 from krea_dagster.curation.measures.cache import Notes
-from krea_dagster.curation.measures.figures import Measures, measure, plain
-from krea_dagster.curation.measures.own import Measure
+from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.table import PICTURE
-from krea_dagster.engine.look import look_at
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.storage.verify import look_at
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected
 
 #: Pictures, one after the other, that a function may fail on before it counts as broken.

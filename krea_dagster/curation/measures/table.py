@@ -13,9 +13,9 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.measures.figures import VERSION
+from krea_dagster.curation.measures.builtin import VERSION
 from krea_dagster.curation.measures.pdq import HASH_BYTES
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.prompts import safe_name
 

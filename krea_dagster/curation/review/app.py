@@ -25,15 +25,15 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from krea_dagster import redact
-from krea_dagster.curation.review.answers import as_json, said, unavailable, whole_number
 from krea_dagster.curation.review.index import Index, Stamp, build_index
-from krea_dagster.curation.review.judged import Judged, shown
+from krea_dagster.curation.review.responses import as_json, said, unavailable, whole_number
 from krea_dagster.curation.review.selection import Rows, Selection, empty_code, rows_of
 from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
-from krea_dagster.engine import schema
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.curation.review.verdict_view import Judged, shown
+from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import Verdict
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import InputError, JournalError
 
 _log = logging.getLogger(__name__)

@@ -94,9 +94,9 @@ def review_command(
     """
     from krea_dagster.curation.review.app import REASONS, Review, Setting  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.curation.review.server import listen, serve  # noqa: PLC0415 - as above
-    from krea_dagster.engine.database import database_in, has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal import Journal  # noqa: PLC0415 - as above
-    from krea_dagster.engine.storage import Storage  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415 - as above
+    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
 
     if len(reasons) > 9:
         raise click.UsageError("--reason is given nine times at most: there are nine keys")

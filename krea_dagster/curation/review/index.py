@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from krea_dagster.curation.review.selection import OPERATORS, as_text, kind_of
-from krea_dagster.engine.journal import Journal
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, credits_charged
 from krea_dagster.models import credits_from_units
-from krea_dagster.spend.listed import load_listed
+from krea_dagster.spend.tables.prompt_rows import load_listed
 
 #: The folders whose files an index is made of.
 _FOLDERS: Final = ("manifest", "measures", "near_duplicates", "accepted")

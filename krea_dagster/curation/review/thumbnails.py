@@ -18,8 +18,8 @@ import anyio
 import anyio.to_thread
 from PIL import Image, ImageOps
 
-from krea_dagster.engine.look import DAMAGED, FORMATS
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.storage.verify import DAMAGED, FORMATS
 
 #: The longer side of a small picture, pixels: a cell of the grid on a screen of double density.
 SIDE: Final = 384

@@ -7,10 +7,10 @@ that are on file; never the network of EvoLink, and never the journal.
 from krea_dagster.plugin.checks.delivered import CHECK_NAME, check_rows
 from krea_dagster.plugin.checks.failure_share import build_failure_share_check
 from krea_dagster.plugin.checks.files import build_files_check
+from krea_dagster.plugin.checks.images import build_pictures_check
+from krea_dagster.plugin.checks.manifest_check import CheckFactory
 from krea_dagster.plugin.checks.manifest_schema import build_manifest_schema_check
-from krea_dagster.plugin.checks.pictures import build_pictures_check
 from krea_dagster.plugin.checks.spend import build_spend_check
-from krea_dagster.plugin.checks.subject import CheckFactory
 
 __all__ = [
     "CHECK_NAME",

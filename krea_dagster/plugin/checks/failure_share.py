@@ -8,10 +8,10 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.application.manifest_summary import FAILED_STATES
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks.findings import Findings
-from krea_dagster.plugin.checks.subject import Subject, common_metadata, manifest_check
-from krea_dagster.plugin.figures import FAILED_STATES
+from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
 
 #: Deferred rows and tasks under way are not among them: ``all_rows_delivered`` counts those.
 _FAILED: Final = pa.array([state.value for state in FAILED_STATES])

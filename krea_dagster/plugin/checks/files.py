@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.plugin.checks.findings import Findings
+from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
 from krea_dagster.plugin.checks.sampling import Sample, checked_sample
-from krea_dagster.plugin.checks.subject import Subject, common_metadata, manifest_check
 
 _COLUMNS: Final = ("request_key", "status", "image_path", "image_sha256", "image_bytes")
 

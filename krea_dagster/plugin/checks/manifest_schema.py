@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from krea_dagster.engine.states import State
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.checks.findings import Findings
-from krea_dagster.plugin.checks.subject import Subject, common_metadata, manifest_check
+from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
 
 #: Columns in which every row has a value, and those in which every stored row has.
 _ALWAYS: Final = (

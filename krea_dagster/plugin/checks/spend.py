@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.digests import first_of_each
 from krea_dagster.engine.budget import PUBLISHED_UNITS
-from krea_dagster.engine.digests import first_of_each
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import UNITS_PER_CREDIT, cap_units, credits_from_units, units_from_credits
 from krea_dagster.plugin.checks.findings import Findings
+from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
 from krea_dagster.plugin.checks.sampling import with_digests
-from krea_dagster.plugin.checks.subject import Subject, common_metadata, manifest_check
 from krea_dagster.prompts import digests_of
 
 _COLUMNS: Final = ("request_key", "status", "quality", "credits_charged")

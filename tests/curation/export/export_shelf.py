@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from krea_dagster.curation.accepted.making import accepted_name, accepted_schema
-from krea_dagster.curation.likeness.table import LIKENESS_SCHEMA, likeness_name
-from krea_dagster.engine.storage import Storage
+from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema
+from krea_dagster.curation.similarity.table import LIKENESS_SCHEMA, likeness_name
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
 FURTHER: Final = (

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 
-from krea_dagster.curation.export.exporting import export
+from krea_dagster.curation.export.export import export
 from krea_dagster.curation.export.shards import Progress
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from krea_dagster.curation.export.command import export_command
-from krea_dagster.curation.export.content import ImagesNotAsStored
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.verdicts import REJECT, Verdict
+from krea_dagster.curation.export.image_content import ImagesNotAsStored
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
 from krea_dagster.errors import ConfigError, InputError
 from tests.curation.export.export_shelf import Shelf
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.curation.export.placing import Numbers, place
+from krea_dagster.curation.export.shard_assignment import Numbers, place
 
 
 def put(old: list[int], lost: set[int] | None = None, **bounds: Any) -> list[int]:

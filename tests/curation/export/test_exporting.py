@@ -21,16 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.accepted.making import accepted_name
-from krea_dagster.curation.export.content import (
+from krea_dagster.curation.accepted.accepted_table import accepted_name
+from krea_dagster.curation.export.export import Exported, export
+from krea_dagster.curation.export.image_content import (
     ImagesNotAsStored,
     with_parameters,
     without_parameters,
 )
-from krea_dagster.curation.export.exporting import Exported, export
 from krea_dagster.curation.export.spec import ExportSpec, Form
 from krea_dagster.curation.export.target import Target
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.export.export_shelf import Shelf, drawn
 

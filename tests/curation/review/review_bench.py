@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.emulator.render import encode, render
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
 TOKEN = "a-token-of-this-test-alone"

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster.curation.review.index import Index, Stamp, build_index
-from krea_dagster.curation.review.judged import Judged
+from krea_dagster.curation.review.verdict_view import Judged
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.runner import Wanted
-from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import VERDICTS, Verdict
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import VERDICTS, Verdict
+from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import read_manifests, write_manifest
 from krea_dagster.prompts import plan_images

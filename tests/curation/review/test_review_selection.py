@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
-from krea_dagster.engine.verdicts import VERDICTS
+from krea_dagster.engine.journal.verdict_log import VERDICTS
 from krea_dagster.errors import InputError
 
 TABLE = pa.table(

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from krea_dagster.curation.review.app import Review, Setting, name_in
-from krea_dagster.engine.journal import Journal
-from krea_dagster.engine.storage import Storage
-from krea_dagster.engine.verdicts import Verdict
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.verdict_log import Verdict
+from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
 from tests.curation.review.review_bench import TOKEN, Server, Shelf, make_shelf, sha256
 

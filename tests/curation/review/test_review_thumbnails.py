@@ -18,7 +18,7 @@ from krea_dagster.curation.review.thumbnails import (
     small,
     thumbnail_folder,
 )
-from krea_dagster.engine.storage import Storage
+from krea_dagster.engine.storage.storage import Storage
 
 SHA = "ab" * 32
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from krea_dagster.engine.migrations import REVISIONS
+from krea_dagster.engine.journal.migrations import REVISIONS
 
 revision = "next"
 down_revision = REVISIONS.head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import op
 
-from krea_dagster.engine.migrations import REVISIONS
+from krea_dagster.engine.journal.migrations import REVISIONS
 
 revision = "next"
 down_revision = REVISIONS.head

@@ -1,0 +1,162 @@
+"""What a manifest adds up to, taken from its parts as they go by: none of its rows is kept."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krea_dagster.digests import Digests, Mask, first_of_each
+from krea_dagster.engine.states import State
+from krea_dagster.prompts import digests_of
+
+#: Pictures that are kept for a sheet of thumbnails.
+SHEET_IMAGES: Final = 12
+
+#: Rows of a table of what is missing.
+MISSING_ROWS: Final = 50
+
+#: Failures that are kept for a table of the newest.
+NEWEST_FAILURES: Final = 20
+
+#: States in which a row has no image, and will have none by waiting.
+FAILED_STATES: Final = (State.FAILED, State.REFUSED, State.EXPIRED, State.UNKNOWN)
+
+#: States in which a row waits, and nothing is wrong.
+_UNDER_WAY: Final = (State.PLANNED, State.SUBMITTED, State.COMPLETED)
+
+_FAILED_NAMES: Final = pa.array([state.value for state in FAILED_STATES])
+_FAILURE: Final = ("prompt_id", "sample", "status", "error_code", "error_message", "submitted_at")
+
+_MISSING: Final = (
+    "partition_key", "prompt_id", "sample", "status", "error_code", "error_message"
+)  # fmt: skip
+
+
+class Figures:
+    """Counts and credits of manifest rows.
+
+    ``reserved`` and ``charged`` are credits; rows that ask for the same thing share one
+    purchase. ``spent`` is the part of ``charged`` that the run which asks has bought, and
+    ``saved`` what its rows would have cost beside, had each been bought by it. ``reasons`` counts
+    the rows without an image by status and error code, ``missing`` holds the first of them,
+    ``failures`` the newest that failed, and ``shown`` where the first images are.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.statuses: Counter[str] = Counter()
+        self.reserved = 0.0
+        self.charged = 0.0
+        self.spent = 0.0
+        self.saved = 0.0
+        self.bought = 0
+        self.reused = 0
+        self.shown: list[str] = []
+        self.reasons: Counter[str] = Counter()
+        self.missing: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self._latencies: list[npt.NDArray[np.float64]] = []
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Figures":
+        """The figures of a whole manifest."""
+        figures = cls()
+        figures.add(table, first_of_each(_digests(table))[0])
+        return figures
+
+    @property
+    def missing_count(self) -> int:
+        """Rows that have no image."""
+        return self.rows - self.statuses[State.STORED.value]
+
+    @property
+    def under_way(self) -> int:
+        """Rows that wait for the server, or for a place there: a later run delivers them."""
+        return sum(self.statuses[state.value] for state in _UNDER_WAY)
+
+    def latencies_s(self) -> npt.NDArray[np.float64]:
+        """Seconds from submission to completion of what was bought, sorted."""
+        return np.sort(np.concatenate([np.empty(0), *self._latencies]))
+
+    def add(self, part: pa.Table, first: Mask) -> None:
+        """Add rows. ``first`` says which are the first that ask for their request."""
+        self.rows += part.num_rows
+        self.statuses.update(_counted(part["status"]))
+        once = part.select(["credits_reserved", "credits_charged", "reused"])
+        once = once.filter(pa.array(first))
+        self.reserved += pc.sum(once["credits_reserved"]).as_py() or 0.0
+        self.charged += pc.sum(once["credits_charged"]).as_py() or 0.0
+        own = once.filter(pc.invert(once["reused"]))
+        spent = pc.sum(own["credits_charged"]).as_py() or 0.0
+        self.spent += spent
+        self.saved += (pc.sum(part["credits_charged"]).as_py() or 0.0) - spent
+        self.reused += pc.sum(part["reused"]).as_py() or 0
+        bought = part.filter(pc.and_(pc.invert(part["reused"]), pc.is_valid(part["stored_at"])))
+        self.bought += bought.num_rows
+        took = pc.subtract(bought["completed_at"], bought["submitted_at"]).drop_null()
+        self._latencies.append(took.cast(pa.int64()).to_numpy() / 1e6)
+        if len(self.shown) < SHEET_IMAGES:
+            paths = part["image_path"].drop_null().slice(0, SHEET_IMAGES - len(self.shown))
+            self.shown += paths.to_pylist()
+        missing = part.filter(pc.not_equal(part["status"], State.STORED.value))
+        if missing.num_rows:
+            codes = pc.if_else(pc.equal(missing["error_code"], ""), None, missing["error_code"])
+            self.reasons.update(
+                _counted(
+                    pc.binary_join_element_wise(missing["status"], codes.fill_null("no code"), ": ")
+                )
+            )
+            room = MISSING_ROWS - len(self.missing)
+            self.missing += missing.select(_MISSING).slice(0, room).to_pylist()
+            failed = missing.filter(pc.is_in(missing["status"], value_set=_FAILED_NAMES))
+            order = pc.sort_indices(failed, sort_keys=[("submitted_at", "descending")])
+            latest = failed.select(_FAILURE).take(order[:NEWEST_FAILURES]).to_pylist()
+            self.failures = _newest([*self.failures, *latest])
+
+    def __add__(self, other: "Figures") -> "Figures":
+        """Two partitions together; a purchase that they share counts in both."""
+        both = Figures()
+        for one in (self, other):
+            both.rows += one.rows
+            both.statuses += one.statuses
+            both.reserved += one.reserved
+            both.charged += one.charged
+            both.spent += one.spent
+            both.saved += one.saved
+            both.bought += one.bought
+            both.reused += one.reused
+            both.reasons += one.reasons
+            both.shown = [*both.shown, *one.shown][:SHEET_IMAGES]
+            both.failures = _newest([*both.failures, *one.failures])
+            both.missing = [*both.missing, *one.missing][:MISSING_ROWS]
+        return both
+
+
+def watched(parts: Iterable[pa.Table], digests: Digests, figures: Figures) -> Iterator[pa.Table]:
+    """Yield the parts of a manifest and add them to the figures; ``digests`` are its keys."""
+    first, _ = first_of_each(digests)
+    start = 0
+    for part in parts:
+        figures.add(part, first[start : start + part.num_rows])
+        start += part.num_rows
+        yield part
+
+
+def _newest(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest first; last those that EvoLink never took, for which no time is known."""
+    began = datetime.min.replace(tzinfo=timezone.utc)
+    ordered = sorted(failures, key=lambda row: row["submitted_at"] or began, reverse=True)
+    return ordered[:NEWEST_FAILURES]
+
+
+def _counted(column: pa.ChunkedArray) -> dict[str, int]:
+    return {run["values"].as_py(): run["counts"].as_py() for run in pc.value_counts(column)}
+
+
+def _digests(table: pa.Table) -> Digests:
+    return digests_of(table["request_key"].cast(pa.string()).combine_chunks())

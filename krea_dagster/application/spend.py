@@ -1,0 +1,148 @@
+"""What the command ``spend`` asks: the tables brought up to date, and sums of them."""
+
+from calendar import monthrange
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
+from fractions import Fraction
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from krea_dagster import redact
+from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.assets.spend import update_tables
+from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.spend.report.report import write_report
+from krea_dagster.spend.tables.daily import DAILY_SCHEMA
+from krea_dagster.spend.tables.ledger import exact_rate
+from krea_dagster.spend.tables.query import FIGURES, Line, ask, open_views, sums
+from krea_dagster.spend.tables.state import SpendState
+from krea_dagster.spend.warnings.table_files import account_proof, prompt_texts, stored_tables
+from krea_dagster.spend.warnings.warnings import SpendWarning
+
+
+@dataclass(frozen=True)
+class Spend:
+    """Sums by the columns ``by``, from ``since`` to ``until`` (UTC days, both included).
+
+    ``rate`` is how many credits one US dollar buys.
+    """
+
+    by: tuple[str, ...]
+    lines: Sequence[Line]
+    since: date | None
+    until: date | None
+    rate: Fraction
+    where: str
+
+
+def spend_of(
+    krea: KreaResource,
+    by: Sequence[str] = (),
+    *,
+    since: date | None = None,
+    month: str | None = None,
+    now: datetime | None = None,
+) -> Spend:
+    """Say what was spent: today, this month and in all, or by some columns.
+
+    ``month`` is one UTC month, as ``YYYY-MM``. Brings the tables up to date first. Raises
+    ConfigError or JournalError.
+    """
+    until = None
+    if month is not None:
+        since, until = _days_of(month)
+    with closing(_opened(krea)) as duck:
+        if by:
+            lines = sums(duck, by, since=since, until=until)
+            names = tuple(by)
+        else:
+            today = (now or datetime.now(timezone.utc)).astimezone(timezone.utc).date()
+            first = today.replace(day=1)
+            spans = {
+                "today": (today, today),
+                f"{today:%Y-%m}": (first, today),
+                "in all": (None, None),
+            }
+            if since is not None or until is not None:
+                spans = {month or f"since {since}": (since, until)}
+            names = ("when",)
+            lines = [
+                _named(name, line)
+                for name, (start, end) in spans.items()
+                for line in sums(duck, since=start, until=end)
+            ]
+    storage = krea.open_storage()
+    rate, _ = _as_kept(storage)
+    return Spend(names, lines, since, until, exact_rate(rate), redact.location(storage.locate("")))
+
+
+def answer_of(krea: KreaResource, query: str, prompts: str | None = None) -> pa.Table:
+    """Answer one SELECT over the views. Raises ConfigError or JournalError."""
+    with closing(_opened(krea, prompts)) as duck:
+        return ask(duck, query)
+
+
+def report_of(
+    krea: KreaResource, path: Path, *, by: Sequence[str] = (), now: datetime | None = None
+) -> list[SpendWarning]:
+    """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
+    now = now or datetime.now(timezone.utc)
+    storage = krea.open_storage()
+    rate, own = _as_kept(storage)
+    # What daily does not keep apart yet is added to what it does.
+    wanted = [*own, *(name for name in by if name not in DAILY_SCHEMA.names)]
+    wanted += krea.budget_columns()
+    update_tables(krea, credits_per_usd=rate, by=tuple(dict.fromkeys(wanted)))
+    tables = stored_tables(storage)
+    with krea.open_journal() as journal:
+        account = account_proof(journal)
+    caps = krea.caps()
+    budgets = [*caps.budgets]
+    if caps.day_units is not None:
+        budgets.append(Budget("day", caps.day_units))
+    return write_report(
+        tables.ledger,
+        tables.daily,
+        tables.failures,
+        path,
+        now=now,
+        rate=rate,
+        caps=budgets,
+        by=by or own,
+        account=account,
+        prompts=lambda ids: prompt_texts(storage, ids),
+    )
+
+
+def _opened(krea: KreaResource, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
+    """Bring the tables up to date, as they are kept apart, and open the views."""
+    storage = krea.open_storage()
+    rate, by = _as_kept(storage)
+    update_tables(krea, credits_per_usd=rate, by=by)
+    return open_views(storage, prompts)
+
+
+def _as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:
+    """The rate of the tables on file, and the columns that they keep apart; else the defaults."""
+    known = SpendState.read(storage)
+    if known is None:
+        return CREDITS_PER_USD, ()
+    return float(Fraction(known.credits_per_usd)), known.by
+
+
+def _named(name: str, line: Line) -> Line:
+    return Line((name,), *(getattr(line, one) for one in FIGURES))
+
+
+def _days_of(month: str) -> tuple[date, date]:
+    try:
+        first = datetime.strptime(month, "%Y-%m").replace(tzinfo=timezone.utc).date()
+    except ValueError:
+        raise ConfigError(f"{month!r} is not a month such as 2026-11") from None
+    return first, first.replace(day=monthrange(first.year, first.month)[1])

@@ -1,0 +1,230 @@
+"""The images of a shard: read from the store, held against the manifest, and made ready to write.
+
+A file whose sha256 is not the manifest's goes nowhere. Optionally the parameters of the
+generation are written into PNG files, as a text chunk behind the header: the pixels stay the
+same, and taking the chunk out gives the original file back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import pyarrow as pa
+
+from krea_dagster.curation.export.json_rows import line_of, records
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import KreaError
+
+#: Columns that say how an image was made, for a text chunk.
+_PARAMETERS: Final = (
+    "prompt",
+    "model",
+    "seed",
+    "size",
+    "quality",
+    "prompt_id",
+    "sample",
+    "request_key",
+    "image_sha256",
+)
+
+#: The chunk's keyword, which viewers and catalogues look for.
+_KEYWORD: Final = b"parameters"
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+#: Where a PNG's header chunk ends: 8 bytes of signature, 25 of IHDR.
+_HEADER: Final = 33
+
+_NAMED: Final = 20
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that is not what the manifest says."""
+
+    prompt_id: str
+    sample: int
+    location: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.prompt_id} sample {self.sample}: {self.location} {self.why}"
+
+
+class ImagesNotAsStored(KreaError):
+    """Files are missing or changed since they were verified: nothing was published.
+
+    ``bad`` names them all; the text the first twenty.
+    """
+
+    def __init__(self, bad: Sequence[BadImage]) -> None:
+        self.bad = tuple(bad)
+        super().__init__(self.bad)
+
+    def __str__(self) -> str:
+        one = len(self.bad) == 1
+        lines = [
+            (
+                f"{'1 image is' if one else f'{len(self.bad)} images are'} not what the manifest "
+                "says. Nothing was published, and an earlier export is as it was. A run of these "
+                "partitions (krea-dagster materialize) fetches again what EvoLink still has."
+            ),
+            *(f"  {bad}" for bad in self.bad[:_NAMED]),
+        ]
+        if len(self.bad) > _NAMED:
+            lines.append(f"  … and {len(self.bad) - _NAMED} more")
+        return "\n".join(lines)
+
+
+class Damaged(KreaError):
+    """A shard that was read back is not what was to be written."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a shard. ``record`` is what is handed on beside it; ``file`` its name."""
+
+    place: int
+    key: str
+    file: str
+    sha256: str
+    location: str
+    record: dict[str, Any]
+    parameters: str | None
+
+    @property
+    def line(self) -> str:
+        """The record as JSON."""
+        return line_of(self.record)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is written, and its hash, which is another where parameters are in it."""
+
+    item: Item
+    data: bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a shard holds: rows in order, without their images. ``table`` is handed on."""
+
+    table: pa.Table
+    facts: pa.Table
+    keys: Sequence[str]
+    embed: bool
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The images, one for each row."""
+        facts = self.facts.to_pydict()
+        made = []
+        for place, (key, record) in enumerate(zip(self.keys, records(self.table), strict=True)):
+            location = facts["image_path"][place]
+            ending = ending_of(location)
+            parameters = (
+                line_of({name: facts[name][place] for name in _PARAMETERS})
+                if self.embed and ending == "png"
+                else None
+            )
+            made.append(
+                Item(
+                    place,
+                    key,
+                    f"{key}.{ending}",
+                    facts["image_sha256"][place],
+                    location,
+                    record,
+                    parameters,
+                )
+            )
+        return made
+
+    def ready(self, item: Item, exported: str) -> dict[str, Any]:
+        """A row's record as it is written beside its image."""
+        return {**item.record, "exported_sha256": exported} if self.embed else item.record
+
+
+def ending_of(location: str) -> str:
+    """The ending of an image's file, which the store gave it by what is in it."""
+    return location.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+#: Columns that ``Content.facts`` has.
+FACTS: Final = tuple(dict.fromkeys(["image_path", *_PARAMETERS]))
+
+
+def pictures(
+    content: Content, storage: Storage, bad: Callable[[BadImage], object]
+) -> Iterator[Picture]:
+    """Yield the images of a shard; those that are not as they should be are told and left out."""
+    facts = content.facts
+    for item in content.items:
+        try:
+            with storage.open(storage.name_of(item.location)) as file:
+                data = file.read()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            why = "is missing" if missing else f"cannot be read: {error}"
+        else:
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 == item.sha256:
+                yield _ready(item, data)
+                continue
+            why = f"has the sha256 {sha256} instead of {item.sha256}"
+        bad(
+            BadImage(
+                facts["prompt_id"][item.place].as_py(),
+                facts["sample"][item.place].as_py(),
+                item.location,
+                why,
+            )
+        )
+
+
+def check_picture(item: Item, data: bytes) -> str:
+    """Return the sha256 of an exported image that is the right one. Raises Damaged."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    original = sha256
+    if item.parameters is not None:
+        plain, text = without_parameters(data)
+        original = hashlib.sha256(plain).hexdigest()
+        if text != item.parameters:
+            raise Damaged(f"{item.file} has other parameters in it")
+    if original != item.sha256:
+        raise Damaged(f"{item.file} has the sha256 {original} instead of {item.sha256}")
+    return sha256
+
+
+def _ready(item: Item, data: bytes) -> Picture:
+    if item.parameters is None:
+        return Picture(item, data, item.sha256)
+    made = with_parameters(data, item.parameters)
+    return Picture(item, made, hashlib.sha256(made).hexdigest())
+
+
+def with_parameters(data: bytes, text: str) -> bytes:
+    """A PNG file with a text in a chunk behind its header."""
+    body = _KEYWORD + b"\0\0\0\0\0" + text.encode()
+    chunk = struct.pack(">I", len(body)) + b"iTXt" + body
+    return data[:_HEADER] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + data[_HEADER:]
+
+
+def without_parameters(data: bytes) -> tuple[bytes, str | None]:
+    """The file as it was before ``with_parameters``, and the text; None where it has none."""
+    if not data.startswith(_PNG) or data[_HEADER + 4 : _HEADER + 8] != b"iTXt":
+        return data, None
+    (length,) = struct.unpack_from(">I", data, _HEADER)
+    body = data[_HEADER + 8 : _HEADER + 8 + length]
+    begin = _KEYWORD + b"\0\0\0\0\0"
+    if not body.startswith(begin):
+        return data, None
+    end = _HEADER + 12 + length
+    return data[:_HEADER] + data[end:], body[len(begin) :].decode("utf-8", "replace")

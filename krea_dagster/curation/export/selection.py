@@ -1,0 +1,373 @@
+"""Chooses the rows of an export, and keeps them on disk while it is made.
+
+They come from ``accepted/<partition>.parquet``, or from the manifests where all stored images are
+wanted. What is chosen is written to a temporary file and mapped into memory, so that a shard takes
+its rows from there however many there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from krea_dagster.curation.export.json_rows import line_of, records
+from krea_dagster.curation.export.spec import ExportSpec, Filter
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import manifest_name, manifest_names, no_column
+from krea_dagster.prompts import safe_name
+
+#: Columns that mean nothing elsewhere, and are left out unless they are asked for: where the file
+#: lies on this machine, which run looked last, and why there is no image.
+LEFT_OUT: Final = ("status", "image_path", "reused", "error_code", "error_message")
+
+#: What an export needs of every row, whether it hands it on or not.
+_NEEDED: Final = (
+    "prompt_id",
+    "sample",
+    "prompt",
+    "model",
+    "size",
+    "quality",
+    "seed",
+    "request_key",
+    "image_path",
+    "image_sha256",
+    "image_bytes",
+    "image_format",
+    "credits_charged",
+    "stored_at",
+)
+_ROWS: Final = 10_000
+
+#: Names that a form has for its own columns.
+_OWN: Final = {
+    "parquet": ("image",),
+    "imagefolder": ("image", "file_name"),
+    "jsonl": ("file_name",),
+    "csv": ("file_name",),
+    "webdataset": (),
+}
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Left:
+    """Rows that were read and are not in the export: by the filters, or because they come twice."""
+
+    by_filter: int = 0
+    repeated: int = 0
+
+
+class Rows:
+    """The chosen rows, sorted by their keys. Close it, or use it in a ``with`` statement.
+
+    ``keys`` are 24 hexadecimal digits each, from the request, the prompt_id and the sample: they
+    name an image in the export for good. ``digests`` are sha256 of all that is written for a row.
+    ``sizes`` are the bytes of the images.
+    """
+
+    def __init__(self, spool: _Spool, columns: Sequence[str], left: Left) -> None:
+        self._spool = spool
+        self.columns = tuple(columns)
+        self.left = left
+        self.keys: npt.NDArray[np.bytes_] = np.zeros(0, "S24")
+        self.digests = np.zeros((0, 32), np.uint8)
+        self.sizes: Numbers = np.zeros(0, np.int64)
+        self._places: Numbers = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        self._spool.close()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns that are handed on."""
+        return pa.schema([self._spool.schema.field(name) for name in self.columns])
+
+    def take(self, rows: Numbers, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return these rows, in this order: all columns, or some."""
+        return self._spool.take(self._places[rows], columns)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of all rows."""
+        return self.take(np.arange(len(self)), [name])[name]
+
+    def sort(self) -> None:
+        """Name each row, put all in the order of their names, and leave out what comes twice."""
+        keys: list[bytes] = []
+        digests: list[bytes] = []
+        sizes: list[int] = []
+        for batch in self._spool.batches():
+            table = pa.Table.from_batches([batch])
+            keys += _keys(table)
+            digests += map(_digest, records(table.select(self.columns)), _shas(table))
+            sizes += table["image_bytes"].fill_null(0).to_pylist()
+        found, first = np.unique(np.array(keys, "S24"), return_index=True)
+        self.left = Left(self.left.by_filter, len(keys) - len(found))
+        self.keys, self._places = found, first.astype(np.int64)
+        joined = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        self.digests = joined[first]
+        self.sizes = np.array(sizes, np.int64)[first]
+
+
+def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> Rows:
+    """Read the rows that are wanted.
+
+    Raises ConfigError where there are none, for a partition without a file, and for columns that
+    are in none of the files or have a name that the form needs.
+    """
+    names = _names(storage, spec, folders)
+    files = [_schema_of(storage, name) for name in names]
+    try:
+        schema = pa.unify_schemas(files, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"a column is of one type in some partitions and of another in others: {error}. Give "
+            "it one type in the prompt table, and materialize them again; nothing was published"
+        ) from None
+    known = schema.names
+    columns = spec.columns or [name for name in known if name not in LEFT_OUT]
+    for name in [*columns, *_NEEDED, *(one.column for one in spec.filters)]:
+        if name not in known:
+            raise no_column(name, known)
+    own = [*_OWN[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
+    if taken := [name for name in columns if name in own]:
+        raise ConfigError(
+            f"the table has a column {taken[0]!r}, which {spec.form} has of its own; rename it "
+            "in the table, or name the columns that you want"
+        )
+    kept = pa.schema([_decoded(schema.field(name)) for name in dict.fromkeys([*columns, *_NEEDED])])
+    spool = _Spool(kept)
+    try:
+        left = 0
+        for name in names:
+            for batch in _batches(storage, name, [*kept.names, *_filtered(spec)]):
+                mask = _mask(batch, spec.filters)
+                left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
+                spool.write(batch.filter(mask))
+        rows = Rows(spool, columns, Left(left))
+        rows.sort()
+    except BaseException:
+        spool.close()
+        raise
+    if not len(rows):
+        rows.close()
+        raise ConfigError(_nothing(storage, spec, left))
+    return rows
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[str]:
+    home = "manifest" if spec.everything else "accepted"
+    if spec.partitions is None:
+        # The files of the accepted images are named as the manifests are.
+        below = "/".join([home, *map(safe_name, folders)])
+        names = (
+            list(manifest_names(storage, folders))
+            if spec.everything
+            else [
+                name
+                for name in storage.names(below)
+                if name.rpartition("/")[0] == below and name.endswith(".parquet")
+            ]
+        )
+        if names:
+            return sorted(names)
+        raise ConfigError(
+            f"there is no table below {storage.locate(below)} yet. "
+            + (
+                "Materialize image_manifest first"
+                if spec.everything
+                else "Materialize accepted_images first, or ask for all stored images (--all)"
+            )
+        )
+    found = [
+        home + manifest_name(key, folders).removeprefix("manifest")
+        for key in dict.fromkeys(spec.partitions)
+    ]
+    for key, name in zip(dict.fromkeys(spec.partitions), found, strict=True):
+        if storage.size_bytes(name) is None:
+            raise ConfigError(f"the partition {key!r} has no table at {storage.locate(name)}")
+    return found
+
+
+def _schema_of(storage: Storage, name: str) -> pa.Schema:
+    with storage.open(name) as file:
+        found = pq.ParquetFile(file).schema_arrow
+    return pa.schema([_decoded(field) for field in found])
+
+
+def _decoded(field: pa.Field) -> pa.Field:
+    """A column without an encoding that differs from file to file."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return pa.field(field.name, kind)
+
+
+def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    wanted = list(dict.fromkeys([*columns, "status"]))
+    with storage.open(name) as file:
+        opened = pq.ParquetFile(file)
+        has = set(opened.schema_arrow.names)
+        for batch in opened.iter_batches(_ROWS, columns=[one for one in wanted if one in has]):
+            stored = pc.and_(
+                pc.equal(batch.column("status"), State.STORED.value),
+                pc.and_(pc.is_valid(batch.column("image_sha256")), _has_path(batch)),
+            )
+            yield batch.filter(stored.fill_null(False))
+
+
+def _has_path(batch: pa.RecordBatch) -> pa.Array:
+    return pc.is_valid(batch.column("image_path"))
+
+
+def _filtered(spec: ExportSpec) -> list[str]:
+    return [one.column for one in spec.filters]
+
+
+def _mask(batch: pa.RecordBatch, filters: Sequence[Filter]) -> pa.Array:
+    mask = pa.array(np.ones(batch.num_rows, np.bool_))
+    for one in filters:
+        if one.column not in batch.schema.names:
+            found = pa.array(np.full(batch.num_rows, "" in one.values))
+        else:
+            found = _matches(batch.column(one.column), one)
+        mask = pc.and_(mask, found)
+    return mask
+
+
+def _matches(column: pa.Array, one: Filter) -> pa.Array:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    given = [value for value in one.values if value or pa.types.is_string(kind)]
+    try:
+        values = pa.array(given, pa.string()).cast(kind)
+        found = pc.is_in(column.cast(kind), value_set=values)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(
+            f"the column {one.column!r} is {kind}, and cannot be {' or '.join(given)!r}: {error}"
+        ) from None
+    return pc.or_(found, pc.is_null(column)) if "" in one.values else found
+
+
+def _nothing(storage: Storage, spec: ExportSpec, left: int) -> str:
+    kind = "stored" if spec.everything else "accepted"
+    if left:
+        return f"no {kind} image passes the filters; {left} were left out by them"
+    return f"there is no {kind} image in the tables of {storage.locate('')}"
+
+
+# -- names and digests -----------------------------------------------------------------------
+
+
+def _keys(table: pa.Table) -> list[bytes]:
+    parts = zip(
+        table["request_key"].to_pylist(),
+        table["prompt_id"].to_pylist(),
+        table["sample"].to_pylist(),
+        strict=True,
+    )
+    return [
+        hashlib.sha256(f"krea-dagster/1/export\x1f{key}\x1f{sample}\x1f{prompt_id}".encode())
+        .hexdigest()[:24]
+        .encode()
+        for key, prompt_id, sample in parts
+    ]
+
+
+def _digest(record: dict[str, Any], image_sha256: str) -> bytes:
+    return hashlib.sha256(f"{line_of(record)}\x1f{image_sha256}".encode()).digest()
+
+
+def _shas(table: pa.Table) -> list[str]:
+    found: list[str] = table["image_sha256"].to_pylist()
+    return found
+
+
+# -- the temporary file ----------------------------------------------------------------------
+
+
+class _Spool:
+    """Batches of rows in an Arrow file that is mapped into memory once it is read."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._folder = tempfile.TemporaryDirectory(prefix="krea-export-")
+        self._path = Path(self._folder.name) / "rows.arrow"
+        self._writer: Any = pa.ipc.new_file(str(self._path), schema)
+        self._starts = [0]
+        self._map: Any = None
+        self._file: Any = None
+        self._lock = threading.Lock()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        if not batch.num_rows:
+            return
+        has = set(batch.schema.names)
+        columns = [
+            batch.column(field.name).cast(field.type)
+            if field.name in has
+            else pa.nulls(batch.num_rows, field.type)
+            for field in self.schema
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+        self._starts.append(self._starts[-1] + batch.num_rows)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        opened = self._open()
+        for number in range(opened.num_record_batches):
+            yield opened.get_batch(number)
+
+    def take(self, rows: Numbers, columns: Sequence[str] | None = None) -> pa.Table:
+        names = self.schema.names if columns is None else list(columns)
+        opened = self._open()
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        of = np.searchsorted(self._starts, ordered, side="right") - 1
+        found = []
+        for number in np.unique(of):
+            local = ordered[of == number] - self._starts[number]
+            with self._lock:
+                batch = opened.get_batch(int(number))
+            found.append(batch.select(names).take(pa.array(local)))
+        schema = pa.schema([self.schema.field(name) for name in names])
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        gathered = pa.Table.from_batches(found, schema).combine_chunks()
+        return gathered.take(pa.array(back))
+
+    def close(self) -> None:
+        self._writer.close()
+        if self._map is not None:
+            self._map.close()
+        self._folder.cleanup()
+
+    def _open(self) -> Any:
+        if self._file is None:
+            self._writer.close()
+            self._map = pa.memory_map(str(self._path))
+            self._file = pa.ipc.open_file(self._map)
+        return self._file

@@ -1,0 +1,113 @@
+"""What lies beside an export's shards: the tables of loose files, the index, the card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster.curation.export.card import Facts
+from krea_dagster.curation.export.folder import TABLES, check_table, table_lines
+from krea_dagster.curation.export.image_content import ending_of
+from krea_dagster.curation.export.plan import Plan, content_of, layout_of
+from krea_dagster.curation.export.shards import Done, Work
+from krea_dagster.curation.export.spec import ONE_FILE
+from krea_dagster.curation.export.target import EXPORT, FORMAT_VERSION, INDEX, INDEX_SCHEMA
+
+
+def finish(
+    work: Work, plan: Plan, done: Sequence[Done], card: str, facts: Facts
+) -> Mapping[str, Any]:
+    """Write the tables, the index and the card, and last what makes the version complete."""
+    target, spec, version = work.target, work.spec, work.version
+    if spec.form in TABLES:
+        for split in spec.splits:
+            name = TABLES[spec.form].format(split=split.name)
+            names: list[str] = []
+            lines = _table(work, [one for one in done if one.shard.split == split.name], names)
+            target.storage.write(f"{version}/{name}", partial(_all, pieces=lines))
+            with target.storage.open(f"{version}/{name}") as file:
+                check_table(spec.form, file, names)
+    target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, work, done))
+    target.storage.write(f"{version}/README.md", partial(_all, pieces=[card.encode()]))
+    described = {
+        "format_version": FORMAT_VERSION,
+        "version": version,
+        "layout": layout_of(spec),
+        "embed_parameters": spec.embed_parameters,
+        "made_by": facts.made_by,
+        "images": plan.images,
+        "splits": dict(facts.splits),
+        "credits_charged": facts.credits,
+        "bytes": sum(one.bytes for one in done),
+        "shards": [
+            {
+                "name": one.shard.name,
+                "split": one.shard.split,
+                "number": one.shard.number,
+                "images": len(one.shard.rows),
+                "bytes": one.bytes,
+                "crc32": one.crc32,
+                "images_sha256": one.images_sha256,
+                "fingerprint": one.shard.fingerprint,
+            }
+            for one in done
+        ],
+    }
+    text = json.dumps(described, indent=1) + "\n"
+    target.storage.write(f"{version}/{EXPORT}", partial(_all, pieces=[text.encode()]))
+    return described
+
+
+def _table(work: Work, done: Sequence[Done], names: list[str]) -> Iterator[bytes]:
+    """The table of a split, shard by shard; appends the names of its files to ``names``."""
+    form = work.spec.form
+    own = ["exported_sha256"] if work.spec.embed_parameters else []
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for one in done:
+            content = content_of(work.rows, work.spec, one.shard)
+            # The table of an imagefolder lies in the split's folder, the others above it.
+            folder = one.shard.name
+            if form == "imagefolder":
+                folder = folder.partition("/")[2]
+            for item, sha in zip(content.items, one.shas, strict=True):
+                names.append(f"{folder}/{item.file}")
+                yield names[-1], content.ready(item, sha)
+
+    return table_lines(form, rows(), columns=[*work.rows.columns, *own])
+
+
+def _write_index(file: BinaryIO, work: Work, done: Sequence[Done]) -> None:
+    with pq.ParquetWriter(file, INDEX_SCHEMA, compression="zstd") as writer:
+        for one in done:
+            shard = one.shard
+            facts = work.rows.take(
+                shard.rows, ["prompt_id", "sample", "request_key", "image_path", "image_sha256"]
+            )
+            keys = [key.decode() for key in work.rows.keys[shard.rows].tolist()]
+            files = [
+                f"{key}.{ending_of(path)}"
+                for key, path in zip(keys, facts["image_path"].to_pylist(), strict=True)
+            ]
+            folder = "" if work.spec.form in ONE_FILE else f"{shard.name}/"
+            columns = {
+                "key": keys,
+                "split": [shard.split] * len(keys),
+                "shard": [shard.number] * len(keys),
+                "file": [f"{folder}{name}" for name in files],
+                **{
+                    name: facts[name]
+                    for name in ("prompt_id", "sample", "request_key", "image_sha256")
+                },
+                "exported_sha256": one.shas,
+            }
+            writer.write_table(pa.table(columns, schema=INDEX_SCHEMA))
+
+
+def _all(file: BinaryIO, pieces: Iterable[bytes]) -> None:
+    file.writelines(pieces)

@@ -1,0 +1,179 @@
+"""Chooses the manifest rows of a gallery: by partition, status, verdict, and any column's value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import manifest_name, manifest_names, no_column
+
+#: What a row shows.
+COLUMNS: Final = (
+    "prompt_id", "sample", "prompt", "size", "quality", "seed", "attempt", "request_key",
+    "partition_key", "status", "image_path", "image_sha256", "width", "height",
+    "credits_charged", "error_code", "error_message",
+)  # fmt: skip
+
+#: For images that nobody has judged.
+NO_VERDICT: Final = "none"
+VERDICTS: Final = ("keep", "reject", "flag", NO_VERDICT)
+
+#: Rows that are read at once.
+_ROWS: Final = 10_000
+
+
+@dataclass(frozen=True)
+class GalleryFilter:
+    """Which rows are wanted: those that meet all of it; of an empty sequence, any.
+
+    ``where`` holds column and value, as texts; an empty value stands for null or no text, and of
+    one column given several times any value will do. ``verdicts`` may name ``none``.
+    """
+
+    partitions: Sequence[str] = ()
+    where: Sequence[tuple[str, str]] = ()
+    statuses: Sequence[str] = (State.STORED.value,)
+    verdicts: Sequence[str] = ()
+    limit: int = 500
+
+    def __post_init__(self) -> None:
+        known = {state.value for state in State}
+        for status in self.statuses:
+            if status not in known:
+                raise ConfigError(f"there is no status {status!r}; there are {_list(known)}")
+        for verdict in self.verdicts:
+            if verdict not in VERDICTS:
+                raise ConfigError(f"there is no verdict {verdict!r}; there are {_list(VERDICTS)}")
+        if self.limit < 1:
+            raise ConfigError("a gallery holds at least one row: give a limit from 1")
+
+    def words(self) -> str:
+        """The filters as a line for the page; nothing where every stored row is wanted."""
+        said = []
+        if self.partitions:
+            said.append(f"partition {' or '.join(self.partitions)}")
+        by_column: dict[str, list[str]] = {}
+        for column, value in self.where:
+            by_column.setdefault(column, []).append(value or "nothing")
+        said += [f"{column} is {' or '.join(values)}" for column, values in by_column.items()]
+        if self.statuses and tuple(self.statuses) != (State.STORED.value,):
+            said.append(f"status {' or '.join(self.statuses)}")
+        if self.verdicts:
+            said.append(f"verdict {' or '.join(self.verdicts)}")
+        return ", ".join(said)
+
+
+@dataclass
+class GalleryRows:
+    """The rows that were found, in the order of partitions and of the prompt table.
+
+    ``matched`` is how many meet the filters, of which ``rows`` are the first.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    matched: int = 0
+
+
+def choose_rows(
+    storage: Storage,
+    filters: GalleryFilter,
+    verdicts: Mapping[str, str],
+    folders: Sequence[str] = (),
+) -> GalleryRows:
+    """Read the manifests and choose. ``verdicts`` are those that count, by sha256.
+
+    Each row has ``COLUMNS``, and ``verdict`` (None where nobody judged). Raises ConfigError for a
+    partition, a column or a value that cannot be, and where there is no manifest.
+    """
+    names = _names(storage, filters, folders)
+    known: dict[str, None] = {}
+    judged = pa.array(verdicts, pa.string())
+    said = pa.array(verdicts.values(), pa.string())
+    found = GalleryRows()
+    for name in names:
+        with storage.open(name) as opened:
+            file = pq.ParquetFile(opened)
+            known |= dict.fromkeys(file.schema_arrow.names)
+            wanted = list(dict.fromkeys([*COLUMNS, *_columns(filters)]))
+            here = [one for one in wanted if one in file.schema_arrow.names]
+            for batch in file.iter_batches(_ROWS, columns=here):
+                judgement = said.take(pc.index_in(batch.column("image_sha256"), value_set=judged))
+                rows = _chosen(batch, filters, judgement)
+                found.matched += rows.num_rows
+                room = filters.limit - len(found.rows)
+                found.rows += rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
+    for column in _columns(filters):
+        if column not in known:
+            raise no_column(column, known)
+    return found
+
+
+def _names(storage: Storage, filters: GalleryFilter, folders: Sequence[str]) -> Iterator[str]:
+    if not filters.partitions:
+        names = sorted(manifest_names(storage, folders))
+        if not names:
+            raise ConfigError(
+                f"there is no manifest under {storage.locate('')} yet; materialize image_manifest, "
+                "or look whether KREA_STORAGE is what the runs have"
+            )
+        yield from names
+        return
+    for key in dict.fromkeys(filters.partitions):
+        name = manifest_name(key, folders)
+        if storage.size_bytes(name) is None:
+            raise ConfigError(f"there is no manifest of partition {key!r}: {storage.locate(name)}")
+        yield name
+
+
+def _columns(filters: GalleryFilter) -> list[str]:
+    return list(dict.fromkeys(column for column, _ in filters.where))
+
+
+def _chosen(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) -> pa.Table:
+    """The rows of a batch that meet the filters, with their verdicts."""
+    mask = pa.repeat(pa.scalar(value=True), batch.num_rows)
+    if filters.statuses:
+        mask = pc.and_(mask, pc.is_in(batch.column("status"), value_set=pa.array(filters.statuses)))
+    if filters.verdicts:
+        shown = verdict.fill_null(NO_VERDICT)
+        mask = pc.and_(mask, pc.is_in(shown, value_set=pa.array(filters.verdicts)))
+    for column in _columns(filters):
+        values = [value for name, value in filters.where if name == column]
+        if column not in batch.schema.names:  # of another shape than other partitions
+            mask = mask if "" in values else pa.repeat(pa.scalar(value=False), batch.num_rows)
+            continue
+        mask = pc.and_(mask, _equals(batch.column(column), column, values))
+    table = pa.Table.from_batches([batch]).append_column("verdict", verdict)
+    return table.filter(mask)
+
+
+def _equals(column: pa.Array, name: str, values: Sequence[str]) -> pa.Array:
+    """Which rows have one of these values, which are read as the column's type."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    mask = pa.repeat(pa.scalar(value=False), len(column))
+    for value in values:
+        if value == "":
+            mask = pc.or_(mask, pc.is_null(column))
+            if not pa.types.is_string(column.type):
+                continue
+        try:
+            wanted = pa.scalar(value, pa.string()).cast(column.type)
+            mask = pc.or_(mask, pc.equal(column, wanted).fill_null(False))
+        except pa.ArrowException:
+            raise ConfigError(
+                f"column {name!r} holds {column.type}, which {value!r} is not"
+            ) from None
+    return mask
+
+
+def _list(words: Sequence[str] | set[str]) -> str:
+    return ", ".join(sorted(words))

@@ -1,0 +1,321 @@
+"""The table of near-duplicates: made from manifests and measures on file, and kept beside them.
+
+One row per manifest row whose image is in a cluster of two or more purchases. Made anew each time:
+a million images take about a minute of CPU, and nothing is kept from one time to the next.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS
+from krea_dagster.curation.similarity.clusters import (
+    NEVER,
+    Likeness,
+    Measured,
+    Purchases,
+    find_likeness,
+)
+from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import manifest_names
+from krea_dagster.models import UNITS_PER_CREDIT, credits_from_units
+from krea_dagster.prompts import digests_of, safe_name
+from krea_dagster.prompts.identity import hexadecimal_of
+
+_COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
+    ("image_sha256", pa.string(), "Hash of the file's bytes"),
+    ("partition_key", pa.string(), "Dagster partition of the row"),
+    ("prompt_id", pa.string(), "Identity of the prompt"),
+    ("sample", pa.int32(), "Which of the row's num_images this is, from 0"),
+    ("request_key", pa.string(), "The purchase; rows that share one were paid for once"),
+    ("cluster", pa.string(), "The cluster: the smallest sha256 of its images"),
+    ("kind", pa.string(), "exact: the very same file as the kept one; near: a picture like it"),
+    ("keep", pa.bool_(), "Whether this purchase is the one of the cluster to keep"),
+    ("distance", pa.int32(), "Bits of the perceptual hash that differ from the kept one's"),
+    ("credits_charged", pa.float64(), "What the purchase cost, credits; null while not known"),
+)
+
+LIKENESS_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])
+
+#: What each column means, by name.
+LIKENESS_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
+
+_ORDER: Final = [
+    ("cluster", "ascending"),
+    ("keep", "descending"),
+    ("distance", "ascending"),
+    ("request_key", "ascending"),
+    ("partition_key", "ascending"),
+    ("prompt_id", "ascending"),
+    ("sample", "ascending"),
+]
+
+#: Rows that are read at once, and rows of a row group that is written.
+_ROWS: Final = 50_000
+_ROW_GROUP: Final = 10_000
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a table holds. Purchases are distinct request keys.
+
+    ``exact`` and ``near`` are the purchases in clusters that are not the ones to keep; ``units``
+    is what they cost, without the ``unpriced`` of which that is not known. ``by_distance`` counts
+    the near ones by the bits in which they differ. ``largest`` is how many purchases the largest
+    cluster has.
+    """
+
+    clusters: int
+    largest: int
+    exact: int
+    near: int
+    units: int
+    unpriced: int
+    by_distance: Mapping[int, int]
+
+    @property
+    def count(self) -> int:
+        """The purchases that are not the ones to keep."""
+        return self.exact + self.near
+
+    @property
+    def credits(self) -> float:
+        """What they cost, credits."""
+        return credits_from_units(self.units)
+
+
+@dataclass(frozen=True)
+class LikenessFigures:
+    """What was looked at, and what was found. Images are distinct files."""
+
+    images: int
+    purchases: int
+    not_measured: int
+    low_quality: int
+    pairs_compared: int
+    most_bits: int
+    copies: Copies
+
+
+def likeness_name(folders: Sequence[str] = ()) -> str:
+    """The name of the table's file under the storage root; ``folders`` as for the manifests."""
+    return "/".join(["near_duplicates", *map(safe_name, folders), "clusters.parquet"])
+
+
+def read_likeness(
+    storage: Storage, folders: Sequence[str] = (), columns: Sequence[str] | None = None
+) -> pa.Table | None:
+    """Read the table, or these columns of it; None where it was never made."""
+    try:
+        with storage.open(likeness_name(folders)) as file:
+            return pq.ParquetFile(file).read(None if columns is None else list(columns))
+    except FileNotFoundError:
+        return None
+
+
+def update_likeness(
+    storage: Storage,
+    folders: Sequence[str] = (),
+    *,
+    verdicts: Mapping[str, str] | None = None,
+    most_bits: int = SAME_BITS,
+    least_quality: int = LEAST_QUALITY,
+    threads: int | None = None,
+) -> LikenessFigures:
+    """Make the table from all manifests and measures below ``folders``, and write it atomically.
+
+    ``verdicts`` are those that count, by sha256. Images without measures are compared by sha256
+    only. Equal inputs give equal bytes, whatever the order of their rows. Raises ConfigError for a
+    limit that cannot be, and OSError or pyarrow.ArrowException for files that cannot be read.
+    """
+    if not 0 <= most_bits <= MOST_BITS:
+        raise ConfigError(f"most_bits must be 0 to {MOST_BITS} bits of 256, not {most_bits}")
+    names = list(manifest_names(storage, folders))
+    found = find_likeness(
+        _purchases(storage, names),
+        _measured(storage, names),
+        verdicts or {},
+        most_bits=most_bits,
+        least_quality=least_quality,
+        threads=threads,
+    )
+    table = _table(storage, names, found)
+    storage.write(
+        likeness_name(folders),
+        lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP),
+    )
+    pa.default_memory_pool().release_unused()
+    return LikenessFigures(
+        images=len(found.sha256),
+        purchases=int(found.purchases.sum()),
+        not_measured=int((~found.measured).sum()),
+        low_quality=int((found.measured & ~found.compared).sum()),
+        pairs_compared=found.pairs,
+        most_bits=most_bits,
+        copies=count_copies(table),
+    )
+
+
+def _purchases(storage: Storage, names: Sequence[str]) -> Iterator[Purchases]:
+    for batch in _stored(storage, names, ["request_key", "image_sha256", "stored_at"]):
+        stored_at = batch.column("stored_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
+        yield Purchases(
+            digests_of(batch.column("image_sha256")),
+            digests_of(batch.column("request_key")),
+            stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False),
+        )
+    # What Arrow has read by now it would keep, for as long as the search needs the memory.
+    pa.default_memory_pool().release_unused()
+
+
+def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[Measured]:
+    """Read the measures of the partitions that have a manifest, and a file of them."""
+    columns = ["image_sha256", "perceptual_hash", "perceptual_hash_quality", "sharpness"]
+    for manifest in manifests:
+        # The files of the measures are named as the manifests are.
+        name = f"measures{manifest.removeprefix('manifest')}"
+        if storage.size_bytes(name) is None:
+            continue
+        for batch in _batches(storage, name, columns):
+            whole = pc.and_(
+                pc.is_valid(batch.column("perceptual_hash")),
+                pc.is_valid(batch.column("perceptual_hash_quality")),
+            )
+            rows = batch.filter(pc.and_(whole, _is_hash(batch.column("image_sha256"))))
+            quality = rows.column("perceptual_hash_quality").cast(pa.int32())
+            sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
+            yield Measured(
+                digests_of(rows.column("image_sha256")),
+                _fixed(rows.column("perceptual_hash")),
+                quality.to_numpy(zero_copy_only=False),
+                sharpness.to_numpy(zero_copy_only=False),
+            )
+    pa.default_memory_pool().release_unused()
+
+
+def _table(storage: Storage, names: Sequence[str], found: Likeness) -> pa.Table:
+    """The rows of the clusters: the manifests are read once more, so that only those are kept."""
+    parts = [LIKENESS_SCHEMA.empty_table()]
+    columns = ["partition_key", "prompt_id", "sample", "request_key", "credits_charged"]
+    for batch in _stored(storage, names, [*columns, "image_sha256"]):
+        places = found.find(digests_of(batch.column("image_sha256")))
+        here = found.clustered[places] & (places >= 0)
+        rows, places = batch.filter(pa.array(here)), places[here]
+        if not len(places):
+            continue
+        centre = found.centre[places]
+        keys = digests_of(rows.column("request_key"))
+        keep = (places == centre) & (keys == found.best_key[centre]).all(axis=1)
+        # The kept one is called exact where its very file was bought again.
+        exact = np.where(keep, found.purchases[centre] > 1, places == centre)
+        values: dict[str, Any] = {
+            **{name: rows.column(name) for name in (*columns, "image_sha256")},
+            "cluster": hexadecimal_of(found.sha256[found.name[places]]),
+            "kind": pa.array(np.where(exact, "exact", "near")),
+            "keep": pa.array(keep),
+            "distance": pa.array(found.distance[places]),
+        }
+        arrays = [values[field.name].cast(field.type) for field in LIKENESS_SCHEMA]
+        parts.append(pa.Table.from_arrays(arrays, schema=LIKENESS_SCHEMA))
+    return pa.concat_tables(parts).sort_by(_ORDER)
+
+
+def count_copies(table: pa.Table) -> Copies:
+    """Count what a table holds."""
+    bought = _bought(table)
+    copies = bought.filter(pc.invert(bought["keep"]))
+    near = copies.filter(pc.equal(copies["kind"], "near"))
+    sizes = bought.group_by("cluster").aggregate([("request_key", "count")])
+    units = pc.round(pc.multiply(copies["credits_charged"], float(UNITS_PER_CREDIT)))
+    return Copies(
+        clusters=len(sizes),
+        largest=pc.max(sizes["request_key_count"]).as_py() or 0,
+        exact=len(copies) - len(near),
+        near=len(near),
+        units=pc.sum(units.cast(pa.int64())).as_py() or 0,
+        unpriced=units.null_count,
+        by_distance=dict(sorted(Counter(near["distance"].to_pylist()).items())),
+    )
+
+
+def largest_clusters(table: pa.Table, most: int) -> list[dict[str, Any]]:
+    """The clusters with the most purchases, as far as ``most``; of equal ones the first by name.
+
+    Each with ``cluster``, ``purchases``, ``copies_credits`` (of those not to keep, as far as
+    known), and of the kept one ``prompt_id``, ``sample`` and ``partition_key``.
+    """
+    bought = _bought(table)
+    sizes = bought.group_by("cluster").aggregate([("request_key", "count")])
+    order = [("request_key_count", "descending"), ("cluster", "ascending")]
+    first = sizes.sort_by(order).slice(0, most)
+    kept: dict[str, dict[str, Any]] = {}
+    these = pc.and_(pc.is_in(table["cluster"], value_set=first["cluster"]), table["keep"])
+    for row in table.filter(these).to_pylist():
+        kept.setdefault(row["cluster"], row)
+    these = pc.and_(
+        pc.is_in(bought["cluster"], value_set=first["cluster"]), pc.invert(bought["keep"])
+    )
+    copies = bought.filter(these).group_by("cluster").aggregate([("credits_charged", "sum")])
+    credits = dict(
+        zip(*copies.select(["cluster", "credits_charged_sum"]).to_pydict().values(), strict=True)
+    )
+    return [
+        {
+            "cluster": row["cluster"],
+            "purchases": row["request_key_count"],
+            "copies_credits": round(credits.get(row["cluster"]) or 0.0, 4),
+            **{key: kept[row["cluster"]][key] for key in ("prompt_id", "sample", "partition_key")},
+        }
+        for row in first.to_pylist()
+    ]
+
+
+def _bought(table: pa.Table) -> pa.Table:
+    """One row per purchase: rows of one request key say the same of it."""
+    columns = ["keep", "distance", "kind", "credits_charged"]
+    found = table.group_by(["cluster", "request_key"]).aggregate([(one, "max") for one in columns])
+    return found.rename_columns(["cluster", "request_key", *columns])
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def _stored(
+    storage: Storage, names: Sequence[str], columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of manifests that have an image."""
+    for name in names:
+        for batch in _batches(storage, name, [*columns, "status"]):
+            stored = pc.equal(batch.column("status"), State.STORED.value).fill_null(False)
+            for column in ("image_sha256", "request_key"):
+                stored = pc.and_(stored, _is_hash(batch.column(column)))
+            yield batch.filter(stored)
+
+
+def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with storage.open(name) as file:
+        yield from pq.ParquetFile(file).iter_batches(_ROWS, columns=list(columns))
+
+
+def _is_hash(texts: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(texts, "^[0-9a-f]{64}$").fill_null(False)
+
+
+def _fixed(hashes: pa.Array) -> npt.NDArray[np.uint8]:
+    """Hashes of 32 bytes each, n × 32."""
+    fixed = hashes.cast(pa.binary(32))
+    buffer = fixed.buffers()[1]
+    flat = np.frombuffer(buffer, np.uint8, 32 * len(fixed), 32 * fixed.offset)
+    return flat.reshape(-1, 32)

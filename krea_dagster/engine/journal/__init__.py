@@ -1,0 +1,1 @@
+"""The journal: every request, event, charge and decision, in SQL."""

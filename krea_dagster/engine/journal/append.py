@@ -1,0 +1,181 @@
+"""Writes a batch of changes within one transaction, in few statements.
+
+The records that the changes are made of may be known already, to the maker of the last change.
+They are believed only as far as the database agrees: every update names the number of the
+request's last event and its holder, and the count of rows that it touched must be right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from krea_dagster.engine.journal.changes import Change, Step, check, event_row, take
+from krea_dagster.engine.journal.commitments import Ledger
+from krea_dagster.engine.journal.statements import (
+    ADDED_POSTS,
+    NEW_EVENT,
+    NEW_SUBMISSION,
+    POSTED_UPDATE,
+    REQUEST_UPDATE,
+    SUBMISSION_UPDATE,
+    events_of_run,
+    execute_for_all,
+    locked_records,
+    purchases_of_tasks,
+    see_files,
+)
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import Event
+from krea_dagster.errors import BuyingClosed, JournalError, TaskTaken
+
+
+class OutOfDate(Exception):
+    """A record that was thought to be known has changed meanwhile. Nothing may be committed."""
+
+
+def write_changes(
+    connection: Connection,
+    ledger: Ledger,
+    changes: Sequence[Change],
+    *,
+    owner: str,
+    run_id: str,
+    root_id: str,
+    known: Mapping[str, Record],
+    repeated: bool,
+) -> list[Record | JournalError | BuyingClosed]:
+    """Write what may be written; answers in the order of the changes.
+
+    ``root_id`` is the storage root whose files the changes are about.
+
+    ``known`` are records by request key; what is not among them is read, and kept from being
+    changed by others until the transaction ends. ``repeated``: what is written already is answered
+    with the record as it stands. Raises OutOfDate.
+    """
+    present = dict(known)
+    missing = {change.request_key for change in changes} - present.keys()
+    if missing:
+        present.update(locked_records(connection, sorted(missing)))
+    ledger.lock(changes, present)
+    taken = _tasks_of_others(connection, changes)
+    answers: list[Record | JournalError | BuyingClosed] = []
+    steps: list[Step] = []
+    written = events_of_run(connection, changes, run_id) if repeated else set()
+    for change in changes:
+        if (change.request_key, change.event.value, change.at) in written:
+            answers.append(present[change.request_key])
+            continue
+        try:
+            before = check(change, present.get(change.request_key), owner)
+            task_id, key = _task_id(change), before.idempotency_key
+            if task_id and taken.get(task_id, key) != key:
+                raise TaskTaken(
+                    f"task {task_id} is that of the purchase {taken[task_id]}, and not of "
+                    f"request {change.request_key} now"
+                )
+            if change.event is Event.SUBMITTING:
+                committed = expected = ledger.admit(change, before)
+            else:
+                committed, expected = ledger.settle(change, before), before.expected_units
+        except (JournalError, BuyingClosed) as error:
+            answers.append(error)
+            continue
+        step = take(change, before, run_id, committed_units=committed, expected_units=expected)
+        ledger.move(step)
+        present[change.request_key] = step.after
+        answers.append(step.after)
+        steps.append(step)
+        if task_id:
+            taken[task_id] = str(key)
+    for round_ in _rounds(steps):
+        _write_steps(connection, round_, owner=owner, run_id=run_id, root_id=root_id)
+    ledger.write()
+    return answers
+
+
+def _rounds(steps: Sequence[Step]) -> Iterable[Sequence[Step]]:
+    """The steps in rounds that hold each request once: within a round the order is free."""
+    rounds: list[list[Step]] = []
+    taken: Counter[str] = Counter()
+    for step in steps:
+        number = taken[step.change.request_key]
+        taken[step.change.request_key] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(step)
+    return rounds
+
+
+def _write_steps(
+    connection: Connection,
+    steps: Sequence[Step],
+    *,
+    owner: str,
+    run_id: str,
+    root_id: str,
+) -> None:
+    """Write four kinds of rows; statements of one shape go to the driver together."""
+    request_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    submission_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for step in steps:
+        request_updates.setdefault(tuple(step.request), []).append(
+            {
+                **step.request,
+                "old_key": step.change.request_key,
+                "old_seq": step.before.seq,
+                "old_owner": owner,
+            }
+        )
+        if step.submission:
+            values = dict(step.submission)
+            if "posts" in values:
+                values[ADDED_POSTS] = values.pop("posts")
+            submission_updates.setdefault(tuple(values), []).append(
+                {**values, "old_key": step.after.idempotency_key or step.before.idempotency_key}
+            )
+    # First, for by these alone the database tells what is out of date.
+    for rows in request_updates.values():
+        if not execute_for_all(connection, REQUEST_UPDATE, rows):
+            raise OutOfDate
+    opened = [step.opens for step in steps if step.opens is not None]
+    if opened:
+        connection.execute(NEW_SUBMISSION, opened)
+    for names, rows in submission_updates.items():
+        statement = POSTED_UPDATE if ADDED_POSTS in names else SUBMISSION_UPDATE
+        if not execute_for_all(connection, statement, rows):
+            raise OutOfDate
+    _write_files(connection, steps, root_id)
+    connection.execute(NEW_EVENT, [event_row(step, run_id) for step in steps])
+
+
+def _write_files(connection: Connection, steps: Sequence[Step], root_id: str) -> None:
+    """Note which files lie in the run's storage root, and which are missing there."""
+    if not root_id:
+        return
+    rows = [
+        {
+            "request_key": step.change.request_key,
+            "root_id": root_id,
+            "at": step.change.at,
+            "missing_since": None if step.file else step.change.at,
+        }
+        for step in steps
+        if step.file is not None
+    ]
+    if rows:
+        see_files(connection, rows)
+
+
+def _task_id(change: Change) -> str | None:
+    """The task that a change gives a request."""
+    return change.values.get("task_id") if change.event is Event.ACCEPTED else None
+
+
+def _tasks_of_others(connection: Connection, changes: Sequence[Change]) -> dict[str, str]:
+    """The purchases that have the tasks which these changes name, by task id."""
+    named = [task_id for change in changes if (task_id := _task_id(change))]
+    return purchases_of_tasks(connection, named) if named else {}

@@ -1,0 +1,115 @@
+"""Prompt tables: what belongs to one of several that share a journal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from uuid import uuid4
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from krea_dagster import redact
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.schema import attempts, prompt_tables, raised_attempts
+from krea_dagster.engine.storage.storage import Storage
+
+
+def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple[str, str]:
+    """Return the name that a table has in the journal, and the root that it counts from.
+
+    ``name`` is one that a person gave (an asset key prefix), and tells it from all others. Without
+    one it is known by its ``source``: a local path is one of the root's, and counts from there
+    where that is a folder, so that a project that is moved as a whole keeps its tables.
+    """
+    if name:
+        return name, ""
+    if "://" in source:
+        return redact.location(source), ""
+    if storage.folder is None:
+        return Path(source).absolute().as_posix(), root_id
+    return Path(os.path.relpath(Path(source).absolute(), storage.folder)).as_posix(), root_id
+
+
+class PromptTableLog:
+    """The prompt tables in a journal's database.
+
+    A table is known by its name: an asset key prefix, a URL, or a path, which counts from the
+    storage root ``root_id``, so that a project that is moved as a whole keeps its tables.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find(
+        self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
+    ) -> str:
+        """Return the id of a table; empty for one that the journal does not know.
+
+        Where the only other table of a root ``is_gone``, its file was renamed, and it is the same
+        table. What was asked for before tables were known has the empty id too. Raises
+        JournalError.
+        """
+        with self._database.read("read") as connection:
+            found = _id_of(connection, name, root_id)
+            return found or _renamed(connection, root_id, is_gone)
+
+    def enter(
+        self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
+    ) -> str:
+        """Return the id of a table, which is entered where it is new. Raises JournalError.
+
+        As ``find``. The first one gets what was asked for before tables were known.
+        """
+        at = datetime.now(timezone.utc)
+
+        def write(connection: Connection) -> str:
+            if not self._database.sqlite:
+                connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
+            if found := _id_of(connection, name, root_id):
+                return found
+            if found := _renamed(connection, root_id, is_gone):
+                connection.execute(
+                    update(prompt_tables).where(prompt_tables.c.table_id == found).values(name=name)
+                )
+                return found
+            table_id = uuid4().hex
+            first = connection.execute(select(prompt_tables.c.table_id).limit(1)).first() is None
+            connection.execute(
+                insert(prompt_tables).values(
+                    table_id=table_id, root_id=root_id, name=name, first_at=at
+                )
+            )
+            if first:
+                for table in (attempts, raised_attempts):
+                    connection.execute(
+                        update(table).where(table.c.table_id == "").values(table_id=table_id)
+                    )
+            return table_id
+
+        with self._database.read("read") as connection:
+            known = _id_of(connection, name, root_id)
+        return known or self._database.write("enter a prompt table in", write)
+
+    def names(self) -> dict[str, str]:
+        """Return the names of the tables, by their ids. Raises JournalError."""
+        with self._database.read("read") as connection:
+            rows = connection.execute(select(prompt_tables.c.table_id, prompt_tables.c.name))
+            return {row.table_id: row.name for row in rows}
+
+
+#: The advisory lock under which PostgreSQL's tables are entered, so that one is entered once.
+_ENTERING = 4_705_170_318
+
+
+def _id_of(connection: Connection, name: str, root_id: str) -> str:
+    is_it = (prompt_tables.c.name == name, prompt_tables.c.root_id == root_id)
+    return connection.execute(select(prompt_tables.c.table_id).where(*is_it)).scalar() or ""
+
+
+def _renamed(connection: Connection, root_id: str, is_gone: Callable[[str], bool]) -> str:
+    others = connection.execute(
+        select(prompt_tables).where(prompt_tables.c.root_id == root_id).limit(2)
+    ).all()
+    return others[0].table_id if root_id and len(others) == 1 and is_gone(others[0].name) else ""

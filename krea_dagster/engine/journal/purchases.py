@@ -1,0 +1,237 @@
+"""Bulk reads of the journal's purchases, for the tables of what was spent: columns, as a stream.
+
+The driver's own cursor hands over thousands of rows at once; no object is made for a row. Times
+are microseconds since 1970, UTC, and money is in units: integers throughout, so that what is
+added up later is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    func,
+    or_,
+    select,
+    type_coerce,
+)
+
+from krea_dagster.engine.journal.schema import (
+    events,
+    microseconds,
+    prompt_tables,
+    requests,
+    submissions,
+    time_of,
+)
+from krea_dagster.engine.states import Event
+
+#: One row per purchase. ``present`` says that it is its request's latest, so that what follows of
+#: the request (``state`` and the columns after it) is about this purchase; else they are null,
+#: and ``said`` is what was kept with the event that ended it, as JSON.
+PURCHASE_SCHEMA: Final = pa.schema(
+    [
+        ("sent_at", pa.int64()),
+        ("submitted_at", pa.int64()),
+        ("settled_at", pa.int64()),
+        ("run_id", pa.string()),
+        ("partition_key", pa.string()),
+        ("prompt_table", pa.string()),
+        ("number", pa.int32()),
+        ("request_key", pa.string()),
+        ("idempotency_key", pa.string()),
+        ("task_id", pa.string()),
+        ("committed_units", pa.int64()),
+        ("reserved_units", pa.int64()),
+        ("charged_units", pa.int64()),
+        ("billing_rule", pa.string()),
+        ("user_group", pa.string()),
+        ("model", pa.string()),
+        ("quality", pa.string()),
+        ("size", pa.string()),
+        ("seed", pa.int32()),
+        ("attempt", pa.int32()),
+        ("state", pa.string()),
+        ("completed_at", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("error_code", pa.string()),
+        ("said", pa.string()),
+    ]
+)
+
+#: Rows that are handed over together.
+_ROWS: Final = 20_000
+#: Keys in one statement.
+_KEYS: Final = 500
+
+DAY_US: Final = 86_400_000_000
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The purchases of a month, or a day: how many, and their money in units.
+
+    ``settled`` counts those whose charge is known. By these it is told whether a table has taken
+    all that the journal holds.
+    """
+
+    purchases: int = 0
+    settled: int = 0
+    committed_units: int = 0
+    reserved_units: int = 0
+    charged_units: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        """Both together."""
+        return Totals(
+            self.purchases + other.purchases,
+            self.settled + other.settled,
+            self.committed_units + other.committed_units,
+            self.reserved_units + other.reserved_units,
+            self.charged_units + other.charged_units,
+        )
+
+
+def totals_by_month(connection: Connection) -> dict[str, Totals]:
+    """Return the totals of each UTC month, as ``YYYY-MM``, in which a purchase was sent."""
+    money = (
+        submissions.c.committed_units,
+        submissions.c.reserved_units,
+        submissions.c.charged_units,
+    )
+    day = _day(submissions.c.sent_at)
+    found = connection.execute(
+        select(
+            day.label("day"),
+            func.count(),
+            func.count(submissions.c.charged_units),
+            *(cast(func.coalesce(func.sum(column), 0), BigInteger) for column in money),
+        ).group_by(day)
+    )
+    months: dict[str, Totals] = {}
+    for number, *figures in found:
+        month = month_of(int(number) * DAY_US)
+        months[month] = months.get(month, Totals()) + Totals(*map(int, figures))
+    return months
+
+
+def newest_event(connection: Connection) -> int:
+    """Return the time of the newest event of all, 0 where there is none."""
+    newest = connection.execute(select(func.max(type_coerce(requests.c.updated_at, BigInteger))))
+    return int(newest.scalar() or 0)
+
+
+def changed_since(connection: Connection, since_us: int) -> set[str]:
+    """Return the months of the purchases whose request had an event since a time."""
+    changed_at = type_coerce(requests.c.updated_at, BigInteger)
+    day = _day(submissions.c.sent_at)
+    # Not as a join: SQLite would begin at the purchases, all of them.
+    touched = select(requests.c.request_key).where(changed_at >= since_us)
+    days = connection.execute(
+        select(day).where(submissions.c.request_key.in_(touched)).distinct()
+    ).scalars()
+    return {month_of(int(number) * DAY_US) for number in days}
+
+
+def purchases(
+    connection: Connection, months: Collection[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the purchases that were sent in these UTC months, or all, in no order."""
+    query = _QUERY
+    if months is not None:
+        sent_at = type_coerce(submissions.c.sent_at, BigInteger)
+        spans = [span_of(month) for month in sorted(months)]
+        query = query.where(or_(*(and_(sent_at >= low, sent_at < high) for low, high in spans)))
+    text = str(query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True}))
+    with closing(_cursor(connection)) as cursor:
+        cursor.execute(text)
+        while rows := cursor.fetchmany(_ROWS):
+            columns = [
+                pa.array(column, field.type)
+                for column, field in zip(zip(*rows, strict=True), PURCHASE_SCHEMA, strict=True)
+            ]
+            yield pa.RecordBatch.from_arrays(columns, schema=PURCHASE_SCHEMA)
+
+
+def _cursor(connection: Connection) -> Any:
+    """Return a cursor of the driver whose rows stay with the server until they are fetched."""
+    driver = connection.connection
+    if connection.dialect.name == "sqlite":
+        return driver.cursor()
+    return driver.cursor("krea_purchases")
+
+
+def states_of(connection: Connection, keys: list[str]) -> dict[str, str]:
+    """Return the states of the requests with these keys, as text; unknown ones are left out."""
+    found: dict[str, str] = {}
+    for start in range(0, len(keys), _KEYS):
+        query = select(requests.c.request_key, requests.c.state).where(
+            requests.c.request_key.in_(keys[start : start + _KEYS])
+        )
+        found.update((key, state) for key, state in connection.execute(query))
+    return found
+
+
+def month_of(at_us: int) -> str:
+    """Return the UTC month of a time, as ``YYYY-MM``."""
+    at = time_of(at_us)
+    return f"{at.year:04}-{at.month:02}"
+
+
+def span_of(month: str) -> tuple[int, int]:
+    """Return when a month begins and when the next one does."""
+    year, number = int(month[:4]), int(month[5:])
+    begins = time_of(0).replace(year=year, month=number)
+    ends = begins.replace(year=year + number // 12, month=number % 12 + 1)
+    return microseconds(begins), microseconds(ends)
+
+
+def _day(column: Any) -> Any:
+    return type_coerce(column, BigInteger).op("/")(DAY_US)
+
+
+def _query() -> Select[Any]:
+    present = submissions.c.idempotency_key == requests.c.idempotency_key
+    ended = (
+        select(cast(events.c.data, Text))
+        .where(
+            events.c.request_key == submissions.c.request_key,
+            events.c.idempotency_key == submissions.c.idempotency_key,
+            events.c.event.in_([Event.FAILED.value, Event.REFUSED.value]),
+        )
+        .order_by(events.c.seq.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    of_request = {"state", "completed_at", "width", "height", "error_code"}
+    columns: list[Any] = []
+    for name in PURCHASE_SCHEMA.names:
+        if name == "prompt_table":
+            columns.append(prompt_tables.c.name.label(name))
+        elif name == "said":
+            columns.append(case((present, None), else_=ended).label(name))
+        elif name in of_request:
+            columns.append(case((present, requests.c[name]), else_=None).label(name))
+        else:
+            table = submissions if name in submissions.c else requests
+            columns.append(table.c[name])
+    return select(*columns).select_from(
+        submissions.join(requests, submissions.c.request_key == requests.c.request_key).outerjoin(
+            prompt_tables, submissions.c.table_id == prompt_tables.c.table_id
+        )
+    )
+
+
+_QUERY: Final = _query()

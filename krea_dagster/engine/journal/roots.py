@@ -1,0 +1,364 @@
+"""Storage roots: which journal a root belongs to, and whether both are of the same time.
+
+A root carries a marker, a small file with its id, the id of its journal, and the token of the last
+run that wrote into it. A token is in the journal before it is in the marker. So a root that is
+empty, not mounted or another journal's, and a journal or a root that was restored from a backup,
+are found before anything is asked, fetched or bought.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.schema import about, files, requests, root_tokens, roots
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError, StorageError
+
+#: The marker's name under the root.
+MARKER: Final = "krea-root.json"
+
+#: Files that are looked for when a run begins: the newest and the oldest, in a folder and behind a
+#: URL. All missing, or more than half of many, means that it is the root that is missing.
+_LOOKED_FOR: Final = (32, 8)
+_FEW: Final = 10
+
+#: The advisory lock under which PostgreSQL's roots are entered, so that one is entered once.
+_ENTERING: Final = 4_705_170_319
+
+_ACCEPT: Final = "krea-dagster accept root"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a root says of itself."""
+
+    root_id: str
+    journal_id: str
+    token: str
+
+    @classmethod
+    def read(cls, storage: Storage) -> Marker | None:
+        """Read a root's marker, None where it has none. Raises ConfigError for a damaged one."""
+        try:
+            with storage.open(MARKER) as file:
+                found = json.loads(file.read(4096))
+            return cls(*(str(found[name]) for name in ("root_id", "journal_id", "token")))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StorageError(
+                f"the storage root {storage.shown('')} cannot be read: {error}. Nothing was bought."
+            ) from error
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{storage.shown(MARKER)} cannot be read, and it says which journal the storage "
+                "root belongs to. Nothing was asked for or bought. Restore it, or run "
+                f"`{_ACCEPT}` if this is the right root."
+            ) from None
+
+    def write(self, storage: Storage) -> None:
+        """Write the marker, durably."""
+        storage.write(MARKER, lambda file: file.write(json.dumps(asdict(self)).encode()))
+
+
+class RootLog:
+    """The storage roots in a journal's database.
+
+    Its methods block. Raises JournalError wherever the database cannot be read or written.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def check(self, storage: Storage) -> str | None:
+        """Return the id of a root that may be worked in; None for one that is new to the journal.
+
+        A copy of a root that is there too is a new one.
+
+        Raises ConfigError for a root that is not as this journal left it: what is wrong, what is
+        at stake, and what to do.
+        """
+        marker = Marker.read(storage)
+        with self._database.read("read") as connection:
+            journal_id = connection.execute(select(about.c.journal_id)).scalar_one()
+            known = {row.root_id: row for row in connection.execute(select(roots))}
+            if marker is None:
+                return self._without_marker(connection, storage, known.values())
+            here = storage.shown("")
+            if marker.journal_id != journal_id:
+                raise ConfigError(
+                    f"the storage root {here} belongs to another journal ({marker.journal_id}); "
+                    f"that of {self._database.where} is {journal_id}. Its images would be bought "
+                    "again, and its records taken over. Nothing was asked for or bought. Name the "
+                    "journal that belongs to it (KREA_JOURNAL_URL), or another storage root "
+                    f"(KREA_STORAGE); run `{_ACCEPT}` only if that journal is gone for good."
+                )
+            token = connection.execute(
+                select(root_tokens).where(root_tokens.c.token == marker.token)
+            ).first()
+            if token is None or marker.root_id not in known:
+                raise ConfigError(
+                    f"the journal {self._database.where} is older than the storage root {here}: a "
+                    "run that is not in it has written there. It was restored from a backup, and "
+                    "does not know what was bought since. Nothing was asked for or bought. "
+                    "Restore a newer one. If there is none, wait until no earlier run can be at "
+                    f"the server any more (24 hours), and run `{_ACCEPT}`: images in the root are "
+                    "then taken up without a charge that is known, and not bought again."
+                )
+            if _is_copy(storage, known[marker.root_id].location, marker.root_id):
+                return None
+            self._check_files(connection, storage, marker.root_id, since=token.number)
+        return marker.root_id
+
+    def _without_marker(self, connection: Connection, storage: Storage, known: Any) -> str | None:
+        here = storage.shown("")
+        for row in known:
+            if row.location == here and not (count := _count(connection, row.root_id)):
+                return str(row.root_id)  # another run is about to write the marker, or was killed
+            if row.location == here:
+                raise ConfigError(
+                    f"the storage root {here} is empty or not mounted: its marker {MARKER} is "
+                    f"not there, and the journal {self._database.where} has {count} images in it. "
+                    "Nothing was asked for, fetched or bought. Mount it, or name the folder that "
+                    f"it was moved to (KREA_STORAGE). If its images are lost, run `{_ACCEPT}`: "
+                    "the next run then fetches what links are still good for."
+                )
+        for row in known:
+            if row.location == "":  # of before roots were known
+                self._check_files(connection, storage, row.root_id)
+                return str(row.root_id)
+        if self._holds_images_of_others(connection, storage):
+            raise ConfigError(
+                f"{storage.shown('images')} holds images, and the journal that bought them is not "
+                f"{self._database.where}, which knows nothing of this storage root: a new one "
+                "would buy them again. Nothing was bought. Put their journal back "
+                f"(KREA_JOURNAL_URL), or move the images away to start empty; or run `{_ACCEPT}`: "
+                "images in the root are then taken up without a charge that is known."
+            )
+        return None
+
+    def _holds_images_of_others(self, connection: Connection, storage: Storage) -> bool:
+        """Whether there are images, and among the first some that this journal has not stored."""
+        names = islice(storage.names("images"), _LOOKED_FOR[1])
+        keys = {Path(name).stem for name in names}
+        if not keys:
+            return False
+        stored = select(func.count()).where(
+            requests.c.request_key.in_(keys), requests.c.image_path.is_not(None)
+        )
+        return connection.execute(stored).scalar_one() < len(keys)
+
+    def _check_files(
+        self, connection: Connection, storage: Storage, root_id: str, since: int | None = None
+    ) -> None:
+        """Look for some of the files that should be there."""
+        most = _LOOKED_FOR[storage.folder is None]
+        expected = _files_of(connection, root_id, most)
+        missing = [one for one in expected if storage.size_bytes(one.image_path) is None]
+        all_gone = 2 < len(expected) == len(missing)
+        if all_gone or len(missing) * 2 > len(expected) >= _FEW:
+            raise ConfigError(
+                f"{len(missing)} of {len(expected)} images that were looked for under the storage "
+                f"root {storage.shown('')} are not there, such as {missing[0].image_path}: it is "
+                "not mounted as a whole, or was emptied. The journal "
+                f"{self._database.where} has {_count(connection, root_id)} images in it. Nothing "
+                f"was asked for, fetched or bought. Put them back; if they are lost, run "
+                f"`{_ACCEPT}`: the next run then fetches what links are still good for."
+            )
+        if since is None:
+            return
+        later = connection.execute(
+            select(func.min(root_tokens.c.at)).where(
+                root_tokens.c.root_id == root_id, root_tokens.c.number > since
+            )
+        ).scalar()
+        if later is None:
+            return
+        newer = [one for one in _files_of(connection, root_id, most) if one.at >= later]
+        gone = [one for one in newer if storage.size_bytes(one.image_path) is None]
+        if newer and len(gone) * 2 > len(newer):
+            raise ConfigError(
+                f"the storage root {storage.shown('')} is older than the journal "
+                f"{self._database.where}: it was restored from a backup of before "
+                f"{later:%Y-%m-%d %H:%M} UTC, and {len(gone)} of {len(newer)} images that were "
+                "stored since and looked for are not in it. Nothing was asked for, fetched or "
+                f"bought. Put them back; if they are lost, run `{_ACCEPT}`: the next run then "
+                "fetches what links are still good for."
+            )
+
+    def id_of(self, storage: Storage) -> str:
+        """Return the id of a root, unchecked; empty for one that no run has begun in."""
+        marker = Marker.read(storage)
+        if marker is None:
+            return ""
+        with self._database.read("read") as connection:
+            query = select(roots.c.location).where(roots.c.root_id == marker.root_id)
+            location = connection.execute(query).scalar() or ""
+        return "" if _is_copy(storage, location, marker.root_id) else marker.root_id
+
+    def begin(self, storage: Storage, root_id: str | None) -> str:
+        """Enter a root that was checked, and have its marker say that a run writes into it.
+
+        Returns its id.
+        """
+        token, here = uuid4().hex, storage.shown("")
+        at = datetime.now(timezone.utc)
+
+        def write(connection: Connection) -> Marker:
+            if not self._database.sqlite:
+                connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
+            # One that another run has entered since this one looked has the location already.
+            which = roots.c.root_id == root_id if root_id else roots.c.location == here
+            known = connection.execute(select(roots).where(which)).first()
+            name = uuid4().hex if known is None else str(known.root_id)
+            if known is None:
+                connection.execute(
+                    insert(roots).values(root_id=name, location=here, adopts=False, first_at=at)
+                )
+            elif known.location != here:
+                connection.execute(
+                    update(roots).where(roots.c.root_id == name).values(location=here)
+                )
+            connection.execute(insert(root_tokens).values(token=token, root_id=name, at=at))
+            journal_id = connection.execute(select(about.c.journal_id)).scalar_one()
+            return Marker(name, str(journal_id), token)
+
+        marker = self._database.write("enter a storage root in", write)
+        try:
+            marker.write(storage)
+        except OSError as error:
+            raise StorageError(
+                f"the storage root {here} cannot be written to: {error}. Nothing was bought."
+            ) from error
+        return marker.root_id
+
+    def accept(self, storage: Storage) -> str:
+        """Take a root as it is for this journal's, because a person says so; returns what was done.
+
+        What is missing in it is noted as missing, and what it holds beyond the journal is taken up
+        by later runs.
+        """
+        here = storage.shown("")
+        marker = None
+        with suppress(ConfigError):  # a damaged one is written again
+            marker = Marker.read(storage)
+        at = datetime.now(timezone.utc)
+
+        def write(connection: Connection) -> str:
+            known = {row.root_id: row for row in connection.execute(select(roots))}
+            chosen = marker.root_id if marker is not None else None
+            if chosen in known and _is_copy(storage, known[chosen].location, str(chosen)):
+                chosen = uuid4().hex
+            if chosen is None:
+                named = [row.root_id for row in known.values() if row.location in (here, "")]
+                chosen = named[0] if named else uuid4().hex
+            if chosen in known:
+                connection.execute(
+                    update(roots)
+                    .where(roots.c.root_id == chosen)
+                    .values(adopts=True, location=here)
+                )
+            else:
+                connection.execute(
+                    insert(roots).values(root_id=chosen, location=here, adopts=True, first_at=at)
+                )
+            return chosen
+
+        root_id = self._database.write("accept a storage root in", write)
+        with self._database.read("read") as connection:
+            expected = _files_of(connection, root_id, None)
+        gone = [one.request_key for one in expected if storage.size_bytes(one.image_path) is None]
+
+        def note(connection: Connection) -> None:
+            for key in gone:
+                connection.execute(
+                    update(files)
+                    .where(files.c.request_key == key, files.c.root_id == root_id)
+                    .values(missing_since=at)
+                )
+
+        self._database.write("note missing files in", note)
+        self.begin(storage, root_id)
+        return f"the storage root {here} is accepted; {len(gone)} of its images are missing"
+
+    def adopts(self, root_id: str) -> bool:
+        """Return whether a person has accepted a root as it is."""
+        with self._database.read("read") as connection:
+            return bool(
+                connection.execute(
+                    select(roots.c.adopts).where(roots.c.root_id == root_id)
+                ).scalar()
+            )
+
+    def any_accepted(self) -> bool:
+        """Return whether a person has accepted any root as it is."""
+        with self._database.read("read") as connection:
+            return connection.execute(select(roots).where(roots.c.adopts)).first() is not None
+
+    def elsewhere(self, request_keys: Sequence[str], root_id: str) -> dict[str, list[str]]:
+        """Return the locations of the other roots that hold these images, by request key."""
+        found: dict[str, list[str]] = {}
+        with self._database.read("read") as connection:
+            for start in range(0, len(request_keys), 500):
+                rows = connection.execute(
+                    select(files.c.request_key, roots.c.location)
+                    .join(roots, files.c.root_id == roots.c.root_id)
+                    .where(
+                        files.c.request_key.in_(request_keys[start : start + 500]),
+                        files.c.root_id != root_id,
+                        files.c.missing_since.is_(None),
+                        roots.c.location != "",
+                    )
+                )
+                for key, location in rows:
+                    found.setdefault(key, []).append(location)
+        return found
+
+
+def _is_copy(storage: Storage, location: str, root_id: str) -> bool:
+    """Whether a root has been copied from another folder, which is there too.
+
+    One folder may have two paths (a mount, a link): its marker is then one file.
+    """
+    here = storage.folder
+    if here is None or location in ("", storage.shown("")):
+        return False
+    original = Path(location) / MARKER
+    try:
+        its, own = original.stat(), (here / MARKER).stat()
+        if (its.st_ino, its.st_mtime_ns) == (own.st_ino, own.st_mtime_ns):
+            return False
+        return bool(json.loads(original.read_bytes()).get("root_id") == root_id)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _files_of(connection: Connection, root_id: str, most: int | None) -> list[Any]:
+    """Return files that should be in a root: ``most`` of the newest and of the oldest, or all."""
+    query = (
+        select(files.c.request_key, files.c.at, requests.c.image_path)
+        .join(requests, files.c.request_key == requests.c.request_key)
+        .where(files.c.root_id == root_id, files.c.missing_since.is_(None))
+        .where(requests.c.image_path.is_not(None))
+    )
+    if most is None:
+        return list(connection.execute(query))
+    newest = connection.execute(query.order_by(files.c.at.desc()).limit(most)).all()
+    oldest = connection.execute(query.order_by(files.c.at).limit(most)).all()
+    return list({row.request_key: row for row in (*newest, *oldest)}.values())
+
+
+def _count(connection: Connection, root_id: str) -> int:
+    query = select(func.count()).select_from(files).where(files.c.root_id == root_id)
+    return connection.execute(query).scalar_one()

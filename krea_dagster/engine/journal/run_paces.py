@@ -1,0 +1,74 @@
+"""Where the runs of a journal tell each other what they learned of an account's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, literal_column, select, update
+
+from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, api_keys, pace_leases, paces
+from krea_dagster.engine.pace_sharing import LEASE_S, Answer, Exchange, Lease, kept_of, told_of
+
+_SECOND_US: Final = 1_000_000
+
+
+class PaceLog:
+    """The paces and the leases in a journal's database.
+
+    Its methods block. Raises JournalError wherever the database fails.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def exchange(
+        self,
+        api_key: str,
+        mine: Lease,
+        untold: Sequence[Answer],
+        monotonic: Callable[[], float],
+    ) -> Exchange:
+        """Tell the other runs what was answered and what this run has; returns what they told.
+
+        ``api_key`` is a fingerprint: keys of one account share one pace.
+        """
+
+        def write(connection: Connection) -> Exchange:
+            key = select(api_keys.c.account).where(api_keys.c.fingerprint == api_key)
+            account = connection.execute(key).scalar() or api_key
+            new = self._database.insertion(paces).values(account=account, kept="", at_us=0)
+            connection.execute(new.on_conflict_do_nothing())
+            this = paces.c.account == account
+            row = connection.execute(select(paces).where(this).with_for_update()).one()
+            now_us, now_s = self._now_us(connection, monotonic), monotonic()
+            told = told_of(row.kept, (now_us - row.at_us) / _SECOND_US, now_s)
+            columns = pace_leases.c
+            others = connection.execute(
+                select(columns.owner, columns.in_flight, columns.wants)
+                .where(columns.account == account, columns.owner != mine.owner)
+                .where(columns.at_us.between(now_us - int(LEASE_S * _SECOND_US), now_us))
+            )
+            found = tuple(Lease(*row) for row in others)
+            told = told.among((mine, *found)).with_these(untold, now_s)
+            kept = {"kept": kept_of(told, now_s), "at_us": now_us}
+            connection.execute(update(paces).where(this).values(kept))
+            lease = {
+                "account": account,
+                "in_flight": mine.in_flight,
+                "wants": mine.wants,
+                "at_us": now_us,
+            }
+            own = self._database.insertion(pace_leases).values(owner=mine.owner, **lease)
+            connection.execute(own.on_conflict_do_update(index_elements=["owner"], set_=lease))
+            return Exchange(told.learned(), mine, found, len(untold), now_us / _SECOND_US)
+
+        return self._database.write("share the pace in", write)
+
+    def _now_us(self, connection: Connection, monotonic: Callable[[], float]) -> int:
+        """The time by a clock that all runs share: the server's, or that of their one host."""
+        if self._database.sqlite:
+            return int(monotonic() * _SECOND_US)
+        now: Any = connection.execute(select(literal_column(POSTGRES_NOW_US))).scalar_one()
+        return int(now)

@@ -1,0 +1,1 @@
+"""Runs: takes requests from the work list to stored images."""

@@ -1,0 +1,1 @@
+"""The storage root: files written atomically, and images verified."""

@@ -1,0 +1,280 @@
+"""Where files end up: a local folder, or an object store through fsspec.
+
+A file appears under its name whole or not at all: it is written elsewhere first, made durable,
+and then renamed (a folder) or put (an object store).
+
+A store that does not answer is never taken for one without the file: each method that reads or
+writes raises StorageAway then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import BinaryIO, Final, NoReturn, cast
+
+import fsspec
+
+from krea_dagster import redact
+from krea_dagster.engine.storage import temp_files
+from krea_dagster.errors import ConfigError, StorageAway
+
+#: What file systems say of themselves, and not of a network on the way to them.
+_ABOUT_FILES: Final = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    NotImplementedError,
+)
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+#: What a folder of another host says while that is not there.
+_NETWORK: Final = frozenset(
+    {
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+    }
+)
+
+
+class Storage:
+    """The storage root: a folder or a URL that fsspec knows. Names under it use ``/``.
+
+    Raises ConfigError where the root cannot be understood.
+    """
+
+    def __init__(self, root: str) -> None:
+        if not root:
+            raise ConfigError("the storage root is empty; give a folder or a URL")
+        try:
+            self._fs, path = _without_listings(root)
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            said = redact.text(str(error), root)
+            raise ConfigError(
+                f"the storage root {redact.location(root)!r} (KREA_STORAGE) cannot be used: {said}"
+            ) from redact.harmless(error, root)
+        self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
+        self.folder: Path | None = Path(path).absolute() if self._remote is None else None
+        self._folders: set[str] = set()  # those that this one has made, or found
+
+    def __repr__(self) -> str:
+        return f"Storage({redact.location(self.locate(''))!r})"
+
+    def locate(self, name: str) -> str:
+        """The path or URL of a name, for people and for the manifest."""
+        if self.folder is not None:
+            return str(self.folder / name)
+        return str(self._fs.unstrip_protocol(self._full(name)))
+
+    def shown(self, name: str) -> str:
+        """The path or URL of a name, for people: without user, password and query."""
+        return redact.location(self.locate(name))
+
+    def name_of(self, location: str) -> str:
+        """The name under the root of an image's path or URL, as a manifest has it.
+
+        A root that was moved after its manifests were written is understood.
+        """
+        root = f"{self.locate('').rstrip('/')}/"
+        if location.startswith(root):
+            return location.removeprefix(root)
+        _, found, rest = location.rpartition("/images/")
+        return f"images/{rest}" if found else location.lstrip("/")
+
+    def size_bytes(self, name: str) -> int | None:
+        """The size of a file, or None where there is none."""
+        try:
+            if self.folder is not None:
+                # Not by pathlib, which costs ten times the call: this is asked for every image.
+                return os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116
+            return cast("int", self._fs.info(self._full(name))["size"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            self.fail(error)
+
+    def ping(self) -> None:
+        """See that the store answers. Raises StorageAway where it does not."""
+        self.size_bytes("krea-root.json")
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading. Raises FileNotFoundError."""
+        try:
+            if self.folder is not None:
+                return (self.folder / name).open("rb")
+            return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            self.fail(error)
+
+    def has_files(self, folder: str) -> bool:
+        """Whether there is a file below a folder. Lists no more than it must."""
+        if self.folder is not None:
+            return next(self.names(folder), None) is not None
+        return any(files for _, _, files in self._fs.walk(self._full(folder)))
+
+    def names(self, folder: str) -> Iterator[str]:
+        """The names of all files below a folder, which need not exist."""
+        if self.folder is None:
+            for path in self._fs.find(self._full(folder)):
+                yield cast("str", path).removeprefix(f"{self._remote}/")
+            return
+        for parent, folders, files in os.walk(self.folder / folder):
+            folders.sort()
+            for file in sorted(files):
+                yield (Path(parent) / file).relative_to(self.folder).as_posix()
+
+    def modified_at(self, name: str) -> datetime | None:
+        """When a file was last written, UTC; None where there is none, or nobody can tell."""
+        try:
+            if self.folder is not None:
+                written_s = (self.folder / name).stat().st_mtime
+                return datetime.fromtimestamp(written_s, timezone.utc)
+            return cast("datetime", self._fs.modified(self._full(name)))
+        except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+            return None
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a path to write a new file at; it is removed afterwards where it is still there."""
+        path = self.new_file()
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def new_file(self) -> Path:
+        """The path of a new, empty file, for whoever fills it to publish or to remove."""
+        path, descriptor = self.open_new_file()
+        os.close(descriptor)
+        return path
+
+    def open_new_file(self) -> tuple[Path, int]:
+        """The same, and a descriptor to write to it, which the caller closes.
+
+        In the same file system as the root, so that publishing is a rename.
+        """
+        if self.folder is None:
+            descriptor, name = tempfile.mkstemp(suffix=".part")
+            return Path(name), descriptor
+        folder = self.folder / temp_files.FOLDER
+        path = folder / temp_files.new_name()
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            if self._make(folder):
+                temp_files.remove_abandoned(folder)
+            with suppress(FileNotFoundError):  # somebody has tidied up
+                return path, os.open(path, flags, 0o644)
+            folder.mkdir(parents=True, exist_ok=True)
+            return path, os.open(path, flags, 0o644)
+        except OSError as error:
+            self.fail(error)
+
+    def publish(self, temporary: Path, name: str) -> None:
+        """Give a finished file its name, durably; an older one of that name is replaced."""
+        try:
+            if self.folder is None:
+                self._fs.put_file(str(temporary), self._full(name))
+            else:
+                self._rename(temporary, self.folder / name)
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            self.fail(error)
+
+    def _rename(self, temporary: Path, target: Path) -> None:
+        sync_file(temporary)
+        self._make(target.parent)
+        try:
+            temporary.replace(target)
+        except FileNotFoundError:  # somebody has removed the folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(target)
+        sync_folder(target.parent)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise the error, or StorageAway where it is the store that cannot be reached now."""
+        number = getattr(error, "errno", None)
+        about_files = isinstance(error, _ABOUT_FILES) or number in _FULL
+        is_away = number in _NETWORK if self.folder is not None else not about_files
+        if not is_away:
+            raise error
+        said = redact.text(str(error) or type(error).__name__, self.locate(""))
+        raise StorageAway(
+            f"the storage root {self.shown('')} does not answer: {said}. Nothing more is bought "
+            "until it does. What was paid for is in the journal, and the next run fetches it: do "
+            "not wait longer than its links live, which is 24 hours."
+        ) from redact.harmless(error, self.locate(""))
+
+    def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        """Write a file through ``write``, atomically."""
+        with self.scratch() as temporary:
+            with temporary.open("wb") as file:
+                write(file)
+            self.publish(temporary, name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, where there is one."""
+        if self.folder is not None:
+            (self.folder / name).unlink(missing_ok=True)
+        elif self._fs.exists(self._full(name)):
+            self._fs.rm_file(self._full(name))
+
+    def _make(self, folder: str | Path) -> bool:
+        """Make a folder, durably; false where this one has made or found it before."""
+        name = os.fspath(folder)
+        if name in self._folders:
+            return False
+        missing = Path(name)
+        parents = [parent for parent in (missing, *missing.parents) if not parent.exists()]
+        missing.mkdir(parents=True, exist_ok=True)
+        for made in parents:
+            sync_folder(made.parent)
+        self._folders.add(name)
+        return True
+
+    def _full(self, name: str) -> str:
+        return f"{self._remote}/{name}" if name else str(self._remote)
+
+
+def _without_listings(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a root, which asks the store each time.
+
+    A listing that is remembered does not know of what another host has stored since: its images
+    would count as missing.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    except TypeError:  # one that takes no such option
+        fs, path = fsspec.core.url_to_fs(root)
+    return fs, str(path)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = fs.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make a rename durable: the name is the folder's content, not the file's."""
+    sync_file(folder)
+
+
+def sync_file(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

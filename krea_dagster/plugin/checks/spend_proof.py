@@ -1,0 +1,120 @@
+"""The asset check spend_proof: the whole journal against files, manifests and account."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import dagster as dg
+
+from krea_dagster.errors import ConfigError
+from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.resource import KreaResource, krea_of
+from krea_dagster.spend.proof.findings import Figures, Proof
+from krea_dagster.spend.proof.verify import verify
+
+PROOF_NAME: Final = "spend_proof"
+
+#: Bytes that the check reads again in one run; of further files it compares the size. The
+#: command ``krea-dagster verify`` reads all.
+HASH_BYTES: Final = 20 * 1024**3
+
+#: Findings in the check's table.
+_ROWS: Final = 50
+
+
+def build_spend_proof_check(
+    manifest_key: dg.AssetKey, *, resource_key: str = "krea", hash_bytes: int | None = HASH_BYTES
+) -> dg.AssetChecksDefinition:
+    """Build the check of ``image_manifest`` that every credit is accounted for.
+
+    It looks at the whole journal, not only at the partitions of a run. Manifests that other
+    runs are yet to write do not fail it. ``hash_bytes`` bounds what is read again in one run,
+    None for all. In a run that was launched for assets, as from the UI, of every file only the size
+    is compared: reading all again is the job's to do.
+    """
+
+    @dg.asset_check(
+        asset=manifest_key,
+        name=PROOF_NAME,
+        required_resource_keys={resource_key},
+        description=(
+            "Every charge in the journal has one task, one file whose hash holds, and a manifest "
+            "row; and the account used what the journal explains."
+        ),
+    )
+    def spend_proof(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        krea = krea_of(context, resource_key)
+        bound = 0 if context.run.asset_selection else hash_bytes
+        with as_failure(), krea.open_journal() as journal:
+            proof = verify(journal, krea.open_storage(), hash_bytes=bound, manifests_may_lag=True)
+        return dg.AssetCheckResult(
+            passed=proof.adds_up,
+            severity=dg.AssetCheckSeverity.ERROR,
+            description=_sentence(proof),
+            metadata=_metadata(proof),
+        )
+
+    return spend_proof
+
+
+def prove(
+    krea: KreaResource,
+    *,
+    hash_bytes: int | None = None,
+    on_progress: Callable[[Figures], None] = lambda _: None,
+) -> Proof:
+    """Prove the books of a resource, as ``spend.verify.verify`` does.
+
+    Raises ConfigError where there is no journal, and JournalError where it cannot be read.
+    """
+    storage = krea.open_storage()
+    if not krea.has_journal():
+        raise ConfigError(f"there is no journal for {storage.shown('')} yet: nothing to prove")
+    krea.check_root()
+    with krea.open_journal() as journal:
+        return verify(journal, storage, hash_bytes=hash_bytes, on_progress=on_progress)
+
+
+def _sentence(proof: Proof) -> str:
+    if not proof.adds_up:
+        more = f" (and {proof.errors - 1} more)" if proof.errors > 1 else ""
+        return f"{proof.findings[0].text}{more}"
+    figures = proof.figures
+    return (
+        f"{figures.charges} charges of {credits_from_units(figures.charged_units):g} credits add "
+        f"up; {proof.notes} notes."
+    )
+
+
+def _metadata(proof: Proof) -> Mapping[str, Any]:
+    figures, account = proof.figures, proof.account
+    values: dict[str, Any] = {
+        "charges": figures.charges,
+        "tasks": figures.tasks,
+        "files": figures.files,
+        "files_hashed": figures.files_hashed,
+        "manifest_rows": figures.rows,
+        "credits_charged": credits_from_units(figures.charged_units),
+        "credits_at_stake": credits_from_units(figures.at_stake_units),
+        "credits_lost": credits_from_units(figures.lost_units),
+        "errors": proof.errors,
+        "notes": proof.notes,
+    }
+    if account is not None:
+        values["account_credits_used"] = credits_from_units(account.used_units)
+        values["account_credits_unexplained"] = credits_from_units(account.unexplained_units)
+    if proof.findings:
+        values["findings"] = dg.MetadataValue.table(
+            records=[
+                dg.TableRecord(
+                    {
+                        "severity": finding.severity.value,
+                        "kind": finding.kind.value,
+                        "finding": finding.text,
+                        "credits": credits_from_units(finding.units),
+                    }
+                )
+                for finding in proof.findings[:_ROWS]
+            ]
+        )
+    return values

@@ -1,0 +1,148 @@
+"""The asset checks of spend_daily: a warning of each kind, found in the spend tables."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final
+
+import dagster as dg
+
+from krea_dagster.engine.budget import Budget
+from krea_dagster.errors import ConfigError
+from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.metadata import small_table
+from krea_dagster.plugin.resource import KreaResource, krea_of
+from krea_dagster.spend.warnings.load_history import observe
+from krea_dagster.spend.warnings.table_files import account_proof, stored_tables
+from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
+
+#: Days after its last day for which a warning fails its check.
+RECENT_DAYS: Final = 7
+
+#: What each check looks for, by its kind; the check's name is ``spend_`` and the kind.
+_LOOKS_FOR: Final[Mapping[WarningKind, str]] = {
+    WarningKind.ACCOUNT_DIFFERS: "The account used what the journal explains.",
+    WarningKind.BUDGET_USED: (
+        "No budget is nearly used, and the month's is not ahead of the days of the month."
+    ),
+    WarningKind.FORECAST: "The month will end within its budget, by the last six weeks.",
+    WarningKind.DAY_OUT_OF_HABIT: (
+        "No day cost more than two and a half times what its weekday usually does, and six "
+        "deviations (by the median and the MAD of eight weeks)."
+    ),
+    WarningKind.PARTITION_OUT_OF_HABIT: "No partition cost far more than it, or its like, does.",
+    WarningKind.PRICE_CHANGED: "A call costs what it cost before.",
+    WarningKind.FAILURE_NEW: "No purchase failed in a way that was not seen before.",
+    WarningKind.FAILURES_HIGH: "No day brought far fewer images for its purchases than usual.",
+}
+
+
+def build_spend_warnings_checks(
+    daily_key: dg.AssetKey,
+    *,
+    resource_key: str = "krea",
+    budgets: Sequence[str] = (),
+    recent_days: int = RECENT_DAYS,
+) -> dg.AssetChecksDefinition:
+    """Build the checks of ``spend_daily``, one for each kind of warning.
+
+    They are warnings; the account against the journal is an error. ``budgets`` are soft ones,
+    written as the hard ones of ``KreaResource.budgets``: ``month=900``, ``partition=20``, or
+    ``column:campaign:autumn=100`` for a column of ``spend_daily``. A warning fails its check until
+    ``recent_days`` after the last day that it is about. Needs no network. Raises ConfigError.
+    """
+    parsed = [Budget.parse(text) for text in budgets]
+    if recent_days < 0:
+        raise ConfigError("recent_days must not be negative")
+    specs = [
+        dg.AssetCheckSpec(f"spend_{kind.value}", asset=daily_key, description=text)
+        for kind, text in _LOOKS_FOR.items()
+    ]
+
+    @dg.multi_asset_check(
+        name="_".join([*daily_key.path, "warnings"]),
+        specs=specs,
+        can_subset=True,
+        required_resource_keys={resource_key},
+    )
+    def spend_warnings(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        krea = krea_of(context, resource_key)
+        now = datetime.now(timezone.utc)
+        with as_failure():
+            found = recent_warnings(krea, parsed, now=now, recent_days=recent_days)
+        chosen = {key.name for key in context.selected_asset_check_keys}
+        for kind in WarningKind:
+            name = f"spend_{kind.value}"
+            if name in chosen:
+                yield _result(daily_key, name, kind, found)
+
+    return spend_warnings
+
+
+def recent_warnings(
+    krea: KreaResource,
+    budgets: Sequence[Budget] = (),
+    *,
+    now: datetime,
+    recent_days: int = RECENT_DAYS,
+) -> list[SpendWarning] | None:
+    """Find the warnings of the last days in a resource's spend tables; None where there are none.
+
+    Raises ConfigError for a budget of an unknown column, and JournalError.
+    """
+    tables = stored_tables(krea.open_storage())
+    if not tables.months:
+        return None
+    proof = None
+    if krea.has_journal():
+        with krea.open_journal() as journal:
+            proof = account_proof(journal)
+    history = observe(
+        tables.ledger, tables.daily, tables.failures, now=now, budgets=budgets, account=proof
+    )
+    since = now.astimezone(timezone.utc).date() - timedelta(days=recent_days)
+    return [one for one in find_warnings(history, now) if one.until >= since]
+
+
+def _result(
+    daily_key: dg.AssetKey, name: str, kind: WarningKind, found: Sequence[SpendWarning] | None
+) -> dg.AssetCheckResult:
+    error = kind is WarningKind.ACCOUNT_DIFFERS
+    severity = dg.AssetCheckSeverity.ERROR if error else dg.AssetCheckSeverity.WARN
+    if found is None:
+        return dg.AssetCheckResult(
+            passed=False,
+            asset_key=daily_key,
+            check_name=name,
+            severity=dg.AssetCheckSeverity.WARN,
+            description="There are no spend tables yet, so that nothing was checked.",
+        )
+    mine = [one for one in found if one.kind is kind]
+    more = f" And {len(mine) - 1} more." if len(mine) > 1 else ""
+    return dg.AssetCheckResult(
+        passed=not mine,
+        asset_key=daily_key,
+        check_name=name,
+        severity=severity,
+        description=f"{mine[0].text} {mine[0].advice}{more}" if mine else _LOOKS_FOR[kind],
+        metadata=_metadata(mine),
+    )
+
+
+def _metadata(found: Sequence[SpendWarning]) -> Mapping[str, Any]:
+    values: dict[str, Any] = {
+        "warnings": len(found),
+        "credits_in_question": credits_from_units(sum(one.units for one in found)),
+    }
+    if found:
+        values["findings"] = small_table(
+            {
+                "since": f"{one.since}",
+                "until": f"{one.until}",
+                "about": one.about,
+                "finding": one.text,
+                "credits": credits_from_units(one.units),
+            }
+            for one in found
+        )
+    return values

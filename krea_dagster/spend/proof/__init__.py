@@ -1,0 +1,1 @@
+"""Proves that journal, files, manifests and account agree."""

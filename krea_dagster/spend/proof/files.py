@@ -1,0 +1,94 @@
+"""Re-reads stored files in threads, streaming, a bounded number at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.storage.storage import Storage
+
+#: Bytes read at once.
+_PIECE: Final = 1024 * 1024
+#: Files that may wait for their turn; the rest is not begun.
+_WAITING: Final = 64
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is there in place of a stored image.
+
+    ``size_bytes`` is None where there is no file, ``sha256`` where it was not hashed.
+    ``trouble`` is why the file could not be read, where it could not.
+    """
+
+    size_bytes: int | None = None
+    sha256: str | None = None
+    trouble: str | None = None
+
+
+class Reader:
+    """Looks at files in the order in which they are given, and answers in that order.
+
+    The first ``hash_bytes`` bytes are hashed, of all where it is None; of the others only the
+    size is looked at. Enter it as a context manager.
+    """
+
+    def __init__(
+        self, storage: Storage, *, hash_bytes: int | None = None, threads: int | None = None
+    ) -> None:
+        self._storage = storage
+        self._left = hash_bytes
+        self._pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
+        self._waiting: deque[tuple[Record, StoredImage, Future[Seen]]] = deque()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def look(
+        self, record: Record, image: StoredImage
+    ) -> Iterator[tuple[Record, StoredImage, Seen]]:
+        """Begin with a file; yield those that are done, where too many wait."""
+        to_hash = self._left is None or self._left >= image.bytes
+        if to_hash and self._left is not None:
+            self._left -= image.bytes
+        call = self._hash if to_hash else self._size
+        self._waiting.append((record, image, self._pool.submit(call, image.path)))
+        while len(self._waiting) > _WAITING:
+            yield self._next()
+
+    def rest(self) -> Iterator[tuple[Record, StoredImage, Seen]]:
+        """Yield all that still wait."""
+        while self._waiting:
+            yield self._next()
+
+    def _next(self) -> tuple[Record, StoredImage, Seen]:
+        record, image, seen = self._waiting.popleft()
+        return record, image, seen.result()
+
+    def _size(self, name: str) -> Seen:
+        try:
+            return Seen(self._storage.size_bytes(name))
+        except OSError as error:
+            return Seen(trouble=str(error))
+
+    def _hash(self, name: str) -> Seen:
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self._storage.open(name) as file:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+                    size += len(piece)
+        except (FileNotFoundError, NotADirectoryError):
+            return Seen()
+        except OSError as error:
+            return Seen(trouble=str(error))
+        return Seen(size, digest.hexdigest())

@@ -1,0 +1,197 @@
+"""Holds the manifest files against the journal, row by row, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import State, advance
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import IllegalTransition
+from krea_dagster.manifest import credits_charged, manifest_name
+from krea_dagster.models import units_from_credits
+from krea_dagster.spend.proof.findings import Findings, Kind
+
+#: Columns that must say what the journal says.
+_PROVED: Final = ("status", "task_id", "image_path", "image_sha256", "credits_charged")
+#: Columns that name the row.
+_NAMES: Final = ("prompt_id", "sample", "partition_key", "request_key")
+_BATCH: Final = 4096
+
+
+@dataclass
+class Listed:
+    """What the manifests list.
+
+    ``rows_of`` names, by request key, the first row that lists it; of a request that no row
+    lists it is silent. ``written`` is when the newest manifest of that file name was written.
+    """
+
+    files: int = 0
+    rows: int = 0
+    agreeing: int = 0
+    rows_of: dict[str, str] = field(default_factory=dict)
+    written: dict[str, datetime | None] = field(default_factory=dict)
+
+    def name(self, record: Record) -> str:
+        """A request as people know it: its row, or its partition and key."""
+        row = self.rows_of.get(record.request_key)
+        return row or f"request {record.request_key[:12]} ({record.partition_key})"
+
+    def newer_than(self, record: Record) -> bool:
+        """Whether the partition's manifest was written after the image was stored.
+
+        Then it does not list the request because the table does not ask for it any more.
+        """
+        name = _last_part(manifest_name(record.partition_key))
+        if name not in self.written:
+            return False
+        written, since = self.written[name], record.stored_at or record.completed_at
+        return written is None or since is None or written >= since
+
+
+def compare_rows(storage: Storage, journal: Journal, findings: Findings) -> Listed:
+    """Hold every manifest under the storage root against the journal.
+
+    The journal is read after the rows: where a run changes both meanwhile, a row can be behind,
+    and never ahead.
+    """
+    listed = Listed()
+    for name in storage.names("manifest"):
+        if not name.endswith(".parquet"):
+            continue
+        listed.files += 1
+        _note_written(listed, name, storage.modified_at(name))
+        for batch in _batches(storage, name, findings):
+            records = journal.records({row["request_key"] for row in batch})
+            for row in batch:
+                listed.rows += 1
+                record = records.get(row["request_key"])
+                if record is None:
+                    listed.agreeing += _unknown(name, row, findings)
+                    continue
+                listed.rows_of.setdefault(record.request_key, _row_name(row))
+                agrees = _compare(name, row, record, findings, storage=storage, journal=journal)
+                listed.agreeing += agrees
+    return listed
+
+
+def _note_written(listed: Listed, name: str, at: datetime | None) -> None:
+    part = _last_part(name)
+    known = listed.written.get(part)
+    listed.written[part] = at if known is None or at is None else max(known, at)
+
+
+def _batches(storage: Storage, name: str, findings: Findings) -> Iterator[list[dict[str, Any]]]:
+    try:
+        with storage.open(name) as file:
+            parquet = pq.ParquetFile(file)
+            columns = [*_NAMES, *_PROVED]
+            if missing := set(columns) - set(parquet.schema_arrow.names):
+                raise pa.ArrowInvalid(f"no column {min(missing)!r}")
+            for batch in parquet.iter_batches(_BATCH, columns=columns):
+                yield batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        findings.add(Kind.MANIFEST_UNREADABLE, f"{name} cannot be read: {error}")
+
+
+def _unknown(name: str, row: Mapping[str, Any], findings: Findings) -> bool:
+    """A row whose request is not in the journal: right only where nothing was done for it."""
+    said = {column: row[column] for column in _PROVED[1:] if row[column] is not None}
+    if row["status"] == State.PLANNED.value and not said:
+        return True
+    findings.add(
+        Kind.ROW_UNKNOWN,
+        f"{_row_name(row)}: {name} says {row['status']}"
+        f"{_credits_said(row)}, and the journal does not know its request",
+        units_from_credits(row["credits_charged"] or 0),
+        request_key=row["request_key"],
+        task_id=row["task_id"],
+    )
+    return False
+
+
+def _compare(
+    name: str,
+    row: Mapping[str, Any],
+    record: Record,
+    findings: Findings,
+    *,
+    storage: Storage,
+    journal: Journal,
+) -> bool:
+    image = record.image
+    right = {
+        "status": record.state.value,
+        "task_id": record.task_id,
+        "image_path": None if image is None else storage.locate(image.path),
+        "image_sha256": None if image is None else image.sha256,
+        "credits_charged": credits_charged(record),
+    }
+    wrong = [column for column in _PROVED if row[column] != right[column]]
+    if not wrong:
+        return True
+    behind = "status" in wrong and _was_right(row, record, journal)
+    column = wrong[0]
+    findings.add(
+        Kind.ROW_BEHIND if behind else Kind.ROW_DIFFERS,
+        f"{_row_name(row)}: {name} says {column} {_shown(row[column])}, the journal "
+        f"{_shown(right[column])}"
+        + ("; the manifest is older, materialize it again" if behind else ""),
+        record.charged_units or 0,
+        request_key=record.request_key,
+        task_id=record.task_id,
+    )
+    return False
+
+
+def _was_right(row: Mapping[str, Any], record: Record, journal: Journal) -> bool:
+    """Whether a row shows a state that the request was in before, and no other money."""
+    has_image = row["image_path"] is not None or row["image_sha256"] is not None
+    if has_image and row["status"] != State.STORED.value:
+        return False
+    if row["task_id"] not in (None, record.task_id):
+        return False
+    if row["credits_charged"] not in (None, 0.0, credits_charged(record)):
+        return False
+    return row["status"] in _states(journal, record.request_key)
+
+
+def _states(journal: Journal, request_key: str) -> set[str]:
+    """All states that a request was in."""
+    state: State | None = None
+    states: set[str] = set()
+    try:
+        for _, event, _ in journal.history(request_key):
+            state = advance(state, event)
+            states.add(state.value)
+    except (ValueError, IllegalTransition):
+        return set()  # these events prove nothing; whoever replays them says so
+    return states
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    sample = f" sample {row['sample']}" if row["sample"] else ""
+    return f"{str(row['prompt_id'])[:60]}{sample} ({row['partition_key']})"
+
+
+def _credits_said(row: Mapping[str, Any]) -> str:
+    paid = row["credits_charged"]
+    return "" if not paid else f" and {paid:g} credits"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "nothing"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]

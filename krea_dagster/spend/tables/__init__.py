@@ -1,0 +1,1 @@
+"""The spend tables, brought up to date from the journal."""

@@ -1,0 +1,213 @@
+"""The ledger: one row per purchase, a Parquet file per UTC month, made in DuckDB from the journal.
+
+What DuckDB computes is in whole numbers throughout (units, microseconds), and becomes money and
+time only on its way into the file: so no sum is ever rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import BinaryIO, Final
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from krea_dagster.engine.journal.purchases import DAY_US
+from krea_dagster.engine.policy import REJECTED
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.storage import Storage
+
+CREDITS: Final = pa.decimal128(18, 4)
+USD: Final = pa.decimal128(18, 6)
+_TIME: Final = pa.timestamp("us", tz="UTC")
+
+_COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
+    ("sent_at", _TIME, "When its first POST was about to leave, UTC"),
+    ("submitted_at", _TIME, "When EvoLink took it, UTC"),
+    ("completed_at", _TIME, "When the task was first seen completed, UTC"),
+    ("settled_at", _TIME, "When its charge was known, UTC"),
+    ("day", pa.date32(), "UTC day of sent_at"),
+    ("run_id", pa.string(), "Dagster run that bought it"),
+    ("partition_key", pa.string(), "Dagster partition that it was bought for"),
+    ("prompt_table", pa.string(), "Prompt table that it was bought for; null where not known"),
+    ("prompt_id", pa.string(), "First row that asks for it; null where no manifest lists it"),
+    ("sample", pa.int32(), "Which of the row's num_images this is, from 0"),
+    ("rows", pa.int32(), "Manifest rows that share it; 0 where no manifest lists it"),
+    ("attempt", pa.int32(), "How often a person has asked for another picture of this row"),
+    ("number", pa.int32(), "Which purchase of its request this is, from 1"),
+    ("request_key", pa.string(), "Hash of all that decides the picture"),
+    ("idempotency_key", pa.string(), "Idempotency-Key of the purchase"),
+    ("task_id", pa.string(), "EvoLink's task"),
+    ("model", pa.string(), "Model that was asked"),
+    ("quality", pa.string(), "1K or 2K"),
+    ("size", pa.string(), "Aspect ratio that was asked for"),
+    ("seed", pa.int32(), "Seed that was sent"),
+    ("width", pa.int32(), "Width, pixels; null where there is no file"),
+    ("height", pa.int32(), "Height, pixels; null where there is no file"),
+    ("pixels", pa.int64(), "Width times height; null where there is no file"),
+    ("status", pa.string(), "State of the request, as far as it concerns this purchase"),
+    ("outcome", pa.string(), "What it bought: delivered, replaced, rejected, lost, failed, …"),
+    ("verdict", pa.string(), "What a person thinks of the image: keep, reject, flag, or null"),
+    ("credits_reserved", CREDITS, "What EvoLink reserved, credits; null where it took nothing"),
+    ("credits_charged", CREDITS, "What it cost, credits; null while not known"),
+    ("credits_returned", CREDITS, "Reserved and not charged, credits; null while not settled"),
+    ("credits_unknown", CREDITS, "Committed and not settled, credits; 0 where settled"),
+    ("usd_charged", USD, "What it cost, US dollars, at the rate of the table"),
+    ("billing_rule", pa.string(), "EvoLink's billing rule"),
+    ("user_group", pa.string(), "EvoLink's user group"),
+    ("error_code", pa.string(), "Why it bought no image, as a code"),
+    ("latency_s", pa.float64(), "From submission to completion, seconds"),
+)
+
+LEDGER_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])
+
+#: What each column means, by name.
+LEDGER_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
+
+#: Codes with which a check refuses a file that was paid for (``engine.look``).
+REJECTED_CODES: Final = tuple(sorted(REJECTED))
+
+_UNIQUE: Final = frozenset({"sent_at", "request_key", "idempotency_key", "task_id"})
+_ROW_GROUP: Final = 50_000
+
+
+def _sql(states: tuple[State, ...]) -> str:
+    return ", ".join(f"'{state.value}'" for state in states)
+
+
+#: States in which a purchase certainly cost nothing: nothing was created, or not yet again.
+_FREE: Final = _sql((State.PLANNED, State.DEFERRED, State.REFUSED))
+
+
+def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> None:
+    """Make the table ``month`` from the relations ``raw``, ``listed`` and ``reviewed``.
+
+    ``raw`` holds ``engine.purchases.PURCHASE_SCHEMA``. ``rate`` is how many credits one US dollar
+    buys. All is in whole numbers: units, microseconds, 1/1,000,000 dollars; the table's further
+    columns are those of ``listed``.
+    """
+    codes = ", ".join(f"'{code}'" for code in REJECTED_CODES)
+    # Dollars in millionths are units × 100 ÷ rate, to the nearest.
+    dividend, divisor = 200 * rate.denominator, 2 * rate.numerator
+    duck.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE month AS
+        WITH stated AS (
+            SELECT *,
+                coalesce(state, if(task_id IS NULL, 'refused', 'failed')) AS status,
+                coalesce(charged_units, if(status IN ({_FREE}), 0, NULL)) AS charged,
+                coalesce(error_code,
+                    nullif(json_extract_string(said, '$.error_code'), '')) AS code
+            FROM {raw}
+        )
+        SELECT
+            sent_at, submitted_at, completed_at, settled_at, sent_at // {DAY_US} AS day,
+            run_id, stated.partition_key, stated.prompt_table, prompt_id, sample,
+            coalesce(rows, 0) AS rows,
+            attempt, number, request_key, idempotency_key, task_id, model, quality, size, seed,
+            width, height, CAST(width AS BIGINT) * height AS pixels, status,
+            CASE
+                WHEN status = 'stored' AND replaced THEN 'replaced'
+                WHEN status = 'stored' THEN 'delivered'
+                WHEN status = 'completed' AND code IN ({codes}) THEN 'rejected'
+                WHEN status IN ('completed', 'submitted') THEN 'pending'
+                WHEN status IN ('unknown', 'submitting') THEN 'unknown'
+                WHEN status = 'expired' THEN 'lost'
+                WHEN status = 'failed' THEN 'failed'
+                ELSE 'refused'
+            END AS outcome,
+            CASE WHEN status = 'stored' THEN reviewed.verdict END AS verdict,
+            reserved_units AS credits_reserved,
+            charged AS credits_charged,
+            if(charged IS NULL, NULL, coalesce(reserved_units - charged, 0)) AS credits_returned,
+            if(charged IS NULL, committed_units, 0) AS credits_unknown,
+            CAST((CAST(charged AS HUGEINT) * {dividend} + {rate.numerator}) // {divisor} AS BIGINT)
+                AS usd_charged,
+            billing_rule, user_group,
+            CASE WHEN status IN ('stored', 'planned') THEN NULL ELSE code END AS error_code,
+            (completed_at - submitted_at) / 1e6 AS latency_s,
+            listed.* EXCLUDE (request_key, prompt_id, sample, rows, replaced)
+        FROM stated LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+        """
+    )
+
+
+def month_table(duck: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    """Yield the rows of ``month`` as the ledger has them, in the order of their sending."""
+    names = ", ".join(LEDGER_SCHEMA.names)
+    found = duck.sql(f"SELECT {names} FROM month ORDER BY sent_at, idempotency_key")
+    for batch in in_groups(pa.RecordBatchReader.from_stream(found)):
+        yield typed(batch, LEDGER_SCHEMA)
+
+
+def in_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Yield tables of the same number of rows, whatever batches the rows came in."""
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in reader:
+        held.append(batch)
+        rows += batch.num_rows
+        while rows >= _ROW_GROUP:
+            whole = pa.Table.from_batches(held)
+            yield whole.slice(0, _ROW_GROUP).combine_chunks()
+            held = whole.slice(_ROW_GROUP).to_batches()
+            rows -= _ROW_GROUP
+    if rows:
+        yield pa.Table.from_batches(held).combine_chunks()
+
+
+def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return whole numbers as the money, times and days that a schema says they are."""
+    columns = []
+    for field in schema:
+        column = table[field.name].combine_chunks()
+        if pa.types.is_decimal(field.type):
+            column = decimals(column.cast(pa.int64()), field.type)
+        elif pa.types.is_timestamp(field.type):
+            column = column.cast(pa.int64()).cast(field.type)
+        elif pa.types.is_date(field.type):
+            column = column.cast(pa.int32()).cast(field.type)
+        else:
+            column = column.cast(field.type)
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def decimals(units: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Return whole numbers of a decimal's smallest part as that decimal: exact, and no loop."""
+    low = np.asarray(units.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+    words = np.empty((len(low), 2), np.int64)
+    words[:, 0], words[:, 1] = low, low >> 63
+    mask = None
+    if units.null_count:
+        bits = np.packbits(np.asarray(pc.is_valid(units)), bitorder="little")
+        mask = pa.py_buffer(bits)
+    return pa.Array.from_buffers(kind, len(low), [mask, pa.py_buffer(words)])
+
+
+def units_of(credits: Decimal | None) -> int:
+    """Return credits of the tables in units; 0 for null."""
+    return 0 if credits is None else int(credits.scaleb(4))
+
+
+def write_table(storage: Storage, name: str, schema: pa.Schema, parts: Iterator[pa.Table]) -> None:
+    """Write tables as one Parquet file, atomically. Equal rows give equal bytes."""
+
+    def write(file: BinaryIO) -> None:
+        # A dictionary of what is never twice the same would be made in vain.
+        often = [name for name in schema.names if name not in _UNIQUE]
+        with pq.ParquetWriter(file, schema, use_dictionary=often) as writer:
+            for part in parts:
+                writer.write_table(part, row_group_size=_ROW_GROUP)
+
+    storage.write(name, write)
+
+
+def exact_rate(credits_per_usd: float) -> Fraction:
+    """Return a rate as the number that its shortest decimal text says."""
+    return Fraction(Decimal(str(credits_per_usd)))

@@ -1,0 +1,159 @@
+"""Which rows of the manifests a purchase was made for: prompt_id, sample, and how many share it.
+
+A manifest lists the present attempt of a row. The requests of its earlier attempts follow from
+the row by the same formulas that made them, so that a picture that a later one has replaced is
+still known by its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from sqlalchemy import Connection
+
+from krea_dagster.engine.journal.purchases import states_of
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import no_column
+from krea_dagster.prompts.identity import Hasher
+from krea_dagster.prompts.past_attempts import earlier_attempts
+
+_ROW: Final = ("request_key", "prompt_id", "sample", "attempt")
+_WISH: Final = (*_ROW, "prompt", "size", "quality", "seed", "nsfw_check")
+_ROWS: Final = 50_000
+
+
+def quoted(name: str) -> str:
+    """Return a name as DuckDB takes any."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def load_listed(
+    duck: duckdb.DuckDBPyConnection,
+    storage: Storage,
+    connection: Connection,
+    by: Sequence[str] = (),
+) -> None:
+    """Make the relation ``listed``: one row for each request that a manifest asks for, or asked.
+
+    Its columns are ``request_key``, ``prompt_id`` and ``sample`` of the first row by those two,
+    ``rows``, ``replaced`` (a later attempt of that row is stored), and as text the further
+    columns ``by`` of that row. Raises ConfigError for a column that no manifest has, or for a
+    manifest that cannot be read, and JournalError.
+    """
+    extra = "".join(f", {quoted(name)} VARCHAR" for name in by)
+    duck.execute(
+        "CREATE TABLE asked (request_key VARCHAR, prompt_id VARCHAR, sample INTEGER, "
+        f"attempt INTEGER, source INTEGER{extra})"
+    )
+    names = sorted(name for name in storage.names("manifest") if name.endswith(".parquet"))
+    known: dict[str, None] = {}
+    later: list[str] = []
+    for source, name in enumerate(names):
+        try:
+            with storage.open(name) as file:
+                known |= dict.fromkeys(_load(duck, pq.ParquetFile(file), source, by, later))
+        except FileNotFoundError:
+            continue
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"the manifest {name} cannot be read: {error}. Materialize it again."
+            ) from error
+    if names and (missing := [name for name in by if name not in known]):
+        raise no_column(missing[0], known)
+    stored = [
+        key for key, state in states_of(connection, later).items() if state == State.STORED.value
+    ]
+    _keep_first(duck, stored, by)
+
+
+def _load(
+    duck: duckdb.DuckDBPyConnection,
+    file: pq.ParquetFile,
+    source: int,
+    by: Sequence[str],
+    later: list[str],
+) -> list[str]:
+    """Take the rows of a manifest; returns its columns. ``later`` gets keys of later attempts."""
+    columns: list[str] = file.schema_arrow.names
+    carried = [name for name in by if name in columns]
+    rows = file.iter_batches(_ROWS, columns=[*_ROW, *carried])
+    schema = pa.schema([file.schema_arrow.field(name) for name in (*_ROW, *carried)])
+    _insert(duck, pa.RecordBatchReader.from_batches(schema, rows), source, by)
+    (attempts,) = duck.execute(
+        "SELECT coalesce(max(attempt), 0) FROM asked WHERE source = ?", [source]
+    ).fetchall()[0]
+    if attempts:
+        for batch in file.iter_batches(_ROWS, columns=[*_WISH, *carried]):
+            raised = batch.filter(pc.greater(batch.column("attempt"), 0))
+            if raised.num_rows:
+                later.extend(raised.column("request_key").to_pylist())
+                _insert_earlier(duck, raised, source, by, later)
+    return columns
+
+
+def _insert(
+    duck: duckdb.DuckDBPyConnection, rows: pa.RecordBatchReader, source: int, by: Sequence[str]
+) -> None:
+    there = set(rows.schema.names)
+    extra = "".join(
+        f", CAST({quoted(name)} AS VARCHAR)" if name in there else ", NULL" for name in by
+    )
+    duck.from_arrow(rows).project(
+        f"request_key, prompt_id, CAST(sample AS INTEGER), CAST(attempt AS INTEGER), {source}"
+        + extra
+    ).insert_into("asked")
+
+
+def _insert_earlier(
+    duck: duckdb.DuckDBPyConnection,
+    batch: pa.RecordBatch,
+    source: int,
+    by: Sequence[str],
+    later: list[str],
+) -> None:
+    """Take the earlier attempts of these rows, all of which have been raised."""
+    with closing(Hasher()) as hasher:
+        for made, _ in earlier_attempts(hasher, batch):
+            keys = made.column("request_key")
+            if made.num_rows and made.column("attempt")[0].as_py():
+                later.extend(keys.to_pylist())
+            _insert(duck, pa.RecordBatchReader.from_batches(made.schema, [made]), source, by)
+
+
+def _keep_first(duck: duckdb.DuckDBPyConnection, stored: Sequence[str], by: Sequence[str]) -> None:
+    duck.from_arrow(pa.table({"request_key": pa.array(stored, pa.string())})).create("stored_later")
+    names = ("prompt_id", "sample", "attempt", "source", *map(quoted, by))
+    packed = ", ".join(f"{name} := {name}" for name in names)
+    fields = ", ".join(f"first.{name} AS {name}" for name in names)
+    duck.execute(
+        f"""
+        CREATE TABLE latest AS
+            SELECT prompt_id, sample, source, max(attempt) AS attempt
+            FROM asked SEMI JOIN stored_later USING (request_key) GROUP BY ALL;
+        -- Nearly every request is asked for once: only the others are sorted out, and a request
+        -- that shares its hash with another is only taken for one of them.
+        CREATE TABLE often AS
+            SELECT hash(request_key) AS hash FROM asked GROUP BY request_key HAVING count(*) > 1;
+        CREATE TABLE shared AS
+            SELECT request_key, rows, {fields} FROM (
+                SELECT request_key, count(*)::INTEGER AS rows,
+                    arg_min(struct_pack({packed}), (prompt_id, sample, source)) AS first
+                FROM asked WHERE hash(request_key) IN (FROM often) GROUP BY request_key);
+        CREATE VIEW listed AS
+            SELECT asked.* EXCLUDE (attempt, source),
+                coalesce(asked.attempt < latest.attempt, false) AS replaced
+            FROM (
+                SELECT request_key, 1 AS rows, {", ".join(names)} FROM asked
+                WHERE hash(request_key) NOT IN (FROM often)
+                UNION ALL FROM shared
+            ) AS asked LEFT JOIN latest USING (prompt_id, sample, source);
+        """
+    )

@@ -1,0 +1,292 @@
+"""Brings the spend tables up to the journal: what is new, and what has settled since.
+
+A month's files are always made as a whole, from the journal and the manifests as they stand. So
+many small steps end in the same bytes as one large one; the art is only in which months to make.
+Those are
+
+- the months of purchases whose request had an event since the last time, with a margin of two
+  days: clocks of machines that write to one journal may differ, and an event's time is taken
+  before its transaction ends;
+- the months whose totals (purchases, settled, money) are not what they were: whatever the times
+  say, no purchase and no unit is missed, and none stays where it was moved away from;
+- the months in which a row's prompt_id, its sharers or its later attempt are not what the
+  manifests say now, or a verdict is not what a person says now.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import select
+
+from krea_dagster.engine.budget import CREDITS_PER_USD
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.purchases import (
+    PURCHASE_SCHEMA,
+    Totals,
+    changed_since,
+    month_of,
+    newest_event,
+    purchases,
+    span_of,
+    totals_by_month,
+)
+from krea_dagster.engine.journal.schema import about, microseconds
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.spend.tables.daily import (
+    FAILURES_SCHEMA,
+    daily_schema,
+    daily_table,
+    failures_table,
+)
+from krea_dagster.spend.tables.ledger import (
+    LEDGER_SCHEMA,
+    exact_rate,
+    make_month,
+    month_table,
+    write_table,
+)
+from krea_dagster.spend.tables.prompt_rows import load_listed, quoted
+from krea_dagster.spend.tables.state import SpendState, table_name
+from krea_dagster.spend.tables.verdict_rows import load_reviewed
+
+TABLES: Final = ("ledger", "daily", "failures")
+
+#: How far clocks may differ, and how late a transaction may end.
+MARGIN_US: Final = 2 * 86_400_000_000
+
+#: Bytes that DuckDB holds before it writes to disk.
+_MEMORY: Final = "400MB"
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What an update did: the months whose files were written or removed, and the rows in all."""
+
+    months: tuple[str, ...]
+    removed: tuple[str, ...]
+    purchases: int
+
+
+def update_spend(
+    journal: Journal,
+    storage: Storage,
+    *,
+    credits_per_usd: float = CREDITS_PER_USD,
+    by: Sequence[str] = (),
+    rebuild: bool = False,
+    now: datetime | None = None,
+) -> Updated:
+    """Bring ledger, daily sums and failures up to the journal and the manifests.
+
+    ``by`` names further columns of the prompt table that the daily sums are kept apart by.
+    Another rate, other columns or another journal make all months anew, as ``rebuild`` does.
+    Needs no network. Raises JournalError, and ConfigError for a column that is not there.
+    """
+    schema = daily_schema(by)
+    rate = exact_rate(credits_per_usd)
+    now_us = microseconds(now or datetime.now(timezone.utc))
+    known = None if rebuild else SpendState.read(storage)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="krea-spend-")))
+        connection = stack.enter_context(journal.snapshot()).connection
+        duck = stack.enter_context(closing(open_duck(folder)))
+        journal_id = str(connection.execute(select(about.c.journal_id)).scalar())
+        state = SpendState(journal_id, str(rate), tuple(by))
+        totals = totals_by_month(connection)
+        changed: set[str] = set()
+        if known is not None and (known.journal_id, known.credits_per_usd, known.by) == (
+            state.journal_id,
+            state.credits_per_usd,
+            state.by,
+        ):
+            state = known
+            changed = changed_since(connection, known.taken_until_us - MARGIN_US)
+        load_listed(duck, storage, connection, by)
+        load_reviewed(duck, connection)
+        stale = {month for month in totals if _is_stale(storage, state, month, totals[month])}
+        touched = (changed & totals.keys()) | stale
+        labels = _labels(duck, storage, sorted(totals.keys() - touched), by)
+        touched |= {month for month, label in labels.items() if label != state.labels.get(month)}
+        spool = _Spool(folder)
+        spool.fill(purchases(connection, None if touched == totals.keys() else touched))
+        for month in sorted(touched):
+            raw = spool.reader(month)
+            duck.register("raw", raw)
+            make_month(duck, "raw", rate)
+            duck.unregister("raw")
+            labels[month] = _write_month(duck, storage, month, by, schema)
+        removed = _remove_others(storage, totals.keys())
+        # A clock that is ahead must not hide what comes after it.
+        SpendState(
+            state.journal_id,
+            state.credits_per_usd,
+            state.by,
+            min(newest_event(connection), now_us),
+            dict(sorted(totals.items())),
+            dict(sorted(labels.items())),
+        ).write(storage)
+    return Updated(
+        tuple(sorted(touched)),
+        tuple(removed),
+        sum(month.purchases for month in totals.values()),
+    )
+
+
+def open_duck(folder: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """Open a DuckDB in memory that loads no extension, and spills into a folder."""
+    duck = duckdb.connect(
+        ":memory:",
+        config={
+            "memory_limit": _MEMORY,
+            "temp_directory": "" if folder is None else str(folder / "duck"),
+            "preserve_insertion_order": "false",
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+        },
+    )
+    duck.execute("SET TimeZone = 'UTC'")
+    return duck
+
+
+def _is_stale(storage: Storage, state: SpendState, month: str, totals: Totals) -> bool:
+    if state.months.get(month) != totals:
+        return True
+    return any(storage.size_bytes(table_name(table, month)) is None for table in TABLES)
+
+
+def _labels(
+    duck: duckdb.DuckDBPyConnection, storage: Storage, months: Sequence[str], by: Sequence[str]
+) -> dict[str, str]:
+    """Return a label of what the manifests and the reviewers say of each month's purchases.
+
+    ``_WRONG`` where the month's ledger says otherwise; else it hangs on the columns ``by``.
+    """
+    if not months:
+        return {}
+    said = pa.RecordBatchReader.from_batches(_SAID, _said(storage, months))
+    found = duck.from_arrow(said).query(
+        "said",
+        f"""
+        SELECT month, bool_or(
+                said.prompt_id IS DISTINCT FROM listed.prompt_id
+                OR said.sample IS DISTINCT FROM listed.sample
+                OR said.rows <> coalesce(listed.rows, 0)
+                OR (said.outcome = 'replaced') <> (coalesce(replaced, false)
+                    AND said.outcome IN ('delivered', 'replaced'))
+                OR said.verdict IS DISTINCT FROM
+                    if(said.outcome IN ('delivered', 'replaced'), reviewed.verdict, NULL)),
+            {_hash(by)}
+        FROM said LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+        GROUP BY month
+        """,
+    )
+    return {month: _WRONG if wrong else label for month, wrong, label in found.fetchall()}
+
+
+_WRONG: Final = "wrong"
+_SAID: Final = pa.schema(
+    [
+        ("month", pa.string()),
+        *(LEDGER_SCHEMA.field(name) for name in ("request_key", "prompt_id", "sample", "rows")),
+        LEDGER_SCHEMA.field("outcome"),
+        LEDGER_SCHEMA.field("verdict"),
+    ]
+)
+
+
+def _said(storage: Storage, months: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for month in months:
+        with storage.open(table_name("ledger", month)) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=_SAID.names[1:]):
+                named = pa.repeat(pa.scalar(month), batch.num_rows)
+                yield pa.RecordBatch.from_arrays([named, *batch.columns], schema=_SAID)
+
+
+def _hash(by: Sequence[str]) -> str:
+    """Return what adds up a hash of the columns ``by`` of each purchase, as text."""
+    if not by:
+        return "any_value('')"
+    names = ", ".join(["request_key", *map(quoted, by)])
+    return f"CAST(sum(CAST(hash({names}) AS HUGEINT)) AS VARCHAR)"
+
+
+def _write_month(
+    duck: duckdb.DuckDBPyConnection,
+    storage: Storage,
+    month: str,
+    by: Sequence[str],
+    schema: pa.Schema,
+) -> str:
+    """Write the files of the table ``month``; returns its label."""
+    parts = {
+        "ledger": (LEDGER_SCHEMA, month_table(duck)),
+        "daily": (schema, iter([daily_table(duck, by)])),
+        "failures": (FAILURES_SCHEMA, iter([failures_table(duck)])),
+    }
+    for table, (kind, rows) in parts.items():
+        write_table(storage, table_name(table, month), kind, rows)
+    ((label,),) = duck.execute(f"SELECT {_hash(by)} FROM month").fetchall()
+    return str(label)
+
+
+def _remove_others(storage: Storage, months: Collection[str]) -> list[str]:
+    """Remove the files of months in which nothing was sent any more."""
+    removed = set()
+    for table in TABLES:
+        for name in list(storage.names(f"spend/{table}")):
+            month = name.rpartition("/")[2].removesuffix(".parquet")
+            if month not in months:
+                storage.remove(name)
+                removed.add(month)
+    return sorted(removed)
+
+
+class _Spool:
+    """Purchases on disk, by the month of their sending: so memory does not grow with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fill(self, batches: Iterator[pa.RecordBatch]) -> None:
+        """Take all of them."""
+        with ExitStack() as stack:
+            writers: dict[str, pa.RecordBatchFileWriter] = {}
+            for batch in batches:
+                for month, part in _by_month(batch):
+                    if month not in writers:
+                        writers[month] = stack.enter_context(
+                            pa.ipc.new_stream(self._file(month), PURCHASE_SCHEMA, options=_OPTIONS)
+                        )
+                    writers[month].write_batch(part)
+
+    def reader(self, month: str) -> pa.RecordBatchReader:
+        """The purchases of a month."""
+        return pa.ipc.open_stream(pa.memory_map(self._file(month)))
+
+    def _file(self, month: str) -> str:
+        return str(self._folder / f"{month}.arrow")
+
+
+_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+def _by_month(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.RecordBatch]]:
+    sent_at = np.asarray(batch.column("sent_at").to_numpy(), np.int64)
+    left = np.ones(len(sent_at), np.bool_)
+    while left.any():
+        month = month_of(int(sent_at[left].min()))
+        _, end = span_of(month)
+        here = left & (sent_at < end)
+        yield month, batch if here.all() else batch.filter(pa.array(here))
+        left &= ~here
