@@ -117,7 +117,7 @@ def _do(work: str, folder: Path, options: Namespace, until: str) -> Ran:
 
 def simulate(options: Namespace) -> dict[str, Any]:
     """Write the days of the year; what the books say of them."""
-    from tests.spend.year import Year  # noqa: PLC0415 - only what is measured is imported
+    from tests.spend.simulated_year import Year  # noqa: PLC0415 - only what is measured is imported
 
     year = Year(options.folder, options.purchases)
     for until in options.until.split(","):

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from krea_dagster.engine.budget import Budget
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.report.sparkline import spend_picture
-from tests.spend.spend_tables import Tables, simulated_year
+from tests.spend.simulated_tables import Tables, simulated_year
 
 pytestmark = pytest.mark.browser
 

@@ -20,7 +20,7 @@ TESTS = (
     "tests/crash/test_processes.py",
     "tests/crash/test_crash_budgets.py",
     "tests/engine/test_budget.py",
-    "tests/spend/test_spend_journals.py",
+    "tests/spend/tables/test_databases.py",
     "tests/engine/test_verdicts.py",
     "tests/callbacks/test_callback_calls.py",
     "tests/engine/test_attempts.py",

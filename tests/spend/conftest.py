@@ -10,7 +10,7 @@ import pytest
 
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import OpenAccount
-from tests.spend.spend_bench import Shop
+from tests.spend.project_harness import Shop
 
 NAMES = ("ash", "birch", "cedar", "date")
 

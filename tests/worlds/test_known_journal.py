@@ -10,7 +10,7 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from tests.spend.spend_bench import Shop
+from tests.spend.project_harness import Shop
 
 ALL = {
     "dagster/asset_partition_range_start": "bucket-000",

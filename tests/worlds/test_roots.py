@@ -20,7 +20,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from krea_dagster.plugin.assets.spend import update_tables
 from tests.engine.engine_bench import ServerClock
-from tests.spend.spend_bench import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, Shop
 
 
 def root(shop: Shop) -> Path:

@@ -20,7 +20,7 @@ from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.prompts import PromptTable
-from tests.spend.spend_bench import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, Shop
 
 OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
 

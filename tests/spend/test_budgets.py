@@ -11,7 +11,7 @@ import pytest
 from krea_dagster import KreaResource
 from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.errors import ConfigError
-from tests.spend.spend_bench import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, Shop
 
 
 def campaigns(shop: Shop) -> Shop:

@@ -23,7 +23,7 @@ from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.report.sparkline import spend_picture
-from tests.spend.spend_tables import END, LEDGER, Tables, money, simulated_year, tables_of
+from tests.spend.simulated_tables import END, LEDGER, Tables, money, simulated_year, tables_of
 
 NOW = datetime(2025, 3, 20, 12, tzinfo=timezone.utc)
 

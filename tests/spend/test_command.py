@@ -18,7 +18,7 @@ import pytest
 from krea_dagster import KreaResource, cli
 from krea_dagster.plugin.assets.spend import build_spend_assets, update_tables
 from tests.dagster_bench import run_job
-from tests.spend.year import OUTAGE, Year
+from tests.spend.simulated_year import OUTAGE, Year
 
 Shell = Callable[..., tuple[int, str, str]]
 

@@ -25,8 +25,8 @@ from krea_dagster.spend.warnings.history import (
 from krea_dagster.spend.warnings.load_history import account_use, observe
 from krea_dagster.spend.warnings.table_files import stored_tables
 from krea_dagster.spend.warnings.warnings import Level, SpendWarning, WarningKind, find_warnings
-from tests.spend import year
-from tests.spend.spend_tables import END, OUTAGE, PRICE_DAY, RUNAWAY, simulated_year
+from tests.spend import simulated_year as year
+from tests.spend.simulated_tables import END, OUTAGE, PRICE_DAY, RUNAWAY, simulated_year
 
 FIRST = date(2025, 1, 6)
 NOW = datetime(2025, 4, 10, 12, tzinfo=timezone.utc)

@@ -23,7 +23,7 @@ from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA, daily
 from krea_dagster.spend.tables.ledger import CREDITS, LEDGER_SCHEMA, decimals, units_of
 from krea_dagster.spend.tables.query import ask, open_views, sums
 from krea_dagster.spend.tables.update import TABLES, Updated, update_spend
-from tests.spend.year import FIRST, OUTAGE, Year
+from tests.spend.simulated_year import FIRST, OUTAGE, Year
 
 LAST = date(2026, 12, 31)
 LATER = datetime(2027, 1, 2, tzinfo=timezone.utc)

@@ -13,7 +13,7 @@ from krea_dagster import build_krea_definitions, cli
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from tests.dagster_bench import QUIET, OpenAccount, latest, run_job, values
-from tests.spend.spend_bench import Shop
+from tests.spend.project_harness import Shop
 
 BUCKETS = ("bucket-000", "bucket-001")
 

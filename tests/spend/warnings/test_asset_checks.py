@@ -19,8 +19,8 @@ from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_check
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.warnings.table_files import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import WarningKind
-from tests.spend.spend_bench import Shop
-from tests.spend.year import FIRST, RUNAWAY, Year
+from tests.spend.project_harness import Shop
+from tests.spend.simulated_year import FIRST, RUNAWAY, Year
 
 DAILY = dg.AssetKey("spend_daily")
 

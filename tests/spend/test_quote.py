@@ -20,7 +20,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import ImageRequest
 from krea_dagster.spend.quote import Asked, Fate, Line, Price, Quote, fate_of, quote
-from tests.spend.spend_bench import Shop
+from tests.spend.project_harness import Shop
 
 ONE_K = 4500
 TWO_K = 18_000

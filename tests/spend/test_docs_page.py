@@ -12,7 +12,7 @@ from krea_dagster import cli
 from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import OpenAccount
-from tests.spend.spend_bench import Shop
+from tests.spend.project_harness import Shop
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data" / "prompts.parquet"

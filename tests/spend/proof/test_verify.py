@@ -11,7 +11,7 @@ import pytest
 
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.findings import KEPT, Severity
-from tests.spend.spend_bench import Shop, kinds
+from tests.spend.project_harness import Shop, kinds
 
 IMAGE_UNITS = 4500
 
