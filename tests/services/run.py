@@ -1,4 +1,7 @@
-"""Runs the journal's tests against a real PostgreSQL, started for them and removed afterwards."""
+"""Run the journal's tests against a real PostgreSQL, started for them and removed afterwards.
+
+``python tests/services/run.py [TEST ...]`` runs these tests only.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,13 @@ from sqlalchemy import make_url
 
 ROOT = Path(__file__).parents[2]
 TESTS = (
-    "tests/engine/test_journal.py",
-    "tests/engine/test_group_commit.py",
-    "tests/engine/test_lookup.py",
+    "tests/engine/journal",
+    "tests/engine/test_budget.py",
+    "tests/engine/test_outages.py",
     "tests/siege/test_migrations.py",
     "tests/crash/test_processes.py",
     "tests/crash/test_crash_budgets.py",
-    "tests/engine/test_budget.py",
     "tests/spend/tables/test_databases.py",
-    "tests/engine/test_verdicts.py",
-    "tests/callbacks/test_callback_calls.py",
-    "tests/engine/test_attempts.py",
-    "tests/engine/test_owner.py",
-    "tests/engine/test_outages.py",
-    "tests/engine/test_paces.py",
-    "tests/engine/test_paces.py",
     "tests/services/test_two_hosts.py",
     "tests/worlds/test_beginning.py",
     "tests/curation/test_slots.py",
@@ -44,7 +39,8 @@ def main() -> int:
             text = url.render_as_string(hide_password=False)
             environment = {**os.environ, "KREA_TEST_POSTGRES_URL": text}
             # On SQLite they run with the others.
-            command = [sys.executable, "-m", "pytest", "-k", "postgres", "-n", "2", *TESTS]
+            tests = sys.argv[1:] or TESTS
+            command = [sys.executable, "-m", "pytest", "-k", "postgres", "-n", "2", *tests]
             return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

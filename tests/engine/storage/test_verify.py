@@ -13,7 +13,7 @@ from PIL import Image
 
 from krea_dagster.engine.storage.verify import is_flat, look_at
 from krea_dagster.errors import ImageRejected, NoUsableBody
-from tests.engine.bodies import SMALL, chunk, detailed, encoded, png
+from tests.engine.storage.image_files import SMALL, chunk, detailed, encoded, png
 
 # -- whole to the last row --------------------------------------------------------------------
 
