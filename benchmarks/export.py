@@ -265,7 +265,7 @@ def plan(options: Namespace) -> dict[str, Any]:
     """Choose and plan many rows; none has a file."""
     from krea_dagster.curation.export.card import facts_of, write_card  # noqa: PLC0415
     from krea_dagster.curation.export.plan import make_plan  # noqa: PLC0415
-    from krea_dagster.curation.export.selection import choose  # noqa: PLC0415
+    from krea_dagster.curation.export.selected_rows import choose  # noqa: PLC0415
     from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 

@@ -131,7 +131,7 @@ def make(options: Namespace) -> dict[str, Any]:
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    from krea_dagster.curation.measures.table import MEASURES_SCHEMA, measures_name  # noqa: PLC0415
+    from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA, measures_name  # noqa: PLC0415
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest  # noqa: PLC0415
 
@@ -210,7 +210,7 @@ def find(options: Namespace) -> dict[str, Any]:
     from krea_dagster.curation.similarity import (  # noqa: PLC0415
         clusters,
         multi_index_hash,
-        table,
+        near_duplicates,
     )
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
@@ -225,11 +225,11 @@ def find(options: Namespace) -> dict[str, Any]:
     vars(clusters)["find_stars"] = timed
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    figures = table.update_likeness(storage)
+    figures = near_duplicates.update_likeness(storage)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     used = peak_bytes()
     return {
-        **_held_against(options.folder, table.read_likeness(storage)),
+        **_held_against(options.folder, near_duplicates.read_likeness(storage)),
         "pairs": figures.pairs_compared,
         "search_s": search_s[0],
         "wall_s": wall_s,

@@ -16,9 +16,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from krea_dagster.curation.gallery.filter import GalleryFilter, choose_rows
 from krea_dagster.curation.gallery.page import write_gallery
-from krea_dagster.curation.gallery.selection import GalleryFilter, choose_rows
-from tests.curation.gallery_bench import HOSTILE, PROMPTS, Walls
+from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, Walls
 
 pytestmark = pytest.mark.browser
 

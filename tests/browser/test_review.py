@@ -28,7 +28,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
-from tests.curation.review.review_bench import PARTITIONS, Server, Shelf, make_shelf
+from tests.curation.review.review_harness import PARTITIONS, Server, Shelf, make_shelf
 
 pytestmark = pytest.mark.browser
 

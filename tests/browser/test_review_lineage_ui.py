@@ -24,7 +24,7 @@ from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.assets.curation import Curation
 from tests.browser.test_dagster_ui import _keep, _wait_for, answers, page  # noqa: F401 - fixtures
-from tests.curation.exactly_n import prompts_of
+from tests.curation.accepted.quota_harness import prompts_of
 from tests.dagster_bench import QUIET, end_group, tick, write_table
 
 pytestmark = pytest.mark.browser

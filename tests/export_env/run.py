@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image  # noqa: E402
 
 from krea_dagster.curation.export.export import export  # noqa: E402
-from krea_dagster.curation.export.selection import LEFT_OUT  # noqa: E402
+from krea_dagster.curation.export.selected_rows import LEFT_OUT  # noqa: E402
 from krea_dagster.curation.export.spec import FORMS, ExportSpec  # noqa: E402
-from tests.curation.export.export_shelf import Shelf  # noqa: E402
+from tests.curation.export.stored_images import Shelf  # noqa: E402
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from tests.curation.exactly_n import Studio, prompts_of
+from tests.curation.accepted.quota_harness import Studio, prompts_of
 from tests.dagster_bench import OpenAccount, failure_text, latest, tick, values
 
 PREFIX = "judged"

@@ -17,7 +17,7 @@ from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 from krea_dagster.plugin.assets.export import build_export
-from tests.curation.export.export_shelf import Shelf
+from tests.curation.export.stored_images import Shelf
 from tests.dagster_bench import QUIET, values
 
 MANIFEST = dg.AssetKey(["hand", "image_manifest"])

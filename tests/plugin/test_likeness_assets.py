@@ -8,14 +8,14 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.similarity.table import likeness_name, read_likeness
+from krea_dagster.curation.similarity.near_duplicates import likeness_name, read_likeness
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.near_duplicates import (
     build_near_duplicates,
     build_no_near_duplicates_check,
 )
-from tests.curation.likeness_bench import Pile, digest, flipped, hashes
+from tests.curation.similarity.similar_images import Pile, digest, flipped, hashes
 from tests.dagster_bench import QUIET, check_of, values
 
 MANIFEST = dg.AssetKey(["shop", "image_manifest"])

@@ -13,10 +13,10 @@ from PIL import Image
 
 from krea_dagster import KreaResource
 from krea_dagster.curation.measures.custom import Measure
-from krea_dagster.curation.measures.table import MEASURES_SCHEMA, read_measures
+from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA, read_measures
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.measures import build_image_measures, histogram_text
-from tests.curation.measured_shelf import Shelf
+from tests.curation.measures.stored_images import Shelf
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, values
 
 MANIFEST = dg.AssetKey(["gauge", "image_manifest"])

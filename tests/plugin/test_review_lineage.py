@@ -20,7 +20,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.plugin.assets.curation import Curation
-from tests.curation.exactly_n import prompts_of
+from tests.curation.accepted.quota_harness import prompts_of
 from tests.dagster_bench import (
     QUIET,
     OpenAccount,

@@ -17,7 +17,7 @@ from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.plugin.assets.accepted import check_wanted
 from krea_dagster.plugin.config import KreaImagesConfig
-from tests.curation.exactly_n import PRICE, Studio, prompts_of
+from tests.curation.accepted.quota_harness import PRICE, Studio, prompts_of
 from tests.dagster_bench import OpenAccount, check_of, latest, values, write_table
 
 KEPT = Rules(require_keep=True)

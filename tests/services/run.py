@@ -25,8 +25,8 @@ TESTS = (
     "tests/spend/tables/test_databases.py",
     "tests/services/test_two_hosts.py",
     "tests/worlds/test_beginning.py",
-    "tests/curation/test_slots.py",
-    "tests/curation/review/test_review_servers.py",
+    "tests/curation/accepted/test_candidates.py",
+    "tests/curation/review/test_server.py",
 )
 
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.curation.export.plan import Plan
-from krea_dagster.curation.export.selection import Rows
+from krea_dagster.curation.export.selected_rows import Rows
 from krea_dagster.curation.export.spec import ExportSpec
 
 _SIZES: Final = (

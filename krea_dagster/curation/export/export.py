@@ -16,12 +16,12 @@ import pyarrow as pa
 from krea_dagster import redact
 from krea_dagster.curation.export.card import Facts, facts_of, write_card
 from krea_dagster.curation.export.plan import layout_of, make_plan
-from krea_dagster.curation.export.selection import choose
+from krea_dagster.curation.export.selected_rows import choose
 from krea_dagster.curation.export.shards import Before, Progress, Work
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import Target
 from krea_dagster.curation.export.version_files import finish
-from krea_dagster.curation.similarity.table import read_likeness
+from krea_dagster.curation.similarity.near_duplicates import read_likeness
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.curation.export.image_content import FACTS, Content, ending_of
-from krea_dagster.curation.export.selection import Rows
+from krea_dagster.curation.export.selected_rows import Rows
 from krea_dagster.curation.export.shard_assignment import place
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.splits import leaking, split_numbers

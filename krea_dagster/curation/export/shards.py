@@ -20,7 +20,7 @@ from krea_dagster.curation.export.image_content import (
 )
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
 from krea_dagster.curation.export.plan import Plan, Shard, content_of
-from krea_dagster.curation.export.selection import Rows
+from krea_dagster.curation.export.selected_rows import Rows
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.tar import check_tar, write_tar
 from krea_dagster.curation.export.target import Target, crc32_of

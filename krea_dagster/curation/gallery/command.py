@@ -118,8 +118,8 @@ def gallery_command(
     With prompt, seed, size, credits and ids below each. It needs no network and no other file,
     and holds no script. Only files that are still what was verified are shown.
     """
+    from krea_dagster.curation.gallery.filter import GalleryFilter, choose_rows  # noqa: PLC0415
     from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
-    from krea_dagster.curation.gallery.selection import GalleryFilter, choose_rows  # noqa: PLC0415
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     filters = GalleryFilter(

@@ -25,7 +25,7 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
-from krea_dagster.curation.gallery.selection import GalleryRows
+from krea_dagster.curation.gallery.filter import GalleryRows
 from krea_dagster.curation.measures.builtin import plain
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage

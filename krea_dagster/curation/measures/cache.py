@@ -25,7 +25,7 @@ from PIL import Image
 
 from krea_dagster import redact
 from krea_dagster.curation.measures.builtin import NAMES, VERSION, measure
-from krea_dagster.curation.measures.table import MEASURES_SCHEMA
+from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
 from krea_dagster.prompts import safe_name

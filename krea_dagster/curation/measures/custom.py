@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from krea_dagster.curation.measures.table import MEASURES_SCHEMA
+from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA
 from krea_dagster.errors import ConfigError
 
 #: What stands for "no value" in an answer: None, or not a number.

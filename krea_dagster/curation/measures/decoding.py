@@ -20,7 +20,7 @@ from PIL import Image
 from krea_dagster.curation.measures.builtin import Measures, measure, plain
 from krea_dagster.curation.measures.cache import Notes
 from krea_dagster.curation.measures.custom import Measure
-from krea_dagster.curation.measures.table import PICTURE
+from krea_dagster.curation.measures.measures_table import PICTURE
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.storage.verify import look_at
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from krea_dagster.curation.measures.cache import DIGEST, KEY, MeasureCache, Notes, digests
 from krea_dagster.curation.measures.custom import Measure, checked
 from krea_dagster.curation.measures.decoding import ImageFile, Trouble, take_measures
-from krea_dagster.curation.measures.table import (
+from krea_dagster.curation.measures.measures_table import (
     PICTURE,
     measures_schema,
     read_still_valid,

@@ -12,7 +12,7 @@ import pyarrow as pa
 from krea_dagster import redact
 from krea_dagster.curation.measures.custom import Measure, checked
 from krea_dagster.curation.measures.measure_partitions import Measured, measure_partitions
-from krea_dagster.curation.measures.table import (
+from krea_dagster.curation.measures.measures_table import (
     MEASURES_DESCRIPTIONS,
     MEASURES_SCHEMA,
     measures_schema,

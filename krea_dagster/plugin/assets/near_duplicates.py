@@ -9,7 +9,7 @@ import pyarrow as pa
 from krea_dagster import redact
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
-from krea_dagster.curation.similarity.table import (
+from krea_dagster.curation.similarity.near_duplicates import (
     LIKENESS_DESCRIPTIONS,
     LIKENESS_SCHEMA,
     Copies,

@@ -20,7 +20,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
-from tests.curation.review.review_bench import TOKEN, Server, Shelf, make_shelf, sha256
+from tests.curation.review.review_harness import TOKEN, Server, Shelf, make_shelf, sha256
 
 ROWS = 240
 

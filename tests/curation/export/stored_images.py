@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema
-from krea_dagster.curation.similarity.table import LIKENESS_SCHEMA, likeness_name
+from krea_dagster.curation.similarity.near_duplicates import LIKENESS_SCHEMA, likeness_name
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 

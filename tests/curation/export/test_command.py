@@ -17,7 +17,7 @@ from krea_dagster.curation.export.image_content import ImagesNotAsStored
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
 from krea_dagster.errors import ConfigError, InputError
-from tests.curation.export.export_shelf import Shelf
+from tests.curation.export.stored_images import Shelf
 
 
 @pytest.fixture

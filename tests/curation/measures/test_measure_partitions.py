@@ -17,14 +17,14 @@ from krea_dagster.curation.measures.builtin import NAMES, measure
 from krea_dagster.curation.measures.cache import measured_while_verified
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.measure_partitions import Measured, measure_partitions
-from krea_dagster.curation.measures.table import (
+from krea_dagster.curation.measures.measures_table import (
     MEASURES_SCHEMA,
     measures_name,
     read_measures,
 )
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
-from tests.curation.measured_shelf import Shelf, drawn, png
+from tests.curation.measures.stored_images import Shelf, drawn, png
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from krea_dagster.engine.journal.journal import Journal
-from tests.curation.review.review_bench import Server, Shelf, make_shelf, sha256
+from tests.curation.review.review_harness import Server, Shelf, make_shelf, sha256
 from tests.engine.conftest import journal_url  # noqa: F401 - a fixture of this file too
 
 EACH = 60

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from krea_dagster.curation.measures.builtin import measure
-from krea_dagster.curation.similarity.table import (
+from krea_dagster.curation.similarity.near_duplicates import (
     LIKENESS_SCHEMA,
     LikenessFigures,
     largest_clusters,
@@ -22,7 +22,7 @@ from krea_dagster.curation.similarity.table import (
 from krea_dagster.emulator.render import render
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
-from tests.curation.likeness_bench import Pile, digest, flipped, hashes
+from tests.curation.similarity.similar_images import Pile, digest, flipped, hashes
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import read_manifests, write_manifest
 from krea_dagster.prompts import plan_images
-from tests.curation.review.review_bench import PARTITIONS, SAMPLES, Shelf, make_shelf, sha256
+from tests.curation.review.review_harness import PARTITIONS, SAMPLES, Shelf, make_shelf, sha256
 from tests.spend.project_harness import LEARNED, Shop
 
 ROWS = 844  # four of them without a picture

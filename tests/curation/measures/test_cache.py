@@ -26,7 +26,7 @@ from krea_dagster.curation.measures.cache import (
 )
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
-from tests.curation.measured_shelf import drawn
+from tests.curation.measures.stored_images import drawn
 
 
 def sha(number: int) -> str:

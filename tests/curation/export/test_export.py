@@ -32,7 +32,7 @@ from krea_dagster.curation.export.spec import ExportSpec, Form
 from krea_dagster.curation.export.target import Target
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
-from tests.curation.export.export_shelf import Shelf, drawn
+from tests.curation.export.stored_images import Shelf, drawn
 
 FORMS: tuple[Form, ...] = get_args(Form)
 ROOT = Path(__file__).parents[3]
@@ -302,7 +302,15 @@ def test_what_a_killed_export_has_written_is_not_written_again(
     shelf: Shelf, to: str, form: Form
 ) -> None:
     shelf.accept(shelf.rows(60))
-    command = [sys.executable, "-m", "tests.curation.export.exporter", shelf.root, to, form, "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.curation.export.export_worker",
+        shelf.root,
+        to,
+        form,
+        "4",
+    ]
     ran = subprocess.run(command, cwd=ROOT, check=False, timeout=60, capture_output=True)
     assert ran.returncode == -9, ran.stderr
     assert not (Path(to) / "LATEST").exists()

@@ -2,8 +2,8 @@
 
 Run it for the figures of 100 prompts::
 
-    .venv/bin/python -m tests.curation.exactly_n
-    .venv/bin/python -m tests.curation.exactly_n --most-images 3
+    .venv/bin/python -m tests.curation.accepted.quota_harness
+    .venv/bin/python -m tests.curation.accepted.quota_harness --most-images 3
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from krea_dagster.curation.gallery.command import gallery_command
+from krea_dagster.curation.gallery.filter import GalleryFilter, choose_rows
 from krea_dagster.curation.gallery.page import Written, estimate_bytes, write_gallery
-from krea_dagster.curation.gallery.selection import GalleryFilter, choose_rows
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
-from tests.curation.gallery_bench import HOSTILE, PROMPTS, Walls
+from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, Walls
 
 
 @pytest.fixture

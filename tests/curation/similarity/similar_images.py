@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.measures.table import MEASURES_SCHEMA, measures_name
+from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA, measures_name
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 

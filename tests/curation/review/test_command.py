@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from krea_dagster.curation.review import review_command
 from krea_dagster.errors import ConfigError
-from tests.curation.review.review_bench import TOKEN, Server, make_shelf
+from tests.curation.review.review_harness import TOKEN, Server, make_shelf
 
 
 def run(*arguments: str, **environment: str) -> object:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS, find_stars
-from tests.curation.likeness_bench import flipped, hashes
+from tests.curation.similarity.similar_images import flipped, hashes
 
 
 def all_pairs(given: npt.NDArray[np.uint8], most_bits: int) -> list[int]:
