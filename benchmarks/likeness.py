@@ -225,11 +225,11 @@ def find(options: Namespace) -> dict[str, Any]:
     vars(clusters)["find_stars"] = timed
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    figures = near_duplicates.update_likeness(storage)
+    figures = near_duplicates.update_near_duplicates(storage)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     used = peak_bytes()
     return {
-        **_held_against(options.folder, near_duplicates.read_likeness(storage)),
+        **_held_against(options.folder, near_duplicates.read_near_duplicates(storage)),
         "pairs": figures.pairs_compared,
         "search_s": search_s[0],
         "wall_s": wall_s,

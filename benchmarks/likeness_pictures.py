@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks.harness import Report, finish, note_progress, options_of
 from krea_dagster.curation.measures.builtin import plain
-from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS, perceptual_hash
 from krea_dagster.curation.similarity.multi_index_hash import words_of
 from krea_dagster.emulator.render import render
 
@@ -71,18 +71,18 @@ def _measure(options: Namespace) -> None:
         shares = [f"{(bits <= limit).mean():.4f}" for limit in LIMITS]
         report.add(name, *shares, f"{np.median(bits):g}")
         if name in MUST_FIND:
-            missed = float((bits > SAME_BITS).mean())
-            report.claim(f"{name}, not found at {SAME_BITS} bits", missed, MUST_FIND[name])
+            missed = float((bits > NEAR_BITS).mean())
+            report.claim(f"{name}, not found at {NEAR_BITS} bits", missed, MUST_FIND[name])
     wrong = _pairs_within(originals)
     pairs = len(originals) * (len(originals) - 1) // 2
     report.add("wrong: pairs of different originals", *(f"{one:,}" for one in wrong), "–")
     report.claim(
-        f"wrong pairs at {SAME_BITS} bits, in a million",
-        wrong[LIMITS.index(SAME_BITS)] / pairs * 1e6,
+        f"wrong pairs at {NEAR_BITS} bits, in a million",
+        wrong[LIMITS.index(NEAR_BITS)] / pairs * 1e6,
         1,
     )
     skies = [_hash(sky(number)) for number in range(200)]
-    near = _pairs_within(np.array([bits for bits, _ in skies]))[LIMITS.index(SAME_BITS)]
+    near = _pairs_within(np.array([bits for bits, _ in skies]))[LIMITS.index(NEAR_BITS)]
     clear = [one for _, one in skies]
     report.note(
         f"{pairs:,} pairs of different originals. {int((~usable).sum())} originals have a quality "
@@ -90,7 +90,7 @@ def _measure(options: Namespace) -> None:
     )
     report.note(
         f"200 nearly flat skies: quality {min(clear)} to {max(clear)}; {near:,} of "
-        f"{199 * 100:,} pairs within {SAME_BITS} bits, were they compared."
+        f"{199 * 100:,} pairs within {NEAR_BITS} bits, were they compared."
     )
     report.note(
         "The index compares "

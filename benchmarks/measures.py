@@ -200,7 +200,7 @@ def prepare(options: Namespace) -> dict[str, Any]:
     import numpy as np  # noqa: PLC0415 - only what is measured is imported
     import pyarrow as pa  # noqa: PLC0415
 
-    from krea_dagster.curation.measures.cache import MeasureCache, Notes  # noqa: PLC0415
+    from krea_dagster.curation.measures.cache import MeasureCache, MeasureWriter  # noqa: PLC0415
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest  # noqa: PLC0415
 
@@ -218,7 +218,7 @@ def prepare(options: Namespace) -> dict[str, Any]:
     }
     write_manifest(storage, "a", pa.table(columns, schema=MANIFEST_SCHEMA))
     figures = generator.random((len(sha256), 6))
-    with Notes(MeasureCache.of_pictures(storage)) as notes:
+    with MeasureWriter(MeasureCache.builtin(storage)) as notes:
         for one, values in zip(sha256, figures.tolist(), strict=True):
             notes.take(one, (generator.bytes(32), 80, *values))
     return {}

@@ -19,16 +19,16 @@ import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.application.batch import Batch
-from krea_dagster.curation.accepted.accepted_table import Accepting
+from krea_dagster.curation.accepted.accepted_table import AcceptedTableBuilder
 from krea_dagster.curation.accepted.candidates import read_slots
 from krea_dagster.curation.accepted.quota import (
     IS_FIXED,
-    Decision,
-    Outcome,
+    GroupResult,
+    QuotaDecision,
     WantedImages,
     decide,
-    standings,
-    totals_of,
+    quota_totals,
+    slot_states,
 )
 from krea_dagster.curation.accepted.rules import Rules, judge
 from krea_dagster.digests import Digests, DigestSet, Mask
@@ -60,7 +60,7 @@ class Asked:
     values of a column are counted, which may lie in several.
     """
 
-    outcomes: Sequence[Outcome] = ()
+    outcomes: Sequence[GroupResult] = ()
     again: Mapping[str, int] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     homes: Mapping[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Asked:
 
     def line(self) -> str:
         """One line on what is asked for."""
-        totals = totals_of(self.outcomes)
+        totals = quota_totals(self.outcomes)
         return (
             f"{totals['accepted']} of {totals['wanted']} wanted images are accepted, "
             f"{totals['undecided']} are undecided; {totals['asked']} more are asked for, of them "
@@ -91,16 +91,16 @@ class Asked:
         )
 
 
-def wanted_metadata(outcomes: Sequence[Outcome]) -> Metadata:
+def wanted_metadata(outcomes: Sequence[GroupResult]) -> Metadata:
     """Counts over groups, and a table of those that stay short and why."""
-    values = {f"wanted_{name}": value for name, value in totals_of(outcomes).items()}
+    values = {f"wanted_{name}": value for name, value in quota_totals(outcomes).items()}
     values["wanted_images"] = values.pop("wanted_wanted")
     if any(one.short for one in outcomes):
         values["stay_short"] = short_table(outcomes)
     return values
 
 
-def short_table(outcomes: Sequence[Outcome]) -> Any:
+def short_table(outcomes: Sequence[GroupResult]) -> Any:
     """The groups that stay short, as a table for the UI; the first 50."""
     short = [one for one in outcomes if one.short]
     return small_table(
@@ -172,7 +172,7 @@ class _Decided:
     """
 
     slots: pa.Table
-    decision: Decision
+    decision: QuotaDecision
     plan: Plan
     raised: Mapping[_Slot, str]
 
@@ -214,7 +214,7 @@ def _decided(
     """Decide about the table as it is now, and raise the attempts that are asked for again."""
     with ExitStack() as stack:
         journal = stack.enter_context(krea.open_journal())
-        accepting = Accepting.read(krea.open_storage(), journal, rules, wanted, folders)
+        accepting = AcceptedTableBuilder.read(krea.open_storage(), journal, rules, wanted, folders)
         view = batch.plan
         if wanted.column and batch.keys is not None:
             now = datetime.now(timezone.utc)
@@ -224,7 +224,7 @@ def _decided(
             _batches(view), journal, column=wanted.column, prices=journal.highest_prices()
         )
         reasons = judge(slots, accepting.rules, accepting.evidence())
-        standing = standings(slots, reasons, retry_errors=config.retry_errors)
+        standing = slot_states(slots, reasons, retry_errors=config.retry_errors)
         log = journal.attempts(krea.table_id(journal, batch.table, enter=True))
         return _raised(batch, log, wanted, slots, standing, raised_by=raised_by)
 

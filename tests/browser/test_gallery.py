@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from krea_dagster.curation.gallery.filter import GalleryFilter, choose_rows
+from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import write_gallery
 from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, Walls
 
@@ -56,7 +56,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     walls.path_of(walls.hang("gone", PROMPTS[1], partition="bucket-001")).unlink()
     walls.fail("refused", PROMPTS[2], partition="bucket-001")
     filtered = GalleryFilter(statuses=())
-    chosen = choose_rows(walls.write(), filtered, verdicts)
+    chosen = select_rows(walls.write(), filtered, verdicts)
     path = root / "gallery.html"
     with path.open("wb") as file:
         write_gallery(walls.storage, chosen, file, title="Coasts and terraces", now=NOW)

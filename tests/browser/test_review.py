@@ -22,7 +22,7 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from krea_dagster.curation.review.app import REASONS
-from krea_dagster.curation.review.index import Index, build_index
+from krea_dagster.curation.review.index import ReviewIndex, build_index
 from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
@@ -152,12 +152,12 @@ def small(tmp_path: Path) -> Iterator[tuple[Shelf, Server]]:
     server.stop()
 
 
-def index_of(shelf: Shelf) -> Index:
+def index_of(shelf: Shelf) -> ReviewIndex:
     with closing(Journal(shelf.journal_url)) as journal:
         return build_index(Storage(str(shelf.folder)), journal)
 
 
-def order_of(index: Index, selection: str = STORED) -> list[str]:
+def order_of(index: ReviewIndex, selection: str = STORED) -> list[str]:
     """The pictures of a list, by their places."""
     codes = np.full(len(index), empty_code(), np.int8)
     rows = rows_of(index.table, Selection.parse(selection), codes)

@@ -8,7 +8,10 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.curation.similarity.near_duplicates import likeness_name, read_likeness
+from krea_dagster.curation.similarity.near_duplicates import (
+    near_duplicates_name,
+    read_near_duplicates,
+)
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.near_duplicates import (
@@ -74,7 +77,7 @@ def test_a_run_makes_the_table_and_says_what_went_into_copies(pile: Pile) -> Non
     assert (found["credits_in_copies"], found["dagster/row_count"]) == (0.9, 3)
     (bar,) = found["copies_by_distance"].records
     assert bar.data == {"bits": 12, "copies": 1}
-    assert found["path"] == pile.storage.locate(likeness_name(["shop"]))
+    assert found["path"] == pile.storage.locate(near_duplicates_name(["shop"]))
     (cluster,) = found["largest_clusters"].records
     assert (cluster.data["prompt_id"], cluster.data["purchases"]) == ("one", 3)
 
@@ -120,7 +123,7 @@ def test_what_a_person_accepted_is_kept_whatever_the_measures_say(pile: Pile) ->
     with KreaResource(storage=str(pile.root)).open_journal() as journal:
         journal.verdicts.remember([given])
     run(pile)
-    table = read_likeness(pile.storage, ["shop"])
+    table = read_near_duplicates(pile.storage, ["shop"])
     assert table is not None
     assert {row["prompt_id"] for row in table.to_pylist() if row["keep"]} == {"chosen"}
 

@@ -36,7 +36,7 @@ def test_a_run_measures_what_it_decodes_unless_it_is_told_not_to(
     )
     bought = krea.generate([f"a ruler of {number} cm, {settings}" for number in range(3)])
     assert bought["status"].to_pylist() == ["stored"] * 3
-    cache = MeasureCache.of_pictures(Storage(str(tmp_path)))
+    cache = MeasureCache.builtin(Storage(str(tmp_path)))
     found = {tuple(row.values()) for row in cache.find(digests(bought["image_sha256"])).to_pylist()}
     expected = set()
     for row in bought.to_pylist() if measured else []:

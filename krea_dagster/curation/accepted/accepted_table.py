@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from krea_dagster.curation.accepted.candidates import read_slots
 from krea_dagster.curation.accepted.quota import (
     SLOT_SCHEMA,
+    GroupResult,
     Groups,
-    Outcome,
     WantedImages,
     decide,
-    standings,
+    slot_states,
 )
 from krea_dagster.curation.accepted.rules import (
     ACCEPTED,
@@ -33,7 +33,7 @@ from krea_dagster.curation.accepted.rules import (
     Evidence,
     Rules,
     judge,
-    spare_rows,
+    redundant_rows,
     take,
     verdict_table,
     verdict_version,
@@ -120,7 +120,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Accepting:
+class AcceptedTableBuilder:
     """Makes accepted images of the manifests in ``folders``; ``verdicts`` are the present ones."""
 
     storage: Storage
@@ -138,7 +138,7 @@ class Accepting:
         rules: Rules,
         wanted: WantedImages | None = None,
         folders: Sequence[str] = (),
-    ) -> Accepting:
+    ) -> AcceptedTableBuilder:
         """Read the verdicts as they are now. Raises JournalError."""
         verdicts = verdict_table(journal.verdicts.present().values())
         return cls(storage, journal, rules, wanted, verdicts, folders)
@@ -151,7 +151,7 @@ class Accepting:
         if self.rules.ranges:
             measures = self._read("measures", ["image_sha256", *self.rules.measures])
         if self.rules.one_of_duplicates:
-            spare = spare_rows(
+            spare = redundant_rows(
                 self._duplicates(), self.verdicts, require_keep=self.rules.require_keep
             )
         return Evidence(self.verdicts, measures, spare)
@@ -202,7 +202,7 @@ class Accepting:
 
     # -- what is made ------------------------------------------------------------------------
 
-    def make(self, partition_keys: Sequence[str]) -> tuple[list[Accepted], list[Outcome]]:
+    def make(self, partition_keys: Sequence[str]) -> tuple[list[Accepted], list[GroupResult]]:
         """Write the accepted images of these partitions, each atomically; returns what they are.
 
         And how each group that a number is wanted of stands: those of these partitions, or where
@@ -210,7 +210,7 @@ class Accepting:
         """
         evidence = self.evidence()
         made: list[Accepted] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[GroupResult] = []
         if self.wanted is not None and self.wanted.column:
             every = sorted({*self.partitions(), *partition_keys})
             slots, of_each = self.slots(every)
@@ -240,7 +240,7 @@ class Accepting:
             tables.append(table)
         return pa.concat_tables(tables), places
 
-    def _judge(self, slots: pa.Table, evidence: Evidence) -> tuple[pa.Array, list[Outcome]]:
+    def _judge(self, slots: pa.Table, evidence: Evidence) -> tuple[pa.Array, list[GroupResult]]:
         reasons = judge(slots, self.rules, evidence)
         if self.wanted is None:
             return reasons, []
@@ -254,7 +254,7 @@ class Accepting:
             self.wanted.numbers(groups.names),
             kept=pc.equal(verdicts, KEEP),
         )
-        return taken, list(decide(self.wanted, slots, standings(slots, reasons)).outcomes)
+        return taken, list(decide(self.wanted, slots, slot_states(slots, reasons)).outcomes)
 
     def _write(self, key: str, slots: pa.Table, reasons: pa.Array) -> Accepted:
         name = accepted_name(key, self.folders)

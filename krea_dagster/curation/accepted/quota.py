@@ -150,7 +150,7 @@ def _read(text: str) -> tuple[str, str | None, int]:
     return column, value if second else None, int(count)
 
 
-#: The columns of slots: what ``Decision`` and ``short_table`` need of each.
+#: The columns of slots: what ``QuotaDecision`` and ``short_table`` need of each.
 SLOT_SCHEMA: Final = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -189,7 +189,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GroupResult:
     """How one group stands after a decision, or at the end; counts of slots.
 
     ``images`` and ``units`` are what was bought of it so far, at all attempts. ``why`` says what
@@ -218,7 +218,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Decision:
+class QuotaDecision:
     """What is done with slots: masks beside them, and how each group then stands.
 
     ``ask`` have no picture yet and are bought; ``again`` are those of which another is asked for;
@@ -228,15 +228,15 @@ class Decision:
     ask: Mask
     again: Mask
     held: Mask
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[GroupResult]
 
     @property
     def totals(self) -> Mapping[str, Any]:
         """Counts over all groups that a number is wanted of, and how many are short."""
-        return totals_of(self.outcomes)
+        return quota_totals(self.outcomes)
 
 
-def totals_of(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
+def quota_totals(outcomes: Sequence[GroupResult]) -> Mapping[str, Any]:
     """Counts over groups: images and credits as plain numbers, for metadata."""
     return {
         "groups": len(outcomes),
@@ -251,7 +251,7 @@ def totals_of(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
     }
 
 
-def standings(
+def slot_states(
     slots: pa.Table, reasons: pa.Array, *, retry_errors: Collection[str] = ()
 ) -> npt.NDArray[np.int8]:
     """Return how each slot stands, from why its picture is accepted or not (``accepted.judge``).
@@ -282,7 +282,7 @@ def standings(
     return found
 
 
-def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]) -> Decision:
+def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]) -> QuotaDecision:
     """Decide what is asked for. ``slots`` has ``SLOT_SCHEMA``, in the order of the table.
 
     Two slots of a group that share a request are one: it is bought once and is one picture. Two
@@ -338,7 +338,7 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     is_open = standing == IS_OPEN
     fixed, failed = count(IS_FIXED), count(IS_FAILED)
     outcomes = [
-        Outcome(
+        GroupResult(
             groups.names[at],
             int(numbers[at]),
             int(accepted[at]),
@@ -358,7 +358,7 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
         )
         for at in np.flatnonzero(numbers >= 0).tolist()
     ]
-    return Decision(
+    return QuotaDecision(
         ask=is_open & (picked | ~governed),
         again=picked & (standing == IS_REFUSED) & first,
         held=is_open & governed & ~picked,

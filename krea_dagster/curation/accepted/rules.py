@@ -136,7 +136,7 @@ class Evidence:
 
     ``verdicts`` has ``VERDICT_SCHEMA``, each image at most once. ``measures`` has
     ``image_sha256`` and the rules' measures; None where no rule needs one. ``spare`` are the
-    rows of ``spare_rows``.
+    rows of ``redundant_rows``.
     """
 
     verdicts: pa.Table
@@ -200,7 +200,9 @@ def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> 
     return said
 
 
-def spare_rows(duplicates: pa.Table, verdicts: pa.Table, *, require_keep: bool = False) -> pa.Array:
+def redundant_rows(
+    duplicates: pa.Table, verdicts: pa.Table, *, require_keep: bool = False
+) -> pa.Array:
     """Return the names (``row_names``) of the rows that are not the one to keep of their cluster.
 
     ``duplicates`` is the table ``near_duplicates``. Where a person has refused the one that is

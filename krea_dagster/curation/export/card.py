@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster import redact
-from krea_dagster.curation.export.plan import Plan
-from krea_dagster.curation.export.selected_rows import Rows
+from krea_dagster.curation.export.plan import ExportPlan
+from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.spec import ExportSpec
 
 _SIZES: Final = (
@@ -42,7 +42,7 @@ _FORMS: Final = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetFacts:
     """What is said of the images of an export. ``splits`` are images by name, in order."""
 
     images: int
@@ -63,7 +63,7 @@ class Facts:
     made_by: Mapping[str, str]
 
 
-def facts_of(rows: Rows, plan: Plan, spec: ExportSpec) -> Facts:
+def facts_of(rows: SelectedRows, plan: ExportPlan, spec: ExportSpec) -> DatasetFacts:
     """Count what the images of a plan are."""
     names = ["prompt", "model", "size", "quality", "seed", "request_key", "image_format"]
     table = rows.take(plan.rows(), [*names, "credits_charged", "stored_at"])
@@ -72,7 +72,7 @@ def facts_of(rows: Rows, plan: Plan, spec: ExportSpec) -> Facts:
     charged = paid["credits_charged_max"]
     seeds = pc.min_max(table["seed"])
     times = pc.min_max(table["stored_at"])
-    return Facts(
+    return DatasetFacts(
         images=plan.images,
         prompts=int(pc.count_distinct(table["prompt"]).as_py()),
         splits={
@@ -102,7 +102,7 @@ def facts_of(rows: Rows, plan: Plan, spec: ExportSpec) -> Facts:
     )
 
 
-def write_card(facts: Facts, spec: ExportSpec, plan: Plan) -> str:
+def write_card(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan) -> str:
     """Return the card as Markdown."""
     title = spec.title or "Images of " + (", ".join(facts.models) or "a text-to-image model")
     return "\n".join(
@@ -120,7 +120,7 @@ def _source(location: str) -> str:
 # -- the header ------------------------------------------------------------------------------
 
 
-def _header(facts: Facts, spec: ExportSpec, plan: Plan, title: str) -> list[str]:
+def _header(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -> list[str]:
     size = next((name for most, name in _SIZES if facts.images < most), "n>10M")
     values: dict[str, Any] = {}
     if spec.license is not None:
@@ -135,7 +135,7 @@ def _header(facts: Facts, spec: ExportSpec, plan: Plan, title: str) -> list[str]
     return [f"{name}: {json.dumps(value, ensure_ascii=True)}" for name, value in values.items()]
 
 
-def _data_files(facts: Facts, spec: ExportSpec, plan: Plan) -> list[dict[str, Any]]:
+def _data_files(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan) -> list[dict[str, Any]]:
     found = []
     for name, images in facts.splits.items():
         if not images:
@@ -158,7 +158,7 @@ def _data_files(facts: Facts, spec: ExportSpec, plan: Plan) -> list[dict[str, An
 # -- the text --------------------------------------------------------------------------------
 
 
-def _body(facts: Facts, spec: ExportSpec, plan: Plan, title: str) -> list[str]:
+def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -> list[str]:
     kind = "stored" if spec.everything else "accepted"
     lines = [
         f"# {_plain(title)}",
@@ -232,7 +232,7 @@ def _body(facts: Facts, spec: ExportSpec, plan: Plan, title: str) -> list[str]:
     return lines
 
 
-def _cost(facts: Facts) -> str:
+def _cost(facts: DatasetFacts) -> str:
     unknown = (
         f", without {facts.unpriced} of which the charge is not known" if facts.unpriced else ""
     )
@@ -242,7 +242,7 @@ def _cost(facts: Facts) -> str:
     )
 
 
-def _said_of_splits(facts: Facts, spec: ExportSpec) -> list[str]:
+def _said_of_splits(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
     if len(spec.splits) == 1:
         return []
     held = (

@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from krea_dagster.curation.export.export import Exported
-    from krea_dagster.curation.export.shards import Progress
+    from krea_dagster.curation.export.shards import ExportProgress
     from krea_dagster.engine.storage.storage import Storage
 
 #: Seconds between two lines of progress.
@@ -206,7 +206,7 @@ def export_command(
 
 def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     """Say where somebody has refused an image since ``accepted_images`` was made."""
-    from krea_dagster.curation.export.target import Target  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.curation.export.target import ExportTarget  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.verdict_log import FLAG, REJECT, VerdictLog  # noqa: PLC0415 - as above
 
@@ -216,7 +216,7 @@ def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     if not has_database(url):
         return
     path, _, version = done.path.rpartition("/")
-    images = Target(path).index(version)["image_sha256"].to_pylist()
+    images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
     with closing(VerdictLog.open(url)) as verdicts:
         found = verdicts.present(images).values()
     refused = sum(1 for one in found if one.verdict in (REJECT, FLAG))
@@ -228,11 +228,11 @@ def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
         )
 
 
-def _lines() -> Callable[[Progress], None]:
+def _lines() -> Callable[[ExportProgress], None]:
     """What says how far it is, every few seconds, on stderr."""
     next_s = time.monotonic() + _LINE_EVERY_S
 
-    def show(progress: Progress) -> None:
+    def show(progress: ExportProgress) -> None:
         nonlocal next_s
         if time.monotonic() >= next_s:
             next_s = time.monotonic() + _LINE_EVERY_S

@@ -14,14 +14,14 @@ from typing import Any
 import pyarrow as pa
 
 from krea_dagster import redact
-from krea_dagster.curation.export.card import Facts, facts_of, write_card
-from krea_dagster.curation.export.plan import layout_of, make_plan
+from krea_dagster.curation.export.card import DatasetFacts, facts_of, write_card
+from krea_dagster.curation.export.plan import make_plan, shard_layout
 from krea_dagster.curation.export.selected_rows import choose
-from krea_dagster.curation.export.shards import Before, Progress, Work
+from krea_dagster.curation.export.shards import ExportProgress, PreviousVersion, ShardBuilder
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.curation.export.target import Target
+from krea_dagster.curation.export.target import ExportTarget
 from krea_dagster.curation.export.version_files import finish
-from krea_dagster.curation.similarity.near_duplicates import read_likeness
+from krea_dagster.curation.similarity.near_duplicates import read_near_duplicates
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
 
@@ -37,7 +37,7 @@ class Exported:
     version: str
     path: str
     spec: ExportSpec
-    facts: Facts
+    facts: DatasetFacts
     schema: pa.Schema
     left_by_filter: int
     repeated: int
@@ -87,7 +87,7 @@ def export(
     fresh: bool = False,
     keep: int | None = None,
     threads: int | None = None,
-    on_progress: Callable[[Progress], object] = lambda _: None,
+    on_progress: Callable[[ExportProgress], object] = lambda _: None,
 ) -> Exported:
     """Export images of a storage root to a folder or URL, as a new version; see ``target``.
 
@@ -100,7 +100,7 @@ def export(
         return _export(
             storage,
             spec,
-            Target(to),
+            ExportTarget(to),
             folders,
             fresh=fresh,
             keep=keep,
@@ -117,34 +117,34 @@ def export(
 def _export(
     storage: Storage,
     spec: ExportSpec,
-    target: Target,
+    target: ExportTarget,
     folders: Sequence[str],
     *,
     fresh: bool,
     keep: int | None,
     threads: int | None,
-    on_progress: Callable[[Progress], object],
+    on_progress: Callable[[ExportProgress], object],
 ) -> Exported:
     with choose(storage, spec, folders) as rows:
         latest = None if fresh else target.latest()
         before = target.described(latest) if latest else None
         index = (
             target.index(latest)
-            if latest and before and before.get("layout") == layout_of(spec)
+            if latest and before and before.get("layout") == shard_layout(spec)
             else None
         )
-        known = read_likeness(storage, folders, ["image_sha256", "cluster"])
+        known = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
         plan = make_plan(rows, spec, known, index)
         facts = facts_of(rows, plan, spec)
         card = write_card(facts, spec, plan)
         version = plan.version(card)
-        work = Work(
+        work = ShardBuilder(
             storage,
             target,
             rows,
             spec,
             version,
-            Before.read(latest, before, target),
+            PreviousVersion.read(latest, before, target),
             on_progress,
             plan.images,
         )

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
 from krea_dagster.curation.export.image_content import (
-    Content,
-    Damaged,
-    Item,
-    Picture,
+    CorruptShard,
+    ExportedImage,
+    ImageEntry,
+    ShardContent,
     check_picture,
 )
 from krea_dagster.curation.export.json_rows import line_of, text_of
-from krea_dagster.curation.export.target import Target
+from krea_dagster.curation.export.target import ExportTarget
 
 #: The table of a split, by form.
 TABLES: Final = {
@@ -34,7 +34,12 @@ TABLES: Final = {
 
 
 def write_folder(
-    target: Target, folder: str, content: Content, pictures: Iterator[Picture], *, sidecars: bool
+    target: ExportTarget,
+    folder: str,
+    content: ShardContent,
+    pictures: Iterator[ExportedImage],
+    *,
+    sidecars: bool,
 ) -> None:
     """Write the images of a shard, and what lies beside each."""
     for picture in pictures:
@@ -45,20 +50,22 @@ def write_folder(
             )
 
 
-def check_folder(target: Target, folder: str, content: Content, *, sidecars: bool) -> list[str]:
-    """Read the images of a shard back; return the sha256 of each. Raises Damaged."""
+def check_folder(
+    target: ExportTarget, folder: str, content: ShardContent, *, sidecars: bool
+) -> list[str]:
+    """Read the images of a shard back; return the sha256 of each. Raises CorruptShard."""
     found = []
     for item in content.items:
         sha256 = check_picture(item, _read(target, f"{folder}/{item.file}"))
         if sidecars:
             written = _read(target, f"{folder}/{item.key}.json")
             if written != _sidecar(content, item, sha256):
-                raise Damaged(f"{folder}/{item.key}.json holds other values")
+                raise CorruptShard(f"{folder}/{item.key}.json holds other values")
         found.append(sha256)
     return found
 
 
-def images_sha256(content: Content, shas: Iterable[str]) -> str:
+def images_sha256(content: ShardContent, shas: Iterable[str]) -> str:
     """A hash over a shard's images: a line of name and sha256 for each."""
     lines = (f"{item.file} {sha}\n" for item, sha in zip(content.items, shas, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -86,7 +93,7 @@ def table_lines(
 
 
 def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
-    """Read a split's table back: a row for each image, of as many cells. Raises Damaged."""
+    """Read a split's table back: a row for each image, of as many cells. Raises CorruptShard."""
     with io.TextIOWrapper(file, encoding="utf-8", newline="" if form == "csv" else "\n") as text:
         if form == "csv":
             reader = csv.reader(text, strict=True)
@@ -95,7 +102,7 @@ def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
         else:
             found = [json.loads(line)["file_name"] for line in text]
     if found != list(names):
-        raise Damaged(f"the table of {len(names)} images was read back as one of {len(found)}")
+        raise CorruptShard(f"the table of {len(names)} images was read back as one of {len(found)}")
 
 
 def _cell(value: Any) -> Any:
@@ -104,12 +111,12 @@ def _cell(value: Any) -> Any:
     return text_of(value) if isinstance(value, dict | list) else value
 
 
-def _sidecar(content: Content, item: Item, sha256: str) -> bytes:
+def _sidecar(content: ShardContent, item: ImageEntry, sha256: str) -> bytes:
     return f"{line_of(content.ready(item, sha256))}\n".encode()
 
 
-def _read(target: Target, name: str) -> bytes:
+def _read(target: ExportTarget, name: str) -> bytes:
     try:
         return target.read(name)
     except FileNotFoundError:
-        raise Damaged(f"{name} is missing") from None
+        raise CorruptShard(f"{name} is missing") from None

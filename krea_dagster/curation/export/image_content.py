@@ -81,12 +81,12 @@ class ImagesNotAsStored(KreaError):
         return "\n".join(lines)
 
 
-class Damaged(KreaError):
+class CorruptShard(KreaError):
     """A shard that was read back is not what was to be written."""
 
 
 @dataclass(frozen=True)
-class Item:
+class ImageEntry:
     """One image of a shard. ``record`` is what is handed on beside it; ``file`` its name."""
 
     place: int
@@ -104,16 +104,16 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ExportedImage:
     """An image as it is written, and its hash, which is another where parameters are in it."""
 
-    item: Item
+    item: ImageEntry
     data: bytes
     sha256: str
 
 
 @dataclass(frozen=True)
-class Content:
+class ShardContent:
     """What a shard holds: rows in order, without their images. ``table`` is handed on."""
 
     table: pa.Table
@@ -122,7 +122,7 @@ class Content:
     embed: bool
 
     @cached_property
-    def items(self) -> list[Item]:
+    def items(self) -> list[ImageEntry]:
         """The images, one for each row."""
         facts = self.facts.to_pydict()
         made = []
@@ -135,7 +135,7 @@ class Content:
                 else None
             )
             made.append(
-                Item(
+                ImageEntry(
                     place,
                     key,
                     f"{key}.{ending}",
@@ -147,7 +147,7 @@ class Content:
             )
         return made
 
-    def ready(self, item: Item, exported: str) -> dict[str, Any]:
+    def ready(self, item: ImageEntry, exported: str) -> dict[str, Any]:
         """A row's record as it is written beside its image."""
         return {**item.record, "exported_sha256": exported} if self.embed else item.record
 
@@ -157,13 +157,13 @@ def ending_of(location: str) -> str:
     return location.rpartition("/")[2].rpartition(".")[2].lower()
 
 
-#: Columns that ``Content.facts`` has.
+#: Columns that ``ShardContent.facts`` has.
 FACTS: Final = tuple(dict.fromkeys(["image_path", *_PARAMETERS]))
 
 
 def pictures(
-    content: Content, storage: Storage, bad: Callable[[BadImage], object]
-) -> Iterator[Picture]:
+    content: ShardContent, storage: Storage, bad: Callable[[BadImage], object]
+) -> Iterator[ExportedImage]:
     """Yield the images of a shard; those that are not as they should be are told and left out."""
     facts = content.facts
     for item in content.items:
@@ -189,25 +189,25 @@ def pictures(
         )
 
 
-def check_picture(item: Item, data: bytes) -> str:
-    """Return the sha256 of an exported image that is the right one. Raises Damaged."""
+def check_picture(item: ImageEntry, data: bytes) -> str:
+    """Return the sha256 of an exported image that is the right one. Raises CorruptShard."""
     sha256 = hashlib.sha256(data).hexdigest()
     original = sha256
     if item.parameters is not None:
         plain, text = without_parameters(data)
         original = hashlib.sha256(plain).hexdigest()
         if text != item.parameters:
-            raise Damaged(f"{item.file} has other parameters in it")
+            raise CorruptShard(f"{item.file} has other parameters in it")
     if original != item.sha256:
-        raise Damaged(f"{item.file} has the sha256 {original} instead of {item.sha256}")
+        raise CorruptShard(f"{item.file} has the sha256 {original} instead of {item.sha256}")
     return sha256
 
 
-def _ready(item: Item, data: bytes) -> Picture:
+def _ready(item: ImageEntry, data: bytes) -> ExportedImage:
     if item.parameters is None:
-        return Picture(item, data, item.sha256)
+        return ExportedImage(item, data, item.sha256)
     made = with_parameters(data, item.parameters)
-    return Picture(item, made, hashlib.sha256(made).hexdigest())
+    return ExportedImage(item, made, hashlib.sha256(made).hexdigest())
 
 
 def with_parameters(data: bytes, text: str) -> bytes:

@@ -15,7 +15,12 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.export.image_content import Content, Damaged, Picture, check_picture
+from krea_dagster.curation.export.image_content import (
+    CorruptShard,
+    ExportedImage,
+    ShardContent,
+    check_picture,
+)
 from krea_dagster.curation.export.json_rows import records
 
 _GROUP_IMAGES: Final = 100
@@ -23,7 +28,7 @@ _GROUP_BYTES: Final = 32_000_000
 _IMAGE: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_parquet(path: Path, content: Content, pictures: Iterator[Picture]) -> None:
+def write_parquet(path: Path, content: ShardContent, pictures: Iterator[ExportedImage]) -> None:
     """Write a shard; one row group is in memory at a time."""
     schema = shard_schema(content)
     with pq.ParquetWriter(
@@ -36,7 +41,7 @@ def write_parquet(path: Path, content: Content, pictures: Iterator[Picture]) -> 
         use_dictionary=[name for name in _leaves(schema) if not name.startswith("image.")],
         write_statistics=False,
     ) as writer:
-        group: list[Picture] = []
+        group: list[ExportedImage] = []
         size = 0
         for picture in pictures:
             if group and size + len(picture.data) > _GROUP_BYTES:
@@ -51,17 +56,17 @@ def write_parquet(path: Path, content: Content, pictures: Iterator[Picture]) -> 
             writer.write_table(_group(content, group, schema))
 
 
-def check_parquet(path: Path, content: Content) -> list[str]:
-    """Read a shard back; return the sha256 of each image in it. Raises Damaged."""
+def check_parquet(path: Path, content: ShardContent) -> list[str]:
+    """Read a shard back; return the sha256 of each image in it. Raises CorruptShard."""
     found: list[str] = []
     schema = shard_schema(content)
     others = schema.names[1:]
     try:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(schema, check_metadata=True):
-                raise Damaged(f"{path.name} has other columns")
+                raise CorruptShard(f"{path.name} has other columns")
             if file.metadata.num_rows != len(content.items):
-                raise Damaged(f"{path.name} has {file.metadata.num_rows} rows")
+                raise CorruptShard(f"{path.name} has {file.metadata.num_rows} rows")
             for number in range(file.num_row_groups):
                 group = file.read_row_group(number)
                 items = content.items[len(found) : len(found) + len(group)]
@@ -69,18 +74,20 @@ def check_parquet(path: Path, content: Content) -> list[str]:
                 for item, image in zip(items, group["image"], strict=True):
                     value = image.as_py()
                     if value["path"] != item.file:
-                        raise Damaged(f"{path.name}: {item.file} is missing, or in another place")
+                        raise CorruptShard(
+                            f"{path.name}: {item.file} is missing, or in another place"
+                        )
                     shas.append(check_picture(item, value["bytes"]))
                 expected = _columns(content, [item.place for item in items], shas)
                 if not _same(group.select(others), expected):
-                    raise Damaged(f"{path.name} holds other values")
+                    raise CorruptShard(f"{path.name} holds other values")
                 found += shas
     except (pa.ArrowException, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read: {error}") from None
+        raise CorruptShard(f"{path.name} cannot be read: {error}") from None
     return found
 
 
-def shard_schema(content: Content) -> pa.Schema:
+def shard_schema(content: ShardContent) -> pa.Schema:
     """The columns of a shard, with what ``datasets`` wants to know of them."""
     own = [pa.field("exported_sha256", pa.string())] if content.embed else []
     fields = [pa.field("image", _IMAGE), *content.table.schema, *own]
@@ -135,7 +142,7 @@ def _paths(name: str, kind: pa.DataType) -> list[str]:
     return [name]
 
 
-def _group(content: Content, group: list[Picture], schema: pa.Schema) -> pa.Table:
+def _group(content: ShardContent, group: list[ExportedImage], schema: pa.Schema) -> pa.Table:
     images = pa.array(
         [{"bytes": one.data, "path": one.item.file} for one in group], schema.field("image").type
     )
@@ -144,7 +151,7 @@ def _group(content: Content, group: list[Picture], schema: pa.Schema) -> pa.Tabl
     return pa.Table.from_arrays([images, *others.columns], schema=schema)
 
 
-def _columns(content: Content, places: list[int], shas: list[str]) -> pa.Table:
+def _columns(content: ShardContent, places: list[int], shas: list[str]) -> pa.Table:
     table = content.table.take(pa.array(places, pa.int64()))
     if not content.embed:
         return table

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation.export.image_content import FACTS, Content, ending_of
-from krea_dagster.curation.export.selected_rows import Rows
+from krea_dagster.curation.export.image_content import FACTS, ShardContent, ending_of
+from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.shard_assignment import place
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.splits import leaking, split_numbers
@@ -35,7 +35,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images of a split. ``rows`` are places in ``Rows``; ``name`` is below the version.
+    """Some images of a split. ``rows`` are row numbers; ``name`` is below the version.
 
     Shards with equal fingerprints hold the same.
     """
@@ -48,7 +48,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """The shards, in order, and what was left out.
 
     ``leaked`` counts by split the images that are left out because a later split has one alike.
@@ -82,7 +82,9 @@ class Plan:
         return hashed.hexdigest()[:16]
 
 
-def make_plan(rows: Rows, spec: ExportSpec, alike: pa.Table | None, index: pa.Table | None) -> Plan:
+def make_plan(
+    rows: SelectedRows, spec: ExportSpec, alike: pa.Table | None, index: pa.Table | None
+) -> ExportPlan:
     """Say where each row goes.
 
     ``alike`` has ``image_sha256`` and ``cluster`` of images that are alike, None where nobody has
@@ -121,7 +123,7 @@ def make_plan(rows: Rows, spec: ExportSpec, alike: pa.Table | None, index: pa.Ta
     paths = rows.column("image_path")
     names = pc.unique(pc.replace_substring_regex(paths, r"^.*\.", ""))
     endings = {ending_of(f".{name}") for name in names.to_pylist()}
-    return Plan(tuple(shards), dict(counts), alike is not None, tuple(sorted(endings)))
+    return ExportPlan(tuple(shards), dict(counts), alike is not None, tuple(sorted(endings)))
 
 
 def shard_name(spec: ExportSpec, split: str, number: int) -> str:
@@ -131,7 +133,7 @@ def shard_name(spec: ExportSpec, split: str, number: int) -> str:
     return f"{split}/{number:05d}"
 
 
-def layout_of(spec: ExportSpec) -> dict[str, Any]:
+def shard_layout(spec: ExportSpec) -> dict[str, Any]:
     """What must be the same for a later version to put its images where this one has them."""
     return {
         "form": spec.form,
@@ -141,17 +143,17 @@ def layout_of(spec: ExportSpec) -> dict[str, Any]:
     }
 
 
-def content_of(rows: Rows, spec: ExportSpec, shard: Shard) -> Content:
+def content_of(rows: SelectedRows, spec: ExportSpec, shard: Shard) -> ShardContent:
     """The rows of a shard."""
     needed = list(dict.fromkeys([*rows.columns, *FACTS]))
     table = rows.take(shard.rows, needed)
     keys = [key.decode() for key in rows.keys[shard.rows].tolist()]
-    return Content(
+    return ShardContent(
         table.select(rows.columns), table.select(FACTS), keys, embed=spec.embed_parameters
     )
 
 
-def _fingerprint(rows: Rows, spec: ExportSpec, members: Numbers) -> str:
+def _fingerprint(rows: SelectedRows, spec: ExportSpec, members: Numbers) -> str:
     form = [_WRITER, spec.form, spec.embed_parameters, spec.sidecars, str(rows.schema)]
     hashed = hashlib.sha256(json.dumps(form).encode())
     hashed.update(b"".join(rows.keys[members].tolist()))

@@ -72,7 +72,7 @@ class Left:
     repeated: int = 0
 
 
-class Rows:
+class SelectedRows:
     """The chosen rows, sorted by their keys. Close it, or use it in a ``with`` statement.
 
     ``keys`` are 24 hexadecimal digits each, from the request, the prompt_id and the sample: they
@@ -80,7 +80,7 @@ class Rows:
     ``sizes`` are the bytes of the images.
     """
 
-    def __init__(self, spool: _Spool, columns: Sequence[str], left: Left) -> None:
+    def __init__(self, spool: _RowFile, columns: Sequence[str], left: Left) -> None:
         self._spool = spool
         self.columns = tuple(columns)
         self.left = left
@@ -92,7 +92,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> SelectedRows:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +133,7 @@ class Rows:
         self.sizes = np.array(sizes, np.int64)[first]
 
 
-def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> Rows:
+def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> SelectedRows:
     """Read the rows that are wanted.
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
@@ -160,7 +160,7 @@ def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> R
             "in the table, or name the columns that you want"
         )
     kept = pa.schema([_decoded(schema.field(name)) for name in dict.fromkeys([*columns, *_NEEDED])])
-    spool = _Spool(kept)
+    spool = _RowFile(kept)
     try:
         left = 0
         for name in names:
@@ -168,7 +168,7 @@ def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> R
                 mask = _mask(batch, spec.filters)
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
                 spool.write(batch.filter(mask))
-        rows = Rows(spool, columns, Left(left))
+        rows = SelectedRows(spool, columns, Left(left))
         rows.sort()
     except BaseException:
         spool.close()
@@ -310,7 +310,7 @@ def _shas(table: pa.Table) -> list[str]:
 # -- the temporary file ----------------------------------------------------------------------
 
 
-class _Spool:
+class _RowFile:
     """Batches of rows in an Arrow file that is mapped into memory once it is read."""
 
     def __init__(self, schema: pa.Schema) -> None:

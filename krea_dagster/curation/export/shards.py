@@ -12,18 +12,18 @@ from typing import Any, Final
 from krea_dagster.curation.export.folder import check_folder, images_sha256, write_folder
 from krea_dagster.curation.export.image_content import (
     BadImage,
-    Content,
-    Damaged,
+    CorruptShard,
+    ExportedImage,
     ImagesNotAsStored,
-    Picture,
+    ShardContent,
     pictures,
 )
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
-from krea_dagster.curation.export.plan import Plan, Shard, content_of
-from krea_dagster.curation.export.selected_rows import Rows
+from krea_dagster.curation.export.plan import ExportPlan, Shard, content_of
+from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.tar import check_tar, write_tar
-from krea_dagster.curation.export.target import Target, crc32_of
+from krea_dagster.curation.export.target import ExportTarget, crc32_of
 from krea_dagster.engine.storage.storage import Storage
 
 _WRITE: Final = {"webdataset": write_tar, "parquet": write_parquet}
@@ -34,7 +34,7 @@ _REMOTE_THREADS: Final = 8
 
 
 @dataclass(frozen=True)
-class Progress:
+class ExportProgress:
     """How far an export is: images that are in verified shards, of all."""
 
     images: int
@@ -42,7 +42,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedShard:
     """A shard that is in its place and verified. ``shas`` are those of the images in it.
 
     ``crc32`` is of the shard's file, None where it is a folder.
@@ -57,7 +57,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousVersion:
     """The version before: its shards by fingerprint, and the hashes of its images by key."""
 
     version: str
@@ -66,8 +66,8 @@ class Before:
 
     @classmethod
     def read(
-        cls, version: str | None, described: Mapping[str, Any] | None, target: Target
-    ) -> Before | None:
+        cls, version: str | None, described: Mapping[str, Any] | None, target: ExportTarget
+    ) -> PreviousVersion | None:
         """Read a version; None where there is none, or none that is complete."""
         if version is None or described is None:
             return None
@@ -82,22 +82,22 @@ class Before:
 
 
 @dataclass
-class Work:
+class ShardBuilder:
     """Brings the shards of one version into their places."""
 
     storage: Storage
-    target: Target
-    rows: Rows
+    target: ExportTarget
+    rows: SelectedRows
     spec: ExportSpec
     version: str
-    before: Before | None
-    on_progress: Callable[[Progress], object]
+    before: PreviousVersion | None
+    on_progress: Callable[[ExportProgress], object]
     images: int
 
     def __post_init__(self) -> None:
         self.bad: list[BadImage] = []
 
-    def run(self, plan: Plan, threads: int | None) -> list[Done]:
+    def run(self, plan: ExportPlan, threads: int | None) -> list[FinishedShard]:
         """Return the shards in the plan's order. Raises ImagesNotAsStored."""
         local = self.storage.folder is not None and self.target.is_folder
         workers = threads or ((os.cpu_count() or 1) if local else _REMOTE_THREADS)
@@ -109,7 +109,7 @@ class Work:
                     future.result()
                     if (done := future.result()) is not None:
                         ready += len(done.shard.rows)
-                    self.on_progress(Progress(ready, self.images))
+                    self.on_progress(ExportProgress(ready, self.images))
             except BaseException:
                 for future in futures:
                     future.cancel()
@@ -119,7 +119,7 @@ class Work:
             raise ImagesNotAsStored(order)
         return [done for future in futures if (done := future.result()) is not None]
 
-    def bring(self, shard: Shard) -> Done | None:
+    def bring(self, shard: Shard) -> FinishedShard | None:
         """Bring one shard into its place; None where images are bad, which are noted."""
         content = content_of(self.rows, self.spec, shard)
         if self.bad:  # nothing will be published: the others are only looked at
@@ -129,7 +129,7 @@ class Work:
         found = self._found(shard, content) or self._linked(shard, content)
         return found or self._written(shard, content)
 
-    def _found(self, shard: Shard, content: Content) -> Done | None:
+    def _found(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
         name = f"{self.version}/{shard.name}"
         try:
             if self.spec.form not in ONE_FILE:
@@ -138,10 +138,10 @@ class Work:
             if self.target.storage.size_bytes(name) is None:
                 return None
             return self._checked(shard, content, name)
-        except Damaged:
+        except CorruptShard:
             return None
 
-    def _checked(self, shard: Shard, content: Content, name: str) -> Done:
+    def _checked(self, shard: Shard, content: ShardContent, name: str) -> FinishedShard:
         folder = self.target.storage.folder
         if folder is not None:
             return self._read_back(shard, content, "found", folder / name)
@@ -149,7 +149,7 @@ class Work:
             self.target.fetch(name, copy)
             return self._read_back(shard, content, "found", copy)
 
-    def _linked(self, shard: Shard, content: Content) -> Done | None:
+    def _linked(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
         """Take a shard from the version before, where it is there and as it was."""
         before = self.before
         known = None if before is None else before.shards.get(shard.fingerprint)
@@ -164,7 +164,7 @@ class Work:
         if self.spec.form not in ONE_FILE:
             try:
                 check_folder(self.target, old, content, sidecars=self.spec.sidecars)
-            except Damaged:
+            except CorruptShard:
                 return None
             for item in content.items:
                 self.target.link(f"{old}/{item.file}", f"{new}/{item.file}")
@@ -177,13 +177,13 @@ class Work:
         if self.target.is_folder and self.target.crc32(old) != known["crc32"]:
             return None
         self.target.link(old, new)
-        return Done(
+        return FinishedShard(
             shard, "linked", known["bytes"], known["crc32"], images_sha256(content, shas), shas
         )
 
-    def _written(self, shard: Shard, content: Content) -> Done | None:
+    def _written(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
         already = len(self.bad)
-        source: Iterator[Picture] = pictures(content, self.storage, self.bad.append)
+        source: Iterator[ExportedImage] = pictures(content, self.storage, self.bad.append)
         name = f"{self.version}/{shard.name}"
         if self.spec.form not in ONE_FILE:
             write_folder(self.target, name, content, source, sidecars=self.spec.sidecars)
@@ -199,14 +199,18 @@ class Work:
             self.target.send(path, name)
         return done
 
-    def _read_back(self, shard: Shard, content: Content, how: str, path: Path) -> Done:
-        """A shard's file that was read, and is as it should be. Raises Damaged."""
+    def _read_back(
+        self, shard: Shard, content: ShardContent, how: str, path: Path
+    ) -> FinishedShard:
+        """A shard's file that was read, and is as it should be. Raises CorruptShard."""
         shas = _CHECK[self.spec.form](path, content)
         with path.open("rb") as file:
             crc32 = crc32_of(file)
         images = images_sha256(content, shas)
-        return Done(shard, how, path.stat().st_size, crc32, images, shas)
+        return FinishedShard(shard, how, path.stat().st_size, crc32, images, shas)
 
-    def _done(self, shard: Shard, content: Content, how: str, shas: Sequence[str]) -> Done:
+    def _done(
+        self, shard: Shard, content: ShardContent, how: str, shas: Sequence[str]
+    ) -> FinishedShard:
         size = int(self.rows.sizes[shard.rows].sum())
-        return Done(shard, how, size, None, images_sha256(content, shas), shas)
+        return FinishedShard(shard, how, size, None, images_sha256(content, shas), shas)

@@ -37,7 +37,7 @@ class ExportSpec:
     ``everything`` takes all stored images of the manifests, else the accepted ones. A shard has
     at most ``shard_images`` images, and ``shard_bytes`` bytes of image files where more than one
     image is in it. ``columns`` names those that are handed on beside the image, in their order;
-    None takes all but those that mean nothing elsewhere (``rows.LEFT_OUT``). ``leaks`` may stay
+    None takes all but those that mean nothing elsewhere (``LEFT_OUT``). ``leaks`` may stay
     where images alike are in two splits. ``license``, ``title`` and ``source`` (what the prompts
     are of) are for the dataset card.
     """

@@ -12,10 +12,15 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from krea_dagster.curation.export.image_content import Content, Damaged, Picture, check_picture
+from krea_dagster.curation.export.image_content import (
+    CorruptShard,
+    ExportedImage,
+    ShardContent,
+    check_picture,
+)
 
 
-def write_tar(path: Path, content: Content, pictures: Iterator[Picture]) -> None:
+def write_tar(path: Path, content: ShardContent, pictures: Iterator[ExportedImage]) -> None:
     """Write a shard; one image is in memory at a time."""
     prompts = content.facts["prompt"]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -27,8 +32,8 @@ def write_tar(path: Path, content: Content, pictures: Iterator[Picture]) -> None
             _add(tar, f"{item.key}.json", line.encode())
 
 
-def check_tar(path: Path, content: Content) -> list[str]:
-    """Read a shard back; return the sha256 of each image in it. Raises Damaged."""
+def check_tar(path: Path, content: ShardContent) -> list[str]:
+    """Read a shard back; return the sha256 of each image in it. Raises CorruptShard."""
     prompts = content.facts["prompt"]
     found: list[str] = []
     try:
@@ -38,14 +43,14 @@ def check_tar(path: Path, content: Content) -> list[str]:
                 text = _next(tar, f"{item.key}.txt").decode()
                 record = json.loads(_next(tar, f"{item.key}.json"))
                 if text != (prompts[item.place].as_py() or ""):
-                    raise Damaged(f"{path.name}: the prompt of {item.key} is another")
+                    raise CorruptShard(f"{path.name}: the prompt of {item.key} is another")
                 if record != content.ready(item, sha256):
-                    raise Damaged(f"{path.name}: the row of {item.key} is another")
+                    raise CorruptShard(f"{path.name}: the row of {item.key} is another")
                 found.append(sha256)
             if tar.next() is not None:
-                raise Damaged(f"{path.name} holds more than it should")
+                raise CorruptShard(f"{path.name} holds more than it should")
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise Damaged(f"{path.name} cannot be read: {error}") from None
+        raise CorruptShard(f"{path.name} cannot be read: {error}") from None
     return found
 
 
@@ -62,6 +67,6 @@ def _next(tar: tarfile.TarFile, name: str) -> bytes:
     tar.members = []  # type: ignore[attr-defined] # the stubs do not have it
     file = None if info is None or info.name != name else tar.extractfile(info)
     if file is None:
-        raise Damaged(f"{name} is missing, or in another place")
+        raise CorruptShard(f"{name} is missing, or in another place")
     with file:
         return file.read()

@@ -60,7 +60,7 @@ _VERSION: Final = re.compile(r"[0-9a-f]{16}")
 _PIECE: Final = 1 << 20
 
 
-class Target:
+class ExportTarget:
     """A folder or URL that exports are written to. Methods may be called in several threads."""
 
     def __init__(self, root: str) -> None:

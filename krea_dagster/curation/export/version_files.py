@@ -10,17 +10,21 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.export.card import Facts
+from krea_dagster.curation.export.card import DatasetFacts
 from krea_dagster.curation.export.folder import TABLES, check_table, table_lines
 from krea_dagster.curation.export.image_content import ending_of
-from krea_dagster.curation.export.plan import Plan, content_of, layout_of
-from krea_dagster.curation.export.shards import Done, Work
+from krea_dagster.curation.export.plan import ExportPlan, content_of, shard_layout
+from krea_dagster.curation.export.shards import FinishedShard, ShardBuilder
 from krea_dagster.curation.export.spec import ONE_FILE
 from krea_dagster.curation.export.target import EXPORT, FORMAT_VERSION, INDEX, INDEX_SCHEMA
 
 
 def finish(
-    work: Work, plan: Plan, done: Sequence[Done], card: str, facts: Facts
+    work: ShardBuilder,
+    plan: ExportPlan,
+    done: Sequence[FinishedShard],
+    card: str,
+    facts: DatasetFacts,
 ) -> Mapping[str, Any]:
     """Write the tables, the index and the card, and last what makes the version complete."""
     target, spec, version = work.target, work.spec, work.version
@@ -37,7 +41,7 @@ def finish(
     described = {
         "format_version": FORMAT_VERSION,
         "version": version,
-        "layout": layout_of(spec),
+        "layout": shard_layout(spec),
         "embed_parameters": spec.embed_parameters,
         "made_by": facts.made_by,
         "images": plan.images,
@@ -63,7 +67,7 @@ def finish(
     return described
 
 
-def _table(work: Work, done: Sequence[Done], names: list[str]) -> Iterator[bytes]:
+def _table(work: ShardBuilder, done: Sequence[FinishedShard], names: list[str]) -> Iterator[bytes]:
     """The table of a split, shard by shard; appends the names of its files to ``names``."""
     form = work.spec.form
     own = ["exported_sha256"] if work.spec.embed_parameters else []
@@ -82,7 +86,7 @@ def _table(work: Work, done: Sequence[Done], names: list[str]) -> Iterator[bytes
     return table_lines(form, rows(), columns=[*work.rows.columns, *own])
 
 
-def _write_index(file: BinaryIO, work: Work, done: Sequence[Done]) -> None:
+def _write_index(file: BinaryIO, work: ShardBuilder, done: Sequence[FinishedShard]) -> None:
     with pq.ParquetWriter(file, INDEX_SCHEMA, compression="zstd") as writer:
         for one in done:
             shard = one.shard

@@ -15,7 +15,7 @@ import click
 from krea_dagster.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from krea_dagster.curation.gallery.page import Written
+    from krea_dagster.curation.gallery.page import GallerySummary
     from krea_dagster.engine.storage.storage import Storage
 
 _EPILOG: Final = """
@@ -118,7 +118,7 @@ def gallery_command(
     With prompt, seed, size, credits and ids below each. It needs no network and no other file,
     and holds no script. Only files that are still what was verified are shown.
     """
-    from krea_dagster.curation.gallery.filter import GalleryFilter, choose_rows  # noqa: PLC0415
+    from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows  # noqa: PLC0415
     from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
@@ -130,7 +130,7 @@ def gallery_command(
         limit=limit,
     )
     root = Storage(storage)
-    chosen = choose_rows(root, filters, _verdicts(root, journal_url, wanted=bool(verdicts)))
+    chosen = select_rows(root, filters, _verdicts(root, journal_url, wanted=bool(verdicts)))
     if not chosen.matched:
         raise ConfigError(
             "no row meets this: there is nothing to show. Leave a --where, --verdict or "
@@ -158,7 +158,7 @@ def gallery_command(
         sys.exit(1)
 
 
-def _say(output: Path, written: Written, *, as_json: bool) -> None:
+def _say(output: Path, written: GallerySummary, *, as_json: bool) -> None:
     if as_json:
         figures = {
             "path": str(output),

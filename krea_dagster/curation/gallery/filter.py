@@ -82,7 +82,7 @@ class GalleryRows:
     matched: int = 0
 
 
-def choose_rows(
+def select_rows(
     storage: Storage,
     filters: GalleryFilter,
     verdicts: Mapping[str, str],

@@ -59,7 +59,7 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
-class Written:
+class GallerySummary:
     """What became of a gallery: counts of rows, and the bytes of the page.
 
     ``shown`` have their picture, ``missing`` have none though it was stored, and ``left_out``
@@ -92,7 +92,7 @@ def write_gallery(
     most_bytes: int = MOST_BYTES,
     now: datetime | None = None,
     on_made: Callable[[int], None] = lambda _: None,
-) -> Written:
+) -> GallerySummary:
     """Write the page of these rows into an open file.
 
     Rows are taken while the page stays below ``most_bytes``. ``filtered`` says in words by what
@@ -138,7 +138,7 @@ def write_gallery(
         .encode()
     )
     target.write(page)
-    return Written(shown, missing, chosen.matched - len(cards), len(page))
+    return GallerySummary(shown, missing, chosen.matched - len(cards), len(page))
 
 
 def _made(

@@ -70,13 +70,13 @@ class MeasureCache:
         return f"MeasureCache({redact.location(self._storage.locate(self._folder))!r})"
 
     @classmethod
-    def of_pictures(cls, storage: Storage) -> MeasureCache:
+    def builtin(cls, storage: Storage) -> MeasureCache:
         """The figures that every picture has."""
         own = [MEASURES_SCHEMA.field(name) for name in NAMES]
         return cls(storage, f"picture@{VERSION}", pa.schema(own))
 
     @classmethod
-    def of_further(cls, storage: Storage, name: str, version: str) -> MeasureCache:
+    def custom(cls, storage: Storage, name: str, version: str) -> MeasureCache:
         """The values of a user's measure."""
         return cls(storage, f"own {name}@{version}", pa.schema([("value", pa.float64())]))
 
@@ -175,7 +175,7 @@ def _once(table: pa.Table) -> pa.Table:
     return table if len(first) == len(keys) else table.take(np.sort(first))
 
 
-class Notes:
+class MeasureWriter:
     """Gathers rows from any thread, and writes them to a cache now and then, and at the end.
 
     They wait ``wait_s`` seconds of the ``clock`` at most, or until there are 2,000. With ``keep``
@@ -199,7 +199,7 @@ class Notes:
         self._waiting: list[tuple[Any, ...]] = []
         self._since_s = clock()
 
-    def __enter__(self) -> Notes:
+    def __enter__(self) -> MeasureWriter:
         return self
 
     def __exit__(
@@ -250,7 +250,7 @@ def measured_while_verified(storage: Storage) -> Iterator[Callable[[str, Image.I
     What cannot be written is logged, and measured again from the file: a run that buys is not
     stopped for it.
     """
-    notes = Notes(MeasureCache.of_pictures(storage))
+    notes = MeasureWriter(MeasureCache.builtin(storage))
 
     def on_picture(sha256: str, picture: Image.Image) -> None:
         notes.take(sha256, measure(picture).values())

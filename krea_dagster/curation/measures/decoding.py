@@ -18,9 +18,9 @@ from typing import Final
 from PIL import Image
 
 from krea_dagster.curation.measures.builtin import Measures, measure, plain
-from krea_dagster.curation.measures.cache import Notes
+from krea_dagster.curation.measures.cache import MeasureWriter
 from krea_dagster.curation.measures.custom import Measure
-from krea_dagster.curation.measures.measures_table import PICTURE
+from krea_dagster.curation.measures.measures_table import BUILTIN
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.storage.verify import look_at
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected
@@ -36,7 +36,7 @@ _THREADS_AFAR: Final = 4
 class ImageFile:
     """A file that is to be read, whose it is, and which figures are wanted of it.
 
-    ``path`` is what the manifest says; ``lacking`` holds the names of measures, and ``PICTURE``
+    ``path`` is what the manifest says; ``lacking`` holds the names of measures, and ``BUILTIN``
     for the figures that every picture has.
     """
 
@@ -49,12 +49,12 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Trouble:
+class MeasureFailure:
     """An image that could not be measured: which, why, and by what where it has a row at all."""
 
     file: ImageFile
     why: str
-    measure: str = PICTURE
+    measure: str = BUILTIN
 
     def __str__(self) -> str:
         by = f", {self.measure}" if self.measure else ""
@@ -70,31 +70,31 @@ class _Decoded:
     why: str = ""
 
 
-def take_measures(
+def measure_files(
     storage: Storage,
     files: Iterable[ImageFile],
     own: Mapping[str, Measure],
-    notes: Mapping[str, Notes],
+    notes: Mapping[str, MeasureWriter],
     *,
     threads: int | None = None,
     on_read: Callable[[], None] = lambda: None,
-) -> list[Trouble]:
+) -> list[MeasureFailure]:
     """Take what is lacking of these files into ``notes``; return what could not be taken.
 
     ``own`` and ``notes`` are by name. ``on_read`` is called after each file. Raises ConfigError
     where a user's function fails on every picture, and StorageError where notes cannot be
     written.
     """
-    troubles: list[Trouble] = []
+    troubles: list[MeasureFailure] = []
     batches = {name: _Batches(one, notes[name], troubles) for name, one in own.items()}
     with closing(_decoded(storage, files, threads or _threads(storage))) as decoded:
         for found in decoded:
             on_read()
             if found.why:
-                troubles.append(Trouble(found.file, found.why))
+                troubles.append(MeasureFailure(found.file, found.why))
                 continue
             if found.figures is not None:
-                notes[PICTURE].take(found.file.sha256, found.figures.values())
+                notes[BUILTIN].take(found.file.sha256, found.figures.values())
             if found.picture is not None:
                 for name in found.file.lacking:
                     if name in batches:
@@ -141,10 +141,10 @@ def _decode(storage: Storage, file: ImageFile) -> _Decoded:
         if not (isinstance(error, ImageRejected) and pictures):
             return _Decoded(file, why=str(error))
     (picture,) = pictures
-    wants_own = any(name != PICTURE for name in file.lacking)
+    wants_own = any(name != BUILTIN for name in file.lacking)
     return _Decoded(
         file,
-        figures=measure(picture) if PICTURE in file.lacking else None,
+        figures=measure(picture) if BUILTIN in file.lacking else None,
         picture=plain(picture).convert("RGB") if wants_own else None,
     )
 
@@ -156,7 +156,7 @@ class _Batches:
     is named.
     """
 
-    def __init__(self, one: Measure, notes: Notes, troubles: list[Trouble]) -> None:
+    def __init__(self, one: Measure, notes: MeasureWriter, troubles: list[MeasureFailure]) -> None:
         self._measure = one
         self._notes = notes
         self._troubles = troubles
@@ -191,7 +191,7 @@ class _Batches:
         return None
 
     def _give_up(self, file: ImageFile, error: Exception) -> None:
-        trouble = Trouble(file, _said(error), self._measure.name)
+        trouble = MeasureFailure(file, _said(error), self._measure.name)
         self._troubles.append(trouble)
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _BROKEN:

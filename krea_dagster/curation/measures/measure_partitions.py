@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.curation.measures.cache import DIGEST, KEY, MeasureCache, Notes, digests
+from krea_dagster.curation.measures.cache import DIGEST, KEY, MeasureCache, MeasureWriter, digests
 from krea_dagster.curation.measures.custom import Measure, checked
-from krea_dagster.curation.measures.decoding import ImageFile, Trouble, take_measures
+from krea_dagster.curation.measures.decoding import ImageFile, MeasureFailure, measure_files
 from krea_dagster.curation.measures.measures_table import (
-    PICTURE,
+    BUILTIN,
     measures_schema,
-    read_still_valid,
+    read_valid_measures,
     write_measures,
 )
 from krea_dagster.engine.states import State
@@ -45,7 +45,7 @@ _Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPartition:
     """A partition whose measures are written; ``table`` holds them.
 
     ``images`` counts distinct files; ``read`` of them had to be decoded, for the others all was
@@ -57,7 +57,7 @@ class Measured:
     table: pa.Table
     images: int
     read: int
-    troubles: Sequence[Trouble]
+    troubles: Sequence[MeasureFailure]
 
 
 def measure_partitions(
@@ -68,7 +68,7 @@ def measure_partitions(
     further: Iterable[Measure] = (),
     threads: int | None = None,
     on_progress: Callable[[int, int], None] = lambda _read, _of: None,
-) -> Iterator[Measured]:
+) -> Iterator[MeasuredPartition]:
     """Measure the stored images of some partitions, by their manifests; yield each when written.
 
     ``folders`` are those of the manifests. ``threads`` decode at once, by default one for each
@@ -141,11 +141,11 @@ def _measured(
     *,
     threads: int | None,
     on_progress: Callable[[int, int], None],
-) -> Iterator[Measured]:
+) -> Iterator[MeasuredPartition]:
     versions = {name: one.version for name, one in own.items()}
-    before = [read_still_valid(storage, one.key, versions, folders) for one in group]
-    caches = {PICTURE: MeasureCache.of_pictures(storage)} | {
-        name: MeasureCache.of_further(storage, name, version) for name, version in versions.items()
+    before = [read_valid_measures(storage, one.key, versions, folders) for one in group]
+    caches = {BUILTIN: MeasureCache.builtin(storage)} | {
+        name: MeasureCache.custom(storage, name, version) for name, version in versions.items()
     }
     wanted = pc.unique(pa.chunked_array([one.sha256 for one in group], DIGEST))
     known = {
@@ -162,11 +162,11 @@ def _measured(
 
     with ExitStack() as stack:
         notes = {
-            kind: stack.enter_context(Notes(cache, wait_s=_WAIT_S, keep=True))
+            kind: stack.enter_context(MeasureWriter(cache, wait_s=_WAIT_S, keep=True))
             for kind, cache in caches.items()
         }
         files = _files(group, known)
-        troubles = take_measures(storage, files, own, notes, threads=threads, on_read=on_read)
+        troubles = measure_files(storage, files, own, notes, threads=threads, on_read=on_read)
     tables = {
         kind: pa.concat_tables([one.table, *notes[kind].written]) for kind, one in known.items()
     }
@@ -174,7 +174,7 @@ def _measured(
         table = _table(partition, tables)
         path = write_measures(storage, partition.key, table, versions, folders)
         here = set(partition.rows["image_sha256"].to_pylist()) if troubles else set()
-        yield Measured(
+        yield MeasuredPartition(
             partition.key,
             path,
             table,
@@ -188,7 +188,7 @@ def _earlier(cache: MeasureCache, kind: str, before: Sequence[pa.Table]) -> pa.T
     """The rows of one kind in partitions' earlier files."""
     tables = [cache.schema.empty_table()]
     for table in before:
-        if kind == PICTURE:
+        if kind == BUILTIN:
             columns = [table[name] for name in cache.schema.names[1:]]
         elif kind in table.column_names:
             # Where there is no value, the cache knows whether that is the function's answer.
@@ -227,14 +227,14 @@ def _files(group: Sequence[_Partition], known: Mapping[str, _Known]) -> Iterator
 
 def _table(partition: _Partition, known: Mapping[str, pa.Table]) -> pa.Table:
     """The measures of a partition: a row for each image whose own figures are known."""
-    own = [kind for kind in known if kind != PICTURE]
+    own = [kind for kind in known if kind != BUILTIN]
     schema = measures_schema(own)
     if not len(partition.sha256):
         return schema.empty_table()
-    places = _places(partition.sha256, known[PICTURE])
+    places = _places(partition.sha256, known[BUILTIN])
     there = pc.is_valid(places)
     rows, sha256 = partition.rows.filter(there), partition.sha256.filter(there)
-    figures = known[PICTURE].take(places.drop_null())
+    figures = known[BUILTIN].take(places.drop_null())
     columns = {
         "image_sha256": rows["image_sha256"],
         "partition_key": pa.repeat(pa.scalar(partition.key, pa.string()), len(rows)),

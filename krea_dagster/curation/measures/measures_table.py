@@ -55,7 +55,7 @@ _ROW_GROUP: Final = 10_000
 _VERSIONS: Final = b"krea_measures"
 
 #: Under this name the versions hold that of the figures that every picture has.
-PICTURE: Final = ""
+BUILTIN: Final = ""
 
 
 def measures_name(partition_key: str, folders: Sequence[str] = ()) -> str:
@@ -102,7 +102,7 @@ def read_measures(
     return table if columns is None else table.select(list(columns))
 
 
-def read_still_valid(
+def read_valid_measures(
     storage: Storage, partition_key: str, versions: Mapping[str, str], folders: Sequence[str] = ()
 ) -> pa.Table:
     """Read what an earlier measuring of a partition found, as far as it still holds.
@@ -117,7 +117,7 @@ def read_still_valid(
     except (FileNotFoundError, pa.ArrowInvalid):  # or damaged: it is about to be written anew
         return MEASURES_SCHEMA.empty_table()
     held = json.loads((table.schema.metadata or {}).get(_VERSIONS, b"{}"))
-    if held.get(PICTURE) != str(VERSION):
+    if held.get(BUILTIN) != str(VERSION):
         return MEASURES_SCHEMA.empty_table()
     same = [name for name, version in versions.items() if held.get(name) == version]
     return table.select([*MEASURES_SCHEMA.names, *same]).replace_schema_metadata(None)
@@ -134,7 +134,7 @@ def write_measures(
 
     Equal tables give equal bytes. Raises StorageError.
     """
-    held = json.dumps({PICTURE: str(VERSION), **versions})
+    held = json.dumps({BUILTIN: str(VERSION), **versions})
     marked = table.replace_schema_metadata({_VERSIONS: held.encode()})
     name = measures_name(partition_key, folders)
     path = storage.locate(name)

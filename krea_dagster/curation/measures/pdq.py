@@ -24,7 +24,7 @@ import numpy.typing as npt
 HASH_BYTES: Final = 32
 
 #: Hashes that differ in at most so many bits count as the same picture.
-SAME_BITS: Final = 31
+NEAR_BITS: Final = 31
 
 #: Below this quality a hash says too little to compare by.
 LEAST_QUALITY: Final = 50

@@ -25,11 +25,11 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from krea_dagster import redact
-from krea_dagster.curation.review.index import Index, Stamp, build_index
+from krea_dagster.curation.review.index import ReviewIndex, Stamp, build_index
 from krea_dagster.curation.review.responses import as_json, said, unavailable, whole_number
 from krea_dagster.curation.review.selection import Rows, Selection, empty_code, rows_of
 from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
-from krea_dagster.curation.review.verdict_view import Judged, shown
+from krea_dagster.curation.review.verdict_view import VerdictView, shown
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
@@ -77,7 +77,7 @@ REASONS: Final = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class ReviewSettings:
     """What a review is of, and how it is called: ``title``, and the reasons on the keys 1 to 9."""
 
     storage: Storage
@@ -91,11 +91,11 @@ class Setting:
 class Review:
     """One review: its index, its verdicts, and what the page asks of them."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ReviewSettings) -> None:
         self._setting = setting
         with setting.journal.reading() as connection:
             self._journal_id = connection.execute(select(schema.about.c.journal_id)).scalar()
-        self._judged = Judged(setting.journal.verdicts)
+        self._judged = VerdictView(setting.journal.verdicts)
         self._index = self._build()
         self._thumbnails = Thumbnails(setting.storage, setting.thumbnails)
         self._lists: OrderedDict[tuple[str, int, str], Rows] = OrderedDict()
@@ -112,7 +112,7 @@ class Review:
         return self._index.generation
 
     def application(self) -> Starlette:
-        """The ASGI application, to be put behind a ``Guard``."""
+        """The ASGI application, to be put behind a ``RequestGuard``."""
         get, post = ["GET"], ["POST"]
         return Starlette(
             routes=[
@@ -148,7 +148,7 @@ class Review:
         if Stamp.of(self._setting.storage).text != self._index.generation:
             self._index = self._build()
 
-    def _build(self) -> Index:
+    def _build(self) -> ReviewIndex:
         setting = self._setting
         return build_index(setting.storage, setting.journal, self._judged.every())
 
@@ -196,7 +196,7 @@ class Review:
         rows = self._list(index, request.query_params.get("selection", ""), number)
         return {"generation": index.generation, "number": number, "count": len(rows)}
 
-    def _list(self, index: Index, selection: str, number: int) -> Rows:
+    def _list(self, index: ReviewIndex, selection: str, number: int) -> Rows:
         """The rows of a selection as they were at a verdict's number."""
         key = (selection, number, index.generation)
         found = self._lists.get(key)
@@ -212,13 +212,13 @@ class Review:
                 self._lists.popitem(last=False)
         return found
 
-    def _asked(self, request: Request) -> tuple[Index, Rows]:
+    def _asked(self, request: Request) -> tuple[ReviewIndex, Rows]:
         """The list that a request is about. Raises 409 where the files have changed since."""
         index = self._of_generation(request)
         number = whole_number(request, "number", 0)
         return index, self._list(index, request.query_params.get("selection", ""), number)
 
-    def _of_generation(self, request: Request) -> Index:
+    def _of_generation(self, request: Request) -> ReviewIndex:
         index = self._index
         if request.query_params.get("generation") != index.generation:
             raise HTTPException(409, "the files have changed: there are new rows")
@@ -230,7 +230,7 @@ class Review:
         limit = min(whole_number(request, "limit", 200), _MOST_ROWS)
         return {"rows": self._shown(index, rows[offset : offset + limit])}
 
-    def _shown(self, index: Index, rows: Rows) -> list[dict[str, Any]]:
+    def _shown(self, index: ReviewIndex, rows: Rows) -> list[dict[str, Any]]:
         found = index.grid_rows(rows)
         for one in found:
             one["verdict"] = shown(self._judged.of(one["image_sha256"]))
@@ -411,7 +411,7 @@ def _verdict_of(entry: dict[str, Any]) -> Verdict:
     )
 
 
-def _row_number(request: Request, index: Index) -> int:
+def _row_number(request: Request, index: ReviewIndex) -> int:
     row = whole_number(request, "row", -1)
     if not 0 <= row < len(index):
         raise HTTPException(404, "there is no such row")

@@ -92,7 +92,7 @@ def review_command(
     the last one on an image counts. The address that is printed on stdout is a secret: whoever
     has it, and is on this machine, may give verdicts.
     """
-    from krea_dagster.curation.review.app import REASONS, Review, Setting  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.curation.review.app import REASONS, Review, ReviewSettings  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.curation.review.server import listen, serve  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415 - as above
@@ -119,7 +119,7 @@ def review_command(
             click.echo("Open this address in a browser on this machine.", err=True)
 
     with listener, closing(Journal(url)) as journal, _door() as door:
-        setting = Setting(
+        setting = ReviewSettings(
             storage=root,
             journal=journal,
             reviewer=reviewer or _login(),

@@ -35,7 +35,7 @@ _HEADERS: Final = {
 _SAFE: Final = frozenset({"GET", "HEAD"})
 
 
-class Guard:
+class RequestGuard:
     """The application behind it, for those who know the token.
 
     ``hosts`` are what the Host header may be, such as ``127.0.0.1:8770``.

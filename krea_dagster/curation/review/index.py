@@ -71,7 +71,7 @@ class Stamp:
         return cls(seen.hexdigest()[:16])
 
 
-class Index:
+class ReviewIndex:
     """The rows, by their numbers. ``sha_codes`` says which picture each row has; -1 none.
 
     ``generation`` names the files' state: it is the same in another process over the same files.
@@ -164,7 +164,9 @@ def _column(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
     return said
 
 
-def build_index(storage: Storage, journal: Journal, verdicts: Iterable[Verdict] = ()) -> Index:
+def build_index(
+    storage: Storage, journal: Journal, verdicts: Iterable[Verdict] = ()
+) -> ReviewIndex:
     """Read all that is on file. ``verdicts`` name pictures that manifests do not list any more.
 
     Raises ConfigError for a file that cannot be read, and JournalError.
@@ -178,7 +180,7 @@ def build_index(storage: Storage, journal: Journal, verdicts: Iterable[Verdict] 
         table = pa.concat_tables([table, earlier], promote_options="permissive")
     for folder in ("measures", "near_duplicates", "accepted"):
         table = _beside(table, folder, list(_tables(storage, folder)))
-    return Index(table, stamp.text)
+    return ReviewIndex(table, stamp.text)
 
 
 # -- files ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import anyio
 import uvicorn
 
 from krea_dagster.curation.review.app import Review
-from krea_dagster.curation.review.guard import Guard
+from krea_dagster.curation.review.guard import RequestGuard
 
 #: How long a stop waits for answers under way, seconds.
 _STOP_WITHIN_S: Final = 3
@@ -40,7 +40,7 @@ def serve(
     """Serve until SIGINT or SIGTERM; ``on_ready`` gets the page's address, which is a secret."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     port = listener.getsockname()[1]
-    guard = Guard(review.application(), token, [f"{name}:{port}" for name in _NAMES])
+    guard = RequestGuard(review.application(), token, [f"{name}:{port}" for name in _NAMES])
     config = uvicorn.Config(
         guard,
         http="h11",

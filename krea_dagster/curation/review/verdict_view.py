@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from krea_dagster.curation.review.index import Index
+from krea_dagster.curation.review.index import ReviewIndex
 from krea_dagster.curation.review.selection import empty_code
 from krea_dagster.engine.journal.verdict_log import NONE, VERDICTS, Verdict, VerdictLog
 
@@ -30,7 +30,7 @@ class _Step(NamedTuple):
     after: int
 
 
-class Judged:
+class VerdictView:
     """The verdicts of a journal, as far as they were read. May be used from several threads."""
 
     def __init__(self, log: VerdictLog) -> None:
@@ -39,7 +39,7 @@ class Judged:
         self._present: dict[str, Verdict] = {}
         self._every: list[Verdict] = []
         self._steps: list[_Step] = []
-        self._by_picture: tuple[Index, Codes, int] | None = None
+        self._by_picture: tuple[ReviewIndex, Codes, int] | None = None
         self.number = 0
         self.catch_up()
 
@@ -73,7 +73,7 @@ class Judged:
         found = None if sha256 is None else self._present.get(sha256)
         return None if found is None or found.verdict == NONE else found
 
-    def codes(self, index: Index, at_number: int | None = None) -> Codes:
+    def codes(self, index: ReviewIndex, at_number: int | None = None) -> Codes:
         """Each row's verdict, as its place in ``VERDICTS``: now, or as it was at a number."""
         with self._lock:
             by_picture = self._up_to_date(index)
@@ -88,7 +88,7 @@ class Judged:
             # A row without a picture has the code -1: the last place, which is no picture's.
             return np.asarray(by_picture[index.sha_codes], np.int8)
 
-    def _up_to_date(self, index: Index) -> Codes:
+    def _up_to_date(self, index: ReviewIndex) -> Codes:
         """Each picture's verdict now. Of an index that was asked about before, what is new."""
         done = 0
         by_picture = np.full(len(index.codes_by_sha) + 1, empty_code(), np.int8)
@@ -101,7 +101,7 @@ class Judged:
         self._by_picture = (index, by_picture, len(self._steps))
         return by_picture
 
-    def progress(self, index: Index) -> list[dict[str, Any]]:
+    def progress(self, index: ReviewIndex) -> list[dict[str, Any]]:
         """By partition: how many pictures there are, and how many have which verdict."""
         codes, of = self.codes(index), index.partition_codes
         many = len(index.partitions)

@@ -1,1 +1,1 @@
-"""Likeness: which images are the same picture, or nearly."""
+"""Similarity: which images are the same picture, or nearly."""

@@ -58,7 +58,7 @@ class Purchases:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ImageHashes:
     """What is known of images: their perceptual hash, its quality, and their sharpness.
 
     ``sharpness`` is NaN where it is not known.
@@ -71,7 +71,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class ImageClusters:
     """Which cluster each bought image is in. All arrays are sorted by ``sha256``.
 
     ``centre`` is the place of the image that is kept, its own where it is alone; ``name`` the
@@ -97,15 +97,15 @@ class Likeness:
         return _find(_words(self.sha256), _words(sha256))
 
 
-def find_likeness(
+def find_clusters(
     purchases: Iterable[Purchases],
-    measured: Iterable[Measured],
+    measured: Iterable[ImageHashes],
     verdicts: Mapping[str, str],
     *,
     most_bits: int,
     least_quality: int,
     threads: int | None = None,
-) -> Likeness:
+) -> ImageClusters:
     """Find the clusters, as this file's head says. ``verdicts`` are by sha256, in hexadecimal.
 
     ``purchases`` and ``measured`` are given in parts, so that none need be held twice. Raises
@@ -134,7 +134,7 @@ def find_likeness(
     name = np.arange(len(words))
     np.minimum.at(name, centre, np.arange(len(words)))
     sizes = np.bincount(centre, weights=lines.purchases, minlength=len(words))
-    return Likeness(
+    return ImageClusters(
         sha256=_bytes(words),
         centre=centre,
         name=name[centre],
@@ -190,7 +190,7 @@ def _together(
 
 
 def _measures(
-    words: npt.NDArray[np.uint64], measured: Iterable[Measured]
+    words: npt.NDArray[np.uint64], measured: Iterable[ImageHashes]
 ) -> tuple[Digests, npt.NDArray[np.int32], npt.NDArray[np.float64], Mask]:
     """What is known of these images; an image that was measured twice has the same figures."""
     hashes = np.zeros((len(words), 32), np.uint8)

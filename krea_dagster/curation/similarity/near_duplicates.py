@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS
 from krea_dagster.curation.similarity.clusters import (
     NEVER,
-    Likeness,
-    Measured,
+    ImageClusters,
+    ImageHashes,
     Purchases,
-    find_likeness,
+    find_clusters,
 )
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
 from krea_dagster.engine.states import State
@@ -47,10 +47,10 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("credits_charged", pa.float64(), "What the purchase cost, credits; null while not known"),
 )
 
-LIKENESS_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])
+NEAR_DUPLICATES_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])
 
 #: What each column means, by name.
-LIKENESS_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
+NEAR_DUPLICATES_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
 _ORDER: Final = [
     ("cluster", "ascending"),
@@ -68,7 +68,7 @@ _ROW_GROUP: Final = 10_000
 
 
 @dataclass(frozen=True)
-class Copies:
+class DuplicateCounts:
     """What a table holds. Purchases are distinct request keys.
 
     ``exact`` and ``near`` are the purchases in clusters that are not the ones to keep; ``units``
@@ -97,7 +97,7 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class LikenessFigures:
+class NearDuplicateSummary:
     """What was looked at, and what was found. Images are distinct files."""
 
     images: int
@@ -106,34 +106,34 @@ class LikenessFigures:
     low_quality: int
     pairs_compared: int
     most_bits: int
-    copies: Copies
+    copies: DuplicateCounts
 
 
-def likeness_name(folders: Sequence[str] = ()) -> str:
+def near_duplicates_name(folders: Sequence[str] = ()) -> str:
     """The name of the table's file under the storage root; ``folders`` as for the manifests."""
     return "/".join(["near_duplicates", *map(safe_name, folders), "clusters.parquet"])
 
 
-def read_likeness(
+def read_near_duplicates(
     storage: Storage, folders: Sequence[str] = (), columns: Sequence[str] | None = None
 ) -> pa.Table | None:
     """Read the table, or these columns of it; None where it was never made."""
     try:
-        with storage.open(likeness_name(folders)) as file:
+        with storage.open(near_duplicates_name(folders)) as file:
             return pq.ParquetFile(file).read(None if columns is None else list(columns))
     except FileNotFoundError:
         return None
 
 
-def update_likeness(
+def update_near_duplicates(
     storage: Storage,
     folders: Sequence[str] = (),
     *,
     verdicts: Mapping[str, str] | None = None,
-    most_bits: int = SAME_BITS,
+    most_bits: int = NEAR_BITS,
     least_quality: int = LEAST_QUALITY,
     threads: int | None = None,
-) -> LikenessFigures:
+) -> NearDuplicateSummary:
     """Make the table from all manifests and measures below ``folders``, and write it atomically.
 
     ``verdicts`` are those that count, by sha256. Images without measures are compared by sha256
@@ -143,7 +143,7 @@ def update_likeness(
     if not 0 <= most_bits <= MOST_BITS:
         raise ConfigError(f"most_bits must be 0 to {MOST_BITS} bits of 256, not {most_bits}")
     names = list(manifest_names(storage, folders))
-    found = find_likeness(
+    found = find_clusters(
         _purchases(storage, names),
         _measured(storage, names),
         verdicts or {},
@@ -153,18 +153,18 @@ def update_likeness(
     )
     table = _table(storage, names, found)
     storage.write(
-        likeness_name(folders),
+        near_duplicates_name(folders),
         lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP),
     )
     pa.default_memory_pool().release_unused()
-    return LikenessFigures(
+    return NearDuplicateSummary(
         images=len(found.sha256),
         purchases=int(found.purchases.sum()),
         not_measured=int((~found.measured).sum()),
         low_quality=int((found.measured & ~found.compared).sum()),
         pairs_compared=found.pairs,
         most_bits=most_bits,
-        copies=count_copies(table),
+        copies=count_duplicates(table),
     )
 
 
@@ -180,7 +180,7 @@ def _purchases(storage: Storage, names: Sequence[str]) -> Iterator[Purchases]:
     pa.default_memory_pool().release_unused()
 
 
-def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[Measured]:
+def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashes]:
     """Read the measures of the partitions that have a manifest, and a file of them."""
     columns = ["image_sha256", "perceptual_hash", "perceptual_hash_quality", "sharpness"]
     for manifest in manifests:
@@ -196,7 +196,7 @@ def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[Measured]:
             rows = batch.filter(pc.and_(whole, _is_hash(batch.column("image_sha256"))))
             quality = rows.column("perceptual_hash_quality").cast(pa.int32())
             sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
-            yield Measured(
+            yield ImageHashes(
                 digests_of(rows.column("image_sha256")),
                 _fixed(rows.column("perceptual_hash")),
                 quality.to_numpy(zero_copy_only=False),
@@ -205,9 +205,9 @@ def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[Measured]:
     pa.default_memory_pool().release_unused()
 
 
-def _table(storage: Storage, names: Sequence[str], found: Likeness) -> pa.Table:
+def _table(storage: Storage, names: Sequence[str], found: ImageClusters) -> pa.Table:
     """The rows of the clusters: the manifests are read once more, so that only those are kept."""
-    parts = [LIKENESS_SCHEMA.empty_table()]
+    parts = [NEAR_DUPLICATES_SCHEMA.empty_table()]
     columns = ["partition_key", "prompt_id", "sample", "request_key", "credits_charged"]
     for batch in _stored(storage, names, [*columns, "image_sha256"]):
         places = found.find(digests_of(batch.column("image_sha256")))
@@ -227,19 +227,19 @@ def _table(storage: Storage, names: Sequence[str], found: Likeness) -> pa.Table:
             "keep": pa.array(keep),
             "distance": pa.array(found.distance[places]),
         }
-        arrays = [values[field.name].cast(field.type) for field in LIKENESS_SCHEMA]
-        parts.append(pa.Table.from_arrays(arrays, schema=LIKENESS_SCHEMA))
+        arrays = [values[field.name].cast(field.type) for field in NEAR_DUPLICATES_SCHEMA]
+        parts.append(pa.Table.from_arrays(arrays, schema=NEAR_DUPLICATES_SCHEMA))
     return pa.concat_tables(parts).sort_by(_ORDER)
 
 
-def count_copies(table: pa.Table) -> Copies:
+def count_duplicates(table: pa.Table) -> DuplicateCounts:
     """Count what a table holds."""
     bought = _bought(table)
     copies = bought.filter(pc.invert(bought["keep"]))
     near = copies.filter(pc.equal(copies["kind"], "near"))
     sizes = bought.group_by("cluster").aggregate([("request_key", "count")])
     units = pc.round(pc.multiply(copies["credits_charged"], float(UNITS_PER_CREDIT)))
-    return Copies(
+    return DuplicateCounts(
         clusters=len(sizes),
         largest=pc.max(sizes["request_key_count"]).as_py() or 0,
         exact=len(copies) - len(near),

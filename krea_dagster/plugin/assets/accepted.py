@@ -12,10 +12,10 @@ from krea_dagster.application.quota import wanted_metadata
 from krea_dagster.curation.accepted.accepted_table import (
     ACCEPTED_COLUMNS,
     Accepted,
-    Accepting,
+    AcceptedTableBuilder,
     accepted_schema,
 )
-from krea_dagster.curation.accepted.quota import Outcome, WantedImages, totals_of
+from krea_dagster.curation.accepted.quota import GroupResult, WantedImages, quota_totals
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.manifest import MANIFEST_SCHEMA
@@ -121,7 +121,9 @@ def build_accepted_assets(
         krea = krea_of(context, resource_key)
         keys = sorted(map(str, context.partition_keys))
         with as_failure(), _journal(krea) as journal:
-            accepting = Accepting.read(krea.open_storage(), journal, rules, wanted, folders)
+            accepting = AcceptedTableBuilder.read(
+                krea.open_storage(), journal, rules, wanted, folders
+            )
             # Before they are made: these verdicts, and no later ones, are what they are made of.
             report_in_step(context, verdicts_key, accepting.versions(keys))
             made, outcomes = accepting.make(keys)
@@ -209,7 +211,9 @@ def build_verdicts_sensor(
                 )
                 if seen == _Seen.from_cursor(context.cursor):
                     return dg.SkipReason(_SAME)
-                accepting = Accepting.read(krea.open_storage(), journal, rules, None, folders)
+                accepting = AcceptedTableBuilder.read(
+                    krea.open_storage(), journal, rules, None, folders
+                )
                 versions = accepting.versions(accepting.partitions())
         except KreaError as error:
             return dg.SkipReason(str(error))
@@ -271,9 +275,9 @@ def shown_schema(schema: pa.Schema) -> dg.TableSchema:
     return dg.TableSchema(columns, shown.constraints)
 
 
-def check_wanted(outcomes: Sequence[Outcome], wanted: WantedImages) -> dg.AssetCheckResult:
+def check_wanted(outcomes: Sequence[GroupResult], wanted: WantedImages) -> dg.AssetCheckResult:
     """Whether each group has exactly as many accepted images as are wanted; names the short."""
-    totals = totals_of(outcomes)
+    totals = quota_totals(outcomes)
     lacking = totals["groups"] - totals["groups_reached"]
     short = [one for one in outcomes if one.short]
     said = f"{totals['accepted']} of {totals['wanted']} wanted images are accepted"

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from krea_dagster import redact
 from krea_dagster.curation.export.export import Exported, export
-from krea_dagster.curation.export.shards import Progress
+from krea_dagster.curation.export.shards import ExportProgress
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.accepted import ACCEPTED_ASSET
@@ -150,7 +150,7 @@ class _Progress:
         self._log = context.log
         self._next_s = time.monotonic() + _LOG_EVERY_S
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: ExportProgress) -> None:
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _LOG_EVERY_S
             self._log.info(f"{progress.images} of {progress.total} images exported")

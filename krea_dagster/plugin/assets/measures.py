@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from krea_dagster import redact
 from krea_dagster.curation.measures.custom import Measure, checked
-from krea_dagster.curation.measures.measure_partitions import Measured, measure_partitions
+from krea_dagster.curation.measures.measure_partitions import MeasuredPartition, measure_partitions
 from krea_dagster.curation.measures.measures_table import (
     MEASURES_DESCRIPTIONS,
     MEASURES_SCHEMA,
@@ -105,7 +105,7 @@ def build_image_measures(
     return image_measures
 
 
-def measures_metadata(measured: Measured) -> Mapping[str, Any]:
+def measures_metadata(measured: MeasuredPartition) -> Mapping[str, Any]:
     """The metadata of one partition: counts, the median of each figure, and how they lie."""
     table = measured.table
     names = [*_SHOWN, *table.column_names[len(MEASURES_SCHEMA) :]]

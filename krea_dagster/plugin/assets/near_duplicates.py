@@ -7,18 +7,18 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster import redact
-from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
 from krea_dagster.curation.similarity.near_duplicates import (
-    LIKENESS_DESCRIPTIONS,
-    LIKENESS_SCHEMA,
-    Copies,
-    LikenessFigures,
-    count_copies,
+    NEAR_DUPLICATES_DESCRIPTIONS,
+    NEAR_DUPLICATES_SCHEMA,
+    DuplicateCounts,
+    NearDuplicateSummary,
+    count_duplicates,
     largest_clusters,
-    likeness_name,
-    read_likeness,
-    update_likeness,
+    near_duplicates_name,
+    read_near_duplicates,
+    update_near_duplicates,
 )
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -39,7 +39,7 @@ def build_near_duplicates(
     prefix: Sequence[str] = (),
     group_name: str = "krea",
     resource_key: str = "krea",
-    most_bits: int = SAME_BITS,
+    most_bits: int = NEAR_BITS,
     least_quality: int = LEAST_QUALITY,
 ) -> dg.AssetsDefinition:
     """Build ``near_duplicates``: clusters of pictures that are the same, over all partitions.
@@ -72,7 +72,7 @@ def build_near_duplicates(
         krea = krea_of(context, resource_key)
         with as_failure():
             storage = krea.open_storage()
-            figures = update_likeness(
+            figures = update_near_duplicates(
                 storage,
                 folders,
                 verdicts=present_verdicts(krea),
@@ -86,7 +86,7 @@ def build_near_duplicates(
                 **likeness_metadata(figures),
                 "dagster/row_count": len(table),
                 **({"largest_clusters": small_table(shown)} if shown else {}),
-                "path": location_value(storage.locate(likeness_name(folders))),
+                "path": location_value(storage.locate(near_duplicates_name(folders))),
             }
         )
 
@@ -110,7 +110,7 @@ def build_no_near_duplicates_check(
     )
     def no_near_duplicates(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with as_failure():
-            table = read_likeness(krea_of(context, resource_key).open_storage(), folders)
+            table = read_near_duplicates(krea_of(context, resource_key).open_storage(), folders)
         if table is None:
             return dg.AssetCheckResult(
                 passed=False,
@@ -124,7 +124,7 @@ def build_no_near_duplicates_check(
     return no_near_duplicates
 
 
-def likeness_metadata(figures: LikenessFigures) -> Mapping[str, Any]:
+def likeness_metadata(figures: NearDuplicateSummary) -> Mapping[str, Any]:
     """The figures as Dagster plots them, and the copies by distance as a table."""
     copies = figures.copies
     values: dict[str, Any] = {
@@ -142,7 +142,7 @@ def likeness_metadata(figures: LikenessFigures) -> Mapping[str, Any]:
     return values
 
 
-def _counted(copies: Copies) -> Mapping[str, Any]:
+def _counted(copies: DuplicateCounts) -> Mapping[str, Any]:
     return {
         "clusters": copies.clusters,
         "largest_cluster": copies.largest,
@@ -162,7 +162,7 @@ def present_verdicts(krea: KreaResource) -> dict[str, str]:
 
 
 def _checked(table: pa.Table) -> dg.AssetCheckResult:
-    copies = count_copies(table)
+    copies = count_duplicates(table)
     if not copies.clusters:
         return dg.AssetCheckResult(
             passed=True,
@@ -191,14 +191,16 @@ def _checked(table: pa.Table) -> dg.AssetCheckResult:
 
 
 def _read(storage: Storage, folders: Sequence[str]) -> pa.Table:
-    table = read_likeness(storage, folders)
-    return LIKENESS_SCHEMA.empty_table() if table is None else table
+    table = read_near_duplicates(storage, folders)
+    return NEAR_DUPLICATES_SCHEMA.empty_table() if table is None else table
 
 
 def _schema() -> dg.TableSchema:
     return dg.TableSchema(
         columns=[
-            dg.TableColumn(one.name, str(one.type), description=LIKENESS_DESCRIPTIONS[one.name])
-            for one in LIKENESS_SCHEMA
+            dg.TableColumn(
+                one.name, str(one.type), description=NEAR_DUPLICATES_DESCRIPTIONS[one.name]
+            )
+            for one in NEAR_DUPLICATES_SCHEMA
         ]
     )

@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.quota import Asked, ask_for_wanted
-from krea_dagster.curation.accepted.accepted_table import Accepting
-from krea_dagster.curation.accepted.quota import Outcome, WantedImages
+from krea_dagster.curation.accepted.accepted_table import AcceptedTableBuilder
+from krea_dagster.curation.accepted.quota import GroupResult, WantedImages
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
@@ -136,11 +136,13 @@ class Studio:
                 write_manifest_parts(storage, key, schema, parts, [self.prefix])
         return asked
 
-    def outcomes(self) -> Mapping[str, Outcome]:
+    def outcomes(self) -> Mapping[str, GroupResult]:
         """Make ``accepted_images`` without Dagster; returns how each group stands."""
         with self.journal() as journal:
             storage, folders = self.krea.open_storage(), [self.prefix]
-            accepting = Accepting.read(storage, journal, self.rules, self.wanted, folders)
+            accepting = AcceptedTableBuilder.read(
+                storage, journal, self.rules, self.wanted, folders
+            )
             _, outcomes = accepting.make(self.partitions)
         return {one.name: one for one in outcomes}
 

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from krea_dagster.curation.accepted.accepted_table import Accepting
+from krea_dagster.curation.accepted.accepted_table import AcceptedTableBuilder
 from krea_dagster.curation.accepted.rules import (
     Evidence,
     Range,
     Rules,
     judge,
+    redundant_rows,
     row_names,
-    spare_rows,
     take,
     verdict_table,
     verdict_version,
@@ -152,7 +152,7 @@ ALIKE = clusters(
 
 
 def duplicates(verdicts: pa.Table, **rules: Any) -> list[str]:
-    spare = spare_rows(ALIKE, verdicts, **rules)
+    spare = redundant_rows(ALIKE, verdicts, **rules)
     table = rows("a", "b", "c", "d", "e")
     return reasons(table, Rules(one_of_duplicates=True, **rules), Evidence(verdicts, None, spare))
 
@@ -278,6 +278,6 @@ def test_a_measure_may_be_whole_in_one_partition_and_broken_in_another(tmp_path:
         table = pa.table({"image_sha256": [sha(f"{name}{one}") for one in scores], "score": scores})
         storage.write(f"measures/{name}.parquet", partial(pq.write_table, table))
     with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
-        evidence = Accepting.read(storage, journal, Rules.parse(["score>=2"])).evidence()
+        evidence = AcceptedTableBuilder.read(storage, journal, Rules.parse(["score>=2"])).evidence()
     assert evidence.measures is not None
     assert evidence.measures["score"].to_pylist() == [1.0, 3.0, 2.5, 0.5]

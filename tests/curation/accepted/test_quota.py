@@ -18,11 +18,11 @@ from krea_dagster.curation.accepted.quota import (
     IS_REFUSED,
     IS_UNDECIDED,
     SLOT_SCHEMA,
-    Decision,
+    QuotaDecision,
     WantedImages,
     decide,
-    standings,
-    totals_of,
+    quota_totals,
+    slot_states,
 )
 from krea_dagster.errors import ConfigError
 
@@ -59,7 +59,7 @@ def table(*slots: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(slots), SLOT_SCHEMA)
 
 
-def decided(wanted: WantedImages | int, *stands: str, **columns: list[Any]) -> Decision:
+def decided(wanted: WantedImages | int, *stands: str, **columns: list[Any]) -> QuotaDecision:
     """The decision about one prompt whose samples stand so."""
     slots = [
         slot(
@@ -75,7 +75,7 @@ def decided(wanted: WantedImages | int, *stands: str, **columns: list[Any]) -> D
     return decide(how, table(*slots), np.array([NAMES[one] for one in stands], np.int8))
 
 
-def marks(decision: Decision) -> str:
+def marks(decision: QuotaDecision) -> str:
     """One letter a slot: a for asked, g for another picture, h for held, - for left alone."""
     letters = zip(decision.ask, decision.again, decision.held, strict=True)
     return "".join(
@@ -217,7 +217,7 @@ def test_a_prompt_that_stays_short_says_why(wanted: int, stands: str, short: int
 
 
 def test_totals_count_no_more_accepted_than_are_wanted() -> None:
-    found = totals_of(decided(1, "accepted", "accepted").outcomes)
+    found = quota_totals(decided(1, "accepted", "accepted").outcomes)
     assert (found["wanted"], found["accepted"], found["groups_reached"]) == (1, 1, 1)
     assert (found["candidates"], found["candidate_credits"]) == (2, 0.9)
 
@@ -255,7 +255,7 @@ def test_totals_count_no_more_accepted_than_are_wanted() -> None:
     ],
 )
 def test_how_a_slot_stands(values: dict[str, Any], reason: str, stands: str) -> None:
-    found = standings(table(slot(**values)), pa.array([reason]), retry_errors=["busy"])
+    found = slot_states(table(slot(**values)), pa.array([reason]), retry_errors=["busy"])
     assert found.tolist() == [NAMES[stands]]
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from krea_dagster.curation.export.export import export
-from krea_dagster.curation.export.shards import Progress
+from krea_dagster.curation.export.shards import ExportProgress
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.engine.storage.storage import Storage
 
@@ -16,7 +16,7 @@ def main() -> None:
     root, to, form, after = sys.argv[1:]
     left = int(after)
 
-    def die(progress: Progress) -> None:
+    def die(progress: ExportProgress) -> None:
         nonlocal left
         left -= 1
         if left == 0:

@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema
-from krea_dagster.curation.similarity.near_duplicates import LIKENESS_SCHEMA, likeness_name
+from krea_dagster.curation.similarity.near_duplicates import (
+    NEAR_DUPLICATES_SCHEMA,
+    near_duplicates_name,
+)
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
@@ -120,8 +123,8 @@ class Shelf:
             for cluster in clusters
             for row in cluster
         ]
-        table = pa.Table.from_pylist(rows, LIKENESS_SCHEMA)
-        self.storage.write(likeness_name(), lambda file: pq.write_table(table, file))
+        table = pa.Table.from_pylist(rows, NEAR_DUPLICATES_SCHEMA)
+        self.storage.write(near_duplicates_name(), lambda file: pq.write_table(table, file))
 
     def _put(self, name: str, data: bytes) -> None:
         if self.storage.folder is None:

@@ -29,7 +29,7 @@ from krea_dagster.curation.export.image_content import (
     without_parameters,
 )
 from krea_dagster.curation.export.spec import ExportSpec, Form
-from krea_dagster.curation.export.target import Target
+from krea_dagster.curation.export.target import ExportTarget
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.export.stored_images import Shelf, drawn
@@ -421,7 +421,7 @@ def test_a_version_that_another_export_removed_is_not_published(shelf: Shelf, to
     first = done(shelf, to, form="jsonl")
     shelf.accept([*rows, *shelf.rows(1, 3)])
     second = done(shelf, to, form="jsonl")
-    target = Target(to)
+    target = ExportTarget(to)
     target.publish(first.version)
     shutil.rmtree(Path(second.path))
     with pytest.raises(StorageError, match="removed by another export"):

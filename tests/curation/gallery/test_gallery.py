@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from krea_dagster.curation.gallery.command import gallery_command
-from krea_dagster.curation.gallery.filter import GalleryFilter, choose_rows
-from krea_dagster.curation.gallery.page import Written, estimate_bytes, write_gallery
+from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
+from krea_dagster.curation.gallery.page import GallerySummary, estimate_bytes, write_gallery
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
@@ -60,10 +60,10 @@ class Page(HTMLParser):
 
 def page_of(
     walls: Walls, wanted: GalleryFilter | None = None, **options: Any
-) -> tuple[Page, Written]:
+) -> tuple[Page, GallerySummary]:
     storage = walls.write()
     verdicts = options.pop("verdicts", {})
-    chosen = choose_rows(storage, wanted or GalleryFilter(), verdicts)
+    chosen = select_rows(storage, wanted or GalleryFilter(), verdicts)
     target = io.BytesIO()
     written = write_gallery(storage, chosen, target, **options)
     assert written.size_bytes == len(target.getvalue())
@@ -213,7 +213,7 @@ def test_a_row_that_failed_says_why_where_it_is_asked_for(walls: Walls) -> None:
 
 
 def chosen(walls: Walls, judged: dict[str, str] | None = None, **filtered: Any) -> list[str]:
-    found = choose_rows(walls.write(), GalleryFilter(**filtered), judged or {})
+    found = select_rows(walls.write(), GalleryFilter(**filtered), judged or {})
     return [row["prompt_id"] for row in found.rows]
 
 
@@ -262,7 +262,7 @@ def test_rows_are_chosen_by_partition_verdict_and_number(mixed: Walls) -> None:
     assert chosen(mixed, partitions=["b", "a"]) == ["four", "one", "two", "three"]
     assert chosen(mixed, verdicts, verdicts=["keep", "reject"]) == ["one", "four"]
     assert chosen(mixed, verdicts, verdicts=["none"]) == ["two", "three"]
-    found = choose_rows(mixed.storage, GalleryFilter(limit=2), {})
+    found = select_rows(mixed.storage, GalleryFilter(limit=2), {})
     assert (len(found.rows), found.matched) == (2, 4)
 
 
@@ -286,7 +286,7 @@ def test_a_filter_that_cannot_be_met_says_why(
 
 def test_without_a_manifest_there_is_no_gallery(walls: Walls) -> None:
     with pytest.raises(ConfigError, match="no manifest under"):
-        choose_rows(walls.storage, GalleryFilter(), {})
+        select_rows(walls.storage, GalleryFilter(), {})
 
 
 def test_the_filter_is_said_in_words() -> None:
@@ -313,7 +313,7 @@ def test_the_page_stays_below_its_size_and_says_what_is_left_out(walls: Walls) -
     assert 0 < written.shown < 30
     assert written.left_out == 30 - written.shown
     assert f"{written.left_out} more rows are left out" in page.text
-    about = estimate_bytes(walls.storage, choose_rows(walls.storage, GalleryFilter(), {}).rows)
+    about = estimate_bytes(walls.storage, select_rows(walls.storage, GalleryFilter(), {}).rows)
     assert 0.6 < about / all_of_it.size_bytes < 1.6
     assert len(whole.all("img")) == 30
 

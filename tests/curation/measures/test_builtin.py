@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
 from krea_dagster.curation.measures.builtin import NAMES, measure, plain
-from krea_dagster.curation.measures.pdq import LEAST_QUALITY, SAME_BITS, perceptual_hash
+from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS, perceptual_hash
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -195,7 +195,7 @@ def test_a_picture_of_any_mode_has_about_the_figures_of_its_rgb(mode: str) -> No
     picture = checkerboard(16).convert("RGB")
     found = measure(picture.convert(mode))
     assert found.brightness == pytest.approx(0.5, abs=0.01)
-    assert bits(found.perceptual_hash, measure(picture).perceptual_hash) <= SAME_BITS
+    assert bits(found.perceptual_hash, measure(picture).perceptual_hash) <= NEAR_BITS
 
 
 def test_grey_of_16_bits_counts_from_black_to_white() -> None:
@@ -253,15 +253,15 @@ def test_a_picture_at_another_size_or_compressed_again_keeps_its_hash() -> None:
     picture.save(file, "JPEG", quality=30)
     own = measure(picture).perceptual_hash
     with Image.open(file) as again:
-        assert bits(own, measure(again).perceptual_hash) <= SAME_BITS
+        assert bits(own, measure(again).perceptual_hash) <= NEAR_BITS
     smaller = picture.resize((300, 300), Image.Resampling.LANCZOS)
-    assert bits(own, measure(smaller).perceptual_hash) <= SAME_BITS
+    assert bits(own, measure(smaller).perceptual_hash) <= NEAR_BITS
 
 
 def test_other_pictures_have_other_hashes() -> None:
     own = measure(waves(256, 256)).perceptual_hash
     for other in (waves(256, 256, 1), noise(256), checkerboard(32)):
-        assert bits(own, measure(other).perceptual_hash) > 2 * SAME_BITS
+        assert bits(own, measure(other).perceptual_hash) > 2 * NEAR_BITS
 
 
 def test_a_picture_with_little_in_it_says_so() -> None:

@@ -20,7 +20,7 @@ from krea_dagster.curation.measures.builtin import measure
 from krea_dagster.curation.measures.cache import (
     KEY,
     MeasureCache,
-    Notes,
+    MeasureWriter,
     digests,
     measured_while_verified,
 )
@@ -34,7 +34,7 @@ def sha(number: int) -> str:
 
 
 def scores(storage: Storage, version: str = "1") -> MeasureCache:
-    return MeasureCache.of_further(storage, "score", version)
+    return MeasureCache.custom(storage, "score", version)
 
 
 def found(cache: MeasureCache, numbers: range) -> dict[bytes, float | None]:
@@ -49,7 +49,7 @@ def write_scores(root: str, numbers: range) -> None:
     """Take note of a value for each number, and write one file for each."""
     cache = scores(Storage(root))
     for number in numbers:
-        with Notes(cache) as notes:
+        with MeasureWriter(cache) as notes:
             notes.take(sha(number), (float(number),))
 
 
@@ -63,7 +63,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
 
 
 def test_what_was_written_is_found_by_another_process_and_nothing_else_is(storage: Storage) -> None:
-    with Notes(scores(storage)) as notes:
+    with MeasureWriter(scores(storage)) as notes:
         for number in range(10):
             notes.take(sha(number), (float(number),))
     again = scores(storage)
@@ -71,13 +71,13 @@ def test_what_was_written_is_found_by_another_process_and_nothing_else_is(storag
 
 
 def test_no_value_is_an_answer_too(storage: Storage) -> None:
-    with Notes(scores(storage)) as notes:
+    with MeasureWriter(scores(storage)) as notes:
         notes.take(sha(1), (None,))
     assert found(scores(storage), range(3)) == {bytes.fromhex(sha(1)): None}
 
 
 def test_another_version_knows_nothing_yet(storage: Storage) -> None:
-    with Notes(scores(storage)) as notes:
+    with MeasureWriter(scores(storage)) as notes:
         notes.take(sha(1), (0.5,))
     assert found(scores(storage, version="2"), range(3)) == {}
 
@@ -85,7 +85,7 @@ def test_another_version_knows_nothing_yet(storage: Storage) -> None:
 def test_many_small_files_become_one_and_lose_nothing(storage: Storage) -> None:
     cache = scores(storage)
     for number in range(100):
-        with Notes(cache) as notes:
+        with MeasureWriter(cache) as notes:
             notes.take(sha(number), (float(number),))
     assert len(list(storage.names("measures/_cache"))) <= 33
     assert len(found(cache, range(100))) == 100
@@ -103,7 +103,7 @@ def test_where_nothing_may_be_removed_the_small_files_stay_and_nothing_is_lost(
 ) -> None:
     cache = scores(NothingRemoved(str(tmp_path)))
     for number in range(40):
-        with Notes(cache) as notes:
+        with MeasureWriter(cache) as notes:
             notes.take(sha(number), (float(number),))
     assert len(found(cache, range(40))) == 40
     assert len(list(tmp_path.rglob("*.parquet"))) == 41, "it was tried once"
@@ -132,7 +132,7 @@ def test_several_processes_write_and_tidy_up_at_once_and_lose_nothing(tmp_path: 
 def test_notes_are_written_when_they_have_waited_long_enough_or_are_many(tmp_path: Path) -> None:
     now_s = [0.0]
     cache = scores(Storage(str(tmp_path)))
-    notes = Notes(cache, wait_s=60.0, clock=lambda: now_s[0])
+    notes = MeasureWriter(cache, wait_s=60.0, clock=lambda: now_s[0])
     notes.take(sha(0), (0.0,))
     now_s[0] = 59.0
     notes.take(sha(1), (1.0,))
@@ -147,7 +147,7 @@ def test_notes_are_written_when_they_have_waited_long_enough_or_are_many(tmp_pat
 
 def test_threads_may_take_notes_at_once(tmp_path: Path) -> None:
     cache = scores(Storage(str(tmp_path)))
-    with Notes(cache, keep=True) as notes, ThreadPoolExecutor(4) as pool:
+    with MeasureWriter(cache, keep=True) as notes, ThreadPoolExecutor(4) as pool:
         for number in range(5000):
             pool.submit(notes.take, sha(number), (float(number),))
     assert len(found(cache, range(5000))) == 5000
@@ -158,7 +158,7 @@ def test_a_run_measures_what_it_decodes(storage: Storage) -> None:
     with measured_while_verified(storage) as on_picture:
         for number in range(3):
             on_picture(sha(number), drawn(number))
-    table = MeasureCache.of_pictures(storage).find(digests(pa.array([sha(2)])))
+    table = MeasureCache.builtin(storage).find(digests(pa.array([sha(2)])))
     (row,) = table.to_pylist()
     assert row.pop(KEY) == bytes.fromhex(sha(2))
     assert tuple(row.values()) == measure(drawn(2)).values()
@@ -175,14 +175,14 @@ def test_a_run_goes_on_where_figures_cannot_be_written(
     ):
         on_picture(sha(1), drawn(1))
     assert "will be measured again" in caplog.text
-    notes = Notes(MeasureCache.of_pictures(storage))
+    notes = MeasureWriter(MeasureCache.builtin(storage))
     notes.take(sha(1), measure(drawn(1)).values())
     with pytest.raises(StorageError, match="measures cannot be written to"):
         notes.close()
 
 
 def test_a_large_cache_is_read_in_bulk(tmp_path: Path) -> None:
-    cache = MeasureCache.of_pictures(Storage(str(tmp_path)))
+    cache = MeasureCache.builtin(Storage(str(tmp_path)))
     count = 100_000
     generator = np.random.default_rng(0)
     key = generator.bytes(32 * count)

@@ -16,7 +16,7 @@ from PIL import Image
 from krea_dagster.curation.measures.builtin import NAMES, measure
 from krea_dagster.curation.measures.cache import measured_while_verified
 from krea_dagster.curation.measures.custom import Measure
-from krea_dagster.curation.measures.measure_partitions import Measured, measure_partitions
+from krea_dagster.curation.measures.measure_partitions import MeasuredPartition, measure_partitions
 from krea_dagster.curation.measures.measures_table import (
     MEASURES_SCHEMA,
     measures_name,
@@ -32,7 +32,7 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(str(tmp_path / "krea"))
 
 
-def measured(shelf: Shelf, *keys: str, **options: Any) -> list[Measured]:
+def measured(shelf: Shelf, *keys: str, **options: Any) -> list[MeasuredPartition]:
     return list(measure_partitions(shelf.storage, keys or ("a",), **options))
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.review.app import Review, Setting, name_in
+from krea_dagster.curation.review.app import Review, ReviewSettings, name_in
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
@@ -331,7 +331,7 @@ def test_new_rows_are_seen_while_the_page_is_open(tmp_path: Path) -> None:
     shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
     storage = Storage(str(shelf.folder))
     with closing(Journal(shelf.journal_url)) as journal:
-        review = Review(Setting(storage, journal, "ada", "krea"))
+        review = Review(ReviewSettings(storage, journal, "ada", "krea"))
         before = review.generation
         table = read_manifests(storage, ["bucket-000"])
         (shelf.folder / "manifest" / "bucket-001.parquet").write_bytes(b"not whole yet")

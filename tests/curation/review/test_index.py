@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from krea_dagster.curation.review.index import Index, Stamp, build_index
-from krea_dagster.curation.review.verdict_view import Judged
+from krea_dagster.curation.review.index import ReviewIndex, Stamp, build_index
+from krea_dagster.curation.review.verdict_view import VerdictView
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import VERDICTS, Verdict
@@ -35,7 +35,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return make_shelf(tmp_path_factory.mktemp("index") / "krea", rows=ROWS, subjects=1)
 
 
-def read(shelf: Shelf) -> Index:
+def read(shelf: Shelf) -> ReviewIndex:
     with closing(Journal(shelf.journal_url)) as journal:
         return build_index(Storage(str(shelf.folder)), journal)
 
@@ -154,7 +154,7 @@ def test_an_empty_root_has_an_empty_index(tmp_path: Path) -> None:
     with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
         index = build_index(Storage(str(tmp_path)), journal)
         assert len(index) == 0
-        assert Judged(journal.verdicts).progress(index) == []
+        assert VerdictView(journal.verdicts).progress(index) == []
 
 
 def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
@@ -195,7 +195,7 @@ def test_a_list_can_be_asked_for_as_the_verdicts_stood_before(tmp_path: Path) ->
     with closing(Journal(shelf.journal_url)) as journal:
         log = journal.verdicts
         log.remember([on(0, "keep"), on(1, "reject")])
-        judged = Judged(log)
+        judged = VerdictView(log)
         index = build_index(Storage(str(shelf.folder)), journal)
         places = [index.table["image_sha256"].to_pylist().index(sha256(one)) for one in range(3)]
 

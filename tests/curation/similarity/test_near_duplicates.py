@@ -12,12 +12,12 @@ from PIL import Image
 
 from krea_dagster.curation.measures.builtin import measure
 from krea_dagster.curation.similarity.near_duplicates import (
-    LIKENESS_SCHEMA,
-    LikenessFigures,
+    NEAR_DUPLICATES_SCHEMA,
+    NearDuplicateSummary,
     largest_clusters,
-    likeness_name,
-    read_likeness,
-    update_likeness,
+    near_duplicates_name,
+    read_near_duplicates,
+    update_near_duplicates,
 )
 from krea_dagster.emulator.render import render
 from krea_dagster.engine.storage.storage import Storage
@@ -30,16 +30,16 @@ def pile(tmp_path: Path) -> Pile:
     return Pile(tmp_path)
 
 
-def found(pile: Pile, **options: Any) -> tuple[LikenessFigures, dict[str, dict[str, Any]]]:
+def found(pile: Pile, **options: Any) -> tuple[NearDuplicateSummary, dict[str, dict[str, Any]]]:
     """The figures, and the table's rows by prompt_id."""
-    figures = update_likeness(pile.write(), pile.folders, **options)
+    figures = update_near_duplicates(pile.write(), pile.folders, **options)
     return figures, rows_of(pile.storage, pile.folders)
 
 
 def rows_of(storage: Storage, folders: Any = ()) -> dict[str, dict[str, Any]]:
-    table = read_likeness(storage, folders)
+    table = read_near_duplicates(storage, folders)
     assert table is not None
-    assert table.schema.remove_metadata() == LIKENESS_SCHEMA
+    assert table.schema.remove_metadata() == NEAR_DUPLICATES_SCHEMA
     return {row["prompt_id"]: row for row in table.to_pylist()}
 
 
@@ -167,7 +167,7 @@ def test_the_limit_can_be_set(pile: Pile) -> None:
 
 def test_a_limit_that_cannot_be_is_refused(pile: Pile) -> None:
     with pytest.raises(ConfigError, match="0 to 47 bits of 256, not 48"):
-        update_likeness(pile.write(), most_bits=48)
+        update_near_duplicates(pile.write(), most_bits=48)
 
 
 # -- which one is kept ----------------------------------------------------------------------------
@@ -220,8 +220,8 @@ def test_the_order_of_rows_changes_no_byte(tmp_path: Path, shuffle: int) -> None
                     partition="abc"[(number + copy) % 3],
                     file=f"{number}" if copy == 2 else None,
                 )
-        update_likeness(pile.write(order))
-        files.append((root / likeness_name()).read_bytes())
+        update_near_duplicates(pile.write(order))
+        files.append((root / near_duplicates_name()).read_bytes())
     assert files[0] == files[1]
 
 
@@ -235,14 +235,14 @@ def test_tables_that_share_a_root_are_kept_apart(tmp_path: Path) -> None:
         pile.add(f"one of {folders}", picture)
         pile.add(f"two of {folders}", picture)
         pile.write()
-    update_likeness(Storage(str(tmp_path)), ["shop"])
-    assert read_likeness(Storage(str(tmp_path))) is None
+    update_near_duplicates(Storage(str(tmp_path)), ["shop"])
+    assert read_near_duplicates(Storage(str(tmp_path))) is None
     assert set(rows_of(Storage(str(tmp_path)), ["shop"])) == {"one of ['shop']", "two of ['shop']"}
 
 
 def test_nothing_stored_gives_an_empty_table(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    assert update_likeness(storage).copies.clusters == 0
+    assert update_near_duplicates(storage).copies.clusters == 0
     assert rows_of(storage) == {}
 
 
@@ -261,7 +261,7 @@ def test_the_largest_clusters_come_first_with_what_went_into_their_copies(pile: 
     for number in range(3):
         pile.add(f"large {number}", flipped(large, [number]), sharpness=9.0 - number)
     found(pile)
-    table = read_likeness(pile.storage)
+    table = read_near_duplicates(pile.storage)
     assert table is not None
     shown = largest_clusters(table, 5)
     assert [(one["prompt_id"], one["purchases"], one["copies_credits"]) for one in shown] == [
