@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from krea_dagster.api.client import DEFAULT_BASE_URL, KreaClient
-from krea_dagster.api.files import Download
+from krea_dagster.api.download import Download
 
 __all__ = ["DEFAULT_BASE_URL", "Download", "KreaClient"]

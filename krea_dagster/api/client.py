@@ -29,10 +29,9 @@ import anyio
 import httpx
 
 from krea_dagster import redact
-from krea_dagster.api.addresses import Addresses, Resolve, resolve_host, resolve_nothing
 from krea_dagster.api.batch_reads import BatchUse
+from krea_dagster.api.download import Download, FileHosts, Sink
 from krea_dagster.api.exchange import Answer, NoAnswer, exchange
-from krea_dagster.api.files import Download, FileHosts, Sink
 from krea_dagster.api.links import (
     AddressKind,
     address_kind,
@@ -41,6 +40,7 @@ from krea_dagster.api.links import (
     is_local_name,
 )
 from krea_dagster.api.proxies import Proxies, Secret
+from krea_dagster.api.resolver import Addresses, Resolve, resolve_host, resolve_nothing
 from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.api.wire import (
     BATCH_MAX,

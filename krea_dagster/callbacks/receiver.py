@@ -33,7 +33,7 @@ import anyio
 import anyio.to_thread
 from starlette.types import Receive, Scope, Send
 
-from krea_dagster.callbacks.gather import Gather, Remember
+from krea_dagster.callbacks.batcher import Gather, Remember
 from krea_dagster.callbacks.limits import Limits, client_name
 from krea_dagster.callbacks.urls import PathReader
 from krea_dagster.errors import KreaError

@@ -21,7 +21,7 @@ from typing import Any, Final
 import httpx
 
 from krea_dagster.api.client import KreaClient
-from krea_dagster.api.files import Download, Sink
+from krea_dagster.api.download import Download, Sink
 from krea_dagster.api.transport import reports_unsent
 from krea_dagster.api.wire import CREATE_PATH, TASKS_PATH
 from krea_dagster.drill import edges

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from krea_dagster.emulator.command import emulator_command
     from krea_dagster.emulator.faults import FAULTS, Fault, UnknownFaultError
     from krea_dagster.emulator.server import Emulator, serve
-    from krea_dagster.emulator.state import StateInUseError
+    from krea_dagster.emulator.state_file import StateInUseError
     from krea_dagster.emulator.world import World
 
 __all__ = [
@@ -45,7 +45,7 @@ _HOMES: Final = {
     "FAULTS": "faults",
     "Emulator": "server",
     "Fault": "faults",
-    "StateInUseError": "state",
+    "StateInUseError": "state_file",
     "UnknownFaultError": "faults",
     "World": "world",
     "emulator_command": "command",

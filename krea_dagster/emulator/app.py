@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from krea_dagster.emulator import contract, faults
 from krea_dagster.emulator.contract import Refusal
 from krea_dagster.emulator.faults import Chosen, Kind
-from krea_dagster.emulator.files import BODY_EFFECTS, PictureKey, Pictures
+from krea_dagster.emulator.images import BODY_EFFECTS, PictureKey, Pictures
 from krea_dagster.emulator.payloads import (
     created_answer,
     credits_answer,

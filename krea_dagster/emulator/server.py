@@ -23,7 +23,7 @@ import uvicorn
 from starlette.types import Scope
 
 from krea_dagster.emulator.app import create_app
-from krea_dagster.emulator.callbacks import TIMEOUT_S, Caller
+from krea_dagster.emulator.callback_sender import TIMEOUT_S, Caller
 from krea_dagster.emulator.contract import UNITS_PER_CREDIT
 from krea_dagster.emulator.world import LINK_LIFETIME_S, World
 

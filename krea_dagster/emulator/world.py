@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from krea_dagster.emulator import faults
 from krea_dagster.emulator.accounting import booked, counted
+from krea_dagster.emulator.callback_queue import DueCall, Outbox
 from krea_dagster.emulator.contract import (
     MAX_SEED,
     PRICE_UNITS,
@@ -33,8 +34,7 @@ from krea_dagster.emulator.contract import (
     Order,
 )
 from krea_dagster.emulator.faults import Chosen, Kind
-from krea_dagster.emulator.outbox import DueCall, Outbox
-from krea_dagster.emulator.state import State
+from krea_dagster.emulator.state_file import State
 
 LINK_LIFETIME_S: Final = 24 * 3600.0
 

@@ -14,7 +14,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.states import State
 from krea_dagster.plugin.sensors.collect import COLLECTS_TAG
 from tests.callbacks.callback_flood import SECRET, serving
-from tests.callbacks.callback_tls import Tls
+from tests.callbacks.tls_certificates import Tls
 from tests.daemon.daemon_bench import Dagster, dagster_dev
 from tests.dagster_bench import write_table
 from tests.engine.engine_bench import ServerClock

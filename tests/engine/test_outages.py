@@ -31,7 +31,7 @@ from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
-from tests.api.api_loopback import answers, serving
+from tests.api.loopback_server import answers, serving
 from tests.engine.engine_bench import House, as_wanted, house, several
 from tests.engine.gate import Gate, gate_to
 

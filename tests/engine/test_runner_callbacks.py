@@ -1,7 +1,7 @@
 """Runs whose purchases name an address to call: what is asked, when, and what a call may decide.
 
 The calls are written into the journal as the receiver writes them. Over TLS, from the emulator
-to a receiver of its own process, it is shown in tests/callbacks/test_callback_runs.py.
+to a receiver of its own process, it is shown in tests/callbacks/test_runs.py.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import httpx
 from sqlalchemy import Engine, event
 
 from krea_dagster.emulator.app import create_app
-from krea_dagster.emulator.callbacks import Caller
+from krea_dagster.emulator.callback_sender import Caller
 from krea_dagster.emulator.faults import Chosen, Kind
 from krea_dagster.emulator.world import World
 from krea_dagster.engine.journal.callback_log import CallLog

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from krea_dagster.emulator.files import PictureKey, Pictures, bomb
+from krea_dagster.emulator.images import PictureKey, Pictures, bomb
 from krea_dagster.emulator.render import png_chunk
 
 #: Where a PNG's header chunk ends: 8 bytes of signature, and 25 of the chunk.

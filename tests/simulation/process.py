@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import anyio
 
 from krea_dagster.api import KreaClient
-from krea_dagster.api.addresses import resolve_nothing
+from krea_dagster.api.resolver import resolve_nothing
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED, Policy

@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from krea_dagster.api import Download, KreaClient
-from krea_dagster.api.files import CONTINUED_MAX
+from krea_dagster.api.download import CONTINUED_MAX
 from krea_dagster.api.throughput import CRAWL_BYTES_PER_S, AtOnce, Span
 from krea_dagster.errors import LinkDead, NoUsableBody
-from tests.api.api_loopback import Behaviour, Seen, answers, message, serving
+from tests.api.loopback_server import Behaviour, Seen, answers, message, serving
 
 pytestmark = pytest.mark.anyio
 

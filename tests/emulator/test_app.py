@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from krea_dagster.emulator import Emulator
-from tests.emulator.emulator_bench import AUTH, Bench, Clock, running
+from tests.emulator.harness import AUTH, Bench, Clock, running
 
 KEY_1 = "key-0000000000000001"
 

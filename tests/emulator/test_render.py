@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from krea_dagster.emulator.contract import PIXELS, QUALITIES
-from krea_dagster.emulator.files import Pictures, bomb
+from krea_dagster.emulator.images import Pictures, bomb
 from krea_dagster.emulator.render import readable, render, render_png
 
 SIZES = [(size, quality) for size in PIXELS for quality in QUALITIES]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from krea_dagster.emulator.faults import Chosen
-from krea_dagster.emulator.state import State
+from krea_dagster.emulator.state_file import State
 
 #: After a try that failed the next comes so much later; after the last of them none.
 RETRY_AFTER_S: Final = (1.0, 2.0, 4.0)

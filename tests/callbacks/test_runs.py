@@ -20,7 +20,7 @@ from krea_dagster.engine.journal.schema import submissions
 from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
-from tests.callbacks.callback_tls import Tls
+from tests.callbacks.tls_certificates import Tls
 from tests.engine.engine_bench import House, as_wanted, house, rows, several
 
 pytestmark = pytest.mark.anyio

@@ -32,7 +32,7 @@ CONFIG = SchemathesisConfig.from_dict(
 def described() -> dict[str, Any]:
     """The description without callback_url: a generated URL is public or private by chance.
 
-    test_emulator_api.py tests that field with chosen values.
+    test_app.py tests that field with chosen values.
     """
     document: dict[str, Any] = yaml.safe_load(OPENAPI.read_text(encoding="utf-8"))
     del document["components"]["schemas"]["ImageRequest"]["properties"]["callback_url"]

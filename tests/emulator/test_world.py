@@ -12,7 +12,7 @@ import pytest
 from krea_dagster.emulator import StateInUseError, World
 from krea_dagster.emulator.contract import Order
 from krea_dagster.emulator.world import Account, Created, KeyConflictError, UndecidedError
-from tests.emulator.emulator_bench import Clock
+from tests.emulator.harness import Clock
 
 KEY = "key-0000000000000001"
 
@@ -159,7 +159,7 @@ def test_an_unasked_seed_is_drawn_and_kept(tmp_path: Path) -> None:
 def test_two_emulators_cannot_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("krea_dagster.emulator.state.LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("krea_dagster.emulator.state_file.LOCK_WAIT_S", 0.0)
     with opened(tmp_path, Clock()), pytest.raises(StateInUseError, match="in use"):
         World(tmp_path, clock=Clock())
 

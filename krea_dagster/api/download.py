@@ -16,11 +16,11 @@ from typing import Final, Protocol
 import anyio
 import httpx
 
-from krea_dagster.api.addresses import Addresses
 from krea_dagster.api.connect_errors import trouble_of
 from krea_dagster.api.decompress import CHUNK_BYTES, Unpacker
 from krea_dagster.api.links import MAX_REDIRECTS, check_link, check_redirect, printable
 from krea_dagster.api.ranges import Whole, is_packed, length_of, whole_file
+from krea_dagster.api.resolver import Addresses
 from krea_dagster.api.throughput import CRAWL_BYTES_PER_S, AtOnce, Span
 from krea_dagster.api.transport import UNSENT, body_of
 from krea_dagster.api.wire import safe_text

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol
 
-from krea_dagster.emulator.outbox import DueCall
+from krea_dagster.emulator.callback_queue import DueCall
 from krea_dagster.emulator.payloads import task_answer
 from krea_dagster.emulator.world import Task, World
 

@@ -17,7 +17,7 @@ import pytest
 from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.decompress import CHUNK_BYTES, Unpacker
 from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
-from tests.api.api_loopback import (
+from tests.api.loopback_server import (
     Behaviour,
     Seen,
     answers,

@@ -29,7 +29,7 @@ from tests.callbacks.callback_flood import (
     serving,
     state_of,
 )
-from tests.callbacks.callback_tls import Tls
+from tests.callbacks.tls_certificates import Tls
 
 PATH = URLS.url(KEYS[0]).removeprefix("https://hooks.example.com")
 PLAIN = {"trust_env": False, "timeout": 10.0}

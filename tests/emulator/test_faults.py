@@ -16,7 +16,7 @@ from PIL import Image
 
 from krea_dagster.emulator import FAULTS, Emulator, UnknownFaultError
 from krea_dagster.emulator.faults import Wish, markers, parse_wish
-from tests.emulator.emulator_bench import PLAIN, Bench, Clock, running
+from tests.emulator.harness import PLAIN, Bench, Clock, running
 
 KEY = "key-0000000000000001"
 
@@ -435,7 +435,7 @@ def no_success(bench: Bench) -> None:
 
 
 def calls_planned(wanted: list[tuple[float, str]], bench: Bench) -> None:
-    """The calls themselves are the matter of test_emulator_callbacks.py."""
+    """The calls themselves are the matter of test_callback_sender.py."""
     bench.create(callback_url="https://hooks.example.com/hook")
     planned = bench.world.due_calls(3)
     assert [(round(c.due_at - bench.clock(), 3), c.forged) for c in planned] == wanted

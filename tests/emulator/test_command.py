@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from krea_dagster.emulator import FAULTS, emulator_command
-from tests.emulator.emulator_bench import AUTH, PLAIN
+from tests.emulator.harness import AUTH, PLAIN
 
 KEY = "key-0000000000000001"
 BODY = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from krea_dagster.emulator import Emulator
-from tests.emulator.emulator_bench import PLAIN, Bench, Clock
+from tests.emulator.harness import PLAIN, Bench, Clock
 
 
 def test_it_starts_and_stops_quickly_and_the_port_is_free_again(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from krea_dagster.api import KreaClient
 from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.errors import Cause, NotSent, NoUsableAnswer, NoUsableBody, OutcomeUnknown
 from krea_dagster.models import ImageRequest
-from tests.api.api_loopback import (
+from tests.api.loopback_server import (
     Behaviour,
     Seen,
     answers,

@@ -21,7 +21,7 @@ import pytest
 from krea_dagster.api import KreaClient
 from krea_dagster.errors import NotSent, OutcomeUnknown, SubmitError
 from krea_dagster.models import ImageRequest
-from tests.api.api_loopback import (
+from tests.api.loopback_server import (
     Behaviour,
     Seen,
     answers,

@@ -18,11 +18,11 @@ import trustme
 from click.testing import CliRunner
 
 from krea_dagster.emulator import Emulator, UnknownFaultError, emulator_command
-from krea_dagster.emulator.callbacks import MAX_CALLS, Caller
+from krea_dagster.emulator.callback_sender import MAX_CALLS, Caller
 from krea_dagster.emulator.contract import read_order
 from krea_dagster.emulator.http_post import Poster
-from tests.emulator.callback_bench import Listener, certificates, listening
-from tests.emulator.emulator_bench import Bench, Clock
+from tests.emulator.harness import Bench, Clock
+from tests.emulator.https_listener import Listener, certificates, listening
 
 BODY = {"model": "krea-2-turbo", "prompt": "a fox"}
 

@@ -43,7 +43,7 @@ from krea_dagster.errors import (
     Unauthorized,
 )
 from krea_dagster.models import ImageRequest
-from tests.api.api_loopback import (
+from tests.api.loopback_server import (
     Behaviour,
     Seen,
     Server,
