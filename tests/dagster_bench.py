@@ -98,13 +98,13 @@ def values(materialization: dg.AssetMaterialization) -> dict[str, Any]:
 
 def bought(emulator: Emulator, marker: str) -> list[dict[str, Any]]:
     """The emulator's own entries of the tasks whose prompt holds this text."""
-    tasks: list[dict[str, Any]] = emulator.books()["tasks"]
+    tasks: list[dict[str, Any]] = emulator.stats()["tasks"]
     return [task for task in tasks if marker in task["prompt"]]
 
 
 def posts(emulator: Emulator) -> int:
     """How many create calls the emulator has seen so far."""
-    return int(emulator.books(tasks=False)["submit_posts"])
+    return int(emulator.stats(tasks=False)["submit_posts"])
 
 
 def check_of(

@@ -17,7 +17,7 @@ OFF_MAX_S: Final = 600.0
 
 
 @dataclass(frozen=True)
-class BatchUse:
+class BatchSupport:
     """What is known of the endpoint. ``unusable`` counts unusable answers in a row."""
 
     works: bool = False
@@ -31,11 +31,11 @@ class BatchUse:
             return False
         return True if self.works else None
 
-    def answered(self) -> BatchUse:
+    def answered(self) -> BatchSupport:
         """After a usable answer."""
-        return BatchUse(works=True)
+        return BatchSupport(works=True)
 
-    def missing(self, now_s: float) -> BatchUse:
+    def missing(self, now_s: float) -> BatchSupport:
         """After an answer that says that it is not there. Answers that came together count once."""
         if self.supported(now_s) is False:
             return self
@@ -46,7 +46,7 @@ class BatchUse:
             off_s=min(2 * self.off_s, OFF_MAX_S),
         )
 
-    def not_answered(self, now_s: float) -> BatchUse:
+    def not_answered(self, now_s: float) -> BatchSupport:
         """After an unusable answer. The first one after a pause begins the next pause."""
         if self.supported(now_s) is False:
             return self

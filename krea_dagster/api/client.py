@@ -29,9 +29,9 @@ import anyio
 import httpx
 
 from krea_dagster import redact
-from krea_dagster.api.batch_reads import BatchUse
-from krea_dagster.api.download import Download, FileHosts, Sink
-from krea_dagster.api.exchange import Answer, NoAnswer, exchange
+from krea_dagster.api.batch_reads import BatchSupport
+from krea_dagster.api.download import Download, FileDownloader, Sink
+from krea_dagster.api.exchange import NoAnswer, RawAnswer, exchange
 from krea_dagster.api.links import (
     AddressKind,
     address_kind,
@@ -40,15 +40,15 @@ from krea_dagster.api.links import (
     is_local_name,
 )
 from krea_dagster.api.proxies import Proxies, Secret
-from krea_dagster.api.resolver import Addresses, Resolve, resolve_host, resolve_nothing
+from krea_dagster.api.resolver import CheckedResolver, Resolve, refuse_lookup, resolve_host
 from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.api.wire import (
     BATCH_MAX,
     BATCH_PATH,
     CREATE_PATH,
     CREDITS_PATH,
-    QUESTION_BY_STATUS,
-    SUBMIT_BY_STATUS,
+    READ_ERRORS,
+    SUBMIT_ERRORS,
     TASKS_PATH,
     batch_body,
     encode_json,
@@ -220,12 +220,12 @@ class KreaClient:
         self._single_reads = min(SINGLE_READS, max_connections)
         self._now = now
         self._monotonic = monotonic
-        self._batch = BatchUse()
+        self._batch = BatchSupport()
         self._timeout = httpx.Timeout(timeout_s, connect=connect_timeout_s).as_dict()
         if resolve is None:
             mocked = isinstance(transport, httpx.MockTransport)
-            resolve = resolve_nothing if mocked else resolve_host
-        addresses = Addresses(self._base_url, resolve=resolve, longest_s=connect_timeout_s)
+            resolve = refuse_lookup if mocked else resolve_host
+        addresses = CheckedResolver(self._base_url, resolve=resolve, longest_s=connect_timeout_s)
         proxies: Proxies | None = None
         self._transport: httpx.AsyncBaseTransport
         self._files_transport: httpx.AsyncBaseTransport
@@ -241,12 +241,12 @@ class KreaClient:
                     connector=connector,
                 )
 
-            self._transport = self._around(open_transport({}))
+            self._transport = self._wrap_transport(open_transport({}))
             self._files_transport = open_transport(addresses.connector)
         else:
             self._transport = self._files_transport = transport
         self._is_closed = False
-        self._files = FileHosts(
+        self._files = FileDownloader(
             self._files_transport,
             addresses=addresses,
             checks_itself=lambda url: proxies is not None and proxies.of(url) is None,
@@ -258,7 +258,7 @@ class KreaClient:
             monotonic=monotonic,
         )
 
-    def _around(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
+    def _wrap_transport(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
         """The transport to the API's host: the one given. The drill puts another one around it."""
         return transport
 
@@ -329,7 +329,7 @@ class KreaClient:
         if isinstance(answer, NoAnswer):
             kind = NotSent if answer.unsent else OutcomeUnknown
             raise kind(answer.trouble, cause=answer.cause)
-        if not answer.whole and answer.status not in SUBMIT_BY_STATUS:
+        if not answer.whole and answer.status not in SUBMIT_ERRORS:
             raise OutcomeUnknown(answer.trouble, status=answer.status)
         return self._read(read_submission, answer)
 
@@ -436,15 +436,15 @@ class KreaClient:
         ordered = {task_id: found[task_id] for task_id in task_ids if task_id in found}
         return ordered, next(iter(stops + errors), None)
 
-    async def _ask(self, method: str, path: str, content: bytes | None = None) -> Answer:
+    async def _ask(self, method: str, path: str, content: bytes | None = None) -> RawAnswer:
         answer = await self._exchange(method, path, content)
         if isinstance(answer, NoAnswer):
             raise NoUsableAnswer(answer.trouble, cause=answer.cause)
-        if not answer.whole and answer.status not in QUESTION_BY_STATUS:
+        if not answer.whole and answer.status not in READ_ERRORS:
             raise NoUsableAnswer(answer.trouble, status=answer.status)
         return answer
 
-    def _read(self, read: Callable[..., _Value], answer: Answer, **facts: object) -> _Value:
+    def _read(self, read: Callable[..., _Value], answer: RawAnswer, **facts: object) -> _Value:
         """What the answer says. Errors leave without the frames that hold the raw answer."""
         try:
             return self._read_without_key(read, answer, facts)
@@ -453,7 +453,7 @@ class KreaClient:
         raise error
 
     def _read_without_key(
-        self, read: Callable[..., _Value], answer: Answer, facts: Mapping[str, object]
+        self, read: Callable[..., _Value], answer: RawAnswer, facts: Mapping[str, object]
     ) -> _Value:
         value = read(
             answer.status,
@@ -521,7 +521,7 @@ class KreaClient:
         path: str,
         content: bytes | None = None,
         idempotency_key: str | None = None,
-    ) -> Answer | NoAnswer:
+    ) -> RawAnswer | NoAnswer:
         """Sends one request once. Returns every failure, and raises only a cancellation."""
         self._refuse_if_closed()
         headers: dict[str, str] = {**_HEADERS, "Authorization": self._key.header}

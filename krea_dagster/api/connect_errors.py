@@ -43,7 +43,7 @@ def cause_of(error: BaseException) -> Cause:
     return "connection"
 
 
-def trouble_of(error: BaseException, host: str) -> str:
+def describe_connect_error(error: BaseException, host: str) -> str:
     """A sentence on a failure to connect to a host, with what to do where that is known."""
     cause = cause_of(error)
     detail = str(error)

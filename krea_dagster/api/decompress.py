@@ -14,7 +14,7 @@ CHUNK_BYTES: Final = 64 * 1024
 _PACKED: Final = frozenset({"gzip", "x-gzip", "deflate"})
 
 
-class Unpacker:
+class Decompressor:
     """Understands none, gzip and deflate. ``ended`` is false for a packed body that is cut off.
 
     Raises:

@@ -16,13 +16,13 @@ from typing import Final, Protocol
 import anyio
 import httpx
 
-from krea_dagster.api.connect_errors import trouble_of
-from krea_dagster.api.decompress import CHUNK_BYTES, Unpacker
-from krea_dagster.api.links import MAX_REDIRECTS, check_link, check_redirect, printable
-from krea_dagster.api.ranges import Whole, is_packed, length_of, whole_file
-from krea_dagster.api.resolver import Addresses
-from krea_dagster.api.throughput import CRAWL_BYTES_PER_S, AtOnce, Span
-from krea_dagster.api.transport import UNSENT, body_of
+from krea_dagster.api.connect_errors import describe_connect_error
+from krea_dagster.api.decompress import CHUNK_BYTES, Decompressor
+from krea_dagster.api.links import MAX_REDIRECTS, check_link, check_redirect, printable_link
+from krea_dagster.api.ranges import ResumableFile, content_length, is_encoded, resumable_file
+from krea_dagster.api.resolver import CheckedResolver
+from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
+from krea_dagster.api.transport import UNSENT, raw_body
 from krea_dagster.api.wire import safe_text
 from krea_dagster.errors import KreaError, LinkDead, NoUsableBody
 
@@ -56,7 +56,7 @@ class Download:
     url: str
 
 
-class _BrokenOff(Exception):
+class _Interrupted(Exception):
     """No answer, or a body that ended before it was whole. ``silent``: for want of any byte."""
 
     def __init__(self, trouble: str, *, silent: bool = False) -> None:
@@ -64,11 +64,11 @@ class _BrokenOff(Exception):
         self.silent = silent
 
 
-class _Crawling(Exception):
+class _TooSlow(Exception):
     """A body that comes so slowly that it would never be whole."""
 
 
-class FileHosts:
+class FileDownloader:
     """Fetches result links, by the rules of :mod:`krea_dagster.api.links`.
 
     It uses the transport itself and no ``httpx.AsyncClient``, because that writes the whole URL of
@@ -91,7 +91,7 @@ class FileHosts:
         self,
         transport: httpx.AsyncBaseTransport,
         *,
-        addresses: Addresses,
+        addresses: CheckedResolver,
         checks_itself: Callable[[httpx.URL], bool],
         http_allowed: bool,
         user_agent: str,
@@ -111,7 +111,7 @@ class FileHosts:
         }
         self._timeout = timeout
         self._silence_s = silence_s
-        self._at_once = AtOnce(most, most)
+        self._at_once = DownloadLimit(most, most)
         self._places = anyio.CapacityLimiter(most)
         self._monotonic = monotonic
 
@@ -139,15 +139,15 @@ class FileHosts:
         write = sink if callable(sink) else sink.write
         async with self._places:
             began_at_s = self._monotonic()
-            body = _Body(write, max_bytes)
+            body = _DownloadBody(write, max_bytes)
             for _ in range(1 + CONTINUED_MAX):
                 had_bytes = body.size_bytes
                 try:
                     done = await self._receive(link, body)
-                except _Crawling as error:
+                except _TooSlow as error:
                     self._set_places(self._at_once.slow(began_at_s, self._monotonic()))
                     raise NoUsableBody(str(error)) from None
-                except _BrokenOff as error:
+                except _Interrupted as error:
                     if error.silent:
                         self._set_places(self._at_once.slow(began_at_s, self._monotonic()))
                     if body.whole is None or body.size_bytes == had_bytes:
@@ -158,19 +158,19 @@ class FileHosts:
                     return done
         raise NoUsableBody(f"{trouble}, for the {1 + CONTINUED_MAX}th time")
 
-    def _set_places(self, at_once: AtOnce) -> None:
+    def _set_places(self, at_once: DownloadLimit) -> None:
         if at_once.number != self._at_once.number:
             self._places.total_tokens = at_once.number
         self._at_once = at_once
 
-    async def _receive(self, link: str, body: _Body) -> Download:
+    async def _receive(self, link: str, body: _DownloadBody) -> Download:
         """Fetch a link, from where the body broke off if it has begun."""
-        shown = printable(link)
+        shown = printable_link(link)
         with anyio.CancelScope(deadline=anyio.current_time() + self._silence_s) as silence:
             url = check_link(link, http_allowed=self._http_allowed)
             for _ in range(MAX_REDIRECTS + 1):
                 async with self._answer(url, body) as (answer, parts):
-                    shown = printable(str(url))
+                    shown = printable_link(str(url))
                     location = answer.headers.get("Location", "")
                     if answer.status_code not in _REDIRECT_STATUSES or not location:
                         body.take_head(shown, answer)
@@ -178,18 +178,18 @@ class FileHosts:
                         return await body.ended(url, shown)
                 url = check_redirect(url, location, http_allowed=self._http_allowed)
                 silence.deadline = anyio.current_time() + self._silence_s
-            raise NoUsableBody(f"{printable(link)}: more than {MAX_REDIRECTS} redirects")
-        raise _BrokenOff(f"{shown}: no byte came for {self._silence_s:g} s", silent=True)
+            raise NoUsableBody(f"{printable_link(link)}: more than {MAX_REDIRECTS} redirects")
+        raise _Interrupted(f"{shown}: no byte came for {self._silence_s:g} s", silent=True)
 
     @asynccontextmanager
     async def _answer(
-        self, url: httpx.URL, body: _Body
+        self, url: httpx.URL, body: _DownloadBody
     ) -> AsyncIterator[tuple[httpx.Response, AsyncIterator[bytes]]]:
         headers = dict(self._headers)
         if body.whole is not None:
             headers |= body.whole.request_rest(body.size_bytes)
         try:
-            await self._addresses.check_before(url, by_connector=self._checks_itself(url))
+            await self._addresses.check_url(url, by_connector=self._checks_itself(url))
             answer = await self._transport.handle_async_request(
                 httpx.Request("GET", url, headers=headers, extensions={"timeout": self._timeout})
             )
@@ -197,18 +197,18 @@ class FileHosts:
             raise
         except Exception as error:
             raise _broken_off(url, error) from error
-        async with body_of(answer) as parts:
+        async with raw_body(answer) as parts:
             yield answer, parts
 
     async def _take(
         self,
         shown: str,
         parts: AsyncIterator[bytes],
-        body: _Body,
+        body: _DownloadBody,
         silence: anyio.CancelScope,
     ) -> None:
         """Take a body to its end. What the sink takes its time for is no silence of the host."""
-        span = Span(self._monotonic())
+        span = RateWindow(self._monotonic())
         while True:
             silence.deadline = anyio.current_time() + self._silence_s
             try:
@@ -217,7 +217,7 @@ class FileHosts:
                 return
             except Exception as error:
                 silent = isinstance(error, httpx.ReadTimeout)
-                raise _BrokenOff(f"{shown}: {_described(error)}", silent=silent) from error
+                raise _Interrupted(f"{shown}: {_described(error)}", silent=silent) from error
             finally:
                 silence.deadline = math.inf
             came_at_s = self._monotonic()
@@ -227,15 +227,15 @@ class FileHosts:
                 continue
             if span.is_over(came_at_s, self._silence_s):
                 if span.is_crawling(came_at_s):
-                    raise _Crawling(
-                        f"{shown}: fewer than {CRAWL_BYTES_PER_S} bytes a second came over "
+                    raise _TooSlow(
+                        f"{shown}: fewer than {MIN_BYTES_PER_S} bytes a second came over "
                         f"{came_at_s - span.since_s:.3g} s"
                     )
-                span = Span(came_at_s)
+                span = RateWindow(came_at_s)
             span = span.pause(self._monotonic() - came_at_s)
 
 
-class _Body:
+class _DownloadBody:
     """What has come of one file, counted, hashed, and written in pieces of 64 KiB or more.
 
     ``whole`` is what the host said of the file, None where it cannot go on where it broke off.
@@ -243,10 +243,10 @@ class _Body:
 
     def __init__(self, write: Callable[[bytes], object], max_bytes: int) -> None:
         self.size_bytes = 0
-        self.whole: Whole | None = None
+        self.whole: ResumableFile | None = None
         self._promised_bytes: int | None = None
         self._media_type = ""
-        self._unpacker = Unpacker("")
+        self._unpacker = Decompressor("")
         self._digest = hashlib.sha256()
         self._write = write
         self._max_bytes = max_bytes
@@ -268,16 +268,16 @@ class _Body:
                     f" there (status {answer.status_code})"
                 )
         elif answer.status_code == _OK:
-            self.whole = whole_file(headers)
-            self._promised_bytes = None if is_packed(headers) else length_of(headers)
+            self.whole = resumable_file(headers)
+            self._promised_bytes = None if is_encoded(headers) else content_length(headers)
             self._media_type = headers.get("Content-Type", "").partition(";")[0]
             try:
-                self._unpacker = Unpacker(headers.get("Content-Encoding", ""))
+                self._unpacker = Decompressor(headers.get("Content-Encoding", ""))
             except ValueError as error:
                 raise NoUsableBody(f"{shown}: {error}") from None
         else:
             raise NoUsableBody(f"{shown}: status {answer.status_code}")
-        longest = max(self._promised_bytes or 0, length_of(headers) or 0)
+        longest = max(self._promised_bytes or 0, content_length(headers) or 0)
         if longest > self._max_bytes:
             raise NoUsableBody(f"{shown}: {longest} bytes, which is more than {self._max_bytes}")
 
@@ -306,7 +306,7 @@ class _Body:
     async def ended(self, url: httpx.URL, shown: str) -> Download:
         """Write the rest, and return what was taken. Raises where something is missing."""
         if self._promised_bytes is not None and self.size_bytes != self._promised_bytes:
-            raise _BrokenOff(
+            raise _Interrupted(
                 f"{shown}: ended after {self.size_bytes} of {self._promised_bytes} bytes"
             )
         if not self.size_bytes:
@@ -333,11 +333,13 @@ class _Body:
             await done
 
 
-def _broken_off(url: httpx.URL, error: Exception) -> _BrokenOff:
-    shown = printable(str(url))
+def _broken_off(url: httpx.URL, error: Exception) -> _Interrupted:
+    shown = printable_link(str(url))
     if isinstance(error, UNSENT):
-        return _BrokenOff(f"{shown}: {safe_text(trouble_of(error, url.host))}")
-    return _BrokenOff(f"{shown}: {_described(error)}", silent=isinstance(error, httpx.ReadTimeout))
+        return _Interrupted(f"{shown}: {safe_text(describe_connect_error(error, url.host))}")
+    return _Interrupted(
+        f"{shown}: {_described(error)}", silent=isinstance(error, httpx.ReadTimeout)
+    )
 
 
 def _described(error: Exception) -> str:

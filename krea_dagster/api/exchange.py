@@ -9,9 +9,9 @@ from typing import Final
 import anyio
 import httpx
 
-from krea_dagster.api.connect_errors import cause_of, trouble_of
-from krea_dagster.api.decompress import Unpacker
-from krea_dagster.api.transport import CANCELLED_UNSENT, UNSENT, body_of, reports_unsent
+from krea_dagster.api.connect_errors import cause_of, describe_connect_error
+from krea_dagster.api.decompress import Decompressor
+from krea_dagster.api.transport import CANCELLED_UNSENT, UNSENT, raw_body, reports_unsent
 from krea_dagster.errors import Cause
 
 #: The most that is read of a JSON answer; a batch of 50 tasks has about 30 KB.
@@ -19,7 +19,7 @@ ANSWER_MAX_BYTES: Final = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Answer:
+class RawAnswer:
     """What the server answered. ``whole`` is false where the body broke off or was too long.
 
     The server may have echoed the key, so the repr leaves out what it wrote.
@@ -50,7 +50,7 @@ async def exchange(
     *,
     deadline_s: float,
     describe: Callable[[Exception], str],
-) -> Answer | NoAnswer:
+) -> RawAnswer | NoAnswer:
     """Send one request once. Returns every failure, and raises only a cancellation.
 
     Args:
@@ -61,7 +61,7 @@ async def exchange(
     """
     believed = reports_unsent(transport)
     response: httpx.Response | None = None
-    answer: Answer | None = None
+    answer: RawAnswer | None = None
     nothing = NoAnswer(unsent=False, trouble=f"no answer: not done after {deadline_s:g} s")
     trouble = f"not done after {deadline_s:g} s"
     with anyio.move_on_after(deadline_s) as scope:
@@ -86,15 +86,15 @@ def _no_answer(error: Exception, host: str, described: str, *, believed: bool) -
     if not believed:
         doubt = "reported by a transport that is not trusted to know that nothing was sent"
         return NoAnswer(unsent=False, trouble=f"no answer: {described} ({doubt})")
-    return NoAnswer(True, f"not sent: {trouble_of(error, host)}", cause_of(error))
+    return NoAnswer(True, f"not sent: {describe_connect_error(error, host)}", cause_of(error))
 
 
-async def _read_answer(response: httpx.Response) -> Answer:
+async def _read_answer(response: httpx.Response) -> RawAnswer:
     """The whole body, unpacked, up to the bound."""
     body = bytearray()
-    async with body_of(response) as parts:
+    async with raw_body(response) as parts:
         try:
-            unpacker = Unpacker(response.headers.get("content-encoding", ""))
+            unpacker = Decompressor(response.headers.get("content-encoding", ""))
             async for part in parts:
                 for piece in unpacker.pieces(part):
                     body += piece
@@ -105,9 +105,9 @@ async def _read_answer(response: httpx.Response) -> Answer:
             return _unusable(response, str(error))
     if not unpacker.ended:
         return _unusable(response, "the packed answer is cut off")
-    return Answer(response.status_code, response.headers, bytes(body), whole=True, trouble="")
+    return RawAnswer(response.status_code, response.headers, bytes(body), whole=True, trouble="")
 
 
-def _unusable(response: httpx.Response, trouble: str) -> Answer:
+def _unusable(response: httpx.Response, trouble: str) -> RawAnswer:
     """An answer whose status came, and whose body did not, or is not one that can be read."""
-    return Answer(response.status_code, response.headers, b"", whole=False, trouble=trouble)
+    return RawAnswer(response.status_code, response.headers, b"", whole=False, trouble=trouble)

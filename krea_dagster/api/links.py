@@ -189,9 +189,9 @@ def check_link(link: str, *, http_allowed: bool) -> httpx.URL:
         url = httpx.URL(link)
         usable = is_host_and_port(url)
     except (httpx.InvalidURL, UnicodeError, ValueError):
-        raise LinkRefused(f"the link {printable(link)} cannot be read") from None
+        raise LinkRefused(f"the link {printable_link(link)} cannot be read") from None
     if url.scheme not in ("http", "https") or not usable:
-        raise LinkRefused(f"the link {printable(link)} is not an https link to a host")
+        raise LinkRefused(f"the link {printable_link(link)} is not an https link to a host")
     if url.userinfo:
         raise LinkRefused("the link carries a user name or a password")
     if url.scheme == "http" and not http_allowed:
@@ -210,12 +210,12 @@ def check_redirect(from_url: httpx.URL, location: str, *, http_allowed: bool) ->
     try:
         target = from_url.join(location)
     except (httpx.InvalidURL, UnicodeError, ValueError):
-        raise LinkRefused(f"a redirect to {printable(location)} cannot be read") from None
+        raise LinkRefused(f"a redirect to {printable_link(location)} cannot be read") from None
     if from_url.scheme == "https" and target.scheme == "http":
-        raise LinkRefused(f"a redirect from https to {printable(str(target))}")
+        raise LinkRefused(f"a redirect from https to {printable_link(str(target))}")
     return check_link(str(target), http_allowed=http_allowed)
 
 
-def printable(link: str) -> str:
+def printable_link(link: str) -> str:
     """A link for a message: without what may be a credential or a signature, and shortened."""
     return safe_text(redact.location(link), max_chars=200) or "(empty)"

@@ -66,14 +66,14 @@ class Proxies:
     def of(self, url: httpx.URL) -> Proxy | None:
         """The proxy for a URL, or None where there is none or the host goes without."""
         proxy = self._by_scheme.get(url.scheme)
-        if proxy is None or is_near(url.raw_host.decode("ascii")):
+        if proxy is None or is_private_host(url.raw_host.decode("ascii")):
             return None
         if urllib.request.proxy_bypass(url.netloc.decode("ascii")):
             return None
         return proxy
 
 
-def is_near(host: str) -> bool:
+def is_private_host(host: str) -> bool:
     """Whether a host is this machine, or an address of a private network."""
     try:
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])

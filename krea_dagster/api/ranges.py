@@ -22,7 +22,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", 
 
 
 @dataclass(frozen=True)
-class Whole:
+class ResumableFile:
     """What a host has said of a whole file.
 
     ``size_bytes`` is None where it did not say it. ``validator`` is the value of the header
@@ -42,7 +42,7 @@ class Whole:
     ) -> int | None:
         """The whole file's size, where an answer goes on at this byte; None where it does not."""
         found = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
-        if status != PARTIAL_CONTENT or found is None or is_packed(headers):
+        if status != PARTIAL_CONTENT or found is None or is_encoded(headers):
             return None
         first, last, size = map(int, found.groups())
         if first != at_byte or not first <= last < size or self.size_bytes not in (None, size):
@@ -54,28 +54,28 @@ class Whole:
         return size if validator == self.validator else None
 
 
-def whole_file(headers: Mapping[str, str]) -> Whole | None:
+def resumable_file(headers: Mapping[str, str]) -> ResumableFile | None:
     """What a 200 says of its file, by lower-case names; None where the file cannot be continued."""
-    if is_packed(headers) or headers.get("accept-ranges", "").strip().lower() == "none":
+    if is_encoded(headers) or headers.get("accept-ranges", "").strip().lower() == "none":
         return None
-    size_bytes = length_of(headers)
+    size_bytes = content_length(headers)
     etag = headers.get("etag", "")
     if _ETAG.fullmatch(etag):
-        return Whole(size_bytes, "etag", etag)
+        return ResumableFile(size_bytes, "etag", etag)
     modified = headers.get("last-modified", "")
     modified_at, answered_at = http_date(modified), http_date(headers.get("date", ""))
     # A date is strong only where the file cannot have changed twice within its second.
     if modified_at and answered_at and (answered_at - modified_at).total_seconds() >= 1:
-        return Whole(size_bytes, "last-modified", modified)
+        return ResumableFile(size_bytes, "last-modified", modified)
     return None
 
 
-def length_of(headers: Mapping[str, str]) -> int | None:
+def content_length(headers: Mapping[str, str]) -> int | None:
     """``Content-Length``; None where it is absent or unreadable."""
     text = headers.get("content-length", "")
     return int(text) if _LENGTH.fullmatch(text) else None
 
 
-def is_packed(headers: Mapping[str, str]) -> bool:
+def is_encoded(headers: Mapping[str, str]) -> bool:
     """Whether the bytes on the line are not those of the file."""
     return headers.get("content-encoding", "").strip().lower() not in ("", "identity")

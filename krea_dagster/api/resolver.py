@@ -28,12 +28,12 @@ async def resolve_host(host: str, port: int) -> Sequence[str]:
     return tuple(dict.fromkeys(entry[4][0] for entry in found))
 
 
-async def resolve_nothing(_host: str, _port: int) -> Sequence[str]:
+async def refuse_lookup(_host: str, _port: int) -> Sequence[str]:
     """For a transport that connects to nothing: a lookup would be the only use of the network."""
     raise OSError("names are not looked up")
 
 
-class Addresses(aiohttp.abc.AbstractResolver):
+class CheckedResolver(aiohttp.abc.AbstractResolver):
     """The checked addresses of file hosts.
 
     Args:
@@ -57,7 +57,7 @@ class Addresses(aiohttp.abc.AbstractResolver):
             "socket_factory": self._checked_socket,
         }
 
-    async def check_before(self, url: httpx.URL, *, by_connector: bool) -> None:
+    async def check_url(self, url: httpx.URL, *, by_connector: bool) -> None:
         """Check what can be checked before a request is sent.
 
         Where the connector checks, that is what it would connect to without asking for an address:

@@ -54,7 +54,7 @@ def reports_unsent(transport: httpx.AsyncBaseTransport) -> bool:
 
 
 @asynccontextmanager
-async def body_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+async def raw_body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
     """The body as it was sent, piece by piece. The response is closed at the end.
 
     ``Response.aiter_raw`` would do, if it took the answers of ``httpx.MockTransport``, which are
@@ -69,7 +69,7 @@ async def body_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes
         await response.aclose()
 
 
-class _Way:
+class _SendState:
     """Where a request is on its way to a connection."""
 
     __slots__ = ("attempts", "connected", "connecting", "is_new", "repeatable")
@@ -87,7 +87,7 @@ class _Way:
         return self.connecting and not self.connected
 
 
-_WAY: Final[ContextVar[_Way | None]] = ContextVar("krea_request_way", default=None)
+_SEND_STATE: Final[ContextVar[_SendState | None]] = ContextVar("krea_request_way", default=None)
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -100,7 +100,7 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> Any:
         """Connect. Name resolution, TCP, TLS and a proxy's tunnel are all within."""
-        way = _WAY.get()
+        way = _SEND_STATE.get()
         if way is None:
             return await super().connect(req, traces, timeout)
         way.attempts += 1
@@ -120,7 +120,7 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> Any:
         """Open a connection, where none was kept."""
-        way = _WAY.get()
+        way = _SEND_STATE.get()
         if way is not None:
             way.is_new = True
         return await super()._create_connection(req, traces, timeout)
@@ -176,7 +176,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         return httpx.Response(
             response.status,
             headers=list(response.raw_headers),
-            stream=_Body(response, self._places),
+            stream=_ResponseBody(response, self._places),
         )
 
     async def _take_place(self, request: httpx.Request, longest_s: float | None) -> None:
@@ -209,8 +209,8 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         options: dict[str, Any] = {"headers": headers}
         if proxy is not None:
             options = proxy.options(target, headers)
-        way = _Way(repeatable=request.method == "GET")
-        token = _WAY.set(way)
+        way = _SendState(repeatable=request.method == "GET")
+        token = _SEND_STATE.set(way)
         try:
             return await self._session(proxy).request(
                 request.method,
@@ -228,7 +228,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         except Exception as error:
             raise (_unsent(error, proxy) if way.unsent else _sent(error)) from error
         finally:
-            _WAY.reset(token)
+            _SEND_STATE.reset(token)
 
     def _session(self, proxy: Proxy | None) -> aiohttp.ClientSession:
         # Only here is an event loop certain to run.
@@ -253,7 +253,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         )
 
 
-class _Body(httpx.AsyncByteStream):
+class _ResponseBody(httpx.AsyncByteStream):
     """A body as it comes. Holds the request's place until it is closed."""
 
     def __init__(self, response: aiohttp.ClientResponse, places: asyncio.Semaphore) -> None:

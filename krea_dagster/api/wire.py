@@ -76,7 +76,7 @@ _LAST_SECOND: Final = 253_370_764_800
 # -- the tables -------------------------------------------------------------------------------
 
 #: A create answer whose status alone says what it means. 400 and 409 need their code.
-SUBMIT_BY_STATUS: Final[Mapping[int, type[SubmitError]]] = {
+SUBMIT_ERRORS: Final[Mapping[int, type[SubmitError]]] = {
     401: KeyRejected,
     402: OutOfCredits,
     403: ModelDenied,
@@ -101,13 +101,13 @@ MODERATION_CODES: Final = frozenset(
 )
 
 #: 409 on create, by code (seen in EvoLink's clients).
-CONFLICT_BY_CODE: Final[Mapping[str, type[OutcomeUnknown]]] = {
+CONFLICT_ERRORS: Final[Mapping[str, type[OutcomeUnknown]]] = {
     "idempotency_conflict": IdempotencyConflict,
     "paid_outcome_unknown": PurchasePending,
 }
 
 #: An answer to a question whose status alone says what it means.
-QUESTION_BY_STATUS: Final[Mapping[int, type[ApiError]]] = {
+READ_ERRORS: Final[Mapping[int, type[ApiError]]] = {
     401: Unauthorized,
     402: InsufficientCredits,
     403: AccessDenied,
@@ -284,8 +284,8 @@ def _submission(
     )
 
 
-def _submit_error_class(status: int, fault: _Fault) -> type[SubmitError]:
-    by_status = SUBMIT_BY_STATUS.get(status)
+def _submit_error_class(status: int, fault: _ErrorBody) -> type[SubmitError]:
+    by_status = SUBMIT_ERRORS.get(status)
     if by_status is not None:
         return by_status
     # A server that writes a number as the code may write the word as the type. Capacity comes
@@ -300,8 +300,8 @@ def _submit_error_class(status: int, fault: _Fault) -> type[SubmitError]:
         return Refused if fault.present else GatewayRefused
     if status == 409:
         for word in words:
-            if word in CONFLICT_BY_CODE:
-                return CONFLICT_BY_CODE[word]
+            if word in CONFLICT_ERRORS:
+                return CONFLICT_ERRORS[word]
     return OutcomeUnknown
 
 
@@ -338,7 +338,7 @@ def read_task(
             )
         elif not fault.present:
             fault = replace(fault, message="the answer has no task status")
-    raise _question_error(status, headers, fault, now, about_task=True)
+    raise _read_error(status, headers, fault, now, about_task=True)
 
 
 def read_tasks(
@@ -379,13 +379,13 @@ def read_tasks(
             code=safe_text(code, max_chars=100),
             message=safe_text(value.get("message"), hide),
         )
-        raise _question_error(status, headers, fault, now)
+        raise _read_error(status, headers, fault, now)
     missing = (
         (status == 200 and not fault.present)
         or status == 501
         or (400 <= status < 500 and status not in _BATCH_ERRORS_THAT_PASS)
     )
-    raise _question_error(status, headers, fault, now, error=NotSupported if missing else None)
+    raise _read_error(status, headers, fault, now, error=NotSupported if missing else None)
 
 
 def _batch_items(value: Any) -> list[Any] | None:
@@ -434,20 +434,20 @@ def read_credits(
         if not fault.present:
             fault = replace(fault, message="the answer does not hold the account's credits")
     missing = status in (404, 405, 501)
-    raise _question_error(status, headers, fault, now, error=NotSupported if missing else None)
+    raise _read_error(status, headers, fault, now, error=NotSupported if missing else None)
 
 
-def _question_error(
+def _read_error(
     status: int,
     headers: Mapping[str, str],
-    fault: _Fault,
+    fault: _ErrorBody,
     now: datetime,
     *,
     about_task: bool = False,
     error: type[ApiError] | None = None,
 ) -> ApiError:
     if error is None:
-        error = QUESTION_BY_STATUS.get(status, NoUsableAnswer)
+        error = READ_ERRORS.get(status, NoUsableAnswer)
         if about_task and status == 404 and _says_task_gone(fault):
             error = TaskNotFound
     return error(
@@ -459,7 +459,7 @@ def _question_error(
     )
 
 
-def _says_task_gone(fault: _Fault) -> bool:
+def _says_task_gone(fault: _ErrorBody) -> bool:
     if TASK_GONE_CODE in (fault.code, fault.kind):
         return True
     unnamed = not fault.code or fault.code.isdecimal()
@@ -499,7 +499,7 @@ def http_date(text: str) -> datetime | None:
 
 
 @dataclass(frozen=True)
-class _Fault:
+class _ErrorBody:
     """What an answer says went wrong, already safe to print.
 
     ``present`` is true where the body holds an error; ``kind`` is its lower-cased ``type``.
@@ -519,7 +519,7 @@ def _may_hold_error(value: Mapping[str, Any]) -> bool:
 
 def _read_fault(
     status: int, headers: Mapping[str, str], value: Any, body: bytes, hide: Hide
-) -> _Fault:
+) -> _ErrorBody:
     whole = value if isinstance(value, dict) else {}
     error = whole.get("error")
     if isinstance(error, dict):
@@ -544,7 +544,7 @@ def _read_fault(
     code = safe_text(_code(source.get("code"), hide), max_chars=100)
     message = message or _message_without_json(status, value, body, hide)
     hint = HINTS.get(code)
-    return _Fault(
+    return _ErrorBody(
         present=present,
         code=code,
         kind=safe_text(_code(source.get("type"), hide), max_chars=100),

@@ -13,24 +13,24 @@ from typing import Final
 import anyio.to_thread
 
 #: (request key, task id that the call claims, or None): one call, or many alike.
-Claimed = tuple[str, "str | None"]
+CallbackClaim = tuple[str, "str | None"]
 
 #: Remembers calls durably and returns the keys of those whose request is known. Blocks.
-Remember = Callable[[Sequence[Claimed]], Collection[str]]
+RecordCallbacks = Callable[[Sequence[CallbackClaim]], Collection[str]]
 
 #: Calls of one commit: enough that the fsync vanishes, few enough that nobody waits long.
 MOST: Final = 512
 
 
-class Gather:
+class CallbackBatcher:
     """Gives what gathers to ``remember``, in a thread, one batch at a time. In one event loop."""
 
-    def __init__(self, remember: Remember) -> None:
+    def __init__(self, remember: RecordCallbacks) -> None:
         self._remember = remember
-        self._waiting: list[tuple[Claimed, asyncio.Future[bool]]] = []
+        self._waiting: list[tuple[CallbackClaim, asyncio.Future[bool]]] = []
         self._writer: asyncio.Task[None] | None = None
 
-    async def add(self, call: Claimed) -> bool:
+    async def add(self, call: CallbackClaim) -> bool:
         """Remember one call; returns, once it is durable, whether its request is known.
 
         A caller that is cancelled leaves, and the call is remembered all the same. Raises what
@@ -50,7 +50,9 @@ class Gather:
         finally:
             self._writer = None
 
-    async def _write_batch(self, batch: Sequence[tuple[Claimed, asyncio.Future[bool]]]) -> None:
+    async def _write_batch(
+        self, batch: Sequence[tuple[CallbackClaim, asyncio.Future[bool]]]
+    ) -> None:
         try:
             known = await anyio.to_thread.run_sync(self._remember, [call for call, _ in batch])
         except Exception as error:  # noqa: BLE001 - whoever waits gets it, whatever it is

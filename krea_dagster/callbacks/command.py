@@ -130,7 +130,7 @@ def serve_command(
     printed on stdout.
     """
     from krea_dagster.callbacks.receiver import Receiver  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.callbacks.server import Tls, listen, serve  # noqa: PLC0415 - as above
+    from krea_dagster.callbacks.server import TlsFiles, listen, serve  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.callback_log import CallLog  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
@@ -156,7 +156,7 @@ def serve_command(
         serve(
             receiver,
             listener,
-            tls=None if tls_cert is None or tls_key is None else Tls(tls_cert, tls_key),
+            tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key),
             trusted_proxies=trust_proxy,
             client_connections=connections,
             request_within_s=header_timeout_s,

@@ -11,13 +11,13 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from krea_dagster.callbacks.limits import Connections
+from krea_dagster.callbacks.limits import ConnectionLimit
 
 
-class Guarded(H11Protocol):
+class LimitedProtocol(H11Protocol):
     """uvicorn's HTTP protocol, held to ``limit`` and to ``request_within_s``."""
 
-    limit: ClassVar[Connections]
+    limit: ClassVar[ConnectionLimit]
     request_within_s: ClassVar[float]
 
     _name: str | None = None
@@ -56,7 +56,7 @@ class Guarded(H11Protocol):
             self._deadline = None
 
 
-def guarded(connections: Connections, within_s: float) -> type[Guarded]:
+def limited_protocol(connections: ConnectionLimit, within_s: float) -> type[LimitedProtocol]:
     """Return a protocol for uvicorn that is held to these limits.
 
     A connection is closed where its client takes longer than ``within_s`` to its first byte, or
@@ -64,7 +64,7 @@ def guarded(connections: Connections, within_s: float) -> type[Guarded]:
     after its answer.
     """
 
-    class Held(Guarded):
+    class Held(LimitedProtocol):
         limit = connections
         request_within_s = within_s
 

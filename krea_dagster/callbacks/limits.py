@@ -12,7 +12,7 @@ from typing import Final
 MAX_CLIENTS: Final = 4096
 
 
-class Limits:
+class RateLimiter:
     """Token buckets by name: ``rate_per_s`` flows into each, and ``burst`` is what it holds.
 
     Memory is bounded: beyond ``max_clients`` the one longest silent is forgotten, and begins
@@ -66,7 +66,7 @@ def client_name(host: str) -> str:
     return host
 
 
-class Connections:
+class ConnectionLimit:
     """How many connections each client holds, ``most`` at a time.
 
     ``free`` clients may hold any number: addresses, networks, or ``*`` for all, as uvicorn takes

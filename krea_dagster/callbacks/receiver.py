@@ -33,8 +33,8 @@ import anyio
 import anyio.to_thread
 from starlette.types import Receive, Scope, Send
 
-from krea_dagster.callbacks.batcher import Gather, Remember
-from krea_dagster.callbacks.limits import Limits, client_name
+from krea_dagster.callbacks.batcher import CallbackBatcher, RecordCallbacks
+from krea_dagster.callbacks.limits import RateLimiter, client_name
 from krea_dagster.callbacks.urls import PathReader
 from krea_dagster.errors import KreaError
 from krea_dagster.models import is_task_id
@@ -72,7 +72,7 @@ class Receiver:
     def __init__(
         self,
         secret: str,
-        remember: Remember,
+        remember: RecordCallbacks,
         *,
         check: Callable[[], object] = lambda: None,
         rate_per_s: float = RATE_PER_S,
@@ -82,9 +82,9 @@ class Receiver:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._paths = PathReader(secret)
-        self._calls = Gather(remember)
+        self._calls = CallbackBatcher(remember)
         self._check = check
-        self._limits = Limits(rate_per_s, burst, monotonic=monotonic)
+        self._limits = RateLimiter(rate_per_s, burst, monotonic=monotonic)
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._monotonic = monotonic

@@ -10,8 +10,8 @@ from typing import Final, NamedTuple
 
 import uvicorn
 
-from krea_dagster.callbacks.connections import guarded
-from krea_dagster.callbacks.limits import Connections
+from krea_dagster.callbacks.connections import limited_protocol
+from krea_dagster.callbacks.limits import ConnectionLimit
 from krea_dagster.callbacks.receiver import Receiver
 
 #: Connections at a time; uvicorn answers those beyond with 503, and EvoLink calls again.
@@ -27,7 +27,7 @@ KEEP_ALIVE_S: Final = 30
 STOP_WITHIN_S: Final = 5
 
 
-class Tls(NamedTuple):
+class TlsFiles(NamedTuple):
     """Files in PEM form."""
 
     certificate: Path
@@ -51,7 +51,7 @@ def serve(
     receiver: Receiver,
     listener: socket.socket,
     *,
-    tls: Tls | None = None,
+    tls: TlsFiles | None = None,
     trusted_proxies: Sequence[str] = (),
     client_connections: int = CLIENT_CONNECTIONS,
     request_within_s: float = REQUEST_WITHIN_S,
@@ -61,14 +61,14 @@ def serve(
 
     Trusted proxies may hold any number of connections.
     """
-    connections = Connections(client_connections, free=trusted_proxies)
+    connections = ConnectionLimit(client_connections, free=trusted_proxies)
     # Errors go to stderr. Requests are not logged, because their paths are secrets, nor is what
     # uvicorn warns of, because strangers could fill a disk with it.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     config = uvicorn.Config(
         receiver,
         # httptools would be faster, but takes a path and headers of any length into memory.
-        http=guarded(connections, request_within_s),
+        http=limited_protocol(connections, request_within_s),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -157,7 +157,7 @@ class DrilledClient(KreaClient):
         self._guard = life.guard
         super().__init__(api_key, now=life.clock.now, **settings)
 
-    def _around(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
+    def _wrap_transport(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
         return DrilledTransport(transport, self._guard)
 
     async def download(

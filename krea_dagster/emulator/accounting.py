@@ -6,10 +6,10 @@ import sqlite3
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from krea_dagster.emulator.world import Task
+    from krea_dagster.emulator.world import EmulatedTask
 
 
-def counted(db: sqlite3.Connection) -> dict[str, Any]:
+def read_totals(db: sqlite3.Connection) -> dict[str, Any]:
     """Return the totals, of a state whose ended tasks are settled. Money in units."""
     counts: dict[str, dict[str, int]] = {}
     for kind, what, n in db.execute("SELECT kind, what, n FROM counts"):
@@ -58,7 +58,7 @@ def _bought_twice(db: sqlite3.Connection) -> int:
     return int(row[0])
 
 
-def booked(task: Task, sent: dict[str, Any], now: float) -> dict[str, Any]:
+def task_record(task: EmulatedTask, sent: dict[str, Any], now: float) -> dict[str, Any]:
     """Return one task's entry; ``sent`` is what the client sent and the task does not hold."""
     status = task.status(now)
     ended = status not in ("pending", "processing")

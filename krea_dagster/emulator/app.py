@@ -24,24 +24,24 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from krea_dagster.emulator import contract, faults
-from krea_dagster.emulator.contract import Refusal
-from krea_dagster.emulator.faults import Chosen, Kind
-from krea_dagster.emulator.images import BODY_EFFECTS, PictureKey, Pictures
+from krea_dagster.emulator.contract import ErrorResponse
+from krea_dagster.emulator.faults import ChosenFault, RequestKind
+from krea_dagster.emulator.images import BODY_EFFECTS, ImageFiles, ImageKey
 from krea_dagster.emulator.payloads import (
-    created_answer,
-    credits_answer,
-    listed_answer,
-    task_answer,
+    create_body,
+    credits_body,
+    list_row,
+    task_body,
 )
-from krea_dagster.emulator.reply import ENDLESS_PIECE_BYTES, Delivery, Hang, Reply
+from krea_dagster.emulator.reply import ENDLESS_PIECE_BYTES, BreakConnection, Reply, ReplyResponse
 from krea_dagster.emulator.world import (
     Account,
-    Created,
+    CreateResult,
+    EmulatedTask,
     ForeignTaskError,
     KeyConflictError,
     LinkExpiredError,
     OutOfCreditsError,
-    Task,
     TooBusyError,
     UndecidedError,
     UnknownTaskError,
@@ -58,18 +58,18 @@ def create_app(
     batch: bool = True,
     render_threads: int = 2,
     callbacks_to_private: bool = False,
-    pictures: Pictures | None = None,
+    pictures: ImageFiles | None = None,
     executor: concurrent.futures.Executor | None = None,
-) -> Emulation:
+) -> EmulatorApp:
     """Return the ASGI application over a world.
 
     ``pictures`` draws, in ``executor``: by default in ``render_threads`` threads of its own.
     """
-    return Emulation(
+    return EmulatorApp(
         world,
         batch=batch,
         callbacks_to_private=callbacks_to_private,
-        pictures=pictures or Pictures(),
+        pictures=pictures or ImageFiles(),
         executor=executor
         or concurrent.futures.ThreadPoolExecutor(
             render_threads, thread_name_prefix="emulator-render"
@@ -77,7 +77,7 @@ def create_app(
     )
 
 
-class Emulation:
+class EmulatorApp:
     """The ASGI application. ``hang`` and ``wake`` are set by the server that runs it.
 
     ``wake`` is called when a callback was planned; nothing here makes the call.
@@ -91,11 +91,11 @@ class Emulation:
         *,
         batch: bool,
         callbacks_to_private: bool,
-        pictures: Pictures,
+        pictures: ImageFiles,
         executor: concurrent.futures.Executor,
     ) -> None:
         self.world = world
-        self.hang: Hang | None = None
+        self.hang: BreakConnection | None = None
         self.wake: Callable[[], None] = lambda: None
         self._callbacks_to_private = callbacks_to_private
         self._batch = batch
@@ -127,22 +127,22 @@ class Emulation:
 
     # -- the API ------------------------------------------------------------------------------
 
-    def _on(self, kind: Kind, handle: Callable[[_Call], Reply]) -> Callable[[Request], Any]:
+    def _on(self, kind: RequestKind, handle: Callable[[_Call], Reply]) -> Callable[[Request], Any]:
         """Wrap a handler: read the body, answer in one transaction, count, deliver."""
 
-        async def endpoint(request: Request) -> Delivery:
+        async def endpoint(request: Request) -> ReplyResponse:
             request_id = self.world.bytes(8).hex()
             raw = await _read_body(request) if request.method == "POST" else b""
             with self.world.transaction():
                 try:
                     reply = handle(_Call(request, raw))
-                except Refusal as refusal:
+                except ErrorResponse as refusal:
                     # EvoLink was seen to name the request in the errors of this route.
                     named = request_id if kind == "create" else None
                     reply = _refused(refusal, named)
                 self.world.count(kind, reply.noted)
             reply.headers["x-request-id"] = request_id
-            return Delivery(reply, self.hang)
+            return ReplyResponse(reply, self.hang)
 
         return endpoint
 
@@ -156,7 +156,9 @@ class Emulation:
     def _create(self, call: _Call) -> Reply:
         account = self._account(call.request, "create")
         if not _is_json(call.request):
-            raise Refusal(415, "unsupported_media_type", "Content-Type must be application/json")
+            raise ErrorResponse(
+                415, "unsupported_media_type", "Content-Type must be application/json"
+            )
         order = contract.read_order(call.json(), callbacks_to_private=self._callbacks_to_private)
         key = contract.read_idempotency_key(call.request.headers.get("idempotency-key"))
         marked = _markers(order.prompt)
@@ -174,14 +176,14 @@ class Emulation:
         created = self._buy(account, order, key, kept, chosen)
         if order.callback_url is not None:
             self.wake()
-        reply = _json(created_answer(created.task))
+        reply = _json(create_body(created.task))
         if created.replayed:
             reply.headers["idempotency-replayed"] = "true"
             self.world.count("note", "replays")
         if chosen is None or chosen.fault.effect == "ignore_idempotency":
             return reply
         if chosen.fault.effect == "repeated_id":
-            answer = created_answer(created.task)
+            answer = create_body(created.task)
             return _json({**answer, "id": self.world.first_task_id(account)})
         return self._strike_after(chosen, created, reply, call.request)
 
@@ -190,9 +192,9 @@ class Emulation:
         account: Account,
         order: contract.Order,
         key: str | None,
-        marked: list[Chosen],
-        chosen: Chosen | None,
-    ) -> Created:
+        marked: list[ChosenFault],
+        chosen: ChosenFault | None,
+    ) -> CreateResult:
         effect = "" if chosen is None else chosen.fault.effect
         undecided = chosen is not None and effect in ("undecided", "delay")
         try:
@@ -216,12 +218,12 @@ class Emulation:
             raise contract.rate_limited("create", advice) from None
 
     def _strike_after(
-        self, chosen: Chosen, created: Created, reply: Reply, request: Request
+        self, chosen: ChosenFault, created: CreateResult, reply: Reply, request: Request
     ) -> Reply:
         """Return what a fault makes of the answer about a task that exists."""
         effect = chosen.fault.effect
         if effect == "no_id":
-            answer = created_answer(created.task)
+            answer = create_body(created.task)
             del answer["id"]
             return _json(answer, headers=reply.headers)
         if effect == "undecided":
@@ -233,9 +235,9 @@ class Emulation:
 
     def _unless_struck(
         self,
-        kind: Kind,
+        kind: RequestKind,
         request: Request,
-        chosen: Chosen | None,
+        chosen: ChosenFault | None,
         answer: Callable[[], Mapping[str, Any]],
     ) -> Reply:
         """Answer a question, unless the fault that was chosen for it strikes."""
@@ -304,7 +306,7 @@ class Emulation:
                 else self.world.tasks(account, status=status, page=page, page_size=page_size)
             )
             now = self.world.now()
-            rows = [listed_answer(task, now) for task in found]
+            rows = [list_row(task, now) for task in found]
             return {"code": 200, "data": rows, "page": page, "page_size": page_size, "total": total}
 
         return self._unless_struck("list", request, self.world.choose("list"), answer)
@@ -312,16 +314,16 @@ class Emulation:
     def _credits(self, call: _Call) -> Reply:
         account = self._account(call.request, "credits")
         return self._unless_struck(
-            "credits", call.request, self.world.choose("credits"), lambda: credits_answer(account)
+            "credits", call.request, self.world.choose("credits"), lambda: credits_body(account)
         )
 
-    def _known(self, task_id: str, account: Account) -> Task | None:
+    def _known(self, task_id: str, account: Account) -> EmulatedTask | None:
         try:
             return self.world.task(task_id, account)
         except (UnknownTaskError, ForeignTaskError):
             return None
 
-    def _find(self, task_id: str, account: Account) -> Task:
+    def _find(self, task_id: str, account: Account) -> EmulatedTask:
         try:
             return self.world.task(task_id, account)
         except UnknownTaskError:
@@ -329,21 +331,21 @@ class Emulation:
         except ForeignTaskError:
             raise contract.access_denied("read") from None
 
-    def _shown(self, task: Task, request: Request) -> dict[str, Any]:
+    def _shown(self, task: EmulatedTask, request: Request) -> dict[str, Any]:
         now = self.world.now()
         if task.status(now) != "completed":
-            return task_answer(task, now, [])
+            return task_body(task, now, [])
         link = task.fault("link")
         if link is not None:
-            return task_answer(task, now, [link.arg])
+            return task_body(task, now, [link.arg])
         late = task.fault("no_results")
         if late is not None and self.world.count_read_at_end(task) < late.count:
-            return task_answer(task, now, [])
-        return task_answer(task, now, [_absolute(request, self.world.link_path(task))])
+            return task_body(task, now, [])
+        return task_body(task, now, [_absolute(request, self.world.link_path(task))])
 
     # -- faults -------------------------------------------------------------------------------
 
-    def _strike(self, route: str, chosen: Chosen, request: Request) -> Reply:
+    def _strike(self, route: str, chosen: ChosenFault, request: Request) -> Reply:
         """Return what a fault answers in the place of the true answer."""
         effect, status = chosen.fault.effect, chosen.fault.status
         if effect in ("drop", "reset", "garbage"):
@@ -361,7 +363,7 @@ class Emulation:
 
     # -- the file host ------------------------------------------------------------------------
 
-    async def _file(self, request: Request) -> Delivery:
+    async def _file(self, request: Request) -> ReplyResponse:
         """Answer a fetch of a picture: its record in one transaction, its drawing in a thread."""
         world = self.world
         with world.transaction():
@@ -390,13 +392,13 @@ class Emulation:
             reply.delay_s = chosen.seconds
         return self._sent(reply)
 
-    def _file_fault(self, task: Task) -> Chosen | None:
+    def _file_fault(self, task: EmulatedTask) -> ChosenFault | None:
         for one in faults.of_kind(_markers(task.prompt), "file"):
             if not one.once or task.fetched == 0:
                 return one
         return self.world.choose("file", task.prompt)
 
-    def _file_reply(self, request: Request, chosen: Chosen) -> Reply | None:
+    def _file_reply(self, request: Request, chosen: ChosenFault) -> Reply | None:
         """Return the answer of a fault that needs no picture, None for those that do."""
         effect, status = chosen.fault.effect, chosen.fault.status
         if effect == "expired":
@@ -418,9 +420,9 @@ class Emulation:
             return self._strike("file", chosen, request)
         return None
 
-    async def _body(self, task: Task, effect: str) -> bytes:
+    async def _body(self, task: EmulatedTask, effect: str) -> bytes:
         order = contract.Order(task.prompt, task.size, task.quality)
-        key: PictureKey = (task.prompt, task.used_seed, *order.pixels)
+        key: ImageKey = (task.prompt, task.used_seed, *order.pixels)
         loop = asyncio.get_running_loop()
         if effect in BODY_EFFECTS:
             noise = self.world.bytes(50_000)
@@ -431,14 +433,14 @@ class Emulation:
         self.world.rendered(task, hashlib.sha256(body).hexdigest())
         return body
 
-    def _sent(self, reply: Reply) -> Delivery:
+    def _sent(self, reply: Reply) -> ReplyResponse:
         self.world.count("file", reply.noted)
-        return Delivery(reply, self.hang)
+        return ReplyResponse(reply, self.hang)
 
     # -- the emulator's own -------------------------------------------------------------------
 
     async def _books(self, request: Request) -> Response:
-        return JSONResponse(self.world.books(tasks=request.query_params.get("tasks") != "0"))
+        return JSONResponse(self.world.stats(tasks=request.query_params.get("tasks") != "0"))
 
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok", "synthetic": True})
@@ -453,7 +455,7 @@ class Emulation:
             call = _Call(request, await _read_body(request))
             try:
                 self._set_faults(call.json())
-            except Refusal as refusal:
+            except ErrorResponse as refusal:
                 return JSONResponse(refusal.body(), refusal.status)
             except (faults.UnknownFaultError, TypeError, KeyError, AttributeError) as error:
                 return JSONResponse(contract.invalid_request(detail=str(error)).body(), 400)
@@ -487,9 +489,9 @@ class _Call:
     raw: bytes | None
 
     def json(self) -> Any:
-        """Return the body's JSON. Raises Refusal 400 or 413."""
+        """Return the body's JSON. Raises ErrorResponse 400 or 413."""
         if self.raw is None:
-            raise Refusal(413, "payload_too_large", "Request body is too large")
+            raise ErrorResponse(413, "payload_too_large", "Request body is too large")
         return contract.parse_json(self.raw)
 
 
@@ -504,28 +506,30 @@ async def _read_body(request: Request) -> bytes | None:
     return b"".join(pieces)
 
 
-def _error_of(route: str, chosen: Chosen, now: float) -> Refusal:
+def _error_of(route: str, chosen: ChosenFault, now: float) -> ErrorResponse:
     """Return the refusal that a fault stands for."""
     effect, status, arg = chosen.fault.effect, chosen.fault.status, chosen.arg
     message = contract.invalid_request().message
-    build: dict[str, Callable[[], Refusal]] = {
+    build: dict[str, Callable[[], ErrorResponse]] = {
         "too_busy": lambda: contract.rate_limited(route, arg),
         "too_busy_date": lambda: contract.rate_limited(
             route, formatdate(now + float(arg), usegmt=True)
         ),
         "too_busy_bare": lambda: contract.rate_limited(route),
-        "code": lambda: Refusal(status, arg, message),
-        "integer_code": lambda: Refusal(int(arg), int(arg), "Upstream error", "upstream_error"),
-        "upper_case_code": lambda: Refusal(status, arg, message, ""),
+        "code": lambda: ErrorResponse(status, arg, message),
+        "integer_code": lambda: ErrorResponse(
+            int(arg), int(arg), "Upstream error", "upstream_error"
+        ),
+        "upper_case_code": lambda: ErrorResponse(status, arg, message, ""),
         "unauthorized": lambda: contract.unauthorized(route),
         "out_of_credits": lambda: contract.out_of_credits(route, arg),
         "denied": lambda: contract.access_denied(route, arg),
         "not_found": contract.task_not_found,
-        "no_route": lambda: Refusal(404, "not_found", "Invalid URL"),
+        "no_route": lambda: ErrorResponse(404, "not_found", "Invalid URL"),
         "error": lambda: (
             contract.internal_error(route, status)
             if status >= 500
-            else Refusal(status, "invalid_request", message)
+            else ErrorResponse(status, "invalid_request", message)
         ),
     }
     return build[effect]()
@@ -538,7 +542,7 @@ def _json(
     return Reply(status, body, headers=headers or {})
 
 
-def _refused(refusal: Refusal, request_id: str | None) -> Reply:
+def _refused(refusal: ErrorResponse, request_id: str | None) -> Reply:
     return _json(refusal.body(request_id), refusal.status, headers=dict(refusal.headers))
 
 
@@ -557,7 +561,7 @@ def _is_json(request: Request) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def _markers(prompt: str) -> list[Chosen]:
+def _markers(prompt: str) -> list[ChosenFault]:
     if "[emulator:" not in prompt:
         return []
     try:

@@ -10,15 +10,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from krea_dagster.emulator.faults import Chosen
-from krea_dagster.emulator.state_file import State
+from krea_dagster.emulator.faults import ChosenFault
+from krea_dagster.emulator.state_file import StateFile
 
 #: After a try that failed the next comes so much later; after the last of them none.
 RETRY_AFTER_S: Final = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
-class DueCall:
+class QueuedCallback:
     """One call to make. ``n`` is the task's number, ``forged`` how it lies, "" where it does not.
 
     ``tries`` is how often it was made in vain.
@@ -32,14 +32,16 @@ class DueCall:
     tries: int
 
 
-class Outbox:
+class CallbackQueue:
     """The calls that are still to be made."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: StateFile) -> None:
         self._state = state
         self._db = state.db
 
-    def plan(self, n: int, chosen: Sequence[Chosen], *, created_at: float, ready_at: float) -> None:
+    def plan(
+        self, n: int, chosen: Sequence[ChosenFault], *, created_at: float, ready_at: float
+    ) -> None:
         """Enter the calls about a task that ends at ``ready_at``, as its faults want them."""
         effects = {one.fault.effect: one for one in chosen}
         self._db.executemany(
@@ -47,7 +49,7 @@ class Outbox:
             [(n, at, forged) for at, forged in _calls(effects, created_at, ready_at)],
         )
 
-    def due(self, most: int, *, without: Collection[int]) -> list[DueCall]:
+    def due(self, most: int, *, without: Collection[int]) -> list[QueuedCallback]:
         """Return the next calls, the earliest first, whether due or not yet."""
         with self._state.lock:
             rows = self._db.execute(
@@ -55,9 +57,9 @@ class Outbox:
                 "FROM callbacks c JOIN tasks t ON t.n = c.n ORDER BY c.due_at, c.id LIMIT ?",
                 (most + len(without),),
             ).fetchall()
-        return [DueCall(*row) for row in rows if row[0] not in without][:most]
+        return [QueuedCallback(*row) for row in rows if row[0] not in without][:most]
 
-    def answered(self, call: DueCall, status: int, now: float) -> None:
+    def answered(self, call: QueuedCallback, status: int, now: float) -> None:
         """Note the status that a call was answered with, 0 where it was not answered."""
         with self._state.transaction():
             self._count("call", str(status) if status else "no answer")

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol
 
-from krea_dagster.emulator.callback_queue import DueCall
-from krea_dagster.emulator.payloads import task_answer
-from krea_dagster.emulator.world import Task, World
+from krea_dagster.emulator.callback_queue import QueuedCallback
+from krea_dagster.emulator.payloads import task_body
+from krea_dagster.emulator.world import EmulatedTask, World
 
 TIMEOUT_S: Final = 10.0
 #: Calls under way at a time: a slow receiver holds back the calls, never the API.
@@ -32,7 +32,7 @@ LOOK_S: Final = 0.05
 _SHORTEST_WAIT_S: Final = 0.001
 
 
-class Posts(Protocol):
+class PostsCallbacks(Protocol):
     """Makes one call."""
 
     async def post(self, url: str, body: bytes) -> int:
@@ -42,7 +42,7 @@ class Posts(Protocol):
         """Close the connections."""
 
 
-class Caller:
+class CallbackSender:
     """Makes the calls of a world. An async context manager, for one event loop.
 
     ``base_url`` is the emulator's own address, for the links. ``to_private`` allows receivers at
@@ -59,7 +59,7 @@ class Caller:
         to_private: bool = False,
         ca: Path | None = None,
         timeout_s: float = TIMEOUT_S,
-        poster: Posts | None = None,
+        poster: PostsCallbacks | None = None,
         look_s: float = LOOK_S,
     ) -> None:
         self._world = world
@@ -75,7 +75,7 @@ class Caller:
         if ca is not None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca)
 
-    async def __aenter__(self) -> Caller:
+    async def __aenter__(self) -> CallbackSender:
         return self
 
     async def __aexit__(
@@ -138,12 +138,12 @@ class Caller:
         self._under_way.pop(number, None)
         self.wake()
 
-    async def _call(self, due: DueCall) -> None:
+    async def _call(self, due: QueuedCallback) -> None:
         if self._poster is None:
             # Takes a while, and most emulators are never asked to call anybody.
-            from krea_dagster.emulator.http_post import Poster  # noqa: PLC0415 - see above
+            from krea_dagster.emulator.http_post import HttpPoster  # noqa: PLC0415 - see above
 
-            self._poster = Poster(
+            self._poster = HttpPoster(
                 self._ca,
                 to_private=self._to_private,
                 most=MAX_CALLS,
@@ -152,12 +152,12 @@ class Caller:
         body = json.dumps(self._body(due), ensure_ascii=False).encode()
         self._world.called(due, await self._poster.post(due.url, body))
 
-    def _body(self, due: DueCall) -> Mapping[str, Any]:
+    def _body(self, due: QueuedCallback) -> Mapping[str, Any]:
         now, task = self._world.now(), self._world.task_called_about(due)
         if due.forged == "early":
-            answer = task_answer(task, now, [])
+            answer = task_body(task, now, [])
             return {**answer, "status": "completed", "progress": 100, "results": [self._link(task)]}
-        answer = task_answer(task, now, self._links(task, now))
+        answer = task_body(task, now, self._links(task, now))
         if due.forged == "status":
             claimed = "failed" if answer["status"] == "completed" else "completed"
             return {**answer, "status": claimed}
@@ -165,11 +165,11 @@ class Caller:
             return {**answer, "id": self._world.unused_task_id()}
         return answer
 
-    def _links(self, task: Task, now: float) -> list[str]:
+    def _links(self, task: EmulatedTask, now: float) -> list[str]:
         if task.status(now) != "completed" or task.fault("no_results"):
             return []
         link = task.fault("link")
         return [self._link(task) if link is None else link.arg]
 
-    def _link(self, task: Task) -> str:
+    def _link(self, task: EmulatedTask) -> str:
         return self._base_url + self._world.link_path(task)

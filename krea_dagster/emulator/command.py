@@ -29,7 +29,7 @@ def _wishes(
     from krea_dagster.emulator import faults  # noqa: PLC0415 - keeps --help quick
 
     try:
-        return [faults.parse_wish(value) for value in values]
+        return [faults.parse_fault_option(value) for value in values]
     except faults.UnknownFaultError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -216,7 +216,7 @@ def emulator_command(
             raise click.UsageError(f"cannot listen on {host}:{port}: {error}") from None
         stack.callback(emulator.stop)
         for wish in wishes:
-            if isinstance(wish, faults.Wish):
+            if isinstance(wish, faults.FaultOption):
                 emulator.world.apply(wish)
         click.echo(
             "Emulator of EvoLink's API: the pictures are synthetic and nothing is charged. "

@@ -80,7 +80,7 @@ class Order:
         return _digest([self.fingerprint, self.callback_url])
 
 
-class Refusal(Exception):
+class ErrorResponse(Exception):
     """The API answers with an error.
 
     ``code`` is what the body says, ``param`` the field that is meant, where there is one.
@@ -120,77 +120,79 @@ class Refusal(Exception):
 # -- the documented errors --------------------------------------------------------------------
 
 
-def invalid_request(param: str | None = None, detail: str = "") -> Refusal:
+def invalid_request(param: str | None = None, detail: str = "") -> ErrorResponse:
     """Build 400 for a create, batch or list call that says something wrong."""
     message = "Invalid request parameters" + (f": {detail}" if detail else "")
-    return Refusal(400, "invalid_request", message, param=param)
+    return ErrorResponse(400, "invalid_request", message, param=param)
 
 
-def unauthorized(route: str) -> Refusal:
+def unauthorized(route: str) -> ErrorResponse:
     """Build 401; the create call words it differently from the others."""
     message = "Invalid or expired token" if route == "create" else "Authentication required"
-    return Refusal(401, "unauthorized", message, "authentication_error")
+    return ErrorResponse(401, "unauthorized", message, "authentication_error")
 
 
-def out_of_credits(route: str, code: str | None = None) -> Refusal:
+def out_of_credits(route: str, code: str | None = None) -> ErrorResponse:
     """Build 402: the account (or, by another code, the key) has not enough credits."""
     usual = "insufficient_quota" if route == "create" else "quota_exceeded"
     message = "Insufficient quota. Please top up your account."
-    return Refusal(402, code or usual, message, "insufficient_quota")
+    return ErrorResponse(402, code or usual, message, "insufficient_quota")
 
 
-def access_denied(route: str, code: str | None = None) -> Refusal:
+def access_denied(route: str, code: str | None = None) -> ErrorResponse:
     """Build 403: no access to the model, or to somebody else's task."""
     if route == "create":
         message = f"Token does not have access to model: {MODEL}"
-        return Refusal(403, code or "model_access_denied", message)
+        return ErrorResponse(403, code or "model_access_denied", message)
     message = "You don't have permission to access this task"
-    return Refusal(403, code or "permission_denied", message)
+    return ErrorResponse(403, code or "permission_denied", message)
 
 
-def invalid_task_id() -> Refusal:
+def invalid_task_id() -> ErrorResponse:
     """Build 400 for a task id of the wrong form."""
     message = f"Invalid task ID format, must start with '{TASK_ID_PREFIX}'"
-    return Refusal(400, "invalid_task_id", message, param="task_id")
+    return ErrorResponse(400, "invalid_task_id", message, param="task_id")
 
 
-def task_not_found() -> Refusal:
+def task_not_found() -> ErrorResponse:
     """Build 404 for a task that is not known, or not any more."""
-    return Refusal(404, "task_not_found", "The requested task could not be found")
+    return ErrorResponse(404, "task_not_found", "The requested task could not be found")
 
 
-def rate_limited(route: str, retry_after: str | None = None) -> Refusal:
+def rate_limited(route: str, retry_after: str | None = None) -> ErrorResponse:
     """Build 429; ``retry_after`` is the header's text: seconds or an HTTP date."""
     headers = {} if retry_after is None else {"retry-after": retry_after}
     if route == "create":
         message = "Too many requests, please try again later"
-        return Refusal(429, "rate_limit_exceeded", message, "rate_limit_error", headers=headers)
-    return Refusal(
+        return ErrorResponse(
+            429, "rate_limit_exceeded", message, "rate_limit_error", headers=headers
+        )
+    return ErrorResponse(
         429, "rate_limit_exceeded", "Rate limit exceeded", "evo_api_error", headers=headers
     )
 
 
-def internal_error(route: str, status: int = 500) -> Refusal:
+def internal_error(route: str, status: int = 500) -> ErrorResponse:
     """Build 500 (or another 5xx) as JSON."""
     message = "Internal server error" if route == "create" else "Failed to retrieve task status"
-    return Refusal(status, "internal_error", message, "api_error")
+    return ErrorResponse(status, "internal_error", message, "api_error")
 
 
-def no_such_route(method: str, path: str) -> Refusal:
+def no_such_route(method: str, path: str) -> ErrorResponse:
     """Build 404 for an endpoint that this server does not have."""
-    return Refusal(404, "not_found", f"Invalid URL ({method} {path})")
+    return ErrorResponse(404, "not_found", f"Invalid URL ({method} {path})")
 
 
-def idempotency_conflict() -> Refusal:
+def idempotency_conflict() -> ErrorResponse:
     """Build 409: the Idempotency-Key was used for another body."""
     message = "This Idempotency-Key was already used with a different request body"
-    return Refusal(409, "idempotency_conflict", message)
+    return ErrorResponse(409, "idempotency_conflict", message)
 
 
-def paid_outcome_unknown() -> Refusal:
+def paid_outcome_unknown() -> ErrorResponse:
     """Build 409: the first submission with this key is not decided yet."""
     message = "The first request with this Idempotency-Key is still being decided"
-    return Refusal(409, "paid_outcome_unknown", message, "api_error")
+    return ErrorResponse(409, "paid_outcome_unknown", message, "api_error")
 
 
 # -- task errors ------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def task_error_message(code: str) -> str:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Read a JSON body strictly: UTF-8, no NaN or Infinity. Raises Refusal 400 otherwise."""
+    """Read a JSON body strictly: UTF-8, no NaN or Infinity. Raises ErrorResponse 400 otherwise."""
 
     def no_constant(text: str) -> Any:
         raise ValueError(text)
@@ -248,7 +250,7 @@ def approximate_tokens(prompt: str) -> int:
 
 
 def read_order(body: object, *, callbacks_to_private: bool = False) -> Order:
-    """Check a create body against the contract. Raises Refusal 400, which names the field.
+    """Check a create body against the contract. Raises ErrorResponse 400, which names the field.
 
     ``callbacks_to_private`` takes a ``callback_url`` at a private address as well.
     Fields that the contract does not name are ignored. Lone surrogates in the prompt become
@@ -273,7 +275,7 @@ def read_order(body: object, *, callbacks_to_private: bool = False) -> Order:
 
 
 def read_idempotency_key(header: str | None) -> str | None:
-    """Check the Idempotency-Key header, None where there is none. Raises Refusal 400."""
+    """Check the Idempotency-Key header, None where there is none. Raises ErrorResponse 400."""
     if header is None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(header):
@@ -282,7 +284,7 @@ def read_idempotency_key(header: str | None) -> str | None:
 
 
 def read_task_ids(body: object) -> list[str]:
-    """Check the body of a batch read: up to 50 ids as text. Raises Refusal 400."""
+    """Check the body of a batch read: up to 50 ids as text. Raises ErrorResponse 400."""
     ids = body.get("task_ids") if isinstance(body, dict) else None
     if not isinstance(ids, list) or len(ids) > MAX_BATCH:
         raise invalid_request("task_ids")
@@ -292,7 +294,7 @@ def read_task_ids(body: object) -> list[str]:
 
 
 def read_page(query: Mapping[str, str]) -> tuple[int, int]:
-    """Return page (from 1) and page size (1 to 50) of a list call. Raises Refusal 400."""
+    """Return page (from 1) and page size (1 to 50) of a list call. Raises ErrorResponse 400."""
     values = []
     for name, default, most in (("page", "1", 1_000_000), ("page_size", "20", MAX_PAGE_SIZE)):
         text = query.get(name, default)

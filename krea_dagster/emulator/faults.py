@@ -34,10 +34,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-Kind = Literal["create", "task", "read", "batch", "list", "credits", "file", "callback"]
+RequestKind = Literal["create", "task", "read", "batch", "list", "credits", "file", "callback"]
 
-QUESTIONS: Final[tuple[Kind, ...]] = ("read", "batch", "list", "credits", "file")
-ACCOUNT_QUESTIONS: Final[tuple[Kind, ...]] = ("read", "credits")
+READ_KINDS: Final[tuple[RequestKind, ...]] = ("read", "batch", "list", "credits", "file")
+ACCOUNT_READ_KINDS: Final[tuple[RequestKind, ...]] = ("read", "credits")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Fault:
     """
 
     name: str
-    kind: Kind
+    kind: RequestKind
     effect: str
     says: str
     status: int = 0
@@ -59,7 +59,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenFault:
     """A fault that strikes now, with its argument as text ("" where it takes none).
 
     ``once`` is true only for a prompt marker that says so.
@@ -338,10 +338,10 @@ _CALLBACK: Final = (
 def _all_faults() -> Iterator[Fault]:
     yield from _create_faults()
     yield from _TASK
-    for kind in QUESTIONS:
+    for kind in READ_KINDS:
         for suffix, effect, status, arg, says in _QUESTION:
             yield Fault(f"{kind}_{suffix}", kind, effect, says, status, arg)
-    for kind in ACCOUNT_QUESTIONS:
+    for kind in ACCOUNT_READ_KINDS:
         yield Fault(f"{kind}_401", kind, "unauthorized", "401: the key is refused", 401)
         yield Fault(
             f"{kind}_402", kind, "out_of_credits", "402; ARG is the code", 402, "quota_exceeded"
@@ -374,13 +374,13 @@ _NUMBER_EFFECTS: Final = {
 _COUNT_EFFECTS: Final = {"no_results", "integer_code"}
 
 
-def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> Chosen:
+def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> ChosenFault:
     """Return the fault ``name`` with its argument checked. Raises UnknownFaultError."""
     fault = FAULTS.get(name)
     if fault is None:
         raise UnknownFaultError(f"there is no fault {name!r}")
     if arg is None:
-        return Chosen(fault, fault.arg or "", once)
+        return ChosenFault(fault, fault.arg or "", once)
     if fault.arg is None:
         raise UnknownFaultError(f"the fault {name!r} takes no argument")
     text = str(arg)
@@ -393,7 +393,7 @@ def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> 
             FORGERIES.index(text)
     except ValueError:
         raise UnknownFaultError(f"the fault {name!r} does not take {text!r}") from None
-    return Chosen(fault, text, once)
+    return ChosenFault(fault, text, once)
 
 
 # -- markers in prompts -----------------------------------------------------------------------
@@ -401,7 +401,7 @@ def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> 
 _MARKER: Final = re.compile(r"\[emulator:\s*([A-Za-z0-9_]+)(?:\s+([^\]\s]+))??(\s+once)?\s*\]")
 
 
-def markers(prompt: str) -> list[Chosen]:
+def markers(prompt: str) -> list[ChosenFault]:
     """Return the faults that a prompt asks for. Raises UnknownFaultError for a bad marker."""
     found = []
     for name, arg, once in _MARKER.findall(prompt):
@@ -413,7 +413,7 @@ def markers(prompt: str) -> list[Chosen]:
     return found
 
 
-def of_kind(chosen: Iterable[Chosen], kind: Kind) -> list[Chosen]:
+def of_kind(chosen: Iterable[ChosenFault], kind: RequestKind) -> list[ChosenFault]:
     """Return those of one kind, in order."""
     return [one for one in chosen if one.fault.kind == kind]
 
@@ -422,7 +422,7 @@ def of_kind(chosen: Iterable[Chosen], kind: Kind) -> list[Chosen]:
 
 
 @dataclass(frozen=True)
-class Wish:
+class FaultOption:
     """One fault that was asked for from outside: at a rate, or ``n`` times from now on.
 
     ``rate`` is from 0 to 1, None where ``n`` counts. For the name ``insufficient_quota_after``
@@ -435,7 +435,7 @@ class Wish:
     arg: str | None = None
 
 
-def parse_wish(text: str) -> Wish:
+def parse_fault_option(text: str) -> FaultOption:
     """Read ``NAME=VALUE`` or ``NAME=VALUE:ARG``.
 
     A VALUE with a decimal point or a percent sign is a rate from 0 to 1 (or 0 % to 100 %), a
@@ -446,15 +446,15 @@ def parse_wish(text: str) -> Wish:
     value, colon, arg = rest.partition(":")
     if name == QUOTA:
         _number(text, value)
-        return Wish(name, arg=value)
+        return FaultOption(name, arg=value)
     choose(name, arg if colon else None)
     given = arg if colon else None
     if value.isdigit():
-        return Wish(name, n=int(value), arg=given)
+        return FaultOption(name, n=int(value), arg=given)
     rate = _number(text, value[:-1]) / 100 if value.endswith("%") else _number(text, value)
     if not 0 <= rate <= 1:
         raise UnknownFaultError(f"{text!r}: a rate is from 0.0 to 1.0")
-    return Wish(name, rate=rate, arg=given)
+    return FaultOption(name, rate=rate, arg=given)
 
 
 def _number(text: str, value: str) -> float:

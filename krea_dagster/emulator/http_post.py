@@ -28,7 +28,7 @@ _NO_ANSWER: Final = (
 )
 
 
-class Poster:
+class HttpPoster:
     """Posts bodies, ``most`` at a time, with ``timeout_s`` for each. In one event loop.
 
     ``ca`` is a file of certificates (PEM) that are trusted besides the machine's. Redirects are

@@ -15,7 +15,7 @@ from PIL import Image
 
 from krea_dagster.emulator import render
 
-PictureKey = tuple[str, int, int, int]  # prompt, seed, width, height
+ImageKey = tuple[str, int, int, int]  # prompt, seed, width, height
 
 #: Effects of file faults that put another body in the place of the picture.
 BODY_EFFECTS: Final = frozenset(
@@ -25,16 +25,16 @@ BODY_EFFECTS: Final = frozenset(
 _BOMB_SIDE: Final = 60_000
 
 
-class Pictures:
+class ImageFiles:
     """Draws pictures and keeps the last ones, up to ``keep_bytes`` in all. Thread-safe."""
 
     def __init__(self, keep_bytes: int = 32 << 20) -> None:
         self._keep_bytes = keep_bytes
-        self._kept: OrderedDict[PictureKey, bytes] = OrderedDict()
+        self._kept: OrderedDict[ImageKey, bytes] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
-    def png(self, key: PictureKey) -> bytes:
+    def png(self, key: ImageKey) -> bytes:
         """Return the picture of (prompt, seed, width, height) as PNG."""
         with self._lock:
             if key in self._kept:
@@ -50,7 +50,7 @@ class Pictures:
                 self._size -= len(dropped)
         return body
 
-    def damaged(self, key: PictureKey, effect: str, noise: bytes) -> bytes:
+    def damaged(self, key: ImageKey, effect: str, noise: bytes) -> bytes:
         """Return what is sent instead of the picture. ``effect`` is one of BODY_EFFECTS."""
         prompt, seed, width, height = key
         if effect == "jpeg":

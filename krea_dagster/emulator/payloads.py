@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from krea_dagster.emulator.contract import MODEL, UNITS_PER_CREDIT, task_error_message
-from krea_dagster.emulator.world import Account, Task
+from krea_dagster.emulator.world import Account, EmulatedTask
 
 CREDITS_PER_USD: Final = 68
 
 
-def created_answer(task: Task) -> dict[str, Any]:
+def create_body(task: EmulatedTask) -> dict[str, Any]:
     """Return the body of the create call: always as it was at creation, for a replay too."""
     return {
         "created": int(task.created_at),
@@ -33,7 +33,7 @@ def created_answer(task: Task) -> dict[str, Any]:
     }
 
 
-def task_answer(task: Task, now: float, links: Sequence[str]) -> dict[str, Any]:
+def task_body(task: EmulatedTask, now: float, links: Sequence[str]) -> dict[str, Any]:
     """Return the body of the task query. ``links`` are given where the task is completed."""
     status = task.status(now)
     shown = task.fault("final_status") or task.fault("status")
@@ -65,7 +65,7 @@ def task_answer(task: Task, now: float, links: Sequence[str]) -> dict[str, Any]:
     return answer
 
 
-def listed_answer(task: Task, now: float) -> dict[str, Any]:
+def list_row(task: EmulatedTask, now: float) -> dict[str, Any]:
     """Return one row of the list call, which holds no links."""
     status = task.status(now)
     row: dict[str, Any] = {
@@ -83,7 +83,7 @@ def listed_answer(task: Task, now: float) -> dict[str, Any]:
     return row
 
 
-def credits_answer(account: Account) -> Mapping[str, Any]:
+def credits_body(account: Account) -> Mapping[str, Any]:
     """Return the body of the credits call. The key itself has no limit of its own."""
     remaining = account.remaining / UNITS_PER_CREDIT
     used = account.charged / UNITS_PER_CREDIT

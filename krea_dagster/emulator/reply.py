@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 #: Does something to the connection of an ASGI scope: "close", "reset" or "garbage".
-Hang = Callable[[Scope, str], None]
+BreakConnection = Callable[[Scope, str], None]
 
 ENDLESS_PIECE_BYTES: Final = 64 * 1024
 
@@ -38,10 +38,10 @@ class Reply:
         return "dropped" if self.wire in ("close", "reset", "garbage") else str(self.status)
 
 
-class Delivery(Response):
+class ReplyResponse(Response):
     """Sends a reply, or does to the connection what it says."""
 
-    def __init__(self, reply: Reply, hang: Hang | None) -> None:
+    def __init__(self, reply: Reply, hang: BreakConnection | None) -> None:
         super().__init__(reply.body, reply.status or 200, reply.headers, reply.content_type)
         self._reply = reply
         self._hang_up = hang

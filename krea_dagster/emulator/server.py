@@ -23,7 +23,7 @@ import uvicorn
 from starlette.types import Scope
 
 from krea_dagster.emulator.app import create_app
-from krea_dagster.emulator.callback_sender import TIMEOUT_S, Caller
+from krea_dagster.emulator.callback_sender import TIMEOUT_S, CallbackSender
 from krea_dagster.emulator.contract import UNITS_PER_CREDIT
 from krea_dagster.emulator.world import LINK_LIFETIME_S, World
 
@@ -43,7 +43,7 @@ class Emulator:
             client = httpx.Client(base_url=emulator.url)
             emulator.world.script("drop_after_create")
             ...
-            assert emulator.books()["creates"] == 1
+            assert emulator.stats()["creates"] == 1
 
     ``api_key`` opens the account with ``credits``; ``other_accounts`` are further keys with
     their credits. ``state`` is the folder that survives (None: one that is deleted at the end).
@@ -108,7 +108,7 @@ class Emulator:
             self._socket = undo.enter_context(_listen(host, port))
             self.host = host
             self.port: int = self._socket.getsockname()[1]
-            self._caller = Caller(
+            self._caller = CallbackSender(
                 self.world,
                 self.url,
                 to_private=callbacks_to_private,
@@ -146,9 +146,9 @@ class Emulator:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
-    def books(self, *, tasks: bool = True) -> dict[str, Any]:
+    def stats(self, *, tasks: bool = True) -> dict[str, Any]:
         """Return what was asked, created, charged and fetched so far."""
-        return self.world.books(tasks=tasks)
+        return self.world.stats(tasks=tasks)
 
     def start(self) -> None:
         """Start to answer. Connections are taken when this returns."""

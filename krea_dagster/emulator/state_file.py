@@ -89,7 +89,7 @@ class StateInUseError(RuntimeError):
     """Another emulator works on the same state folder."""
 
 
-class State:
+class StateFile:
     """The open state file. Thread-safe; one process at a time.
 
     What a transaction wrote survives the end of the process, however it ends.

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from krea_dagster.emulator import faults
-from krea_dagster.emulator.accounting import booked, counted
-from krea_dagster.emulator.callback_queue import DueCall, Outbox
+from krea_dagster.emulator.accounting import read_totals, task_record
+from krea_dagster.emulator.callback_queue import CallbackQueue, QueuedCallback
 from krea_dagster.emulator.contract import (
     MAX_SEED,
     PRICE_UNITS,
@@ -33,8 +33,8 @@ from krea_dagster.emulator.contract import (
     UNITS_PER_CREDIT,
     Order,
 )
-from krea_dagster.emulator.faults import Chosen, Kind
-from krea_dagster.emulator.state_file import State
+from krea_dagster.emulator.faults import ChosenFault, RequestKind
+from krea_dagster.emulator.state_file import StateFile
 
 LINK_LIFETIME_S: Final = 24 * 3600.0
 
@@ -98,7 +98,7 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Task:
+class EmulatedTask:
     """One task. ``ready_at`` is None where it never ends."""
 
     n: int
@@ -114,7 +114,7 @@ class Task:
     ready_at: float | None
     ends_as: str
     error_code: str | None
-    faults: tuple[Chosen, ...]
+    faults: tuple[ChosenFault, ...]
     reads_at_end: int
     fetched: int
     file_sha256: str | None
@@ -136,7 +136,7 @@ class Task:
         share = (now - self.created_at) / max(end - self.created_at, 1e-9)
         return max(1, min(99, int(100 * share)))
 
-    def fault(self, effect: str) -> Chosen | None:
+    def fault(self, effect: str) -> ChosenFault | None:
         """Return the task fault with this effect, if the task has it."""
         return next((one for one in self.faults if one.fault.effect == effect), None)
 
@@ -148,10 +148,10 @@ _TASK_COLUMNS: Final = (
 
 
 @dataclass(frozen=True)
-class Created:
+class CreateResult:
     """The outcome of a create call that was taken."""
 
-    task: Task
+    task: EmulatedTask
     replayed: bool
 
 
@@ -193,13 +193,13 @@ class World:
         self.link_lifetime_s = link_lifetime_s
         self.denies_foreign_tasks = denies_foreign_tasks
         self.quota: int | None = None
-        self._rates: dict[str, tuple[float, Chosen]] = {}
+        self._rates: dict[str, tuple[float, ChosenFault]] = {}
         self._tokens = float("inf") if rate is None else max(1.0, rate)
         self._tokens_at = clock()
-        self._state = State(state)
+        self._state = StateFile(state)
         self._db = self._state.db
         self._lock = self._state.lock
-        self._outbox = Outbox(self._state)
+        self._outbox = CallbackQueue(self._state)
         start = int(self._state.meta("starts", "0")) + 1
         self._db.execute("UPDATE meta SET value = ? WHERE name = 'starts'", (str(start),))
         self._random = random.Random(f"{seed}:{start}")  # noqa: S311 - nothing secret
@@ -246,10 +246,10 @@ class World:
         order: Order,
         *,
         idempotency_key: str | None = None,
-        task_faults: Sequence[Chosen] = (),
+        task_faults: Sequence[ChosenFault] = (),
         ignore_key: bool = False,
         undecided_s: float = 0.0,
-    ) -> Created:
+    ) -> CreateResult:
         """Create a task and reserve its credits, or return the one that the key created.
 
         Scripted and rated task and callback faults are chosen here, for tasks that really come to
@@ -262,7 +262,7 @@ class World:
             if honoured and idempotency_key is not None:
                 known = self._replay(account, order, idempotency_key)
                 if known is not None:
-                    return Created(known, replayed=True)
+                    return CreateResult(known, replayed=True)
             self._check_room()
             price = PRICE_UNITS[order.quality]
             self._check_credits(account, price)
@@ -283,7 +283,7 @@ class World:
                     "INSERT OR IGNORE INTO idempotency VALUES (?, ?, ?, ?, ?)",
                     (account.id, idempotency_key, order.body_hash, task.n, now + undecided_s),
                 )
-            return Created(task, replayed=False)
+            return CreateResult(task, replayed=False)
 
     def take_key(self, account: Account, key: str) -> None:
         """Have a key count as used for another body, unless it has created a task."""
@@ -296,7 +296,7 @@ class World:
                     "INSERT OR IGNORE INTO taken_keys VALUES (?, ?)", (account.id, key)
                 )
 
-    def task(self, task_id: str, account: Account) -> Task:
+    def task(self, task_id: str, account: Account) -> EmulatedTask:
         """Return a task of this account. Raises UnknownTaskError or ForeignTaskError."""
         task = self._find(task_id)
         if task is None or self._is_over(task) or task.fault("vanished"):
@@ -305,7 +305,7 @@ class World:
             raise ForeignTaskError if self.denies_foreign_tasks else UnknownTaskError
         return task
 
-    def count_read_at_end(self, task: Task) -> int:
+    def count_read_at_end(self, task: EmulatedTask) -> int:
         """Count one more read of an ended task; return how many there were before."""
         with self.transaction():
             self._db.execute(
@@ -315,7 +315,7 @@ class World:
 
     def tasks(
         self, account: Account, *, status: str | None, page: int, page_size: int
-    ) -> tuple[list[Task], int]:
+    ) -> tuple[list[EmulatedTask], int]:
         """Return one page of an account's tasks, newest first, and how many there are in all.
 
         ``status`` is pending, processing (which includes pending), completed, failed or
@@ -348,13 +348,13 @@ class World:
 
     # -- links and files ----------------------------------------------------------------------
 
-    def link_path(self, task: Task) -> str:
+    def link_path(self, task: EmulatedTask) -> str:
         """Return a fresh link to a task's picture, as a path: it ends a day after now."""
         expires_ms = int((self.now() + self.link_lifetime_s) * 1000)
         name = f"{task.task_id}-{expires_ms}"
         return f"/files/{name}-{self._sign(name)}.png"
 
-    def file(self, name: str) -> Task:
+    def file(self, name: str) -> EmulatedTask:
         """Return the task whose picture a link names, and count the fetch.
 
         ``name`` is the last part of the path. The task says how often it was fetched before.
@@ -373,7 +373,7 @@ class World:
             self._db.execute("UPDATE tasks SET fetched = fetched + 1 WHERE n = ?", (task.n,))
         return task
 
-    def rendered(self, task: Task, sha256: str) -> None:
+    def rendered(self, task: EmulatedTask, sha256: str) -> None:
         """Note the hash of a task's undamaged picture."""
         if task.file_sha256 is None:
             with self.transaction():
@@ -381,18 +381,18 @@ class World:
 
     # -- callbacks ----------------------------------------------------------------------------
 
-    def due_calls(self, most: int, *, without: Collection[int] = ()) -> list[DueCall]:
+    def due_calls(self, most: int, *, without: Collection[int] = ()) -> list[QueuedCallback]:
         """Return the next calls to make, the earliest first, whether due or not yet.
 
         ``without`` are those that are under way.
         """
         return self._outbox.due(most, without=without)
 
-    def called(self, call: DueCall, status: int) -> None:
+    def called(self, call: QueuedCallback, status: int) -> None:
         """Note what a call was answered with, 0 for nothing; plan its repeat, or give it up."""
         self._outbox.answered(call, status, self.now())
 
-    def task_called_about(self, call: DueCall) -> Task:
+    def task_called_about(self, call: QueuedCallback) -> EmulatedTask:
         """Return the task that a call is about."""
         with self._lock:
             found = self._db.execute(
@@ -463,7 +463,7 @@ class World:
         """Refuse with 402 all that would bring charged and reserved above so many credits."""
         self.quota = None if most_credits is None else round(most_credits * UNITS_PER_CREDIT)
 
-    def apply(self, wish: faults.Wish) -> None:
+    def apply(self, wish: faults.FaultOption) -> None:
         """Do what a command line asked for. Raises UnknownFaultError."""
         if wish.name == faults.QUOTA:
             self.set_quota(float(wish.arg or 0))
@@ -472,7 +472,7 @@ class World:
         else:
             self.script(wish.name, wish.n, arg=wish.arg)
 
-    def choose(self, kind: Kind, prompt: str = "") -> Chosen | None:
+    def choose(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
         """Return the fault that strikes a request of this kind now, and use up its script."""
         with self.transaction():
             row = self._db.execute(
@@ -503,7 +503,7 @@ class World:
                 (kind, what),
             )
 
-    def books(self, *, tasks: bool = True) -> dict[str, Any]:
+    def stats(self, *, tasks: bool = True) -> dict[str, Any]:
         """Return what was asked, created, charged and fetched, as plain JSON values.
 
         The fields are described in the package's ``openapi.yaml``, under ``Books``.
@@ -511,12 +511,12 @@ class World:
         with self.transaction():
             now = self._settle()
             return {
-                **counted(self._db),
+                **read_totals(self._db),
                 "unconsumed_faults": self.unconsumed(),
-                **({"tasks": [booked(*row, now) for row in self._booked()]} if tasks else {}),
+                **({"tasks": [task_record(*row, now) for row in self._booked()]} if tasks else {}),
             }
 
-    def _booked(self) -> Iterator[tuple[Task, dict[str, Any]]]:
+    def _booked(self) -> Iterator[tuple[EmulatedTask, dict[str, Any]]]:
         extra = ("idempotency_key", "seed", "account", "callback_url")
         rows = self._db.execute(
             f"SELECT {_TASK_COLUMNS}, {', '.join(extra)} FROM tasks ORDER BY n"  # noqa: S608
@@ -529,11 +529,11 @@ class World:
     def _sign(self, text: str) -> str:
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()[:16]
 
-    def _is_over(self, task: Task) -> bool:
+    def _is_over(self, task: EmulatedTask) -> bool:
         lifetime = self.task_lifetime_s
         return lifetime is not None and self.now() >= task.created_at + lifetime
 
-    def _find(self, task_id: str) -> Task | None:
+    def _find(self, task_id: str) -> EmulatedTask | None:
         with self._lock:
             row = self._db.execute(
                 f"SELECT {_TASK_COLUMNS} FROM tasks WHERE task_id = ?",  # noqa: S608
@@ -586,7 +586,7 @@ class World:
         if self.quota is not None and account.charged + account.held + price > self.quota:
             raise OutOfCreditsError
 
-    def _replay(self, account: Account, order: Order, key: str) -> Task | None:
+    def _replay(self, account: Account, order: Order, key: str) -> EmulatedTask | None:
         row = self._db.execute(
             "SELECT body_hash, undecided_until, n FROM idempotency WHERE account = ? AND key = ?",
             (account.id, key),
@@ -606,7 +606,7 @@ class World:
         found = self._db.execute(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE n = ?", (n,))  # noqa: S608
         return _task(found.fetchone())
 
-    def _planned(self, order: Order, asked: Sequence[Chosen], now: float) -> dict[str, Any]:
+    def _planned(self, order: Order, asked: Sequence[ChosenFault], now: float) -> dict[str, Any]:
         """Decide a new task's id, seed, faults and end; return them as columns."""
         chosen = [one for one in asked if not (one.once and self._known(order))]
         struck = self.choose("task", order.prompt)
@@ -643,7 +643,7 @@ class World:
         )
         return str(found.fetchone()[0])
 
-    def _insert(self, row: dict[str, Any]) -> Task:
+    def _insert(self, row: dict[str, Any]) -> EmulatedTask:
         # The names are those of _planned and create, never a caller's; the values are bound.
         names = ", ".join(row)
         marks = ", ".join("?" * len(row))
@@ -672,7 +672,7 @@ class World:
 
 
 def _end(
-    chosen: Sequence[Chosen], now: float, duration_s: float
+    chosen: Sequence[ChosenFault], now: float, duration_s: float
 ) -> tuple[float | None, str, str | None]:
     """Decide when a task ends (None: never), as what, and with which error code."""
     effects = {one.fault.effect: one for one in chosen}
@@ -685,7 +685,7 @@ def _end(
     return ready_at, "cancelled" if "cancel" in effects else "completed", None
 
 
-def _task(row: Sequence[Any]) -> Task:
+def _task(row: Sequence[Any]) -> EmulatedTask:
     values = list(row)
     at = len(values) - 4  # the place of the faults in _TASK_COLUMNS
     raw = values[at]
@@ -694,7 +694,7 @@ def _task(row: Sequence[Any]) -> Task:
         if raw == "[]"
         else tuple(faults.choose(name, arg or None) for name, arg in json.loads(raw))
     )
-    return Task(*values)
+    return EmulatedTask(*values)
 
 
 def _hash(api_key: str) -> str:

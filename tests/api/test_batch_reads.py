@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from krea_dagster.api.batch_reads import BATCH_TRIES, OFF_MAX_S, OFF_S, BatchUse
+from krea_dagster.api.batch_reads import BATCH_TRIES, OFF_MAX_S, OFF_S, BatchSupport
 
 
 def test_it_is_untried_at_first_and_works_once_it_has_answered() -> None:
-    assert BatchUse().supported(0.0) is None
-    assert BatchUse().answered().supported(1e9) is True
+    assert BatchSupport().supported(0.0) is None
+    assert BatchSupport().answered().supported(1e9) is True
 
 
-@pytest.mark.parametrize("before", [BatchUse(), BatchUse().answered()])
+@pytest.mark.parametrize("before", [BatchSupport(), BatchSupport().answered()])
 def test_an_endpoint_that_is_not_there_is_not_used_for_a_while_and_then_untried(
-    before: BatchUse,
+    before: BatchSupport,
 ) -> None:
     use = before.missing(100.0)
     assert use.supported(100.0 + OFF_S - 0.1) is False
@@ -22,7 +22,7 @@ def test_an_endpoint_that_is_not_there_is_not_used_for_a_while_and_then_untried(
 
 
 def test_the_pause_doubles_up_to_ten_minutes_until_a_batch_is_answered() -> None:
-    use, now_s, pauses = BatchUse(), 0.0, []
+    use, now_s, pauses = BatchSupport(), 0.0, []
     for _ in range(6):
         use = use.missing(now_s)
         assert use.off_until_s is not None
@@ -34,8 +34,8 @@ def test_the_pause_doubles_up_to_ten_minutes_until_a_batch_is_answered() -> None
     assert again.off_until_s == now_s + OFF_S
 
 
-@pytest.mark.parametrize("before", [BatchUse(), BatchUse().answered()])
-def test_some_unusable_answers_in_a_row_are_a_pause_too(before: BatchUse) -> None:
+@pytest.mark.parametrize("before", [BatchSupport(), BatchSupport().answered()])
+def test_some_unusable_answers_in_a_row_are_a_pause_too(before: BatchSupport) -> None:
     use = before
     for _ in range(BATCH_TRIES - 1):
         use = use.not_answered(0.0)
@@ -47,7 +47,7 @@ def test_some_unusable_answers_in_a_row_are_a_pause_too(before: BatchUse) -> Non
 
 
 def test_one_unusable_answer_after_a_pause_is_enough_for_the_next() -> None:
-    use = BatchUse()
+    use = BatchSupport()
     for _ in range(BATCH_TRIES):
         use = use.not_answered(0.0)
     use = use.not_answered(OFF_S)
@@ -55,5 +55,5 @@ def test_one_unusable_answer_after_a_pause_is_enough_for_the_next() -> None:
 
 
 def test_answers_that_came_together_are_one_pause() -> None:
-    use = BatchUse().answered().missing(10.0)
+    use = BatchSupport().answered().missing(10.0)
     assert use.missing(10.5) == use.not_answered(11.0) == use

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from krea_dagster.api import Download, KreaClient
-from krea_dagster.api.decompress import CHUNK_BYTES, Unpacker
+from krea_dagster.api.decompress import CHUNK_BYTES, Decompressor
 from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
 from tests.api.loopback_server import (
     Behaviour,
@@ -142,7 +142,7 @@ async def test_a_body_that_is_packed_though_not_asked_for_is_unpacked(
 
 def test_a_packed_body_is_unpacked_a_bounded_piece_at_a_time() -> None:
     packed = gzip.compress(bytes(5_000_000))
-    unpacker = Unpacker("gzip")
+    unpacker = Decompressor("gzip")
     sizes: list[int] = []
     for start in range(0, len(packed), 1000):
         assert not unpacker.ended

@@ -15,7 +15,7 @@ import pytest
 
 from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.download import CONTINUED_MAX
-from krea_dagster.api.throughput import CRAWL_BYTES_PER_S, AtOnce, Span
+from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.errors import LinkDead, NoUsableBody
 from tests.api.loopback_server import Behaviour, Seen, answers, message, serving
 
@@ -29,31 +29,31 @@ PICTURE = bytes(range(256)) * 1000
 
 
 async def test_fewer_than_a_kilobyte_a_second_is_a_crawl() -> None:
-    enough = Span(100.0).add(60 * CRAWL_BYTES_PER_S)
+    enough = RateWindow(100.0).add(60 * MIN_BYTES_PER_S)
     assert not enough.is_over(159.9, 60.0)
     assert enough.is_over(160.0, 60.0)
     assert not enough.is_crawling(160.0)
     assert enough.is_crawling(160.1)
-    assert Span(100.0).add(60 * CRAWL_BYTES_PER_S - 1).is_crawling(160.0)
+    assert RateWindow(100.0).add(60 * MIN_BYTES_PER_S - 1).is_crawling(160.0)
 
 
 async def test_what_the_sink_takes_its_time_for_is_no_crawl() -> None:
-    assert not Span(100.0).add(CRAWL_BYTES_PER_S).pause(59.0).is_crawling(160.0)
+    assert not RateWindow(100.0).add(MIN_BYTES_PER_S).pause(59.0).is_crawling(160.0)
 
 
 async def test_a_slow_download_halves_the_number_and_one_that_ends_well_adds_one() -> None:
-    at_once = AtOnce(most=16, number=16)
+    at_once = DownloadLimit(most=16, number=16)
     for now_s, number in enumerate([8, 4, 2, 1, 1]):
         at_once = at_once.slow(began_at_s=now_s, now_s=now_s + 0.5)
         assert at_once.number == number
     for number in (2, 3, 4):
         at_once = at_once.well()
         assert at_once.number == number
-    assert AtOnce(most=16, number=16).well().number == 16
+    assert DownloadLimit(most=16, number=16).well().number == 16
 
 
 async def test_downloads_that_began_together_and_stop_together_halve_it_once() -> None:
-    at_once = AtOnce(most=16, number=16)
+    at_once = DownloadLimit(most=16, number=16)
     for _ in range(16):
         at_once = at_once.slow(began_at_s=0.0, now_s=60.0)
     assert at_once.number == 8

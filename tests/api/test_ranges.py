@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from krea_dagster.api.ranges import Whole, whole_file
+from krea_dagster.api.ranges import ResumableFile, resumable_file
 
 DATE = "Tue, 01 Jul 2025 12:00:00 GMT"
 OLDER = "Tue, 01 Jul 2025 11:00:00 GMT"
-TAGGED = Whole(100, "etag", '"a"')
-DATED = Whole(100, "last-modified", OLDER)
+TAGGED = ResumableFile(100, "etag", '"a"')
+DATED = ResumableFile(100, "last-modified", OLDER)
 
 
 @pytest.mark.parametrize(
@@ -17,15 +17,15 @@ DATED = Whole(100, "last-modified", OLDER)
     [
         ({"etag": '"a"', "content-length": "100"}, TAGGED),
         ({"etag": '"a"', "content-length": "100", "accept-ranges": "bytes"}, TAGGED),
-        ({"etag": '"a"'}, Whole(None, "etag", '"a"')),
+        ({"etag": '"a"'}, ResumableFile(None, "etag", '"a"')),
         ({"last-modified": OLDER, "date": DATE, "content-length": "100"}, DATED),
         ({"etag": 'W/"a"', "last-modified": OLDER, "date": DATE, "content-length": "100"}, DATED),
     ],
 )
 def test_a_host_that_names_a_strong_validator_can_be_asked_for_the_rest(
-    headers: dict[str, str], whole: Whole
+    headers: dict[str, str], whole: ResumableFile
 ) -> None:
-    assert whole_file(headers) == whole
+    assert resumable_file(headers) == whole
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_host_that_names_a_strong_validator_can_be_asked_for_the_rest(
     ],
 )
 def test_without_one_a_file_is_never_continued(headers: dict[str, str]) -> None:
-    assert whole_file(headers) is None
+    assert resumable_file(headers) is None
 
 
 def test_the_rest_is_asked_for_with_the_validator() -> None:
@@ -56,7 +56,7 @@ PART = {"etag": '"a"', "content-range": "bytes 40-99/100"}
 
 def test_a_part_that_begins_there_and_is_of_the_same_file_continues_it() -> None:
     assert TAGGED.size_if_continued(206, PART, 40) == 100
-    assert Whole(None, "etag", '"a"').size_if_continued(206, PART, 40) == 100
+    assert ResumableFile(None, "etag", '"a"').size_if_continued(206, PART, 40) == 100
     shorter = {**PART, "content-range": "bytes 40-59/100"}
     assert TAGGED.size_if_continued(206, shorter, 40) == 100
 

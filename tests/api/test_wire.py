@@ -302,15 +302,15 @@ def test_a_gateways_400_is_not_charged_and_does_not_refuse_the_row(body: bytes) 
 def test_no_documented_status_is_left_to_the_default() -> None:
     documented = {row[0] for row in SUBMIT_ERRORS[:6]}
     by_code = {400, 409}
-    assert documented - set(wire.SUBMIT_BY_STATUS) - by_code == {500}
+    assert documented - set(wire.SUBMIT_ERRORS) - by_code == {500}
     asked = {row[0] for row in TASK_ERRORS if row[1] != ""}
-    assert asked - set(wire.QUESTION_BY_STATUS) == {400, 404, 410, 500}
+    assert asked - set(wire.READ_ERRORS) == {400, 404, 410, 500}
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 413, 415, 429])
 @pytest.mark.parametrize("body", [b"", b"<html><title>No</title></html>", b"\xff\xfe", b"[1]"])
 def test_a_refusal_by_status_needs_no_readable_body(status: int, body: bytes) -> None:
-    assert type(submit_error(status, body)) is wire.SUBMIT_BY_STATUS[status]
+    assert type(submit_error(status, body)) is wire.SUBMIT_ERRORS[status]
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: P
             answer = client.post("/v1/images/generations", json=body)
             task_ids[request_key] = answer.json()["id"]
         ends = time.monotonic() + 10
-        while emulator.books()["callbacks_waiting"]:
-            assert time.monotonic() < ends, emulator.books()
-        books = emulator.books()
+        while emulator.stats()["callbacks_waiting"]:
+            assert time.monotonic() < ends, emulator.stats()
+        books = emulator.stats()
         assert books["callbacks"] == {"204": 20}
         with httpx.Client(verify=ssl.create_default_context(cafile=tls.ca), **PLAIN) as http:  # type: ignore[arg-type]  # as above
             health = http.get(running.url.replace("127.0.0.1", "localhost") + "/health")

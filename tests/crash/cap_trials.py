@@ -82,7 +82,7 @@ def trial(
             )
         shop.close()
         seconds = time.monotonic() - started_s
-        books = emulator.books()
+        books = emulator.stats()
     assert books["bodies_bought_more_than_once"] == 0, books["bodies_bought_more_than_once"]
     assert {code for code, _ in ended} == {1}, ended
     with closing(Journal(shop.job.journal)) as opened:
@@ -121,7 +121,7 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._end.wait(0.05):
-            books = self._emulator.books(tasks=False)
+            books = self._emulator.stats(tasks=False)
             billed = books["charged_units"] + books["held_units"]
             self.most_units = max(self.most_units, billed)
 

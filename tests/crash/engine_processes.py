@@ -142,7 +142,7 @@ class Shop:
         Nothing was bought twice, and both know the same tasks and the same charges. ``forgotten``:
         the journal has lost purchases: it took their files up, or was told that they were replayed.
         """
-        books = self.emulator.books()
+        books = self.emulator.stats()
         assert books["bodies_bought_more_than_once"] == 0
         with closing(Journal(self.job.journal)) as journal:
             charges = [charge for charge in journal.charges() if charge.task_id]

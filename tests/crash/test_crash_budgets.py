@@ -45,7 +45,7 @@ def race(
         )
         ended = outcomes(shop.start(*runs))
         shop.close()
-        books = emulator.books()
+        books = emulator.stats()
     assert books["bodies_bought_more_than_once"] == 0
     committed: Counter[str] = Counter()
     with closing(Journal(journal_url)) as journal:

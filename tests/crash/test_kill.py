@@ -57,7 +57,7 @@ def test_what_a_killed_process_had_begun_is_finished_and_not_bought_again(
 ) -> None:
     with house(tmp_path, latency_s=0.2) as home:
         with buying(home, 7) as process:
-            wait_until(lambda: happened(home.emulator.books(tasks=False)), process)
+            wait_until(lambda: happened(home.emulator.stats(tasks=False)), process)
             process.send_signal(signal.SIGKILL)
             process.wait()
         books = home.agree()
@@ -75,7 +75,7 @@ def test_a_process_that_is_killed_between_post_and_answer_finds_its_task_again(
     with house(tmp_path) as home:
         home.emulator.world.script("delay_create", arg=2)
         with buying(home, 1) as process:
-            wait_until(lambda: home.emulator.books(tasks=False)["creates"] == 1, process)
+            wait_until(lambda: home.emulator.stats(tasks=False)["creates"] == 1, process)
             process.send_signal(signal.SIGKILL)
             (request,) = several(1)
             with buying(home, 1) as second:

@@ -28,7 +28,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
 def wait_for(shop: Shop, what: Callable[[dict[str, Any]], bool]) -> None:
     """Until the emulator's books say so."""
     until_s = time.monotonic() + 60
-    while not what(shop.emulator.books(tasks=False)):
+    while not what(shop.emulator.stats(tasks=False)):
         assert time.monotonic() < until_s
         time.sleep(0.01)
 
@@ -109,7 +109,7 @@ def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(shop:
     wait_for(shop, lambda books: books["creates"] >= 12)
     stopped.send(signal.SIGTERM)
     assert stopped.end() == (143, {"stopped": True})
-    created = {task["task_id"] for task in shop.emulator.books()["tasks"]}
+    created = {task["task_id"] for task in shop.emulator.stats()["tasks"]}
     records = shop.records()
     assert {record.task_id for record in records if record.task_id} == created
     assert {record.state for record in records} <= {
@@ -150,7 +150,7 @@ def test_a_process_that_may_write_no_more_ends_with_a_clear_error(shop: Shop) ->
     assert "disk I/O error" in report["journal_error"] or "full" in report["journal_error"]
     assert "Nothing more is bought" in report["journal_error"]
     named = report["journal_error"].count("task-unified-")
-    books = shop.emulator.books()
+    books = shop.emulator.stats()
     with_task = sum(record.task_id is not None for record in shop.records())
     assert books["creates"] == with_task + named
     (again,) = shop.start({"count": 60})

@@ -46,7 +46,7 @@ def test_a_terminated_command_tears_no_post_from_its_answer(tmp_path: Path) -> N
         home.emulator.world.script("delay_create", arg=1)
         process = command(home)
         try:
-            wait_until(lambda: home.emulator.books(tasks=False)["creates"] == 3, process)
+            wait_until(lambda: home.emulator.stats(tasks=False)["creates"] == 3, process)
             process.send_signal(signal.SIGTERM)
             started_s = time.monotonic()
             assert process.wait(PATIENCE_S) == 1

@@ -69,7 +69,7 @@ def test_runs_submit_and_end_and_later_runs_collect_what_is_ready_the_most_urgen
         # The submitting run: over within seconds, while its images take an hour.
         first = dagster.launch(BUCKETS[0])
         dagster.wait(lambda: _is_over(dagster, first))
-        at_server = emulator.books(tasks=False)["in_flight"]
+        at_server = emulator.stats(tasks=False)["in_flight"]
         assert at_server > 0
         assert states(krea) == {State.SUBMITTED: at_server}
         dagster.wait_until_quiet()
@@ -93,7 +93,7 @@ def test_runs_submit_and_end_and_later_runs_collect_what_is_ready_the_most_urgen
         dagster.wait_until_quiet()
         collected = [run.tags["dagster/partition"] for run in collections(dagster)[before:]]
         assert collected[:2] == [BUCKETS[2], BUCKETS[1]]
-        books = emulator.books(tasks=False)
+        books = emulator.stats(tasks=False)
     assert (books["creates"], books["submit_posts"]) == (COUNT, COUNT)
     assert books["bodies_bought_more_than_once"] == 0
 

@@ -76,14 +76,14 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
         # Cancelled while all of its tasks are at the server.
         emulator.world.latency_s = 40.0
         run = dagster.launch(BUCKET)
-        dagster.wait(lambda: emulator.books(tasks=False)["creates"] == COUNT)
+        dagster.wait(lambda: emulator.stats(tasks=False)["creates"] == COUNT)
         terminate(dagster, run)
         dagster.wait(lambda: status(dagster, run) is dg.DagsterRunStatus.CANCELED)
         with krea.open_journal() as journal:
             records = list(journal.all_records())
         assert Counter(record.state for record in records) == {State.SUBMITTED: COUNT}
         assert {record.claimed_by for record in records} == {None}
-        created = {task["task_id"] for task in emulator.books()["tasks"]}
+        created = {task["task_id"] for task in emulator.stats()["tasks"]}
         assert {record.task_id for record in records} == created
 
         # Executed again from failure, while the account has credits for three more images only.
@@ -106,7 +106,7 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
         last = dagster.runs()[-1]
         assert (last.parent_run_id, last.status) == (retried, success)
 
-        tasks = Counter(task["prompt"] for task in emulator.books()["tasks"])
+        tasks = Counter(task["prompt"] for task in emulator.stats()["tasks"])
         assert set(tasks) >= {f"picture {number}" for number in range(COUNT + 9)}
         with krea.open_journal() as journal:
             states = Counter(record.state for record in journal.all_records())

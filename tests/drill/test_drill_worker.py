@@ -47,7 +47,7 @@ def test_it_passes_the_edges_of_an_exchange_in_their_order(tmp_path: Path) -> No
     write_requests(tmp_path, requests_of(Plan(requests=1)))
     with Emulator(api_key=API_KEY, latency_s=0.05, state=tmp_path / "emulator") as emulator:
         carry(job(tmp_path, emulator.url), Passed)
-        assert emulator.books()["creates"] == len(read_requests(tmp_path)) == 1
+        assert emulator.stats()["creates"] == len(read_requests(tmp_path)) == 1
     of_exchange = (edges.BEFORE_POST, edges.TASK_EXISTS, edges.BEFORE_READ, edges.AFTER_READ)
     first_of_each = dict.fromkeys(edge for edge in Passed.seen if edge in of_exchange)
     assert tuple(first_of_each) == of_exchange
@@ -61,4 +61,4 @@ def test_it_is_checked_before_anything_is_bought_as_a_run_is(tmp_path: Path) -> 
     with Emulator(api_key=API_KEY, state=tmp_path / "emulator") as emulator:
         with pytest.raises(ConfigError, match="the journal that bought them is not there"):
             carry(job(tmp_path, emulator.url))
-        assert emulator.books()["submit_posts"] == 0
+        assert emulator.stats()["submit_posts"] == 0

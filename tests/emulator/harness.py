@@ -29,7 +29,7 @@ class Clock:
         self.now_s += seconds
 
 
-class Bench:
+class EmulatorClient:
     """An emulator, a client with the key, and the calls that the tests repeat."""
 
     def __init__(self, emulator: Emulator, clock: Clock) -> None:
@@ -68,12 +68,12 @@ class Bench:
     def fetch(self, task_id: str) -> httpx.Response:
         return self.plain.get(self.link(task_id))
 
-    def books(self) -> dict[str, Any]:
-        return self.emulator.books()
+    def stats(self) -> dict[str, Any]:
+        return self.emulator.stats()
 
 
 @contextlib.contextmanager
-def running(state: Path) -> Iterator[Bench]:
+def running(state: Path) -> Iterator[EmulatorClient]:
     """Run an emulator whose tasks take 2 s of a clock that only the test moves."""
     clock = Clock()
     with Emulator(
@@ -84,6 +84,6 @@ def running(state: Path) -> Iterator[Bench]:
         latency_jitter=0.0,
         other_accounts={"other": 10.0},
     ) as emulator:
-        bench = Bench(emulator, clock)
+        bench = EmulatorClient(emulator, clock)
         yield bench
         bench.close()

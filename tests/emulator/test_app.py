@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from krea_dagster.emulator import Emulator
-from tests.emulator.harness import AUTH, Bench, Clock, running
+from tests.emulator.harness import AUTH, Clock, EmulatorClient, running
 
 KEY_1 = "key-0000000000000001"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+def bench(tmp_path: Path) -> Iterator[EmulatorClient]:
     with running(tmp_path / "state") as made:
         yield made
 
@@ -38,7 +38,7 @@ def error(answer: httpx.Response) -> tuple[int, str, str]:
 # -- create -----------------------------------------------------------------------------------
 
 
-def test_a_create_call_is_answered_as_documented(bench: Bench) -> None:
+def test_a_create_call_is_answered_as_documented(bench: EmulatorClient) -> None:
     answer = bench.post()
     body = answer.json()
     assert re.fullmatch(r"task-unified-1800000000-[a-z0-9]{8}", body.pop("id"))
@@ -56,7 +56,7 @@ def test_a_create_call_is_answered_as_documented(bench: Bench) -> None:
     assert answer.headers["x-request-id"]
 
 
-def test_a_2k_picture_costs_four_times_as_much(bench: Bench) -> None:
+def test_a_2k_picture_costs_four_times_as_much(bench: EmulatorClient) -> None:
     assert bench.post(quality="2K").json()["usage"]["credits_reserved"] == 1.8
 
 
@@ -97,13 +97,13 @@ def test_a_2k_picture_costs_four_times_as_much(bench: Bench) -> None:
     ],
 )
 def test_a_wrong_field_is_refused_and_nothing_is_reserved(
-    bench: Bench, field: str, value: Any
+    bench: EmulatorClient, field: str, value: Any
 ) -> None:
     answer = bench.post(**{field: value})
     assert error(answer) == (400, "invalid_request", "invalid_request_error")
     assert answer.json()["error"]["param"] == field
     assert answer.json()["error"]["message"].startswith("Invalid request parameters")
-    assert bench.books()["reserved_units"] == 0
+    assert bench.stats()["reserved_units"] == 0
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,18 @@ def test_a_wrong_field_is_refused_and_nothing_is_reserved(
         {"unknown_field": [1, {"a": None}]},
     ],
 )
-def test_what_the_contract_allows_is_taken(bench: Bench, fields: dict[str, Any]) -> None:
+def test_what_the_contract_allows_is_taken(bench: EmulatorClient, fields: dict[str, Any]) -> None:
     bench.create(**fields)
 
 
-def test_a_lone_surrogate_is_kept_as_the_replacement_character(bench: Bench) -> None:
+def test_a_lone_surrogate_is_kept_as_the_replacement_character(bench: EmulatorClient) -> None:
     answer = bench.client.post(
         "/v1/images/generations",
         content=rb'{"model":"krea-2-turbo","prompt":"a \ud800 b"}',
         headers={"content-type": "application/json"},
     )
     assert answer.status_code == 200
-    assert bench.books()["tasks"][0]["prompt"] == "a \ufffd b"
+    assert bench.stats()["tasks"][0]["prompt"] == "a \ufffd b"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_lone_surrogate_is_kept_as_the_replacement_character(bench: Bench) -> 
     ],
 )
 def test_a_body_that_is_no_request_is_refused(
-    bench: Bench, content: bytes, kind: str, status: int
+    bench: EmulatorClient, content: bytes, kind: str, status: int
 ) -> None:
     answer = bench.client.post(
         "/v1/images/generations", content=content, headers={"content-type": kind}
@@ -155,7 +155,7 @@ def test_a_body_that_is_no_request_is_refused(
     assert answer.json()["error"]["code"]
 
 
-def test_errors_of_the_create_call_name_the_request_in_their_message(bench: Bench) -> None:
+def test_errors_of_the_create_call_name_the_request_in_their_message(bench: EmulatorClient) -> None:
     answer = bench.post(size="7:5")
     tail = f" (request id: {answer.headers['x-request-id']})"
     assert answer.json()["error"]["message"] == "Invalid request parameters" + tail
@@ -172,7 +172,9 @@ def test_errors_of_the_create_call_name_the_request_in_their_message(bench: Benc
         ("GET", "/v1/credits"),
     ],
 )
-def test_every_call_needs_the_key(bench: Bench, method: str, path: str, header: str | None) -> None:
+def test_every_call_needs_the_key(
+    bench: EmulatorClient, method: str, path: str, header: str | None
+) -> None:
     headers = {} if header is None else {"Authorization": header}
     answer = bench.plain.request(method, bench.emulator.url + path, headers=headers)
     assert error(answer) == (401, "unauthorized", "authentication_error")
@@ -180,17 +182,17 @@ def test_every_call_needs_the_key(bench: Bench, method: str, path: str, header: 
 
 def test_a_call_beyond_the_credits_is_refused(tmp_path: Path) -> None:
     with Emulator(state=tmp_path, credits=1.0) as emulator:
-        bench = Bench(emulator, Clock())
+        bench = EmulatorClient(emulator, Clock())
         bench.create("one")
         bench.create("two")
         assert error(bench.post("three")) == (402, "insufficient_quota", "insufficient_quota")
-        assert bench.books()["creates"] == 2
+        assert bench.stats()["creates"] == 2
         bench.close()
 
 
 def test_no_more_than_the_rate_is_taken(tmp_path: Path, clock: Clock) -> None:
     with Emulator(state=tmp_path, clock=clock, rate=2) as emulator:
-        bench = Bench(emulator, clock)
+        bench = EmulatorClient(emulator, clock)
         bench.create("one")
         bench.create("two")
         answer = bench.post("three")
@@ -207,7 +209,7 @@ def test_no_more_than_the_concurrency_is_taken_but_a_replay_is(
     with Emulator(
         state=tmp_path, clock=clock, max_concurrent=1, latency_s=2, latency_jitter=0
     ) as emulator:
-        bench = Bench(emulator, clock)
+        bench = EmulatorClient(emulator, clock)
         first = bench.post("one", key=KEY_1).json()["id"]
         answer = bench.post("two")
         assert answer.status_code == 429
@@ -221,17 +223,19 @@ def test_no_more_than_the_concurrency_is_taken_but_a_replay_is(
 # -- replays ----------------------------------------------------------------------------------
 
 
-def test_the_same_key_and_body_return_the_first_task_and_charge_nothing(bench: Bench) -> None:
+def test_the_same_key_and_body_return_the_first_task_and_charge_nothing(
+    bench: EmulatorClient,
+) -> None:
     first = bench.post(key=KEY_1)
     bench.clock.move(22 * 3600)
     again = bench.post(key=KEY_1)
     assert again.json() == first.json()
     assert again.headers["idempotency-replayed"] == "true"
-    books = bench.books()
+    books = bench.stats()
     assert (books["creates"], books["replays"], books["reserved_units"]) == (1, 1, 4_500)
 
 
-def test_the_same_body_in_another_order_of_fields_is_the_same_body(bench: Bench) -> None:
+def test_the_same_body_in_another_order_of_fields_is_the_same_body(bench: EmulatorClient) -> None:
     headers = {"Idempotency-Key": KEY_1}
     fields = {"prompt": "a fox", "model": "krea-2-turbo", "seed": 7, "size": "1:1"}
     first = bench.post(key=KEY_1).json()["id"]
@@ -239,34 +243,34 @@ def test_the_same_body_in_another_order_of_fields_is_the_same_body(bench: Bench)
     assert again.json()["id"] == first
 
 
-def test_the_same_key_with_another_body_is_a_conflict(bench: Bench) -> None:
+def test_the_same_key_with_another_body_is_a_conflict(bench: EmulatorClient) -> None:
     bench.post(key=KEY_1)
     answer = bench.post("a bear", key=KEY_1)
     assert error(answer)[:2] == (409, "idempotency_conflict")
-    assert bench.books()["creates"] == 1
+    assert bench.stats()["creates"] == 1
 
 
-def test_a_key_belongs_to_its_account(bench: Bench) -> None:
+def test_a_key_belongs_to_its_account(bench: EmulatorClient) -> None:
     bench.post(key=KEY_1)
     bench.client.headers["Authorization"] = "Bearer other"
     assert "idempotency-replayed" not in bench.post("a bear", key=KEY_1).headers
 
 
 @pytest.mark.parametrize("key", ["short", "x" * 97, "has a space in the key"])
-def test_a_key_of_the_wrong_form_is_refused(bench: Bench, key: str) -> None:
+def test_a_key_of_the_wrong_form_is_refused(bench: EmulatorClient, key: str) -> None:
     assert bench.post(key=key).json()["error"]["param"] == "Idempotency-Key"
 
 
-def test_without_a_key_the_same_body_is_bought_again(bench: Bench) -> None:
+def test_without_a_key_the_same_body_is_bought_again(bench: EmulatorClient) -> None:
     bench.create()
     bench.create()
-    books = bench.books()
+    books = bench.stats()
     assert (books["creates"], books["bodies_bought_more_than_once"]) == (2, 1)
 
 
 def test_keys_can_be_ignored_altogether(tmp_path: Path) -> None:
     with Emulator(state=tmp_path, idempotency=False) as emulator:
-        bench = Bench(emulator, Clock())
+        bench = EmulatorClient(emulator, Clock())
         first = bench.post(key=KEY_1)
         again = bench.post(key=KEY_1)
         assert first.json()["id"] != again.json()["id"]
@@ -277,7 +281,7 @@ def test_keys_can_be_ignored_altogether(tmp_path: Path) -> None:
 # -- query ------------------------------------------------------------------------------------
 
 
-def test_a_task_goes_from_pending_to_completed_by_the_clock(bench: Bench) -> None:
+def test_a_task_goes_from_pending_to_completed_by_the_clock(bench: EmulatorClient) -> None:
     task_id = bench.create()
     seen = []
     for _ in range(5):
@@ -293,7 +297,7 @@ def test_a_task_goes_from_pending_to_completed_by_the_clock(bench: Bench) -> Non
     ]
 
 
-def test_a_completed_task_reads_as_documented(bench: Bench) -> None:
+def test_a_completed_task_reads_as_documented(bench: EmulatorClient) -> None:
     task_id = bench.finished()
     body = bench.read(task_id).json()
     [link] = body.pop("results")
@@ -311,7 +315,7 @@ def test_a_completed_task_reads_as_documented(bench: Bench) -> None:
     }
 
 
-def test_an_id_of_the_wrong_form_is_refused(bench: Bench) -> None:
+def test_an_id_of_the_wrong_form_is_refused(bench: EmulatorClient) -> None:
     answer = bench.read("cgt-2025-abc")
     assert answer.status_code == 400
     assert answer.json() == {
@@ -324,12 +328,12 @@ def test_an_id_of_the_wrong_form_is_refused(bench: Bench) -> None:
     }
 
 
-def test_a_task_that_nobody_knows_is_not_found(bench: Bench) -> None:
+def test_a_task_that_nobody_knows_is_not_found(bench: EmulatorClient) -> None:
     answer = bench.read("task-unified-1800000000-abcdefgh")
     assert error(answer) == (404, "task_not_found", "invalid_request_error")
 
 
-def test_a_task_of_another_account_is_denied(bench: Bench) -> None:
+def test_a_task_of_another_account_is_denied(bench: EmulatorClient) -> None:
     task_id = bench.create()
     bench.client.headers["Authorization"] = "Bearer other"
     assert error(bench.read(task_id)) == (403, "permission_denied", "invalid_request_error")
@@ -337,12 +341,14 @@ def test_a_task_of_another_account_is_denied(bench: Bench) -> None:
     assert bench.client.get("/v1/tasks").json()["data"] == []
 
 
-def test_a_task_can_be_read_for_ever_unless_a_lifetime_is_set(tmp_path: Path, bench: Bench) -> None:
+def test_a_task_can_be_read_for_ever_unless_a_lifetime_is_set(
+    tmp_path: Path, bench: EmulatorClient
+) -> None:
     task_id = bench.finished()
     bench.clock.move(365 * 24 * 3600)
     assert bench.fetch(task_id).status_code == 200
     with Emulator(state=tmp_path / "short", clock=bench.clock, task_lifetime_s=3600) as emulator:
-        short = Bench(emulator, bench.clock)
+        short = EmulatorClient(emulator, bench.clock)
         task_id = short.finished()
         link = short.link(task_id)
         bench.clock.move(3600)
@@ -352,7 +358,7 @@ def test_a_task_can_be_read_for_ever_unless_a_lifetime_is_set(tmp_path: Path, be
         short.close()
 
 
-def test_a_batch_read_leaves_out_what_it_does_not_know(bench: Bench) -> None:
+def test_a_batch_read_leaves_out_what_it_does_not_know(bench: EmulatorClient) -> None:
     first, second = bench.create("one"), bench.finished("two")
     ids = [second, "task-unified-1800000000-abcdefgh", "nonsense", first, second]
     body = bench.client.post("/v1/tasks/batch", json={"task_ids": ids}).json()
@@ -364,7 +370,7 @@ def test_a_batch_read_leaves_out_what_it_does_not_know(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "body", [{}, [], {"task_ids": "x"}, {"task_ids": [1]}, {"task_ids": ["x"] * 51}]
 )
-def test_a_batch_read_that_is_none_is_refused(bench: Bench, body: object) -> None:
+def test_a_batch_read_that_is_none_is_refused(bench: EmulatorClient, body: object) -> None:
     assert error(bench.client.post("/v1/tasks/batch", json=body))[0] == 400
 
 
@@ -374,7 +380,7 @@ def test_the_batch_endpoint_can_be_missing(tmp_path: Path) -> None:
         assert answer.status_code == 404
 
 
-def test_the_list_is_newest_first_in_pages_and_without_links(bench: Bench) -> None:
+def test_the_list_is_newest_first_in_pages_and_without_links(bench: EmulatorClient) -> None:
     ids = [bench.create(f"picture {n}") for n in range(5)]
     bench.clock.move(10)
     pages = [
@@ -387,7 +393,7 @@ def test_the_list_is_newest_first_in_pages_and_without_links(bench: Bench) -> No
     assert pages[0]["data"][0]["has_results"]
 
 
-def test_the_list_can_be_narrowed(bench: Bench) -> None:
+def test_the_list_can_be_narrowed(bench: EmulatorClient) -> None:
     bench.create("done")
     bench.create("broken [emulator: fail service_error]")
     bench.clock.move(10)
@@ -409,7 +415,7 @@ def test_the_list_can_be_narrowed(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("query", ["page=0", "page=x", "page_size=51", "page_size=0", "status=no"])
-def test_a_list_call_that_asks_nonsense_is_refused(bench: Bench, query: str) -> None:
+def test_a_list_call_that_asks_nonsense_is_refused(bench: EmulatorClient, query: str) -> None:
     assert error(bench.client.get(f"/v1/tasks?{query}"))[0] == 400
 
 
@@ -422,7 +428,9 @@ def test_a_list_call_that_asks_nonsense_is_refused(bench: Bench, query: str) -> 
         ("GET", "/v1/tasks/", 404),
     ],
 )
-def test_other_routes_are_json_errors(bench: Bench, method: str, path: str, status: int) -> None:
+def test_other_routes_are_json_errors(
+    bench: EmulatorClient, method: str, path: str, status: int
+) -> None:
     answer = bench.client.request(method, path)
     assert error(answer)[0] == status
 
@@ -430,13 +438,13 @@ def test_other_routes_are_json_errors(bench: Bench, method: str, path: str, stat
 # -- money ------------------------------------------------------------------------------------
 
 
-def money(bench: Bench) -> tuple[float, float]:
+def money(bench: EmulatorClient) -> tuple[float, float]:
     user = bench.client.get("/v1/credits").json()["data"]["user"]
     return user["remaining_credits"], user["used_credits"]
 
 
 def test_credits_are_reserved_at_once_settled_at_the_end_and_returned_on_failure(
-    bench: Bench,
+    bench: EmulatorClient,
 ) -> None:
     assert money(bench) == (1000.0, 0.0)
     bench.create("good")
@@ -445,7 +453,7 @@ def test_credits_are_reserved_at_once_settled_at_the_end_and_returned_on_failure
     assert money(bench) == (997.3, 0.0)
     bench.clock.move(10)
     assert money(bench) == (997.75, 0.45)
-    books = bench.books()
+    books = bench.stats()
     assert books["reserved_units"] == 27_000
     assert books["charged_units"] == 4_500
     assert books["returned_units"] == 4_500
@@ -453,7 +461,7 @@ def test_credits_are_reserved_at_once_settled_at_the_end_and_returned_on_failure
     assert [task["charged_units"] for task in books["tasks"]] == [4_500, 0, 0]
 
 
-def test_the_credits_call_is_answered_as_documented(bench: Bench) -> None:
+def test_the_credits_call_is_answered_as_documented(bench: EmulatorClient) -> None:
     assert bench.client.get("/v1/credits").json() == {
         "data": {
             "token": {
@@ -468,19 +476,21 @@ def test_the_credits_call_is_answered_as_documented(bench: Bench) -> None:
     }
 
 
-def test_a_failed_task_is_no_second_purchase_when_its_order_is_repeated(bench: Bench) -> None:
+def test_a_failed_task_is_no_second_purchase_when_its_order_is_repeated(
+    bench: EmulatorClient,
+) -> None:
     bench.world.script("fail")
     bench.finished()
     bench.finished()
-    assert bench.books()["bodies_bought_more_than_once"] == 0
+    assert bench.stats()["bodies_bought_more_than_once"] == 0
     bench.finished()
-    assert bench.books()["bodies_bought_more_than_once"] == 1
+    assert bench.stats()["bodies_bought_more_than_once"] == 1
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
-def test_the_picture_has_the_size_that_was_asked_for(bench: Bench) -> None:
+def test_the_picture_has_the_size_that_was_asked_for(bench: EmulatorClient) -> None:
     answer = bench.fetch(bench.finished(size="16:9"))
     assert answer.headers["content-type"] == "image/png"
     with Image.open(io.BytesIO(answer.content)) as image:
@@ -488,7 +498,7 @@ def test_the_picture_has_the_size_that_was_asked_for(bench: Bench) -> None:
 
 
 def test_a_link_works_for_a_day_from_the_read_that_gave_it_and_a_read_gives_a_new_one(
-    bench: Bench,
+    bench: EmulatorClient,
 ) -> None:
     task_id = bench.finished()
     link = bench.link(task_id)
@@ -500,30 +510,30 @@ def test_a_link_works_for_a_day_from_the_read_that_gave_it_and_a_read_gives_a_ne
     assert bench.fetch(task_id).content == first.content
 
 
-def test_a_link_that_was_not_handed_out_finds_nothing(bench: Bench) -> None:
+def test_a_link_that_was_not_handed_out_finds_nothing(bench: EmulatorClient) -> None:
     link = bench.link(bench.finished())
     assert bench.plain.get(link.replace(".png", "0.png")).status_code == 404
     assert bench.plain.get(f"{bench.emulator.url}/files/x.png").status_code == 404
 
 
-def test_links_name_the_host_that_the_client_used(bench: Bench) -> None:
+def test_links_name_the_host_that_the_client_used(bench: EmulatorClient) -> None:
     task_id = bench.finished()
     answer = bench.client.get(f"/v1/tasks/{task_id}", headers={"Host": "localhost:1234"})
     assert answer.json()["results"][0].startswith("http://localhost:1234/files/")
 
 
-def test_a_key_that_is_sent_to_the_file_host_is_noted(bench: Bench) -> None:
+def test_a_key_that_is_sent_to_the_file_host_is_noted(bench: EmulatorClient) -> None:
     link = bench.link(bench.finished())
     assert bench.plain.get(link).status_code == 200
-    assert bench.books()["key_leaks"] == 0
+    assert bench.stats()["key_leaks"] == 0
     assert bench.client.get(link).status_code == 200
-    assert bench.books()["key_leaks"] == 1
+    assert bench.stats()["key_leaks"] == 1
 
 
 # -- the books --------------------------------------------------------------------------------
 
 
-def test_the_books_count_every_request(bench: Bench) -> None:
+def test_the_books_count_every_request(bench: EmulatorClient) -> None:
     task_id = bench.finished(size="1:2")
     bench.post(size="7:5")
     bench.world.script("drop_before_create")
@@ -534,7 +544,7 @@ def test_the_books_count_every_request(bench: Bench) -> None:
     bench.client.get("/v1/tasks")
     bench.client.get("/v1/credits")
     books = bench.client.get("/emulator/books").json()
-    assert books == bench.books()
+    assert books == bench.stats()
     assert books["requests"] == {
         "create": {"200": 1, "400": 1, "dropped": 1},
         "read": {"200": 1},
@@ -552,7 +562,7 @@ def test_the_books_count_every_request(bench: Bench) -> None:
     assert "tasks" not in bench.client.get("/emulator/books?tasks=0").json()
 
 
-def test_the_emulators_own_routes_need_no_key(bench: Bench) -> None:
+def test_the_emulators_own_routes_need_no_key(bench: EmulatorClient) -> None:
     health = bench.plain.get(f"{bench.emulator.url}/emulator/health")
     assert health.json() == {"status": "ok", "synthetic": True}
     assert bench.plain.get(f"{bench.emulator.url}/emulator/books").status_code == 200

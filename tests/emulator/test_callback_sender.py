@@ -18,10 +18,10 @@ import trustme
 from click.testing import CliRunner
 
 from krea_dagster.emulator import Emulator, UnknownFaultError, emulator_command
-from krea_dagster.emulator.callback_sender import MAX_CALLS, Caller
+from krea_dagster.emulator.callback_sender import MAX_CALLS, CallbackSender
 from krea_dagster.emulator.contract import read_order
-from krea_dagster.emulator.http_post import Poster
-from tests.emulator.harness import Bench, Clock
+from krea_dagster.emulator.http_post import HttpPoster
+from tests.emulator.harness import Clock, EmulatorClient
 from tests.emulator.https_listener import Listener, certificates, listening
 
 BODY = {"model": "krea-2-turbo", "prompt": "a fox"}
@@ -44,7 +44,9 @@ def listener(ca: trustme.CA) -> Iterator[Listener]:
 
 
 @contextlib.contextmanager
-def calling(state: Path, ca_file: Path | None, clock: Clock, **settings: Any) -> Iterator[Bench]:
+def calling(
+    state: Path, ca_file: Path | None, clock: Clock, **settings: Any
+) -> Iterator[EmulatorClient]:
     """An emulator that calls this machine; tasks take 2 s of a clock that only the test moves."""
     with Emulator(
         state=state,
@@ -54,22 +56,22 @@ def calling(state: Path, ca_file: Path | None, clock: Clock, **settings: Any) ->
         callback_ca=ca_file,
         **{"callbacks_to_private": True, **settings},
     ) as emulator:
-        bench = Bench(emulator, clock)
+        bench = EmulatorClient(emulator, clock)
         yield bench
         bench.close()
 
 
 @pytest.fixture
-def bench(tmp_path: Path, ca_file: Path) -> Iterator[Bench]:
+def bench(tmp_path: Path, ca_file: Path) -> Iterator[EmulatorClient]:
     with calling(tmp_path / "state", ca_file, Clock()) as running:
         yield running
 
 
-def until(bench: Bench, **wanted: int) -> dict[str, Any]:
+def until(bench: EmulatorClient, **wanted: int) -> dict[str, Any]:
     """Wait until the books say so, for what another thread writes after its answer."""
     ends = time.monotonic() + 10
     while True:
-        books = bench.emulator.books()
+        books = bench.emulator.stats()
         if all(books[name] == value for name, value in wanted.items()):
             return books
         assert time.monotonic() < ends, books
@@ -88,7 +90,7 @@ def until(bench: Bench, **wanted: int) -> dict[str, Any]:
     ],
 )
 def test_the_end_of_a_task_is_called_back_with_the_body_of_its_query(
-    bench: Bench, listener: Listener, prompt: str, status: str
+    bench: EmulatorClient, listener: Listener, prompt: str, status: str
 ) -> None:
     task_id = bench.finished(prompt, callback_url=f"{listener.url}/hook?x=1")
     call = listener.next()
@@ -115,7 +117,7 @@ def test_no_proxy_is_asked_to_call_back(
 
 
 def test_nothing_is_called_before_the_end_and_the_task_is_settled_then(
-    bench: Bench, listener: Listener
+    bench: EmulatorClient, listener: Listener
 ) -> None:
     bench.create(callback_url=listener.url)
     bench.clock.move(1.9)
@@ -128,12 +130,12 @@ def test_nothing_is_called_before_the_end_and_the_task_is_settled_then(
     assert books["callbacks"] == {"204": 1}
 
 
-def test_a_task_without_a_callback_url_calls_nobody(bench: Bench) -> None:
+def test_a_task_without_a_callback_url_calls_nobody(bench: EmulatorClient) -> None:
     bench.finished()
     assert bench.world.due_calls(1) == []
 
 
-def test_a_replay_does_not_call_again(bench: Bench, listener: Listener) -> None:
+def test_a_replay_does_not_call_again(bench: EmulatorClient, listener: Listener) -> None:
     for _ in range(2):
         bench.post(key="key-0000000000000001", callback_url=listener.url)
     bench.clock.move(3)
@@ -141,7 +143,7 @@ def test_a_replay_does_not_call_again(bench: Bench, listener: Listener) -> None:
     assert until(bench, callbacks_waiting=0)["callbacks_sent"] == 1
 
 
-def test_the_same_key_with_another_callback_url_is_a_conflict(bench: Bench) -> None:
+def test_the_same_key_with_another_callback_url_is_a_conflict(bench: EmulatorClient) -> None:
     """So a repeat must send the very URL that was sent before."""
     key = "key-0000000000000001"
     assert bench.post(key=key, callback_url="https://localhost:1/a").status_code == 200
@@ -169,7 +171,7 @@ def test_what_is_not_2xx_is_called_again_after_1_2_and_4_seconds_and_then_given_
 
     async def calls_after(*moves: float) -> list[int]:
         made = []
-        async with Caller(world, "http://emulator", to_private=True, ca=ca_file) as caller:
+        async with CallbackSender(world, "http://emulator", to_private=True, ca=ca_file) as caller:
             for move in moves:
                 clock.move(move)
                 made.append(await caller.call_due())
@@ -177,14 +179,16 @@ def test_what_is_not_2xx_is_called_again_after_1_2_and_4_seconds_and_then_given_
 
     made = asyncio.run(calls_after(2.0, 0.99, 0.02, 1.97, 0.04, 3.95, 0.06, 1000))
     assert made == [1, 0, 1, 0, 1, 0, 1, 0]
-    books = emulator.books()
+    books = emulator.stats()
     assert books["callbacks"] == {"302": 1, "404": 1, "429": 1, "500": 1}
     assert (books["callbacks_given_up"], books["callbacks_waiting"]) == (1, 0)
     assert books["callbacks_answered"] == 0
     emulator.stop()
 
 
-def test_a_receiver_that_comes_back_gets_the_repeat(bench: Bench, listener: Listener) -> None:
+def test_a_receiver_that_comes_back_gets_the_repeat(
+    bench: EmulatorClient, listener: Listener
+) -> None:
     listener.statuses.append(503)
     bench.finished(callback_url=listener.url)
     first = listener.next()
@@ -201,14 +205,14 @@ def test_a_call_that_is_not_answered_in_time_counts_as_failed(
     with calling(tmp_path, ca_file, Clock(), callback_timeout_s=0.1) as bench:
         bench.finished(callback_url=listener.url)
         assert until(bench, callbacks_sent=1)["callbacks"] == {"no answer": 1}
-        assert bench.emulator.books()["callbacks_waiting"] == 1
+        assert bench.emulator.stats()["callbacks_waiting"] == 1
 
 
 def test_a_receiver_that_never_shakes_hands_costs_no_open_connection(ca_file: Path) -> None:
     """Its time is over within the TLS handshake. A connection left open would warn here."""
 
     async def posted(url: str) -> int:
-        poster = Poster(ca_file, to_private=True, most=2, timeout_s=0.1)
+        poster = HttpPoster(ca_file, to_private=True, most=2, timeout_s=0.1)
         try:
             return await poster.post(url, b"{}")
         finally:
@@ -268,7 +272,7 @@ def test_a_private_address_is_refused_unless_it_was_allowed(
     with calling(tmp_path / "no", None, Clock(), callbacks_to_private=False) as bench:
         answer = bench.post(callback_url=url)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "callback_url")
-        assert bench.emulator.books()["creates"] == 0
+        assert bench.emulator.stats()["creates"] == 0
     with calling(tmp_path / "yes", ca_file, Clock()) as bench:
         assert bench.post(callback_url=url).status_code == 200
         assert bench.post(callback_url=url.replace("https", "http")).status_code == 400
@@ -285,7 +289,7 @@ def test_a_name_that_leads_to_a_private_address_is_not_called(
         return real("127.0.0.1" if ours else host, *rest, **named)
 
     async def posted(url: str, *, to_private: bool) -> int:
-        poster = Poster(ca_file, to_private=to_private, most=1, timeout_s=5)
+        poster = HttpPoster(ca_file, to_private=to_private, most=1, timeout_s=5)
         try:
             return await poster.post(url, b"{}")
         finally:
@@ -308,7 +312,7 @@ def test_a_receiver_whose_certificate_nobody_vouches_for_is_not_told_anything(
     assert listener.arrived.empty()
 
 
-def test_a_redirect_is_not_followed(bench: Bench, listener: Listener) -> None:
+def test_a_redirect_is_not_followed(bench: EmulatorClient, listener: Listener) -> None:
     listener.statuses.append(307)
     bench.finished(callback_url=listener.url)
     listener.next()
@@ -318,7 +322,9 @@ def test_a_redirect_is_not_followed(bench: Bench, listener: Listener) -> None:
 # -- faults -----------------------------------------------------------------------------------
 
 
-def test_a_late_callback_comes_so_many_seconds_later(bench: Bench, listener: Listener) -> None:
+def test_a_late_callback_comes_so_many_seconds_later(
+    bench: EmulatorClient, listener: Listener
+) -> None:
     bench.world.script("callback_late", arg=7)
     bench.finished(callback_url=listener.url)  # 10 s later: 8 after the end
     listener.next()
@@ -330,7 +336,7 @@ def test_a_late_callback_comes_so_many_seconds_later(bench: Bench, listener: Lis
 
 
 def test_a_doubled_callback_comes_twice_and_a_missing_one_never(
-    bench: Bench, listener: Listener
+    bench: EmulatorClient, listener: Listener
 ) -> None:
     bench.world.script("callback_doubled")
     bench.world.script("callback_missing")
@@ -342,7 +348,7 @@ def test_a_doubled_callback_comes_twice_and_a_missing_one_never(
 
 
 def test_a_forged_callback_claims_another_end_or_another_task(
-    bench: Bench, listener: Listener
+    bench: EmulatorClient, listener: Listener
 ) -> None:
     bench.world.script("callback_forged")
     task_id = bench.finished(callback_url=listener.url)
@@ -356,7 +362,7 @@ def test_a_forged_callback_claims_another_end_or_another_task(
 
 
 def test_an_early_lie_comes_before_the_end_and_the_truth_in_its_time(
-    bench: Bench, listener: Listener
+    bench: EmulatorClient, listener: Listener
 ) -> None:
     bench.world.script("callback_forged", arg="early")
     task_id = bench.create(callback_url=listener.url)
@@ -367,7 +373,7 @@ def test_an_early_lie_comes_before_the_end_and_the_truth_in_its_time(
 
 
 def test_callback_faults_strike_only_tasks_that_will_call_and_are_in_the_books(
-    bench: Bench, listener: Listener
+    bench: EmulatorClient, listener: Listener
 ) -> None:
     bench.world.script("callback_missing")
     bench.finished("no url")
@@ -375,7 +381,7 @@ def test_callback_faults_strike_only_tasks_that_will_call_and_are_in_the_books(
     assert [one["name"] for one in bench.world.unconsumed()] == ["callback_missing"]
     bench.finished("a wolf [emulator: callback_doubled]", callback_url=listener.url)
     assert bench.world.unconsumed() == []
-    assert bench.books()["tasks"][-1]["faults"] == ["callback_doubled", "callback_missing"]
+    assert bench.stats()["tasks"][-1]["faults"] == ["callback_doubled", "callback_missing"]
     with pytest.raises(UnknownFaultError, match="does not take 'nobody'"):
         bench.world.script("callback_forged", arg="nobody")
 
@@ -391,7 +397,7 @@ def test_the_command_refuses_a_file_without_certificates(tmp_path: Path) -> None
     assert "holds no certificates" in result.output
 
 
-def test_health_answers_while_calls_fail(bench: Bench) -> None:
+def test_health_answers_while_calls_fail(bench: EmulatorClient) -> None:
     bench.finished(callback_url="https://localhost:1/nobody-listens")
     until(bench, callbacks_sent=1)
     assert httpx.get(f"{bench.emulator.url}/emulator/health", trust_env=False).status_code == 200

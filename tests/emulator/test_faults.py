@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from krea_dagster.emulator import FAULTS, Emulator, UnknownFaultError
-from krea_dagster.emulator.faults import Wish, markers, parse_wish
-from tests.emulator.harness import PLAIN, Bench, Clock, running
+from krea_dagster.emulator.faults import FaultOption, markers, parse_fault_option
+from tests.emulator.harness import PLAIN, Clock, EmulatorClient, running
 
 KEY = "key-0000000000000001"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+def bench(tmp_path: Path) -> Iterator[EmulatorClient]:
     with running(tmp_path / "state") as made:
         yield made
 
@@ -30,11 +30,11 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 # -- one request of each kind -----------------------------------------------------------------
 
 
-def ask(bench: Bench, kind: str, timeout_s: float = 5.0) -> httpx.Response:
+def ask(bench: EmulatorClient, kind: str, timeout_s: float = 5.0) -> httpx.Response:
     """Send one request of a kind, about a finished task where it needs one."""
     if kind == "create":
         return bench.post(key=KEY)
-    task_id = bench.finished() if not bench.books()["creates"] else first_task(bench)
+    task_id = bench.finished() if not bench.stats()["creates"] else first_task(bench)
     if kind == "read":
         return bench.client.get(f"/v1/tasks/{task_id}", timeout=timeout_s)
     if kind == "batch":
@@ -48,29 +48,29 @@ def ask(bench: Bench, kind: str, timeout_s: float = 5.0) -> httpx.Response:
     )
 
 
-def first_task(bench: Bench) -> str:
-    return str(bench.books()["tasks"][0]["task_id"])
+def first_task(bench: EmulatorClient) -> str:
+    return str(bench.stats()["tasks"][0]["task_id"])
 
 
-def _task(bench: Bench, task_id: str) -> Any:
+def _task(bench: EmulatorClient, task_id: str) -> Any:
     account = bench.world.account("emulator")
     assert account is not None
     return bench.world.task(task_id, account)
 
 
-def creates(bench: Bench) -> int:
-    return int(bench.books()["creates"])
+def creates(bench: EmulatorClient) -> int:
+    return int(bench.stats()["creates"])
 
 
 # -- what may happen to any request -----------------------------------------------------------
 
 
-def raises(error: type[Exception], bench: Bench, kind: str) -> None:
+def raises(error: type[Exception], bench: EmulatorClient, kind: str) -> None:
     with pytest.raises(error):
         ask(bench, kind)
 
 
-def answers(status: int, bench: Bench, kind: str, **expected: Any) -> httpx.Response:
+def answers(status: int, bench: EmulatorClient, kind: str, **expected: Any) -> httpx.Response:
     answer = ask(bench, kind)
     assert answer.status_code == status
     for name, value in expected.items():
@@ -78,44 +78,44 @@ def answers(status: int, bench: Bench, kind: str, **expected: Any) -> httpx.Resp
     return answer
 
 
-def html(status: int, bench: Bench, kind: str) -> None:
+def html(status: int, bench: EmulatorClient, kind: str) -> None:
     answer = answers(status, bench, kind)
     assert answer.headers["content-type"].startswith("text/html")
     assert answer.text.startswith("<!DOCTYPE html>")
 
 
-def internal_error(bench: Bench, kind: str) -> None:
+def internal_error(bench: EmulatorClient, kind: str) -> None:
     answer = answers(500, bench, kind)
     if kind != "file":
         assert answer.json()["error"]["code"] == "internal_error"
         assert answer.json()["error"]["type"] == "api_error"
 
 
-def too_busy(bench: Bench, kind: str) -> None:
+def too_busy(bench: EmulatorClient, kind: str) -> None:
     answer = answers(429, bench, kind, code="rate_limit_exceeded")
     assert answer.headers["retry-after"] == "1"
 
 
-def too_busy_date(bench: Bench, kind: str) -> None:
+def too_busy_date(bench: EmulatorClient, kind: str) -> None:
     answer = answers(429, bench, kind)
     when = email.utils.parsedate_to_datetime(answer.headers["retry-after"])
     assert when.timestamp() == int(bench.clock.now_s + 1)
 
 
-def too_busy_bare(bench: Bench, kind: str) -> None:
+def too_busy_bare(bench: EmulatorClient, kind: str) -> None:
     assert "retry-after" not in answers(429, bench, kind).headers
 
 
-def empty(bench: Bench, kind: str) -> None:
+def empty(bench: EmulatorClient, kind: str) -> None:
     assert answers(429, bench, kind).content == b""
 
 
-def late(bench: Bench, kind: str) -> None:
+def late(bench: EmulatorClient, kind: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         ask(bench, kind, timeout_s=0.05)
 
 
-TRANSPORT: dict[str, Callable[[Bench, str], None]] = {
+TRANSPORT: dict[str, Callable[[EmulatorClient, str], None]] = {
     "drop": partial(raises, httpx.RemoteProtocolError),
     "reset": partial(raises, httpx.ReadError),
     "garbage": partial(raises, httpx.RemoteProtocolError),
@@ -124,13 +124,13 @@ TRANSPORT: dict[str, Callable[[Bench, str], None]] = {
     "503": partial(html, 503),
     "524_html": partial(html, 524),
 }
-TOO_BUSY: dict[str, Callable[[Bench, str], None]] = {
+TOO_BUSY: dict[str, Callable[[EmulatorClient, str], None]] = {
     "429": too_busy,
     "429_date": too_busy_date,
     "429_no_retry_after": too_busy_bare,
     "429_empty": empty,
 }
-QUESTION: dict[str, Callable[[Bench, str], None]] = {
+QUESTION: dict[str, Callable[[EmulatorClient, str], None]] = {
     **TRANSPORT,
     **TOO_BUSY,
     "delay": late,
@@ -138,7 +138,7 @@ QUESTION: dict[str, Callable[[Bench, str], None]] = {
 }
 
 
-def no_task(check: Callable[[Bench, str], Any], bench: Bench) -> None:
+def no_task(check: Callable[[EmulatorClient, str], Any], bench: EmulatorClient) -> None:
     """The check holds, no task exists, and a repeat with the same key creates it."""
     check(bench, "create")
     assert creates(bench) == 0
@@ -147,7 +147,7 @@ def no_task(check: Callable[[Bench, str], Any], bench: Bench) -> None:
     assert "idempotency-replayed" not in answer.headers
 
 
-def one_task(check: Callable[[Bench, str], Any], bench: Bench) -> None:
+def one_task(check: Callable[[EmulatorClient, str], Any], bench: EmulatorClient) -> None:
     """The check holds, the task exists, and a repeat with the same key finds it."""
     check(bench, "create")
     assert creates(bench) == 1
@@ -160,23 +160,25 @@ def one_task(check: Callable[[Bench, str], Any], bench: Bench) -> None:
 # -- create faults ----------------------------------------------------------------------------
 
 
-def refused(status: int, code: str | int, kind: str, bench: Bench, route: str = "create") -> None:
+def refused(
+    status: int, code: str | int, kind: str, bench: EmulatorClient, route: str = "create"
+) -> None:
     said = answers(status, bench, route).json()["error"]
     assert (said["code"], said["type"]) == (code, kind)
 
 
-def redirected_create(bench: Bench, kind: str) -> None:
+def redirected_create(bench: EmulatorClient, kind: str) -> None:
     answer = answers(307, bench, kind)
     assert answer.headers["location"].startswith(bench.emulator.url)
 
 
-def without_id(bench: Bench, kind: str) -> None:
+def without_id(bench: EmulatorClient, kind: str) -> None:
     answer = answers(200, bench, kind)
     assert "id" not in answer.json()
     assert answer.json()["status"] == "pending"
 
 
-def delayed_create(bench: Bench) -> None:
+def delayed_create(bench: EmulatorClient) -> None:
     body = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}
     with pytest.raises(httpx.ReadTimeout):
         bench.client.post(
@@ -191,7 +193,7 @@ def delayed_create(bench: Bench) -> None:
     assert bench.post(key=KEY).headers["idempotency-replayed"] == "true"
 
 
-def undecided(bench: Bench) -> None:
+def undecided(bench: EmulatorClient) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         bench.post(key=KEY)
     assert creates(bench) == 1
@@ -206,7 +208,7 @@ def undecided(bench: Bench) -> None:
     assert creates(bench) == 1
 
 
-def taken(bench: Bench) -> None:
+def taken(bench: EmulatorClient) -> None:
     for _ in range(2):
         answer = bench.post(key=KEY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
@@ -217,7 +219,7 @@ def taken(bench: Bench) -> None:
     assert again.headers["idempotency-replayed"] == "true"
 
 
-def key_ignored(bench: Bench) -> None:
+def key_ignored(bench: EmulatorClient) -> None:
     first = bench.post(key=KEY)
     assert bench.world.unconsumed() == []
     bench.world.script("ignore_idempotency")
@@ -230,18 +232,18 @@ def key_ignored(bench: Bench) -> None:
 # -- task faults ------------------------------------------------------------------------------
 
 
-def read_after(bench: Bench, seconds: float = 10) -> dict[str, Any]:
+def read_after(bench: EmulatorClient, seconds: float = 10) -> dict[str, Any]:
     bench.create()
     bench.clock.move(seconds)
     return dict(bench.read(first_task(bench)).json())
 
 
-def units(bench: Bench) -> tuple[int, int, int]:
-    books = bench.books()
+def units(bench: EmulatorClient) -> tuple[int, int, int]:
+    books = bench.stats()
     return books["held_units"], books["charged_units"], books["returned_units"]
 
 
-def fails(code: str, bench: Bench) -> None:
+def fails(code: str, bench: EmulatorClient) -> None:
     body = read_after(bench)
     assert (body["status"], body["progress"]) == ("failed", 0)
     assert (body["error"]["code"], body["error"]["type"]) == (code, "task_error")
@@ -249,7 +251,7 @@ def fails(code: str, bench: Bench) -> None:
     assert units(bench) == (0, 0, 4_500)
 
 
-def fails_bare(bench: Bench) -> None:
+def fails_bare(bench: EmulatorClient) -> None:
     body = read_after(bench)
     assert set(body) == {"id", "object", "status", "model", "progress", "error"}
     assert set(body["error"]) == {"code", "message"}
@@ -257,80 +259,80 @@ def fails_bare(bench: Bench) -> None:
     assert units(bench) == (0, 0, 4_500)
 
 
-def cancelled(bench: Bench) -> None:
+def cancelled(bench: EmulatorClient) -> None:
     body = read_after(bench)
     assert body["status"] == "cancelled"
     assert "results" not in body
     assert units(bench) == (0, 0, 4_500)
 
 
-def never_ends(status: str, bench: Bench) -> None:
+def never_ends(status: str, bench: EmulatorClient) -> None:
     assert read_after(bench, 10_000)["status"] == status
     assert units(bench) == (4_500, 0, 0)
 
 
-def slow(bench: Bench) -> None:
+def slow(bench: EmulatorClient) -> None:
     assert read_after(bench, 31)["status"] == "processing"
     bench.clock.move(1)
     assert bench.read(first_task(bench)).json()["status"] == "completed"
 
 
-def no_results(bench: Bench) -> None:
+def no_results(bench: EmulatorClient) -> None:
     body = read_after(bench)
     assert body["status"] == "completed"
     assert "results" not in body
     assert len(bench.read(first_task(bench)).json()["results"]) == 1
 
 
-def unknown_status(bench: Bench) -> None:
+def unknown_status(bench: EmulatorClient) -> None:
     assert read_after(bench, 1)["status"] == "queued"
     bench.clock.move(1)
     assert bench.read(first_task(bench)).json()["status"] == "completed"
 
 
-def vanished(bench: Bench) -> None:
+def vanished(bench: EmulatorClient) -> None:
     assert read_after(bench)["error"]["code"] == "task_not_found"
     body = {"task_ids": [first_task(bench)]}
     assert bench.client.post("/v1/tasks/batch", json=body).json()["data"] == []
     assert units(bench) == (0, 4_500, 0)
 
 
-def with_usage(bench: Bench) -> None:
+def with_usage(bench: EmulatorClient) -> None:
     usage = read_after(bench)["usage"]
     assert usage["credits_used"] == usage["cost"]["credits"] == 0.45
 
 
-def bad_link(link: str, bench: Bench) -> None:
+def bad_link(link: str, bench: EmulatorClient) -> None:
     assert read_after(bench)["results"] == [link]
 
 
-def dear(bench: Bench) -> None:
+def dear(bench: EmulatorClient) -> None:
     bench.create()
     assert units(bench) == (30_000, 0, 0)
 
 
-def repeated_id(bench: Bench) -> None:
+def repeated_id(bench: EmulatorClient) -> None:
     first = bench.create()  # the account's first, so that its own id is named
     bench.world.script("repeated_id")
     assert bench.create(prompt="another") == first
-    assert bench.emulator.books()["creates"] == 2
+    assert bench.emulator.stats()["creates"] == 2
 
 
-def all_failed(bench: Bench) -> None:
+def all_failed(bench: EmulatorClient) -> None:
     task_id = bench.finished()
     said = bench.client.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"]
     assert [task["status"] for task in said] == ["failed"]
     assert bench.client.get(f"/v1/tasks/{task_id}").json()["status"] == "completed"
 
 
-def same(bench: Bench) -> None:
+def same(bench: EmulatorClient) -> None:
     assert image(good_bytes(bench)) == ("PNG", (1024, 1024))
 
 
 # -- file faults ------------------------------------------------------------------------------
 
 
-def good_bytes(bench: Bench) -> bytes:
+def good_bytes(bench: EmulatorClient) -> bytes:
     answer = ask(bench, "file")
     assert answer.status_code == 200
     return answer.content
@@ -342,29 +344,29 @@ def image(content: bytes) -> tuple[str | None, tuple[int, int]]:
         return opened.format, opened.size
 
 
-def redirected(bench: Bench) -> None:
+def redirected(bench: EmulatorClient) -> None:
     answer = ask(bench, "file")
     assert answer.status_code == 302
     assert image(bench.plain.get(answer.headers["location"]).content) == ("PNG", (1024, 1024))
 
 
-def redirected_to(link: str, bench: Bench) -> None:
+def redirected_to(link: str, bench: EmulatorClient) -> None:
     answer = ask(bench, "file")
     assert (answer.status_code, answer.headers["location"]) == (302, link)
 
 
-def redirect_loop(bench: Bench) -> None:
+def redirect_loop(bench: EmulatorClient) -> None:
     answer = ask(bench, "file")
     assert (answer.status_code, answer.headers["location"]) == (302, str(answer.request.url))
 
 
-def truncated(bench: Bench) -> None:
+def truncated(bench: EmulatorClient) -> None:
     with pytest.raises(httpx.RemoteProtocolError, match="without sending complete"):
         ask(bench, "file")
     assert good_bytes(bench)
 
 
-def cut(bench: Bench) -> None:
+def cut(bench: EmulatorClient) -> None:
     answer = ask(bench, "file")
     assert int(answer.headers["content-length"]) == len(answer.content)
     whole = good_bytes(bench)
@@ -372,34 +374,34 @@ def cut(bench: Bench) -> None:
     assert len(answer.content) < len(whole)
 
 
-def empty_file(bench: Bench) -> None:
+def empty_file(bench: EmulatorClient) -> None:
     assert good_bytes(bench) == b""
 
 
-def jpeg(bench: Bench) -> None:
+def jpeg(bench: EmulatorClient) -> None:
     answer = ask(bench, "file")
     assert answer.headers["content-type"] == "image/png"
     assert answer.request.url.path.endswith(".png")
     assert image(answer.content) == ("JPEG", (1024, 1024))
 
 
-def octet_stream(bench: Bench) -> None:
+def octet_stream(bench: EmulatorClient) -> None:
     answer = ask(bench, "file")
     assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.content == good_bytes(bench)
 
 
-def black(bench: Bench) -> None:
+def black(bench: EmulatorClient) -> None:
     with Image.open(io.BytesIO(good_bytes(bench))) as opened:
         assert opened.size == (1024, 1024)
         assert opened.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
-def half(bench: Bench) -> None:
+def half(bench: EmulatorClient) -> None:
     assert image(good_bytes(bench)) == ("PNG", (512, 512))
 
 
-def endless(bench: Bench) -> None:
+def endless(bench: EmulatorClient) -> None:
     ask(bench, "credits")
     task = _task(bench, bench.finished())
     url = f"{bench.emulator.url}{bench.world.link_path(task)}"
@@ -413,35 +415,35 @@ def endless(bench: Bench) -> None:
     assert received > 20_000_000
 
 
-def bomb(bench: Bench) -> None:
+def bomb(bench: EmulatorClient) -> None:
     content = good_bytes(bench)
     assert len(content) < 100_000
     assert struct.unpack(">II", content[16:24]) == (60_000, 60_000)
 
 
-def noise(bench: Bench) -> None:
+def noise(bench: EmulatorClient) -> None:
     with pytest.raises(OSError, match="cannot identify"):
         image(good_bytes(bench))
 
 
-def file_status(status: int, bench: Bench) -> None:
+def file_status(status: int, bench: EmulatorClient) -> None:
     assert ask(bench, "file").status_code == status
     assert good_bytes(bench)
 
 
-def no_success(bench: Bench) -> None:
+def no_success(bench: EmulatorClient) -> None:
     answer = answers(200, bench, "credits")
     assert answer.json()["success"] is False
 
 
-def calls_planned(wanted: list[tuple[float, str]], bench: Bench) -> None:
+def calls_planned(wanted: list[tuple[float, str]], bench: EmulatorClient) -> None:
     """The calls themselves are the matter of test_callback_sender.py."""
     bench.create(callback_url="https://hooks.example.com/hook")
     planned = bench.world.due_calls(3)
     assert [(round(c.due_at - bench.clock(), 3), c.forged) for c in planned] == wanted
 
 
-Check = Callable[[Bench], Any]
+Check = Callable[[EmulatorClient], Any]
 
 CHECKS: dict[str, Check] = {
     **{
@@ -541,7 +543,7 @@ def test_every_fault_has_a_test_below() -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_does_what_it_says_and_is_used_up(
-    bench: Bench, name: str, capfd: pytest.CaptureFixture[str]
+    bench: EmulatorClient, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bench.world.script(name)
     CHECKS[name](bench)
@@ -552,18 +554,20 @@ def test_a_fault_does_what_it_says_and_is_used_up(
 # -- ways to ask for a fault ------------------------------------------------------------------
 
 
-def test_a_scripted_fault_strikes_so_often_and_then_no_more(bench: Bench) -> None:
+def test_a_scripted_fault_strikes_so_often_and_then_no_more(bench: EmulatorClient) -> None:
     bench.world.script("500", 2)
     assert [bench.post().status_code for _ in range(3)] == [500, 500, 200]
 
 
-def test_scripted_faults_strike_in_the_order_in_which_they_were_scripted(bench: Bench) -> None:
+def test_scripted_faults_strike_in_the_order_in_which_they_were_scripted(
+    bench: EmulatorClient,
+) -> None:
     for name in ("503", "500", "502_html"):
         bench.world.script(name)
     assert [bench.post().status_code for _ in range(3)] == [503, 500, 502]
 
 
-def test_a_scripted_fault_waits_for_the_prompt_that_it_is_bound_to(bench: Bench) -> None:
+def test_a_scripted_fault_waits_for_the_prompt_that_it_is_bound_to(bench: EmulatorClient) -> None:
     bench.world.script("500", match="bear")
     bench.world.script("fail", match="bear")
     bench.world.script("read_404", match="bear")
@@ -578,7 +582,7 @@ def test_a_scripted_fault_waits_for_the_prompt_that_it_is_bound_to(bench: Bench)
     assert bench.world.unconsumed() == [{"name": "black", "n": 1, "match": "bear", "arg": None}]
 
 
-def test_a_task_fault_is_not_used_up_by_a_replay_or_a_refusal(bench: Bench) -> None:
+def test_a_task_fault_is_not_used_up_by_a_replay_or_a_refusal(bench: EmulatorClient) -> None:
     bench.post(key=KEY)
     bench.world.script("fail")
     bench.post(key=KEY)
@@ -586,7 +590,7 @@ def test_a_task_fault_is_not_used_up_by_a_replay_or_a_refusal(bench: Bench) -> N
     assert [one["name"] for one in bench.world.unconsumed()] == ["fail"]
 
 
-def test_the_argument_of_a_fault_refines_it(bench: Bench) -> None:
+def test_the_argument_of_a_fault_refines_it(bench: EmulatorClient) -> None:
     bench.world.script("insufficient_quota", arg="token_daily_quota_exceeded")
     assert bench.post().json()["error"]["code"] == "token_daily_quota_exceeded"
     bench.world.script("no_results", arg=2)
@@ -599,7 +603,7 @@ def test_a_rate_strikes_that_share_and_always_the_same_ones(tmp_path: Path) -> N
         with Emulator(
             state=tmp_path / folder, clock=Clock(), seed=seed, faults={"500": 0.3}
         ) as emulator:
-            bench = Bench(emulator, Clock())
+            bench = EmulatorClient(emulator, Clock())
             codes = [bench.post().status_code for _ in range(40)]
             bench.close()
             return codes
@@ -610,7 +614,7 @@ def test_a_rate_strikes_that_share_and_always_the_same_ones(tmp_path: Path) -> N
     assert struck("c", 2) != first
 
 
-def test_faults_can_be_set_at_run_time_over_http(bench: Bench) -> None:
+def test_faults_can_be_set_at_run_time_over_http(bench: EmulatorClient) -> None:
     url = f"{bench.emulator.url}/emulator/faults"
     wanted = {
         "script": [{"name": "500", "n": 2, "match": "fox"}],
@@ -640,14 +644,16 @@ def test_faults_can_be_set_at_run_time_over_http(bench: Bench) -> None:
         [],
     ],
 )
-def test_faults_that_make_no_sense_are_refused_as_a_whole(bench: Bench, wanted: object) -> None:
+def test_faults_that_make_no_sense_are_refused_as_a_whole(
+    bench: EmulatorClient, wanted: object
+) -> None:
     answer = bench.plain.post(f"{bench.emulator.url}/emulator/faults", json=wanted)
     assert answer.status_code == 400
     assert bench.world.unconsumed() == []
     assert bench.world.rates() == {}
 
 
-def test_the_quota_ends_buying_after_so_many_credits(bench: Bench) -> None:
+def test_the_quota_ends_buying_after_so_many_credits(bench: EmulatorClient) -> None:
     bench.world.set_quota(1.0)
     assert [bench.post(f"{n}").status_code for n in range(3)] == [200, 200, 402]
     bench.world.set_quota(None)
@@ -657,23 +663,23 @@ def test_the_quota_ends_buying_after_so_many_credits(bench: Bench) -> None:
 # -- markers in prompts -----------------------------------------------------------------------
 
 
-def test_a_prompt_can_ask_to_be_refused(bench: Bench) -> None:
+def test_a_prompt_can_ask_to_be_refused(bench: EmulatorClient) -> None:
     said = bench.post("a fox [emulator: refuse]").json()["error"]
     assert said["code"] == "content_policy_violation"
     assert creates(bench) == 0
 
 
-def test_a_prompt_can_ask_its_task_to_fail(bench: Bench) -> None:
+def test_a_prompt_can_ask_its_task_to_fail(bench: EmulatorClient) -> None:
     task_id = bench.finished("a fox [emulator: fail generation_timeout]")
     assert bench.read(task_id).json()["error"]["code"] == "generation_timeout"
 
 
-def test_a_prompt_can_damage_its_picture_at_each_fetch(bench: Bench) -> None:
+def test_a_prompt_can_damage_its_picture_at_each_fetch(bench: EmulatorClient) -> None:
     task_id = bench.finished("a fox [emulator: wrong_dimensions]")
     assert [image(bench.fetch(task_id).content)[1] for _ in range(2)] == [(512, 512)] * 2
 
 
-def test_a_marker_with_once_lets_the_repeat_succeed(bench: Bench) -> None:
+def test_a_marker_with_once_lets_the_repeat_succeed(bench: EmulatorClient) -> None:
     prompt = "a fox [emulator: fail service_error once] [emulator: black once]"
     assert bench.read(bench.finished(prompt)).json()["status"] == "failed"
     again = bench.finished(prompt)
@@ -686,7 +692,7 @@ def test_a_marker_with_once_lets_the_repeat_succeed(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "prompt", ["[emulator: no_such_fault]", "[emulator: 500]", "[emulator: black 7]"]
 )
-def test_a_marker_that_means_nothing_is_refused(bench: Bench, prompt: str) -> None:
+def test_a_marker_that_means_nothing_is_refused(bench: EmulatorClient, prompt: str) -> None:
     answer = bench.post(prompt)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
@@ -702,17 +708,17 @@ def test_text_that_only_looks_like_a_marker_is_text() -> None:
 @pytest.mark.parametrize(
     ("text", "wish"),
     [
-        ("500=3", Wish("500", n=3)),
-        ("500=1", Wish("500", n=1)),
-        ("500=1.0", Wish("500", rate=1.0)),
-        ("500=0.05", Wish("500", rate=0.05)),
-        ("500=5%", Wish("500", rate=0.05)),
-        ("fail=0.1:quota_exceeded", Wish("fail", rate=0.1, arg="quota_exceeded")),
-        ("insufficient_quota_after=10.5", Wish("insufficient_quota_after", arg="10.5")),
+        ("500=3", FaultOption("500", n=3)),
+        ("500=1", FaultOption("500", n=1)),
+        ("500=1.0", FaultOption("500", rate=1.0)),
+        ("500=0.05", FaultOption("500", rate=0.05)),
+        ("500=5%", FaultOption("500", rate=0.05)),
+        ("fail=0.1:quota_exceeded", FaultOption("fail", rate=0.1, arg="quota_exceeded")),
+        ("insufficient_quota_after=10.5", FaultOption("insufficient_quota_after", arg="10.5")),
     ],
 )
-def test_a_fault_on_the_command_line_is_a_rate_or_a_count(text: str, wish: Wish) -> None:
-    assert parse_wish(text) == wish
+def test_a_fault_on_the_command_line_is_a_rate_or_a_count(text: str, wish: FaultOption) -> None:
+    assert parse_fault_option(text) == wish
 
 
 @pytest.mark.parametrize(
@@ -720,4 +726,4 @@ def test_a_fault_on_the_command_line_is_a_rate_or_a_count(text: str, wish: Wish)
 )
 def test_a_fault_on_the_command_line_that_makes_no_sense_is_an_error(text: str) -> None:
     with pytest.raises(UnknownFaultError):
-        parse_wish(text)
+        parse_fault_option(text)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from krea_dagster.emulator.contract import PIXELS, QUALITIES
-from krea_dagster.emulator.images import Pictures, bomb
+from krea_dagster.emulator.images import ImageFiles, bomb
 from krea_dagster.emulator.render import readable, render, render_png
 
 SIZES = [(size, quality) for size in PIXELS for quality in QUALITIES]
@@ -102,12 +102,12 @@ def test_what_is_written_has_no_control_characters_and_an_end() -> None:
 
 
 def test_pictures_are_kept_up_to_a_limit_and_drawn_again_beyond_it() -> None:
-    pictures = Pictures(keep_bytes=1)
+    pictures = ImageFiles(keep_bytes=1)
     first = pictures.png(("a red fox", 7, 704, 1472))
     again = pictures.png(("a red fox", 7, 704, 1472))
     assert first == again
     assert first is not again
-    pictures = Pictures()
+    pictures = ImageFiles()
     key = ("a red fox", 7, 704, 1472)
     assert pictures.png(key) is pictures.png(key)
 

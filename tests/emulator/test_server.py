@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from krea_dagster.emulator import Emulator
-from tests.emulator.harness import PLAIN, Bench, Clock
+from tests.emulator.harness import PLAIN, Clock, EmulatorClient
 
 
 def test_it_starts_and_stops_quickly_and_the_port_is_free_again(tmp_path: Path) -> None:
@@ -30,18 +30,18 @@ def test_it_starts_and_stops_quickly_and_the_port_is_free_again(tmp_path: Path) 
 def test_it_stops_although_requests_are_under_way(tmp_path: Path) -> None:
     outcome: list[object] = []
 
-    def wait(bench: Bench) -> None:
+    def wait(bench: EmulatorClient) -> None:
         try:
             bench.post()
         except httpx.HTTPError as error:
             outcome.append(error)
 
     with Emulator(state=tmp_path) as emulator:
-        bench = Bench(emulator, Clock())
+        bench = EmulatorClient(emulator, Clock())
         emulator.world.script("delay_create", arg=60)
         thread = threading.Thread(target=wait, args=(bench,))
         thread.start()
-        while emulator.books()["creates"] == 0:
+        while emulator.stats()["creates"] == 0:
             time.sleep(0.001)
     thread.join(5)
     assert [type(error) for error in outcome] == [httpx.RemoteProtocolError]
@@ -53,12 +53,12 @@ def test_a_restart_on_another_port_serves_the_old_tasks_under_the_new_address(
 ) -> None:
     clock = Clock()
     with Emulator(state=tmp_path, clock=clock, latency_jitter=0) as emulator:
-        bench = Bench(emulator, clock)
+        bench = EmulatorClient(emulator, clock)
         task_id = bench.finished()
         old = bench.fetch(task_id).content
         bench.close()
     with Emulator(state=tmp_path, clock=clock) as emulator:
-        bench = Bench(emulator, clock)
+        bench = EmulatorClient(emulator, clock)
         assert bench.link(task_id).startswith(f"{emulator.url}/files/")
         assert bench.fetch(task_id).content == old
         bench.close()

@@ -11,7 +11,7 @@ import pytest
 
 from krea_dagster.emulator import StateInUseError, World
 from krea_dagster.emulator.contract import Order
-from krea_dagster.emulator.world import Account, Created, KeyConflictError, UndecidedError
+from krea_dagster.emulator.world import Account, CreateResult, KeyConflictError, UndecidedError
 from tests.emulator.harness import Clock
 
 KEY = "key-0000000000000001"
@@ -33,7 +33,7 @@ def account(world: World) -> Account:
     return found
 
 
-def create(world: World, prompt: str = "a fox", **settings: Any) -> Created:
+def create(world: World, prompt: str = "a fox", **settings: Any) -> CreateResult:
     return world.create(account(world), Order(prompt, seed=7), **settings)
 
 
@@ -51,9 +51,9 @@ def test_a_restart_on_the_same_folder_forgets_nothing(tmp_path: Path) -> None:
         link = world.link_path(first).rpartition("/")[2]
         assert world.file(link).fetched == 0
         world.count("create", "200")
-        before = world.books()
+        before = world.stats()
     with opened(tmp_path, clock) as world:
-        assert world.books() == before
+        assert world.stats() == before
         assert before["unconsumed_faults"] == [
             {"name": "fail", "n": 2, "match": "bear", "arg": "service_error"}
         ]
@@ -83,10 +83,10 @@ def test_a_task_settles_while_the_emulator_is_away(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock) as world:
         create(world)
-        assert world.books()["held_units"] == 4_500
+        assert world.stats()["held_units"] == 4_500
     clock.move(10)
     with opened(tmp_path, clock) as world:
-        books = world.books()
+        books = world.stats()
         assert (books["held_units"], books["charged_units"]) == (0, 4_500)
         assert books["tasks"][0]["completed_at"] == 1_800_000_002.0
 
@@ -99,7 +99,7 @@ def test_the_sums_of_the_books_agree_at_every_moment(tmp_path: Path) -> None:
         for n in range(60):
             create(world, f"{n % 50}")
             clock.move(0.1)
-            books = world.books()
+            books = world.stats()
             ended = ("failed", "cancelled")
             tasks = books["tasks"]
             assert books["reserved_units"] == 4_500 * len(tasks)
@@ -119,7 +119,7 @@ def test_the_sums_agree_although_the_clock_moves_between_any_two_looks(tmp_path:
     with opened(tmp_path, Running()) as world:
         for n in range(100):
             create(world, f"{n}")
-        books = world.books(tasks=False)
+        books = world.stats(tasks=False)
         assert books["charged_units"] > 0
         assert books["held_units"] == 4_500 * books["in_flight"]
 
@@ -169,7 +169,7 @@ def test_what_fails_within_a_transaction_leaves_nothing_behind(tmp_path: Path) -
         with contextlib.suppress(RuntimeError), world.transaction():
             create(world)
             raise RuntimeError
-        assert world.books()["creates"] == 0
+        assert world.stats()["creates"] == 0
         assert account(world).held == 0
         create(world)
-        assert world.books()["creates"] == 1
+        assert world.stats()["creates"] == 1

@@ -247,7 +247,7 @@ class House:
         as unknown; every charge is the server's; the events lead to the present states; the
         key went to nobody else.
         """
-        books = self.emulator.books()
+        books = self.emulator.stats()
         assert books["bodies_bought_more_than_once"] == bought_twice
         assert books["key_leaks"] == 0
         records = list(self.journal.all_records())

@@ -69,7 +69,7 @@ def run(
     started_s = time.monotonic()
     report = asyncio.run(runner.run(as_wanted(several(ROWS))))
     states = Counter(record.state.value for record in runner.journal.all_records())
-    books = home.emulator.books()
+    books = home.emulator.stats()
     print(
         f"{name}: away {lasts_s:g} s, run {time.monotonic() - started_s:.0f} s, "
         f"{report.progress}, stopped {report.stopped}, states {dict(states)}, "

@@ -128,7 +128,7 @@ async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(home: 
     assert sorted(states) == ["stored"] * 4 + ["unknown"]
     (why,) = report.left.values()
     assert "is that of the purchase" in why
-    assert home.emulator.books()["bodies_bought_more_than_once"] == 0
+    assert home.emulator.stats()["bodies_bought_more_than_once"] == 0
 
 
 async def test_an_id_of_the_rows_own_earlier_purchase_is_its_trouble_alone(home: House) -> None:
@@ -152,7 +152,7 @@ async def test_a_purchase_sent_twice_whose_task_failed_is_not_bought_again_by_it
         assert home.states([asked()]) == ["failed"]
         again = await home.run([asked()], "run-3")
         assert "sent twice" in again.left[asked().request_key]
-        assert home.emulator.books()["creates"] == 2
+        assert home.emulator.stats()["creates"] == 2
         await home.run([asked()], "run-4", ask_again=frozenset({"service_error"}))
         assert home.states([asked()]) == ["stored"], "a person may decide so"
 
@@ -162,7 +162,7 @@ async def test_a_purchase_whose_repeat_was_recognised_is_bought_again_after_its_
 ) -> None:
     await repeat_a_purchase_whose_task_fails(home)
     assert home.states([asked()]) == ["stored"]
-    assert home.emulator.books()["creates"] == 2
+    assert home.emulator.stats()["creates"] == 2
 
 
 async def repeat_a_purchase_whose_task_fails(home: House) -> None:
@@ -212,7 +212,7 @@ async def test_two_claims_of_one_task_end_with_one_row(home: House) -> None:
     requests = several(2)
     home.emulator.world.script("drop_after_create", n=2)
     await home.run(requests, on_unknown="hold")
-    (task, _) = home.emulator.books()["tasks"]
+    (task, _) = home.emulator.stats()["tasks"]
     home.journal.calls.remember([(one.request_key, task["task_id"]) for one in requests])
     with anyio.fail_after(20):
         report = await home.run(requests, "run-2", on_unknown="hold")
@@ -321,7 +321,7 @@ async def test_what_was_doubted_stops_the_runs_to_come_until_a_person_has_decide
 ) -> None:
     home.emulator.world.script("price", n=3, arg=99)
     first = await home.run(several(20), max_in_flight=1)
-    assert (first.posts, home.emulator.books()["creates"]) == (3, 3)
+    assert (first.posts, home.emulator.stats()["creates"]) == (3, 3)
     for run in ("run-2", "run-3"):
         report = await home.run(several(20), run)
         assert report.posts == 0
@@ -365,7 +365,7 @@ async def test_at_a_rise_a_cap_is_passed_by_what_a_few_purchases_cost_more(
     home.emulator.world.script("price", n=100, arg=1.7)
     runner = home.runner(max_in_flight=16)
     await replace(runner, caps=Caps(day_units=cap)).run(as_wanted(several(number)))
-    billed = sum(task["reserved_units"] for task in home.emulator.books()["tasks"])
+    billed = sum(task["reserved_units"] for task in home.emulator.stats()["tasks"])
     assert billed <= cap + UNANSWERED_UNDER_CAP * rise
 
 
@@ -387,12 +387,12 @@ async def test_with_the_key_of_another_account_nothing_is_repeated_and_nothing_g
     report = await replace(foreign, api_key="theirs").run(as_wanted(requests))
     assert report.posts == 0
     assert home.states(requests) == ["unknown"] * 3 + ["submitted"] * 3
-    assert home.emulator.books()["creates"] == 6
+    assert home.emulator.stats()["creates"] == 6
     home.emulator.world.set_rate("read_404", 0.0)
     both = home.runner("run-4", account_keys=frozenset({"mine", "theirs"}), patience_s=0.05)
     await replace(both, api_key="theirs").run(as_wanted(requests))
     assert home.states(requests)[:3] == ["stored"] * 3
-    assert home.emulator.books()["creates"] == 6
+    assert home.emulator.stats()["creates"] == 6
 
 
 async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated(
@@ -429,7 +429,7 @@ async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(home: Ho
         with pytest.raises(asyncio.CancelledError), anyio.fail_after(15):
             await task
     assert home.states(several(2)) == ["planned", "planned"]
-    assert home.emulator.books()["creates"] == 0
+    assert home.emulator.stats()["creates"] == 0
 
 
 # -- files ------------------------------------------------------------------------------------

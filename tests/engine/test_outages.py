@@ -217,7 +217,7 @@ async def test_a_store_that_is_away_is_waited_for_and_no_file_is_fetched_again(
 ) -> None:
     passing = Passing(lambda: set_away(True), lambda: set_away(False))
     all_delivered(home, await run_through(home, passing, images=shaky))
-    assert home.emulator.books()["file_gets"] == ROWS, "what was downloaded is kept"
+    assert home.emulator.stats()["file_gets"] == ROWS, "what was downloaded is kept"
 
 
 async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
@@ -279,7 +279,7 @@ async def test_a_server_of_the_journal_that_is_away_is_waited_for(
         assert report.progress.delivered == ROWS
         records = journal.records([request.request_key for request in several(ROWS)])
         assert {record.state for record in records.values()} == {State.STORED}
-        assert home.emulator.books()["creates"] == ROWS
+        assert home.emulator.stats()["creates"] == ROWS
 
 
 @contextmanager

@@ -98,11 +98,11 @@ async def test_a_second_run_over_the_same_rows_asks_nothing_and_buys_nothing(
     home: House,
 ) -> None:
     await home.run(several(3))
-    before = home.emulator.books()
+    before = home.emulator.stats()
     report = await home.run(several(3), "run-2")
     assert report.progress == Progress(total=3, reused=3)
     assert (report.new, report.posts, report.asked) == (0, 0, 0)
-    assert home.emulator.books() == before
+    assert home.emulator.stats() == before
 
 
 async def test_a_second_run_buys_only_what_is_new_in_any_order(home: House) -> None:
@@ -367,7 +367,7 @@ async def test_when_the_journal_cannot_be_written_nothing_more_is_bought(home: H
 
     with anyio.fail_after(20), pytest.raises(JournalError):
         await home.run(several(8), on_progress=spoil, max_in_flight=1)
-    books = home.emulator.books()
+    books = home.emulator.stats()
     assert books["creates"] < 8
     assert books["bodies_bought_more_than_once"] == 0
 

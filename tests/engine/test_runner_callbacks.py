@@ -59,7 +59,7 @@ def slow(tmp_path: Path) -> Iterator[House]:
 
 def reads(home: House) -> int:
     """Calls that asked about tasks, one or many at once."""
-    books = home.emulator.books()
+    books = home.emulator.stats()
     return int(books["reads"] + books["batch_reads"])
 
 
@@ -190,7 +190,7 @@ async def _lost(home: House) -> tuple[ImageRequest, str]:
     home.emulator.world.script("drop_after_create", 1)
     await listening(home, on_unknown="hold").run(as_wanted([request]))
     assert home.states([request]) == ["unknown"]
-    (task,) = home.emulator.books()["tasks"]
+    (task,) = home.emulator.stats()["tasks"]
     return request, task["task_id"]
 
 
@@ -251,12 +251,12 @@ async def test_a_claimed_task_that_fails_is_no_proof_that_the_purchase_cost_noth
         home.emulator.world.script("drop_after_create", n=2)
         await home.run([one], on_unknown="hold")
         await home.run([other], "run-2", on_unknown="hold")
-        (failing, _) = home.emulator.books()["tasks"]
+        (failing, _) = home.emulator.stats()["tasks"]
         home.journal.calls.remember([(other.request_key, failing["task_id"])])
         report = await home.run([other], "run-3", on_unknown="hold")
         assert home.states([other]) == ["unknown"]
         assert "it is failed" in report.left[other.request_key]
-        assert home.emulator.books()["creates"] == 2
+        assert home.emulator.stats()["creates"] == 2
 
 
 async def test_under_replay_the_repeat_tells_and_no_claim_is_believed(home: House) -> None:

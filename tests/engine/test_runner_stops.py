@@ -149,7 +149,7 @@ async def test_a_server_that_knows_no_idempotency_sells_a_repeat_again(tmp_path:
     with house(tmp_path, idempotency=False) as home:
         home.emulator.world.script("drop_after_create")
         await home.run([asked()])
-        books = home.emulator.books()
+        books = home.emulator.stats()
         assert (books["creates"], books["bodies_bought_more_than_once"]) == (2, 1)
         assert home.record(asked()).task_id == books["tasks"][1]["task_id"]
 
@@ -402,7 +402,7 @@ async def test_an_outage_of_the_server_does_not_make_the_whole_table_unknown(hom
     assert states.count("unknown") + states.count("planned") == 40
     assert report.stopped is not None
     assert report.stopped.code == "no_usable_answer"
-    assert home.emulator.books()["submit_posts"] == states.count("unknown")
+    assert home.emulator.stats()["submit_posts"] == states.count("unknown")
 
 
 async def test_after_an_outage_what_it_kept_back_is_bought(home: House) -> None:
@@ -411,7 +411,7 @@ async def test_after_an_outage_what_it_kept_back_is_bought(home: House) -> None:
     home.emulator.world.set_rate("500", 0.0)
     await home.run(several(20))
     assert home.states(several(20)) == ["stored"] * 20
-    assert home.emulator.books()["bodies_bought_more_than_once"] == 0
+    assert home.emulator.stats()["bodies_bought_more_than_once"] == 0
 
 
 async def test_what_was_given_up_as_lost_is_collected_when_the_server_knows_it_after_all(
@@ -444,7 +444,7 @@ async def test_a_stopped_run_writes_what_it_knows_and_the_next_one_completes(
     home: House,
 ) -> None:
     requests = several(7)
-    await _stopped(home, requests, lambda: home.emulator.books(tasks=False)["creates"] >= 2)
+    await _stopped(home, requests, lambda: home.emulator.stats(tasks=False)["creates"] >= 2)
     books = home.agree()
     assert 2 <= books["creates"] < 7
     states = Counter(home.states(requests))
@@ -459,7 +459,7 @@ async def test_a_stopped_run_writes_what_it_knows_and_the_next_one_completes(
 
 async def test_a_stop_waits_for_the_answer_of_a_post_under_way(home: House) -> None:
     home.emulator.world.script("delay_create", arg=0.5)
-    await _stopped(home, [asked()], lambda: home.emulator.books()["creates"] == 1)
+    await _stopped(home, [asked()], lambda: home.emulator.stats()["creates"] == 1)
     (task,) = home.agree()["tasks"]
     record = home.record(asked())
     assert (record.state, record.task_id) == (State.SUBMITTED, task["task_id"])
@@ -504,7 +504,7 @@ async def test_a_stop_does_not_wait_for_tasks_or_pauses(home: House) -> None:
     requests = [asked("stuck 1"), asked("stuck 2"), asked("turned away")]
 
     def all_wait() -> bool:
-        return bool(home.emulator.books(tasks=False)["submit_posts"])
+        return bool(home.emulator.stats(tasks=False)["submit_posts"])
 
     started_s = time.monotonic()
     await _stopped(home, requests, all_wait)

@@ -135,7 +135,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
             on_unknown="hold",
         )
         krea.carry(wanted(images), run_id=RUN)
-        books = emulator.books()
+        books = emulator.stats()
     with table.plan() as plan:
         yield Shop(krea, plan, books)
 

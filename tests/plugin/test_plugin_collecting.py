@@ -173,7 +173,7 @@ def test_a_run_submits_and_ends_and_the_sensor_launches_the_one_that_collects(
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         first = job.execute_in_process(instance=instance, tags=RANGE)
         assert first.success
-        assert slow.books()["in_flight"] == 6
+        assert slow.stats()["in_flight"] == 6
         (check,) = first.get_asset_check_evaluations()[:1]
         assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
         assert "a later run collects them" in (check.description or "")
@@ -194,7 +194,7 @@ def test_a_run_submits_and_ends_and_the_sensor_launches_the_one_that_collects(
         server_clock.move(3601.0)
         second = job.execute_in_process(instance=instance, tags=dict(request.tags))
         assert second.success
-        books = slow.books()
+        books = slow.stats()
         assert (books["creates"], books["submit_posts"]) == (6, 6)
         assert second.get_asset_check_evaluations()[0].passed
         assert not tick(defs, instance, "krea_collect").run_requests
@@ -211,7 +211,7 @@ def test_rows_that_found_no_room_are_bought_by_a_later_run(tmp_path: Path, slow:
     defs = location(tmp_path, slow, max_in_flight=2)
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         done = defs.resolve_job_def("krea_images").execute_in_process(instance=instance, tags=RANGE)
-        assert slow.books()["in_flight"] == 2
+        assert slow.stats()["in_flight"] == 2
         run = instance.get_run_by_id(done.run_id)
         assert run is not None
         assert run.tags[GOES_ON_TAG] == "yes"
@@ -256,7 +256,7 @@ def test_rows_left_for_room_are_taken_up_once_and_looked_for_no_more(
         server_clock.move(3601.0)
         _make_older(tmp_path / "krea" / "journal.db", seconds=3700)
         assert job.execute_in_process(instance=instance, tags=RANGE).success
-        assert slow.books()["creates"] == 6
+        assert slow.stats()["creates"] == 6
         _ended_earlier(instance, seconds=400)
         _make_older(tmp_path / "krea" / "journal.db", seconds=-3700)
         assert not tick(defs, instance, "krea_collect").run_requests, "nothing is left for room"

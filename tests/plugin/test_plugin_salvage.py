@@ -160,7 +160,7 @@ def test_a_rejected_picture_is_downloaded_once_however_often_the_sensor_looks(
             here.tick()
         (record,) = shop.records().values()
         assert (record.state, record.error_code) == (State.COMPLETED, "flat_image")
-        assert (here.runs, slow.books()["file_gets"]) == (1, 1)
+        assert (here.runs, slow.stats()["file_gets"]) == (1, 1)
 
 
 def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_told_once(

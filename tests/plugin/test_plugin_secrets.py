@@ -42,7 +42,7 @@ def test_the_key_is_in_no_file_of_dagster_and_in_none_of_what_was_made(
 
     assert holding(dagster_home, trip.api_key) == []
     assert holding(trip.storage, trip.api_key) == []
-    assert emulator.books(tasks=False)["key_leaks"] == 0
+    assert emulator.stats(tasks=False)["key_leaks"] == 0
 
 
 def test_the_ui_is_told_the_name_of_the_variable_and_not_the_key(trip: Trip) -> None:

@@ -136,7 +136,7 @@ def test_a_wrong_key_fails_the_run_before_anything_is_bought_and_is_not_repeated
 ) -> None:
     wrong = "sk-that-nobody-knows-55501"
     defs = shop(tmp_path, "stranger", emulator, wrong)
-    creates = emulator.books(tasks=False)["creates"]
+    creates = emulator.stats(tasks=False)["creates"]
     result = run_job(defs, instance, "bucket-000", "bucket-001", job="retrying")
 
     assert not result.success
@@ -145,7 +145,7 @@ def test_a_wrong_key_fails_the_run_before_anything_is_bought_and_is_not_repeated
     assert "set a valid EVOLINK_API_KEY" in said
     assert wrong not in said
     assert retries(result) == 0
-    assert emulator.books(tasks=False)["creates"] == creates
+    assert emulator.stats(tasks=False)["creates"] == creates
     rows = pq.read_table(tmp_path / "krea" / "manifest" / "stranger").to_pylist()
     assert {row["status"] for row in rows} == {"deferred"}
 

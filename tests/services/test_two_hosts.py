@@ -62,7 +62,7 @@ class Hosts:
         process.communicate()
 
     def created(self) -> int:
-        return int(self.emulator.books(tasks=False)["creates"])
+        return int(self.emulator.stats(tasks=False)["creates"])
 
     async def ended(self, within_s: float) -> list[dict[str, object]]:
         """Wait for both, and return what they report."""
@@ -110,7 +110,7 @@ async def test_nobody_is_taken_over_who_lives_whatever_the_clocks_say(
         both.start("host-b", both.work)
         reports = await both.ended(within_s=300)
         assert [report["left"] for report in reports] == [[], []]
-        books = both.emulator.books()
+        books = both.emulator.stats()
         assert (books["creates"], books["bodies_bought_more_than_once"]) == (ROWS, 0)
         assert both.states() == {State.STORED: ROWS}
 
@@ -122,7 +122,7 @@ async def test_killed_once_each_the_two_have_bought_every_row_once(
     with hosts(tmp_path, journal_url, honours_keys=True) as both:
         reports = await each_killed_once(both, both.work)
         assert [report["left"] for report in reports] == [[], []]
-        books = both.emulator.books()
+        books = both.emulator.stats()
         assert (books["creates"], books["bodies_bought_more_than_once"]) == (ROWS, 0)
         assert both.states() == {State.STORED: ROWS}
 
@@ -133,7 +133,7 @@ async def test_killed_once_each_under_hold_nothing_is_bought_twice_and_the_unkno
 ) -> None:
     with hosts(tmp_path, journal_url, honours_keys=False) as both:
         await each_killed_once(both, replace(both.work, on_unknown="hold"))
-        books = both.emulator.books()
+        books = both.emulator.stats()
         assert books["bodies_bought_more_than_once"] == 0
         states = both.states()
         unknown = states.get(State.UNKNOWN, 0)

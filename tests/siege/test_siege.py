@@ -107,7 +107,7 @@ class Fort:
 
     def created(self) -> set[str]:
         """The tasks that the server has created."""
-        return {task["task_id"] for task in self.emulator.books()["tasks"]}
+        return {task["task_id"] for task in self.emulator.stats()["tasks"]}
 
     async def settle(self, *, adopted: bool = False) -> None:
         """Run again without trouble: every row is delivered, and none was bought twice.
@@ -117,7 +117,7 @@ class Fort:
         with anyio.fail_after(60):
             report = await self.run("run-after")
         assert report.left == {}
-        books = self.emulator.books()
+        books = self.emulator.stats()
         assert books["creates"] == len(self.requests)
         assert books["bodies_bought_more_than_once"] == 0
         known = self.task_ids()
@@ -274,7 +274,7 @@ async def test_where_no_intent_can_be_written_nothing_is_posted(
             await fort.run("run-1", stage.client("before_buying"))
         assert stage.began
         assert re.search(advice, str(error.value))
-        assert fort.emulator.books()["submit_posts"] == 0
+        assert fort.emulator.stats()["submit_posts"] == 0
     await fort.settle()
 
 
@@ -289,7 +289,7 @@ async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(fort: For
         ):
             await fort.run("run-1")
         assert "Nothing more is bought" in str(error.value)
-        assert fort.emulator.books()["submit_posts"] == 0
+        assert fort.emulator.stats()["submit_posts"] == 0
         await fort.settle()
 
 
@@ -301,7 +301,7 @@ async def test_a_purchase_that_cannot_be_written_is_named_and_taken_up_by_the_ne
     with Stage(trouble, fort) as stage:
         with pytest.raises(PurchasesNotWritten, match=f"(?s)({said}).*Nothing more is") as error:
             await fort.run("run-1", stage.client("after_a_post"))
-        created = {task["task_id"]: task for task in fort.emulator.books()["tasks"]}
+        created = {task["task_id"]: task for task in fort.emulator.stats()["tasks"]}
     named = {purchase.task_id: purchase for purchase in error.value.purchases}
     assert named.keys() == created.keys() - fort.task_ids() != set()
     for task_id, purchase in named.items():
@@ -324,7 +324,7 @@ async def test_what_could_not_be_written_is_taken_up_and_needs_no_person(
     assert len(report.taken_up) == len(named) > 0
     assert all("is in the journal now" in said for said in report.taken_up)
     assert not set(report.left) & set(named)
-    assert fort.emulator.books()["replays"] == 0
+    assert fort.emulator.stats()["replays"] == 0
     await fort.settle()
 
 
@@ -343,7 +343,7 @@ async def test_a_run_that_is_stopped_while_its_journal_fails_names_what_it_bough
         runs.append(asyncio.ensure_future(fort.run("run-1", stage.client("after_a_post"))))
         with pytest.raises(PurchasesNotWritten) as error:
             await runs[0]
-    created = {task["task_id"] for task in fort.emulator.books()["tasks"]}
+    created = {task["task_id"] for task in fort.emulator.stats()["tasks"]}
     assert {purchase.task_id for purchase in error.value.purchases} == created != set()
     await fort.settle()
 
@@ -419,7 +419,7 @@ async def test_a_journal_that_is_lost_for_good_is_made_again_from_the_files(fort
     fort.path.unlink()
     report = await fort.run("run-2")
     assert (report.new, report.posts, report.progress.delivered) == (ROWS, 0, ROWS)
-    assert fort.emulator.books()["creates"] == ROWS
+    assert fort.emulator.stats()["creates"] == ROWS
     assert {name: fort.images.storage.modified_at(name) for name in fort.files()} == before
     with closing(fort.open()) as journal:
         assert journal.count_by_state() == {State.STORED: ROWS}
@@ -436,7 +436,7 @@ async def test_a_journal_and_files_that_are_lost_are_made_again_from_the_servers
         fort.images.storage.remove(name)
     report = await fort.run("run-2")
     assert report.new == report.posts == ROWS
-    assert fort.emulator.books()["replays"] == ROWS
+    assert fort.emulator.stats()["replays"] == ROWS
     with closing(fort.open()) as journal:
         assert {charge.replayed for charge in journal.charges()} == {True}
         assert sum(charge.charged_units or 0 for charge in journal.charges()) == 0
@@ -494,7 +494,7 @@ async def test_whichever_page_of_the_file_is_damaged_nothing_is_bought_twice(for
         except JournalError as error:
             assert "Nothing more is bought" in str(error)  # noqa: PT017 - or it went well
             noticed += 1
-        assert fort.emulator.books()["creates"] <= ROWS + 1
+        assert fort.emulator.stats()["creates"] <= ROWS + 1
     assert noticed > 0.9 * len(pages)
     fort.path.write_bytes(whole)
     await fort.settle()
@@ -514,7 +514,7 @@ async def test_a_damaged_page_that_a_run_would_not_read_is_found_before_it_buys(
     fort.path.write_bytes(data)
     with pytest.raises(JournalError, match="Do not remove it"):
         await fort.run("run-1")
-    assert fort.emulator.books()["requests"] == {}
+    assert fort.emulator.stats()["requests"] == {}
 
 
 # -- what is found where a journal should be ------------------------------------------------------

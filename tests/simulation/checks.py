@@ -106,7 +106,7 @@ class _Look:
     ) -> None:
         self.house, self.story, self.processes = house, story, processes
         self.told, self.journal = told, journal
-        self.books = house.world.books()
+        self.books = house.world.stats()
         self.tasks: list[dict[str, Any]] = self.books["tasks"]
         self.records = {record.request_key: record for record in journal.all_records()}
         self.charges = {charge.idempotency_key: charge for charge in journal.charges()}

@@ -24,8 +24,8 @@ import httpx
 from sqlalchemy import Engine, event
 
 from krea_dagster.emulator.app import create_app
-from krea_dagster.emulator.callback_sender import Caller
-from krea_dagster.emulator.faults import Chosen, Kind
+from krea_dagster.emulator.callback_sender import CallbackSender
+from krea_dagster.emulator.faults import ChosenFault, RequestKind
 from krea_dagster.emulator.world import World
 from krea_dagster.engine.journal.callback_log import CallLog
 from krea_dagster.engine.journal.journal import Journal
@@ -49,7 +49,7 @@ class CountingWorld(World):
 
     struck: Callable[[str], None] = lambda _: None
 
-    def choose(self, kind: Kind, prompt: str = "") -> Chosen | None:
+    def choose(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
         """Return the fault that strikes, and tell of it."""
         chosen = super().choose(kind, prompt)
         if chosen is not None:
@@ -90,7 +90,7 @@ class House:
             self.world, batch=server.has_batch, pictures=CheapPictures(), executor=AtOnce()
         )
         self.app.hang = lambda scope, how: scope["extensions"]["break"](how)
-        self._caller = Caller(self.world, BASE_URL, poster=Receiver(self), look_s=60.0)
+        self._caller = CallbackSender(self.world, BASE_URL, poster=Receiver(self), look_s=60.0)
         self.app.wake = self._caller.wake
         self._calling = self.spawn(self._caller.run())
         self._tasks: list[asyncio.Task[Any]] = []

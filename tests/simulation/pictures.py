@@ -10,24 +10,24 @@ from typing import Any
 
 from PIL import Image
 
-from krea_dagster.emulator.images import PictureKey, Pictures, bomb
+from krea_dagster.emulator.images import ImageFiles, ImageKey, bomb
 from krea_dagster.emulator.render import png_chunk
 
 #: Where a PNG's header chunk ends: 8 bytes of signature, and 25 of the chunk.
 _AFTER_HEADER = 33
 
 
-class CheapPictures(Pictures):
+class CheapPictures(ImageFiles):
     """Stripes in black and white, and the prompt in a chunk of text."""
 
-    def png(self, key: PictureKey) -> bytes:
+    def png(self, key: ImageKey) -> bytes:
         """Return the picture of (prompt, seed, width, height) as PNG."""
         prompt, seed, width, height = key
         plain = _stripes(width, height, "PNG")
         text = png_chunk(b"tEXt", f"Title\0{seed} {prompt}".encode("latin-1", "replace"))
         return plain[:_AFTER_HEADER] + text + plain[_AFTER_HEADER:]
 
-    def damaged(self, key: PictureKey, effect: str, noise: bytes) -> bytes:
+    def damaged(self, key: ImageKey, effect: str, noise: bytes) -> bytes:
         """Return what is sent instead of the picture."""
         _, _, width, height = key
         body = self.png(key)

@@ -240,7 +240,7 @@ class _Teller:
         """Have a stranger call, who has seen a task of this account."""
         if not (call.about < len(self._story.rows) and call.names < len(self._story.rows)):
             return
-        tasks = self.house.world.books()["tasks"]
+        tasks = self.house.world.stats()["tasks"]
         prompt = self._story.rows[call.names].prompt
         named = [task["task_id"] for task in tasks if task["prompt"] == prompt]
         keys = {task["prompt"]: task["idempotency_key"] for task in tasks}
@@ -296,7 +296,7 @@ class _Teller:
     def _decided(self) -> dict[str, Resolution]:
         """What a person decides, who sees the account's list of tasks."""
         tasks = {}
-        for task in self.house.world.books()["tasks"]:
+        for task in self.house.world.stats()["tasks"]:
             if task["status"] not in ("failed", "cancelled"):
                 tasks[task["idempotency_key"]] = task["task_id"]
         return {

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import anyio
 
 from krea_dagster.api import KreaClient
-from krea_dagster.api.resolver import resolve_nothing
+from krea_dagster.api.resolver import refuse_lookup
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED, Policy
@@ -340,7 +340,7 @@ class Process:
             API_KEY,
             base_url=BASE_URL,
             transport=Line(self.house, self._enter, self._leave),
-            resolve=resolve_nothing,
+            resolve=refuse_lookup,
             now=self.clock.now,
             monotonic=self.clock.monotonic,
         )

@@ -27,7 +27,7 @@ TWO_K = 18_000
 
 
 def files_fetched(shop: Shop) -> int:
-    return int(shop.emulator.books(tasks=False)["file_gets"])
+    return int(shop.emulator.stats(tasks=False)["file_gets"])
 
 
 # -- against real runs ------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_quote_prints_a_table_and_makes_nothing(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shop = shop.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
-    before = shop.emulator.books(tasks=False)["requests"]
+    before = shop.emulator.stats(tasks=False)["requests"]
     shell = Shell(shop, monkeypatch, capsys)
     code, out, err = shell.run("quote")
     assert (code, err) == (0, "")
@@ -143,7 +143,7 @@ def test_quote_prints_a_table_and_makes_nothing(
     assert (code, out) == (2, "")
     assert "there is no partition 'bucket-002'" in err
     assert not (shop.folder / "krea").exists()
-    assert shop.emulator.books(tasks=False)["requests"] == before
+    assert shop.emulator.stats(tasks=False)["requests"] == before
 
 
 def test_the_commands_rate_is_the_published_one() -> None:

@@ -84,12 +84,12 @@ def test_2_an_asset_of_your_own_reads_the_manifest_as_pandas(
 def test_3_running_it_again_buys_nothing(
     defs: dg.Definitions, emulator: Emulator, instance: dg.DagsterInstance
 ) -> None:
-    before = emulator.books(tasks=False)
+    before = emulator.stats(tasks=False)
     job = defs.resolve_job_def("krea_images")
     result = job.execute_in_process(instance=instance, partition_key="bucket-000")
     assert result.success
 
-    after = emulator.books(tasks=False)
+    after = emulator.stats(tasks=False)
     assert after["submit_posts"] == before["submit_posts"]
     assert after["charged_units"] == before["charged_units"]
     images = result.asset_materializations_for_node("images")[0]

@@ -75,5 +75,5 @@ def test_none_of_them_fails_and_no_image_is_bought_twice(
         settings["KREA_JOURNAL_URL"] = journal_url
     ended = begin_together(tmp_path, settings)
     assert [text for code, text in ended if code != 0] == []
-    books = server.books()
+    books = server.stats()
     assert (books["creates"], books["bodies_bought_more_than_once"]) == (ROWS, 0)

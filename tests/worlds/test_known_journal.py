@@ -51,7 +51,7 @@ def test_a_whole_root_that_is_not_mounted_with_its_journal_buys_nothing_again(
     root.rename(shop.folder / "away")
     said = what_failed(run(shop, instance, str(root)))
     assert "has bought nothing: is the root not mounted" in said
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_a_relative_root_in_another_working_folder_begins_no_second_journal(
@@ -67,7 +67,7 @@ def test_a_relative_root_in_another_working_folder_begins_no_second_journal(
     monkeypatch.chdir(below)
     said = what_failed(run(shop, instance, "data/krea"))
     assert "relative path read in another working folder" in said
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_another_root_of_the_same_instance_is_a_first_run(
@@ -75,7 +75,7 @@ def test_another_root_of_the_same_instance_is_a_first_run(
 ) -> None:
     assert run(shop, instance, str(shop.folder / "one")).success
     assert run(shop, instance, str(shop.folder / "other")).success
-    assert server.books()["replays"] == 4
+    assert server.stats()["replays"] == 4
 
 
 def test_another_project_with_the_same_relative_root_and_instance_is_a_first_run(

@@ -61,13 +61,13 @@ def states(shop: Shop) -> set[State]:
 
 def nothing_happens(shop: Shop, emulator: Emulator, match: str) -> None:
     """No command begins: not the run, the quote, the salvage, the proof or the spend tables."""
-    before = (emulator.books()["creates"], shop.records())
+    before = (emulator.stats()["creates"], shop.records())
     salvage = lambda: shop.krea.salvage(run_id="salvage")  # noqa: E731 - a command as the others
     tables = lambda: update_tables(shop.krea)  # noqa: E731 - as above
     for command in (shop.carry, shop.quote, salvage, shop.prove, tables):
         with pytest.raises(ConfigError, match=match):
             command()
-    assert (emulator.books()["creates"], shop.records()) == before
+    assert (emulator.stats()["creates"], shop.records()) == before
 
 
 # -- empty, or not mounted --------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_a_file_or_two_that_are_missing_are_fetched_again(shop: Shop, server: Em
         (root(shop) / name).unlink()
     report = shop.carry("run-2")
     assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 2, 4)
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
@@ -119,7 +119,7 @@ def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
     assert "4 of its images are missing" in shop.krea.accept_root()
     report = shop.carry("run-3")
     assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 4, 4)
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
@@ -140,7 +140,7 @@ def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
     shutil.copytree(shop.folder / "away" / "images", root(shop) / "images")
     report = shop.carry("run-3")
     assert (report.posts, states(shop)) == (0, {State.STORED})
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 # -- another journal's ------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_root_that_belongs_to_another_journal_is_not_worked_in(
         pass
     with pytest.raises(ConfigError, match=r"belongs to another journal"):
         other.carry()
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_a_lost_journal_is_made_again_from_its_root_once_a_person_says_so(
@@ -195,7 +195,7 @@ def test_a_journal_that_is_older_than_its_root_stops_everything(
     later.krea.accept_root()
     report = later.carry("run-3")
     assert (report.posts, report.progress.delivered) == (0, 2)
-    assert (files(shop), server.books()["creates"]) == (before, 6)
+    assert (files(shop), server.stats()["creates"]) == (before, 6)
 
 
 def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
@@ -236,7 +236,7 @@ def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
     report = shop.carry("run-4")
     assert (len(report.taken_up), report.progress.delivered) == (len(kept), 4)
     assert not list((root(shop) / "unwritten").iterdir())
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purchase(
@@ -255,7 +255,7 @@ def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purcha
     called.carry("run-3")
     assert {record.error_code for record in shop.records().values()} == {"idempotency_conflict"}
     assert states(shop) == {State.UNKNOWN}
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_a_root_that_is_older_than_its_journal_stops_everything(
@@ -271,7 +271,7 @@ def test_a_root_that_is_older_than_its_journal_stops_everything(
     later.krea.accept_root()
     report = later.carry("run-3")
     assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 4, 8)
-    assert server.books()["creates"] == 8
+    assert server.stats()["creates"] == 8
 
 
 def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulator) -> None:
@@ -280,7 +280,7 @@ def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulat
     moved = shop.with_settings(storage=str(shop.folder / "moved"))
     assert moved.carry("run-2").progress.reused == 4
     assert (shop.folder / "moved" / MARKER).exists()
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_a_copy_of_a_root_that_is_there_too_is_a_root_of_its_own(
@@ -297,7 +297,7 @@ def test_a_copy_of_a_root_that_is_there_too_is_a_root_of_its_own(
     assert len(list((shop.folder / "copy" / "images").glob("*/*.png"))) == 5
     assert more.carry("run-4").progress.reused == 5
     assert copy.carry("run-5").progress.reused == 5
-    assert server.books()["creates"] == 5
+    assert server.stats()["creates"] == 5
 
 
 def test_a_copy_of_a_root_takes_nothing_from_its_original(shop: Shop, server: Emulator) -> None:
@@ -308,7 +308,7 @@ def test_a_copy_of_a_root_takes_nothing_from_its_original(shop: Shop, server: Em
     assert copy.carry("run-2").progress.reused == 4
     shutil.rmtree(shop.folder / "copy")
     assert shop.carry("run-3").progress.reused == 4
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_a_root_that_has_two_paths_is_no_copy(shop: Shop, server: Emulator) -> None:
@@ -317,7 +317,7 @@ def test_a_root_that_has_two_paths_is_no_copy(shop: Shop, server: Emulator) -> N
     linked = shop.with_settings(storage=str(shop.folder / "linked"))
     assert linked.carry("run-2").progress.reused == 4
     assert shop.carry("run-3").progress.reused == 4
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
 
 
 def test_a_damaged_marker_is_not_taken_for_none(shop: Shop) -> None:
@@ -340,7 +340,7 @@ def test_an_image_of_a_root_that_is_away_and_whose_link_is_not_known_is_left_whe
     other = shop.with_settings(storage=str(shop.folder / "other"))
     report = other.carry("run-3")
     assert all("cannot be read from here; copy images/" in why for why in report.left.values())
-    assert (len(report.left), states(shop), server.books()["creates"]) == (4, {State.STORED}, 4)
+    assert (len(report.left), states(shop), server.stats()["creates"]) == (4, {State.STORED}, 4)
 
 
 # -- shared -----------------------------------------------------------------------------------
@@ -399,8 +399,8 @@ def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
     report = other.carry("run-2")
     assert report.left == {}
     assert report.posts == 2
-    assert server.books()["replays"] == 1
-    assert server.books()["creates"] == 5
+    assert server.stats()["replays"] == 1
+    assert server.stats()["creates"] == 5
     assert len(before) == 4
 
 
@@ -414,4 +414,4 @@ def test_a_run_that_was_killed_before_it_wrote_the_marker_stops_no_other(
     assert shop.carry().progress.delivered == 4
     with shop.krea.open_journal() as journal:
         assert journal.roots.check(shop.krea.open_storage()) == begun
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4

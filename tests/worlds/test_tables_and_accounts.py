@@ -28,7 +28,7 @@ OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
 def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: bool = False) -> int:
     """A run with a wish, as the asset makes it; returns how many images were bought."""
     krea = shop.krea
-    before = int(shop.emulator.books(tasks=False)["creates"])
+    before = int(shop.emulator.stats(tasks=False)["creates"])
     config = KreaImagesConfig(again=list(again), new_seed=new_seed)
     with Batch.read(shop.table, None, krea, to_buy=True) as read:
         batch = read.ask_again(config, krea, run_id)
@@ -39,7 +39,7 @@ def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: b
         if not killed:
             batch.end_wishes(krea)
         batch.close()
-    return int(shop.emulator.books(tasks=False)["creates"]) - before
+    return int(shop.emulator.stats(tasks=False)["creates"]) - before
 
 
 def tmp_journal(shop: Shop) -> str:
@@ -63,7 +63,7 @@ def test_another_image_of_a_row_is_nothing_to_the_row_of_that_name_in_another_ta
     shop.buy()
     other = second_project(shop)
     other.buy()
-    assert server.books()["creates"] == 6
+    assert server.stats()["creates"] == 6
     assert wish(shop, "run-2", "ash") == 1
     assert other.carry("run-3").posts == 0
     assert other.krea.attempts(other.table) == {}
@@ -101,7 +101,7 @@ def test_a_wish_in_which_a_run_was_killed_is_gone_on_with_and_bought_once(
         assert journal.count_by_state() == {State.STORED: 5}
     assert wish(shop, "a new wish", "ash") == 1
     assert shop.krea.attempts(shop.table) == {("ash", 0): 2}
-    assert server.books()["bodies_bought_more_than_once"] == 0
+    assert server.stats()["bodies_bought_more_than_once"] == 0
 
 
 def test_a_row_that_was_never_bought_is_bought_once_when_another_image_is_wished_for(
@@ -254,7 +254,7 @@ def test_a_wish_may_be_the_first_thing_after_an_upgrade(shop: Shop, server: Emul
     assert wish(shop, "run-3", "ash") == 1
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("ash", 0): 1}
     assert wish(shop, "run-4", "ash") == 1
-    assert server.books()["bodies_bought_more_than_once"] == 0
+    assert server.stats()["bodies_bought_more_than_once"] == 0
 
 
 # -- budgets and salvage ----------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_a_purchase_that_is_replayed_to_another_journal_is_charged_once(
     other = replace(other, rows=rows)
     report = other.carry("run-2")
     assert (report.posts, report.progress.delivered, report.caps_reached) == (4, 4, ())
-    assert server.books()["creates"] == 4
+    assert server.stats()["creates"] == 4
     with other.krea.open_journal() as journal:
         assert sum(one.charged_units or 0 for one in journal.charges()) == 0
         assert {one.replayed for one in journal.charges()} == {True}
