@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple
 
 from krea_dagster.engine.frozen import changed
-from krea_dagster.engine.run.pace import ALONE, InWork, Limit, Pace, Refusal, Share
+from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace, Refusal, Share
 
 #: Seconds between two exchanges, and the least where something was learned that others wait for.
 _EVERY_S: Final = 0.5

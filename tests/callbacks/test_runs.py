@@ -21,7 +21,7 @@ from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.tls_certificates import Tls
-from tests.engine.engine_bench import House, as_wanted, house, rows, several
+from tests.engine.harness import House, as_wanted, house, rows, several
 
 pytestmark = pytest.mark.anyio
 

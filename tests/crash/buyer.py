@@ -10,7 +10,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from tests.engine.engine_bench import LEARNED, QUICK, as_wanted, several
+from tests.engine.harness import LEARNED, QUICK, as_wanted, several
 
 
 def main(url: str, folder: str, count: str) -> int:

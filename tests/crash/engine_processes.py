@@ -17,7 +17,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.worklist import Wanted
 from krea_dagster.models import ImageRequest
-from tests.engine.engine_bench import asked
+from tests.engine.harness import asked
 
 #: Importing the engine takes longer than many a run here, so each process is a fork of one
 #: that has imported it, and has done nothing else.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from krea_dagster.engine.states import Event, State
-from tests.engine.engine_bench import House, house, several
+from tests.engine.harness import House, house, several
 
 ROOT = Path(__file__).parents[2]
 

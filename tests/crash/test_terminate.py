@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster.engine.states import State
 from tests.crash.test_kill import PATIENCE_S, ROOT, wait_until
-from tests.engine.engine_bench import House, house
+from tests.engine.harness import House, house
 
 
 def command(home: House) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.tls_certificates import Tls
 from tests.daemon.daemon_bench import Dagster, dagster_dev
 from tests.dagster_bench import write_table
-from tests.engine.engine_bench import ServerClock
+from tests.engine.harness import ServerClock
 
 pytestmark = pytest.mark.daemon
 

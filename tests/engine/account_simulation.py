@@ -24,7 +24,7 @@ from krea_dagster.engine.pace_sharing import (
     told_of,
 )
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.pace import InWork, Pace
+from krea_dagster.engine.pace import InWork, Pace
 from krea_dagster.engine.run.poll_schedule import (
     BATCH,
     Awaited,

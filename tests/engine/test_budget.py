@@ -25,7 +25,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import CapReached, ConfigError
-from tests.engine.engine_bench import NOW, Hand, change, several
+from tests.engine.harness import NOW, Hand, change, several
 
 NOTHING = Commitment()
 

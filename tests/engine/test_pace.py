@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.run.pace import InWork, Limit, Pace
+from krea_dagster.engine.pace import InWork, Limit, Pace
 from tests.engine.account_simulation import Account, Run, Shelf, World, made
 
 IMAGES = 600

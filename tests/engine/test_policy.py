@@ -33,7 +33,7 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
-from tests.engine.engine_bench import NOW, asked
+from tests.engine.harness import NOW, asked
 
 POLICY = Policy()
 HOUR = 3600.0

@@ -16,7 +16,7 @@ from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import AT_STAKE, TRANSITIONS, Event, State, advance, replay
 from krea_dagster.errors import IllegalTransition, JournalError
-from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change
+from tests.engine.harness import NOW, WAYS, Hand, all_rows, asked, change
 
 BEFORE: list[State | None] = [None, *State]
 

@@ -24,7 +24,7 @@ from krea_dagster.plugin.sensors.collect import (
     due_to_go_on,
 )
 from tests.dagster_bench import run_job, tick, write_table
-from tests.engine.engine_bench import ServerClock, asked
+from tests.engine.harness import ServerClock, asked
 
 NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
 #: Partitions of two runs.

@@ -22,7 +22,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.plugin.assets.salvage import LOOKS, due, past_last_look
 from tests.dagster_bench import tick
-from tests.engine.engine_bench import ServerClock, asked
+from tests.engine.harness import ServerClock, asked
 from tests.spend.project_harness import LEARNED, Shop
 
 NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)

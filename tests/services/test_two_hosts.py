@@ -24,7 +24,7 @@ from krea_dagster.drill.worlds import on_host
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import State
-from tests.engine.engine_bench import until
+from tests.engine.harness import until
 from tests.services.two_hosts_worker import Work
 
 ROWS: Final = int(os.environ.get("KREA_TWO_HOSTS_ROWS", "120"))

@@ -17,7 +17,7 @@ from krea_dagster.engine.policy import OnUnknown, Policy
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from tests.engine.engine_bench import LEARNED, ClockAhead, as_wanted, several
+from tests.engine.harness import LEARNED, ClockAhead, as_wanted, several
 
 
 @dataclass(frozen=True)

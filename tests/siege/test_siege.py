@@ -33,7 +33,7 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, PurchasesNotWritten, StorageError
 from krea_dagster.models import AccountCredits, ImageRequest, Submission
-from tests.engine.engine_bench import LEARNED, NOW, QUICK, as_wanted, several
+from tests.engine.harness import LEARNED, NOW, QUICK, as_wanted, several
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import pytest
 
 from krea_dagster.emulator import Emulator
 from tests.engine.conftest import journal_url
-from tests.engine.engine_bench import ServerClock
+from tests.engine.harness import ServerClock
 from tests.spend.project_harness import Shop
 
 __all__ = ["journal_url"]

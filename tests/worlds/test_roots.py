@@ -19,7 +19,7 @@ from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from krea_dagster.plugin.assets.spend import update_tables
-from tests.engine.engine_bench import ServerClock
+from tests.engine.harness import ServerClock
 from tests.spend.project_harness import LEARNED, Shop
 
 

@@ -47,7 +47,7 @@ from krea_dagster.engine.resolution import Claim, Resolution
 from krea_dagster.engine.run.fetch import Fetching
 from krea_dagster.engine.run.in_flight import AtServer, Sharing
 from krea_dagster.engine.run.outages import Outages
-from krea_dagster.engine.run.pace import Pace
+from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.run.poll import Asking
 from krea_dagster.engine.run.poller import Asker
 from krea_dagster.engine.run.progress import Progress

@@ -16,7 +16,7 @@ from krea_dagster.models import ImageRequest
 from krea_dagster.prompts import PLAN_SCHEMA
 from krea_dagster.prompts.requests import drawn_seed, request_key
 from tests.engine.conftest import journal, journal_url  # noqa: F401 - fixtures of this file too
-from tests.engine.engine_bench import Hand
+from tests.engine.harness import Hand
 
 STORED = (Event.SUBMITTING, Event.ACCEPTED, Event.COMPLETED, Event.STORED)
 

@@ -23,7 +23,7 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest
 from krea_dagster.prompts import digests_of_texts
-from tests.engine.engine_bench import Hand, asked
+from tests.engine.harness import Hand, asked
 
 ENDINGS = ("png", "jpg", "webp", "avif")
 

@@ -17,7 +17,7 @@ from sqlalchemy import insert, select
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import stops
 from krea_dagster.errors import ConfigError, JournalError
-from tests.engine.engine_bench import NOW
+from tests.engine.harness import NOW
 
 
 def write(database: Database, launch: str) -> None:

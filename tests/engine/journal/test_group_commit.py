@@ -20,7 +20,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import BuyingClosed, IllegalTransition, JournalError
 from krea_dagster.models import ImageRequest
-from tests.engine.engine_bench import Hand, asked, change, several
+from tests.engine.harness import Hand, asked, change, several
 
 pytestmark = pytest.mark.anyio
 

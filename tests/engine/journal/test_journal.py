@@ -26,7 +26,7 @@ from krea_dagster.engine.journal.statements import see_prices
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
-from tests.engine.engine_bench import NOW, WAYS, Hand, all_rows, asked, change, rows, several
+from tests.engine.harness import NOW, WAYS, Hand, all_rows, asked, change, rows, several
 
 
 def only(records: Any) -> Any:
@@ -535,7 +535,7 @@ def test_what_a_journal_wrote_is_on_disk_when_the_call_returns(tmp_path: Path) -
 import os
 from datetime import datetime, timezone
 from krea_dagster.engine.journal.journal import Journal
-from tests.engine.engine_bench import several
+from tests.engine.harness import several
 journal = Journal("sqlite:///{path}")
 journal.plan([(r, "p") for r in several(7)], run_id="r", at=datetime.now(timezone.utc))
 os._exit(9)

@@ -19,7 +19,7 @@ from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, Owner, _held, this_process
 from krea_dagster.engine.journal.schema import owners, requests
-from tests.engine.engine_bench import NOW, Hand, asked, several
+from tests.engine.harness import NOW, Hand, asked, several
 
 #: Registers, claims, says so, and waits to be told to end.
 _HOLDER = """

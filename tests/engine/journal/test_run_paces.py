@@ -10,8 +10,8 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import Owner, this_process
 from krea_dagster.engine.journal.schema import api_keys, paces
 from krea_dagster.engine.pace_sharing import Answer, Exchange, Lease
-from krea_dagster.engine.run.pace import InWork, Limit, Pace
-from tests.engine.engine_bench import NOW
+from krea_dagster.engine.pace import InWork, Limit, Pace
+from tests.engine.harness import NOW
 
 KEY = "0123456789abcdef"
 FULL = InWork(20, 20.0, 0.0)

@@ -9,7 +9,7 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from tests.engine.engine_bench import asked
+from tests.engine.harness import asked
 
 #: Width and height of the picture that is asked for.
 PIXELS = asked().pixels

@@ -27,7 +27,7 @@ from krea_dagster.engine.storage.verify import is_flat, look_at
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 from krea_dagster.spend.tables.ledger import REJECTED_CODES
-from tests.engine.engine_bench import asked, until
+from tests.engine.harness import asked, until
 from tests.engine.storage.image_files import chunk, encoded, picture
 
 pytestmark = pytest.mark.anyio

@@ -15,7 +15,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.spend.tables.query import open_views, sums
 from krea_dagster.spend.tables.update import update_spend
 from tests.engine.conftest import journal, journal_url  # noqa: F401 - fixtures of this file too
-from tests.engine.engine_bench import Hand, several
+from tests.engine.harness import Hand, several
 
 
 def test_every_kind_of_purchase_becomes_a_row(journal: Journal, tmp_path: Path) -> None:  # noqa: F811 - the fixture

@@ -27,7 +27,7 @@ from krea_dagster.engine.run.progress import Progress
 from krea_dagster.engine.run.scheduler import UNANSWERED_UNDER_CAP
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import ConfigError, RunStopped
-from tests.engine.engine_bench import (
+from tests.engine.harness import (
     NOW,
     ClockAhead,
     Hand,

@@ -20,7 +20,7 @@ from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.engine.states import Event, State
 from krea_dagster.models import ImageRequest
-from tests.engine.engine_bench import House, as_wanted, asked, house, several
+from tests.engine.harness import House, as_wanted, asked, house, several
 
 #: Faults with an argument of their own, to be quick.
 ARGUMENTS: Mapping[str, float | str] = {

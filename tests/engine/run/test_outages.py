@@ -32,8 +32,8 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
 from tests.api.loopback_server import answers, serving
-from tests.engine.engine_bench import House, as_wanted, house, several
-from tests.engine.gate import Gate, gate_to
+from tests.engine.harness import House, as_wanted, house, several
+from tests.engine.run.gate import Gate, gate_to
 
 pytestmark = pytest.mark.anyio
 

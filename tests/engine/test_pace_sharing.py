@@ -17,7 +17,7 @@ from krea_dagster.engine.pace_sharing import (
     share_of,
     told_of,
 )
-from krea_dagster.engine.run.pace import ALONE, InWork, Limit, Pace
+from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace
 
 FULL = Pace(64, limit=Limit.AT_ONCE, window=24.0)
 NO_TASKS = InWork(0, 0.0, 0.0)

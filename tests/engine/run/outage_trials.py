@@ -1,4 +1,4 @@
-"""Runs through outages of real length, by hand: ``python -m tests.engine.outage_trials``.
+"""Runs through outages of real length, by hand: ``python -m tests.engine.run.outage_trials``.
 
 300 rows each: the API refuses connections for 100 s, the storage root is away for 30 s, and
 PostgreSQL for 15 s (where KREA_TEST_POSTGRES_URL names one).
@@ -27,9 +27,9 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.progress import Progress
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from tests.engine.engine_bench import House, as_wanted, house, several
-from tests.engine.gate import gate_to
-from tests.engine.test_outages import Shaky, gate_before, set_away
+from tests.engine.harness import House, as_wanted, house, several
+from tests.engine.run.gate import gate_to
+from tests.engine.run.test_outages import Shaky, gate_before, set_away
 
 ROWS = 300
 

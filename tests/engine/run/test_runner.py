@@ -24,7 +24,7 @@ from krea_dagster.engine.run.progress import Progress
 from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import JournalError
-from tests.engine.engine_bench import (
+from tests.engine.harness import (
     NOW,
     ClockAhead,
     Hand,

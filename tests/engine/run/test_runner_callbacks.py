@@ -22,7 +22,7 @@ from krea_dagster.engine.policy import LEFT_AT_SERVER
 from krea_dagster.engine.run.runner import Runner, Wanted
 from krea_dagster.engine.states import Event
 from krea_dagster.models import ImageRequest
-from tests.engine.engine_bench import (
+from tests.engine.harness import (
     ClockAhead,
     House,
     as_wanted,

@@ -37,7 +37,7 @@ from krea_dagster.errors import (
     TryLater,
 )
 from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task, TaskFailure
-from tests.engine.engine_bench import House, as_wanted, asked, house, rows, several, until
+from tests.engine.harness import House, as_wanted, asked, house, rows, several, until
 
 pytestmark = pytest.mark.anyio
 
