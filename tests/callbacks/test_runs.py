@@ -21,7 +21,7 @@ from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.tls_certificates import Tls
-from tests.engine.harness import House, as_wanted, house, rows, several
+from tests.engine.harness import EngineHarness, make_requests, open_harness, rows, to_requested
 
 pytestmark = pytest.mark.anyio
 
@@ -35,20 +35,24 @@ def tls(tmp_path: Path) -> Tls:
 
 
 @contextmanager
-def announced(folder: Path, tls: Tls, **emulator: Any) -> Iterator[tuple[House, CallbackUrls]]:
+def announced(
+    folder: Path, tls: Tls, **emulator: Any
+) -> Iterator[tuple[EngineHarness, CallbackUrls]]:
     """A house whose images announce themselves at a receiver over TLS."""
     options = {"callbacks_to_private": True, "callback_ca": tls.ca, **emulator}
     with (
-        house(folder, **options) as home,
+        open_harness(folder, **options) as engine,
         serving(folder, *tls.options) as receiver,
     ):
         base = receiver.url.replace("127.0.0.1", "localhost")
-        yield home, CallbackUrls(base, SECRET, private_allowed=True)
+        yield engine, CallbackUrls(base, SECRET, private_allowed=True)
 
 
-async def _run(home: House, urls: CallbackUrls, requests: list[ImageRequest]) -> RunReport:
-    runner = replace(home.runner(max_in_flight=256), callback_url_of=urls.url)
-    return await runner.run(as_wanted(requests))
+async def _run(
+    engine: EngineHarness, urls: CallbackUrls, requests: list[ImageRequest]
+) -> RunReport:
+    runner = replace(engine.runner(max_in_flight=256), callback_url_of=urls.url)
+    return await runner.run(to_requested(requests))
 
 
 @pytest.mark.parametrize(
@@ -60,12 +64,15 @@ async def test_images_that_announce_themselves_are_asked_about_once(
     tmp_path: Path, tls: Tls, count: int, faults: dict[str, float], most_reads: float
 ) -> None:
     """With 5 % of the create answers lost besides: none is bought twice, and each finds its row."""
-    requests = several(count)
+    requests = make_requests(count)
     rates = {**faults, "drop_after_create": 0.05}
-    with announced(tmp_path, tls, latency_s=0.5, latency_jitter=0.2, faults=rates) as (home, urls):
-        report = await _run(home, urls, requests)
-        books = home.agree()
-        called = home.journal.calls.called([one.request_key for one in requests])
+    with announced(tmp_path, tls, latency_s=0.5, latency_jitter=0.2, faults=rates) as (
+        engine,
+        urls,
+    ):
+        report = await _run(engine, urls, requests)
+        books = engine.assert_accounts_agree()
+        called = engine.journal.calls.called([one.request_key for one in requests])
     reads = report.asked / len(requests)
     print(
         f"{count} images, {faults or 'all calls arrive'}: {reads:.3f} reads an image, "
@@ -73,7 +80,7 @@ async def test_images_that_announce_themselves_are_asked_about_once(
         f"{report.missed_callbacks} found by the sweep, {books['replays']} answers lost, "
         f"{report.seconds:.1f} s"
     )
-    assert home.states(requests) == ["stored"] * count
+    assert engine.states(requests) == ["stored"] * count
     assert books["creates"] == count
     assert books["replays"] > 0, "answers were lost"
     assert reads <= most_reads
@@ -86,11 +93,11 @@ async def test_images_that_announce_themselves_are_asked_about_once(
 async def test_calls_that_are_forged_doubled_or_late_change_no_row(
     tmp_path: Path, tls: Tls
 ) -> None:
-    requests = several(60)
+    requests = make_requests(60)
     rates = {"callback_forged": 0.2, "callback_doubled": 0.2, "callback_late": 0.1}
-    with announced(tmp_path, tls, latency_s=0.2, faults=rates) as (home, urls):
-        report = await _run(home, urls, requests)
-        home.agree()
-    assert home.states(requests) == ["stored"] * 60
+    with announced(tmp_path, tls, latency_s=0.2, faults=rates) as (engine, urls):
+        report = await _run(engine, urls, requests)
+        engine.assert_accounts_agree()
+    assert engine.states(requests) == ["stored"] * 60
     assert report.asked <= 60 * 1.5
-    assert all(row["charged_units"] is not None for row in rows(home.url, submissions))
+    assert all(row["charged_units"] is not None for row in rows(engine.url, submissions))

@@ -10,7 +10,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from tests.engine.harness import LEARNED, QUICK, as_wanted, several
+from tests.engine.harness import KNOWN_LATENCIES, QUICK, make_requests, to_requested
 
 
 def main(url: str, folder: str, count: str) -> int:
@@ -22,9 +22,9 @@ def main(url: str, folder: str, count: str) -> int:
         run_id="bought-beside",
         policy=QUICK,
         max_in_flight=3,
-        latencies=LEARNED,
+        latencies=KNOWN_LATENCIES,
     )
-    report = asyncio.run(runner.run(as_wanted(several(int(count)))))
+    report = asyncio.run(runner.run(to_requested(make_requests(int(count)))))
     return report.progress.left + report.progress.failed
 
 

@@ -17,7 +17,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.worklist import Wanted
 from krea_dagster.models import ImageRequest
-from tests.engine.harness import asked
+from tests.engine.harness import make_request
 
 #: Importing the engine takes longer than many a run here, so each process is a fork of one
 #: that has imported it, and has done nothing else.
@@ -51,7 +51,7 @@ class Job:
 def requests(job: Job) -> list[ImageRequest]:
     """What a job asks for: the same rows ask for the same pictures in every process."""
     return [
-        asked(seed=row + 1, quality="2K" if job.two_k and row % job.two_k == 0 else "1K")
+        make_request(seed=row + 1, quality="2K" if job.two_k and row % job.two_k == 0 else "1K")
         for row in range(job.start, job.start + job.count)
     ]
 
@@ -136,7 +136,9 @@ class Shop:
         with closing(Journal(self.job.journal)) as journal:
             return list(journal.all_records())
 
-    def agree(self, *, tasks: int | None = None, forgotten: bool = False) -> dict[str, Any]:
+    def assert_accounts_agree(
+        self, *, tasks: int | None = None, forgotten: bool = False
+    ) -> dict[str, Any]:
         """The emulator's books, after they were held against the journal.
 
         Nothing was bought twice, and both know the same tasks and the same charges. ``forgotten``:

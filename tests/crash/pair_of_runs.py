@@ -23,7 +23,7 @@ def together(
         shop.close()
         assert [code for code, _ in ended] == [0] * processes, ended
         assert {record.state.value for record in shop.records()} == {"stored"}
-        return shop.agree(tasks=rows), [report for _, report in ended]
+        return shop.assert_accounts_agree(tasks=rows), [report for _, report in ended]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from krea_dagster.engine.states import Event, State
-from tests.engine.harness import House, house, several
+from tests.engine.harness import EngineHarness, make_requests, open_harness
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,10 +24,10 @@ PATIENCE_S = 60.0
 
 
 @contextmanager
-def buying(home: House, count: int) -> Iterator[subprocess.Popen[bytes]]:
+def buying(engine: EngineHarness, count: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process that buys so many images; killed at the end, if it still runs."""
     command = [sys.executable, "-m", "tests.crash.buyer"]
-    arguments = [home.emulator.url, str(home.folder), str(count)]
+    arguments = [engine.emulator.url, str(engine.folder), str(count)]
     process = subprocess.Popen([*command, *arguments], cwd=ROOT)
     try:
         yield process
@@ -55,37 +55,37 @@ def wait_until(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
 def test_what_a_killed_process_had_begun_is_finished_and_not_bought_again(
     tmp_path: Path, moment: str, happened: Callable[[dict[str, Any]], bool]
 ) -> None:
-    with house(tmp_path, latency_s=0.2) as home:
-        with buying(home, 7) as process:
-            wait_until(lambda: happened(home.emulator.stats(tasks=False)), process)
+    with open_harness(tmp_path, latency_s=0.2) as engine:
+        with buying(engine, 7) as process:
+            wait_until(lambda: happened(engine.emulator.stats(tasks=False)), process)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        books = home.agree()
+        books = engine.assert_accounts_agree()
         assert 0 < books["creates"] <= 7
-        report = asyncio.run(home.run(several(7), "run-2"))
+        report = asyncio.run(engine.run(make_requests(7), "run-2"))
         assert report.posts >= 7 - books["creates"]
-        assert home.states(several(7)) == ["stored"] * 7
-        assert home.agree()["creates"] == 7
+        assert engine.states(make_requests(7)) == ["stored"] * 7
+        assert engine.assert_accounts_agree()["creates"] == 7
 
 
 def test_a_process_that_is_killed_between_post_and_answer_finds_its_task_again(
     tmp_path: Path,
 ) -> None:
     """Its parent has not even noticed its death: the next run does not wait for that."""
-    with house(tmp_path) as home:
-        home.emulator.world.script("delay_create", arg=2)
-        with buying(home, 1) as process:
-            wait_until(lambda: home.emulator.stats(tasks=False)["creates"] == 1, process)
+    with open_harness(tmp_path) as engine:
+        engine.emulator.world.script("delay_create", arg=2)
+        with buying(engine, 1) as process:
+            wait_until(lambda: engine.emulator.stats(tasks=False)["creates"] == 1, process)
             process.send_signal(signal.SIGKILL)
-            (request,) = several(1)
-            with buying(home, 1) as second:
+            (request,) = make_requests(1)
+            with buying(engine, 1) as second:
                 assert second.wait(PATIENCE_S) == 0
-        assert home.record(request).state is State.STORED
-        events = home.events(request)
+        assert engine.record(request).state is State.STORED
+        events = engine.events(request)
         assert events[:4] == [
             Event.PLANNED,
             Event.SUBMITTING,
             Event.OUTCOME_UNKNOWN,
             Event.REPLAYING,
         ]
-        assert home.agree()["creates"] == 1
+        assert engine.assert_accounts_agree()["creates"] == 1

@@ -57,7 +57,7 @@ def test_three_processes_that_start_one_after_the_other_buy_each_row_once(shop: 
     wait_for(shop, lambda books: books["creates"] >= 15)
     third.go()
     assert [code for code, _ in outcomes([first, second, third])] == [0, 0, 0]
-    shop.agree(tasks=50)
+    shop.assert_accounts_agree(tasks=50)
     all_stored(shop, 50)
 
 
@@ -72,7 +72,7 @@ def test_what_a_killed_process_held_is_taken_up_by_the_one_beside_it(shop: Shop)
     assert killed.end()[0] == -signal.SIGKILL
     code, report = other.end()
     assert (code, report["left"], report["delivered"] + report["reused"]) == (0, 0, 40)
-    shop.agree(tasks=40)
+    shop.assert_accounts_agree(tasks=40)
     all_stored(shop, 40)
 
 
@@ -86,7 +86,7 @@ def test_a_write_ahead_log_that_is_lost_with_its_process_buys_nothing_twice(shop
         file.with_name(file.name + ending).unlink(missing_ok=True)
     (again,) = shop.start({"count": 40})
     assert again.end()[0] == 0
-    shop.agree(tasks=40, forgotten=True)
+    shop.assert_accounts_agree(tasks=40, forgotten=True)
     all_stored(shop, 40)
 
 
@@ -98,7 +98,7 @@ def test_two_shards_in_two_processes_keep_to_their_own_rows(shop: Shop) -> None:
         )
     )
     assert [(code, report["posts"]) for code, report in ended] == [(0, 20), (0, 20)]
-    shop.agree(tasks=40)
+    shop.assert_accounts_agree(tasks=40)
     bought_by = {record.partition_key: record.run_id for record in shop.records()}
     assert bought_by == {"bucket-000": "run-0", "bucket-001": "run-1"}
     all_stored(shop, 40)
@@ -122,7 +122,7 @@ def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(shop:
     (again,) = shop.start({"count": 40})
     code, report = again.end()
     assert (code, report["posts"]) == (0, 40 - len(created))
-    shop.agree(tasks=40)
+    shop.assert_accounts_agree(tasks=40)
 
 
 @pytest.mark.parametrize("faults", [False, True])
@@ -155,5 +155,5 @@ def test_a_process_that_may_write_no_more_ends_with_a_clear_error(shop: Shop) ->
     assert books["creates"] == with_task + named
     (again,) = shop.start({"count": 60})
     assert again.end()[0] == 0
-    shop.agree(tasks=60)
+    shop.assert_accounts_agree(tasks=60)
     assert {record.state for record in shop.records()} == {State.STORED}

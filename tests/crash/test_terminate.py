@@ -15,20 +15,20 @@ import pyarrow.parquet as pq
 
 from krea_dagster.engine.states import State
 from tests.crash.test_kill import PATIENCE_S, ROOT, wait_until
-from tests.engine.harness import House, house
+from tests.engine.harness import EngineHarness, open_harness
 
 
-def command(home: House) -> subprocess.Popen[bytes]:
+def command(engine: EngineHarness) -> subprocess.Popen[bytes]:
     """``krea-dagster materialize`` over eight rows, three at a time."""
-    prompts = home.folder / "prompts.parquet"
+    prompts = engine.folder / "prompts.parquet"
     pq.write_table(pa.table({"prompt": [f"a fox {n}" for n in range(8)]}), prompts)
     environment = {
         **os.environ,
         "DAGSTER_HOME": "",
         "EVOLINK_API_KEY": "emulator",
-        "EVOLINK_BASE_URL": home.emulator.url,
+        "EVOLINK_BASE_URL": engine.emulator.url,
         "KREA_PROMPTS": str(prompts),
-        "KREA_STORAGE": str(home.folder),
+        "KREA_STORAGE": str(engine.folder),
         "KREA_PARTITION_BY": "hash:1",
         "KREA_MAX_IN_FLIGHT": "3",
         "KREA_ON_UNKNOWN": "hold",
@@ -41,12 +41,12 @@ def command(home: House) -> subprocess.Popen[bytes]:
 
 def test_a_terminated_command_tears_no_post_from_its_answer(tmp_path: Path) -> None:
     """Under hold a torn one would need a person."""
-    with house(tmp_path, latency_s=0.05) as home:
-        home.emulator.world.set_rate("stuck", 1.0)
-        home.emulator.world.script("delay_create", arg=1)
-        process = command(home)
+    with open_harness(tmp_path, latency_s=0.05) as engine:
+        engine.emulator.world.set_rate("stuck", 1.0)
+        engine.emulator.world.script("delay_create", arg=1)
+        process = command(engine)
         try:
-            wait_until(lambda: home.emulator.stats(tasks=False)["creates"] == 3, process)
+            wait_until(lambda: engine.emulator.stats(tasks=False)["creates"] == 3, process)
             process.send_signal(signal.SIGTERM)
             started_s = time.monotonic()
             assert process.wait(PATIENCE_S) == 1
@@ -54,15 +54,15 @@ def test_a_terminated_command_tears_no_post_from_its_answer(tmp_path: Path) -> N
             process.kill()
             process.wait()
         assert time.monotonic() - started_s < 20
-        books = home.agree()
+        books = engine.assert_accounts_agree()
         assert books["creates"] == books["submit_posts"] == 3
-        records = list(home.journal.all_records())
+        records = list(engine.journal.all_records())
         states = sorted(record.state.value for record in records)
         assert states == ["planned"] * 5 + ["submitted"] * 3
         assert {record.claimed_by for record in records} == {None}
 
-        home.emulator.world.set_rate("stuck", 0.0)
+        engine.emulator.world.set_rate("stuck", 0.0)
         unfinished = [record.request for record in records if record.state is State.PLANNED]
-        report = asyncio.run(home.run(unfinished, "run-2"))
+        report = asyncio.run(engine.run(unfinished, "run-2"))
         assert (report.posts, report.progress.delivered) == (5, 5)
-        assert home.agree()["creates"] == 8
+        assert engine.assert_accounts_agree()["creates"] == 8

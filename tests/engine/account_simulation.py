@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from krea_dagster.engine.pace import InWork, Pace
 from krea_dagster.engine.pace_sharing import (
     LEASE_S,
     Answer,
@@ -24,7 +25,6 @@ from krea_dagster.engine.pace_sharing import (
     told_of,
 )
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.pace import InWork, Pace
 from krea_dagster.engine.run.poll_schedule import (
     BATCH,
     Awaited,

@@ -37,16 +37,16 @@ from krea_dagster.prompts.requests import request_key
 NOW: Final = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
-def asked(prompt: str = "a fox", **fields: Any) -> ImageRequest:
+def make_request(prompt: str = "a fox", **fields: Any) -> ImageRequest:
     """A request for one picture, with its true identity."""
     what = {"size": "1:2", "quality": "1K", "seed": 7, "nsfw_check": False, **fields}
     key = request_key(prompt=prompt, **what)
     return ImageRequest(request_key=key, prompt=prompt, attempt=what.pop("attempt", 0), **what)
 
 
-def several(count: int, start: int = 0) -> list[ImageRequest]:
+def make_requests(count: int, start: int = 0) -> list[ImageRequest]:
     """Requests that differ in their seed."""
-    return [asked(seed=number + 1) for number in range(start, start + count)]
+    return [make_request(seed=number + 1) for number in range(start, start + count)]
 
 
 IMAGE: Final[Mapping[str, Any]] = MappingProxyType(
@@ -73,7 +73,7 @@ VALUES: Final[Mapping[Event, Mapping[str, Any]]] = MappingProxyType(
 )
 
 #: The shortest way to each state, after a request was planned.
-WAYS: Final[Mapping[State, tuple[Event, ...]]] = MappingProxyType(
+EVENTS_TO_STATE: Final[Mapping[State, tuple[Event, ...]]] = MappingProxyType(
     {
         State.PLANNED: (),
         State.DEFERRED: (Event.DEFERRED,),
@@ -97,7 +97,7 @@ def change(request: ImageRequest, event: Event, at: datetime = NOW, /, **values:
     return Change(request.request_key, event, at, {**needed, **values})
 
 
-class Hand:
+class JournalWriter:
     """An owner that writes events one by one."""
 
     def __init__(self, journal: Journal, run_id: str = "run-by-hand") -> None:
@@ -123,10 +123,10 @@ class Hand:
             raise answer
         return answer
 
-    def bring(self, request: ImageRequest, state: State) -> Record:
+    def bring_to(self, request: ImageRequest, state: State) -> Record:
         """Plan a request and bring it to a state."""
         self.plan(request)
-        for event in WAYS[state]:
+        for event in EVENTS_TO_STATE[state]:
             self.write(request, event)
         return self.journal.records([request.request_key])[request.request_key]
 
@@ -150,10 +150,10 @@ def all_rows(journal_url: str) -> dict[str, list[dict[str, Any]]]:
 QUICK: Final = Policy(wait_scale=0.01, gone_after_s=0.0, patience_s=20.0, outage_patience_s=5.0)
 
 #: The emulator's latency is known, so that a run does not wait for the first look.
-LEARNED: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
+KNOWN_LATENCIES: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
 
 
-async def until(what: Callable[[], bool], within_s: float = 10.0) -> None:
+async def wait_until(what: Callable[[], bool], within_s: float = 10.0) -> None:
     """Wait for something that happens in another thread or process. Raises TimeoutError."""
     with anyio.fail_after(within_s):
         while not what():  # noqa: ASYNC110 - nobody there could set an event of this loop
@@ -183,7 +183,7 @@ class ClockAhead(SystemClock):
         return super().now() + self._ahead
 
 
-class House:
+class EngineHarness:
     """A storage root with its journal, and runs against one emulator."""
 
     def __init__(self, folder: Path, emulator: Emulator) -> None:
@@ -216,7 +216,7 @@ class House:
             max_in_flight=max_in_flight,
             clock=clock or SystemClock(),
             randomness=random.Random(1),
-            latencies=LEARNED,
+            latencies=KNOWN_LATENCIES,
             on_progress=on_progress,
         )
 
@@ -224,7 +224,7 @@ class House:
         self, requests: Iterable[ImageRequest], run_id: str = "run-1", **options: Any
     ) -> RunReport:
         """Run these requests as far as they go."""
-        return await self.runner(run_id, **options).run(as_wanted(requests))
+        return await self.runner(run_id, **options).run(to_requested(requests))
 
     def record(self, request: ImageRequest) -> Record:
         return self.journal.records([request.request_key])[request.request_key]
@@ -240,7 +240,7 @@ class House:
         parts = [*self.folder.glob("images/**/*"), *self.folder.glob(".partial/*")]
         return sorted(str(p.relative_to(self.folder)) for p in parts if p.is_file())
 
-    def agree(self, *, bought_twice: int = 0) -> dict[str, Any]:
+    def assert_accounts_agree(self, *, bought_twice: int = 0) -> dict[str, Any]:
         """The emulator's books, held against the journal.
 
         Nothing was bought twice; every task that was created is known, or its request counts
@@ -271,13 +271,13 @@ class House:
         return books
 
 
-def as_wanted(requests: Iterable[ImageRequest]) -> list[Wanted]:
+def to_requested(requests: Iterable[ImageRequest]) -> list[Wanted]:
     return [Wanted(request, "p") for request in requests]
 
 
 @contextmanager
-def house(folder: Path, **settings: Any) -> Iterator[House]:
+def open_harness(folder: Path, **settings: Any) -> Iterator[EngineHarness]:
     """A house whose emulator finishes a task within 20 ms."""
     options = {"latency_s": 0.01, "latency_jitter": 0.0, **settings}
     with Emulator(state=folder / "emulator", **options) as emulator:
-        yield House(folder, emulator)
+        yield EngineHarness(folder, emulator)

@@ -25,7 +25,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import CapReached, ConfigError
-from tests.engine.harness import NOW, Hand, change, several
+from tests.engine.harness import NOW, JournalWriter, change, make_requests
 
 NOTHING = Commitment()
 
@@ -126,14 +126,16 @@ def test_the_next_month_begins_on_its_first(day: date) -> None:
 AUTUMN = column_scope("campaign", "autumn")
 
 
-def buy(hand: Hand, request: object, *budgets: str, **values: object) -> Record | CapReached:
+def buy(
+    writer: JournalWriter, request: object, *budgets: str, **values: object
+) -> Record | CapReached:
     """Enter the intent of a purchase for the campaign autumn, under budgets."""
     given = {"partition_key": "p", "scopes": (AUTUMN,), **values}
     wish = Change(request.request_key, Event.SUBMITTING, NOW, given)  # type: ignore[attr-defined] # any request
-    (answer,) = hand.journal.append(
+    (answer,) = writer.journal.append(
         [wish],
-        owner=hand.owner.owner,
-        run_id=hand.run_id,
+        owner=writer.owner.owner,
+        run_id=writer.run_id,
         caps=Caps(budgets=tuple(map(Budget.parse, budgets))),
     )
     assert isinstance(answer, Record | CapReached), answer
@@ -146,21 +148,23 @@ def buy(hand: Hand, request: object, *budgets: str, **values: object) -> Record 
 def test_what_certainly_cost_nothing_is_returned_to_every_scope(
     journal: Journal, budget: str
 ) -> None:
-    hand = Hand(journal)
-    requests = several(4)
-    hand.plan(*requests)
-    assert isinstance(buy(hand, requests[0], budget), Record)
-    assert isinstance(buy(hand, requests[1], budget), Record)
-    refused = buy(hand, requests[2], budget)
+    writer = JournalWriter(journal)
+    requests = make_requests(4)
+    writer.plan(*requests)
+    assert isinstance(buy(writer, requests[0], budget), Record)
+    assert isinstance(buy(writer, requests[1], budget), Record)
+    refused = buy(writer, requests[2], budget)
     assert isinstance(refused, CapReached)
-    hand.write(requests[0], Event.ACCEPTED)
-    hand.write(requests[1], Event.OUTCOME_UNKNOWN)
-    assert isinstance(buy(hand, requests[2], budget), CapReached), "what is unknown stays committed"
-    hand.write(requests[0], Event.FAILED)
+    writer.write(requests[0], Event.ACCEPTED)
+    writer.write(requests[1], Event.OUTCOME_UNKNOWN)
+    assert isinstance(buy(writer, requests[2], budget), CapReached), (
+        "what is unknown stays committed"
+    )
+    writer.write(requests[0], Event.FAILED)
     assert journal.commitment(refused.scope) == Commitment(4_500, 0)
-    assert isinstance(buy(hand, requests[2], budget), Record)
-    hand.write(requests[2], Event.ACCEPTED)
-    hand.write(requests[2], Event.COMPLETED)
+    assert isinstance(buy(writer, requests[2], budget), Record)
+    writer.write(requests[2], Event.ACCEPTED)
+    writer.write(requests[2], Event.COMPLETED)
     assert journal.commitment(refused.scope) == Commitment(9_000, 4_500)
 
 
@@ -168,12 +172,12 @@ def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(
     journal: Journal,
 ) -> None:
     """Though it knows nothing of the budget, and would buy it for another partition."""
-    first, (request,) = Hand(journal, "run-1"), several(1)
+    first, (request,) = JournalWriter(journal, "run-1"), make_requests(1)
     first.plan(request)
     buy(first, request, "column:campaign=1")
     first.write(request, Event.ACCEPTED)
     journal.release(first.owner.owner)
-    later = Hand(journal, "run-2")
+    later = JournalWriter(journal, "run-2")
     journal.claim([request.request_key], later.owner.owner)
     later.write(request, Event.FAILED)
     for scope in scopes_of("run-1", NOW, "p", [AUTUMN]):
@@ -182,13 +186,13 @@ def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(
 
 
 def test_one_that_is_sent_anew_counts_where_it_is_sent_from_then_on(journal: Journal) -> None:
-    hand, (request,) = Hand(journal), several(1)
-    hand.plan(request)
-    buy(hand, request, "month=1")
-    hand.write(request, Event.TURNED_AWAY)
+    writer, (request,) = JournalWriter(journal), make_requests(1)
+    writer.plan(request)
+    buy(writer, request, "month=1")
+    writer.write(request, Event.TURNED_AWAY)
     assert journal.commitment(AUTUMN) == NOTHING
     spring = column_scope("campaign", "spring")
-    record = buy(hand, request, "month=1", scopes=(spring,), partition_key="q")
+    record = buy(writer, request, "month=1", scopes=(spring,), partition_key="q")
     assert isinstance(record, Record)
     assert (record.scopes, record.bought_for) == ((spring,), "q")
     assert journal.records([request.request_key])[request.request_key] == record
@@ -200,8 +204,8 @@ def test_the_sums_of_all_scopes_are_those_of_the_purchases_whatever_happens(
     journal: Journal,
 ) -> None:
     chance = random.Random(7)
-    hand, requests = Hand(journal), several(30)
-    hand.plan(*requests)
+    writer, requests = JournalWriter(journal), make_requests(30)
+    writer.plan(*requests)
     budgets = ("month=8", "partition=5", "column:campaign=4")
     endings = (
         (Event.ACCEPTED, Event.COMPLETED, Event.STORED),
@@ -213,11 +217,13 @@ def test_the_sums_of_all_scopes_are_those_of_the_purchases_whatever_happens(
     )
     for request in requests:
         campaign = column_scope("campaign", chance.choice(["autumn", "spring", None]))
-        record = buy(hand, request, *budgets, partition_key=chance.choice("ab"), scopes=(campaign,))
+        record = buy(
+            writer, request, *budgets, partition_key=chance.choice("ab"), scopes=(campaign,)
+        )
         if isinstance(record, CapReached):
             continue
         for event in chance.choice(endings):
-            hand.append(change(request, event))
+            writer.append(change(request, event))
     right: Counter[str] = Counter()
     for charge in journal.charges():
         where = (charge.run_id, charge.sent_at, charge.partition_key, charge.scopes)
@@ -230,15 +236,15 @@ def test_the_sums_of_all_scopes_are_those_of_the_purchases_whatever_happens(
 
 
 def test_a_batch_that_passes_a_budget_in_its_midst_writes_what_fits(journal: Journal) -> None:
-    hand, requests = Hand(journal), several(5)
-    hand.plan(*requests)
+    writer, requests = JournalWriter(journal), make_requests(5)
+    writer.plan(*requests)
     answers = journal.append(
         [
             Change(one.request_key, Event.SUBMITTING, NOW, {"partition_key": "p", "scopes": ()})
             for one in requests
         ],
-        owner=hand.owner.owner,
-        run_id=hand.run_id,
+        owner=writer.owner.owner,
+        run_id=writer.run_id,
         caps=Caps(budgets=(Budget.parse("partition=1"),)),
     )
     assert [type(answer) for answer in answers] == [Record] * 2 + [CapReached] * 3

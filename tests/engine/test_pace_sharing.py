@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace
 from krea_dagster.engine.pace_sharing import (
     LEASE_S,
     Answer,
@@ -17,7 +18,6 @@ from krea_dagster.engine.pace_sharing import (
     share_of,
     told_of,
 )
-from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace
 
 FULL = Pace(64, limit=Limit.AT_ONCE, window=24.0)
 NO_TASKS = InWork(0, 0.0, 0.0)

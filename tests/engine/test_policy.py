@@ -33,7 +33,7 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
-from tests.engine.harness import NOW, asked
+from tests.engine.harness import NOW, make_request
 
 POLICY = Policy()
 HOUR = 3600.0
@@ -44,7 +44,7 @@ def record(state: State, **fields: Any) -> Record:
     """A request in a state, sent, taken and completed just now."""
     times = {"sent_at": NOW, "submitted_at": NOW, "completed_at": NOW, "result_url": "https://x/y"}
     fields = {"task_id": "task-unified-1", "submission": 1, **fields}
-    return Record(request=asked(), state=state, partition_key="p", **{**times, **fields})
+    return Record(request=make_request(), state=state, partition_key="p", **{**times, **fields})
 
 
 def following(

@@ -16,7 +16,7 @@ from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import AT_STAKE, TRANSITIONS, Event, State, advance, replay
 from krea_dagster.errors import IllegalTransition, JournalError
-from tests.engine.harness import NOW, WAYS, Hand, all_rows, asked, change
+from tests.engine.harness import EVENTS_TO_STATE, NOW, JournalWriter, all_rows, change, make_request
 
 BEFORE: list[State | None] = [None, *State]
 
@@ -105,10 +105,10 @@ def test_any_sequence_of_legal_events_replays_to_the_present_state(data: st.Data
 def test_the_journal_refuses_every_event_that_the_table_does_not_hold(
     journal: Journal, journal_url: str
 ) -> None:
-    hand = Hand(journal)
-    requests = {state: asked(seed=number) for number, state in enumerate(State, start=1)}
+    writer = JournalWriter(journal)
+    requests = {state: make_request(seed=number) for number, state in enumerate(State, start=1)}
     for state, request in requests.items():
-        assert hand.bring(request, state).state is state
+        assert writer.bring_to(request, state).state is state
     illegal = [
         change(request, happened)
         for state, request in requests.items()
@@ -116,7 +116,7 @@ def test_the_journal_refuses_every_event_that_the_table_does_not_hold(
         if (state, happened) not in TRANSITIONS
     ]
     before = all_rows(journal_url)
-    answers = hand.append(*illegal)
+    answers = writer.append(*illegal)
     assert [type(answer) for answer in answers] == [IllegalTransition] * len(illegal)
     assert all_rows(journal_url) == before
 
@@ -124,25 +124,25 @@ def test_the_journal_refuses_every_event_that_the_table_does_not_hold(
 def test_an_event_that_may_not_set_a_column_changes_nothing(
     journal: Journal, journal_url: str
 ) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.SUBMITTED)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.SUBMITTED)
     before = all_rows(journal_url)
     with pytest.raises(IllegalTransition, match="task_id"):
-        hand.write(request, Event.COMPLETED, task_id="task-unified-other")
+        writer.write(request, Event.COMPLETED, task_id="task-unified-other")
     assert all_rows(journal_url) == before
 
 
 def test_an_event_of_an_unknown_request_is_refused(journal: Journal) -> None:
     with pytest.raises(JournalError, match="not in the journal"):
-        Hand(journal).write(asked(), Event.SUBMITTING)
+        JournalWriter(journal).write(make_request(), Event.SUBMITTING)
 
 
 def test_the_database_itself_refuses_what_the_table_does_not_hold(
     journal: Journal, journal_url: str
 ) -> None:
     """Whatever code writes to the tables: an illegal event breaks a foreign key."""
-    request = asked()
-    Hand(journal).plan(request)
+    request = make_request()
+    JournalWriter(journal).plan(request)
     engine = _with_foreign_keys(journal_url)
     legal = {(before, happened, after) for (before, happened), after in TRANSITIONS.items()}
     taken = 0
@@ -196,9 +196,9 @@ def test_histories_of_two_requests_in_one_commit_end_where_their_events_lead(
     journal: Journal, choices: list[int], others: list[int]
 ) -> None:
     """However the changes of both are mixed: the last event of each is what stands."""
-    hand = Hand(journal)
-    first, second = (asked(f"{name} {uuid.uuid4().hex}") for name in ("one", "other"))
-    hand.plan(first, second)
+    writer = JournalWriter(journal)
+    first, second = (make_request(f"{name} {uuid.uuid4().hex}") for name in ("one", "other"))
+    writer.plan(first, second)
     walks = {first: _walk(choices), second: _walk(others)}
     changes = []
     for number in range(12):
@@ -208,7 +208,7 @@ def test_histories_of_two_requests_in_one_commit_end_where_their_events_lead(
                 task = {"task_id": f"{request.seed}-{uuid.uuid4().hex}"}
                 given_too = task if walk[number] is Event.ACCEPTED else {}
                 changes.append(change(request, walk[number], **given_too))
-    assert not [answer for answer in hand.append(*changes) if isinstance(answer, JournalError)]
+    assert not [answer for answer in writer.append(*changes) if isinstance(answer, JournalError)]
     for request, walk in walks.items():
         history = [happened for _, happened, _ in journal.history(request.request_key)]
         record = journal.records([request.request_key])[request.request_key]
@@ -230,5 +230,5 @@ def _walk(choices: list[int]) -> list[Event]:
 
 
 def test_the_ways_that_these_tests_use_lead_where_they_say() -> None:
-    for state, way in WAYS.items():
+    for state, way in EVENTS_TO_STATE.items():
         assert replay((Event.PLANNED, *way)) is state

@@ -24,7 +24,7 @@ from krea_dagster.plugin.sensors.collect import (
     due_to_go_on,
 )
 from tests.dagster_bench import run_job, tick, write_table
-from tests.engine.harness import ServerClock, asked
+from tests.engine.harness import ServerClock, make_request
 
 NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
 #: Partitions of two runs.
@@ -35,7 +35,7 @@ PARTITIONS = {"run-a": FIRST, "run-b": SECOND}
 def waiting(age_s: float, run_id: str = "run-a", seed: int = 1, **fields: Any) -> Record:
     submitted_at = NOW - timedelta(seconds=age_s)
     values = {"task_id": f"task-{seed}", "submitted_at": submitted_at, "run_id": run_id, **fields}
-    return Record(asked(seed=seed), State.SUBMITTED, "p", **values)
+    return Record(make_request(seed=seed), State.SUBMITTED, "p", **values)
 
 
 def call_about(record: Record, ago_s: float) -> dict[str, Called]:

@@ -22,7 +22,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.plugin.assets.salvage import LOOKS, due, past_last_look
 from tests.dagster_bench import tick
-from tests.engine.harness import ServerClock, asked
+from tests.engine.harness import ServerClock, make_request
 from tests.spend.project_harness import LEARNED, Shop
 
 NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
@@ -32,7 +32,7 @@ HOUR = timedelta(hours=1)
 
 
 def left(age: timedelta, seed: int = 1) -> Record:
-    return Record(asked(seed=seed), State.SUBMITTED, "p", submitted_at=NOW - age)
+    return Record(make_request(seed=seed), State.SUBMITTED, "p", submitted_at=NOW - age)
 
 
 def runs(until: timedelta, *, start: timedelta = timedelta(0)) -> list[timedelta]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/engine/journal",
     "tests/engine/test_budget.py",
-    "tests/engine/test_outages.py",
+    "tests/engine/run/test_outages.py",
     "tests/siege/test_migrations.py",
     "tests/crash/test_processes.py",
     "tests/crash/test_crash_budgets.py",

@@ -24,7 +24,7 @@ from krea_dagster.drill.worlds import on_host
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import State
-from tests.engine.harness import until
+from tests.engine.harness import wait_until
 from tests.services.two_hosts_worker import Work
 
 ROWS: Final = int(os.environ.get("KREA_TWO_HOSTS_ROWS", "120"))
@@ -92,10 +92,10 @@ def hosts(folder: Path, journal_url: str, *, honours_keys: bool) -> Iterator[Hos
 async def each_killed_once(both: Hosts, work: Work) -> list[dict[str, object]]:
     both.start("host-a", work)
     both.start("host-b", work)
-    await until(lambda: both.created() >= ROWS // 4, within_s=120)
+    await wait_until(lambda: both.created() >= ROWS // 4, within_s=120)
     both.kill("host-a")
     both.start("host-a", work)
-    await until(lambda: both.created() >= ROWS // 2, within_s=120)
+    await wait_until(lambda: both.created() >= ROWS // 2, within_s=120)
     both.kill("host-b")
     both.start("host-b", work)
     return await both.ended(within_s=300)

@@ -17,7 +17,7 @@ from krea_dagster.engine.policy import OnUnknown, Policy
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from tests.engine.harness import LEARNED, ClockAhead, as_wanted, several
+from tests.engine.harness import KNOWN_LATENCIES, ClockAhead, make_requests, to_requested
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ async def run(work: Work, journal: Journal) -> dict[str, object]:
         max_in_flight=16,
         clock=ClockAhead(timedelta(seconds=work.ahead_s)),
         randomness=random.Random(work.run_id),
-        latencies=LEARNED,
+        latencies=KNOWN_LATENCIES,
     )
-    report = await runner.run(as_wanted(several(work.rows)))
+    report = await runner.run(to_requested(make_requests(work.rows)))
     return {"posts": report.posts, "left": sorted(set(report.left.values()))}
 
 

@@ -33,7 +33,7 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, PurchasesNotWritten, StorageError
 from krea_dagster.models import AccountCredits, ImageRequest, Submission
-from tests.engine.harness import LEARNED, NOW, QUICK, as_wanted, several
+from tests.engine.harness import KNOWN_LATENCIES, NOW, QUICK, make_requests, to_requested
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +72,7 @@ class Fort:
         self.folder = folder / "journal"
         self.folder.mkdir()
         self.path = self.folder / "journal.db"
-        self.requests = several(ROWS)
+        self.requests = make_requests(ROWS)
         self.images = ImageStore(Storage(str(folder / "images")))
 
     def open(self) -> Journal:
@@ -81,7 +81,7 @@ class Fort:
     async def run(self, run_id: str, client: type[Client] = Client, **options: Any) -> RunReport:
         with closing(self.open()) as journal:
             return await self.runner(journal, run_id, client, **options).run(
-                as_wanted(self.requests)
+                to_requested(self.requests)
             )
 
     def runner(
@@ -92,7 +92,7 @@ class Fort:
             journal=journal,
             images=self.images,
             run_id=run_id,
-            latencies=LEARNED,
+            latencies=KNOWN_LATENCIES,
             **{"policy": QUICK, **options},
         )
 
@@ -484,7 +484,7 @@ async def test_whichever_page_of_the_file_is_damaged_nothing_is_bought_twice(for
     """What a run on damaged pages cannot notice must not cost anything either."""
     await fort.run("run-1")
     whole = fort.path.read_bytes()
-    fort.requests = several(ROWS + 1)
+    fort.requests = make_requests(ROWS + 1)
     noticed = 0
     pages = range(4096, len(whole), 4096)
     for start in pages:

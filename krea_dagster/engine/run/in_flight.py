@@ -8,9 +8,9 @@ from typing import Final
 
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.journal.run_paces import PaceLog
+from krea_dagster.engine.pace import InWork, Pace, is_slow
 from krea_dagster.engine.pace_sharing import SOON_S, Lease, SharedPace
 from krea_dagster.engine.pace_sharing import Answer as Shown
-from krea_dagster.engine.pace import InWork, Pace, is_slow
 from krea_dagster.engine.run.poll_schedule import Hint, chances, is_learned
 from krea_dagster.engine.run.poller import Answer, Asker
 from krea_dagster.engine.run.work_item import Carrier

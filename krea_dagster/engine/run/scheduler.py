@@ -28,6 +28,7 @@ from krea_dagster.engine.journal.group_commit import GroupCommit
 from krea_dagster.engine.journal.journal import NO_CAPS
 from krea_dagster.engine.journal.owners import this_process
 from krea_dagster.engine.journal.unwritten import Answer, keep
+from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.policy import (
     Action,
     Adopt,
@@ -47,7 +48,6 @@ from krea_dagster.engine.resolution import Claim, Resolution
 from krea_dagster.engine.run.fetch import Fetching
 from krea_dagster.engine.run.in_flight import AtServer, Sharing
 from krea_dagster.engine.run.outages import Outages
-from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.run.poll import Asking
 from krea_dagster.engine.run.poller import Asker
 from krea_dagster.engine.run.progress import Progress

@@ -16,7 +16,7 @@ from krea_dagster.models import ImageRequest
 from krea_dagster.prompts import PLAN_SCHEMA
 from krea_dagster.prompts.requests import drawn_seed, request_key
 from tests.engine.conftest import journal, journal_url  # noqa: F401 - fixtures of this file too
-from tests.engine.harness import Hand
+from tests.engine.harness import JournalWriter
 
 STORED = (Event.SUBMITTING, Event.ACCEPTED, Event.COMPLETED, Event.STORED)
 
@@ -54,11 +54,11 @@ def planned(*rows: tuple[str, ImageRequest], **further: list[Any]) -> pa.RecordB
     return batch
 
 
-def bought(hand: Hand, one: ImageRequest, *events: Event) -> None:
-    hand.plan(one)
+def bought(writer: JournalWriter, one: ImageRequest, *events: Event) -> None:
+    writer.plan(one)
     for event in events:
         values = {"task_id": f"task-{one.request_key[:8]}"} if event is Event.ACCEPTED else {}
-        hand.write(one, event, **values)
+        writer.write(one, event, **values)
 
 
 def slots(journal: Journal, batch: pa.RecordBatch, column: str = "") -> list[dict[str, Any]]:  # noqa: F811 - the fixture
@@ -69,9 +69,9 @@ def slots(journal: Journal, batch: pa.RecordBatch, column: str = "") -> list[dic
 
 
 def test_what_was_bought_at_earlier_attempts_counts(journal: Journal) -> None:  # noqa: F811 - as above
-    hand = Hand(journal)
+    writer = JournalWriter(journal)
     for attempt in range(2):
-        bought(hand, request("a", attempt), *STORED)
+        bought(writer, request("a", attempt), *STORED)
     (slot,) = slots(journal, planned(("a", request("a", 2))))
     assert (slot["status"], slot["attempt"], slot["drawn"]) == (None, 2, True)
     assert (slot["bought_images"], slot["bought_units"]) == (2, 9_000)
@@ -81,11 +81,11 @@ def test_what_was_bought_at_earlier_attempts_counts(journal: Journal) -> None:  
 def test_what_may_have_been_charged_counts_as_charged_and_what_failed_as_nothing(
     journal: Journal,  # noqa: F811 - as above
 ) -> None:
-    hand = Hand(journal)
-    bought(hand, request("unknown"), Event.SUBMITTING, Event.OUTCOME_UNKNOWN)
-    bought(hand, request("failed"), Event.SUBMITTING, Event.ACCEPTED, Event.FAILED)
-    bought(hand, request("lost"), Event.SUBMITTING, Event.ACCEPTED, Event.EXPIRED)
-    bought(hand, request("planned"))
+    writer = JournalWriter(journal)
+    bought(writer, request("unknown"), Event.SUBMITTING, Event.OUTCOME_UNKNOWN)
+    bought(writer, request("failed"), Event.SUBMITTING, Event.ACCEPTED, Event.FAILED)
+    bought(writer, request("lost"), Event.SUBMITTING, Event.ACCEPTED, Event.EXPIRED)
+    bought(writer, request("planned"))
     names = ("unknown", "failed", "lost", "planned", "never")
     found = slots(journal, planned(*((name, request(name)) for name in names)))
     counts = {slot["prompt_id"]: (slot["bought_images"], slot["bought_units"]) for slot in found}
@@ -104,7 +104,7 @@ def test_a_seed_of_the_tables_own_is_told_from_a_drawn_one(journal: Journal) -> 
 
 
 def test_a_fixed_seeds_earlier_attempts_are_found_too(journal: Journal) -> None:  # noqa: F811 - as above
-    bought(Hand(journal), request("a", 0, seed=7), *STORED)
+    bought(JournalWriter(journal), request("a", 0, seed=7), *STORED)
     (slot,) = slots(journal, planned(("a", request("a", 1, seed=7))))
     assert slot["bought_images"] == 1
 

@@ -23,7 +23,7 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest
 from krea_dagster.prompts import digests_of_texts
-from tests.engine.harness import Hand, asked
+from tests.engine.harness import JournalWriter, make_request
 
 ENDINGS = ("png", "jpg", "webp", "avif")
 
@@ -56,16 +56,16 @@ class Shelf:
 
     def __init__(self, journal: Journal, storage: Storage) -> None:
         self.journal = journal
-        self.hand = Hand(journal)
+        self.writer = JournalWriter(journal)
         self.storage = storage
 
     def store(self, number: int, *, name: str | None = None) -> ImageRequest:
-        request = asked(f"stored {number}")
+        request = make_request(f"stored {number}")
         key = request.request_key
         ending = ENDINGS[number % len(ENDINGS)]
         path = name or f"images/{key[:2]}/{key}.{ending}"
-        self.hand.bring(request, State.COMPLETED)
-        self.hand.write(request, Event.STORED, image_path=path, image_bytes=10 + number)
+        self.writer.bring_to(request, State.COMPLETED)
+        self.writer.write(request, Event.STORED, image_path=path, image_bytes=10 + number)
         self.write(path, 10 + number)
         return request
 
@@ -86,9 +86,11 @@ def test_whole_is_what_the_store_holds_and_nothing_else(
 ) -> None:
     shelf = Shelf(journal, storage)
     requests = [shelf.store(number) for number in range(12)]
-    others = [asked(f"in state {state.value}") for state in State if state is not State.STORED]
+    others = [
+        make_request(f"in state {state.value}") for state in State if state is not State.STORED
+    ]
     for request, state in zip(others, (s for s in State if s is not State.STORED), strict=True):
-        shelf.hand.bring(request, state)
+        shelf.writer.bring_to(request, state)
     gone, cut, grown = requests[:3]
     for request in (gone, cut, grown):
         remove(storage, shelf.path_of(request))
@@ -99,7 +101,7 @@ def test_whole_is_what_the_store_holds_and_nothing_else(
     shelf.write(f"images/{key[:2]}/{key}.bak", 13)
     shelf.write(f"images/{'00' if key[:2] != '00' else '01'}/{key}.png", 13)
     shelf.write("images/rejected/" + key, 13)
-    unknown = asked("never planned")
+    unknown = make_request("never planned")
     look(1)
 
     every = [*requests, *others, elsewhere, unknown]
@@ -145,7 +147,7 @@ def test_a_name_that_is_wrong_in_one_letter_is_seen_among_names_that_are_all_ali
 ) -> None:
     shelf = Shelf(journal, Storage(str(tmp_path / "made")))
     requests = [shelf.store(4 * number) for number in range(2)]
-    key = asked("stored 8").request_key
+    key = make_request("stored 8").request_key
     other = "1" if key[0] == "0" else "0"
     names = {
         "images": f"imagez/{key[:2]}/{key}.png",
@@ -162,15 +164,15 @@ def test_a_name_that_is_wrong_in_one_letter_is_seen_among_names_that_are_all_ali
 
 
 def test_an_empty_journal_without_a_folder_knows_nothing(journal: Journal, tmp_path: Path) -> None:
-    found = known(journal, Storage(str(tmp_path / "none")), digests(asked()))
-    assert [mask.tolist() for mask in found.of(digests(asked()))] == [[False], [False]]
+    found = known(journal, Storage(str(tmp_path / "none")), digests(make_request()))
+    assert [mask.tolist() for mask in found.of(digests(make_request()))] == [[False], [False]]
 
 
 def test_columns_are_those_of_the_records(journal: Journal, look: Callable[..., None]) -> None:
-    hand = Hand(journal)
-    requests = [asked(f"in state {state.value} 'ä\n\" 🦊") for state in State]
+    writer = JournalWriter(journal)
+    requests = [make_request(f"in state {state.value} 'ä\n\" 🦊") for state in State]
     for request, state in zip(requests, State, strict=True):
-        hand.bring(request, state)
+        writer.bring_to(request, state)
     look(1)
     keys = [request.request_key for request in requests]
     asked_for = [keys[3], "0" * 64, *keys, keys[3]]

@@ -20,7 +20,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import BuyingClosed, IllegalTransition, JournalError
 from krea_dagster.models import ImageRequest
-from tests.engine.harness import Hand, asked, change, several
+from tests.engine.harness import JournalWriter, change, make_request, make_requests
 
 pytestmark = pytest.mark.anyio
 
@@ -37,8 +37,10 @@ class CountingJournal(Journal):
         return super().append(changes, *args, **who)
 
 
-def group_commit(hand: Hand) -> GroupCommit:
-    return GroupCommit(hand.journal, owner=hand.owner.owner, run_id=hand.run_id)
+def group_commit(journal_writer: JournalWriter) -> GroupCommit:
+    return GroupCommit(
+        journal_writer.journal, owner=journal_writer.owner.owner, run_id=journal_writer.run_id
+    )
 
 
 async def results(writer: GroupCommit, *changes: Change) -> list[Record | BaseException]:
@@ -52,9 +54,9 @@ def states(journal: Journal, requests: Sequence[ImageRequest]) -> list[State]:
 
 async def test_changes_that_come_together_share_few_commits(journal_url: str) -> None:
     journal = CountingJournal(journal_url)
-    hand, requests = Hand(journal), several(300)
-    hand.plan(*requests)
-    async with group_commit(hand) as writer:
+    journal_writer, requests = JournalWriter(journal), make_requests(300)
+    journal_writer.plan(*requests)
+    async with group_commit(journal_writer) as writer:
         answers = await results(writer, *(change(r, Event.SUBMITTING) for r in requests))
     assert [answer.request for answer in answers if isinstance(answer, Record)] == requests
     assert set(states(journal, requests)) == {State.SUBMITTING}
@@ -63,20 +65,20 @@ async def test_changes_that_come_together_share_few_commits(journal_url: str) ->
 
 
 async def test_what_is_answered_is_on_disk(journal: Journal, journal_url: str) -> None:
-    hand, request = Hand(journal), asked()
-    hand.plan(request)
-    async with group_commit(hand) as writer:
+    journal_writer, request = JournalWriter(journal), make_request()
+    journal_writer.plan(request)
+    async with group_commit(journal_writer) as writer:
         record = await writer.append(change(request, Event.SUBMITTING))
         with closing(Journal(journal_url)) as other:
             assert other.records([request.request_key]) == {request.request_key: record}
 
 
 async def test_an_illegal_change_fails_alone(journal: Journal) -> None:
-    hand, requests = Hand(journal), several(5)
-    hand.plan(*requests)
+    journal_writer, requests = JournalWriter(journal), make_requests(5)
+    journal_writer.plan(*requests)
     wrong = requests[2]
     changes = [change(r, Event.STORED if r is wrong else Event.SUBMITTING) for r in requests]
-    async with group_commit(hand) as writer:
+    async with group_commit(journal_writer) as writer:
         answers = await results(writer, *changes)
     assert [type(answer) for answer in answers].count(Record) == 4
     assert isinstance(answers[2], IllegalTransition)
@@ -85,15 +87,15 @@ async def test_an_illegal_change_fails_alone(journal: Journal) -> None:
 
 async def test_a_change_that_the_database_refuses_fails_alone(journal: Journal) -> None:
     """The others' task ids are paid for: they must be on disk."""
-    hand, requests = Hand(journal), several(5)
+    journal_writer, requests = JournalWriter(journal), make_requests(5)
     for request in requests:
-        hand.bring(request, State.SUBMITTING)
+        journal_writer.bring_to(request, State.SUBMITTING)
     same = {"task_id": "task-unified-same"}
     changes = [
         change(request, Event.ACCEPTED, **(same if number < 2 else {}))
         for number, request in enumerate(requests)
     ]
-    async with group_commit(hand) as writer:
+    async with group_commit(journal_writer) as writer:
         answers = await results(writer, *changes)
     assert sum(isinstance(answer, JournalError) for answer in answers) == 1
     assert states(journal, requests).count(State.SUBMITTED) == 4
@@ -102,9 +104,9 @@ async def test_a_change_that_the_database_refuses_fails_alone(journal: Journal) 
 async def test_a_change_whose_caller_was_cancelled_is_written_all_the_same(
     journal: Journal,
 ) -> None:
-    hand, requests = Hand(journal), several(20)
-    hand.plan(*requests)
-    async with group_commit(hand) as writer, anyio.create_task_group() as callers:
+    journal_writer, requests = JournalWriter(journal), make_requests(20)
+    journal_writer.plan(*requests)
+    async with group_commit(journal_writer) as writer, anyio.create_task_group() as callers:
         for request in requests:
             callers.start_soon(writer.append, change(request, Event.SUBMITTING))
         await anyio.lowlevel.checkpoint()
@@ -113,9 +115,9 @@ async def test_a_change_whose_caller_was_cancelled_is_written_all_the_same(
 
 
 async def test_leaving_writes_all_that_was_given_before(journal: Journal) -> None:
-    hand, requests = Hand(journal), several(600)
-    hand.plan(*requests)
-    async with group_commit(hand) as writer:
+    journal_writer, requests = JournalWriter(journal), make_requests(600)
+    journal_writer.plan(*requests)
+    async with group_commit(journal_writer) as writer:
         tasks = [
             asyncio.ensure_future(writer.append(change(r, Event.SUBMITTING))) for r in requests
         ]
@@ -125,8 +127,8 @@ async def test_leaving_writes_all_that_was_given_before(journal: Journal) -> Non
 
 
 async def test_the_changes_of_one_request_keep_their_order(journal: Journal) -> None:
-    hand, (first, second) = Hand(journal), several(2)
-    hand.plan(first, second)
+    journal_writer, (first, second) = JournalWriter(journal), make_requests(2)
+    journal_writer.plan(first, second)
     changes = [
         change(first, Event.SUBMITTING),
         change(second, Event.SUBMITTING),
@@ -135,7 +137,7 @@ async def test_the_changes_of_one_request_keep_their_order(journal: Journal) -> 
         change(first, Event.REPLAYING),
         change(first, Event.ACCEPTED),
     ]
-    async with group_commit(hand) as writer:
+    async with group_commit(journal_writer) as writer:
         await results(writer, *changes)
     assert states(journal, [first, second]) == [State.SUBMITTED, State.SUBMITTED]
     assert [event for _, event, _ in journal.history(first.request_key)][-1] is Event.ACCEPTED
@@ -145,12 +147,12 @@ async def test_a_locked_database_fails_all_that_wait_for_it_at_once(tmp_path: Pa
     """Not one after the other: each would wait for the lock anew."""
     path = tmp_path / "journal.db"
     journal = Journal(f"sqlite:///{path}", lock_timeout_s=0.2)
-    hand, requests = Hand(journal), several(40)
-    hand.plan(*requests)
+    journal_writer, requests = JournalWriter(journal), make_requests(40)
+    journal_writer.plan(*requests)
     with closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
         started_s = time.monotonic()
-        async with group_commit(hand) as writer:
+        async with group_commit(journal_writer) as writer:
             answers = await results(writer, *(change(r, Event.SUBMITTING) for r in requests))
         other.rollback()
     assert all(isinstance(answer, JournalError) for answer in answers)

@@ -26,7 +26,16 @@ from krea_dagster.engine.journal.statements import see_prices
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
-from tests.engine.harness import NOW, WAYS, Hand, all_rows, asked, change, rows, several
+from tests.engine.harness import (
+    EVENTS_TO_STATE,
+    NOW,
+    JournalWriter,
+    all_rows,
+    change,
+    make_request,
+    make_requests,
+    rows,
+)
 
 
 def only(records: Any) -> Any:
@@ -40,22 +49,24 @@ def only(records: Any) -> Any:
 def test_planning_the_same_requests_again_changes_nothing(
     journal: Journal, journal_url: str
 ) -> None:
-    hand = Hand(journal)
-    assert hand.plan(*several(3)) == 3
-    hand.write(several(1)[0], Event.SUBMITTING)
+    writer = JournalWriter(journal)
+    assert writer.plan(*make_requests(3)) == 3
+    writer.write(make_requests(1)[0], Event.SUBMITTING)
     before = all_rows(journal_url)
-    assert hand.plan(*several(3)) == 0
+    assert writer.plan(*make_requests(3)) == 0
     assert all_rows(journal_url) == before
-    assert hand.plan(*several(5)) == 2
+    assert writer.plan(*make_requests(5)) == 2
 
 
 def test_a_request_that_is_planned_twice_in_one_call_is_entered_once(journal: Journal) -> None:
-    assert Hand(journal).plan(asked(), asked()) == 1
+    assert JournalWriter(journal).plan(make_request(), make_request()) == 1
 
 
 def test_a_planned_request_comes_back_as_it_was_asked_for(journal: Journal) -> None:
-    request = asked("Fuchs, 狐, 🦊\n\"quoted\" 'twice' %s :name", quality="2K", nsfw_check=True)
-    Hand(journal).plan(request)
+    request = make_request(
+        "Fuchs, 狐, 🦊\n\"quoted\" 'twice' %s :name", quality="2K", nsfw_check=True
+    )
+    JournalWriter(journal).plan(request)
     record = only(journal.records([request.request_key]))
     assert record.request == request
     assert record.state is State.PLANNED
@@ -65,9 +76,9 @@ def test_a_planned_request_comes_back_as_it_was_asked_for(journal: Journal) -> N
 def test_more_requests_than_a_statement_takes_are_planned_claimed_and_read(
     journal: Journal,
 ) -> None:
-    many = several(1203)
-    hand = Hand(journal)
-    assert hand.plan(*many) == 1203
+    many = make_requests(1203)
+    writer = JournalWriter(journal)
+    assert writer.plan(*many) == 1203
     assert len(journal.records([request.request_key for request in many])) == 1203
     assert journal.count_by_state() == {State.PLANNED: 1203}
     assert len({record.claimed_by for record in journal.all_records()}) == 1
@@ -85,23 +96,23 @@ def test_an_event_and_the_state_that_it_leads_to_are_written_in_one_transaction(
     journal: Journal, journal_url: str
 ) -> None:
     """Where the state cannot be written, the event is not there either."""
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.COMPLETED)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.COMPLETED)
     before = all_rows(journal_url)
     with pytest.raises(JournalError):
-        hand.write(request, Event.STORED, image_sha256=None)  # breaks the table's own rule
+        writer.write(request, Event.STORED, image_sha256=None)  # breaks the table's own rule
     assert all_rows(journal_url) == before
 
 
 def test_each_event_says_when_and_what_and_keeps_what_came_with_it(journal: Journal) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.SUBMITTING)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.SUBMITTING)
     later = NOW + timedelta(seconds=3)
     answer = {"id": "task-unified-1", "usage": {"credits_reserved": 0.45}, "text": "é"}
     accepted = Change(
         request.request_key, Event.ACCEPTED, later, {"task_id": "t"}, {"answer": answer}
     )
-    hand.append(accepted)
+    writer.append(accepted)
     history = journal.history(request.request_key)
     assert [event for _, event, _ in history] == [
         Event.PLANNED,
@@ -113,8 +124,8 @@ def test_each_event_says_when_and_what_and_keeps_what_came_with_it(journal: Jour
 
 
 def test_a_record_carries_a_request_from_intent_to_file(journal: Journal) -> None:
-    hand, request = Hand(journal), asked()
-    record = hand.bring(request, State.STORED)
+    writer, request = JournalWriter(journal), make_request()
+    record = writer.bring_to(request, State.STORED)
     assert record.submission == 1
     assert record.idempotency_key == f"krea-{request.request_key}-1"
     assert (record.sent_at, record.submitted_at) == (NOW, NOW)
@@ -126,9 +137,9 @@ def test_a_record_carries_a_request_from_intent_to_file(journal: Journal) -> Non
 
 
 def test_one_bad_change_keeps_none_of_the_others_from_being_written(journal: Journal) -> None:
-    hand, (first, second) = Hand(journal), several(2)
-    hand.plan(first, second)
-    good, bad, good_too = hand.append(
+    writer, (first, second) = JournalWriter(journal), make_requests(2)
+    writer.plan(first, second)
+    good, bad, good_too = writer.append(
         change(first, Event.SUBMITTING),
         change(second, Event.COMPLETED),
         change(first, Event.ACCEPTED),
@@ -140,30 +151,30 @@ def test_one_bad_change_keeps_none_of_the_others_from_being_written(journal: Jou
 
 
 def test_no_two_requests_can_hold_the_same_task(journal: Journal) -> None:
-    hand, (first, second) = Hand(journal), several(2)
-    hand.bring(first, State.SUBMITTING)
-    hand.bring(second, State.SUBMITTING)
-    hand.write(first, Event.ACCEPTED, task_id="task-unified-1")
+    writer, (first, second) = JournalWriter(journal), make_requests(2)
+    writer.bring_to(first, State.SUBMITTING)
+    writer.bring_to(second, State.SUBMITTING)
+    writer.write(first, Event.ACCEPTED, task_id="task-unified-1")
     with pytest.raises(JournalError):
-        hand.write(second, Event.ACCEPTED, task_id="task-unified-1")
+        writer.write(second, Event.ACCEPTED, task_id="task-unified-1")
     assert only(journal.records([second.request_key])).state is State.SUBMITTING
 
 
 @pytest.mark.parametrize("units", [-1, -4500])
 def test_no_amount_can_be_negative(journal: Journal, units: int) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.SUBMITTING)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.SUBMITTING)
     with pytest.raises(JournalError):
-        hand.write(request, Event.ACCEPTED, reserved_units=units)
+        writer.write(request, Event.ACCEPTED, reserved_units=units)
 
 
 def test_texts_of_the_server_that_no_database_takes_are_stored_made_harmless(
     journal: Journal,
 ) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.SUBMITTING)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.SUBMITTING)
     hostile = "a\x00b\ud800c\udfffd \U0001f98a"
-    record = hand.write(
+    record = writer.write(
         request, Event.OUTCOME_UNKNOWN, error_code="x\x00", error_message=hostile + "é" * 100_000
     )
     assert record.error_code == "x\ufffd"
@@ -171,9 +182,9 @@ def test_texts_of_the_server_that_no_database_takes_are_stored_made_harmless(
 
 
 def test_words_of_the_server_of_any_length_never_cost_a_task_its_id(journal: Journal) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.SUBMITTING)
-    record = hand.write(
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.SUBMITTING)
+    record = writer.write(
         request, Event.ACCEPTED, task_id="t" * 128, billing_rule="r" * 200, user_group="g" * 300
     )
     assert record.task_id == "t" * 128
@@ -186,34 +197,34 @@ def test_a_record_that_is_handed_in_leads_to_the_same_rows_as_one_that_is_read(
     journal: Journal, journal_url: str
 ) -> None:
     """For every event there is, the computed record is what another reader finds."""
-    hand = Hand(journal)
-    for request, state in zip(several(len(State)), State, strict=True):
-        known = hand.bring(request, State.PLANNED)
-        for event in WAYS[state]:
+    writer = JournalWriter(journal)
+    for request, state in zip(make_requests(len(State)), State, strict=True):
+        known = writer.bring_to(request, State.PLANNED)
+        for event in EVENTS_TO_STATE[state]:
             (known,) = journal.append(  # type: ignore[assignment]  # nothing is refused here
                 [change(request, event)],
-                owner=hand.owner.owner,
-                run_id=hand.run_id,
+                owner=writer.owner.owner,
+                run_id=writer.run_id,
                 known={request.request_key: known},
             )
             assert only(journal.records([request.request_key])) == known
         for event in (Event.PLANNED, Event.SUBMITTING, Event.FILE_MISSING, Event.TURNED_AWAY):
             if (known.state, event) in TRANSITIONS:
-                known = hand.write(request, event)
+                known = writer.write(request, event)
                 assert only(journal.records([request.request_key])) == known
 
 
 def test_a_record_that_is_out_of_date_is_read_again_and_nothing_is_written_twice(
     journal: Journal,
 ) -> None:
-    hand, (first, second) = Hand(journal), several(2)
-    old = hand.bring(first, State.PLANNED)
-    hand.bring(second, State.PLANNED)
-    hand.write(first, Event.SUBMITTING)
+    writer, (first, second) = JournalWriter(journal), make_requests(2)
+    old = writer.bring_to(first, State.PLANNED)
+    writer.bring_to(second, State.PLANNED)
+    writer.write(first, Event.SUBMITTING)
     answers = journal.append(
         [change(second, Event.SUBMITTING), change(first, Event.SUBMITTING)],
-        owner=hand.owner.owner,
-        run_id=hand.run_id,
+        owner=writer.owner.owner,
+        run_id=writer.run_id,
         known={first.request_key: old},
     )
     assert isinstance(answers[0], Record)
@@ -228,12 +239,12 @@ def test_a_record_that_is_out_of_date_is_read_again_and_nothing_is_written_twice
 def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
     journal: Journal,
 ) -> None:
-    mine, theirs = Hand(journal, "mine"), Hand(journal, "theirs")
-    old = mine.bring(asked(), State.PLANNED)
+    mine, theirs = JournalWriter(journal, "mine"), JournalWriter(journal, "theirs")
+    old = mine.bring_to(make_request(), State.PLANNED)
     journal.release(mine.owner.owner)
     journal.claim([old.request_key], theirs.owner.owner)
     (answer,) = journal.append(
-        [change(asked(), Event.SUBMITTING)],
+        [change(make_request(), Event.SUBMITTING)],
         owner=mine.owner.owner,
         run_id="mine",
         known={old.request_key: old},
@@ -248,11 +259,11 @@ def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
 def test_a_repeat_of_a_purchase_keeps_its_idempotency_key_and_the_time_of_its_first_try(
     journal: Journal,
 ) -> None:
-    hand, request = Hand(journal), asked()
-    first = hand.bring(request, State.UNKNOWN)
-    again = hand.write(request, Event.REPLAYING)
-    hand.write(request, Event.OUTCOME_UNKNOWN)
-    taken = hand.write(request, Event.ACCEPTED)
+    writer, request = JournalWriter(journal), make_request()
+    first = writer.bring_to(request, State.UNKNOWN)
+    again = writer.write(request, Event.REPLAYING)
+    writer.write(request, Event.OUTCOME_UNKNOWN)
+    taken = writer.write(request, Event.ACCEPTED)
     assert again.idempotency_key == taken.idempotency_key == first.idempotency_key
     assert again.sent_at == taken.sent_at == first.sent_at
     assert taken.submission == 1
@@ -262,11 +273,11 @@ def test_a_repeat_of_a_purchase_keeps_its_idempotency_key_and_the_time_of_its_fi
 def test_what_was_certainly_not_created_is_sent_again_under_the_same_key_and_a_new_time(
     journal: Journal, journal_url: str, free: Event
 ) -> None:
-    hand, request = Hand(journal), asked()
-    first = hand.bring(request, State.SUBMITTING)
-    hand.write(request, free)
+    writer, request = JournalWriter(journal), make_request()
+    first = writer.bring_to(request, State.SUBMITTING)
+    writer.write(request, free)
     later = NOW + timedelta(days=3)
-    (again,) = hand.append(change(request, Event.SUBMITTING, later))
+    (again,) = writer.append(change(request, Event.SUBMITTING, later))
     assert isinstance(again, Record)
     assert again.idempotency_key == first.idempotency_key
     assert again.sent_at == later
@@ -277,11 +288,11 @@ def test_what_was_certainly_not_created_is_sent_again_under_the_same_key_and_a_n
 def test_a_purchase_after_a_certain_end_has_a_key_of_its_own_and_the_old_one_is_kept(
     journal: Journal, journal_url: str, state: State
 ) -> None:
-    hand, request = Hand(journal), asked()
-    first = hand.bring(request, state)
-    planned = hand.write(request, Event.PLANNED)
+    writer, request = JournalWriter(journal), make_request()
+    first = writer.bring_to(request, state)
+    planned = writer.write(request, Event.PLANNED)
     assert (planned.idempotency_key, planned.task_id, planned.error_code) == (None, None, None)
-    second = hand.write(request, Event.SUBMITTING)
+    second = writer.write(request, Event.SUBMITTING)
     assert second.submission == 2
     assert second.idempotency_key == f"krea-{request.request_key}-2"
     kept = {row["idempotency_key"] for row in rows(journal_url, schema.submissions)}
@@ -289,27 +300,27 @@ def test_a_purchase_after_a_certain_end_has_a_key_of_its_own_and_the_old_one_is_
 
 
 def test_a_failed_task_and_a_refused_request_cost_nothing(journal: Journal) -> None:
-    hand, (failed, refused) = Hand(journal), several(2)
-    hand.bring(failed, State.SUBMITTED)
-    assert hand.write(failed, Event.FAILED).charged_units == 0
-    hand.bring(refused, State.SUBMITTING)
-    assert hand.write(refused, Event.REFUSED, charged_units=0).charged_units == 0
+    writer, (failed, refused) = JournalWriter(journal), make_requests(2)
+    writer.bring_to(failed, State.SUBMITTED)
+    assert writer.write(failed, Event.FAILED).charged_units == 0
+    writer.bring_to(refused, State.SUBMITTING)
+    assert writer.write(refused, Event.REFUSED, charged_units=0).charged_units == 0
 
 
 def test_the_charge_of_an_open_purchase_is_not_known(journal: Journal) -> None:
-    hand, (unknown, submitted) = Hand(journal), several(2)
-    assert hand.bring(unknown, State.UNKNOWN).charged_units is None
-    record = hand.bring(submitted, State.SUBMITTED)
+    writer, (unknown, submitted) = JournalWriter(journal), make_requests(2)
+    assert writer.bring_to(unknown, State.UNKNOWN).charged_units is None
+    record = writer.bring_to(submitted, State.SUBMITTED)
     assert (record.reserved_units, record.charged_units) == (4500, None)
 
 
 def test_a_fresh_link_changes_neither_the_charge_nor_the_time_of_completion(
     journal: Journal,
 ) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.COMPLETED)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.COMPLETED)
     fresh = change(request, Event.COMPLETED, NOW + timedelta(hours=1), result_url="https://b")
-    (record,) = hand.append(replace(fresh, values={"result_url": "https://b"}))
+    (record,) = writer.append(replace(fresh, values={"result_url": "https://b"}))
     assert isinstance(record, Record)
     assert record.result_url == "https://b"
     assert (record.charged_units, record.completed_at) == (4500, NOW)
@@ -318,10 +329,10 @@ def test_a_fresh_link_changes_neither_the_charge_nor_the_time_of_completion(
 def test_of_a_stored_file_that_is_missing_nothing_is_forgotten(
     journal: Journal,
 ) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.STORED)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.STORED)
     before = journal.records([request.request_key])[request.request_key]
-    record = hand.write(request, Event.FILE_MISSING)
+    record = writer.write(request, Event.FILE_MISSING)
     assert (record.image, record.stored_at) == (before.image, before.stored_at)
     assert record.image is not None
     assert (record.charged_units, record.submission) == (4500, 1)
@@ -334,9 +345,9 @@ def test_of_a_stored_file_that_is_missing_nothing_is_forgotten(
 def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
     journal: Journal,
 ) -> None:
-    first, second = Hand(journal, "first"), Hand(journal, "second")
-    key = asked().request_key
-    first.plan(asked())
+    first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
+    key = make_request().request_key
+    first.plan(make_request())
     assert journal.claim([key], second.owner.owner) == set()
     assert journal.claim([key], first.owner.owner) == {key}
     journal.release(first.owner.owner)
@@ -346,17 +357,17 @@ def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
 def test_only_the_holder_writes_and_the_other_learns_that_it_was_taken_over(
     journal: Journal, journal_url: str
 ) -> None:
-    first, second = Hand(journal, "first"), Hand(journal, "second")
-    first.bring(asked(), State.SUBMITTING)
+    first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
+    first.bring_to(make_request(), State.SUBMITTING)
     before = all_rows(journal_url)
     with pytest.raises(TakenOver):
-        second.write(asked(), Event.ACCEPTED)
+        second.write(make_request(), Event.ACCEPTED)
     assert all_rows(journal_url) == before
 
 
 def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
-    first, second = Hand(journal, "first"), Hand(journal, "second")
-    requests = several(3)
+    first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
+    requests = make_requests(3)
     keys = [request.request_key for request in requests]
     first.plan(*requests)
     journal.let_go(keys[:1], first.owner.owner)
@@ -365,14 +376,14 @@ def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
 
 
 def test_claiming_what_nobody_planned_claims_nothing(journal: Journal) -> None:
-    assert journal.claim(["no such key"], Hand(journal).owner.owner) == set()
+    assert journal.claim(["no such key"], JournalWriter(journal).owner.owner) == set()
 
 
 def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
     journal_url: str, journal: Journal
 ) -> None:
     """In whatever order they ask; and opening a new journal together harms nobody."""
-    requests = several(1100)
+    requests = make_requests(1100)
     journal.plan([(r, "p") for r in requests], run_id="r", at=NOW)
     keys = [request.request_key for request in requests]
     claimed: list[set[str]] = []
@@ -380,7 +391,7 @@ def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
 
     def claim(number: int) -> None:
         with closing(Journal(journal_url)) as mine:
-            me = Hand(mine, f"run-{number}").owner.owner
+            me = JournalWriter(mine, f"run-{number}").owner.owner
             start.wait()
             claimed.append(mine.claim(keys[:: 1 if number % 2 else -1], me))
             end.wait()  # its claims end with its journal
@@ -449,8 +460,8 @@ def test_a_file_that_is_no_database_is_an_error_and_stays_as_it_is(tmp_path: Pat
 def test_a_damaged_journal_is_an_error_and_never_an_empty_one(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     with closing(Journal(f"sqlite:///{path}")) as journal:
-        Hand(journal).plan(*several(200))
-        keys = [request.request_key for request in several(200)]
+        JournalWriter(journal).plan(*make_requests(200))
+        keys = [request.request_key for request in make_requests(200)]
         data = bytearray(path.read_bytes())
         data[4096:] = b"\xff" * (len(data) - 4096)
         path.write_bytes(data)
@@ -470,11 +481,11 @@ def test_a_journal_that_cannot_be_written_is_an_error_and_can_still_be_read(
 ) -> None:
     path = tmp_path / "journal.db"
     with closing(Journal(f"sqlite:///{path}")) as journal:
-        Hand(journal).plan(asked())
+        JournalWriter(journal).plan(make_request())
     read_only = Journal(f"sqlite:///file:{path}?mode=ro&uri=true")
     assert read_only.count_by_state() == {State.PLANNED: 1}
     with pytest.raises(JournalError, match="readonly"):
-        read_only.plan([(asked(), "p")], run_id="r", at=NOW)
+        read_only.plan([(make_request(), "p")], run_id="r", at=NOW)
 
 
 def test_a_journal_in_a_place_that_cannot_be_is_an_error(tmp_path: Path) -> None:
@@ -486,7 +497,7 @@ def test_a_journal_in_a_place_that_cannot_be_is_an_error(tmp_path: Path) -> None
 def test_a_journal_that_another_process_keeps_locked_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     journal = Journal(f"sqlite:///{path}", lock_timeout_s=0.05)
-    Hand(journal).plan(asked())
+    JournalWriter(journal).plan(make_request())
     before = all_rows(f"sqlite:///{path}")
     with closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
@@ -499,7 +510,7 @@ def test_a_journal_that_another_process_keeps_locked_is_an_error(tmp_path: Path)
 
 
 def several_pairs() -> list[tuple[Any, str]]:
-    return [(request, "p") for request in several(2)]
+    return [(request, "p") for request in make_requests(2)]
 
 
 @pytest.mark.parametrize(
@@ -520,11 +531,11 @@ def test_a_url_that_cannot_be_used_is_a_wrong_setting(url: str) -> None:
 
 
 def test_no_prompt_is_in_an_error_message(journal: Journal) -> None:
-    secret = asked("a secret prompt")
-    hand = Hand(journal)
-    hand.bring(secret, State.COMPLETED)
+    secret = make_request("a secret prompt")
+    writer = JournalWriter(journal)
+    writer.bring_to(secret, State.COMPLETED)
     with pytest.raises(JournalError) as caught:
-        hand.write(secret, Event.STORED, image_sha256=None)
+        writer.write(secret, Event.STORED, image_sha256=None)
     assert "secret" not in str(caught.value)
 
 
@@ -535,9 +546,9 @@ def test_what_a_journal_wrote_is_on_disk_when_the_call_returns(tmp_path: Path) -
 import os
 from datetime import datetime, timezone
 from krea_dagster.engine.journal.journal import Journal
-from tests.engine.harness import several
+from tests.engine.harness import make_requests
 journal = Journal("sqlite:///{path}")
-journal.plan([(r, "p") for r in several(7)], run_id="r", at=datetime.now(timezone.utc))
+journal.plan([(r, "p") for r in make_requests(7)], run_id="r", at=datetime.now(timezone.utc))
 os._exit(9)
 """
     root = Path(__file__).parents[2]
@@ -547,10 +558,10 @@ os._exit(9)
 
 
 def test_the_answer_of_the_server_is_kept_as_json(journal: Journal, journal_url: str) -> None:
-    hand, request = Hand(journal), asked()
-    hand.bring(request, State.SUBMITTING)
+    writer, request = JournalWriter(journal), make_request()
+    writer.bring_to(request, State.SUBMITTING)
     answer = {"a": [1, 2.5, None, True], "b": {"c": "\U0001f98a", "d": "\ufffd"}}
-    hand.append(replace(change(request, Event.ACCEPTED), data=answer))
+    writer.append(replace(change(request, Event.ACCEPTED), data=answer))
     kept = rows(journal_url, schema.events)[-1]["data"]
     assert json.loads(json.dumps(kept)) == answer
 
@@ -590,14 +601,14 @@ def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
     journal_url: str, journal: Journal
 ) -> None:
     """In chunks of all sizes, for a database finds the rows of each in another order."""
-    wanted = several(1200)
+    wanted = make_requests(1200)
     journal.plan([(one, "p") for one in wanted], run_id="r", at=NOW)
     keys = [one.request_key for one in wanted]
 
     def claim_and_let_go(number: int) -> None:
         chance = random.Random(number)
         with closing(Journal(journal_url)) as mine:
-            me = Hand(mine, f"run-{number}").owner.owner
+            me = JournalWriter(mine, f"run-{number}").owner.owner
             for _ in range(15):
                 some = chance.sample(keys, chance.randint(1, len(keys)))
                 mine.let_go(mine.claim(some, me), me)
@@ -610,10 +621,10 @@ def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
 def test_the_highest_price_of_two_runs_at_once_is_the_highest(
     journal_url: str, journal: Journal
 ) -> None:
-    first, second = several(2)
-    dear, cheap = Hand(journal, "dear"), Hand(journal, "cheap")
-    for hand, request in ((dear, first), (cheap, second)):
-        hand.bring(request, State.SUBMITTING)
+    first, second = make_requests(2)
+    dear, cheap = JournalWriter(journal, "dear"), JournalWriter(journal, "cheap")
+    for writer, request in ((dear, first), (cheap, second)):
+        writer.bring_to(request, State.SUBMITTING)
     with closing(Database(journal_url)) as database:
 
         def write(connection: Connection) -> None:

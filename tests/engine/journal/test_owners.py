@@ -19,7 +19,7 @@ from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, Owner, _held, this_process
 from krea_dagster.engine.journal.schema import owners, requests
-from tests.engine.harness import NOW, Hand, asked, several
+from tests.engine.harness import NOW, JournalWriter, make_request, make_requests
 
 #: Registers, claims, says so, and waits to be told to end.
 _HOLDER = """
@@ -44,7 +44,7 @@ for line in sys.stdin:
 @contextmanager
 def another_process(journal_url: str, *before: str) -> Iterator[tuple[Any, str]]:
     """A process that holds the request, and its owner."""
-    key = asked().request_key
+    key = make_request().request_key
     command = [*before, sys.executable, "-c", _HOLDER, journal_url, key]
     process = subprocess.Popen(
         command,
@@ -64,8 +64,8 @@ def another_process(journal_url: str, *before: str) -> Iterator[tuple[Any, str]]
 
 
 def planned(journal: Journal) -> str:
-    journal.plan([(asked(), "p")], run_id="r", at=NOW)
-    return asked().request_key
+    journal.plan([(make_request(), "p")], run_id="r", at=NOW)
+    return make_request().request_key
 
 
 def make_silent(journal_url: str, owner: str, silence: timedelta) -> None:
@@ -90,7 +90,7 @@ def is_sqlite(journal_url: str) -> bool:
 def test_what_a_living_process_holds_is_not_free_however_long_it_is_silent(
     journal: Journal, journal_url: str
 ) -> None:
-    key, me = planned(journal), Hand(journal).owner.owner
+    key, me = planned(journal), JournalWriter(journal).owner.owner
     with another_process(journal_url) as (_, owner):
         assert journal.claim([key], me) == set()
         for silence in (timedelta(days=400), timedelta(days=-400)):
@@ -101,7 +101,7 @@ def test_what_a_living_process_holds_is_not_free_however_long_it_is_silent(
 def test_what_a_killed_process_held_is_free_at_once_or_after_its_silence(
     journal: Journal, journal_url: str
 ) -> None:
-    key, me = planned(journal), Hand(journal).owner.owner
+    key, me = planned(journal), JournalWriter(journal).owner.owner
     with another_process(journal_url) as (process, owner):
         process.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its parent has not noticed
@@ -117,7 +117,7 @@ def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
 ) -> None:
     if not is_sqlite(journal_url):
         pytest.skip("the session ends with its connection")
-    key, me = planned(journal), Hand(journal).owner.owner
+    key, me = planned(journal), JournalWriter(journal).owner.owner
     with another_process(journal_url) as (process, _):
         process.stdin.write("fork\n")
         process.stdin.flush()
@@ -131,7 +131,7 @@ def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
 def test_a_process_of_another_host_with_the_same_numbers_keeps_what_it_holds(
     journal: Journal, journal_url: str
 ) -> None:
-    key, me = planned(journal), Hand(journal).owner.owner
+    key, me = planned(journal), JournalWriter(journal).owner.owner
     apart = ("unshare", "--uts", "--pid", "--fork", "--kill-child")
     with another_process(journal_url, *apart):
         assert journal.claim([key], me) == set()
@@ -154,7 +154,7 @@ def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
         other.end(owner)
         if not is_sqlite(journal_url):
             make_silent(journal_url, owner.owner, timedelta(seconds=SILENCE_S + 1))
-        assert journal.claim([key], Hand(journal).owner.owner) == {key}
+        assert journal.claim([key], JournalWriter(journal).owner.owner) == {key}
 
 
 def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbeat_tells(
@@ -162,7 +162,7 @@ def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbea
 ) -> None:
     if is_sqlite(journal_url):
         pytest.skip("there the kernel's lock tells alone")
-    key, me = planned(journal), Hand(journal).owner.owner
+    key, me = planned(journal), JournalWriter(journal).owner.owner
     owner = this_process("other")
     journal.register(owner)
     journal.claim([key], owner.owner)
@@ -180,12 +180,12 @@ def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbea
 
 def test_a_living_run_whose_lock_file_was_removed_makes_it_again(tmp_path: Path) -> None:
     with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
-        hand = Hand(journal)
+        writer = JournalWriter(journal)
         (file,) = (tmp_path / "journal.db-runs").iterdir()
         file.unlink()
-        journal.heartbeat(hand.owner.owner)
+        journal.heartbeat(writer.owner.owner)
         assert file.exists()
-        journal.release(hand.owner.owner)
+        journal.release(writer.owner.owner)
         assert not file.exists()
 
 
@@ -195,9 +195,9 @@ def test_an_owner_without_a_lock_file_is_dead_after_its_silence_by_our_own_clock
     url = f"sqlite:///{tmp_path / 'journal.db'}"
     now_s = 1000.0
     with closing(Journal(url)) as journal, closing(Database(url)) as database:
-        hand = Hand(journal)
+        writer = JournalWriter(journal)
         locks = FileLocks(tmp_path / "nowhere", monotonic=lambda: now_s)
-        owner = hand.owner.owner
+        owner = writer.owner.owner
 
         def dead() -> set[str]:
             with database.read("read") as connection:
@@ -218,7 +218,7 @@ def test_an_owner_without_a_lock_file_is_dead_after_its_silence_by_our_own_clock
 def test_what_a_dead_owner_has_left_is_removed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
     with closing(Journal(url)) as journal:
-        key, me = planned(journal), Hand(journal).owner.owner
+        key, me = planned(journal), JournalWriter(journal).owner.owner
         with another_process(url) as (process, owner):
             process.kill()
             process.wait()
@@ -233,8 +233,8 @@ def test_a_dead_owner_of_which_part_was_taken_is_dead_for_the_rest_too(tmp_path:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
     with closing(Journal(url)) as journal:
         planned(journal)
-        journal.plan([(other, "p") for other in several(2)], run_id="r", at=NOW)
-        me = Hand(journal).owner.owner
+        journal.plan([(other, "p") for other in make_requests(2)], run_id="r", at=NOW)
+        me = JournalWriter(journal).owner.owner
         with another_process(url) as (process, owner):
             database = Database(url)
             database.write(
@@ -244,5 +244,5 @@ def test_a_dead_owner_of_which_part_was_taken_is_dead_for_the_rest_too(tmp_path:
             database.close()
             process.kill()
             process.wait()
-            for request in (asked(), *several(2)):
+            for request in (make_request(), *make_requests(2)):
                 assert journal.claim([request.request_key], me) == {request.request_key}

@@ -9,8 +9,8 @@ from sqlalchemy import Connection, insert, update
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import Owner, this_process
 from krea_dagster.engine.journal.schema import api_keys, paces
-from krea_dagster.engine.pace_sharing import Answer, Exchange, Lease
 from krea_dagster.engine.pace import InWork, Limit, Pace
+from krea_dagster.engine.pace_sharing import Answer, Exchange, Lease
 from tests.engine.harness import NOW
 
 KEY = "0123456789abcdef"

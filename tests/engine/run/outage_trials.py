@@ -27,7 +27,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.progress import Progress
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from tests.engine.harness import House, as_wanted, house, several
+from tests.engine.harness import EngineHarness, make_requests, open_harness, to_requested
 from tests.engine.run.gate import gate_to
 from tests.engine.run.test_outages import Shaky, gate_before, set_away
 
@@ -39,17 +39,17 @@ def port_of(url: str) -> int:
 
 
 @contextmanager
-def opened() -> Iterator[House]:
+def opened() -> Iterator[EngineHarness]:
     with (
         tempfile.TemporaryDirectory() as folder,
-        house(Path(folder), latency_s=1.0) as home,
+        open_harness(Path(folder), latency_s=1.0) as engine,
     ):
-        yield home
+        yield engine
 
 
 def run(
     name: str,
-    home: House,
+    engine: EngineHarness,
     begin: Callable[[], object],
     end: Callable[[], object],
     lasts_s: float,
@@ -64,12 +64,12 @@ def run(
             begin()
             threading.Timer(lasts_s, end).start()
 
-    runner = home.runner(on_progress=look, outage_patience_s=300.0, wait_scale=1.0)
+    runner = engine.runner(on_progress=look, outage_patience_s=300.0, wait_scale=1.0)
     runner = replace(runner, max_per_s=20.0, **other)
     started_s = time.monotonic()
-    report = asyncio.run(runner.run(as_wanted(several(ROWS))))
+    report = asyncio.run(runner.run(to_requested(make_requests(ROWS))))
     states = Counter(record.state.value for record in runner.journal.all_records())
-    books = home.emulator.stats()
+    books = engine.emulator.stats()
     print(
         f"{name}: away {lasts_s:g} s, run {time.monotonic() - started_s:.0f} s, "
         f"{report.progress}, stopped {report.stopped}, states {dict(states)}, "
@@ -86,21 +86,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--scale", type=float, default=1.0, help="of the outages' lengths")
     scale = options.parse_args().scale
-    with opened() as home, gate_to(port_of(home.emulator.url)) as gate:
+    with opened() as engine, gate_to(port_of(engine.emulator.url)) as gate:
         url = f"http://127.0.0.1:{gate.port}"
         client = {"connect": lambda: KreaClient("emulator", base_url=url)}
-        run("API", home, gate.close, gate.open, 100.0 * scale, **client)
-    with opened() as home:
+        run("API", engine, gate.close, gate.open, 100.0 * scale, **client)
+    with opened() as engine:
         fsspec.register_implementation("shaky", Shaky, clobber=True)
         images = ImageStore(Storage("shaky://trial"))
         begin, end = (lambda: set_away(True)), (lambda: set_away(False))
-        run("store", home, begin, end, 30.0 * scale, images=images)
+        run("store", engine, begin, end, 30.0 * scale, images=images)
     if text := os.environ.get("KREA_TEST_POSTGRES_URL"):
         with ExitStack() as stack:
-            home = stack.enter_context(opened())
+            engine = stack.enter_context(opened())
             gate, through = stack.enter_context(gate_before(text))
             journal = stack.enter_context(closing(Journal(through)))
-            run("PostgreSQL", home, gate.close, gate.open, 15.0 * scale, journal=journal)
+            run("PostgreSQL", engine, gate.close, gate.open, 15.0 * scale, journal=journal)
 
 
 if __name__ == "__main__":

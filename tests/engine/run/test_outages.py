@@ -32,7 +32,7 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
 from tests.api.loopback_server import answers, serving
-from tests.engine.harness import House, as_wanted, house, several
+from tests.engine.harness import EngineHarness, make_requests, open_harness, to_requested
 from tests.engine.run.gate import Gate, gate_to
 
 pytestmark = pytest.mark.anyio
@@ -61,29 +61,29 @@ class Passing(SystemClock):
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[House]:
-    with house(tmp_path) as opened:
+def engine(tmp_path: Path) -> Iterator[EngineHarness]:
+    with open_harness(tmp_path) as opened:
         yield opened
 
 
 @pytest.fixture
-def gate(home: House) -> Iterator[Gate]:
+def gate(engine: EngineHarness) -> Iterator[Gate]:
     """In front of the emulator."""
-    with gate_to(port_of(home)) as opened:
+    with gate_to(port_of(engine)) as opened:
         yield opened
 
 
-def port_of(home: House) -> int:
-    port = urlsplit(home.emulator.url).port
+def port_of(engine: EngineHarness) -> int:
+    port = urlsplit(engine.emulator.url).port
     assert port is not None
     return port
 
 
-async def run_through(home: House, passing: Passing, **other: Any) -> RunReport:
-    runner = home.runner(
+async def run_through(engine: EngineHarness, passing: Passing, **other: Any) -> RunReport:
+    runner = engine.runner(
         clock=passing, on_progress=passing.look, outage_patience_s=60.0, max_in_flight=8
     )
-    return await replace(runner, **other).run(as_wanted(several(ROWS)))
+    return await replace(runner, **other).run(to_requested(make_requests(ROWS)))
 
 
 def through(gate: Gate) -> dict[str, Any]:
@@ -91,19 +91,19 @@ def through(gate: Gate) -> dict[str, Any]:
     return {"connect": lambda: KreaClient("emulator", base_url=url, timeout_s=5.0)}
 
 
-def all_delivered(home: House, report: RunReport) -> None:
+def all_delivered(engine: EngineHarness, report: RunReport) -> None:
     assert report.stopped is None
     assert report.progress == Progress(total=ROWS, delivered=ROWS, charged_units=ROWS * 4500)
-    assert home.states(several(ROWS)) == ["stored"] * ROWS
-    assert home.agree()["creates"] == ROWS
+    assert engine.states(make_requests(ROWS)) == ["stored"] * ROWS
+    assert engine.assert_accounts_agree()["creates"] == ROWS
 
 
 async def test_a_network_that_is_away_is_waited_for_and_no_row_loses_a_try(
-    home: House, gate: Gate, caplog: pytest.LogCaptureFixture
+    engine: EngineHarness, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "krea_dagster.engine.run.outages"):
         passing = Passing(gate.close, gate.open)
-        all_delivered(home, await run_through(home, passing, **through(gate)))
+        all_delivered(engine, await run_through(engine, passing, **through(gate)))
     said = [record.message for record in caplog.records if "outages" in record.name]
     assert len(said) == 2, "one line when it goes away, and one when it is back"
     assert said[0].startswith("EvoLink's API is away, and is waited for, for at most 60 s")
@@ -112,25 +112,25 @@ async def test_a_network_that_is_away_is_waited_for_and_no_row_loses_a_try(
 
 @pytest.mark.parametrize("answer", ["503", "502_html"])
 async def test_a_gateway_that_answers_for_an_api_that_is_away_is_waited_out(
-    home: House, answer: str
+    engine: EngineHarness, answer: str
 ) -> None:
     names = [answer, f"read_{answer}", f"credits_{answer}", f"batch_{answer}"]
 
     def rate(share: float) -> None:
         for name in names:
-            home.emulator.world.set_rate(name, share)
+            engine.emulator.world.set_rate(name, share)
 
-    report = await run_through(home, Passing(lambda: rate(1.0), lambda: rate(0.0)))
-    all_delivered(home, report)
+    report = await run_through(engine, Passing(lambda: rate(1.0), lambda: rate(0.0)))
+    all_delivered(engine, report)
 
 
 async def test_a_run_that_begins_while_the_api_is_away_waits_for_it(
-    home: House, gate: Gate
+    engine: EngineHarness, gate: Gate
 ) -> None:
     passing = Passing(lambda: None, gate.open)
     gate.close()
     passing.look(Progress(total=ROWS, delivered=ROWS))
-    all_delivered(home, await run_through(home, passing, **through(gate)))
+    all_delivered(engine, await run_through(engine, passing, **through(gate)))
 
 
 async def test_tasks_that_nobody_could_ask_about_have_their_patience_afterwards(
@@ -138,43 +138,43 @@ async def test_tasks_that_nobody_could_ask_about_have_their_patience_afterwards(
 ) -> None:
     """Each was asked about before, and had not ended."""
     slow = {"latency_s": 0.4, "latency_jitter": 0.9}
-    with house(tmp_path, **slow) as home, gate_to(port_of(home)) as gate:
+    with open_harness(tmp_path, **slow) as engine, gate_to(port_of(engine)) as gate:
         passing = Passing(gate.close, gate.open)
-        runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=60.0)
+        runner = engine.runner(clock=passing, on_progress=passing.look, outage_patience_s=60.0)
         policy = replace(runner.policy, patience_s=1.5, wait_scale=0.1)
         runner = replace(runner, policy=policy, max_in_flight=30, **through(gate))
-        all_delivered(home, await runner.run(as_wanted(several(ROWS))))
+        all_delivered(engine, await runner.run(to_requested(make_requests(ROWS))))
 
 
 async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing_lost(
-    home: House, gate: Gate
+    engine: EngineHarness, gate: Gate
 ) -> None:
     passing = Passing(gate.close, lambda: None)
-    runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.5)
-    report = await replace(runner, **through(gate)).run(as_wanted(several(ROWS)))
+    runner = engine.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.5)
+    report = await replace(runner, **through(gate)).run(to_requested(make_requests(ROWS)))
     assert isinstance(report.stopped, TryLater)
     assert "EvoLink's API was away for" in str(report.stopped)
     assert report.progress.left == ROWS - report.progress.delivered > 0
     assert sum(report.left_reasons.values()) == report.progress.left
-    at_stake = [one for one in home.journal.all_records() if one.state in AT_STAKE]
+    at_stake = [one for one in engine.journal.all_records() if one.state in AT_STAKE]
     assert report.at_stake_units == sum(one.committed_units for one in at_stake)
     gate.open()
-    later = await home.run(several(ROWS), "run-2")
+    later = await engine.run(make_requests(ROWS), "run-2")
     assert later.progress.delivered + later.progress.reused == ROWS
-    assert home.agree()["creates"] == ROWS
+    assert engine.assert_accounts_agree()["creates"] == ROWS
 
 
-async def test_a_certificate_that_is_refused_is_not_waited_for(home: House) -> None:
+async def test_a_certificate_that_is_refused_is_not_waited_for(engine: EngineHarness) -> None:
     """It is so until a person has looked at it."""
     untrusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(untrusted)
-    runner = home.runner(outage_patience_s=60.0)
+    runner = engine.runner(outage_patience_s=60.0)
     async with serving(answers(200, {}), untrusted) as server:
         connect = partial(KreaClient, "emulator", base_url=server.url)
-        report = await replace(runner, connect=connect).run(as_wanted(several(2)))
+        report = await replace(runner, connect=connect).run(to_requested(make_requests(2)))
     assert type(report.stopped) is RunStopped, "later it would be the same"
     assert "the certificate of 127.0.0.1 was refused" in str(report.stopped)
-    assert home.states(several(2)) == ["planned", "planned"]
+    assert engine.states(make_requests(2)) == ["planned", "planned"]
 
 
 class Shaky(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -213,28 +213,28 @@ def set_away(away: bool) -> None:
 
 
 async def test_a_store_that_is_away_is_waited_for_and_no_file_is_fetched_again(
-    home: House, shaky: ImageStore
+    engine: EngineHarness, shaky: ImageStore
 ) -> None:
     passing = Passing(lambda: set_away(True), lambda: set_away(False))
-    all_delivered(home, await run_through(home, passing, images=shaky))
-    assert home.emulator.stats()["file_gets"] == ROWS, "what was downloaded is kept"
+    all_delivered(engine, await run_through(engine, passing, images=shaky))
+    assert engine.emulator.stats()["file_gets"] == ROWS, "what was downloaded is kept"
 
 
 async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
-    home: House, shaky: ImageStore
+    engine: EngineHarness, shaky: ImageStore
 ) -> None:
     passing = Passing(lambda: set_away(True), lambda: None)
-    runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
+    runner = engine.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
     with pytest.raises(StorageAway, match="does not answer: no route to the store"):
-        await replace(runner, images=shaky).run(as_wanted(several(ROWS)))
+        await replace(runner, images=shaky).run(to_requested(make_requests(ROWS)))
     set_away(False)
-    await replace(home.runner("run-2"), images=shaky).run(as_wanted(several(ROWS)))
-    assert home.states(several(ROWS)) == ["stored"] * ROWS
-    assert home.agree()["creates"] == ROWS
+    await replace(engine.runner("run-2"), images=shaky).run(to_requested(make_requests(ROWS)))
+    assert engine.states(make_requests(ROWS)) == ["stored"] * ROWS
+    assert engine.assert_accounts_agree()["creates"] == ROWS
 
 
 async def test_a_folder_of_another_host_that_is_away_is_waited_for(
-    home: House, monkeypatch: pytest.MonkeyPatch
+    engine: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As NFS says it: the handles are stale until the server is back."""
     away = False
@@ -251,35 +251,35 @@ async def test_a_folder_of_another_host_that_is_away_is_waited_for(
     os_open = os.open
     monkeypatch.setattr(os, "open", opened)
     passing = Passing(lambda: set_stale(True), lambda: set_stale(False))
-    all_delivered(home, await run_through(home, passing))
+    all_delivered(engine, await run_through(engine, passing))
 
 
 async def test_a_journal_that_another_process_locks_is_waited_for(
-    home: House, tmp_path: Path
+    engine: EngineHarness, tmp_path: Path
 ) -> None:
     """Answers that came meanwhile are kept in memory, and written when it is free."""
     with (
-        closing(Journal(home.url, lock_timeout_s=0.05)) as journal,
+        closing(Journal(engine.url, lock_timeout_s=0.05)) as journal,
         closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
     ):
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), other.rollback)
-        all_delivered(home, await run_through(home, passing, journal=journal))
+        all_delivered(engine, await run_through(engine, passing, journal=journal))
 
 
 async def test_a_server_of_the_journal_that_is_away_is_waited_for(
-    home: House, journal_url: str
+    engine: EngineHarness, journal_url: str
 ) -> None:
     """Connections break, also between a commit and its answer, and are refused for a while."""
     if journal_url.startswith("sqlite"):
         pytest.skip("SQLite has no server")
     with gate_before(journal_url) as (gate, url), closing(Journal(url)) as journal:
         passing = Passing(gate.close, gate.open)
-        report = await run_through(home, passing, journal=journal)
+        report = await run_through(engine, passing, journal=journal)
         assert report.stopped is None
         assert report.progress.delivered == ROWS
-        records = journal.records([request.request_key for request in several(ROWS)])
+        records = journal.records([request.request_key for request in make_requests(ROWS)])
         assert {record.state for record in records.values()} == {State.STORED}
-        assert home.emulator.stats()["creates"] == ROWS
+        assert engine.emulator.stats()["creates"] == ROWS
 
 
 @contextmanager
@@ -292,38 +292,40 @@ def gate_before(text: str) -> Iterator[tuple[Gate, str]]:
         yield gate, through.render_as_string(hide_password=False)
 
 
-async def test_a_run_that_is_stopped_waits_for_nothing(home: House, tmp_path: Path) -> None:
+async def test_a_run_that_is_stopped_waits_for_nothing(
+    engine: EngineHarness, tmp_path: Path
+) -> None:
     with (
-        closing(Journal(home.url, lock_timeout_s=0.05)) as journal,
+        closing(Journal(engine.url, lock_timeout_s=0.05)) as journal,
         closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
     ):
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), lambda: None)
-        runner = replace(home.runner(clock=passing, on_progress=passing.look), journal=journal)
+        runner = replace(engine.runner(clock=passing, on_progress=passing.look), journal=journal)
         runner = replace(runner, policy=replace(runner.policy, outage_patience_s=3600.0))
         with anyio.fail_after(20):
             async with anyio.create_task_group() as group:
-                group.start_soon(runner.run, as_wanted(several(ROWS)))
+                group.start_soon(runner.run, to_requested(make_requests(ROWS)))
                 while not other.in_transaction:  # noqa: ASYNC110 - it is the run that begins it
                     await anyio.sleep(0.01)
                 group.cancel_scope.cancel()
         other.rollback()
-    await home.run(several(ROWS), "run-2")
-    assert home.states(several(ROWS)) == ["stored"] * ROWS
-    assert home.agree()["creates"] == ROWS
+    await engine.run(make_requests(ROWS), "run-2")
+    assert engine.states(make_requests(ROWS)) == ["stored"] * ROWS
+    assert engine.assert_accounts_agree()["creates"] == ROWS
 
 
 async def test_a_journal_that_stays_locked_ends_the_run_and_the_next_one_goes_on(
-    home: House, tmp_path: Path
+    engine: EngineHarness, tmp_path: Path
 ) -> None:
     with (
-        closing(Journal(home.url, lock_timeout_s=0.05)) as journal,
+        closing(Journal(engine.url, lock_timeout_s=0.05)) as journal,
         closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
     ):
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), lambda: None)
-        runner = home.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
+        runner = engine.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
         with pytest.raises(JournalError, match="locked"):
-            await replace(runner, journal=journal).run(as_wanted(several(ROWS)))
+            await replace(runner, journal=journal).run(to_requested(make_requests(ROWS)))
         other.rollback()
-    await home.run(several(ROWS), "run-2")
-    assert home.states(several(ROWS)) == ["stored"] * ROWS
-    assert home.agree()["creates"] == ROWS
+    await engine.run(make_requests(ROWS), "run-2")
+    assert engine.states(make_requests(ROWS)) == ["stored"] * ROWS
+    assert engine.assert_accounts_agree()["creates"] == ROWS

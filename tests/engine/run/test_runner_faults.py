@@ -20,7 +20,13 @@ from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.engine.states import Event, State
 from krea_dagster.models import ImageRequest
-from tests.engine.harness import House, as_wanted, asked, house, several
+from tests.engine.harness import (
+    EngineHarness,
+    make_request,
+    make_requests,
+    open_harness,
+    to_requested,
+)
 
 #: Faults with an argument of their own, to be quick.
 ARGUMENTS: Mapping[str, float | str] = {
@@ -95,12 +101,12 @@ REJECTED: Mapping[str, str] = {
 class Ended:
     """A run after which every fault has struck once."""
 
-    home: House
+    engine: EngineHarness
     report: RunReport
     books: dict[str, Any]
 
     def state(self, name: str) -> str:
-        return self.home.record(about(name)).state.value
+        return self.engine.record(about(name)).state.value
 
     def task(self, name: str) -> dict[str, Any]:
         (found,) = (task for task in self.books["tasks"] if task["prompt"] == about(name).prompt)
@@ -109,7 +115,7 @@ class Ended:
 
 def about(name: str) -> ImageRequest:
     """The request that one fault strikes."""
-    return asked(f"a fox [{name}]")
+    return make_request(f"a fox [{name}]")
 
 
 def names(kind: str) -> list[str]:
@@ -117,9 +123,9 @@ def names(kind: str) -> list[str]:
     return [name for name, fault in FAULTS.items() if fault.kind == kind and name not in apart]
 
 
-def without_pictures(home: House) -> None:
+def without_pictures(engine: EngineHarness) -> None:
     """Let every task fail, at once and for good: drawing takes longer than all the rest."""
-    home.emulator.world.set_rate("fail", 1.0, arg="invalid_parameters")
+    engine.emulator.world.set_rate("fail", 1.0, arg="invalid_parameters")
 
 
 def run_with_each(
@@ -131,14 +137,14 @@ def run_with_each(
     timeout_s: float = 2.0,
     **settings: Any,
 ) -> Iterator[Ended]:
-    with house(folder, **settings) as home:
+    with open_harness(folder, **settings) as engine:
         if not pictures:
-            without_pictures(home)
+            without_pictures(engine)
         for name in names(kind):
-            home.emulator.world.script(name, match=f"[{name}]", arg=ARGUMENTS.get(name))
+            engine.emulator.world.script(name, match=f"[{name}]", arg=ARGUMENTS.get(name))
         requests = [about(name) for name in names(kind)]
-        report = asyncio.run(home.run(requests, patience_s=patience_s, timeout_s=timeout_s))
-        yield Ended(home, report, home.agree())
+        report = asyncio.run(engine.run(requests, patience_s=patience_s, timeout_s=timeout_s))
+        yield Ended(engine, report, engine.assert_accounts_agree())
 
 
 # -- POST -------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def test_an_answer_that_leaves_the_purchase_open_is_recorded_as_unknown(
     after_create: Ended, name: str
 ) -> None:
     """And repeated under the same key only; what is certain is not recorded as unknown."""
-    events = after_create.home.events(about(name))
+    events = after_create.engine.events(about(name))
     assert (Event.OUTCOME_UNKNOWN in events) == (name not in CERTAIN)
     assert (Event.REPLAYING in events) == (name not in CERTAIN)
     sent_again = name.startswith("429") or name == "idempotency_conflict"
@@ -177,7 +183,7 @@ def test_an_answer_that_leaves_the_purchase_open_is_recorded_as_unknown(
 
 @pytest.mark.parametrize("name", sorted(CREATE_ENDS))
 def test_a_refused_purchase_costs_nothing_and_says_why(after_create: Ended, name: str) -> None:
-    record = after_create.home.record(about(name))
+    record = after_create.engine.record(about(name))
     assert record.charged_units == 0
     assert record.error_message
 
@@ -196,38 +202,38 @@ def test_every_fault_of_a_task_has_struck(after_task: Ended) -> None:
 
 @pytest.mark.parametrize("name", names("task"))
 def test_a_task_with_a_fault_ends(after_task: Ended, name: str) -> None:
-    record = after_task.home.record(about(name))
+    record = after_task.engine.record(about(name))
     assert (record.state.value, record.error_code) == TASK_ENDS.get(name, ("stored", None))
     assert len([t for t in after_task.books["tasks"] if t["prompt"] == about(name).prompt]) == 1
 
 
 @pytest.mark.parametrize("name", ["stuck", "unknown_final_status"])
 def test_a_task_that_never_ends_is_left_with_its_task_id(after_task: Ended, name: str) -> None:
-    record = after_task.home.record(about(name))
+    record = after_task.engine.record(about(name))
     assert record.task_id == after_task.task(name)["task_id"]
     assert after_task.report.left[record.request_key].startswith("detached: not finished")
 
 
 @pytest.mark.parametrize("name", ["fail", "fail_bare", "unknown_error_code"])
 def test_a_failed_task_costs_nothing(after_task: Ended, name: str) -> None:
-    record = after_task.home.record(about(name))
+    record = after_task.engine.record(about(name))
     assert (record.reserved_units, record.charged_units) == (4500, 0)
 
 
 def test_the_charge_of_a_cancelled_task_is_not_known(after_task: Ended) -> None:
-    assert after_task.home.record(about("cancelled")).charged_units is None
+    assert after_task.engine.record(about("cancelled")).charged_units is None
 
 
 def test_a_task_that_vanished_is_paid_and_lost_as_far_as_anybody_knows(after_task: Ended) -> None:
     assert after_task.task("vanished")["charged_units"] == 4500
-    assert after_task.home.record(about("vanished")).charged_units is None
+    assert after_task.engine.record(about("vanished")).charged_units is None
 
 
 @pytest.mark.parametrize("name", ["private_link", "file_link"])
 def test_an_unsafe_link_is_not_followed_and_its_image_stays_paid(
     after_task: Ended, name: str
 ) -> None:
-    record = after_task.home.record(about(name))
+    record = after_task.engine.record(about(name))
     assert record.charged_units == 4500
     assert after_task.report.left[record.request_key].startswith("not stored after")
 
@@ -252,50 +258,50 @@ def test_a_read_that_met_a_fault_costs_nothing_and_loses_nothing(
     after_read: Ended, name: str
 ) -> None:
     assert after_read.state(name) == ("submitted" if name in DETACHING else "failed")
-    assert after_read.home.events(about(name)).count(Event.SUBMITTING) == 1
+    assert after_read.engine.events(about(name)).count(Event.SUBMITTING) == 1
 
 
 def test_what_could_not_be_read_is_collected_by_the_next_run(after_read: Ended) -> None:
-    report = asyncio.run(after_read.home.run([about(name) for name in DETACHING], "run-2"))
+    report = asyncio.run(after_read.engine.run([about(name) for name in DETACHING], "run-2"))
     assert (report.posts, report.progress.failed) == (0, len(DETACHING))
-    after_read.home.agree()
+    after_read.engine.assert_accounts_agree()
 
 
 @pytest.fixture(scope="module")
-def quick_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with house(tmp_path_factory.mktemp("quick")) as home:
-        without_pictures(home)
-        yield home
+def quick_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHarness]:
+    with open_harness(tmp_path_factory.mktemp("quick")) as engine:
+        without_pictures(engine)
+        yield engine
 
 
 @pytest.mark.parametrize("name", names("batch"))
 def test_a_batch_read_that_met_a_fault_costs_nothing_and_loses_nothing(
-    quick_home: House, name: str
+    quick_home: EngineHarness, name: str
 ) -> None:
     quick_home.emulator.world.script(name, arg=ARGUMENTS.get(name))
-    requests = [asked(f"a fox [{name}]", seed=seed) for seed in (1, 2, 3)]
+    requests = [make_request(f"a fox [{name}]", seed=seed) for seed in (1, 2, 3)]
     # Looked at together, because they are looked at later than they take to be bought.
     runner = replace(quick_home.runner(f"run-{name}"), latencies=Latencies.known({"1K": 0.15}))
-    report = asyncio.run(runner.run(as_wanted(requests)))
+    report = asyncio.run(runner.run(to_requested(requests)))
     assert (report.posts, report.progress.failed) == (3, 3)
-    assert quick_home.agree()["unconsumed_faults"] == []
+    assert quick_home.assert_accounts_agree()["unconsumed_faults"] == []
 
 
 @pytest.mark.parametrize("name", names("credits"))
-def test_a_run_whose_account_cannot_be_read_goes_on(quick_home: House, name: str) -> None:
+def test_a_run_whose_account_cannot_be_read_goes_on(quick_home: EngineHarness, name: str) -> None:
     arg = {"credits_429": 0, "credits_429_date": 0, "credits_delay": 0.1}.get(name)
     quick_home.emulator.world.script(name, arg=arg)
-    report = asyncio.run(quick_home.run([asked(f"a fox [{name}]")], f"run-{name}"))
+    report = asyncio.run(quick_home.run([make_request(f"a fox [{name}]")], f"run-{name}"))
     assert (report.posts, report.progress.failed) == (1, 1)
     assert (report.account_error is None) == (name == "credits_delay")
-    assert quick_home.agree()["unconsumed_faults"] == []
+    assert quick_home.assert_accounts_agree()["unconsumed_faults"] == []
 
 
 def test_a_server_without_the_batch_read_is_asked_one_by_one(tmp_path: Path) -> None:
-    with house(tmp_path, batch=False) as home:
-        report = asyncio.run(home.run(several(4)))
+    with open_harness(tmp_path, batch=False) as engine:
+        report = asyncio.run(engine.run(make_requests(4)))
         assert report.progress.delivered == 4
-        assert home.agree()["batch_reads"] == 1
+        assert engine.assert_accounts_agree()["batch_reads"] == 1
 
 
 # -- fetching ---------------------------------------------------------------------------------
@@ -315,8 +321,8 @@ def test_every_fault_of_a_download_has_struck(after_file: Ended) -> None:
 def test_an_image_whose_first_download_met_a_fault_is_stored(after_file: Ended, name: str) -> None:
     """By another download, never by another purchase."""
     assert after_file.state(name) == "stored"
-    assert after_file.home.events(about(name)).count(Event.SUBMITTING) == 1
-    image = after_file.home.record(about(name)).image
+    assert after_file.engine.events(about(name)).count(Event.SUBMITTING) == 1
+    image = after_file.engine.record(about(name)).image
     assert image is not None
     if name not in ("jpeg_as_png", "same_file"):
         assert image.sha256 == after_file.task(name)["file_sha256"]
@@ -326,39 +332,39 @@ def test_an_image_whose_first_download_met_a_fault_is_stored(after_file: Ended, 
 def test_a_whole_file_that_is_not_the_image_is_kept_and_fetched_once(
     after_file: Ended, name: str
 ) -> None:
-    record = after_file.home.record(about(name))
+    record = after_file.engine.record(about(name))
     assert record.state is State.COMPLETED
     assert record.error_code in policy.REJECTED
-    assert f"images/rejected/{about(name).request_key}" in after_file.home.files()
-    assert after_file.home.events(about(name)).count(Event.NOT_STORED) == 1
-    assert after_file.home.events(about(name)).count(Event.SUBMITTING) == 1
+    assert f"images/rejected/{about(name).request_key}" in after_file.engine.files()
+    assert after_file.engine.events(about(name)).count(Event.NOT_STORED) == 1
+    assert after_file.engine.events(about(name)).count(Event.SUBMITTING) == 1
 
 
 def test_the_format_of_a_file_is_read_from_its_bytes(after_file: Ended) -> None:
-    image = after_file.home.record(about("jpeg_as_png")).image
+    image = after_file.engine.record(about("jpeg_as_png")).image
     assert image is not None
     assert image.format == "JPEG"
     assert image.path.endswith(".jpg")
 
 
 def test_no_half_of_a_file_is_left(after_file: Ended) -> None:
-    assert not [name for name in after_file.home.files() if name.startswith(".partial")]
+    assert not [name for name in after_file.engine.files() if name.startswith(".partial")]
 
 
 def test_an_image_that_is_wrong_each_time_is_left_paid_and_named(tmp_path: Path) -> None:
-    with house(tmp_path) as home:
+    with open_harness(tmp_path) as engine:
         requests = [about(name) for name in REJECTED]
         for name in REJECTED:
-            home.emulator.world.script(name, 100, match=f"[{name}]")
-        report = asyncio.run(home.run(requests))
+            engine.emulator.world.script(name, 100, match=f"[{name}]")
+        report = asyncio.run(engine.run(requests))
         for request, code in zip(requests, REJECTED.values(), strict=True):
-            record = home.record(request)
+            record = engine.record(request)
             assert (record.state.value, record.error_code) == ("completed", code)
             assert record.charged_units == 4500
         assert (report.posts, report.progress.left) == (3, 3)
-        again = asyncio.run(home.run(requests, "run-2"))
+        again = asyncio.run(engine.run(requests, "run-2"))
         assert (again.posts, again.progress.left) == (0, 3)
-        assert home.agree()["creates"] == 3
+        assert engine.assert_accounts_agree()["creates"] == 3
 
 
 def test_every_fault_that_the_emulator_knows_is_tested() -> None:

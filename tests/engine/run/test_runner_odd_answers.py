@@ -30,193 +30,197 @@ from krea_dagster.errors import ConfigError, RunStopped
 from tests.engine.harness import (
     NOW,
     ClockAhead,
-    Hand,
-    House,
-    as_wanted,
-    asked,
-    house,
-    several,
+    EngineHarness,
+    JournalWriter,
+    make_request,
+    make_requests,
+    open_harness,
+    to_requested,
 )
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[House]:
-    with house(tmp_path) as home:
-        yield home
+def engine(tmp_path: Path) -> Iterator[EngineHarness]:
+    with open_harness(tmp_path) as engine:
+        yield engine
 
 
 # -- failures ---------------------------------------------------------------------------------
 
 
 async def test_a_batch_that_says_failed_is_not_believed_and_nothing_is_bought_again(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    home.emulator.world.script("batch_failed", n=5)
-    report = await home.run(several(6))
+    engine.emulator.world.script("batch_failed", n=5)
+    report = await engine.run(make_requests(6))
     assert (report.posts, report.progress.delivered) == (6, 6)
-    assert home.agree()["creates"] == 6
+    assert engine.assert_accounts_agree()["creates"] == 6
 
 
 async def test_a_failed_task_that_is_completed_after_the_pause_is_not_bought_again(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
     with anyio.fail_after(30):
-        home.emulator.world.script("slow_task", n=1, arg=0.2)
+        engine.emulator.world.script("slow_task", n=1, arg=0.2)
         # Its single reads say failed, until the pause is over.
-        hand = Hand(home.journal, "earlier")
-        async with KreaClient("emulator", base_url=home.emulator.url) as client:
-            key = f"krea-{asked().request_key}-1"
-            bought = await client.submit(asked(), idempotency_key=key)
-        hand.plan(asked())
-        hand.write(asked(), Event.SUBMITTING)
-        hand.write(asked(), Event.ACCEPTED, task_id=bought.task_id)
-        hand.write(asked(), Event.FAILED)
-        home.journal.release(hand.owner.owner)
-        report = await home.run([asked()])
-    record = home.record(asked())
+        writer = JournalWriter(engine.journal, "earlier")
+        async with KreaClient("emulator", base_url=engine.emulator.url) as client:
+            key = f"krea-{make_request().request_key}-1"
+            bought = await client.submit(make_request(), idempotency_key=key)
+        writer.plan(make_request())
+        writer.write(make_request(), Event.SUBMITTING)
+        writer.write(make_request(), Event.ACCEPTED, task_id=bought.task_id)
+        writer.write(make_request(), Event.FAILED)
+        engine.journal.release(writer.owner.owner)
+        report = await engine.run([make_request()])
+    record = engine.record(make_request())
     assert (record.state, record.task_id, record.charged_units) == (
         State.STORED,
         bought.task_id,
         4500,
     )
     assert report.posts == 0
-    assert home.agree()["creates"] == 1
+    assert engine.assert_accounts_agree()["creates"] == 1
 
 
 async def test_a_failed_task_that_cannot_be_read_again_is_left_and_not_bought_again(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    home.emulator.world.script("fail", n=3, arg="service_error")
-    await home.run([asked()], task_tries=1)
-    home.emulator.world.script("read_500", n=50)
-    report = await home.run([asked()], "run-2", task_tries=3)
+    engine.emulator.world.script("fail", n=3, arg="service_error")
+    await engine.run([make_request()], task_tries=1)
+    engine.emulator.world.script("read_500", n=50)
+    report = await engine.run([make_request()], "run-2", task_tries=3)
     assert report.posts == 0
-    assert "cannot be read" in report.left[asked().request_key]
+    assert "cannot be read" in report.left[make_request().request_key]
 
 
 async def test_a_batch_read_that_is_not_there_any_more_leaves_no_task_unasked(
     tmp_path: Path,
 ) -> None:
     scripted: list[int] = []
-    with house(tmp_path, latency_s=1.0, latency_jitter=0.5) as home:
+    with open_harness(tmp_path, latency_s=1.0, latency_jitter=0.5) as engine:
 
         def on_progress(progress: Progress) -> None:
             if progress.delivered >= 20 and not scripted:
                 scripted.append(progress.delivered)
-                home.emulator.world.script("no_batch", n=1000)
+                engine.emulator.world.script("no_batch", n=1000)
 
-        runner = home.runner(max_in_flight=40, on_progress=on_progress)
+        runner = engine.runner(max_in_flight=40, on_progress=on_progress)
         ready = replace(runner, latencies=Latencies.known({"1K": 1.0}))
         with anyio.fail_after(60):
-            report = await ready.run(as_wanted(several(120)))
+            report = await ready.run(to_requested(make_requests(120)))
         assert scripted
         assert report.progress.delivered == 120
-        assert home.agree()["creates"] == 120
+        assert engine.assert_accounts_agree()["creates"] == 120
 
 
 # -- ids --------------------------------------------------------------------------------------
 
 
-async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(home: House) -> None:
-    requests = several(5)
-    await home.run(requests[:1])
-    home.emulator.world.script("repeated_id", match="")
-    report = await home.run(requests, "run-2", max_in_flight=1)
-    states = home.states(requests)
+async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(
+    engine: EngineHarness,
+) -> None:
+    requests = make_requests(5)
+    await engine.run(requests[:1])
+    engine.emulator.world.script("repeated_id", match="")
+    report = await engine.run(requests, "run-2", max_in_flight=1)
+    states = engine.states(requests)
     assert sorted(states) == ["stored"] * 4 + ["unknown"]
     (why,) = report.left.values()
     assert "is that of the purchase" in why
-    assert home.emulator.stats()["bodies_bought_more_than_once"] == 0
+    assert engine.emulator.stats()["bodies_bought_more_than_once"] == 0
 
 
-async def test_an_id_of_the_rows_own_earlier_purchase_is_its_trouble_alone(home: House) -> None:
-    requests = several(3)
-    home.emulator.world.script("fail", arg="service_error")
-    await home.run(requests[:1], task_tries=1)
-    home.emulator.world.script("repeated_id")
-    report = await home.run(requests[:1], "run-2")
-    assert home.states(requests[:1]) == ["unknown"]
+async def test_an_id_of_the_rows_own_earlier_purchase_is_its_trouble_alone(
+    engine: EngineHarness,
+) -> None:
+    requests = make_requests(3)
+    engine.emulator.world.script("fail", arg="service_error")
+    await engine.run(requests[:1], task_tries=1)
+    engine.emulator.world.script("repeated_id")
+    report = await engine.run(requests[:1], "run-2")
+    assert engine.states(requests[:1]) == ["unknown"]
     assert "is that of the purchase" in report.left[requests[0].request_key]
-    await home.run(requests, "run-3")
-    assert home.states(requests) == ["stored"] * 3
+    await engine.run(requests, "run-3")
+    assert engine.states(requests) == ["stored"] * 3
 
 
 async def test_a_purchase_sent_twice_whose_task_failed_is_not_bought_again_by_itself(
     tmp_path: Path,
 ) -> None:
     """Of a server that does not know the key again, the first POST may have a task, too."""
-    with house(tmp_path, idempotency=False) as home:
-        await repeat_a_purchase_whose_task_fails(home)
-        assert home.states([asked()]) == ["failed"]
-        again = await home.run([asked()], "run-3")
-        assert "sent twice" in again.left[asked().request_key]
-        assert home.emulator.stats()["creates"] == 2
-        await home.run([asked()], "run-4", ask_again=frozenset({"service_error"}))
-        assert home.states([asked()]) == ["stored"], "a person may decide so"
+    with open_harness(tmp_path, idempotency=False) as engine:
+        await repeat_a_purchase_whose_task_fails(engine)
+        assert engine.states([make_request()]) == ["failed"]
+        again = await engine.run([make_request()], "run-3")
+        assert "sent twice" in again.left[make_request().request_key]
+        assert engine.emulator.stats()["creates"] == 2
+        await engine.run([make_request()], "run-4", ask_again=frozenset({"service_error"}))
+        assert engine.states([make_request()]) == ["stored"], "a person may decide so"
 
 
 async def test_a_purchase_whose_repeat_was_recognised_is_bought_again_after_its_task_failed(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    await repeat_a_purchase_whose_task_fails(home)
-    assert home.states([asked()]) == ["stored"]
-    assert home.emulator.stats()["creates"] == 2
+    await repeat_a_purchase_whose_task_fails(engine)
+    assert engine.states([make_request()]) == ["stored"]
+    assert engine.emulator.stats()["creates"] == 2
 
 
-async def repeat_a_purchase_whose_task_fails(home: House) -> None:
+async def repeat_a_purchase_whose_task_fails(engine: EngineHarness) -> None:
     """Where the server recognises the repeat, there is one task; else the second one fails."""
-    script = home.emulator.world.script
-    honoured = home.emulator.world.idempotency
+    script = engine.emulator.world.script
+    honoured = engine.emulator.world.idempotency
     if honoured:
         script("fail", arg="service_error")
     script("html_200")
-    await home.run([asked()], on_unknown="hold")
-    assert home.states([asked()]) == ["unknown"]
+    await engine.run([make_request()], on_unknown="hold")
+    assert engine.states([make_request()]) == ["unknown"]
     if not honoured:
         script("fail", arg="service_error")
-    await home.run([asked()], "run-2")
+    await engine.run([make_request()], "run-2")
 
 
 async def test_a_decision_that_names_anothers_task_leaves_its_row_and_no_other(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    requests = several(4)
-    await home.run(requests[:1])
-    home.emulator.world.script("drop_before_create")
-    await home.run(requests[:2], "run-2", on_unknown="hold")
-    task_id = str(home.record(requests[0]).task_id)
-    runner = home.runner("run-3", on_unknown="hold")
+    requests = make_requests(4)
+    await engine.run(requests[:1])
+    engine.emulator.world.script("drop_before_create")
+    await engine.run(requests[:2], "run-2", on_unknown="hold")
+    task_id = str(engine.record(requests[0]).task_id)
+    runner = engine.runner("run-3", on_unknown="hold")
     decided = replace(runner, resolutions={requests[1].request_key: HasTask(task_id)})
-    report = await decided.run(as_wanted(requests))
-    assert home.states(requests) == ["stored", "unknown", "stored", "stored"]
+    report = await decided.run(to_requested(requests))
+    assert engine.states(requests) == ["stored", "unknown", "stored", "stored"]
     assert "is that of the purchase" in report.left[requests[1].request_key]
 
 
-async def test_a_journal_that_holds_an_id_that_is_none_ends_no_run(home: House) -> None:
+async def test_a_journal_that_holds_an_id_that_is_none_ends_no_run(engine: EngineHarness) -> None:
     """An earlier version let ``..`` in, by a decision or a callback."""
-    requests = several(4)
-    hand = Hand(home.journal, "earlier")
-    hand.plan(requests[0])
-    hand.write(requests[0], Event.SUBMITTING)
-    hand.write(requests[0], Event.ACCEPTED, task_id="..")
-    home.journal.release(hand.owner.owner)
-    report = await home.run(requests, on_unknown="hold")
-    assert home.states(requests) == ["unknown", "stored", "stored", "stored"]
+    requests = make_requests(4)
+    writer = JournalWriter(engine.journal, "earlier")
+    writer.plan(requests[0])
+    writer.write(requests[0], Event.SUBMITTING)
+    writer.write(requests[0], Event.ACCEPTED, task_id="..")
+    engine.journal.release(writer.owner.owner)
+    report = await engine.run(requests, on_unknown="hold")
+    assert engine.states(requests) == ["unknown", "stored", "stored", "stored"]
     assert list(report.left) == [requests[0].request_key]
-    assert home.journal.history(requests[0].request_key)[-1][2]["task_id"] == ".."
+    assert engine.journal.history(requests[0].request_key)[-1][2]["task_id"] == ".."
 
 
-async def test_two_claims_of_one_task_end_with_one_row(home: House) -> None:
-    requests = several(2)
-    home.emulator.world.script("drop_after_create", n=2)
-    await home.run(requests, on_unknown="hold")
-    (task, _) = home.emulator.stats()["tasks"]
-    home.journal.calls.remember([(one.request_key, task["task_id"]) for one in requests])
+async def test_two_claims_of_one_task_end_with_one_row(engine: EngineHarness) -> None:
+    requests = make_requests(2)
+    engine.emulator.world.script("drop_after_create", n=2)
+    await engine.run(requests, on_unknown="hold")
+    (task, _) = engine.emulator.stats()["tasks"]
+    engine.journal.calls.remember([(one.request_key, task["task_id"]) for one in requests])
     with anyio.fail_after(20):
-        report = await home.run(requests, "run-2", on_unknown="hold")
-    assert sorted(home.states(requests)) == ["stored", "unknown"]
+        report = await engine.run(requests, "run-2", on_unknown="hold")
+    assert sorted(engine.states(requests)) == ["stored", "unknown"]
     (why,) = report.left.values()
     assert "is that of the purchase" in why
 
@@ -225,39 +229,39 @@ async def test_two_claims_of_one_task_end_with_one_row(home: House) -> None:
 
 
 async def test_a_key_that_knows_none_of_the_tasks_stops_the_run_and_gives_nothing_up(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    requests = several(4)
-    home.emulator.world.script("stuck", n=4)
-    await home.run(requests, patience_s=0.05)
-    home.emulator.world.set_rate("read_404", 1.0)
-    home.emulator.world.script("no_batch", n=1)
-    wanted = [*requests, *several(3, start=10)]
-    report = await home.run(wanted, "run-2", gone_after_s=3600.0, patience_s=20.0)
+    requests = make_requests(4)
+    engine.emulator.world.script("stuck", n=4)
+    await engine.run(requests, patience_s=0.05)
+    engine.emulator.world.set_rate("read_404", 1.0)
+    engine.emulator.world.script("no_batch", n=1)
+    wanted = [*requests, *make_requests(3, start=10)]
+    report = await engine.run(wanted, "run-2", gone_after_s=3600.0, patience_s=20.0)
     assert isinstance(report.stopped, RunStopped)
     assert "is it a key of another account?" in str(report.stopped)
-    assert home.states(requests) == ["submitted"] * 4
+    assert engine.states(requests) == ["submitted"] * 4
 
 
 async def test_tasks_that_are_lost_are_no_sign_of_a_foreign_key_where_they_were_bought_with_it(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    home.emulator.world.script("vanished", n=3)
-    mine = replace(home.runner(max_in_flight=3, account_keys=frozenset({"mine"})), api_key="mine")
-    report = await mine.run(as_wanted(several(12)))
+    engine.emulator.world.script("vanished", n=3)
+    mine = replace(engine.runner(max_in_flight=3, account_keys=frozenset({"mine"})), api_key="mine")
+    report = await mine.run(to_requested(make_requests(12)))
     assert (report.posts, report.progress.delivered, report.stopped) == (12, 9, None)
 
 
 async def test_a_lost_task_that_is_back_is_found_by_the_next_run_without_being_told(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    home.emulator.world.set_rate("read_404", 1.0)
-    await home.run([asked()], gone_after_s=0.0)
-    assert home.states([asked()]) == ["expired"]
-    assert home.record(asked()).task_id is not None
-    home.emulator.world.set_rate("read_404", 0.0)
-    report = await home.run([asked()], "run-2")
-    assert (report.posts, home.states([asked()])) == (0, ["stored"])
+    engine.emulator.world.set_rate("read_404", 1.0)
+    await engine.run([make_request()], gone_after_s=0.0)
+    assert engine.states([make_request()]) == ["expired"]
+    assert engine.record(make_request()).task_id is not None
+    engine.emulator.world.set_rate("read_404", 0.0)
+    report = await engine.run([make_request()], "run-2")
+    assert (report.posts, engine.states([make_request()])) == (0, ["stored"])
 
 
 # -- prices -----------------------------------------------------------------------------------
@@ -277,95 +281,99 @@ def test_a_price_that_was_paid_before_counts_as_known() -> None:
 
 
 async def test_one_absurd_price_is_said_and_neither_charged_reserved_by_nor_remembered(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    requests = several(6)
-    home.emulator.world.script("price", arg=50)
-    runner = home.runner()
-    report = await replace(runner, caps=Caps(day_units=10 * 4500)).run(as_wanted(requests))
-    assert home.states(requests) == ["stored"] * 6
+    requests = make_requests(6)
+    engine.emulator.world.script("price", arg=50)
+    runner = engine.runner()
+    report = await replace(runner, caps=Caps(day_units=10 * 4500)).run(to_requested(requests))
+    assert engine.states(requests) == ["stored"] * 6
     assert "far from the 0.45 that were expected" in " ".join(report.dearer)
-    assert home.journal.highest_prices() == {"1K": 4500}
-    charges = sorted(str(one.charged_units) for one in home.journal.charges())
+    assert engine.journal.highest_prices() == {"1K": 4500}
+    charges = sorted(str(one.charged_units) for one in engine.journal.charges())
     assert charges == ["4500"] * 5 + ["None"]
-    assert home.journal.commitment("run:run-1").committed_units == 6 * 4500
-    later = await replace(home.runner("run-2"), caps=Caps(day_units=10 * 4500)).run(
-        as_wanted(several(10))
+    assert engine.journal.commitment("run:run-1").committed_units == 6 * 4500
+    later = await replace(engine.runner("run-2"), caps=Caps(day_units=10 * 4500)).run(
+        to_requested(make_requests(10))
     )
     assert later.caps_reached == ()
 
 
-async def test_a_price_that_a_person_accepts_is_charged_and_reckoned_with(home: House) -> None:
-    home.emulator.world.script("price", arg=3)
-    await home.run(several(2), max_in_flight=1)
-    units, settled = home.journal.accept_price("1K", NOW)
+async def test_a_price_that_a_person_accepts_is_charged_and_reckoned_with(
+    engine: EngineHarness,
+) -> None:
+    engine.emulator.world.script("price", arg=3)
+    await engine.run(make_requests(2), max_in_flight=1)
+    units, settled = engine.journal.accept_price("1K", NOW)
     assert (units, settled) == (30_000, 1)
-    assert home.journal.highest_prices() == {"1K": 30_000}
-    assert sorted(one.charged_units or 0 for one in home.journal.charges()) == [4500, 30_000]
-    commitment = home.journal.commitment("run:run-1")
+    assert engine.journal.highest_prices() == {"1K": 30_000}
+    assert sorted(one.charged_units or 0 for one in engine.journal.charges()) == [4500, 30_000]
+    commitment = engine.journal.commitment("run:run-1")
     assert (commitment.committed_units, commitment.spent_units) == (34_500, 34_500)
     with pytest.raises(ConfigError, match="no price of 1K waits"):
-        home.journal.accept_price("1K", NOW)
+        engine.journal.accept_price("1K", NOW)
 
 
-async def test_prices_that_cannot_be_believed_in_a_row_end_the_buying(home: House) -> None:
-    home.emulator.world.script("price", n=100, arg=99)
-    report = await home.run(several(20), max_in_flight=2)
+async def test_prices_that_cannot_be_believed_in_a_row_end_the_buying(
+    engine: EngineHarness,
+) -> None:
+    engine.emulator.world.script("price", n=100, arg=99)
+    report = await engine.run(make_requests(20), max_in_flight=2)
     assert isinstance(report.stopped, RunStopped)
     assert report.posts <= 3 + 2
     assert "krea-dagster accept price 1K" in str(report.stopped)
 
 
 async def test_what_was_doubted_stops_the_runs_to_come_until_a_person_has_decided(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    home.emulator.world.script("price", n=3, arg=99)
-    first = await home.run(several(20), max_in_flight=1)
-    assert (first.posts, home.emulator.stats()["creates"]) == (3, 3)
+    engine.emulator.world.script("price", n=3, arg=99)
+    first = await engine.run(make_requests(20), max_in_flight=1)
+    assert (first.posts, engine.emulator.stats()["creates"]) == (3, 3)
     for run in ("run-2", "run-3"):
-        report = await home.run(several(20), run)
+        report = await engine.run(make_requests(20), run)
         assert report.posts == 0
         assert "krea-dagster accept price 1K" in str(report.stopped)
-    home.journal.dismiss_price("1K")
-    report = await home.run(several(20), "run-4")
+    engine.journal.dismiss_price("1K")
+    report = await engine.run(make_requests(20), "run-4")
     assert (report.posts, report.stopped) == (17, None)
-    assert home.journal.highest_prices() == {"1K": 4500}
+    assert engine.journal.highest_prices() == {"1K": 4500}
 
 
-async def test_a_price_that_is_right_again_ends_the_doubt(home: House) -> None:
+async def test_a_price_that_is_right_again_ends_the_doubt(engine: EngineHarness) -> None:
     for run in range(4):
-        home.emulator.world.script("price", n=2, arg=99)
-        report = await home.run(several(4, start=4 * run), f"run-{run}", max_in_flight=1)
+        engine.emulator.world.script("price", n=2, arg=99)
+        report = await engine.run(make_requests(4, start=4 * run), f"run-{run}", max_in_flight=1)
         assert (report.posts, report.stopped) == (4, None)
 
 
 async def test_a_price_is_not_accepted_while_a_run_is_at_work_with_purchases_at_it(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    hand = Hand(home.journal, "at work")
-    hand.plan(asked())
-    hand.write(asked(), Event.SUBMITTING)
-    hand.write(asked(), Event.ACCEPTED, reserved_units=90_000)
+    writer = JournalWriter(engine.journal, "at work")
+    writer.plan(make_request())
+    writer.write(make_request(), Event.SUBMITTING)
+    writer.write(make_request(), Event.ACCEPTED, reserved_units=90_000)
     with (
-        closing(Journal(home.url)) as other,
+        closing(Journal(engine.url)) as other,
         pytest.raises(ConfigError, match="a run is at work with purchases at that price"),
     ):
         other.accept_price("1K", NOW)
-    home.journal.release(hand.owner.owner)
-    units, _ = home.journal.accept_price("1K", NOW)
+    engine.journal.release(writer.owner.owner)
+    units, _ = engine.journal.accept_price("1K", NOW)
     assert units == 90_000
 
 
 @pytest.mark.parametrize("number", [5, 30])
 async def test_at_a_rise_a_cap_is_passed_by_what_a_few_purchases_cost_more(
-    home: House, number: int
+    engine: EngineHarness, number: int
 ) -> None:
     """Those that were without an answer when the first one told the new price."""
     cap, rise = 10 * 4500, 17_000 - 4500
-    home.emulator.world.script("price", n=100, arg=1.7)
-    runner = home.runner(max_in_flight=16)
-    await replace(runner, caps=Caps(day_units=cap)).run(as_wanted(several(number)))
-    billed = sum(task["reserved_units"] for task in home.emulator.stats()["tasks"])
+    engine.emulator.world.script("price", n=100, arg=1.7)
+    runner = engine.runner(max_in_flight=16)
+    await replace(runner, caps=Caps(day_units=cap)).run(to_requested(make_requests(number)))
+    billed = sum(task["reserved_units"] for task in engine.emulator.stats()["tasks"])
     assert billed <= cap + UNANSWERED_UNDER_CAP * rise
 
 
@@ -373,35 +381,35 @@ async def test_at_a_rise_a_cap_is_passed_by_what_a_few_purchases_cost_more(
 
 
 async def test_with_the_key_of_another_account_nothing_is_repeated_and_nothing_given_up(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    requests = several(6)
-    home.emulator.world.script("drop_after_create", n=3)
-    mine = replace(home.runner(on_unknown="hold"), api_key="mine")
-    await mine.run(as_wanted(requests[:3]))
-    home.emulator.world.script("stuck", n=3)
-    stuck = replace(home.runner("run-2", patience_s=0.05), api_key="mine")
-    await stuck.run(as_wanted(requests[3:]))
-    home.emulator.world.set_rate("read_404", 1.0)
-    foreign = home.runner("run-3", account_keys=frozenset({"theirs"}), gone_after_s=0.0)
-    report = await replace(foreign, api_key="theirs").run(as_wanted(requests))
+    requests = make_requests(6)
+    engine.emulator.world.script("drop_after_create", n=3)
+    mine = replace(engine.runner(on_unknown="hold"), api_key="mine")
+    await mine.run(to_requested(requests[:3]))
+    engine.emulator.world.script("stuck", n=3)
+    stuck = replace(engine.runner("run-2", patience_s=0.05), api_key="mine")
+    await stuck.run(to_requested(requests[3:]))
+    engine.emulator.world.set_rate("read_404", 1.0)
+    foreign = engine.runner("run-3", account_keys=frozenset({"theirs"}), gone_after_s=0.0)
+    report = await replace(foreign, api_key="theirs").run(to_requested(requests))
     assert report.posts == 0
-    assert home.states(requests) == ["unknown"] * 3 + ["submitted"] * 3
-    assert home.emulator.stats()["creates"] == 6
-    home.emulator.world.set_rate("read_404", 0.0)
-    both = home.runner("run-4", account_keys=frozenset({"mine", "theirs"}), patience_s=0.05)
-    await replace(both, api_key="theirs").run(as_wanted(requests))
-    assert home.states(requests)[:3] == ["stored"] * 3
-    assert home.emulator.stats()["creates"] == 6
+    assert engine.states(requests) == ["unknown"] * 3 + ["submitted"] * 3
+    assert engine.emulator.stats()["creates"] == 6
+    engine.emulator.world.set_rate("read_404", 0.0)
+    both = engine.runner("run-4", account_keys=frozenset({"mine", "theirs"}), patience_s=0.05)
+    await replace(both, api_key="theirs").run(to_requested(requests))
+    assert engine.states(requests)[:3] == ["stored"] * 3
+    assert engine.emulator.stats()["creates"] == 6
 
 
 async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated(
-    home: House,
+    engine: EngineHarness,
 ) -> None:
-    home.emulator.world.script("drop_after_create", n=3)
-    ahead = home.runner(clock=ClockAhead(timedelta(hours=30)), on_unknown="hold")
-    await ahead.run(as_wanted(several(3)))
-    report = await home.run(several(3), "run-2")
+    engine.emulator.world.script("drop_after_create", n=3)
+    ahead = engine.runner(clock=ClockAhead(timedelta(hours=30)), on_unknown="hold")
+    await ahead.run(to_requested(make_requests(3)))
+    report = await engine.run(make_requests(3), "run-2")
     assert report.posts == 0
     assert all("this clock has not reached" in why for why in report.left.values())
 
@@ -409,7 +417,9 @@ async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated
 # -- stops ------------------------------------------------------------------------------------
 
 
-async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(home: House) -> None:
+async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(
+    engine: EngineHarness,
+) -> None:
     """The intent waits for the journal for longer than a stop waits for an answer."""
     free = threading.Event()
 
@@ -419,24 +429,24 @@ async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(home: Ho
                 free.wait(10)
             return super().append(changes, **options)
 
-    with closing(Busy(home.url)) as busy:
-        runner = replace(home.runner(grace_s=0.01), journal=busy)
-        task = asyncio.ensure_future(runner.run(as_wanted(several(2))))
+    with closing(Busy(engine.url)) as busy:
+        runner = replace(engine.runner(grace_s=0.01), journal=busy)
+        task = asyncio.ensure_future(runner.run(to_requested(make_requests(2))))
         await asyncio.sleep(0.5)
         task.cancel()
         await asyncio.sleep(0.2)
         free.set()
         with pytest.raises(asyncio.CancelledError), anyio.fail_after(15):
             await task
-    assert home.states(several(2)) == ["planned", "planned"]
-    assert home.emulator.stats()["creates"] == 0
+    assert engine.states(make_requests(2)) == ["planned", "planned"]
+    assert engine.emulator.stats()["creates"] == 0
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
-async def test_one_file_for_several_prompts_is_said(home: House) -> None:
-    home.emulator.world.script("same_file", n=3)
-    report = await home.run(several(3))
+async def test_one_file_for_several_prompts_is_said(engine: EngineHarness) -> None:
+    engine.emulator.world.script("same_file", n=3)
+    report = await engine.run(make_requests(3))
     (said,) = report.same_files
     assert said.startswith("3 requests got one and the same file")

@@ -9,10 +9,10 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from tests.engine.harness import asked
+from tests.engine.harness import make_request
 
 #: Width and height of the picture that is asked for.
-PIXELS = asked().pixels
+PIXELS = make_request().pixels
 
 #: The same of a picture that is quick to make and to decode.
 SMALL = (200, 168)

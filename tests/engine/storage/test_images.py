@@ -27,12 +27,12 @@ from krea_dagster.engine.storage.verify import is_flat, look_at
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 from krea_dagster.spend.tables.ledger import REJECTED_CODES
-from tests.engine.harness import asked, until
+from tests.engine.harness import make_request, wait_until
 from tests.engine.storage.image_files import chunk, encoded, picture
 
 pytestmark = pytest.mark.anyio
 
-REQUEST = asked()
+REQUEST = make_request()
 PIXELS = REQUEST.pixels
 
 
@@ -506,7 +506,7 @@ async def test_a_stop_waits_for_the_file_that_is_being_written(
 ) -> None:
     """It is there whole or not at all, and no thread is left behind with it."""
     fetching = asyncio.ensure_future(store.fetch(Waits(noise()), "https://x/a", REQUEST))
-    await until(lambda: files(tmp_path) != [])
+    await wait_until(lambda: files(tmp_path) != [])
     fetching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await fetching

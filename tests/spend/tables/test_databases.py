@@ -15,12 +15,12 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.spend.tables.query import open_views, sums
 from krea_dagster.spend.tables.update import update_spend
 from tests.engine.conftest import journal, journal_url  # noqa: F401 - fixtures of this file too
-from tests.engine.harness import Hand, several
+from tests.engine.harness import JournalWriter, make_requests
 
 
 def test_every_kind_of_purchase_becomes_a_row(journal: Journal, tmp_path: Path) -> None:  # noqa: F811 - the fixture
-    hand, requests = Hand(journal), several(8)
-    hand.plan(*requests)
+    writer, requests = JournalWriter(journal), make_requests(8)
+    writer.plan(*requests)
     ways = {
         "delivered": (Event.SUBMITTING, Event.ACCEPTED, Event.COMPLETED, Event.STORED),
         "pending": (Event.SUBMITTING, Event.ACCEPTED),
@@ -31,11 +31,11 @@ def test_every_kind_of_purchase_becomes_a_row(journal: Journal, tmp_path: Path) 
     }
     for request, events in zip(requests, ways.values(), strict=False):
         for event in events:
-            hand.write(request, event)
+            writer.write(request, event)
     # One that failed and was bought again: two purchases of one request.
     for event in (*ways["failed"], Event.PLANNED, Event.SUBMITTING, Event.ACCEPTED):
-        values = {"task_id": "task-second"} if hand_has_failed(hand, requests[6]) else {}
-        hand.write(requests[6], event, **(values if event is Event.ACCEPTED else {}))
+        values = {"task_id": "task-second"} if has_failed(writer, requests[6]) else {}
+        writer.write(requests[6], event, **(values if event is Event.ACCEPTED else {}))
     storage = Storage(str(tmp_path / "storage"))
     assert update_spend(journal, storage).purchases == 8
     (path,) = (tmp_path / "storage" / "spend" / "ledger").iterdir()
@@ -58,7 +58,7 @@ def test_every_kind_of_purchase_becomes_a_row(journal: Journal, tmp_path: Path) 
     assert pa.types.is_timestamp(pq.read_schema(path).field("sent_at").type)
 
 
-def hand_has_failed(hand: Hand, request: object) -> bool:
+def has_failed(writer: JournalWriter, request: object) -> bool:
     """Whether a request's first purchase has ended."""
     key = request.request_key  # type: ignore[attr-defined] # any request
-    return hand.journal.records([key])[key].submissions > 1
+    return writer.journal.records([key])[key].submissions > 1
