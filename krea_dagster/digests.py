@@ -1,19 +1,79 @@
-"""Sets of request keys as numpy arrays of 32 bytes each: a million are 32 MB, and no objects."""
+"""SHA-256 digests as numpy arrays of 32 bytes a row: a million are 32 MB, and no objects. Pure."""
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+#: Shape (rows, 32), or (rows, digits) where hexadecimal digits are meant.
 Digests = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 _Words = npt.NDArray[np.uint64]
+_Indices = npt.NDArray[np.int64]
+
+#: The two hexadecimal digits of each byte, in the order in which they lie in memory.
+_CHARACTERS: Final = np.frombuffer(bytes(range(256)).hex().encode(), np.uint16)
+
+
+# -- hexadecimal text and bytes ---------------------------------------------------------------
+
+
+def digits_from_hex(hexadecimal: pa.Array, digits: int = 64) -> Digests:
+    """Return the values, 0 to 15, of the first digits of each digest: shape (rows, digits)."""
+    if not len(hexadecimal):
+        return np.empty((0, digits), np.uint8)
+    characters = np.frombuffer(
+        hexadecimal.buffers()[2],
+        np.uint8,
+        count=64 * len(hexadecimal),
+        offset=64 * hexadecimal.offset,
+    )
+    return _digit_values(characters.reshape(-1, 64)[:, :digits])
+
+
+def digests_from_hex(hexadecimal: pa.Array) -> Digests:
+    """Return digests of 64 lower-case hexadecimal digits as bytes."""
+    return _packed(digits_from_hex(hexadecimal))
+
+
+def digests_from_joined_hex(hexadecimal: str) -> Digests:
+    """Return digests whose digits follow one another in one text as bytes."""
+    return digests_from_ascii(np.frombuffer(hexadecimal.encode(), np.uint8).reshape(-1, 64))
+
+
+def digests_from_ascii(characters: Digests) -> Digests:
+    """Return digests whose digits are ASCII codes, shape (rows, 64), as bytes."""
+    return _packed(_digit_values(characters))
+
+
+def hex_from_digests(digests: Digests) -> pa.Array:
+    """Return digests as text of 64 hexadecimal digits."""
+    characters = _CHARACTERS[digests]
+    ends = np.arange(0, 64 * len(digests) + 1, 64, dtype=np.int32)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(characters))]
+    return pa.Array.from_buffers(pa.string(), len(digests), buffers)
+
+
+def _digit_values(characters: Digests) -> Digests:
+    values: Digests = (characters & np.uint8(15)) + np.uint8(9) * (characters >> np.uint8(6))
+    return values
+
+
+def _packed(digits: Digests) -> Digests:
+    digests: Digests = (digits[:, 0::2] << np.uint8(4)) | digits[:, 1::2]
+    return digests
+
+
+# -- sets -------------------------------------------------------------------------------------
 
 
 class DigestSet:
-    """Request keys to look others up in, each with a number beside it (0 where none is given)."""
+    """A set of digests, each with a number (0 by default)."""
 
-    def __init__(self, digests: Digests, values: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(self, digests: Digests, values: _Indices | None = None) -> None:
         words = _words(digests)
         order = np.argsort(np.ascontiguousarray(words[:, 0]))
         self.words = words[order]
@@ -23,45 +83,52 @@ class DigestSet:
     def __len__(self) -> int:
         return len(self.words)
 
-    def find(self, digests: Digests) -> npt.NDArray[np.int64]:
-        """Return the place of each in ``words`` and ``values``, -1 where it is not here.
-
-        Two keys that agree in their first 8 bytes and differ in the others, of which only the
-        first is found, would take 10^9 images to come about.
-        """
-        if not len(self.words):
-            return np.full(len(digests), -1)
+    def find(self, digests: Digests) -> _Indices:
+        """Return the index of each in ``words`` and ``values``, -1 where it is not in the set."""
         words = _words(digests)
-        # In their order, so that memory is walked through and not jumped about in.
+        # Looked up in sorted order, so that memory is read sequentially.
         order = np.argsort(np.ascontiguousarray(words[:, 0]))
-        words = words[order]
-        places = np.searchsorted(self._firsts, words[:, 0])
-        places[places == len(self.words)] = 0
         found = np.empty(len(words), np.int64)
-        found[order] = np.where((self.words[places] == words).all(axis=1), places, -1)
+        found[order] = find_sorted(self.words, words[order], self._firsts)
         return found
 
     def contains(self, digests: Digests) -> Mask:
-        """Return which of them are here."""
+        """Return which of them are in the set."""
         return np.asarray(self.find(digests) >= 0)
 
 
-def first_of_each(digests: Digests) -> tuple[Mask, npt.NDArray[np.int64]]:
-    """Return which are the first of their kind, and how many there are of each kind."""
+def find_sorted(words: _Words, wanted: _Words, firsts: _Words | None = None) -> _Indices:
+    """Return the index of each wanted digest in ``words``, -1 where it is missing.
+
+    Digests are four words each, shape (rows, 4), and ``words`` is sorted by the first of them.
+    ``firsts`` is that column as a contiguous array, where the caller keeps one.
+
+    Of two digests with the same first 8 bytes, only the first is found: that would take 10^9
+    images.
+    """
+    if not len(words):
+        return np.full(len(wanted), -1)
+    places = np.searchsorted(words[:, 0] if firsts is None else firsts, wanted[:, 0])
+    places[places == len(words)] = 0
+    return np.where((words[places] == wanted).all(axis=1), places, -1)
+
+
+def first_of_each(digests: Digests) -> tuple[Mask, _Indices]:
+    """Return which rows are the first with their digest, and how many rows share each digest."""
     words = _words(digests)
     order = np.argsort(words[:, 0], kind="stable")
-    alike = words[order[1:], 0] == words[order[:-1], 0]
-    if (alike & (words[order[1:]] != words[order[:-1]]).any(axis=1)).any():
-        order = np.lexsort(words.T[::-1])  # stable too; hardly ever needed
+    same_start = words[order[1:], 0] == words[order[:-1], 0]
+    if (same_start & (words[order[1:]] != words[order[:-1]]).any(axis=1)).any():
+        order = np.lexsort(words.T[::-1])  # stable too, and slower
     words = words[order]
     begins = np.ones(len(words), np.bool_)
     begins[1:] = (words[1:] != words[:-1]).any(axis=1)
-    kinds = np.cumsum(begins) - 1
-    sizes = np.bincount(kinds, minlength=int(begins.sum())) if len(kinds) else kinds
+    groups = np.cumsum(begins) - 1
+    sizes = np.bincount(groups, minlength=int(begins.sum())) if len(groups) else groups
     first = np.zeros(len(words), np.bool_)
     first[order[begins]] = True
     counts = np.empty(len(words), np.int64)
-    counts[order] = sizes[kinds]
+    counts[order] = sizes[groups]
     return first, counts
 
 

@@ -10,9 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.digests import Digests, Mask, first_of_each
+from krea_dagster.digests import Digests, Mask, digests_from_hex, first_of_each
 from krea_dagster.engine.states import State
-from krea_dagster.prompts import digests_of
 
 #: Pictures that are kept for a sheet of thumbnails.
 SHEET_IMAGES: Final = 12
@@ -159,4 +158,4 @@ def _counted(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _digests(table: pa.Table) -> Digests:
-    return digests_of(table["request_key"].cast(pa.string()).combine_chunks())
+    return digests_from_hex(table["request_key"].cast(pa.string()).combine_chunks())

@@ -31,7 +31,7 @@ from krea_dagster.curation.accepted.quota import (
     slot_states,
 )
 from krea_dagster.curation.accepted.rules import Rules, judge
-from krea_dagster.digests import Digests, DigestSet, Mask
+from krea_dagster.digests import Digests, DigestSet, Mask, digests_from_hex
 from krea_dagster.engine.journal.attempts import AttemptLog
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
@@ -39,7 +39,7 @@ from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.metadata import Metadata, small_table
 from krea_dagster.plugin.partitions import has_come
 from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.prompts import Plan, digests_of
+from krea_dagster.prompts import Plan
 
 #: Groups that a table in the UI names.
 _MOST_SHORT: Final = 50
@@ -198,7 +198,7 @@ class _Decided:
         return np.asarray(held & ~asked)
 
     def _digests(self, mask: Mask) -> Digests:
-        return digests_of(self.slots["request_key"].filter(pa.array(mask)).combine_chunks())
+        return digests_from_hex(self.slots["request_key"].filter(pa.array(mask)).combine_chunks())
 
 
 def _decided(

@@ -6,7 +6,6 @@ partition; ``tokens`` counts. ``scan``, ``exact``, ``columns``, ``cells`` and ``
 ``table`` reads with.
 """
 
-from krea_dagster.prompts.identity import digests_of, digests_of_digits, digests_of_texts
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     HashPartitions,
@@ -57,9 +56,6 @@ __all__ = [
     "PromptTable",
     "TimePartitions",
     "derived_prompt_id",
-    "digests_of",
-    "digests_of_digits",
-    "digests_of_texts",
     "drawn_seed",
     "estimate_tokens",
     "image_requests",

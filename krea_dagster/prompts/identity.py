@@ -16,16 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.digests import Digests, digits_from_hex
 from krea_dagster.models import MODEL, SEED_MAX, SEED_MIN
 from krea_dagster.prompts.murmur import Numbers
 from krea_dagster.prompts.partitioning import HashPartitions
 
-Digits = npt.NDArray[np.uint8]
-
 _SEPARATOR: Final = "\x1f"
-
-#: The two digits of each byte, as they follow one another in memory.
-_CHARACTERS: Final = np.frombuffer(bytes(range(256)).hex().encode(), np.uint16)
 
 #: Request keys that are hashed at once for a version.
 _AT_ONCE: Final = 10_000
@@ -71,51 +67,6 @@ class Hasher:
         return values if (order == numbers).all() else values.take(pa.array(np.argsort(order)))
 
 
-def digits_of(hexadecimal: pa.Array, digits: int = 64) -> Digits:
-    """Return the values, 0 to 15, of the first digits of hashes: shape (rows, digits)."""
-    offset = hexadecimal.offset
-    data = hexadecimal.buffers()[2]
-    if not len(hexadecimal):
-        return np.empty((0, digits), np.uint8)
-    characters = np.frombuffer(data, np.uint8, count=64 * len(hexadecimal), offset=64 * offset)
-    characters = characters.reshape(-1, 64)[:, :digits]
-    return values_of_digits(characters)
-
-
-def values_of_digits(characters: Digits) -> Digits:
-    """Return the value of each lower-case hexadecimal digit, given as ASCII."""
-    values: Digits = (characters & np.uint8(15)) + np.uint8(9) * (characters >> np.uint8(6))
-    return values
-
-
-def digests_of(hexadecimal: pa.Array) -> Digits:
-    """Return hashes of 64 hexadecimal digits as bytes: shape (rows, 32)."""
-    return _packed(digits_of(hexadecimal))
-
-
-def hexadecimal_of(digests: Digits) -> pa.Array:
-    """Return hashes that are given as bytes as 64 hexadecimal digits each."""
-    characters = _CHARACTERS[digests]  # two beside one another
-    ends = np.arange(0, 64 * len(digests) + 1, 64, dtype=np.int32)
-    buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(characters))]
-    return pa.Array.from_buffers(pa.string(), len(digests), buffers)
-
-
-def digests_of_texts(hexadecimal: str) -> Digits:
-    """Return the same for hashes that follow one another in a text."""
-    return digests_of_digits(np.frombuffer(hexadecimal.encode(), np.uint8).reshape(-1, 64))
-
-
-def digests_of_digits(characters: Digits) -> Digits:
-    """Return the same for hashes whose digits are given as ASCII: shape (rows, 64)."""
-    return _packed(values_of_digits(characters))
-
-
-def _packed(digits: Digits) -> Digits:
-    digests: Digits = (digits[:, 0::2] << np.uint8(4)) | digits[:, 1::2]
-    return digests
-
-
 def request_keys(
     hasher: Hasher,
     *,
@@ -156,7 +107,7 @@ def seeds_for(
             _text(attempts.filter(mask)),
             prompt_ids.filter(mask),
         )
-        values[drawn] = SEED_MIN + _number(digits_of(hasher.sha256(texts), 5))
+        values[drawn] = SEED_MIN + _number(digits_from_hex(hasher.sha256(texts), 5))
     return pa.array(values, pa.int32())
 
 
@@ -192,7 +143,7 @@ def buckets(by: HashPartitions, hashes: Numbers) -> npt.NDArray[np.uint32]:
     return numbers
 
 
-def partition_version(digests: Digits) -> str:
+def partition_version(digests: Digests) -> str:
     """Return ``requests.partition_version`` of request keys that are given as bytes."""
     words = np.ascontiguousarray(digests).view(">u8").reshape(-1, 4).astype(np.uint64)
     order = np.lexsort(words.T[::-1])
@@ -217,7 +168,7 @@ def _flags(values: pa.Array) -> pa.Array:
     return pc.if_else(values, "1", "0")
 
 
-def _number(digits: Digits) -> npt.NDArray[np.int64]:
+def _number(digits: Digests) -> npt.NDArray[np.int64]:
     number = np.zeros(len(digits), np.int64)
     for place in range(digits.shape[1]):
         number = number * 16 + digits[:, place]

@@ -15,17 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.digests import Digests, digests_from_hex, hex_from_digests
 from krea_dagster.errors import Problem
 from krea_dagster.models import ImageRequest
-from krea_dagster.prompts.identity import (
-    Digits,
-    Hasher,
-    digests_of,
-    hexadecimal_of,
-    partition_version,
-    request_keys,
-    seeds_for,
-)
+from krea_dagster.prompts.identity import Hasher, partition_version, request_keys, seeds_for
 from krea_dagster.prompts.requests import Attempts, PlannedImage
 from krea_dagster.prompts.scan import Chunk
 from krea_dagster.prompts.spool import Keys, Spool
@@ -54,7 +47,7 @@ Mask = npt.NDArray[np.bool_]
 _BATCH_IMAGES: Final = 16_384
 
 
-def _no_digests() -> Digits:
+def _no_digests() -> Digests:
     return np.empty((0, 32), np.uint8)
 
 
@@ -74,7 +67,7 @@ class Plan:
     carried: pa.Schema
     warnings: tuple[Problem, ...] = ()
     warning_count: int = 0
-    all_digests: Digits = field(default_factory=_no_digests, repr=False)
+    all_digests: Digests = field(default_factory=_no_digests, repr=False)
     _places: Mapping[str, slice] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
 
@@ -98,13 +91,13 @@ class Plan:
             # The request keys are in memory anyway, and hardly anything makes them smaller.
             end = start + batch.num_rows
             columns = batch.columns
-            columns.insert(_KEY, hexadecimal_of(digests[start:end]))
+            columns.insert(_KEY, hex_from_digests(digests[start:end]))
             fields = list(batch.schema)
             fields.insert(_KEY, PLAN_SCHEMA.field(_KEY))
             yield pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
             start = end
 
-    def digests(self, key: str) -> Digits:
+    def digests(self, key: str) -> Digests:
         """Return the request keys of a partition's images as bytes: shape (images, 32)."""
         return self.all_digests[self.place(key)]
 
@@ -153,7 +146,7 @@ class Planned:
 
     rows: int
     keys: pa.Array
-    digests: Digits
+    digests: Digests
     images: pa.RecordBatch | None
 
 
@@ -178,7 +171,7 @@ class Planner:
         self._keys = Keys()
         self._spool = Spool(self._keys) if keep else None
         self._numbers: list[npt.NDArray[np.int32]] = []
-        self._digests: list[Digits] = []
+        self._digests: list[Digests] = []
         self._rows = 0
 
     def close(self) -> None:
@@ -233,7 +226,7 @@ class Planner:
             _spool=self._spool,
         )
 
-    def _in_order(self, ranks: npt.NDArray[np.int64]) -> Digits:
+    def _in_order(self, ranks: npt.NDArray[np.int64]) -> Digests:
         """Return the request keys by partition, and have none of them in memory twice."""
         places = np.empty(len(ranks), np.int64)
         places[np.argsort(ranks, kind="stable")] = np.arange(len(ranks))
@@ -263,7 +256,7 @@ class Planner:
                 [*columns, *carried.columns], schema=pa.schema([*fields, *carried.schema])
             )
         keys = images.column("request_key")
-        return Planned(asked, images.column("partition_key"), digests_of(keys), whole)
+        return Planned(asked, images.column("partition_key"), digests_from_hex(keys), whole)
 
     def _images_of(self, rows: pa.RecordBatch, samples: pa.Array) -> pa.RecordBatch:
         ids = rows.column("prompt_id")

@@ -16,13 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from krea_dagster.digests import digests_from_hex, digests_from_joined_hex
 from krea_dagster.models import SIZES
 from krea_dagster.prompts import (
     HashPartitions,
     PlannedImage,
     PromptTable,
-    digests_of,
-    digests_of_texts,
     estimate_tokens,
     parse_partition_by,
     partition_version,
@@ -143,8 +142,8 @@ def test_hashes_are_those_of_the_standard_library(few: int, texts: list[str]) ->
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     found = hasher.sha256(column)
     assert found.to_pylist() == digests
-    assert digests_of(found.slice(1)).tobytes().hex() == "".join(digests[1:])
-    assert digests_of_texts("".join(digests)).tobytes().hex() == "".join(digests)
+    assert digests_from_hex(found.slice(1)).tobytes().hex() == "".join(digests[1:])
+    assert digests_from_joined_hex("".join(digests)).tobytes().hex() == "".join(digests)
 
 
 @given(

@@ -32,10 +32,9 @@ import numpy as np
 import numpy.typing as npt
 
 from krea_dagster.curation.similarity.multi_index_hash import find_stars
+from krea_dagster.digests import Digests, Mask, find_sorted
 
-Digests = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 #: Verdicts by how much they speak for keeping an image.
 _VERDICTS: Final[Mapping[str, int]] = {"keep": 0, "reject": 2}
@@ -94,7 +93,7 @@ class ImageClusters:
 
     def find(self, sha256: Digests) -> Places:
         """The places of images, -1 where they are not among these."""
-        return _find(_words(self.sha256), _words(sha256))
+        return find_sorted(_words(self.sha256), _words(sha256))
 
 
 def find_clusters(
@@ -117,7 +116,7 @@ def find_clusters(
     verdict = np.full(len(words), _NO_VERDICT, np.int8)
     if verdicts:
         digests = np.frombuffer(bytes.fromhex("".join(verdicts)), np.uint8).reshape(-1, 32)
-        places = _find(words, _words(digests))
+        places = find_sorted(words, _words(digests))
         ranks = np.array([_VERDICTS.get(one, _NO_VERDICT) for one in verdicts.values()], np.int8)
         verdict[places[places >= 0]] = ranks[places >= 0]
     blunt = np.where(np.isnan(sharpness), np.inf, -sharpness)
@@ -198,7 +197,7 @@ def _measures(
     sharpness = np.full(len(words), np.nan)
     known = np.zeros(len(words), np.bool_)
     for part in measured:
-        places = _find(words, _words(part.sha256))
+        places = find_sorted(words, _words(part.sha256))
         here = places >= 0
         places = places[here]
         hashes[places] = part.perceptual_hash[here]
@@ -222,16 +221,3 @@ def _begins(rows: npt.NDArray[Any]) -> Mask:
     begins = np.ones(len(rows), np.bool_)
     begins[1:] = (rows[1:] != rows[:-1]).any(axis=1)
     return begins
-
-
-def _find(words: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]) -> Places:
-    """The places of hashes in sorted ones, -1 where they are not there.
-
-    Two hashes that agree in their first 8 bytes and differ later, of which only the first is
-    found, would take 10^9 images to come about.
-    """
-    if not len(words):
-        return np.full(len(wanted), -1)
-    places = np.searchsorted(words[:, 0], wanted[:, 0])
-    places[places == len(words)] = 0
-    return np.where((words[places] == wanted).all(axis=1), places, -1)

@@ -26,13 +26,13 @@ from krea_dagster.curation.similarity.clusters import (
     find_clusters,
 )
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
+from krea_dagster.digests import digests_from_hex, hex_from_digests
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_names
 from krea_dagster.models import UNITS_PER_CREDIT, credits_from_units
-from krea_dagster.prompts import digests_of, safe_name
-from krea_dagster.prompts.identity import hexadecimal_of
+from krea_dagster.prompts import safe_name
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("image_sha256", pa.string(), "Hash of the file's bytes"),
@@ -172,8 +172,8 @@ def _purchases(storage: Storage, names: Sequence[str]) -> Iterator[Purchases]:
     for batch in _stored(storage, names, ["request_key", "image_sha256", "stored_at"]):
         stored_at = batch.column("stored_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
         yield Purchases(
-            digests_of(batch.column("image_sha256")),
-            digests_of(batch.column("request_key")),
+            digests_from_hex(batch.column("image_sha256")),
+            digests_from_hex(batch.column("request_key")),
             stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False),
         )
     # What Arrow has read by now it would keep, for as long as the search needs the memory.
@@ -197,7 +197,7 @@ def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashe
             quality = rows.column("perceptual_hash_quality").cast(pa.int32())
             sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
             yield ImageHashes(
-                digests_of(rows.column("image_sha256")),
+                digests_from_hex(rows.column("image_sha256")),
                 _fixed(rows.column("perceptual_hash")),
                 quality.to_numpy(zero_copy_only=False),
                 sharpness.to_numpy(zero_copy_only=False),
@@ -210,19 +210,19 @@ def _table(storage: Storage, names: Sequence[str], found: ImageClusters) -> pa.T
     parts = [NEAR_DUPLICATES_SCHEMA.empty_table()]
     columns = ["partition_key", "prompt_id", "sample", "request_key", "credits_charged"]
     for batch in _stored(storage, names, [*columns, "image_sha256"]):
-        places = found.find(digests_of(batch.column("image_sha256")))
+        places = found.find(digests_from_hex(batch.column("image_sha256")))
         here = found.clustered[places] & (places >= 0)
         rows, places = batch.filter(pa.array(here)), places[here]
         if not len(places):
             continue
         centre = found.centre[places]
-        keys = digests_of(rows.column("request_key"))
+        keys = digests_from_hex(rows.column("request_key"))
         keep = (places == centre) & (keys == found.best_key[centre]).all(axis=1)
         # The kept one is called exact where its very file was bought again.
         exact = np.where(keep, found.purchases[centre] > 1, places == centre)
         values: dict[str, Any] = {
             **{name: rows.column(name) for name in (*columns, "image_sha256")},
-            "cluster": hexadecimal_of(found.sha256[found.name[places]]),
+            "cluster": hex_from_digests(found.sha256[found.name[places]]),
             "kind": pa.array(np.where(exact, "exact", "near")),
             "keep": pa.array(keep),
             "distance": pa.array(found.distance[places]),

@@ -23,12 +23,17 @@ import pyarrow.compute as pc
 from pyarrow import fs
 from sqlalchemy import Connection, text
 
-from krea_dagster.digests import Digests, DigestSet, Mask
+from krea_dagster.digests import (
+    Digests,
+    DigestSet,
+    Mask,
+    digests_from_ascii,
+    digests_from_joined_hex,
+)
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import FORMATS
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.prompts import digests_of_digits, digests_of_texts
 
 #: What the views read of a request and of its present submission. Times are in microseconds
 #: since 1970, UTC.
@@ -220,7 +225,7 @@ def _pass_over(connection: Connection) -> DigestSet:
     for low, high in _ranges(connection):
         keys, sizes, paths = connection.execute(query, {"low": low, "high": high}).one()
         if keys:
-            every.append(digests_of_texts(keys))
+            every.append(digests_from_joined_hex(keys))
             files.append(_files(keys, sizes, paths))
     return _held(every, files)
 
@@ -252,7 +257,7 @@ def _look_up(connection: Connection, digests: Digests) -> DigestSet:
                 (str(size), path) if here else ("", "")
                 for here, size, path in zip(stored, sizes, paths, strict=True)
             ]
-            every.append(digests_of_texts("".join(keys)))
+            every.append(digests_from_joined_hex("".join(keys)))
             files.append(_files("".join(keys), *map(",".join, zip(*shown, strict=True))))
     return _held(every, files)
 
@@ -386,7 +391,7 @@ def _named(names: Sequence[str], sizes: Sequence[int]) -> tuple[Digests, _Number
             if ends.any():
                 characters = characters[:, :64]
                 right = ends & _are_digits(characters)
-                digests.append(digests_of_digits(characters[right]))
+                digests.append(digests_from_ascii(characters[right]))
                 files.append(_like(sized[chosen], number)[right])
     return np.concatenate(digests), np.concatenate(files)
 

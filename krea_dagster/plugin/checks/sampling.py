@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.digests import digests_from_hex
 from krea_dagster.errors import ConfigError
-from krea_dagster.prompts import digests_of
 
 _Words = npt.NDArray[np.uint64]
 
@@ -60,7 +60,7 @@ def with_digests(batch: pa.RecordBatch, column: str) -> pa.RecordBatch:
 
 def first_words(batch: pa.RecordBatch, column: str) -> _Words:
     """The first 8 bytes of each hash in a column of 64 digits, as numbers."""
-    digests = digests_of(batch.column(column).cast(pa.string()))
+    digests = digests_from_hex(batch.column(column).cast(pa.string()))
     words = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 4)
     return np.array(words[:, 0], np.uint64)
 

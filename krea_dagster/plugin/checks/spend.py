@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.digests import first_of_each
+from krea_dagster.digests import digests_from_hex, first_of_each
 from krea_dagster.engine.budget import PUBLISHED_UNITS
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
@@ -17,7 +17,6 @@ from krea_dagster.models import UNITS_PER_CREDIT, cap_units, credits_from_units,
 from krea_dagster.plugin.checks.findings import Findings
 from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
 from krea_dagster.plugin.checks.sampling import with_digests
-from krea_dagster.prompts import digests_of
 
 _COLUMNS: Final = ("request_key", "status", "quality", "credits_charged")
 
@@ -152,7 +151,7 @@ def _spent(
         dear = (units > limit_of[at]) | (free & (units > 0))
         if dear.any():
             findings.add(batch, pa.array(dear), lambda row: _why(row, expected))
-        digests.append(digests_of(batch.column("request_key").cast(pa.string())))
+        digests.append(digests_from_hex(batch.column("request_key").cast(pa.string())))
         valid = np.asarray(credits.is_valid().to_numpy(zero_copy_only=False), bool)
         charges.append(np.where(valid, units, -1))
         prices.append(price_of[at])

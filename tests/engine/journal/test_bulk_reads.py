@@ -8,13 +8,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from krea_dagster.digests import Digests, DigestSet, first_of_each
+from krea_dagster.digests import Digests, digests_from_joined_hex
 from krea_dagster.engine.journal import bulk_reads
 from krea_dagster.engine.journal.bulk_reads import RECORD_SCHEMA, known, record_columns
 from krea_dagster.engine.journal.journal import Journal
@@ -22,14 +19,13 @@ from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest
-from krea_dagster.prompts import digests_of_texts
 from tests.engine.harness import JournalWriter, make_request
 
 ENDINGS = ("png", "jpg", "webp", "avif")
 
 
 def digests(*requests: ImageRequest) -> Digests:
-    return digests_of_texts("".join(request.request_key for request in requests))
+    return digests_from_joined_hex("".join(request.request_key for request in requests))
 
 
 @pytest.fixture(params=["a pass over all", "looked up"])
@@ -211,31 +207,3 @@ def microseconds(at: datetime | None) -> int | None:
     if at is None:
         return None
     return round((at - datetime(1970, 1, 1, tzinfo=timezone.utc)).total_seconds() * 1_000_000)
-
-
-KEYS = st.lists(st.binary(min_size=32, max_size=32), max_size=20)
-
-
-@given(KEYS, KEYS)
-def test_a_set_of_keys_finds_what_is_in_it(inside: list[bytes], others: list[bytes]) -> None:
-    """Also where keys agree in their first eight bytes, which is what they are sorted by."""
-    begun = [key[:8] + bytes(24) for key in inside]
-    wanted = [*inside, *others, *begun]
-    held = DigestSet(packed(inside), np.arange(len(inside)))
-    firsts = [key[:8] for key in inside]
-    for key, place in zip(wanted, held.find(packed(wanted)).tolist(), strict=True):
-        if place >= 0:
-            assert inside[held.values[place]] == key
-        else:
-            assert key not in inside or firsts.count(key[:8]) > 1
-
-
-@given(st.lists(st.sampled_from([b"a" * 32, b"a" * 31 + b"b", b"b" * 32, bytes(32)]), max_size=20))
-def test_the_first_of_each_kind_and_their_number(keys: list[bytes]) -> None:
-    first, counts = first_of_each(packed(keys))
-    assert first.tolist() == [key not in keys[:at] for at, key in enumerate(keys)]
-    assert counts.tolist() == [keys.count(key) for key in keys]
-
-
-def packed(keys: list[bytes]) -> Digests:
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
