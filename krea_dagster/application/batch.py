@@ -29,7 +29,7 @@ from krea_dagster.manifest import manifest_parts, manifest_schema
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
-from krea_dagster.prompts.requests import seed_for
+from krea_dagster.prompts.requests import drawn_seed
 
 #: States in which a request has come to its end: another image may be asked for.
 _SETTLED: Final = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
@@ -148,7 +148,7 @@ class Batch:
         for image in self.plan.named(names):
             request = image.request
             slot = (image.prompt_id, image.sample)
-            drawn = seed_for(None, image.prompt_id, image.sample, request.attempt)
+            drawn = drawn_seed(image.prompt_id, image.sample, request.attempt)
             if slot in slots and request.seed != drawn:
                 raise ConfigError(
                     f"row {image.prompt_id!r} has its seed in the prompt table, so that another "
@@ -227,7 +227,7 @@ class Batch:
     @property
     def _columns(self) -> list[str]:
         """The columns of the plan, and the table's further ones."""
-        return [*PLAN_SCHEMA.names, *self.plan.carried.names]
+        return [*PLAN_SCHEMA.names, *self.plan.passthrough.names]
 
     @property
     def manifest_schema(self) -> pa.Schema:
@@ -305,7 +305,7 @@ class Standing:
         masks = self.by_partition(chosen)
         requests = self.plan.requests(masks)
         carried: Iterable[_Carried] = repeat(((), None), len(counts[first]))
-        if self.budget_columns or COLUMN in self.plan.carried.names:
+        if self.budget_columns or COLUMN in self.plan.passthrough.names:
             carried = self._carried(masks)
         for (request, partition_key), rows, (scopes, url) in zip(
             requests, counts[first], carried, strict=True
@@ -314,7 +314,7 @@ class Standing:
 
     def _carried(self, masks: Mapping[str, Mask]) -> Iterator[_Carried]:
         """Yield what the table's further columns say of each masked image, in the plan's order."""
-        calls = COLUMN in self.plan.carried.names
+        calls = COLUMN in self.plan.passthrough.names
         for key in self.plan.keys:
             mask, start = masks[key], 0
             for batch in self.plan.batches(key) if mask.any() else ():

@@ -31,7 +31,7 @@ def receiver_urls(base_url: str, secret: str, *, private_allowed: bool) -> Callb
 
 def check_own_urls(plan: Plan, source: str, *, private_allowed: bool) -> None:
     """Look at the addresses that rows bring along. Raises PromptTableError, before buying."""
-    if COLUMN not in plan.carried.names:
+    if COLUMN not in plan.passthrough.names:
         return
     known: dict[str | None, str | None] = {None: None}
     problems: list[Problem] = []

@@ -24,11 +24,11 @@ def carried_versions(table: PromptTable) -> Mapping[str, str]:
     """
     sums: dict[str, int] = defaultdict(int)
     with closing(Hasher()) as hasher, closing(duckdb.connect(":memory:")) as duck:
-        scan = table.scan(None, hasher, carry=True)
+        scan = table.scan(hasher)
         for chunk in scan.map(lambda chunk: chunk):
             for key, value in _sums(chunk, duck):
                 sums[key] = (sums[key] + value) % _BITS
-        about = str([(field.name, str(field.type)) for field in scan.carried_schema])
+        about = str([(field.name, str(field.type)) for field in scan.passthrough_schema])
     return {
         key: hashlib.sha256(f"{about}\x1f{sums[key]}".encode()).hexdigest()[:16]
         for key in sorted(sums)
@@ -37,7 +37,7 @@ def carried_versions(table: PromptTable) -> Mapping[str, str]:
 
 def _sums(chunk: Chunk, duck: duckdb.DuckDBPyConnection) -> list[tuple[str, int]]:
     """Add up a hash of each row, by partition."""
-    columns = [chunk.rows.column("prompt_id"), *chunk.carried.columns]
+    columns = [chunk.rows.column("prompt_id"), *chunk.passthrough.columns]
     names = [f"c{number}" for number in range(len(columns))]
     rows = pa.table([chunk.rows.column("partition_key"), *columns], ["partition", *names])
     found = duck.from_arrow(rows).aggregate(

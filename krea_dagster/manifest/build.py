@@ -23,7 +23,7 @@ _FREE_NAMES: Final = pa.array(sorted(state.value for state in _FREE), pa.string(
 
 def manifest_schema(plan: Plan) -> pa.Schema:
     """Return the manifest's columns, and the table's further ones."""
-    return pa.schema([*MANIFEST_SCHEMA, *plan.carried])
+    return pa.schema([*MANIFEST_SCHEMA, *plan.passthrough])
 
 
 def manifest_parts(

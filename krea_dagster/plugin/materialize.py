@@ -26,7 +26,7 @@ from krea_dagster.plugin.partitions import partitions_for, ranges, register_part
 from krea_dagster.plugin.progress import observed
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.sensors.prompts import report_prompts
-from krea_dagster.prompts import partition_version
+from krea_dagster.prompts import EMPTY_PARTITION_VERSION
 
 #: What is told of a row without an image.
 MISSING_COLUMNS: Final = ("prompt_id", "prompt", "status", "error_code", "error_message")
@@ -104,7 +104,7 @@ def materialize(
         known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
         chosen = _chosen(partitions, known, in_table)
         # Before the runs, so that they know the version that they are about to buy.
-        nothing = partition_version([])
+        nothing = EMPTY_PARTITION_VERSION
         report_prompts(instance, _PROMPTS, {key: versions.get(key, nothing) for key in chosen})
         watch = _Watch(on_progress)
         results: list[dg.ExecuteInProcessResult] = []

@@ -1,49 +1,34 @@
 """From a Parquet table of prompts to image requests, each with its identity and its seed.
 
-``table`` reads, checks and plans. ``requests`` (pure) defines what a row asks for; ``identity`` and
-``plan`` do it for whole columns. ``partitioning`` (pure) decides which row belongs to which
-partition; ``tokens`` counts. ``scan``, ``exact``, ``columns``, ``cells`` and ``source`` are what
-``table`` reads with.
+``table`` is the entry: it reads, checks and plans with ``files``, ``table_schema``, ``columns``,
+``cells``, ``duplicates`` and ``scan``. ``requests`` (pure) has the formulas for one image;
+``identity`` and ``plan`` apply them to whole columns. ``partitioning`` (pure) defines the
+partition keys; ``tokens`` counts.
 """
 
+from krea_dagster.prompts.identity import EMPTY_PARTITION_VERSION
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     HashPartitions,
     MultiPartitions,
     PartitionBy,
     TimePartitions,
-    key_from_name,
     parse_partition_by,
     safe_name,
 )
 from krea_dagster.prompts.plan import PLAN_SCHEMA, Plan, image_requests
-from krea_dagster.prompts.requests import (
-    Attempts,
-    Defaults,
-    PlannedImage,
-    PromptRow,
-    derived_prompt_id,
-    drawn_seed,
-    partition_version,
-    plan_images,
-    request_key,
-    seed_for,
-)
-from krea_dagster.prompts.table import (
-    RECOGNISED_COLUMNS,
-    RESERVED_COLUMNS,
-    PromptRows,
-    PromptTable,
-)
+from krea_dagster.prompts.requests import Defaults, PlannedImage, drawn_seed, request_key
+from krea_dagster.prompts.table import PromptTable
+from krea_dagster.prompts.table_schema import RECOGNISED_COLUMNS, RESERVED_COLUMNS
 from krea_dagster.prompts.tokens import MAX_TOKENS, WARN_TOKENS, estimate_tokens
 
 __all__ = [
+    "EMPTY_PARTITION_VERSION",
     "MAX_TOKENS",
     "PLAN_SCHEMA",
     "RECOGNISED_COLUMNS",
     "RESERVED_COLUMNS",
     "WARN_TOKENS",
-    "Attempts",
     "ColumnPartitions",
     "Defaults",
     "HashPartitions",
@@ -51,19 +36,12 @@ __all__ = [
     "PartitionBy",
     "Plan",
     "PlannedImage",
-    "PromptRow",
-    "PromptRows",
     "PromptTable",
     "TimePartitions",
-    "derived_prompt_id",
     "drawn_seed",
     "estimate_tokens",
     "image_requests",
-    "key_from_name",
     "parse_partition_by",
-    "partition_version",
-    "plan_images",
     "request_key",
     "safe_name",
-    "seed_for",
 ]

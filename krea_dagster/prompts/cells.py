@@ -1,12 +1,12 @@
-"""Read the cells of an Arrow column as Python values: lenient in type, exact in value.
+"""The definition of how a cell of a prompt table is read: lenient in type, exact in value.
 
-Each reader gives a list with, for every cell, its value, None where it is missing (null or
+Each reader returns a list that holds, for every cell, its value, None where it is missing (null or
 NaN), or a :class:`Bad` that says what is there instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -23,9 +23,9 @@ _SHOWN: Final = 60
 
 @dataclass(frozen=True, eq=False)
 class Bad:
-    """A cell that cannot be used.
+    """A cell that cannot be used: its printable value, and what is allowed.
 
-    ``value`` is safe to print; ``allowed`` is "" where the column's own rule says it.
+    ``allowed`` is "" where the rule of the column says it.
     """
 
     value: str
@@ -37,21 +37,18 @@ Cells = list[T | Bad | None]
 
 
 def shown(value: object) -> str:
-    """Return a value as a person may read it in a terminal: short, with nothing unprintable."""
+    """Return a value for a message: short, with nothing unprintable."""
     text = repr(value[: _SHOWN + 1] if isinstance(value, str | bytes) else value)
     return text if len(text) <= _SHOWN + 2 else f"{text[:_SHOWN]}…"
 
 
 def plain(text: str) -> str:
-    """Return a name, such as a column's, short and with nothing unprintable, without quotes."""
+    """Return a name for a message: as ``shown``, without quotes."""
     return shown(text).strip("'\"") or "''"
 
 
-# -- types ------------------------------------------------------------------------------------
-
-
 def is_text(kind: pa.DataType) -> bool:
-    """Whether text is in a column of this type."""
+    """Return whether columns of this type hold text."""
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
@@ -74,11 +71,8 @@ def plain_array(array: pa.Array) -> pa.Array:
     return array if kind == array.type else array.cast(kind)
 
 
-# -- values -----------------------------------------------------------------------------------
-
-
 def text_cells(array: pa.Array) -> Cells[str]:
-    """Read text. A column of whole numbers is read as their digits."""
+    """Read text. Whole numbers are read as their digits."""
     array = plain_array(array)
     if pa.types.is_integer(array.type):
         array = array.cast(pa.string())
@@ -88,7 +82,7 @@ def text_cells(array: pa.Array) -> Cells[str]:
         values: Cells[str] = array.to_pylist()
     except UnicodeDecodeError:
         values = [_text_cell(scalar) for scalar in array]
-    # Arrow checks nothing here, and a NUL is valid UTF-8 that PostgreSQL cannot keep.
+    # Arrow checks nothing here, and a NUL is valid UTF-8 that PostgreSQL cannot store.
     return [
         Bad(shown(value), "must not hold NUL characters")
         if isinstance(value, str) and "\0" in value
@@ -106,7 +100,7 @@ def _text_cell(scalar: Any) -> str | Bad | None:
 
 
 def whole_cells(array: pa.Array) -> Cells[int]:
-    """Read whole numbers, of any width. 3.0 is one: pandas makes it of a 3 beside a null."""
+    """Read whole numbers, of any width. 3.0 is one: pandas writes a column of 3 and null so."""
     array = plain_array(array)
     if pa.types.is_integer(array.type):
         integers: Cells[int] = array.to_pylist()
@@ -124,7 +118,7 @@ def _whole_cell(value: float | Decimal | None) -> int | Bad | None:
 
 
 def flag_cells(array: pa.Array) -> Cells[bool]:
-    """Read booleans. 1 and "true" are none."""
+    """Read booleans. 1 and "true" are not booleans."""
     array = plain_array(array)
     if pa.types.is_floating(array.type):
         return _only_missing(array)
@@ -133,16 +127,14 @@ def flag_cells(array: pa.Array) -> Cells[bool]:
 
 
 def _only_missing(array: pa.Array) -> Cells[Any]:
-    """Read the column of floats that pandas makes where every cell is missing."""
+    """Read floats, which pandas makes of a column in which every cell is missing."""
     return [
         None if value is None or value != value else Bad(shown(value))  # noqa: PLR0124 - NaN
         for value in array.to_pylist()
     ]
 
 
-# -- partition keys ---------------------------------------------------------------------------
-
-_NO_KEY: Final = "is needed in every row: it decides the partition"
+_NO_KEY: Final = Bad("missing", "is needed in every row: it decides the partition")
 
 
 def column_keys(
@@ -160,10 +152,10 @@ def column_keys(
         texts = text_cells(array)
 
     def key(text: str) -> str | Bad:
-        said = problem(text)
-        return text if said is None else Bad(shown(text), f"{said}, to be a partition key")
+        found = problem(text)
+        return text if found is None else Bad(shown(text), f"{found}, to be a partition key")
 
-    return _keys(texts, key)
+    return [_key(text, key) for text in texts]
 
 
 def time_keys(by: TimePartitions, array: pa.Array) -> list[str | Bad]:
@@ -180,16 +172,16 @@ def time_keys(by: TimePartitions, array: pa.Array) -> list[str | Bad]:
             return Bad(shown(text), "must be a date or time such as 2026-11-01")
         return by.key_of(date.fromisoformat(day))
 
-    return _keys(text_cells(array), key)
+    return [_key(text, key) for text in text_cells(array)]
 
 
 def local_days(times: pa.Array, zone: str) -> pa.Array:
-    """Return the day in a zone of each time of a column; those without a zone stand as they are."""
+    """Return the day in a zone of each time; times without a zone are not converted."""
     # Arrow keeps times with a zone in UTC: without the zone they are UTC times.
     plain_times = times.view(pa.timestamp(times.type.unit))
     if times.type.tz is None or zone == "UTC":
         return pc.floor_temporal(plain_times, unit="day").cast(pa.date32(), safe=False)
-    # By Python's zones, as Arrow needs the system's. In all of them days begin at a quarter.
+    # By Python's zones: Arrow needs the system's. In all of them days begin on a quarter hour.
     quarters = pc.floor_temporal(plain_times, 15, unit="minute").cast(pa.timestamp("s"))
     encoded = quarters.dictionary_encode()
     there = ZoneInfo(zone)
@@ -209,11 +201,7 @@ def _local_day(seconds: int, zone: ZoneInfo) -> date | None:
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
-def _keys(texts: Sequence[str | Bad | None], key: Callable[[str], str | Bad]) -> list[str | Bad]:
-    # Few different values in many rows: each is looked at once.
-    known = {text: key(text) for text in set(texts) if isinstance(text, str)}
-    missing = Bad("missing", _NO_KEY)
-    return [
-        known[text] if isinstance(text, str) else (missing if text is None else text)
-        for text in texts
-    ]
+def _key(text: str | Bad | None, key: Callable[[str], str | Bad]) -> str | Bad:
+    if text is None:
+        return _NO_KEY
+    return key(text) if isinstance(text, str) else text

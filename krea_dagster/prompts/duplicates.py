@@ -6,30 +6,31 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from krea_dagster.errors import Problem
-from krea_dagster.prompts import validate_columns
-from krea_dagster.prompts.cells import Bad, shown, text_cells
+from krea_dagster.prompts.cells import Bad, shown
+from krea_dagster.prompts.columns import text_values
 from krea_dagster.prompts.files import TableFile
-from krea_dagster.prompts.murmur import Numbers, hashes_of_texts
+from krea_dagster.prompts.murmur import Hashes, hashes_of_texts
 from krea_dagster.prompts.table_schema import MAX_PROBLEMS, Problems, problem_in
 
 
-def hashes_of_ids(files: Sequence[TableFile]) -> list[Numbers]:
-    """Return the hash of every prompt_id of a table that is usable."""
-    return [
-        hashes_of_texts(_ids(batch.column(0)))
-        for file in files
-        for _, batch in file.batches(["prompt_id"])
-    ]
+def hashes_of_ids(files: Sequence[TableFile]) -> list[Hashes]:
+    """Return the hash of every usable prompt_id of a table; others are problems of their rows."""
+    found = []
+    for file in files:
+        for _, batch in file.batches(["prompt_id"]):
+            ids = text_values(batch.column(0))
+            found.append(hashes_of_texts(ids.filter(pc.not_equal(ids, ""))))
+    return found
 
 
-def find_doubles(parts: list[Numbers], files: Sequence[TableFile], problems: Problems) -> None:
-    """Note every row whose prompt_id an earlier row has, over the whole table.
+def find_duplicates(parts: list[Hashes], files: Sequence[TableFile], problems: Problems) -> None:
+    """Add a problem for every row whose prompt_id an earlier row has, over the whole table.
 
-    ``parts``, which are used up, are the hashes of all prompt_ids (``hashes_of_texts``): eight
-    bytes each, so that a large table fits in memory. The texts are read again only where two
-    hashes agree.
+    ``parts``, which is emptied, holds the hashes of all prompt_ids: eight bytes each, so that a
+    large table fits in memory. The texts are only read again where two hashes are equal.
     """
     hashes = np.concatenate([np.empty(0, np.uint64), *parts])
     parts.clear()
@@ -46,8 +47,8 @@ def find_doubles(parts: list[Numbers], files: Sequence[TableFile], problems: Pro
         for first, batch in file.batches(["prompt_id"]):
             for row, cell in _suspects(first, batch.column(0), suspects):
                 if cell in first_rows:
-                    said = f"must be unique, but row {first_rows[cell]} has it too"
-                    found.append(problem_in(row, cell, "prompt_id", Bad(shown(cell), said)))
+                    allowed = f"must be unique, but row {first_rows[cell]} has it too"
+                    found.append(problem_in(row, cell, "prompt_id", Bad(shown(cell), allowed)))
                     if len(found) == MAX_PROBLEMS:
                         problems.add(*found, count=total)
                         return
@@ -56,24 +57,9 @@ def find_doubles(parts: list[Numbers], files: Sequence[TableFile], problems: Pro
     problems.add(*found)
 
 
-def _suspects(first: int, array: pa.Array, suspects: Numbers) -> list[tuple[int, str]]:
+def _suspects(first: int, array: pa.Array, suspects: Hashes) -> list[tuple[int, str]]:
     """Return the rows whose hash is one of these, each with its prompt_id."""
-    cells = validate_columns.texts(array)
-    if cells is None:
-        numbers = range(first, first + len(array))
-        return [
-            (row, cell)
-            for row, cell in zip(numbers, text_cells(array), strict=True)
-            if isinstance(cell, str) and cell
-        ]
-    at = np.flatnonzero(np.isin(hashes_of_texts(cells), suspects))
-    found = cells.take(pa.array(at)).to_pylist()
+    ids = text_values(array)
+    at = np.flatnonzero(np.isin(hashes_of_texts(ids), suspects))
+    found = ids.take(pa.array(at)).to_pylist()
     return [(first + int(row), cell) for row, cell in zip(at, found, strict=True) if cell]
-
-
-def _ids(array: pa.Array) -> pa.Array:
-    """Return the prompt_ids that are usable; the others are problems of their own rows."""
-    cells = validate_columns.texts(array)
-    if cells is None:
-        cells = pa.array([cell for cell in text_cells(array) if isinstance(cell, str)], pa.string())
-    return cells.filter(pa.compute.not_equal(cells, ""))

@@ -1,13 +1,14 @@
-"""The formulas of ``requests`` for whole Arrow columns: hashes, seeds and keys without a loop.
+"""The formulas of ``requests`` for whole Arrow columns: keys, seeds, prompt_ids and versions.
 
-``requests`` is the definition; a property test holds the two against each other. The texts are
-joined by Arrow, and hashed by DuckDB.
+Property tests compare them with the formulas for one row. Arrow joins the texts, and DuckDB hashes
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Mapping
 from typing import Final
 
 import duckdb
@@ -18,20 +19,19 @@ import pyarrow.compute as pc
 
 from krea_dagster.digests import Digests, digits_from_hex
 from krea_dagster.models import MODEL, SEED_MAX, SEED_MIN
-from krea_dagster.prompts.murmur import Numbers
+from krea_dagster.prompts.murmur import Hashes
 from krea_dagster.prompts.partitioning import HashPartitions
-
-_SEPARATOR: Final = "\x1f"
+from krea_dagster.prompts.requests import SEPARATOR
 
 #: Request keys that are hashed at once for a version.
 _AT_ONCE: Final = 10_000
 
 
 class Hasher:
-    """Hashes columns of text. Reads no file and no network, and loads no extension.
+    """Hashes columns of text in DuckDB, without file, network or extension.
 
-    Each thread that uses it works for itself. Fewer than ``few`` texts take the standard library
-    less time than DuckDB takes to begin.
+    Threads may share it. Below ``few`` texts the standard library is used: it takes less time than
+    DuckDB takes to begin.
     """
 
     def __init__(self, few: int = 1_000) -> None:
@@ -44,10 +44,10 @@ class Hasher:
                 "autoload_known_extensions": "false",
             },
         )
-        self._own = threading.local()
+        self._per_thread = threading.local()
 
     def close(self) -> None:
-        """Give back the memory."""
+        """Free the memory."""
         self._duck.close()
 
     def sha256(self, texts: pa.Array) -> pa.Array:
@@ -57,44 +57,43 @@ class Hasher:
                 hashlib.sha256(text).hexdigest() for text in texts.cast(pa.binary()).to_pylist()
             ]
             return pa.array(digests, pa.string())
-        if not hasattr(self._own, "duck"):
-            self._own.duck = self._duck.cursor()
+        if not hasattr(self._per_thread, "duck"):
+            self._per_thread.duck = self._duck.cursor()
         numbers = np.arange(len(texts))
-        given = self._own.duck.from_arrow(pa.table({"number": numbers, "text": texts}))
+        given = self._per_thread.duck.from_arrow(pa.table({"number": numbers, "text": texts}))
         found = given.project("number, sha256(text) AS value").to_arrow_table()
         values = found["value"].combine_chunks()
         order = found["number"].to_numpy()
         return values if (order == numbers).all() else values.take(pa.array(np.argsort(order)))
 
 
-def request_keys(
-    hasher: Hasher,
-    *,
-    prompts: pa.Array,
-    sizes: pa.Array,
-    qualities: pa.Array,
-    seeds: pa.Array,
-    nsfw_checks: pa.Array,
-    attempts: pa.Array,
-) -> pa.Array:
-    """Return ``requests.request_key`` of each row."""
+def request_keys(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
+    """Return ``requests.request_key`` of each row.
+
+    ``rows`` holds ``prompt``, ``size``, ``quality``, ``seed``, ``nsfw_check`` and ``attempt``.
+    """
     return hasher.sha256(
         _joined(
-            f"krea-dagster/1{_SEPARATOR}{MODEL}",
-            sizes,
-            qualities,
-            _text(seeds),
-            _flags(nsfw_checks),
-            _text(attempts),
-            prompts,
+            f"krea-dagster/1{SEPARATOR}{MODEL}",
+            rows["size"],
+            rows["quality"],
+            _text(rows["seed"]),
+            _flags(rows["nsfw_check"]),
+            _text(rows["attempt"]),
+            rows["prompt"],
         )
     )
 
 
-def seeds_for(
-    hasher: Hasher, *, seeds: pa.Array, prompt_ids: pa.Array, samples: pa.Array, attempts: pa.Array
-) -> pa.Array:
-    """Return ``requests.seed_for`` of each row, as int32. A null is drawn."""
+def image_seeds(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
+    """Return the seed of each image, as int32.
+
+    ``rows`` holds ``prompt_id``, ``sample``, ``attempt`` and ``seed``. A null seed is drawn
+    (``requests.drawn_seed``). A given seed is that of sample 0; samples 1, 2 … take the next seeds,
+    with 1 after 1048576, because the same seed would give the same image. A raised attempt keeps a
+    given seed: the attempt is part of the request key, and the user chose this seed.
+    """
+    seeds, samples = rows["seed"], rows["sample"]
     drawn = np.asarray(seeds.is_null())
     chosen = np.asarray(seeds.fill_null(SEED_MIN).to_numpy(zero_copy_only=False), np.int64)
     span = SEED_MAX - SEED_MIN + 1
@@ -104,58 +103,59 @@ def seeds_for(
         texts = _joined(
             "krea-dagster/1/seed",
             _text(samples.filter(mask)),
-            _text(attempts.filter(mask)),
-            prompt_ids.filter(mask),
+            _text(rows["attempt"].filter(mask)),
+            rows["prompt_id"].filter(mask),
         )
         values[drawn] = SEED_MIN + _number(digits_from_hex(hasher.sha256(texts), 5))
     return pa.array(values, pa.int32())
 
 
-def derived_prompt_ids(
-    hasher: Hasher,
-    *,
-    prompts: pa.Array,
-    sizes: pa.Array,
-    qualities: pa.Array,
-    seeds: pa.Array,
-    nsfw_checks: pa.Array,
-) -> pa.Array:
-    """Return ``requests.derived_prompt_id`` of each row."""
+def derived_prompt_ids(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
+    """Return the prompt_id of each row of a table that has no such column.
+
+    It is derived from the content (``prompt``, ``size``, ``quality``, ``seed``, ``nsfw_check``), so
+    that the order of the rows does not matter. Rows with the same content share it.
+    """
     texts = _joined(
         "krea-dagster/1/id",
-        sizes,
-        qualities,
-        _text(seeds.fill_null(0)),
-        _flags(nsfw_checks),
-        prompts,
+        rows["size"],
+        rows["quality"],
+        _text(rows["seed"].fill_null(0)),
+        _flags(rows["nsfw_check"]),
+        rows["prompt"],
     )
     digests = pc.utf8_slice_codeunits(hasher.sha256(texts), 0, 16)
     return pc.binary_join_element_wise("p", digests, "-")
 
 
-def buckets(by: HashPartitions, hashes: Numbers) -> npt.NDArray[np.uint32]:
-    """Return the number of the partition, of ``by.keys()`` which one, of each prompt_id.
-
-    ``hashes`` are those of ``hashes_of_texts``.
-    """
+def buckets(by: HashPartitions, hashes: Hashes) -> npt.NDArray[np.uint32]:
+    """Return which of ``by.keys()`` each prompt_id belongs to, from its ``murmur.hashes``."""
     numbers: npt.NDArray[np.uint32] = (hashes >> np.uint64(32)).astype(np.uint32)
     numbers %= np.uint32(by.count)
     return numbers
 
 
 def partition_version(digests: Digests) -> str:
-    """Return ``requests.partition_version`` of request keys that are given as bytes."""
+    """Return the data version of a partition: 16 hexadecimal digits.
+
+    ``digests`` are the request keys of its images as bytes. Their order does not matter, their
+    number does.
+    """
     words = np.ascontiguousarray(digests).view(">u8").reshape(-1, 4).astype(np.uint64)
     order = np.lexsort(words.T[::-1])
     hashed = hashlib.sha256(b"krea-dagster/1/partition")
     for start in range(0, len(order), _AT_ONCE):
         part = digests[order[start : start + _AT_ONCE]]
-        hashed.update(_SEPARATOR.encode() + part.tobytes().hex(_SEPARATOR, 32).encode())
+        hashed.update(SEPARATOR.encode() + part.tobytes().hex(SEPARATOR, 32).encode())
     return hashed.hexdigest()[:16]
 
 
+#: The data version of a partition without images.
+EMPTY_PARTITION_VERSION: Final = partition_version(np.empty((0, 32), np.uint8))
+
+
 def _joined(first: str, *parts: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise(pa.scalar(first), *parts, _SEPARATOR)
+    return pc.binary_join_element_wise(pa.scalar(first), *parts, SEPARATOR)
 
 
 def _text(numbers: pa.Array) -> pa.Array | pa.Scalar:

@@ -1,7 +1,7 @@
-"""Decide which partition a row belongs to, and what its key may look like.
+"""The ways to partition a prompt table, and the rules for partition keys. Pure.
 
-Pure. A partition key is text that Dagster takes, that a person can type, and that
-:func:`safe_name` turns into the name of a file.
+A partition key is text that Dagster accepts, that a person can type, and that :func:`safe_name`
+turns into the name of a file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from functools import cached_property
 from typing import ClassVar, Final, Literal, get_args
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 from zoneinfo import ZoneInfo, available_timezones
 
 from krea_dagster.errors import ConfigError
-from krea_dagster.prompts.murmur import hash_of_text
 
 #: Most buckets of ``hash:N``.
 MAX_BUCKETS: Final = 10_000
@@ -34,14 +33,19 @@ Unit = Literal["day", "week", "month"]
 
 _UNITS: Final[tuple[Unit, ...]] = get_args(Unit)
 _ALLOWED: Final = (
-    "hash:N (N from 1 to 10000), column:NAME, day:NAME, week:NAME, month:NAME, one of these three "
-    "with a time zone as in day:NAME@Europe/Berlin, or with a column as in day:NAME,column:NAME"
+    "hash:N (N from 1 to 10000), column:NAME, day:NAME, week:NAME or month:NAME; the last three "
+    "also with a time zone (day:NAME@Europe/Berlin) or a column (day:NAME,column:NAME)"
 )
 
 
 @dataclass(frozen=True)
 class HashPartitions:
-    """``hash:N``: a row's bucket is drawn from its prompt_id. The keys are known in advance."""
+    """``hash:N``: a row's bucket follows from its prompt_id. The keys are known in advance.
+
+    The bucket is the upper half of the prompt_id's MurmurHash64A modulo N (``identity.buckets``).
+    That hash takes a fraction of the time of a cryptographic one, which matters where one partition
+    is read from a table of millions of rows.
+    """
 
     count: int
 
@@ -50,28 +54,17 @@ class HashPartitions:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the table that decide the partition: none but prompt_id."""
+        """No columns but prompt_id."""
         return ()
 
     def has_key(self, key: str) -> bool:
-        """Whether a partition can have this key."""
+        """Return whether a partition can have this key."""
         return key in self._keys
 
     def keys(self) -> list[str]:
         """Return all keys, sorted: ``bucket-000`` …."""
-        return [self._key(bucket) for bucket in range(self.count)]
-
-    def key_for(self, prompt_id: str) -> str:
-        """Return the key of the row with this prompt_id.
-
-        By the upper half of MurmurHash64A, which only has to spread them evenly, and takes a
-        fraction of a cryptographic hash's time where a partition is looked for among millions.
-        """
-        return self._key((hash_of_text(prompt_id) >> 32) % self.count)
-
-    def _key(self, bucket: int) -> str:
         width = max(3, len(str(self.count - 1)))
-        return f"bucket-{bucket:0{width}d}"
+        return [f"bucket-{bucket:0{width}d}" for bucket in range(self.count)]
 
     @cached_property
     def _keys(self) -> frozenset[str]:
@@ -89,20 +82,20 @@ class ColumnPartitions:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the table that decide the partition."""
+        """The columns that decide the partition."""
         return (self.column,)
 
     def has_key(self, key: str) -> bool:
-        """Whether a partition can have this key."""
+        """Return whether a partition can have this key."""
         return key_problem(key) is None
 
 
 @dataclass(frozen=True)
 class TimePartitions:
-    """``day:NAME``, ``week:NAME`` or ``month:NAME``: a row's key is when a time in it falls.
+    """``day:NAME``, ``week:NAME`` or ``month:NAME``: a row's key is the day, week or month of it.
 
-    The key is the first day of the unit, ``YYYY-MM-DD``: weeks begin on Mondays. A time with a
-    zone is taken to ``zone``; one without stands for itself.
+    The key is the first day of the unit, ``YYYY-MM-DD``; weeks begin on Mondays. A time with a
+    zone is converted to ``zone``; one without is not converted.
     """
 
     unit: Unit
@@ -115,7 +108,7 @@ class TimePartitions:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the table that decide the partition."""
+        """The columns that decide the partition."""
         return (self.column,)
 
     def key_of(self, day: date) -> str:
@@ -123,7 +116,7 @@ class TimePartitions:
         return self._first(day).isoformat()
 
     def has_key(self, key: str) -> bool:
-        """Whether a partition can have this key: the first day of a unit."""
+        """Return whether a partition can have this key: the first day of a unit."""
         day = parse_day(key)
         return day is not None and self._first(day) == day
 
@@ -140,7 +133,7 @@ class TimePartitions:
         if self.unit == "day":
             return day
         if self.unit == "week":
-            # The first week of year 1 begins on a Monday, so that none begins before time does.
+            # The first day of year 1 is a Monday, so that no week begins before it.
             return day - timedelta(days=day.weekday())
         return day.replace(day=1)
 
@@ -149,11 +142,11 @@ class TimePartitions:
 class MultiPartitions:
     """``day:NAME,column:NAME``: a row's key joins the value of a column and a time.
 
-    As Dagster writes it, with the dimensions in the order of their names, which are ``column``
-    and the unit: ``flux|2026-11-02``.
+    Dagster writes the dimensions in the order of their names, ``column`` and the unit:
+    ``flux|2026-11-02``.
     """
 
-    #: Stands between the parts of a key.
+    #: Separates the parts of a key.
     BAR: ClassVar[str] = "|"
 
     time: TimePartitions
@@ -164,11 +157,11 @@ class MultiPartitions:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the table that decide the partition."""
+        """The columns that decide the partition."""
         return (self.by_column.column, self.time.column)
 
     def has_key(self, key: str) -> bool:
-        """Whether a partition can have this key."""
+        """Return whether a partition can have this key."""
         parts = self.split(key)
         return (
             parts is not None
@@ -178,7 +171,7 @@ class MultiPartitions:
 
     @staticmethod
     def split(key: str) -> tuple[str, str] | None:
-        """Return the value of the column and the key of the time, or None for no such key."""
+        """Return the value of the column and the key of the time, or None without a bar."""
         value, bar, time_key = key.rpartition(MultiPartitions.BAR)
         return (value, time_key) if bar else None
 
@@ -187,11 +180,19 @@ PartitionBy = HashPartitions | ColumnPartitions | TimePartitions | MultiPartitio
 
 
 def parse_partition_by(text: str) -> PartitionBy:
-    """Read a value of ``KREA_PARTITION_BY``.
+    """Parse the way in which a prompt table is partitioned.
 
-    ``hash:N``, ``column:NAME``, ``day:NAME``, ``week:NAME``, ``month:NAME``, the last three also as
-    ``day:NAME@ZONE``, or with a column as ``day:NAME,column:NAME``. Raises
-    :class:`~krea_dagster.errors.ConfigError` for anything else.
+    Args:
+        text: A value of ``KREA_PARTITION_BY``: ``hash:N`` (N buckets, up to 10000, by prompt_id),
+            ``column:NAME`` (by the values of a column), or ``day:NAME``, ``week:NAME``,
+            ``month:NAME`` (by a column of dates or times). The last three also with a time zone,
+            ``day:NAME@Europe/Berlin``, or with a column, ``day:NAME,column:NAME``.
+
+    Returns:
+        The partitioning, for :class:`PromptTable`.
+
+    Raises:
+        ConfigError: The text is not one of these.
     """
     text = text.strip()
     kind, _, rest = text.partition(":")
@@ -217,16 +218,16 @@ def _time(unit: Unit, text: str) -> TimePartitions | None:
         return None
     if zone not in available_timezones():
         raise ConfigError(
-            f"{zone!r} is no time zone; use a name such as Europe/Berlin, in {unit}:{text}"
+            f"unknown time zone {zone!r} in {unit}:{text}; use a name such as Europe/Berlin"
         )
     return TimePartitions(unit, column, zone)
 
 
 def key_problem(key: str) -> str | None:
-    """Say what keeps a text from being a partition key, or None where nothing does.
+    """Return why a text cannot be a partition key, or None if it can.
 
-    Dagster takes some of these and then reads them wrongly: "" is no partition to it, "..."
-    stands for a range, "|" joins the parts of a multi-dimensional key.
+    Dagster accepts some of these and then misreads them: an empty key as no partition, "..." as a
+    range, "|" as the separator of a multi-dimensional key.
     """
     if not key:
         return "must not be empty"
@@ -248,32 +249,27 @@ _UNPRINTABLE: Final = frozenset({"Cc", "Zl", "Zp", "Cs"})
 
 
 def dimension_problem(value: str) -> str | None:
-    """Say what keeps a text from being one part of a multi-dimensional key, or None."""
+    """Return why a text cannot be one part of a multi-dimensional key, or None if it can."""
     if any(character in value for character in "[],"):
-        return "must not hold '[', ']' or ',', which part lists of keys in Dagster"
+        return "must not hold '[', ']' or ',', which separate lists of keys in Dagster"
     return key_problem(value)
 
 
 def safe_name(key: str) -> str:
-    """Return a name for a file or folder that stands for the key, on every file system.
+    """Return a file or folder name for a key, valid on every file system.
 
-    Percent-quoted; also a leading "." or "_", since readers of Parquet folders pass over such
-    files, and so that "." and ".." are no directories. Two keys never share a name. A name
-    over 200 bytes is cut, and ends in "@" and a hash of the whole key.
+    It is percent-quoted, also a leading "." or "_": readers of Parquet folders skip such files, and
+    "." and ".." would be directories. Two keys never share a name. A name over 200 bytes is cut,
+    and ends in "@" and a hash of the whole key.
     """
     name = quote(key, safe="")
     if name.startswith((".", "_")):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if len(name) <= MAX_NAME:
         return name
-    # quote() never leaves an "@", so that no short key can take the name of a long one.
+    # quote() never leaves an "@", so that no short key can have the name of a long one.
     tail = f"@{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     return name[: MAX_NAME - len(tail)] + tail
-
-
-def key_from_name(name: str) -> str | None:
-    """Return the key that :func:`safe_name` was given, or None where the name was cut."""
-    return None if "@" in name else unquote(name)
 
 
 _ISO: Final = re.compile(
@@ -285,9 +281,9 @@ _ISO: Final = re.compile(
 
 
 def day_of_text(text: str, zone: str = "UTC") -> str | None:
-    """Return the day in a zone, ``YYYY-MM-DD``, of an ISO date or time, or None where it is none.
+    """Return the day in a zone, ``YYYY-MM-DD``, of an ISO date or time; None for other text.
 
-    A time that names no zone is taken as it stands.
+    A time that names no zone is not converted.
     """
     match = _ISO.fullmatch(text)
     if match is None:
@@ -311,5 +307,5 @@ def day_of_text(text: str, zone: str = "UTC") -> str | None:
 
 
 def parse_day(key: str) -> date | None:
-    """Return the day of a key ``YYYY-MM-DD``, or None where it is not one."""
+    """Return the day of a key ``YYYY-MM-DD``; None for other text."""
     return date.fromisoformat(key) if day_of_text(key) == key else None

@@ -1,7 +1,7 @@
-"""What the rows of some partitions ask for: one row per image, with its seed and request key.
+"""The plan: one row per image that some partitions request, with its seed and request key.
 
-Made and kept in Arrow columns, in memory that does not grow with the table but for 32 bytes an
-image. ``requests`` defines what a row asks for.
+It is made and kept in Arrow columns. Memory does not grow with the table, except by 32 bytes per
+image.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import pyarrow.compute as pc
 from krea_dagster.digests import Digests, digests_from_hex, hex_from_digests
 from krea_dagster.errors import Problem
 from krea_dagster.models import ImageRequest
-from krea_dagster.prompts.identity import Hasher, partition_version, request_keys, seeds_for
-from krea_dagster.prompts.requests import Attempts, PlannedImage
+from krea_dagster.prompts.identity import Hasher, image_seeds, partition_version, request_keys
+from krea_dagster.prompts.requests import SEPARATOR, PlannedImage
 from krea_dagster.prompts.scan import Chunk
 from krea_dagster.prompts.spool import Keys, Spool
 
-#: The columns of a plan; the table's further columns follow them.
+#: The columns of a plan, one row per image: the row's ``prompt_id`` and which of its images it is
+#: (``sample``, from 0), the request (``prompt`` to ``attempt``), the request's identity, and the
+#: partition. Each is also a column of the manifest. The passthrough columns of the table follow.
 PLAN_SCHEMA: Final = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -43,36 +45,41 @@ _KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
 
 Mask = npt.NDArray[np.bool_]
 
-#: Images of one batch: a row may ask for a hundred.
+#: How often another image of ``(prompt_id, sample)`` was requested; 0 for those not named.
+Attempts = Mapping[tuple[str, int], int]
+
+#: Images of one batch: a row may request a hundred.
 _BATCH_IMAGES: Final = 16_384
-
-
-def _no_digests() -> Digests:
-    return np.empty((0, 32), np.uint8)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The images that the rows of some partitions ask for, in the table's order.
+    """The images that the rows of some partitions request, in the table's order. To be closed.
 
-    Two may share a request, which is bought once. ``keys`` are the partitions, sorted: those
-    that were named, and those that have images. ``rows`` and ``images`` count. ``warnings`` are
-    as in ``PromptRows``. ``carried`` is the schema of the table's further columns. Must be
-    closed.
+    Several may share a request, which is bought once.
+
+    Args:
+        keys: The partitions, sorted: those that were named, and those that have images.
+        rows: Number of rows.
+        images: Number of images.
+        passthrough: Schema of the table's columns that are not recognised.
+        warnings: The first rows whose prompt is so long that the model may not read all of it.
+        warning_count: Number of all such rows.
+        all_digests: Request keys as bytes, shape (images, 32), partition by partition.
     """
 
     keys: Sequence[str]
     rows: int
     images: int
-    carried: pa.Schema
-    warnings: tuple[Problem, ...] = ()
-    warning_count: int = 0
-    all_digests: Digests = field(default_factory=_no_digests, repr=False)
-    _places: Mapping[str, slice] = field(default_factory=dict, repr=False)
-    _spool: Spool | None = field(default=None, repr=False)
+    passthrough: pa.Schema
+    warnings: tuple[Problem, ...]
+    warning_count: int
+    all_digests: Digests = field(repr=False)
+    _places: Mapping[str, slice] = field(repr=False)
+    _spool: Spool | None = field(repr=False)
 
     def close(self) -> None:
-        """Give back memory and disk."""
+        """Free memory and disk."""
         if self._spool is not None:
             self._spool.close()
 
@@ -83,12 +90,12 @@ class Plan:
         self.close()
 
     def batches(self, key: str) -> Iterator[pa.RecordBatch]:
-        """Yield the images of a partition: ``PLAN_SCHEMA``, then the further columns."""
+        """Yield the images of a partition: ``PLAN_SCHEMA``, then the passthrough columns."""
         if self._spool is None:
             return
         digests, start = self.digests(key), 0
         for batch in self._spool.batches(key):
-            # The request keys are in memory anyway, and hardly anything makes them smaller.
+            # The request keys are in memory anyway, and do not compress.
             end = start + batch.num_rows
             columns = batch.columns
             columns.insert(_KEY, hex_from_digests(digests[start:end]))
@@ -102,17 +109,17 @@ class Plan:
         return self.all_digests[self.place(key)]
 
     def place(self, key: str) -> slice:
-        """Return where the images of a partition are among all, which are in ``keys``' order."""
+        """Return the place of a partition's images in ``all_digests``."""
         return self._places.get(key, slice(0, 0))
 
     def versions(self) -> dict[str, str]:
-        """Return the data version of each partition (``requests.partition_version``)."""
+        """Return the data version of each partition."""
         return {key: partition_version(self.digests(key)) for key in self.keys}
 
     def requests(self, masks: Mapping[str, Mask]) -> Iterator[tuple[ImageRequest, str]]:
-        """Yield the request and the partition of each image that is masked.
+        """Yield the request and the partition of each masked image.
 
-        ``masks`` holds for each partition which of its images, in their order.
+        ``masks`` holds a mask of the images of each partition, by its key.
         """
         for key in self.keys:
             mask, start = masks[key], 0
@@ -127,12 +134,12 @@ class Plan:
         wanted = pa.array(sorted(set(names)), pa.string())
         for key in self.keys if names else ():
             for batch in self.batches(key):
-                ids, keys = _own(batch, "prompt_id"), _own(batch, "request_key")
+                ids, keys = batch.column("prompt_id"), batch.column("request_key")
                 mask = pc.or_(pc.is_in(ids, value_set=wanted), pc.is_in(keys, value_set=wanted))
                 found = batch.filter(mask)
                 rows = zip(
-                    _own(found, "prompt_id").to_pylist(),
-                    _own(found, "sample").to_pylist(),
+                    found.column("prompt_id").to_pylist(),
+                    found.column("sample").to_pylist(),
                     image_requests(found),
                     strict=True,
                 )
@@ -141,8 +148,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """Images of some rows: of how many, their partitions and request keys, and other columns."""
+class PlannedBatch:
+    """The images of some rows: their partitions, request keys (as bytes) and other columns."""
 
     rows: int
     keys: pa.Array
@@ -151,21 +158,18 @@ class Planned:
 
 
 class Planner:
-    """Makes a plan from rows that come chunk by chunk.
-
-    With ``keep`` false only the request keys are kept.
-    """
+    """Makes a plan from chunks of rows. With ``keep`` false only the request keys are kept."""
 
     def __init__(
         self,
-        carried: pa.Schema,
-        attempts: Attempts | None,
+        passthrough: pa.Schema,
+        attempts: Attempts,
         hasher: Hasher,
-        *,
         drawn: Collection[tuple[str, int]] = (),
+        *,
         keep: bool,
     ) -> None:
-        self._carried = carried
+        self._passthrough = passthrough
         self._attempts = _Attempts(attempts, drawn)
         self._hasher = hasher
         self._keys = Keys()
@@ -175,28 +179,29 @@ class Planner:
         self._rows = 0
 
     def close(self) -> None:
-        """Give back memory and disk."""
+        """Free memory and disk."""
         if self._spool is not None:
             self._spool.close()
 
-    def planned(self, chunk: Chunk) -> list[Planned]:
-        """Return the images of some rows. May be called in several threads at once."""
+    def planned(self, chunk: Chunk) -> list[PlannedBatch]:
+        """Return the images of some rows. Threads may call it at once."""
         counts = np.asarray(chunk.rows.column("num_images").to_numpy())
         ends = counts.cumsum()
-        found: list[Planned] = []
+        found: list[PlannedBatch] = []
         start = 0
         while start < len(counts):
             before = ends[start - 1] if start else 0
             end = int(np.searchsorted(ends, before + _BATCH_IMAGES, side="right"))
             length = max(end, start + 1) - start
-            found.append(
-                self._planned(chunk.rows.slice(start, length), chunk.carried.slice(start, length))
+            rows, passthrough = (
+                batch.slice(start, length) for batch in (chunk.rows, chunk.passthrough)
             )
+            found.append(self._planned(rows, passthrough))
             start += length
         return found
 
-    def add(self, found: Iterable[Planned]) -> None:
-        """Keep what was planned. To be called in the order of the rows."""
+    def add(self, found: Iterable[PlannedBatch]) -> None:
+        """Keep planned images. To be called in the order of the rows."""
         for part in found:
             self._rows += part.rows
             numbers = self._keys.numbers(part.keys)
@@ -206,7 +211,7 @@ class Planner:
                 self._spool.add(part.images, numbers)
 
     def plan(self, named: Iterable[str], warnings: tuple[Problem, ...], warning_count: int) -> Plan:
-        """Return the plan of all rows; nothing can be added any more."""
+        """Return the plan of all rows. Nothing can be added afterwards."""
         keys = self._keys.in_order()
         ranks = self._keys.ranks()[np.concatenate([np.empty(0, np.int32), *self._numbers])]
         digests = self._in_order(ranks)
@@ -215,7 +220,7 @@ class Planner:
             keys=sorted({*named, *keys}),
             rows=self._rows,
             images=len(digests),
-            carried=self._carried,
+            passthrough=self._passthrough,
             warnings=warnings,
             warning_count=warning_count,
             all_digests=digests,
@@ -227,7 +232,7 @@ class Planner:
         )
 
     def _in_order(self, ranks: npt.NDArray[np.int64]) -> Digests:
-        """Return the request keys by partition, and have none of them in memory twice."""
+        """Return the request keys by partition, without holding any twice in memory."""
         places = np.empty(len(ranks), np.int64)
         places[np.argsort(ranks, kind="stable")] = np.arange(len(ranks))
         digests = np.empty((len(ranks), 32), np.uint8)
@@ -238,100 +243,77 @@ class Planner:
             end -= len(part)
         return digests
 
-    def _planned(self, rows: pa.RecordBatch, carried: pa.RecordBatch) -> Planned:
+    def _planned(self, rows: pa.RecordBatch, passthrough: pa.RecordBatch) -> PlannedBatch:
         counts = np.asarray(rows.column("num_images").to_numpy())
-        asked = rows.num_rows
+        row_count = rows.num_rows
         if (counts == 1).all():
             samples = np.zeros(len(counts), np.int64)
         else:
             parents = pa.array(np.repeat(np.arange(len(counts)), counts))
             samples = np.arange(len(parents)) - np.repeat(counts.cumsum() - counts, counts)
-            rows, carried = rows.take(parents), carried.take(parents)
+            rows, passthrough = rows.take(parents), passthrough.take(parents)
         images = self._images_of(rows, pa.array(samples))
         whole = None
         if self._spool is not None:
             columns, fields = images.columns, list(images.schema)
             del columns[_KEY], fields[_KEY]
             whole = pa.RecordBatch.from_arrays(
-                [*columns, *carried.columns], schema=pa.schema([*fields, *carried.schema])
+                [*columns, *passthrough.columns],
+                schema=pa.schema([*fields, *passthrough.schema]),
             )
         keys = images.column("request_key")
-        return Planned(asked, images.column("partition_key"), digests_from_hex(keys), whole)
+        return PlannedBatch(
+            row_count, images.column("partition_key"), digests_from_hex(keys), whole
+        )
 
     def _images_of(self, rows: pa.RecordBatch, samples: pa.Array) -> pa.RecordBatch:
-        ids = rows.column("prompt_id")
-        attempts = self._attempts.of(ids, samples)
-        seeds = seeds_for(
-            self._hasher,
-            seeds=self._attempts.seeds(rows.column("seed"), ids, samples, attempts),
-            prompt_ids=ids,
-            samples=samples,
-            attempts=attempts,
-        )
-        given = ("prompt_id", "prompt", "size", "quality", "nsfw_check", "partition_key")
-        columns = {
-            **{name: rows.column(name) for name in given},
-            "sample": samples.cast(pa.int32()),
-            "seed": seeds,
-            "attempt": attempts.cast(pa.int32()),
-        }
-        columns["request_key"] = request_keys(
-            self._hasher,
-            prompts=columns["prompt"],
-            sizes=columns["size"],
-            qualities=columns["quality"],
-            seeds=seeds,
-            nsfw_checks=columns["nsfw_check"],
-            attempts=attempts,
-        )
+        columns = {name: rows.column(name) for name in rows.schema.names}
+        columns["sample"] = samples
+        columns["attempt"] = self._attempts.of(columns["prompt_id"], samples)
+        columns["seed"] = self._attempts.seeds(columns)
+        columns["seed"] = image_seeds(self._hasher, columns)
+        columns["request_key"] = request_keys(self._hasher, columns)
         return pa.RecordBatch.from_arrays(
-            [columns[name] for name in PLAN_SCHEMA.names], schema=PLAN_SCHEMA
+            [columns[field.name].cast(field.type) for field in PLAN_SCHEMA], schema=PLAN_SCHEMA
         )
 
 
 class _Attempts:
-    """How often a person asked for another picture, for whole columns."""
+    """How often another image was requested, for whole columns."""
 
-    def __init__(self, attempts: Attempts | None, drawn: Collection[tuple[str, int]] = ()) -> None:
-        self._drawn = pa.array([f"{sample}\x1f{id_}" for id_, sample in drawn], pa.string())
-        self._function = attempts if callable(attempts) else None
-        table = {} if attempts is None or callable(attempts) else attempts
-        self._ids = pa.array({prompt_id for prompt_id, _ in table}, pa.string())
-        self._names = pa.array([f"{sample}\x1f{id_}" for id_, sample in table], pa.string())
-        self._values = pa.array(table.values(), pa.int64())
+    def __init__(self, attempts: Attempts, drawn: Collection[tuple[str, int]]) -> None:
+        self._drawn = pa.array([_slot(*names) for names in drawn], pa.string())
+        self._ids = pa.array({prompt_id for prompt_id, _ in attempts}, pa.string())
+        self._slots = pa.array([_slot(*names) for names in attempts], pa.string())
+        self._values = pa.array(attempts.values(), pa.int64())
 
     def of(self, ids: pa.Array, samples: pa.Array) -> pa.Array:
-        if self._function is not None:
-            pairs = zip(ids.to_pylist(), samples.to_pylist(), strict=True)
-            return pa.array([self._function(id_, sample) for id_, sample in pairs], pa.int64())
-        if not len(self._names) or not pc.any(pc.is_in(ids, value_set=self._ids)).as_py():
+        if not pc.any(pc.is_in(ids, value_set=self._ids)).as_py():
             return pa.array(np.zeros(len(ids), np.int64))
-        found = pc.index_in(_slots(ids, samples), value_set=self._names)
+        found = pc.index_in(_slots(ids, samples), value_set=self._slots)
         return self._values.take(found).fill_null(0)
 
-    def seeds(
-        self, seeds: pa.Array, ids: pa.Array, samples: pa.Array, attempts: pa.Array
-    ) -> pa.Array:
-        """The rows' seeds, but for those that are drawn for another image."""
+    def seeds(self, rows: Mapping[str, pa.Array]) -> pa.Array:
+        """Return the rows' seeds, null for those that are drawn for another image."""
+        seeds = rows["seed"]
         if not len(self._drawn):
             return seeds
-        drawn = pc.is_in(_slots(ids, samples), value_set=self._drawn)
-        drawn = pc.and_(drawn, pc.greater(attempts, 0))
+        drawn = pc.is_in(_slots(rows["prompt_id"], rows["sample"]), value_set=self._drawn)
+        drawn = pc.and_(drawn, pc.greater(rows["attempt"], 0))
         return pc.if_else(drawn, pa.scalar(None, seeds.type), seeds)
 
 
+def _slot(prompt_id: str, sample: int) -> str:
+    return f"{sample}{SEPARATOR}{prompt_id}"
+
+
 def _slots(ids: pa.Array, samples: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise(samples.cast(pa.string()), ids, "\x1f")
+    return pc.binary_join_element_wise(samples.cast(pa.string()), ids, SEPARATOR)
 
 
 def image_requests(images: pa.RecordBatch) -> Iterator[ImageRequest]:
     """Yield the request of each image of a plan's batch."""
     names = ("request_key", "prompt", "size", "quality", "seed", "nsfw_check", "attempt")
-    columns = [_own(images, name).to_pylist() for name in names]
+    columns = [images.column(name).to_pylist() for name in names]
     for values in zip(*columns, strict=True):
         yield ImageRequest(*values)
-
-
-def _own(images: pa.RecordBatch, name: str) -> pa.Array:
-    """Return a column of the plan's own: by its place, as the table may have any names beside."""
-    return images.column(PLAN_SCHEMA.get_field_index(name))

@@ -1,4 +1,4 @@
-"""Know the columns of a prompt table from its files' footers, and what is wrong with them."""
+"""Check the columns of a prompt table by the footers of its files, and collect problems."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Final
 import pyarrow as pa
 
 from krea_dagster.errors import Problem, PromptTableError
-from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
 from krea_dagster.prompts.cells import Bad, is_text, plain, plain_type
+from krea_dagster.prompts.columns import RULES
 from krea_dagster.prompts.files import TableFile
 from krea_dagster.prompts.partitioning import (
     HashPartitions,
@@ -19,24 +19,15 @@ from krea_dagster.prompts.partitioning import (
     PartitionBy,
     TimePartitions,
 )
-from krea_dagster.prompts.requests import MAX_IMAGES
 
 #: How many problems an error names; the others are counted.
 MAX_PROBLEMS: Final = 20
 
 #: The columns that mean something. Only ``prompt`` is required.
-RECOGNISED_COLUMNS: Final = (
-    "prompt",
-    "prompt_id",
-    "size",
-    "quality",
-    "seed",
-    "nsfw_check",
-    "num_images",
-)
+RECOGNISED_COLUMNS: Final = tuple(RULES)
 
-#: The manifest's own columns. A further column of the table may not have such a name, since it
-#: is carried into the manifest beside them.
+#: The manifest's own columns. A passthrough column may not have such a name, because the manifest
+#: holds both.
 RESERVED_COLUMNS: Final = (
     "sample",
     "model",
@@ -64,59 +55,49 @@ RESERVED_COLUMNS: Final = (
     "error_message",
 )
 
-ALLOWED: Final = {
-    "prompt": "must be text, and not only white space",
-    "prompt_id": "must be text or a whole number in every row, and not empty",
-    "size": f"must be one of {', '.join(SIZES)}",
-    "quality": f"must be one of {', '.join(QUALITIES)}",
-    "seed": f"must be a whole number from 1 to {SEED_MAX}, or 0 or empty to have one drawn",
-    "nsfw_check": "must be true or false (a column of booleans)",
-    "num_images": f"must be a whole number from 1 to {MAX_IMAGES}",
-}
-
 
 class Problems:
-    """The first problems in row order, and the number of all."""
+    """The first problems in row order, and the count of all."""
 
     def __init__(self) -> None:
         self.first: list[Problem] = []
         self.count = 0
 
     def add(self, *problems: Problem, count: int | None = None) -> None:
-        """Add problems; ``count`` is how many they stand for, where not all are given."""
+        """Add problems; ``count`` is the number of all where only the first are given."""
         self.count += len(problems) if count is None else count
-        # Stable: those of the whole table come first, those of one row in the order of columns.
+        # Stable: problems of the whole table come first, those of one row in the order of columns.
         self.first = sorted([*self.first, *problems], key=lambda problem: problem.row or 0)
         del self.first[MAX_PROBLEMS:]
 
     def raise_for(self, source: str) -> None:
-        """Raise PromptTableError where there was a problem."""
+        """Raise PromptTableError if there was a problem."""
         if self.count:
             raise PromptTableError(source, self.first, self.count)
 
 
 def problem_in(row: int, prompt_id: str | None, column: str, bad: Bad) -> Problem:
-    """Return the problem of one cell. What is allowed is the column's rule, or the cell's own."""
-    allowed = bad.allowed or ALLOWED[column]
-    who = None if prompt_id is None else plain(prompt_id)
-    return Problem(row, who, plain(column), bad.value, allowed)
+    """Return the problem of one cell."""
+    shown_id = None if prompt_id is None else plain(prompt_id)
+    return Problem(row, shown_id, plain(column), bad.value, bad.allowed or RULES[column].allowed)
 
 
 @dataclass(frozen=True)
 class Layout:
     """The files of a table and the columns that can be used; the others are problems.
 
-    ``partition_columns`` decide the partition; none where one of them cannot be used.
+    ``passthrough`` are the columns that are copied to the manifest. ``partition_columns`` decide
+    the partition; the tuple is empty where one of them cannot be used.
     """
 
     files: list[TableFile]
     recognised: tuple[str, ...]
-    carried: pa.Schema
+    passthrough: pa.Schema
     partition_columns: tuple[str, ...]
 
     @classmethod
     def of(cls, by: PartitionBy, files: list[TableFile], problems: Problems) -> Layout:
-        """Look at the files' columns, and add to ``problems`` what is wrong with them."""
+        """Read the files' schemas, and add what is wrong with them to ``problems``."""
         names = list(dict.fromkeys(files[0].schema.names))
         unusable = _doubled(files, problems) | _not_everywhere(files, problems)
         _missing(names, "prompt", "the table needs this column", problems)
@@ -125,21 +106,20 @@ class Layout:
                 _missing(names, name, f"{by} needs this column", problems)
 
         recognised: list[str] = []
-        carried: list[pa.Field] = []
+        passthrough: list[pa.Field] = []
         for name in names:
             if name in unusable:
                 continue
             types = _types(files, name)
             if name in RECOGNISED_COLUMNS:
-                if _types_fit(name, types, _fits(name), ALLOWED[name], problems):
+                if _types_fit(name, types, RULES[name].fits, RULES[name].allowed, problems):
                     recognised.append(name)
                 continue
             if name in RESERVED_COLUMNS:
-                allowed = "is a column of the image manifest; give it another name"
-                problems.add(Problem(None, None, name, "", allowed))
+                problems.add(_of_table(name, "", "is a column of the image manifest; rename it"))
             kind = _one_type(name, types, problems)
             if kind is not None:
-                carried.append(pa.field(name, kind))
+                passthrough.append(pa.field(name, kind))
 
         usable = [
             name
@@ -149,7 +129,11 @@ class Layout:
             and _types_fit(name, _types(files, name), fits, allowed, problems)
         ]
         deciding = by.columns if len(usable) == len(by.columns) else ()
-        return cls(files, tuple(recognised), pa.schema(carried), deciding)
+        return cls(files, tuple(recognised), pa.schema(passthrough), deciding)
+
+
+def _of_table(name: str, value: str, allowed: str) -> Problem:
+    return Problem(None, None, plain(name), value, allowed)
 
 
 def _types(files: Iterable[TableFile], name: str) -> dict[pa.DataType, str]:
@@ -168,9 +152,7 @@ def _doubled(files: Iterable[TableFile], problems: Problems) -> set[str]:
             if name not in doubled:
                 doubled.add(name)
                 value = f"there {names.count(name)} times in {file.name}"
-                problems.add(
-                    Problem(None, None, plain(name), value, "a column's name must be unique")
-                )
+                problems.add(_of_table(name, value, "a column's name must be unique"))
     return doubled
 
 
@@ -181,9 +163,8 @@ def _not_everywhere(files: Sequence[TableFile], problems: Problems) -> set[str]:
         without = next((file for file, names in columns.items() if name not in names), None)
         if without is not None:
             missing.add(name)
-            value = f"missing in {without}"
             allowed = "all files of a table must have the same columns"
-            problems.add(Problem(None, None, plain(name), value, allowed))
+            problems.add(_of_table(name, f"missing in {without}", allowed))
     return missing
 
 
@@ -196,8 +177,7 @@ def _missing(names: list[str], name: str, need: str, problems: Problems) -> None
     by_lower = {other.lower(): other for other in reversed(names)}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)
     guess = f"; is {plain(by_lower[close[0]])} meant?" if close else ""
-    allowed = f"{need}; its columns are: {there}{guess}"
-    problems.add(Problem(None, None, plain(name), "missing", allowed))
+    problems.add(_of_table(name, "missing", f"{need}; its columns are: {there}{guess}"))
 
 
 def _types_fit(
@@ -209,23 +189,8 @@ def _types_fit(
 ) -> bool:
     wrong = [kind for kind in types if not (fits(kind) or pa.types.is_null(kind))]
     for kind in wrong:
-        value = f"of the type {kind} in {types[kind]}"
-        problems.add(Problem(None, None, plain(name), value, allowed))
+        problems.add(_of_table(name, f"of the type {kind} in {types[kind]}", allowed))
     return not wrong
-
-
-def _fits(name: str) -> Callable[[pa.DataType], bool]:
-    # Floats are let in everywhere: pandas makes them of a column in which every cell is missing.
-    is_floating = pa.types.is_floating
-    if name == "prompt_id":
-        return lambda kind: is_text(kind) or is_floating(kind) or pa.types.is_integer(kind)
-    if name in {"seed", "num_images"}:
-        return lambda kind: (
-            pa.types.is_integer(kind) or is_floating(kind) or pa.types.is_decimal(kind)
-        )
-    if name == "nsfw_check":
-        return lambda kind: pa.types.is_boolean(kind) or is_floating(kind)
-    return lambda kind: is_text(kind) or is_floating(kind)
 
 
 def _is_column_key(kind: pa.DataType) -> bool:
@@ -243,7 +208,7 @@ _TypeRule = tuple[str, Callable[[pa.DataType], bool], str]
 
 
 def _partition_types(by: PartitionBy) -> list[_TypeRule]:
-    """Return the columns that decide the partition, with the types that they may have."""
+    """Return the columns that decide the partition, with the rule for their types."""
     if isinstance(by, HashPartitions):
         return []
     if isinstance(by, MultiPartitions):
@@ -256,7 +221,7 @@ def _partition_types(by: PartitionBy) -> list[_TypeRule]:
     return [(by.column, _is_column_key, allowed)]
 
 
-# What writers make of the same column. Values are cast exactly, or refused.
+# The types that writers choose for the same column. Values are cast exactly, or refused.
 _COMMON_TYPES: Final[tuple[tuple[Callable[[pa.DataType], bool], pa.DataType], ...]] = (
     (is_text, pa.large_string()),
     (pa.types.is_integer, pa.int64()),
@@ -265,7 +230,7 @@ _COMMON_TYPES: Final[tuple[tuple[Callable[[pa.DataType], bool], pa.DataType], ..
 
 
 def _one_type(name: str, types: dict[pa.DataType, str], problems: Problems) -> pa.DataType | None:
-    """Return the type of a carried column; where a file has only nulls, that of the others."""
+    """Return the type of a passthrough column; a file that holds only nulls does not count."""
     kinds = [kind for kind in types if not pa.types.is_null(kind)] or [pa.null()]
     if len(kinds) > 1:
         for fits, common in _COMMON_TYPES:
@@ -273,6 +238,6 @@ def _one_type(name: str, types: dict[pa.DataType, str], problems: Problems) -> p
                 return common
         value = " and ".join(f"{kind} in {types[kind]}" for kind in kinds[:2])
         allowed = "a column must have one type in all files"
-        problems.add(Problem(None, None, plain(name), f"of the types {value}", allowed))
+        problems.add(_of_table(name, f"of the types {value}", allowed))
         return None
     return kinds[0]

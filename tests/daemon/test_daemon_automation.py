@@ -16,6 +16,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import HashPartitions
 from tests.daemon.daemon_bench import Dagster, dagster_dev
 from tests.dagster_bench import OpenAccount, bought, write_table
+from tests.prompts.reference import key_for
 
 pytestmark = pytest.mark.daemon
 
@@ -35,7 +36,7 @@ def rows(**changed: Any) -> pa.Table:
 
 
 def partition_of(number: int) -> str:
-    return BY.key_for(f"d-{number:02d}")
+    return key_for(BY, f"d-{number:02d}")
 
 
 def worked_on(dagster: Dagster, since: int) -> Counter[str]:

@@ -36,9 +36,9 @@ from krea_dagster.prompts import (
     RESERVED_COLUMNS,
     Plan,
     parse_partition_by,
-    plan_images,
 )
 from tests.dagster_bench import wanted
+from tests.prompts.reference import images_of
 
 RUN = "run-that-bought"
 KEY = "bucket-000"
@@ -124,7 +124,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     folder = tmp_path_factory.mktemp("manifest")
     pq.write_table(pa.Table.from_pylist(prompt_rows()), folder / "prompts.parquet")
     table = PromptTable(str(folder / "prompts.parquet"), parse_partition_by("hash:1"))
-    images = tuple(plan_images(table.read().rows))
+    images = tuple(images_of(table))
     with Emulator(latency_s=0.02, latency_jitter=0.0) as emulator:
         emulator.world.script("drop_after_create", match="line that is cut")
         krea = KreaResource(

@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from krea_dagster.prompts import HashPartitions
+from tests.prompts.reference import key_for
 
 #: In every prompt of the trip, so that its tasks can be told from those of other tests.
 MARKER = "of the shopping trip"
@@ -29,7 +30,7 @@ class Trip:
     def ids(self, bucket: str) -> list[str]:
         """The prompt_ids of a partition, in the table's order."""
         ids = [str(row["prompt_id"]) for row in self.rows]
-        return [id_ for id_ in ids if HashPartitions(2).key_for(id_) == bucket]
+        return [id_ for id_ in ids if key_for(HashPartitions(2), id_) == bucket]
 
 
 def rows_of_the_trip() -> list[dict[str, Any]]:

@@ -18,8 +18,9 @@ from krea_dagster import KreaResource, build_krea_assets
 from krea_dagster.application.column_versions import carried_versions
 from krea_dagster.plugin.sensors.change_marks import Marks, hash_of_versions, mark_of_files
 from krea_dagster.plugin.sensors.prompts import build_prompts_sensor, last_versions, report_prompts
-from krea_dagster.prompts import PromptTable, parse_partition_by, partition_version
+from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import tick, write_table
+from tests.prompts.reference import key_for, partition_version
 
 PROMPTS = dg.AssetKey("prompts")
 COLUMNS = dg.AssetKey("prompt_columns")
@@ -186,7 +187,7 @@ def test_a_raised_attempt_reports_its_partition(tmp_path: Path, own: dg.DagsterI
     table.tick()
     assert table.settled()
     table.krea.raise_attempts(table.table, [("s-03", 0)], raised_by="somebody")
-    assert table.reported() == {table.table.partition_by.key_for("s-03")}  # type: ignore[union-attr]  # hash
+    assert table.reported() == {key_for(table.table.partition_by, "s-03")}
     assert table.settled()
 
 
@@ -274,7 +275,7 @@ def test_a_carried_column_is_reported_for_the_manifest_and_not_for_the_images(
     assert {event.asset_key for event in events} == {COLUMNS}
     assert table.settled()
     table.write(note=["x"] * 7 + ["y"])
-    assert table.reported(COLUMNS) == {table.table.partition_by.key_for("s-07")}  # type: ignore[union-attr]  # hash
+    assert table.reported(COLUMNS) == {key_for(table.table.partition_by, "s-07")}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from krea_dagster.application.batch import Batch
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal import bulk_reads
 from krea_dagster.plugin.io_manager import split_by_partition
-from krea_dagster.prompts import parse_partition_by, plan_images
+from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import posts, wanted, write_table
+from tests.prompts.reference import images_of
 
 ROWS: dict[str, list[Any]] = {
     "prompt_id": ["one", "two", "twin-a", "twin-b", "refused", "three"],
@@ -37,7 +38,7 @@ class Bought:
             expected_latency_s=0.02,
             storage=str(folder / "krea"),
         )
-        self.images = list(plan_images(self.table.read().rows))
+        self.images = images_of(self.table)
         self.krea.carry(wanted(self.images), run_id="first")
 
     def left(self) -> dict[str, int]:
@@ -93,7 +94,7 @@ def test_before_anything_was_bought_everything_is_left_and_twins_are_one(
         wanted = list(batch.standing(krea).wanted())
     assert not (tmp_path / "krea").exists(), "no journal is made to look into it"
     assert sorted(one.rows for one in wanted) == [1, 1, 1, 1, 1, 1, 2]
-    keys = {image.request.request_key for image in plan_images(table.read().rows)}
+    keys = {image.request.request_key for image in images_of(table)}
     assert {one.request.request_key for one in wanted} == keys
 
 

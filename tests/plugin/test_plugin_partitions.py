@@ -18,8 +18,9 @@ from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.plugin.partitions import ranges, register_partitions
-from krea_dagster.prompts import PromptTable, key_from_name, parse_partition_by, partition_version
+from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import bought, run_job, tick, write_table
+from tests.prompts.reference import key_from_name, partition_version
 
 #: What people write into a column, and file systems or shells stumble over.
 CATEGORIES = ["Still life & more", "a/b", "..", "Ünïcode 🌊", "50% off?", "bucket-000"]

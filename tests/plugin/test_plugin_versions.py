@@ -18,6 +18,7 @@ from krea_dagster import KreaResource, PromptTable, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import HashPartitions
 from tests.dagster_bench import latest, posts, run_job, tick, write_table
+from tests.prompts.reference import key_for
 
 VERSION = "dagster/data_version"
 BY = HashPartitions(8)
@@ -34,7 +35,7 @@ def table(**changed: Any) -> pa.Table:
 
 
 def partition_of(number: int) -> str:
-    return BY.key_for(f"v-{number:02d}")
+    return key_for(BY, f"v-{number:02d}")
 
 
 def definitions(folder: Path, prefix: str, base_url: str = "http://127.0.0.1:9") -> dg.Definitions:

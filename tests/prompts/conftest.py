@@ -1,4 +1,4 @@
-"""What the tests of the prompt table share: a writer of tables, and the error's problems."""
+"""Fixtures of the tests of the prompt table: write tables, open them, list their problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster.errors import Problem, PromptTableError
-from krea_dagster.prompts import PromptRow, PromptTable, parse_partition_by
+from krea_dagster.prompts import PromptTable, parse_partition_by
+from tests.prompts.reference import PromptRow, read_rows
 
 Write = Callable[..., str]
 Open = Callable[..., PromptTable]
@@ -50,7 +51,7 @@ def problems(open_table: Open) -> Problems:
 
     def found(columns: Mapping[str, Any], by: str = "hash:4", **options: Any) -> list[Problem]:
         with pytest.raises(PromptTableError) as caught:
-            open_table(columns, by, **options).read()
+            read_rows(open_table(columns, by, **options))
         return list(caught.value.problems)
 
     return found
@@ -61,7 +62,7 @@ def only(open_table: Open) -> Callable[..., PromptRow]:
     """Write columns of one row; that row as it is read."""
 
     def read(columns: Mapping[str, Any], **options: Any) -> PromptRow:
-        (row,) = open_table(columns, **options).read().rows
+        (row,) = read_rows(open_table(columns, **options)).rows
         return row
 
     return read

@@ -20,6 +20,7 @@ import pytest
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from krea_dagster.prompts.files import BATCH_ROWS, open_files
+from tests.prompts.reference import read_rows
 
 Write = Callable[..., str]
 
@@ -32,7 +33,7 @@ def refused(source: object) -> str:
     """What reading says; every use of the table says the same."""
     said = set()
     table = opened(source)
-    for use in (table.read, table.versions, opened(source, "column:part").partition_keys):
+    for use in (table.plan, table.versions, opened(source, "column:part").partition_keys):
         with pytest.raises(ConfigError) as caught:
             use()
         said.add(str(caught.value))
@@ -50,10 +51,10 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_below(write: Write, tmp_
         other = tmp_path / "table" / name
         other.parent.mkdir(exist_ok=True)
         other.write_text("not a table")
-    rows = opened(tmp_path / "table").read().rows
+    rows = read_rows(opened(tmp_path / "table")).rows
     assert [row.prompt for row in rows] == ["1", "1", "2", "2", "3", "3"]
     assert [row.row for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert opened(f"{tmp_path}/table/").read().rows == rows
+    assert read_rows(opened(f"{tmp_path}/table/")).rows == rows
 
 
 def test_a_relative_path_and_a_file_without_the_usual_ending_will_do(
@@ -61,8 +62,8 @@ def test_a_relative_path_and_a_file_without_the_usual_ending_will_do(
 ) -> None:
     write({"prompt": ["a"]}, "wishes")
     monkeypatch.chdir(tmp_path)
-    assert len(opened("wishes").read().rows) == 1
-    assert len(opened("./wishes").read().rows) == 1
+    assert len(read_rows(opened("wishes")).rows) == 1
+    assert len(read_rows(opened("./wishes")).rows) == 1
 
 
 @pytest.fixture
@@ -79,15 +80,15 @@ def test_a_url_is_read_through_fsspec(write: Write, memory: Any) -> None:
     for url in ("memory://wishes/one.parquet", "memory://wishes", "memory://wishes/"):
         table = opened(url, "column:part")
         assert table.partition_keys() == ["p", "q"]
-        assert [row.prompt for row in table.read(["q"]).rows] == ["b"]
-    assert len(opened(f"file://{path}").read().rows) == 2
+        assert [row.prompt for row in read_rows(table, ["q"]).rows] == ["b"]
+    assert len(read_rows(opened(f"file://{path}")).rows) == 2
 
 
 def test_a_table_is_read_afresh_each_time(write: Write) -> None:
     table = opened(write({"prompt": ["a"]}))
-    assert len(table.read().rows) == 1
+    assert len(read_rows(table).rows) == 1
     write({"prompt": ["a", "b"]})
-    assert len(table.read().rows) == 2
+    assert len(read_rows(table).rows) == 2
 
 
 def test_a_url_that_is_not_there_says_so(memory: Any) -> None:
@@ -189,7 +190,7 @@ def test_an_encrypted_file_is_said_to_be_one(tmp_path: Path, plain_footer: bool)
     with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
     with pytest.raises(ConfigError, match="is encrypted; write it without encryption"):
-        opened(path).read()
+        read_rows(opened(path))
 
 
 # -- files that do not fit together -------------------------------------------------------------
@@ -199,7 +200,7 @@ def disagreement(write: Write, tmp_path: Path, first: Any, second: Any) -> str:
     write(first, "table/a.parquet")
     write(second, "table/b.parquet")
     with pytest.raises(PromptTableError) as caught:
-        opened(tmp_path / "table").read()
+        read_rows(opened(tmp_path / "table"))
     return str(caught.value)
 
 
@@ -242,9 +243,9 @@ def test_what_writers_make_of_the_same_column_fits_together(write: Write, tmp_pa
     second["gap"] = pa.array([None], pa.float64())
     write(first, "table/a.parquet")
     write(second, "table/b.parquet")
-    rows = opened(tmp_path / "table").read()
+    rows = read_rows(opened(tmp_path / "table"))
     assert [(row.prompt, row.seed) for row in rows.rows] == [("a", 1), ("b", None)]
-    assert rows.carried.to_pylist() == [
+    assert rows.passthrough.to_pylist() == [
         {"text": "x", "number": 1, "gap": 1.0, "void": None},
         {"text": "y", "number": 2, "gap": None, "void": date_like},
     ]
@@ -255,8 +256,8 @@ def test_a_number_that_the_common_type_cannot_hold_is_refused_not_rounded(
 ) -> None:
     write({"prompt": ["a"], "n": [2**53 + 1]}, "table/a.parquet")
     write({"prompt": ["b"], "n": [0.5]}, "table/b.parquet")
-    with pytest.raises(ConfigError, match=r"a\.parquet has a column that cannot be carried"):
-        opened(tmp_path / "table").read()
+    with pytest.raises(ConfigError, match=r"a\.parquet has a column that cannot be copied"):
+        read_rows(opened(tmp_path / "table"))
 
 
 # -- streaming ----------------------------------------------------------------------------------
@@ -295,10 +296,10 @@ def test_few_texts_in_many_rows_are_the_same_in_every_row_group(write: Write) ->
     kinds = [[str(batch.schema.field(name).type)[:10] for name in columns] for batch in batches]
     assert kinds[0] == ["string"] * 4
     assert kinds[-1] == ["string", "dictionary", "dictionary", "string"]
-    found = PromptTable(file.name, parse_partition_by("hash:1")).read()
+    found = read_rows(PromptTable(file.name, parse_partition_by("hash:1")))
     assert [row.size for row in found.rows] == [size or "1:1" for size in columns["size"]]
-    assert found.carried.to_pydict() == {name: columns[name] for name in ("style", "a.b")}
-    assert found.carried.schema.types == [pa.string(), pa.string()]
+    assert found.passthrough.to_pydict() == {name: columns[name] for name in ("style", "a.b")}
+    assert found.passthrough.schema.types == [pa.string(), pa.string()]
 
 
 def test_a_reader_that_stops_early_leaves_no_file_open(write: Write) -> None:
@@ -352,8 +353,13 @@ def test_of_200_damaged_files_each_is_read_or_is_a_clear_error(tmp_path: Path) -
             data[drawn.randrange(begin, len(data))] = drawn.randrange(256)
         path.write_bytes(data)
         by = drawn.choice(["hash:4", "column:part", "day:day"])
+        uses: list[Callable[[PromptTable], object]] = [
+            PromptTable.partition_keys,
+            read_rows,
+            PromptTable.versions,
+        ]
         try:
-            getattr(opened(path, by), drawn.choice(["partition_keys", "read", "versions"]))()
+            drawn.choice(uses)(opened(path, by))
         except (ConfigError, PromptTableError) as error:
             said.append(str(error))
     assert len(said) > 100
@@ -393,7 +399,7 @@ def test_a_name_that_is_not_utf_8_is_damage(tmp_path: Path, name: str) -> None:
 )
 def test_a_table_that_cannot_be_reached_is_told_without_its_credentials(secret: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        opened(secret).read()
+        read_rows(opened(secret))
     said = "".join(traceback.format_exception(caught.value))
     assert re.search("s3cr|3t@", said) is None
     assert "table" in said or "***" in said

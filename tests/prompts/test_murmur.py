@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from krea_dagster.prompts.murmur import hash_of_text, hashes_of_texts
+from krea_dagster.prompts.murmur import hashes_of_texts
+from tests.prompts.reference import hash_of_text
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 

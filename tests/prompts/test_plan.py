@@ -1,4 +1,4 @@
-"""A plan made of whole columns is, image for image, what the formulas of ``requests`` say."""
+"""A plan, made of whole columns, is image for image that of the reference."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from krea_dagster.prompts import (
     PromptTable,
     estimate_tokens,
     parse_partition_by,
-    partition_version,
-    plan_images,
 )
 from krea_dagster.prompts import spool as spool_module
+from krea_dagster.prompts.columns import is_blank
 from krea_dagster.prompts.identity import Hasher, buckets
 from krea_dagster.prompts.identity import partition_version as version_of_digests
 from krea_dagster.prompts.murmur import hashes_of_texts
-from krea_dagster.prompts.scan import _is_blank
 from krea_dagster.prompts.tokens import at_most_tokens
+from tests.prompts.reference import key_for, partition_version, plan_images, read_rows
 
 HASHERS = {few: Hasher(few) for few in (0, 1_000)}
 Open = Callable[..., PromptTable]
@@ -83,34 +82,33 @@ def test_keys_seeds_ids_and_versions_are_those_of_the_definition(
     given_rows = [{name: row[name] for name in kinds} for row in rows]
     pq.write_table(pa.Table.from_pylist(given_rows, pa.schema(kinds.items())), path)
     table = PromptTable(str(path), parse_partition_by("hash:3"))
-    defined = table.read().rows
+    defined = read_rows(table).rows
     attempts = {
         (defined[number % len(defined)].prompt_id, sample): attempt
         for (number, sample), attempt in raised.items()
     }
-    for how in (attempts, lambda id_, sample: attempts.get((id_, sample), 0)):
-        with table.plan(attempts=how) as plan:
-            expected = list(plan_images(defined, attempts))
-            assert (plan.rows, plan.images) == (len(defined), len(expected))
-            by_key: dict[str, list[PlannedImage]] = {key: [] for key in plan.keys}
-            for image in expected:
-                by_key[image.partition_key].append(image)
-            assert plan.keys == HashPartitions(3).keys()
-            for key, images in by_key.items():
-                found = pa.Table.from_batches(plan.batches(key)) if images else None
-                assert (found.to_pylist() if found else []) == [planned(image) for image in images]
-                assert plan.digests(key).tobytes().hex() == "".join(
-                    image.request.request_key for image in images
-                )
-            assert plan.versions() == {
-                key: partition_version(image.request.request_key for image in images)
-                for key, images in by_key.items()
-            }
-            assert list(
-                plan.requests({key: np.ones(len(plan.digests(key)), bool) for key in by_key})
-            ) == [(image.request, key) for key, images in by_key.items() for image in images]
+    with table.plan(attempts=attempts) as plan:
+        expected = list(plan_images(defined, attempts))
+        assert (plan.rows, plan.images) == (len(defined), len(expected))
+        by_key: dict[str, list[PlannedImage]] = {key: [] for key in plan.keys}
+        for image in expected:
+            by_key[image.partition_key].append(image)
+        assert plan.keys == HashPartitions(3).keys()
+        for key, images in by_key.items():
+            found = pa.Table.from_batches(plan.batches(key)) if images else None
+            assert (found.to_pylist() if found else []) == [planned(image) for image in images]
+            assert plan.digests(key).tobytes().hex() == "".join(
+                image.request.request_key for image in images
+            )
+        assert plan.versions() == {
+            key: partition_version(image.request.request_key for image in images)
+            for key, images in by_key.items()
+        }
+        assert list(
+            plan.requests({key: np.ones(len(plan.digests(key)), bool) for key in by_key})
+        ) == [(image.request, key) for key, images in by_key.items() for image in images]
     for row in defined:
-        assert row.partition_key == HashPartitions(3).key_for(row.prompt_id)
+        assert row.partition_key == key_for(HashPartitions(3), row.prompt_id)
 
 
 def planned(image: PlannedImage) -> dict[str, Any]:
@@ -138,7 +136,7 @@ def test_hashes_are_those_of_the_standard_library(few: int, texts: list[str]) ->
     column = pa.array(["before", *texts, "after"], pa.string()).slice(1, len(texts))
     numbers = buckets(HashPartitions(7), hashes_of_texts(column))
     names = [HashPartitions(7).keys()[at] for at in numbers]
-    assert names == [HashPartitions(7).key_for(text) for text in texts]
+    assert names == [key_for(HashPartitions(7), text) for text in texts]
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     found = hasher.sha256(column)
     assert found.to_pylist() == digests
@@ -162,7 +160,7 @@ def test_a_prompt_of_any_white_space_is_looked_at_closely() -> None:
     blank = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
     assert len(blank) > 20
     prompts = pa.array([*blank, *(f" {space}\n" for space in blank)], pa.string())
-    assert pc.all(_is_blank(prompts)).as_py()
+    assert pc.all(is_blank(prompts)).as_py()
 
 
 @given(st.one_of(TEXTS, st.from_regex(r"([A-Z]?[a-z]+|[A-Z]+|[0-9 ,.é]+){1,40}", fullmatch=True)))
@@ -199,7 +197,7 @@ def test_a_large_plan_is_on_disk_and_read_back_in_the_order_of_the_table(
             assert found["prompt_id"].to_pylist() == [f"row-{number}" for number in numbers]
             assert found["prompt_key"].to_pylist() == [{"nested": [number]} for number in numbers]
             assert found["row"].to_pylist() == [f"r{number % 7}" for number in numbers]
-        assert plan.carried.names == ["part", "prompt_key", "row"]
+        assert plan.passthrough.names == ["part", "prompt_key", "row"]
         named = list(plan.named({"row-4", "row-4999", "unknown"}))
         assert [(image.prompt_id, image.partition_key) for image in named] == [
             ("row-4", "p1"),

@@ -12,12 +12,14 @@ from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.models import QUALITIES, SIZES
 from krea_dagster.prompts import (
     Defaults,
+    drawn_seed,
+    request_key,
+)
+from tests.prompts.reference import (
     PromptRow,
     derived_prompt_id,
-    drawn_seed,
     partition_version,
     plan_images,
-    request_key,
     seed_for,
 )
 
@@ -177,11 +179,9 @@ def test_after_the_highest_seed_comes_1() -> None:
 
 
 def test_a_row_asks_for_each_of_its_samples_with_a_seed_of_its_own() -> None:
-    images = list(plan_images([row(num_images=3, partition_key="k", row=7)]))
+    images = list(plan_images([row(num_images=3, partition_key="k")]))
     assert [image.sample for image in images] == [0, 1, 2]
-    assert {(image.prompt_id, image.partition_key, image.row) for image in images} == {
-        ("harbor-dawn-01", "k", 7)
-    }
+    assert {(image.prompt_id, image.partition_key) for image in images} == {("harbor-dawn-01", "k")}
     assert [image.request.seed for image in images] == [
         drawn_seed("harbor-dawn-01", sample) for sample in range(3)
     ]
@@ -190,7 +190,8 @@ def test_a_row_asks_for_each_of_its_samples_with_a_seed_of_its_own() -> None:
 
 
 def test_a_key_in_the_plan_is_the_key_of_the_request_beside_it() -> None:
-    (image,) = plan_images([row(seed=5, size="2:1", quality="2K", nsfw_check=True)], lambda *_: 2)
+    raised = {("harbor-dawn-01", 0): 2}
+    (image,) = plan_images([row(seed=5, size="2:1", quality="2K", nsfw_check=True)], raised)
     request = image.request
     assert (request.size, request.quality, request.seed) == ("2:1", "2K", 5)
     assert (request.nsfw_check, request.attempt, request.model) == (True, 2, "krea-2-turbo")

@@ -11,13 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster.models import QUALITIES, SIZES
-from krea_dagster.prompts import (
-    PromptRows,
-    PromptTable,
-    estimate_tokens,
-    parse_partition_by,
-    plan_images,
-)
+from krea_dagster.prompts import PromptTable, estimate_tokens, parse_partition_by
+from tests.prompts.reference import PromptRows, plan_images, read_rows
 
 DATA = Path(__file__).parents[2] / "data"
 SAMPLE = DATA / "prompts.parquet"
@@ -25,7 +20,7 @@ SAMPLE = DATA / "prompts.parquet"
 
 @pytest.fixture(scope="module")
 def sample() -> PromptRows:
-    return PromptTable(str(SAMPLE), parse_partition_by("hash:8")).read()
+    return read_rows(PromptTable(str(SAMPLE), parse_partition_by("hash:8")))
 
 
 def test_the_committed_table_is_what_its_maker_makes(tmp_path: Path) -> None:
@@ -83,10 +78,10 @@ def test_it_can_be_partitioned_in_each_way(by: str, count: int, one: str | None)
     keys = table.partition_keys()
     assert len(keys) == count
     assert one is None or one in keys
-    assert set(table.read().by_partition()) == set(keys)
+    assert {row.partition_key for row in read_rows(table).rows} == set(keys)
 
 
 def test_its_further_columns_are_category_campaign_and_day(sample: PromptRows) -> None:
-    assert sample.carried.column_names == ["category", "campaign", "day"]
-    days = sample.carried.column("day").to_pylist()
+    assert sample.passthrough.column_names == ["category", "campaign", "day"]
+    days = sample.passthrough.column("day").to_pylist()
     assert (min(days), max(days)) == (date(2026, 11, 1), date(2026, 11, 7))

@@ -23,13 +23,19 @@ from krea_dagster.prompts import (
     RESERVED_COLUMNS,
     Defaults,
     HashPartitions,
-    PromptRow,
+    PlannedImage,
     PromptTable,
-    derived_prompt_id,
     parse_partition_by,
+    safe_name,
+)
+from tests.prompts.reference import (
+    PromptRow,
+    derived_prompt_id,
+    images_of,
+    key_for,
     partition_version,
     plan_images,
-    safe_name,
+    read_rows,
 )
 
 Open = Callable[..., PromptTable]
@@ -74,7 +80,7 @@ def test_all_recognised_columns_are_read(only: Only) -> None:
             "num_images": [3],
         }
     )
-    key = HashPartitions(4).key_for("x")
+    key = key_for(HashPartitions(4), "x")
     assert row == PromptRow(1, "x", "  kept as it is \n", "1:2", "2K", 7, True, 3, key)
 
 
@@ -99,12 +105,12 @@ def test_text_may_be_encoded_in_any_way(open_table: Open, kind: pa.DataType) -> 
         },
         "column:kind",
     )
-    rows = table.read(["k1"])
+    rows = read_rows(table, ["k1"])
     assert [(row.prompt, row.prompt_id, row.size, row.quality) for row in rows.rows] == [
         ("a 雪", "x", "16:9", "2K")
     ]
-    assert rows.carried.column("kind").to_pylist() == ["k1"]
-    assert len(table.read().rows) == 2
+    assert rows.passthrough.column("kind").to_pylist() == ["k1"]
+    assert len(read_rows(table).rows) == 2
 
 
 @pytest.mark.parametrize(
@@ -150,7 +156,7 @@ def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
     )
     frame.to_parquet(tmp_path / "p.parquet")
     table = PromptTable(str(tmp_path / "p.parquet"), parse_partition_by("column:tag"))
-    rows = table.read(["x"])
+    rows = read_rows(table, ["x"])
     assert [(row.prompt_id, row.seed, row.num_images) for row in rows.rows] == [
         ("a", 5, 2),
         ("c", None, 1),
@@ -163,12 +169,12 @@ def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_as_prompt_ids_become_text(open_table: Open) -> None:
-    rows = open_table({"prompt": ["a", "b"], "prompt_id": [7, -12]}).read().rows
+    rows = read_rows(open_table({"prompt": ["a", "b"], "prompt_id": [7, -12]})).rows
     assert [row.prompt_id for row in rows] == ["7", "-12"]
 
 
 def test_rows_that_ask_for_the_same_thing_share_a_derived_prompt_id(open_table: Open) -> None:
-    rows = open_table({"prompt": ["a", "b", "a"]}).read().rows
+    rows = read_rows(open_table({"prompt": ["a", "b", "a"]})).rows
     assert rows[0].prompt_id == rows[2].prompt_id != rows[1].prompt_id
     assert len({image.request.request_key for image in plan_images(rows)}) == 2
 
@@ -188,7 +194,7 @@ HOSTILE_IDS = [
 def test_hostile_prompt_ids_are_carried_safely(open_table: Open) -> None:
     """They never become names of files: those come from the request key."""
     table = open_table({"prompt": ["a"] * len(HOSTILE_IDS), "prompt_id": HOSTILE_IDS})
-    rows = table.read().rows
+    rows = read_rows(table).rows
     assert [row.prompt_id for row in rows] == HOSTILE_IDS
     assert len({image.request.request_key for image in plan_images(rows)}) == len(HOSTILE_IDS)
 
@@ -199,11 +205,11 @@ def test_an_empty_table_has_no_rows_and_no_problem(open_table: Open) -> None:
         "prompt_id": pa.array([], pa.string()),
         "day": pa.array([], pa.date32()),
     }
-    assert open_table(columns).read().rows == ()
+    assert read_rows(open_table(columns)).rows == ()
     assert len(open_table(columns).versions()) == 4
     by_day = open_table(columns, "day:day")
     assert (by_day.partition_keys(), by_day.first_time(), by_day.versions()) == ([], None, {})
-    assert by_day.read().carried.column_names == ["day"]
+    assert read_rows(by_day).passthrough.column_names == ["day"]
 
 
 # -- what is wrong with a row -------------------------------------------------------------------
@@ -316,7 +322,7 @@ def test_the_first_20_problems_are_named_and_all_are_counted(open_table: Open) -
     rows = 20_000
     table = open_table({"prompt": ["a"] * rows, "prompt_id": range(rows), "size": ["?"] * rows})
     with pytest.raises(PromptTableError) as caught:
-        table.read()
+        read_rows(table)
     assert caught.value.count == rows
     assert [problem.row for problem in caught.value.problems] == list(range(1, 21))
     assert "… and 19980 more" in str(caught.value)
@@ -365,7 +371,7 @@ def test_a_prompt_over_640_tokens_is_refused_and_one_of_640_is_not(
     (problem,) = problems({"prompt": [("cat " * 641).strip()], "prompt_id": ["x"]})
     assert "about 641 tokens; EvoLink takes at most 640" in problem.allowed
     assert len(problem.value) <= 64
-    rows = open_table({"prompt": [("cat " * 640).strip()], "prompt_id": ["x"]}).read()
+    rows = read_rows(open_table({"prompt": [("cat " * 640).strip()], "prompt_id": ["x"]}))
     assert len(rows.rows) == 1
 
 
@@ -376,7 +382,7 @@ def test_a_short_prompt_of_many_bytes_is_counted_too(problems: Problems) -> None
 
 def test_a_prompt_over_500_tokens_is_a_warning(open_table: Open) -> None:
     prompts = [("cat " * 500).strip(), ("cat " * 501).strip()]
-    rows = open_table({"prompt": prompts, "prompt_id": ["short", "long"]}).read()
+    rows = read_rows(open_table({"prompt": prompts, "prompt_id": ["short", "long"]}))
     (warning,) = rows.warnings
     assert (warning.row, warning.prompt_id, rows.warning_count) == (2, "long", 1)
     assert "501 tokens" in warning.allowed
@@ -387,7 +393,7 @@ def test_the_counter_and_the_limit_can_be_changed(problems: Problems, open_table
     (problem,) = problems(columns, count_tokens=lambda _prompt: 641)
     assert "641" in problem.allowed
     assert problems(columns, max_prompt_tokens=0)
-    assert open_table(columns, max_prompt_tokens=1, count_tokens=lambda _prompt: 1).read().rows
+    assert read_rows(open_table(columns, max_prompt_tokens=1, count_tokens=lambda _prompt: 1)).rows
 
 
 # -- what is wrong with the columns -------------------------------------------------------------
@@ -413,7 +419,7 @@ def test_a_doubled_prompt_id_is_found_when_only_another_partition_is_read(
 ) -> None:
     columns = {"prompt": ["a", "b", "c"], "prompt_id": ["x", "y", "x"], "part": ["p", "q", "r"]}
     with pytest.raises(PromptTableError, match="row 1 has it too"):
-        open_table(columns, "column:part").read(["q"])
+        read_rows(open_table(columns, "column:part"), ["q"])
 
 
 def test_doubled_prompt_ids_are_counted_across_batches_and_files(
@@ -449,7 +455,7 @@ def test_a_column_that_is_there_twice_is_a_problem(write: Write) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "tag", "tag"])
     table = PromptTable(write(twice), parse_partition_by("hash:2"))
     with pytest.raises(PromptTableError, match=r"tag is there 2 times in .*prompts\.parquet"):
-        table.read()
+        read_rows(table)
 
 
 # -- further columns ----------------------------------------------------------------------------
@@ -465,34 +471,26 @@ def test_further_columns_are_carried_beside_their_rows(open_table: Open) -> None
         "__filename": ["f", "g", "h"],
         "when": pa.array([0, 1, 2], pa.timestamp("us", "UTC")),
     }
-    rows = open_table(columns, "column:part").read(["p"])
+    rows = read_rows(open_table(columns, "column:part"), ["p"])
     assert [row.prompt_id for row in rows.rows] == ["x", "z"]
-    assert rows.carried.column_names == ["a.b", "a", "part", "__filename", "when"]
-    assert rows.carried.select(["a.b", "a", "part"]).to_pylist() == [
+    assert rows.passthrough.column_names == ["a.b", "a", "part", "__filename", "when"]
+    assert rows.passthrough.select(["a.b", "a", "part"]).to_pylist() == [
         {"a.b": 1, "a": {"b": 1, "c": [1]}, "part": "p"},
         {"a.b": 3, "a": None, "part": "p"},
     ]
-    assert rows.carried.schema.field("when").type == pa.timestamp("us", "UTC")
+    assert rows.passthrough.schema.field("when").type == pa.timestamp("us", "UTC")
 
 
 def test_a_column_is_found_by_its_whole_name_not_as_a_path(open_table: Open) -> None:
     columns = {"a": [{"b": 1}, {"b": 2}], "a.b": ["p", "q"], "prompt": ["x", "y"]}
     table = open_table(columns, "column:a.b")
     assert table.partition_keys() == ["p", "q"]
-    assert [row.prompt for row in table.read(["q"]).rows] == ["y"]
+    assert [row.prompt for row in read_rows(table, ["q"]).rows] == ["y"]
 
 
 def test_a_table_without_further_columns_carries_as_many_empty_rows(open_table: Open) -> None:
-    rows = open_table({"prompt": ["a", "b"], "prompt_id": ["a", "b"]}).read()
-    assert (rows.carried.num_columns, rows.carried.num_rows) == (0, 2)
-
-
-def test_rows_can_be_parted_with_their_further_columns(open_table: Open) -> None:
-    columns = {"prompt": ["x", "y", "z"], "part": ["q", "p", "q"], "note": ["1", "2", "3"]}
-    parts = open_table(columns, "column:part").read().by_partition()
-    assert list(parts) == ["p", "q"]
-    assert [row.prompt for row in parts["q"].rows] == ["x", "z"]
-    assert parts["q"].carried.column("note").to_pylist() == ["1", "3"]
+    rows = read_rows(open_table({"prompt": ["a", "b"], "prompt_id": ["a", "b"]}))
+    assert (rows.passthrough.num_columns, rows.passthrough.num_rows) == (0, 2)
 
 
 # -- partitions ---------------------------------------------------------------------------------
@@ -501,12 +499,12 @@ def test_rows_can_be_parted_with_their_further_columns(open_table: Open) -> None
 def test_hash_partitions_hold_every_row_once(open_table: Open) -> None:
     ids = [f"row-{number}" for number in range(200)]
     table = open_table({"prompt": ["a"] * 200, "prompt_id": ids}, "hash:4")
-    parts = [table.read([key]).rows for key in table.partition_keys()]
+    parts = [read_rows(table, [key]).rows for key in table.partition_keys()]
     assert min(map(len, parts)) > 20
     assert sorted(row.row for rows in parts for row in rows) == list(range(1, 201))
-    assert sorted(row.prompt_id for row in table.read(table.partition_keys()[:2]).rows) == sorted(
-        row.prompt_id for rows in parts[:2] for row in rows
-    )
+    assert sorted(
+        row.prompt_id for row in read_rows(table, table.partition_keys()[:2]).rows
+    ) == sorted(row.prompt_id for rows in parts[:2] for row in rows)
 
 
 @pytest.mark.parametrize("key", ["bucket-000", "bucket-001"])
@@ -516,26 +514,26 @@ def test_a_row_without_prompt_id_is_a_problem_of_every_hash_partition(
     """It may belong to any of them, and would else be passed over by each."""
     table = open_table({"prompt": ["a", "b"], "prompt_id": ["x", None]}, "hash:2")
     with pytest.raises(PromptTableError, match="row 2: prompt_id is missing"):
-        table.read([key])
+        read_rows(table, [key])
 
 
 def test_a_wrong_row_of_another_partition_does_not_stop_this_one(open_table: Open) -> None:
     columns = {"prompt": ["a", "b"], "prompt_id": ["x", "y"], "size": ["1:1", "?"]}
     by_column = open_table(columns | {"part": ["p", "q"]}, "column:part")
-    assert len(by_column.read(["p"]).rows) == 1
+    assert len(read_rows(by_column, ["p"]).rows) == 1
     by_hash = open_table(columns, "hash:100")
-    assert len(by_hash.read([HashPartitions(100).key_for("x")]).rows) == 1
+    assert len(read_rows(by_hash, [key_for(HashPartitions(100), "x")]).rows) == 1
     with pytest.raises(PromptTableError, match="row 2"):
-        by_hash.read()
+        read_rows(by_hash)
 
 
 def test_hash_partitions_work_without_a_prompt_id_column(open_table: Open) -> None:
     prompts = [f"cat {number}" for number in range(50)]
     table = open_table({"prompt": prompts, "note": range(50)}, "hash:4")
-    parts = [table.read([key]) for key in table.partition_keys()]
+    parts = [read_rows(table, [key]) for key in table.partition_keys()]
     assert sorted(row.prompt for part in parts for row in part.rows) == sorted(prompts)
     for part in parts:
-        assert [f"cat {note}" for note in part.carried.column("note").to_pylist()] == [
+        assert [f"cat {note}" for note in part.passthrough.column("note").to_pylist()] == [
             row.prompt for row in part.rows
         ]
 
@@ -561,16 +559,16 @@ def test_a_column_gives_its_values_as_keys_and_each_reads_its_rows(
 ) -> None:
     table = open_table({"prompt": ["x", "y", "z"], "part": values}, "column:part")
     assert table.partition_keys() == keys
-    found = {key: [row.row for row in table.read([key]).rows] for key in keys}
+    found = {key: [row.row for row in read_rows(table, [key]).rows] for key in keys}
     assert sorted(row for rows in found.values() for row in rows) == [1, 2, 3]
-    assert all(row.partition_key == key for key in keys for row in table.read([key]).rows)
+    assert all(row.partition_key == key for key in keys for row in read_rows(table, [key]).rows)
 
 
 def test_a_recognised_column_can_decide_the_partition(open_table: Open) -> None:
     table = open_table({"prompt": ["x", "y"], "quality": ["2K", "1K"]}, "column:quality")
-    (row,) = table.read(["2K"]).rows
+    (row,) = read_rows(table, ["2K"]).rows
     assert (row.quality, row.partition_key) == ("2K", "2K")
-    assert table.read().carried.num_columns == 0
+    assert read_rows(table).passthrough.num_columns == 0
 
 
 UTC = timezone.utc
@@ -600,9 +598,9 @@ def test_a_day_is_that_of_a_date_a_time_or_an_iso_text_in_utc(
     assert table.partition_keys() == keys
     assert table.first_time() == keys[0]
     for key in keys:
-        (row,) = table.read([key]).rows
+        (row,) = read_rows(table, [key]).rows
         assert row.partition_key == key
-    assert len(table.read(keys).rows) == 2
+    assert len(read_rows(table, keys).rows) == 2
 
 
 BERLIN_NIGHT = datetime(2026, 10, 31, 23, 30, tzinfo=UTC)  # 00:30 of November there
@@ -631,7 +629,7 @@ def test_weeks_and_months_and_zones_decide_the_partition(
     assert table.partition_keys() == keys
     assert table.first_time() == keys[0]
     for key in keys:
-        (row,) = table.read([key]).rows
+        (row,) = read_rows(table, [key]).rows
         assert row.partition_key == key
 
 
@@ -646,10 +644,10 @@ def test_a_column_and_a_time_decide_the_partition_together(open_table: Open) -> 
     )
     assert table.partition_keys() == ["flux|2026-11-02", "flux|2026-11-03", "ink|2026-11-02"]
     assert table.first_time() == "2026-11-02"
-    assert [row.prompt for row in table.read(["ink|2026-11-02"]).rows] == ["x", "z"]
-    assert table.read(["ink|2026-11-03"]).rows == ()
-    with pytest.raises(ConfigError, match="is no partition of"):
-        table.read(["2026-11-02|ink"])
+    assert [row.prompt for row in read_rows(table, ["ink|2026-11-02"]).rows] == ["x", "z"]
+    assert read_rows(table, ["ink|2026-11-03"]).rows == ()
+    with pytest.raises(ConfigError, match="is not a partition of"):
+        read_rows(table, ["2026-11-02|ink"])
 
 
 def test_each_part_of_a_multi_dimensional_key_names_its_own_column(open_table: Open) -> None:
@@ -658,10 +656,10 @@ def test_each_part_of_a_multi_dimensional_key_names_its_own_column(open_table: O
     with pytest.raises(PromptTableError) as caught:
         table.partition_keys()
     assert {problem.column for problem in caught.value.problems} == {"style", "at"}
-    assert "part lists of keys in Dagster" in str(caught.value)
+    assert "separate lists of keys in Dagster" in str(caught.value)
     missing = open_table({"prompt": ["x"], "at": ["2026-11-02"]}, "day:at,column:style")
     with pytest.raises(PromptTableError, match="needs this column"):
-        missing.read()
+        read_rows(missing)
 
 
 @pytest.mark.parametrize(
@@ -683,7 +681,7 @@ def test_a_value_that_cannot_be_a_key_is_named_with_its_row(
     open_table: Open, by: str, values: Any, column: str, shown: str
 ) -> None:
     table = open_table({"prompt": ["x", "y"], "part": values}, by)
-    for use in (table.partition_keys, table.read, table.versions):
+    for use in (table.partition_keys, table.plan, table.versions):
         with pytest.raises(PromptTableError) as caught:
             use()
         (problem,) = caught.value.problems
@@ -704,7 +702,7 @@ def test_a_partition_column_that_cannot_serve_is_a_problem_of_the_table(
     open_table: Open, by: str, values: Any, said: str
 ) -> None:
     table = open_table({"prompt": ["x"], "part": values}, by)
-    for use in (table.partition_keys, table.read):
+    for use in (table.partition_keys, table.plan):
         with pytest.raises(PromptTableError, match="the table: ") as caught:
             use()
         assert said in str(caught.value)
@@ -718,8 +716,8 @@ def test_a_key_that_the_partitioning_cannot_have_is_a_config_error(
     open_table: Open, by: str, key: str
 ) -> None:
     table = open_table({"prompt": ["x"], "part": ["2026-11-01"]}, by)
-    with pytest.raises(ConfigError, match="is no partition of"):
-        table.read([key])
+    with pytest.raises(ConfigError, match="is not a partition of"):
+        read_rows(table, [key])
 
 
 @pytest.mark.parametrize(
@@ -733,14 +731,14 @@ def test_a_key_that_the_partitioning_cannot_have_is_a_config_error(
 @pytest.mark.parametrize("key", ["gone", "9" * 30, "2031-01-01"])
 def test_a_key_without_rows_has_none(open_table: Open, by: str, values: Any, key: str) -> None:
     table = open_table({"prompt": ["x", "y"], "part": values}, by)
-    assert table.read([key]).rows == ()
+    assert read_rows(table, [key]).rows == ()
     assert table.versions([key]) == {key: partition_version([])}
-    assert table.read([]).rows == ()
+    assert read_rows(table, []).rows == ()
 
 
 def test_one_text_is_no_list_of_keys(open_table: Open) -> None:
     with pytest.raises(TypeError, match="not one text"):
-        open_table({"prompt": ["x"]}).read("bucket-000")
+        read_rows(open_table({"prompt": ["x"]}), "bucket-000")
 
 
 def test_the_first_time_is_asked_of_times_only(open_table: Open) -> None:
@@ -749,6 +747,13 @@ def test_the_first_time_is_asked_of_times_only(open_table: Open) -> None:
 
 
 # -- versions -----------------------------------------------------------------------------------
+
+
+def by_partition(images: list[PlannedImage]) -> dict[str, list[PlannedImage]]:
+    return {
+        key: [image for image in images if image.partition_key == key]
+        for key in {image.partition_key for image in images}
+    }
 
 
 def test_a_version_is_that_of_the_partitions_request_keys(open_table: Open) -> None:
@@ -760,8 +765,8 @@ def test_a_version_is_that_of_the_partitions_request_keys(open_table: Open) -> N
     }
     table = open_table(columns, "column:part")
     expected = {
-        key: partition_version(image.request.request_key for image in plan_images(part.rows))
-        for key, part in table.read().by_partition().items()
+        key: partition_version(image.request.request_key for image in images)
+        for key, images in by_partition(images_of(table)).items()
     }
     assert table.versions() == expected
     assert table.versions(["q"]) == {"q": expected["q"]}
@@ -800,7 +805,7 @@ def test_order_partitioning_files_and_further_columns_change_no_request(
         rows = [row | {"prompt_id": f"id-{number}"} for number, row in enumerate(rows)]
 
     def requests(source: Path, by: str) -> list[tuple[str, int, str]]:
-        read = PromptTable(str(source), parse_partition_by(by)).read().rows
+        read = read_rows(PromptTable(str(source), parse_partition_by(by))).rows
         return sorted(
             (image.prompt_id, image.sample, image.request.request_key)
             for image in plan_images(read)
@@ -877,12 +882,12 @@ def test_only_the_row_groups_of_a_partition_are_read(
     table = PromptTable(path, parse_partition_by(by))
     for group in (0, 2):
         spoil(path, group, "prompt")
-    rows = table.read([key])
+    rows = read_rows(table, [key])
     assert [row.prompt for row in rows.rows] == [f"cat {number}" for number in range(10, 20)]
     assert [row.row for row in rows.rows] == list(range(11, 21))
-    assert rows.carried.column("note").to_pylist()[0] == "note 10"
+    assert rows.passthrough.column("note").to_pylist()[0] == "note 10"
     with pytest.raises(ConfigError, match=r"prompts\.parquet cannot be read"):
-        table.read()
+        read_rows(table)
 
 
 def test_iso_texts_are_pushed_down_with_room_for_their_zones(write: Write) -> None:
@@ -890,7 +895,7 @@ def test_iso_texts_are_pushed_down_with_room_for_their_zones(write: Write) -> No
     path = write(PARTED | {"part": days}, row_group_size=1)
     for group in (0, 1, 2, 20, 29):
         spoil(path, group, "prompt")
-    (row,) = PromptTable(path, parse_partition_by("day:part")).read(["2026-11-11"]).rows
+    (row,) = read_rows(PromptTable(path, parse_partition_by("day:part")), ["2026-11-11"]).rows
     assert row.row == 10
 
 
@@ -905,7 +910,7 @@ def test_many_keys_are_pushed_down_as_a_range(write: Write) -> None:
         spoil(path, group, "prompt")
     wanted = [str(day) for day in days[20:220:2]]
     for by in ("day:part", "column:part"):
-        rows = PromptTable(path, parse_partition_by(by)).read(wanted).rows
+        rows = read_rows(PromptTable(path, parse_partition_by(by)), wanted).rows
         assert [row.row for row in rows] == list(range(21, 221, 2))
 
 
@@ -931,10 +936,10 @@ def test_the_row_of_a_problem_is_its_row_in_the_whole_table(write: Write, tmp_pa
     write(columns | {"size": sizes}, "t/b.parquet", row_group_size=4)
     table = PromptTable(str(tmp_path / "t"), parse_partition_by("column:part"))
     with pytest.raises(PromptTableError) as caught:
-        table.read(["q"])
+        read_rows(table, ["q"])
     (problem,) = caught.value.problems
     assert (problem.row, problem.prompt_id) == (60, "s29")
-    assert len(table.read(["p"]).rows) == 45
+    assert len(read_rows(table, ["p"]).rows) == 45
 
 
 def test_a_large_row_group_streams_by_in_bounded_memory(write: Write) -> None:
@@ -962,7 +967,7 @@ def test_a_large_row_group_streams_by_in_bounded_memory(write: Write) -> None:
     table = PromptTable(path, parse_partition_by("hash:8"), count_tokens=count)
     assert len(table.versions()) == 8
     assert 0 < peak < 20_000_000
-    rows_read = table.read(["bucket-000"])
+    rows_read = read_rows(table, ["bucket-000"])
     assert 0 < len(rows_read.rows) < rows / 4
     assert peak < 25_000_000
 

@@ -24,7 +24,8 @@ from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.run.runner import Root, Runner, RunReport, Wanted
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
-from krea_dagster.prompts.requests import PlannedImage, PromptRow, plan_images
+from krea_dagster.prompts.requests import PlannedImage
+from tests.prompts.reference import PromptRow, plan_images
 from tests.simulation.house import (
     API_KEY,
     BASE_URL,

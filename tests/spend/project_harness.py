@@ -22,10 +22,11 @@ from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.runner import RunReport, Wanted
 from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.plugin.checks.spend_proof import prove
-from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by, plan_images
+from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by
 from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.quote import Quote
 from tests.dagster_bench import write_table
+from tests.prompts.reference import images_of
 
 #: The emulator's latency is known, so that no run waits for its first look.
 LEARNED: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
@@ -70,7 +71,7 @@ class Shop:
         return PromptTable(source, parse_partition_by("hash:2"))
 
     def images(self) -> list[PlannedImage]:
-        return list(plan_images(self.table.read().rows))
+        return images_of(self.table)
 
     def batch(self) -> Batch:
         return Batch.read(self.table, self.table.partition_keys(), self.krea)

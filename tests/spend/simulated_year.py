@@ -23,7 +23,7 @@ import pyarrow as pa
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
-from krea_dagster.prompts.identity import Hasher, request_keys, seeds_for
+from krea_dagster.prompts.identity import Hasher, image_seeds, request_keys
 
 DAYS: Final = 365
 FIRST: Final = date(2026, 1, 1)
@@ -167,25 +167,19 @@ class Year:
         with closing(Hasher()) as hasher:
             for attempt in (0, 1):
                 attempts = pa.array(np.full(rows, attempt, np.int32))
-                seeds = seeds_for(
-                    hasher,
-                    seeds=chosen,
-                    prompt_ids=self.prompt_ids,
-                    samples=zeros,
-                    attempts=attempts,
-                )
-                self._seeds.append(seeds)
-                self._keys.append(
-                    request_keys(
-                        hasher,
-                        prompts=self._prompts,
-                        sizes=self._sizes,
-                        qualities=self._qualities,
-                        seeds=seeds,
-                        nsfw_checks=checks,
-                        attempts=attempts,
-                    )
-                )
+                columns = {
+                    "prompt_id": self.prompt_ids,
+                    "sample": zeros,
+                    "prompt": self._prompts,
+                    "size": self._sizes,
+                    "quality": self._qualities,
+                    "seed": chosen,
+                    "nsfw_check": checks,
+                    "attempt": attempts,
+                }
+                columns["seed"] = image_seeds(hasher, columns)
+                self._seeds.append(columns["seed"])
+                self._keys.append(request_keys(hasher, columns))
 
     def partition(self, row: int) -> str:
         return f"bucket-{row % PARTITIONS:03d}"

@@ -21,7 +21,7 @@ from krea_dagster.plugin.sensors.change_marks import (
     mark_of_files,
     mark_of_reports,
 )
-from krea_dagster.prompts import MultiPartitions, PromptTable, partition_version
+from krea_dagster.prompts import EMPTY_PARTITION_VERSION, MultiPartitions, PromptTable
 
 if TYPE_CHECKING:
     from krea_dagster.plugin.assets.images import KreaAssets
@@ -38,7 +38,7 @@ _MOST_REPORTS = 250
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
 
 #: The version of a partition without a row.
-_NOTHING: Final = partition_version([])
+_NOTHING: Final = EMPTY_PARTITION_VERSION
 
 _Event = dg.AssetObservation | dg.AssetMaterialization
 _Versions = Mapping[str, str]

@@ -23,8 +23,8 @@ from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import read_manifests, write_manifest
-from krea_dagster.prompts import plan_images
 from tests.curation.review.review_harness import PARTITIONS, SAMPLES, Shelf, make_shelf, sha256
+from tests.prompts.reference import images_of
 from tests.spend.project_harness import LEARNED, Shop
 
 ROWS = 844  # four of them without a picture
@@ -165,7 +165,7 @@ def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
     krea = shop.krea
     krea.raise_attempts(shop.table, [("first", 0)], raised_by="a person")
     with krea.open_journal() as journal:
-        planned = list(plan_images(shop.table.read().rows, krea.attempts(shop.table)))
+        planned = images_of(shop.table, krea.attempts(shop.table))
         wanted = [Wanted(one.request, one.partition_key) for one in planned]
         policy = replace(krea.policy([]), wait_scale=0.01)
         with krea._runner("run-2", lambda _: None, shop.table) as runner:
