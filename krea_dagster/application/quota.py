@@ -32,7 +32,7 @@ from krea_dagster.curation.accepted.quota import (
 )
 from krea_dagster.curation.accepted.rules import Rules, judge
 from krea_dagster.digests import Digests, DigestSet, Mask, digests_from_hex
-from krea_dagster.engine.journal.attempts import AttemptLog
+from krea_dagster.engine.journal.attempt_log import AttemptLog
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.config import KreaImagesConfig

@@ -31,8 +31,8 @@ from krea_dagster.curation.measures.cache import measured_while_verified
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.journal.database import database_in, has_database
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.prompt_tables import identity_of
-from krea_dagster.engine.journal.roots import Marker
+from krea_dagster.engine.journal.prompt_table_log import identity_of
+from krea_dagster.engine.journal.root_log import Marker
 from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution

@@ -99,11 +99,11 @@ MUTATIONS: Final = (
         "a run killed with --again, and started again, asks for one more image",
         (
             (
-                "engine/journal/attempts.py",
+                "engine/journal/attempt_log.py",
                 "self._wishes_for(slot), mine | open_",
                 "self._wishes_for(slot), mine",
             ),
-            ("engine/journal/attempts.py", "if not settled(slot, attempt):", "if False:"),
+            ("engine/journal/attempt_log.py", "if not settled(slot, attempt):", "if False:"),
         ),
     ),
     Mutation(

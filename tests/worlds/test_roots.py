@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal.roots import MARKER
+from krea_dagster.engine.journal.root_log import MARKER
 from krea_dagster.engine.run.progress import Progress
 from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.engine.states import State

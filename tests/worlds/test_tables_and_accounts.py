@@ -14,7 +14,7 @@ import pytest
 
 from krea_dagster.application.batch import Batch
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal.roots import MARKER
+from krea_dagster.engine.journal.root_log import MARKER
 from krea_dagster.engine.states import State
 from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError

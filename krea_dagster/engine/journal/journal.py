@@ -30,16 +30,17 @@ from sqlalchemy import (
 
 from krea_dagster.engine.budget import Caps, Commitment, scopes_of
 from krea_dagster.engine.journal import schema
-from krea_dagster.engine.journal.api_keys import ApiKeyLog
+from krea_dagster.engine.journal.api_key_log import ApiKeyLog
 from krea_dagster.engine.journal.append import OutOfDate, write_changes
-from krea_dagster.engine.journal.attempts import AttemptLog
+from krea_dagster.engine.journal.attempt_log import AttemptLog
 from krea_dagster.engine.journal.callback_log import CallLog
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.commitments import Ledger
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.owners import Owner
-from krea_dagster.engine.journal.prompt_tables import PromptTableLog
-from krea_dagster.engine.journal.roots import RootLog
+from krea_dagster.engine.journal.pace_log import PaceLog
+from krea_dagster.engine.journal.prompt_table_log import PromptTableLog
+from krea_dagster.engine.journal.root_log import RootLog
 from krea_dagster.engine.journal.rows import (
     CHARGES,
     JOINED,
@@ -50,7 +51,6 @@ from krea_dagster.engine.journal.rows import (
     read_records,
     record_of,
 )
-from krea_dagster.engine.journal.run_paces import PaceLog
 from krea_dagster.engine.journal.schema import (
     UtcTime,
     account_readings,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from krea_dagster.engine.clock import Clock
-from krea_dagster.engine.journal.run_paces import PaceLog
+from krea_dagster.engine.journal.pace_log import PaceLog
 from krea_dagster.engine.pace import InWork, Pace, is_slow
 from krea_dagster.engine.pace_sharing import SOON_S, Lease, SharedPace
 from krea_dagster.engine.pace_sharing import Answer as Shown

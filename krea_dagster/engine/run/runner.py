@@ -11,7 +11,7 @@ from functools import partial
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.journal.journal import NO_CAPS, Journal
-from krea_dagster.engine.journal.unwritten import take_up
+from krea_dagster.engine.journal.saved_answers import take_up
 from krea_dagster.engine.policy import DONE, Policy, Trail, next_action
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution

@@ -27,7 +27,7 @@ from krea_dagster.engine.journal.callback_log import Called
 from krea_dagster.engine.journal.group_commit import GroupCommit
 from krea_dagster.engine.journal.journal import NO_CAPS
 from krea_dagster.engine.journal.owners import this_process
-from krea_dagster.engine.journal.unwritten import Answer, keep
+from krea_dagster.engine.journal.saved_answers import Answer, keep
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.policy import (
     Action,
