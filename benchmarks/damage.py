@@ -3,7 +3,7 @@
 python -m benchmarks.damage [--files N] [--quick] [--json]
 
 Files are damaged in ways that are drawn with a fixed seed. A damage that leaves every pixel as it
-was is harmless, and is counted apart.
+was is safe_cause, and is counted apart.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _measure(options: Namespace) -> None:
             "files of each damage, drawn with a fixed seed. CPU ms per whole file: median of "
             f"{_ROUNDS} calls on one core"
         ),
-        columns=["what", "found", *(f"by {check}" for check in _CHECKS), "missed", "harmless"],
+        columns=["what", "found", *(f"by {check}" for check in _CHECKS), "missed", "safe_cause"],
     )
     costs, ratios, missed = [], [], 0
     for name in _FORMATS:
@@ -80,7 +80,7 @@ def _measure(options: Namespace) -> None:
             found = sum(counted.get(check, 0) for check in _CHECKS)
             missed += counted.get("missed", 0) * damage.startswith("cut")
             harmful = found + counted.get("missed", 0)
-            cells = [counted.get(check, 0) or "" for check in (*_CHECKS, "missed", "harmless")]
+            cells = [counted.get(check, 0) or "" for check in (*_CHECKS, "missed", "safe_cause")]
             report.add(f"{name}, {damage}", f"{found / max(1, harmful):.1%}", *cells)
         cost = said["cost_ms"]
         ratios.append(cost["look"] / cost["Pillow"])
@@ -92,7 +92,7 @@ def _measure(options: Namespace) -> None:
     report.claim("the whole look to a plain decode, in any format", max(ratios), RATIO)
     report.note(
         "Found is the share of the files whose pixels the damage changed, or that were refused. "
-        "Missed files decode, to other pixels; harmless ones to the same. The last rows are what "
+        "Missed files decode, to other pixels; safe_cause ones to the same. The last rows are what "
         "each check takes of a whole file (the rows, the strict decode and flatness with what goes "
         "before them), and under found the whole look."
     )
@@ -106,7 +106,7 @@ def _measure(options: Namespace) -> None:
 
 def _work(name: str, files: int) -> dict[str, Any]:
     """Damage files of a format, and count which check finds each; and what the checks cost."""
-    from krea_dagster.engine.storage.verify import look_at  # noqa: PLC0415 - only what is measured
+    from krea_dagster.engine.storage.verify import verify_image  # noqa: PLC0415 - only what is measured
 
     kind, options = _FORMATS[name]
     whole = _file(kind, options)
@@ -121,7 +121,7 @@ def _work(name: str, files: int) -> dict[str, Any]:
         source = random.Random(f"{name} {damage}")
         files_of = (_damaged(whole, damage, source) for _ in range(files))
         found[damage] = Counter(_verdict(data, checks, pixels) for data in files_of)
-    checks["look"] = lambda data: look_at(data, (SIDE, SIDE))
+    checks["look"] = lambda data: verify_image(data, (SIDE, SIDE))
     cost = {check: _cpu_ms(call, whole) for check, call in checks.items()}
     return {"bytes": len(whole), "found": found, "cost_ms": cost}
 
@@ -156,8 +156,8 @@ def _damaged(whole: bytes, damage: str, source: random.Random) -> bytes:
 
 
 def _checks(kind: str) -> dict[str, Callable[[bytes], object]]:
-    """The checks that a format has, in the order in which ``look_at`` asks them."""
-    from krea_dagster.engine.storage.verify import look_at  # noqa: PLC0415 - only what is measured
+    """The checks that a format has, in the order in which ``verify_image`` asks them."""
+    from krea_dagster.engine.storage.verify import verify_image  # noqa: PLC0415 - only what is measured
     from krea_dagster.engine.storage.verify_jpeg import check_jpeg, end_of_jpeg  # noqa: PLC0415
     from krea_dagster.engine.storage.verify_png import check_png, chunks_of_png  # noqa: PLC0415
     from krea_dagster.engine.storage.verify_webp import check_webp  # noqa: PLC0415
@@ -168,7 +168,7 @@ def _checks(kind: str) -> dict[str, Callable[[bytes], object]]:
         "WEBP": {"structure": check_webp},
     }
     return {
-        "header": lambda data: look_at(data, (SIDE, SIDE), decode=False),
+        "header": lambda data: verify_image(data, (SIDE, SIDE), decode=False),
         **own.get(kind, {}),
         "Pillow": _decoded,
         "flatness": _refuse_flat,
@@ -176,7 +176,7 @@ def _checks(kind: str) -> dict[str, Callable[[bytes], object]]:
 
 
 def _verdict(data: bytes, checks: Mapping[str, Callable[[bytes], object]], pixels: bytes) -> str:
-    from krea_dagster.engine.storage.verify import DAMAGED, look_at  # noqa: PLC0415 - only what is measured
+    from krea_dagster.engine.storage.verify import DAMAGED, verify_image  # noqa: PLC0415 - only what is measured
     from krea_dagster.errors import DownloadError  # noqa: PLC0415
 
     found = ""
@@ -187,12 +187,12 @@ def _verdict(data: bytes, checks: Mapping[str, Callable[[bytes], object]], pixel
             found = name
             break
     try:
-        look_at(data, (SIDE, SIDE))
+        verify_image(data, (SIDE, SIDE))
     except DownloadError:
         assert found, "the look found what no check of it does"
         return found
     assert not found, f"the look did not ask: {found}"
-    return "harmless" if _decoded(data).tobytes() == pixels else "missed"
+    return "safe_cause" if _decoded(data).tobytes() == pixels else "missed"
 
 
 def _decoded(data: bytes) -> Any:

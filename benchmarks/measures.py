@@ -126,7 +126,7 @@ def _ways(data: bytes, side: int) -> Mapping[str, Callable[[], object]]:
     from PIL import Image  # noqa: PLC0415 - only what is measured is imported
 
     from krea_dagster.curation.measures.builtin import measure  # noqa: PLC0415
-    from krea_dagster.engine.storage.verify import look_at  # noqa: PLC0415
+    from krea_dagster.engine.storage.verify import verify_image  # noqa: PLC0415
 
     def decode() -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
@@ -137,8 +137,8 @@ def _ways(data: bytes, side: int) -> Mapping[str, Callable[[], object]]:
     picture = decode()
     ways: dict[str, Callable[[], object]] = {
         "decode": decode,
-        "verify": lambda: look_at(data, (side, side)),
-        "verify and measures": lambda: look_at(data, (side, side), seen=measure),
+        "verify": lambda: verify_image(data, (side, side)),
+        "verify and measures": lambda: verify_image(data, (side, side), seen=measure),
         "measures": lambda: measure(picture),
     }
     if find_spec("cv2") is None:

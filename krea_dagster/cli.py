@@ -21,7 +21,7 @@ from krea_dagster.curation.gallery.command import gallery_command
 from krea_dagster.curation.review.command import review_command
 from krea_dagster.drill.command import drill_command
 from krea_dagster.emulator import emulator_command
-from krea_dagster.errors import InputError, JournalAway, KreaError, StorageAway
+from krea_dagster.errors import InputError, JournalUnavailable, KreaError, StorageUnavailable
 
 if TYPE_CHECKING:
     from krea_dagster.plugin.config import KreaImagesConfig
@@ -434,7 +434,7 @@ def _exit_code(done: Materialized, missing: int) -> int:
 
 
 def _code_of(error: KreaError) -> int:
-    if isinstance(error, JournalAway | StorageAway):
+    if isinstance(error, JournalUnavailable | StorageUnavailable):
         return TRY_LATER
     return WRONG_USE if isinstance(error, InputError) else NOT_DELIVERED
 
@@ -450,7 +450,7 @@ def run() -> None:
         say_error(redact.text(str(error), *places))
         sys.exit(_code_of(error))
     except Exception as error:
-        if redact.harmless(error, *places) is not None:
+        if redact.safe_cause(error, *places) is not None:
             raise
         # Nobody foresaw it, and its traceback would show a credential.
         sys.stderr.write(redact.text("".join(traceback.format_exception(error)), *places))

@@ -7,7 +7,7 @@
     │   ├── ConfigError         a setting; mend it and run again
     │   └── PromptTableError    rows of the prompt table; names each row and column
     ├── JournalError          the journal cannot be trusted or written; nothing more is bought
-    │   ├── JournalAway         its database does not answer; run again when it does
+    │   ├── JournalUnavailable         its database does not answer; run again when it does
     │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
     │   ├── TakenOver           another run holds this request now, and carries it on
     │   ├── TaskTaken           another purchase has this task; nothing changed
@@ -15,7 +15,7 @@
     ├── ImagesNotAsStored     files are missing or not what was verified (curation/export)
     ├── Damaged               a shard that was read back is not what was written (curation/export)
     ├── StorageError          a paid image cannot be written; nothing more is bought until it can
-    │   └── StorageAway         the store does not answer; run again when it does
+    │   └── StorageUnavailable         the store does not answer; run again when it does
     ├── BuyingClosed          nothing was sent; the row is deferred
     │   ├── CapReached          a cap leaves no room; the text says when it frees
     │   └── RunStopped          the account stopped another shard of this run
@@ -139,7 +139,7 @@ class JournalError(KreaError):
     """The journal cannot be read, written or trusted. Nothing more is bought until it can."""
 
 
-class JournalAway(JournalError):
+class JournalUnavailable(JournalError):
     """The journal's database does not answer, or is locked: that may pass by itself."""
 
 
@@ -202,7 +202,7 @@ class StorageError(KreaError):
     """The storage root cannot be written. What was paid for is in the journal: run again."""
 
 
-class StorageAway(StorageError):
+class StorageUnavailable(StorageError):
     """The storage root does not answer: that may pass by itself."""
 
 

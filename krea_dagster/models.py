@@ -82,7 +82,7 @@ def units_from_credits(credits: float | str | Decimal) -> int:
     return int((amount * UNITS_PER_CREDIT).quantize(Decimal(1), ROUND_HALF_UP))
 
 
-def cap_units(value: float | str, name: str) -> int:
+def parse_cap(value: float | str, name: str) -> int:
     """The most credits that may be spent, as a person wrote it, in units.
 
     Digits with an optional point and at most four decimals, and nothing else: no sign, no
@@ -97,7 +97,7 @@ def cap_units(value: float | str, name: str) -> int:
     return units_from_credits(str(value))
 
 
-def whole_number(text: str, name: str, *, most: int) -> int:
+def parse_whole_number(text: str, name: str, *, most: int) -> int:
     """A whole number from 1 to ``most``, as a person wrote it, by the same rule."""
     if not _WHOLE.fullmatch(text) or not 1 <= int(text) <= most:
         raise ConfigError(

@@ -72,7 +72,7 @@ def text(sentence: str, *known: str) -> str:
     return _SETTING.sub(rf"\1{HIDDEN}", _urls(sentence) if ":/" in sentence else sentence)
 
 
-def harmless(error: BaseException, *known: str) -> BaseException | None:
+def safe_cause(error: BaseException, *known: str) -> BaseException | None:
     """The error as the cause of another, None where its text or a cause of it shows a secret.
 
     Dagster and Python print the causes of an error along with it.

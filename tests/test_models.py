@@ -11,7 +11,7 @@ from krea_dagster.callbacks.receiver import claimed_task_id
 from krea_dagster.engine.budget import Budget
 from krea_dagster.engine.resolution import HasTask, parse_resolution
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import cap_units, is_task_id, units_from_credits, whole_number
+from krea_dagster.models import is_task_id, parse_cap, parse_whole_number, units_from_credits
 from krea_dagster.plugin.environment import Settings
 from krea_dagster.plugin.resource import KreaResource
 
@@ -62,7 +62,7 @@ NO_AMOUNTS = [
 
 @pytest.mark.parametrize(("text", "units"), AMOUNTS)
 def test_a_cap_is_digits_with_at_most_four_decimals(text: str, units: int) -> None:
-    assert cap_units(text, "a cap") == units
+    assert parse_cap(text, "a cap") == units
     assert Budget.parse(f"month={text}").units == units
     settings = Settings.from_environment({"KREA_RUN_CREDITS": text, "KREA_BUDGETS": f"day={text}"})
     caps = settings.resource().caps()
@@ -120,7 +120,7 @@ def test_no_number_of_the_resource_is_without_bounds(field: str, value: float) -
 def test_a_whole_number_is_plain_digits_too(text: str) -> None:
     with pytest.raises(ConfigError, match=r"KREA_MAX_IN_FLIGHT is .* whole number from 1 to 4096"):
         Settings.from_environment({"KREA_MAX_IN_FLIGHT": text})
-    assert whole_number("4096", "x", most=4096) == 4096
+    assert parse_whole_number("4096", "x", most=4096) == 4096
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,10 @@ def test_a_cause_that_shows_a_credential_is_no_cause() -> None:
     plain, telling = OSError("the disk is full"), OSError("https://s3user:s3cret@host/x")
     outer = ValueError("outer")
     outer.__cause__ = telling
-    assert redact.harmless(plain) is plain
-    assert redact.harmless(telling) is None
-    assert redact.harmless(outer) is None
-    assert redact.harmless(OSError("no s3cret"), "ftp://me:s3cret@h") is None
+    assert redact.safe_cause(plain) is plain
+    assert redact.safe_cause(telling) is None
+    assert redact.safe_cause(outer) is None
+    assert redact.safe_cause(OSError("no s3cret"), "ftp://me:s3cret@h") is None
 
 
 # -- a secret that is known ---------------------------------------------------------------------

@@ -18,7 +18,12 @@ from krea_dagster.application.callback_column import COLUMN, check_own_urls, own
 from krea_dagster.application.manifest_summary import Figures, watched
 from krea_dagster.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.budget import column_scope
-from krea_dagster.engine.journal.bulk_reads import NOTHING_KNOWN, Known, known, known_of_many
+from krea_dagster.engine.journal.bulk_reads import (
+    NO_KNOWN_REQUESTS,
+    KnownRequests,
+    all_known_requests,
+    known_requests,
+)
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.record import Record
@@ -48,7 +53,7 @@ class Batch:
     table: PromptTable
     keys: Sequence[str] | None
     plan: Plan
-    _ahead: "Future[Known | None] | None" = None
+    _ahead: "Future[KnownRequests | None] | None" = None
     held: Mask | None = None
 
     @classmethod
@@ -106,7 +111,7 @@ class Batch:
             return self
         with krea.open_journal() as journal:
             ended = self._ended(journal, set(slots))
-            journal.attempts(krea.table_id(journal, self.table, enter=True)).ask_again(
+            journal.attempts(krea.table_id(journal, self.table, enter=True)).raise_attempts(
                 slots,
                 raised_by=raised_by,
                 at=datetime.now(timezone.utc),
@@ -161,10 +166,10 @@ class Batch:
         """Note the wishes for images of this batch that a run has come to its end with."""
         with krea.open_journal() as journal:
             log = journal.attempts(krea.table_id(journal, self.table))
-            ended = self._ended(journal, log.open())
+            ended = self._ended(journal, log.open_slots())
             if any(ended.values()):
                 done = [slot for slot, has_ended in ended.items() if has_ended]
-                log.end(done, at=datetime.now(timezone.utc))
+                log.close_slots(done, at=datetime.now(timezone.utc))
 
     def _ended(
         self, journal: Journal, slots: Collection[tuple[str, int]]
@@ -199,11 +204,11 @@ class Batch:
         source = redact.location(self.table.source)
         check_own_urls(self.plan, source, private_allowed=krea.synthetic)
         if not krea.has_journal():
-            return Standing(self.plan, NOTHING_KNOWN, columns, self.held)
+            return Standing(self.plan, NO_KNOWN_REQUESTS, columns, self.held)
         found = None if self._ahead is None else self._ahead.result()
         with krea.open_journal() as journal:
             if found is None:
-                found = known(journal, krea.open_storage(), digests)
+                found = known_requests(journal, krea.open_storage(), digests)
             table_id = krea.table_id(journal, self.table)
         return Standing(self.plan, found, columns, self.held, table_id)
 
@@ -251,13 +256,15 @@ def _return_memory() -> None:
         pa.set_memory_pool(pa.system_memory_pool())
 
 
-def _look_ahead(table: PromptTable, keys: Sequence[str] | None, krea: KreaResource) -> Known | None:
+def _look_ahead(
+    table: PromptTable, keys: Sequence[str] | None, krea: KreaResource
+) -> KnownRequests | None:
     """Look at all that is stored, where the table seems to ask for much of it."""
     expected = table.row_count()
     if keys is not None and isinstance(table.partition_by, HashPartitions):
         expected = expected * len(keys) // table.partition_by.count
     with krea.open_journal() as journal:
-        return known_of_many(journal, krea.open_storage(), expected)
+        return all_known_requests(journal, krea.open_storage(), expected)
 
 
 @dataclass(frozen=True)
@@ -269,7 +276,7 @@ class Standing:
     """
 
     plan: Plan
-    known: Known
+    known: KnownRequests
     budget_columns: Sequence[str] = ()
     held: Mask | None = None
     table_id: str = ""

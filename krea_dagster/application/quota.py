@@ -240,7 +240,7 @@ def _raised(
 ) -> _Decided:
     """Decide, raise the attempts of this batch's slots that are asked for again, and plan anew."""
     mine = np.asarray(pc.is_in(slots["partition_key"], value_set=pa.array(batch.plan.keys)))
-    known, drawn = log.present(), log.drawn()
+    known, drawn = log.current(), log.drawn()
     while True:
         decision = decide(wanted, slots, standing)
         (places,) = np.nonzero(decision.again & mine)
@@ -266,7 +266,7 @@ def _raised(
         raised_by=raised_by,
         at=datetime.now(timezone.utc),
     )
-    now = log.present()
+    now = log.current()
     if now != later:
         trial.close()  # another run was quicker with some of them
         trial = batch.table.plan(batch.keys, now, drawn=log.drawn())

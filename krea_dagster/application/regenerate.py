@@ -59,7 +59,7 @@ class Wishes:
         found: list[Slot] = []
         rejected: set[str] = set()
         if self.rejected:
-            verdicts = journal.verdicts.present()
+            verdicts = journal.verdicts.current()
             rejected = {sha for sha, one in verdicts.items() if one.verdict == REJECT}
         codes = pa.array(sorted(self.error_codes), pa.string())
         shas = pa.array(sorted(rejected), pa.string())

@@ -131,7 +131,7 @@ def serve_command(
     """
     from krea_dagster.callbacks.receiver import Receiver  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.callbacks.server import TlsFiles, listen, serve  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.callback_log import CallLog  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.callback_log import CallbackLog  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
 
@@ -151,8 +151,8 @@ def serve_command(
         listener = listen(host, port)
     except OSError as error:
         raise click.UsageError(f"cannot listen on {host}:{port}: {error}") from None
-    with listener, closing(CallLog.open(url)) as log:
-        receiver = Receiver(secret, log.remember, check=log.check, rate_per_s=rate, burst=burst)
+    with listener, closing(CallbackLog.open(url)) as log:
+        receiver = Receiver(secret, log.add, check=log.check, rate_per_s=rate, burst=burst)
         serve(
             receiver,
             listener,

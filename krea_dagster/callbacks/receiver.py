@@ -58,7 +58,7 @@ class Receiver:
     Args:
         secret: that the addresses were made with.
         remember: writes calls durably, and returns the keys whose requests are known; for
-            example that of ``engine.calls.CallLog``. It blocks, and is called in a thread, one
+            example that of ``engine.calls.CallbackLog``. It blocks, and is called in a thread, one
             batch at a time. Where it raises, the caller is answered 503.
         check: raises KreaError where ``remember`` could not work now; for the health endpoint.
         rate_per_s, burst: how many calls one client may make; calls with a wrong path are

@@ -17,7 +17,7 @@ from typing import Final
 
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import CapReached, ConfigError
-from krea_dagster.models import cap_units, credits_from_units
+from krea_dagster.models import credits_from_units, parse_cap
 
 #: Published prices, in units: 0.45 credits for 1K and 1.8 for 2K, per call.
 PUBLISHED_UNITS: Final[Mapping[str, int]] = MappingProxyType({"1K": 4_500, "2K": 18_000})
@@ -65,7 +65,7 @@ class Budget:
         wrong = ""
         if equals and known:
             try:
-                return cls(kind, cap_units(credits, "its amount"), name, value)
+                return cls(kind, parse_cap(credits, "its amount"), name, value)
             except ConfigError as error:
                 wrong = f"; {error}"
         raise ConfigError(

@@ -13,7 +13,7 @@ from krea_dagster import redact
 from krea_dagster.application.emulator_process import EMULATOR_KEY
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import cap_units, credits_from_units, whole_number
+from krea_dagster.models import credits_from_units, parse_cap, parse_whole_number
 from krea_dagster.plugin.definitions import build_krea_definitions
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable, parse_partition_by
@@ -156,7 +156,7 @@ def _plain(url: str, name: str) -> str:
 
 def _whole(values: Mapping[str, str], name: str, default: int, *, most: int) -> int:
     text = values.get(name)
-    return whole_number(text, name, most=most) if text else default
+    return parse_whole_number(text, name, most=most) if text else default
 
 
 def _budgets(values: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -171,4 +171,4 @@ def _budgets(values: Mapping[str, str], name: str) -> tuple[str, ...]:
 
 def _credits(values: Mapping[str, str], name: str) -> float | None:
     text = values.get(name)
-    return credits_from_units(cap_units(text, name)) if text else None
+    return credits_from_units(parse_cap(text, name)) if text else None

@@ -21,12 +21,12 @@ import dagster as dg
 from krea_dagster import redact
 from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.errors import (
-    JournalAway,
+    JournalUnavailable,
     KeyRejected,
     KreaError,
     OutOfCredits,
     RunStopped,
-    StorageAway,
+    StorageUnavailable,
     TryLater,
 )
 from krea_dagster.models import credits_text
@@ -103,14 +103,14 @@ def as_failure() -> Iterator[None]:
     """
     try:
         yield
-    except (JournalAway, StorageAway) as error:
+    except (JournalUnavailable, StorageUnavailable) as error:
         raise dg.Failure(
             str(error), metadata={TRY_LATER: True}, allow_retries=True
-        ) from redact.harmless(error)
+        ) from redact.safe_cause(error)
     except KreaError as error:
-        raise dg.Failure(str(error), allow_retries=False) from redact.harmless(error)
+        raise dg.Failure(str(error), allow_retries=False) from redact.safe_cause(error)
     except Exception as error:
-        if redact.harmless(error) is None:  # Dagster would keep its text, and a URL in that
+        if redact.safe_cause(error) is None:  # Dagster would keep its text, and a URL in that
             raise dg.Failure(f"{type(error).__name__}: {redact.text(str(error))}") from None
         raise
 

@@ -213,7 +213,7 @@ def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) ->
         if wishes.resolve[name].startswith("task:"):
             task_id = wishes.resolve[name].removeprefix("task:")
             with krea.open_journal() as journal:
-                if journal.known_tasks([task_id]):
+                if journal.known_task_ids([task_id]):
                     raise ConfigError(
                         f"task {task_id} is that of another purchase in the journal, and not of "
                         f"{name!r} too; nothing was decided"

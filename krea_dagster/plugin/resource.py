@@ -32,7 +32,7 @@ from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.journal.database import database_in, has_database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.prompt_table_log import identity_of
-from krea_dagster.engine.journal.root_log import Marker
+from krea_dagster.engine.journal.root_log import RootMarker
 from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
@@ -43,7 +43,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import MOST_CREDITS, cap_units, credits_text
+from krea_dagster.models import MOST_CREDITS, credits_text, parse_cap
 from krea_dagster.prompts import Defaults, Plan, PlannedImage, PromptTable
 
 _T = TypeVar("_T")
@@ -374,7 +374,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self._runner(run_id, on_progress, table) as runner:
             mine = partial(_is_own, runner.table_id if table else None)
             since = datetime.now(timezone.utc) - timedelta(seconds=runner.policy.lost_for_s)
-            known = [*_paid(runner.journal), *runner.journal.given_up(since)]
+            known = [*_paid(runner.journal), *runner.journal.expired_since(since)]
             paid = [record for record in known if mine(record) and only(record)]
             wanted = [Wanted(record.request, record.partition_key) for record in paid]
             policy = replace(runner.policy, revive=True)
@@ -421,7 +421,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self.open_journal() as journal:
             log = journal.attempts(self.table_id(journal, table, enter=True))
             at = datetime.now(timezone.utc)
-            return len(log.ask_again(samples, raised_by=raised_by, at=at))
+            return len(log.raise_attempts(samples, raised_by=raised_by, at=at))
 
     def attempts(self, table: PromptTable) -> dict[tuple[str, int], int]:
         """Return how often another image was asked for, by prompt_id and sample."""
@@ -446,17 +446,17 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             return {}, frozenset()
         with self.open_journal() as journal:
             log = journal.attempts(self.table_id(journal, table))
-            return log.present(), log.drawn()
+            return log.current(), log.drawn()
 
     def caps(self) -> Caps:
         """Return the caps and budgets in units. Raises ConfigError for a budget that is none."""
         return Caps(
             run_units=None
             if self.run_credits is None
-            else cap_units(self.run_credits, "run_credits"),
+            else parse_cap(self.run_credits, "run_credits"),
             day_units=None
             if self.day_credits is None
-            else cap_units(self.day_credits, "day_credits"),
+            else parse_cap(self.day_credits, "day_credits"),
             budgets=tuple(map(Budget.parse, self.budgets)),
         )
 
@@ -487,13 +487,13 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             root_id = journal.roots.begin(storage, journal.roots.check(storage))
             fingerprint = journal.api_keys.fingerprint(self._key())
             account = journal.api_keys.enter(fingerprint)
-            on_picture = None
+            on_image = None
             if self.measure_images and self.look_at_images:
-                on_picture = stack.enter_context(measured_while_verified(storage))
+                on_image = stack.enter_context(measured_while_verified(storage))
             yield Runner(
                 connect=self._connect,
                 journal=journal,
-                images=ImageStore(storage, look=self.look_at_images, on_picture=on_picture),
+                images=ImageStore(storage, look=self.look_at_images, on_image=on_image),
                 run_id=run_id,
                 root=Root(
                     root_id,
@@ -604,7 +604,7 @@ def _is_own(table_id: str | None, record: Record) -> bool:
 
 def refuse_without_journal(storage: Storage) -> None:
     """Refuse to begin a journal beside images: another one knows that they are paid for."""
-    marker = Marker.read(storage)
+    marker = RootMarker.read(storage)
     if marker is not None or storage.has_files("images"):
         named = f" (its id is {marker.journal_id})" if marker is not None else ""
         raise ConfigError(

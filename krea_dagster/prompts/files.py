@@ -173,13 +173,13 @@ def _filesystem(source: str) -> tuple[Any, str]:
         except (pa.ArrowException, OSError, ValueError):
             raise ConfigError(
                 f"{redact.location(source)} cannot be opened: {redact.text(str(missing), source)}"
-            ) from redact.harmless(missing, source)
+            ) from redact.safe_cause(missing, source)
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
         said = redact.text(_first_line(error), source)
         raise ConfigError(
             f"{redact.location(source)} cannot be opened: {said}; "
             "give a Parquet file, a folder, or a URL of a kind that fsspec knows"
-        ) from redact.harmless(error, source)
+        ) from redact.safe_cause(error, source)
     # Some file systems remember listings; a process that runs for days must see new files.
     filesystem.invalidate_cache()
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
@@ -252,7 +252,7 @@ def _reading(name: str, path: str) -> Iterator[None]:
             advice = "allow this user to read it"
         else:
             advice = "it may be cut short, damaged, or not a Parquet file; write it again"
-        cause = redact.harmless(error, path)
+        cause = redact.safe_cause(error, path)
         raise ConfigError(f"{name} cannot be read: {advice} ({said})") from cause
 
 

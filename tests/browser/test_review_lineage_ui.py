@@ -109,7 +109,7 @@ def _reject_one(krea: KreaResource, journal: Journal) -> None:
     row = read_manifests(krea.open_storage(), PARTITIONS).to_pylist()[0]
     names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
     about = {name: row[name] for name in names}
-    journal.verdicts.remember([Verdict("one", row["image_sha256"], REJECT, "ann", **about)])
+    journal.verdicts.add([Verdict("one", row["image_sha256"], REJECT, "ann", **about)])
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from krea_dagster.callbacks import CallbackUrls
-from krea_dagster.engine.journal.callback_log import CallLog
+from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.schema import metadata
 from krea_dagster.models import ImageRequest
@@ -244,8 +244,8 @@ def main() -> None:
         print(f"good calls: {good[len(good) // 2]:.1f} ms median, {good[-1]:.1f} ms at most")
         for (kind, status), number in sorted(outcome.answers.items()):
             print(f"  {kind:28} {status} {number:7d}")
-        with contextlib.closing(CallLog.open(f"sqlite:///{file}")) as log:
-            counted = sum(call.count for call in log.called(KEYS).values())
+        with contextlib.closing(CallbackLog.open(f"sqlite:///{file}")) as log:
+            counted = sum(call.count for call in log.received(KEYS).values())
         print(f"hints counted: {counted}; stderr: {running.stderr.stat().st_size} bytes")
         print("everything else of the journal:", "same" if state_of(file) == before else "CHANGED")
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from krea_dagster.callbacks import CallbackUrls, callbacks_command
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal.callback_log import Called, CallLog
+from krea_dagster.engine.journal.callback_log import CallbackLog, ReceivedCallback
 from krea_dagster.errors import ConfigError
 from tests.callbacks.callback_flood import (
     EXPECTED,
@@ -36,9 +36,9 @@ PLAIN = {"trust_env": False, "timeout": 10.0}
 HEADERS = {"Authorization": "Bearer emulator"}
 
 
-def called(file: Path) -> dict[str, Called]:
-    with contextlib.closing(CallLog.open(f"sqlite:///{file}")) as log:
-        return log.called(KEYS)
+def called(file: Path) -> dict[str, ReceivedCallback]:
+    with contextlib.closing(CallbackLog.open(f"sqlite:///{file}")) as log:
+        return log.received(KEYS)
 
 
 def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ async def test_images_that_announce_themselves_are_asked_about_once(
     ):
         report = await _run(engine, urls, requests)
         books = engine.assert_accounts_agree()
-        called = engine.journal.calls.called([one.request_key for one in requests])
+        called = engine.journal.callbacks.received([one.request_key for one in requests])
     reads = report.asked / len(requests)
     print(
         f"{count} images, {faults or 'all calls arrive'}: {reads:.3f} reads an image, "

@@ -21,7 +21,7 @@ from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.owners import this_process
+from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
@@ -103,7 +103,7 @@ class JournalWriter:
     def __init__(self, journal: Journal, run_id: str = "run-by-hand") -> None:
         self.journal = journal
         self.run_id = run_id
-        self.owner = this_process(run_id)
+        self.owner = new_owner(run_id)
         journal.register(self.owner)
 
     def plan(self, *requests: ImageRequest) -> int:

@@ -121,7 +121,7 @@ def test_what_a_person_accepted_is_kept_whatever_the_measures_say(pile: Pile) ->
         partition_key="a",
     )
     with KreaResource(storage=str(pile.root)).open_journal() as journal:
-        journal.verdicts.remember([given])
+        journal.verdicts.add([given])
     run(pile)
     table = read_near_duplicates(pile.storage, ["shop"])
     assert table is not None

@@ -55,7 +55,7 @@ class Table:
         os.utime(self.path, (LONG_AGO_S, LONG_AGO_S + self._writes))
 
     def _count_tokens(self, prompt: str) -> int:
-        """Called for every row that is read: the first row's calls are counted."""
+        """ReceivedCallback for every row that is read: the first row's calls are counted."""
         self.reads += prompt == "s-00"
         return 1
 

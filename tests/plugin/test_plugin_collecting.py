@@ -13,7 +13,7 @@ from sqlalchemy import Engine, event
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.journal.callback_log import Called
+from krea_dagster.engine.journal.callback_log import ReceivedCallback
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.plugin.sensors.collect import (
@@ -38,9 +38,9 @@ def waiting(age_s: float, run_id: str = "run-a", seed: int = 1, **fields: Any) -
     return Record(make_request(seed=seed), State.SUBMITTED, "p", **values)
 
 
-def call_about(record: Record, ago_s: float) -> dict[str, Called]:
+def call_about(record: Record, ago_s: float) -> dict[str, ReceivedCallback]:
     at = NOW - timedelta(seconds=ago_s)
-    return {record.request_key: Called(record.request_key, None, at, at, 1)}
+    return {record.request_key: ReceivedCallback(record.request_key, None, at, at, 1)}
 
 
 def due(*records: Record, **given: Any) -> list[Any]:

@@ -118,7 +118,7 @@ def test_from_rejected_to_replaced_to_exported(
     with closing(Journal(f"sqlite:///{tmp_path / 'krea' / 'journal.db'}")) as journal:
         names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
         about = {name: refused[name] for name in names}
-        journal.verdicts.remember(
+        journal.verdicts.add(
             [Verdict(uuid.uuid4().hex, refused["image_sha256"], "reject", "ann", **about)]
         )
     tick(defs, instance, f"{PREFIX}_krea_verdicts")

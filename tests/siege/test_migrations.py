@@ -153,9 +153,9 @@ def test_a_journal_of_every_release_opens_with_all_that_it_holds(
         assert {charge.table_id for charge in journal.charges()} == {""}
         journal.bind("an emulator")
         table_id = journal.tables.enter("prompts.parquet", "")
-        assert journal.attempts(table_id).present() == {("p", 0): 2}
-        assert journal.attempts(table_id).open() == set()
-        assert journal.attempts(journal.tables.enter("others.parquet", "")).present() == {}
+        assert journal.attempts(table_id).current() == {("p", 0): 2}
+        assert journal.attempts(table_id).open_slots() == set()
+        assert journal.attempts(journal.tables.enter("others.parquet", "")).current() == {}
 
 
 def kept_sums() -> dict[str, Any]:

@@ -364,7 +364,7 @@ def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
         with pytest.raises(JournalError, match="removed or replaced while it was written to"):
             write_and_lose(database)
         with pytest.raises(JournalError, match=r"not there any more. Put it back"):
-            database.look_through()
+            database.check_integrity()
 
 
 async def test_a_storage_root_that_is_full_ends_the_run_and_loses_no_image(fort: Fort) -> None:

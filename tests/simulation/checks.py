@@ -337,7 +337,7 @@ class _Look:
             elif slot not in open_:
                 wished[slot] += 1
                 open_.add(slot)
-        for slot, attempt in self.journal.attempts("0" * 32).present().items():
+        for slot, attempt in self.journal.attempts("0" * 32).current().items():
             if attempt > wished[slot]:
                 self.fail(f"{slot[0]} was asked for {attempt} more times by {wished[slot]} wishes")
 

@@ -27,7 +27,7 @@ from krea_dagster.emulator.app import create_app
 from krea_dagster.emulator.callback_sender import CallbackSender
 from krea_dagster.emulator.faults import ChosenFault, RequestKind
 from krea_dagster.emulator.world import World
-from krea_dagster.engine.journal.callback_log import CallLog
+from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
@@ -301,9 +301,9 @@ class Receiver:
 def remember(house: House, request_key: str, task_id: str | None) -> int:
     """Write a call down, as the receiver does."""
     try:
-        log = CallLog.open(f"sqlite:///{house.folder / 'journal.db'}", now=house.now)
+        log = CallbackLog.open(f"sqlite:///{house.folder / 'journal.db'}", now=house.now)
         try:
-            return 200 if log.remember([(request_key, task_id)]) else 404
+            return 200 if log.add([(request_key, task_id)]) else 404
         finally:
             log.close()
     except JournalError:

@@ -124,8 +124,8 @@ MUTATIONS: Final = (
         (
             (
                 "engine/run/outages.py",
-                "            except (JournalAway, StorageAway) as error:\n",
-                "            except StorageAway as error:\n",
+                "            except (JournalUnavailable, StorageUnavailable) as error:\n",
+                "            except StorageUnavailable as error:\n",
             ),
         ),
     ),

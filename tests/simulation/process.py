@@ -277,7 +277,7 @@ class Process:
 
     def planned(self, journal: Journal) -> list[PlannedImage]:
         """Return the images that the run's rows ask for, at their attempts."""
-        attempts = journal.attempts(TABLE).present()
+        attempts = journal.attempts(TABLE).current()
         return list(plan_images(_prompt_rows(self._rows, self.run.rows), attempts))
 
     def _slots(self) -> list[tuple[str, int]]:
@@ -291,7 +291,7 @@ class Process:
         standing = await self.in_thread(self._standing, journal)
 
         def ask() -> None:
-            journal.attempts(TABLE).ask_again(
+            journal.attempts(TABLE).raise_attempts(
                 slots,
                 raised_by=self.name,
                 at=self.clock.now(),
@@ -307,8 +307,8 @@ class Process:
 
         def end() -> None:
             log = journal.attempts(TABLE)
-            open_ = log.open()
-            log.end([one for one in done if one[:2] in open_], at=self.clock.now())
+            open_ = log.open_slots()
+            log.close_slots([one for one in done if one[:2] in open_], at=self.clock.now())
             self.house.wishes += [("ended", one[:2]) for one in done]
 
         await self.in_thread(end)
@@ -332,7 +332,7 @@ class Process:
         ]
         return [
             Wanted(record.request, record.partition_key)
-            for record in [*paid, *journal.given_up(self.clock.now() - timedelta(days=7))]
+            for record in [*paid, *journal.expired_since(self.clock.now() - timedelta(days=7))]
         ]
 
     @asynccontextmanager

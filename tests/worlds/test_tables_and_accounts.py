@@ -133,7 +133,7 @@ def test_rows_may_be_wished_for_by_their_error_or_because_they_were_rejected(
     record = shop.records()["birch"]
     assert record.image is not None
     with shop.krea.open_journal() as journal:
-        journal.verdicts.remember(
+        journal.verdicts.add(
             [
                 Verdict(
                     verdict_id="one",

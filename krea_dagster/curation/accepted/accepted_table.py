@@ -140,7 +140,7 @@ class AcceptedTableBuilder:
         folders: Sequence[str] = (),
     ) -> AcceptedTableBuilder:
         """Read the verdicts as they are now. Raises JournalError."""
-        verdicts = verdict_table(journal.verdicts.present().values())
+        verdicts = verdict_table(journal.verdicts.current().values())
         return cls(storage, journal, rules, wanted, verdicts, folders)
 
     # -- what is known -----------------------------------------------------------------------

@@ -218,7 +218,7 @@ def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     path, _, version = done.path.rpartition("/")
     images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
     with closing(VerdictLog.open(url)) as verdicts:
-        found = verdicts.present(images).values()
+        found = verdicts.current(images).values()
     refused = sum(1 for one in found if one.verdict in (REJECT, FLAG))
     if refused:
         click.echo(

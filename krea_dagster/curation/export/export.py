@@ -111,7 +111,7 @@ def export(
         said = redact.text(str(error), to)
         raise StorageError(
             f"the export to {redact.location(to)} failed, and nothing was published: {said}"
-        ) from redact.harmless(error, to)
+        ) from redact.safe_cause(error, to)
 
 
 def _export(

@@ -208,7 +208,7 @@ def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, 
             )
         return {}
     with closing(VerdictLog.open(url)) as log:
-        return {sha256: one.verdict for sha256, one in log.present().items()}
+        return {sha256: one.verdict for sha256, one in log.current().items()}
 
 
 def _place(path: Path, page: bytes) -> None:

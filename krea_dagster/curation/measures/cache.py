@@ -245,18 +245,18 @@ class MeasureWriter:
 
 @contextmanager
 def measured_while_verified(storage: Storage) -> Iterator[Callable[[str, Image.Image], None]]:
-    """Yield what ``ImageStore`` takes as ``on_picture``, so that a run measures what it decodes.
+    """Yield what ``ImageStore`` takes as ``on_image``, so that a run measures what it decodes.
 
     What cannot be written is logged, and measured again from the file: a run that buys is not
     stopped for it.
     """
     notes = MeasureWriter(MeasureCache.builtin(storage))
 
-    def on_picture(sha256: str, picture: Image.Image) -> None:
+    def on_image(sha256: str, picture: Image.Image) -> None:
         notes.take(sha256, measure(picture).values())
 
     try:
-        yield on_picture
+        yield on_image
     finally:
         try:
             notes.close()

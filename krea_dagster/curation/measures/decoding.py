@@ -22,7 +22,7 @@ from krea_dagster.curation.measures.cache import MeasureWriter
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.measures_table import BUILTIN
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import look_at
+from krea_dagster.engine.storage.verify import verify_image
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected
 
 #: Pictures, one after the other, that a function may fail on before it counts as broken.
@@ -133,7 +133,7 @@ def _decode(storage: Storage, file: ImageFile) -> _Decoded:
             data = opened.read()
         if hashlib.sha256(data).hexdigest() != file.sha256:
             return _Decoded(file, why="the file is not the one that was stored: its hash differs")
-        look_at(data, file.pixels, seen=pictures.append)
+        verify_image(data, file.pixels, seen=pictures.append)
     except FileNotFoundError:
         return _Decoded(file, why="the file is missing")
     except (DownloadError, OSError) as error:

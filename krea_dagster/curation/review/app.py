@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from krea_dagster import redact
 from krea_dagster.curation.review.index import ReviewIndex, Stamp, build_index
-from krea_dagster.curation.review.responses import as_json, said, unavailable, whole_number
+from krea_dagster.curation.review.responses import as_json, parse_whole_number, said, unavailable
 from krea_dagster.curation.review.selection import Rows, Selection, empty_code, rows_of
 from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
 from krea_dagster.curation.review.verdict_view import VerdictView, shown
@@ -215,7 +215,7 @@ class Review:
     def _asked(self, request: Request) -> tuple[ReviewIndex, Rows]:
         """The list that a request is about. Raises 409 where the files have changed since."""
         index = self._of_generation(request)
-        number = whole_number(request, "number", 0)
+        number = parse_whole_number(request, "number", 0)
         return index, self._list(index, request.query_params.get("selection", ""), number)
 
     def _of_generation(self, request: Request) -> ReviewIndex:
@@ -226,8 +226,8 @@ class Review:
 
     def _rows(self, request: Request) -> dict[str, Any]:
         index, rows = self._asked(request)
-        offset = whole_number(request, "offset", 0)
-        limit = min(whole_number(request, "limit", 200), _MOST_ROWS)
+        offset = parse_whole_number(request, "offset", 0)
+        limit = min(parse_whole_number(request, "limit", 200), _MOST_ROWS)
         return {"rows": self._shown(index, rows[offset : offset + limit])}
 
     def _shown(self, index: ReviewIndex, rows: Rows) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ class Review:
         """The next place in a list, from ``after`` on and around, that has no verdict now."""
         index, rows = self._asked(request)
         self._judged.catch_up()
-        after = whole_number(request, "after", -1)
+        after = parse_whole_number(request, "after", -1)
         open_ = (self._judged.codes(index)[rows] == empty_code()) & (index.sha_codes[rows] >= 0)
         places = np.flatnonzero(open_)
         if not len(places):
@@ -283,7 +283,7 @@ class Review:
     def _since(self, request: Request) -> dict[str, Any]:
         self._check_journal(request.query_params.get("journal"))
         number = self._judged.catch_up()
-        after = whole_number(request, "number", number)
+        after = parse_whole_number(request, "number", number)
         return {
             "number": number,
             "generation": self._index.generation,
@@ -319,7 +319,7 @@ class Review:
         """Write verdicts to the journal, each with the prompt table that its image is of."""
         journal = self._setting.journal
         known = journal.records({one.request_key for one in given})
-        return journal.verdicts.remember(
+        return journal.verdicts.add(
             [
                 replace(one, table_id=known[one.request_key].table_id)
                 if one.request_key in known
@@ -412,7 +412,7 @@ def _verdict_of(entry: dict[str, Any]) -> Verdict:
 
 
 def _row_number(request: Request, index: ReviewIndex) -> int:
-    row = whole_number(request, "row", -1)
+    row = parse_whole_number(request, "row", -1)
     if not 0 <= row < len(index):
         raise HTTPException(404, "there is no such row")
     return row

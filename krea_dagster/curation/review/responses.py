@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 
-def whole_number(request: Request, name: str, default: int) -> int:
+def parse_whole_number(request: Request, name: str, default: int) -> int:
     """A whole number of the address, at least -1. Raises HTTPException."""
     text = request.query_params.get(name)
     if text is None:

@@ -13,8 +13,14 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from krea_dagster.engine.journal.changes import Change, Step, check, event_row, take
-from krea_dagster.engine.journal.commitments import Ledger
+from krea_dagster.engine.journal.changes import (
+    AppliedChange,
+    Change,
+    apply_change,
+    check_change,
+    event_row,
+)
+from krea_dagster.engine.journal.commitments import CommitmentLedger
 from krea_dagster.engine.journal.statements import (
     ADDED_POSTS,
     NEW_EVENT,
@@ -26,20 +32,20 @@ from krea_dagster.engine.journal.statements import (
     execute_for_all,
     locked_records,
     purchases_of_tasks,
-    see_files,
+    upsert_files,
 )
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import BuyingClosed, JournalError, TaskTaken
 
 
-class OutOfDate(Exception):
+class StaleRecord(Exception):
     """A record that was thought to be known has changed meanwhile. Nothing may be committed."""
 
 
 def write_changes(
     connection: Connection,
-    ledger: Ledger,
+    ledger: CommitmentLedger,
     changes: Sequence[Change],
     *,
     owner: str,
@@ -54,7 +60,7 @@ def write_changes(
 
     ``known`` are records by request key; what is not among them is read, and kept from being
     changed by others until the transaction ends. ``repeated``: what is written already is answered
-    with the record as it stands. Raises OutOfDate.
+    with the record as it stands. Raises StaleRecord.
     """
     present = dict(known)
     missing = {change.request_key for change in changes} - present.keys()
@@ -63,14 +69,14 @@ def write_changes(
     ledger.lock(changes, present)
     taken = _tasks_of_others(connection, changes)
     answers: list[Record | JournalError | BuyingClosed] = []
-    steps: list[Step] = []
+    steps: list[AppliedChange] = []
     written = events_of_run(connection, changes, run_id) if repeated else set()
     for change in changes:
         if (change.request_key, change.event.value, change.at) in written:
             answers.append(present[change.request_key])
             continue
         try:
-            before = check(change, present.get(change.request_key), owner)
+            before = check_change(change, present.get(change.request_key), owner)
             task_id, key = _task_id(change), before.idempotency_key
             if task_id and taken.get(task_id, key) != key:
                 raise TaskTaken(
@@ -84,7 +90,9 @@ def write_changes(
         except (JournalError, BuyingClosed) as error:
             answers.append(error)
             continue
-        step = take(change, before, run_id, committed_units=committed, expected_units=expected)
+        step = apply_change(
+            change, before, run_id, committed_units=committed, expected_units=expected
+        )
         ledger.move(step)
         present[change.request_key] = step.after
         answers.append(step.after)
@@ -97,9 +105,9 @@ def write_changes(
     return answers
 
 
-def _rounds(steps: Sequence[Step]) -> Iterable[Sequence[Step]]:
+def _rounds(steps: Sequence[AppliedChange]) -> Iterable[Sequence[AppliedChange]]:
     """The steps in rounds that hold each request once: within a round the order is free."""
-    rounds: list[list[Step]] = []
+    rounds: list[list[AppliedChange]] = []
     taken: Counter[str] = Counter()
     for step in steps:
         number = taken[step.change.request_key]
@@ -112,7 +120,7 @@ def _rounds(steps: Sequence[Step]) -> Iterable[Sequence[Step]]:
 
 def _write_steps(
     connection: Connection,
-    steps: Sequence[Step],
+    steps: Sequence[AppliedChange],
     *,
     owner: str,
     run_id: str,
@@ -140,19 +148,19 @@ def _write_steps(
     # First, for by these alone the database tells what is out of date.
     for rows in request_updates.values():
         if not execute_for_all(connection, REQUEST_UPDATE, rows):
-            raise OutOfDate
+            raise StaleRecord
     opened = [step.opens for step in steps if step.opens is not None]
     if opened:
         connection.execute(NEW_SUBMISSION, opened)
     for names, rows in submission_updates.items():
         statement = POSTED_UPDATE if ADDED_POSTS in names else SUBMISSION_UPDATE
         if not execute_for_all(connection, statement, rows):
-            raise OutOfDate
+            raise StaleRecord
     _write_files(connection, steps, root_id)
     connection.execute(NEW_EVENT, [event_row(step, run_id) for step in steps])
 
 
-def _write_files(connection: Connection, steps: Sequence[Step], root_id: str) -> None:
+def _write_files(connection: Connection, steps: Sequence[AppliedChange], root_id: str) -> None:
     """Note which files lie in the run's storage root, and which are missing there."""
     if not root_id:
         return
@@ -167,7 +175,7 @@ def _write_files(connection: Connection, steps: Sequence[Step], root_id: str) ->
         if step.file is not None
     ]
     if rows:
-        see_files(connection, rows)
+        upsert_files(connection, rows)
 
 
 def _task_id(change: Change) -> str | None:

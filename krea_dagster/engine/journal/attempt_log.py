@@ -31,7 +31,7 @@ class AttemptLog:
         self._table_id = table_id
         self._of_table = attempts.c.table_id == table_id
 
-    def present(self) -> dict[tuple[str, int], int]:
+    def current(self) -> dict[tuple[str, int], int]:
         """Return the attempt of each slot that was asked for again; all others are at 0.
 
         A slot is a prompt_id and a sample.
@@ -58,7 +58,7 @@ class AttemptLog:
             ).one()
         return int(count), int(total)
 
-    def ask_again(
+    def raise_attempts(
         self,
         slots: Iterable[tuple[str, int]],
         *,
@@ -92,7 +92,7 @@ class AttemptLog:
 
         return self._database.write("raise attempts in", write)
 
-    def open(self) -> frozenset[tuple[str, int]]:
+    def open_slots(self) -> frozenset[tuple[str, int]]:
         """Return the slots with a wish that no run has come to its end with."""
         wishes = raised_attempts.c
         query = select(wishes.prompt_id, wishes.sample).where(
@@ -101,7 +101,7 @@ class AttemptLog:
         with self._database.read("read") as connection:
             return frozenset((row.prompt_id, row.sample) for row in connection.execute(query))
 
-    def end(self, slots: Iterable[tuple[str, int, int]], *, at: datetime) -> None:
+    def close_slots(self, slots: Iterable[tuple[str, int, int]], *, at: datetime) -> None:
         """Note that a run has come to its end with these (prompt_id, sample, attempt).
 
         A wish that was made since is another one.

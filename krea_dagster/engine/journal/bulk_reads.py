@@ -84,7 +84,7 @@ _Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownRequests:
     """What a journal knows of some requests: which it has, and which are stored and whole.
 
     Whole is an image whose file is there, under its own name and with its size. ``whole`` is
@@ -103,23 +103,23 @@ class Known:
         return seen, seen & self.whole[places]
 
 
-NOTHING_KNOWN: Final = Known(DigestSet(_NO_DIGESTS), np.zeros(0, np.bool_))
+NO_KNOWN_REQUESTS: Final = KnownRequests(DigestSet(_NO_DIGESTS), np.zeros(0, np.bool_))
 
 
-def known(journal: Journal, storage: Storage, digests: Digests) -> Known:
+def known_requests(journal: Journal, storage: Storage, digests: Digests) -> KnownRequests:
     """Return what the journal knows of these requests, and perhaps of others.
 
     ``digests`` are request keys as bytes, 32 a row. Raises JournalError.
     """
-    found = known_of_many(journal, storage, len(digests))
+    found = all_known_requests(journal, storage, len(digests))
     if found is not None:
         return found
     with journal.reading() as connection:
         requests = _look_up(connection, digests)
-    return Known(requests, _those_at_hand(storage, requests))
+    return KnownRequests(requests, _those_at_hand(storage, requests))
 
 
-def known_of_many(journal: Journal, storage: Storage, number: int) -> Known | None:
+def all_known_requests(journal: Journal, storage: Storage, number: int) -> KnownRequests | None:
     """Return what the journal knows of all its requests.
 
     None where it has so many that to look up this ``number`` of them costs less. Raises
@@ -129,7 +129,7 @@ def known_of_many(journal: Journal, storage: Storage, number: int) -> Known | No
         if number * _DEAR < _row_count(connection):
             return None
         requests = _pass_over(connection)
-    return Known(requests, _those_listed(storage, requests))
+    return KnownRequests(requests, _those_listed(storage, requests))
 
 
 def record_columns(

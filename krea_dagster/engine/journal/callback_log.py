@@ -26,7 +26,7 @@ def _utc_now() -> datetime:
 
 
 @dataclass(frozen=True)
-class Called:
+class ReceivedCallback:
     """The calls about one request. ``task_id`` is the last claim of a task: never a fact."""
 
     request_key: str
@@ -40,11 +40,11 @@ class Called:
 class CalledSince:
     """What was called about since a mark, the oldest first, and the mark to go on from."""
 
-    calls: tuple[Called, ...]
+    calls: tuple[ReceivedCallback, ...]
     mark: datetime | None
 
 
-class CallLog:
+class CallbackLog:
     """The calls in a journal's database, for receivers and for those who read.
 
     Its methods block. Raises JournalError wherever the database cannot be read or written.
@@ -75,7 +75,7 @@ class CallLog:
     @classmethod
     def open(
         cls, url: str, *, lock_timeout_s: float = 5.0, now: Callable[[], datetime] = _utc_now
-    ) -> CallLog:
+    ) -> CallbackLog:
         """The calls in the journal behind a SQLAlchemy URL; to be closed by whoever opened it.
 
         ``lock_timeout_s`` is shorter than EvoLink waits for an answer. Raises ConfigError where
@@ -84,7 +84,7 @@ class CallLog:
         return cls(Database(url, lock_timeout_s=lock_timeout_s), now=now)
 
     def __repr__(self) -> str:
-        return f"CallLog({self._database.where!r})"
+        return f"CallbackLog({self._database.where!r})"
 
     def close(self) -> None:
         """Close the connections."""
@@ -95,7 +95,7 @@ class CallLog:
         with self._database.read("read") as connection:
             connection.execute(select(1))
 
-    def remember(self, claims: Sequence[tuple[str, str | None]]) -> set[str]:
+    def add(self, claims: Sequence[tuple[str, str | None]]) -> set[str]:
         """Remember calls in one durable commit; returns the keys whose request is known.
 
         ``claims`` are pairs of a request key and the task id that the call named, None where it
@@ -125,17 +125,17 @@ class CallLog:
 
         return self._database.write("remember callbacks in", write)
 
-    def called(self, request_keys: Iterable[str]) -> dict[str, Called]:
+    def received(self, request_keys: Iterable[str]) -> dict[str, ReceivedCallback]:
         """Those of these requests that were called about, by request key.
 
         To be asked again and again by whoever waits for them: one that has a ``count`` that was
         not seen before is worth asking about.
         """
-        found: dict[str, Called] = {}
+        found: dict[str, ReceivedCallback] = {}
         with self._database.read("read the callbacks of") as connection:
             for chunk in chunks(sorted(set(request_keys))):
                 rows = connection.execute(_CALLS.where(callbacks.c.request_key.in_(chunk)))
-                found.update((row.request_key, Called(*row)) for row in rows)
+                found.update((row.request_key, ReceivedCallback(*row)) for row in rows)
         return found
 
     def calls_since(self, mark: datetime | None) -> CalledSince:
@@ -148,7 +148,7 @@ class CallLog:
         if mark is not None:
             query = query.where(callbacks.c.last_at >= mark - OVERLAP)
         with self._database.read("read the callbacks of") as connection:
-            calls = tuple(Called(*row) for row in connection.execute(query))
+            calls = tuple(ReceivedCallback(*row) for row in connection.execute(query))
         return CalledSince(calls, max((one.last_at for one in calls), default=mark))
 
 

@@ -117,7 +117,7 @@ _NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partitio
 
 
 @dataclass(frozen=True)
-class Step:
+class AppliedChange:
     """One legal change, what it leaves behind, and the columns that it sets for that.
 
     ``opens`` is the whole row of a new submission, where this is the intent of a purchase under
@@ -135,7 +135,7 @@ class Step:
     file: bool | None = None
 
 
-def check(change: Change, before: Record | None, owner: str) -> Record:
+def check_change(change: Change, before: Record | None, owner: str) -> Record:
     """The record that a change may be made of.
 
     Raises TakenOver where another owner holds the request, IllegalTransition where the state
@@ -161,9 +161,9 @@ def check(change: Change, before: Record | None, owner: str) -> Record:
     return before
 
 
-def take(
+def apply_change(
     change: Change, before: Record, run_id: str, *, committed_units: int, expected_units: int
-) -> Step:
+) -> AppliedChange:
     """The step of a change that was checked, with what its submission commits from now on."""
     state = advance(before.state, change.event)
     request = _request_values(change, before)
@@ -221,10 +221,12 @@ def take(
     if "image_path" in request:
         fields["image"] = _image(request)
     file = _FILES.get(change.event)
-    return Step(change, before, changed(before, **fields), request, submission, opens, file)
+    return AppliedChange(
+        change, before, changed(before, **fields), request, submission, opens, file
+    )
 
 
-def event_row(step: Step, run_id: str) -> dict[str, Any]:
+def event_row(step: AppliedChange, run_id: str) -> dict[str, Any]:
     """The row of ``events``."""
     return {
         "request_key": step.change.request_key,

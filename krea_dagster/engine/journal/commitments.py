@@ -17,13 +17,13 @@ from krea_dagster.engine.budget import (
     is_doubtful,
     scopes_of,
 )
-from krea_dagster.engine.journal.changes import Change, Step
+from krea_dagster.engine.journal.changes import AppliedChange, Change
 from krea_dagster.engine.journal.statements import (
+    active_stop,
     add_to_commitments,
     commitment_of,
     known_prices,
-    see_prices,
-    stop_of,
+    upsert_prices,
 )
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event
@@ -31,7 +31,7 @@ from krea_dagster.errors import RunStopped
 from krea_dagster.models import credits_text
 
 
-class Ledger:
+class CommitmentLedger:
     """The sums that a batch of changes reads and moves.
 
     ``run_id`` and ``launch`` name the run that writes, and the launch whose shard it is.
@@ -104,7 +104,7 @@ class Ledger:
             return before.committed_units
         return committed_after(change.event, before.state, before.committed_units, change.values)
 
-    def move(self, step: Step) -> None:
+    def move(self, step: AppliedChange) -> None:
         """Move the sums by what a step commits and spends."""
         after = step.after
         # By the submission's own row: one that ended without a known charge stays committed.
@@ -145,7 +145,7 @@ class Ledger:
             for quality, (units, doubted, in_row, at) in sorted(self._new_prices.items())
         ]
         if seen:
-            see_prices(self._connection, seen)
+            upsert_prices(self._connection, seen)
 
     def _scopes_of_intent(self, change: Change) -> tuple[str, ...]:
         values = change.values
@@ -189,7 +189,7 @@ class Ledger:
     def _stopped(self, at: datetime) -> RunStopped | None:
         if not self._stop_read:
             self._stop_read = True
-            found = stop_of(self._connection, self._launch, at)
+            found = active_stop(self._connection, self._launch, at)
             self._stop = None if found is None else RunStopped(*found)
         return self._stop
 

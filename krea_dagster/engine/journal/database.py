@@ -46,7 +46,7 @@ from krea_dagster.engine.journal.migrations import REVISIONS, Revisions
 from krea_dagster.engine.journal.owners import FileLocks, Locks, SessionLocks
 from krea_dagster.engine.journal.statements import insertion
 from krea_dagster.engine.storage.storage import Storage, sync_folder
-from krea_dagster.errors import ConfigError, JournalAway, JournalError
+from krea_dagster.errors import ConfigError, JournalError, JournalUnavailable
 
 #: What may be done, by words of SQLite's message.
 _ADVICE: Final = (
@@ -212,11 +212,11 @@ class Database:
             yield connection
 
     def ping(self) -> None:
-        """See that the database answers. Raises JournalAway where it does not, or JournalError."""
+        """Check that the database answers. Raises JournalUnavailable, or another JournalError."""
         with self.read("read"):
             pass
 
-    def look_through(self) -> None:
+    def check_integrity(self) -> None:
         """Read a SQLite file from end to end. Raises JournalError where it is damaged.
 
         SQLite by itself notices damage only where it reads. About 6 microseconds an image.
@@ -309,7 +309,7 @@ class Database:
         except SQLAlchemyError as error:
             cause = (error.orig or error) if isinstance(error, DBAPIError) else error
             said = self._explanation(doing, cause, is_away=self._is_away(error))
-            raise said from redact.harmless(cause, self._given)
+            raise said from redact.safe_cause(cause, self._given)
 
     def _is_away(self, error: SQLAlchemyError) -> bool:
         """Whether it is the database that cannot be reached now, and not what was asked of it."""
@@ -329,7 +329,7 @@ class Database:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         said = redact.text(said, self._given)
         if is_away:
-            return JournalAway(
+            return JournalUnavailable(
                 f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
                 f"until it answers. {self._advice(said)}"
             )

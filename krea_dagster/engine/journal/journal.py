@@ -31,11 +31,11 @@ from sqlalchemy import (
 from krea_dagster.engine.budget import Caps, Commitment, scopes_of
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.api_key_log import ApiKeyLog
-from krea_dagster.engine.journal.append import OutOfDate, write_changes
+from krea_dagster.engine.journal.append import StaleRecord, write_changes
 from krea_dagster.engine.journal.attempt_log import AttemptLog
-from krea_dagster.engine.journal.callback_log import CallLog
+from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.changes import Change
-from krea_dagster.engine.journal.commitments import Ledger
+from krea_dagster.engine.journal.commitments import CommitmentLedger
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.owners import Owner
 from krea_dagster.engine.journal.pace_log import PaceLog
@@ -46,10 +46,10 @@ from krea_dagster.engine.journal.rows import (
     JOINED,
     AccountReading,
     Charge,
-    charge_of,
+    charge_from_row,
     chunks,
     read_records,
-    record_of,
+    record_from_row,
 )
 from krea_dagster.engine.journal.schema import (
     UtcTime,
@@ -62,7 +62,7 @@ from krea_dagster.engine.journal.schema import (
     stops,
     submissions,
 )
-from krea_dagster.engine.journal.snapshot import History, Snapshot
+from krea_dagster.engine.journal.snapshot import RequestEvents, Snapshot
 from krea_dagster.engine.journal.statements import insertion
 from krea_dagster.engine.journal.verdict_log import VerdictLog
 from krea_dagster.engine.record import Record
@@ -74,8 +74,8 @@ __all__ = [
     "NO_CAPS",
     "AccountReading",
     "Charge",
-    "History",
     "Journal",
+    "RequestEvents",
     "Snapshot",
 ]
 
@@ -106,12 +106,12 @@ class Journal:
         self._database.close()
 
     def ping(self) -> None:
-        """See that the database answers. Raises JournalAway where it does not."""
+        """See that the database answers. Raises JournalUnavailable where it does not."""
         self._database.ping()
 
-    def look_through(self) -> None:
+    def check_integrity(self) -> None:
         """Look for damage that SQLite would not notice. Raises JournalError."""
-        self._database.look_through()
+        self._database.check_integrity()
 
     def bind(self, origin: str) -> None:
         """Bind the journal to where its images are bought, for good.
@@ -172,9 +172,9 @@ class Journal:
         return self._database.begun
 
     @property
-    def calls(self) -> CallLog:
+    def callbacks(self) -> CallbackLog:
         """The callbacks that receivers have written down."""
-        return CallLog(self._database)
+        return CallbackLog(self._database)
 
     @property
     def verdicts(self) -> VerdictLog:
@@ -210,7 +210,7 @@ class Journal:
         beat = update(owners).where(owners.c.owner == owner).values(heartbeat_at=self._locks.now())
         self._write("write a heartbeat to", lambda connection: connection.execute(beat))
 
-    def let_go(self, keys: Iterable[str], owner: str) -> None:
+    def unclaim(self, keys: Iterable[str], owner: str) -> None:
         """Give up an owner's claims on these requests."""
         wanted = sorted(keys)
 
@@ -438,7 +438,7 @@ class Journal:
         with self._read("read") as connection:
             return read_records(connection, keys)
 
-    def known_tasks(self, task_ids: Iterable[str | None]) -> set[str]:
+    def known_task_ids(self, task_ids: Iterable[str | None]) -> set[str]:
         """Those of these tasks that a submission has already."""
         wanted = sorted({task_id for task_id in task_ids if task_id is not None})
         found: set[str] = set()
@@ -454,7 +454,7 @@ class Journal:
         """Every request, in the order of their keys."""
         with self._read("read") as connection:
             for row in connection.execute(JOINED.order_by(requests.c.request_key)):
-                yield record_of(row)
+                yield record_from_row(row)
 
     def unsettled(self) -> list[Record]:
         """The requests that are paid for, or may be, and not at hand; the oldest first."""
@@ -463,9 +463,9 @@ class Journal:
             rows = connection.execute(
                 JOINED.where(requests.c.state.in_(states)).order_by(submissions.c.sent_at)
             )
-            return [record_of(row) for row in rows]
+            return [record_from_row(row) for row in rows]
 
-    def given_up(self, since: datetime) -> list[Record]:
+    def expired_since(self, since: datetime) -> list[Record]:
         """The requests that are paid and lost, whose task could be asked about again.
 
         Of those that were sent since then; the oldest first.
@@ -478,7 +478,7 @@ class Journal:
                     submissions.c.sent_at >= since,
                 ).order_by(submissions.c.sent_at)
             )
-            return [record_of(row) for row in rows]
+            return [record_from_row(row) for row in rows]
 
     def unattended(self) -> list[Record]:
         """The unsettled requests that no living run holds; the oldest first."""
@@ -539,7 +539,7 @@ class Journal:
         def write(
             known: Mapping[str, Record], connection: Connection
         ) -> list[Record | JournalError | BuyingClosed]:
-            ledger = Ledger(connection, caps, run_id=run_id, launch=launch or run_id)
+            ledger = CommitmentLedger(connection, caps, run_id=run_id, launch=launch or run_id)
             return write_changes(
                 connection,
                 ledger,
@@ -553,7 +553,7 @@ class Journal:
 
         try:
             return self._write("write to", partial(write, {} if repeated else known))
-        except OutOfDate:
+        except StaleRecord:
             return self._write("write to", partial(write, {}))
 
     # -- money --------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ class Journal:
         """Every submission that was made, in the order of their first POSTs."""
         with self._read("read") as connection:
             order = (submissions.c.sent_at, submissions.c.idempotency_key)
-            return [charge_of(row) for row in connection.execute(CHARGES.order_by(*order))]
+            return [charge_from_row(row) for row in connection.execute(CHARGES.order_by(*order))]
 
     def commitment(self, scope: str) -> Commitment:
         """What a scope (``budget.scopes_of``), such as a day, has committed and spent."""
@@ -608,7 +608,7 @@ class Journal:
                 submissions.c.charged_units.is_(None),
                 submissions.c.replayed.is_(False),
             )
-            charges = [charge_of(row) for row in connection.execute(waiting)]
+            charges = [charge_from_row(row) for row in connection.execute(waiting)]
             self._refuse_held(connection, [charge.request_key for charge in charges])
             ended = (State.COMPLETED, State.STORED, State.EXPIRED)
             settled = [charge for charge in charges if charge.state in ended]

@@ -42,7 +42,7 @@ class Owner:
     pid: int
 
 
-def this_process(run_id: str) -> Owner:
+def new_owner(run_id: str) -> Owner:
     """Return an owner for a run in this process; each call returns another one."""
     return Owner(uuid.uuid4().hex, run_id, socket.gethostname(), os.getpid())
 

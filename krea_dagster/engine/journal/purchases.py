@@ -80,7 +80,7 @@ DAY_US: Final = 86_400_000_000
 
 
 @dataclass(frozen=True)
-class Totals:
+class PurchaseTotals:
     """The purchases of a month, or a day: how many, and their money in units.
 
     ``settled`` counts those whose charge is known. By these it is told whether a table has taken
@@ -93,9 +93,9 @@ class Totals:
     reserved_units: int = 0
     charged_units: int = 0
 
-    def __add__(self, other: Totals) -> Totals:
+    def __add__(self, other: PurchaseTotals) -> PurchaseTotals:
         """Both together."""
-        return Totals(
+        return PurchaseTotals(
             self.purchases + other.purchases,
             self.settled + other.settled,
             self.committed_units + other.committed_units,
@@ -104,7 +104,7 @@ class Totals:
         )
 
 
-def totals_by_month(connection: Connection) -> dict[str, Totals]:
+def totals_by_month(connection: Connection) -> dict[str, PurchaseTotals]:
     """Return the totals of each UTC month, as ``YYYY-MM``, in which a purchase was sent."""
     money = (
         submissions.c.committed_units,
@@ -120,10 +120,10 @@ def totals_by_month(connection: Connection) -> dict[str, Totals]:
             *(cast(func.coalesce(func.sum(column), 0), BigInteger) for column in money),
         ).group_by(day)
     )
-    months: dict[str, Totals] = {}
+    months: dict[str, PurchaseTotals] = {}
     for number, *figures in found:
         month = month_of(int(number) * DAY_US)
-        months[month] = months.get(month, Totals()) + Totals(*map(int, figures))
+        months[month] = months.get(month, PurchaseTotals()) + PurchaseTotals(*map(int, figures))
     return months
 
 

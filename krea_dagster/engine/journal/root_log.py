@@ -40,7 +40,7 @@ _ACCEPT: Final = "krea-dagster accept root"
 
 
 @dataclass(frozen=True)
-class Marker:
+class RootMarker:
     """What a root says of itself."""
 
     root_id: str
@@ -48,7 +48,7 @@ class Marker:
     token: str
 
     @classmethod
-    def read(cls, storage: Storage) -> Marker | None:
+    def read(cls, storage: Storage) -> RootMarker | None:
         """Read a root's marker, None where it has none. Raises ConfigError for a damaged one."""
         try:
             with storage.open(MARKER) as file:
@@ -89,7 +89,7 @@ class RootLog:
         Raises ConfigError for a root that is not as this journal left it: what is wrong, what is
         at stake, and what to do.
         """
-        marker = Marker.read(storage)
+        marker = RootMarker.read(storage)
         with self._database.read("read") as connection:
             journal_id = connection.execute(select(about.c.journal_id)).scalar_one()
             known = {row.root_id: row for row in connection.execute(select(roots))}
@@ -199,7 +199,7 @@ class RootLog:
 
     def id_of(self, storage: Storage) -> str:
         """Return the id of a root, unchecked; empty for one that no run has begun in."""
-        marker = Marker.read(storage)
+        marker = RootMarker.read(storage)
         if marker is None:
             return ""
         with self._database.read("read") as connection:
@@ -215,7 +215,7 @@ class RootLog:
         token, here = uuid4().hex, storage.shown("")
         at = datetime.now(timezone.utc)
 
-        def write(connection: Connection) -> Marker:
+        def write(connection: Connection) -> RootMarker:
             if not self._database.sqlite:
                 connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
             # One that another run has entered since this one looked has the location already.
@@ -232,7 +232,7 @@ class RootLog:
                 )
             connection.execute(insert(root_tokens).values(token=token, root_id=name, at=at))
             journal_id = connection.execute(select(about.c.journal_id)).scalar_one()
-            return Marker(name, str(journal_id), token)
+            return RootMarker(name, str(journal_id), token)
 
         marker = self._database.write("enter a storage root in", write)
         try:
@@ -252,7 +252,7 @@ class RootLog:
         here = storage.shown("")
         marker = None
         with suppress(ConfigError):  # a damaged one is written again
-            marker = Marker.read(storage)
+            marker = RootMarker.read(storage)
         at = datetime.now(timezone.utc)
 
         def write(connection: Connection) -> str:

@@ -107,11 +107,11 @@ def read_records(connection: Connection, keys: Iterable[str]) -> dict[str, Recor
     found: dict[str, Record] = {}
     for chunk in chunks(keys):
         query = JOINED.where(requests.c.request_key.in_(chunk))
-        found.update((row.request_key, record_of(row)) for row in connection.execute(query))
+        found.update((row.request_key, record_from_row(row)) for row in connection.execute(query))
     return found
 
 
-def record_of(row: Any) -> Record:
+def record_from_row(row: Any) -> Record:
     """The record in a row of ``JOINED``."""
     image = None
     if row.image_path is not None:
@@ -180,7 +180,7 @@ CHARGES: Final = select(
 ).join(requests, submissions.c.request_key == requests.c.request_key)
 
 
-def charge_of(row: Row[Any]) -> Charge:
+def charge_from_row(row: Row[Any]) -> Charge:
     """The charge in a row of ``CHARGES``."""
     present = row.idempotency_key == row.present_key
     return Charge(

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.owners import this_process
+from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.record import Record, idempotency_key
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.storage.storage import Storage
@@ -37,7 +37,7 @@ _NOT_BOUGHT: Final = frozenset({State.PLANNED, State.DEFERRED})
 
 
 @dataclass(frozen=True)
-class Answer:
+class SavedAnswer:
     """What the server answered to a purchase. ``values`` are those of its event."""
 
     journal_id: str
@@ -52,7 +52,7 @@ class Answer:
         return f"{self.idempotency_key}-{str(self.values['task_id']).replace(':', '_')}.json"
 
 
-def keep(storage: Storage, answer: Answer) -> str:
+def save_answer(storage: Storage, answer: SavedAnswer) -> str:
     """Write an answer where the next run finds it; returns where, for people.
 
     Raises OSError where it can be written nowhere.
@@ -69,7 +69,9 @@ def keep(storage: Storage, answer: Answer) -> str:
         return str(folder / answer.name)
 
 
-def take_up(journal: Journal, storage: Storage, *, run_id: str, at: datetime) -> list[str]:
+def write_saved_answers(
+    journal: Journal, storage: Storage, *, run_id: str, at: datetime
+) -> list[str]:
     """Write the answers that are kept into the journal; returns what was done, for people.
 
     An answer whose request another run holds, or whose journal this is not, stays where it is.
@@ -78,7 +80,7 @@ def take_up(journal: Journal, storage: Storage, *, run_id: str, at: datetime) ->
     found = [one for one in _kept(storage) if one[1].journal_id == journal.journal_id]
     if not found:
         return []
-    owner = this_process(run_id)
+    owner = new_owner(run_id)
     journal.register(owner)
     said: list[str] = []
     try:
@@ -95,7 +97,7 @@ def take_up(journal: Journal, storage: Storage, *, run_id: str, at: datetime) ->
 
 
 def _write(
-    journal: Journal, answer: Answer, owner: str, run_id: str, at: datetime
+    journal: Journal, answer: SavedAnswer, owner: str, run_id: str, at: datetime
 ) -> tuple[bool, str]:
     """Write an answer; returns whether the journal has its task now, and what was done."""
     record = journal.records([answer.request_key]).get(answer.request_key)
@@ -121,13 +123,13 @@ def _write(
     return True, f"{named} was bought by an earlier run, and is in the journal now"
 
 
-def _was_before(record: Record, answer: Answer) -> bool:
+def _was_before(record: Record, answer: SavedAnswer) -> bool:
     """Whether a record is of before the purchase that is answered."""
     next_key = record.idempotency_key or idempotency_key(record.request_key, record.submissions + 1)
     return record.state in _NOT_BOUGHT and answer.idempotency_key == next_key
 
 
-def _waits_for(record: Record, answer: Answer) -> bool:
+def _waits_for(record: Record, answer: SavedAnswer) -> bool:
     return (
         record.state in _OPEN
         and record.task_id is None
@@ -135,7 +137,7 @@ def _waits_for(record: Record, answer: Answer) -> bool:
     )
 
 
-def _kept(storage: Storage) -> Iterator[tuple[str | Path, Answer]]:
+def _kept(storage: Storage) -> Iterator[tuple[str | Path, SavedAnswer]]:
     """Yield the answers that are kept, with their places. One that cannot be read is left."""
     places: list[str | Path] = list(storage.names(FOLDER))
     places += sorted((Path(tempfile.gettempdir()) / _TEMPORARY).glob("*.json"))
@@ -146,7 +148,7 @@ def _kept(storage: Storage) -> Iterator[tuple[str | Path, Answer]]:
             else:
                 with storage.open(place) as file:
                     content = file.read()
-            yield place, Answer(**json.loads(content))
+            yield place, SavedAnswer(**json.loads(content))
         except (OSError, ValueError, TypeError) as error:
             _log.warning(
                 "the answer to a purchase that is kept in %s cannot be read: %s", place, error

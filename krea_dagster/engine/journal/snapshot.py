@@ -16,8 +16,8 @@ from krea_dagster.engine.journal.rows import (
     JOINED,
     AccountReading,
     Charge,
-    charge_of,
-    record_of,
+    charge_from_row,
+    record_from_row,
 )
 from krea_dagster.engine.journal.schema import (
     account_readings,
@@ -30,7 +30,7 @@ from krea_dagster.engine.record import Record
 
 
 @dataclass(frozen=True)
-class History:
+class RequestEvents:
     """A request's state, and the events that led to it: ``(seq, event)`` in their order, as text.
 
     ``seq`` is the number that the request gives its last event.
@@ -64,15 +64,15 @@ class Snapshot:
     def records(self) -> Iterator[Record]:
         """Every request."""
         for row in self._rows(JOINED.order_by(requests.c.request_key)):
-            yield record_of(row)
+            yield record_from_row(row)
 
     def charges(self) -> Iterator[Charge]:
         """Every submission; those of one request follow one another by their numbers."""
         order = (submissions.c.request_key, submissions.c.number)
         for row in self._rows(CHARGES.order_by(*order)):
-            yield charge_of(row)
+            yield charge_from_row(row)
 
-    def histories(self) -> Iterator[History]:
+    def request_events(self) -> Iterator[RequestEvents]:
         """Every request's events."""
         query = (
             select(
@@ -88,7 +88,7 @@ class Snapshot:
         for key, group in groupby(self._rows(query), key=lambda row: str(row.request_key)):
             found = list(group)
             happened = [(row.seq, row.event) for row in found if row.event is not None]
-            yield History(key, found[0].state, found[0].last, happened)
+            yield RequestEvents(key, found[0].state, found[0].last, happened)
 
     def commitments(self) -> dict[str, Commitment]:
         """What each run and day has committed and spent, by scope."""

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from krea_dagster.engine.journal.changes import Change
-from krea_dagster.engine.journal.rows import JOINED, record_of
+from krea_dagster.engine.journal.rows import JOINED, record_from_row
 from krea_dagster.engine.journal.schema import (
     POSTGRES_NOW_US,
     commitments,
@@ -92,7 +92,7 @@ def locked_records(connection: Connection, keys: Sequence[str]) -> dict[str, Rec
     wanted = JOINED.where(requests.c.request_key.in_(keys))
     # SQLite has no such lock: there the whole file is locked already.
     rows = connection.execute(wanted.with_for_update(of=requests, key_share=True))
-    return {row.request_key: record_of(row) for row in rows}
+    return {row.request_key: record_from_row(row) for row in rows}
 
 
 def events_of_run(
@@ -114,7 +114,7 @@ def purchases_of_tasks(connection: Connection, task_ids: Sequence[str]) -> dict[
     return {row.task_id: row.idempotency_key for row in rows}
 
 
-def stop_of(connection: Connection, launch: str, at: datetime) -> tuple[str, str] | None:
+def active_stop(connection: Connection, launch: str, at: datetime) -> tuple[str, str] | None:
     """Return the code and the message of the stop that holds for a launch."""
     since: Any = stops.c.at >= at - timedelta(seconds=STOP_HOLDS_S)
     if not is_sqlite(connection):  # by its own clock, as it was written
@@ -146,7 +146,7 @@ def add_to_commitments(connection: Connection, rows: Sequence[dict[str, Any]]) -
     connection.execute(upsert, rows)
 
 
-def see_prices(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+def upsert_prices(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Keep the latest price of qualities, the highest, and the last that was not believed."""
     statement = insertion(connection, prices)
     new = statement.excluded
@@ -164,7 +164,7 @@ def see_prices(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     connection.execute(statement.on_conflict_do_update(index_elements=["quality"], set_=seen), rows)
 
 
-def see_files(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+def upsert_files(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Keep whether files lie in a storage root."""
     statement = insertion(connection, files)
     new = statement.excluded

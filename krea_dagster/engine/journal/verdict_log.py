@@ -61,7 +61,7 @@ class VerdictLog:
         """Close the connections."""
         self._database.close()
 
-    def remember(self, given: Sequence[Verdict]) -> list[Verdict]:
+    def add(self, given: Sequence[Verdict]) -> list[Verdict]:
         """Remember verdicts in one durable commit; returns them with their numbers and times.
 
         The later of two on one image is the later in ``given``. One whose id is known is not
@@ -88,7 +88,7 @@ class VerdictLog:
 
         return self._database.write("remember verdicts in", write)
 
-    def present(self, image_sha256s: Iterable[str] | None = None) -> dict[str, Verdict]:
+    def current(self, image_sha256s: Iterable[str] | None = None) -> dict[str, Verdict]:
         """The verdict that counts, by the image's SHA-256; images without one are left out.
 
         Of these images, or of all.

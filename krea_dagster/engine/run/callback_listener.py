@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
 from krea_dagster.engine.clock import Clock
-from krea_dagster.engine.journal.callback_log import Called
+from krea_dagster.engine.journal.callback_log import ReceivedCallback
 from krea_dagster.engine.run.poll_schedule import Hint, hint
 from krea_dagster.engine.run.poller import Asker
 from krea_dagster.engine.threads import InThread
@@ -22,9 +22,9 @@ _MORE_S_EACH: Final = 0.0005
 
 
 class Calls(Protocol):
-    """The part of CallLog that is needed here."""
+    """The part of CallbackLog that is needed here."""
 
-    def called(self, request_keys: Iterable[str]) -> Mapping[str, Called]:
+    def received(self, request_keys: Iterable[str]) -> Mapping[str, ReceivedCallback]:
         """Those of these requests that were called about. Blocks."""
 
 
@@ -48,7 +48,7 @@ class Listener:
             if not waited_for:
                 continue
             now_s = self._clock.monotonic()
-            called = await self._in_thread(self._calls.called, list(waited_for))
+            called = await self._in_thread(self._calls.received, list(waited_for))
             for key, question in waited_for.items():
                 if question.awaited is None or question.reading:
                     continue

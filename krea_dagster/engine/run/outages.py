@@ -16,7 +16,13 @@ from typing import Any, Final, TypeVar
 
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.threads import InThread
-from krea_dagster.errors import JournalAway, KreaError, RunStopped, StorageAway, TryLater
+from krea_dagster.errors import (
+    JournalUnavailable,
+    KreaError,
+    RunStopped,
+    StorageUnavailable,
+    TryLater,
+)
 
 _T = TypeVar("_T")
 
@@ -82,14 +88,14 @@ class Outages:
     async def repeated(self, call: Callable[[], Awaitable[_T]]) -> _T:
         """Make a call, and make it again where the journal or the storage root was away.
 
-        Raises JournalAway or StorageAway where that lasts for longer than the patience.
+        Raises JournalUnavailable or StorageUnavailable where that outlasts the patience.
         """
         since_s = self._clock.monotonic()
         for tries in count(1):
             try:
                 return await call()
-            except (JournalAway, StorageAway) as error:
-                part = Part.JOURNAL if isinstance(error, JournalAway) else Part.STORAGE
+            except (JournalUnavailable, StorageUnavailable) as error:
+                part = Part.JOURNAL if isinstance(error, JournalUnavailable) else Part.STORAGE
                 was_away = await self.until_back(part, error)
                 if self._given_up or self._clock.monotonic() - since_s > self._patience_s:
                     raise

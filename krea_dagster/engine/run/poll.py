@@ -7,7 +7,7 @@ from typing import Final
 
 from krea_dagster.engine.budget import is_doubtful
 from krea_dagster.engine.frozen import changed
-from krea_dagster.engine.journal.callback_log import Called
+from krea_dagster.engine.journal.callback_log import ReceivedCallback
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Claim, why_not_taken
 from krea_dagster.engine.run.callback_listener import Calls, Listener
@@ -121,7 +121,7 @@ class Asking:
         carrier.trail = changed(carrier.trail, fetch_failures=failures)
         return self._desk.backoff_s(failures)
 
-    def worth_asking(self, record: Record, calls: Mapping[str, Called]) -> bool:
+    def worth_asking(self, record: Record, calls: Mapping[str, ReceivedCallback]) -> bool:
         """Whether the task of an earlier run has probably ended."""
         if record.state is not State.SUBMITTED:
             return False

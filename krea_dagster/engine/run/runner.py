@@ -11,7 +11,7 @@ from functools import partial
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import Clock, SystemClock
 from krea_dagster.engine.journal.journal import NO_CAPS, Journal
-from krea_dagster.engine.journal.saved_answers import take_up
+from krea_dagster.engine.journal.saved_answers import write_saved_answers
 from krea_dagster.engine.policy import DONE, Policy, Trail, next_action
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
@@ -27,10 +27,10 @@ from krea_dagster.engine.threads import InThread, in_thread
 from krea_dagster.errors import (
     AccountStopped,
     ApiError,
-    JournalAway,
+    JournalUnavailable,
     KreaError,
     RunStopped,
-    StorageAway,
+    StorageUnavailable,
 )
 
 __all__ = ["RunReport", "Runner", "Wanted"]
@@ -161,7 +161,7 @@ class Runner:
         # Once all requests are entered, also those that a restored journal had forgotten.
         taken_up = await in_thread(
             partial(
-                take_up,
+                write_saved_answers,
                 self.journal,
                 self.images.storage,
                 run_id=self.run_id,
@@ -209,7 +209,7 @@ class Runner:
         """Return why a part does not answer, None where it does, or fails for another reason."""
         try:
             await self.in_thread(ping)
-        except (JournalAway, StorageAway) as error:
+        except (JournalUnavailable, StorageUnavailable) as error:
             return error
         except (KreaError, OSError):
             return None

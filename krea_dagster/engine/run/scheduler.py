@@ -23,11 +23,11 @@ import anyio.abc
 
 from krea_dagster.engine.alarm import wait
 from krea_dagster.engine.frozen import changed
-from krea_dagster.engine.journal.callback_log import Called
+from krea_dagster.engine.journal.callback_log import ReceivedCallback
 from krea_dagster.engine.journal.group_commit import GroupCommit
 from krea_dagster.engine.journal.journal import NO_CAPS
-from krea_dagster.engine.journal.owners import this_process
-from krea_dagster.engine.journal.saved_answers import Answer, keep
+from krea_dagster.engine.journal.owners import new_owner
+from krea_dagster.engine.journal.saved_answers import SavedAnswer, save_answer
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.policy import (
     Action,
@@ -134,7 +134,7 @@ class Session:
         self._outages = outages
         outages.changed = self._wake
         self._in_thread = outages.patient(runner.in_thread)
-        self._owner = this_process(runner.run_id)
+        self._owner = new_owner(runner.run_id)
         self._images = runner.images
         self._writer = GroupCommit(
             runner.journal,
@@ -182,7 +182,7 @@ class Session:
             self.asker,
             desk,
             self._at_server,
-            runner.journal.calls,
+            runner.journal.callbacks,
             in_thread=self._in_thread,
             outages=outages,
             stop=self._stop_buying,
@@ -219,7 +219,7 @@ class Session:
 
     async def carry_all(self) -> None:
         """Claim what is unfinished, and carry it until nothing more can be done."""
-        await self._in_thread(self._journal.look_through)
+        await self._in_thread(self._journal.check_integrity)
         await self._in_thread(self._journal.register, self._owner)
         try:
             async with self._writer:
@@ -290,7 +290,7 @@ class Session:
 
     def _keep(self, bought: UnwrittenPurchase, values: Mapping[str, Any]) -> str:
         """Write what was bought where the next run finds it; returns where."""
-        answer = Answer(
+        answer = SavedAnswer(
             self._journal.journal_id,
             bought.request_key,
             bought.idempotency_key,
@@ -298,7 +298,7 @@ class Session:
             values["answer"],
         )
         try:
-            return keep(self._images.storage, answer)
+            return save_answer(self._images.storage, answer)
         except OSError as error:
             return f"no place ({error})"
 
@@ -704,17 +704,17 @@ class Session:
                 missing.append(key)
         return files, self._runner.root.elsewhere(missing) if missing else {}
 
-    async def _calls_about(self, found: Mapping[str, Record]) -> Mapping[str, Called]:
+    async def _calls_about(self, found: Mapping[str, Record]) -> Mapping[str, ReceivedCallback]:
         """What was called about of requests whose next step may hang on it."""
         unknown = [key for key, record in found.items() if record.state in _OPEN]
         wait = self._runner.policy.wait
         left = [] if wait else [k for k, one in found.items() if one.state is State.SUBMITTED]
         if not unknown and not left:
             return {}
-        calls = await self._in_thread(self._journal.calls.called, [*unknown, *left])
+        calls = await self._in_thread(self._journal.callbacks.received, [*unknown, *left])
         claimed = {key: calls[key] for key in unknown if key in calls}
         taken = await self._in_thread(
-            self._journal.known_tasks, [c.task_id for c in claimed.values()]
+            self._journal.known_task_ids, [c.task_id for c in claimed.values()]
         )
         for key, call in claimed.items():
             if call.task_id and call.task_id not in taken and is_task_id(call.task_id):
@@ -760,7 +760,7 @@ class Session:
 
     async def _let_go(self) -> None:
         finished, self._finished = self._finished, set()
-        await self._in_thread(self._journal.let_go, finished, self._owner.owner)
+        await self._in_thread(self._journal.unclaim, finished, self._owner.owner)
 
     async def _beat(self) -> None:
         while True:

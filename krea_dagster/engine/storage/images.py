@@ -21,7 +21,7 @@ from PIL import Image
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.storage.byte_budget import ByteBudget
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DAMAGED, FORMATS, decoded_bytes, look_at
+from krea_dagster.engine.storage.verify import DAMAGED, FORMATS, decoded_bytes, verify_image
 from krea_dagster.engine.threads import InThread, Threads
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
@@ -76,7 +76,7 @@ class ImageStore:
     ``decoders`` bounds how many pictures are decoded at once: Pillow releases the interpreter,
     so one per core is enough.
 
-    ``on_picture`` is given the sha256 and the decoded pixels of each picture, once it is
+    ``on_image`` is given the sha256 and the decoded pixels of each picture, once it is
     published; only with ``look``. It is called in threads, several at once, and what goes wrong
     in it is logged: the image is paid for, and stays stored. ``in_thread`` makes the calls that
     block or compute.
@@ -88,13 +88,13 @@ class ImageStore:
         *,
         look: bool = True,
         decoders: int | None = None,
-        on_picture: Callable[[str, Image.Image], object] | None = None,
+        on_image: Callable[[str, Image.Image], object] | None = None,
         in_thread: InThread | None = None,
     ) -> None:
         cores = os.cpu_count() or 1
         self.storage = storage
         self._look = look
-        self._on_picture = on_picture
+        self._on_picture = on_image
         self._decoding = threading.BoundedSemaphore(decoders or cores)
         self._downloads = ByteBudget(_DOWNLOADS_BYTES)
         self._looks = ByteBudget(_LOOKS_BYTES)
@@ -142,7 +142,7 @@ class ImageStore:
             return record.image if record.image.sha256 == sha256 else None
         try:
             with self._decoding:
-                image_format = look_at(data, record.request.pixels)
+                image_format = verify_image(data, record.request.pixels)
         except DownloadError:
             return None
         width, height = record.request.pixels
@@ -219,13 +219,13 @@ class ImageStore:
     def _look_at(self, body: _Body, request: ImageRequest, pictures: list[Image.Image]) -> str:
         if not self._look:
             try:
-                return look_at(body.beginning(), request.pixels, decode=False)
+                return verify_image(body.beginning(), request.pixels, decode=False)
             except NoUsableBody:  # its header may be longer
-                return look_at(body.content(), request.pixels, decode=False)
+                return verify_image(body.content(), request.pixels, decode=False)
         with self._decoding:
             if self._on_picture is None:
-                return look_at(body.content(), request.pixels)
-            return look_at(body.content(), request.pixels, seen=pictures.append)
+                return verify_image(body.content(), request.pixels)
+            return verify_image(body.content(), request.pixels, seen=pictures.append)
 
     def _show(self, sha256: str, picture: Image.Image) -> None:
         if self._on_picture is None:

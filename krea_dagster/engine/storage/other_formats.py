@@ -28,7 +28,7 @@ _HEIC: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
-def open_other(data: bytes) -> Image.Image | None:
+def open_other_format(data: bytes) -> Image.Image | None:
     """The picture, its pixels not yet decoded; None where it is of none of these formats."""
     try:
         return Image.open(io.BytesIO(data), formats=OTHERS)
@@ -36,7 +36,7 @@ def open_other(data: bytes) -> Image.Image | None:
         return None
 
 
-def load_other(image: Image.Image) -> None:
+def decode_other_format(image: Image.Image) -> None:
     """Decode a picture of another format, and raise what Pillow raises where it is damaged."""
     if image.format == "TIFF":
         # A tile may be declared larger than the picture, and is unpacked as a whole.
@@ -47,7 +47,7 @@ def load_other(image: Image.Image) -> None:
     image.load()
 
 
-def other_kind(data: bytes) -> str | None:
+def undecodable_format(data: bytes) -> str | None:
     """The format of a file that Pillow cannot decode, by its beginning; None for no picture."""
     for beginning, name in _BEGINNINGS:
         if data.startswith(beginning):

@@ -4,7 +4,7 @@ A file appears under its name whole or not at all: it is written elsewhere first
 and then renamed (a folder) or put (an object store).
 
 A store that does not answer is never taken for one without the file: each method that reads or
-writes raises StorageAway then.
+writes raises StorageUnavailable then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import fsspec
 
 from krea_dagster import redact
 from krea_dagster.engine.storage import temp_files
-from krea_dagster.errors import ConfigError, StorageAway
+from krea_dagster.errors import ConfigError, StorageUnavailable
 
 #: What file systems say of themselves, and not of a network on the way to them.
 _ABOUT_FILES: Final = (
@@ -66,7 +66,7 @@ class Storage:
             said = redact.text(str(error), root)
             raise ConfigError(
                 f"the storage root {redact.location(root)!r} (KREA_STORAGE) cannot be used: {said}"
-            ) from redact.harmless(error, root)
+            ) from redact.safe_cause(error, root)
         self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
         self.folder: Path | None = Path(path).absolute() if self._remote is None else None
         self._folders: set[str] = set()  # those that this one has made, or found
@@ -108,7 +108,7 @@ class Storage:
             self.fail(error)
 
     def ping(self) -> None:
-        """See that the store answers. Raises StorageAway where it does not."""
+        """See that the store answers. Raises StorageUnavailable where it does not."""
         self.size_bytes("krea-root.json")
 
     def open(self, name: str) -> BinaryIO:
@@ -204,18 +204,18 @@ class Storage:
         sync_folder(target.parent)
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raise the error, or StorageAway where it is the store that cannot be reached now."""
+        """Raise the error, or StorageUnavailable where the store cannot be reached now."""
         number = getattr(error, "errno", None)
         about_files = isinstance(error, _ABOUT_FILES) or number in _FULL
         is_away = number in _NETWORK if self.folder is not None else not about_files
         if not is_away:
             raise error
         said = redact.text(str(error) or type(error).__name__, self.locate(""))
-        raise StorageAway(
+        raise StorageUnavailable(
             f"the storage root {self.shown('')} does not answer: {said}. Nothing more is bought "
             "until it does. What was paid for is in the journal, and the next run fetches it: do "
             "not wait longer than its links live, which is 24 hours."
-        ) from redact.harmless(error, self.locate(""))
+        ) from redact.safe_cause(error, self.locate(""))
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Write a file through ``write``, atomically."""

@@ -15,7 +15,12 @@ from typing import Final, cast
 
 from PIL import Image, UnidentifiedImageError
 
-from krea_dagster.engine.storage.other_formats import OTHERS, load_other, open_other, other_kind
+from krea_dagster.engine.storage.other_formats import (
+    OTHERS,
+    decode_other_format,
+    open_other_format,
+    undecodable_format,
+)
 from krea_dagster.engine.storage.verify_jpeg import check_jpeg
 from krea_dagster.engine.storage.verify_png import check_png
 from krea_dagster.engine.storage.verify_webp import check_webp
@@ -47,7 +52,7 @@ DAMAGED: Final = (
 )
 
 
-def look_at(
+def verify_image(
     data: bytes,
     pixels: tuple[int, int],
     *,
@@ -72,7 +77,7 @@ def look_at(
             image_format = image.format or ""
             if image_format in OTHERS:
                 if decode:
-                    load_other(image)
+                    decode_other_format(image)
                 raise _wrong_format(image_format)
             if getattr(image, "n_frames", 1) != 1:
                 raise ImageRejected("animated", "the image has several frames")
@@ -100,10 +105,10 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except UnidentifiedImageError:
-        other = open_other(data)
+        other = open_other_format(data)
     if other is not None:
         return other
-    if kind := other_kind(data):
+    if kind := undecodable_format(data):
         raise _wrong_format(kind)
     raise NoUsableBody(f"not an image: it begins with {data[:24]!r}")
 

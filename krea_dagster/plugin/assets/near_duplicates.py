@@ -158,7 +158,7 @@ def present_verdicts(krea: KreaResource) -> dict[str, str]:
     if not krea.has_journal():
         return {}
     with krea.open_journal() as journal:
-        return {sha256: one.verdict for sha256, one in journal.verdicts.present().items()}
+        return {sha256: one.verdict for sha256, one in journal.verdicts.current().items()}
 
 
 def _checked(table: pa.Table) -> dg.AssetCheckResult:

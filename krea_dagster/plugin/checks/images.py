@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import look_at
+from krea_dagster.engine.storage.verify import verify_image
 from krea_dagster.errors import DownloadError
 from krea_dagster.models import PIXELS
 from krea_dagster.plugin.checks.findings import Findings
@@ -141,7 +141,7 @@ def _decode(
     def trouble(row: Mapping[str, Any]) -> str | None:
         try:
             with storage.open(storage.name_of(row["image_path"])) as file:
-                look_at(file.read(), PIXELS[row["size"], row["quality"]])
+                verify_image(file.read(), PIXELS[row["size"], row["quality"]])
         except (DownloadError, OSError) as error:
             return f"{error} ({row['image_path']})"
         return None

@@ -13,7 +13,7 @@ from krea_dagster.digests import digests_from_hex, first_of_each
 from krea_dagster.engine.budget import PUBLISHED_UNITS
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import UNITS_PER_CREDIT, cap_units, credits_from_units, units_from_credits
+from krea_dagster.models import UNITS_PER_CREDIT, credits_from_units, parse_cap, units_from_credits
 from krea_dagster.plugin.checks.findings import Findings
 from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
 from krea_dagster.plugin.checks.sampling import with_digests
@@ -47,7 +47,7 @@ def build_spend_check(
         name: units_from_credits(credits)
         for name, credits in (published if prices is None else prices).items()
     }
-    most_units = None if most_credits is None else cap_units(most_credits, "most_credits")
+    most_units = None if most_credits is None else parse_cap(most_credits, "most_credits")
     limits = {name: int(units * (1 + tolerance)) for name, units in expected.items()}
 
     def look(subject: Subject) -> dg.AssetCheckResult:

@@ -13,7 +13,7 @@ from typing import Final
 
 import dagster as dg
 
-from krea_dagster.engine.journal.callback_log import Called
+from krea_dagster.engine.journal.callback_log import ReceivedCallback
 from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
@@ -83,7 +83,7 @@ class Due:
 def due_collections(
     waiting: Iterable[Record],
     partitions: Mapping[str, _Partitions],
-    called: Mapping[str, Called],
+    called: Mapping[str, ReceivedCallback],
     launched: Mapping[_Partitions, datetime],
     now: datetime,
 ) -> list[Due]:
@@ -108,7 +108,7 @@ def due_collections(
 
 
 def _is_due(
-    record: Record, called: Called | None, launched_at: datetime | None, now: datetime
+    record: Record, called: ReceivedCallback | None, launched_at: datetime | None, now: datetime
 ) -> bool:
     if called is not None and (launched_at is None or called.last_at > launched_at):
         return True
@@ -211,14 +211,14 @@ def build_collect_sensor(
     return collect_sensor
 
 
-def _waiting(krea: KreaResource) -> tuple[list[Record], Mapping[str, Called]]:
+def _waiting(krea: KreaResource) -> tuple[list[Record], Mapping[str, ReceivedCallback]]:
     """What is paid for and held by no living run, and what was called about of it."""
     if not krea.has_journal():
         return [], {}
     # Those of unknown outcome too: a call about one may name its task.
     with krea.open_journal() as journal:
         waiting = journal.unattended()
-        return waiting, journal.calls.called([record.request_key for record in waiting])
+        return waiting, journal.callbacks.received([record.request_key for record in waiting])
 
 
 def _partitions_of(instance: dg.DagsterInstance, buys: _Buys, run_ids: Iterable[str]) -> _Runs:

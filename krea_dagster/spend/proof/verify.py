@@ -16,7 +16,13 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from krea_dagster.engine.budget import Commitment
-from krea_dagster.engine.journal.journal import Charge, History, Journal, Snapshot, scopes_of_charge
+from krea_dagster.engine.journal.journal import (
+    Charge,
+    Journal,
+    RequestEvents,
+    Snapshot,
+    scopes_of_charge,
+)
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.states import replay as replayed
@@ -93,9 +99,9 @@ class _Books:
     def read(self) -> None:
         """Take every request with its purchases and its events, in the order of the keys."""
         charges = _Groups(self._snapshot.charges())
-        histories = self._snapshot.histories()
+        request_events = self._snapshot.request_events()
         for number, record in enumerate(self._snapshot.records()):
-            history = next(histories)
+            history = next(request_events)
             self._replay(record, history)
             own = charges.of(record.request_key)
             for charge in own:
@@ -113,7 +119,7 @@ class _Books:
 
     # -- one request --------------------------------------------------------------------------
 
-    def _replay(self, record: Record, history: History) -> None:
+    def _replay(self, record: Record, history: RequestEvents) -> None:
         self._count(events=len(history.events))
         trouble = _replay_trouble(history)
         if trouble:
@@ -129,7 +135,9 @@ class _Books:
             self._spent[scope] += charged
         self.account.add(charge)
 
-    def _judge_charges(self, record: Record, charges: Sequence[Charge], history: History) -> None:
+    def _judge_charges(
+        self, record: Record, charges: Sequence[Charge], history: RequestEvents
+    ) -> None:
         paid = [charge for charge in charges if charge.charged_units]
         if len(paid) > 1:
             tasks = ", ".join(str(charge.task_id) for charge in paid)
@@ -304,7 +312,7 @@ class _Groups:
         return found
 
 
-def _replay_trouble(history: History) -> str:
+def _replay_trouble(history: RequestEvents) -> str:
     """Why a request's events do not lead to its state; empty where they do."""
     numbers = [number for number, _ in history.events]
     if numbers != list(range(history.seq + 1)):

@@ -168,7 +168,7 @@ def _prompts(source: str) -> Any:
         said = redact.text(str(error), source)
         raise ConfigError(
             f"the prompt table {redact.location(source)} cannot be read: {said}"
-        ) from redact.harmless(error, source)
+        ) from redact.safe_cause(error, source)
 
 
 def _files(source: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from krea_dagster.engine.journal.purchases import Totals
+from krea_dagster.engine.journal.purchases import PurchaseTotals
 from krea_dagster.engine.storage.storage import Storage
 
 #: Raised with every change of what the files hold: then all of them are made anew.
@@ -34,7 +34,7 @@ class SpendState:
     credits_per_usd: str
     by: tuple[str, ...] = ()
     taken_until_us: int = 0
-    months: Mapping[str, Totals] = field(default_factory=dict)
+    months: Mapping[str, PurchaseTotals] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -50,7 +50,7 @@ class SpendState:
                 said["credits_per_usd"],
                 tuple(said["by"]),
                 int(said["taken_until_us"]),
-                {month: Totals(**totals) for month, totals in said["months"].items()},
+                {month: PurchaseTotals(**totals) for month, totals in said["months"].items()},
                 {month: str(label) for month, label in said["labels"].items()},
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -33,7 +33,7 @@ from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.purchases import (
     PURCHASE_SCHEMA,
-    Totals,
+    PurchaseTotals,
     changed_since,
     month_of,
     newest_event,
@@ -159,7 +159,7 @@ def open_duck(folder: Path | None = None) -> duckdb.DuckDBPyConnection:
     return duck
 
 
-def _is_stale(storage: Storage, state: SpendState, month: str, totals: Totals) -> bool:
+def _is_stale(storage: Storage, state: SpendState, month: str, totals: PurchaseTotals) -> bool:
     if state.months.get(month) != totals:
         return True
     return any(storage.size_bytes(table_name(table, month)) is None for table in TABLES)

@@ -76,7 +76,7 @@ class BudgetUse:
 
     name: str
     period: Period
-    cap_units: int
+    parse_cap: int
     used_units: int
 
 

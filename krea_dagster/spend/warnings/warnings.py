@@ -152,10 +152,10 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
     moment = now.astimezone(timezone.utc)
     hours = moment.hour + moment.minute / 60
     for use in uses:
-        if use.cap_units <= 0:
+        if use.parse_cap <= 0:
             share = float("inf") if use.used_units else 0.0
         else:
-            share = use.used_units / use.cap_units
+            share = use.used_units / use.parse_cap
         elapsed = (today.day - 1 + hours / 24) / month_days
         ahead = use.period == "month" and share > elapsed + AHEAD_OF_DAYS
         if share < NEARLY_USED and not ahead:
@@ -165,7 +165,7 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
         of = "" if share == float("inf") else f" ({share:.0%})"
         name = {"day": day_words(today), "month": f"{today:%B %Y}", "total": use.name}[use.period]
         text = (
-            f"{credits_words(use.used_units)} of {credits_words(use.cap_units)}{of} of the "
+            f"{credits_words(use.used_units)} of {credits_words(use.parse_cap)}{of} of the "
             f"budget for {name} are used"
         )
         if use.period == "month":
@@ -189,18 +189,18 @@ def _forecast(
     if forecast is None:
         return
     for use in caps:
-        if forecast.expected_units <= use.cap_units:
+        if forecast.expected_units <= use.parse_cap:
             continue
-        sure = "almost surely" if forecast.low_units > use.cap_units else "probably"
+        sure = "almost surely" if forecast.low_units > use.parse_cap else "probably"
         yield SpendWarning(
             WarningKind.FORECAST,
-            f"{today:%B %Y} will {sure} pass its budget of {credits_words(use.cap_units)}: "
+            f"{today:%B %Y} will {sure} pass its budget of {credits_words(use.parse_cap)}: "
             f"about {rough(forecast.expected_units)} are expected by its end, "
             f"{rough(forecast.low_units)} to {rough(forecast.high_units)} nine times in ten.",
             today,
             today,
             "Hold back what can wait, or set a hard budget, which defers rows before they cost.",
-            forecast.expected_units - use.cap_units,
+            forecast.expected_units - use.parse_cap,
             use.name,
         )
 

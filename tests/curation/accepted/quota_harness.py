@@ -173,7 +173,7 @@ class Studio:
         rows = [row for row in self.manifest() if (row["prompt_id"], row["sample"]) in verdicts]
         assert len(rows) == len(verdicts)
         with self.journal() as journal:
-            journal.verdicts.remember(
+            journal.verdicts.add(
                 [
                     Verdict(
                         f"{random.SystemRandom().getrandbits(64):016x}",
@@ -193,7 +193,7 @@ class Studio:
     def review(self) -> int:
         """Look at all that nobody has looked at; returns how many were rejected."""
         with self.journal() as journal:
-            seen = set(journal.verdicts.present())
+            seen = set(journal.verdicts.current())
         verdicts = {}
         for row in self.manifest():
             if row["status"] == "stored" and row["image_sha256"] not in seen:
@@ -209,7 +209,7 @@ class Studio:
     def kept(self) -> dict[str, int]:
         """How many present pictures of each prompt are kept."""
         with self.journal() as journal:
-            present = journal.verdicts.present()
+            present = journal.verdicts.current()
         counts = dict.fromkeys((row["prompt_id"] for row in self.manifest()), 0)
         for row in self.manifest():
             verdict = present.get(row["image_sha256"])

@@ -49,7 +49,7 @@ def test_a_verdict_that_came_after_accepted_images_was_made_is_said(shelf: Shelf
     with closing(Journal(f"sqlite:///{shelf.root}/journal.db")) as journal:
         assert "rejected or flagged" not in run(shelf).stderr
         about = {name: row[name] for name in names}
-        journal.verdicts.remember([Verdict("1", row["image_sha256"], REJECT, "ann", **about)])
+        journal.verdicts.add([Verdict("1", row["image_sha256"], REJECT, "ann", **about)])
     ran = run(shelf)
     assert ran.exit_code == 0
     assert "1 of these images was rejected or flagged since accepted_images was made" in ran.stderr

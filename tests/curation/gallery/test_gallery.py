@@ -372,7 +372,7 @@ def test_the_command_takes_verdicts_from_the_journal(mixed: Walls) -> None:
     mixed.write()
     row = mixed.rows["a"][1]
     with_journal = Journal(f"sqlite:///{mixed.root / 'journal.db'}")
-    with_journal.verdicts.remember(
+    with_journal.verdicts.add(
         [
             Verdict(
                 verdict_id="1",

@@ -155,9 +155,9 @@ def test_threads_may_take_notes_at_once(tmp_path: Path) -> None:
 
 
 def test_a_run_measures_what_it_decodes(storage: Storage) -> None:
-    with measured_while_verified(storage) as on_picture:
+    with measured_while_verified(storage) as on_image:
         for number in range(3):
-            on_picture(sha(number), drawn(number))
+            on_image(sha(number), drawn(number))
     table = MeasureCache.builtin(storage).find(digests(pa.array([sha(2)])))
     (row,) = table.to_pylist()
     assert row.pop(KEY) == bytes.fromhex(sha(2))
@@ -171,9 +171,9 @@ def test_a_run_goes_on_where_figures_cannot_be_written(
     storage = Storage(str(tmp_path))
     with (
         caplog.at_level(logging.ERROR),
-        measured_while_verified(storage) as on_picture,
+        measured_while_verified(storage) as on_image,
     ):
-        on_picture(sha(1), drawn(1))
+        on_image(sha(1), drawn(1))
     assert "will be measured again" in caplog.text
     notes = MeasureWriter(MeasureCache.builtin(storage))
     notes.take(sha(1), measure(drawn(1)).values())

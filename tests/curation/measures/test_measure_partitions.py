@@ -130,9 +130,9 @@ def test_columns_may_be_chosen_and_a_wrong_one_is_named(shelf: Shelf) -> None:
 
 def test_what_the_run_measured_while_it_verified_is_not_read_again(shelf: Shelf) -> None:
     rows = [shelf.row(number, written=False) for number in range(3)]
-    with measured_while_verified(shelf.storage) as on_picture:
+    with measured_while_verified(shelf.storage) as on_image:
         for number, row in enumerate(rows):
-            on_picture(row["image_sha256"], drawn(number))
+            on_image(row["image_sha256"], drawn(number))
     shelf.write("a", rows)
     (one,) = measured(shelf)  # the files are not even there
     assert (one.read, len(one.table), one.troubles) == (0, 3, [])

@@ -194,7 +194,7 @@ def test_a_list_can_be_asked_for_as_the_verdicts_stood_before(tmp_path: Path) ->
     shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
     with closing(Journal(shelf.journal_url)) as journal:
         log = journal.verdicts
-        log.remember([on(0, "keep"), on(1, "reject")])
+        log.add([on(0, "keep"), on(1, "reject")])
         judged = VerdictView(log)
         index = build_index(Storage(str(shelf.folder)), journal)
         places = [index.table["image_sha256"].to_pylist().index(sha256(one)) for one in range(3)]
@@ -203,7 +203,7 @@ def test_a_list_can_be_asked_for_as_the_verdicts_stood_before(tmp_path: Path) ->
             return [VERDICTS[code] for code in judged.codes(index, at_number)[places]]
 
         assert words() == ["keep", "reject", "none"]
-        log.remember([on(0, "flag"), on(0, "none"), on(2, "keep"), on(9999, "keep")])
+        log.add([on(0, "flag"), on(0, "none"), on(2, "keep"), on(9999, "keep")])
         assert words() == ["keep", "reject", "none"], "nothing moves before it is asked for"
         assert judged.catch_up() == 6
         assert words() == ["none", "reject", "keep"]

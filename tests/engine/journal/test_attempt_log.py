@@ -18,49 +18,51 @@ def test_an_attempt_is_raised_only_where_it_is_the_one_that_was_refused(journal:
         return journal.attempts(TABLE).replace(samples, raised_by="run", at=AT)
 
     assert replace(("a", 0, 0), ("b", 1, 0)) == [("a", 0), ("b", 1)]
-    assert journal.attempts(TABLE).present() == {("a", 0): 1, ("b", 1): 1}
+    assert journal.attempts(TABLE).current() == {("a", 0): 1, ("b", 1): 1}
     # Asked again by the same run, or by another that has read the same: nothing.
     assert replace(("a", 0, 0), ("b", 1, 0)) == []
     assert replace(("a", 0, 1), ("b", 1, 2), ("c", 0, 1)) == [("a", 0)]
-    assert journal.attempts(TABLE).present() == {("a", 0): 2, ("b", 1): 1}
+    assert journal.attempts(TABLE).current() == {("a", 0): 2, ("b", 1): 1}
 
 
 def test_it_goes_together_with_a_persons_wish_for_another(journal: Journal) -> None:
-    journal.attempts(TABLE).ask_again([("a", 0)], raised_by="a person's run", at=AT)
+    journal.attempts(TABLE).raise_attempts([("a", 0)], raised_by="a person's run", at=AT)
     assert journal.attempts(TABLE).replace([("a", 0, 0)], raised_by="run", at=AT) == []
     assert journal.attempts(TABLE).replace([("a", 0, 1)], raised_by="run", at=AT) == [("a", 0)]
-    journal.attempts(TABLE).end([("a", 0, 2)], at=AT)
-    journal.attempts(TABLE).ask_again([("a", 0)], raised_by="another", at=AT)
-    assert journal.attempts(TABLE).present() == {("a", 0): 3}
+    journal.attempts(TABLE).close_slots([("a", 0, 2)], at=AT)
+    journal.attempts(TABLE).raise_attempts([("a", 0)], raised_by="another", at=AT)
+    assert journal.attempts(TABLE).current() == {("a", 0): 3}
 
 
 def test_the_attempts_of_one_table_are_nothing_to_another(journal: Journal) -> None:
-    journal.attempts("one").ask_again([("a", 0)], raised_by="run", at=AT, draw=True)
-    assert journal.attempts("other").present() == {}
+    journal.attempts("one").raise_attempts([("a", 0)], raised_by="run", at=AT, draw=True)
+    assert journal.attempts("other").current() == {}
     assert journal.attempts("other").drawn() == frozenset()
-    assert journal.attempts("other").ask_again([("a", 0)], raised_by="run", at=AT) == [("a", 0)]
-    assert journal.attempts("one").present() == {("a", 0): 1}
+    assert journal.attempts("other").raise_attempts([("a", 0)], raised_by="run", at=AT) == [
+        ("a", 0)
+    ]
+    assert journal.attempts("one").current() == {("a", 0): 1}
     assert journal.attempts("one").drawn() == {("a", 0)}
 
 
 def test_a_wish_is_gone_on_with_until_a_run_has_come_to_its_end_with_it(journal: Journal) -> None:
     log = journal.attempts(TABLE)
     slots = [("a", 0)]
-    assert log.ask_again(slots, raised_by="killed", at=AT) == slots
-    assert log.ask_again(slots, raised_by="repeated", at=AT) == []
-    assert log.open() == {("a", 0)}
-    log.end([("a", 0, 0)], at=AT)
-    assert log.open() == {("a", 0)}, "a run that began before the wish has ended without it"
-    log.end([("a", 0, 1)], at=AT)
-    assert log.open() == set()
-    assert log.ask_again(slots, raised_by="a new wish", at=AT) == slots
-    assert log.present() == {("a", 0): 2}
+    assert log.raise_attempts(slots, raised_by="killed", at=AT) == slots
+    assert log.raise_attempts(slots, raised_by="repeated", at=AT) == []
+    assert log.open_slots() == {("a", 0)}
+    log.close_slots([("a", 0, 0)], at=AT)
+    assert log.open_slots() == {("a", 0)}, "a run that began before the wish has ended without it"
+    log.close_slots([("a", 0, 1)], at=AT)
+    assert log.open_slots() == set()
+    assert log.raise_attempts(slots, raised_by="a new wish", at=AT) == slots
+    assert log.current() == {("a", 0): 2}
 
 
 def test_no_other_image_is_asked_for_while_the_last_has_not_come_to_its_end(
     journal: Journal,
 ) -> None:
-    found = journal.attempts(TABLE).ask_again(
+    found = journal.attempts(TABLE).raise_attempts(
         [("a", 0), ("b", 0)],
         raised_by="run",
         at=AT,
@@ -73,16 +75,16 @@ def test_a_run_that_is_executed_again_asks_for_nothing_whoever_has_asked_in_betw
     journal: Journal,
 ) -> None:
     def again(run: str, *slots: tuple[str, int]) -> list[tuple[str, int]]:
-        return journal.attempts(TABLE).ask_again(slots, raised_by=run, at=AT)
+        return journal.attempts(TABLE).raise_attempts(slots, raised_by=run, at=AT)
 
     assert again("first", ("a", 0), ("b", 0)) == [("a", 0), ("b", 0)]
     assert journal.attempts(TABLE).replace([("a", 0, 1)], raised_by="second", at=AT) == [("a", 0)]
     assert again("first", ("a", 0), ("b", 0), ("c", 0)) == [("c", 0)]
     assert again("third", ("b", 0), ("b", 0)) == []  # the first has not come to its end
-    journal.attempts(TABLE).end([("b", 0, 1)], at=AT)
+    journal.attempts(TABLE).close_slots([("b", 0, 1)], at=AT)
     assert again("third", ("b", 0), ("b", 0)) == [("b", 0)]
     assert again("first", ("b", 0)) == []
-    assert journal.attempts(TABLE).present() == {("a", 0): 2, ("b", 0): 2, ("c", 0): 1}
+    assert journal.attempts(TABLE).current() == {("a", 0): 2, ("b", 0): 2, ("c", 0): 1}
 
 
 def test_of_wishes_for_the_same_rows_at_the_same_time_one_is_met(journal_url: str) -> None:
@@ -92,11 +94,11 @@ def test_of_wishes_for_the_same_rows_at_the_same_time_one_is_met(journal_url: st
     def run(number: int) -> list[tuple[str, int]]:
         with closing(Journal(journal_url)) as own:
             order = slots if number % 2 else slots[::-1]
-            return own.attempts(TABLE).ask_again(order, raised_by=f"run-{number // 2}", at=AT)
+            return own.attempts(TABLE).raise_attempts(order, raised_by=f"run-{number // 2}", at=AT)
 
     with closing(Journal(journal_url)) as journal, ThreadPoolExecutor(3) as pool:
         raised = Counter(slot for found in pool.map(run, range(3)) for slot in found)
-        assert journal.attempts(TABLE).present() == dict.fromkeys(slots, 1)
+        assert journal.attempts(TABLE).current() == dict.fromkeys(slots, 1)
     assert raised == Counter(slots)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from krea_dagster.digests import Digests, digests_from_joined_hex
 from krea_dagster.engine.journal import bulk_reads
-from krea_dagster.engine.journal.bulk_reads import RECORD_SCHEMA, known, record_columns
+from krea_dagster.engine.journal.bulk_reads import RECORD_SCHEMA, known_requests, record_columns
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.storage.images import ImageStore
@@ -101,7 +101,7 @@ def test_whole_is_what_the_store_holds_and_nothing_else(
     look(1)
 
     every = [*requests, *others, elsewhere, unknown]
-    found = known(journal, storage, digests(*every))
+    found = known_requests(journal, storage, digests(*every))
     records = journal.records([request.request_key for request in every])
     store = ImageStore(storage)
     seen, whole = found.of(digests(*every))
@@ -133,7 +133,7 @@ def test_a_file_whose_name_is_no_key_is_passed_over(journal: Journal, tmp_path: 
     for name in (f"{key.upper()}.png", f"{key[:-1]}g.png", f"{key}0.png", "x.png", f"{key}.PNG"):
         (folder / name).write_bytes(b"x" * 10)
     (folder / f"{key}.jpg").mkdir()
-    _, whole = known(journal, shelf.storage, digests(request)).of(digests(request))
+    _, whole = known_requests(journal, shelf.storage, digests(request)).of(digests(request))
     assert whole.tolist() == [True]
 
 
@@ -155,12 +155,12 @@ def test_a_name_that_is_wrong_in_one_letter_is_seen_among_names_that_are_all_ali
     requests.append(shelf.store(8, name=names[part]))
     shelf.write(f"images/{key[:2]}/{key}.png", 18)
     look(1)
-    _, whole = known(journal, shelf.storage, digests(*requests)).of(digests(*requests))
+    _, whole = known_requests(journal, shelf.storage, digests(*requests)).of(digests(*requests))
     assert whole.tolist() == [True, True, False]
 
 
 def test_an_empty_journal_without_a_folder_knows_nothing(journal: Journal, tmp_path: Path) -> None:
-    found = known(journal, Storage(str(tmp_path / "none")), digests(make_request()))
+    found = known_requests(journal, Storage(str(tmp_path / "none")), digests(make_request()))
     assert [mask.tolist() for mask in found.of(digests(make_request()))] == [[False], [False]]
 
 

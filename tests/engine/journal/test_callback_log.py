@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from krea_dagster.engine.journal.callback_log import OVERLAP, CallLog
+from krea_dagster.engine.journal.callback_log import OVERLAP, CallbackLog
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.schema import metadata
@@ -44,7 +44,7 @@ def now() -> Now:
 
 
 @pytest.fixture
-def log(journal: Journal, journal_url: str, now: Now) -> Iterator[CallLog]:
+def log(journal: Journal, journal_url: str, now: Now) -> Iterator[CallbackLog]:
     """The calls of a journal that knows the requests A and B."""
     wanted = [
         (
@@ -62,7 +62,7 @@ def log(journal: Journal, journal_url: str, now: Now) -> Iterator[CallLog]:
         for key in (A, B)
     ]
     journal.plan(wanted, run_id="run", at=START)
-    with closing(CallLog.open(journal_url, now=now)) as opened:
+    with closing(CallbackLog.open(journal_url, now=now)) as opened:
         yield opened
 
 
@@ -75,11 +75,11 @@ def everything_else(journal: Journal) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-def test_a_call_is_remembered_and_another_one_counted(log: CallLog, now: Now) -> None:
-    assert log.remember([(A, "task-1")]) == {A}
+def test_a_call_is_remembered_and_another_one_counted(log: CallbackLog, now: Now) -> None:
+    assert log.add([(A, "task-1")]) == {A}
     later = now.move(5)
-    assert log.remember([(A, None), (B, None)]) == {A, B}
-    found = log.called([A, B, C])
+    assert log.add([(A, None), (B, None)]) == {A, B}
+    found = log.received([A, B, C])
     assert set(found) == {A, B}
     assert (found[A].first_at, found[A].last_at, found[A].count) == (START, later, 2)
     assert found[A].task_id == "task-1"  # a call that claims nothing takes no claim away
@@ -87,70 +87,70 @@ def test_a_call_is_remembered_and_another_one_counted(log: CallLog, now: Now) ->
 
 
 def test_calls_that_came_together_are_one_row_with_their_number_and_the_last_claim(
-    log: CallLog,
+    log: CallbackLog,
 ) -> None:
-    assert log.remember([(A, "task-1"), (A, "task-2"), (A, None)]) == {A}
-    assert (log.called([A])[A].count, log.called([A])[A].task_id) == (3, "task-2")
+    assert log.add([(A, "task-1"), (A, "task-2"), (A, None)]) == {A}
+    assert (log.received([A])[A].count, log.received([A])[A].task_id) == (3, "task-2")
 
 
 def test_a_call_about_a_request_that_the_journal_does_not_know_leaves_nothing(
-    log: CallLog,
+    log: CallbackLog,
 ) -> None:
-    assert log.remember([(C, "task-1"), (A, None)]) == {A}
-    assert log.remember([(C, None)]) == set()
-    assert set(log.called([A, B, C])) == {A}
+    assert log.add([(C, "task-1"), (A, None)]) == {A}
+    assert log.add([(C, None)]) == set()
+    assert set(log.received([A, B, C])) == {A}
 
 
-def test_a_call_changes_nothing_but_its_own_table(log: CallLog, journal: Journal) -> None:
+def test_a_call_changes_nothing_but_its_own_table(log: CallbackLog, journal: Journal) -> None:
     before = everything_else(journal)
-    log.remember([(A, "task-of-somebody-else"), (B, None), (C, None)] * 10)
+    log.add([(A, "task-of-somebody-else"), (B, None), (C, None)] * 10)
     assert everything_else(journal) == before
 
 
 def test_what_came_since_a_mark_is_found_whatever_was_committed_a_little_late(
-    log: CallLog, now: Now
+    log: CallbackLog, now: Now
 ) -> None:
     assert log.calls_since(None).mark is None
-    log.remember([(A, None)])
+    log.add([(A, None)])
     first = log.calls_since(None)
     assert [call.request_key for call in first.calls] == [A]
     assert first.mark == START
     now.move(-OVERLAP.total_seconds() / 2)  # another receiver, whose clock is behind
-    log.remember([(B, None)])
+    log.add([(B, None)])
     second = log.calls_since(first.mark)
     assert [call.request_key for call in second.calls] == [B, A]
     assert second.mark == first.mark
     now.move(1000)
-    log.remember([(A, None)])
+    log.add([(A, None)])
     third = log.calls_since(log.calls_since(second.mark).mark)
     assert [(call.request_key, call.count) for call in third.calls] == [(A, 2)]
 
 
-def test_a_clock_behind_does_not_take_a_later_call_back(log: CallLog, now: Now) -> None:
-    log.remember([(A, None)])
+def test_a_clock_behind_does_not_take_a_later_call_back(log: CallbackLog, now: Now) -> None:
+    log.add([(A, None)])
     now.move(-60)
-    log.remember([(A, None)])
-    assert log.called([A])[A].last_at == START
+    log.add([(A, None)])
+    assert log.received([A])[A].last_at == START
 
 
 def test_receivers_that_write_together_lose_no_call(
-    log: CallLog, journal_url: str, now: Now
+    log: CallbackLog, journal_url: str, now: Now
 ) -> None:
     def write() -> None:
-        with closing(CallLog.open(journal_url, now=now, lock_timeout_s=30)) as other:
+        with closing(CallbackLog.open(journal_url, now=now, lock_timeout_s=30)) as other:
             for _ in range(20):
-                other.remember([(B, None), (A, None)])
+                other.add([(B, None), (A, None)])
 
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {key: call.count for key, call in log.called([A, B]).items()} == {A: 80, B: 80}
+    assert {key: call.count for key, call in log.received([A, B]).items()} == {A: 80, B: 80}
 
 
 def test_a_run_that_holds_a_request_does_not_keep_its_call_waiting(
-    log: CallLog, journal_url: str
+    log: CallbackLog, journal_url: str
 ) -> None:
     """Or the two could wait for each other, each with a row that the other wants."""
     if journal_url.startswith("sqlite"):
@@ -159,25 +159,25 @@ def test_a_run_that_holds_a_request_does_not_keep_its_call_waiting(
 
         def hold(connection: Connection) -> None:
             assert set(locked_records(connection, [A, B])) == {A, B}
-            assert pool.submit(log.remember, [(A, "task-1")]).result(timeout=20) == {A}
+            assert pool.submit(log.add, [(A, "task-1")]).result(timeout=20) == {A}
 
         database.write("hold a request of", hold)
 
 
-def test_many_keys_at_once_are_no_trouble(log: CallLog) -> None:
+def test_many_keys_at_once_are_no_trouble(log: CallbackLog) -> None:
     keys = [f"{number:064x}" for number in range(5000)]
-    assert log.remember([(key, None) for key in keys] + [(A, None)]) == {A}
-    assert set(log.called([*keys, A])) == {A}
+    assert log.add([(key, None) for key in keys] + [(A, None)]) == {A}
+    assert set(log.received([*keys, A])) == {A}
 
 
 def test_a_journal_that_is_gone_is_an_error_and_no_empty_one(
-    log: CallLog, journal_url: str, tmp_path_factory: pytest.TempPathFactory
+    log: CallbackLog, journal_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if not journal_url.startswith("sqlite"):
         pytest.skip("a file is removed")
     file = Path(journal_url.removeprefix("sqlite:///"))
     log.check()
     file.rename(tmp_path_factory.mktemp("elsewhere") / "journal.db")
-    for use in (log.check, lambda: log.remember([(A, None)]), lambda: log.called([A])):
+    for use in (log.check, lambda: log.add([(A, None)]), lambda: log.received([A])):
         with pytest.raises(JournalError):
             use()

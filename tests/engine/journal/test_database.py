@@ -122,7 +122,7 @@ def test_a_forked_process_uses_connections_of_its_own(path: Path) -> None:
         assert child.exitcode == 0
         write(database, "parent again")
         assert read(database) == ["child", "parent", "parent again"]
-        database.look_through()
+        database.check_integrity()
 
 
 def test_a_database_that_nobody_holds_any_more_closes_its_connections(path: Path) -> None:

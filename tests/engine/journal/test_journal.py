@@ -22,7 +22,7 @@ from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.statements import see_prices
+from krea_dagster.engine.journal.statements import upsert_prices
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver
@@ -370,8 +370,8 @@ def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
     requests = make_requests(3)
     keys = [request.request_key for request in requests]
     first.plan(*requests)
-    journal.let_go(keys[:1], first.owner.owner)
-    journal.let_go(keys, second.owner.owner)  # nothing of its own
+    journal.unclaim(keys[:1], first.owner.owner)
+    journal.unclaim(keys, second.owner.owner)  # nothing of its own
     assert journal.claim(keys, second.owner.owner) == set(keys[:1])
 
 
@@ -611,7 +611,7 @@ def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
             me = JournalWriter(mine, f"run-{number}").owner.owner
             for _ in range(15):
                 some = chance.sample(keys, chance.randint(1, len(keys)))
-                mine.let_go(mine.claim(some, me), me)
+                mine.unclaim(mine.claim(some, me), me)
 
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(claim_and_let_go, number) for number in range(3)]:
@@ -632,7 +632,7 @@ def test_the_highest_price_of_two_runs_at_once_is_the_highest(
             for units in (9000, 4500):
                 row = {"quality": "1K", "highest_units": units, "latest_units": units}
                 none = {"doubted_units": None, "doubted_in_row": 0}
-                see_prices(connection, [{**row, **none, "seen_at": NOW}])
+                upsert_prices(connection, [{**row, **none, "seen_at": NOW}])
 
         database.write("write prices to", write)
     assert journal.highest_prices() == {"1K": 9000}

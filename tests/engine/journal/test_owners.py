@@ -17,7 +17,7 @@ from sqlalchemy import text, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, Owner, _held, this_process
+from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, Owner, _held, new_owner
 from krea_dagster.engine.journal.schema import owners, requests
 from tests.engine.harness import NOW, JournalWriter, make_request, make_requests
 
@@ -25,9 +25,9 @@ from tests.engine.harness import NOW, JournalWriter, make_request, make_requests
 _HOLDER = """
 import sys
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.owners import this_process
+from krea_dagster.engine.journal.owners import new_owner
 journal = Journal(sys.argv[1])
-owner = this_process("other")
+owner = new_owner("other")
 journal.register(owner)
 journal.claim([sys.argv[2]], owner.owner)
 print(owner.owner, flush=True)
@@ -148,7 +148,7 @@ def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
             self._locks.give_back(owner.owner)
 
     with closing(Failing(journal_url)) as other:
-        owner = this_process("ended")
+        owner = new_owner("ended")
         other.register(owner)
         assert other.claim([key], owner.owner) == {key}
         other.end(owner)
@@ -163,7 +163,7 @@ def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbea
     if is_sqlite(journal_url):
         pytest.skip("there the kernel's lock tells alone")
     key, me = planned(journal), JournalWriter(journal).owner.owner
-    owner = this_process("other")
+    owner = new_owner("other")
     journal.register(owner)
     journal.claim([key], owner.owner)
     make_silent(journal_url, owner.owner, timedelta(hours=1))

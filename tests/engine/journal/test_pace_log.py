@@ -7,7 +7,7 @@ from functools import partial
 from sqlalchemy import Connection, insert, update
 
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.owners import Owner, this_process
+from krea_dagster.engine.journal.owners import Owner, new_owner
 from krea_dagster.engine.journal.schema import api_keys, paces
 from krea_dagster.engine.pace import InWork, Limit, Pace
 from krea_dagster.engine.pace_sharing import Answer, Exchange, Lease
@@ -28,7 +28,7 @@ class Hours:
 
 
 def begun(journal: Journal) -> Owner:
-    owner = this_process("run")
+    owner = new_owner("run")
     journal.register(owner)
     return owner
 

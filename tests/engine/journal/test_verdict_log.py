@@ -64,22 +64,22 @@ def log(journal_url: str, clock: Callable[[], datetime]) -> Iterator[VerdictLog]
 
 def test_a_verdict_is_remembered_with_its_number_and_time(log: VerdictLog) -> None:
     given = on(1, "reject", reason="six fingers", sample=2, attempt=1)
-    (kept,) = log.remember([given])
+    (kept,) = log.add([given])
     assert (kept.number, kept.at) == (1, NOON)
     assert kept == Verdict(**{**vars(given), "number": 1, "at": NOON})
-    assert log.present() == {sha256(1): kept}
+    assert log.current() == {sha256(1): kept}
     assert log.last_number() == 1
 
 
 def test_a_time_that_is_there_already_is_kept(log: VerdictLog) -> None:
     then = NOON - timedelta(days=30)
-    assert log.remember([on(1, at=then)])[0].at == then
+    assert log.add([on(1, at=then)])[0].at == then
 
 
 def test_the_last_verdict_counts_and_the_earlier_ones_are_its_history(log: VerdictLog) -> None:
-    log.remember([on(1, "keep"), on(2, "reject", reviewer="grace")])
-    log.remember([on(1, "reject", reviewer="grace", reason="blurred")])
-    assert {one.image_sha256: one.verdict for one in log.present().values()} == {
+    log.add([on(1, "keep"), on(2, "reject", reviewer="grace")])
+    log.add([on(1, "reject", reviewer="grace", reason="blurred")])
+    assert {one.image_sha256: one.verdict for one in log.current().values()} == {
         sha256(1): "reject",
         sha256(2): "reject",
     }
@@ -93,42 +93,42 @@ def test_the_last_verdict_counts_and_the_earlier_ones_are_its_history(log: Verdi
 
 
 def test_none_takes_a_verdict_back_and_leaves_it_in_the_history(log: VerdictLog) -> None:
-    log.remember([on(1, "keep"), on(1, "none")])
-    assert log.present() == {}
-    assert log.present([sha256(1)]) == {}
+    log.add([on(1, "keep"), on(1, "none")])
+    assert log.current() == {}
+    assert log.current([sha256(1)]) == {}
     assert [one.verdict for one in log.history()] == ["keep", "none"]
 
 
 def test_a_verdict_that_is_sent_again_is_remembered_once(log: VerdictLog) -> None:
     """No answer came, so the page sends it again, and perhaps beside new ones."""
     first = on(1, "keep")
-    (kept,) = log.remember([first])
-    again = log.remember([on(2), first, first])
+    (kept,) = log.add([first])
+    again = log.add([on(2), first, first])
     assert [one.number for one in again] == [2, 1, 1]
     assert again[1] == kept
     assert [one.number for one in log.history()] == [1, 2]
 
 
 def test_the_verdicts_of_some_images_are_read_without_the_others(log: VerdictLog) -> None:
-    log.remember([on(number) for number in range(1200)])
+    log.add([on(number) for number in range(1200)])
     wanted = [sha256(number) for number in range(0, 2400, 2)]
-    assert set(log.present(wanted)) == {sha256(number) for number in range(0, 1200, 2)}
-    assert log.present([]) == {}
+    assert set(log.current(wanted)) == {sha256(number) for number in range(0, 1200, 2)}
+    assert log.current([]) == {}
     many = [sha256(number) for number in range(1100, 9000)]
-    assert set(log.present(many)) == {sha256(number) for number in range(1100, 1200)}
+    assert set(log.current(many)) == {sha256(number) for number in range(1100, 1200)}
 
 
 def test_a_reader_goes_on_from_the_last_number(log: VerdictLog) -> None:
-    log.remember([on(1), on(2)])
+    log.add([on(1), on(2)])
     assert [one.number for one in log.since(0)] == [1, 2]
-    log.remember([on(3)])
+    log.add([on(3)])
     assert [one.image_sha256 for one in log.since(2)] == [sha256(3)]
     assert log.since(3) == []
 
 
 def test_a_journal_gives_its_verdicts(journal: Journal) -> None:
-    journal.verdicts.remember([on(1)])
-    assert set(journal.verdicts.present()) == {sha256(1)}
+    journal.verdicts.add([on(1)])
+    assert set(journal.verdicts.current()) == {sha256(1)}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_database_itself_changes_and_removes_no_verdict(
     if age == "upgraded":
         first_release.make(journal_url)
     with closing(VerdictLog.open(journal_url)) as log:
-        log.remember([on(1, "reject")])
+        log.add([on(1, "reject")])
         with (
             engine_of(journal_url) as engine,
             pytest.raises(DBAPIError, match="never changed or removed"),
@@ -205,7 +205,7 @@ def test_writers_and_a_reader_at_once_miss_nothing_and_see_nothing_twice(
     def write(writer: int) -> None:
         with closing(VerdictLog.open(journal_url, now=clock)) as log:
             for turn in range(25):
-                log.remember([on(writer * 1000 + turn, reviewer=f"writer-{writer}")] * 2)
+                log.add([on(writer * 1000 + turn, reviewer=f"writer-{writer}")] * 2)
 
     def read() -> None:
         with closing(VerdictLog.open(journal_url)) as log:
@@ -241,9 +241,9 @@ def test_numbers_become_visible_in_their_order(journal_url: str) -> None:
     slow = VerdictLog.open(journal_url, now=slowly)
     quick = VerdictLog.open(journal_url)
     with closing(slow), closing(quick), ThreadPoolExecutor(2) as pool:
-        first = pool.submit(slow.remember, [on(1)])
+        first = pool.submit(slow.add, [on(1)])
         assert entered.wait(20)
-        second = pool.submit(quick.remember, [on(2)])
+        second = pool.submit(quick.add, [on(2)])
         assert quick.since(0) == [], "a reader waits for nobody"
         assert not second.done()
         go.set()
@@ -254,7 +254,7 @@ def test_numbers_become_visible_in_their_order(journal_url: str) -> None:
 def test_a_journal_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     file = tmp_path / "journal.db"
     with closing(VerdictLog.open(f"sqlite:///{file}")) as log:
-        log.remember([on(1)])
+        log.add([on(1)])
         file.unlink()
         with pytest.raises(JournalError, match="not there any more"):
-            log.remember([on(2)])
+            log.add([on(2)])

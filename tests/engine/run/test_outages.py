@@ -30,7 +30,7 @@ from krea_dagster.engine.run.runner import RunReport
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import JournalError, RunStopped, StorageAway, TryLater
+from krea_dagster.errors import JournalError, RunStopped, StorageUnavailable, TryLater
 from tests.api.loopback_server import answers, serving
 from tests.engine.harness import EngineHarness, make_requests, open_harness, to_requested
 from tests.engine.run.gate import Gate, gate_to
@@ -225,7 +225,7 @@ async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 ) -> None:
     passing = Passing(lambda: set_away(True), lambda: None)
     runner = engine.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.3)
-    with pytest.raises(StorageAway, match="does not answer: no route to the store"):
+    with pytest.raises(StorageUnavailable, match="does not answer: no route to the store"):
         await replace(runner, images=shaky).run(to_requested(make_requests(ROWS)))
     set_away(False)
     await replace(engine.runner("run-2"), images=shaky).run(to_requested(make_requests(ROWS)))

@@ -71,7 +71,7 @@ def submitted(engine: EngineHarness, requests: list[ImageRequest]) -> bool:
 async def called_about(engine: EngineHarness, requests: list[ImageRequest]) -> None:
     """Write down a call about each, once all are submitted."""
     await wait_until(lambda: submitted(engine, requests))
-    engine.journal.calls.remember([(request.request_key, None) for request in requests])
+    engine.journal.callbacks.add([(request.request_key, None) for request in requests])
 
 
 # -- what is sent -----------------------------------------------------------------------------
@@ -159,7 +159,7 @@ async def test_calls_that_come_too_early_or_twice_change_nothing_but_a_question(
     await wait_until(lambda: reads(slow) == 1)
     assert slow.states([request]) == ["submitted"]
     for _ in range(5):
-        slow.journal.calls.remember([(request.request_key, "task-unified-forged")] * 3)
+        slow.journal.callbacks.add([(request.request_key, "task-unified-forged")] * 3)
         await anyio.sleep(0.2)
     assert reads(slow) <= 2, "no more than one question in two seconds"
     running.cancel()
@@ -182,7 +182,7 @@ async def test_what_was_called_about_while_nobody_ran_is_asked_about_at_once(
     requests = make_requests(4)
     await listening(engine, wait=False).run(to_requested(requests))
     assert engine.states(requests) == ["submitted"] * 4
-    engine.journal.calls.remember([(request.request_key, None) for request in requests])
+    engine.journal.callbacks.add([(request.request_key, None) for request in requests])
     report = await listening(engine, "run-2").run(to_requested(requests))
     assert engine.states(requests) == ["stored"] * 4
     assert (report.asked, report.missed_callbacks) == (4, 0)
@@ -206,7 +206,7 @@ async def test_under_hold_a_called_task_finds_its_row_once_evolink_confirms_it(
     engine: EngineHarness,
 ) -> None:
     request, task_id = await _lost(engine)
-    engine.journal.calls.remember([(request.request_key, task_id)])
+    engine.journal.callbacks.add([(request.request_key, task_id)])
     report = await listening(engine, "run-2", on_unknown="hold").run(to_requested([request]))
     assert engine.states([request]) == ["stored"]
     assert engine.record(request).task_id == task_id
@@ -223,7 +223,7 @@ async def test_a_claimed_task_that_evolink_does_not_know_is_left_to_a_person(
     engine: EngineHarness, claimed: str
 ) -> None:
     request, _ = await _lost(engine)
-    engine.journal.calls.remember([(request.request_key, claimed)])
+    engine.journal.callbacks.add([(request.request_key, claimed)])
     report = await listening(engine, "run-2", on_unknown="hold").run(to_requested([request]))
     assert engine.states([request]) == ["unknown"]
     assert "a person decides" in report.left[request.request_key]
@@ -236,7 +236,7 @@ async def test_a_claimed_task_of_another_row_or_another_time_is_not_taken(
     other = make_request(seed=11)
     await engine.run([other], "run-2")
     taken = engine.record(other).task_id
-    engine.journal.calls.remember([(request.request_key, taken)])
+    engine.journal.callbacks.add([(request.request_key, taken)])
     await listening(engine, "run-3", on_unknown="hold").run(to_requested([request]))
     assert engine.states([request, other]) == ["unknown", "stored"]
 
@@ -245,7 +245,7 @@ async def test_a_claimed_task_of_another_row_or_another_time_is_not_taken(
     engine.emulator.world.script("drop_after_create", 1)
     tomorrow = ClockAhead(timedelta(days=1))
     await listening(engine, "run-4", on_unknown="hold", clock=tomorrow).run(to_requested([late]))
-    engine.journal.calls.remember([(late.request_key, task_id)])
+    engine.journal.callbacks.add([(late.request_key, task_id)])
     report = await listening(engine, "run-5", on_unknown="hold").run(to_requested([late]))
     assert engine.states([late]) == ["unknown"]
     assert "older than the purchase" in report.left[late.request_key]
@@ -262,7 +262,7 @@ async def test_a_claimed_task_that_fails_is_no_proof_that_the_purchase_cost_noth
         await engine.run([one], on_unknown="hold")
         await engine.run([other], "run-2", on_unknown="hold")
         (failing, _) = engine.emulator.stats()["tasks"]
-        engine.journal.calls.remember([(other.request_key, failing["task_id"])])
+        engine.journal.callbacks.add([(other.request_key, failing["task_id"])])
         report = await engine.run([other], "run-3", on_unknown="hold")
         assert engine.states([other]) == ["unknown"]
         assert "it is failed" in report.left[other.request_key]
@@ -275,7 +275,7 @@ async def test_under_replay_the_repeat_tells_and_no_claim_is_believed(
     request, task_id = await _lost(engine)
     other = make_request(seed=11)
     await engine.run([other], "run-2")
-    engine.journal.calls.remember([(request.request_key, engine.record(other).task_id)])
+    engine.journal.callbacks.add([(request.request_key, engine.record(other).task_id)])
     await listening(engine, "run-3").run(to_requested([request]))
     assert engine.record(request).task_id == task_id
     assert engine.assert_accounts_agree()["creates"] == 2

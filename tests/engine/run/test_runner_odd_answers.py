@@ -217,7 +217,7 @@ async def test_two_claims_of_one_task_end_with_one_row(engine: EngineHarness) ->
     engine.emulator.world.script("drop_after_create", n=2)
     await engine.run(requests, on_unknown="hold")
     (task, _) = engine.emulator.stats()["tasks"]
-    engine.journal.calls.remember([(one.request_key, task["task_id"]) for one in requests])
+    engine.journal.callbacks.add([(one.request_key, task["task_id"]) for one in requests])
     with anyio.fail_after(20):
         report = await engine.run(requests, "run-2", on_unknown="hold")
     assert sorted(engine.states(requests)) == ["stored", "unknown"]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from krea_dagster.engine.storage.images import MAX_IMAGE_BYTES, ImageStore
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import is_flat, look_at
+from krea_dagster.engine.storage.verify import is_flat, verify_image
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 from krea_dagster.spend.tables.ledger import REJECTED_CODES
@@ -286,7 +286,7 @@ def test_dimensions_are_compared_before_anything_is_decoded() -> None:
     body[16:24] = struct.pack(">II", 30_000, 2_900)  # below the library's own limit
     body[29:33] = struct.pack(">I", zlib.crc32(bytes(body[12:29])))
     with pytest.raises(ImageRejected) as caught:
-        look_at(bytes(body), PIXELS)
+        verify_image(bytes(body), PIXELS)
     assert caught.value.code == "wrong_size"
 
 
@@ -408,11 +408,11 @@ async def test_a_published_picture_is_shown_as_it_was_decoded(
     """Once it has its name, by its hash, so that nobody need decode it again."""
     shown: list[tuple[str, bytes, list[str]]] = []
 
-    def on_picture(sha256: str, image: Image.Image) -> None:
+    def on_image(sha256: str, image: Image.Image) -> None:
         shown.append((sha256, image.convert("RGB").tobytes(), files(tmp_path)))
 
     body = encoded(file_format)
-    store = ImageStore(Storage(str(tmp_path)), on_picture=on_picture)
+    store = ImageStore(Storage(str(tmp_path)), on_image=on_image)
     image = await store.fetch(Server(body), "https://x/a", REQUEST)
     with Image.open(io.BytesIO(body)) as decoded:
         pixels = decoded.convert("RGB").tobytes()
@@ -422,11 +422,11 @@ async def test_a_published_picture_is_shown_as_it_was_decoded(
 async def test_what_is_not_taken_or_not_decoded_is_not_shown(tmp_path: Path) -> None:
     shown: list[str] = []
     storage = Storage(str(tmp_path))
-    store = ImageStore(storage, on_picture=lambda sha256, _: shown.append(sha256))
+    store = ImageStore(storage, on_image=lambda sha256, _: shown.append(sha256))
     for body in (flat("RGB", (0, 0, 0)), encoded("PNG", (352, 736)), encoded("PNG")[:-30]):
         with pytest.raises((ImageRejected, NoUsableBody)):
             await fetch(store, body)
-    blind = ImageStore(storage, look=False, on_picture=lambda sha256, _: shown.append(sha256))
+    blind = ImageStore(storage, look=False, on_image=lambda sha256, _: shown.append(sha256))
     assert await fetch(blind, encoded("PNG"))
     assert shown == []
 
@@ -437,7 +437,7 @@ async def test_a_paid_image_stays_stored_whatever_is_made_of_its_picture(
     def broken(sha256: str, image: Image.Image) -> None:
         raise ValueError("no such figure")
 
-    store = ImageStore(Storage(str(tmp_path)), on_picture=broken)
+    store = ImageStore(Storage(str(tmp_path)), on_image=broken)
     image = await store.fetch(Server(encoded("PNG")), "https://x/a", REQUEST)
     assert store.holds(image)
     assert f"the image {image.sha256} is stored" in caplog.text
@@ -532,7 +532,7 @@ def test_whatever_byte_of_an_avif_is_damaged_it_is_one_file_s_trouble() -> None:
         damaged = bytearray(body)
         damaged[place] ^= bit
         try:
-            look_at(bytes(damaged), PIXELS)
+            verify_image(bytes(damaged), PIXELS)
         except DownloadError:
             troubled += 1
     assert troubled > 0

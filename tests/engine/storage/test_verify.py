@@ -11,7 +11,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from krea_dagster.engine.storage.verify import is_flat, look_at
+from krea_dagster.engine.storage.verify import is_flat, verify_image
 from krea_dagster.errors import ImageRejected, NoUsableBody
 from tests.engine.storage.image_files import SMALL, chunk, detailed, encoded, png
 
@@ -32,7 +32,7 @@ TRAILERS = [
 def test_a_whole_picture_is_taken_with_whatever_follows_its_end(
     file_format: str, trailer: bytes
 ) -> None:
-    assert look_at(encoded(file_format, SMALL) + trailer, SMALL) == file_format
+    assert verify_image(encoded(file_format, SMALL) + trailer, SMALL) == file_format
 
 
 @pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
@@ -43,13 +43,13 @@ def test_a_jpeg_with_a_cut_picture_and_an_end_mark_is_damaged(
     """A decoder fills the rest with grey, or leaves it coarse, and says nothing."""
     whole = detailed("JPEG", progressive=progressive)
     with pytest.raises(NoUsableBody):
-        look_at(whole[: int(len(whole) * share)] + b"\xff\xd9", SMALL)
+        verify_image(whole[: int(len(whole) * share)] + b"\xff\xd9", SMALL)
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
 def test_a_jpeg_without_its_end_mark_is_cut_short(missing: int) -> None:
     with pytest.raises(NoUsableBody):
-        look_at(encoded("JPEG", SMALL)[:-missing], SMALL)
+        verify_image(encoded("JPEG", SMALL)[:-missing], SMALL)
 
 
 def test_the_end_mark_of_a_preview_is_not_the_picture_s() -> None:
@@ -58,9 +58,9 @@ def test_the_end_mark_of_a_preview_is_not_the_picture_s() -> None:
     segment = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
     whole = encoded("JPEG", SMALL)
     body = whole[:2] + segment + whole[2:]
-    assert look_at(body, SMALL) == "JPEG"
+    assert verify_image(body, SMALL) == "JPEG"
     with pytest.raises(NoUsableBody):
-        look_at(body[:-2], SMALL)
+        verify_image(body[:-2], SMALL)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -78,7 +78,7 @@ def test_the_end_mark_of_a_preview_is_not_the_picture_s() -> None:
 def test_a_jpeg_of_any_kind_is_whole(mode: str, options: dict[str, object]) -> None:
     if mode != "RGB":
         options = {k: v for k, v in options.items() if k not in {"subsampling", "keep_rgb"}}
-    assert look_at(detailed("JPEG", mode, **options), SMALL) == "JPEG"
+    assert verify_image(detailed("JPEG", mode, **options), SMALL) == "JPEG"
 
 
 def of_grey_scans() -> bytes:
@@ -101,16 +101,16 @@ def of_grey_scans() -> bytes:
 
 def test_a_jpeg_of_a_subsampling_without_a_name_is_taken() -> None:
     """The strict decoder refuses to read it, which is no fault of the file."""
-    assert look_at(of_grey_scans(), SMALL) == "JPEG"
+    assert verify_image(of_grey_scans(), SMALL) == "JPEG"
     with pytest.raises(NoUsableBody):
-        look_at(of_grey_scans()[:-2], SMALL)
+        verify_image(of_grey_scans()[:-2], SMALL)
 
 
 def test_padding_before_a_mark_is_no_damage() -> None:
     whole = detailed("JPEG", restart_marker_blocks=7)
     for mark in (b"\xff\xdb", b"\xff\xda", b"\xff\xd9"):
         place = whole.rindex(mark)
-        assert look_at(whole[:place] + b"\xff" * 5 + whole[place:], SMALL) == "JPEG"
+        assert verify_image(whole[:place] + b"\xff" * 5 + whole[place:], SMALL) == "JPEG"
 
 
 def scans_of(whole: bytes) -> list[int]:
@@ -125,14 +125,14 @@ def test_a_progressive_jpeg_without_its_last_scans_is_damaged() -> None:
     assert len(places) > 8
     for place in places:
         with pytest.raises(NoUsableBody, match=r"missing|one picture"):
-            look_at(whole[:place] + b"\xff\xd9", SMALL)
+            verify_image(whole[:place] + b"\xff\xd9", SMALL)
 
 
 def test_a_jpeg_without_the_scan_of_a_channel_is_damaged() -> None:
     whole = of_grey_scans()
     for place in scans_of(whole)[-2:]:
         with pytest.raises(NoUsableBody, match="missing"):
-            look_at(whole[:place] + b"\xff\xd9", SMALL)
+            verify_image(whole[:place] + b"\xff\xd9", SMALL)
 
 
 def test_a_jpeg_of_thousands_of_scans_is_not_begun() -> None:
@@ -140,7 +140,7 @@ def test_a_jpeg_of_thousands_of_scans_is_not_begun() -> None:
     whole = detailed("JPEG", progressive=True)
     last = whole.rindex(b"\xff\xda")
     with pytest.raises(NoUsableBody, match="more than 500 scans"):
-        look_at(whole[:-2] + whole[last:-2] * 600 + whole[-2:], SMALL)
+        verify_image(whole[:-2] + whole[last:-2] * 600 + whole[-2:], SMALL)
 
 
 # -- every row of a PNG -----------------------------------------------------------------------
@@ -186,26 +186,26 @@ def test_a_png_has_as_many_rows_as_its_header_says(
     colours = bytes(k * 37 % 256 for k in range(3 << depth))
     palette = chunk(b"PLTE", colours) if colour == 3 else b""
     rows = rows_of(pixels, colour, depth, interlaced=interlaced)
-    assert look_at(png(header, rows, between=palette), pixels) == "PNG"
+    assert verify_image(png(header, rows, between=palette), pixels) == "PNG"
     for wrong in (rows[:-1], rows[: len(rows) // 2], rows + b"\0"):
         with pytest.raises(NoUsableBody):
-            look_at(png(header, wrong, between=palette), pixels)
+            verify_image(png(header, wrong, between=palette), pixels)
 
 
 def test_a_png_of_half_its_rows_is_damaged() -> None:
     """Its checksums are right; a decoder leaves the lower half black."""
     header = struct.pack(">IIBBBBB", *SMALL, 8, 2, 0, 0, 0)
     rows = rows_of(SMALL, 2, 8, interlaced=False)
-    assert look_at(png(header, rows), SMALL) == "PNG"
+    assert verify_image(png(header, rows), SMALL) == "PNG"
     with pytest.raises(NoUsableBody, match="lacks rows"):
-        look_at(png(header, rows[: len(rows) // 2]), SMALL)
+        verify_image(png(header, rows[: len(rows) // 2]), SMALL)
 
 
 @pytest.mark.parametrize("first", [b"", chunk(b"tEXt", b"a\0b")], ids=["nothing", "text"])
 def test_a_png_that_does_not_begin_with_its_header_is_damaged(first: bytes) -> None:
     body = b"\x89PNG\r\n\x1a\n" + first + chunk(b"IEND", b"") + encoded("PNG", SMALL)[8:]
     with pytest.raises(NoUsableBody):
-        look_at(body, SMALL)
+        verify_image(body, SMALL)
 
 
 def test_the_rows_of_a_png_are_counted_in_little_memory() -> None:
@@ -215,7 +215,7 @@ def test_the_rows_of_a_png_are_counted_in_little_memory() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(NoUsableBody):
-            look_at(body, (64, 64))
+            verify_image(body, (64, 64))
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
     finally:
         tracemalloc.stop()
@@ -229,12 +229,12 @@ def test_the_pixels_of_a_png_may_be_in_any_number_of_pieces(pieces: int) -> None
     parts = [chunk(b"IDAT", packed[k : k + step]) for k in range(0, len(packed), step)]
     parts.insert(1, chunk(b"IDAT", b""))
     body = b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *parts, chunk(b"IEND", b"")])
-    assert look_at(body, (64, 64)) == "PNG"
+    assert verify_image(body, (64, 64)) == "PNG"
     torn = [*parts[:1], chunk(b"tEXt", b"a\0b"), *parts[1:]]
     body = b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *torn, chunk(b"IEND", b"")])
     if pieces > 1:
         with pytest.raises(NoUsableBody):
-            look_at(body, (64, 64))
+            verify_image(body, (64, 64))
 
 
 # -- WebP and AVIF ----------------------------------------------------------------------------
@@ -258,13 +258,13 @@ def test_a_cut_webp_is_damaged_whatever_its_lengths_say(
 ) -> None:
     whole = detailed("WEBP", mode, **options)
     cut = whole[: int(len(whole) * share) // 2 * 2]
-    assert look_at(whole, SMALL) == "WEBP"
+    assert verify_image(whole, SMALL) == "WEBP"
     bodies = [cut, resized(cut)]
     if whole[12:15] == b"VP8" and whole[15:16] != b"X":
         bodies.append(with_its_chunk_resized(cut))
     for body in bodies:
         with pytest.raises(NoUsableBody):
-            look_at(body, SMALL)
+            verify_image(body, SMALL)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -274,9 +274,9 @@ def test_an_avif_is_damaged_where_any_of_its_data_lie_beyond_its_end(
 ) -> None:
     """Its decoder compares each extent with the file, those of the transparency too."""
     whole = detailed("AVIF", mode)
-    assert look_at(whole, SMALL) == "AVIF"
+    assert verify_image(whole, SMALL) == "AVIF"
     with pytest.raises(NoUsableBody):
-        look_at(whole[:-missing], SMALL)
+        verify_image(whole[:-missing], SMALL)
 
 
 # -- flat by transparency ---------------------------------------------------------------------
@@ -330,7 +330,7 @@ def transparent_16_bit(colour: int, alpha: int) -> bytes:
 def test_a_picture_of_which_nothing_shows_is_flat(body: bytes) -> None:
     """Whatever colours lie beneath."""
     with pytest.raises(ImageRejected) as caught:
-        look_at(body, SMALL)
+        verify_image(body, SMALL)
     assert caught.value.code == "flat_image"
 
 
@@ -345,7 +345,7 @@ def test_a_picture_of_which_nothing_shows_is_flat(body: bytes) -> None:
     ],
 )
 def test_a_picture_of_which_something_shows_is_not_flat(body: bytes) -> None:
-    assert look_at(body, SMALL) == "PNG"
+    assert verify_image(body, SMALL) == "PNG"
 
 
 @pytest.mark.parametrize("mode", ["PA", "LA", "RGBA"])
@@ -362,7 +362,7 @@ def test_one_transparent_colour_of_16_bits_is_no_trouble() -> None:
     header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
     clear = chunk(b"tRNS", struct.pack(">HHH", 65535, 65535, 65535))
     rows = rows_of((64, 64), 2, 16, interlaced=False)
-    assert look_at(png(header, rows, between=clear), (64, 64)) == "PNG"
+    assert verify_image(png(header, rows, between=clear), (64, 64)) == "PNG"
 
 
 # -- pictures of other formats ----------------------------------------------------------------
@@ -381,7 +381,7 @@ OTHERS = [
 
 def code_of(body: bytes, *, decode: bool = True) -> str:
     with pytest.raises(ImageRejected) as caught:
-        look_at(body, SMALL, decode=decode)
+        verify_image(body, SMALL, decode=decode)
     return caught.value.code
 
 
@@ -402,7 +402,7 @@ def test_a_damaged_picture_of_another_format_is_to_be_fetched_again(
 ) -> None:
     body = detailed(file_format, **options)
     with pytest.raises(NoUsableBody):
-        look_at(body[: int(len(body) * share)], SMALL)
+        verify_image(body[: int(len(body) * share)], SMALL)
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
@@ -459,7 +459,7 @@ def test_a_picture_that_cannot_be_decoded_here_is_known_by_its_beginning(body: b
 )
 def test_what_only_begins_like_a_picture_is_to_be_fetched_again(body: bytes) -> None:
     with pytest.raises(NoUsableBody):
-        look_at(body, SMALL)
+        verify_image(body, SMALL)
 
 
 def test_a_tiff_with_a_tile_beyond_its_size_is_not_unpacked() -> None:
@@ -479,4 +479,4 @@ def test_a_tiff_with_a_tile_beyond_its_size_is_not_unpacked() -> None:
     body += struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
     body[4:8] = struct.pack("<I", start)
     with pytest.raises(NoUsableBody, match="tile"):
-        look_at(bytes(body), SMALL)
+        verify_image(bytes(body), SMALL)

@@ -28,7 +28,7 @@ _NUMBERS = itertools.count(1)
 def judge(year: Year, verdicts: Mapping[str, str]) -> None:
     """Give verdicts on the images of these requests; in this year a request is its image's hash."""
     with closing(Journal(year.url)) as journal:
-        journal.verdicts.remember(
+        journal.verdicts.add(
             [
                 Verdict(f"id-{next(_NUMBERS)}", key, verdict, "ann", key, "p", 0, 0, "b")
                 for key, verdict in verdicts.items()

@@ -311,7 +311,7 @@ def test_budgets_are_held_against_the_tables_exactly() -> None:
     assert used["partition bucket-003"] == units(partition_key="bucket-003")
     assert used["campaign autumn"] == units(campaign="autumn")
     assert used["campaign (none)"] == units(campaign=None)
-    assert [one.cap_units for one in history.budgets if one.name == "partition bucket-002"] == [
+    assert [one.parse_cap for one in history.budgets if one.name == "partition bucket-002"] == [
         10_000,
         20_000,
     ]
