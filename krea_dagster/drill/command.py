@@ -18,9 +18,9 @@ from krea_dagster.drill.worlds import WORLDS, Part
 from krea_dagster.models import credits_from_units
 
 if TYPE_CHECKING:
+    from krea_dagster.drill.drill import Outcome
     from krea_dagster.drill.plan import Plan
-    from krea_dagster.drill.run import Outcome
-    from krea_dagster.drill.series import Progress
+    from krea_dagster.drill.runner import Progress
 
 _EPILOG: Final = """
 \b
@@ -242,7 +242,7 @@ def _line(name: str, part: Part, outcome: Outcome) -> tuple[str, ...]:
 
 async def _drilled(plan: Plan, folder: Path, where: str = "") -> Outcome:
     """Hold one drill, and tell of its progress."""
-    from krea_dagster.drill.run import drill  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.drill.drill import drill  # noqa: PLC0415 - keeps --help quick
 
     lines = _Lines(plan, where)
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from krea_dagster.drill.edges import Edge, edges_under
-from krea_dagster.drill.workers import COMMAND
+from krea_dagster.drill.fork_server_client import COMMAND
 from krea_dagster.drill.worlds import Part
 from krea_dagster.engine.policy import OnUnknown
 from krea_dagster.models import ImageRequest

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.drill import edges
+from krea_dagster.drill.fork_server_client import KILLED
 from krea_dagster.drill.plan import Kill
 from krea_dagster.drill.reconcile import Reckoning, reckon, server_tasks
-from krea_dagster.drill.series import Series
+from krea_dagster.drill.runner import Series
 from krea_dagster.drill.worker import STOPPED
-from krea_dagster.drill.workers import KILLED
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event
 

@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from krea_dagster.drill.instrumented import DrilledClient, Life, MakeClient, drilled_resource
 from krea_dagster.drill.job import PARTITION, Job, read_requests
-from krea_dagster.drill.kill_points import DrilledClient, Life, MakeClient, drilled_resource
 from krea_dagster.engine.resolution import parse_resolution
 from krea_dagster.engine.run.runner import Wanted
 from krea_dagster.errors import ConfigError, JournalError, StorageError

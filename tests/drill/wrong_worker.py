@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from krea_dagster.api.download import Download, Sink
-from krea_dagster.drill.kill_points import DrilledClient
+from krea_dagster.drill.instrumented import DrilledClient
 from krea_dagster.drill.worker import main
 from krea_dagster.models import ImageRequest, Submission
 

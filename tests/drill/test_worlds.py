@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from krea_dagster.drill.command import drill_command
+from krea_dagster.drill.drill import Outcome, drill
 from krea_dagster.drill.edges import UNANSWERED
+from krea_dagster.drill.instrumented import SetClock
 from krea_dagster.drill.job import Job, Place
-from krea_dagster.drill.kill_points import SetClock
 from krea_dagster.drill.plan import KILL_FAULTS, Plan
-from krea_dagster.drill.run import Outcome, drill
 from krea_dagster.drill.worlds import WORLDS, Episode, Part, on_host
 
 #: Small enough for a test, and with an episode of each kind.
@@ -38,7 +38,7 @@ def run(plan: Plan, folder: Path) -> Outcome:
         pytest.param(name, number, id=f"{name}-{number + 1}")
         for name, world in WORLDS.items()
         for number in range(len(world.parts))
-        if name != "plain"  # test_drill_run.py
+        if name != "plain"  # test_drill.py
     ],
 )
 def test_in_an_odd_world_nothing_is_bought_twice_or_lost(

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from krea_dagster.drill.command import drill_command
+from krea_dagster.drill.drill import Outcome, drill
 from krea_dagster.drill.plan import KILL_FAULTS, STORM_FAULTS, Plan
 from krea_dagster.drill.reconcile import Fate
-from krea_dagster.drill.run import Outcome, drill
 
 WRONG = Path(__file__).with_name("wrong_worker.py")
 

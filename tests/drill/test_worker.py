@@ -9,8 +9,8 @@ import pytest
 
 from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.drill import edges
+from krea_dagster.drill.instrumented import DrilledClient, DrilledTransport, Life, drilled_resource
 from krea_dagster.drill.job import API_KEY, Job, read_requests, write_requests
-from krea_dagster.drill.kill_points import DrilledClient, DrilledTransport, Life, drilled_resource
 from krea_dagster.drill.plan import Plan, requests_of
 from krea_dagster.drill.worker import carry
 from krea_dagster.emulator import Emulator

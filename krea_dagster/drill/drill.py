@@ -14,13 +14,13 @@ from pathlib import Path
 import anyio.to_thread
 
 from krea_dagster.drill.edges import edges_under
+from krea_dagster.drill.emulator_server import emulator
+from krea_dagster.drill.fork_server_client import fork_server
 from krea_dagster.drill.job import Place, write_requests
 from krea_dagster.drill.plan import Plan, requests_of
 from krea_dagster.drill.reconcile import Reckoning
 from krea_dagster.drill.regenerations import Wishes
-from krea_dagster.drill.series import LATENCY_S, Progress, Series
-from krea_dagster.drill.server import emulator
-from krea_dagster.drill.workers import fork_server
+from krea_dagster.drill.runner import LATENCY_S, Progress, Series
 from krea_dagster.drill.worlds import on_host
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import OnUnknown

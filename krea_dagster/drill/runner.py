@@ -20,12 +20,12 @@ import anyio.abc
 import anyio.to_thread
 
 from krea_dagster.drill.edges import TASK_EXISTS, Edge
+from krea_dagster.drill.emulator_server import Server
+from krea_dagster.drill.fork_server_client import KILLED, Worker, Workers
 from krea_dagster.drill.job import API_KEY, Job, Place
 from krea_dagster.drill.plan import Kill, Plan, plan_kills
 from krea_dagster.drill.reconcile import Reckoning, ServerTask, body_of, reckon, server_tasks
-from krea_dagster.drill.server import Server
 from krea_dagster.drill.worker import STOPPED
-from krea_dagster.drill.workers import KILLED, Worker, Workers
 from krea_dagster.drill.worlds import Episode, Host
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
