@@ -1,4 +1,4 @@
-"""The command that runs the drill and prints what came of it."""
+"""The command that runs the drill and prints its results."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from krea_dagster.drill.reconcile import Fate
-from krea_dagster.drill.worlds import WORLDS, Part
+from krea_dagster.drill.reconcile import RequestOutcome
+from krea_dagster.drill.worlds import WORLDS
 from krea_dagster.models import credits_from_units
 
 if TYPE_CHECKING:
-    from krea_dagster.drill.drill import Outcome
-    from krea_dagster.drill.plan import Plan
-    from krea_dagster.drill.runner import Progress
+    from krea_dagster.drill.drill import DrillResult
+    from krea_dagster.drill.plan import DrillPlan
+    from krea_dagster.drill.runner import DrillProgress
 
 _EPILOG: Final = """
 \b
@@ -37,18 +38,18 @@ _EPILOG: Final = """
                                                     every world, a quarter of an hour
 
 \b
-Worlds, each drilled for so many requests and kills:
+Worlds, each with the requests and kills given:
 {worlds}
 
 \b
-In most a worker between the others meets what the world is named for, and
-others then finish what is open. Where it stops with a clear error before it
-asked for a purchase, that is counted as refused, and right.
+In most worlds one worker between the others meets what the world is named for,
+and the workers after it finish the open rows. If that worker stops with a clear
+error before it requests a purchase, it counts as refused, which is right.
 
 \b
 Exit codes: 0 nothing was bought twice or lost (under replay, nothing is unknown
 either), 1 otherwise, 2 wrong use.
-""".format(worlds="\n".join(f"  {name:12} {world.says}" for name, world in WORLDS.items()))
+""".format(worlds="\n".join(f"  {name:12} {world.description}" for name, world in WORLDS.items()))
 
 _LINE_EVERY_S: Final = 5.0
 
@@ -93,14 +94,14 @@ _LINE_EVERY_S: Final = 5.0
     "worlds",
     multiple=True,
     type=click.Choice([*WORLDS, "all"]),
-    help="Where the drill is held, see below; may be repeated.  [default: plain]",
+    help="World to hold the drill in, see below; may be repeated.  [default: plain]",
 )
 @click.option("--storm", is_flag=True, help="No kills, and every kind of server fault at once.")
 @click.option("--seed", default=0, show_default=True, help="Seed of prompts, kills and faults.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder, new or empty, that keeps journal, images, books and logs.",
+    help="Folder, new or empty, in which to keep journal, images, server records and logs.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
 def drill_command(
@@ -120,21 +121,25 @@ def drill_command(
     """Prove on this machine that nothing is bought twice or lost. No key, no cost.
 
     Buys images from an emulator with worker processes that are killed at every edge of the
-    state machine and at random times, while connections break and answers get lost. A last
-    worker finishes. Then the server's books are compared with the journal and the files.
+    state machine and at random times, while connections break and responses get lost. A last
+    worker finishes. Then the server's records are compared with the journal and the files.
     """
     if sys.platform == "win32":
         raise click.UsageError("the drill needs fork and SIGKILL, which Windows does not have")
     if storm and kills:
         raise click.UsageError("--storm kills nothing; leave out --kills")
     if storm and worlds:
-        raise click.UsageError("--storm is a drill of its own; leave out --world")
-    from krea_dagster.drill import plan as plans  # noqa: PLC0415 - keeps --help quick
+        raise click.UsageError("--storm is a separate drill; leave out --world")
+    from krea_dagster.drill.plan import (  # noqa: PLC0415 - keeps --help quick
+        KILL_FAULTS,
+        STORM_FAULTS,
+        DrillPlan,
+    )
 
     held = on_unknown == "hold"
     share = faults if faults is not None else (0.05 if storm else 0.01)
-    names = plans.STORM_FAULTS if storm else plans.KILL_FAULTS
-    plan = plans.Plan(
+    names = STORM_FAULTS if storm else KILL_FAULTS
+    plan = DrillPlan(
         requests=requests,
         kills=0 if storm else 60 if kills is None else kills,
         workers=workers,
@@ -157,59 +162,52 @@ def drill_command(
     sys.exit(0 if passed else 1)
 
 
-def _drill_plain(plan: Plan, folder: Path, *, as_json: bool) -> bool:
-    """Hold one drill, print what came of it, and tell whether it was passed."""
+def _drill_plain(plan: DrillPlan, folder: Path, *, as_json: bool) -> bool:
+    """Hold one drill, print its figures, and return whether it passed."""
     import anyio  # noqa: PLC0415 - keeps --help quick
 
-    outcome = anyio.run(_drilled, plan, folder)
-    figures = figures_of(plan, outcome)
+    figures = anyio.run(_drill, plan, folder)
     _write(figures, folder, as_json=as_json)
     if not as_json:
-        _show(plan, outcome)
-    return not outcome.faults
+        _show(figures)
+    return bool(figures["passed"])
 
 
-def _drill_worlds(plan: Plan, worlds: Sequence[str], folder: Path, *, as_json: bool) -> bool:
-    """Hold the drill in each world, print what came of each, and tell whether all were passed."""
+def _drill_worlds(plan: DrillPlan, worlds: Sequence[str], folder: Path, *, as_json: bool) -> bool:
+    """Hold the drill in each world, print the figures, and return whether all passed."""
     import anyio  # noqa: PLC0415 - keeps --help quick
 
     wanted = list(WORLDS) if "all" in worlds else list(dict.fromkeys(worlds))
     lacking = {name: WORLDS[name].lacking() for name in wanted}
     parts = [(name, part) for name in wanted if not lacking[name] for part in WORLDS[name].parts]
-    plans = [plan.of(part) for _, part in parts]
-    outcomes: dict[int, Outcome] = {}
+    found: dict[int, dict[str, Any]] = {}
 
-    async def hold(number: int, places: anyio.CapacityLimiter) -> None:
+    async def hold(number: int, limiter: anyio.CapacityLimiter) -> None:
         name, part = parts[number]
         within = folder / f"{number + 1}-{name}"
         within.mkdir()
-        async with places:
-            outcome = await _drilled(plans[number], within, f"{name}: ")
-        outcomes[number] = outcome
+        async with limiter:
+            figures = await _drill(plan.of(part), within, f"{name}: ")
+        found[number] = {"world": name, "part": part.description, **figures}
         if not as_json:
-            said = f", {part.says}" if part.says else ""
-            click.echo(f"{name}{said}: {WORLDS[name].says}.")
-            _show(plans[number], outcome, edges=False)
+            click.echo(f"{_title(found[number])}: {WORLDS[name].description}.")
+            _show(figures, edges=False)
             click.echo()
 
     async def hold_all() -> None:
-        # Workers mostly wait, so that three drills take little longer than one.
-        places = anyio.CapacityLimiter(_AT_ONCE)
+        # Workers mostly wait, so three drills take little longer than one.
+        limiter = anyio.CapacityLimiter(_AT_ONCE)
         async with anyio.create_task_group() as group:
             for number in range(len(parts)):
-                group.start_soon(hold, number, places)
+                group.start_soon(hold, number, limiter)
 
     anyio.run(hold_all)
-    told: list[dict[str, Any]] = [
-        {"world": name, "part": part.says, **figures_of(plans[number], outcomes[number])}
-        for number, (name, part) in enumerate(parts)
-    ]
+    in_order = [found[number] for number in range(len(parts))]
     skipped = {name: why for name, why in lacking.items() if why}
-    passed = not any(outcome.faults for outcome in outcomes.values())
-    _write({"passed": passed, "worlds": told, "skipped": skipped}, folder, as_json=as_json)
+    passed = all(figures["passed"] for figures in in_order)
+    _write({"passed": passed, "worlds": in_order, "skipped": skipped}, folder, as_json=as_json)
     if not as_json:
-        lines = [_line(name, part, outcomes[at]) for at, (name, part) in enumerate(parts)]
-        _columns([_HEADINGS, *lines])
+        _print_table([_HEADINGS, *map(_world_row, in_order)])
         for name, why in skipped.items():
             click.echo(f"  {name}: skipped, it {why}")
     return passed
@@ -223,36 +221,39 @@ _HEADINGS: Final = (
 )  # fmt: skip
 
 
-def _line(name: str, part: Part, outcome: Outcome) -> tuple[str, ...]:
-    """A drill in one line."""
-    found = outcome.reckoning
+def _title(figures: dict[str, Any]) -> str:
+    return ", ".join(filter(None, (figures["world"], figures["part"])))
+
+
+def _world_row(figures: dict[str, Any]) -> tuple[str, ...]:
+    """Return the figures of a drill in a world as one row of the table of worlds."""
     counts = (
-        found.requests,
-        sum(outcome.kills.values()) + outcome.random_kills,
-        found.created,
-        len(found.bought_twice),
-        len(found.of(Fate.LOST)),
-        len(found.unknown),
+        figures["requests"],
+        _kills(figures),
+        figures["created"],
+        len(figures["bought_twice"]),
+        len(figures["lost"]),
+        len(figures["unknown"]),
     )
-    refused = f"{outcome.refused} of {outcome.episodes}" if outcome.episodes else ""
-    verdict = f"FAILED: {'; '.join(outcome.faults)}" if outcome.faults else "passed"
-    said = f"{name}, {part.says}" if part.says else name
-    return said, *map(str, counts), refused, verdict
+    episodes = figures["episodes"]
+    refused = f"{figures['episodes_refused']} of {episodes}" if episodes else ""
+    verdict = "passed" if figures["passed"] else f"FAILED: {'; '.join(figures['faults'])}"
+    return _title(figures), *map(str, counts), refused, verdict
 
 
-async def _drilled(plan: Plan, folder: Path, where: str = "") -> Outcome:
-    """Hold one drill, and tell of its progress."""
+async def _drill(plan: DrillPlan, folder: Path, prefix: str = "") -> dict[str, Any]:
+    """Hold one drill, print its progress, and return its figures."""
     from krea_dagster.drill.drill import drill  # noqa: PLC0415 - keeps --help quick
 
-    lines = _Lines(plan, where)
+    printer = _ProgressPrinter(plan, prefix)
     try:
-        outcome = await drill(plan, folder, lines)
+        result = await drill(plan, folder, printer)
     finally:
-        lines.end()
-    if outcome.crashed:
-        said = (folder / "workers.log").read_text(encoding="utf-8")
-        click.echo(said[-4000:], err=True)
-    return outcome
+        printer.end()
+    if result.counts.crashed:
+        log = (folder / "workers.log").read_text(encoding="utf-8")
+        click.echo(log[-4000:], err=True)
+    return figures_of(result)
 
 
 def _write(figures: dict[str, Any], folder: Path, *, as_json: bool) -> None:
@@ -262,42 +263,43 @@ def _write(figures: dict[str, Any], folder: Path, *, as_json: bool) -> None:
         click.echo(text)
 
 
-class _Lines:
-    """Progress, a line every few seconds; on a terminal one line that is written over.
+class _ProgressPrinter:
+    """Prints progress every few seconds, on a terminal in one line that is overwritten.
 
-    ``where`` tells the lines of several drills apart, which are not written over.
+    ``prefix`` tells the lines of several drills apart, which are not overwritten.
     """
 
-    def __init__(self, plan: Plan, where: str) -> None:
+    def __init__(self, plan: DrillPlan, prefix: str) -> None:
         self._plan = plan
-        self._where = where
-        self._terminal = sys.stderr.isatty() and not where
+        self._prefix = prefix
+        self._terminal = sys.stderr.isatty() and not prefix
         self._next_s = 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: DrillProgress) -> None:
         now_s = time.monotonic()
         if now_s < self._next_s:
             return
         self._next_s = now_s + (0.2 if self._terminal else _LINE_EVERY_S)
         kills = f"{progress.kills} of {self._plan.kills} kills, " if self._plan.kills else ""
         images = f"{progress.stored} of {self._plan.requests} images"
-        if self._plan.part.wishes:
+        if self._plan.part.regenerates:
             kills, images = "", f"{progress.kills} kills, {progress.stored} images"
-        text = f"{self._where}{progress.doing}: {kills}{images}"
+        text = f"{self._prefix}{progress.doing}: {kills}{images}"
         click.echo(f"\r\x1b[K{text}" if self._terminal else text, err=True, nl=not self._terminal)
 
     def end(self) -> None:
-        """Leave the line clean for what follows."""
+        """Clear the line for the output that follows."""
         if self._terminal:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    """The drill's figures, as plain JSON values. Money in credits."""
-    found = outcome.reckoning
+def figures_of(result: DrillResult) -> dict[str, Any]:
+    """Return the drill's figures as JSON values. Money in credits."""
+    plan, counts, found = result.plan, result.counts, result.reconciliation
+    of = {outcome: list(found.of(outcome)) for outcome in RequestOutcome}
     return {
-        "passed": not outcome.faults,
-        "faults": outcome.faults,
+        "passed": not result.violations,
+        "faults": result.violations,
         "policy": plan.on_unknown,
         "server_honours_idempotency_key": plan.honours_key,
         "fault_rates": dict(plan.rates),
@@ -310,14 +312,14 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "credits_billed": credits_from_units(found.billed_units),
         "credits_in_journal": credits_from_units(found.journal_units),
         "credits_unexplained": credits_from_units(found.unexplained_units),
-        "delivered": len(found.of(Fate.DELIVERED)),
-        "lost": list(found.of(Fate.LOST)),
+        "delivered": len(of[RequestOutcome.DELIVERED]),
+        "lost": of[RequestOutcome.LOST],
         "bought_twice": list(found.bought_twice),
         "charged_and_not_in_journal": list(found.unrecorded),
         "disowned": list(found.disowned),
-        "overwritten": list(outcome.overwritten),
-        "undelivered": list(found.of(Fate.UNDELIVERED)),
-        "rejected": list(found.of(Fate.REJECTED)),
+        "overwritten": list(counts.overwritten),
+        "undelivered": of[RequestOutcome.UNDELIVERED],
+        "rejected": of[RequestOutcome.REJECTED],
         "unknown": [
             {
                 "request_key": one.request_key,
@@ -329,122 +331,139 @@ def figures_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             for one in found.unknown
         ],
         "credits_unknown_at_most": credits_from_units(found.unknown_units),
-        "forgotten_by_server": list(found.of(Fate.FORGOTTEN)),
+        "forgotten_by_server": of[RequestOutcome.FORGOTTEN],
         "credits_forgotten": credits_from_units(found.forgotten_units),
-        "never_ending": len(found.of(Fate.ENDLESS)),
-        "failed": len(found.of(Fate.FAILED)),
-        "refused": len(found.of(Fate.REFUSED)),
-        "never_bought": list(found.of(Fate.NEVER_BOUGHT)),
-        "kills": {"edges": dict(outcome.kills), "random": outcome.random_kills},
-        "kills_missed": outcome.kills_missed,
-        "edges_never_reached": list(outcome.never_reached),
-        "edges_not_planned": list(outcome.not_planned),
-        "episodes": outcome.episodes,
-        "episodes_refused": outcome.refused,
-        "episodes_stopped": outcome.stopped,
-        "workers_started": outcome.launches,
-        "workers_crashed": list(outcome.crashed),
-        "workers_hung": list(outcome.hung),
-        "last_passes": outcome.passes,
-        "seconds": round(outcome.seconds, 1),
+        "never_ending": len(of[RequestOutcome.ENDLESS]),
+        "failed": len(of[RequestOutcome.FAILED]),
+        "refused": len(of[RequestOutcome.REFUSED]),
+        "never_bought": of[RequestOutcome.NEVER_BOUGHT],
+        "kills": {"edges": dict(counts.kills), "random": counts.random_kills},
+        "kills_missed": result.kills_missed,
+        "edges_never_reached": list(result.never_reached),
+        "edges_not_planned": list(result.not_planned),
+        "episodes": counts.episodes,
+        "episodes_refused": counts.refused,
+        "episodes_stopped": counts.stopped,
+        "workers_started": counts.launches,
+        "workers_crashed": list(counts.crashed),
+        "workers_hung": list(counts.hung),
+        "last_passes": result.passes,
+        "seconds": round(result.seconds, 1),
     }
 
 
-def _show(plan: Plan, outcome: Outcome, *, edges: bool = True) -> None:
+def _show(figures: dict[str, Any], *, edges: bool = True) -> None:
     """Print the figures for people."""
-    honours = "honours" if plan.honours_key else "ignores"
-    click.echo(f"Policy {plan.on_unknown}; a server that {honours} the Idempotency-Key.")
-    if plan.rates:
-        share = max(plan.rates.values())
-        click.echo(f"Each of {len(plan.rates)} kinds of server fault strikes {share:.1%}.")
-    _columns(_totals(outcome, figures_of(plan, outcome)))
+    honours = "honours" if figures["server_honours_idempotency_key"] else "ignores"
+    click.echo(f"Policy {figures['policy']}; a server that {honours} the Idempotency-Key.")
+    if rates := figures["fault_rates"]:
+        share = max(rates.values())
+        click.echo(f"Each of {len(rates)} kinds of server fault strikes {share:.1%}.")
+    _print_table(_totals(figures))
     if edges:
-        _show_edges(plan, outcome)
-    if outcome.reckoning.unknown:
+        _show_edges(figures)
+    if figures["unknown"]:
         click.echo("\nUnknown outcomes:")
-        _columns(
-            [
-                (
-                    one.request_key[:16],
-                    f"at most {credits_from_units(one.credits_units):g} credits",
-                    "" if one.since is None else f"since {one.since:%Y-%m-%d %H:%M:%S} UTC",
-                    f"at the server: {'charged' if one.charged else 'nothing'}",
-                )
-                for one in outcome.reckoning.unknown
-            ]
-        )
-    verdict = "; ".join(outcome.faults)
+        _print_table([_unknown_row(one) for one in figures["unknown"]])
+    verdict = "; ".join(figures["faults"])
     click.echo(f"\nFAILED: {verdict}" if verdict else "\nPASSED: nothing bought twice or lost")
 
 
-def _totals(outcome: Outcome, figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    found = outcome.reckoning
-    at_most = f"at most {figures['credits_unknown_at_most']:g} credits" if found.unknown else ""
-    forgotten = f"charged, and the server denies the task: {figures['credits_forgotten']:g} credits"
-    unexplained = f"{figures['credits_unexplained']:g} of them not explained by the journal"
-    always = [
-        ("requests", found.requests, ""),
-        ("submitted", found.submitted, "POSTs"),
-        ("created", found.created, "tasks"),
-        ("billed", found.billed, f"tasks, {figures['credits_billed']:g} credits, {unexplained}"),
-        ("delivered", len(found.of(Fate.DELIVERED)), "files whose sha256 is the server's"),
-        ("lost", len(found.of(Fate.LOST)), "charged, not stored, not at stake in the journal"),
-        ("bought twice", len(found.bought_twice), "request bodies with more than one charged task"),
-        ("unknown", len(found.unknown), at_most),
-    ]
-    sometimes = [
-        ("unrecorded", len(found.unrecorded), "charged tasks that the journal does not know"),
-        ("disowned", len(found.disowned), "stored, and the journal says that they are not"),
-        ("overwritten", len(outcome.overwritten), "stored, and written again in an episode"),
-        ("undelivered", len(found.of(Fate.UNDELIVERED)), "charged, could be had, not stored"),
-        ("rejected", len(found.of(Fate.REJECTED)), "charged, and another image came: kept"),
-        ("forgotten", len(found.of(Fate.FORGOTTEN)), f"{forgotten}, expired in the journal"),
-        ("failed", len(found.of(Fate.FAILED)), "tasks failed, not charged"),
-        ("refused", len(found.of(Fate.REFUSED)), "not charged"),
-        ("never ending", len(found.of(Fate.ENDLESS)), "tasks that the server never ends"),
-        ("never bought", len(found.of(Fate.NEVER_BOUGHT)), ""),
-        ("crashed", len(outcome.crashed), "workers that ended with an error"),
-        ("hung", len(outcome.hung), "workers that did not end"),
-        ("episodes", outcome.episodes, _episodes(outcome)),
-    ]
-    at_edges = sum(outcome.kills.values())
-    kills = f"{at_edges} at {len(outcome.kills)} edges, {outcome.random_kills} at random times"
-    if outcome.kills_missed:
-        kills += f"; {outcome.kills_missed} planned and not made, the worker had ended"
-    rows = [*always, *(row for row in sometimes if row[1])]
-    rows.append(("kills", at_edges + outcome.random_kills, kills))
-    rounds = "1 round" if outcome.passes == 1 else f"{outcome.passes} rounds"
-    rows.append(
-        ("workers", outcome.launches, f"started, with {rounds} of them unharmed at the end")
+def _unknown_row(unknown: dict[str, Any]) -> tuple[str, ...]:
+    since = unknown["since"]
+    return (
+        unknown["request_key"][:16],
+        f"at most {unknown['credits_at_most']:g} credits",
+        f"since {datetime.fromisoformat(since):%Y-%m-%d %H:%M:%S} UTC" if since else "",
+        f"at the server: {'charged' if unknown['charged_at_server'] else 'nothing'}",
     )
-    shown = [(name, f"{count:>7}", words) for name, count, words in rows]
-    return [*shown, ("seconds", f"{outcome.seconds:>7.1f}", "")]
 
 
-def _episodes(outcome: Outcome) -> str:
-    on = outcome.episodes - outcome.refused - outcome.stopped
-    refused, stopped = outcome.refused, outcome.stopped
-    return f"of which the odd worker refused {refused}, stopped in {stopped}, worked in {on}"
+_BILLED: Final = (
+    "tasks, {credits_billed:g} credits, "
+    "{credits_unexplained:g} of them not explained by the journal"
+)
+_FORGOTTEN: Final = (
+    "charged, and the server denies the task: {credits_forgotten:g} credits, expired in the journal"
+)
+_EPISODES: Final = (
+    "of which the odd worker refused {episodes_refused}, stopped in {episodes_stopped}, "
+    "worked in {episodes_worked}"
+)
+#: The lines of the totals: name, key in the figures, explanation. The second kind only if not 0.
+_ALWAYS: Final = (
+    ("requests", "requests", ""),
+    ("submitted", "submitted", "POSTs"),
+    ("created", "created", "tasks"),
+    ("billed", "billed", _BILLED),
+    ("delivered", "delivered", "files whose sha256 is the server's"),
+    ("lost", "lost", "charged, not stored, not at stake in the journal"),
+    ("bought twice", "bought_twice", "request bodies with more than one charged task"),
+)  # fmt: skip
+_IF_ANY: Final = (
+    ("unrecorded", "charged_and_not_in_journal", "charged tasks that the journal does not know"),
+    ("disowned", "disowned", "stored, and the journal says that they are not"),
+    ("overwritten", "overwritten", "stored, and written again in an episode"),
+    ("undelivered", "undelivered", "charged, could be had, not stored"),
+    ("rejected", "rejected", "charged, and another image came: kept"),
+    ("forgotten", "forgotten_by_server", _FORGOTTEN),
+    ("failed", "failed", "tasks failed, not charged"),
+    ("refused", "refused", "not charged"),
+    ("never ending", "never_ending", "tasks that the server never ends"),
+    ("never bought", "never_bought", ""),
+    ("crashed", "workers_crashed", "workers that ended with an error"),
+    ("hung", "workers_hung", "workers that did not end"),
+    ("episodes", "episodes", _EPISODES),
+)  # fmt: skip
 
 
-def _show_edges(plan: Plan, outcome: Outcome) -> None:
+def _totals(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    stopped = figures["episodes_refused"] + figures["episodes_stopped"]
+    values = {**figures, "episodes_worked": figures["episodes"] - stopped}
+
+    def row(name: str, key: str, text: str) -> tuple[str, int, str]:
+        value = figures[key]
+        return name, value if isinstance(value, int) else len(value), text.format_map(values)
+
+    at_most = "at most {credits_unknown_at_most:g} credits" if figures["unknown"] else ""
+    rows = [row(*line) for line in (*_ALWAYS, ("unknown", "unknown", at_most))]
+    rows += [found for found in (row(*line) for line in _IF_ANY) if found[1]]
+    at_edges = figures["kills"]["edges"]
+    kills = f"{sum(at_edges.values())} at {len(at_edges)} edges, "
+    kills += f"{figures['kills']['random']} at random times"
+    if figures["kills_missed"]:
+        kills += f"; {figures['kills_missed']} planned and not made, the worker had ended"
+    passes = figures["last_passes"]
+    rounds = "1 round" if passes == 1 else f"{passes} rounds"
+    workers = f"started, with {rounds} of them unharmed at the end"
+    rows += [("kills", _kills(figures), kills), ("workers", figures["workers_started"], workers)]
+    shown = [(name, f"{count:>7}", text) for name, count, text in rows]
+    return [*shown, ("seconds", f"{figures['seconds']:>7.1f}", "")]
+
+
+def _kills(figures: dict[str, Any]) -> int:
+    return int(sum(figures["kills"]["edges"].values()) + figures["kills"]["random"])
+
+
+def _show_edges(figures: dict[str, Any]) -> None:
     from krea_dagster.drill.edges import EDGES, NOT_UNDER  # noqa: PLC0415 - keeps --help quick
 
-    if not plan.kills:
+    if not _kills(figures) + figures["kills_missed"]:
         return
     click.echo("\nKills by edge:")
-    names = [edge.name for edge in EDGES if edge.name in outcome.kills]
-    _columns([(name, f"{outcome.kills[name]:>3}") for name in names])
-    if outcome.never_reached:
-        click.echo(f"Planned and never reached: {'; '.join(outcome.never_reached)}")
-    if outcome.not_planned:
-        click.echo(f"Not planned, too few kills: {'; '.join(outcome.not_planned)}")
-    out = [edge.name for edge in EDGES if plan.on_unknown not in edge.policies]
-    click.echo(f"Not planned, because {NOT_UNDER[plan.on_unknown]}: {'; '.join(out)}")
+    kills = figures["kills"]["edges"]
+    _print_table([(edge.name, f"{kills[edge.name]:>3}") for edge in EDGES if edge.name in kills])
+    if missed := figures["edges_never_reached"]:
+        click.echo(f"Planned and never reached: {'; '.join(missed)}")
+    if left_out := figures["edges_not_planned"]:
+        click.echo(f"Not planned, too few kills: {'; '.join(left_out)}")
+    policy = figures["policy"]
+    unreachable = [edge.name for edge in EDGES if policy not in edge.policies]
+    click.echo(f"Not planned, because {NOT_UNDER[policy]}: {'; '.join(unreachable)}")
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as a table: as wide as its cells, whatever the terminal's width."""
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows as a table that is as wide as its cells, on any terminal."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

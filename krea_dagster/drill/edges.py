@@ -1,4 +1,4 @@
-"""Names the places where a worker process can be killed, and what brings a worker there. Pure."""
+"""The edges: places in a worker's run where the drill can kill it. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from krea_dagster.engine.policy import OnUnknown
 from krea_dagster.engine.states import Event
 
-#: Faults of a create call after which its outcome is unknown.
+#: Faults of a create call that leave its outcome unknown.
 _NO_USABLE_ANSWER: Final = (
     "drop_before_create",
     "drop_after_create",
@@ -20,7 +20,7 @@ _NO_USABLE_ANSWER: Final = (
     "no_id",
 )
 
-#: What must go wrong at the server for an event to happen: one of these faults.
+#: Server faults of which one makes an event happen.
 _FAULTS: Final[Mapping[Event, tuple[str, ...]]] = {
     Event.TURNED_AWAY: ("429_no_retry_after",),
     Event.REFUSED: ("content_refused",),
@@ -37,12 +37,12 @@ _FAULTS: Final[Mapping[Event, tuple[str, ...]]] = {
 class Edge:
     """One place where a worker can be killed.
 
-    ``faults`` are the emulator's faults of which one brings a worker there; empty where every
-    life passes it. ``first_only`` says that a worker is to be killed at its first passage,
-    because there is only one, or because each costs an image. ``file_missing`` asks for a
-    stored file to be deleted before, ``resolves`` for an unknown outcome that a person decides.
-    ``policies`` are those under which it can be reached. At one that is ``outside`` the worker
-    cannot kill itself: the server says that it is there, and the drill kills it.
+    ``faults`` are emulator faults of which one brings a worker there; empty if every worker passes
+    it. With ``first_only`` the worker is killed at its first passage, because there is only one or
+    because each costs an image. ``file_missing`` needs a stored file to be deleted before,
+    ``resolves`` an unknown outcome that a person decides. The edge can be reached under
+    ``policies``. At an edge that is ``outside`` the worker cannot kill itself: the server says
+    that the worker is there, and the drill kills it.
     """
 
     name: str
@@ -55,17 +55,17 @@ class Edge:
 
 
 def before(event: Event) -> str:
-    """The edge just before the journal's commit of an event of a known request."""
+    """Return the edge just before the journal commits an event of a known request."""
     return f"before {_words(event)}"
 
 
 def after(event: Event) -> str:
-    """The edge just after that commit, before anybody has heard of it."""
+    """Return the edge just after that commit, before the caller learns of it."""
     return f"after {_words(event)}"
 
 
 def _words(event: Event) -> str:
-    # The first event of a request is written elsewhere: in one commit with all other new ones.
+    # A request's first event is written elsewhere: in one commit with all other new requests.
     return "planned again" if event is Event.PLANNED else event.value.replace("_", " ")
 
 
@@ -127,15 +127,15 @@ def _of(event: Event) -> tuple[Edge, Edge]:
     return edge(before(event)), edge(after(event))
 
 
-#: Every edge: around the commit of each event of the state machine, and around what is done
-#: between two commits. A file is only found by a worker that follows one which was killed after it
-#: had given the file its name: by that edge the event is met, and not by a plan of its own.
+#: Every edge: around the commit of each event of the state machine, and around the steps between
+#: two commits. The event FOUND has none: a worker finds a file only after another worker was
+#: killed at AFTER_RENAME, so that edge covers it.
 EDGES: Final = (
     *(edge for event in Event if event is not Event.FOUND for edge in _of(event)),
     *_ELSEWHERE,
 )
 
-#: Why an edge is left out under a policy.
+#: Why some edges cannot be reached under a policy.
 NOT_UNDER: Final[Mapping[OnUnknown, str]] = {
     "hold": "the policy hold repeats no purchase",
     "replay": "under the policy replay nothing waits for a person's decision",
@@ -143,5 +143,5 @@ NOT_UNDER: Final[Mapping[OnUnknown, str]] = {
 
 
 def edges_under(policy: OnUnknown) -> tuple[Edge, ...]:
-    """The edges that a worker can reach under a policy."""
+    """Return the edges that a worker can reach under a policy."""
     return tuple(edge for edge in EDGES if policy in edge.policies)

@@ -1,4 +1,4 @@
-"""The drill's emulator: a process of its own, whose state outlives it."""
+"""The drill's emulator: a separate process whose state outlives it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from krea_dagster.errors import KreaError
 _CREDITS: Final = 10_000_000
 
 
-class Server:
+class EmulatorServer:
     """A running emulator. ``url`` is its root."""
 
     def __init__(self, url: str, http: httpx.AsyncClient) -> None:
@@ -28,41 +28,42 @@ class Server:
         self._http = http
 
     async def books(self) -> dict[str, Any]:
-        """What was asked, created, charged and fetched, from the server's own records."""
-        answer = await self._http.get("/emulator/books")
-        return dict(answer.raise_for_status().json())
+        """Return the server's records of what was requested, created, charged and fetched."""
+        response = await self._http.get("/emulator/books")
+        return dict(response.raise_for_status().json())
 
     async def posts(self) -> int:
-        """How many purchases were asked for, whatever the answers."""
-        answer = await self._http.get("/emulator/books", params={"tasks": "0"})
-        return int(answer.raise_for_status().json()["submit_posts"])
+        """Return how many purchases were requested."""
+        response = await self._http.get("/emulator/books", params={"tasks": "0"})
+        return int(response.raise_for_status().json()["submit_posts"])
 
     async def script(self, fault: str, times: int, arg: float | None = None) -> None:
         """Have a fault strike the next requests of its kind; ``arg`` refines it."""
-        wanted = {"script": [{"name": fault, "n": times, "arg": arg}]}
-        (await self._http.post("/emulator/faults", json=wanted)).raise_for_status()
+        await self._set_faults({"script": [{"name": fault, "n": times, "arg": arg}]})
 
-    async def has_struck(self) -> bool:
-        """Whether every scripted fault has struck as often as it was to."""
-        answer = await self._http.get("/emulator/faults")
-        return not answer.raise_for_status().json()["unconsumed"]
+    async def all_struck(self) -> bool:
+        """Return whether every scripted fault has struck as often as scripted."""
+        response = await self._http.get("/emulator/faults")
+        return not response.raise_for_status().json()["unconsumed"]
 
-    async def calm(self, rates: Mapping[str, float]) -> None:
-        """Forget the scripted faults that have not struck, and set these rates anew."""
-        wanted = {"clear": True, "rates": dict(rates)}
-        (await self._http.post("/emulator/faults", json=wanted)).raise_for_status()
+    async def reset_faults(self, rates: Mapping[str, float]) -> None:
+        """Forget the scripted faults that have not struck, and set these rates."""
+        await self._set_faults({"clear": True, "rates": dict(rates)})
+
+    async def _set_faults(self, faults: dict[str, Any]) -> None:
+        (await self._http.post("/emulator/faults", json=faults)).raise_for_status()
 
 
 @asynccontextmanager
-async def emulator(
+async def run_emulator(
     folder: Path,
     *,
     honours_key: bool,
     latency_s: float,
     seed: int,
     rates: Mapping[str, float],
-) -> AsyncIterator[Server]:
-    """Run an emulator on a free port. It ends with the drill, however that ends.
+) -> AsyncIterator[EmulatorServer]:
+    """Run an emulator on a free port. It ends with the drill, also if the drill is killed.
 
     ``rates`` are faults by name, from 0 to 1.
     """
@@ -89,13 +90,13 @@ async def emulator(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            start_new_session=True,  # a Ctrl-C ends the drill, which then ends this
+            start_new_session=True,  # Ctrl-C ends the drill, which then ends this
         )
         async with process:
             url = await _first_line(process)
             try:
                 async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False) as http:
-                    yield Server(url, http)
+                    yield EmulatorServer(url, http)
             finally:
                 with anyio.CancelScope(shield=True):
                     process.terminate()
@@ -103,11 +104,11 @@ async def emulator(
 
 
 async def _first_line(process: anyio.abc.Process) -> str:
-    """The line in which it says its address. Raises KreaError where it ended before."""
-    said = b""
+    """Read the line with its address. Raises KreaError if it ended before."""
+    output = b""
     if process.stdout is not None:
         async for piece in process.stdout:
-            said += piece
-            if b"\n" in said:
-                return said.split(b"\n")[0].decode().strip()
-    raise KreaError("the drill's emulator did not start; emulator.log says why")
+            output += piece
+            if b"\n" in output:
+                return output.split(b"\n")[0].decode().strip()
+    raise KreaError("the drill's emulator did not start; see emulator.log")

@@ -1,8 +1,7 @@
-"""The engine as production runs it, with places where a worker kills itself. Nothing else differs.
+"""Production's engine with edges at which a worker kills itself. Nothing else differs.
 
-What is exchanged for the drill are subclasses of the resource, the journal, the storage and the
-client, and a transport around the client's own to the API's host. They do exactly what their
-parents do, and count how often an edge is passed.
+The subclasses of the resource, the journal, the storage and the client, and the transport around
+the client's own, do what their parents do and count how often an edge is passed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from krea_dagster.api.download import Download, Sink
 from krea_dagster.api.transport import reports_unsent
 from krea_dagster.api.wire import CREATE_PATH, TASKS_PATH
 from krea_dagster.drill import edges
-from krea_dagster.drill.job import Job
+from krea_dagster.drill.job import WorkerJob
 from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.journal import Journal
@@ -42,7 +41,7 @@ from krea_dagster.prompts import PromptTable
 _OK: Final = 200
 
 
-class Guard:
+class KillSwitch:
     """Kills this process when it passes one edge for the n-th time. Thread-safe."""
 
     def __init__(self, edge: str, passage: int) -> None:
@@ -51,7 +50,7 @@ class Guard:
         self._lock = threading.Lock()
 
     def passing(self, edge: str) -> None:
-        """Say that an edge is passed now."""
+        """Report that an edge is passed now."""
         if edge != self._edge:
             return
         with self._lock:
@@ -60,12 +59,12 @@ class Guard:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DrilledJournal(Journal):
+class InstrumentedJournal(Journal):
     """The journal, with an edge before and after each commit."""
 
-    def __init__(self, url: str, guard: Guard) -> None:
+    def __init__(self, url: str, switch: KillSwitch) -> None:
         super().__init__(url)
-        self._guard = guard
+        self._switch = switch
 
     def plan(
         self,
@@ -76,59 +75,59 @@ class DrilledJournal(Journal):
         table_id: str = "",
     ) -> int:
         """Enter new requests."""
-        self._guard.passing(edges.BEFORE_PLANNED)
+        self._switch.passing(edges.BEFORE_PLANNED)
         added = super().plan(wanted, run_id=run_id, at=at, table_id=table_id)
-        self._guard.passing(edges.AFTER_PLANNED)
+        self._switch.passing(edges.AFTER_PLANNED)
         return added
 
     def claim(self, keys: Iterable[str], owner: str) -> set[str]:
         """Claim requests."""
-        self._guard.passing(edges.BEFORE_CLAIM)
-        mine = super().claim(keys, owner)
-        self._guard.passing(edges.AFTER_CLAIM)
-        return mine
+        self._switch.passing(edges.BEFORE_CLAIM)
+        claimed = super().claim(keys, owner)
+        self._switch.passing(edges.AFTER_CLAIM)
+        return claimed
 
     def release(self, owner: str) -> None:
         """Give up all claims."""
-        self._guard.passing(edges.BEFORE_RELEASE)
+        self._switch.passing(edges.BEFORE_RELEASE)
         super().release(owner)
-        self._guard.passing(edges.AFTER_RELEASE)
+        self._switch.passing(edges.AFTER_RELEASE)
 
     def append(self, changes: Sequence[Change], **keywords: Any) -> list[Any]:
-        """Write events. A kill before the commit takes the whole group with it."""
+        """Write events. A kill before the commit loses the whole group."""
         for change in changes:
-            self._guard.passing(edges.before(change.event))
-        answers = super().append(changes, **keywords)
-        for change, answer in zip(changes, answers, strict=True):
-            if isinstance(answer, Record):
-                self._guard.passing(edges.after(change.event))
-        return answers
+            self._switch.passing(edges.before(change.event))
+        results = super().append(changes, **keywords)
+        for change, result in zip(changes, results, strict=True):
+            if isinstance(result, Record):
+                self._switch.passing(edges.after(change.event))
+        return results
 
 
-class DrilledStorage(Storage):
+class InstrumentedStorage(Storage):
     """The storage, with an edge before and after a file gets its name."""
 
-    def __init__(self, root: str, guard: Guard) -> None:
+    def __init__(self, root: str, switch: KillSwitch) -> None:
         super().__init__(root)
-        self._guard = guard
+        self._switch = switch
 
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished file its name."""
-        self._guard.passing(edges.BEFORE_RENAME)
+        self._switch.passing(edges.BEFORE_RENAME)
         super().publish(temporary, name)
-        self._guard.passing(edges.AFTER_RENAME)
+        self._switch.passing(edges.AFTER_RENAME)
 
 
-class DrilledTransport(httpx.AsyncBaseTransport):
-    """The transport to the API's host, with edges before a request leaves and after its answer.
+class InstrumentedTransport(httpx.AsyncBaseTransport):
+    """The transport to the API's host, with edges before a request leaves and after its response.
 
-    By the second, nobody in this process but the transport itself has heard of the answer.
+    At the second edge only the transport has seen the response.
     """
 
-    def __init__(self, inner: httpx.AsyncBaseTransport, guard: Guard) -> None:
+    def __init__(self, inner: httpx.AsyncBaseTransport, switch: KillSwitch) -> None:
         self.inner = inner
         self.reports_unsent = reports_unsent(inner)
-        self._guard = guard
+        self._switch = switch
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -139,26 +138,26 @@ class DrilledTransport(httpx.AsyncBaseTransport):
         path = request.url.path
         creates, reads = path == CREATE_PATH, path.startswith(TASKS_PATH)
         if creates:
-            self._guard.passing(edges.BEFORE_POST)
+            self._switch.passing(edges.BEFORE_POST)
         elif reads:
-            self._guard.passing(edges.BEFORE_READ)
+            self._switch.passing(edges.BEFORE_READ)
         response = await self.inner.handle_async_request(request)
         if creates and response.status_code == _OK:
-            self._guard.passing(edges.TASK_EXISTS)
+            self._switch.passing(edges.TASK_EXISTS)
         elif reads:
-            self._guard.passing(edges.AFTER_READ)
+            self._switch.passing(edges.AFTER_READ)
         return response
 
 
-class DrilledClient(KreaClient):
+class InstrumentedClient(KreaClient):
     """The client over its own transport, with edges around each call and in a download."""
 
-    def __init__(self, life: Life, api_key: str, **settings: Any) -> None:
-        self._guard = life.guard
-        super().__init__(api_key, now=life.clock.now, **settings)
+    def __init__(self, context: WorkerContext, api_key: str, **settings: Any) -> None:
+        self._switch = context.switch
+        super().__init__(api_key, now=context.clock.now, **settings)
 
     def _wrap_transport(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
-        return DrilledTransport(transport, self._guard)
+        return InstrumentedTransport(transport, self._switch)
 
     async def download(
         self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int
@@ -168,22 +167,22 @@ class DrilledClient(KreaClient):
 
         def through(piece: bytes) -> object:
             written = write(piece)
-            self._guard.passing(edges.DURING_DOWNLOAD)
+            self._switch.passing(edges.DURING_DOWNLOAD)
             return written
 
-        self._guard.passing(edges.BEFORE_DOWNLOAD)
+        self._switch.passing(edges.BEFORE_DOWNLOAD)
         done = await super().download(url, sink=through, max_bytes=max_bytes)
-        self._guard.passing(edges.AFTER_DOWNLOAD)
+        self._switch.passing(edges.AFTER_DOWNLOAD)
         return done
 
 
-class SetClock(SystemClock):
-    """A wall clock that is ahead of this machine's, and is set once more while it is looked at.
+class ShiftedClock(SystemClock):
+    """A wall clock that is ahead of this machine's, and is moved once more while it is read.
 
-    What never goes back, the seconds for pacing, is this machine's. Thread-safe.
+    The monotonic clock stays this machine's. Thread-safe.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: WorkerJob) -> None:
         self._ahead = timedelta(seconds=job.ahead_s)
         self._step = timedelta(seconds=job.step_s)
         self._left = job.step_after
@@ -199,36 +198,36 @@ class SetClock(SystemClock):
 
 
 @dataclass(frozen=True)
-class Life:
-    """What a worker's parts share."""
+class WorkerContext:
+    """What the instrumented parts of one worker share."""
 
-    job: Job
-    guard: Guard
-    clock: SetClock
+    job: WorkerJob
+    switch: KillSwitch
+    clock: ShiftedClock
 
     @classmethod
-    def of(cls, job: Job) -> Life:
-        """A life as the job says."""
-        return cls(job, Guard(job.edge, job.passage), SetClock(job))
+    def of(cls, job: WorkerJob) -> WorkerContext:
+        """Return the context of a job."""
+        return cls(job, KillSwitch(job.edge, job.passage), ShiftedClock(job))
 
 
-#: Makes a worker's client, with the key and the settings that the resource gives it.
+#: Makes a worker's client from its context, the key, and the resource's settings.
 MakeClient = Callable[..., KreaClient]
 
 
-def drilled_resource(life: Life, make_client: MakeClient) -> KreaResource:
-    """The resource of a life. What differs is in its class, of which Dagster makes others."""
-    job, guard = life.job, life.guard
+def instrumented_resource(context: WorkerContext, make_client: MakeClient) -> KreaResource:
+    """Return a worker's resource. Dagster copies it, so what differs is in its class."""
+    job, switch = context.job, context.switch
 
-    class DrilledResource(KreaResource):
-        """KreaResource, with the drilled parts."""
+    class InstrumentedResource(KreaResource):
+        """KreaResource with the instrumented parts."""
 
         def open_storage(self) -> Storage:
-            return DrilledStorage(self.storage, guard)
+            return InstrumentedStorage(self.storage, switch)
 
         @contextmanager
         def open_journal(self) -> Iterator[Journal]:
-            with closing(DrilledJournal(self._journal_url(), guard)) as journal:
+            with closing(InstrumentedJournal(self._journal_url(), switch)) as journal:
                 yield journal
 
         def policy(self, ask_again: Iterable[str] = ()) -> Policy:
@@ -244,26 +243,26 @@ def drilled_resource(life: Life, make_client: MakeClient) -> KreaResource:
             with super()._runner(run_id, on_progress, table) as runner:
                 yield replace(
                     runner,
-                    clock=life.clock,
+                    clock=context.clock,
                     randomness=random.Random(f"{job.seed}:{job.number}"),  # noqa: S311 - nothing secret
                     latencies=Latencies.known({"1K": job.latency_s}),
                 )
 
         def _client(self, api_key: str, base_url: str) -> KreaClient:
             return make_client(
-                life,
+                context,
                 api_key,
                 base_url=base_url,
                 timeout_s=self.timeout_s,
                 download_timeout_s=self.download_timeout_s,
             )
 
-    return DrilledResource(
+    return InstrumentedResource(
         api_key=job.api_key,
         base_url=job.url,
-        storage=str(job.place.storage),
-        journal_url=job.place.journal_url,
+        storage=str(job.paths.storage),
+        journal_url=job.paths.journal_url,
         max_in_flight=job.max_in_flight,
         on_unknown=job.on_unknown,
-        measure_images=False,  # it decides nothing, and costs more than all else here
+        measure_images=False,  # it decides nothing, and takes more time than all else here
     )

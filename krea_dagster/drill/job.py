@@ -1,4 +1,4 @@
-"""What a worker process is told: which rows, from where, under which policy, and where to die."""
+"""A worker process's instructions, and the files of a drill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 from krea_dagster.engine.policy import OnUnknown
 from krea_dagster.models import ImageRequest
 
-#: The key of the emulator's account, and that of another one.
+#: The key of the emulator's account, and the key of another account.
 API_KEY: Final = "drill"
 OTHER_API_KEY: Final = "drill-other"
 #: The one partition of the drill's rows.
@@ -19,8 +19,8 @@ PARTITION: Final = "drill"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a drill keeps its things: the images, and the journal apart from them."""
+class DrillPaths:
+    """The files of a drill, below one folder. The journal is outside the storage root."""
 
     folder: Path
 
@@ -31,12 +31,12 @@ class Place:
 
     @property
     def journal(self) -> Path:
-        """The journal's file."""
+        """The journal's SQLite file."""
         return self.folder / "journal" / "journal.db"
 
     @property
     def journal_url(self) -> str:
-        """The journal, as the engine is told."""
+        """The journal's SQLAlchemy URL."""
         return f"sqlite:///{self.journal}"
 
     @property
@@ -46,20 +46,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One life of a worker process.
+class WorkerJob:
+    """The instructions of one worker process.
 
-    It carries the first ``rows`` of the drill's requests, with the journal and the files of the
-    ``folder``'s Place and the account of ``api_key``. It kills itself when it passes ``edge`` for
-    the ``passage``-th time. ``policy`` are fields of the engine's Policy that differ from the
-    default. ``latency_s`` is what a task is known to take. ``resolutions`` are a person's
-    decisions, by request key, as text.
+    The worker buys the first ``rows`` of the drill's requests, with the account of ``api_key``. It
+    kills itself when it passes ``edge`` for the ``passage``-th time. ``policy`` holds fields of
+    the engine's Policy that differ from the default. ``latency_s`` is how long a task is known to
+    take. ``resolutions`` are a person's decisions, by request key, as text.
 
-    Its wall clock is ``ahead_s`` ahead, and is set by ``step_s`` when it was looked at for the
+    The worker's wall clock is ``ahead_s`` ahead, and is moved by ``step_s`` when it is read for the
     ``step_after``-th time.
 
-    With ``again`` it is no run over the requests but the command ``materialize --again`` over the
-    place's prompt table; with an empty one, plain ``materialize``.
+    With ``again`` the worker runs the command ``materialize --again`` over the drill's prompt
+    table instead; with an empty ``again``, plain ``materialize``.
     """
 
     number: int
@@ -81,22 +80,18 @@ class Job:
     again: Sequence[str] | None = None
 
     @property
-    def place(self) -> Place:
-        """Where its journal and files are."""
-        return Place(Path(self.folder))
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
+    def paths(self) -> DrillPaths:
+        """The drill's files."""
+        return DrillPaths(Path(self.folder))
 
 
 def write_requests(folder: Path, requests: Sequence[ImageRequest]) -> None:
-    """Write what the workers are to buy, in their order."""
+    """Write the requests that the workers buy, in order."""
     text = json.dumps([asdict(request) for request in requests])
     (folder / "requests.json").write_text(text, encoding="utf-8")
 
 
 def read_requests(folder: Path) -> list[ImageRequest]:
-    """Read what the workers are to buy."""
+    """Read the requests that the workers buy, in order."""
     rows = json.loads((folder / "requests.json").read_text(encoding="utf-8"))
     return [ImageRequest(**row) for row in rows]

@@ -1,8 +1,7 @@
-"""The server's books against the journal and the files: figures, and a verdict. Pure.
+"""Compares the server's records with the journal and the files, and gives a verdict. Pure.
 
-What was charged, and for what, is read from the emulator's books; what is at hand, from the
-hashes of the files on disk. The journal is asked only what it says of a purchase that is not
-at hand.
+The emulator's records say what was charged, and for which request. The hashes of the files on disk
+say what was delivered. The journal counts only for purchases that were not delivered.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.models import ImageRequest, credits_from_units
 
-#: Task faults after which a picture can never be had, although it was charged.
+#: Task faults after which an image can never be had, although it was charged.
 _FORGOTTEN: Final = frozenset({"vanished"})
 #: States of a request whose purchase has no known outcome.
 _OPEN: Final = frozenset({State.UNKNOWN, State.SUBMITTING})
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 
-#: What a task was asked for: the fields that the server sees of it.
+#: The fields of a request that the server sees: prompt, size, quality, seed.
 Body = tuple[str, str, str, int]
 
 
 @dataclass(frozen=True)
 class ServerTask:
-    """One task as the server's books have it. Money in units.
+    """One task in the server's records. Money in units.
 
-    ``file_sha256`` is the hash of its undamaged picture, None until that was fetched.
+    ``file_sha256`` is the hash of its undamaged image, None until that was fetched.
     """
 
     task_id: str
@@ -61,11 +60,11 @@ class ServerTask:
 
 
 @dataclass(frozen=True)
-class Unknown:
+class UnknownPurchase:
     """A purchase whose outcome the journal does not know.
 
-    ``credits_units`` is the most that it may have cost. ``charged`` is what the server's books
-    say, which a buyer could not see.
+    ``credits_units`` is the most that it may have cost. ``charged`` comes from the server's
+    records, which a buyer cannot see.
     """
 
     request_key: str
@@ -75,18 +74,18 @@ class Unknown:
     charged: bool
 
 
-class Fate(str, Enum):
-    """What became of one request. Each has exactly one."""
+class RequestOutcome(str, Enum):
+    """The outcome of one request. Each request has exactly one."""
 
-    #: A file is at hand whose hash is that of a picture which the server charged.
+    #: A file exists whose hash is that of an image which the server charged.
     DELIVERED = "delivered"
-    #: Charged, not at hand, and not at stake in the journal: nobody would ever look for it.
+    #: Charged, not on disk, and not at stake in the journal: no run would ever fetch it.
     LOST = "lost"
-    #: The journal does not know how its purchase ended, and says so.
+    #: The journal says that it does not know how the purchase ended.
     UNKNOWN = "unknown"
-    #: Charged, and could be had; the journal knows it and the run has ended all the same.
+    #: Charged and available; the journal knows it, but the last run ended without it.
     UNDELIVERED = "undelivered"
-    #: Charged, and a whole file that is not the image came: it is kept, and fetched once.
+    #: Charged, and a whole file came that is not the image. It is kept, and fetched once.
     REJECTED = "rejected"
     #: Charged by a server that denies knowing the task; the journal has it as expired.
     FORGOTTEN = "forgotten"
@@ -95,20 +94,20 @@ class Fate(str, Enum):
     #: Its tasks failed, and were not charged.
     FAILED = "failed"
     REFUSED = "refused"
-    #: The server has no task of it, and it was not refused.
+    #: The server has no task of it, and did not refuse it.
     NEVER_BOUGHT = "never_bought"
 
 
 @dataclass(frozen=True)
-class Reckoning:
-    """What became of the drill's requests. Money in units; lists hold request keys.
+class Reconciliation:
+    """The outcomes of a drill's requests. Money in units; lists hold request keys.
 
-    ``submitted`` counts POSTs, ``billed`` charged tasks. ``bought_twice`` have more than one
-    task that was charged or may still be. ``unrecorded`` are the ids of charged tasks that the
-    journal does not know, and holds no unknown outcome for. ``journal_units`` is what the
-    journal has down as charged; ``unexplained_units`` what the server charged beyond that, the
-    unknown outcomes, and what it has forgotten. ``created`` counts tasks, ``disowned`` are requests
-    whose right file is stored while the journal says that it is not.
+    ``submitted`` counts POSTs, ``created`` tasks, ``billed`` charged tasks. Requests
+    ``bought_twice`` have more than one task that was charged or may still be. ``unrecorded`` are
+    the ids of charged tasks that the journal does not know, and holds no unknown outcome for.
+    ``disowned`` are requests whose right file is stored although the journal says that it is not.
+    ``journal_units`` is what the journal has as charged. ``unexplained_units`` is what the server
+    charged beyond that, the unknown outcomes, and what it has forgotten.
     """
 
     requests: int
@@ -116,36 +115,39 @@ class Reckoning:
     created: int
     billed: int
     billed_units: int
-    fates: Mapping[Fate, Sequence[str]]
+    outcomes: Mapping[RequestOutcome, Sequence[str]]
     bought_twice: Sequence[str]
     unrecorded: Sequence[str]
     disowned: Sequence[str]
-    unknown: Sequence[Unknown]
+    unknown: Sequence[UnknownPurchase]
     forgotten_units: int
     journal_units: int
     unexplained_units: int
 
-    def of(self, fate: Fate) -> Sequence[str]:
-        """The requests with this fate."""
-        return self.fates.get(fate, ())
+    def of(self, outcome: RequestOutcome) -> Sequence[str]:
+        """Return the requests with this outcome."""
+        return self.outcomes.get(outcome, ())
 
     @property
     def unknown_units(self) -> int:
-        """What the unknown outcomes cost at most."""
+        """The most that the unknown outcomes may cost."""
         return sum(one.credits_units for one in self.unknown)
 
-    def faults(self, policy: OnUnknown, *, unknown_is_right: bool = False) -> list[str]:
-        """What must not be, in words; empty where the drill is passed.
+    def violations(self, policy: OnUnknown, *, unknown_is_right: bool = False) -> list[str]:
+        """Return what must not happen but did, in words; empty if the drill passed.
 
         An unknown outcome is right under hold, and where no clock says how old it is.
         """
         unknown = 0 if unknown_is_right or policy == "hold" else len(self.unknown)
         found = [
             (len(self.bought_twice), "bought twice"),
-            (len(self.of(Fate.LOST)), "lost"),
+            (len(self.of(RequestOutcome.LOST)), "lost"),
             (len(self.unrecorded), "charged and not in the journal"),
-            (len(self.of(Fate.UNDELIVERED)), "charged, could be had, and not delivered"),
-            (len(self.of(Fate.NEVER_BOUGHT)), "never bought"),
+            (
+                len(self.of(RequestOutcome.UNDELIVERED)),
+                "charged, could be had, and not delivered",
+            ),
+            (len(self.of(RequestOutcome.NEVER_BOUGHT)), "never bought"),
             (len(self.disowned), "stored, and the journal says that it is not"),
             (unknown, "unknown"),
             (credits_from_units(self.unexplained_units), "credits unexplained"),
@@ -154,7 +156,7 @@ class Reckoning:
 
 
 def server_tasks(books: Mapping[str, Any]) -> list[ServerTask]:
-    """The tasks of the emulator's books."""
+    """Return the tasks in the emulator's records."""
     return [
         ServerTask(
             task_id=task["task_id"],
@@ -169,7 +171,7 @@ def server_tasks(books: Mapping[str, Any]) -> list[ServerTask]:
     ]
 
 
-def reckon(
+def reconcile(
     requests: Sequence[ImageRequest],
     submitted: int,
     tasks: Sequence[ServerTask],
@@ -177,17 +179,17 @@ def reckon(
     files: Mapping[str, str],
     *,
     adopts: bool = False,
-) -> Reckoning:
+) -> Reconciliation:
     """Compare. ``files`` are the hashes of the files on disk, by request key.
 
-    With ``adopts`` the journal may hold an image as stored without a purchase: it has found the
-    file. What that one cost is explained by the file.
+    With ``adopts`` the journal may hold an image as stored without a purchase, because it found
+    the file. That file explains its cost.
     """
     by_body: dict[Body, list[ServerTask]] = {}
     for task in tasks:
         by_body.setdefault(task.body, []).append(task)
     prices = _prices(records.values())
-    fates: dict[Fate, list[str]] = {}
+    outcomes: dict[RequestOutcome, list[str]] = {}
     unknown = []
     unrecorded = {task.task_id for task in tasks if task.charged_units > 0}
     disowned = []
@@ -197,31 +199,33 @@ def reckon(
     for request in requests:
         key = request.request_key
         own, record = by_body.get(body_of(request), []), records.get(key)
-        fate = _fate(own, record, files.get(key))
-        fates.setdefault(fate, []).append(key)
+        outcome = _outcome(own, record, files.get(key))
+        outcomes.setdefault(outcome, []).append(key)
+        charged_units = sum(task.charged_units for task in own)
         if record is not None and record.state in _OPEN:
             price = prices.get(request.quality) or PUBLISHED_UNITS[request.quality]
             charged = any(task.counts for task in own)
-            unknown.append(Unknown(key, request.prompt, price, record.sent_at, charged))
+            unknown.append(UnknownPurchase(key, request.prompt, price, record.sent_at, charged))
             unrecorded -= {task.task_id for task in own}
-            unknown_units += sum(task.charged_units for task in own)
+            unknown_units += charged_units
         elif record is not None:
             unrecorded -= {str(record.task_id)}
-        if fate is Fate.DELIVERED and (record is None or record.state is not State.STORED):
+        delivered = outcome is RequestOutcome.DELIVERED
+        if delivered and (record is None or record.state is not State.STORED):
             disowned.append(key)
-        elif adopts and fate is Fate.DELIVERED and record is not None and record.task_id is None:
+        elif adopts and delivered and record is not None and record.task_id is None:
             unrecorded -= {task.task_id for task in own}
-            adopted_units += sum(task.charged_units for task in own) - (record.charged_units or 0)
-        if fate is Fate.FORGOTTEN:
-            forgotten_units += sum(task.charged_units for task in own)
+            adopted_units += charged_units - (record.charged_units or 0)
+        if outcome is RequestOutcome.FORGOTTEN:
+            forgotten_units += charged_units
     billed_units = sum(task.charged_units for task in tasks)
-    return Reckoning(
+    return Reconciliation(
         requests=len(requests),
         submitted=submitted,
         created=len(tasks),
         billed=sum(task.charged_units > 0 for task in tasks),
         billed_units=billed_units,
-        fates=fates,
+        outcomes=outcomes,
         bought_twice=[
             request.request_key
             for request in requests
@@ -240,36 +244,38 @@ def reckon(
     )
 
 
-def _fate(own: Sequence[ServerTask], record: Record | None, file_sha256: str | None) -> Fate:
-    """What became of a request, given its tasks at the server, its record, and its file."""
+def _outcome(
+    own: Sequence[ServerTask], record: Record | None, file_sha256: str | None
+) -> RequestOutcome:
+    """Return a request's outcome, given its tasks at the server, its record and its file."""
     state = None if record is None else record.state
     charged = [task for task in own if task.charged_units > 0]
     if file_sha256 is not None and any(task.file_sha256 == file_sha256 for task in charged):
-        return Fate.DELIVERED
+        return RequestOutcome.DELIVERED
     if charged and state is State.EXPIRED and all(task.forgotten for task in charged):
-        return Fate.FORGOTTEN
+        return RequestOutcome.FORGOTTEN
     if charged and state not in AT_STAKE:
-        return Fate.LOST
+        return RequestOutcome.LOST
     if state in _OPEN:
-        return Fate.UNKNOWN
+        return RequestOutcome.UNKNOWN
     if charged and record is not None and record.error_code in REJECTED:
-        return Fate.REJECTED
+        return RequestOutcome.REJECTED
     if charged:
-        return Fate.UNDELIVERED
+        return RequestOutcome.UNDELIVERED
     if any(task.unfinished for task in own):
-        return Fate.ENDLESS
+        return RequestOutcome.ENDLESS
     if state is State.REFUSED:
-        return Fate.REFUSED
-    return Fate.FAILED if own else Fate.NEVER_BOUGHT
+        return RequestOutcome.REFUSED
+    return RequestOutcome.FAILED if own else RequestOutcome.NEVER_BOUGHT
 
 
 def body_of(request: ImageRequest) -> Body:
-    """What the server sees of a request."""
+    """Return the fields of a request that the server sees."""
     return request.prompt, request.size, request.quality, request.seed
 
 
 def _prices(records: Iterable[Record]) -> dict[str, int]:
-    """The highest price that was seen for each quality."""
+    """Return the highest price that was seen for each quality."""
     prices: dict[str, int] = {}
     for record in records:
         quality = record.request.quality

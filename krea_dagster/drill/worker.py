@@ -1,16 +1,15 @@
-"""The drill's worker process: the engine as production runs it, and where it kills itself.
+"""A worker process: production's engine, and the edges at which it kills itself.
 
-Run as a module it is a fork server: importing the engine takes longer than many a worker lives,
-so it is imported once, and each worker is a fork of it. It reads one JSON object per line,
-``{"start": JOB}`` or ``{"kill": NUMBER}``, and writes ``{"ready": PID}`` at first, then
-``{"started": NUMBER}`` and ``{"ended": NUMBER, "status": STATUS}``: an exit code, or a signal's
-number with a minus. When its input ends, it kills what still runs, and ends.
+Run as a module it is a fork server. Importing the engine takes longer than many a worker runs, so
+it is imported once, and each worker is a fork. The fork server reads one JSON object per line,
+``{"start": JOB}`` or ``{"kill": NUMBER}``. It first writes ``{"ready": PID}``, then
+``{"started": NUMBER}`` and ``{"ended": NUMBER, "status": STATUS}``, where STATUS is an exit code
+or a negative signal number. When its input ends, it kills the workers that still run, and ends.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import select
@@ -19,49 +18,88 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.drill.instrumented import DrilledClient, Life, MakeClient, drilled_resource
-from krea_dagster.drill.job import PARTITION, Job, read_requests
+from krea_dagster.drill.instrumented import (
+    InstrumentedClient,
+    MakeClient,
+    WorkerContext,
+    instrumented_resource,
+)
+from krea_dagster.drill.job import PARTITION, WorkerJob, read_requests
 from krea_dagster.engine.resolution import parse_resolution
 from krea_dagster.engine.run.runner import Wanted
-from krea_dagster.errors import ConfigError, JournalError, StorageError
+from krea_dagster.errors import ConfigError, JournalError, KreaError, StorageError
+from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.plugin.environment import KEY_VARIABLE, Settings
+from krea_dagster.plugin.materialize import materialize
+from krea_dagster.plugin.resource import KreaResource
 
-#: The exit code of a worker that has stopped with an error for the person who reads it.
+#: The exit code of a worker that stopped with an error meant for people.
 STOPPED: Final = 3
 
 
-def carry(job: Job, make_client: MakeClient = DrilledClient) -> None:
-    """Live one life: carry the job's rows as far as they go, and say on stderr how it ended."""
-    krea = drilled_resource(Life.of(job), make_client)
-    if job.again is not None:
-        from krea_dagster.drill.regenerate_worker import ask_again  # noqa: PLC0415 - it needs all of Dagster
+def work(job: WorkerJob, make_client: MakeClient = InstrumentedClient) -> None:
+    """Do a job as far as possible, and print on stderr how it ended."""
+    krea = instrumented_resource(WorkerContext.of(job), make_client)
+    ended = _carry(job, krea) if job.again is None else _regenerate(job, krea)
+    print(json.dumps({"worker": job.number, **ended}), file=sys.stderr)  # noqa: T201 - its log
 
-        ask_again(job, krea)
-        return
-    wanted = [Wanted(request, PARTITION) for request in read_requests(Path(job.folder))[: job.rows]]
+
+def _carry(job: WorkerJob, krea: KreaResource) -> dict[str, Any]:
+    requests = read_requests(job.paths.folder)[: job.rows]
     report = krea.carry(
-        wanted,
+        [Wanted(request, PARTITION) for request in requests],
         run_id=f"worker-{job.number}",
         resolutions={key: parse_resolution(text) for key, text in job.resolutions.items()},
     )
-    ended = {
-        "worker": job.number,
+    return {
         "seconds": round(report.seconds, 3),
         "delivered": report.progress.delivered,
         "failed": report.progress.failed,
         "left": dict(report.left_reasons),
         "stopped": None if report.stopped is None else str(report.stopped),
     }
-    print(json.dumps(ended), file=sys.stderr)  # noqa: T201 - the worker's log
+
+
+def _regenerate(job: WorkerJob, krea: KreaResource) -> dict[str, Any]:
+    """Run the command ``materialize --again``. Raises KreaError if a run of it fails."""
+
+    class InstrumentedSettings(Settings):
+        """The environment's settings, with the instrumented resource."""
+
+        def resource(self) -> KreaResource:
+            return krea
+
+    os.environ["DAGSTER_HOME"] = str(job.paths.folder / "dagster")
+    settings = InstrumentedSettings.from_environment(
+        {
+            KEY_VARIABLE: job.api_key,
+            "EVOLINK_BASE_URL": job.url,
+            "KREA_PROMPTS": str(job.paths.prompts),
+            "KREA_STORAGE": str(job.paths.storage),
+            "KREA_JOURNAL_URL": job.paths.journal_url,
+            "KREA_PARTITION_BY": "hash:1",
+            "KREA_ON_UNKNOWN": job.on_unknown,
+        }
+    )
+    config = KreaImagesConfig(again=list(job.again or ()), wait=True)
+    done = materialize(settings, (), config)
+    if done.failures:
+        raise KreaError("; ".join(done.failures))
+    return {
+        "again": list(config.again),
+        "seconds": round(done.seconds, 3),
+        "delivered": done.progress.delivered,
+        "left": done.progress.left,
+    }
 
 
 # -- the fork server --------------------------------------------------------------------------
 
 
 class ForkServer:
-    """Forks a worker for each job, and tells when it has ended. One thread, no event loop."""
+    """Forks a worker for each job, and reports when it has ended. One thread, no event loop."""
 
     def __init__(self, make_client: MakeClient) -> None:
         self._make_client = make_client
@@ -70,16 +108,16 @@ class ForkServer:
         os.set_blocking(self._woken, False)
 
     def serve(self) -> None:
-        """Work until stdin ends; then kill what still runs."""
+        """Work until stdin ends; then kill the workers that still run."""
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._woken)
-        _say({"ready": os.getpid()})
-        gc.freeze()  # what is imported is never collected, so the forks' pages stay shared
+        _send({"ready": os.getpid()})
+        gc.freeze()  # imported objects are never collected, so the forks' pages stay shared
         try:
             for line in self._lines():
                 message = json.loads(line)
                 if "start" in message:
-                    self._start(Job(**message["start"]))
+                    self._start(WorkerJob(**message["start"]))
                 else:
                     self._kill(message["kill"])
         finally:
@@ -89,7 +127,7 @@ class ForkServer:
                 self._reap(block=True)
 
     def _lines(self) -> Iterator[bytes]:
-        """The lines of stdin; ended workers are reaped while waiting for them."""
+        """Yield the lines of stdin, and reap ended workers while waiting for them."""
         rest = b""
         while True:
             ready, _, _ = select.select([sys.stdin.fileno(), self._wake], [], [])
@@ -103,28 +141,26 @@ class ForkServer:
                 *lines, rest = (rest + piece).split(b"\n")
                 yield from lines
 
-    def _start(self, job: Job) -> None:
-        if job.again is not None:  # once, and not in each fork
-            importlib.import_module("krea_dagster.drill.regenerate_worker")
+    def _start(self, job: WorkerJob) -> None:
         process = os.fork()
         if process == 0:
-            os._exit(self._live(job))
+            os._exit(self._run(job))
         self._workers[process] = job.number
-        _say({"started": job.number})
+        _send({"started": job.number})
 
-    def _live(self, job: Job) -> int:
-        """The life of a forked worker; returns its exit code."""
+    def _run(self, job: WorkerJob) -> int:
+        """Do a job in the forked process, and return the exit code."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for descriptor in (self._wake, self._woken, sys.stdin.fileno(), sys.stdout.fileno()):
             os.close(descriptor)
         try:
-            carry(job, self._make_client)
+            work(job, self._make_client)
         except (ConfigError, JournalError, StorageError) as error:
             kind = type(error).__name__
             print(f"worker {job.number} stopped: {kind}: {error}", file=sys.stderr)  # noqa: T201 - its log
             return STOPPED
-        except BaseException:  # noqa: BLE001 - whatever it is, the drill must hear of it
+        except BaseException:  # noqa: BLE001 - the drill must learn of every error
             print(f"worker {job.number} at {job.edge!r}:", file=sys.stderr)  # noqa: T201 - its log
             traceback.print_exc()
             return 1
@@ -145,17 +181,17 @@ class ForkServer:
                     return
                 number = self._workers.pop(process, None)
                 if number is None:
-                    continue  # a stranger's child, which the first process of a namespace inherits
-                _say({"ended": number, "status": os.waitstatus_to_exitcode(status)})
+                    continue  # another process's child: a namespace's first process inherits them
+                _send({"ended": number, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _say(message: dict[str, Any]) -> None:
-    with suppress(BrokenPipeError):  # nobody listens any more
+def _send(message: dict[str, Any]) -> None:
+    with suppress(BrokenPipeError):  # the drill has ended
         os.write(sys.stdout.fileno(), json.dumps(message).encode() + b"\n")
 
 
-def main(make_client: MakeClient = DrilledClient) -> None:
-    """Be the fork server."""
+def main(make_client: MakeClient = InstrumentedClient) -> None:
+    """Run the fork server."""
     ForkServer(make_client).serve()
 
 

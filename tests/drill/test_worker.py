@@ -9,33 +9,40 @@ import pytest
 
 from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.drill import edges
-from krea_dagster.drill.instrumented import DrilledClient, DrilledTransport, Life, drilled_resource
-from krea_dagster.drill.job import API_KEY, Job, read_requests, write_requests
-from krea_dagster.drill.plan import Plan, requests_of
-from krea_dagster.drill.worker import carry
+from krea_dagster.drill.instrumented import (
+    InstrumentedClient,
+    InstrumentedTransport,
+    WorkerContext,
+    instrumented_resource,
+)
+from krea_dagster.drill.job import API_KEY, WorkerJob, read_requests, write_requests
+from krea_dagster.drill.plan import DrillPlan, requests_of
+from krea_dagster.drill.worker import work
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 
 
-class Passed(DrilledClient):
+class Passed(InstrumentedClient):
     """Notes the edges that are passed, of which none kills."""
 
     seen: list[str]
 
-    def __init__(self, life: Life, *arguments: object, **settings: object) -> None:
-        object.__setattr__(life.guard, "passing", Passed.seen.append)
-        super().__init__(life, *arguments, **settings)  # type: ignore[arg-type]  # as given
+    def __init__(self, context: WorkerContext, *arguments: object, **settings: object) -> None:
+        object.__setattr__(context.switch, "passing", Passed.seen.append)
+        super().__init__(context, *arguments, **settings)  # type: ignore[arg-type]  # as given
 
 
-def job(folder: Path, url: str) -> Job:
-    return Job(1, str(folder), url, rows=2, seed=0, latency_s=0.05)
+def job(folder: Path, url: str) -> WorkerJob:
+    return WorkerJob(1, str(folder), url, rows=2, seed=0, latency_s=0.05)
 
 
 def test_it_sends_by_the_transport_that_production_uses(tmp_path: Path) -> None:
     async def way() -> object:
-        krea = drilled_resource(Life.of(job(tmp_path, "http://127.0.0.1:1")), DrilledClient)
+        krea = instrumented_resource(
+            WorkerContext.of(job(tmp_path, "http://127.0.0.1:1")), InstrumentedClient
+        )
         async with krea._connect() as client:
-            assert isinstance(client._transport, DrilledTransport)
+            assert isinstance(client._transport, InstrumentedTransport)
             assert client._transport.reports_unsent
             return client._transport.inner
 
@@ -44,9 +51,9 @@ def test_it_sends_by_the_transport_that_production_uses(tmp_path: Path) -> None:
 
 def test_it_passes_the_edges_of_an_exchange_in_their_order(tmp_path: Path) -> None:
     Passed.seen = []
-    write_requests(tmp_path, requests_of(Plan(requests=1)))
+    write_requests(tmp_path, requests_of(DrillPlan(requests=1)))
     with Emulator(api_key=API_KEY, latency_s=0.05, state=tmp_path / "emulator") as emulator:
-        carry(job(tmp_path, emulator.url), Passed)
+        work(job(tmp_path, emulator.url), Passed)
         assert emulator.stats()["creates"] == len(read_requests(tmp_path)) == 1
     of_exchange = (edges.BEFORE_POST, edges.TASK_EXISTS, edges.BEFORE_READ, edges.AFTER_READ)
     first_of_each = dict.fromkeys(edge for edge in Passed.seen if edge in of_exchange)
@@ -54,11 +61,11 @@ def test_it_passes_the_edges_of_an_exchange_in_their_order(tmp_path: Path) -> No
 
 
 def test_it_is_checked_before_anything_is_bought_as_a_run_is(tmp_path: Path) -> None:
-    write_requests(tmp_path, requests_of(Plan(requests=1)))
+    write_requests(tmp_path, requests_of(DrillPlan(requests=1)))
     images = tmp_path / "krea" / "images" / "ab"
     images.mkdir(parents=True)
     (images / "abcd.png").touch()
     with Emulator(api_key=API_KEY, state=tmp_path / "emulator") as emulator:
         with pytest.raises(ConfigError, match="the journal that bought them is not there"):
-            carry(job(tmp_path, emulator.url))
+            work(job(tmp_path, emulator.url))
         assert emulator.stats()["submit_posts"] == 0

@@ -14,21 +14,23 @@ import pytest
 from click.testing import CliRunner
 
 from krea_dagster.drill.command import drill_command
-from krea_dagster.drill.drill import Outcome, drill
+from krea_dagster.drill.drill import DrillResult, drill
 from krea_dagster.drill.edges import UNANSWERED
-from krea_dagster.drill.instrumented import SetClock
-from krea_dagster.drill.job import Job, Place
-from krea_dagster.drill.plan import KILL_FAULTS, Plan
-from krea_dagster.drill.worlds import WORLDS, Episode, Part, on_host
+from krea_dagster.drill.instrumented import ShiftedClock
+from krea_dagster.drill.job import DrillPaths, WorkerJob
+from krea_dagster.drill.plan import KILL_FAULTS, DrillPlan
+from krea_dagster.drill.worlds import WORLDS, WorldEpisode, WorldPart, on_host
 
 #: Small enough for a test, and with an episode of each kind.
-PLAN = Plan(requests=24, kills=5, rates=dict.fromkeys(KILL_FAULTS, 0.01), life_s=20.0, seed=1)
+PLAN = DrillPlan(
+    requests=24, kills=5, rates=dict.fromkeys(KILL_FAULTS, 0.01), hung_after_s=20.0, seed=1
+)
 
 #: The process namespace of whoever looks at it.
 PROCESSES = "/proc/self/ns/pid"
 
 
-def run(plan: Plan, folder: Path) -> Outcome:
+def run(plan: DrillPlan, folder: Path) -> DrillResult:
     return anyio.run(drill, plan, folder)
 
 
@@ -46,38 +48,38 @@ def test_in_an_odd_world_nothing_is_bought_twice_or_lost(
 ) -> None:
     if lacking := WORLDS[world].lacking():
         pytest.skip(lacking)
-    outcome = run(PLAN.of(WORLDS[world].parts[number]), tmp_path)
-    assert outcome.faults == []
+    result = run(PLAN.of(WORLDS[world].parts[number]), tmp_path)
+    assert result.violations == []
 
 
 def test_a_worker_that_refuses_an_odd_world_is_counted_and_the_mended_one_is_finished(
     tmp_path: Path,
 ) -> None:
-    def lose(place: Place, _number: int) -> None:
-        place.journal.parent.rename(place.folder / "lost")
+    def lose(paths: DrillPaths, _number: int) -> None:
+        paths.journal.parent.rename(paths.folder / "lost")
 
-    def find(place: Place, _number: int, *, refused: bool) -> None:
+    def find(paths: DrillPaths, _number: int, *, refused: bool) -> None:
         assert refused
-        assert not place.journal.exists()
-        (place.folder / "lost").rename(place.journal.parent)
+        assert not paths.journal.exists()
+        (paths.folder / "lost").rename(paths.journal.parent)
 
-    part = Part(episode=Episode(enter=lose, leave=find))
-    outcome = run(PLAN.of(part), tmp_path)
-    assert outcome.faults == []
-    assert (outcome.episodes, outcome.refused, outcome.stopped) == (1, 1, 0)
+    part = WorldPart(episode=WorldEpisode(enter=lose, leave=find))
+    result = run(PLAN.of(part), tmp_path)
+    assert result.violations == []
+    assert (result.counts.episodes, result.counts.refused, result.counts.stopped) == (1, 1, 0)
     assert "the journal that bought them is not there" in (tmp_path / "workers.log").read_text()
 
 
 def test_an_image_at_hand_that_is_written_again_in_an_episode_is_a_fault(tmp_path: Path) -> None:
-    def write_again(place: Place, _number: int) -> None:
-        for image in (place.storage / "images").glob("??/*"):
+    def write_again(paths: DrillPaths, _number: int) -> None:
+        for image in (paths.storage / "images").glob("??/*"):
             content = image.read_bytes()
             image.unlink()
             image.write_bytes(content)
 
-    outcome = run(PLAN.of(Part(episode=Episode(enter=write_again))), tmp_path)
-    assert outcome.overwritten
-    assert outcome.faults == [f"{len(outcome.overwritten)} stored images overwritten"]
+    result = run(PLAN.of(WorldPart(episode=WorldEpisode(enter=write_again))), tmp_path)
+    assert result.counts.overwritten
+    assert result.violations == [f"{len(result.counts.overwritten)} stored images overwritten"]
 
 
 @pytest.mark.parametrize("policy", ["replay", "hold"])
@@ -85,10 +87,10 @@ def test_a_worker_is_killed_while_the_server_keeps_its_answer_back(
     policy: str, tmp_path: Path
 ) -> None:
     plan = replace(PLAN, kills=2, edges=(UNANSWERED,), rates={}, on_unknown=policy)  # type: ignore[arg-type]  # one of the two
-    outcome = run(replace(plan, honours_key=policy == "replay"), tmp_path)
-    assert outcome.faults == []
-    assert outcome.kills == {UNANSWERED: 2}
-    assert any(one.charged for one in outcome.reckoning.unknown) == (policy == "hold")
+    result = run(replace(plan, honours_key=policy == "replay"), tmp_path)
+    assert result.violations == []
+    assert result.counts.kills == {UNANSWERED: 2}
+    assert any(one.charged for one in result.reconciliation.unknown) == (policy == "hold")
 
 
 def test_the_command_tells_of_each_world_and_of_all(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_world_for_which_the_machine_lacks_something_is_skipped_and_says_why()
 
 def test_the_help_names_every_world_and_what_is_odd_in_it() -> None:
     said = CliRunner().invoke(drill_command, ["--help"]).output
-    assert all(f"  {name:12} {world.says}" in said for name, world in WORLDS.items())
+    assert all(f"  {name:12} {world.description}" in said for name, world in WORLDS.items())
 
 
 def test_the_storm_is_a_drill_of_its_own() -> None:
@@ -124,7 +126,7 @@ def test_the_storm_is_a_drill_of_its_own() -> None:
 
 
 def test_the_parts_of_a_world_share_its_requests_and_kills() -> None:
-    plan = Plan(requests=1000, kills=200, rates={"500": 0.1})
+    plan = DrillPlan(requests=1000, kills=200, rates={"500": 0.1})
     for name, world in WORLDS.items():
         parts = [plan.of(part) for part in world.parts]
         assert sum(part.requests for part in parts) <= 1000, name
@@ -144,8 +146,8 @@ def test_a_host_has_a_name_and_processes_of_its_own() -> None:
 
 
 def test_a_wall_clock_is_ahead_and_is_set_when_it_was_looked_at_so_often() -> None:
-    job = Job(1, "", "", 0, 0, 0.1, ahead_s=3600.0, step_s=-7200.0, step_after=3)
-    clock = SetClock(job)
+    job = WorkerJob(1, "", "", 0, 0, 0.1, ahead_s=3600.0, step_s=-7200.0, step_after=3)
+    clock = ShiftedClock(job)
     hour = timedelta(hours=1)
     ahead = [round((clock.now() - datetime.now(timezone.utc)) / hour) for _ in range(4)]
     assert ahead == [1, 1, -1, -1]

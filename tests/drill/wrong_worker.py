@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from krea_dagster.api.download import Download, Sink
-from krea_dagster.drill.instrumented import DrilledClient
+from krea_dagster.drill.instrumented import InstrumentedClient
 from krea_dagster.drill.worker import main
 from krea_dagster.models import ImageRequest, Submission
 
 
-class NewKeyEachTime(DrilledClient):
+class NewKeyEachTime(InstrumentedClient):
     """Sends every POST under a new Idempotency-Key, so that no repeat is recognised."""
 
     async def submit(
@@ -25,7 +25,7 @@ class NewKeyEachTime(DrilledClient):
         )
 
 
-class AltersFiles(DrilledClient):
+class AltersFiles(InstrumentedClient):
     """Adds a byte to each picture, and reports the hash of the right one all the same."""
 
     async def download(
@@ -37,7 +37,7 @@ class AltersFiles(DrilledClient):
         return replace(done, size_bytes=done.size_bytes + 1)
 
 
-class GrowsFiles(DrilledClient):
+class GrowsFiles(InstrumentedClient):
     """Adds a byte to each picture, and reports what it was before: the file is never right."""
 
     async def download(
@@ -49,7 +49,7 @@ class GrowsFiles(DrilledClient):
         return done
 
 
-class Crashes(DrilledClient):
+class Crashes(InstrumentedClient):
     """Ends with an error at the second download."""
 
     downloads = 0
