@@ -27,7 +27,7 @@ class EmulatorServer:
         self.url = url
         self._http = http
 
-    async def books(self) -> dict[str, Any]:
+    async def stats(self) -> dict[str, Any]:
         """Return the server's records of what was requested, created, charged and fetched."""
         response = await self._http.get("/emulator/books")
         return dict(response.raise_for_status().json())

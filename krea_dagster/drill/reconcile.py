@@ -155,7 +155,7 @@ class Reconciliation:
         return [f"{count:g} {words}" for count, words in found if count]
 
 
-def server_tasks(books: Mapping[str, Any]) -> list[ServerTask]:
+def server_tasks(stats: Mapping[str, Any]) -> list[ServerTask]:
     """Return the tasks in the emulator's records."""
     return [
         ServerTask(
@@ -167,7 +167,7 @@ def server_tasks(books: Mapping[str, Any]) -> list[ServerTask]:
             file_sha256=task["file_sha256"],
             faults=frozenset(task["faults"]),
         )
-        for task in books["tasks"]
+        for task in stats["tasks"]
     ]
 
 

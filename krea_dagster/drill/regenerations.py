@@ -81,12 +81,12 @@ class RegenerationRunner(DrillRunner):
         return 1
 
     def _compare(
-        self, books: Mapping[str, Any], records: Mapping[str, Record], files: Mapping[str, str]
+        self, stats: Mapping[str, Any], records: Mapping[str, Record], files: Mapping[str, str]
     ) -> Reconciliation:
         """Compare what the journal holds. More than one image per command is bought twice."""
         requests = [record.request for record in records.values()]
-        tasks = server_tasks(books)
-        found = reconcile(requests, books["submit_posts"], tasks, records, files)
+        tasks = server_tasks(stats)
+        found = reconcile(requests, stats["submit_posts"], tasks, records, files)
         bought = Counter(task.body[0] for task in tasks if task.counts)
         surplus = [
             name

@@ -242,7 +242,7 @@ class DrillRunner:
         Only those without a task at the server: they were not charged.
         """
         key_of = {body_of(request): request.request_key for request in self._requests}
-        tasks = server_tasks(await self._emulator.books())
+        tasks = server_tasks(await self._emulator.stats())
         bought = {key_of.get(task.body) for task in tasks}
         free = [
             record.request_key
@@ -413,27 +413,27 @@ class DrillRunner:
 
     async def compare(self) -> Reconciliation:
         """Compare the server's records, the journal and the files, once all tasks have ended."""
-        await self._report("comparing the books")
-        books = await self._final_books()
-        text = json.dumps(books, indent=1)
+        await self._report("comparing the records")
+        stats = await self._final_stats()
+        text = json.dumps(stats, indent=1)
         (self._paths.folder / "books.json").write_text(text, encoding="utf-8")
         files = await anyio.to_thread.run_sync(file_hashes, self._paths.storage)
         records = {record.request_key: record for record in await self._records()}
-        return self._compare(books, records, files)
+        return self._compare(stats, records, files)
 
     def _compare(
-        self, books: Mapping[str, Any], records: Mapping[str, Record], files: Mapping[str, str]
+        self, stats: Mapping[str, Any], records: Mapping[str, Record], files: Mapping[str, str]
     ) -> Reconciliation:
-        posts, tasks = books["submit_posts"], server_tasks(books)
+        posts, tasks = stats["submit_posts"], server_tasks(stats)
         return reconcile(self._requests, posts, tasks, records, files, adopts=self._part.adopts)
 
-    async def _final_books(self) -> dict[str, Any]:
+    async def _final_stats(self) -> dict[str, Any]:
         deadline_s = time.monotonic() + 20 * LATENCY_S
         while True:
-            books = await self._emulator.books()
-            unfinished = [task for task in server_tasks(books) if task.unfinished]
+            stats = await self._emulator.stats()
+            unfinished = [task for task in server_tasks(stats) if task.unfinished]
             if all(map(_never_ends, unfinished)) or time.monotonic() > deadline_s:
-                return books
+                return stats
             await anyio.sleep(LATENCY_S)
 
     # -- reading the journal ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How the books, the journal and the files are compared: each way in which they can disagree."""
+"""Comparing the server's records, the journal and the files: each way they can disagree."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_an_unknown_outcome_before_any_answer_counts_the_published_price() -> No
     assert found(record=record, file=None).unknown_units == 4500
 
 
-def test_a_paid_picture_that_the_last_worker_left_behind_is_a_fault() -> None:
+def test_a_paid_image_that_the_last_worker_left_behind_is_a_violation() -> None:
     reconciliation = found(TASK, record=in_state(State.COMPLETED), file=None)
     assert reconciliation.violations("hold") == ["1 charged, could be had, and not delivered"]
 
@@ -158,7 +158,7 @@ def test_what_never_ends_failed_or_was_refused_is_told_apart_from_what_was_never
 
 
 @pytest.mark.parametrize("state", [State.EXPIRED, State.COMPLETED, State.PLANNED])
-def test_a_file_at_hand_that_the_journal_does_not_hold_for_stored_is_a_fault(state: State) -> None:
+def test_a_file_that_the_journal_does_not_hold_as_stored_is_a_violation(state: State) -> None:
     reconciliation = found(TASK, record=in_state(state))
     assert (reconciliation.of(RequestOutcome.DELIVERED), reconciliation.disowned) == ([KEY], [KEY])
     assert "1 stored, and the journal says that it is not" in reconciliation.violations("hold")

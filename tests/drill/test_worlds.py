@@ -26,7 +26,7 @@ PLAN = DrillPlan(
     requests=24, kills=5, rates=dict.fromkeys(KILL_FAULTS, 0.01), hung_after_s=20.0, seed=1
 )
 
-#: The process namespace of whoever looks at it.
+#: The process namespace of the process that reads it.
 PROCESSES = "/proc/self/ns/pid"
 
 
@@ -70,7 +70,7 @@ def test_a_worker_that_refuses_an_odd_world_is_counted_and_the_mended_one_is_fin
     assert "the journal that bought them is not there" in (tmp_path / "workers.log").read_text()
 
 
-def test_an_image_at_hand_that_is_written_again_in_an_episode_is_a_fault(tmp_path: Path) -> None:
+def test_a_stored_image_that_is_written_again_in_an_episode_is_a_violation(tmp_path: Path) -> None:
     def write_again(paths: DrillPaths, _number: int) -> None:
         for image in (paths.storage / "images").glob("??/*"):
             content = image.read_bytes()

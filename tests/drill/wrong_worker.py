@@ -1,4 +1,4 @@
-"""Workers that are wrong on purpose, to show that the drill sees it. The argument is the kind."""
+"""Workers with a defect, to show that the drill finds it. The argument names the defect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NewKeyEachTime(InstrumentedClient):
 
 
 class AltersFiles(InstrumentedClient):
-    """Adds a byte to each picture, and reports the hash of the right one all the same."""
+    """Adds a byte to each image, and reports the hash of the right one."""
 
     async def download(
         self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int
@@ -38,7 +38,7 @@ class AltersFiles(InstrumentedClient):
 
 
 class GrowsFiles(InstrumentedClient):
-    """Adds a byte to each picture, and reports what it was before: the file is never right."""
+    """Adds a byte to each image, and reports the former size: the file is never right."""
 
     async def download(
         self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int
@@ -59,7 +59,7 @@ class Crashes(InstrumentedClient):
     ) -> Download:
         self.downloads += 1
         if self.downloads == 2:
-            raise RuntimeError("wrong on purpose")
+            raise RuntimeError("a defect of the test")
         return await super().download(url, sink=sink, max_bytes=max_bytes)
 
 
