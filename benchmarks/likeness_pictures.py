@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks.harness import Report, finish, note_progress, options_of
-from krea_dagster.curation.measures.builtin import plain
+from krea_dagster.curation.measures.builtin import to_grey_or_rgb
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS, perceptual_hash
 from krea_dagster.curation.similarity.multi_index_hash import words_of
 from krea_dagster.emulator.render import render
@@ -139,7 +139,7 @@ def hashes_of(number: int) -> list[tuple[Any, int]]:
 
 def _hash(image: Image.Image) -> tuple[_Hashes, int]:
     """As measures.measure takes it, without the other figures."""
-    bits, quality = perceptual_hash(np.asarray(plain(image).convert("L")))
+    bits, quality = perceptual_hash(np.asarray(to_grey_or_rgb(image).convert("L")))
     return np.frombuffer(bits, np.uint8), quality
 
 

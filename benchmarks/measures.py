@@ -218,9 +218,9 @@ def prepare(options: Namespace) -> dict[str, Any]:
     }
     write_manifest(storage, "a", pa.table(columns, schema=MANIFEST_SCHEMA))
     figures = generator.random((len(sha256), 6))
-    with MeasureWriter(MeasureCache.builtin(storage)) as notes:
+    with MeasureWriter(MeasureCache.builtin(storage)) as writer:
         for one, values in zip(sha256, figures.tolist(), strict=True):
-            notes.take(one, (generator.bytes(32), 80, *values))
+            writer.add(one, (generator.bytes(32), 80, *values))
     return {}
 
 

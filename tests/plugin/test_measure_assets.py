@@ -13,10 +13,10 @@ from PIL import Image
 
 from krea_dagster import KreaResource
 from krea_dagster.curation.measures.custom import Measure
-from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA, read_measures
+from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.measures import build_image_measures, histogram_text
-from tests.curation.measures.stored_images import Shelf
+from tests.curation.measures.stored_images import StoredImages, read_measures
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, values
 
 MANIFEST = dg.AssetKey(["gauge", "image_manifest"])
@@ -26,8 +26,8 @@ MEASURES = dg.AssetKey(["gauge", "image_measures"])
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(str(tmp_path / "krea"))
+def stored(tmp_path: Path) -> StoredImages:
+    return StoredImages(str(tmp_path / "krea"))
 
 
 def asset(further: Sequence[Measure] = ()) -> dg.AssetsDefinition:
@@ -41,12 +41,12 @@ def asset(further: Sequence[Measure] = ()) -> dg.AssetsDefinition:
 
 
 def run(
-    shelf: Shelf, first: str, last: str | None = None, further: Sequence[Measure] = ()
+    stored: StoredImages, first: str, last: str | None = None, further: Sequence[Measure] = ()
 ) -> dg.ExecuteInProcessResult:
     """Run the asset for one partition, or a range of them."""
     defs = dg.Definitions(
         assets=[asset(further)],
-        resources={"gauge_krea": KreaResource(storage=shelf.root)},
+        resources={"gauge_krea": KreaResource(storage=stored.root)},
         jobs=[dg.define_asset_job("measure", selection=[MEASURES])],
     )
     how: dict[str, Any] = {"partition_key": first}
@@ -72,10 +72,12 @@ def records(metadata: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [dict(one.data) for one in metadata[name].records]
 
 
-def test_a_range_is_measured_in_one_step_and_each_partition_has_its_file(shelf: Shelf) -> None:
-    shelf.write("a", [shelf.row(number) for number in range(4)], FOLDERS)
-    shelf.write("b/1", [shelf.row(9)], FOLDERS)
-    result = run(shelf, "a", "c")
+def test_a_range_is_measured_in_one_step_and_each_partition_has_its_file(
+    stored: StoredImages,
+) -> None:
+    stored.write("a", [stored.row(number) for number in range(4)], FOLDERS)
+    stored.write("b/1", [stored.row(9)], FOLDERS)
+    result = run(stored, "a", "c")
     assert result.success
     assert len(result.get_step_success_events()) == 1
     found = shown(result)
@@ -85,9 +87,9 @@ def test_a_range_is_measured_in_one_step_and_each_partition_has_its_file(shelf: 
         "c": 0,
     }
     assert found["a"]["images_measured_now"] == 4
-    table = read_measures(shelf.storage, KEYS, folders=FOLDERS)
+    table = read_measures(stored.storage, KEYS, folders=FOLDERS)
     assert table["partition_key"].to_pylist() == ["a"] * 4 + ["b/1"]
-    assert found["a"]["path"] == str(Path(shelf.root) / "measures/gauge/a.parquet")
+    assert found["a"]["path"] == str(Path(stored.root) / "measures/gauge/a.parquet")
     sharpness = table["sharpness"].to_numpy()[:4]
     assert found["a"]["sharpness_median"] == pytest.approx(np.median(sharpness))
     (line,) = [one for one in records(found["a"], "figures") if one["measure"] == "sharpness"]
@@ -95,17 +97,17 @@ def test_a_range_is_measured_in_one_step_and_each_partition_has_its_file(shelf: 
     assert len(line["histogram"]) == 12
 
 
-def test_a_second_run_reads_nothing_and_says_so(shelf: Shelf) -> None:
-    shelf.write("a", [shelf.row(number) for number in range(3)], FOLDERS)
-    run(shelf, "a")
-    (found,) = shown(run(shelf, "a")).values()
+def test_a_second_run_reads_nothing_and_says_so(stored: StoredImages) -> None:
+    stored.write("a", [stored.row(number) for number in range(3)], FOLDERS)
+    run(stored, "a")
+    (found,) = shown(run(stored, "a")).values()
     assert (found["images_measured_now"], found["images_reused"]) == (0, 3)
 
 
-def test_files_that_cannot_be_measured_are_named_and_fail_nothing(shelf: Shelf) -> None:
-    rows = [shelf.row(0), shelf.row(1, written=False)]
-    shelf.write("a", rows, FOLDERS)
-    result = run(shelf, "a")
+def test_files_that_cannot_be_measured_are_named_and_fail_nothing(stored: StoredImages) -> None:
+    rows = [stored.row(0), stored.row(1, written=False)]
+    stored.write("a", rows, FOLDERS)
+    result = run(stored, "a")
     assert result.success
     (found,) = shown(result).values()
     assert found["images_not_measured"] == 1
@@ -114,10 +116,10 @@ def test_files_that_cannot_be_measured_are_named_and_fail_nothing(shelf: Shelf) 
     assert (one["why"], one["image_path"]) == ("the file is missing", rows[1]["image_path"])
 
 
-def test_own_measures_are_columns_and_figures_like_the_others(shelf: Shelf) -> None:
-    shelf.write("a", [shelf.row(number) for number in range(3)], FOLDERS)
+def test_own_measures_are_columns_and_figures_like_the_others(stored: StoredImages) -> None:
+    stored.write("a", [stored.row(number) for number in range(3)], FOLDERS)
     score = Measure("score", lambda pictures: [0.25] * len(pictures), description="How nice")
-    (found,) = shown(run(shelf, "a", further=[score])).values()
+    (found,) = shown(run(stored, "a", further=[score])).values()
     assert found["score_median"] == 0.25
     schema = asset([score]).metadata_by_key[MEASURES]["dagster/column_schema"]
     columns = {column.name: column for column in schema.columns}
@@ -126,18 +128,18 @@ def test_own_measures_are_columns_and_figures_like_the_others(shelf: Shelf) -> N
     assert all(column.description for column in columns.values())
 
 
-def test_a_broken_function_fails_the_step_with_its_name_and_the_image(shelf: Shelf) -> None:
-    shelf.write("a", [shelf.row(number) for number in range(12)], FOLDERS)
+def test_a_broken_function_fails_the_step_with_its_name_and_the_image(stored: StoredImages) -> None:
+    stored.write("a", [stored.row(number) for number in range(12)], FOLDERS)
 
     def broken(pictures: list[Image.Image]) -> list[float]:
         raise RuntimeError("no model")
 
-    result = run(shelf, "a", further=[Measure("score", broken)])
+    result = run(stored, "a", further=[Measure("score", broken)])
     assert not result.success
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     text = failure.step_failure_data.user_failure_data
     assert text is not None
-    assert "the measure 'score' failed on 10 pictures" in str(text.description)
+    assert "the measure 'score' failed on 10 images" in str(text.description)
     assert "RuntimeError: no model" in str(text.description)
 
 

@@ -26,7 +26,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from krea_dagster.curation.gallery.filter import GalleryRows
-from krea_dagster.curation.measures.builtin import plain
+from krea_dagster.curation.measures.builtin import to_grey_or_rgb
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.storage.verify import DAMAGED, FORMATS
@@ -178,7 +178,7 @@ def _small(data: bytes, side: int) -> Thumbnail:
     with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
         image.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
         image.load()
-        small = plain(image)
+        small = to_grey_or_rgb(image)
         # By halves first, which is quick, and what is left by a filter.
         small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()

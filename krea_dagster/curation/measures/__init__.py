@@ -1,1 +1,1 @@
-"""Measures of images: figures of their pixels, taken once and kept by sha256."""
+"""Measures of images, computed from their pixels once and cached by sha256."""

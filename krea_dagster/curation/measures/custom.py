@@ -1,4 +1,4 @@
-"""A user's own measures: a function of pictures, called on batches, its answers checked."""
+"""Custom measures: a user's function, called on batches of images, with checked results."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ from PIL import Image
 from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA
 from krea_dagster.errors import ConfigError
 
-#: What stands for "no value" in an answer: None, or not a number.
-Values = Sequence[float | None]
-
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of one's own, such as an aesthetic or CLIP score.
+    """A custom measure of images, such as an aesthetic or CLIP score.
 
-    ``function`` takes a list of Pillow pictures in RGB, at most ``batch_size`` of them, and
-    returns as many numbers; None or NaN where there is no value. It is called in one thread,
-    and loads its model when it is first called, for example in a ``functools.cache``::
+    Values are cached by the image's sha256, ``name`` and ``version``, so a function runs once per
+    image. It is called in one thread. Load a model on the first call, for example with
+    ``functools.cache``::
 
-        def aesthetic(pictures: list[Image.Image]) -> list[float]:
-            return model()(pictures).tolist()
+        def aesthetic(images: list[Image.Image]) -> list[float]:
+            return model()(images).tolist()
 
         Measure("aesthetic", aesthetic, version="2", batch_size=64)
 
-    The values are kept by the image's sha256, the ``name``, which is also the column's, and the
-    ``version``: raise that when the function changes. ``batch_size`` pictures are in memory at
-    once, 4 MB each at 1024×1024 pixels. Raises ConfigError for a name that is none or taken.
+    Args:
+        name: The column's name: up to 63 letters, digits and underscores, beginning with a letter.
+        function: Takes a list of Pillow images in RGB, at most ``batch_size``, and returns one
+            number per image; None or NaN where there is no value.
+        version: Change it when the function changes, and images are measured again.
+        batch_size: Images in memory at once, about 4 MB each at 1024×1024 pixels.
+        description: The column's description in Dagster.
+
+    Raises:
+        ConfigError: The name is invalid or reserved, the version is empty, or ``batch_size`` is
+            less than 1.
     """
 
     name: str
@@ -46,11 +51,11 @@ class Measure:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
-                f"a measure is named {self.name!r}; it names a column, so use up to 63 letters, "
-                "digits and underscores, the first a letter"
+                f"measure name {self.name!r} cannot be a column's name; use up to 63 letters, "
+                "digits and underscores, beginning with a letter"
             )
         if self.name.lower() in MEASURES_SCHEMA.names:
-            raise ConfigError(f"a measure is named {self.name!r}, as one of those of every picture")
+            raise ConfigError(f"measure name {self.name!r} is reserved for a built-in measure")
         if not self.version:
             raise ConfigError(f"the measure {self.name!r} has an empty version")
         if self.batch_size < 1:
@@ -59,26 +64,25 @@ class Measure:
                 "or more"
             )
 
-    def values(self, pictures: Sequence[Image.Image]) -> list[float | None]:
-        """The values of some pictures, in their order; None where the function gives none.
+    def values(self, images: Sequence[Image.Image]) -> list[float | None]:
+        """Return the value of each image, None where the function gives none.
 
-        Raises ValueError for an answer that is not as many numbers, and whatever the function
-        raises.
+        Raises ValueError for a result that is not one number per image, and the function's errors.
         """
-        answer = list(self.function(list(pictures)))
-        if len(answer) != len(pictures):
-            raise ValueError(f"it gave {len(answer)} values for {len(pictures)} pictures")
-        return [_number(value) for value in answer]
+        values = list(self.function(list(images)))
+        if len(values) != len(images):
+            raise ValueError(f"it returned {len(values)} values for {len(images)} images")
+        return [_number(value) for value in values]
 
 
 def checked(measures: Iterable[Measure]) -> tuple[Measure, ...]:
-    """The measures, no two of one name. Raises ConfigError."""
-    seen: dict[str, Measure] = {}
+    """Return the measures. Raises ConfigError for two with one name, regardless of case."""
+    by_name: dict[str, Measure] = {}
     for one in measures:
-        if one.name.lower() in seen:
+        if one.name.lower() in by_name:
             raise ConfigError(f"two measures are named {one.name!r}")
-        seen[one.name.lower()] = one
-    return tuple(seen.values())
+        by_name[one.name.lower()] = one
+    return tuple(by_name.values())
 
 
 def _number(value: Any) -> float | None:
@@ -87,5 +91,5 @@ def _number(value: Any) -> float | None:
     try:
         number = float(value)
     except TypeError:
-        raise ValueError(f"it gave {value!r}, which is no number") from None
+        raise ValueError(f"it returned {value!r}, which is not a number") from None
     return None if math.isnan(number) else number

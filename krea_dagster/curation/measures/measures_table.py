@@ -1,7 +1,6 @@
-"""What is known of measured images: one Parquet file per partition, a row per stored image.
+"""The tables of measures: one Parquet file per partition, a row per stored image.
 
-The file of a partition says in its schema's metadata what its figures mean, so that a later
-measuring takes over what still holds.
+The file's schema metadata holds the versions of its measures, so a later run reuses valid ones.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from krea_dagster.curation.measures.builtin import VERSION
 from krea_dagster.curation.measures.pdq import HASH_BYTES
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import ConfigError, StorageError
+from krea_dagster.errors import StorageError
 from krea_dagster.prompts import safe_name
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
@@ -27,7 +26,7 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     (
         "perceptual_hash",
         pa.binary(HASH_BYTES),
-        "PDQ hash; up to 31 of its 256 bits differ where two files show the same picture",
+        "PDQ hash; at most 31 of its 256 bits differ where two files show the same image",
     ),
     (
         "perceptual_hash_quality",
@@ -37,84 +36,50 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("sharpness", pa.float64(), "Variance of the Laplacian of grey 0 to 255, from 0"),
     ("brightness", pa.float64(), "Mean grey, 0 black to 1 white"),
     ("contrast", pa.float64(), "Standard deviation of grey, 0 to 0.5"),
-    ("entropy", pa.float64(), "Entropy of the levels of grey, 0 to 8 bits"),
+    ("entropy", pa.float64(), "Entropy of the grey levels, 0 to 8 bits"),
     ("main_colour_share", pa.float64(), "Share of pixels of the most common colour, 0 to 1"),
     ("border_share", pa.float64(), "Share of the area that even bars along the edges take, 0 to 1"),
 )
 
-#: The columns that every file has; a user's own measures follow, as float64.
+#: The columns of every file; custom measures follow, as float64.
 MEASURES_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])
 
-#: What each column means, by name.
+#: The description of each column.
 MEASURES_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
-#: Rows per row group, as the manifests'.
+#: Rows per row group, as in the manifests.
 _ROW_GROUP: Final = 10_000
 
-#: In the schema's metadata: the versions of the figures, as JSON.
+#: The key in the schema's metadata: the versions of the measures, as JSON.
 _VERSIONS: Final = b"krea_measures"
 
-#: Under this name the versions hold that of the figures that every picture has.
+#: The name under which the versions hold that of the built-in measures.
 BUILTIN: Final = ""
 
 
 def measures_name(partition_key: str, folders: Sequence[str] = ()) -> str:
-    """The name of a partition's file under the storage root, made as a manifest's is."""
+    """Return the name of a partition's file under the storage root."""
     return "/".join(["measures", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
 
 
-def measures_schema(further: Iterable[str] = ()) -> pa.Schema:
-    """The columns of a file with a user's own measures of these names."""
-    return pa.schema([*MEASURES_SCHEMA, *(pa.field(name, pa.float64()) for name in further)])
-
-
-def read_measures(
-    storage: Storage,
-    partition_keys: Sequence[str],
-    columns: Sequence[str] | None = None,
-    folders: Sequence[str] = (),
-) -> pa.Table:
-    """Read the measures of these partitions as one table, in the order of the keys.
-
-    Partitions that were never measured are left out. Where some have a user's measure and others
-    not, it is null there. Raises ConfigError for a column that none of the files has; where there
-    is no file, only those of ``MEASURES_SCHEMA`` are known.
-    """
-    tables: list[pa.Table] = []
-    known = dict.fromkeys(MEASURES_SCHEMA.names)
-    for key in partition_keys:
-        try:
-            with storage.open(measures_name(key, folders)) as opened:
-                file = pq.ParquetFile(opened)
-                names = file.schema_arrow.names
-                known |= dict.fromkeys(names)
-                wanted = None if columns is None else [name for name in columns if name in names]
-                tables.append(file.read(wanted).replace_schema_metadata(None))
-        except FileNotFoundError:
-            continue
-    if columns is not None and (missing := [name for name in columns if name not in known]):
-        raise ConfigError(
-            f"the measures have no column {missing[0]!r}; they have {', '.join(known)}"
-        )
-    if not tables:
-        tables = [MEASURES_SCHEMA.empty_table()]
-    table = pa.concat_tables(tables, promote_options="permissive")
-    return table if columns is None else table.select(list(columns))
+def measures_schema(custom: Iterable[str] = ()) -> pa.Schema:
+    """Return the columns of a file with custom measures of these names."""
+    return pa.schema([*MEASURES_SCHEMA, *(pa.field(name, pa.float64()) for name in custom)])
 
 
 def read_valid_measures(
     storage: Storage, partition_key: str, versions: Mapping[str, str], folders: Sequence[str] = ()
 ) -> pa.Table:
-    """Read what an earlier measuring of a partition found, as far as it still holds.
+    """Read the measures of a partition's file that are still valid.
 
-    ``versions`` are those of the user's measures, by name. The columns of other versions are
-    left out; there are no rows where the figures of every picture have another.
+    ``versions`` are those of the custom measures, by name. Columns of other versions are left out,
+    and all rows where the version of the built-in measures differs.
     """
     name = measures_name(partition_key, folders)
     try:
         with storage.open(name) as opened:
             table = pq.ParquetFile(opened).read()
-    except (FileNotFoundError, pa.ArrowInvalid):  # or damaged: it is about to be written anew
+    except (FileNotFoundError, pa.ArrowInvalid):  # a damaged file is replaced
         return MEASURES_SCHEMA.empty_table()
     held = json.loads((table.schema.metadata or {}).get(_VERSIONS, b"{}"))
     if held.get(BUILTIN) != str(VERSION):
@@ -130,9 +95,9 @@ def write_measures(
     versions: Mapping[str, str],
     folders: Sequence[str] = (),
 ) -> str:
-    """Write a partition's measures, atomically; returns their path or URL.
+    """Write a partition's measures atomically; return their path or URL. Raises StorageError.
 
-    Equal tables give equal bytes. Raises StorageError.
+    Equal tables give equal bytes.
     """
     held = json.dumps({BUILTIN: str(VERSION), **versions})
     marked = table.replace_schema_metadata({_VERSIONS: held.encode()})

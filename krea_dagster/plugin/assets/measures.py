@@ -91,12 +91,12 @@ def build_image_measures(
                 krea.open_storage(),
                 partition_keys_of(context),
                 folders=manifest_folders(manifest_key),
-                further=own,
+                custom=own,
                 threads=threads,
                 on_progress=_Progress(context),
             ):
-                for trouble in measured.troubles[:_NAMED]:
-                    context.log.warning("Not measured: %s", redact.text(str(trouble)))
+                for failure in measured.failures[:_NAMED]:
+                    context.log.warning("Not measured: %s", redact.text(str(failure)))
                 context.add_asset_metadata(
                     measures_metadata(measured), partition_key=measured.partition_key
                 )
@@ -124,7 +124,7 @@ def measures_metadata(measured: MeasuredPartition) -> Mapping[str, Any]:
     }
     if len(table):
         values["figures"] = small_table(_figures(name, found) for name, found in columns.items())
-    if measured.troubles:
+    if measured.failures:
         values["not_measured"] = small_table(
             {
                 "prompt_id": one.file.prompt_id,
@@ -133,7 +133,7 @@ def measures_metadata(measured: MeasuredPartition) -> Mapping[str, Any]:
                 "why": one.why,
                 "image_path": one.file.path,
             }
-            for one in measured.troubles[:_NAMED]
+            for one in measured.failures[:_NAMED]
         )
     return values
 

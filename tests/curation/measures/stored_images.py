@@ -1,4 +1,4 @@
-"""A storage root with manifests and real pictures, for tests of what is measured."""
+"""A storage root with manifests and real images, for tests of measures."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from krea_dagster.curation.measures.measures_table import measures_name
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
 
 def drawn(number: int, side: int = 64) -> Image.Image:
-    """A picture of its own for each number."""
+    """Draw a different image for each number."""
     coarse = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
 @dataclass
-class Shelf:
-    """Writes manifests of pictures that lie there, or do not."""
+class StoredImages:
+    """Writes manifests and their image files."""
 
     root: str
     storage: Storage = field(init=False)
@@ -41,7 +43,7 @@ class Shelf:
     def row(
         self, number: int, content: bytes | None = None, *, written: bool = True
     ) -> dict[str, Any]:
-        """A stored row; its file is a drawn picture, or ``content``."""
+        """Return a stored row; its file is a drawn image, or ``content``."""
         key = hashlib.sha256(b"%d" % number).hexdigest()
         data = png(drawn(number)) if content is None else content
         name = f"images/{key[:2]}/{key}.png"
@@ -62,6 +64,15 @@ class Shelf:
         """Write the manifest of a partition."""
         rows = [{**row, "partition_key": key} for row in rows]
         write_manifest(self.storage, key, pa.Table.from_pylist(rows, MANIFEST_SCHEMA), folders)
+
+
+def read_measures(storage: Storage, keys: Sequence[str], folders: Sequence[str] = ()) -> pa.Table:
+    """Read the measures of partitions as one table, in the order of the keys."""
+    tables = []
+    for key in keys:
+        with storage.open(measures_name(key, folders)) as file:
+            tables.append(pq.ParquetFile(file).read().replace_schema_metadata(None))
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _put(file: Any, data: bytes) -> None:

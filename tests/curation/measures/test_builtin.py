@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from krea_dagster.curation.measures.builtin import NAMES, measure, plain
+from krea_dagster.curation.measures.builtin import NAMES, measure, to_grey_or_rgb
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS, perceptual_hash
 
 Pixels = npt.NDArray[np.uint8]
@@ -206,7 +206,7 @@ def test_grey_of_16_bits_counts_from_black_to_white() -> None:
 
 def test_what_is_plain_is_not_copied() -> None:
     picture = noise(16)
-    assert plain(picture) is picture
+    assert to_grey_or_rgb(picture) is picture
 
 
 # -- the perceptual hash ----------------------------------------------------------------------
