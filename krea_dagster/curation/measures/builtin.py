@@ -1,8 +1,8 @@
 """Measures of a decoded image: sharpness, contrast, a perceptual hash and others. Pure.
 
 They are computed in grey (ITU-R 601 luma) at full size unless said otherwise, with transparency
-laid on white. They depend on the pixels only. When a formula changes, raise ``VERSION``: measures of
-another version are computed again.
+laid on white, and depend on the pixels only. When a formula changes, raise ``VERSION``: images with
+measures of another version are measured again.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Similarity: which images are the same picture, or nearly."""
+"""Similarity: which images are the same, or nearly the same."""

@@ -1,14 +1,14 @@
-"""Finds which of a million hashes differ in a few bits only, without comparing all pairs. Pure.
+"""Finds which of a million hashes differ in few bits, without comparing all pairs. Pure.
 
-This is multi-index hashing (Norouzi, Punjani and Fleet, 2012), which is exact: a hash of 256 bits
-is cut into 16 pieces of 16 bits, and where two hashes differ in at most 31 bits, at least one of
-the pieces differs in at most one. So only hashes that share a piece, or nearly, are compared.
-The pieces stand in four words of 64 bits, and the same reasoning holds for each of the words: of a
-pair that counts, some word differs in at most 7 bits, and a piece of that very word in at most
-one. One word thus settles all but one in a million of the comparisons.
+This is multi-index hashing (Norouzi, Punjani and Fleet, 2012), which is exact. A hash of 256 bits
+is cut into 16 pieces of 16 bits; where two hashes differ in at most 31 bits, at least one piece
+differs in at most one bit. So only hashes that share a piece, or nearly, are compared. The pieces
+are stored in four words of 64 bits, and the same holds for each word: in a matching pair some word
+differs in at most 7 bits, and a piece of that word in at most one. So one word settles all but one
+in a million of the comparisons.
 
-faiss has such an index too (``IndexBinaryMultiHash``); a million queries take it minutes, for
-every candidate is a jump in memory. Here many queries walk through sorted words at once.
+faiss has such an index (``IndexBinaryMultiHash``), but a million queries take minutes there,
+because each candidate is a jump in memory. Here many queries walk through sorted words together.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ import numpy.typing as npt
 #: Bytes and bits of a hash.
 HASH_BYTES: Final = 32
 HASH_BITS: Final = 8 * HASH_BYTES
-#: The most bits that may differ: beyond it the pieces would have to be looked up too often.
+#: The largest limit: beyond it the pieces would have to be looked up too often.
 MOST_BITS: Final = 47
 
 _PIECES: Final = 16
 _PIECE_BITS: Final = 16
 _KEYS: Final = 1 << _PIECE_BITS
 _PER_WORD: Final = 4
-#: Hashes whose neighbours are looked for at once: few where crowds are alike.
+#: Hashes whose neighbours are searched together: fewer where many are similar.
 _BATCH: Final = 4096
 _SMALL_BATCH: Final = 64
-#: Pairs that are compared at once: few enough to stay in a core's cache.
+#: Pairs that are compared together: few enough to stay in a core's cache.
 _PAIRS: Final = 1 << 16
-#: Pairs that are near and kept at once: more are found only where whole crowds are alike.
+#: The most near pairs kept for one batch: more occur only where very many hashes are similar.
 _HITS: Final = 1 << 18
-#: The share of hashes that may be done with before the index is made anew without them.
+#: The share of settled hashes at which the index is rebuilt without them.
 _DONE_SHARE: Final = 1 / 16
 
 Hashes = npt.NDArray[np.uint8]
@@ -51,10 +51,10 @@ _Places = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Stars:
-    """The star that each hash belongs to.
+    """The star of each hash.
 
-    ``centre`` is the place of the star's first hash, its own for a centre and for whoever is
-    alone; ``distance`` the bits between the two. ``pairs`` is how many were compared.
+    ``centre`` is the index of the star's first hash (a hash's own index where it is a centre or
+    alone), ``distance`` the bits between the two, ``pairs`` how many pairs were compared.
     """
 
     centre: _Places
@@ -63,12 +63,12 @@ class Stars:
 
 
 def find_stars(hashes: Hashes, most_bits: int, *, threads: int | None = None) -> Stars:
-    """Group hashes (n × 32 bytes), which are given in the order of preference.
+    """Group hashes (n × 32 bytes) that are in the order of preference.
 
-    From first to last, a hash that belongs to no star yet begins one, and takes all later ones
-    that belong to none and differ from it in at most ``most_bits`` bits. So whatever is in a star
-    is that near to its centre, and there are no chains. Exact; takes about 250 bytes a hash.
-    Raises ValueError for a number of bits below 0 or above ``MOST_BITS``.
+    From first to last, a hash without a star starts one and takes all later hashes without a star
+    that differ from it in at most ``most_bits`` bits. So each member is near its centre, and there
+    are no chains. Exact; takes about 250 bytes per hash. Raises ValueError where ``most_bits`` is
+    below 0 or above ``MOST_BITS``.
     """
     if not 0 <= most_bits <= MOST_BITS:
         raise ValueError(f"most_bits must be 0 to {MOST_BITS}, not {most_bits}")
@@ -81,18 +81,18 @@ def find_stars(hashes: Hashes, most_bits: int, *, threads: int | None = None) ->
 
 
 class _Search:
-    """The state of one search: who has which centre."""
+    """The state of one search: ``owner`` is the centre of each hash."""
 
     def __init__(self, words: _Words, most_bits: int) -> None:
         self.words = words
         self.pairs = 0
-        self.owner = np.full(len(words), len(words), np.int64)  # its length stands for none
+        self.owner = np.full(len(words), len(words), np.int64)  # the length means none
         self._most_bits = most_bits
         self._lookups = list(_lookups(most_bits))
         self._lock = Lock()
 
     def run(self, pool: ThreadPoolExecutor) -> None:
-        """Give every hash to its centre, a batch of possible centres after the other."""
+        """Assign every hash to its centre, batch by batch of possible centres."""
         left = np.arange(len(self.words))
         index, indexed = self._index(left, pool), len(left)
         size = _BATCH
@@ -110,10 +110,10 @@ class _Search:
             size = min(_BATCH, 2 * size)
 
     def _settle(self, batch: _Places, index: list[_Table], pool: ThreadPoolExecutor) -> bool:
-        """Find the centres of a batch, and give them whoever is near, in it and after it.
+        """Find the centres of a batch, and assign the near hashes in and after it to them.
 
-        False where so many are alike that a smaller batch should be settled first, which takes
-        most of them away.
+        Return False where too many are similar: then a smaller batch should be settled first, which
+        removes most of them.
         """
         found = _Pairs(_HITS)
         self._look_up(batch, index, pool, found.add)
@@ -126,8 +126,8 @@ class _Search:
             return True
         if len(batch) > _SMALL_BATCH:
             return False
-        # The pairs of the batch alone are few. Afterwards only its centres are asked for, no two
-        # of which are alike.
+        # The pairs within the batch are few. Afterwards only its centres are looked up, and no two
+        # of them are near.
         found = _Pairs(None)
         self._look_up(batch, self._index(batch, pool), pool, found.add)
         self._choose(*found.all())
@@ -135,7 +135,7 @@ class _Search:
         return True
 
     def _choose(self, ones: _Places, others: _Places) -> None:
-        """Go through the pairs of a batch in order, and give the neighbours of centres to them."""
+        """Assign the neighbours of centres, from the pairs of a batch in order."""
         order = np.argsort(ones, kind="stable")
         ones, others = ones[order], others[order]
         firsts, begins = np.unique(ones, return_index=True)
@@ -145,7 +145,7 @@ class _Search:
                 self.owner[free] = first
 
     def _claim(self, centres: _Places, others: _Places) -> bool:
-        """Give hashes to the first centre that is near: whoever has one of before keeps it."""
+        """Assign hashes to the first near centre; an earlier assignment stays."""
         np.minimum.at(self.owner, others, centres)
         return True
 
@@ -159,9 +159,9 @@ class _Search:
         pool: ThreadPoolExecutor,
         take: Callable[[_Places, _Places], bool],
     ) -> None:
-        """Find pairs that are near: of these places, and later ones of the index.
+        """Pass near pairs to ``take``, of these hashes and later ones of the index.
 
-        Until one is not taken any more. A pair may be found by several pieces.
+        Stops where ``take`` returns False. A pair may be found by several pieces.
         """
         lock, queries = Lock(), self.words[places]
 
@@ -182,7 +182,7 @@ class _Search:
 
 
 class _Pairs:
-    """Pairs that were found, as far as they are few enough to be kept."""
+    """The pairs that were found, up to a limit."""
 
     def __init__(self, most: int | None) -> None:
         self._most, self._count = most, 0
@@ -190,27 +190,27 @@ class _Pairs:
 
     @property
     def too_many(self) -> bool:
-        """Whether there were more, so that these are not all."""
+        """Whether the limit was exceeded, so that pairs are missing."""
         return self._most is not None and self._count > self._most
 
     def add(self, ones: _Places, others: _Places) -> bool:
-        """Keep these; false where they are too many by now."""
+        """Add pairs; return False once the limit is exceeded."""
         self._found.append((ones, others))
         self._count += len(ones)
         return not self.too_many
 
     def all(self) -> tuple[_Places, _Places]:
-        """All of them."""
-        nothing = np.empty(0, np.int64)
+        """Return all pairs."""
+        empty = np.empty(0, np.int64)
         return (
-            np.concatenate([nothing, *(ones for ones, _ in self._found)]),
-            np.concatenate([nothing, *(others for _, others in self._found)]),
+            np.concatenate([empty, *(ones for ones, _ in self._found)]),
+            np.concatenate([empty, *(others for _, others in self._found)]),
         )
 
 
 @dataclass(frozen=True)
 class _Lookup:
-    """How one piece is used: what to look it up by, and the most bits of its word."""
+    """How one piece is looked up: the masks, and the most bits in which its word may differ."""
 
     piece: int
     masks: npt.NDArray[np.int64]
@@ -218,14 +218,14 @@ class _Lookup:
 
 
 def _lookups(most_bits: int) -> Iterator[_Lookup]:
-    """Share the bits among the pieces so that no pair can be missed.
+    """Distribute the bits among the pieces so that no pair can be missed.
 
-    Where a piece is looked up with r bits changed, for all pieces together r + 1 must come to
+    Where a piece is looked up with r bits changed, the sum of r + 1 over all pieces must be
     most_bits + 1: a pair that differs in more than r bits of each piece differs in more than
-    most_bits. The same for the pieces of one word.
+    most_bits. The same holds for the pieces of one word.
     """
     least, more = divmod(most_bits + 1, _PIECES)
-    # Every fourth piece first, so that the words share evenly.
+    # Every fourth piece first, so that the words get equal shares.
     order = sorted(range(_PIECES), key=lambda piece: (piece % _PER_WORD, piece))
     takes = {piece: least + (rank < more) for rank, piece in enumerate(order)}
     for piece, bits in sorted(takes.items()):
@@ -236,7 +236,7 @@ def _lookups(most_bits: int) -> Iterator[_Lookup]:
 
 
 def _masks(radius: int) -> npt.NDArray[np.int64]:
-    """All patterns of 16 bits with at most so many ones."""
+    """Return all patterns of 16 bits with at most ``radius`` ones."""
     masks = [
         sum(1 << place for place in places)
         for ones in range(radius + 1)
@@ -258,7 +258,7 @@ class _Table:
         np.cumsum(np.bincount(keys, minlength=_KEYS), out=self._begins[1:])
 
     def keep(self, wanted: npt.NDArray[np.bool_]) -> None:
-        """Forget all but these, which are true at their places."""
+        """Remove all hashes but those that ``wanted`` marks."""
         kept = wanted[self._places]
         before = np.zeros(len(kept) + 1, np.int64)
         np.cumsum(kept, out=before[1:])
@@ -266,12 +266,9 @@ class _Table:
         self._places, self._words = self._places[kept], self._words[kept]
 
     def candidates(self, queries: _Words) -> Iterator[tuple[_Places, _Places, int]]:
-        """Yield numbers of queries, and the places of hashes that may be near to them.
-
-        With how many pairs were compared for that.
-        """
+        """Yield query numbers, the places of hashes that may be near, and the pairs compared."""
         own = self._keys(queries)
-        order = np.argsort(own, kind="stable")  # so that memory is walked through in order
+        order = np.argsort(own, kind="stable")  # so that memory is read in order
         masks = self._lookup.masks
         keys = (masks[:, None] ^ own[order].astype(np.int64)).ravel()
         begins = np.take(self._begins, keys)
@@ -286,7 +283,7 @@ class _Table:
             total = int(ends[stop - 1]) - before
             places = np.repeat(begins[part] - (ends[part] - counts[part] - before), counts[part])
             places += _UP_TO[:total] if total <= _PAIRS else np.arange(total)
-            # All are in range: clipping only spares the check.
+            # All are in range; clipping only saves the check.
             differ = np.take(self._words, places, mode="clip")
             differ ^= np.repeat(words[part], counts[part])
             hits = np.flatnonzero(np.bitwise_count(differ) <= self._lookup.word_bits)
@@ -311,10 +308,10 @@ def _distances(words: _Words, centre: _Places) -> npt.NDArray[np.int32]:
 
 
 def words_of(hashes: Hashes) -> _Words:
-    """The hashes (n × 32 bytes) as four words each (n × 4), their bits in an order of our own.
+    """Return hashes (n × 32 bytes) as four words each (n × 4), with their bits permuted.
 
-    The bits of PDQ stand for 16 × 16 frequencies, and neighbours are alike in many pictures. A
-    piece takes a diagonal of them, so that none is made of bits that say the same.
+    The bits of PDQ are 16 × 16 frequencies, and neighbours correlate in many images. Each piece
+    takes a diagonal of them, so that its bits are as independent as possible.
     """
     row = np.arange(_PIECE_BITS)[None, :]
     source = (_PIECE_BITS * row + (np.arange(_PIECES)[:, None] - row) % _PIECES).ravel()

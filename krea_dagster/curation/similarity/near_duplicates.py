@@ -1,7 +1,7 @@
-"""The table of near-duplicates: made from manifests and measures on file, and kept beside them.
+"""The table of near-duplicates, built from the manifests and measures in storage.
 
-One row per manifest row whose image is in a cluster of two or more purchases. Made anew each time:
-a million images take about a minute of CPU, and nothing is kept from one time to the next.
+One row per manifest row whose image is in a cluster of two or more purchases. It is rebuilt
+completely each time: a million images take about a minute of CPU.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("sample", pa.int32(), "Which of the row's num_images this is, from 0"),
     ("request_key", pa.string(), "The purchase; rows that share one were paid for once"),
     ("cluster", pa.string(), "The cluster: the smallest sha256 of its images"),
-    ("kind", pa.string(), "exact: the very same file as the kept one; near: a picture like it"),
+    ("kind", pa.string(), "exact: the same file as the kept one; near: a similar image"),
     ("keep", pa.bool_(), "Whether this purchase is the one of the cluster to keep"),
     ("distance", pa.int32(), "Bits of the perceptual hash that differ from the kept one's"),
-    ("credits_charged", pa.float64(), "What the purchase cost, credits; null while not known"),
+    ("credits_charged", pa.float64(), "Credits charged for the purchase; null while unknown"),
 )
 
 NEAR_DUPLICATES_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])
 
-#: What each column means, by name.
+#: The description of each column.
 NEAR_DUPLICATES_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
 _ORDER: Final = [
@@ -62,19 +62,18 @@ _ORDER: Final = [
     ("sample", "ascending"),
 ]
 
-#: Rows that are read at once, and rows of a row group that is written.
+#: Rows per batch read, and per row group written.
 _ROWS: Final = 50_000
 _ROW_GROUP: Final = 10_000
 
 
 @dataclass(frozen=True)
 class DuplicateCounts:
-    """What a table holds. Purchases are distinct request keys.
+    """Counts of a table. Purchases are distinct request keys.
 
-    ``exact`` and ``near`` are the purchases in clusters that are not the ones to keep; ``units``
-    is what they cost, without the ``unpriced`` of which that is not known. ``by_distance`` counts
-    the near ones by the bits in which they differ. ``largest`` is how many purchases the largest
-    cluster has.
+    ``exact`` and ``near`` count the purchases that are not the ones to keep, ``units`` is their
+    cost without the ``unpriced``, whose cost is unknown. ``by_distance`` counts the near ones by
+    differing bits; ``largest`` is the number of purchases of the largest cluster.
     """
 
     clusters: int
@@ -87,18 +86,18 @@ class DuplicateCounts:
 
     @property
     def count(self) -> int:
-        """The purchases that are not the ones to keep."""
+        """Return the number of purchases that are not the ones to keep."""
         return self.exact + self.near
 
     @property
     def credits(self) -> float:
-        """What they cost, credits."""
+        """Return their cost in credits."""
         return credits_from_units(self.units)
 
 
 @dataclass(frozen=True)
 class NearDuplicateSummary:
-    """What was looked at, and what was found. Images are distinct files."""
+    """What was compared and found. Images are distinct files."""
 
     images: int
     purchases: int
@@ -110,14 +109,14 @@ class NearDuplicateSummary:
 
 
 def near_duplicates_name(folders: Sequence[str] = ()) -> str:
-    """The name of the table's file under the storage root; ``folders`` as for the manifests."""
+    """Return the name of the table's file; ``folders`` as for the manifests."""
     return "/".join(["near_duplicates", *map(safe_name, folders), "clusters.parquet"])
 
 
 def read_near_duplicates(
     storage: Storage, folders: Sequence[str] = (), columns: Sequence[str] | None = None
 ) -> pa.Table | None:
-    """Read the table, or these columns of it; None where it was never made."""
+    """Read the table, or these columns of it; None where it does not exist."""
     try:
         with storage.open(near_duplicates_name(folders)) as file:
             return pq.ParquetFile(file).read(None if columns is None else list(columns))
@@ -134,18 +133,18 @@ def update_near_duplicates(
     least_quality: int = LEAST_QUALITY,
     threads: int | None = None,
 ) -> NearDuplicateSummary:
-    """Make the table from all manifests and measures below ``folders``, and write it atomically.
+    """Build the table from all manifests and measures below ``folders`` and write it atomically.
 
-    ``verdicts`` are those that count, by sha256. Images without measures are compared by sha256
-    only. Equal inputs give equal bytes, whatever the order of their rows. Raises ConfigError for a
-    limit that cannot be, and OSError or pyarrow.ArrowException for files that cannot be read.
+    ``verdicts`` are the present ones, by sha256. Images without measures are compared by sha256
+    only. Equal inputs give equal bytes in any order of rows. Raises ConfigError where
+    ``most_bits`` is out of range, and OSError or pyarrow.ArrowException for unreadable files.
     """
     if not 0 <= most_bits <= MOST_BITS:
         raise ConfigError(f"most_bits must be 0 to {MOST_BITS} bits of 256, not {most_bits}")
     names = list(manifest_names(storage, folders))
     found = find_clusters(
         _purchases(storage, names),
-        _measured(storage, names),
+        _hashes(storage, names),
         verdicts or {},
         most_bits=most_bits,
         least_quality=least_quality,
@@ -176,12 +175,12 @@ def _purchases(storage: Storage, names: Sequence[str]) -> Iterator[Purchases]:
             digests_from_hex(batch.column("request_key")),
             stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False),
         )
-    # What Arrow has read by now it would keep, for as long as the search needs the memory.
+    # Arrow would keep the memory of what it has read, while the search needs it.
     pa.default_memory_pool().release_unused()
 
 
-def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashes]:
-    """Read the measures of the partitions that have a manifest, and a file of them."""
+def _hashes(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashes]:
+    """Read the measures of the partitions that have both a manifest and measures."""
     columns = ["image_sha256", "perceptual_hash", "perceptual_hash_quality", "sharpness"]
     for manifest in manifests:
         # The files of the measures are named as the manifests are.
@@ -189,11 +188,11 @@ def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashe
         if storage.size_bytes(name) is None:
             continue
         for batch in _batches(storage, name, columns):
-            whole = pc.and_(
+            hashed = pc.and_(
                 pc.is_valid(batch.column("perceptual_hash")),
                 pc.is_valid(batch.column("perceptual_hash_quality")),
             )
-            rows = batch.filter(pc.and_(whole, _is_hash(batch.column("image_sha256"))))
+            rows = batch.filter(pc.and_(hashed, _is_hash(batch.column("image_sha256"))))
             quality = rows.column("perceptual_hash_quality").cast(pa.int32())
             sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
             yield ImageHashes(
@@ -206,7 +205,7 @@ def _measured(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashe
 
 
 def _table(storage: Storage, names: Sequence[str], found: ImageClusters) -> pa.Table:
-    """The rows of the clusters: the manifests are read once more, so that only those are kept."""
+    """Read the manifests once more and return the rows of the clusters."""
     parts = [NEAR_DUPLICATES_SCHEMA.empty_table()]
     columns = ["partition_key", "prompt_id", "sample", "request_key", "credits_charged"]
     for batch in _stored(storage, names, [*columns, "image_sha256"]):
@@ -218,7 +217,7 @@ def _table(storage: Storage, names: Sequence[str], found: ImageClusters) -> pa.T
         centre = found.centre[places]
         keys = digests_from_hex(rows.column("request_key"))
         keep = (places == centre) & (keys == found.best_key[centre]).all(axis=1)
-        # The kept one is called exact where its very file was bought again.
+        # The kept one is exact where its file was bought again.
         exact = np.where(keep, found.purchases[centre] > 1, places == centre)
         values: dict[str, Any] = {
             **{name: rows.column(name) for name in (*columns, "image_sha256")},
@@ -233,11 +232,11 @@ def _table(storage: Storage, names: Sequence[str], found: ImageClusters) -> pa.T
 
 
 def count_duplicates(table: pa.Table) -> DuplicateCounts:
-    """Count what a table holds."""
-    bought = _bought(table)
-    copies = bought.filter(pc.invert(bought["keep"]))
+    """Count the duplicates of a table."""
+    purchases = _purchases_of(table)
+    copies = purchases.filter(pc.invert(purchases["keep"]))
     near = copies.filter(pc.equal(copies["kind"], "near"))
-    sizes = bought.group_by("cluster").aggregate([("request_key", "count")])
+    sizes = purchases.group_by("cluster").aggregate([("request_key", "count")])
     units = pc.round(pc.multiply(copies["credits_charged"], float(UNITS_PER_CREDIT)))
     return DuplicateCounts(
         clusters=len(sizes),
@@ -251,13 +250,13 @@ def count_duplicates(table: pa.Table) -> DuplicateCounts:
 
 
 def largest_clusters(table: pa.Table, most: int) -> list[dict[str, Any]]:
-    """The clusters with the most purchases, as far as ``most``; of equal ones the first by name.
+    """Return the ``most`` clusters with the most purchases, ties by name.
 
-    Each with ``cluster``, ``purchases``, ``copies_credits`` (of those not to keep, as far as
-    known), and of the kept one ``prompt_id``, ``sample`` and ``partition_key``.
+    Each has ``cluster``, ``purchases``, ``copies_credits`` (known cost of those not to keep), and
+    of the kept one ``prompt_id``, ``sample`` and ``partition_key``.
     """
-    bought = _bought(table)
-    sizes = bought.group_by("cluster").aggregate([("request_key", "count")])
+    purchases = _purchases_of(table)
+    sizes = purchases.group_by("cluster").aggregate([("request_key", "count")])
     order = [("request_key_count", "descending"), ("cluster", "ascending")]
     first = sizes.sort_by(order).slice(0, most)
     kept: dict[str, dict[str, Any]] = {}
@@ -265,9 +264,9 @@ def largest_clusters(table: pa.Table, most: int) -> list[dict[str, Any]]:
     for row in table.filter(these).to_pylist():
         kept.setdefault(row["cluster"], row)
     these = pc.and_(
-        pc.is_in(bought["cluster"], value_set=first["cluster"]), pc.invert(bought["keep"])
+        pc.is_in(purchases["cluster"], value_set=first["cluster"]), pc.invert(purchases["keep"])
     )
-    copies = bought.filter(these).group_by("cluster").aggregate([("credits_charged", "sum")])
+    copies = purchases.filter(these).group_by("cluster").aggregate([("credits_charged", "sum")])
     credits = dict(
         zip(*copies.select(["cluster", "credits_charged_sum"]).to_pydict().values(), strict=True)
     )
@@ -282,8 +281,8 @@ def largest_clusters(table: pa.Table, most: int) -> list[dict[str, Any]]:
     ]
 
 
-def _bought(table: pa.Table) -> pa.Table:
-    """One row per purchase: rows of one request key say the same of it."""
+def _purchases_of(table: pa.Table) -> pa.Table:
+    """Return one row per purchase; rows of one request key agree."""
     columns = ["keep", "distance", "kind", "credits_charged"]
     found = table.group_by(["cluster", "request_key"]).aggregate([(one, "max") for one in columns])
     return found.rename_columns(["cluster", "request_key", *columns])
@@ -295,7 +294,7 @@ def _bought(table: pa.Table) -> pa.Table:
 def _stored(
     storage: Storage, names: Sequence[str], columns: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of manifests that have an image."""
+    """Yield the manifest rows with an image."""
     for name in names:
         for batch in _batches(storage, name, [*columns, "status"]):
             stored = pc.equal(batch.column("status"), State.STORED.value).fill_null(False)
@@ -314,7 +313,7 @@ def _is_hash(texts: pa.Array) -> pa.Array:
 
 
 def _fixed(hashes: pa.Array) -> npt.NDArray[np.uint8]:
-    """Hashes of 32 bytes each, n × 32."""
+    """Return binary hashes as n × 32 bytes."""
     fixed = hashes.cast(pa.binary(32))
     buffer = fixed.buffers()[1]
     flat = np.frombuffer(buffer, np.uint8, 32 * len(fixed), 32 * fixed.offset)
