@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.arrow import as_array
 from krea_dagster.prompts.identity import Hasher, image_seeds, request_keys
 
 _Rows: TypeAlias = pa.RecordBatch | pa.Table
@@ -55,9 +56,4 @@ def _drawn_seeds(hasher: Hasher, columns: dict[str, pa.Array]) -> pa.Array:
 
 
 def _columns(rows: _Rows) -> dict[str, pa.Array]:
-    return {name: _array(rows.column(name)) for name in rows.schema.names}
-
-
-def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    found = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return found if isinstance(found, pa.Array) else pa.concat_arrays(found.chunks)
+    return {name: as_array(rows.column(name)) for name in rows.schema.names}

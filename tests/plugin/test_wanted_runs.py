@@ -125,7 +125,7 @@ def test_what_would_be_the_same_picture_or_has_failed_is_never_bought_again(
     why = {one.name: one.why for one in studio.outcomes().values() if one.short}
     # One picture, and so one verdict, for both rows that share it.
     assert set(why) == {"fixed", "failed", "shared-1", "shared-2"}
-    assert "a seed that the table fixes" in why["fixed"]
+    assert "a seed in the table" in why["fixed"]
     assert "retry_errors" in why["failed"]
 
 

@@ -1,1 +1,1 @@
-"""What is accepted: rules and verdicts, and exactly as many as are wanted."""
+"""Accepted images: by rules and verdicts, and in the wanted number."""

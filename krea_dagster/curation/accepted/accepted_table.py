@@ -1,7 +1,7 @@
-"""Makes the tables of accepted images from manifests, verdicts, measures and likeness.
+"""Builds the tables of accepted images from manifests, verdicts, measures and near-duplicates.
 
-``accepted`` (pure) says which row is accepted, ``wanted`` (pure) how many are taken; here the
-files are read and written. Nothing needs the network, and all can be made again.
+``rules`` decides which row is accepted and ``quota`` how many are; this module reads and writes the
+files. They can be rebuilt at any time, without network where the storage is local.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.arrow import as_array
 from krea_dagster.curation.accepted.candidates import read_slots
 from krea_dagster.curation.accepted.quota import (
     SLOT_SCHEMA,
@@ -33,8 +34,8 @@ from krea_dagster.curation.accepted.rules import (
     Evidence,
     Rules,
     judge,
+    limit_to_wanted,
     redundant_rows,
-    take,
     verdict_table,
     verdict_version,
     verdicts_of,
@@ -47,10 +48,10 @@ from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_name, manifest_names
 from krea_dagster.manifest.files import write_parts
 from krea_dagster.prompts import PLAN_SCHEMA, safe_name
 
-#: What is added to the manifest's columns, and what it means.
+#: The columns added to the manifest's, with their descriptions.
 ACCEPTED_COLUMNS: Final[Mapping[str, str]] = {
-    "verdict": "What a person has said of the image last; null where nobody has",
-    "reviewer": "Who",
+    "verdict": "The last verdict on the image; null without a review",
+    "reviewer": "Who gave it",
     "reviewed_at": "When, UTC",
 }
 _ADDED: Final = [VERDICT_SCHEMA.field(name) for name in ACCEPTED_COLUMNS]
@@ -71,29 +72,29 @@ _DUPLICATES: Final = pa.schema(
 
 
 def accepted_name(partition_key: str, folders: Sequence[str] = ()) -> str:
-    """The name of a partition's accepted images under the storage root."""
+    """Return the name of a partition's accepted images under the storage root."""
     return "/".join(["accepted", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
 
 
 def accepted_schema(manifest: pa.Schema) -> pa.Schema:
-    """Return the manifest's columns, the table's further ones, and ``ACCEPTED_COLUMNS``.
+    """Return the manifest's columns with ``ACCEPTED_COLUMNS``.
 
     Raises ConfigError where the prompt table has a column of one of those names.
     """
     if taken := [name for name in ACCEPTED_COLUMNS if name in manifest.names]:
         raise ConfigError(
-            f"the prompt table has a column {taken[0]!r}, which accepted images have of their "
-            "own; rename it in the table"
+            f"the prompt table has a column {taken[0]!r}, which is reserved in the tables of "
+            "accepted images; rename it in the prompt table"
         )
     return pa.schema([*manifest, *_ADDED])
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """What one partition came to. ``reasons`` counts its rows by why they are accepted or not.
+class AcceptedPartition:
+    """The result of one partition. ``reasons`` counts its rows by why they are accepted or not.
 
-    ``units`` are what was bought for its rows, at all their attempts; a purchase that two rows
-    share counts once.
+    ``images`` and ``units`` count all purchases for its rows, at all attempts; a purchase that two
+    rows share counts once.
     """
 
     partition_key: str
@@ -105,23 +106,23 @@ class Accepted:
 
     @property
     def accepted(self) -> int:
-        """Rows that are accepted."""
+        """Return the number of accepted rows."""
         return self.reasons[ACCEPTED]
 
     @property
     def rejected(self) -> int:
-        """Rows that a person has rejected."""
+        """Return the number of rows rejected in a review."""
         return self.reasons[REJECTED]
 
     @property
     def waiting(self) -> int:
-        """Rows of which somebody, or a measure, has still to say."""
+        """Return the number of rows that still need a verdict or a measure."""
         return sum(self.reasons[reason] for reason in WAITING)
 
 
 @dataclass(frozen=True)
 class AcceptedTableBuilder:
-    """Makes accepted images of the manifests in ``folders``; ``verdicts`` are the present ones."""
+    """Builds the tables for the manifests in ``folders``; ``verdicts`` are the present ones."""
 
     storage: Storage
     journal: Journal
@@ -139,45 +140,45 @@ class AcceptedTableBuilder:
         wanted: WantedImages | None = None,
         folders: Sequence[str] = (),
     ) -> AcceptedTableBuilder:
-        """Read the verdicts as they are now. Raises JournalError."""
+        """Read the current verdicts. Raises JournalError."""
         verdicts = verdict_table(journal.verdicts.current().values())
         return cls(storage, journal, rules, wanted, verdicts, folders)
 
-    # -- what is known -----------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------
 
     def evidence(self) -> Evidence:
-        """Read what the rules need beside the rows. Raises ConfigError."""
-        measures = spare = None
+        """Read what the rules need in addition to the rows. Raises ConfigError."""
+        measures = redundant = None
         if self.rules.ranges:
             measures = self._read("measures", ["image_sha256", *self.rules.measures])
         if self.rules.one_of_duplicates:
-            spare = redundant_rows(
+            redundant = redundant_rows(
                 self._duplicates(), self.verdicts, require_keep=self.rules.require_keep
             )
-        return Evidence(self.verdicts, measures, spare)
+        return Evidence(self.verdicts, measures, redundant)
 
     def versions(self, partition_keys: Iterable[str]) -> dict[str, str]:
-        """Return a version of what people think of each partition's images.
+        """Return a version of the verdicts on each partition's images.
 
-        Where only one of images that are alike is accepted, what they think of those counts too.
-        Partitions without a manifest have the version of no verdict.
+        Where only one of similar images is accepted, the verdicts on those count too. Partitions
+        without a manifest have the version of no verdict.
         """
-        alike: dict[str, pa.Array] = {}
+        similar: dict[str, pa.Array] = {}
         if self.rules.one_of_duplicates:
-            alike = _images_alike(self._duplicates())
+            similar = _similar_images(self._duplicates())
         judged = self.verdicts["image_sha256"]
         found = {}
         for key in partition_keys:
-            parts = [alike[key]] if key in alike else []
+            parts = [similar[key]] if key in similar else []
             for batch in self.batches(key, ["image_sha256"]):
                 images = batch.column(0)
-                parts.append(images.filter(pc.is_in(images, value_set=judged.combine_chunks())))
+                parts.append(images.filter(pc.is_in(images, value_set=as_array(judged))))
             images = pa.concat_arrays([pa.array([], pa.string()), *parts])
             found[key] = verdict_version(images, self.verdicts)
         return found
 
     def partitions(self) -> list[str]:
-        """The partitions that have a manifest, as their files say."""
+        """Return the partitions that have a manifest with rows, sorted."""
         keys = []
         for name in manifest_names(self.storage, self.folders):
             with self.storage.open(name) as file:
@@ -187,7 +188,7 @@ class AcceptedTableBuilder:
         return sorted(keys)
 
     def batches(self, key: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a partition's manifest; none where there is no file yet."""
+        """Yield the rows of a partition's manifest; none where there is no file."""
         try:
             file = self.storage.open(manifest_name(key, self.folders))
         except FileNotFoundError:
@@ -196,20 +197,23 @@ class AcceptedTableBuilder:
             parquet = pq.ParquetFile(file)
             wanted = columns
             if columns is not None:
-                # What the table has no column of is said by whoever reads it.
+                # The caller reports columns that the table lacks.
                 wanted = [name for name in columns if name in parquet.schema_arrow.names]
             yield from parquet.iter_batches(_ROWS, columns=wanted)
 
-    # -- what is made ------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------
 
-    def make(self, partition_keys: Sequence[str]) -> tuple[list[Accepted], list[GroupResult]]:
-        """Write the accepted images of these partitions, each atomically; returns what they are.
+    def make(
+        self, partition_keys: Sequence[str]
+    ) -> tuple[list[AcceptedPartition], list[GroupResult]]:
+        """Write the accepted images of these partitions, each atomically.
 
-        And how each group that a number is wanted of stands: those of these partitions, or where
-        values of a column are counted, all. Raises ConfigError and JournalError.
+        Return the partitions, and the result of each group with a wanted number: the groups of
+        these partitions, or where values of a column are counted, of all. Raises ConfigError and
+        JournalError.
         """
         evidence = self.evidence()
-        made: list[Accepted] = []
+        made: list[AcceptedPartition] = []
         outcomes: list[GroupResult] = []
         if self.wanted is not None and self.wanted.column:
             every = sorted({*self.partitions(), *partition_keys})
@@ -228,7 +232,7 @@ class AcceptedTableBuilder:
         return made, outcomes
 
     def slots(self, keys: Sequence[str]) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
-        """Read the slots of these partitions, and where each begins and how many it has."""
+        """Return the slots of these partitions, and the first and the number of each one's."""
         column = "" if self.wanted is None else self.wanted.column
         names = list(dict.fromkeys([*PLAN_SCHEMA.names, *_STATES, *([column] if column else [])]))
         prices = self.journal.highest_prices()
@@ -245,18 +249,18 @@ class AcceptedTableBuilder:
         if self.wanted is None:
             return reasons, []
         groups = Groups.by(self.wanted, slots)
-        images = slots["image_sha256"].combine_chunks()
-        verdicts = verdicts_of(images, self.verdicts, ["verdict"])["verdict"].combine_chunks()
-        taken = take(
+        images = as_array(slots["image_sha256"])
+        verdicts = as_array(verdicts_of(images, self.verdicts, ["verdict"])["verdict"])
+        limited = limit_to_wanted(
             reasons,
             slots,
             groups.of,
             self.wanted.numbers(groups.names),
             kept=pc.equal(verdicts, KEEP),
         )
-        return taken, list(decide(self.wanted, slots, slot_states(slots, reasons)).outcomes)
+        return limited, list(decide(self.wanted, slots, slot_states(slots, reasons)).outcomes)
 
-    def _write(self, key: str, slots: pa.Table, reasons: pa.Array) -> Accepted:
+    def _write(self, key: str, slots: pa.Table, reasons: pa.Array) -> AcceptedPartition:
         name = accepted_name(key, self.folders)
         schema = accepted_schema(self._manifest_schema(key))
         mask = pc.equal(reasons, ACCEPTED)
@@ -270,17 +274,17 @@ class AcceptedTableBuilder:
                 if batch.column("request_key").to_pylist() != keys[here].to_pylist():
                     raise _rewritten(key)
                 rows = pa.Table.from_batches([batch.filter(mask[here])])
-                images = rows["image_sha256"].combine_chunks()
-                said = verdicts_of(images, self.verdicts, list(ACCEPTED_COLUMNS))
-                yield pa.Table.from_arrays([*rows.columns, *said.columns], schema=schema)
+                images = as_array(rows["image_sha256"])
+                verdicts = verdicts_of(images, self.verdicts, list(ACCEPTED_COLUMNS))
+                yield pa.Table.from_arrays([*rows.columns, *verdicts.columns], schema=schema)
             if start != len(keys):
                 raise _rewritten(key)
 
         self.storage.write(name, lambda file: write_parts(file, schema, parts()))
         _, first = np.unique(
-            np.asarray(keys.combine_chunks().dictionary_encode().indices), return_index=True
+            np.asarray(as_array(keys).dictionary_encode().indices), return_index=True
         )
-        return Accepted(
+        return AcceptedPartition(
             key,
             self.storage.locate(name),
             schema,
@@ -296,24 +300,24 @@ class AcceptedTableBuilder:
         except FileNotFoundError:
             return MANIFEST_SCHEMA
 
-    # -- the tables beside -------------------------------------------------------------------
+    # -- other tables ------------------------------------------------------------------------
 
     def _duplicates(self) -> pa.Table:
         return self._read("near_duplicates", _DUPLICATES.names).cast(_DUPLICATES)
 
     def _read(self, kind: str, columns: Sequence[str]) -> pa.Table:
-        """Read these columns of all files of a kind, such as measures."""
+        """Read these columns of all files of a kind, such as ``measures``."""
         home = "/".join([kind, *map(safe_name, self.folders)])
         tables = []
         for name in sorted(self.storage.names(home)):
             if name.rpartition("/")[0] != home or not name.endswith(".parquet"):
                 continue
             with self.storage.open(name) as file:
-                there = pq.ParquetFile(file).schema_arrow.names
-                if missing := [column for column in columns if column not in there]:
+                names = pq.ParquetFile(file).schema_arrow.names
+                if missing := [column for column in columns if column not in names]:
                     raise ConfigError(
                         f"{self.storage.locate(name)} has no column {missing[0]!r}; it has "
-                        f"{', '.join(there)}. Correct the rules of accepted images, or "
+                        f"{', '.join(names)}. Correct the rules of accepted images, or "
                         f"materialize the asset that makes the file again."
                     )
                 tables.append(pq.read_table(file, columns=list(columns)))
@@ -323,8 +327,8 @@ class AcceptedTableBuilder:
         return pa.schema([(name, known.get(name, pa.float64())) for name in columns]).empty_table()
 
 
-def _images_alike(duplicates: pa.Table) -> dict[str, pa.Array]:
-    """Return for each partition the images of all clusters that reach into it."""
+def _similar_images(duplicates: pa.Table) -> dict[str, pa.Array]:
+    """Return for each partition the images of all clusters with an image in it."""
     pairs = pa.table(
         {"cluster": duplicates["cluster"], "partition_key": duplicates["partition_key"]}
     )
@@ -333,12 +337,12 @@ def _images_alike(duplicates: pa.Table) -> dict[str, pa.Array]:
     found = {}
     for key in pc.unique(joined["partition_key"]).to_pylist():
         mask = pc.equal(joined["partition_key"], key)
-        found[str(key)] = joined["image_sha256"].filter(mask).combine_chunks()
+        found[str(key)] = as_array(joined["image_sha256"].filter(mask))
     return found
 
 
 def _rewritten(key: str) -> ConfigError:
     return ConfigError(
-        f"the manifest of {key} was written anew while its accepted images were made; "
-        "materialize them again"
+        f"the manifest of {key} was rewritten while its accepted images were built; materialize "
+        "them again"
     )

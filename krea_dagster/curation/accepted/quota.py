@@ -1,18 +1,18 @@
-"""Exactly N accepted: which slots are bought, asked again or held back, and why some stay short.
+"""Exactly N accepted: which slots are bought, regenerated or held back, and why some stay short.
 
-Pure. A slot is one sample of a row (``num_images`` of them), and holds one picture at a time. Of
-each group (a prompt, or a value of a column) a number of accepted images is wanted, and what is
-missing is what is wanted less what is accepted or undecided: not looked at yet, at the server, of
-unknown outcome. Never more is asked for than is missing:
+Pure. A slot is one sample of a row (``num_images`` of them) and holds one image at a time. A number
+of accepted images is wanted of each group (a prompt, or a value of a column). Missing is the wanted
+number less the images that are accepted or undecided: not reviewed yet, at the server, of unknown
+outcome. Never more is bought than is missing:
 
-- first the slots that have no picture yet, then those whose picture was refused, of which another
-  is asked for (the next attempt); the fewest attempts first, then the lowest sample, then the
-  order of the table;
-- a slot whose seed stands in the table would give the same picture again, and is left alone;
-- a slot whose task failed or was refused is left alone too, but for the errors that every run
-  tries again, and those that ``retry_errors`` names: these count as slots without a picture;
-- nothing beyond the candidate budget: so many images of a group, and so many credits, whatever
-  has become of them. What failed or was refused at the server cost nothing and does not count.
+- first slots without an image, then those whose image was refused, with the next attempt; the
+  fewest
+  attempts first, then the lowest sample, then the order of the table;
+- a slot with a seed in the table would give the same image again, and is left alone;
+- a slot whose task failed or was refused is left alone too, except for the errors that every run
+  retries and those in ``retry_errors``: these count as slots without an image;
+- nothing beyond the candidate budget, a number of images and of credits per group. All purchases
+  count. Failed and refused tasks cost nothing and do not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from krea_dagster.models import credits_from_units, units_from_credits
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-#: How a slot stands.
+#: The state of a slot.
 IS_ACCEPTED: Final = 0
 IS_UNDECIDED: Final = 1
 IS_OPEN: Final = 2
@@ -44,11 +44,11 @@ IS_REFUSED: Final = 3
 IS_FIXED: Final = 4
 IS_FAILED: Final = 5
 
-#: Candidates of a group for each image that is wanted, where nobody says how many.
+#: The default candidate budget: images bought for each wanted one.
 CANDIDATES_EACH: Final = 4
 
-#: The most of the credits of a group where nobody says: no bound but that of the images.
-_NO_BOUND: Final = 2**62
+#: The default credit budget of a group, in units: no limit.
+_NO_LIMIT: Final = 2**62
 
 _AT_STAKE: Final = pa.array(sorted(state.value for state in AT_STAKE))
 _UNASKED: Final = pa.array([State.PLANNED.value, State.DEFERRED.value])
@@ -60,10 +60,14 @@ _ENDED: Final = pa.array([State.FAILED.value, State.REFUSED.value])
 class WantedImages:
     """How many accepted images are wanted, of what, and how many candidates may be bought.
 
-    ``number`` is wanted of each prompt, or where ``column`` names one, of each of its values;
-    None where only the ``values`` that are named have a number. ``most_images`` and
-    ``most_units`` bound what is bought of each group in all; None stands for ``CANDIDATES_EACH``
-    times the number, and for no bound.
+    Args:
+        number: Wanted images of each prompt, or of each value of ``column``; None where only
+            ``values`` have a number.
+        column: The column whose values are counted; empty counts prompts.
+        values: Wanted images of single values or prompts, in place of ``number``.
+        most_images: The most images bought per group, over all attempts; None for 4 times the
+            number.
+        most_units: The most units (1/10,000 credits) spent per group; None for no limit.
     """
 
     number: int | None
@@ -80,15 +84,20 @@ class WantedImages:
         most_images: int | None = None,
         most_credits: float | None = None,
     ) -> WantedImages | None:
-        """Read ``prompt=N``, or ``column:NAME=N`` and ``column:NAME:VALUE=N``; None for none.
+        """Return the wanted images from texts; None for no texts.
 
-        All of one column. Raises ConfigError.
+        Args:
+            texts: ``prompt=N``, or ``column:NAME=N`` and ``column:NAME:VALUE=N``, all of one
+            column. most_images: The most images bought per group. most_credits: The most credits
+            spent per group.
+
+        Raises:
+            ConfigError: A text is invalid or repeated, or a budget is negative or has no number.
         """
         if not texts:
             if most_images is not None or most_credits is not None:
                 raise ConfigError(
-                    "a candidate budget is given, and no number of wanted images; give one, such "
-                    "as prompt=3"
+                    "a candidate budget needs a number of wanted images; give one, such as prompt=3"
                 )
             return None
         number: int | None = None
@@ -98,20 +107,20 @@ class WantedImages:
             column, value, count = _read(text)
             columns.add(column)
             if (value is None and number is not None) or (value is not None and value in values):
-                raise ConfigError(f"the wanted images {text!r} are given twice")
+                raise ConfigError(f"duplicate wanted images {text!r}")
             if value is None:
                 number = count
             else:
                 values[value] = count
         if len(columns) > 1:
             raise ConfigError(
-                "images are wanted per prompt, or per value of one column; here both are given, "
-                f"or two columns: {', '.join(texts)}"
+                "images are wanted per prompt or per value of one column, not both and not of "
+                f"several columns: {', '.join(texts)}"
             )
         if (most_images is not None and most_images < 0) or (
             most_credits is not None and not 0 <= most_credits < 1e12
         ):
-            raise ConfigError("a candidate budget is a number of images or credits, not below 0")
+            raise ConfigError("a candidate budget of images or credits must not be negative")
         return cls(
             number,
             columns.pop(),
@@ -122,16 +131,16 @@ class WantedImages:
 
     @property
     def of(self) -> str:
-        """What a group is, in words."""
+        """Return the name of a group: ``prompt`` or ``value of COLUMN``."""
         return f"value of {self.column}" if self.column else "prompt"
 
     def numbers(self, names: Sequence[str]) -> Numbers:
-        """Return how many are wanted of these groups; -1 where any number is."""
+        """Return the wanted number of these groups, -1 for no limit."""
         rest = -1 if self.number is None else self.number
         return np.array([self.values.get(name, rest) for name in names], np.int64)
 
     def most(self, numbers: Numbers) -> Numbers:
-        """Return how many images of each group may be bought in all."""
+        """Return how many images of each group may be bought in total."""
         if self.most_images is None:
             return numbers * CANDIDATES_EACH
         return np.full(len(numbers), self.most_images, np.int64)
@@ -144,27 +153,27 @@ def _read(text: str) -> tuple[str, str | None, int]:
     known = scope == "prompt" or (kind == "column" and colon and column)
     if not equals or not known or not count.strip().isdecimal():
         raise ConfigError(
-            f"the wanted images {text!r} cannot be read; write prompt=N, column:NAME=N or "
-            "column:NAME:VALUE=N, such as prompt=3"
+            f"invalid wanted images {text!r}; use prompt=N, column:NAME=N or column:NAME:VALUE=N, "
+            "such as prompt=3"
         )
     return column, value if second else None, int(count)
 
 
-#: The columns of slots: what ``QuotaDecision`` and ``short_table`` need of each.
+#: The columns of slots.
 SLOT_SCHEMA: Final = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("sample", pa.int32()),
         ("attempt", pa.int32()),
         ("seed", pa.int32()),
-        ("drawn", pa.bool_()),  # so that another attempt has another seed
+        ("drawn", pa.bool_()),  # another attempt has another seed
         ("request_key", pa.string()),
         ("partition_key", pa.string()),
-        ("value", pa.string()),  # of the column that is counted by; null without
+        ("value", pa.string()),  # of the counted column; null for prompts
         ("status", pa.string()),
         ("image_sha256", pa.string()),
         ("error_code", pa.string()),
-        ("price_units", pa.int64()),  # what to ask for it would cost at most
+        ("price_units", pa.int64()),  # the highest price of the request
         ("bought_images", pa.int32()),  # at all its attempts
         ("bought_units", pa.int64()),
     ]
@@ -173,7 +182,7 @@ SLOT_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of some rows: their names, and for each row which of them it is of."""
+    """The groups of some rows: their names, and the group number of each row."""
 
     names: Sequence[str]
     of: Numbers
@@ -183,17 +192,17 @@ class Groups:
         """Group rows that have ``prompt_id`` and ``value``."""
         column = rows["value"].fill_null("") if wanted.column else rows["prompt_id"]
         encoded = column.combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):  # of more rows than fit into one array
+        if isinstance(encoded, pa.ChunkedArray):  # more rows than fit into one array
             encoded = encoded.unify_dictionaries().combine_chunks()
         return cls(encoded.dictionary.to_pylist(), np.asarray(encoded.indices).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class GroupResult:
-    """How one group stands after a decision, or at the end; counts of slots.
+    """The state of one group after a decision or at the end; counts of slots.
 
-    ``images`` and ``units`` are what was bought of it so far, at all attempts. ``why`` says what
-    keeps it from its number; empty where nothing does, or it is not known yet (``undecided`` and
+    ``images`` and ``units`` are its purchases so far, at all attempts. ``why`` is the reason that
+    it stays below its number; empty where it does not, or that is not known yet (``undecided`` and
     ``asked`` are under way).
     """
 
@@ -208,21 +217,21 @@ class GroupResult:
 
     @property
     def reached(self) -> bool:
-        """Whether as many are accepted as are wanted."""
+        """Whether the wanted number is accepted."""
         return self.accepted >= self.wanted
 
     @property
     def short(self) -> int:
-        """How many there will never be unless somebody changes something."""
+        """Return how many images will stay missing unless something is changed."""
         return max(0, self.wanted - self.accepted - self.undecided - self.asked)
 
 
 @dataclass(frozen=True)
 class QuotaDecision:
-    """What is done with slots: masks beside them, and how each group then stands.
+    """What is done with slots, as masks, and the result of each group.
 
-    ``ask`` have no picture yet and are bought; ``again`` are those of which another is asked for;
-    ``held`` have no picture and are not bought now.
+    ``ask`` have no image yet and are bought; ``again`` get another attempt; ``held`` have no image
+    and are not bought now.
     """
 
     ask: Mask
@@ -232,12 +241,12 @@ class QuotaDecision:
 
     @property
     def totals(self) -> Mapping[str, Any]:
-        """Counts over all groups that a number is wanted of, and how many are short."""
+        """Return counts over all groups with a wanted number."""
         return quota_totals(self.outcomes)
 
 
 def quota_totals(outcomes: Sequence[GroupResult]) -> Mapping[str, Any]:
-    """Counts over groups: images and credits as plain numbers, for metadata."""
+    """Return counts over groups, of images and in credits, for metadata."""
     return {
         "groups": len(outcomes),
         "groups_reached": sum(one.reached for one in outcomes),
@@ -254,15 +263,15 @@ def quota_totals(outcomes: Sequence[GroupResult]) -> Mapping[str, Any]:
 def slot_states(
     slots: pa.Table, reasons: pa.Array, *, retry_errors: Collection[str] = ()
 ) -> npt.NDArray[np.int8]:
-    """Return how each slot stands, from why its picture is accepted or not (``accepted.judge``).
+    """Return the state of each slot; ``reasons`` are from ``rules.judge``.
 
-    ``slots`` has ``SLOT_SCHEMA``; a null status is a request that was never planned.
+    ``slots`` has ``SLOT_SCHEMA``; a null status means that the request was never planned.
     """
     status = slots["status"].fill_null(State.PLANNED.value)
     stored = pc.equal(status, State.STORED.value)
     codes = slots["error_code"]
     retried = pc.is_in(codes, value_set=pa.array(sorted(retry_errors), pa.string()))
-    # A run tries these again by itself, so that another slot in their place would be one too many.
+    # Every run retries these, so another slot in their place would be one too many.
     repeated = pc.and_(pc.equal(status, State.FAILED.value), pc.is_in(codes, value_set=_REPEATABLE))
     unasked = pc.or_(
         pc.is_in(status, value_set=_UNASKED),
@@ -283,10 +292,10 @@ def slot_states(
 
 
 def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]) -> QuotaDecision:
-    """Decide what is asked for. ``slots`` has ``SLOT_SCHEMA``, in the order of the table.
+    """Decide what is bought. ``slots`` has ``SLOT_SCHEMA``, in the order of the table.
 
-    Two slots of a group that share a request are one: it is bought once and is one picture. Two
-    requests of a group that gave the same file are one accepted image: the later is as if refused.
+    Two slots of a group that share a request count as one: it is bought once and is one image. Two
+    requests of a group that gave the same file are one accepted image; the later counts as refused.
     """
     groups = Groups.by(wanted, slots)
     of, number = groups.of, len(groups.names)
@@ -299,13 +308,13 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     def count(*kinds: int) -> Numbers:
         return np.bincount(of[counted & np.isin(standing, kinds)], minlength=number)
 
-    # What a shared request has cost counts once for the group.
+    # The cost of a shared request counts once for the group.
     images = _sums(of[counted], _numbers(slots, "bought_images")[counted], number)
     units = _sums(of[counted], _numbers(slots, "bought_units")[counted], number)
     accepted, undecided = count(IS_ACCEPTED), count(IS_UNDECIDED)
     missing = np.maximum(numbers - accepted - undecided, 0)
     room = np.maximum(wanted.most(numbers) - images, 0)
-    credits_left = (_NO_BOUND if wanted.most_units is None else wanted.most_units) - units
+    credits_left = (_NO_LIMIT if wanted.most_units is None else wanted.most_units) - units
     candidates = counted & np.isin(standing, (IS_OPEN, IS_REFUSED))
     (places,) = np.nonzero(candidates)
     order = places[
@@ -321,10 +330,10 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     ]
     of_each, prices = of[order], _numbers(slots, "price_units")[order]
     place_in_group = ranks(of_each)
-    # The running cost within the group: the whole's, less the whole's before the group began.
+    # The running cost within the group: the total less the total before the group's first row.
     running = np.cumsum(prices)
     before = running - prices
-    begins = order_of_begins(place_in_group)
+    begins = np.arange(len(order)) - place_in_group
     within = running - before[begins] if len(order) else running
     chosen = (place_in_group < np.minimum(missing, room)[of_each]) & (
         within <= credits_left[of_each]
@@ -333,8 +342,8 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     picked[order[chosen]] = True
     asked = np.bincount(of[picked], minlength=number)
     left = count(IS_OPEN, IS_REFUSED) - asked
-    # Those that share a request fare alike.
-    picked = _alike(of, slots["request_key"], picked, first)
+    # Slots that share a request are treated the same.
+    picked = _with_shared_requests(of, slots["request_key"], picked, first)
     is_open = standing == IS_OPEN
     fixed, failed = count(IS_FIXED), count(IS_FAILED)
     outcomes = [
@@ -369,7 +378,7 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
 def _without_same_images(
     of: Numbers, slots: pa.Table, standing: npt.NDArray[np.int8]
 ) -> npt.NDArray[np.int8]:
-    """Return how slots stand, where of requests of a group that gave the same file one counts."""
+    """Return the states, with one accepted slot where requests of a group gave the same file."""
     (places,) = np.nonzero(standing == IS_ACCEPTED)
     order = places[np.lexsort((places, _numbers(slots, "sample")[places], of[places]))]
     chosen = slots.select(["image_sha256", "request_key"]).take(pa.array(order))
@@ -384,12 +393,6 @@ def _without_same_images(
     return found
 
 
-def order_of_begins(place_in_group: Numbers) -> Numbers:
-    """Return of rows that are sorted by group where each one's group begins."""
-    found: Numbers = np.arange(len(place_in_group)) - place_in_group
-    return found
-
-
 def _why(
     short: int, *, left: int, room: int, most: int | None, images: int, fixed: int, failed: int
 ) -> str:
@@ -400,13 +403,13 @@ def _why(
         reasons.append(f"the candidate budget is spent at {images} images")
     elif left:
         reasons.append(
-            f"the candidate budget of {credits_from_units(most or 0):g} credits leaves no room for "
-            "another"
+            f"the candidate budget of {credits_from_units(most or 0):g} credits does not cover "
+            "another one"
         )
     if short > left:
         if fixed:
             reasons.append(
-                f"{fixed} refused with a seed that the table fixes, which would give the same again"
+                f"{fixed} refused with a seed in the table, which would give the same image again"
             )
         if failed:
             reasons.append(f"{failed} failed at the server (retry_errors buys them again)")
@@ -416,15 +419,15 @@ def _why(
 
 
 def _first_of_each(of: Numbers, keys: pa.ChunkedArray) -> Mask:
-    """Return which are the first of their group with a request."""
+    """Return which slots are the first of their group with their request."""
     _, first = np.unique(_requests(of, keys), return_index=True)
     found = np.zeros(len(of), np.bool_)
     found[first] = True
     return found
 
 
-def _alike(of: Numbers, keys: pa.ChunkedArray, chosen: Mask, first: Mask) -> Mask:
-    """Return the chosen, and those that share a request with one of its group."""
+def _with_shared_requests(of: Numbers, keys: pa.ChunkedArray, chosen: Mask, first: Mask) -> Mask:
+    """Return the chosen slots, and those of their group that share a request with one."""
     if first.all():
         return chosen
     requests = _requests(of, keys)
@@ -432,7 +435,7 @@ def _alike(of: Numbers, keys: pa.ChunkedArray, chosen: Mask, first: Mask) -> Mas
 
 
 def _requests(of: Numbers, keys: pa.ChunkedArray) -> Numbers:
-    """Return a number for each group and text, such as a request, together."""
+    """Return a number for each pair of a group and a text, such as a request key."""
     encoded = pa.chunked_array(keys.chunks, pa.string()).combine_chunks().dictionary_encode()
     found: Numbers = of * (len(encoded.dictionary) + 1) + np.asarray(encoded.indices)
     return found
@@ -444,7 +447,7 @@ def _numbers(slots: pa.Table, name: str) -> Numbers:
 
 
 def _sums(of: Numbers, values: Numbers, number: int) -> Numbers:
-    """Add up by group, in whole numbers."""
+    """Return the sums by group, as integers."""
     found = np.zeros(number, np.int64)
     np.add.at(found, of, values)
     return found

@@ -1,16 +1,17 @@
-"""Which images are accepted, and why a row is not: rules, measures, likeness and verdicts. Pure.
+"""The rules of acceptance: which images are accepted, and why a row is not. Pure.
 
-A row is accepted where its image is stored and nothing speaks against it:
+A row is accepted where its image is stored and all of this holds:
 
-- a person's last verdict is not *reject*, and not *flag*, which waits for another look;
-- with ``require_keep`` that verdict is *keep*. Without it, which is the default, an image that
-  nobody has looked at is accepted too, so that one can go on before there is a review;
-- each measure lies in its range. A keep does not stand above a range: take the rule away, or
-  loosen it;
-- of images that are alike, it is the one to keep.
+- its last verdict is neither *reject* nor *flag*, which waits for another look;
+- with ``require_keep`` the verdict is *keep*. By default an image without a verdict is accepted
+  too,
+  so that work can go on before a review;
+- each measure is in its range. A *keep* does not override a range: remove or loosen the rule;
+- of similar images, it is the one to keep.
 
-Where a number of images is wanted, as many are taken (``take``), in an order that hangs on no
-file's order: kept by a person before not looked at, then the lower sample, then prompt_id.
+Where a number of images is wanted, ``limit_to_wanted`` takes that many, in an order that does not
+depend on the order of files: kept in a review before not reviewed, then the lower sample, then
+prompt_id.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.arrow import as_array
 from krea_dagster.engine.states import State
 from krea_dagster.engine.verdict import FLAG, KEEP, REJECT, Verdict
 from krea_dagster.errors import ConfigError
 
-#: Why a row is accepted, or not. A measure out of its range says its rule instead.
+#: Why a row is accepted or not. For a measure out of range, the reason is the rule's text.
 ACCEPTED: Final = "accepted"
 NOT_STORED: Final = "not stored"
 REJECTED: Final = "rejected"
@@ -38,14 +40,14 @@ FLAGGED: Final = "flagged"
 NOT_REVIEWED: Final = "not reviewed"
 NOT_MEASURED: Final = "not measured"
 DUPLICATE: Final = "duplicate"
-#: More than are wanted: the same image again, or one beyond the number.
+#: More than wanted: the same image again, or one beyond the number.
 SAME_IMAGE: Final = "same image"
 SURPLUS: Final = "more than wanted"
 
-#: A person, or a measure to come, has still to say.
+#: Reasons that a verdict or a measure may still change.
 WAITING: Final = (FLAGGED, NOT_REVIEWED, NOT_MEASURED)
 
-#: What ``judge`` reads of each row, beside the columns of the measures.
+#: The columns that ``judge`` needs of each row.
 JUDGED: Final = ("prompt_id", "sample", "request_key", "status", "image_sha256")
 
 VERDICT_SCHEMA: Final = pa.schema(
@@ -70,7 +72,7 @@ _COMPARE: Final = {
 
 @dataclass(frozen=True)
 class Range:
-    """A bound of one measure: its name, ``>=``, ``<=``, ``>`` or ``<``, and a number."""
+    """A bound of one measure, such as ``sharpness>=120``; the operator is >=, <=, > or <."""
 
     measure: str
     operator: str
@@ -99,7 +101,7 @@ class Range:
         return f"{self.measure}{self.operator}{self.bound:g}"
 
     def holds(self, values: pa.Array) -> pa.Array:
-        """Return where a value lies within; null where there is none, or it is not a number."""
+        """Return which values are in the range; null for null and NaN."""
         numbers = values.cast(pa.float64())
         found = _COMPARE[self.operator](numbers, self.bound)
         return pc.if_else(pc.is_nan(numbers), None, found)
@@ -107,7 +109,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Rules:
-    """What must hold of an accepted image beside that it is stored and not rejected."""
+    """The conditions of an accepted image, in addition to being stored and not rejected.
+
+    Args:
+        require_keep: Accept only images whose last verdict is *keep*.
+        ranges: Bounds of measures that must all hold.
+        one_of_duplicates: Accept only the image to keep of each cluster of near-duplicates.
+    """
 
     require_keep: bool = False
     ranges: tuple[Range, ...] = ()
@@ -121,27 +129,26 @@ class Rules:
         require_keep: bool = False,
         one_of_duplicates: bool = False,
     ) -> Rules:
-        """Read the ranges from texts. Raises ConfigError."""
+        """Return rules with ranges from texts such as ``sharpness>=120``. Raises ConfigError."""
         return cls(require_keep, tuple(map(Range.parse, ranges)), one_of_duplicates)
 
     @property
     def measures(self) -> list[str]:
-        """The measures that they need, each once."""
+        """Return the names of the measures needed, each once."""
         return list(dict.fromkeys(one.measure for one in self.ranges))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of the images beside their rows.
+    """What the rules need in addition to the rows.
 
-    ``verdicts`` has ``VERDICT_SCHEMA``, each image at most once. ``measures`` has
-    ``image_sha256`` and the rules' measures; None where no rule needs one. ``spare`` are the
-    rows of ``redundant_rows``.
+    ``verdicts`` has ``VERDICT_SCHEMA``, each image at most once. ``measures`` has ``image_sha256``
+    and the rules' measures; None where no rule needs one. ``redundant`` is from ``redundant_rows``.
     """
 
     verdicts: pa.Table
     measures: pa.Table | None = None
-    spare: pa.Array | None = None
+    redundant: pa.Array | None = None
 
 
 def verdict_table(verdicts: Iterable[Verdict]) -> pa.Table:
@@ -158,23 +165,23 @@ def verdict_table(verdicts: Iterable[Verdict]) -> pa.Table:
 
 
 def verdicts_of(images: pa.Array, verdicts: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """Return these columns of ``VERDICT_SCHEMA`` beside images; null where nobody has judged."""
-    places = pc.index_in(images, value_set=_whole(verdicts["image_sha256"]))
+    """Return these columns of each image's verdict; null where there is none."""
+    places = pc.index_in(images, value_set=as_array(verdicts["image_sha256"]))
     return verdicts.select(list(columns)).take(places)
 
 
 def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> pa.Array:
-    """Return of each row why it is accepted or not: the texts above, or a rule's own.
+    """Return for each row why it is accepted or not: a text above, or a rule's.
 
-    ``rows`` hold ``JUDGED``. Of several reasons the first is said: not stored, rejected, flagged,
-    a range, not measured, duplicate, not reviewed. Raises ConfigError where the rules need
-    measures that are not given.
+    ``rows`` hold ``JUDGED``. Of several reasons the first applies: not stored, rejected, flagged, a
+    range, not measured, duplicate, not reviewed. Raises ConfigError where the rules need measures
+    that are not given.
     """
     images = _column(rows, "image_sha256")
-    # A null status is a request that was never planned.
+    # A null status means that the request was never planned.
     is_stored = pc.equal(_column(rows, "status"), State.STORED.value).fill_null(False)
     stored = pc.and_(is_stored, pc.is_valid(images))
-    verdicts = _whole(verdicts_of(images, evidence.verdicts, ["verdict"])["verdict"])
+    verdicts = as_array(verdicts_of(images, evidence.verdicts, ["verdict"])["verdict"])
     reasons: list[tuple[pa.Array, str]] = [
         (pc.invert(stored), NOT_STORED),
         (pc.equal(verdicts, REJECT), REJECTED),
@@ -182,22 +189,22 @@ def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> 
     ]
     if rules.ranges:
         if evidence.measures is None:
-            raise ConfigError("the rules need measures, and none were read")
-        places = pc.index_in(images, value_set=_whole(evidence.measures["image_sha256"]))
+            raise ConfigError("the rules need measures, but none were read")
+        places = pc.index_in(images, value_set=as_array(evidence.measures["image_sha256"]))
         found = evidence.measures.select(rules.measures).take(places)
-        holds = {one: one.holds(_whole(found[one.measure])) for one in rules.ranges}
-        # What is certainly wrong is said before what is not known yet.
+        holds = {one: one.holds(as_array(found[one.measure])) for one in rules.ranges}
+        # A failed range takes precedence over an unknown one.
         reasons += [(pc.invert(held), str(one)) for one, held in holds.items()]
         reasons += [(pc.is_null(held), NOT_MEASURED) for held in holds.values()]
-    if rules.one_of_duplicates and evidence.spare is not None:
-        reasons.append((pc.is_in(row_names(rows), value_set=evidence.spare), DUPLICATE))
+    if rules.one_of_duplicates and evidence.redundant is not None:
+        reasons.append((pc.is_in(row_names(rows), value_set=evidence.redundant), DUPLICATE))
     if rules.require_keep:
         kept = pc.equal(verdicts, KEEP).fill_null(False)
         reasons.append((pc.invert(kept), NOT_REVIEWED))
-    said = pa.array(np.full(rows.num_rows, ACCEPTED, object), pa.string())
+    found = pa.array(np.full(rows.num_rows, ACCEPTED, object), pa.string())
     for where, reason in reversed(reasons):
-        said = pc.if_else(where.fill_null(False), reason, said)
-    return said
+        found = pc.if_else(where.fill_null(False), reason, found)
+    return found
 
 
 def redundant_rows(
@@ -205,11 +212,11 @@ def redundant_rows(
 ) -> pa.Array:
     """Return the names (``row_names``) of the rows that are not the one to keep of their cluster.
 
-    ``duplicates`` is the table ``near_duplicates``. Where a person has refused the one that is
-    marked to keep (or, with ``require_keep``, has not kept it), the next that he has not refused
-    takes its place: the one whose distance to it is least.
+    ``duplicates`` is the table ``near_duplicates``. Where a reviewer refused the one marked to keep
+    (or, with ``require_keep``, has not kept it), the next one that was not refused takes its place:
+    the one with the least distance to it.
     """
-    judged = _whole(
+    judged = as_array(
         verdicts_of(_column(duplicates, "image_sha256"), verdicts, ["verdict"])["verdict"]
     )
     refused = pc.is_in(judged, value_set=pa.array([REJECT, FLAG]))
@@ -235,10 +242,10 @@ def redundant_rows(
 
 
 def verdict_version(images: pa.Array, verdicts: pa.Table) -> str:
-    """Return a version of what people think of these images: 16 hexadecimal digits.
+    """Return a version of the verdicts on these images: 16 hexadecimal digits.
 
-    It hangs on the present verdicts (``VERDICT_SCHEMA``) alone: an image that nobody has judged
-    changes nothing, and a verdict that is taken back leaves no trace.
+    It depends only on the present verdicts (``VERDICT_SCHEMA``): an image without a verdict does
+    not change it, nor does a verdict that was taken back.
     """
     found = verdicts.filter(pc.is_in(verdicts["image_sha256"], value_set=images))
     hashed = hashlib.sha256(b"krea-dagster/1/verdicts")
@@ -248,7 +255,7 @@ def verdict_version(images: pa.Array, verdicts: pa.Table) -> str:
 
 
 def row_names(rows: pa.Table | pa.RecordBatch) -> pa.Array:
-    """Return a text that names each row: its request, its sample and its prompt_id."""
+    """Return a unique text for each row: its request, sample and prompt_id."""
     return pc.binary_join_element_wise(
         _column(rows, "request_key"),
         _column(rows, "sample").cast(pa.string()),
@@ -257,7 +264,7 @@ def row_names(rows: pa.Table | pa.RecordBatch) -> pa.Array:
     )
 
 
-def take(
+def limit_to_wanted(
     reasons: pa.Array,
     rows: pa.Table,
     groups: npt.NDArray[np.int64],
@@ -265,19 +272,19 @@ def take(
     *,
     kept: pa.Array,
 ) -> pa.Array:
-    """Return the reasons with the surplus left out: of each group as many as are wanted.
+    """Return the reasons with at most the wanted number of accepted rows per group.
 
-    ``groups`` says for each row which group it is of; ``wanted`` how many of each, and -1 where
-    any number is. ``kept`` is true where a person's verdict is keep. ``rows`` hold ``JUDGED``.
-    An image that two rows of a group share counts once.
+    ``groups`` is the group of each row, ``wanted`` the number per group, -1 for no limit. ``kept``
+    is true where the verdict is keep. ``rows`` hold ``JUDGED``. An image that two rows of a group
+    share counts once.
     """
-    fine = np.asarray(pc.equal(reasons, ACCEPTED)) & (wanted[groups] >= 0)
-    (places,) = np.nonzero(fine)
+    accepted = np.asarray(pc.equal(reasons, ACCEPTED)) & (wanted[groups] >= 0)
+    (places,) = np.nonzero(accepted)
     if not len(places):
         return reasons
     chosen = rows.select(["sample", "prompt_id", "image_sha256"]).take(pa.array(places))
     not_kept = ~np.asarray(kept.fill_null(False))[places]
-    images = np.asarray(chosen["image_sha256"].combine_chunks().dictionary_encode().indices)
+    images = np.asarray(as_array(chosen["image_sha256"]).dictionary_encode().indices)
     table = pa.table(
         {
             "group": groups[places],
@@ -294,14 +301,14 @@ def take(
     first = np.zeros(len(places), np.bool_)
     first[firsts] = True
     beyond = first & (ranks(np.where(first, of, -1)) >= wanted[of])
-    said = np.array(reasons.to_pylist(), object)
-    said[places[~first]] = SAME_IMAGE
-    said[places[beyond]] = SURPLUS
-    return pa.array(said, pa.string())
+    limited = np.array(reasons.to_pylist(), object)
+    limited[places[~first]] = SAME_IMAGE
+    limited[places[beyond]] = SURPLUS
+    return pa.array(limited, pa.string())
 
 
 def ranks(groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return of each row how many of its group come before it."""
+    """Return for each row how many rows of its group come before it."""
     order = np.argsort(groups, kind="stable")
     ordered = groups[order]
     begins = np.searchsorted(ordered, ordered, side="left")
@@ -311,11 +318,4 @@ def ranks(groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _column(rows: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
-    return _whole(rows.column(name))
-
-
-def _whole(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    if isinstance(column, pa.Array):
-        return column
-    found = column.combine_chunks()
-    return pa.concat_arrays(found.chunks) if isinstance(found, pa.ChunkedArray) else found
+    return as_array(rows.column(name))

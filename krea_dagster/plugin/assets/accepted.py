@@ -11,7 +11,7 @@ import pyarrow as pa
 from krea_dagster.application.quota import wanted_metadata
 from krea_dagster.curation.accepted.accepted_table import (
     ACCEPTED_COLUMNS,
-    Accepted,
+    AcceptedPartition,
     AcceptedTableBuilder,
     accepted_schema,
 )
@@ -238,7 +238,7 @@ def build_verdicts_sensor(
 # -- what is shown ---------------------------------------------------------------------------
 
 
-def accepted_metadata(made: Accepted) -> Metadata:
+def accepted_metadata(made: AcceptedPartition) -> Metadata:
     """The metadata of one partition: counts of rows, credits, and why rows are not accepted.
 
     ``credits`` are those of all that was bought for the partition's rows, the refused among them.

@@ -19,9 +19,9 @@ from krea_dagster.curation.accepted.rules import (
     Range,
     Rules,
     judge,
+    limit_to_wanted,
     redundant_rows,
     row_names,
-    take,
     verdict_table,
     verdict_version,
 )
@@ -182,7 +182,7 @@ def test_a_cluster_of_which_all_are_rejected_has_none() -> None:
 
 def taken(table: pa.Table, groups: list[int], wanted: list[int], kept: list[bool]) -> list[str]:
     fine = pa.array(["accepted"] * table.num_rows)
-    found = take(fine, table, np.array(groups), np.array(wanted), kept=pa.array(kept))
+    found = limit_to_wanted(fine, table, np.array(groups), np.array(wanted), kept=pa.array(kept))
     return [str(one) for one in found.to_pylist()]
 
 
@@ -228,7 +228,7 @@ def test_an_image_that_two_rows_of_a_group_share_counts_once() -> None:
 def test_what_is_not_accepted_is_left_as_it_is() -> None:
     table = rows("a", "b", "c")
     before = pa.array(["rejected", "accepted", "accepted"])
-    found = take(
+    found = limit_to_wanted(
         before, table, np.zeros(3, np.int64), np.array([1]), kept=pa.array([None] * 3, pa.bool_())
     )
     assert found.to_pylist() == ["rejected", "accepted", "more than wanted"]

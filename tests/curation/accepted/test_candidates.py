@@ -113,5 +113,5 @@ def test_the_value_of_a_column_is_read_as_text(journal: Journal) -> None:  # noq
     batch = planned(("a", request("a")), ("b", request("b")), year=[2026, None])
     assert [slot["value"] for slot in slots(journal, batch, "year")] == ["2026", None]
     assert [slot["value"] for slot in slots(journal, batch, "quality")] == ["1K", "1K"]
-    with pytest.raises(ConfigError, match="column 'hue', and the prompt table has none"):
+    with pytest.raises(ConfigError, match="column 'hue', which the prompt table does not have"):
         slots(journal, batch, "hue")

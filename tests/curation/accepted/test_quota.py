@@ -156,7 +156,7 @@ def test_two_requests_of_a_group_that_gave_the_same_file_are_one_image() -> None
     assert marks(decided(2, *stands, image_sha256=files)) == "---"
     fixed = decided(3, *stands, image_sha256=files, drawn=[True, False, True])
     assert marks(fixed) == "---"
-    assert "1 refused with a seed that the table fixes" in fixed.outcomes[0].why
+    assert "1 refused with a seed in the table" in fixed.outcomes[0].why
     # In two groups each has its own.
     shared = {"image_sha256": "f" * 64}
     two = decide(
@@ -180,7 +180,7 @@ def test_the_budget_of_credits_leaves_out_what_does_not_fit() -> None:
     wanted = WantedImages(3, most_units=3 * 4500 + 4499)
     found = decided(wanted, "accepted", "refused", "refused")
     assert marks(found) == "---"
-    assert "credits leaves no room for another" in found.outcomes[0].why
+    assert "credits does not cover another" in found.outcomes[0].why
     wider = WantedImages(3, most_units=4 * 4500)
     assert marks(decided(wider, "accepted", "refused", "refused")) == "-g-"
 
@@ -203,7 +203,7 @@ def test_first_pictures_too_are_held_back_where_the_budget_ends() -> None:
         (1, "accepted", 0, ""),
         (2, "accepted undecided", 0, ""),
         (2, "accepted refused", 0, ""),
-        (2, "accepted fixed", 1, "1 refused with a seed that the table fixes"),
+        (2, "accepted fixed", 1, "1 refused with a seed in the table"),
         (2, "accepted failed", 1, "1 failed at the server (retry_errors"),
         (3, "accepted accepted", 1, "too few images (num_images)"),
         (3, "accepted fixed", 2, "num_images"),
@@ -286,7 +286,7 @@ def test_a_wish_that_cannot_be_read_is_refused(texts: list[str]) -> None:
 
 
 def test_a_budget_without_a_wish_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no number of wanted images"):
+    with pytest.raises(ConfigError, match="needs a number of wanted images"):
         WantedImages.parse([], most_images=3)
 
 
