@@ -238,7 +238,7 @@ def test_a_column_of_the_table_that_is_in_the_way_is_named(
     with pytest.raises(ConfigError, match="column 'reviewer'"):
         made.outcomes()
     result = made.accept(instance)
-    assert "rename it in the table" in failure_text(result, "taken__accepted_images")
+    assert "rename it in the prompt table" in failure_text(result, "taken__accepted_images")
 
 
 def write(folder: Path, kind: str, columns: dict[str, Sequence[object]]) -> None:
