@@ -211,9 +211,6 @@ def _hashes_of(
     return hashes, quality, sharpness, measured
 
 
-
-
-
 def _words(digests: Digests) -> _Words:
     """Return digests as four numbers each, which sort as their hexadecimal text does."""
     return np.ascontiguousarray(digests).view(">u8").reshape(-1, 4).astype(np.uint64)
