@@ -1,22 +1,23 @@
-"""EvoLink's API for ``krea-2-turbo`` on this machine: synthetic pictures, and nothing is charged.
+"""EvoLink's API for ``krea-2-turbo`` on this machine: synthetic images, and nothing is charged.
 
 For tests, crash drills and a demo without a key. It imports nothing else of ``krea_dagster``,
 so that it cannot share a mistake with the client that it tests.
 
 ``Emulator``
-    the server in a background thread, with its ``world`` and its ``books()``
+    the server in a background thread, with its ``world`` and its ``stats()``
 ``World``
     the state behind it: accounts, tasks, scripted faults; usable without HTTP
 ``FAULTS``
-    everything that it can be told to do wrong, by name
+    every fault that it can produce, by name
 ``emulator_command``
     the command line
 ``OPENAPI``
-    the path of the OpenAPI description of what it answers
+    the path of the OpenAPI description of its responses
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +42,7 @@ __all__ = [
 
 OPENAPI: Final = Path(__file__).with_name("openapi.yaml")
 
-_HOMES: Final = {
+_MODULES: Final = {
     "FAULTS": "faults",
     "Emulator": "server",
     "Fault": "faults",
@@ -55,8 +56,6 @@ _HOMES: Final = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the command's --help needs no server."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415 - only needed here
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

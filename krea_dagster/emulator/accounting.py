@@ -1,16 +1,15 @@
-"""Read the emulator's books: what was asked, created, charged and fetched."""
+"""Sum up what the emulator was asked, created, charged and served."""
 
 from __future__ import annotations
 
 import sqlite3
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from krea_dagster.emulator.world import EmulatedTask
+from krea_dagster.emulator.model import EmulatedTask
 
 
 def read_totals(db: sqlite3.Connection) -> dict[str, Any]:
-    """Return the totals, of a state whose ended tasks are settled. Money in units."""
+    """Return the totals. Ended tasks must be settled already. Money in units."""
     counts: dict[str, dict[str, int]] = {}
     for kind, what, n in db.execute("SELECT kind, what, n FROM counts"):
         counts.setdefault(kind, {})[what] = n
@@ -23,6 +22,10 @@ def read_totals(db: sqlite3.Connection) -> dict[str, Any]:
     granted, reserved, charged, returned = (round(amount) for amount in money)
     waiting = db.execute("SELECT count(*) FROM callbacks").fetchone()
     states = db.execute("SELECT count(*), total(settled = 0) FROM tasks").fetchone()
+    bought_again = db.execute(
+        "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE settled = 0 OR ends_as = 'completed' "
+        "GROUP BY account, fingerprint HAVING count(*) > 1)"
+    ).fetchone()
     return {
         "requests": counts,
         "submit_posts": sum(posts.values()),
@@ -46,20 +49,12 @@ def read_totals(db: sqlite3.Connection) -> dict[str, Any]:
         "charged_units": charged,
         "returned_units": returned,
         "held_units": reserved - charged - returned,
-        "bodies_bought_more_than_once": _bought_twice(db),
+        "bodies_bought_more_than_once": int(bought_again[0]),
     }
 
 
-def _bought_twice(db: sqlite3.Connection) -> int:
-    row = db.execute(
-        "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE settled = 0 OR ends_as = 'completed' "
-        "GROUP BY account, fingerprint HAVING count(*) > 1)"
-    ).fetchone()
-    return int(row[0])
-
-
 def task_record(task: EmulatedTask, sent: dict[str, Any], now: float) -> dict[str, Any]:
-    """Return one task's entry; ``sent`` is what the client sent and the task does not hold."""
+    """Return one task's record. ``sent`` holds the fields of the create call."""
     status = task.status(now)
     ended = status not in ("pending", "processing")
     return {

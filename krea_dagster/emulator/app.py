@@ -1,7 +1,7 @@
-"""Answer HTTP requests as EvoLink does, from a World, with the faults that it was told.
+"""Answer HTTP requests as EvoLink does, from a World, with the faults that it was given.
 
 Every request is answered in one transaction of the world, which is committed before the first
-byte of the answer leaves. What a fault does to the connection is done afterwards.
+byte of the response leaves. What a fault does to the connection is done afterwards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -27,80 +26,50 @@ from krea_dagster.emulator import contract, faults
 from krea_dagster.emulator.contract import ErrorResponse
 from krea_dagster.emulator.faults import ChosenFault, RequestKind
 from krea_dagster.emulator.images import BODY_EFFECTS, ImageFiles, ImageKey
-from krea_dagster.emulator.payloads import (
-    create_body,
-    credits_body,
-    list_row,
-    task_body,
-)
+from krea_dagster.emulator.model import Account, CreateResult, EmulatedTask
+from krea_dagster.emulator.payloads import create_body, credits_body, list_row, task_body
 from krea_dagster.emulator.reply import ENDLESS_PIECE_BYTES, BreakConnection, Reply, ReplyResponse
-from krea_dagster.emulator.world import (
-    Account,
-    CreateResult,
-    EmulatedTask,
-    ForeignTaskError,
-    KeyConflictError,
-    LinkExpiredError,
-    OutOfCreditsError,
-    TooBusyError,
-    UndecidedError,
-    UnknownTaskError,
-    World,
-)
+from krea_dagster.emulator.world import LinkExpiredError, World
 
 _PNG: Final = "image/png"
 _STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
 
 
-def create_app(
-    world: World,
-    *,
-    batch: bool = True,
-    render_threads: int = 2,
-    callbacks_to_private: bool = False,
-    pictures: ImageFiles | None = None,
-    executor: concurrent.futures.Executor | None = None,
-) -> EmulatorApp:
-    """Return the ASGI application over a world.
-
-    ``pictures`` draws, in ``executor``: by default in ``render_threads`` threads of its own.
-    """
-    return EmulatorApp(
-        world,
-        batch=batch,
-        callbacks_to_private=callbacks_to_private,
-        pictures=pictures or ImageFiles(),
-        executor=executor
-        or concurrent.futures.ThreadPoolExecutor(
-            render_threads, thread_name_prefix="emulator-render"
-        ),
-    )
-
-
 class EmulatorApp:
-    """The ASGI application. ``hang`` and ``wake`` are set by the server that runs it.
+    """The ASGI application over a world. The server that runs it sets the hooks.
 
-    ``wake`` is called when a callback was planned; nothing here makes the call.
-    Without a server (an in-process ASGI transport) a fault that needs a real connection raises
-    ConnectionError. ``close`` ends the drawing threads.
+    ``break_connection`` does what a fault wants to a connection. Without it (with an in-process
+    ASGI transport) such a fault raises ConnectionError. ``wake`` is called when a callback was
+    planned; the application itself does not make the call. ``close`` ends the drawing threads.
+
+    Args:
+        world: the state.
+        batch: whether ``POST /v1/tasks/batch`` exists.
+        callbacks_to_private: whether a ``callback_url`` may have a private address.
+        images: draws the images.
+        executor: runs the drawing; by default ``render_threads`` threads.
+        render_threads: the number of drawing threads.
     """
 
     def __init__(
         self,
         world: World,
         *,
-        batch: bool,
-        callbacks_to_private: bool,
-        pictures: ImageFiles,
-        executor: concurrent.futures.Executor,
+        batch: bool = True,
+        callbacks_to_private: bool = False,
+        images: ImageFiles | None = None,
+        executor: concurrent.futures.Executor | None = None,
+        render_threads: int = 2,
     ) -> None:
         self.world = world
-        self.hang: BreakConnection | None = None
+        self.break_connection: BreakConnection | None = None
         self.wake: Callable[[], None] = lambda: None
         self._callbacks_to_private = callbacks_to_private
         self._batch = batch
-        self._pictures = pictures
-        self._executor = executor
+        self._images = images or ImageFiles()
+        self._executor = executor or concurrent.futures.ThreadPoolExecutor(
+            render_threads, thread_name_prefix="emulator-render"
+        )
         self._app = Starlette(
             routes=[
                 Route("/v1/images/generations", self._on("create", self._create), methods=["POST"]),
@@ -109,11 +78,11 @@ class EmulatorApp:
                 Route("/v1/tasks", self._on("list", self._list), methods=["GET"]),
                 Route("/v1/credits", self._on("credits", self._credits), methods=["GET"]),
                 Route("/files/{name}", self._file, methods=["GET"]),
-                Route("/emulator/books", self._books, methods=["GET"]),
+                Route("/emulator/books", self._stats, methods=["GET"]),
                 Route("/emulator/faults", self._faults, methods=["GET", "POST"]),
                 Route("/emulator/health", self._health, methods=["GET"]),
             ],
-            exception_handlers={HTTPException: _no_route, ClientDisconnect: _gone},
+            exception_handlers={HTTPException: _no_route, ClientDisconnect: _client_left},
         )
         self._app.router.redirect_slashes = False
 
@@ -128,7 +97,7 @@ class EmulatorApp:
     # -- the API ------------------------------------------------------------------------------
 
     def _on(self, kind: RequestKind, handle: Callable[[_Call], Reply]) -> Callable[[Request], Any]:
-        """Wrap a handler: read the body, answer in one transaction, count, deliver."""
+        """Wrap a handler: read the body, answer in one transaction, count, send."""
 
         async def endpoint(request: Request) -> ReplyResponse:
             request_id = self.world.bytes(8).hex()
@@ -136,13 +105,12 @@ class EmulatorApp:
             with self.world.transaction():
                 try:
                     reply = handle(_Call(request, raw))
-                except ErrorResponse as refusal:
+                except ErrorResponse as error:
                     # EvoLink was seen to name the request in the errors of this route.
-                    named = request_id if kind == "create" else None
-                    reply = _refused(refusal, named)
-                self.world.count(kind, reply.noted)
+                    reply = _error_reply(error, request_id if kind == "create" else None)
+                self.world.count(kind, reply.outcome)
             reply.headers["x-request-id"] = request_id
-            return ReplyResponse(reply, self.hang)
+            return ReplyResponse(reply, self.break_connection)
 
         return endpoint
 
@@ -156,98 +124,81 @@ class EmulatorApp:
     def _create(self, call: _Call) -> Reply:
         account = self._account(call.request, "create")
         if not _is_json(call.request):
-            raise ErrorResponse(
-                415, "unsupported_media_type", "Content-Type must be application/json"
-            )
+            text = "Content-Type must be application/json"
+            raise ErrorResponse(415, "unsupported_media_type", text)
         order = contract.read_order(call.json(), callbacks_to_private=self._callbacks_to_private)
         key = contract.read_idempotency_key(call.request.headers.get("idempotency-key"))
         marked = _markers(order.prompt)
-        refuse = faults.of_kind(marked, "create")
-        chosen = refuse[0] if refuse else self.world.choose("create", order.prompt)
-        if chosen is not None and chosen.fault.effect == "conflict":
+        refused = faults.of_kind(marked, "create")
+        chosen = refused[0] if refused else self.world.choose("create", order.prompt)
+        effect = "" if chosen is None else chosen.fault.effect
+        if effect == "conflict":
             if key is not None:
                 self.world.take_key(account, key)
-            chosen = None  # the order itself now meets the key as it is
+            chosen = None  # the create call now meets the key in that state
         if chosen is not None and not chosen.fault.after:
-            return self._strike("create", chosen, call.request)
+            return self._fault_reply("create", chosen, call.request)
         kept = faults.of_kind(marked, "task")
         if order.callback_url is not None:
             kept += faults.of_kind(marked, "callback")
-        created = self._buy(account, order, key, kept, chosen)
+        undecided = chosen is not None and effect in ("undecided", "delay")
+        created = self.world.create(
+            account,
+            order,
+            idempotency_key=key,
+            task_faults=kept,
+            ignore_key=effect == "ignore_idempotency",
+            undecided_s=chosen.seconds if chosen is not None and undecided else 0.0,
+        )
         if order.callback_url is not None:
             self.wake()
         reply = _json(create_body(created.task))
         if created.replayed:
             reply.headers["idempotency-replayed"] = "true"
             self.world.count("note", "replays")
-        if chosen is None or chosen.fault.effect == "ignore_idempotency":
+        if chosen is None or effect == "ignore_idempotency":
             return reply
-        if chosen.fault.effect == "repeated_id":
-            answer = create_body(created.task)
-            return _json({**answer, "id": self.world.first_task_id(account)})
-        return self._strike_after(chosen, created, reply, call.request)
+        return self._reply_after_create(chosen, account, created, reply, call.request)
 
-    def _buy(
+    def _reply_after_create(
         self,
+        chosen: ChosenFault,
         account: Account,
-        order: contract.Order,
-        key: str | None,
-        marked: list[ChosenFault],
-        chosen: ChosenFault | None,
-    ) -> CreateResult:
-        effect = "" if chosen is None else chosen.fault.effect
-        undecided = chosen is not None and effect in ("undecided", "delay")
-        try:
-            return self.world.create(
-                account,
-                order,
-                idempotency_key=key,
-                task_faults=marked,
-                ignore_key=effect == "ignore_idempotency",
-                undecided_s=chosen.seconds if chosen is not None and undecided else 0.0,
-            )
-        except KeyConflictError:
-            raise contract.idempotency_conflict() from None
-        except UndecidedError:
-            raise contract.paid_outcome_unknown() from None
-        except OutOfCreditsError:
-            raise contract.out_of_credits("create") from None
-        except TooBusyError as busy:
-            wait_s = busy.retry_after_s
-            advice = None if wait_s is None else str(max(1, math.ceil(wait_s)))
-            raise contract.rate_limited("create", advice) from None
-
-    def _strike_after(
-        self, chosen: ChosenFault, created: CreateResult, reply: Reply, request: Request
+        created: CreateResult,
+        reply: Reply,
+        request: Request,
     ) -> Reply:
-        """Return what a fault makes of the answer about a task that exists."""
+        """Return the reply that a fault makes of the one for a task that exists."""
         effect = chosen.fault.effect
+        if effect == "repeated_id":
+            body = create_body(created.task)
+            return _json({**body, "id": self.world.first_task_id(account)})
         if effect == "no_id":
-            answer = create_body(created.task)
-            del answer["id"]
-            return _json(answer, headers=reply.headers)
+            body = create_body(created.task)
+            del body["id"]
+            return _json(body, headers=reply.headers)
         if effect == "undecided":
             return Reply(0, wire="close")
         if effect == "delay":
             reply.delay_s = chosen.seconds
             return reply
-        return self._strike("create", chosen, request)
+        return self._fault_reply("create", chosen, request)
 
-    def _unless_struck(
+    def _reply_or_fault(
         self,
         kind: RequestKind,
         request: Request,
         chosen: ChosenFault | None,
-        answer: Callable[[], Mapping[str, Any]],
+        body: Callable[[], Mapping[str, Any]],
     ) -> Reply:
-        """Answer a question, unless the fault that was chosen for it strikes."""
+        """Return the reply to a read, or that of the fault that was chosen for it."""
         if chosen is None:
-            return _json(answer())
+            return _json(body())
         if chosen.fault.effect == "delay":
-            reply = _json(answer())
+            reply = _json(body())
             reply.delay_s = chosen.seconds
             return reply
-        return self._strike(kind, chosen, request)
+        return self._fault_reply(kind, chosen, request)
 
     def _read(self, call: _Call) -> Reply:
         request = call.request
@@ -255,13 +206,14 @@ class EmulatorApp:
         task_id = request.path_params["task_id"]
         if not task_id.startswith(contract.TASK_ID_PREFIX):
             raise contract.invalid_task_id()
-        known = self._known(task_id, account)
-
-        def answer() -> Mapping[str, Any]:
-            return self._shown(known or self._find(task_id, account), request)
-
+        known = self._task_or_none(task_id, account)
         chosen = self.world.choose("read", known.prompt if known else "")
-        return self._unless_struck("read", request, chosen, answer)
+        return self._reply_or_fault(
+            "read",
+            request,
+            chosen,
+            lambda: self._task_body(known or self.world.task(task_id, account), request),
+        )
 
     def _batch_read(self, call: _Call) -> Reply:
         request = call.request
@@ -269,24 +221,19 @@ class EmulatorApp:
             raise contract.no_such_route(request.method, request.url.path)
         account = self._account(request, "batch")
         task_ids = contract.read_task_ids(call.json())
-
-        def answer() -> Mapping[str, Any]:
-            found = [self._known(task_id, account) for task_id in dict.fromkeys(task_ids)]
-            if lies:
-                failed = {"code": "service_error", "message": "said so", "type": "task_error"}
-                return {
-                    "code": 200,
-                    "data": [
-                        {**self._shown(task, request), "status": "failed", "error": failed}
-                        for task in found
-                        if task
-                    ],
-                }
-            return {"code": 200, "data": [self._shown(task, request) for task in found if task]}
-
         chosen = self.world.choose("batch", "")
-        lies = chosen is not None and chosen.fault.effect == "all_failed"
-        return self._unless_struck("batch", request, None if lies else chosen, answer)
+        all_failed = chosen is not None and chosen.fault.effect == "all_failed"
+        changed: dict[str, Any] = {}
+        if all_failed:
+            failed = {"code": "service_error", "message": "said so", "type": "task_error"}
+            changed = {"status": "failed", "error": failed}
+
+        def body() -> Mapping[str, Any]:
+            found = [self._task_or_none(task_id, account) for task_id in dict.fromkeys(task_ids)]
+            rows = [{**self._task_body(task, request), **changed} for task in found if task]
+            return {"code": 200, "data": rows}
+
+        return self._reply_or_fault("batch", request, None if all_failed else chosen, body)
 
     def _list(self, call: _Call) -> Reply:
         request = call.request
@@ -296,42 +243,34 @@ class EmulatorApp:
         status = query.get("status") or None
         if status is not None and status not in _STATUSES:
             raise contract.invalid_request("status")
-        ours = query.get("type") in (None, "", "image")
-        ours = ours and query.get("model") in (None, "", contract.MODEL)
+        matches = query.get("type") in (None, "", "image")
+        matches = matches and query.get("model") in (None, "", contract.MODEL)
 
-        def answer() -> Mapping[str, Any]:
-            found, total = (
-                ([], 0)
-                if not ours
-                else self.world.tasks(account, status=status, page=page, page_size=page_size)
-            )
+        def body() -> Mapping[str, Any]:
+            found: list[EmulatedTask] = []
+            total = 0
+            if matches:
+                found, total = self.world.tasks(
+                    account, status=status, page=page, page_size=page_size
+                )
             now = self.world.now()
             rows = [list_row(task, now) for task in found]
             return {"code": 200, "data": rows, "page": page, "page_size": page_size, "total": total}
 
-        return self._unless_struck("list", request, self.world.choose("list"), answer)
+        return self._reply_or_fault("list", request, self.world.choose("list"), body)
 
     def _credits(self, call: _Call) -> Reply:
         account = self._account(call.request, "credits")
-        return self._unless_struck(
-            "credits", call.request, self.world.choose("credits"), lambda: credits_body(account)
-        )
+        chosen = self.world.choose("credits")
+        return self._reply_or_fault("credits", call.request, chosen, lambda: credits_body(account))
 
-    def _known(self, task_id: str, account: Account) -> EmulatedTask | None:
+    def _task_or_none(self, task_id: str, account: Account) -> EmulatedTask | None:
         try:
             return self.world.task(task_id, account)
-        except (UnknownTaskError, ForeignTaskError):
+        except ErrorResponse:
             return None
 
-    def _find(self, task_id: str, account: Account) -> EmulatedTask:
-        try:
-            return self.world.task(task_id, account)
-        except UnknownTaskError:
-            raise contract.task_not_found() from None
-        except ForeignTaskError:
-            raise contract.access_denied("read") from None
-
-    def _shown(self, task: EmulatedTask, request: Request) -> dict[str, Any]:
+    def _task_body(self, task: EmulatedTask, request: Request) -> dict[str, Any]:
         now = self.world.now()
         if task.status(now) != "completed":
             return task_body(task, now, [])
@@ -345,8 +284,8 @@ class EmulatorApp:
 
     # -- faults -------------------------------------------------------------------------------
 
-    def _strike(self, route: str, chosen: ChosenFault, request: Request) -> Reply:
-        """Return what a fault answers in the place of the true answer."""
+    def _fault_reply(self, route: str, chosen: ChosenFault, request: Request) -> Reply:
+        """Return the reply of a fault in place of the true one. Raises ErrorResponse."""
         effect, status = chosen.fault.effect, chosen.fault.status
         if effect in ("drop", "reset", "garbage"):
             return Reply(0, wire={"drop": "close"}.get(effect, effect))
@@ -364,33 +303,33 @@ class EmulatorApp:
     # -- the file host ------------------------------------------------------------------------
 
     async def _file(self, request: Request) -> ReplyResponse:
-        """Answer a fetch of a picture: its record in one transaction, its drawing in a thread."""
+        """Serve an image: its record in one transaction, its drawing in a thread."""
         world = self.world
         with world.transaction():
             if "authorization" in request.headers:
                 world.count("note", "key_leaks")
             try:
                 task = world.file(request.path_params["name"])
-            except UnknownTaskError:
-                return self._sent(_file_error(404, "NoSuchKey"))
+            except ErrorResponse:
+                return self._send_file(_file_error(404, "NoSuchKey"))
             except LinkExpiredError:
-                return self._sent(_file_error(403, "RequestExpired"))
+                return self._send_file(_file_error(403, "RequestExpired"))
             chosen = self._file_fault(task)
-        direct = "direct" in request.query_params
-        if chosen is not None and not direct:
-            plain = self._file_reply(request, chosen)
-            if plain is not None:
-                return self._sent(plain)
-        effect = chosen.fault.effect if chosen is not None and not direct else ""
-        body = await self._body(task, effect)
-        reply = Reply(200, body, _PNG)
+        if "direct" in request.query_params:
+            chosen = None
+        if chosen is not None:
+            reply = self._reply_without_image(request, chosen)
+            if reply is not None:
+                return self._send_file(reply)
+        effect = "" if chosen is None else chosen.fault.effect
+        reply = Reply(200, await self._image(task, effect), _PNG)
         if effect == "octet_stream":
             reply.content_type = "application/octet-stream"
         elif effect == "truncated":
             reply.wire = "truncated"
         elif effect == "delay" and chosen is not None:
             reply.delay_s = chosen.seconds
-        return self._sent(reply)
+        return self._send_file(reply)
 
     def _file_fault(self, task: EmulatedTask) -> ChosenFault | None:
         for one in faults.of_kind(_markers(task.prompt), "file"):
@@ -398,55 +337,56 @@ class EmulatorApp:
                 return one
         return self.world.choose("file", task.prompt)
 
-    def _file_reply(self, request: Request, chosen: ChosenFault) -> Reply | None:
-        """Return the answer of a fault that needs no picture, None for those that do."""
+    def _reply_without_image(self, request: Request, chosen: ChosenFault) -> Reply | None:
+        """Return the reply of a fault that needs no image, None for other faults."""
         effect, status = chosen.fault.effect, chosen.fault.status
+        path = request.url.path
         if effect == "expired":
             return _file_error(403, "RequestExpired")
         if effect == "error":
             return _file_error(status, "AccessDenied" if status == 403 else "Error")
-        if effect == "redirect":
-            good = _absolute(request, request.url.path + "?direct=1")
-            return Reply(status, b"", _PNG, {"location": good})
-        if effect == "redirect_to":
-            return Reply(status, b"", _PNG, {"location": chosen.arg})
-        if effect == "redirect_loop":
-            return Reply(status, b"", _PNG, {"location": _absolute(request, request.url.path)})
         if effect == "endless":
             return Reply(200, self.world.bytes(ENDLESS_PIECE_BYTES), _PNG, wire="endless")
+        if effect.startswith("redirect"):
+            location = {
+                "redirect": _absolute(request, path + "?direct=1"),
+                "redirect_to": chosen.arg,
+                "redirect_loop": _absolute(request, path),
+            }[effect]
+            return Reply(status, b"", _PNG, {"location": location})
         if effect.startswith("too_busy"):
-            return _refused(_error_of("file", chosen, self.world.now()), None)
+            return _error_reply(_error_of("file", chosen, self.world.now()))
         if effect in ("drop", "reset", "garbage", "html", "empty"):
-            return self._strike("file", chosen, request)
+            return self._fault_reply("file", chosen, request)
         return None
 
-    async def _body(self, task: EmulatedTask, effect: str) -> bytes:
+    async def _image(self, task: EmulatedTask, effect: str) -> bytes:
         order = contract.Order(task.prompt, task.size, task.quality)
         key: ImageKey = (task.prompt, task.used_seed, *order.pixels)
         loop = asyncio.get_running_loop()
         if effect in BODY_EFFECTS:
             noise = self.world.bytes(50_000)
             return await loop.run_in_executor(
-                self._executor, self._pictures.damaged, key, effect, noise
+                self._executor, self._images.damaged, key, effect, noise
             )
-        body = await loop.run_in_executor(self._executor, self._pictures.png, key)
+        body = await loop.run_in_executor(self._executor, self._images.png, key)
         self.world.rendered(task, hashlib.sha256(body).hexdigest())
         return body
 
-    def _sent(self, reply: Reply) -> ReplyResponse:
-        self.world.count("file", reply.noted)
-        return ReplyResponse(reply, self.hang)
+    def _send_file(self, reply: Reply) -> ReplyResponse:
+        self.world.count("file", reply.outcome)
+        return ReplyResponse(reply, self.break_connection)
 
-    # -- the emulator's own -------------------------------------------------------------------
+    # -- the emulator's own routes ------------------------------------------------------------
 
-    async def _books(self, request: Request) -> Response:
+    async def _stats(self, request: Request) -> Response:
         return JSONResponse(self.world.stats(tasks=request.query_params.get("tasks") != "0"))
 
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok", "synthetic": True})
 
     async def _faults(self, request: Request) -> Response:
-        """Script faults or set rates at run time; answer with what is set and still to strike.
+        """Script faults or set rates; respond with what is set and still to strike.
 
         Body: ``{"script": [{"name", "n"?, "match"?, "arg"?}], "rates": {name: rate},
         "quota_credits": number or null, "clear": true}``, each part optional.
@@ -455,8 +395,8 @@ class EmulatorApp:
             call = _Call(request, await _read_body(request))
             try:
                 self._set_faults(call.json())
-            except ErrorResponse as refusal:
-                return JSONResponse(refusal.body(), refusal.status)
+            except ErrorResponse as error:
+                return JSONResponse(error.body(), error.status)
             except (faults.UnknownFaultError, TypeError, KeyError, AttributeError) as error:
                 return JSONResponse(contract.invalid_request(detail=str(error)).body(), 400)
         return JSONResponse({"unconsumed": self.world.unconsumed(), "rates": self.world.rates()})
@@ -478,12 +418,12 @@ class EmulatorApp:
                 world.set_quota(wanted["quota_credits"])
 
 
-# -- small shapes -----------------------------------------------------------------------------
+# -- requests and replies ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A request with its whole body; None where that is larger than allowed."""
+    """A request with its whole body; None if that is larger than allowed."""
 
     request: Request
     raw: bytes | None
@@ -496,7 +436,7 @@ class _Call:
 
 
 async def _read_body(request: Request) -> bytes | None:
-    """Return the body; None, and read no further, where it is beyond the limit."""
+    """Return the body; None, and stop reading, if it is longer than the limit."""
     pieces, size = [], 0
     async for piece in request.stream():
         size += len(piece)
@@ -507,7 +447,7 @@ async def _read_body(request: Request) -> bytes | None:
 
 
 def _error_of(route: str, chosen: ChosenFault, now: float) -> ErrorResponse:
-    """Return the refusal that a fault stands for."""
+    """Return the error of a fault."""
     effect, status, arg = chosen.fault.effect, chosen.fault.status, chosen.arg
     message = contract.invalid_request().message
     build: dict[str, Callable[[], ErrorResponse]] = {
@@ -542,8 +482,8 @@ def _json(
     return Reply(status, body, headers=headers or {})
 
 
-def _refused(refusal: ErrorResponse, request_id: str | None) -> Reply:
-    return _json(refusal.body(request_id), refusal.status, headers=dict(refusal.headers))
+def _error_reply(error: ErrorResponse, request_id: str | None = None) -> Reply:
+    return _json(error.body(request_id), error.status, headers=dict(error.headers))
 
 
 def _file_error(status: int, code: str) -> Reply:
@@ -571,19 +511,19 @@ def _markers(prompt: str) -> list[ChosenFault]:
 
 
 def _absolute(request: Request, path: str) -> str:
-    """Return a link under the very address that the client used to get here."""
+    """Return a link under the address that the client used."""
     server = request.scope.get("server") or ("127.0.0.1", 80)
     host = request.headers.get("host") or f"{server[0]}:{server[1]}"
     return f"{request.url.scheme}://{host}{path}"
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    refusal = contract.no_such_route(request.method, request.url.path)
     if not isinstance(error, HTTPException):
         raise error
-    return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+    refused = contract.no_such_route(request.method, request.url.path)
+    return JSONResponse(refused.body(), error.status_code, headers=error.headers)
 
 
-async def _gone(_request: Request, _error: Exception) -> Response:
-    """Answer a client that left while it was still sending: nobody reads this."""
+async def _client_left(_request: Request, _error: Exception) -> Response:
+    """Respond to a client that left while it was still sending; it is not there to read it."""
     return Response(status_code=400)

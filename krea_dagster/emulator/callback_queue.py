@@ -1,6 +1,6 @@
-"""Keep what is to be called back: each call until it is answered, or given up.
+"""The queue of callbacks to send: each stays until it gets a 2xx or is given up.
 
-A table of the state file, so that a killed emulator makes its calls when it is started again.
+It is a table of the state file, so a killed emulator sends them when it is started again.
 Times are unix seconds of the world's clock.
 """
 
@@ -13,15 +13,16 @@ from typing import Any, Final
 from krea_dagster.emulator.faults import ChosenFault
 from krea_dagster.emulator.state_file import StateFile
 
-#: After a try that failed the next comes so much later; after the last of them none.
+#: Seconds from a failed call to the next one. After the last of them the call is given up.
 RETRY_AFTER_S: Final = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
 class QueuedCallback:
-    """One call to make. ``n`` is the task's number, ``forged`` how it lies, "" where it does not.
+    """One callback to send.
 
-    ``tries`` is how often it was made in vain.
+    ``n`` is the task's number, ``forged`` how the callback lies ("" if it does not), and
+    ``tries`` how often it has failed.
     """
 
     id: int
@@ -33,7 +34,7 @@ class QueuedCallback:
 
 
 class CallbackQueue:
-    """The calls that are still to be made."""
+    """The callbacks that are still to be sent."""
 
     def __init__(self, state: StateFile) -> None:
         self._state = state
@@ -42,7 +43,7 @@ class CallbackQueue:
     def plan(
         self, n: int, chosen: Sequence[ChosenFault], *, created_at: float, ready_at: float
     ) -> None:
-        """Enter the calls about a task that ends at ``ready_at``, as its faults want them."""
+        """Enter the callbacks of a task that ends at ``ready_at``, with its faults."""
         effects = {one.fault.effect: one for one in chosen}
         self._db.executemany(
             "INSERT INTO callbacks (n, due_at, forged) VALUES (?, ?, ?)",
@@ -50,7 +51,7 @@ class CallbackQueue:
         )
 
     def due(self, most: int, *, without: Collection[int]) -> list[QueuedCallback]:
-        """Return the next calls, the earliest first, whether due or not yet."""
+        """Return the next callbacks, the earliest first, due or not."""
         with self._state.lock:
             rows = self._db.execute(
                 "SELECT c.id, c.n, t.callback_url, c.due_at, c.forged, c.tries "
@@ -60,7 +61,7 @@ class CallbackQueue:
         return [QueuedCallback(*row) for row in rows if row[0] not in without][:most]
 
     def answered(self, call: QueuedCallback, status: int, now: float) -> None:
-        """Note the status that a call was answered with, 0 where it was not answered."""
+        """Record the status of the response to a callback, 0 if there was none."""
         with self._state.transaction():
             self._count("call", str(status) if status else "no answer")
             if 200 <= status < 300:
@@ -84,7 +85,7 @@ class CallbackQueue:
 def _calls(
     effects: dict[str, Any], created_at: float, ready_at: float
 ) -> Iterator[tuple[float, str]]:
-    """Each call about a task: when, and how it lies."""
+    """Yield when each callback of a task is due, and how it lies."""
     if "call_never" in effects:
         return
     late = effects.get("call_late")

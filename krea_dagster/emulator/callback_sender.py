@@ -1,10 +1,10 @@
-"""Call back: POST a task that has ended to the address that its order named.
+"""Send callbacks: POST each ended task to the ``callback_url`` of its create call.
 
-As EvoLink documents it: the body of the task query, over HTTPS, with 10 s to answer, and three
-more tries after 1, 2 and 4 s on anything but 2xx. What is to be called is in the world's state,
-so that a restart forgets none of it; what was called is in its books.
+As EvoLink documents it: the body of the task query, over HTTPS, with 10 s to respond, and three
+retries after 1, 2 and 4 s on anything but 2xx. The queue is in the world's state file, so a
+restart loses none of it.
 
-When a call is due follows the world's clock. How long one takes is real time.
+When a callback is due follows the world's clock. How long one takes is real time.
 """
 
 from __future__ import annotations
@@ -20,35 +20,33 @@ from types import TracebackType
 from typing import Any, Final, Protocol
 
 from krea_dagster.emulator.callback_queue import QueuedCallback
+from krea_dagster.emulator.model import EmulatedTask
 from krea_dagster.emulator.payloads import task_body
-from krea_dagster.emulator.world import EmulatedTask, World
+from krea_dagster.emulator.world import World
 
 TIMEOUT_S: Final = 10.0
-#: Calls under way at a time: a slow receiver holds back the calls, never the API.
+#: Callbacks in progress at a time: a slow receiver delays callbacks, never the API.
 MAX_CALLS: Final = 64
-#: How often the clock is looked at while a call is still to be made: a test may move it.
+#: How often the clock is read while a callback is waiting: a test may move it.
 LOOK_S: Final = 0.05
 
 _SHORTEST_WAIT_S: Final = 0.001
 
 
 class PostsCallbacks(Protocol):
-    """Makes one call."""
+    """Makes the HTTP requests."""
 
     async def post(self, url: str, body: bytes) -> int:
-        """Return the status of the answer, 0 where there was none."""
-
-    async def close(self) -> None:
-        """Close the connections."""
+        """Return the status of the response, 0 if there was none."""
 
 
 class CallbackSender:
-    """Makes the calls of a world. An async context manager, for one event loop.
+    """Sends the callbacks of a world. An async context manager, for one event loop.
 
     ``base_url`` is the emulator's own address, for the links. ``to_private`` allows receivers at
-    private addresses; ``ca`` is a file of certificates (PEM) that are trusted besides the
-    machine's. ``poster`` makes the calls in another way, and ``look_s`` is how often the clock is
-    looked at. Raises OSError where ``ca`` cannot be read, or holds none.
+    private addresses; ``ca`` is a file of certificates (PEM) that are trusted in addition to the
+    machine's. ``poster`` replaces the HTTP client, and ``look_s`` is how often the clock is read.
+    Raises OSError if ``ca`` cannot be read or contains no certificate.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class CallbackSender:
         self._timeout_s = timeout_s
         self._poster = poster
         self._look_s = look_s
-        self._under_way: dict[int, asyncio.Task[None]] = {}
+        self._in_progress: dict[int, asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
         self._stopped = False
         if ca is not None:
@@ -84,25 +82,24 @@ class CallbackSender:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Cut the calls that are under way: the next emulator on this state makes them again."""
-        under_way = list(self._under_way.values())
-        for call in under_way:
+        """Cut the callbacks in progress: the next emulator on this state sends them again."""
+        in_progress = list(self._in_progress.values())
+        for call in in_progress:
             call.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
-        if self._poster is not None:
-            await self._poster.close()
+        await asyncio.gather(*in_progress, return_exceptions=True)
+        await asyncio.sleep(0)  # connections that were cut in their handshake close now
 
     def wake(self) -> None:
-        """Look at once for what is to be called. From the event loop's own thread."""
+        """Read the queue at once. Call it in the event loop's thread."""
         self._woken.set()
 
     def stop(self) -> None:
-        """End ``run``. From the event loop's own thread."""
+        """End ``run``. Call it in the event loop's thread."""
         self._stopped = True
         self.wake()
 
     async def run(self) -> None:
-        """Make each call when it is due, until it is told to stop."""
+        """Send each callback when it is due, until ``stop`` is called."""
         while not self._stopped:
             self._woken.clear()
             wait_s = self._start_due()
@@ -110,18 +107,18 @@ class CallbackSender:
                 await asyncio.wait_for(self._woken.wait(), wait_s)
 
     async def call_due(self) -> int:
-        """Make the calls that are due now, and wait for their answers; return how many."""
+        """Send the callbacks that are due now, wait for the responses, and return how many."""
         self._start_due()
-        calls = list(self._under_way.values())
+        calls = list(self._in_progress.values())
         await asyncio.gather(*calls)
         return len(calls)
 
     def _start_due(self) -> float | None:
-        """Start what is due; return how long to wait for the next, None where there is none."""
-        free = MAX_CALLS - len(self._under_way)
+        """Start what is due. Return the seconds until the next one, None if there is none."""
+        free = MAX_CALLS - len(self._in_progress)
         if free <= 0:
             return None  # the next that ends wakes the loop
-        found = self._world.due_calls(MAX_CALLS + 1, without=self._under_way.keys())
+        found = self._world.due_calls(MAX_CALLS + 1, without=self._in_progress.keys())
         now = self._world.now()
         for due in found:
             if due.due_at > now:
@@ -130,24 +127,21 @@ class CallbackSender:
                 return None
             free -= 1
             call = asyncio.create_task(self._call(due))
-            self._under_way[due.id] = call
+            self._in_progress[due.id] = call
             call.add_done_callback(partial(self._ended, due.id))
         return None
 
     def _ended(self, number: int, _call: asyncio.Task[None]) -> None:
-        self._under_way.pop(number, None)
+        self._in_progress.pop(number, None)
         self.wake()
 
     async def _call(self, due: QueuedCallback) -> None:
         if self._poster is None:
-            # Takes a while, and most emulators are never asked to call anybody.
+            # Slow to import, and most emulators never send a callback.
             from krea_dagster.emulator.http_post import HttpPoster  # noqa: PLC0415 - see above
 
             self._poster = HttpPoster(
-                self._ca,
-                to_private=self._to_private,
-                most=MAX_CALLS,
-                timeout_s=self._timeout_s,
+                self._ca, to_private=self._to_private, timeout_s=self._timeout_s
             )
         body = json.dumps(self._body(due), ensure_ascii=False).encode()
         self._world.called(due, await self._poster.post(due.url, body))
@@ -155,15 +149,14 @@ class CallbackSender:
     def _body(self, due: QueuedCallback) -> Mapping[str, Any]:
         now, task = self._world.now(), self._world.task_called_about(due)
         if due.forged == "early":
-            answer = task_body(task, now, [])
-            return {**answer, "status": "completed", "progress": 100, "results": [self._link(task)]}
-        answer = task_body(task, now, self._links(task, now))
+            body = task_body(task, now, [])
+            return {**body, "status": "completed", "progress": 100, "results": [self._link(task)]}
+        body = task_body(task, now, self._links(task, now))
         if due.forged == "status":
-            claimed = "failed" if answer["status"] == "completed" else "completed"
-            return {**answer, "status": claimed}
+            return {**body, "status": "failed" if body["status"] == "completed" else "completed"}
         if due.forged == "task":
-            return {**answer, "id": self._world.unused_task_id()}
-        return answer
+            return {**body, "id": self._world.unused_task_id()}
+        return body
 
     def _links(self, task: EmulatedTask, now: float) -> list[str]:
         if task.status(now) != "completed" or task.fault("no_results"):

@@ -10,19 +10,19 @@ import click
 
 _EPILOG = """
 \b
-NAME=VALUE:  a VALUE with a decimal point or % is a rate (0.05, 5%), a whole
-number is a count of requests from now on. NAME=VALUE:ARG refines a fault:
-  --fault drop_after_create=3      the next three
+NAME=VALUE: a VALUE with a decimal point or % is a rate (0.05, 5%), a whole
+number is a count of the next requests. NAME=VALUE:ARG refines a fault:
+  --fault drop_after_create=3      the next three create calls
   --fault fail=0.05:service_error  every twentieth task, with this code
   --fault 429=10%:2                Retry-After: 2
-  --fault insufficient_quota_after=10.5   402 beyond 10.5 credits
+  --fault insufficient_quota_after=10.5   402 above 10.5 credits
   --fault callback_missing=10%     every tenth callback never comes
-A prompt can ask for a fault by itself: [emulator: refuse],
-[emulator: fail CODE], [emulator: NAME], [emulator: NAME once].
+A prompt can request a fault: [emulator: refuse], [emulator: fail CODE],
+[emulator: NAME], [emulator: NAME once].
 """
 
 
-def _wishes(
+def _fault_options(
     _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
 ) -> list[object]:
     """Check each ``NAME=VALUE``."""
@@ -37,14 +37,14 @@ def _wishes(
 def _certificates(
     _context: click.Context, _option: click.Parameter, path: Path | None
 ) -> Path | None:
-    """Check that a file holds certificates."""
+    """Check that a file contains certificates."""
     import ssl  # noqa: PLC0415 - keeps --help quick
 
     try:
         if path is not None:
             ssl.create_default_context(cafile=path)
     except OSError as error:  # ssl.SSLError is one
-        raise click.BadParameter(f"{path} holds no certificates: {error}") from None
+        raise click.BadParameter(f"{path} contains no certificates: {error}") from None
     return path
 
 
@@ -55,15 +55,13 @@ def _certificates(
     default=8765,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="Port to listen on; 0 takes any that is free.",
+    help="Port to listen on; 0 takes a free one.",
 )
-@click.option(
-    "--api-key", default="emulator", show_default=True, help="The key that opens the account."
-)
+@click.option("--api-key", default="emulator", show_default=True, help="The key of the account.")
 @click.option(
     "--state",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder that keeps tasks and books across restarts. [default: a temporary one]",
+    help="Folder that keeps accounts and tasks across restarts. [default: a temporary one]",
 )
 @click.option(
     "--latency-s",
@@ -77,80 +75,80 @@ def _certificates(
     default=0.3,
     show_default=True,
     type=click.FloatRange(0, 1),
-    help="Share by which that varies, up and down.",
+    help="Share by which the latency varies, up and down.",
 )
 @click.option(
     "--fault",
-    "wishes",
+    "fault_options",
     multiple=True,
     metavar="NAME=VALUE",
-    callback=_wishes,
-    help="Have something go wrong; may be repeated. --list-faults shows the names.",
+    callback=_fault_options,
+    help="Inject a fault; may be repeated. --list-faults shows the names.",
 )
 @click.option(
     "--credits",
     default=1000.0,
     show_default=True,
     type=click.FloatRange(min=0),
-    help="Credits of the account when it is made; a kept state keeps its own.",
+    help="Credits of a new account; an account in --state keeps its own.",
 )
 @click.option(
     "--other-key",
     "other_keys",
     multiple=True,
     metavar="KEY",
-    help="The key of a further account, with as many credits; may be repeated.",
+    help="The key of another account, with the same credits; may be repeated.",
 )
 @click.option(
     "--foreign-tasks",
     default="denied",
     show_default=True,
     type=click.Choice(["denied", "unknown"]),
-    help="What a read of another account's task is told: 403, or 404 as for one that is not.",
+    help="Response to a read of another account's task: 403, or 404 as for an unknown task.",
 )
 @click.option(
     "--max-concurrent",
     type=click.IntRange(min=1),
-    help="Unfinished tasks beyond which the answer is 429. [default: no limit]",
+    help="Most unfinished tasks; above it the response is 429. [default: no limit]",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="Create calls a second beyond which the answer is 429. [default: no limit]",
+    help="Most create calls a second; above it the response is 429. [default: no limit]",
 )
 @click.option(
     "--idempotency/--no-idempotency",
     default=True,
     show_default=True,
-    help="Honour the Idempotency-Key, or buy again at each repeat.",
+    help="Honour the Idempotency-Key; without it each repeat is bought again.",
 )
 @click.option(
-    "--batch/--no-batch", default=True, show_default=True, help="Have POST /v1/tasks/batch."
+    "--batch/--no-batch", default=True, show_default=True, help="Serve POST /v1/tasks/batch."
 )
 @click.option(
     "--callbacks-to-private",
     is_flag=True,
-    help="Take and call a callback_url at a private address, such as this machine.",
+    help="Accept a callback_url at a private address, such as this machine.",
 )
 @click.option(
     "--callback-ca",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="PATH",
     callback=_certificates,
-    help="Certificates (PEM) that receivers of callbacks may have, besides the machine's.",
+    help="Certificates (PEM) to trust for receivers of callbacks, in addition to the machine's.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of all that is drawn by chance.")
+@click.option("--seed", default=0, show_default=True, help="Seed of all random draws.")
 @click.option(
     "--until-unlocked",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="End once nobody has held a shared flock on this file for 2 s.",
+    help="Stop once this file has been without a shared flock for 2 s.",
 )
 @click.option(
     "--ready-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write {url, port, pid} as JSON here once connections are taken.",
+    help="Write {url, port, pid} as JSON here once connections are accepted.",
 )
-@click.option("--list-faults", is_flag=True, help="Print the faults, and end.")
+@click.option("--list-faults", is_flag=True, help="Print the faults and exit.")
 def emulator_command(
     *,
     host: str,
@@ -159,7 +157,7 @@ def emulator_command(
     state: Path | None,
     latency_s: float,
     latency_jitter: float,
-    wishes: list[object],
+    fault_options: list[object],
     credits: float,
     other_keys: tuple[str, ...],
     foreign_tasks: str,
@@ -176,9 +174,9 @@ def emulator_command(
 ) -> None:
     """Run EvoLink's API for krea-2-turbo on this machine.
 
-    The pictures are synthetic and nothing is charged. A task whose order has a callback_url is
-    posted there over HTTPS when it has ended, and after 1, 2 and 4 s again until the answer is
-    2xx. The address is printed on stdout.
+    The images are synthetic and nothing is charged. A task with a callback_url is posted there
+    over HTTPS when it ends, with retries after 1, 2 and 4 s until the response is 2xx. The
+    address is printed on stdout.
     """
     from krea_dagster.emulator import StateInUseError, faults, server  # noqa: PLC0415 - as above
 
@@ -215,11 +213,11 @@ def emulator_command(
         except OSError as error:
             raise click.UsageError(f"cannot listen on {host}:{port}: {error}") from None
         stack.callback(emulator.stop)
-        for wish in wishes:
-            if isinstance(wish, faults.FaultOption):
-                emulator.world.apply(wish)
+        for option in fault_options:
+            if isinstance(option, faults.FaultOption):
+                emulator.world.apply(option)
         click.echo(
-            "Emulator of EvoLink's API: the pictures are synthetic and nothing is charged. "
+            "Emulator of EvoLink's API: the images are synthetic and nothing is charged. "
             f"State: {state}",
             err=True,
         )

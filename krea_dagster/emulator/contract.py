@@ -1,7 +1,7 @@
-"""What EvoLink documents for ``krea-2-turbo``: sizes, prices, errors, what a body may say.
+"""EvoLink's documented contract for ``krea-2-turbo``: sizes, prices, errors, request bodies. Pure.
 
-Written from EvoLink's published contract and from nothing of this package, so that a mistake of
-the client is not repeated here. Pure.
+Written from EvoLink's documentation and without the rest of this package, so that a mistake of the
+client is not repeated here.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9._-]{16,96}")
 
 @dataclass(frozen=True)
 class Order:
-    """One accepted create body, with the documented defaults filled in.
+    """The body of an accepted create call, with the documented defaults filled in.
 
-    ``seed`` is what was asked for: None or 0 lets the server draw one.
+    ``seed`` is the requested one: None or 0 lets the server draw one.
     """
 
     prompt: str
@@ -65,25 +65,25 @@ class Order:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Width and height of the picture."""
+        """Width and height of the image."""
         return PIXELS[self.size][QUALITIES.index(self.quality)]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides the picture: two orders of the same one buy it twice."""
+        """A hash of all fields that decide the image: two orders with the same one buy it twice."""
         parts = [self.prompt, self.size, self.quality, self.seed or 0, self.nsfw_check]
         return _digest(parts)
 
     @property
     def body_hash(self) -> str:
-        """A hash of the whole body as understood, for the comparison of repeated keys."""
+        """A hash of the parsed body, to compare the bodies of a repeated key."""
         return _digest([self.fingerprint, self.callback_url])
 
 
 class ErrorResponse(Exception):
-    """The API answers with an error.
+    """An error that the API responds with.
 
-    ``code`` is what the body says, ``param`` the field that is meant, where there is one.
+    ``code`` and ``kind`` are those of the body; ``param`` is the field that is wrong, if any.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ErrorResponse(Exception):
         self.headers = dict(headers or {})
 
     def body(self, request_id: str | None = None) -> dict[str, Any]:
-        """Return the JSON body; with ``request_id`` the message ends by naming it."""
+        """Return the JSON body. With ``request_id``, the message ends with it."""
         tail = f" (request id: {request_id})" if request_id else ""
         error: dict[str, Any] = {
             "code": self.code,
@@ -121,26 +121,26 @@ class ErrorResponse(Exception):
 
 
 def invalid_request(param: str | None = None, detail: str = "") -> ErrorResponse:
-    """Build 400 for a create, batch or list call that says something wrong."""
+    """Return 400 for a create, batch or list call with a wrong field."""
     message = "Invalid request parameters" + (f": {detail}" if detail else "")
     return ErrorResponse(400, "invalid_request", message, param=param)
 
 
 def unauthorized(route: str) -> ErrorResponse:
-    """Build 401; the create call words it differently from the others."""
+    """Return 401. The message of the create call differs from the others."""
     message = "Invalid or expired token" if route == "create" else "Authentication required"
     return ErrorResponse(401, "unauthorized", message, "authentication_error")
 
 
 def out_of_credits(route: str, code: str | None = None) -> ErrorResponse:
-    """Build 402: the account (or, by another code, the key) has not enough credits."""
+    """Return 402: the account (or, with another code, the key) lacks credits."""
     usual = "insufficient_quota" if route == "create" else "quota_exceeded"
     message = "Insufficient quota. Please top up your account."
     return ErrorResponse(402, code or usual, message, "insufficient_quota")
 
 
 def access_denied(route: str, code: str | None = None) -> ErrorResponse:
-    """Build 403: no access to the model, or to somebody else's task."""
+    """Return 403: no access to the model, or to another account's task."""
     if route == "create":
         message = f"Token does not have access to model: {MODEL}"
         return ErrorResponse(403, code or "model_access_denied", message)
@@ -149,18 +149,18 @@ def access_denied(route: str, code: str | None = None) -> ErrorResponse:
 
 
 def invalid_task_id() -> ErrorResponse:
-    """Build 400 for a task id of the wrong form."""
+    """Return 400 for a task id of the wrong form."""
     message = f"Invalid task ID format, must start with '{TASK_ID_PREFIX}'"
     return ErrorResponse(400, "invalid_task_id", message, param="task_id")
 
 
 def task_not_found() -> ErrorResponse:
-    """Build 404 for a task that is not known, or not any more."""
+    """Return 404 for a task that is not known, or no longer."""
     return ErrorResponse(404, "task_not_found", "The requested task could not be found")
 
 
 def rate_limited(route: str, retry_after: str | None = None) -> ErrorResponse:
-    """Build 429; ``retry_after`` is the header's text: seconds or an HTTP date."""
+    """Return 429. ``retry_after`` is the header's text: seconds or an HTTP date."""
     headers = {} if retry_after is None else {"retry-after": retry_after}
     if route == "create":
         message = "Too many requests, please try again later"
@@ -173,34 +173,34 @@ def rate_limited(route: str, retry_after: str | None = None) -> ErrorResponse:
 
 
 def internal_error(route: str, status: int = 500) -> ErrorResponse:
-    """Build 500 (or another 5xx) as JSON."""
+    """Return 500 (or another 5xx) as JSON."""
     message = "Internal server error" if route == "create" else "Failed to retrieve task status"
     return ErrorResponse(status, "internal_error", message, "api_error")
 
 
 def no_such_route(method: str, path: str) -> ErrorResponse:
-    """Build 404 for an endpoint that this server does not have."""
+    """Return 404 for an endpoint that does not exist."""
     return ErrorResponse(404, "not_found", f"Invalid URL ({method} {path})")
 
 
 def idempotency_conflict() -> ErrorResponse:
-    """Build 409: the Idempotency-Key was used for another body."""
+    """Return 409: the Idempotency-Key was used for another body."""
     message = "This Idempotency-Key was already used with a different request body"
     return ErrorResponse(409, "idempotency_conflict", message)
 
 
 def paid_outcome_unknown() -> ErrorResponse:
-    """Build 409: the first submission with this key is not decided yet."""
+    """Return 409: the first submission with this key is not decided yet."""
     message = "The first request with this Idempotency-Key is still being decided"
     return ErrorResponse(409, "paid_outcome_unknown", message, "api_error")
 
 
 # -- task errors ------------------------------------------------------------------------------
 
-#: The text that a failed task gives with each documented code. Some hold line breaks.
+#: The message of a failed task for each documented code. Some contain line breaks.
 TASK_ERRORS: Final[Mapping[str, str]] = {
     "content_policy_violation": (
-        "Content policy violation.\nThe prompt or the picture was blocked by safety filters.\n"
+        "Content policy violation.\nThe prompt or the image was blocked by safety filters.\n"
         "Change the prompt and try again."
     ),
     "invalid_parameters": "Invalid parameters.",
@@ -219,11 +219,11 @@ TASK_ERRORS: Final[Mapping[str, str]] = {
 
 
 def task_error_message(code: str) -> str:
-    """Return the text for a task error code, a general one where it is not documented."""
+    """Return the message for a task error code, a general one if it is not documented."""
     return TASK_ERRORS.get(code, "The task failed.")
 
 
-# -- reading what a client sent ---------------------------------------------------------------
+# -- reading requests -------------------------------------------------------------------------
 
 
 def parse_json(raw: bytes) -> Any:
@@ -239,10 +239,10 @@ def parse_json(raw: bytes) -> Any:
 
 
 def approximate_tokens(prompt: str) -> int:
-    """Estimate a prompt's tokens; EvoLink does not say which tokenizer counts.
+    """Estimate the tokens of a prompt; EvoLink does not document the tokenizer.
 
-    1.3 tokens for each word between white space, and one more for each character from U+2E80
-    upwards, where scripts begin that are written without spaces.
+    1.3 tokens for each word, and one more for each character from U+2E80 on, where the scripts
+    without spaces begin.
     """
     words = len(prompt.split())
     dense = 0 if prompt.isascii() else sum(1 for character in prompt if character >= "\u2e80")
@@ -250,11 +250,11 @@ def approximate_tokens(prompt: str) -> int:
 
 
 def read_order(body: object, *, callbacks_to_private: bool = False) -> Order:
-    """Check a create body against the contract. Raises ErrorResponse 400, which names the field.
+    """Check a create body against the contract. Raises ErrorResponse 400 with the field.
 
-    ``callbacks_to_private`` takes a ``callback_url`` at a private address as well.
-    Fields that the contract does not name are ignored. Lone surrogates in the prompt become
-    U+FFFD, as they do in a server that keeps its text as UTF-8.
+    ``callbacks_to_private`` also accepts a ``callback_url`` at a private address. Fields that
+    the contract does not name are ignored. Lone surrogates in the prompt become U+FFFD, as in a
+    server that stores text as UTF-8.
     """
     if not isinstance(body, dict):
         raise invalid_request()
@@ -275,7 +275,7 @@ def read_order(body: object, *, callbacks_to_private: bool = False) -> Order:
 
 
 def read_idempotency_key(header: str | None) -> str | None:
-    """Check the Idempotency-Key header, None where there is none. Raises ErrorResponse 400."""
+    """Check the Idempotency-Key header, None if there is none. Raises ErrorResponse 400."""
     if header is None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(header):
@@ -325,7 +325,7 @@ def _read_seed(body: Mapping[str, Any]) -> int | None:
         return None
     value = body["seed"]
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON does not tell 7.0 from 7
+        value = int(value)  # JSON does not distinguish 7.0 from 7
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
         raise invalid_request("seed")
     return value
@@ -343,16 +343,16 @@ def _read_callback_url(body: Mapping[str, Any], private_too: bool) -> str | None
 
 
 def is_public_https(url: str, *, private_too: bool = False) -> bool:
-    """Tell whether a URL is one that may be called; ``private_too``: at a private host as well.
+    """Return whether a URL may be called, also at a private host with ``private_too``.
 
-    What a public name leads to is not looked at here.
+    Host names are not resolved here.
     """
     if not url.isprintable() or not url.isascii() or " " in url:
         return False
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
-        _ = parts.port  # raises where the port is no number
+        _ = parts.port  # raises if the port is not a number
     except ValueError:
         return False
     if parts.scheme.lower() != "https" or not host:
@@ -368,7 +368,7 @@ def is_public_https(url: str, *, private_too: bool = False) -> bool:
 
 
 def is_public_address(text: str) -> bool:
-    """Tell whether an IP address is one that the whole internet has."""
+    """Return whether an IP address is reachable on the public internet."""
     return ipaddress.ip_address(text.partition("%")[0]).is_global
 
 

@@ -1,6 +1,6 @@
-"""Make the bodies that the file host sends: the pictures, and the damaged ones.
+"""Make the bodies that the file host sends: the images, and damaged ones.
 
-CPU-bound and without any HTTP: meant to be called in a thread.
+CPU-bound and without HTTP, so it is called in a thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from krea_dagster.emulator import render
 
 ImageKey = tuple[str, int, int, int]  # prompt, seed, width, height
 
-#: Effects of file faults that put another body in the place of the picture.
+#: Effects of file faults that replace the image by another body.
 BODY_EFFECTS: Final = frozenset(
     {"jpeg", "black", "half", "bomb", "noise", "nothing", "cut", "same"}
 )
@@ -26,7 +26,7 @@ _BOMB_SIDE: Final = 60_000
 
 
 class ImageFiles:
-    """Draws pictures and keeps the last ones, up to ``keep_bytes`` in all. Thread-safe."""
+    """Draws images and caches the last ones, up to ``keep_bytes`` in total. Thread-safe."""
 
     def __init__(self, keep_bytes: int = 32 << 20) -> None:
         self._keep_bytes = keep_bytes
@@ -35,7 +35,7 @@ class ImageFiles:
         self._lock = threading.Lock()
 
     def png(self, key: ImageKey) -> bytes:
-        """Return the picture of (prompt, seed, width, height) as PNG."""
+        """Return the image of (prompt, seed, width, height) as PNG."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -51,7 +51,7 @@ class ImageFiles:
         return body
 
     def damaged(self, key: ImageKey, effect: str, noise: bytes) -> bytes:
-        """Return what is sent instead of the picture. ``effect`` is one of BODY_EFFECTS."""
+        """Return what is sent instead of the image. ``effect`` is one of BODY_EFFECTS."""
         prompt, seed, width, height = key
         if effect == "jpeg":
             return render.encode(render.render(prompt, seed, width, height), "JPEG")
@@ -72,9 +72,9 @@ class ImageFiles:
 
 
 def bomb() -> bytes:
-    """Return a small PNG that declares 60,000 × 60,000 RGB pixels, with sound checksums.
+    """Return a small PNG that declares 60,000 × 60,000 RGB pixels, with valid checksums.
 
-    It holds the first rows only: whoever trusts the header reserves 10 GB.
+    It contains the first rows only. A reader that trusts the header reserves 10 GB.
     """
     header = struct.pack(">IIBBBBB", _BOMB_SIDE, _BOMB_SIDE, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(3 * _BOMB_SIDE + 1) * 4, 9)

@@ -1,4 +1,4 @@
-"""The bodies of good answers, in the shapes that EvoLink documents. Pure.
+"""The bodies of successful responses, as EvoLink documents them. Pure.
 
 The row of the list call is not documented; it has the fields that EvoLink's clients read.
 """
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from krea_dagster.emulator.contract import MODEL, UNITS_PER_CREDIT, task_error_message
-from krea_dagster.emulator.world import Account, EmulatedTask
+from krea_dagster.emulator.model import Account, EmulatedTask
 
 CREDITS_PER_USD: Final = 68
 
 
 def create_body(task: EmulatedTask) -> dict[str, Any]:
-    """Return the body of the create call: always as it was at creation, for a replay too."""
+    """Return the body of the create call. A replay gets the same one."""
     return {
         "created": int(task.created_at),
         "id": task.task_id,
@@ -34,7 +34,7 @@ def create_body(task: EmulatedTask) -> dict[str, Any]:
 
 
 def task_body(task: EmulatedTask, now: float, links: Sequence[str]) -> dict[str, Any]:
-    """Return the body of the task query. ``links`` are given where the task is completed."""
+    """Return the body of the task query. ``links`` count if the task is completed."""
     status = task.status(now)
     shown = task.fault("final_status") or task.fault("status")
     answer: dict[str, Any] = {
@@ -84,7 +84,7 @@ def list_row(task: EmulatedTask, now: float) -> dict[str, Any]:
 
 
 def credits_body(account: Account) -> Mapping[str, Any]:
-    """Return the body of the credits call. The key itself has no limit of its own."""
+    """Return the body of the credits call. The key itself has no limit."""
     remaining = account.remaining / UNITS_PER_CREDIT
     used = account.charged / UNITS_PER_CREDIT
     return {

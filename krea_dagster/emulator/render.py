@@ -1,7 +1,7 @@
-"""Draw a picture from a prompt and a seed: always the same one, of exactly the asked size.
+"""Draw an image from a prompt and a seed: always the same one, of exactly the given size. Pure.
 
-Pure. The picture is an abstract landscape whose colours and shapes come from a hash of prompt
-and seed, with the prompt written on it, so that a person sees which row a file belongs to.
+The image is an abstract landscape whose colours and shapes come from a hash of prompt and seed,
+with the prompt written on it, so that a person sees which row a file belongs to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SMALL: Final = 4  # shapes are drawn at a quarter of the size and enlarged, whi
 
 
 def render_png(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """Return the picture as PNG bytes: the same ones for the same arguments."""
+    """Return the image as PNG bytes: the same ones for the same arguments."""
     return encode(render(prompt, seed, width, height), "PNG")
 
 
@@ -60,7 +60,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def render(prompt: str, seed: int, width: int, height: int) -> Image.Image:
-    """Return the picture of a prompt, RGB, ``width`` × ``height`` pixels."""
+    """Return the image of a prompt, RGB, ``width`` × ``height`` pixels."""
     key = f"{seed}\n{prompt}".encode("utf-8", "surrogatepass")
     source = random.Random(hashlib.sha256(key).digest())  # noqa: S311 - nothing secret
     image = _landscape(source, width, height)
@@ -123,7 +123,7 @@ def _sky(top: tuple[int, int, int], bottom: tuple[int, int, int], w: int, h: int
 
 
 def _hill(source: random.Random, base: float, w: int, h: int) -> list[tuple[float, float]]:
-    """Return the outline of a hill whose crest lies about ``base`` below the upper edge."""
+    """Return the outline of a hill whose crest is about ``base`` below the upper edge."""
     waves = [
         (h * source.uniform(0.02, 0.07) / n, n * source.uniform(0.6, 1.5), source.uniform(0, 7))
         for n in (1, 2, 4)

@@ -1,4 +1,4 @@
-"""Send an answer, or do to the connection what a fault wants."""
+"""Send a response, or do to the connection what a fault wants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-#: Does something to the connection of an ASGI scope: "close", "reset" or "garbage".
+#: Breaks the connection of an ASGI scope: "close", "reset" or "garbage".
 BreakConnection = Callable[[Scope, str], None]
 
 ENDLESS_PIECE_BYTES: Final = 64 * 1024
@@ -18,11 +18,11 @@ ENDLESS_PIECE_BYTES: Final = 64 * 1024
 
 @dataclass
 class Reply:
-    """What is answered, and what happens to the connection.
+    """A response, and what happens to the connection.
 
-    ``wire`` is "" for a whole answer; "close", "reset" or "garbage" for none at all;
-    "truncated" for half of the body under the length of the whole; "endless" for a body
-    without end. The answer leaves ``delay_s`` seconds late.
+    ``wire`` is "" for a whole response; "close", "reset" or "garbage" for none at all;
+    "truncated" for half of the body under the full length; "endless" for a body without end.
+    The response leaves ``delay_s`` seconds late.
     """
 
     status: int
@@ -33,21 +33,21 @@ class Reply:
     wire: str = ""
 
     @property
-    def noted(self) -> str:
-        """The word under which the books count it."""
+    def outcome(self) -> str:
+        """The word under which the statistics count it."""
         return "dropped" if self.wire in ("close", "reset", "garbage") else str(self.status)
 
 
 class ReplyResponse(Response):
-    """Sends a reply, or does to the connection what it says."""
+    """Sends a reply, or breaks the connection as it says."""
 
-    def __init__(self, reply: Reply, hang: BreakConnection | None) -> None:
+    def __init__(self, reply: Reply, break_connection: BreakConnection | None) -> None:
         super().__init__(reply.body, reply.status or 200, reply.headers, reply.content_type)
         self._reply = reply
-        self._hang_up = hang
+        self._break_connection = break_connection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Deliver over one ASGI connection."""
+        """Send over one ASGI connection."""
         reply = self._reply
         if reply.delay_s > 0 and await _left_within(receive, reply.delay_s):
             return
@@ -56,14 +56,14 @@ class ReplyResponse(Response):
         elif reply.wire == "truncated":
             await self._send_half(scope, receive, send)
         elif reply.wire == "endless":
-            await self._send_for_ever(receive, send)
+            await self._send_endlessly(receive, send)
         else:
             await self._end(reply.wire, scope, receive)
 
     async def _end(self, how: str, scope: Scope, receive: Receive) -> None:
-        if self._hang_up is None:
+        if self._break_connection is None:
             raise ConnectionError(f"the emulator was told to {how} a connection, and has none")
-        self._hang_up(scope, how)
+        self._break_connection(scope, how)
         await _left_within(receive, None)
 
     async def _send_half(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +74,7 @@ class ReplyResponse(Response):
         await send({"type": "http.response.body", "body": half, "more_body": True})
         await self._end("close", scope, receive)
 
-    async def _send_for_ever(self, receive: Receive, send: Send) -> None:
+    async def _send_endlessly(self, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", self._reply.content_type.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         piece = b"\x89PNG\r\n\x1a\n" + self._reply.body[8:]
@@ -89,7 +89,7 @@ class ReplyResponse(Response):
 
 
 async def _left_within(receive: Receive, seconds: float | None) -> bool:
-    """Wait until the client has left, at most so long; tell whether it has."""
+    """Wait at most ``seconds`` for the client to leave; return whether it has."""
 
     async def left() -> None:
         while (await receive())["type"] != "http.disconnect":

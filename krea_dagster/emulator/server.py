@@ -1,4 +1,4 @@
-"""Run the emulator: in a thread for tests and drills, or until it is told to stop."""
+"""Run the emulator: in a thread for tests and drills, or in the foreground."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from typing import Any, Final
 import uvicorn
 from starlette.types import Scope
 
-from krea_dagster.emulator.app import create_app
+from krea_dagster.emulator.app import EmulatorApp
 from krea_dagster.emulator.callback_sender import TIMEOUT_S, CallbackSender
 from krea_dagster.emulator.contract import UNITS_PER_CREDIT
 from krea_dagster.emulator.world import LINK_LIFETIME_S, World
 
-#: How often ``serve`` looks for the users' lock, and how long it must be free.
+#: How often ``serve`` checks the users' lock, and how long it must be free.
 UNLOCKED_LOOK_S: Final = 0.5
 UNLOCKED_FOR_S: Final = 2.0
 
@@ -45,15 +45,26 @@ class Emulator:
             ...
             assert emulator.stats()["creates"] == 1
 
-    ``api_key`` opens the account with ``credits``; ``other_accounts`` are further keys with
-    their credits. ``state`` is the folder that survives (None: one that is deleted at the end).
-    An account that exists there keeps its credits. ``faults`` are rates (0 to 1) by name; see
-    ``World.script`` for faults that strike once. ``callbacks_to_private`` takes a
-    ``callback_url`` at a private address and calls it; ``callback_ca`` is a file of certificates
-    that receivers may have, besides those the machine trusts. The other settings are those of
-    ``World``.
-    Raises StateInUseError where another emulator works on ``state``, and OSError where the port
-    is taken or ``callback_ca`` cannot be read.
+    The settings that are not listed are those of ``World``.
+
+    Args:
+        api_key: the key of the account.
+        credits: the credits of that account. An account that exists in ``state`` keeps its own.
+        other_accounts: further keys with their credits.
+        state: the folder of the state file; None for one that is deleted at the end.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free one.
+        faults: rates (0 to 1) by fault name; see ``World.script`` for faults that strike once.
+        batch: whether ``POST /v1/tasks/batch`` exists.
+        render_threads: threads that draw images.
+        callbacks_to_private: whether a ``callback_url`` may have a private address.
+        callback_ca: a file of certificates (PEM) that are trusted for receivers of callbacks, in
+            addition to the machine's.
+        callback_timeout_s: how long a receiver of callbacks may take.
+
+    Raises:
+        StateInUseError: another emulator uses ``state``.
+        OSError: the port is taken, or ``callback_ca`` cannot be read.
     """
 
     def __init__(
@@ -115,7 +126,7 @@ class Emulator:
                 ca=callback_ca,
                 timeout_s=callback_timeout_s,
             )
-            self.app = create_app(
+            self.app = EmulatorApp(
                 self.world,
                 batch=batch,
                 render_threads=render_threads,
@@ -123,10 +134,9 @@ class Emulator:
             )
             undo.callback(self.app.close)
             self._exit = undo.pop_all()
-        self._server = _Server(
+        self._server = _ThreadServer(
             uvicorn.Config(
                 self.app,
-                http="httptools" if importlib.util.find_spec("httptools") else "h11",
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -137,7 +147,7 @@ class Emulator:
                 timeout_keep_alive=75,
             )
         )
-        self.app.hang = self._server.hang
+        self.app.break_connection = self._server.break_connection
         self._thread = threading.Thread(target=self._run, name="emulator", daemon=True)
 
     @property
@@ -147,18 +157,25 @@ class Emulator:
         return f"http://{host}:{self.port}"
 
     def stats(self, *, tasks: bool = True) -> dict[str, Any]:
-        """Return what was asked, created, charged and fetched so far."""
+        """Return counts of requests, tasks and callbacks and sums of credits so far.
+
+        Args:
+            tasks: whether to include the list of all tasks.
+
+        Returns:
+            The fields that ``openapi.yaml`` describes under ``Stats``.
+        """
         return self.world.stats(tasks=tasks)
 
     def start(self) -> None:
-        """Start to answer. Connections are taken when this returns."""
+        """Start the server. It accepts connections when this returns."""
         self._thread.start()
         self._server.ready.wait()
         if not self._server.started:
-            raise RuntimeError("the emulator's server did not start; its thread says why")
+            raise RuntimeError("the emulator did not start; the traceback of its thread shows why")
 
     def stop(self) -> None:
-        """Stop to answer, cut what is under way, and close the state."""
+        """Stop the server, cut the requests in progress, and close the state."""
         if self._thread.is_alive():
             self._server.stop()
             self._thread.join()
@@ -204,11 +221,11 @@ def serve(
 ) -> None:
     """Run an emulator until SIGINT or SIGTERM. Call it in the main thread.
 
-    With ``until_unlocked`` it also ends once nobody has held a shared ``flock`` on that file
-    for two seconds; whoever uses the emulator takes the lock before it is started, waiting for
-    it, and keeps it. A lock ends with its process, so the emulator does not outlive its users.
-    ``ready_file`` gets ``{"url", "port", "pid"}`` as JSON, at once and whole, when connections
-    are taken; a file of that name from an earlier run is removed first.
+    With ``until_unlocked`` it also ends once that file has been without a ``flock`` for two
+    seconds. A process that uses the emulator takes a shared lock before the start and keeps it.
+    A lock ends with its process, so the emulator does not outlive its users. ``ready_file`` gets
+    ``{"url", "port", "pid"}`` as JSON, atomically, once connections are accepted; a file of that
+    name from an earlier run is removed first.
     """
     stop = threading.Event()
     if ready_file is not None:
@@ -232,8 +249,8 @@ def serve(
 # -- inside -----------------------------------------------------------------------------------
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which wakes at once when it is told to stop, and waits for nobody."""
+class _ThreadServer(uvicorn.Server):
+    """uvicorn's server in a thread: it stops at once and does not wait for clients."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -246,23 +263,23 @@ class _Server(uvicorn.Server):
         if self._loop is not None and self._woken is not None:
             self._loop.call_soon_threadsafe(self._woken.set)
 
-    def hang(self, scope: Scope, how: str) -> None:
-        """Do something to the connection that a request came on."""
+    def break_connection(self, scope: Scope, how: str) -> None:
+        """Break the connection of a request: "close", "reset" or "garbage"."""
         for connection in self.server_state.connections:
-            # Each of uvicorn's HTTP/1.1 protocols has it; their common type does not say so.
+            # uvicorn's HTTP/1.1 protocols have a client; their common type does not declare it.
             if getattr(connection, "client", None) == scope["client"]:
-                _end(connection.transport, how)
+                _break(connection.transport, how)
                 return
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen."""
+        """Start to accept connections."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
         self.ready.set()
 
     async def main_loop(self) -> None:
-        """Keep the date of the answers fresh until ``stop`` is called."""
+        """Update the Date header of the responses until ``stop`` is called."""
         assert self._woken is not None  # noqa: S101 - startup has run
         while not self._woken.is_set():
             await self.on_tick(0)
@@ -270,7 +287,7 @@ class _Server(uvicorn.Server):
                 await asyncio.wait_for(self._woken.wait(), 1.0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close everything. Answers under way get a moment, then their connections are cut."""
+        """Close everything. Responses in progress get a moment, then their connections are cut."""
         for server in self.servers:
             server.close()
         for listener in sockets or []:
@@ -286,7 +303,7 @@ class _Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks)
 
 
-def _end(transport: asyncio.Transport, how: str) -> None:
+def _break(transport: asyncio.Transport, how: str) -> None:
     if how == "garbage":
         transport.write(b"\x00\x01\x02 this is not HTTP\r\n\r\n")
     if how == "reset":
@@ -300,14 +317,8 @@ def _end(transport: asyncio.Transport, how: str) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+    listener = socket.create_server((host, port), family=family)
+    listener.setblocking(False)
     return listener
 
 
@@ -335,13 +346,13 @@ def _signals(stop: threading.Event) -> Iterator[None]:
 def _write_ready(path: Path, emulator: Emulator) -> None:
     ready = {"url": emulator.url, "port": emulator.port, "pid": os.getpid()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(ready), encoding="utf-8")
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(ready), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _is_locked(path: Path) -> bool:
-    """Tell whether somebody holds a lock on a file. One that does not exist is not locked."""
+    """Return whether a process holds a lock on a file. A missing file is not locked."""
     import fcntl  # noqa: PLC0415 - not there on Windows, where only this option is missing
 
     try:

@@ -1,4 +1,4 @@
-"""Keep the emulator's state in one SQLite file: its tables, its lock, its transactions."""
+"""The SQLite file of the emulator's state: its tables, its lock, its transactions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-#: How long a start waits for the emulator before it, which may still be ending.
+#: How long a start waits for a previous emulator that may still be ending.
 LOCK_WAIT_S = 5.0
 
 _SCHEMA: Final = """
@@ -86,14 +86,14 @@ CREATE TABLE IF NOT EXISTS scripts (
 
 
 class StateInUseError(RuntimeError):
-    """Another emulator works on the same state folder."""
+    """Another emulator uses the same state folder."""
 
 
 class StateFile:
     """The open state file. Thread-safe; one process at a time.
 
-    What a transaction wrote survives the end of the process, however it ends.
-    Raises StateInUseError where another emulator has the folder.
+    What a transaction wrote survives the end of the process, also a kill.
+    Raises StateInUseError if another emulator uses the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,7 +108,7 @@ class StateFile:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make all that happens inside durable at once, when the outermost block is left."""
+        """Commit everything inside together, at the end of the outermost block."""
         with self.lock:
             if self._inside:
                 yield
@@ -126,7 +126,7 @@ class StateFile:
                 self._inside = False
 
     def meta(self, name: str, default: str) -> str:
-        """Return a remembered word; the first time it is ``default``."""
+        """Return a stored text; the first time it is ``default``."""
         self.db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, default))
         row = self.db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return str(row[0])
@@ -138,7 +138,7 @@ def _open(state: Path) -> sqlite3.Connection:
         state / "emulator.db", timeout=LOCK_WAIT_S, isolation_level=None, check_same_thread=False
     )
     try:
-        # The lock of this mode is what keeps a second emulator out; a killed one leaves none.
+        # The lock of this mode keeps a second emulator out; a killed one leaves no lock.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
         # Enough for a killed process. Only a power failure could lose the last commits.

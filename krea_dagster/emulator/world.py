@@ -1,12 +1,12 @@
-"""The emulator's state: accounts, tasks and books, kept on disk, without any HTTP.
+"""The emulator's state: accounts, tasks, credits and faults, kept on disk, without HTTP.
 
-A task's status is never written: it follows from the clock and from two times that were fixed
-when the task was created. Credits are reserved at creation and settled when the task's end has
-passed. Settling is done on the next look at the account, and reads as if done on time.
+A task's status is never written: it follows from the clock and from two times that are fixed
+when the task is created. Credits are reserved at creation and settled after the task's end.
+Settling is done at the next look at the account, with the same result as if done on time.
 
-Everything is in one SQLite file in the state folder, committed before an answer leaves, so that
-a killed emulator has forgotten nothing when it is started on the same folder again: tasks, keys,
-books, scripted faults. Rates of faults and all settings come anew with each start.
+Everything is in one SQLite file in the state folder, committed before a response leaves. So an
+emulator that is killed and started on the same folder still has its tasks, keys, counts and
+scripted faults. Rates of faults and all settings are given with each start.
 
 Times are unix seconds of the given clock. Money is in units of 1/10,000 credit.
 """
@@ -17,13 +17,13 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.emulator import faults
+from krea_dagster.emulator import contract, faults
 from krea_dagster.emulator.accounting import read_totals, task_record
 from krea_dagster.emulator.callback_queue import CallbackQueue, QueuedCallback
 from krea_dagster.emulator.contract import (
@@ -34,6 +34,7 @@ from krea_dagster.emulator.contract import (
     Order,
 )
 from krea_dagster.emulator.faults import ChosenFault, RequestKind
+from krea_dagster.emulator.model import TASK_COLUMNS, Account, CreateResult, EmulatedTask
 from krea_dagster.emulator.state_file import StateFile
 
 LINK_LIFETIME_S: Final = 24 * 3600.0
@@ -43,129 +44,31 @@ _WITH_PROMPT: Final = ("create", "task", "read", "file", "callback")
 
 _ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789"
 
-
-class OutOfCreditsError(Exception):
-    """The account has not enough credits left, or the quota is reached."""
-
-
-class TooBusyError(Exception):
-    """More submissions than allowed. ``retry_after_s`` is None where no advice is given."""
-
-    def __init__(self, retry_after_s: float | None) -> None:
-        super().__init__(retry_after_s)
-        self.retry_after_s = retry_after_s
-
-
-class KeyConflictError(Exception):
-    """The Idempotency-Key was used for another body."""
-
-
-class UndecidedError(Exception):
-    """The first submission with this Idempotency-Key is not decided yet."""
-
-
-class UnknownTaskError(Exception):
-    """The task is not known, or not any more."""
-
-
-class ForeignTaskError(Exception):
-    """The task belongs to another account."""
+_SELECT_TASK: Final = f"SELECT {TASK_COLUMNS} FROM tasks"  # noqa: S608
 
 
 class LinkExpiredError(Exception):
-    """The link was good once."""
-
-
-@dataclass(frozen=True)
-class Account:
-    """An account as it stands now. All amounts in units."""
-
-    id: int
-    granted: int
-    reserved: int
-    charged: int
-    returned: int
-
-    @property
-    def held(self) -> int:
-        """Reserved for tasks that have not ended."""
-        return self.reserved - self.charged - self.returned
-
-    @property
-    def remaining(self) -> int:
-        """What can still be spent: the balance falls when credits are reserved."""
-        return self.granted - self.charged - self.held
-
-
-@dataclass(frozen=True)
-class EmulatedTask:
-    """One task. ``ready_at`` is None where it never ends."""
-
-    n: int
-    task_id: str
-    account: int
-    prompt: str
-    size: str
-    quality: str
-    used_seed: int
-    reserved: int
-    created_at: float
-    started_at: float
-    ready_at: float | None
-    ends_as: str
-    error_code: str | None
-    faults: tuple[ChosenFault, ...]
-    reads_at_end: int
-    fetched: int
-    file_sha256: str | None
-
-    def status(self, now: float) -> str:
-        """Return pending, processing, completed, failed or cancelled."""
-        if self.ready_at is not None and now >= self.ready_at:
-            return self.ends_as
-        return "pending" if now < self.started_at else "processing"
-
-    def progress(self, now: float) -> int:
-        """Return 0 to 100; 100 only when completed, and 0 when it failed, as documented."""
-        status = self.status(now)
-        if status == "completed":
-            return 100
-        if status != "processing":
-            return 0
-        end = self.started_at + 60 if self.ready_at is None else self.ready_at
-        share = (now - self.created_at) / max(end - self.created_at, 1e-9)
-        return max(1, min(99, int(100 * share)))
-
-    def fault(self, effect: str) -> ChosenFault | None:
-        """Return the task fault with this effect, if the task has it."""
-        return next((one for one in self.faults if one.fault.effect == effect), None)
-
-
-_TASK_COLUMNS: Final = (
-    "n, task_id, account, prompt, size, quality, used_seed, reserved, created_at, started_at, "
-    "ready_at, ends_as, error_code, faults, reads_at_end, fetched, file_sha256"
-)
-
-
-@dataclass(frozen=True)
-class CreateResult:
-    """The outcome of a create call that was taken."""
-
-    task: EmulatedTask
-    replayed: bool
+    """The link has worked once."""
 
 
 class World:
-    """All that the emulator knows. Thread-safe; one process at a time per state folder.
+    """The state and the rules of the emulator. Thread-safe; one process per state folder.
 
-    ``latency_s`` is how long a task takes, varied uniformly by ± the share ``latency_jitter``.
-    ``max_concurrent`` is how many tasks may be unfinished, ``rate`` how many create calls a
-    second are taken; beyond either the caller is told to come back. A task that never ends
-    does not count as unfinished, so that it does not block the others.
-    ``task_lifetime_s`` is how long after its creation a task can be read, None for ever;
-    ``link_lifetime_s`` how long after the read that handed it out a link works.
-    ``denies_foreign_tasks``: a read of another account's task is told that it is not one's own;
-    else, that there is none.
+    A call that the API would refuse raises ``contract.ErrorResponse``.
+
+    Args:
+        state: the folder of the state file.
+        clock: unix seconds.
+        seed: of all random draws.
+        latency_s: seconds that a task takes, varied uniformly by ± the share ``latency_jitter``.
+        latency_jitter: from 0 to 1.
+        max_concurrent: most unfinished tasks, None for no limit; beyond it the response is 429.
+            A task that never ends does not count, so that it does not block the others.
+        rate: create calls a second, None for no limit; beyond it the response is 429.
+        idempotency: whether the Idempotency-Key is honoured.
+        task_lifetime_s: how long after its creation a task can be read, None for no limit.
+        link_lifetime_s: how long after the read that returned it a link works.
+        denies_foreign_tasks: whether a read of another account's task gets 403, or else 404.
     """
 
     def __init__(
@@ -215,13 +118,13 @@ class World:
         return self._clock()
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
-        """Make all that happens inside durable at once, when the outermost block is left."""
+        """Commit everything inside together, at the end of the outermost block."""
         return self._state.transaction()
 
     # -- accounts -----------------------------------------------------------------------------
 
     def add_account(self, api_key: str, granted_units: int) -> None:
-        """Make an account with this key, unless there is one: then it keeps what it has."""
+        """Create an account with this key. An account that exists keeps its balance."""
         with self.transaction():
             self._db.execute(
                 "INSERT OR IGNORE INTO accounts (key_hash, granted) VALUES (?, ?)",
@@ -229,7 +132,7 @@ class World:
             )
 
     def account(self, api_key: str) -> Account | None:
-        """Return the account of a key as it stands now, None where there is none."""
+        """Return the account of a key with its balance, None if there is none."""
         with self.transaction():
             self._settle()
             row = self._db.execute(
@@ -252,9 +155,9 @@ class World:
     ) -> CreateResult:
         """Create a task and reserve its credits, or return the one that the key created.
 
-        Scripted and rated task and callback faults are chosen here, for tasks that really come to
-        exist, after ``task_faults``. While ``undecided_s`` lasts, a repeat raises UndecidedError.
-        Raises TooBusyError, KeyConflictError, UndecidedError, OutOfCreditsError.
+        Scripted and rated task and callback faults are chosen here, so that they strike only
+        tasks that are created; they come after ``task_faults``. For ``undecided_s`` seconds a
+        repeat is told that the first call is undecided. Raises ErrorResponse.
         """
         with self.transaction():
             self._take_token()
@@ -267,8 +170,8 @@ class World:
             price = PRICE_UNITS[order.quality]
             self._check_credits(account, price)
             now = self.now()
-            row = self._planned(order, task_faults, now)
-            price = _told_price(row, price)
+            row = self._new_task(order, task_faults, now)
+            price = _price_of(row, price)
             row.update(account=account.id, idempotency_key=idempotency_key, reserved=price)
             task = self._insert(row)
             if order.callback_url is not None and task.ready_at is not None:
@@ -286,7 +189,7 @@ class World:
             return CreateResult(task, replayed=False)
 
     def take_key(self, account: Account, key: str) -> None:
-        """Have a key count as used for another body, unless it has created a task."""
+        """Mark a key as used for another body, unless it has created a task."""
         with self.transaction():
             known = self._db.execute(
                 "SELECT 1 FROM idempotency WHERE account = ? AND key = ?", (account.id, key)
@@ -297,13 +200,22 @@ class World:
                 )
 
     def task(self, task_id: str, account: Account) -> EmulatedTask:
-        """Return a task of this account. Raises UnknownTaskError or ForeignTaskError."""
+        """Return a task of this account. Raises ErrorResponse 404 or 403."""
         task = self._find(task_id)
         if task is None or self._is_over(task) or task.fault("vanished"):
-            raise UnknownTaskError
+            raise contract.task_not_found()
         if task.account != account.id:
-            raise ForeignTaskError if self.denies_foreign_tasks else UnknownTaskError
+            if self.denies_foreign_tasks:
+                raise contract.access_denied("read")
+            raise contract.task_not_found()
         return task
+
+    def first_task_id(self, account: Account) -> str:
+        """Return the id of an account's first task."""
+        found = self._db.execute(
+            "SELECT task_id FROM tasks WHERE account = ? ORDER BY n LIMIT 1", (account.id,)
+        )
+        return str(found.fetchone()[0])
 
     def count_read_at_end(self, task: EmulatedTask) -> int:
         """Count one more read of an ended task; return how many there were before."""
@@ -340,33 +252,32 @@ class World:
             total = self._db.execute(f"SELECT count(*) FROM tasks WHERE {where}", values)  # noqa: S608
             count = int(total.fetchone()[0])
             rows = self._db.execute(
-                f"SELECT {_TASK_COLUMNS} FROM tasks WHERE {where} "  # noqa: S608
-                "ORDER BY n DESC LIMIT ? OFFSET ?",
+                f"{_SELECT_TASK} WHERE {where} ORDER BY n DESC LIMIT ? OFFSET ?",
                 [*values, page_size, (page - 1) * page_size],
             ).fetchall()
-        return [_task(row) for row in rows], count
+        return [EmulatedTask.from_row(row) for row in rows], count
 
     # -- links and files ----------------------------------------------------------------------
 
     def link_path(self, task: EmulatedTask) -> str:
-        """Return a fresh link to a task's picture, as a path: it ends a day after now."""
+        """Return a new link to a task's image, as a path."""
         expires_ms = int((self.now() + self.link_lifetime_s) * 1000)
         name = f"{task.task_id}-{expires_ms}"
         return f"/files/{name}-{self._sign(name)}.png"
 
     def file(self, name: str) -> EmulatedTask:
-        """Return the task whose picture a link names, and count the fetch.
+        """Return the task whose image a link names, and count the fetch.
 
-        ``name`` is the last part of the path. The task says how often it was fetched before.
-        Raises UnknownTaskError for a link that was never handed out, LinkExpiredError.
+        ``name`` is the last part of the path. The task holds how often it was fetched before.
+        Raises ErrorResponse 404 for a link that was never returned, LinkExpiredError.
         """
         stem, _, signature = name.removesuffix(".png").rpartition("-")
         if not hmac.compare_digest(self._sign(stem).encode(), signature.encode()):
-            raise UnknownTaskError
+            raise contract.task_not_found()
         task_id, _, expires_ms = stem.rpartition("-")
         task = self._find(task_id)
         if task is None or self._is_over(task):
-            raise UnknownTaskError
+            raise contract.task_not_found()
         if self.now() * 1000 >= int(expires_ms):
             raise LinkExpiredError
         with self.transaction():
@@ -374,7 +285,7 @@ class World:
         return task
 
     def rendered(self, task: EmulatedTask, sha256: str) -> None:
-        """Note the hash of a task's undamaged picture."""
+        """Record the hash of a task's undamaged image."""
         if task.file_sha256 is None:
             with self.transaction():
                 self._db.execute("UPDATE tasks SET file_sha256 = ? WHERE n = ?", (sha256, task.n))
@@ -382,27 +293,19 @@ class World:
     # -- callbacks ----------------------------------------------------------------------------
 
     def due_calls(self, most: int, *, without: Collection[int] = ()) -> list[QueuedCallback]:
-        """Return the next calls to make, the earliest first, whether due or not yet.
-
-        ``without`` are those that are under way.
-        """
+        """Return the next callbacks, the earliest first, due or not, except ``without``."""
         return self._outbox.due(most, without=without)
 
     def called(self, call: QueuedCallback, status: int) -> None:
-        """Note what a call was answered with, 0 for nothing; plan its repeat, or give it up."""
+        """Record a callback's response, 0 for none; plan its repeat, or give it up."""
         self._outbox.answered(call, status, self.now())
 
     def task_called_about(self, call: QueuedCallback) -> EmulatedTask:
-        """Return the task that a call is about."""
-        with self._lock:
-            found = self._db.execute(
-                f"SELECT {_TASK_COLUMNS} FROM tasks WHERE n = ?",  # noqa: S608
-                (call.n,),
-            )
-            return _task(found.fetchone())
+        """Return the task of a callback."""
+        return self._task_number(call.n)
 
     def unused_task_id(self) -> str:
-        """Return an id as a task could have, and none has."""
+        """Return a task id that is not in use."""
         with self._lock:
             return self._new_task_id(self.now())
 
@@ -411,9 +314,9 @@ class World:
     def script(
         self, name: str, n: int = 1, *, match: str | None = None, arg: str | float | None = None
     ) -> None:
-        """Have a fault strike the next ``n`` requests of its kind.
+        """Make a fault strike the next ``n`` requests of its kind.
 
-        With ``match``, only those for a prompt that holds this text. Scripted faults strike in
+        With ``match``, only those for a prompt that contains this text. Scripted faults strike in
         the order in which they were scripted, and before those at a rate. Raises
         UnknownFaultError.
         """
@@ -442,7 +345,7 @@ class World:
             self._db.execute("DELETE FROM scripts")
 
     def set_rate(self, name: str, rate: float, *, arg: str | float | None = None) -> None:
-        """Have a fault strike this share of the requests of its kind; 0 ends it.
+        """Make a fault strike this share (0 to 1) of the requests of its kind; 0 ends it.
 
         Raises UnknownFaultError.
         """
@@ -460,17 +363,17 @@ class World:
             return {name: rate for name, (rate, _) in self._rates.items()}
 
     def set_quota(self, most_credits: float | None) -> None:
-        """Refuse with 402 all that would bring charged and reserved above so many credits."""
+        """Refuse with 402 what would raise charged plus reserved credits above a limit."""
         self.quota = None if most_credits is None else round(most_credits * UNITS_PER_CREDIT)
 
-    def apply(self, wish: faults.FaultOption) -> None:
-        """Do what a command line asked for. Raises UnknownFaultError."""
-        if wish.name == faults.QUOTA:
-            self.set_quota(float(wish.arg or 0))
-        elif wish.rate is not None:
-            self.set_rate(wish.name, wish.rate, arg=wish.arg)
+    def apply(self, option: faults.FaultOption) -> None:
+        """Apply an option of the command line. Raises UnknownFaultError."""
+        if option.name == faults.QUOTA:
+            self.set_quota(float(option.arg or 0))
+        elif option.rate is not None:
+            self.set_rate(option.name, option.rate, arg=option.arg)
         else:
-            self.script(wish.name, wish.n, arg=wish.arg)
+            self.script(option.name, option.n, arg=option.arg)
 
     def choose(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
         """Return the fault that strikes a request of this kind now, and use up its script."""
@@ -489,14 +392,14 @@ class World:
             return None
 
     def bytes(self, count: int) -> bytes:
-        """Return random bytes from the seeded source."""
+        """Return random bytes of the seeded source."""
         with self._lock:
             return self._random.randbytes(count)
 
-    # -- the books ----------------------------------------------------------------------------
+    # -- statistics ---------------------------------------------------------------------------
 
     def count(self, kind: str, what: str) -> None:
-        """Count one more request of a kind: ``what`` is its status, or another word."""
+        """Count one more request of a kind. ``what`` is its status, or another word."""
         with self.transaction():
             self._db.execute(
                 "INSERT INTO counts VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1",
@@ -504,25 +407,25 @@ class World:
             )
 
     def stats(self, *, tasks: bool = True) -> dict[str, Any]:
-        """Return what was asked, created, charged and fetched, as plain JSON values.
+        """Return counts of requests, tasks and callbacks and sums of credits, as JSON values.
 
-        The fields are described in the package's ``openapi.yaml``, under ``Books``.
+        The fields are described in the package's ``openapi.yaml``, under ``Stats``.
         """
         with self.transaction():
             now = self._settle()
-            return {
-                **read_totals(self._db),
-                "unconsumed_faults": self.unconsumed(),
-                **({"tasks": [task_record(*row, now) for row in self._booked()]} if tasks else {}),
-            }
+            found = {**read_totals(self._db), "unconsumed_faults": self.unconsumed()}
+            if tasks:
+                found["tasks"] = [task_record(*row, now) for row in self._tasks_as_sent()]
+            return found
 
-    def _booked(self) -> Iterator[tuple[EmulatedTask, dict[str, Any]]]:
+    def _tasks_as_sent(self) -> Iterator[tuple[EmulatedTask, dict[str, Any]]]:
         extra = ("idempotency_key", "seed", "account", "callback_url")
         rows = self._db.execute(
-            f"SELECT {_TASK_COLUMNS}, {', '.join(extra)} FROM tasks ORDER BY n"  # noqa: S608
+            f"SELECT {TASK_COLUMNS}, {', '.join(extra)} FROM tasks ORDER BY n"  # noqa: S608
         )
         for row in rows:
-            yield _task(row[: -len(extra)]), dict(zip(extra, row[-len(extra) :], strict=True))
+            sent = dict(zip(extra, row[-len(extra) :], strict=True))
+            yield EmulatedTask.from_row(row[: -len(extra)]), sent
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -535,15 +438,17 @@ class World:
 
     def _find(self, task_id: str) -> EmulatedTask | None:
         with self._lock:
-            row = self._db.execute(
-                f"SELECT {_TASK_COLUMNS} FROM tasks WHERE task_id = ?",  # noqa: S608
-                (task_id,),
-            ).fetchone()
-        return None if row is None else _task(row)
+            row = self._db.execute(f"{_SELECT_TASK} WHERE task_id = ?", (task_id,)).fetchone()
+        return None if row is None else EmulatedTask.from_row(row)
+
+    def _task_number(self, n: int | None) -> EmulatedTask:
+        with self._lock:
+            row = self._db.execute(f"{_SELECT_TASK} WHERE n = ?", (n,)).fetchone()
+        return EmulatedTask.from_row(row)
 
     def _settle(self) -> float:
-        """Move the credits of tasks whose end has passed; return the time that was looked at."""
-        now = self.now()  # once: what is added up and what is marked must be the same tasks
+        """Settle the credits of tasks that have ended; return the time at which."""
+        now = self.now()  # once: the tasks that are added up and marked must be the same
         ended = self._db.execute(
             "SELECT account, ends_as = 'completed', sum(reserved) FROM tasks "
             "WHERE settled = 0 AND ready_at <= ? GROUP BY 1, 2",
@@ -568,7 +473,8 @@ class World:
         self._tokens = min(full, self._tokens + (now - self._tokens_at) * self.rate)
         self._tokens_at = now
         if self._tokens < 1:
-            raise TooBusyError((1 - self._tokens) / self.rate)
+            wait_s = (1 - self._tokens) / self.rate
+            raise contract.rate_limited("create", str(max(1, math.ceil(wait_s))))
         self._tokens -= 1
 
     def _check_room(self) -> None:
@@ -578,13 +484,12 @@ class World:
             "SELECT count(*) FROM tasks WHERE settled = 0 AND ready_at > ?", (self.now(),)
         ).fetchone()
         if row[0] >= self.max_concurrent:
-            raise TooBusyError(None)
+            raise contract.rate_limited("create")
 
     def _check_credits(self, account: Account, price: int) -> None:
-        if account.remaining < price:
-            raise OutOfCreditsError
-        if self.quota is not None and account.charged + account.held + price > self.quota:
-            raise OutOfCreditsError
+        spent = account.charged + account.held + price
+        if account.remaining < price or (self.quota is not None and spent > self.quota):
+            raise contract.out_of_credits("create")
 
     def _replay(self, account: Account, order: Order, key: str) -> EmulatedTask | None:
         row = self._db.execute(
@@ -596,19 +501,20 @@ class World:
                 "SELECT 1 FROM taken_keys WHERE account = ? AND key = ?", (account.id, key)
             ).fetchone()
             if taken is not None:
-                raise KeyConflictError
+                raise contract.idempotency_conflict()
             return None
         body_hash, undecided_until, n = row
         if body_hash != order.body_hash:
-            raise KeyConflictError
+            raise contract.idempotency_conflict()
         if self.now() < undecided_until:
-            raise UndecidedError
-        found = self._db.execute(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE n = ?", (n,))  # noqa: S608
-        return _task(found.fetchone())
+            raise contract.paid_outcome_unknown()
+        return self._task_number(n)
 
-    def _planned(self, order: Order, asked: Sequence[ChosenFault], now: float) -> dict[str, Any]:
+    def _new_task(
+        self, order: Order, requested: Sequence[ChosenFault], now: float
+    ) -> dict[str, Any]:
         """Decide a new task's id, seed, faults and end; return them as columns."""
-        chosen = [one for one in asked if not (one.once and self._known(order))]
+        chosen = [one for one in requested if not (one.once and self._known(order))]
         struck = self.choose("task", order.prompt)
         if struck is not None:
             chosen.append(struck)
@@ -636,26 +542,15 @@ class World:
             "faults": json.dumps([[one.fault.name, one.arg] for one in chosen]),
         }
 
-    def first_task_id(self, account: Account) -> str:
-        """Return the id of an account's first task."""
-        found = self._db.execute(
-            "SELECT task_id FROM tasks WHERE account = ? ORDER BY n LIMIT 1", (account.id,)
-        )
-        return str(found.fetchone()[0])
-
     def _insert(self, row: dict[str, Any]) -> EmulatedTask:
-        # The names are those of _planned and create, never a caller's; the values are bound.
+        # The names are those of _new_task and create, never a caller's; the values are bound.
         names = ", ".join(row)
         marks = ", ".join("?" * len(row))
         cursor = self._db.execute(
             f"INSERT INTO tasks ({names}) VALUES ({marks})",  # noqa: S608
             tuple(row.values()),
         )
-        found = self._db.execute(
-            f"SELECT {_TASK_COLUMNS} FROM tasks WHERE n = ?",  # noqa: S608
-            (cursor.lastrowid,),
-        )
-        return _task(found.fetchone())
+        return self._task_number(cursor.lastrowid)
 
     def _known(self, order: Order) -> bool:
         row = self._db.execute(
@@ -685,24 +580,12 @@ def _end(
     return ready_at, "cancelled" if "cancel" in effects else "completed", None
 
 
-def _task(row: Sequence[Any]) -> EmulatedTask:
-    values = list(row)
-    at = len(values) - 4  # the place of the faults in _TASK_COLUMNS
-    raw = values[at]
-    values[at] = (
-        ()
-        if raw == "[]"
-        else tuple(faults.choose(name, arg or None) for name, arg in json.loads(raw))
-    )
-    return EmulatedTask(*values)
-
-
 def _hash(api_key: str) -> str:
     return hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _told_price(row: Mapping[str, Any], units: int) -> int:
-    """Return what a task costs, in units: the published price, or what a fault says."""
+def _price_of(row: Mapping[str, Any], units: int) -> int:
+    """Return a task's price in units: the published one, or that of a fault."""
     for name, arg in json.loads(row["faults"]):
         if name == "price":
             return round(float(arg) * UNITS_PER_CREDIT)

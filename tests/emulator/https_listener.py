@@ -43,7 +43,7 @@ class Listener:
 
     def next(self) -> Arrived:
         """The next callback; waits for it."""
-        return self.arrived.get(timeout=10)
+        return self.arrived.get(timeout=60)
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def listening(ca: trustme.CA, name: str = "localhost") -> Iterator[Listener]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             listener.arrived.put(Arrived(self.path, body, dict(self.headers)))
-            listener.open.wait(10)
+            listener.open.wait(60)
             status = listener.statuses.pop(0) if listener.statuses else 204
             with contextlib.suppress(OSError):  # the caller has left
                 self.send_response(status)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from krea_dagster.emulator import StateInUseError, World
-from krea_dagster.emulator.contract import Order
-from krea_dagster.emulator.world import Account, CreateResult, KeyConflictError, UndecidedError
+from krea_dagster.emulator.contract import ErrorResponse, Order
+from krea_dagster.emulator.model import Account, CreateResult
 from tests.emulator.harness import Clock
 
 KEY = "key-0000000000000001"
@@ -59,9 +59,9 @@ def test_a_restart_on_the_same_folder_forgets_nothing(tmp_path: Path) -> None:
         ]
         again = create(world, idempotency_key=KEY)
         assert (again.replayed, again.task.task_id) == (True, first.task_id)
-        with pytest.raises(KeyConflictError):
+        with pytest.raises(ErrorResponse, match="idempotency_conflict"):
             create(world, "a bear", idempotency_key=KEY)
-        with pytest.raises(UndecidedError):
+        with pytest.raises(ErrorResponse, match="paid_outcome_unknown"):
             create(world, "undecided", idempotency_key="u" * 16)
         assert world.task(late.task_id, account(world)).reads_at_end == 1
         assert [one.fault.name for one in world.task(late.task_id, account(world)).faults] == [

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Final
 import httpx
 from sqlalchemy import Engine, event
 
-from krea_dagster.emulator.app import create_app
+from krea_dagster.emulator.app import EmulatorApp
 from krea_dagster.emulator.callback_sender import CallbackSender
 from krea_dagster.emulator.faults import ChosenFault, RequestKind
 from krea_dagster.emulator.world import World
@@ -86,10 +86,10 @@ class House:
         )
         paid = server.images_paid
         self.world.add_account(API_KEY, _RICH_UNITS if paid is None else paid * _MOST_UNITS)
-        self.app = create_app(
-            self.world, batch=server.has_batch, pictures=CheapPictures(), executor=AtOnce()
+        self.app = EmulatorApp(
+            self.world, batch=server.has_batch, images=CheapPictures(), executor=AtOnce()
         )
-        self.app.hang = lambda scope, how: scope["extensions"]["break"](how)
+        self.app.break_connection = lambda scope, how: scope["extensions"]["break"](how)
         self._caller = CallbackSender(self.world, BASE_URL, poster=Receiver(self), look_s=60.0)
         self.app.wake = self._caller.wake
         self._calling = self.spawn(self._caller.run())
@@ -293,9 +293,6 @@ class Receiver:
             return 0
         house.count("callback")
         return remember(house, url.removeprefix(RECEIVER), json.loads(body)["id"])
-
-    async def close(self) -> None:
-        """Close nothing."""
 
 
 def remember(house: House, request_key: str, task_id: str | None) -> int:
