@@ -30,7 +30,9 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
     """The engine as a run of the plugin puts it together."""
     from krea_dagster.api import KreaClient  # noqa: PLC0415 - only what is measured is imported
     from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
-    from krea_dagster.engine.run.runner import Runner, RunReport, Wanted  # noqa: PLC0415
+    from krea_dagster.engine.run.report import RunReport  # noqa: PLC0415
+    from krea_dagster.engine.run.runner import Runner  # noqa: PLC0415
+    from krea_dagster.engine.run.worklist import RequestedImage  # noqa: PLC0415
     from krea_dagster.engine.storage.images import ImageStore  # noqa: PLC0415
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
     from krea_dagster.models import ImageRequest  # noqa: PLC0415
@@ -42,11 +44,11 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
             raise SystemExit("this version cannot leave out the look at the picture")
         looking["look"] = False
 
-    def wanted(number: int) -> Wanted:
+    def wanted(number: int) -> RequestedImage:
         body = {**body_of(number), "size": options.size, "quality": options.quality}
         del body["model"]
         request = ImageRequest(request_key=request_key(**body), attempt=0, **body)
-        return Wanted(request, "all")
+        return RequestedImage(request, "all")
 
     async def buy(journal: Journal) -> RunReport:
         runner = Runner(
@@ -70,7 +72,7 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
             "delivered": report.progress.delivered,
             "left": len(report.left),
             "posts": report.posts,
-            "reads": report.reads,
+            "reads": report.read_calls,
         }
 
     return work

@@ -31,7 +31,7 @@ from krea_dagster import redact
 from krea_dagster.application.quotes import Quoted
 from krea_dagster.application.spend import Spend
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress
 from krea_dagster.models import credits_from_units, credits_text
 from krea_dagster.plugin.materialize import Materialized, Salvaged
 from krea_dagster.spend.proof.findings import Figures, Proof

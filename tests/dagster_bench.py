@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.prompts import PlannedImage
 
 #: Opens an account at the emulator, with 1,000 credits or as many as are given; returns its key.
@@ -73,9 +73,9 @@ def tick(
     return outcome
 
 
-def wanted(images: Iterable[PlannedImage]) -> list[Wanted]:
+def wanted(images: Iterable[PlannedImage]) -> list[RequestedImage]:
     """Planned images as what a run carries."""
-    return [Wanted(image.request, image.partition_key) for image in images]
+    return [RequestedImage(image.request, image.partition_key) for image in images]
 
 
 def latest(

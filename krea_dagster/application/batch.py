@@ -27,7 +27,7 @@ from krea_dagster.engine.journal.bulk_reads import (
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_parts, manifest_schema
@@ -300,7 +300,7 @@ class Standing:
     def _seen_and_whole(self) -> tuple[Mask, Mask]:
         return self.known.of(self.digests)
 
-    def wanted(self) -> Iterator[Wanted]:
+    def wanted(self) -> Iterator[RequestedImage]:
         """Yield each request that is not done once, in the order of the plan.
 
         What is in the journal, and not plainly done, is left to the runner to decide about.
@@ -317,7 +317,7 @@ class Standing:
         for (request, partition_key), rows, (scopes, url) in zip(
             requests, counts[first], carried, strict=True
         ):
-            yield Wanted(request, partition_key, int(rows), scopes, url)
+            yield RequestedImage(request, partition_key, int(rows), scopes, url)
 
     def _carried(self, masks: Mapping[str, Mask]) -> Iterator[_Carried]:
         """Yield what the table's further columns say of each masked image, in the plan's order."""

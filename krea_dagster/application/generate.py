@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.application.batch import Batch
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import Defaults, PromptTable, parse_partition_by
 

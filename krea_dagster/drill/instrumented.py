@@ -31,7 +31,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest

@@ -28,7 +28,7 @@ from krea_dagster.drill.instrumented import (
 )
 from krea_dagster.drill.job import PARTITION, WorkerJob, read_requests
 from krea_dagster.engine.resolution import parse_resolution
-from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.errors import ConfigError, JournalError, KreaError, StorageError
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.environment import KEY_VARIABLE, Settings
@@ -49,7 +49,7 @@ def work(job: WorkerJob, make_client: MakeClient = InstrumentedClient) -> None:
 def _carry(job: WorkerJob, krea: KreaResource) -> dict[str, Any]:
     requests = read_requests(job.paths.folder)[: job.rows]
     report = krea.carry(
-        [Wanted(request, PARTITION) for request in requests],
+        [RequestedImage(request, PARTITION) for request in requests],
         run_id=f"worker-{job.number}",
         resolutions={key: parse_resolution(text) for key, text in job.resolutions.items()},
     )

@@ -1,7 +1,8 @@
-"""Time as the engine sees it: passed in, so that tests decide how late it is."""
+"""Time as the engine sees it: passed in, so that tests control it."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -11,7 +12,7 @@ import anyio
 
 
 class Clock(Protocol):
-    """UTC for the journal, seconds that never go back for pacing, and a pause."""
+    """UTC for the journal, a monotonic clock for pacing, and a pause."""
 
     def now(self) -> datetime:
         """Return the time in UTC."""
@@ -25,7 +26,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class SystemClock:
-    """This machine's clocks."""
+    """The clocks of this machine."""
 
     def now(self) -> datetime:
         """Return the time in UTC."""
@@ -38,3 +39,20 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         """Pause."""
         await anyio.sleep(seconds)
+
+
+async def wait_for_event(event: asyncio.Event, timeout_s: float | None) -> None:
+    """Return once the event is set. A timeout sets it.
+
+    A cancel scope costs ten times as much, and a run waits many times for every image.
+    """
+    if event.is_set():
+        return
+    if timeout_s is None:
+        await event.wait()
+        return
+    timer = asyncio.get_running_loop().call_later(timeout_s, event.set)
+    try:
+        await event.wait()
+    finally:
+        timer.cancel()

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from krea_dagster.engine.frozen import changed
+from krea_dagster.models import evolve
 
 #: Tasks at once before anything was turned away; each that is taken opens the window by one.
 _OPENING: Final = 8.0
@@ -79,7 +79,7 @@ class InWork(NamedTuple):
     deviation: float
 
 
-class Refusal(NamedTuple):
+class RateLimitHit(NamedTuple):
     """When a 429 came, how many were taken before it, and for how long nothing was sent."""
 
     at_s: float
@@ -130,7 +130,7 @@ class Pace:
     refused_at_s: float = -math.inf
     refused_with: float = math.inf
     unrefuted: int = 0
-    refusals: tuple[Refusal, ...] = ()
+    refusals: tuple[RateLimitHit, ...] = ()
     cuts: tuple[int, ...] = ()
     refusal_cost_s: float = 0.0
     slowed_at_s: float = -math.inf
@@ -198,19 +198,19 @@ class Pace:
         if rate is None:
             return self
         spacing_s = 1.0 / (rate * self.share.of_rate)
-        return changed(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
+        return evolve(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
 
     def taken(self, sent_at_s: float, in_work: InWork, *, pressed: bool) -> Pace:
         """After a submission was taken; ``in_work`` counts it.
 
         ``pressed``: whether more would be submitted if there were room.
         """
-        after = changed(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
+        after = evolve(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
         if sent_at_s <= self.refused_at_s:
             # Of the burst that was refused: it says nothing about the time since.
             counted = [one._replace(taken=one.taken + 1) for one in self.refusals[-1:]]
-            return changed(after, refusals=(*self.refusals[:-1], *counted))
-        after = changed(after, refused_in_row=0, unanswered=False)
+            return evolve(after, refusals=(*self.refusals[:-1], *counted))
+        after = evolve(after, refused_in_row=0, unanswered=False)
         match self.limit:
             case Limit.NONE:
                 return _opened(after, 1.0)
@@ -230,7 +230,7 @@ class Pace:
             return after
         first = self.refused_in_row == 0
         in_row = self.refused_in_row + 1
-        after = changed(
+        after = evolve(
             after,
             refused_at_s=now_s,
             refused_in_row=in_row,
@@ -239,14 +239,14 @@ class Pace:
             refusal_cost_s=wait_s,
             refusals=(
                 *(one for one in self.refusals if now_s - one.at_s < 15.0),
-                Refusal(now_s, self.taken_count, self.paused_s),
+                RateLimitHit(now_s, self.taken_count, self.paused_s),
             ),
         )
         pause_s = min(_PAUSE_MOST_S, _PAUSE_S * 2.0 ** min(in_row - 1, 10))
         rate = self.rate_at(now_s)
         if rate is not None:
             pause_s = max(pause_s, 1.0 / rate)
-        after = changed(after, pause_until_s=max(after.pause_until_s, now_s + pause_s))
+        after = evolve(after, pause_until_s=max(after.pause_until_s, now_s + pause_s))
         match self.limit:
             case Limit.NONE | Limit.UNCLEAR:
                 return _doubted(after, now_s, in_work, wait_s)
@@ -254,7 +254,7 @@ class Pace:
                 window = self.window - max(0.5, self.window / 32.0)
                 if in_row >= _FULL_ROW:
                     window = max(window / 2.0, min(window, float(in_work.known)))
-                return changed(after, window=max(1.0, window))
+                return evolve(after, window=max(1.0, window))
             case Limit.RATE:
                 return _slower(after, now_s, in_work)
 
@@ -262,14 +262,14 @@ class Pace:
         """With nothing submitted for some seconds."""
         until_s = max(self.pause_until_s, now_s + wait_s)
         added_s = max(0.0, until_s - max(self.pause_until_s, now_s))
-        return changed(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
+        return evolve(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
 
     def silent(self, now_s: float, wait_s: float) -> Pace:
         """With a pause, and then one at a time until one is taken.
 
         For a server that gives no usable answer: each further submission may be charged.
         """
-        return changed(self.paused(now_s, wait_s), unanswered=True)
+        return evolve(self.paused(now_s, wait_s), unanswered=True)
 
     def slowed(self, now_s: float, median_s: float, best_s: float) -> Pace:
         """With images that take ``median_s`` where they once took ``best_s``.
@@ -281,9 +281,9 @@ class Pace:
             return self
         window = max(_OPENING, min(self.window, self.most_of_all) * 0.9)
         if window >= self.window:
-            return changed(self, slowed_at_s=now_s)
+            return evolve(self, slowed_at_s=now_s)
         limit = Limit.AT_ONCE if self.limit is Limit.NONE else self.limit
-        return changed(self, limit=limit, window=window, slowed_at_s=now_s, taken_in_row=0)
+        return evolve(self, limit=limit, window=window, slowed_at_s=now_s, taken_in_row=0)
 
 
 def is_slow(median_s: float, best_s: float) -> bool:
@@ -292,7 +292,7 @@ def is_slow(median_s: float, best_s: float) -> bool:
 
 
 def _opened(pace: Pace, by: float) -> Pace:
-    return changed(pace, window=min(pace.most_of_all, pace.window + by))
+    return evolve(pace, window=min(pace.most_of_all, pace.window + by))
 
 
 def _growth(pace: Pace) -> float:
@@ -310,7 +310,7 @@ def _weighed(pace: Pace, in_work: InWork) -> Pace:
     """What a task means that was taken after a refusal whose reason is not clear."""
     at_least = in_work.expected - 2.0 * in_work.deviation
     if at_least >= pace.refused_with + 2.5 and in_work.deviation < 1.5:
-        return changed(
+        return evolve(
             pace,
             limit=Limit.RATE,
             rate_per_s=None,
@@ -318,7 +318,7 @@ def _weighed(pace: Pace, in_work: InWork) -> Pace:
             window=math.inf,
             refused_with=math.inf,
         )
-    return changed(pace, unrefuted=0) if at_least > pace.refused_with + 0.5 else pace
+    return evolve(pace, unrefuted=0) if at_least > pace.refused_with + 0.5 else pace
 
 
 def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
@@ -329,8 +329,8 @@ def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
     unrefuted = 1 if new else pace.unrefuted + counts
     long = pace.refused_in_row >= _FULL_TIMES and now_s - pace.row_since_s >= _FULL_S
     if long or unrefuted >= _FULL_TIMES:
-        return changed(pace, limit=Limit.AT_ONCE, window=max(1.0, float(in_work.known)))
-    return changed(
+        return evolve(pace, limit=Limit.AT_ONCE, window=max(1.0, float(in_work.known)))
+    return evolve(
         pace,
         limit=Limit.UNCLEAR,
         window=max(float(in_work.known) + 1.0, min(pace.window, pace.most_of_all)),
@@ -348,7 +348,7 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
         mark = pace.refusals[-1]
         # Too high a rate is refused to each of the runs that share it.
         rise = _RISE_FIRST * pace.share.of_rate
-        return _at_rate(changed(pace, refusals=(mark,)), now_s, rate, rise=max(_RISE_LAST, rise))
+        return _at_rate(evolve(pace, refusals=(mark,)), now_s, rate, rise=max(_RISE_LAST, rise))
     if pace.refused_in_row > 1:
         return pace
     rate = _measured(pace, now_s, before)
@@ -356,10 +356,10 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
     rise = max(_RISE_LAST, pace.rise / 6.0)
     if len(cuts) >= _CUTS_IN_VAIN and pace.rise <= _RISE_LAST:
         if pace.share.of_rate < 1.0:
-            return _at_rate(changed(pace, cuts=()), now_s, rate, rise=_RISE_FIRST)
+            return _at_rate(evolve(pace, cuts=()), now_s, rate, rise=_RISE_FIRST)
         window = max(_OPENING, float(in_work.known))
-        return changed(pace, limit=Limit.NONE, rate_per_s=None, window=window, cuts=(), refusals=())
-    return _at_rate(changed(pace, cuts=cuts), now_s, rate, rise=rise)
+        return evolve(pace, limit=Limit.NONE, rate_per_s=None, window=window, cuts=(), refusals=())
+    return _at_rate(evolve(pace, cuts=cuts), now_s, rate, rise=rise)
 
 
 def _measured(pace: Pace, now_s: float, rate: float) -> float:
@@ -381,4 +381,4 @@ def _measured(pace: Pace, now_s: float, rate: float) -> float:
 
 def _at_rate(pace: Pace, now_s: float, rate_per_s: float, *, rise: float) -> Pace:
     next_at_s = now_s + 1.0 / rate_per_s
-    return changed(pace, rate_per_s=rate_per_s, rate_at_s=now_s, rise=rise, next_at_s=next_at_s)
+    return evolve(pace, rate_per_s=rate_per_s, rate_at_s=now_s, rise=rise, next_at_s=next_at_s)

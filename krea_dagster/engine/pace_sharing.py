@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple
 
-from krea_dagster.engine.frozen import changed
-from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace, Refusal, Share
+from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace, RateLimitHit, Share
+from krea_dagster.models import evolve
 
 #: Seconds between two exchanges, and the least where something was learned that others wait for.
 _EVERY_S: Final = 0.5
@@ -35,7 +35,7 @@ _TURN_S: Final = 5.0
 _TURN: Final = 0.618034
 
 
-class Answer(NamedTuple):
+class PaceEvent(NamedTuple):
     """What the server showed at a time, by the name of the Pace's method that learns from it.
 
     ``sent_s`` is how long before it was sent; ``in_work`` what was at the server then.
@@ -73,7 +73,7 @@ class Lease:
     wants: int
 
 
-class Told(NamedTuple):
+class PaceHistory(NamedTuple):
     """What runs have told each other: what they knew ``_SETTLED_S`` ago, and every answer since.
 
     Answers are told late and in no order. In the order of their times they teach what they would
@@ -81,13 +81,13 @@ class Told(NamedTuple):
     """
 
     pace: Pace
-    answers: tuple[Answer, ...]
+    answers: tuple[PaceEvent, ...]
 
-    def among(self, leases: Sequence[Lease]) -> Told:
+    def among(self, leases: Sequence[Lease]) -> PaceHistory:
         """Return the same for these runs: the more of them send, the later the rate rises."""
         senders = sum(1 for lease in leases if lease.wants)
         share = Share(of_rate=1.0 / max(1, senders))
-        return self._replace(pace=changed(self.pace, share=share))
+        return self._replace(pace=evolve(self.pace, share=share))
 
     def learned(self) -> Pace:
         """What all of it teaches."""
@@ -96,7 +96,7 @@ class Told(NamedTuple):
             pace = answer.taught(pace)
         return pace
 
-    def with_these(self, answers: Sequence[Answer], now_s: float) -> Told:
+    def with_these(self, answers: Sequence[PaceEvent], now_s: float) -> PaceHistory:
         """With what one more run tells."""
         pace, recent = self.pace, []
         for answer in sorted((*self.answers, *answers), key=lambda one: one.at_s):
@@ -104,10 +104,10 @@ class Told(NamedTuple):
                 pace = answer.taught(pace)
             else:
                 recent.append(answer)
-        return Told(pace, tuple(recent))
+        return PaceHistory(pace, tuple(recent))
 
 
-class Exchange(NamedTuple):
+class PaceExchange(NamedTuple):
     """What came of an exchange: what all runs have learned, and what each has and wants.
 
     ``told`` counts the run's own answers in it; ``at_s`` is of a clock that all of them share.
@@ -126,16 +126,16 @@ class SharedPace:
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
         self.elsewhere = 0  # tasks that the others have at the server
-        self._untold: list[Answer] = []
+        self._untold: list[PaceEvent] = []
         self._told_limit = pace.limit
         self._told_at_s = self._tried_at_s = -math.inf
 
-    def learn(self, answer: Answer) -> None:
+    def learn(self, answer: PaceEvent) -> None:
         """Go on with what an answer teaches."""
         self.pace = answer.taught(self.pace)
         self._untold.append(answer)
 
-    def untold(self) -> tuple[Answer, ...]:
+    def untold(self) -> tuple[PaceEvent, ...]:
         """What the others are to be told."""
         return tuple(self._untold)
 
@@ -146,7 +146,7 @@ class SharedPace:
         waited_for = news and self.pace.share != ALONE
         return max(0.0, self._tried_at_s + (SOON_S if waited_for else _EVERY_S) - now_s)
 
-    def exchanged(self, found: Exchange, now_s: float) -> None:
+    def exchanged(self, found: PaceExchange, now_s: float) -> None:
         """Go on with what all have learned, and with this run's share of it."""
         del self._untold[: found.told]
         self._told_limit = found.learned.limit
@@ -154,19 +154,19 @@ class SharedPace:
         self.elsewhere = sum(lease.in_flight for lease in found.others)
         share = share_of(found.learned, found.mine, found.others, now_s, turn_at(found.at_s))
         own = self.pace
-        pace = changed(found.learned, most=own.most, most_per_s=own.most_per_s, share=share)
+        pace = evolve(found.learned, most=own.most, most_per_s=own.most_per_s, share=share)
         for answer in self._untold:  # what came in the meantime
             pace = answer.taught(pace)
         next_at_s, rate = own.next_at_s, pace.rate_at(now_s)
         if rate is not None and own.rate_at(now_s) is None:
             next_at_s = now_s + share.before / rate  # one after another from the beginning
-        self.pace = changed(pace, next_at_s=next_at_s)
+        self.pace = evolve(pace, next_at_s=next_at_s)
 
     def missed(self, now_s: float) -> None:
         """Go on without the others once their leases are not known any more."""
         self._tried_at_s = now_s
         if now_s - self._told_at_s > LEASE_S:
-            self.pace, self.elsewhere = changed(self.pace, share=ALONE), 0
+            self.pace, self.elsewhere = evolve(self.pace, share=ALONE), 0
 
 
 # -- shares ---------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ _TIMES: Final = frozenset(
 _NO_BOUND: Final = 1_000_000
 
 
-def kept_of(told: Told, now_s: float) -> str:
+def kept_of(told: PaceHistory, now_s: float) -> str:
     """What is kept for the next run; its times are told from now."""
     pace = told.pace
     values: dict[str, Any] = {f.name: getattr(pace, f.name) for f in fields(pace)}
@@ -242,9 +242,9 @@ def kept_of(told: Told, now_s: float) -> str:
     return json.dumps({"pace": values, "answers": answers})
 
 
-def told_of(kept: str, age_s: float, now_s: float) -> Told:
+def told_of(kept: str, age_s: float, now_s: float) -> PaceHistory:
     """What was kept ``age_s`` ago; nothing where that is not there, or not to be believed."""
-    nothing = Told(Pace(_NO_BOUND), ())
+    nothing = PaceHistory(Pace(_NO_BOUND), ())
     if not kept or not 0.0 <= age_s <= _KNOWN_S:
         return nothing
     then_s = now_s - age_s
@@ -255,17 +255,18 @@ def told_of(kept: str, age_s: float, now_s: float) -> Told:
         values["limit"] = Limit(values["limit"])
         values["cuts"] = tuple(values["cuts"])
         values["refusals"] = tuple(
-            Refusal(at_s + then_s, taken, paused_s) for at_s, taken, paused_s in values["refusals"]
+            RateLimitHit(at_s + then_s, taken, paused_s)
+            for at_s, taken, paused_s in values["refusals"]
         )
         pace = Pace(most=_NO_BOUND, **values)
         answers = tuple(
-            Answer(at_s + then_s, name, sent_s, InWork(*in_work), *rest)
+            PaceEvent(at_s + then_s, name, sent_s, InWork(*in_work), *rest)
             for at_s, name, sent_s, in_work, *rest in found["answers"]
         )
     except (ValueError, TypeError, KeyError):
         return nothing
     if age_s > LEASE_S:
         # Nobody sent anything since: that nothing was refused says nothing of the limits.
-        pace = Told(pace, answers).learned()
-        return Told(changed(pace, rate_at_s=pace.rate_at_s + age_s, refusals=()), ())
-    return Told(pace, answers)
+        pace = PaceHistory(pace, answers).learned()
+        return PaceHistory(evolve(pace, rate_at_s=pace.rate_at_s + age_s, refusals=()), ())
+    return PaceHistory(pace, answers)

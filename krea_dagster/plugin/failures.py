@@ -19,7 +19,8 @@ from typing import Final
 import dagster as dg
 
 from krea_dagster import redact
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine import policy
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.errors import (
     JournalUnavailable,
     KeyRejected,
@@ -133,13 +134,13 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
             return "EvoLink rejects the key", "set a valid EVOLINK_API_KEY"
         case OutOfCredits():
             return "the account or its key has no credits left", "top up"
-        case TryLater(code="turned_away"):
+        case TryLater(code=policy.RATE_LIMITED):
             return "EvoLink takes nothing more for now", "wait until it does"
-        case TryLater(code="api_away"):
+        case TryLater(code=policy.API_AWAY):
             return "EvoLink's API cannot be reached", "wait until it can"
         case TryLater():
             return "EvoLink gives no usable answer", "wait until it does"
-        case RunStopped(code="api_away"):
+        case RunStopped(code=policy.API_AWAY):
             return "EvoLink's API cannot be reached", "mend what the message says"
         case RunStopped(code="tasks_not_found"):
             return "the key is probably another account's", "set the right EVOLINK_API_KEY"

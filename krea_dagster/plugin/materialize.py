@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from krea_dagster.application.batch import Batch
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped, TryLater
 from krea_dagster.manifest import read_missing
 from krea_dagster.plugin.config import KreaImagesConfig
@@ -137,8 +136,12 @@ def materialize(
         try_later=isinstance(watch.stopped, TryLater) or any(map(_may_pass, results)),
         left={key: why for report in watch.reports for key, why in report.left.items()},
         missed_callbacks=sum(report.missed_callbacks for report in watch.reports),
-        dearer=list(dict.fromkeys(said for report in watch.reports for said in report.dearer)),
-        notes=[said for report in watch.reports for said in (*report.taken_up, *report.same_files)],
+        dearer=list(
+            dict.fromkeys(said for report in watch.reports for said in report.price_increases)
+        ),
+        notes=[
+            said for report in watch.reports for said in (*report.recovered, *report.same_files)
+        ],
         caps_reached=list(
             dict.fromkeys(said for report in watch.reports for said in report.caps_reached)
         ),

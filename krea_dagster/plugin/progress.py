@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import Progress, RunReport
 
 _progress: Final[ContextVar[Callable[[Progress], None]]] = ContextVar("krea_progress")
 _report: Final[ContextVar[Callable[[RunReport], None]]] = ContextVar("krea_report")

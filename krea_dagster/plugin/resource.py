@@ -37,8 +37,10 @@ from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import Root, Runner, RunReport, Wanted
+from krea_dagster.engine.run.options import RunRoot
+from krea_dagster.engine.run.report import Progress, RunReport
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
@@ -322,7 +324,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
 
     def carry(
         self,
-        wanted: Iterable[Wanted],
+        wanted: Iterable[RequestedImage],
         *,
         run_id: str,
         table: PromptTable | None = None,
@@ -349,7 +351,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         with self._runner(run_id, on_progress, table) as runner:
             wishful = replace(
                 runner,
-                policy=replace(runner.policy, ask_again=frozenset(ask_again), wait=wait),
+                policy=replace(runner.policy, retry_codes=frozenset(ask_again), wait=wait),
                 launch=launch,
                 resolutions=resolutions or {},
             )
@@ -376,7 +378,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             since = datetime.now(timezone.utc) - timedelta(seconds=runner.policy.lost_for_s)
             known = [*_paid(runner.journal), *runner.journal.expired_since(since)]
             paid = [record for record in known if mine(record) and only(record)]
-            wanted = [Wanted(record.request, record.partition_key) for record in paid]
+            wanted = [RequestedImage(record.request, record.partition_key) for record in paid]
             policy = replace(runner.policy, revive=True)
             report = _run(replace(runner, buying=False, policy=policy).run(wanted))
             return report, runner.journal.records([record.request_key for record in paid])
@@ -470,7 +472,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             on_unknown="hold" if self.on_unknown == "hold" else "replay",
             patience_s=self.patience_s,
             outage_patience_s=self.outage_patience_s,
-            ask_again=frozenset(ask_again),
+            retry_codes=frozenset(ask_again),
         )
 
     @contextmanager
@@ -495,7 +497,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
                 journal=journal,
                 images=ImageStore(storage, look=self.look_at_images, on_image=on_image),
                 run_id=run_id,
-                root=Root(
+                root=RunRoot(
                     root_id,
                     adopts=journal.roots.adopts(root_id),
                     elsewhere=lambda keys: journal.roots.elsewhere(keys, root_id),

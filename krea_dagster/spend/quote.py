@@ -22,15 +22,15 @@ from krea_dagster.engine.budget import (
     scopes_of,
 )
 from krea_dagster.engine.policy import (
-    Ask,
     Fetch,
     Leave,
     MarkUnknown,
-    PlanAgain,
     Policy,
+    Poll,
     Replay,
+    Requeue,
+    RetryState,
     Submit,
-    Trail,
     next_action,
 )
 from krea_dagster.engine.record import Record, StoredImage
@@ -223,15 +223,15 @@ def fate_of(
     if record.state is State.STORED:
         at_hand = record.image is not None and holds(record.image)
         return Fate.REUSED if at_hand else Fate.REFETCHED
-    match next_action(record, Trail(), now, policy, buying=True):
-        case Submit() | PlanAgain():
+    match next_action(record, RetryState(), now, policy, buying=True):
+        case Submit() | Requeue():
             return Fate.TO_BUY
         case Replay():
             return Fate.REPLAYED
         case MarkUnknown():
             unknown = replace(record, state=State.UNKNOWN)
             return fate_of(unknown, now=now, policy=policy, holds=holds)
-        case Ask() | Fetch():
+        case Poll() | Fetch():
             return Fate.TAKEN_UP
         case Leave() if record.state is State.UNKNOWN:
             return Fate.HELD

@@ -17,7 +17,7 @@ import pytest
 
 from krea_dagster.callbacks import CallbackUrls
 from krea_dagster.engine.journal.schema import submissions
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.tls_certificates import Tls
@@ -73,7 +73,7 @@ async def test_images_that_announce_themselves_are_asked_about_once(
         report = await _run(engine, urls, requests)
         books = engine.assert_accounts_agree()
         called = engine.journal.callbacks.received([one.request_key for one in requests])
-    reads = report.asked / len(requests)
+    reads = report.tasks_read / len(requests)
     print(
         f"{count} images, {faults or 'all calls arrive'}: {reads:.3f} reads an image, "
         f"{books['reads'] + books['batch_reads']} calls, {len(called)} called about, "
@@ -99,5 +99,5 @@ async def test_calls_that_are_forged_doubled_or_late_change_no_row(
         report = await _run(engine, urls, requests)
         engine.assert_accounts_agree()
     assert engine.states(requests) == ["stored"] * 60
-    assert report.asked <= 60 * 1.5
+    assert report.tasks_read <= 60 * 1.5
     assert all(row["charged_units"] is not None for row in rows(engine.url, submissions))

@@ -15,7 +15,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.worklist import Wanted
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.models import ImageRequest
 from tests.engine.harness import make_request
 
@@ -56,11 +56,11 @@ def requests(job: Job) -> list[ImageRequest]:
     ]
 
 
-def wanted(job: Job) -> Iterator[Wanted]:
+def wanted(job: Job) -> Iterator[RequestedImage]:
     """The same, with the partition and the campaign that each is bought for."""
     for request in requests(job):
         campaign = "autumn" if request.seed % 2 else "spring"
-        yield Wanted(request, job.partition, scopes=(column_scope("campaign", campaign),))
+        yield RequestedImage(request, job.partition, scopes=(column_scope("campaign", campaign),))
 
 
 class Process:

@@ -16,7 +16,8 @@ from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.runner import Runner, RunReport
+from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError

@@ -17,9 +17,9 @@ from typing import TypeVar
 from krea_dagster.engine.pace import InWork, Pace
 from krea_dagster.engine.pace_sharing import (
     LEASE_S,
-    Answer,
-    Exchange,
     Lease,
+    PaceEvent,
+    PaceExchange,
     SharedPace,
     kept_of,
     told_of,
@@ -27,12 +27,12 @@ from krea_dagster.engine.pace_sharing import (
 from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.poll_schedule import (
     BATCH,
-    Awaited,
+    PendingTask,
     chances,
     is_learned,
     pause_s,
     scout_due_s,
-    to_read,
+    select_reads,
 )
 
 _T = TypeVar("_T")
@@ -130,7 +130,7 @@ class Shelf:
 
 @dataclass
 class _Task:
-    awaited: Awaited
+    awaited: PendingTask
     ends_s: float
     asked: bool = False
 
@@ -200,7 +200,7 @@ class Run:
         in_flight = round(at_server) + self.submitting
         lease = Lease(self.owner, in_flight, self.left)
 
-        def arrive(at_s: float) -> Exchange:
+        def arrive(at_s: float) -> PaceExchange:
             shelf.leases[self.owner] = (lease, at_s)
             shelf.exchanges += 1
             others = [
@@ -211,9 +211,9 @@ class Run:
             told = told_of(shelf.kept, at_s - shelf.kept_at_s, at_s).among((lease, *others))
             told = told.with_these(untold, at_s)
             shelf.kept, shelf.kept_at_s = kept_of(told, at_s), at_s
-            return Exchange(told.learned(), lease, others, len(untold), at_s)
+            return PaceExchange(told.learned(), lease, others, len(untold), at_s)
 
-        def answered(at_s: float, found: Exchange) -> None:
+        def answered(at_s: float, found: PaceExchange) -> None:
             self.exchanging = False
             self.shared.exchanged(found, at_s)
             self.joined = self.met  # once more before the first submission, as a run does
@@ -248,12 +248,12 @@ class Run:
                 self.refused_s.append(now_s)
                 in_work = self._in_work(now_s)
                 wait_s = self.retry_after_s
-                self.shared.learn(Answer(now_s, "refused", now_s - sent_s, in_work, wait_s))
+                self.shared.learn(PaceEvent(now_s, "refused", now_s - sent_s, in_work, wait_s))
             else:
                 self.taken_s.append(now_s)
-                self.tasks.append(_Task(Awaited("1K", sent_s), ends_s))
+                self.tasks.append(_Task(PendingTask("1K", sent_s), ends_s))
                 in_work = self._in_work(now_s)
-                answer = Answer(now_s, "taken", now_s - sent_s, in_work, pressed=self.pressed)
+                answer = PaceEvent(now_s, "taken", now_s - sent_s, in_work, pressed=self.pressed)
                 self.shared.learn(answer)
 
         return answered
@@ -276,7 +276,7 @@ class Run:
                 return now_s
         awaited = [task.awaited for task in waiting]
         ended = chances(self.latencies, awaited, now_s)
-        chosen = [waiting[at] for at in to_read(ended, pressed=self.pressed, batch=self.batch)]
+        chosen = [waiting[at] for at in select_reads(ended, pressed=self.pressed, batch=self.batch)]
         if self.batch and chosen:
             self._read(now_s, chosen[:BATCH], world)
         elif not self.batch:
@@ -300,7 +300,7 @@ class Run:
                     if self.delivered == self.images:
                         self.finished_s = now_s
                 else:
-                    task.awaited = Awaited("1K", since_s, asked_s - since_s)
+                    task.awaited = PendingTask("1K", since_s, asked_s - since_s)
 
         world.call(lambda at_s: [task.ends_s <= at_s for task in tasks], answered)
 

@@ -25,8 +25,9 @@ from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import Runner, RunReport, Wanted
+from krea_dagster.engine.run.report import Progress, RunReport
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event, State, replay
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
@@ -271,8 +272,8 @@ class EngineHarness:
         return books
 
 
-def to_requested(requests: Iterable[ImageRequest]) -> list[Wanted]:
-    return [Wanted(request, "p") for request in requests]
+def to_requested(requests: Iterable[ImageRequest]) -> list[RequestedImage]:
+    return [RequestedImage(request, "p") for request in requests]
 
 
 @contextmanager

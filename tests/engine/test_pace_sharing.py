@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace
 from krea_dagster.engine.pace_sharing import (
     LEASE_S,
-    Answer,
-    Exchange,
     Lease,
+    PaceEvent,
+    PaceExchange,
+    PaceHistory,
     SharedPace,
-    Told,
     kept_of,
     share_of,
     told_of,
@@ -90,22 +90,22 @@ def test_the_rate_is_shared_by_those_that_send() -> None:
     assert share_of(pace, mine, [Lease("b", 5, 1)], 100.0, 0).of_rate == pytest.approx(0.8)
 
 
-def answers() -> list[Answer]:
-    taken = [Answer(10.0 + n / 100, "taken", 0.005, InWork(n, n, 0.0)) for n in range(30)]
-    refusals = [Answer(10.3 + n, "refused", 0.005, InWork(30, 30.0, 0.0)) for n in range(6)]
+def answers() -> list[PaceEvent]:
+    taken = [PaceEvent(10.0 + n / 100, "taken", 0.005, InWork(n, n, 0.0)) for n in range(30)]
+    refusals = [PaceEvent(10.3 + n, "refused", 0.005, InWork(30, 30.0, 0.0)) for n in range(6)]
     return [*taken, *refusals]
 
 
 def test_answers_that_are_told_late_and_in_no_order_teach_the_same() -> None:
-    ordered = Told(Pace(64), ()).with_these(answers(), 11.0).with_these((), 60.0)
-    mixed = Told(Pace(64), ()).with_these(answers()[::2], 11.0)
+    ordered = PaceHistory(Pace(64), ()).with_these(answers(), 11.0).with_these((), 60.0)
+    mixed = PaceHistory(Pace(64), ()).with_these(answers()[::2], 11.0)
     mixed = mixed.with_these(answers()[1::2], 12.0).with_these((), 60.0)
     assert mixed == ordered
     assert ordered.answers == ()
 
 
 def test_what_is_kept_is_found_again_by_another_clock() -> None:
-    told = Told(Pace(1_000_000), ()).with_these(answers(), 17.0)
+    told = PaceHistory(Pace(1_000_000), ()).with_these(answers(), 17.0)
     found = told_of(kept_of(told, 17.0), 1.0, 5000.0)
     assert found.learned().limit is told.learned().limit
     assert found.learned().window == told.learned().window
@@ -114,16 +114,16 @@ def test_what_is_kept_is_found_again_by_another_clock() -> None:
 
 @pytest.mark.parametrize("age_s", [-0.1, 301.0, float("nan")])
 def test_what_is_of_the_future_or_old_is_not_believed(age_s: float) -> None:
-    told = Told(FULL, ())
-    assert told_of(kept_of(told, 0.0), age_s, 50.0) == Told(Pace(1_000_000), ())
+    told = PaceHistory(FULL, ())
+    assert told_of(kept_of(told, 0.0), age_s, 50.0) == PaceHistory(Pace(1_000_000), ())
 
 
 def test_a_run_whose_journal_is_away_goes_on_alone_and_tells_it_later() -> None:
     shared = SharedPace(Pace(64))
     mine, other = Lease("a", 0, 9), Lease("b", 4, 9)
-    shared.exchanged(Exchange(Pace(64), mine, [other], 0, 0.0), 100.0)
+    shared.exchanged(PaceExchange(Pace(64), mine, [other], 0, 0.0), 100.0)
     assert shared.pace.room == 4
-    shared.learn(Answer(101.0, "taken", 0.1, NO_TASKS, pressed=True))
+    shared.learn(PaceEvent(101.0, "taken", 0.1, NO_TASKS, pressed=True))
     shared.missed(101.0)
     assert shared.pace.share != ALONE
     shared.missed(101.0 + LEASE_S)

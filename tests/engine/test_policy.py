@@ -17,16 +17,16 @@ from krea_dagster.engine.policy import (
     REPEATABLE_TASK_ERRORS,
     Action,
     Adopt,
-    Ask,
     Expire,
     Fetch,
     Leave,
     MarkUnknown,
-    PlanAgain,
     Policy,
+    Poll,
     Replay,
+    Requeue,
+    RetryState,
     Submit,
-    Trail,
     backoff_s,
     next_action,
     task_error_wait_s,
@@ -49,7 +49,7 @@ def record(state: State, **fields: Any) -> Record:
 
 def following(
     state: State,
-    trail: Trail | None = None,
+    retry: RetryState | None = None,
     *,
     after_s: float = 1.0,
     policy: Policy = POLICY,
@@ -58,7 +58,7 @@ def following(
 ) -> Action:
     """The next action so many seconds after everything."""
     now = NOW + timedelta(seconds=after_s)
-    return next_action(record(state, **fields), trail or Trail(), now, policy, buying=buying)
+    return next_action(record(state, **fields), retry or RetryState(), now, policy, buying=buying)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def following(
         (State.DEFERRED, Submit()),
         (State.SUBMITTING, UNANSWERED),
         (State.UNKNOWN, Replay()),
-        (State.SUBMITTED, Ask()),
+        (State.SUBMITTED, Poll()),
         (State.COMPLETED, Fetch()),
         (State.STORED, DONE),
         (State.REFUSED, DONE),
-        (State.EXPIRED, Ask()),
+        (State.EXPIRED, Poll()),
         (State.FAILED, DONE),
     ],
 )
@@ -89,15 +89,17 @@ def test_once_buying_has_stopped_what_is_not_bought_is_deferred(state: State) ->
 
 
 def test_a_request_that_nobody_takes_is_left_after_its_tries_and_costs_nothing() -> None:
-    assert following(State.PLANNED, Trail(submit_failures=7)) == Submit()
-    action = following(State.PLANNED, Trail(submit_failures=8))
+    assert following(State.PLANNED, RetryState(submit_failures=7)) == Submit()
+    action = following(State.PLANNED, RetryState(submit_failures=8))
     assert isinstance(action, Leave)
     assert "nothing was bought" in action.reason
 
 
 @pytest.mark.parametrize("state", State)
 def test_what_this_run_has_settled_for_good_is_left_whatever_its_state(state: State) -> None:
-    assert following(state, Trail(final="a person decides")) == Leave("a person decides")
+    assert following(state, RetryState(leave_reason="a person decides")) == Leave(
+        "a person decides"
+    )
 
 
 # -- unknown outcomes -------------------------------------------------------------------------
@@ -128,53 +130,55 @@ def test_a_run_that_has_stopped_buying_repeats_no_purchase() -> None:
 
 
 def test_an_outcome_that_stays_unknown_is_left_for_the_next_run() -> None:
-    assert following(State.UNKNOWN, Trail(submit_failures=11)) == Replay()
-    assert isinstance(following(State.UNKNOWN, Trail(submit_failures=12)), Leave)
+    assert following(State.UNKNOWN, RetryState(submit_failures=11)) == Replay()
+    assert isinstance(following(State.UNKNOWN, RetryState(submit_failures=12)), Leave)
 
 
 # -- asking -----------------------------------------------------------------------------------
 
 
 def test_a_task_is_waited_for_until_patience_ends_counted_from_its_submission() -> None:
-    asked_before = Trail(asks=3)
-    assert following(State.SUBMITTED, asked_before, after_s=1800) == Ask()
+    asked_before = RetryState(polls=3)
+    assert following(State.SUBMITTED, asked_before, after_s=1800) == Poll()
     late = following(State.SUBMITTED, asked_before, after_s=1801)
     assert late == Leave("detached: not finished 1801 s after its submission")
 
 
 def test_a_run_that_comes_after_the_deadline_asks_once_before_it_detaches() -> None:
-    assert following(State.SUBMITTED, after_s=48 * HOUR) == Ask()
+    assert following(State.SUBMITTED, after_s=48 * HOUR) == Poll()
 
 
 def test_what_is_paid_is_finished_although_buying_has_stopped() -> None:
-    assert following(State.SUBMITTED, buying=False) == Ask()
+    assert following(State.SUBMITTED, buying=False) == Poll()
     assert following(State.COMPLETED, buying=False) == Fetch()
 
 
 def test_reads_that_fail_detach_from_the_task_and_never_give_it_up() -> None:
-    assert following(State.SUBMITTED, Trail(ask_failures=19)) == Ask()
-    action = following(State.SUBMITTED, Trail(ask_failures=20))
+    assert following(State.SUBMITTED, RetryState(poll_failures=19)) == Poll()
+    action = following(State.SUBMITTED, RetryState(poll_failures=20))
     assert action == Leave("detached: no usable answer to 20 reads of its task")
 
 
 def test_a_task_is_gone_when_it_is_older_than_its_links_and_was_not_found_three_times() -> None:
-    gone = Trail(not_found=3, ask_failures=3)
-    twice = Trail(not_found=2, ask_failures=2)
-    assert following(State.SUBMITTED, twice, after_s=24 * HOUR) == Ask()
+    gone = RetryState(not_found=3, poll_failures=3)
+    twice = RetryState(not_found=2, poll_failures=2)
+    assert following(State.SUBMITTED, twice, after_s=24 * HOUR) == Poll()
     action = following(State.SUBMITTED, gone, after_s=24 * HOUR)
     assert action == Expire("task_not_found", "the server does not know the task any more")
 
 
 def test_a_younger_task_that_is_not_found_is_not_found_yet() -> None:
-    action = following(State.SUBMITTED, Trail(not_found=3, ask_failures=3), after_s=24 * HOUR - 1)
-    assert action == Leave("the server does not know its task yet: the next run asks again")
+    action = following(
+        State.SUBMITTED, RetryState(not_found=3, poll_failures=3), after_s=24 * HOUR - 1
+    )
+    assert action == Leave("the server does not know its task yet: the next run reads it again")
 
 
 def test_a_task_that_was_given_up_is_asked_about_once_in_every_run_of_the_next_week() -> None:
-    assert following(State.EXPIRED, after_s=7 * 24 * HOUR) == Ask()
-    assert following(State.EXPIRED, Trail(ask_failures=1)) == DONE
+    assert following(State.EXPIRED, after_s=7 * 24 * HOUR) == Poll()
+    assert following(State.EXPIRED, RetryState(poll_failures=1)) == DONE
     assert following(State.EXPIRED, after_s=7 * 24 * HOUR + 1) == DONE
-    assert following(State.EXPIRED, after_s=99 * 24 * HOUR, policy=Policy(revive=True)) == Ask()
+    assert following(State.EXPIRED, after_s=99 * 24 * HOUR, policy=Policy(revive=True)) == Poll()
     assert following(State.EXPIRED, task_id=None) == DONE
 
 
@@ -192,7 +196,9 @@ def test_what_was_sent_with_the_key_of_another_account_is_never_repeated() -> No
     action = following(State.UNKNOWN, policy=MINE, api_key="theirs")
     assert isinstance(action, Leave)
     assert "another API key (fingerprint theirs)" in action.reason
-    decided = following(State.UNKNOWN, Trail(replay_decided=True), policy=MINE, api_key="theirs")
+    decided = following(
+        State.UNKNOWN, RetryState(replay_decided=True), policy=MINE, api_key="theirs"
+    )
     assert isinstance(decided, Leave)
 
 
@@ -202,10 +208,10 @@ def test_what_was_sent_with_another_key_of_this_account_is_repeated() -> None:
 
 
 def test_the_key_of_another_account_never_gives_a_task_up() -> None:
-    gone = Trail(not_found=3, ask_failures=3)
+    gone = RetryState(not_found=3, poll_failures=3)
     old = following(State.SUBMITTED, gone, after_s=99 * HOUR, policy=MINE, api_key="theirs")
     assert isinstance(old, Leave)
-    dead = Trail(link_dead=True, stale_link=True, not_found=3, ask_failures=4)
+    dead = RetryState(link_dead=True, stale_link=True, not_found=3, poll_failures=4)
     old = following(State.COMPLETED, dead, after_s=99 * HOUR, policy=MINE, api_key="theirs")
     assert isinstance(old, Leave)
 
@@ -214,13 +220,13 @@ def test_an_unknown_outcome_of_a_time_to_come_is_left_to_a_person() -> None:
     assert following(State.UNKNOWN, after_s=-299) == Replay()
     action = following(State.UNKNOWN, after_s=-301)
     assert isinstance(action, Leave)
-    assert "this clock has not reached: a person decides" in action.reason
+    assert "ahead of this clock: a person decides" in action.reason
 
 
 def test_a_task_of_a_time_to_come_is_asked_about_and_neither_waited_for_nor_given_up() -> None:
-    assert following(State.SUBMITTED, after_s=-HOUR) == Ask()
-    assert isinstance(following(State.SUBMITTED, Trail(asks=1), after_s=-HOUR), Leave)
-    gone = Trail(not_found=3, ask_failures=3)
+    assert following(State.SUBMITTED, after_s=-HOUR) == Poll()
+    assert isinstance(following(State.SUBMITTED, RetryState(polls=1), after_s=-HOUR), Leave)
+    gone = RetryState(not_found=3, poll_failures=3)
     assert isinstance(following(State.SUBMITTED, gone, after_s=-HOUR), Leave)
 
 
@@ -229,7 +235,7 @@ def test_a_task_of_a_time_to_come_is_asked_about_and_neither_waited_for_nor_give
 
 @pytest.mark.parametrize("state", sorted(set(State) - {State.STORED}))
 def test_a_file_under_a_requests_own_name_is_looked_at_before_anything_else(state: State) -> None:
-    assert following(state, Trail(file="images/a.png")) == Adopt("images/a.png")
+    assert following(state, RetryState(file="images/a.png")) == Adopt("images/a.png")
 
 
 @pytest.mark.parametrize("code", sorted(REJECTED))
@@ -237,15 +243,15 @@ def test_what_was_rejected_is_fetched_again_only_if_it_is_wished_and_by_a_new_li
     code: str,
 ) -> None:
     assert isinstance(following(State.COMPLETED, error_code=code), Leave)
-    wished = Policy(ask_again=frozenset({code}))
-    assert following(State.COMPLETED, error_code=code, policy=wished) == Ask()
-    assert following(State.COMPLETED, Trail(asks=1), policy=wished) == Fetch()
-    in_vain = Trail(ask_failures=wished.relink_tries)
+    wished = Policy(retry_codes=frozenset({code}))
+    assert following(State.COMPLETED, error_code=code, policy=wished) == Poll()
+    assert following(State.COMPLETED, RetryState(polls=1), policy=wished) == Fetch()
+    in_vain = RetryState(poll_failures=wished.relink_tries)
     assert isinstance(following(State.COMPLETED, in_vain, error_code=code, policy=wished), Leave)
 
 
 def test_a_first_post_whose_key_another_purchase_has_is_sent_under_the_next_key() -> None:
-    assert following(State.REFUSED, error_code=CONFLICT, submissions=1) == PlanAgain()
+    assert following(State.REFUSED, error_code=CONFLICT, submissions=1) == Requeue()
     assert following(State.REFUSED, error_code=CONFLICT, submissions=20) == DONE
 
 
@@ -253,37 +259,37 @@ def test_a_first_post_whose_key_another_purchase_has_is_sent_under_the_next_key(
 
 
 def test_a_finished_image_without_a_link_or_with_a_stale_one_is_asked_for_a_fresh_one() -> None:
-    assert following(State.COMPLETED, result_url=None) == Ask()
-    assert following(State.COMPLETED, Trail(stale_link=True, fetch_failures=1)) == Ask()
+    assert following(State.COMPLETED, result_url=None) == Poll()
+    assert following(State.COMPLETED, RetryState(stale_link=True, fetch_failures=1)) == Poll()
 
 
 def test_an_image_that_cannot_be_fetched_keeps_its_link_for_the_next_run() -> None:
-    assert following(State.COMPLETED, Trail(fetch_failures=11)) == Fetch()
-    action = following(State.COMPLETED, Trail(fetch_failures=12))
+    assert following(State.COMPLETED, RetryState(fetch_failures=11)) == Fetch()
+    action = following(State.COMPLETED, RetryState(fetch_failures=12))
     assert action == Leave("not stored after 12 tries; its link is kept")
 
 
 def test_dead_links_are_given_up_only_after_the_day_that_they_are_promised_for() -> None:
-    dead = Trail(fetch_failures=12, link_dead=True)
+    dead = RetryState(fetch_failures=12, link_dead=True)
     assert isinstance(following(State.COMPLETED, dead, after_s=24 * HOUR), Leave)
     action = following(State.COMPLETED, dead, after_s=24 * HOUR + 1)
     assert action == Expire("link_dead", "its links are dead, and a fresh one was dead too")
 
 
 def test_other_failures_of_a_download_never_give_an_image_up() -> None:
-    action = following(State.COMPLETED, Trail(fetch_failures=12), after_s=1000 * HOUR)
+    action = following(State.COMPLETED, RetryState(fetch_failures=12), after_s=1000 * HOUR)
     assert isinstance(action, Leave)
 
 
 def test_an_image_is_lost_when_its_link_is_dead_and_its_task_is_gone() -> None:
-    gone = Trail(link_dead=True, stale_link=True, not_found=3, ask_failures=3)
-    assert following(State.COMPLETED, gone, after_s=24 * HOUR) == Ask()
+    gone = RetryState(link_dead=True, stale_link=True, not_found=3, poll_failures=3)
+    assert following(State.COMPLETED, gone, after_s=24 * HOUR) == Poll()
     action = following(State.COMPLETED, gone, after_s=24 * HOUR + 1)
     assert action == Expire("task_not_found", "its link is dead and its task is not known any more")
 
 
 def test_a_task_that_is_gone_does_not_give_up_a_link_that_is_not_known_to_be_dead() -> None:
-    action = following(State.COMPLETED, Trail(stale_link=True, not_found=4, ask_failures=4))
+    action = following(State.COMPLETED, RetryState(stale_link=True, not_found=4, poll_failures=4))
     assert isinstance(action, Leave)
 
 
@@ -298,7 +304,7 @@ def test_an_image_that_was_found_without_a_purchase_and_is_gone_is_lost() -> Non
 
 @pytest.mark.parametrize("code", REPEATABLE_TASK_ERRORS)
 def test_a_task_error_that_may_pass_is_planned_again(code: str) -> None:
-    assert following(State.FAILED, error_code=code) == PlanAgain()
+    assert following(State.FAILED, error_code=code) == Requeue()
 
 
 @pytest.mark.parametrize(
@@ -320,10 +326,10 @@ def test_any_other_task_error_is_final(code: str | None) -> None:
 
 
 def test_a_run_buys_three_times_at_most_what_fails_each_time() -> None:
-    assert following(State.FAILED, Trail(task_failures=2), error_code="service_error") == (
-        PlanAgain()
+    assert following(State.FAILED, RetryState(task_failures=2), error_code="service_error") == (
+        Requeue()
     )
-    assert following(State.FAILED, Trail(task_failures=3), error_code="service_error") == DONE
+    assert following(State.FAILED, RetryState(task_failures=3), error_code="service_error") == DONE
 
 
 def test_a_failed_task_is_not_planned_again_once_buying_has_stopped() -> None:
@@ -359,22 +365,22 @@ def test_a_failed_task_is_repeated_after_the_documented_pause(code: str) -> None
 COUNTS = st.integers(0, 40)
 TIMES = st.one_of(st.none(), st.timedeltas(timedelta(days=-400), timedelta(days=400)))
 TRAILS = st.builds(
-    Trail,
-    asks=COUNTS,
+    RetryState,
+    polls=COUNTS,
     task_failures=COUNTS,
     submit_failures=COUNTS,
-    ask_failures=COUNTS,
+    poll_failures=COUNTS,
     not_found=COUNTS,
     fetch_failures=COUNTS,
     stale_link=st.booleans(),
     link_dead=st.booleans(),
-    final=st.none() | st.text(min_size=1),
+    leave_reason=st.none() | st.text(min_size=1),
 )
 
 
 @given(
     state=st.sampled_from(State),
-    trail=TRAILS,
+    retry=TRAILS,
     sent=TIMES,
     submitted=TIMES,
     completed=TIMES,
@@ -386,7 +392,7 @@ TRAILS = st.builds(
 def test_every_state_and_history_has_a_next_step_and_none_buys_against_the_rules(
     *,
     state: State,
-    trail: Trail,
+    retry: RetryState,
     sent: timedelta | None,
     submitted: timedelta | None,
     completed: timedelta | None,
@@ -404,7 +410,7 @@ def test_every_state_and_history_has_a_next_step_and_none_buys_against_the_rules
         error_code=code,
     )
     policy = replace(POLICY, on_unknown=on_unknown)
-    action = next_action(present, trail, NOW, policy, buying=buying)
+    action = next_action(present, retry, NOW, policy, buying=buying)
     if isinstance(action, Submit):
         assert buying
         assert state in (State.PLANNED, State.DEFERRED)

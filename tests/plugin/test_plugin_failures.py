@@ -9,8 +9,7 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import OutOfCredits, RunStopped
 from krea_dagster.plugin.failures import KreaFailure, failure_of, failure_tags, stop_failure
 from tests.dagster_bench import OpenAccount, run_job, write_table

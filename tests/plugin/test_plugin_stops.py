@@ -13,8 +13,7 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import ConfigError, TryLater
 from krea_dagster.plugin.failures import stop_failure
 from tests.dagster_bench import (

@@ -27,7 +27,8 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.schema import stops
-from krea_dagster.engine.run.runner import Runner, RunReport
+from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
@@ -321,8 +322,8 @@ async def test_what_could_not_be_written_is_taken_up_and_needs_no_person(
         await fort.run("run-1", stage.client("after_a_post"), policy=hold)
     named = {purchase.request_key: purchase.task_id for purchase in error.value.purchases}
     report = await fort.run("run-2", policy=hold)
-    assert len(report.taken_up) == len(named) > 0
-    assert all("is in the journal now" in said for said in report.taken_up)
+    assert len(report.recovered) == len(named) > 0
+    assert all("is in the journal now" in said for said in report.recovered)
     assert not set(report.left) & set(named)
     assert fort.emulator.stats()["replays"] == 0
     await fort.settle()

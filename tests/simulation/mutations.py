@@ -32,15 +32,15 @@ class Mutation:
 
 _NO_BOUND: Final = (
     "engine/run/poller.py",
-    "alarm = answer.get_loop().call_later(within_s + _READ_S, question.failed, none)",
-    "alarm = answer.get_loop().call_later(1e9, question.failed, none)",
+    "timer = result.get_loop().call_later(within_s + _READ_TIMEOUT_S, read.fail, error)",
+    "timer = result.get_loop().call_later(1e9, read.fail, error)",
 )
 
 _RELEASED: Final = """\
             connection.execute(update(requests).where(mine).values(claimed_by=None))
             connection.execute(delete(owners).where(owners.c.owner == owner))
 """
-_QUEUED: Final = "        self._questions[question] = None\n"
+_QUEUED: Final = "        self._reads[read] = None\n"
 
 MUTATIONS: Final = (
     Mutation(
@@ -55,22 +55,22 @@ MUTATIONS: Final = (
             ),
             (
                 "engine/run/poller.py",
-                "[one for one in self._questions if not one.reading]",
+                "[one for one in self._reads if not one.under_way]",
                 """[
             one
-            for one in self._questions
-            if not one.reading and (self._client.batch_supported is not False or one.single)
+            for one in self._reads
+            if not one.under_way and (self._client.batch_supported is not False or one.single)
         ]""",
             ),
             (
                 "engine/run/poller.py",
-                "    reading: bool = False\n",
-                "    reading: bool = False\n    single: bool = True\n",
+                "    under_way: bool = False\n",
+                "    under_way: bool = False\n    single: bool = True\n",
             ),
             (
                 "engine/run/poller.py",
                 _QUEUED,
-                f"{_QUEUED}        question.single = self._client.batch_supported is not True\n",
+                f"{_QUEUED}        read.single = self._client.batch_supported is not True\n",
             ),
         ),
     ),
@@ -82,15 +82,15 @@ MUTATIONS: Final = (
             (
                 "engine/run/poller.py",
                 _QUEUED,
-                f"""        self._questions = {{
-            one: None for one in self._questions if one.task_id != task_id
+                f"""        self._reads = {{
+            one: None for one in self._reads if one.task_id != task_id
         }}
 {_QUEUED}""",
             ),
             (
                 "engine/run/poller.py",
-                "            del self._questions[question]\n",
-                "            self._questions.pop(question, None)\n",
+                "            del self._reads[read]\n",
+                "            self._reads.pop(read, None)\n",
             ),
         ),
     ),
@@ -113,7 +113,7 @@ MUTATIONS: Final = (
             ("engine/run/poller.py", 'task.status in ("failed", "cancelled") or (', "("),
             (
                 "engine/run/submit.py",
-                "if record.task_id is not None and not await self._confirm(carrier):",
+                "if record.task_id is not None and not await self._confirm_failed(item):",
                 "if False:",
             ),
         ),

@@ -21,7 +21,10 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
-from krea_dagster.engine.run.runner import Root, Runner, RunReport, Wanted
+from krea_dagster.engine.run.options import RunRoot
+from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.prompts.requests import PlannedImage
@@ -232,7 +235,7 @@ class Process:
             on_unknown=run.on_unknown,
             patience_s=run.patience_s,
             wait=run.wait,
-            ask_again=ask_again,
+            retry_codes=ask_again,
             revive=revive or run.kind == "salvage",
             account_keys=frozenset({api_key}),
         )
@@ -248,7 +251,7 @@ class Process:
             journal=journal,
             images=ImageStore(storage, in_thread=self.in_thread),
             run_id=self.name,
-            root=Root(root_id),
+            root=RunRoot(root_id),
             table_id=TABLE,
             api_key=api_key,
             policy=policy,
@@ -323,7 +326,7 @@ class Process:
             for image in images
         }
 
-    def _paid(self, journal: Journal) -> list[Wanted]:
+    def _paid(self, journal: Journal) -> list[RequestedImage]:
         paid = [
             record
             for record in journal.unattended()
@@ -331,7 +334,7 @@ class Process:
             and not (record.state is State.COMPLETED and record.error_code in REJECTED)
         ]
         return [
-            Wanted(record.request, record.partition_key)
+            RequestedImage(record.request, record.partition_key)
             for record in [*paid, *journal.expired_since(self.clock.now() - timedelta(days=7))]
         ]
 
@@ -377,13 +380,13 @@ def _prompt_rows(rows: tuple[Row, ...], chosen: Iterable[int]) -> list[PromptRow
     ]
 
 
-def _wanted(images: Iterable[PlannedImage]) -> list[Wanted]:
-    found: dict[str, Wanted] = {}
+def _wanted(images: Iterable[PlannedImage]) -> list[RequestedImage]:
+    found: dict[str, RequestedImage] = {}
     for image in images:
         key = image.request.request_key
         one = found.get(key)
         found[key] = (
-            Wanted(image.request, image.partition_key)
+            RequestedImage(image.request, image.partition_key)
             if one is None
             else replace(one, rows=one.rows + 1)
         )

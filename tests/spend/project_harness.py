@@ -19,7 +19,8 @@ from krea_dagster.application.quotes import quote_images, quote_partitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.runner import RunReport, Wanted
+from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.plugin.checks.spend_proof import prove
 from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by
@@ -85,10 +86,10 @@ class Shop:
     def carry(self, run_id: str = "run-1", *, ask_again: Iterable[str] = ()) -> RunReport:
         """A run alone, as KreaResource.generate makes it, but without its pauses."""
         krea = self.krea
-        wanted = [Wanted(image.request, image.partition_key) for image in self.images()]
+        wanted = [RequestedImage(image.request, image.partition_key) for image in self.images()]
         with krea._runner(run_id, lambda _: None, self.table) as runner:
             again = frozenset(ask_again)
-            policy = replace(runner.policy, ask_again=again, wait_scale=0.01)
+            policy = replace(runner.policy, retry_codes=again, wait_scale=0.01)
             return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
 
     def write_manifests(self, run_id: str = "run-1") -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from krea_dagster import KreaResource
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.errors import ConfigError
 from tests.spend.project_harness import LEARNED, Shop
 

@@ -189,7 +189,7 @@ def test_the_policy_decides_what_is_held_and_what_is_bought_again() -> None:
     assert fate(record(State.FAILED, error_code="service_error")) is Fate.TO_BUY
     blocked = record(State.REFUSED, error_code="content_policy_violation")
     assert fate(blocked) is Fate.ENDED
-    wished = Policy(ask_again=frozenset({"content_policy_violation"}))
+    wished = Policy(retry_codes=frozenset({"content_policy_violation"}))
     assert fate(blocked, wished) is Fate.TO_BUY
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.root_log import MARKER
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.run.report import Progress
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from krea_dagster.plugin.assets.spend import update_tables
@@ -208,7 +208,7 @@ def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
         if not backups:
             backups.append(keep(journal_file(shop), "backup.db"))
 
-    wanted = [Wanted(image.request, image.partition_key) for image in shop.images()]
+    wanted = [RequestedImage(image.request, image.partition_key) for image in shop.images()]
     with krea._runner("run-1", back_up, shop.table) as runner:
         policy = replace(runner.policy, wait_scale=0.01)
         asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
@@ -234,7 +234,7 @@ def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
     shop.krea.accept_root()
     kept = list((root(shop) / "unwritten").iterdir())
     report = shop.carry("run-4")
-    assert (len(report.taken_up), report.progress.delivered) == (len(kept), 4)
+    assert (len(report.recovered), report.progress.delivered) == (len(kept), 4)
     assert not list((root(shop) / "unwritten").iterdir())
     assert server.stats()["creates"] == 4
 

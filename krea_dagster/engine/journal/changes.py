@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.record import Record, StoredImage, idempotency_key
 from krea_dagster.engine.states import Event, State, advance
 from krea_dagster.errors import IllegalTransition, JournalError, TakenOver
+from krea_dagster.models import evolve
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,7 @@ def apply_change(
     if "image_path" in request:
         fields["image"] = _image(request)
     file = _FILES.get(change.event)
-    return AppliedChange(
-        change, before, changed(before, **fields), request, submission, opens, file
-    )
+    return AppliedChange(change, before, evolve(before, **fields), request, submission, opens, file)
 
 
 def event_row(step: AppliedChange, run_id: str) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from sqlalchemy import Connection, literal_column, select, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, api_keys, pace_leases, paces
-from krea_dagster.engine.pace_sharing import LEASE_S, Answer, Exchange, Lease, kept_of, told_of
+from krea_dagster.engine.pace_sharing import (
+    LEASE_S,
+    Lease,
+    PaceEvent,
+    PaceExchange,
+    kept_of,
+    told_of,
+)
 
 _SECOND_US: Final = 1_000_000
 
@@ -27,15 +34,15 @@ class PaceLog:
         self,
         api_key: str,
         mine: Lease,
-        untold: Sequence[Answer],
+        untold: Sequence[PaceEvent],
         monotonic: Callable[[], float],
-    ) -> Exchange:
+    ) -> PaceExchange:
         """Tell the other runs what was answered and what this run has; returns what they told.
 
         ``api_key`` is a fingerprint: keys of one account share one pace.
         """
 
-        def write(connection: Connection) -> Exchange:
+        def write(connection: Connection) -> PaceExchange:
             key = select(api_keys.c.account).where(api_keys.c.fingerprint == api_key)
             account = connection.execute(key).scalar() or api_key
             new = self._database.insertion(paces).values(account=account, kept="", at_us=0)
@@ -62,7 +69,7 @@ class PaceLog:
             }
             own = self._database.insertion(pace_leases).values(owner=mine.owner, **lease)
             connection.execute(own.on_conflict_do_update(index_elements=["owner"], set_=lease))
-            return Exchange(told.learned(), mine, found, len(untold), now_us / _SECOND_US)
+            return PaceExchange(told.learned(), mine, found, len(untold), now_us / _SECOND_US)
 
         return self._database.write("share the pace in", write)
 

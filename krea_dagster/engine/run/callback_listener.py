@@ -1,83 +1,73 @@
-"""Waits for callbacks: has each task asked about once it is called about, or quiet for too long.
+"""Has a task read once a callback for it has come, or once it is overdue without one.
 
-What a call claims is never looked at here. It says that a task is worth a question, and the answer
-to that is EvoLink's.
+What a callback claims is not read here. It only shows that a task is worth a read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Final, Protocol
+from typing import Final
 
 from krea_dagster.engine.clock import Clock
-from krea_dagster.engine.journal.callback_log import ReceivedCallback
-from krea_dagster.engine.run.poll_schedule import Hint, hint
-from krea_dagster.engine.run.poller import Asker
+from krea_dagster.engine.journal.callback_log import CallbackLog
+from krea_dagster.engine.run.poll_schedule import poll_reason
+from krea_dagster.engine.run.poller import TaskPoller
 from krea_dagster.engine.threads import InThread
 
-#: Seconds between two looks at the journal, and more where very many are waited for: a look costs
-#: some 15 µs of a core for each.
-_LOOK_EVERY_S: Final = 0.5
+#: Seconds between two reads of the journal, and more for each pending task: a read costs about
+#: 15 µs of a core for each.
+_READ_EVERY_S: Final = 0.5
 _MORE_S_EACH: Final = 0.0005
 
 
-class Calls(Protocol):
-    """The part of CallbackLog that is needed here."""
+class CallbackListener:
+    """Wakes a poller's reads by the callbacks in a journal. ``run`` must be under way."""
 
-    def received(self, request_keys: Iterable[str]) -> Mapping[str, ReceivedCallback]:
-        """Those of these requests that were called about. Blocks."""
-
-
-class Listener:
-    """Wakes an asker's tasks by the calls in a journal. ``run`` must be under way."""
-
-    def __init__(self, calls: Calls, asker: Asker, clock: Clock, in_thread: InThread) -> None:
+    def __init__(
+        self, calls: CallbackLog, poller: TaskPoller, clock: Clock, in_thread: InThread
+    ) -> None:
         self._calls = calls
-        self._asker = asker
+        self._poller = poller
         self._clock = clock
         self._in_thread = in_thread
-        self._seen: dict[str, int] = {}  # calls that were followed by a question
-        self._asked_s: dict[str, float] = {}
+        self._seen: dict[str, int] = {}  # callbacks that were followed by a read
+        self._read_at_s: dict[str, float] = {}
 
     async def run(self) -> None:
-        """Look for calls, for ever. Raises JournalError."""
+        """Look for callbacks until cancelled. Raises JournalError."""
         quiet_at_s: dict[str, float] = {}
         while True:
-            await self._clock.sleep(_LOOK_EVERY_S + _MORE_S_EACH * len(self._asker.listening()))
-            waited_for = self._asker.listening()
-            if not waited_for:
+            count = len(self._poller.awaiting_callback())
+            await self._clock.sleep(_READ_EVERY_S + _MORE_S_EACH * count)
+            waiting = self._poller.awaiting_callback()
+            if not waiting:
                 continue
             now_s = self._clock.monotonic()
-            called = await self._in_thread(self._calls.received, list(waited_for))
-            for key, question in waited_for.items():
-                if question.awaited is None or question.reading:
+            called = await self._in_thread(self._calls.received, list(waiting))
+            for key, read in waiting.items():
+                if read.pending is None or read.under_way:
                     continue
                 calls = called[key].count if key in called else 0
-                seen = self._seen.get(key, 0)
-                why = hint(
-                    self._asker.latencies,
-                    question.awaited,
+                reason = poll_reason(
+                    self._poller.latencies,
+                    read.pending,
                     calls=calls,
-                    seen=seen,
-                    asked_s=self._asked_s.get(key, float("-inf")),
+                    seen=self._seen.get(key, 0),
+                    read_at_s=self._read_at_s.get(key, float("-inf")),
                     now_s=now_s,
                 )
-                if why is None:
+                if reason is None:
                     quiet_at_s[key] = now_s
                     continue
                 self._seen[key] = calls
-                self._asked_s[key] = now_s
-                since_s = question.awaited.since_s
-                self._asker.wake(question, why, quiet_at_s.pop(key, since_s))
+                self._read_at_s[key] = now_s
+                since_s = read.pending.since_s
+                self._poller.wake(read, reason, quiet_at_s.pop(key, since_s))
 
     def was_called(self, request_key: str) -> bool:
-        """Whether a question about the request has followed a call."""
+        """Whether a callback for the request was followed by a read."""
         return self._seen.get(request_key, 0) > 0
 
     def forget(self, request_key: str) -> None:
         """Forget a request whose task has ended."""
         self._seen.pop(request_key, None)
-        self._asked_s.pop(request_key, None)
-
-
-__all__ = ["Calls", "Hint", "Listener"]
+        self._read_at_s.pop(request_key, None)

@@ -1,4 +1,4 @@
-"""What this run has at the server, as far as it knows, and how much more may be sent there."""
+"""The tasks that this run has at the server, and how many more it may send there."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from typing import Final
 from krea_dagster.engine.clock import Clock
 from krea_dagster.engine.journal.pace_log import PaceLog
 from krea_dagster.engine.pace import InWork, Pace, is_slow
-from krea_dagster.engine.pace_sharing import SOON_S, Lease, SharedPace
-from krea_dagster.engine.pace_sharing import Answer as Shown
-from krea_dagster.engine.run.poll_schedule import Hint, chances, is_learned
-from krea_dagster.engine.run.poller import Answer, Asker
-from krea_dagster.engine.run.work_item import Carrier
+from krea_dagster.engine.pace_sharing import SOON_S, Lease, PaceEvent, SharedPace
+from krea_dagster.engine.run.poll_schedule import PollReason, chances, is_learned
+from krea_dagster.engine.run.poller import TaskPoller, TaskRead
+from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.threads import InThread
 from krea_dagster.errors import JournalError
 
 _log = logging.getLogger(__name__)
 
-#: By how much the quickest median seen is raised with every image.
+#: By how much the lowest median seen is raised with every image.
 _FORGET: Final = 1.001
 
 
-class AtServer:
-    """The tasks whose end was not seen, the requests on their way, and the pace they go by."""
+class InFlight:
+    """The tasks that were not seen to end, the POSTs under way, and the pace.
 
-    def __init__(self, asker: Asker, pace: Pace, clock: Clock, *, wants: int = 0) -> None:
-        self._asker = asker
+    ``wants`` is how many more requests this run would submit if the pace let it.
+    """
+
+    def __init__(self, poller: TaskPoller, pace: Pace, clock: Clock) -> None:
+        self._poller = poller
         self._clock = clock
         self.shared = SharedPace(pace)
-        self.wants = wants  # how many more this run would submit if the pace let it
-        self._submitting: set[str] = set()  # requests that were given leave to submit
-        self._in_work: dict[str, Carrier] = {}  # requests whose task has not been seen to end
-        self._quickest_s: dict[str, float] = {}  # the least that the median was, by quality
+        self.wants = 0
+        self._submitting: set[str] = set()  # requests that may submit
+        self._in_work: dict[str, WorkItem] = {}  # requests whose task was not seen to end
+        self._lowest_s: dict[str, float] = {}  # the lowest median, by quality
 
     @property
     def pace(self) -> Pace:
@@ -42,95 +44,91 @@ class AtServer:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is at the server, and nothing wanted there."""
+        """Whether no task is at the server, and no submission is wanted."""
         return not (self._in_work or self._submitting or self.wants)
-
-    def lease(self, owner: str) -> Lease:
-        """What other runs are to know of this one."""
-        in_flight = self._own_in_work(closely=True).expected + len(self._submitting)
-        return Lease(owner, round(in_flight), self.wants)
-
-    def may_submit(self, carrier: Carrier) -> None:
-        """Give a carrier leave for one POST, by the pace."""
-        carrier.may_submit = True
-        self.shared.pace = self.pace.sent(self._clock.monotonic())
-        self._submitting.add(carrier.record.request_key)
-
-    def may_no_more_submit(self, carrier: Carrier) -> None:
-        """Take the leave back, or note that it was used."""
-        carrier.may_submit = False
-        self._submitting.discard(carrier.record.request_key)
 
     @property
     def submitting(self) -> int:
-        """Requests that have leave to submit and no answer yet."""
+        """Requests that may submit and have no answer yet."""
         return len(self._submitting)
 
-    def taken(self, carrier: Carrier, sent_at_s: float) -> None:
+    def lease(self, owner: str) -> Lease:
+        """Return what other runs need to know of this one."""
+        in_flight = self._own_in_work(closely=True).expected + len(self._submitting)
+        return Lease(owner, round(in_flight), self.wants)
+
+    def grant_submit(self, item: WorkItem) -> None:
+        """Let a request send one POST, by the pace."""
+        item.may_submit = True
+        self.shared.pace = self.pace.sent(self._clock.monotonic())
+        self._submitting.add(item.record.request_key)
+
+    def revoke_submit(self, item: WorkItem) -> None:
+        """Take the grant back, or note that it was used."""
+        item.may_submit = False
+        self._submitting.discard(item.record.request_key)
+
+    def taken(self, item: WorkItem, sent_at_s: float) -> None:
         """Note that the server has taken a request, which was sent at ``sent_at_s``."""
-        carrier.since_s, carrier.not_yet_s = sent_at_s, 0.0
-        self._in_work[carrier.record.request_key] = carrier
+        item.since_s, item.not_yet_s = sent_at_s, 0.0
+        self._in_work[item.record.request_key] = item
         in_work = self._tasks_in_work(closely=self.pace.unclear)
-        now_s, pressed = self._clock.monotonic(), self._asker.pressed
-        self.shared.learn(Shown(now_s, "taken", now_s - sent_at_s, in_work, pressed=pressed))
+        now_s, pressed = self._clock.monotonic(), self._poller.pressed
+        self.shared.learn(PaceEvent(now_s, "taken", now_s - sent_at_s, in_work, pressed=pressed))
 
     def refused(self, sent_at_s: float, wait_s: float) -> None:
-        """Note that the server has refused one more, and asked for ``wait_s`` of silence."""
+        """Note a 429, which asked for a pause of ``wait_s``."""
         now_s = self._clock.monotonic()
         in_work = self._tasks_in_work(closely=True)
-        self.shared.learn(Shown(now_s, "refused", now_s - sent_at_s, in_work, wait_s))
+        self.shared.learn(PaceEvent(now_s, "refused", now_s - sent_at_s, in_work, wait_s))
 
     def silent(self, pause_s: float) -> None:
         """Note that the server gives no usable answer."""
-        self.shared.learn(Shown(self._clock.monotonic(), "silent", wait_s=pause_s))
+        self.shared.learn(PaceEvent(self._clock.monotonic(), "silent", wait_s=pause_s))
 
-    def ended(self, carrier: Carrier) -> None:
-        """Note that a request's task has ended, or is not counted on to end any more."""
-        self._in_work.pop(carrier.record.request_key, None)
+    def ended(self, item: WorkItem) -> None:
+        """Note that a task has ended, or is not expected to end any more."""
+        self._in_work.pop(item.record.request_key, None)
 
-    def learn(self, carrier: Carrier, answer: Answer) -> None:
-        """Take note of how long an image took, and of a server that has become slow."""
-        if answer.hint is Hint.SWEPT:
+    def learn(self, item: WorkItem, read: TaskRead) -> None:
+        """Learn how long an image took, and whether the server has become slow."""
+        if read.reason is PollReason.TIMEOUT:
             return  # it may have ended long ago
-        if answer.hint is Hint.CALLED:
-            quiet_s = answer.quiet_at_s - carrier.since_s
-            carrier.not_yet_s = max(carrier.not_yet_s, quiet_s)
-        quality = carrier.record.request.quality
+        if read.reason is PollReason.CALLBACK:
+            item.not_yet_s = max(item.not_yet_s, read.quiet_at_s - item.since_s)
+        quality, poller = item.record.request.quality, self._poller
         now_s = self._clock.monotonic()
-        asker = self._asker
-        asker.latencies = asker.latencies.finished(
-            quality, carrier.not_yet_s, now_s - carrier.since_s
-        )
-        if is_learned(asker.latencies, quality):
-            median_s = asker.latencies.of(quality).median_s
-            # Forgotten by and by: what was quick once may never be again.
-            quickest_s = self._quickest_s.get(quality, median_s) * _FORGET
-            self._quickest_s[quality] = quickest_s = min(median_s, quickest_s)
-            if is_slow(median_s, quickest_s):
-                self.shared.learn(Shown(now_s, "slowed", median_s=median_s, best_s=quickest_s))
+        poller.latencies = poller.latencies.finished(quality, item.not_yet_s, now_s - item.since_s)
+        if is_learned(poller.latencies, quality):
+            median_s = poller.latencies.of(quality).median_s
+            # Forgotten slowly: a speed of the past may never come back.
+            lowest_s = min(median_s, self._lowest_s.get(quality, median_s) * _FORGET)
+            self._lowest_s[quality] = lowest_s
+            if is_slow(median_s, lowest_s):
+                self.shared.learn(PaceEvent(now_s, "slowed", median_s=median_s, best_s=lowest_s))
 
     def _tasks_in_work(self, *, closely: bool) -> InWork:
-        """The tasks of all runs at the server, as far as they are known to this one."""
+        """Return the tasks of all runs at the server that this one knows of."""
         own, elsewhere = self._own_in_work(closely=closely), self.shared.elsewhere
         return InWork(own.known + elsewhere, own.expected + elsewhere, own.deviation)
 
     def _own_in_work(self, *, closely: bool) -> InWork:
-        """The tasks at the server; ``closely``: with how many of them have probably ended."""
+        """Return this run's tasks; ``closely``: estimate how many of them have ended."""
         known = len(self._in_work)
         if not closely or not known:
             return InWork(known, float(known), 0.0)
-        awaited = [carrier.awaited for carrier in self._in_work.values()]
-        ended = chances(self._asker.latencies, awaited, self._clock.monotonic())
+        pending = [item.pending for item in self._in_work.values()]
+        ended = chances(self._poller.latencies, pending, self._clock.monotonic())
         deviation = float((ended * (1.0 - ended)).sum()) ** 0.5
         return InWork(known, known - float(ended.sum()), deviation)
 
 
-class Sharing:
-    """Has a run go by its share of what all runs of its account have learned."""
+class PaceSync:
+    """Exchanges the pace with the other runs of the account, through the journal."""
 
     def __init__(
         self,
-        at_server: AtServer,
+        in_flight: InFlight,
         paces: PaceLog,
         *,
         owner: str,
@@ -139,7 +137,7 @@ class Sharing:
         in_thread: InThread,
         changed: Callable[[], None],
     ) -> None:
-        self._at_server = at_server
+        self._in_flight = in_flight
         self._paces = paces
         self._owner = owner
         self._api_key = api_key
@@ -148,23 +146,22 @@ class Sharing:
         self._changed = changed
 
     async def run(self) -> None:
-        """Exchange for as long as there is anything to tell or to want."""
+        """Exchange when it is due and there is something to tell or to want, until cancelled."""
+        shared = self._in_flight.shared
         while True:
-            due_s = self._at_server.shared.due_s(self._clock.monotonic())
+            due_s = shared.due_s(self._clock.monotonic())
             await self._clock.sleep(min(max(due_s, 0.01), SOON_S))
-            due_s = self._at_server.shared.due_s(self._clock.monotonic())
-            if due_s <= 0.0 and not self._at_server.is_idle:
+            if shared.due_s(self._clock.monotonic()) <= 0.0 and not self._in_flight.is_idle:
                 await self.exchange()
 
     async def exchange(self) -> None:
-        """Exchange once. Where the journal is away, the run goes on with what it knows."""
-        shared = self._at_server.shared
-        lease, untold = self._at_server.lease(self._owner), shared.untold()
-        clock = self._clock.monotonic
+        """Exchange once. If the journal is away, the run goes on with what it knows."""
+        shared, clock = self._in_flight.shared, self._clock.monotonic
+        lease, untold = self._in_flight.lease(self._owner), shared.untold()
         try:
             found = await self._in_thread(self._paces.exchange, self._api_key, lease, untold, clock)
         except JournalError as error:
-            # Purchases are written to the same journal: they say whether the run must end.
+            # Purchases are written to the same journal: they decide whether the run must end.
             _log.debug("The pace was not shared: %s", error)
             shared.missed(clock())
         else:

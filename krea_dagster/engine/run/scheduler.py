@@ -1,8 +1,8 @@
 """One run under way: its queue, its window, and the tasks that carry requests.
 
-The only file that owns tasks. One sliding window over all requests of the run: whatever must
-wait goes back into the same queue, so that neither a retry nor the last few hold anything up.
-Downloads and checks overlap generation, outside the window.
+One sliding window over all requests of the run: a request that must wait goes back into the same
+queue, so that neither a retry nor the last few requests delay the others. Downloads and checks
+overlap generation, outside the window.
 """
 
 from __future__ import annotations
@@ -10,92 +10,71 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
-from typing import TYPE_CHECKING, Any, Final
+from itertools import count
+from typing import Final, TypeAlias
 
 import anyio
 import anyio.abc
 
-from krea_dagster.engine.alarm import wait
-from krea_dagster.engine.frozen import changed
-from krea_dagster.engine.journal.callback_log import ReceivedCallback
+from krea_dagster.engine.clock import wait_for_event
 from krea_dagster.engine.journal.group_commit import GroupCommit
 from krea_dagster.engine.journal.journal import NO_CAPS
 from krea_dagster.engine.journal.owners import new_owner
-from krea_dagster.engine.journal.saved_answers import SavedAnswer, save_answer
-from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.policy import (
     Action,
     Adopt,
-    Ask,
     Expire,
     Fetch,
     Leave,
     MarkUnknown,
-    PlanAgain,
+    Poll,
     Replay,
+    Requeue,
     Submit,
-    Trail,
     next_action,
 )
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Claim, Resolution
-from krea_dagster.engine.run.fetch import Fetching
-from krea_dagster.engine.run.in_flight import AtServer, Sharing
+from krea_dagster.engine.run.claims import Claims
+from krea_dagster.engine.run.context import RunContext
+from krea_dagster.engine.run.fetch import FetchStep
+from krea_dagster.engine.run.in_flight import PaceSync
+from krea_dagster.engine.run.options import Client, RunOptions
 from krea_dagster.engine.run.outages import Outages
-from krea_dagster.engine.run.poll import Asking
-from krea_dagster.engine.run.poller import Asker
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.submit import Buying, Client, KeptBack
-from krea_dagster.engine.run.work_item import Carrier, Desk
-from krea_dagster.engine.run.worklist import Planned
-from krea_dagster.engine.states import AT_STAKE, Event, State
+from krea_dagster.engine.run.poll import PollStep
+from krea_dagster.engine.run.report import Progress, RunReport
+from krea_dagster.engine.run.submit import HeldBack, SubmitStep
+from krea_dagster.engine.run.work_item import WorkItem
+from krea_dagster.engine.run.worklist import WorkList
+from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
-    AccountStopped,
     ApiError,
     JournalError,
     PurchasesNotWritten,
-    RunStopped,
     StorageError,
     TakenOver,
     TryLater,
-    UnwrittenPurchase,
 )
-from krea_dagster.models import is_task_id
-
-if TYPE_CHECKING:
-    from krea_dagster.engine.run.runner import Runner
+from krea_dagster.models import evolve
 
 #: A pause up to this long is slept through in place; a longer one goes back to the queue.
 _SHORT_S: Final = 0.5
 #: Finished images that may wait for their download before nothing new is started.
 _FETCH_BACKLOG: Final = 64
-#: Requests in hand: fewer than these, and the next part is claimed and read from the journal.
-_IN_HAND: Final = 256
-_PART: Final = 512
-_HEARTBEAT_S: Final = 20.0
-_ELSEWHERE_S: Final = 1.0
-#: Purchases without an answer at once, where a cap or a budget bounds the run.
+#: With fewer requests than this in the queue, the next part is claimed.
+_QUEUE_LOW: Final = 256
+#: Purchases without an answer at once, if a cap or a budget bounds the run.
 UNANSWERED_UNDER_CAP: Final = 4
-#: Seconds between two words on progress.
-_TELL_S: Final = 0.1
+#: Seconds between two calls of ``on_progress``.
+_PROGRESS_EVERY_S: Final = 0.1
 
-#: Seconds without a place at the server after which a run that does not wait buys no more, and the
-#: pause that it does not sit out.
-_TURNED_AWAY_S: Final = 10.0
+#: A run that does not wait stops submitting after this many seconds of 429s, or if the requested
+#: pause is longer than this.
+_RATE_LIMITED_S: Final = 10.0
 _LONG_PAUSE_S: Final = 30.0
-
-#: Requests that are left and named with their reason, and reasons that are counted.
-_LEFT_NAMED: Final = 1000
-_OTHER_REASONS: Final = "other reasons"
-
-#: States of a purchase whose outcome is not known.
-_OPEN: Final = frozenset({State.SUBMITTING, State.UNKNOWN})
 
 #: States of a request that certainly costs nothing so far.
 _NOT_BOUGHT: Final = frozenset({State.PLANNED, State.DEFERRED})
@@ -112,204 +91,130 @@ _TO_SUBMIT: Final = frozenset(
     }
 )
 
-
-@dataclass(order=True)
-class _Item:
-    """A request in the run's queue: not before when, and in which order."""
-
-    not_before_s: float
-    order: int
-    record: Record = field(compare=False)
-    trail: Trail = field(compare=False)
+#: Items by the time before which they are not started, and by their order.
+_Queue: TypeAlias = list[tuple[float, int, WorkItem]]
 
 
-class Session:
-    """Carries the planned requests of a run to their end, or as far as they go."""
+class RunScheduler:
+    """Carries the requests of a run to their end, or to where a later run goes on.
 
-    def __init__(self, runner: Runner, client: Client, planned: Planned, outages: Outages) -> None:
-        self._runner = runner
-        self._planned = planned
-        self._journal = runner.journal
-        self._clock = runner.clock
+    The only class that starts tasks for requests.
+    """
+
+    def __init__(
+        self, options: RunOptions, client: Client, work: WorkList, outages: Outages
+    ) -> None:
+        self._options = options
+        self._journal = options.journal
+        self._clock = options.clock
+        self._work = work
         self._outages = outages
         outages.changed = self._wake
-        self._in_thread = outages.patient(runner.in_thread)
-        self._owner = new_owner(runner.run_id)
-        self._images = runner.images
+        self._owner = new_owner(options.run_id)
+        self._in_thread = outages.patient(options.in_thread)
         self._writer = GroupCommit(
-            runner.journal,
+            options.journal,
             owner=self._owner.owner,
-            run_id=runner.run_id,
-            caps=runner.caps,
-            launch=runner.launch,
-            root_id=runner.root.root_id,
+            run_id=options.run_id,
+            caps=options.caps,
+            launch=options.launch,
+            root_id=options.root.root_id,
             in_thread=self._in_thread,
         )
-        desk = Desk(
-            self._writer,
-            run_id=runner.run_id,
-            policy=runner.policy,
-            clock=runner.clock,
-            randomness=runner.randomness,
-        )
-        self.asker = Asker(client, runner.clock.monotonic, runner.latencies)
-        pace = Pace(runner.max_in_flight, runner.max_per_s)
-        wants = len(planned.unfinished) if runner.buying else 0
-        self._at_server = AtServer(self.asker, pace, runner.clock, wants=wants)
-        self._sharing = Sharing(
-            self._at_server,
-            runner.journal.paces,
+        self._context = RunContext(options, client, self._writer, outages, self._wake)
+        self._poller, self._in_flight = self._context.poller, self._context.in_flight
+        self._in_flight.wants = work.unfinished if options.buying else 0
+        self._pace_sync = PaceSync(
+            self._in_flight,
+            options.journal.paces,
             owner=self._owner.owner,
-            api_key=runner.api_key or "",
-            clock=runner.clock,
-            in_thread=runner.in_thread,
+            api_key=options.api_key or "",
+            clock=options.clock,
+            in_thread=options.in_thread,
             changed=self._wake,
         )
-        self.buying = Buying(
-            client,
-            desk,
-            self._at_server,
-            outages=outages,
-            announce_stop=self._announce_stop,
-            keep=self._keep,
-            confirm=self._confirm,
-            table_id=runner.table_id,
-            api_key=runner.api_key,
-            restored=runner.root.adopts,
-            callback_url_of=runner.callback_url_of,
+        self._poll = PollStep(self._context)
+        self._submit = SubmitStep(self._context, self._poll)
+        self._fetch = FetchStep(self._context)
+        self._claims = Claims(
+            self._context, work, self._poll, owner=self._owner.owner, enqueue=self._push
         )
-        self.asking = Asking(
-            self.asker,
-            desk,
-            self._at_server,
-            runner.journal.callbacks,
-            in_thread=self._in_thread,
-            outages=outages,
-            stop=self._stop_buying,
-            callback_url_of=runner.callback_url_of,
-        )
-        self._fetching = Fetching(client, runner.images, desk, outages)
-        # Requests not claimed yet: what is paid, or may be, and then what is to be bought.
-        self._backlog: deque[str] = deque(planned.unfinished)
-        self._paid_backlog = planned.paid_count
-        self._claiming = False
-        self._to_submit: list[_Item] = []
-        self._to_collect: list[_Item] = []  # what is paid
+        self._to_submit: _Queue = []
+        self._to_collect: _Queue = []  # paid requests
         self._order = count()
         self._changed = asyncio.Event()
-        self._carried = 0  # requests in the hands of a carrier
-        self._in_flight = 0  # of those, the ones that hold a place in the window
-        self._downloads = 0  # of those, the ones whose image is on its way
-        self._deferring: dict[KeptBack, list[str]] = {}  # what is to be noted as kept back
-        self._elsewhere: deque[str] = deque()  # requests that another run holds
-        self._elsewhere_since_s: float | None = None
-        self._finished: set[str] = set()  # requests that this run is done with, and holds still
-        self._resolutions = dict(runner.resolutions)
-        self._claims: dict[str, Claim] = {}  # tasks that callbacks claim for unknown purchases
-        self._client = client
+        self._carried = 0  # requests that a task carries
+        self._in_window = 0  # of those, the ones that hold a place in the window
+        self._downloads = 0  # of those, the ones whose image is being downloaded
+        self._deferring: dict[HeldBack, list[str]] = {}  # requests to be recorded as held back
+        self._resolutions = dict(options.resolutions)
         self._failure: JournalError | StorageError | None = None
-        self.account_error: str | None = None
-        self._progress = planned.progress
+        self._account_error: str | None = None
         self._told_at_s = 0.0
-        self.left: dict[str, str] = {}
-        self.left_reasons: Counter[str] = Counter()
-        self.at_stake_units = 0
-        self._left_there: set[str] = set()  # what a run that does not wait has at the server
-        self.left_for_room = 0  # what it left, because the server took no more
+        self._left_there: set[str] = set()  # tasks that a run which does not wait leaves
+        self._left_for_room = 0
 
-    async def carry_all(self) -> None:
-        """Claim what is unfinished, and carry it until nothing more can be done."""
+    async def run(self) -> None:
+        """Claim unfinished requests, and carry them until nothing more can be done."""
         await self._in_thread(self._journal.check_integrity)
         await self._in_thread(self._journal.register, self._owner)
         try:
             async with self._writer:
-                await self._sharing.exchange()
-                await self._claim_part()
+                await self._pace_sync.exchange()
+                await self._claims.claim_part()
                 await self._read_account()
-                await self._sharing.exchange()  # with the runs that have begun since the first
-                await self._work()
-                await self._note_kept_back()
+                await self._pace_sync.exchange()  # with the runs that have begun since the first
+                await self._work_off()
+                await self._record_held_back()
                 if self._outages.over is not None:
-                    self._stop_buying(self._outages.over)
+                    self._context.stop_buying(self._outages.over)
                 else:
                     await self._read_account()
         except BaseException as error:
-            # Once: the next run need not wait for what this one cannot give up.
+            # Tried once: the next run need not wait for claims that cannot be released.
             with anyio.CancelScope(shield=True), suppress(JournalError):
-                await self._runner.in_thread(self._journal.release, self._owner.owner)
-            if self.buying.unwritten:
+                await self._options.in_thread(self._journal.release, self._owner.owner)
+            if self._submit.unwritten:
                 why = str(self._failure or error)
-                raise PurchasesNotWritten(self.buying.unwritten, why) from error
+                raise PurchasesNotWritten(self._submit.unwritten, why) from error
             raise
         await self._in_thread(self._journal.release, self._owner.owner)
 
-    @property
-    def same_files(self) -> list[str]:
-        """What is said of files that several requests of this run got."""
-        by_content: dict[str, list[str]] = {}
-        for key, sha256 in self._fetching.stored.items():
-            by_content.setdefault(sha256, []).append(key)
-        return [
-            f"{len(keys)} requests got one and the same file ({sha256[:12]}): "
-            f"{', '.join(key[:12] for key in keys[:10])}"
-            for sha256, keys in by_content.items()
-            if len(keys) > 1
-        ]
-
-    def _stop_buying(self, stop: RunStopped) -> None:
-        self.buying.stopped = self.buying.stopped or stop
-        self._changed.set()
+    def report(self, seconds: float, recovered: Sequence[str]) -> RunReport:
+        """Return how the run ended."""
+        return RunReport(
+            new=self._work.new,
+            progress=self._progress(),
+            seconds=seconds,
+            left=self._work.left,
+            left_reasons=self._work.left_reasons,
+            at_stake_units=self._work.at_stake_units,
+            stopped=self._context.stopped,
+            caps_reached=tuple(self._submit.caps_reached.values()),
+            price_increases=tuple(self._submit.price_increases.values()),
+            account_error=self._account_error,
+            posts=self._submit.posts,
+            rate_limited=self._submit.rate_limited,
+            tasks_read=self._poller.tasks_read,
+            read_calls=self._poller.calls,
+            missed_callbacks=self._poll.missed_callbacks,
+            waited=self._options.policy.wait,
+            left_for_room=self._left_for_room,
+            recovered=recovered,
+            same_files=self._fetch.same_files,
+        )
 
     def _wake(self) -> None:
         self._changed.set()
 
-    async def _confirm(self, carrier: Carrier) -> bool:
-        record = carrier.record
-        asked_again = record.error_code in self._runner.policy.ask_again
-        if not asked_again and await self._in_thread(self._may_have_two_tasks, record):
-            reason = (
-                "not bought again: its purchase was sent twice, and the task that failed may not "
-                f"be the only one; `--retry {record.error_code}` buys it again all the same"
-            )
-            carrier.trail = changed(carrier.trail, final=reason)
-            return False
-        return await self.asking.may_be_bought_again(carrier)
-
-    def _may_have_two_tasks(self, record: Record) -> bool:
-        """Whether a purchase was repeated, and the server has not said that it knew the first."""
-        repeated = known = False
-        for _, event, data in self._journal.history(record.request_key):
-            match event:
-                case Event.SUBMITTING:
-                    repeated = known = False
-                case Event.REPLAYING:
-                    repeated = True
-                case Event.ACCEPTED:
-                    known = data.get("replayed") is True
-        return repeated and not known
-
-    def _keep(self, bought: UnwrittenPurchase, values: Mapping[str, Any]) -> str:
-        """Write what was bought where the next run finds it; returns where."""
-        answer = SavedAnswer(
-            self._journal.journal_id,
-            bought.request_key,
-            bought.idempotency_key,
-            {name: value for name, value in values.items() if name != "answer"},
-            values["answer"],
-        )
-        try:
-            return save_answer(self._images.storage, answer)
-        except OSError as error:
-            return f"no place ({error})"
-
-    async def _work(self) -> None:
+    async def _work_off(self) -> None:
         async with anyio.create_task_group() as background:
-            background.start_soon(self.asker.run)
-            background.start_soon(self._guarded, self._beat)
-            background.start_soon(self._sharing.run)
-            background.start_soon(self._guarded, self._watch_elsewhere)
-            if self.asking.listener is not None:
-                background.start_soon(self._guarded, self.asking.listener.run)
+            background.start_soon(self._poller.run)
+            background.start_soon(self._guarded, self._claims.keep_alive)
+            background.start_soon(self._pace_sync.run)
+            background.start_soon(self._guarded, self._claims.watch_elsewhere)
+            if self._poll.listener is not None:
+                background.start_soon(self._guarded, self._poll.listener.run)
             async with anyio.create_task_group() as carriers:
                 try:
                     await self._feed(carriers, background)
@@ -317,7 +222,7 @@ class Session:
                     self._outages.give_up()
                     raise
                 finally:
-                    self.buying.end_submitting()
+                    self._submit.end_submitting()
             background.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
@@ -325,32 +230,26 @@ class Session:
     # -- the queue ----------------------------------------------------------------------------
 
     async def _feed(self, carriers: anyio.abc.TaskGroup, background: anyio.abc.TaskGroup) -> None:
-        """Start carriers as the pace has room, until there is nothing left to carry."""
-        while self._has_work():
+        """Start requests as the pace has room, until there is nothing left to carry."""
+        while self._to_submit or self._to_collect or self._carried or self._claims.are_open:
             self._tell()
             if self._failure is not None:
                 # Nothing more is started. What is under way fails on its own next write.
                 carriers.cancel_scope.cancel()
                 return
             self._changed = asyncio.Event()
-            self._leave_what_is_over()
-            in_hand = len(self._to_submit) + len(self._to_collect)
-            if self._backlog and in_hand < _IN_HAND and not self._claiming:
-                self._claiming = True
-                background.start_soon(self._guarded, self._claim_part)
-            wait_s = self._start_ready(carriers)
-            await wait(self._changed, wait_s)
+            self._leave_all_held_back()
+            queued = len(self._to_submit) + len(self._to_collect)
+            if self._work.backlog and queued < _QUEUE_LOW and not self._claims.under_way:
+                self._claims.under_way = True
+                background.start_soon(self._guarded, self._claims.claim_part)
+            await wait_for_event(self._changed, self._start_ready(carriers))
         self._tell(last=True)
 
-    def _has_work(self) -> bool:
-        return bool(
-            self._to_submit
-            or self._to_collect
-            or self._carried
-            or self._backlog
-            or self._claiming
-            or self._elsewhere
-        )
+    def _push(self, item: WorkItem, after_s: float = 0.0) -> None:
+        not_before_s = self._clock.monotonic() + after_s
+        queue = self._to_submit if item.record.state in _TO_SUBMIT else self._to_collect
+        heapq.heappush(queue, (not_before_s, next(self._order), item))
 
     def _start_ready(self, carriers: anyio.abc.TaskGroup) -> float | None:
         """Start what may be started now; returns the seconds until time alone lets more start."""
@@ -361,448 +260,286 @@ class Session:
         return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
     def _start_collecting(self, carriers: anyio.abc.TaskGroup, now_s: float) -> float | None:
-        while self._to_collect and self._carried < self._most_carried():
-            wait_s = self._to_collect[0].not_before_s - now_s
-            if wait_s > 0:
-                return wait_s
-            self._start(carriers, heapq.heappop(self._to_collect))
+        while self._to_collect and self._carried < self._max_carried:
+            not_before_s, _, item = self._to_collect[0]
+            if not_before_s > now_s:
+                return not_before_s - now_s
+            heapq.heappop(self._to_collect)
+            self._start(carriers, item)
         return None
 
     def _start_submitting(self, carriers: anyio.abc.TaskGroup, now_s: float) -> float | None:
-        self.asker.pressed, self._at_server.wants = False, 0
+        self._poller.pressed, self._in_flight.wants = False, 0
         while (
             self._to_submit
             and self._downloads < _FETCH_BACKLOG
-            and self._carried < self._most_carried()
+            and self._carried < self._max_carried
         ):
-            item = self._to_submit[0]
-            kept = self._kept_back(item)
-            if kept is not None:
+            not_before_s, _, item = self._to_submit[0]
+            held = self._held_back(item)
+            if held is not None:
                 heapq.heappop(self._to_submit)
-                self._deferring.setdefault(kept, []).append(item.record.request_key)
-                self._finish(item.record, kept.reason)
+                self._deferring.setdefault(held, []).append(item.record.request_key)
+                self._claims.finish(item.record, held.reason)
                 continue
-            wait_s = item.not_before_s - now_s
-            if wait_s > 0:
-                return wait_s
+            if not_before_s > now_s:
+                return not_before_s - now_s
             submits = self._will_submit(item)
-            if submits and self._is_left(item.record):
-                self._leave(heapq.heappop(self._to_submit).record)
+            if submits and self._has_no_place(item.record):
+                heapq.heappop(self._to_submit)
+                self._leave_for_room(item.record)
                 continue
             wait_s = self._wait_for_place_s(item.record, now_s) if submits else 0.0
             if wait_s > 0:
-                self._at_server.wants = len(self._to_submit) + len(self._backlog)
+                self._in_flight.wants = len(self._to_submit) + len(self._work.backlog)
                 return None if math.isinf(wait_s) else wait_s
-            self._start(carriers, heapq.heappop(self._to_submit), submits=submits)
+            heapq.heappop(self._to_submit)
+            self._start(carriers, item, submits=submits)
         return None
 
+    @property
+    def _max_carried(self) -> int:
+        return self._options.max_in_flight + _FETCH_BACKLOG
+
+    def _start(
+        self, carriers: anyio.abc.TaskGroup, item: WorkItem, *, submits: bool = False
+    ) -> None:
+        self._carried += 1
+        self._in_window += 1
+        self._left_there.discard(item.record.request_key)
+        item.holds_place = True
+        item.since_s = item.not_yet_s = 0.0
+        if submits:
+            self._in_flight.grant_submit(item)
+        carriers.start_soon(self._carry, item)
+
     def _wait_for_place_s(self, record: Record, now_s: float) -> float:
-        """Seconds until a request may be submitted; endless where only an answer gives it leave."""
-        pace = self._at_server.pace
-        full = self._in_flight >= pace.room
+        """Return the seconds until a request may be submitted; infinite until an answer comes."""
+        pace = self._in_flight.pace
+        full = self._in_window >= pace.room
         if record.state in _NOT_BOUGHT:  # a repeat may have its place already
-            full = full or pace.is_full(self._in_flight + len(self._left_there))
-        self.asker.pressed = full or pace.unclear
-        few = pace.one_by_one and self._at_server.submitting
-        if full or few or self._price_is_awaited():
-            return math.inf
-        return pace.wait_s(now_s)
+            full = full or pace.is_full(self._in_window + len(self._left_there))
+        self._poller.pressed = full or pace.unclear
+        few = pace.one_by_one and self._in_flight.submitting
+        # Purchases under way were admitted at the old price. If it rises, a cap is passed by no
+        # more than these cost more.
+        capped = self._options.caps != NO_CAPS
+        awaits_price = capped and self._in_flight.submitting >= UNANSWERED_UNDER_CAP
+        return math.inf if full or few or awaits_price else pace.wait_s(now_s)
 
-    def _price_is_awaited(self) -> bool:
-        """Whether so many purchases wait for an answer that a cap could be passed by much.
-
-        What is under way was admitted at the old price: at a rise a cap is passed by no more than
-        these cost more.
-        """
-        return self._runner.caps != NO_CAPS and self._at_server.submitting >= UNANSWERED_UNDER_CAP
-
-    def _kept_back(self, item: _Item) -> KeptBack | None:
-        """Why a request that was not bought stays so in this run, where that is certain."""
-        record, key = item.record, item.record.request_key
-        if record.state not in _NOT_BOUGHT or item.trail.file is not None:
+    def _held_back(self, item: WorkItem) -> HeldBack | None:
+        """Return why a request that was not bought stays so in this run, if that is certain."""
+        if item.record.state not in _NOT_BOUGHT or item.retry.file is not None:
             return None
-        partition_key = self._planned.unfinished[key]
-        return self.buying.kept_back(record, partition_key, self._planned.scopes(key))
+        return self._submit.held_back(item)
 
-    def _leave_what_is_over(self) -> None:
-        """Leave all at once what this run will not come to: no call, event or wait for each."""
+    def _leave_all_held_back(self) -> None:
+        """Leave at once all requests that this run will not reach, without a step for each."""
         over = self._outages.over
         if over is not None:
-            if self.buying.stopped is None:
-                self._stop_buying(over)
-            self.asker.end(over)
+            self._context.stop_buying(over)
+            self._poller.fail_all(over)
             reason = f"left to a later run: {over}"
             for queue in (self._to_submit, self._to_collect):
-                for item in queue:
-                    self._finish(item.record, reason)
+                for _, _, item in queue:
+                    self._claims.finish(item.record, reason)
                 queue.clear()
-            self._leave_unread(self._backlog, reason)
-            self._backlog.clear()
-            return
-        to_buy = len(self._backlog) - self._paid_backlog
-        if to_buy > 0 and (kept := self.buying.all_kept_back(self._planned.qualities)):
-            keys = [self._backlog.pop() for _ in range(to_buy)]
-            if self._planned.kept_codes != {kept.code}:
-                self._deferring.setdefault(kept, []).extend(keys)
-            self._leave_unread(keys, kept.reason)
+            self._leave_unread(self._work.take(len(self._work.backlog)), reason)
+        elif self._work.backlog_to_buy > 0 and (
+            held := self._submit.all_held_back(self._work.qualities)
+        ):
+            keys = self._work.take_to_buy()
+            if self._work.deferral_codes != {held.code}:
+                self._deferring.setdefault(held, []).extend(keys)
+            self._leave_unread(keys, held.reason)
 
-    def _leave_unread(self, keys: Iterable[str], reason: str) -> None:
-        for key in keys:
-            self._progress = self._progress.left_behind(self._planned.rows(key))
-            self.at_stake_units += self._planned.at_stake.get(key, 0)
-            self._note_left(key, reason)
+    def _leave_unread(self, keys: Sequence[str], reason: str) -> None:
+        self._work.leave_unread(keys, reason)
+        if keys:
             self._wake()
 
-    def _is_left(self, record: Record) -> bool:
-        """Whether a purchase is left to a later run, because only waiting would give it a place.
+    def _has_no_place(self, record: Record) -> bool:
+        """Whether a run that does not wait leaves a purchase, because the server takes no more.
 
-        The repeat of one whose outcome is unknown may have a place already.
+        The repeat of a purchase whose outcome is unknown may have a place already.
         """
-        if self._runner.policy.wait:
+        if self._options.policy.wait:
             return False
-        pace = self._at_server.pace
+        pace = self._in_flight.pace
         # Not before one more was tried after the pause that the server asked for, if it is short.
-        tried = pace.refused_in_row > 1 and self.buying.turned_away_s > _TURNED_AWAY_S
+        tried = pace.refused_in_row > 1 and self._submit.rate_limited_s > _RATE_LIMITED_S
         if tried or pace.wait_s(self._clock.monotonic()) > _LONG_PAUSE_S:
             return True
         return record.state in _NOT_BOUGHT and pace.is_full(len(self._left_there))
 
-    def _leave(self, record: Record) -> None:
-        not_bought = record.state in _NOT_BOUGHT
-        before = "not bought yet" if not_bought else "outcome still unknown"
-        self._finish(record, f"{before}: the server has as many tasks as it takes")
-        self.left_for_room += 1
+    def _leave_for_room(self, record: Record) -> None:
+        before = "not bought yet" if record.state in _NOT_BOUGHT else "outcome still unknown"
+        self._claims.finish(record, f"{before}: the server has as many tasks as it takes")
+        self._left_for_room += 1
 
-    def _most_carried(self) -> int:
-        return self._runner.max_in_flight + _FETCH_BACKLOG
-
-    def _will_submit(self, item: _Item) -> bool:
+    def _will_submit(self, item: WorkItem) -> bool:
         if item.record.request_key in self._resolutions:
             return False
-        return isinstance(self._next(item.record, item.trail), Submit | Replay)
+        return isinstance(self._next(item), Submit | Replay)
 
-    def _next(self, record: Record, trail: Trail) -> Action:
-        buying = self._runner.buying and self.buying.stopped is None
-        # While something was away, nobody could ask about a task.
-        policy = self._runner.policy
-        policy = changed(policy, patience_s=policy.patience_s + self._outages.away_s)
-        return next_action(record, trail, self._clock.now(), policy, buying=buying)
-
-    def _start(self, carriers: anyio.abc.TaskGroup, item: _Item, *, submits: bool = False) -> None:
-        partition_key = self._planned.unfinished[item.record.request_key]
-        self._carried += 1
-        self._in_flight += 1
-        self._left_there.discard(item.record.request_key)
-        key = item.record.request_key
-        carrier = Carrier(
-            item.record,
-            item.trail,
-            partition_key,
-            self._planned.scopes(key),
-            self._planned.callback_url(key),
-        )
-        if submits:
-            self._at_server.may_submit(carrier)
-        carriers.start_soon(self._carry, carrier)
-
-    def _push(self, record: Record, trail: Trail, after_s: float) -> None:
-        not_before_s = self._clock.monotonic() + after_s
-        queue = self._to_submit if record.state in _TO_SUBMIT else self._to_collect
-        heapq.heappush(queue, _Item(not_before_s, next(self._order), record, trail))
+    def _next(self, item: WorkItem) -> Action:
+        buying = self._options.buying and self._context.stopped is None
+        # While a dependency was away, tasks could not be read.
+        policy = self._options.policy
+        policy = evolve(policy, patience_s=policy.patience_s + self._outages.away_s)
+        return next_action(item.record, item.retry, self._clock.now(), policy, buying=buying)
 
     # -- one request --------------------------------------------------------------------------
 
-    async def _carry(self, carrier: Carrier) -> None:
+    async def _carry(self, item: WorkItem) -> None:
         """Carry one request until it is finished, left, or must wait."""
         try:
-            wait_s = await self._advance(carrier)
+            wait_s = await self._advance(item)
             if wait_s is not None:
-                self._push(carrier.record, carrier.trail, wait_s)
+                self._push(item, wait_s)
         except TakenOver as error:
-            self._finish(carrier.record, str(error))
+            self._claims.finish(item.record, str(error))
         except (JournalError, StorageError) as error:
             self._failure = self._failure or error
         finally:
-            self._leave_window(carrier)
-            self._at_server.may_no_more_submit(carrier)
+            self._leave_window(item)
+            self._in_flight.revoke_submit(item)
             self._carried -= 1
             self._changed.set()
 
-    async def _advance(self, carrier: Carrier) -> float | None:
-        """Take step after step; returns the seconds to wait where it must be put back."""
+    async def _advance(self, item: WorkItem) -> float | None:
+        """Take step after step; returns the seconds to wait if it must be put back."""
         wait_s: float | None = 0.0
         while wait_s is not None and wait_s <= _SHORT_S:
             if wait_s > 0:
                 await self._clock.sleep(wait_s)
             if self._outages.over is not None:
-                self._finish(carrier.record, f"left to a later run: {self._outages.over}")
+                self._claims.finish(item.record, f"left to a later run: {self._outages.over}")
                 return None
-            action = self._next(carrier.record, carrier.trail)
-            may_submit = carrier.may_submit and not self._outages.closed
-            leave_needed = isinstance(action, Submit | Replay) and not may_submit
-            if leave_needed and carrier.record.request_key not in self._resolutions:
-                return 0.0  # by way of the queue, because only the pace gives leave
-            if self._is_stopped(carrier):
-                return 0.0  # by way of the queue, where all that is kept back is left at once
-            wait_s = await self._step(carrier, action)
+            action = self._next(item)
+            may_submit = item.may_submit and not self._outages.closed
+            needs_grant = isinstance(action, Submit | Replay) and not may_submit
+            if needs_grant and item.record.request_key not in self._resolutions:
+                return 0.0  # through the queue, because only the pace grants a POST
+            if self._is_stopped(item):
+                return 0.0  # through the queue, which leaves all that is held back at once
+            wait_s = await self._step(item, action)
             self._changed.set()  # the pace may have room now
         return wait_s
 
-    def _is_stopped(self, carrier: Carrier) -> bool:
-        not_bought = carrier.record.state in _NOT_BOUGHT and carrier.trail.final is None
-        return not_bought and carrier.trail.file is None and self.buying.stopped is not None
+    def _is_stopped(self, item: WorkItem) -> bool:
+        not_bought = item.record.state in _NOT_BOUGHT and item.retry.leave_reason is None
+        return not_bought and item.retry.file is None and self._context.stopped is not None
 
-    async def _step(self, carrier: Carrier, action: Action) -> float | None:  # noqa: C901 - an arm per action
-        """Do the next thing once; None where there is nothing more to do in this run."""
-        record = carrier.record
-        missing = self._runner.file_is_missing
+    async def _step(self, item: WorkItem, action: Action) -> float | None:  # noqa: C901 - an arm per action
+        """Take one step; returns None if there is nothing more to do in this run."""
+        record = item.record
+        missing = self._options.file_is_missing
         if record.state is State.STORED and await self._in_thread(missing, record):
             if isinstance(action, Leave) and action.reason:
-                self._finish(record, action.reason)
+                self._claims.finish(record, action.reason)
                 return None
-            return await self._fetching.not_here(carrier)
+            return await self._fetch.restore(item)
         if (resolution := self._resolution(record, action)) is not None:
-            return await self._resolve(carrier, resolution)
+            return await self._resolve(item, resolution)
         match action:
             case Leave(reason=reason):
-                self._finish(record, reason)
+                self._claims.finish(record, reason)
                 return None
-            case Submit() | Replay() | MarkUnknown() | PlanAgain():
-                return await self._buy(carrier, action)
-            case Ask():
-                if self._runner.policy.wait and self.asking.is_overdue(record):
-                    self._leave_window(carrier)
-                return await self.asking.ask(carrier)
-            case Fetch():
-                self._leave_window(carrier)
-                return await self._fetch(carrier)
-            case Adopt(name=name):
-                return await self._fetching.adopt(carrier, name)
-            case Expire(code=code, message=message):
-                return await self._fetching.expire(carrier, code, message)
-
-    async def _buy(
-        self, carrier: Carrier, action: Submit | Replay | MarkUnknown | PlanAgain
-    ) -> float:
-        match action:
-            case Submit():
-                return await self.buying.submit(carrier, Event.SUBMITTING)
-            case Replay():
-                return await self.buying.submit(carrier, Event.REPLAYING)
+            case Submit() | Replay():
+                replays = isinstance(action, Replay)
+                intent = Event.REPLAYING if replays else Event.SUBMITTING
+                return await self._submit.submit(item, intent)
             case MarkUnknown(code=code, message=message):
-                return await self.buying.mark_unknown(carrier, code, message)
-            case PlanAgain():
-                return await self.buying.plan_again(carrier)
+                return await self._submit.mark_unknown(item, code, message)
+            case Requeue():
+                return await self._submit.requeue(item)
+            case Poll():
+                if self._options.policy.wait and self._poll.is_overdue(record):
+                    self._leave_window(item)
+                return await self._poll.poll(item)
+            case Fetch():
+                self._leave_window(item)
+                return await self._download(item)
+            case Adopt(name=name):
+                return await self._fetch.adopt(item, name)
+            case Expire(code=code, message=message):
+                return await self._fetch.expire(item, code, message)
 
     def _resolution(self, record: Record, action: Action) -> Resolution | Claim | None:
-        """What a person has decided about an unknown outcome; failing that, what a call claims.
+        """Return a person's decision about an unknown outcome; without one, a callback's claim.
 
-        A claim counts only where no repeat of the purchase would tell for certain.
+        A claim counts only if no repeat of the purchase would tell for certain.
         """
         if record.state is not State.UNKNOWN:
             return None
         decided = self._resolutions.pop(record.request_key, None)
         if decided is None and isinstance(action, Leave):
-            return self._claims.pop(record.request_key, None)
+            return self._claims.callback_claims.pop(record.request_key, None)
         return decided
 
-    async def _resolve(self, carrier: Carrier, resolution: Resolution | Claim) -> float:
+    async def _resolve(self, item: WorkItem, resolution: Resolution | Claim) -> float:
         if isinstance(resolution, Claim):
-            return await self.asking.take_claim(carrier, resolution)
-        return await self.buying.resolve(carrier, resolution)
+            return await self._poll.take_claim(item, resolution)
+        return await self._submit.resolve(item, resolution)
 
-    async def _fetch(self, carrier: Carrier) -> float:
+    async def _download(self, item: WorkItem) -> float:
         self._downloads += 1
         try:
-            return await self._fetching.fetch(carrier)
+            return await self._fetch.fetch(item)
         finally:
             self._downloads -= 1
             self._changed.set()
 
-    def _finish(self, record: Record, reason: str) -> None:
-        self._finished.add(record.request_key)
-        if reason:
-            self._note_left(record.request_key, reason)
-            self.at_stake_units += record.committed_units if record.state in AT_STAKE else 0
-        self._wake()  # it may have been the last one
-        rows = self._planned.rows(record.request_key)
-        self._progress = self._progress.finished(record, rows, left=bool(reason))
-
-    def _note_left(self, key: str, reason: str) -> None:
-        """Count a reason; texts that name their own task are bounded, to keep memory small."""
-        if len(self.left) < _LEFT_NAMED:
-            self.left[key] = reason
-        known = reason in self.left_reasons or len(self.left_reasons) < _LEFT_NAMED
-        self.left_reasons[reason if known else _OTHER_REASONS] += 1
-
-    def _leave_window(self, carrier: Carrier) -> None:
-        if not self._runner.policy.wait and carrier.record.state is State.SUBMITTED:
-            self._left_there.add(carrier.record.request_key)  # it stays there, and counts on
+    def _leave_window(self, item: WorkItem) -> None:
+        if not self._options.policy.wait and item.record.state is State.SUBMITTED:
+            self._left_there.add(item.record.request_key)  # it stays there, and still counts
         else:
-            self._left_there.discard(carrier.record.request_key)
-            self._at_server.ended(carrier)
-        if carrier.holds_place:
-            carrier.holds_place = False
-            self._in_flight -= 1
+            self._left_there.discard(item.record.request_key)
+            self._in_flight.ended(item)
+        if item.holds_place:
+            item.holds_place = False
+            self._in_window -= 1
             self._changed.set()
 
-    # -- progress -----------------------------------------------------------------------------
+    # -- the account and the journal ----------------------------------------------------------
 
-    def progress_now(self) -> Progress:
-        """How far the run is."""
-        return changed(
-            self._progress, in_flight=self._in_flight, charged_units=self.asking.charged_units
-        )
+    def _progress(self) -> Progress:
+        charged_units = self._poll.charged_units
+        return self._work.progress.plus(in_flight=self._in_window, charged_units=charged_units)
 
     def _tell(self, *, last: bool = False) -> None:
         now_s = self._clock.monotonic()
-        if last or now_s - self._told_at_s >= _TELL_S:
+        if last or now_s - self._told_at_s >= _PROGRESS_EVERY_S:
             self._told_at_s = now_s
-            self._runner.on_progress(self.progress_now())
+            self._options.on_progress(self._progress())
 
-    # -- claims and the journal ---------------------------------------------------------------
-
-    async def _claim_part(self) -> None:
-        """Claim the next part of the backlog. What another run holds is looked at again later."""
-        part = [self._backlog.popleft() for _ in range(min(_PART, len(self._backlog)))]
-        self._paid_backlog = max(0, self._paid_backlog - len(part))
-        await self._claim(part)
-        self._claiming = False
-
-    async def _claim(self, keys: list[str]) -> None:
-        """Claim requests and put them into the queue.
-
-        Read again after the claim: another run may have carried them further.
-        """
-        mine = await self._in_thread(self._journal.claim, keys, self._owner.owner)
-        found = await self._in_thread(self._journal.records, mine)
-        calls = await self._calls_about(found)
-        files, elsewhere = await self._in_thread(self._look_for_files, found)
-        for key in keys:
-            if key in found:
-                trail = Trail(
-                    worth_asking=self.asking.worth_asking(found[key], calls),
-                    file=files.get(key),
-                    elsewhere=tuple(elsewhere.get(key, ())),
-                )
-                self._push(found[key], trail, 0.0)
-            elif key not in mine:
-                self._elsewhere.append(key)
-        self._changed.set()
-
-    def _look_for_files(
-        self, found: Mapping[str, Record]
-    ) -> tuple[dict[str, str], Mapping[str, Sequence[str]]]:
-        """Which requests have a file in the storage root, or in another one, that may be theirs."""
-        files: dict[str, str] = {}
-        missing: list[str] = []
-        for key, record in found.items():
-            name = self._images.find(record, adopts=self._runner.root.adopts)
-            if name is not None:
-                files[key] = name
-            elif record.state is State.STORED:
-                missing.append(key)
-        return files, self._runner.root.elsewhere(missing) if missing else {}
-
-    async def _calls_about(self, found: Mapping[str, Record]) -> Mapping[str, ReceivedCallback]:
-        """What was called about of requests whose next step may hang on it."""
-        unknown = [key for key, record in found.items() if record.state in _OPEN]
-        wait = self._runner.policy.wait
-        left = [] if wait else [k for k, one in found.items() if one.state is State.SUBMITTED]
-        if not unknown and not left:
-            return {}
-        calls = await self._in_thread(self._journal.callbacks.received, [*unknown, *left])
-        claimed = {key: calls[key] for key in unknown if key in calls}
-        taken = await self._in_thread(
-            self._journal.known_task_ids, [c.task_id for c in claimed.values()]
-        )
-        for key, call in claimed.items():
-            if call.task_id and call.task_id not in taken and is_task_id(call.task_id):
-                self._claims[key] = Claim(call.task_id, call.first_at)
-        return calls
-
-    async def _watch_elsewhere(self) -> None:
-        """Follow the requests that another run holds, and let go of what is finished.
-
-        A run that waits holds nothing that it is done with, so that no two wait for each other.
-        """
-        while True:
-            await self._clock.sleep(_ELSEWHERE_S)
-            if not self._elsewhere:
-                self._elsewhere_since_s = None
-                continue
-            now_s = self._clock.monotonic()
-            if self._elsewhere_since_s is None:
-                self._elsewhere_since_s = now_s
-            waited_s = now_s - self._elsewhere_since_s
-            if waited_s > self._runner.policy.patience_s or self._outages.over is not None:
-                await self._leave_elsewhere()
-                continue
-            await self._let_go()
-            # The longest waiting first; what is still held goes to the end again.
-            part = list(islice(self._elsewhere, _PART))
-            await self._claim(part)
-            for _ in part:
-                self._elsewhere.popleft()
-            self._changed.set()
-
-    async def _leave_elsewhere(self) -> None:
-        """Leave what another run still holds, and say which."""
-        keys = list(self._elsewhere)
-        holders = await self._in_thread(self._journal.holders, keys)
-        records = await self._in_thread(self._journal.records, keys)
-        for key in keys:
-            if key in records:
-                holder = holders.get(key, "another run")
-                self._finish(records[key], f"held by {holder}; a later run goes on with it")
-        self._elsewhere.clear()
-        self._changed.set()
-
-    async def _let_go(self) -> None:
-        finished, self._finished = self._finished, set()
-        await self._in_thread(self._journal.unclaim, finished, self._owner.owner)
-
-    async def _beat(self) -> None:
-        while True:
-            await self._clock.sleep(_HEARTBEAT_S)
-            await self._in_thread(self._journal.heartbeat, self._owner.owner)
-            await self._let_go()
-
-    async def _announce_stop(self, error: AccountStopped) -> None:
-        await self._in_thread(
-            self._journal.stop,
-            self._runner.launch or self._runner.run_id,
-            error.code,
-            str(error),
-            self._clock.now(),
-        )
-
-    async def _note_kept_back(self) -> None:
-        if isinstance(self.buying.stopped, TryLater):
-            return  # it passes by itself, so that it is no news of any row
-        for kept, keys in self._deferring.items():
+    async def _record_held_back(self) -> None:
+        if isinstance(self._context.stopped, TryLater):
+            return  # it passes, so rows need no event
+        for held, keys in self._deferring.items():
             defer = partial(
                 self._journal.defer,
                 keys,
-                code=kept.code,
-                message=kept.reason,
+                code=held.code,
+                message=held.reason,
                 owner=self._owner.owner,
-                run_id=self._runner.run_id,
+                run_id=self._options.run_id,
                 at=self._clock.now(),
             )
             await self._in_thread(defer)
 
     async def _read_account(self) -> None:
-        """Keep what the account says before and after, to hold the journal against."""
+        """Keep the account's credits before and after the run, to compare the journal with."""
         try:
-            said = await self._client.credits()
+            credits = await self._context.client.credits()
         except ApiError as error:
-            self.account_error = str(error)
+            self._account_error = str(error)
             return
-        await self._in_thread(self._journal.add_account_reading, self._runner.run_id, said)
+        await self._in_thread(self._journal.add_account_reading, self._options.run_id, credits)
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Have a journal that fails in the background end the run as it does elsewhere."""
+        """End the run with the journal's error if the journal fails in the background."""
         try:
             await work()
         except JournalError as error:

@@ -1,29 +1,33 @@
-"""Buys: one POST at a time, its intent on disk before it leaves, and its answer before anything.
+"""The submit step: one POST at a time, its intent on disk before it leaves.
 
 What the answer says about money decides what is written: bought, certainly not charged, or
-unknown. Nothing here repeats by itself; what to do next is the policy's to say.
+unknown. Nothing is repeated here; the policy decides what to do next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.lowlevel
 
 from krea_dagster.engine.budget import is_doubtful, scopes_of
-from krea_dagster.engine.frozen import changed
 from krea_dagster.engine.journal.commitments import DOUBTED_IN_ROW, price_doubted
-from krea_dagster.engine.policy import CONFLICT, task_error_wait_s
+from krea_dagster.engine.journal.saved_answers import SavedAnswer, save_answer
+from krea_dagster.engine.policy import (
+    CONFLICT,
+    NO_USABLE_ANSWER,
+    RATE_LIMITED,
+    task_error_wait_s,
+)
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
-from krea_dagster.engine.run.in_flight import AtServer
-from krea_dagster.engine.run.outages import Outages, Part
-from krea_dagster.engine.run.poller import TaskReader
-from krea_dagster.engine.run.work_item import Carrier, Desk, trouble
+from krea_dagster.engine.run.context import RunContext
+from krea_dagster.engine.run.outages import Dependency
+from krea_dagster.engine.run.poll import PollStep
+from krea_dagster.engine.run.work_item import WorkItem, error_values
 from krea_dagster.engine.states import Event, State
-from krea_dagster.engine.storage.images import Downloader
 from krea_dagster.errors import (
     AccountStopped,
     BuyingClosed,
@@ -43,97 +47,45 @@ from krea_dagster.errors import (
     TurnedAway,
     UnwrittenPurchase,
 )
-from krea_dagster.models import (
-    AccountCredits,
-    ImageRequest,
-    Submission,
-    credits_from_units,
-    credits_text,
-)
-
-#: The code of a run that ended because the server turned everything away.
-TURNED_AWAY: Final = "turned_away"
-#: As well, because no purchase got a usable answer.
-NO_USABLE_ANSWER: Final = "no_usable_answer"
+from krea_dagster.models import Submission, credits_from_units, credits_text
 
 #: Seconds between repeats of a purchase that the server calls undecided: "wait a minute".
 _PENDING_S: Final = 60.0
 
 
-class KeptBack(NamedTuple):
+class HeldBack(NamedTuple):
     """Why rows are not bought in this run: a code, and a sentence for people."""
 
     code: str
     reason: str
 
 
-class Client(TaskReader, Downloader, Protocol):
-    """What the engine needs of KreaClient."""
+class SubmitStep:
+    """The purchases of one run, and what it has learned from them.
 
-    async def submit(
-        self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
-    ) -> Submission:
-        """POST one request. Raises SubmitError."""
-
-    async def credits(self) -> AccountCredits:
-        """Read the account's credits. Raises ApiError."""
-
-
-class Buying:
-    """The purchases of one run, and what it has learned by them.
-
-    Every method takes a carrier, changes its record and trail, and returns the seconds to wait
-    before its next step. ``stopped`` is the answer that ended the buying, ``caps_reached`` what the
-    caps said, by scope, ``dearer`` the prices above the expected, by quality, ``unwritten`` what
-    was bought and the journal did not take. ``announce_stop`` tells the launch's other shards that
-    the account stopped this one, ``keep`` writes what was bought and could not be written where the
-    next run finds it, and returns where; ``confirm`` reads a failed task before its request is
-    bought again. ``table_id`` and ``api_key`` (a fingerprint) are kept with each purchase.
-    ``callback_url_of`` gives the address at which a request is called back, where there is a
-    receiver. Raises JournalError where an event could not be written.
+    Each step takes an item, changes its record and retry state, and returns the seconds to wait
+    before its next step. ``caps_reached`` has one sentence for each scope, ``price_increases`` for
+    each quality; ``unwritten`` is what was bought and the journal did not take. Raises JournalError
+    if an event cannot be written.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        desk: Desk,
-        at_server: AtServer,
-        *,
-        outages: Outages,
-        announce_stop: Callable[[AccountStopped], Awaitable[None]],
-        keep: Callable[[UnwrittenPurchase, Mapping[str, Any]], str] = lambda _, __: "",
-        confirm: Callable[[Carrier], Awaitable[bool]],
-        table_id: str = "",
-        api_key: str | None = None,
-        restored: bool = False,
-        callback_url_of: Callable[[str], str] | None = None,
-    ) -> None:
-        self._client = client
-        self._desk = desk
-        self._at_server = at_server
-        self._outages = outages
-        self._announce_stop = announce_stop
-        self._keep = keep
-        self._confirm = confirm
-        self._table_id = table_id
-        self._api_key = api_key
-        self._restored = restored
+    def __init__(self, context: RunContext, poll: PollStep) -> None:
+        self._context = context
+        self._poll = poll
         self._doubted_in_row = 0
-        self._callback_url_of = callback_url_of
         self._posting: set[anyio.CancelScope] = set()
         self._ending = False
         self._refused_since_s: float | None = None
         self._unanswered = 0
         self._silent_since_s: float | None = None
-        self.stopped: AccountStopped | RunStopped | None = None
         self.caps_reached: dict[str, str] = {}
         # What caps do not admit, by scope and quality, until a purchase gives its room back.
-        self._full: dict[tuple[str, str], KeptBack] = {}
-        desk.on_release = self._full.clear
-        self.dearer: dict[str, str] = {}
+        self._full: dict[tuple[str, str], HeldBack] = {}
+        context.on_release = self._full.clear
+        self.price_increases: dict[str, str] = {}
         self.unwritten: list[UnwrittenPurchase] = []
         self.posts = 0
-        self.turned_away = 0
+        self.rate_limited = 0
 
     def end_submitting(self) -> None:
         """Give the POSTs under way a few seconds, after which their outcome is unknown.
@@ -143,108 +95,108 @@ class Buying:
         """
         self._ending = True
         for scope in self._posting:
-            scope.deadline = anyio.current_time() + self._desk.policy.grace_s
+            scope.deadline = anyio.current_time() + self._context.policy.grace_s
 
     # -- one POST -----------------------------------------------------------------------------
 
-    async def submit(self, carrier: Carrier, intent: Event) -> float:
+    async def submit(self, item: WorkItem, intent: Event) -> float:
         """POST once: the intent is on disk before it leaves, and the answer before anything."""
         values: dict[str, Any] = {}
         if intent is not Event.REPLAYING:
             values = {
-                "table_id": self._table_id,
-                "partition_key": carrier.partition_key,
-                "api_key": self._api_key,
-                "scopes": carrier.scopes,
-                "callback_url": self._callback_url(carrier),
+                "table_id": self._context.options.table_id,
+                "partition_key": item.partition_key,
+                "api_key": self._context.options.api_key,
+                "scopes": item.scopes,
+                "callback_url": self._callback_url(item),
             }
         retried: SubmitError | None = None
         await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard
         with anyio.CancelScope(shield=True) as scope:
             self._posting.add(scope)
             try:
-                # Whatever stops the run: what is not known to be sent is not left as if it were.
+                # If the run stops here, a purchase that was not sent must not look as if it was.
                 with anyio.CancelScope(shield=True):
-                    await self._desk.record(carrier, intent, values)
+                    await self._context.record(item, intent, values)
                     if self._ending:
-                        return await self._not_sent_any_more(carrier)
+                        return await self._take_back(item)
                 self.posts += 1
-                sent_at_s = self._desk.clock.monotonic()
-                answer = await self._post(carrier.record)
+                sent_at_s = self._context.clock.monotonic()
+                answer = await self._post(item.record)
                 # The grace of a stop is for the answer, not for writing it down.
                 with anyio.CancelScope(shield=True):
-                    retried = await self._answered(carrier, answer, sent_at_s)
+                    retried = await self._answered(item, answer, sent_at_s)
             except BuyingClosed as closed:
-                return await self._closed(carrier, closed)
+                return await self._closed(item, closed)
             finally:
                 self._posting.discard(scope)
-                self._at_server.may_no_more_submit(carrier)
+                self._context.in_flight.revoke_submit(item)
         if retried is not None:
-            return await self._failed(carrier, retried)
+            return await self._failed(item, retried)
         if scope.cancelled_caught:
             # A stop's grace ended before the answer came.
             with anyio.CancelScope(shield=True):
-                said = trouble("stopped", "the run was stopped before the answer came")
-                await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said)
+                error = error_values("stopped", "the run was stopped before the answer came")
+                await self._context.record(item, Event.OUTCOME_UNKNOWN, error)
         return 0.0
 
-    def _callback_url(self, carrier: Carrier) -> str | None:
-        """Where a purchase is called back: by its row, or by the receiver of this journal."""
-        if carrier.callback_url is not None or self._callback_url_of is None:
-            return carrier.callback_url
-        return self._callback_url_of(carrier.record.request_key)
+    def _callback_url(self, item: WorkItem) -> str | None:
+        """Return the callback address of a purchase: its row's, or the receiver's."""
+        url_of = self._context.options.callback_url_of
+        if item.callback_url is not None or url_of is None:
+            return item.callback_url
+        return url_of(item.record.request_key)
 
-    async def _not_sent_any_more(self, carrier: Carrier) -> float:
-        """Take an intent back that the run's stop overtook."""
-        if carrier.record.state is State.SUBMITTING:
-            said = trouble("stopped", "the run was stopped before it was sent")
-            await self._desk.record(carrier, Event.TURNED_AWAY, said)
+    async def _take_back(self, item: WorkItem) -> float:
+        """Take an intent back because the run was stopped."""
+        if item.record.state is State.SUBMITTING:
+            error = error_values("stopped", "the run was stopped before it was sent")
+            await self._context.record(item, Event.TURNED_AWAY, error)
         return 0.0
 
-    async def _closed(self, carrier: Carrier, closed: BuyingClosed) -> float:
-        """Keep a row back that a cap or the account does not let in; nothing was sent."""
-        kept = KeptBack(closed.code, f"not bought: {closed}")
+    async def _closed(self, item: WorkItem, closed: BuyingClosed) -> float:
+        """Hold a row back that a cap or the account does not admit; nothing was sent."""
+        held = HeldBack(closed.code, f"not bought: {closed}")
         if isinstance(closed, RunStopped):
-            self.stopped = self.stopped or closed
+            self._context.stop_buying(closed)
         elif isinstance(closed, CapReached):
             self.caps_reached.setdefault(closed.shown, str(closed))
-            self._full[closed.scope, carrier.record.request.quality] = kept
-        record = carrier.record
+            self._full[closed.scope, item.record.request.quality] = held
+        record = item.record
         if record.state is not State.DEFERRED or record.error_code != closed.code:
-            await self._desk.record(carrier, Event.DEFERRED, trouble(closed.code, str(closed)))
-        carrier.trail = changed(carrier.trail, final=kept.reason)
+            error = error_values(closed.code, str(closed))
+            await self._context.record(item, Event.DEFERRED, error)
+        item.retry.leave_reason = held.reason
         return 0.0
 
-    def kept_back(
-        self, record: Record, partition_key: str, scopes: tuple[str, ...] = ()
-    ) -> KeptBack | None:
-        """Return why a request is not bought in this run, where that is certain already."""
-        if self.stopped is not None:
-            return KeptBack(self.stopped.code, self.why_kept_back())
+    def held_back(self, item: WorkItem) -> HeldBack | None:
+        """Return why a request is not bought in this run, if that is certain already."""
+        if self._context.stopped is not None:
+            return HeldBack(self._context.stopped.code, self._why_stopped())
         if self._full:
-            for scope in self._scopes(partition_key, scopes):
-                if kept := self._full.get((scope, record.request.quality)):
-                    return kept
+            for scope in self._scopes(item.partition_key, item.scopes):
+                if held := self._full.get((scope, item.record.request.quality)):
+                    return held
         return None
 
-    def all_kept_back(self, qualities: Collection[str]) -> KeptBack | None:
+    def all_held_back(self, qualities: Collection[str]) -> HeldBack | None:
         """Return why no request of these qualities is bought in this run, in any partition."""
-        if self.stopped is not None:
-            return KeptBack(self.stopped.code, self.why_kept_back())
+        if self._context.stopped is not None:
+            return HeldBack(self._context.stopped.code, self._why_stopped())
         if self._full and qualities:
             for scope in self._scopes("", ()):
-                kept = [self._full.get((scope, quality)) for quality in qualities]
-                if all(kept):
-                    return kept[0]
+                held = [self._full.get((scope, quality)) for quality in qualities]
+                if all(held):
+                    return held[0]
         return None
 
     def _scopes(self, partition_key: str, scopes: tuple[str, ...]) -> tuple[str, ...]:
-        now = self._desk.clock.now()
-        return scopes_of(self._desk.run_id, now, partition_key, scopes, table_id=self._table_id)
+        now, options = self._context.clock.now(), self._context.options
+        return scopes_of(options.run_id, now, partition_key, scopes, table_id=options.table_id)
 
     async def _post(self, record: Record) -> Submission | SubmitError:
         try:
-            return await self._client.submit(
+            return await self._context.client.submit(
                 record.request,
                 idempotency_key=str(record.idempotency_key),
                 callback_url=record.callback_url,
@@ -253,36 +205,37 @@ class Buying:
             return error
 
     async def _answered(
-        self, carrier: Carrier, answer: Submission | SubmitError, sent_at_s: float
+        self, item: WorkItem, answer: Submission | SubmitError, sent_at_s: float
     ) -> SubmitError | None:
-        """Write what a POST was answered; returns an error after which it is to be retried."""
+        """Write the answer to a POST; returns an error after which it is to be retried."""
         if isinstance(answer, Submission):
-            self._at_server.taken(carrier, sent_at_s)
-            await self._accepted(carrier, answer)
-            carrier.trail = changed(carrier.trail, submit_failures=0)
+            self._context.in_flight.taken(item, sent_at_s)
+            await self._accepted(item, answer)
+            item.retry.submit_failures = 0
             self._refused_since_s = None
             self._unanswered, self._silent_since_s = 0, None
             return None
-        is_first = carrier.record.state is not State.UNKNOWN
+        is_first = item.record.state is not State.UNKNOWN
         if isinstance(answer, TurnedAway):
-            self.turned_away += 1
-            self._at_server.refused(sent_at_s, answer.retry_after_s or 0.0)
-        if isinstance(answer, IdempotencyConflict) and is_first and not self._restored:
-            # Of a first POST it is certain that it created nothing: another purchase has its key.
-            # In a journal that has lost purchases that one may be its own.
-            said = {**trouble(CONFLICT, str(answer)), "charged_units": 0}
-            await self._desk.record(carrier, Event.REFUSED, said)
+            self.rate_limited += 1
+            self._context.in_flight.refused(sent_at_s, answer.retry_after_s or 0.0)
+        restored = self._context.options.root.adopts
+        if isinstance(answer, IdempotencyConflict) and is_first and not restored:
+            # A first POST certainly created nothing: another purchase has its key. In a journal
+            # that has lost purchases, that one may be its own.
+            error = {**error_values(CONFLICT, str(answer)), "charged_units": 0}
+            await self._context.record(item, Event.REFUSED, error)
             return None
         if isinstance(answer, NotCharged) and is_first:
-            return await self._not_charged(carrier, answer)
-        return await self._outcome_unknown(carrier, answer)
+            return await self._not_charged(item, answer)
+        return await self._outcome_unknown(item, answer)
 
-    async def _accepted(self, carrier: Carrier, submission: Submission) -> None:
-        """Write what was bought, or keep what could not be written for the run's last words."""
-        record, units = carrier.record, submission.credits_reserved_units
+    async def _accepted(self, item: WorkItem, submission: Submission) -> None:
+        """Write what was bought, or keep in a file what cannot be written."""
+        record, units = item.record, submission.credits_reserved_units
         # Not of a repeat: there the server recognises what this journal has sent.
         replayed = submission.replayed and record.state is State.SUBMITTING
-        self._look_at_price(record, units)
+        self._check_price(record, units)
         values = {
             "task_id": submission.task_id,
             "reserved_units": units,
@@ -298,24 +251,36 @@ class Buying:
             None if units is None else credits_from_units(units),
         )
         try:
-            await self._desk.record(carrier, Event.ACCEPTED, values, data)
+            await self._context.record(item, Event.ACCEPTED, values, data)
         except TaskTaken as error:
-            said = trouble(
-                "task_id_repeated", f"the server named a task that cannot be its: {error}"
+            message = f"the server returned a task id that belongs to another purchase: {error}"
+            await self._context.record(
+                item, Event.OUTCOME_UNKNOWN, error_values("task_id_repeated", message), data
             )
-            await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, said, data)
-            reason = f"outcome unknown, a person decides: {error}"
-            carrier.trail = changed(carrier.trail, final=reason)
+            item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
         except TakenOver as error:
-            where = self._keep(bought, {**values, "answer": data["answer"]})
+            where = self._keep(bought, values, submission.answer)
             raise TakenOver(f"{error}; {bought} is kept in {where} for the next run") from error
         except JournalError:
-            self._keep(bought, {**values, "answer": data["answer"]})
+            self._keep(bought, values, submission.answer)
             self.unwritten.append(bought)
             raise
 
-    def _look_at_price(self, record: Record, units: int | None) -> None:
-        """Note a price above the expected one, and stop where none can be believed."""
+    def _keep(
+        self, bought: UnwrittenPurchase, values: Mapping[str, Any], answer: Mapping[str, Any]
+    ) -> str:
+        """Write a purchase to a file for the next run; returns its place."""
+        journal, storage = self._context.options.journal, self._context.options.images.storage
+        kept = SavedAnswer(
+            journal.journal_id, bought.request_key, bought.idempotency_key, values, dict(answer)
+        )
+        try:
+            return save_answer(storage, kept)
+        except OSError as error:
+            return f"no place ({error})"
+
+    def _check_price(self, record: Record, units: int | None) -> None:
+        """Note a price above the expected one, and stop after several implausible ones."""
         quality = record.request.quality
         if units in (None, 0, record.expected_units):
             self._doubted_in_row = 0
@@ -323,166 +288,188 @@ class Buying:
         expected = credits_text(record.expected_units)
         if is_doubtful(units, quality, {quality: record.expected_units}):
             self._doubted_in_row += 1
-            self.dearer[quality] = (
-                f"EvoLink says that a {quality} image costs {credits_text(units)} credits, which "
-                f"is far from the {expected} that were expected: its charge counts as not known, "
-                f"and caps go on to reckon with {expected}, until `krea-dagster accept price "
-                f"{quality}`"
+            self.price_increases[quality] = (
+                f"EvoLink reports {credits_text(units)} credits for a {quality} image, "
+                f"far from the {expected} that were expected: its charge counts as unknown, "
+                f"and caps still count {expected}, until `krea-dagster accept price {quality}`"
             )
-            if self._doubted_in_row >= DOUBTED_IN_ROW and self.stopped is None:
-                self.stopped = price_doubted(quality, units, self._doubted_in_row)
+            if self._doubted_in_row >= DOUBTED_IN_ROW:
+                self._context.stop_buying(price_doubted(quality, units, self._doubted_in_row))
             return
         self._doubted_in_row = 0
         if units > record.expected_units:
-            self.dearer[quality] = (
+            self.price_increases[quality] = (
                 f"{quality} costs {credits_text(units)} credits, and {expected} were expected"
             )
 
     # -- what the answer says of money --------------------------------------------------------
 
-    async def _not_charged(self, carrier: Carrier, error: SubmitError) -> SubmitError | None:
-        said = trouble(_code(error), str(error))
+    async def _not_charged(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
+        values = error_values(_code(error), str(error))
         match error:
             case AccountStopped():
-                await self._desk.record(carrier, Event.DEFERRED, said)
+                await self._context.record(item, Event.DEFERRED, values)
                 await self._account_stopped(error)
-                carrier.trail = changed(carrier.trail, final=self.why_kept_back())
+                item.retry.leave_reason = self._why_stopped()
             case Refused():
-                await self._desk.record(carrier, Event.REFUSED, {**said, "charged_units": 0})
+                await self._context.record(item, Event.REFUSED, {**values, "charged_units": 0})
             case TurnedAway():
-                await self._desk.record(carrier, Event.TURNED_AWAY, said)
-                self._turned_away(error)
+                await self._context.record(item, Event.TURNED_AWAY, values)
+                self._note_rate_limit(error)
             case _:
-                await self._desk.record(carrier, Event.TURNED_AWAY, said)
+                await self._context.record(item, Event.TURNED_AWAY, values)
                 return error
         return None
 
-    async def _outcome_unknown(self, carrier: Carrier, error: SubmitError) -> SubmitError | None:
-        await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, trouble(_code(error), str(error)))
+    async def _outcome_unknown(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
+        values = error_values(_code(error), str(error))
+        await self._context.record(item, Event.OUTCOME_UNKNOWN, values)
         match error:
             case TurnedAway():
-                self._turned_away(error)
+                self._note_rate_limit(error)
             case IdempotencyConflict() | Refused():
-                reason = f"outcome unknown, a person decides: {error}"
-                carrier.trail = changed(carrier.trail, final=reason)
+                item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
             case AccountStopped():
                 await self._account_stopped(error)
             case _:
                 return error
         return None
 
-    async def _failed(self, carrier: Carrier, error: SubmitError) -> float:
-        """Wait for the API where it was away; else count the failure, and pause."""
-        if error.may_be_away and await self._outages.until_back(Part.API, error):
+    async def _failed(self, item: WorkItem, error: SubmitError) -> float:
+        """Wait for the API if it was away; otherwise count the failure, and pause."""
+        if error.may_be_away and await self._context.outages.until_back(Dependency.API, error):
             return 0.0  # it was not the request that failed
-        failures = carrier.trail.submit_failures + 1
-        carrier.trail = changed(carrier.trail, submit_failures=failures)
+        item.retry.submit_failures += 1
         at_least_s = error.retry_after_s or 0.0
         match error:
             case PurchasePending():
-                at_least_s = max(at_least_s, _PENDING_S * self._desk.policy.wait_scale)
+                at_least_s = max(at_least_s, _PENDING_S * self._context.policy.wait_scale)
             case OutcomeUnknown():
                 self._slow_down(error)
-        return self._desk.backoff_s(failures, at_least_s=at_least_s)
+        return self._context.backoff_s(item.retry.submit_failures, at_least_s=at_least_s)
 
     def _slow_down(self, error: SubmitError) -> None:
-        """Take a server that does not answer for overloaded: each further purchase is at stake.
+        """Treat a server that does not answer as overloaded: each further purchase is at stake.
 
         Without any answer for as long as the patience lasts, buying stops.
         """
-        now_s = self._desk.clock.monotonic()
+        now_s, policy = self._context.clock.monotonic(), self._context.policy
         self._unanswered += 1
         if self._silent_since_s is None:
             self._silent_since_s = now_s
-        over = self._unanswered - self._desk.policy.silence_tries
+        over = self._unanswered - policy.silence_tries
         if over < 0:
             return
-        pause_s = self._desk.backoff_s(over + 1)
-        self._at_server.silent(pause_s)
-        if now_s - self._silent_since_s > self._desk.policy.patience_s and self.stopped is None:
-            self.stopped = TryLater(
-                NO_USABLE_ANSWER,
-                f"no purchase got a usable answer for {now_s - self._silent_since_s:.0f} s, "
-                f"the last: {error}",
-            )
+        self._context.in_flight.silent(self._context.backoff_s(over + 1))
+        silent_s = now_s - self._silent_since_s
+        if silent_s > policy.patience_s:
+            message = f"no purchase got a usable answer for {silent_s:.0f} s, the last: {error}"
+            self._context.stop_buying(TryLater(NO_USABLE_ANSWER, message))
 
-    def _turned_away(self, error: TurnedAway) -> None:
-        """Take note of a 429: it is no failure of the request, and the pace waits.
+    def _note_rate_limit(self, error: TurnedAway) -> None:
+        """Note a 429: the request has not failed, and the pace waits.
 
-        Nothing more is bought where it has lasted for the patience, or is said to last longer.
+        Nothing more is bought if it has lasted for the patience, or is said to last longer.
         """
-        now_s = self._desk.clock.monotonic()
         if self._refused_since_s is None:
-            self._refused_since_s = now_s
-        lasts_s = now_s - self._refused_since_s
-        if lasts_s + (error.retry_after_s or 0.0) > self._desk.policy.patience_s:
+            self._refused_since_s = self._context.clock.monotonic()
+        lasts_s = self.rate_limited_s
+        if lasts_s + (error.retry_after_s or 0.0) > self._context.policy.patience_s:
             asks = f", and asks for {error.retry_after_s:g} s more" if error.retry_after_s else ""
-            self.stopped = self.stopped or TryLater(
-                TURNED_AWAY, f"the server has taken nothing for {lasts_s:.0f} s{asks}: {error}"
-            )
+            message = f"the server has taken nothing for {lasts_s:.0f} s{asks}: {error}"
+            self._context.stop_buying(TryLater(RATE_LIMITED, message))
 
     @property
-    def turned_away_s(self) -> float:
-        """Seconds since which the server has taken nothing more."""
+    def rate_limited_s(self) -> float:
+        """Seconds since the server last took a purchase, while it answers with 429."""
         if self._refused_since_s is None:
             return 0.0
-        return self._desk.clock.monotonic() - self._refused_since_s
+        return self._context.clock.monotonic() - self._refused_since_s
 
     async def _account_stopped(self, error: AccountStopped) -> None:
-        if self.stopped is None:
-            self.stopped = error
-            await self._announce_stop(error)
+        """Stop this run, and the other runs of its launch."""
+        if self._context.stopped is None:
+            self._context.stop_buying(error)
+            options = self._context.options
+            launch, now = options.launch or options.run_id, self._context.clock.now()
+            await self._context.in_thread(options.journal.stop, launch, error.code, str(error), now)
 
-    def why_kept_back(self) -> str:
-        """Why nothing more is bought, for the people who read the manifest."""
-        by_account = isinstance(self.stopped, AccountStopped)
+    def _why_stopped(self) -> str:
+        """Return why nothing more is bought, for the people who read the manifest."""
+        stopped = self._context.stopped
+        by_account = isinstance(stopped, AccountStopped)
         why = "the account stopped the run" if by_account else "buying stopped"
-        return f"not bought, {why}: {self.stopped}"
+        return f"not bought, {why}: {stopped}"
 
     # -- without a POST -----------------------------------------------------------------------
 
-    async def mark_unknown(self, carrier: Carrier, code: str, message: str) -> float:
+    async def mark_unknown(self, item: WorkItem, code: str, message: str) -> float:
         """Record that the outcome of a purchase is unknown."""
-        kept = {"task_id": carrier.record.task_id} if carrier.record.task_id else None
-        await self._desk.record(carrier, Event.OUTCOME_UNKNOWN, trouble(code, message), kept)
+        data = {"task_id": item.record.task_id} if item.record.task_id else None
+        await self._context.record(item, Event.OUTCOME_UNKNOWN, error_values(code, message), data)
         return 0.0
 
-    async def resolve(self, carrier: Carrier, resolution: Resolution) -> float:
-        """Follow what a person has decided about an unknown outcome."""
+    async def resolve(self, item: WorkItem, resolution: Resolution) -> float:
+        """Apply a person's decision about an unknown outcome."""
+        record = self._context.record
         by = {"resolved_by": "a person", "decision": str(resolution)}
         match resolution:
             case NotBought():
-                await self._desk.record(carrier, Event.RELEASED, {"charged_units": 0}, by)
+                await record(item, Event.RELEASED, {"charged_units": 0}, by)
             case Lost():
-                said = trouble("resolved_as_lost", "a person decided that it was charged and lost")
-                await self._desk.record(carrier, Event.EXPIRED, said, by)
+                message = "a person decided that it was charged and lost"
+                await record(item, Event.EXPIRED, error_values("resolved_as_lost", message), by)
             case HasTask(task_id=task_id):
                 try:
-                    await self._desk.record(carrier, Event.ACCEPTED, {"task_id": task_id}, by)
+                    await record(item, Event.ACCEPTED, {"task_id": task_id}, by)
                 except TaskTaken as error:
-                    reason = f"outcome unknown, a person decides: {error}"
-                    carrier.trail = changed(carrier.trail, final=reason)
+                    item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
             case SendAgain():
-                carrier.trail = changed(carrier.trail, replay_decided=True)
+                item.retry.replay_decided = True
         return 0.0
 
-    async def plan_again(self, carrier: Carrier) -> float:
-        """Put a request back whose task failed, cost nothing, and may succeed.
+    async def requeue(self, item: WorkItem) -> float:
+        """Plan a request again whose task failed, cost nothing, and may succeed.
 
-        After the pause that its error code asks for, and only if its task has still failed then.
+        After the pause for its error code, and only if its task has still failed then.
         """
-        record = carrier.record
+        record, retry = item.record, item.retry
         code = record.error_code or ""
-        pause_s = task_error_wait_s(code, self._desk.fraction(), self._desk.policy)
-        if record.state is State.FAILED and not carrier.trail.waited:
-            carrier.trail = changed(carrier.trail, waited=True)
+        pause_s = task_error_wait_s(code, self._context.random_fraction(), self._context.policy)
+        if record.state is State.FAILED and not retry.waited:
+            retry.waited = True
             if pause_s > 0:
                 return pause_s
-        if record.task_id is not None and not await self._confirm(carrier):
+        if record.task_id is not None and not await self._confirm_failed(item):
             return 0.0
-        await self._desk.record(carrier, Event.PLANNED)
-        carrier.trail = changed(carrier.trail, asked_again=True, waited=False)
+        await self._context.record(item, Event.PLANNED)
+        retry.retried, retry.waited = True, False
         return 0.0
+
+    async def _confirm_failed(self, item: WorkItem) -> bool:
+        """Whether the task has certainly failed, and is the only one of its purchase."""
+        code = item.record.error_code
+        wanted = code in self._context.policy.retry_codes
+        if not wanted and await self._context.in_thread(self._may_have_two_tasks, item.record):
+            item.retry.leave_reason = (
+                "not bought again: its purchase was sent twice, and the task that failed may not "
+                f"be the only one; `--retry {code}` buys it again anyway"
+            )
+            return False
+        return await self._poll.may_be_bought_again(item)
+
+    def _may_have_two_tasks(self, record: Record) -> bool:
+        """Whether a purchase was repeated, and the server did not recognise it. Blocks."""
+        repeated = known = False
+        for _, event, data in self._context.options.journal.history(record.request_key):
+            match event:
+                case Event.SUBMITTING:
+                    repeated = known = False
+                case Event.REPLAYING:
+                    repeated = True
+                case Event.ACCEPTED:
+                    known = data.get("replayed") is True
+        return repeated and not known
 
 
 def _code(error: SubmitError) -> str:

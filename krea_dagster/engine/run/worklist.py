@@ -1,12 +1,13 @@
-"""What a run has before it: which of the wanted requests are unfinished, and for how many rows.
+"""The requests of a run: which are unfinished, and what became of them.
 
-The wanted requests come as a stream and may be many, so of each unfinished one only its key is
-kept here; the rest is in the journal, and is read when its turn comes.
+The requests come as a stream and may be many, so only the key of each unfinished one is kept here.
+The rest is in the journal, and is read when its turn comes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,22 +16,28 @@ from itertools import islice
 from typing import Final
 
 from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.policy import RetryState
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress, count_of
+from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.threads import InThread
 from krea_dagster.models import ImageRequest
 
-#: Requests that are entered into the journal and looked up together.
-_TOGETHER: Final = 2000
+#: Requests that are entered into the journal and read together.
+_BATCH: Final = 2000
+
+#: Requests that are left and named with their reason, and different reasons that are counted.
+_LEFT_NAMED: Final = 1000
+_OTHER_REASONS: Final = "other reasons"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A request that some rows want; ``rows`` counts them.
+class RequestedImage:
+    """A request with the number of rows that share it.
 
-    ``scopes`` are the budgets' scopes of its first row (``budget.column_scope``), beside those of
-    its run, day, month and partition. ``callback_url`` is where the row has its task's end told.
+    ``scopes`` are the budget scopes of its first row (``budget.column_scope``), in addition to
+    those of its run, day, month and partition. ``callback_url`` is the row's own callback address.
     """
 
     request: ImageRequest
@@ -41,43 +48,35 @@ class Wanted:
 
 
 @dataclass
-class Planned:
-    """The requests of a run. ``new`` counts those that the journal had never seen.
+class WorkList:
+    """The requests of a run, and what became of them.
 
-    ``unfinished`` gives, by request key, the partition that wants it, in the order to carry
-    them: what is paid, or may be, before what is to be bought, and of that the oldest first,
-    because links live for a day. ``paid_count`` of them come first so, and ``qualities`` are those
-    of the others, and ``kept_codes`` why these were deferred before, None for those that were not.
-    ``at_stake`` is what the unfinished may have cost, in units, by request key.
+    ``new`` counts the requests that the journal had never seen. ``backlog`` holds the keys of
+    unfinished requests that are not claimed yet: first the ``paid_backlog`` ones that are paid, or
+    may be, the oldest first, because links live for a day; then those to buy. ``qualities`` are
+    those of the requests to buy, ``deferral_codes`` why these were deferred before, None if one was
+    not. ``left``, ``left_reasons`` and ``at_stake_units`` are those of the RunReport.
     """
 
     progress: Progress
     new: int = 0
-    paid_count: int = 0
+    backlog: deque[str] = field(default_factory=deque)
+    paid_backlog: int = 0
     qualities: set[str] = field(default_factory=set)
-    kept_codes: set[str | None] = field(default_factory=set)
-    at_stake: dict[str, int] = field(default_factory=dict)
-    unfinished: dict[str, str] = field(default_factory=dict)
+    deferral_codes: set[str | None] = field(default_factory=set)
+    left: dict[str, str] = field(default_factory=dict)
+    left_reasons: Counter[str] = field(default_factory=Counter)
+    at_stake_units: int = 0
+    _partitions: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
     _scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _callback_urls: dict[str, str] = field(default_factory=dict)
-
-    def rows(self, request_key: str) -> int:
-        """How many rows want a request."""
-        return self._rows.get(request_key, 1)
-
-    def scopes(self, request_key: str) -> tuple[str, ...]:
-        """What a purchase of a request counts for, beside its run, day, month and partition."""
-        return self._scopes.get(request_key, ())
-
-    def callback_url(self, request_key: str) -> str | None:
-        """Where the row of a request has its task's end told, if it says so."""
-        return self._callback_urls.get(request_key)
+    _at_stake: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     async def enter(
         cls,
-        wanted: Iterable[Wanted],
+        requested: Iterable[RequestedImage],
         journal: Journal,
         *,
         in_thread: InThread,
@@ -86,69 +85,125 @@ class Planned:
         table_id: str = "",
         is_unfinished: Callable[[Record], bool],
         reused_rows: int = 0,
-    ) -> Planned:
-        """Enter what is wanted into the journal, and find what is unfinished of it.
+    ) -> WorkList:
+        """Enter requests into the journal, and find which of them are unfinished.
 
-        ``reused_rows`` are rows whose images are known to be there, and not among ``wanted``.
+        ``reused_rows`` are rows whose images are known to be stored, and not among ``requested``.
         Raises JournalError.
         """
-        planned = cls(Progress(total=reused_rows, reused=reused_rows))
+        work = cls(Progress(total=reused_rows, reused=reused_rows))
         paid: list[tuple[float, str]] = []
-        parts = _parts(wanted)
+        batches = _batches(requested)
         enter = partial(journal.plan, run_id=run_id, at=at, table_id=table_id)
-        while part := await in_thread(next, parts, []):
-            pairs = [(item.request, item.partition_key) for item in part]
-            planned.new += await in_thread(enter, pairs)
-            keys = [item.request.request_key for item in part]
+        while batch := await in_thread(next, batches, []):
+            work.new += await in_thread(enter, [(one.request, one.partition_key) for one in batch])
+            keys = [one.request.request_key for one in batch]
             records = await in_thread(journal.records, keys)
-            unfinished = await in_thread(_chosen, is_unfinished, records)
-            for item in part:
-                record = records[item.request.request_key]
-                is_open = item.request.request_key in unfinished
-                planned._count(item, record, is_unfinished=is_open, paid=paid)
-        first = {key: planned.unfinished.pop(key) for _, key in sorted(paid)}
-        planned.paid_count = len(first)
-        planned.unfinished = {**first, **planned.unfinished}
-        return planned
+            open_keys = await in_thread(_unfinished, is_unfinished, records)
+            for one, key in zip(batch, keys, strict=True):
+                work._add(one, records[key], is_open=key in open_keys, paid=paid)
+        work.paid_backlog = len(paid)
+        paid_keys = [key for _, key in sorted(paid)]
+        work.backlog.extend(dict.fromkeys([*paid_keys, *work._partitions]))
+        return work
 
-    def _count(
+    def _add(
         self,
-        item: Wanted,
+        one: RequestedImage,
         record: Record,
         *,
-        is_unfinished: bool,
+        is_open: bool,
         paid: list[tuple[float, str]],
     ) -> None:
-        key = item.request.request_key
-        self.progress = self.progress.wanted(item.rows)
-        if not is_unfinished:
-            self.progress = self.progress.found_finished(record, item.rows)
-        elif key in self.unfinished:
-            self._rows[key] = self.rows(key) + item.rows
-        else:
-            self.unfinished[key] = sys.intern(item.partition_key)
-            if item.rows > 1:
-                self._rows[key] = item.rows
-            if item.scopes:
-                self._scopes[key] = item.scopes
-            if item.callback_url is not None:
-                self._callback_urls[key] = item.callback_url
-            paid_at = record.completed_at or record.submitted_at or record.sent_at
-            if record.state in AT_STAKE and record.committed_units:
-                self.at_stake[key] = record.committed_units
-            if paid_at is not None:
-                paid.append((paid_at.timestamp(), key))
-            else:
-                self.qualities.add(item.request.quality)
-                deferred = record.state is State.DEFERRED
-                self.kept_codes.add(record.error_code if deferred else None)
+        key = record.request_key
+        self.progress = self.progress.plus(total=one.rows)
+        if not is_open:
+            stored = record.state is State.STORED
+            count = "reused" if stored else count_of(record.state)
+            self.progress = self.progress.plus(**{count: one.rows})
+            return
+        if key in self._partitions:
+            self._rows[key] = self.rows(key) + one.rows
+            return
+        self._partitions[key] = sys.intern(one.partition_key)
+        if one.rows > 1:
+            self._rows[key] = one.rows
+        if one.scopes:
+            self._scopes[key] = one.scopes
+        if one.callback_url is not None:
+            self._callback_urls[key] = one.callback_url
+        if record.state in AT_STAKE and record.committed_units:
+            self._at_stake[key] = record.committed_units
+        if paid_at := record.completed_at or record.submitted_at or record.sent_at:
+            paid.append((paid_at.timestamp(), key))
+            return
+        self.qualities.add(record.request.quality)
+        deferred = record.state is State.DEFERRED
+        self.deferral_codes.add(record.error_code if deferred else None)
+
+    def rows(self, request_key: str) -> int:
+        """Return how many rows share a request."""
+        return self._rows.get(request_key, 1)
+
+    def item(self, record: Record, retry: RetryState) -> WorkItem:
+        """Return a request as it is carried by a run."""
+        key = record.request_key
+        return WorkItem(
+            record,
+            self._partitions[key],
+            retry,
+            self._scopes.get(key, ()),
+            self._callback_urls.get(key),
+        )
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests were unfinished when the run began."""
+        return len(self._partitions)
+
+    @property
+    def backlog_to_buy(self) -> int:
+        """How many requests of the backlog are to be bought."""
+        return len(self.backlog) - self.paid_backlog
+
+    def take(self, most: int) -> list[str]:
+        """Take the next keys from the backlog."""
+        keys = [self.backlog.popleft() for _ in range(min(most, len(self.backlog)))]
+        self.paid_backlog = max(0, self.paid_backlog - len(keys))
+        return keys
+
+    def take_to_buy(self) -> list[str]:
+        """Take all keys from the backlog that are to be bought."""
+        return [self.backlog.pop() for _ in range(self.backlog_to_buy)]
+
+    def finish(self, record: Record, reason: str) -> None:
+        """Count a request that the run has ended with; ``reason`` is why it is left, if it is."""
+        if reason:
+            self._note_left(record.request_key, reason)
+            self.at_stake_units += record.committed_units if record.state in AT_STAKE else 0
+        count = count_of(record.state, left=bool(reason))
+        self.progress = self.progress.plus(**{count: self.rows(record.request_key)})
+
+    def leave_unread(self, keys: Iterable[str], reason: str) -> None:
+        """Leave requests of the backlog to a later run."""
+        for key in keys:
+            self.progress = self.progress.plus(left=self.rows(key))
+            self.at_stake_units += self._at_stake.get(key, 0)
+            self._note_left(key, reason)
+
+    def _note_left(self, key: str, reason: str) -> None:
+        """Count a reason. Texts that name their own task are bounded, to keep memory small."""
+        if len(self.left) < _LEFT_NAMED:
+            self.left[key] = reason
+        known = reason in self.left_reasons or len(self.left_reasons) < _LEFT_NAMED
+        self.left_reasons[reason if known else _OTHER_REASONS] += 1
 
 
-def _chosen(is_unfinished: Callable[[Record], bool], records: Mapping[str, Record]) -> set[str]:
+def _unfinished(is_unfinished: Callable[[Record], bool], records: Mapping[str, Record]) -> set[str]:
     return {key for key, record in records.items() if is_unfinished(record)}
 
 
-def _parts(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    iterator = iter(wanted)
-    while part := list(islice(iterator, _TOGETHER)):
-        yield part
+def _batches(requested: Iterable[RequestedImage]) -> Iterator[list[RequestedImage]]:
+    iterator = iter(requested)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch

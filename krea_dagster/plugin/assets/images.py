@@ -19,8 +19,7 @@ from krea_dagster.application.quota import Asked, ask_for_wanted
 from krea_dagster.application.quotes import quote_images
 from krea_dagster.curation.accepted.quota import WantedImages
 from krea_dagster.curation.accepted.rules import Rules
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.manifest import (
     MANIFEST_SCHEMA,
     Manifests,
@@ -363,7 +362,7 @@ def _say_after(context: dg.AssetExecutionContext, report: RunReport) -> None:
             "%d images are left to a later run: the server took no more.", report.left_for_room
         )
         context.instance.add_run_tags(context.run.run_id, {GOES_ON_TAG: GOES_ON})
-    for message in (*report.dearer, *report.taken_up, *report.same_files):
+    for message in (*report.price_increases, *report.recovered, *report.same_files):
         context.log.warning("%s.", message)
     if report.missed_callbacks:
         context.log.warning(_MISSED, report.missed_callbacks)

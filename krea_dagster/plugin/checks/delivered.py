@@ -5,7 +5,7 @@ from collections import Counter
 import dagster as dg
 
 from krea_dagster.application.manifest_summary import Figures
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.plugin.metadata import missing_table
 
 CHECK_NAME = "all_rows_delivered"

@@ -19,7 +19,7 @@ from krea_dagster.curation.review.verdict_view import VerdictView
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import VERDICTS, Verdict
-from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import read_manifests, write_manifest
@@ -166,7 +166,7 @@ def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
     krea.raise_attempts(shop.table, [("first", 0)], raised_by="a person")
     with krea.open_journal() as journal:
         planned = images_of(shop.table, krea.attempts(shop.table))
-        wanted = [Wanted(one.request, one.partition_key) for one in planned]
+        wanted = [RequestedImage(one.request, one.partition_key) for one in planned]
         policy = replace(krea.policy([]), wait_scale=0.01)
         with krea._runner("run-2", lambda _: None, shop.table) as runner:
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))

@@ -10,7 +10,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import Owner, new_owner
 from krea_dagster.engine.journal.schema import api_keys, paces
 from krea_dagster.engine.pace import InWork, Limit, Pace
-from krea_dagster.engine.pace_sharing import Answer, Exchange, Lease
+from krea_dagster.engine.pace_sharing import Lease, PaceEvent, PaceExchange
 from tests.engine.harness import NOW
 
 KEY = "0123456789abcdef"
@@ -34,14 +34,19 @@ def begun(journal: Journal) -> Owner:
 
 
 def exchanged(
-    journal: Journal, owner: Owner, clock: Hours, *answers: Answer, wants: int = 5, key: str = KEY
-) -> Exchange:
+    journal: Journal,
+    owner: Owner,
+    clock: Hours,
+    *answers: PaceEvent,
+    wants: int = 5,
+    key: str = KEY,
+) -> PaceExchange:
     lease = Lease(owner.owner, len(answers), wants)
     return journal.paces.exchange(key, lease, answers, clock)
 
 
-def refused(clock: Hours, wait_s: float = 0.0) -> Answer:
-    return Answer(clock(), "refused", 0.01, FULL, wait_s)
+def refused(clock: Hours, wait_s: float = 0.0) -> PaceEvent:
+    return PaceEvent(clock(), "refused", 0.01, FULL, wait_s)
 
 
 def test_what_one_run_was_refused_the_next_one_knows_before_its_first_submission(

@@ -24,7 +24,7 @@ import fsspec
 
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from tests.engine.harness import EngineHarness, make_requests, open_harness, to_requested

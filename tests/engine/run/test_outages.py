@@ -25,8 +25,7 @@ from sqlalchemy import make_url
 from krea_dagster.api import KreaClient
 from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
@@ -106,7 +105,7 @@ async def test_a_network_that_is_away_is_waited_for_and_no_row_loses_a_try(
         all_delivered(engine, await run_through(engine, passing, **through(gate)))
     said = [record.message for record in caplog.records if "outages" in record.name]
     assert len(said) == 2, "one line when it goes away, and one when it is back"
-    assert said[0].startswith("EvoLink's API is away, and is waited for, for at most 60 s")
+    assert said[0].startswith("EvoLink's API is away. The run waits for at most 60 s")
     assert said[1].startswith("EvoLink's API is back after")
 
 

@@ -8,54 +8,54 @@ import pytest
 from krea_dagster.engine.run.latency import Floats, Latencies
 from krea_dagster.engine.run.poll_schedule import (
     BATCH,
-    Awaited,
-    Hint,
+    PendingTask,
+    PollReason,
     chances,
-    hint,
     pause_s,
+    poll_reason,
     scout_due_s,
-    sweep_due_s,
-    to_read,
-    worth_asking,
+    select_reads,
+    timeout_due_s,
+    worth_polling,
 )
 
 KNOWN = Latencies.known({"1K": 2.0, "2K": 7.0})
 
 
-def due_s(task: Awaited, *, pressed: bool) -> float:
+def due_s(task: PendingTask, *, pressed: bool) -> float:
     """When a task is read by itself."""
     return next(
         float(now_s)
         for now_s in np.arange(task.since_s, task.since_s + 60.0, 0.02)
-        if to_read(chances(KNOWN, [task], float(now_s)), pressed=pressed, batch=False)
+        if select_reads(chances(KNOWN, [task], float(now_s)), pressed=pressed, batch=False)
     )
 
 
 def together(ended: Floats, *, pressed: bool) -> list[int]:
-    return to_read(ended, pressed=pressed, batch=True)
+    return select_reads(ended, pressed=pressed, batch=True)
 
 
 def test_a_task_is_asked_about_earlier_where_places_in_the_window_are_wanted() -> None:
-    task = Awaited("1K", since_s=100.0)
+    task = PendingTask("1K", since_s=100.0)
     pressed, calm = due_s(task, pressed=True), due_s(task, pressed=False)
     assert 101.0 < pressed < 102.1 < calm < 104.0
 
 
 def test_a_task_that_had_not_ended_is_asked_about_again_soon() -> None:
-    task = Awaited("1K", since_s=100.0, not_yet_s=2.0)
+    task = PendingTask("1K", since_s=100.0, not_yet_s=2.0)
     assert 102.0 < due_s(task, pressed=True) < 102.5
 
 
 def test_each_quality_is_waited_for_as_long_as_it_takes() -> None:
-    tasks = [Awaited("1K", 0.0), Awaited("2K", 0.0)]
+    tasks = [PendingTask("1K", 0.0), PendingTask("2K", 0.0)]
     small, large = chances(KNOWN, tasks, now_s=3.0)
     assert small > 0.8
     assert large < 0.1
 
 
 def test_a_scout_is_asked_about_at_growing_ages_to_learn_how_long_its_kind_takes() -> None:
-    assert scout_due_s(Awaited("1K", 10.0)) == pytest.approx(10.1)
-    assert scout_due_s(Awaited("1K", 10.0, not_yet_s=1.0)) == pytest.approx(11.5)
+    assert scout_due_s(PendingTask("1K", 10.0)) == pytest.approx(10.1)
+    assert scout_due_s(PendingTask("1K", 10.0, not_yet_s=1.0)) == pytest.approx(11.5)
 
 
 def test_a_batch_is_read_once_it_finds_enough() -> None:
@@ -83,7 +83,7 @@ def test_nobody_waits_for_nothing() -> None:
 
 
 def test_looks_are_as_far_apart_as_what_is_waited_for_is_old() -> None:
-    young, old = Awaited("1K", since_s=100.0), Awaited("1K", since_s=0.0)
+    young, old = PendingTask("1K", since_s=100.0), PendingTask("1K", since_s=0.0)
     assert pause_s(KNOWN, [young, old], now_s=100.0) == pytest.approx(0.04, abs=0.001)
     assert pause_s(KNOWN, [old], now_s=40.0) == pytest.approx(0.8)
     assert pause_s(KNOWN, [old], now_s=1000.0) == 1.0
@@ -91,38 +91,38 @@ def test_looks_are_as_far_apart_as_what_is_waited_for_is_old() -> None:
 
 # -- where callbacks are waited for -----------------------------------------------------------
 
-CALLED = Awaited("1K", since_s=100.0)
+CALLBACK = PendingTask("1K", since_s=100.0)
 
 
-def hinted(task: Awaited = CALLED, **given: float) -> Hint | None:
-    values = {"calls": 0, "seen": 0, "asked_s": float("-inf"), "now_s": 101.0, **given}
-    return hint(KNOWN, task, **values)  # type: ignore[arg-type]  # counts are whole
+def hinted(task: PendingTask = CALLBACK, **given: float) -> PollReason | None:
+    values = {"calls": 0, "seen": 0, "read_at_s": float("-inf"), "now_s": 101.0, **given}
+    return poll_reason(KNOWN, task, **values)  # type: ignore[arg-type]  # counts are whole
 
 
 def test_a_task_is_asked_about_once_for_each_rise_of_its_calls() -> None:
     assert hinted() is None
-    assert hinted(calls=1) is Hint.CALLED
-    assert hinted(calls=1, seen=1, asked_s=50.0) is None
-    assert hinted(calls=3, seen=1, asked_s=50.0) is Hint.CALLED
+    assert hinted(calls=1) is PollReason.CALLBACK
+    assert hinted(calls=1, seen=1, read_at_s=50.0) is None
+    assert hinted(calls=3, seen=1, read_at_s=50.0) is PollReason.CALLBACK
 
 
 def test_a_storm_of_calls_about_one_task_costs_a_question_in_two_seconds() -> None:
-    assert hinted(calls=9, seen=1, asked_s=99.5) is None
-    assert hinted(calls=9, seen=1, asked_s=98.9) is Hint.CALLED
+    assert hinted(calls=9, seen=1, read_at_s=99.5) is None
+    assert hinted(calls=9, seen=1, read_at_s=98.9) is PollReason.CALLBACK
 
 
 def test_a_task_that_nobody_called_about_is_swept_once_it_is_far_too_late() -> None:
-    due_at_s = sweep_due_s(KNOWN, CALLED)
+    due_at_s = timeout_due_s(KNOWN, CALLBACK)
     assert due_at_s == pytest.approx(113.0, abs=0.5), "5 s and four times the median of 2 s"
     assert hinted(now_s=due_at_s - 0.1) is None
-    assert hinted(now_s=due_at_s + 0.1) is Hint.SWEPT
-    again_s = sweep_due_s(KNOWN, Awaited("1K", since_s=100.0, not_yet_s=20.0))
+    assert hinted(now_s=due_at_s + 0.1) is PollReason.TIMEOUT
+    again_s = timeout_due_s(KNOWN, PendingTask("1K", since_s=100.0, not_yet_s=20.0))
     assert again_s == pytest.approx(140.0), "and then at twice the age at which it had not ended"
 
 
 def test_a_run_that_waits_for_none_asks_about_what_was_called_about_or_has_probably_ended() -> None:
-    assert worth_asking(KNOWN, "1K", 0.1, called=True)
-    assert not worth_asking(KNOWN, "1K", 5.0, called=False), "its call is still to be expected"
-    assert worth_asking(KNOWN, "1K", 14.0, called=False), "its call was missed"
-    assert not worth_asking(KNOWN, "1K", 1.0, called=None)
-    assert worth_asking(KNOWN, "1K", 5.0, called=None), "nobody will call about it"
+    assert worth_polling(KNOWN, "1K", 0.1, called=True)
+    assert not worth_polling(KNOWN, "1K", 5.0, called=False), "its call is still to be expected"
+    assert worth_polling(KNOWN, "1K", 14.0, called=False), "its call was missed"
+    assert not worth_polling(KNOWN, "1K", 1.0, called=None)
+    assert worth_polling(KNOWN, "1K", 5.0, called=None), "nobody will call about it"

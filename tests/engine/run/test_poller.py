@@ -12,8 +12,8 @@ import pytest
 
 from krea_dagster.engine.run import poller
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.poll_schedule import Awaited, Hint
-from krea_dagster.engine.run.poller import Answer, Asker
+from krea_dagster.engine.run.poll_schedule import PendingTask, PollReason
+from krea_dagster.engine.run.poller import TaskPoller, TaskRead
 from krea_dagster.errors import NoUsableAnswer
 from krea_dagster.models import Task
 
@@ -44,8 +44,8 @@ class Server:
 
 
 @asynccontextmanager
-async def asking(server: Server) -> AsyncIterator[Asker]:
-    one = Asker(server, time.monotonic, KNOWN)
+async def polling(server: Server) -> AsyncIterator[TaskPoller]:
+    one = TaskPoller(server, time.monotonic, KNOWN)
     async with anyio.create_task_group() as group:
         group.start_soon(one.run)
         with anyio.fail_after(10):
@@ -53,32 +53,32 @@ async def asking(server: Server) -> AsyncIterator[Asker]:
         group.cancel_scope.cancel()
 
 
-def awaited() -> Awaited:
-    return Awaited("1K", time.monotonic())
+def awaited() -> PendingTask:
+    return PendingTask("1K", time.monotonic())
 
 
-async def ask_all(one: Asker, task_ids: Sequence[str]) -> list[Answer]:
-    answers: list[Answer] = []
+async def ask_all(one: TaskPoller, task_ids: Sequence[str]) -> list[TaskRead]:
+    answers: list[TaskRead] = []
 
-    async def ask(task_id: str) -> None:
-        answers.append(await one.ask(task_id, awaited(), within_s=60.0))
+    async def read(task_id: str) -> None:
+        answers.append(await one.read(task_id, awaited(), within_s=60.0))
 
     async with anyio.create_task_group() as group:
         for task_id in task_ids:
-            group.start_soon(ask, task_id)
+            group.start_soon(read, task_id)
     return answers
 
 
 @pytest.mark.parametrize("batch", [True, False, None])
 async def test_two_that_ask_about_one_task_both_get_their_answer(batch: bool | None) -> None:
-    async with asking(Server(batch)) as one:
+    async with polling(Server(batch)) as one:
         answers = await ask_all(one, ["task-a", "task-a", "task-b"])
     assert sorted(answer.task.task_id for answer in answers) == ["task-a", "task-a", "task-b"]
 
 
 async def test_a_batch_read_that_comes_and_goes_leaves_nobody_unanswered() -> None:
     server = Server(True)
-    async with asking(server) as one:
+    async with polling(server) as one:
         for batch in (True, False, None, False, True):
             server.batch_supported = batch
             ids = [f"task-{batch}-{number}" for number in range(20)]
@@ -91,28 +91,28 @@ async def test_a_batch_read_that_comes_and_goes_leaves_nobody_unanswered() -> No
 
 
 async def test_what_is_asked_without_waiting_is_read_at_once() -> None:
-    async with asking(Server()) as one:
-        assert (await one.ask("task-a")).task == ended("task-a")
+    async with polling(Server()) as one:
+        assert (await one.read("task-a")).task == ended("task-a")
 
 
 async def test_a_task_whose_callback_is_waited_for_is_read_when_it_is_called_about() -> None:
     server = Server()
-    async with asking(server) as one, anyio.create_task_group() as group:
+    async with polling(server) as one, anyio.create_task_group() as group:
 
         async def call() -> None:
-            while "key" not in one.listening():
+            while "key" not in one.awaiting_callback():
                 await anyio.lowlevel.checkpoint()
-            one.wake(one.listening()["key"], Hint.CALLED, 1.0)
+            one.wake(one.awaiting_callback()["key"], PollReason.CALLBACK, 1.0)
 
         group.start_soon(call)
-        answer = await one.ask("task-a", awaited(), within_s=60.0, called_for="key")
-    assert (answer.hint, answer.quiet_at_s) == (Hint.CALLED, 1.0)
+        answer = await one.read("task-a", awaited(), within_s=60.0, callback_key="key")
+    assert (answer.reason, answer.quiet_at_s) == (PollReason.CALLBACK, 1.0)
 
 
 async def test_a_task_is_read_at_the_end_of_its_patience_although_nobody_called() -> None:
-    async with asking(Server()) as one:
-        answer = await one.ask("task-a", awaited(), within_s=0.05, called_for="key")
-    assert answer.hint is None
+    async with polling(Server()) as one:
+        answer = await one.read("task-a", awaited(), within_s=0.05, callback_key="key")
+    assert answer.reason is None
 
 
 async def test_a_read_that_never_ends_does_not_keep_its_question(
@@ -123,20 +123,20 @@ async def test_a_read_that_never_ends_does_not_keep_its_question(
             await anyio.sleep_forever()
             raise AssertionError
 
-    monkeypatch.setattr(poller, "_READ_S", 0.05)
-    async with asking(Silent(False)) as one:
+    monkeypatch.setattr(poller, "_READ_TIMEOUT_S", 0.05)
+    async with polling(Silent(False)) as one:
         with pytest.raises(NoUsableAnswer, match="no read of task task-a has come to an end"):
-            await one.ask("task-a", awaited(), within_s=0.0)
-        assert not one.listening()
+            await one.read("task-a", awaited(), within_s=0.0)
+        assert not one.awaiting_callback()
 
 
 async def test_a_run_that_is_over_ends_all_questions() -> None:
-    async with asking(Server()) as one, anyio.create_task_group() as group:
+    async with polling(Server()) as one, anyio.create_task_group() as group:
 
-        async def end() -> None:
+        async def fail_all() -> None:
             await anyio.lowlevel.checkpoint()
-            one.end(NoUsableAnswer("over"))
+            one.fail_all(NoUsableAnswer("over"))
 
-        group.start_soon(end)
+        group.start_soon(fail_all)
         with pytest.raises(NoUsableAnswer, match="over"):
-            await one.ask("task-a", awaited(), within_s=60.0, called_for="key")
+            await one.read("task-a", awaited(), within_s=60.0, callback_key="key")

@@ -20,8 +20,8 @@ from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.run.progress import Progress
-from krea_dagster.engine.run.runner import Wanted
+from krea_dagster.engine.run.report import Progress
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import JournalError
 from tests.engine.harness import (
@@ -101,7 +101,7 @@ async def test_a_second_run_over_the_same_rows_asks_nothing_and_buys_nothing(
     before = engine.emulator.stats()
     report = await engine.run(make_requests(3), "run-2")
     assert report.progress == Progress(total=3, reused=3)
-    assert (report.new, report.posts, report.asked) == (0, 0, 0)
+    assert (report.new, report.posts, report.tasks_read) == (0, 0, 0)
     assert engine.emulator.stats() == before
 
 
@@ -119,9 +119,9 @@ async def test_a_second_run_buys_only_what_is_new_in_any_order(engine: EngineHar
 
 async def test_rows_that_ask_for_the_same_image_share_one_purchase(engine: EngineHarness) -> None:
     wanted = [
-        Wanted(make_request(), "a"),
-        Wanted(make_request(), "b", rows=2),
-        Wanted(make_request("a hen"), "b"),
+        RequestedImage(make_request(), "a"),
+        RequestedImage(make_request(), "b", rows=2),
+        RequestedImage(make_request("a hen"), "b"),
     ]
     report = await engine.runner().run(wanted)
     assert report.progress == Progress(total=4, delivered=4, charged_units=9000)
@@ -221,7 +221,7 @@ async def test_patience_counts_from_the_submission_and_not_from_the_run(
     await engine.run([make_request()], patience_s=0.05)
     later = ClockAhead(timedelta(hours=5))
     report = await engine.run([make_request()], "run-2", clock=later, patience_s=3600)
-    assert report.asked == 1
+    assert report.tasks_read == 1
     assert "detached: not finished 18" in report.left[make_request().request_key]
     engine.assert_accounts_agree()
 

@@ -19,7 +19,8 @@ from sqlalchemy import select
 
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.policy import LEFT_AT_SERVER
-from krea_dagster.engine.run.runner import Runner, Wanted
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event
 from krea_dagster.models import ImageRequest
 from tests.engine.harness import (
@@ -110,7 +111,7 @@ async def test_a_purchase_after_a_failed_one_names_the_present_address(
     engine.emulator.world.script("fail", 1, arg="content_policy_violation")
     other = make_request(seed=9)
     await engine.run([other])
-    again = listening(engine, "run-2", ask_again=frozenset({"content_policy_violation"}))
+    again = listening(engine, "run-2", retry_codes=frozenset({"content_policy_violation"}))
     running = asyncio.create_task(again.run(to_requested([other])))
     await called_about(engine, [other])
     await running
@@ -128,7 +129,7 @@ async def test_a_row_with_an_address_of_its_own_is_polled_as_ever(engine: Engine
     request = make_request()
     own = "https://own.example.com/hook"
     runner = listening(engine)
-    report = await runner.run([Wanted(request, "p", callback_url=own)])
+    report = await runner.run([RequestedImage(request, "p", callback_url=own)])
     assert engine.states([request]) == ["stored"]
     assert engine.record(request).callback_url == own
     assert report.missed_callbacks == 0
@@ -145,7 +146,7 @@ async def test_a_task_is_asked_about_when_it_is_called_about_and_once(
     await called_about(engine, requests)
     report = await running
     assert engine.states(requests) == ["stored"] * 20
-    assert report.asked == 20
+    assert report.tasks_read == 20
     assert report.missed_callbacks == 0
     engine.assert_accounts_agree()
 
@@ -173,7 +174,7 @@ async def test_a_task_whose_call_is_missing_is_swept_and_counted(engine: EngineH
     report = await listening(engine).run(to_requested(requests))
     assert engine.states(requests) == ["stored"] * 3
     assert report.missed_callbacks == 3
-    assert report.asked == 3
+    assert report.tasks_read == 3
 
 
 async def test_what_was_called_about_while_nobody_ran_is_asked_about_at_once(
@@ -185,7 +186,7 @@ async def test_what_was_called_about_while_nobody_ran_is_asked_about_at_once(
     engine.journal.callbacks.add([(request.request_key, None) for request in requests])
     report = await listening(engine, "run-2").run(to_requested(requests))
     assert engine.states(requests) == ["stored"] * 4
-    assert (report.asked, report.missed_callbacks) == (4, 0)
+    assert (report.tasks_read, report.missed_callbacks) == (4, 0)
     assert report.seconds < 4.0, "not by the sweep"
 
 

@@ -17,7 +17,7 @@ import pytest
 from krea_dagster.emulator import FAULTS
 from krea_dagster.engine import policy
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.runner import RunReport
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.engine.states import Event, State
 from krea_dagster.models import ImageRequest
 from tests.engine.harness import (

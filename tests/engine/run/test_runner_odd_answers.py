@@ -23,7 +23,7 @@ from krea_dagster.engine.budget import Caps, is_doubtful
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.resolution import HasTask
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.scheduler import UNANSWERED_UNDER_CAP
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import ConfigError, RunStopped
@@ -157,7 +157,7 @@ async def test_a_purchase_sent_twice_whose_task_failed_is_not_bought_again_by_it
         again = await engine.run([make_request()], "run-3")
         assert "sent twice" in again.left[make_request().request_key]
         assert engine.emulator.stats()["creates"] == 2
-        await engine.run([make_request()], "run-4", ask_again=frozenset({"service_error"}))
+        await engine.run([make_request()], "run-4", retry_codes=frozenset({"service_error"}))
         assert engine.states([make_request()]) == ["stored"], "a person may decide so"
 
 
@@ -288,7 +288,7 @@ async def test_one_absurd_price_is_said_and_neither_charged_reserved_by_nor_reme
     runner = engine.runner()
     report = await replace(runner, caps=Caps(day_units=10 * 4500)).run(to_requested(requests))
     assert engine.states(requests) == ["stored"] * 6
-    assert "far from the 0.45 that were expected" in " ".join(report.dearer)
+    assert "far from the 0.45 that were expected" in " ".join(report.price_increases)
     assert engine.journal.highest_prices() == {"1K": 4500}
     charges = sorted(str(one.charged_units) for one in engine.journal.charges())
     assert charges == ["4500"] * 5 + ["None"]
@@ -411,7 +411,7 @@ async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated
     await ahead.run(to_requested(make_requests(3)))
     report = await engine.run(make_requests(3), "run-2")
     assert report.posts == 0
-    assert all("this clock has not reached" in why for why in report.left.values())
+    assert all("ahead of this clock" in why for why in report.left.values())
 
 
 # -- stops ------------------------------------------------------------------------------------

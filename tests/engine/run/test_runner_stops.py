@@ -24,7 +24,7 @@ from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REPEATABLE_TASK_ERRORS
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, SendAgain
-from krea_dagster.engine.run.progress import Progress
+from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.storage.images import Fetched
 from krea_dagster.errors import (
@@ -314,7 +314,9 @@ async def test_a_cancelled_task_that_a_person_asks_for_again_stays_committed(
     """The first one may have been charged, so the caps go on to count it beside the second."""
     engine.emulator.world.script("cancelled")
     await engine.run([make_request()])
-    report = await engine.run([make_request()], "run-2", ask_again=frozenset({"request_cancelled"}))
+    report = await engine.run(
+        [make_request()], "run-2", retry_codes=frozenset({"request_cancelled"})
+    )
     assert report.progress.delivered == 1
     day = next(scope for scope in committed(engine) if scope.startswith("day:"))
     assert committed(engine)[day] == 2 * 4500 == sum(charged(engine))
@@ -555,5 +557,5 @@ async def test_a_price_above_the_expected_one_is_reported_and_reckoned_with(
 
     client = Dearer("emulator", base_url=engine.emulator.url)
     report = await replace(runner, connect=lambda: client).run(to_requested(make_requests(1)))
-    assert report.dearer == ("1K costs 0.9 credits, and 0.45 were expected",)
+    assert report.price_increases == ("1K costs 0.9 credits, and 0.45 were expected",)
     assert engine.journal.highest_prices() == {"1K": 9000}

@@ -1,0 +1,85 @@
+"""What the steps of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.group_commit import GroupCommit
+from krea_dagster.engine.pace import Pace
+from krea_dagster.engine.policy import backoff_s
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.run.in_flight import InFlight
+from krea_dagster.engine.run.options import Client, RunOptions
+from krea_dagster.engine.run.outages import Outages
+from krea_dagster.engine.run.poller import TaskPoller
+from krea_dagster.engine.run.work_item import WorkItem
+from krea_dagster.engine.states import Event
+from krea_dagster.errors import AccountStopped, RunStopped
+
+
+class RunContext:
+    """The options, the client, the journal's writer and the tasks in flight of one run.
+
+    ``in_thread`` also waits for a journal or a storage root that is away. ``wake`` is called when
+    the scheduler may have something to do. ``on_release`` is called when a purchase commits less
+    than before, so that caps have room. ``stopped`` is what ended the buying.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        client: Client,
+        writer: GroupCommit,
+        outages: Outages,
+        wake: Callable[[], None],
+    ) -> None:
+        self.options = options
+        self.policy = options.policy
+        self.clock = options.clock
+        self.client = client
+        self.outages = outages
+        self.in_thread = outages.patient(options.in_thread)
+        self.poller = TaskPoller(client, options.clock.monotonic, options.latencies)
+        pace = Pace(options.max_in_flight, options.max_per_s)
+        self.in_flight = InFlight(self.poller, pace, options.clock)
+        self.wake = wake
+        self.on_release: Callable[[], None] = lambda: None
+        self.stopped: AccountStopped | RunStopped | None = None
+        self._writer = writer
+
+    def stop_buying(self, reason: AccountStopped | RunStopped) -> None:
+        """Buy nothing more in this run. The first reason counts."""
+        if self.stopped is None:
+            self.stopped = reason
+            self.wake()
+
+    async def record(
+        self,
+        item: WorkItem,
+        event: Event,
+        values: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write an event of a request durably. Raises JournalError."""
+        before = item.record
+        item.record = await self._writer.append(
+            Change(before.request_key, event, self.clock.now(), values or {}, data), known=before
+        )
+        if item.record.committed_units < before.committed_units:
+            self.on_release()
+
+    def age_s(self, record: Record) -> float:
+        """Return the seconds since a request was submitted."""
+        since = record.submitted_at or self.clock.now()
+        return max(0.0, (self.clock.now() - since) / timedelta(seconds=1))
+
+    def random_fraction(self) -> float:
+        """Return a random number from 0 to 1."""
+        return self.options.randomness.random()
+
+    def backoff_s(self, failures: int, *, at_least_s: float | None = None) -> float:
+        """Return the pause after this many failures in a row."""
+        return backoff_s(failures, self.random_fraction(), self.policy, at_least_s=at_least_s)
