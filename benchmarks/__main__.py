@@ -1,9 +1,9 @@
-"""Runs the benchmarks, and writes docs/benchmarks.md from what they found.
+"""Runs the benchmarks and writes docs/benchmarks.md.
 
     python -m benchmarks [NAME …] [--quick]
 
-Each runs in a process of its own. What is named replaces its part of the page and leaves the
-others as they are; with ``--quick`` nothing is written, for its figures say little.
+Each runs in a separate process. With names, only their parts of the page are replaced. With
+``--quick`` nothing is written, because its figures say little.
 """
 
 from __future__ import annotations
@@ -15,32 +15,27 @@ import time
 from argparse import ArgumentParser
 from typing import Any, Final
 
-from benchmarks.harness import ROOT, Report, show
-from benchmarks.page import page
+from benchmarks.harness import ROOT
+from benchmarks.report import Report, page, show
 
 #: In the order of the page.
 NAMES: Final = (
     "makespan",
-    "workers",
     "processes",
-    "cpu",
     "memory",
     "planning",
     "in_dagster",
     "spend",
-    "measures",
-    "likeness",
-    "likeness_pictures",
     "export",
 )
 
 PAGE: Final = ROOT / "docs" / "benchmarks.md"
-#: What the page is made of, so that one benchmark can be run again without the others.
+#: The data of the page, so that one benchmark can be run without the others.
 RESULTS: Final = ROOT / "docs" / "benchmarks.json"
 
 
 def main() -> None:
-    """Run the command; exit with 1 where a benchmark failed to run."""
+    """Run the command; exit with 1 if a benchmark failed to run."""
     add = ArgumentParser(prog="python -m benchmarks", description="Run the benchmarks")
     add.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     add.add_argument("--quick", action="store_true", help="a few minutes, and nothing is written")
@@ -72,7 +67,7 @@ def main() -> None:
 
 
 def _run(name: str, *, quick: bool) -> dict[str, Any] | None:
-    """Run one; None, with its error on stderr, where it failed."""
+    """Run one; return None, with its error on stderr, if it failed."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json"]
     ended = subprocess.run(
         command + ["--quick"] * quick, cwd=ROOT, stdout=subprocess.PIPE, check=False

@@ -1,9 +1,9 @@
-"""What an export costs beside a plain loop that copies files, or puts them into a tar file.
+"""The cost of an export, compared with a loop that copies files or puts them into a tar file.
 
 python -m benchmarks.export [--images N] [--rows N] [--quick] [--json]
 
-The loops do what users write: no hash, no reading back, no splits, and no second try. The last
-part plans an export of many rows, and looks at no image.
+The loops do what users write: no hashes, no reading back, no splits and no retries. The last part
+plans an export of many rows without reading an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from benchmarks.harness import Report, finish, note_progress, options_of, peak_bytes, run
+from benchmarks.harness import note_progress, peak_bytes, run
+from benchmarks.report import Report, finish, options_of
 
 IMAGES: Final = 2_000
 ROWS: Final = 100_000
@@ -97,7 +98,7 @@ def _measure(options: Namespace) -> None:
             report.claim(named, found["wall_s"], PLAN_S, "s")
     report.note(
         "An export reads each file once, compares its sha256 with the manifest's, writes it, reads "
-        "the shard back and hashes each image again: what it costs is mostly these two hashes."
+        "the shard back and hashes each image again. Most of its cost is these two hashes."
     )
     finish(report, options)
 
@@ -106,7 +107,7 @@ def _do(work: str, options: Namespace) -> dict[str, Any]:
     note_progress(work)
     command = ["benchmarks.export", "--work", work, "--folder", str(options.folder)]
     command += ["--images", str(options.images), "--rows", str(options.rows)]
-    return run(command).said
+    return run(command).output
 
 
 # -- the processes --------------------------------------------------------------------------------
@@ -157,14 +158,14 @@ def _accept(options: Namespace, rows: Iterator[dict[str, Any]], key: str = "a") 
 
 def draw(options: Namespace) -> dict[str, Any]:
     """Write the images, and a tenth more, and the tables of both."""
-    from benchmarks.pictures import draw as drawn  # noqa: PLC0415
-    from benchmarks.pictures import marked  # noqa: PLC0415
+    from benchmarks.image_files import draw as drawn  # noqa: PLC0415
+    from benchmarks.image_files import marked  # noqa: PLC0415
 
-    picture = drawn((1024, 1024), FILE_BYTES, "jpeg")
+    image = drawn((1024, 1024), FILE_BYTES, "jpeg")
     home = options.folder / "krea" / "images"
     rows = []
     for number in range(options.images + options.images // 10):
-        data = b"".join(marked(picture, "jpeg", number))
+        data = b"".join(marked(image, "jpeg", number))
         path = home / f"{number % 256:02x}" / f"{number:07d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

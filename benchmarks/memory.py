@@ -1,4 +1,4 @@
-"""The most memory that a run takes: many images against few, and large ones at once.
+"""The most memory that a run takes: with few and many images, and with large ones.
 
 python -m benchmarks.memory [--quick] [--json]
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from benchmarks.books import most_at_once
-from benchmarks.harness import Ran, Report, Server, finish, note_progress, options_of, run
+from benchmarks.harness import BenchmarkServer, EndedProcess, note_progress, run
+from benchmarks.report import Report, finish, options_of
+from benchmarks.run_figures import most_at_once
 
 #: Few and many images, and how much more memory the many may take.
 FEW: Final = 5_000
@@ -41,53 +42,52 @@ def main() -> None:
         setting=(
             f"small: 1024×1024 JPEGs of 13 KB, no latency, no limits, {AT_ONCE} in flight at most. "
             f"Large: 2048×2048 PNGs of {LARGE_BYTES / 1e6:g} MB, 2 s ± 30 %, {AT_ONCE} at once. "
-            "Every picture is decoded. n = 1"
+            "Every image is decoded. n = 1"
         ),
         columns=["case", "images", "peak memory, MB", "wall, s", "CPU, ms per image"],
     )
     for kind, name in (("engine", "engine"), ("dagster", "through Dagster")):
         peaks = []
         for images in (few, many):
-            ran, _ = _measure(kind, images, SMALL, ())
-            peaks.append(_report(report, f"{name}, small", images, ran))
+            ended, _ = _measure(kind, images, SMALL, ())
+            peaks.append(_report(report, f"{name}, small", images, ended))
         report.claim(f"{name}: {many:,} images to {few:,}", peaks[1] / peaks[0], RATIO)
-    ran, at_once = _measure("engine", large, LARGE_SERVER, ("--quality", "2K"))
-    peak = _report(report, f"engine, large ({at_once} at once)", large, ran)
+    ended, at_once = _measure("engine", large, LARGE_SERVER, ("--quality", "2K"))
+    peak = _report(report, f"engine, large ({at_once} at once)", large, ended)
     report.claim(f"2K images, {at_once} at once, in MB", peak / 1e6, MOST_BYTES / 1e6)
     report.note(
-        "Peak memory is the largest resident set of the process that does the work (VmHWM), with "
-        "Python and all that it imports."
+        "Peak memory is the largest resident set of the worker process (VmHWM), Python included."
     )
     finish(report, options)
 
 
 def _measure(
     kind: str, images: int, server_options: Sequence[object], more: Sequence[str]
-) -> tuple[Ran, int]:
+) -> tuple[EndedProcess, int]:
     note_progress(f"{kind}, {images:,} images")
-    with Server.start(*server_options) as server, TemporaryDirectory() as folder:
+    with BenchmarkServer.start(*server_options) as server, TemporaryDirectory() as folder:
         command = ["--url", server.url, "--images", str(images), "--folder", folder, *more]
         command += ["--most", str(AT_ONCE)]
         if kind == "dagster":
             run(["benchmarks.worker", "table", *command])
-        ran = run(["benchmarks.worker", kind, *command])
-        if ran.said["delivered"] != images:
-            raise RuntimeError(f"{ran.said} instead of {images} images")
+        ended = run(["benchmarks.worker", kind, *command])
+        if ended.output["delivered"] != images:
+            raise RuntimeError(f"{ended.output} instead of {images} images")
         stored = sum(path.stat().st_size for path in Path(folder).rglob("images/*/*"))
-        books = server.books()
-        if stored != books["download_bytes"]:
-            raise RuntimeError(f"{stored} bytes are stored of {books['download_bytes']}")
-        return ran, most_at_once(books)
+        stats = server.stats()
+        if stored != stats["download_bytes"]:
+            raise RuntimeError(f"{stored} bytes of {stats['download_bytes']} are stored")
+        return ended, most_at_once(stats)
 
 
-def _report(report: Report, name: str, images: int, ran: Ran) -> int:
-    peak = int(ran.said["peak_bytes"])
+def _report(report: Report, name: str, images: int, ended: EndedProcess) -> int:
+    peak = int(ended.output["peak_bytes"])
     report.add(
         name,
         f"{images:,}",
         f"{peak / 1e6:.0f}",
-        f"{ran.said['wall_s']:.1f}",
-        f"{1000 * ran.said['cpu_s'] / images:.2f}",
+        f"{ended.output['wall_s']:.1f}",
+        f"{1000 * ended.output['cpu_s'] / images:.2f}",
     )
     return peak
 

@@ -1,9 +1,9 @@
-"""What a run does before it buys: read, check and identify a large table, leave out what is done.
+"""The time before a run buys: it reads, checks and identifies a large table, and skips stored rows.
 
 python -m benchmarks.planning [--rows N] [--large N] [--quick] [--json]
 
-Each is measured in a fresh process. Beside it, the loop that a user would write: pandas, hashlib
-and a set of the keys that are done.
+Each step is measured in a new process, and compared with the loop that a user would write: pandas,
+hashlib and a set of the stored keys.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from benchmarks.harness import Ran, Report, finish, note_progress, options_of, peak_bytes, run
+from benchmarks.harness import EndedProcess, note_progress, peak_bytes, run
+from benchmarks.report import Report, finish, options_of
 
-#: The largest time and memory, and the rows that they are for.
+#: The rows, and the most time and memory for them.
 ROWS: Final = 1_000_000
 LARGE: Final = 10_000_000
 PLAN_S: Final = 4.0
@@ -37,9 +38,11 @@ _BUCKETS: Final = 64
 def main() -> None:
     """Run the command: the report, or with ``--work`` one of its processes."""
     parser = options_of("planning")
-    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the table that is done")
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, help="rows of the table whose images are all stored"
+    )
     parser.add_argument("--large", type=int, default=LARGE, help="rows of the large table")
-    parser.add_argument("--work", choices=sorted(WORK), help="do this, and say what it took")
+    parser.add_argument("--work", choices=sorted(WORK), help="do this step, and print its cost")
     parser.add_argument("--folder", type=Path, help="for --work")
     options = parser.parse_args()
     if options.work:
@@ -67,7 +70,7 @@ def _measure(options: Namespace, folder: Path) -> None:
     _do("table", folder, options.rows)
     _do("done", folder, options.rows)
     plan = _best("journal", folder, options.rows, times)
-    _row(report, "read, check, identify, leave out what the journal has", plan)
+    _row(report, "read, check, identify, skip what the journal has", plan)
     files = _best("files", folder, options.rows, times)
     _row(report, "the same, and look for each file and its size", files)
     _row(report, "read, check and identify alone", _best("identify", folder, options.rows, times))
@@ -77,27 +80,29 @@ def _measure(options: Namespace, folder: Path) -> None:
     part = _best("partition", folder, options.large, times)
     _row(report, f"one partition of hash:{_BUCKETS} of {options.large:,} rows", part)
     whole = options.rows / ROWS
-    report.claim(f"planning {options.rows:,} rows", plan.said["wall_s"], PLAN_S * whole, "s")
-    peak = max(plan.said["peak_bytes"], files.said["peak_bytes"])
+    report.claim(f"planning {options.rows:,} rows", plan.output["wall_s"], PLAN_S * whole, "s")
+    peak = max(plan.output["peak_bytes"], files.output["peak_bytes"])
     report.claim("its peak memory with the files, MB", peak / 1e6, PLAN_BYTES / 1e6)
     limit_s = PARTITION_S * options.large / LARGE
-    report.claim("one partition", part.said["wall_s"], limit_s, "s")
+    report.claim("one partition", part.output["wall_s"], limit_s, "s")
     report.note("Seconds are without Python's start and imports, memory is with them.")
     finish(report, options)
 
 
-def _do(work: str, folder: Path, rows: int) -> Ran:
+def _do(work: str, folder: Path, rows: int) -> EndedProcess:
     note_progress(f"{work}, {rows:,} rows")
     command = ["benchmarks.planning", "--work", work, "--folder", str(folder), "--rows", str(rows)]
     return run(command)
 
 
-def _best(work: str, folder: Path, rows: int, times: int) -> Ran:
-    return min((_do(work, folder, rows) for _ in range(times)), key=lambda ran: ran.said["wall_s"])
+def _best(work: str, folder: Path, rows: int, times: int) -> EndedProcess:
+    return min(
+        (_do(work, folder, rows) for _ in range(times)), key=lambda ended: ended.output["wall_s"]
+    )
 
 
-def _row(report: Report, what: str, ran: Ran) -> None:
-    said = ran.said
+def _row(report: Report, what: str, ended: EndedProcess) -> None:
+    said = ended.output
     memory = f"{said['peak_bytes'] / 1e6:.0f}"
     report.add(what, f"{said['wall_s']:.2f}", f"{said['cpu_s']:.2f}", memory, said.get("left", "–"))
 
@@ -147,7 +152,7 @@ def write_table(options: Namespace) -> dict[str, Any]:
 
 
 def write_done(options: Namespace) -> dict[str, Any]:
-    """Write the journal and the files of a table that is done."""
+    """Write a journal and files in which every row of the table is stored."""
     from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
 
     krea = _krea(options)
@@ -158,7 +163,7 @@ def write_done(options: Namespace) -> dict[str, Any]:
     for number in range(256):
         (root / "images" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(root / "journal.db")) as database, table.plan() as plan:
-        # The figures are of reading: how this journal came to be does not matter to them.
+        # Only reading is measured, so this journal is written in a quick way.
         database.executescript("pragma synchronous = off; pragma foreign_keys = off;")
         for key in plan.keys:
             for batch in plan.batches(key):
@@ -172,15 +177,14 @@ _NOW_US: Final = 1_780_000_000_000_000
 
 
 def _fill(database: sqlite3.Connection, root: Path, rows: list[dict[str, Any]]) -> None:
-    names = {
-        table: [row[1] for row in database.execute(f"pragma table_info({table})")]
-        for table in ("requests", "submissions")
-    }
-    for table, columns in names.items():
+    stored = [_stored(row) for row in rows]
+    for table in ("requests", "submissions"):
+        known = [row[1] for row in database.execute(f"pragma table_info({table})")]
+        columns = [name for name in known if name in stored[0]]  # others have defaults
         marks = ", ".join("?" for _ in columns)
         database.executemany(
-            f"insert into {table} values ({marks})",
-            ([_stored(row).get(column) for column in columns] for row in rows),
+            f"insert into {table} ({', '.join(columns)}) values ({marks})",
+            ([row[column] for column in columns] for row in stored),
         )
     for row in rows:
         key = row["request_key"]
@@ -222,7 +226,7 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
 def _krea(options: Namespace) -> Any:
     from krea_dagster.plugin.resource import KreaResource  # noqa: PLC0415
 
-    # An address that nobody answers: planning needs no network.
+    # An address without a server: planning needs no network.
     return KreaResource(
         api_key="none", base_url="http://127.0.0.1:9", storage=str(options.folder / "krea")
     )
@@ -235,7 +239,7 @@ def _table(options: Namespace, by: str) -> Any:
 
 
 def plan(options: Namespace) -> dict[str, Any]:
-    """What a run does until it knows what is left to do."""
+    """Plan as a run does, up to the rows that are left."""
     from krea_dagster.application.batch import Batch  # noqa: PLC0415
 
     krea, table = _krea(options), _table(options, "hash:8")
@@ -249,7 +253,7 @@ def plan(options: Namespace) -> dict[str, Any]:
 
 
 def journal_only(options: Namespace) -> dict[str, Any]:
-    """The same, with every file that the journal knows taken to be there."""
+    """Plan as a run does, but take every file of the journal as present."""
     from krea_dagster.engine.journal import bulk_reads  # noqa: PLC0415
 
     vars(bulk_reads)["_those_listed"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
@@ -257,7 +261,7 @@ def journal_only(options: Namespace) -> dict[str, Any]:
 
 
 def identify(options: Namespace) -> dict[str, Any]:
-    """Read, check, identify: the request keys of all rows, and no more."""
+    """Read, check and identify all rows."""
     table = _table(options, "hash:8")
 
     def work() -> dict[str, Any]:
@@ -268,7 +272,7 @@ def identify(options: Namespace) -> dict[str, Any]:
 
 
 def partition(options: Namespace) -> dict[str, Any]:
-    """One partition of a large table, planned."""
+    """Plan one partition of a large table."""
     table = _table(options, f"hash:{_BUCKETS}")
 
     def work() -> dict[str, Any]:
@@ -279,7 +283,7 @@ def partition(options: Namespace) -> dict[str, Any]:
 
 
 def loop(options: Namespace) -> dict[str, Any]:
-    """What a user would write: a loop over a data frame. It checks nothing, and sees no file."""
+    """Loop over a data frame as a user would write it. It checks nothing, and no files."""
     import pandas as pd  # noqa: PLC0415
 
     def digest(*parts: object) -> str:
@@ -290,8 +294,8 @@ def loop(options: Namespace) -> dict[str, Any]:
         for row in frame.itertuples():
             seed = row.seed or 1 + int(digest("krea-dagster/1/seed", 0, 0, row.prompt_id)[:5], 16)
             digest(row.prompt_id)  # the partition
-            wishes = (row.size, row.quality, seed, 0, 0, row.prompt)
-            yield digest("krea-dagster/1", "krea-2-turbo", *wishes)
+            fields = (row.size, row.quality, seed, 0, 0, row.prompt)
+            yield digest("krea-dagster/1", "krea-2-turbo", *fields)
 
     def work() -> dict[str, Any]:
         with closing(sqlite3.connect(options.folder / "krea" / "journal.db")) as database:

@@ -1,4 +1,4 @@
-"""Several processes on one account and one journal: together, and how evenly they share it.
+"""Several processes on one account and one journal: their span, and how evenly they share it.
 
 python -m benchmarks.processes [--quick] [--journal URL] [--json]
 """
@@ -11,18 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from benchmarks.books import figures_of
-from benchmarks.harness import WORKERS, Report, Server, Started, finish, note_progress, options_of
+from benchmarks.harness import WORKERS, BenchmarkServer, RunningProcess, note_progress
+from benchmarks.report import Report, finish, options_of
+from benchmarks.run_figures import figures_of
 
 IMAGES: Final = 160
 PROCESSES: Final = (1, 2, 4, 8)
 QUICK_PROCESSES: Final = (1, 4)
 ACCOUNT: Final = ("--latency", 1, "--spread", 0.1, "--rate", 10, "--concurrent", 24)
-#: The processes decode on one core: small pictures leave it idle enough to be on time.
+#: All processes decode on one core: small images leave it idle enough.
 SMALL: Final = ("--image-bytes", 1)
 MOST: Final = 64
-#: Most that the span may be of that of one process, most 429s an image, and least that the slowest
-#: process may have of the mean rate.
+#: The most span compared with one process, the most 429s per image, and the least rate of the
+#: slowest process compared with the mean.
 SPAN: Final = 1.15
 TURNED_AWAY: Final = 0.15
 SLOWEST: Final = 0.6
@@ -31,7 +32,7 @@ SLOWEST: Final = 0.6
 def main() -> None:
     """Run the command."""
     parser = options_of("processes")
-    parser.add_argument("--journal", help="a URL; default: a SQLite file of each case's own")
+    parser.add_argument("--journal", help="a URL; default: a new SQLite file for each case")
     options = parser.parse_args()
     report = Report(
         "processes",
@@ -45,10 +46,10 @@ def main() -> None:
     )
     one_s = 0.0
     for count in QUICK_PROCESSES if options.quick else PROCESSES:
-        books = _run(count, options.journal)
-        figures, rates = figures_of(books, IMAGES), _rates(books)
+        stats = _run(count, options.journal)
+        figures, rates = figures_of(stats, IMAGES), _rates(stats)
         one_s = one_s or figures.makespan_s
-        outcomes = [one["outcome"] for one in books["creates"]]
+        outcomes = [one["outcome"] for one in stats["creates"]]
         turned_away = outcomes.count("429") / IMAGES
         slowest = min(rates) / (sum(rates) / len(rates))
         report.add(
@@ -60,18 +61,18 @@ def main() -> None:
         )
         report.claim(f"{count}: span to that of one", figures.makespan_s / one_s, SPAN)
         report.claim(f"{count}: 429s per image", turned_away, TURNED_AWAY)
-        # What the slowest lacks, so that every limit is a most.
+        # As a difference, so that every limit is an upper limit.
         report.claim(f"{count}: what the slowest lacks of the mean", 1 - slowest, 1 - SLOWEST)
     report.note("A process's rate is its images by the time from the first POST to its last image.")
     finish(report, options)
 
 
-def _rates(books: dict[str, Any]) -> list[float]:
-    """Images a second of each process."""
+def _rates(stats: dict[str, Any]) -> list[float]:
+    """Return the images per second of each process."""
     done: dict[str, list[float]] = {}
-    for task in books["tasks"]:
+    for task in stats["tasks"]:
         done.setdefault(task["worker"], []).append(task["downloaded_s"])
-    return [len(times) / (max(times) - books["first_post_s"]) for times in done.values()]
+    return [len(times) / (max(times) - stats["first_post_s"]) for times in done.values()]
 
 
 def _run(count: int, journal: str | None) -> dict[str, Any]:
@@ -80,7 +81,9 @@ def _run(count: int, journal: str | None) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         keys = [f"p{number}" for number in range(count)]
-        server = stack.enter_context(Server.start(*ACCOUNT, *SMALL, "--api-keys", ",".join(keys)))
+        server = stack.enter_context(
+            BenchmarkServer.start(*ACCOUNT, *SMALL, "--api-keys", ",".join(keys))
+        )
         gate = folder / "gate"
         gate.mkdir()
         running = []
@@ -90,7 +93,7 @@ def _run(count: int, journal: str | None) -> dict[str, Any]:
             command += ["--most", str(MOST), "--folder", str(folder / key)]
             command += ["--journal", journal or f"sqlite:///{folder / 'journal.db'}"]
             command += ["--gate", str(gate)]
-            started = Started(command, core=WORKERS)
+            started = RunningProcess(command, core=WORKERS)
             stack.callback(started.stop)
             running.append(started)
         while len(list(gate.glob("*.ready"))) < count:
@@ -98,7 +101,7 @@ def _run(count: int, journal: str | None) -> dict[str, Any]:
         (gate / "open").touch()
         for started in running:
             started.wait()
-        return server.books()
+        return server.stats()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""EvoLink's API for measuring: fast, in memory, and nothing of krea_dagster in it.
+"""A fast in-memory server of EvoLink's API, without code of krea_dagster.
 
     python -m benchmarks.server --port 0 --latency 2.0 --spread 0.3 --rate 20 --concurrent 64
 
-prints one JSON line with its ``url`` on stdout as soon as it listens, and ends on SIGTERM. It
-serves the create call, the single read, the batch read of up to 50, the credits and the result
-files. ``GET /_books`` tells what was asked of it (``?brief=1`` without the lists of create calls
-and tasks); ``POST /_reset`` begins anew with empty books and full buckets. Every time in the
-books is in seconds of this machine's ``time.monotonic()``.
+It prints one JSON line with its ``url`` on stdout when it listens, and ends on SIGTERM. It serves
+the create call, the single read, the batch read of up to 50, the credits and the result files.
+``GET /_stats`` returns the record of its calls (``?brief=1`` without the lists of create calls and
+tasks). Times in the record are seconds of this machine's ``time.monotonic()``.
 
-All API keys are keys of one account. The key tells one worker from another in the books, and so
-does a User-Agent that ends in `` worker/NAME``.
+All API keys belong to one account. The record names each worker by its key.
 """
 
 from __future__ import annotations
@@ -24,11 +22,10 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
-from benchmarks.account import LIMITERS, SHAPES, Account, Durations, Limits, Order, Task
-from benchmarks.pictures import FORMATS, PIXELS, QUALITIES, draw, marked, pixels_of, read
+from benchmarks.account import Account, AccountLimits, AccountTask, CreateCall, drawn_latencies
+from benchmarks.image_files import FORMATS, PIXELS, QUALITIES, draw, marked, pixels_of
 
 MODEL: Final = "krea-2-turbo"
 BATCH_MAX: Final = 50
@@ -58,8 +55,8 @@ _TASK: Final = (
 )
 
 
-class Refused(Exception):
-    """The server answers with an error."""
+class ErrorResponse(Exception):
+    """An error response."""
 
     def __init__(self, status: int, code: str, message: str, kind: str) -> None:
         super().__init__(status, code)
@@ -68,22 +65,23 @@ class Refused(Exception):
         self.body = json.dumps({"error": error}).encode()
 
 
-def _invalid(detail: str) -> Refused:
+def _invalid(detail: str) -> ErrorResponse:
     message = f"Invalid request parameters: {detail}"
-    return Refused(400, "invalid_request", message, "invalid_request_error")
+    return ErrorResponse(400, "invalid_request", message, "invalid_request_error")
 
 
-class World:
-    """What all connections share: the account, the pictures, and the answers' texts."""
+class ServerState:
+    """The state that all connections share: the account, the images, and the responses' texts."""
 
     def __init__(self, options: Namespace) -> None:
         self.options = options
         self.keys = frozenset(options.api_keys.split(","))
         self.url = ""
         self.wall_less_monotonic_s = time.time() - time.monotonic()
-        self._pictures: dict[tuple[int, int], tuple[bytes, str]] = {}
-        self._own = read(options.image) if options.image else None
-        self.account = self._account()
+        self._images: dict[tuple[int, int], tuple[bytes, str]] = {}
+        limits = AccountLimits(options.rate, options.burst, options.concurrent)
+        latency_of = drawn_latencies(options.latency, options.spread, options.seed)
+        self.account = Account(limits, latency_of, f"task-unified-{int(time.time()):010d}-")
         refusal = {
             "code": "rate_limit_exceeded",
             "message": "Too many requests, please try again later",
@@ -96,45 +94,26 @@ class World:
             else b"retry-after: " + options.retry_after.encode() + b"\r\n"
         )
         for quality in options.qualities.split(","):
-            self.picture("1:1", quality)
+            self.image("1:1", quality)
 
-    def reset(self) -> None:
-        """Begin anew."""
-        self.account = self._account()
-
-    def _account(self) -> Account:
-        options = self.options
-        limits = Limits(options.rate, options.burst, options.limiter, options.concurrent)
-        by_quality = dict(item.split("=", 1) for item in options.quality_seconds)
-        durations = Durations(
-            options.latency,
-            options.spread,
-            options.shape,
-            options.seed,
-            {quality: float(seconds) for quality, seconds in by_quality.items()},
-        )
-        return Account(limits, durations.by_number(), f"task-unified-{int(time.time()):010d}-")
-
-    def picture(self, size: str, quality: str) -> tuple[bytes, str]:
-        """The file of a size and quality, and its kind. Drawn when it is first wanted."""
-        if self._own is not None:
-            return self._own
+    def image(self, size: str, quality: str) -> tuple[bytes, str]:
+        """Return the file of a size and quality, and its format. It is drawn once."""
         pixels = pixels_of(size, quality)
-        if pixels not in self._pictures:
+        if pixels not in self._images:
             kind = self.options.format
-            self._pictures[pixels] = (draw(pixels, self.options.image_bytes, kind), kind)
-        return self._pictures[pixels]
+            self._images[pixels] = (draw(pixels, self.options.image_bytes, kind), kind)
+        return self._images[pixels]
 
-    def created(self, task: Task) -> bytes:
-        """The answer to a create call."""
+    def created(self, task: AccountTask) -> bytes:
+        """Return the response to a create call."""
         at = int(task.created_s + self.wall_less_monotonic_s)
-        return (_CREATED % (at, task.task_id, CREDITS[task.order.quality])).encode()
+        return (_CREATED % (at, task.task_id, CREDITS[task.call.quality])).encode()
 
-    def shown(self, task: Task, now_s: float) -> str:
-        """A task as a read shows it."""
+    def shown(self, task: AccountTask, now_s: float) -> str:
+        """Return a task as a read shows it."""
         at = int(task.created_s + self.wall_less_monotonic_s)
         if now_s >= task.done_s:
-            kind = self.picture(task.order.size, task.order.quality)[1]
+            kind = self.image(task.call.size, task.call.quality)[1]
             links = f',"results":["{self.url}/files/{task.task_id}.{kind}"]'
             return _TASK % (at, task.task_id, 100, "completed", links)
         share = (now_s - task.created_s) / (task.done_s - task.created_s)
@@ -143,16 +122,16 @@ class World:
 
 
 class Connection(asyncio.Protocol):
-    """One connection: requests one after the other, each answered at once."""
+    """One connection: requests in sequence, each answered at once."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
         self._data = b""
         self._transport: asyncio.Transport | None = None
         self._writable = True
         self._rest = memoryview(b"")  # of the file that is being sent
-        self._sending: Task | None = None
-        self._last = False  # whether the client asked to close after this answer
+        self._sending: AccountTask | None = None
+        self._last = False  # whether the client closes after this response
 
     # -- the wire -----------------------------------------------------------------------------
 
@@ -170,18 +149,18 @@ class Connection(asyncio.Protocol):
         self._writable = False
 
     def resume_writing(self) -> None:
-        """Send on."""
+        """Continue sending."""
         self._writable = True
         self._send_on()
 
     def data_received(self, data: bytes) -> None:
-        """Answer every request that is whole."""
+        """Answer every complete request."""
         self._data = self._data + data if self._data else data
         while self._sending is None and self._serve_one():
             pass
 
     def _serve_one(self) -> bool:
-        """Answer the first request that is there as a whole; whether there was one."""
+        """Answer the first complete request; return whether there was one."""
         data = self._data
         end = data.find(b"\r\n\r\n")
         if end < 0 or self._transport is None:
@@ -200,8 +179,8 @@ class Connection(asyncio.Protocol):
         self._last = headers.get(b"connection", b"").lower() == b"close"
         try:
             self._answer(method, target.decode("ascii"), headers, body)
-        except Refused as refused:
-            self._send(refused.status, refused.body)
+        except ErrorResponse as error:
+            self._send(error.status, error.body)
         if self._last and self._sending is None:
             self._transport.close()
         return True
@@ -218,17 +197,18 @@ class Connection(asyncio.Protocol):
     def _answer(self, method: bytes, target: str, headers: dict[bytes, bytes], body: bytes) -> None:
         path, _, query = target.partition("?")
         if b"transfer-encoding" in headers:
-            raise Refused(411, "invalid_request", "Give a Content-Length", "api_error")
+            raise ErrorResponse(411, "invalid_request", "Give a Content-Length", "api_error")
         if path.startswith("/files/"):
             self._send_file(path)
             return
-        if path.startswith("/_"):
-            self._send_own(path, query)
+        if path == "/_stats":
+            brief = "brief=1" in query
+            self._send(200, json.dumps(self._state.account.stats(brief=brief)).encode())
             return
         worker = self._worker(headers)
         if path == "/v1/images/generations" and method == b"POST":
             self._create(headers, body, worker)
-        elif path == "/v1/tasks/batch" and method == b"POST" and not self._world.options.no_batch:
+        elif path == "/v1/tasks/batch" and method == b"POST" and not self._state.options.no_batch:
             self._read_batch(body)
         elif path.startswith("/v1/tasks/") and method == b"GET":
             self._read(path.removeprefix("/v1/tasks/"))
@@ -236,68 +216,69 @@ class Connection(asyncio.Protocol):
             self._credits()
         else:
             message = f"Invalid URL ({method.decode()} {path})"
-            raise Refused(404, "not_found", message, "invalid_request_error")
+            raise ErrorResponse(404, "not_found", message, "invalid_request_error")
 
     def _worker(self, headers: dict[bytes, bytes]) -> str:
         key = headers.get(b"authorization", b"").removeprefix(b"Bearer ").decode()
-        if key not in self._world.keys:
-            raise Refused(401, "unauthorized", "Invalid or expired token", "authentication_error")
-        _, marked_as, name = headers.get(b"user-agent", b"").rpartition(b" worker/")
-        return name.decode() if marked_as else key
+        if key not in self._state.keys:
+            raise ErrorResponse(
+                401, "unauthorized", "Invalid or expired token", "authentication_error"
+            )
+        return key
 
     def _create(self, headers: dict[bytes, bytes], body: bytes, worker: str) -> None:
         now_s = time.monotonic()
         try:
-            asked = json.loads(body)
-            size, quality = asked.get("size", "1:1"), asked.get("quality", "1K")
-            if asked["model"] != MODEL or not isinstance(asked["prompt"], str):
+            fields = json.loads(body)
+            size, quality = fields.get("size", "1:1"), fields.get("quality", "1K")
+            if fields["model"] != MODEL or not isinstance(fields["prompt"], str):
                 raise _invalid("model or prompt")
         except (ValueError, KeyError, AttributeError):
             raise _invalid("the body") from None
         if size not in PIXELS or quality not in QUALITIES:
             raise _invalid("size or quality")
         key = headers.get(b"idempotency-key", b"").decode()
-        order = Order(body, size, quality, key, worker)
-        outcome, task = self._world.account.create(now_s, order)
+        call = CreateCall(body, size, quality, key, worker)
+        outcome, task = self._state.account.create(now_s, call)
         if task is not None:
             replayed = b"idempotency-replayed: true\r\n" if outcome == "replayed" else b""
-            self._send(200, self._world.created(task), replayed)
+            self._send(200, self._state.created(task), replayed)
         elif outcome == "429":
-            self._send(429, self._world.too_many, self._world.retry_after)
+            self._send(429, self._state.too_many, self._state.retry_after)
         else:
             message = "This Idempotency-Key was already used with a different request body"
-            raise Refused(409, "idempotency_conflict", message, "invalid_request_error")
+            raise ErrorResponse(409, "idempotency_conflict", message, "invalid_request_error")
 
     def _read(self, task_id: str) -> None:
-        world = self._world
-        world.account.books.single_reads += 1
-        task = world.account.tasks.get(task_id)
+        state = self._state
+        state.account.counts.single_reads += 1
+        task = state.account.tasks.get(task_id)
         if task is None:
             message = "The requested task could not be found"
-            raise Refused(404, "task_not_found", message, "invalid_request_error")
-        self._send(200, world.shown(task, time.monotonic()).encode())
+            raise ErrorResponse(404, "task_not_found", message, "invalid_request_error")
+        self._send(200, state.shown(task, time.monotonic()).encode())
 
     def _read_batch(self, body: bytes) -> None:
-        account, now_s = self._world.account, time.monotonic()
+        account, now_s = self._state.account, time.monotonic()
         try:
             task_ids = json.loads(body)["task_ids"]
         except (ValueError, KeyError, TypeError):
             raise _invalid("task_ids") from None
         if not isinstance(task_ids, list) or not 1 <= len(task_ids) <= BATCH_MAX:
             raise _invalid(f"task_ids must be 1 to {BATCH_MAX}")
-        account.books.batch_reads += 1
-        account.books.batch_ids += len(task_ids)
+        account.counts.batch_reads += 1
+        account.counts.batch_ids += len(task_ids)
         found = [account.tasks[task_id] for task_id in task_ids if task_id in account.tasks]
-        shown = ",".join(self._world.shown(task, now_s) for task in found)
+        shown = ",".join(self._state.shown(task, now_s) for task in found)
         self._send(200, f'{{"code":200,"data":[{shown}]}}'.encode())
 
     def _credits(self) -> None:
-        account = self._world.account
-        account.books.credits_reads += 1
+        account = self._state.account
+        account.counts.credits_reads += 1
         now_s = time.monotonic()
         used = round(
             sum(
-                CREDITS[task.order.quality]
+                CREDITS[task.call.quality]
                 for task in account.tasks.values()
                 if task.done_s <= now_s
             ),
@@ -308,37 +289,27 @@ class Connection(asyncio.Protocol):
         answer = {"data": {"token": token, "user": user}, "message": "", "success": True}
         self._send(200, json.dumps(answer).encode())
 
-    def _send_own(self, path: str, query: str) -> None:
-        world = self._world
-        if path == "/_books":
-            self._send(200, json.dumps(world.account.report(brief="brief=1" in query)).encode())
-        elif path == "/_reset":
-            world.reset()
-            self._send(200, b"{}")
-        else:
-            raise Refused(404, "not_found", "Invalid URL", "invalid_request_error")
-
     # -- files --------------------------------------------------------------------------------
 
     def _send_file(self, path: str) -> None:
         assert self._transport is not None
-        world = self._world
+        state = self._state
         task_id = path.removeprefix("/files/").partition(".")[0]
-        task = world.account.tasks.get(task_id)
+        task = state.account.tasks.get(task_id)
         if task is None or time.monotonic() < task.done_s:
-            raise Refused(404, "not_found", "NoSuchKey", "invalid_request_error")
-        file, kind = world.picture(task.order.size, task.order.quality)
+            raise ErrorResponse(404, "not_found", "NoSuchKey", "invalid_request_error")
+        file, kind = state.image(task.call.size, task.call.quality)
         head, rest = marked(file, kind, task.number)
         self._transport.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: image/%s\r\ncontent-length: %d\r\n\r\n%s"
             % (kind.encode(), len(head) + len(rest), head)
         )
-        world.account.books.download_bytes += len(head) + len(rest)
+        state.account.counts.download_bytes += len(head) + len(rest)
         self._rest, self._sending = memoryview(rest), task
         self._send_on()
 
     def _send_on(self) -> None:
-        """Send of the file what the other side takes; the last byte ends the download."""
+        """Send as much of the file as the client takes; the last byte ends the download."""
         task, transport = self._sending, self._transport
         if task is None or transport is None:
             return
@@ -348,7 +319,7 @@ class Connection(asyncio.Protocol):
         if self._rest:
             return
         self._sending = None
-        self._world.account.books.downloads += 1
+        self._state.account.counts.downloads += 1
         task.downloaded_s = time.monotonic()
         if self._last:
             transport.close()
@@ -360,23 +331,19 @@ class Connection(asyncio.Protocol):
 
 
 def parser() -> ArgumentParser:
-    """The options of the command."""
+    """Return the parser of the command's options."""
     add = ArgumentParser(prog="python -m benchmarks.server", description="A server to measure with")
-    add.add_argument("--port", type=int, default=0, help="0: any that is free")
+    add.add_argument("--port", type=int, default=0, help="0: any free port")
     add.add_argument("--latency", type=float, default=2.0, metavar="SECONDS")
     add.add_argument("--spread", type=float, default=0.3, help="as a share of the latency")
-    add.add_argument("--shape", choices=SHAPES, default="uniform")
     add.add_argument("--rate", type=float, help="submissions per second; default: no limit")
     add.add_argument("--burst", type=int, default=20, help="tokens that the bucket holds")
-    add.add_argument("--limiter", choices=LIMITERS, default="bucket")
     add.add_argument("--concurrent", type=int, help="unfinished tasks at once; default: no limit")
     add.add_argument("--retry-after", default="none", metavar="none|SECONDS")
     add.add_argument("--no-batch", action="store_true", help="answer the batch read with 404")
     add.add_argument("--image-bytes", type=int, default=300_000)
-    add.add_argument("--image", type=Path, help="serve this file for every task")
     add.add_argument("--format", choices=FORMATS, default="jpeg")
     add.add_argument("--qualities", default="1K", help="drawn at the start, e.g. 1K,2K")
-    add.add_argument("--quality-seconds", nargs="*", default=[], metavar="QUALITY=SECONDS")
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--api-keys", default="bench", help="keys of the one account, by comma")
     return add
@@ -384,20 +351,19 @@ def parser() -> ArgumentParser:
 
 async def serve(options: Namespace) -> None:
     """Serve until SIGTERM or SIGINT."""
-    world = World(options)
+    state = ServerState(options)
     loop = asyncio.get_running_loop()
     listening = socket.create_server(("127.0.0.1", options.port), backlog=4096)
-    world.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = await loop.create_server(lambda: Connection(world), sock=listening)
+    state.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = await loop.create_server(lambda: Connection(state), sock=listening)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    # What is made from here on lives as long as the server: looking through it costs time.
+    # Objects made from here on live as long as the server, so collecting them costs time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 1000)
-    said: dict[str, Any] = {"url": world.url, "port": listening.getsockname()[1]}
-    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.write(json.dumps({"url": state.url}) + "\n")
     sys.stdout.flush()
     await stopped.wait()
     server.close()

@@ -1,9 +1,9 @@
-"""The tables of what was spent, from a simulated year of a million purchases.
+"""The spend tables of a simulated year of a million purchases.
 
 python -m benchmarks.spend [--purchases N] [--quick] [--json]
 
-Each is measured in a fresh process, and its sums are held against the books that the simulation
-keeps apart.
+Each update is measured in a new process, and its sums are compared with the simulation's own
+accounts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from benchmarks.harness import Ran, Report, finish, note_progress, options_of, peak_bytes, run
+from benchmarks.harness import EndedProcess, note_progress, peak_bytes, run
+from benchmarks.report import Report, finish, options_of
 
 PURCHASES: Final = 1_000_000
 SCRATCH_S: Final = 30.0
 DAY_S: Final = 5.0
 PEAK_BYTES: Final = 1_000_000_000
 
-#: What is added up, by its name in the ledger and in the books.
+#: The columns that are summed, by their names in the ledger and in the simulation's accounts.
 _SUMS: Final = {
     "credits_charged": "charged_units",
     "credits_returned": "returned_units",
@@ -37,7 +38,9 @@ def main() -> None:
     """Run the command: the report, or with ``--work`` one of its processes."""
     parser = options_of("spend")
     parser.add_argument("--purchases", type=int, default=PURCHASES, help="purchases of the year")
-    parser.add_argument("--work", choices=["simulate", "update"], help="do this, and say what")
+    parser.add_argument(
+        "--work", choices=["simulate", "update"], help="do this step, and print its cost"
+    )
     parser.add_argument("--until", help="for --work simulate: the days to write, in order")
     parser.add_argument("--folder", type=Path, help="for --work")
     options = parser.parse_args()
@@ -62,34 +65,33 @@ def _measure(options: Namespace, folder: Path) -> None:
         ),
         columns=["what", "wall, s", "CPU, s", "peak memory, MB", "months written"],
     )
-    # One simulation, which stops on the last but one day and goes on when the tables are made.
+    # One simulation, which stops before the last day and continues when the tables are made.
     for step, (what, until) in enumerate(
         (("from scratch, 364 days", "2026-12-30"), ("one more day", "2026-12-30,2026-12-31"))
     ):
-        books = _do("simulate", folder / str(step), options, until).said
+        accounts = _do("simulate", folder / str(step), options, until).output
         if step:
             _take_tables(folder / "0", folder / "1")
-        ran = _do("update", folder / str(step), options, until).said
-        differ = {name: ran["sums"][name] - books[units] for name, units in _SUMS.items()}
+        ended = _do("update", folder / str(step), options, until).output
+        differ = {name: ended["sums"][name] - accounts[units] for name, units in _SUMS.items()}
         assert not any(differ.values()), differ
-        assert ran["purchases"] == books["asked"], (ran["purchases"], books["asked"])
-        memory = f"{ran['peak_bytes'] / 1e6:.0f}"
-        report.add(what, f"{ran['wall_s']:.2f}", f"{ran['cpu_s']:.2f}", memory, ran["months"])
+        assert ended["purchases"] == accounts["asked"]
+        memory = f"{ended['peak_bytes'] / 1e6:.0f}"
+        report.add(what, f"{ended['wall_s']:.2f}", f"{ended['cpu_s']:.2f}", memory, ended["months"])
         limit_s = DAY_S if step else SCRATCH_S
-        report.claim(what, ran["wall_s"], limit_s, "s")
-        report.claim(f"{what}: peak memory, MB", ran["peak_bytes"] / 1e6, PEAK_BYTES / 1e6)
+        report.claim(what, ended["wall_s"], limit_s, "s")
+        report.claim(f"{what}: peak memory, MB", ended["peak_bytes"] / 1e6, PEAK_BYTES / 1e6)
     report.note(
-        "Purchases, charged, returned and unknown credits are those of the simulation's own books, "
-        "to the last 1/10,000 credit. Seconds are without Python's start and imports, memory is "
-        "with them."
+        "Purchases and charged, returned and unknown credits equal the simulation's own accounts, "
+        "to 1/10,000 credit. Seconds are without Python's start and imports, memory is with them."
     )
     finish(report, options)
 
 
 def _take_tables(before: Path, after: Path) -> None:
-    """Put the tables of the first 364 days beside the journal of the whole year.
+    """Move the tables of the first 364 days to the journal of the whole year.
 
-    Both journals are of one simulation, but each has a name of its own.
+    Both journals are of one simulation, but each has its own name.
     """
     (before / "spend").rename(after / "spend")
     state = after / "spend" / "state.json"
@@ -105,7 +107,7 @@ def _journal_id(folder: Path) -> str:
         return str(database.execute("select journal_id from about").fetchone()[0])
 
 
-def _do(work: str, folder: Path, options: Namespace, until: str) -> Ran:
+def _do(work: str, folder: Path, options: Namespace, until: str) -> EndedProcess:
     note_progress(f"{work}, {options.purchases:,} purchases until {until}")
     folder.mkdir(exist_ok=True)
     command = ["benchmarks.spend", "--work", work, "--folder", str(folder), "--until", until]
@@ -116,18 +118,18 @@ def _do(work: str, folder: Path, options: Namespace, until: str) -> Ran:
 
 
 def simulate(options: Namespace) -> dict[str, Any]:
-    """Write the days of the year; what the books say of them."""
+    """Write the days of the year, and return the sums of the simulation's own accounts."""
     from tests.spend.simulated_year import Year  # noqa: PLC0415 - only what is measured is imported
 
     year = Year(options.folder, options.purchases)
     for until in options.until.split(","):
         year.write(date.fromisoformat(until))
-    books = year.books()
-    return {name: books.total(name) for name in ("asked", *_SUMS.values())}
+    accounts = year.books()
+    return {name: accounts.total(name) for name in ("asked", *_SUMS.values())}
 
 
 def update(options: Namespace) -> dict[str, Any]:
-    """Bring the tables up to the journal, and add them up."""
+    """Update the tables from the journal, and sum them up."""
     import duckdb  # noqa: PLC0415 - only what is measured is imported
 
     from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
@@ -137,7 +139,7 @@ def update(options: Namespace) -> dict[str, Any]:
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     with closing(Journal(f"sqlite:///{options.folder / 'journal.db'}")) as journal:
-        # The year ends in the future of some machines, and no mark goes beyond their clock.
+        # The year may end in this machine's future, and an update stops at the present.
         ended = date.fromisoformat(options.until.split(",")[-1]) + timedelta(days=1)
         now = datetime.combine(ended, datetime.min.time(), timezone.utc)
         updated = update_spend(journal, storage, now=now)

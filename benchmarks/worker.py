@@ -1,10 +1,10 @@
-"""One client in a process of its own: runs once, and prints what it took as one JSON line.
+"""One client in a separate process: runs once, and prints its cost as one JSON line.
 
     python -m benchmarks.worker KIND --url URL --images 2000 --folder FOLDER
 
 ``engine`` is the engine without Dagster, with a SQLite journal and its images in the folder;
 ``dagster`` materializes all partitions of ``prompts.parquet`` in the folder, which ``table``
-writes; ``threads``, ``aiohttp`` and ``httpx`` are the baselines.
+writes; ``threads`` and ``aiohttp`` are the baselines.
 
 ``wall_s`` and ``cpu_s`` leave out Python's start and imports; ``peak_bytes`` does not.
 """
@@ -12,7 +12,6 @@ writes; ``threads``, ``aiohttp`` and ``httpx`` are the baselines.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import os
 import time
@@ -22,12 +21,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.baselines import bare_aiohttp, bare_httpx, body_of, thread_pool
+from benchmarks.baselines import bare_aiohttp, body_of, thread_pool
 from benchmarks.harness import peak_bytes
 
 
 def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
-    """The engine as a run of the plugin puts it together."""
+    """Return the engine as a run of the plugin builds it."""
     from krea_dagster.api import KreaClient  # noqa: PLC0415 - only what is measured is imported
     from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
     from krea_dagster.engine.run.report import RunReport  # noqa: PLC0415
@@ -38,14 +37,8 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
     from krea_dagster.models import ImageRequest  # noqa: PLC0415
     from krea_dagster.prompts.requests import request_key  # noqa: PLC0415
 
-    looking: dict[str, Any] = {}
-    if not options.look:
-        if "look" not in inspect.signature(ImageStore).parameters:
-            raise SystemExit("this version cannot leave out the look at the picture")
-        looking["look"] = False
-
     def wanted(number: int) -> RequestedImage:
-        body = {**body_of(number), "size": options.size, "quality": options.quality}
+        body = {**body_of(number), "quality": options.quality}
         del body["model"]
         request = ImageRequest(request_key=request_key(**body), attempt=0, **body)
         return RequestedImage(request, "all")
@@ -54,7 +47,7 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
         runner = Runner(
             connect=lambda: KreaClient(options.key, base_url=options.url),
             journal=journal,
-            images=ImageStore(Storage(str(options.folder)), **looking),
+            images=ImageStore(Storage(str(options.folder))),
             run_id=f"benchmark-{options.key}",
             max_in_flight=options.most,
         )
@@ -62,7 +55,7 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
         return await runner.run(wanted(number) for number in range(first, first + options.images))
 
     journal_url = options.journal or f"sqlite:///{options.folder / 'journal.db'}"
-    if options.journal:  # which several workers open: made before any of them begins
+    if options.journal:  # several workers open it, so it is made before any of them begins
         Journal(journal_url).close()
 
     def work() -> dict[str, Any]:
@@ -71,22 +64,20 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
         return {
             "delivered": report.progress.delivered,
             "left": len(report.left),
-            "posts": report.posts,
-            "reads": report.read_calls,
         }
 
     return work
 
 
 def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
-    """What ``krea-dagster materialize`` does: runs of the job, in a real instance."""
+    """Return what ``krea-dagster materialize`` does: runs of the job, in a real instance."""
     os.environ.update(
         {
             "EVOLINK_API_KEY": options.key,
             "EVOLINK_BASE_URL": options.url,
             "KREA_PROMPTS": str(options.folder / "prompts.parquet"),
             "KREA_STORAGE": str(options.folder / "krea"),
-            "KREA_PARTITION_BY": options.partition_by,
+            "KREA_PARTITION_BY": "hash:8",
             "KREA_MAX_IN_FLIGHT": str(options.most),
         }
     )
@@ -106,7 +97,7 @@ def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
 
 
 def table(options: Namespace) -> Callable[[], dict[str, Any]]:
-    """Write a prompt table that asks for the same images as the engine alone."""
+    """Write a prompt table with the same images as the engine alone."""
     import pyarrow as pa  # noqa: PLC0415 - as above
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -117,7 +108,6 @@ def table(options: Namespace) -> Callable[[], dict[str, Any]]:
             "prompt_id": [f"p{number:07d}" for number in range(first, first + options.images)],
             "prompt": [body["prompt"] for body in bodies],
             "seed": [body["seed"] for body in bodies],
-            "size": [options.size] * options.images,
             "quality": [options.quality] * options.images,
         }
         pq.write_table(pa.table(columns), options.folder / "prompts.parquet")
@@ -127,7 +117,7 @@ def table(options: Namespace) -> Callable[[], dict[str, Any]]:
 
 
 def baseline(buy: Callable[..., None]) -> Callable[[Namespace], Callable[[], dict[str, Any]]]:
-    """One of the baselines."""
+    """Return one of the baselines."""
 
     def prepared(options: Namespace) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
@@ -145,7 +135,6 @@ KINDS: Final = {
     "table": table,
     "threads": baseline(thread_pool),
     "aiohttp": baseline(bare_aiohttp),
-    "httpx": baseline(bare_httpx),
 }
 
 
@@ -158,28 +147,23 @@ def main() -> None:
     add.add_argument("--images", type=int, required=True)
     add.add_argument("--first", type=int, default=0, help="number of the first image")
     add.add_argument("--folder", type=Path, required=True)
-    add.add_argument("--size", default="1:1")
     add.add_argument("--quality", default="1K")
     add.add_argument("--most", type=int, default=256, help="most in flight, or threads")
-    add.add_argument("--partition-by", default="hash:8")
-    add.add_argument("--no-look", action="store_false", dest="look")
-    add.add_argument("--begin-at", type=float, default=0.0, help="of time.monotonic()")
     add.add_argument("--journal", help="a URL; default: a SQLite file in the folder")
-    add.add_argument("--gate", type=Path, help="a folder; begins once the file `open` is there")
+    add.add_argument("--gate", type=Path, help="a folder; begins when the file `open` is there")
     options = add.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     work = KINDS[options.kind](options)
-    time.sleep(max(0.0, options.begin_at - time.monotonic()))
     if options.gate:
         (options.gate / f"{options.key}.ready").touch()
         while not (options.gate / "open").exists():
             time.sleep(0.01)
     began_s, cpu_s = time.monotonic(), time.process_time()
-    said = work()
-    said["wall_s"] = time.monotonic() - began_s
-    said["cpu_s"] = time.process_time() - cpu_s
-    said["peak_bytes"] = peak_bytes()
-    print(json.dumps(said))
+    output = work()
+    output["wall_s"] = time.monotonic() - began_s
+    output["cpu_s"] = time.process_time() - cpu_s
+    output["peak_bytes"] = peak_bytes()
+    print(json.dumps(output))
 
 
 if __name__ == "__main__":

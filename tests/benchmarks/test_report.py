@@ -1,4 +1,4 @@
-"""Processes that are measured, and the page that is written of what they found."""
+"""Processes that are measured, the page of their figures, and the image files that they fetch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Report, peak_bytes, run
-from benchmarks.page import page
-from benchmarks.pictures import draw, marked
+from benchmarks.harness import peak_bytes, run
+from benchmarks.image_files import draw, marked
+from benchmarks.report import Report, page
 
 
-def test_a_process_is_measured_and_says_its_last_line(tmp_path: Path) -> None:
-    ran = run(["benchmarks.worker", "table", "--images", "3", "--folder", str(tmp_path)])
+def test_a_process_is_measured_and_its_last_line_is_its_output(tmp_path: Path) -> None:
+    ended = run(["benchmarks.worker", "table", "--images", "3", "--folder", str(tmp_path)])
     assert (tmp_path / "prompts.parquet").exists()
-    assert ran.wall_s >= ran.said["wall_s"] > 0
-    assert ran.cpu_s >= ran.said["cpu_s"]
-    assert ran.peak_bytes > 10_000_000
+    assert ended.wall_s >= ended.output["wall_s"] > 0
+    assert ended.cpu_s >= ended.output["cpu_s"]
+    assert ended.peak_bytes > 10_000_000
     assert peak_bytes() > 10_000_000
 
 
@@ -43,8 +43,6 @@ def test_the_page_holds_the_table_the_limits_and_the_conditions() -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 @pytest.mark.parametrize("size", [60_000, 60_001, 60_005, 200_003])
-def test_a_picture_with_its_mark_has_exactly_the_size_that_was_asked_for(
-    kind: str, size: int
-) -> None:
+def test_an_image_file_with_its_mark_has_exactly_the_requested_size(kind: str, size: int) -> None:
     head, rest = marked(draw((256, 256), size, kind), kind, 12)
     assert len(head) + len(rest) == size

@@ -1,10 +1,9 @@
-"""Makes real pictures of about so many bytes, and gives each task's its own first bytes."""
+"""Draws image files of a given size in bytes, and marks each task's file."""
 
 from __future__ import annotations
 
 import io
 import zlib
-from pathlib import Path
 from typing import Final
 
 from PIL import Image, ImageChops
@@ -26,7 +25,7 @@ PIXELS: Final[dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
 QUALITIES: Final = ("1K", "2K")
 FORMATS: Final = ("jpeg", "png")
 
-#: How much a file grows by the mark that tells its task.
+#: Bytes of the mark that names a file's task.
 MARK_BYTES: Final = {"jpeg": 20, "png": 28}
 
 _JPEG_COMMENT_MOST: Final = 65_533
@@ -35,21 +34,21 @@ _LEAST_NOISE: Final = 0.7
 
 
 def pixels_of(size: str, quality: str) -> tuple[int, int]:
-    """Width and height of a picture."""
+    """Return the width and height of an image."""
     return PIXELS[size][QUALITIES.index(quality)]
 
 
 def draw(pixels: tuple[int, int], file_bytes: int, kind: str) -> bytes:
-    """A picture that is not flat: a gradient under as much noise as the size allows.
+    """Return an image file: a gradient with as much noise as the size allows.
 
-    With its mark it has exactly ``file_bytes``: what the noise leaves is a comment. Where not even
-    the gradient has room, it is a grey one, as small as it gets: 13 KB for a JPEG of 1K.
+    With its mark it has exactly ``file_bytes``; a comment fills the rest. If even the gradient is
+    too large, the image is a grey gradient of the least size: 13 KB for a JPEG of 1K.
     """
     room = file_bytes - MARK_BYTES[kind]
     file = _encode(pixels, 0.0, kind)
     if len(file) > room:
         return _padded(_grey(pixels, kind), room, kind)
-    # The noise is looked for on a sixteenth of the picture, because encoding takes its time.
+    # The noise is searched on a sixteenth of the image, because encoding is slow.
     small = (pixels[0] // 4, pixels[1] // 4)
     low, high = 0.0, 80.0
     for _ in range(_STEPS):
@@ -66,18 +65,8 @@ def draw(pixels: tuple[int, int], file_bytes: int, kind: str) -> bytes:
     return _padded(file, room, kind)
 
 
-def read(path: Path) -> tuple[bytes, str]:
-    """A picture of one's own, and its kind. Raises ValueError where it is neither JPEG nor PNG."""
-    file = path.read_bytes()
-    if file.startswith(b"\xff\xd8"):
-        return file, "jpeg"
-    if file.startswith(b"\x89PNG"):
-        return file, "png"
-    raise ValueError(f"{path} is neither a JPEG nor a PNG")
-
-
 def marked(file: bytes, kind: str, number: int) -> tuple[bytes, bytes]:
-    """A file in two pieces, of which the first names a task, so that no two are the same."""
+    """Return a file in two pieces. The first names a task, so that no two files are equal."""
     text = b"task %011d" % number
     if kind == "jpeg":
         return b"\xff\xd8" + _jpeg_comment(text), file[2:]
@@ -103,8 +92,8 @@ def _encode(pixels: tuple[int, int], noise: float, kind: str) -> bytes:
 
 def _grey(pixels: tuple[int, int], kind: str) -> bytes:
     file = io.BytesIO()
-    picture = Image.linear_gradient("L").resize(pixels)
-    picture.save(file, kind.upper(), **({"quality": 20} if kind == "jpeg" else {}))
+    image = Image.linear_gradient("L").resize(pixels)
+    image.save(file, kind.upper(), **({"quality": 20} if kind == "jpeg" else {}))
     return file.getvalue()
 
 
@@ -120,7 +109,7 @@ def _padded(file: bytes, size: int, kind: str) -> bytes:
     while missing >= 4:
         text = b" " * min(missing - 4, _JPEG_COMMENT_MOST)
         if 0 < missing - 4 - len(text) < 4:
-            text = text[:-4]  # leave room for a comment of its own
+            text = text[:-4]  # leave room for another comment
         pieces.append(_jpeg_comment(text))
         missing -= len(pieces[-1])
     return file[:2] + b"".join(pieces) + file[2:]

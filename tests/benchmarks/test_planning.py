@@ -1,0 +1,17 @@
+"""The planning benchmark's journal is one that a run can read."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from benchmarks.planning import plan, write_done, write_table
+
+
+def test_a_run_over_the_table_finds_every_image_stored(tmp_path: Path) -> None:
+    options = Namespace(folder=tmp_path, rows=40)
+    write_table(options)
+    write_done(options)
+    assert plan(options)["left"] == 0
+    next((tmp_path / "krea" / "images").glob("*/*")).unlink()
+    assert plan(options)["left"] == 1
