@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from krea_dagster.engine.clock import Clock
-from krea_dagster.engine.journal.callback_log import CallbackLog
+from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.poll_schedule import poll_reason
-from krea_dagster.engine.run.poller import TaskPoller
-from krea_dagster.engine.threads import InThread
 
 #: Seconds between two reads of the journal, and more for each pending task: a read costs about
 #: 15 µs of a core for each.
@@ -22,27 +19,24 @@ _MORE_S_EACH: Final = 0.0005
 class CallbackListener:
     """Wakes a poller's reads by the callbacks in a journal. ``run`` must be under way."""
 
-    def __init__(
-        self, calls: CallbackLog, poller: TaskPoller, clock: Clock, in_thread: InThread
-    ) -> None:
-        self._calls = calls
-        self._poller = poller
-        self._clock = clock
-        self._in_thread = in_thread
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._poller = context.poller
         self._seen: dict[str, int] = {}  # callbacks that were followed by a read
         self._read_at_s: dict[str, float] = {}
 
     async def run(self) -> None:
         """Look for callbacks until cancelled. Raises JournalError."""
+        received = self._context.options.journal.callbacks.received
         quiet_at_s: dict[str, float] = {}
         while True:
             count = len(self._poller.awaiting_callback())
-            await self._clock.sleep(_READ_EVERY_S + _MORE_S_EACH * count)
+            await self._context.clock.sleep(_READ_EVERY_S + _MORE_S_EACH * count)
             waiting = self._poller.awaiting_callback()
             if not waiting:
                 continue
-            now_s = self._clock.monotonic()
-            called = await self._in_thread(self._calls.received, list(waiting))
+            now_s = self._context.clock.monotonic()
+            called = await self._context.in_thread(received, list(waiting))
             for key, read in waiting.items():
                 if read.pending is None or read.under_way:
                     continue

@@ -62,11 +62,18 @@ class RunContext:
         event: Event,
         values: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        *,
+        error: tuple[str, str] | None = None,
     ) -> None:
-        """Write an event of a request durably. Raises JournalError."""
-        before = item.record
+        """Write an event of a request durably, with the code and message of an error.
+
+        Raises JournalError.
+        """
+        before, values = item.record, dict(values or {})
+        if error is not None:
+            values["error_code"], values["error_message"] = error
         item.record = await self._writer.append(
-            Change(before.request_key, event, self.clock.now(), values or {}, data), known=before
+            Change(before.request_key, event, self.clock.now(), values, data), known=before
         )
         if item.record.committed_units < before.committed_units:
             self.on_release()

@@ -8,7 +8,7 @@ from typing import Any
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.outages import Dependency
-from krea_dagster.engine.run.work_item import WorkItem, error_values
+from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import DownloadError, ImageRejected, LinkDead, NoUsableBody, StorageError
 
@@ -23,6 +23,7 @@ class FetchStep:
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
+        self._record = context.record
         self._images = context.options.images
         self._outages = context.outages
         self._stored: dict[str, str] = {}  # the SHA-256 of each file, by request key
@@ -50,7 +51,7 @@ class FetchStep:
                 Dependency.API, error
             ):
                 return 0.0  # the network failed, and not the file
-            await self._context.record(item, Event.NOT_STORED, error_values(error.code, str(error)))
+            await self._record(item, Event.NOT_STORED, error=(error.code, str(error)))
             if isinstance(error, ImageRejected):
                 # A complete file that was paid for: it is kept, and would come again as it is.
                 retry.leave_reason = f"not stored: {error}"
@@ -62,7 +63,7 @@ class FetchStep:
         except OSError as error:
             raise self._not_stored(error) from error
         again = record.state is State.STORED  # in another storage root
-        await self._context.record(item, Event.FOUND if again else Event.STORED, _columns(image))
+        await self._record(item, Event.FOUND if again else Event.STORED, _columns(image))
         self._stored[record.request_key] = image.sha256
         return 0.0
 
@@ -90,7 +91,7 @@ class FetchStep:
             if record.state is State.SUBMITTED and record.charged_units is None:
                 values["charged_units"] = 0 if record.replayed else record.reserved_units
             data = {"file": name, "was": record.state.value}
-            await self._context.record(item, Event.FOUND, values, data)
+            await self._record(item, Event.FOUND, values, data)
         return 0.0
 
     async def restore(self, item: WorkItem) -> float:
@@ -104,10 +105,10 @@ class FetchStep:
             image = await self._outages.repeated(partial(self._images.copied, location, record))
             if image is not None:
                 data = {"file": image.path, "copied_from": location}
-                await self._context.record(item, Event.FOUND, _columns(image), data)
+                await self._record(item, Event.FOUND, _columns(image), data)
                 return 0.0
         if not elsewhere:
-            await self._context.record(item, Event.FILE_MISSING)
+            await self._record(item, Event.FILE_MISSING)
             # Counted, because a storage that changes what it is given would be filled for ever.
             item.retry.fetch_failures += 1
             return 0.0
@@ -126,12 +127,12 @@ class FetchStep:
         except DownloadError as error:
             item.retry.leave_reason = f"{reason} is not valid any more: {error}"
             return 0.0
-        await self._context.record(item, Event.FOUND, _columns(image), {"file": image.path})
+        await self._record(item, Event.FOUND, _columns(image), {"file": image.path})
         return 0.0
 
     async def expire(self, item: WorkItem, code: str, message: str) -> float:
         """Record that an image is paid and lost."""
-        await self._context.record(item, Event.EXPIRED, error_values(code, message))
+        await self._record(item, Event.EXPIRED, error=(code, message))
         return 0.0
 
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Final
 
 from krea_dagster.engine.clock import Clock
-from krea_dagster.engine.journal.pace_log import PaceLog
 from krea_dagster.engine.pace import InWork, Pace, is_slow
-from krea_dagster.engine.pace_sharing import SOON_S, Lease, PaceEvent, SharedPace
+from krea_dagster.engine.pace_sharing import Lease, PaceEvent, SharedPace
 from krea_dagster.engine.run.poll_schedule import PollReason, chances, is_learned
 from krea_dagster.engine.run.poller import TaskPoller, TaskRead
 from krea_dagster.engine.run.work_item import WorkItem
-from krea_dagster.engine.threads import InThread
-from krea_dagster.errors import JournalError
-
-_log = logging.getLogger(__name__)
 
 #: By how much the lowest median seen is raised with every image.
 _FORGET: Final = 1.001
@@ -121,49 +114,3 @@ class InFlight:
         ended = chances(self._poller.latencies, pending, self._clock.monotonic())
         deviation = float((ended * (1.0 - ended)).sum()) ** 0.5
         return InWork(known, known - float(ended.sum()), deviation)
-
-
-class PaceSync:
-    """Exchanges the pace with the other runs of the account, through the journal."""
-
-    def __init__(
-        self,
-        in_flight: InFlight,
-        paces: PaceLog,
-        *,
-        owner: str,
-        api_key: str,
-        clock: Clock,
-        in_thread: InThread,
-        changed: Callable[[], None],
-    ) -> None:
-        self._in_flight = in_flight
-        self._paces = paces
-        self._owner = owner
-        self._api_key = api_key
-        self._clock = clock
-        self._in_thread = in_thread
-        self._changed = changed
-
-    async def run(self) -> None:
-        """Exchange when it is due and there is something to tell or to want, until cancelled."""
-        shared = self._in_flight.shared
-        while True:
-            due_s = shared.due_s(self._clock.monotonic())
-            await self._clock.sleep(min(max(due_s, 0.01), SOON_S))
-            if shared.due_s(self._clock.monotonic()) <= 0.0 and not self._in_flight.is_idle:
-                await self.exchange()
-
-    async def exchange(self) -> None:
-        """Exchange once. If the journal is away, the run goes on with what it knows."""
-        shared, clock = self._in_flight.shared, self._clock.monotonic
-        lease, untold = self._in_flight.lease(self._owner), shared.untold()
-        try:
-            found = await self._in_thread(self._paces.exchange, self._api_key, lease, untold, clock)
-        except JournalError as error:
-            # Purchases are written to the same journal: they decide whether the run must end.
-            _log.debug("The pace was not shared: %s", error)
-            shared.missed(clock())
-        else:
-            shared.exchanged(found, clock())
-        self._changed()

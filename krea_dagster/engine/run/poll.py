@@ -16,7 +16,7 @@ from krea_dagster.engine.run.latency import is_overdue
 from krea_dagster.engine.run.outages import Dependency
 from krea_dagster.engine.run.poll_schedule import PendingTask, PollReason, worth_polling
 from krea_dagster.engine.run.poller import TaskRead
-from krea_dagster.engine.run.work_item import WorkItem, error_values
+from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
     AccessDenied,
@@ -52,14 +52,13 @@ class PollStep:
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
+        self._options, self._policy = context.options, context.policy
+        self._clock, self._record = context.clock, context.record
         self._poller = context.poller
         self._unknown_tasks: set[str] = set()
         self._found_one = False
         self._callback_url_of = context.options.callback_url_of
-        self.listener: CallbackListener | None = None
-        if self._callback_url_of is not None:
-            calls = context.options.journal.callbacks
-            self.listener = CallbackListener(calls, self._poller, context.clock, context.in_thread)
+        self.listener = CallbackListener(context) if self._callback_url_of else None
         self.charged_units = 0
         self.missed_callbacks = 0
 
@@ -73,7 +72,7 @@ class PollStep:
             read = await self._poller.read(
                 str(record.task_id),
                 pending,
-                within_s=max(0.0, self._context.policy.patience_s - self._context.age_s(record)),
+                within_s=max(0.0, self._policy.patience_s - self._context.age_s(record)),
                 callback_key=record.request_key if expects_callback and pending else None,
             )
         except KreaError as error:
@@ -130,14 +129,14 @@ class PollStep:
             return 0.0
         by = {"resolved_by": "a callback, confirmed by EvoLink", "called_at": str(claim.first_at)}
         try:
-            await self._context.record(item, Event.ACCEPTED, {"task_id": claim.task_id}, by)
+            await self._record(item, Event.ACCEPTED, {"task_id": claim.task_id}, by)
         except TaskTaken as error:
             item.retry.leave_reason = f"{reason}, but {error}"
         return 0.0
 
     async def _claimed(self, task_id: str, record: Record) -> TaskRead:
         """Read a claimed task once it has ended, or the patience is over."""
-        since_s, patience_s = self._context.clock.monotonic(), self._context.policy.patience_s
+        since_s, patience_s = self._clock.monotonic(), self._policy.patience_s
         read = await self._poller.read(task_id)
         while read.task.status in ("pending", "processing"):
             waited_s = read.read_at_s - since_s
@@ -185,8 +184,8 @@ class PollStep:
         if record.state is not State.SUBMITTED:
             return None
         if not item.since_s:
-            item.since_s = self._context.clock.monotonic() - self._context.age_s(record)
-            earlier = record.run_id != self._context.options.run_id
+            item.since_s = self._clock.monotonic() - self._context.age_s(record)
+            earlier = record.run_id != self._options.run_id
             if earlier and item.retry.polls == 0 and not self.expects_callback(record):
                 return None  # it may have ended long ago
         return item.pending
@@ -205,13 +204,13 @@ class PollStep:
         record = item.record
         settled = record.charged_units is not None and record.state is not State.FAILED
         if record.state not in _UNSETTLED or settled:
-            await self._context.record(item, Event.COMPLETED, {"result_url": url})
+            await self._record(item, Event.COMPLETED, {"result_url": url})
             return
-        if record.run_id == self._context.options.run_id:
+        if record.run_id == self._options.run_id:
             self._context.in_flight.learn(item, read)
         charged = _charge(record, read.task)
         values = {"result_url": url, "charged_units": charged}
-        await self._context.record(item, Event.COMPLETED, values)
+        await self._record(item, Event.COMPLETED, values)
         self.charged_units += charged or 0
 
     async def _task_failed(self, item: WorkItem, task: Task) -> None:
@@ -224,16 +223,14 @@ class PollStep:
             charged = None
             own = f": {code}: {message}" if task.failure else ""
             code, message = _CANCELLED, f"the task was cancelled at the server{own}"
-        await self._context.record(
-            item, Event.FAILED, {**error_values(code, message), "charged_units": charged}
-        )
+        await self._record(item, Event.FAILED, {"charged_units": charged}, error=(code, message))
         item.retry.task_failures += 1
         item.retry.polls = 0
         item.not_yet_s = 0.0
 
     def _failed(self, item: WorkItem, error: KreaError) -> float:
         """Count a read that failed, and pause."""
-        retry, policy = item.retry, self._context.policy
+        retry, policy = item.retry, self._policy
         retry.poll_failures += 1
         at_least_s = getattr(error, "retry_after_s", None) or 0.0
         match error:
@@ -252,10 +249,10 @@ class PollStep:
 
     def _not_found(self, record: Record) -> None:
         """Note a task that should be known: if several are not, and none is, the key is wrong."""
-        if record.api_key is not None and record.api_key in self._context.policy.account_keys:
+        if record.api_key is not None and record.api_key in self._policy.account_keys:
             return  # bought with this account's key: a forgotten task does not make the key wrong
         age_s = self._context.age_s(record)
-        if record.state is State.SUBMITTED and age_s < self._context.policy.gone_after_s:
+        if record.state is State.SUBMITTED and age_s < self._policy.gone_after_s:
             self._unknown_tasks.add(str(record.task_id))
         if len(self._unknown_tasks) >= _ALL_UNKNOWN and not self._found_one:
             self._context.stop_buying(

@@ -38,16 +38,7 @@ class Runner(RunOptions):
         outages.probes[Dependency.JOURNAL] = partial(self._probe, self.journal.ping)
         outages.probes[Dependency.STORAGE] = partial(self._probe, self.images.storage.ping)
         in_thread = outages.patient(self.in_thread)
-        work = await WorkList.enter(
-            requested,
-            self.journal,
-            in_thread=in_thread,
-            run_id=self.run_id,
-            at=self.clock.now(),
-            table_id=self.table_id,
-            is_unfinished=self._is_unfinished,
-            reused_rows=reused_rows,
-        )
+        work = await WorkList.enter(requested, self, in_thread, self._is_unfinished, reused_rows)
         # Once all requests are entered, also those that a restored journal had forgotten.
         recover = partial(
             write_saved_answers,

@@ -41,9 +41,9 @@ from krea_dagster.engine.resolution import Claim, Resolution
 from krea_dagster.engine.run.claims import Claims
 from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.fetch import FetchStep
-from krea_dagster.engine.run.in_flight import PaceSync
 from krea_dagster.engine.run.options import Client, RunOptions
 from krea_dagster.engine.run.outages import Outages
+from krea_dagster.engine.run.pace_sync import PaceSync
 from krea_dagster.engine.run.poll import PollStep
 from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.engine.run.submit import HeldBack, SubmitStep
@@ -124,15 +124,7 @@ class RunScheduler:
         self._context = RunContext(options, client, self._writer, outages, self._wake)
         self._poller, self._in_flight = self._context.poller, self._context.in_flight
         self._in_flight.wants = work.unfinished if options.buying else 0
-        self._pace_sync = PaceSync(
-            self._in_flight,
-            options.journal.paces,
-            owner=self._owner.owner,
-            api_key=options.api_key or "",
-            clock=options.clock,
-            in_thread=options.in_thread,
-            changed=self._wake,
-        )
+        self._pace_sync = PaceSync(self._context, self._owner.owner)
         self._poll = PollStep(self._context)
         self._submit = SubmitStep(self._context, self._poll)
         self._fetch = FetchStep(self._context)

@@ -26,7 +26,7 @@ from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution,
 from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.outages import Dependency
 from krea_dagster.engine.run.poll import PollStep
-from krea_dagster.engine.run.work_item import WorkItem, error_values
+from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
     AccountStopped,
@@ -71,6 +71,9 @@ class SubmitStep:
 
     def __init__(self, context: RunContext, poll: PollStep) -> None:
         self._context = context
+        self._options, self._policy = context.options, context.policy
+        self._clock, self._in_flight = context.clock, context.in_flight
+        self._record = context.record
         self._poll = poll
         self._doubted_in_row = 0
         self._posting: set[anyio.CancelScope] = set()
@@ -95,7 +98,7 @@ class SubmitStep:
         """
         self._ending = True
         for scope in self._posting:
-            scope.deadline = anyio.current_time() + self._context.policy.grace_s
+            scope.deadline = anyio.current_time() + self._policy.grace_s
 
     # -- one POST -----------------------------------------------------------------------------
 
@@ -104,9 +107,9 @@ class SubmitStep:
         values: dict[str, Any] = {}
         if intent is not Event.REPLAYING:
             values = {
-                "table_id": self._context.options.table_id,
+                "table_id": self._options.table_id,
                 "partition_key": item.partition_key,
-                "api_key": self._context.options.api_key,
+                "api_key": self._options.api_key,
                 "scopes": item.scopes,
                 "callback_url": self._callback_url(item),
             }
@@ -117,11 +120,11 @@ class SubmitStep:
             try:
                 # If the run stops here, a purchase that was not sent must not look as if it was.
                 with anyio.CancelScope(shield=True):
-                    await self._context.record(item, intent, values)
+                    await self._record(item, intent, values)
                     if self._ending:
                         return await self._take_back(item)
                 self.posts += 1
-                sent_at_s = self._context.clock.monotonic()
+                sent_at_s = self._clock.monotonic()
                 answer = await self._post(item.record)
                 # The grace of a stop is for the answer, not for writing it down.
                 with anyio.CancelScope(shield=True):
@@ -130,19 +133,19 @@ class SubmitStep:
                 return await self._closed(item, closed)
             finally:
                 self._posting.discard(scope)
-                self._context.in_flight.revoke_submit(item)
+                self._in_flight.revoke_submit(item)
         if retried is not None:
             return await self._failed(item, retried)
         if scope.cancelled_caught:
             # A stop's grace ended before the answer came.
             with anyio.CancelScope(shield=True):
-                error = error_values("stopped", "the run was stopped before the answer came")
-                await self._context.record(item, Event.OUTCOME_UNKNOWN, error)
+                error = ("stopped", "the run was stopped before the answer came")
+                await self._record(item, Event.OUTCOME_UNKNOWN, error=error)
         return 0.0
 
     def _callback_url(self, item: WorkItem) -> str | None:
         """Return the callback address of a purchase: its row's, or the receiver's."""
-        url_of = self._context.options.callback_url_of
+        url_of = self._options.callback_url_of
         if item.callback_url is not None or url_of is None:
             return item.callback_url
         return url_of(item.record.request_key)
@@ -150,8 +153,8 @@ class SubmitStep:
     async def _take_back(self, item: WorkItem) -> float:
         """Take an intent back because the run was stopped."""
         if item.record.state is State.SUBMITTING:
-            error = error_values("stopped", "the run was stopped before it was sent")
-            await self._context.record(item, Event.TURNED_AWAY, error)
+            error = ("stopped", "the run was stopped before it was sent")
+            await self._record(item, Event.TURNED_AWAY, error=error)
         return 0.0
 
     async def _closed(self, item: WorkItem, closed: BuyingClosed) -> float:
@@ -164,8 +167,7 @@ class SubmitStep:
             self._full[closed.scope, item.record.request.quality] = held
         record = item.record
         if record.state is not State.DEFERRED or record.error_code != closed.code:
-            error = error_values(closed.code, str(closed))
-            await self._context.record(item, Event.DEFERRED, error)
+            await self._record(item, Event.DEFERRED, error=(closed.code, str(closed)))
         item.retry.leave_reason = held.reason
         return 0.0
 
@@ -191,7 +193,7 @@ class SubmitStep:
         return None
 
     def _scopes(self, partition_key: str, scopes: tuple[str, ...]) -> tuple[str, ...]:
-        now, options = self._context.clock.now(), self._context.options
+        now, options = self._clock.now(), self._options
         return scopes_of(options.run_id, now, partition_key, scopes, table_id=options.table_id)
 
     async def _post(self, record: Record) -> Submission | SubmitError:
@@ -209,7 +211,7 @@ class SubmitStep:
     ) -> SubmitError | None:
         """Write the answer to a POST; returns an error after which it is to be retried."""
         if isinstance(answer, Submission):
-            self._context.in_flight.taken(item, sent_at_s)
+            self._in_flight.taken(item, sent_at_s)
             await self._accepted(item, answer)
             item.retry.submit_failures = 0
             self._refused_since_s = None
@@ -218,13 +220,13 @@ class SubmitStep:
         is_first = item.record.state is not State.UNKNOWN
         if isinstance(answer, TurnedAway):
             self.rate_limited += 1
-            self._context.in_flight.refused(sent_at_s, answer.retry_after_s or 0.0)
-        restored = self._context.options.root.adopts
+            self._in_flight.refused(sent_at_s, answer.retry_after_s or 0.0)
+        restored = self._options.root.adopts
         if isinstance(answer, IdempotencyConflict) and is_first and not restored:
             # A first POST certainly created nothing: another purchase has its key. In a journal
             # that has lost purchases, that one may be its own.
-            error = {**error_values(CONFLICT, str(answer)), "charged_units": 0}
-            await self._context.record(item, Event.REFUSED, error)
+            error = (CONFLICT, str(answer))
+            await self._record(item, Event.REFUSED, {"charged_units": 0}, error=error)
             return None
         if isinstance(answer, NotCharged) and is_first:
             return await self._not_charged(item, answer)
@@ -251,11 +253,11 @@ class SubmitStep:
             None if units is None else credits_from_units(units),
         )
         try:
-            await self._context.record(item, Event.ACCEPTED, values, data)
+            await self._record(item, Event.ACCEPTED, values, data)
         except TaskTaken as error:
             message = f"the server returned a task id that belongs to another purchase: {error}"
-            await self._context.record(
-                item, Event.OUTCOME_UNKNOWN, error_values("task_id_repeated", message), data
+            await self._record(
+                item, Event.OUTCOME_UNKNOWN, data=data, error=("task_id_repeated", message)
             )
             item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
         except TakenOver as error:
@@ -270,7 +272,7 @@ class SubmitStep:
         self, bought: UnwrittenPurchase, values: Mapping[str, Any], answer: Mapping[str, Any]
     ) -> str:
         """Write a purchase to a file for the next run; returns its place."""
-        journal, storage = self._context.options.journal, self._context.options.images.storage
+        journal, storage = self._options.journal, self._options.images.storage
         kept = SavedAnswer(
             journal.journal_id, bought.request_key, bought.idempotency_key, values, dict(answer)
         )
@@ -305,25 +307,24 @@ class SubmitStep:
     # -- what the answer says of money --------------------------------------------------------
 
     async def _not_charged(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
-        values = error_values(_code(error), str(error))
+        said = (_code(error), str(error))
         match error:
             case AccountStopped():
-                await self._context.record(item, Event.DEFERRED, values)
+                await self._record(item, Event.DEFERRED, error=said)
                 await self._account_stopped(error)
                 item.retry.leave_reason = self._why_stopped()
             case Refused():
-                await self._context.record(item, Event.REFUSED, {**values, "charged_units": 0})
+                await self._record(item, Event.REFUSED, {"charged_units": 0}, error=said)
             case TurnedAway():
-                await self._context.record(item, Event.TURNED_AWAY, values)
+                await self._record(item, Event.TURNED_AWAY, error=said)
                 self._note_rate_limit(error)
             case _:
-                await self._context.record(item, Event.TURNED_AWAY, values)
+                await self._record(item, Event.TURNED_AWAY, error=said)
                 return error
         return None
 
     async def _outcome_unknown(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
-        values = error_values(_code(error), str(error))
-        await self._context.record(item, Event.OUTCOME_UNKNOWN, values)
+        await self._record(item, Event.OUTCOME_UNKNOWN, error=(_code(error), str(error)))
         match error:
             case TurnedAway():
                 self._note_rate_limit(error)
@@ -343,7 +344,7 @@ class SubmitStep:
         at_least_s = error.retry_after_s or 0.0
         match error:
             case PurchasePending():
-                at_least_s = max(at_least_s, _PENDING_S * self._context.policy.wait_scale)
+                at_least_s = max(at_least_s, _PENDING_S * self._policy.wait_scale)
             case OutcomeUnknown():
                 self._slow_down(error)
         return self._context.backoff_s(item.retry.submit_failures, at_least_s=at_least_s)
@@ -353,14 +354,14 @@ class SubmitStep:
 
         Without any answer for as long as the patience lasts, buying stops.
         """
-        now_s, policy = self._context.clock.monotonic(), self._context.policy
+        now_s, policy = self._clock.monotonic(), self._policy
         self._unanswered += 1
         if self._silent_since_s is None:
             self._silent_since_s = now_s
         over = self._unanswered - policy.silence_tries
         if over < 0:
             return
-        self._context.in_flight.silent(self._context.backoff_s(over + 1))
+        self._in_flight.silent(self._context.backoff_s(over + 1))
         silent_s = now_s - self._silent_since_s
         if silent_s > policy.patience_s:
             message = f"no purchase got a usable answer for {silent_s:.0f} s, the last: {error}"
@@ -372,9 +373,9 @@ class SubmitStep:
         Nothing more is bought if it has lasted for the patience, or is said to last longer.
         """
         if self._refused_since_s is None:
-            self._refused_since_s = self._context.clock.monotonic()
+            self._refused_since_s = self._clock.monotonic()
         lasts_s = self.rate_limited_s
-        if lasts_s + (error.retry_after_s or 0.0) > self._context.policy.patience_s:
+        if lasts_s + (error.retry_after_s or 0.0) > self._policy.patience_s:
             asks = f", and asks for {error.retry_after_s:g} s more" if error.retry_after_s else ""
             message = f"the server has taken nothing for {lasts_s:.0f} s{asks}: {error}"
             self._context.stop_buying(TryLater(RATE_LIMITED, message))
@@ -384,14 +385,14 @@ class SubmitStep:
         """Seconds since the server last took a purchase, while it answers with 429."""
         if self._refused_since_s is None:
             return 0.0
-        return self._context.clock.monotonic() - self._refused_since_s
+        return self._clock.monotonic() - self._refused_since_s
 
     async def _account_stopped(self, error: AccountStopped) -> None:
         """Stop this run, and the other runs of its launch."""
         if self._context.stopped is None:
             self._context.stop_buying(error)
-            options = self._context.options
-            launch, now = options.launch or options.run_id, self._context.clock.now()
+            options = self._options
+            launch, now = options.launch or options.run_id, self._clock.now()
             await self._context.in_thread(options.journal.stop, launch, error.code, str(error), now)
 
     def _why_stopped(self) -> str:
@@ -406,24 +407,23 @@ class SubmitStep:
     async def mark_unknown(self, item: WorkItem, code: str, message: str) -> float:
         """Record that the outcome of a purchase is unknown."""
         data = {"task_id": item.record.task_id} if item.record.task_id else None
-        await self._context.record(item, Event.OUTCOME_UNKNOWN, error_values(code, message), data)
+        await self._record(item, Event.OUTCOME_UNKNOWN, data=data, error=(code, message))
         return 0.0
 
     async def resolve(self, item: WorkItem, resolution: Resolution) -> float:
         """Apply a person's decision about an unknown outcome."""
-        record = self._context.record
         by = {"resolved_by": "a person", "decision": str(resolution)}
         match resolution:
             case NotBought():
-                await record(item, Event.RELEASED, {"charged_units": 0}, by)
+                await self._record(item, Event.RELEASED, {"charged_units": 0}, by)
             case Lost():
-                message = "a person decided that it was charged and lost"
-                await record(item, Event.EXPIRED, error_values("resolved_as_lost", message), by)
+                error = ("resolved_as_lost", "a person decided that it was charged and lost")
+                await self._record(item, Event.EXPIRED, data=by, error=error)
             case HasTask(task_id=task_id):
                 try:
-                    await record(item, Event.ACCEPTED, {"task_id": task_id}, by)
-                except TaskTaken as error:
-                    item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
+                    await self._record(item, Event.ACCEPTED, {"task_id": task_id}, by)
+                except TaskTaken as taken:
+                    item.retry.leave_reason = f"outcome unknown, a person decides: {taken}"
             case SendAgain():
                 item.retry.replay_decided = True
         return 0.0
@@ -435,21 +435,21 @@ class SubmitStep:
         """
         record, retry = item.record, item.retry
         code = record.error_code or ""
-        pause_s = task_error_wait_s(code, self._context.random_fraction(), self._context.policy)
+        pause_s = task_error_wait_s(code, self._context.random_fraction(), self._policy)
         if record.state is State.FAILED and not retry.waited:
             retry.waited = True
             if pause_s > 0:
                 return pause_s
         if record.task_id is not None and not await self._confirm_failed(item):
             return 0.0
-        await self._context.record(item, Event.PLANNED)
+        await self._record(item, Event.PLANNED)
         retry.retried, retry.waited = True, False
         return 0.0
 
     async def _confirm_failed(self, item: WorkItem) -> bool:
         """Whether the task has certainly failed, and is the only one of its purchase."""
         code = item.record.error_code
-        wanted = code in self._context.policy.retry_codes
+        wanted = code in self._policy.retry_codes
         if not wanted and await self._context.in_thread(self._may_have_two_tasks, item.record):
             item.retry.leave_reason = (
                 "not bought again: its purchase was sent twice, and the task that failed may not "
@@ -461,7 +461,7 @@ class SubmitStep:
     def _may_have_two_tasks(self, record: Record) -> bool:
         """Whether a purchase was repeated, and the server did not recognise it. Blocks."""
         repeated = known = False
-        for _, event, data in self._context.options.journal.history(record.request_key):
+        for _, event, data in self._options.journal.history(record.request_key):
             match event:
                 case Event.SUBMITTING:
                     repeated = known = False

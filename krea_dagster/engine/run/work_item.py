@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from krea_dagster.engine.policy import RetryState
 from krea_dagster.engine.record import Record
@@ -34,8 +33,3 @@ class WorkItem:
     def pending(self) -> PendingTask:
         """Its task, as the poll schedule sees it."""
         return PendingTask(self.record.request.quality, self.since_s, self.not_yet_s)
-
-
-def error_values(code: str, message: str) -> dict[str, Any]:
-    """Return the columns that an event sets after a failure."""
-    return {"error_code": code, "error_message": message}

@@ -10,14 +10,13 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import Final
 
-from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import RetryState
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.run.options import RunOptions
 from krea_dagster.engine.run.report import Progress, count_of
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import AT_STAKE, State
@@ -77,14 +76,10 @@ class WorkList:
     async def enter(
         cls,
         requested: Iterable[RequestedImage],
-        journal: Journal,
-        *,
+        options: RunOptions,
         in_thread: InThread,
-        run_id: str,
-        at: datetime,
-        table_id: str = "",
         is_unfinished: Callable[[Record], bool],
-        reused_rows: int = 0,
+        reused_rows: int,
     ) -> WorkList:
         """Enter requests into the journal, and find which of them are unfinished.
 
@@ -94,7 +89,13 @@ class WorkList:
         work = cls(Progress(total=reused_rows, reused=reused_rows))
         paid: list[tuple[float, str]] = []
         batches = _batches(requested)
-        enter = partial(journal.plan, run_id=run_id, at=at, table_id=table_id)
+        journal = options.journal
+        enter = partial(
+            journal.plan,
+            run_id=options.run_id,
+            at=options.clock.now(),
+            table_id=options.table_id,
+        )
         while batch := await in_thread(next, batches, []):
             work.new += await in_thread(enter, [(one.request, one.partition_key) for one in batch])
             keys = [one.request.request_key for one in batch]
