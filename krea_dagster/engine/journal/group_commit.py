@@ -58,6 +58,8 @@ class GroupCommit:
         )
         self._in_thread = in_thread
         self._jobs: list[_Job] = []
+        self._batch: Sequence[_Job] = ()
+        self._broken: Exception | None = None
         self._arrived = asyncio.Event()
         self._closing = False
         self._working: asyncio.Task[None] | None = None
@@ -93,12 +95,22 @@ class GroupCommit:
         same. Raises IllegalTransition, BuyingClosed or JournalError, with nothing changed for
         this request.
         """
+        if self._broken is not None:
+            raise self._broken
         answer: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
         self._jobs.append((change, known, answer))
         self._arrived.set()
         return await answer
 
     async def _work(self) -> None:
+        try:
+            await self._write_all()
+        except Exception as error:  # noqa: BLE001 - a bug must not leave callers waiting for ever
+            self._broken = error
+            for _, _, answer in (*self._batch, *self._jobs):
+                _give(answer, error)
+
+    async def _write_all(self) -> None:
         many = False
         while self._jobs or not self._closing:
             await self._arrived.wait()
@@ -106,9 +118,9 @@ class GroupCommit:
             while self._jobs:
                 if many and not self._closing:
                     await asyncio.sleep(_GATHER_S)
-                batch, self._jobs = self._jobs[:_MOST], self._jobs[_MOST:]
-                await self._write(batch)
-                many = len(batch) >= _MANY
+                self._batch, self._jobs = self._jobs[:_MOST], self._jobs[_MOST:]
+                await self._write(self._batch)
+                many = len(self._batch) >= _MANY
 
     async def _write(self, batch: Sequence[_Job]) -> None:
         changes = [change for change, _, _ in batch]

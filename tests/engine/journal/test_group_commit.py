@@ -158,3 +158,20 @@ async def test_a_locked_database_fails_all_that_wait_for_it_at_once(tmp_path: Pa
     assert all(isinstance(answer, JournalError) for answer in answers)
     assert time.monotonic() - started_s < 5.0  # 40 waits would be 8 s
     assert set(states(journal, requests)) == {State.PLANNED}
+
+
+async def test_a_writer_that_breaks_fails_its_callers_and_those_that_come_later(
+    journal_url: str,
+) -> None:
+    class Broken(Journal):
+        def append(self, *_: Any, **__: Any) -> list[Record | JournalError | BuyingClosed]:
+            return []  # not an answer for each change
+
+    with closing(Broken(journal_url)) as journal:
+        journal_writer, requests = JournalWriter(journal), make_requests(2)
+        journal_writer.plan(*requests)
+        with anyio.fail_after(10):
+            async with group_commit(journal_writer) as writer:
+                for request in requests:
+                    with pytest.raises(ValueError, match="shorter"):
+                        await writer.append(change(request, Event.SUBMITTING))
