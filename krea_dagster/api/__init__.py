@@ -1,4 +1,4 @@
-"""EvoLink's API: what is sent, what its answers mean, and how a result is fetched."""
+"""EvoLink's API: requests, the meaning of the answers, and downloads of results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether many tasks are read at once. Pure: the time is handed in.
+"""Whether the batch endpoint is used to read tasks. Pure: the time is an argument.
 
-The endpoint is undocumented, so that it may be missing, come, and go. While it is not used, tasks
-are read singly: that costs a little more, and never misses a paid task.
+The endpoint is undocumented, so it may be missing, and may come and go. While it is not used, tasks
+are read singly, which takes a little longer and misses no paid task.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-#: Unusable batch answers in a row that end the use of the endpoint for a while.
+#: Unusable answers in a row after which the endpoint is not used for a while.
 BATCH_TRIES: Final = 3
-#: How long it is not used at first. The pause doubles each time until a batch is answered.
+#: The first pause. It doubles each time until a batch is answered.
 OFF_S: Final = 60.0
 OFF_MAX_S: Final = 600.0
 
 
 @dataclass(frozen=True)
 class BatchSupport:
-    """What is known of the endpoint. ``unusable`` counts unusable answers in a row."""
+    """What is known about the endpoint. ``unusable`` counts unusable answers in a row."""
 
     works: bool = False
     unusable: int = 0
@@ -26,17 +26,17 @@ class BatchSupport:
     off_s: float = OFF_S
 
     def supported(self, now_s: float) -> bool | None:
-        """True once it has answered, False for a while after it did not, else None: untried."""
+        """Return True if it has answered, False in a pause, else None: untried."""
         if self.off_until_s is not None and now_s < self.off_until_s:
             return False
         return True if self.works else None
 
     def answered(self) -> BatchSupport:
-        """After a usable answer."""
+        """Return the state after a usable answer."""
         return BatchSupport(works=True)
 
     def missing(self, now_s: float) -> BatchSupport:
-        """After an answer that says that it is not there. Answers that came together count once."""
+        """Return the state after "no such endpoint". Simultaneous answers count once."""
         if self.supported(now_s) is False:
             return self
         return replace(
@@ -47,7 +47,7 @@ class BatchSupport:
         )
 
     def not_answered(self, now_s: float) -> BatchSupport:
-        """After an unusable answer. The first one after a pause begins the next pause."""
+        """Return the state after an unusable answer. The first one after a pause starts another."""
         if self.supported(now_s) is False:
             return self
         counted = replace(self, unusable=self.unusable + 1)

@@ -1,15 +1,15 @@
 """KreaClient: EvoLink's API, each call made once, each failure classified.
 
-It does not retry, writes no file, and knows nothing of Dagster. What it owes its caller is the
-truth about money: a purchase ends in a :class:`~krea_dagster.models.Submission`, in
-``NotCharged``, or in ``OutcomeUnknown``.
+It does not retry, writes no file, and does not know Dagster. It reports truthfully what a purchase
+cost: a purchase ends in a :class:`~krea_dagster.models.Submission`, in ``NotCharged``, or in
+``OutcomeUnknown``.
 
-It sends by ``httpx``, over a transport of its own on aiohttp. What an exception means depends on
-the transport, and a wrong guess buys twice. So only of transports that are known to be truthful is
-it believed that a request has certainly not left: see :mod:`krea_dagster.api.transport`.
+Requests are sent by ``httpx`` over a transport on aiohttp. What an exception means depends on the
+transport, and a wrong guess buys twice. So "not sent" is believed only of transports that are known
+to report it truthfully: see :mod:`krea_dagster.api.transport`.
 
-The API key is in no repr, no error, and no error's context: an answer's failure is carried out
-of the ``except`` clause as a value, because a library's exceptions hold the request.
+The API key is in no repr, no error, and no error's context. A failure leaves its ``except`` clause
+as a value before it is raised, because the exceptions of a library hold the request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Final, TypeVar
 
@@ -31,7 +31,7 @@ import httpx
 from krea_dagster import redact
 from krea_dagster.api.batch_reads import BatchSupport
 from krea_dagster.api.download import Download, FileDownloader, Sink
-from krea_dagster.api.exchange import NoAnswer, RawAnswer, exchange
+from krea_dagster.api.exchange import NoAnswer, send_once
 from krea_dagster.api.links import (
     AddressKind,
     address_kind,
@@ -42,6 +42,7 @@ from krea_dagster.api.links import (
 from krea_dagster.api.proxies import Proxies, Secret
 from krea_dagster.api.resolver import CheckedResolver, Resolve, refuse_lookup, resolve_host
 from krea_dagster.api.transport import AiohttpTransport
+from krea_dagster.api.untrusted import safe_text
 from krea_dagster.api.wire import (
     BATCH_MAX,
     BATCH_PATH,
@@ -50,14 +51,13 @@ from krea_dagster.api.wire import (
     READ_ERRORS,
     SUBMIT_ERRORS,
     TASKS_PATH,
-    batch_body,
+    RawAnswer,
     encode_json,
     generation_body,
     read_credits,
     read_submission,
     read_task,
     read_tasks,
-    safe_text,
 )
 from krea_dagster.errors import (
     AccessDenied,
@@ -81,7 +81,7 @@ from krea_dagster.models import AccountCredits, ImageRequest, Submission, Task, 
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 
-#: Single reads at a time, where they stand in for a batch, and failures that end them.
+#: Single reads at a time that replace a batch, and the number of failures that ends them.
 SINGLE_READS: Final = 8
 SINGLE_FAILURES: Final = 3
 
@@ -90,28 +90,21 @@ _Value = TypeVar("_Value")
 _IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._-]{16,96}", re.ASCII)
 _API_KEY = re.compile(r"[\x21-\x7e]{1,512}", re.ASCII)
 
-# After one of these, the next read of this call would fail alike.
+# After one of these, the next read would fail in the same way.
 _STOPS_READING: Final = (RateLimited, Unauthorized, InsufficientCredits)
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("krea-dagster")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
-
-
-USER_AGENT: Final = f"krea-dagster/{_version()}"
+USER_AGENT: Final = f"krea-dagster/{importlib.metadata.version('krea-dagster')}"
 _HEADERS: Final = {
     "User-Agent": USER_AGENT,
     "Accept": "application/json",
     "Accept-Encoding": "identity",
 }
-#: File hosts were seen to answer 403 to a User-Agent of a form that they do not know.
+#: File hosts were seen to answer 403 to a User-Agent of an unknown form.
 FILE_USER_AGENT: Final = f"Mozilla/5.0 (compatible; {USER_AGENT})"
 
 
-# A task is asked about several times, and httpx takes 12 µs to read a URL.
+# A task is read several times, and httpx takes 12 µs to parse a URL.
 _parsed = lru_cache(maxsize=512)(httpx.URL)
 
 
@@ -120,7 +113,7 @@ def _utc_now() -> datetime:
 
 
 class _Key:
-    """The key, in no variable that prints it."""
+    """The API key, which no repr shows."""
 
     __slots__ = ("header", "hide", "is_in")
 
@@ -130,12 +123,12 @@ class _Key:
         self.header = Secret(f"Bearer {text}")
 
     def describe(self, error: Exception) -> str:
-        """One line on an exception, without the key."""
+        """Return one line about an exception, without the key."""
         detail = safe_text(str(error), self.hide, 300)
         return f"{type(error).__name__}: {detail}" if detail else type(error).__name__
 
     def shown(self, text: str) -> str:
-        """A text without the key, safe to print."""
+        """Return a text without the key, safe to print."""
         return safe_text(text, self.hide)
 
     def __repr__(self) -> str:
@@ -145,37 +138,38 @@ class _Key:
 class KreaClient:
     """EvoLink's API for ``krea-2-turbo``. Use it as an async context manager, in one event loop.
 
-    Args:
-        api_key: sent to the API's host only, never to a file host.
-        base_url: the API's root, without ``/v1``. https; http only where the host is an address
-            of this machine or of a private network, or a name that public DNS does not answer.
-        timeout_s: the longest silence while reading or writing, and the longest wait for a
-            free connection.
-        connect_timeout_s: for TCP and for TLS each.
-        deadline_s: for one whole API call, so that a trickle ends. By default, and so that a
-            purchase whose deadline passes has always been sent or is unknown, the sum of the
-            other limits.
-        download_timeout_s: the longest silence of a file host. A download that goes on has no
-            deadline, unless it brings fewer than 1024 bytes a second over as long as that.
-        max_connections: open at a time, and kept alive, to the API's host and to file hosts
-            each. Keep it far below the number of tasks in flight.
-        transport: sends all requests, to the API and to file hosts, instead of aiohttp; also for
-            tests, such as ``httpx.MockTransport``. What was said of connections, proxies and
-            certificates is the transport's own then. A failure of a purchase is believed to have
-            sent nothing only of httpx's own transports, and of one whose class has the attribute
-            ``reports_unsent = True``: it raises ``httpx.ConnectError``, ``ConnectTimeout``,
-            ``PoolTimeout`` and ``ProxyError`` only where no byte of the request has left, and was
-            tested for that on a real socket. Of any other, each failure is OutcomeUnknown.
-        resolve: turns the name of a file host into addresses. By default the system's resolver,
-            and none with ``httpx.MockTransport``, which connects to nothing.
-        now: the present, with a time zone.
-        monotonic: seconds that never go back.
+    Proxies and certificates of the environment are honoured. ``.netrc`` is not read, cookies are
+    not kept, and redirects of the API are not followed.
 
-    Proxies and certificates of the environment are honoured. ``.netrc`` is not read, cookies
-    are not kept, and redirects of the API are not followed.
+    Args:
+        api_key: the account's key. It is sent to the API's host only, never to a file host.
+        base_url: the root of the API, without ``/v1``. https; http only if the host is an address
+            of this machine or of a private network, or a name that public DNS does not resolve.
+        timeout_s: the longest time in seconds without a byte while reading or writing, and the
+            longest wait for a free connection.
+        connect_timeout_s: the longest time in seconds for TCP and for TLS each.
+        deadline_s: the longest time in seconds for one API call as a whole, so that a slow trickle
+            ends. By default ``3 * timeout_s + 2 * connect_timeout_s``, the sum of the limits of
+            the steps of a call.
+        download_timeout_s: the longest time in seconds without a byte from a file host. A download
+            has no other deadline, but it ends if it brings fewer than 1024 bytes a second over
+            this time.
+        max_connections: the most open connections to the API's host and to file hosts, each. Keep
+            it far below the number of tasks in flight.
+        transport: sends all requests, to the API and to file hosts, instead of aiohttp; in tests
+            for example ``httpx.MockTransport``. It then decides about connections, proxies and
+            certificates. That a failed purchase was not sent is believed only of httpx's own
+            transports, and of a class with the attribute ``reports_unsent = True``. Such a class
+            raises ``httpx.ConnectError``, ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError``
+            only if no byte of the request has left, and was tested for that on a real socket. With
+            any other transport, each failure of a purchase is ``OutcomeUnknown``.
+        resolve: resolves the name of a file host to IP addresses. By default the system's
+            resolver; with ``httpx.MockTransport``, which does not connect, names are not resolved.
+        now: returns the present time, with a time zone.
+        monotonic: returns seconds of a clock that never goes back.
 
     Raises:
-        ConfigError: one of these is not usable. The message never shows the key.
+        ConfigError: an argument is not usable. The message never shows the key.
     """
 
     def __init__(
@@ -204,18 +198,16 @@ class KreaClient:
         self._key = key
         self._base_url = check_base_url(base_url)
         self._root = str(self._base_url).rstrip("/")
-        for name, value in (
-            ("timeout_s", timeout_s),
-            ("connect_timeout_s", connect_timeout_s),
-            ("download_timeout_s", download_timeout_s),
-            ("deadline_s", 1.0 if deadline_s is None else deadline_s),
-        ):
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value!r}; it must be above 0 seconds, and finite")
-        if max_connections < 1:
-            raise ConfigError(f"max_connections is {max_connections!r}; it must be at least 1")
         if deadline_s is None:
             deadline_s = 3 * timeout_s + 2 * connect_timeout_s
+        _check_positive(
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            download_timeout_s=download_timeout_s,
+            deadline_s=deadline_s,
+        )
+        if max_connections < 1:
+            raise ConfigError(f"max_connections is {max_connections!r}; it must be at least 1")
         self._deadline_s = deadline_s
         self._single_reads = min(SINGLE_READS, max_connections)
         self._now = now
@@ -225,45 +217,41 @@ class KreaClient:
         if resolve is None:
             mocked = isinstance(transport, httpx.MockTransport)
             resolve = refuse_lookup if mocked else resolve_host
-        addresses = CheckedResolver(self._base_url, resolve=resolve, longest_s=connect_timeout_s)
+        resolver = CheckedResolver(self._base_url, resolve=resolve, longest_s=connect_timeout_s)
         proxies: Proxies | None = None
         self._transport: httpx.AsyncBaseTransport
         self._files_transport: httpx.AsyncBaseTransport
         if transport is None:
             proxies = Proxies()
-            ssl_context = httpx.create_ssl_context()
-
-            def open_transport(connector: Mapping[str, object]) -> AiohttpTransport:
-                return AiohttpTransport(
-                    ssl_context=ssl_context,
-                    proxies=proxies,
-                    max_connections=max_connections,
-                    connector=connector,
-                )
-
-            self._transport = self._wrap_transport(open_transport({}))
-            self._files_transport = open_transport(addresses.connector)
+            open_transport = partial(
+                AiohttpTransport,
+                ssl_context=httpx.create_ssl_context(),
+                proxies=proxies,
+                max_connections=max_connections,
+            )
+            self._transport = self._wrap_transport(open_transport())
+            self._files_transport = open_transport(connector=resolver.connector)
         else:
             self._transport = self._files_transport = transport
         self._is_closed = False
         self._files = FileDownloader(
             self._files_transport,
-            addresses=addresses,
-            checks_itself=lambda url: proxies is not None and proxies.of(url) is None,
+            resolver=resolver,
+            checks_itself=lambda url: proxies is not None and proxies.for_url(url) is None,
             http_allowed=self._base_url.scheme == "http",
             user_agent=FILE_USER_AGENT,
-            timeout={**self._timeout, "read": None},  # silence is watched for, also with a mock
+            timeout={**self._timeout, "read": None},  # the downloader itself watches for silence
             silence_s=download_timeout_s,
             most=max_connections,
             monotonic=monotonic,
         )
 
     def _wrap_transport(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncBaseTransport:
-        """The transport to the API's host: the one given. The drill puts another one around it."""
+        """Return the transport to the API's host. The drill wraps it."""
         return transport
 
     def __repr__(self) -> str:
-        # A traceback may show a client whose making failed before it had a base URL.
+        # A traceback may show a client whose __init__ failed before it had a base URL.
         shown = str(getattr(self, "_base_url", "")).rstrip("/")
         return f"KreaClient(base_url={shown!r}, api_key=***)"
 
@@ -279,24 +267,24 @@ class KreaClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes the connections. A closed client sends nothing any more."""
+        """Close the connections. A closed client sends nothing."""
         self._is_closed = True
-        with anyio.CancelScope(shield=True):  # all of them, also where the caller was cancelled
+        with anyio.CancelScope(shield=True):  # close all of them also if the caller was cancelled
             await self._transport.aclose()
             if self._files_transport is not self._transport:
                 await self._files_transport.aclose()
 
     @property
     def base_url(self) -> str:
-        """The API's root, without a slash at the end."""
+        """The root of the API, without a slash at the end."""
         return self._root
 
     @property
     def batch_supported(self) -> bool | None:
-        """Whether the server reads many tasks at once; None where that is to be tried.
+        """Whether the server reads many tasks in one request; None if that was not tried yet.
 
-        It may change at any time: an endpoint that does not answer is not used for a while, from
-        60 s to 10 min, and then it is tried again.
+        It may change at any time: an endpoint that does not answer is not used for 60 s to 10 min,
+        and is then tried again.
         """
         return self._batch.supported(self._monotonic())
 
@@ -305,27 +293,30 @@ class KreaClient:
     async def submit(
         self, request: ImageRequest, *, idempotency_key: str, callback_url: str | None = None
     ) -> Submission:
-        """Buys one image: one POST, sent once.
+        """Buy one image with one POST, sent once.
 
-        The same request, key and callback URL make the very same bytes, so that a repeat is
-        recognised by a server that honours ``Idempotency-Key``.
+        The same request, key and callback URL give the same bytes, so a server that honours
+        ``Idempotency-Key`` recognises a repeat.
 
         Args:
-            request: what is asked for.
-            idempotency_key: 16 to 96 of letters, digits, ``.``, ``_`` and ``-``; always sent.
-            callback_url: where EvoLink is to tell the end of the task.
+            request: the image to buy.
+            idempotency_key: 16 to 96 letters, digits, ``.``, ``_`` and ``-``; always sent.
+            callback_url: an HTTPS address that EvoLink calls when the task ends.
+
+        Returns:
+            The created task with its status and reserved credits (in units of 1/10,000 credit).
 
         Raises:
             InputError: the request, key or URL cannot be sent, or the client is closed.
-            NotCharged: certainly unspent; the class says why.
-            OutcomeUnknown: may have been spent; also where the deadline passed.
+            NotCharged: certainly not charged; the class says why.
+            OutcomeUnknown: possibly charged, also if the deadline has passed.
         """
         if not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
             raise InputError(
                 "the Idempotency-Key must be 16 to 96 letters, digits, dots, underscores, hyphens"
             )
         content = encode_json(generation_body(request, callback_url))
-        answer = await self._exchange("POST", CREATE_PATH, content, idempotency_key)
+        answer = await self._send("POST", CREATE_PATH, content, idempotency_key)
         if isinstance(answer, NoAnswer):
             kind = NotSent if answer.unsent else OutcomeUnknown
             raise kind(answer.trouble, cause=answer.cause)
@@ -333,33 +324,43 @@ class KreaClient:
             raise OutcomeUnknown(answer.trouble, status=answer.status)
         return self._read(read_submission, answer)
 
-    # -- asking -------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------
 
     async def task(self, task_id: str) -> Task:
-        """Reads one task.
+        """Read one task. Free.
+
+        Args:
+            task_id: 1 to 128 letters, digits, ``.``, ``_``, ``:`` and ``-``.
+
+        Returns:
+            The task. Its ``results`` are links to the image, valid for 24 hours.
 
         Raises:
-            InputError: the id cannot be one, or the client is closed. Nothing was sent.
-            TaskNotFound: EvoLink says in so many words that it does not know the task.
-            ApiError: any other failure; asking again costs nothing.
+            InputError: not a task id, or the client is closed. Nothing was sent.
+            TaskNotFound: EvoLink's error says that the task is not known.
+            ApiError: any other failure; the read can be repeated.
         """
         if not is_task_id(task_id):
             shown = safe_text(task_id, self._key.hide, max_chars=200)
             raise InputError(f"{shown!r} is not a task id")
-        answer = await self._ask("GET", f"{TASKS_PATH}/{task_id}")
+        answer = await self._get_answer("GET", f"{TASKS_PATH}/{task_id}")
         return self._read(read_task, answer, task_id=task_id)
 
     async def tasks(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """Reads many tasks, 50 at a time where the server can, else one by one, a few at once.
+        """Read many tasks, 50 in a request if the server can, else a few single reads at a time.
 
-        Ids that the server left out or could not answer, and texts that are no task id, are
-        absent from the result, which is in the order asked: read those singly to learn why.
-        What was read is never lost to a later failure. An error is raised only where nothing
-        at all could be read because of it.
+        Args:
+            task_ids: in any order; duplicates are read once.
+
+        Returns:
+            The tasks by id, in the order of ``task_ids``. An id that the server left out or could
+            not answer, or that is not a task id, is missing: read it singly to learn why. Tasks
+            that were read are returned also if a later read fails.
 
         Raises:
             InputError: the client is closed.
-            ApiError: the first failure (a rate limit, the key or the account before others).
+            ApiError: no task could be read. It is the first failure; a rate limit and failures of
+                the key or the account come before others.
         """
         ids = [task_id for task_id in dict.fromkeys(task_ids) if is_task_id(task_id)]
         found: dict[str, Task] = {}
@@ -376,29 +377,36 @@ class KreaClient:
         return found
 
     async def credits(self) -> AccountCredits:
-        """Reads the account's credits and the key's own limit. Free, and the way to check a key.
+        """Read the credits of the account and the limit of the key. Free; it also checks a key.
+
+        Returns:
+            Remaining and used credits in units of 1/10,000 credit, and when they were read.
 
         Raises:
-            ApiError: ``Unauthorized`` where the key is wrong.
+            InputError: the client is closed.
+            ApiError: ``Unauthorized`` if the key is wrong, ``NotSupported`` if the server has no
+                such endpoint.
         """
-        answer = await self._ask("GET", CREDITS_PATH)
+        answer = await self._get_answer("GET", CREDITS_PATH)
         return self._read(read_credits, answer)
 
     async def _read_batch(
         self, task_ids: Sequence[str]
     ) -> tuple[dict[str, Task] | None, ApiError | None]:
-        """The tasks, or an error, or neither: then the tasks are to be read singly."""
-        # One id is asked for at the documented endpoint.
+        """Return the tasks, or an error, or neither: then the tasks must be read singly."""
+        # A single id is read at the documented endpoint.
         if self.batch_supported is False or len(task_ids) == 1:
             return None, None
         try:
-            answer = await self._ask("POST", BATCH_PATH, encode_json(batch_body(task_ids)))
+            answer = await self._get_answer(
+                "POST", BATCH_PATH, encode_json({"task_ids": list(task_ids)})
+            )
             found = self._read(read_tasks, answer, task_ids=task_ids)
         except NotSupported:
             self._batch = self._batch.missing(self._monotonic())
             return None, None
         except NoUsableAnswer as error:
-            # The endpoint is undocumented, so it may be what is broken, and not the server.
+            # The endpoint is undocumented, so it alone may be broken.
             now_s = self._monotonic()
             if error.cause is None:
                 self._batch = self._batch.not_answered(now_s)
@@ -411,21 +419,20 @@ class KreaClient:
     async def _read_singly(
         self, task_ids: Sequence[str]
     ) -> tuple[dict[str, Task], ApiError | None]:
-        """The tasks that could be read, and the error that kept the others back, if one did."""
+        """Return the tasks that could be read, and the error that stopped the others, if any."""
         found: dict[str, Task] = {}
         errors: list[ApiError] = []
         limiter = anyio.CapacityLimiter(self._single_reads)
 
         async def read(task_id: str) -> None:
             async with limiter:
-                if len(errors) >= SINGLE_FAILURES or any(
-                    isinstance(e, _STOPS_READING) for e in errors
-                ):
+                stopped = any(isinstance(error, _STOPS_READING) for error in errors)
+                if stopped or len(errors) >= SINGLE_FAILURES:
                     return
                 try:
                     found[task_id] = await self.task(task_id)
                 except (TaskNotFound, AccessDenied):
-                    pass  # about this one task: it is absent from the answer
+                    pass  # concerns this task only, which is then missing from the result
                 except ApiError as error:
                     errors.append(error)
 
@@ -436,8 +443,8 @@ class KreaClient:
         ordered = {task_id: found[task_id] for task_id in task_ids if task_id in found}
         return ordered, next(iter(stops + errors), None)
 
-    async def _ask(self, method: str, path: str, content: bytes | None = None) -> RawAnswer:
-        answer = await self._exchange(method, path, content)
+    async def _get_answer(self, method: str, path: str, content: bytes | None = None) -> RawAnswer:
+        answer = await self._send(method, path, content)
         if isinstance(answer, NoAnswer):
             raise NoUsableAnswer(answer.trouble, cause=answer.cause)
         if not answer.whole and answer.status not in READ_ERRORS:
@@ -445,7 +452,7 @@ class KreaClient:
         return answer
 
     def _read(self, read: Callable[..., _Value], answer: RawAnswer, **facts: object) -> _Value:
-        """What the answer says. Errors leave without the frames that hold the raw answer."""
+        """Parse an answer. Errors leave without the frames that hold the raw answer."""
         try:
             return self._read_without_key(read, answer, facts)
         except KreaError as caught:
@@ -455,32 +462,26 @@ class KreaClient:
     def _read_without_key(
         self, read: Callable[..., _Value], answer: RawAnswer, facts: Mapping[str, object]
     ) -> _Value:
-        value = read(
-            answer.status,
-            answer.headers,
-            answer.body,
-            now=self._now(),
-            hide=self._key.hide,
-            **facts,
-        )
-        # An id or a link is of no use with the key hidden in it, and both go to the journal before
-        # they are used. So such an answer is none: the task, which is paid for, is asked about
-        # later, or, where its id is what holds the key, the purchase is one of unknown outcome.
+        value = read(answer, now=self._now(), hide=self._key.hide, **facts)
+        # An id or a link is useless with the key hidden in it, and both are written to the journal
+        # before they are used. So such an answer is not used: the paid task is read again later,
+        # and a purchase whose task id contains the key has an unknown outcome.
         match value:
             case Submission(task_id=task_id) if self._key.is_in(task_id):
-                raise OutcomeUnknown("the task id holds the API key", status=answer.status)
-            case Task() if self._names_key(value):
+                raise OutcomeUnknown("the task id contains the API key", status=answer.status)
+            case Task() if self._links_contain_key(value):
                 raise NoUsableAnswer(
-                    "the result link holds the API key, so it is neither kept nor followed; the "
-                    "task is read again later",
+                    "the result link contains the API key, so it is neither kept nor followed; "
+                    "the task is read again later",
                     status=answer.status,
                 )
             case dict():
-                for task_id in [task_id for task_id in value if self._names_key(value[task_id])]:
-                    del value[task_id]
+                for task_id, task in list(value.items()):
+                    if self._links_contain_key(task):
+                        del value[task_id]
         return value
 
-    def _names_key(self, task: Task) -> bool:
+    def _links_contain_key(self, task: Task) -> bool:
         return any(map(self._key.is_in, task.results))
 
     # -- fetching -----------------------------------------------------------------------------
@@ -488,49 +489,52 @@ class KreaClient:
     async def download(
         self, url: str, *, sink: Sink | Callable[[bytes], object], max_bytes: int
     ) -> Download:
-        """Fetches a result link to a sink. Neither the key nor a cookie goes to the file host.
+        """Download a result link to a sink. Neither the key nor a cookie is sent to the file host.
 
         Args:
-            url: the link, as the task's ``results`` hold it.
-            sink: a function, or an object with ``write``; gets pieces of 64 KiB or more, and a
-                rest. What it returns is waited for, where that is possible.
-            max_bytes: the longest body that is taken, unpacked.
+            url: a link of the task's ``results``.
+            sink: a function, or an object with ``write``. It gets pieces of 64 KiB or more, and a
+                rest. If it returns an awaitable, that is awaited before the next piece is read.
+            max_bytes: the longest body in bytes, decompressed.
+
+        Returns:
+            Size, SHA-256, media type and final URL of the body.
 
         Raises:
-            LinkRefused: the link, or what it redirects to, is not safe to follow.
+            InputError: the client is closed.
+            LinkRefused: the link, or a redirect of it, is not safe to follow.
             LinkDead: 403, 404 or 410: read the task again for a fresh link.
-            NoUsableBody: anything else that is not a whole body. What the sink holds by then
-                is worthless.
+            NoUsableBody: any other failure. Discard what the sink has received.
         """
         self._refuse_if_closed()
-        if self._key.is_in(url):  # from a journal that an earlier version has written
+        if self._key.is_in(url):  # from a journal of an earlier version
             del url  # out of the frame that a traceback may show with its variables
-            raise LinkRefused("the link holds the API key")
+            raise LinkRefused("the link contains the API key")
         try:
             return await self._files.fetch(url, sink, max_bytes)
         except (LinkRefused, LinkDead, NoUsableBody) as caught:
-            # Without the frames that hold what the host said, such as where it redirected to.
+            # Without the frames that hold the texts of the host, such as a redirect.
             error = type(caught)(self._key.hide(str(caught)))
         raise error
 
-    # -- the one exchange ---------------------------------------------------------------------
+    # -- sending ------------------------------------------------------------------------------
 
-    async def _exchange(
+    async def _send(
         self,
         method: str,
         path: str,
         content: bytes | None = None,
         idempotency_key: str | None = None,
     ) -> RawAnswer | NoAnswer:
-        """Sends one request once. Returns every failure, and raises only a cancellation."""
+        """Send one request once. Return every failure; raise only a cancellation."""
         self._refuse_if_closed()
         headers: dict[str, str] = {**_HEADERS, "Authorization": self._key.header}
         if content is not None:
             headers["Content-Type"] = "application/json"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        # Given to the transport itself: an httpx.AsyncClient would add headers and cookies of its
-        # own, look at the wall clock, write a line to the log for each request, and cost 0.1 ms.
+        # An httpx.AsyncClient around the transport would add headers and cookies, read the wall
+        # clock, log each request, and cost 0.1 ms.
         request = httpx.Request(
             method,
             _parsed(f"{self._root}{path}"),
@@ -538,27 +542,30 @@ class KreaClient:
             content=content,
             extensions={"timeout": self._timeout},
         )
-        answer = await exchange(
+        answer = await send_once(
             self._transport,
             request,
             deadline_s=self._deadline_s,
             describe=self._key.describe,
         )
-        return (
-            replace(answer, trouble=self._key.shown(answer.trouble)) if answer.trouble else answer
-        )
+        return replace(answer, trouble=self._key.shown(answer.trouble))
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise InputError("the client is closed; nothing was sent")
 
 
-def check_base_url(text: str) -> httpx.URL:
-    """The API's root as a URL, without a slash at the end.
+def _check_positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} is {value!r}; it must be above 0 seconds, and finite")
 
-    Raises:
-        ConfigError: it is not https (or http to a local host), or holds a user name, a query,
-            a fragment or ``/v1``, or is an address where no API is.
+
+def check_base_url(text: str) -> httpx.URL:
+    """Return the root of the API as a URL, without a slash at the end.
+
+    Raises ConfigError if it is not https (or http to a local host), contains a user name, a query,
+    a fragment or ``/v1``, or is an address that an API cannot have.
     """
     shown = safe_text(redact.address(str(text)), max_chars=200)
     wrong = f"base_url is {shown!r}; it must be"
@@ -579,10 +586,10 @@ def check_base_url(text: str) -> httpx.URL:
         kind = address_kind(host)
         local = kind is AddressKind.LOCAL
         if kind is AddressKind.NEVER:
-            raise ConfigError(f"{wrong} an address where an API can be")
+            raise ConfigError(f"{wrong} an address that a server can have")
     if url.scheme == "http" and not local:
         raise ConfigError(
-            f"{wrong} https: the API key would travel in clear (http is for hosts on this machine"
-            " or in a private network)"
+            f"{wrong} https: http would send the API key unencrypted (it is for hosts on this"
+            " machine or in a private network)"
         )
     return url.copy_with(path=path or "/")

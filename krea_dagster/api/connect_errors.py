@@ -1,4 +1,4 @@
-"""Says why no connection was made, and what a person can do about it. Pure."""
+"""Describe why no connection was made, and what a person can do about it. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import httpx
 
 from krea_dagster.errors import Cause
 
-# By the exceptions of Python, of aiohttp and of httpx: a certificate that is refused on the way
-# through a proxy is the certificate's trouble, and a proxy's name that is not found the proxy's.
+# The first match counts: a certificate refused through a proxy is a certificate error, and the name
+# of a proxy that is not found is a proxy error.
 _CAUSES: Final[tuple[tuple[Cause, tuple[type[BaseException], ...]], ...]] = (
     ("certificate", (ssl.SSLCertVerificationError,)),
     (
@@ -35,7 +35,7 @@ _ADVICE: Final[dict[Cause, str]] = {
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The cause of a failure to connect, read from an exception and those that led to it."""
+    """Return the cause of a failure to connect, from an exception and its causes."""
     chain = tuple(_chain(error))
     for cause, kinds in _CAUSES:
         if any(isinstance(one, kinds) for one in chain):
@@ -44,7 +44,7 @@ def cause_of(error: BaseException) -> Cause:
 
 
 def describe_connect_error(error: BaseException, host: str) -> str:
-    """A sentence on a failure to connect to a host, with what to do where that is known."""
+    """Return a sentence about a failure to connect to a host, with advice if there is any."""
     cause = cause_of(error)
     detail = str(error)
     match cause:
@@ -69,13 +69,13 @@ def _certificate_trouble(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it was raised from."""
+    """Yield an exception and its causes."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
         seen.add(id(one))
         yield one
-        inner = getattr(one, "os_error", None)  # aiohttp's, also where it is not chained
+        inner = getattr(one, "os_error", None)  # of aiohttp, which does not always chain it
         if isinstance(inner, BaseException):
             yield inner
         one = one.__cause__ or one.__context__

@@ -1,4 +1,4 @@
-"""Undoes a Content-Encoding piece by piece, so that a small body cannot fill the memory."""
+"""Undo a Content-Encoding piece by piece, so that a small body cannot fill the memory. Pure."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import zlib
 from collections.abc import Iterator
 from typing import Final
 
-from krea_dagster.api.wire import safe_text
+from krea_dagster.api.untrusted import safe_text
 
-#: The most that is unpacked at a time.
+#: The most bytes that are decompressed at a time.
 CHUNK_BYTES: Final = 64 * 1024
 
-_PACKED: Final = frozenset({"gzip", "x-gzip", "deflate"})
+_ENCODINGS: Final = frozenset({"gzip", "x-gzip", "deflate"})
 
 
 class Decompressor:
-    """Understands none, gzip and deflate. ``ended`` is false for a packed body that is cut off.
+    """Decompresses gzip and deflate, and passes an unencoded body through.
 
-    Raises:
-        ValueError: the encoding is another one, or (from ``pieces``) the data is not in it.
+    Raises ValueError for another encoding, and from ``feed`` for damaged data.
     """
 
     def __init__(self, encoding: str) -> None:
         name = encoding.strip().lower()
-        if name not in ("", "identity") and name not in _PACKED:
-            raise ValueError(f"the body is packed with {safe_text(name, max_chars=40)}")
-        # 32 + 15: the largest window, and the header tells gzip from zlib.
-        self._inflate = zlib.decompressobj(47) if name in _PACKED else None
+        if name not in ("", "identity") and name not in _ENCODINGS:
+            raise ValueError(f"the body has the unknown encoding {safe_text(name, max_chars=40)}")
+        # 32 + 15: the largest window, and gzip or zlib by the header.
+        self._inflate = zlib.decompressobj(47) if name in _ENCODINGS else None
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing is missing at the end of a packed body."""
+    def finished(self) -> bool:
+        """Whether the body is complete; false for a compressed body that is cut off."""
         return self._inflate is None or self._inflate.eof
 
-    def pieces(self, data: bytes) -> Iterator[bytes]:
-        """What the next data unpacks to, at most 64 KiB at a time where it was packed."""
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the next data decompressed, at most 64 KiB at a time."""
         if self._inflate is None:
             yield data
             return
@@ -47,4 +46,4 @@ class Decompressor:
                 if not data and len(piece) < CHUNK_BYTES:
                     return
         except zlib.error as error:
-            raise ValueError(f"the packed body is damaged: {error}") from None
+            raise ValueError(f"the compressed body is damaged: {error}") from None

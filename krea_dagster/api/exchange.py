@@ -1,9 +1,9 @@
-"""One request to the API, sent once: what was answered, or what is known of why nothing was."""
+"""Send one request to the API once, and return the answer or why there was none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import anyio
@@ -12,31 +12,18 @@ import httpx
 from krea_dagster.api.connect_errors import cause_of, describe_connect_error
 from krea_dagster.api.decompress import Decompressor
 from krea_dagster.api.transport import CANCELLED_UNSENT, UNSENT, raw_body, reports_unsent
+from krea_dagster.api.wire import RawAnswer
 from krea_dagster.errors import Cause
 
-#: The most that is read of a JSON answer; a batch of 50 tasks has about 30 KB.
+#: The longest JSON answer that is read; a batch of 50 tasks has about 30 KB.
 ANSWER_MAX_BYTES: Final = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class RawAnswer:
-    """What the server answered. ``whole`` is false where the body broke off or was too long.
-
-    The server may have echoed the key, so the repr leaves out what it wrote.
-    """
-
-    status: int
-    headers: Mapping[str, str] = field(repr=False)
-    body: bytes = field(repr=False)
-    whole: bool
-    trouble: str
 
 
 @dataclass(frozen=True)
 class NoAnswer:
     """No status line came. ``unsent``: certainly no byte of the request has left.
 
-    ``cause`` says why no connection was made, None where there was one, or may have been.
+    ``cause`` is why no connection was made, None if there was one or may have been.
     """
 
     unsent: bool
@@ -44,20 +31,20 @@ class NoAnswer:
     cause: Cause | None = None
 
 
-async def exchange(
+async def send_once(
     transport: httpx.AsyncBaseTransport,
     request: httpx.Request,
     *,
     deadline_s: float,
     describe: Callable[[Exception], str],
 ) -> RawAnswer | NoAnswer:
-    """Send one request once. Returns every failure, and raises only a cancellation.
+    """Send one request once. Return every failure; raise only a cancellation.
 
     Args:
-        transport: follows no redirects.
-        request: what is sent.
-        deadline_s: for all of it, so that a trickle ends.
-        describe: what an exception means, without the key.
+        transport: does not follow redirects.
+        request: the request.
+        deadline_s: seconds for the whole exchange, so that a slow trickle ends.
+        describe: returns a line about an exception, without the key.
     """
     believed = reports_unsent(transport)
     response: httpx.Response | None = None
@@ -68,7 +55,7 @@ async def exchange(
         try:
             response = await transport.handle_async_request(request)
             answer = await _read_answer(response)
-        except Exception as error:  # noqa: BLE001 - a transport may raise anything; what was sent stays sent
+        except Exception as error:  # noqa: BLE001 - a transport may raise anything; what was sent may have been bought
             trouble = describe(error)
             nothing = _no_answer(error, request.url.host, trouble, believed=believed)
     if answer is not None:
@@ -90,24 +77,24 @@ def _no_answer(error: Exception, host: str, described: str, *, believed: bool) -
 
 
 async def _read_answer(response: httpx.Response) -> RawAnswer:
-    """The whole body, unpacked, up to the bound."""
+    """Read the whole body, decompressed, up to the limit."""
     body = bytearray()
     async with raw_body(response) as parts:
         try:
-            unpacker = Decompressor(response.headers.get("content-encoding", ""))
+            decompressor = Decompressor(response.headers.get("content-encoding", ""))
             async for part in parts:
-                for piece in unpacker.pieces(part):
+                for piece in decompressor.feed(part):
                     body += piece
                     if len(body) > ANSWER_MAX_BYTES:
                         trouble = f"the answer is longer than {ANSWER_MAX_BYTES} bytes"
                         return _unusable(response, trouble)
         except ValueError as error:
             return _unusable(response, str(error))
-    if not unpacker.ended:
-        return _unusable(response, "the packed answer is cut off")
-    return RawAnswer(response.status_code, response.headers, bytes(body), whole=True, trouble="")
+    if not decompressor.finished:
+        return _unusable(response, "the compressed answer is cut off")
+    return RawAnswer(response.status_code, response.headers, bytes(body))
 
 
 def _unusable(response: httpx.Response, trouble: str) -> RawAnswer:
-    """An answer whose status came, and whose body did not, or is not one that can be read."""
+    """Return an answer with a status and without a usable body."""
     return RawAnswer(response.status_code, response.headers, b"", whole=False, trouble=trouble)

@@ -1,20 +1,20 @@
-"""Says which result links may be followed, and to which network addresses. Pure.
+"""Which result links may be followed, and to which network addresses. Pure.
 
 A link comes from an answer, so it is not trusted: followed blindly, it could make this machine
 read its own disk, its neighbours, or a cloud's metadata service. The rules:
 
-* ``https`` only; ``http`` only where the API's base URL itself is http (the local emulator).
-  Elsewhere an ``http:`` link is tried as https on the same host: it is a paid image.
+* ``https`` only; ``http`` only if the API's base URL is http (the local emulator). Otherwise an
+  ``http:`` link is tried as https on the same host, since it is a paid image.
 * No user name or password in the link, at most 8192 characters. Any port, since every address
   is checked.
-* A redirect keeps to the same rules, and never leads from https to http.
-* Addresses: public ones. Local ones (loopback, private, shared) only where the base URL's host
-  is local, and those of the benchmarking range, which some proxies hand out for every name,
-  only where the base URL's host has one too. All others never: link-local, multicast,
-  reserved, documentation, and the metadata addresses of clouds.
+* A redirect must follow the same rules, and never leads from https to http.
+* Addresses must be public. Local ones (loopback, private, shared) are allowed only if the host of
+  the base URL is local, and those of the benchmarking range, which some proxies return for every
+  name, only if the base URL's host has one too. All others are never allowed: link-local,
+  multicast, reserved, documentation, and the metadata addresses of clouds.
 
-The address tables follow the IANA special-purpose address registries for IPv4 and IPv6. They
-are written out because ``ipaddress.is_private`` has changed its mind between Python releases.
+The address tables follow the IANA special-purpose address registries for IPv4 and IPv6. They are
+written out because ``ipaddress.is_private`` differs between Python releases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Final
 import httpx
 
 from krea_dagster import redact
-from krea_dagster.api.wire import safe_text
+from krea_dagster.api.untrusted import safe_text
 from krea_dagster.errors import LinkRefused
 
 LINK_MAX_CHARS: Final = 8192
@@ -40,7 +40,7 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class AddressKind(enum.Enum):
-    """Where an address leads, as far as following a link to it is concerned."""
+    """The kinds of network addresses that the rules distinguish."""
 
     PUBLIC = "public"
     LOCAL = "local"
@@ -86,7 +86,7 @@ IPV6_KINDS: Final[tuple[tuple[AddressKind, tuple[_Network, ...]], ...]] = (
 )
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 
-#: IPv6 ranges that carry an IPv4 address, and by how many bits it is shifted: it is what counts.
+#: IPv6 ranges that contain an IPv4 address, and its shift in bits. That address is checked.
 IPV4_WITHIN: Final = (
     (ipaddress.IPv6Network("::ffff:0:0/96"), 0),  # mapped
     (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64
@@ -96,7 +96,7 @@ IPV4_WITHIN: Final = (
 
 @lru_cache(maxsize=1024)
 def address_kind(text: str) -> AddressKind:
-    """The kind of one IP address; NEVER for a text that is not one."""
+    """Return the kind of an IP address, NEVER for a text that is not one."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -119,7 +119,7 @@ def address_kind(text: str) -> AddressKind:
 
 @lru_cache(maxsize=1024)
 def is_address(host: str) -> bool:
-    """Whether a host is written as an IP address, and not as a name."""
+    """Return whether a host is written as an IP address and not as a name."""
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -128,9 +128,9 @@ def is_address(host: str) -> bool:
 
 
 def is_host_and_port(url: httpx.URL) -> bool:
-    """Whether a URL leads to an address, or to a name as DNS has them, and to a possible port.
+    """Return whether a URL has an IP address or a possible DNS name, and a possible port.
 
-    A name in another script is judged by its ASCII form, which is what is looked up.
+    A name in another script is checked in its ASCII form, which is resolved.
     """
     host = url.raw_host.decode("ascii")
     labels = host.removesuffix(".").split(".")
@@ -139,9 +139,9 @@ def is_host_and_port(url: httpx.URL) -> bool:
 
 
 def is_local_name(host: str) -> bool:
-    """Whether a name is one that public DNS does not answer: localhost, or without a dot.
+    """Return whether public DNS does not resolve a name: localhost, or without a dot.
 
-    Covers the names of containers and of ``.internal``, ``.local`` and ``.home.arpa``.
+    This covers the names of containers and of ``.internal``, ``.local`` and ``.home.arpa``.
     """
     name = host.lower().rstrip(".")
     if "." in name:
@@ -153,17 +153,10 @@ def is_local_name(host: str) -> bool:
 def check_addresses(
     host: str, addresses: Collection[str], local_kinds: Collection[AddressKind]
 ) -> None:
-    """Refuses a host of which any address is of a kind that may not be reached.
+    """Raise LinkRefused if any address of a host may not be reached.
 
     Any, not all: a name with a public and a private address is either broken or an attack.
-
-    Args:
-        host: for the message.
-        addresses: all that the host resolved to.
-        local_kinds: the kinds beyond PUBLIC that the base URL's own host has.
-
-    Raises:
-        LinkRefused: naming the address.
+    ``local_kinds`` are the kinds besides PUBLIC that the base URL's own host has.
     """
     for address in addresses:
         kind = address_kind(address)
@@ -171,17 +164,16 @@ def check_addresses(
             continue
         if kind is AddressKind.NEVER or kind not in local_kinds:
             raise LinkRefused(
-                f"{safe_text(host, max_chars=200)} leads to {address}, an address that a result"
+                f"{safe_text(host, max_chars=200)} has the address {address}, which a result"
                 " link may not lead to"
             )
 
 
 def check_link(link: str, *, http_allowed: bool) -> httpx.URL:
-    """The URL to fetch for a link, without its fragment.
+    """Return the URL to fetch for a link, without its fragment.
 
-    Raises:
-        LinkRefused: the link is too long, unreadable, not http or https, without a host, or
-            carries a user name or password.
+    Raises LinkRefused if the link is too long, unreadable, not http or https, without a host, or
+    contains a user name or password.
     """
     if len(link) > LINK_MAX_CHARS:
         raise LinkRefused(f"the link is longer than {LINK_MAX_CHARS} characters")
@@ -193,17 +185,16 @@ def check_link(link: str, *, http_allowed: bool) -> httpx.URL:
     if url.scheme not in ("http", "https") or not usable:
         raise LinkRefused(f"the link {printable_link(link)} is not an https link to a host")
     if url.userinfo:
-        raise LinkRefused("the link carries a user name or a password")
+        raise LinkRefused("the link contains a user name or a password")
     if url.scheme == "http" and not http_allowed:
         url = url.copy_with(scheme="https")
     return url.copy_with(fragment=None) if "#" in link else url
 
 
 def check_redirect(from_url: httpx.URL, location: str, *, http_allowed: bool) -> httpx.URL:
-    """The URL that a redirect leads to.
+    """Return the URL that a redirect leads to.
 
-    Raises:
-        LinkRefused: as for :func:`check_link`, and for a step from https to http.
+    Raises LinkRefused as :func:`check_link` does, and for a step from https to http.
     """
     if len(location) > LINK_MAX_CHARS:
         raise LinkRefused(f"a redirect is longer than {LINK_MAX_CHARS} characters")
@@ -217,5 +208,5 @@ def check_redirect(from_url: httpx.URL, location: str, *, http_allowed: bool) ->
 
 
 def printable_link(link: str) -> str:
-    """A link for a message: without what may be a credential or a signature, and shortened."""
+    """Return a link for a message: shortened, and without credentials and signatures."""
     return safe_text(redact.location(link), max_chars=200) or "(empty)"

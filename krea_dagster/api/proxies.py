@@ -1,10 +1,10 @@
-"""The proxies that the environment names: ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``.
+"""The proxies of the environment: ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY``, ``NO_PROXY``.
 
-None is used for an address of this machine or of a private network, whatever the environment says:
-such a host may be spoken to in clear text, and a proxy would read the API key along.
+None is used for an address of this machine or of a private network, even if the environment names
+one: http is allowed to such a host, and a proxy would see the API key.
 
-Only these are read, and not ``.netrc``, which HTTP libraries read along with them: its
-credentials would go to whatever host a link names.
+``.netrc``, which HTTP libraries read too, is not read: its credentials would go to any host that a
+link names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from krea_dagster.errors import ConfigError
 
 
 class Secret(str):
-    """A header's text with a key or a password: it prints as ``***`` wherever a value is shown."""
+    """A header value with a key or a password. Its repr is ``***``."""
 
     __slots__ = ()
 
@@ -36,16 +36,16 @@ class Secret(str):
 
 @dataclass(frozen=True)
 class Proxy:
-    """Where requests go instead, and what the proxy wants to know of who sends them."""
+    """The URL of a proxy, and the headers that authenticate with it."""
 
     url: yarl.URL
     headers: Mapping[str, str]
 
     def options(self, url: yarl.URL, headers: Mapping[str, str]) -> dict[str, Any]:
-        """What aiohttp is told for a request to a URL.
+        """Return aiohttp's options for a request to a URL.
 
-        The proxy reads the headers of an http request itself. For https it is asked for a
-        tunnel first, and sees those of that only.
+        The proxy reads the headers of an http request. For https it opens a tunnel and sees only
+        the headers of that request.
         """
         if url.scheme == "http":
             return {"proxy": self.url, "headers": {**headers, **self.headers}}
@@ -53,7 +53,7 @@ class Proxy:
 
 
 class Proxies:
-    """The environment's proxies, read once. Raises ConfigError where one cannot be used."""
+    """The proxies of the environment, read once. Raises ConfigError if one cannot be used."""
 
     def __init__(self) -> None:
         named = urllib.request.getproxies()
@@ -63,8 +63,8 @@ class Proxies:
             if (text := named.get(scheme) or named.get("all"))
         }
 
-    def of(self, url: httpx.URL) -> Proxy | None:
-        """The proxy for a URL, or None where there is none or the host goes without."""
+    def for_url(self, url: httpx.URL) -> Proxy | None:
+        """Return the proxy for a URL, None if there is none or the host is reached directly."""
         proxy = self._by_scheme.get(url.scheme)
         if proxy is None or is_private_host(url.raw_host.decode("ascii")):
             return None
@@ -74,12 +74,12 @@ class Proxies:
 
 
 def is_private_host(host: str) -> bool:
-    """Whether a host is this machine, or an address of a private network."""
+    """Return whether a host is this machine or an address of a private network."""
     try:
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
     except ValueError:
         try:
-            # 127.1, 2130706433 and 0x7f.1 are 127.0.0.1 to those who connect.
+            # 127.1, 2130706433 and 0x7f.1 are other ways to write 127.0.0.1.
             address = ipaddress.IPv4Address(socket.inet_aton(host.rstrip(".")))
         except (OSError, ValueError):
             name = host.lower().rstrip(".")
@@ -99,7 +99,7 @@ def _proxy(text: str) -> Proxy:
     except (httpx.InvalidURL, ValueError):
         usable = False
     if not usable:
-        # The proxy's URL may hold a password, so it is not named.
+        # The proxy's URL may contain a password, so it is not shown.
         raise ConfigError("a proxy in the environment has a URL that cannot be used") from None
     headers: dict[str, str] = {}
     if url.userinfo:

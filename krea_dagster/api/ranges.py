@@ -1,8 +1,8 @@
-"""Decides whether a file may be fetched on from where it broke off (RFC 9110, 13.1.5 and 14). Pure.
+"""Decide whether a broken-off download may be resumed (RFC 9110, 13.1.5 and 14). Pure.
 
-The two parts must be of the same file. So the host must have named a strong validator with the
-first part, it gets that back as ``If-Range``, and its answer must repeat it, or leave it out, and
-agree on the size and on where the part begins.
+Both parts must be of the same file. So the host must have sent a strong validator with the first
+part. It gets that back as ``If-Range``, and its answer must repeat it or leave it out, and must
+agree on the size and on the first byte of the part.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", 
 
 @dataclass(frozen=True)
 class ResumableFile:
-    """What a host has said of a whole file.
+    """The size and validator that a host has sent of a whole file.
 
-    ``size_bytes`` is None where it did not say it. ``validator`` is the value of the header
+    ``size_bytes`` is None if it was not sent. ``validator`` is the value of the header
     ``validated_by``, which is lower-case.
     """
 
@@ -33,14 +33,12 @@ class ResumableFile:
     validated_by: str
     validator: str
 
-    def request_rest(self, at_byte: int) -> dict[str, str]:
-        """The headers that ask for the rest."""
+    def range_headers(self, at_byte: int) -> dict[str, str]:
+        """Return the headers that request the rest from a byte on."""
         return {"Range": f"bytes={at_byte}-", "If-Range": self.validator}
 
-    def size_if_continued(
-        self, status: int, headers: Mapping[str, str], at_byte: int
-    ) -> int | None:
-        """The whole file's size, where an answer goes on at this byte; None where it does not."""
+    def resumed_size(self, status: int, headers: Mapping[str, str], at_byte: int) -> int | None:
+        """Return the size of the whole file if an answer continues at this byte, else None."""
         found = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
         if status != PARTIAL_CONTENT or found is None or is_encoded(headers):
             return None
@@ -48,14 +46,14 @@ class ResumableFile:
         if first != at_byte or not first <= last < size or self.size_bytes not in (None, size):
             return None
         validator = headers.get(self.validated_by)
-        # With If-Range, a host may leave out Last-Modified, and may not leave out ETag.
+        # With If-Range, a host may leave out Last-Modified, but not ETag.
         if validator is None and self.validated_by == "last-modified":
             return size
         return size if validator == self.validator else None
 
 
 def resumable_file(headers: Mapping[str, str]) -> ResumableFile | None:
-    """What a 200 says of its file, by lower-case names; None where the file cannot be continued."""
+    """Return the size and validator of a 200 (lower-case headers), None if it cannot be resumed."""
     if is_encoded(headers) or headers.get("accept-ranges", "").strip().lower() == "none":
         return None
     size_bytes = content_length(headers)
@@ -64,18 +62,18 @@ def resumable_file(headers: Mapping[str, str]) -> ResumableFile | None:
         return ResumableFile(size_bytes, "etag", etag)
     modified = headers.get("last-modified", "")
     modified_at, answered_at = http_date(modified), http_date(headers.get("date", ""))
-    # A date is strong only where the file cannot have changed twice within its second.
+    # A date is a strong validator only if the file cannot have changed twice within its second.
     if modified_at and answered_at and (answered_at - modified_at).total_seconds() >= 1:
         return ResumableFile(size_bytes, "last-modified", modified)
     return None
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """``Content-Length``; None where it is absent or unreadable."""
+    """Return ``Content-Length``, None if it is absent or unreadable."""
     text = headers.get("content-length", "")
     return int(text) if _LENGTH.fullmatch(text) else None
 
 
 def is_encoded(headers: Mapping[str, str]) -> bool:
-    """Whether the bytes on the line are not those of the file."""
+    """Return whether the body has a Content-Encoding."""
     return headers.get("content-encoding", "").strip().lower() not in ("", "identity")

@@ -1,7 +1,7 @@
-"""Finds the addresses of file hosts, and refuses those that a result link may not lead to.
+"""Resolve the names of file hosts, and refuse addresses that a result link may not lead to.
 
-The rules are in :mod:`krea_dagster.api.links`. Here the names are looked up, and the addresses
-that were checked are the ones that are connected to.
+The rules are in :mod:`krea_dagster.api.links`. Connections are made to the very addresses that
+were checked.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ import httpx
 from krea_dagster.api.links import AddressKind, address_kind, check_addresses, is_address
 from krea_dagster.errors import LinkRefused
 
-#: Names to addresses: host and port in, IP addresses out. Raises OSError where there are none.
+#: Resolves a host and port to IP addresses. Raises OSError if there are none.
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def resolve_host(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host by the system's resolver, in its order of preference."""
+    """Return the addresses of a host by the system's resolver, in its order of preference."""
     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(entry[4][0] for entry in found))
 
 
 async def refuse_lookup(_host: str, _port: int) -> Sequence[str]:
-    """For a transport that connects to nothing: a lookup would be the only use of the network."""
-    raise OSError("names are not looked up")
+    """Raise OSError. For a mock transport: a lookup would be the only use of the network."""
+    raise OSError("names are not resolved")
 
 
 class CheckedResolver(aiohttp.abc.AbstractResolver):
-    """The checked addresses of file hosts.
+    """Resolves file hosts for aiohttp to addresses that were checked.
 
     Args:
         base_url: the API's; its host decides whether local addresses are allowed.
-        resolve: names to addresses.
-        longest_s: that one lookup may take.
+        resolve: resolves a name.
+        longest_s: the longest time in seconds for one lookup.
     """
 
     def __init__(self, base_url: httpx.URL, *, resolve: Resolve, longest_s: float) -> None:
@@ -50,7 +50,7 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
 
     @property
     def connector(self) -> Mapping[str, Any]:
-        """The options by which aiohttp's connector uses checked addresses only."""
+        """Options that make aiohttp's connector use checked addresses only."""
         return {
             "resolver": self,
             "use_dns_cache": False,
@@ -60,14 +60,13 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
     async def check_url(self, url: httpx.URL, *, by_connector: bool) -> None:
         """Check what can be checked before a request is sent.
 
-        Where the connector checks, that is what it would connect to without asking for an address:
-        hosts that look like one, among them 2130706433 and 127.1. Elsewhere, behind a proxy or
-        in a transport of the caller's, names often resolve nowhere but there. So addresses that are
-        written out are checked, and names where this machine can resolve them.
+        ``by_connector``: the connector checks the names it resolves, so only hosts are checked
+        here that it would connect to without resolving: those that look like an address, such as
+        2130706433 and 127.1. Otherwise (behind a proxy, or with a custom transport) names often
+        resolve only there. So written-out addresses are checked, and names if this machine can
+        resolve them.
 
-        Raises:
-            LinkRefused: an address is not allowed.
-            OSError: it cannot be told.
+        Raises LinkRefused for an address that is not allowed, OSError if the host is not resolved.
         """
         host = url.raw_host.decode("ascii")
         if by_connector and not (":" in host or host.replace(".", "").isdigit()):
@@ -83,7 +82,7 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[aiohttp.abc.ResolveResult]:
-        """The addresses for aiohttp, whatever their family. Raises OSError where there are none."""
+        """Return the addresses for aiohttp. Raises OSError if there are none."""
         addresses = await self._addresses(host, port)
         await self._check(host, addresses)
         found = [
@@ -103,19 +102,19 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
         return found
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resource is held."""
 
-    def _checked_socket(self, wanted: Any) -> socket.socket:
-        """A socket for an address that may be connected to.
+    def _checked_socket(self, address_info: Any) -> socket.socket:
+        """Return a socket for an address that may be connected to.
 
-        Addresses are checked before, where names are resolved and links are read. Here is the
-        last place before the connection, and it is given the very address that is used.
+        Addresses were checked before, when names were resolved and links were read. This is the
+        last place before the connection, and it gets the very address that is used.
         """
-        family, kind, protocol, _, (address, *_) = wanted
+        family, kind, protocol, _, (address, *_) = address_info
         found = address_kind(address)
         allowed = found is AddressKind.PUBLIC or found in (self._base_kinds or ())
         if not allowed or found is AddressKind.NEVER:
-            raise LinkRefused(f"{address} is an address that a result link may not lead to")
+            raise LinkRefused(f"a result link may not lead to the address {address}")
         return socket.socket(family, kind, protocol)
 
     async def _check(self, host: str, addresses: Sequence[str]) -> None:
@@ -123,7 +122,7 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
             check_addresses(host, addresses, await self._kinds_of_base())
 
     async def _kinds_of_base(self) -> frozenset[AddressKind]:
-        # Looked up only when a link is not public, and remembered once it was answered.
+        # Resolved only if a link is not public, and then remembered.
         if self._base_kinds is None:
             addresses = await self._addresses(self._base_url.host, port_of(self._base_url))
             self._base_kinds = frozenset(address_kind(address) for address in addresses)
@@ -136,10 +135,10 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
             try:
                 return await self._resolve_name(host, port)
             except (OSError, UnicodeError) as error:
-                raise OSError(f"no address for the host: {error}") from error
+                raise OSError(f"the host has no address: {error}") from error
         raise OSError("the name was not resolved in time")
 
 
 def port_of(url: httpx.URL) -> int:
-    """The port that a URL leads to."""
+    """Return the port of a URL."""
     return url.port or (80 if url.scheme == "http" else 443)

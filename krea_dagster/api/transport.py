@@ -1,11 +1,10 @@
-"""The HTTP transport, on aiohttp: it says of each failure whether the request may have left.
+"""An HTTP transport on aiohttp that reports of each failure whether the request may have left.
 
-aiohttp's exceptions do not tell that, and neither do those of the transports that put httpx's
-names on them: a server that reads a purchase and closes in silence was seen to become a
-"connect timeout". So nothing is read out of an exception. What is believed is where the request
-was when it failed: while the connector had not yet handed out a connection, nothing of the
-request can have been written. Everything else, and whatever a later version of aiohttp does in
-another order, counts as sent.
+aiohttp's exceptions do not tell that, and neither do those of other httpx transports on aiohttp:
+a server that read a purchase and closed the connection was seen to become a "connect timeout". So
+the exception does not count. What counts is the step at which the request failed: before the
+connector has returned a connection, no byte of the request can have been written. Everything else
+counts as sent, also if a later version of aiohttp changes the order of the steps.
 """
 
 from __future__ import annotations
@@ -27,38 +26,38 @@ from krea_dagster.api.connect_errors import cause_of
 from krea_dagster.api.proxies import Proxies, Proxy, Secret
 from krea_dagster.errors import KreaError
 
-#: Connections that nobody has used for so long are closed: servers close theirs without a word,
-#: and a purchase that meets such a one has an unknown outcome.
+#: Idle connections are closed after this time: servers close theirs silently, and a purchase on
+#: such a connection has an unknown outcome.
 KEPT_S: Final = 5.0
-#: How much of a body aiohttp reads ahead: half of what it buffers at most.
+#: How much of a body aiohttp reads ahead; it buffers at most twice as much.
 _READ_AHEAD_BYTES: Final = 128 * 1024
 
-#: What says that certainly no byte of the request has left.
+#: The errors that mean that certainly no byte of the request has left.
 UNSENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
-#: Set in a request's extensions where it was cancelled before a byte of it had left.
+#: Set in the extensions of a request that was cancelled before a byte of it had left.
 CANCELLED_UNSENT: Final = "cancelled_unsent"
-#: httpx's own, which raise UNSENT only before the first byte of a request. Not their subclasses.
+#: httpx's transports, which raise UNSENT only before the first byte. Their subclasses may not.
 _HTTPX_OWN: Final = (httpx.AsyncHTTPTransport, httpx.MockTransport)
 
-# aiohttp would write these itself where they are missing. All of them are the caller's to decide.
+# aiohttp would add these headers if they are missing. The caller decides about all of them.
 _NOT_ADDED: Final = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 _SECRET_HEADERS: Final = (b"authorization", b"proxy-authorization")
 
 
 def reports_unsent(transport: httpx.AsyncBaseTransport) -> bool:
-    """Whether a transport raises UNSENT only where certainly no byte of the request has left.
+    """Return whether a transport raises UNSENT only if certainly no byte has left.
 
-    httpx's own do. Another one says so by a class attribute ``reports_unsent = True``.
+    httpx's own do. Another one declares it by a class attribute ``reports_unsent = True``.
     """
     return getattr(transport, "reports_unsent", type(transport) in _HTTPX_OWN) is True
 
 
 @asynccontextmanager
 async def raw_body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body as it was sent, piece by piece. The response is closed at the end.
+    """Iterate over the body as it was sent. The response is closed at the end.
 
-    ``Response.aiter_raw`` would do, if it took the answers of ``httpx.MockTransport``, which are
-    read before they come.
+    ``Response.aiter_raw`` does not work with responses of ``httpx.MockTransport``, which are
+    already read.
     """
     parts = aiter(response.stream)  # type: ignore[arg-type]  # a transport for async gives no other
     try:
@@ -70,7 +69,7 @@ async def raw_body(response: httpx.Response) -> AsyncIterator[AsyncIterator[byte
 
 
 class _SendState:
-    """Where a request is on its way to a connection."""
+    """The step at which a request is on its way to a connection."""
 
     __slots__ = ("attempts", "connected", "connecting", "is_new", "repeatable")
 
@@ -83,7 +82,7 @@ class _SendState:
 
     @property
     def unsent(self) -> bool:
-        """Whether it has certainly never had a connection."""
+        """Whether the request has certainly never had a connection."""
         return self.connecting and not self.connected
 
 
@@ -91,7 +90,7 @@ _SEND_STATE: Final[ContextVar[_SendState | None]] = ContextVar("krea_request_way
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Notes when a request begins to wait for its connection, and when it has got one."""
+    """Records when a request starts to wait for a connection, and when it has one."""
 
     async def connect(
         self,
@@ -99,18 +98,18 @@ class _Connector(aiohttp.TCPConnector):
         traces: list[Any],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> Any:
-        """Connect. Name resolution, TCP, TLS and a proxy's tunnel are all within."""
-        way = _SEND_STATE.get()
-        if way is None:
+        """Connect, with name resolution, TCP, TLS and a proxy's tunnel."""
+        state = _SEND_STATE.get()
+        if state is None:
             return await super().connect(req, traces, timeout)
-        way.attempts += 1
-        if way.attempts > 1 and (way.is_new or not way.repeatable):
-            # aiohttp sends some methods again where the server has closed the connection. A GET
-            # may be, over one that was kept. Anything else is sent once, and the caller decides.
+        state.attempts += 1
+        if state.attempts > 1 and (state.is_new or not state.repeatable):
+            # aiohttp repeats some methods if the server has closed the connection. A GET may be
+            # repeated if the connection was a kept one. Anything else is sent only once.
             raise aiohttp.ServerDisconnectedError
-        way.connecting = True
+        state.connecting = True
         connection = await super().connect(req, traces, timeout)
-        way.connecting, way.connected = False, True
+        state.connecting, state.connected = False, True
         return connection
 
     async def _create_connection(
@@ -119,26 +118,26 @@ class _Connector(aiohttp.TCPConnector):
         traces: list[Any],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> Any:
-        """Open a connection, where none was kept."""
-        way = _SEND_STATE.get()
-        if way is not None:
-            way.is_new = True
+        """Open a new connection."""
+        state = _SEND_STATE.get()
+        if state is not None:
+            state.is_new = True
         return await super()._create_connection(req, traces, timeout)
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Sends each request once, by aiohttp. Use it in one event loop.
+    """Sends each request once, with aiohttp. Use it in one event loop.
 
-    Redirects are not followed, bodies are not unpacked, cookies and ``.netrc`` are not read. It
-    raises ``httpx.ConnectError``, ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only where
+    Redirects are not followed, bodies are not decompressed, cookies and ``.netrc`` are not read.
+    It raises ``httpx.ConnectError``, ``ConnectTimeout``, ``PoolTimeout`` and ``ProxyError`` only if
     certainly no byte of the request has left, and other errors of httpx for all else.
 
     Args:
-        ssl_context: for https; httpx's default where none is given.
-        proxies: those of the environment where none are given.
-        max_connections: open at a time, and kept alive.
-        connector: further options of the connector for hosts that no proxy is used for. What its
-            resolver and its sockets raise of this package's errors is passed on as it is.
+        ssl_context: for https; httpx's default if None.
+        proxies: those of the environment if None.
+        max_connections: the most open connections.
+        connector: more options of aiohttp's connector for hosts without a proxy. Errors of this
+            package that its resolver or sockets raise pass through.
     """
 
     reports_unsent: ClassVar[bool] = True
@@ -165,7 +164,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 await session.close()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request, and return its answer with the body still to be read."""
+        """Send one request and return its response with an unread body."""
         timeouts = request.extensions.get("timeout", {})
         await self._take_place(request, timeouts.get("pool"))
         try:
@@ -180,7 +179,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         )
 
     async def _take_place(self, request: httpx.Request, longest_s: float | None) -> None:
-        # Not the connector's own queue: its wait could not be told from connecting's.
+        # Not the connector's own queue: waiting there would look like connecting.
         if not self._places.locked():
             await self._places.acquire()
             return
@@ -202,15 +201,15 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 value.decode("latin-1")
             )
             for name, value in request.headers.raw
-            if name.lower() != b"transfer-encoding"  # the content is sent whole
+            if name.lower() != b"transfer-encoding"  # the content is sent in one piece
         }
         target = yarl.URL(str(request.url), encoded=True)
-        proxy = self._proxies.of(request.url)
+        proxy = self._proxies.for_url(request.url)
         options: dict[str, Any] = {"headers": headers}
         if proxy is not None:
             options = proxy.options(target, headers)
-        way = _SendState(repeatable=request.method == "GET")
-        token = _SEND_STATE.set(way)
+        state = _SendState(repeatable=request.method == "GET")
+        token = _SEND_STATE.set(state)
         try:
             return await self._session(proxy).request(
                 request.method,
@@ -223,15 +222,15 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         except KreaError:
             raise
         except asyncio.CancelledError:
-            request.extensions[CANCELLED_UNSENT] = way.unsent
+            request.extensions[CANCELLED_UNSENT] = state.unsent
             raise
         except Exception as error:
-            raise (_unsent(error, proxy) if way.unsent else _sent(error)) from error
+            raise (_unsent(error, proxy) if state.unsent else _sent(error)) from error
         finally:
             _SEND_STATE.reset(token)
 
     def _session(self, proxy: Proxy | None) -> aiohttp.ClientSession:
-        # Only here is an event loop certain to run.
+        # An event loop is certain to run only here.
         if proxy is not None:
             if self._proxied is None:
                 self._proxied = self._open_session({})
@@ -254,7 +253,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
 
 class _ResponseBody(httpx.AsyncByteStream):
-    """A body as it comes. Holds the request's place until it is closed."""
+    """The body of a response. It holds the request's place until it is closed."""
 
     def __init__(self, response: aiohttp.ClientResponse, places: asyncio.Semaphore) -> None:
         self._response = response
@@ -273,7 +272,7 @@ class _ResponseBody(httpx.AsyncByteStream):
         return data
 
     async def aclose(self) -> None:
-        """Close the connection, unless the body was read to its end: then it is kept."""
+        """Close the connection, or keep it if the body was read to its end."""
         self._response.close()
         if self._places is not None:
             self._places.release()

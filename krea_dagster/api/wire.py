@@ -1,12 +1,11 @@
-"""Reads and writes EvoLink's JSON: requests to bytes, and answers to values or errors, by table.
+"""EvoLink's JSON: request bodies, and the meaning of each answer, by table. Pure.
 
-Nothing here does I/O or looks at a clock: an answer is a status, headers and bytes, and the
-present time is handed in. Reading is lenient about shape (fields that are missing, integer or
-upper-case codes, HTML, bytes that are not UTF-8) and strict about money: an answer to a
-purchase is a :class:`~krea_dagster.models.Submission`, or certainly unspent, or unknown.
+Parsing is lenient about shape (missing fields, integer or upper-case codes, HTML, bytes that are
+not UTF-8) and strict about money: the answer to a purchase is a
+:class:`~krea_dagster.models.Submission`, or certainly not charged, or unknown.
 
-The codes come from EvoLink's API documentation (create image, get task detail, get credits)
-and, where a comment says so, from its own published clients.
+The codes come from EvoLink's API documentation (create image, get task detail, get credits) and,
+where a comment says so, from EvoLink's own published clients.
 """
 
 from __future__ import annotations
@@ -14,14 +13,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Final
 
+from krea_dagster.api.untrusted import (
+    MESSAGE_MAX_CHARS,
+    Hide,
+    map_texts,
+    parse_json,
+    safe_text,
+    shortened,
+    unchanged,
+)
 from krea_dagster.errors import (
     AccessDenied,
     ApiError,
@@ -57,9 +65,6 @@ from krea_dagster.models import (
     units_from_credits,
 )
 
-#: Takes a text from outside and returns it without the API key.
-Hide = Callable[[str], str]
-
 CREATE_PATH: Final = "/v1/images/generations"
 TASKS_PATH: Final = "/v1/tasks"
 #: Undocumented: seen in EvoLink's own clients. At most :data:`BATCH_MAX` ids.
@@ -68,14 +73,15 @@ BATCH_MAX: Final = 50
 CREDITS_PATH: Final = "/v1/credits"
 
 CALLBACK_URL_MAX_CHARS: Final = 2048
-MESSAGE_MAX_CHARS: Final = 500
 RETRY_AFTER_MAX_S: Final = 3600.0
-#: The end of the year 9998: a later second is no time of a task.
+#: The start of the year 9999: a later time is not that of a task.
 _LAST_SECOND: Final = 253_370_764_800
+
+_CREATED: Final = (200, 201, 202)
 
 # -- the tables -------------------------------------------------------------------------------
 
-#: A create answer whose status alone says what it means. 400 and 409 need their code.
+#: Errors of a create call by status. 400 and 409 are decided by their code.
 SUBMIT_ERRORS: Final[Mapping[int, type[SubmitError]]] = {
     401: KeyRejected,
     402: OutOfCredits,
@@ -85,28 +91,23 @@ SUBMIT_ERRORS: Final[Mapping[int, type[SubmitError]]] = {
     429: TurnedAway,
 }
 
-#: 400 on create with one of these codes is a lack of capacity (seen in EvoLink's clients).
+#: Codes of a 400 on create that is a lack of capacity (seen in EvoLink's clients).
 CAPACITY_CODES: Final = frozenset({"no_available_channel", "model_unavailable"})
-#: … or with a code that begins like this.
+#: … and the beginnings of such codes.
 CAPACITY_PREFIXES: Final = ("channel_", "channel:")
 
-#: 400 on create with one of these codes is moderation (seen in EvoLink's clients).
+#: Codes of a 400 on create that is moderation (seen in EvoLink's clients).
 MODERATION_CODES: Final = frozenset(
-    {
-        "content_policy_violation",
-        "content_filter",
-        "sensitive_content",
-        "moderation_blocked",
-    }
+    {"content_policy_violation", "content_filter", "sensitive_content", "moderation_blocked"}
 )
 
-#: 409 on create, by code (seen in EvoLink's clients).
+#: Errors of a 409 on create by code (seen in EvoLink's clients).
 CONFLICT_ERRORS: Final[Mapping[str, type[OutcomeUnknown]]] = {
     "idempotency_conflict": IdempotencyConflict,
     "paid_outcome_unknown": PurchasePending,
 }
 
-#: An answer to a question whose status alone says what it means.
+#: Errors of a read by status.
 READ_ERRORS: Final[Mapping[int, type[ApiError]]] = {
     401: Unauthorized,
     402: InsufficientCredits,
@@ -114,18 +115,18 @@ READ_ERRORS: Final[Mapping[int, type[ApiError]]] = {
     429: RateLimited,
 }
 
-#: The one code that says that a task is gone.
+#: The code that means that a task is gone.
 TASK_GONE_CODE: Final = "task_not_found"
-#: What the message says where a 404 carries a number, or nothing, for a code.
+#: Messages of a 404 that means the same, if its code is missing or a number.
 TASK_GONE_MESSAGES: Final = ("task could not be found", "task not found")
 
-#: What the undocumented batch endpoint may answer though it is there. Any other 4xx is taken
-#: to mean that it is not: single reads cost a little more, and never miss a paid task.
-_BATCH_ERRORS_THAT_PASS: Final = frozenset({401, 402, 408, 425, 429})
-#: What the field ``code`` of a batch answer holds where nothing is wrong.
+#: Errors of the undocumented batch endpoint if it exists. Any other 4xx is taken to mean that it
+#: does not: single reads take a little longer, and miss no paid task.
+_BATCH_ERRORS: Final = frozenset({401, 402, 408, 425, 429})
+#: The field ``code`` of a successful batch answer.
 _OK_CODES: Final = frozenset({"200", "0", "success", ""})
 
-#: What a code means beyond EvoLink's message, for the person who must mend it.
+#: Explanations of codes, added to EvoLink's message.
 HINTS: Final[Mapping[str, str]] = {
     "insufficient_token_quota": "this is the key's own limit, not the account's",
     "key_quota_exhausted": "this is the key's own limit, not the account's",
@@ -141,36 +142,35 @@ _DECIMAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,300}(\.[0-9]{1,20})?", re.ASCII)
 _REQUEST_ID_TAIL = re.compile(r"\s*\(request id: ([^()]{1,128})\)\s*\Z", re.IGNORECASE)
 _TITLE = re.compile(r"<title[^>]{0,200}>([^<]{0,200})", re.IGNORECASE)
-# Terminal escapes whole (CSI, OSC, then any other), so that no remainder such as "[31m" is left.
-_ESCAPES = re.compile(
-    "\x1b\\[[0-?]*[ -/]*[@-~]|[\x1b]\\][^\x07\x1b]{0,300}(?:\x07|\x1b\\\\)?|\x1b[@-Z\\\\^_]?"
-)
-# Controls, surrogates, and the marks that turn the reading direction of what follows.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+"
-)
-# What a database cannot store in a text: surrogates that stand alone, and NUL.
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
-_MAX_DEPTH: Final = 64
 _MAX_CREDITS: Final = 1e12
 
 
-def _as_is(text: str) -> str:
-    return text
+@dataclass(frozen=True)
+class RawAnswer:
+    """An HTTP answer. ``whole`` is false if the body broke off or was too long, see ``trouble``.
+
+    The server may have echoed the key, so the repr leaves out headers and body.
+    """
+
+    status: int
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+    whole: bool = True
+    trouble: str = ""
 
 
-# -- what is sent -----------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------
 
 
 def generation_body(request: ImageRequest, callback_url: str | None = None) -> dict[str, Any]:
-    """The JSON object of ``POST /v1/images/generations`` for one request.
+    """Return the JSON object of ``POST /v1/images/generations``.
 
-    All six fields are always written, so that no default of the server decides a picture.
+    All six fields are always written, so that no default of the server decides about an image.
 
     Raises:
         InputError: the seed is not from 1 to 1048576 (with 0 the server would draw one and not
-            say which), or the callback URL is not HTTPS or too long. Nothing was sent.
+            return it), or the callback URL is not HTTPS or too long. Nothing was sent.
     """
     seed = request.seed
     if isinstance(seed, bool) or not SEED_MIN <= seed <= SEED_MAX:
@@ -192,16 +192,11 @@ def generation_body(request: ImageRequest, callback_url: str | None = None) -> d
     return body
 
 
-def batch_body(task_ids: Collection[str]) -> dict[str, Any]:
-    """The JSON object that asks for many tasks at once."""
-    return {"task_ids": list(task_ids)}
-
-
 def encode_json(value: object) -> bytes:
-    """JSON as bytes that depend on the value only: sorted, compact, ASCII.
+    """Return JSON bytes that depend on the value only: sorted, compact, ASCII.
 
-    A repeated purchase must send the very same body, or its Idempotency-Key is refused.
-    Everything beyond ASCII is escaped, so that a lone surrogate in a prompt cannot fail here.
+    A repeated purchase must send the same bytes, or its Idempotency-Key is refused. Characters
+    beyond ASCII are escaped, so that a lone surrogate in a prompt cannot fail here.
     """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
@@ -209,69 +204,56 @@ def encode_json(value: object) -> bytes:
     return text.encode("ascii")
 
 
-# -- what is read -----------------------------------------------------------------------------
+# -- answers ----------------------------------------------------------------------------------
 
 
-def read_submission(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    now: datetime,
-    hide: Hide = _as_is,
-) -> Submission:
-    """The answer to a create call.
+def read_submission(answer: RawAnswer, *, now: datetime, hide: Hide = unchanged) -> Submission:
+    """Return the submission of a create call.
 
     A usable answer is 200, 201 or 202 with a task id and without an error.
 
     Args:
-        status: the HTTP status.
-        headers: the answer's headers; case does not matter.
-        body: the whole body.
-        now: the present, with a time zone, for ``Retry-After`` where the answer has no ``Date``.
+        answer: with a whole body. The case of header names does not matter.
+        now: the present, with a time zone, for ``Retry-After`` if the answer has no ``Date``.
         hide: removes the API key from a text.
 
     Raises:
-        SubmitError: of the class that the tables above give. What they do not name is
-            OutcomeUnknown, and so is a success without an id, or with an error beside it.
+        SubmitError: of the class in the tables above. What they do not name is OutcomeUnknown,
+            and so is a success without an id, or with an error.
     """
-    value, readable = _parse(body)
-    if status in (200, 201, 202) and isinstance(value, dict) and not _may_hold_error(value):
-        task_id = value.get("id")
-        if readable and isinstance(task_id, str) and is_task_id(task_id):
-            return _submission(task_id, headers, value, hide)
-    fault = _read_fault(status, headers, value, body, hide)
+    value = parse_json(answer.body)
+    found = _read_error_body(answer, value, hide)
     facts: dict[str, Any] = {
-        "status": status,
-        "code": fault.code,
-        "retry_after_s": retry_after_s(headers, now),
-        "request_id": fault.request_id,
+        "status": answer.status,
+        "code": found.code,
+        "retry_after_s": retry_after_s(answer.headers, now),
+        "request_id": found.request_id,
     }
-    if status in (200, 201, 202):
-        task_id = value.get("id") if isinstance(value, dict) else None
-        if not readable or not isinstance(value, dict):
-            message = f"the answer to the purchase is not a JSON object: {fault.message}"
-        elif fault.present:
-            named = f"task {hide(str(task_id))}: " if is_task_id(task_id) else ""
-            message = f"a success that carries an error: {named}{fault.message}"
-        elif not isinstance(task_id, str) or not is_task_id(task_id):
-            message = "a success without a usable task id"
-        else:  # what looked like an error holds none
-            return _submission(task_id, headers, value, hide)
+    if answer.status not in _CREATED:
+        raise _submit_error_class(answer.status, found)(found.message, **facts)
+    if not isinstance(value, dict):
+        message = f"the answer to the purchase is not a JSON object: {found.message}"
         raise OutcomeUnknown(message, **facts)
-    raise _submit_error_class(status, fault)(fault.message, **facts)
+    task_id = value.get("id")
+    if not isinstance(task_id, str) or not is_task_id(task_id):
+        task_id = ""
+    if found.present:
+        named = f"task {hide(task_id)}: " if task_id else ""
+        raise OutcomeUnknown(f"a success with an error: {named}{found.message}", **facts)
+    if not task_id:
+        raise OutcomeUnknown("a success without a usable task id", **facts)
+    return _submission(task_id, answer.headers, value, hide)
 
 
 def _submission(
     task_id: str, headers: Mapping[str, str], value: Mapping[str, Any], hide: Hide
 ) -> Submission:
     usage = _object(value.get("usage"))
-    answer: Mapping[str, Any] = value
+    stored: Mapping[str, Any] = value
     shown = str(value)
-    if hide(shown) != shown or "\\" in shown:  # an escape in the text could part the key
-        answer = {
-            hide(key): item if key == "id" else _map_texts(item, hide, 0)
-            for key, item in value.items()
+    if hide(shown) != shown or "\\" in shown:  # an escape in the text could split the key
+        stored = {
+            hide(key): item if key == "id" else map_texts(item, hide) for key, item in value.items()
         }
     return Submission(
         task_id=task_id,
@@ -280,24 +262,24 @@ def _submission(
         billing_rule=_optional_text(usage.get("billing_rule"), hide),
         user_group=_optional_text(usage.get("user_group"), hide),
         replayed=_header(headers, "idempotency-replayed").strip().lower() == "true",
-        answer=answer,
+        answer=stored,
     )
 
 
-def _submit_error_class(status: int, fault: _ErrorBody) -> type[SubmitError]:
+def _submit_error_class(status: int, found: _ErrorBody) -> type[SubmitError]:
     by_status = SUBMIT_ERRORS.get(status)
     if by_status is not None:
         return by_status
     # A server that writes a number as the code may write the word as the type. Capacity comes
-    # first: where both could be meant, the money is not certainly unspent.
-    words = (fault.code, fault.kind)
+    # first: if both could be meant, the money is not certainly unspent.
+    words = (found.code, found.kind)
     if status == 400:
         if any(word in CAPACITY_CODES or word.startswith(CAPACITY_PREFIXES) for word in words):
             return NoCapacity
         if any(word in MODERATION_CODES for word in words):
             return ContentRefused
-        # Without EvoLink's error it is a gateway's page, which says nothing of the row.
-        return Refused if fault.present else GatewayRefused
+        # Without EvoLink's error it is a gateway's page, which does not concern the row.
+        return Refused if found.present else GatewayRefused
     if status == 409:
         for word in words:
             if word in CONFLICT_ERRORS:
@@ -305,91 +287,67 @@ def _submit_error_class(status: int, fault: _ErrorBody) -> type[SubmitError]:
     return OutcomeUnknown
 
 
-def read_task(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    task_id: str,
-    now: datetime,
-    hide: Hide = _as_is,
-) -> Task:
-    """The answer to ``GET /v1/tasks/{task_id}``.
+def read_task(answer: RawAnswer, *, task_id: str, now: datetime, hide: Hide = unchanged) -> Task:
+    """Return the task of ``GET /v1/tasks/{task_id}``.
 
     Raises:
-        TaskNotFound: a 404 whose JSON says that this task is not known. A 404 that says
-            anything else (a proxy's page, a wrong base URL) is NoUsableAnswer, because "gone"
-            ends in "paid and lost" and so must be certain. So is a 400 ``invalid_task_id``:
-            the id came from EvoLink, and the error's ``code`` tells a policy what was said.
-        ApiError: of the class that the table gives; NoUsableAnswer for all that it does not
-            name, for a success that cannot be read, and for an answer about another task.
+        TaskNotFound: a 404 whose JSON says that this task is not known. Any other 404 (a proxy's
+            page, a wrong base URL) is NoUsableAnswer, because a task that is gone counts as paid
+            and lost. So is a 400 ``invalid_task_id``: the id came from EvoLink. The error's
+            ``code`` keeps EvoLink's.
+        ApiError: of the class in the table; NoUsableAnswer for all other statuses, for a success
+            that cannot be read, and for an answer with another task.
     """
-    value, _ = _parse(body)
-    task = None
-    if status == 200 and isinstance(value, dict):
-        task = _task(value, hide, default_id=task_id)
-        if task is not None and task.task_id == task_id:
-            return task
-    fault = _read_fault(status, headers, value, body, hide)
-    if status == 200 and isinstance(value, dict):
-        if task is not None:
-            fault = replace(
-                fault, message=f"the answer is about another task, {hide(task.task_id)}"
-            )
-        elif not fault.present:
-            fault = replace(fault, message="the answer has no task status")
-    raise _read_error(status, headers, fault, now, about_task=True)
+    value = parse_json(answer.body)
+    success = answer.status == 200 and isinstance(value, dict)
+    task = _task(value, hide, default_id=task_id) if success else None
+    if task is not None and task.task_id == task_id:
+        return task
+    found = _read_error_body(answer, value, hide)
+    if task is not None:
+        found = replace(found, message=f"the answer is about another task, {hide(task.task_id)}")
+    elif success and not found.present:
+        found = replace(found, message="the answer has no task status")
+    gone = answer.status == 404 and _says_task_gone(found)
+    raise _read_error(answer, found, now, TaskNotFound if gone else None)
 
 
 def read_tasks(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    task_ids: Collection[str],
-    now: datetime,
-    hide: Hide = _as_is,
+    answer: RawAnswer, *, task_ids: Collection[str], now: datetime, hide: Hide = unchanged
 ) -> dict[str, Task]:
-    """The answer to ``POST /v1/tasks/batch``: the tasks by id, in the order asked.
+    """Return the tasks of ``POST /v1/tasks/batch`` by id, in the order of ``task_ids``.
 
-    Ids that the server left out, or answered unreadably, are absent. Tasks that were not asked
-    for are dropped.
+    Ids that the server left out, or answered unreadably, are missing. Other tasks are dropped.
 
     Raises:
-        NotSupported: the endpoint is not there. Because it is undocumented, that is what a 4xx
-            is taken for (except 401, 402, 408, 425 and 429), and 501, and a 200 that is not a
+        NotSupported: the endpoint does not exist. Because it is undocumented, that is how a 4xx
+            is understood (except 401, 402, 408, 425 and 429), and 501, and a 200 that is not a
             list of tasks.
         ApiError: as for :func:`read_task`.
     """
-    value, _ = _parse(body)
-    if status == 200:
-        items = _batch_items(value)
-        if items is not None:
-            found: dict[str, Task] = {}
-            for item in items:
-                task = _task(item, hide) if isinstance(item, dict) else None
-                if task is not None:
-                    found.setdefault(task.task_id, task)
-            return {task_id: found[task_id] for task_id in task_ids if task_id in found}
-    fault = _read_fault(status, headers, value, body, hide)
+    value = parse_json(answer.body)
+    success = answer.status == 200
+    items = _batch_items(value) if success else None
+    if items is not None:
+        tasks = [_task(item, hide) for item in items if isinstance(item, dict)]
+        by_id = {task.task_id: task for task in reversed(tasks) if task is not None}
+        return {task_id: by_id[task_id] for task_id in task_ids if task_id in by_id}
+    found = _read_error_body(answer, value, hide)
     code = _code(value.get("code", 200), hide) if isinstance(value, dict) else ""
-    if status == 200 and code not in _OK_CODES:
-        fault = replace(
-            fault,
-            code=safe_text(code, max_chars=100),
-            message=safe_text(value.get("message"), hide),
-        )
-        raise _read_error(status, headers, fault, now)
+    if success and code not in _OK_CODES:
+        message = safe_text(value.get("message"), hide)
+        found = replace(found, code=safe_text(code, max_chars=100), message=message)
+        raise _read_error(answer, found, now)
     missing = (
-        (status == 200 and not fault.present)
-        or status == 501
-        or (400 <= status < 500 and status not in _BATCH_ERRORS_THAT_PASS)
+        (success and not found.present)
+        or answer.status == 501
+        or (400 <= answer.status < 500 and answer.status not in _BATCH_ERRORS)
     )
-    raise _read_error(status, headers, fault, now, error=NotSupported if missing else None)
+    raise _read_error(answer, found, now, NotSupported if missing else None)
 
 
 def _batch_items(value: Any) -> list[Any] | None:
-    """The list in a batch answer, or None where there is none."""
+    """Return the list in a batch answer, None if there is none."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict) or "data" not in value:
@@ -400,24 +358,17 @@ def _batch_items(value: Any) -> list[Any] | None:
     return data if isinstance(data, list) else None
 
 
-def read_credits(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    now: datetime,
-    hide: Hide = _as_is,
-) -> AccountCredits:
-    """The answer to ``GET /v1/credits``; ``now`` becomes its ``read_at``.
+def read_credits(answer: RawAnswer, *, now: datetime, hide: Hide = unchanged) -> AccountCredits:
+    """Return the balance of ``GET /v1/credits``; ``now`` becomes its ``read_at``.
 
     Raises:
         NotSupported: 404, 405 or 501: the server has no such endpoint.
-        ApiError: of the class that the table gives; NoUsableAnswer for anything else, among
-            them ``success: false`` with 200, and an answer without the account's two figures.
+        ApiError: of the class in the table; NoUsableAnswer for anything else, including
+            ``success: false`` with 200, and an answer without the account's two amounts.
     """
-    value, _ = _parse(body)
-    fault = _read_fault(status, headers, value, body, hide)
-    if status == 200 and isinstance(value, dict) and value.get("success") is not False:
+    value = parse_json(answer.body)
+    found = _read_error_body(answer, value, hide)
+    if answer.status == 200 and isinstance(value, dict) and value.get("success") is not False:
         data = _object(value.get("data")) or value
         user, token = _object(data.get("user")), _object(data.get("token"))
         remaining = _units(user.get("remaining_credits"), negative=True)
@@ -431,46 +382,37 @@ def read_credits(
                 token_unlimited=token.get("unlimited_credits") is True,
                 read_at=now,
             )
-        if not fault.present:
-            fault = replace(fault, message="the answer does not hold the account's credits")
-    missing = status in (404, 405, 501)
-    raise _read_error(status, headers, fault, now, error=NotSupported if missing else None)
+        if not found.present:
+            found = replace(found, message="the answer does not contain the account's credits")
+    missing = answer.status in (404, 405, 501)
+    raise _read_error(answer, found, now, NotSupported if missing else None)
 
 
 def _read_error(
-    status: int,
-    headers: Mapping[str, str],
-    fault: _ErrorBody,
-    now: datetime,
-    *,
-    about_task: bool = False,
-    error: type[ApiError] | None = None,
+    answer: RawAnswer, found: _ErrorBody, now: datetime, error: type[ApiError] | None = None
 ) -> ApiError:
-    if error is None:
-        error = READ_ERRORS.get(status, NoUsableAnswer)
-        if about_task and status == 404 and _says_task_gone(fault):
-            error = TaskNotFound
-    return error(
-        fault.message,
-        status=status,
-        code=fault.code,
-        retry_after_s=retry_after_s(headers, now),
-        request_id=fault.request_id,
+    """Return the error of a failed read; by default that of its status."""
+    return (error or READ_ERRORS.get(answer.status, NoUsableAnswer))(
+        found.message,
+        status=answer.status,
+        code=found.code,
+        retry_after_s=retry_after_s(answer.headers, now),
+        request_id=found.request_id,
     )
 
 
-def _says_task_gone(fault: _ErrorBody) -> bool:
-    if TASK_GONE_CODE in (fault.code, fault.kind):
+def _says_task_gone(found: _ErrorBody) -> bool:
+    if TASK_GONE_CODE in (found.code, found.kind):
         return True
-    unnamed = not fault.code or fault.code.isdecimal()
-    return unnamed and any(text in fault.message.lower() for text in TASK_GONE_MESSAGES)
+    unnamed = not found.code or found.code.isdecimal()
+    return unnamed and any(text in found.message.lower() for text in TASK_GONE_MESSAGES)
 
 
 def retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
-    """``Retry-After`` in seconds, from 0 to 3600; None where absent or unreadable.
+    """Return ``Retry-After`` in seconds, from 0 to 3600; None if it is absent or unreadable.
 
-    Both forms of RFC 9110 are read: seconds, and an HTTP date. That is counted from the answer's
-    own ``Date``, since this machine's clock may be wrong, and from ``now`` where there is none.
+    Both forms of RFC 9110 are read: seconds, and an HTTP date. A date is compared with the
+    answer's own ``Date``, since this machine's clock may be wrong, or with ``now`` without one.
     """
     text = _header(headers, "retry-after").strip()
     if _SECONDS.fullmatch(text):
@@ -483,7 +425,7 @@ def retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
 
 
 def http_date(text: str) -> datetime | None:
-    """A time as HTTP writes it; None where the text is none."""
+    """Return the time of an HTTP date, None if the text is not one."""
     if not text or len(text) > 100:
         return None
     try:
@@ -500,9 +442,9 @@ def http_date(text: str) -> datetime | None:
 
 @dataclass(frozen=True)
 class _ErrorBody:
-    """What an answer says went wrong, already safe to print.
+    """The error in an answer, safe to print.
 
-    ``present`` is true where the body holds an error; ``kind`` is its lower-cased ``type``.
+    ``present`` is true if the body contains an error; ``kind`` is its lower-cased ``type``.
     """
 
     present: bool
@@ -512,14 +454,7 @@ class _ErrorBody:
     request_id: str | None
 
 
-def _may_hold_error(value: Mapping[str, Any]) -> bool:
-    """Whether an answer is worth reading for an error."""
-    return bool(value.get("error")) or value.get("success") is False
-
-
-def _read_fault(
-    status: int, headers: Mapping[str, str], value: Any, body: bytes, hide: Hide
-) -> _ErrorBody:
+def _read_error_body(answer: RawAnswer, value: Any, hide: Hide) -> _ErrorBody:
     whole = value if isinstance(value, dict) else {}
     error = whole.get("error")
     if isinstance(error, dict):
@@ -530,19 +465,19 @@ def _read_fault(
         source = {"message": error, "code": whole.get("code"), "type": whole.get("type")}
     else:
         present = whole.get("success") is False
-        source = whole if status >= 300 or present else {}
+        source = whole if answer.status >= 300 or present else {}
     message = safe_text(source.get("message"), hide, 10_000)
     tail = _REQUEST_ID_TAIL.search(message)
-    message = _shortened(message[: tail.start()] if tail else message, MESSAGE_MAX_CHARS)
+    message = shortened(message[: tail.start()] if tail else message, MESSAGE_MAX_CHARS)
     request_id = (
-        _header(headers, "x-request-id")
-        or _header(headers, "x-oneapi-request-id")
+        _header(answer.headers, "x-request-id")
+        or _header(answer.headers, "x-oneapi-request-id")
         or source.get("request_id")
         or whole.get("request_id")
         or (tail.group(1) if tail else "")
     )
     code = safe_text(_code(source.get("code"), hide), max_chars=100)
-    message = message or _message_without_json(status, value, body, hide)
+    message = message or _message_without_json(answer, value, hide)
     hint = HINTS.get(code)
     return _ErrorBody(
         present=present,
@@ -553,17 +488,17 @@ def _read_fault(
     )
 
 
-def _message_without_json(status: int, value: Any, body: bytes, hide: Hide) -> str:
-    """A sentence for an answer that brought none."""
+def _message_without_json(answer: RawAnswer, value: Any, hide: Hide) -> str:
+    """Return a message for an answer without one."""
     try:
-        phrase = HTTPStatus(status).phrase
+        phrase = HTTPStatus(answer.status).phrase
     except ValueError:
         phrase = "unusual status"
     if value is not None:
         return phrase
-    if not body.strip():
+    if not answer.body.strip():
         return f"{phrase} (the body is empty)"
-    start = body[:4096].decode("utf-8", "replace")
+    start = answer.body[:4096].decode("utf-8", "replace")
     if not start.lstrip("\ufeff \t\r\n").startswith("<"):
         return f"{phrase} (the body is not JSON)"
     title = _TITLE.search(start)
@@ -572,7 +507,7 @@ def _message_without_json(status: int, value: Any, body: bytes, hide: Hide) -> s
 
 
 def _task(value: Mapping[str, Any], hide: Hide, default_id: str | None = None) -> Task | None:
-    """A task from its JSON object; None where it has no usable id or no status."""
+    """Return a task from its JSON object, None if it has no usable id or no status."""
     task_id = value.get("id")
     if task_id is None:
         task_id = default_id
@@ -595,7 +530,7 @@ def _task(value: Mapping[str, Any], hide: Hide, default_id: str | None = None) -
 
 
 def _time(value: Any) -> datetime | None:
-    """A time in seconds since 1970; None where it is none."""
+    """Return a time from seconds since 1970, None if the value is not one."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LAST_SECOND:
         return None
     return datetime.fromtimestamp(value, timezone.utc)
@@ -615,7 +550,7 @@ def _failure(error: Any, status: str, hide: Hide) -> TaskFailure | None:
 
 
 def _results(value: Any) -> tuple[str, ...]:
-    """The links: texts, or objects with a ``url``; what is neither is left out."""
+    """Return the links: texts, or objects with a ``url``; others are left out."""
     items = value if isinstance(value, list) else [value]
     links = [item.get("url") if isinstance(item, dict) else item for item in items]
     return tuple(link.strip() for link in links if isinstance(link, str) and link.strip())
@@ -632,8 +567,8 @@ def _status(value: Any, hide: Hide) -> str:
     return STATUS_ALIASES.get(status, status)
 
 
-def _code(value: Any, hide: Hide = _as_is) -> str:
-    """A code as lower-case text: servers write them as words, as numbers, and in capitals."""
+def _code(value: Any, hide: Hide = unchanged) -> str:
+    """Return a code as lower-case text: servers send words, numbers and capitals."""
     if isinstance(value, str):
         return hide(value).strip().lower()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -642,7 +577,7 @@ def _code(value: Any, hide: Hide = _as_is) -> str:
 
 
 def _units(value: Any, *, negative: bool = False) -> int | None:
-    """Credits, as a number or as its text, in units; None where it is not a sane amount."""
+    """Return credits, a number or its text, in units; None if it is not a plausible amount."""
     if isinstance(value, str):
         if not _DECIMAL.fullmatch(value.strip()):
             return None
@@ -663,91 +598,8 @@ def _optional_text(value: Any, hide: Hide) -> str | None:
 
 
 def _header(headers: Mapping[str, str], name: str) -> str:
-    """One header, by its lower-case name; "" where it is absent."""
+    """Return a header by its lower-case name, "" if it is absent."""
     found = headers.get(name)
     if found is not None:
         return found
     return next((value for key, value in headers.items() if key.lower() == name), "")
-
-
-def safe_text(value: Any, hide: Hide = _as_is, max_chars: int = MESSAGE_MAX_CHARS) -> str:
-    """A text from outside, made safe to print and to store; "" where it is no text or number.
-
-    Terminal escapes, controls and direction marks go, white space becomes single spaces, the
-    key is hidden (first as well: what goes could part it), and only then is it shortened, so that
-    no half of a key is left at the end.
-    """
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return ""
-    text = hide(str(value)[:100_000])
-    if not (text.isascii() and text.isprintable()):
-        text = _UNPRINTABLE.sub(" ", _ESCAPES.sub("", text))
-    return _shortened(hide(" ".join(text.split())), max_chars)
-
-
-def _shortened(text: str, max_chars: int) -> str:
-    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
-
-
-# -- JSON from outside ------------------------------------------------------------------------
-
-
-def _parse(body: bytes) -> tuple[Any, bool]:
-    """The JSON value of a body and true; or None and false where it is not usable JSON.
-
-    Texts in it can be stored, numbers are finite, and it is at most 64 levels deep.
-    """
-    text = body.decode("utf-8-sig", "replace")
-    try:
-        value = _JSON.decode(text)
-        if _is_plain(body):
-            return value, True
-        return _map_texts(value, _storable, 0), True
-    except (ValueError, RecursionError):
-        return None, False
-
-
-def _is_plain(body: bytes) -> bool:
-    """Whether JSON can hold no text that cannot be stored, and cannot be nested too deeply.
-
-    Without escapes by number there are neither lone surrogates nor NULs in it.
-    """
-    return b"\\u" not in body and body.count(b"[") + body.count(b"{") <= _MAX_DEPTH
-
-
-def _parse_int(digits: str) -> int | None:
-    # Nothing that EvoLink counts has 40 digits, and reading a million of them takes seconds.
-    return int(digits) if len(digits) <= 40 else None
-
-
-def _parse_float(digits: str) -> float | None:
-    number = float(digits) if len(digits) <= 400 else math.inf
-    return number if math.isfinite(number) else None
-
-
-def _parse_constant(_name: str) -> None:
-    """NaN and Infinity are not JSON; a database would not take them back."""
-
-
-_JSON: Final = json.JSONDecoder(
-    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant
-)
-
-
-def _storable(text: str) -> str:
-    return _UNSTORABLE.sub("\ufffd", text)
-
-
-def _map_texts(value: Any, change: Callable[[str], str], depth: int) -> Any:
-    """The same JSON value with every text changed. ValueError where it is too deep."""
-    if depth > _MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_map_texts(item, change, depth + 1) for item in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value if change(str(value)) == str(value) else change(str(value))
-    if isinstance(value, dict):
-        return {change(key): _map_texts(item, change, depth + 1) for key, item in value.items()}
-    return value

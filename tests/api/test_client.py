@@ -879,7 +879,7 @@ async def test_a_result_link_that_holds_the_key_is_no_answer_and_the_task_is_rea
     both = [done("t", f"https://files.test/{form}.png"), done("u", "https://files.test/u.png")]
     behaviour = by_path(v1=answers(200, both[0]))
     async with serving(behaviour) as server, client_for(server) as client:
-        with pytest.raises(NoUsableAnswer, match="the result link holds the API key") as caught:
+        with pytest.raises(NoUsableAnswer, match="the result link contains the API key") as caught:
             await client.task("t")
     assert forms_in(shown(caught.value)) == []
     async with serving(answers(200, both)) as server, client_for(server) as client:
@@ -930,7 +930,7 @@ def test_a_host_that_is_near_is_reached_without_a_proxy(
     for no_proxy in ("", "example.com", "*.test"):
         monkeypatch.setenv("NO_PROXY", no_proxy)
         for scheme in ("http", "https"):
-            assert Proxies().of(httpx.URL(f"{scheme}://{host}:8080/v1")) is None
+            assert Proxies().for_url(httpx.URL(f"{scheme}://{host}:8080/v1")) is None
 
 
 @pytest.mark.parametrize(
@@ -941,10 +941,10 @@ def test_a_host_that_is_far_is_reached_by_way_of_the_proxy(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://proxy.test:3128")
-    assert Proxies().of(httpx.URL(f"https://{host}/v1")) is not None
+    assert Proxies().for_url(httpx.URL(f"https://{host}/v1")) is not None
     monkeypatch.setenv("NO_PROXY", host.strip("[]"))
     if not host.startswith("["):
-        assert Proxies().of(httpx.URL(f"https://{host}/v1")) is None
+        assert Proxies().for_url(httpx.URL(f"https://{host}/v1")) is None
 
 
 async def test_the_key_for_a_server_on_this_machine_is_not_seen_by_a_proxy(

@@ -230,7 +230,7 @@ async def test_a_place_that_does_not_become_free() -> None:
         serving(holds(reached=reached)) as server,
         KreaClient(KEY, base_url=server.url, max_connections=1, timeout_s=0.2) as client,
     ):
-        holder = asyncio.ensure_future(client._ask("GET", "/v1/credits"))
+        holder = asyncio.ensure_future(client._get_answer("GET", "/v1/credits"))
         await reached.wait()
         with pytest.raises(NotSent, match=r"no connection was free for 0\.2 s") as caught:
             await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")

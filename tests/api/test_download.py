@@ -142,12 +142,12 @@ async def test_a_body_that_is_packed_though_not_asked_for_is_unpacked(
 
 def test_a_packed_body_is_unpacked_a_bounded_piece_at_a_time() -> None:
     packed = gzip.compress(bytes(5_000_000))
-    unpacker = Decompressor("gzip")
+    decompressor = Decompressor("gzip")
     sizes: list[int] = []
     for start in range(0, len(packed), 1000):
-        assert not unpacker.ended
-        sizes += map(len, unpacker.pieces(packed[start : start + 1000]))
-    assert unpacker.ended
+        assert not decompressor.finished
+        sizes += map(len, decompressor.feed(packed[start : start + 1000]))
+    assert decompressor.finished
     assert (sum(sizes), max(sizes)) == (5_000_000, CHUNK_BYTES)
 
 

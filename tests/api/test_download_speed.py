@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from krea_dagster.api import Download, KreaClient
-from krea_dagster.api.download import CONTINUED_MAX
+from krea_dagster.api.download import RESUMED_MAX
 from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.errors import LinkDead, NoUsableBody
 from tests.api.loopback_server import Behaviour, Seen, answers, message, serving
@@ -32,13 +32,13 @@ async def test_fewer_than_a_kilobyte_a_second_is_a_crawl() -> None:
     enough = RateWindow(100.0).add(60 * MIN_BYTES_PER_S)
     assert not enough.is_over(159.9, 60.0)
     assert enough.is_over(160.0, 60.0)
-    assert not enough.is_crawling(160.0)
-    assert enough.is_crawling(160.1)
-    assert RateWindow(100.0).add(60 * MIN_BYTES_PER_S - 1).is_crawling(160.0)
+    assert not enough.is_too_slow(160.0)
+    assert enough.is_too_slow(160.1)
+    assert RateWindow(100.0).add(60 * MIN_BYTES_PER_S - 1).is_too_slow(160.0)
 
 
 async def test_what_the_sink_takes_its_time_for_is_no_crawl() -> None:
-    assert not RateWindow(100.0).add(MIN_BYTES_PER_S).pause(59.0).is_crawling(160.0)
+    assert not RateWindow(100.0).add(MIN_BYTES_PER_S).pause(59.0).is_too_slow(160.0)
 
 
 async def test_a_slow_download_halves_the_number_and_one_that_ends_well_adds_one() -> None:
@@ -47,9 +47,9 @@ async def test_a_slow_download_halves_the_number_and_one_that_ends_well_adds_one
         at_once = at_once.slow(began_at_s=now_s, now_s=now_s + 0.5)
         assert at_once.number == number
     for number in (2, 3, 4):
-        at_once = at_once.well()
+        at_once = at_once.success()
         assert at_once.number == number
-    assert DownloadLimit(most=16, number=16).well().number == 16
+    assert DownloadLimit(most=16, number=16).success().number == 16
 
 
 async def test_downloads_that_began_together_and_stop_together_halve_it_once() -> None:
@@ -155,7 +155,7 @@ async def test_a_body_that_crawls_ends_and_fewer_run_at_once_then() -> None:
     async with host.client(crawl, max_connections=4) as client:
         with pytest.raises(NoUsableBody, match="fewer than 1024 bytes a second"):
             await client.download(LINK, sink=len, max_bytes=1_000_000)
-        assert client._files.at_once == 2
+        assert client._files._limit.number == 2
     assert host.now_s == 60
 
 
@@ -198,10 +198,10 @@ async def test_after_silence_fewer_run_at_once_and_one_more_for_each_that_ends_w
 
     async with host.client(answer, max_connections=8, download_timeout_s=0.02) as client:
         assert not any(await asyncio.gather(*(fetch(client) for _ in range(8))))
-        assert (host.most_running, client._files.at_once) == (8, 4)
+        assert (host.most_running, client._files._limit.number) == (8, 4)
         silent, host.most_running = False, 0
         assert all(await asyncio.gather(*(fetch(client) for _ in range(4))))
-        assert (host.most_running, client._files.at_once) == (4, 8)
+        assert (host.most_running, client._files._limit.number) == (4, 8)
 
 
 async def test_the_wait_for_a_place_is_no_part_of_a_downloads_time() -> None:
@@ -301,7 +301,7 @@ async def test_it_goes_on_a_bounded_number_of_times() -> None:
     async with serving(cuts) as server:
         with pytest.raises(NoUsableBody):
             await host.fetch(server.url)
-    assert len(server.seen) == 1 + CONTINUED_MAX
+    assert len(server.seen) == 1 + RESUMED_MAX
 
 
 @pytest.mark.parametrize(

@@ -48,24 +48,24 @@ def test_without_one_a_file_is_never_continued(headers: dict[str, str]) -> None:
 
 
 def test_the_rest_is_asked_for_with_the_validator() -> None:
-    assert TAGGED.request_rest(40) == {"Range": "bytes=40-", "If-Range": '"a"'}
+    assert TAGGED.range_headers(40) == {"Range": "bytes=40-", "If-Range": '"a"'}
 
 
 PART = {"etag": '"a"', "content-range": "bytes 40-99/100"}
 
 
 def test_a_part_that_begins_there_and_is_of_the_same_file_continues_it() -> None:
-    assert TAGGED.size_if_continued(206, PART, 40) == 100
-    assert ResumableFile(None, "etag", '"a"').size_if_continued(206, PART, 40) == 100
+    assert TAGGED.resumed_size(206, PART, 40) == 100
+    assert ResumableFile(None, "etag", '"a"').resumed_size(206, PART, 40) == 100
     shorter = {**PART, "content-range": "bytes 40-59/100"}
-    assert TAGGED.size_if_continued(206, shorter, 40) == 100
+    assert TAGGED.resumed_size(206, shorter, 40) == 100
 
 
 def test_a_host_that_was_given_a_date_may_leave_it_out() -> None:
     part = {"content-range": "bytes 40-99/100"}
-    assert DATED.size_if_continued(206, part, 40) == 100
-    assert DATED.size_if_continued(206, {**part, "last-modified": OLDER}, 40) == 100
-    assert DATED.size_if_continued(206, {**part, "last-modified": DATE}, 40) is None
+    assert DATED.resumed_size(206, part, 40) == 100
+    assert DATED.resumed_size(206, {**part, "last-modified": OLDER}, 40) == 100
+    assert DATED.resumed_size(206, {**part, "last-modified": DATE}, 40) is None
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_a_host_that_was_given_a_date_may_leave_it_out() -> None:
     ],
 )
 def test_anything_else_does_not_continue_it(status: int, changed: dict[str, str]) -> None:
-    assert TAGGED.size_if_continued(status, {**PART, **changed}, 40) is None
+    assert TAGGED.resumed_size(status, {**PART, **changed}, 40) is None

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea_dagster.api import wire
+from krea_dagster.api.untrusted import MESSAGE_MAX_CHARS
+from krea_dagster.api.wire import RawAnswer
 from krea_dagster.errors import (
     AccessDenied,
     ApiError,
@@ -177,22 +179,22 @@ def error_body(code: object, kind: str, message: str) -> bytes:
 
 def submit_error(status: int, body: bytes, headers: dict[str, str] | None = None) -> SubmitError:
     with pytest.raises(SubmitError) as caught:
-        wire.read_submission(status, headers or {}, body, now=NOW)
+        wire.read_submission(RawAnswer(status, headers or {}, body), now=NOW)
     return caught.value
 
 
 def task_error(status: int, body: bytes) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        wire.read_task(status, {}, body, task_id=TASK_ID, now=NOW)
+        wire.read_task(RawAnswer(status, {}, body), task_id=TASK_ID, now=NOW)
     return caught.value
 
 
 def read_task(value: object) -> Task:
-    return wire.read_task(200, {}, to_bytes(value), task_id=TASK_ID, now=NOW)
+    return wire.read_task(RawAnswer(200, {}, to_bytes(value)), task_id=TASK_ID, now=NOW)
 
 
 def read_created(value: object, headers: dict[str, str] | None = None) -> Submission:
-    return wire.read_submission(200, headers or {}, to_bytes(value), now=NOW)
+    return wire.read_submission(RawAnswer(200, headers or {}, to_bytes(value)), now=NOW)
 
 
 # -- what is sent -----------------------------------------------------------------------------
@@ -393,13 +395,13 @@ def test_a_replay_is_known_by_its_header(value: str, replayed: bool) -> None:
 
 def test_the_kept_answer_holds_nothing_that_a_database_cannot_store() -> None:
     body = b'{"id":"t-1","a\\u0000":"\\ud800","n":NaN,"h":1e999,"i":' + b"9" * 5000 + b"}"
-    submission = wire.read_submission(200, {}, body, now=NOW)
+    submission = wire.read_submission(RawAnswer(200, {}, body), now=NOW)
     assert submission.answer == {"id": "t-1", "a\ufffd": "\ufffd", "n": None, "h": None, "i": None}
 
 
 def test_a_byte_order_mark_and_bad_utf8_do_not_lose_a_paid_task() -> None:
     body = b'\xef\xbb\xbf{"id":"t-1","status":"PENDING","x":"\xff"}'
-    submission = wire.read_submission(201, {}, body, now=NOW)
+    submission = wire.read_submission(RawAnswer(201, {}, body), now=NOW)
     assert (submission.task_id, submission.status) == ("t-1", "pending")
 
 
@@ -420,7 +422,7 @@ def test_the_request_id_of_a_header_comes_first(name: str) -> None:
 
 def test_a_long_message_is_shortened_after_its_request_id_was_found() -> None:
     error = submit_error(400, error_body("", "", "x" * 900 + " (request id: r1)"))
-    assert len(error.message) == wire.MESSAGE_MAX_CHARS
+    assert len(error.message) == MESSAGE_MAX_CHARS
     assert error.request_id == "r1"
 
 
@@ -463,10 +465,10 @@ def test_the_key_is_hidden_before_a_message_is_shortened() -> None:
         return text.replace(key, "***")
 
     with pytest.raises(Refused) as caught:
-        wire.read_submission(400, {}, error_body(key, "", message), now=NOW, hide=hide)
+        wire.read_submission(RawAnswer(400, {}, error_body(key, "", message)), now=NOW, hide=hide)
     assert "sk-" not in str(caught.value)
     answer = {**CREATED, "echo": [f"Bearer {key}"]}
-    submission = wire.read_submission(200, {}, to_bytes(answer), now=NOW, hide=hide)
+    submission = wire.read_submission(RawAnswer(200, {}, to_bytes(answer)), now=NOW, hide=hide)
     assert submission.answer["echo"] == ["Bearer ***"]
 
 
@@ -642,7 +644,7 @@ def test_credits_used_are_read_where_the_server_says_them(usage: object, units: 
 
 
 def read_many(value: object, *ids: str, status: int = 200) -> dict[str, Task]:
-    return wire.read_tasks(status, {}, to_bytes(value), task_ids=ids, now=NOW)
+    return wire.read_tasks(RawAnswer(status, {}, to_bytes(value)), task_ids=ids, now=NOW)
 
 
 @pytest.mark.parametrize("wrap", [lambda data: {"code": 200, "data": data}, lambda data: data])
@@ -667,13 +669,13 @@ def test_a_batch_of_null_holds_nothing() -> None:
 @pytest.mark.parametrize("status", [400, 403, 404, 405, 410, 422, 501])
 def test_a_batch_endpoint_that_refuses_is_taken_to_be_missing(status: int) -> None:
     with pytest.raises(NotSupported):
-        wire.read_tasks(status, {}, b"<html>", task_ids=["a"], now=NOW)
+        wire.read_tasks(RawAnswer(status, {}, b"<html>"), task_ids=["a"], now=NOW)
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b'"x"', b'{"data":"x"}', b'{"hello":1}'])
 def test_a_batch_endpoint_that_answers_something_else_is_taken_to_be_missing(body: bytes) -> None:
     with pytest.raises(NotSupported):
-        wire.read_tasks(200, {}, body, task_ids=["a"], now=NOW)
+        wire.read_tasks(RawAnswer(200, {}, body), task_ids=["a"], now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -691,7 +693,7 @@ def test_a_batch_endpoint_that_is_only_troubled_is_not_missing(
     status: int, error: type[ApiError]
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        wire.read_tasks(status, {}, b"", task_ids=["a"], now=NOW)
+        wire.read_tasks(RawAnswer(status, {}, b""), task_ids=["a"], now=NOW)
     assert type(caught.value) is error
 
 
@@ -711,7 +713,7 @@ def test_a_batch_answer_that_carries_an_error_is_an_error(value: object) -> None
 
 
 def test_the_documented_credits_are_read_exactly() -> None:
-    assert wire.read_credits(200, {}, to_bytes(CREDITS), now=NOW) == AccountCredits(
+    assert wire.read_credits(RawAnswer(200, {}, to_bytes(CREDITS)), now=NOW) == AccountCredits(
         user_remaining_units=10_953_996,
         user_used_units=1_359_048,
         token_remaining_units=994_164_429,
@@ -723,7 +725,7 @@ def test_the_documented_credits_are_read_exactly() -> None:
 
 def test_a_balance_may_be_negative_and_the_keys_limit_missing() -> None:
     value = {"data": {"user": {"remaining_credits": "-0.5", "used_credits": 1}}, "success": True}
-    read = wire.read_credits(200, {}, to_bytes(value), now=NOW)
+    read = wire.read_credits(RawAnswer(200, {}, to_bytes(value)), now=NOW)
     assert (read.user_remaining_units, read.token_remaining_units) == (-5000, None)
 
 
@@ -744,14 +746,14 @@ def test_credits_that_cannot_be_read_are_an_error(
     status: int, value: object, error: type[ApiError]
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        wire.read_credits(status, {}, to_bytes(value), now=NOW)
+        wire.read_credits(RawAnswer(status, {}, to_bytes(value)), now=NOW)
     assert type(caught.value) is error
 
 
 def test_the_message_of_an_unsuccessful_success_is_kept() -> None:
     value = {"success": False, "message": "no such key"}
     with pytest.raises(NoUsableAnswer, match="no such key"):
-        wire.read_credits(200, {}, to_bytes(value), now=NOW)
+        wire.read_credits(RawAnswer(200, {}, to_bytes(value)), now=NOW)
 
 
 # -- anything at all --------------------------------------------------------------------------
@@ -791,10 +793,10 @@ def test_no_answer_raises_anything_but_our_errors(
     status: int, headers: dict[str, str], body: bytes
 ) -> None:
     readers: list[Callable[[], object]] = [
-        lambda: wire.read_submission(status, headers, body, now=NOW),
-        lambda: wire.read_task(status, headers, body, task_id="a", now=NOW),
-        lambda: wire.read_tasks(status, headers, body, task_ids=["a", "b"], now=NOW),
-        lambda: wire.read_credits(status, headers, body, now=NOW),
+        lambda: wire.read_submission(RawAnswer(status, headers, body), now=NOW),
+        lambda: wire.read_task(RawAnswer(status, headers, body), task_id="a", now=NOW),
+        lambda: wire.read_tasks(RawAnswer(status, headers, body), task_ids=["a", "b"], now=NOW),
+        lambda: wire.read_credits(RawAnswer(status, headers, body), now=NOW),
     ]
     for read in readers:
         check_read(read)
