@@ -4,10 +4,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 export UV_PYTHON_DOWNLOADS := never
-# The checks start hundreds of processes: without bytecode each would compile all modules anew.
+# The checks start hundreds of processes: without bytecode each would compile all modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint bench dev lock simulate simulate-bugs services-test browser-test daemon-test export-test clean
+.PHONY: help setup demo test lint bench dev simulate simulate-bugs services-test daemon-test \
+	browser-test docs-images project-test export-test lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +60,9 @@ daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling 
 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
 	@$(BIN)/pytest tests/browser -m browser -n 2 --dist loadfile
+
+docs-images: setup  ## Make the screenshots in docs/images (needs Chromium)
+	@$(BIN)/python -m tests.browser.make_images docs/images
 
 project-test: setup  ## Install the wheel into a fresh dg project, as the README says
 	@$(BIN)/python tests/project/run.py

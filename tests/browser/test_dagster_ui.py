@@ -1,12 +1,11 @@
 """What a person sees in Dagster's UI after some runs, in a real browser against ``dg dev``.
 
-``KREA_DOCS_IMAGES`` names a folder for the screenshots, which is how docs/images is made.
+``KREA_DOCS_IMAGES`` names a folder for screenshots (``make docs-images``).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,12 +17,13 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.sync_api import Error as PlaywrightError
-from playwright.sync_api import Page, Response, expect, sync_playwright
+from playwright.sync_api import Page, Response, expect
 
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.metadata import contact_sheet
+from tests.browser.pages import chromium
 from tests.dagster_bench import end_group
 
 ROOT = Path(__file__).parents[2]
@@ -97,21 +97,8 @@ def answers() -> list[str]:
 @pytest.fixture(scope="module")
 def page(answers: list[str]) -> Iterator[Page]:
     """A page of a headless Chromium."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.fail("make browser-test needs Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--no-first-run",
-            ],
-        )
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    with chromium(*quiet) as browser:
         page = browser.new_page(viewport={"width": 1440, "height": 960})
         page.set_default_timeout(45_000)
 
@@ -122,7 +109,6 @@ def page(answers: list[str]) -> Iterator[Page]:
 
         page.on("response", keep)
         yield page
-        browser.close()
 
 
 def test_the_asset_graph_shows_prompts_images_and_manifest(page: Page, ui: str) -> None:

@@ -1,14 +1,11 @@
 """The review in a real browser: 100,000 rows, by keyboard, two people at once, a killed server.
 
-``KREA_DOCS_IMAGES`` names a folder for the screenshots, which is how docs/images is made. Times are
-printed (``pytest -s``) and bounded loosely: a busy machine is no defect.
+Times are printed (``pytest -s``) and not asserted: the machine may be busy.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from krea_dagster.curation.review.app import REASONS
 from krea_dagster.curation.review.index import ReviewIndex, build_index
@@ -72,20 +69,6 @@ def server(shelf: Shelf) -> Iterator[Server]:
     running = Server(shelf)
     yield running
     assert running.stop()[0] == 0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.fail("make browser-test needs Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
-        )
-        yield browser
-        browser.close()
 
 
 class Visit:
@@ -184,7 +167,6 @@ def test_the_first_of_100_000_pictures_is_there_at_once(server: Server, browser:
     with visiting(browser, server.url) as visit:
         print(f"\nfirst picture of {ROWS:,} rows after {visit.first_picture_s:.2f} s")
         expect(visit.page.get_by_role("heading", name="Review")).to_be_visible()
-        assert visit.first_picture_s < 15
         visit.page.wait_for_load_state("networkidle")
         assert visit.said == []
         assert {url.split("/")[2] for url in visit.asked} == {f"127.0.0.1:{server.port}"}
@@ -203,7 +185,6 @@ def test_scrolling_draws_what_can_be_seen_and_no_more(server: Server, browser: B
                 f"{np.median(times):.1f} ms, 99th {np.percentile(times, 99):.1f} ms, longest "
                 f"{max(times):.0f} ms, {long} over 50 ms"
             )
-            assert np.median(times) < 200
             assert page.locator(".cell").count() < 120, "only what is near the window is there"
         visit.press("End")
         visit.wait("document.querySelector('.cell.chosen img')?.naturalWidth > 0")
@@ -650,36 +631,3 @@ def test_everything_can_be_done_by_touch(small: tuple[Shelf, Server], browser: B
         expect(page.get_by_role("option").first).to_be_visible()
         until(lambda: len(history_of(shelf)) == 1, "the verdict is in the journal")
         assert history_of(shelf)[0].reason == "Blurred"
-
-
-# -- screenshots ------------------------------------------------------------------------------
-
-
-def test_its_screenshots_are_kept(tmp_path: Path, browser: Browser) -> None:
-    docs = os.environ.get("KREA_DOCS_IMAGES")
-    if not docs:
-        pytest.skip("KREA_DOCS_IMAGES names no folder")
-    shelf = make_shelf(tmp_path / "harvest" / "krea", rows=4000)
-    server = Server(shelf)
-    keys = "kkfkrkkkrkkfkkkkrkkk"
-
-    def settle(visit: Visit) -> None:
-        visit.wait("[...document.images].every(one => !one.hasAttribute('src') || one.complete)")
-        visit.page.wait_for_timeout(900)
-
-    for name, size, scheme in (
-        ("review", DESK, "dark"),
-        ("review-light", DESK, "light"),
-        ("review-phone", PHONE, "dark"),
-    ):
-        with visiting(browser, server.url, size=size, scheme=scheme) as visit:
-            for key in keys if name == "review" else "":
-                visit.press(*(("r", "4") if key == "r" else (key,)))
-            visit.press(*["Home", *["ArrowRight"] * (7 if size == DESK else 4)])
-            settle(visit)
-            visit.page.screenshot(path=Path(docs) / f"{name}.png")
-            if name == "review":
-                visit.press("Enter")
-                settle(visit)
-                visit.page.screenshot(path=Path(docs) / "review-compare.png")
-    server.stop()

@@ -1,6 +1,6 @@
 """The way from a rejected image to the dataset, as Dagster's UI draws it, in a real browser.
 
-``KREA_DOCS_IMAGES`` names a folder for the screenshots, which is how docs/images is made.
+``KREA_DOCS_IMAGES`` names a folder for screenshots (``make docs-images``).
 """
 
 from __future__ import annotations
