@@ -238,13 +238,13 @@ def test_a_client_that_sends_a_byte_now_and_then_wins_no_time(tmp_path: Path) ->
         for said in (HALF, unread):
             with contextlib.closing(Hoard(running.url, 1, said)) as hoard:
                 (one,) = hoard.sockets
-                began = time.monotonic()
                 with contextlib.suppress(ConnectionError):
-                    while True:
+                    for _ in range(1000):
                         one.sendall(b"a")
                         if select.select([one], [], [], 0.05)[0] and not one.recv(1000):
                             break
-                assert time.monotonic() - began < 10, "uvicorn alone would never close it"
+                    else:
+                        pytest.fail("uvicorn alone would never close it")
 
 
 def test_a_trusted_proxy_holds_any_number_of_connections(tmp_path: Path) -> None:

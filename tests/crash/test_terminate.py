@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,12 +47,10 @@ def test_a_terminated_command_tears_no_post_from_its_answer(tmp_path: Path) -> N
         try:
             wait_until(lambda: engine.emulator.stats(tasks=False)["creates"] == 3, process)
             process.send_signal(signal.SIGTERM)
-            started_s = time.monotonic()
             assert process.wait(PATIENCE_S) == 1
         finally:
             process.kill()
             process.wait()
-        assert time.monotonic() - started_s < 20
         books = engine.assert_accounts_agree()
         assert books["creates"] == books["submit_posts"] == 3
         records = list(engine.journal.all_records())

@@ -14,17 +14,12 @@ from krea_dagster.emulator import Emulator
 from tests.emulator.harness import PLAIN, Clock, EmulatorClient
 
 
-def test_it_starts_and_stops_quickly_and_the_port_is_free_again(tmp_path: Path) -> None:
-    with Emulator(state=tmp_path / "warm"):
-        pass
-    began = time.perf_counter()
+def test_it_starts_and_stops_and_the_port_is_free_again(tmp_path: Path) -> None:
     with Emulator(state=tmp_path / "a") as emulator:
         assert httpx.get(f"{emulator.url}/emulator/health", **PLAIN).status_code == 200
         port = emulator.port
-    took_s = time.perf_counter() - began
     with Emulator(state=tmp_path / "b", port=port) as emulator:
         assert emulator.url == f"http://127.0.0.1:{port}"
-    assert took_s < 1.0  # about 0.05 s where nothing else runs
 
 
 def test_it_stops_although_requests_are_under_way(tmp_path: Path) -> None:
