@@ -32,14 +32,14 @@ def visit(request: pytest.FixtureRequest, browser: Browser, gallery: Path) -> It
     visit.context.close()
 
 
-def test_it_shows_its_pictures_without_asking_for_anything(visit: FileVisit, gallery: Path) -> None:
+def test_it_shows_its_images_without_a_request(visit: FileVisit, gallery: Path) -> None:
     page = visit.page
     expect(page.get_by_role("heading", name="Coasts and terraces")).to_be_visible()
-    pictures = page.locator("figure img")
-    assert pictures.count() == 18
-    for picture in pictures.all():
-        picture.scroll_into_view_if_needed()
-        assert picture.evaluate("one => one.decode().then(() => one.naturalWidth)") > 100
+    images = page.locator("figure img")
+    assert images.count() == 18
+    for image in images.all():
+        image.scroll_into_view_if_needed()
+        assert image.evaluate("one => one.decode().then(() => one.naturalWidth)") > 100
     assert visit.said == []
     assert [url for url in visit.asked if not url.startswith("data:")] == [gallery.as_uri()]
 
@@ -59,7 +59,7 @@ def test_it_fits_its_width_and_no_two_cards_overlap(visit: FileVisit) -> None:
             assert beside or above
 
 
-def test_pictures_of_every_shape_lie_within_a_square(visit: FileVisit) -> None:
+def test_images_of_every_shape_fit_into_a_square(visit: FileVisit) -> None:
     shapes = visit.page.locator(".frame").evaluate_all(
         "all => all.map(one => [one.clientWidth, one.clientHeight])"
     )
@@ -135,7 +135,7 @@ def test_the_keyboard_reaches_every_control_and_opens_a_long_prompt(
     visit.context.close()
 
 
-def test_each_picture_has_words_for_those_who_do_not_see_it(
+def test_each_image_has_an_alternative_text(
     browser: Browser, gallery: Path
 ) -> None:
     visit = FileVisit(browser, gallery, DESK, "light")

@@ -1,1 +1,1 @@
-"""The gallery: one HTML file of small pictures."""
+"""The gallery: one HTML file with thumbnails."""

@@ -1,4 +1,4 @@
-"""The command that writes a gallery: options to a filters, figures to the terminal."""
+"""The command ``krea-dagster gallery``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 _EPILOG: Final = """
 \b
 Environment:
-  KREA_STORAGE      root of what is made  [data/krea]
-  KREA_JOURNAL_URL  SQLAlchemy URL        [SQLite in the storage root]
+  KREA_STORAGE      storage root    [data/krea]
+  KREA_JOURNAL_URL  SQLAlchemy URL  [SQLite in the storage root]
 
 \b
   krea-dagster gallery --partition bucket-000
   krea-dagster gallery --where campaign=autumn --verdict keep -o autumn.html
 
 \b
-Exit codes: 0 done, 1 some stored files are missing or changed (the page says
-which), 2 wrong use or nothing to show.
+Exit codes: 0 done, 1 some stored files are missing or changed (marked on the
+page), 2 invalid usage or no matching rows.
 """
 
 
@@ -48,7 +48,7 @@ which), 2 wrong use or nothing to show.
     envvar="KREA_STORAGE",
     default="data/krea",
     show_default=True,
-    help="The storage root whose images are shown.",
+    help="The storage root of the images.",
 )
 @click.option(
     "--journal",
@@ -56,48 +56,58 @@ which), 2 wrong use or nothing to show.
     envvar="KREA_JOURNAL_URL",
     default="",
     metavar="URL",
-    help="The journal with the verdicts, where it is not in the storage root.",
+    help="The journal with the verdicts, if it is not in the storage root.",
 )
-@click.option("--partition", "partitions", multiple=True, metavar="KEY", help="Only these.")
+@click.option(
+    "--partition",
+    "partitions",
+    multiple=True,
+    metavar="KEY",
+    help="Only this partition; repeatable.",
+)
 @click.option(
     "--where",
     multiple=True,
     metavar="COLUMN=VALUE",
-    help="Only rows whose column has this value; one column twice takes either.",
+    help="Only rows with this value; a column given twice matches either value.",
 )
 @click.option(
     "--status",
     "statuses",
     multiple=True,
     metavar="STATUS",
-    help="Rows in this state; `any` for all.  [default: stored]",
+    help="Only rows with this status, or `any`.  [default: stored]",
 )
 @click.option(
     "--verdict",
     "verdicts",
     multiple=True,
     type=click.Choice(["keep", "reject", "flag", "none"]),
-    help="Only images so judged; none for those not judged.",
+    help="Only images with this verdict; none for images without one.",
 )
 @click.option(
-    "--limit", default=500, show_default=True, type=click.IntRange(min=1), help="Most rows."
+    "--limit",
+    default=500,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Maximum number of rows.",
 )
 @click.option(
     "--pixels",
     default=320,
     show_default=True,
     type=click.IntRange(32, 1024),
-    help="Longest side of the small pictures.",
+    help="Longest side of the thumbnails.",
 )
 @click.option(
     "--most-mb",
     default=25.0,
     show_default=True,
     type=click.FloatRange(min=0.1),
-    help="Largest size of the file; further rows are left out, and counted.",
+    help="Maximum size of the file; the page counts the rows that do not fit.",
 )
 @click.option("--title", default="Gallery", show_default=True, help="The page's heading.")
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON to stdout.")
 def gallery_command(
     *,
     output: Path,
@@ -113,10 +123,10 @@ def gallery_command(
     title: str,
     as_json: bool,
 ) -> None:
-    """Write one HTML file with small pictures, to look at or to send to a colleague.
+    """Write one HTML file with thumbnails, to look at or to send to a colleague.
 
-    With prompt, seed, size, credits and ids below each. It needs no network and no other file,
-    and holds no script. Only files that are still what was verified are shown.
+    It shows prompt, seed, size, credits and ids of each image, and needs no network, other file or
+    script. Files that are missing or have changed since they were verified are not shown.
     """
     from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows  # noqa: PLC0415
     from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
@@ -133,8 +143,8 @@ def gallery_command(
     chosen = select_rows(root, filters, _verdicts(root, journal_url, wanted=bool(verdicts)))
     if not chosen.matched:
         raise ConfigError(
-            "no row meets this: there is nothing to show. Leave a --where, --verdict or "
-            "--partition out, or give --status any"
+            "no row matches the filter. Remove a --where, --verdict or --partition, or use "
+            "--status any"
         )
     about = min(estimate_bytes(root, chosen.rows, pixels), round(most_mb * 1e6))
     click.echo(
@@ -146,19 +156,19 @@ def gallery_command(
             chosen,
             page,
             title=title,
-            filtered=filters.words(),
+            filter_text=filters.words(),
             side=pixels,
             most_bytes=round(most_mb * 1e6),
-            on_made=_tell if sys.stderr.isatty() else lambda _: None,
+            on_progress=_show_progress if sys.stderr.isatty() else lambda _: None,
         )
         page.seek(0)
-        _place(output, page.read())
-    _say(output, written, as_json=as_json)
+        _write(output, page.read())
+    _print_summary(output, written, as_json=as_json)
     if written.missing:
         sys.exit(1)
 
 
-def _say(output: Path, written: GallerySummary, *, as_json: bool) -> None:
+def _print_summary(output: Path, written: GallerySummary, *, as_json: bool) -> None:
     if as_json:
         figures = {
             "path": str(output),
@@ -172,17 +182,19 @@ def _say(output: Path, written: GallerySummary, *, as_json: bool) -> None:
     click.echo(f"{output}: {written.shown:,} images, {written.size_bytes / 1e6:.1f} MB")
     if written.missing:
         click.echo(
-            f"{written.missing:,} stored files are missing or changed; the page says which, and a "
-            "run of images fetches what can be fetched",
+            f"{written.missing:,} stored files are missing or changed and marked on the page; a "
+            "run of images fetches those that EvoLink still has",
             err=True,
         )
     if written.left_out:
-        click.echo(f"{written.left_out:,} more rows are left out: --limit, --most-mb", err=True)
+        click.echo(f"{written.left_out:,} more rows left out: --limit, --most-mb", err=True)
 
 
-def _tell(done: int) -> None:
+def _show_progress(done: int) -> None:
     if done % 50 == 0:
-        click.echo(f"\r{done:,} pictures", nl=False, err=True)
+        click.echo(f"\r{done:,} images", nl=False, err=True)
+
+    """Return the current verdicts by sha256. Raises ConfigError where wanted ones are missing."""
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -193,7 +205,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, str]:
-    """The verdicts that count, by sha256; ConfigError where they are wanted and not there."""
+    """Return the current verdicts by sha256. Raises ConfigError where they are needed and missing."""
     from krea_dagster.engine.journal.database import has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.verdict_log import VerdictLog  # noqa: PLC0415
 
@@ -203,27 +215,22 @@ def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, 
     if not url or not has_database(url):
         if wanted:
             raise ConfigError(
-                "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or leave "
-                "--verdict out"
+                "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or omit --verdict"
             )
         return {}
     with closing(VerdictLog.open(url)) as log:
         return {sha256: one.verdict for sha256, one in log.current().items()}
 
 
-def _place(path: Path, page: bytes) -> None:
-    """Write beside it and rename, so that nobody ever opens half a page."""
+def _write(path: Path, page: bytes) -> None:
+    """Write the file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(page)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except OSError:
-            with suppress(OSError):
-                Path(name).unlink()
-            raise
+            temporary.write_bytes(page)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"the gallery cannot be written to {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Chooses the manifest rows of a gallery: by partition, status, verdict, and any column's value."""
+"""Selects the manifest rows of a gallery by partition, status, verdict and column values."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_name, manifest_names, no_column
 
-#: What a row shows.
+#: The columns of a row.
 COLUMNS: Final = (
     "prompt_id", "sample", "prompt", "size", "quality", "seed", "attempt", "request_key",
     "partition_key", "status", "image_path", "image_sha256", "width", "height",
     "credits_charged", "error_code", "error_message",
 )  # fmt: skip
 
-#: For images that nobody has judged.
+#: For images without a verdict.
 NO_VERDICT: Final = "none"
 VERDICTS: Final = ("keep", "reject", "flag", NO_VERDICT)
 
-#: Rows that are read at once.
+#: Rows per batch read.
 _ROWS: Final = 10_000
 
 
 @dataclass(frozen=True)
 class GalleryFilter:
-    """Which rows are wanted: those that meet all of it; of an empty sequence, any.
+    """Which rows are shown: those that match all conditions; an empty sequence matches any row.
 
-    ``where`` holds column and value, as texts; an empty value stands for null or no text, and of
-    one column given several times any value will do. ``verdicts`` may name ``none``.
+    ``where`` holds columns and values, as text. An empty value matches null and empty text. A
+    column given several times matches any of its values. ``verdicts`` may contain ``none``.
     """
 
     partitions: Sequence[str] = ()
@@ -48,34 +48,34 @@ class GalleryFilter:
         known = {state.value for state in State}
         for status in self.statuses:
             if status not in known:
-                raise ConfigError(f"there is no status {status!r}; there are {_list(known)}")
+                raise ConfigError(f"unknown status {status!r}; use one of {_list(known)}")
         for verdict in self.verdicts:
             if verdict not in VERDICTS:
-                raise ConfigError(f"there is no verdict {verdict!r}; there are {_list(VERDICTS)}")
+                raise ConfigError(f"unknown verdict {verdict!r}; use one of {_list(VERDICTS)}")
         if self.limit < 1:
-            raise ConfigError("a gallery holds at least one row: give a limit from 1")
+            raise ConfigError(f"the limit of a gallery must be 1 or more, not {self.limit}")
 
     def words(self) -> str:
-        """The filters as a line for the page; nothing where every stored row is wanted."""
-        said = []
+        """Return the filter as a line for the page; empty for all stored rows."""
+        conditions = []
         if self.partitions:
-            said.append(f"partition {' or '.join(self.partitions)}")
+            conditions.append(f"partition {' or '.join(self.partitions)}")
         by_column: dict[str, list[str]] = {}
         for column, value in self.where:
             by_column.setdefault(column, []).append(value or "nothing")
-        said += [f"{column} is {' or '.join(values)}" for column, values in by_column.items()]
+        conditions += [f"{column} is {' or '.join(values)}" for column, values in by_column.items()]
         if self.statuses and tuple(self.statuses) != (State.STORED.value,):
-            said.append(f"status {' or '.join(self.statuses)}")
+            conditions.append(f"status {' or '.join(self.statuses)}")
         if self.verdicts:
-            said.append(f"verdict {' or '.join(self.verdicts)}")
-        return ", ".join(said)
+            conditions.append(f"verdict {' or '.join(self.verdicts)}")
+        return ", ".join(conditions)
 
 
 @dataclass
 class GalleryRows:
-    """The rows that were found, in the order of partitions and of the prompt table.
+    """The selected rows in the order of the partitions and the prompt table.
 
-    ``matched`` is how many meet the filters, of which ``rows`` are the first.
+    ``matched`` counts all matching rows; ``rows`` are the first of them, up to the limit.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -88,25 +88,26 @@ def select_rows(
     verdicts: Mapping[str, str],
     folders: Sequence[str] = (),
 ) -> GalleryRows:
-    """Read the manifests and choose. ``verdicts`` are those that count, by sha256.
+    """Select rows of the manifests. ``verdicts`` are the current ones, by sha256.
 
-    Each row has ``COLUMNS``, and ``verdict`` (None where nobody judged). Raises ConfigError for a
-    partition, a column or a value that cannot be, and where there is no manifest.
+    Each row has ``COLUMNS`` and ``verdict`` (None without one). Raises ConfigError for an unknown
+    partition or column, for an invalid value, and where there is no manifest.
     """
     names = _names(storage, filters, folders)
     known: dict[str, None] = {}
-    judged = pa.array(verdicts, pa.string())
-    said = pa.array(verdicts.values(), pa.string())
+    reviewed = pa.array(verdicts, pa.string())
+    given = pa.array(verdicts.values(), pa.string())
     found = GalleryRows()
     for name in names:
         with storage.open(name) as opened:
             file = pq.ParquetFile(opened)
             known |= dict.fromkeys(file.schema_arrow.names)
             wanted = list(dict.fromkeys([*COLUMNS, *_columns(filters)]))
-            here = [one for one in wanted if one in file.schema_arrow.names]
-            for batch in file.iter_batches(_ROWS, columns=here):
-                judgement = said.take(pc.index_in(batch.column("image_sha256"), value_set=judged))
-                rows = _chosen(batch, filters, judgement)
+            present = [one for one in wanted if one in file.schema_arrow.names]
+            for batch in file.iter_batches(_ROWS, columns=present):
+                images = batch.column("image_sha256")
+                verdict = given.take(pc.index_in(images, value_set=reviewed))
+                rows = _matching(batch, filters, verdict)
                 found.matched += rows.num_rows
                 room = filters.limit - len(found.rows)
                 found.rows += rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
@@ -122,7 +123,7 @@ def _names(storage: Storage, filters: GalleryFilter, folders: Sequence[str]) -> 
         if not names:
             raise ConfigError(
                 f"there is no manifest under {storage.locate('')} yet; materialize image_manifest, "
-                "or look whether KREA_STORAGE is what the runs have"
+                "or check that KREA_STORAGE is the storage root of the runs"
             )
         yield from names
         return
@@ -137,8 +138,8 @@ def _columns(filters: GalleryFilter) -> list[str]:
     return list(dict.fromkeys(column for column, _ in filters.where))
 
 
-def _chosen(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) -> pa.Table:
-    """The rows of a batch that meet the filters, with their verdicts."""
+def _matching(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) -> pa.Table:
+    """Return the matching rows of a batch, with their verdicts."""
     mask = pa.repeat(pa.scalar(value=True), batch.num_rows)
     if filters.statuses:
         mask = pc.and_(mask, pc.is_in(batch.column("status"), value_set=pa.array(filters.statuses)))
@@ -147,7 +148,7 @@ def _chosen(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) ->
         mask = pc.and_(mask, pc.is_in(shown, value_set=pa.array(filters.verdicts)))
     for column in _columns(filters):
         values = [value for name, value in filters.where if name == column]
-        if column not in batch.schema.names:  # of another shape than other partitions
+        if column not in batch.schema.names:  # only other partitions have it
             mask = mask if "" in values else pa.repeat(pa.scalar(value=False), batch.num_rows)
             continue
         mask = pc.and_(mask, _equals(batch.column(column), column, values))
@@ -156,7 +157,7 @@ def _chosen(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) ->
 
 
 def _equals(column: pa.Array, name: str, values: Sequence[str]) -> pa.Array:
-    """Which rows have one of these values, which are read as the column's type."""
+    """Return which rows have one of these values, converted to the column's type."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     mask = pa.repeat(pa.scalar(value=False), len(column))

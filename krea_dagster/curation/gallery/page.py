@@ -1,8 +1,7 @@
-"""Writes a gallery: one HTML file with small pictures in it, to send to a colleague.
+"""Writes a gallery: one HTML file with embedded thumbnails, to send to a colleague.
 
-The page loads nothing and runs nothing, and says so to the browser by its Content-Security-Policy.
-A picture is shown only where its file is still what was verified: the file's hash is that of the
-manifest. What is missing or was changed is said in its place.
+The page loads and runs nothing, which its Content-Security-Policy enforces. An image is shown only
+where its file still has the manifest's hash; otherwise the page says what is wrong in its place.
 """
 
 from __future__ import annotations
@@ -32,38 +31,38 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.storage.verify import DAMAGED, FORMATS
 from krea_dagster.errors import ConfigError
 
-#: The longest side of a small picture, pixels, and the most bytes of a page.
+#: The default for the longest side of a thumbnail, pixels, and for the size of a page.
 THUMBNAIL: Final = 320
 MOST_BYTES: Final = 25_000_000
 
 _QUALITY: Final = 78
-#: Pictures that are made at once, and those that the size of all is judged by.
+#: Thumbnails per batch of threads, and thumbnails from which the page's size is estimated.
 _AT_ONCE: Final = 32
 _SAMPLE: Final = 16
-#: Bytes of a page beside its pictures, for each of them: text and markup.
-_BESIDE: Final = 1_200
-#: Characters of a prompt that are always shown, and of a text in place of a picture.
+#: Bytes of text and markup per row.
+_MARKUP_BYTES: Final = 1_200
+#: Characters shown of a prompt that is not expanded, and of a text in place of an image.
 _SHOWN: Final = 200
-#: Characters of a text for those who do not see the picture.
+#: Characters of the prompt in an image's alternative text.
 _ALT: Final = 150
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture: its bytes (WebP), and its size in pixels; or why there is none."""
+    """A thumbnail as WebP and its size in pixels, or the problem why there is none."""
 
     data: bytes = b""
     width: int = 0
     height: int = 0
-    trouble: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
 class GallerySummary:
-    """What became of a gallery: counts of rows, and the bytes of the page.
+    """Counts of rows of a gallery, and the bytes of the page.
 
-    ``shown`` have their picture, ``missing`` have none though it was stored, and ``left_out``
-    met the filtered and are not on the page for want of room.
+    ``shown`` have an image, ``missing`` have none although it was stored, and ``left_out`` match
+    the filter but did not fit on the page.
     """
 
     shown: int
@@ -73,12 +72,12 @@ class GallerySummary:
 
 
 def estimate_bytes(storage: Storage, rows: Sequence[dict[str, Any]], side: int = THUMBNAIL) -> int:
-    """About the bytes of a page of these rows, by a few of their pictures."""
+    """Estimate the bytes of a page of these rows from a sample of their thumbnails."""
     stored = [row for row in rows if row["status"] == State.STORED.value]
     step = max(1, len(stored) // _SAMPLE)
-    some = [made.data for _, made in _made(storage, stored[::step][:_SAMPLE], side)]
-    mean = sum(map(len, some)) / max(1, len(some))
-    return round(len(stored) * mean * 4 / 3) + len(rows) * _BESIDE
+    sample = [one.data for _, one in _thumbnails(storage, stored[::step][:_SAMPLE], side)]
+    mean = sum(map(len, sample)) / max(1, len(sample))
+    return round(len(stored) * mean * 4 / 3) + len(rows) * _MARKUP_BYTES
 
 
 def write_gallery(
@@ -87,34 +86,34 @@ def write_gallery(
     target: BinaryIO,
     *,
     title: str = "Gallery",
-    filtered: str = "",
+    filter_text: str = "",
     side: int = THUMBNAIL,
     most_bytes: int = MOST_BYTES,
     now: datetime | None = None,
-    on_made: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> GallerySummary:
     """Write the page of these rows into an open file.
 
-    Rows are taken while the page stays below ``most_bytes``. ``filtered`` says in words by what
-    they were chosen, and ``on_made`` is told of every row that is done. Raises ConfigError where
-    not even one picture fits.
+    Rows are added while the page stays below ``most_bytes``. ``filter_text`` describes the filter;
+    ``on_progress`` gets the number of finished rows. Raises ConfigError where not even one row
+    fits.
     """
     if not 32 <= side <= 1024:
-        raise ConfigError(f"the small pictures have 32 to 1024 pixels, not {side}")
+        raise ConfigError(f"thumbnails must have 32 to 1024 pixels, not {side}")
     cards: list[dict[str, Any]] = []
-    room = most_bytes - len(_style()) - 4 * _BESIDE
-    for row, made in _made(storage, chosen.rows, side):
-        card = _card(row, made)
+    room = most_bytes - len(_style()) - 4 * _MARKUP_BYTES
+    for row, thumbnail in _thumbnails(storage, chosen.rows, side):
+        card = _card(row, thumbnail)
         room -= card.pop("bytes")
         if room < 0:
             break
         cards.append(card)
-        on_made(len(cards))
+        on_progress(len(cards))
     if chosen.rows and not cards:
-        raise ConfigError(f"a page of {most_bytes:,} bytes has no room for one picture")
-    shown = sum(1 for card in cards if card["picture"])
+        raise ConfigError(f"a page of {most_bytes:,} bytes is too small for one image")
+    shown = sum(1 for card in cards if card["image"])
     missing = sum(1 for card in cards if card["missing"])
-    # Rows that share a purchase were paid for once.
+    # A purchase that several rows share was paid once.
     paid = {card["request_key"]: card["credits"] or 0.0 for card in cards}
     at = (now or datetime.now(timezone.utc)).astimezone(timezone.utc)
     page = (
@@ -122,7 +121,7 @@ def write_gallery(
         .get_template("gallery.html.j2")
         .render(
             title=_readable(title),
-            filtered=_readable(filtered),
+            filter_text=_readable(filter_text),
             groups=[
                 (key, list(group)) for key, group in groupby(cards, lambda card: card["partition"])
             ],
@@ -132,7 +131,7 @@ def write_gallery(
             left_out=chosen.matched - len(cards),
             credits=sum(paid.values()),
             written=f"{at.day} {at:%b %Y} at {at:%H:%M} UTC",
-            style=Markup(_style()),  # noqa: S704 - a file of our own
+            style=Markup(_style()),  # noqa: S704 - the package's own file
             style_hash=base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode(),
         )
         .encode()
@@ -141,10 +140,10 @@ def write_gallery(
     return GallerySummary(shown, missing, chosen.matched - len(cards), len(page))
 
 
-def _made(
+def _thumbnails(
     storage: Storage, rows: Sequence[dict[str, Any]], side: int
 ) -> Iterator[tuple[dict[str, Any], Thumbnail]]:
-    """Make the small pictures, some at once, and yield them in the order of the rows."""
+    """Yield rows with their thumbnails, which are made in threads, in the order of the rows."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for first in range(0, len(rows), _AT_ONCE):
             part = rows[first : first + _AT_ONCE]
@@ -155,50 +154,50 @@ def _made(
 
 def _thumbnail(storage: Storage, row: dict[str, Any], side: int) -> Thumbnail:
     if row["status"] != State.STORED.value:
-        said = [row["status"], row["error_code"], row["error_message"]]
-        return Thumbnail(trouble=_short(": ".join(_readable(text) for text in said if text)))
+        state = [row["status"], row["error_code"], row["error_message"]]
+        return Thumbnail(problem=_short(": ".join(_readable(text) for text in state if text)))
     if not row["image_path"]:
-        return Thumbnail(trouble="The manifest names no file.")
+        return Thumbnail(problem="The manifest has no file name.")
     try:
         with storage.open(storage.name_of(row["image_path"])) as file:
             data = file.read()
     except FileNotFoundError:
-        return Thumbnail(trouble="The file is missing.")
+        return Thumbnail(problem="The file is missing.")
     except OSError as error:
-        return Thumbnail(trouble=f"The file cannot be read: {type(error).__name__}.")
+        return Thumbnail(problem=f"The file cannot be read: {type(error).__name__}.")
     if hashlib.sha256(data).hexdigest() != row["image_sha256"]:
-        return Thumbnail(trouble="The file is not the one that was verified.")
+        return Thumbnail(problem="The file is not the one that was verified.")
     try:
-        return _small(data, side)
+        return _thumbnail_of(data, side)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, *DAMAGED):
-        return Thumbnail(trouble="The file cannot be decoded.")
+        return Thumbnail(problem="The file cannot be decoded.")
 
 
-def _small(data: bytes, side: int) -> Thumbnail:
+def _thumbnail_of(data: bytes, side: int) -> Thumbnail:
     with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
         image.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
         image.load()
         small = to_grey_or_rgb(image)
-        # By halves first, which is quick, and what is left by a filter.
+        # Halved first, which is fast, and then filtered to the final size.
         small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()
     small.convert("RGB").save(buffer, "WEBP", quality=_QUALITY, method=2)
     return Thumbnail(buffer.getvalue(), *small.size)
 
 
-def _card(row: dict[str, Any], made: Thumbnail) -> dict[str, Any]:
-    """What one row shows; ``bytes`` are about what it takes on the page."""
+def _card(row: dict[str, Any], thumbnail: Thumbnail) -> dict[str, Any]:
+    """Return the values of one row for the template; ``bytes`` is its estimated size."""
     prompt = _readable(row["prompt"] or "")
     start = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN].rstrip()}…"
     alt = f"Image for the prompt: {prompt[:_ALT]}{'…' if len(prompt) > _ALT else ''}"
-    picture = base64.b64encode(made.data).decode()
+    image = base64.b64encode(thumbnail.data).decode()
     stored = row["status"] == State.STORED.value
     return {
-        "picture": picture,
-        "width": made.width,
-        "height": made.height,
-        "trouble": made.trouble,
-        "missing": stored and not picture,
+        "image": image,
+        "width": thumbnail.width,
+        "height": thumbnail.height,
+        "problem": thumbnail.problem,
+        "missing": stored and not image,
         "alt": alt,
         "prompt": prompt,
         "start": start,
@@ -213,12 +212,12 @@ def _card(row: dict[str, Any], made: Thumbnail) -> dict[str, Any]:
         "request_key": row["request_key"] or "",
         "sha256": row["image_sha256"] or "",
         "verdict": row.get("verdict"),
-        "bytes": len(picture) + 3 * len(str(escape(prompt)).encode()) + _BESIDE,
+        "bytes": len(image) + 3 * len(str(escape(prompt)).encode()) + _MARKUP_BYTES,
     }
 
 
 def _readable(text: str) -> str:
-    """A text without characters that HTML cannot hold or that nobody sees, such as NUL."""
+    """Replace characters that HTML does not allow or that are invisible, such as NUL."""
     return "".join(
         one if one in "\n\t" or unicodedata.category(one) not in {"Cc", "Cs"} else "\ufffd"
         for one in text
@@ -230,7 +229,7 @@ def _short(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    """A figure without zeros at its end, and with no more than four decimals."""
+    """Return a number with at most four decimals and without trailing zeros."""
     return f"{value:,.4f}".rstrip("0").rstrip(".")
 
 

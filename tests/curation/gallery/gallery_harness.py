@@ -1,4 +1,4 @@
-"""A storage root with real pictures and their manifests, for galleries."""
+"""A storage root with real images and their manifests, for galleries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from krea_dagster.emulator.render import encode, render
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
-#: A prompt that would do harm on a page which takes it for anything but text.
+#: A prompt that would attack a page which does not escape it.
 HOSTILE = (
     "</p><script>window.ran = 1</script><img src=https://evil.invalid/x onerror='window.ran=1'>"
     "{{ 7 * 7 }} &amp; \u202etfel ot thgir \x00 end"
@@ -37,8 +37,8 @@ PROMPTS = (
 
 
 @dataclass
-class Walls:
-    """Rows that were bought, each with a picture of its own on file."""
+class GalleryProject:
+    """Manifest rows with their image files."""
 
     root: Path
     storage: Storage = field(init=False)
@@ -47,21 +47,21 @@ class Walls:
     def __post_init__(self) -> None:
         self.storage = Storage(str(self.root))
 
-    def hang(
+    def add_image(
         self,
         name: str,
         prompt: str,
         *,
         partition: str = "a",
-        picture: Image.Image | None = None,
+        image: Image.Image | None = None,
         file_format: str = "PNG",
         pixels: tuple[int, int] = (256, 256),
         further: Mapping[str, Any] | None = None,
         **different: Any,
     ) -> dict[str, Any]:
-        """Add a row whose picture is drawn, or given; returns it."""
+        """Add a row with a drawn or given image, and return it."""
         seed = different.get("seed", len(name) + 1)
-        image = picture or render(prompt, seed, *pixels)
+        image = image or render(prompt, seed, *pixels)
         if image.mode == "RGB":
             data = encode(image, file_format)
         else:
@@ -95,9 +95,9 @@ class Walls:
         self.rows.setdefault(partition, []).append(row)
         return row
 
-    def fail(self, name: str, prompt: str, partition: str = "a") -> None:
-        """Add a row that has no picture."""
-        row = self.hang(name, prompt, partition=partition)
+    def add_failed(self, name: str, prompt: str, partition: str = "a") -> None:
+        """Add a failed row."""
+        row = self.add_image(name, prompt, partition=partition)
         nothing = dict.fromkeys(["image_path", "image_sha256", "width", "height"])
         said = {"error_code": "content_policy_violation", "error_message": "refused <b>it</b>"}
         self.rows[partition][-1] = {

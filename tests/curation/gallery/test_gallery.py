@@ -21,12 +21,12 @@ from krea_dagster.curation.gallery.page import GallerySummary, estimate_bytes, w
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
-from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, Walls
+from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
 
 
 @pytest.fixture
-def walls(tmp_path: Path) -> Walls:
-    return Walls(tmp_path / "krea")
+def project(tmp_path: Path) -> GalleryProject:
+    return GalleryProject(tmp_path / "krea")
 
 
 class Page(HTMLParser):
@@ -50,8 +50,8 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for one, attributes in self.elements if one == tag]
 
-    def pictures(self) -> list[Image.Image]:
-        """The pictures, decoded."""
+    def images(self) -> list[Image.Image]:
+        """Return the decoded images."""
         sources = [one["src"] or "" for one in self.all("img")]
         assert all(source.startswith("data:image/webp;base64,") for source in sources)
         data = [base64.b64decode(source.partition(",")[2]) for source in sources]
@@ -59,9 +59,9 @@ class Page(HTMLParser):
 
 
 def page_of(
-    walls: Walls, wanted: GalleryFilter | None = None, **options: Any
+    project: GalleryProject, wanted: GalleryFilter | None = None, **options: Any
 ) -> tuple[Page, GallerySummary]:
-    storage = walls.write()
+    storage = project.write()
     verdicts = options.pop("verdicts", {})
     chosen = select_rows(storage, wanted or GalleryFilter(), verdicts)
     target = io.BytesIO()
@@ -73,13 +73,13 @@ def page_of(
 # -- what it shows --------------------------------------------------------------------------------
 
 
-def test_each_row_has_its_picture_prompt_seed_size_credits_and_ids(walls: Walls) -> None:
-    row = walls.hang(
+def test_each_row_has_its_image_prompt_seed_size_credits_and_ids(project: GalleryProject) -> None:
+    row = project.add_image(
         "heron", PROMPTS[0], pixels=(512, 256), size="2:1", seed=41, credits_charged=0.9
     )
-    page, written = page_of(walls)
-    (picture,) = page.pictures()
-    assert (picture.format, picture.size) == ("WEBP", (320, 160))
+    page, written = page_of(project)
+    (shown,) = page.images()
+    assert (shown.format, shown.size) == ("WEBP", (320, 160))
     for text in (
         PROMPTS[0], "heron", "41", "2:1 1K", "512 × 256", "0.9", row["request_key"][:16],
         row["image_sha256"][:16], "1 image, 0.9 credits.",
@@ -91,9 +91,9 @@ def test_each_row_has_its_picture_prompt_seed_size_credits_and_ids(walls: Walls)
     assert (written.shown, written.missing, written.left_out) == (1, 0, 0)
 
 
-def test_the_page_asks_for_nothing_and_allows_only_its_own_style(walls: Walls) -> None:
-    walls.hang("a", HOSTILE)
-    page, _ = page_of(walls)
+def test_the_page_loads_nothing_and_allows_only_its_own_style(project: GalleryProject) -> None:
+    project.add_image("a", HOSTILE)
+    page, _ = page_of(project)
     policies = [one["content"] or "" for one in page.all("meta") if "http-equiv" in one]
     assert len(policies) == 1
     assert policies[0].startswith("default-src 'none'; img-src data:; style-src 'sha256-")
@@ -108,22 +108,22 @@ def test_the_page_asks_for_nothing_and_allows_only_its_own_style(walls: Walls) -
 
 
 @pytest.mark.parametrize("place", ["prompt", "prompt_id", "partition", "title", "where", "error"])
-def test_a_text_is_shown_as_text_wherever_it_comes_from(walls: Walls, place: str) -> None:
+def test_every_text_is_escaped(project: GalleryProject, place: str) -> None:
     plain = "a heron"
     name = HOSTILE if place == "prompt_id" else "heron"
     partition = HOSTILE[:40] if place == "partition" else "a"
-    walls.hang(
+    project.add_image(
         name,
         HOSTILE if place == "prompt" else plain,
         partition=partition,
         further={"mood": HOSTILE},
     )
     if place == "error":
-        walls.fail("refused", plain)
-        walls.rows["a"][-1]["error_message"] = HOSTILE
-    filtered = GalleryFilter(statuses=(), where=[("mood", HOSTILE)] if place == "where" else [])
+        project.add_failed("refused", plain)
+        project.rows["a"][-1]["error_message"] = HOSTILE
+    wanted = GalleryFilter(statuses=(), where=[("mood", HOSTILE)] if place == "where" else [])
     page, _ = page_of(
-        walls, filtered, title=HOSTILE if place == "title" else "x", filtered=filtered.words()
+        project, wanted, title=HOSTILE if place == "title" else "x", filter_text=wanted.words()
     )
     assert not page.all("script")
     assert all((one["src"] or "").startswith("data:") for one in page.all("img"))
@@ -131,10 +131,10 @@ def test_a_text_is_shown_as_text_wherever_it_comes_from(walls: Walls, place: str
     assert "\x00" not in page.html
 
 
-def test_a_long_prompt_is_there_in_full_behind_its_beginning(walls: Walls) -> None:
+def test_a_long_prompt_can_be_expanded(project: GalleryProject) -> None:
     prompt = " ".join(f"word{number}" for number in range(400))
-    walls.hang("long", prompt)
-    page, _ = page_of(walls)
+    project.add_image("long", prompt)
+    page, _ = page_of(project)
     assert len(page.all("details")) == 1
     assert prompt in page.text
     assert len(page.all("img")[0]["alt"] or "") < 200
@@ -144,45 +144,49 @@ def test_a_long_prompt_is_there_in_full_behind_its_beginning(walls: Walls) -> No
     ("mode", "file_format"),
     [("RGB", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "PNG"), ("I;16", "PNG")],
 )
-def test_pictures_of_every_kind_are_shown(walls: Walls, mode: str, file_format: str) -> None:
-    picture = Image.linear_gradient("L").resize((400, 400))
+def test_images_of_every_mode_are_shown(
+    project: GalleryProject, mode: str, file_format: str
+) -> None:
+    image = Image.linear_gradient("L").resize((400, 400))
     if mode != "I;16":
-        picture = picture.convert("RGB").convert(mode)
-    walls.hang("one", "a heron", picture=picture, file_format=file_format)
-    page, _ = page_of(walls)
-    (shown,) = page.pictures()
+        image = image.convert("RGB").convert(mode)
+    project.add_image("one", "a heron", image=image, file_format=file_format)
+    page, _ = page_of(project)
+    (shown,) = page.images()
     assert shown.size == (320, 320)
 
 
-def test_rows_that_share_a_purchase_are_paid_for_once(walls: Walls) -> None:
-    row = walls.hang("one", PROMPTS[3])
-    walls.hang("twin", PROMPTS[3], request_key=row["request_key"])
-    assert "2 images, 0.45 credits." in page_of(walls)[0].text
+def test_a_purchase_that_rows_share_is_counted_once(project: GalleryProject) -> None:
+    row = project.add_image("one", PROMPTS[3])
+    project.add_image("twin", PROMPTS[3], request_key=row["request_key"])
+    assert "2 images, 0.45 credits." in page_of(project)[0].text
 
 
-def test_partitions_have_a_heading_each_and_a_list_of_them(walls: Walls) -> None:
+def test_partitions_have_a_heading_each_and_a_list_of_them(project: GalleryProject) -> None:
     for partition in ("b", "a", "c/1"):
-        walls.hang("one", PROMPTS[3], partition=partition)
-    page, _ = page_of(walls)
+        project.add_image("one", PROMPTS[3], partition=partition)
+    page, _ = page_of(project)
     assert [one["href"] for one in page.all("a")] == ["#main", "#part-1", "#part-2", "#part-3"]
     assert len(page.all("section")) == 3
 
 
-def test_a_verdict_is_shown(walls: Walls) -> None:
-    row = walls.hang("one", PROMPTS[3])
-    page, _ = page_of(walls, verdicts={row["image_sha256"]: "reject"})
+def test_a_verdict_is_shown(project: GalleryProject) -> None:
+    row = project.add_image("one", PROMPTS[3])
+    page, _ = page_of(project, verdicts={row["image_sha256"]: "reject"})
     assert "verdict v-reject" in page.html
 
 
 # -- only what is verified ------------------------------------------------------------------------
 
 
-def test_a_file_that_is_missing_or_changed_is_said_and_not_shown(walls: Walls) -> None:
-    walls.hang("whole", PROMPTS[0])
-    walls.path_of(walls.hang("gone", PROMPTS[1])).unlink()
-    other = walls.path_of(walls.rows["a"][0]).read_bytes()
-    walls.path_of(walls.hang("other", PROMPTS[2])).write_bytes(other)
-    page, written = page_of(walls)
+def test_a_file_that_is_missing_or_changed_is_reported_and_not_shown(
+    project: GalleryProject,
+) -> None:
+    project.add_image("whole", PROMPTS[0])
+    project.path_of(project.add_image("gone", PROMPTS[1])).unlink()
+    other = project.path_of(project.rows["a"][0]).read_bytes()
+    project.path_of(project.add_image("other", PROMPTS[2])).write_bytes(other)
+    page, written = page_of(project)
     assert len(page.all("img")) == 1
     assert "The file is missing." in page.text
     assert "The file is not the one that was verified." in page.text
@@ -190,20 +194,22 @@ def test_a_file_that_is_missing_or_changed_is_said_and_not_shown(walls: Walls) -
     assert (written.shown, written.missing) == (1, 2)
 
 
-def test_a_file_that_was_never_a_picture_is_said(walls: Walls) -> None:
-    row = walls.hang("text", PROMPTS[0])
-    walls.path_of(row).write_bytes(b"not a picture")
-    row["image_sha256"] = hashlib.sha256(b"not a picture").hexdigest()
-    page, written = page_of(walls)
+def test_a_file_that_was_never_an_image_is_reported(project: GalleryProject) -> None:
+    row = project.add_image("text", PROMPTS[0])
+    project.path_of(row).write_bytes(b"not an image")
+    row["image_sha256"] = hashlib.sha256(b"not an image").hexdigest()
+    page, written = page_of(project)
     assert "The file cannot be decoded." in page.text
     assert written.missing == 1
 
 
-def test_a_row_that_failed_says_why_where_it_is_asked_for(walls: Walls) -> None:
-    walls.hang("one", PROMPTS[0])
-    walls.fail("refused", PROMPTS[1])
-    assert len(page_of(walls)[0].all("figure")) == 1
-    page, written = page_of(walls, GalleryFilter(statuses=()))
+def test_a_row_that_failed_shows_its_error_when_its_status_is_selected(
+    project: GalleryProject,
+) -> None:
+    project.add_image("one", PROMPTS[0])
+    project.add_failed("refused", PROMPTS[1])
+    assert len(page_of(project)[0].all("figure")) == 1
+    page, written = page_of(project, GalleryFilter(statuses=()))
     assert "failed: content_policy_violation: refused <b>it</b>" in page.text
     assert "1 image of 2 rows" in page.text
     assert (written.shown, written.missing) == (1, 0)
@@ -212,26 +218,28 @@ def test_a_row_that_failed_says_why_where_it_is_asked_for(walls: Walls) -> None:
 # -- which rows -----------------------------------------------------------------------------------
 
 
-def chosen(walls: Walls, judged: dict[str, str] | None = None, **filtered: Any) -> list[str]:
-    found = select_rows(walls.write(), GalleryFilter(**filtered), judged or {})
+def chosen(
+    project: GalleryProject, judged: dict[str, str] | None = None, **wanted: Any
+) -> list[str]:
+    found = select_rows(project.write(), GalleryFilter(**wanted), judged or {})
     return [row["prompt_id"] for row in found.rows]
 
 
 @pytest.fixture
-def mixed(walls: Walls) -> Walls:
+def mixed(project: GalleryProject) -> GalleryProject:
     """Four rows in two partitions, the second of which has no column ``mood``."""
     small = (32, 32)
-    walls.hang(
+    project.add_image(
         "one", "a", pixels=small, seed=7, further={"mood": "calm", "score": 0.5, "new": True}
     )
-    walls.hang(
+    project.add_image(
         "two", "b", pixels=small, seed=8, further={"mood": "wild", "score": 2.0, "new": False}
     )
-    walls.hang(
+    project.add_image(
         "three", "c", pixels=small, seed=7, further={"mood": None, "score": None, "new": None}
     )
-    walls.hang("four", "d", pixels=small, seed=9, partition="b")
-    return walls
+    project.add_image("four", "d", pixels=small, seed=9, partition="b")
+    return project
 
 
 @pytest.mark.parametrize(
@@ -246,16 +254,16 @@ def mixed(walls: Walls) -> Walls:
         ([("score", "")], ["three", "four"]),
         ([("new", "true")], ["one"]),
         ([("prompt", "d")], ["four"]),
-        ([("mood", "nobody's")], []),
+        ([("mood", "none's")], []),
     ],
 )
 def test_rows_are_chosen_by_any_column(
-    mixed: Walls, where: list[tuple[str, str]], expected: list[str]
+    mixed: GalleryProject, where: list[tuple[str, str]], expected: list[str]
 ) -> None:
     assert chosen(mixed, where=where) == expected
 
 
-def test_rows_are_chosen_by_partition_verdict_and_number(mixed: Walls) -> None:
+def test_rows_are_chosen_by_partition_verdict_and_number(mixed: GalleryProject) -> None:
     shas = {row["prompt_id"]: row["image_sha256"] for rows in mixed.rows.values() for row in rows}
     verdicts = {shas["one"]: "keep", shas["four"]: "reject"}
     assert chosen(mixed, partitions=["b"]) == ["four"]
@@ -267,80 +275,82 @@ def test_rows_are_chosen_by_partition_verdict_and_number(mixed: Walls) -> None:
 
 
 @pytest.mark.parametrize(
-    ("filtered", "said"),
+    ("wanted", "said"),
     [
         ({"where": [("moood", "calm")]}, "no column 'moood'; it has prompt_id"),
         ({"where": [("seed", "seven")]}, "column 'seed' holds int32, which 'seven' is not"),
         ({"partitions": ["nowhere"]}, "no manifest of partition 'nowhere'"),
-        ({"statuses": ["done"]}, "no status 'done'"),
-        ({"verdicts": ["nice"]}, "no verdict 'nice'"),
-        ({"limit": 0}, "at least one row"),
+        ({"statuses": ["done"]}, "unknown status 'done'"),
+        ({"verdicts": ["nice"]}, "unknown verdict 'nice'"),
+        ({"limit": 0}, "must be 1 or more, not 0"),
     ],
 )
-def test_a_filter_that_cannot_be_met_says_why(
-    mixed: Walls, filtered: dict[str, Any], said: str
+def test_an_invalid_filter_is_rejected_with_the_reason(
+    mixed: GalleryProject, wanted: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        chosen(mixed, **filtered)
+        chosen(mixed, **wanted)
 
 
-def test_without_a_manifest_there_is_no_gallery(walls: Walls) -> None:
+def test_without_a_manifest_there_is_no_gallery(project: GalleryProject) -> None:
     with pytest.raises(ConfigError, match="no manifest under"):
-        select_rows(walls.storage, GalleryFilter(), {})
+        select_rows(project.storage, GalleryFilter(), {})
 
 
-def test_the_filter_is_said_in_words() -> None:
-    filtered = GalleryFilter(
+def test_the_filter_is_described_in_words() -> None:
+    wanted = GalleryFilter(
         partitions=["a", "b"],
         where=[("mood", "calm"), ("mood", "wild"), ("tag", "")],
         verdicts=["keep"],
     )
-    assert (
-        filtered.words() == "partition a or b, mood is calm or wild, tag is nothing, verdict keep"
-    )
+    assert wanted.words() == "partition a or b, mood is calm or wild, tag is nothing, verdict keep"
     assert GalleryFilter().words() == ""
 
 
 # -- its size -------------------------------------------------------------------------------------
 
 
-def test_the_page_stays_below_its_size_and_says_what_is_left_out(walls: Walls) -> None:
+def test_the_page_stays_below_its_size_and_says_what_is_left_out(project: GalleryProject) -> None:
     for number in range(30):
-        walls.hang(f"row {number}", PROMPTS[number % 4])
-    whole, all_of_it = page_of(walls)
-    page, written = page_of(walls, most_bytes=150_000)
+        project.add_image(f"row {number}", PROMPTS[number % 4])
+    whole, all_of_it = page_of(project)
+    page, written = page_of(project, most_bytes=150_000)
     assert written.size_bytes <= 150_000
     assert 0 < written.shown < 30
     assert written.left_out == 30 - written.shown
     assert f"{written.left_out} more rows are left out" in page.text
-    about = estimate_bytes(walls.storage, select_rows(walls.storage, GalleryFilter(), {}).rows)
+    about = estimate_bytes(project.storage, select_rows(project.storage, GalleryFilter(), {}).rows)
     assert 0.6 < about / all_of_it.size_bytes < 1.6
     assert len(whole.all("img")) == 30
 
 
-def test_so_does_one_of_prompts_that_markup_makes_longer(walls: Walls) -> None:
+def test_prompts_that_grow_when_escaped_are_counted_at_their_escaped_size(
+    project: GalleryProject,
+) -> None:
     for number in range(12):
-        walls.hang(f"row {number}", '"<&>"' * 1000)
-    _, written = page_of(walls, most_bytes=300_000)
+        project.add_image(f"row {number}", '"<&>"' * 1000)
+    _, written = page_of(project, most_bytes=300_000)
     assert written.size_bytes <= 300_000
     assert 0 < written.shown < 12
 
 
-def test_a_page_with_no_room_for_one_picture_is_refused(walls: Walls) -> None:
-    walls.hang("one", PROMPTS[0])
-    with pytest.raises(ConfigError, match="no room for one picture"):
-        page_of(walls, most_bytes=8_000)
+def test_a_size_too_small_for_one_image_is_rejected(project: GalleryProject) -> None:
+    project.add_image("one", PROMPTS[0])
+    with pytest.raises(ConfigError, match="too small for one image"):
+        page_of(project, most_bytes=8_000)
 
 
 # -- the command ----------------------------------------------------------------------------------
 
 
-def command(walls: Walls, *arguments: str) -> Result:
-    options = ["--storage", str(walls.root), "-o", str(walls.root.parent / "page.html")]
+def command(project: GalleryProject, *arguments: str) -> Result:
+    options = ["--storage", str(project.root), "-o", str(project.root.parent / "page.html")]
     return CliRunner().invoke(gallery_command, [*options, *arguments])
 
 
-def test_the_command_writes_the_page_and_says_its_size_before_and_after(mixed: Walls) -> None:
+def test_the_command_writes_the_page_and_says_its_size_before_and_after(
+    mixed: GalleryProject,
+) -> None:
     mixed.write()
     result = command(mixed, "--where", "seed=7", "--title", "Herons")
     assert result.exit_code == 0, result.output
@@ -352,7 +362,7 @@ def test_the_command_writes_the_page_and_says_its_size_before_and_after(mixed: W
     assert "<h1>Herons</h1>" in page.html
 
 
-def test_the_command_s_figures_are_json_and_a_missing_file_is_its_exit_code(mixed: Walls) -> None:
+def test_the_command_prints_json_and_exits_with_1_for_a_missing_file(mixed: GalleryProject) -> None:
     mixed.path_of(mixed.rows["a"][0]).unlink()
     mixed.write()
     result = command(mixed, "--json", "--limit", "2")
@@ -368,7 +378,7 @@ def test_the_command_s_figures_are_json_and_a_missing_file_is_its_exit_code(mixe
     assert result.exit_code == 1
 
 
-def test_the_command_takes_verdicts_from_the_journal(mixed: Walls) -> None:
+def test_the_command_takes_verdicts_from_the_journal(mixed: GalleryProject) -> None:
     mixed.write()
     row = mixed.rows["a"][1]
     with_journal = Journal(f"sqlite:///{mixed.root / 'journal.db'}")
@@ -394,10 +404,12 @@ def test_the_command_takes_verdicts_from_the_journal(mixed: Walls) -> None:
     assert json.loads(result.stdout)["images"] == 1
 
 
-def test_the_command_says_when_there_is_nothing_to_show_or_no_journal(mixed: Walls) -> None:
+def test_the_command_says_when_there_is_nothing_to_show_or_no_journal(
+    mixed: GalleryProject,
+) -> None:
     mixed.write()
     for arguments, said in (
-        (["--where", "mood=nobody"], "there is nothing to show"),
+        (["--where", "mood=none"], "no row matches the filter"),
         (["--verdict", "keep"], "no journal to read verdicts from"),
     ):
         result = command(mixed, *arguments)
