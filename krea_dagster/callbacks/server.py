@@ -86,18 +86,18 @@ def serve(
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     address = f"{'http' if tls is None else 'https'}://{shown}:{port}"
-    _Server(config, lambda: on_ready(address)).run(sockets=[listener])
+    ReadyServer(config, lambda: on_ready(address)).run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says when connections are taken."""
+class ReadyServer(uvicorn.Server):
+    """A uvicorn server that calls ``on_ready`` once it accepts connections."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen."""
+        """Start to accept connections."""
         await super().startup(sockets)
         if self.started:
             self._on_ready()

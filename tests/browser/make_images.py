@@ -22,7 +22,7 @@ from tests.browser.pages import (
     tables_to_december,
 )
 from tests.browser.test_review import visiting
-from tests.curation.review.review_harness import Server, make_shelf
+from tests.curation.review.review_harness import Server, make_project
 
 #: Tests of Dagster's UI, which take screenshots where KREA_DOCS_IMAGES names a folder.
 _UI_TESTS = ("tests/browser/test_dagster_ui.py", "tests/browser/test_review_lineage_ui.py")
@@ -63,7 +63,7 @@ def _shoot(browser: Browser, path: Path, size: tuple[int, int], target: Path) ->
 
 
 def _show_review(browser: Browser, scratch: Path, folder: Path) -> None:
-    server = Server(make_shelf(scratch / "harvest" / "krea", rows=4000))
+    server = Server(make_project(scratch / "harvest" / "krea", rows=4000))
     views: tuple[tuple[str, tuple[int, int], Scheme], ...] = (
         ("review", (DESK, 900), "dark"),
         ("review-light", (DESK, 900), "light"),

@@ -16,7 +16,7 @@ from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import write_gallery
 from krea_dagster.engine.budget import Budget
 from krea_dagster.spend.report.report import write_report
-from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, Walls
+from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
 from tests.spend.simulated_tables import Tables, simulated_year
 
 DESK, PHONE = 1440, 390
@@ -68,11 +68,11 @@ class FileVisit:
 
 def make_gallery(root: Path) -> Path:
     """Write a gallery: several shapes and scripts, a long and a hostile prompt, and failures."""
-    walls = Walls(root / "krea")
+    project = GalleryProject(root / "krea")
     verdicts: dict[str, str] = {}
     for number in range(16):
         size, pixels = _SHAPES[number % 4 if number >= 8 else 0]
-        row = walls.hang(
+        row = project.add_image(
             f"coast-{number:03d}",
             PROMPTS[number % 8 if number < 8 else 2 + number % 8],
             partition="bucket-000" if number < 8 else "bucket-001",
@@ -83,14 +83,14 @@ def make_gallery(root: Path) -> Path:
         )
         if number % 3 == 0:
             verdicts[row["image_sha256"]] = ("keep", "keep", "reject", "flag")[number // 3 % 4]
-    walls.hang("long", LONG_PROMPT, partition="bucket-001")
-    walls.hang("hostile", HOSTILE, partition="bucket-001")
-    walls.path_of(walls.hang("gone", PROMPTS[1], partition="bucket-001")).unlink()
-    walls.fail("refused", PROMPTS[2], partition="bucket-001")
-    chosen = select_rows(walls.write(), GalleryFilter(statuses=()), verdicts)
+    project.add_image("long", LONG_PROMPT, partition="bucket-001")
+    project.add_image("hostile", HOSTILE, partition="bucket-001")
+    project.path_of(project.add_image("gone", PROMPTS[1], partition="bucket-001")).unlink()
+    project.add_failed("refused", PROMPTS[2], partition="bucket-001")
+    chosen = select_rows(project.write(), GalleryFilter(statuses=()), verdicts)
     path = root / "gallery.html"
     with path.open("wb") as file:
-        write_gallery(walls.storage, chosen, file, title="Coasts and terraces", now=_GALLERY_AT)
+        write_gallery(project.storage, chosen, file, title="Coasts and terraces", now=_GALLERY_AT)
     return path
 
 

@@ -25,7 +25,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
-from tests.curation.review.review_harness import PARTITIONS, Server, Shelf, make_shelf
+from tests.curation.review.review_harness import PARTITIONS, ReviewProject, Server, make_project
 
 pytestmark = pytest.mark.browser
 
@@ -58,15 +58,15 @@ async ([seconds, step]) => {
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+def project(tmp_path_factory: pytest.TempPathFactory) -> ReviewProject:
     """A storage root with 100,000 rows."""
-    return make_shelf(tmp_path_factory.mktemp("review") / "krea", rows=ROWS)
+    return make_project(tmp_path_factory.mktemp("review") / "krea", rows=ROWS)
 
 
 @pytest.fixture(scope="module")
-def server(shelf: Shelf) -> Iterator[Server]:
+def server(project: ReviewProject) -> Iterator[Server]:
     """The command, reviewing it."""
-    running = Server(shelf)
+    running = Server(project)
     yield running
     assert running.stop()[0] == 0
 
@@ -99,7 +99,7 @@ class Visit:
         began = time.perf_counter()
         self.page.goto(url)
         self.wait("document.querySelector('.cell img[src]')?.naturalWidth > 0")
-        self.first_picture_s = time.perf_counter() - began
+        self.first_image_s = time.perf_counter() - began
         # Everything of the first window has come, so that keys are not waited for.
         self.wait(
             "!document.querySelector('.cell:not([hidden]).blank') && "
@@ -127,28 +127,28 @@ def visiting(browser: Browser, url: str, **further: Any) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[tuple[Shelf, Server]]:
+def small(tmp_path: Path) -> Iterator[tuple[ReviewProject, Server]]:
     """A few rows of one's own, in the journal of which nothing stands yet."""
-    shelf = make_shelf(tmp_path / "krea", rows=400, subjects=3)
-    server = Server(shelf)
-    yield shelf, server
+    project = make_project(tmp_path / "krea", rows=400, subjects=3)
+    server = Server(project)
+    yield project, server
     server.stop()
 
 
-def index_of(shelf: Shelf) -> ReviewIndex:
-    with closing(Journal(shelf.journal_url)) as journal:
-        return build_index(Storage(str(shelf.folder)), journal)
+def index_of(project: ReviewProject) -> ReviewIndex:
+    with closing(Journal(project.journal_url)) as journal:
+        return build_index(Storage(str(project.folder)), journal)
 
 
 def order_of(index: ReviewIndex, selection: str = STORED) -> list[str]:
-    """The pictures of a list, by their places."""
+    """The images of a list, by their places."""
     codes = np.full(len(index), empty_code(), np.int8)
     rows = rows_of(index.table, Selection.parse(selection), codes)
     return [str(one) for one in index.table["image_sha256"].take(rows).to_pylist()]
 
 
-def history_of(shelf: Shelf) -> list[Verdict]:
-    with closing(Journal(shelf.journal_url)) as journal:
+def history_of(project: ReviewProject) -> list[Verdict]:
+    with closing(Journal(project.journal_url)) as journal:
         return journal.verdicts.history()
 
 
@@ -163,9 +163,9 @@ def until(true: Callable[[], bool], what: str, within_s: float = 30.0) -> None:
 # -- quick with 100,000 rows ------------------------------------------------------------------
 
 
-def test_the_first_of_100_000_pictures_is_there_at_once(server: Server, browser: Browser) -> None:
+def test_the_first_of_100_000_images_is_shown_at_once(server: Server, browser: Browser) -> None:
     with visiting(browser, server.url) as visit:
-        print(f"\nfirst picture of {ROWS:,} rows after {visit.first_picture_s:.2f} s")
+        print(f"\nfirst image of {ROWS:,} rows after {visit.first_image_s:.2f} s")
         expect(visit.page.get_by_role("heading", name="Review")).to_be_visible()
         visit.page.wait_for_load_state("networkidle")
         assert visit.said == []
@@ -246,7 +246,7 @@ def test_verdicts_do_not_stutter(server: Server, browser: Browser) -> None:
 
 
 def len_of_list() -> int:
-    """The rows that have a picture."""
+    """The rows that have an image."""
     return ROWS - ROWS // 211
 
 
@@ -254,24 +254,24 @@ def len_of_list() -> int:
 
 
 def test_no_verdict_is_lost_and_none_is_double_when_the_server_is_killed(
-    shelf: Shelf, browser: Browser
+    project: ReviewProject, browser: Browser
 ) -> None:
     """400 verdicts of two people by keyboard, while the server dies twice under their hands."""
-    server = Server(shelf)
+    server = Server(project)
     port = server.port
     backwards = STORED[:-1] + ', "down": true}'
     with (
         visiting(browser, f"{server.url}?reviewer=Ada#{STORED}") as ada,
         visiting(browser, f"{server.url}?reviewer=Grace#{backwards}") as grace,
     ):
-        began = {one.verdict_id for one in history_of(shelf)}
+        began = {one.verdict_id for one in history_of(project)}
         cycle = [("keep", ["k"]), ("reject", ["r", "3"]), ("flag", ["f"]), ("keep", ["k"])]
         times: list[float] = []
         for number in range(200):
             if number in (60, 140):
                 server.kill()
             if number in (90, 150):
-                server = Server(shelf, port=port)
+                server = Server(project, port=port)
             for visit in (ada, grace):
                 at = time.perf_counter()
                 visit.press(*cycle[number % 4][1])
@@ -282,8 +282,8 @@ def test_no_verdict_is_lost_and_none_is_double_when_the_server_is_killed(
             expect(visit.page.locator("#trouble")).to_be_hidden()
             assert visit.chosen() == 200
         print(f"\n400 verdicts, {1000 * float(np.median(times)):.0f} ms each (median, one key)")
-        index = index_of(shelf)
-        given = [one for one in history_of(shelf) if one.verdict_id not in began]
+        index = index_of(project)
+        given = [one for one in history_of(project) if one.verdict_id not in began]
         for name, selection in (("Ada", STORED), ("Grace", backwards)):
             wanted = [
                 (sha256, cycle[at % 4][0], REASONS[2] if at % 4 == 1 else None)
@@ -298,29 +298,29 @@ def test_no_verdict_is_lost_and_none_is_double_when_the_server_is_killed(
 
 
 def test_a_page_that_is_closed_leaves_its_verdicts_to_the_next(
-    small: tuple[Shelf, Server], browser: Browser
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
-    shelf, server = small
+    project, server = small
     with visiting(browser, server.url) as visit:
         server.kill()
         visit.press("k", "f")
         expect(visit.page.locator("#saved")).to_have_text("2 not saved")
         expect(visit.page.locator("#trouble")).to_contain_text("wait in this browser")
         visit.page.close(run_before_unload=False)
-        assert history_of(shelf) == []
-        again = Server(shelf, port=server.port)
+        assert history_of(project) == []
+        again = Server(project, port=server.port)
         page = visit.context.new_page()
         page.goto(again.url)
-        until(lambda: len(history_of(shelf)) == 2, "what was left is sent")
-        assert [one.verdict for one in history_of(shelf)] == ["keep", "flag"]
+        until(lambda: len(history_of(project)) == 2, "what was left is sent")
+        assert [one.verdict for one in history_of(project)] == ["keep", "flag"]
         again.stop()
 
 
 def test_of_several_pages_that_were_closed_the_last_verdict_counts(
-    small: tuple[Shelf, Server], browser: Browser
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
     """Pages that cannot post, one after the other: each leaves what it has to the next."""
-    shelf, server = small
+    project, server = small
     with visiting(browser, server.url) as visit:
         visit.context.route("**/api/verdicts", lambda route: route.abort())
         for keys, waiting in (("fff", 3), ("k", 4)):
@@ -331,34 +331,34 @@ def test_of_several_pages_that_were_closed_the_last_verdict_counts(
             visit.page.goto(server.url)
             visit.wait("document.querySelector('.cell img[src]')?.naturalWidth > 0")
         visit.context.unroute("**/api/verdicts")
-        until(lambda: len(history_of(shelf)) == 4, "what was left is sent")
-        assert [one.verdict for one in history_of(shelf)] == ["flag", "flag", "flag", "keep"]
+        until(lambda: len(history_of(project)) == 4, "what was left is sent")
+        assert [one.verdict for one in history_of(project)] == ["flag", "flag", "flag", "keep"]
 
 
 def test_verdicts_with_long_names_are_posted_in_parts(tmp_path: Path, browser: Browser) -> None:
     """A prompt_id may be of any length, and what waits may be more than the server reads."""
-    shelf = make_shelf(tmp_path / "krea", rows=60, subjects=1, measured=False)
-    storage = Storage(str(shelf.folder))
+    project = make_project(tmp_path / "krea", rows=60, subjects=1, measured=False)
+    storage = Storage(str(project.folder))
     for key in (f"bucket-{number:03d}" for number in range(PARTITIONS)):
         table = read_manifests(storage, [key])
         ids = pc.binary_join_element_wise(table["prompt_id"], "長い" * 3000, "")
         at = table.column_names.index("prompt_id")
         write_manifest(storage, key, table.set_column(at, "prompt_id", ids))
-    server = Server(shelf)
+    server = Server(project)
     with visiting(browser, server.url) as visit:
         visit.context.route("**/api/verdicts", lambda route: route.abort())
         visit.press(*["k"] * 40)
         expect(visit.page.locator("#saved")).to_have_text("40 not saved")
         visit.context.unroute("**/api/verdicts")
-        until(lambda: len(history_of(shelf)) == 40, "all are kept")
+        until(lambda: len(history_of(project)) == 40, "all are kept")
         expect(visit.page.locator("#saved")).to_have_text("All saved")
     server.stop()
 
 
 def test_people_see_each_other_s_verdicts_within_seconds(
-    small: tuple[Shelf, Server], browser: Browser
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
-    shelf, server = small
+    project, server = small
     with (
         visiting(browser, f"{server.url}?reviewer=Ada") as ada,
         visiting(browser, f"{server.url}?reviewer=Grace") as grace,
@@ -372,30 +372,32 @@ def test_people_see_each_other_s_verdicts_within_seconds(
         expect(grace.page.locator(".present")).to_have_text("✕ Rejected: six fingers · Ada")
         grace.press("k")  # another opinion: the last counts, and the first stays
         expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep", timeout=8000)
-        expect(grace.page.locator("#progress-text")).to_have_text("1 of 399 judged")
-        assert [(one.verdict, one.reviewer, one.reason) for one in history_of(shelf)] == [
+        expect(grace.page.locator("#progress-text")).to_have_text("1 of 399 reviewed")
+        assert [(one.verdict, one.reviewer, one.reason) for one in history_of(project)] == [
             ("reject", "Ada", "six fingers"),
             ("keep", "Grace", None),
         ]
 
 
-def test_undo_brings_back_what_stood_before(small: tuple[Shelf, Server], browser: Browser) -> None:
-    shelf, server = small
+def test_undo_restores_the_verdict_before(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    project, server = small
     with visiting(browser, server.url) as visit:
         visit.press("k", "k", "ArrowLeft", "f", "u", "u", "u", "u")
         assert visit.chosen() == 0
         expect(visit.page.locator("#place-0")).to_have_attribute("data-verdict", "none")
         expect(visit.page.locator("#place-1")).to_have_attribute("data-verdict", "none")
-        until(lambda: len(history_of(shelf)) == 6, "three verdicts and three undone")
-        assert [one.verdict for one in history_of(shelf)] == [
+        until(lambda: len(history_of(project)) == 6, "three verdicts and three undone")
+        assert [one.verdict for one in history_of(project)] == [
             "keep", "keep", "flag", "keep", "none", "none",
         ]  # fmt: skip
 
 
-def test_undo_leaves_what_somebody_else_has_said_since(
-    small: tuple[Shelf, Server], browser: Browser
+def test_undo_keeps_a_later_verdict_of_somebody_else(
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
-    shelf, server = small
+    project, server = small
     with (
         visiting(browser, f"{server.url}?reviewer=Ada") as ada,
         visiting(browser, f"{server.url}?reviewer=Grace") as grace,
@@ -408,31 +410,31 @@ def test_undo_leaves_what_somebody_else_has_said_since(
         expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep", timeout=8000)
         ada.press("u")
         expect(ada.page.locator("[aria-live=polite]").first).to_contain_text(
-            "Not undone: Grace has judged it since"
+            "Not undone: Grace has given a later verdict"
         )
-        assert [one.verdict for one in history_of(shelf)] == ["flag", "keep"]
+        assert [one.verdict for one in history_of(project)] == ["flag", "keep"]
 
 
-def test_a_key_that_is_held_judges_one_picture(
-    small: tuple[Shelf, Server], browser: Browser
+def test_a_key_held_down_judges_one_image(
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
-    shelf, server = small
+    project, server = small
     with visiting(browser, server.url) as visit:
         for _ in range(6):  # the browser repeats a key that is down
             visit.page.keyboard.down("k")
         visit.page.keyboard.up("k")
         visit.press("f")
-        until(lambda: len(history_of(shelf)) == 2, "one for each key")
-        assert [one.verdict for one in history_of(shelf)] == ["keep", "flag"]
+        until(lambda: len(history_of(project)) == 2, "one for each key")
+        assert [one.verdict for one in history_of(project)] == ["keep", "flag"]
         assert visit.chosen() == 2
 
 
 def test_the_verdicts_of_one_root_never_go_to_another(
-    small: tuple[Shelf, Server], browser: Browser, tmp_path: Path
+    small: tuple[ReviewProject, Server], browser: Browser, tmp_path: Path
 ) -> None:
     """The command was started for another root, with the same port and token."""
-    shelf, server = small
-    other = make_shelf(tmp_path / "other", rows=400, subjects=3)
+    project, server = small
+    other = make_project(tmp_path / "other", rows=400, subjects=3)
     with visiting(browser, server.url) as visit:
         server.kill()
         visit.press("k")
@@ -442,14 +444,14 @@ def test_the_verdicts_of_one_root_never_go_to_another(
         )
         expect(visit.page.locator("#saved")).to_have_text("1 not saved")
         swapped.stop()
-        again = Server(shelf, port=server.port)
-        until(lambda: len(history_of(shelf)) == 1, "it is sent to its own")
+        again = Server(project, port=server.port)
+        until(lambda: len(history_of(project)) == 1, "it is sent to its own")
         assert history_of(other) == []
         again.stop()
 
 
-def test_n_goes_to_the_next_picture_without_a_verdict(
-    small: tuple[Shelf, Server], browser: Browser
+def test_n_goes_to_the_next_image_without_a_verdict(
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
     _, server = small
     with visiting(browser, server.url) as visit:
@@ -475,7 +477,7 @@ def test_filters_sort_and_find_nothing_and_survive_a_reload(
         line.get_by_label("Condition", exact=True).select_option("at least")
         line.get_by_label("Value").fill("many")
         page.get_by_role("button", name="Show", exact=True).click()
-        expect(page.get_by_role("alert").last).to_contain_text("'many' is no value of its kind")
+        expect(page.get_by_role("alert").last).to_contain_text("'many' is not a value of type")
         line.get_by_label("Value").fill("900")
         page.get_by_label("Order").select_option("sharpness")
         page.get_by_label("Largest first").check()
@@ -488,8 +490,8 @@ def test_filters_sort_and_find_nothing_and_survive_a_reload(
         visit.press("/")
         page.get_by_label("Words of the prompt").fill("no prompt says this")
         page.keyboard.press("Enter")
-        expect(page.get_by_text("No picture meets this filter.")).to_be_visible()
-        page.get_by_role("button", name="Show all pictures").click()
+        expect(page.get_by_text("No image matches this filter.")).to_be_visible()
+        page.get_by_role("button", name="Show all images").click()
         expect(page.locator("#place-0")).to_be_visible()
         assert visit.said == [
             "Failed to load resource: the server responded with a status of 400 (Bad Request)"
@@ -497,9 +499,9 @@ def test_filters_sort_and_find_nothing_and_survive_a_reload(
 
 
 def test_comparing_shows_the_samples_at_full_size_and_judges_them(
-    small: tuple[Shelf, Server], browser: Browser
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
-    shelf, server = small
+    project, server = small
     with visiting(browser, server.url) as visit:
         page = visit.page
         visit.press("Enter")
@@ -515,7 +517,7 @@ def test_comparing_shows_the_samples_at_full_size_and_judges_them(
         expect(panes.nth(2)).to_have_attribute("data-verdict", "keep")
         expect(panes.nth(3)).to_have_attribute("aria-selected", "true")
         visit.press("r")
-        page.keyboard.type("a reason that is much longer than there is room for below a picture")
+        page.keyboard.type("a reason that is much longer than there is room for below an image")
         visit.press("Enter")
         expect(panes.nth(3)).to_have_attribute("data-verdict", "reject")
         wide = page.locator(".pane img").evaluate_all("all => all.map(one => one.clientWidth)")
@@ -523,20 +525,20 @@ def test_comparing_shows_the_samples_at_full_size_and_judges_them(
         visit.press("Escape")
         expect(page.get_by_role("grid")).to_be_focused()
         expect(page.locator("#place-2")).to_have_attribute("data-verdict", "keep")
-        until(lambda: len(history_of(shelf)) == 2, "the verdicts are in the journal")
+        until(lambda: len(history_of(project)) == 2, "the verdicts are in the journal")
         visit.press("d")
-        expect(page.get_by_role("option")).to_have_count(2)  # the pictures of one cluster
+        expect(page.get_by_role("option")).to_have_count(2)  # the images of one cluster
 
 
-def test_a_prompt_is_shown_as_text_whatever_it_holds(tmp_path: Path, browser: Browser) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=32, subjects=1)
-    storage = Storage(str(shelf.folder))
+def test_a_prompt_is_always_shown_as_text(tmp_path: Path, browser: Browser) -> None:
+    project = make_project(tmp_path / "krea", rows=32, subjects=1)
+    storage = Storage(str(project.folder))
     table = read_manifests(storage, ["bucket-000"])
     bad = "<img src=x onerror=document.title='taken'><script>document.title='taken'</script>"
     column = table.schema.get_field_index("prompt")
     table = table.set_column(column, "prompt", [[bad] * table.num_rows])
     write_manifest(storage, "bucket-000", table)
-    server = Server(shelf)
+    server = Server(project)
     with visiting(browser, server.url) as visit:
         expect(visit.page.locator(".about .prompt")).to_have_text(bad)
         visit.press("Enter")
@@ -589,12 +591,12 @@ def test_axe_finds_nothing_to_object_to(
 
 
 def test_a_screen_reader_is_told_where_it_is_and_what_was_done(
-    small: tuple[Shelf, Server], browser: Browser
+    small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
     _, server = small
     with visiting(browser, server.url) as visit:
         page = visit.page
-        grid = page.get_by_role("grid", name="Pictures")
+        grid = page.get_by_role("grid", name="Images")
         expect(grid).to_be_focused()
         columns = int(grid.get_attribute("aria-colcount") or 0)
         assert int(grid.get_attribute("aria-rowcount") or 0) == -(-399 // columns)
@@ -614,8 +616,10 @@ def label(cell: Any) -> str:
     return str(cell.get_attribute("aria-label")).rsplit(". ", 2)[0]
 
 
-def test_everything_can_be_done_by_touch(small: tuple[Shelf, Server], browser: Browser) -> None:
-    shelf, server = small
+def test_everything_can_be_done_by_touch(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    project, server = small
     with visiting(browser, server.url, size=PHONE, touch=True) as visit:
         page = visit.page
         sizes = page.locator("button:visible").evaluate_all(
@@ -629,5 +633,5 @@ def test_everything_can_be_done_by_touch(small: tuple[Shelf, Server], browser: B
         expect(page.locator("#place-4")).to_have_attribute("data-verdict", "reject")
         page.get_by_role("button", name="Compare").tap()
         expect(page.get_by_role("option").first).to_be_visible()
-        until(lambda: len(history_of(shelf)) == 1, "the verdict is in the journal")
-        assert history_of(shelf)[0].reason == "Blurred"
+        until(lambda: len(history_of(project)) == 1, "the verdict is in the journal")
+        assert history_of(project)[0].reason == "Blurred"

@@ -205,7 +205,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, str]:
-    """Return the current verdicts by sha256. Raises ConfigError where they are needed and missing."""
+    """Return the current verdicts by sha256. Raises ConfigError where wanted ones are missing."""
     from krea_dagster.engine.journal.database import has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.verdict_log import VerdictLog  # noqa: PLC0415
 

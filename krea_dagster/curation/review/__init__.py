@@ -1,11 +1,1 @@
-"""Review: a page on this machine on which people keep, reject or flag each image.
-
-``review_command``
-    the command line
-"""
-
-from __future__ import annotations
-
-from krea_dagster.curation.review.command import review_command
-
-__all__ = ["review_command"]
+"""Review: a local web page for keeping, rejecting and flagging images."""

@@ -1,4 +1,4 @@
-"""The command that opens the review's page and serves it in the foreground."""
+"""The command ``krea-dagster review``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the var
 _EPILOG = """
 \b
 Environment:
-  KREA_STORAGE       root of what is made  [data/krea]
-  KREA_JOURNAL_URL   SQLAlchemy URL        [SQLite in the storage root]
-  KREA_REVIEW_TOKEN  the secret part of the page's address  [a new one each time]
+  KREA_STORAGE       storage root    [data/krea]
+  KREA_JOURNAL_URL   SQLAlchemy URL  [SQLite in the storage root]
+  KREA_REVIEW_TOKEN  secret part of the page's address  [a new one each time]
 
 \b
-Verdicts are in the journal when the page shows them as saved. Should the server
-die, the page keeps what is not saved: start it again with the same --port, and
-with the same token, or open the new address in the same browser.
+Verdicts are in the journal when the page shows them as saved. If the server
+stops, the page keeps unsaved verdicts: restart it with the same --port and
+token, or open the new address in the same browser.
 
 \b
-Several people share a review by the journal: each starts the command on a
-machine of their own, with KREA_JOURNAL_URL and KREA_STORAGE the same, or they
-open one server's page through a tunnel, and put in their names.
+Several people can review at once: each runs the command on their own machine
+with the same KREA_JOURNAL_URL and KREA_STORAGE, or they open one server's page
+through a tunnel and enter their names.
 """
 
 
@@ -45,7 +45,7 @@ open one server's page through a tunnel, and put in their names.
     envvar="KREA_STORAGE",
     default="data/krea",
     show_default=True,
-    help="The storage root whose images are reviewed.",
+    help="The storage root of the images.",
 )
 @click.option(
     "--journal",
@@ -53,27 +53,27 @@ open one server's page through a tunnel, and put in their names.
     envvar="KREA_JOURNAL_URL",
     default="",
     metavar="URL",
-    help="The journal, where it is not in the storage root.",
+    help="The journal, if it is not in the storage root.",
 )
-@click.option("--reviewer", metavar="NAME", help="Who judges.  [default: the login name]")
+@click.option("--reviewer", metavar="NAME", help="The reviewer's name.  [default: the login name]")
 @click.option(
     "--port",
     default=0,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="Port to listen on, at 127.0.0.1; 0 takes any that is free.",
+    help="Port on 127.0.0.1; 0 uses a free one.",
 )
 @click.option(
     "--token-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"File that holds the token.  [default: {_TOKEN_VARIABLE}, or a new token]",
+    help=f"File with the token.  [default: {_TOKEN_VARIABLE}, or a new token]",
 )
 @click.option(
     "--reason",
     "reasons",
     multiple=True,
     metavar="TEXT",
-    help="A reason to reject, on the keys 1 to 9; may be repeated.",
+    help="A rejection reason, on the keys 1 to 9; repeatable.",
 )
 @click.option("--no-open", is_flag=True, help="Do not open a browser.")
 def review_command(
@@ -86,57 +86,58 @@ def review_command(
     reasons: tuple[str, ...],
     no_open: bool,
 ) -> None:
-    """Look at the images in a browser, and keep, reject or flag them by keyboard.
+    """Review images in a browser: keep, reject or flag them by keyboard.
 
-    A verdict is written to the journal at once, with who gave it and when. None is overwritten:
-    the last one on an image counts. The address that is printed on stdout is a secret: whoever
-    has it, and is on this machine, may give verdicts.
+    A verdict is written to the journal immediately, with the reviewer and the time. None is
+    overwritten: the last one on an image counts. The printed address is secret: everyone on this
+    machine who has it can give verdicts.
     """
+    from krea_dagster.callbacks.server import listen  # noqa: PLC0415 - as above
     from krea_dagster.curation.review.app import REASONS, Review, ReviewSettings  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.curation.review.server import listen, serve  # noqa: PLC0415 - as above
+    from krea_dagster.curation.review.server import serve  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415 - as above
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
 
     if len(reasons) > 9:
-        raise click.UsageError("--reason is given nine times at most: there are nine keys")
+        raise click.UsageError("--reason can be given at most nine times, for the keys 1 to 9")
     token = _token(token_file)
     root = Storage(storage)
     url = journal_url or database_in(root)
     if not has_database(url):
         raise ConfigError(
-            "there is no journal yet, so there is nothing to review. Look whether KREA_STORAGE or "
-            "KREA_JOURNAL_URL is what the runs have, or run `krea-dagster materialize` once"
+            "there is no journal, so there is nothing to review. Check that KREA_STORAGE and "
+            "KREA_JOURNAL_URL are those of the runs, or run `krea-dagster materialize` first"
         )
     try:
-        listener = listen(port)
+        listener = listen("127.0.0.1", port)
     except OSError as error:
         raise click.UsageError(f"cannot listen on 127.0.0.1:{port}: {error}") from None
 
     def ready(address: str) -> None:
         click.echo(address)
-        if not no_open and not webbrowser.open(door(address)):
+        if not no_open and not webbrowser.open(redirect(address)):
             click.echo("Open this address in a browser on this machine.", err=True)
 
-    with listener, closing(Journal(url)) as journal, _door() as door:
-        setting = ReviewSettings(
+    with listener, closing(Journal(url)) as journal, _redirect_page() as redirect:
+        settings = ReviewSettings(
             storage=root,
             journal=journal,
             reviewer=reviewer or _login(),
             title=redact.location(root.locate("")).rstrip("/"),
             reasons=reasons or REASONS,
         )
-        review = Review(setting)
-        click.echo(f"{len(review):,} rows; Ctrl+C ends the review.", err=True)
+        review = Review(settings)
+        click.echo(f"{len(review):,} rows; press Ctrl+C to stop.", err=True)
         serve(review, listener, token, on_ready=ready)
 
 
 @contextmanager
-def _door() -> Iterator[Callable[[str], str]]:
-    """Yield what makes a page of this user's own that leads on to an address; returns its URL.
+def _redirect_page() -> Iterator[Callable[[str], str]]:
+    """Yield a function that writes a page which redirects to an address, and returns its file URL.
 
-    The address holds the token, and the command line of a browser can be read by every user of the
-    machine.
+    The address holds the token, and every user of the machine can read a browser's command line;
+    only this user can read the page.
     """
     with tempfile.TemporaryDirectory(prefix="krea-review-") as folder:  # of mode 0700
 
@@ -159,10 +160,11 @@ def _token(file: Path | None) -> str:
         token = file.read_text(encoding="utf-8").strip()
     if not token:
         return secrets.token_urlsafe(24)
-    # It is part of an address, and all that keeps other users of this machine out.
+    # It is part of an address, and the only protection from other users of this machine.
     if not re.fullmatch(r"[A-Za-z0-9_-]{16,200}", token):
         raise ConfigError(
-            f"the token ({_TOKEN_VARIABLE} or --token-file) has 16 to 200 letters, digits, - or _"
+            f"the token ({_TOKEN_VARIABLE} or --token-file) must have 16 to 200 letters, digits, "
+            "- or _"
         )
     return token
 

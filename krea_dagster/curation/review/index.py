@@ -1,15 +1,14 @@
-"""The index of a review: every row of the manifests, what is known of its picture, in memory.
+"""The index of a review: every row of the manifests, joined with what is known of its image.
 
-Beside the manifests' rows stand the pictures of their earlier attempts, the measures, the clusters
-of likeness, and whether a picture was accepted, each where it is there. The columns are Arrow's.
-An index is never changed; where files have changed, another is made.
+It is an Arrow table in memory. Rows of earlier attempts are added to the manifests', and columns
+for measures, clusters of near-duplicates and acceptance, where those tables exist. An index is
+immutable; when files change, a new one is built.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import duckdb
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.arrow import as_array
 from krea_dagster.curation.review.selection import OPERATORS, as_text, kind_of
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
@@ -29,52 +29,46 @@ from krea_dagster.manifest import MANIFEST_SCHEMA, credits_charged
 from krea_dagster.models import credits_from_units
 from krea_dagster.spend.tables.prompt_rows import load_listed
 
-#: The folders whose files an index is made of.
+#: The folders whose files are in an index.
 _FOLDERS: Final = ("manifest", "measures", "near_duplicates", "accepted")
 
-#: What likeness says of a picture, and what it is called here.
-_LIKENESS: Final = {"cluster": "cluster", "kind": "duplicate", "keep": "duplicate_to_keep"}
+#: Columns of ``near_duplicates``, and their names in the index.
+_DUPLICATE_COLUMNS: Final = {"cluster": "cluster", "kind": "duplicate", "keep": "duplicate_to_keep"}
 
-#: Columns that the index adds, and a prompt table may have as well.
-_OWN: Final = frozenset({"earlier", "accepted", *_LIKENESS.values()})
+#: Columns that the index adds, and that a prompt table may also have.
+_ADDED: Final = frozenset({"earlier", "accepted", *_DUPLICATE_COLUMNS.values()})
 
-#: More values than this are not offered as a list.
+#: Columns with more values than this get no list of values.
 _MOST_VALUES: Final = 200
 
-#: Columns whose values differ from row to row.
+#: Columns whose values differ from row to row, so that a list of them is useless.
 _SINGLE: Final = frozenset(
     {"prompt", "prompt_id", "request_key", "task_id", "image_path", "image_sha256", "cluster"}
 )
 
-#: What one row of the grid shows.
+#: The columns of the grid.
 GRID: Final = (
     "prompt_id", "sample", "attempt", "prompt", "status", "image_sha256", "width", "height",
     "partition_key", "request_key", "earlier", "error_code",
 )  # fmt: skip
-#: The characters of a prompt that the grid shows.
+#: Characters of a prompt in the grid.
 _PROMPT_START: Final = 200
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """The files that an index was made of, as one text that changes with any of them."""
-
-    text: str
-
-    @classmethod
-    def of(cls, storage: Storage) -> Stamp:
-        """The stamp of the files as they are now."""
-        seen = hashlib.sha256()
-        for name in _files(storage):
+def files_version(storage: Storage) -> str:
+    """Return a version of the files that an index is built from: it changes with any of them."""
+    hashed = hashlib.sha256()
+    for folder in _FOLDERS:
+        for name in _parquet_files(storage, folder):
             written = storage.modified_at(name)
-            seen.update(f"{name}\0{storage.size_bytes(name)}\0{written}\n".encode())
-        return cls(seen.hexdigest()[:16])
+            hashed.update(f"{name}\0{storage.size_bytes(name)}\0{written}\n".encode())
+    return hashed.hexdigest()[:16]
 
 
 class ReviewIndex:
-    """The rows, by their numbers. ``sha_codes`` says which picture each row has; -1 none.
+    """The rows by number. ``sha_codes`` is the number of each row's image, -1 for none.
 
-    ``generation`` names the files' state: it is the same in another process over the same files.
+    ``generation`` is the version of the files, equal in every process with the same files.
     """
 
     def __init__(self, table: pa.Table, generation: str) -> None:
@@ -86,7 +80,7 @@ class ReviewIndex:
         )
         self._shas: list[str] = encoded.dictionary.to_pylist()
         self.codes_by_sha: Mapping[str, int] = {sha: at for at, sha in enumerate(self._shas)}
-        # The first row of each picture, where its file's name is taken from.
+        # The first row of each image, which has its file name.
         self._first = np.full(len(self._shas), -1, np.int64)
         places = np.flatnonzero(self.sha_codes >= 0)[::-1]
         self._first[self.sha_codes[places]] = places
@@ -96,7 +90,7 @@ class ReviewIndex:
             partitions.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         )
         now = self.table["earlier"].combine_chunks().to_numpy(zero_copy_only=False)
-        #: The rows that have a picture and are the present attempt: what is to be reviewed.
+        #: The rows to review: those with an image that are the current attempt.
         self.to_review: npt.NDArray[np.bool_] = (self.sha_codes >= 0) & ~now.astype(bool)
         self._grid = self.table.select(GRID).set_column(
             GRID.index("prompt"),
@@ -108,7 +102,7 @@ class ReviewIndex:
         return int(self.table.num_rows)
 
     def file_of(self, sha256: str) -> tuple[str, str, int | None] | None:
-        """The path, the format and the bytes of a picture, or None where no row has it."""
+        """Return path, format and size of an image, or None where no row has it."""
         code = self.codes_by_sha.get(sha256)
         if code is None:
             return None
@@ -118,112 +112,109 @@ class ReviewIndex:
         return None if path is None else (path, kind or "", size)
 
     def grid_rows(self, rows: Iterable[int]) -> list[dict[str, Any]]:
-        """What the grid shows of these rows; ``row`` is the number."""
+        """Return the grid's columns of these rows, with their number as ``row``."""
         numbers = np.fromiter(rows, np.int64)
         found: list[dict[str, Any]] = self._grid.take(pa.array(numbers)).to_pylist()
         return [{"row": int(at), **one} for at, one in zip(numbers, found, strict=True)]
 
     def whole_row(self, row: int) -> dict[str, Any]:
-        """Every column of a row."""
+        """Return all columns of a row."""
         found: dict[str, Any] = self.table.slice(row, 1).to_pylist()[0]
         return found
 
     def of_prompt(self, row: int) -> list[int]:
-        """The rows of the same prompt: samples and attempts, in that order."""
+        """Return the rows of the same prompt, sorted by sample and attempt."""
         return self._like(row, "prompt_id", ("sample", "attempt"))
 
     def of_cluster(self, row: int) -> list[int]:
-        """The rows whose picture is like this one's; the row alone where none is."""
+        """Return the rows of the same cluster of near-duplicates, or only this row."""
         if "cluster" not in self.table.column_names or self.table["cluster"][row].as_py() is None:
             return [row]
         return self._like(row, "cluster", ("prompt_id", "sample", "attempt"))
 
     def _like(self, row: int, column: str, order: Sequence[str]) -> list[int]:
-        alike = pc.equal(self.table[column], self.table[column][row]).fill_null(False)
-        rows = np.flatnonzero(alike.to_numpy(zero_copy_only=False))
+        equal = pc.equal(self.table[column], self.table[column][row]).fill_null(False)
+        rows = np.flatnonzero(equal.to_numpy(zero_copy_only=False))
         keys = [(name, "ascending") for name in order]
         sorted_ = pc.sort_indices(self.table.select(order).take(pa.array(rows)), sort_keys=keys)
         return [int(at) for at in rows[sorted_.to_numpy()]]
 
     def columns(self) -> list[dict[str, Any]]:
-        """The columns: name, kind, what may be asked of them, and their values or range."""
+        """Return name, kind, operators, and values or range of each column."""
         return [_column(name, self.table[name]) for name in self.table.column_names]
 
 
 def _column(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
     kind = kind_of(column.type)
-    said: dict[str, Any] = {"name": name, "kind": kind, "operators": OPERATORS[kind]}
+    described: dict[str, Any] = {"name": name, "kind": kind, "operators": OPERATORS[kind]}
     if kind == "text" and name not in _SINGLE and pa.types.is_string(column.type):
         counts = pc.value_counts(column)
         if 0 < len(counts) <= _MOST_VALUES:
             found = ((one["values"].as_py(), one["counts"].as_py()) for one in counts)
-            said["values"] = sorted(one for one in found if one[0] is not None)
+            described["values"] = sorted(one for one in found if one[0] is not None)
     elif kind == "number":
         bounds = pc.min_max(column).as_py()
-        said["range"] = [None if bounds[one] is None else float(bounds[one]) for one in bounds]
-    return said
+        described["range"] = [None if bounds[one] is None else float(bounds[one]) for one in bounds]
+    return described
 
 
 def build_index(
     storage: Storage, journal: Journal, verdicts: Iterable[Verdict] = ()
 ) -> ReviewIndex:
-    """Read all that is on file. ``verdicts`` name pictures that manifests do not list any more.
+    """Build an index. ``verdicts`` may be on images that are no longer in the manifests.
 
     Raises ConfigError for a file that cannot be read, and JournalError.
     """
-    stamp = Stamp.of(storage)
+    generation = files_version(storage)
     tables = [MANIFEST_SCHEMA.empty_table(), *_tables(storage, "manifest")]
-    table = _plainly_named(_together(tables, "manifest"))
+    table = _with_unique_names(_concatenate(tables, "manifest"))
     table = table.append_column("earlier", pa.array(np.zeros(table.num_rows, bool)))
-    earlier = _earlier(storage, journal, table, verdicts)
+    earlier = _earlier_attempts(storage, journal, table, verdicts)
     if earlier is not None:
         table = pa.concat_tables([table, earlier], promote_options="permissive")
     for folder in ("measures", "near_duplicates", "accepted"):
-        table = _beside(table, folder, list(_tables(storage, folder)))
-    return ReviewIndex(table, stamp.text)
+        table = _join(table, folder, list(_tables(storage, folder)))
+    return ReviewIndex(table, generation)
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
-def _files(storage: Storage) -> Iterator[str]:
-    for folder in _FOLDERS:
-        for name in sorted(storage.names(folder)):
-            if name.endswith(".parquet"):
-                yield name
+def _parquet_files(storage: Storage, folder: str) -> list[str]:
+    return sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
 
 
 def _tables(storage: Storage, folder: str) -> Iterator[pa.Table]:
-    for name in sorted(storage.names(folder)):
-        if not name.endswith(".parquet"):
-            continue
+    for name in _parquet_files(storage, folder):
         try:
             with storage.open(name) as file:
                 yield pq.read_table(file)
-        except FileNotFoundError:  # replaced or removed just now: the next stamp differs
+        except FileNotFoundError:  # removed just now: the version changes, and the index is rebuilt
             continue
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"{name} cannot be read: {error}. Materialize it again.") from error
 
 
-def _together(tables: Sequence[pa.Table], folder: str) -> pa.Table:
-    """Put the files of a folder together; a column whose types do not agree becomes text."""
+def _concatenate(tables: Sequence[pa.Table], folder: str) -> pa.Table:
+    """Concatenate the files of a folder; a column with incompatible types becomes text."""
     clashing = {
         name
         for name in {name for one in tables for name in one.column_names}
-        if not _agree({one.schema.field(name).type for one in tables if name in one.column_names})
+        if not _compatible(
+            {one.schema.field(name).type for one in tables if name in one.column_names}
+        )
     }
-    if own := clashing.intersection(MANIFEST_SCHEMA.names):
+    if broken := clashing.intersection(MANIFEST_SCHEMA.names):
         raise ConfigError(
-            f"the files of {folder} have columns of types that do not agree: {', '.join(own)}. "
+            f"the files of {folder} have incompatible column types: {', '.join(broken)}. "
             "Materialize them again."
         )
     return pa.concat_tables(
-        [_with_texts(one, clashing) for one in tables], promote_options="permissive"
+        [_columns_as_text(one, clashing) for one in tables], promote_options="permissive"
     )
 
 
-def _agree(types: Iterable[pa.DataType]) -> bool:
+def _compatible(types: Iterable[pa.DataType]) -> bool:
     schemas = [pa.schema([("column", one)]) for one in types]
     try:
         pa.unify_schemas(schemas, promote_options="permissive")
@@ -232,55 +223,55 @@ def _agree(types: Iterable[pa.DataType]) -> bool:
     return True
 
 
-def _with_texts(table: pa.Table, names: Collection[str]) -> pa.Table:
+def _columns_as_text(table: pa.Table, names: Collection[str]) -> pa.Table:
     for at, name in enumerate(table.column_names):
         if name in names:
             table = table.set_column(at, name, as_text(table[name]))
     return table
 
 
-def _plainly_named(table: pa.Table) -> pa.Table:
-    """Return manifests whose further columns have no name of the index's own."""
-    names = [f"{name} (table)" if name in _OWN else name for name in table.column_names]
+def _with_unique_names(table: pa.Table) -> pa.Table:
+    """Rename columns of the prompt table that have the name of a column of the index."""
+    names = [f"{name} (table)" if name in _ADDED else name for name in table.column_names]
     table = table.rename_columns(names)
     for at, field in enumerate(table.schema):
-        if pa.types.is_float16(field.type):  # of which Arrow can compute little
+        if pa.types.is_float16(field.type):  # Arrow has few functions for it
             table = table.set_column(at, field.name, table[field.name].cast(pa.float32()))
     return table
 
 
-# -- what stands beside the manifest ----------------------------------------------------------
+# -- joined tables ----------------------------------------------------------------------------
 
 
-def _beside(table: pa.Table, folder: str, tables: Sequence[pa.Table]) -> pa.Table:
-    """Append a folder's columns to the rows with the same picture; nothing where it is empty."""
+def _join(table: pa.Table, folder: str, tables: Sequence[pa.Table]) -> pa.Table:
+    """Add a folder's columns to the rows with the same image."""
     tables = [one for one in tables if "image_sha256" in one.column_names]
     if not tables:
         return table
-    further = _together(tables, folder)
-    shas = further["image_sha256"].combine_chunks()
+    further = _concatenate(tables, folder)
+    shas = as_array(further["image_sha256"])
     if folder == "accepted":
         return table.append_column("accepted", pc.is_in(table["image_sha256"], value_set=shas))
     names, by = {name: name for name in further.column_names}, "image_sha256"
     if folder == "near_duplicates":
-        # Of one file that was bought twice, one purchase is to be kept and the other is not.
+        # Where one file was bought twice, one purchase is to be kept and the other is not.
         by = "request_key" if "request_key" in names else by
-        names = {name: shown for name, shown in _LIKENESS.items() if name in names}
-    place = pc.index_in(table[by], value_set=further[by].combine_chunks())
+        names = {name: shown for name, shown in _DUPLICATE_COLUMNS.items() if name in names}
+    place = pc.index_in(table[by], value_set=as_array(further[by]))
     for name, shown in names.items():
         kind = further.schema.field(name).type
         plain = kind_of(kind) != "text" or pa.types.is_string(kind)
         if shown not in table.column_names and plain:
-            table = table.append_column(shown, further[name].combine_chunks().take(place))
+            table = table.append_column(shown, as_array(further[name]).take(place))
     return table
 
 
-def _earlier(
+def _earlier_attempts(
     storage: Storage, journal: Journal, table: pa.Table, verdicts: Iterable[Verdict]
 ) -> pa.Table | None:
-    """The rows of pictures that a later attempt has replaced, as far as the journal has them.
+    """Return rows for images that a later attempt replaced, from the journal's records.
 
-    They have the further columns of the present row.
+    They have the prompt table's columns of the current row.
     """
     present = set(table["request_key"].to_pylist()) if table.num_rows else set()
     asked = {
@@ -304,21 +295,22 @@ def _earlier(
     for at, row in enumerate(zip(*names, strict=True)):
         if row in wanted:
             rows.setdefault(row, at)
-    # The manifest's own columns are the record's; the further ones are the present row's.
-    own = [*MANIFEST_SCHEMA.names, "earlier"]
-    further = [name for name in table.column_names if name not in own]
+    # The manifest's columns come from the record, the prompt table's from the current row.
+    further = [
+        name for name in table.column_names if name not in {*MANIFEST_SCHEMA.names, "earlier"}
+    ]
     order = sorted(records, key=lambda key: (*asked[key], records[key].request.attempt))
     values = [_row(records[key], asked[key], storage) for key in order]
     schema = pa.schema([*MANIFEST_SCHEMA, pa.field("earlier", pa.bool_())])
     made = pa.Table.from_pylist(values, schema=schema)
     places = pa.array([rows.get(asked[key]) for key in order], pa.int64())
     for name in further:
-        made = made.append_column(name, table[name].combine_chunks().take(places))
+        made = made.append_column(name, as_array(table[name]).take(places))
     return made
 
 
 def _row(record: Record, listed: tuple[str, int], storage: Storage) -> dict[str, Any]:
-    """A record as a row of the manifest."""
+    """Return a record as a row of the manifest."""
     image, request = record.image, record.request
     reserved = record.reserved_units
     row: dict[str, Any] = {

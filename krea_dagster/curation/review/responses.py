@@ -1,4 +1,4 @@
-"""How the review answers: JSON, numbers in an address, and errors in words for people."""
+"""The review's HTTP helpers: JSON responses, numbers in a query, and error messages."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from starlette.responses import Response
 
 
 def parse_whole_number(request: Request, name: str, default: int) -> int:
-    """A whole number of the address, at least -1. Raises HTTPException."""
+    """Return an integer of the query, at least -1. Raises HTTPException."""
     text = request.query_params.get(name)
     if text is None:
         return default
     if not text.removeprefix("-").isdecimal() or len(text) > 18:
-        raise HTTPException(400, f"{name} is a whole number")
+        raise HTTPException(400, f"{name} must be an integer")
     return max(int(text), -1)
 
 
-def as_json(said: Any) -> Response:
-    """An answer that is JSON."""
-    # Figures that are no numbers would be no JSON.
-    text = json.dumps(_plain(said), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def as_json(value: Any) -> Response:
+    """Return a JSON response; NaN and infinity become null, which JSON requires."""
+    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Return a value that JSON can hold."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -43,16 +42,16 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-async def said(_request: Request, error: Exception) -> Response:
-    """Say what is wrong, in words that the page shows."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
-    answer = as_json({"error": error.detail})
-    answer.status_code = error.status_code
-    return answer
+async def http_error(_request: Request, error: Exception) -> Response:
+    """Return the error as JSON; the page shows its text."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these only
+    response = as_json({"error": error.detail})
+    response.status_code = error.status_code
+    return response
 
 
-async def unavailable(_request: Request, error: Exception) -> Response:
-    """The journal cannot be written or read: the page keeps its verdicts and tries again."""
-    answer = as_json({"error": str(error)})
-    answer.status_code = 503
-    return answer
+async def journal_error(_request: Request, error: Exception) -> Response:
+    """Return 503 for a JournalError: the page keeps its verdicts and retries."""
+    response = as_json({"error": str(error)})
+    response.status_code = 503
+    return response

@@ -1,7 +1,7 @@
-"""What a reviewer wants to see: conditions on any column, a search, an order. Pure.
+"""A reviewer's selection of rows: conditions on any column, a search, an order. Pure.
 
-A selection comes from the page as JSON and is answered by Arrow's own functions. It never becomes a
-text in a query language, so no value of it has to be quoted.
+A selection comes from the page as JSON and is evaluated by Arrow functions. It never becomes part
+of a query language, so no value needs to be quoted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 from krea_dagster.engine.verdict import NONE, VERDICTS
 from krea_dagster.errors import InputError
 
-#: Numbers of rows, in the order in which they are shown.
+#: Row numbers, in display order.
 Rows = npt.NDArray[np.int64]
 
-#: What a condition may say of a column, by the column's kind.
+#: The operators of a condition, by the kind of the column.
 OPERATORS: Final[Mapping[str, tuple[str, ...]]] = {
     "text": ("is", "is not", "contains", "is empty", "is not empty"),
     "number": ("is", "is not", "at least", "at most", "is empty", "is not empty"),
@@ -30,14 +30,14 @@ OPERATORS: Final[Mapping[str, tuple[str, ...]]] = {
     "truth": ("is", "is empty", "is not empty"),
 }
 
-#: A selection of the page is a few words: more is a mistake or an attack.
+#: A selection from the page is short; a longer one is a mistake or an attack.
 _LONGEST: Final = 20_000
 _MOST_CONDITIONS: Final = 50
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition: any of ``values`` for ``is``, none of them for ``is not``, else the first."""
+    """One condition. ``is`` matches any of ``values``, ``is not`` none; others use the first."""
 
     column: str
     operator: str
@@ -46,7 +46,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be shown: ``verdicts`` of which ``none`` stands for those without one."""
+    """The rows to show. In ``verdicts``, ``none`` means images without a verdict."""
 
     verdicts: frozenset[str] = frozenset()
     search: str = ""
@@ -56,39 +56,37 @@ class Selection:
 
     @classmethod
     def parse(cls, text: str) -> Selection:
-        """Read a selection as the page writes it. Raises InputError.
+        """Parse a selection from the page. Raises InputError.
 
         ``{"verdicts": ["none"], "search": "fox", "where": [["seed", "at least", "7"]],
-        "sort": "sharpness", "down": true}``; all of it may be left out.
+        "sort": "sharpness", "down": true}``; every key is optional.
         """
         if len(text) > _LONGEST:
             raise InputError("the filter is too long")
         try:
-            said = json.loads(text or "{}")
-            verdicts = frozenset(map(str, said.get("verdicts", ())))
+            given = json.loads(text or "{}")
+            verdicts = frozenset(map(str, given.get("verdicts", ())))
             where = tuple(
                 Condition(str(column), str(operator), tuple(map(str, values)))
-                for column, operator, *values in said.get("where", ())
+                for column, operator, *values in given.get("where", ())
             )
-            sort = said.get("sort")
+            sort = given.get("sort")
             selection = cls(
                 verdicts=verdicts,
-                search=str(said.get("search", "")).strip(),
+                search=str(given.get("search", "")).strip(),
                 where=where,
                 sort=None if sort is None else str(sort),
-                down=bool(said.get("down", False)),
+                down=bool(given.get("down", False)),
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"the filter cannot be read: {error}") from None
+            raise InputError(f"invalid filter: {error}") from None
         if not verdicts <= set(VERDICTS) or len(where) > _MOST_CONDITIONS:
-            raise InputError(
-                "the filter cannot be read: an unknown verdict, or too many conditions"
-            )
+            raise InputError("invalid filter: an unknown verdict, or too many conditions")
         return selection
 
 
 def kind_of(type_: pa.DataType) -> str:
-    """``text``, ``number``, ``time`` or ``truth``; what is none of the others is text."""
+    """Return ``number``, ``time``, ``truth``, or ``text`` for all other types."""
     if pa.types.is_boolean(type_):
         return "truth"
     if pa.types.is_timestamp(type_) or pa.types.is_date(type_):
@@ -98,10 +96,10 @@ def kind_of(type_: pa.DataType) -> str:
 
 
 def rows_of(table: pa.Table, selection: Selection, codes: npt.NDArray[np.int8]) -> Rows:
-    """Return the rows that a selection asks for, in its order.
+    """Return the selected rows, in order.
 
-    ``codes`` are the rows' verdicts as places in ``VERDICTS``. Raises InputError for a column that
-    the table does not have, or a value that is none of its kind.
+    ``codes`` are the rows' verdicts as indices into ``VERDICTS``. Raises InputError for an unknown
+    column, or a value that does not fit the column's type.
     """
     shown = np.ones(table.num_rows, bool)
     for condition in selection.where:
@@ -120,30 +118,30 @@ def rows_of(table: pa.Table, selection: Selection, codes: npt.NDArray[np.int8]) 
     if kind_of(column.type) == "text":
         column = as_text(column)
     order = "descending" if selection.down else "ascending"
-    # Equal ones stay in the table's order, so that a page never depends on the one before.
+    # Ties keep the table's order, so that pages are consistent.
     keys = [("value", order), ("row", "ascending")]
     by = pa.table({"value": column, "row": pa.array(rows)})
     return np.asarray(rows[pc.sort_indices(by, sort_keys=keys).to_numpy()])
 
 
 def empty_code() -> int:
-    """The code of a row without a verdict."""
+    """Return the code of a row without a verdict."""
     return VERDICTS.index(NONE)
 
 
 def _truth(mask: Any) -> npt.NDArray[np.bool_]:
-    """A mask as numpy's; what is null is not met."""
+    """Return a mask as a numpy array, with null as False."""
     return np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), bool)
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     if name not in table.column_names:
-        raise InputError(f"there is no column {name!r}")
+        raise InputError(f"unknown column {name!r}")
     return table[name]
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of any kind as texts; lists and structures as JSON."""
+    """Return a column of any type as text; lists and structs as JSON."""
     if pa.types.is_string(column.type):
         return column
     try:
@@ -168,13 +166,13 @@ def _meets(table: pa.Table, condition: Condition) -> Any:
     column, operator = _column(table, condition.column), condition.operator
     kind = kind_of(column.type)
     if operator not in OPERATORS[kind]:
-        raise InputError(f"the column {condition.column} has no condition {operator!r}")
+        raise InputError(f"the column {condition.column} does not support {operator!r}")
     if operator == "is empty":
         return pc.is_null(column, nan_is_null=True)
     if operator == "is not empty":
         return pc.invert(pc.is_null(column, nan_is_null=True))
     if not condition.values:
-        raise InputError(f"{condition.column} {operator}: what? Give a value")
+        raise InputError(f"{condition.column} {operator}: the value is missing")
     if kind == "text":
         column = as_text(column)
         if operator == "contains":
@@ -200,10 +198,8 @@ def _values(condition: Condition, type_: pa.DataType) -> pa.Array:
         try:
             return texts.cast(type_)
         except pa.ArrowException:
-            # Whole columns are compared with 2.5 all the same.
+            # Integer columns can be compared with 2.5 too.
             return texts.cast(pa.float64())
     except pa.ArrowException:
-        said = ", ".join(condition.values)
-        raise InputError(
-            f"{condition.column}: {said!r} is no value of its kind ({type_})"
-        ) from None
+        given = ", ".join(condition.values)
+        raise InputError(f"{condition.column}: {given!r} is not a value of type {type_}") from None

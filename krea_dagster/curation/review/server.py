@@ -1,4 +1,4 @@
-"""Serves a review on this machine until it is told to stop."""
+"""Serves a review on this machine until it is stopped."""
 
 from __future__ import annotations
 
@@ -11,23 +11,15 @@ from typing import Final
 import anyio
 import uvicorn
 
+from krea_dagster.callbacks.server import ReadyServer
 from krea_dagster.curation.review.app import Review
 from krea_dagster.curation.review.guard import RequestGuard
 
-#: How long a stop waits for answers under way, seconds.
+#: How long a stop waits for responses in progress, seconds.
 _STOP_WITHIN_S: Final = 3
 
-
-def listen(port: int) -> socket.socket:
-    """A socket that listens on loopback; 0 takes any port. Raises OSError where it is taken."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-    except OSError:
-        listener.close()
-        raise
-    return listener
+#: The names of this machine in a browser's address.
+_NAMES: Final = ("127.0.0.1", "localhost")
 
 
 def serve(
@@ -54,13 +46,9 @@ def serve(
         timeout_keep_alive=120,
         timeout_graceful_shutdown=_STOP_WITHIN_S,
     )
-    server = _Server(config, lambda: on_ready(f"http://127.0.0.1:{port}/{token}/"))
+    server = ReadyServer(config, lambda: on_ready(f"http://127.0.0.1:{port}/{token}/"))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has stopped
         anyio.run(_run, review, server, listener)
-
-
-#: What a browser may call this machine by.
-_NAMES: Final = ("127.0.0.1", "localhost")
 
 
 async def _run(review: Review, server: uvicorn.Server, listener: socket.socket) -> None:
@@ -68,17 +56,3 @@ async def _run(review: Review, server: uvicorn.Server, listener: socket.socket) 
         group.start_soon(review.keep_up)
         await server.serve(sockets=[listener])
         group.cancel_scope.cancel()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says when connections are taken."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()

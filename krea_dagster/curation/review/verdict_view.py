@@ -1,7 +1,7 @@
-"""The verdicts as a review needs them: the present one of each picture, and how it stood before.
+"""A review's view of the verdicts: the current one of each image, and those at an earlier time.
 
-They are read from the journal bit by bit, each once. A list that a reviewer works through must
-not move under the hand, so it can be asked how the verdicts stood at any number.
+Verdicts are read from the journal incrementally. A list must not change while a reviewer works
+through it, so the verdicts up to any number can be computed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Codes = npt.NDArray[np.int8]
 _CODE: Final = {verdict: code for code, verdict in enumerate(VERDICTS)}
 
 
-class _Step(NamedTuple):
-    """One verdict: its number, its picture, and the code before and after it."""
+class _VerdictChange(NamedTuple):
+    """One verdict: its number, its image, and the code before and after it."""
 
     number: int
     sha256: str
@@ -31,37 +31,38 @@ class _Step(NamedTuple):
 
 
 class VerdictView:
-    """The verdicts of a journal, as far as they were read. May be used from several threads."""
+    """The verdicts that were read from a journal. Thread-safe."""
 
     def __init__(self, log: VerdictLog) -> None:
         self._log = log
         self._lock = threading.Lock()
         self._present: dict[str, Verdict] = {}
         self._every: list[Verdict] = []
-        self._steps: list[_Step] = []
-        self._by_picture: tuple[ReviewIndex, Codes, int] | None = None
+        self._changes: list[_VerdictChange] = []
+        self._by_image: tuple[ReviewIndex, Codes, int] | None = None
         self.number = 0
         self.catch_up()
 
     def catch_up(self) -> int:
-        """Read what is new; returns the last number. Raises JournalError."""
+        """Read new verdicts; return the last number. Raises JournalError."""
         with self._lock:
             for one in self._log.since(self.number):
                 before = self._present.get(one.image_sha256)
                 code = empty_code() if before is None else _CODE[before.verdict]
-                self._steps.append(_Step(one.number, one.image_sha256, code, _CODE[one.verdict]))
+                change = _VerdictChange(one.number, one.image_sha256, code, _CODE[one.verdict])
+                self._changes.append(change)
                 self._present[one.image_sha256] = one
                 self._every.append(one)
                 self.number = one.number
             return self.number
 
     def every(self) -> list[Verdict]:
-        """Every verdict that was read, in order."""
+        """Return every verdict, in order."""
         with self._lock:
             return list(self._every)
 
     def since(self, number: int) -> list[Verdict]:
-        """The verdicts after a number that were read."""
+        """Return the verdicts after a number."""
         with self._lock:
             at = len(self._every)
             while at and self._every[at - 1].number > number:
@@ -69,45 +70,45 @@ class VerdictView:
             return self._every[at:]
 
     def of(self, sha256: str | None) -> Verdict | None:
-        """The verdict that counts for a picture."""
+        """Return the current verdict of an image."""
         found = None if sha256 is None else self._present.get(sha256)
         return None if found is None or found.verdict == NONE else found
 
     def codes(self, index: ReviewIndex, at_number: int | None = None) -> Codes:
-        """Each row's verdict, as its place in ``VERDICTS``: now, or as it was at a number."""
+        """Return each row's verdict as its index in ``VERDICTS``: the current, or at a number."""
         with self._lock:
-            by_picture = self._up_to_date(index)
+            by_image = self._up_to_date(index)
             if at_number is not None and at_number < self.number:
-                by_picture = by_picture.copy()
-                for step in reversed(self._steps):
-                    if step.number <= at_number:
+                by_image = by_image.copy()
+                for change in reversed(self._changes):
+                    if change.number <= at_number:
                         break
-                    place = index.codes_by_sha.get(step.sha256)
+                    place = index.codes_by_sha.get(change.sha256)
                     if place is not None:
-                        by_picture[place] = step.before
-            # A row without a picture has the code -1: the last place, which is no picture's.
-            return np.asarray(by_picture[index.sha_codes], np.int8)
+                        by_image[place] = change.before
+            # A row without an image has the code -1: the last entry, which belongs to no image.
+            return np.asarray(by_image[index.sha_codes], np.int8)
 
     def _up_to_date(self, index: ReviewIndex) -> Codes:
-        """Each picture's verdict now. Of an index that was asked about before, what is new."""
+        """Return each image's current verdict; for the index of the last call only the changes."""
         done = 0
-        by_picture = np.full(len(index.codes_by_sha) + 1, empty_code(), np.int8)
-        if self._by_picture is not None and self._by_picture[0] is index:
-            _, by_picture, done = self._by_picture
-        for step in self._steps[done:]:
-            place = index.codes_by_sha.get(step.sha256)
+        by_image = np.full(len(index.codes_by_sha) + 1, empty_code(), np.int8)
+        if self._by_image is not None and self._by_image[0] is index:
+            _, by_image, done = self._by_image
+        for change in self._changes[done:]:
+            place = index.codes_by_sha.get(change.sha256)
             if place is not None:
-                by_picture[place] = step.after
-        self._by_picture = (index, by_picture, len(self._steps))
-        return by_picture
+                by_image[place] = change.after
+        self._by_image = (index, by_image, len(self._changes))
+        return by_image
 
     def progress(self, index: ReviewIndex) -> list[dict[str, Any]]:
-        """By partition: how many pictures there are, and how many have which verdict."""
+        """Return the number of images by partition and verdict."""
         codes, of = self.codes(index), index.partition_codes
-        many = len(index.partitions)
+        number = len(index.partitions)
 
         def count(chosen: npt.NDArray[np.bool_]) -> list[int]:
-            return [int(one) for one in np.bincount(of[chosen & index.to_review], minlength=many)]
+            return [int(one) for one in np.bincount(of[chosen & index.to_review], minlength=number)]
 
         all_ = count(index.to_review)
         by = {one: count(codes == _CODE[one]) for one in VERDICTS if one != NONE}
@@ -115,17 +116,17 @@ class VerdictView:
             (
                 {
                     "partition_key": index.partitions[at],
-                    "pictures": all_[at],
+                    "images": all_[at],
                     **{one: counts[at] for one, counts in by.items()},
                 }
-                for at in range(many)
+                for at in range(number)
             ),
             key=lambda one: str(one["partition_key"]),
         )
 
 
-def shown(one: Verdict | None) -> dict[str, Any] | None:
-    """A verdict as the page is told it."""
+def verdict_json(one: Verdict | None) -> dict[str, Any] | None:
+    """Return a verdict as JSON for the page."""
     if one is None:
         return None
     return {

@@ -1,7 +1,7 @@
-"""A storage root to be reviewed: manifests of any length over a few pictures, and a real journal.
+"""A storage root to review: manifests of any length over a few images, and a real journal.
 
-Each row has a picture of its own by its hash, though few files are behind them: what the review
-does with a row hangs on the hash alone.
+Each row has its own image hash, although there are few files: a review identifies images by their
+hash only.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ TOKEN = "a-token-of-this-test-alone"
 SAMPLES = 4
 PARTITIONS = 8
 PIXELS = ((1024, 1024), (1152, 896), (832, 1216), (1344, 768))
-#: Every so many rows there is no picture.
+#: Every 211th row has no image.
 FAILS_EVERY = 211
 _STORED = datetime(2026, 11, 20, 9, 0, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ReviewProject:
     """A storage root with its journal."""
 
     folder: Path
@@ -59,14 +59,14 @@ def sha256(row: int) -> str:
     return hashlib.sha256(f"picture {row}".encode()).hexdigest()
 
 
-def draw_pictures(folder: Path, subjects: int) -> list[tuple[str, int, int, int]]:
-    """Draw ``SAMPLES`` pictures of each of so many prompts: name, width, height, bytes of each."""
+def draw_images(folder: Path, subjects: int) -> list[tuple[str, int, int, int]]:
+    """Draw ``SAMPLES`` images of each prompt; return name, width, height and bytes of each."""
     made = []
     for subject in range(subjects):
         width, height = PIXELS[subject % len(PIXELS)]
         for sample in range(SAMPLES):
-            picture = render(texts()[subject], 1000 + sample, width, height)
-            data = encode(picture, "JPEG" if subject % 3 else "PNG")
+            image = render(texts()[subject], 1000 + sample, width, height)
+            data = encode(image, "JPEG" if subject % 3 else "PNG")
             ending = "jpg" if subject % 3 else "png"
             name = f"images/{subject:02x}/{subject:03d}-{sample}.{ending}"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,13 @@ def draw_pictures(folder: Path, subjects: int) -> list[tuple[str, int, int, int]
     return made
 
 
-def make_shelf(folder: Path, *, rows: int, subjects: int = 29, measured: bool = True) -> Shelf:
-    """Make a storage root with so many rows in ``PARTITIONS`` partitions, and its journal."""
+def make_project(
+    folder: Path, *, rows: int, subjects: int = 29, measured: bool = True
+) -> ReviewProject:
+    """Make a storage root with ``rows`` rows in ``PARTITIONS`` partitions, and its journal."""
     storage = Storage(str(folder))
     subjects = min(subjects, len(texts()))
-    files = draw_pictures(folder, subjects)
+    files = draw_images(folder, subjects)
     number = np.arange(rows)
     prompt, sample = number // SAMPLES, number % SAMPLES
     subject = prompt % subjects
@@ -124,9 +126,9 @@ def make_shelf(folder: Path, *, rows: int, subjects: int = 29, measured: bool = 
         write_manifest(storage, f"bucket-{at:03d}", table.filter(pa.array(keys == at)))
     if measured:
         _measure(storage, number[stored], keys[stored])
-    shelf = Shelf(folder, rows)
-    Journal(shelf.journal_url).close()
-    return shelf
+    project = ReviewProject(folder, rows)
+    Journal(project.journal_url).close()
+    return project
 
 
 def _where(chosen: np.ndarray, values: Sequence[object]) -> pa.Array:
@@ -146,24 +148,26 @@ def _measure(storage: Storage, rows: np.ndarray, partitions: np.ndarray) -> None
         }
     )
     storage.write("measures/bucket-000.parquet", lambda file: pq.write_table(measures, file))
-    alike = rows[rows % 97 < 2]
-    likeness = pa.table(
+    similar = rows[rows % 97 < 2]
+    duplicates = pa.table(
         {
-            "image_sha256": [sha256(int(one)) for one in alike],
-            "cluster": [sha256(int(one) // 97 * 97) for one in alike],
-            "kind": ["near"] * len(alike),
-            "keep": [bool(one % 97 == 0) for one in alike],
+            "image_sha256": [sha256(int(one)) for one in similar],
+            "cluster": [sha256(int(one) // 97 * 97) for one in similar],
+            "kind": ["near"] * len(similar),
+            "keep": [bool(one % 97 == 0) for one in similar],
         }
     )
-    storage.write("near_duplicates/all.parquet", lambda file: pq.write_table(likeness, file))
+    storage.write("near_duplicates/all.parquet", lambda file: pq.write_table(duplicates, file))
 
 
 class Server:
-    """The command, running in a process of its own; ``url`` is the page's address."""
+    """The command in a separate process; ``url`` is the page's address."""
 
-    def __init__(self, shelf: Shelf, *further: str, port: int = 0, opens: str = "") -> None:
-        code = "from krea_dagster.curation.review import review_command; review_command()"
-        settings = ["--storage", str(shelf.folder), "--port", str(port)]
+    def __init__(
+        self, project: ReviewProject, *further: str, port: int = 0, opens: str = ""
+    ) -> None:
+        code = "from krea_dagster.curation.review.command import review_command; review_command()"
+        settings = ["--storage", str(project.folder), "--port", str(port)]
         if not opens:
             settings.append("--no-open")
         self._process = subprocess.Popen(
@@ -183,12 +187,12 @@ class Server:
         self.port = int(found[1])
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
     def stop(self) -> tuple[int, str]:
-        """End it as Ctrl+C does; returns the exit code and what it said on stderr."""
+        """Stop it as Ctrl+C does; return the exit code and stderr."""
         self._process.send_signal(signal.SIGINT)
         _, said = self._process.communicate(timeout=60)
         return self._process.returncode, said

@@ -20,19 +20,19 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
-from tests.curation.review.review_harness import TOKEN, Server, Shelf, make_shelf, sha256
+from tests.curation.review.review_harness import TOKEN, ReviewProject, Server, make_project, sha256
 
 ROWS = 240
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("server") / "krea", rows=ROWS, subjects=1)
+def project(tmp_path_factory: pytest.TempPathFactory) -> ReviewProject:
+    return make_project(tmp_path_factory.mktemp("server") / "krea", rows=ROWS, subjects=1)
 
 
 @pytest.fixture(scope="module")
-def server(shelf: Shelf) -> Iterator[Server]:
-    running = Server(shelf, "--reason", "Too dark", "--reason", "Too bright")
+def server(project: ReviewProject) -> Iterator[Server]:
+    running = Server(project, "--reason", "Too dark", "--reason", "Too bright")
     yield running
     assert running.stop()[0] == 0
 
@@ -62,8 +62,8 @@ def given(number: int = 0, **further: Any) -> dict[str, Any]:
     }
 
 
-def history(shelf: Shelf) -> list[Verdict]:
-    with closing(Journal(shelf.journal_url)) as journal:
+def history(project: ReviewProject) -> list[Verdict]:
+    with closing(Journal(project.journal_url)) as journal:
         return journal.verdicts.history()
 
 
@@ -73,7 +73,7 @@ def history(shelf: Shelf) -> list[Verdict]:
 @pytest.mark.parametrize(
     "path", ["/", "/api/start", f"/{TOKEN[:-1]}/", f"/{TOKEN}x/api/start", f"/{TOKEN}", "//", "/ä/"]
 )
-def test_whoever_has_another_token_finds_no_page(server: Server, path: str) -> None:
+def test_a_request_with_another_token_gets_404(server: Server, path: str) -> None:
     answer = httpx.get(f"http://127.0.0.1:{server.port}{path}")
     assert answer.status_code == 404
     assert "krea-dagster review" in answer.text
@@ -81,7 +81,7 @@ def test_whoever_has_another_token_finds_no_page(server: Server, path: str) -> N
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", ""])
-def test_a_name_that_was_pointed_here_is_refused(server: Server, host: str) -> None:
+def test_a_foreign_host_header_is_refused(server: Server, host: str) -> None:
     answer = httpx.get(server.url, headers={"Host": host})
     assert answer.status_code in (400, 421)
 
@@ -97,18 +97,18 @@ def test_a_name_that_was_pointed_here_is_refused(server: Server, host: str) -> N
     ],
 )
 def test_no_other_origin_gives_a_verdict(
-    server: Server, shelf: Shelf, headers: dict[str, str]
+    server: Server, project: ReviewProject, headers: dict[str, str]
 ) -> None:
-    before = len(history(shelf))
+    before = len(history(project))
     if "Sec-Fetch-Site" in headers:
         headers = headers | {"Origin": f"http://127.0.0.1:{server.port}"}
     answer = httpx.post(f"{server.url}api/verdicts", json={"verdicts": [given()]}, headers=headers)
     assert answer.status_code == 403
-    assert len(history(shelf)) == before
+    assert len(history(project)) == before
 
 
 @pytest.mark.parametrize("path", ["api/start", f"small/{'0' * 64}", "page/main.js"])
-def test_another_site_s_page_cannot_take_what_is_here(server: Server, path: str) -> None:
+def test_a_page_of_another_site_cannot_read_anything(server: Server, path: str) -> None:
     answer = httpx.get(server.url + path, headers={"Sec-Fetch-Site": "cross-site"})
     assert answer.status_code == 403
     opened = httpx.get(server.url, headers={"Sec-Fetch-Site": "cross-site"})
@@ -129,7 +129,7 @@ def test_every_answer_has_the_strict_policy_and_no_cookie(page: httpx.Client) ->
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_page_is_of_its_own_files_alone(page: httpx.Client) -> None:
+def test_the_page_loads_only_its_own_files(page: httpx.Client) -> None:
     text = page.get("").text
     assert not re.search(r"https?://", text)
     assert not re.search(r"\son\w+=|style=|<style|<script(?! type=\"module\" src=)", text)
@@ -146,27 +146,27 @@ def test_the_page_is_of_its_own_files_alone(page: httpx.Client) -> None:
 
 
 def test_a_verdict_is_in_the_journal_when_the_answer_comes(
-    page: httpx.Client, shelf: Shelf
+    page: httpx.Client, project: ReviewProject
 ) -> None:
     number = page.get("api/start").json()["number"]
     entry = given(5, verdict="reject", reason="Too dark")
     answer = page.post("api/verdicts", json={"verdicts": [entry, given(6)]})
     assert answer.status_code == 200
-    first, second = history(shelf)[-2:]
+    first, second = history(project)[-2:]
     assert (first.verdict_id, first.reason, first.reviewer) == (
         entry["verdict_id"], "Too dark", "ada",
     )  # fmt: skip
     assert [one["number"] for one in answer.json()["verdicts"]] == [first.number, second.number]
     again = page.post("api/verdicts", json={"verdicts": [entry]})
     assert again.json()["verdicts"][0]["number"] == first.number
-    assert len([one for one in history(shelf) if one.verdict_id == entry["verdict_id"]]) == 1
+    assert len([one for one in history(project) if one.verdict_id == entry["verdict_id"]]) == 1
     said = page.get("api/since", params={"number": number}).json()
     assert [one["verdict"] for one in said["verdicts"]] == ["reject", "keep"]
     assert said["number"] == second.number
 
 
-def test_a_verdict_that_cannot_be_kept_is_named_and_does_not_hold_up_the_others(
-    page: httpx.Client, shelf: Shelf
+def test_an_invalid_verdict_is_named_and_does_not_block_the_others(
+    page: httpx.Client, project: ReviewProject
 ) -> None:
     wrong = [
         given(verdict="maybe"),
@@ -182,31 +182,31 @@ def test_a_verdict_that_cannot_be_kept_is_named_and_does_not_hold_up_the_others(
     assert [one["verdict_id"] for one in answer["verdicts"]] == [good["verdict_id"]]
     assert [one["verdict_id"] for one in answer["refused"]] == [one["verdict_id"] for one in wrong]
     assert all(one["why"] for one in answer["refused"])
-    assert history(shelf)[-1].verdict_id == good["verdict_id"]
+    assert history(project)[-1].verdict_id == good["verdict_id"]
 
 
 def test_a_page_of_another_journal_s_review_is_refused_and_keeps_its_verdicts(
-    page: httpx.Client, shelf: Shelf
+    page: httpx.Client, project: ReviewProject
 ) -> None:
     """As where the command was started for another root, with the same port and token."""
-    own, before = page.get("api/start").json()["journal"], len(history(shelf))
+    own, before = page.get("api/start").json()["journal"], len(history(project))
     entry = given(9)
     for journal, status in (("another", 409), (own, 200)):
         answer = page.post("api/verdicts", json={"journal": journal, "verdicts": [entry]})
         heard = page.get("api/since", params={"number": 0, "journal": journal})
         assert (answer.status_code, heard.status_code) == (status, status)
-    assert len(history(shelf)) == before + 1
+    assert len(history(project)) == before + 1
 
 
 def test_a_file_that_was_replaced_is_not_shown_under_the_old_hash(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    server = Server(shelf)
-    for path in (shelf.folder / "images").rglob("*.png"):
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    server = Server(project)
+    for path in (project.folder / "images").rglob("*.png"):
         path.write_bytes(path.read_bytes() + b"more")
     for kind in ("small", "full"):
         answer = httpx.get(f"{server.url}{kind}/{sha256(0)}")
         assert (answer.status_code, answer.json()["error"]) == (
-            415, "the file is not the one that was verified",
+            415, "the file has changed since it was verified",
         )  # fmt: skip
     server.stop()
 
@@ -223,7 +223,7 @@ def test_a_file_that_was_replaced_is_not_shown_under_the_old_hash(tmp_path: Path
         (b'{"verdicts": []}', "text/plain", 415),
     ],
 )
-def test_what_is_no_verdict_is_refused(
+def test_an_invalid_post_is_refused(
     page: httpx.Client, content: bytes, kind: str, status: int
 ) -> None:
     answer = page.post("api/verdicts", content=content, headers={"Content-Type": kind})
@@ -234,14 +234,14 @@ def test_progress_counts_each_partition(page: httpx.Client) -> None:
     page.post("api/verdicts", json={"verdicts": [given(1, verdict="flag")]})
     sums = page.get("api/progress").json()["partitions"]
     assert [one["partition_key"] for one in sums] == [f"bucket-{at:03d}" for at in range(8)]
-    assert sum(one["pictures"] for one in sums) == ROWS - 1
+    assert sum(one["images"] for one in sums) == ROWS - 1
     assert sums[0]["flag"] == 1
 
 
-# -- rows and pictures ------------------------------------------------------------------------
+# -- rows and images --------------------------------------------------------------------------
 
 
-def test_rows_come_in_pages_and_go_on_where_the_verdicts_stood(page: httpx.Client) -> None:
+def test_rows_are_paged_and_a_list_keeps_its_verdicts(page: httpx.Client) -> None:
     selection = '{"verdicts": ["none"], "where": [["status", "is", "stored"]]}'
     view = page.get("api/view", params={"selection": selection}).json()
     name = {"selection": selection, "number": view["number"], "generation": view["generation"]}
@@ -284,7 +284,7 @@ def test_rows_come_in_pages_and_go_on_where_the_verdicts_stood(page: httpx.Clien
         ("api/siblings", {"row": "-1"}, 404),
     ],
 )
-def test_what_cannot_be_answered_is_said(
+def test_an_invalid_request_gets_the_reason(
     page: httpx.Client, path: str, parameters: dict[str, str], status: int
 ) -> None:
     generation = page.get("api/start").json()["generation"]
@@ -293,8 +293,8 @@ def test_what_cannot_be_answered_is_said(
     assert answer.json()["error"]
 
 
-def test_pictures_are_known_by_their_hash_and_kept_for_ever(
-    page: httpx.Client, shelf: Shelf
+def test_images_are_addressed_by_hash_and_cached_forever(
+    page: httpx.Client, project: ReviewProject
 ) -> None:
     small = page.get(f"small/{sha256(2)}")
     assert small.headers["content-type"] == "image/jpeg"
@@ -303,7 +303,7 @@ def test_pictures_are_known_by_their_hash_and_kept_for_ever(
     full = page.get(f"full/{sha256(2)}")
     assert full.headers["content-type"] == "image/png"
     assert "immutable" in full.headers["cache-control"]
-    assert full.content == (shelf.folder / "images/00/000-2.png").read_bytes()
+    assert full.content == (project.folder / "images/00/000-2.png").read_bytes()
     for wrong in (
         "0" * 64, "..%2f..%2fjournal.db", "../../journal.db", "journal.db", sha256(210),
     ):  # fmt: skip
@@ -328,13 +328,13 @@ def test_a_file_outside_the_root_is_not_served(tmp_path: Path) -> None:
 
 
 def test_new_rows_are_seen_while_the_page_is_open(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    storage = Storage(str(shelf.folder))
-    with closing(Journal(shelf.journal_url)) as journal:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    storage = Storage(str(project.folder))
+    with closing(Journal(project.journal_url)) as journal:
         review = Review(ReviewSettings(storage, journal, "ada", "krea"))
         before = review.generation
         table = read_manifests(storage, ["bucket-000"])
-        (shelf.folder / "manifest" / "bucket-001.parquet").write_bytes(b"not whole yet")
+        (project.folder / "manifest" / "bucket-001.parquet").write_bytes(b"not whole yet")
 
         async def wait() -> None:
             with anyio.fail_after(60):
@@ -351,10 +351,10 @@ def test_new_rows_are_seen_while_the_page_is_open(tmp_path: Path) -> None:
         assert len(review) == 16
 
 
-def test_a_journal_that_is_gone_is_said_and_the_verdict_is_not_taken(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    server = Server(shelf)
-    (shelf.folder / "journal.db").unlink()
+def test_without_a_journal_a_verdict_is_refused_with_503(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    server = Server(project)
+    (project.folder / "journal.db").unlink()
     headers = {"Origin": f"http://127.0.0.1:{server.port}"}
     answer = httpx.post(f"{server.url}api/verdicts", json={"verdicts": [given()]}, headers=headers)
     assert answer.status_code == 503

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from krea_dagster.curation.review import review_command
+from krea_dagster.curation.review.command import review_command
 from krea_dagster.errors import ConfigError
-from tests.curation.review.review_harness import TOKEN, Server, make_shelf
+from tests.curation.review.review_harness import TOKEN, Server, make_project
 
 
 def run(*arguments: str, **environment: str) -> object:
@@ -24,25 +24,25 @@ def run(*arguments: str, **environment: str) -> object:
     return done.exception if isinstance(done.exception, ConfigError) else done.output
 
 
-def test_the_address_is_printed_and_the_reviewer_is_whom_one_names(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    server = Server(shelf, "--reason", "Too dark")
+def test_the_address_is_printed_and_the_reviewer_is_the_given_one(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    server = Server(project, "--reason", "Too dark")
     assert server.url == f"http://127.0.0.1:{server.port}/{TOKEN}/"
     start = httpx.get(f"{server.url}api/start").json()
     assert (start["reviewer"], start["reasons"]) == ("ada", ["Too dark"])
-    assert start["title"] == str(shelf.folder)
+    assert start["title"] == str(project.folder)
     code, said = server.stop()
     assert code == 0
-    assert said.splitlines() == ["16 rows; Ctrl+C ends the review."]
+    assert said.splitlines() == ["16 rows; press Ctrl+C to stop."]
 
 
 def test_the_token_is_not_on_the_browser_s_command_line(tmp_path: Path) -> None:
     """Every user of the machine can read that. What is opened can be read by this user only."""
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
     browser, seen = tmp_path / "browser", tmp_path / "seen"
     browser.write_text(f'#!/bin/sh\necho "$1" > {seen}.new; mv {seen}.new {seen}\n')
     browser.chmod(0o700)
-    server = Server(shelf, opens=str(browser))
+    server = Server(project, opens=str(browser))
     deadline = time.monotonic() + 20
     while not seen.exists():
         assert time.monotonic() < deadline
@@ -59,12 +59,12 @@ def test_the_token_is_not_on_the_browser_s_command_line(tmp_path: Path) -> None:
 
 def test_without_a_journal_there_is_nothing_to_review(tmp_path: Path) -> None:
     said = str(run("--storage", str(tmp_path)))
-    assert "there is no journal yet" in said
+    assert "there is no journal, so" in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_object_store_needs_a_journal_of_its_own() -> None:
-    assert "KREA_JOURNAL_URL" in str(run("--storage", "memory://shelf"))
+    assert "KREA_JOURNAL_URL" in str(run("--storage", "memory://project"))
 
 
 @pytest.mark.parametrize("token", ["short", "with a space in it, and long", "slash/in/it-and-long"])
@@ -78,17 +78,17 @@ def test_a_token_that_could_be_guessed_or_breaks_the_address_is_refused(
     assert "16 to 200 letters" in str(run("--token-file", str(file)))
 
 
-def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen on 127.0.0.1:{port}" in str(
-            run("--storage", str(shelf.folder), "--port", port)
+            run("--storage", str(project.folder), "--port", port)
         )
 
 
 def test_there_are_nine_keys_for_reasons(tmp_path: Path) -> None:
-    assert "nine times at most" in str(run(*["--reason", "why"] * 10))
+    assert "at most nine times" in str(run(*["--reason", "why"] * 10))
 
 
 def test_help_needs_neither_server_nor_tables() -> None:

@@ -1,4 +1,4 @@
-"""The index of a review: all that is on file beside one another, and the verdicts upon it."""
+"""The index of a review: the joined tables, and the verdicts on their images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from krea_dagster.curation.review.index import ReviewIndex, Stamp, build_index
+from krea_dagster.curation.review.index import ReviewIndex, build_index, files_version
 from krea_dagster.curation.review.verdict_view import VerdictView
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
@@ -23,25 +23,33 @@ from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import read_manifests, write_manifest
-from tests.curation.review.review_harness import PARTITIONS, SAMPLES, Shelf, make_shelf, sha256
+from tests.curation.review.review_harness import (
+    PARTITIONS,
+    SAMPLES,
+    ReviewProject,
+    make_project,
+    sha256,
+)
 from tests.prompts.reference import images_of
 from tests.spend.project_harness import LEARNED, Shop
 
-ROWS = 844  # four of them without a picture
+ROWS = 844  # four of them without an image
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("index") / "krea", rows=ROWS, subjects=1)
+def project(tmp_path_factory: pytest.TempPathFactory) -> ReviewProject:
+    return make_project(tmp_path_factory.mktemp("index") / "krea", rows=ROWS, subjects=1)
 
 
-def read(shelf: Shelf) -> ReviewIndex:
-    with closing(Journal(shelf.journal_url)) as journal:
-        return build_index(Storage(str(shelf.folder)), journal)
+def read(project: ReviewProject) -> ReviewIndex:
+    with closing(Journal(project.journal_url)) as journal:
+        return build_index(Storage(str(project.folder)), journal)
 
 
-def test_every_row_of_every_manifest_is_there_with_what_is_known_of_it(shelf: Shelf) -> None:
-    index = read(shelf)
+def test_every_row_of_every_manifest_is_joined_with_the_other_tables(
+    project: ReviewProject,
+) -> None:
+    index = read(project)
     assert len(index) == ROWS
     assert len(index.partitions) == 8
     assert index.to_review.sum() == ROWS - 4
@@ -53,27 +61,27 @@ def test_every_row_of_every_manifest_is_there_with_what_is_known_of_it(shelf: Sh
         sha256(97), "near", True,
     )  # fmt: skip
     assert whole["campaign"] == "campaign 3"
-    alike = [index.whole_row(one)["image_sha256"] for one in index.of_cluster(row)]
-    assert sorted(alike) == sorted([sha256(97), sha256(98)])
+    similar = [index.whole_row(one)["image_sha256"] for one in index.of_cluster(row)]
+    assert sorted(similar) == sorted([sha256(97), sha256(98)])
     assert [index.whole_row(one)["sample"] for one in index.of_prompt(row)] == list(range(SAMPLES))
 
 
 def test_what_was_accepted_is_marked(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
     accepted = pa.table({"image_sha256": [sha256(3)]})
-    storage = Storage(str(shelf.folder))
+    storage = Storage(str(project.folder))
     storage.write("accepted/bucket-000.parquet", lambda file: pq.write_table(accepted, file))
-    index = read(shelf)
+    index = read(project)
     chosen = index.table.filter(index.table["accepted"])
     assert chosen["image_sha256"].to_pylist() == [sha256(3)]
     assert index.of_cluster(0) == [0], "nothing is known of likeness"
 
 
-def test_columns_of_the_table_that_are_called_like_the_index_s_own_are_shown_beside(
+def test_prompt_columns_with_a_name_of_the_index_are_renamed(
     tmp_path: Path,
 ) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1)
-    storage = Storage(str(shelf.folder))
+    project = make_project(tmp_path / "krea", rows=16, subjects=1)
+    storage = Storage(str(project.folder))
     for at in range(PARTITIONS):
         table = read_manifests(storage, [f"bucket-{at:03d}"])
         for name in ("earlier", "accepted"):
@@ -85,7 +93,7 @@ def test_columns_of_the_table_that_are_called_like_the_index_s_own_are_shown_bes
         write_manifest(storage, f"bucket-{at:03d}", table)
     accepted = pa.table({"image_sha256": [sha256(3)]})
     storage.write("accepted/bucket-000.parquet", lambda file: pq.write_table(accepted, file))
-    index = read(shelf)
+    index = read(project)
     said = {one["name"]: one for one in index.columns()}
     assert (said["accepted"]["kind"], said["accepted (table)"]["kind"]) == ("truth", "text")
     assert index.table["earlier (table)"].to_pylist() == ["said"] * 16
@@ -94,9 +102,9 @@ def test_columns_of_the_table_that_are_called_like_the_index_s_own_are_shown_bes
 
 
 def test_of_a_file_that_was_bought_twice_one_purchase_is_to_be_kept(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    keys = read(shelf).table["request_key"].to_pylist()[:2]
-    alike = pa.table(
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    keys = read(project).table["request_key"].to_pylist()[:2]
+    similar = pa.table(
         {
             "image_sha256": [sha256(0)] * 2,
             "request_key": keys,
@@ -105,16 +113,16 @@ def test_of_a_file_that_was_bought_twice_one_purchase_is_to_be_kept(tmp_path: Pa
             "keep": [True, False],
         }
     )
-    storage = Storage(str(shelf.folder))
-    storage.write("near_duplicates/clusters.parquet", lambda file: pq.write_table(alike, file))
-    index = read(shelf)
+    storage = Storage(str(project.folder))
+    storage.write("near_duplicates/clusters.parquet", lambda file: pq.write_table(similar, file))
+    index = read(project)
     kept = index.table["duplicate_to_keep"].to_pylist()
     assert kept == [True, False, *[None] * 14]
     assert index.of_cluster(1) == [0, 1]
 
 
-def test_the_columns_say_what_may_be_asked_of_them(shelf: Shelf) -> None:
-    columns = {one["name"]: one for one in read(shelf).columns()}
+def test_columns_have_their_operators_and_values(project: ReviewProject) -> None:
+    columns = {one["name"]: one for one in read(project).columns()}
     assert columns["status"]["values"] == [("failed", 4), ("stored", ROWS - 4)]
     assert columns["sharpness"]["kind"] == "number"
     low, high = columns["sharpness"]["range"]
@@ -124,30 +132,30 @@ def test_the_columns_say_what_may_be_asked_of_them(shelf: Shelf) -> None:
     assert columns["earlier"]["kind"] == "truth"
 
 
-def test_a_picture_s_file_is_the_index_s_own(shelf: Shelf) -> None:
-    index = read(shelf)
+def test_an_image_s_path_comes_from_the_index(project: ReviewProject) -> None:
+    index = read(project)
     found = index.file_of(sha256(1))
     assert found is not None
-    assert found[0] == str(shelf.folder / "images/00/000-1.png")
+    assert found[0] == str(project.folder / "images/00/000-1.png")
     assert found[1] == "PNG"
     assert index.file_of("0" * 64) is None
 
 
-def test_the_stamp_changes_with_the_files_and_not_without(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    storage = Storage(str(shelf.folder))
-    before = read(shelf).generation
-    assert Stamp.of(storage).text == before == read(shelf).generation
-    (shelf.folder / "manifest" / "bucket-000.parquet").unlink()
-    assert Stamp.of(storage).text != before
-    assert len(read(shelf)) < 16
+def test_the_files_version_changes_only_with_the_files(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    storage = Storage(str(project.folder))
+    before = read(project).generation
+    assert files_version(storage) == before == read(project).generation
+    (project.folder / "manifest" / "bucket-000.parquet").unlink()
+    assert files_version(storage) != before
+    assert len(read(project)) < 16
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    (shelf.folder / "manifest" / "bucket-003.parquet").write_bytes(b"no parquet")
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    (project.folder / "manifest" / "bucket-003.parquet").write_bytes(b"no parquet")
     with pytest.raises(ConfigError, match=r"manifest/bucket-003\.parquet cannot be read"):
-        read(shelf)
+        read(project)
 
 
 def test_an_empty_root_has_an_empty_index(tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ def test_an_empty_root_has_an_empty_index(tmp_path: Path) -> None:
         assert VerdictView(journal.verdicts).progress(index) == []
 
 
-def test_the_picture_that_a_later_attempt_replaced_stands_beside_it(
+def test_images_of_earlier_attempts_have_rows(
     tmp_path: Path, emulator: Emulator, open_account: Callable[..., str]
 ) -> None:
     shop = Shop(tmp_path, emulator, open_account()).with_rows("first", "second", campaign="spring")
@@ -190,13 +198,13 @@ def on(number: int, verdict: str) -> Verdict:
     return Verdict(uuid4().hex, sha256(number), verdict, "ada", "key", "prompt", 0, 0, "bucket")
 
 
-def test_a_list_can_be_asked_for_as_the_verdicts_stood_before(tmp_path: Path) -> None:
-    shelf = make_shelf(tmp_path / "krea", rows=16, subjects=1, measured=False)
-    with closing(Journal(shelf.journal_url)) as journal:
+def test_a_list_can_have_the_verdicts_of_an_earlier_number(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    with closing(Journal(project.journal_url)) as journal:
         log = journal.verdicts
         log.add([on(0, "keep"), on(1, "reject")])
         judged = VerdictView(log)
-        index = build_index(Storage(str(shelf.folder)), journal)
+        index = build_index(Storage(str(project.folder)), journal)
         places = [index.table["image_sha256"].to_pylist().index(sha256(one)) for one in range(3)]
 
         def words(at_number: int | None = None) -> list[str]:
@@ -214,7 +222,7 @@ def test_a_list_can_be_asked_for_as_the_verdicts_stood_before(tmp_path: Path) ->
         assert judged.of(sha256(0)) is None
         assert [one.number for one in judged.since(4)] == [5, 6]
         sums = judged.progress(index)
-        assert sum(one["pictures"] for one in sums) == 16
+        assert sum(one["images"] for one in sums) == 16
         assert sum(one["keep"] for one in sums) == sum(one["reject"] for one in sums) == 1
-        other = build_index(Storage(str(shelf.folder)), journal)
+        other = build_index(Storage(str(project.folder)), journal)
         assert np.array_equal(judged.codes(other), judged.codes(index))

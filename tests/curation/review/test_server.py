@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from krea_dagster.engine.journal.journal import Journal
-from tests.curation.review.review_harness import Server, Shelf, make_shelf, sha256
+from tests.curation.review.review_harness import ReviewProject, Server, make_project, sha256
 from tests.engine.conftest import journal_url  # noqa: F401 - a fixture of this file too
 
 EACH = 60
@@ -53,14 +53,14 @@ class Person:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return make_shelf(tmp_path / "krea", rows=EACH, subjects=1)
+def project(tmp_path: Path) -> ReviewProject:
+    return make_project(tmp_path / "krea", rows=EACH, subjects=1)
 
 
 @pytest.fixture
-def people(shelf: Shelf, journal_url: str) -> Iterator[list[Person]]:  # noqa: F811 - the fixture
+def people(project: ReviewProject, journal_url: str) -> Iterator[list[Person]]:  # noqa: F811 - the fixture
     Journal(journal_url).close()
-    servers = [Server(shelf, "--journal", journal_url) for _ in range(2)]
+    servers = [Server(project, "--journal", journal_url) for _ in range(2)]
     team = [Person(server, name) for server, name in zip(servers, ("ada", "ben"), strict=True)]
     yield team
     for person, server in zip(team, servers, strict=True):
@@ -68,11 +68,11 @@ def people(shelf: Shelf, journal_url: str) -> Iterator[list[Person]]:  # noqa: F
         assert server.stop()[0] == 0
 
 
-def test_each_hears_every_verdict_once_and_in_the_order_of_the_journal(
+def test_every_reviewer_gets_each_verdict_once_in_the_journal_s_order(
     people: list[Person],
     journal_url: str,  # noqa: F811 - the fixture
 ) -> None:
-    """They judge the same pictures at the same time, and listen all the while."""
+    """They review the same images at the same time, and listen all the while."""
     over = threading.Event()
 
     def work(person: Person) -> list[str]:

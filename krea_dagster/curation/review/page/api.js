@@ -1,6 +1,6 @@
-// Asks the server. The page's own address holds the token, so every address is relative to it.
+// Requests to the server. The page's address holds the token, so every address is relative to it.
 
-/** The server said no: `status` says how, and the text is for people. */
+/** The server refused a request: `status` is the HTTP status, the text is shown to the reviewer. */
 export class Refused extends Error {
   constructor(status, text) {
     super(text);
@@ -8,7 +8,7 @@ export class Refused extends Error {
   }
 }
 
-/** There was no answer, or the journal could not be reached: asking again may help. */
+/** The server or its journal is not available; a retry may help. */
 export class Away extends Error {}
 
 const WAIT_MS = 20000;
@@ -25,7 +25,7 @@ async function answered(path, options) {
     said = await answer.text();
   } catch (error) {
     if (options.signal?.aborted) throw error;
-    throw new Away("The server does not answer.");
+    throw new Away("The server does not respond.");
   }
   let value = {};
   try {
@@ -33,8 +33,8 @@ async function answered(path, options) {
   } catch {
     value = { error: said };
   }
-  if (answer.status >= 500) throw new Away(value.error || `The server answers ${answer.status}.`);
-  if (!answer.ok) throw new Refused(answer.status, value.error || `The server answers ${answer.status}.`);
+  if (answer.status >= 500) throw new Away(value.error || `The server responded with ${answer.status}.`);
+  if (!answer.ok) throw new Refused(answer.status, value.error || `The server responded with ${answer.status}.`);
   return value;
 }
 

@@ -1,6 +1,6 @@
-// Several pictures side by side, at full size: the samples and attempts of a prompt, or a cluster.
+// Several images side by side, at full size: the samples and attempts of a prompt, or a cluster.
 //
-// All of them are enlarged and moved together, so that the same place is seen in each.
+// They zoom and move together, so that all show the same area.
 
 import { full } from "./api.js";
 import { open, titled } from "./dialogs.js";
@@ -18,7 +18,7 @@ export class Compare {
   #y = 0;
   #dialog = null;
 
-  /** `act` takes a key's name and a row, and does what the key does in the grid. */
+  /** `act` takes the name of a key, and does what the key does in the grid. */
   constructor(verdicts, act) {
     this.#verdicts = verdicts;
     this.#act = act;
@@ -46,7 +46,7 @@ export class Compare {
     strip.style.setProperty("--many", Math.min(some.length, 4));
     const left = rows.length > some.length ? ` The first ${some.length} of ${rows.length}.` : "";
     const zoom = el("button", { type: "button", onclick: () => this.#toggle() }, "Zoom ", el("kbd", { "aria-hidden": "true" }, "z"));
-    const tools = el("div", { class: "actions", role: "toolbar", "aria-label": "Verdict on the chosen picture" }, ...actions(), zoom);
+    const tools = el("div", { class: "actions", role: "toolbar", "aria-label": "Verdict on the selected image" }, ...actions(), zoom);
     const dialog = titled("compare", words + left, el("p", { class: "prompt" }, chosen.prompt), strip, tools);
     this.#dialog = dialog;
     this.#strip = strip;
@@ -66,7 +66,7 @@ export class Compare {
     for (const pane of this.#panes) this.#verdict(pane);
   }
 
-  /** Goes on to the next one without a verdict, and back to the grid after the last. */
+  /** Selects the next image without a verdict, starting again from the first. */
   next() {
     const open_ = (pane) => pane.row.image_sha256 && !this.#verdicts.of(pane.row);
     const after = this.#panes.findIndex((pane, at) => at > this.#at && open_(pane));
@@ -80,9 +80,9 @@ export class Compare {
   }
 
   #pane(row, at) {
-    const picture = el("img", { alt: "", draggable: "false", decoding: "async" });
-    if (row.image_sha256) picture.src = full(row.image_sha256);
-    const view = el("div", { class: "view" }, picture);
+    const image = el("img", { alt: "", draggable: "false", decoding: "async" });
+    if (row.image_sha256) image.src = full(row.image_sha256);
+    const view = el("div", { class: "view" }, image);
     if (!row.image_sha256) view.append(el("span", { class: "words" }, row.error_code || row.status));
     const sign = el("span", { class: "sign", "aria-hidden": "true" });
     const which = [`Sample ${row.sample}`, `attempt ${row.attempt}`];
@@ -90,7 +90,7 @@ export class Compare {
     const words = el("span", { class: "which" }, which.join(" · "));
     const said = el("span", { class: "said faint" });
     const root = el("div", { class: "pane", role: "option", id: `pane-${at}` }, view, el("div", { class: "under" }, sign, words, said));
-    const pane = { row, root, view, picture, sign, said };
+    const pane = { row, root, view, image, sign, said };
     root.addEventListener("pointerdown", () => this.#choose(at));
     view.addEventListener("dblclick", () => this.#toggle());
     view.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
@@ -131,7 +131,7 @@ export class Compare {
     else if (key === "+" || key === "=") this.#scale(1.25);
     else if (key === "-") this.#scale(0.8);
     else if (key === "Enter") this.#dialog.close();
-    // As in the grid: a key that is held judges nothing.
+    // As in the grid: a key that is held down gives no verdict.
     else if (event.repeat && "krf".includes(key)) event.preventDefault();
     else if ("krfun".includes(key) && key.length === 1) this.#act(key);
     else return;
@@ -140,9 +140,9 @@ export class Compare {
   }
 
   #own() {
-    // How much a picture is enlarged when one of its pixels is one of the screen.
-    const { picture } = this.#panes[this.#at];
-    return picture.clientWidth ? Math.max(1, picture.naturalWidth / picture.clientWidth / devicePixelRatio) : 2;
+    // The zoom at which one pixel of the image is one pixel of the screen.
+    const { image } = this.#panes[this.#at];
+    return image.clientWidth ? Math.max(1, image.naturalWidth / image.clientWidth / devicePixelRatio) : 2;
   }
 
   #toggle() {
@@ -180,9 +180,9 @@ export class Compare {
     this.#x = Math.max(-most, Math.min(most, this.#x));
     this.#y = Math.max(-most, Math.min(most, this.#y));
     const large = this.#zoom > 1;
-    for (const { picture, view } of this.#panes) {
+    for (const { image, view } of this.#panes) {
       view.classList.toggle("large", large);
-      picture.style.transform = large
+      image.style.transform = large
         ? `translate(${this.#x * 100}%, ${this.#y * 100}%) scale(${this.#zoom})`
         : "";
     }

@@ -1,8 +1,8 @@
-// The small dialogs: why a picture is rejected, who judges, the progress, and the keys.
+// The small dialogs: the reason of a rejection, the reviewer's name, the progress, and the keys.
 
 import { count, el } from "./dom.js";
 
-/** Opens a dialog until it is closed; the focus goes back to where it was. */
+/** Opens a dialog; when it closes, the focus returns to where it was. */
 export function open(dialog, { gone = true } = {}) {
   const before = document.activeElement;
   document.body.append(dialog);
@@ -11,7 +11,7 @@ export function open(dialog, { gone = true } = {}) {
     before?.focus({ preventScroll: true });
   });
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close(); // Beside it.
+    if (event.target === dialog) dialog.close(); // A click outside of it.
   });
   dialog.showModal();
   return dialog;
@@ -26,7 +26,7 @@ export function titled(name, words, ...children) {
   return dialog;
 }
 
-/** Asks why; calls `reject` with a reason, or null where none is given. */
+/** Asks for the reason; calls `reject` with it, or with null where none is given. */
 export function askWhy(reasons, reject) {
   const input = el("input", {
     type: "text",
@@ -62,7 +62,7 @@ export function askWhy(reasons, reject) {
     input,
     el("button", { type: "submit", class: "main" }, "Reject"),
   );
-  const hint = el("p", { class: "faint" }, "1 to 9 choose; Enter alone rejects without a reason; Escape goes back.");
+  const hint = el("p", { class: "faint" }, "Press 1 to 9 to choose, Enter to reject without a reason, Escape to cancel.");
   const dialog = titled("why", "Why reject it?", list, form, hint);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -88,10 +88,10 @@ export function askName(present, take) {
     { class: "own" },
     el("label", { for: "who" }, "Your name"),
     input,
-    el("button", { type: "submit", class: "main" }, "Use it"),
+    el("button", { type: "submit", class: "main" }, "Save"),
   );
-  const hint = el("p", { class: "faint" }, "It stands beside each of your verdicts, in this browser from now on.");
-  const dialog = titled("who", "Who judges?", form, hint);
+  const hint = el("p", { class: "faint" }, "It is saved with each of your verdicts, and remembered in this browser.");
+  const dialog = titled("who", "Who is reviewing?", form, hint);
   dialog.addEventListener("keydown", (event) => event.stopPropagation());
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -104,7 +104,7 @@ export function askName(present, take) {
   input.select();
 }
 
-/** The progress by partition; a partition's button shows what is open in it. */
+/** Shows the progress by partition; a partition's button shows its images without a verdict. */
 export function showProgress(partitions, choose) {
   const rows = partitions.map((one) => {
     const judged = one.keep + one.reject + one.flag;
@@ -117,13 +117,13 @@ export function showProgress(partitions, choose) {
       "tr",
       {},
       el("th", { scope: "row" }, button),
-      ...[one.pictures, one.keep, one.reject, one.flag, one.pictures - judged].map((number) =>
+      ...[one.images, one.keep, one.reject, one.flag, one.images - judged].map((number) =>
         el("td", {}, count(number)),
       ),
       el("td", {}, meter(one)),
     );
   });
-  const names = ["Partition", "Pictures", "Kept", "Rejected", "Flagged", "Open", "Progress"];
+  const names = ["Partition", "Images", "Kept", "Rejected", "Flagged", "Open", "Progress"];
   const table = el(
     "table",
     {},
@@ -135,40 +135,40 @@ export function showProgress(partitions, choose) {
   open(dialog);
 }
 
-/** A share as a width: few of many can be seen too. */
+/** Returns a share as a width; a small share stays visible. */
 function share(some, all) {
   return some && all ? `max(3px, ${(100 * some) / all}%)` : "0";
 }
 
-/** A bar of what was kept, flagged and rejected. */
+/** Draws a bar of the kept, flagged and rejected shares. */
 export function meter(one, made = null) {
   const bar =
     made ??
     el("span", { class: "meter", "aria-hidden": "true" }, ...["keep", "flag", "reject"].map((name) => el("i", { class: name })));
   for (const name of ["keep", "flag", "reject"]) {
-    bar.querySelector(`.${name}`).style.width = share(one[name], one.pictures);
+    bar.querySelector(`.${name}`).style.width = share(one[name], one.images);
   }
   return bar;
 }
 
 const KEYS = [
-  ["← ↑ → ↓", "Move; with Page Up, Page Down, Home and End further"],
-  ["k", "Keep, and go on"],
-  ["r", "Reject: then 1 to 9, or words and Enter, or Enter alone"],
-  ["f", "Flag for another look, and go on"],
+  ["← ↑ → ↓", "Move; Page Up, Page Down, Home and End move further"],
+  ["k", "Keep, and go to the next"],
+  ["r", "Reject; then 1 to 9, or a text and Enter, or only Enter"],
+  ["f", "Flag for another look, and go to the next"],
   ["u", "Undo your last verdict"],
-  ["n", "Next picture without a verdict"],
+  ["n", "Next image without a verdict"],
   ["Enter", "Compare the samples and attempts of this prompt"],
-  ["d", "Compare the pictures that are like this one"],
+  ["d", "Compare similar images"],
   ["/", "Filter, search and sort"],
-  ["+ −", "Larger or smaller pictures"],
+  ["+ −", "Larger or smaller images"],
   ["p", "Progress by partition"],
   ["?", "This help"],
 ];
 const COMPARE_KEYS = [
-  ["← →", "The picture before, the one after"],
-  ["z", "Whole picture, or its own pixels; the wheel, + and − in between"],
-  ["k r f u", "As in the grid, on the chosen picture"],
+  ["← →", "Previous and next image"],
+  ["z", "Fit to the pane, or full size; the wheel, + and − zoom in between"],
+  ["k r f u", "As in the grid, for the selected image"],
   ["Escape", "Back to the grid"],
 ];
 
@@ -185,7 +185,7 @@ export function showHelp() {
       el(
         "p",
         { class: "faint" },
-        "Verdicts are written to the journal at once, with your name and the time. None is overwritten: the last one on a picture counts.",
+        "Verdicts are written to the journal immediately, with your name and the time. None is overwritten: the last one on an image counts.",
       ),
     ),
   );

@@ -1,4 +1,4 @@
-// Makes elements. Whatever is shown goes in as text, never as markup.
+// Creates elements. All content is added as text, never as markup.
 
 export function el(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -16,7 +16,7 @@ export const byId = (id) => document.getElementById(id);
 
 export const count = (number) => number.toLocaleString("en");
 
-/** Says something to whoever cannot see it. The same words twice are said twice. */
+/** Announces a text to screen readers, also when it is the same as before. */
 export function say(words) {
   const live = byId("live");
   live.textContent = live.textContent === words ? `${words}\u00a0` : words;
@@ -25,7 +25,7 @@ export function say(words) {
 export const WORDS = { keep: "Kept", reject: "Rejected", flag: "Flagged", none: "No verdict" };
 export const SIGNS = { keep: "✓", reject: "✕", flag: "⚑", none: "" };
 
-/** What a picture is called in words: the beginning of its prompt, and which of several it is. */
+/** Names an image: the beginning of its prompt, with its sample and attempt. */
 export function named(row) {
   const words = row.prompt.length > 80 ? `${row.prompt.slice(0, 79)}…` : row.prompt;
   const which = row.sample ? `, sample ${row.sample}` : "";
@@ -33,7 +33,7 @@ export function named(row) {
   return `${words}${which}${again}`;
 }
 
-/** Runs a function once things have been quiet for so long. */
+/** Debounces a function: it runs once there was no call for `wait_ms`. */
 export function quiet(wait_ms, run) {
   let timer = 0;
   return (...given) => {

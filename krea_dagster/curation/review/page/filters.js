@@ -18,7 +18,7 @@ const WITHOUT_VALUE = new Set(["is empty", "is not empty"]);
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 const isDefault = (condition) => DEFAULT.where.some((one) => same(one, condition));
 
-/** A filter in few words, for its button. */
+/** Describes a filter briefly, for its button. */
 export function inWords(selection) {
   const parts = (selection.verdicts ?? []).map((one) => NAMES[one].toLowerCase());
   const words = parts.length ? [parts.join(" or ")] : [];
@@ -27,7 +27,7 @@ export function inWords(selection) {
     if (!isDefault(condition)) words.push(condition.join(" "));
   }
   if (selection.sort) words.push(`by ${selection.sort}${selection.down ? " ↓" : " ↑"}`);
-  return words.join(" · ") || "All pictures";
+  return words.join(" · ") || "All images";
 }
 
 /** The filter in the page's address, so that it survives a reload. */
@@ -45,7 +45,7 @@ export function toAddress(selection) {
   history.replaceState(null, "", location.pathname + location.search + text);
 }
 
-/** Opens the dialog. `apply` is called with the new filter and says what is wrong with it. */
+/** Opens the dialog. `apply` is called with the new filter and throws where it is invalid. */
 export async function askFilter(selection, apply) {
   const { columns } = await ask("columns");
   const byName = new Map(columns.map((one) => [one.name, one]));
@@ -164,7 +164,7 @@ function condition(columns, byName, column, operator, values, remove) {
   return { root, value };
 }
 
-/** A field for a value of a column: a list where the values are few. */
+/** Creates a field for a column's value: a list where it has few values. */
 function field(id, column, given) {
   if (column.kind === "truth") return select(id, ["true", "false"], given || "true", { true: "yes", false: "no" });
   if (column.values) {
@@ -173,7 +173,7 @@ function field(id, column, given) {
     if (!given || options.includes(given)) return select(id, options, given, words);
   }
   const kind = column.kind === "time" ? "datetime-local" : "text";
-  // Of what is without bound no number is said.
+  // A range without bounds is not shown.
   const range = column.range?.every((end) => end !== null) ? column.range.map(short).join(" to ") : "";
   return el("input", { type: kind, id, value: given, placeholder: range, autocomplete: "off" });
 }

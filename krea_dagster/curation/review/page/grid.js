@@ -1,19 +1,19 @@
-// The grid: as many cells as fit the window, whatever the length of the list.
+// The grid: as many cells as fit the window, for a list of any length.
 //
-// Lines of cells are used again as they leave the window. The browser's own scrolling is kept. A
-// list that would be higher than browsers can scroll is scrolled in larger steps.
+// Lines of cells are reused when they leave the window, with the browser's native scrolling. A list
+// that is higher than browsers can scroll is scrolled in larger steps.
 
 import { small } from "./api.js";
 import { SIGNS, WORDS, count, el, named } from "./dom.js";
 
 const GAP = 8;
 const EDGE = 12;
-/** Browsers lay out no more than some 16 million pixels of height. */
+/** Browsers lay out at most about 16 million pixels of height. */
 const HIGHEST = 8_000_000;
 const SIZES = [104, 148, 196, 264, 360];
 /** Lines beyond the window that are kept ready. */
 const BEYOND = 2;
-/** Above this speed, in windows a second, pictures are not asked for: nobody can see them. */
+/** Above this scrolling speed, in windows per second, no images are requested. */
 const TOO_FAST = 6;
 
 export class Grid extends EventTarget {
@@ -50,7 +50,7 @@ export class Grid extends EventTarget {
     return this.#columns;
   }
 
-  /** How many lines fit the window. */
+  /** The number of lines that fit the window. */
   get lines() {
     return Math.max(1, Math.floor(this.#root.clientHeight / this.#pitch));
   }
@@ -63,7 +63,7 @@ export class Grid extends EventTarget {
     return Math.ceil(this.#list.count / this.#columns);
   }
 
-  /** The height of all lines, and the height that is scrolled, pixels. */
+  /** The height of all lines, pixels. */
   get #height() {
     return this.#count * this.#pitch - GAP + 2 * EDGE;
   }
@@ -82,7 +82,7 @@ export class Grid extends EventTarget {
     this.measure();
   }
 
-  /** Lays the lines out anew, with the chosen place where it was in the window. */
+  /** Lays out the lines again, with the selected cell at the same position in the window. */
   measure() {
     const width = this.#root.clientWidth - 2 * EDGE;
     if (width <= 0) return;
@@ -102,7 +102,7 @@ export class Grid extends EventTarget {
     this.draw();
   }
 
-  /** Shows a list that was opened just now. */
+  /** Shows a newly opened list. */
   opened(place = 0) {
     this.place = Math.max(0, Math.min(place, this.#list.count - 1));
     this.#root.scrollTop = 0;
@@ -110,7 +110,7 @@ export class Grid extends EventTarget {
     this.show();
   }
 
-  /** Chooses a place, and brings it into the window. */
+  /** Selects a place, and scrolls it into the window. */
   choose(place) {
     if (!this.#list.count) return;
     const before = this.place;
@@ -166,7 +166,7 @@ export class Grid extends EventTarget {
     });
   }
 
-  /** Draws what is in the window. */
+  /** Draws the lines in the window. */
   draw() {
     const offset = this.#offset;
     const first = Math.max(0, Math.floor((offset - EDGE) / this.#pitch) - BEYOND);
@@ -206,7 +206,7 @@ export class Grid extends EventTarget {
     if (!this.#fast) this.#list.want(first * this.#columns, (last + 1) * this.#columns - 1);
   }
 
-  /** Draws the cells of these pictures anew: their verdicts have changed. */
+  /** Redraws the cells of these images after their verdicts changed. */
   refresh(shas) {
     for (const line of this.#lines.values()) {
       for (const cell of line.cells) if (shas.has(cell.sha256)) this.#verdict(cell);
@@ -226,14 +226,14 @@ export class Grid extends EventTarget {
     const line = el("div", { class: "line", role: "row" });
     line.cells = [];
     for (let column = 0; column < this.#columns; column++) {
-      const picture = el("img", { alt: "", decoding: "async", draggable: "false" });
+      const image = el("img", { alt: "", decoding: "async", draggable: "false" });
       const sign = el("span", { class: "sign", "aria-hidden": "true" });
       const words = el("span", { class: "words" });
       const cell = el("div", { class: "cell", role: "gridcell", "aria-colindex": column + 1 });
-      cell.append(picture, words, sign);
-      Object.assign(cell, { picture, sign, words, place: -1, row: undefined, sha256: undefined });
-      picture.addEventListener("error", () => {
-        if (picture.hasAttribute("src")) cell.classList.add("broken");
+      cell.append(image, words, sign);
+      Object.assign(cell, { image, sign, words, place: -1, row: undefined, sha256: undefined });
+      image.addEventListener("error", () => {
+        if (image.hasAttribute("src")) cell.classList.add("broken");
       });
       line.cells.push(cell);
       line.append(cell);
@@ -256,15 +256,15 @@ export class Grid extends EventTarget {
       const sha256 = row?.image_sha256 ?? undefined;
       if (cell.sha256 !== sha256 || !row) {
         cell.sha256 = sha256;
-        cell.picture.removeAttribute("src");
+        cell.image.removeAttribute("src");
         cell.classList.remove("broken");
       }
       cell.classList.toggle("blank", !row);
       cell.words.textContent = row && !sha256 ? row.error_code || row.status : "";
       this.#verdict(cell);
     }
-    if (cell.sha256 && !this.#fast && !cell.picture.hasAttribute("src")) {
-      cell.picture.src = small(cell.sha256);
+    if (cell.sha256 && !this.#fast && !cell.image.hasAttribute("src")) {
+      cell.image.src = small(cell.sha256);
     }
   }
 

@@ -1,9 +1,9 @@
-// The side panel: the chosen picture larger, its prompt, what is known of it, and its history.
+// The side panel: the selected image, larger, with its prompt, values and history.
 
 import { full, small } from "./api.js";
 import { SIGNS, WORDS, el, quiet } from "./dom.js";
 
-/** What is shown first, and what is left to the table below. */
+/** The values shown first; all others are in the table below. */
 const FACTS = [
   ["seed", "Seed"],
   ["quality", "Quality"],
@@ -41,7 +41,7 @@ export class Inspector {
     this.#root = root;
     this.#list = list;
     this.#verdicts = verdicts;
-    const picture = el("img", { alt: "", decoding: "async" });
+    const image = el("img", { alt: "", decoding: "async" });
     const verdict = el("p", { class: "present" });
     const prompt = el("p", { class: "prompt" });
     const facts = el("dl", { class: "facts" });
@@ -49,30 +49,30 @@ export class Inspector {
     const further = el("dl", { class: "facts" });
     const more = el("details", {}, el("summary", {}, "All columns"), further);
     const past = el("section", {}, el("h3", {}, "Verdicts"), history);
-    this.#parts = { picture, verdict, prompt, facts, history, further, more, past };
-    const frame = el("div", { class: "frame" }, picture);
+    this.#parts = { image, verdict, prompt, facts, history, further, more, past };
+    const frame = el("div", { class: "frame" }, image);
     const words = el("div", { class: "about", tabindex: "0", role: "group" }, verdict, prompt, facts, past, more);
-    words.setAttribute("aria-label", "About the picture");
-    root.append(el("h2", { class: "hidden" }, "The chosen picture"), frame, words);
-    picture.addEventListener("load", () => picture.classList.add("there"));
+    words.setAttribute("aria-label", "About the image");
+    root.append(el("h2", { class: "hidden" }, "The selected image"), frame, words);
+    image.addEventListener("load", () => image.classList.add("there"));
   }
 
   show(row) {
     if (row === this.#row) return;
     this.#row = row;
     this.#stop.abort();
-    const { picture, prompt, facts, history, further, past } = this.#parts;
+    const { image, prompt, facts, history, further, past } = this.#parts;
     past.hidden = true;
     this.#root.classList.toggle("blank", !row);
     for (const one of [facts, history, further]) one.replaceChildren();
     prompt.textContent = row?.prompt ?? "";
-    if (row?.image_sha256) picture.src = small(row.image_sha256);
-    else picture.removeAttribute("src");
+    if (row?.image_sha256) image.src = small(row.image_sha256);
+    else image.removeAttribute("src");
     this.verdict();
     if (row) this.#later();
   }
 
-  /** The verdicts on these pictures have changed. */
+  /** Updates the panel after verdicts on these images changed. */
   changed(shas) {
     this.verdict();
     if (shas.has(this.#row?.image_sha256)) this.#later();
@@ -84,7 +84,7 @@ export class Inspector {
     const found = row ? this.#verdicts.of(row) : null;
     verdict.dataset.verdict = found?.verdict ?? "none";
     if (!row) verdict.textContent = "";
-    else if (!found) verdict.textContent = row.image_sha256 ? "No verdict yet" : "There is no picture";
+    else if (!found) verdict.textContent = row.image_sha256 ? "No verdict yet" : "No image";
     else {
       const why = found.reason ? `: ${found.reason}` : "";
       verdict.textContent = `${SIGNS[found.verdict]} ${WORDS[found.verdict]}${why} · ${found.reviewer}`;
@@ -99,16 +99,16 @@ export class Inspector {
     try {
       found = await this.#list.whole(row, stop.signal);
     } catch {
-      return; // The list says what is wrong.
+      return; // The list reports the error.
     }
     if (row !== this.#row) return;
-    const { picture, prompt, facts, history, further, past } = this.#parts;
-    if (row.image_sha256) picture.src = full(row.image_sha256);
+    const { image, prompt, facts, history, further, past } = this.#parts;
+    if (row.image_sha256) image.src = full(row.image_sha256);
     const all = found.row;
     prompt.textContent = all.prompt;
     const which = [`sample ${all.sample}`, all.attempt ? `attempt ${all.attempt}` : ""];
     facts.replaceChildren(
-      ...pair("Picture", all.width ? `${all.width} × ${all.height} px, ${all.image_format ?? ""}` : "–"),
+      ...pair("Image", all.width ? `${all.width} × ${all.height} px, ${all.image_format ?? ""}` : "–"),
       ...pair("Which", which.filter(Boolean).join(", ")),
       ...FACTS.flatMap(([name, words]) => (all[name] === null ? [] : pair(words, asText(all[name])))),
     );

@@ -1,7 +1,7 @@
-// The list that is looked through: its length, and its rows, fetched in pages when they come near.
+// The list under review: its length, and its rows, fetched in pages before they are shown.
 //
-// A list is the rows of a filter as the verdicts stood at one number. So it does not move while a
-// reviewer works through it, and another process of the server gives the same list.
+// A list is the rows of a filter with the verdicts up to one number. So it does not change while a
+// reviewer works through it, and a restarted server returns the same list.
 
 import { Away, Refused, ask } from "./api.js";
 
@@ -19,7 +19,7 @@ export class List extends EventTarget {
     this.opened = 0;
   }
 
-  /** Opens the list of a filter. Raises Refused where it cannot be understood. */
+  /** Opens the list of a filter. Throws Refused for an invalid filter. */
   async open(selection) {
     const text = JSON.stringify(selection);
     const turn = ++this.opened;
@@ -38,7 +38,7 @@ export class List extends EventTarget {
     return this.pages.get(Math.floor(place / PAGE))?.[place % PAGE];
   }
 
-  /** Sees that the rows from one place to another are fetched, and those beside them. */
+  /** Fetches the rows between two places, and the pages next to them. */
   want(first, last) {
     if (!this.count) return;
     this.nearest = Math.floor((first + last) / 2 / PAGE);
@@ -80,7 +80,7 @@ export class List extends EventTarget {
       if (error instanceof Refused && error.status === 409) {
         this.dispatchEvent(new Event("changed"));
       } else if (error instanceof Away || error instanceof Refused) {
-        // Asked for again with the next look at it, which the way back of the server brings.
+        // Requested again when the rows are drawn next, at the latest when the server is back.
         this.dispatchEvent(new CustomEvent("away", { detail: error }));
       } else throw error;
     } finally {
@@ -88,12 +88,12 @@ export class List extends EventTarget {
     }
   }
 
-  /** The next place without a verdict, as the server knows it; null where there is none. */
+  /** Returns the next place without a verdict on the server, or null. */
   async next(after) {
     return (await ask("next", { ...this.name, after })).place;
   }
 
-  /** Everything about one row, and what was thought of its picture. */
+  /** Returns all columns of a row, and the history of verdicts on its image. */
   whole(row, signal) {
     return ask("row", { generation: this.name.generation, row: row.row }, signal);
   }

@@ -1,4 +1,4 @@
-// The review: puts the parts together, and says what each key does.
+// The review page: connects its parts, and defines the keys.
 
 import { Away, Refused, ask } from "./api.js";
 import { Compare } from "./compare.js";
@@ -22,18 +22,18 @@ let partitions = [];
 
 const chosen = () => (compare.isOpen ? compare.row : list.row(grid.place));
 
-// -- what is wrong, and what is saved ---------------------------------------------------------
+// -- errors and saving ------------------------------------------------------------------------
 
 let away = false;
 
 function troubled(error) {
   const bar = byId("trouble");
   const waiting = verdicts.waiting;
-  const kept = waiting ? ` ${count(waiting)} of your verdicts wait in this browser and are sent when it is back.` : "";
+  const kept = waiting ? ` ${count(waiting)} of your verdicts wait in this browser and will be sent when it is back.` : "";
   let words = error.message;
   if (error instanceof Away) words += `${kept} Start it again on port ${location.port}.`;
   else if (error instanceof Refused && error.status === 404) {
-    words = `This page's address is not valid any more: open the one that was printed last.${kept}`;
+    words = `This page's address is no longer valid: open the one that was printed last.${kept}`;
   }
   away = true;
   if (bar.textContent !== words) bar.textContent = words;
@@ -56,7 +56,7 @@ function showSaved() {
   const words = waiting ? `${count(waiting)} not saved` : "All saved";
   if (saved.textContent !== words) saved.textContent = words;
 }
-// A verdict is saved within milliseconds: only what takes longer is worth a word.
+// A verdict is usually saved within milliseconds; only longer delays are shown.
 let savedTimer = 0;
 function showSavedSoon() {
   savedTimer ||= setTimeout(() => {
@@ -65,7 +65,7 @@ function showSavedSoon() {
   }, 200);
 }
 
-/** Runs what asks the server, and says what is wrong. */
+/** Runs a request and shows its error. */
 async function asking(work) {
   try {
     return await work();
@@ -78,7 +78,7 @@ async function asking(work) {
   return undefined;
 }
 
-// -- what is shown ----------------------------------------------------------------------------
+// -- the list --------------------------------------------------------------------------------
 
 async function show(selection, place = 0) {
   if (!(await list.open(selection))) return;
@@ -88,23 +88,23 @@ async function show(selection, place = 0) {
   byId("fresh").hidden = true;
   grid.opened(place);
   showChosen();
-  say(`${count(list.count)} pictures`);
+  say(`${count(list.count)} images`);
 }
 
 function showChosen() {
   const row = list.row(grid.place);
   inspector.show(row);
   const judged = Boolean(chosen()?.image_sha256);
-  for (const button of document.querySelectorAll("[data-needs-picture]")) button.disabled = !judged;
+  for (const button of document.querySelectorAll("[data-needs-image]")) button.disabled = !judged;
   for (const button of document.querySelectorAll("[data-key=u]")) button.disabled = !verdicts.canUndo;
 }
 
 function showProgressBar() {
-  const sum = { pictures: 0, keep: 0, reject: 0, flag: 0 };
+  const sum = { images: 0, keep: 0, reject: 0, flag: 0 };
   for (const one of partitions) for (const name of Object.keys(sum)) sum[name] += one[name];
   meter(sum, byId("progress-button").querySelector(".meter"));
   const judged = sum.keep + sum.reject + sum.flag;
-  byId("progress-text").textContent = `${count(judged)} of ${count(sum.pictures)} judged`;
+  byId("progress-text").textContent = `${count(judged)} of ${count(sum.images)} reviewed`;
 }
 
 async function refreshProgress() {
@@ -115,7 +115,7 @@ async function refreshProgress() {
 }
 const refreshProgressSoon = quiet(700, refreshProgress);
 
-// -- what the keys do -------------------------------------------------------------------------
+// -- actions ---------------------------------------------------------------------------------
 
 function move(step) {
   grid.choose(grid.place + step);
@@ -143,7 +143,7 @@ function undo() {
     return;
   }
   if (row.since) {
-    say(`Not undone: ${row.since} has judged it since. ${named(row)}`);
+    say(`Not undone: ${row.since} has given a later verdict. ${named(row)}`);
     return;
   }
   say(`Undone. ${named(row)}`);
@@ -156,7 +156,7 @@ async function next() {
     compare.next();
     return;
   }
-  // What is at hand is looked through here, and the rest by the server, once it knows all verdicts.
+  // Loaded rows are searched here, the rest by the server once it has all verdicts.
   let place = grid.place + 1;
   const judged = (row) => !row.image_sha256 || verdicts.of(row);
   while (list.row(place) && judged(list.row(place))) place += 1;
@@ -165,7 +165,7 @@ async function next() {
     const found = await asking(() => list.next(place - 1));
     if (found === undefined) return;
     if (found === null) {
-      say("Every picture of this filter has a verdict");
+      say("Every image of this filter has a verdict");
       return;
     }
     place = found;
@@ -179,7 +179,7 @@ async function compareWith(by) {
   const rows = await asking(() => list.siblings(row, by));
   if (!rows) return;
   verdicts.learnFrom(rows);
-  const words = by === "cluster" ? "Pictures that are alike" : "Samples and attempts";
+  const words = by === "cluster" ? "Similar images" : "Samples and attempts";
   compare.show(rows, row, words, () => buttons(["k", "r", "f", "u"]));
   showChosen();
 }
@@ -203,7 +203,7 @@ function openName() {
     try {
       localStorage.setItem(NAME_KEY, name);
     } catch {
-      // Then it is asked for again next time.
+      // Then it is asked again next time.
     }
   });
 }
@@ -218,21 +218,21 @@ const ACTIONS = {
 };
 
 function act(key) {
-  const [, run, needsPicture] = ACTIONS[key];
+  const [, run, needsImage] = ACTIONS[key];
   const row = chosen();
-  if (!needsPicture) run();
+  if (!needsImage) run();
   else if (row?.image_sha256) run(row);
-  else say("There is no picture to judge");
+  else say("There is no image to review");
 }
 
 function buttons(keys) {
   return keys.map((key) => {
-    const [words, , needsPicture] = ACTIONS[key];
+    const [words, , needsImage] = ACTIONS[key];
     const button = el("button", {
       type: "button",
       "data-key": key,
       "aria-keyshortcuts": key.toUpperCase() === key ? key : key.toUpperCase(),
-      "data-needs-picture": Boolean(needsPicture),
+      "data-needs-image": Boolean(needsImage),
     });
     button.append(el("span", {}, words), " ", el("kbd", { "aria-hidden": "true" }, key === "Enter" ? "↵" : key));
     button.addEventListener("click", () => act(key));
@@ -267,17 +267,17 @@ document.addEventListener("keydown", (event) => {
   const { target, key } = event;
   if (target.matches("input, textarea, select")) return;
   const letter = key.length === 1 ? key.toLowerCase() : key;
-  // A key that is held would judge pictures that nobody has seen.
+  // A key that is held down would judge images that were not seen.
   if (event.repeat && "krf".includes(letter)) return;
   const run = KEYS[letter];
   const onControl = target.matches("button, summary, .about");
-  // A control keeps the keys that it needs; every letter works wherever the focus is.
+  // A control keeps the keys it needs; letters work wherever the focus is.
   if (!run || (onControl && key.length > 1)) return;
   event.preventDefault();
   run();
 });
 
-// -- what happens -----------------------------------------------------------------------------
+// -- events ----------------------------------------------------------------------------------
 
 list.addEventListener("rows", ({ detail }) => {
   verdicts.learnFrom(detail);
@@ -305,7 +305,7 @@ verdicts.addEventListener("saved", () => {
 });
 verdicts.addEventListener("away", ({ detail }) => troubled(detail));
 verdicts.addEventListener("refused", ({ detail }) => {
-  troubled(new Error(`A verdict was not taken: ${detail}`));
+  troubled(new Error(`A verdict was refused: ${detail}`));
 });
 verdicts.addEventListener("heard", ({ detail }) => {
   back();
@@ -323,7 +323,7 @@ byId("actions").append(...buttons(["k", "r", "f", "u", "n", "Enter"]));
 async function begin() {
   const first = show(fromAddress()).catch((error) => {
     if (!(error instanceof Refused)) throw error;
-    return show(DEFAULT); // A filter of another time, whose columns are not there any more.
+    return show(DEFAULT); // An old filter, whose columns no longer exist.
   });
   start = await ask("start");
   byId("title").textContent = start.title.split("/").slice(-2).join("/");
@@ -333,7 +333,7 @@ async function begin() {
   try {
     name = localStorage.getItem(NAME_KEY);
   } catch {
-    // Then the server's.
+    // Then the server's name is used.
   }
   verdicts.reviewer = new URLSearchParams(location.search).get("reviewer")?.trim() || name || start.reviewer;
   byId("reviewer").textContent = verdicts.reviewer;

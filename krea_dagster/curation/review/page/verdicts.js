@@ -1,13 +1,13 @@
-// The verdicts: what is known of each picture, and what was given here and is not saved yet.
+// The verdicts: the current one of each image, and those given here that are not saved yet.
 //
-// A verdict has an id from the moment the key is pressed, and stays in this browser's storage until
-// the server says that it is in the journal. It is posted again until then. The id makes that
-// harmless: the journal remembers each id once.
+// A verdict gets an id when the key is pressed, and stays in this browser's storage until the server
+// confirms that it is in the journal. Until then it is posted again. The id makes that safe: the
+// journal stores each id once.
 
 import { Away, Refused, ask, post } from "./api.js";
 
 const MOST_AT_ONCE = 100;
-/** Characters of one post: the server reads a million bytes, and a prompt_id may be long. */
+/** Characters of one post: the server reads at most a million bytes, and a prompt_id may be long. */
 const LONGEST_POST = 200_000;
 const POLL_MS = 1500;
 const POLL_HIDDEN_MS = 15000;
@@ -22,11 +22,11 @@ export class Verdicts extends EventTarget {
   #journal = "";
   #prefix = "";
   #waiting = new Map();
-  /** The newest that the server has said of each picture, and what is not saved yet. */
+  /** The newest verdict of each image from the server, and those that are not saved yet. */
   #heard = new Map();
   #pending = new Map();
   #given = [];
-  /** The ids that were given in this page: what somebody else has said since is not undone. */
+  /** The ids of verdicts given in this page: a later one of somebody else is not undone. */
   #own = new Set();
   #busy = false;
   #failed = 0;
@@ -39,7 +39,7 @@ export class Verdicts extends EventTarget {
     this.number = 0;
   }
 
-  /** Begins. `journal` tells this journal's verdicts from those of another at the same port. */
+  /** Starts. `journal` separates this journal's verdicts from those of another on the same port. */
   start(journal, number) {
     this.#journal = journal;
     this.#prefix = `krea-review:${journal}:`;
@@ -65,19 +65,19 @@ export class Verdicts extends EventTarget {
     return this.#given.length > 0;
   }
 
-  /** The verdict on a row's picture, `null` where there is none. */
+  /** Returns the verdict on a row's image, or null. */
   of(row) {
     if (!row?.image_sha256) return null;
     const found = this.#last(row);
     return found?.verdict === "none" ? null : found;
   }
 
-  /** The last that is known of a row's picture, also where it takes one back. */
+  /** Returns the last known verdict on a row's image, including one that takes another back. */
   #last({ image_sha256, verdict }) {
     return this.#pending.get(image_sha256) ?? this.#heard.get(image_sha256) ?? verdict;
   }
 
-  /** Takes what rows say of their pictures, where nothing newer is known. */
+  /** Adopts the verdicts of rows where no newer one is known. */
   learnFrom(rows) {
     for (const row of rows) if (row.verdict) this.#learn(row.verdict);
   }
@@ -89,7 +89,7 @@ export class Verdicts extends EventTarget {
     this.#enter(row, verdict, reason);
   }
 
-  /** Waits until all that was given is saved, or cannot be at present. */
+  /** Waits until all verdicts are saved, or the server is unavailable. */
   async settled() {
     let away = false;
     while (this.#waiting.size && !away) {
@@ -110,8 +110,8 @@ export class Verdicts extends EventTarget {
   }
 
   /**
-   * Puts the last verdict given here back to what stood before; returns its row. Where somebody
-   * else has judged the picture since, theirs stays, and `since` says who.
+   * Restores the verdict before the last one given here, and returns its row. Where somebody else
+   * has judged the image since, their verdict stays, and `since` names them.
    */
   undo() {
     const last = this.#given.pop();
@@ -134,7 +134,7 @@ export class Verdicts extends EventTarget {
       sample: row.sample,
       attempt: row.attempt,
       partition_key: row.partition_key,
-      // Rises over pages and tabs of this browser too: what one leaves behind, the next sends.
+      // Increases across pages and tabs of this browser: the next page sends what one left unsaved.
       order: (this.#clock = Math.max(Date.now(), this.#clock + 1)),
     };
     this.#own.add(entry.verdict_id);
@@ -142,7 +142,7 @@ export class Verdicts extends EventTarget {
     try {
       localStorage.setItem(this.#prefix + entry.verdict_id, JSON.stringify(entry));
     } catch {
-      // Full or forbidden: it is still kept in the page.
+      // Full or forbidden: it is still in the page's memory.
     }
     this.#pending.set(row.image_sha256, entry);
     this.#changed([row.image_sha256]);
@@ -171,7 +171,7 @@ export class Verdicts extends EventTarget {
     }
   }
 
-  /** The oldest that wait, as many as fit one post. */
+  /** Returns the oldest unsaved verdicts that fit one post. */
   #batch() {
     const batch = [];
     let length = 0;
@@ -214,7 +214,7 @@ export class Verdicts extends EventTarget {
     return true;
   }
 
-  /** What a page of this browser has left behind, the oldest first. */
+  /** Returns the verdicts that an earlier page of this browser left unsaved, oldest first. */
   #left() {
     const found = [];
     try {
@@ -222,14 +222,14 @@ export class Verdicts extends EventTarget {
         if (key.startsWith(this.#prefix)) found.push(JSON.parse(localStorage.getItem(key)));
       }
     } catch {
-      // Forbidden, or written by somebody else: what was read until here is sent.
+      // Forbidden, or not written by this page: what was read so far is sent.
     }
     found.sort((one, other) => one.order - other.order);
     this.#clock = Math.max(0, ...found.map((one) => one.order));
     return found;
   }
 
-  /** Asks what others have said meanwhile. */
+  /** Polls for the verdicts of others. */
   async #poll() {
     clearTimeout(this.#timer);
     try {
