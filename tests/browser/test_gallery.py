@@ -135,9 +135,7 @@ def test_the_keyboard_reaches_every_control_and_opens_a_long_prompt(
     visit.context.close()
 
 
-def test_each_image_has_an_alternative_text(
-    browser: Browser, gallery: Path
-) -> None:
+def test_each_image_has_an_alternative_text(browser: Browser, gallery: Path) -> None:
     visit = FileVisit(browser, gallery, DESK, "light")
     words = visit.page.locator("img").evaluate_all("all => all.map(one => one.alt)")
     assert all(text.startswith("Image for the prompt: ") for text in words)
