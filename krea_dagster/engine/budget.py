@@ -1,9 +1,9 @@
-"""Reserve before buying: what a purchase may cost, and whether the caps leave room for it. Pure.
+"""Budgets: what a purchase may cost, and whether the caps leave room for it. Pure.
 
-Credits are committed when the intent to buy is written: first what the purchase is expected to
-cost at most, then what the server says it reserved, at last what was charged; nothing, once it
-is certain that it cost nothing. Caps bound what is committed, so that runs which share a
-journal cannot pass them together.
+Credits are committed when the intent to buy is written: first the highest expected cost, then the
+amount that the server reserved, finally the charge, or nothing once it is certain that the purchase
+cost nothing. Caps bound the committed credits, so that runs which share a journal cannot pass them
+together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,25 @@ PUBLISHED_UNITS: Final[Mapping[str, int]] = MappingProxyType({"1K": 4_500, "2K":
 #: Published: 68 credits cost one US dollar.
 CREDITS_PER_USD: Final = 68.0
 
-
-#: What a budget may be of; each of them is a scope of every purchase, but for ``column``.
+#: The kinds of budgets. Every purchase counts for a scope of each kind except ``column``.
 KINDS: Final = ("run", "day", "month", "partition", "column")
 
-#: Characters of a scope, and of its beginning where it is longer.
-_MOST: Final = 300
-_BEGINNING: Final = 200
+#: Characters of a scope, and of the start of a longer one that is kept in front of its hash.
+_MAX_SCOPE: Final = 300
+_KEPT_START: Final = 200
+
+#: How many times higher or lower than every known price a plausible price may be.
+DOUBTFUL_TIMES: Final = 4
+
+#: The column that sets the committed credits, by the event that sets it.
+_SETTLED_BY: Final[Mapping[Event, str]] = MappingProxyType(
+    {
+        Event.ACCEPTED: "reserved_units",
+        Event.FAILED: "charged_units",
+        Event.COMPLETED: "charged_units",
+        Event.FOUND: "charged_units",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Budget:
     """The most that a scope may commit, in units.
 
     ``kind`` is one of ``KINDS``. Without a ``value`` it bounds each run, day, month, partition, or
-    value of the column ``name`` for itself; with one, only that partition or value.
+    value of the column ``name`` separately; with one, only that partition or value.
     """
 
     kind: str
@@ -49,7 +61,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read ``SCOPE=CREDITS``, such as ``month=900`` or ``column:campaign:autumn=100``.
+        """Parse ``SCOPE=CREDITS``, such as ``month=900`` or ``column:campaign:autumn=100``.
 
         The scope is ``run``, ``day``, ``month``, ``partition``, ``partition:KEY``,
         ``column:NAME`` (each value) or ``column:NAME:VALUE``. Raises ConfigError.
@@ -69,31 +81,30 @@ class Budget:
             except ConfigError as error:
                 wrong = f"; {error}"
         raise ConfigError(
-            f"the budget {text!r} cannot be read; write SCOPE=CREDITS, with one of day, month, "
-            "partition, partition:KEY, column:NAME or column:NAME:VALUE as the scope, such as "
-            f"month=900 or column:campaign:autumn=100{wrong}"
+            f"budget {text!r} is invalid; use SCOPE=CREDITS with the scope day, month, partition, "
+            "partition:KEY, column:NAME or column:NAME:VALUE, such as month=900 or "
+            f"column:campaign:autumn=100{wrong}"
         )
 
     def bounds(self, scope: str) -> bool:
-        """Whether a scope is one of those that it bounds."""
-        begin = f"{self.kind}:{self.name}:" if self.kind == "column" else f"{self.kind}:"
-        table = ""
+        """Whether the budget bounds a scope."""
+        prefix = f"{self.kind}:{self.name}:" if self.kind == "column" else f"{self.kind}:"
         if self.kind == "partition" and scope.startswith("table:"):
-            # Only purchases of its own table are ever held against a budget.
-            table = scope[: scope.index(":", len("table:")) + 1]
+            # A run checks its budgets only against purchases of its own table.
+            prefix = scope[: scope.index(":", len("table:")) + 1] + prefix
         if self.value is None:
-            return scope.startswith(f"{table}{begin}")
-        return scope == scope_name(f"{table}{begin}{self.value}")
+            return scope.startswith(prefix)
+        return scope == scope_name(f"{prefix}{self.value}")
 
 
 def scope_name(text: str) -> str:
-    """Return a scope as the journal has it: of bounded length, and as every database takes it."""
+    """Return a scope as the journal keeps it: bounded, and valid text in every database."""
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode("utf-8")
     text = text.replace("\x00", "\ufffd")
-    if len(text) <= _MOST:
+    if len(text) <= _MAX_SCOPE:
         return text
-    return f"{text[:_BEGINNING]}~{hashlib.sha256(text.encode()).hexdigest()}"
+    return f"{text[:_KEPT_START]}~{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def column_scope(name: str, value: str | None) -> str:
@@ -103,8 +114,8 @@ def column_scope(name: str, value: str | None) -> str:
 
 def partition_scope(table_id: str, partition_key: str) -> str:
     """Return the scope of a partition of a prompt table."""
-    begin = f"table:{table_id}:" if table_id else ""
-    return scope_name(f"{begin}partition:{partition_key}")
+    prefix = f"table:{table_id}:" if table_id else ""
+    return scope_name(f"{prefix}partition:{partition_key}")
 
 
 def scopes_of(
@@ -115,9 +126,9 @@ def scopes_of(
     *,
     table_id: str = "",
 ) -> tuple[str, ...]:
-    """Return all that a purchase counts for: its run, UTC day and month, its partition, further.
+    """Return the scopes of a purchase: its run, UTC day and month, its partition, and others.
 
-    A partition is one of a prompt table: two tables that share a journal may have the same keys.
+    The partition's scope names its prompt table: tables that share a journal may have equal keys.
     """
     day = sent_at.astimezone(timezone.utc)
     month = f"{day.year:04}-{day.month:02}"
@@ -132,10 +143,10 @@ def scopes_of(
 
 @dataclass(frozen=True)
 class Caps:
-    """The most that may be committed, in units; None where there is no cap.
+    """The most that may be committed, in units; None is no cap.
 
-    ``run_units`` bounds one run, ``day_units`` all runs of a UTC day together; ``budgets`` bound
-    what they say, over all runs that share the journal.
+    ``run_units`` bounds one run, ``day_units`` all runs of a UTC day together. ``budgets`` count
+    all runs that share the journal.
     """
 
     run_units: int | None = None
@@ -143,7 +154,7 @@ class Caps:
     budgets: tuple[Budget, ...] = ()
 
     def limits(self, scope: str) -> Iterator[tuple[str, int]]:
-        """Yield what bounds a scope: what it is called, and how many units there may be."""
+        """Yield each limit of a scope as its name (``cap`` or ``budget``) and its units."""
         if self.run_units is not None and scope.startswith("run:"):
             yield "cap", self.run_units
         if self.day_units is not None and scope.startswith("day:"):
@@ -155,38 +166,34 @@ class Caps:
 
 @dataclass(frozen=True)
 class Commitment:
-    """What a scope has committed, and how much of that was charged for good. In units."""
+    """The units that a scope has committed, and how many of them are finally charged."""
 
     committed_units: int = 0
     spent_units: int = 0
 
     @property
     def reserved_units(self) -> int:
-        """What is committed and not yet charged."""
+        """Units that are committed and not yet charged."""
         return self.committed_units - self.spent_units
 
     def plus(self, committed_units: int, spent_units: int = 0) -> Commitment:
-        """With this much more; less where negative."""
+        """Return the sum with these units, which may be negative."""
         return Commitment(self.committed_units + committed_units, self.spent_units + spent_units)
 
 
 def expected_units(quality: str, highest_seen: Mapping[str, int]) -> int:
-    """The most that an image of a quality is expected to cost, in units.
+    """Return the highest expected price of an image of a quality, in units.
 
-    The highest price that this account was seen to pay; before its first answer, the
-    published one. Never 0: a quality of unknown price is taken for the dearest.
+    The highest price that this account has paid; before its first answer, the published one. Never
+    0: an unknown quality counts as the most expensive one.
     """
     return highest_seen.get(quality) or PUBLISHED_UNITS.get(quality, max(PUBLISHED_UNITS.values()))
 
 
-#: How many times dearer or cheaper than every known price a price may be and be believed.
-DOUBTFUL_TIMES: Final = 4
-
-
 def is_doubtful(units: int, quality: str, highest_seen: Mapping[str, int]) -> bool:
-    """Whether a price is far from what is published and from what was paid before.
+    """Whether a price is far from the published one and from all that were paid before.
 
-    Such a one is a mistake until a person accepts it: it is not reserved by, nor remembered.
+    It counts as a mistake until a person accepts it: caps do not use it, and it is not remembered.
     """
     known = [PUBLISHED_UNITS.get(quality, 0), highest_seen.get(quality, 0)]
     known = [price for price in known if price > 0] or [expected_units(quality, {})]
@@ -200,54 +207,52 @@ def admit(
     units: int,
     now: datetime,
 ) -> CapReached | None:
-    """None where a purchase of so many units fits under the caps, else the reason why not.
+    """Return why a purchase does not fit under the caps, None if it does.
 
-    ``scopes`` are those of the purchase, and ``committed`` says what one has committed; it is
-    asked only about scopes that something bounds.
+    ``scopes`` are those of the purchase. ``committed`` returns the commitment of a scope; it is
+    called only for scopes with a limit.
     """
     for scope in scopes:
-        for what, limit_units in caps.limits(scope):
+        for limit, limit_units in caps.limits(scope):
             found = committed(scope)
             if found.committed_units + units > limit_units:
-                said = f"{credits_from_units(limit_units):g} credits leaves no room for "
-                said += f"{credits_from_units(units):g} more"
-                return _reached(what, scope, found, said, now)
+                return _reached(limit, limit_units, scope, found, units=units, now=now)
     return None
 
 
-def _reached(what: str, scope: str, found: Commitment, said: str, now: datetime) -> CapReached:
-    full = scope
-    if scope.startswith("table:"):
-        scope = scope.split(":", 2)[2]  # the id of a table says nothing to people
-    kind = scope.partition(":")[0]
+def _reached(
+    limit: str, limit_units: int, scope: str, found: Commitment, *, units: int, now: datetime
+) -> CapReached:
+    # People do not know the id of a table.
+    shown = scope.split(":", 2)[2] if scope.startswith("table:") else scope
+    kind = shown.partition(":")[0]
     frees = {
         "day": f"frees at {next_day(now):%Y-%m-%d %H:%M} UTC",
         "month": f"frees at {next_month(now):%Y-%m-%d %H:%M} UTC",
         "run": "frees when what it reserved is returned",
     }.get(kind, "frees when what is reserved is returned, or the budget is raised")
     name = f"the {kind} cap"
-    if what == "budget":
-        shown = scope if kind in ("partition", "column") else scope.replace(":", " ", 1)
-        name = f"the budget of {shown}"
-        if kind == "run":
-            name = "the budget of a run"
+    if limit == "budget":
+        of_kind = {"run": "a run", "partition": shown, "column": shown}
+        name = f"the budget of {of_kind.get(kind, shown.replace(':', ' ', 1))}"
     return CapReached(
-        f"{kind}_{what}_reached",
-        f"{name} of {said}: {credits_from_units(found.spent_units):g} spent, "
+        f"{kind}_{limit}_reached",
+        f"{name} of {credits_from_units(limit_units):g} credits leaves no room for "
+        f"{credits_from_units(units):g} more: {credits_from_units(found.spent_units):g} spent, "
         f"{credits_from_units(found.reserved_units):g} reserved; it {frees}",
-        full,
         scope,
+        shown,
     )
 
 
 def next_month(now: datetime) -> datetime:
-    """When the next UTC month begins."""
+    """Return when the next UTC month begins."""
     first = now.astimezone(timezone.utc).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     return first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
 
 
 def next_day(now: datetime) -> datetime:
-    """When the next UTC day begins."""
+    """Return when the next UTC day begins."""
     today = now.astimezone(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
     return today + timedelta(days=1)
 
@@ -255,23 +260,13 @@ def next_day(now: datetime) -> datetime:
 def committed_after(
     event: Event, before: State, committed_units: int, values: Mapping[str, object]
 ) -> int:
-    """What a submission has committed after an event, in units.
+    """Return the units that a submission has committed after an event.
 
-    ``values`` are the columns that the event sets. What is not known stays committed.
+    ``values`` are the columns that the event sets. An amount that is not known stays committed.
     """
-    match event:
-        case Event.ACCEPTED:
-            reserved = values.get("reserved_units")
-            return reserved if isinstance(reserved, int) else committed_units
-        case Event.TURNED_AWAY | Event.REFUSED | Event.RELEASED:
-            return 0
-        case Event.DEFERRED:
-            return 0 if before is State.SUBMITTING else committed_units
-        case Event.FAILED:
-            charged = values.get("charged_units")
-            return charged if isinstance(charged, int) else committed_units
-        case Event.COMPLETED | Event.FOUND:
-            charged = values.get("charged_units")
-            return charged if isinstance(charged, int) else committed_units
-        case _:
-            return committed_units
+    if event in (Event.TURNED_AWAY, Event.REFUSED, Event.RELEASED) or (
+        event is Event.DEFERRED and before is State.SUBMITTING
+    ):
+        return 0
+    units = values.get(_SETTLED_BY.get(event, ""))
+    return units if isinstance(units, int) else committed_units

@@ -1,18 +1,19 @@
 """How fast tasks may be submitted, and how many may be at the server. Pure, given seconds.
 
-An account's limits are nowhere published and no header names them, so they are met by feedback:
-what the server takes, and what it turns away with a 429. A 429 does not say which limit was met,
-the number at once or the rate. They are told apart while the window first opens, before tasks
-end: a server that is full takes nothing until one ends, one that counts by the second takes the
-next although none has ended.
+An account's limits are not published and no header names them, so they are found by feedback: the
+submissions that the server takes, and those that it refuses with a 429. A 429 does not say which
+limit was met, the number at once or the rate. They are told apart while the window first opens,
+before tasks end: a server that is full takes nothing until one ends, one that counts by the second
+takes the next although none has ended.
 
-- A limit on the **number at once** is met by a window. It grows a little with what is taken,
-  shrinks a little with what is turned away, and so stays where few are turned away.
-- A limit on the **rate** is met by spacing. After a refusal the rate is what the server took
-  since the one before; then it rises, slowly first, until the next refusal.
+- A limit on the **number at once** is kept by a window. It grows a little with every submission
+  that is taken and shrinks a little with every refusal, so it stays where few are refused.
+- A limit on the **rate** is kept by spacing. After a refusal the rate is what the server took
+  since the refusal before; then it rises, slowly at first, until the next refusal.
 
-Several runs with one key share an account by this alone: who sends more is refused more. Where
-they share a journal, too, each goes by its share of what all of them have learned (``sharing.py``).
+Several runs with one key share an account by this alone: a run that sends more is refused more. If
+they also share a journal, each has its share of what all of them have learned
+(``pace_sharing.py``).
 """
 
 from __future__ import annotations
@@ -24,35 +25,35 @@ from typing import Final, NamedTuple
 
 from krea_dagster.models import evolve
 
-#: Tasks at once before anything was turned away; each that is taken opens the window by one.
+#: Tasks at once before the first refusal; each that is taken opens the window by one.
 _OPENING: Final = 8.0
 
-#: How the rate rises after a refusal, as a share by the second squared: when little is known of the
-#: limit, and at last.
+#: How the rate rises after a refusal, as a share by the second squared: at first, when little is
+#: known of the limit, and in the end.
 _RISE_FIRST: Final = 0.25
 _RISE_LAST: Final = 0.0011
-#: The rate at which it rises so. A lower one rises relatively faster and a higher one slower, so
+#: The rate to which this applies. A lower one rises relatively faster and a higher one slower, so
 #: that runs which share an account come to share it evenly.
 _USUAL_PER_S: Final = 20.0
-#: After so many quiet seconds the limit is no longer what it was, and the rate rises quickly.
+#: After this many seconds without a refusal the limit has changed, and the rate rises quickly.
 _QUIET_S: Final = 6.0
-#: A refusal is no measure of the rate before the last one is this long ago.
+#: A refusal measures the rate only if the one before is at least this old.
 _MEASURE_S: Final = 1.0
 
-#: Pauses after refusals in a row: the first, and the longest that is not asked for.
+#: Pauses after refusals in a row: the first, and the longest that the server did not request.
 _PAUSE_S: Final = 0.05
-_PAUSE_MOST_S: Final = 0.3
-#: A server that refuses for so long while nothing ends is full: limits on the rate are mostly
-#: by the second.
+_MAX_PAUSE_S: Final = 0.3
+#: A server that refuses for this long while no task ends is full: limits on the rate are mostly by
+#: the second.
 _FULL_S: Final = 1.1
 #: Refusals with nothing taken beyond them, after which the server counts as full.
 _FULL_TIMES: Final = 3
-#: Refusals in a row after which a window that is still larger than what is at the server shrinks
-#: to that, at most by half.
+#: Refusals in a row after which a window that is larger than the number of tasks at the server
+#: shrinks to that number, at most by half.
 _FULL_ROW: Final = 4
-#: After so many cuts within so many submissions the refusals come by chance, or by others: what was
-#: learned of the rate is forgotten. Runs that share it have it rise again as when little is known.
-_CUTS_IN_VAIN: Final = 6
+#: After this many cuts within this many submissions the refusals come by chance, or from other
+#: runs, and the learned rate is forgotten. If it is shared, it rises again as at first.
+_USELESS_CUTS: Final = 6
 _CUTS_WITHIN: Final = 100
 
 #: A kind of image that takes this many times as long as it did shows an overloaded server.
@@ -62,16 +63,16 @@ _SLOW: Final = 2.0
 class Limit(enum.Enum):
     """Which of an account's limits is known to bind."""
 
-    NONE = "none"  #: nothing was turned away yet
+    NONE = "none"  #: nothing was refused yet
     UNCLEAR = "unclear"  #: something was, and it is not clear why
     AT_ONCE = "at once"
     RATE = "rate"
 
 
 class InWork(NamedTuple):
-    """Tasks at the server: known, and as they are expected to be, with its standard deviation.
+    """Tasks at the server: known, and expected, with the standard deviation.
 
-    ``known`` were taken and not seen to end; some of those have ended by now.
+    ``known`` were taken and not seen to end; some of them have ended by now.
     """
 
     known: int
@@ -80,7 +81,7 @@ class InWork(NamedTuple):
 
 
 class RateLimitHit(NamedTuple):
-    """When a 429 came, how many were taken before it, and for how long nothing was sent."""
+    """When a 429 came, how many tasks were taken before it, and for how long nothing was sent."""
 
     at_s: float
     taken: int
@@ -88,10 +89,10 @@ class RateLimitHit(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A run's share of an account: the places that others have, and its part of the rate.
+    """A run's share of an account: the places that other runs have, and its part of the rate.
 
-    ``before`` is how many runs go before it: where each answer has to be waited for, only the
-    first one tries, and after a pause for all of them they begin one after another.
+    ``before`` is how many runs go before it: if each answer has to be waited for, only the first
+    one tries, and after a pause for all of them they begin one after another.
     """
 
     elsewhere: int = 0
@@ -106,9 +107,9 @@ ALONE: Final = Share()
 class Pace:
     """What may be submitted now, learned from the answers so far.
 
-    ``most`` bounds the tasks at once, and ``most_per_s`` the submissions a second, where the
-    user knows; ``share`` is what other runs leave. All else is learned of the account as a whole.
-    Times are seconds of one clock that never goes back.
+    ``most`` bounds the tasks at once, and ``most_per_s`` the submissions a second, if the user
+    knows the limit; ``share`` is what other runs leave. All other fields are learned of the account
+    as a whole. Times are seconds of one monotonic clock.
     """
 
     most: int
@@ -135,7 +136,7 @@ class Pace:
     refusal_cost_s: float = 0.0
     slowed_at_s: float = -math.inf
 
-    # -- questions ----------------------------------------------------------------------------
+    # -- what is allowed ----------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -146,11 +147,11 @@ class Pace:
 
     @property
     def most_of_all(self) -> float:
-        """The most that the window need be, for this run to have as many as its user allows."""
+        """The window at which this run may have as many tasks as its user allows."""
         return float(self.most + self.share.elsewhere)
 
     def is_full(self, at_once: int) -> bool:
-        """Whether so many tasks are all that the user allows, or that the server takes at once."""
+        """Whether this number of tasks is all that the user allows, or that the server takes."""
         return at_once >= self.most or (self.limit is Limit.AT_ONCE and at_once >= self.room)
 
     @property
@@ -160,7 +161,7 @@ class Pace:
 
     @property
     def is_tried(self) -> bool:
-        """Whether nothing is known that more than one run could go by."""
+        """Whether so little is known that only one run should try."""
         unmeasured = self.limit is Limit.RATE and self.rate_per_s is None
         return self.limit is Limit.UNCLEAR or unmeasured or self.unanswered
 
@@ -170,7 +171,7 @@ class Pace:
         return self.limit is Limit.UNCLEAR
 
     def wait_s(self, now_s: float) -> float:
-        """Seconds until the rate, and what the server asked for, let the next one leave."""
+        """Return the seconds until the rate, and a requested pause, allow the next submission."""
         until_s = self.pause_until_s
         rate = self.rate_at(now_s)
         if rate is not None:
@@ -178,11 +179,11 @@ class Pace:
         return max(0.0, until_s - now_s)
 
     def rate_at(self, now_s: float) -> float | None:
-        """Submissions a second of all runs, or None where no limit is known."""
+        """Return the submissions a second of all runs, None if no limit is known."""
         most_per_s = None if self.most_per_s is None else self.most_per_s / self.share.of_rate
         if self.rate_per_s is None:
             return most_per_s
-        # A rate that is too high is refused to each of the runs that share it: it rises later.
+        # Each of the runs that share a rate is refused if it is too high, so it rises later.
         quiet_s = max(0.0, now_s - self.rate_at_s)
         late_s = max(0.0, quiet_s - _QUIET_S)
         quiet_s *= math.sqrt(self.share.of_rate)
@@ -190,10 +191,10 @@ class Pace:
         rate = self.rate_per_s * (1.0 + risen + 0.05 * late_s**2)
         return rate if most_per_s is None else min(rate, most_per_s)
 
-    # -- what happened ------------------------------------------------------------------------
+    # -- after an answer ----------------------------------------------------------------------
 
     def sent(self, now_s: float) -> Pace:
-        """After a submission left. One that was late by less than its spacing is made up for."""
+        """Return the pace after a submission. A delay of less than the spacing is made up for."""
         rate = self.rate_at(now_s)
         if rate is None:
             return self
@@ -201,13 +202,13 @@ class Pace:
         return evolve(self, next_at_s=max(self.next_at_s, now_s - spacing_s) + spacing_s)
 
     def taken(self, sent_at_s: float, in_work: InWork, *, pressed: bool) -> Pace:
-        """After a submission was taken; ``in_work`` counts it.
+        """Return the pace after a submission was taken; ``in_work`` counts it.
 
-        ``pressed``: whether more would be submitted if there were room.
+        ``pressed``: more would be submitted if there were room.
         """
         after = evolve(self, taken_count=self.taken_count + 1, taken_in_row=self.taken_in_row + 1)
         if sent_at_s <= self.refused_at_s:
-            # Of the burst that was refused: it says nothing about the time since.
+            # Of the burst that was refused: it shows nothing about the time since.
             counted = [one._replace(taken=one.taken + 1) for one in self.refusals[-1:]]
             return evolve(after, refusals=(*self.refusals[:-1], *counted))
         after = evolve(after, refused_in_row=0, unanswered=False)
@@ -221,9 +222,9 @@ class Pace:
         return after
 
     def refused(self, now_s: float, sent_at_s: float, in_work: InWork, wait_s: float) -> Pace:
-        """After a 429, which asked for ``wait_s`` seconds of silence (0 where it did not).
+        """Return the pace after a 429 that requested a pause of ``wait_s`` (0: none).
 
-        Refusals of what was sent before the last refusal came are one burst, and count once.
+        Refusals of submissions that were sent before the last refusal came count as one.
         """
         after = self.paused(now_s, wait_s)
         if sent_at_s <= self.refused_at_s:
@@ -242,7 +243,7 @@ class Pace:
                 RateLimitHit(now_s, self.taken_count, self.paused_s),
             ),
         )
-        pause_s = min(_PAUSE_MOST_S, _PAUSE_S * 2.0 ** min(in_row - 1, 10))
+        pause_s = min(_MAX_PAUSE_S, _PAUSE_S * 2.0 ** min(in_row - 1, 10))
         rate = self.rate_at(now_s)
         if rate is not None:
             pause_s = max(pause_s, 1.0 / rate)
@@ -259,23 +260,23 @@ class Pace:
                 return _slower(after, now_s, in_work)
 
     def paused(self, now_s: float, wait_s: float) -> Pace:
-        """With nothing submitted for some seconds."""
+        """Return the pace with a pause."""
         until_s = max(self.pause_until_s, now_s + wait_s)
         added_s = max(0.0, until_s - max(self.pause_until_s, now_s))
         return evolve(self, pause_until_s=until_s, paused_s=self.paused_s + added_s)
 
     def silent(self, now_s: float, wait_s: float) -> Pace:
-        """With a pause, and then one at a time until one is taken.
+        """Return the pace with a pause, and then one submission at a time until one is taken.
 
         For a server that gives no usable answer: each further submission may be charged.
         """
         return evolve(self.paused(now_s, wait_s), unanswered=True)
 
     def slowed(self, now_s: float, median_s: float, best_s: float) -> Pace:
-        """With images that take ``median_s`` where they once took ``best_s``.
+        """Return the pace for images that take ``median_s`` and once took ``best_s``.
 
-        A server that queues instead of refusing is overloaded all the same, and what waits
-        there longer is not finished sooner. Once per such latency, 10 % are taken off.
+        A server that queues instead of refusing is overloaded too, and more tasks in its queue are
+        not finished sooner. Once per such latency, 10 % of the window are taken off.
         """
         if not is_slow(median_s, best_s) or now_s - self.slowed_at_s < median_s:
             return self
@@ -296,10 +297,10 @@ def _opened(pace: Pace, by: float) -> Pace:
 
 
 def _growth(pace: Pace) -> float:
-    """By how much a task that was taken opens the window.
+    """Return by how much a task that was taken opens the window.
 
-    So little that about every 14th submission is refused; more and more after a long time
-    without a refusal, because then the limit is no longer where it was.
+    So little that about every 14th submission is refused; more after a long time without a refusal,
+    because then the limit has changed.
     """
     steady = (1.0 / 24.0 + pace.window / 1024.0) / (1.0 + 20.0 * pace.refusal_cost_s)
     quiet = (pace.taken_in_row / pace.window - 2.0) / (4.0 + 40.0 * pace.refusal_cost_s)
@@ -307,7 +308,7 @@ def _growth(pace: Pace) -> float:
 
 
 def _weighed(pace: Pace, in_work: InWork) -> Pace:
-    """What a task means that was taken after a refusal whose reason is not clear."""
+    """Return the pace after a task was taken while the reason of a refusal is not clear."""
     at_least = in_work.expected - 2.0 * in_work.deviation
     if at_least >= pace.refused_with + 2.5 and in_work.deviation < 1.5:
         return evolve(
@@ -322,9 +323,9 @@ def _weighed(pace: Pace, in_work: InWork) -> Pace:
 
 
 def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
-    """After a refusal whose reason is not clear yet."""
+    """Return the pace after a refusal whose reason is not clear yet."""
     new = pace.limit is Limit.NONE or in_work.expected > pace.refused_with + 2.0
-    # Further refusals in a row say as little as the first, unless a long pause lay between.
+    # Further refusals in a row show no more than the first, unless a long pause was between.
     counts = pace.refused_in_row == 1 or (pace.refused_in_row == 2 and wait_s > 0.5)
     unrefuted = 1 if new else pace.unrefuted + counts
     long = pace.refused_in_row >= _FULL_TIMES and now_s - pace.row_since_s >= _FULL_S
@@ -340,13 +341,13 @@ def _doubted(pace: Pace, now_s: float, in_work: InWork, wait_s: float) -> Pace:
 
 
 def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
-    """After a refusal at a rate."""
+    """Return the pace after a refusal under a limit on the rate."""
     before = pace.rate_at(now_s) if pace.rate_per_s is not None else None
     if before is None:
         first = pace.refusals[0]
         rate = max(1, pace.taken_count - first.taken) / max(0.02, now_s - first.at_s)
         mark = pace.refusals[-1]
-        # Too high a rate is refused to each of the runs that share it.
+        # Each of the runs that share a rate is refused if it is too high.
         rise = _RISE_FIRST * pace.share.of_rate
         return _at_rate(evolve(pace, refusals=(mark,)), now_s, rate, rise=max(_RISE_LAST, rise))
     if pace.refused_in_row > 1:
@@ -354,7 +355,7 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
     rate = _measured(pace, now_s, before)
     cuts = (*(c for c in pace.cuts if pace.taken_count - c < _CUTS_WITHIN), pace.taken_count)
     rise = max(_RISE_LAST, pace.rise / 6.0)
-    if len(cuts) >= _CUTS_IN_VAIN and pace.rise <= _RISE_LAST:
+    if len(cuts) >= _USELESS_CUTS and pace.rise <= _RISE_LAST:
         if pace.share.of_rate < 1.0:
             return _at_rate(evolve(pace, cuts=()), now_s, rate, rise=_RISE_FIRST)
         window = max(_OPENING, float(in_work.known))
@@ -363,10 +364,10 @@ def _slower(pace: Pace, now_s: float, in_work: InWork) -> Pace:
 
 
 def _measured(pace: Pace, now_s: float, rate: float) -> float:
-    """The rate that the server takes, by what it took since the refusal before.
+    """Return the rate that the server takes, measured since the refusal before.
 
-    A server that saves up what was not used takes for a while more than it does on the whole,
-    so what it took counts. One that does not takes just less than it refused.
+    A server that saves up unused rate takes more for a while than on average, so the measured rate
+    counts. One that does not takes just less than it refused.
     """
     earlier = (one for one in reversed(pace.refusals[:-1]) if now_s - one.at_s >= _MEASURE_S)
     last = next(earlier, None)

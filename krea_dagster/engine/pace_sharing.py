@@ -1,11 +1,11 @@
-"""How the runs of one journal share an account: what each has learned, and what each may send.
+"""How the runs of one journal share an account: what they have learned, and what each may send.
 
 Pure, given seconds. Every run keeps a lease in the journal: how many tasks it has at the server,
-and how many more it wants. Twice a second it writes what the server answered, reads what the
-others wrote, and reads their leases. The window and the rate are divided evenly among those that
-want something; what one does not want, the others have.
+and how many more it wants. Twice a second it writes the server's answers, reads those of the other
+runs, and reads their leases. The window and the rate are divided evenly among the runs that want
+some; what one does not want, the others have.
 
-Runs that share no journal share the account by feedback alone (``pace.py``).
+Runs that do not share a journal share the account by feedback alone (``pace.py``).
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any, Final, NamedTuple
 from krea_dagster.engine.pace import ALONE, InWork, Limit, Pace, RateLimitHit, Share
 from krea_dagster.models import evolve
 
-#: Seconds between two exchanges, and the least where something was learned that others wait for.
+#: Seconds between two exchanges, and the least if other runs wait for what was learned.
 _EVERY_S: Final = 0.5
 SOON_S: Final = 0.25
-#: Seconds after which a lease that was not renewed counts no more.
+#: Seconds after which a lease that was not renewed expires.
 LEASE_S: Final = 5.0
-#: Seconds after which every run has told what it was answered.
+#: Seconds after which every run has written its answers.
 _SETTLED_S: Final = 2.5
-#: Seconds for which what was learned is believed while nobody sends anything.
+#: Seconds for which a stored pace is used while no run sends anything.
 _KNOWN_S: Final = 300.0
-#: Seconds after which the places that do not divide evenly go to the next ones, and by how much
-#: further: the multiples of the golden ratio, less their whole parts, are spread most evenly.
+#: Seconds after which the places that do not divide evenly go to the next runs, and by how much
+#: further: the fractional parts of multiples of the golden ratio are spread most evenly.
 _TURN_S: Final = 5.0
 _TURN: Final = 0.618034
 
 
 class PaceEvent(NamedTuple):
-    """What the server showed at a time, by the name of the Pace's method that learns from it.
+    """An answer of the server, with the name of the Pace's method that learns from it.
 
-    ``sent_s`` is how long before it was sent; ``in_work`` what was at the server then.
+    ``sent_s`` is how long before ``at_s`` it was sent; ``in_work`` the tasks at the server then.
     """
 
     at_s: float
@@ -50,8 +50,8 @@ class PaceEvent(NamedTuple):
     median_s: float = 0.0
     best_s: float = 0.0
 
-    def taught(self, pace: Pace) -> Pace:
-        """What a pace becomes by it."""
+    def applied_to(self, pace: Pace) -> Pace:
+        """Return the pace after this event."""
         match self.name:
             case "taken":
                 return pace.taken(self.at_s - self.sent_s, self.in_work, pressed=self.pressed)
@@ -66,7 +66,7 @@ class PaceEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class Lease:
-    """What a run has at the server, and how many more it would send now."""
+    """How many tasks a run has at the server, and how many more it would send now."""
 
     owner: str
     in_flight: int
@@ -74,43 +74,43 @@ class Lease:
 
 
 class PaceHistory(NamedTuple):
-    """What runs have told each other: what they knew ``_SETTLED_S`` ago, and every answer since.
+    """The shared pace of ``_SETTLED_S`` ago, and every event since.
 
-    Answers are told late and in no order. In the order of their times they teach what they would
-    have taught one run.
+    Events arrive late and in no order. Applied in the order of their times, they give the pace that
+    one run would have learned.
     """
 
     pace: Pace
-    answers: tuple[PaceEvent, ...]
+    events: tuple[PaceEvent, ...]
 
     def among(self, leases: Sequence[Lease]) -> PaceHistory:
-        """Return the same for these runs: the more of them send, the later the rate rises."""
+        """Return the history for these runs: the more of them send, the later the rate rises."""
         senders = sum(1 for lease in leases if lease.wants)
         share = Share(of_rate=1.0 / max(1, senders))
         return self._replace(pace=evolve(self.pace, share=share))
 
     def learned(self) -> Pace:
-        """What all of it teaches."""
+        """Return the pace after all events."""
         pace = self.pace
-        for answer in self.answers:
-            pace = answer.taught(pace)
+        for event in self.events:
+            pace = event.applied_to(pace)
         return pace
 
-    def with_these(self, answers: Sequence[PaceEvent], now_s: float) -> PaceHistory:
-        """With what one more run tells."""
+    def with_events(self, events: Sequence[PaceEvent], now_s: float) -> PaceHistory:
+        """Return the history with the events of one more run."""
         pace, recent = self.pace, []
-        for answer in sorted((*self.answers, *answers), key=lambda one: one.at_s):
-            if answer.at_s < now_s - _SETTLED_S:
-                pace = answer.taught(pace)
+        for event in sorted((*self.events, *events), key=lambda one: one.at_s):
+            if event.at_s < now_s - _SETTLED_S:
+                pace = event.applied_to(pace)
             else:
-                recent.append(answer)
+                recent.append(event)
         return PaceHistory(pace, tuple(recent))
 
 
 class PaceExchange(NamedTuple):
-    """What came of an exchange: what all runs have learned, and what each has and wants.
+    """The result of an exchange: the pace of all runs, and their leases.
 
-    ``told`` counts the run's own answers in it; ``at_s`` is of a clock that all of them share.
+    ``told`` counts the run's own events in it; ``at_s`` is of a clock that all of them share.
     """
 
     learned: Pace
@@ -121,33 +121,33 @@ class PaceExchange(NamedTuple):
 
 
 class SharedPace:
-    """The pace of one run that shares an account, and what the others were not told of it yet."""
+    """The pace of one run that shares an account, and its events that it has not written yet."""
 
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
-        self.elsewhere = 0  # tasks that the others have at the server
+        self.elsewhere = 0  # tasks that the other runs have at the server
         self._untold: list[PaceEvent] = []
         self._told_limit = pace.limit
         self._told_at_s = self._tried_at_s = -math.inf
 
-    def learn(self, answer: PaceEvent) -> None:
-        """Go on with what an answer teaches."""
-        self.pace = answer.taught(self.pace)
-        self._untold.append(answer)
+    def learn(self, event: PaceEvent) -> None:
+        """Apply an event."""
+        self.pace = event.applied_to(self.pace)
+        self._untold.append(event)
 
     def untold(self) -> tuple[PaceEvent, ...]:
-        """What the others are to be told."""
+        """Return the events to write."""
         return tuple(self._untold)
 
     def due_s(self, now_s: float) -> float:
-        """Seconds until the next exchange."""
-        refused = any(answer.name == "refused" for answer in self._untold)
+        """Return the seconds until the next exchange."""
+        refused = any(event.name == "refused" for event in self._untold)
         news = refused or self.pace.limit is not self._told_limit
         waited_for = news and self.pace.share != ALONE
         return max(0.0, self._tried_at_s + (SOON_S if waited_for else _EVERY_S) - now_s)
 
     def exchanged(self, found: PaceExchange, now_s: float) -> None:
-        """Go on with what all have learned, and with this run's share of it."""
+        """Use the pace of all runs, and this run's share of it."""
         del self._untold[: found.told]
         self._told_limit = found.learned.limit
         self._told_at_s = self._tried_at_s = now_s
@@ -155,15 +155,15 @@ class SharedPace:
         share = share_of(found.learned, found.mine, found.others, now_s, turn_at(found.at_s))
         own = self.pace
         pace = evolve(found.learned, most=own.most, most_per_s=own.most_per_s, share=share)
-        for answer in self._untold:  # what came in the meantime
-            pace = answer.taught(pace)
+        for event in self._untold:  # those of the meantime
+            pace = event.applied_to(pace)
         next_at_s, rate = own.next_at_s, pace.rate_at(now_s)
         if rate is not None and own.rate_at(now_s) is None:
-            next_at_s = now_s + share.before / rate  # one after another from the beginning
+            next_at_s = now_s + share.before / rate  # one run after another from the start
         self.pace = evolve(pace, next_at_s=next_at_s)
 
     def missed(self, now_s: float) -> None:
-        """Go on without the others once their leases are not known any more."""
+        """Note a failed exchange, and go on alone once the leases have expired."""
         self._tried_at_s = now_s
         if now_s - self._told_at_s > LEASE_S:
             self.pace, self.elsewhere = evolve(self.pace, share=ALONE), 0
@@ -173,12 +173,12 @@ class SharedPace:
 
 
 def turn_at(now_s: float) -> int:
-    """Whose turn it is, by a clock that all runs share."""
+    """Return whose turn it is, by a clock that all runs share."""
     return math.floor(now_s / _TURN_S)
 
 
 def share_of(pace: Pace, mine: Lease, others: Sequence[Lease], now_s: float, turn: int) -> Share:
-    """What one run has of an account that these runs share."""
+    """Return the share of one run in an account."""
     leases = sorted((mine, *others), key=lambda lease: lease.owner)
     begin = turn % len(leases)
     leases = leases[begin:] + leases[:begin]
@@ -204,7 +204,7 @@ def share_of(pace: Pace, mine: Lease, others: Sequence[Lease], now_s: float, tur
 
 
 def _dealt(whole: float, wanted: Sequence[float]) -> list[float]:
-    """Deal out evenly, and what one does not want to the others."""
+    """Divide evenly; what one does not want, the others have."""
     dealt = [0.0] * len(wanted)
     for number, at in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
         dealt[at] = min(wanted[at], whole / (len(wanted) - number))
@@ -213,43 +213,43 @@ def _dealt(whole: float, wanted: Sequence[float]) -> list[float]:
 
 
 def _whole(parts: Sequence[float], turn: int) -> list[int]:
-    """Whole numbers of the same sum; which ones are the larger changes with the turn."""
+    """Round to integers of the same sum; the turn decides which are rounded up."""
     ends = itertools.accumulate(parts, initial=turn * _TURN % 1.0)
     whole = [math.floor(end + 1e-9) for end in ends]
     return [end - start for start, end in itertools.pairwise(whole)]
 
 
-# -- what is kept ---------------------------------------------------------------------------------
+# -- in the journal -------------------------------------------------------------------------------
 
-#: Fields that are a run's own, and those that are times.
+#: Fields of a single run, and those that are times.
 _OWN: Final = frozenset({"most", "most_per_s", "share", "next_at_s"})
 _TIMES: Final = frozenset(
     {"rate_at_s", "pause_until_s", "row_since_s", "refused_at_s", "slowed_at_s"}
 )
-#: A bound that binds nothing: what is kept knows no user's.
+#: No bound: the stored pace does not contain a user's.
 _NO_BOUND: Final = 1_000_000
 
 
-def kept_of(told: PaceHistory, now_s: float) -> str:
-    """What is kept for the next run; its times are told from now."""
-    pace = told.pace
+def dump_history(history: PaceHistory, now_s: float) -> str:
+    """Return a history as JSON, with times relative to now."""
+    pace = history.pace
     values: dict[str, Any] = {f.name: getattr(pace, f.name) for f in fields(pace)}
     values = {name: value for name, value in values.items() if name not in _OWN}
     values |= {name: values[name] - now_s for name in _TIMES}
     values["limit"] = pace.limit.value
     values["refusals"] = [one._replace(at_s=one.at_s - now_s) for one in pace.refusals]
-    answers = [one._replace(at_s=one.at_s - now_s) for one in told.answers]
-    return json.dumps({"pace": values, "answers": answers})
+    events = [one._replace(at_s=one.at_s - now_s) for one in history.events]
+    return json.dumps({"pace": values, "answers": events})
 
 
-def told_of(kept: str, age_s: float, now_s: float) -> PaceHistory:
-    """What was kept ``age_s`` ago; nothing where that is not there, or not to be believed."""
+def load_history(text: str, age_s: float, now_s: float) -> PaceHistory:
+    """Return the history of ``age_s`` ago; an empty one if it is missing, invalid or too old."""
     nothing = PaceHistory(Pace(_NO_BOUND), ())
-    if not kept or not 0.0 <= age_s <= _KNOWN_S:
+    if not text or not 0.0 <= age_s <= _KNOWN_S:
         return nothing
     then_s = now_s - age_s
     try:
-        found = json.loads(kept)
+        found = json.loads(text)
         values = found["pace"]
         values |= {name: values[name] + then_s for name in _TIMES}
         values["limit"] = Limit(values["limit"])
@@ -259,14 +259,14 @@ def told_of(kept: str, age_s: float, now_s: float) -> PaceHistory:
             for at_s, taken, paused_s in values["refusals"]
         )
         pace = Pace(most=_NO_BOUND, **values)
-        answers = tuple(
+        events = tuple(
             PaceEvent(at_s + then_s, name, sent_s, InWork(*in_work), *rest)
             for at_s, name, sent_s, in_work, *rest in found["answers"]
         )
     except (ValueError, TypeError, KeyError):
         return nothing
     if age_s > LEASE_S:
-        # Nobody sent anything since: that nothing was refused says nothing of the limits.
-        pace = PaceHistory(pace, answers).learned()
+        # No run sent anything since, so the lack of refusals shows nothing of the limits.
+        pace = PaceHistory(pace, events).learned()
         return PaceHistory(evolve(pace, rate_at_s=pace.rate_at_s + age_s, refusals=()), ())
-    return PaceHistory(pace, answers)
+    return PaceHistory(pace, events)

@@ -1,4 +1,4 @@
-"""What the journal knows of one request: a frozen row that policy, runner and views read."""
+"""The journal's record of one request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from krea_dagster.models import ImageRequest
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A verified file under the storage root. ``path`` is relative to it, with ``/``."""
+    """A verified file. ``path`` is relative to the storage root, with ``/``."""
 
     path: str
     sha256: str
@@ -23,30 +23,29 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Record:
-    """One request as it stands. Times are UTC; money is in units (1/10,000 credits).
+    """The current state of one request. Times are UTC; money is in units (1/10,000 credits).
 
-    A request may be submitted more than once, each time under an Idempotency-Key of its own,
-    but only after the earlier submission certainly cost nothing. ``submission`` numbers the
-    present one from 1 (0: never submitted), and the fields from ``idempotency_key`` to
-    ``run_id`` are that submission's. ``sent_at`` is when its first POST was about to leave:
-    the start of the hours in which a repeat is safe.
+    A request may be submitted more than once, each time under a new Idempotency-Key, but only after
+    the earlier submission certainly cost nothing. The fields from ``idempotency_key`` to ``run_id``
+    are those of the present submission.
 
-    ``charged_units`` is None while it is not known: between submission and settlement, and
-    for an unknown outcome. ``committed_units`` is what it may cost at most, as far as is known,
-    ``expected_units`` what the submission was expected to cost when it was admitted.
-
-    ``bought_for`` is the partition that the present submission was bought for, and ``scopes`` what
-    it counts for beside its run, day, month and partition. ``callback_url`` is the address that it
-    was sent with: a repeat under its key is sent with the same, or is a conflict. ``table_id`` is
-    the prompt table that asked for the request first, ``bought_for_table`` the one that its present
-    submission was bought for. ``api_key`` is the fingerprint of the key that it was sent with, None
-    where that was not kept. ``replayed``: the server knew its first POST already, so that another
-    journal has bought it.
-
-    ``image`` is kept where the file is gone: only a ``stored`` request has its file.
-
-    ``seq`` numbers the request's events from 0, and ``submissions`` counts its submissions: by
-    them a change is written only onto the very record that it was made from.
+    Attributes:
+        submission: Number of the present submission, from 1 (0: never submitted).
+        sent_at: When its first POST was about to leave: the start of the hours in which a repeat is
+            safe.
+        charged_units: None while not known: until settlement, and for an unknown outcome.
+        committed_units: The most that it may cost.
+        expected_units: Its expected cost when it was admitted.
+        image: Also kept if the file is gone: only a ``stored`` request has its file.
+        seq: Number of its last event, from 0. With ``submissions``, the count of its submissions,
+            it ensures that a change is only written to the record from which it was made.
+        bought_for: The partition of the present submission.
+        scopes: Its budget scopes, in addition to its run, day, month and partition.
+        callback_url: Its callback address. A repeat under its key with another one is a conflict.
+        api_key: Fingerprint of its API key, None if that was not kept.
+        replayed: The server knew its first POST already, so another journal has bought it.
+        table_id: The prompt table that first requested the image.
+        bought_for_table: The prompt table of the present submission.
     """
 
     request: ImageRequest
@@ -83,14 +82,14 @@ class Record:
 
     @property
     def request_key(self) -> str:
-        """The request's identity."""
+        """The identity of the request."""
         return self.request.request_key
 
 
 def idempotency_key(request_key: str, submission: int) -> str:
-    """The Idempotency-Key of a request's n-th submission: the same on every machine.
+    """Return the Idempotency-Key of a request's n-th submission: the same on every machine.
 
-    71 to 75 of ``[A-Za-z0-9._-]``, within the 96 that EvoLink takes. A repeat of the same
-    submission has the same key; a submission after a certain failure has the next.
+    71 to 75 characters of ``[A-Za-z0-9._-]``; EvoLink takes 96. A repeat of a submission has the
+    same key; a submission after a certain failure has the next one.
     """
     return f"krea-{request_key}-{submission}"

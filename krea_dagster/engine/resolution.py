@@ -1,4 +1,4 @@
-"""What may be decided about a purchase whose outcome is unknown, and by whom. Pure."""
+"""Decisions about a purchase whose outcome is unknown. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import Task, is_task_id
 
-#: By how much the clocks of EvoLink and of this machine may disagree.
+#: How far the clocks of EvoLink and of this machine may differ.
 _CLOCKS: Final = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
 class SendAgain:
-    """Repeat the POST under the same Idempotency-Key, whatever its age."""
+    """Repeat the POST under the same Idempotency-Key, at any age."""
 
     def __str__(self) -> str:
         return "replay"
@@ -32,7 +32,7 @@ class NotBought:
 
 @dataclass(frozen=True)
 class Lost:
-    """It was charged, and its task cannot be found: paid and lost."""
+    """It was charged, and its task cannot be found."""
 
     def __str__(self) -> str:
         return "lost"
@@ -40,7 +40,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class HasTask:
-    """It was charged, and this is its task, as the account's task list shows it."""
+    """It was charged, and this is its task in the account's task list."""
 
     task_id: str
 
@@ -52,7 +52,7 @@ Resolution: TypeAlias = SendAgain | NotBought | Lost | HasTask
 
 
 def parse_resolution(text: str) -> Resolution:
-    """Read ``replay``, ``not-charged``, ``lost`` or ``task:ID``. Raises ConfigError."""
+    """Parse ``replay``, ``not-charged``, ``lost`` or ``task:ID``. Raises ConfigError."""
     match text.partition(":"):
         case ("replay", "", ""):
             return SendAgain()
@@ -62,29 +62,29 @@ def parse_resolution(text: str) -> Resolution:
             return Lost()
         case ("task", ":", task_id) if is_task_id(task_id):
             return HasTask(task_id)
-    raise ConfigError(f"{text!r} is no decision; use replay, not-charged, lost or task:ID")
+    raise ConfigError(f"unknown decision {text!r}; use replay, not-charged, lost or task:ID")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A callback about a request: the task that it named, and when it came first. Never a fact."""
+    """The task that a callback names for a request, and when it first came. Not verified."""
 
     task_id: str
     first_at: datetime
 
 
 def why_not_taken(claim: Claim, record: Record, task: Task) -> str | None:
-    """Why a claimed task cannot be that of a purchase, None where it can.
+    """Return why a claimed task cannot be that of a purchase, None if it can.
 
-    ``task`` is what EvoLink says of the claimed one. Whoever knows an address can claim another
-    task of the same account, so it must be completed, and its time must fit: created once the
-    purchase was sent, and before the first call.
+    ``task`` is the claimed one, read from EvoLink. Anyone who knows an address can claim another
+    task of the same account, so it must be completed, and its time must fit: created after the
+    purchase was sent, and before the first callback.
     """
     if task.status != "completed":
-        # A task that fails would be taken for proof that the purchase cost nothing.
-        return f"it is {task.status}, so that nothing shows whether it is the one"
+        # A task that fails would be used as proof that the purchase cost nothing.
+        return f"it is {task.status}, which does not show whether it is the right one"
     if task.created_at is None or record.sent_at is None:
-        return "EvoLink does not say when it was created"
+        return "its time of creation is not known"
     if task.created_at < record.sent_at - _CLOCKS:
         return "it is older than the purchase"
     if task.created_at > claim.first_at + _CLOCKS:

@@ -9,19 +9,17 @@
       │            └─▶ unknown    (no usable answer: may have been charged)
       └─▶ deferred (a cap or a stop kept it back)
 
-``submitting`` is on disk before the POST leaves. Whoever finds it there without having written
-it in this very run has found a crash between intent and answer, and must treat it as
-``unknown``.
+``submitting`` is on disk before the POST leaves. A run that finds it there without having written
+it has found a crash between intent and answer, and must treat it as ``unknown``.
 
-``expired`` is what could be said with the answers of that time. Where a run finds that the server
-knows the task after all, or that the file is there, it goes on from there; so it does where a
-failed task turns out to be completed.
+``expired`` is not final. If a run finds that the server knows the task after all, or that the file
+exists, it goes on from there; the same is true for a failed task that turns out to be completed.
 
 A file that is found under a request's own name and verifies makes the request ``stored`` from
-every state: it is not bought again, even where another journal paid for it.
+every state: it is not bought again, even if another journal paid for it.
 
 While the outcome of a purchase is unknown, no refusal of a *repeat* makes it known: the first
-POST may have created the task all the same. So ``unknown`` is left only by the task itself
+POST may still have created the task. So ``unknown`` is left only by the task itself
 (``accepted``) or by a person (``released``: it did not happen; ``expired``: it did, and is lost).
 """
 
@@ -35,7 +33,7 @@ from krea_dagster.errors import IllegalTransition
 
 
 class State(str, Enum):
-    """Where a request stands. The text is what the manifest's ``status`` holds."""
+    """The state of a request, as in the manifest's ``status``."""
 
     PLANNED = "planned"
     SUBMITTING = "submitting"
@@ -50,19 +48,19 @@ class State(str, Enum):
 
 
 class Event(str, Enum):
-    """What happened to a request. Each is one row of the journal's events."""
+    """What happened to a request: one row of the journal's events."""
 
-    #: It was asked for, for the first time, or again after it had failed or been refused.
+    #: It was requested for the first time, or again after it had failed or been refused.
     PLANNED = "planned"
     #: The intent to POST it; written before the POST leaves.
     SUBMITTING = "submitting"
-    #: The server took it: task id, credits and the whole answer are known.
+    #: The server took it: the task id, the credits and the complete answer are known.
     ACCEPTED = "accepted"
     #: Certainly not created this time, and worth another try (429, no connection).
     TURNED_AWAY = "turned_away"
-    #: Certainly not created, and never will be as it is.
+    #: Certainly not created, and an identical request never will be.
     REFUSED = "refused"
-    #: A cap or a stop of the account keeps it back; certainly not created.
+    #: Held back by a cap or a stop of the account; certainly not created.
     DEFERRED = "deferred"
     #: The POST got no usable answer, or the process died before it came.
     OUTCOME_UNKNOWN = "outcome_unknown"
@@ -76,17 +74,17 @@ class Event(str, Enum):
     FAILED = "failed"
     #: The file is verified, named and on disk.
     STORED = "stored"
-    #: The run gave up fetching or was given something else; the next one tries again.
+    #: The download failed or was not the requested image; a later try is possible.
     NOT_STORED = "not_stored"
-    #: The stored file is not there any more; it is fetched again.
+    #: The stored file is gone; it is fetched again.
     FILE_MISSING = "file_missing"
     #: Paid, and neither the task nor the link can be read again.
     EXPIRED = "expired"
-    #: Its verified file lies in the storage root, although this journal did not enter it there.
+    #: Its verified file is in the storage root, although this journal did not enter it there.
     FOUND = "found"
 
 
-#: (state, event) → state. What is not here is illegal. ``None`` is before the first event.
+#: (state, event) → state. All others are illegal. ``None`` is before the first event.
 TRANSITIONS: Final[Mapping[tuple[State | None, Event], State]] = {
     (None, Event.PLANNED): State.PLANNED,
     (State.PLANNED, Event.SUBMITTING): State.SUBMITTING,
@@ -121,12 +119,12 @@ TRANSITIONS: Final[Mapping[tuple[State | None, Event], State]] = {
     **{(state, Event.FOUND): State.STORED for state in State},
 }
 
-#: States in which a purchase has been paid for, or may have been, and is not at hand yet.
+#: States in which an image is paid for, or may be, and is not available yet.
 AT_STAKE: Final = frozenset({State.SUBMITTING, State.SUBMITTED, State.COMPLETED, State.UNKNOWN})
 
 
 def advance(state: State | None, event: Event) -> State:
-    """The state after an event. Raises IllegalTransition where the table has no such row."""
+    """Return the state after an event. Raises IllegalTransition if the table has no such row."""
     try:
         return TRANSITIONS[state, event]
     except KeyError:
@@ -135,7 +133,7 @@ def advance(state: State | None, event: Event) -> State:
 
 
 def replay(events: Iterable[Event]) -> State | None:
-    """The state that a request's events lead to, from the first on."""
+    """Return the state that a request's events lead to."""
     state: State | None = None
     for event in events:
         state = advance(state, event)

@@ -1,4 +1,4 @@
-"""Calls what blocks in threads of this process. Passed in, so that a simulation has none."""
+"""Blocking calls in threads. Passed in, so that a simulation has none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class InThread(Protocol):
-    """Makes a call in a thread, and returns what the call returns."""
+    """Makes a call in a thread, and returns its result."""
 
     async def __call__(self, call: Callable[..., _T], /, *arguments: Any) -> _T:
         """Make the call. A cancellation is raised once the call has ended."""
@@ -30,7 +30,7 @@ class Threads:
     async def __call__(self, call: Callable[..., _T], /, *arguments: Any) -> _T:
         """Make the call. A cancellation is raised once the call has ended.
 
-        So nothing is given up, such as a claim or a lock, while a thread still works with it.
+        So no claim or lock is released while a thread still uses it.
         """
         if self._pool is None or self._pool_of != os.getpid():
             # A child inherits the pool of its parent without the threads in it.
@@ -44,12 +44,12 @@ class Threads:
             while ending is not None and not ending.done():
                 try:
                     await asyncio.wait([ending])
-                except asyncio.CancelledError:  # once more; the first one is raised below
+                except asyncio.CancelledError:  # again; the first one is raised below
                     continue
             if ending is not None and not ending.cancelled():
-                ending.exception()  # nobody is left to take it
+                ending.exception()  # marks it as retrieved: no caller is left
             raise
 
 
-#: Where the journal is read and written.
+#: The threads that read and write the journal.
 in_thread: Final = Threads(16)

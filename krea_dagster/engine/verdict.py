@@ -1,4 +1,4 @@
-"""What somebody thinks of one image: the words that there are, and the value. Pure."""
+"""A reviewer's verdict on one image. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from krea_dagster.errors import InputError
 KEEP: Final = "keep"
 REJECT: Final = "reject"
 FLAG: Final = "flag"
-#: Takes the last verdict back.
+#: Takes back the last verdict.
 NONE: Final = "none"
 VERDICTS: Final = (KEEP, REJECT, FLAG, NONE)
 
 _HEX: Final = frozenset("0123456789abcdef")
-#: The longest texts that are kept, in characters.
+#: The most characters of each text.
 _LONGEST: Final = {"verdict_id": 64, "reviewer": 255, "reason": 2000, "request_key": 64}
 #: Texts of any length.
 _NAMES: Final = ("prompt_id", "partition_key")
@@ -24,12 +24,11 @@ _NAMES: Final = ("prompt_id", "partition_key")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What somebody thinks of one image. Raises InputError where it could not be kept.
+    """A reviewer's verdict on one image. Raises InputError if it cannot be stored.
 
-    ``verdict_id`` is made by whoever gives it, anew for each (a UUID does). ``verdict`` is one of
-    ``VERDICTS``. The request's columns say what the image was made for when it was looked at.
-    ``table_id`` is the prompt table that it was looked at for. ``number`` and ``at`` (UTC) are
-    given when it is remembered; an ``at`` that is there already is kept.
+    ``verdict_id`` is made by the caller and unique for each verdict, such as a UUID. ``verdict`` is
+    one of ``VERDICTS``. The columns of the request, and ``table_id``, tell for which row the image
+    was reviewed. ``number`` and ``at`` (UTC) are set when it is stored, unless ``at`` is given.
     """
 
     verdict_id: str
@@ -48,26 +47,26 @@ class Verdict:
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
-            raise InputError(f"{self.verdict!r} is no verdict; give one of {', '.join(VERDICTS)}")
+            raise InputError(f"unknown verdict {self.verdict!r}; use one of {', '.join(VERDICTS)}")
         if len(self.image_sha256) != 64 or not _HEX.issuperset(self.image_sha256):
-            raise InputError(f"{self.image_sha256!r} is no image's SHA-256, in lower case")
+            raise InputError(f"{self.image_sha256!r} is not a SHA-256 in lower case")
         for name, most in _LONGEST.items():
             value = getattr(self, name)
             if value is None and name == "reason":
                 continue
             if not _can_be_kept(value, most) or (name != "reason" and not value.strip()):
                 raise InputError(
-                    f"a verdict's {name} is a text of at most {most} characters, "
+                    f"a verdict's {name} must be a text of at most {most} characters, "
                     f"not {str(value)[:40]!r}"
                 )
         for name in _NAMES:
             value = getattr(self, name)
             if not _can_be_kept(value, len(value)):
-                raise InputError(f"a verdict's {name} holds characters that cannot be kept")
+                raise InputError(f"a verdict's {name} has characters that cannot be stored")
 
 
 def _can_be_kept(value: object, most: int) -> bool:
-    """Whether every database takes a text: PostgreSQL no zero, and neither half a character."""
+    """Whether every database takes a text: PostgreSQL takes no NUL, and none a lone surrogate."""
     if not isinstance(value, str) or len(value) > most or "\x00" in value:
         return False
     return value.encode("utf-8", "replace").decode() == value

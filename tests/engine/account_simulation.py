@@ -21,8 +21,8 @@ from krea_dagster.engine.pace_sharing import (
     PaceEvent,
     PaceExchange,
     SharedPace,
-    kept_of,
-    told_of,
+    dump_history,
+    load_history,
 )
 from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.poll_schedule import (
@@ -208,9 +208,9 @@ class Run:
                 for owner, (one, then_s) in shelf.leases.items()
                 if owner != self.owner and at_s - then_s <= LEASE_S
             ]
-            told = told_of(shelf.kept, at_s - shelf.kept_at_s, at_s).among((lease, *others))
-            told = told.with_these(untold, at_s)
-            shelf.kept, shelf.kept_at_s = kept_of(told, at_s), at_s
+            told = load_history(shelf.kept, at_s - shelf.kept_at_s, at_s).among((lease, *others))
+            told = told.with_events(untold, at_s)
+            shelf.kept, shelf.kept_at_s = dump_history(told, at_s), at_s
             return PaceExchange(told.learned(), lease, others, len(untold), at_s)
 
         def answered(at_s: float, found: PaceExchange) -> None:

@@ -55,7 +55,7 @@ def test_a_budget_is_a_scope_and_its_credits(text: str, budget: Budget) -> None:
     ],
 )
 def test_what_is_no_budget_is_said_to_be_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be read; write SCOPE=CREDITS"):
+    with pytest.raises(ConfigError, match="is invalid; use SCOPE=CREDITS"):
         Budget.parse(text)
 
 

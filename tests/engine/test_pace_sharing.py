@@ -14,9 +14,9 @@ from krea_dagster.engine.pace_sharing import (
     PaceExchange,
     PaceHistory,
     SharedPace,
-    kept_of,
+    dump_history,
+    load_history,
     share_of,
-    told_of,
 )
 
 FULL = Pace(64, limit=Limit.AT_ONCE, window=24.0)
@@ -97,25 +97,25 @@ def answers() -> list[PaceEvent]:
 
 
 def test_answers_that_are_told_late_and_in_no_order_teach_the_same() -> None:
-    ordered = PaceHistory(Pace(64), ()).with_these(answers(), 11.0).with_these((), 60.0)
-    mixed = PaceHistory(Pace(64), ()).with_these(answers()[::2], 11.0)
-    mixed = mixed.with_these(answers()[1::2], 12.0).with_these((), 60.0)
+    ordered = PaceHistory(Pace(64), ()).with_events(answers(), 11.0).with_events((), 60.0)
+    mixed = PaceHistory(Pace(64), ()).with_events(answers()[::2], 11.0)
+    mixed = mixed.with_events(answers()[1::2], 12.0).with_events((), 60.0)
     assert mixed == ordered
-    assert ordered.answers == ()
+    assert ordered.events == ()
 
 
 def test_what_is_kept_is_found_again_by_another_clock() -> None:
-    told = PaceHistory(Pace(1_000_000), ()).with_these(answers(), 17.0)
-    found = told_of(kept_of(told, 17.0), 1.0, 5000.0)
+    told = PaceHistory(Pace(1_000_000), ()).with_events(answers(), 17.0)
+    found = load_history(dump_history(told, 17.0), 1.0, 5000.0)
     assert found.learned().limit is told.learned().limit
     assert found.learned().window == told.learned().window
-    assert found.answers[-1].at_s == pytest.approx(told.answers[-1].at_s + 5000.0 - 18.0)
+    assert found.events[-1].at_s == pytest.approx(told.events[-1].at_s + 5000.0 - 18.0)
 
 
 @pytest.mark.parametrize("age_s", [-0.1, 301.0, float("nan")])
 def test_what_is_of_the_future_or_old_is_not_believed(age_s: float) -> None:
     told = PaceHistory(FULL, ())
-    assert told_of(kept_of(told, 0.0), age_s, 50.0) == PaceHistory(Pace(1_000_000), ())
+    assert load_history(dump_history(told, 0.0), age_s, 50.0) == PaceHistory(Pace(1_000_000), ())
 
 
 def test_a_run_whose_journal_is_away_goes_on_alone_and_tells_it_later() -> None:

@@ -14,8 +14,8 @@ from krea_dagster.engine.pace_sharing import (
     Lease,
     PaceEvent,
     PaceExchange,
-    kept_of,
-    told_of,
+    dump_history,
+    load_history,
 )
 
 _SECOND_US: Final = 1_000_000
@@ -50,7 +50,7 @@ class PaceLog:
             this = paces.c.account == account
             row = connection.execute(select(paces).where(this).with_for_update()).one()
             now_us, now_s = self._now_us(connection, monotonic), monotonic()
-            told = told_of(row.kept, (now_us - row.at_us) / _SECOND_US, now_s)
+            told = load_history(row.kept, (now_us - row.at_us) / _SECOND_US, now_s)
             columns = pace_leases.c
             others = connection.execute(
                 select(columns.owner, columns.in_flight, columns.wants)
@@ -58,8 +58,8 @@ class PaceLog:
                 .where(columns.at_us.between(now_us - int(LEASE_S * _SECOND_US), now_us))
             )
             found = tuple(Lease(*row) for row in others)
-            told = told.among((mine, *found)).with_these(untold, now_s)
-            kept = {"kept": kept_of(told, now_s), "at_us": now_us}
+            told = told.among((mine, *found)).with_events(untold, now_s)
+            kept = {"kept": dump_history(told, now_s), "at_us": now_us}
             connection.execute(update(paces).where(this).values(kept))
             lease = {
                 "account": account,

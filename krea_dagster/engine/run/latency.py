@@ -1,8 +1,8 @@
-"""How long images take: a distribution per quality, learned from looks that bracket the end.
+"""How long images take: a distribution per quality, learned from reads that bracket the end.
 
-Pure. When a task ended is never said, only noticed: it lies between the last "not yet" and the
-first "done". Learning from when it was *noticed* would let every late look make the next one
-later, so each image only moves the weight of the distribution that lies in its bracket.
+Pure. The API does not tell when a task ended: only that it was unfinished at one read and finished
+at the next. Learning from the time of the last read would let every late read make the next one
+later, so each image only moves the weight of the distribution that is in its bracket.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _MIDDLES_S: Final = np.maximum(_EDGES_S[:-1], 0.01) + _WIDTHS_S / 2
 
 #: Images that the distribution remembers, so that it follows a service that changes.
 _MEMORY: Final = 200.0
-#: Images that what was expected beforehand counts for.
+#: The weight of the expectation, in images.
 _PRIOR: Final = 1.5
-#: How far the expectation beforehand spreads, as a share.
+#: The spread of the expectation, as a share.
 _SPREAD: Final = 0.35
-#: Where so many of a kind have ended, the others are stragglers: the distribution says little of
+#: Once this share of a kind has ended, the others are stragglers: the distribution tells little of
 #: them. They are expected within this share of their age, and within this many seconds.
 _NEARLY_ALL: Final = 0.9
 _STRAGGLER_SHARE: Final = 0.15
@@ -44,7 +44,7 @@ _STRAGGLER_MOST_S: Final = 5.0
 
 @dataclass(frozen=True)
 class Curve:
-    """The distribution of one quality's latencies. ``seen`` counts what it was learned from."""
+    """The distribution of one quality's latencies, learned from ``seen`` images."""
 
     mass: Floats = field(repr=False)
     seen: float = 0.0
@@ -58,18 +58,18 @@ class Curve:
 
     @classmethod
     def expecting(cls, latency_s: float) -> Curve:
-        """Before anything is known but about how long it takes."""
+        """Return the curve of an expected latency, before any image was seen."""
         distance = np.log(_MIDDLES_S / latency_s) / _SPREAD
         mass = np.exp(-distance * distance / 2) + 1e-4
         return cls(mass / mass.sum())
 
     @classmethod
     def known(cls, latency_s: float) -> Curve:
-        """Where it is known beforehand how long it takes."""
+        """Return the curve of a known latency."""
         return replace(cls.expecting(latency_s), seen=_MEMORY / 4)
 
     def finished(self, not_yet_s: float, done_s: float) -> Curve:
-        """With one more image: unfinished at the first age, finished at the second."""
+        """Return the curve with one more image: unfinished at one age, finished at the other."""
         done_s = max(done_s, not_yet_s + 1e-3)
         first = min(bisect_right(_EDGES, not_yet_s) - 1, _BINS - 1)
         last = min(bisect_left(_EDGES, done_s), _BINS)
@@ -87,7 +87,7 @@ class Curve:
         return Curve(mass, seen)
 
     def done_since(self, not_yet_s: Floats | float, age_s: Floats | float) -> Floats:
-        """The chance that a task has ended, by its age when it had not and its age now."""
+        """Return the chance that a task has ended, by its age when unfinished and its age now."""
         before = np.interp(not_yet_s, _EDGES_S, self.total)
         left = 1.0 - before
         now = np.interp(age_s, _EDGES_S, self.total)
@@ -98,44 +98,44 @@ class Curve:
 
     @property
     def median_s(self) -> float:
-        """The latency that half of them stay under."""
+        """The median latency."""
         return float(np.interp(0.5, self.total, _EDGES_S))
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """What is known of the latencies, by quality."""
+    """The curves of latencies, by quality."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     @classmethod
     def known(cls, by_quality_s: Mapping[str, float]) -> Latencies:
-        """Where it is known beforehand how long images take, in seconds."""
+        """Return the curves of known latencies, in seconds."""
         return cls({quality: Curve.known(s) for quality, s in by_quality_s.items()})
 
     @classmethod
     def expecting(cls, latency_s: float | None) -> Latencies:
-        """Before anything was seen, where somebody expects so many seconds; None: nobody does."""
+        """Return the curves of one expected latency; None uses the published ones."""
         if latency_s is None:
             return cls()
         return cls({quality: Curve.expecting(latency_s) for quality in EXPECTED_LATENCY_S})
 
     def of(self, quality: str) -> Curve:
-        """The distribution of a quality, or what is expected before anything was seen."""
+        """Return the curve of a quality, the published one before any image was seen."""
         known = self.curves.get(quality)
         return _expected(quality) if known is None else known
 
     def finished(self, quality: str, not_yet_s: float, done_s: float) -> Latencies:
-        """With one more image, by its ages when it was last unfinished and first finished."""
+        """Return the curves with one more image, by its ages when unfinished and finished."""
         after = self.of(quality).finished(not_yet_s, done_s)
         return Latencies({**self.curves, quality: after})
 
 
 def is_overdue(latencies: Latencies, quality: str, age_s: float) -> bool:
-    """Whether a task is so late that the server has hardly still got it in work.
+    """Whether a task is so late that the server is probably not working on it.
 
-    It is asked about on and on, but no longer kept a place in the window: a few tasks that never
-    end would otherwise fill it.
+    It is still polled, but has no place in the window any more: a few tasks that never end would
+    otherwise fill it.
     """
     return age_s > 5.0 + 4.0 * latencies.of(quality).median_s
 

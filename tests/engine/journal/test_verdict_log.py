@@ -134,14 +134,14 @@ def test_a_journal_gives_its_verdicts(journal: Journal) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"verdict": "maybe"}, "'maybe' is no verdict; give one of keep, reject, flag, none"),
-        ({"image_sha256": "AB" * 32}, "is no image's SHA-256"),
-        ({"image_sha256": "ab"}, "is no image's SHA-256"),
-        ({"verdict_id": ""}, "a verdict's verdict_id is a text of at most 64 characters"),
-        ({"verdict_id": "x" * 65}, "a verdict's verdict_id is a text"),
-        ({"reviewer": "  "}, "a verdict's reviewer is a text of at most 255"),
-        ({"reviewer": "\ud800"}, "a verdict's reviewer is a text"),
-        ({"reason": "a\x00b"}, "a verdict's reason is a text of at most 2000"),
+        ({"verdict": "maybe"}, "unknown verdict 'maybe'; use one of keep, reject, flag, none"),
+        ({"image_sha256": "AB" * 32}, "is not a SHA-256"),
+        ({"image_sha256": "ab"}, "is not a SHA-256"),
+        ({"verdict_id": ""}, "a verdict's verdict_id must be a text of at most 64 characters"),
+        ({"verdict_id": "x" * 65}, "a verdict's verdict_id must be a text"),
+        ({"reviewer": "  "}, "a verdict's reviewer must be a text of at most 255"),
+        ({"reviewer": "\ud800"}, "a verdict's reviewer must be a text"),
+        ({"reason": "a\x00b"}, "a verdict's reason must be a text of at most 2000"),
     ],
 )
 def test_what_is_no_verdict_is_refused_before_anything_is_written(
