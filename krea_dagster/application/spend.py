@@ -22,7 +22,7 @@ from krea_dagster.spend.tables.daily import DAILY_SCHEMA
 from krea_dagster.spend.tables.ledger import exact_rate
 from krea_dagster.spend.tables.query import FIGURES, Line, ask, open_views, sums
 from krea_dagster.spend.tables.state import SpendState
-from krea_dagster.spend.warnings.table_files import account_proof, prompt_texts, stored_tables
+from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning
 
 

@@ -21,7 +21,7 @@ from krea_dagster.spend.tables.daily import daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_views, sums
 from krea_dagster.spend.tables.update import Updated, update_spend
-from krea_dagster.spend.warnings.table_files import stored_tables
+from krea_dagster.spend.warnings.sources import stored_tables
 
 SPEND_JOB_NAME: Final = "krea_spend"
 

@@ -13,7 +13,7 @@ from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
 from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.spend.warnings.load_history import observe
-from krea_dagster.spend.warnings.table_files import account_proof, stored_tables
+from krea_dagster.spend.warnings.sources import account_proof, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
 #: Days after its last day for which a warning fails its check.

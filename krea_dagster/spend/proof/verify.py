@@ -30,7 +30,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import IllegalTransition
 from krea_dagster.models import credits_text
 from krea_dagster.spend.proof.account import AccountComparison, AccountProof
-from krea_dagster.spend.proof.files import Reader, Seen
+from krea_dagster.spend.proof.stored_files import Reader, Seen
 from krea_dagster.spend.proof.findings import Figures, Findings, Kind, Proof
 from krea_dagster.spend.proof.manifest_rows import Listed, compare_rows
 

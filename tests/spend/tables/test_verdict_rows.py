@@ -18,7 +18,7 @@ from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.spend.report.report_data import figures_of
 from krea_dagster.spend.tables.query import Line, open_views, sums
 from krea_dagster.spend.tables.update import TABLES, update_spend
-from krea_dagster.spend.warnings.table_files import stored_tables
+from krea_dagster.spend.warnings.sources import stored_tables
 from tests.spend.simulated_year import Year
 
 NOW = datetime(2027, 3, 1, tzinfo=timezone.utc)

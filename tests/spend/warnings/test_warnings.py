@@ -23,7 +23,7 @@ from krea_dagster.spend.warnings.history import (
     PriceSeen,
 )
 from krea_dagster.spend.warnings.load_history import account_use, observe
-from krea_dagster.spend.warnings.table_files import stored_tables
+from krea_dagster.spend.warnings.sources import stored_tables
 from krea_dagster.spend.warnings.warnings import Level, SpendWarning, WarningKind, find_warnings
 from tests.spend import simulated_year as year
 from tests.spend.simulated_tables import END, OUTAGE, PRICE_DAY, RUNAWAY, simulated_year
