@@ -34,9 +34,9 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.models import credits_from_units, credits_text
 from krea_dagster.plugin.materialize import Materialized, Salvaged
-from krea_dagster.spend.proof.findings import Figures, Proof
-from krea_dagster.spend.quote import Line, Quote
-from krea_dagster.spend.tables.query import Line as SpendLine
+from krea_dagster.spend.proof.findings import Proof, ProofFigures
+from krea_dagster.spend.quote import Quote, QuoteLine
+from krea_dagster.spend.tables.query import SpendLine
 from krea_dagster.spend.warnings.warnings import SpendWarning
 
 #: Seconds between two lines of progress where there is no terminal.
@@ -272,7 +272,7 @@ def show_quote(quoted: Quoted, *, by_partition: bool) -> None:
         out.print("Nothing would be bought.")
 
 
-def _quote_table(quote: Quote, lines: Sequence[Line], *, names: bool) -> Table:
+def _quote_table(quote: Quote, lines: Sequence[QuoteLine], *, names: bool) -> Table:
     total = quote.total
     counts = [name for name in _QUOTE_COUNTS if name in _ALWAYS or getattr(total, name)]
     table = Table(box=None, pad_edge=False, show_footer=len(lines) > 1)
@@ -311,7 +311,7 @@ def quote_figures(quoted: Quoted) -> dict[str, Any]:
     }
 
 
-def _line_figures(quote: Quote, line: Line) -> dict[str, Any]:
+def _line_figures(quote: Quote, line: QuoteLine) -> dict[str, Any]:
     names = {"partition": line.partition_key, "quality": line.quality} if line.quality else {}
     return {
         **names,
@@ -328,17 +328,17 @@ def _line_figures(quote: Quote, line: Line) -> dict[str, Any]:
     }
 
 
-def _since(line: Line) -> str | None:
+def _since(line: QuoteLine) -> str | None:
     at = line.at_stake_since
     return None if at is None else at.isoformat(timespec="seconds")
 
 
 @contextmanager
-def proof_progress() -> Iterator[Callable[[Figures], None]]:
+def proof_progress() -> Iterator[Callable[[ProofFigures], None]]:
     """Yield what shows how far a proof is: a line every few seconds."""
     next_s = time.monotonic() + _LINE_EVERY_S
 
-    def show(figures: Figures) -> None:
+    def show(figures: ProofFigures) -> None:
         nonlocal next_s
         if time.monotonic() >= next_s:
             next_s = time.monotonic() + _LINE_EVERY_S

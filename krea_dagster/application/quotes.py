@@ -20,7 +20,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.partitions import has_come
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PLAN_SCHEMA, PromptTable
-from krea_dagster.spend.quote import Asked, Quote, quote
+from krea_dagster.spend.quote import ImageGroup, Quote, quote
 
 _QUALITY: Final = PLAN_SCHEMA.get_field_index("quality")
 _KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
@@ -87,7 +87,7 @@ def quote_images(
         )
 
 
-def _asked(standing: Standing, journal: Journal | None, *, in_order: bool) -> Iterator[Asked]:
+def _asked(standing: Standing, journal: Journal | None, *, in_order: bool) -> Iterator[ImageGroup]:
     """Yield the images by how they stand, thousands at once; ``in_order`` where caps bind."""
     plan = standing.plan
     whole = standing.by_partition(standing.done)
@@ -120,7 +120,7 @@ def _of_batch(
     journal: Journal | None,
     in_order: bool,
     scopes: Sequence[tuple[str, ...]],
-) -> Iterator[Asked]:
+) -> Iterator[ImageGroup]:
     qualities = batch.column(_QUALITY).dictionary_encode()
     names = qualities.dictionary.to_pylist()
     numbers = np.asarray(qualities.indices.to_numpy(), np.int64)
@@ -139,7 +139,7 @@ def _of_batch(
     breaks = np.flatnonzero(changes) + 1
     for places in np.split(order, breaks) if len(order) else ():
         at = int(places[0])
-        yield Asked(
+        yield ImageGroup(
             key,
             names[numbers[at]],
             rows=len(places),

@@ -20,7 +20,7 @@ from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA
 from krea_dagster.spend.tables.ledger import exact_rate
-from krea_dagster.spend.tables.query import FIGURES, Line, ask, open_views, sums
+from krea_dagster.spend.tables.query import FIGURES, SpendLine, ask, open_views, sums
 from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning
@@ -34,7 +34,7 @@ class Spend:
     """
 
     by: tuple[str, ...]
-    lines: Sequence[Line]
+    lines: Sequence[SpendLine]
     since: date | None
     until: date | None
     rate: Fraction
@@ -136,8 +136,8 @@ def _as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:
     return float(Fraction(known.credits_per_usd)), known.by
 
 
-def _named(name: str, line: Line) -> Line:
-    return Line((name,), *(getattr(line, one) for one in FIGURES))
+def _named(name: str, line: SpendLine) -> SpendLine:
+    return SpendLine((name,), *(getattr(line, one) for one in FIGURES))
 
 
 def _days_of(month: str) -> tuple[date, date]:

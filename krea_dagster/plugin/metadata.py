@@ -24,7 +24,7 @@ from krea_dagster.engine.storage.images import DAMAGED
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import DESCRIPTIONS
 from krea_dagster.models import credits_from_units
-from krea_dagster.spend.quote import Line
+from krea_dagster.spend.quote import QuoteLine
 
 #: Thumbnails in a row of a sheet, their longest side in pixels, and the space between them.
 _COLUMNS: Final = 6
@@ -105,7 +105,7 @@ def manifest_metadata(figures: Figures, path: str) -> Metadata:
     }
 
 
-def quote_metadata(line: Line | None) -> Metadata:
+def quote_metadata(line: QuoteLine | None) -> Metadata:
     """What was said before a partition's run: rows to buy, and at most how many credits."""
     return {
         "quoted_to_buy": 0 if line is None else line.to_buy,

@@ -41,8 +41,8 @@ from krea_dagster.models import credits_from_units
 _NO_CAPS: Final = Caps()
 
 
-class Fate(str, Enum):
-    """What the next run does about a request. The text is a field of ``Line``."""
+class ExpectedOutcome(str, Enum):
+    """What the next run does about a request. The text is a field of ``QuoteLine``."""
 
     #: Stored, and its file is there: nothing.
     REUSED = "reused"
@@ -72,7 +72,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Line:
+class QuoteLine:
     """One partition and quality. Counts are rows, each sample of a row being one.
 
     ``asked`` is the sum of the seven after it. ``purchases`` counts distinct requests: rows
@@ -100,14 +100,14 @@ class Line:
     at_stake_units: int = 0
     at_stake_since: datetime | None = None
 
-    def __add__(self, other: Line) -> Line:
+    def __add__(self, other: QuoteLine) -> QuoteLine:
         """Two lines together, under the names of the first."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
         times = [at for at in (self.at_stake_since, other.at_stake_since) if at is not None]
         return replace(self, **sums, at_stake_since=min(times, default=None))
 
 
-_COUNTS: Final = tuple(item.name for item in fields(Line) if item.default == 0)
+_COUNTS: Final = tuple(item.name for item in fields(QuoteLine) if item.default == 0)
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,17 @@ class Quote:
     reached, and when it frees.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[QuoteLine, ...]
     prices: Mapping[str, Price]
     credits_per_usd: float = CREDITS_PER_USD
     cap: str | None = None
 
     @property
-    def total(self) -> Line:
+    def total(self) -> QuoteLine:
         """All lines together."""
         return self._sum("", "", self.lines)
 
-    def by_quality(self) -> list[Line]:
+    def by_quality(self) -> list[QuoteLine]:
         """One line for each quality, all partitions together."""
         names = dict.fromkeys(line.quality for line in self.lines)
         return [
@@ -136,11 +136,11 @@ class Quote:
             for name in names
         ]
 
-    def by_partition(self) -> dict[str, Line]:
+    def by_partition(self) -> dict[str, QuoteLine]:
         """One line for each partition, all qualities together."""
-        parts: dict[str, Line] = {}
+        parts: dict[str, QuoteLine] = {}
         for line in self.lines:
-            known = parts.get(line.partition_key, Line(line.partition_key, ""))
+            known = parts.get(line.partition_key, QuoteLine(line.partition_key, ""))
             parts[line.partition_key] = known + line
         return parts
 
@@ -149,12 +149,12 @@ class Quote:
         return credits_from_units(units) / self.credits_per_usd
 
     @staticmethod
-    def _sum(partition_key: str, quality: str, lines: Iterable[Line]) -> Line:
-        return sum(lines, Line(partition_key, quality))
+    def _sum(partition_key: str, quality: str, lines: Iterable[QuoteLine]) -> QuoteLine:
+        return sum(lines, QuoteLine(partition_key, quality))
 
 
 @dataclass(frozen=True)
-class Asked:
+class ImageGroup:
     """Some images of one partition and quality that stand alike.
 
     ``rows`` counts them, and ``requests`` those of them that are the first to ask for their
@@ -173,7 +173,7 @@ class Asked:
 
 
 def quote(
-    asked: Iterable[Asked],
+    asked: Iterable[ImageGroup],
     *,
     prices: Mapping[str, int],
     now: datetime,
@@ -192,19 +192,19 @@ def quote(
     the order of the images, for the prompt table ``table_id``. An unknown price or a capped
     purchase is counted as dear as it may be; a task that fails is not foreseen.
     """
-    budget = _Budget(caps, committed, prices, now, table_id)
-    lines: dict[tuple[str, str], Line] = {}
+    budget = _BudgetSimulation(caps, committed, prices, now, table_id)
+    lines: dict[tuple[str, str], QuoteLine] = {}
     for images in asked:
         names = (images.partition_key, images.quality)
         if images.at_hand:
-            fate = Fate.REUSED
+            fate = ExpectedOutcome.REUSED
         elif images.record is None:
-            fate = Fate.TO_BUY
+            fate = ExpectedOutcome.TO_BUY
         else:
-            fate = fate_of(images.record, now=now, policy=policy, holds=holds)
+            fate = expected_outcome(images.record, now=now, policy=policy, holds=holds)
         rows: dict[str, Any] = {"asked": images.rows, fate.value: images.rows}
-        known = lines.get(names) or Line(*names)
-        lines[names] = known + Line("", "", **rows) + _money(fate, images, budget)
+        known = lines.get(names) or QuoteLine(*names)
+        lines[names] = known + QuoteLine("", "", **rows) + _money(fate, images, budget)
     return Quote(
         lines=tuple(lines[names] for names in sorted(lines)),
         prices={
@@ -216,30 +216,30 @@ def quote(
     )
 
 
-def fate_of(
+def expected_outcome(
     record: Record, *, now: datetime, policy: Policy, holds: Callable[[StoredImage], bool]
-) -> Fate:
+) -> ExpectedOutcome:
     """What a run that begins now does about a request."""
     if record.state is State.STORED:
         at_hand = record.image is not None and holds(record.image)
-        return Fate.REUSED if at_hand else Fate.REFETCHED
+        return ExpectedOutcome.REUSED if at_hand else ExpectedOutcome.REFETCHED
     match next_action(record, RetryState(), now, policy, buying=True):
         case Submit() | Requeue():
-            return Fate.TO_BUY
+            return ExpectedOutcome.TO_BUY
         case Replay():
-            return Fate.REPLAYED
+            return ExpectedOutcome.REPLAYED
         case MarkUnknown():
             unknown = replace(record, state=State.UNKNOWN)
-            return fate_of(unknown, now=now, policy=policy, holds=holds)
+            return expected_outcome(unknown, now=now, policy=policy, holds=holds)
         case Poll() | Fetch():
-            return Fate.TAKEN_UP
+            return ExpectedOutcome.TAKEN_UP
         case Leave() if record.state is State.UNKNOWN:
-            return Fate.HELD
+            return ExpectedOutcome.HELD
         case _:
-            return Fate.ENDED
+            return ExpectedOutcome.ENDED
 
 
-class _Budget:
+class _BudgetSimulation:
     """Admits purchases one after the other, as the journal will."""
 
     def __init__(
@@ -261,7 +261,7 @@ class _Budget:
     def price(self, quality: str) -> int:
         return expected_units(quality, self._prices)
 
-    def takes(self, units: int, purchases: int, images: Asked) -> int:
+    def takes(self, units: int, purchases: int, images: ImageGroup) -> int:
         """Commit as many purchases of one price as there is room for; return their number."""
         scopes = scopes_of(
             "", self._now, images.partition_key, images.scopes, table_id=self._table_id
@@ -295,15 +295,15 @@ class _Budget:
         )
 
 
-def _money(fate: Fate, images: Asked, budget: _Budget) -> Line:
+def _money(fate: ExpectedOutcome, images: ImageGroup, budget: _BudgetSimulation) -> QuoteLine:
     """What the requests of some images add to the sums of their line."""
     price = budget.price(images.quality)
     if not images.requests:
-        return Line("", "")
+        return QuoteLine("", "")
     match fate:
-        case Fate.TO_BUY:
+        case ExpectedOutcome.TO_BUY:
             kept_back = images.requests - budget.takes(price, images.requests, images)
-            return Line(
+            return QuoteLine(
                 "",
                 "",
                 purchases=images.requests,
@@ -311,9 +311,9 @@ def _money(fate: Fate, images: Asked, budget: _Budget) -> Line:
                 deferred=kept_back,
                 deferred_units=price * kept_back,
             )
-        case Fate.HELD | Fate.REPLAYED if images.record is not None:
+        case ExpectedOutcome.HELD | ExpectedOutcome.REPLAYED if images.record is not None:
             at_most = images.record.committed_units or price
             since = images.record.sent_at
-            return Line("", "", at_stake=1, at_stake_units=at_most, at_stake_since=since)
+            return QuoteLine("", "", at_stake=1, at_stake_units=at_most, at_stake_since=since)
         case _:
-            return Line("", "")
+            return QuoteLine("", "")

@@ -19,7 +19,15 @@ from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import ImageRequest
-from krea_dagster.spend.quote import Asked, Fate, Line, Price, Quote, fate_of, quote
+from krea_dagster.spend.quote import (
+    ExpectedOutcome,
+    ImageGroup,
+    Price,
+    Quote,
+    QuoteLine,
+    expected_outcome,
+    quote,
+)
 from tests.spend.project_harness import Shop
 
 ONE_K = 4500
@@ -159,38 +167,38 @@ def record(state: State, number: int = 0, quality: str = "1K", **fields: Any) ->
     return Record(request(number, quality), state, "p", **{**known, **fields})
 
 
-def fate(found: Record, policy: Policy | None = None, *, at_hand: bool = True) -> Fate:
-    return fate_of(found, now=NOW, policy=policy or Policy(), holds=lambda _: at_hand)
+def fate(found: Record, policy: Policy | None = None, *, at_hand: bool = True) -> ExpectedOutcome:
+    return expected_outcome(found, now=NOW, policy=policy or Policy(), holds=lambda _: at_hand)
 
 
 def test_each_state_has_its_fate() -> None:
     fates = {state: fate(record(state)) for state in State}
     assert fates == {
-        State.PLANNED: Fate.TO_BUY,
-        State.DEFERRED: Fate.TO_BUY,
-        State.SUBMITTING: Fate.REPLAYED,  # a process died before the answer
-        State.UNKNOWN: Fate.REPLAYED,
-        State.SUBMITTED: Fate.TAKEN_UP,
-        State.COMPLETED: Fate.TAKEN_UP,
-        State.STORED: Fate.REUSED,
-        State.FAILED: Fate.ENDED,
-        State.REFUSED: Fate.ENDED,
-        State.EXPIRED: Fate.TAKEN_UP,  # asked about once more, which is free
+        State.PLANNED: ExpectedOutcome.TO_BUY,
+        State.DEFERRED: ExpectedOutcome.TO_BUY,
+        State.SUBMITTING: ExpectedOutcome.REPLAYED,  # a process died before the answer
+        State.UNKNOWN: ExpectedOutcome.REPLAYED,
+        State.SUBMITTED: ExpectedOutcome.TAKEN_UP,
+        State.COMPLETED: ExpectedOutcome.TAKEN_UP,
+        State.STORED: ExpectedOutcome.REUSED,
+        State.FAILED: ExpectedOutcome.ENDED,
+        State.REFUSED: ExpectedOutcome.ENDED,
+        State.EXPIRED: ExpectedOutcome.TAKEN_UP,  # asked about once more, which is free
     }
 
 
 def test_the_policy_decides_what_is_held_and_what_is_bought_again() -> None:
     hold = Policy(on_unknown="hold")
-    assert fate(record(State.UNKNOWN), hold) is Fate.HELD
-    assert fate(record(State.SUBMITTING), hold) is Fate.HELD
+    assert fate(record(State.UNKNOWN), hold) is ExpectedOutcome.HELD
+    assert fate(record(State.SUBMITTING), hold) is ExpectedOutcome.HELD
     old = record(State.UNKNOWN, sent_at=NOW - timedelta(hours=24))
-    assert fate(old) is Fate.HELD  # too old for a repeat under the same key
-    assert fate(record(State.STORED), at_hand=False) is Fate.REFETCHED
-    assert fate(record(State.FAILED, error_code="service_error")) is Fate.TO_BUY
+    assert fate(old) is ExpectedOutcome.HELD  # too old for a repeat under the same key
+    assert fate(record(State.STORED), at_hand=False) is ExpectedOutcome.REFETCHED
+    assert fate(record(State.FAILED, error_code="service_error")) is ExpectedOutcome.TO_BUY
     blocked = record(State.REFUSED, error_code="content_policy_violation")
-    assert fate(blocked) is Fate.ENDED
+    assert fate(blocked) is ExpectedOutcome.ENDED
     wished = Policy(retry_codes=frozenset({"content_policy_violation"}))
-    assert fate(blocked, wished) is Fate.TO_BUY
+    assert fate(blocked, wished) is ExpectedOutcome.TO_BUY
 
 
 # -- the sums ---------------------------------------------------------------------------------
@@ -223,7 +231,7 @@ def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
     }
     numbers = [number for number, _ in rows]
     asked = [
-        Asked(
+        ImageGroup(
             partition,
             quality_of(number),
             requests=int(number not in numbers[:row]),
@@ -254,8 +262,8 @@ def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
         )
         assert line.deferred <= line.purchases <= line.to_buy
         assert line.deferred_units <= line.units
-    assert sum(said.by_partition().values(), Line("", "")) == total
-    assert sum(said.by_quality(), Line("", "")) == total
+    assert sum(said.by_partition().values(), QuoteLine("", "")) == total
+    assert sum(said.by_quality(), QuoteLine("", "")) == total
     assert [(line.partition_key, line.quality) for line in said.lines] == sorted(
         {(partition, quality_of(number)) for number, partition in rows}
     )
@@ -287,7 +295,7 @@ def test_many_alike_are_quoted_as_they_would_be_one_by_one(
 ) -> None:
     """A large table is quoted by how its images stand, thousands at once."""
 
-    def said(asked: list[Asked]) -> Quote:
+    def said(asked: list[ImageGroup]) -> Quote:
         return quote(
             asked,
             prices={"2K": 20_000},
@@ -299,7 +307,7 @@ def test_many_alike_are_quoted_as_they_would_be_one_by_one(
         )
 
     together = [
-        Asked("p", quality, rows=rows, requests=rows, at_hand=done)
+        ImageGroup("p", quality, rows=rows, requests=rows, at_hand=done)
         for rows, done, quality in groups
         if rows
     ]
@@ -308,7 +316,7 @@ def test_many_alike_are_quoted_as_they_would_be_one_by_one(
 
 
 def test_usd_follows_the_rate() -> None:
-    line = Line("p", "1K", asked=1, to_buy=1, purchases=1, units=ONE_K)
+    line = QuoteLine("p", "1K", asked=1, to_buy=1, purchases=1, units=ONE_K)
     said = Quote((line,), {"1K": Price(ONE_K, True)}, credits_per_usd=45.0)
     assert said.usd(said.total.units) == pytest.approx(0.01)
     assert replace(said, credits_per_usd=68.0).usd(68 * 10_000) == 1.0

@@ -20,7 +20,7 @@ from krea_dagster.spend.report.sparkline import spend_picture
 from krea_dagster.spend.tables.daily import daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_views, sums
-from krea_dagster.spend.tables.update import Updated, update_spend
+from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.warnings.sources import stored_tables
 
 SPEND_JOB_NAME: Final = "krea_spend"
@@ -131,7 +131,7 @@ def update_tables(
     credits_per_usd: float = CREDITS_PER_USD,
     by: Sequence[str] = (),
     rebuild: bool = False,
-) -> Updated:
+) -> SpendUpdate:
     """Bring a resource's spend tables up to date, as ``spend.tables.update_spend`` does.
 
     Raises ConfigError where there is no journal yet, and JournalError where it cannot be read.

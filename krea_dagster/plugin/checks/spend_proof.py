@@ -9,7 +9,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.resource import KreaResource, krea_of
-from krea_dagster.spend.proof.findings import Figures, Proof
+from krea_dagster.spend.proof.findings import Proof, ProofFigures
 from krea_dagster.spend.proof.verify import verify
 
 PROOF_NAME: Final = "spend_proof"
@@ -61,7 +61,7 @@ def prove(
     krea: KreaResource,
     *,
     hash_bytes: int | None = None,
-    on_progress: Callable[[Figures], None] = lambda _: None,
+    on_progress: Callable[[ProofFigures], None] = lambda _: None,
 ) -> Proof:
     """Prove the books of a resource, as ``spend.verify.verify`` does.
 

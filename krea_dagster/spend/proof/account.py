@@ -17,7 +17,7 @@ from krea_dagster.engine.journal.journal import AccountReading, Charge
 
 
 @dataclass(frozen=True)
-class Gap:
+class AccountInterval:
     """Two readings one after the other, and what the journal explains between them, in units.
 
     ``low_units`` to ``high_units`` is what the account may have used.
@@ -49,8 +49,8 @@ class AccountProof:
     """
 
     readings: int
-    stretches: Sequence[Gap]
-    gaps: Sequence[Gap]
+    stretches: Sequence[AccountInterval]
+    gaps: Sequence[AccountInterval]
 
     @property
     def used_units(self) -> int:
@@ -89,9 +89,9 @@ class AccountComparison:
         starts = [0, *(number + 1 for number in ends)]
         lasts = [*ends, len(self._readings) - 1]
         pairs = [(a, b) for a, b in zip(starts, lasts, strict=True) if a < b]
-        self._stretches = [_Bounds(self._times[a], self._times[b], a, b) for a, b in pairs]
+        self._stretches = [_IntervalSums(self._times[a], self._times[b], a, b) for a, b in pairs]
         self._gaps = [
-            _Bounds(self._times[number], self._times[number + 1], number, number + 1)
+            _IntervalSums(self._times[number], self._times[number + 1], number, number + 1)
             for number in range(len(self._readings) - 1)
             if number not in set(ends)
         ]
@@ -118,7 +118,7 @@ class AccountComparison:
         )
 
 
-class _Bounds:
+class _IntervalSums:
     """What the charges between two times come to."""
 
     def __init__(self, first: datetime, last: datetime, before: int, after: int) -> None:
@@ -134,8 +134,8 @@ class _Bounds:
         self._low += low
         self._high += high
 
-    def gap(self, readings: Sequence[AccountReading]) -> Gap:
-        return Gap(readings[self._before], readings[self._after], self._low, self._high)
+    def gap(self, readings: Sequence[AccountReading]) -> AccountInterval:
+        return AccountInterval(readings[self._before], readings[self._after], self._low, self._high)
 
 
 def between(charge: Charge, first: datetime, last: datetime) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Final
 
 from krea_dagster.spend.proof.account import AccountProof
 
-#: Findings of one kind that are kept with their sentences; all are counted.
+#: ProofFindings of one kind that are kept with their sentences; all are counted.
 KEPT: Final = 100
 
 
@@ -23,7 +23,7 @@ class Severity(str, Enum):
     NOTE = "note"
 
 
-class Kind(str, Enum):
+class FindingKind(str, Enum):
     """What can be found. The text is what ``--json`` and the check's metadata show."""
 
     #: One request was charged more than once.
@@ -82,21 +82,21 @@ class Kind(str, Enum):
 #: Kinds that are errors, whatever else is true.
 _ERRORS: Final = frozenset(
     {
-        Kind.BOUGHT_TWICE,
-        Kind.CHARGED_WITHOUT_TASK,
-        Kind.CHARGED_WITHOUT_IMAGE,
-        Kind.STORED_WITHOUT_CHARGE,
-        Kind.FILE_MISSING,
-        Kind.FILE_CHANGED,
-        Kind.FILE_UNKNOWN,
-        Kind.NOT_LISTED,
-        Kind.ROW_DIFFERS,
-        Kind.ROW_BEHIND,
-        Kind.ROW_UNKNOWN,
-        Kind.MANIFEST_UNREADABLE,
-        Kind.EVENTS_DIFFER,
-        Kind.SUM_DIFFERS,
-        Kind.ACCOUNT_DIFFERS,
+        FindingKind.BOUGHT_TWICE,
+        FindingKind.CHARGED_WITHOUT_TASK,
+        FindingKind.CHARGED_WITHOUT_IMAGE,
+        FindingKind.STORED_WITHOUT_CHARGE,
+        FindingKind.FILE_MISSING,
+        FindingKind.FILE_CHANGED,
+        FindingKind.FILE_UNKNOWN,
+        FindingKind.NOT_LISTED,
+        FindingKind.ROW_DIFFERS,
+        FindingKind.ROW_BEHIND,
+        FindingKind.ROW_UNKNOWN,
+        FindingKind.MANIFEST_UNREADABLE,
+        FindingKind.EVENTS_DIFFER,
+        FindingKind.SUM_DIFFERS,
+        FindingKind.ACCOUNT_DIFFERS,
     }
 )
 
@@ -105,7 +105,7 @@ _ERRORS: Final = frozenset(
 class Finding:
     """One sentence, and what it is about. ``units`` is the money in question, at most."""
 
-    kind: Kind
+    kind: FindingKind
     severity: Severity
     text: str
     units: int = 0
@@ -114,7 +114,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ProofFigures:
     """What was looked at. Money in units.
 
     ``charges`` are submissions that cost something, ``tasks`` their distinct tasks. ``files``
@@ -149,11 +149,11 @@ class Proof:
     ``units`` are of all of them, by kind. ``account`` is None where it was not read twice.
     """
 
-    figures: Figures
+    figures: ProofFigures
     account: AccountProof | None
     findings: Sequence[Finding]
-    counts: Mapping[Kind, int]
-    units: Mapping[Kind, int]
+    counts: Mapping[FindingKind, int]
+    units: Mapping[FindingKind, int]
     errors: int
     notes: int
 
@@ -164,17 +164,17 @@ class Proof:
 
 
 @dataclass
-class Findings:
+class ProofFindings:
     """Takes findings. Errors that ``excused`` names are kept as notes."""
 
-    excused: frozenset[Kind] = frozenset()
-    kept: dict[Kind, list[Finding]] = field(default_factory=dict)
-    counts: Counter[Kind] = field(default_factory=Counter)
-    units: Counter[Kind] = field(default_factory=Counter)
+    excused: frozenset[FindingKind] = frozenset()
+    kept: dict[FindingKind, list[Finding]] = field(default_factory=dict)
+    counts: Counter[FindingKind] = field(default_factory=Counter)
+    units: Counter[FindingKind] = field(default_factory=Counter)
 
     def add(
         self,
-        kind: Kind,
+        kind: FindingKind,
         text: str,
         units: int = 0,
         *,
@@ -189,14 +189,14 @@ class Findings:
             severity = self.severity(kind)
             kept.append(Finding(kind, severity, text, units, request_key, task_id))
 
-    def severity(self, kind: Kind) -> Severity:
+    def severity(self, kind: FindingKind) -> Severity:
         """How bad findings of a kind are here."""
         wrong = kind in _ERRORS and kind not in self.excused
         return Severity.ERROR if wrong else Severity.NOTE
 
-    def proof(self, figures: Figures, account: AccountProof | None) -> Proof:
+    def proof(self, figures: ProofFigures, account: AccountProof | None) -> Proof:
         """All of it."""
-        in_order = [kind for kind in Kind if kind in self.kept]
+        in_order = [kind for kind in FindingKind if kind in self.kept]
         in_order.sort(key=lambda kind: self.severity(kind) is Severity.NOTE)
         errors = sum(
             count for kind, count in self.counts.items() if self.severity(kind) is Severity.ERROR

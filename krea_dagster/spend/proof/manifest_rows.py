@@ -17,7 +17,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import IllegalTransition
 from krea_dagster.manifest import credits_charged, manifest_name
 from krea_dagster.models import units_from_credits
-from krea_dagster.spend.proof.findings import Findings, Kind
+from krea_dagster.spend.proof.findings import FindingKind, ProofFindings
 
 #: Columns that must say what the journal says.
 _PROVED: Final = ("status", "task_id", "image_path", "image_sha256", "credits_charged")
@@ -27,7 +27,7 @@ _BATCH: Final = 4096
 
 
 @dataclass
-class Listed:
+class ListedRows:
     """What the manifests list.
 
     ``rows_of`` names, by request key, the first row that lists it; of a request that no row
@@ -57,13 +57,13 @@ class Listed:
         return written is None or since is None or written >= since
 
 
-def compare_rows(storage: Storage, journal: Journal, findings: Findings) -> Listed:
+def compare_rows(storage: Storage, journal: Journal, findings: ProofFindings) -> ListedRows:
     """Hold every manifest under the storage root against the journal.
 
     The journal is read after the rows: where a run changes both meanwhile, a row can be behind,
     and never ahead.
     """
-    listed = Listed()
+    listed = ListedRows()
     for name in storage.names("manifest"):
         if not name.endswith(".parquet"):
             continue
@@ -83,13 +83,15 @@ def compare_rows(storage: Storage, journal: Journal, findings: Findings) -> List
     return listed
 
 
-def _note_written(listed: Listed, name: str, at: datetime | None) -> None:
+def _note_written(listed: ListedRows, name: str, at: datetime | None) -> None:
     part = _last_part(name)
     known = listed.written.get(part)
     listed.written[part] = at if known is None or at is None else max(known, at)
 
 
-def _batches(storage: Storage, name: str, findings: Findings) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    storage: Storage, name: str, findings: ProofFindings
+) -> Iterator[list[dict[str, Any]]]:
     try:
         with storage.open(name) as file:
             parquet = pq.ParquetFile(file)
@@ -99,16 +101,16 @@ def _batches(storage: Storage, name: str, findings: Findings) -> Iterator[list[d
             for batch in parquet.iter_batches(_BATCH, columns=columns):
                 yield batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
-        findings.add(Kind.MANIFEST_UNREADABLE, f"{name} cannot be read: {error}")
+        findings.add(FindingKind.MANIFEST_UNREADABLE, f"{name} cannot be read: {error}")
 
 
-def _unknown(name: str, row: Mapping[str, Any], findings: Findings) -> bool:
+def _unknown(name: str, row: Mapping[str, Any], findings: ProofFindings) -> bool:
     """A row whose request is not in the journal: right only where nothing was done for it."""
     said = {column: row[column] for column in _PROVED[1:] if row[column] is not None}
     if row["status"] == State.PLANNED.value and not said:
         return True
     findings.add(
-        Kind.ROW_UNKNOWN,
+        FindingKind.ROW_UNKNOWN,
         f"{_row_name(row)}: {name} says {row['status']}"
         f"{_credits_said(row)}, and the journal does not know its request",
         units_from_credits(row["credits_charged"] or 0),
@@ -122,7 +124,7 @@ def _compare(
     name: str,
     row: Mapping[str, Any],
     record: Record,
-    findings: Findings,
+    findings: ProofFindings,
     *,
     storage: Storage,
     journal: Journal,
@@ -141,7 +143,7 @@ def _compare(
     behind = "status" in wrong and _was_right(row, record, journal)
     column = wrong[0]
     findings.add(
-        Kind.ROW_BEHIND if behind else Kind.ROW_DIFFERS,
+        FindingKind.ROW_BEHIND if behind else FindingKind.ROW_DIFFERS,
         f"{_row_name(row)}: {name} says {column} {_shown(row[column])}, the journal "
         f"{_shown(right[column])}"
         + ("; the manifest is older, materialize it again" if behind else ""),

@@ -20,7 +20,7 @@ _WAITING: Final = 64
 
 
 @dataclass(frozen=True)
-class Seen:
+class FileState:
     """What is there in place of a stored image.
 
     ``size_bytes`` is None where there is no file, ``sha256`` where it was not hashed.
@@ -32,7 +32,7 @@ class Seen:
     trouble: str | None = None
 
 
-class Reader:
+class FileChecker:
     """Looks at files in the order in which they are given, and answers in that order.
 
     The first ``hash_bytes`` bytes are hashed, of all where it is None; of the others only the
@@ -45,9 +45,9 @@ class Reader:
         self._storage = storage
         self._left = hash_bytes
         self._pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
-        self._waiting: deque[tuple[Record, StoredImage, Future[Seen]]] = deque()
+        self._waiting: deque[tuple[Record, StoredImage, Future[FileState]]] = deque()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> FileChecker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +55,7 @@ class Reader:
 
     def look(
         self, record: Record, image: StoredImage
-    ) -> Iterator[tuple[Record, StoredImage, Seen]]:
+    ) -> Iterator[tuple[Record, StoredImage, FileState]]:
         """Begin with a file; yield those that are done, where too many wait."""
         to_hash = self._left is None or self._left >= image.bytes
         if to_hash and self._left is not None:
@@ -65,22 +65,22 @@ class Reader:
         while len(self._waiting) > _WAITING:
             yield self._next()
 
-    def rest(self) -> Iterator[tuple[Record, StoredImage, Seen]]:
+    def rest(self) -> Iterator[tuple[Record, StoredImage, FileState]]:
         """Yield all that still wait."""
         while self._waiting:
             yield self._next()
 
-    def _next(self) -> tuple[Record, StoredImage, Seen]:
+    def _next(self) -> tuple[Record, StoredImage, FileState]:
         record, image, seen = self._waiting.popleft()
         return record, image, seen.result()
 
-    def _size(self, name: str) -> Seen:
+    def _size(self, name: str) -> FileState:
         try:
-            return Seen(self._storage.size_bytes(name))
+            return FileState(self._storage.size_bytes(name))
         except OSError as error:
-            return Seen(trouble=str(error))
+            return FileState(trouble=str(error))
 
-    def _hash(self, name: str) -> Seen:
+    def _hash(self, name: str) -> FileState:
         digest, size = hashlib.sha256(), 0
         try:
             with self._storage.open(name) as file:
@@ -88,7 +88,7 @@ class Reader:
                     digest.update(piece)
                     size += len(piece)
         except (FileNotFoundError, NotADirectoryError):
-            return Seen()
+            return FileState()
         except OSError as error:
-            return Seen(trouble=str(error))
-        return Seen(size, digest.hexdigest())
+            return FileState(trouble=str(error))
+        return FileState(size, digest.hexdigest())

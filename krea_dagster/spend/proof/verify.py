@@ -30,9 +30,9 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import IllegalTransition
 from krea_dagster.models import credits_text
 from krea_dagster.spend.proof.account import AccountComparison, AccountProof
-from krea_dagster.spend.proof.stored_files import Reader, Seen
-from krea_dagster.spend.proof.findings import Figures, Findings, Kind, Proof
-from krea_dagster.spend.proof.manifest_rows import Listed, compare_rows
+from krea_dagster.spend.proof.findings import FindingKind, Proof, ProofFigures, ProofFindings
+from krea_dagster.spend.proof.manifest_rows import ListedRows, compare_rows
+from krea_dagster.spend.proof.stored_files import FileChecker, FileState
 
 #: Files that are looked up in the journal at once.
 _CHUNK: Final = 500
@@ -47,7 +47,7 @@ def verify(
     *,
     hash_bytes: int | None = None,
     manifests_may_lag: bool = False,
-    on_progress: Callable[[Figures], None] = lambda _: None,
+    on_progress: Callable[[ProofFigures], None] = lambda _: None,
 ) -> Proof:
     """Hold journal, files, manifests and account against each other.
 
@@ -56,28 +56,28 @@ def verify(
     journal is a note: other runs may be about to write theirs. ``on_progress`` is called now
     and then with the figures so far. Raises JournalError where the journal cannot be read.
     """
-    excused = {Kind.NOT_LISTED, Kind.ROW_BEHIND} if manifests_may_lag else set()
-    findings = Findings(frozenset(excused))
+    excused = {FindingKind.NOT_LISTED, FindingKind.ROW_BEHIND} if manifests_may_lag else set()
+    findings = ProofFindings(frozenset(excused))
     listed = compare_rows(storage, journal, findings)
     _compare_files(storage, journal, findings)
-    with journal.snapshot() as snapshot, Reader(storage, hash_bytes=hash_bytes) as reader:
-        books = _Books(findings, listed, reader, snapshot, on_progress)
+    with journal.snapshot() as snapshot, FileChecker(storage, hash_bytes=hash_bytes) as reader:
+        books = _JournalCheck(findings, listed, reader, snapshot, on_progress)
         books.read()
         books.compare_sums()
     account = _account(books.account, findings)
     return findings.proof(books.figures, account)
 
 
-class _Books:
+class _JournalCheck:
     """One pass over the journal: adds up, looks at files, and finds what does not agree."""
 
     def __init__(
         self,
-        findings: Findings,
-        listed: Listed,
-        reader: Reader,
+        findings: ProofFindings,
+        listed: ListedRows,
+        reader: FileChecker,
         snapshot: Snapshot,
-        on_progress: Callable[[Figures], None],
+        on_progress: Callable[[ProofFigures], None],
     ) -> None:
         self._findings = findings
         self._listed = listed
@@ -92,13 +92,13 @@ class _Books:
         )
 
     @property
-    def figures(self) -> Figures:
+    def figures(self) -> ProofFigures:
         """What was looked at so far."""
-        return Figures(**self._counts)
+        return ProofFigures(**self._counts)
 
     def read(self) -> None:
         """Take every request with its purchases and its events, in the order of the keys."""
-        charges = _Groups(self._snapshot.charges())
+        charges = _ChargesByRequest(self._snapshot.charges())
         request_events = self._snapshot.request_events()
         for number, record in enumerate(self._snapshot.records()):
             history = next(request_events)
@@ -123,7 +123,7 @@ class _Books:
         self._count(events=len(history.events))
         trouble = _replay_trouble(history)
         if trouble:
-            self._find(Kind.EVENTS_DIFFER, record, f"its events do not add up: {trouble}")
+            self._find(FindingKind.EVENTS_DIFFER, record, f"its events do not add up: {trouble}")
 
     def _add_up(self, charge: Charge) -> None:
         charged = charge.charged_units or 0
@@ -143,7 +143,7 @@ class _Books:
             tasks = ", ".join(str(charge.task_id) for charge in paid)
             beyond = sum(charge.charged_units or 0 for charge in paid[1:])
             self._find(
-                Kind.BOUGHT_TWICE,
+                FindingKind.BOUGHT_TWICE,
                 record,
                 f"bought {len(paid)} times, by the tasks {tasks}: {_credits(beyond)} too many",
                 beyond,
@@ -152,7 +152,7 @@ class _Books:
             self._judge_charge(record, charge)
         if len(paid) == 1 and paid[0].state not in _MAY_BE_CHARGED:
             self._find(
-                Kind.CHARGED_WITHOUT_IMAGE,
+                FindingKind.CHARGED_WITHOUT_IMAGE,
                 record,
                 f"{_credits(paid[0].charged_units or 0)} were charged, and it is "
                 f"{record.state.value}",
@@ -161,14 +161,16 @@ class _Books:
         found = any(name == Event.FOUND.value for _, name in history.events)
         if record.state is State.STORED and not charges and found:
             self._find(
-                Kind.PURCHASE_UNKNOWN,
+                FindingKind.PURCHASE_UNKNOWN,
                 record,
                 "its file was found in the storage root: another journal has bought it, and what "
                 "it cost is not known here",
             )
         elif record.state is State.STORED and not charges:
             self._find(
-                Kind.STORED_WITHOUT_CHARGE, record, "it is stored, and there is no purchase of it"
+                FindingKind.STORED_WITHOUT_CHARGE,
+                record,
+                "it is stored, and there is no purchase of it",
             )
         if record.state is State.STORED or paid:
             self._judge_listing(record, sum(charge.charged_units or 0 for charge in paid))
@@ -180,7 +182,7 @@ class _Books:
         since = f"{charge.sent_at:%Y-%m-%d %H:%M} UTC"
         if said and charge.task_id is None:
             self._find(
-                Kind.CHARGED_WITHOUT_TASK,
+                FindingKind.CHARGED_WITHOUT_TASK,
                 record,
                 f"{_credits(said)} were charged, and no task is known",
                 said,
@@ -188,29 +190,29 @@ class _Books:
         match charge.state:
             case State.SUBMITTING | State.UNKNOWN:
                 text = f"outcome unknown since {since}: at most {_credits(at_most)}"
-                self._at_stake(Kind.OUTCOME_UNKNOWN, record, text, at_most)
+                self._at_stake(FindingKind.OUTCOME_UNKNOWN, record, text, at_most)
             case State.SUBMITTED:
                 text = f"{task} was not finished, sent {since}: {_credits(at_most)} reserved"
-                self._at_stake(Kind.IN_FLIGHT, record, text, at_most)
+                self._at_stake(FindingKind.IN_FLIGHT, record, text, at_most)
             case State.COMPLETED:
                 units = at_most if said is None else said
                 why = f" ({record.error_code})" if record.error_code else ""
                 text = f"{task} is paid, and its image is not stored{why}: {_credits(units)}"
-                self._at_stake(Kind.PAID_NOT_STORED, record, text, units)
+                self._at_stake(FindingKind.PAID_NOT_STORED, record, text, units)
             case State.EXPIRED:
                 units = at_most if said is None else said
                 known = "" if said is not None else "at most "
                 text = f"{task} is lost ({record.error_code}): {known}{_credits(units)}"
                 self._count(lost=1, lost_units=units)
-                self._find(Kind.LOST, record, text, units)
+                self._find(FindingKind.LOST, record, text, units)
             case State.STORED if said is None:
                 text = f"{task} never said what it cost: at most {_credits(at_most)}"
-                self._find(Kind.PRICE_UNKNOWN, record, text, at_most)
+                self._find(FindingKind.PRICE_UNKNOWN, record, text, at_most)
             case None | State.FAILED if said is None and charge.committed_units:
                 text = f"{task} ended without an image: at most {_credits(at_most)} charged"
-                self._find(Kind.MAYBE_CHARGED, record, text, at_most)
+                self._find(FindingKind.MAYBE_CHARGED, record, text, at_most)
 
-    def _at_stake(self, kind: Kind, record: Record, text: str, units: int) -> None:
+    def _at_stake(self, kind: FindingKind, record: Record, text: str, units: int) -> None:
         self._count(at_stake=1, at_stake_units=units)
         self._find(kind, record, text, units)
 
@@ -219,26 +221,26 @@ class _Books:
             return
         if self._listed.newer_than(record):
             self._find(
-                Kind.NOT_ASKED_ANY_MORE,
+                FindingKind.NOT_ASKED_ANY_MORE,
                 record,
                 f"{_credits(units)} paid, and the prompt table does not ask for it any more",
                 units,
             )
             return
         self._find(
-            Kind.NOT_LISTED,
+            FindingKind.NOT_LISTED,
             record,
             f"{_credits(units)} paid, and no manifest lists it; materialize the partition's "
             "manifest",
             units,
         )
 
-    def _judge_file(self, record: Record, image: StoredImage, seen: Seen) -> None:
+    def _judge_file(self, record: Record, image: StoredImage, seen: FileState) -> None:
         paid = record.charged_units or 0
         if seen.trouble is not None or seen.size_bytes is None:
             why = "is not there" if seen.trouble is None else f"cannot be read: {seen.trouble}"
             self._find(
-                Kind.FILE_MISSING,
+                FindingKind.FILE_MISSING,
                 record,
                 f"the file {image.path} {why} ({_credits(paid)} paid); a run fetches a "
                 "missing one again for nothing, as long as the server has it",
@@ -255,14 +257,14 @@ class _Books:
             self._count(files_hashed=int(hashed), bytes_hashed=image.bytes if hashed else 0)
             return
         self._find(
-            Kind.FILE_CHANGED,
+            FindingKind.FILE_CHANGED,
             record,
             f"the file {image.path} has {how} ({_credits(paid)} paid); remove it, and a run "
             "fetches it again for nothing, as long as the server has it",
             paid,
         )
 
-    def _find(self, kind: Kind, record: Record, text: str, units: int = 0) -> None:
+    def _find(self, kind: FindingKind, record: Record, text: str, units: int = 0) -> None:
         self._findings.add(
             kind,
             f"{self._listed.name(record)}: {text}",
@@ -288,7 +290,7 @@ class _Books:
             if said.committed_units == right.committed_units:
                 what, of = ("spent", "spent_units")
             self._findings.add(
-                Kind.SUM_DIFFERS,
+                FindingKind.SUM_DIFFERS,
                 f"{scope.replace(':', ' ', 1)}: the journal has "
                 f"{_credits(getattr(said, of))} {what}, its purchases come to "
                 f"{_credits(getattr(right, of))}",
@@ -296,7 +298,7 @@ class _Books:
             )
 
 
-class _Groups:
+class _ChargesByRequest:
     """Charges by request, where both come in the same order."""
 
     def __init__(self, charges: Iterator[Charge]) -> None:
@@ -326,7 +328,7 @@ def _replay_trouble(history: RequestEvents) -> str:
     return ""
 
 
-def _compare_files(storage: Storage, journal: Journal, findings: Findings) -> None:
+def _compare_files(storage: Storage, journal: Journal, findings: ProofFindings) -> None:
     """Find files under ``images`` that no request has. The journal is read after the names."""
     names = (name for name in storage.names("images") if not name.startswith("images/rejected/"))
     for chunk in _chunks(names):
@@ -335,10 +337,10 @@ def _compare_files(storage: Storage, journal: Journal, findings: Findings) -> No
         for name, key in by_key.items():
             record = records.get(key)
             if record is None or (record.image is not None and record.image.path != name):
-                findings.add(Kind.FILE_UNKNOWN, f"the file {name} belongs to no request")
+                findings.add(FindingKind.FILE_UNKNOWN, f"the file {name} belongs to no request")
             elif record.image is None:
                 findings.add(
-                    Kind.FILE_NOT_ENTERED,
+                    FindingKind.FILE_NOT_ENTERED,
                     f"the file {name} is that of a request which is {record.state.value}: a run "
                     "ended before it was entered, and the next one fetches it anew",
                     request_key=key,
@@ -346,17 +348,17 @@ def _compare_files(storage: Storage, journal: Journal, findings: Findings) -> No
                 )
 
 
-def _account(comparison: AccountComparison, findings: Findings) -> AccountProof | None:
+def _account(comparison: AccountComparison, findings: ProofFindings) -> AccountProof | None:
     proof = comparison.proof()
     if proof is None:
         findings.add(
-            Kind.ACCOUNT_NOT_COMPARED,
+            FindingKind.ACCOUNT_NOT_COMPARED,
             "the account was not read twice, so that its use cannot be held against the journal",
         )
         return None
     for before, after in zip(proof.stretches, proof.stretches[1:], strict=False):
         findings.add(
-            Kind.ACCOUNT_NOT_COMPARED,
+            FindingKind.ACCOUNT_NOT_COMPARED,
             f"the account's use fell from {_credits(before.after.used_units)} to "
             f"{_credits(after.before.used_units)} at {_when(after.before.at)}, as it does "
             "with another key; what comes before and after was compared apart",
@@ -367,7 +369,7 @@ def _account(comparison: AccountComparison, findings: Findings) -> AccountProof 
             continue
         unexplained = "used beyond that" if units > 0 else "charged there are missing"
         findings.add(
-            Kind.ACCOUNT_DIFFERS,
+            FindingKind.ACCOUNT_DIFFERS,
             f"the account used {_credits(stretch.used_units)} from "
             f"{_when(stretch.before.at)} to {_when(stretch.after.at)}, the journal explains "
             f"{_range(stretch.low_units, stretch.high_units)}: {_credits(abs(units))} "

@@ -16,7 +16,7 @@ from typing import Final
 import svg
 
 from krea_dagster.models import UNITS_PER_CREDIT
-from krea_dagster.spend.report.report_data import Stretch
+from krea_dagster.spend.report.report_data import Period
 from krea_dagster.spend.warnings.anomaly import Forecast, days_left
 from krea_dagster.spend.warnings.history import amount, day_words, rough
 
@@ -31,7 +31,7 @@ _LETTER: Final = 7.2
 
 
 @dataclass(frozen=True)
-class Mark:
+class DayLabel:
     """A day that the chart names, and what it says there."""
 
     day: date
@@ -39,7 +39,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Cap:
+class BudgetMark:
     """A budget drawn as a line, in units."""
 
     name: str
@@ -116,7 +116,7 @@ class _Plot:
             self.line(x, base, x, base + 5, "base")
             self.text(x + 4, self.height - 7, words)
 
-    def caps(self, caps: Sequence[Cap]) -> None:
+    def caps(self, caps: Sequence[BudgetMark]) -> None:
         """Draw the budgets that are within the chart, and name them above their line."""
         for cap in caps:
             if cap.units <= self.top * UNITS_PER_CREDIT:
@@ -138,7 +138,7 @@ class _Plot:
 
 
 def daily_chart(
-    days: Sequence[Stretch], caps: Sequence[Cap], marks: Sequence[Mark], label: str
+    days: Sequence[Period], caps: Sequence[BudgetMark], marks: Sequence[DayLabel], label: str
 ) -> list[str]:
     """Credits by day as bars, those at stake upon those charged, with the caps and some names."""
     start, end = days[0].start, max(days[-1].start, days[0].start + timedelta(days=6))
@@ -161,7 +161,11 @@ def daily_chart(
 
 
 def month_chart(
-    days: Sequence[Stretch], today: date, caps: Sequence[Cap], forecast: Forecast | None, label: str
+    days: Sequence[Period],
+    today: date,
+    caps: Sequence[BudgetMark],
+    forecast: Forecast | None,
+    label: str,
 ) -> list[str]:
     """This month's credits added up day by day, the month's cap, and where it is heading."""
     start = today.replace(day=1)
@@ -200,7 +204,7 @@ def month_chart(
     return pictures
 
 
-def cost_chart(stretches: Sequence[Stretch], days: int, label: str) -> list[str]:
+def cost_chart(stretches: Sequence[Period], days: int, label: str) -> list[str]:
     """Credits for each accepted image, by stretch of so many days, as points on a line."""
     found = [
         (one.start + timedelta(days=days // 2), one.line.per_accepted_units)
@@ -226,7 +230,7 @@ def cost_chart(stretches: Sequence[Stretch], days: int, label: str) -> list[str]
     return pictures
 
 
-def _bar(plot: _Plot, one: Stretch, kind: str, width: float) -> list[svg.PathData]:
+def _bar(plot: _Plot, one: Period, kind: str, width: float) -> list[svg.PathData]:
     line = one.line
     low = 0 if kind == "charged" else line.charged_units
     high = line.charged_units if kind == "charged" else line.committed_units
@@ -236,7 +240,7 @@ def _bar(plot: _Plot, one: Stretch, kind: str, width: float) -> list[svg.PathDat
     return [svg.M(x, bottom), svg.V(top), svg.h(width), svg.V(bottom), svg.Z()]
 
 
-def _tips(plot: _Plot, days: Sequence[Stretch]) -> None:
+def _tips(plot: _Plot, days: Sequence[Period]) -> None:
     """What the pointer is told over a day; for the keyboard there is the table."""
     base = plot.height - _BOTTOM
     for one in days:
@@ -255,7 +259,7 @@ def _tips(plot: _Plot, days: Sequence[Stretch]) -> None:
             )
 
 
-def _name(plot: _Plot, marks: Sequence[Mark], days: dict[date, Stretch]) -> None:
+def _name(plot: _Plot, marks: Sequence[DayLabel], days: dict[date, Period]) -> None:
     """Name days above their bars; of names that would meet, the later ones are left out."""
     taken: list[tuple[float, float, float]] = []
     for mark in marks:

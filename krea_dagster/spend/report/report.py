@@ -24,9 +24,20 @@ from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.models import UNITS_PER_CREDIT, units_from_credits
 from krea_dagster.spend.proof.account import AccountProof
-from krea_dagster.spend.report.charts import Cap, Mark, cost_chart, daily_chart, month_chart
-from krea_dagster.spend.report.report_data import Figures, Stretch, figures_of
-from krea_dagster.spend.warnings.anomaly import Forecast, episodes, forecast_month, odd_days
+from krea_dagster.spend.report.charts import (
+    BudgetMark,
+    DayLabel,
+    cost_chart,
+    daily_chart,
+    month_chart,
+)
+from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
+from krea_dagster.spend.warnings.anomaly import (
+    Forecast,
+    anomalous_days,
+    find_anomalies,
+    forecast_month,
+)
 from krea_dagster.spend.warnings.history import amount, credits_words, day_words, rough
 from krea_dagster.spend.warnings.load_history import Table, observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
@@ -86,7 +97,7 @@ def write_report(
 
 
 def render(
-    figures: Figures,
+    figures: ReportFigures,
     warnings: Sequence[SpendWarning],
     *,
     now: datetime,
@@ -127,7 +138,7 @@ def render(
 
 
 def _charts(
-    figures: Figures,
+    figures: ReportFigures,
     warnings: Sequence[SpendWarning],
     forecast: Forecast | None,
     caps: Sequence[Budget],
@@ -148,14 +159,14 @@ def _charts(
     )
     by_day = {one.start: one.line.committed_units for one in days}
     marks = [
-        Mark(one.since, f"{one.since.day} {one.since:%b}: {amount(by_day[one.since])}")
+        DayLabel(one.since, f"{one.since.day} {one.since:%b}: {amount(by_day[one.since])}")
         for one in odd[:_MARKS]
         if one.since in by_day
     ]
     total = credits_words(sum(by_day.values()))
     span = f"{day_words(days[0].start)} to {day_words(days[-1].start)}"
-    day_caps = [Cap("day’s budget", cap.units) for cap in caps if cap.kind == "day"]
-    month_caps = [Cap("month’s budget", cap.units) for cap in caps if cap.kind == "month"]
+    day_caps = [BudgetMark("day’s budget", cap.units) for cap in caps if cap.kind == "day"]
+    month_caps = [BudgetMark("month’s budget", cap.units) for cap in caps if cap.kind == "month"]
     month = figures.sum_since(today.replace(day=1))
     drawn = {
         "days": daily_chart(
@@ -179,12 +190,12 @@ def _charts(
     return {name: Markup("".join(pictures)) for name, pictures in drawn.items()}  # noqa: S704
 
 
-def _forecast(figures: Figures, today: date) -> Forecast | None:
+def _forecast(figures: ReportFigures, today: date) -> Forecast | None:
     spent = {one.start: one.line.committed_units for one in figures.days if one.start <= today}
-    return forecast_month(spent, today, odd_days(episodes(spent, today)))
+    return forecast_month(spent, today, anomalous_days(find_anomalies(spent, today)))
 
 
-def _needs_four(figures: Figures) -> bool:
+def _needs_four(figures: ReportFigures) -> bool:
     """Whether any sum has more than two decimals, so that columns are even."""
     lines = [figures.total, *(one.line for one in figures.days), *figures.failures]
     lines += [*figures.outcomes, *figures.dearest]
@@ -215,7 +226,7 @@ def _share(units: int, most: int) -> str:
     return f"{100 * units / most:.1f}" if most > 0 else "0"
 
 
-def _stretch_words(one: Stretch, stretch: str) -> str:
+def _stretch_words(one: Period, stretch: str) -> str:
     if stretch == "month":
         return f"{one.start:%b %Y}"
     return f"{'week of ' if stretch == 'week' else ''}{day_words(one.start)}"

@@ -35,7 +35,7 @@ OUTCOMES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Line:
+class ReportLine:
     """One row of a table: counts of purchases, and units.
 
     ``accepted`` are delivered images that no later one has replaced, and that nobody has rejected
@@ -66,11 +66,11 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Period:
     """A day, week or month, from ``start`` on, and what it came to."""
 
     start: date
-    line: Line
+    line: ReportLine
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Breakdown:
 
     title: str
     head: str
-    lines: Sequence[Line]
+    lines: Sequence[ReportLine]
 
 
 @dataclass(frozen=True)
-class Figures:
+class ReportFigures:
     """All that the report shows. ``total`` is the whole ledger, added up by itself.
 
     ``stretches`` are days, weeks or months (``stretch`` says which), whatever is legible.
@@ -91,19 +91,19 @@ class Figures:
 
     first: date
     last: date
-    total: Line
+    total: ReportLine
     returned_units: int
     saved_units: int
-    days: Sequence[Stretch]
-    months: Sequence[Stretch]
+    days: Sequence[Period]
+    months: Sequence[Period]
     stretch: str
-    stretches: Sequence[Stretch]
+    stretches: Sequence[Period]
     breakdowns: Sequence[Breakdown]
-    failures: Sequence[Line]
-    outcomes: Sequence[Line]
-    dearest: Sequence[Line]
+    failures: Sequence[ReportLine]
+    outcomes: Sequence[ReportLine]
+    dearest: Sequence[ReportLine]
 
-    def sum_since(self, start: date) -> Line:
+    def sum_since(self, start: date) -> ReportLine:
         """What was bought from a day on."""
         return _added("", (one.line for one in self.days if one.start >= start))
 
@@ -116,7 +116,7 @@ def figures_of(
     by: Sequence[str] = (),
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     now: datetime,
-) -> Figures:
+) -> ReportFigures:
     """Add the tables up. ``prompts`` gives the texts of a few prompt_ids, as far as it has them.
 
     Raises ConfigError for a column in ``by`` that ``daily`` does not have.
@@ -129,7 +129,7 @@ def figures_of(
                 f"spend_daily has no column {', '.join(missing)}; it has {', '.join(names)}"
             )
         days = [
-            Stretch(row[0], _line(row))
+            Period(row[0], _line(row))
             for row in database.execute(
                 f"select day, {_ledger_sums(database)} from ledger group by day order by day"
             ).fetchall()
@@ -145,7 +145,7 @@ def figures_of(
         if "partition_key" not in by:
             breakdowns.append(_breakdown(database, "Partition", "Partition", ["partition_key"]))
         saved = database.execute("select sum(credits_saved_by_reuse) from daily").fetchone()
-        return Figures(
+        return ReportFigures(
             first=first,
             last=last,
             total=_total(database),
@@ -193,8 +193,8 @@ def _names(database: duckdb.DuckDBPyConnection, table: str) -> list[str]:
     return [row[0] for row in database.execute(f"describe {table}").fetchall()]
 
 
-def _line(row: Sequence[Any], *, is_rest: bool = False) -> Line:
-    return Line(
+def _line(row: Sequence[Any], *, is_rest: bool = False) -> ReportLine:
+    return ReportLine(
         shortened(row[0]),
         int(row[1] or 0),
         int(row[2] or 0),
@@ -206,7 +206,7 @@ def _line(row: Sequence[Any], *, is_rest: bool = False) -> Line:
     )
 
 
-def _total(database: duckdb.DuckDBPyConnection) -> Line:
+def _total(database: duckdb.DuckDBPyConnection) -> ReportLine:
     row = database.execute(f"select 'All', {_ledger_sums(database)} from ledger").fetchone()
     return _line(row or ("All", 0, 0, 0, None, None, None))
 
@@ -234,13 +234,13 @@ def _breakdown(
     return Breakdown(title, head, lines)
 
 
-def _failures(database: duckdb.DuckDBPyConnection) -> list[Line]:
+def _failures(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
     rows = database.execute(
         "select coalesce(error_code, 'no code'), sum(count), sum(credits) from failures "
         "group by 1 order by 2 desc, 1"
     ).fetchall()
     lines = [
-        Line(shortened(name), asked=int(count), charged_units=units_of(credits))
+        ReportLine(shortened(name), asked=int(count), charged_units=units_of(credits))
         for name, count, credits in rows
     ]
     if len(lines) > MOST_ROWS + 1:
@@ -249,7 +249,7 @@ def _failures(database: duckdb.DuckDBPyConnection) -> list[Line]:
     return lines
 
 
-def _outcomes(database: duckdb.DuckDBPyConnection) -> list[Line]:
+def _outcomes(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
     rows = database.execute(
         f"select outcome, count(*), sum(credits_charged), {_AT_STAKE} from ledger "
         "where outcome <> 'delivered' group by 1"
@@ -257,7 +257,7 @@ def _outcomes(database: duckdb.DuckDBPyConnection) -> list[Line]:
     found = {row[0]: row for row in rows}
     order = [*OUTCOMES, *sorted(set(found) - set(OUTCOMES))]
     return [
-        Line(
+        ReportLine(
             OUTCOMES.get(name, name),
             asked=int(found[name][1]),
             charged_units=units_of(found[name][2]),
@@ -270,7 +270,7 @@ def _outcomes(database: duckdb.DuckDBPyConnection) -> list[Line]:
 
 def _dearest(
     database: duckdb.DuckDBPyConnection, prompts: Callable[[Sequence[str]], Mapping[str, str]]
-) -> list[Line]:
+) -> list[ReportLine]:
     rows = database.execute(
         f"select prompt_id, {_ledger_sums(database)} from ledger "
         "where prompt_id is not null group by 1 order by "
@@ -281,14 +281,14 @@ def _dearest(
     return [replace(_line(row), note=shortened(texts.get(row[0], ""))) for row in rows]
 
 
-def _grouped(days: Iterable[Stretch], start_of: Callable[[date], date]) -> list[Stretch]:
-    groups: dict[date, list[Line]] = {}
+def _grouped(days: Iterable[Period], start_of: Callable[[date], date]) -> list[Period]:
+    groups: dict[date, list[ReportLine]] = {}
     for one in days:
         groups.setdefault(start_of(one.start), []).append(one.line)
-    return [Stretch(start, _added("", lines)) for start, lines in groups.items()]
+    return [Period(start, _added("", lines)) for start, lines in groups.items()]
 
 
-def _added(name: str, lines: Iterable[Line]) -> Line:
+def _added(name: str, lines: Iterable[ReportLine]) -> ReportLine:
     asked = delivered = accepted = charged = at_stake = unsettled = 0
     for line in lines:
         asked += line.asked
@@ -297,7 +297,9 @@ def _added(name: str, lines: Iterable[Line]) -> Line:
         charged += line.charged_units
         at_stake += line.at_stake_units
         unsettled += line.open_units
-    return Line(name, asked, delivered, accepted, charged, at_stake, unsettled, is_rest=bool(name))
+    return ReportLine(
+        name, asked, delivered, accepted, charged, at_stake, unsettled, is_rest=bool(name)
+    )
 
 
 def shortened(value: object) -> str:

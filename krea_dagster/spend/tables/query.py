@@ -29,7 +29,7 @@ _MADE: Final = {"month": "strftime(day, '%Y-%m')", "year": "strftime(day, '%Y')"
 
 
 @dataclass(frozen=True)
-class Line:
+class SpendLine:
     """One line of sums: what they are of, counts of purchases, and money in units.
 
     ``delivered`` holds what was replaced since; ``accepted`` does not, nor what a person has
@@ -63,7 +63,7 @@ class Line:
 
 
 #: The figures of a line, in their order.
-FIGURES: Final = tuple(field.name for field in fields(Line))[1:]
+FIGURES: Final = tuple(field.name for field in fields(SpendLine))[1:]
 
 _SUMS: Final = f"""
     count(*),
@@ -124,7 +124,7 @@ def sums(
     *,
     since: date | None = None,
     until: date | None = None,
-) -> list[Line]:
+) -> list[SpendLine]:
     """Return the sums by these columns, in their order; one line where there are none.
 
     A column is one of the ledger, of the manifest (its further columns among them), ``month`` or
@@ -152,7 +152,7 @@ def sums(
         f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? {grouped}",
         [low, high],
     ).fetchall()
-    return [Line(tuple(row[: len(by)]), *row[len(by) :]) for row in found]
+    return [SpendLine(tuple(row[: len(by)]), *row[len(by) :]) for row in found]
 
 
 def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:

@@ -70,7 +70,7 @@ _MEMORY: Final = "400MB"
 
 
 @dataclass(frozen=True)
-class Updated:
+class SpendUpdate:
     """What an update did: the months whose files were written or removed, and the rows in all."""
 
     months: tuple[str, ...]
@@ -86,7 +86,7 @@ def update_spend(
     by: Sequence[str] = (),
     rebuild: bool = False,
     now: datetime | None = None,
-) -> Updated:
+) -> SpendUpdate:
     """Bring ledger, daily sums and failures up to the journal and the manifests.
 
     ``by`` names further columns of the prompt table that the daily sums are kept apart by.
@@ -118,7 +118,7 @@ def update_spend(
         touched = (changed & totals.keys()) | stale
         labels = _labels(duck, storage, sorted(totals.keys() - touched), by)
         touched |= {month for month, label in labels.items() if label != state.labels.get(month)}
-        spool = _Spool(folder)
+        spool = _MonthSpool(folder)
         spool.fill(purchases(connection, None if touched == totals.keys() else touched))
         for month in sorted(touched):
             raw = spool.reader(month)
@@ -136,7 +136,7 @@ def update_spend(
             dict(sorted(totals.items())),
             dict(sorted(labels.items())),
         ).write(storage)
-    return Updated(
+    return SpendUpdate(
         tuple(sorted(touched)),
         tuple(removed),
         sum(month.purchases for month in totals.values()),
@@ -252,7 +252,7 @@ def _remove_others(storage: Storage, months: Collection[str]) -> list[str]:
     return sorted(removed)
 
 
-class _Spool:
+class _MonthSpool:
     """Purchases on disk, by the month of their sending: so memory does not grow with them."""
 
     def __init__(self, folder: Path) -> None:

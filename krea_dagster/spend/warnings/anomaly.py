@@ -41,7 +41,7 @@ _T_90: Final = 1.7
 
 
 @dataclass(frozen=True)
-class Episode:
+class Anomaly:
     """Days in a row that were out of habit: what was spent and what was expected, in units."""
 
     since: date
@@ -68,7 +68,7 @@ class Forecast:
     days: int
 
 
-def episodes(spent: Mapping[date, int], last: date, grain_units: int = 0) -> list[Episode]:
+def find_anomalies(spent: Mapping[date, int], last: date, grain_units: int = 0) -> list[Anomaly]:
     """Find the days up to ``last`` that cost far more than their habit, days in a row together.
 
     ``spent`` is in units by day; a day without an entry cost nothing. Each day is held against
@@ -79,7 +79,7 @@ def episodes(spent: Mapping[date, int], last: date, grain_units: int = 0) -> lis
     if not spent:
         return []
     active = sorted(day for day, units in spent.items() if units > 0)
-    found: list[Episode] = []
+    found: list[Anomaly] = []
     odd: set[date] = set()
     habit_from = min(spent)
     for day in active:
@@ -97,14 +97,14 @@ def episodes(spent: Mapping[date, int], last: date, grain_units: int = 0) -> lis
         odd.add(day)
         open_one = found[-1] if found else None
         if open_one is not None and (day - open_one.until).days <= 1:
-            found[-1] = Episode(
+            found[-1] = Anomaly(
                 open_one.since, day, open_one.units + units, open_one.expected_units + expected
             )
             if (day - open_one.since).days >= SETTLED_DAYS:
                 habit_from = open_one.since
                 odd.clear()
         else:
-            found.append(Episode(day, day, units, expected))
+            found.append(Anomaly(day, day, units, expected))
     return found
 
 
@@ -116,8 +116,8 @@ def far_above(units: int, usual: Sequence[int], grain_units: int = 0) -> bool:
     return _is_far(units, middle, spread, max(usual), chance)
 
 
-def odd_days(found: Sequence[Episode]) -> frozenset[date]:
-    """The days of short episodes, which say nothing about the days to come."""
+def anomalous_days(found: Sequence[Anomaly]) -> frozenset[date]:
+    """The days of short find_anomalies, which say nothing about the days to come."""
     return frozenset(
         one.since + timedelta(days=number)
         for one in found

@@ -93,7 +93,7 @@ class AccountUse:
 
 
 @dataclass(frozen=True)
-class History:
+class SpendHistory:
     """All of it, each sequence in order of its days; ``days`` only those with purchases.
 
     ``account`` is None where it was not read twice.

@@ -22,10 +22,10 @@ from krea_dagster.spend.warnings.history import (
     BudgetUse,
     DaySpend,
     FailureSeen,
-    History,
     PartitionSpend,
     Period,
     PriceSeen,
+    SpendHistory,
 )
 
 #: What the spend tables may be given as; pyarrow has no types.
@@ -49,7 +49,7 @@ def observe(
     now: datetime,
     budgets: Sequence[Budget] = (),
     account: AccountProof | None = None,
-) -> History:
+) -> SpendHistory:
     """Read the history from the three spend tables. Raises ConfigError for an unknown column.
 
     ``budgets`` are soft ones: what they bound is reckoned, and nothing is held back.
@@ -86,7 +86,7 @@ def observe(
             ).fetchall()
         ]
         uses = [use for budget in budgets for use in _uses(database, budget, now)]
-    return History(days, partitions, prices, failed, uses, account_use(account))
+    return SpendHistory(days, partitions, prices, failed, uses, account_use(account))
 
 
 def account_use(proof: AccountProof | None) -> AccountUse | None:

@@ -22,19 +22,19 @@ from krea_dagster.spend.warnings.anomaly import (
     LEAST_ACTIVE,
     LEAST_PEERS,
     WINDOW_DAYS,
-    Episode,
+    Anomaly,
+    anomalous_days,
     days_left,
-    episodes,
     far_above,
+    find_anomalies,
     forecast_month,
-    odd_days,
 )
 from krea_dagster.spend.warnings.history import (
     AccountUse,
     BudgetUse,
     DaySpend,
-    History,
     PriceSeen,
+    SpendHistory,
     credits_words,
     day_words,
     rough,
@@ -105,7 +105,7 @@ class SpendWarning:
         return Level.ERROR if error else Level.WARNING
 
 
-def find_warnings(history: History, now: datetime) -> list[SpendWarning]:
+def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
     """Find all warnings up to ``now``: errors first, then the latest first.
 
     Those about budgets and the forecast are about today and this month; the others about any
@@ -115,14 +115,16 @@ def find_warnings(history: History, now: datetime) -> list[SpendWarning]:
     spent = {day.day: day.committed_units for day in history.days if day.day <= today}
     grain_units = max((seen.units for seen in history.prices), default=DEAREST_UNITS)
     odd = [
-        one for one in episodes(spent, today, grain_units) if one.excess_units >= LEAST_EXCESS_UNITS
+        one
+        for one in find_anomalies(spent, today, grain_units)
+        if one.excess_units >= LEAST_EXCESS_UNITS
     ]
     found = [
         *_account(history.account, today),
         *_budgets(history.budgets, today, now),
-        *_forecast(history.budgets, spent, today, odd_days(odd)),
+        *_forecast(history.budgets, spent, today, anomalous_days(odd)),
         *_odd_days(history, odd),
-        *_odd_partitions(history, today, odd_days(odd), grain_units),
+        *_odd_partitions(history, today, anomalous_days(odd), grain_units),
         *_prices(history.prices, today),
         *_new_failures(history, today),
         *_many_failures(history.days, today),
@@ -205,7 +207,7 @@ def _forecast(
         )
 
 
-def _odd_days(history: History, odd: Sequence[Episode]) -> Iterator[SpendWarning]:
+def _odd_days(history: SpendHistory, odd: Sequence[Anomaly]) -> Iterator[SpendWarning]:
     for one in odd:
         times = f", {one.units / one.expected_units:.1f} times" if one.expected_units else ","
         yield SpendWarning(
@@ -220,7 +222,7 @@ def _odd_days(history: History, odd: Sequence[Episode]) -> Iterator[SpendWarning
         )
 
 
-def _mostly(history: History, one: Episode) -> str:
+def _mostly(history: SpendHistory, one: Anomaly) -> str:
     """The partition that most of it went to, where there is one."""
     sums: dict[str, int] = defaultdict(int)
     for part in history.partitions:
@@ -231,7 +233,7 @@ def _mostly(history: History, one: Episode) -> str:
 
 
 def _odd_partitions(
-    history: History, today: date, odd: frozenset[date], grain_units: int
+    history: SpendHistory, today: date, odd: frozenset[date], grain_units: int
 ) -> Iterator[SpendWarning]:
     """Partitions out of their habit, but for days that were odd as a whole and said so.
 
@@ -243,18 +245,18 @@ def _odd_partitions(
         if part.day <= today:
             days = by_key[part.partition_key]
             days[part.day] = days.get(part.day, 0) + part.committed_units
-    found: list[tuple[str, Episode]] = []
+    found: list[tuple[str, Anomaly]] = []
     short: list[tuple[date, str, int]] = []
     for key, days in sorted(by_key.items()):
         if len(days) < LEAST_ACTIVE:
             short.append((min(days), key, sum(days.values())))
         else:
-            found += [(key, one) for one in episodes(days, today, grain_units)]
+            found += [(key, one) for one in find_anomalies(days, today, grain_units)]
     peers: list[int] = []
     for since, key, units in sorted(short):
         usual = peers[-WINDOW_DAYS:]
         if len(usual) >= LEAST_PEERS and far_above(units, usual, grain_units):
-            found.append((key, Episode(since, max(by_key[key]), units, int(median(usual)))))
+            found.append((key, Anomaly(since, max(by_key[key]), units, int(median(usual)))))
         else:
             peers.append(units)
     least_units = LEAST_EXCESS_UNITS
@@ -269,7 +271,7 @@ def _odd_partitions(
             yield _partition(key, one)
 
 
-def _partition(key: str, one: Episode) -> SpendWarning:
+def _partition(key: str, one: Anomaly) -> SpendWarning:
     return SpendWarning(
         WarningKind.PARTITION_OUT_OF_HABIT,
         f"Partition {key} cost {credits_words(one.units)} {_on(one.since, one.until)}; "
@@ -338,7 +340,7 @@ def _price_steps(days: Mapping[date, Sequence[PriceSeen]]) -> list[tuple[date, i
     return steps
 
 
-def _new_failures(history: History, today: date) -> Iterator[SpendWarning]:
+def _new_failures(history: SpendHistory, today: date) -> Iterator[SpendWarning]:
     if not history.days:
         return
     first = history.days[0].day

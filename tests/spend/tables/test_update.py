@@ -22,14 +22,14 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA, daily_schema
 from krea_dagster.spend.tables.ledger import CREDITS, LEDGER_SCHEMA, decimals, units_of
 from krea_dagster.spend.tables.query import ask, open_views, sums
-from krea_dagster.spend.tables.update import TABLES, Updated, update_spend
+from krea_dagster.spend.tables.update import TABLES, SpendUpdate, update_spend
 from tests.spend.simulated_year import FIRST, OUTAGE, Year
 
 LAST = date(2026, 12, 31)
 LATER = datetime(2027, 1, 2, tzinfo=timezone.utc)
 
 
-def update(year: Year, **options: Any) -> Updated:
+def update(year: Year, **options: Any) -> SpendUpdate:
     with closing(Journal(year.url)) as journal:
         return update_spend(journal, year.storage, **({"now": LATER} | options))
 
@@ -292,7 +292,7 @@ def test_lost_files_another_rate_and_other_columns_are_made_anew(tmp_path: Path)
 def test_a_journal_without_a_purchase_gives_empty_tables(tmp_path: Path) -> None:
     year = Year(tmp_path, 10)
     with closing(Journal(year.url)):
-        assert update(year) == Updated((), (), 0)
+        assert update(year) == SpendUpdate((), (), 0)
     with closing(open_views(year.storage)) as duck:
         assert sums(duck)[0].purchases == 0
         assert sums(duck, ["month"]) == []

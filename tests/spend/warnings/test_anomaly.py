@@ -7,7 +7,7 @@ from datetime import date, timedelta
 import numpy as np
 import pytest
 
-from krea_dagster.spend.warnings.anomaly import days_left, episodes, far_above, forecast_month
+from krea_dagster.spend.warnings.anomaly import days_left, far_above, find_anomalies, forecast_month
 
 FIRST = date(2025, 1, 6)  # a Monday
 GRAIN = 18_000
@@ -23,13 +23,13 @@ def week(weeks: int, workday: int = 1_000_000, weekend: int = 100_000) -> list[i
 
 def test_a_steady_year_has_no_odd_day() -> None:
     spent = days_of(week(52))
-    assert episodes(spent, max(spent), GRAIN) == []
+    assert find_anomalies(spent, max(spent), GRAIN) == []
 
 
 def test_a_day_of_five_times_its_weekday_is_found_with_what_was_expected() -> None:
     values = week(12)
     values[70] = 5_000_000
-    (found,) = episodes(days_of(values), FIRST + timedelta(days=83), GRAIN)
+    (found,) = find_anomalies(days_of(values), FIRST + timedelta(days=83), GRAIN)
     assert (found.since, found.until) == (FIRST + timedelta(days=70),) * 2
     assert found.expected_units == 1_000_000
     assert found.excess_units == 4_000_000
@@ -38,14 +38,14 @@ def test_a_day_of_five_times_its_weekday_is_found_with_what_was_expected() -> No
 def test_nothing_is_odd_in_the_first_four_weeks() -> None:
     values = week(4)
     values[20] = 50_000_000
-    assert episodes(days_of(values), FIRST + timedelta(days=27), GRAIN) == []
+    assert find_anomalies(days_of(values), FIRST + timedelta(days=27), GRAIN) == []
 
 
 def test_a_day_is_judged_by_the_days_before_it_only() -> None:
     values = week(12)
     values[70] = 5_000_000
     short = dict(list(days_of(values).items())[:71])
-    assert episodes(short, max(short), GRAIN) == episodes(
+    assert find_anomalies(short, max(short), GRAIN) == find_anomalies(
         days_of(values), FIRST + timedelta(days=83), GRAIN
     )
 
@@ -53,14 +53,14 @@ def test_a_day_is_judged_by_the_days_before_it_only() -> None:
 def test_days_in_a_row_are_one_episode() -> None:
     values = week(12)
     values[70:73] = [5_000_000] * 3
-    (found,) = episodes(days_of(values), FIRST + timedelta(days=83), GRAIN)
+    (found,) = find_anomalies(days_of(values), FIRST + timedelta(days=83), GRAIN)
     assert (found.until - found.since).days == 2
     assert found.units == 15_000_000
 
 
 def test_what_stays_for_more_than_a_week_is_said_once_and_then_the_habit() -> None:
     spent = days_of(week(12) + [5_000_000] * 90)
-    (found,) = episodes(spent, max(spent), GRAIN)
+    (found,) = find_anomalies(spent, max(spent), GRAIN)
     assert found.since == FIRST + timedelta(days=84)
     assert (found.until - found.since).days == 7
 
@@ -68,20 +68,20 @@ def test_what_stays_for_more_than_a_week_is_said_once_and_then_the_habit() -> No
 def test_an_odd_day_does_not_hide_the_next_one() -> None:
     values = week(16)
     values[70] = values[85] = values[100] = 5_000_000
-    assert len(episodes(days_of(values), FIRST + timedelta(days=111), GRAIN)) == 3
+    assert len(find_anomalies(days_of(values), FIRST + timedelta(days=111), GRAIN)) == 3
 
 
 def test_where_most_days_have_no_purchase_those_that_have_are_the_habit() -> None:
     values = ([0] * 6 + [1_000_000]) * 30
     values[188] = 3_500_000
-    (found,) = episodes(days_of(values), FIRST + timedelta(days=209), GRAIN)
+    (found,) = find_anomalies(days_of(values), FIRST + timedelta(days=209), GRAIN)
     assert found.expected_units == 1_000_000
 
 
 def test_a_day_after_the_last_is_not_looked_at() -> None:
     values = week(12)
     values[70] = 5_000_000
-    assert episodes(days_of(values), FIRST + timedelta(days=69), GRAIN) == []
+    assert find_anomalies(days_of(values), FIRST + timedelta(days=69), GRAIN) == []
 
 
 def test_of_few_purchases_chance_alone_makes_a_day_dear() -> None:
@@ -89,8 +89,8 @@ def test_of_few_purchases_chance_alone_makes_a_day_dear() -> None:
     values = [4_500] * 90
     values[80] = 18_000
     spent = days_of(values)
-    assert episodes(spent, max(spent), GRAIN) == []
-    assert len(episodes(spent, max(spent), 0)) == 1
+    assert find_anomalies(spent, max(spent), GRAIN) == []
+    assert len(find_anomalies(spent, max(spent), 0)) == 1
 
 
 def test_a_sum_is_far_above_its_peers_by_median_and_mad() -> None:

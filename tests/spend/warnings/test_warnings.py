@@ -12,15 +12,15 @@ import pytest
 from krea_dagster.engine.budget import Budget
 from krea_dagster.engine.journal.journal import AccountReading, Journal
 from krea_dagster.errors import ConfigError
-from krea_dagster.spend.proof.account import AccountProof, Gap
+from krea_dagster.spend.proof.account import AccountInterval, AccountProof
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.warnings.history import (
     BudgetUse,
     DaySpend,
     FailureSeen,
-    History,
     PartitionSpend,
     PriceSeen,
+    SpendHistory,
 )
 from krea_dagster.spend.warnings.load_history import account_use, observe
 from krea_dagster.spend.warnings.sources import stored_tables
@@ -37,11 +37,11 @@ def steady(days: int = 95, units: int = 1_000_000) -> list[DaySpend]:
     return [DaySpend(FIRST + timedelta(days=one), units, asked=200) for one in range(days)]
 
 
-def found(history: History, kind: WarningKind, now: datetime = NOW) -> list[SpendWarning]:
+def found(history: SpendHistory, kind: WarningKind, now: datetime = NOW) -> list[SpendWarning]:
     return [one for one in find_warnings(history, now) if one.kind is kind]
 
 
-def the(history: History, kind: WarningKind, now: datetime = NOW) -> SpendWarning:
+def the(history: SpendHistory, kind: WarningKind, now: datetime = NOW) -> SpendWarning:
     (one,) = found(history, kind, now)
     return one
 
@@ -111,9 +111,9 @@ def test_what_a_day_s_look_says_of_the_past_a_later_look_says_too() -> None:
 # -- budgets and forecast ---------------------------------------------------------------------
 
 
-def use(name: str, period: str, used: int, cap: int = 10_000_000) -> History:
+def use(name: str, period: str, used: int, cap: int = 10_000_000) -> SpendHistory:
     kinds = {"day": "day", "month": "month"}
-    return History(budgets=[BudgetUse(name, kinds.get(period, "total"), cap, used)])  # type: ignore[arg-type]  # the text is one of the three
+    return SpendHistory(budgets=[BudgetUse(name, kinds.get(period, "total"), cap, used)])  # type: ignore[arg-type]  # the text is one of the three
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_budget_of_nothing_is_used_by_anything() -> None:
 
 @pytest.mark.parametrize(("cap", "words"), [(31_000_000, None), (29_000_000, "almost surely")])
 def test_a_month_that_will_pass_its_budget_is_said(cap: int, words: str | None) -> None:
-    history = History(steady(), budgets=[BudgetUse("month", "month", cap, 10_000_000)])
+    history = SpendHistory(steady(), budgets=[BudgetUse("month", "month", cap, 10_000_000)])
     said = found(history, WarningKind.FORECAST)
     assert bool(said) is (words is not None)
     if words is not None:
@@ -174,7 +174,7 @@ def test_an_odd_day_names_the_partition_that_most_of_it_went_to() -> None:
     odd = days[80].day
     days[80] = replace(days[80], charged_units=9_000_000)
     parts = [PartitionSpend(odd, "bucket-1", 8_000_000), PartitionSpend(odd, "bucket-2", 1_000_000)]
-    said = the(History(days, parts), WarningKind.DAY_OUT_OF_HABIT)
+    said = the(SpendHistory(days, parts), WarningKind.DAY_OUT_OF_HABIT)
     assert said.text == (
         "900.00 credits on 27 Mar 2025, 9.0 times the 100.00 credits that are usual; "
         "800.00 credits of it for partition bucket-1."
@@ -185,33 +185,33 @@ def test_an_odd_day_names_the_partition_that_most_of_it_went_to() -> None:
 def test_what_is_at_stake_counts_before_it_is_charged() -> None:
     days = steady()
     days[80] = replace(days[80], at_stake_units=9_000_000)
-    assert found(History(days), WarningKind.DAY_OUT_OF_HABIT)
+    assert found(SpendHistory(days), WarningKind.DAY_OUT_OF_HABIT)
 
 
 def test_a_partition_out_of_its_habit_is_said_unless_the_whole_day_was() -> None:
     days = steady()
     parts = [PartitionSpend(day.day, key, 100_000) for day in days for key in ("a", "b", "c")]
     parts[80 * 3] = replace(parts[80 * 3], committed_units=1_500_000)
-    said = the(History(days, parts), WarningKind.PARTITION_OUT_OF_HABIT)
+    said = the(SpendHistory(days, parts), WarningKind.PARTITION_OUT_OF_HABIT)
     assert said.about == "a"
     assert said.since == days[80].day
     assert "150.00 credits on 27 Mar 2025; 10.00 credits are usual" in said.text
     days[80] = replace(days[80], charged_units=9_000_000)
-    assert not found(History(days, parts), WarningKind.PARTITION_OUT_OF_HABIT)
+    assert not found(SpendHistory(days, parts), WarningKind.PARTITION_OUT_OF_HABIT)
 
 
 def test_a_partition_of_one_day_is_held_against_those_before_it() -> None:
     days = steady()
     parts = [PartitionSpend(day.day, f"{day.day}", 1_000_000) for day in days]
-    assert not found(History(days, parts), WarningKind.PARTITION_OUT_OF_HABIT)
+    assert not found(SpendHistory(days, parts), WarningKind.PARTITION_OUT_OF_HABIT)
     parts[60] = replace(parts[60], committed_units=5_000_000)
-    assert the(History(days, parts), WarningKind.PARTITION_OUT_OF_HABIT).since == parts[60].day
+    assert the(SpendHistory(days, parts), WarningKind.PARTITION_OUT_OF_HABIT).since == parts[60].day
 
 
 def test_a_changed_price_is_said_with_what_it_has_cost_since() -> None:
     prices = [PriceSeen(day.day, "1K", 4_500, 100) for day in steady(60)]
     prices += [PriceSeen(day.day, "1K", 4_800, 100) for day in steady(70)[60:]]
-    said = the(History(prices=prices), WarningKind.PRICE_CHANGED)
+    said = the(SpendHistory(prices=prices), WarningKind.PRICE_CHANGED)
     assert said.text == (
         "An image of 1K costs 0.48 credits instead of 0.45 credits since 7 Mar 2025 (+6.7%): "
         "its 1,000 calls since then came to 30.00 credits more."
@@ -222,13 +222,13 @@ def test_a_changed_price_is_said_with_what_it_has_cost_since() -> None:
 def test_a_single_call_of_another_price_is_no_change_of_price() -> None:
     prices = [PriceSeen(day.day, "1K", 4_500, 100) for day in steady(60)]
     prices += [PriceSeen(TODAY, "1K", 9_000, 1)]
-    assert not found(History(prices=prices), WarningKind.PRICE_CHANGED)
+    assert not found(SpendHistory(prices=prices), WarningKind.PRICE_CHANGED)
 
 
 def test_a_new_error_code_is_said_once() -> None:
     codes = [FailureSeen(day.day, "old", 2) for day in steady()]
     codes += [FailureSeen(day.day, "quota_changed", 4, 18_000) for day in steady()[80:]]
-    said = the(History(steady(), failures=codes), WarningKind.FAILURE_NEW)
+    said = the(SpendHistory(steady(), failures=codes), WarningKind.FAILURE_NEW)
     assert said.about == "quota_changed"
     assert "28 purchases ended with quota_changed from 27 Mar 2025 to 2 Apr 2025" in said.text
     assert "12.60 credits" in said.text
@@ -236,14 +236,14 @@ def test_a_new_error_code_is_said_once() -> None:
 
 def test_an_error_code_of_the_first_weeks_or_of_one_purchase_is_not_new() -> None:
     codes = [FailureSeen(FIRST + timedelta(days=3), "early", 9), FailureSeen(TODAY, "rare", 2)]
-    assert not found(History(steady(), failures=codes), WarningKind.FAILURE_NEW)
+    assert not found(SpendHistory(steady(), failures=codes), WarningKind.FAILURE_NEW)
 
 
 def test_days_with_many_failures_are_said_together() -> None:
     days = [replace(day, trouble=4) for day in steady()]
     for number in (80, 81, 82):
         days[number] = replace(days[number], trouble=100, at_stake_units=50_000)
-    said = the(History(days), WarningKind.FAILURES_HIGH)
+    said = the(SpendHistory(days), WarningKind.FAILURES_HIGH)
     assert (said.since, said.until) == (days[80].day, days[82].day)
     assert "300 of 600 purchases (50%)" in said.text
     assert "2.0% is usual" in said.text
@@ -257,12 +257,12 @@ def proof(used: int, explained: int) -> AccountProof:
         AccountReading(datetime(2025, 4, day, tzinfo=timezone.utc), f"run-{day}", units, 0)
         for day, units in ((1, 0), (9, used))
     ]
-    gap = Gap(readings[0], readings[1], explained, explained)
+    gap = AccountInterval(readings[0], readings[1], explained, explained)
     return AccountProof(2, [gap], [gap] if used != explained else [])
 
 
 def test_an_account_that_used_more_than_the_journal_explains_is_an_error_and_comes_first() -> None:
-    history = History(steady(), account=account_use(proof(1_000_000, 995_500)))
+    history = SpendHistory(steady(), account=account_use(proof(1_000_000, 995_500)))
     first = find_warnings(history, NOW)[0]
     assert first.level is Level.ERROR
     assert first.text == (
@@ -280,7 +280,7 @@ def test_stretches_that_differ_both_ways_do_not_cancel_out() -> None:
 
 def test_an_account_that_agrees_is_no_warning() -> None:
     assert (
-        find_warnings(History(steady(), account=account_use(proof(1_000_000, 1_000_000))), NOW)
+        find_warnings(SpendHistory(steady(), account=account_use(proof(1_000_000, 1_000_000))), NOW)
         == []
     )
 
