@@ -20,7 +20,7 @@ from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA
 from krea_dagster.spend.tables.ledger import exact_rate
-from krea_dagster.spend.tables.query import FIGURES, SpendLine, ask, open_views, sums
+from krea_dagster.spend.tables.query import FIGURES, SpendLine, open_tables, run_query, sums
 from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning
@@ -85,7 +85,7 @@ def spend_of(
 def answer_of(krea: KreaResource, query: str, prompts: str | None = None) -> pa.Table:
     """Answer one SELECT over the views. Raises ConfigError or JournalError."""
     with closing(_opened(krea, prompts)) as duck:
-        return ask(duck, query)
+        return run_query(duck, query)
 
 
 def report_of(
@@ -125,7 +125,7 @@ def _opened(krea: KreaResource, prompts: str | None = None) -> duckdb.DuckDBPyCo
     storage = krea.open_storage()
     rate, by = _as_kept(storage)
     update_tables(krea, credits_per_usd=rate, by=by)
-    return open_views(storage, prompts)
+    return open_tables(storage, prompts)
 
 
 def _as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:

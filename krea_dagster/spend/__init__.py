@@ -1,1 +1,1 @@
-"""Credits accounted for: ``quote`` says what would be bought, ``verify`` that the books agree."""
+"""Spend: quotes, tables of purchases, the proof of the accounts, warnings and the report."""

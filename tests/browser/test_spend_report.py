@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, expect
 
-from krea_dagster.spend.report.sparkline import spend_picture
+from krea_dagster.spend.report.sparkline import spend_sparkline
 from tests.browser.pages import (
     DESK,
     PHONE,
@@ -148,7 +148,7 @@ def test_the_page_s_own_policy_lets_no_script_run(browser: Browser, report: Path
 def test_the_small_picture_is_drawn_as_an_image(
     browser: Browser, tables: Tables, tmp_path: Path
 ) -> None:
-    (tmp_path / "spend.svg").write_bytes(spend_picture(tables.daily))
+    (tmp_path / "spend.svg").write_bytes(spend_sparkline(tables.daily))
     (tmp_path / "page.html").write_text("<img src='spend.svg' alt='spend'>")
     page = browser.new_page()
     page.goto((tmp_path / "page.html").as_uri())

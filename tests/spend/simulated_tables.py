@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from krea_dagster.spend.warnings.load_history import connect
+from krea_dagster.spend.tables.sql import open_views
 
 FIRST: Final = date(2025, 1, 1)
 DAYS: Final = 365
@@ -160,7 +160,7 @@ def money(units: np.ndarray, missing: np.ndarray | None = None) -> pa.Array:
 
 def tables_of(ledger: pa.Table) -> Tables:
     """The daily tables that belong to a ledger, by plain SQL."""
-    with closing(connect({"ledger": ledger})) as database:
+    with closing(open_views({"ledger": ledger})) as database:
         daily = database.execute(_DAILY).to_arrow_table()
         failures = database.execute(_FAILURES).to_arrow_table()
     return Tables(ledger, daily, failures)

@@ -120,7 +120,7 @@ def test_a_question_in_sql_is_answered_in_every_form(year: Year, shell: Shell) -
     assert out.split() == ["credits", "first", row["credits"], "2026-01-01"]
     code, out, err = shell("--sql", "DROP VIEW ledger")
     assert (code, out) == (2, "")
-    assert "only a SELECT can be asked" in err
+    assert "only SELECT is allowed" in err
 
 
 @pytest.mark.parametrize(

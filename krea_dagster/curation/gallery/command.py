@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from contextlib import closing
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from krea_dagster.errors import ConfigError, StorageError
+from krea_dagster.engine.storage.page import write_page
+from krea_dagster.errors import ConfigError
 
 if TYPE_CHECKING:
     from krea_dagster.curation.gallery.page import GallerySummary
@@ -162,7 +162,7 @@ def gallery_command(
             on_progress=_show_progress if sys.stderr.isatty() else lambda _: None,
         )
         page.seek(0)
-        _write(output, page.read())
+        write_page(output, page.read(), "the gallery")
     _print_summary(output, written, as_json=as_json)
     if written.missing:
         sys.exit(1)
@@ -220,17 +220,3 @@ def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, 
         return {}
     with closing(VerdictLog.open(url)) as log:
         return {sha256: one.verdict for sha256, one in log.current().items()}
-
-
-def _write(path: Path, page: bytes) -> None:
-    """Write the file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(page)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"the gallery cannot be written to {path}: {error}") from error

@@ -16,10 +16,10 @@ from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
 from krea_dagster.plugin.resource import KreaResource, krea_of
-from krea_dagster.spend.report.sparkline import spend_picture
+from krea_dagster.spend.report.sparkline import spend_sparkline
 from krea_dagster.spend.tables.daily import daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
-from krea_dagster.spend.tables.query import open_views, sums
+from krea_dagster.spend.tables.query import open_tables, sums
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.warnings.sources import stored_tables
 
@@ -96,7 +96,7 @@ def build_spend_assets(
             storage = krea.open_storage()
             figures = spend_metadata(storage, datetime.now(timezone.utc))
             tables = stored_tables(storage)
-            picture = base64.b64encode(spend_picture(tables.daily)).decode()
+            picture = base64.b64encode(spend_sparkline(tables.daily)).decode()
         own: dict[str, Mapping[str, Any]] = {
             "ledger": {"dagster/row_count": tables.ledger.count_rows()},
             "daily": {
@@ -149,7 +149,7 @@ def update_tables(
 def spend_metadata(storage: Storage, now: datetime) -> Mapping[str, Any]:
     """Return figures that Dagster plots: credits today, this month, in all, and at stake."""
     today = now.astimezone(timezone.utc).date()
-    duck = open_views(storage)
+    duck = open_tables(storage)
     try:
         (total,) = sums(duck)
         (month,) = sums(duck, since=today.replace(day=1), until=today)

@@ -1,9 +1,9 @@
-"""What the account says it used, held against what the journal can explain. Pure.
+"""Compare the credits that the account used with those that the journal explains. Pure.
 
-Each run reads the account before and after. Between two readings the account must have used
-what was charged between them. A purchase that was on its way while the account was read is
-known only within bounds: whether the server counts credits when it reserves or when it settles
-them is not documented.
+Each run reads the account before and after. Between two readings the account must have used what
+was charged between them. A purchase that was in flight while the account was read is known only
+within bounds: whether the server counts credits when it reserves or when it settles them is not
+documented.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from krea_dagster.engine.journal.journal import AccountReading, Charge
 
 @dataclass(frozen=True)
 class AccountInterval:
-    """Two readings one after the other, and what the journal explains between them, in units.
-
-    ``low_units`` to ``high_units`` is what the account may have used.
-    """
+    """Two readings, and the least and most units that the journal explains between them."""
 
     before: AccountReading
     after: AccountReading
@@ -30,21 +27,21 @@ class AccountInterval:
 
     @property
     def used_units(self) -> int:
-        """What the account used."""
+        """The units that the account used."""
         return self.after.used_units - self.before.used_units
 
     @property
     def unexplained_units(self) -> int:
-        """What it used beyond what the journal explains; negative where it used less."""
+        """The units used beyond those that the journal explains; negative where fewer were used."""
         return max(0, self.used_units - self.high_units) + min(0, self.used_units - self.low_units)
 
 
 @dataclass(frozen=True)
 class AccountProof:
-    """The account's use against the journal, in units.
+    """The comparison of the account with the journal.
 
-    ``stretches`` go from a first to a last reading; more than one where the account's use fell
-    in between, as it does with another key. ``gaps`` are the pairs of readings that are not
+    ``stretches`` go from a first to a last reading. There are several where the account's use fell,
+    as it does with another key. ``gaps`` are the neighbouring readings whose difference is not
     explained.
     """
 
@@ -54,27 +51,27 @@ class AccountProof:
 
     @property
     def used_units(self) -> int:
-        """What the account used."""
+        """The units that the account used."""
         return sum(stretch.used_units for stretch in self.stretches)
 
     @property
     def journal_units(self) -> int:
-        """What the journal certainly explains."""
+        """The units that the journal certainly explains."""
         return sum(stretch.low_units for stretch in self.stretches)
 
     @property
     def in_flight_units(self) -> int:
-        """What was on its way while the account was read, so that it may be in or not."""
+        """The units in flight while the account was read, which may be counted or not."""
         return sum(stretch.high_units - stretch.low_units for stretch in self.stretches)
 
     @property
     def unexplained_units(self) -> int:
-        """What is left."""
+        """The units that are not explained."""
         return sum(stretch.unexplained_units for stretch in self.stretches)
 
 
 class AccountComparison:
-    """Takes the journal's charges one by one; keeps two numbers for each pair of readings."""
+    """Adds the journal's charges one by one; keeps two numbers for each pair of readings."""
 
     def __init__(self, readings: Sequence[AccountReading]) -> None:
         self._readings = sorted(readings, key=lambda reading: reading.at)
@@ -99,7 +96,7 @@ class AccountComparison:
         self._gap_ends = [gap.last for gap in self._gaps]
 
     def add(self, charge: Charge) -> None:
-        """Count a charge."""
+        """Add a charge."""
         from_gap = bisect_left(self._gap_ends, charge.sent_at)
         settled = _settled_at(charge)
         to_gap = len(self._gaps) if settled is None else bisect_right(self._gap_starts, settled)
@@ -107,7 +104,7 @@ class AccountComparison:
             bounds.add(charge)
 
     def proof(self) -> AccountProof | None:
-        """The comparison; None where no two readings can be compared."""
+        """Return the comparison; None where no two readings can be compared."""
         if not self._stretches:
             return None
         gaps = [bounds.gap(self._readings) for bounds in self._gaps]
@@ -119,7 +116,7 @@ class AccountComparison:
 
 
 class _IntervalSums:
-    """What the charges between two times come to."""
+    """The least and most that the charges between two times come to."""
 
     def __init__(self, first: datetime, last: datetime, before: int, after: int) -> None:
         self.first = first
@@ -139,10 +136,10 @@ class _IntervalSums:
 
 
 def between(charge: Charge, first: datetime, last: datetime) -> tuple[int, int]:
-    """By how much a charge may have moved the account's use between two times: least and most.
+    """Return the least and most by which a charge may have changed the account's use.
 
-    A purchase moves it at some time from its first POST to when it was seen settled, by what
-    was charged; until then the account may count what it holds for it.
+    It changes the use by its charge, at some time from its first POST to when it was seen settled;
+    until then the account may count the reservation.
     """
     settled = _settled_at(charge)
     if charge.sent_at > last or (settled is not None and settled <= first):
@@ -153,11 +150,11 @@ def between(charge: Charge, first: datetime, last: datetime) -> tuple[int, int]:
     is_settled = settled is not None and settled <= last
     if is_settled and not was_sent_before:
         return charged, charged
-    # What was held for a task that failed is given back.
+    # The reservation of a task that failed is released.
     given_back = was_sent_before and charge.charged_units == 0
     return (-held if given_back else 0), (charged if is_settled else held)
 
 
 def _settled_at(charge: Charge) -> datetime | None:
-    """When it was seen settled; None while what it cost is not known."""
+    """Return when a charge was seen settled; None while its cost is not known."""
     return None if charge.charged_units is None else charge.settled_at

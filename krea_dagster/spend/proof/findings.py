@@ -1,4 +1,4 @@
-"""What a proof finds, and what it proves: values, and the collector that bounds their number."""
+"""The findings and figures of a proof."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from typing import Final
 
 from krea_dagster.spend.proof.account import AccountProof
 
-#: ProofFindings of one kind that are kept with their sentences; all are counted.
+#: Findings of one kind that are kept; all are counted.
 KEPT: Final = 100
 
 
 class Severity(str, Enum):
-    """Whether the books are wrong, or only not closed yet."""
+    """An error: something disagrees. A note: money is open, at stake or explained."""
 
-    #: It does not add up.
     ERROR = "error"
-    #: Open, at stake, or explained.
     NOTE = "note"
 
 
 class FindingKind(str, Enum):
-    """What can be found. The text is what ``--json`` and the check's metadata show."""
+    """The kinds of findings. The text is shown by ``--json`` and the check's metadata."""
 
     #: One request was charged more than once.
     BOUGHT_TWICE = "bought_twice"
@@ -32,19 +30,19 @@ class FindingKind(str, Enum):
     CHARGED_WITHOUT_TASK = "charged_without_task"
     #: Charged, in a state that costs nothing and has no image.
     CHARGED_WITHOUT_IMAGE = "charged_without_image"
-    #: Stored, and the journal knows of no purchase.
+    #: Stored, and the journal has no purchase of it.
     STORED_WITHOUT_CHARGE = "stored_without_charge"
     #: Stored, and the file is not there or cannot be read.
     FILE_MISSING = "file_missing"
     #: Stored, and the file has other bytes.
     FILE_CHANGED = "file_changed"
-    #: A file that no request in the journal has.
+    #: A file that belongs to no request in the journal.
     FILE_UNKNOWN = "file_unknown"
     #: Paid, and no manifest row shows it.
     NOT_LISTED = "not_listed"
-    #: A manifest row says something else than the journal.
+    #: A manifest row differs from the journal.
     ROW_DIFFERS = "row_differs"
-    #: A manifest row says what the journal said earlier.
+    #: A manifest row shows an earlier state of the journal.
     ROW_BEHIND = "row_behind"
     #: A manifest row of a request that the journal does not know.
     ROW_UNKNOWN = "row_unknown"
@@ -69,9 +67,9 @@ class FindingKind(str, Enum):
     LOST = "lost"
     #: Stored, and the server never said what it cost.
     PRICE_UNKNOWN = "price_unknown"
-    #: Stored, because its file was found in the storage root; who bought it is not known here.
+    #: Stored, because its file was found in the storage root; it was bought under another journal.
     PURCHASE_UNKNOWN = "purchase_unknown"
-    #: Paid and stored, and the prompt table does not ask for it any more.
+    #: Paid and stored, and the prompt table does not request it any more.
     NOT_ASKED_ANY_MORE = "not_asked_any_more"
     #: The file of a request that is not stored yet.
     FILE_NOT_ENTERED = "file_not_entered"
@@ -79,31 +77,25 @@ class FindingKind(str, Enum):
     ACCOUNT_NOT_COMPARED = "account_not_compared"
 
 
-#: Kinds that are errors, whatever else is true.
-_ERRORS: Final = frozenset(
+_NOTES: Final = frozenset(
     {
-        FindingKind.BOUGHT_TWICE,
-        FindingKind.CHARGED_WITHOUT_TASK,
-        FindingKind.CHARGED_WITHOUT_IMAGE,
-        FindingKind.STORED_WITHOUT_CHARGE,
-        FindingKind.FILE_MISSING,
-        FindingKind.FILE_CHANGED,
-        FindingKind.FILE_UNKNOWN,
-        FindingKind.NOT_LISTED,
-        FindingKind.ROW_DIFFERS,
-        FindingKind.ROW_BEHIND,
-        FindingKind.ROW_UNKNOWN,
-        FindingKind.MANIFEST_UNREADABLE,
-        FindingKind.EVENTS_DIFFER,
-        FindingKind.SUM_DIFFERS,
-        FindingKind.ACCOUNT_DIFFERS,
+        FindingKind.PAID_NOT_STORED,
+        FindingKind.IN_FLIGHT,
+        FindingKind.OUTCOME_UNKNOWN,
+        FindingKind.MAYBE_CHARGED,
+        FindingKind.LOST,
+        FindingKind.PRICE_UNKNOWN,
+        FindingKind.PURCHASE_UNKNOWN,
+        FindingKind.NOT_ASKED_ANY_MORE,
+        FindingKind.FILE_NOT_ENTERED,
+        FindingKind.ACCOUNT_NOT_COMPARED,
     }
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence, and what it is about. ``units`` is the money in question, at most."""
+    """One sentence and its subject. ``units`` is the most money that it is about."""
 
     kind: FindingKind
     severity: Severity
@@ -115,12 +107,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class ProofFigures:
-    """What was looked at. Money in units.
+    """Counts of what was checked, and money in units.
 
     ``charges`` are submissions that cost something, ``tasks`` their distinct tasks. ``files``
-    were found with their size, ``files_hashed`` of them with their hash. ``rows`` are manifest
-    rows, ``rows_agreeing`` those that say what the journal says. ``at_stake_units`` is paid, or
-    may be, without an image at hand yet; ``lost_units`` is paid without one for good.
+    have the right size, ``files_hashed`` of them also the right hash. ``rows`` are manifest rows,
+    ``rows_agreeing`` those that agree with the journal. ``at_stake_units`` is paid, or may be, and
+    the image is not stored yet; ``lost_units`` is paid, and the image is lost.
     """
 
     requests: int = 0
@@ -143,10 +135,10 @@ class ProofFigures:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved, and what was found.
+    """The result of a proof.
 
-    ``findings`` are the first hundred of each kind, errors before notes; ``counts`` and
-    ``units`` are of all of them, by kind. ``account`` is None where it was not read twice.
+    ``findings`` are the first hundred of each kind, errors before notes; ``counts`` and ``units``
+    are of all, by kind. ``account`` is None where the account was not read twice.
     """
 
     figures: ProofFigures
@@ -159,13 +151,13 @@ class Proof:
 
     @property
     def adds_up(self) -> bool:
-        """Whether nothing was found that is wrong."""
+        """Whether there is no error."""
         return self.errors == 0
 
 
 @dataclass
 class ProofFindings:
-    """Takes findings. Errors that ``excused`` names are kept as notes."""
+    """Collects findings. Errors of the kinds ``excused`` become notes."""
 
     excused: frozenset[FindingKind] = frozenset()
     kept: dict[FindingKind, list[Finding]] = field(default_factory=dict)
@@ -181,7 +173,7 @@ class ProofFindings:
         request_key: str | None = None,
         task_id: str | None = None,
     ) -> None:
-        """Count a finding, and keep it where there are not too many of its kind."""
+        """Count a finding, and keep it unless there are too many of its kind."""
         self.counts[kind] += 1
         self.units[kind] += units
         kept = self.kept.setdefault(kind, [])
@@ -190,12 +182,11 @@ class ProofFindings:
             kept.append(Finding(kind, severity, text, units, request_key, task_id))
 
     def severity(self, kind: FindingKind) -> Severity:
-        """How bad findings of a kind are here."""
-        wrong = kind in _ERRORS and kind not in self.excused
-        return Severity.ERROR if wrong else Severity.NOTE
+        """Return how bad findings of a kind are in this proof."""
+        return Severity.NOTE if kind in _NOTES | self.excused else Severity.ERROR
 
     def proof(self, figures: ProofFigures, account: AccountProof | None) -> Proof:
-        """All of it."""
+        """Return the proof with all findings."""
         in_order = [kind for kind in FindingKind if kind in self.kept]
         in_order.sort(key=lambda kind: self.severity(kind) is Severity.NOTE)
         errors = sum(

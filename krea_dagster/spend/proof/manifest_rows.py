@@ -1,4 +1,4 @@
-"""Holds the manifest files against the journal, row by row, streaming."""
+"""Compare the manifest files with the journal, row by row, streaming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from krea_dagster.manifest import credits_charged, manifest_name
 from krea_dagster.models import units_from_credits
 from krea_dagster.spend.proof.findings import FindingKind, ProofFindings
 
-#: Columns that must say what the journal says.
+#: Columns that must agree with the journal.
 _PROVED: Final = ("status", "task_id", "image_path", "image_sha256", "credits_charged")
 #: Columns that name the row.
 _NAMES: Final = ("prompt_id", "sample", "partition_key", "request_key")
@@ -28,10 +28,10 @@ _BATCH: Final = 4096
 
 @dataclass
 class ListedRows:
-    """What the manifests list.
+    """The rows of the manifests.
 
-    ``rows_of`` names, by request key, the first row that lists it; of a request that no row
-    lists it is silent. ``written`` is when the newest manifest of that file name was written.
+    ``rows_of`` names, by request key, the first row that lists it. ``written`` is when the newest
+    manifest of each file name was written.
     """
 
     files: int = 0
@@ -41,14 +41,14 @@ class ListedRows:
     written: dict[str, datetime | None] = field(default_factory=dict)
 
     def name(self, record: Record) -> str:
-        """A request as people know it: its row, or its partition and key."""
+        """Return a request's row as text, or its key and partition where no row lists it."""
         row = self.rows_of.get(record.request_key)
         return row or f"request {record.request_key[:12]} ({record.partition_key})"
 
     def newer_than(self, record: Record) -> bool:
-        """Whether the partition's manifest was written after the image was stored.
+        """Return whether the partition's manifest was written after the image was stored.
 
-        Then it does not list the request because the table does not ask for it any more.
+        Then it does not list the request because the table does not request it any more.
         """
         name = _last_part(manifest_name(record.partition_key))
         if name not in self.written:
@@ -58,10 +58,10 @@ class ListedRows:
 
 
 def compare_rows(storage: Storage, journal: Journal, findings: ProofFindings) -> ListedRows:
-    """Hold every manifest under the storage root against the journal.
+    """Compare every manifest under the storage root with the journal.
 
-    The journal is read after the rows: where a run changes both meanwhile, a row can be behind,
-    and never ahead.
+    The journal is read after the rows: where a run changes both meanwhile, a row can be behind the
+    journal, and never ahead.
     """
     listed = ListedRows()
     for name in storage.names("manifest"):
@@ -78,8 +78,9 @@ def compare_rows(storage: Storage, journal: Journal, findings: ProofFindings) ->
                     listed.agreeing += _unknown(name, row, findings)
                     continue
                 listed.rows_of.setdefault(record.request_key, _row_name(row))
-                agrees = _compare(name, row, record, findings, storage=storage, journal=journal)
-                listed.agreeing += agrees
+                listed.agreeing += _compare(
+                    name, row, record, findings, storage=storage, journal=journal
+                )
     return listed
 
 
@@ -105,14 +106,15 @@ def _batches(
 
 
 def _unknown(name: str, row: Mapping[str, Any], findings: ProofFindings) -> bool:
-    """A row whose request is not in the journal: right only where nothing was done for it."""
-    said = {column: row[column] for column in _PROVED[1:] if row[column] is not None}
-    if row["status"] == State.PLANNED.value and not said:
+    """Check a row whose request is not in the journal: nothing may have been done for it."""
+    filled = any(row[column] is not None for column in _PROVED[1:])
+    if row["status"] == State.PLANNED.value and not filled:
         return True
     findings.add(
         FindingKind.ROW_UNKNOWN,
         f"{_row_name(row)}: {name} says {row['status']}"
-        f"{_credits_said(row)}, and the journal does not know its request",
+        + (f" and {row['credits_charged']:g} credits" if row["credits_charged"] else "")
+        + ", and the journal does not have its request",
         units_from_credits(row["credits_charged"] or 0),
         request_key=row["request_key"],
         task_id=row["task_id"],
@@ -130,14 +132,14 @@ def _compare(
     journal: Journal,
 ) -> bool:
     image = record.image
-    right = {
+    recorded = {
         "status": record.state.value,
         "task_id": record.task_id,
         "image_path": None if image is None else storage.locate(image.path),
         "image_sha256": None if image is None else image.sha256,
         "credits_charged": credits_charged(record),
     }
-    wrong = [column for column in _PROVED if row[column] != right[column]]
+    wrong = [column for column in _PROVED if row[column] != recorded[column]]
     if not wrong:
         return True
     behind = "status" in wrong and _was_right(row, record, journal)
@@ -145,7 +147,7 @@ def _compare(
     findings.add(
         FindingKind.ROW_BEHIND if behind else FindingKind.ROW_DIFFERS,
         f"{_row_name(row)}: {name} says {column} {_shown(row[column])}, the journal "
-        f"{_shown(right[column])}"
+        f"{_shown(recorded[column])}"
         + ("; the manifest is older, materialize it again" if behind else ""),
         record.charged_units or 0,
         request_key=record.request_key,
@@ -155,7 +157,7 @@ def _compare(
 
 
 def _was_right(row: Mapping[str, Any], record: Record, journal: Journal) -> bool:
-    """Whether a row shows a state that the request was in before, and no other money."""
+    """Return whether a row shows an earlier state of its request, and no other money."""
     has_image = row["image_path"] is not None or row["image_sha256"] is not None
     if has_image and row["status"] != State.STORED.value:
         return False
@@ -167,7 +169,7 @@ def _was_right(row: Mapping[str, Any], record: Record, journal: Journal) -> bool
 
 
 def _states(journal: Journal, request_key: str) -> set[str]:
-    """All states that a request was in."""
+    """Return all states that a request was in."""
     state: State | None = None
     states: set[str] = set()
     try:
@@ -175,18 +177,13 @@ def _states(journal: Journal, request_key: str) -> set[str]:
             state = advance(state, event)
             states.add(state.value)
     except (ValueError, IllegalTransition):
-        return set()  # these events prove nothing; whoever replays them says so
+        return set()  # these events prove nothing; the check of the events reports them
     return states
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
     sample = f" sample {row['sample']}" if row["sample"] else ""
     return f"{str(row['prompt_id'])[:60]}{sample} ({row['partition_key']})"
-
-
-def _credits_said(row: Mapping[str, Any]) -> str:
-    paid = row["credits_charged"]
-    return "" if not paid else f" and {paid:g} credits"
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Re-reads stored files in threads, streaming, a bounded number at a time."""
+"""Re-read stored files in threads, streaming, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from krea_dagster.engine.storage.storage import Storage
 
 #: Bytes read at once.
 _PIECE: Final = 1024 * 1024
-#: Files that may wait for their turn; the rest is not begun.
+#: Most files that are begun and not finished.
 _WAITING: Final = 64
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What is there in place of a stored image.
+    """The file of a stored image: no size where it is missing, no hash where it was not hashed.
 
-    ``size_bytes`` is None where there is no file, ``sha256`` where it was not hashed.
-    ``trouble`` is why the file could not be read, where it could not.
+    ``trouble`` is why it could not be read.
     """
 
     size_bytes: int | None = None
@@ -33,18 +32,16 @@ class FileState:
 
 
 class FileChecker:
-    """Looks at files in the order in which they are given, and answers in that order.
+    """Reads files, and returns their states in the order in which they were given.
 
-    The first ``hash_bytes`` bytes are hashed, of all where it is None; of the others only the
-    size is looked at. Enter it as a context manager.
+    The first ``hash_bytes`` bytes are hashed (None: all); of the other files only the size is read.
+    Use it as a context manager.
     """
 
-    def __init__(
-        self, storage: Storage, *, hash_bytes: int | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, storage: Storage, *, hash_bytes: int | None = None) -> None:
         self._storage = storage
         self._left = hash_bytes
-        self._pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         self._waiting: deque[tuple[Record, StoredImage, Future[FileState]]] = deque()
 
     def __enter__(self) -> FileChecker:
@@ -53,10 +50,10 @@ class FileChecker:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def look(
+    def check(
         self, record: Record, image: StoredImage
     ) -> Iterator[tuple[Record, StoredImage, FileState]]:
-        """Begin with a file; yield those that are done, where too many wait."""
+        """Begin to read a file; yield finished ones while too many wait."""
         to_hash = self._left is None or self._left >= image.bytes
         if to_hash and self._left is not None:
             self._left -= image.bytes
@@ -71,8 +68,8 @@ class FileChecker:
             yield self._next()
 
     def _next(self) -> tuple[Record, StoredImage, FileState]:
-        record, image, seen = self._waiting.popleft()
-        return record, image, seen.result()
+        record, image, state = self._waiting.popleft()
+        return record, image, state.result()
 
     def _size(self, name: str) -> FileState:
         try:

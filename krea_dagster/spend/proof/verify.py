@@ -1,9 +1,9 @@
 """The proof: every charge has one task, one file and a manifest row, and the sums agree.
 
-Held against each other: the journal's purchases, its events, its sums for the caps, the files
-under the storage root, the manifests, and what the account said. Nothing is bought, sent or
-changed, and no network is needed. The journal is read as it stands at one moment, in one pass
-over its requests; what is kept meanwhile is a name for each request that a manifest lists.
+Compared are the journal's purchases, its events, its sums for the caps, the files under the storage
+root, the manifests, and the account's readings. Nothing is bought, sent or changed, and no network
+is needed. The journal is read from one snapshot, in one pass over its requests; in memory is a name
+for each request that a manifest lists.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -37,7 +37,7 @@ from krea_dagster.spend.proof.stored_files import FileChecker, FileState
 #: Files that are looked up in the journal at once.
 _CHUNK: Final = 500
 
-#: States in which a charge has a meaning.
+#: States in which a request may have been charged.
 _MAY_BE_CHARGED: Final = frozenset({State.STORED, State.COMPLETED, State.EXPIRED})
 
 
@@ -49,39 +49,39 @@ def verify(
     manifests_may_lag: bool = False,
     on_progress: Callable[[ProofFigures], None] = lambda _: None,
 ) -> Proof:
-    """Hold journal, files, manifests and account against each other.
+    """Compare journal, files, manifests and account.
 
-    ``hash_bytes`` bounds the bytes that are read again: all where it is None; of the other
-    files only the size is compared. With ``manifests_may_lag`` a manifest that is behind the
-    journal is a note: other runs may be about to write theirs. ``on_progress`` is called now
-    and then with the figures so far. Raises JournalError where the journal cannot be read.
+    ``hash_bytes`` limits the bytes that are read again (None: all); of the other files only the
+    size is compared. With ``manifests_may_lag`` a manifest that is behind the journal is a note:
+    other runs may be about to write theirs. ``on_progress`` is called every thousand requests.
+    Raises JournalError where the journal cannot be read.
     """
     excused = {FindingKind.NOT_LISTED, FindingKind.ROW_BEHIND} if manifests_may_lag else set()
     findings = ProofFindings(frozenset(excused))
     listed = compare_rows(storage, journal, findings)
     _compare_files(storage, journal, findings)
-    with journal.snapshot() as snapshot, FileChecker(storage, hash_bytes=hash_bytes) as reader:
-        books = _JournalCheck(findings, listed, reader, snapshot, on_progress)
-        books.read()
-        books.compare_sums()
-    account = _account(books.account, findings)
-    return findings.proof(books.figures, account)
+    with journal.snapshot() as snapshot, FileChecker(storage, hash_bytes=hash_bytes) as checker:
+        check = _JournalCheck(findings, listed, checker, snapshot, on_progress)
+        check.check_requests()
+        check.check_sums()
+    account = _account(check.account, findings)
+    return findings.proof(check.figures, account)
 
 
 class _JournalCheck:
-    """One pass over the journal: adds up, looks at files, and finds what does not agree."""
+    """One pass over the journal: adds up its charges, and checks them and the stored files."""
 
     def __init__(
         self,
         findings: ProofFindings,
         listed: ListedRows,
-        reader: FileChecker,
+        checker: FileChecker,
         snapshot: Snapshot,
         on_progress: Callable[[ProofFigures], None],
     ) -> None:
         self._findings = findings
         self._listed = listed
-        self._reader = reader
+        self._checker = checker
         self._snapshot = snapshot
         self._on_progress = on_progress
         self._committed: Counter[str] = Counter()
@@ -93,37 +93,38 @@ class _JournalCheck:
 
     @property
     def figures(self) -> ProofFigures:
-        """What was looked at so far."""
+        """The figures so far."""
         return ProofFigures(**self._counts)
 
-    def read(self) -> None:
-        """Take every request with its purchases and its events, in the order of the keys."""
-        charges = _ChargesByRequest(self._snapshot.charges())
+    def check_requests(self) -> None:
+        """Check every request with its purchases and its events, in the order of the keys."""
+        groups = groupby(self._snapshot.charges(), lambda charge: charge.request_key)
+        key, group = next(groups, ("", iter(())))
         request_events = self._snapshot.request_events()
         for number, record in enumerate(self._snapshot.records()):
-            history = next(request_events)
-            self._replay(record, history)
-            own = charges.of(record.request_key)
-            for charge in own:
-                self._add_up(charge)
-            self._judge_charges(record, own, history)
-            self._count(requests=1)
-            if record.state is State.STORED and record.image is not None:
-                for found in self._reader.look(record, record.image):
-                    self._judge_file(*found)
+            charges: list[Charge] = []
+            if key == record.request_key:
+                charges = list(group)
+                key, group = next(groups, ("", iter(())))
+            self._check_request(record, charges, next(request_events))
             if number % 1000 == 0:
                 self._on_progress(self.figures)
-        for found in self._reader.rest():
-            self._judge_file(*found)
+        for found in self._checker.rest():
+            self._check_file(*found)
         self._on_progress(self.figures)
 
-    # -- one request --------------------------------------------------------------------------
-
-    def _replay(self, record: Record, history: RequestEvents) -> None:
-        self._count(events=len(history.events))
-        trouble = _replay_trouble(history)
-        if trouble:
+    def _check_request(
+        self, record: Record, charges: Sequence[Charge], history: RequestEvents
+    ) -> None:
+        self._count(requests=1, events=len(history.events))
+        if trouble := _replay_trouble(history):
             self._find(FindingKind.EVENTS_DIFFER, record, f"its events do not add up: {trouble}")
+        for charge in charges:
+            self._add_up(charge)
+        self._check_charges(record, charges, history)
+        if record.state is State.STORED and record.image is not None:
+            for found in self._checker.check(record, record.image):
+                self._check_file(*found)
 
     def _add_up(self, charge: Charge) -> None:
         charged = charge.charged_units or 0
@@ -135,7 +136,7 @@ class _JournalCheck:
             self._spent[scope] += charged
         self.account.add(charge)
 
-    def _judge_charges(
+    def _check_charges(
         self, record: Record, charges: Sequence[Charge], history: RequestEvents
     ) -> None:
         paid = [charge for charge in charges if charge.charged_units]
@@ -149,7 +150,7 @@ class _JournalCheck:
                 beyond,
             )
         for charge in charges:
-            self._judge_charge(record, charge)
+            self._check_charge(record, charge)
         if len(paid) == 1 and paid[0].state not in _MAY_BE_CHARGED:
             self._find(
                 FindingKind.CHARGED_WITHOUT_IMAGE,
@@ -163,29 +164,29 @@ class _JournalCheck:
             self._find(
                 FindingKind.PURCHASE_UNKNOWN,
                 record,
-                "its file was found in the storage root: another journal has bought it, and what "
-                "it cost is not known here",
+                "its file was found in the storage root: it was bought under another journal, and "
+                "its cost is not known here",
             )
         elif record.state is State.STORED and not charges:
             self._find(
                 FindingKind.STORED_WITHOUT_CHARGE,
                 record,
-                "it is stored, and there is no purchase of it",
+                "it is stored, and the journal has no purchase of it",
             )
         if record.state is State.STORED or paid:
-            self._judge_listing(record, sum(charge.charged_units or 0 for charge in paid))
+            self._check_listing(record, sum(charge.charged_units or 0 for charge in paid))
 
-    def _judge_charge(self, record: Record, charge: Charge) -> None:
+    def _check_charge(self, record: Record, charge: Charge) -> None:
         at_most = max(charge.committed_units, charge.reserved_units or 0)
-        said = charge.charged_units
+        charged = charge.charged_units
         task = f"task {charge.task_id}" if charge.task_id else "no task id"
         since = f"{charge.sent_at:%Y-%m-%d %H:%M} UTC"
-        if said and charge.task_id is None:
+        if charged and charge.task_id is None:
             self._find(
                 FindingKind.CHARGED_WITHOUT_TASK,
                 record,
-                f"{_credits(said)} were charged, and no task is known",
-                said,
+                f"{_credits(charged)} were charged, and no task is known",
+                charged,
             )
         match charge.state:
             case State.SUBMITTING | State.UNKNOWN:
@@ -195,20 +196,20 @@ class _JournalCheck:
                 text = f"{task} was not finished, sent {since}: {_credits(at_most)} reserved"
                 self._at_stake(FindingKind.IN_FLIGHT, record, text, at_most)
             case State.COMPLETED:
-                units = at_most if said is None else said
+                units = at_most if charged is None else charged
                 why = f" ({record.error_code})" if record.error_code else ""
                 text = f"{task} is paid, and its image is not stored{why}: {_credits(units)}"
                 self._at_stake(FindingKind.PAID_NOT_STORED, record, text, units)
             case State.EXPIRED:
-                units = at_most if said is None else said
-                known = "" if said is not None else "at most "
+                units = at_most if charged is None else charged
+                known = "" if charged is not None else "at most "
                 text = f"{task} is lost ({record.error_code}): {known}{_credits(units)}"
                 self._count(lost=1, lost_units=units)
                 self._find(FindingKind.LOST, record, text, units)
-            case State.STORED if said is None:
-                text = f"{task} never said what it cost: at most {_credits(at_most)}"
+            case State.STORED if charged is None:
+                text = f"{task} never charged what it cost: at most {_credits(at_most)}"
                 self._find(FindingKind.PRICE_UNKNOWN, record, text, at_most)
-            case None | State.FAILED if said is None and charge.committed_units:
+            case None | State.FAILED if charged is None and charge.committed_units:
                 text = f"{task} ended without an image: at most {_credits(at_most)} charged"
                 self._find(FindingKind.MAYBE_CHARGED, record, text, at_most)
 
@@ -216,14 +217,14 @@ class _JournalCheck:
         self._count(at_stake=1, at_stake_units=units)
         self._find(kind, record, text, units)
 
-    def _judge_listing(self, record: Record, units: int) -> None:
+    def _check_listing(self, record: Record, units: int) -> None:
         if record.request_key in self._listed.rows_of:
             return
         if self._listed.newer_than(record):
             self._find(
                 FindingKind.NOT_ASKED_ANY_MORE,
                 record,
-                f"{_credits(units)} paid, and the prompt table does not ask for it any more",
+                f"{_credits(units)} paid, and the prompt table does not request it any more",
                 units,
             )
             return
@@ -235,7 +236,7 @@ class _JournalCheck:
             units,
         )
 
-    def _judge_file(self, record: Record, image: StoredImage, seen: FileState) -> None:
+    def _check_file(self, record: Record, image: StoredImage, seen: FileState) -> None:
         paid = record.charged_units or 0
         if seen.trouble is not None or seen.size_bytes is None:
             why = "is not there" if seen.trouble is None else f"cannot be read: {seen.trouble}"
@@ -276,46 +277,28 @@ class _JournalCheck:
     def _count(self, **more: int) -> None:
         self._counts.update(more)
 
-    # -- the sums -----------------------------------------------------------------------------
-
-    def compare_sums(self) -> None:
-        """Hold what each scope has committed against the sum of its purchases."""
+    def check_sums(self) -> None:
+        """Compare the sums that the journal keeps for the caps with those of its purchases."""
         kept = self._snapshot.commitments()
         for scope in sorted({*kept, *self._committed}):
-            said = kept.get(scope, Commitment())
-            right = Commitment(self._committed[scope], self._spent[scope])
-            if said == right:
+            recorded = kept.get(scope, Commitment())
+            added_up = Commitment(self._committed[scope], self._spent[scope])
+            if recorded == added_up:
                 continue
             what, of = ("committed", "committed_units")
-            if said.committed_units == right.committed_units:
+            if recorded.committed_units == added_up.committed_units:
                 what, of = ("spent", "spent_units")
             self._findings.add(
                 FindingKind.SUM_DIFFERS,
                 f"{scope.replace(':', ' ', 1)}: the journal has "
-                f"{_credits(getattr(said, of))} {what}, its purchases come to "
-                f"{_credits(getattr(right, of))}",
-                abs(getattr(said, of) - getattr(right, of)),
+                f"{_credits(getattr(recorded, of))} {what}, its purchases come to "
+                f"{_credits(getattr(added_up, of))}",
+                abs(getattr(recorded, of) - getattr(added_up, of)),
             )
 
 
-class _ChargesByRequest:
-    """Charges by request, where both come in the same order."""
-
-    def __init__(self, charges: Iterator[Charge]) -> None:
-        self._charges = charges
-        self._next = next(charges, None)
-
-    def of(self, request_key: str) -> list[Charge]:
-        """The charges of a request; each request is asked for once, in order."""
-        found = []
-        while self._next is not None and self._next.request_key == request_key:
-            found.append(self._next)
-            self._next = next(self._charges, None)
-        return found
-
-
 def _replay_trouble(history: RequestEvents) -> str:
-    """Why a request's events do not lead to its state; empty where they do."""
+    """Return why a request's events do not lead to its state; empty where they do."""
     numbers = [number for number, _ in history.events]
     if numbers != list(range(history.seq + 1)):
         return f"their numbers are not 0 to {history.seq}"
@@ -329,7 +312,7 @@ def _replay_trouble(history: RequestEvents) -> str:
 
 
 def _compare_files(storage: Storage, journal: Journal, findings: ProofFindings) -> None:
-    """Find files under ``images`` that no request has. The journal is read after the names."""
+    """Find files under ``images`` that belong to no request. The names are read first."""
     names = (name for name in storage.names("images") if not name.startswith("images/rejected/"))
     for chunk in _chunks(names):
         by_key = {name: PurePosixPath(name).stem for name in chunk}
@@ -341,8 +324,8 @@ def _compare_files(storage: Storage, journal: Journal, findings: ProofFindings) 
             elif record.image is None:
                 findings.add(
                     FindingKind.FILE_NOT_ENTERED,
-                    f"the file {name} is that of a request which is {record.state.value}: a run "
-                    "ended before it was entered, and the next one fetches it anew",
+                    f"the file {name} belongs to a request that is {record.state.value}: a run "
+                    "ended before it recorded the file, and the next run fetches it again",
                     request_key=key,
                     task_id=record.task_id,
                 )
@@ -353,7 +336,7 @@ def _account(comparison: AccountComparison, findings: ProofFindings) -> AccountP
     if proof is None:
         findings.add(
             FindingKind.ACCOUNT_NOT_COMPARED,
-            "the account was not read twice, so that its use cannot be held against the journal",
+            "the account was not read twice, so its use cannot be compared with the journal",
         )
         return None
     for before, after in zip(proof.stretches, proof.stretches[1:], strict=False):
@@ -361,7 +344,7 @@ def _account(comparison: AccountComparison, findings: ProofFindings) -> AccountP
             FindingKind.ACCOUNT_NOT_COMPARED,
             f"the account's use fell from {_credits(before.after.used_units)} to "
             f"{_credits(after.before.used_units)} at {_when(after.before.at)}, as it does "
-            "with another key; what comes before and after was compared apart",
+            "with another key; the times before and after were compared separately",
         )
     for stretch in proof.stretches:
         units = stretch.unexplained_units
@@ -380,7 +363,7 @@ def _account(comparison: AccountComparison, findings: ProofFindings) -> AccountP
 
 
 def _where(proof: AccountProof) -> str:
-    """Between which readings the account used what is not explained."""
+    """Return the readings between which the account used unexplained credits, as text."""
     shown = [
         f"{_credits(gap.unexplained_units)} between {_when(gap.before.at)} (run "
         f"{gap.before.run_id[:8]}) and {_when(gap.after.at)} (run {gap.after.run_id[:8]})"
@@ -393,7 +376,7 @@ def _where(proof: AccountProof) -> str:
 def _range(low: int, high: int) -> str:
     if low == high:
         return _credits(low)
-    return f"{_credits(low)} to {_credits(high)}, by what was in flight"
+    return f"{_credits(low)} to {_credits(high)}, depending on what was in flight"
 
 
 def _when(at: datetime) -> str:

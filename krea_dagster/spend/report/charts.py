@@ -1,7 +1,7 @@
-"""Draws the report's charts as SVG: spend by day with the caps, this month, cost per image.
+"""The report's charts as SVG: spend by day, this month, cost per image.
 
-svg.py makes the elements; colours and fonts are the page's style sheet, so that a chart follows
-light and dark. Each chart is drawn at several widths, because letters must not shrink with it.
+Colours and fonts are in the page's style sheet, so that a chart follows light and dark mode. Each
+chart is drawn at several widths, because text must not shrink with it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import svg
 
 from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report_data import Period
+from krea_dagster.spend.text import amount, day_words, rough
 from krea_dagster.spend.warnings.anomaly import Forecast, days_left
-from krea_dagster.spend.warnings.history import amount, day_words, rough
 
 #: Widths in pixels at which a chart is drawn, by the class that shows it.
 WIDTHS: Final = {"wide": 1040, "middle": 680, "narrow": 342}
@@ -26,13 +26,13 @@ _HEIGHTS: Final = {"wide": 300, "middle": 280, "narrow": 240}
 _TOP: Final = 34
 _BOTTOM: Final = 26
 _RIGHT: Final = 10
-#: Width of a letter of the chart's type, in pixels.
+#: Width of a letter in the chart, in pixels.
 _LETTER: Final = 7.2
 
 
 @dataclass(frozen=True)
 class DayLabel:
-    """A day that the chart names, and what it says there."""
+    """A day with a label in the chart."""
 
     day: date
     text: str
@@ -47,7 +47,7 @@ class BudgetMark:
 
 
 class _Plot:
-    """A frame with a value axis from zero, and a place for every day."""
+    """A plot with a value axis from zero, and days as its other axis."""
 
     def __init__(self, size: str, start: date, end: date, most_units: float) -> None:
         self.size = size
@@ -61,12 +61,12 @@ class _Plot:
         self._axes()
 
     def x(self, day: date) -> float:
-        """The left edge of a day."""
+        """Return the left edge of a day."""
         inner = self.width - self.left - _RIGHT
         return round(self.left + inner * (day - self.start).days / self.days, 2)
 
     def middle(self, day: date) -> float:
-        """The middle of a day."""
+        """Return the middle of a day."""
         return round(self.x(day) + self.step / 2, 2)
 
     @property
@@ -75,21 +75,12 @@ class _Plot:
         return (self.width - self.left - _RIGHT) / self.days
 
     def y(self, units: float) -> float:
-        """The height of an amount."""
+        """Return the height of an amount."""
         inner = self.height - _TOP - _BOTTOM
         return round(self.height - _BOTTOM - inner * units / UNITS_PER_CREDIT / self.top, 2)
 
     def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> None:
-        """Write words; escaped, for they may be anybody's."""
-        self.elements.append(
-            svg.Text(
-                x=round(x, 1),
-                y=round(y, 1),
-                text=html.escape(words),
-                class_=[kind] if kind else None,
-                extra={"text-anchor": anchor},
-            )
-        )
+        self.elements.append(svg_text(x, y, words, kind, anchor))
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         """Draw a straight line."""
@@ -98,7 +89,7 @@ class _Plot:
     def path(
         self, points: Sequence[tuple[float, float]], kind: str, *, close: bool = False
     ) -> None:
-        """Draw a line through points, or the area within them."""
+        """Draw a line through points, or the area inside them."""
         steps: list[svg.PathData] = [svg.M(*points[0]), *(svg.L(*one) for one in points[1:])]
         if close:
             steps.append(svg.Z())
@@ -117,7 +108,7 @@ class _Plot:
             self.text(x + 4, self.height - 7, words)
 
     def caps(self, caps: Sequence[BudgetMark]) -> None:
-        """Draw the budgets that are within the chart, and name them above their line."""
+        """Draw the budgets that fit into the chart, with their names."""
         for cap in caps:
             if cap.units <= self.top * UNITS_PER_CREDIT:
                 y = self.y(cap.units)
@@ -126,7 +117,7 @@ class _Plot:
                 self.text(self.left + 6, y - 6, words, "cap-name")
 
     def drawn(self, label: str) -> str:
-        """The whole picture; ``label`` says in a sentence what it shows."""
+        """Return the image; ``label`` describes it in a sentence."""
         return str(
             svg.SVG(
                 viewBox=svg.ViewBoxSpec(0, 0, self.width, self.height),
@@ -137,15 +128,26 @@ class _Plot:
         )
 
 
+def svg_text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> svg.Text:
+    """Return text, escaped."""
+    return svg.Text(
+        x=round(x, 1),
+        y=round(y, 1),
+        text=html.escape(words),
+        class_=[kind] if kind else None,
+        extra={"text-anchor": anchor},
+    )
+
+
 def daily_chart(
-    days: Sequence[Period], caps: Sequence[BudgetMark], marks: Sequence[DayLabel], label: str
+    days: Sequence[Period], caps: Sequence[BudgetMark], labels: Sequence[DayLabel], label: str
 ) -> list[str]:
-    """Credits by day as bars, those at stake upon those charged, with the caps and some names."""
+    """Draw credits by day as bars, at stake on top of charged, with the budgets and some labels."""
     start, end = days[0].start, max(days[-1].start, days[0].start + timedelta(days=6))
     most = max(one.line.committed_units for one in days)
-    # A cap is drawn where it does not press the bars flat.
+    # A budget far above the bars would flatten them.
     near = [cap.units for cap in caps if cap.units <= 3 * most]
-    pictures = []
+    images = []
     for size in WIDTHS:
         plot = _Plot(size, start, end, max([most, *near]))
         width = round(max(plot.step * (0.8 if plot.step > 4 else 0.9), 0.6), 2)
@@ -153,11 +155,11 @@ def daily_chart(
             bars = [_bar(plot, one, kind, width) for one in days]
             plot.elements.append(svg.Path(d=[part for bar in bars for part in bar], class_=[kind]))
         plot.caps(caps)
-        _name(plot, marks, {one.start: one for one in days})
+        _label(plot, labels, {one.start: one for one in days})
         if size == "wide":
             _tips(plot, days)
-        pictures.append(plot.drawn(label))
-    return pictures
+        images.append(plot.drawn(label))
+    return images
 
 
 def month_chart(
@@ -167,7 +169,7 @@ def month_chart(
     forecast: Forecast | None,
     label: str,
 ) -> list[str]:
-    """This month's credits added up day by day, the month's cap, and where it is heading."""
+    """Draw this month's credits added up by day, the month's budget, and the forecast."""
     start = today.replace(day=1)
     end = today + timedelta(days=days_left(today))
     by_day = {one.start: one.line.committed_units for one in days}
@@ -177,7 +179,7 @@ def month_chart(
         sums.append(total)
     high = forecast.high_units if forecast else total
     most = max([total, high, *(cap.units for cap in caps if cap.units <= 3 * max(total, high, 1))])
-    pictures = []
+    images = []
     for size in WIDTHS:
         plot = _Plot(size, start, end, most)
         right = plot.width - _RIGHT
@@ -190,7 +192,7 @@ def month_chart(
             plot.path([here, (right, top), (right, low)], "range", close=True)
             plot.path([here, (right, mid)], "ahead")
             words = f"about {rough(forecast.expected_units)}"
-            # Below the whole range, as it is where the words begin.
+            # Below the range at the place where the text begins.
             back = min(1.0, len(words) * _LETTER / (right - here[0]))
             below = low + (here[1] - low) * back + 18
             plot.text(right - 2, min(below, plot.height - _BOTTOM - 8), words, "strong", "end")
@@ -200,23 +202,23 @@ def month_chart(
         plot.path([*points, (here[0], plot.y(0))], "area", close=True)
         plot.path(points, "line")
         plot.caps(caps)
-        pictures.append(plot.drawn(label))
-    return pictures
+        images.append(plot.drawn(label))
+    return images
 
 
-def cost_chart(stretches: Sequence[Period], days: int, label: str) -> list[str]:
-    """Credits for each accepted image, by stretch of so many days, as points on a line."""
+def cost_chart(periods: Sequence[Period], days: int, label: str) -> list[str]:
+    """Draw credits per accepted image, by periods of ``days`` days, as points on a line."""
     found = [
         (one.start + timedelta(days=days // 2), one.line.per_accepted_units)
-        for one in stretches
+        for one in periods
         if one.line.per_accepted_units is not None
     ]
     if not found:
         return []
-    end = stretches[-1].start + timedelta(days=max(days, 7) - 1)
-    pictures = []
+    end = periods[-1].start + timedelta(days=max(days, 7) - 1)
+    images = []
     for size in WIDTHS:
-        plot = _Plot(size, stretches[0].start, end, max(units for _, units in found) * 1.1)
+        plot = _Plot(size, periods[0].start, end, max(units for _, units in found) * 1.1)
         places = [(plot.middle(day), plot.y(units)) for day, units in found]
         plot.path(places, "line")
         for x, y in places:
@@ -226,8 +228,8 @@ def cost_chart(stretches: Sequence[Period], days: int, label: str) -> list[str]:
             words = f"{found[number][1] / UNITS_PER_CREDIT:.4f}"
             is_last = number > 0
             plot.text(x, y - 12, words, "strong", "end" if is_last else "start")
-        pictures.append(plot.drawn(label))
-    return pictures
+        images.append(plot.drawn(label))
+    return images
 
 
 def _bar(plot: _Plot, one: Period, kind: str, width: float) -> list[svg.PathData]:
@@ -241,7 +243,7 @@ def _bar(plot: _Plot, one: Period, kind: str, width: float) -> list[svg.PathData
 
 
 def _tips(plot: _Plot, days: Sequence[Period]) -> None:
-    """What the pointer is told over a day; for the keyboard there is the table."""
+    """Add a tooltip for each day; keyboard users have the table."""
     base = plot.height - _BOTTOM
     for one in days:
         units = one.line.committed_units
@@ -259,10 +261,10 @@ def _tips(plot: _Plot, days: Sequence[Period]) -> None:
             )
 
 
-def _name(plot: _Plot, marks: Sequence[DayLabel], days: dict[date, Period]) -> None:
-    """Name days above their bars; of names that would meet, the later ones are left out."""
+def _label(plot: _Plot, labels: Sequence[DayLabel], days: dict[date, Period]) -> None:
+    """Label days above their bars; a label that would overlap an earlier one is left out."""
     taken: list[tuple[float, float, float]] = []
-    for mark in marks:
+    for mark in labels:
         one = days.get(mark.day)
         if one is None:
             continue
@@ -283,7 +285,7 @@ def _name(plot: _Plot, marks: Sequence[DayLabel], days: dict[date, Period]) -> N
 
 
 def _ticks(most: float, count: int) -> list[float]:
-    """Round numbers from zero to the first that is not below ``most``."""
+    """Return round numbers from zero to the first that is not below ``most``."""
     if most <= 0:
         return [0.0, 1.0]
     rough = most / count
@@ -299,7 +301,7 @@ def _tick_text(tick: float, ticks: Sequence[float]) -> str:
 
 
 def _dates(start: date, days: int, size: str) -> list[tuple[date, str]]:
-    """Which days are written under the chart, and how."""
+    """Return the days that are labelled under the chart, with their labels."""
     every = [start + timedelta(days=number) for number in range(days)]
     if days <= 45:
         step = {"wide": 3, "middle": 5, "narrow": 8}[size]

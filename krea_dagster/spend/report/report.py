@@ -1,15 +1,12 @@
-"""Writes the report on what was spent: one HTML file with everything in it, and no script.
+"""Write the spend report: one HTML file that is complete, and has no script.
 
-The page loads nothing and runs nothing, and says so to the browser by its Content-Security-Policy.
-Every sum in it is exact; what was divided (dollars, credits an image) is rounded.
+The page loads and runs nothing, as its Content-Security-Policy says. Every sum in it is exact;
+quotients (dollars, credits per image) are rounded.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import date, datetime, timedelta, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
@@ -21,7 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
-from krea_dagster.errors import ConfigError, StorageError
+from krea_dagster.engine.storage.page import write_page
+from krea_dagster.errors import ConfigError
 from krea_dagster.models import UNITS_PER_CREDIT, units_from_credits
 from krea_dagster.spend.proof.account import AccountProof
 from krea_dagster.spend.report.charts import (
@@ -32,30 +30,30 @@ from krea_dagster.spend.report.charts import (
     month_chart,
 )
 from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
+from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     Forecast,
     anomalous_days,
     find_anomalies,
     forecast_month,
 )
-from krea_dagster.spend.warnings.history import amount, credits_words, day_words, rough
 from krea_dagster.spend.warnings.load_history import Table, observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
-#: Days that the chart of days shows at most, up to the last.
+#: Most days that the chart of days shows, up to the last.
 CHART_DAYS: Final = 400
-#: Days of an odd day's name that the chart shows.
-_MARKS: Final = 4
-_STRETCH_DAYS: Final = {"day": 1, "week": 7, "month": 31}
+#: Most unusual days that the chart labels.
+_LABELS: Final = 4
+_UNIT_DAYS: Final = {"day": 1, "week": 7, "month": 31}
 
 _KINDS: Final[Mapping[WarningKind, str]] = {
-    WarningKind.ACCOUNT_DIFFERS: "Account against journal",
+    WarningKind.ACCOUNT_DIFFERS: "Account differs from the journal",
     WarningKind.BUDGET_USED: "Budget",
     WarningKind.FORECAST: "Forecast",
-    WarningKind.DAY_OUT_OF_HABIT: "A day out of habit",
-    WarningKind.PARTITION_OUT_OF_HABIT: "A partition out of habit",
+    WarningKind.DAY_OUT_OF_HABIT: "Unusual day",
+    WarningKind.PARTITION_OUT_OF_HABIT: "Unusual partition",
     WarningKind.PRICE_CHANGED: "Price changed",
-    WarningKind.FAILURE_NEW: "New kind of failure",
+    WarningKind.FAILURE_NEW: "New failure",
     WarningKind.FAILURES_HIGH: "Many failures",
 }
 
@@ -74,23 +72,21 @@ def write_report(
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     title: str = "What the images cost",
 ) -> list[SpendWarning]:
-    """Write the report to a file, atomically, or into an open binary one; returns its warnings.
+    """Write the report to a file, atomically, or to an open binary one; return its warnings.
 
-    The tables are the three of the spend folder, as Arrow tables or datasets. ``rate`` is credits
-    to the US dollar, ``caps`` the budgets to draw (day and month) and to
-    hold the figures against, ``by`` further
-    columns of ``daily`` to add up by. ``prompts`` gives texts for the dearest prompt_ids, as far
-    as it has them. Raises ConfigError for a column that is not there or a rate that cannot be,
-    and StorageError where the file cannot be written.
+    ``rate`` is credits per US dollar. ``caps`` are the budgets to compare with, of which those of a
+    day and a month are drawn. ``by`` names columns of ``daily`` to add up by. ``prompts`` returns
+    the texts of prompt_ids, where known. Raises ConfigError for an unknown column or an impossible
+    rate, and StorageError where the file cannot be written.
     """
     if not rate > 0:
-        raise ConfigError(f"the rate must be credits to the dollar, more than 0, not {rate:g}")
+        raise ConfigError(f"the rate must be credits per US dollar, more than 0, not {rate:g}")
     figures = figures_of(ledger, daily, failures, by=by, prompts=prompts, now=now)
     history = observe(ledger, daily, failures, now=now, budgets=caps, account=account)
     warnings = find_warnings(history, now)
     page = render(figures, warnings, now=now, rate=rate, caps=caps, title=title).encode()
     if isinstance(path, (str, Path)):
-        _write(Path(path), page)
+        write_page(Path(path), page, "the report")
     else:
         path.write(page)
     return warnings
@@ -105,7 +101,7 @@ def render(
     caps: Sequence[Budget],
     title: str,
 ) -> str:
-    """The report's page, from the figures and warnings that it shows."""
+    """Return the page with these figures and warnings."""
     today = now.astimezone(timezone.utc).date()
     places = 4 if _needs_four(figures) else 2
     forecast = _forecast(figures, today)
@@ -131,7 +127,7 @@ def render(
             usd=lambda units: _usd(units, rate),
             plain=amount,
             rough=rough,
-            stretch_words=_stretch_words,
+            period_words=_period_words,
             share=_share,
         )
     )
@@ -144,12 +140,12 @@ def _charts(
     caps: Sequence[Budget],
     today: date,
 ) -> dict[str, Markup]:
-    """The charts by name, as markup; of what has no days there are none."""
+    """Return the charts by name, as markup; empty without any day."""
     if not figures.days:
         return {"days": Markup(), "month": Markup(), "cost": Markup()}
     since = figures.last - timedelta(days=CHART_DAYS - 1)
     days = [one for one in figures.days if one.start >= since]
-    odd = sorted(
+    unusual = sorted(
         (
             one
             for one in warnings
@@ -158,9 +154,9 @@ def _charts(
         key=lambda one: -one.units,
     )
     by_day = {one.start: one.line.committed_units for one in days}
-    marks = [
+    labels = [
         DayLabel(one.since, f"{one.since.day} {one.since:%b}: {amount(by_day[one.since])}")
-        for one in odd[:_MARKS]
+        for one in unusual[:_LABELS]
         if one.since in by_day
     ]
     total = credits_words(sum(by_day.values()))
@@ -170,7 +166,7 @@ def _charts(
     month = figures.sum_since(today.replace(day=1))
     drawn = {
         "days": daily_chart(
-            days, day_caps, marks, f"Bar chart of credits by day, {span}: {total} in all."
+            days, day_caps, labels, f"Bar chart of credits by day, {span}: {total} in all."
         ),
         "month": month_chart(
             figures.days,
@@ -181,13 +177,13 @@ def _charts(
             f"{credits_words(month.committed_units)} so far.",
         ),
         "cost": cost_chart(
-            figures.stretches,
-            _STRETCH_DAYS[figures.stretch],
-            f"Line chart of credits for each accepted image by {figures.stretch}.",
+            figures.periods,
+            _UNIT_DAYS[figures.unit],
+            f"Line chart of credits for each accepted image by {figures.unit}.",
         ),
     }
-    # Made by charts.py, which escapes what it did not write itself.
-    return {name: Markup("".join(pictures)) for name, pictures in drawn.items()}  # noqa: S704
+    # charts.py escapes all text that it is given.
+    return {name: Markup("".join(images)) for name, images in drawn.items()}  # noqa: S704
 
 
 def _forecast(figures: ReportFigures, today: date) -> Forecast | None:
@@ -196,16 +192,17 @@ def _forecast(figures: ReportFigures, today: date) -> Forecast | None:
 
 
 def _needs_four(figures: ReportFigures) -> bool:
-    """Whether any sum has more than two decimals, so that columns are even."""
+    """Return whether any sum has more than two decimals, so that columns are aligned."""
     lines = [figures.total, *(one.line for one in figures.days), *figures.failures]
-    lines += [*figures.outcomes, *figures.dearest]
+    lines += [*figures.outcomes, *figures.prompts]
     lines += [line for one in figures.breakdowns for line in one.lines]
-    cent = UNITS_PER_CREDIT // 100
-    return any(line.charged_units % cent or line.at_stake_units % cent for line in lines)
+    return any(
+        line.charged_units % CENT_UNITS or line.at_stake_units % CENT_UNITS for line in lines
+    )
 
 
 def _money(units: float | None, places: int) -> Markup:
-    """A sum as a machine and a person read it; a quotient is rounded to four decimals."""
+    """Return a sum as a data element; a quotient rounded to four decimals."""
     if units is None:
         return Markup("–")
     if not isinstance(units, int):
@@ -216,24 +213,24 @@ def _money(units: float | None, places: int) -> Markup:
 
 
 def _usd(units: int, rate: float) -> str:
-    """Dollars to the cent, made from the sum of credits."""
+    """Return a sum in dollars, rounded to the cent."""
     dollars = Decimal(units) / units_from_credits(rate)
     return f"${dollars.quantize(Decimal('0.01'), ROUND_HALF_UP):,}"
 
 
 def _share(units: int, most: int) -> str:
-    """A bar's width, in percent."""
+    """Return a bar's width in percent."""
     return f"{100 * units / most:.1f}" if most > 0 else "0"
 
 
-def _stretch_words(one: Period, stretch: str) -> str:
-    if stretch == "month":
-        return f"{one.start:%b %Y}"
-    return f"{'week of ' if stretch == 'week' else ''}{day_words(one.start)}"
+def _period_words(period: Period, unit: str) -> str:
+    if unit == "month":
+        return f"{period.start:%b %Y}"
+    return f"{'week of ' if unit == 'week' else ''}{day_words(period.start)}"
 
 
 def _with_code(text: str) -> Markup:
-    """A sentence with its commands, which stand between backticks, as code."""
+    """Return a sentence with the commands between backticks as code."""
     parts = [
         Markup("<code>{}</code>").format(part) if number % 2 else Markup("{}").format(part)
         for number, part in enumerate(text.split("`"))
@@ -254,21 +251,3 @@ def _templates() -> jinja2.Environment:
     words: dict[str, Callable[..., Any]] = {"day": day_words, "with_code": _with_code}
     environment.filters.update(words)
     return environment
-
-
-def _write(path: Path, page: bytes) -> None:
-    """Write beside it and rename, so that nobody ever opens half a page."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(page)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except OSError:
-            with suppress(OSError):
-                Path(name).unlink()
-            raise
-    except OSError as error:
-        raise StorageError(f"the report cannot be written to {path}: {error}") from error

@@ -1,33 +1,40 @@
-"""Adds up the spend tables into the few hundred figures that the report shows; exact, by DuckDB."""
+"""The figures of the report, added up exactly from the spend tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from typing import Any, Final
 
 import duckdb
 
 from krea_dagster.errors import ConfigError
-from krea_dagster.spend.tables.prompt_rows import quoted
-from krea_dagster.spend.tables.verdict_rows import IS_ACCEPTED
-from krea_dagster.spend.warnings.load_history import Table, connect, units_of
+from krea_dagster.spend.tables.sql import (
+    AT_STAKE,
+    COMMITTED,
+    IS_ACCEPTED,
+    count_of,
+    open_views,
+    quoted,
+    units_of,
+)
+from krea_dagster.spend.warnings.load_history import Table
 
-#: Rows of a breakdown and of the dearest prompts; what is left is one row of its own.
+#: Rows of a breakdown, after which the others are added up in one row, and of the prompts.
 MOST_ROWS: Final = 12
 MOST_PROMPTS: Final = 20
 
-#: Characters of a prompt, a prompt_id or any other name that are shown.
+#: Characters of a prompt or a name that are shown.
 MOST_TEXT: Final = 160
 
-#: Outcomes of purchases that are not an image, in the order in which they are shown.
+#: Outcomes of purchases without an image in use, in the order in which they are shown.
 OUTCOMES: Final[Mapping[str, str]] = {
-    "unknown": "Outcome unknown: bought or not",
-    "pending": "Under way when last seen",
-    "lost": "Paid, and lost at the server",
-    "rejected": "Paid, and refused by a check",
+    "unknown": "Outcome unknown: may have been bought",
+    "pending": "In progress when last seen",
+    "lost": "Paid, and the image is lost",
+    "rejected": "Paid, and the file was rejected by a check",
     "replaced": "Paid, and replaced by a later image",
     "failed": "Failed at the server",
     "refused": "Refused by the server",
@@ -38,14 +45,13 @@ OUTCOMES: Final[Mapping[str, str]] = {
 class ReportLine:
     """One row of a table: counts of purchases, and units.
 
-    ``accepted`` are delivered images that no later one has replaced, and that nobody has rejected
-    or flagged. ``at_stake_units`` may have
-    been charged, or is paid and not at hand; ``open_units``, the first of these alone, is not in
-    ``charged_units``.
+    ``accepted`` counts delivered images that were not replaced, rejected or flagged.
+    ``at_stake_units`` may have been charged, or are paid for an image that is not stored yet;
+    ``open_units`` are only the former, which ``charged_units`` leaves out.
     """
 
     name: str
-    asked: int = 0
+    purchases: int = 0
     delivered: int = 0
     accepted: int = 0
     charged_units: int = 0
@@ -56,18 +62,22 @@ class ReportLine:
 
     @property
     def committed_units(self) -> int:
-        """Charged, or perhaps to be charged."""
+        """Units that were charged, or may be charged."""
         return self.charged_units + self.open_units
 
     @property
     def per_accepted_units(self) -> float | None:
-        """What one accepted image has cost, with all that was charged beside it."""
+        """All that was charged, per accepted image."""
         return self.charged_units / self.accepted if self.accepted else None
+
+
+#: The fields that are added up.
+_SUMS: Final = tuple(field.name for field in fields(ReportLine) if type(field.default) is int)
 
 
 @dataclass(frozen=True)
 class Period:
-    """A day, week or month, from ``start`` on, and what it came to."""
+    """The sums of a day, week or month that begins on ``start``."""
 
     start: date
     line: ReportLine
@@ -75,7 +85,7 @@ class Period:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """The lines of one column, or of several."""
+    """Sums by one or several columns."""
 
     title: str
     head: str
@@ -84,9 +94,10 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class ReportFigures:
-    """All that the report shows. ``total`` is the whole ledger, added up by itself.
+    """The figures that the report shows.
 
-    ``stretches`` are days, weeks or months (``stretch`` says which), whatever is legible.
+    ``total`` is added up from the whole ledger. ``periods`` are days, weeks or months (``unit``
+    says which), depending on the time covered.
     """
 
     first: date
@@ -96,15 +107,15 @@ class ReportFigures:
     saved_units: int
     days: Sequence[Period]
     months: Sequence[Period]
-    stretch: str
-    stretches: Sequence[Period]
+    unit: str
+    periods: Sequence[Period]
     breakdowns: Sequence[Breakdown]
     failures: Sequence[ReportLine]
     outcomes: Sequence[ReportLine]
-    dearest: Sequence[ReportLine]
+    prompts: Sequence[ReportLine]
 
     def sum_since(self, start: date) -> ReportLine:
-        """What was bought from a day on."""
+        """Return the sums from a day on."""
         return _added("", (one.line for one in self.days if one.start >= start))
 
 
@@ -117,12 +128,12 @@ def figures_of(
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     now: datetime,
 ) -> ReportFigures:
-    """Add the tables up. ``prompts`` gives the texts of a few prompt_ids, as far as it has them.
+    """Add up the tables. ``prompts`` returns the texts of prompt_ids, where known.
 
     Raises ConfigError for a column in ``by`` that ``daily`` does not have.
     """
     today = now.astimezone(timezone.utc).date()
-    with closing(connect({"ledger": ledger, "daily": daily, "failures": failures})) as database:
+    with closing(open_views({"ledger": ledger, "daily": daily, "failures": failures})) as database:
         names = _names(database, "daily")
         if missing := [name for name in by if name not in names]:
             raise ConfigError(
@@ -136,29 +147,28 @@ def figures_of(
         ]
         first = days[0].start if days else today
         last = days[-1].start if days else today
-        stretch = "day" if (last - first).days < 45 else "week"
-        stretch = "month" if (last - first).days > 200 else stretch
+        unit = "day" if (last - first).days < 45 else "week"
+        unit = "month" if (last - first).days > 200 else unit
         breakdowns = [
             _breakdown(database, "Quality and size", "Quality, size", ["quality", "size"]),
             *(_breakdown(database, name, name, [name]) for name in by),
         ]
         if "partition_key" not in by:
             breakdowns.append(_breakdown(database, "Partition", "Partition", ["partition_key"]))
-        saved = database.execute("select sum(credits_saved_by_reuse) from daily").fetchone()
         return ReportFigures(
             first=first,
             last=last,
             total=_total(database),
-            returned_units=_one(database, "select sum(credits_returned) from ledger"),
-            saved_units=units_of(saved[0] if saved else None),
+            returned_units=_units(database, "select sum(credits_returned) from ledger"),
+            saved_units=_units(database, "select sum(credits_saved_by_reuse) from daily"),
             days=days,
             months=_grouped(days, lambda day: day.replace(day=1)),
-            stretch=stretch,
-            stretches=_grouped(days, _STARTS[stretch]),
+            unit=unit,
+            periods=_grouped(days, _STARTS[unit]),
             breakdowns=breakdowns,
             failures=_failures(database),
             outcomes=_outcomes(database),
-            dearest=_dearest(database, prompts),
+            prompts=_costliest_prompts(database, prompts),
         )
 
 
@@ -168,15 +178,13 @@ _STARTS: Final[Mapping[str, Callable[[date], date]]] = {
     "month": lambda day: day.replace(day=1),
 }
 
-_AT_STAKE: Final = "sum(credits_unknown + if(outcome = 'pending', coalesce(credits_charged, 0), 0))"
-
 
 def _ledger_sums(database: duckdb.DuckDBPyConnection) -> str:
-    # Tables of an earlier version know of no verdict.
+    # Tables of an earlier version have no verdict.
     accepted = IS_ACCEPTED if "verdict" in _names(database, "ledger") else "outcome = 'delivered'"
     return (
-        "count(*), count(*) filter (outcome in ('delivered', 'replaced')), "
-        f"count(*) filter ({accepted}), sum(credits_charged), {_AT_STAKE}, sum(credits_unknown)"
+        f"count(*), {count_of('delivered', 'replaced')}, count(*) filter ({accepted}), "
+        f"sum(credits_charged), {AT_STAKE}, sum(credits_unknown)"
     )
 
 
@@ -193,27 +201,26 @@ def _names(database: duckdb.DuckDBPyConnection, table: str) -> list[str]:
     return [row[0] for row in database.execute(f"describe {table}").fetchall()]
 
 
-def _line(row: Sequence[Any], *, is_rest: bool = False) -> ReportLine:
+def _line(row: Sequence[Any]) -> ReportLine:
     return ReportLine(
         shortened(row[0]),
-        int(row[1] or 0),
-        int(row[2] or 0),
-        int(row[3] or 0),
-        units_of(row[4]),
-        units_of(row[5]),
-        units_of(row[6]),
-        is_rest=is_rest,
+        purchases=int(row[1] or 0),
+        delivered=int(row[2] or 0),
+        accepted=int(row[3] or 0),
+        charged_units=units_of(row[4]),
+        at_stake_units=units_of(row[5]),
+        open_units=units_of(row[6]),
     )
 
 
 def _total(database: duckdb.DuckDBPyConnection) -> ReportLine:
-    row = database.execute(f"select 'All', {_ledger_sums(database)} from ledger").fetchone()
-    return _line(row or ("All", 0, 0, 0, None, None, None))
+    (row,) = database.execute(f"select 'All', {_ledger_sums(database)} from ledger").fetchall()
+    return _line(row)
 
 
-def _one(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = database.execute(query).fetchone()
-    return units_of(row[0] if row else None)
+def _units(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    ((credits,),) = database.execute(query).fetchall()
+    return units_of(credits)
 
 
 def _breakdown(
@@ -222,36 +229,37 @@ def _breakdown(
     name = " || ', ' || ".join(
         f"coalesce(cast({quoted(one)} as varchar), '(none)')" for one in columns
     )
-    # The name is made of quoted columns of the table.
     rows = database.execute(
         f"select {name}, {_daily_sums(database)} from daily group by 1 "
         "order by sum(credits_charged) desc, sum(credits_at_stake) desc, 1"
     ).fetchall()
-    lines = [_line(row) for row in rows]
-    if len(lines) > MOST_ROWS + 1:
-        kept, rest = lines[:MOST_ROWS], lines[MOST_ROWS:]
-        lines = [*kept, _added(f"{len(rest):,} others", rest)]
-    return Breakdown(title, head, lines)
+    return Breakdown(title, head, _with_rest([_line(row) for row in rows]))
 
 
-def _failures(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
+def _with_rest(lines: Sequence[ReportLine]) -> Sequence[ReportLine]:
+    """Add up the lines beyond the first ones in one line."""
+    if len(lines) <= MOST_ROWS + 1:
+        return lines
+    rest = lines[MOST_ROWS:]
+    return [*lines[:MOST_ROWS], _added(f"{len(rest):,} others", rest)]
+
+
+def _failures(database: duckdb.DuckDBPyConnection) -> Sequence[ReportLine]:
     rows = database.execute(
         "select coalesce(error_code, 'no code'), sum(count), sum(credits) from failures "
         "group by 1 order by 2 desc, 1"
     ).fetchall()
-    lines = [
-        ReportLine(shortened(name), asked=int(count), charged_units=units_of(credits))
-        for name, count, credits in rows
-    ]
-    if len(lines) > MOST_ROWS + 1:
-        kept, rest = lines[:MOST_ROWS], lines[MOST_ROWS:]
-        lines = [*kept, _added(f"{len(rest):,} others", rest)]
-    return lines
+    return _with_rest(
+        [
+            ReportLine(shortened(name), purchases=int(count), charged_units=units_of(credits))
+            for name, count, credits in rows
+        ]
+    )
 
 
 def _outcomes(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
     rows = database.execute(
-        f"select outcome, count(*), sum(credits_charged), {_AT_STAKE} from ledger "
+        f"select outcome, count(*), sum(credits_charged), {AT_STAKE} from ledger "
         "where outcome <> 'delivered' group by 1"
     ).fetchall()
     found = {row[0]: row for row in rows}
@@ -259,7 +267,7 @@ def _outcomes(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
     return [
         ReportLine(
             OUTCOMES.get(name, name),
-            asked=int(found[name][1]),
+            purchases=int(found[name][1]),
             charged_units=units_of(found[name][2]),
             at_stake_units=units_of(found[name][3]),
         )
@@ -268,13 +276,13 @@ def _outcomes(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
     ]
 
 
-def _dearest(
+def _costliest_prompts(
     database: duckdb.DuckDBPyConnection, prompts: Callable[[Sequence[str]], Mapping[str, str]]
 ) -> list[ReportLine]:
     rows = database.execute(
         f"select prompt_id, {_ledger_sums(database)} from ledger "
         "where prompt_id is not null group by 1 order by "
-        "coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0) desc, 1 "
+        f"{COMMITTED} desc, 1 "
         f"limit {MOST_PROMPTS}"
     ).fetchall()
     texts = prompts([row[0] for row in rows]) if rows else {}
@@ -289,20 +297,14 @@ def _grouped(days: Iterable[Period], start_of: Callable[[date], date]) -> list[P
 
 
 def _added(name: str, lines: Iterable[ReportLine]) -> ReportLine:
-    asked = delivered = accepted = charged = at_stake = unsettled = 0
+    sums: dict[str, Any] = dict.fromkeys(_SUMS, 0)
     for line in lines:
-        asked += line.asked
-        delivered += line.delivered
-        accepted += line.accepted
-        charged += line.charged_units
-        at_stake += line.at_stake_units
-        unsettled += line.open_units
-    return ReportLine(
-        name, asked, delivered, accepted, charged, at_stake, unsettled, is_rest=bool(name)
-    )
+        for field in _SUMS:
+            sums[field] += getattr(line, field)
+    return ReportLine(name, **sums, is_rest=bool(name))
 
 
 def shortened(value: object) -> str:
-    """A name or a prompt as it is shown: as text, on one line, and not too long of it."""
+    """Return a value as text on one line, cut where it is long."""
     text = "–" if value is None else " ".join(str(value).split())
     return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"

@@ -1,16 +1,17 @@
-"""Draws the small picture of the last weeks' credits that an asset shows among its metadata."""
+"""The small chart of the last weeks' credits that an asset shows in its metadata."""
 
 from __future__ import annotations
 
-import html
 from contextlib import closing
 from datetime import date, timedelta
 from typing import Final
 
 import svg
 
-from krea_dagster.spend.warnings.history import amount, day_words
-from krea_dagster.spend.warnings.load_history import Table, connect, units_of
+from krea_dagster.spend.report.charts import svg_text
+from krea_dagster.spend.tables.sql import open_views, units_of
+from krea_dagster.spend.text import amount, day_words
+from krea_dagster.spend.warnings.load_history import Table
 
 #: Days that are drawn, up to the last with purchases.
 DAYS: Final = 60
@@ -20,7 +21,7 @@ _HEIGHT: Final = 150
 _TOP: Final = 46
 _BASE: Final = 126
 
-# An image of its own: it takes light and dark from the browser, not from the page around it.
+# A separate image: it follows the browser's light or dark mode, not the page's.
 _STYLE: Final = (
     "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#5b5a55}"
     ".b{font-weight:600;font-size:15px;fill:#1a1a18}.p{fill:#fcfbf8}.c{fill:#1d5b8f}"
@@ -30,9 +31,9 @@ _STYLE: Final = (
 )
 
 
-def spend_picture(daily: Table) -> bytes:
-    """An SVG of the credits charged on each of the last 60 days; under 20 KB, and no script."""
-    with closing(connect({"daily": daily})) as database:
+def spend_sparkline(daily: Table) -> bytes:
+    """Return an SVG of the credits charged on each of the last 60 days; under 20 KB, no script."""
+    with closing(open_views({"daily": daily})) as database:
         found = database.execute(
             "select day, sum(credits_charged) from daily group by day order by day"
         ).fetchall()
@@ -44,9 +45,9 @@ def spend_picture(daily: Table) -> bytes:
     if by_day:
         elements += _bars(by_day)
     else:
-        elements.append(_text(16, 28, "Nothing was bought yet", "b"))
+        elements.append(svg_text(16, 28, "No purchases yet", "b"))
     label = elements[2].text if isinstance(elements[2], svg.Text) else ""
-    picture = svg.SVG(
+    image = svg.SVG(
         width=_WIDTH,
         height=_HEIGHT,
         viewBox=svg.ViewBoxSpec(0, 0, _WIDTH, _HEIGHT),
@@ -54,7 +55,7 @@ def spend_picture(daily: Table) -> bytes:
         elements=elements,
         extra={"role": "img", "aria-label": label or ""},
     )
-    return str(picture).encode()
+    return str(image).encode()
 
 
 def _bars(by_day: dict[date, int]) -> list[svg.Element]:
@@ -73,23 +74,13 @@ def _bars(by_day: dict[date, int]) -> list[svg.Element]:
             steps += [svg.M(left, _BASE), svg.v(-height), svg.h(round(step * 0.8, 1)), svg.V(_BASE)]
     end = round(16 + count * step, 1)
     parts: list[svg.Element] = [
-        _text(16, 28, f"{amount(month)} credits in {last:%B %Y}", "b"),
+        svg_text(16, 28, f"{amount(month)} credits in {last:%B %Y}", "b"),
         svg.Path(d=steps, class_=["c"]),
         svg.Line(x1=16, x2=end, y1=_BASE, y2=_BASE, class_=["l"]),
-        _text(16, 143, day_words(first)),
+        svg_text(16, 143, day_words(first)),
     ]
     if end > 200:
-        parts.append(_text(end, 143, day_words(last), anchor="end"))
+        parts.append(svg_text(end, 143, day_words(last), anchor="end"))
     if most:
-        parts.append(_text(_WIDTH - 16, 28, f"dearest day {amount(most)}", anchor="end"))
+        parts.append(svg_text(_WIDTH - 16, 28, f"highest day {amount(most)}", anchor="end"))
     return parts
-
-
-def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> svg.Text:
-    return svg.Text(
-        x=x,
-        y=y,
-        text=html.escape(words),
-        class_=[kind] if kind else None,
-        extra={"text-anchor": anchor},
-    )

@@ -1,1 +1,1 @@
-"""The spend tables, brought up to date from the journal."""
+"""The spend tables: made from the journal, kept up to date, and queried."""

@@ -1,4 +1,4 @@
-"""Daily sums of the ledger: per UTC day, partition, quality, size and the user's own columns."""
+"""Daily sums of the ledger, by UTC day, partition, quality, size and the user's columns."""
 
 from __future__ import annotations
 
@@ -10,36 +10,31 @@ import pyarrow as pa
 
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.tables.ledger import CREDITS, typed
-from krea_dagster.spend.tables.prompt_rows import quoted
-from krea_dagster.spend.tables.verdict_rows import IS_ACCEPTED
+from krea_dagster.spend.tables.sql import AT_STAKE, IS_ACCEPTED, count_of, quoted
 
-#: What a day's rows are kept apart by, before the user's own columns.
+#: The columns that the sums are grouped by, before the user's.
 DAILY_KEYS: Final = ("day", "partition_key", "quality", "size")
 
 _FIGURES: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("images_asked", pa.int64(), "Purchases that were sent"),
-    ("delivered", pa.int64(), "Of them: bought an image; those replaced since are among them"),
-    ("failed", pa.int64(), "Of them: the task failed"),
-    ("refused", pa.int64(), "Of them: certainly not created"),
-    ("lost", pa.int64(), "Of them: paid, and nothing could be read again"),
-    ("rejected", pa.int64(), "Of them: paid, and a check refused the file"),
-    ("unknown", pa.int64(), "Of them: got no usable answer yet"),
-    ("pending", pa.int64(), "Of them: at the server, or on their way from it"),
-    ("replaced", pa.int64(), "Of the delivered: a later attempt was delivered"),
-    (
-        "accepted",
-        pa.int64(),
-        "Of the delivered: not replaced, rejected or flagged by a person",
-    ),
-    ("reused", pa.int64(), "Manifest rows that the delivered serve beyond the first"),
-    ("credits_charged", CREDITS, "What was charged, credits"),
-    ("credits_returned", CREDITS, "Reserved and not charged, credits"),
-    ("credits_at_stake", CREDITS, "May have been charged, or is paid and not at hand, credits"),
-    ("credits_saved_by_reuse", CREDITS, "What the reused rows would have cost, credits"),
-    ("credits_per_delivered", pa.float64(), "All that was charged, per image delivered, credits"),
-    ("credits_per_accepted", pa.float64(), "All that was charged, per image accepted, credits"),
-    ("latency_p50_s", pa.float64(), "Median of submission to completion, seconds"),
-    ("latency_p95_s", pa.float64(), "95 % were quicker, seconds"),
+    ("delivered", pa.int64(), "Of them, those that bought an image, including replaced ones"),
+    ("failed", pa.int64(), "Of them, those whose task failed"),
+    ("refused", pa.int64(), "Of them, those that were certainly not created"),
+    ("lost", pa.int64(), "Of them, those that are paid, and the image is lost"),
+    ("rejected", pa.int64(), "Of them, those that are paid, and a check rejected the file"),
+    ("unknown", pa.int64(), "Of them, those without a usable answer yet"),
+    ("pending", pa.int64(), "Of them, those that are at the server, or being fetched"),
+    ("replaced", pa.int64(), "Of the delivered, those with a later attempt that was delivered"),
+    ("accepted", pa.int64(), "Of the delivered, those neither replaced, rejected nor flagged"),
+    ("reused", pa.int64(), "Manifest rows that share a delivered image, beyond its first row"),
+    ("credits_charged", CREDITS, "Credits that were charged"),
+    ("credits_returned", CREDITS, "Credits that were reserved and not charged"),
+    ("credits_at_stake", CREDITS, "Credits that may be charged, or are paid for an image to come"),
+    ("credits_saved_by_reuse", CREDITS, "Credits that the reused rows would have cost"),
+    ("credits_per_delivered", pa.float64(), "Credits charged per delivered image"),
+    ("credits_per_accepted", pa.float64(), "Credits charged per accepted image"),
+    ("latency_p50_s", pa.float64(), "Median time from submission to completion, seconds"),
+    ("latency_p95_s", pa.float64(), "95th percentile of that time, seconds"),
 )
 
 DAILY_SCHEMA: Final = pa.schema(
@@ -54,7 +49,7 @@ DAILY_DESCRIPTIONS: Final = {
     "day": "UTC day on which they were sent",
     "partition_key": "Dagster partition that they were bought for",
     "quality": "1K or 2K",
-    "size": "Aspect ratio that was asked for",
+    "size": "Requested aspect ratio",
     **{name: text for name, _, text in _FIGURES},
 }
 
@@ -71,11 +66,11 @@ FAILURES_SCHEMA: Final = pa.schema(
 
 
 def daily_schema(by: Sequence[str] = ()) -> pa.Schema:
-    """Return the schema with the user's own columns. Raises ConfigError for one that is taken."""
+    """Return the schema with the user's columns. Raises ConfigError for a name that is taken."""
     if taken := [name for name in by if name in DAILY_SCHEMA.names]:
-        raise ConfigError(f"spend_daily has a column {taken[0]!r} already; name others")
+        raise ConfigError(f"spend_daily already has a column {taken[0]!r}; name others")
     if len(set(by)) < len(by):
-        raise ConfigError(f"spend_daily is to have a column twice: {', '.join(by)}")
+        raise ConfigError(f"a column is named twice for spend_daily: {', '.join(by)}")
     fields = list(DAILY_SCHEMA)
     own = [pa.field(name, pa.string()) for name in by]
     return pa.schema([*fields[: len(DAILY_KEYS)], *own, *fields[len(DAILY_KEYS) :]])
@@ -84,30 +79,21 @@ def daily_schema(by: Sequence[str] = ()) -> pa.Schema:
 def daily_table(duck: duckdb.DuckDBPyConnection, by: Sequence[str] = ()) -> pa.Table:
     """Return the daily sums of the table ``month`` (``ledger.make_month``)."""
     keys = ", ".join([*DAILY_KEYS, *map(quoted, by)])
-
-    def count(*outcomes: str) -> str:
-        return f"count(*) FILTER (outcome IN ({', '.join(map(repr, outcomes))}))"
-
-    delivered = count("delivered", "replaced")
+    delivered = count_of("delivered", "replaced")
     served = "outcome IN ('delivered', 'replaced') AND rows > 1"
+    outcomes = ("failed", "refused", "lost", "rejected", "unknown", "pending", "replaced")
+    counts = ", ".join(f"{count_of(outcome)} AS {outcome}" for outcome in outcomes)
     found = duck.sql(
         f"""
         SELECT {keys},
             count(*) AS images_asked,
             {delivered} AS delivered,
-            {count("failed")} AS failed,
-            {count("refused")} AS refused,
-            {count("lost")} AS lost,
-            {count("rejected")} AS rejected,
-            {count("unknown")} AS unknown,
-            {count("pending")} AS pending,
-            {count("replaced")} AS replaced,
+            {counts},
             count(*) FILTER ({IS_ACCEPTED}) AS accepted,
             coalesce(sum(rows - 1) FILTER ({served}), 0)::BIGINT AS reused,
             coalesce(sum(credits_charged), 0)::BIGINT AS credits_charged,
             coalesce(sum(credits_returned), 0)::BIGINT AS credits_returned,
-            sum(credits_unknown + if(outcome = 'pending', coalesce(credits_charged, 0), 0))::BIGINT
-                AS credits_at_stake,
+            {AT_STAKE}::BIGINT AS credits_at_stake,
             coalesce(sum((rows - 1) * credits_charged) FILTER ({served}), 0)::BIGINT
                 AS credits_saved_by_reuse,
             coalesce(sum(credits_charged), 0) / 1e4 / nullif({delivered}, 0)
@@ -123,7 +109,7 @@ def daily_table(duck: duckdb.DuckDBPyConnection, by: Sequence[str] = ()) -> pa.T
 
 
 def failures_table(duck: duckdb.DuckDBPyConnection) -> pa.Table:
-    """Return what bought no image, by class, with what that cost or may have cost at most."""
+    """Return the purchases without an image by error code, with their cost at most."""
     found = duck.sql(
         """
         SELECT day, partition_key, quality, coalesce(error_code, outcome) AS error_code,

@@ -1,7 +1,7 @@
 """The ledger: one row per purchase, a Parquet file per UTC month, made in DuckDB from the journal.
 
-What DuckDB computes is in whole numbers throughout (units, microseconds), and becomes money and
-time only on its way into the file: so no sum is ever rounded.
+DuckDB computes in whole numbers (units, microseconds). They become decimals and times only when the
+file is written, so no sum is rounded.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ USD: Final = pa.decimal128(18, 6)
 _TIME: Final = pa.timestamp("us", tz="UTC")
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
-    ("sent_at", _TIME, "When its first POST was about to leave, UTC"),
-    ("submitted_at", _TIME, "When EvoLink took it, UTC"),
+    ("sent_at", _TIME, "When its first POST was about to be sent, UTC"),
+    ("submitted_at", _TIME, "When EvoLink accepted it, UTC"),
     ("completed_at", _TIME, "When the task was first seen completed, UTC"),
     ("settled_at", _TIME, "When its charge was known, UTC"),
     ("day", pa.date32(), "UTC day of sent_at"),
     ("run_id", pa.string(), "Dagster run that bought it"),
     ("partition_key", pa.string(), "Dagster partition that it was bought for"),
     ("prompt_table", pa.string(), "Prompt table that it was bought for; null where not known"),
-    ("prompt_id", pa.string(), "First row that asks for it; null where no manifest lists it"),
+    ("prompt_id", pa.string(), "First row that requests it; null where no manifest lists it"),
     ("sample", pa.int32(), "Which of the row's num_images this is, from 0"),
     ("rows", pa.int32(), "Manifest rows that share it; 0 where no manifest lists it"),
-    ("attempt", pa.int32(), "How often a person has asked for another picture of this row"),
+    ("attempt", pa.int32(), "How often another image of this row was requested"),
     ("number", pa.int32(), "Which purchase of its request this is, from 1"),
-    ("request_key", pa.string(), "Hash of all that decides the picture"),
+    ("request_key", pa.string(), "Hash of everything that decides the image"),
     ("idempotency_key", pa.string(), "Idempotency-Key of the purchase"),
     ("task_id", pa.string(), "EvoLink's task"),
-    ("model", pa.string(), "Model that was asked"),
+    ("model", pa.string(), "Model"),
     ("quality", pa.string(), "1K or 2K"),
-    ("size", pa.string(), "Aspect ratio that was asked for"),
+    ("size", pa.string(), "Requested aspect ratio"),
     ("seed", pa.int32(), "Seed that was sent"),
-    ("width", pa.int32(), "Width, pixels; null where there is no file"),
-    ("height", pa.int32(), "Height, pixels; null where there is no file"),
-    ("pixels", pa.int64(), "Width times height; null where there is no file"),
-    ("status", pa.string(), "State of the request, as far as it concerns this purchase"),
+    ("width", pa.int32(), "Width, pixels; null without a file"),
+    ("height", pa.int32(), "Height, pixels; null without a file"),
+    ("pixels", pa.int64(), "Width times height; null without a file"),
+    ("status", pa.string(), "State of the request at the end of this purchase"),
     ("outcome", pa.string(), "What it bought: delivered, replaced, rejected, lost, failed, …"),
-    ("verdict", pa.string(), "What a person thinks of the image: keep, reject, flag, or null"),
-    ("credits_reserved", CREDITS, "What EvoLink reserved, credits; null where it took nothing"),
-    ("credits_charged", CREDITS, "What it cost, credits; null while not known"),
+    ("verdict", pa.string(), "A reviewer's verdict on the image: keep, reject, flag, or null"),
+    ("credits_reserved", CREDITS, "Credits that EvoLink reserved; null where it accepted nothing"),
+    ("credits_charged", CREDITS, "Its cost, credits; null while not known"),
     ("credits_returned", CREDITS, "Reserved and not charged, credits; null while not settled"),
     ("credits_unknown", CREDITS, "Committed and not settled, credits; 0 where settled"),
-    ("usd_charged", USD, "What it cost, US dollars, at the rate of the table"),
+    ("usd_charged", USD, "Its cost, US dollars, at the rate of the table"),
     ("billing_rule", pa.string(), "EvoLink's billing rule"),
     ("user_group", pa.string(), "EvoLink's user group"),
-    ("error_code", pa.string(), "Why it bought no image, as a code"),
+    ("error_code", pa.string(), "Why there is no image, as a code"),
     ("latency_s", pa.float64(), "From submission to completion, seconds"),
 )
 
@@ -69,7 +69,7 @@ LEDGER_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COL
 #: What each column means, by name.
 LEDGER_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
-#: Codes with which a check refuses a file that was paid for (``engine.look``).
+#: Error codes of a paid file that a check rejected.
 REJECTED_CODES: Final = tuple(sorted(REJECTED))
 
 _UNIQUE: Final = frozenset({"sent_at", "request_key", "idempotency_key", "task_id"})
@@ -80,16 +80,15 @@ def _sql(states: tuple[State, ...]) -> str:
     return ", ".join(f"'{state.value}'" for state in states)
 
 
-#: States in which a purchase certainly cost nothing: nothing was created, or not yet again.
+#: States in which a purchase certainly cost nothing.
 _FREE: Final = _sql((State.PLANNED, State.DEFERRED, State.REFUSED))
 
 
 def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> None:
-    """Make the table ``month`` from the relations ``raw``, ``listed`` and ``reviewed``.
+    """Create the table ``month`` from ``raw`` (PURCHASE_SCHEMA), ``listed`` and ``reviewed``.
 
-    ``raw`` holds ``engine.purchases.PURCHASE_SCHEMA``. ``rate`` is how many credits one US dollar
-    buys. All is in whole numbers: units, microseconds, 1/1,000,000 dollars; the table's further
-    columns are those of ``listed``.
+    ``rate`` is credits per US dollar. Numbers are whole: units, microseconds, 1/1,000,000 dollars.
+    The additional columns of ``listed`` follow.
     """
     codes = ", ".join(f"'{code}'" for code in REJECTED_CODES)
     # Dollars in millionths are units × 100 ÷ rate, to the nearest.
@@ -138,7 +137,7 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> Non
 
 
 def month_table(duck: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """Yield the rows of ``month`` as the ledger has them, in the order of their sending."""
+    """Yield the rows of ``month`` in the ledger's schema, in the order of sending."""
     names = ", ".join(LEDGER_SCHEMA.names)
     found = duck.sql(f"SELECT {names} FROM month ORDER BY sent_at, idempotency_key")
     for batch in in_groups(pa.RecordBatchReader.from_stream(found)):
@@ -146,7 +145,7 @@ def month_table(duck: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
 
 
 def in_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """Yield tables of the same number of rows, whatever batches the rows came in."""
+    """Yield tables of the same number of rows, so that equal rows give equal files."""
     held: list[pa.RecordBatch] = []
     rows = 0
     for batch in reader:
@@ -162,7 +161,7 @@ def in_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
 
 
 def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return whole numbers as the money, times and days that a schema says they are."""
+    """Convert whole numbers to the decimals, times and days of a schema."""
     columns = []
     for field in schema:
         column = table[field.name].combine_chunks()
@@ -179,7 +178,7 @@ def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def decimals(units: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Return whole numbers of a decimal's smallest part as that decimal: exact, and no loop."""
+    """Convert whole numbers of a decimal's smallest part to that decimal, exactly."""
     low = np.asarray(units.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
     words = np.empty((len(low), 2), np.int64)
     words[:, 0], words[:, 1] = low, low >> 63
@@ -190,16 +189,11 @@ def decimals(units: pa.Array, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(low), [mask, pa.py_buffer(words)])
 
 
-def units_of(credits: Decimal | None) -> int:
-    """Return credits of the tables in units; 0 for null."""
-    return 0 if credits is None else int(credits.scaleb(4))
-
-
 def write_table(storage: Storage, name: str, schema: pa.Schema, parts: Iterator[pa.Table]) -> None:
     """Write tables as one Parquet file, atomically. Equal rows give equal bytes."""
 
     def write(file: BinaryIO) -> None:
-        # A dictionary of what is never twice the same would be made in vain.
+        # A dictionary of unique values would only take time.
         often = [name for name in schema.names if name not in _UNIQUE]
         with pq.ParquetWriter(file, schema, use_dictionary=often) as writer:
             for part in parts:
@@ -209,5 +203,5 @@ def write_table(storage: Storage, name: str, schema: pa.Schema, parts: Iterator[
 
 
 def exact_rate(credits_per_usd: float) -> Fraction:
-    """Return a rate as the number that its shortest decimal text says."""
+    """Return the number that a rate's shortest decimal text says."""
     return Fraction(Decimal(str(credits_per_usd)))

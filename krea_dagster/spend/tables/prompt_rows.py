@@ -1,8 +1,7 @@
-"""Which rows of the manifests a purchase was made for: prompt_id, sample, and how many share it.
+"""The manifest rows that a purchase was made for: prompt_id, sample, and how many rows share it.
 
-A manifest lists the present attempt of a row. The requests of its earlier attempts follow from
-the row by the same formulas that made them, so that a picture that a later one has replaced is
-still known by its row.
+A manifest lists the present attempt of a row; the requests of earlier attempts follow from it
+(``prompts.past_attempts``).
 """
 
 from __future__ import annotations
@@ -24,15 +23,11 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column
 from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.past_attempts import earlier_attempts
+from krea_dagster.spend.tables.sql import quoted
 
 _ROW: Final = ("request_key", "prompt_id", "sample", "attempt")
-_WISH: Final = (*_ROW, "prompt", "size", "quality", "seed", "nsfw_check")
+_REQUEST: Final = (*_ROW, "prompt", "size", "quality", "seed", "nsfw_check")
 _ROWS: Final = 50_000
-
-
-def quoted(name: str) -> str:
-    """Return a name as DuckDB takes any."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def load_listed(
@@ -41,12 +36,12 @@ def load_listed(
     connection: Connection,
     by: Sequence[str] = (),
 ) -> None:
-    """Make the relation ``listed``: one row for each request that a manifest asks for, or asked.
+    """Create the view ``listed``: one row for each request of the manifests and of past attempts.
 
     Its columns are ``request_key``, ``prompt_id`` and ``sample`` of the first row by those two,
-    ``rows``, ``replaced`` (a later attempt of that row is stored), and as text the further
-    columns ``by`` of that row. Raises ConfigError for a column that no manifest has, or for a
-    manifest that cannot be read, and JournalError.
+    ``rows``, ``replaced`` (a later attempt of that row is stored), and as text the columns ``by``
+    of that row. Raises ConfigError for a column that no manifest has, or for a manifest that cannot
+    be read, and JournalError.
     """
     extra = "".join(f", {quoted(name)} VARCHAR" for name in by)
     duck.execute(
@@ -81,17 +76,17 @@ def _load(
     by: Sequence[str],
     later: list[str],
 ) -> list[str]:
-    """Take the rows of a manifest; returns its columns. ``later`` gets keys of later attempts."""
+    """Load a manifest; return its columns. ``later`` gets the keys of later attempts."""
     columns: list[str] = file.schema_arrow.names
-    carried = [name for name in by if name in columns]
-    rows = file.iter_batches(_ROWS, columns=[*_ROW, *carried])
-    schema = pa.schema([file.schema_arrow.field(name) for name in (*_ROW, *carried)])
+    further = [name for name in by if name in columns]
+    rows = file.iter_batches(_ROWS, columns=[*_ROW, *further])
+    schema = pa.schema([file.schema_arrow.field(name) for name in (*_ROW, *further)])
     _insert(duck, pa.RecordBatchReader.from_batches(schema, rows), source, by)
     (attempts,) = duck.execute(
         "SELECT coalesce(max(attempt), 0) FROM asked WHERE source = ?", [source]
     ).fetchall()[0]
     if attempts:
-        for batch in file.iter_batches(_ROWS, columns=[*_WISH, *carried]):
+        for batch in file.iter_batches(_ROWS, columns=[*_REQUEST, *further]):
             raised = batch.filter(pc.greater(batch.column("attempt"), 0))
             if raised.num_rows:
                 later.extend(raised.column("request_key").to_pylist())
@@ -119,7 +114,7 @@ def _insert_earlier(
     by: Sequence[str],
     later: list[str],
 ) -> None:
-    """Take the earlier attempts of these rows, all of which have been raised."""
+    """Load the earlier attempts of rows that all have some."""
     with closing(Hasher()) as hasher:
         for made, _ in earlier_attempts(hasher, batch):
             keys = made.column("request_key")
@@ -138,8 +133,8 @@ def _keep_first(duck: duckdb.DuckDBPyConnection, stored: Sequence[str], by: Sequ
         CREATE TABLE latest AS
             SELECT prompt_id, sample, source, max(attempt) AS attempt
             FROM asked SEMI JOIN stored_later USING (request_key) GROUP BY ALL;
-        -- Nearly every request is asked for once: only the others are sorted out, and a request
-        -- that shares its hash with another is only taken for one of them.
+        -- Nearly every request has one row. Only the others are grouped; a request whose hash is
+        -- that of another is grouped, too, which does no harm.
         CREATE TABLE often AS
             SELECT hash(request_key) AS hash FROM asked GROUP BY request_key HAVING count(*) > 1;
         CREATE TABLE shared AS

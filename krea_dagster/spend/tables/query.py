@@ -1,4 +1,4 @@
-"""Questions to the spend tables: sums by any column, and SQL over views that can only be read."""
+"""Queries of the spend tables: sums by any column, and SQL over read-only views."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
-from krea_dagster.spend.tables.prompt_rows import quoted
-from krea_dagster.spend.tables.update import open_duck
-from krea_dagster.spend.tables.verdict_rows import IS_ACCEPTED
+from krea_dagster.spend.tables.sql import AT_STAKE, IS_ACCEPTED, count_of, open_views, quoted
 
-#: What may be asked by, beside every column of the ledger and the manifest.
+#: Columns to sum by that are computed, in addition to those of the ledger and the manifest.
 _MADE: Final = {"month": "strftime(day, '%Y-%m')", "year": "strftime(day, '%Y')"}
 
 
 @dataclass(frozen=True)
 class SpendLine:
-    """One line of sums: what they are of, counts of purchases, and money in units.
+    """One line of sums: the values that they are grouped by, counts of purchases, money in units.
 
-    ``delivered`` holds what was replaced since; ``accepted`` does not, nor what a person has
-    rejected or flagged; ``at_stake_units`` may have been charged, or is
-    paid and not at hand.
+    ``delivered`` includes images that were replaced since; ``accepted`` leaves out those, and those
+    that a reviewer has rejected or flagged. ``at_stake_units`` may have been charged, or are paid
+    for an image that is not stored yet.
     """
 
     of: tuple[str | None, ...]
@@ -53,12 +51,12 @@ class SpendLine:
     at_stake_units: int
 
     def usd(self, rate: Fraction) -> Fraction:
-        """What was charged, in US dollars, at so many credits to the dollar."""
+        """Return the charge in US dollars, at ``rate`` credits per dollar."""
         return Fraction(self.charged_units, 10_000) / rate
 
     @property
     def per_accepted_units(self) -> float | None:
-        """What an accepted image came to: all that was charged, also for what was refused."""
+        """All that was charged, also for rejected images, per accepted image."""
         return self.charged_units / self.accepted if self.accepted else None
 
 
@@ -67,55 +65,49 @@ FIGURES: Final = tuple(field.name for field in fields(SpendLine))[1:]
 
 _SUMS: Final = f"""
     count(*),
-    count(*) FILTER (outcome IN ('delivered', 'replaced')),
-    count(*) FILTER (outcome = 'failed'),
-    count(*) FILTER (outcome = 'refused'),
-    count(*) FILTER (outcome = 'lost'),
-    count(*) FILTER (outcome = 'rejected'),
-    count(*) FILTER (outcome = 'unknown'),
-    count(*) FILTER (outcome = 'pending'),
-    count(*) FILTER (outcome = 'replaced'),
+    {count_of("delivered", "replaced")},
+    {count_of("failed")},
+    {count_of("refused")},
+    {count_of("lost")},
+    {count_of("rejected")},
+    {count_of("unknown")},
+    {count_of("pending")},
+    {count_of("replaced")},
     count(*) FILTER ({IS_ACCEPTED}),
     CAST(coalesce(sum(credits_charged), 0) * 10000 AS BIGINT),
     CAST(coalesce(sum(credits_returned), 0) * 10000 AS BIGINT),
-    CAST(coalesce(sum(credits_unknown
-        + if(outcome = 'pending', coalesce(credits_charged, 0), 0)), 0) * 10000 AS BIGINT)
+    CAST({AT_STAKE} * 10000 AS BIGINT)
 """
 
 
-def open_views(storage: Storage, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
+def open_tables(storage: Storage, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
     """Open a DuckDB with the views ``ledger``, ``daily``, ``failures``, ``manifest``, ``prompts``.
 
-    ``prompts`` is the prompt table: a Parquet file, a folder of them, or a URL. Nothing else can
-    be read by it, and nothing written. Raises ConfigError.
+    ``prompts`` is the source of the prompt table. Nothing else can be read, and nothing written.
+    Raises ConfigError.
     """
-    duck = open_duck()
-    tables = {
-        "ledger": ("spend/ledger", LEDGER_SCHEMA),
-        "daily": ("spend/daily", DAILY_SCHEMA),
-        "failures": ("spend/failures", FAILURES_SCHEMA),
-        "manifest": ("manifest", MANIFEST_SCHEMA),
+    views = {
+        "ledger": stored_table(storage, "spend/ledger", LEDGER_SCHEMA),
+        "daily": stored_table(storage, "spend/daily", DAILY_SCHEMA),
+        "failures": stored_table(storage, "spend/failures", FAILURES_SCHEMA),
+        "manifest": stored_table(storage, "manifest", MANIFEST_SCHEMA),
     }
-    for view, (folder, schema) in tables.items():
-        names = sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
-        duck.register(view, _rows(map(storage.locate, names), schema))
     if prompts is not None:
-        duck.register("prompts", _prompts(prompts))
-    duck.execute("SET enable_external_access = false; SET lock_configuration = true")
-    return duck
+        views["prompts"] = _prompts(prompts)
+    return open_views(views)
 
 
-def ask(duck: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    """Return the answer to one SELECT. Raises ConfigError where it is none, or is wrong."""
+def run_query(duck: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
+    """Return the result of one SELECT. Raises ConfigError for anything else."""
     try:
         statements = duck.extract_statements(query)
         if len(statements) != 1:
-            raise ConfigError(f"{len(statements)} statements were given; ask one question")
+            raise ConfigError(f"the query has {len(statements)} statements; give one")
         if statements[0].type != duckdb.StatementType.SELECT:
-            raise ConfigError("only a SELECT can be asked; the tables are made from the journal")
+            raise ConfigError("only SELECT is allowed; the tables are made from the journal")
         return duck.sql(query).to_arrow_table()
     except (duckdb.Error, pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"the query cannot be answered: {error}") from error
+        raise ConfigError(f"the query failed: {error}") from error
 
 
 def sums(
@@ -125,22 +117,22 @@ def sums(
     since: date | None = None,
     until: date | None = None,
 ) -> list[SpendLine]:
-    """Return the sums by these columns, in their order; one line where there are none.
+    """Return sums grouped by some columns, in their order; one line without columns.
 
-    A column is one of the ledger, of the manifest (its further columns among them), ``month`` or
-    ``year``. ``since`` and ``until`` are UTC days, the second one included. Raises ConfigError.
+    A column is one of the ledger, of the manifest (with the table's passthrough columns), ``month``
+    or ``year``. ``since`` and ``until`` are UTC days, both included. Raises ConfigError.
     """
     ledger, manifest = (_columns(duck, view) for view in ("ledger", "manifest"))
-    carried = [name for name in by if name not in _MADE and name not in ledger]
-    if missing := [name for name in carried if name not in manifest]:
+    further = [name for name in by if name not in _MADE and name not in ledger]
+    if missing := [name for name in further if name not in manifest]:
         own = [*_MADE, *ledger, *(name for name in manifest if name not in ledger)]
         raise ConfigError(
-            f"there is no column {missing[0]!r} to sum by; there are {', '.join(own)}"
+            f"cannot sum by {missing[0]!r}: no such column; there are {', '.join(own)}"
         )
     names = [f"CAST({_MADE.get(name) or quoted(name)} AS VARCHAR)" for name in by]
     source = "ledger"
-    if carried:
-        values = ", ".join(f"any_value({quoted(name)}) AS {quoted(name)}" for name in carried)
+    if further:
+        values = ", ".join(f"any_value({quoted(name)}) AS {quoted(name)}" for name in further)
         source = (
             f"ledger LEFT JOIN (SELECT prompt_id, sample, {values} FROM manifest "
             "GROUP BY prompt_id, sample) USING (prompt_id, sample)"
@@ -161,18 +153,18 @@ def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:
 
 def _prompts(source: str) -> Any:
     try:
-        return _rows(_files(source), pa.schema([]))
+        paths = _prompt_files(source)
+        return dataset_of(paths, pa.schema([] if paths else [("prompt", pa.string())]))
     except KreaError:
         raise
-    except Exception as error:  # noqa: BLE001 - Arrow and file systems raise whatever they like
-        said = redact.text(str(error), source)
+    except Exception as error:  # noqa: BLE001 - Arrow and file systems raise errors of any type
+        text = redact.text(str(error), source)
         raise ConfigError(
-            f"the prompt table {redact.location(source)} cannot be read: {said}"
+            f"the prompt table {redact.location(source)} cannot be read: {text}"
         ) from redact.safe_cause(error, source)
 
 
-def _files(source: str) -> list[str]:
-    """Return the Parquet files of a prompt table."""
+def _prompt_files(source: str) -> list[str]:
     fs, path = fsspec.core.url_to_fs(source)
     if fs.isdir(path):
         found = [name for name in fs.find(path) if name.endswith(".parquet")]
@@ -180,21 +172,28 @@ def _files(source: str) -> list[str]:
     return [source] if fs.exists(path) else []
 
 
-def _rows(locations: Iterable[str], schema: pa.Schema) -> Any:
-    """Return what DuckDB reads the rows of these files from; none give an empty table."""
-    paths: list[str] = []
-    fs = None
-    for location in locations:
-        fs, path = fsspec.core.url_to_fs(location)
+def stored_table(storage: Storage, folder: str, schema: pa.Schema) -> pa.Table | ds.Dataset:
+    """Open the Parquet files of a folder as one table; an empty one where there are none."""
+    names = sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
+    return dataset_of(map(storage.locate, names), schema)
+
+
+def dataset_of(locations: Iterable[str], schema: pa.Schema) -> pa.Table | ds.Dataset:
+    """Open Parquet files as one table with the columns of ``schema`` and of all files.
+
+    Rows are read when they are used. Raises ConfigError where types disagree.
+    """
+    found = [fsspec.core.url_to_fs(location) for location in locations]
+    for fs, path in found:
         schema = _unified(schema, pq.read_schema(path, filesystem=fs))
-        paths.append(path)
-    if not paths:
-        return schema.empty_table() if len(schema) else pa.table({"prompt": pa.array([], "string")})
-    return ds.dataset(paths, schema=schema, format="parquet", filesystem=fs)
+    if not found:
+        return schema.empty_table()
+    paths = [path for _, path in found]
+    return ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
 
 
 def _unified(one: pa.Schema, other: pa.Schema) -> pa.Schema:
     try:
         return pa.unify_schemas([one, other.remove_metadata()], promote_options="permissive")
     except pa.ArrowTypeError as error:
-        raise ConfigError(f"the files have columns of types that do not agree: {error}") from error
+        raise ConfigError(f"columns of the files have different types: {error}") from error

@@ -1,4 +1,4 @@
-"""What the spend tables have taken from the journal so far: ``spend/state.json``."""
+"""How far the spend tables follow the journal: ``spend/state.json``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any, Final
 from krea_dagster.engine.journal.purchases import PurchaseTotals
 from krea_dagster.engine.storage.storage import Storage
 
-#: Raised with every change of what the files hold: then all of them are made anew.
+#: Raised with every change of the files' content: then all of them are made again.
 FORMAT: Final = 3
 
 STATE_NAME: Final = "spend/state.json"
 
 
 def table_name(table: str, month: str) -> str:
-    """The name of a month's file under the storage root."""
+    """Return the name of a month's file under the storage root."""
     return f"spend/{table}/{month}.parquet"
 
 
 @dataclass(frozen=True)
 class SpendState:
-    """From which journal, at which settings, and how far.
+    """The journal and the settings that the tables were made from, and how far.
 
-    ``taken_until_us`` is the time up to which every event was seen, if clocks agree; ``months``
-    are the totals of each month as they were when its files were written, and ``labels`` what the
-    manifests said of its purchases.
+    ``taken_until_us`` is the time up to which every event was seen, if clocks agree. ``months`` are
+    the totals of each month when its files were written, ``labels`` a hash of what the manifests
+    said about its purchases then.
     """
 
     journal_id: str
@@ -39,29 +39,25 @@ class SpendState:
 
     @classmethod
     def read(cls, storage: Storage) -> SpendState | None:
-        """Read it; None where there is none that can be used, so that all is made anew."""
+        """Read the state; None without a usable one: then all files are made again."""
         try:
             with storage.open(STATE_NAME) as file:
-                said: Mapping[str, Any] = json.load(file)
-            if said["format"] != FORMAT:
+                state: Mapping[str, Any] = json.load(file)
+            if state["format"] != FORMAT:
                 return None
             return cls(
-                said["journal_id"],
-                said["credits_per_usd"],
-                tuple(said["by"]),
-                int(said["taken_until_us"]),
-                {month: PurchaseTotals(**totals) for month, totals in said["months"].items()},
-                {month: str(label) for month, label in said["labels"].items()},
+                state["journal_id"],
+                state["credits_per_usd"],
+                tuple(state["by"]),
+                int(state["taken_until_us"]),
+                {month: PurchaseTotals(**totals) for month, totals in state["months"].items()},
+                {month: str(label) for month, label in state["labels"].items()},
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, storage: Storage) -> None:
-        """Write it, atomically."""
+        """Write the state, atomically."""
         values = {"format": FORMAT, **asdict(self), "by": list(self.by)}
         text = json.dumps(values, indent=1, sort_keys=True) + "\n"
-        storage.write(STATE_NAME, lambda file: _put(file, text.encode()))
-
-
-def _put(file: Any, data: bytes) -> None:
-    file.write(data)
+        storage.write(STATE_NAME, lambda file: file.write(text.encode()))

@@ -1,16 +1,15 @@
-"""Brings the spend tables up to the journal: what is new, and what has settled since.
+"""Bring the spend tables up to the journal: new purchases, and those that have settled since.
 
-A month's files are always made as a whole, from the journal and the manifests as they stand. So
-many small steps end in the same bytes as one large one; the art is only in which months to make.
-Those are
+A month's files are always made as a whole, from the journal and the manifests, so that many small
+updates end in the same bytes as one large one. The months to make are
 
-- the months of purchases whose request had an event since the last time, with a margin of two
-  days: clocks of machines that write to one journal may differ, and an event's time is taken
-  before its transaction ends;
-- the months whose totals (purchases, settled, money) are not what they were: whatever the times
-  say, no purchase and no unit is missed, and none stays where it was moved away from;
-- the months in which a row's prompt_id, its sharers or its later attempt are not what the
-  manifests say now, or a verdict is not what a person says now.
+- those with purchases whose request had an event since the last update, with a margin of two days:
+  clocks of machines that share a journal may differ, and an event's time is taken before its
+  transaction ends;
+- those whose totals (purchases, settled, money) changed: regardless of the times, no purchase and
+  no unit is missed, and none stays in a month that it was moved away from;
+- those with a row whose prompt_id, number of sharing rows or later attempt differs from the
+  manifests, or whose verdict has changed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
@@ -56,7 +55,8 @@ from krea_dagster.spend.tables.ledger import (
     month_table,
     write_table,
 )
-from krea_dagster.spend.tables.prompt_rows import load_listed, quoted
+from krea_dagster.spend.tables.prompt_rows import load_listed
+from krea_dagster.spend.tables.sql import open_duck, quoted
 from krea_dagster.spend.tables.state import SpendState, table_name
 from krea_dagster.spend.tables.verdict_rows import load_reviewed
 
@@ -65,13 +65,10 @@ TABLES: Final = ("ledger", "daily", "failures")
 #: How far clocks may differ, and how late a transaction may end.
 MARGIN_US: Final = 2 * 86_400_000_000
 
-#: Bytes that DuckDB holds before it writes to disk.
-_MEMORY: Final = "400MB"
-
 
 @dataclass(frozen=True)
 class SpendUpdate:
-    """What an update did: the months whose files were written or removed, and the rows in all."""
+    """The months whose files an update wrote or removed, and the purchases of all months."""
 
     months: tuple[str, ...]
     removed: tuple[str, ...]
@@ -89,9 +86,9 @@ def update_spend(
 ) -> SpendUpdate:
     """Bring ledger, daily sums and failures up to the journal and the manifests.
 
-    ``by`` names further columns of the prompt table that the daily sums are kept apart by.
-    Another rate, other columns or another journal make all months anew, as ``rebuild`` does.
-    Needs no network. Raises JournalError, and ConfigError for a column that is not there.
+    ``by`` names columns of the prompt table to group the daily sums by. With another rate, other
+    columns or another journal all months are made again, as with ``rebuild``. Needs no network.
+    Raises JournalError, and ConfigError for a column that does not exist.
     """
     schema = daily_schema(by)
     rate = exact_rate(credits_per_usd)
@@ -103,13 +100,10 @@ def update_spend(
         duck = stack.enter_context(closing(open_duck(folder)))
         journal_id = str(connection.execute(select(about.c.journal_id)).scalar())
         state = SpendState(journal_id, str(rate), tuple(by))
+        settings = (state.journal_id, state.credits_per_usd, state.by)
         totals = totals_by_month(connection)
         changed: set[str] = set()
-        if known is not None and (known.journal_id, known.credits_per_usd, known.by) == (
-            state.journal_id,
-            state.credits_per_usd,
-            state.by,
-        ):
+        if known and (known.journal_id, known.credits_per_usd, known.by) == settings:
             state = known
             changed = changed_since(connection, known.taken_until_us - MARGIN_US)
         load_listed(duck, storage, connection, by)
@@ -127,36 +121,18 @@ def update_spend(
             duck.unregister("raw")
             labels[month] = _write_month(duck, storage, month, by, schema)
         removed = _remove_others(storage, totals.keys())
-        # A clock that is ahead must not hide what comes after it.
-        SpendState(
-            state.journal_id,
-            state.credits_per_usd,
-            state.by,
-            min(newest_event(connection), now_us),
-            dict(sorted(totals.items())),
-            dict(sorted(labels.items())),
+        # An event from a clock that is ahead must not hide later ones.
+        replace(
+            state,
+            taken_until_us=min(newest_event(connection), now_us),
+            months=dict(sorted(totals.items())),
+            labels=dict(sorted(labels.items())),
         ).write(storage)
     return SpendUpdate(
         tuple(sorted(touched)),
         tuple(removed),
         sum(month.purchases for month in totals.values()),
     )
-
-
-def open_duck(folder: Path | None = None) -> duckdb.DuckDBPyConnection:
-    """Open a DuckDB in memory that loads no extension, and spills into a folder."""
-    duck = duckdb.connect(
-        ":memory:",
-        config={
-            "memory_limit": _MEMORY,
-            "temp_directory": "" if folder is None else str(folder / "duck"),
-            "preserve_insertion_order": "false",
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-        },
-    )
-    duck.execute("SET TimeZone = 'UTC'")
-    return duck
 
 
 def _is_stale(storage: Storage, state: SpendState, month: str, totals: PurchaseTotals) -> bool:
@@ -168,26 +144,26 @@ def _is_stale(storage: Storage, state: SpendState, month: str, totals: PurchaseT
 def _labels(
     duck: duckdb.DuckDBPyConnection, storage: Storage, months: Sequence[str], by: Sequence[str]
 ) -> dict[str, str]:
-    """Return a label of what the manifests and the reviewers say of each month's purchases.
+    """Return a hash of the columns ``by`` of each month's purchases.
 
-    ``_WRONG`` where the month's ledger says otherwise; else it hangs on the columns ``by``.
+    It is ``_WRONG`` where the month's ledger differs from the manifests or the verdicts.
     """
     if not months:
         return {}
-    said = pa.RecordBatchReader.from_batches(_SAID, _said(storage, months))
-    found = duck.from_arrow(said).query(
-        "said",
+    ledger = pa.RecordBatchReader.from_batches(_LEDGER_COLUMNS, _ledger_rows(storage, months))
+    found = duck.from_arrow(ledger).query(
+        "ledger",
         f"""
         SELECT month, bool_or(
-                said.prompt_id IS DISTINCT FROM listed.prompt_id
-                OR said.sample IS DISTINCT FROM listed.sample
-                OR said.rows <> coalesce(listed.rows, 0)
-                OR (said.outcome = 'replaced') <> (coalesce(replaced, false)
-                    AND said.outcome IN ('delivered', 'replaced'))
-                OR said.verdict IS DISTINCT FROM
-                    if(said.outcome IN ('delivered', 'replaced'), reviewed.verdict, NULL)),
+                ledger.prompt_id IS DISTINCT FROM listed.prompt_id
+                OR ledger.sample IS DISTINCT FROM listed.sample
+                OR ledger.rows <> coalesce(listed.rows, 0)
+                OR (ledger.outcome = 'replaced') <> (coalesce(replaced, false)
+                    AND ledger.outcome IN ('delivered', 'replaced'))
+                OR ledger.verdict IS DISTINCT FROM
+                    if(ledger.outcome IN ('delivered', 'replaced'), reviewed.verdict, NULL)),
             {_hash(by)}
-        FROM said LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+        FROM ledger LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
         GROUP BY month
         """,
     )
@@ -195,7 +171,7 @@ def _labels(
 
 
 _WRONG: Final = "wrong"
-_SAID: Final = pa.schema(
+_LEDGER_COLUMNS: Final = pa.schema(
     [
         ("month", pa.string()),
         *(LEDGER_SCHEMA.field(name) for name in ("request_key", "prompt_id", "sample", "rows")),
@@ -205,16 +181,16 @@ _SAID: Final = pa.schema(
 )
 
 
-def _said(storage: Storage, months: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _ledger_rows(storage: Storage, months: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for month in months:
         with storage.open(table_name("ledger", month)) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=_SAID.names[1:]):
+            for batch in pq.ParquetFile(file).iter_batches(columns=_LEDGER_COLUMNS.names[1:]):
                 named = pa.repeat(pa.scalar(month), batch.num_rows)
-                yield pa.RecordBatch.from_arrays([named, *batch.columns], schema=_SAID)
+                yield pa.RecordBatch.from_arrays([named, *batch.columns], schema=_LEDGER_COLUMNS)
 
 
 def _hash(by: Sequence[str]) -> str:
-    """Return what adds up a hash of the columns ``by`` of each purchase, as text."""
+    """Return the expression for a hash of the columns ``by`` of all purchases, as text."""
     if not by:
         return "any_value('')"
     names = ", ".join(["request_key", *map(quoted, by)])
@@ -228,7 +204,7 @@ def _write_month(
     by: Sequence[str],
     schema: pa.Schema,
 ) -> str:
-    """Write the files of the table ``month``; returns its label."""
+    """Write the files of the table ``month``; return its label."""
     parts = {
         "ledger": (LEDGER_SCHEMA, month_table(duck)),
         "daily": (schema, iter([daily_table(duck, by)])),
@@ -241,7 +217,7 @@ def _write_month(
 
 
 def _remove_others(storage: Storage, months: Collection[str]) -> list[str]:
-    """Remove the files of months in which nothing was sent any more."""
+    """Remove the files of months that have no purchases any more."""
     removed = set()
     for table in TABLES:
         for name in list(storage.names(f"spend/{table}")):
@@ -253,13 +229,12 @@ def _remove_others(storage: Storage, months: Collection[str]) -> list[str]:
 
 
 class _MonthSpool:
-    """Purchases on disk, by the month of their sending: so memory does not grow with them."""
+    """Purchases on disk, by the month of sending, so that memory does not grow with them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def fill(self, batches: Iterator[pa.RecordBatch]) -> None:
-        """Take all of them."""
         with ExitStack() as stack:
             writers: dict[str, pa.RecordBatchFileWriter] = {}
             for batch in batches:
@@ -271,7 +246,6 @@ class _MonthSpool:
                     writers[month].write_batch(part)
 
     def reader(self, month: str) -> pa.RecordBatchReader:
-        """The purchases of a month."""
         return pa.ipc.open_stream(pa.memory_map(self._file(month)))
 
     def _file(self, month: str) -> str:

@@ -1,7 +1,7 @@
-"""What people think of the images that were bought, by request, for the tables of what was spent.
+"""The reviewers' verdict on the image of each request, for the spend tables.
 
-A verdict comes later than the purchase, often in another month. It is looked up anew each time, so
-that the tables say the same whenever they are made.
+A verdict comes later than the purchase, often in another month. All are read each time, so that the
+tables are the same whenever they are made.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ import pyarrow as pa
 from sqlalchemy import Connection, select
 
 from krea_dagster.engine.journal.schema import requests, verdicts
-from krea_dagster.engine.verdict import FLAG, NONE, REJECT
-
-#: A purchase whose image counts as accepted, as a condition of DuckDB on ``outcome`` and
-#: ``verdict``: delivered, not replaced by a later attempt, and neither rejected nor flagged.
-#: Where nobody has judged, that is all that was delivered and not replaced.
-IS_ACCEPTED: Final = (
-    f"outcome = 'delivered' AND coalesce(verdict, '') NOT IN ('{REJECT}', '{FLAG}')"
-)
+from krea_dagster.engine.verdict import NONE
 
 _ROWS: Final = 20_000
 _SCHEMA: Final = pa.schema(
@@ -33,7 +26,7 @@ _SCHEMA: Final = pa.schema(
     ]
 )
 
-#: Each verdict beside the request that it was given on: by its key, as their hashes have no index.
+#: Each verdict with its request, joined by the request key: image hashes have no index.
 _QUERY: Final = select(
     verdicts.c.number,
     verdicts.c.request_key,
@@ -44,10 +37,10 @@ _QUERY: Final = select(
 
 
 def load_reviewed(duck: duckdb.DuckDBPyConnection, connection: Connection) -> None:
-    """Make the relation ``reviewed``: the present verdict on the image of each request.
+    """Create the table ``reviewed``: the present verdict on the image of each request.
 
-    Its columns are ``request_key`` and ``verdict``. Left out are requests whose image nobody has
-    judged or whose verdict was taken back, and those whose file is another one since.
+    Its columns are ``request_key`` and ``verdict``. Requests without a verdict, with a withdrawn
+    one or with a new file since are missing.
     """
     duck.execute(
         "CREATE TABLE judged (number BIGINT, request_key VARCHAR, image_sha256 VARCHAR, "

@@ -1,7 +1,7 @@
-"""The robust statistics under the warnings: what is far out of its habit, and a forecast. Pure.
+"""The statistics under the warnings: unusual days, and a forecast of the month. Pure.
 
-Habit is the median of the same weekday in the eight weeks before, its spread the median absolute
-deviation (MAD) from those medians. Both bear a few odd days without being moved by them.
+The usual spend of a day is the median of its weekday in the eight weeks before, its spread the
+median absolute deviation (MAD) from those medians. A few outliers do not move either.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from math import sqrt
 from statistics import median
 from typing import Final
 
-#: The days before a day that make its habit: eight of each weekday.
+#: The days before a day that it is compared with: eight of each weekday.
 WINDOW_DAYS: Final = 56
-#: Days since the first purchase before anything is called a habit.
+#: Days since the first purchase before any day can be unusual.
 LEARNING_DAYS: Final = 28
-#: Days with purchases that make a habit where most days have none.
+#: Days with purchases that are needed where most days have none.
 LEAST_ACTIVE: Final = 6
-#: Partitions that make a habit for one that lives for a few days only.
+#: Earlier partitions that are needed to compare one that lives for a few days only.
 LEAST_PEERS: Final = 14
-#: How many standard deviations (1.4826 MAD) above its habit a value is far out of it, how many
-#: times the habit, and how many times the highest that is part of the habit.
+#: A value is unusual above this many standard deviations (1.4826 MAD) over the usual value, this
+#: many times the usual value, and this many times the highest usual one.
 FAR_DEVIATIONS: Final = 6.0
 FAR_TIMES: Final = 2.5
 FAR_OVER_HIGHEST: Final = 1.25
-#: A value that stays out of its habit for more days than this is the new habit.
+#: Days after which an unusual value has become the usual one.
 SETTLED_DAYS: Final = 7
 
 #: 1.4826 MAD estimates the standard deviation of a normal distribution.
 _MAD_TO_SIGMA: Final = 1.4826
 
-#: Days that a forecast learns from, the least of them, and the quantile of its interval
-#: (Student's t with 30 degrees of freedom or so, 5 % on either side).
+#: Most and fewest days that a forecast is made from, and the quantile of its interval (Student's t
+#: with about 30 degrees of freedom, 5 % on either side).
 FORECAST_DAYS: Final = 42
 FORECAST_LEAST_DAYS: Final = 14
 _T_90: Final = 1.7
@@ -42,7 +42,7 @@ _T_90: Final = 1.7
 
 @dataclass(frozen=True)
 class Anomaly:
-    """Days in a row that were out of habit: what was spent and what was expected, in units."""
+    """Consecutive unusual days: the spend and the expected spend, in units."""
 
     since: date
     until: date
@@ -51,15 +51,15 @@ class Anomaly:
 
     @property
     def excess_units(self) -> int:
-        """What was spent beyond the habit."""
+        """The spend beyond the expected one."""
         return self.units - self.expected_units
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a month will have come to, in units; ``low`` to ``high`` holds it nine times in ten.
+    """The expected spend of a month, in units, and its 90 % interval.
 
-    ``days`` is how many days it was learnt from.
+    ``days`` is the number of days that it was made from.
     """
 
     expected_units: int
@@ -69,12 +69,12 @@ class Forecast:
 
 
 def find_anomalies(spent: Mapping[date, int], last: date, grain_units: int = 0) -> list[Anomaly]:
-    """Find the days up to ``last`` that cost far more than their habit, days in a row together.
+    """Find the days up to ``last`` that cost far more than usual; consecutive days are one anomaly.
 
-    ``spent`` is in units by day; a day without an entry cost nothing. Each day is held against
-    the days before it only, and those that were out of habit are no part of it, unless they
-    stayed so for more than a week: from then on they are the habit. ``grain_units`` is the price
-    of one purchase: of few purchases, chance alone makes a day dear.
+    ``spent`` is in units by day; a day without an entry cost nothing. Each day is compared only
+    with the days before it, without unusual ones, unless these lasted for more than a week: then
+    they are the new usual. ``grain_units`` is the price of one purchase: with few purchases, chance
+    alone makes a day expensive.
     """
     if not spent:
         return []
@@ -109,7 +109,7 @@ def find_anomalies(spent: Mapping[date, int], last: date, grain_units: int = 0) 
 
 
 def far_above(units: int, usual: Sequence[int], grain_units: int = 0) -> bool:
-    """Whether a sum is far above sums that are alike: by their median and MAD."""
+    """Return whether a sum is far above comparable sums, by their median and MAD."""
     middle = median(usual)
     spread = median(abs(one - middle) for one in usual)
     chance = sqrt(max(middle, sum(usual) / len(usual)) * grain_units)
@@ -117,7 +117,7 @@ def far_above(units: int, usual: Sequence[int], grain_units: int = 0) -> bool:
 
 
 def anomalous_days(found: Sequence[Anomaly]) -> frozenset[date]:
-    """The days of short find_anomalies, which say nothing about the days to come."""
+    """Return the days of short anomalies, which do not predict later days."""
     return frozenset(
         one.since + timedelta(days=number)
         for one in found
@@ -129,11 +129,11 @@ def anomalous_days(found: Sequence[Anomaly]) -> frozenset[date]:
 def forecast_month(
     spent: Mapping[date, int], today: date, leave_out: frozenset[date] = frozenset()
 ) -> Forecast | None:
-    """Forecast what the UTC month of ``today`` will have come to; None with too few days.
+    """Forecast the spend of the UTC month of ``today``; None with too few days.
 
-    What is spent already, and for each day left the mean of its weekday over the last six weeks
-    without today and the days to leave out. The interval comes from the spread of those days
-    about their means: that of the days left, and that of the means themselves.
+    It is the spend so far, and for each day left the mean of its weekday over the last six weeks,
+    without today and the days to leave out. The interval is from the deviations of those days from
+    their means: those of the days left, and those of the means themselves.
     """
     if not spent:
         return None
@@ -157,7 +157,7 @@ def forecast_month(
     so_far = sum(units for day, units in spent.items() if start <= day <= today)
     left = [today + timedelta(days=number) for number in range(1, days_left(today) + 1)]
     rest = sum(means.get(day.weekday(), overall) for day in left)
-    # Of today the rest is expected, as if its hours were alike: none of it where it is passed.
+    # For the rest of today, what is missing to its mean; nothing where the mean is passed.
     rest += max(0.0, means.get(today.weekday(), overall) - spent.get(today, 0))
     days = [today, *left]
     of_means = 0.0
@@ -174,7 +174,7 @@ def forecast_month(
 
 
 def days_left(today: date) -> int:
-    """How many days of the month come after today."""
+    """Return the number of days of the month after today."""
     after = (today.replace(day=28) + timedelta(days=4)).replace(day=1)
     return (after - today).days - 1
 
@@ -188,17 +188,17 @@ def _expected(
     odd: set[date],
     grain_units: int,
 ) -> int | None:
-    """What a day was expected to cost; None where it is within its habit, or has none yet."""
+    """Return the expected spend of an unusual day; None for a usual one."""
     if len(usual) < LEAST_ACTIVE:
         return None
     units = spent[day]
     highest = max(spent[one] for one in usual)
-    if units <= FAR_OVER_HIGHEST * highest:  # what most days are, and nothing else is reckoned
+    if units <= FAR_OVER_HIGHEST * highest:  # most days: the rest need not be computed
         return None
     window = [since + timedelta(days=number) for number in range((day - since).days)]
     window = [one for one in window if one not in odd]
     if len(usual) * 2 < len(window):
-        # Most days have no purchases, so that weekdays say little: those that have are alike.
+        # Most days have no purchases: the weekday matters little, and the others are compared.
         values = [spent[one] for one in usual]
         middle = median(values)
         spread = median(abs(one - middle) for one in values)
@@ -216,7 +216,7 @@ def _expected(
 
 
 def _is_far(value: float, middle: float, mad: float, highest: float, chance: float) -> bool:
-    # Purchases that come by chance spread by the root of their number, whatever the MAD says.
+    # Random purchases deviate by the root of their number, even where the MAD is smaller.
     deviation = max(_MAD_TO_SIGMA * mad, chance)
     return (
         value > middle + FAR_DEVIATIONS * deviation

@@ -1,11 +1,10 @@
-"""Reads the spend tables into the history that warnings are found in, in bulk by DuckDB."""
+"""Read the spend tables into the history that warnings are found in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
-from decimal import Decimal
 from typing import Final, TypeAlias
 
 import duckdb
@@ -14,9 +13,8 @@ import pyarrow.dataset as ds
 
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.proof.account import AccountProof
-from krea_dagster.spend.tables.prompt_rows import quoted
+from krea_dagster.spend.tables.sql import COMMITTED, count_of, open_views, quoted, units_of
 from krea_dagster.spend.warnings.history import (
     AccountUse,
     BudgetUse,
@@ -28,17 +26,14 @@ from krea_dagster.spend.warnings.history import (
     SpendHistory,
 )
 
-#: What the spend tables may be given as; pyarrow has no types.
+#: The types of a spend table.
 Table: TypeAlias = pa.Table | ds.Dataset
 
-#: Purchases of a day that brought nothing, or of which it is not known.
-_TROUBLE: Final = "'failed', 'refused', 'lost', 'rejected', 'unknown'"
+#: Counts the purchases that brought nothing, or of which that is not known.
+_TROUBLE: Final = count_of("failed", "refused", "lost", "rejected", "unknown")
 
-#: Days since the last purchase for which a run, partition or value's budget is looked at.
+#: Days since its last purchase for which the budget of a run, partition or value is checked.
 LATELY_DAYS: Final = 7
-
-#: What a budget counts: charged, or perhaps to be charged.
-_COMMITTED: Final = "coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0)"
 
 
 def observe(
@@ -52,23 +47,21 @@ def observe(
 ) -> SpendHistory:
     """Read the history from the three spend tables. Raises ConfigError for an unknown column.
 
-    ``budgets`` are soft ones: what they bound is reckoned, and nothing is held back.
-
-    Only aggregates leave DuckDB: a million purchases need a few megabytes here.
+    ``budgets`` only warn. Only aggregates leave DuckDB: a million purchases need a few megabytes.
     """
-    with closing(connect({"ledger": ledger, "daily": daily, "failures": failures})) as database:
+    with closing(open_views({"ledger": ledger, "daily": daily, "failures": failures})) as database:
         days = [
             DaySpend(row[0], units_of(row[1]), units_of(row[2]), int(row[3]), int(row[4]))
             for row in database.execute(
                 "select day, sum(credits_charged), sum(credits_unknown), count(*), "
-                f"count(*) filter (outcome in ({_TROUBLE})) from ledger group by day order by day"
+                f"{_TROUBLE} from ledger group by day order by day"
             ).fetchall()
         ]
         partitions = [
             PartitionSpend(row[0], row[1] or "", units_of(row[2]))
             for row in database.execute(
-                f"select day, partition_key, {_COMMITTED} from ledger group by all "
-                f"having {_COMMITTED} > 0 order by day, partition_key"
+                f"select day, partition_key, {COMMITTED} from ledger group by all "
+                f"having {COMMITTED} > 0 order by day, partition_key"
             ).fetchall()
         ]
         prices = [
@@ -90,7 +83,7 @@ def observe(
 
 
 def account_use(proof: AccountProof | None) -> AccountUse | None:
-    """What a comparison of the account comes to; stretches that differ both ways do not cancel."""
+    """Return the result of a comparison; differences in opposite directions do not cancel."""
     if proof is None:
         return None
     wrong = [one for one in proof.stretches if one.unexplained_units]
@@ -101,31 +94,23 @@ def account_use(proof: AccountProof | None) -> AccountUse | None:
     return AccountUse(proof.used_units, units, since)
 
 
-def connect(tables: Mapping[str, Table]) -> duckdb.DuckDBPyConnection:
-    """Open a DuckDB of one's own in which the tables are views; it reads no file by itself."""
-    database = duckdb.connect(":memory:", config={"python_enable_replacements": "false"})
-    for name, table in tables.items():
-        database.register(name, table)
-    return database
-
-
 def _uses(database: duckdb.DuckDBPyConnection, budget: Budget, now: datetime) -> list[BudgetUse]:
-    """What of a budget is used: of a day or month now, of others where there was any lately."""
+    """Return how much of a budget is used; of a run, partition or value only if used lately."""
     today = now.astimezone(timezone.utc).date()
     if budget.kind in ("day", "month"):
         since = today if budget.kind == "day" else today.replace(day=1)
         period: Period = "day" if budget.kind == "day" else "month"
-        query = f"select {_COMMITTED} from ledger where day between ? and ?"
+        query = f"select {COMMITTED} from ledger where day between ? and ?"
         rows = database.execute(query, [since, today]).fetchall()
         return [BudgetUse(period, period, budget.units, units_of(rows[0][0]))]
     if budget.kind == "column":
         _refuse_unknown(database, budget.name)
         name, column, table = budget.name, quoted(budget.name), "daily"
-        # What is paid and not at hand counts twice until it is: daily does not keep it apart.
+        # A paid image that is not stored yet counts twice: daily does not distinguish it.
         committed = "sum(credits_charged) + sum(credits_at_stake)"
     else:
         name, column = budget.kind, "run_id" if budget.kind == "run" else "partition_key"
-        table, committed = "ledger", _COMMITTED
+        table, committed = "ledger", COMMITTED
     # A null counts as the empty text, as it does for a hard budget.
     value_of = f"coalesce(cast({column} as varchar), '')"
     rows = database.execute(
@@ -147,8 +132,3 @@ def _refuse_unknown(database: duckdb.DuckDBPyConnection, name: str) -> None:
             f"a budget is for the column {name}, which spend_daily does not have; it has "
             f"{', '.join(names)}"
         )
-
-
-def units_of(credits: Decimal | None) -> int:
-    """Exact units of a sum of decimals; 0 of none."""
-    return 0 if credits is None else int(credits * UNITS_PER_CREDIT)

@@ -1,28 +1,27 @@
-"""Opens what the warnings and the report are made of: the spend tables on file, and the account."""
+"""Open the sources of the warnings and the report: the spend tables, and the account."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.spend.proof.account import AccountComparison, AccountProof
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
+from krea_dagster.spend.tables.query import stored_table
 from krea_dagster.spend.warnings.load_history import Table
 
 
 @dataclass(frozen=True)
 class SpendTables:
-    """The three tables of the spend folder; empty ones where there are no files."""
+    """The three spend tables, empty without files, and their number of months."""
 
     ledger: Table
     daily: Table
@@ -31,17 +30,19 @@ class SpendTables:
 
 
 def stored_tables(storage: Storage) -> SpendTables:
-    """Open the tables; rows are read when they are asked for. Raises OSError."""
-    ledger, months = _table(storage, "ledger", LEDGER_SCHEMA)
-    daily, _ = _table(storage, "daily", DAILY_SCHEMA)
-    failures, _ = _table(storage, "failures", FAILURES_SCHEMA)
-    return SpendTables(ledger, daily, failures, months)
+    """Open the spend tables. Raises OSError."""
+    return SpendTables(
+        stored_table(storage, "spend/ledger", LEDGER_SCHEMA),
+        stored_table(storage, "spend/daily", DAILY_SCHEMA),
+        stored_table(storage, "spend/failures", FAILURES_SCHEMA),
+        months=sum(name.endswith(".parquet") for name in storage.names("spend/ledger")),
+    )
 
 
 def account_proof(journal: Journal) -> AccountProof | None:
-    """Hold the account's readings against the journal's charges; None where there is only one.
+    """Compare the account's readings with the journal's charges; None for fewer than two.
 
-    Reads every charge, one by one: microseconds each. Raises JournalError.
+    Reads every charge: microseconds each. Raises JournalError.
     """
     with journal.snapshot() as snapshot:
         readings = snapshot.account_readings()
@@ -54,33 +55,14 @@ def account_proof(journal: Journal) -> AccountProof | None:
 
 
 def prompt_texts(storage: Storage, prompt_ids: Sequence[str]) -> Mapping[str, str]:
-    """Look up the prompts of a few prompt_ids in the manifests on file. Raises OSError."""
-    manifests, months = _dataset(storage, "manifest", _TEXTS)
-    if not months or not prompt_ids:
+    """Read the prompts of a few prompt_ids from the manifests. Raises OSError."""
+    names = [name for name in storage.names("manifest") if name.endswith(".parquet")]
+    if not names or not prompt_ids:
         return {}
-    wanted = pc.field("prompt_id").isin(list(prompt_ids))
-    found = manifests.to_table(columns=_TEXTS.names, filter=wanted).to_pydict()
-    return dict(zip(found["prompt_id"], found["prompt"], strict=True))
-
-
-_TEXTS: Final = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
-
-
-def _table(storage: Storage, table: str, schema: pa.Schema) -> tuple[Table, int]:
-    """Open a table with the columns that its files have: all are made with the same."""
-    folder = f"spend/{table}"
-    names = [name for name in storage.names(folder) if name.endswith(".parquet")]
-    if names:
-        with storage.open(max(names)) as file:
-            schema = pq.read_schema(file).remove_metadata()
-    return _dataset(storage, folder, schema)
-
-
-def _dataset(storage: Storage, folder: str, schema: pa.Schema) -> tuple[Table, int]:
-    """Open the Parquet files of a folder as one table, and say how many there are."""
-    names = sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
-    if not names:
-        return schema.empty_table(), 0
     found = [fsspec.core.url_to_fs(storage.locate(name)) for name in names]
-    paths, fs = [path for _, path in found], found[0][0]
-    return ds.dataset(paths, schema=schema, format="parquet", filesystem=fs), len(paths)
+    schema = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
+    paths = [path for _, path in found]
+    manifests = ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
+    wanted = pc.field("prompt_id").isin(list(prompt_ids))
+    rows = manifests.to_table(filter=wanted).to_pydict()
+    return dict(zip(rows["prompt_id"], rows["prompt"], strict=True))

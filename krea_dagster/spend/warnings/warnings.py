@@ -1,7 +1,7 @@
-"""Finds what the person who pays must know: budgets, forecast, odd days, prices, failures. Pure.
+"""Find warnings: budgets, forecast, unusual days, prices, failures. Pure.
 
-Every finding about the past rests on the days before it only, so that a year read at its end
-says what each day's look would have said.
+A finding about the past depends only on the days before it: a year read at its end has the same
+findings as a look on each day.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Final
 
 from krea_dagster.engine.budget import PUBLISHED_UNITS
 from krea_dagster.models import UNITS_PER_CREDIT
+from krea_dagster.spend.text import credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     LEARNING_DAYS,
     LEAST_ACTIVE,
@@ -35,35 +36,33 @@ from krea_dagster.spend.warnings.history import (
     DaySpend,
     PriceSeen,
     SpendHistory,
-    credits_words,
-    day_words,
-    rough,
 )
 
-#: Share of a budget from which it is said that it runs out.
+#: Used share of a budget from which it is a warning.
 NEARLY_USED: Final = 0.8
-#: How far, as a share of the cap, a month may be ahead of its days before it is said.
+#: How far the used share of a month's budget may be ahead of the elapsed share of the month.
 AHEAD_OF_DAYS: Final = 0.1
-#: Calls that must have cost a new price, so that it counts as one.
+#: Calls at a new price from which it counts as one.
 LEAST_CALLS: Final = 3
-#: Failures of a code in a day that make it a class, and days that it must have been away.
+#: Failures with a new code on one day from which it counts, and days after which an old code is
+#: new again.
 LEAST_FAILURES: Final = 3
 AWAY_DAYS: Final = 90
-#: Standard deviations by which the share of failures must pass its habit, and percentage points.
+#: Standard deviations and share by which the share of failures must exceed the usual one.
 TROUBLE_DEVIATIONS: Final = 6.0
 TROUBLE_POINTS: Final = 0.05
-#: Purchases of a day that must have brought no image.
+#: Purchases without an image on a day from which they can be many.
 LEAST_TROUBLE: Final = 5
-#: Excess from which an odd day or partition is worth a word: one credit.
+#: Excess of an unusual day or partition from which it is a warning: one credit.
 LEAST_EXCESS_UNITS: Final = UNITS_PER_CREDIT
-#: Excess of a partition that is worth a word, as a share of what a whole day usually costs.
+#: Excess of a partition from which it is a warning, as a share of a whole day's usual spend.
 LEAST_PARTITION_SHARE: Final = 0.25
-#: The published price of the dearest image, where none was seen.
-DEAREST_UNITS: Final = max(PUBLISHED_UNITS.values())
+#: The highest published price, where no price was seen.
+HIGHEST_PRICE_UNITS: Final = max(PUBLISHED_UNITS.values())
 
 
 class WarningKind(str, Enum):
-    """What can be found. The text is what ``--json`` and the check's name show."""
+    """The kinds of warnings. The text is shown by ``--json`` and in the check's name."""
 
     ACCOUNT_DIFFERS = "account_differs"
     BUDGET_USED = "budget_used"
@@ -76,7 +75,7 @@ class WarningKind(str, Enum):
 
 
 class Level(str, Enum):
-    """Whether the books are wrong, or somebody should look."""
+    """How bad a warning is."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -84,10 +83,10 @@ class Level(str, Enum):
 
 @dataclass(frozen=True)
 class SpendWarning:
-    """One finding: a sentence with its figures, since when, and what to do.
+    """A sentence with figures, the first and last day that it was true, and what to do.
 
-    ``until`` is the last day that it was seen on; ``units`` the money in question. ``about`` is
-    the partition, quality, error code or budget that it is about, empty where it is about all.
+    ``units`` is the money in question. ``about`` is the partition, quality, error code or budget
+    concerned; empty: all.
     """
 
     kind: WarningKind
@@ -100,7 +99,7 @@ class SpendWarning:
 
     @property
     def level(self) -> Level:
-        """An account that disagrees is an error; the rest are warnings."""
+        """An account that differs is an error; the rest are warnings."""
         error = self.kind is WarningKind.ACCOUNT_DIFFERS
         return Level.ERROR if error else Level.WARNING
 
@@ -108,23 +107,23 @@ class SpendWarning:
 def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
     """Find all warnings up to ``now``: errors first, then the latest first.
 
-    Those about budgets and the forecast are about today and this month; the others about any
-    day of the history.
+    Budgets and the forecast concern today and this month; the others any day of the history.
     """
     today = now.astimezone(timezone.utc).date()
     spent = {day.day: day.committed_units for day in history.days if day.day <= today}
-    grain_units = max((seen.units for seen in history.prices), default=DEAREST_UNITS)
-    odd = [
+    grain_units = max((seen.units for seen in history.prices), default=HIGHEST_PRICE_UNITS)
+    anomalies = [
         one
         for one in find_anomalies(spent, today, grain_units)
         if one.excess_units >= LEAST_EXCESS_UNITS
     ]
+    unusual_days = anomalous_days(anomalies)
     found = [
         *_account(history.account, today),
         *_budgets(history.budgets, today, now),
-        *_forecast(history.budgets, spent, today, anomalous_days(odd)),
-        *_odd_days(history, odd),
-        *_odd_partitions(history, today, anomalous_days(odd), grain_units),
+        *_forecast(history.budgets, spent, today, unusual_days),
+        *_days(history, anomalies),
+        *_partitions(history, today, unusual_days, grain_units),
         *_prices(history.prices, today),
         *_new_failures(history, today),
         *_many_failures(history.days, today),
@@ -138,13 +137,13 @@ def _account(account: AccountUse | None, today: date) -> Iterator[SpendWarning]:
     if account is None or account.unexplained_units == 0:
         return
     units = account.unexplained_units
-    how = "more than the journal explains" if units > 0 else "less than the journal has charged"
+    how = "more than the journal explains" if units > 0 else "less than the journal's charges"
     yield SpendWarning(
         WarningKind.ACCOUNT_DIFFERS,
         f"The account used {credits_words(account.used_units)}, {credits_words(abs(units))} {how}.",
         account.since,
         today,
-        "See whether the key is used elsewhere, then run `krea-dagster verify`.",
+        "Check whether the key is used elsewhere, then run `krea-dagster verify`.",
         abs(units),
     )
 
@@ -154,20 +153,20 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
     moment = now.astimezone(timezone.utc)
     hours = moment.hour + moment.minute / 60
     for use in uses:
-        if use.parse_cap <= 0:
+        if use.cap_units <= 0:
             share = float("inf") if use.used_units else 0.0
         else:
-            share = use.used_units / use.parse_cap
+            share = use.used_units / use.cap_units
         elapsed = (today.day - 1 + hours / 24) / month_days
         ahead = use.period == "month" and share > elapsed + AHEAD_OF_DAYS
         if share < NEARLY_USED and not ahead:
             continue
         if use.period == "month" and share < 1 and not ahead:
-            continue  # nearly used when it is nearly over is what a month's budget is for
+            continue  # a month's budget may be nearly used when the month is nearly over
         of = "" if share == float("inf") else f" ({share:.0%})"
         name = {"day": day_words(today), "month": f"{today:%B %Y}", "total": use.name}[use.period]
         text = (
-            f"{credits_words(use.used_units)} of {credits_words(use.parse_cap)}{of} of the "
+            f"{credits_words(use.used_units)} of {credits_words(use.cap_units)}{of} of the "
             f"budget for {name} are used"
         )
         if use.period == "month":
@@ -177,7 +176,7 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
             f"{text}.",
             today.replace(day=1) if use.period == "month" else today,
             today,
-            "Ask for less, or raise the budget; `krea-dagster spend` shows where it went.",
+            "Request fewer images, or raise the budget; `krea-dagster spend` shows the use.",
             use.used_units,
             use.name,
         )
@@ -191,24 +190,24 @@ def _forecast(
     if forecast is None:
         return
     for use in caps:
-        if forecast.expected_units <= use.parse_cap:
+        if forecast.expected_units <= use.cap_units:
             continue
-        sure = "almost surely" if forecast.low_units > use.parse_cap else "probably"
+        sure = "almost certainly" if forecast.low_units > use.cap_units else "probably"
         yield SpendWarning(
             WarningKind.FORECAST,
-            f"{today:%B %Y} will {sure} pass its budget of {credits_words(use.parse_cap)}: "
-            f"about {rough(forecast.expected_units)} are expected by its end, "
-            f"{rough(forecast.low_units)} to {rough(forecast.high_units)} nine times in ten.",
+            f"{today:%B %Y} will {sure} exceed its budget of {credits_words(use.cap_units)}: "
+            f"about {rough(forecast.expected_units)} are expected by its end "
+            f"(90 % interval: {rough(forecast.low_units)} to {rough(forecast.high_units)}).",
             today,
             today,
-            "Hold back what can wait, or set a hard budget, which defers rows before they cost.",
-            forecast.expected_units - use.parse_cap,
+            "Postpone rows that can wait, or set a hard budget, which defers rows in time.",
+            forecast.expected_units - use.cap_units,
             use.name,
         )
 
 
-def _odd_days(history: SpendHistory, odd: Sequence[Anomaly]) -> Iterator[SpendWarning]:
-    for one in odd:
+def _days(history: SpendHistory, anomalies: Sequence[Anomaly]) -> Iterator[SpendWarning]:
+    for one in anomalies:
         times = f", {one.units / one.expected_units:.1f} times" if one.expected_units else ","
         yield SpendWarning(
             WarningKind.DAY_OUT_OF_HABIT,
@@ -216,14 +215,13 @@ def _odd_days(history: SpendHistory, odd: Sequence[Anomaly]) -> Iterator[SpendWa
             f"{credits_words(one.expected_units)} that are usual{_mostly(history, one)}.",
             one.since,
             one.until,
-            "`krea-dagster spend --by run_id` says which run it was; a day's budget "
-            "would have stopped it.",
+            "`krea-dagster spend --by run_id` shows the run; a day's budget would stop it.",
             one.excess_units,
         )
 
 
 def _mostly(history: SpendHistory, one: Anomaly) -> str:
-    """The partition that most of it went to, where there is one."""
+    """Name the partition with most of the spend, if there is one."""
     sums: dict[str, int] = defaultdict(int)
     for part in history.partitions:
         if one.since <= part.day <= one.until:
@@ -232,13 +230,13 @@ def _mostly(history: SpendHistory, one: Anomaly) -> str:
     return f"; {credits_words(units)} of it for partition {name}" if units * 2 > one.units else ""
 
 
-def _odd_partitions(
-    history: SpendHistory, today: date, odd: frozenset[date], grain_units: int
+def _partitions(
+    history: SpendHistory, today: date, unusual_days: frozenset[date], grain_units: int
 ) -> Iterator[SpendWarning]:
-    """Partitions out of their habit, but for days that were odd as a whole and said so.
+    """Find unusual partitions, except on days that are a warning as a whole.
 
-    A partition with purchases on few days has no habit of its own: it is held against the others
-    like it, by what they cost in all.
+    A partition with purchases on few days is compared with earlier ones of that kind, by their
+    total cost.
     """
     by_key: dict[str, dict[date, int]] = defaultdict(dict)
     for part in history.partitions:
@@ -263,11 +261,11 @@ def _odd_partitions(
     if sums := [day.committed_units for day in history.days if day.committed_units]:
         least_units = max(least_units, int(LEAST_PARTITION_SHARE * median(sums)))
     for key, one in found:
-        is_said = any(
-            one.since + timedelta(days=number) in odd
+        is_known = any(
+            one.since + timedelta(days=number) in unusual_days
             for number in range((one.until - one.since).days + 1)
         )
-        if one.excess_units >= least_units and not is_said:
+        if one.excess_units >= least_units and not is_known:
             yield _partition(key, one)
 
 
@@ -278,14 +276,14 @@ def _partition(key: str, one: Anomaly) -> SpendWarning:
         f"{credits_words(one.expected_units)} are usual.",
         one.since,
         one.until,
-        "See whether its rows are what was meant; a budget for partitions would stop it.",
+        "Check that its rows are intended; a budget for partitions would stop it.",
         one.excess_units,
         key,
     )
 
 
 def _prices(prices: Sequence[PriceSeen], today: date) -> Iterator[SpendWarning]:
-    """The price that most calls of a day were charged, against that of the days before."""
+    """Compare the price that most calls of a day were charged with that of the days before."""
     by_quality: dict[str, dict[date, list[PriceSeen]]] = defaultdict(lambda: defaultdict(list))
     for seen in prices:
         if seen.day <= today and seen.units > 0:
@@ -318,10 +316,10 @@ def _prices(prices: Sequence[PriceSeen], today: date) -> Iterator[SpendWarning]:
 
 
 def _price_steps(days: Mapping[date, Sequence[PriceSeen]]) -> list[tuple[date, int]]:
-    """From which day on most calls were charged which price.
+    """Return the days from which most calls were charged another price, and that price.
 
-    A price holds once enough calls have cost it with none of the former price's days between,
-    and then from the first of them on.
+    A new price holds once enough calls were charged it, without a day of the former price between
+    them; then it holds from the first of these calls.
     """
     steps: list[tuple[date, int]] = []
     since, units, calls = date.max, 0, 0
@@ -360,7 +358,7 @@ def _new_failures(history: SpendHistory, today: date) -> Iterator[SpendWarning]:
                 last = day
                 continue
             if days[day][0] < LEAST_FAILURES:
-                continue  # one of a kind is no class yet: the next day may make it one
+                continue  # too few to be new; the next day may have more
             last = day
             week = [days[one] for one in days if 0 <= (one - day).days < 7]
             count, units = sum(one[0] for one in week), sum(one[1] for one in week)
@@ -372,54 +370,54 @@ def _new_failures(history: SpendHistory, today: date) -> Iterator[SpendWarning]:
                 + f"; they cost, or may cost, {credits_words(units)}.",
                 day,
                 until,
-                "`krea-dagster spend --by error_code --by run_id` says whose they are.",
+                "`krea-dagster spend --by error_code --by run_id` shows the runs.",
                 units,
                 code,
             )
 
 
 def _many_failures(days: Sequence[DaySpend], today: date) -> Iterator[SpendWarning]:
-    """Days with far more failures than usual, days in a row together."""
+    """Find days with far more failures than usual; consecutive days are one warning."""
     usual: list[DaySpend] = []
     open_days: list[DaySpend] = []
-    habit = 0.0
+    usual_share = 0.0
     for day in days:
         if day.day > today:
             break
         if open_days and (day.day - open_days[-1].day).days > 1:
-            yield _failing(open_days, habit)
+            yield _failing(open_days, usual_share)
             open_days = []
         window = [one for one in usual[-WINDOW_DAYS:] if one.asked]
         asked = sum(one.asked for one in window)
         learning = not usual or (day.day - usual[0].day).days < LEARNING_DAYS
         if not learning and asked and day.asked:
             share = sum(one.trouble for one in window) / asked
-            # A habit of no failure at all still allows for one in a thousand.
+            # Even without any earlier failure, one in a thousand is usual.
             deviation = sqrt(max(share, 0.001) * (1 - share) / day.asked)
             limit = share + max(TROUBLE_DEVIATIONS * deviation, TROUBLE_POINTS)
             if day.trouble / day.asked > limit and day.trouble >= LEAST_TROUBLE:
-                habit = habit if open_days else share
+                usual_share = usual_share if open_days else share
                 open_days.append(day)
                 continue
         if open_days:
-            yield _failing(open_days, habit)
+            yield _failing(open_days, usual_share)
             open_days = []
         usual.append(day)
     if open_days:
-        yield _failing(open_days, habit)
+        yield _failing(open_days, usual_share)
 
 
-def _failing(days: Sequence[DaySpend], habit: float) -> SpendWarning:
+def _failing(days: Sequence[DaySpend], usual_share: float) -> SpendWarning:
     asked, trouble = sum(day.asked for day in days), sum(day.trouble for day in days)
     units = sum(day.at_stake_units for day in days)
     since, until = days[0].day, days[-1].day
     return SpendWarning(
         WarningKind.FAILURES_HIGH,
         f"{trouble:,} of {asked:,} purchases ({trouble / asked:.0%}) {_on(since, until)} brought "
-        f"no image; {habit:.1%} is usual. {credits_words(units)} are at stake.",
+        f"no image; {usual_share:.1%} is usual. {credits_words(units)} are at stake.",
         since,
         until,
-        "Look at the failures by class; `krea-dagster salvage` fetches what is paid for.",
+        "See the failures by error code; `krea-dagster salvage` fetches paid images.",
         units,
     )
 

@@ -188,7 +188,7 @@ def test_what_the_table_does_not_ask_for_any_more_stays_accounted_for(stocked: S
     proof = changed.prove()
     assert proof.adds_up
     assert kinds(proof) == ["not_asked_any_more"]
-    assert "0.45 credits paid, and the prompt table does not ask for it" in proof.findings[0].text
+    assert "0.45 credits paid, and the prompt table does not request it" in proof.findings[0].text
     assert proof.findings[0].request_key == stocked.records()[name].request_key
 
 
@@ -281,7 +281,7 @@ def test_a_manifest_row_of_a_request_that_was_never_made_is_found(bought: Shop) 
     # And its true request is not listed by the manifest any more, which was written later.
     assert kinds(proof) == ["row_unknown", "not_asked_any_more"]
     assert proof.findings[0].severity is Severity.ERROR
-    assert "the journal does not know its request" in proof.findings[0].text
+    assert "the journal does not have its request" in proof.findings[0].text
     assert proof.findings[0].units == IMAGE_UNITS
 
 

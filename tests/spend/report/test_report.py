@@ -22,7 +22,7 @@ from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report import write_report
-from krea_dagster.spend.report.sparkline import spend_picture
+from krea_dagster.spend.report.sparkline import spend_sparkline
 from tests.spend.simulated_tables import END, LEDGER, Tables, money, simulated_year, tables_of
 
 NOW = datetime(2025, 3, 20, 12, tzinfo=timezone.utc)
@@ -314,7 +314,7 @@ def test_a_report_on_nothing_says_so() -> None:
     empty = LEDGER.empty_table()
     page = report(tables_of(empty))
     assert "No warnings" in page.text
-    assert "Nothing was bought yet." in page.text
+    assert "No purchases yet." in page.text
 
 
 @pytest.mark.parametrize("day", [0, 20, 90, 400])
@@ -359,7 +359,7 @@ def test_a_column_or_a_rate_that_cannot_be_is_refused() -> None:
 
 
 def test_the_picture_is_small_and_names_the_month() -> None:
-    picture = spend_picture(simulated_year(purchases=40_000).daily)
+    picture = spend_sparkline(simulated_year(purchases=40_000).daily)
     assert len(picture) < 20_000
     assert b"credits in December 2025" in picture
     assert b"<script" not in picture
@@ -367,4 +367,4 @@ def test_the_picture_is_small_and_names_the_month() -> None:
 
 
 def test_of_nothing_there_is_a_picture_too() -> None:
-    assert b"Nothing was bought yet" in spend_picture(tables_of(LEDGER.empty_table()).daily)
+    assert b"No purchases yet" in spend_sparkline(tables_of(LEDGER.empty_table()).daily)

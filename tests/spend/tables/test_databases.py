@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import Event
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.spend.tables.query import open_views, sums
+from krea_dagster.spend.tables.query import open_tables, sums
 from krea_dagster.spend.tables.update import update_spend
 from tests.engine.conftest import journal, journal_url  # noqa: F401 - fixtures of this file too
 from tests.engine.harness import JournalWriter, make_requests
@@ -51,7 +51,7 @@ def test_every_kind_of_purchase_becomes_a_row(journal: Journal, tmp_path: Path) 
     first, second = (rows[f"krea-{requests[6].request_key}-{number}"] for number in (1, 2))
     assert (first["outcome"], first["error_code"]) == ("failed", "service_error")
     assert (second["outcome"], second["number"]) == ("pending", 2)
-    with closing(open_views(storage)) as duck:
+    with closing(open_tables(storage)) as duck:
         (total,) = sums(duck)
         assert (total.purchases, total.charged_units) == (8, 4_500)
         assert total.at_stake_units == 4 * 4_500

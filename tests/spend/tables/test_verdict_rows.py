@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, text
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.spend.report.report_data import figures_of
-from krea_dagster.spend.tables.query import SpendLine, open_views, sums
+from krea_dagster.spend.tables.query import SpendLine, open_tables, sums
 from krea_dagster.spend.tables.update import TABLES, update_spend
 from krea_dagster.spend.warnings.sources import stored_tables
 from tests.spend.simulated_year import Year
@@ -56,7 +56,7 @@ def ledger(year: Year) -> list[dict[str, object]]:
 
 
 def asked(year: Year, *by: str) -> list[SpendLine]:
-    with closing(open_views(year.storage)) as duck:
+    with closing(open_tables(year.storage)) as duck:
         return sums(duck, by)
 
 

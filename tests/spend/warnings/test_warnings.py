@@ -155,7 +155,7 @@ def test_a_budget_of_nothing_is_used_by_anything() -> None:
     assert found(use("campaign off", "total", 1, 0), WarningKind.BUDGET_USED)
 
 
-@pytest.mark.parametrize(("cap", "words"), [(31_000_000, None), (29_000_000, "almost surely")])
+@pytest.mark.parametrize(("cap", "words"), [(31_000_000, None), (29_000_000, "almost certainly")])
 def test_a_month_that_will_pass_its_budget_is_said(cap: int, words: str | None) -> None:
     history = SpendHistory(steady(), budgets=[BudgetUse("month", "month", cap, 10_000_000)])
     said = found(history, WarningKind.FORECAST)
@@ -311,7 +311,7 @@ def test_budgets_are_held_against_the_tables_exactly() -> None:
     assert used["partition bucket-003"] == units(partition_key="bucket-003")
     assert used["campaign autumn"] == units(campaign="autumn")
     assert used["campaign (none)"] == units(campaign=None)
-    assert [one.parse_cap for one in history.budgets if one.name == "partition bucket-002"] == [
+    assert [one.cap_units for one in history.budgets if one.name == "partition bucket-002"] == [
         10_000,
         20_000,
     ]
