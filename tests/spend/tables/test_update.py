@@ -170,7 +170,9 @@ def test_sums_by_any_column_and_by_sql_are_the_books(year: Year) -> None:
         for question in questions:
             answer = run_query(duck, question)
             assert units_of(answer["credits"][0].as_py()) == books.total("charged_units")
-        with pytest.raises(ConfigError, match="cannot sum by 'hue': no such column; there are month"):
+        with pytest.raises(
+            ConfigError, match="cannot sum by 'hue': no such column; there are month"
+        ):
             sums(duck, ["hue"])
 
 
