@@ -616,6 +616,7 @@ def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(claim_and_let_go, number) for number in range(3)]:
             done.result(timeout=120)
+    assert not any(record.claimed_by for record in journal.all_records())
 
 
 def test_the_highest_price_of_two_runs_at_once_is_the_highest(
