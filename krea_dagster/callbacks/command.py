@@ -1,4 +1,4 @@
-"""The command that runs the receiver of callbacks in the foreground."""
+"""The command that runs the callback receiver in the foreground."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _SECRET_VARIABLE = "KREA_CALLBACK_SECRET"  # noqa: S105 - the name of the variab
 _EPILOG = """
 \b
 Environment:
-  KREA_CALLBACK_SECRET  the secret of the addresses, the same as for the runs
-  KREA_STORAGE          root of what is made  [data/krea]
+  KREA_CALLBACK_SECRET  secret of the addresses, the same as for the runs
+  KREA_STORAGE          storage root          [data/krea]
   KREA_JOURNAL_URL      SQLAlchemy URL        [SQLite in the storage root]
 
 \b
-Addresses are BASE/<deployment>/<request>.<proof>, and BASE/health answers a
-load balancer. Behind a reverse proxy name its address with --trust-proxy, or
-all callers count as one client. Do not let the proxy log paths: whoever has
-read one may send hints about that image, though nothing more.
+Addresses are BASE/<deployment>/<request>.<proof>, and BASE/health is for a
+load balancer. Behind a reverse proxy, set its address with --trust-proxy, or
+all callers count as one client. The proxy should not log paths: a reader of a
+path could send hints about that image, but nothing more.
 """
 
 
 @click.group("callbacks")
 def callbacks_command() -> None:
-    """Take EvoLink's callbacks, so that finished images announce themselves."""
+    """Receive EvoLink's callbacks, which announce finished images."""
 
 
 @callbacks_command.command("serve", epilog=_EPILOG)
@@ -39,14 +39,14 @@ def callbacks_command() -> None:
     default=8766,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="Port to listen on; 0 takes any that is free.",
+    help="Port to listen on; 0 takes a free one.",
 )
 @click.option(
     "--storage",
     envvar="KREA_STORAGE",
     default="data/krea",
     show_default=True,
-    help="The storage root whose journal is written.",
+    help="Storage root of the runs, with their journal.",
 )
 @click.option(
     "--journal",
@@ -54,49 +54,49 @@ def callbacks_command() -> None:
     envvar="KREA_JOURNAL_URL",
     default="",
     metavar="URL",
-    help="The journal, where it is not in the storage root.",
+    help="URL of the journal if it is not in the storage root.",
 )
 @click.option(
     "--secret-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"File that holds the secret.  [default: the variable {_SECRET_VARIABLE}]",
+    help=f"File with the secret.  [default: the variable {_SECRET_VARIABLE}]",
 )
 @click.option(
     "--tls-cert",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Certificate chain (PEM), where no proxy has TLS.",
+    help="Certificate chain (PEM), to serve HTTPS without a proxy.",
 )
 @click.option(
     "--tls-key",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Its private key (PEM).",
+    help="Private key (PEM) of the certificate.",
 )
 @click.option(
     "--trust-proxy",
     multiple=True,
     metavar="ADDRESS",
-    help="Believe X-Forwarded-For of this proxy; may be repeated.",
+    help="Trust X-Forwarded-For of this proxy; may be repeated.",
 )
 @click.option(
     "--rate",
     default=1000.0,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="Calls a second that one client may make.",
+    help="Most calls a second of one client.",
 )
 @click.option(
     "--burst",
     default=5000.0,
     show_default=True,
     type=click.FloatRange(min=1),
-    help="Calls that one client may make at once.",
+    help="Most calls at once of one client.",
 )
 @click.option(
     "--connections",
     default=1000,
     show_default=True,
     type=click.IntRange(1),
-    help="Connections that one client may hold; a trusted proxy may hold any number.",
+    help="Most connections of one client; a trusted proxy has no limit.",
 )
 @click.option(
     "--header-timeout",
@@ -105,7 +105,7 @@ def callbacks_command() -> None:
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="How long a client may take to send a request's headers.",
+    help="Longest time for a client to send the headers of a request.",
 )
 def serve_command(
     *,
@@ -122,30 +122,31 @@ def serve_command(
     connections: int,
     header_timeout_s: float,
 ) -> None:
-    """Take callbacks and remember which images are worth asking about.
+    """Receive callbacks and record which tasks should be read.
 
-    A call is a hint: the next run, or the one at work, asks EvoLink about that one task. Nothing
-    that a call claims is believed, and nothing is bought or changed by one. EvoLink calls HTTPS
-    only: put a reverse proxy with TLS in front, or give --tls-cert and --tls-key. The address is
-    printed on stdout.
+    A callback is a hint: the next run, or the current one, reads that one task from EvoLink. The
+    content of a callback is not trusted, and it buys and changes nothing. EvoLink calls HTTPS
+    only: use a reverse proxy with TLS, or --tls-cert and --tls-key. The address is printed on
+    stdout.
     """
     from krea_dagster.callbacks.receiver import Receiver  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.callbacks.server import TlsFiles, listen, serve  # noqa: PLC0415 - as above
+    from krea_dagster.callbacks.server import TlsFiles, serve  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.callback_log import CallbackLog  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
+    from krea_dagster.uvicorn_server import listen  # noqa: PLC0415 - as above
 
     if (tls_cert is None) != (tls_key is None):
-        raise click.UsageError("--tls-cert and --tls-key are given together")
+        raise click.UsageError("--tls-cert and --tls-key must be given together")
     secret = os.environ.get(_SECRET_VARIABLE, "")
     if secret_file is not None:
         secret = secret_file.read_text(encoding="utf-8").strip()
     url = journal_url or database_in(Storage(storage))
     if not has_database(url):
         raise ConfigError(
-            "there is no journal yet, so no callback could belong to a purchase. Look whether "
-            "KREA_STORAGE or KREA_JOURNAL_URL is what the runs have, or run `krea-dagster "
-            "materialize` once, which makes it"
+            "there is no journal yet, so no callback can belong to a purchase. Check that "
+            "KREA_STORAGE or KREA_JOURNAL_URL is the one of the runs, or run `krea-dagster "
+            "materialize` once, which creates the journal"
         )
     try:
         listener = listen(host, port)
@@ -159,6 +160,6 @@ def serve_command(
             tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key),
             trusted_proxies=trust_proxy,
             client_connections=connections,
-            request_within_s=header_timeout_s,
+            header_timeout_s=header_timeout_s,
             on_ready=click.echo,
         )

@@ -1,4 +1,4 @@
-"""Says how many calls a client may make, and how many connections it may hold. Pure."""
+"""Limit the calls and the connections of each client. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final
 
-#: Clients that are remembered; the one that was silent for longest is forgotten first.
+#: Clients that are remembered; the one that was idle for the longest time is forgotten first.
 MAX_CLIENTS: Final = 4096
 
 
 class RateLimiter:
-    """Token buckets by name: ``rate_per_s`` flows into each, and ``burst`` is what it holds.
+    """Token buckets by name: each fills at ``rate_per_s`` up to ``burst`` tokens.
 
-    Memory is bounded: beyond ``max_clients`` the one longest silent is forgotten, and begins
-    with a full bucket again.
+    Memory is bounded: above ``max_clients`` the client that was idle longest is forgotten, and
+    starts with a full bucket again.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class RateLimiter:
         self._burst = burst
         self._monotonic = monotonic
         self._max_clients = max_clients
-        # name → (tokens, seconds when that was so), the longest silent first
+        # name → (tokens, seconds of the last change), the longest idle first
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._buckets)
 
     def admit(self, name: str) -> bool:
-        """Take a token of a bucket; False where there is none."""
+        """Take a token of a bucket; return False if there is none."""
         now_s = self._monotonic()
         tokens, then_s = self._buckets.pop(name, (self._burst, now_s))
         tokens = min(self._burst, tokens + max(0.0, now_s - then_s) * self._rate_per_s)
@@ -51,9 +51,9 @@ class RateLimiter:
 
 @lru_cache(maxsize=1024)
 def client_name(host: str) -> str:
-    """What a client is counted under: its address, or its network where one host has many.
+    """Return the name that a client is counted under: its IPv4 address or its IPv6 /64.
 
-    A host of IPv6 commonly has a whole /64 for itself.
+    One IPv6 host commonly has a whole /64.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -67,20 +67,20 @@ def client_name(host: str) -> str:
 
 
 class ConnectionLimit:
-    """How many connections each client holds, ``most`` at a time.
+    """Limits the connections of each client to ``most``.
 
-    ``free`` clients may hold any number: addresses, networks, or ``*`` for all, as uvicorn takes
-    the proxies that it trusts.
+    ``exempt`` clients may hold any number: addresses, networks, or ``*`` for all, in the form of
+    uvicorn's trusted proxies.
     """
 
-    def __init__(self, most: int, *, free: Sequence[str] = ()) -> None:
+    def __init__(self, most: int, *, exempt: Sequence[str] = ()) -> None:
         self._most = most
-        self._all = "*" in free
-        self._networks = [found for one in free if (found := _network(one)) is not None]
+        self._all = "*" in exempt
+        self._networks = [found for one in exempt if (found := _network(one)) is not None]
         self._held: Counter[str] = Counter()
 
     def admit(self, host: str) -> str | None:
-        """Count a connection of a host; returns the name to ``leave`` by, None for one too many."""
+        """Count a connection of a host. Return its client name, None if it has too many."""
         name = client_name(host)
         limited = not self._all and not any(_within(host, one) for one in self._networks)
         if limited and self._held[name] >= self._most:
@@ -89,7 +89,7 @@ class ConnectionLimit:
         return name
 
     def leave(self, name: str) -> None:
-        """Count a connection no more."""
+        """Stop counting a connection of a client name."""
         self._held[name] -= 1
         if self._held[name] <= 0:
             del self._held[name]

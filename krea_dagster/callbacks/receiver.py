@@ -1,24 +1,24 @@
-"""Takes callbacks over HTTP and remembers which requests are worth asking about.
+"""Receive callbacks over HTTP and record which tasks should be read.
 
-An ASGI application, to be mounted under any path of another one or served by the command. It
-holds no state but the counts of its limits, so several may run behind one address.
+An ASGI application, to be mounted under any path of another one or served by the command. Its only
+state are the counts of its limits, so several may run behind one address.
 
-What a call claims is never believed. Its path proves that the request was bought by this
-deployment; its body may name a task, which is kept as a claim and read by nobody as a fact. So a
-forged, repeated or late call costs one question to the API at most.
+The content of a call is not trusted. Its path proves that this deployment bought the request; its
+body may name a task, which is stored as a claim and not used as a fact. So a forged, repeated or
+late call costs at most one read of the API.
 
 ==========  =====================================================================================
-204         the request is remembered, durably; also for a body that says nothing
-404         the path was not made with the secret, or the journal does not know the request; why
-            is not said
+204         the call is recorded, durably; also with an empty or meaningless body
+404         the path was not made with the secret, or the journal does not know the request (the
+            response does not tell which)
 405         anything but POST
 408         the body took longer than ``body_timeout_s``
-413         the body is beyond ``max_body_bytes``; nothing was remembered
-429         more calls from this client than the limits admit
+413         the body is longer than ``max_body_bytes``; nothing was recorded
+429         more calls from this client than the limits allow
 503         the journal cannot be written now; EvoLink calls again after 1, 2 and 4 s
 ==========  =====================================================================================
 
-Nothing of a body, and no path, is ever logged: whoever has read a path may send hints.
+Bodies and paths are never logged: a reader of a path could send hints.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from krea_dagster.models import is_task_id
 MAX_BODY_BYTES: Final = 64 * 1024
 BODY_TIMEOUT_S: Final = 10.0
 
-#: A whole queue that ends at once, at a client that is one address (EvoLink's, or a proxy's).
+#: Enough for a whole queue that ends at once, from one address (EvoLink's or a proxy's).
 RATE_PER_S: Final = 1000.0
 BURST: Final = 5000.0
 
-#: How long the answer to a load balancer holds: it asks without a secret, so anybody can.
+#: How long a health status is cached: the endpoint needs no secret, so it may be flooded.
 HEALTH_FOR_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
@@ -56,14 +56,17 @@ class Receiver:
     """The ASGI application that takes callbacks. Use it in one event loop.
 
     Args:
-        secret: that the addresses were made with.
-        remember: writes calls durably, and returns the keys whose requests are known; for
-            example that of ``engine.calls.CallbackLog``. It blocks, and is called in a thread, one
-            batch at a time. Where it raises, the caller is answered 503.
-        check: raises KreaError where ``remember`` could not work now; for the health endpoint.
-        rate_per_s, burst: how many calls one client may make; calls with a wrong path are
-            counted apart, so that they take nothing from the others of the same proxy.
-        monotonic: seconds that never go back.
+        secret: the secret of the addresses.
+        record: records calls durably and returns the keys whose requests are known, such as
+            ``CallbackLog.add``. It blocks, and is called in a thread, one batch at a time. If it
+            raises KreaError, the response is 503.
+        check: raises KreaError if ``record`` would fail now; for the health endpoint.
+        rate_per_s: calls a second that one client may make. Calls with a wrong path are counted
+            separately, so that they do not use up the limit of others behind the same proxy.
+        burst: calls that one client may make at once.
+        max_body_bytes: the longest body.
+        body_timeout_s: the longest time in seconds to receive a body.
+        monotonic: seconds of a clock that never goes back.
 
     Raises:
         ConfigError: the secret is too short.
@@ -72,7 +75,7 @@ class Receiver:
     def __init__(
         self,
         secret: str,
-        remember: RecordCallbacks,
+        record: RecordCallbacks,
         *,
         check: Callable[[], object] = lambda: None,
         rate_per_s: float = RATE_PER_S,
@@ -82,7 +85,7 @@ class Receiver:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._paths = PathReader(secret)
-        self._calls = CallbackBatcher(remember)
+        self._batcher = CallbackBatcher(record)
         self._check = check
         self._limits = RateLimiter(rate_per_s, burst, monotonic=monotonic)
         self._max_body_bytes = max_body_bytes
@@ -97,7 +100,7 @@ class Receiver:
             await _lifespan(receive, send)
         elif scope["type"] == "http":
             status = await self._status(scope, receive)
-            # A body that was not read to its end is not worth reading to keep the connection.
+            # The connection is closed rather than reading the rest of a body.
             declared = _declared_bytes(scope)
             unread = declared is None or declared > self._max_body_bytes
             ended = status in (200, 204, 503) or scope["method"] in ("GET", "HEAD")
@@ -118,9 +121,9 @@ class Receiver:
             return 429
         if request_key is None:
             return 404  # before a byte of the body is read
-        return await self._take(request_key, scope, receive)
+        return await self._record_call(request_key, scope, receive)
 
-    async def _take(self, request_key: str, scope: Scope, receive: Receive) -> int:
+    async def _record_call(self, request_key: str, scope: Scope, receive: Receive) -> int:
         if (_declared_bytes(scope) or 0) > self._max_body_bytes:
             return 413
         try:
@@ -131,16 +134,16 @@ class Receiver:
         if body is None:
             return 413
         try:
-            known = await self._calls.add((request_key, claimed_task_id(body)))
+            known = await self._batcher.add((request_key, claimed_task_id(body)))
         except KreaError as error:
-            self._say_failing(error)
+            self._log_failure(error)
             return 503
         self._failing = False
         return 204 if known else 404
 
-    def _say_failing(self, error: KreaError) -> None:
-        if not self._failing:  # once, and not for each of a burst
-            _log.error("callbacks cannot be remembered, and are answered with 503: %s", error)
+    def _log_failure(self, error: KreaError) -> None:
+        if not self._failing:  # once, not for each call of a burst
+            _log.error("callbacks cannot be recorded and get 503: %s", error)
         self._failing = True
 
     async def _health_status(self) -> int:
@@ -150,7 +153,7 @@ class Receiver:
         try:
             await anyio.to_thread.run_sync(self._check)
         except KreaError as error:
-            self._say_failing(error)
+            self._log_failure(error)
             status = 503
         else:
             status = 200
@@ -159,19 +162,19 @@ class Receiver:
 
 
 def claimed_task_id(body: bytes) -> str | None:
-    """The task id that a body claims, None where it names none that could be one. Pure."""
+    """Return the task id that a body claims, None if it has no possible one. Pure."""
     try:
-        said: Any = json.loads(body)
+        value: Any = json.loads(body)
     except (ValueError, RecursionError):  # ValueError also covers bad UTF-8 and endless digits
         return None
-    task_id = said.get("id") if isinstance(said, dict) else None
+    task_id = value.get("id") if isinstance(value, dict) else None
     return task_id if isinstance(task_id, str) and is_task_id(task_id) else None
 
 
 async def _read(receive: Receive, most: int) -> bytes | None:
-    """The body; None, and read no further, where it is longer than ``most`` bytes.
+    """Return the body; None, and stop reading, if it is longer than ``most`` bytes.
 
-    One that ends early, because the client left, is a hint as good as a whole one.
+    A body that is cut off because the client left is returned too: the call is a hint in any case.
     """
     pieces: list[bytes] = []
     size = 0
@@ -189,7 +192,7 @@ async def _read(receive: Receive, most: int) -> bytes | None:
 
 
 def _declared_bytes(scope: Scope) -> int | None:
-    """The length of the body that the headers declare, None where they declare none."""
+    """Return the ``Content-Length``, None if there is none."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and len(value) < 16:
             return int(value)

@@ -1,13 +1,13 @@
-"""Makes the address that a request is called back at, and reads the request from an address. Pure.
+"""The callback address of a request: make it, and read the request from it. Pure.
 
 ``https://<base URL>/<deployment>/<request key>.<proof>``
 
-``deployment`` and ``proof`` are HMAC-SHA256 of the secret, cut to 128 bits, for two different
-purposes. Neither can be made without the secret, and one of them says nothing of another. What is
-not hidden is the request key, which is a hash.
+``deployment`` and ``proof`` are HMAC-SHA256 with the secret, cut to 128 bits, for two purposes.
+Neither can be made without the secret, and one does not reveal another. The request key, which is a
+hash, is not hidden.
 
-The rules for the address are EvoLink's (HTTPS, at most 2048 characters, no private address),
-checked before anything is bought: a wrong address would have every purchase refused.
+The rules for the address are EvoLink's (HTTPS, at most 2048 characters, no private address). They
+are checked before anything is bought, because EvoLink refuses every purchase with a wrong address.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MIN_SECRET_CHARS: Final = 32
 _DIGITS: Final = 32
 _KEY_CHARS: Final = 64
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-#: The last two parts of a path, whatever a proxy has left in front of them.
+#: The last two parts of a path, with or without a prefix of a proxy.
 _PATH: Final = re.compile(
     r"(?:.*/)?(?P<deployment>[0-9a-f]{32})/(?P<key>[A-Za-z0-9_-]{1,64})\.(?P<proof>[0-9a-f]{32})",
     re.ASCII,
 )
 _HOST_NAME: Final = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.)+[A-Za-z][A-Za-z0-9-]{0,62}", re.ASCII)
-#: Names that public DNS does not answer.
+#: Names that public DNS does not resolve.
 _LOCAL_ENDINGS: Final = (".localhost", ".local", ".internal", ".home.arpa", ".invalid", ".test")
 
 _SETTING: Final = "callback_base_url"
@@ -43,14 +43,14 @@ class CallbackUrls:
     """The addresses of one deployment: a public base URL and a secret, both checked once.
 
     Args:
-        base_url: where the receiver is reached from outside, for example
+        base_url: the public address of the receiver, for example
             ``https://hooks.example.com`` or ``https://example.com/krea``.
-        secret: at least 32 characters, the same here and at the receiver. Never shown.
-        private_allowed: whether the host may be a private address or a local name: only where
-            the API is an emulator on this machine.
+        secret: at least 32 characters, the same for the runs and the receiver. Never shown.
+        private_allowed: whether the host may be a private address or a local name; only for an
+            emulator on this machine.
 
     Raises:
-        ConfigError: which names the setting and says what to set.
+        ConfigError: the setting is not usable. The message tells what to set.
     """
 
     def __init__(self, base_url: str, secret: str, *, private_allowed: bool = False) -> None:
@@ -61,37 +61,22 @@ class CallbackUrls:
         if longest > MAX_URL_CHARS:
             raise ConfigError(
                 f"{_SETTING} has {len(base_url)} characters, and a callback URL made from it "
-                f"{longest}; EvoLink takes {MAX_URL_CHARS}. Nothing was bought. Set a shorter one."
+                f"{longest}; EvoLink accepts {MAX_URL_CHARS}. Set a shorter one. "
+                "Nothing was bought."
             )
 
     def __repr__(self) -> str:
-        return "CallbackUrls(***)"  # whoever has an address may send hints
+        return "CallbackUrls(***)"  # an address allows to send hints
 
     def url(self, request_key: str) -> str:
-        """The address of one request: always the same. Raises ValueError for an impossible key."""
+        """Return the address of a request, always the same. Raises ValueError for a wrong key."""
         if not _KEY.fullmatch(request_key):
             raise ValueError("a request key has 1 to 64 letters, digits, hyphens and underscores")
         return f"{self._root}/{request_key}.{_proof(self._key, request_key)}"
 
 
-def callback_url(
-    base_url: str, secret: str, request_key: str, *, private_allowed: bool = False
-) -> str:
-    """The address that one request is called back at. Raises ConfigError as CallbackUrls does."""
-    return CallbackUrls(base_url, secret, private_allowed=private_allowed).url(request_key)
-
-
-def request_key_of(path: str, secret: str) -> str | None:
-    """The request that a path names, None where the path was not made with this secret.
-
-    Whatever stands before the last two parts does not matter, so that a proxy may keep a prefix
-    or take it away. Raises ConfigError where the secret is too short.
-    """
-    return PathReader(secret).request_key(path)
-
-
 class PathReader:
-    """Reads the request from the paths of one deployment. Raises ConfigError for the secret."""
+    """Reads the request from a path of this deployment. Raises ConfigError for a bad secret."""
 
     def __init__(self, secret: str) -> None:
         self._key = _key(secret)
@@ -101,20 +86,23 @@ class PathReader:
         return "PathReader(***)"
 
     def request_key(self, path: str) -> str | None:
-        """The request that a path names, None where it was not made with the secret."""
-        # Longer than any that was made; checked first, so that nobody has much of it searched.
+        """Return the request key of a path, None if it was not made with the secret.
+
+        Parts before the last two do not matter, so a proxy may keep a prefix or remove it.
+        """
+        # Checked first, so that a very long path is not searched.
         found = _PATH.fullmatch(path) if len(path) <= MAX_URL_CHARS else None
         if found is None:
             return None
         request_key = found["key"]
-        # Both are always compared, and each takes the same time wherever the first difference is.
+        # Both are always compared, in a time that does not depend on the first difference.
         ours = hmac.compare_digest(found["deployment"], self._deployment)
         proven = hmac.compare_digest(found["proof"], _proof(self._key, request_key))
         return request_key if ours and proven else None
 
 
 def check_secret(secret: str) -> str:
-    """The secret as it is. Raises ConfigError, without it, where it is too short."""
+    """Return the secret. Raises ConfigError, which does not show it, if it is not usable."""
     if len(secret) < MIN_SECRET_CHARS or secret.strip() != secret or not secret.isprintable():
         raise ConfigError(
             f"callback_secret must be at least {MIN_SECRET_CHARS} printable characters without "
@@ -141,51 +129,50 @@ def _proof(key: bytes, request_key: str) -> str:
 
 
 def _digest(key: bytes, text: str) -> str:
-    """128 bits that say nothing of those for another text."""
+    """Return 128 bits in hex that do not reveal those of another text."""
     return hmac.digest(key, f"krea-dagster callback: {text}".encode(), "sha256").hex()[:_DIGITS]
 
 
 def _checked(base_url: str, private_allowed: bool) -> str:
-    """The base URL without a slash at its end. Raises ConfigError."""
+    """Return the base URL without a slash at its end. Raises ConfigError."""
     root = base_url.rstrip("/")
     trouble = url_trouble(root, private_allowed=private_allowed)
     if trouble is None and ("?" in root or "#" in root):
-        trouble = "holds a query or a fragment, and the path is put at its end"
+        trouble = "contains a query or a fragment, but the path is appended to it"
     if trouble is not None:
         raise ConfigError(
-            f"{_SETTING} {trouble}. EvoLink calls public HTTPS addresses only; set the one at "
-            "which the receiver is reached from outside, for example https://hooks.example.com. "
-            "Nothing was bought."
+            f"{_SETTING} {trouble}. EvoLink calls public HTTPS addresses only; set the public "
+            "address of the receiver, for example https://hooks.example.com. Nothing was bought."
         )
     return root
 
 
 def url_trouble(url: str, *, private_allowed: bool = False) -> str | None:
-    """What is wrong with a URL that EvoLink is to call, None where nothing is.
+    """Return what is wrong with a URL that EvoLink is to call, None if it is usable.
 
-    Also for the addresses of a receiver of the user's own. The text does not show the URL: it
-    may hold a password.
+    Also for the addresses of a custom receiver. The text does not show the URL, which may contain
+    a password.
     """
     if not url.isascii() or not url.isprintable() or " " in url:
-        return "holds characters that a URL cannot (write a host name in its xn-- form)"
+        return "contains characters that a URL cannot (write a host name in its xn-- form)"
     if len(url) > MAX_URL_CHARS:
-        return f"has {len(url)} characters; EvoLink takes {MAX_URL_CHARS}"
+        return f"has {len(url)} characters; EvoLink accepts {MAX_URL_CHARS}"
     parts = _parts(url)
     if parts.scheme.lower() != "https" or not parts.hostname:
         return "is not an https:// URL with a host"
     if "@" in parts.netloc:
-        return "holds a user name or a password, which EvoLink would have to be told"
+        return "contains a user name or a password, which EvoLink would receive"
     if parts.port == 0:
         return "has the port 0"
     if not private_allowed and _is_private(parts.hostname):
-        return "leads to a private address or to a name of this network only"
+        return "has a private address or a local name as its host"
     return None
 
 
 def _parts(root: str) -> SplitResult:
     try:
         parts = urlsplit(root)
-        _ = parts.port, parts.hostname  # read where they are asked for, and may raise
+        _ = parts.port, parts.hostname  # parsed on access, and may raise
     except ValueError:
         return SplitResult("", "", "", "", "")
     return parts

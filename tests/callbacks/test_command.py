@@ -15,7 +15,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from krea_dagster.callbacks import CallbackUrls, callbacks_command
+from krea_dagster.callbacks import CallbackUrls
+from krea_dagster.callbacks.command import callbacks_command
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.callback_log import CallbackLog, ReceivedCallback
 from krea_dagster.errors import ConfigError
@@ -293,7 +294,7 @@ def test_a_certificate_without_its_key_is_wrong_use(tmp_path: Path) -> None:
     cert = tmp_path / "cert.pem"
     cert.write_text("")
     code, output, _ = invoke("--tls-cert", str(cert))
-    assert (code, "given together" in output) == (2, True)
+    assert (code, "must be given together" in output) == (2, True)
 
 
 def test_a_taken_port_is_wrong_use(tmp_path: Path) -> None:

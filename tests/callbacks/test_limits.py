@@ -74,6 +74,6 @@ def test_a_client_holds_so_many_connections_and_another_one_for_each_that_it_lea
 
 def test_proxies_hold_any_number_of_connections() -> None:
     for free, host in (("192.0.2.1", "192.0.2.1"), ("192.0.2.0/24", "192.0.2.9"), ("*", "")):
-        held = ConnectionLimit(1, free=[free])
+        held = ConnectionLimit(1, exempt=[free])
         assert None not in [held.admit(host) for _ in range(9)]
-    assert ConnectionLimit(0, free=["a.name", "192.0.2.1"]).admit("192.0.2.2") is None
+    assert ConnectionLimit(0, exempt=["a.name", "192.0.2.1"]).admit("192.0.2.2") is None

@@ -273,7 +273,7 @@ def test_what_gathers_while_a_commit_is_under_way_is_the_next_commit(book: Book)
             calls += [
                 asyncio.create_task(http.post(urls.url(f"{number:064x}"))) for number in range(299)
             ]
-            await until(lambda: len(book.calls) + len(app._calls._waiting) == 300)
+            await until(lambda: len(book.calls) + len(app._batcher._waiting) == 300)
             book.gate.set()
             return [answer.status_code for answer in await asyncio.gather(*calls)]
 
@@ -288,7 +288,7 @@ def test_a_caller_that_leaves_takes_no_other_with_it(book: Book) -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as http:
             book.gate.clear()
             calls = [asyncio.create_task(http.post(URLS.url(key))) for key in (KEY, OTHER)]
-            await until(lambda: len(book.calls) + len(app._calls._waiting) == 2)
+            await until(lambda: len(book.calls) + len(app._batcher._waiting) == 2)
             calls[0].cancel()
             calls[1].cancel()
             book.gate.set()

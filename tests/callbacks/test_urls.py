@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.callbacks import CallbackUrls, callback_url, request_key_of
-from krea_dagster.callbacks.urls import url_trouble
+from krea_dagster.callbacks import CallbackUrls, url_trouble
+from krea_dagster.callbacks.urls import PathReader
 from krea_dagster.emulator.contract import is_public_https
 from krea_dagster.errors import ConfigError
 
@@ -21,6 +21,14 @@ keys = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
 
 def path_of(url: str, base_url: str = BASE) -> str:
     return url.removeprefix(base_url)
+
+
+def callback_url(base_url: str, secret: str, key: str) -> str:
+    return CallbackUrls(base_url, secret).url(key)
+
+
+def request_key_of(path: str, secret: str) -> str | None:
+    return PathReader(secret).request_key(path)
 
 
 # -- tokens -----------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def test_a_public_base_url_is_taken_and_the_emulator_takes_what_is_made_of_it(
 def test_the_address_of_a_receiver_of_the_users_own_may_have_a_query() -> None:
     assert url_trouble("https://example.com/hook?token=1#part") is None
     assert url_trouble("https://example.com/" + "a" * 2029) == (
-        "has 2049 characters; EvoLink takes 2048"
+        "has 2049 characters; EvoLink accepts 2048"
     )
     assert url_trouble("https://localhost/hook", private_allowed=True) is None
     assert "private address" in str(url_trouble("https://localhost/hook"))

@@ -11,9 +11,9 @@ from typing import Final
 import anyio
 import uvicorn
 
-from krea_dagster.callbacks.server import ReadyServer
 from krea_dagster.curation.review.app import Review
 from krea_dagster.curation.review.guard import RequestGuard
+from krea_dagster.uvicorn_server import QuietServer
 
 #: How long a stop waits for responses in progress, seconds.
 _STOP_WITHIN_S: Final = 3
@@ -33,20 +33,14 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     port = listener.getsockname()[1]
     guard = RequestGuard(review.application(), token, [f"{name}:{port}" for name in _NAMES])
-    config = uvicorn.Config(
+    server = QuietServer(
         guard,
+        lambda: on_ready(f"http://127.0.0.1:{port}/{token}/"),
         http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",
-        access_log=False,  # the paths hold the token
-        server_header=False,
         proxy_headers=False,
         timeout_keep_alive=120,
         timeout_graceful_shutdown=_STOP_WITHIN_S,
     )
-    server = ReadyServer(config, lambda: on_ready(f"http://127.0.0.1:{port}/{token}/"))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has stopped
         anyio.run(_run, review, server, listener)
 
