@@ -145,6 +145,6 @@ def _of_batch(
             rows=len(places),
             requests=int(first[places].sum()),
             record=records.get(keys[at].as_py()) if alone[at] else None,
-            at_hand=bool(whole[at]),
+            intact=bool(whole[at]),
             scopes=scopes[at] if scopes else (),
         )

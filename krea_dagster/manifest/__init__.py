@@ -1,4 +1,4 @@
-"""The manifest: one row per image that was asked for, made from the journal and the table."""
+"""The manifest: one row per requested image, made from the journal and the prompt table."""
 
 from krea_dagster.manifest.build import (
     credits_charged,

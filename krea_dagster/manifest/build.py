@@ -1,4 +1,4 @@
-"""Journal and plan to the manifest, whole columns at a time, a batch of rows after the other."""
+"""Build the manifest from the journal and a plan, column by column, in batches of rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FREE_NAMES: Final = pa.array(sorted(state.value for state in _FREE), pa.string(
 
 
 def manifest_schema(plan: Plan) -> pa.Schema:
-    """Return the manifest's columns, and the table's further ones."""
+    """Return the manifest's columns, and the table's passthrough columns."""
     return pa.schema([*MANIFEST_SCHEMA, *plan.passthrough])
 
 
@@ -31,9 +31,9 @@ def manifest_parts(
 ) -> Iterator[pa.Table]:
     """Yield the manifest of a partition, some ten thousand rows at a time.
 
-    One row per image asked for, in the table's order, as the journal has them now. ``locate``
-    turns a name under the storage root into the path or URL that is shown. ``run_id`` is the run
-    that asks: what another run bought is ``reused``. Raises JournalError.
+    There is one row per requested image, in the table's order, with the journal's present state.
+    ``locate`` turns a name under the storage root into a path or URL. Images that another run than
+    ``run_id`` bought are ``reused``. Raises JournalError.
     """
     for images in plan.batches(key):
         records = record_columns(journal, images.column(_KEY))
@@ -43,10 +43,7 @@ def manifest_parts(
 def manifest_table(
     images: pa.RecordBatch, records: pa.Table, *, locate: Callable[[str], str], run_id: str
 ) -> pa.Table:
-    """Return the manifest of some images of a plan. Pure.
-
-    ``records`` holds, beside them, what the journal knows (``engine.lookup.RECORD_SCHEMA``).
-    """
+    """Return the manifest of some images of a plan, with the journal's records of them. Pure."""
     planned = {name: images.column(at) for at, name in enumerate(PLAN_SCHEMA.names)}
     found = {name: records[name].combine_chunks() for name in records.column_names}
     known = pc.is_valid(found["state"])
@@ -74,7 +71,7 @@ def manifest_table(
 
 
 def credits_charged(record: Record) -> float | None:
-    """What a request cost, as its row says it: 0 where certainly nothing, None while not known."""
+    """Return a request's cost in credits: 0 where it certainly cost nothing, None if not known."""
     units = 0 if record.state in _FREE else record.charged_units
     return None if units is None else credits_from_units(units)
 
@@ -87,6 +84,6 @@ def _credits(units: pa.Array) -> pa.Array:
 
 
 def _located(names: pa.Array, locate: Callable[[str], str]) -> pa.Array:
-    """Return where the files are: all under one root, so that one is asked for, not each."""
+    """Return the paths of files. All are under one root, which is located once."""
     root = locate("images").removesuffix("images")
     return pc.binary_join_element_wise(root, names, "")

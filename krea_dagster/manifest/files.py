@@ -20,15 +20,15 @@ _ROW_GROUP: Final = 10_000
 
 
 def manifest_name(partition_key: str, folders: Sequence[str] = ()) -> str:
-    """The name of a partition's file under the storage root; any key gives a safe one.
+    """Return the name of a partition's file under the storage root, safe for any key.
 
-    ``folders`` below ``manifest`` keep the tables apart that share a storage root.
+    ``folders`` below ``manifest`` separate tables that share a storage root.
     """
     return "/".join(["manifest", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
 
 
 def manifest_names(storage: Storage, folders: Sequence[str] = ()) -> Iterator[str]:
-    """The names of all manifests that are on file, without those of folders further down."""
+    """Yield the names of all stored manifests, except those in folders further down."""
     home = "/".join(["manifest", *map(safe_name, folders)])
     for name in storage.names(home):
         folder, _, file = name.rpartition("/")
@@ -39,7 +39,7 @@ def manifest_names(storage: Storage, folders: Sequence[str] = ()) -> Iterator[st
 def write_manifest(
     storage: Storage, partition_key: str, table: pa.Table, folders: Sequence[str] = ()
 ) -> str:
-    """Write a partition's manifest; returns its path or URL. Equal tables give equal bytes."""
+    """Write a partition's manifest; return its path or URL. Equal tables give equal bytes."""
     return write_manifest_parts(storage, partition_key, table.schema, [table], folders)
 
 
@@ -50,14 +50,14 @@ def write_manifest_parts(
     parts: Iterable[pa.Table],
     folders: Sequence[str] = (),
 ) -> str:
-    """Write a partition's manifest while it is made, part by part; returns its path or URL."""
+    """Write a partition's manifest part by part; return its path or URL."""
     name = manifest_name(partition_key, folders)
     storage.write(name, lambda file: write_parts(file, schema, parts))
     return storage.locate(name)
 
 
 def write_parts(file: BinaryIO, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
-    """Write tables of one schema as one Parquet file, of row groups that fit into memory."""
+    """Write tables of one schema as one Parquet file, in small row groups."""
     with pq.ParquetWriter(file, schema) as writer:
         for part in parts:
             writer.write_table(part, row_group_size=_ROW_GROUP)
@@ -69,12 +69,11 @@ def read_manifests(
     columns: Sequence[str] | None = None,
     folders: Sequence[str] = (),
 ) -> pa.Table:
-    """Read the manifests of these partitions as one table, in the order of the keys.
+    """Read the manifests of some partitions as one table, in the order of the keys.
 
-    Partitions without a file are left out. Where the table's further columns differ between
-    files, what one lacks is null. Of ``columns`` only these are read; a further one of which
-    nothing is known yet, for there is no file, is of Arrow's null type. Raises ConfigError for a
-    column that is in none of the files.
+    Partitions without a file are left out. A column that a file does not have is null for its rows.
+    ``columns`` limits the columns; without any file a passthrough column has Arrow's null type.
+    Raises ConfigError for a column that none of the files has.
     """
     tables: list[pa.Table] = []
     known: dict[str, None] = {}
@@ -98,14 +97,14 @@ def read_manifests(
 
 
 def no_column(name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a column that manifests do not have, which says what they have."""
+    """Return the error for a column that the manifests do not have."""
     return ConfigError(f"the manifest has no column {name!r}; it has {', '.join(known)}")
 
 
 def manifest_paths(
     storage: Storage, partition_keys: Sequence[str], folders: Sequence[str] = ()
 ) -> list[str]:
-    """The paths of the manifests of these partitions that are on disk; none behind a URL."""
+    """Return the paths of the stored manifests of some partitions; none behind a URL."""
     if storage.folder is None:
         return []
     names = [manifest_name(key, folders) for key in partition_keys]
@@ -124,7 +123,7 @@ def read_missing(
     columns: Sequence[str],
     folders: Sequence[str] = (),
 ) -> pa.Table:
-    """Read the rows without an image, a row group at a time; ``columns`` are the manifest's own."""
+    """Read the rows without an image, a row group at a time, of columns of MANIFEST_SCHEMA."""
     schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
     tables = [schema.empty_table()]
     read = list(dict.fromkeys([*columns, "status"]))

@@ -1,6 +1,6 @@
 """Manifests that are made and not published yet: on disk, a file for each partition.
 
-A run makes them row group by row group, so that none is ever in memory as a whole.
+A run writes them row group by row group, so that none is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 
 
 class Manifests:
-    """The manifests of some partitions, which an IO manager is to keep.
+    """The manifests of some partitions, for an IO manager to store.
 
-    ``to_table`` gives all rows as one table. The files are gone with this object.
+    Their files are temporary, and removed with this object.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class Manifests:
         return sorted(self._files)
 
     def add(self, partition_key: str, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
-        """Make the manifest of a partition from tables of one schema."""
+        """Write the manifest of a partition from tables of one schema."""
         path = Path(self._folder.name) / f"{len(self._files)}.parquet"
         with path.open("wb") as file:
             write_parts(file, schema, parts)
         self._files[partition_key] = path
 
     def publish(self, storage: Storage, partition_key: str, folders: Sequence[str] = ()) -> str:
-        """Write the manifest of a partition to its place, atomically; returns its path or URL."""
+        """Copy the manifest of a partition to storage, atomically; return its path or URL."""
         name = manifest_name(partition_key, folders)
         with self._files[partition_key].open("rb") as made:
             storage.write(name, lambda file: shutil.copyfileobj(made, file, 1 << 20))

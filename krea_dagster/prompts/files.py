@@ -1,7 +1,7 @@
 """Find and read the Parquet files of a prompt table, on a disk or behind a URL.
 
-Whatever a file does wrong ends in one :class:`~krea_dagster.errors.ConfigError` that names the
-file and says what to do.
+Every failure is raised as a :class:`~krea_dagster.errors.ConfigError` that names the file and says
+what to do.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pyarrow import fs
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, KreaError
 
-#: What is in memory at once while a table streams by: so many bytes, within so many rows.
+#: The size of a batch: these bytes, within these rows.
 _BATCH_BYTES: Final = 4 * 1024**2
 BATCH_ROWS: Final = 32_768
 _LEAST_ROWS: Final = 2_048
 
-# Read column chunks piece by piece: a row group of a million rows is then no larger in memory
+# Column chunks are read piece by piece, so that a row group of a million rows takes no more memory
 # than one of ten thousand.
 _BUFFER_BYTES: Final = 1 << 20
 
-# A column with fewer bytes a value holds few texts, many times each.
+# A column with fewer bytes per value is dictionary-encoded in the file: plain text takes 4 or more.
 _LEAST_TEXT_BYTES: Final = 2
 
 _ENDINGS: Final = (".parquet", ".pq")
@@ -38,9 +38,9 @@ _ENDINGS: Final = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class TableFile:
-    """One Parquet file of the table. ``first_row`` is the number, from 1, of its first row.
+    """One Parquet file of the table. ``name`` is shown in messages, without credentials.
 
-    ``name`` is what is shown of its path or URL.
+    ``first_row`` is the number of its first row in the table, from 1.
     """
 
     name: str
@@ -52,7 +52,7 @@ class TableFile:
 
     @property
     def row_count(self) -> int:
-        """Rows in the file, as its footer says."""
+        """The number of rows, from the footer."""
         return int(self._fragment.metadata.num_rows)
 
     def batches(
@@ -60,9 +60,9 @@ class TableFile:
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield ``(number of the first row, batch)`` in the file's order.
 
-        Only the columns that are named are read. ``keep``, a ``pyarrow.dataset`` expression,
-        skips the row groups whose statistics show that they hold no such row; rows that are
-        read are not filtered by it. Raises ConfigError where the file cannot be read.
+        Only the named columns are read. ``keep``, a ``pyarrow.dataset`` expression, skips row
+        groups that have no such row, by their statistics; it does not filter rows. Raises
+        ConfigError.
         """
         columns = list(dict.fromkeys(columns))
         with _reading(self.name, self._path):
@@ -94,22 +94,21 @@ class TableFile:
                         row += batch.num_rows
 
     def _dictionaries(self, columns: Sequence[str], group: int) -> list[str]:
-        """Return the columns of text that have few values, to read them as dictionaries.
+        """Return the text columns that the file has as dictionaries, to read them as such.
 
-        In the file they are dictionaries: a text that is written out takes at least 4 bytes. The
-        row group must have been read: Arrow ends the process where it is asked how large an
-        encrypted column is.
+        The row group must have been read before: Arrow ends the process when it is asked for the
+        size of an encrypted column.
         """
         texts = {
             name
             for name in columns
             if "." not in name and pa.types.is_string(self.schema.field(name).type)
         }
-        schema, about = self._fragment.metadata.schema, self._fragment.metadata.row_group(group)
+        schema, row_group = self._fragment.metadata.schema, self._fragment.metadata.row_group(group)
         found = []
-        for place in range(about.num_columns):
+        for place in range(row_group.num_columns):
             if (name := schema.column(place).path) in texts:
-                column = about.column(place)
+                column = row_group.column(place)
                 if column.total_uncompressed_size < _LEAST_TEXT_BYTES * column.num_values:
                     found.append(name)
         return found
@@ -122,16 +121,16 @@ class TableFile:
 
 
 def _batch_rows(group: Any) -> int:
-    """Return how many rows of a row group make a batch, by the size of them all."""
+    """Return how many rows of a row group make a batch."""
     rows = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
     return int(min(BATCH_ROWS, max(_LEAST_ROWS, rows)))
 
 
 def open_files(source: str) -> list[TableFile]:
-    """Return the table's files in sorted order, with their footers read.
+    """Return the table's files, sorted, with their footers read. Raises ConfigError.
 
-    ``source`` is a Parquet file, a folder (all ``.parquet`` and ``.pq`` files in it and below,
-    but for names that begin with "." or "_"), or the URL of either. Raises ConfigError.
+    In a folder these are all ``.parquet`` and ``.pq`` files in it and below, except names that
+    begin with "." or "_".
     """
     filesystem, root = _filesystem(source)
     files: list[TableFile] = []
@@ -153,7 +152,7 @@ def _open(name: str, path: str, filesystem: Any) -> TableFile:
 
 
 def _read_names(fields: Iterable[pa.Field]) -> None:
-    """Read every name, also those within: damage can leave one that is not UTF-8."""
+    """Read every name, including nested ones: in a damaged file one may not be UTF-8."""
     for field in fields:
         _ = field.name
         _read_names(field.type.field(at) for at in range(field.type.num_fields))
@@ -161,7 +160,7 @@ def _read_names(fields: Iterable[pa.Field]) -> None:
 
 def _filesystem(source: str) -> tuple[Any, str]:
     if not source.strip():
-        raise ConfigError("the prompt table has no name; give a Parquet file, a folder, or a URL")
+        raise ConfigError("the prompt table has no name; give a Parquet file, a folder or a URL")
     if "://" not in source:
         return fs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     try:
@@ -175,12 +174,12 @@ def _filesystem(source: str) -> tuple[Any, str]:
                 f"{redact.location(source)} cannot be opened: {redact.text(str(missing), source)}"
             ) from redact.safe_cause(missing, source)
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-        said = redact.text(_first_line(error), source)
+        reason = redact.text(_first_line(error), source)
         raise ConfigError(
-            f"{redact.location(source)} cannot be opened: {said}; "
-            "give a Parquet file, a folder, or a URL of a kind that fsspec knows"
+            f"{redact.location(source)} cannot be opened: {reason}; "
+            "give a Parquet file, a folder, or a URL of a kind that fsspec supports"
         ) from redact.safe_cause(error, source)
-    # Some file systems remember listings; a process that runs for days must see new files.
+    # Some file systems cache listings; a process that runs for days must see new files.
     filesystem.invalidate_cache()
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
@@ -208,8 +207,8 @@ def _listing(source: str, filesystem: Any, root: str) -> list[tuple[str, str]]:
                     raise ConfigError(f"{base}/{name} is neither a file nor a folder")
             if not found:
                 raise ConfigError(
-                    f"{shown} is a folder without a Parquet file; put files that end in "
-                    f"{' or '.join(_ENDINGS)} into it, or name another"
+                    f"{shown} is a folder without a Parquet file; add files that end in "
+                    f"{' or '.join(_ENDINGS)}, or name another folder"
                 )
             return [(f"{base}/{name}", f"{prefix}{name}") for name in found]
     if info.type == fs.FileType.NotFound:
@@ -221,7 +220,7 @@ def _listing(source: str, filesystem: Any, root: str) -> list[tuple[str, str]]:
 
 
 def _dangling_links(root: str) -> dict[str, Any]:
-    """Return the links that lead nowhere: Arrow passes over them, so that rows would be missed."""
+    """Return the dangling links, which Arrow skips, so that their rows would be missing."""
     return {
         path.relative_to(root).as_posix(): fs.FileType.NotFound
         for path in Path(root).rglob("*")
@@ -236,24 +235,24 @@ def _is_table(name: str) -> bool:
 
 @contextmanager
 def _reading(name: str, path: str) -> Iterator[None]:
-    """Turn what Arrow and file systems raise into one error that names the file.
+    """Raise errors of Arrow and file systems as a ConfigError that names the file.
 
-    ``name`` is what is shown; ``path`` may hold credentials.
+    ``path`` may hold credentials, which ``name`` does not.
     """
     try:
         yield
     except KreaError:
         raise
-    except Exception as error:  # noqa: BLE001 - Arrow and file systems raise whatever they like
-        said = redact.text(_first_line(error), path)
-        if "crypt" in said.lower():
+    except Exception as error:  # noqa: BLE001 - Arrow and file systems raise errors of any type
+        reason = redact.text(_first_line(error), path)
+        if "crypt" in reason.lower():
             advice = "it is encrypted; write it without encryption"
         elif isinstance(error, PermissionError):
             advice = "allow this user to read it"
         else:
             advice = "it may be cut short, damaged, or not a Parquet file; write it again"
         cause = redact.safe_cause(error, path)
-        raise ConfigError(f"{name} cannot be read: {advice} ({said})") from cause
+        raise ConfigError(f"{name} cannot be read: {advice} ({reason})") from cause
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Say which row groups can hold the rows of a partition, as an expression for Arrow."""
+"""Filter row groups by partition, as an expression for Arrow."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TICKS: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def row_group_filter(by: PartitionBy, schema: pa.Schema, wanted: frozenset[str]) -> Any | None:
-    """Return an expression that holds for every row of the wanted partitions, or None.
+    """Return an expression that is true for every row of the wanted partitions, or None.
 
-    It is held against the statistics of row groups, so it may hold for other rows too. There
-    is none for a dictionary-encoded column, whose statistics Arrow does not use.
+    It is compared with the statistics of row groups, so it may be true for other rows too. There is
+    none for a dictionary-encoded column: Arrow does not use its statistics.
     """
     match by:
         case HashPartitions():
@@ -59,7 +59,7 @@ def _filter(
         for low, high in spans:
             found |= (column >= pa.scalar(low, kind)) & (column <= pa.scalar(high, kind))
     except (OverflowError, pa.ArrowInvalid):
-        # A key beyond what the column's type can hold: let all be read, and nothing be found.
+        # A key outside the range of the column's type: read all, and find nothing.
         return None
     return found
 
@@ -90,7 +90,7 @@ def _time_spans(
         else:
             runs.append((first, last))
     if by.zone != "UTC" and pa.types.is_timestamp(kind) and kind.tz is not None:
-        # A zone moves a time by a day at most.
+        # A zone shifts a time by a day at most.
         runs = [(low - 1, high + 1) for low, high in runs]
     if pa.types.is_date(kind):
         return [(date.fromordinal(low), date.fromordinal(high)) for low, high in runs]
@@ -98,7 +98,7 @@ def _time_spans(
         day = _TICKS[kind.unit] * 24 * 60 * 60
         return [((low - _EPOCH) * day, (high + 1 - _EPOCH) * day - 1) for low, high in runs]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        # A zone moves a time by less than a day, so its text may begin with a neighbour's date.
+        # A zone shifts a time by less than a day, so its text may begin with a day next to it.
         first, last = date.min.toordinal(), date.max.toordinal()
         return [
             (

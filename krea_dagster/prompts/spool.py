@@ -1,7 +1,7 @@
-"""Rows that are kept by partition outside of memory, so that a table of any size can be planned.
+"""Rows on disk by partition, so that a table of any size can be planned.
 
-Some megabytes are gathered, ordered by partition, and put into a temporary file that has no name:
-it is gone with the process, however that ends.
+Some megabytes are gathered, sorted by partition, and appended to an unnamed temporary file, which
+disappears with the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-#: Bytes that are gathered before they go to disk: so many, and some for each partition.
+#: Bytes that are gathered before they go to disk, and additional ones for each partition.
 _GATHERED_BYTES: Final = 4 * 1024**2
 _EACH_BYTES: Final = 4 * 1024
 
@@ -28,7 +28,7 @@ _Numbers = npt.NDArray[np.int64]
 
 
 class Keys:
-    """Partition keys, numbered as they come."""
+    """Partition keys, numbered in the order of appearance."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -51,22 +51,23 @@ class Keys:
         return sorted(self._numbers)
 
     def ranks(self) -> _Numbers:
-        """Return, for each number, the place of its key among all, sorted."""
+        """Return, for each number, the place of its key among all sorted keys."""
         numbers = np.array([self._numbers[key] for key in self.in_order()], np.int64)
         ranks = np.empty(len(numbers), np.int64)
         ranks[numbers] = np.arange(len(numbers))
         return ranks
 
     def number_of(self, key: str) -> int | None:
-        """Return the number of one key, or None where it never came."""
+        """Return the number of a key, or None for an unknown one."""
         return self._numbers.get(key)
 
 
 @dataclass
-class _Heap:
-    """What went to disk at once: rows ordered by partition, cut into blocks of so many rows.
+class _Section:
+    """Rows that were written together: sorted by partition, in blocks of ``block_rows`` rows.
 
-    ``numbers`` are the partitions, ``starts`` their first rows, with the end behind the last.
+    ``numbers`` are the partitions, ``starts`` their first rows and the end; ``places`` are the
+    blocks' offsets and sizes in the file, and ``last`` is the block that was read last.
     """
 
     numbers: _Numbers
@@ -84,44 +85,44 @@ class Spool:
         self._keys = keys
         self._gathered: list[tuple[pa.RecordBatch, _Numbers]] = []
         self._bytes = 0
-        self._heaps: list[_Heap] = []
+        self._sections: list[_Section] = []
 
     def close(self) -> None:
-        """Give back memory and disk."""
+        """Free memory and disk."""
         self._gathered = []
-        self._heaps = []
+        self._sections = []
         self._file.close()
 
     def add(self, batch: pa.RecordBatch, numbers: _Numbers) -> None:
-        """Keep some rows, each of the partition with its number."""
+        """Add rows, with the number of each row's partition."""
         self._gathered.append((batch, numbers))
         self._bytes += batch.nbytes
         if self._bytes > _GATHERED_BYTES + _EACH_BYTES * len(self._keys):
             self._write()
 
     def batches(self, key: str) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a partition. Quickest where the keys are asked for in order."""
+        """Yield the rows of a partition; fastest when partitions are read in the order of keys."""
         number = self._keys.number_of(key)
         if number is None:
             return
-        for heap in self._heaps:
-            yield from self._from_heap(heap, number)
+        for section in self._sections:
+            yield from self._from_section(section, number)
         for batch, numbers in self._gathered:
             mask = numbers == number
             if mask.any():
                 yield batch.filter(pa.array(mask))
 
-    def _from_heap(self, heap: _Heap, number: int) -> Iterator[pa.RecordBatch]:
-        (places,) = np.nonzero(heap.numbers == number)
+    def _from_section(self, section: _Section, number: int) -> Iterator[pa.RecordBatch]:
+        (places,) = np.nonzero(section.numbers == number)
         if not len(places):
             return
-        start, end = int(heap.starts[places[0]]), int(heap.starts[places[0] + 1])
+        start, end = int(section.starts[places[0]]), int(section.starts[places[0] + 1])
         while start < end:
-            block, first = divmod(start, heap.block_rows)
-            length = min(end - start, heap.block_rows - first)
-            if heap.last[0] != block:
-                heap.last = (block, self._read(*heap.places[block]))
-            yield heap.last[1].slice(first, length)
+            block, first = divmod(start, section.block_rows)
+            length = min(end - start, section.block_rows - first)
+            if section.last[0] != block:
+                section.last = (block, self._read(*section.places[block]))
+            yield section.last[1].slice(first, length)
             start += length
 
     def _read(self, offset: int, size: int) -> pa.RecordBatch:
@@ -138,17 +139,17 @@ class Spool:
         ranks = ranks[order]
         starts = np.flatnonzero(np.concatenate([[True], ranks[1:] != ranks[:-1]]))
         rows = max(1, _BLOCK_BYTES * table.num_rows // max(1, self._bytes))
-        heap = _Heap(numbers[order][starts], np.append(starts, table.num_rows), rows, [])
+        section = _Section(numbers[order][starts], np.append(starts, table.num_rows), rows, [])
         end = self._file.seek(0, 2)
         for batch in table.to_batches(max_chunksize=rows):
-            # A stream for each block: what is nested may have other dictionaries each time.
+            # A stream for each block: nested dictionaries may differ between blocks.
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as writer:
                 writer.write_batch(batch)
             data = sink.getvalue()
             self._file.write(data)
-            heap.places.append((end, data.size))
+            section.places.append((end, data.size))
             end += data.size
-        self._heaps.append(heap)
+        self._sections.append(section)
         self._gathered = []
         self._bytes = 0

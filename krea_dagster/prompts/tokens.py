@@ -1,10 +1,9 @@
 """Estimate how many tokens a prompt has, without a tokenizer.
 
-EvoLink takes at most 640 tokens and does not say which tokenizer counts. The open Krea 2 model
-uses the byte-level BPE of Qwen3-VL, conditions on about 500 tokens, and gives black images
-from about 640 on. A tokenizer would be a large dependency for a limit that few prompts reach,
-so prompts are counted here by rule, and a real counter can be passed in its place wherever
-``count_tokens`` is a parameter.
+EvoLink takes at most 640 tokens and does not document the tokenizer. The open Krea 2 model uses
+the byte-level BPE of Qwen3-VL, conditions on about 500 tokens, and returns black images from about
+640. A tokenizer would be a large dependency for a limit that few prompts reach, so this is a rule;
+a real counter can be passed as ``count_tokens``.
 """
 
 from __future__ import annotations
@@ -18,35 +17,34 @@ import pyarrow.compute as pc
 #: EvoLink's limit. A longer prompt is refused before anything is bought.
 MAX_TOKENS: Final = 640
 
-#: What the open model conditions on, rounded down. A longer prompt is worth a warning.
+#: Tokens that the open model conditions on, rounded down. A longer prompt is a warning.
 WARN_TOKENS: Final = 500
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
-# A single space joins the word or mark that follows it. It stands alone before a digit and at
-# the end; of a longer run only the last joins.
+# A single space belongs to the token of the following word or mark. Before a digit and at the end
+# it is a token, and so are all but the last of several spaces.
 _LONE_SPACE = re.compile(r"\s(?=[\s\d]|$)|[\r\n\t\f\v]")
 _MARKS_AND_DIGITS = bytes(
     code for code in range(0x80) if not (chr(code).isalpha() or chr(code).isspace())
 )
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
-# Scripts for which such tokenizers have a token for nearly every sign.
+# Scripts for which such tokenizers have a token for nearly every character.
 _EAST_ASIAN = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
 
 
 def estimate_tokens(prompt: str) -> int:
     """Return an estimate of the prompt's tokens that errs upward.
 
-    One token for every four letters of a word that is begun, or every two where it is written
-    in capitals; one for every digit and every punctuation mark; spaces between words are free;
-    an accented, Greek, Cyrillic, Hebrew, Arabic or East Asian character is one, other
-    characters two or three.
+    A word is one token for every four letters begun, or every two in capitals. A digit or a
+    punctuation mark is one; spaces between words are free. An accented, Greek, Cyrillic, Hebrew,
+    Arabic or East Asian character is one, other characters are two or three.
 
-    What it says: for plain English of 20 words and more, at least 0.95 of what a byte-level
-    BPE of the GPT and Qwen kind counts. Measured against GPT-2's vocabulary on 147 English
-    prompts of 20 to 70 words: 1.0 to 1.6 times, half of them above 1.3; on texts of some 300
-    tokens, 1.2 to 1.4 times. Never more than the prompt's UTF-8 bytes, which no such tokenizer
-    exceeds either. Limits: a short rare word ("lynx") counts as one token and may be two or
-    three; invented words, and other scripts than Latin, can be undercounted.
+    For plain English of 20 words and more it is at least 0.95 of the count of a byte-level BPE like
+    those of GPT and Qwen. Measured with GPT-2's vocabulary on 147 English prompts of 20 to 70 words
+    it is 1.0 to 1.6 times the count, for half of them above 1.3; on texts of some 300 tokens 1.2 to
+    1.4 times. It never exceeds the number of UTF-8 bytes, as such tokenizers do not either. A short
+    rare word ("lynx") counts as one token and may be two or three; invented words, and scripts
+    other than Latin, can be undercounted.
     """
     count = 0
     for word in _WORD.findall(prompt):
@@ -65,10 +63,10 @@ def estimate_tokens(prompt: str) -> int:
 
 
 def at_most_tokens(prompts: pa.Array) -> pa.Array:
-    """Return, for a column of prompts, numbers that the estimate does not exceed.
+    """Return an upper bound of the estimate for a column of prompts.
 
-    A letter that stands with up to three others, and the space before them, is one; every other
-    byte is one. Close enough that few prompts under the limit need to be counted one by one.
+    Up to four lower-case letters with the space before them count as one, and every other byte as
+    one. Few prompts under the limit then need to be counted one by one.
     """
     letters = pc.replace_substring_regex(prompts, pattern=" ?[a-z]{1,4}", replacement="a")
     return pc.binary_length(letters)

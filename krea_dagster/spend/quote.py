@@ -1,7 +1,7 @@
-"""What a run would buy, and for how much: said beforehand, from the journal alone. Pure.
+"""The quote: what a run would buy, and its cost at most, from the journal alone. Pure.
 
-What becomes of each request is asked of ``engine.policy.next_action``, the very function that
-the run asks, so that quote and run cannot disagree.
+The next step of each request comes from ``engine.policy.next_action``, which the run uses too, so
+quote and run cannot disagree.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _NO_CAPS: Final = Caps()
 
 
 class ExpectedOutcome(str, Enum):
-    """What the next run does about a request. The text is a field of ``QuoteLine``."""
+    """What the next run does with a request. The text is a field of ``QuoteLine``."""
 
-    #: Stored, and its file is there: nothing.
+    #: Stored, and its file exists: nothing.
     REUSED = "reused"
-    #: Stored, and its file is gone: it is fetched again, for nothing.
+    #: Stored, and its file is missing: it is fetched again, free of charge.
     REFETCHED = "refetched"
     #: Paid by an earlier run: its task is read and its image fetched.
     TAKEN_UP = "taken_up"
-    #: Outcome unknown: the same POST is repeated with the same Idempotency-Key.
+    #: Outcome unknown: the same POST is sent again with the same Idempotency-Key.
     REPLAYED = "replayed"
     #: Outcome unknown: a person decides.
     HELD = "held"
-    #: Failed, refused or lost, and not asked for again.
+    #: Failed, refused or lost, and not requested again.
     ENDED = "ended"
     #: Bought.
     TO_BUY = "to_buy"
@@ -62,9 +62,9 @@ class ExpectedOutcome(str, Enum):
 
 @dataclass(frozen=True)
 class Price:
-    """What an image of a quality is expected to cost at most, in units.
+    """The most that an image of a quality is expected to cost, in units.
 
-    ``published`` says that this account was not seen to pay for one yet.
+    ``published`` is the published price: this account has not paid for such an image yet.
     """
 
     units: int
@@ -73,13 +73,13 @@ class Price:
 
 @dataclass(frozen=True)
 class QuoteLine:
-    """One partition and quality. Counts are rows, each sample of a row being one.
+    """The sums of one partition and quality. Counts are of rows; each sample of a row is one.
 
-    ``asked`` is the sum of the seven after it. ``purchases`` counts distinct requests: rows
-    that want the same picture share one, and it is counted where the first of them stands.
-    ``units`` is what these purchases cost at most. Of them, ``deferred`` would be kept back by a
-    cap, with ``deferred_units``. ``at_stake`` are requests whose outcome is unknown, at most
-    ``at_stake_units``, the oldest since ``at_stake_since``.
+    ``asked`` is the sum of the seven counts after it. ``purchases`` counts distinct requests: rows
+    with the same request share one, which belongs to the first of them. ``units`` is the cost of
+    these purchases at most. Of them, a cap would defer ``deferred``, which cost ``deferred_units``.
+    ``at_stake`` requests have an unknown outcome; they cost at most ``at_stake_units``, and the
+    oldest was sent at ``at_stake_since``.
     """
 
     partition_key: str
@@ -101,7 +101,7 @@ class QuoteLine:
     at_stake_since: datetime | None = None
 
     def __add__(self, other: QuoteLine) -> QuoteLine:
-        """Two lines together, under the names of the first."""
+        """Return the sum of two lines, with the names of the first."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
         times = [at for at in (self.at_stake_since, other.at_stake_since) if at is not None]
         return replace(self, **sums, at_stake_since=min(times, default=None))
@@ -114,8 +114,8 @@ _COUNTS: Final = tuple(item.name for item in fields(QuoteLine) if item.default =
 class Quote:
     """What the next run would do, by partition and quality, in their order.
 
-    ``prices`` are those that were counted with, by quality. ``cap`` says which cap would be
-    reached, and when it frees.
+    ``prices`` are those that were used, by quality. ``cap`` says which cap would be reached, and
+    when it has room again.
     """
 
     lines: tuple[QuoteLine, ...]
@@ -125,42 +125,37 @@ class Quote:
 
     @property
     def total(self) -> QuoteLine:
-        """All lines together."""
-        return self._sum("", "", self.lines)
+        """The sum of all lines."""
+        return sum(self.lines, QuoteLine("", ""))
 
     def by_quality(self) -> list[QuoteLine]:
-        """One line for each quality, all partitions together."""
-        names = dict.fromkeys(line.quality for line in self.lines)
-        return [
-            self._sum("", name, (line for line in self.lines if line.quality == name))
-            for name in names
-        ]
+        """Return the sums of each quality, over all partitions."""
+        sums: dict[str, QuoteLine] = {}
+        for line in self.lines:
+            sums[line.quality] = sums.get(line.quality, QuoteLine("", line.quality)) + line
+        return list(sums.values())
 
     def by_partition(self) -> dict[str, QuoteLine]:
-        """One line for each partition, all qualities together."""
-        parts: dict[str, QuoteLine] = {}
+        """Return the sums of each partition, over all qualities."""
+        sums: dict[str, QuoteLine] = {}
         for line in self.lines:
-            known = parts.get(line.partition_key, QuoteLine(line.partition_key, ""))
-            parts[line.partition_key] = known + line
-        return parts
+            key = line.partition_key
+            sums[key] = sums.get(key, QuoteLine(key, "")) + line
+        return sums
 
     def usd(self, units: int) -> float:
-        """Units of credit in US dollars."""
+        """Return units in US dollars."""
         return credits_from_units(units) / self.credits_per_usd
-
-    @staticmethod
-    def _sum(partition_key: str, quality: str, lines: Iterable[QuoteLine]) -> QuoteLine:
-        return sum(lines, QuoteLine(partition_key, quality))
 
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """Some images of one partition and quality that stand alike.
+    """Rows of one partition and quality for which the next run does the same.
 
-    ``rows`` counts them, and ``requests`` those of them that are the first to ask for their
-    request. ``record`` is what the journal knows of that request, None where it has never seen
-    it; a record stands for one request alone. ``at_hand`` says that they are stored and whole,
-    and ``scopes`` what a purchase of theirs counts for beside its run, day, month and partition.
+    ``rows`` counts them, and ``requests`` those that are the first with their request. ``record``
+    is the journal's record of that request, None where it has none; a group with a record is one
+    request. ``intact`` says that the images are stored and complete, and ``scopes`` are the budgets
+    that a purchase counts for, in addition to its run, day, month and partition.
     """
 
     partition_key: str
@@ -168,12 +163,12 @@ class ImageGroup:
     rows: int = 1
     requests: int = 1
     record: Record | None = None
-    at_hand: bool = False
+    intact: bool = False
     scopes: tuple[str, ...] = ()
 
 
 def quote(
-    asked: Iterable[ImageGroup],
+    groups: Iterable[ImageGroup],
     *,
     prices: Mapping[str, int],
     now: datetime,
@@ -184,27 +179,27 @@ def quote(
     credits_per_usd: float = CREDITS_PER_USD,
     table_id: str = "",
 ) -> Quote:
-    """Say what a run over these images would do now, and what it would cost at most.
+    """Return what a run over these images would do now, and its cost at most.
 
     ``prices`` is the journal's highest price for each quality, in units; a quality without one
-    costs the published price. ``holds`` tells whether a stored image's file is at hand.
-    ``caps`` are counted from what each scope has ``committed`` already (nothing by default), in
-    the order of the images, for the prompt table ``table_id``. An unknown price or a capped
-    purchase is counted as dear as it may be; a task that fails is not foreseen.
+    costs the published price. ``holds`` says whether a stored image's file exists. ``caps`` are
+    compared with what each scope has ``committed`` already (nothing by default), in the order of
+    the images, for the prompt table ``table_id``. Failures are not predicted: every purchase counts
+    at its highest price.
     """
     budget = _BudgetSimulation(caps, committed, prices, now, table_id)
     lines: dict[tuple[str, str], QuoteLine] = {}
-    for images in asked:
+    for images in groups:
         names = (images.partition_key, images.quality)
-        if images.at_hand:
-            fate = ExpectedOutcome.REUSED
+        if images.intact:
+            outcome = ExpectedOutcome.REUSED
         elif images.record is None:
-            fate = ExpectedOutcome.TO_BUY
+            outcome = ExpectedOutcome.TO_BUY
         else:
-            fate = expected_outcome(images.record, now=now, policy=policy, holds=holds)
-        rows: dict[str, Any] = {"asked": images.rows, fate.value: images.rows}
+            outcome = expected_outcome(images.record, now=now, policy=policy, holds=holds)
+        rows: dict[str, Any] = {"asked": images.rows, outcome.value: images.rows}
         known = lines.get(names) or QuoteLine(*names)
-        lines[names] = known + QuoteLine("", "", **rows) + _money(fate, images, budget)
+        lines[names] = known + QuoteLine("", "", **rows) + _money(outcome, images, budget)
     return Quote(
         lines=tuple(lines[names] for names in sorted(lines)),
         prices={
@@ -219,10 +214,10 @@ def quote(
 def expected_outcome(
     record: Record, *, now: datetime, policy: Policy, holds: Callable[[StoredImage], bool]
 ) -> ExpectedOutcome:
-    """What a run that begins now does about a request."""
+    """Return what a run that begins now does with a request."""
     if record.state is State.STORED:
-        at_hand = record.image is not None and holds(record.image)
-        return ExpectedOutcome.REUSED if at_hand else ExpectedOutcome.REFETCHED
+        intact = record.image is not None and holds(record.image)
+        return ExpectedOutcome.REUSED if intact else ExpectedOutcome.REFETCHED
     match next_action(record, RetryState(), now, policy, buying=True):
         case Submit() | Requeue():
             return ExpectedOutcome.TO_BUY
@@ -271,7 +266,7 @@ class _BudgetSimulation:
         ):
             taken = purchases
         else:
-            # The first that is refused: behind it, all of this price are.
+            # After the first refused purchase, all of this price are refused.
             taken = bisect_left(
                 range(purchases),
                 1,
@@ -288,19 +283,19 @@ class _BudgetSimulation:
         return self._sums[scope]
 
     def _refusal(self, scopes: tuple[str, ...], units: int, number: int) -> object | None:
-        """Return why the n-th of several purchases of one price is refused, if it is."""
+        """Return why the n-th of several purchases of one price is refused; None if it is not."""
         before = units * (number - 1)
         return admit(
             self._caps, scopes, lambda scope: self._committed(scope).plus(before), units, self._now
         )
 
 
-def _money(fate: ExpectedOutcome, images: ImageGroup, budget: _BudgetSimulation) -> QuoteLine:
-    """What the requests of some images add to the sums of their line."""
+def _money(outcome: ExpectedOutcome, images: ImageGroup, budget: _BudgetSimulation) -> QuoteLine:
+    """Return what the requests of a group add to the sums of their line."""
     price = budget.price(images.quality)
     if not images.requests:
         return QuoteLine("", "")
-    match fate:
+    match outcome:
         case ExpectedOutcome.TO_BUY:
             kept_back = images.requests - budget.takes(price, images.requests, images)
             return QuoteLine(

@@ -307,7 +307,7 @@ def test_many_alike_are_quoted_as_they_would_be_one_by_one(
         )
 
     together = [
-        ImageGroup("p", quality, rows=rows, requests=rows, at_hand=done)
+        ImageGroup("p", quality, rows=rows, requests=rows, intact=done)
         for rows, done, quality in groups
         if rows
     ]
