@@ -266,7 +266,7 @@ def plan(options: Namespace) -> dict[str, Any]:
     """Choose and plan many rows; none has a file."""
     from krea_dagster.curation.export.card import facts_of, write_card  # noqa: PLC0415
     from krea_dagster.curation.export.plan import make_plan  # noqa: PLC0415
-    from krea_dagster.curation.export.selected_rows import choose  # noqa: PLC0415
+    from krea_dagster.curation.export.selected_rows import select_rows  # noqa: PLC0415
     from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
@@ -274,7 +274,7 @@ def plan(options: Namespace) -> dict[str, Any]:
     spec = ExportSpec.parse(
         splits=["train=0.9", "test=0.1"], partitions=tuple(f"many-{n}" for n in range(10))
     )
-    with choose(Storage(str(options.folder / "krea")), spec) as chosen:
+    with select_rows(Storage(str(options.folder / "krea")), spec) as chosen:
         planned = make_plan(chosen, spec, None, None)
         planned.version(write_card(facts_of(chosen, planned, spec), spec, planned))
     return _took(began)

@@ -32,7 +32,7 @@ from PIL import Image  # noqa: E402
 from krea_dagster.curation.export.export import export  # noqa: E402
 from krea_dagster.curation.export.selected_rows import LEFT_OUT  # noqa: E402
 from krea_dagster.curation.export.spec import FORMS, ExportSpec  # noqa: E402
-from tests.curation.export.stored_images import Shelf  # noqa: E402
+from tests.curation.export.export_project import ExportProject  # noqa: E402
 
 
 def main() -> int:
@@ -40,20 +40,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="krea-export-env-") as folder:
         home = Path(folder)
         python = Path(os.environ.get("EXPORT_PYTHON") or make_environment(home))
-        shelf = Shelf(str(home / "store"))
-        rows = shelf.rows(IMAGES)
-        more = [*rows, *shelf.rows(IMAGES // 10, IMAGES)]
+        project = ExportProject(str(home / "store"))
+        rows = project.rows(IMAGES)
+        more = [*rows, *project.rows(IMAGES // 10, IMAGES)]
         for form in FORMS:
             for embed in (False, True):
                 to = home / "out" / f"{form}-{embed}"
-                shelf.accept(rows)
-                first = read(python, home, form, publish(shelf, form, to, embed=embed))
+                project.write_accepted(rows)
+                first = read(python, home, form, publish(project, form, to, embed=embed))
                 for reader, found in first.items():
                     compare(reader, found, rows, embed=embed)
                 if form == "webdataset":
-                    one_format(python, home, shelf, rows, embed=embed)
-                shelf.accept(more)
-                second = read(python, home, form, publish(shelf, form, to, embed=embed))
+                    one_format(python, home, project, rows, embed=embed)
+                project.write_accepted(more)
+                second = read(python, home, form, publish(project, form, to, embed=embed))
                 for reader, found in second.items():
                     compare(reader, found, more, embed=embed)
                     before, after = splits_of(first[reader]), splits_of(found)
@@ -64,11 +64,11 @@ def main() -> int:
 
 
 def one_format(
-    python: Path, home: Path, shelf: Shelf, rows: list[dict[str, Any]], *, embed: bool
+    python: Path, home: Path, project: ExportProject, rows: list[dict[str, Any]], *, embed: bool
 ) -> None:
     """``datasets`` reads WebDataset shards too, where all images are of one format."""
     to = home / "out" / f"png-{embed}"
-    folder = publish(shelf, "webdataset", to, embed=embed, where=["image_format=PNG"])
+    folder = publish(project, "webdataset", to, embed=embed, where=["image_format=PNG"])
     found = read(python, home, "webdataset-datasets", folder)
     chosen = [row for row in rows if row["image_format"] == "PNG"]
     for reader, images in found.items():
@@ -76,7 +76,9 @@ def one_format(
         print(f"{reader}, parameters in the files: {embed}; {len(chosen)} images: as written")
 
 
-def publish(shelf: Shelf, form: Any, to: Path, *, embed: bool, where: Sequence[str] = ()) -> Path:
+def publish(
+    project: ExportProject, form: Any, to: Path, *, embed: bool, where: Sequence[str] = ()
+) -> Path:
     spec = ExportSpec.parse(
         splits=["train=0.8", "test=0.2"],
         where=where,
@@ -84,7 +86,7 @@ def publish(shelf: Shelf, form: Any, to: Path, *, embed: bool, where: Sequence[s
         shard_images=50,
         embed_parameters=embed,
     )
-    return Path(export(shelf.storage, spec, str(to)).path)
+    return Path(export(project.storage, spec, str(to)).path)
 
 
 def read(python: Path, home: Path, reader: str, folder: Path) -> dict[str, Any]:

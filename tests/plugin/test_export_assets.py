@@ -17,7 +17,7 @@ from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 from krea_dagster.plugin.assets.export import build_export
-from tests.curation.export.stored_images import Shelf
+from tests.curation.export.export_project import ExportProject
 from tests.dagster_bench import QUIET, values
 
 MANIFEST = dg.AssetKey(["hand", "image_manifest"])
@@ -26,8 +26,8 @@ FOLDERS = ["hand"]
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(str(tmp_path / "krea"))
+def project(tmp_path: Path) -> ExportProject:
+    return ExportProject(str(tmp_path / "krea"))
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield opened
 
 
-def accept(shelf: Shelf, count: int, partition: str) -> None:
+def accept(project: ExportProject, count: int, partition: str) -> None:
     schema = accepted_schema(MANIFEST_SCHEMA)
     begin = 100 * ord(partition[0])
-    table = pa.Table.from_pylist(shelf.rows(count, begin), schema)
+    table = pa.Table.from_pylist(project.rows(count, begin), schema)
     name = accepted_name(partition, FOLDERS)
-    shelf.storage.write(name, lambda file: pq.write_table(table, file))
+    project.storage.write(name, lambda file: pq.write_table(table, file))
 
 
 def asset(**fields: Any) -> dg.AssetsDefinition:
@@ -52,11 +52,11 @@ def asset(**fields: Any) -> dg.AssetsDefinition:
 
 
 def run(
-    shelf: Shelf, instance: dg.DagsterInstance, exported: dg.AssetsDefinition
+    project: ExportProject, instance: dg.DagsterInstance, exported: dg.AssetsDefinition
 ) -> dg.ExecuteInProcessResult:
     defs = dg.Definitions(
         assets=[exported],
-        resources={"krea": KreaResource(storage=shelf.root)},
+        resources={"krea": KreaResource(storage=project.root)},
         jobs=[dg.define_asset_job("hand_on", selection=[exported.key])],
     )
     return defs.resolve_job_def("hand_on").execute_in_process(
@@ -65,19 +65,19 @@ def run(
 
 
 def test_it_exports_all_partitions_and_shows_where_from_and_how_many(
-    shelf: Shelf, instance: dg.DagsterInstance
+    project: ExportProject, instance: dg.DagsterInstance
 ) -> None:
-    accept(shelf, 12, "a")
-    accept(shelf, 8, "b")
+    accept(project, 12, "a")
+    accept(project, 8, "b")
     exported = asset()
     assert exported.asset_deps[exported.key] == {ACCEPTED}
-    result = run(shelf, instance, exported)
+    result = run(project, instance, exported)
     assert result.success
     (event,) = result.asset_materializations_for_node("hand__training")
     shown = values(event)
     assert (shown["dagster/row_count"], shown["shards_written"]) == (20, shown["shards"])
     assert shown["credits"] == pytest.approx(18.0)
-    home = Path(shelf.root) / "exports" / "hand" / "training"
+    home = Path(project.root) / "exports" / "hand" / "training"
     assert shown["path"] == str(home / (home / "LATEST").read_text().strip())
     lineage = event.metadata["dagster/column_lineage"].value
     assert isinstance(lineage, dg.TableColumnLineage)
@@ -87,37 +87,39 @@ def test_it_exports_all_partitions_and_shows_where_from_and_how_many(
 
 
 def test_an_export_without_changes_has_the_same_data_version(
-    shelf: Shelf, instance: dg.DagsterInstance
+    project: ExportProject, instance: dg.DagsterInstance
 ) -> None:
-    accept(shelf, 6, "a")
+    accept(project, 6, "a")
     versions = []
     for count in (6, 6, 7):
-        accept(shelf, count, "a")
-        (event,) = run(shelf, instance, asset()).asset_materializations_for_node("hand__training")
+        accept(project, count, "a")
+        (event,) = run(project, instance, asset()).asset_materializations_for_node("hand__training")
         versions.append((event.tags or {})["dagster/data_version"])
     assert versions[0] == versions[1] != versions[2]
 
 
 def test_images_that_are_missing_fail_the_run_and_nothing_is_published(
-    shelf: Shelf, instance: dg.DagsterInstance
+    project: ExportProject, instance: dg.DagsterInstance
 ) -> None:
-    accept(shelf, 6, "a")
-    Path(shelf.row(100 * ord("a") + 2)["image_path"]).unlink()
-    result = run(shelf, instance, asset())
+    accept(project, 6, "a")
+    Path(project.row(100 * ord("a") + 2)["image_path"]).unlink()
+    result = run(project, instance, asset())
     assert not result.success
     (failure,) = [one for one in result.all_events if one.is_step_failure]
     said = str(failure.step_failure_data.user_failure_data)
-    assert "1 image is not what the manifest says. Nothing was published" in said
+    assert "1 image differs from the manifest. Nothing was published" in said
     assert "is missing" in said
-    assert not list(Path(shelf.root).glob("exports/**/LATEST"))
+    assert not list(Path(project.root).glob("exports/**/LATEST"))
 
 
-def test_all_stored_images_hang_on_the_manifest(shelf: Shelf, instance: dg.DagsterInstance) -> None:
-    table = pa.Table.from_pylist(shelf.rows(4), MANIFEST_SCHEMA)
-    write_manifest(shelf.storage, "a", table, FOLDERS)
+def test_all_stored_images_hang_on_the_manifest(
+    project: ExportProject, instance: dg.DagsterInstance
+) -> None:
+    table = pa.Table.from_pylist(project.rows(4), MANIFEST_SCHEMA)
+    write_manifest(project.storage, "a", table, FOLDERS)
     exported = asset(everything=True)
     assert exported.asset_deps[exported.key] == {MANIFEST}
-    (event,) = run(shelf, instance, exported).asset_materializations_for_node("hand__training")
+    (event,) = run(project, instance, exported).asset_materializations_for_node("hand__training")
     assert values(event)["images"] == 4
 
 

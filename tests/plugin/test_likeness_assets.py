@@ -18,7 +18,7 @@ from krea_dagster.plugin.assets.near_duplicates import (
     build_near_duplicates,
     build_no_near_duplicates_check,
 )
-from tests.curation.similarity.similar_images import Pile, digest, flipped, hashes
+from tests.curation.similarity.similar_images import SimilarImages, digest, flipped, hashes
 from tests.dagster_bench import QUIET, check_of, values
 
 MANIFEST = dg.AssetKey(["shop", "image_manifest"])
@@ -26,17 +26,17 @@ DUPLICATES = dg.AssetKey(["shop", "near_duplicates"])
 
 
 @pytest.fixture
-def pile(tmp_path: Path) -> Pile:
-    return Pile(tmp_path / "krea", ["shop"])
+def images(tmp_path: Path) -> SimilarImages:
+    return SimilarImages(tmp_path / "krea", ["shop"])
 
 
-def definitions(pile: Pile) -> dg.Definitions:
+def definitions(images: SimilarImages) -> dg.Definitions:
     return dg.Definitions(
         assets=[build_near_duplicates(MANIFEST, prefix=["shop"], resource_key="shop_krea")],
         asset_checks=[
             build_no_near_duplicates_check(DUPLICATES, MANIFEST, resource_key="shop_krea")
         ],
-        resources={"shop_krea": KreaResource(storage=str(pile.root))},
+        resources={"shop_krea": KreaResource(storage=str(images.root))},
         jobs=[
             dg.define_asset_job("both", selection=dg.AssetSelection.assets(DUPLICATES)),
             dg.define_asset_job(
@@ -49,23 +49,23 @@ def definitions(pile: Pile) -> dg.Definitions:
     )
 
 
-def run(pile: Pile, job: str = "both") -> dg.ExecuteInProcessResult:
+def run(images: SimilarImages, job: str = "both") -> dg.ExecuteInProcessResult:
     with dg.DagsterInstance.ephemeral() as instance:
         return (
-            definitions(pile)
+            definitions(images)
             .resolve_job_def(job)
             .execute_in_process(instance=instance, run_config=QUIET)
         )
 
 
-def test_a_run_makes_the_table_and_says_what_went_into_copies(pile: Pile) -> None:
-    picture, other = hashes(2)
-    pile.add("one", picture, sharpness=9.0)
-    pile.add("two", flipped(picture, range(12)), partition="b", sharpness=1.0)
-    pile.add("bought again", picture, file="one", sharpness=9.0, later_s=5)
-    pile.add("other", other)
-    pile.write()
-    result = run(pile)
+def test_a_run_makes_the_table_and_says_what_went_into_copies(images: SimilarImages) -> None:
+    hashed, other = hashes(2)
+    images.add("one", hashed, sharpness=9.0)
+    images.add("two", flipped(hashed, range(12)), partition="b", sharpness=1.0)
+    images.add("bought again", hashed, file="one", sharpness=9.0, later_s=5)
+    images.add("other", other)
+    images.write()
+    result = run(images)
     (made,) = result.asset_materializations_for_node("shop__near_duplicates")
     found = values(made)
     assert {name: found[name] for name in ("images", "purchases", "clusters")} == {
@@ -77,7 +77,7 @@ def test_a_run_makes_the_table_and_says_what_went_into_copies(pile: Pile) -> Non
     assert (found["credits_in_copies"], found["dagster/row_count"]) == (0.9, 3)
     (bar,) = found["copies_by_distance"].records
     assert bar.data == {"bits": 12, "copies": 1}
-    assert found["path"] == pile.storage.locate(near_duplicates_name(["shop"]))
+    assert found["path"] == images.storage.locate(near_duplicates_name(["shop"]))
     (cluster,) = found["largest_clusters"].records
     assert (cluster.data["prompt_id"], cluster.data["purchases"]) == ("one", 3)
 
@@ -89,26 +89,26 @@ def test_a_run_makes_the_table_and_says_what_went_into_copies(pile: Pile) -> Non
     )
 
 
-def test_without_duplicates_the_check_passes(pile: Pile) -> None:
-    for number, picture in enumerate(hashes(3)):
-        pile.add(f"{number}", picture)
-    pile.write()
-    check = check_of(run(pile), "no_near_duplicates")
+def test_without_duplicates_the_check_passes(images: SimilarImages) -> None:
+    for number, hashed in enumerate(hashes(3)):
+        images.add(f"{number}", hashed)
+    images.write()
+    check = check_of(run(images), "no_near_duplicates")
     assert check.passed
 
 
-def test_before_the_table_is_made_nothing_is_called_good(pile: Pile) -> None:
-    pile.write()
-    check = check_of(run(pile, "check"), "no_near_duplicates")
+def test_before_the_table_is_made_nothing_is_called_good(images: SimilarImages) -> None:
+    images.write()
+    check = check_of(run(images, "check"), "no_near_duplicates")
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert "was never made" in (check.description or "")
 
 
-def test_what_a_person_accepted_is_kept_whatever_the_measures_say(pile: Pile) -> None:
-    picture = hashes(1)[0]
-    pile.add("sharp", picture, sharpness=900.0)
-    chosen = pile.add("chosen", flipped(picture, [1]), sharpness=1.0)
-    pile.write()
+def test_what_a_person_accepted_is_kept_whatever_the_measures_say(images: SimilarImages) -> None:
+    hashed = hashes(1)[0]
+    images.add("sharp", hashed, sharpness=900.0)
+    chosen = images.add("chosen", flipped(hashed, [1]), sharpness=1.0)
+    images.write()
     given = Verdict(
         verdict_id="1",
         image_sha256=chosen,
@@ -120,15 +120,15 @@ def test_what_a_person_accepted_is_kept_whatever_the_measures_say(pile: Pile) ->
         attempt=0,
         partition_key="a",
     )
-    with KreaResource(storage=str(pile.root)).open_journal() as journal:
+    with KreaResource(storage=str(images.root)).open_journal() as journal:
         journal.verdicts.add([given])
-    run(pile)
-    table = read_near_duplicates(pile.storage, ["shop"])
+    run(images)
+    table = read_near_duplicates(images.storage, ["shop"])
     assert table is not None
     assert {row["prompt_id"] for row in table.to_pylist() if row["keep"]} == {"chosen"}
 
 
 @pytest.mark.parametrize("wrong", [{"most_bits": -1}, {"most_bits": 48}, {"least_quality": -1}])
-def test_a_limit_that_cannot_be_is_refused_when_the_asset_is_built(wrong: dict[str, int]) -> None:
+def test_a_limit_out_of_range_is_rejected_when_the_asset_is_built(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         build_near_duplicates(MANIFEST, **wrong)  # type: ignore[arg-type]  # numbers, all of them

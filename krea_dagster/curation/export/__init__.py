@@ -1,1 +1,1 @@
-"""Hands images on as a dataset: chosen, split, put into shards, verified, and published at once."""
+"""Exports images as a dataset: selected, split, sharded, verified, and published atomically."""

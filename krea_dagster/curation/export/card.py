@@ -1,8 +1,8 @@
-"""The dataset card: what the images are, how they were made, and what they cost.
+"""The dataset card: the images, how they were generated, and what they cost.
 
-``README.md`` with a header that the Hugging Face Hub and ``datasets`` read: YAML, whose values
-are written as JSON, which is YAML too. Nothing in it hangs on the time of the export, so that an
-export without changes is the same export.
+``README.md`` with a YAML header for the Hugging Face Hub and ``datasets``; its values are JSON,
+which is valid YAML. It does not contain the time of the export, so an unchanged export gives the
+same version.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FORMS: Final = {
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What is said of the images of an export. ``splits`` are images by name, in order."""
+    """Facts about the images of an export. ``splits`` are numbers of images by name, in order."""
 
     images: int
     prompts: int
@@ -64,10 +64,10 @@ class DatasetFacts:
 
 
 def facts_of(rows: SelectedRows, plan: ExportPlan, spec: ExportSpec) -> DatasetFacts:
-    """Count what the images of a plan are."""
+    """Compute the facts about the images of a plan."""
     names = ["prompt", "model", "size", "quality", "seed", "request_key", "image_format"]
     table = rows.take(plan.rows(), [*names, "credits_charged", "stored_at"])
-    # A purchase that several rows share was paid for once.
+    # A purchase that several rows share was paid once.
     paid = table.group_by("request_key").aggregate([("credits_charged", "max")])
     charged = paid["credits_charged_max"]
     seeds = pc.min_max(table["seed"])
@@ -111,7 +111,7 @@ def write_card(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan) -> str:
 
 
 def _source(location: str) -> str:
-    """Where prompts come from: of a path on this machine only the name concerns others."""
+    """Return the origin of the prompts: a URL, or only the name of a local path."""
     if "://" in location:
         return redact.location(location)
     return location.rstrip("/").rpartition("/")[2]
@@ -146,7 +146,7 @@ def _data_files(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan) -> list
             case "parquet":
                 path = f"data/{name}-*.parquet"
             case "imagefolder":
-                # By their endings: sidecars are no images.
+                # By extension: sidecars are not images.
                 endings = sorted({ending.lower() for ending in plan.endings})
                 path = [f"{name}/metadata.jsonl", *(f"{name}/*/*.{one}" for one in endings)]
             case _:
@@ -176,19 +176,19 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
             for one in spec.splits
         ),
         "",
-        *_said_of_splits(facts, spec),
+        *_about_splits(facts, spec),
         "## How the images were made",
         "",
-        f"- Model: {_list(facts.models)}, asked over EvoLink's API",
+        f"- Model: {_list(facts.models)}, through EvoLink's API",
         f"- Sizes: {_shares(facts.sizes)}",
         f"- Qualities: {_shares(facts.qualities)}",
-        f"- Files: {_shares(facts.formats)}, {facts.bytes} bytes, as they were received",
+        f"- Files: {_shares(facts.formats)}, {facts.bytes} bytes, as received",
     ]
     if facts.seeds is not None:
         least, most, distinct = facts.seeds
         lines.append(
-            f"- Seeds: {distinct} different ones, {least} to {most}, in the column `seed`; where "
-            "the table gives none, drawn from prompt_id, sample and attempt"
+            f"- Seeds: {distinct} distinct ones, {least} to {most}, in the column `seed`; if the "
+            "table has none, derived from prompt_id, sample and attempt"
         )
     if spec.source:
         lines.append(f"- Prompts: {_plain(_source(spec.source))}")
@@ -199,9 +199,9 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
         lines.append(f"- Only rows where {_plain('; '.join(texts))}")
     if spec.embed_parameters:
         lines.append(
-            "- The parameters of the generation are in the PNG files, in the text chunk "
-            "`parameters`: the pixels are as received; `image_sha256` is of the file as received, "
-            "`exported_sha256` of the one here"
+            "- The PNG files contain the generation's parameters in the text chunk `parameters`; "
+            "the pixels are as received. `image_sha256` is of the received file, `exported_sha256` "
+            "of the one here"
         )
     lines += [
         "",
@@ -209,12 +209,12 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
         "",
         _cost(facts),
         "",
-        "## Traced and verified",
+        "## Traceability",
         "",
         (
-            "`index.parquet` has of each image its shard, prompt_id, sample, request_key (what was "
-            "bought) and sha256. Each file was held against the hash that was taken when it was "
-            "stored, and every shard was read back. `export.json` has the shards and their hashes."
+            "`index.parquet` has the shard, prompt_id, sample, request_key (the purchase) and "
+            "sha256 of each image. Each file was compared with the hash from when it was stored, "
+            "and every shard was verified. `export.json` has the shards and their hashes."
         ),
         "",
         "Made by " + ", ".join(f"{name} {number}" for name, number in facts.made_by.items()) + ".",
@@ -223,42 +223,38 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
         lines += [
             "",
             (
-                f"The files are of several formats ({', '.join(plan.endings)}): the library "
-                "`webdataset` reads them, the loader of `datasets` wants one format."
+                f"The files have several formats ({', '.join(plan.endings)}): the library "
+                "`webdataset` reads them, but `datasets` needs a single format."
             ),
         ]
     if spec.license is None:
-        lines += ["", "No licence was named by whoever made this export."]
+        lines += ["", "No licence was specified for this export."]
     return lines
 
 
 def _cost(facts: DatasetFacts) -> str:
-    unknown = (
-        f", without {facts.unpriced} of which the charge is not known" if facts.unpriced else ""
-    )
+    unknown = f", without {facts.unpriced} whose charge is unknown" if facts.unpriced else ""
     return (
         f"{facts.credits:g} credits for the {_many(facts.purchases, 'purchase')} of these images"
-        f"{unknown}. What was bought and is not in here is not counted."
+        f"{unknown}. Purchases that are not in this export are not included."
     )
 
 
-def _said_of_splits(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
+def _about_splits(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
     if len(spec.splits) == 1:
         return []
-    held = (
-        "near-duplicates were looked for" if facts.likeness_known else "only equal files were seen"
-    )
-    alike = (
-        "Images of different prompts that are alike may be in two splits."
+    basis = "by near-duplicates" if facts.likeness_known else "by equal files only"
+    similar = (
+        "Similar images of different prompts may be in several splits."
         if spec.leaks
         else (
-            f"Where images of different prompts are alike ({held}), the split named last keeps "
-            f"its own; {sum(facts.leaked.values())} images of the others are left out."
+            f"Where images of different prompts are similar ({basis}), the last split keeps its "
+            f"own; {sum(facts.leaked.values())} images of the others are left out."
         )
     )
     return [
-        "A prompt's split is drawn from its text alone (without case and spacing), so that equal "
-        "prompts are never in two splits, and none moves as the dataset grows. " + alike,
+        "A prompt's split depends only on its text (ignoring case and spacing), so equal prompts "
+        "are never in two splits, and none moves as the dataset grows. " + similar,
         "",
     ]
 
@@ -272,11 +268,11 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 def _shares(counts: Mapping[str, int]) -> str:
     shown = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:20]
-    return ", ".join(f"{_plain(name)} ({count})" for name, count in shown) or "not known"
+    return ", ".join(f"{_plain(name)} ({count})" for name, count in shown) or "unknown"
 
 
 def _list(names: Sequence[str]) -> str:
-    return ", ".join(map(_plain, names)) or "not known"
+    return ", ".join(map(_plain, names)) or "unknown"
 
 
 def _many(count: int, what: str) -> str:
@@ -288,7 +284,7 @@ def _line(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape a text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", _line(text))
 
 
@@ -296,4 +292,4 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not known"
+        return "unknown"

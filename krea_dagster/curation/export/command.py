@@ -1,4 +1,4 @@
-"""The command that hands images on as a dataset."""
+"""The command ``krea-dagster export``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _LINE_EVERY_S: Final = 5.0
 _EPILOG: Final = """
 \b
 Environment:
-  KREA_STORAGE      root of what is made                       [data/krea]
-  KREA_JOURNAL_URL  SQLAlchemy URL        [SQLite in the storage root]
-  KREA_PROMPTS      the prompt table, to be named in the card  [none]
+  KREA_STORAGE      storage root                       [data/krea]
+  KREA_JOURNAL_URL  SQLAlchemy URL                     [SQLite in the storage root]
+  KREA_PROMPTS      the prompt table, for the dataset card  [none]
 
 \b
 An export is a new version: a folder below --to that never changes. LATEST (and
-the link latest) names the one that counts, and is written last. What has not
-changed since the version before is linked, and what an interrupted export has
-written is not written again.
+the link latest) names the current one, and is written last. Shards that have
+not changed since the previous version are linked, and shards of an interrupted
+export are not written again.
 
 \b
   datasets:    load_dataset("TO/latest")
@@ -37,7 +37,7 @@ written is not written again.
 
 \b
 Exit codes: 0 published, 1 images are missing or changed and nothing was
-published, 2 wrong use or nothing to export.
+published, 2 invalid usage or nothing to export.
 """
 
 
@@ -47,7 +47,7 @@ published, 2 wrong use or nothing to export.
     envvar="KREA_STORAGE",
     default="data/krea",
     show_default=True,
-    help="The storage root whose images are exported.",
+    help="The storage root of the images.",
 )
 @click.option(
     "--journal",
@@ -55,12 +55,12 @@ published, 2 wrong use or nothing to export.
     envvar="KREA_JOURNAL_URL",
     default="",
     metavar="URL",
-    help="The journal, where it is not in the storage root.",
+    help="The journal, if it is not in the storage root.",
 )
 @click.option(
     "--to",
     metavar="FOLDER|URL",
-    help="Where versions are written.  [default: exports/FORMAT in the storage root]",
+    help="The target of the versions.  [default: exports/FORMAT in the storage root]",
 )
 @click.option(
     "--format",
@@ -70,73 +70,83 @@ published, 2 wrong use or nothing to export.
     show_default=True,
     help=(
         "parquet (images inside) and imagefolder are for the library datasets, webdataset is tar "
-        "shards; jsonl and csv are files and a plain table."
+        "shards, jsonl and csv are image files with a table."
     ),
 )
-@click.option("--all", "everything", is_flag=True, help="All stored images, not only accepted.")
 @click.option(
-    "--partition", "partitions", multiple=True, metavar="KEY", help="Only these; repeatable."
+    "--all", "everything", is_flag=True, help="Export all stored images, not only accepted ones."
+)
+@click.option(
+    "--partition",
+    "partitions",
+    multiple=True,
+    metavar="KEY",
+    help="Only this partition; repeatable.",
 )
 @click.option(
     "--where",
     multiple=True,
     metavar="COLUMN=VALUE",
-    help="Only rows with this value; of one column any of several, of several columns all.",
+    help="Only rows with this value; values of one column are alternatives. Repeatable.",
 )
 @click.option(
     "--column",
     "columns",
     multiple=True,
     metavar="NAME",
-    help="Hand this column on; repeatable.  [default: all that mean something elsewhere]",
+    help="Export this column; repeatable.  [default: all but those of this storage root]",
 )
 @click.option(
     "--split",
     "splits",
     multiple=True,
     metavar="NAME=SHARE",
-    help="A split and its share of the prompts, such as train=0.9; they sum to 1.  [train=1]",
+    help="A split and its share of the prompts, such as train=0.9; they must sum to 1.  [train=1]",
 )
 @click.option(
     "--leaks",
     is_flag=True,
-    help="Keep images that are alike in several splits; else only the last named split has them.",
+    help="Keep similar images in several splits; otherwise only the last split has them.",
 )
 @click.option(
     "--shard-images",
     type=click.IntRange(min=1),
     default=10_000,
     show_default=True,
-    help="Most images of a shard.",
+    help="Maximum images per shard.",
 )
 @click.option(
     "--shard-mb",
     type=click.FloatRange(min=0, min_open=True),
     default=500.0,
     show_default=True,
-    help="Most megabytes of images of a shard.",
+    help="Maximum megabytes of images per shard.",
 )
 @click.option(
-    "--embed-parameters", is_flag=True, help="Write prompt, seed and so on into PNG files, as text."
+    "--embed-parameters",
+    is_flag=True,
+    help="Write prompt, seed and other parameters into PNG files.",
 )
-@click.option("--sidecars", is_flag=True, help="Write KEY.json beside each image file.")
-@click.option("--license", "license_name", metavar="ID", help="For the card, such as cc-by-4.0.")
-@click.option("--title", help="For the card.")
+@click.option("--sidecars", is_flag=True, help="Write KEY.json next to each image file.")
+@click.option(
+    "--license", "license_name", metavar="ID", help="Licence for the card, such as cc-by-4.0."
+)
+@click.option("--title", help="Title for the card.")
 @click.option(
     "--source",
     envvar="KREA_PROMPTS",
-    help="What the prompts are of, for the card; without credentials.",
+    help="Origin of the prompts for the card; credentials are removed.",
 )
-@click.option("--fresh", is_flag=True, help="Put images into shards anew, not as the last version.")
+@click.option("--fresh", is_flag=True, help="Distribute images to shards again.")
 @click.option(
     "--keep",
     type=click.IntRange(min=1),
-    help="Remove complete versions but the last so many.  [default: keep all]",
+    help="Number of complete versions to keep.  [default: all]",
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 256), help="[default: one for each core, or 8 for URLs]"
+    "--threads", type=click.IntRange(1, 256), help="[default: one per core, or 8 for URLs]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON to stdout.")
 def export_command(
     *,
     storage: str,
@@ -161,10 +171,10 @@ def export_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Hand the accepted images on as a dataset, each held against its hash on the way.
+    """Export the accepted images as a dataset, and verify each against its hash.
 
-    Buys nothing, and needs no network where images and target are folders. Splits are drawn from
-    the prompts' text: equal prompts are never in two, and none moves as the table grows.
+    This buys nothing, and needs no network where images and target are folders. Splits depend on
+    the prompts' text: equal prompts are never in two splits, and none moves as the table grows.
     """
     from krea_dagster.curation.export.export import export  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415 - as above
@@ -194,18 +204,18 @@ def export_command(
         fresh=fresh,
         keep=keep,
         threads=threads,
-        on_progress=_lines(),
+        on_progress=_progress_lines(),
     )
     if not everything:
-        _warn_of_verdicts(root, journal_url, done)
+        _warn_of_newer_verdicts(root, journal_url, done)
     if as_json:
         click.echo(json.dumps(done.figures(), indent=2))
     else:
-        _show(done)
+        _print_summary(done)
 
 
-def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
-    """Say where somebody has refused an image since ``accepted_images`` was made."""
+def _warn_of_newer_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
+    """Warn of images that were refused since ``accepted_images`` was materialized."""
     from krea_dagster.curation.export.target import ExportTarget  # noqa: PLC0415 - keeps --help quick
     from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
     from krea_dagster.engine.journal.verdict_log import FLAG, REJECT, VerdictLog  # noqa: PLC0415 - as above
@@ -223,13 +233,13 @@ def _warn_of_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     if refused:
         click.echo(
             f"{refused} of these images {'was' if refused == 1 else 'were'} rejected or flagged "
-            "since accepted_images was made: materialize it, and export again.",
+            "since accepted_images was materialized: materialize it, and export again.",
             err=True,
         )
 
 
-def _lines() -> Callable[[ExportProgress], None]:
-    """What says how far it is, every few seconds, on stderr."""
+def _progress_lines() -> Callable[[ExportProgress], None]:
+    """Return a callback that prints the progress to stderr every few seconds."""
     next_s = time.monotonic() + _LINE_EVERY_S
 
     def show(progress: ExportProgress) -> None:
@@ -241,12 +251,12 @@ def _lines() -> Callable[[ExportProgress], None]:
     return show
 
 
-def _show(done: Exported) -> None:
+def _print_summary(done: Exported) -> None:
     facts = done.facts
     for name, images in facts.splits.items():
         leaked = facts.leaked.get(name, 0)
-        said = f", {leaked} left out that are alike in a later split" if leaked else ""
-        click.echo(f"{name:<10} {images} images{said}")
+        note = f", {leaked} left out that are similar to a later split's" if leaked else ""
+        click.echo(f"{name:<10} {images} images{note}")
     click.echo(
         f"{'shards':<10} {done.shards}: {done.written} written, {done.linked} unchanged, "
         f"{done.found} there already"
@@ -256,6 +266,6 @@ def _show(done: Exported) -> None:
     click.echo(f"{'version':<10} {done.path}")
     if len(facts.splits) > 1 and not facts.likeness_known and not done.spec.leaks:
         click.echo(
-            "Near-duplicates across splits were not looked for: materialize near_duplicates first.",
+            "Near-duplicates across splits are unknown: materialize near_duplicates first.",
             err=True,
         )

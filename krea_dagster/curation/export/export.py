@@ -1,13 +1,14 @@
-"""Makes an export: choose, plan, write what is missing, read it back, and publish it at once.
+"""Exports images as a dataset: select, plan, write the missing shards, verify, and publish.
 
-Each image is held against the manifest's sha256 on its way. Where one is not what it should be,
-the rest is looked at too, so that all are named, and nothing is published. What an interrupted
-export has written is read back, and not written again.
+Each image is compared with the manifest's sha256. If one differs, the remaining ones are checked
+too, so that the error names all, and nothing is published. Shards of an interrupted export are
+verified and kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,11 @@ import pyarrow as pa
 from krea_dagster import redact
 from krea_dagster.curation.export.card import DatasetFacts, facts_of, write_card
 from krea_dagster.curation.export.plan import make_plan, shard_layout
-from krea_dagster.curation.export.selected_rows import choose
+from krea_dagster.curation.export.selected_rows import select_rows
 from krea_dagster.curation.export.shards import ExportProgress, PreviousVersion, ShardBuilder
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import ExportTarget
-from krea_dagster.curation.export.version_files import finish
+from krea_dagster.curation.export.version_files import write_version_files
 from krea_dagster.curation.similarity.near_duplicates import read_near_duplicates
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
@@ -28,10 +29,10 @@ from krea_dagster.errors import StorageError
 
 @dataclass(frozen=True)
 class Exported:
-    """What was published. ``path`` is the version's folder or URL.
+    """A published version. ``path`` is its folder or URL.
 
     Shards were ``written`` now, ``found`` from an interrupted export or in this very version, or
-    ``linked`` because they have not changed since the version before.
+    ``linked`` from the previous version because they are unchanged.
     """
 
     version: str
@@ -49,11 +50,11 @@ class Exported:
 
     @property
     def shards(self) -> int:
-        """All shards."""
+        """Return the number of shards."""
         return self.written + self.found + self.linked
 
     def figures(self) -> dict[str, Any]:
-        """The same as figures, for JSON."""
+        """Return the summary as JSON."""
         facts = self.facts
         return {
             "version": self.version,
@@ -89,80 +90,63 @@ def export(
     threads: int | None = None,
     on_progress: Callable[[ExportProgress], object] = lambda _: None,
 ) -> Exported:
-    """Export images of a storage root to a folder or URL, as a new version; see ``target``.
+    """Export images of a storage root to a folder or URL, as a new version (see ``target``).
 
-    ``folders`` as for the manifests. ``fresh`` puts images into shards anew, instead of where the
-    version before has them. ``keep`` removes complete versions but the last so many; None keeps
-    all. Raises ConfigError where nothing can be chosen, ImagesNotAsStored where files are missing
-    or changed, and StorageError where the target cannot be written; then nothing was published.
+    ``folders`` as for the manifests. ``fresh`` distributes the images to shards again, instead of
+    keeping them where the previous version has them. ``keep`` is the number of complete versions to
+    keep, None for all. Raises ConfigError where no image is selected, ImagesNotAsStored where files
+    are missing or changed, and StorageError where the target cannot be written; then nothing was
+    published.
     """
-    try:
-        return _export(
-            storage,
-            spec,
-            ExportTarget(to),
-            folders,
-            fresh=fresh,
-            keep=keep,
-            threads=threads,
-            on_progress=on_progress,
-        )
-    except OSError as error:
-        said = redact.text(str(error), to)
-        raise StorageError(
-            f"the export to {redact.location(to)} failed, and nothing was published: {said}"
-        ) from redact.safe_cause(error, to)
-
-
-def _export(
-    storage: Storage,
-    spec: ExportSpec,
-    target: ExportTarget,
-    folders: Sequence[str],
-    *,
-    fresh: bool,
-    keep: int | None,
-    threads: int | None,
-    on_progress: Callable[[ExportProgress], object],
-) -> Exported:
-    with choose(storage, spec, folders) as rows:
+    with _storage_errors(to), select_rows(storage, spec, folders) as rows:
+        target = ExportTarget(to)
         latest = None if fresh else target.latest()
-        before = target.described(latest) if latest else None
-        index = (
-            target.index(latest)
-            if latest and before and before.get("layout") == shard_layout(spec)
-            else None
-        )
-        known = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
-        plan = make_plan(rows, spec, known, index)
+        previous = target.described(latest) if latest else None
+        index = None
+        if latest and previous and previous.get("layout") == shard_layout(spec):
+            index = target.index(latest)
+        similar = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
+        plan = make_plan(rows, spec, similar, index)
         facts = facts_of(rows, plan, spec)
         card = write_card(facts, spec, plan)
         version = plan.version(card)
-        work = ShardBuilder(
+        builder = ShardBuilder(
             storage,
             target,
             rows,
             spec,
             version,
-            PreviousVersion.read(latest, before, target),
+            PreviousVersion.read(latest, previous, target),
             on_progress,
             plan.images,
         )
-        done = work.run(plan, threads)
-        described = finish(work, plan, done, card, facts)
-    target.publish(version)
-    how = [one.how for one in done]
-    return Exported(
-        version=version,
-        path=target.locate(version),
-        spec=spec,
-        facts=facts,
-        schema=rows.schema,
-        left_by_filter=rows.left.by_filter,
-        repeated=rows.left.repeated,
-        written=how.count("written"),
-        found=how.count("found"),
-        linked=how.count("linked"),
-        bytes=described["bytes"],
-        removed=[] if keep is None else target.prune(keep),
-    )
+        shards = builder.run(plan, threads)
+        described = write_version_files(builder, plan, shards, card, facts)
+        target.publish(version)
+        how = [one.how for one in shards]
+        return Exported(
+            version=version,
+            path=target.locate(version),
+            spec=spec,
+            facts=facts,
+            schema=rows.schema,
+            left_by_filter=rows.left_by_filter,
+            repeated=rows.repeated,
+            written=how.count("written"),
+            found=how.count("found"),
+            linked=how.count("linked"),
+            bytes=described["bytes"],
+            removed=[] if keep is None else target.prune(keep),
+        )
+
+
+@contextmanager
+def _storage_errors(to: str) -> Iterator[None]:
+    """Raise an OSError as StorageError, without the credentials of the target."""
+    try:
+        yield
+    except OSError as error:
+        message = redact.text(str(error), to)
+        raise StorageError(
+            f"the export to {redact.location(to)} failed, and nothing was published: {message}"
+        ) from redact.safe_cause(error, to)

@@ -1,9 +1,8 @@
-"""Exports of loose files: a folder of images for each shard, and a table of all beside them.
+"""Exports of image files: a folder of images per shard, and one table per split.
 
-``imagefolder`` has ``<split>/metadata.jsonl``, which ``datasets`` reads; ``jsonl`` and ``csv``
-have ``<split>.jsonl`` and ``<split>.csv``. The column ``file_name`` says where an image lies, from
-where the table lies. Image files are not made durable one by one: all are, before the export is
-published.
+``imagefolder`` has ``<split>/metadata.jsonl``, which ``datasets`` reads; ``jsonl`` and ``csv`` have
+``<split>.jsonl`` and ``<split>.csv``. The column ``file_name`` is the image's path relative to the
+table. Image files are synced together before the export is published, not one by one.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from krea_dagster.curation.export.image_content import (
     ExportedImage,
     ImageEntry,
     ShardContent,
-    check_picture,
+    check_image,
 )
-from krea_dagster.curation.export.json_rows import line_of, text_of
+from krea_dagster.curation.export.json_rows import to_json
 from krea_dagster.curation.export.target import ExportTarget
 
 #: The table of a split, by form.
@@ -37,36 +36,36 @@ def write_folder(
     target: ExportTarget,
     folder: str,
     content: ShardContent,
-    pictures: Iterator[ExportedImage],
+    images: Iterator[ExportedImage],
     *,
     sidecars: bool,
 ) -> None:
-    """Write the images of a shard, and what lies beside each."""
-    for picture in pictures:
-        target.put(f"{folder}/{picture.item.file}", picture.data)
+    """Write the images of a shard, and their sidecars."""
+    for image in images:
+        target.put(f"{folder}/{image.item.file}", image.data)
         if sidecars:
             target.put(
-                f"{folder}/{picture.item.key}.json", _sidecar(content, picture.item, picture.sha256)
+                f"{folder}/{image.item.key}.json", _sidecar(content, image.item, image.sha256)
             )
 
 
 def check_folder(
     target: ExportTarget, folder: str, content: ShardContent, *, sidecars: bool
 ) -> list[str]:
-    """Read the images of a shard back; return the sha256 of each. Raises CorruptShard."""
+    """Verify the images of a shard; return the sha256 of each. Raises CorruptShard."""
     found = []
     for item in content.items:
-        sha256 = check_picture(item, _read(target, f"{folder}/{item.file}"))
+        sha256 = check_image(item, _read(target, f"{folder}/{item.file}"))
         if sidecars:
             written = _read(target, f"{folder}/{item.key}.json")
             if written != _sidecar(content, item, sha256):
-                raise CorruptShard(f"{folder}/{item.key}.json holds other values")
+                raise CorruptShard(f"{folder}/{item.key}.json has other values")
         found.append(sha256)
     return found
 
 
 def images_sha256(content: ShardContent, shas: Iterable[str]) -> str:
-    """A hash over a shard's images: a line of name and sha256 for each."""
+    """Return a hash of a shard's file names and their sha256."""
     lines = (f"{item.file} {sha}\n" for item, sha in zip(content.items, shas, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -74,13 +73,13 @@ def images_sha256(content: ShardContent, shas: Iterable[str]) -> str:
 def table_lines(
     form: str, rows: Iterable[tuple[str, dict[str, Any]]], *, columns: list[str]
 ) -> Iterator[bytes]:
-    """Yield the lines of a split's table: the name of each image's file, and its row."""
+    """Yield the lines of a split's table: file name and row of each image."""
     if form != "csv":
         for file, record in rows:
-            yield f"{line_of({'file_name': file, **record})}\n".encode()
+            yield f"{to_json({'file_name': file, **record})}\n".encode()
         return
     text = io.StringIO()
-    # Only what ends a line is quoted, and readers take a lone \r for an end too.
+    # The writer quotes only its line terminator, and readers also end a line at a lone \r.
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(["file_name", *columns])
     for file, record in rows:
@@ -93,7 +92,7 @@ def table_lines(
 
 
 def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
-    """Read a split's table back: a row for each image, of as many cells. Raises CorruptShard."""
+    """Verify that a split's table has a complete row per image. Raises CorruptShard."""
     with io.TextIOWrapper(file, encoding="utf-8", newline="" if form == "csv" else "\n") as text:
         if form == "csv":
             reader = csv.reader(text, strict=True)
@@ -102,17 +101,17 @@ def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
         else:
             found = [json.loads(line)["file_name"] for line in text]
     if found != list(names):
-        raise CorruptShard(f"the table of {len(names)} images was read back as one of {len(found)}")
+        raise CorruptShard(f"the table of {len(names)} images has {len(found)} valid rows")
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return text_of(value) if isinstance(value, dict | list) else value
+    return to_json(value) if isinstance(value, dict | list) else value
 
 
 def _sidecar(content: ShardContent, item: ImageEntry, sha256: str) -> bytes:
-    return f"{line_of(content.ready(item, sha256))}\n".encode()
+    return f"{to_json(content.ready(item, sha256))}\n".encode()
 
 
 def _read(target: ExportTarget, name: str) -> bytes:

@@ -1,8 +1,8 @@
-"""The images of a shard: read from the store, held against the manifest, and made ready to write.
+"""The images of a shard: read from storage, verified against the manifest, prepared for writing.
 
-A file whose sha256 is not the manifest's goes nowhere. Optionally the parameters of the
-generation are written into PNG files, as a text chunk behind the header: the pixels stay the
-same, and taking the chunk out gives the original file back.
+A file whose sha256 differs from the manifest's is not exported. Optionally the generation's
+parameters are written into PNG files, as a text chunk after the header: the pixels stay the same,
+and removing the chunk restores the original file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from krea_dagster.curation.export.json_rows import line_of, records
+from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import KreaError
 
-#: Columns that say how an image was made, for a text chunk.
+#: The columns in the text chunk.
 _PARAMETERS: Final = (
     "prompt",
     "model",
@@ -34,7 +34,7 @@ _PARAMETERS: Final = (
     "image_sha256",
 )
 
-#: The chunk's keyword, which viewers and catalogues look for.
+#: The chunk's keyword, which image viewers look for.
 _KEYWORD: Final = b"parameters"
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 #: Where a PNG's header chunk ends: 8 bytes of signature, 25 of IHDR.
@@ -45,7 +45,7 @@ _NAMED: Final = 20
 
 @dataclass(frozen=True)
 class BadImage:
-    """A file that is not what the manifest says."""
+    """A file that differs from the manifest."""
 
     prompt_id: str
     sample: int
@@ -57,9 +57,9 @@ class BadImage:
 
 
 class ImagesNotAsStored(KreaError):
-    """Files are missing or changed since they were verified: nothing was published.
+    """Files are missing or have changed since they were verified; nothing was published.
 
-    ``bad`` names them all; the text the first twenty.
+    ``bad`` has all of them, the text the first twenty.
     """
 
     def __init__(self, bad: Sequence[BadImage]) -> None:
@@ -70,9 +70,9 @@ class ImagesNotAsStored(KreaError):
         one = len(self.bad) == 1
         lines = [
             (
-                f"{'1 image is' if one else f'{len(self.bad)} images are'} not what the manifest "
-                "says. Nothing was published, and an earlier export is as it was. A run of these "
-                "partitions (krea-dagster materialize) fetches again what EvoLink still has."
+                f"{'1 image differs' if one else f'{len(self.bad)} images differ'} from the "
+                "manifest. Nothing was published, and earlier exports are unchanged. A run of "
+                "these partitions (krea-dagster materialize) fetches files that EvoLink still has."
             ),
             *(f"  {bad}" for bad in self.bad[:_NAMED]),
         ]
@@ -82,12 +82,12 @@ class ImagesNotAsStored(KreaError):
 
 
 class CorruptShard(KreaError):
-    """A shard that was read back is not what was to be written."""
+    """A shard does not have the content that it should."""
 
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One image of a shard. ``record`` is what is handed on beside it; ``file`` its name."""
+    """One image of a shard. ``record`` has its exported columns; ``file`` is its name."""
 
     place: int
     key: str
@@ -97,15 +97,10 @@ class ImageEntry:
     record: dict[str, Any]
     parameters: str | None
 
-    @property
-    def line(self) -> str:
-        """The record as JSON."""
-        return line_of(self.record)
-
 
 @dataclass(frozen=True)
 class ExportedImage:
-    """An image as it is written, and its hash, which is another where parameters are in it."""
+    """An image file to write, and its hash, which embedded parameters change."""
 
     item: ImageEntry
     data: bytes
@@ -114,7 +109,7 @@ class ExportedImage:
 
 @dataclass(frozen=True)
 class ShardContent:
-    """What a shard holds: rows in order, without their images. ``table`` is handed on."""
+    """The rows of a shard in order, without their images. ``table`` has the exported columns."""
 
     table: pa.Table
     facts: pa.Table
@@ -123,14 +118,14 @@ class ShardContent:
 
     @cached_property
     def items(self) -> list[ImageEntry]:
-        """The images, one for each row."""
+        """Return the images, one per row."""
         facts = self.facts.to_pydict()
         made = []
         for place, (key, record) in enumerate(zip(self.keys, records(self.table), strict=True)):
             location = facts["image_path"][place]
             ending = ending_of(location)
             parameters = (
-                line_of({name: facts[name][place] for name in _PARAMETERS})
+                to_json({name: facts[name][place] for name in _PARAMETERS})
                 if self.embed and ending == "png"
                 else None
             )
@@ -148,23 +143,23 @@ class ShardContent:
         return made
 
     def ready(self, item: ImageEntry, exported: str) -> dict[str, Any]:
-        """A row's record as it is written beside its image."""
+        """Return a row's record to write."""
         return {**item.record, "exported_sha256": exported} if self.embed else item.record
 
 
 def ending_of(location: str) -> str:
-    """The ending of an image's file, which the store gave it by what is in it."""
+    """Return the file extension of an image, which was chosen by its content."""
     return location.rpartition("/")[2].rpartition(".")[2].lower()
 
 
-#: Columns that ``ShardContent.facts`` has.
+#: The columns of ``ShardContent.facts``.
 FACTS: Final = tuple(dict.fromkeys(["image_path", *_PARAMETERS]))
 
 
-def pictures(
+def read_images(
     content: ShardContent, storage: Storage, bad: Callable[[BadImage], object]
 ) -> Iterator[ExportedImage]:
-    """Yield the images of a shard; those that are not as they should be are told and left out."""
+    """Yield the images of a shard; bad ones are reported and left out."""
     facts = content.facts
     for item in content.items:
         try:
@@ -176,7 +171,7 @@ def pictures(
         else:
             sha256 = hashlib.sha256(data).hexdigest()
             if sha256 == item.sha256:
-                yield _ready(item, data)
+                yield _exported(item, data)
                 continue
             why = f"has the sha256 {sha256} instead of {item.sha256}"
         bad(
@@ -189,21 +184,21 @@ def pictures(
         )
 
 
-def check_picture(item: ImageEntry, data: bytes) -> str:
-    """Return the sha256 of an exported image that is the right one. Raises CorruptShard."""
+def check_image(item: ImageEntry, data: bytes) -> str:
+    """Return the sha256 of an exported image. Raises CorruptShard where it is another image."""
     sha256 = hashlib.sha256(data).hexdigest()
     original = sha256
     if item.parameters is not None:
         plain, text = without_parameters(data)
         original = hashlib.sha256(plain).hexdigest()
         if text != item.parameters:
-            raise CorruptShard(f"{item.file} has other parameters in it")
+            raise CorruptShard(f"{item.file} has other embedded parameters")
     if original != item.sha256:
         raise CorruptShard(f"{item.file} has the sha256 {original} instead of {item.sha256}")
     return sha256
 
 
-def _ready(item: ImageEntry, data: bytes) -> ExportedImage:
+def _exported(item: ImageEntry, data: bytes) -> ExportedImage:
     if item.parameters is None:
         return ExportedImage(item, data, item.sha256)
     made = with_parameters(data, item.parameters)
@@ -211,14 +206,14 @@ def _ready(item: ImageEntry, data: bytes) -> ExportedImage:
 
 
 def with_parameters(data: bytes, text: str) -> bytes:
-    """A PNG file with a text in a chunk behind its header."""
+    """Return a PNG file with a text chunk after its header."""
     body = _KEYWORD + b"\0\0\0\0\0" + text.encode()
     chunk = struct.pack(">I", len(body)) + b"iTXt" + body
     return data[:_HEADER] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + data[_HEADER:]
 
 
 def without_parameters(data: bytes) -> tuple[bytes, str | None]:
-    """The file as it was before ``with_parameters``, and the text; None where it has none."""
+    """Undo ``with_parameters``: return the original file and the text, None where it has none."""
     if not data.startswith(_PNG) or data[_HEADER + 4 : _HEADER + 8] != b"iTXt":
         return data, None
     (length,) = struct.unpack_from(">I", data, _HEADER)

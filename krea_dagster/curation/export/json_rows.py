@@ -1,4 +1,4 @@
-"""Rows of a table as JSON has them: what shards hold beside an image, and what tells them apart."""
+"""Rows of a table as JSON values: the metadata in shards, and the input of their fingerprints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import pyarrow.compute as pc
 
 
 def records(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield each row as values that JSON takes.
+    """Yield each row as JSON values.
 
-    Times are ISO 8601, decimals and bytes are text (base64), and a number without bound or that
-    is none is null.
+    Times are ISO 8601, decimals are text, bytes are base64, and NaN and infinity are null.
     """
     names = table.column_names
     columns = [_values(column) for column in table.columns]
@@ -26,13 +25,8 @@ def records(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, row, strict=True))
 
 
-def line_of(record: dict[str, Any]) -> str:
-    """A record as one line of JSON; equal records give equal text."""
-    return text_of(record)
-
-
-def text_of(value: Any) -> str:
-    """A value that ``records`` gave as JSON."""
+def to_json(value: Any) -> str:
+    """Return a value of ``records`` as one line of JSON; equal values give equal text."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -59,7 +53,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value of any other type, however deep, as JSON takes it."""
+    """Return a value of any other type, nested or not, as JSON values."""
     match value:
         case dict():
             return {str(name): _plain(one) for name, one in value.items()}

@@ -1,8 +1,7 @@
-"""Parquet files as the datasets library reads them: the images inside, as an Image column.
+"""Parquet shards for the ``datasets`` library, with the images inside as an Image column.
 
-The column ``image`` is a struct of the file's bytes and its name, and the schema says so in the
-metadata that ``datasets`` writes itself. Row groups are small, because a reader that wants one
-image reads a row group.
+The column ``image`` is a struct of the file's bytes and name, and the schema has the metadata that
+``datasets`` writes. Row groups are small, because reading one image means reading its row group.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from krea_dagster.curation.export.image_content import (
     CorruptShard,
     ExportedImage,
     ShardContent,
-    check_picture,
+    check_image,
 )
 from krea_dagster.curation.export.json_rows import records
 
@@ -28,13 +27,13 @@ _GROUP_BYTES: Final = 32_000_000
 _IMAGE: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_parquet(path: Path, content: ShardContent, pictures: Iterator[ExportedImage]) -> None:
-    """Write a shard; one row group is in memory at a time."""
+def write_parquet(path: Path, content: ShardContent, images: Iterator[ExportedImage]) -> None:
+    """Write a shard, with one row group in memory at a time."""
     schema = shard_schema(content)
     with pq.ParquetWriter(
         path,
         schema,
-        # Images are compressed already, and no two are alike.
+        # Images are compressed already, and distinct.
         compression={
             name: "none" if name.startswith("image.") else "zstd" for name in _leaves(schema)
         },
@@ -43,12 +42,12 @@ def write_parquet(path: Path, content: ShardContent, pictures: Iterator[Exported
     ) as writer:
         group: list[ExportedImage] = []
         size = 0
-        for picture in pictures:
-            if group and size + len(picture.data) > _GROUP_BYTES:
+        for image in images:
+            if group and size + len(image.data) > _GROUP_BYTES:
                 writer.write_table(_group(content, group, schema))
                 group, size = [], 0
-            group.append(picture)
-            size += len(picture.data)
+            group.append(image)
+            size += len(image.data)
             if len(group) == _GROUP_IMAGES:
                 writer.write_table(_group(content, group, schema))
                 group, size = [], 0
@@ -57,7 +56,7 @@ def write_parquet(path: Path, content: ShardContent, pictures: Iterator[Exported
 
 
 def check_parquet(path: Path, content: ShardContent) -> list[str]:
-    """Read a shard back; return the sha256 of each image in it. Raises CorruptShard."""
+    """Verify a shard; return the sha256 of each image in it. Raises CorruptShard."""
     found: list[str] = []
     schema = shard_schema(content)
     others = schema.names[1:]
@@ -74,13 +73,11 @@ def check_parquet(path: Path, content: ShardContent) -> list[str]:
                 for item, image in zip(items, group["image"], strict=True):
                     value = image.as_py()
                     if value["path"] != item.file:
-                        raise CorruptShard(
-                            f"{path.name}: {item.file} is missing, or in another place"
-                        )
-                    shas.append(check_picture(item, value["bytes"]))
+                        raise CorruptShard(f"{path.name}: {item.file} is missing or misplaced")
+                    shas.append(check_image(item, value["bytes"]))
                 expected = _columns(content, [item.place for item in items], shas)
                 if not _same(group.select(others), expected):
-                    raise CorruptShard(f"{path.name} holds other values")
+                    raise CorruptShard(f"{path.name} has other values")
                 found += shas
     except (pa.ArrowException, OSError) as error:
         raise CorruptShard(f"{path.name} cannot be read: {error}") from None
@@ -88,14 +85,14 @@ def check_parquet(path: Path, content: ShardContent) -> list[str]:
 
 
 def shard_schema(content: ShardContent) -> pa.Schema:
-    """The columns of a shard, with what ``datasets`` wants to know of them."""
-    own = [pa.field("exported_sha256", pa.string())] if content.embed else []
-    fields = [pa.field("image", _IMAGE), *content.table.schema, *own]
+    """Return the columns of a shard, with the metadata of ``datasets``."""
+    added = [pa.field("exported_sha256", pa.string())] if content.embed else []
+    fields = [pa.field("image", _IMAGE), *content.table.schema, *added]
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     for field in fields[1:]:
         feature = _feature(field.type)
         if feature is None:
-            # Of a type that it has no name for: then it finds out for itself, all but the images.
+            # It has no stable name for this type, so it must infer the features.
             features = {}
             break
         features[field.name] = feature
@@ -104,12 +101,12 @@ def shard_schema(content: ShardContent) -> pa.Schema:
     return pa.schema([pa.field(f.name, f.type) for f in fields], metadata)
 
 
-#: Arrow's names of types, where ``datasets`` has others.
+#: Arrow's type names that differ in ``datasets``.
 _NAMES: Final = {"double": "float64", "float": "float32", "halffloat": "float16"}
 
 
 def _feature(kind: pa.DataType) -> Any:
-    """How ``datasets`` writes a type; None for one that it writes in no stable way."""
+    """Return how ``datasets`` describes a type, None where it has no stable description."""
     if pa.types.is_list(kind) and not pa.types.is_nested(kind.value_type):
         inner = _feature(kind.value_type)
         return None if inner is None else {"feature": inner, "_type": "Sequence"}
@@ -122,11 +119,8 @@ def _feature(kind: pa.DataType) -> Any:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """The names of a file's columns as Parquet has them."""
-    names = []
-    for field in schema:
-        names += _paths(field.name, field.type)
-    return names
+    """Return the Parquet paths of the columns."""
+    return [path for field in schema for path in _paths(field.name, field.type)]
 
 
 def _paths(name: str, kind: pa.DataType) -> list[str]:
@@ -161,5 +155,5 @@ def _columns(content: ShardContent, places: list[int], shas: list[str]) -> pa.Ta
 def _same(found: pa.Table, expected: pa.Table) -> bool:
     if found.equals(expected):
         return True
-    # Numbers that are none are not equal to themselves.
+    # NaN is not equal to itself.
     return list(records(found)) == list(records(expected))

@@ -1,7 +1,7 @@
-"""What an export will hold: which image is in which split and shard, and what is there already.
+"""The plan of an export: the split and shard of each image.
 
-Made before anything is written, and equal for equal rows: a killed export finds its own plan
-again, and goes on.
+It is made before anything is written, and deterministic: a killed export computes the same plan
+again and resumes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.arrow import as_array
 from krea_dagster.curation.export.image_content import FACTS, ShardContent, ending_of
 from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.shard_assignment import place
@@ -25,7 +26,7 @@ from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.splits import leaking, split_numbers
 from krea_dagster.curation.export.target import FORMAT_VERSION
 
-#: Raised where the same rows would be written as other bytes.
+#: Increased when the same rows would be written as other bytes.
 _WRITER: Final = 1
 
 _ENDINGS: Final = {"webdataset": ".tar", "parquet": ".parquet"}
@@ -49,11 +50,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The shards, in order, and what was left out.
+    """The shards in order, and what was left out.
 
-    ``leaked`` counts by split the images that are left out because a later split has one alike.
-    ``likeness_known`` says whether near-duplicates were looked for at all, or only equal files.
-    ``endings`` are those of the files.
+    ``leaked`` counts by split the images left out because a later split has a similar one.
+    ``likeness_known``: whether near-duplicates are known, or only equal files. ``endings`` are the
+    extensions of the files.
     """
 
     shards: tuple[Shard, ...]
@@ -63,19 +64,19 @@ class ExportPlan:
 
     @property
     def images(self) -> int:
-        """How many are in all shards."""
+        """Return the number of images."""
         return sum(len(one.rows) for one in self.shards)
 
     def of(self, split: str) -> list[Shard]:
-        """The shards of a split."""
+        """Return the shards of a split."""
         return [one for one in self.shards if one.split == split]
 
     def rows(self) -> Numbers:
-        """The rows of all shards, in order."""
+        """Return the rows of all shards, in order."""
         return np.concatenate([one.rows for one in self.shards] or [np.zeros(0, np.int64)])
 
     def version(self, card: str) -> str:
-        """The name of this export: 16 hexadecimal digits, from all that it holds."""
+        """Return the version's name: 16 hexadecimal digits, a hash of its content."""
         hashed = hashlib.sha256(f"krea-dagster/{FORMAT_VERSION}/version\x1f{card}".encode())
         for one in self.shards:
             hashed.update(f"\x1f{one.name}\x1f{one.fingerprint}".encode())
@@ -83,21 +84,21 @@ class ExportPlan:
 
 
 def make_plan(
-    rows: SelectedRows, spec: ExportSpec, alike: pa.Table | None, index: pa.Table | None
+    rows: SelectedRows, spec: ExportSpec, similar: pa.Table | None, index: pa.Table | None
 ) -> ExportPlan:
-    """Say where each row goes.
+    """Return the plan.
 
-    ``alike`` has ``image_sha256`` and ``cluster`` of images that are alike, None where nobody has
-    looked. ``index`` is that of the version before, where it had the same layout.
+    ``similar`` has ``image_sha256`` and ``cluster`` of near-duplicates, None where they are
+    unknown. ``index`` is that of the previous version, if it had the same layout.
     """
     splits = split_numbers(rows.column("prompt"), spec.splits)
     dropped = np.zeros(len(rows), np.bool_)
     if len(spec.splits) > 1 and not spec.leaks:
-        dropped = leaking(splits, _alike(rows.column("image_sha256"), alike))
+        dropped = leaking(splits, _similar_groups(rows.column("image_sha256"), similar))
     shards: list[Shard] = []
     for number, split in enumerate(spec.splits):
         members = np.flatnonzero((splits == number) & ~dropped)
-        old, lost = _before(rows.keys[members], split.name, index)
+        old, lost = _previous_shards(rows.keys[members], split.name, index)
         placed = place(
             old,
             rows.sizes[members],
@@ -123,18 +124,18 @@ def make_plan(
     paths = rows.column("image_path")
     names = pc.unique(pc.replace_substring_regex(paths, r"^.*\.", ""))
     endings = {ending_of(f".{name}") for name in names.to_pylist()}
-    return ExportPlan(tuple(shards), dict(counts), alike is not None, tuple(sorted(endings)))
+    return ExportPlan(tuple(shards), dict(counts), similar is not None, tuple(sorted(endings)))
 
 
 def shard_name(spec: ExportSpec, split: str, number: int) -> str:
-    """The name of a shard below its version: a file, or a folder."""
+    """Return the name of a shard below its version: a file, or a folder."""
     if spec.form in ONE_FILE:
         return f"data/{split}-{number:05d}{_ENDINGS[spec.form]}"
     return f"{split}/{number:05d}"
 
 
 def shard_layout(spec: ExportSpec) -> dict[str, Any]:
-    """What must be the same for a later version to put its images where this one has them."""
+    """Return what must be equal for a later version to keep its images in the same shards."""
     return {
         "form": spec.form,
         "splits": [str(one) for one in spec.splits],
@@ -144,7 +145,7 @@ def shard_layout(spec: ExportSpec) -> dict[str, Any]:
 
 
 def content_of(rows: SelectedRows, spec: ExportSpec, shard: Shard) -> ShardContent:
-    """The rows of a shard."""
+    """Return the rows of a shard."""
     needed = list(dict.fromkeys([*rows.columns, *FACTS]))
     table = rows.take(shard.rows, needed)
     keys = [key.decode() for key in rows.keys[shard.rows].tolist()]
@@ -161,20 +162,21 @@ def _fingerprint(rows: SelectedRows, spec: ExportSpec, members: Numbers) -> str:
     return hashed.hexdigest()
 
 
-def _alike(images: pa.ChunkedArray, alike: pa.Table | None) -> Numbers:
+def _similar_groups(images: pa.ChunkedArray, similar: pa.Table | None) -> Numbers:
+    """Return the number of each image's group: its cluster, or images with the same hash."""
     groups = images
-    if alike is not None and len(alike):
-        known = alike["image_sha256"].combine_chunks()
-        clusters = alike["cluster"].take(pc.index_in(images, value_set=known))
+    if similar is not None and len(similar):
+        known = as_array(similar["image_sha256"])
+        clusters = similar["cluster"].take(pc.index_in(images, value_set=known))
         groups = pc.coalesce(clusters, images)
     texts = groups.cast(pa.large_string()).combine_chunks().dictionary_encode()
     return np.asarray(texts.indices.to_numpy(), np.int64)
 
 
-def _before(
+def _previous_shards(
     keys: npt.NDArray[np.bytes_], split: str, index: pa.Table | None
 ) -> tuple[Numbers, frozenset[int]]:
-    """Where each key was, -1 for none, and which shards have lost some."""
+    """Return the previous shard of each key, -1 for none, and the shards that have lost some."""
     if index is None:
         return np.full(len(keys), -1, np.int64), frozenset()
     found = index.filter(pc.equal(index["split"], split))

@@ -1,8 +1,8 @@
-"""Chooses the rows of an export, and keeps them on disk while it is made.
+"""Selects the rows of an export, and keeps them on disk during the export.
 
-They come from ``accepted/<partition>.parquet``, or from the manifests where all stored images are
-wanted. What is chosen is written to a temporary file and mapped into memory, so that a shard takes
-its rows from there however many there are.
+They come from ``accepted/<partition>.parquet``, or from the manifests for all stored images.
+Selected rows are written to a temporary file and memory-mapped, so their number is not limited by
+memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.export.json_rows import line_of, records
+from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec, Filter
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
@@ -29,11 +28,10 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_name, manifest_names, no_column
 from krea_dagster.prompts import safe_name
 
-#: Columns that mean nothing elsewhere, and are left out unless they are asked for: where the file
-#: lies on this machine, which run looked last, and why there is no image.
+#: Columns that are only meaningful in the storage root, and are exported only if they are named.
 LEFT_OUT: Final = ("status", "image_path", "reused", "error_code", "error_message")
 
-#: What an export needs of every row, whether it hands it on or not.
+#: Columns that an export needs, also if they are not exported.
 _NEEDED: Final = (
     "prompt_id",
     "sample",
@@ -52,8 +50,8 @@ _NEEDED: Final = (
 )
 _ROWS: Final = 10_000
 
-#: Names that a form has for its own columns.
-_OWN: Final = {
+#: Column names reserved by a format.
+_RESERVED: Final = {
     "parquet": ("image",),
     "imagefolder": ("image", "file_name"),
     "jsonl": ("file_name",),
@@ -64,26 +62,20 @@ _OWN: Final = {
 Numbers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Left:
-    """Rows that were read and are not in the export: by the filters, or because they come twice."""
-
-    by_filter: int = 0
-    repeated: int = 0
-
-
 class SelectedRows:
-    """The chosen rows, sorted by their keys. Close it, or use it in a ``with`` statement.
+    """The selected rows, sorted by their keys. Close it, or use it in a ``with`` statement.
 
-    ``keys`` are 24 hexadecimal digits each, from the request, the prompt_id and the sample: they
-    name an image in the export for good. ``digests`` are sha256 of all that is written for a row.
-    ``sizes`` are the bytes of the images.
+    ``keys`` are 24 hexadecimal digits, from the request, the prompt_id and the sample: the
+    permanent name of an image in exports. ``digests`` are the sha256 of all that is written for a
+    row. ``sizes`` are the bytes of the images. ``left_by_filter`` and ``repeated`` count rows that
+    were read and left out.
     """
 
-    def __init__(self, spool: _RowFile, columns: Sequence[str], left: Left) -> None:
-        self._spool = spool
+    def __init__(self, file: _RowFile, columns: Sequence[str], left_by_filter: int) -> None:
+        self._file = file
         self.columns = tuple(columns)
-        self.left = left
+        self.left_by_filter = left_by_filter
+        self.repeated = 0
         self.keys: npt.NDArray[np.bytes_] = np.zeros(0, "S24")
         self.digests = np.zeros((0, 32), np.uint8)
         self.sizes: Numbers = np.zeros(0, np.int64)
@@ -100,44 +92,45 @@ class SelectedRows:
 
     def close(self) -> None:
         """Remove the temporary file."""
-        self._spool.close()
+        self._file.close()
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns that are handed on."""
-        return pa.schema([self._spool.schema.field(name) for name in self.columns])
+        """Return the exported columns."""
+        return pa.schema([self._file.schema.field(name) for name in self.columns])
 
     def take(self, rows: Numbers, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return these rows, in this order: all columns, or some."""
-        return self._spool.take(self._places[rows], columns)
+        """Return these rows in this order, with all columns or some."""
+        return self._file.take(self._places[rows], columns)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of all rows."""
+        """Return a column of all rows."""
         return self.take(np.arange(len(self)), [name])[name]
 
     def sort(self) -> None:
-        """Name each row, put all in the order of their names, and leave out what comes twice."""
+        """Compute keys, digests and sizes, sort the rows by key, and drop repeated ones."""
         keys: list[bytes] = []
         digests: list[bytes] = []
         sizes: list[int] = []
-        for batch in self._spool.batches():
+        for batch in self._file.batches():
             table = pa.Table.from_batches([batch])
             keys += _keys(table)
-            digests += map(_digest, records(table.select(self.columns)), _shas(table))
+            images = table["image_sha256"].to_pylist()
+            digests += map(_digest, records(table.select(self.columns)), images)
             sizes += table["image_bytes"].fill_null(0).to_pylist()
         found, first = np.unique(np.array(keys, "S24"), return_index=True)
-        self.left = Left(self.left.by_filter, len(keys) - len(found))
+        self.repeated = len(keys) - len(found)
         self.keys, self._places = found, first.astype(np.int64)
         joined = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
         self.digests = joined[first]
         self.sizes = np.array(sizes, np.int64)[first]
 
 
-def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> SelectedRows:
-    """Read the rows that are wanted.
+def select_rows(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> SelectedRows:
+    """Select the rows of an export.
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
-    are in none of the files or have a name that the form needs.
+    are in no file or have a reserved name.
     """
     names = _names(storage, spec, folders)
     files = [_schema_of(storage, name) for name in names]
@@ -145,37 +138,38 @@ def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> S
         schema = pa.unify_schemas(files, promote_options="permissive")
     except pa.ArrowException as error:
         raise ConfigError(
-            f"a column is of one type in some partitions and of another in others: {error}. Give "
-            "it one type in the prompt table, and materialize them again; nothing was published"
+            f"a column has different types in different partitions: {error}. Give it one type in "
+            "the prompt table, and materialize the partitions again; nothing was published"
         ) from None
     known = schema.names
     columns = spec.columns or [name for name in known if name not in LEFT_OUT]
     for name in [*columns, *_NEEDED, *(one.column for one in spec.filters)]:
         if name not in known:
             raise no_column(name, known)
-    own = [*_OWN[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
-    if taken := [name for name in columns if name in own]:
+    reserved = [*_RESERVED[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
+    if taken := [name for name in columns if name in reserved]:
         raise ConfigError(
-            f"the table has a column {taken[0]!r}, which {spec.form} has of its own; rename it "
-            "in the table, or name the columns that you want"
+            f"the table has a column {taken[0]!r}, which is reserved in {spec.form}; rename it in "
+            "the prompt table, or select the columns to export"
         )
     kept = pa.schema([_decoded(schema.field(name)) for name in dict.fromkeys([*columns, *_NEEDED])])
-    spool = _RowFile(kept)
+    file = _RowFile(kept)
     try:
         left = 0
+        filtered = [one.column for one in spec.filters]
         for name in names:
-            for batch in _batches(storage, name, [*kept.names, *_filtered(spec)]):
+            for batch in _batches(storage, name, [*kept.names, *filtered]):
                 mask = _mask(batch, spec.filters)
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
-                spool.write(batch.filter(mask))
-        rows = SelectedRows(spool, columns, Left(left))
+                file.write(batch.filter(mask))
+        rows = SelectedRows(file, columns, left)
         rows.sort()
     except BaseException:
-        spool.close()
+        file.close()
         raise
     if not len(rows):
         rows.close()
-        raise ConfigError(_nothing(storage, spec, left))
+        raise ConfigError(_no_rows(storage, spec, left))
     return rows
 
 
@@ -185,7 +179,6 @@ def choose(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> S
 def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[str]:
     home = "manifest" if spec.everything else "accepted"
     if spec.partitions is None:
-        # The files of the accepted images are named as the manifests are.
         below = "/".join([home, *map(safe_name, folders)])
         names = (
             list(manifest_names(storage, folders))
@@ -203,7 +196,7 @@ def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[s
             + (
                 "Materialize image_manifest first"
                 if spec.everything
-                else "Materialize accepted_images first, or ask for all stored images (--all)"
+                else "Materialize accepted_images first, or export all stored images (--all)"
             )
         )
     found = [
@@ -223,7 +216,7 @@ def _schema_of(storage: Storage, name: str) -> pa.Schema:
 
 
 def _decoded(field: pa.Field) -> pa.Field:
-    """A column without an encoding that differs from file to file."""
+    """Return a column without dictionary encoding, which differs from file to file."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     return pa.field(field.name, kind)
 
@@ -236,17 +229,12 @@ def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa
         for batch in opened.iter_batches(_ROWS, columns=[one for one in wanted if one in has]):
             stored = pc.and_(
                 pc.equal(batch.column("status"), State.STORED.value),
-                pc.and_(pc.is_valid(batch.column("image_sha256")), _has_path(batch)),
+                pc.and_(
+                    pc.is_valid(batch.column("image_sha256")),
+                    pc.is_valid(batch.column("image_path")),
+                ),
             )
             yield batch.filter(stored.fill_null(False))
-
-
-def _has_path(batch: pa.RecordBatch) -> pa.Array:
-    return pc.is_valid(batch.column("image_path"))
-
-
-def _filtered(spec: ExportSpec) -> list[str]:
-    return [one.column for one in spec.filters]
 
 
 def _mask(batch: pa.RecordBatch, filters: Sequence[Filter]) -> pa.Array:
@@ -268,19 +256,20 @@ def _matches(column: pa.Array, one: Filter) -> pa.Array:
         found = pc.is_in(column.cast(kind), value_set=values)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ConfigError(
-            f"the column {one.column!r} is {kind}, and cannot be {' or '.join(given)!r}: {error}"
+            f"the column {one.column!r} has the type {kind}, which {' or '.join(given)!r} is not: "
+            f"{error}"
         ) from None
     return pc.or_(found, pc.is_null(column)) if "" in one.values else found
 
 
-def _nothing(storage: Storage, spec: ExportSpec, left: int) -> str:
+def _no_rows(storage: Storage, spec: ExportSpec, left: int) -> str:
     kind = "stored" if spec.everything else "accepted"
     if left:
-        return f"no {kind} image passes the filters; {left} were left out by them"
+        return f"no {kind} image matches the filters, which left out {left}"
     return f"there is no {kind} image in the tables of {storage.locate('')}"
 
 
-# -- names and digests -----------------------------------------------------------------------
+# -- keys and digests ------------------------------------------------------------------------
 
 
 def _keys(table: pa.Table) -> list[bytes]:
@@ -299,19 +288,14 @@ def _keys(table: pa.Table) -> list[bytes]:
 
 
 def _digest(record: dict[str, Any], image_sha256: str) -> bytes:
-    return hashlib.sha256(f"{line_of(record)}\x1f{image_sha256}".encode()).digest()
-
-
-def _shas(table: pa.Table) -> list[str]:
-    found: list[str] = table["image_sha256"].to_pylist()
-    return found
+    return hashlib.sha256(f"{to_json(record)}\x1f{image_sha256}".encode()).digest()
 
 
 # -- the temporary file ----------------------------------------------------------------------
 
 
 class _RowFile:
-    """Batches of rows in an Arrow file that is mapped into memory once it is read."""
+    """A temporary Arrow file of rows: first written, then memory-mapped."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema

@@ -1,9 +1,9 @@
-"""Which shard an image is in: where it was, and for a new one the last shard or a further one.
+"""Assigns images to shards. Pure.
 
-Pure. Shards are numbered from 0 without gaps. An image stays in its shard as long as it is in the
-export. New images fill the shards that have lost some, for these are written again anyway, then
-the last one, and then new ones. A shard that has lost all takes over those of the last shard, so
-that no number is missing.
+Shards are numbered from 0 without gaps. An image stays in its shard while it is in the export. New
+images first fill the shards that have lost some, which are rewritten anyway, then the last shard,
+then new ones. A shard that has lost all images takes those of the last shard, so that no number is
+missing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Numbers = npt.NDArray[np.int64]
 def place(
     old: Numbers, sizes: Numbers, lost: frozenset[int], *, most_images: int, most_bytes: int
 ) -> Numbers:
-    """Return the shard of each image of a split, in the order in which new ones are placed.
+    """Return the shard of each image of a split; new ones are assigned in this order.
 
-    ``old`` says where each was, -1 for a new one; ``sizes`` are bytes; ``lost`` are the shards
-    that have lost images since.
+    ``old`` is the previous shard of each, -1 for a new one; ``sizes`` are bytes; ``lost`` are the
+    shards that have lost images since.
     """
     shards: Numbers = np.array(old, np.int64)
     _close_gaps(shards)
@@ -48,7 +48,7 @@ def place(
 
 
 def _close_gaps(shards: Numbers) -> None:
-    """Give the numbers that nobody has to the images of the last shards."""
+    """Give unused numbers to the images of the last shards."""
     present = np.unique(shards[shards >= 0]).tolist()
     gaps = sorted(set(range(len(present))) - set(present))
     for gap, last in zip(gaps, reversed(present), strict=False):

@@ -1,9 +1,9 @@
-"""Brings the shards of an export into place: found there, linked, or written and read back."""
+"""Builds the shards of an export: each is found, linked, or written and verified."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,9 @@ from krea_dagster.curation.export.folder import check_folder, images_sha256, wri
 from krea_dagster.curation.export.image_content import (
     BadImage,
     CorruptShard,
-    ExportedImage,
     ImagesNotAsStored,
     ShardContent,
-    pictures,
+    read_images,
 )
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
 from krea_dagster.curation.export.plan import ExportPlan, Shard, content_of
@@ -29,13 +28,13 @@ from krea_dagster.engine.storage.storage import Storage
 _WRITE: Final = {"webdataset": write_tar, "parquet": write_parquet}
 _CHECK: Final = {"webdataset": check_tar, "parquet": check_parquet}
 
-#: Threads where the images are behind a URL, and most of the time is spent waiting.
+#: Threads where images or target are behind a URL: they mostly wait.
 _REMOTE_THREADS: Final = 8
 
 
 @dataclass(frozen=True)
 class ExportProgress:
-    """How far an export is: images that are in verified shards, of all."""
+    """The images in verified shards, of all images."""
 
     images: int
     total: int
@@ -43,7 +42,7 @@ class ExportProgress:
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A shard that is in its place and verified. ``shas`` are those of the images in it.
+    """A verified shard. ``how`` is ``found``, ``linked`` or ``written``; ``shas`` are its images'.
 
     ``crc32`` is of the shard's file, None where it is a folder.
     """
@@ -58,7 +57,7 @@ class FinishedShard:
 
 @dataclass(frozen=True)
 class PreviousVersion:
-    """The version before: its shards by fingerprint, and the hashes of its images by key."""
+    """The previous version: its shards by fingerprint, and the hashes of its images by key."""
 
     version: str
     shards: Mapping[str, Mapping[str, Any]]
@@ -68,10 +67,10 @@ class PreviousVersion:
     def read(
         cls, version: str | None, described: Mapping[str, Any] | None, target: ExportTarget
     ) -> PreviousVersion | None:
-        """Read a version; None where there is none, or none that is complete."""
+        """Read a version; None where there is no complete one."""
         if version is None or described is None:
             return None
-        # Hashes are other ones than the manifest's only where parameters are in the files.
+        # Hashes differ from the manifest's only where parameters are embedded.
         exported: dict[str, str] = {}
         if described.get("embed_parameters"):
             index = target.index(version)
@@ -83,14 +82,14 @@ class PreviousVersion:
 
 @dataclass
 class ShardBuilder:
-    """Brings the shards of one version into their places."""
+    """Builds the shards of one version."""
 
     storage: Storage
     target: ExportTarget
     rows: SelectedRows
     spec: ExportSpec
     version: str
-    before: PreviousVersion | None
+    previous: PreviousVersion | None
     on_progress: Callable[[ExportProgress], object]
     images: int
 
@@ -98,15 +97,14 @@ class ShardBuilder:
         self.bad: list[BadImage] = []
 
     def run(self, plan: ExportPlan, threads: int | None) -> list[FinishedShard]:
-        """Return the shards in the plan's order. Raises ImagesNotAsStored."""
+        """Build all shards; return them in the plan's order. Raises ImagesNotAsStored."""
         local = self.storage.folder is not None and self.target.is_folder
         workers = threads or ((os.cpu_count() or 1) if local else _REMOTE_THREADS)
         ready = 0
         with ThreadPoolExecutor(workers, "krea-export") as pool:
-            futures = [pool.submit(self.bring, shard) for shard in plan.shards]
+            futures = [pool.submit(self.build, shard) for shard in plan.shards]
             try:
                 for future in as_completed(futures):
-                    future.result()
                     if (done := future.result()) is not None:
                         ready += len(done.shard.rows)
                     self.on_progress(ExportProgress(ready, self.images))
@@ -119,11 +117,11 @@ class ShardBuilder:
             raise ImagesNotAsStored(order)
         return [done for future in futures if (done := future.result()) is not None]
 
-    def bring(self, shard: Shard) -> FinishedShard | None:
-        """Bring one shard into its place; None where images are bad, which are noted."""
+    def build(self, shard: Shard) -> FinishedShard | None:
+        """Build one shard; None where images are bad, which are added to ``bad``."""
         content = content_of(self.rows, self.spec, shard)
-        if self.bad:  # nothing will be published: the others are only looked at
-            for _ in pictures(content, self.storage, self.bad.append):
+        if self.bad:  # nothing will be published: the other images are only checked
+            for _ in read_images(content, self.storage, self.bad.append):
                 pass
             return None
         found = self._found(shard, content) or self._linked(shard, content)
@@ -144,23 +142,23 @@ class ShardBuilder:
     def _checked(self, shard: Shard, content: ShardContent, name: str) -> FinishedShard:
         folder = self.target.storage.folder
         if folder is not None:
-            return self._read_back(shard, content, "found", folder / name)
+            return self._verified(shard, content, "found", folder / name)
         with self.target.storage.scratch() as copy:
             self.target.fetch(name, copy)
-            return self._read_back(shard, content, "found", copy)
+            return self._verified(shard, content, "found", copy)
 
     def _linked(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
-        """Take a shard from the version before, where it is there and as it was."""
-        before = self.before
-        known = None if before is None else before.shards.get(shard.fingerprint)
-        if before is None or known is None or before.version == self.version:
+        """Link a shard of the previous version, where it is unchanged."""
+        previous = self.previous
+        known = None if previous is None else previous.shards.get(shard.fingerprint)
+        if previous is None or known is None or previous.version == self.version:
             return None
-        old, new = f"{before.version}/{known['name']}", f"{self.version}/{shard.name}"
+        old, new = f"{previous.version}/{known['name']}", f"{self.version}/{shard.name}"
         shas = [item.sha256 for item in content.items]
         if self.spec.embed_parameters:
-            if not before.exported.keys() >= set(content.keys):
+            if not previous.exported.keys() >= set(content.keys):
                 return None
-            shas = [before.exported[key] for key in content.keys]
+            shas = [previous.exported[key] for key in content.keys]
         if self.spec.form not in ONE_FILE:
             try:
                 check_folder(self.target, old, content, sidecars=self.spec.sidecars)
@@ -173,7 +171,7 @@ class ShardBuilder:
             return self._done(shard, content, "linked", shas)
         if self.target.storage.size_bytes(old) != known["bytes"]:
             return None
-        # An object store keeps checksums of its own, and reading all back would be a download.
+        # An object store has its own checksums, and verifying would download everything.
         if self.target.is_folder and self.target.crc32(old) != known["crc32"]:
             return None
         self.target.link(old, new)
@@ -182,27 +180,25 @@ class ShardBuilder:
         )
 
     def _written(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
-        already = len(self.bad)
-        source: Iterator[ExportedImage] = pictures(content, self.storage, self.bad.append)
+        bad_before = len(self.bad)
+        images = read_images(content, self.storage, self.bad.append)
         name = f"{self.version}/{shard.name}"
         if self.spec.form not in ONE_FILE:
-            write_folder(self.target, name, content, source, sidecars=self.spec.sidecars)
-            if len(self.bad) > already:
+            write_folder(self.target, name, content, images, sidecars=self.spec.sidecars)
+            if len(self.bad) > bad_before:
                 return None
             shas = check_folder(self.target, name, content, sidecars=self.spec.sidecars)
             return self._done(shard, content, "written", shas)
         with self.target.storage.scratch() as path:
-            _WRITE[self.spec.form](path, content, source)
-            if len(self.bad) > already:
+            _WRITE[self.spec.form](path, content, images)
+            if len(self.bad) > bad_before:
                 return None
-            done = self._read_back(shard, content, "written", path)
+            done = self._verified(shard, content, "written", path)
             self.target.send(path, name)
         return done
 
-    def _read_back(
-        self, shard: Shard, content: ShardContent, how: str, path: Path
-    ) -> FinishedShard:
-        """A shard's file that was read, and is as it should be. Raises CorruptShard."""
+    def _verified(self, shard: Shard, content: ShardContent, how: str, path: Path) -> FinishedShard:
+        """Verify a shard's file. Raises CorruptShard."""
         shas = _CHECK[self.spec.form](path, content)
         with path.open("rb") as file:
             crc32 = crc32_of(file)

@@ -1,4 +1,4 @@
-"""What a person wants of an export: form, splits, size of shards, columns, filters. Pure."""
+"""The specification of an export: form, splits, shard sizes, columns, filters. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from krea_dagster.errors import ConfigError
 
 Form = Literal["webdataset", "parquet", "imagefolder", "jsonl", "csv"]
 
-#: The forms of an export.
+#: The formats of an export.
 FORMS: Final[tuple[Form, ...]] = get_args(Form)
 
-#: Those of which a shard is one file; of the others it is a folder of images.
+#: Formats whose shard is one file; in the others it is a folder of images.
 ONE_FILE: Final = frozenset({"webdataset", "parquet"})
 
-#: A licence as the Hub and SPDX write it: ``mit``, ``cc-by-4.0``, ``LicenseRef-own``.
+#: A licence identifier of the Hub or SPDX: ``mit``, ``cc-by-4.0``, ``LicenseRef-own``.
 _LICENSE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A column and the values that a row may have there, as text; an empty one means none."""
+    """A column and the values that a row may have in it, as text; an empty text matches null."""
 
     column: str
     values: tuple[str, ...]
@@ -32,14 +32,29 @@ class Filter:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """What is wanted. Raises ConfigError for what cannot be.
+    """The specification of an export.
 
-    ``everything`` takes all stored images of the manifests, else the accepted ones. A shard has
-    at most ``shard_images`` images, and ``shard_bytes`` bytes of image files where more than one
-    image is in it. ``columns`` names those that are handed on beside the image, in their order;
-    None takes all but those that mean nothing elsewhere (``LEFT_OUT``). ``leaks`` may stay
-    where images alike are in two splits. ``license``, ``title`` and ``source`` (what the prompts
-    are of) are for the dataset card.
+    Args:
+        form: ``parquet`` (images inside), ``imagefolder``, ``webdataset`` (tar shards), ``jsonl``
+        or
+            ``csv`` (image files and a table).
+        splits: The splits and their shares of the prompts, which sum to 1.
+        everything: Export all stored images instead of the accepted ones.
+        partitions: Only these partitions; None for all.
+        filters: Only rows that match all of these.
+        columns: The exported columns, in order; None for all but those that are only meaningful in
+            the storage root, such as ``image_path``.
+        shard_images: The most images per shard.
+        shard_bytes: The most bytes of image files per shard; a single image may exceed it.
+        leaks: Keep similar images in several splits. By default only the last split keeps them.
+        embed_parameters: Write prompt, seed and other parameters into PNG files.
+        sidecars: Write a JSON file next to each image file.
+        license: The licence identifier for the dataset card.
+        title: The title of the dataset card.
+        source: The origin of the prompts, for the dataset card.
+
+    Raises:
+        ConfigError: A value is invalid.
     """
 
     form: Form = "parquet"
@@ -59,33 +74,39 @@ class ExportSpec:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise ConfigError(f"there is no form {self.form!r}; it is one of {', '.join(FORMS)}")
+            raise ConfigError(f"unknown form {self.form!r}; use one of {', '.join(FORMS)}")
         if self.shard_images < 1 or self.shard_bytes < 1:
-            raise ConfigError("a shard holds at least one image, and one byte")
+            raise ConfigError("shard_images and shard_bytes must be 1 or more")
         if self.sidecars and self.form in ONE_FILE:
             raise ConfigError(
-                f"sidecars lie beside image files, and {self.form} has none: a row's columns are "
-                "in the shard already"
+                f"sidecars need image files, which {self.form} does not have; its shards contain "
+                "the columns already"
             )
         if self.license is not None and not _LICENSE.fullmatch(self.license):
             raise ConfigError(
-                f"the licence {self.license[:80]!r} is not an identifier such as cc-by-4.0; "
-                "describe one of your own in words beside the dataset, and call it other"
+                f"the licence {self.license[:80]!r} is not an identifier such as cc-by-4.0; for "
+                "another licence use 'other', and describe it in a file of the dataset"
             )
 
     @classmethod
     def parse(
         cls, *, splits: Sequence[str] = (), where: Sequence[str] = (), **fields: Any
     ) -> ExportSpec:
-        """Make a spec of texts: ``splits`` as NAME=SHARE, ``where`` as COLUMN=VALUE.
+        """Return a specification with splits and filters from texts.
 
-        ``fields`` are the others. Raises ConfigError.
+        Args:
+            splits: ``NAME=SHARE`` each.
+            where: ``COLUMN=VALUE`` each.
+            **fields: The other fields.
+
+        Raises:
+            ConfigError: A text or value is invalid.
         """
         return cls(splits=parse_splits(splits), filters=parse_filters(where), **fields)
 
 
 def parse_filters(texts: Sequence[str]) -> tuple[Filter, ...]:
-    """Read filters: of one column any of the values, of several columns all. Raises ConfigError."""
+    """Parse filters; values of one column are alternatives. Raises ConfigError."""
     found: dict[str, list[str]] = {}
     for text in texts:
         column, equals, value = text.partition("=")

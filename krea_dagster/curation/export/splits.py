@@ -1,13 +1,13 @@
-"""Which split a prompt is in: by a hash of its text, so that it never leaks or moves. Pure.
+"""Assigns prompts to splits by a hash of their text, so that they never leak or move. Pure.
 
-A split is a range of the hash's values. Nothing else decides, neither the other rows nor their
-order, so that a row stays where it is as the table grows. Two rows with the same text, whatever
-their prompt_id, sample or seed, are in the same split; so are texts that differ only in case,
-in white space, or in how Unicode writes the same letters.
+A split is a range of hash values. It does not depend on the other rows or their order, so a row
+keeps its split as the table grows. Rows with the same text are in the same split, with any
+prompt_id, sample or seed, and so are texts that differ only in case, white space or Unicode
+normalization.
 
-Images that are alike may come from different prompts. Then the split named last keeps its own,
-and the others leave theirs out: no image moves, and growth of the first split, which is usually
-what is trained on, takes nothing from those that are held out.
+Similar images may have different prompts. Then the last split keeps its own, and the others leave
+theirs out. So no image moves, and growth of the first split, usually the training set, takes
+nothing from the held-out ones.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from krea_dagster.errors import ConfigError
 
 _VALUES: Final = 1 << 64
 
-#: Texts that are Python's at once.
+#: Texts converted to Python at a time.
 _PIECE: Final = 10_000
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 
-#: Names that the datasets library gives a meaning of their own.
+#: Names with a special meaning in the datasets library.
 _RESERVED: Final = frozenset({"all"})
 
 Numbers = npt.NDArray[np.int64]
@@ -42,14 +42,19 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """A name, and its share of the prompts: an exact decimal above 0."""
+    """A split.
+
+    Args:
+        name: Up to 40 letters, digits and underscores, beginning with a letter.
+        share: Its share of the prompts, above 0.
+    """
 
     name: str
     share: Decimal
 
     @classmethod
     def whole(cls, name: str) -> Split:
-        """The one split that has all."""
+        """Return a split of all prompts."""
         return cls(name, Decimal(1))
 
     def __str__(self) -> str:
@@ -57,7 +62,7 @@ class Split:
 
 
 def parse_splits(texts: Sequence[str]) -> tuple[Split, ...]:
-    """Read ``NAME=SHARE``, in order; the shares must sum to 1. None at all is ``train=1``.
+    """Parse ``NAME=SHARE`` texts, whose shares must sum to 1; none mean ``train=1``.
 
     Raises ConfigError.
     """
@@ -72,11 +77,11 @@ def parse_splits(texts: Sequence[str]) -> tuple[Split, ...]:
             raise ConfigError(f"the split {text!r} is not NAME=SHARE, such as train=0.9")
         if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
             raise ConfigError(
-                f"a split cannot be called {name!r}: up to 40 letters, digits or _, of which the "
-                "first is a letter, and not the word all"
+                f"invalid split name {name!r}; use up to 40 letters, digits or _, beginning with a "
+                "letter, and not 'all'"
             )
         if name.lower() in {one.name.lower() for one in splits}:
-            raise ConfigError(f"the split {name!r} is given twice")
+            raise ConfigError(f"duplicate split {name!r}")
         splits.append(Split(name, share))
     if not splits:
         return (Split.whole("train"),)
@@ -86,19 +91,19 @@ def parse_splits(texts: Sequence[str]) -> tuple[Split, ...]:
 
 
 def normal(text: str) -> str:
-    """A prompt's text as it is hashed: without case, and with single spaces."""
+    """Return a prompt's text for hashing: casefolded, normalized, with single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split_numbers(prompts: pa.ChunkedArray, splits: Sequence[Split]) -> Numbers:
-    """Return of each prompt the number of its split."""
+    """Return the number of each prompt's split."""
     if len(splits) == 1:
         return np.zeros(len(prompts), np.int64)
     texts = pc.fill_null(prompts.cast(pa.large_string()).combine_chunks(), "").dictionary_encode()
-    different = texts.dictionary
-    hashes = np.empty(len(different), np.uint64)
-    for begin in range(0, len(different), _PIECE):
-        piece = different.slice(begin, _PIECE).to_pylist()
+    distinct = texts.dictionary
+    hashes = np.empty(len(distinct), np.uint64)
+    for begin in range(0, len(distinct), _PIECE):
+        piece = distinct.slice(begin, _PIECE).to_pylist()
         hashes[begin : begin + _PIECE] = [_hash(text) for text in piece]
     ends, total = [], Decimal(0)
     for one in splits[:-1]:
@@ -108,16 +113,16 @@ def split_numbers(prompts: pa.ChunkedArray, splits: Sequence[Split]) -> Numbers:
     return np.asarray(of[texts.indices.to_numpy()], np.int64)
 
 
-def leaking(splits: Numbers, alike: Numbers) -> npt.NDArray[np.bool_]:
-    """Return which rows are left out, because a later split has an image that is alike.
+def leaking(splits: Numbers, groups: Numbers) -> npt.NDArray[np.bool_]:
+    """Return which rows to leave out because a later split has a similar image.
 
-    ``alike`` numbers the groups of images that are alike, from 0.
+    ``groups`` numbers the groups of similar images, from 0.
     """
     if not len(splits):
         return np.zeros(0, np.bool_)
-    last = np.zeros(int(alike.max()) + 1, np.int64)
-    np.maximum.at(last, alike, splits)
-    return np.asarray(splits < last[alike])
+    last = np.zeros(int(groups.max()) + 1, np.int64)
+    np.maximum.at(last, groups, splits)
+    return np.asarray(splits < last[groups])
 
 
 def _hash(text: str) -> int:

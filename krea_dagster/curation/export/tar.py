@@ -1,7 +1,7 @@
-"""WebDataset shards: a tar file in which the files of an image share a name, one after the other.
+"""WebDataset shards: tar files in which the files of an image are adjacent and share a name.
 
-``<key>.png``, ``<key>.txt`` (the prompt) and ``<key>.json`` (the row). Nothing in the file hangs
-on when or by whom it was written, so that equal rows give equal bytes.
+``<key>.png``, ``<key>.txt`` (the prompt) and ``<key>.json`` (the row). Times and owners are
+constant, so equal rows give equal bytes.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from krea_dagster.curation.export.image_content import (
     CorruptShard,
     ExportedImage,
     ShardContent,
-    check_picture,
+    check_image,
 )
 
 
-def write_tar(path: Path, content: ShardContent, pictures: Iterator[ExportedImage]) -> None:
-    """Write a shard; one image is in memory at a time."""
+def write_tar(path: Path, content: ShardContent, images: Iterator[ExportedImage]) -> None:
+    """Write a shard, with one image in memory at a time."""
     prompts = content.facts["prompt"]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for picture in pictures:
-            item = picture.item
-            line = json.dumps(content.ready(item, picture.sha256), ensure_ascii=False)
-            _add(tar, item.file, picture.data)
+        for image in images:
+            item = image.item
+            line = json.dumps(content.ready(item, image.sha256), ensure_ascii=False)
+            _add(tar, item.file, image.data)
             _add(tar, f"{item.key}.txt", (prompts[item.place].as_py() or "").encode())
             _add(tar, f"{item.key}.json", line.encode())
 
 
 def check_tar(path: Path, content: ShardContent) -> list[str]:
-    """Read a shard back; return the sha256 of each image in it. Raises CorruptShard."""
+    """Verify a shard; return the sha256 of each image in it. Raises CorruptShard."""
     prompts = content.facts["prompt"]
     found: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for item in content.items:
-                sha256 = check_picture(item, _next(tar, item.file))
+                sha256 = check_image(item, _next(tar, item.file))
                 text = _next(tar, f"{item.key}.txt").decode()
                 record = json.loads(_next(tar, f"{item.key}.json"))
                 if text != (prompts[item.place].as_py() or ""):
-                    raise CorruptShard(f"{path.name}: the prompt of {item.key} is another")
+                    raise CorruptShard(f"{path.name}: the prompt of {item.key} differs")
                 if record != content.ready(item, sha256):
-                    raise CorruptShard(f"{path.name}: the row of {item.key} is another")
+                    raise CorruptShard(f"{path.name}: the row of {item.key} differs")
                 found.append(sha256)
             if tar.next() is not None:
-                raise CorruptShard(f"{path.name} holds more than it should")
+                raise CorruptShard(f"{path.name} has extra files")
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise CorruptShard(f"{path.name} cannot be read: {error}") from None
     return found
@@ -63,10 +63,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _next(tar: tarfile.TarFile, name: str) -> bytes:
     info = tar.next()
-    # All that were read are kept otherwise, for looking them up by name.
+    # tarfile would keep all members in memory, for lookups by name.
     tar.members = []  # type: ignore[attr-defined] # the stubs do not have it
     file = None if info is None or info.name != name else tar.extractfile(info)
     if file is None:
-        raise CorruptShard(f"{name} is missing, or in another place")
+        raise CorruptShard(f"{name} is missing or misplaced")
     with file:
         return file.read()

@@ -1,18 +1,18 @@
-"""Where an export goes: a folder or an object store, with versions that are there whole or not.
+"""The target of an export: a folder or an object store with atomically published versions.
 
 .. code-block:: text
 
-    <target>/LATEST             the name of the version that counts; written last
-    <target>/latest             the same as a link, where the target is a folder
-    <target>/<version>/         one export, never changed once it is published
+    <target>/LATEST             the name of the current version; written last
+    <target>/latest             the same as a symbolic link, where the target is a folder
+    <target>/<version>/         one export, immutable once it is published
         README.md               the dataset card
-        export.json             what it holds; no version is complete without it
+        export.json             its content; a version without it is incomplete
         index.parquet           each image: its shard, its row, its hashes
         …                       the shards
 
-A reader that goes by ``LATEST`` (or the link) sees the old export or the new one, never half.
-What has not changed since the version before is a hard link in a folder, and a copy made by the
-store itself in an object store.
+A reader of ``LATEST`` (or the link) sees the old export or the new one, never a partial one. Shards
+that are unchanged since the previous version are hard links in a folder, and server-side copies in
+an object store.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ _PIECE: Final = 1 << 20
 
 
 class ExportTarget:
-    """A folder or URL that exports are written to. Methods may be called in several threads."""
+    """A folder or URL for exports. Thread-safe."""
 
     def __init__(self, root: str) -> None:
         self.storage = Storage(root)
         self._numbers = count()
         self._made: set[str] = set()
-        self._loose = False
+        self._unsynced = False
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is on this machine."""
+        """Whether it is a local folder."""
         return self.storage.folder is not None
 
     def locate(self, name: str) -> str:
-        """The path or URL of a name."""
+        """Return the path or URL of a name."""
         return self.storage.locate(name)
 
     def latest(self) -> str | None:
-        """The version that counts; None where there is none yet."""
+        """Return the current version; None where there is none yet."""
         try:
             with self.storage.open(LATEST) as file:
                 found = file.read(64).decode("ascii", "replace").strip()
@@ -88,7 +88,7 @@ class ExportTarget:
         return found if _VERSION.fullmatch(found) else None
 
     def described(self, version: str) -> dict[str, Any] | None:
-        """What a version says that it holds; None where it is not complete, or of another kind."""
+        """Return a version's ``export.json``; None where it is incomplete or of another format."""
         try:
             found = json.loads(self.read(f"{version}/{EXPORT}"))
         except (FileNotFoundError, ValueError):
@@ -98,7 +98,7 @@ class ExportTarget:
         return found
 
     def index(self, version: str) -> pa.Table:
-        """The index of a version; empty where somebody has removed it."""
+        """Return the index of a version; empty where it was removed."""
         try:
             with self.storage.open(f"{version}/{INDEX}") as file:
                 return pq.read_table(file)
@@ -106,12 +106,12 @@ class ExportTarget:
             return INDEX_SCHEMA.empty_table()
 
     def publish(self, version: str) -> None:
-        """Make a complete version the one that counts. Raises StorageError.
+        """Make a complete version the current one. Raises StorageError.
 
-        Another export may remove old versions meanwhile (``prune``), and this one with them.
+        Another export may remove old versions at the same time (``prune``), including this one.
         """
-        if self._loose and hasattr(os, "sync"):
-            os.sync()  # they were not made durable one by one
+        if self._unsynced and hasattr(os, "sync"):
+            os.sync()  # small files were not synced one by one
         else:
             for folder in self._made:
                 sync_folder(folder)
@@ -141,32 +141,32 @@ class ExportTarget:
         if self.described(version) is None:
             raise StorageError(
                 f"the version {version} of {self.locate('')} was removed by another export before "
-                "it was published. What was published before counts on. Export again."
+                "it was published. The previous version stays current. Export again."
             )
 
     def read(self, name: str) -> bytes:
-        """A file's bytes. Raises FileNotFoundError."""
+        """Return a file's bytes. Raises FileNotFoundError."""
         with self.storage.open(name) as file:
             return file.read()
 
     def crc32(self, name: str) -> str:
-        """The CRC-32 of a file's bytes. Raises FileNotFoundError."""
+        """Return the CRC-32 of a file. Raises FileNotFoundError."""
         with self.storage.open(name) as file:
             return crc32_of(file)
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy a file to this machine. Raises FileNotFoundError."""
+        """Download a file. Raises FileNotFoundError."""
         with self.storage.open(name) as source, path.open("wb") as copy:
             shutil.copyfileobj(source, copy, _PIECE)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small file whole or not at all, without waiting until it is durable."""
+        """Write a small file atomically, without waiting until it is durable."""
         if self.storage.folder is None:
             self.storage.write(name, lambda file: _put(file, data))
             return
         path = self._path(name)
-        temporary = self._beside(path)
-        self._loose = True
+        temporary = self._temporary(path)
+        self._unsynced = True
         try:
             temporary.write_bytes(data)
             temporary.replace(path)
@@ -174,13 +174,13 @@ class ExportTarget:
             temporary.unlink(missing_ok=True)
 
     def link(self, old: str, new: str) -> None:
-        """Give a file a second name, without sending its bytes again where that can be."""
+        """Give a file a second name: a hard link, or a copy where that is not possible."""
         if self.storage.folder is None:
             fs, path = fsspec.core.url_to_fs(self.locate(new))
             fs.cp_file(fsspec.core.url_to_fs(self.locate(old))[1], path)
             return
         path = self._path(new)
-        temporary = self._beside(path)
+        temporary = self._temporary(path)
         try:
             try:
                 temporary.hardlink_to(self.storage.folder / old)
@@ -191,14 +191,14 @@ class ExportTarget:
             temporary.unlink(missing_ok=True)
 
     def send(self, temporary: Path, name: str) -> None:
-        """Give a finished file its name, durably. Raises StorageError where it is cut short."""
+        """Publish a finished file, durably. Raises StorageError where it is truncated."""
         size = temporary.stat().st_size
         self.storage.publish(temporary, name)
         if self.storage.size_bytes(name) != size:
             raise StorageError(f"{self.locate(name)} is not the {size} bytes that were written")
 
     def prune(self, keep: int) -> list[str]:
-        """Remove complete versions but the last ``keep``; return those that are gone."""
+        """Remove complete versions except the last ``keep``; return the removed ones."""
         latest = self.latest()
         found = {}
         for name in list(self.storage.names("")):
@@ -210,7 +210,7 @@ class ExportTarget:
         order = sorted(found, key=lambda version: (cast("Any", found[version]), version))
         gone = order[: max(0, len(order) - (keep - 1))]
         for version in gone:
-            # First what makes it count as complete.
+            # First the file that makes it complete.
             self.storage.remove(f"{version}/{EXPORT}")
             for name in list(self.storage.names(version)):
                 self.storage.remove(name)
@@ -226,14 +226,14 @@ class ExportTarget:
             self._made.add(parent)
         return path
 
-    def _beside(self, path: Path) -> Path:
+    def _temporary(self, path: Path) -> Path:
         return path.with_name(f".{os.getpid()}-{next(self._numbers)}.part")
 
 
 def crc32_of(file: BinaryIO) -> str:
-    """The CRC-32 of what a file holds from here on, as 8 hexadecimal digits.
+    """Return the CRC-32 of the rest of a file, as 8 hexadecimal digits.
 
-    It finds damage at a seventh of a sha256's cost; the images' own sha256 are in the index.
+    It detects damage at a seventh of the cost of sha256, which the index has for the images.
     """
     found = 0
     while piece := file.read(_PIECE):

@@ -1,4 +1,4 @@
-"""What lies beside an export's shards: the tables of loose files, the index, the card."""
+"""The other files of a version: the tables of image files, the index, the dataset card."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from krea_dagster.curation.export.spec import ONE_FILE
 from krea_dagster.curation.export.target import EXPORT, FORMAT_VERSION, INDEX, INDEX_SCHEMA
 
 
-def finish(
-    work: ShardBuilder,
+def write_version_files(
+    builder: ShardBuilder,
     plan: ExportPlan,
-    done: Sequence[FinishedShard],
+    shards: Sequence[FinishedShard],
     card: str,
     facts: DatasetFacts,
 ) -> Mapping[str, Any]:
-    """Write the tables, the index and the card, and last what makes the version complete."""
-    target, spec, version = work.target, work.spec, work.version
+    """Write the tables, the index and the card, and finally ``export.json``; return its content."""
+    target, spec, version = builder.target, builder.spec, builder.version
     if spec.form in TABLES:
         for split in spec.splits:
             name = TABLES[spec.form].format(split=split.name)
             names: list[str] = []
-            lines = _table(work, [one for one in done if one.shard.split == split.name], names)
+            of_split = [one for one in shards if one.shard.split == split.name]
+            lines = _table(builder, of_split, names)
             target.storage.write(f"{version}/{name}", partial(_all, pieces=lines))
             with target.storage.open(f"{version}/{name}") as file:
                 check_table(spec.form, file, names)
-    target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, work, done))
+    target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, builder, shards))
     target.storage.write(f"{version}/README.md", partial(_all, pieces=[card.encode()]))
     described = {
         "format_version": FORMAT_VERSION,
@@ -47,7 +48,7 @@ def finish(
         "images": plan.images,
         "splits": dict(facts.splits),
         "credits_charged": facts.credits,
-        "bytes": sum(one.bytes for one in done),
+        "bytes": sum(one.bytes for one in shards),
         "shards": [
             {
                 "name": one.shard.name,
@@ -59,7 +60,7 @@ def finish(
                 "images_sha256": one.images_sha256,
                 "fingerprint": one.shard.fingerprint,
             }
-            for one in done
+            for one in shards
         ],
     }
     text = json.dumps(described, indent=1) + "\n"
@@ -67,15 +68,17 @@ def finish(
     return described
 
 
-def _table(work: ShardBuilder, done: Sequence[FinishedShard], names: list[str]) -> Iterator[bytes]:
-    """The table of a split, shard by shard; appends the names of its files to ``names``."""
-    form = work.spec.form
-    own = ["exported_sha256"] if work.spec.embed_parameters else []
+def _table(
+    builder: ShardBuilder, shards: Sequence[FinishedShard], names: list[str]
+) -> Iterator[bytes]:
+    """Yield the table of a split, shard by shard; append the names of its files to ``names``."""
+    form = builder.spec.form
+    added = ["exported_sha256"] if builder.spec.embed_parameters else []
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-        for one in done:
-            content = content_of(work.rows, work.spec, one.shard)
-            # The table of an imagefolder lies in the split's folder, the others above it.
+        for one in shards:
+            content = content_of(builder.rows, builder.spec, one.shard)
+            # The table of an imagefolder is in the split's folder, the others are above it.
             folder = one.shard.name
             if form == "imagefolder":
                 folder = folder.partition("/")[2]
@@ -83,22 +86,22 @@ def _table(work: ShardBuilder, done: Sequence[FinishedShard], names: list[str]) 
                 names.append(f"{folder}/{item.file}")
                 yield names[-1], content.ready(item, sha)
 
-    return table_lines(form, rows(), columns=[*work.rows.columns, *own])
+    return table_lines(form, rows(), columns=[*builder.rows.columns, *added])
 
 
-def _write_index(file: BinaryIO, work: ShardBuilder, done: Sequence[FinishedShard]) -> None:
+def _write_index(file: BinaryIO, builder: ShardBuilder, shards: Sequence[FinishedShard]) -> None:
     with pq.ParquetWriter(file, INDEX_SCHEMA, compression="zstd") as writer:
-        for one in done:
+        for one in shards:
             shard = one.shard
-            facts = work.rows.take(
+            facts = builder.rows.take(
                 shard.rows, ["prompt_id", "sample", "request_key", "image_path", "image_sha256"]
             )
-            keys = [key.decode() for key in work.rows.keys[shard.rows].tolist()]
+            keys = [key.decode() for key in builder.rows.keys[shard.rows].tolist()]
             files = [
                 f"{key}.{ending_of(path)}"
                 for key, path in zip(keys, facts["image_path"].to_pylist(), strict=True)
             ]
-            folder = "" if work.spec.form in ONE_FILE else f"{shard.name}/"
+            folder = "" if builder.spec.form in ONE_FILE else f"{shard.name}/"
             columns = {
                 "key": keys,
                 "split": [shard.split] * len(keys),

@@ -70,7 +70,7 @@ def test_without_a_review_every_stored_image_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("status", ["planned", "failed", "unknown", "completed", None])
-def test_what_is_not_stored_is_not_accepted(status: str | None) -> None:
+def test_a_row_that_is_not_stored_is_not_accepted(status: str | None) -> None:
     assert reasons(rows("a", status=status), Rules(), Evidence(NOBODY)) == ["not stored"]
 
 
@@ -86,13 +86,13 @@ def test_a_rejected_image_is_out_and_a_flagged_one_waits() -> None:
     assert found == ["accepted", "rejected", "flagged", "accepted"]
 
 
-def test_where_a_keep_is_required_an_image_that_nobody_kept_waits() -> None:
+def test_with_require_keep_an_image_without_a_verdict_waits() -> None:
     verdicts = said(a="keep", b="reject", c="flag")
     found = reasons(rows("a", "b", "c", "d"), Rules(require_keep=True), Evidence(verdicts))
     assert found == ["accepted", "rejected", "flagged", "not reviewed"]
 
 
-def test_a_measure_out_of_its_range_is_out_even_where_a_person_kept_it() -> None:
+def test_a_keep_does_not_override_a_range() -> None:
     measures = pa.table(
         {"image_sha256": [sha("a"), sha("b"), sha("d")], "sharpness": [120.0, 10.0, None]}
     )
@@ -101,7 +101,7 @@ def test_a_measure_out_of_its_range_is_out_even_where_a_person_kept_it() -> None
     assert found == ["accepted", "sharpness>=50", "not measured", "not measured"]
 
 
-def test_what_is_certainly_out_of_one_range_does_not_wait_for_another_measure() -> None:
+def test_a_failed_range_takes_precedence_over_a_missing_measure() -> None:
     measures = pa.table({"image_sha256": [sha("a")], "sharpness": [1.0], "own": [float("nan")]})
     rules = Rules.parse(["own>0.5", "sharpness>=50"])
     assert reasons(rows("a"), rules, Evidence(NOBODY, measures)) == ["sharpness>=50"]
@@ -116,7 +116,7 @@ def test_what_is_certainly_out_of_one_range_does_not_wait_for_another_measure() 
         ("border_share<0.1", "<", 0.1),
     ],
 )
-def test_a_range_is_read_from_a_text(text: str, operator: str, bound: float) -> None:
+def test_a_range_is_parsed(text: str, operator: str, bound: float) -> None:
     found = Range.parse(text)
     assert (found.operator, found.bound) == (operator, bound)
     assert Range.parse(str(found)) == found
@@ -125,7 +125,7 @@ def test_a_range_is_read_from_a_text(text: str, operator: str, bound: float) -> 
 @pytest.mark.parametrize(
     "text", ["", "sharpness", "sharpness=1", ">=1", "a>=b", "a>=nan", "a>=inf"]
 )
-def test_a_range_that_cannot_be_read_says_how_to_write_one(text: str) -> None:
+def test_an_invalid_range_is_rejected_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="write MEASURE>=NUMBER"):
         Range.parse(text)
 
@@ -157,7 +157,7 @@ def duplicates(verdicts: pa.Table, **rules: Any) -> list[str]:
     return reasons(table, Rules(one_of_duplicates=True, **rules), Evidence(verdicts, None, spare))
 
 
-def test_of_images_that_are_alike_the_one_to_keep_is_accepted() -> None:
+def test_of_similar_images_the_one_to_keep_is_accepted() -> None:
     assert duplicates(NOBODY) == ["accepted", "duplicate", "duplicate", "accepted", "accepted"]
 
 
@@ -167,12 +167,12 @@ def test_where_the_one_to_keep_is_rejected_the_nearest_to_it_takes_its_place() -
     ]  # fmt: skip
 
 
-def test_where_a_keep_is_required_the_kept_one_of_a_cluster_is_accepted() -> None:
+def test_with_require_keep_the_kept_image_of_a_cluster_is_accepted() -> None:
     found = duplicates(said(b="keep", d="keep"), require_keep=True)
     assert found == ["duplicate", "accepted", "duplicate", "accepted", "not reviewed"]
 
 
-def test_a_cluster_of_which_all_are_rejected_has_none() -> None:
+def test_a_cluster_with_only_rejected_images_has_no_accepted_one() -> None:
     found = duplicates(said(a="reject", b="reject", c="reject"))
     assert found[:3] == ["rejected"] * 3
 
@@ -197,7 +197,7 @@ def test_more_than_wanted_are_taken_by_keep_then_sample_then_prompt() -> None:
     ]  # fmt: skip
 
 
-def test_the_choice_does_not_hang_on_the_order_of_the_rows() -> None:
+def test_the_choice_does_not_depend_on_the_order_of_rows() -> None:
     table = rows(*"abcdefgh")
     kept = [name in "gh" for name in "abcdefgh"]
     chosen = taken(table, [0] * 8, [3], kept)
@@ -225,7 +225,7 @@ def test_an_image_that_two_rows_of_a_group_share_counts_once() -> None:
     assert taken(table, [0, 1, 1], [2, 2], [False] * 3) == ["accepted"] * 3
 
 
-def test_what_is_not_accepted_is_left_as_it_is() -> None:
+def test_other_reasons_stay_unchanged() -> None:
     table = rows("a", "b", "c")
     before = pa.array(["rejected", "accepted", "accepted"])
     found = limit_to_wanted(
@@ -250,7 +250,7 @@ def numbered(**verdicts: tuple[str, int]) -> pa.Table:
     )
 
 
-def test_a_version_hangs_on_the_verdicts_of_its_own_images_alone() -> None:
+def test_a_version_depends_only_on_the_verdicts_of_its_images() -> None:
     one = numbered(a=("keep", 1))
     both = numbered(a=("keep", 1), z=("reject", 2))
     assert version("a", "b", verdicts=one) == version("b", "a", verdicts=both)
@@ -260,18 +260,18 @@ def test_a_version_hangs_on_the_verdicts_of_its_own_images_alone() -> None:
     assert version(verdicts=both) == version("c", verdicts=both)
 
 
-def test_a_later_verdict_is_another_version_though_it_says_the_same() -> None:
+def test_a_later_equal_verdict_gives_another_version() -> None:
     assert version("a", verdicts=numbered(a=("keep", 1))) != version(
         "a", verdicts=numbered(a=("keep", 2))
     )
 
 
-def test_row_names_tell_rows_of_one_image_apart() -> None:
+def test_row_names_are_unique_for_rows_of_one_image() -> None:
     table = pa.concat_tables([rows("a"), rows("a", sample=1), rows("b")])
     assert len(set(row_names(table).to_pylist())) == 3
 
 
-def test_a_measure_may_be_whole_in_one_partition_and_broken_in_another(tmp_path: Path) -> None:
+def test_a_measure_may_be_integer_in_one_partition_and_float_in_another(tmp_path: Path) -> None:
     """As a function of one's own gives them: Parquet then has another type in each file."""
     storage = Storage(str(tmp_path))
     for name, scores in (("a", [1, 3]), ("b", [2.5, 0.5])):

@@ -1,4 +1,4 @@
-"""A process that exports, and is killed after so many shards: for tests of what is left then."""
+"""A process that exports and kills itself after some shards, for tests of resuming."""
 
 from __future__ import annotations
 

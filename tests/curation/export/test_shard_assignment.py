@@ -36,12 +36,12 @@ def test_a_shard_that_has_lost_an_image_takes_a_new_one() -> None:
     assert put([0, 1, -1, 1, 1, 2, 0], lost={0}) == [0, 1, 0, 1, 1, 2, 0]
 
 
-def test_a_shard_that_has_lost_all_takes_over_those_of_the_last() -> None:
+def test_an_empty_shard_takes_the_images_of_the_last() -> None:
     assert put([0, 2, 2, 3], lost={1}) == [0, 2, 2, 1]
 
 
 @given(st.data())
-def test_whatever_comes_and_goes_numbers_have_no_gap_and_shards_stay_within_bounds(
+def test_numbers_have_no_gap_and_shards_stay_within_bounds(
     data: st.DataObject,
 ) -> None:
     sizes = np.array(data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=60)), np.int64)

@@ -30,7 +30,7 @@ def test_each_split_has_about_its_share_of_the_prompts() -> None:
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=30), st.lists(st.text(max_size=20)))
-def test_no_prompt_moves_whatever_is_added_or_in_which_order(
+def test_no_prompt_moves_when_rows_are_added_or_reordered(
     texts: list[str], more: list[str]
 ) -> None:
     alone = numbers(texts, "train=0.5", "test=0.5")
@@ -46,18 +46,18 @@ def test_a_split_that_is_added_at_the_end_takes_only_from_the_one_before_it() ->
 
 
 @pytest.mark.parametrize("same", ["A  red\tcat", "a red cat ", "A RED CAT", "ａ red cat"], ids=repr)
-def test_case_spaces_and_unicode_forms_make_no_other_prompt(same: str) -> None:
+def test_case_spaces_and_unicode_forms_do_not_change_the_split(same: str) -> None:
     assert normal(same) == normal("a red cat") == "a red cat"
 
 
-def test_these_splits_hold_for_good() -> None:
+def test_the_hash_of_splits_never_changes() -> None:
     """Published datasets hang on it: a change of the hash would move their images."""
     texts = ["a harbor at dawn", "straße", "", *(f"prompt {n}" for n in range(12))]
     found = "".join("abc"[n] for n in numbers(texts, "a=0.5", "b=0.3", "c=0.2"))
     assert found == "aaababcaabcaaba"
 
 
-def test_of_images_alike_the_last_split_keeps_its_own_and_the_others_leave_theirs_out() -> None:
+def test_the_last_split_keeps_its_similar_images() -> None:
     splits = np.array([0, 1, 0, 0, 2, 1])
     alike = np.array([7, 7, 3, 3, 1, 1])
     assert leaking(splits, alike).tolist() == [True, False, False, False, False, True]
@@ -79,13 +79,13 @@ def test_growth_of_the_first_split_takes_nothing_from_those_held_out() -> None:
         (["train"], "not NAME=SHARE"),
         (["train=nan"], "not NAME=SHARE"),
         (["train=-1", "test=2"], "not NAME=SHARE"),
-        (["train/x=1"], "cannot be called"),
-        (["all=1"], "not the word all"),
-        (["train=0.5", "Train=0.5"], "given twice"),
+        (["train/x=1"], "invalid split name"),
+        (["all=1"], "and not 'all'"),
+        (["train=0.5", "Train=0.5"], "duplicate split"),
     ],
     ids=str,
 )
-def test_a_split_that_cannot_be_is_refused(texts: list[str], said: str) -> None:
+def test_an_invalid_split_is_rejected(texts: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_splits(texts)
 

@@ -1,4 +1,4 @@
-"""What the figures of a picture say, on pictures whose figures are known beforehand."""
+"""The built-in measures, on images whose measures are known."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def checkerboard(square: int, side: int = 256) -> Image.Image:
 
 
 def waves(width: int, height: int, kind: int = 0) -> Image.Image:
-    """A smooth picture of whole numbers, the same on every machine."""
+    """Draw a smooth image of integers, the same on every machine."""
     y, x = np.indices((height, width), dtype=np.int64)
     x, y = x * 1024 // width, y * 1024 // height
     red = (x * x // 700 + y * (3 + kind)) % 512
@@ -46,9 +46,9 @@ def waves(width: int, height: int, kind: int = 0) -> Image.Image:
 def framed(share: float) -> Image.Image:
     """Noise of 200 pixels a side within a white frame, so that it takes this share of the area."""
     side = round(200 / (1 - share) ** 0.5 / 2) * 2
-    picture = Image.new("RGB", (side, side), "white")
-    picture.paste(noise(200), ((side - 200) // 2, (side - 200) // 2))
-    return picture
+    image = Image.new("RGB", (side, side), "white")
+    image.paste(noise(200), ((side - 200) // 2, (side - 200) // 2))
+    return image
 
 
 def bits(one: bytes, other: bytes) -> int:
@@ -56,7 +56,7 @@ def bits(one: bytes, other: bytes) -> int:
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()
 
 
-# -- pictures whose figures are known ---------------------------------------------------------
+# -- images with known measures --------------------------------------------------------------
 
 
 def test_one_flat_colour_has_no_structure_at_all() -> None:
@@ -87,7 +87,7 @@ def test_a_gradient_holds_every_level_of_grey_once() -> None:
 
 
 @pytest.mark.parametrize("square", [1, 2, 8, 32])
-def test_a_checkerboard_is_half_of_each_colour_whatever_its_squares(square: int) -> None:
+def test_a_checkerboard_of_any_size_is_half_of_each_colour(square: int) -> None:
     found = measure(checkerboard(square))
     assert found.brightness == pytest.approx(0.5)
     assert found.contrast == pytest.approx(0.5)
@@ -103,16 +103,16 @@ def test_smaller_squares_are_sharper() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
 def test_a_frame_counts_by_the_area_it_takes(share: float) -> None:
-    picture = framed(share)
-    taken = 1 - 200 * 200 / (picture.width * picture.height)
-    assert measure(picture).border_share == pytest.approx(taken)
+    image = framed(share)
+    taken = 1 - 200 * 200 / (image.width * image.height)
+    assert measure(image).border_share == pytest.approx(taken)
 
 
 def test_bars_may_be_of_two_colours_and_on_one_side_only() -> None:
-    picture = Image.new("RGB", (200, 300), "black")
-    picture.paste((250, 250, 250), (0, 0, 200, 30))
-    picture.paste(noise(200), (0, 30))
-    assert measure(picture).border_share == pytest.approx(100 / 300)
+    image = Image.new("RGB", (200, 300), "black")
+    image.paste((250, 250, 250), (0, 0, 200, 30))
+    image.paste(noise(200), (0, 30))
+    assert measure(image).border_share == pytest.approx(100 / 300)
     two = Image.new("L", (100, 100), 0)
     two.paste(255, (0, 0, 100, 50))
     assert measure(two).border_share == 1.0
@@ -151,7 +151,7 @@ def test_blur_lowers_sharpness(seed: int, radius: float) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(width=st.integers(1, 150), height=st.integers(1, 150), seed=st.integers(0, 1000))
-def test_any_size_gives_figures_within_their_ranges(width: int, height: int, seed: int) -> None:
+def test_any_size_gives_measures_within_their_ranges(width: int, height: int, seed: int) -> None:
     shape = (height, width, 3)
     found = measure(Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8)))
     assert len(found.perceptual_hash) == 32
@@ -173,14 +173,14 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
 
 
 def test_a_negative_keeps_contrast_and_sharpness() -> None:
-    picture = waves(200, 200).convert("L")
-    found, negative = measure(picture), measure(ImageOps.invert(picture))
+    image = waves(200, 200).convert("L")
+    found, negative = measure(image), measure(ImageOps.invert(image))
     assert negative.brightness == pytest.approx(1 - found.brightness)
     assert negative.contrast == pytest.approx(found.contrast)
     assert negative.sharpness == pytest.approx(found.sharpness)
 
 
-# -- kinds of pictures ------------------------------------------------------------------------
+# -- modes -----------------------------------------------------------------------------------
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -191,11 +191,11 @@ def test_transparency_is_laid_on_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "CMYK", "YCbCr", "RGBA", "RGB"])
-def test_a_picture_of_any_mode_has_about_the_figures_of_its_rgb(mode: str) -> None:
-    picture = checkerboard(16).convert("RGB")
-    found = measure(picture.convert(mode))
+def test_an_image_of_any_mode_has_about_the_measures_of_its_rgb(mode: str) -> None:
+    image = checkerboard(16).convert("RGB")
+    found = measure(image.convert(mode))
     assert found.brightness == pytest.approx(0.5, abs=0.01)
-    assert bits(found.perceptual_hash, measure(picture).perceptual_hash) <= NEAR_BITS
+    assert bits(found.perceptual_hash, measure(image).perceptual_hash) <= NEAR_BITS
 
 
 def test_grey_of_16_bits_counts_from_black_to_white() -> None:
@@ -204,14 +204,14 @@ def test_grey_of_16_bits_counts_from_black_to_white() -> None:
     assert measure(deep) == measure(gradient())
 
 
-def test_what_is_plain_is_not_copied() -> None:
-    picture = noise(16)
-    assert to_grey_or_rgb(picture) is picture
+def test_an_rgb_image_is_not_copied() -> None:
+    image = noise(16)
+    assert to_grey_or_rgb(image) is image
 
 
 # -- the perceptual hash ----------------------------------------------------------------------
 
-#: What pdqhash 0.2.8, which wraps the reference, says of these pictures: hash and quality.
+#: Hash and quality of these images by pdqhash 0.2.8, which wraps the reference.
 REFERENCE = {
     (1024, 1024, 0): (
         "aaa5fe985542569c55b0a9635ff6ad744001a9435577ad477ff685e079e08960",
@@ -247,24 +247,24 @@ def test_the_hash_is_the_one_of_the_reference_library(width: int, height: int, k
     assert (found.perceptual_hash.hex(), found.perceptual_hash_quality) == (expected, quality)
 
 
-def test_a_picture_at_another_size_or_compressed_again_keeps_its_hash() -> None:
-    picture = waves(512, 512)
+def test_a_resized_or_recompressed_image_keeps_its_hash() -> None:
+    image = waves(512, 512)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=30)
-    own = measure(picture).perceptual_hash
+    image.save(file, "JPEG", quality=30)
+    own = measure(image).perceptual_hash
     with Image.open(file) as again:
         assert bits(own, measure(again).perceptual_hash) <= NEAR_BITS
-    smaller = picture.resize((300, 300), Image.Resampling.LANCZOS)
+    smaller = image.resize((300, 300), Image.Resampling.LANCZOS)
     assert bits(own, measure(smaller).perceptual_hash) <= NEAR_BITS
 
 
-def test_other_pictures_have_other_hashes() -> None:
+def test_other_images_have_other_hashes() -> None:
     own = measure(waves(256, 256)).perceptual_hash
     for other in (waves(256, 256, 1), noise(256), checkerboard(32)):
         assert bits(own, measure(other).perceptual_hash) > 2 * NEAR_BITS
 
 
-def test_a_picture_with_little_in_it_says_so() -> None:
+def test_an_image_with_little_structure_has_a_low_quality() -> None:
     plain_ = np.full((256, 256), 200, np.uint8)
     plain_[100:120, 100:120] = 190
     assert perceptual_hash(plain_)[1] < LEAST_QUALITY

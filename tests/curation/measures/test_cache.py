@@ -1,4 +1,4 @@
-"""The cache of figures: durable, for several writers at once, and never in the way."""
+"""The cache of measures: durable, for concurrent writers, and never fatal for a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scores(storage: Storage, version: str = "1") -> MeasureCache:
 
 
 def found(cache: MeasureCache, numbers: range) -> dict[bytes, float | None]:
-    """What the cache knows of these, by hash; each once."""
+    """Return the cached values of these by hash, each once."""
     table = cache.find(digests(pa.array([sha(number) for number in numbers])))
     values = dict(zip(table[KEY].to_pylist(), table["value"].to_pylist(), strict=True))
     assert len(values) == len(table)
@@ -46,7 +46,7 @@ def found(cache: MeasureCache, numbers: range) -> dict[bytes, float | None]:
 
 
 def write_scores(root: str, numbers: range) -> None:
-    """Take note of a value for each number, and write one file for each."""
+    """Write a file with a value for each number."""
     cache = scores(Storage(root))
     for number in numbers:
         with MeasureWriter(cache) as writer:
@@ -70,7 +70,7 @@ def test_what_was_written_is_found_by_another_process_and_nothing_else_is(storag
     assert found(again, range(5, 20)) == {bytes.fromhex(sha(at)): float(at) for at in range(5, 10)}
 
 
-def test_no_value_is_an_answer_too(storage: Storage) -> None:
+def test_a_missing_value_is_cached(storage: Storage) -> None:
     with MeasureWriter(scores(storage)) as writer:
         writer.add(sha(1), (None,))
     assert found(scores(storage), range(3)) == {bytes.fromhex(sha(1)): None}
@@ -82,7 +82,7 @@ def test_another_version_knows_nothing_yet(storage: Storage) -> None:
     assert found(scores(storage, version="2"), range(3)) == {}
 
 
-def test_many_small_files_become_one_and_lose_nothing(storage: Storage) -> None:
+def test_small_files_are_merged_without_loss(storage: Storage) -> None:
     cache = scores(storage)
     for number in range(100):
         with MeasureWriter(cache) as writer:
@@ -98,7 +98,7 @@ class NothingRemoved(Storage):
         raise PermissionError(f"{name} may not be removed")
 
 
-def test_where_nothing_may_be_removed_the_small_files_stay_and_nothing_is_lost(
+def test_without_permission_to_remove_files_nothing_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = scores(NothingRemoved(str(tmp_path)))
@@ -110,7 +110,7 @@ def test_where_nothing_may_be_removed_the_small_files_stay_and_nothing_is_lost(
     assert caplog.text.count("are not merged") == 1
 
 
-def test_several_processes_write_and_tidy_up_at_once_and_lose_nothing(tmp_path: Path) -> None:
+def test_processes_that_write_and_merge_at_once_lose_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     root = str(tmp_path)
     parts = [range(start, start + 40) for start in (0, 30, 60)]  # some are written twice
@@ -129,7 +129,7 @@ def test_several_processes_write_and_tidy_up_at_once_and_lose_nothing(tmp_path: 
     assert values == {bytes.fromhex(sha(at)): float(at) for at in range(100)}
 
 
-def test_notes_are_written_when_they_have_waited_long_enough_or_are_many(tmp_path: Path) -> None:
+def test_rows_are_written_after_a_time_or_when_there_are_many(tmp_path: Path) -> None:
     now_s = [0.0]
     cache = scores(Storage(str(tmp_path)))
     writer = MeasureWriter(cache, wait_s=60.0, clock=lambda: now_s[0])
@@ -145,7 +145,7 @@ def test_notes_are_written_when_they_have_waited_long_enough_or_are_many(tmp_pat
     assert len(found(cache, range(2003))) == 2003
 
 
-def test_threads_may_take_notes_at_once(tmp_path: Path) -> None:
+def test_threads_may_add_rows_at_once(tmp_path: Path) -> None:
     cache = scores(Storage(str(tmp_path)))
     with MeasureWriter(cache, keep=True) as writer, ThreadPoolExecutor(4) as pool:
         for number in range(5000):
@@ -164,7 +164,7 @@ def test_a_run_measures_what_it_decodes(storage: Storage) -> None:
     assert tuple(row.values()) == measure(drawn(2)).values()
 
 
-def test_a_run_goes_on_where_figures_cannot_be_written(
+def test_a_run_continues_where_measures_cannot_be_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "measures").write_text("in the way")

@@ -1,4 +1,4 @@
-"""Measuring partitions: each file read once, whatever stops in between, and what is wrong named."""
+"""Measuring partitions: each file is read once, also after a crash, and failures are named."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Redness:
         self.batches: list[int] = []
         self._fails_on = [drawn(number).tobytes() for number in fails_on]
 
-    def __call__(self, pictures: list[Image.Image]) -> list[float]:
-        self.batches.append(len(pictures))
-        assert {picture.mode for picture in pictures} == {"RGB"}
-        if any(picture.tobytes() in self._fails_on for picture in pictures):
+    def __call__(self, images: list[Image.Image]) -> list[float]:
+        self.batches.append(len(images))
+        assert {image.mode for image in images} == {"RGB"}
+        if any(image.tobytes() in self._fails_on for image in images):
             raise RuntimeError("too red")
-        return [redness(picture) for picture in pictures]
+        return [redness(image) for image in images]
 
 
-def redness(picture: Image.Image) -> float:
-    pixel = picture.convert("RGB").getpixel((0, 0))
+def redness(image: Image.Image) -> float:
+    pixel = image.convert("RGB").getpixel((0, 0))
     assert isinstance(pixel, tuple)
     return float(pixel[0])
 
@@ -56,7 +56,7 @@ def redness(picture: Image.Image) -> float:
 # -- what is written --------------------------------------------------------------------------
 
 
-def test_each_stored_image_has_a_row_with_the_figures_of_its_picture(stored: StoredImages) -> None:
+def test_each_stored_image_has_a_row_with_its_measures(stored: StoredImages) -> None:
     rows = [stored.row(number) for number in range(5)]
     failed = {**stored.row(9), "status": "failed", "image_sha256": None, "image_path": None}
     stored.write("a/b", [*rows, failed], ["shop"])
@@ -147,7 +147,7 @@ def test_the_cache_or_the_earlier_file_may_be_lost(stored: StoredImages, lost: s
     assert one.table.equals(before.table)
 
 
-def test_damaged_files_of_figures_are_as_good_as_none(
+def test_damaged_files_of_measures_are_ignored(
     stored: StoredImages, caplog: pytest.LogCaptureFixture
 ) -> None:
     stored.write("a", [stored.row(number) for number in range(3)])
@@ -164,7 +164,7 @@ def test_damaged_files_of_figures_are_as_good_as_none(
 # -- what is wrong ----------------------------------------------------------------------------
 
 
-def test_missing_damaged_and_other_files_are_named_and_tried_again(stored: StoredImages) -> None:
+def test_missing_damaged_and_changed_files_are_named_and_tried_again(stored: StoredImages) -> None:
     whole = png(drawn(3))
     rows = [
         stored.row(0),
@@ -184,7 +184,7 @@ def test_missing_damaged_and_other_files_are_named_and_tried_again(stored: Store
     assert (again.read, len(again.table), len(again.failures)) == (3, 2, 2)
 
 
-def test_a_storage_that_takes_no_file_is_told(stored: StoredImages) -> None:
+def test_a_storage_that_cannot_be_written_is_an_error(stored: StoredImages) -> None:
     stored.write("a", [])
     partial = Path(stored.root) / ".partial"
     partial.rmdir()
@@ -194,17 +194,17 @@ def test_a_storage_that_takes_no_file_is_told(stored: StoredImages) -> None:
         measured(stored)
 
 
-def test_a_flat_picture_is_measured_for_its_figures_say_so(stored: StoredImages) -> None:
+def test_a_flat_image_is_measured(stored: StoredImages) -> None:
     stored.write("a", [stored.row(1, png(Image.new("RGB", (64, 64), "black")))])
     (one,) = measured(stored)
     (row,) = one.table.to_pylist()
     assert (row["main_colour_share"], row["contrast"], one.failures) == (1.0, 0.0, [])
 
 
-# -- measures of one's own --------------------------------------------------------------------
+# -- custom measures ------------------------------------------------------------------------
 
 
-def test_own_measures_are_taken_in_batches_and_kept_by_name_and_version(
+def test_custom_measures_run_in_batches_and_are_cached_by_name_and_version(
     stored: StoredImages,
 ) -> None:
     stored.write("a", [stored.row(number) for number in range(10)])
@@ -222,12 +222,12 @@ def test_own_measures_are_taken_in_batches_and_kept_by_name_and_version(
     assert "rouge" not in third.table.column_names
 
 
-def test_no_value_is_kept_as_the_functions_answer(stored: StoredImages) -> None:
+def test_a_missing_value_is_cached_too(stored: StoredImages) -> None:
     stored.write("a", [stored.row(number) for number in range(2)])
     calls: list[int] = []
 
-    def unsure(pictures: list[Image.Image]) -> list[float | None]:
-        calls.append(len(pictures))
+    def unsure(images: list[Image.Image]) -> list[float | None]:
+        calls.append(len(images))
         return [None, float("nan")]
 
     for _ in range(2):
@@ -237,7 +237,7 @@ def test_no_value_is_kept_as_the_functions_answer(stored: StoredImages) -> None:
     assert calls == [2]
 
 
-def test_a_picture_that_a_function_fails_on_is_named_and_costs_only_its_own_value(
+def test_an_image_on_which_a_function_fails_loses_only_its_own_value(
     stored: StoredImages,
 ) -> None:
     stored.write("a", [stored.row(number) for number in range(6)])
@@ -259,13 +259,13 @@ def test_a_picture_that_a_function_fails_on_is_named_and_costs_only_its_own_valu
         ([[]] * 20, "no numb"),
     ],
 )
-def test_a_function_that_is_broken_stops_the_measuring(
+def test_a_function_that_fails_on_many_images_stops_the_run(
     stored: StoredImages, answer: list[Any], said: str
 ) -> None:
     stored.write("a", [stored.row(number) for number in range(20)])
 
-    def broken(pictures: list[Image.Image]) -> list[Any]:
-        return answer if len(pictures) > 1 or answer != [1.0] else []
+    def broken(images: list[Image.Image]) -> list[Any]:
+        return answer if len(images) > 1 or answer != [1.0] else []
 
     text = "'broken' failed on 10 images in a row; the last was row-0009, sample 0"
     with pytest.raises(ConfigError, match=text) as raised:
@@ -277,7 +277,7 @@ def test_a_function_that_is_broken_stops_the_measuring(
     assert one.read == 0, "what was measured before it stopped is kept"
 
 
-def test_a_killed_measuring_goes_on_where_it_was(stored: StoredImages) -> None:
+def test_a_killed_run_resumes(stored: StoredImages) -> None:
     stored.write("a", [stored.row(number) for number in range(40)])
     script = f"""
 import os, signal
@@ -285,11 +285,11 @@ from krea_dagster.curation.measures import measure_partitions
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.engine.storage.storage import Storage
 measure_partitions._WAIT_S = 0.0  # written at once
-def slow(pictures):
+def slow(images):
     slow.calls += 1
     if slow.calls == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return [0.5] * len(pictures)
+    return [0.5] * len(images)
 slow.calls = 0
 list(measure_partitions.measure_partitions(Storage({stored.root!r}), ["a"],
     custom=[Measure("slow", slow, batch_size=5)]))
@@ -299,9 +299,9 @@ list(measure_partitions.measure_partitions(Storage({stored.root!r}), ["a"],
     assert stored.storage.size_bytes(measures_name("a")) is None
     rest: list[int] = []
 
-    def quick(pictures: list[Image.Image]) -> list[float]:
-        rest.append(len(pictures))
-        return [1.0] * len(pictures)
+    def quick(images: list[Image.Image]) -> list[float]:
+        rest.append(len(images))
+        return [1.0] * len(images)
 
     (one,) = measured(stored, custom=[Measure("slow", quick, batch_size=5)])
     assert sum(rest) == 20
@@ -318,9 +318,7 @@ list(measure_partitions.measure_partitions(Storage({stored.root!r}), ["a"],
         ({"name": "score", "batch_size": 0}, "a batch_size of 0"),
     ],
 )
-def test_a_measure_that_cannot_be_used_is_told_when_it_is_made(
-    options: dict[str, Any], said: str
-) -> None:
+def test_an_invalid_measure_is_rejected(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Measure(function=Redness(), **options)
 
@@ -330,7 +328,7 @@ def test_two_measures_may_not_share_a_name(stored: StoredImages) -> None:
         measured(stored, custom=[Measure("red", Redness()), Measure("Red", Redness())])
 
 
-def test_how_far_it_is_is_told_after_each_file(stored: StoredImages) -> None:
+def test_progress_is_reported_after_each_file(stored: StoredImages) -> None:
     stored.write("a", [stored.row(number) for number in range(3)])
     told: list[tuple[int, int]] = []
     measured(stored, on_progress=lambda read, of: told.append((read, of)))

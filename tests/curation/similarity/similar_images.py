@@ -1,4 +1,4 @@
-"""A storage root with manifests and measures that are made by hand, for likeness and gallery."""
+"""A storage root with hand-made manifests and measures, for tests of near-duplicates."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ BEGAN = datetime(2026, 11, 2, tzinfo=timezone.utc)
 
 
 def digest(text: str) -> str:
-    """A sha256 in hexadecimal."""
+    """Return a sha256 in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hashes(count: int, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """Perceptual hashes of pictures that have nothing in common: count × 32 bytes."""
+    """Return random perceptual hashes: count × 32 bytes."""
     return np.random.default_rng(seed).integers(0, 256, (count, 32), dtype=np.uint8)
 
 
 def flipped(one: npt.NDArray[np.uint8], bits: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """A hash in which these bits differ."""
+    """Return a hash with these bits flipped."""
     found = np.unpackbits(one)
     found[list(bits)] ^= 1
     return np.packbits(found)
 
 
 @dataclass
-class Pile:
+class SimilarImages:
     """Rows of manifests, and measures of their images."""
 
     root: Path
@@ -54,7 +54,7 @@ class Pile:
     def add(
         self,
         name: str,
-        picture: npt.NDArray[np.uint8] | None = None,
+        hashed: npt.NDArray[np.uint8] | None = None,
         *,
         file: str | None = None,
         partition: str = "a",
@@ -63,9 +63,9 @@ class Pile:
         later_s: float = 0.0,
         **different: Any,
     ) -> str:
-        """Add a stored row, and the measures of its file where there is a hash; returns its sha256.
+        """Add a stored row, and measures where a hash is given; return the sha256 of its file.
 
-        ``file`` is whose content it has, by default one of its own.
+        Rows with the same ``file`` have the same content.
         """
         sha256 = digest(f"file {file or name}")
         self.rows.append(
@@ -88,12 +88,12 @@ class Pile:
                 **different,
             }
         )
-        if picture is not None:
+        if hashed is not None:
             self.measured.append(
                 {
                     "image_sha256": sha256,
                     "partition_key": partition,
-                    "perceptual_hash": picture.tobytes(),
+                    "perceptual_hash": hashed.tobytes(),
                     "perceptual_hash_quality": quality,
                     "sharpness": sharpness,
                 }
@@ -101,7 +101,7 @@ class Pile:
         return sha256
 
     def write(self, shuffle: int | None = None) -> Storage:
-        """Write them, in the order in which they were added, or in another."""
+        """Write the tables, in the order of addition or shuffled."""
         rows, measured = list(self.rows), list(self.measured)
         if shuffle is not None:
             drawn = np.random.default_rng(shuffle)

@@ -1,4 +1,4 @@
-"""The index of hashes: what it finds is what comparing all pairs would find, to the bit."""
+"""Multi-index hashing finds exactly what comparing all pairs finds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.curation.similarity.similar_images import flipped, hashes
 
 
 def all_pairs(given: npt.NDArray[np.uint8], most_bits: int) -> list[int]:
-    """The stars by the rule, as it is written, with every pair compared."""
+    """Return the stars by comparing every pair."""
     bits = np.unpackbits(given, axis=1)
     centre = list(range(len(given)))
     taken: set[int] = set()
@@ -27,7 +27,7 @@ def all_pairs(given: npt.NDArray[np.uint8], most_bits: int) -> list[int]:
 
 
 def crowd(count: int, families: int, most_flips: int, seed: int) -> npt.NDArray[np.uint8]:
-    """Hashes of some families, whose members differ in up to so many bits from the first."""
+    """Return hashes of some families, which differ in up to ``most_flips`` bits from the first."""
     drawn = np.random.default_rng(seed)
     first = hashes(families, seed)
     return np.array(
@@ -42,7 +42,7 @@ def crowd(count: int, families: int, most_flips: int, seed: int) -> npt.NDArray[
 
 
 @pytest.mark.parametrize("most_bits", [0, 1, 7, 15, 16, 23, 31, 32, MOST_BITS])
-def test_it_finds_what_comparing_all_pairs_finds(most_bits: int) -> None:
+def test_it_finds_the_same_as_comparing_all_pairs(most_bits: int) -> None:
     given = crowd(1200, 90, most_bits + 4, seed=most_bits)
     found = find_stars(given, most_bits)
     assert found.centre.tolist() == all_pairs(given, most_bits)
@@ -79,8 +79,8 @@ def test_stars_do_not_chain() -> None:
     assert find_stars(chain, 31).centre.tolist() == [0, 0, 2, 2, 4, 4]
 
 
-def test_a_crowd_that_is_all_alike_takes_bounded_memory_and_one_star_each() -> None:
-    """9,000 that are near to all others make 40 million pairs, of which few are kept at once."""
+def test_very_many_similar_hashes_take_bounded_memory() -> None:
+    """9,000 hashes that are near each other make 40 million pairs, of which few are kept."""
     given = np.repeat(hashes(1), 9000, axis=0)
     rows = np.arange(len(given))
     for turn in range(3):
@@ -90,7 +90,7 @@ def test_a_crowd_that_is_all_alike_takes_bounded_memory_and_one_star_each() -> N
     assert found.distance.max() <= 6
 
 
-def test_nothing_and_one_are_found_alone() -> None:
+def test_no_hash_and_a_single_hash_have_no_neighbours() -> None:
     assert find_stars(hashes(0), 31).centre.tolist() == []
     assert find_stars(hashes(1), 31).centre.tolist() == [0]
 
@@ -102,12 +102,12 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert one.pairs == two.pairs
 
 
-def test_far_fewer_pairs_are_compared_than_there_are() -> None:
+def test_only_a_small_share_of_the_pairs_is_compared() -> None:
     given = hashes(20_000)
     assert find_stars(given, 31).pairs < len(given) ** 2 / 2 / 100
 
 
 @pytest.mark.parametrize("most_bits", [-1, MOST_BITS + 1])
-def test_more_bits_than_can_be_looked_up_are_refused(most_bits: int) -> None:
+def test_a_limit_out_of_range_is_rejected(most_bits: int) -> None:
     with pytest.raises(ValueError, match="most_bits must be 0 to 47"):
         find_stars(hashes(2), most_bits)

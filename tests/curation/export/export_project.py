@@ -33,7 +33,7 @@ FORMATS: Final = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 @cache
 def drawn(number: int, ending: str = "png", side: int = 24) -> bytes:
-    """A picture of its own for each number."""
+    """Draw a different image for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, FORMATS[ending])
@@ -41,8 +41,8 @@ def drawn(number: int, ending: str = "png", side: int = 24) -> bytes:
 
 
 @dataclass
-class Shelf:
-    """Writes accepted images, manifests, and what is alike."""
+class ExportProject:
+    """Writes accepted images, manifests and near-duplicates."""
 
     root: str
     storage: Storage = field(init=False)
@@ -50,11 +50,11 @@ class Shelf:
     def __post_init__(self) -> None:
         self.storage = Storage(self.root)
 
-    def row(self, number: int, *, picture: int | None = None, **columns: Any) -> dict[str, Any]:
-        """A stored row: of four rows, three have a PNG of their own, and one a JPEG."""
+    def row(self, number: int, *, image: int | None = None, **columns: Any) -> dict[str, Any]:
+        """Return a stored row; every fourth has a JPEG, the others a PNG."""
         key = hashlib.sha256(b"%d" % number).hexdigest()
         ending = "jpg" if number % 4 == 3 else "png"
-        data = drawn(number if picture is None else picture, ending)
+        data = drawn(number if image is None else image, ending)
         name = f"images/{key[:2]}/{key}.{ending}"
         self._put(name, data)
         return {
@@ -90,22 +90,22 @@ class Shelf:
         }
 
     def rows(self, count: int, begin: int = 0) -> list[dict[str, Any]]:
-        """Rows with the numbers from ``begin`` on."""
+        """Return rows with the numbers from ``begin`` on."""
         return [self.row(number) for number in range(begin, begin + count)]
 
-    def accept(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
+    def write_accepted(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
         """Write the accepted images of a partition."""
         schema = accepted_schema(pa.schema([*MANIFEST_SCHEMA, *FURTHER]))
         table = pa.Table.from_pylist([{**row, "partition_key": key} for row in rows], schema)
         self.storage.write(accepted_name(key), lambda file: pq.write_table(table, file))
 
-    def list(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
+    def write_listed(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
         """Write the manifest of a partition."""
         schema = pa.schema([*MANIFEST_SCHEMA, *FURTHER])
         table = pa.Table.from_pylist([{**row, "partition_key": key} for row in rows], schema)
         write_manifest(self.storage, key, table)
 
-    def liken(self, *clusters: Sequence[dict[str, Any]]) -> None:
+    def write_near_duplicates(self, *clusters: Sequence[dict[str, Any]]) -> None:
         """Write the table of near-duplicates."""
         rows = [
             {
