@@ -52,7 +52,7 @@ def wait_until(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_a_killed_process_had_begun_is_finished_and_not_bought_again(
+def test_purchases_of_a_killed_process_are_finished_and_not_bought_again(
     tmp_path: Path, moment: str, happened: Callable[[dict[str, Any]], bool]
 ) -> None:
     with open_harness(tmp_path, latency_s=0.2) as engine:

@@ -61,7 +61,7 @@ def test_three_processes_that_start_one_after_the_other_buy_each_row_once(shop: 
     all_stored(shop, 50)
 
 
-def test_what_a_killed_process_held_is_taken_up_by_the_one_beside_it(shop: Shop) -> None:
+def test_requests_of_a_killed_process_are_taken_over_by_a_parallel_one(shop: Shop) -> None:
     """Without another run, and without waiting: the process table says that it is dead."""
     killed, other = shop.prepare(count=40), shop.prepare(count=40)
     killed.go()
@@ -137,7 +137,7 @@ def test_four_processes_with_64_in_flight_each_never_pass_a_cap_of_ten_credits(
         assert found.charged_units > 100_000 - 4500
 
 
-def test_a_process_that_may_write_no_more_ends_with_a_clear_error(shop: Shop) -> None:
+def test_a_process_at_its_disk_quota_ends_with_a_clear_error(shop: Shop) -> None:
     """A quota, as the system sets it: the write fails in the middle of the run."""
     (first,) = shop.start({"count": 8})
     assert first.end()[0] == 0

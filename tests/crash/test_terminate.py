@@ -38,7 +38,7 @@ def command(engine: EngineHarness) -> subprocess.Popen[bytes]:
     )
 
 
-def test_a_terminated_command_tears_no_post_from_its_answer(tmp_path: Path) -> None:
+def test_a_terminated_command_waits_for_the_answer_to_a_post(tmp_path: Path) -> None:
     """Under hold a torn one would need a person."""
     with open_harness(tmp_path, latency_s=0.05) as engine:
         engine.emulator.world.set_rate("stuck", 1.0)

@@ -54,12 +54,12 @@ def test_a_budget_is_a_scope_and_its_credits(text: str, budget: Budget) -> None:
         *("column=1", "column:=1", "column:campaign", "month=9,5", "campaign=autumn:100"),
     ],
 )
-def test_what_is_no_budget_is_said_to_be_none(text: str) -> None:
+def test_an_invalid_budget_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is invalid; use SCOPE=CREDITS"):
         Budget.parse(text)
 
 
-def test_a_budget_bounds_what_it_names_and_nothing_that_only_looks_like_it() -> None:
+def test_a_budget_bounds_its_scope_and_no_similar_one() -> None:
     scopes = scopes_of("r", NOW, "a:b", [column_scope("campaign", "autumn:late")])
     assert scopes[:4] == ("run:r", "day:2026-01-01", "month:2026-01", "partition:a:b")
     bounding = {
@@ -78,7 +78,7 @@ def test_a_budget_bounds_what_it_names_and_nothing_that_only_looks_like_it() -> 
 
 
 @given(st.text(max_size=700), st.text(max_size=700))
-def test_scopes_fit_into_every_database_and_stay_apart(one: str, other: str) -> None:
+def test_scopes_fit_into_every_database_and_stay_distinct(one: str, other: str) -> None:
     for text in (one, other):
         name = scope_name(text)
         assert len(name) <= 300
@@ -90,7 +90,7 @@ def test_scopes_fit_into_every_database_and_stay_apart(one: str, other: str) -> 
     assert value.bounds(scopes_of("r", NOW, one)[3])
 
 
-def test_what_is_full_says_so_and_when_it_frees() -> None:
+def test_a_full_budget_tells_when_it_frees() -> None:
     now = datetime(2026, 12, 5, 7, tzinfo=timezone.utc)
     scopes = scopes_of("r", now, "p", [column_scope("campaign", "autumn")])
     held = Commitment(8_995_500, 8_950_000)
@@ -114,7 +114,7 @@ def test_what_is_full_says_so_and_when_it_frees() -> None:
 
 
 @given(st.dates(max_value=date(9000, 1, 1)))
-def test_the_next_month_begins_on_its_first(day: date) -> None:
+def test_the_next_month_begins_on_its_first_day(day: date) -> None:
     now = datetime(day.year, day.month, day.day, 13, tzinfo=timezone.utc)
     found = next_month(now)
     assert (found.day, found.hour, found.minute) == (1, 0, 0)
@@ -145,7 +145,7 @@ def buy(
 @pytest.mark.parametrize(
     "budget", ["day=0.9", "month=0.9", "partition=0.9", "partition:p=0.9", "column:campaign=0.9"]
 )
-def test_what_certainly_cost_nothing_is_returned_to_every_scope(
+def test_a_purchase_that_certainly_cost_nothing_is_returned_to_every_scope(
     journal: Journal, budget: str
 ) -> None:
     writer = JournalWriter(journal)
@@ -185,7 +185,7 @@ def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(
     assert journal.commitment("run:run-2") == NOTHING
 
 
-def test_one_that_is_sent_anew_counts_where_it_is_sent_from_then_on(journal: Journal) -> None:
+def test_a_request_that_is_sent_again_counts_for_its_new_scopes(journal: Journal) -> None:
     writer, (request,) = JournalWriter(journal), make_requests(1)
     writer.plan(request)
     buy(writer, request, "month=1")
@@ -200,7 +200,7 @@ def test_one_that_is_sent_anew_counts_where_it_is_sent_from_then_on(journal: Jou
     assert journal.commitment(AUTUMN) == journal.commitment("partition:p") == NOTHING
 
 
-def test_the_sums_of_all_scopes_are_those_of_the_purchases_whatever_happens(
+def test_the_sums_of_all_scopes_are_always_those_of_the_purchases(
     journal: Journal,
 ) -> None:
     chance = random.Random(7)
@@ -235,7 +235,7 @@ def test_the_sums_of_all_scopes_are_those_of_the_purchases_whatever_happens(
     assert journal.count_by_state()[State.STORED] > 0
 
 
-def test_a_batch_that_passes_a_budget_in_its_midst_writes_what_fits(journal: Journal) -> None:
+def test_a_batch_that_passes_a_budget_in_the_middle_writes_what_fits(journal: Journal) -> None:
     writer, requests = JournalWriter(journal), make_requests(5)
     writer.plan(*requests)
     answers = journal.append(

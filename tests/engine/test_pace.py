@@ -37,7 +37,7 @@ def test_a_run_that_knows_no_limit_finds_it(name: str, batch: bool) -> None:
 
 
 @pytest.mark.parametrize(("batch", "reads"), [(False, 1.3), (True, 0.1)])
-def test_where_the_rate_binds_few_are_refused_and_each_is_asked_about_about_once(
+def test_under_a_limit_on_the_rate_few_are_refused_and_each_is_read_about_once(
     batch: bool,
     reads: float,
 ) -> None:
@@ -49,7 +49,7 @@ def test_where_the_rate_binds_few_are_refused_and_each_is_asked_about_about_once
 
 
 @pytest.mark.parametrize(("batch", "reads"), [(False, 2.5), (True, 0.3)])
-def test_where_the_number_at_once_binds_it_is_filled_and_not_flooded(
+def test_a_limit_on_the_number_at_once_is_filled_and_not_flooded(
     batch: bool,
     reads: float,
 ) -> None:
@@ -61,7 +61,7 @@ def test_where_the_number_at_once_binds_it_is_filled_and_not_flooded(
     assert run.reads / IMAGES <= reads
 
 
-def test_two_runs_with_one_key_share_it_without_talking() -> None:
+def test_two_runs_with_one_key_share_it_without_a_journal() -> None:
     runs = [Run(1000, batch=True), Run(1000, batch=True, starts_s=0.2)]
     assert made(Account(rate=20, at_once=64), *runs) <= 1.08
     first_s = min(run.finished_s for run in runs)
@@ -69,7 +69,7 @@ def test_two_runs_with_one_key_share_it_without_talking() -> None:
     assert min(shares) / sum(shares) >= 0.4
 
 
-def test_a_run_that_comes_later_gets_a_share_and_nothing_is_wasted() -> None:
+def test_a_run_that_starts_later_gets_a_share_and_nothing_is_wasted() -> None:
     runs = [Run(800, batch=True), Run(400, batch=True, starts_s=10.0)]
     assert made(Account(rate=20, at_once=64), *runs) <= 1.15
     middle = [at_s for at_s in runs[1].taken_s if 20.0 < at_s < 30.0]
@@ -104,7 +104,7 @@ def test_runs_that_share_a_journal_share_the_account_evenly_and_as_fast_as_one(
 
 
 @pytest.mark.parametrize("runs", [2, 8])
-def test_places_are_shared_evenly_too(runs: int) -> None:
+def test_places_are_shared_evenly(runs: int) -> None:
     account = Account(at_once=32)
     alone_s, _, _ = sharing(account.afresh(), 800, 1)
     together_s, refused, slowest = sharing(account.afresh(), 800, runs)
@@ -113,18 +113,18 @@ def test_places_are_shared_evenly_too(runs: int) -> None:
     assert slowest >= 0.8
 
 
-def test_a_run_that_is_alone_in_its_journal_is_as_fast_as_one_without() -> None:
+def test_a_single_run_with_a_journal_is_as_fast_as_one_without() -> None:
     account = Account(rate=20, at_once=64)
     ratio = made(account.afresh(), Run(IMAGES, batch=True, shelf=Shelf(), owner="a"))
     assert ratio <= 1.05
 
 
-def test_refusals_by_chance_do_not_wear_the_pace_down() -> None:
+def test_random_refusals_do_not_lower_the_pace() -> None:
     run = Run(IMAGES, batch=True)
     assert made(Account(at_once=64, refuse_by_chance=0.05), run) <= 2.0
 
 
-def test_without_limits_the_window_opens_to_the_most_and_no_further() -> None:
+def test_without_limits_the_window_opens_to_max_in_flight() -> None:
     account, run = Account(), Run(400, batch=True, most=50)
     made(account, run)
     assert account.most_seen == 50
@@ -160,7 +160,7 @@ def test_the_window_starts_small_and_opens_by_one_with_every_task_that_is_taken(
     assert Pace(3).room == 3
 
 
-def test_retry_after_is_honoured_also_within_a_burst_and_the_longest_counts() -> None:
+def test_the_longest_retry_after_of_a_burst_counts() -> None:
     pace = Pace(8).refused(100.0, 99.0, busy(4), 5.0)
     assert pace.wait_s(100.0) == 5.0
     assert pace.refused(100.5, 99.0, busy(4), 20.0).wait_s(100.5) == 20.0
@@ -196,7 +196,7 @@ def test_one_burst_of_refusals_counts_once() -> None:
     assert once.refused(10.1, 9.5, busy(40), 0.0).window == once.window
 
 
-def test_a_server_that_becomes_slow_is_sent_less() -> None:
+def test_a_server_that_becomes_slow_gets_fewer_tasks() -> None:
     pace = opened(Pace(64), 64)
     assert pace.slowed(300.0, median_s=3.0, best_s=2.0).room == 64
     slower = pace.slowed(300.0, median_s=5.0, best_s=2.0)
@@ -220,7 +220,7 @@ def test_a_server_that_becomes_slow_is_sent_less() -> None:
         max_size=60,
     ),
 )
-def test_whatever_happens_there_is_room_for_one_and_never_for_more_than_the_most(
+def test_there_is_always_room_for_one_and_never_for_more_than_max_in_flight(
     most: int,
     per_s: float | None,
     events: list[tuple[bool, float, float, int, float, float]],
@@ -238,7 +238,7 @@ def test_whatever_happens_there_is_room_for_one_and_never_for_more_than_the_most
         assert 0.0 <= pace.wait_s(now_s) < 400.0
 
 
-def test_a_server_that_refuses_for_hours_is_asked_at_bounded_pauses() -> None:
+def test_a_server_that_refuses_for_hours_is_tried_at_bounded_pauses() -> None:
     pace, now_s = Pace(64), 0.0
     for _ in range(3000):
         now_s += 1.0

@@ -28,18 +28,18 @@ def room(pace: Pace, mine: Lease, *others: Lease, turn: int = 0) -> int:
     return Pace(64, share=share, limit=pace.limit, window=pace.window).room
 
 
-def test_places_are_dealt_out_evenly_among_those_that_want_them() -> None:
+def test_places_are_divided_evenly_among_runs_that_want_them() -> None:
     mine, other = Lease("a", 0, 100), Lease("b", 0, 100)
     assert room(FULL, mine) == 24
     assert room(FULL, mine, other) == 12
     assert room(FULL, mine, other, Lease("c", 0, 100)) == 8
 
 
-def test_what_one_does_not_want_the_others_have() -> None:
+def test_places_that_one_run_does_not_want_go_to_the_others() -> None:
     assert room(FULL, Lease("a", 0, 100), Lease("b", 2, 0)) == 22
 
 
-def test_a_run_that_comes_waits_until_the_others_give_places_back() -> None:
+def test_a_new_run_waits_until_the_others_give_places_back() -> None:
     assert room(FULL, Lease("b", 0, 100), Lease("a", 24, 100)) == 0
 
 
@@ -48,7 +48,7 @@ def test_a_run_that_comes_waits_until_the_others_give_places_back() -> None:
     wants=st.lists(st.integers(1, 400), min_size=1, max_size=12),
     turn=st.integers(0, 10_000),
 )
-def test_together_they_have_the_window_and_no_more(
+def test_all_runs_together_have_the_window_and_no_more(
     window: float, wants: list[int], turn: int
 ) -> None:
     leases = [Lease(f"{n:03}", 0, want) for n, want in enumerate(wants)]
@@ -76,13 +76,13 @@ def test_with_fewer_places_than_runs_each_has_its_turn() -> None:
     assert len(had) == 8
 
 
-def test_where_each_answer_has_to_be_waited_for_one_run_tries() -> None:
+def test_while_each_answer_matters_only_one_run_tries() -> None:
     pace = Pace(64, limit=Limit.UNCLEAR, window=20.0)
     rooms = [room(pace, Lease(a, 0, 9), Lease(b, 0, 9)) for a, b in (("a", "b"), ("b", "a"))]
     assert sorted(count > 0 for count in rooms) == [False, True]
 
 
-def test_the_rate_is_shared_by_those_that_send() -> None:
+def test_the_rate_is_shared_by_runs_that_send() -> None:
     pace = Pace(64, limit=Limit.RATE, rate_per_s=10.0, window=float("inf"), rate_at_s=100.0)
     mine = Lease("a", 0, 100)
     assert share_of(pace, mine, [Lease("b", 0, 100)], 100.0, 0).of_rate == 0.5
@@ -96,7 +96,7 @@ def answers() -> list[PaceEvent]:
     return [*taken, *refusals]
 
 
-def test_answers_that_are_told_late_and_in_no_order_teach_the_same() -> None:
+def test_events_that_arrive_late_and_unordered_give_the_same_pace() -> None:
     ordered = PaceHistory(Pace(64), ()).with_events(answers(), 11.0).with_events((), 60.0)
     mixed = PaceHistory(Pace(64), ()).with_events(answers()[::2], 11.0)
     mixed = mixed.with_events(answers()[1::2], 12.0).with_events((), 60.0)
@@ -104,7 +104,7 @@ def test_answers_that_are_told_late_and_in_no_order_teach_the_same() -> None:
     assert ordered.events == ()
 
 
-def test_what_is_kept_is_found_again_by_another_clock() -> None:
+def test_a_stored_history_is_loaded_with_another_clock() -> None:
     told = PaceHistory(Pace(1_000_000), ()).with_events(answers(), 17.0)
     found = load_history(dump_history(told, 17.0), 1.0, 5000.0)
     assert found.learned().limit is told.learned().limit
@@ -113,12 +113,12 @@ def test_what_is_kept_is_found_again_by_another_clock() -> None:
 
 
 @pytest.mark.parametrize("age_s", [-0.1, 301.0, float("nan")])
-def test_what_is_of_the_future_or_old_is_not_believed(age_s: float) -> None:
+def test_a_history_of_the_future_or_an_old_one_is_ignored(age_s: float) -> None:
     told = PaceHistory(FULL, ())
     assert load_history(dump_history(told, 0.0), age_s, 50.0) == PaceHistory(Pace(1_000_000), ())
 
 
-def test_a_run_whose_journal_is_away_goes_on_alone_and_tells_it_later() -> None:
+def test_a_run_whose_journal_is_away_goes_on_alone_and_writes_its_events_later() -> None:
     shared = SharedPace(Pace(64))
     mine, other = Lease("a", 0, 9), Lease("b", 4, 9)
     shared.exchanged(PaceExchange(Pace(64), mine, [other], 0, 0.0), 100.0)

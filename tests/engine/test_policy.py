@@ -88,7 +88,7 @@ def test_once_buying_has_stopped_what_is_not_bought_is_deferred(state: State) ->
     assert following(state, buying=False) == Leave("not bought: this run has stopped buying")
 
 
-def test_a_request_that_nobody_takes_is_left_after_its_tries_and_costs_nothing() -> None:
+def test_a_request_that_is_never_taken_is_left_after_its_tries_and_costs_nothing() -> None:
     assert following(State.PLANNED, RetryState(submit_failures=7)) == Submit()
     action = following(State.PLANNED, RetryState(submit_failures=8))
     assert isinstance(action, Leave)
@@ -96,7 +96,7 @@ def test_a_request_that_nobody_takes_is_left_after_its_tries_and_costs_nothing()
 
 
 @pytest.mark.parametrize("state", State)
-def test_what_this_run_has_settled_for_good_is_left_whatever_its_state(state: State) -> None:
+def test_a_request_with_a_reason_to_leave_it_is_left_in_any_state(state: State) -> None:
     assert following(state, RetryState(leave_reason="a person decides")) == Leave(
         "a person decides"
     )
@@ -111,7 +111,7 @@ def test_an_unknown_outcome_is_repeated_up_to_23_hours_after_the_first_try() -> 
     assert late == Leave("outcome unknown, first try over 23 hours ago: a person decides")
 
 
-def test_an_unknown_outcome_of_which_the_time_is_not_known_is_not_repeated() -> None:
+def test_an_unknown_outcome_without_a_time_is_not_repeated() -> None:
     assert isinstance(following(State.UNKNOWN, sent_at=None), Leave)
 
 
@@ -144,16 +144,16 @@ def test_a_task_is_waited_for_until_patience_ends_counted_from_its_submission() 
     assert late == Leave("detached: not finished 1801 s after its submission")
 
 
-def test_a_run_that_comes_after_the_deadline_asks_once_before_it_detaches() -> None:
+def test_a_run_after_the_deadline_polls_once_before_it_detaches() -> None:
     assert following(State.SUBMITTED, after_s=48 * HOUR) == Poll()
 
 
-def test_what_is_paid_is_finished_although_buying_has_stopped() -> None:
+def test_a_paid_image_is_finished_although_buying_has_stopped() -> None:
     assert following(State.SUBMITTED, buying=False) == Poll()
     assert following(State.COMPLETED, buying=False) == Fetch()
 
 
-def test_reads_that_fail_detach_from_the_task_and_never_give_it_up() -> None:
+def test_failed_reads_detach_from_the_task_and_never_give_it_up() -> None:
     assert following(State.SUBMITTED, RetryState(poll_failures=19)) == Poll()
     action = following(State.SUBMITTED, RetryState(poll_failures=20))
     assert action == Leave("detached: no usable answer to 20 reads of its task")
@@ -174,7 +174,7 @@ def test_a_younger_task_that_is_not_found_is_not_found_yet() -> None:
     assert action == Leave("the server does not know its task yet: the next run reads it again")
 
 
-def test_a_task_that_was_given_up_is_asked_about_once_in_every_run_of_the_next_week() -> None:
+def test_a_task_that_was_given_up_is_read_once_in_every_run_of_the_next_week() -> None:
     assert following(State.EXPIRED, after_s=7 * 24 * HOUR) == Poll()
     assert following(State.EXPIRED, RetryState(poll_failures=1)) == DONE
     assert following(State.EXPIRED, after_s=7 * 24 * HOUR + 1) == DONE
@@ -182,7 +182,7 @@ def test_a_task_that_was_given_up_is_asked_about_once_in_every_run_of_the_next_w
     assert following(State.EXPIRED, task_id=None) == DONE
 
 
-def test_what_cannot_be_the_id_of_a_task_is_an_unknown_outcome() -> None:
+def test_an_invalid_task_id_is_an_unknown_outcome() -> None:
     action = following(State.SUBMITTED, task_id="..")
     assert action == MarkUnknown("no_task_id", "'..' cannot be a task's id")
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_the_id_of_a_task_is_an_unknown_outcome() -> None:
 MINE = Policy(account_keys=frozenset({"mine", "mine before"}))
 
 
-def test_what_was_sent_with_the_key_of_another_account_is_never_repeated() -> None:
+def test_a_purchase_with_the_key_of_another_account_is_never_repeated() -> None:
     action = following(State.UNKNOWN, policy=MINE, api_key="theirs")
     assert isinstance(action, Leave)
     assert "another API key (fingerprint theirs)" in action.reason
@@ -202,12 +202,12 @@ def test_what_was_sent_with_the_key_of_another_account_is_never_repeated() -> No
     assert isinstance(decided, Leave)
 
 
-def test_what_was_sent_with_another_key_of_this_account_is_repeated() -> None:
+def test_a_purchase_with_another_key_of_this_account_is_repeated() -> None:
     for api_key in ("mine", "mine before", None):
         assert following(State.UNKNOWN, policy=MINE, api_key=api_key) == Replay()
 
 
-def test_the_key_of_another_account_never_gives_a_task_up() -> None:
+def test_with_the_key_of_another_account_no_task_is_given_up() -> None:
     gone = RetryState(not_found=3, poll_failures=3)
     old = following(State.SUBMITTED, gone, after_s=99 * HOUR, policy=MINE, api_key="theirs")
     assert isinstance(old, Leave)
@@ -216,14 +216,14 @@ def test_the_key_of_another_account_never_gives_a_task_up() -> None:
     assert isinstance(old, Leave)
 
 
-def test_an_unknown_outcome_of_a_time_to_come_is_left_to_a_person() -> None:
+def test_an_unknown_outcome_of_a_future_time_is_left_to_a_person() -> None:
     assert following(State.UNKNOWN, after_s=-299) == Replay()
     action = following(State.UNKNOWN, after_s=-301)
     assert isinstance(action, Leave)
     assert "ahead of this clock: a person decides" in action.reason
 
 
-def test_a_task_of_a_time_to_come_is_asked_about_and_neither_waited_for_nor_given_up() -> None:
+def test_a_task_of_a_future_time_is_read_and_neither_waited_for_nor_given_up() -> None:
     assert following(State.SUBMITTED, after_s=-HOUR) == Poll()
     assert isinstance(following(State.SUBMITTED, RetryState(polls=1), after_s=-HOUR), Leave)
     gone = RetryState(not_found=3, poll_failures=3)
@@ -234,12 +234,12 @@ def test_a_task_of_a_time_to_come_is_asked_about_and_neither_waited_for_nor_give
 
 
 @pytest.mark.parametrize("state", sorted(set(State) - {State.STORED}))
-def test_a_file_under_a_requests_own_name_is_looked_at_before_anything_else(state: State) -> None:
+def test_a_file_under_a_requests_own_name_is_verified_first(state: State) -> None:
     assert following(state, RetryState(file="images/a.png")) == Adopt("images/a.png")
 
 
 @pytest.mark.parametrize("code", sorted(REJECTED))
-def test_what_was_rejected_is_fetched_again_only_if_it_is_wished_and_by_a_new_link(
+def test_a_rejected_image_is_fetched_again_only_on_request_and_by_a_new_link(
     code: str,
 ) -> None:
     assert isinstance(following(State.COMPLETED, error_code=code), Leave)
@@ -258,7 +258,7 @@ def test_a_first_post_whose_key_another_purchase_has_is_sent_under_the_next_key(
 # -- fetching ---------------------------------------------------------------------------------
 
 
-def test_a_finished_image_without_a_link_or_with_a_stale_one_is_asked_for_a_fresh_one() -> None:
+def test_a_finished_image_without_a_valid_link_gets_a_fresh_one() -> None:
     assert following(State.COMPLETED, result_url=None) == Poll()
     assert following(State.COMPLETED, RetryState(stale_link=True, fetch_failures=1)) == Poll()
 
@@ -276,7 +276,7 @@ def test_dead_links_are_given_up_only_after_the_day_that_they_are_promised_for()
     assert action == Expire("link_dead", "its links are dead, and a fresh one was dead too")
 
 
-def test_other_failures_of_a_download_never_give_an_image_up() -> None:
+def test_other_download_failures_never_give_an_image_up() -> None:
     action = following(State.COMPLETED, RetryState(fetch_failures=12), after_s=1000 * HOUR)
     assert isinstance(action, Leave)
 
@@ -325,7 +325,7 @@ def test_any_other_task_error_is_final(code: str | None) -> None:
     assert following(State.FAILED, error_code=code) == DONE
 
 
-def test_a_run_buys_three_times_at_most_what_fails_each_time() -> None:
+def test_a_run_buys_a_failing_request_three_times_at_most() -> None:
     assert following(State.FAILED, RetryState(task_failures=2), error_code="service_error") == (
         Requeue()
     )
@@ -346,7 +346,7 @@ def test_pauses_double_with_jitter_up_to_a_bound(tries: int, longest_s: float) -
 
 
 @given(tries=st.integers(0, 100_000), fraction=st.floats(0, 1), asked_s=st.floats(0, 3600))
-def test_what_the_server_asks_for_is_always_honoured(
+def test_a_pause_requested_by_the_server_is_always_kept(
     tries: int, fraction: float, asked_s: float
 ) -> None:
     hurried = replace(POLICY, wait_scale=0.001)

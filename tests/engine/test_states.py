@@ -71,7 +71,7 @@ def test_an_unknown_outcome_ends_with_the_task_the_file_or_a_person() -> None:
     assert ways_out <= {Event.ACCEPTED, Event.RELEASED, Event.EXPIRED, Event.FOUND}
 
 
-def test_every_state_is_reached_and_those_that_are_no_end_lead_to_one() -> None:
+def test_every_state_is_reachable_and_leads_to_an_end() -> None:
     assert reachable(State.PLANNED) | {State.PLANNED} == set(State)
     for state in set(State) - ENDS:
         assert reachable(state) & ENDS, state
@@ -229,6 +229,6 @@ def _walk(choices: list[int]) -> list[Event]:
     return walk
 
 
-def test_the_ways_that_these_tests_use_lead_where_they_say() -> None:
+def test_the_events_of_the_harness_lead_to_their_states() -> None:
     for state, way in EVENTS_TO_STATE.items():
         assert replay((Event.PLANNED, *way)) is state

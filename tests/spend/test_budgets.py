@@ -91,5 +91,5 @@ def test_a_column_that_the_table_has_not_is_wrong_and_buys_nothing(shop: Shop) -
 
 
 def test_a_budget_that_cannot_be_read_is_said_before_anything_is_bought() -> None:
-    with pytest.raises(ConfigError, match="the budget 'weekly=3' cannot be read"):
+    with pytest.raises(ConfigError, match="budget 'weekly=3' is invalid"):
         KreaResource(emulator=True, budgets=["weekly=3"]).caps()

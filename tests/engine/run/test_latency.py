@@ -29,7 +29,7 @@ def learned(latency_s: float, *, looks_at_s: tuple[float, ...], images: int = 15
     return curve
 
 
-def test_what_somebody_expects_stands_for_every_quality_and_is_learned_from() -> None:
+def test_an_expected_latency_applies_to_every_quality_and_is_adapted() -> None:
     latencies = Latencies.expecting(12.0)
     for quality in EXPECTED_LATENCY_S:
         assert latencies.of(quality).median_s == pytest.approx(12.0, rel=0.05)
@@ -49,7 +49,7 @@ def test_a_narrow_bracket_teaches_the_latency_within_a_few_images() -> None:
     assert curve.median_s == pytest.approx(0.5, rel=0.1)
 
 
-def test_a_late_look_does_not_make_the_next_one_later() -> None:
+def test_a_late_read_does_not_make_the_next_one_later() -> None:
     """Learned from when the end was noticed, 2 s would become 3, and then more."""
     curve = Curve.expecting(2.0)
     look_s = 3.0
@@ -79,7 +79,7 @@ def test_a_service_that_changes_is_followed() -> None:
     assert curve.median_s == pytest.approx(6.0, rel=0.05)
 
 
-def test_each_quality_is_learned_by_itself() -> None:
+def test_each_quality_is_learned_separately() -> None:
     latencies = Latencies()
     for _ in range(50):
         latencies = latencies.finished("1K", 0.4, 0.6)
@@ -87,7 +87,7 @@ def test_each_quality_is_learned_by_itself() -> None:
     assert latencies.of("2K").median_s == pytest.approx(EXPECTED_LATENCY_S["2K"], rel=0.05)
 
 
-def test_a_straggler_is_looked_at_again_within_15_percent_of_its_age() -> None:
+def test_a_straggler_is_read_again_within_15_percent_of_its_age() -> None:
     curve = learned(2.0, looks_at_s=(1.9, 2.1))
     assert age_when_s(curve, 0.4, 10.0) <= 10.0 * 1.15
     assert age_when_s(curve, 0.9, 600.0) <= 600.0 + 12.0
@@ -107,7 +107,7 @@ def test_a_task_is_overdue_when_it_takes_far_longer_than_its_kind() -> None:
     not_yet_s=st.floats(0, 3000),
     more_s=st.floats(0, 3000),
 )
-def test_whatever_was_seen_chances_are_chances(
+def test_chances_are_always_between_0_and_1(
     brackets: list[list[float]], not_yet_s: float, more_s: float
 ) -> None:
     curve = Curve.expecting(2.0)

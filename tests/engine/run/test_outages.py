@@ -60,12 +60,6 @@ class Passing(SystemClock):
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[EngineHarness]:
-    with open_harness(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
 def gate(engine: EngineHarness) -> Iterator[Gate]:
     """In front of the emulator."""
     with gate_to(port_of(engine)) as opened:
@@ -132,7 +126,7 @@ async def test_a_run_that_begins_while_the_api_is_away_waits_for_it(
     all_delivered(engine, await run_through(engine, passing, **through(gate)))
 
 
-async def test_tasks_that_nobody_could_ask_about_have_their_patience_afterwards(
+async def test_tasks_that_could_not_be_read_have_their_patience_afterwards(
     tmp_path: Path,
 ) -> None:
     """Each was asked about before, and had not ended."""
@@ -265,7 +259,7 @@ async def test_a_journal_that_another_process_locks_is_waited_for(
         all_delivered(engine, await run_through(engine, passing, journal=journal))
 
 
-async def test_a_server_of_the_journal_that_is_away_is_waited_for(
+async def test_a_database_server_that_is_away_is_waited_for(
     engine: EngineHarness, journal_url: str
 ) -> None:
     """Connections break, also between a commit and its answer, and are refused for a while."""
@@ -291,9 +285,7 @@ def gate_before(text: str) -> Iterator[tuple[Gate, str]]:
         yield gate, through.render_as_string(hide_password=False)
 
 
-async def test_a_run_that_is_stopped_waits_for_nothing(
-    engine: EngineHarness, tmp_path: Path
-) -> None:
+async def test_a_stopped_run_waits_for_no_dependency(engine: EngineHarness, tmp_path: Path) -> None:
     with (
         closing(Journal(engine.url, lock_timeout_s=0.05)) as journal,
         closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,

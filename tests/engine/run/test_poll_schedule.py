@@ -35,13 +35,13 @@ def together(ended: Floats, *, pressed: bool) -> list[int]:
     return select_reads(ended, pressed=pressed, batch=True)
 
 
-def test_a_task_is_asked_about_earlier_where_places_in_the_window_are_wanted() -> None:
+def test_a_task_is_read_earlier_if_places_in_the_window_are_wanted() -> None:
     task = PendingTask("1K", since_s=100.0)
     pressed, calm = due_s(task, pressed=True), due_s(task, pressed=False)
     assert 101.0 < pressed < 102.1 < calm < 104.0
 
 
-def test_a_task_that_had_not_ended_is_asked_about_again_soon() -> None:
+def test_an_unfinished_task_is_read_again_soon() -> None:
     task = PendingTask("1K", since_s=100.0, not_yet_s=2.0)
     assert 102.0 < due_s(task, pressed=True) < 102.5
 
@@ -53,7 +53,7 @@ def test_each_quality_is_waited_for_as_long_as_it_takes() -> None:
     assert large < 0.1
 
 
-def test_a_scout_is_asked_about_at_growing_ages_to_learn_how_long_its_kind_takes() -> None:
+def test_a_scout_is_read_at_growing_ages_to_learn_how_long_its_kind_takes() -> None:
     assert scout_due_s(PendingTask("1K", 10.0)) == pytest.approx(10.1)
     assert scout_due_s(PendingTask("1K", 10.0, not_yet_s=1.0)) == pytest.approx(11.5)
 
@@ -72,17 +72,17 @@ def test_a_batch_holds_what_the_server_takes_and_the_likeliest_first() -> None:
     assert together(ended, pressed=True) == list(range(119, 119 - BATCH, -1))
 
 
-def test_the_last_few_are_asked_about_although_they_are_few() -> None:
+def test_the_last_few_tasks_are_read_although_they_are_few() -> None:
     assert together(np.array([0.95]), pressed=False) == [0]
     assert together(np.array([0.5]), pressed=False) == []
 
 
-def test_nobody_waits_for_nothing() -> None:
+def test_without_tasks_nothing_is_selected() -> None:
     assert chances(KNOWN, [], now_s=0.0).size == 0
     assert together(np.zeros(0), pressed=True) == []
 
 
-def test_looks_are_as_far_apart_as_what_is_waited_for_is_old() -> None:
+def test_pauses_grow_with_the_age_of_the_tasks() -> None:
     young, old = PendingTask("1K", since_s=100.0), PendingTask("1K", since_s=0.0)
     assert pause_s(KNOWN, [young, old], now_s=100.0) == pytest.approx(0.04, abs=0.001)
     assert pause_s(KNOWN, [old], now_s=40.0) == pytest.approx(0.8)
@@ -99,19 +99,19 @@ def hinted(task: PendingTask = CALLBACK, **given: float) -> PollReason | None:
     return poll_reason(KNOWN, task, **values)  # type: ignore[arg-type]  # counts are whole
 
 
-def test_a_task_is_asked_about_once_for_each_rise_of_its_calls() -> None:
+def test_a_task_is_read_once_for_each_new_callback() -> None:
     assert hinted() is None
     assert hinted(calls=1) is PollReason.CALLBACK
     assert hinted(calls=1, seen=1, read_at_s=50.0) is None
     assert hinted(calls=3, seen=1, read_at_s=50.0) is PollReason.CALLBACK
 
 
-def test_a_storm_of_calls_about_one_task_costs_a_question_in_two_seconds() -> None:
+def test_a_storm_of_callbacks_for_one_task_costs_one_read_in_two_seconds() -> None:
     assert hinted(calls=9, seen=1, read_at_s=99.5) is None
     assert hinted(calls=9, seen=1, read_at_s=98.9) is PollReason.CALLBACK
 
 
-def test_a_task_that_nobody_called_about_is_swept_once_it_is_far_too_late() -> None:
+def test_a_task_without_a_callback_is_read_after_a_timeout() -> None:
     due_at_s = timeout_due_s(KNOWN, CALLBACK)
     assert due_at_s == pytest.approx(113.0, abs=0.5), "5 s and four times the median of 2 s"
     assert hinted(now_s=due_at_s - 0.1) is None
@@ -120,7 +120,7 @@ def test_a_task_that_nobody_called_about_is_swept_once_it_is_far_too_late() -> N
     assert again_s == pytest.approx(140.0), "and then at twice the age at which it had not ended"
 
 
-def test_a_run_that_waits_for_none_asks_about_what_was_called_about_or_has_probably_ended() -> None:
+def test_a_run_that_does_not_wait_reads_tasks_with_a_callback_or_that_have_probably_ended() -> None:
     assert worth_polling(KNOWN, "1K", 0.1, called=True)
     assert not worth_polling(KNOWN, "1K", 5.0, called=False), "its call is still to be expected"
     assert worth_polling(KNOWN, "1K", 14.0, called=False), "its call was missed"

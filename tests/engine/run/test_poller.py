@@ -70,13 +70,13 @@ async def ask_all(one: TaskPoller, task_ids: Sequence[str]) -> list[TaskRead]:
 
 
 @pytest.mark.parametrize("batch", [True, False, None])
-async def test_two_that_ask_about_one_task_both_get_their_answer(batch: bool | None) -> None:
+async def test_two_reads_of_one_task_both_return(batch: bool | None) -> None:
     async with polling(Server(batch)) as one:
         answers = await ask_all(one, ["task-a", "task-a", "task-b"])
     assert sorted(answer.task.task_id for answer in answers) == ["task-a", "task-a", "task-b"]
 
 
-async def test_a_batch_read_that_comes_and_goes_leaves_nobody_unanswered() -> None:
+async def test_a_batch_read_that_comes_and_goes_leaves_no_read_waiting() -> None:
     server = Server(True)
     async with polling(server) as one:
         for batch in (True, False, None, False, True):
@@ -90,12 +90,12 @@ async def test_a_batch_read_that_comes_and_goes_leaves_nobody_unanswered() -> No
     assert server.batches
 
 
-async def test_what_is_asked_without_waiting_is_read_at_once() -> None:
+async def test_a_task_without_a_schedule_is_read_at_once() -> None:
     async with polling(Server()) as one:
         assert (await one.read("task-a")).task == ended("task-a")
 
 
-async def test_a_task_whose_callback_is_waited_for_is_read_when_it_is_called_about() -> None:
+async def test_a_task_whose_callback_is_expected_is_read_when_it_comes() -> None:
     server = Server()
     async with polling(server) as one, anyio.create_task_group() as group:
 
@@ -109,13 +109,13 @@ async def test_a_task_whose_callback_is_waited_for_is_read_when_it_is_called_abo
     assert (answer.reason, answer.quiet_at_s) == (PollReason.CALLBACK, 1.0)
 
 
-async def test_a_task_is_read_at_the_end_of_its_patience_although_nobody_called() -> None:
+async def test_a_task_is_read_at_the_end_of_its_patience_without_a_callback() -> None:
     async with polling(Server()) as one:
         answer = await one.read("task-a", awaited(), within_s=0.05, callback_key="key")
     assert answer.reason is None
 
 
-async def test_a_read_that_never_ends_does_not_keep_its_question(
+async def test_a_call_that_never_ends_fails_its_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Silent(Server):
@@ -130,7 +130,7 @@ async def test_a_read_that_never_ends_does_not_keep_its_question(
         assert not one.awaiting_callback()
 
 
-async def test_a_run_that_is_over_ends_all_questions() -> None:
+async def test_all_reads_fail_once_the_run_is_over() -> None:
     async with polling(Server()) as one, anyio.create_task_group() as group:
 
         async def fail_all() -> None:

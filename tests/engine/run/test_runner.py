@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -41,12 +40,6 @@ from tests.engine.harness import (
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[EngineHarness]:
-    with open_harness(tmp_path) as opened:
-        yield opened
-
-
 async def test_a_run_delivers_every_image_and_its_charge(engine: EngineHarness) -> None:
     requests = [*make_requests(3), make_request("a hen", quality="2K", size="1:1")]
     report = await engine.run(requests)
@@ -73,7 +66,7 @@ async def test_a_run_delivers_every_image_and_its_charge(engine: EngineHarness) 
     assert len(engine.files()) == 4
 
 
-async def test_the_file_is_the_picture_that_the_server_made(engine: EngineHarness) -> None:
+async def test_the_file_is_the_image_that_the_server_made(engine: EngineHarness) -> None:
     await engine.run([make_request()])
     (task,) = engine.assert_accounts_agree()["tasks"]
     image = engine.record(make_request()).image
@@ -94,7 +87,7 @@ async def test_the_intent_is_on_disk_before_the_post_and_the_answer_before_anyth
     assert kept["answer"]["usage"]["credits_reserved"] == 0.45
 
 
-async def test_a_second_run_over_the_same_rows_asks_nothing_and_buys_nothing(
+async def test_a_second_run_over_the_same_rows_reads_nothing_and_buys_nothing(
     engine: EngineHarness,
 ) -> None:
     await engine.run(make_requests(3))
@@ -117,7 +110,7 @@ async def test_a_second_run_buys_only_what_is_new_in_any_order(engine: EngineHar
     ]
 
 
-async def test_rows_that_ask_for_the_same_image_share_one_purchase(engine: EngineHarness) -> None:
+async def test_rows_that_request_the_same_image_share_one_purchase(engine: EngineHarness) -> None:
     wanted = [
         RequestedImage(make_request(), "a"),
         RequestedImage(make_request(), "b", rows=2),
@@ -128,7 +121,7 @@ async def test_rows_that_ask_for_the_same_image_share_one_purchase(engine: Engin
     assert engine.assert_accounts_agree()["creates"] == 2
 
 
-async def test_a_run_of_nothing_opens_no_connection(engine: EngineHarness) -> None:
+async def test_a_run_without_requests_opens_no_connection(engine: EngineHarness) -> None:
     engine.emulator.stop()
     report = await engine.run([])
     assert report.progress == Progress(total=0)
@@ -178,7 +171,7 @@ async def test_a_missing_file_whose_link_is_dead_comes_by_a_fresh_link(tmp_path:
         assert engine.assert_accounts_agree()["charged_units"] == 4500
 
 
-async def test_an_image_of_which_neither_task_nor_link_is_left_is_paid_and_lost_and_says_so(
+async def test_an_image_whose_task_and_link_are_gone_is_recorded_as_paid_and_lost(
     tmp_path: Path,
 ) -> None:
     clock = ServerClock()
@@ -384,7 +377,7 @@ async def test_when_the_journal_cannot_be_written_nothing_more_is_bought(
     assert books["bodies_bought_more_than_once"] == 0
 
 
-async def test_what_was_turned_away_leaves_its_room_under_the_cap_to_the_next_try(
+async def test_a_rate_limited_purchase_gives_its_room_under_the_cap_back(
     engine: EngineHarness,
 ) -> None:
     """While it was reserved, another row found the cap full."""

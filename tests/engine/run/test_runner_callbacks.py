@@ -46,12 +46,6 @@ def listening(engine: EngineHarness, run_id: str = "run-1", **options: Any) -> R
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[EngineHarness]:
-    with open_harness(tmp_path) as engine:
-        yield engine
-
-
-@pytest.fixture
 def slow(tmp_path: Path) -> Iterator[EngineHarness]:
     """Tasks that never end by themselves, so that what is asked is asked for a reason."""
     with open_harness(tmp_path, latency_s=3600.0) as engine:
@@ -124,7 +118,7 @@ async def test_a_purchase_after_a_failed_one_names_the_present_address(
         assert list(urls) == [None, url_of(other.request_key)]
 
 
-async def test_a_row_with_an_address_of_its_own_is_polled_as_ever(engine: EngineHarness) -> None:
+async def test_a_row_with_its_own_callback_address_is_polled(engine: EngineHarness) -> None:
     """Its callback goes elsewhere, so nobody would tell this run."""
     request = make_request()
     own = "https://own.example.com/hook"
@@ -138,7 +132,7 @@ async def test_a_row_with_an_address_of_its_own_is_polled_as_ever(engine: Engine
 # -- what is asked ----------------------------------------------------------------------------
 
 
-async def test_a_task_is_asked_about_when_it_is_called_about_and_once(
+async def test_a_task_is_read_once_when_its_callback_comes(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(20)
@@ -151,7 +145,7 @@ async def test_a_task_is_asked_about_when_it_is_called_about_and_once(
     engine.assert_accounts_agree()
 
 
-async def test_calls_that_come_too_early_or_twice_change_nothing_but_a_question(
+async def test_early_or_doubled_callbacks_only_cost_a_read(
     slow: EngineHarness,
 ) -> None:
     request = make_request()
@@ -168,7 +162,7 @@ async def test_calls_that_come_too_early_or_twice_change_nothing_but_a_question(
         await running
 
 
-async def test_a_task_whose_call_is_missing_is_swept_and_counted(engine: EngineHarness) -> None:
+async def test_a_missing_callback_is_replaced_by_a_read_and_counted(engine: EngineHarness) -> None:
     requests = make_requests(3)
     # Its median is 20 ms, so that the sweep comes after some five seconds.
     report = await listening(engine).run(to_requested(requests))
@@ -177,7 +171,7 @@ async def test_a_task_whose_call_is_missing_is_swept_and_counted(engine: EngineH
     assert report.tasks_read == 3
 
 
-async def test_what_was_called_about_while_nobody_ran_is_asked_about_at_once(
+async def test_tasks_whose_callback_came_between_runs_are_read_at_once(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(4)
@@ -202,7 +196,7 @@ async def _lost(engine: EngineHarness) -> tuple[ImageRequest, str]:
     return request, task["task_id"]
 
 
-async def test_under_hold_a_called_task_finds_its_row_once_evolink_confirms_it(
+async def test_under_hold_a_claimed_task_is_taken_once_evolink_confirms_it(
     engine: EngineHarness,
 ) -> None:
     request, task_id = await _lost(engine)
@@ -251,7 +245,7 @@ async def test_a_claimed_task_of_another_row_or_another_time_is_not_taken(
     assert "older than the purchase" in report.left[late.request_key]
 
 
-async def test_a_claimed_task_that_fails_is_no_proof_that_the_purchase_cost_nothing(
+async def test_a_claimed_task_that_failed_does_not_prove_that_the_purchase_cost_nothing(
     tmp_path: Path,
 ) -> None:
     """It may be another row's: this row's own task may be paid for."""
@@ -269,7 +263,7 @@ async def test_a_claimed_task_that_fails_is_no_proof_that_the_purchase_cost_noth
         assert engine.emulator.stats()["creates"] == 2
 
 
-async def test_under_replay_the_repeat_tells_and_no_claim_is_believed(
+async def test_under_replay_the_repeat_decides_and_no_claim_is_used(
     engine: EngineHarness,
 ) -> None:
     request, task_id = await _lost(engine)
@@ -305,7 +299,7 @@ async def test_the_next_run_collects_what_has_ended_and_buys_nothing(engine: Eng
     engine.assert_accounts_agree()
 
 
-async def test_it_leaves_what_the_server_has_no_place_for_and_goes_on_later(
+async def test_a_run_that_does_not_wait_leaves_requests_without_a_place_to_a_later_run(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(20)
@@ -324,7 +318,7 @@ async def test_it_leaves_what_the_server_has_no_place_for_and_goes_on_later(
     assert engine.assert_accounts_agree()["creates"] == 20
 
 
-async def test_a_server_that_refuses_more_tasks_ends_such_a_run_within_seconds(
+async def test_a_server_that_refuses_more_tasks_ends_a_run_that_does_not_wait(
     tmp_path: Path,
 ) -> None:
     with open_harness(tmp_path, latency_s=3600.0, max_concurrent=4) as engine:
@@ -335,7 +329,7 @@ async def test_a_server_that_refuses_more_tasks_ends_such_a_run_within_seconds(
         engine.assert_accounts_agree()
 
 
-async def test_it_repeats_an_unknown_purchase_before_it_ends(engine: EngineHarness) -> None:
+async def test_a_run_that_does_not_wait_repeats_an_unknown_purchase(engine: EngineHarness) -> None:
     request = make_request()
     engine.emulator.world.script("drop_after_create", 1)
     await engine.runner(wait=False).run(to_requested([request]))
@@ -343,7 +337,9 @@ async def test_it_repeats_an_unknown_purchase_before_it_ends(engine: EngineHarne
     assert engine.assert_accounts_agree()["creates"] == 1
 
 
-async def test_an_unknown_purchase_keeps_no_run_waiting_for_a_place(engine: EngineHarness) -> None:
+async def test_an_unknown_purchase_does_not_keep_a_run_waiting_for_a_place(
+    engine: EngineHarness,
+) -> None:
     """Its repeat needs none: all places are taken, and one of them may be its own."""
     engine.emulator.world.latency_s = 3600.0
     requests = make_requests(8)

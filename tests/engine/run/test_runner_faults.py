@@ -155,7 +155,7 @@ def after_create(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     yield from run_with_each(tmp_path_factory.mktemp("create"), "create", pictures=False)
 
 
-def test_every_fault_of_a_purchase_has_struck(after_create: Ended) -> None:
+def test_every_fault_of_a_purchase_has_occurred(after_create: Ended) -> None:
     assert after_create.books["unconsumed_faults"] == []
     assert after_create.report.stopped is None
 
@@ -196,7 +196,7 @@ def after_task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     yield from run_with_each(tmp_path_factory.mktemp("task"), "task", patience_s=2.0)
 
 
-def test_every_fault_of_a_task_has_struck(after_task: Ended) -> None:
+def test_every_fault_of_a_task_has_occurred(after_task: Ended) -> None:
     assert after_task.books["unconsumed_faults"] == []
 
 
@@ -224,7 +224,7 @@ def test_the_charge_of_a_cancelled_task_is_not_known(after_task: Ended) -> None:
     assert after_task.engine.record(about("cancelled")).charged_units is None
 
 
-def test_a_task_that_vanished_is_paid_and_lost_as_far_as_anybody_knows(after_task: Ended) -> None:
+def test_a_task_that_vanished_counts_as_paid_and_lost(after_task: Ended) -> None:
     assert after_task.task("vanished")["charged_units"] == 4500
     assert after_task.engine.record(about("vanished")).charged_units is None
 
@@ -249,7 +249,7 @@ def after_read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     yield from run_with_each(tmp_path_factory.mktemp("read"), "read", pictures=False, batch=False)
 
 
-def test_every_fault_of_a_read_has_struck(after_read: Ended) -> None:
+def test_every_fault_of_a_read_has_occurred(after_read: Ended) -> None:
     assert after_read.books["unconsumed_faults"] == []
 
 
@@ -261,7 +261,7 @@ def test_a_read_that_met_a_fault_costs_nothing_and_loses_nothing(
     assert after_read.engine.events(about(name)).count(Event.SUBMITTING) == 1
 
 
-def test_what_could_not_be_read_is_collected_by_the_next_run(after_read: Ended) -> None:
+def test_a_task_that_could_not_be_read_is_collected_by_the_next_run(after_read: Ended) -> None:
     report = asyncio.run(after_read.engine.run([about(name) for name in DETACHING], "run-2"))
     assert (report.posts, report.progress.failed) == (0, len(DETACHING))
     after_read.engine.assert_accounts_agree()
@@ -297,7 +297,7 @@ def test_a_run_whose_account_cannot_be_read_goes_on(quick_home: EngineHarness, n
     assert quick_home.assert_accounts_agree()["unconsumed_faults"] == []
 
 
-def test_a_server_without_the_batch_read_is_asked_one_by_one(tmp_path: Path) -> None:
+def test_a_server_without_the_batch_read_gets_single_reads(tmp_path: Path) -> None:
     with open_harness(tmp_path, batch=False) as engine:
         report = asyncio.run(engine.run(make_requests(4)))
         assert report.progress.delivered == 4
@@ -313,7 +313,7 @@ def after_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     yield from run_with_each(tmp_path_factory.mktemp("file"), "file", timeout_s=6.0)
 
 
-def test_every_fault_of_a_download_has_struck(after_file: Ended) -> None:
+def test_every_fault_of_a_download_has_occurred(after_file: Ended) -> None:
     assert after_file.books["unconsumed_faults"] == []
 
 
@@ -329,7 +329,7 @@ def test_an_image_whose_first_download_met_a_fault_is_stored(after_file: Ended, 
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_a_whole_file_that_is_not_the_image_is_kept_and_fetched_once(
+def test_a_complete_file_that_is_not_the_image_is_kept_and_fetched_once(
     after_file: Ended, name: str
 ) -> None:
     record = after_file.engine.record(about(name))
@@ -347,11 +347,11 @@ def test_the_format_of_a_file_is_read_from_its_bytes(after_file: Ended) -> None:
     assert image.path.endswith(".jpg")
 
 
-def test_no_half_of_a_file_is_left(after_file: Ended) -> None:
+def test_no_partial_file_is_left(after_file: Ended) -> None:
     assert not [name for name in after_file.engine.files() if name.startswith(".partial")]
 
 
-def test_an_image_that_is_wrong_each_time_is_left_paid_and_named(tmp_path: Path) -> None:
+def test_an_image_that_is_always_wrong_is_left_with_its_reason(tmp_path: Path) -> None:
     with open_harness(tmp_path) as engine:
         requests = [about(name) for name in REJECTED]
         for name in REJECTED:

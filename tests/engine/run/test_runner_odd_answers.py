@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -41,16 +40,10 @@ from tests.engine.harness import (
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[EngineHarness]:
-    with open_harness(tmp_path) as engine:
-        yield engine
-
-
 # -- failures ---------------------------------------------------------------------------------
 
 
-async def test_a_batch_that_says_failed_is_not_believed_and_nothing_is_bought_again(
+async def test_a_failure_in_a_batch_read_is_confirmed_before_anything_is_bought_again(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("batch_failed", n=5)
@@ -96,7 +89,7 @@ async def test_a_failed_task_that_cannot_be_read_again_is_left_and_not_bought_ag
     assert "cannot be read" in report.left[make_request().request_key]
 
 
-async def test_a_batch_read_that_is_not_there_any_more_leaves_no_task_unasked(
+async def test_a_batch_read_that_disappears_leaves_no_task_unread(
     tmp_path: Path,
 ) -> None:
     scripted: list[int] = []
@@ -119,7 +112,7 @@ async def test_a_batch_read_that_is_not_there_any_more_leaves_no_task_unasked(
 # -- ids --------------------------------------------------------------------------------------
 
 
-async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(
+async def test_a_task_id_of_another_purchase_affects_only_its_row(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(5)
@@ -133,7 +126,7 @@ async def test_an_id_that_another_purchase_has_is_that_rows_trouble_alone(
     assert engine.emulator.stats()["bodies_bought_more_than_once"] == 0
 
 
-async def test_an_id_of_the_rows_own_earlier_purchase_is_its_trouble_alone(
+async def test_a_task_id_of_the_rows_own_earlier_purchase_affects_only_its_row(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(3)
@@ -147,7 +140,7 @@ async def test_an_id_of_the_rows_own_earlier_purchase_is_its_trouble_alone(
     assert engine.states(requests) == ["stored"] * 3
 
 
-async def test_a_purchase_sent_twice_whose_task_failed_is_not_bought_again_by_itself(
+async def test_a_purchase_sent_twice_whose_task_failed_is_bought_again_only_by_a_person(
     tmp_path: Path,
 ) -> None:
     """Of a server that does not know the key again, the first POST may have a task, too."""
@@ -183,7 +176,7 @@ async def repeat_a_purchase_whose_task_fails(engine: EngineHarness) -> None:
     await engine.run([make_request()], "run-2")
 
 
-async def test_a_decision_that_names_anothers_task_leaves_its_row_and_no_other(
+async def test_a_decision_with_the_task_of_another_row_affects_only_its_row(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(4)
@@ -198,7 +191,9 @@ async def test_a_decision_that_names_anothers_task_leaves_its_row_and_no_other(
     assert "is that of the purchase" in report.left[requests[1].request_key]
 
 
-async def test_a_journal_that_holds_an_id_that_is_none_ends_no_run(engine: EngineHarness) -> None:
+async def test_an_invalid_task_id_in_the_journal_does_not_end_the_run(
+    engine: EngineHarness,
+) -> None:
     """An earlier version let ``..`` in, by a decision or a callback."""
     requests = make_requests(4)
     writer = JournalWriter(engine.journal, "earlier")
@@ -212,7 +207,7 @@ async def test_a_journal_that_holds_an_id_that_is_none_ends_no_run(engine: Engin
     assert engine.journal.history(requests[0].request_key)[-1][2]["task_id"] == ".."
 
 
-async def test_two_claims_of_one_task_end_with_one_row(engine: EngineHarness) -> None:
+async def test_a_task_that_two_rows_claim_goes_to_one(engine: EngineHarness) -> None:
     requests = make_requests(2)
     engine.emulator.world.script("drop_after_create", n=2)
     await engine.run(requests, on_unknown="hold")
@@ -228,7 +223,7 @@ async def test_two_claims_of_one_task_end_with_one_row(engine: EngineHarness) ->
 # -- tasks that are not found -----------------------------------------------------------------
 
 
-async def test_a_key_that_knows_none_of_the_tasks_stops_the_run_and_gives_nothing_up(
+async def test_a_key_that_knows_none_of_the_tasks_stops_the_run_and_gives_up_no_task(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(4)
@@ -243,7 +238,7 @@ async def test_a_key_that_knows_none_of_the_tasks_stops_the_run_and_gives_nothin
     assert engine.states(requests) == ["submitted"] * 4
 
 
-async def test_tasks_that_are_lost_are_no_sign_of_a_foreign_key_where_they_were_bought_with_it(
+async def test_lost_tasks_that_were_bought_with_this_key_do_not_stop_the_run(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("vanished", n=3)
@@ -252,7 +247,7 @@ async def test_tasks_that_are_lost_are_no_sign_of_a_foreign_key_where_they_were_
     assert (report.posts, report.progress.delivered, report.stopped) == (12, 9, None)
 
 
-async def test_a_lost_task_that_is_back_is_found_by_the_next_run_without_being_told(
+async def test_a_lost_task_that_is_back_is_found_by_the_next_run(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.set_rate("read_404", 1.0)
@@ -271,7 +266,7 @@ async def test_a_lost_task_that_is_back_is_found_by_the_next_run_without_being_t
     ("units", "doubtful"),
     [(4500, False), (18_000, False), (18_001, True), (1125, False), (1124, True), (10**16, True)],
 )
-def test_a_price_is_doubted_that_is_four_times_any_known_one(units: int, doubtful: bool) -> None:
+def test_a_price_beyond_four_times_any_known_one_is_doubtful(units: int, doubtful: bool) -> None:
     assert is_doubtful(units, "1K", {}) is doubtful
 
 
@@ -280,7 +275,7 @@ def test_a_price_that_was_paid_before_counts_as_known() -> None:
     assert is_doubtful(40_001, "1K", {"1K": 10_000})
 
 
-async def test_one_absurd_price_is_said_and_neither_charged_reserved_by_nor_remembered(
+async def test_one_implausible_price_is_reported_and_not_used(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(6)
@@ -299,7 +294,7 @@ async def test_one_absurd_price_is_said_and_neither_charged_reserved_by_nor_reme
     assert later.caps_reached == ()
 
 
-async def test_a_price_that_a_person_accepts_is_charged_and_reckoned_with(
+async def test_a_price_that_a_person_accepts_is_charged_and_used(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("price", arg=3)
@@ -314,7 +309,7 @@ async def test_a_price_that_a_person_accepts_is_charged_and_reckoned_with(
         engine.journal.accept_price("1K", NOW)
 
 
-async def test_prices_that_cannot_be_believed_in_a_row_end_the_buying(
+async def test_several_implausible_prices_in_a_row_end_the_buying(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("price", n=100, arg=99)
@@ -324,7 +319,7 @@ async def test_prices_that_cannot_be_believed_in_a_row_end_the_buying(
     assert "krea-dagster accept price 1K" in str(report.stopped)
 
 
-async def test_what_was_doubted_stops_the_runs_to_come_until_a_person_has_decided(
+async def test_doubtful_prices_stop_later_runs_until_a_person_has_decided(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("price", n=3, arg=99)
@@ -347,7 +342,7 @@ async def test_a_price_that_is_right_again_ends_the_doubt(engine: EngineHarness)
         assert (report.posts, report.stopped) == (4, None)
 
 
-async def test_a_price_is_not_accepted_while_a_run_is_at_work_with_purchases_at_it(
+async def test_a_price_is_not_accepted_while_a_run_has_purchases_at_it(
     engine: EngineHarness,
 ) -> None:
     writer = JournalWriter(engine.journal, "at work")
@@ -365,7 +360,7 @@ async def test_a_price_is_not_accepted_while_a_run_is_at_work_with_purchases_at_
 
 
 @pytest.mark.parametrize("number", [5, 30])
-async def test_at_a_rise_a_cap_is_passed_by_what_a_few_purchases_cost_more(
+async def test_if_the_price_rises_a_cap_is_passed_by_a_few_purchases_at_most(
     engine: EngineHarness, number: int
 ) -> None:
     """Those that were without an answer when the first one told the new price."""
@@ -403,7 +398,7 @@ async def test_with_the_key_of_another_account_nothing_is_repeated_and_nothing_g
     assert engine.emulator.stats()["creates"] == 6
 
 
-async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated(
+async def test_an_unknown_outcome_from_a_clock_ahead_is_not_repeated(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("drop_after_create", n=3)
@@ -417,7 +412,7 @@ async def test_an_outcome_that_was_left_unknown_by_a_clock_ahead_is_not_repeated
 # -- stops ------------------------------------------------------------------------------------
 
 
-async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(
+async def test_a_purchase_that_was_not_sent_is_not_unknown_when_a_run_is_stopped(
     engine: EngineHarness,
 ) -> None:
     """The intent waits for the journal for longer than a stop waits for an answer."""
@@ -445,7 +440,7 @@ async def test_what_was_never_sent_is_not_unknown_when_a_run_is_stopped(
 # -- files ------------------------------------------------------------------------------------
 
 
-async def test_one_file_for_several_prompts_is_said(engine: EngineHarness) -> None:
+async def test_one_file_for_several_prompts_is_reported(engine: EngineHarness) -> None:
     engine.emulator.world.script("same_file", n=3)
     report = await engine.run(make_requests(3))
     (said,) = report.same_files

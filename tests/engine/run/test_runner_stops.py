@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -50,16 +50,10 @@ from tests.engine.harness import (
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[EngineHarness]:
-    with open_harness(tmp_path) as opened:
-        yield opened
-
-
 # -- the account ------------------------------------------------------------------------------
 
 
-async def test_an_empty_account_stops_buying_and_what_is_paid_is_finished(
+async def test_an_empty_account_stops_buying_and_paid_images_are_finished(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(6)
@@ -87,7 +81,7 @@ async def test_an_empty_account_stops_buying_and_what_is_paid_is_finished(
         ("model_denied", ModelDenied),
     ],
 )
-async def test_an_answer_that_concerns_the_account_stops_buying_for_all(
+async def test_an_answer_about_the_account_stops_buying_for_all(
     engine: EngineHarness, fault: str, error: type[AccountStopped]
 ) -> None:
     engine.emulator.world.script(fault, 100)
@@ -115,7 +109,7 @@ async def test_an_unknown_outcome_stays_unknown_when_its_repeat_finds_an_empty_a
 
 
 @pytest.mark.parametrize("fault", ["content_refused", "too_large_413", "429"])
-async def test_an_unknown_outcome_stays_unknown_whatever_refuses_its_repeat(
+async def test_an_unknown_outcome_stays_unknown_if_its_repeat_is_refused(
     engine: EngineHarness, fault: str
 ) -> None:
     engine.emulator.world.script("reset_after_create")
@@ -154,7 +148,7 @@ async def test_under_hold_an_unknown_outcome_is_posted_once_and_kept_for_a_perso
     assert engine.assert_accounts_agree()["submit_posts"] == 2
 
 
-async def test_a_server_that_knows_no_idempotency_sells_a_repeat_again(tmp_path: Path) -> None:
+async def test_a_server_without_idempotency_sells_a_repeat_again(tmp_path: Path) -> None:
     """Why hold exists: the books show it, and the journal knows the task that it was told."""
     with open_harness(tmp_path, idempotency=False) as engine:
         engine.emulator.world.script("drop_after_create")
@@ -164,7 +158,7 @@ async def test_a_server_that_knows_no_idempotency_sells_a_repeat_again(tmp_path:
         assert engine.record(make_request()).task_id == books["tasks"][1]["task_id"]
 
 
-async def test_a_first_post_whose_key_the_server_knows_for_another_body_created_nothing(
+async def test_a_first_post_with_an_idempotency_conflict_created_nothing(
     engine: EngineHarness,
 ) -> None:
     async with KreaClient("emulator", base_url=engine.emulator.url) as client:
@@ -196,7 +190,7 @@ async def test_a_person_who_finds_the_task_has_its_image_without_a_purchase(
     assert engine.record(make_request()).task_id == task_id
 
 
-async def test_a_person_who_has_it_sent_again_gets_the_same_task(engine: EngineHarness) -> None:
+async def test_a_repeat_that_a_person_decides_gets_the_same_task(engine: EngineHarness) -> None:
     task_id = await _left_unknown(engine)
     decided = {make_request().request_key: SendAgain()}
     runner = replace(engine.runner("run-2", on_unknown="hold"), resolutions=decided)
@@ -206,7 +200,7 @@ async def test_a_person_who_has_it_sent_again_gets_the_same_task(engine: EngineH
     engine.assert_accounts_agree()
 
 
-async def test_what_a_person_says_was_not_charged_is_bought_under_the_next_key(
+async def test_a_purchase_declared_as_not_charged_is_bought_under_the_next_key(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("drop_before_create")
@@ -222,7 +216,7 @@ async def test_what_a_person_says_was_not_charged_is_bought_under_the_next_key(
     assert engine.assert_accounts_agree()["creates"] == 1
 
 
-async def test_a_person_who_gives_it_up_ends_it_without_a_purchase(engine: EngineHarness) -> None:
+async def test_a_purchase_declared_as_lost_ends_without_another(engine: EngineHarness) -> None:
     await _left_unknown(engine)
     decided = {make_request().request_key: Lost()}
     runner = replace(engine.runner("run-2"), resolutions=decided)
@@ -233,7 +227,7 @@ async def test_a_person_who_gives_it_up_ends_it_without_a_purchase(engine: Engin
 # -- failed tasks -----------------------------------------------------------------------------
 
 
-async def test_a_task_that_failed_for_want_of_capacity_is_bought_again_under_a_new_key(
+async def test_a_task_that_failed_for_lack_of_capacity_is_bought_again_under_a_new_key(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("fail", arg="resource_exhausted")
@@ -290,7 +284,7 @@ class Told:
 
 
 @pytest.mark.parametrize("code", REPEATABLE_TASK_ERRORS)
-async def test_a_cancelled_task_is_never_bought_again_whatever_code_it_carries(
+async def test_a_cancelled_task_is_never_bought_again_for_any_code(
     engine: EngineHarness, code: str
 ) -> None:
     """Whether it was charged is not known."""
@@ -308,7 +302,7 @@ async def test_a_cancelled_task_is_never_bought_again_whatever_code_it_carries(
     assert (record.charged_units, len(client.posts), report.progress.failed) == (None, 1, 1)
 
 
-async def test_a_cancelled_task_that_a_person_asks_for_again_stays_committed(
+async def test_a_cancelled_task_that_a_person_requests_again_stays_committed(
     engine: EngineHarness,
 ) -> None:
     """The first one may have been charged, so the caps go on to count it beside the second."""
@@ -353,7 +347,7 @@ async def test_a_download_that_fails_while_the_task_cannot_be_read_keeps_its_lin
 # -- too many requests ------------------------------------------------------------------------
 
 
-async def test_retry_after_is_honoured_by_the_whole_run(engine: EngineHarness) -> None:
+async def test_retry_after_pauses_the_whole_run(engine: EngineHarness) -> None:
     """Nobody posts before the second is over, also not for another row."""
     engine.emulator.world.script("429", arg=1)
     started_s = time.monotonic()
@@ -371,7 +365,7 @@ async def test_retry_after_is_honoured_by_the_whole_run(engine: EngineHarness) -
     assert min(later).timestamp() - turned_away.timestamp() >= 0.95
 
 
-async def test_a_server_with_room_for_few_is_not_flooded(tmp_path: Path) -> None:
+async def test_a_server_with_few_places_is_not_flooded(tmp_path: Path) -> None:
     """A row that is turned away keeps its place while it waits: no other is sent instead."""
     with open_harness(tmp_path, max_concurrent=2, latency_s=0.1) as engine:
         engine.emulator.world.set_rate("fail", 1.0, arg="invalid_parameters")
@@ -382,7 +376,7 @@ async def test_a_server_with_room_for_few_is_not_flooded(tmp_path: Path) -> None
         assert books["submit_posts"] < 24 * 5
 
 
-async def test_a_request_is_given_up_only_after_patience_without_a_single_purchase(
+async def test_a_rate_limited_run_stops_only_after_its_patience_without_a_purchase(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("429_empty", 100_000)
@@ -394,7 +388,7 @@ async def test_a_request_is_given_up_only_after_patience_without_a_single_purcha
     assert (await engine.run(make_requests(2), "run-2")).progress.delivered == 2
 
 
-async def test_one_refusal_after_a_long_quiet_is_no_reason_to_give_up(
+async def test_one_refusal_after_a_long_pause_does_not_stop_the_run(
     engine: EngineHarness,
 ) -> None:
     """The row waits for a task that is slow, longer than patience; then it is turned away once."""
@@ -435,7 +429,7 @@ async def test_an_outage_of_the_server_does_not_make_the_whole_table_unknown(
     assert engine.emulator.stats()["submit_posts"] == states.count("unknown")
 
 
-async def test_after_an_outage_what_it_kept_back_is_bought(engine: EngineHarness) -> None:
+async def test_after_an_outage_the_rows_that_it_held_back_are_bought(engine: EngineHarness) -> None:
     engine.emulator.world.set_rate("500", 1.0)
     await engine.run(make_requests(20), patience_s=0.3)
     engine.emulator.world.set_rate("500", 0.0)
@@ -444,7 +438,7 @@ async def test_after_an_outage_what_it_kept_back_is_bought(engine: EngineHarness
     assert engine.emulator.stats()["bodies_bought_more_than_once"] == 0
 
 
-async def test_what_was_given_up_as_lost_is_collected_when_the_server_knows_it_after_all(
+async def test_an_image_given_up_as_lost_is_collected_when_the_server_knows_it_after_all(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.set_rate("read_404", 1.0)
@@ -472,7 +466,7 @@ async def _stopped(
         await task
 
 
-async def test_a_stopped_run_writes_what_it_knows_and_the_next_one_completes(
+async def test_a_stopped_run_writes_its_answers_and_the_next_one_completes(
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(7)
@@ -542,7 +536,7 @@ async def test_a_stop_does_not_wait_for_tasks_or_pauses(engine: EngineHarness) -
     assert not {"submitting", "unknown"} & set(engine.states(requests))
 
 
-async def test_a_price_above_the_expected_one_is_reported_and_reckoned_with(
+async def test_a_price_above_the_expected_one_is_reported_and_used(
     engine: EngineHarness,
 ) -> None:
     """Before an account's first answer the published price is expected; this one pays more."""
