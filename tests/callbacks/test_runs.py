@@ -38,7 +38,7 @@ def tls(tmp_path: Path) -> Tls:
 def announced(
     folder: Path, tls: Tls, **emulator: Any
 ) -> Iterator[tuple[EngineHarness, CallbackUrls]]:
-    """A house whose images announce themselves at a receiver over TLS."""
+    """An engine whose tasks call a receiver over TLS."""
     options = {"callbacks_to_private": True, "callback_ca": tls.ca, **emulator}
     with (
         open_harness(folder, **options) as engine,

@@ -19,7 +19,7 @@ def main(url: str, folder: str, count: str) -> int:
         connect=lambda: KreaClient("emulator", base_url=url),
         journal=Journal(f"sqlite:///{folder}/journal.db"),
         images=ImageStore(Storage(folder)),
-        run_id="bought-beside",
+        run_id="bought-in-parallel",
         policy=QUICK,
         max_in_flight=3,
         latencies=KNOWN_LATENCIES,

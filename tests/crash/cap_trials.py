@@ -1,7 +1,7 @@
 """A cap of ten credits, 64 in flight, four processes: ``python -m tests.crash.cap_trials``.
 
-The emulator's books are watched all the time: what it holds and what it has charged together
-must never pass the cap. In every second trial the server fails in all the ways that make an
+The emulator's totals are watched all the time: the held and the charged credits together must
+never pass the cap. In every second trial the server fails in all the ways that make an
 outcome unknown or return what was reserved.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, Final
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.models import credits_from_units
-from tests.crash.engine_processes import Shop, outcomes
+from tests.crash.process_harness import ProcessHarness, outcomes
 
 CAP_UNITS: Final = 100_000
 PROCESSES: Final = 4
@@ -66,7 +66,7 @@ def trial(
     with Emulator(latency_s=0.2, seed=seed, credits=1000.0, state=folder / "emulator") as emulator:
         for name, rate in (FAULTS if faults else {}).items():
             emulator.world.set_rate(name, rate, arg="0.1" if name == "429" else None)
-        shop = Shop(folder, emulator, journal)
+        harness = ProcessHarness(folder, emulator, journal)
         started_s = time.monotonic()
         run: dict[str, Any] = {
             "count": ROWS,
@@ -78,23 +78,23 @@ def trial(
         with _Watch(emulator) as watch:
             # Half of each process's rows are another's too.
             ended = outcomes(
-                shop.start(*({**run, "start": n * ROWS // 2} for n in range(PROCESSES)))
+                harness.start(*({**run, "start": n * ROWS // 2} for n in range(PROCESSES)))
             )
-        shop.close()
+        harness.close()
         seconds = time.monotonic() - started_s
-        books = emulator.stats()
-    assert books["bodies_bought_more_than_once"] == 0, books["bodies_bought_more_than_once"]
+        stats = emulator.stats()
+    assert stats["bodies_bought_more_than_once"] == 0, stats["bodies_bought_more_than_once"]
     assert {code for code, _ in ended} == {1}, ended
-    with closing(Journal(shop.job.journal)) as opened:
+    with closing(Journal(harness.job.journal)) as opened:
         today = f"{datetime.now(timezone.utc):%Y-%m-%d}"
         key = f"day:{today}" if scope == "day" else "run:the-one-run"
         committed_units = opened.commitment(key).committed_units
         states = opened.count_by_state()
     return Trial(
-        most_units=max(watch.most_units, books["charged_units"] + books["held_units"]),
-        charged_units=books["charged_units"],
+        most_units=max(watch.most_units, stats["charged_units"] + stats["held_units"]),
+        charged_units=stats["charged_units"],
         committed_units=committed_units,
-        creates=books["creates"],
+        creates=stats["creates"],
         delivered=sum(n for state, n in states.items() if state.value == "stored"),
         deferred=sum(n for state, n in states.items() if state.value == "deferred"),
         posts=sum(report["posts"] for _, report in ended),
@@ -103,7 +103,7 @@ def trial(
 
 
 class _Watch:
-    """Looks at the emulator's books all the time, in a thread."""
+    """Reads the emulator's totals all the time, in a thread."""
 
     def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
@@ -121,8 +121,8 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._end.wait(0.05):
-            books = self._emulator.stats(tasks=False)
-            billed = books["charged_units"] + books["held_units"]
+            stats = self._emulator.stats(tasks=False)
+            billed = stats["charged_units"] + stats["held_units"]
             self.most_units = max(self.most_units, billed)
 
 

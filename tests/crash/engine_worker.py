@@ -21,7 +21,7 @@ from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
-from tests.crash.engine_processes import Job, wanted
+from tests.crash.process_harness import Job, wanted
 
 
 def work(job: Job, connection: Connection) -> None:

@@ -13,7 +13,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import scopes_of
 from krea_dagster.engine.journal.journal import Journal
 from tests.crash.cap_trials import FAULTS
-from tests.crash.engine_processes import Shop, outcomes
+from tests.crash.process_harness import ProcessHarness, outcomes
 
 IMAGE = 4_500
 ROWS = 20
@@ -33,20 +33,20 @@ BUDGETS = {
 def race(
     folder: Path, journal_url: str, *budgets: str, faults: bool = False
 ) -> tuple[Counter[str], dict[str, Any], list[Any]]:
-    """Let four processes buy; what each scope committed, the server's books, the reports."""
+    """Let four processes buy; return the commitments by scope, the totals, and the reports."""
     with Emulator(latency_s=0.1, credits=1000.0, state=folder / "emulator") as emulator:
         for name, rate in (FAULTS if faults else {}).items():
             emulator.world.set_rate(name, rate, arg="0.1" if name == "429" else None)
-        shop = Shop(folder, emulator, journal_url)
+        harness = ProcessHarness(folder, emulator, journal_url)
         runs = (
             {"start": number * ROWS // 2, "count": ROWS, "partition": "ab"[number % 2]}
             | {"budgets": budgets, "run_id": f"run-{number}"}
             for number in range(4)
         )
-        ended = outcomes(shop.start(*runs))
-        shop.close()
-        books = emulator.stats()
-    assert books["bodies_bought_more_than_once"] == 0
+        ended = outcomes(harness.start(*runs))
+        harness.close()
+        stats = emulator.stats()
+    assert stats["bodies_bought_more_than_once"] == 0
     committed: Counter[str] = Counter()
     with closing(Journal(journal_url)) as journal:
         for charge in journal.charges():
@@ -55,7 +55,7 @@ def race(
                 committed[scope] += charge.committed_units
         for scope, units in committed.items():
             assert journal.commitment(scope).committed_units == units, scope
-    return committed, books, [report for _, report in ended]
+    return committed, stats, [report for _, report in ended]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -64,11 +64,11 @@ def test_a_budget_holds_for_four_processes_and_is_used_to_its_last_image(
 ) -> None:
     scope, images = BUDGETS[budget]
     limit = round(float(budget.rpartition("=")[2]) * 10_000)
-    committed, books, reports = race(tmp_path, journal_url, budget)
+    committed, stats, reports = race(tmp_path, journal_url, budget)
     bounded = {name: units for name, units in committed.items() if name.startswith(scope)}
     assert bounded
     assert all(limit - IMAGE < units <= limit for units in bounded.values()), bounded
-    billed = books["charged_units"] + books["held_units"]
+    billed = stats["charged_units"] + stats["held_units"]
     assert billed == sum(units for name, units in committed.items() if name.startswith("day:"))
     if images is not None:
         assert billed == images * IMAGE
@@ -81,7 +81,7 @@ def test_budgets_hold_together_while_the_server_fails_in_every_way(
 ) -> None:
     limits = {"month:": 60_000, "partition:a": 25_000, "column:campaign:autumn": 20_000}
     budgets = [f"{scope.rstrip(':')}={units / 10_000}" for scope, units in limits.items()]
-    committed, books, _ = race(tmp_path, journal_url, *budgets, faults=True)
+    committed, stats, _ = race(tmp_path, journal_url, *budgets, faults=True)
     for scope, limit in limits.items():
         assert all(units <= limit for name, units in committed.items() if name.startswith(scope))
-    assert books["charged_units"] + books["held_units"] <= 60_000
+    assert stats["charged_units"] + stats["held_units"] <= 60_000

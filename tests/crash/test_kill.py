@@ -25,7 +25,7 @@ PATIENCE_S = 60.0
 
 @contextmanager
 def buying(engine: EngineHarness, count: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that buys so many images; killed at the end, if it still runs."""
+    """A process that buys images, and is killed at the end if it still runs."""
     command = [sys.executable, "-m", "tests.crash.buyer"]
     arguments = [engine.emulator.url, str(engine.folder), str(count)]
     process = subprocess.Popen([*command, *arguments], cwd=ROOT)
@@ -47,8 +47,8 @@ def wait_until(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
 @pytest.mark.parametrize(
     ("moment", "happened"),
     [
-        ("some tasks are created", lambda books: books["creates"] >= 4),
-        ("some files are fetched", lambda books: books["file_gets"] >= 2),
+        ("some tasks are created", lambda stats: stats["creates"] >= 4),
+        ("some files are fetched", lambda stats: stats["file_gets"] >= 2),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -60,10 +60,10 @@ def test_purchases_of_a_killed_process_are_finished_and_not_bought_again(
             wait_until(lambda: happened(engine.emulator.stats(tasks=False)), process)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        books = engine.assert_accounts_agree()
-        assert 0 < books["creates"] <= 7
+        stats = engine.assert_accounts_agree()
+        assert 0 < stats["creates"] <= 7
         report = asyncio.run(engine.run(make_requests(7), "run-2"))
-        assert report.posts >= 7 - books["creates"]
+        assert report.posts >= 7 - stats["creates"]
         assert engine.states(make_requests(7)) == ["stored"] * 7
         assert engine.assert_accounts_agree()["creates"] == 7
 

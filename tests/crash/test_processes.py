@@ -13,28 +13,28 @@ import pytest
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.states import State
 from tests.crash.cap_trials import trial
-from tests.crash.engine_processes import Shop, outcomes
 from tests.crash.pair_of_runs import together
+from tests.crash.process_harness import ProcessHarness, outcomes
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Iterator[Shop]:
+def harness(tmp_path: Path) -> Iterator[ProcessHarness]:
     with Emulator(latency_s=0.2, state=tmp_path / "emulator") as emulator:
-        opened = Shop(tmp_path, emulator)
+        opened = ProcessHarness(tmp_path, emulator)
         yield opened
         opened.close()
 
 
-def wait_for(shop: Shop, what: Callable[[dict[str, Any]], bool]) -> None:
-    """Until the emulator's books say so."""
+def wait_for(harness: ProcessHarness, what: Callable[[dict[str, Any]], bool]) -> None:
+    """Wait for a condition of the emulator's totals."""
     until_s = time.monotonic() + 60
-    while not what(shop.emulator.stats(tasks=False)):
+    while not what(harness.emulator.stats(tasks=False)):
         assert time.monotonic() < until_s
         time.sleep(0.01)
 
 
-def all_stored(shop: Shop, count: int) -> None:
-    records = shop.records()
+def all_stored(harness: ProcessHarness, count: int) -> None:
+    records = harness.records()
     assert len(records) == count
     assert {record.state for record in records} == {State.STORED}
     assert {record.claimed_by for record in records} == {None}
@@ -42,75 +42,83 @@ def all_stored(shop: Shop, count: int) -> None:
 
 def test_two_processes_on_the_same_rows_buy_each_row_once(tmp_path: Path, journal_url: str) -> None:
     """With 500 rows: ``python -m tests.crash.pair_of_runs``."""
-    books, reports = together(tmp_path, rows=80, processes=2, journal=journal_url)
+    stats, reports = together(tmp_path, rows=80, processes=2, journal=journal_url)
     assert sum(report["new"] for report in reports) == 80
     assert sum(report["posts"] for report in reports) == 80
-    assert books["charged_units"] == 80 * 4500
+    assert stats["charged_units"] == 80 * 4500
 
 
-def test_three_processes_that_start_one_after_the_other_buy_each_row_once(shop: Shop) -> None:
+def test_three_processes_that_start_one_after_the_other_buy_each_row_once(
+    harness: ProcessHarness,
+) -> None:
     """The later ones find rows bought, rows in the hands of the others, and rows of their own."""
-    first, second, third = (shop.prepare(start=start, count=30) for start in (0, 10, 20))
+    first, second, third = (harness.prepare(start=start, count=30) for start in (0, 10, 20))
     first.go()
-    wait_for(shop, lambda books: books["creates"] >= 5)
+    wait_for(harness, lambda stats: stats["creates"] >= 5)
     second.go()
-    wait_for(shop, lambda books: books["creates"] >= 15)
+    wait_for(harness, lambda stats: stats["creates"] >= 15)
     third.go()
     assert [code for code, _ in outcomes([first, second, third])] == [0, 0, 0]
-    shop.assert_accounts_agree(tasks=50)
-    all_stored(shop, 50)
+    harness.assert_accounts_agree(tasks=50)
+    all_stored(harness, 50)
 
 
-def test_requests_of_a_killed_process_are_taken_over_by_a_parallel_one(shop: Shop) -> None:
+def test_requests_of_a_killed_process_are_taken_over_by_a_parallel_one(
+    harness: ProcessHarness,
+) -> None:
     """Without another run, and without waiting: the process table says that it is dead."""
-    killed, other = shop.prepare(count=40), shop.prepare(count=40)
+    killed, other = harness.prepare(count=40), harness.prepare(count=40)
     killed.go()
-    wait_for(shop, lambda books: books["creates"] >= 10)
+    wait_for(harness, lambda stats: stats["creates"] >= 10)
     other.go()
-    wait_for(shop, lambda books: books["creates"] >= 20)
+    wait_for(harness, lambda stats: stats["creates"] >= 20)
     killed.send(signal.SIGKILL)
     assert killed.end()[0] == -signal.SIGKILL
     code, report = other.end()
     assert (code, report["left"], report["delivered"] + report["reused"]) == (0, 0, 40)
-    shop.assert_accounts_agree(tasks=40)
-    all_stored(shop, 40)
+    harness.assert_accounts_agree(tasks=40)
+    all_stored(harness, 40)
 
 
-def test_a_write_ahead_log_that_is_lost_with_its_process_buys_nothing_twice(shop: Shop) -> None:
-    (killed,) = shop.start({"count": 40})
-    wait_for(shop, lambda books: books["creates"] >= 20)
+def test_a_write_ahead_log_that_is_lost_with_its_process_buys_nothing_twice(
+    harness: ProcessHarness,
+) -> None:
+    (killed,) = harness.start({"count": 40})
+    wait_for(harness, lambda stats: stats["creates"] >= 20)
     killed.send(signal.SIGKILL)
     killed.end()
-    file = Path(shop.job.journal.removeprefix("sqlite:///"))
+    file = Path(harness.job.journal.removeprefix("sqlite:///"))
     for ending in ("-wal", "-shm"):
         file.with_name(file.name + ending).unlink(missing_ok=True)
-    (again,) = shop.start({"count": 40})
+    (again,) = harness.start({"count": 40})
     assert again.end()[0] == 0
-    shop.assert_accounts_agree(tasks=40, forgotten=True)
-    all_stored(shop, 40)
+    harness.assert_accounts_agree(tasks=40, forgotten=True)
+    all_stored(harness, 40)
 
 
-def test_two_shards_in_two_processes_keep_to_their_own_rows(shop: Shop) -> None:
+def test_two_shards_in_two_processes_keep_to_their_own_rows(harness: ProcessHarness) -> None:
     ended = outcomes(
-        shop.start(
+        harness.start(
             {"start": 0, "count": 20, "partition": "bucket-000"},
             {"start": 20, "count": 20, "partition": "bucket-001"},
         )
     )
     assert [(code, report["posts"]) for code, report in ended] == [(0, 20), (0, 20)]
-    shop.assert_accounts_agree(tasks=40)
-    bought_by = {record.partition_key: record.run_id for record in shop.records()}
+    harness.assert_accounts_agree(tasks=40)
+    bought_by = {record.partition_key: record.run_id for record in harness.records()}
     assert bought_by == {"bucket-000": "run-0", "bucket-001": "run-1"}
-    all_stored(shop, 40)
+    all_stored(harness, 40)
 
 
-def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(shop: Shop) -> None:
-    (stopped,) = shop.start({"count": 40, "max_in_flight": 8})
-    wait_for(shop, lambda books: books["creates"] >= 12)
+def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(
+    harness: ProcessHarness,
+) -> None:
+    (stopped,) = harness.start({"count": 40, "max_in_flight": 8})
+    wait_for(harness, lambda stats: stats["creates"] >= 12)
     stopped.send(signal.SIGTERM)
     assert stopped.end() == (143, {"stopped": True})
-    created = {task["task_id"] for task in shop.emulator.stats()["tasks"]}
-    records = shop.records()
+    created = {task["task_id"] for task in harness.emulator.stats()["tasks"]}
+    records = harness.records()
     assert {record.task_id for record in records if record.task_id} == created
     assert {record.state for record in records} <= {
         State.PLANNED,
@@ -119,10 +127,10 @@ def test_a_run_that_is_terminated_leaves_every_task_id_and_no_claim_behind(shop:
         State.STORED,
     }
     assert {record.claimed_by for record in records} == {None}
-    (again,) = shop.start({"count": 40})
+    (again,) = harness.start({"count": 40})
     code, report = again.end()
     assert (code, report["posts"]) == (0, 40 - len(created))
-    shop.assert_accounts_agree(tasks=40)
+    harness.assert_accounts_agree(tasks=40)
 
 
 @pytest.mark.parametrize("faults", [False, True])
@@ -137,23 +145,23 @@ def test_four_processes_with_64_in_flight_each_never_pass_a_cap_of_ten_credits(
         assert found.charged_units > 100_000 - 4500
 
 
-def test_a_process_at_its_disk_quota_ends_with_a_clear_error(shop: Shop) -> None:
+def test_a_process_at_its_disk_quota_ends_with_a_clear_error(harness: ProcessHarness) -> None:
     """A quota, as the system sets it: the write fails in the middle of the run."""
-    (first,) = shop.start({"count": 8})
+    (first,) = harness.start({"count": 8})
     assert first.end()[0] == 0
-    file = Path(shop.job.journal.removeprefix("sqlite:///"))
+    file = Path(harness.job.journal.removeprefix("sqlite:///"))
     bound = file.stat().st_size + 40_000
-    assert bound > max(image.stat().st_size for image in Path(shop.job.storage).rglob("*.png"))
-    (bounded,) = shop.start({"count": 60, "file_bytes": bound})
+    assert bound > max(image.stat().st_size for image in Path(harness.job.storage).rglob("*.png"))
+    (bounded,) = harness.start({"count": 60, "file_bytes": bound})
     code, report = bounded.end()
     assert code == 3
     assert "disk I/O error" in report["journal_error"] or "full" in report["journal_error"]
     assert "Nothing more is bought" in report["journal_error"]
     named = report["journal_error"].count("task-unified-")
-    books = shop.emulator.stats()
-    with_task = sum(record.task_id is not None for record in shop.records())
-    assert books["creates"] == with_task + named
-    (again,) = shop.start({"count": 60})
+    stats = harness.emulator.stats()
+    with_task = sum(record.task_id is not None for record in harness.records())
+    assert stats["creates"] == with_task + named
+    (again,) = harness.start({"count": 60})
     assert again.end()[0] == 0
-    shop.assert_accounts_agree(tasks=60)
-    assert {record.state for record in shop.records()} == {State.STORED}
+    harness.assert_accounts_agree(tasks=60)
+    assert {record.state for record in harness.records()} == {State.STORED}

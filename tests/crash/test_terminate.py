@@ -51,8 +51,8 @@ def test_a_terminated_command_waits_for_the_answer_to_a_post(tmp_path: Path) -> 
         finally:
             process.kill()
             process.wait()
-        books = engine.assert_accounts_agree()
-        assert books["creates"] == books["submit_posts"] == 3
+        stats = engine.assert_accounts_agree()
+        assert stats["creates"] == stats["submit_posts"] == 3
         records = list(engine.journal.all_records())
         states = sorted(record.state.value for record in records)
         assert states == ["planned"] * 5 + ["submitted"] * 3

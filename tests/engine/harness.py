@@ -1,4 +1,4 @@
-"""What the engine's tests share: requests, a hand that writes events, and a house to run in."""
+"""What the engine's tests share: requests, a writer of events, and a harness for runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NOW: Final = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 def make_request(prompt: str = "a fox", **fields: Any) -> ImageRequest:
-    """A request for one picture, with its true identity."""
+    """A request for one image, with its true identity."""
     what = {"size": "1:2", "quality": "1K", "seed": 7, "nsfw_check": False, **fields}
     key = request_key(prompt=prompt, **what)
     return ImageRequest(request_key=key, prompt=prompt, attempt=what.pop("attempt", 0), **what)
@@ -157,12 +157,12 @@ KNOWN_LATENCIES: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
 async def wait_until(what: Callable[[], bool], within_s: float = 10.0) -> None:
     """Wait for something that happens in another thread or process. Raises TimeoutError."""
     with anyio.fail_after(within_s):
-        while not what():  # noqa: ASYNC110 - nobody there could set an event of this loop
+        while not what():  # noqa: ASYNC110 - no event of this loop can be set from there
             await anyio.sleep(0.005)
 
 
 class ServerClock:
-    """The emulator's clock: it goes on by itself, and further when a test moves it."""
+    """The emulator's clock, which a test can move on."""
 
     def __init__(self) -> None:
         self._ahead_s = 0.0
@@ -224,7 +224,7 @@ class EngineHarness:
     async def run(
         self, requests: Iterable[ImageRequest], run_id: str = "run-1", **options: Any
     ) -> RunReport:
-        """Run these requests as far as they go."""
+        """Run these requests to their end."""
         return await self.runner(run_id, **options).run(to_requested(requests))
 
     def record(self, request: ImageRequest) -> Record:
@@ -242,15 +242,15 @@ class EngineHarness:
         return sorted(str(p.relative_to(self.folder)) for p in parts if p.is_file())
 
     def assert_accounts_agree(self, *, bought_twice: int = 0) -> dict[str, Any]:
-        """The emulator's books, held against the journal.
+        """Compare the emulator's totals with the journal, and return them.
 
         Nothing was bought twice; every task that was created is known, or its request counts
         as unknown; every charge is the server's; the events lead to the present states; the
-        key went to nobody else.
+        key was only sent to the API.
         """
-        books = self.emulator.stats()
-        assert books["bodies_bought_more_than_once"] == bought_twice
-        assert books["key_leaks"] == 0
+        stats = self.emulator.stats()
+        assert stats["bodies_bought_more_than_once"] == bought_twice
+        assert stats["key_leaks"] == 0
         records = list(self.journal.all_records())
         open_keys = {
             record.idempotency_key
@@ -258,7 +258,7 @@ class EngineHarness:
             if record.state in (State.UNKNOWN, State.SUBMITTING)
         }
         bought = {row["task_id"]: row for row in rows(self.url, schema.submissions)}
-        for task in books["tasks"]:
+        for task in stats["tasks"]:
             if task["idempotency_key"] in open_keys:
                 continue
             row = bought[task["task_id"]]
@@ -269,7 +269,7 @@ class EngineHarness:
         for record in records:
             history = self.journal.history(record.request_key)
             assert replay(event for _, event, _ in history) is record.state
-        return books
+        return stats
 
 
 def to_requested(requests: Iterable[ImageRequest]) -> list[RequestedImage]:
@@ -278,7 +278,7 @@ def to_requested(requests: Iterable[ImageRequest]) -> list[RequestedImage]:
 
 @contextmanager
 def open_harness(folder: Path, **settings: Any) -> Iterator[EngineHarness]:
-    """A house whose emulator finishes a task within 20 ms."""
+    """Open a harness whose emulator finishes a task within 20 ms."""
     options = {"latency_s": 0.01, "latency_jitter": 0.0, **settings}
     with Emulator(state=folder / "emulator", **options) as emulator:
         yield EngineHarness(folder, emulator)

@@ -56,7 +56,7 @@ def following(
     buying: bool = True,
     **fields: Any,
 ) -> Action:
-    """The next action so many seconds after everything."""
+    """The next action a number of seconds after the last event."""
     now = NOW + timedelta(seconds=after_s)
     return next_action(record(state, **fields), retry or RetryState(), now, policy, buying=buying)
 

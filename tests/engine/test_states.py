@@ -20,7 +20,7 @@ from tests.engine.harness import EVENTS_TO_STATE, NOW, JournalWriter, all_rows, 
 
 BEFORE: list[State | None] = [None, *State]
 
-#: Where a request may end for good: its picture is here, or it is certain that none will come.
+#: States in which a request may end: its image is stored, or certainly never will be.
 ENDS = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
 
 #: What makes it certain that the last purchase cost nothing, or was kept from happening.

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="one story alone")
     parser.add_argument("--lines", action="store_true", help="tell it line by line")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--until", type=int, default=5, help="end after so many failures")
+    parser.add_argument("--until", type=int, default=5, help="end after this many failures")
     parser.add_argument("--plain", action="store_true", help="shorten no story that fails")
     asked = parser.parse_args()
     if asked.seed is not None:

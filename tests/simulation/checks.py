@@ -1,4 +1,4 @@
-"""What must be true of every story, whatever happened in it."""
+"""What must be true after every story."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State, replay
 from krea_dagster.errors import IllegalTransition, JournalError, KreaError, StorageError
-from tests.simulation.house import House, open_journal
 from tests.simulation.story import HOUR_S, Away, ForgedCall, Stop, Story
+from tests.simulation.world import SimulatedWorld, open_journal
 
 if TYPE_CHECKING:
-    from tests.simulation.play import Told
+    from tests.simulation.play import StoryResult
     from tests.simulation.process import Process
 
-#: Faults after which a paid image can be had by nobody.
+#: Faults after which a paid image cannot be fetched.
 _NEVER_HAD = frozenset({"stuck", "unknown_final_status", "vanished", "private_link", "file_link"})
 #: States of what has to be asked for at the server.
 _AT_SERVER = frozenset({State.SUBMITTED, State.COMPLETED, State.EXPIRED})
@@ -86,11 +86,13 @@ def not_waited_for(story: Story, records: Iterable[Record]) -> Iterator[str]:
             )
 
 
-def look(house: House, story: Story, processes: Sequence[Process], told: Told) -> None:
-    """Compare the journal with the server's books and with the disk."""
-    journal = open_journal(house)
+def look(
+    world: SimulatedWorld, story: Story, processes: Sequence[Process], told: StoryResult
+) -> None:
+    """Compare the journal with the server's records and with the disk."""
+    journal = open_journal(world)
     try:
-        _Look(house, story, processes, told, journal).all()
+        _Look(world, story, processes, told, journal).all()
     finally:
         journal.close()
 
@@ -98,16 +100,16 @@ def look(house: House, story: Story, processes: Sequence[Process], told: Told) -
 class _Look:
     def __init__(
         self,
-        house: House,
+        world: SimulatedWorld,
         story: Story,
         processes: Sequence[Process],
-        told: Told,
+        told: StoryResult,
         journal: Journal,
     ) -> None:
-        self.house, self.story, self.processes = house, story, processes
+        self.world, self.story, self.processes = world, story, processes
         self.told, self.journal = told, journal
-        self.books = house.world.stats()
-        self.tasks: list[dict[str, Any]] = self.books["tasks"]
+        self.stats = world.emulated.stats()
+        self.tasks: list[dict[str, Any]] = self.stats["tasks"]
         self.records = {record.request_key: record for record in journal.all_records()}
         self.charges = {charge.idempotency_key: charge for charge in journal.charges()}
         self.honoured = story.server.honours_keys and not story.has_fault("ignore_idempotency")
@@ -127,13 +129,13 @@ class _Look:
         self.sums()
         self.caps()
         self.wishes()
-        if self.books["key_leaks"]:
+        if self.stats["key_leaks"]:
             self.fail("the API key was sent to the file host")
         for record in self.records.values():
             self.told.counts[f"ended {record.state.value}"] += 1
         self.told.counts["images"] += len(self.records)
         self.told.counts["tasks at the server"] += len(self.tasks)
-        self.told.counts["posts"] += self.books["submit_posts"]
+        self.told.counts["posts"] += self.stats["submit_posts"]
 
     def events(self) -> None:
         """The events of each request lead to its state, without a gap."""
@@ -160,7 +162,7 @@ class _Look:
                 self.fail(f"the events of {key[:8]} lead to {told}, and it is {state}")
 
     def claims(self) -> None:
-        """What ended by itself holds nothing; what was killed may, and counts as dead."""
+        """A run that ended holds no claim; a killed one may, and counts as dead."""
         killed = {process.name for process in self.processes if process.ended != "done"}
         with self.journal.reading() as connection:
             owners = connection.execute(select(schema.owners)).all()
@@ -252,7 +254,7 @@ class _Look:
     def _misnamed(self) -> bool:
         """Whether somebody has named a task as that of another purchase.
 
-        Which picture is whose cannot be told then: a task's answer names no prompt.
+        Then the images of two rows cannot be told apart: a task's answer names no prompt.
         """
         return self.story.has_fault("repeated_id") or self.story.has(ForgedCall)
 
@@ -275,7 +277,7 @@ class _Look:
     def _file(self, record: Record, digests: set[str]) -> None:
         image = record.image
         assert image is not None
-        path = self.house.folder / "root" / image.path
+        path = self.world.folder / "root" / image.path
         if not path.is_file() or path.stat().st_size != image.bytes:
             self.fail(f"{record.request_key[:8]} is stored, and its file is not there")
         elif image.sha256 not in digests and not self.story.has_fault(
@@ -331,7 +333,7 @@ class _Look:
         """A wish asks for one image, however often its run is killed and started again."""
         wished: dict[tuple[str, int], int] = defaultdict(int)
         open_: set[tuple[str, int]] = set()
-        for said, slot in self.house.wishes:
+        for said, slot in self.world.wishes:
             if said == "ended":
                 open_.discard(slot)
             elif slot not in open_:

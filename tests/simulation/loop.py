@@ -1,7 +1,7 @@
 """An event loop on virtual time: it never waits, and the same story runs in the same order.
 
-Where nothing is ready it jumps to the next timer. Where there is no timer either, nobody can ever
-go on, and that is a failure.
+If nothing is ready it jumps to the next timer. If there is no timer either, nothing can ever go
+on, and that is a failure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Stuck(Exception):
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Time hardly moves while anything is ready, and jumps where nothing is."""
+    """Time almost stands still while anything is ready, and jumps if nothing is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def select(self, timeout: float | None) -> list[Any]:
         """Let time pass until the next timer. Raises Stuck."""
         if timeout is None:
-            raise Stuck("nothing is ready, and nobody waits for a time: it hangs for ever")
+            raise Stuck("nothing is ready, and there is no timer: it hangs for ever")
         self._turns = self._turns + 1 if timeout < _PAUSE_S else 0
         if self._turns > _MOST_TURNS:
             raise Stuck(f"it goes round in circles at {self._now_s:.3f} s")
@@ -59,7 +59,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         pass
 
     def _write_to_self(self) -> None:
-        """Wake nobody: there is no other thread."""
+        """Do nothing: there is no other thread."""
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Any, *args: Any
@@ -102,7 +102,7 @@ def _task_factory(
 
 
 def ordered() -> None:
-    """Begin to count anew, and have the cancel scopes of anyio counted too.
+    """Restart the count of tasks, and count the cancel scopes of anyio too.
 
     anyio keeps its scopes in sets, whose order comes of addresses, and cancels them in that order.
     """

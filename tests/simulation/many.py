@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from tests.simulation.play import Told, memory, play
+from tests.simulation.play import StoryResult, memory, play
 from tests.simulation.shrink import shrink
 from tests.simulation.story import Story, draw
 
@@ -28,18 +28,18 @@ _TOGETHER: Final = 5
 _BLOCK: Final = 1000
 
 
-def tell(seed: int, parent: Path) -> Told:
+def tell(seed: int, parent: Path) -> StoryResult:
     """Play the story of a seed; what breaks the simulation itself is a failure, too."""
     return _played(draw(seed), parent=parent)
 
 
-def _played(story: Story, *, keep_lines: bool = False, parent: Path | None = None) -> Told:
+def _played(story: Story, *, keep_lines: bool = False, parent: Path | None = None) -> StoryResult:
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(_LIMIT_S)
     try:
         return play(story, keep_lines=keep_lines, parent=parent)
     except Exception:  # noqa: BLE001 - the other stories go on
-        return Told(story, [f"the simulation broke: {traceback.format_exc()}"])
+        return StoryResult(story, [f"the simulation broke: {traceback.format_exc()}"])
     finally:
         signal.alarm(0)
 
@@ -74,7 +74,7 @@ def one(seed: int, *, lines: bool) -> int:
     return 1
 
 
-def _told(seeds: Sequence[int], processes: int, parent: Path) -> Generator[Told, None, None]:
+def _told(seeds: Sequence[int], processes: int, parent: Path) -> Generator[StoryResult, None, None]:
     """Play the stories in other processes, which are replaced now and then: their memory grows."""
     spawn = multiprocessing.get_context("spawn")
     for block in _parts(seeds, _BLOCK):
@@ -87,7 +87,7 @@ def _told(seeds: Sequence[int], processes: int, parent: Path) -> Generator[Told,
                 pool.shutdown(cancel_futures=True)
 
 
-def _tell_all(seeds: Sequence[int], parent: Path) -> list[Told]:
+def _tell_all(seeds: Sequence[int], parent: Path) -> list[StoryResult]:
     return [tell(seed, parent) for seed in seeds]
 
 
@@ -103,7 +103,7 @@ def several(
     prepare()
     began_s = time.monotonic()
     counts: Counter[str] = Counter()
-    failed: list[Told] = []
+    failed: list[StoryResult] = []
     done, virtual_s = 0, 0.0
     with (
         suppress(KeyboardInterrupt),  # what has been told is summed up all the same
@@ -135,9 +135,9 @@ def several(
     return 1 if failed else 0
 
 
-def _show(told: Told, *, shortened: Told) -> None:
+def _show(told: StoryResult, *, shortened: StoryResult) -> None:
     seed = told.story.seed
-    print(f"\nSeed {seed} fails. The shortest story that fails alike:\n\n{shortened.story}\n")
+    print(f"\nSeed {seed} fails. The shortest story with the same failure:\n\n{shortened.story}\n")
     for failure in shortened.failures:
         print(f"* {failure}")
     print(f"\nIt repeats: make simulate SEED={seed}", file=sys.stdout, flush=True)

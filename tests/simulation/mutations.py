@@ -23,7 +23,7 @@ _ROOT: Final = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A bug: in which files of the package which text stands in the place of which."""
+    """A bug: for each file of the package, a text and its replacement."""
 
     name: str
     says: str

@@ -21,7 +21,6 @@ from krea_dagster.engine.resolution import HasTask, NotBought, Resolution
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from tests.simulation import checks
-from tests.simulation.house import House, open_journal, present, remember
 from tests.simulation.loop import Stuck, VirtualLoop, ordered
 from tests.simulation.process import Process
 from tests.simulation.story import (
@@ -38,6 +37,7 @@ from tests.simulation.story import (
     Strike,
     TopUp,
 )
+from tests.simulation.world import SimulatedWorld, open_journal, present, remember
 
 #: A run that has not ended by then will never end.
 LIMIT_S: Final = 4 * HOUR_S
@@ -47,7 +47,7 @@ _MOST_CALM_RUNS: Final = 5
 
 
 @dataclass
-class Told:
+class StoryResult:
     """How a story went. ``failures`` is empty where all is as it should be."""
 
     story: Story
@@ -58,9 +58,9 @@ class Told:
     lines: list[str] = field(default_factory=list)
 
 
-def play(story: Story, *, keep_lines: bool = False, parent: Path | None = None) -> Told:
+def play(story: Story, *, keep_lines: bool = False, parent: Path | None = None) -> StoryResult:
     """Play a story in a folder below ``parent``, and look at what came of it."""
-    told = Told(story)
+    told = StoryResult(story)
     ordered()
     loop = VirtualLoop()
     folder = Path(tempfile.mkdtemp(prefix="krea-story-", dir=parent or memory()))
@@ -89,7 +89,7 @@ def play(story: Story, *, keep_lines: bool = False, parent: Path | None = None) 
 
 
 def memory() -> str | None:
-    """Return where files are in memory, None where there is no such place."""
+    """Return a folder in memory, None if there is none."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - in a folder of its own
 
 
@@ -117,30 +117,30 @@ def _end(loop: VirtualLoop) -> None:
     loop.close()
 
 
-async def _tell(story: Story, folder: Path, told: Told, *, keep_lines: bool) -> None:
-    house = House(folder, story.server, story.seed)
-    house.counts = told.counts
-    house.lines = told.lines if keep_lines else None
-    teller = _Teller(house, story, told)
-    with present(house):
+async def _tell(story: Story, folder: Path, told: StoryResult, *, keep_lines: bool) -> None:
+    world = SimulatedWorld(folder, story.server, story.seed)
+    world.counts = told.counts
+    world.lines = told.lines if keep_lines else None
+    teller = _Teller(world, story, told)
+    with present(world):
         if await teller.story():
             await teller.calm()
-            told.failures += house.broken
+            told.failures += world.broken
             if not told.failures:
-                checks.look(house, story, teller.processes, told)
-        told.failures += house.broken
-        told.digest = house.trace.hexdigest()
-        await house.close()
+                checks.look(world, story, teller.processes, told)
+        told.failures += world.broken
+        told.digest = world.trace.hexdigest()
+        await world.close()
 
 
 class _Teller:
-    def __init__(self, house: House, story: Story, told: Told) -> None:
-        self.house = house
+    def __init__(self, world: SimulatedWorld, story: Story, told: StoryResult) -> None:
+        self.world = world
         self._story = story
         self._told = told
         self._numbered = {
             run.number: Process(
-                house,
+                world,
                 run,
                 story.rows,
                 [k for k in story.decisions if isinstance(k, Kill) and k.run == run.number],
@@ -154,8 +154,8 @@ class _Teller:
     async def story(self) -> bool:
         """Have all decisions happen; whether every run ended as it may."""
         others = [other for one in self._story.decisions if (other := self._happens(one))]
-        background = [self.house.spawn(other) for other in others]
-        runs = [self.house.spawn(self._run(run)) for run in self._story.runs]
+        background = [self.world.spawn(other) for other in others]
+        runs = [self.world.spawn(self._run(run)) for run in self._story.runs]
         if runs:
             await asyncio.wait(runs)
         for task in background:
@@ -183,13 +183,13 @@ class _Teller:
         """Return what has a decision happen in its time; None for those of the runs."""
         match one:
             case Strike(at_s, fault, n, arg):
-                return self._later(at_s, partial(self.house.world.script, fault, n, arg=arg))
+                return self._later(at_s, partial(self.world.emulated.script, fault, n, arg=arg))
             case Rate(fault, share):
-                return self._later(0.0, partial(self.house.world.set_rate, fault, share))
+                return self._later(0.0, partial(self.world.emulated.set_rate, fault, share))
             case Away():
                 return self._away(one)
             case TopUp(at_s):
-                return self._later(at_s, self.house.top_up)
+                return self._later(at_s, self.world.top_up)
             case Stop(number, after_s):
                 return self._within(number, after_s, Process.stop)
             case Step(number, after_s, by_s):
@@ -208,7 +208,7 @@ class _Teller:
         what(self._numbered[number])
 
     async def _end_of(self, living: asyncio.Task[None], process: Process) -> None:
-        began_s = self.house.loop.time()
+        began_s = self.world.loop.time()
         await asyncio.wait([living], timeout=LIMIT_S)
         if not living.done():
             self._told.failures.append(
@@ -217,51 +217,51 @@ class _Teller:
             )
             process.kill()
             await living
-        self.house.counts["virtual run seconds"] += round(self.house.loop.time() - began_s)
+        self.world.counts["virtual run seconds"] += round(self.world.loop.time() - began_s)
         living.result()
         if problem := checks.wrong_end(process, self._story):
             self._told.failures.append(problem)
 
     async def _away(self, one: Away) -> None:
-        house = self.house
+        world = self.world
         await asyncio.sleep(one.at_s)
-        house.away[one.what] = one.how
-        house.count(f"away: {one.what} {one.how}")
+        world.away[one.what] = one.how
+        world.count(f"away: {one.what} {one.how}")
         try:
             await asyncio.sleep(one.for_s)
         finally:
-            house.away.pop(one.what, None)
+            world.away.pop(one.what, None)
 
     def _step(self, by_s: float, process: Process) -> None:
-        self.house.count("clock set")
+        self.world.count("clock set")
         process.clock.ahead += type(process.clock.ahead)(seconds=by_s)
 
     def _forge(self, call: ForgedCall) -> None:
         """Have a stranger call, who has seen a task of this account."""
         if not (call.about < len(self._story.rows) and call.names < len(self._story.rows)):
             return
-        tasks = self.house.world.stats()["tasks"]
+        tasks = self.world.emulated.stats()["tasks"]
         prompt = self._story.rows[call.names].prompt
         named = [task["task_id"] for task in tasks if task["prompt"] == prompt]
         keys = {task["prompt"]: task["idempotency_key"] for task in tasks}
         key = keys.get(self._story.rows[call.about].prompt)
         if named and key:
-            self.house.count("forged call")
-            remember(self.house, key.split("-")[1], named[0])
+            self.world.count("forged call")
+            remember(self.world, key.split("-")[1], named[0])
 
     # -- the calm -----------------------------------------------------------------------------
 
     async def calm(self) -> None:
         """Let everything come to its end: nothing goes wrong any more, and a person decides."""
-        house, story = self.house, self._story
-        house.mend()
-        house.note("calm")
+        world, story = self.world, self._story
+        world.mend()
+        world.note("calm")
         await asyncio.sleep(_PAUSE_S)
         everything = tuple(range(len(story.rows)))
         before: Any = None
         for number in range(1, _MOST_CALM_RUNS + 1):
             run = Run(100 + number, everything, on_unknown="replay", patience_s=300.0)
-            process = Process(house, run, story.rows, ())
+            process = Process(world, run, story.rows, ())
             self.processes.append(process)
             resolutions = self._decided() if number > 1 else {}
             if number > 1:
@@ -287,7 +287,7 @@ class _Teller:
             before = standing if number > 1 and not story.has_fault("no_results") else None
 
     def _records(self) -> Any:
-        journal = open_journal(self.house)
+        journal = open_journal(self.world)
         try:
             return list(journal.all_records())
         finally:
@@ -296,7 +296,7 @@ class _Teller:
     def _decided(self) -> dict[str, Resolution]:
         """What a person decides, who sees the account's list of tasks."""
         tasks = {}
-        for task in self.house.world.stats()["tasks"]:
+        for task in self.world.emulated.stats()["tasks"]:
             if task["status"] not in ("failed", "cancelled"):
                 tasks[task["idempotency_key"]] = task["task_id"]
         return {
@@ -309,10 +309,10 @@ class _Teller:
 
     def _decide_prices(self) -> None:
         """Believe each price that was doubted, or take it for a mistake."""
-        journal = open_journal(self.house)
+        journal = open_journal(self.world)
         for quality in ("1K", "2K"):
             with suppress(ConfigError):  # none is doubted
-                journal.accept_price(quality, self.house.now())
+                journal.accept_price(quality, self.world.now())
         journal.close()
 
     def _codes(self) -> frozenset[str]:

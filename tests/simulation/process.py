@@ -29,17 +29,17 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.prompts.requests import PlannedImage
 from tests.prompts.reference import PromptRow, plan_images
-from tests.simulation.house import (
+from tests.simulation.loop import ON_TASK
+from tests.simulation.story import Kill, Row, Run
+from tests.simulation.world import (
     API_KEY,
     BASE_URL,
     DiskStorage,
-    House,
     Line,
+    SimulatedWorld,
     callback_url,
     open_journal,
 )
-from tests.simulation.loop import ON_TASK
-from tests.simulation.story import Kill, Row, Run
 
 _T = TypeVar("_T")
 
@@ -56,17 +56,17 @@ class Killed(BaseException):
 class HostClock:
     """The clocks of a host, which may be wrong, and set."""
 
-    def __init__(self, house: House, ahead_s: float) -> None:
-        self._house = house
+    def __init__(self, world: SimulatedWorld, ahead_s: float) -> None:
+        self._world = world
         self.ahead = timedelta(seconds=ahead_s)
 
     def now(self) -> datetime:
         """Return what this host takes for the time."""
-        return self._house.now() + self.ahead
+        return self._world.now() + self.ahead
 
     def monotonic(self) -> float:
         """Return seconds from some fixed point."""
-        return self._house.loop.time() + 1000.0
+        return self._world.loop.time() + 1000.0
 
     async def sleep(self, seconds: float) -> None:
         """Pause."""
@@ -80,12 +80,12 @@ class Process:
     """
 
     def __init__(
-        self, house: House, run: Run, rows: tuple[Row, ...], kills: Iterable[Kill]
+        self, world: SimulatedWorld, run: Run, rows: tuple[Row, ...], kills: Iterable[Kill]
     ) -> None:
-        self.house = house
+        self.world = world
         self.run = run
         self.name = f"run-{run.number}"
-        self.clock = HostClock(house, run.ahead_s)
+        self.clock = HostClock(world, run.ahead_s)
         self.report: RunReport | None = None
         self.error: BaseException | None = None
         self.ended = ""
@@ -102,14 +102,14 @@ class Process:
 
     def start(self, work: Callable[[], Any]) -> asyncio.Task[None]:
         """Start it; the task ends when the process has ended, however it does."""
-        return self.house.spawn(self._live(work))
+        return self.world.spawn(self._live(work))
 
     async def _live(self, work: Callable[[], Any]) -> None:
-        house = self.house
-        house.count("process started")
+        world = self.world
+        world.count("process started")
         inside = contextvars.Context()
         inside.run(ON_TASK.set, self._tasks.append)
-        self._main = inside.run(house.loop.create_task, work())
+        self._main = inside.run(world.loop.create_task, work())
         await asyncio.wait([self._main])
         if self.dead:
             self.ended = "killed"
@@ -125,14 +125,14 @@ class Process:
             self._journal.close()
         left = [task for task in self._tasks if not task.done()]
         if left:
-            house.broken.append(f"{self.name} ended and left {len(left)} tasks at work")
+            world.broken.append(f"{self.name} ended and left {len(left)} tasks at work")
             await self._reap()
-        house.note(f"{self.name} ended: {self.ended[:200]}")
+        world.note(f"{self.name} ended: {self.ended[:200]}")
 
     def stop(self) -> None:
         """Tell the run to stop, as Dagster does."""
         if self._main is not None and not self._main.done():
-            self.house.count("run told to stop")
+            self.world.count("run told to stop")
             self._main.cancel()
 
     def kill(self) -> None:
@@ -142,7 +142,7 @@ class Process:
         self.dead = True
         if self._journal is not None:
             self._journal.close()
-        self.house.spawn(self._reap())
+        self.world.spawn(self._reap())
 
     async def _reap(self) -> None:
         for _ in range(10_000):
@@ -152,7 +152,7 @@ class Process:
             for task in alive:
                 task.cancel()
             await asyncio.sleep(0)
-        self.house.broken.append(f"{self.name} could not be killed")
+        self.world.broken.append(f"{self.name} could not be killed")
 
     def _enter(self, what: str) -> tuple[int, str]:
         """Count a call of the world, and be killed before it where that is told."""
@@ -160,9 +160,9 @@ class Process:
             raise Killed
         self._calls += 1
         call = self._calls
-        self.house.note(f"{self.name} {call} {what}")
+        self.world.note(f"{self.name} {call} {what}")
         if self._kills.get(call) == "before":
-            self.house.count(f"killed before {what}")
+            self.world.count(f"killed before {what}")
             self.kill()
             raise Killed
         return call, what
@@ -171,7 +171,7 @@ class Process:
         """Be killed after a call where that is told, or where it has been meanwhile."""
         call, what = entered
         if self._kills.get(call) == "after" and not self.dead:
-            self.house.count(f"killed after {what}")
+            self.world.count(f"killed after {what}")
             self.kill()
         if self.dead:
             raise Killed
@@ -181,7 +181,7 @@ class Process:
     ) -> _T:
         """Make a call as a thread would: it goes on where its caller is cancelled."""
         entered = self._enter(_name_of(call))
-        answer: asyncio.Future[_T] = self.house.loop.create_future()
+        answer: asyncio.Future[_T] = self.world.loop.create_future()
 
         def make() -> None:
             if self.dead:
@@ -191,11 +191,11 @@ class Process:
                 result = call(*arguments)
                 self._leave(entered)
             except BaseException as error:  # noqa: BLE001 - the caller gets it
-                self.house.loop.call_later(self.house.disk_s(), _raise_in, answer, error)
+                self.world.loop.call_later(self.world.disk_s(), _raise_in, answer, error)
             else:
-                self.house.loop.call_later(self.house.disk_s(), _return_in, answer, result)
+                self.world.loop.call_later(self.world.disk_s(), _return_in, answer, result)
 
-        self.house.loop.call_later(self.house.disk_s(), make)
+        self.world.loop.call_later(self.world.disk_s(), make)
         stopped: asyncio.CancelledError | None = None
         while not answer.done():
             try:
@@ -215,7 +215,7 @@ class Process:
     def _check_store(self, *, writes: bool) -> None:
         if self.dead:
             raise Killed
-        self.house.check_store(writes=writes)
+        self.world.check_store(writes=writes)
 
     # -- being a run --------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Process:
     ) -> None:
         """Do what the command does: open the journal, plan the rows, carry them, end the wishes."""
         run, journal = self.run, await self.in_thread(self._open)
-        storage = DiskStorage(str(self.house.folder / "root"), self._check_store)
+        storage = DiskStorage(str(self.world.folder / "root"), self._check_store)
         root_id = await self.in_thread(self._begin, journal, storage)
         api_key = hashlib.sha256(API_KEY.encode()).hexdigest()[:16]
         policy = Policy(
@@ -272,7 +272,7 @@ class Process:
             await self._end_wishes(journal)
 
     def _open(self) -> Journal:
-        self._journal = open_journal(self.house)
+        self._journal = open_journal(self.world)
         return self._journal
 
     def _begin(self, journal: Journal, storage: DiskStorage) -> str:
@@ -300,7 +300,7 @@ class Process:
                 at=self.clock.now(),
                 settled=lambda slot, attempt: _is_settled(standing.get((*slot, attempt))),
             )
-            self.house.wishes += [("asked", slot) for slot in slots]
+            self.world.wishes += [("asked", slot) for slot in slots]
 
         await self.in_thread(ask)
 
@@ -312,7 +312,7 @@ class Process:
             log = journal.attempts(TABLE)
             open_ = log.open_slots()
             log.close_slots([one for one in done if one[:2] in open_], at=self.clock.now())
-            self.house.wishes += [("ended", one[:2]) for one in done]
+            self.world.wishes += [("ended", one[:2]) for one in done]
 
         await self.in_thread(end)
 
@@ -343,7 +343,7 @@ class Process:
         client = KreaClient(
             API_KEY,
             base_url=BASE_URL,
-            transport=Line(self.house, self._enter, self._leave),
+            transport=Line(self.world, self._enter, self._leave),
             resolve=refuse_lookup,
             now=self.clock.now,
             monotonic=self.clock.monotonic,

@@ -1,4 +1,4 @@
-"""Makes a failing story as short as it can be: parts are left out while it still fails alike."""
+"""Makes a failing story as short as possible: leaves parts out while the same failure remains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
-from tests.simulation.play import Told, play
+from tests.simulation.play import StoryResult, play
 from tests.simulation.story import (
     Decision,
     ForgedCall,
@@ -23,8 +23,8 @@ from tests.simulation.story import (
 )
 
 
-def shrink(told: Told, *, within_s: float = 90.0) -> Told:
-    """Return the shortest telling that was found in so many seconds and fails like this one."""
+def shrink(told: StoryResult, *, within_s: float = 90.0) -> StoryResult:
+    """Return the shortest story with the same failure that was found within a time."""
     like = _kind(told)
     until_s = time.monotonic() + within_s
     shorter = True
@@ -40,7 +40,7 @@ def shrink(told: Told, *, within_s: float = 90.0) -> Told:
     return told
 
 
-def _kind(told: Told) -> str:
+def _kind(told: StoryResult) -> str:
     """What a failure says, without its numbers and names."""
     return re.sub(r"'[^']*'|[0-9a-f]{6,}|task-[\w-]+|\d+", "#", told.failures[0])[:60]
 

@@ -139,7 +139,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Stop:
-    """A run is told to stop, so many seconds after it has begun."""
+    """A run is told to stop, a number of seconds after it has begun."""
 
     run: int
     after_s: float
@@ -150,7 +150,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Step:
-    """The clock of a run's host is set, so many seconds after it has begun."""
+    """The clock of a run's host is set, a number of seconds after it has begun."""
 
     run: int
     after_s: float
@@ -339,7 +339,7 @@ def _rows(chance: random.Random) -> tuple[Row, ...]:
             rows.append(chance.choice(rows))
             continue
         seed = chance.randint(1, 9999) if chance.random() < 0.4 else None
-        rows.append(Row(f"picture {number}", seed, "2K" if chance.random() < 0.1 else "1K"))
+        rows.append(Row(f"image {number}", seed, "2K" if chance.random() < 0.1 else "1K"))
     return tuple(rows)
 
 

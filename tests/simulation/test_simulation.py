@@ -60,7 +60,7 @@ def test_a_bug_that_is_put_back_is_found_and_told_as_a_short_story() -> None:
     ended = simulate(mutation, "--seeds", "40", "--until", "1")
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "still claimed by" in ended.stdout
-    story = ended.stdout.partition("The shortest story that fails alike:")[2]
+    story = ended.stdout.partition("The shortest story with the same failure:")[2]
     decisions = re.findall(r"^- ", story, re.MULTILINE)
     assert 1 <= len(decisions) <= 2
     assert re.search(r"make simulate SEED=\d+", story)
@@ -107,7 +107,7 @@ def test_a_day_takes_no_time() -> None:
     assert _on_virtual_time(main()) == pytest.approx(24 * 3600, abs=0.01)
 
 
-def test_a_wait_that_nobody_can_end_is_found() -> None:
+def test_a_wait_that_never_ends_is_found() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 

@@ -69,17 +69,17 @@ def run(
     started_s = time.monotonic()
     report = asyncio.run(runner.run(to_requested(make_requests(ROWS))))
     states = Counter(record.state.value for record in runner.journal.all_records())
-    books = engine.emulator.stats()
+    stats = engine.emulator.stats()
     print(
         f"{name}: away {lasts_s:g} s, run {time.monotonic() - started_s:.0f} s, "
         f"{report.progress}, stopped {report.stopped}, states {dict(states)}, "
-        f"{books['submit_posts']} POSTs, {books['creates']} created, "
-        f"{books['bodies_bought_more_than_once']} bought twice",
+        f"{stats['submit_posts']} POSTs, {stats['creates']} created, "
+        f"{stats['bodies_bought_more_than_once']} bought twice",
         flush=True,
     )
     assert report.progress.delivered == ROWS
-    assert books["creates"] == ROWS
-    assert not books["bodies_bought_more_than_once"]
+    assert stats["creates"] == ROWS
+    assert not stats["bodies_bought_more_than_once"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""When tasks are asked about: early where places are wanted, late where they are not."""
+"""When tasks are read: early if places are wanted, late if not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = Latencies.known({"1K": 2.0, "2K": 7.0})
 
 
 def due_s(task: PendingTask, *, pressed: bool) -> float:
-    """When a task is read by itself."""
+    """When a single task is read."""
     return next(
         float(now_s)
         for now_s in np.arange(task.since_s, task.since_s + 60.0, 0.02)
@@ -125,4 +125,4 @@ def test_a_run_that_does_not_wait_reads_tasks_with_a_callback_or_that_have_proba
     assert not worth_polling(KNOWN, "1K", 5.0, called=False), "its call is still to be expected"
     assert worth_polling(KNOWN, "1K", 14.0, called=False), "its call was missed"
     assert not worth_polling(KNOWN, "1K", 1.0, called=None)
-    assert worth_polling(KNOWN, "1K", 5.0, called=None), "nobody will call about it"
+    assert worth_polling(KNOWN, "1K", 5.0, called=None), "no callback is expected"

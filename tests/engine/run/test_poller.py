@@ -1,4 +1,4 @@
-"""Questions about tasks: each comes to an end, whatever the server's reads do meanwhile."""
+"""Reads of tasks: each comes to an end."""
 
 from __future__ import annotations
 

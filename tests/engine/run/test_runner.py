@@ -1,4 +1,4 @@
-"""A run: every request is bought once, fetched and verified, whatever ran before or beside it."""
+"""A run: every request is bought once, fetched and verified, also after and next to other runs."""
 
 # ruff: noqa: ARG002 - doubles take all that their interface gives them
 
@@ -60,9 +60,9 @@ async def test_a_run_delivers_every_image_and_its_charge(engine: EngineHarness) 
             Event.COMPLETED,
             Event.STORED,
         ]
-    books = engine.assert_accounts_agree()
-    assert books["creates"] == 4
-    assert books["charged_units"] == report.progress.charged_units
+    stats = engine.assert_accounts_agree()
+    assert stats["creates"] == 4
+    assert stats["charged_units"] == report.progress.charged_units
     assert len(engine.files()) == 4
 
 
@@ -155,8 +155,8 @@ async def test_a_missing_or_shortened_file_is_fetched_again_and_not_bought(
     (engine.folder / files[1]).write_bytes(b"cut")
     report = await engine.run(requests, "run-2")
     assert (report.posts, report.progress) == (0, Progress(total=3, reused=1, delivered=2))
-    books = engine.assert_accounts_agree()
-    assert (books["creates"], books["file_gets"]) == (3, 5)
+    stats = engine.assert_accounts_agree()
+    assert (stats["creates"], stats["file_gets"]) == (3, 5)
     assert engine.files() == files
 
 
@@ -245,7 +245,7 @@ async def test_after_23_hours_an_unknown_outcome_waits_for_a_person(engine: Engi
     assert engine.record(make_request()).state is State.UNKNOWN
 
 
-# -- runs beside each other -------------------------------------------------------------------
+# -- parallel runs ----------------------------------------------------------------------------
 
 
 async def test_two_runs_over_the_same_rows_at_the_same_time_buy_nothing_twice(
@@ -372,9 +372,9 @@ async def test_when_the_journal_cannot_be_written_nothing_more_is_bought(
 
     with anyio.fail_after(20), pytest.raises(JournalError):
         await engine.run(make_requests(8), on_progress=spoil, max_in_flight=1)
-    books = engine.emulator.stats()
-    assert books["creates"] < 8
-    assert books["bodies_bought_more_than_once"] == 0
+    stats = engine.emulator.stats()
+    assert stats["creates"] < 8
+    assert stats["bodies_bought_more_than_once"] == 0
 
 
 async def test_a_rate_limited_purchase_gives_its_room_under_the_cap_back(

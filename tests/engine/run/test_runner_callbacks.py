@@ -53,9 +53,9 @@ def slow(tmp_path: Path) -> Iterator[EngineHarness]:
 
 
 def reads(engine: EngineHarness) -> int:
-    """Calls that asked about tasks, one or many at once."""
-    books = engine.emulator.stats()
-    return int(books["reads"] + books["batch_reads"])
+    """Calls that read tasks, one or many at once."""
+    stats = engine.emulator.stats()
+    return int(stats["reads"] + stats["batch_reads"])
 
 
 def submitted(engine: EngineHarness, requests: list[ImageRequest]) -> bool:
@@ -119,7 +119,7 @@ async def test_a_purchase_after_a_failed_one_names_the_present_address(
 
 
 async def test_a_row_with_its_own_callback_address_is_polled(engine: EngineHarness) -> None:
-    """Its callback goes elsewhere, so nobody would tell this run."""
+    """Its callback goes elsewhere, so this run does not get it."""
     request = make_request()
     own = "https://own.example.com/hook"
     runner = listening(engine)

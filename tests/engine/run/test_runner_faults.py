@@ -45,7 +45,7 @@ ARGUMENTS: Mapping[str, float | str] = {
     "file_delay": 0.1,
     "slow_task": 0.3,
     "fail": "invalid_parameters",
-    # Addresses that no server may send a reader to; nobody connects to them.
+    # Addresses to which no server may send a reader; nothing connects to them.
     "private_link": "http://169.254.169.254/file.png",
     "redirect_private": "http://169.254.169.254/file.png",
 }
@@ -103,13 +103,13 @@ class Ended:
 
     engine: EngineHarness
     report: RunReport
-    books: dict[str, Any]
+    stats: dict[str, Any]
 
     def state(self, name: str) -> str:
         return self.engine.record(about(name)).state.value
 
     def task(self, name: str) -> dict[str, Any]:
-        (found,) = (task for task in self.books["tasks"] if task["prompt"] == about(name).prompt)
+        (found,) = (task for task in self.stats["tasks"] if task["prompt"] == about(name).prompt)
         return dict(found)
 
 
@@ -156,7 +156,7 @@ def after_create(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
 
 
 def test_every_fault_of_a_purchase_has_occurred(after_create: Ended) -> None:
-    assert after_create.books["unconsumed_faults"] == []
+    assert after_create.stats["unconsumed_faults"] == []
     assert after_create.report.stopped is None
 
 
@@ -165,7 +165,7 @@ def test_a_purchase_that_met_a_fault_ends(after_create: Ended, name: str) -> Non
     """Bought once, or refused; what is bought here fails afterwards."""
     refused = name in CREATE_ENDS
     assert after_create.state(name) == CREATE_ENDS.get(name, "failed")
-    tasks = [t for t in after_create.books["tasks"] if t["prompt"] == about(name).prompt]
+    tasks = [t for t in after_create.stats["tasks"] if t["prompt"] == about(name).prompt]
     assert len(tasks) == (0 if refused else 1)
 
 
@@ -197,14 +197,14 @@ def after_task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
 
 
 def test_every_fault_of_a_task_has_occurred(after_task: Ended) -> None:
-    assert after_task.books["unconsumed_faults"] == []
+    assert after_task.stats["unconsumed_faults"] == []
 
 
 @pytest.mark.parametrize("name", names("task"))
 def test_a_task_with_a_fault_ends(after_task: Ended, name: str) -> None:
     record = after_task.engine.record(about(name))
     assert (record.state.value, record.error_code) == TASK_ENDS.get(name, ("stored", None))
-    assert len([t for t in after_task.books["tasks"] if t["prompt"] == about(name).prompt]) == 1
+    assert len([t for t in after_task.stats["tasks"] if t["prompt"] == about(name).prompt]) == 1
 
 
 @pytest.mark.parametrize("name", ["stuck", "unknown_final_status"])
@@ -250,7 +250,7 @@ def after_read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
 
 
 def test_every_fault_of_a_read_has_occurred(after_read: Ended) -> None:
-    assert after_read.books["unconsumed_faults"] == []
+    assert after_read.stats["unconsumed_faults"] == []
 
 
 @pytest.mark.parametrize("name", names("read"))
@@ -314,7 +314,7 @@ def after_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
 
 
 def test_every_fault_of_a_download_has_occurred(after_file: Ended) -> None:
-    assert after_file.books["unconsumed_faults"] == []
+    assert after_file.stats["unconsumed_faults"] == []
 
 
 @pytest.mark.parametrize("name", sorted(set(names("file")) - set(REJECTED)))

@@ -149,13 +149,13 @@ async def test_under_hold_an_unknown_outcome_is_posted_once_and_kept_for_a_perso
 
 
 async def test_a_server_without_idempotency_sells_a_repeat_again(tmp_path: Path) -> None:
-    """Why hold exists: the books show it, and the journal knows the task that it was told."""
+    """Why hold exists: the server has two tasks, and the journal knows one."""
     with open_harness(tmp_path, idempotency=False) as engine:
         engine.emulator.world.script("drop_after_create")
         await engine.run([make_request()])
-        books = engine.emulator.stats()
-        assert (books["creates"], books["bodies_bought_more_than_once"]) == (2, 1)
-        assert engine.record(make_request()).task_id == books["tasks"][1]["task_id"]
+        stats = engine.emulator.stats()
+        assert (stats["creates"], stats["bodies_bought_more_than_once"]) == (2, 1)
+        assert engine.record(make_request()).task_id == stats["tasks"][1]["task_id"]
 
 
 async def test_a_first_post_with_an_idempotency_conflict_created_nothing(
@@ -305,7 +305,7 @@ async def test_a_cancelled_task_is_never_bought_again_for_any_code(
 async def test_a_cancelled_task_that_a_person_requests_again_stays_committed(
     engine: EngineHarness,
 ) -> None:
-    """The first one may have been charged, so the caps go on to count it beside the second."""
+    """The first one may have been charged, so the caps count both."""
     engine.emulator.world.script("cancelled")
     await engine.run([make_request()])
     report = await engine.run(
@@ -371,9 +371,9 @@ async def test_a_server_with_few_places_is_not_flooded(tmp_path: Path) -> None:
         engine.emulator.world.set_rate("fail", 1.0, arg="invalid_parameters")
         report = await engine.run(make_requests(24), wait_scale=0.1)
         assert report.progress.failed == 24
-        books = engine.assert_accounts_agree()
-        assert books["creates"] == 24
-        assert books["submit_posts"] < 24 * 5
+        stats = engine.assert_accounts_agree()
+        assert stats["creates"] == 24
+        assert stats["submit_posts"] < 24 * 5
 
 
 async def test_a_rate_limited_run_stops_only_after_its_patience_without_a_purchase(
@@ -471,14 +471,14 @@ async def test_a_stopped_run_writes_its_answers_and_the_next_one_completes(
 ) -> None:
     requests = make_requests(7)
     await _stopped(engine, requests, lambda: engine.emulator.stats(tasks=False)["creates"] >= 2)
-    books = engine.assert_accounts_agree()
-    assert 2 <= books["creates"] < 7
+    stats = engine.assert_accounts_agree()
+    assert 2 <= stats["creates"] < 7
     states = Counter(engine.states(requests))
     assert not {"submitting", "unknown"} & set(states)
     assert {record.claimed_by for record in engine.journal.all_records()} == {None}
     assert not [name for name in engine.files() if name.startswith(".partial")]
     report = await engine.run(requests, "run-2")
-    assert report.posts == 7 - books["creates"]
+    assert report.posts == 7 - stats["creates"]
     assert engine.states(requests) == ["stored"] * 7
     assert engine.assert_accounts_agree()["creates"] == 7
 

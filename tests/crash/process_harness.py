@@ -49,7 +49,7 @@ class Job:
 
 
 def requests(job: Job) -> list[ImageRequest]:
-    """What a job asks for: the same rows ask for the same pictures in every process."""
+    """The requests of a job: the same rows request the same images in every process."""
     return [
         make_request(seed=row + 1, quality="2K" if job.two_k and row % job.two_k == 0 else "1K")
         for row in range(job.start, job.start + job.count)
@@ -99,7 +99,7 @@ class Process:
         self._here.close()
 
 
-class Shop:
+class ProcessHarness:
     """One emulator, one journal and one storage root, and processes that use them together."""
 
     def __init__(self, folder: Path, emulator: Emulator, journal: str | None = None) -> None:
@@ -139,24 +139,24 @@ class Shop:
     def assert_accounts_agree(
         self, *, tasks: int | None = None, forgotten: bool = False
     ) -> dict[str, Any]:
-        """The emulator's books, after they were held against the journal.
+        """Compare the emulator's totals with the journal, and return them.
 
         Nothing was bought twice, and both know the same tasks and the same charges. ``forgotten``:
         the journal has lost purchases: it took their files up, or was told that they were replayed.
         """
-        books = self.emulator.stats()
-        assert books["bodies_bought_more_than_once"] == 0
+        stats = self.emulator.stats()
+        assert stats["bodies_bought_more_than_once"] == 0
         with closing(Journal(self.job.journal)) as journal:
             charges = [charge for charge in journal.charges() if charge.task_id]
         known = {charge.task_id: charge.charged_units for charge in charges}
-        charged = {task["task_id"]: task["charged_units"] for task in books["tasks"]}
+        charged = {task["task_id"]: task["charged_units"] for task in stats["tasks"]}
         if forgotten:
             assert known.keys() <= charged.keys()
             assert all(known[task] in (0, charged[task]) for task in known)
         else:
             assert known == charged
-        assert tasks is None or books["creates"] == tasks
-        return books
+        assert tasks is None or stats["creates"] == tasks
+        return stats
 
 
 def outcomes(processes: Sequence[Process]) -> list[tuple[int | None, dict[str, Any]]]:

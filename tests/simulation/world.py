@@ -31,7 +31,7 @@ from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
-from tests.simulation.pictures import AtOnce, CheapPictures
+from tests.simulation.images import AtOnce, CheapPictures
 from tests.simulation.story import Server
 
 API_KEY: Final = "sk-of-the-simulation-7Qz"
@@ -39,7 +39,7 @@ BASE_URL: Final = "http://127.0.0.1:9"
 RECEIVER: Final = "https://receiver.test/"
 EPOCH: Final = datetime(2026, 6, 10, 21, 30, tzinfo=timezone.utc)
 
-#: One image at the published price of the dearer quality, in units.
+#: One image at the published price of the more expensive quality, in units.
 _MOST_UNITS: Final = 18_000
 _RICH_UNITS: Final = 10_000_000
 
@@ -57,7 +57,7 @@ class CountingWorld(World):
         return chosen
 
 
-class House:
+class SimulatedWorld:
     """The world of one story."""
 
     def __init__(self, folder: Path, server: Server, seed: int) -> None:
@@ -72,7 +72,7 @@ class House:
         self.wishes: list[tuple[str, tuple[str, int]]] = []  # asked or ended, of which slot
         self.broken: list[str] = []  # what went wrong in the simulation's own tasks
         CountingWorld.struck = lambda name: self.count(f"fault {name}")
-        self.world = CountingWorld(
+        self.emulated = CountingWorld(
             folder / "server",
             clock=self.now_s,
             seed=seed,
@@ -85,12 +85,12 @@ class House:
             task_lifetime_s=server.task_lifetime_s,
         )
         paid = server.images_paid
-        self.world.add_account(API_KEY, _RICH_UNITS if paid is None else paid * _MOST_UNITS)
+        self.emulated.add_account(API_KEY, _RICH_UNITS if paid is None else paid * _MOST_UNITS)
         self.app = EmulatorApp(
-            self.world, batch=server.has_batch, images=CheapPictures(), executor=AtOnce()
+            self.emulated, batch=server.has_batch, images=CheapPictures(), executor=AtOnce()
         )
         self.app.break_connection = lambda scope, how: scope["extensions"]["break"](how)
-        self._caller = CallbackSender(self.world, BASE_URL, poster=Receiver(self), look_s=60.0)
+        self._caller = CallbackSender(self.emulated, BASE_URL, poster=Receiver(self), look_s=60.0)
         self.app.wake = self._caller.wake
         self._calling = self.spawn(self._caller.run())
         self._tasks: list[asyncio.Task[Any]] = []
@@ -118,7 +118,7 @@ class House:
             self.lines.append(line)
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Start a task that is no process's."""
+        """Start a task that does not belong to a process."""
         return contextvars.Context().run(self.loop.create_task, coro)
 
     def line_s(self) -> float:
@@ -133,21 +133,21 @@ class House:
         """End what is the world's own."""
         self._caller.stop()
         await self._calling
-        self.world.close()
+        self.emulated.close()
 
     def mend(self) -> None:
         """Let nothing go wrong any more."""
         self.away.clear()
-        self.world.forget_scripts()
-        for name in list(self.world.rates()):
-            self.world.set_rate(name, 0)
-        self.world.max_concurrent = self.world.rate = None
+        self.emulated.forget_scripts()
+        for name in list(self.emulated.rates()):
+            self.emulated.set_rate(name, 0)
+        self.emulated.max_concurrent = self.emulated.rate = None
         self.top_up()
 
     def top_up(self) -> None:
         """Give the account many credits."""
-        with self.world.transaction():
-            self.world._db.execute("UPDATE accounts SET granted = granted + ?", (_RICH_UNITS,))
+        with self.emulated.transaction():
+            self.emulated._db.execute("UPDATE accounts SET granted = granted + ?", (_RICH_UNITS,))
 
     # -- disks --------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class House:
         how = self.away.get("journal")
         if how is None:
             return
-        # SQLite itself is never lost in this way; it stands for a database on another host.
+        # SQLite itself is never lost in this way; it simulates a database on another host.
         away = "database is locked, or does not answer"
         said = {
             "is locked": away if begins else "",
@@ -180,13 +180,13 @@ class House:
 
 
 #: The house whose journal is opened: all journals of a story are one file.
-_PRESENT: Final[dict[str, House]] = {}
+_PRESENT: Final[dict[str, SimulatedWorld]] = {}
 
 
 @contextmanager
-def present(house: House) -> Any:
+def present(world: SimulatedWorld) -> Any:
     """Have all connections to a journal meet what is wrong in this house."""
-    _PRESENT["house"] = house
+    _PRESENT["world"] = world
     try:
         yield
     finally:
@@ -196,8 +196,8 @@ def present(house: House) -> Any:
 class _Cursor(sqlite3.Cursor):
     def execute(self, sql: str, *arguments: Any) -> Any:
         """Execute, where the journal is there."""
-        if house := _PRESENT.get("house"):
-            house.check_journal(begins=sql.startswith("BEGIN IMMEDIATE"))
+        if world := _PRESENT.get("world"):
+            world.check_journal(begins=sql.startswith("BEGIN IMMEDIATE"))
         return super().execute(sql, *arguments)
 
 
@@ -209,8 +209,8 @@ class _Connection(sqlite3.Connection):
     def commit(self) -> None:
         """Commit; the caller may not hear of it."""
         super().commit()
-        if (house := _PRESENT.get("house")) and self.total_changes:
-            house.check_journal(commits=True)
+        if (world := _PRESENT.get("world")) and self.total_changes:
+            world.check_journal(commits=True)
 
 
 @event.listens_for(Engine, "do_connect")
@@ -218,13 +218,13 @@ def _connect(_dialect: Any, _record: Any, _arguments: Any, named: dict[str, Any]
     named["factory"] = _Connection
 
 
-#: What SQLAlchemy has compiled, by its dialect: each journal would compile all statements anew.
+#: What SQLAlchemy has compiled, by dialect: each journal would compile all statements again.
 _COMPILED: Final[dict[str, Any]] = {}
 
 
-def open_journal(house: House) -> Journal:
+def open_journal(world: SimulatedWorld) -> Journal:
     """Open the journal, as each process does."""
-    journal = Journal(f"sqlite:///{house.folder / 'journal.db'}", lock_timeout_s=0.0)
+    journal = Journal(f"sqlite:///{world.folder / 'journal.db'}", lock_timeout_s=0.0)
     for engine in (journal._database._reading, journal._database._writing):
         engine.dialect = _COMPILED.setdefault("dialect", engine.dialect)
         engine._compiled_cache = _COMPILED.setdefault("cache", engine._compiled_cache)
@@ -281,24 +281,24 @@ def callback_url(request_key: str) -> str:
 class Receiver:
     """Writes down who was called about."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, world: SimulatedWorld) -> None:
+        self._world = world
 
     async def post(self, url: str, body: bytes) -> int:
         """Take a call; returns the status of the answer."""
-        house = self._house
-        await asyncio.sleep(house.line_s())
-        if "receiver" in house.away:
-            house.count("receiver is down")
+        world = self._world
+        await asyncio.sleep(world.line_s())
+        if "receiver" in world.away:
+            world.count("receiver is down")
             return 0
-        house.count("callback")
-        return remember(house, url.removeprefix(RECEIVER), json.loads(body)["id"])
+        world.count("callback")
+        return remember(world, url.removeprefix(RECEIVER), json.loads(body)["id"])
 
 
-def remember(house: House, request_key: str, task_id: str | None) -> int:
+def remember(world: SimulatedWorld, request_key: str, task_id: str | None) -> int:
     """Write a call down, as the receiver does."""
     try:
-        log = CallbackLog.open(f"sqlite:///{house.folder / 'journal.db'}", now=house.now)
+        log = CallbackLog.open(f"sqlite:///{world.folder / 'journal.db'}", now=world.now)
         try:
             return 200 if log.add([(request_key, task_id)]) else 404
         finally:
@@ -318,36 +318,38 @@ class Line(httpx.AsyncBaseTransport):
 
     reports_unsent = True
 
-    def __init__(self, house: House, enters: Callable[[str], Any], leaves: Callable[[Any], None]):
-        self._house = house
+    def __init__(
+        self, world: SimulatedWorld, enters: Callable[[str], Any], leaves: Callable[[Any], None]
+    ):
+        self._world = world
         self._enters = enters
         self._leaves = leaves
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, as httpx's own transport would."""
-        house = self._house
+        world = self._world
         what = _kind(request)
         call = self._enters(what)
         part = "files" if what == "file" else "api"
-        how = house.away.get(part)
+        how = world.away.get(part)
         limits = request.extensions.get("timeout", {})
         if how == "refuses":
-            house.count(f"{part} refuses")
-            await asyncio.sleep(house.line_s())
+            world.count(f"{part} refuses")
+            await asyncio.sleep(world.line_s())
             raise httpx.ConnectError("connection refused")
         if how == "is silent":
-            house.count(f"{part} is silent")
+            world.count(f"{part} is silent")
             await asyncio.sleep(limits.get("connect") or 10.0)
             raise httpx.ConnectTimeout("no connection")
         content = b"".join([piece async for piece in request.stream])  # type: ignore[union-attr]
-        await asyncio.sleep(house.line_s())
+        await asyncio.sleep(world.line_s())
         if how == "answers 502":
-            house.count(f"{part} answers 502")
+            world.count(f"{part} answers 502")
             self._leaves(call)
             return httpx.Response(502, html="<html>Bad gateway</html>")
-        exchange = _Exchange(house, request, content)
-        if house.away.get(part) == "loses its answers":
-            house.count(f"{part} loses its answers")
+        exchange = _Exchange(world, request, content)
+        if world.away.get(part) == "loses its answers":
+            world.count(f"{part} loses its answers")
             exchange.answer.add_done_callback(
                 lambda answer: answer.cancelled() or answer.exception()
             )
@@ -356,12 +358,12 @@ class Line(httpx.AsyncBaseTransport):
             raise httpx.ReadTimeout("no answer")
         try:
             status, headers = await _within(exchange.answer, limits.get("read"))
-            await asyncio.sleep(house.line_s())
+            await asyncio.sleep(world.line_s())
         except BaseException:
             exchange.leave()
             raise
         self._leaves(call)
-        house.note(f"answered {what} {status}")
+        world.note(f"answered {what} {status}")
         return httpx.Response(status, headers=headers, stream=_Body(exchange))
 
 
@@ -391,14 +393,14 @@ _BREAKS: Final = {
 class _Exchange:
     """One request at the server: its answer, and the pieces of the answer's body."""
 
-    def __init__(self, house: House, request: httpx.Request, content: bytes) -> None:
-        self.answer: asyncio.Future[tuple[int, Any]] = house.loop.create_future()
+    def __init__(self, world: SimulatedWorld, request: httpx.Request, content: bytes) -> None:
+        self.answer: asyncio.Future[tuple[int, Any]] = world.loop.create_future()
         self.pieces: list[bytes] = []
         self.ended = asyncio.Event()
         self.error: Exception | None = None
         self._content: bytes | None = content
         self._left = asyncio.Event()
-        self._house = house
+        self._world = world
         scope = {
             "type": "http",
             "http_version": "1.1",
@@ -413,17 +415,17 @@ class _Exchange:
             "root_path": "",
             "extensions": {"break": self._break},
         }
-        house.spawn(self._serve(scope))
+        world.spawn(self._serve(scope))
 
     def leave(self) -> None:
-        """Tell the server that nobody waits for the answer."""
+        """Tell the server that the client has left."""
         self._left.set()
 
     async def _serve(self, scope: dict[str, Any]) -> None:
         try:
-            await self._house.app(scope, self._receive, self._send)
+            await self._world.app(scope, self._receive, self._send)
         except Exception as error:  # noqa: BLE001 - the story ends with it
-            self._house.broken.append(f"the emulator failed: {error!r}")
+            self._world.broken.append(f"the emulator failed: {error!r}")
         self.ended.set()
 
     async def _receive(self) -> dict[str, Any]:
@@ -446,7 +448,7 @@ class _Exchange:
         self.error = _BREAKS[how]
         if not self.answer.done():
             self.answer.set_exception(self.error)
-            self.answer.exception()  # where nobody waits any more
+            self.answer.exception()  # if the client has left
         self.ended.set()
         self._left.set()
 

@@ -21,14 +21,14 @@ class CheapPictures(ImageFiles):
     """Stripes in black and white, and the prompt in a chunk of text."""
 
     def png(self, key: ImageKey) -> bytes:
-        """Return the picture of (prompt, seed, width, height) as PNG."""
+        """Return the image of (prompt, seed, width, height) as PNG."""
         prompt, seed, width, height = key
         plain = _stripes(width, height, "PNG")
         text = png_chunk(b"tEXt", f"Title\0{seed} {prompt}".encode("latin-1", "replace"))
         return plain[:_AFTER_HEADER] + text + plain[_AFTER_HEADER:]
 
     def damaged(self, key: ImageKey, effect: str, noise: bytes) -> bytes:
-        """Return what is sent instead of the picture."""
+        """Return the bytes that are sent instead of the image."""
         _, _, width, height = key
         body = self.png(key)
         match effect:
@@ -78,6 +78,6 @@ class AtOnce(concurrent.futures.Executor):
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         try:
             future.set_result(call(*args, **named))
-        except Exception as error:  # noqa: BLE001 - whoever asks gets it
+        except Exception as error:  # noqa: BLE001 - the caller gets it
             future.set_exception(error)
         return future
