@@ -102,7 +102,7 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
         return found
 
     async def close(self) -> None:
-        """Do nothing: no resource is held."""
+        """Do nothing: there is no resource to release."""
 
     def _checked_socket(self, address_info: Any) -> socket.socket:
         """Return a socket for an address that may be connected to.

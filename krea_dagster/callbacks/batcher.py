@@ -1,7 +1,7 @@
 """Group commit for callbacks: those that arrive during a commit are written by the next one.
 
 A durable commit costs an fsync. With one for each call, the calls of a burst would wait for one
-another; with one for all calls that arrived meanwhile, the last of a thousand waits for a few.
+another; with one for all calls that arrived during it, the last of a thousand waits for a few.
 """
 
 from __future__ import annotations

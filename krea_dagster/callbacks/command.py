@@ -144,7 +144,7 @@ def serve_command(
     url = journal_url or database_in(Storage(storage))
     if not has_database(url):
         raise ConfigError(
-            "there is no journal yet, so no callback can belong to a purchase. Check that "
+            "the journal does not exist yet, so no callback can belong to a purchase. Check that "
             "KREA_STORAGE or KREA_JOURNAL_URL is the one of the runs, or run `krea-dagster "
             "materialize` once, which creates the journal"
         )

@@ -1,4 +1,4 @@
-"""Sum up what the emulator was asked, created, charged and served."""
+"""Sum up the emulator's requests, tasks, credits and callbacks."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ class EmulatorApp:
         all_failed = chosen is not None and chosen.fault.effect == "all_failed"
         changed: dict[str, Any] = {}
         if all_failed:
-            failed = {"code": "service_error", "message": "said so", "type": "task_error"}
+            failed = {"code": "service_error", "message": "Service error", "type": "task_error"}
             changed = {"status": "failed", "error": failed}
 
         def body() -> Mapping[str, Any]:

@@ -183,7 +183,7 @@ def emulator_command(
     if list_faults:
         for fault in faults.FAULTS.values():
             arg = f" (ARG: {fault.arg})" if fault.arg is not None else ""
-            click.echo(f"{fault.name:24} {fault.kind:8} {fault.says}{arg}")
+            click.echo(f"{fault.name:24} {fault.kind:8} {fault.description}{arg}")
         return
     with contextlib.ExitStack() as stack:
         if state is None:

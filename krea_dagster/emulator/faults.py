@@ -23,7 +23,7 @@ the first task for the same request (task and callback faults), or the first fet
 
 ``ARG`` refines a fault: seconds, a code, a count. Each fault has a default.
 
-There is no fault for a plain ``http:`` link, because every link of this emulator is one.
+A plain ``http:`` link is not a fault, because every link of this emulator is one.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Fault:
     status: int
     arg: str | None
     after: bool
-    says: str
+    description: str
 
 
 @dataclass(frozen=True)
 class ChosenFault:
     """A fault that strikes now, with its argument as text ("" if it takes none).
 
-    ``once`` is true only for a prompt marker that says so.
+    ``once`` is true only for a prompt marker with ``once``.
     """
 
     fault: Fault
@@ -80,7 +80,7 @@ class ChosenFault:
 
 
 class UnknownFaultError(ValueError):
-    """There is no such fault, or it does not take this argument."""
+    """The fault does not exist, or does not take this argument."""
 
 
 def _read_faults() -> dict[str, Fault]:
@@ -116,7 +116,7 @@ def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> 
     """Return the fault ``name`` with its argument checked. Raises UnknownFaultError."""
     fault = FAULTS.get(name)
     if fault is None:
-        raise UnknownFaultError(f"there is no fault {name!r}")
+        raise UnknownFaultError(f"unknown fault {name!r}")
     if arg is None:
         return ChosenFault(fault, fault.arg or "", once)
     if fault.arg is None:

@@ -66,7 +66,7 @@ def task_body(task: EmulatedTask, now: float, links: Sequence[str]) -> dict[str,
 
 
 def list_row(task: EmulatedTask, now: float) -> dict[str, Any]:
-    """Return one row of the list call, which holds no links."""
+    """Return one row of the list call, which has no links."""
     status = task.status(now)
     row: dict[str, Any] = {
         "id": task.task_id,

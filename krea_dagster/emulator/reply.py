@@ -39,7 +39,7 @@ class Reply:
 
 
 class ReplyResponse(Response):
-    """Sends a reply, or breaks the connection as it says."""
+    """Sends a reply, or breaks the connection."""
 
     def __init__(self, reply: Reply, break_connection: BreakConnection | None) -> None:
         super().__init__(reply.body, reply.status or 200, reply.headers, reply.content_type)

@@ -273,7 +273,7 @@ def test_it_does_not_make_a_journal_because_one_made_in_the_wrong_place_knows_no
 ) -> None:
     _, _, error = invoke("--storage", str(tmp_path))
     assert isinstance(error, ConfigError)
-    assert "there is no journal yet" in str(error)
+    assert "the journal does not exist yet" in str(error)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""A running emulator with a clock that only the test moves."""
+"""A running emulator whose clock the test moves, and a client for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that stops until it is moved."""
 
     def __init__(self) -> None:
         self.now_s = 1_800_000_000.0
@@ -37,17 +37,17 @@ class EmulatorClient:
         self.world = emulator.world
         self.clock = clock
         # Plain HTTP needs no certificates, and loading them takes longer than most of the tests.
-        self.client = httpx.Client(base_url=emulator.url, headers=AUTH, **PLAIN)
-        self.plain = httpx.Client(**PLAIN)
+        self.http = httpx.Client(base_url=emulator.url, headers=AUTH, **PLAIN)
+        self.anonymous = httpx.Client(**PLAIN)
 
     def close(self) -> None:
-        self.client.close()
-        self.plain.close()
+        self.http.close()
+        self.anonymous.close()
 
     def post(self, prompt: str = "a fox", key: str | None = None, **fields: Any) -> httpx.Response:
         headers = {} if key is None else {"Idempotency-Key": key}
         body = {"model": "krea-2-turbo", "prompt": prompt, "seed": 7, **fields}
-        return self.client.post("/v1/images/generations", json=body, headers=headers)
+        return self.http.post("/v1/images/generations", json=body, headers=headers)
 
     def create(self, prompt: str = "a fox", **fields: Any) -> str:
         answer = self.post(prompt, **fields)
@@ -55,7 +55,7 @@ class EmulatorClient:
         return str(answer.json()["id"])
 
     def read(self, task_id: str) -> httpx.Response:
-        return self.client.get(f"/v1/tasks/{task_id}")
+        return self.http.get(f"/v1/tasks/{task_id}")
 
     def finished(self, prompt: str = "a fox", **fields: Any) -> str:
         task_id = self.create(prompt, **fields)
@@ -66,7 +66,7 @@ class EmulatorClient:
         return str(self.read(task_id).json()["results"][0])
 
     def fetch(self, task_id: str) -> httpx.Response:
-        return self.plain.get(self.link(task_id))
+        return self.anonymous.get(self.link(task_id))
 
     def stats(self) -> dict[str, Any]:
         return self.emulator.stats()
@@ -74,7 +74,7 @@ class EmulatorClient:
 
 @contextlib.contextmanager
 def running(state: Path) -> Iterator[EmulatorClient]:
-    """Run an emulator whose tasks take 2 s of a clock that only the test moves."""
+    """Run an emulator whose tasks take 2 s of the test's clock."""
     clock = Clock()
     with Emulator(
         api_key=KEY,
@@ -84,6 +84,6 @@ def running(state: Path) -> Iterator[EmulatorClient]:
         latency_jitter=0.0,
         other_accounts={"other": 10.0},
     ) as emulator:
-        bench = EmulatorClient(emulator, clock)
-        yield bench
-        bench.close()
+        client = EmulatorClient(emulator, clock)
+        yield client
+        client.close()

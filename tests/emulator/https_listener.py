@@ -1,4 +1,4 @@
-"""An HTTPS server on loopback that callbacks arrive at, with a certificate of a test's own CA."""
+"""An HTTPS server on loopback that receives callbacks, with a certificate of a test CA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import trustme
 
 @dataclass(frozen=True)
 class Arrived:
-    """One callback as it came."""
+    """One received callback."""
 
     path: str
     body: bytes
@@ -31,9 +31,9 @@ class Arrived:
 
 @dataclass
 class Listener:
-    """``arrived`` holds what came; ``statuses`` are answered in their order, then 204.
+    """``arrived`` holds the callbacks; ``statuses`` are returned in their order, then 204.
 
-    While ``open`` is clear, answers wait.
+    While ``open`` is clear, responses wait.
     """
 
     url: str = ""
@@ -42,13 +42,13 @@ class Listener:
     open: threading.Event = field(default_factory=threading.Event)
 
     def next(self) -> Arrived:
-        """The next callback; waits for it."""
+        """Wait for the next callback."""
         return self.arrived.get(timeout=60)
 
 
 @contextlib.contextmanager
 def listening(ca: trustme.CA, name: str = "localhost") -> Iterator[Listener]:
-    """Listen on a free port of this machine, under a certificate for ``name``."""
+    """Listen on a free port of this machine, with a certificate for ``name``."""
     listener = Listener()
     listener.open.set()
 
@@ -66,7 +66,7 @@ def listening(ca: trustme.CA, name: str = "localhost") -> Iterator[Listener]:
                 self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a caller that left
@@ -88,7 +88,7 @@ def listening(ca: trustme.CA, name: str = "localhost") -> Iterator[Listener]:
 
 
 def certificates(ca: trustme.CA, folder: Path) -> Path:
-    """The CA's certificate as a file."""
+    """Write the CA's certificate to a file."""
     path = folder / "ca.pem"
     ca.cert_pem.write_to_path(path)
     return path

@@ -1,4 +1,4 @@
-"""What the emulator answers over HTTP: the documented calls, and each documented error."""
+"""The emulator's HTTP API: the documented calls, and each documented error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY_1 = "key-0000000000000001"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[EmulatorClient]:
+def client(tmp_path: Path) -> Iterator[EmulatorClient]:
     with running(tmp_path / "state") as made:
         yield made
 
@@ -38,8 +38,8 @@ def error(answer: httpx.Response) -> tuple[int, str, str]:
 # -- create -----------------------------------------------------------------------------------
 
 
-def test_a_create_call_is_answered_as_documented(bench: EmulatorClient) -> None:
-    answer = bench.post()
+def test_a_create_call_is_answered_as_documented(client: EmulatorClient) -> None:
+    answer = client.post()
     body = answer.json()
     assert re.fullmatch(r"task-unified-1800000000-[a-z0-9]{8}", body.pop("id"))
     assert body == {
@@ -56,8 +56,8 @@ def test_a_create_call_is_answered_as_documented(bench: EmulatorClient) -> None:
     assert answer.headers["x-request-id"]
 
 
-def test_a_2k_picture_costs_four_times_as_much(bench: EmulatorClient) -> None:
-    assert bench.post(quality="2K").json()["usage"]["credits_reserved"] == 1.8
+def test_a_2k_image_costs_four_times_as_much(client: EmulatorClient) -> None:
+    assert client.post(quality="2K").json()["usage"]["credits_reserved"] == 1.8
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_a_2k_picture_costs_four_times_as_much(bench: EmulatorClient) -> None:
     ],
 )
 def test_a_wrong_field_is_refused_and_nothing_is_reserved(
-    bench: EmulatorClient, field: str, value: Any
+    client: EmulatorClient, field: str, value: Any
 ) -> None:
-    answer = bench.post(**{field: value})
+    answer = client.post(**{field: value})
     assert error(answer) == (400, "invalid_request", "invalid_request_error")
     assert answer.json()["error"]["param"] == field
     assert answer.json()["error"]["message"].startswith("Invalid request parameters")
-    assert bench.stats()["reserved_units"] == 0
+    assert client.stats()["reserved_units"] == 0
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,20 @@ def test_a_wrong_field_is_refused_and_nothing_is_reserved(
         {"unknown_field": [1, {"a": None}]},
     ],
 )
-def test_what_the_contract_allows_is_taken(bench: EmulatorClient, fields: dict[str, Any]) -> None:
-    assert bench.post(**fields).status_code == 200
+def test_what_the_contract_allows_is_accepted(
+    client: EmulatorClient, fields: dict[str, Any]
+) -> None:
+    assert client.post(**fields).status_code == 200
 
 
-def test_a_lone_surrogate_is_kept_as_the_replacement_character(bench: EmulatorClient) -> None:
-    answer = bench.client.post(
+def test_a_lone_surrogate_is_kept_as_the_replacement_character(client: EmulatorClient) -> None:
+    answer = client.http.post(
         "/v1/images/generations",
         content=rb'{"model":"krea-2-turbo","prompt":"a \ud800 b"}',
         headers={"content-type": "application/json"},
     )
     assert answer.status_code == 200
-    assert bench.stats()["tasks"][0]["prompt"] == "a \ufffd b"
+    assert client.stats()["tasks"][0]["prompt"] == "a \ufffd b"
 
 
 @pytest.mark.parametrize(
@@ -145,18 +147,20 @@ def test_a_lone_surrogate_is_kept_as_the_replacement_character(bench: EmulatorCl
         (b" " * (1 << 20) + b"{}", "application/json", 413),
     ],
 )
-def test_a_body_that_is_no_request_is_refused(
-    bench: EmulatorClient, content: bytes, kind: str, status: int
+def test_a_body_that_is_not_a_request_is_refused(
+    client: EmulatorClient, content: bytes, kind: str, status: int
 ) -> None:
-    answer = bench.client.post(
+    answer = client.http.post(
         "/v1/images/generations", content=content, headers={"content-type": kind}
     )
     assert answer.status_code == status
     assert answer.json()["error"]["code"]
 
 
-def test_errors_of_the_create_call_name_the_request_in_their_message(bench: EmulatorClient) -> None:
-    answer = bench.post(size="7:5")
+def test_errors_of_the_create_call_name_the_request_in_their_message(
+    client: EmulatorClient,
+) -> None:
+    answer = client.post(size="7:5")
     tail = f" (request id: {answer.headers['x-request-id']})"
     assert answer.json()["error"]["message"] == "Invalid request parameters" + tail
 
@@ -173,121 +177,121 @@ def test_errors_of_the_create_call_name_the_request_in_their_message(bench: Emul
     ],
 )
 def test_every_call_needs_the_key(
-    bench: EmulatorClient, method: str, path: str, header: str | None
+    client: EmulatorClient, method: str, path: str, header: str | None
 ) -> None:
     headers = {} if header is None else {"Authorization": header}
-    answer = bench.plain.request(method, bench.emulator.url + path, headers=headers)
+    answer = client.anonymous.request(method, client.emulator.url + path, headers=headers)
     assert error(answer) == (401, "unauthorized", "authentication_error")
 
 
 def test_a_call_beyond_the_credits_is_refused(tmp_path: Path) -> None:
     with Emulator(state=tmp_path, credits=1.0) as emulator:
-        bench = EmulatorClient(emulator, Clock())
-        bench.create("one")
-        bench.create("two")
-        assert error(bench.post("three")) == (402, "insufficient_quota", "insufficient_quota")
-        assert bench.stats()["creates"] == 2
-        bench.close()
+        client = EmulatorClient(emulator, Clock())
+        client.create("one")
+        client.create("two")
+        assert error(client.post("three")) == (402, "insufficient_quota", "insufficient_quota")
+        assert client.stats()["creates"] == 2
+        client.close()
 
 
-def test_no_more_than_the_rate_is_taken(tmp_path: Path, clock: Clock) -> None:
+def test_create_calls_above_the_rate_are_refused(tmp_path: Path, clock: Clock) -> None:
     with Emulator(state=tmp_path, clock=clock, rate=2) as emulator:
-        bench = EmulatorClient(emulator, clock)
-        bench.create("one")
-        bench.create("two")
-        answer = bench.post("three")
+        client = EmulatorClient(emulator, clock)
+        client.create("one")
+        client.create("two")
+        answer = client.post("three")
         assert error(answer) == (429, "rate_limit_exceeded", "rate_limit_error")
         assert answer.headers["retry-after"] == "1"
         clock.move(0.5)
-        bench.create("three")
-        bench.close()
+        client.create("three")
+        client.close()
 
 
-def test_no_more_than_the_concurrency_is_taken_but_a_replay_is(
+def test_create_calls_above_the_concurrency_are_refused_except_a_replay(
     tmp_path: Path, clock: Clock
 ) -> None:
     with Emulator(
         state=tmp_path, clock=clock, max_concurrent=1, latency_s=2, latency_jitter=0
     ) as emulator:
-        bench = EmulatorClient(emulator, clock)
-        first = bench.post("one", key=KEY_1).json()["id"]
-        answer = bench.post("two")
+        client = EmulatorClient(emulator, clock)
+        first = client.post("one", key=KEY_1).json()["id"]
+        answer = client.post("two")
         assert answer.status_code == 429
         assert "retry-after" not in answer.headers
-        assert bench.post("one", key=KEY_1).json()["id"] == first
+        assert client.post("one", key=KEY_1).json()["id"] == first
         clock.move(2)
-        bench.create("two")
-        bench.close()
+        client.create("two")
+        client.close()
 
 
 # -- replays ----------------------------------------------------------------------------------
 
 
 def test_the_same_key_and_body_return_the_first_task_and_charge_nothing(
-    bench: EmulatorClient,
+    client: EmulatorClient,
 ) -> None:
-    first = bench.post(key=KEY_1)
-    bench.clock.move(22 * 3600)
-    again = bench.post(key=KEY_1)
+    first = client.post(key=KEY_1)
+    client.clock.move(22 * 3600)
+    again = client.post(key=KEY_1)
     assert again.json() == first.json()
     assert again.headers["idempotency-replayed"] == "true"
-    books = bench.stats()
-    assert (books["creates"], books["replays"], books["reserved_units"]) == (1, 1, 4_500)
+    stats = client.stats()
+    assert (stats["creates"], stats["replays"], stats["reserved_units"]) == (1, 1, 4_500)
 
 
-def test_the_same_body_in_another_order_of_fields_is_the_same_body(bench: EmulatorClient) -> None:
+def test_the_same_body_in_another_order_of_fields_is_the_same_body(client: EmulatorClient) -> None:
     headers = {"Idempotency-Key": KEY_1}
     fields = {"prompt": "a fox", "model": "krea-2-turbo", "seed": 7, "size": "1:1"}
-    first = bench.post(key=KEY_1).json()["id"]
-    again = bench.client.post("/v1/images/generations", json=fields, headers=headers)
+    first = client.post(key=KEY_1).json()["id"]
+    again = client.http.post("/v1/images/generations", json=fields, headers=headers)
     assert again.json()["id"] == first
 
 
-def test_the_same_key_with_another_body_is_a_conflict(bench: EmulatorClient) -> None:
-    bench.post(key=KEY_1)
-    answer = bench.post("a bear", key=KEY_1)
+def test_the_same_key_with_another_body_is_a_conflict(client: EmulatorClient) -> None:
+    client.post(key=KEY_1)
+    answer = client.post("a bear", key=KEY_1)
     assert error(answer)[:2] == (409, "idempotency_conflict")
-    assert bench.stats()["creates"] == 1
+    assert client.stats()["creates"] == 1
 
 
-def test_a_key_belongs_to_its_account(bench: EmulatorClient) -> None:
-    bench.post(key=KEY_1)
-    bench.client.headers["Authorization"] = "Bearer other"
-    assert "idempotency-replayed" not in bench.post("a bear", key=KEY_1).headers
+def test_a_key_belongs_to_its_account(client: EmulatorClient) -> None:
+    client.post(key=KEY_1)
+    client.http.headers["Authorization"] = "Bearer other"
+    assert "idempotency-replayed" not in client.post("a bear", key=KEY_1).headers
 
 
 @pytest.mark.parametrize("key", ["short", "x" * 97, "has a space in the key"])
-def test_a_key_of_the_wrong_form_is_refused(bench: EmulatorClient, key: str) -> None:
-    assert bench.post(key=key).json()["error"]["param"] == "Idempotency-Key"
+def test_a_key_of_the_wrong_form_is_refused(client: EmulatorClient, key: str) -> None:
+    assert client.post(key=key).json()["error"]["param"] == "Idempotency-Key"
 
 
-def test_without_a_key_the_same_body_is_bought_again(bench: EmulatorClient) -> None:
-    bench.create()
-    bench.create()
-    books = bench.stats()
-    assert (books["creates"], books["bodies_bought_more_than_once"]) == (2, 1)
+def test_without_a_key_the_same_body_is_bought_again(client: EmulatorClient) -> None:
+    client.create()
+    client.create()
+    stats = client.stats()
+    assert (stats["creates"], stats["bodies_bought_more_than_once"]) == (2, 1)
 
 
-def test_keys_can_be_ignored_altogether(tmp_path: Path) -> None:
+def test_idempotency_can_be_switched_off(tmp_path: Path) -> None:
     with Emulator(state=tmp_path, idempotency=False) as emulator:
-        bench = EmulatorClient(emulator, Clock())
-        first = bench.post(key=KEY_1)
-        again = bench.post(key=KEY_1)
+        client = EmulatorClient(emulator, Clock())
+        first = client.post(key=KEY_1)
+        again = client.post(key=KEY_1)
         assert first.json()["id"] != again.json()["id"]
         assert "idempotency-replayed" not in again.headers
-        bench.close()
+        client.close()
 
 
 # -- query ------------------------------------------------------------------------------------
 
 
-def test_a_task_goes_from_pending_to_completed_by_the_clock(bench: EmulatorClient) -> None:
-    task_id = bench.create()
+def test_a_task_goes_from_pending_to_completed_by_the_clock(client: EmulatorClient) -> None:
+    task_id = client.create()
     seen = []
     for _ in range(5):
-        body = bench.read(task_id).json()
+        body = client.read(task_id).json()
         seen.append((body["status"], body["progress"], "results" in body))
-        bench.clock.move(0.5)
+        client.clock.move(0.5)
     assert seen == [
         ("pending", 0, False),
         ("processing", 25, False),
@@ -297,11 +301,11 @@ def test_a_task_goes_from_pending_to_completed_by_the_clock(bench: EmulatorClien
     ]
 
 
-def test_a_completed_task_reads_as_documented(bench: EmulatorClient) -> None:
-    task_id = bench.finished()
-    body = bench.read(task_id).json()
+def test_a_completed_task_reads_as_documented(client: EmulatorClient) -> None:
+    task_id = client.finished()
+    body = client.read(task_id).json()
     [link] = body.pop("results")
-    assert link.startswith(f"{bench.emulator.url}/files/")
+    assert link.startswith(f"{client.emulator.url}/files/")
     assert link.endswith(".png")
     assert body == {
         "created": 1_800_000_000,
@@ -315,8 +319,8 @@ def test_a_completed_task_reads_as_documented(bench: EmulatorClient) -> None:
     }
 
 
-def test_an_id_of_the_wrong_form_is_refused(bench: EmulatorClient) -> None:
-    answer = bench.read("cgt-2025-abc")
+def test_an_id_of_the_wrong_form_is_refused(client: EmulatorClient) -> None:
+    answer = client.read("cgt-2025-abc")
     assert answer.status_code == 400
     assert answer.json() == {
         "error": {
@@ -328,40 +332,40 @@ def test_an_id_of_the_wrong_form_is_refused(bench: EmulatorClient) -> None:
     }
 
 
-def test_a_task_that_nobody_knows_is_not_found(bench: EmulatorClient) -> None:
-    answer = bench.read("task-unified-1800000000-abcdefgh")
+def test_an_unknown_task_is_not_found(client: EmulatorClient) -> None:
+    answer = client.read("task-unified-1800000000-abcdefgh")
     assert error(answer) == (404, "task_not_found", "invalid_request_error")
 
 
-def test_a_task_of_another_account_is_denied(bench: EmulatorClient) -> None:
-    task_id = bench.create()
-    bench.client.headers["Authorization"] = "Bearer other"
-    assert error(bench.read(task_id)) == (403, "permission_denied", "invalid_request_error")
-    assert bench.client.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"] == []
-    assert bench.client.get("/v1/tasks").json()["data"] == []
+def test_a_task_of_another_account_is_denied(client: EmulatorClient) -> None:
+    task_id = client.create()
+    client.http.headers["Authorization"] = "Bearer other"
+    assert error(client.read(task_id)) == (403, "permission_denied", "invalid_request_error")
+    assert client.http.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"] == []
+    assert client.http.get("/v1/tasks").json()["data"] == []
 
 
-def test_a_task_can_be_read_for_ever_unless_a_lifetime_is_set(
-    tmp_path: Path, bench: EmulatorClient
+def test_a_task_can_be_read_without_end_unless_a_lifetime_is_set(
+    tmp_path: Path, client: EmulatorClient
 ) -> None:
-    task_id = bench.finished()
-    bench.clock.move(365 * 24 * 3600)
-    assert bench.fetch(task_id).status_code == 200
-    with Emulator(state=tmp_path / "short", clock=bench.clock, task_lifetime_s=3600) as emulator:
-        short = EmulatorClient(emulator, bench.clock)
+    task_id = client.finished()
+    client.clock.move(365 * 24 * 3600)
+    assert client.fetch(task_id).status_code == 200
+    with Emulator(state=tmp_path / "short", clock=client.clock, task_lifetime_s=3600) as emulator:
+        short = EmulatorClient(emulator, client.clock)
         task_id = short.finished()
         link = short.link(task_id)
-        bench.clock.move(3600)
+        client.clock.move(3600)
         assert short.read(task_id).status_code == 404
-        assert short.plain.get(link).status_code == 404
-        assert short.client.get("/v1/tasks").json()["total"] == 0
+        assert short.anonymous.get(link).status_code == 404
+        assert short.http.get("/v1/tasks").json()["total"] == 0
         short.close()
 
 
-def test_a_batch_read_leaves_out_what_it_does_not_know(bench: EmulatorClient) -> None:
-    first, second = bench.create("one"), bench.finished("two")
+def test_a_batch_read_leaves_out_what_it_does_not_know(client: EmulatorClient) -> None:
+    first, second = client.create("one"), client.finished("two")
     ids = [second, "task-unified-1800000000-abcdefgh", "nonsense", first, second]
-    body = bench.client.post("/v1/tasks/batch", json={"task_ids": ids}).json()
+    body = client.http.post("/v1/tasks/batch", json={"task_ids": ids}).json()
     assert body["code"] == 200
     assert [task["id"] for task in body["data"]] == [second, first]
     assert all("results" in task for task in body["data"])
@@ -370,8 +374,8 @@ def test_a_batch_read_leaves_out_what_it_does_not_know(bench: EmulatorClient) ->
 @pytest.mark.parametrize(
     "body", [{}, [], {"task_ids": "x"}, {"task_ids": [1]}, {"task_ids": ["x"] * 51}]
 )
-def test_a_batch_read_that_is_none_is_refused(bench: EmulatorClient, body: object) -> None:
-    assert error(bench.client.post("/v1/tasks/batch", json=body))[0] == 400
+def test_a_wrong_batch_body_is_refused(client: EmulatorClient, body: object) -> None:
+    assert error(client.http.post("/v1/tasks/batch", json=body))[0] == 400
 
 
 def test_the_batch_endpoint_can_be_missing(tmp_path: Path) -> None:
@@ -380,11 +384,11 @@ def test_the_batch_endpoint_can_be_missing(tmp_path: Path) -> None:
         assert answer.status_code == 404
 
 
-def test_the_list_is_newest_first_in_pages_and_without_links(bench: EmulatorClient) -> None:
-    ids = [bench.create(f"picture {n}") for n in range(5)]
-    bench.clock.move(10)
+def test_the_list_is_newest_first_in_pages_and_without_links(client: EmulatorClient) -> None:
+    ids = [client.create(f"image {n}") for n in range(5)]
+    client.clock.move(10)
     pages = [
-        bench.client.get("/v1/tasks", params={"page": page, "page_size": 2}).json()
+        client.http.get("/v1/tasks", params={"page": page, "page_size": 2}).json()
         for page in (1, 2, 3, 4)
     ]
     assert [row["id"] for page in pages for row in page["data"]] == ids[::-1]
@@ -393,14 +397,14 @@ def test_the_list_is_newest_first_in_pages_and_without_links(bench: EmulatorClie
     assert pages[0]["data"][0]["has_results"]
 
 
-def test_the_list_can_be_narrowed(bench: EmulatorClient) -> None:
-    bench.create("done")
-    bench.create("broken [emulator: fail service_error]")
-    bench.clock.move(10)
-    bench.create("new")
+def test_the_list_can_be_filtered(client: EmulatorClient) -> None:
+    client.create("done")
+    client.create("broken [emulator: fail service_error]")
+    client.clock.move(10)
+    client.create("new")
     found = {}
     for status in ("", "pending", "processing", "completed", "failed", "cancelled"):
-        rows = bench.client.get(f"/v1/tasks?status={status}").json()["data"]
+        rows = client.http.get(f"/v1/tasks?status={status}").json()["data"]
         found[status] = [row["status"] for row in rows]
     assert found == {
         "": ["pending", "failed", "completed"],
@@ -410,13 +414,13 @@ def test_the_list_can_be_narrowed(bench: EmulatorClient) -> None:
         "failed": ["failed"],
         "cancelled": [],
     }
-    assert bench.client.get("/v1/tasks?type=video").json()["total"] == 0
-    assert bench.client.get("/v1/tasks?model=other").json()["total"] == 0
+    assert client.http.get("/v1/tasks?type=video").json()["total"] == 0
+    assert client.http.get("/v1/tasks?model=other").json()["total"] == 0
 
 
 @pytest.mark.parametrize("query", ["page=0", "page=x", "page_size=51", "page_size=0", "status=no"])
-def test_a_list_call_that_asks_nonsense_is_refused(bench: EmulatorClient, query: str) -> None:
-    assert error(bench.client.get(f"/v1/tasks?{query}"))[0] == 400
+def test_a_wrong_query_of_the_list_call_is_refused(client: EmulatorClient, query: str) -> None:
+    assert error(client.http.get(f"/v1/tasks?{query}"))[0] == 400
 
 
 @pytest.mark.parametrize(
@@ -429,40 +433,40 @@ def test_a_list_call_that_asks_nonsense_is_refused(bench: EmulatorClient, query:
     ],
 )
 def test_other_routes_are_json_errors(
-    bench: EmulatorClient, method: str, path: str, status: int
+    client: EmulatorClient, method: str, path: str, status: int
 ) -> None:
-    answer = bench.client.request(method, path)
+    answer = client.http.request(method, path)
     assert error(answer)[0] == status
 
 
 # -- money ------------------------------------------------------------------------------------
 
 
-def money(bench: EmulatorClient) -> tuple[float, float]:
-    user = bench.client.get("/v1/credits").json()["data"]["user"]
+def money(client: EmulatorClient) -> tuple[float, float]:
+    user = client.http.get("/v1/credits").json()["data"]["user"]
     return user["remaining_credits"], user["used_credits"]
 
 
 def test_credits_are_reserved_at_once_settled_at_the_end_and_returned_on_failure(
-    bench: EmulatorClient,
+    client: EmulatorClient,
 ) -> None:
-    assert money(bench) == (1000.0, 0.0)
-    bench.create("good")
-    bench.create("bad [emulator: fail service_error]")
-    bench.create("never [emulator: stuck]", quality="2K")
-    assert money(bench) == (997.3, 0.0)
-    bench.clock.move(10)
-    assert money(bench) == (997.75, 0.45)
-    books = bench.stats()
-    assert books["reserved_units"] == 27_000
-    assert books["charged_units"] == 4_500
-    assert books["returned_units"] == 4_500
-    assert books["held_units"] == 18_000
-    assert [task["charged_units"] for task in books["tasks"]] == [4_500, 0, 0]
+    assert money(client) == (1000.0, 0.0)
+    client.create("good")
+    client.create("bad [emulator: fail service_error]")
+    client.create("never [emulator: stuck]", quality="2K")
+    assert money(client) == (997.3, 0.0)
+    client.clock.move(10)
+    assert money(client) == (997.75, 0.45)
+    stats = client.stats()
+    assert stats["reserved_units"] == 27_000
+    assert stats["charged_units"] == 4_500
+    assert stats["returned_units"] == 4_500
+    assert stats["held_units"] == 18_000
+    assert [task["charged_units"] for task in stats["tasks"]] == [4_500, 0, 0]
 
 
-def test_the_credits_call_is_answered_as_documented(bench: EmulatorClient) -> None:
-    assert bench.client.get("/v1/credits").json() == {
+def test_the_credits_call_is_answered_as_documented(client: EmulatorClient) -> None:
+    assert client.http.get("/v1/credits").json() == {
         "data": {
             "token": {
                 "remaining_credits": 1000.0,
@@ -476,76 +480,76 @@ def test_the_credits_call_is_answered_as_documented(bench: EmulatorClient) -> No
     }
 
 
-def test_a_failed_task_is_no_second_purchase_when_its_order_is_repeated(
-    bench: EmulatorClient,
+def test_repeating_a_failed_task_does_not_count_as_bought_twice(
+    client: EmulatorClient,
 ) -> None:
-    bench.world.script("fail")
-    bench.finished()
-    bench.finished()
-    assert bench.stats()["bodies_bought_more_than_once"] == 0
-    bench.finished()
-    assert bench.stats()["bodies_bought_more_than_once"] == 1
+    client.world.script("fail")
+    client.finished()
+    client.finished()
+    assert client.stats()["bodies_bought_more_than_once"] == 0
+    client.finished()
+    assert client.stats()["bodies_bought_more_than_once"] == 1
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
-def test_the_picture_has_the_size_that_was_asked_for(bench: EmulatorClient) -> None:
-    answer = bench.fetch(bench.finished(size="16:9"))
+def test_the_image_has_the_requested_size(client: EmulatorClient) -> None:
+    answer = client.fetch(client.finished(size="16:9"))
     assert answer.headers["content-type"] == "image/png"
     with Image.open(io.BytesIO(answer.content)) as image:
         assert (image.format, image.size) == ("PNG", (1344, 768))
 
 
-def test_a_link_works_for_a_day_from_the_read_that_gave_it_and_a_read_gives_a_new_one(
-    bench: EmulatorClient,
+def test_a_link_works_for_a_day_after_its_read_and_each_read_returns_a_new_one(
+    client: EmulatorClient,
 ) -> None:
-    task_id = bench.finished()
-    link = bench.link(task_id)
-    bench.clock.move(24 * 3600 - 1)
-    first = bench.plain.get(link)
+    task_id = client.finished()
+    link = client.link(task_id)
+    client.clock.move(24 * 3600 - 1)
+    first = client.anonymous.get(link)
     assert first.status_code == 200
-    bench.clock.move(1)
-    assert bench.plain.get(link).status_code == 403
-    assert bench.fetch(task_id).content == first.content
+    client.clock.move(1)
+    assert client.anonymous.get(link).status_code == 403
+    assert client.fetch(task_id).content == first.content
 
 
-def test_a_link_that_was_not_handed_out_finds_nothing(bench: EmulatorClient) -> None:
-    link = bench.link(bench.finished())
-    assert bench.plain.get(link.replace(".png", "0.png")).status_code == 404
-    assert bench.plain.get(f"{bench.emulator.url}/files/x.png").status_code == 404
+def test_a_link_that_was_never_returned_is_not_found(client: EmulatorClient) -> None:
+    link = client.link(client.finished())
+    assert client.anonymous.get(link.replace(".png", "0.png")).status_code == 404
+    assert client.anonymous.get(f"{client.emulator.url}/files/x.png").status_code == 404
 
 
-def test_links_name_the_host_that_the_client_used(bench: EmulatorClient) -> None:
-    task_id = bench.finished()
-    answer = bench.client.get(f"/v1/tasks/{task_id}", headers={"Host": "localhost:1234"})
+def test_links_name_the_host_that_the_client_used(client: EmulatorClient) -> None:
+    task_id = client.finished()
+    answer = client.http.get(f"/v1/tasks/{task_id}", headers={"Host": "localhost:1234"})
     assert answer.json()["results"][0].startswith("http://localhost:1234/files/")
 
 
-def test_a_key_that_is_sent_to_the_file_host_is_noted(bench: EmulatorClient) -> None:
-    link = bench.link(bench.finished())
-    assert bench.plain.get(link).status_code == 200
-    assert bench.stats()["key_leaks"] == 0
-    assert bench.client.get(link).status_code == 200
-    assert bench.stats()["key_leaks"] == 1
+def test_a_key_sent_to_the_file_host_is_counted(client: EmulatorClient) -> None:
+    link = client.link(client.finished())
+    assert client.anonymous.get(link).status_code == 200
+    assert client.stats()["key_leaks"] == 0
+    assert client.http.get(link).status_code == 200
+    assert client.stats()["key_leaks"] == 1
 
 
-# -- the books --------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------
 
 
-def test_the_books_count_every_request(bench: EmulatorClient) -> None:
-    task_id = bench.finished(size="1:2")
-    bench.post(size="7:5")
-    bench.world.script("drop_before_create")
+def test_the_statistics_count_every_request(client: EmulatorClient) -> None:
+    task_id = client.finished(size="1:2")
+    client.post(size="7:5")
+    client.world.script("drop_before_create")
     with pytest.raises(httpx.RemoteProtocolError):
-        bench.post()
-    content = bench.fetch(task_id).content
-    bench.client.post("/v1/tasks/batch", json={"task_ids": []})
-    bench.client.get("/v1/tasks")
-    bench.client.get("/v1/credits")
-    books = bench.client.get("/emulator/books").json()
-    assert books == bench.stats()
-    assert books["requests"] == {
+        client.post()
+    content = client.fetch(task_id).content
+    client.http.post("/v1/tasks/batch", json={"task_ids": []})
+    client.http.get("/v1/tasks")
+    client.http.get("/v1/credits")
+    stats = client.http.get("/emulator/books").json()
+    assert stats == client.stats()
+    assert stats["requests"] == {
         "create": {"200": 1, "400": 1, "dropped": 1},
         "read": {"200": 1},
         "batch": {"200": 1},
@@ -553,16 +557,16 @@ def test_the_books_count_every_request(bench: EmulatorClient) -> None:
         "credits": {"200": 1},
         "file": {"200": 1},
     }
-    assert (books["submit_posts"], books["creates"], books["refused"]) == (3, 1, 1)
-    [entry] = books["tasks"]
+    assert (stats["submit_posts"], stats["creates"], stats["refused"]) == (3, 1, 1)
+    [entry] = stats["tasks"]
     assert (entry["task_id"], entry["prompt"], entry["size"]) == (task_id, "a fox", "1:2")
     assert (entry["seed"], entry["used_seed"], entry["fetched"]) == (7, 7, 1)
     assert (entry["created_at"], entry["completed_at"]) == (1_800_000_000.0, 1_800_000_002.0)
     assert entry["file_sha256"] == hashlib.sha256(content).hexdigest()
-    assert "tasks" not in bench.client.get("/emulator/books?tasks=0").json()
+    assert "tasks" not in client.http.get("/emulator/books?tasks=0").json()
 
 
-def test_the_emulators_own_routes_need_no_key(bench: EmulatorClient) -> None:
-    health = bench.plain.get(f"{bench.emulator.url}/emulator/health")
+def test_the_emulators_own_routes_need_no_key(client: EmulatorClient) -> None:
+    health = client.anonymous.get(f"{client.emulator.url}/emulator/health")
     assert health.json() == {"status": "ok", "synthetic": True}
-    assert bench.plain.get(f"{bench.emulator.url}/emulator/books").status_code == 200
+    assert client.anonymous.get(f"{client.emulator.url}/emulator/books").status_code == 200

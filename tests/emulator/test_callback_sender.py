@@ -1,4 +1,4 @@
-"""The emulator calls back as EvoLink documents it: when, with what, how often, and whom never."""
+"""Callbacks as EvoLink documents them: when, with which body, how often, and to which addresses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def listener(ca: trustme.CA) -> Iterator[Listener]:
 def calling(
     state: Path, ca_file: Path | None, clock: Clock, **settings: Any
 ) -> Iterator[EmulatorClient]:
-    """An emulator that calls this machine; tasks take 2 s of a clock that only the test moves."""
+    """An emulator that may call this machine; tasks take 2 s of the test's clock."""
     with Emulator(
         state=state,
         clock=clock,
@@ -56,29 +56,29 @@ def calling(
         callback_ca=ca_file,
         **{"callbacks_to_private": True, **settings},
     ) as emulator:
-        bench = EmulatorClient(emulator, clock)
-        yield bench
-        bench.close()
+        client = EmulatorClient(emulator, clock)
+        yield client
+        client.close()
 
 
 @pytest.fixture
-def bench(tmp_path: Path, ca_file: Path) -> Iterator[EmulatorClient]:
+def client(tmp_path: Path, ca_file: Path) -> Iterator[EmulatorClient]:
     with calling(tmp_path / "state", ca_file, Clock()) as running:
         yield running
 
 
-def until(bench: EmulatorClient, **wanted: int) -> dict[str, Any]:
-    """Wait until the books say so, for what another thread writes after its answer."""
+def until(client: EmulatorClient, **wanted: int) -> dict[str, Any]:
+    """Wait until the statistics have these values, which another thread writes."""
     ends = time.monotonic() + 10
     while True:
-        books = bench.emulator.stats()
-        if all(books[name] == value for name, value in wanted.items()):
-            return books
-        assert time.monotonic() < ends, books
+        stats = client.emulator.stats()
+        if all(stats[name] == value for name, value in wanted.items()):
+            return stats
+        assert time.monotonic() < ends, stats
         threading.Event().wait(0.002)
 
 
-# -- what is called, and when -----------------------------------------------------------------
+# -- when, and with which body ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def until(bench: EmulatorClient, **wanted: int) -> dict[str, Any]:
     ],
 )
 def test_the_end_of_a_task_is_called_back_with_the_body_of_its_query(
-    bench: EmulatorClient, listener: Listener, prompt: str, status: str
+    client: EmulatorClient, listener: Listener, prompt: str, status: str
 ) -> None:
-    task_id = bench.finished(prompt, callback_url=f"{listener.url}/hook?x=1")
+    task_id = client.finished(prompt, callback_url=f"{listener.url}/hook?x=1")
     call = listener.next()
-    said, read = call.json, bench.read(task_id).json()
+    said, read = call.json, client.read(task_id).json()
     assert call.path == "/hook?x=1"
     assert call.headers["content-type"] == "application/json"
     assert "authorization" not in {name.lower() for name in call.headers}
@@ -103,61 +103,61 @@ def test_the_end_of_a_task_is_called_back_with_the_body_of_its_query(
     assert said == read
     assert [len(some) for some in links] == ([1, 1] if status == "completed" else [0, 0])
     for link in links[0]:
-        assert bench.plain.get(link).content.startswith(b"\x89PNG")
+        assert client.anonymous.get(link).content.startswith(b"\x89PNG")
 
 
-def test_no_proxy_is_asked_to_call_back(
+def test_callbacks_do_not_use_a_proxy(
     tmp_path: Path, ca_file: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody is
-    with calling(tmp_path / "state", ca_file, Clock()) as bench:
-        bench.finished(callback_url=listener.url)
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed port
+    with calling(tmp_path / "state", ca_file, Clock()) as client:
+        client.finished(callback_url=listener.url)
         assert listener.next().json["status"] == "completed"
 
 
 def test_nothing_is_called_before_the_end_and_the_task_is_settled_then(
-    bench: EmulatorClient, listener: Listener
+    client: EmulatorClient, listener: Listener
 ) -> None:
-    bench.create(callback_url=listener.url)
-    bench.clock.move(1.9)
-    assert until(bench, callbacks_waiting=1)["callbacks_sent"] == 0
-    bench.clock.move(0.2)
+    client.create(callback_url=listener.url)
+    client.clock.move(1.9)
+    assert until(client, callbacks_waiting=1)["callbacks_sent"] == 0
+    client.clock.move(0.2)
     assert listener.next().json["status"] == "completed"
-    books = until(bench, callbacks_waiting=0)
-    assert (books["charged_units"], books["held_units"]) == (4500, 0)
-    assert (books["callbacks_sent"], books["callbacks_answered"]) == (1, 1)
-    assert books["callbacks"] == {"204": 1}
+    stats = until(client, callbacks_waiting=0)
+    assert (stats["charged_units"], stats["held_units"]) == (4500, 0)
+    assert (stats["callbacks_sent"], stats["callbacks_answered"]) == (1, 1)
+    assert stats["callbacks"] == {"204": 1}
 
 
-def test_a_task_without_a_callback_url_calls_nobody(bench: EmulatorClient) -> None:
-    bench.finished()
-    assert bench.world.due_calls(1) == []
+def test_a_task_without_a_callback_url_sends_no_callback(client: EmulatorClient) -> None:
+    client.finished()
+    assert client.world.due_calls(1) == []
 
 
-def test_a_replay_does_not_call_again(bench: EmulatorClient, listener: Listener) -> None:
+def test_a_replay_does_not_call_again(client: EmulatorClient, listener: Listener) -> None:
     for _ in range(2):
-        bench.post(key="key-0000000000000001", callback_url=listener.url)
-    bench.clock.move(3)
+        client.post(key="key-0000000000000001", callback_url=listener.url)
+    client.clock.move(3)
     listener.next()
-    assert until(bench, callbacks_waiting=0)["callbacks_sent"] == 1
+    assert until(client, callbacks_waiting=0)["callbacks_sent"] == 1
 
 
-def test_the_same_key_with_another_callback_url_is_a_conflict(bench: EmulatorClient) -> None:
-    """So a repeat must send the very URL that was sent before."""
+def test_the_same_key_with_another_callback_url_is_a_conflict(client: EmulatorClient) -> None:
+    """So a repeat must send the same URL."""
     key = "key-0000000000000001"
-    assert bench.post(key=key, callback_url="https://localhost:1/a").status_code == 200
-    answer = bench.post(key=key, callback_url="https://localhost:1/b")
+    assert client.post(key=key, callback_url="https://localhost:1/a").status_code == 200
+    answer = client.post(key=key, callback_url="https://localhost:1/b")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
 # -- retries ----------------------------------------------------------------------------------
 
 
-def test_what_is_not_2xx_is_called_again_after_1_2_and_4_seconds_and_then_given_up(
+def test_a_response_other_than_2xx_is_retried_after_1_2_and_4_seconds_and_then_given_up(
     tmp_path: Path, ca_file: Path, listener: Listener
 ) -> None:
-    """By the world's own clock, with each due call made by hand: nothing else calls."""
+    """By the world's clock, with each due callback sent by the test."""
     clock = Clock()
     emulator = Emulator(
         state=tmp_path, clock=clock, latency_s=2.0, latency_jitter=0.0, callbacks_to_private=True
@@ -179,37 +179,39 @@ def test_what_is_not_2xx_is_called_again_after_1_2_and_4_seconds_and_then_given_
 
     made = asyncio.run(calls_after(2.0, 0.99, 0.02, 1.97, 0.04, 3.95, 0.06, 1000))
     assert made == [1, 0, 1, 0, 1, 0, 1, 0]
-    books = emulator.stats()
-    assert books["callbacks"] == {"302": 1, "404": 1, "429": 1, "500": 1}
-    assert (books["callbacks_given_up"], books["callbacks_waiting"]) == (1, 0)
-    assert books["callbacks_answered"] == 0
+    stats = emulator.stats()
+    assert stats["callbacks"] == {"302": 1, "404": 1, "429": 1, "500": 1}
+    assert (stats["callbacks_given_up"], stats["callbacks_waiting"]) == (1, 0)
+    assert stats["callbacks_answered"] == 0
     emulator.stop()
 
 
-def test_a_receiver_that_comes_back_gets_the_repeat(
-    bench: EmulatorClient, listener: Listener
+def test_a_receiver_that_recovers_gets_the_retry(
+    client: EmulatorClient, listener: Listener
 ) -> None:
     listener.statuses.append(503)
-    bench.finished(callback_url=listener.url)
+    client.finished(callback_url=listener.url)
     first = listener.next()
-    until(bench, callbacks_sent=1)
-    bench.clock.move(1)
+    until(client, callbacks_sent=1)
+    client.clock.move(1)
     assert listener.next().json["id"] == first.json["id"]
-    assert until(bench, callbacks_waiting=0)["callbacks_answered"] == 1
+    assert until(client, callbacks_waiting=0)["callbacks_answered"] == 1
 
 
-def test_a_call_that_is_not_answered_in_time_counts_as_failed(
+def test_a_callback_without_a_response_in_time_counts_as_failed(
     tmp_path: Path, ca_file: Path, listener: Listener
 ) -> None:
     listener.open.clear()
-    with calling(tmp_path, ca_file, Clock(), callback_timeout_s=0.1) as bench:
-        bench.finished(callback_url=listener.url)
-        assert until(bench, callbacks_sent=1)["callbacks"] == {"no answer": 1}
-        assert bench.emulator.stats()["callbacks_waiting"] == 1
+    with calling(tmp_path, ca_file, Clock(), callback_timeout_s=0.1) as client:
+        client.finished(callback_url=listener.url)
+        assert until(client, callbacks_sent=1)["callbacks"] == {"no answer": 1}
+        assert client.emulator.stats()["callbacks_waiting"] == 1
 
 
-def test_a_receiver_that_never_shakes_hands_costs_no_open_connection(ca_file: Path) -> None:
-    """Its time is over within the TLS handshake. A connection left open would warn here."""
+def test_a_receiver_that_never_completes_the_tls_handshake_leaves_no_open_connection(
+    ca_file: Path,
+) -> None:
+    """The time ends within the TLS handshake. An open connection would be a warning here."""
 
     async def posted(url: str) -> int:
         return await HttpPoster(ca_file, to_private=True, timeout_s=0.1).post(url, b"{}")
@@ -225,39 +227,39 @@ def test_a_receiver_that_never_shakes_hands_costs_no_open_connection(ca_file: Pa
     gc.collect()
 
 
-def test_a_slow_receiver_holds_up_neither_the_api_nor_the_end_of_the_emulator(
+def test_a_slow_receiver_delays_neither_the_api_nor_the_stop_of_the_emulator(
     tmp_path: Path, ca_file: Path, listener: Listener
 ) -> None:
     listener.open.clear()
     clock = Clock()
-    with calling(tmp_path, ca_file, clock, callback_timeout_s=60) as bench:
+    with calling(tmp_path, ca_file, clock, callback_timeout_s=60) as client:
         task_ids = [
-            bench.create(f"fox {n}", callback_url=listener.url) for n in range(MAX_CALLS + 5)
+            client.create(f"fox {n}", callback_url=listener.url) for n in range(MAX_CALLS + 5)
         ]
-        bench.clock.move(3)
+        client.clock.move(3)
         for _ in range(MAX_CALLS):
             listener.next()
         assert listener.arrived.empty()  # no more at a time
-        assert bench.read(task_ids[0]).json()["status"] == "completed"
-        assert bench.create("another") not in task_ids
+        assert client.read(task_ids[0]).json()["status"] == "completed"
+        assert client.create("another") not in task_ids
     with contextlib.closing(World(tmp_path, clock=clock)) as world:
         stats = world.stats(tasks=False)
     assert (stats["callbacks_sent"], stats["callbacks_waiting"]) == (0, MAX_CALLS + 5)
 
 
-def test_a_call_that_was_not_made_is_made_by_the_next_emulator_on_the_same_state(
+def test_a_callback_that_was_not_sent_is_sent_by_the_next_emulator_on_the_same_state(
     tmp_path: Path, ca_file: Path, listener: Listener
 ) -> None:
     clock = Clock()
-    with calling(tmp_path, ca_file, clock) as bench:
-        task_id = bench.create(callback_url=listener.url)
+    with calling(tmp_path, ca_file, clock) as client:
+        task_id = client.create(callback_url=listener.url)
     clock.move(100)
-    with calling(tmp_path, ca_file, clock) as bench:
+    with calling(tmp_path, ca_file, clock) as client:
         assert listener.next().json["id"] == task_id
-        until(bench, callbacks_waiting=0)
+        until(client, callbacks_waiting=0)
 
 
-# -- whom it calls ----------------------------------------------------------------------------
+# -- addresses --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,19 +269,19 @@ def test_a_call_that_was_not_made_is_made_by_the_next_emulator_on_the_same_state
 def test_a_private_address_is_refused_unless_it_was_allowed(
     tmp_path: Path, ca_file: Path, url: str
 ) -> None:
-    with calling(tmp_path / "no", None, Clock(), callbacks_to_private=False) as bench:
-        answer = bench.post(callback_url=url)
+    with calling(tmp_path / "no", None, Clock(), callbacks_to_private=False) as client:
+        answer = client.post(callback_url=url)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "callback_url")
-        assert bench.emulator.stats()["creates"] == 0
-    with calling(tmp_path / "yes", ca_file, Clock()) as bench:
-        assert bench.post(callback_url=url).status_code == 200
-        assert bench.post(callback_url=url.replace("https", "http")).status_code == 400
+        assert client.emulator.stats()["creates"] == 0
+    with calling(tmp_path / "yes", ca_file, Clock()) as client:
+        assert client.post(callback_url=url).status_code == 200
+        assert client.post(callback_url=url.replace("https", "http")).status_code == 400
 
 
-def test_a_name_that_leads_to_a_private_address_is_not_called(
+def test_a_name_that_resolves_to_a_private_address_is_not_called(
     ca: trustme.CA, ca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The create call cannot know, so the call itself looks. The name is made to lead here."""
+    """The create call does not resolve names, so the callback does. This name resolves to here."""
     real = socket.getaddrinfo
 
     def here(host: Any, *rest: Any, **named: Any) -> Any:
@@ -297,87 +299,87 @@ def test_a_name_that_leads_to_a_private_address_is_not_called(
         assert asyncio.run(posted(url, to_private=True)) == 204
 
 
-def test_a_receiver_whose_certificate_nobody_vouches_for_is_not_told_anything(
+def test_a_receiver_with_an_untrusted_certificate_gets_nothing(
     tmp_path: Path, listener: Listener
 ) -> None:
-    with calling(tmp_path, None, Clock()) as bench:
-        bench.finished(callback_url=listener.url)
-        assert until(bench, callbacks_sent=1)["callbacks"] == {"no answer": 1}
+    with calling(tmp_path, None, Clock()) as client:
+        client.finished(callback_url=listener.url)
+        assert until(client, callbacks_sent=1)["callbacks"] == {"no answer": 1}
     assert listener.arrived.empty()
 
 
-def test_a_redirect_is_not_followed(bench: EmulatorClient, listener: Listener) -> None:
+def test_a_redirect_is_not_followed(client: EmulatorClient, listener: Listener) -> None:
     listener.statuses.append(307)
-    bench.finished(callback_url=listener.url)
+    client.finished(callback_url=listener.url)
     listener.next()
-    assert until(bench, callbacks_sent=1)["callbacks"] == {"307": 1}
+    assert until(client, callbacks_sent=1)["callbacks"] == {"307": 1}
 
 
 # -- faults -----------------------------------------------------------------------------------
 
 
-def test_a_late_callback_comes_so_many_seconds_later(
-    bench: EmulatorClient, listener: Listener
+def test_a_late_callback_comes_arg_seconds_later(
+    client: EmulatorClient, listener: Listener
 ) -> None:
-    bench.world.script("callback_late", arg=7)
-    bench.finished(callback_url=listener.url)  # 10 s later: 8 after the end
+    client.world.script("callback_late", arg=7)
+    client.finished(callback_url=listener.url)  # 10 s later: 8 after the end
     listener.next()
-    bench.world.script("callback_late", arg=70)
-    bench.finished("another", callback_url=listener.url)
-    assert until(bench, callbacks_waiting=1, callbacks_sent=1)
-    bench.clock.move(70)
+    client.world.script("callback_late", arg=70)
+    client.finished("another", callback_url=listener.url)
+    assert until(client, callbacks_waiting=1, callbacks_sent=1)
+    client.clock.move(70)
     listener.next()
 
 
 def test_a_doubled_callback_comes_twice_and_a_missing_one_never(
-    bench: EmulatorClient, listener: Listener
+    client: EmulatorClient, listener: Listener
 ) -> None:
-    bench.world.script("callback_doubled")
-    bench.world.script("callback_missing")
-    twice = bench.create("one", callback_url=listener.url)
-    bench.create("two", callback_url=listener.url)
-    bench.clock.move(3)
+    client.world.script("callback_doubled")
+    client.world.script("callback_missing")
+    twice = client.create("one", callback_url=listener.url)
+    client.create("two", callback_url=listener.url)
+    client.clock.move(3)
     assert [listener.next().json["id"] for _ in range(2)] == [twice, twice]
-    assert until(bench, callbacks_waiting=0)["callbacks_sent"] == 2
+    assert until(client, callbacks_waiting=0)["callbacks_sent"] == 2
 
 
 def test_a_forged_callback_claims_another_end_or_another_task(
-    bench: EmulatorClient, listener: Listener
+    client: EmulatorClient, listener: Listener
 ) -> None:
-    bench.world.script("callback_forged")
-    task_id = bench.finished(callback_url=listener.url)
+    client.world.script("callback_forged")
+    task_id = client.finished(callback_url=listener.url)
     said = listener.next().json
     assert (said["id"], said["status"]) == (task_id, "failed")
-    bench.world.script("callback_forged", arg="task")
-    task_id = bench.finished("another", callback_url=listener.url)
+    client.world.script("callback_forged", arg="task")
+    task_id = client.finished("another", callback_url=listener.url)
     said = listener.next().json
     assert said["id"] != task_id
-    assert bench.read(said["id"]).status_code == 404
+    assert client.read(said["id"]).status_code == 404
 
 
-def test_an_early_lie_comes_before_the_end_and_the_truth_in_its_time(
-    bench: EmulatorClient, listener: Listener
+def test_an_early_forged_callback_comes_before_the_end_and_the_true_one_on_time(
+    client: EmulatorClient, listener: Listener
 ) -> None:
-    bench.world.script("callback_forged", arg="early")
-    task_id = bench.create(callback_url=listener.url)
+    client.world.script("callback_forged", arg="early")
+    task_id = client.create(callback_url=listener.url)
     assert listener.next().json["status"] == "completed"
-    assert bench.read(task_id).json()["status"] == "pending"
-    bench.clock.move(3)
+    assert client.read(task_id).json()["status"] == "pending"
+    client.clock.move(3)
     assert listener.next().json["results"] != []
 
 
-def test_callback_faults_strike_only_tasks_that_will_call_and_are_in_the_books(
-    bench: EmulatorClient, listener: Listener
+def test_callback_faults_strike_only_tasks_with_a_callback_and_are_recorded(
+    client: EmulatorClient, listener: Listener
 ) -> None:
-    bench.world.script("callback_missing")
-    bench.finished("no url")
-    bench.finished("no end [emulator: stuck]", callback_url=listener.url)
-    assert [one["name"] for one in bench.world.unconsumed()] == ["callback_missing"]
-    bench.finished("a wolf [emulator: callback_doubled]", callback_url=listener.url)
-    assert bench.world.unconsumed() == []
-    assert bench.stats()["tasks"][-1]["faults"] == ["callback_doubled", "callback_missing"]
-    with pytest.raises(UnknownFaultError, match="does not take 'nobody'"):
-        bench.world.script("callback_forged", arg="nobody")
+    client.world.script("callback_missing")
+    client.finished("no url")
+    client.finished("no end [emulator: stuck]", callback_url=listener.url)
+    assert [one["name"] for one in client.world.unconsumed()] == ["callback_missing"]
+    client.finished("a wolf [emulator: callback_doubled]", callback_url=listener.url)
+    assert client.world.unconsumed() == []
+    assert client.stats()["tasks"][-1]["faults"] == ["callback_doubled", "callback_missing"]
+    with pytest.raises(UnknownFaultError, match="does not take 'other'"):
+        client.world.script("callback_forged", arg="other")
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def test_the_command_refuses_a_file_without_certificates(tmp_path: Path) -> None
     assert "contains no certificates" in result.output
 
 
-def test_health_answers_while_calls_fail(bench: EmulatorClient) -> None:
-    bench.finished(callback_url="https://localhost:1/refused")
-    until(bench, callbacks_sent=1)
-    assert httpx.get(f"{bench.emulator.url}/emulator/health", trust_env=False).status_code == 200
+def test_health_answers_while_calls_fail(client: EmulatorClient) -> None:
+    client.finished(callback_url="https://localhost:1/refused")
+    until(client, callbacks_sent=1)
+    assert httpx.get(f"{client.emulator.url}/emulator/health", trust_env=False).status_code == 200

@@ -1,4 +1,4 @@
-"""The command, as a process: what it prints, how it ends, and that a kill loses nothing."""
+"""The command as a process: its output, its exit, and that a kill loses nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BODY = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}
 
 @contextlib.contextmanager
 def process(*options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the command on a free port; give the process and its address."""
+    """Run the command on a free port; yield the process and its address."""
     command = [sys.executable, "-m", "krea_dagster.emulator", "--port", "0", *map(str, options)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -41,7 +41,7 @@ def post(url: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/images/generations", json=BODY, headers=headers, **PLAIN)
 
 
-def test_help_names_every_option_and_how_a_fault_is_written() -> None:
+def test_help_lists_every_option_and_the_syntax_of_a_fault() -> None:
     result = CliRunner().invoke(emulator_command, ["--help"])
     assert result.exit_code == 0
     for option in (
@@ -62,11 +62,11 @@ def test_the_faults_can_be_listed() -> None:
     "options",
     [["--fault", "nothing=1"], ["--fault", "500"], ["--rate", "0"], ["--latency-s", "-1"]],
 )
-def test_a_wrong_option_is_wrong_use(options: list[str]) -> None:
+def test_a_wrong_option_is_a_usage_error(options: list[str]) -> None:
     assert CliRunner().invoke(emulator_command, options).exit_code == 2
 
 
-def test_it_prints_its_address_says_what_it_is_and_ends_well_on_sigterm(tmp_path: Path) -> None:
+def test_it_prints_its_address_and_a_notice_and_stops_cleanly_on_sigterm(tmp_path: Path) -> None:
     ready = tmp_path / "deep" / "ready.json"
     options = ("--ready-file", ready, "--fault", "500=1", "--fault", "stuck=1.0")
     with process(*options, "--state", tmp_path / "state") as (running, url):
@@ -78,8 +78,8 @@ def test_it_prints_its_address_says_what_it_is_and_ends_well_on_sigterm(tmp_path
         assert [path.name for path in ready.parent.iterdir()] == ["ready.json"]
         assert post(url).status_code == 500
         assert post(url).status_code == 200
-        books = httpx.get(f"{url}/emulator/books", **PLAIN).json()
-        assert books["tasks"][0]["faults"] == ["stuck"]
+        stats = httpx.get(f"{url}/emulator/books", **PLAIN).json()
+        assert stats["tasks"][0]["faults"] == ["stuck"]
         running.send_signal(signal.SIGTERM)
         assert running.wait(10) == 0
         assert running.stderr is not None
@@ -100,11 +100,11 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
         assert again.json() == first.json()
         read = httpx.get(f"{url}/v1/tasks/{first.json()['id']}", headers=AUTH, **PLAIN)
         assert read.json()["results"][0].startswith(url)
-        books = httpx.get(f"{url}/emulator/books", **PLAIN).json()
-        assert (books["submit_posts"], books["creates"], books["charged_units"]) == (2, 1, 4_500)
+        stats = httpx.get(f"{url}/emulator/books", **PLAIN).json()
+        assert (stats["submit_posts"], stats["creates"], stats["charged_units"]) == (2, 1, 4_500)
 
 
-def test_two_keys_are_two_accounts_that_need_not_know_of_each_others_tasks() -> None:
+def test_two_keys_are_two_accounts_with_separate_tasks() -> None:
     options = ("--other-key", "other", "--credits", "2", "--foreign-tasks", "unknown")
     with process(*options, "--latency-s", "0") as (_, url):
         task_id = post(url).json()["id"]
@@ -115,7 +115,7 @@ def test_two_keys_are_two_accounts_that_need_not_know_of_each_others_tasks() -> 
         assert credits["data"]["user"]["remaining_credits"] == 2.0
 
 
-def test_it_ends_by_itself_once_nobody_holds_the_lock(tmp_path: Path) -> None:
+def test_it_stops_once_the_lock_file_is_unlocked(tmp_path: Path) -> None:
     lock = tmp_path / "users.lock"
     lock.touch()
     holder = (
@@ -135,7 +135,7 @@ def test_it_ends_by_itself_once_nobody_holds_the_lock(tmp_path: Path) -> None:
         user.stdout.readline()
         with process("--until-unlocked", lock) as (running, url):
             fcntl.flock(mine, fcntl.LOCK_UN)
-            # The other user still holds it: longer than the two seconds of grace.
+            # The other user still holds it, for longer than the two seconds of grace.
             with pytest.raises(subprocess.TimeoutExpired):
                 running.wait(2.7)
             assert httpx.get(f"{url}/emulator/health", **PLAIN).status_code == 200

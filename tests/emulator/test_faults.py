@@ -1,4 +1,4 @@
-"""Every fault does what it says, is used up when it strikes, and can be asked for in each way."""
+"""Every fault has its effect, is used up when it strikes, and can be requested in each way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "key-0000000000000001"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[EmulatorClient]:
+def client(tmp_path: Path) -> Iterator[EmulatorClient]:
     with running(tmp_path / "state") as made:
         yield made
 
@@ -30,89 +30,87 @@ def bench(tmp_path: Path) -> Iterator[EmulatorClient]:
 # -- one request of each kind -----------------------------------------------------------------
 
 
-def ask(bench: EmulatorClient, kind: str, timeout_s: float = 5.0) -> httpx.Response:
-    """Send one request of a kind, about a finished task where it needs one."""
+def ask(client: EmulatorClient, kind: str, timeout_s: float = 5.0) -> httpx.Response:
+    """Send one request of a kind, for a finished task if it needs one."""
     if kind == "create":
-        return bench.post(key=KEY)
-    task_id = bench.finished() if not bench.stats()["creates"] else first_task(bench)
+        return client.post(key=KEY)
+    task_id = client.finished() if not client.stats()["creates"] else first_task(client)
     if kind == "read":
-        return bench.client.get(f"/v1/tasks/{task_id}", timeout=timeout_s)
+        return client.http.get(f"/v1/tasks/{task_id}", timeout=timeout_s)
     if kind == "batch":
         body = {"task_ids": [task_id]}
-        return bench.client.post("/v1/tasks/batch", json=body, timeout=timeout_s)
+        return client.http.post("/v1/tasks/batch", json=body, timeout=timeout_s)
     if kind == "file":
-        link = f"{bench.emulator.url}{bench.world.link_path(_task(bench, task_id))}"
-        return bench.plain.get(link, timeout=timeout_s)
-    return bench.client.get(
-        {"list": "/v1/tasks", "credits": "/v1/credits"}[kind], timeout=timeout_s
-    )
+        link = f"{client.emulator.url}{client.world.link_path(_task(client, task_id))}"
+        return client.anonymous.get(link, timeout=timeout_s)
+    return client.http.get({"list": "/v1/tasks", "credits": "/v1/credits"}[kind], timeout=timeout_s)
 
 
-def first_task(bench: EmulatorClient) -> str:
-    return str(bench.stats()["tasks"][0]["task_id"])
+def first_task(client: EmulatorClient) -> str:
+    return str(client.stats()["tasks"][0]["task_id"])
 
 
-def _task(bench: EmulatorClient, task_id: str) -> Any:
-    account = bench.world.account("emulator")
+def _task(client: EmulatorClient, task_id: str) -> Any:
+    account = client.world.account("emulator")
     assert account is not None
-    return bench.world.task(task_id, account)
+    return client.world.task(task_id, account)
 
 
-def creates(bench: EmulatorClient) -> int:
-    return int(bench.stats()["creates"])
+def creates(client: EmulatorClient) -> int:
+    return int(client.stats()["creates"])
 
 
-# -- what may happen to any request -----------------------------------------------------------
+# -- faults of any request --------------------------------------------------------------------
 
 
-def raises(error: type[Exception], bench: EmulatorClient, kind: str) -> None:
+def raises(error: type[Exception], client: EmulatorClient, kind: str) -> None:
     with pytest.raises(error):
-        ask(bench, kind)
+        ask(client, kind)
 
 
-def answers(status: int, bench: EmulatorClient, kind: str, **expected: Any) -> httpx.Response:
-    answer = ask(bench, kind)
+def answers(status: int, client: EmulatorClient, kind: str, **expected: Any) -> httpx.Response:
+    answer = ask(client, kind)
     assert answer.status_code == status
     for name, value in expected.items():
         assert answer.json()["error"][name] == value
     return answer
 
 
-def html(status: int, bench: EmulatorClient, kind: str) -> None:
-    answer = answers(status, bench, kind)
+def html(status: int, client: EmulatorClient, kind: str) -> None:
+    answer = answers(status, client, kind)
     assert answer.headers["content-type"].startswith("text/html")
     assert answer.text.startswith("<!DOCTYPE html>")
 
 
-def internal_error(bench: EmulatorClient, kind: str) -> None:
-    answer = answers(500, bench, kind)
+def internal_error(client: EmulatorClient, kind: str) -> None:
+    answer = answers(500, client, kind)
     if kind != "file":
         assert answer.json()["error"]["code"] == "internal_error"
         assert answer.json()["error"]["type"] == "api_error"
 
 
-def too_busy(bench: EmulatorClient, kind: str) -> None:
-    answer = answers(429, bench, kind, code="rate_limit_exceeded")
+def too_busy(client: EmulatorClient, kind: str) -> None:
+    answer = answers(429, client, kind, code="rate_limit_exceeded")
     assert answer.headers["retry-after"] == "1"
 
 
-def too_busy_date(bench: EmulatorClient, kind: str) -> None:
-    answer = answers(429, bench, kind)
+def too_busy_date(client: EmulatorClient, kind: str) -> None:
+    answer = answers(429, client, kind)
     when = email.utils.parsedate_to_datetime(answer.headers["retry-after"])
-    assert when.timestamp() == int(bench.clock.now_s + 1)
+    assert when.timestamp() == int(client.clock.now_s + 1)
 
 
-def too_busy_bare(bench: EmulatorClient, kind: str) -> None:
-    assert "retry-after" not in answers(429, bench, kind).headers
+def too_busy_bare(client: EmulatorClient, kind: str) -> None:
+    assert "retry-after" not in answers(429, client, kind).headers
 
 
-def empty(bench: EmulatorClient, kind: str) -> None:
-    assert answers(429, bench, kind).content == b""
+def empty(client: EmulatorClient, kind: str) -> None:
+    assert answers(429, client, kind).content == b""
 
 
-def late(bench: EmulatorClient, kind: str) -> None:
+def late(client: EmulatorClient, kind: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        ask(bench, kind, timeout_s=0.05)
+        ask(client, kind, timeout_s=0.05)
 
 
 TRANSPORT: dict[str, Callable[[EmulatorClient, str], None]] = {
@@ -138,202 +136,202 @@ QUESTION: dict[str, Callable[[EmulatorClient, str], None]] = {
 }
 
 
-def no_task(check: Callable[[EmulatorClient, str], Any], bench: EmulatorClient) -> None:
-    """The check holds, no task exists, and a repeat with the same key creates it."""
-    check(bench, "create")
-    assert creates(bench) == 0
-    answer = bench.post(key=KEY)
+def no_task(check: Callable[[EmulatorClient, str], Any], client: EmulatorClient) -> None:
+    """The check passes, no task exists, and a repeat with the same key creates it."""
+    check(client, "create")
+    assert creates(client) == 0
+    answer = client.post(key=KEY)
     assert answer.status_code == 200
     assert "idempotency-replayed" not in answer.headers
 
 
-def one_task(check: Callable[[EmulatorClient, str], Any], bench: EmulatorClient) -> None:
-    """The check holds, the task exists, and a repeat with the same key finds it."""
-    check(bench, "create")
-    assert creates(bench) == 1
-    answer = bench.post(key=KEY)
+def one_task(check: Callable[[EmulatorClient, str], Any], client: EmulatorClient) -> None:
+    """The check passes, the task exists, and a repeat with the same key finds it."""
+    check(client, "create")
+    assert creates(client) == 1
+    answer = client.post(key=KEY)
     assert answer.headers["idempotency-replayed"] == "true"
-    assert answer.json()["id"] == first_task(bench)
-    assert creates(bench) == 1
+    assert answer.json()["id"] == first_task(client)
+    assert creates(client) == 1
 
 
 # -- create faults ----------------------------------------------------------------------------
 
 
 def refused(
-    status: int, code: str | int, kind: str, bench: EmulatorClient, route: str = "create"
+    status: int, code: str | int, kind: str, client: EmulatorClient, route: str = "create"
 ) -> None:
-    said = answers(status, bench, route).json()["error"]
+    said = answers(status, client, route).json()["error"]
     assert (said["code"], said["type"]) == (code, kind)
 
 
-def redirected_create(bench: EmulatorClient, kind: str) -> None:
-    answer = answers(307, bench, kind)
-    assert answer.headers["location"].startswith(bench.emulator.url)
+def redirected_create(client: EmulatorClient, kind: str) -> None:
+    answer = answers(307, client, kind)
+    assert answer.headers["location"].startswith(client.emulator.url)
 
 
-def without_id(bench: EmulatorClient, kind: str) -> None:
-    answer = answers(200, bench, kind)
+def without_id(client: EmulatorClient, kind: str) -> None:
+    answer = answers(200, client, kind)
     assert "id" not in answer.json()
     assert answer.json()["status"] == "pending"
 
 
-def delayed_create(bench: EmulatorClient) -> None:
+def delayed_create(client: EmulatorClient) -> None:
     body = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}
     with pytest.raises(httpx.ReadTimeout):
-        bench.client.post(
+        client.http.post(
             "/v1/images/generations",
             json=body,
             headers={"Idempotency-Key": KEY},
             timeout=0.05,
         )
-    assert creates(bench) == 1
-    assert bench.post(key=KEY).json()["error"]["code"] == "paid_outcome_unknown"
-    bench.clock.move(5)
-    assert bench.post(key=KEY).headers["idempotency-replayed"] == "true"
+    assert creates(client) == 1
+    assert client.post(key=KEY).json()["error"]["code"] == "paid_outcome_unknown"
+    client.clock.move(5)
+    assert client.post(key=KEY).headers["idempotency-replayed"] == "true"
 
 
-def undecided(bench: EmulatorClient) -> None:
+def undecided(client: EmulatorClient) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
-        bench.post(key=KEY)
-    assert creates(bench) == 1
+        client.post(key=KEY)
+    assert creates(client) == 1
     for _ in range(2):
-        answer = bench.post(key=KEY)
+        answer = client.post(key=KEY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (
             409,
             "paid_outcome_unknown",
         )
-        bench.clock.move(30)
-    assert bench.post(key=KEY).headers["idempotency-replayed"] == "true"
-    assert creates(bench) == 1
+        client.clock.move(30)
+    assert client.post(key=KEY).headers["idempotency-replayed"] == "true"
+    assert creates(client) == 1
 
 
-def taken(bench: EmulatorClient) -> None:
+def taken(client: EmulatorClient) -> None:
     for _ in range(2):
-        answer = bench.post(key=KEY)
+        answer = client.post(key=KEY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
-    assert creates(bench) == 0
-    assert bench.post(key="key-of-the-next-try-2").status_code == 200
-    bench.world.script("idempotency_conflict")
-    again = bench.post(key="key-of-the-next-try-2")
+    assert creates(client) == 0
+    assert client.post(key="key-of-the-next-try-2").status_code == 200
+    client.world.script("idempotency_conflict")
+    again = client.post(key="key-of-the-next-try-2")
     assert again.headers["idempotency-replayed"] == "true"
 
 
-def key_ignored(bench: EmulatorClient) -> None:
-    first = bench.post(key=KEY)
-    assert bench.world.unconsumed() == []
-    bench.world.script("ignore_idempotency")
-    second = bench.post(key=KEY)
+def key_ignored(client: EmulatorClient) -> None:
+    first = client.post(key=KEY)
+    assert client.world.unconsumed() == []
+    client.world.script("ignore_idempotency")
+    second = client.post(key=KEY)
     assert first.json()["id"] != second.json()["id"]
-    assert creates(bench) == 2
-    assert bench.post(key=KEY).json()["id"] == first.json()["id"]
+    assert creates(client) == 2
+    assert client.post(key=KEY).json()["id"] == first.json()["id"]
 
 
 # -- task faults ------------------------------------------------------------------------------
 
 
-def read_after(bench: EmulatorClient, seconds: float = 10) -> dict[str, Any]:
-    bench.create()
-    bench.clock.move(seconds)
-    return dict(bench.read(first_task(bench)).json())
+def read_after(client: EmulatorClient, seconds: float = 10) -> dict[str, Any]:
+    client.create()
+    client.clock.move(seconds)
+    return dict(client.read(first_task(client)).json())
 
 
-def units(bench: EmulatorClient) -> tuple[int, int, int]:
-    books = bench.stats()
-    return books["held_units"], books["charged_units"], books["returned_units"]
+def units(client: EmulatorClient) -> tuple[int, int, int]:
+    stats = client.stats()
+    return stats["held_units"], stats["charged_units"], stats["returned_units"]
 
 
-def fails(code: str, bench: EmulatorClient) -> None:
-    body = read_after(bench)
+def fails(code: str, client: EmulatorClient) -> None:
+    body = read_after(client)
     assert (body["status"], body["progress"]) == ("failed", 0)
     assert (body["error"]["code"], body["error"]["type"]) == (code, "task_error")
     assert "results" not in body
-    assert units(bench) == (0, 0, 4_500)
+    assert units(client) == (0, 0, 4_500)
 
 
-def fails_bare(bench: EmulatorClient) -> None:
-    body = read_after(bench)
+def fails_bare(client: EmulatorClient) -> None:
+    body = read_after(client)
     assert set(body) == {"id", "object", "status", "model", "progress", "error"}
     assert set(body["error"]) == {"code", "message"}
     assert "\n" in body["error"]["message"]
-    assert units(bench) == (0, 0, 4_500)
+    assert units(client) == (0, 0, 4_500)
 
 
-def cancelled(bench: EmulatorClient) -> None:
-    body = read_after(bench)
+def cancelled(client: EmulatorClient) -> None:
+    body = read_after(client)
     assert body["status"] == "cancelled"
     assert "results" not in body
-    assert units(bench) == (0, 0, 4_500)
+    assert units(client) == (0, 0, 4_500)
 
 
-def never_ends(status: str, bench: EmulatorClient) -> None:
-    assert read_after(bench, 10_000)["status"] == status
-    assert units(bench) == (4_500, 0, 0)
+def never_ends(status: str, client: EmulatorClient) -> None:
+    assert read_after(client, 10_000)["status"] == status
+    assert units(client) == (4_500, 0, 0)
 
 
-def slow(bench: EmulatorClient) -> None:
-    assert read_after(bench, 31)["status"] == "processing"
-    bench.clock.move(1)
-    assert bench.read(first_task(bench)).json()["status"] == "completed"
+def slow(client: EmulatorClient) -> None:
+    assert read_after(client, 31)["status"] == "processing"
+    client.clock.move(1)
+    assert client.read(first_task(client)).json()["status"] == "completed"
 
 
-def no_results(bench: EmulatorClient) -> None:
-    body = read_after(bench)
+def no_results(client: EmulatorClient) -> None:
+    body = read_after(client)
     assert body["status"] == "completed"
     assert "results" not in body
-    assert len(bench.read(first_task(bench)).json()["results"]) == 1
+    assert len(client.read(first_task(client)).json()["results"]) == 1
 
 
-def unknown_status(bench: EmulatorClient) -> None:
-    assert read_after(bench, 1)["status"] == "queued"
-    bench.clock.move(1)
-    assert bench.read(first_task(bench)).json()["status"] == "completed"
+def unknown_status(client: EmulatorClient) -> None:
+    assert read_after(client, 1)["status"] == "queued"
+    client.clock.move(1)
+    assert client.read(first_task(client)).json()["status"] == "completed"
 
 
-def vanished(bench: EmulatorClient) -> None:
-    assert read_after(bench)["error"]["code"] == "task_not_found"
-    body = {"task_ids": [first_task(bench)]}
-    assert bench.client.post("/v1/tasks/batch", json=body).json()["data"] == []
-    assert units(bench) == (0, 4_500, 0)
+def vanished(client: EmulatorClient) -> None:
+    assert read_after(client)["error"]["code"] == "task_not_found"
+    body = {"task_ids": [first_task(client)]}
+    assert client.http.post("/v1/tasks/batch", json=body).json()["data"] == []
+    assert units(client) == (0, 4_500, 0)
 
 
-def with_usage(bench: EmulatorClient) -> None:
-    usage = read_after(bench)["usage"]
+def with_usage(client: EmulatorClient) -> None:
+    usage = read_after(client)["usage"]
     assert usage["credits_used"] == usage["cost"]["credits"] == 0.45
 
 
-def bad_link(link: str, bench: EmulatorClient) -> None:
-    assert read_after(bench)["results"] == [link]
+def bad_link(link: str, client: EmulatorClient) -> None:
+    assert read_after(client)["results"] == [link]
 
 
-def dear(bench: EmulatorClient) -> None:
-    bench.create()
-    assert units(bench) == (30_000, 0, 0)
+def dear(client: EmulatorClient) -> None:
+    client.create()
+    assert units(client) == (30_000, 0, 0)
 
 
-def repeated_id(bench: EmulatorClient) -> None:
-    first = bench.create()  # the account's first, so that its own id is named
-    bench.world.script("repeated_id")
-    assert bench.create(prompt="another") == first
-    assert bench.emulator.stats()["creates"] == 2
+def repeated_id(client: EmulatorClient) -> None:
+    first = client.create()  # the account's first, so that its own id is named
+    client.world.script("repeated_id")
+    assert client.create(prompt="another") == first
+    assert client.emulator.stats()["creates"] == 2
 
 
-def all_failed(bench: EmulatorClient) -> None:
-    task_id = bench.finished()
-    said = bench.client.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"]
+def all_failed(client: EmulatorClient) -> None:
+    task_id = client.finished()
+    said = client.http.post("/v1/tasks/batch", json={"task_ids": [task_id]}).json()["data"]
     assert [task["status"] for task in said] == ["failed"]
-    assert bench.client.get(f"/v1/tasks/{task_id}").json()["status"] == "completed"
+    assert client.http.get(f"/v1/tasks/{task_id}").json()["status"] == "completed"
 
 
-def same(bench: EmulatorClient) -> None:
-    assert image(good_bytes(bench)) == ("PNG", (1024, 1024))
+def same(client: EmulatorClient) -> None:
+    assert image(good_bytes(client)) == ("PNG", (1024, 1024))
 
 
 # -- file faults ------------------------------------------------------------------------------
 
 
-def good_bytes(bench: EmulatorClient) -> bytes:
-    answer = ask(bench, "file")
+def good_bytes(client: EmulatorClient) -> bytes:
+    answer = ask(client, "file")
     assert answer.status_code == 200
     return answer.content
 
@@ -344,69 +342,69 @@ def image(content: bytes) -> tuple[str | None, tuple[int, int]]:
         return opened.format, opened.size
 
 
-def redirected(bench: EmulatorClient) -> None:
-    answer = ask(bench, "file")
+def redirected(client: EmulatorClient) -> None:
+    answer = ask(client, "file")
     assert answer.status_code == 302
-    assert image(bench.plain.get(answer.headers["location"]).content) == ("PNG", (1024, 1024))
+    assert image(client.anonymous.get(answer.headers["location"]).content) == ("PNG", (1024, 1024))
 
 
-def redirected_to(link: str, bench: EmulatorClient) -> None:
-    answer = ask(bench, "file")
+def redirected_to(link: str, client: EmulatorClient) -> None:
+    answer = ask(client, "file")
     assert (answer.status_code, answer.headers["location"]) == (302, link)
 
 
-def redirect_loop(bench: EmulatorClient) -> None:
-    answer = ask(bench, "file")
+def redirect_loop(client: EmulatorClient) -> None:
+    answer = ask(client, "file")
     assert (answer.status_code, answer.headers["location"]) == (302, str(answer.request.url))
 
 
-def truncated(bench: EmulatorClient) -> None:
+def truncated(client: EmulatorClient) -> None:
     with pytest.raises(httpx.RemoteProtocolError, match="without sending complete"):
-        ask(bench, "file")
-    assert good_bytes(bench)
+        ask(client, "file")
+    assert good_bytes(client)
 
 
-def cut(bench: EmulatorClient) -> None:
-    answer = ask(bench, "file")
+def cut(client: EmulatorClient) -> None:
+    answer = ask(client, "file")
     assert int(answer.headers["content-length"]) == len(answer.content)
-    whole = good_bytes(bench)
+    whole = good_bytes(client)
     assert whole.startswith(answer.content)
     assert len(answer.content) < len(whole)
 
 
-def empty_file(bench: EmulatorClient) -> None:
-    assert good_bytes(bench) == b""
+def empty_file(client: EmulatorClient) -> None:
+    assert good_bytes(client) == b""
 
 
-def jpeg(bench: EmulatorClient) -> None:
-    answer = ask(bench, "file")
+def jpeg(client: EmulatorClient) -> None:
+    answer = ask(client, "file")
     assert answer.headers["content-type"] == "image/png"
     assert answer.request.url.path.endswith(".png")
     assert image(answer.content) == ("JPEG", (1024, 1024))
 
 
-def octet_stream(bench: EmulatorClient) -> None:
-    answer = ask(bench, "file")
+def octet_stream(client: EmulatorClient) -> None:
+    answer = ask(client, "file")
     assert answer.headers["content-type"] == "application/octet-stream"
-    assert answer.content == good_bytes(bench)
+    assert answer.content == good_bytes(client)
 
 
-def black(bench: EmulatorClient) -> None:
-    with Image.open(io.BytesIO(good_bytes(bench))) as opened:
+def black(client: EmulatorClient) -> None:
+    with Image.open(io.BytesIO(good_bytes(client))) as opened:
         assert opened.size == (1024, 1024)
         assert opened.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
-def half(bench: EmulatorClient) -> None:
-    assert image(good_bytes(bench)) == ("PNG", (512, 512))
+def half(client: EmulatorClient) -> None:
+    assert image(good_bytes(client)) == ("PNG", (512, 512))
 
 
-def endless(bench: EmulatorClient) -> None:
-    ask(bench, "credits")
-    task = _task(bench, bench.finished())
-    url = f"{bench.emulator.url}{bench.world.link_path(task)}"
+def endless(client: EmulatorClient) -> None:
+    ask(client, "credits")
+    task = _task(client, client.finished())
+    url = f"{client.emulator.url}{client.world.link_path(task)}"
     received = 0
-    with httpx.Client(**PLAIN) as client, client.stream("GET", url) as answer:
+    with httpx.Client(**PLAIN) as http, http.stream("GET", url) as answer:
         assert "content-length" not in answer.headers
         for piece in answer.iter_bytes():
             received += len(piece)
@@ -415,32 +413,32 @@ def endless(bench: EmulatorClient) -> None:
     assert received > 20_000_000
 
 
-def bomb(bench: EmulatorClient) -> None:
-    content = good_bytes(bench)
+def bomb(client: EmulatorClient) -> None:
+    content = good_bytes(client)
     assert len(content) < 100_000
     assert struct.unpack(">II", content[16:24]) == (60_000, 60_000)
 
 
-def noise(bench: EmulatorClient) -> None:
+def noise(client: EmulatorClient) -> None:
     with pytest.raises(OSError, match="cannot identify"):
-        image(good_bytes(bench))
+        image(good_bytes(client))
 
 
-def file_status(status: int, bench: EmulatorClient) -> None:
-    assert ask(bench, "file").status_code == status
-    assert good_bytes(bench)
+def file_status(status: int, client: EmulatorClient) -> None:
+    assert ask(client, "file").status_code == status
+    assert good_bytes(client)
 
 
-def no_success(bench: EmulatorClient) -> None:
-    answer = answers(200, bench, "credits")
+def no_success(client: EmulatorClient) -> None:
+    answer = answers(200, client, "credits")
     assert answer.json()["success"] is False
 
 
-def calls_planned(wanted: list[tuple[float, str]], bench: EmulatorClient) -> None:
-    """The calls themselves are the matter of test_callback_sender.py."""
-    bench.create(callback_url="https://hooks.example.com/hook")
-    planned = bench.world.due_calls(3)
-    assert [(round(c.due_at - bench.clock(), 3), c.forged) for c in planned] == wanted
+def calls_planned(wanted: list[tuple[float, str]], client: EmulatorClient) -> None:
+    """test_callback_sender.py tests the calls themselves."""
+    client.create(callback_url="https://hooks.example.com/hook")
+    planned = client.world.due_calls(3)
+    assert [(round(c.due_at - client.clock(), 3), c.forged) for c in planned] == wanted
 
 
 Check = Callable[[EmulatorClient], Any]
@@ -492,7 +490,7 @@ CHECKS: dict[str, Check] = {
     "private_link": partial(bad_link, "http://10.0.0.1/file.png"),
     "file_link": partial(bad_link, "file:///etc/hostname"),
     **{
-        f"{kind}_{name}": partial(check, kind=kind)  # type: ignore[call-arg]  # named alike in all
+        f"{kind}_{name}": partial(check, kind=kind)  # type: ignore[call-arg]  # all have this parameter
         for kind in ("read", "batch", "list", "credits", "file")
         for name, check in QUESTION.items()
     },
@@ -542,70 +540,70 @@ def test_every_fault_has_a_test_below() -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_does_what_it_says_and_is_used_up(
-    bench: EmulatorClient, name: str, capfd: pytest.CaptureFixture[str]
+def test_a_fault_has_its_documented_effect_and_is_used_up(
+    client: EmulatorClient, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bench.world.script(name)
-    CHECKS[name](bench)
-    assert bench.world.unconsumed() == []
-    assert capfd.readouterr().err == ""  # no traceback, whatever happened to the connection
+    client.world.script(name)
+    CHECKS[name](client)
+    assert client.world.unconsumed() == []
+    assert capfd.readouterr().err == ""  # no traceback, also if the connection broke
 
 
-# -- ways to ask for a fault ------------------------------------------------------------------
+# -- ways to request a fault ------------------------------------------------------------------
 
 
-def test_a_scripted_fault_strikes_so_often_and_then_no_more(bench: EmulatorClient) -> None:
-    bench.world.script("500", 2)
-    assert [bench.post().status_code for _ in range(3)] == [500, 500, 200]
+def test_a_scripted_fault_strikes_n_times_and_then_stops(client: EmulatorClient) -> None:
+    client.world.script("500", 2)
+    assert [client.post().status_code for _ in range(3)] == [500, 500, 200]
 
 
 def test_scripted_faults_strike_in_the_order_in_which_they_were_scripted(
-    bench: EmulatorClient,
+    client: EmulatorClient,
 ) -> None:
     for name in ("503", "500", "502_html"):
-        bench.world.script(name)
-    assert [bench.post().status_code for _ in range(3)] == [503, 500, 502]
+        client.world.script(name)
+    assert [client.post().status_code for _ in range(3)] == [503, 500, 502]
 
 
-def test_a_scripted_fault_waits_for_the_prompt_that_it_is_bound_to(bench: EmulatorClient) -> None:
-    bench.world.script("500", match="bear")
-    bench.world.script("fail", match="bear")
-    bench.world.script("read_404", match="bear")
-    bench.world.script("black", match="bear")
-    fox = bench.finished("a fox")
-    assert bench.fetch(fox).status_code == 200
-    assert len(bench.world.unconsumed()) == 4
-    assert bench.post("a bear").status_code == 500
-    bear = bench.finished("a bear")
-    assert bench.read(bear).status_code == 404
-    assert bench.read(bear).json()["status"] == "failed"
-    assert bench.world.unconsumed() == [{"name": "black", "n": 1, "match": "bear", "arg": None}]
+def test_a_scripted_fault_waits_for_the_prompt_that_it_is_bound_to(client: EmulatorClient) -> None:
+    client.world.script("500", match="bear")
+    client.world.script("fail", match="bear")
+    client.world.script("read_404", match="bear")
+    client.world.script("black", match="bear")
+    fox = client.finished("a fox")
+    assert client.fetch(fox).status_code == 200
+    assert len(client.world.unconsumed()) == 4
+    assert client.post("a bear").status_code == 500
+    bear = client.finished("a bear")
+    assert client.read(bear).status_code == 404
+    assert client.read(bear).json()["status"] == "failed"
+    assert client.world.unconsumed() == [{"name": "black", "n": 1, "match": "bear", "arg": None}]
 
 
-def test_a_task_fault_is_not_used_up_by_a_replay_or_a_refusal(bench: EmulatorClient) -> None:
-    bench.post(key=KEY)
-    bench.world.script("fail")
-    bench.post(key=KEY)
-    bench.post(size="7:5")
-    assert [one["name"] for one in bench.world.unconsumed()] == ["fail"]
+def test_a_task_fault_is_not_used_up_by_a_replay_or_a_refusal(client: EmulatorClient) -> None:
+    client.post(key=KEY)
+    client.world.script("fail")
+    client.post(key=KEY)
+    client.post(size="7:5")
+    assert [one["name"] for one in client.world.unconsumed()] == ["fail"]
 
 
-def test_the_argument_of_a_fault_refines_it(bench: EmulatorClient) -> None:
-    bench.world.script("insufficient_quota", arg="token_daily_quota_exceeded")
-    assert bench.post().json()["error"]["code"] == "token_daily_quota_exceeded"
-    bench.world.script("no_results", arg=2)
-    task_id = bench.finished()
-    assert ["results" in bench.read(task_id).json() for _ in range(3)] == [False, False, True]
+def test_the_argument_of_a_fault_refines_it(client: EmulatorClient) -> None:
+    client.world.script("insufficient_quota", arg="token_daily_quota_exceeded")
+    assert client.post().json()["error"]["code"] == "token_daily_quota_exceeded"
+    client.world.script("no_results", arg=2)
+    task_id = client.finished()
+    assert ["results" in client.read(task_id).json() for _ in range(3)] == [False, False, True]
 
 
-def test_a_rate_strikes_that_share_and_always_the_same_ones(tmp_path: Path) -> None:
+def test_a_rate_strikes_its_share_and_the_same_requests_with_the_same_seed(tmp_path: Path) -> None:
     def struck(folder: str, seed: int) -> list[int]:
         with Emulator(
             state=tmp_path / folder, clock=Clock(), seed=seed, faults={"500": 0.3}
         ) as emulator:
-            bench = EmulatorClient(emulator, Clock())
-            codes = [bench.post().status_code for _ in range(40)]
-            bench.close()
+            client = EmulatorClient(emulator, Clock())
+            codes = [client.post().status_code for _ in range(40)]
+            client.close()
             return codes
 
     first = struck("a", 1)
@@ -614,20 +612,23 @@ def test_a_rate_strikes_that_share_and_always_the_same_ones(tmp_path: Path) -> N
     assert struck("c", 2) != first
 
 
-def test_faults_can_be_set_at_run_time_over_http(bench: EmulatorClient) -> None:
-    url = f"{bench.emulator.url}/emulator/faults"
+def test_faults_can_be_set_at_run_time_over_http(client: EmulatorClient) -> None:
+    url = f"{client.emulator.url}/emulator/faults"
     wanted = {
         "script": [{"name": "500", "n": 2, "match": "fox"}],
         "rates": {"read_404": 1},
         "quota_credits": 0.45,
     }
-    said = bench.plain.post(url, json=wanted).json()
+    said = client.anonymous.post(url, json=wanted).json()
     assert said["unconsumed"] == [{"name": "500", "n": 2, "match": "fox", "arg": None}]
     assert said["rates"] == {"read_404": 1}
-    assert [bench.post().status_code for _ in range(4)] == [500, 500, 200, 402]
-    assert bench.read(first_task(bench)).status_code == 404
-    assert bench.plain.post(url, json={"clear": True}).json() == {"unconsumed": [], "rates": {}}
-    assert bench.read(first_task(bench)).status_code == 200
+    assert [client.post().status_code for _ in range(4)] == [500, 500, 200, 402]
+    assert client.read(first_task(client)).status_code == 404
+    assert client.anonymous.post(url, json={"clear": True}).json() == {
+        "unconsumed": [],
+        "rates": {},
+    }
+    assert client.read(first_task(client)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -644,47 +645,47 @@ def test_faults_can_be_set_at_run_time_over_http(bench: EmulatorClient) -> None:
         [],
     ],
 )
-def test_faults_that_make_no_sense_are_refused_as_a_whole(
-    bench: EmulatorClient, wanted: object
+def test_a_list_with_a_wrong_fault_is_refused_as_a_whole(
+    client: EmulatorClient, wanted: object
 ) -> None:
-    answer = bench.plain.post(f"{bench.emulator.url}/emulator/faults", json=wanted)
+    answer = client.anonymous.post(f"{client.emulator.url}/emulator/faults", json=wanted)
     assert answer.status_code == 400
-    assert bench.world.unconsumed() == []
-    assert bench.world.rates() == {}
+    assert client.world.unconsumed() == []
+    assert client.world.rates() == {}
 
 
-def test_the_quota_ends_buying_after_so_many_credits(bench: EmulatorClient) -> None:
-    bench.world.set_quota(1.0)
-    assert [bench.post(f"{n}").status_code for n in range(3)] == [200, 200, 402]
-    bench.world.set_quota(None)
-    assert bench.post().status_code == 200
+def test_the_quota_ends_buying_after_its_credits(client: EmulatorClient) -> None:
+    client.world.set_quota(1.0)
+    assert [client.post(f"{n}").status_code for n in range(3)] == [200, 200, 402]
+    client.world.set_quota(None)
+    assert client.post().status_code == 200
 
 
 # -- markers in prompts -----------------------------------------------------------------------
 
 
-def test_a_prompt_can_ask_to_be_refused(bench: EmulatorClient) -> None:
-    said = bench.post("a fox [emulator: refuse]").json()["error"]
+def test_a_prompt_can_request_a_refusal(client: EmulatorClient) -> None:
+    said = client.post("a fox [emulator: refuse]").json()["error"]
     assert said["code"] == "content_policy_violation"
-    assert creates(bench) == 0
+    assert creates(client) == 0
 
 
-def test_a_prompt_can_ask_its_task_to_fail(bench: EmulatorClient) -> None:
-    task_id = bench.finished("a fox [emulator: fail generation_timeout]")
-    assert bench.read(task_id).json()["error"]["code"] == "generation_timeout"
+def test_a_prompt_can_request_a_failing_task(client: EmulatorClient) -> None:
+    task_id = client.finished("a fox [emulator: fail generation_timeout]")
+    assert client.read(task_id).json()["error"]["code"] == "generation_timeout"
 
 
-def test_a_prompt_can_damage_its_picture_at_each_fetch(bench: EmulatorClient) -> None:
-    task_id = bench.finished("a fox [emulator: wrong_dimensions]")
-    assert [image(bench.fetch(task_id).content)[1] for _ in range(2)] == [(512, 512)] * 2
+def test_a_prompt_can_damage_its_image_at_each_fetch(client: EmulatorClient) -> None:
+    task_id = client.finished("a fox [emulator: wrong_dimensions]")
+    assert [image(client.fetch(task_id).content)[1] for _ in range(2)] == [(512, 512)] * 2
 
 
-def test_a_marker_with_once_lets_the_repeat_succeed(bench: EmulatorClient) -> None:
+def test_a_marker_with_once_lets_the_repeat_succeed(client: EmulatorClient) -> None:
     prompt = "a fox [emulator: fail service_error once] [emulator: black once]"
-    assert bench.read(bench.finished(prompt)).json()["status"] == "failed"
-    again = bench.finished(prompt)
-    assert bench.read(again).json()["status"] == "completed"
-    first, second = bench.fetch(again).content, bench.fetch(again).content
+    assert client.read(client.finished(prompt)).json()["status"] == "failed"
+    again = client.finished(prompt)
+    assert client.read(again).json()["status"] == "completed"
+    first, second = client.fetch(again).content, client.fetch(again).content
     assert first != second
     assert image(second) == ("PNG", (1024, 1024))
 
@@ -692,12 +693,12 @@ def test_a_marker_with_once_lets_the_repeat_succeed(bench: EmulatorClient) -> No
 @pytest.mark.parametrize(
     "prompt", ["[emulator: no_such_fault]", "[emulator: 500]", "[emulator: black 7]"]
 )
-def test_a_marker_that_means_nothing_is_refused(bench: EmulatorClient, prompt: str) -> None:
-    answer = bench.post(prompt)
+def test_an_unknown_marker_is_refused(client: EmulatorClient, prompt: str) -> None:
+    answer = client.post(prompt)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
-def test_text_that_only_looks_like_a_marker_is_text() -> None:
+def test_text_similar_to_a_marker_is_text() -> None:
     for prompt in ("[emulator]", "emulator: fail", "[emulator: ]", "[emulator: a b c d]"):
         assert markers(prompt) == []
 
@@ -724,6 +725,6 @@ def test_a_fault_on_the_command_line_is_a_rate_or_a_count(text: str, wish: Fault
 @pytest.mark.parametrize(
     "text", ["500", "500=", "500=x", "500=2.0", "500=-1", "nothing=1", "500=1:x", "500=101%"]
 )
-def test_a_fault_on_the_command_line_that_makes_no_sense_is_an_error(text: str) -> None:
+def test_a_wrong_fault_on_the_command_line_is_an_error(text: str) -> None:
     with pytest.raises(UnknownFaultError):
         parse_fault_option(text)

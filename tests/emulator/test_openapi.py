@@ -16,7 +16,7 @@ from krea_dagster.emulator import OPENAPI, Emulator
 
 HEADERS = {"Authorization": "Bearer emulator"}
 
-# Query parameters that nobody knows are ignored, so they are not generated as wrong ones.
+# Unknown query parameters are ignored, so they are not generated as wrong ones.
 CONFIG = SchemathesisConfig.from_dict(
     {
         "generation": {
@@ -30,7 +30,7 @@ CONFIG = SchemathesisConfig.from_dict(
 
 
 def described() -> dict[str, Any]:
-    """The description without callback_url: a generated URL is public or private by chance.
+    """Return the description without callback_url: a generated URL may be public or private.
 
     test_app.py tests that field with chosen values.
     """

@@ -1,4 +1,4 @@
-"""The pictures: always the same for the same order, of exactly its size, and never flat."""
+"""The images: always the same for the same request, of exactly its size, and never flat."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_table_of_sizes_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize(("size", "quality"), SIZES)
-def test_a_picture_has_exactly_its_pixels_and_is_not_flat(size: str, quality: str) -> None:
+def test_an_image_has_exactly_its_pixels_and_is_not_flat(size: str, quality: str) -> None:
     width, height = PIXELS[size][QUALITIES.index(quality)]
     image = opened(render_png("a red fox", 7, width, height))
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (width, height))
@@ -40,7 +40,7 @@ def test_a_picture_has_exactly_its_pixels_and_is_not_flat(size: str, quality: st
         assert shades[-1] - shades[0] > 60
 
 
-def test_the_file_holds_what_was_drawn() -> None:
+def test_the_file_contains_what_was_drawn() -> None:
     drawn = render("a red fox", 7, 1024, 1024)
     assert (
         ImageChops.difference(opened(render_png("a red fox", 7, 1024, 1024)), drawn).getbbox()
@@ -48,14 +48,14 @@ def test_the_file_holds_what_was_drawn() -> None:
     )
 
 
-def test_the_same_order_gives_the_same_bytes_and_another_seed_other_ones() -> None:
+def test_the_same_request_gives_the_same_bytes_and_another_seed_different_ones() -> None:
     first = render_png("a red fox", 7, 1024, 1024)
     assert render_png("a red fox", 7, 1024, 1024) == first
     assert render_png("a red fox", 8, 1024, 1024) != first
     assert render_png("a red fos", 7, 1024, 1024) != first
 
 
-def test_another_seed_gives_a_visibly_other_picture() -> None:
+def test_another_seed_gives_a_visibly_different_image() -> None:
     thumbnails = []
     for seed in (1, 2):
         image = render("a red fox", seed, 1024, 1024)
@@ -64,8 +64,8 @@ def test_another_seed_gives_a_visibly_other_picture() -> None:
     assert sum(differences) / len(differences) > 10
 
 
-def test_the_prompt_is_written_so_large_that_a_thumbnail_shows_it() -> None:
-    """Pure white is the colour of the prompt's letters, and of nothing else in the picture."""
+def test_the_prompt_is_large_enough_to_be_read_on_a_thumbnail() -> None:
+    """Only the letters of the prompt are pure white in the image."""
 
     def white_rows(prompt: str) -> int:
         lightest = render(prompt, 7, 1024, 1024).convert("L").point(lambda shade: shade == 255)
@@ -92,16 +92,16 @@ def test_the_prompt_is_written_so_large_that_a_thumbnail_shows_it() -> None:
         "[emulator: black]",
     ],
 )
-def test_no_prompt_is_too_strange_to_draw(prompt: str) -> None:
+def test_any_prompt_can_be_drawn(prompt: str) -> None:
     assert opened(render_png(prompt, 7, 704, 1472)).size == (704, 1472)
 
 
-def test_what_is_written_has_no_control_characters_and_an_end() -> None:
+def test_the_written_prompt_has_no_control_characters_and_is_shortened() -> None:
     assert readable("a\x00\x1b[0m b\u202ec\n\n d") == "a [0m b c d"
     assert len(readable("x" * 10_000)) == 600
 
 
-def test_pictures_are_kept_up_to_a_limit_and_drawn_again_beyond_it() -> None:
+def test_images_are_cached_up_to_a_limit_and_drawn_again_above_it() -> None:
     pictures = ImageFiles(keep_bytes=1)
     first = pictures.png(("a red fox", 7, 704, 1472))
     again = pictures.png(("a red fox", 7, 704, 1472))
@@ -112,6 +112,6 @@ def test_pictures_are_kept_up_to_a_limit_and_drawn_again_beyond_it() -> None:
     assert pictures.png(key) is pictures.png(key)
 
 
-def test_pillow_takes_the_bomb_for_one() -> None:
+def test_pillow_detects_the_decompression_bomb() -> None:
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(bomb()))

@@ -1,4 +1,4 @@
-"""The server in a thread: quick to start and to stop, whatever is under way."""
+"""The server in a thread starts and stops at once, also with requests in progress."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ def test_it_starts_and_stops_and_the_port_is_free_again(tmp_path: Path) -> None:
         assert emulator.url == f"http://127.0.0.1:{port}"
 
 
-def test_it_stops_although_requests_are_under_way(tmp_path: Path) -> None:
+def test_it_stops_with_requests_in_progress(tmp_path: Path) -> None:
     outcome: list[object] = []
 
-    def wait(bench: EmulatorClient) -> None:
+    def wait(client: EmulatorClient) -> None:
         try:
-            bench.post()
+            client.post()
         except httpx.HTTPError as error:
             outcome.append(error)
 
     with Emulator(state=tmp_path) as emulator:
-        bench = EmulatorClient(emulator, Clock())
+        client = EmulatorClient(emulator, Clock())
         emulator.world.script("delay_create", arg=60)
-        thread = threading.Thread(target=wait, args=(bench,))
+        thread = threading.Thread(target=wait, args=(client,))
         thread.start()
         while emulator.stats()["creates"] == 0:
             time.sleep(0.001)
     thread.join(5)
     assert [type(error) for error in outcome] == [httpx.RemoteProtocolError]
-    bench.close()
+    client.close()
 
 
-def test_a_restart_on_another_port_serves_the_old_tasks_under_the_new_address(
+def test_after_a_restart_on_another_port_links_have_the_new_address(
     tmp_path: Path,
 ) -> None:
     clock = Clock()
     with Emulator(state=tmp_path, clock=clock, latency_jitter=0) as emulator:
-        bench = EmulatorClient(emulator, clock)
-        task_id = bench.finished()
-        old = bench.fetch(task_id).content
-        bench.close()
+        client = EmulatorClient(emulator, clock)
+        task_id = client.finished()
+        old = client.fetch(task_id).content
+        client.close()
     with Emulator(state=tmp_path, clock=clock) as emulator:
-        bench = EmulatorClient(emulator, clock)
-        assert bench.link(task_id).startswith(f"{emulator.url}/files/")
-        assert bench.fetch(task_id).content == old
-        bench.close()
+        client = EmulatorClient(emulator, clock)
+        assert client.link(task_id).startswith(f"{emulator.url}/files/")
+        assert client.fetch(task_id).content == old
+        client.close()
 
 
 def test_a_taken_port_is_an_error_and_leaves_the_state_free(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The state survives, on time and exactly; usable without HTTP."""
+"""The state survives a restart exactly, and is usable without HTTP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def create(world: World, prompt: str = "a fox", **settings: Any) -> CreateResult
     return world.create(account(world), Order(prompt, seed=7), **settings)
 
 
-def test_a_restart_on_the_same_folder_forgets_nothing(tmp_path: Path) -> None:
+def test_a_restart_on_the_same_folder_keeps_everything(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock) as world:
         first = create(world, idempotency_key=KEY).task
@@ -70,7 +70,7 @@ def test_a_restart_on_the_same_folder_forgets_nothing(tmp_path: Path) -> None:
         assert world.file(link).fetched == 1
 
 
-def test_credits_of_a_kept_account_are_not_granted_again(tmp_path: Path) -> None:
+def test_the_credits_of_an_existing_account_are_not_granted_again(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock) as world:
         create(world)
@@ -79,19 +79,19 @@ def test_credits_of_a_kept_account_are_not_granted_again(tmp_path: Path) -> None
         assert account(world).remaining == 10_000_000 - 4_500
 
 
-def test_a_task_settles_while_the_emulator_is_away(tmp_path: Path) -> None:
+def test_a_task_settles_while_the_emulator_is_stopped(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock) as world:
         create(world)
         assert world.stats()["held_units"] == 4_500
     clock.move(10)
     with opened(tmp_path, clock) as world:
-        books = world.stats()
-        assert (books["held_units"], books["charged_units"]) == (0, 4_500)
-        assert books["tasks"][0]["completed_at"] == 1_800_000_002.0
+        stats = world.stats()
+        assert (stats["held_units"], stats["charged_units"]) == (0, 4_500)
+        assert stats["tasks"][0]["completed_at"] == 1_800_000_002.0
 
 
-def test_the_sums_of_the_books_agree_at_every_moment(tmp_path: Path) -> None:
+def test_the_sums_of_the_statistics_agree_at_every_time(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock, latency_jitter=0.9, seed=3) as world:
         for name in ("fail", "cancelled", "stuck", "slow_task"):
@@ -99,18 +99,18 @@ def test_the_sums_of_the_books_agree_at_every_moment(tmp_path: Path) -> None:
         for n in range(60):
             create(world, f"{n % 50}")
             clock.move(0.1)
-            books = world.stats()
+            stats = world.stats()
             ended = ("failed", "cancelled")
-            tasks = books["tasks"]
-            assert books["reserved_units"] == 4_500 * len(tasks)
-            assert books["charged_units"] == sum(task["charged_units"] for task in tasks)
-            assert books["returned_units"] == 4_500 * sum(t["status"] in ended for t in tasks)
+            tasks = stats["tasks"]
+            assert stats["reserved_units"] == 4_500 * len(tasks)
+            assert stats["charged_units"] == sum(task["charged_units"] for task in tasks)
+            assert stats["returned_units"] == 4_500 * sum(t["status"] in ended for t in tasks)
             waiting = ("pending", "processing")
-            assert books["in_flight"] == sum(task["status"] in waiting for task in tasks)
-            assert books["held_units"] == 4_500 * books["in_flight"]
+            assert stats["in_flight"] == sum(task["status"] in waiting for task in tasks)
+            assert stats["held_units"] == 4_500 * stats["in_flight"]
 
 
-def test_the_sums_agree_although_the_clock_moves_between_any_two_looks(tmp_path: Path) -> None:
+def test_the_sums_agree_although_the_clock_moves_between_reads(tmp_path: Path) -> None:
     class Running(Clock):
         def __call__(self) -> float:
             self.move(0.05)
@@ -119,9 +119,9 @@ def test_the_sums_agree_although_the_clock_moves_between_any_two_looks(tmp_path:
     with opened(tmp_path, Running()) as world:
         for n in range(100):
             create(world, f"{n}")
-        books = world.stats(tasks=False)
-        assert books["charged_units"] > 0
-        assert books["held_units"] == 4_500 * books["in_flight"]
+        stats = world.stats(tasks=False)
+        assert stats["charged_units"] > 0
+        assert stats["held_units"] == 4_500 * stats["in_flight"]
 
 
 def test_the_same_seed_gives_the_same_tasks_and_a_restart_gives_new_ones(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_tasks_and_a_restart_gives_new_ones(tmp_pat
     assert not set(ids("a", 1)) & set(first)
 
 
-def test_the_latency_varies_by_its_share(tmp_path: Path) -> None:
+def test_the_latency_varies_by_the_jitter(tmp_path: Path) -> None:
     with opened(tmp_path, Clock(), latency_s=10.0, latency_jitter=0.3) as world:
         took = []
         for n in range(100):
@@ -146,7 +146,7 @@ def test_the_latency_varies_by_its_share(tmp_path: Path) -> None:
     assert 12.0 < max(took) <= 13.0
 
 
-def test_an_unasked_seed_is_drawn_and_kept(tmp_path: Path) -> None:
+def test_a_missing_seed_is_drawn_and_kept(tmp_path: Path) -> None:
     with opened(tmp_path, Clock()) as world:
         drawn = [
             world.create(account(world), Order("a fox", seed=seed)).task.used_seed
@@ -164,7 +164,7 @@ def test_two_emulators_cannot_share_a_folder(
         World(tmp_path, clock=Clock())
 
 
-def test_what_fails_within_a_transaction_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_transaction_changes_nothing(tmp_path: Path) -> None:
     with opened(tmp_path, Clock()) as world:
         with contextlib.suppress(RuntimeError), world.transaction():
             create(world)
