@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 import click
+
+from krea_dagster.curation.options import (
+    journal_option,
+    json_option,
+    open_verdicts,
+    partition_option,
+    storage_option,
+    where_option,
+)
 
 if TYPE_CHECKING:
     from krea_dagster.curation.export.export import Exported
@@ -42,21 +50,8 @@ published, 2 invalid usage or nothing to export.
 
 
 @click.command("export", epilog=_EPILOG)
-@click.option(
-    "--storage",
-    envvar="KREA_STORAGE",
-    default="data/krea",
-    show_default=True,
-    help="The storage root of the images.",
-)
-@click.option(
-    "--journal",
-    "journal_url",
-    envvar="KREA_JOURNAL_URL",
-    default="",
-    metavar="URL",
-    help="The journal, if it is not in the storage root.",
-)
+@storage_option
+@journal_option
 @click.option(
     "--to",
     metavar="FOLDER|URL",
@@ -76,19 +71,8 @@ published, 2 invalid usage or nothing to export.
 @click.option(
     "--all", "everything", is_flag=True, help="Export all stored images, not only accepted ones."
 )
-@click.option(
-    "--partition",
-    "partitions",
-    multiple=True,
-    metavar="KEY",
-    help="Only this partition; repeatable.",
-)
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="COLUMN=VALUE",
-    help="Only rows with this value; values of one column are alternatives. Repeatable.",
-)
+@partition_option
+@where_option
 @click.option(
     "--column",
     "columns",
@@ -146,7 +130,7 @@ published, 2 invalid usage or nothing to export.
 @click.option(
     "--threads", type=click.IntRange(1, 256), help="[default: one per core, or 8 for URLs]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON to stdout.")
+@json_option
 def export_command(
     *,
     storage: str,
@@ -217,18 +201,14 @@ def export_command(
 def _warn_of_newer_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     """Warn of images that were refused since ``accepted_images`` was materialized."""
     from krea_dagster.curation.export.target import ExportTarget  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.verdict_log import FLAG, REJECT, VerdictLog  # noqa: PLC0415 - as above
+    from krea_dagster.engine.verdict import FLAG, REJECT  # noqa: PLC0415 - as above
 
-    if not journal_url and root.folder is None:
-        return
-    url = journal_url or database_in(root)
-    if not has_database(url):
-        return
-    path, _, version = done.path.rpartition("/")
-    images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
-    with closing(VerdictLog.open(url)) as verdicts:
-        found = verdicts.current(images).values()
+    with open_verdicts(root, journal_url) as log:
+        if log is None:
+            return
+        path, _, version = done.path.rpartition("/")
+        images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
+        found = log.current(images).values()
     refused = sum(1 for one in found if one.verdict in (REJECT, FLAG))
     if refused:
         click.echo(

@@ -120,20 +120,10 @@ def _feature(kind: pa.DataType) -> Any:
 
 def _leaves(schema: pa.Schema) -> list[str]:
     """Return the Parquet paths of the columns."""
-    return [path for field in schema for path in _paths(field.name, field.type)]
-
-
-def _paths(name: str, kind: pa.DataType) -> list[str]:
-    if pa.types.is_struct(kind):
-        return [path for one in kind for path in _paths(f"{name}.{one.name}", one.type)]
-    if pa.types.is_map(kind):
-        return [
-            *_paths(f"{name}.key_value.key", kind.key_type),
-            *_paths(f"{name}.key_value.value", kind.item_type),
-        ]
-    if pa.types.is_nested(kind):
-        return _paths(f"{name}.list.element", kind.value_type)
-    return [name]
+    file = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), file)
+    columns = pq.ParquetFile(pa.BufferReader(file.getvalue())).schema
+    return [columns.column(at).path for at in range(len(columns))]
 
 
 def _group(content: ShardContent, group: list[ExportedImage], schema: pa.Schema) -> pa.Table:

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.curation.column_filter import matching
 from krea_dagster.curation.export.json_rows import records, to_json
-from krea_dagster.curation.export.spec import ExportSpec, Filter
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -159,7 +160,7 @@ def select_rows(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ())
         filtered = [one.column for one in spec.filters]
         for name in names:
             for batch in _batches(storage, name, [*kept.names, *filtered]):
-                mask = _mask(batch, spec.filters)
+                mask = matching(batch, spec.filters)
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
                 file.write(batch.filter(mask))
         rows = SelectedRows(file, columns, left)
@@ -235,31 +236,6 @@ def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa
                 ),
             )
             yield batch.filter(stored.fill_null(False))
-
-
-def _mask(batch: pa.RecordBatch, filters: Sequence[Filter]) -> pa.Array:
-    mask = pa.array(np.ones(batch.num_rows, np.bool_))
-    for one in filters:
-        if one.column not in batch.schema.names:
-            found = pa.array(np.full(batch.num_rows, "" in one.values))
-        else:
-            found = _matches(batch.column(one.column), one)
-        mask = pc.and_(mask, found)
-    return mask
-
-
-def _matches(column: pa.Array, one: Filter) -> pa.Array:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    given = [value for value in one.values if value or pa.types.is_string(kind)]
-    try:
-        values = pa.array(given, pa.string()).cast(kind)
-        found = pc.is_in(column.cast(kind), value_set=values)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ConfigError(
-            f"the column {one.column!r} has the type {kind}, which {' or '.join(given)!r} is not: "
-            f"{error}"
-        ) from None
-    return pc.or_(found, pc.is_null(column)) if "" in one.values else found
 
 
 def _no_rows(storage: Storage, spec: ExportSpec, left: int) -> str:

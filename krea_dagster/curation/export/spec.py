@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
+from krea_dagster.curation.column_filter import ColumnFilter, parse_filters
 from krea_dagster.curation.export.splits import Split, parse_splits
 from krea_dagster.errors import ConfigError
 
@@ -20,14 +21,6 @@ ONE_FILE: Final = frozenset({"webdataset", "parquet"})
 
 #: A licence identifier of the Hub or SPDX: ``mit``, ``cc-by-4.0``, ``LicenseRef-own``.
 _LICENSE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
-
-
-@dataclass(frozen=True)
-class Filter:
-    """A column and the values that a row may have in it, as text; an empty text matches null."""
-
-    column: str
-    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class ExportSpec:
     splits: tuple[Split, ...] = (Split.whole("train"),)
     everything: bool = False
     partitions: tuple[str, ...] | None = None
-    filters: tuple[Filter, ...] = ()
+    filters: tuple[ColumnFilter, ...] = ()
     columns: tuple[str, ...] | None = None
     shard_images: int = 10_000
     shard_bytes: int = 500_000_000
@@ -103,14 +96,3 @@ class ExportSpec:
             ConfigError: A text or value is invalid.
         """
         return cls(splits=parse_splits(splits), filters=parse_filters(where), **fields)
-
-
-def parse_filters(texts: Sequence[str]) -> tuple[Filter, ...]:
-    """Parse filters; values of one column are alternatives. Raises ConfigError."""
-    found: dict[str, list[str]] = {}
-    for text in texts:
-        column, equals, value = text.partition("=")
-        if not equals or not column:
-            raise ConfigError(f"the filter {text!r} is not COLUMN=VALUE")
-        found.setdefault(column, []).append(value)
-    return tuple(Filter(column, tuple(values)) for column, values in found.items())

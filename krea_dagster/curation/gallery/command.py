@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
+from krea_dagster.curation.options import (
+    journal_option,
+    json_option,
+    open_verdicts,
+    partition_option,
+    storage_option,
+    where_option,
+)
 from krea_dagster.engine.storage.page import write_page
 from krea_dagster.errors import ConfigError
 
@@ -43,34 +50,10 @@ page), 2 invalid usage or no matching rows.
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file to write.",
 )
-@click.option(
-    "--storage",
-    envvar="KREA_STORAGE",
-    default="data/krea",
-    show_default=True,
-    help="The storage root of the images.",
-)
-@click.option(
-    "--journal",
-    "journal_url",
-    envvar="KREA_JOURNAL_URL",
-    default="",
-    metavar="URL",
-    help="The journal with the verdicts, if it is not in the storage root.",
-)
-@click.option(
-    "--partition",
-    "partitions",
-    multiple=True,
-    metavar="KEY",
-    help="Only this partition; repeatable.",
-)
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="COLUMN=VALUE",
-    help="Only rows with this value; a column given twice matches either value.",
-)
+@storage_option
+@journal_option
+@partition_option
+@where_option
 @click.option(
     "--status",
     "statuses",
@@ -107,7 +90,7 @@ page), 2 invalid usage or no matching rows.
     help="Maximum size of the file; the page counts the rows that do not fit.",
 )
 @click.option("--title", default="Gallery", show_default=True, help="The page's heading.")
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON to stdout.")
+@json_option
 def gallery_command(
     *,
     output: Path,
@@ -128,13 +111,14 @@ def gallery_command(
     It shows prompt, seed, size, credits and ids of each image, and needs no network, other file or
     script. Files that are missing or have changed since they were verified are not shown.
     """
+    from krea_dagster.curation.column_filter import parse_filters  # noqa: PLC0415 - --help
     from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows  # noqa: PLC0415
     from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
     from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
 
     filters = GalleryFilter(
         partitions=partitions,
-        where=[_pair(text) for text in where],
+        where=parse_filters(where),
         statuses=() if "any" in statuses else statuses or ("stored",),
         verdicts=verdicts,
         limit=limit,
@@ -194,29 +178,14 @@ def _show_progress(done: int) -> None:
     if done % 50 == 0:
         click.echo(f"\r{done:,} images", nl=False, err=True)
 
-    """Return the current verdicts by sha256. Raises ConfigError where wanted ones are missing."""
-
-
-def _pair(text: str) -> tuple[str, str]:
-    column, equals, value = text.partition("=")
-    if not equals or not column:
-        raise click.UsageError(f"--where takes COLUMN=VALUE, not {text!r}")
-    return column, value
-
 
 def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, str]:
     """Return the current verdicts by sha256. Raises ConfigError where wanted ones are missing."""
-    from krea_dagster.engine.journal.database import has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.verdict_log import VerdictLog  # noqa: PLC0415
-
-    url = journal_url
-    if not url and storage.folder is not None:
-        url = f"sqlite:///{storage.folder / 'journal.db'}"
-    if not url or not has_database(url):
-        if wanted:
-            raise ConfigError(
-                "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or omit --verdict"
-            )
-        return {}
-    with closing(VerdictLog.open(url)) as log:
-        return {sha256: one.verdict for sha256, one in log.current().items()}
+    with open_verdicts(storage, journal_url) as log:
+        if log is not None:
+            return {sha256: one.verdict for sha256, one in log.current().items()}
+    if wanted:
+        raise ConfigError(
+            "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or omit --verdict"
+        )
+    return {}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.curation.column_filter import ColumnFilter, matching
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -39,7 +40,7 @@ class GalleryFilter:
     """
 
     partitions: Sequence[str] = ()
-    where: Sequence[tuple[str, str]] = ()
+    where: Sequence[ColumnFilter] = ()
     statuses: Sequence[str] = (State.STORED.value,)
     verdicts: Sequence[str] = ()
     limit: int = 500
@@ -60,10 +61,9 @@ class GalleryFilter:
         conditions = []
         if self.partitions:
             conditions.append(f"partition {' or '.join(self.partitions)}")
-        by_column: dict[str, list[str]] = {}
-        for column, value in self.where:
-            by_column.setdefault(column, []).append(value or "nothing")
-        conditions += [f"{column} is {' or '.join(values)}" for column, values in by_column.items()]
+        for one in self.where:
+            values = " or ".join(value or "nothing" for value in one.values)
+            conditions.append(f"{one.column} is {values}")
         if self.statuses and tuple(self.statuses) != (State.STORED.value,):
             conditions.append(f"status {' or '.join(self.statuses)}")
         if self.verdicts:
@@ -102,7 +102,7 @@ def select_rows(
         with storage.open(name) as opened:
             file = pq.ParquetFile(opened)
             known |= dict.fromkeys(file.schema_arrow.names)
-            wanted = list(dict.fromkeys([*COLUMNS, *_columns(filters)]))
+            wanted = list(dict.fromkeys([*COLUMNS, *(one.column for one in filters.where)]))
             present = [one for one in wanted if one in file.schema_arrow.names]
             for batch in file.iter_batches(_ROWS, columns=present):
                 images = batch.column("image_sha256")
@@ -111,9 +111,9 @@ def select_rows(
                 found.matched += rows.num_rows
                 room = filters.limit - len(found.rows)
                 found.rows += rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
-    for column in _columns(filters):
-        if column not in known:
-            raise no_column(column, known)
+    for one in filters.where:
+        if one.column not in known:
+            raise no_column(one.column, known)
     return found
 
 
@@ -134,46 +134,15 @@ def _names(storage: Storage, filters: GalleryFilter, folders: Sequence[str]) -> 
         yield name
 
 
-def _columns(filters: GalleryFilter) -> list[str]:
-    return list(dict.fromkeys(column for column, _ in filters.where))
-
-
 def _matching(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) -> pa.Table:
     """Return the matching rows of a batch, with their verdicts."""
-    mask = pa.repeat(pa.scalar(value=True), batch.num_rows)
+    mask = matching(batch, filters.where)
     if filters.statuses:
         mask = pc.and_(mask, pc.is_in(batch.column("status"), value_set=pa.array(filters.statuses)))
     if filters.verdicts:
         shown = verdict.fill_null(NO_VERDICT)
         mask = pc.and_(mask, pc.is_in(shown, value_set=pa.array(filters.verdicts)))
-    for column in _columns(filters):
-        values = [value for name, value in filters.where if name == column]
-        if column not in batch.schema.names:  # only other partitions have it
-            mask = mask if "" in values else pa.repeat(pa.scalar(value=False), batch.num_rows)
-            continue
-        mask = pc.and_(mask, _equals(batch.column(column), column, values))
-    table = pa.Table.from_batches([batch]).append_column("verdict", verdict)
-    return table.filter(mask)
-
-
-def _equals(column: pa.Array, name: str, values: Sequence[str]) -> pa.Array:
-    """Return which rows have one of these values, converted to the column's type."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    mask = pa.repeat(pa.scalar(value=False), len(column))
-    for value in values:
-        if value == "":
-            mask = pc.or_(mask, pc.is_null(column))
-            if not pa.types.is_string(column.type):
-                continue
-        try:
-            wanted = pa.scalar(value, pa.string()).cast(column.type)
-            mask = pc.or_(mask, pc.equal(column, wanted).fill_null(False))
-        except pa.ArrowException:
-            raise ConfigError(
-                f"column {name!r} holds {column.type}, which {value!r} is not"
-            ) from None
-    return mask
+    return pa.Table.from_batches([batch]).append_column("verdict", verdict).filter(mask)
 
 
 def _list(words: Sequence[str] | set[str]) -> str:

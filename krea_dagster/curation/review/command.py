@@ -16,6 +16,7 @@ from typing import Final
 import click
 
 from krea_dagster import redact
+from krea_dagster.curation.options import journal_option, storage_option
 from krea_dagster.errors import ConfigError
 
 _TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the variable
@@ -40,21 +41,8 @@ through a tunnel and enter their names.
 
 
 @click.command("review", epilog=_EPILOG)
-@click.option(
-    "--storage",
-    envvar="KREA_STORAGE",
-    default="data/krea",
-    show_default=True,
-    help="The storage root of the images.",
-)
-@click.option(
-    "--journal",
-    "journal_url",
-    envvar="KREA_JOURNAL_URL",
-    default="",
-    metavar="URL",
-    help="The journal, if it is not in the storage root.",
-)
+@storage_option
+@journal_option
 @click.option("--reviewer", metavar="NAME", help="The reviewer's name.  [default: the login name]")
 @click.option(
     "--port",
