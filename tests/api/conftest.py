@@ -1,4 +1,4 @@
-"""Runs the async tests on asyncio, without the proxies and certificates of the machine."""
+"""Run the async tests on asyncio, without the proxies and certificates of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server on loopback that does to a connection exactly what a test says, and notes what came."""
+"""A server on loopback that treats each connection as a test says, and records the requests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 
-class Seen:
-    """One request as it came in. Header names are lower-case."""
+class ReceivedRequest:
+    """One received request. Header names are lower-case."""
 
     def __init__(self, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
         self.method = method
@@ -26,22 +26,22 @@ class Seen:
 
 
 #: Gets the request and the connection. Returns true to keep the connection, else it is closed.
-Behaviour = Callable[[Seen, asyncio.StreamWriter], Awaitable[bool]]
+Behaviour = Callable[[ReceivedRequest, asyncio.StreamWriter], Awaitable[bool]]
 
 
 class Server:
-    """Where it listens, and what it saw."""
+    """The address of the server, and its requests."""
 
     def __init__(self, port: int, scheme: str) -> None:
         self.port = port
         self.url = f"{scheme}://127.0.0.1:{port}"
-        self.seen: list[Seen] = []
+        self.seen: list[ReceivedRequest] = []
         self.connections = 0
 
 
 @asynccontextmanager
 async def serving(behave: Behaviour, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
-    """Serves until the block ends; connections that are still held are cut then."""
+    """Serve until the block ends, then cut open connections."""
     handlers: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -72,7 +72,7 @@ async def serving(behave: Behaviour, tls: ssl.SSLContext | None = None) -> Async
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def _read_request(reader: asyncio.StreamReader) -> Seen | None:
+async def _read_request(reader: asyncio.StreamReader) -> ReceivedRequest | None:
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except (asyncio.IncompleteReadError, OSError):
@@ -81,11 +81,11 @@ async def _read_request(reader: asyncio.StreamReader) -> Seen | None:
     method, target, _ = first.split(" ")
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     body = await reader.readexactly(int(headers.get("content-length", "0")))
-    return Seen(method, target, headers, body)
+    return ReceivedRequest(method, target, headers, body)
 
 
 def message(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """A whole HTTP answer. ``content_type`` stands for Content-Type, and so on."""
+    """Return an HTTP answer. ``content_type`` is the header Content-Type, and so on."""
     fields = {"Content-Length": str(len(body))}
     fields |= {name.replace("_", "-").title(): value for name, value in headers.items()}
     lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in fields.items())]
@@ -93,15 +93,15 @@ def message(status: int, body: bytes = b"", **headers: str) -> bytes:
 
 
 def answers(status: int, value: object = b"", **headers: str) -> Behaviour:
-    """Answers every request alike; a value that is not bytes is sent as JSON."""
+    """Give every request the same answer; a value that is not bytes is sent as JSON."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return says(message(status, body, **headers))
+    return writes(message(status, body, **headers))
 
 
-def says(*parts: bytes, keep: bool = True) -> Behaviour:
-    """Writes these bytes, and keeps the connection or closes it."""
+def writes(*parts: bytes, keep: bool = True) -> Behaviour:
+    """Write these bytes, and keep or close the connection."""
 
-    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         for part in parts:
             writer.write(part)
             await writer.drain()
@@ -110,10 +110,10 @@ def says(*parts: bytes, keep: bool = True) -> Behaviour:
     return behave
 
 
-def holds(*parts: bytes, reached: asyncio.Event | None = None) -> Behaviour:
-    """Writes these bytes, says that it has been reached, and then nothing more, for ever."""
+def hangs(*parts: bytes, reached: asyncio.Event | None = None) -> Behaviour:
+    """Write these bytes, set ``reached``, and then write nothing more."""
 
-    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         for part in parts:
             writer.write(part)
         if reached is not None:
@@ -125,9 +125,9 @@ def holds(*parts: bytes, reached: asyncio.Event | None = None) -> Behaviour:
 
 
 def floods(head: bytes, piece: bytes) -> Behaviour:
-    """Writes the head, and then one piece after another, until the client is gone."""
+    """Write the head, and then one piece after another, until the client leaves."""
 
-    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         writer.write(head)
         while not writer.is_closing():
             writer.write(piece)
@@ -138,9 +138,9 @@ def floods(head: bytes, piece: bytes) -> Behaviour:
 
 
 def by_path(**behaviours: Behaviour) -> Behaviour:
-    """One behaviour per first part of the path; ``task`` answers /task/… and so on."""
+    """Choose the behaviour by the first part of the path: ``task`` for /task/… and so on."""
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         name = seen.target.partition("?")[0].strip("/").split("/")[0]
         return await behaviours[name](seen, writer)
 
@@ -148,7 +148,7 @@ def by_path(**behaviours: Behaviour) -> Behaviour:
 
 
 def closed_port() -> int:
-    """A port of this machine on which nobody listens."""
+    """Return a closed port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

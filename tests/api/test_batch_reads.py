@@ -1,4 +1,4 @@
-"""When many tasks are read at once, and when singly: the endpoint may be missing, come, and go."""
+"""When the batch endpoint is used: it may be missing, appear, and disappear."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 from krea_dagster.api.batch_reads import BATCH_TRIES, OFF_MAX_S, OFF_S, BatchSupport
 
 
-def test_it_is_untried_at_first_and_works_once_it_has_answered() -> None:
+def test_the_endpoint_is_untried_at_first_and_works_once_it_has_answered() -> None:
     assert BatchSupport().supported(0.0) is None
     assert BatchSupport().answered().supported(1e9) is True
 
 
 @pytest.mark.parametrize("before", [BatchSupport(), BatchSupport().answered()])
-def test_an_endpoint_that_is_not_there_is_not_used_for_a_while_and_then_untried(
+def test_a_missing_endpoint_is_not_used_for_a_while_and_then_untried(
     before: BatchSupport,
 ) -> None:
     use = before.missing(100.0)
@@ -35,7 +35,7 @@ def test_the_pause_doubles_up_to_ten_minutes_until_a_batch_is_answered() -> None
 
 
 @pytest.mark.parametrize("before", [BatchSupport(), BatchSupport().answered()])
-def test_some_unusable_answers_in_a_row_are_a_pause_too(before: BatchSupport) -> None:
+def test_unusable_answers_in_a_row_start_a_pause(before: BatchSupport) -> None:
     use = before
     for _ in range(BATCH_TRIES - 1):
         use = use.not_answered(0.0)
@@ -46,7 +46,7 @@ def test_some_unusable_answers_in_a_row_are_a_pause_too(before: BatchSupport) ->
     assert use.supported(OFF_S) is None
 
 
-def test_one_unusable_answer_after_a_pause_is_enough_for_the_next() -> None:
+def test_one_unusable_answer_after_a_pause_starts_the_next() -> None:
     use = BatchSupport()
     for _ in range(BATCH_TRIES):
         use = use.not_answered(0.0)
@@ -54,6 +54,6 @@ def test_one_unusable_answer_after_a_pause_is_enough_for_the_next() -> None:
     assert use.supported(OFF_S + 2 * OFF_S - 0.1) is False
 
 
-def test_answers_that_came_together_are_one_pause() -> None:
+def test_simultaneous_answers_start_one_pause() -> None:
     use = BatchSupport().answered().missing(10.0)
     assert use.missing(10.5) == use.not_answered(11.0) == use

@@ -1,4 +1,4 @@
-"""The client over real sockets: what each failure of a purchase means, and where the key goes."""
+"""The client over real sockets: the meaning of each failure, and where the key is sent."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ from krea_dagster.errors import (
 from krea_dagster.models import ImageRequest
 from tests.api.loopback_server import (
     Behaviour,
-    Seen,
+    ReceivedRequest,
     Server,
     answers,
     by_path,
     closed_port,
     floods,
-    holds,
-    says,
+    hangs,
     serving,
+    writes,
 )
 
 pytestmark = pytest.mark.anyio
@@ -90,7 +90,7 @@ def status_of(task_id: str) -> dict[str, str]:
     return {"id": task_id, "status": "processing"}
 
 
-# -- a purchase that works --------------------------------------------------------------------
+# -- a successful purchase --------------------------------------------------------------------
 
 
 async def test_a_purchase_sends_the_key_the_idempotency_key_and_the_body_and_nothing_more() -> None:
@@ -114,7 +114,7 @@ async def test_a_purchase_sends_the_key_the_idempotency_key_and_the_body_and_not
     assert "callback_url" not in seen.json
 
 
-async def test_a_repeat_sends_the_very_same_bytes_and_says_that_it_was_replayed() -> None:
+async def test_a_repeat_sends_the_same_bytes_and_is_marked_as_replayed() -> None:
     async with (
         serving(answers(200, CREATED, idempotency_replayed="true")) as server,
         client_for(server) as client,
@@ -149,7 +149,7 @@ async def test_a_closed_client_sends_nothing() -> None:
     assert server.seen == []
 
 
-async def test_an_answer_that_is_packed_though_not_asked_for_is_unpacked() -> None:
+async def test_a_compressed_answer_that_was_not_requested_is_decompressed() -> None:
     body = gzip.compress(json.dumps(CREATED).encode())
     async with (
         serving(answers(200, body, content_encoding="gzip")) as server,
@@ -158,7 +158,7 @@ async def test_an_answer_that_is_packed_though_not_asked_for_is_unpacked() -> No
         assert (await buy(client)).task_id == "task-unified-1-a"
 
 
-# -- what a failure on the line means ---------------------------------------------------------
+# -- failures of the connection ---------------------------------------------------------------
 
 
 async def test_a_refused_connection_is_certainly_unspent() -> None:
@@ -195,9 +195,9 @@ async def test_a_proxy_that_opens_no_tunnel_is_certainly_unspent(
     assert "authorization" not in seen.headers
 
 
-async def test_waiting_for_a_connection_in_vain_is_certainly_unspent() -> None:
+async def test_waiting_too_long_for_a_connection_is_certainly_unspent() -> None:
     async with (
-        serving(holds()) as server,
+        serving(hangs()) as server,
         client_for(server, max_connections=1, timeout_s=0.3) as client,
     ):
         errors: list[SubmitError] = []
@@ -213,17 +213,17 @@ async def test_waiting_for_a_connection_in_vain_is_certainly_unspent() -> None:
 
 
 UNKNOWN: dict[str, Behaviour] = {
-    "the server reads the purchase and closes in silence": says(keep=False),
-    "the server never answers": holds(),
-    "the status line is garbage": says(b"garbage\r\n\r\n", keep=False),
-    "the head breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Le", keep=False),
-    "the body breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False),
+    "the server reads the purchase and closes in silence": writes(keep=False),
+    "the server never answers": hangs(),
+    "the status line is garbage": writes(b"garbage\r\n\r\n", keep=False),
+    "the head breaks off": writes(b"HTTP/1.1 200 OK\r\nContent-Le", keep=False),
+    "the body breaks off": writes(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False),
     "the body never ends": floods(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536),
-    "the body hangs": holds(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+    "the body hangs": hangs(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
     "the body is a bomb": answers(200, gzip.compress(bytes(20_000_000)), content_encoding="gzip"),
     "the packing is unknown": answers(200, b"x", content_encoding="br"),
     "the packing is damaged": answers(200, b"x", content_encoding="gzip"),
-    "a 400 breaks off before its code": says(
+    "a 400 breaks off before its code": writes(
         b"HTTP/1.1 400 No\r\nContent-Length: 99\r\n\r\n{", keep=False
     ),
     "a 302 leads elsewhere": answers(302, location="http://127.0.0.1:1/"),
@@ -236,7 +236,7 @@ UNKNOWN: dict[str, Behaviour] = {
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-async def test_whatever_fails_after_the_purchase_has_left_is_an_unknown_outcome(case: str) -> None:
+async def test_any_failure_after_the_purchase_has_left_is_an_unknown_outcome(case: str) -> None:
     async with (
         serving(UNKNOWN[case]) as server,
         client_for(server, timeout_s=0.3) as client,
@@ -246,16 +246,16 @@ async def test_whatever_fails_after_the_purchase_has_left_is_an_unknown_outcome(
 
 
 async def test_a_purchase_whose_deadline_passes_is_an_unknown_outcome() -> None:
-    async with serving(holds()) as server, client_for(server, deadline_s=0.2) as client:
+    async with serving(hangs()) as server, client_for(server, deadline_s=0.2) as client:
         error = await failed_purchase(client)
     assert type(error) is OutcomeUnknown
     assert "0.2 s" in error.message
 
 
 async def test_a_kept_connection_that_the_server_closes_on_the_next_purchase_is_unknown() -> None:
-    purchases = iter([answers(200, CREATED), says(keep=False)])
+    purchases = iter([answers(200, CREATED), writes(keep=False)])
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await next(purchases)(seen, writer)
 
     async with serving(behave) as server, client_for(server) as client:
@@ -271,10 +271,10 @@ async def test_a_kept_connection_that_the_server_closes_on_the_next_purchase_is_
         (answers(400, {"error": {"code": "channel_busy"}}), NoCapacity),
         (answers(400, {"error": {"code": "content_filter"}}), ContentRefused),
         (answers(409, {"error": {"code": "paid_outcome_unknown"}}), PurchasePending),
-        (says(b"HTTP/1.1 429 No\r\nContent-Length: 99\r\n\r\n{", keep=False), TurnedAway),
+        (writes(b"HTTP/1.1 429 No\r\nContent-Length: 99\r\n\r\n{", keep=False), TurnedAway),
     ],
 )
-async def test_an_answer_that_came_is_classified_by_the_tables(
+async def test_an_answer_is_classified_by_the_tables(
     behaviour: Behaviour, error: type[SubmitError]
 ) -> None:
     async with serving(behaviour) as server, client_for(server) as client:
@@ -283,7 +283,7 @@ async def test_an_answer_that_came_is_classified_by_the_tables(
 
 async def test_a_cancellation_passes_through() -> None:
     reached = asyncio.Event()
-    async with serving(holds(reached=reached)) as server, client_for(server) as client:
+    async with serving(hangs(reached=reached)) as server, client_for(server) as client:
         purchase = asyncio.ensure_future(buy(client))
         await reached.wait()
         purchase.cancel()
@@ -295,7 +295,7 @@ async def test_a_cancellation_passes_through() -> None:
 
 
 class LyingTransport(httpx.AsyncBaseTransport):
-    """Sends the whole request, and then claims something else, as real transports do."""
+    """Sends the whole request and then raises a wrong error, as real transports do."""
 
     def __init__(self, claim: Exception) -> None:
         self.claim = claim
@@ -320,7 +320,7 @@ class LyingTransport(httpx.AsyncBaseTransport):
         TimeoutError(),
     ],
 )
-async def test_a_transport_that_is_not_httpx_own_is_not_believed(claim: Exception) -> None:
+async def test_a_transport_that_is_not_of_httpx_is_not_believed(claim: Exception) -> None:
     async with (
         serving(answers(200, CREATED)) as server,
         client_for(server, transport=LyingTransport(claim)) as client,
@@ -329,8 +329,8 @@ async def test_a_transport_that_is_not_httpx_own_is_not_believed(claim: Exceptio
     assert len(server.seen) == 1
 
 
-class VouchedTransport(httpx.AsyncBaseTransport):
-    """Says of itself that it was tested."""
+class DeclaredTransport(httpx.AsyncBaseTransport):
+    """Declares that it reports truthfully."""
 
     reports_unsent = True
 
@@ -338,19 +338,19 @@ class VouchedTransport(httpx.AsyncBaseTransport):
         raise httpx.ConnectTimeout("no")
 
 
-class Heir(httpx.AsyncHTTPTransport):
-    """What a subclass changes, nobody knows."""
+class HttpxSubclass(httpx.AsyncHTTPTransport):
+    """A subclass, which may behave differently."""
 
 
 @pytest.mark.parametrize(
     ("transport", "error"),
     [
         (httpx.AsyncHTTPTransport, NotSent),
-        (VouchedTransport, NotSent),
-        (Heir, OutcomeUnknown),
+        (DeclaredTransport, NotSent),
+        (HttpxSubclass, OutcomeUnknown),
     ],
 )
-async def test_a_transport_is_believed_if_it_is_httpx_own_or_says_so_of_itself(
+async def test_a_transport_is_believed_if_it_is_of_httpx_or_declares_it(
     transport: type[httpx.AsyncBaseTransport], error: type[SubmitError]
 ) -> None:
     url = f"http://127.0.0.1:{closed_port()}"
@@ -358,10 +358,10 @@ async def test_a_transport_is_believed_if_it_is_httpx_own_or_says_so_of_itself(
         assert type(await failed_purchase(client)) is error
 
 
-# -- questions --------------------------------------------------------------------------------
+# -- reads ------------------------------------------------------------------------------------
 
 
-async def test_a_task_is_asked_for_by_its_id() -> None:
+async def test_a_task_is_read_by_its_id() -> None:
     async with serving(answers(200, status_of("t:1"))) as server, client_for(server) as client:
         assert (await client.task("t:1")).status == "processing"
     assert (server.seen[0].method, server.seen[0].target) == ("GET", "/v1/tasks/t:1")
@@ -369,7 +369,7 @@ async def test_a_task_is_asked_for_by_its_id() -> None:
 
 
 @pytest.mark.parametrize("task_id", ["", "..", "a/b", "a?b", "a\nb", "x" * 129])
-async def test_a_text_that_is_no_task_id_is_not_asked_for(task_id: str) -> None:
+async def test_a_text_that_is_not_a_task_id_is_not_sent(task_id: str) -> None:
     async with serving(answers(200)) as server, client_for(server) as client:
         with pytest.raises(InputError):
             await client.task(task_id)
@@ -379,9 +379,9 @@ async def test_a_text_that_is_no_task_id_is_not_asked_for(task_id: str) -> None:
 @pytest.mark.parametrize(
     ("behaviour", "error"),
     [
-        (says(keep=False), NoUsableAnswer),
-        (says(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False), NoUsableAnswer),
-        (says(b"HTTP/1.1 404 No\r\nContent-Length: 99\r\n\r\n{", keep=False), NoUsableAnswer),
+        (writes(keep=False), NoUsableAnswer),
+        (writes(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False), NoUsableAnswer),
+        (writes(b"HTTP/1.1 404 No\r\nContent-Length: 99\r\n\r\n{", keep=False), NoUsableAnswer),
         (floods(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536), NoUsableAnswer),
         (answers(404, b"<html>"), NoUsableAnswer),
         (answers(404, {"error": {"code": "task_not_found"}}), TaskNotFound),
@@ -389,7 +389,7 @@ async def test_a_text_that_is_no_task_id_is_not_asked_for(task_id: str) -> None:
         (answers(429, retry_after="7"), RateLimited),
     ],
 )
-async def test_a_question_without_a_usable_answer_has_its_class(
+async def test_a_read_without_a_usable_answer_raises_the_error_of_its_kind(
     behaviour: Behaviour, error: type[ApiError]
 ) -> None:
     async with serving(behaviour) as server, client_for(server) as client:
@@ -398,7 +398,7 @@ async def test_a_question_without_a_usable_answer_has_its_class(
     assert type(caught.value) is error
 
 
-async def test_credits_are_stamped_with_the_clients_clock() -> None:
+async def test_credits_have_the_time_of_the_clients_clock() -> None:
     now = datetime(2025, 7, 1, tzinfo=timezone.utc)
     value = {"data": {"user": {"remaining_credits": 1, "used_credits": 2}}, "success": True}
     async with (
@@ -422,10 +422,10 @@ async def test_a_path_in_the_base_url_is_kept() -> None:
 # -- many tasks -------------------------------------------------------------------------------
 
 
-def evolink(*, batch: Behaviour | None = None, single: Behaviour | None = None) -> Behaviour:
-    """Knows every task whose id begins with t, unless told otherwise."""
+def fake_evolink(*, batch: Behaviour | None = None, single: Behaviour | None = None) -> Behaviour:
+    """Return a server that knows every task whose id begins with t, by default."""
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         if seen.target == "/v1/tasks/batch":
             if batch is not None:
                 return await batch(seen, writer)
@@ -443,7 +443,7 @@ def evolink(*, batch: Behaviour | None = None, single: Behaviour | None = None) 
 
 async def test_many_tasks_are_read_fifty_at_a_time() -> None:
     ids = [f"t{n}" for n in range(120)]
-    async with serving(evolink()) as server, client_for(server) as client:
+    async with serving(fake_evolink()) as server, client_for(server) as client:
         before = client.batch_supported
         found = await client.tasks([*ids, "gone", ids[0], "no/id"])
         assert (before, client.batch_supported) == (None, True)
@@ -452,7 +452,7 @@ async def test_many_tasks_are_read_fifty_at_a_time() -> None:
 
 
 async def test_one_task_is_read_at_the_documented_endpoint() -> None:
-    async with serving(evolink()) as server, client_for(server) as client:
+    async with serving(fake_evolink()) as server, client_for(server) as client:
         assert list(await client.tasks(["t1"])) == ["t1"]
         assert await client.tasks(["gone"]) == {}
         assert await client.tasks([]) == {}
@@ -463,23 +463,23 @@ async def test_one_task_is_read_at_the_documented_endpoint() -> None:
 async def test_without_a_batch_endpoint_tasks_are_read_singly_from_then_on(
     missing: Behaviour,
 ) -> None:
-    async with serving(evolink(batch=missing)) as server, client_for(server) as client:
+    async with serving(fake_evolink(batch=missing)) as server, client_for(server) as client:
         for _ in range(2):
             assert list(await client.tasks(["t1", "gone", "t2"])) == ["t1", "t2"]
         assert client.batch_supported is False
     assert [seen.method for seen in server.seen].count("POST") == 1
 
 
-async def test_single_reads_stand_in_a_few_at_a_time() -> None:
+async def test_single_reads_replace_a_batch_a_few_at_a_time() -> None:
     ids = [f"t{n}" for n in range(30)]
-    behaviour = evolink(batch=answers(404))
+    behaviour = fake_evolink(batch=answers(404))
     async with serving(behaviour) as server, client_for(server, max_connections=3) as client:
         assert list(await client.tasks(ids)) == ids
     assert server.connections <= 3
 
 
 async def test_a_batch_endpoint_that_never_worked_is_given_up() -> None:
-    async with serving(evolink(batch=answers(500))) as server, client_for(server) as client:
+    async with serving(fake_evolink(batch=answers(500))) as server, client_for(server) as client:
         for _ in range(BATCH_TRIES - 1):
             with pytest.raises(NoUsableAnswer):
                 await client.tasks(["t1", "t2"])
@@ -488,7 +488,7 @@ async def test_a_batch_endpoint_that_never_worked_is_given_up() -> None:
 
 
 class Seconds:
-    """A clock that stands still until it is moved."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -498,26 +498,26 @@ class Seconds:
 
 
 @pytest.mark.parametrize("away", [answers(404, b"<html>"), answers(403), answers(405)])
-async def test_a_batch_endpoint_that_goes_and_comes_back_is_left_and_taken_up_in_mid_run(
+async def test_a_batch_endpoint_that_disappears_and_returns_is_paused_and_used_again(
     away: Behaviour,
 ) -> None:
-    """The very call that finds it gone reads its ids singly, and no id is left unread."""
+    """The call that finds it missing reads its ids singly, so no id is left unread."""
     ids, clock = ["t1", "t2", "t3"], Seconds()
     is_away = False
 
-    async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def batch(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         if is_away:
             return await away(seen, writer)
         data = [status_of(task_id) for task_id in seen.json["task_ids"]]
         return await answers(200, data)(seen, writer)
 
     async with (
-        serving(evolink(batch=batch)) as server,
+        serving(fake_evolink(batch=batch)) as server,
         client_for(server, monotonic=clock) as client,
     ):
 
         async def read() -> tuple[int, bool | None]:
-            """How many batches were asked for, and what is known of the endpoint then."""
+            """Return the number of batch requests, and what is known of the endpoint."""
             before = len(server.seen)
             assert list(await client.tasks(ids)) == ids
             posts = [seen.method for seen in server.seen[before:]].count("POST")
@@ -537,14 +537,14 @@ async def test_a_batch_endpoint_that_goes_and_comes_back_is_left_and_taken_up_in
         assert await read() == (1, True)
 
 
-async def test_a_batch_endpoint_that_worked_and_breaks_is_left_for_a_while() -> None:
+async def test_a_batch_endpoint_that_breaks_is_not_used_for_a_while() -> None:
     batches = iter([answers(200, []), *[answers(500)] * BATCH_TRIES])
 
-    async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def batch(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await next(batches)(seen, writer)
 
     async with (
-        serving(evolink(batch=batch)) as server,
+        serving(fake_evolink(batch=batch)) as server,
         client_for(server, monotonic=Seconds()) as client,
     ):
         assert await client.tasks(["t1", "t2"]) == {}
@@ -556,7 +556,7 @@ async def test_a_batch_endpoint_that_worked_and_breaks_is_left_for_a_while() -> 
         assert client.batch_supported is False
 
 
-async def test_a_line_that_is_down_says_nothing_of_the_batch_endpoint() -> None:
+async def test_a_failed_connection_does_not_count_against_the_batch_endpoint() -> None:
     async with KreaClient(KEY, base_url=f"http://127.0.0.1:{closed_port()}") as client:
         for _ in range(BATCH_TRIES + 1):
             with pytest.raises(NoUsableAnswer) as caught:
@@ -565,21 +565,21 @@ async def test_a_line_that_is_down_says_nothing_of_the_batch_endpoint() -> None:
         assert client.batch_supported is None
 
 
-async def test_what_was_read_is_not_lost_to_a_later_failure() -> None:
+async def test_tasks_that_were_read_are_returned_despite_a_later_failure() -> None:
     batches = iter([answers(200, [status_of("t0")]), answers(429)])
 
-    async def batch(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def batch(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await next(batches)(seen, writer)
 
-    async with serving(evolink(batch=batch)) as server, client_for(server) as client:
+    async with serving(fake_evolink(batch=batch)) as server, client_for(server) as client:
         assert list(await client.tasks([f"t{n}" for n in range(60)])) == ["t0"]
 
 
 @pytest.mark.parametrize(("status", "error"), [(429, RateLimited), (401, Unauthorized)])
-async def test_single_reads_stop_at_the_first_answer_that_all_would_get(
+async def test_single_reads_stop_at_an_error_of_the_key_or_the_account(
     status: int, error: type[ApiError]
 ) -> None:
-    behaviour = evolink(batch=answers(404), single=answers(status))
+    behaviour = fake_evolink(batch=answers(404), single=answers(status))
     async with serving(behaviour) as server, client_for(server, max_connections=1) as client:
         with pytest.raises(ApiError) as caught:
             await client.tasks([f"t{n}" for n in range(20)])
@@ -591,7 +591,7 @@ async def test_single_reads_stop_at_the_first_answer_that_all_would_get(
 
 
 def shown(error: BaseException) -> str:
-    """All that a traceback with local variables shows of an error, and of what led to it."""
+    """Return a traceback of an error and its causes, with local variables."""
     text = ""
     told: BaseException | None = error
     while told is not None:
@@ -604,9 +604,9 @@ def shown(error: BaseException) -> str:
 
 
 LEAKY: dict[str, Behaviour] = {
-    "closes": says(keep=False),
-    "hangs": holds(),
-    "garbage": says(b"garbage\r\n\r\n", keep=False),
+    "closes": writes(keep=False),
+    "hangs": hangs(),
+    "garbage": writes(b"garbage\r\n\r\n", keep=False),
     "echoes the key": answers(
         400,
         {"error": {"code": KEY, "type": KEY, "message": f"bad key {KEY} (request id: {KEY})"}},
@@ -614,7 +614,7 @@ LEAKY: dict[str, Behaviour] = {
     ),
     "echoes the key in a page": answers(500, f"<html><title>{KEY}</title>".encode()),
     "echoes the key at the cut": answers(400, {"error": {"message": "x" * 490 + KEY}}),
-    "echoes the key in a status line": says(f"HTTP/9 {KEY}\r\n\r\n".encode(), keep=False),
+    "echoes the key in a status line": writes(f"HTTP/9 {KEY}\r\n\r\n".encode(), keep=False),
 }
 
 
@@ -642,9 +642,9 @@ async def test_no_error_shows_the_key(case: str, caplog: pytest.LogCaptureFixtur
 
 
 async def test_a_cancellation_shows_no_key() -> None:
-    """Its traceback goes through the HTTP library, whose variables hold the headers."""
+    """Its traceback contains frames of the HTTP library, whose variables hold the headers."""
     reached = asyncio.Event()
-    async with serving(holds(reached=reached)) as server, client_for(server) as client:
+    async with serving(hangs(reached=reached)) as server, client_for(server) as client:
         purchase = asyncio.ensure_future(buy(client))
         await reached.wait()
         purchase.cancel()
@@ -653,7 +653,7 @@ async def test_a_cancellation_shows_no_key() -> None:
     assert KEY[:12] not in shown(caught.value)
 
 
-async def test_the_kept_answer_of_a_purchase_does_not_hold_the_key() -> None:
+async def test_the_kept_answer_of_a_purchase_does_not_contain_the_key() -> None:
     async with (
         serving(answers(200, {**CREATED, "debug": {"token": [KEY]}})) as server,
         client_for(server) as client,
@@ -699,14 +699,14 @@ async def test_a_redirect_of_the_api_is_not_followed_so_the_key_stays() -> None:
     assert other.seen == []
 
 
-async def test_credentials_of_netrc_are_sent_to_nobody(
+async def test_credentials_of_netrc_are_not_sent(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password secret\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    behaviour = by_path(v1=answers(200, status_of("t")), file=answers(200, b"picture"))
+    behaviour = by_path(v1=answers(200, status_of("t")), file=answers(200, b"image"))
     async with serving(behaviour) as server, client_for(server) as client:
         await client.task("t")
         await client.download(f"{server.url}/file", sink=bytearray().extend, max_bytes=100)
@@ -761,7 +761,7 @@ def test_a_base_url_is_https_or_local(url: str) -> None:
         "https://api.evolink.ai\n",
     ],
 )
-def test_a_base_url_that_would_show_the_key_or_cannot_work_is_refused(url: str) -> None:
+def test_a_base_url_that_would_expose_the_key_or_cannot_work_is_refused(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         KreaClient(KEY, base_url=url)
     assert KEY not in str(caught.value)
@@ -779,7 +779,7 @@ def test_a_base_url_that_would_show_the_key_or_cannot_work_is_refused(url: str) 
         {"max_connections": 0},
     ],
 )
-def test_a_limit_that_is_none_is_refused(setting: dict[str, float]) -> None:
+def test_a_limit_that_is_not_positive_and_finite_is_refused(setting: dict[str, float]) -> None:
     settings: dict[str, Any] = setting
     with pytest.raises(ConfigError, match=next(iter(setting))):
         KreaClient(KEY, **settings)
@@ -795,12 +795,12 @@ def test_a_proxy_that_cannot_be_used_is_refused_without_its_password(
     assert "secret" not in str(caught.value)
 
 
-def test_the_answer_bound_leaves_room_for_a_whole_batch() -> None:
+def test_the_longest_answer_has_room_for_a_whole_batch() -> None:
     task = {"id": "x" * 128, "status": "completed", "results": ["https://h/" + "x" * 8192]}
     assert len(json.dumps([task] * 50)) < ANSWER_MAX_BYTES
 
 
-# -- the key, whatever the server makes of it -------------------------------------------------
+# -- the key in answers of the server ---------------------------------------------------------
 
 _ENCODED = quote("".join(f"%{ord(one):02X}" for one in KEY[:4]) + KEY[4:], safe="%")
 #: What a server may make of the key that it was sent.
@@ -818,7 +818,7 @@ def forms_in(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_no_error_holds_the_key_in_its_code_type_message_or_request_id(form: str) -> None:
+async def test_no_error_contains_the_key_in_its_code_type_message_or_request_id(form: str) -> None:
     error = {
         "code": f"invalid_key_{form}",
         "type": f"Type {form}",
@@ -841,7 +841,7 @@ async def test_no_error_holds_the_key_in_its_code_type_message_or_request_id(for
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_a_packing_named_like_the_key_is_not_shown(form: str) -> None:
+async def test_an_encoding_named_like_the_key_is_not_shown(form: str) -> None:
     behaviour = answers(400, b"x", content_encoding=form)
     async with serving(behaviour) as server, client_for(server) as client:
         assert forms_in(shown(await failed_purchase(client))) == []
@@ -851,7 +851,7 @@ async def test_a_packing_named_like_the_key_is_not_shown(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_the_kept_answer_does_not_hold_the_key_in_a_name_or_a_value(form: str) -> None:
+async def test_the_kept_answer_does_not_contain_the_key_in_a_name_or_a_value(form: str) -> None:
     answer = {**CREATED, form: 1, "deep": [{f"x{form}": {"y": f"<{form}>"}}], "status": f"s-{form}"}
     answer["usage"] = {"billing_rule": form, "user_group": f"g {form}", "credits_reserved": 0.45}
     async with serving(answers(200, answer)) as server, client_for(server) as client:
@@ -861,7 +861,7 @@ async def test_the_kept_answer_does_not_hold_the_key_in_a_name_or_a_value(form: 
     assert bought.credits_reserved_units == 4_500
 
 
-async def test_a_task_id_that_holds_the_key_leaves_the_purchase_unknown() -> None:
+async def test_a_task_id_with_the_key_leaves_the_purchase_unknown() -> None:
     answer = {**CREATED, "id": f"task-{KEY.upper()}"}
     async with serving(answers(200, answer)) as server, client_for(server) as client:
         failure = await failed_purchase(client)
@@ -870,7 +870,7 @@ async def test_a_task_id_that_holds_the_key_leaves_the_purchase_unknown() -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_a_result_link_that_holds_the_key_is_no_answer_and_the_task_is_read_again(
+async def test_a_result_link_with_the_key_is_not_used_and_the_task_is_read_again(
     form: str,
 ) -> None:
     def done(task_id: str, link: str) -> dict[str, Any]:
@@ -890,7 +890,7 @@ async def test_a_result_link_that_holds_the_key_is_no_answer_and_the_task_is_rea
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_a_task_that_failed_or_moves_tells_its_state_without_the_key(form: str) -> None:
+async def test_a_failed_or_unfinished_task_is_read_without_the_key(form: str) -> None:
     failed = {"id": "t", "status": "failed", "error": {"code": f"c_{form}", "message": form}}
     for answer in (failed, {"id": "t", "status": f"state {form}"}):
         async with serving(answers(200, answer)) as server, client_for(server) as client:
@@ -902,7 +902,7 @@ async def test_a_task_that_failed_or_moves_tells_its_state_without_the_key(form:
     assert forms_in(shown(caught.value)) == []
 
 
-async def test_a_redirect_to_a_path_with_the_key_is_not_told() -> None:
+async def test_a_redirect_to_a_path_with_the_key_does_not_show_it() -> None:
     behaviour = by_path(file=answers(302, location=f"http://user@files.test/{KEY}"))
     async with serving(behaviour) as server, client_for(server) as client:
         with pytest.raises(LinkRefused) as caught:
@@ -910,7 +910,7 @@ async def test_a_redirect_to_a_path_with_the_key_is_not_told() -> None:
     assert forms_in(shown(caught.value)) == []
 
 
-# -- no proxy for what is near ----------------------------------------------------------------
+# -- no proxy for private hosts ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -922,7 +922,7 @@ async def test_a_redirect_to_a_path_with_the_key_is_not_told() -> None:
         *("[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[::ffff:a9fe:101]", "[fe80::1%25eth0]", "0"),
     ],
 )
-def test_a_host_that_is_near_is_reached_without_a_proxy(
+def test_a_private_host_is_reached_without_a_proxy(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
@@ -937,7 +937,7 @@ def test_a_host_that_is_near_is_reached_without_a_proxy(
     "host",
     ["api.evolink.ai", "8.8.8.8", "172.32.0.1", "[2606:4700::1111]", "localhost.test"],
 )
-def test_a_host_that_is_far_is_reached_by_way_of_the_proxy(
+def test_a_public_host_is_reached_through_the_proxy(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://proxy.test:3128")
@@ -950,7 +950,7 @@ def test_a_host_that_is_far_is_reached_by_way_of_the_proxy(
 async def test_the_key_for_a_server_on_this_machine_is_not_seen_by_a_proxy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    behaviour = by_path(v1=answers(200, CREATED), file=answers(200, b"picture"))
+    behaviour = by_path(v1=answers(200, CREATED), file=answers(200, b"image"))
     async with serving(answers(200, CREATED)) as proxy, serving(behaviour) as server:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)

@@ -1,4 +1,4 @@
-"""Why no connection was made, in an attribute and in words that say what to do about it."""
+"""Why no connection was made: the attribute ``cause``, and a message with advice."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from krea_dagster.errors import Cause, NotSent, NoUsableAnswer, NoUsableBody, Ou
 from krea_dagster.models import ImageRequest
 from tests.api.loopback_server import (
     Behaviour,
-    Seen,
+    ReceivedRequest,
     answers,
     closed_port,
-    holds,
-    says,
+    hangs,
     serving,
+    writes,
 )
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +44,7 @@ REQUEST = ImageRequest(
 
 
 async def not_sent(client: KreaClient) -> NotSent:
-    """The failure of a purchase, and a question fails for the same cause."""
+    """Return the failure of a purchase, and check that a read fails for the same cause."""
     with pytest.raises(NotSent) as caught:
         await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
     with pytest.raises(NoUsableAnswer) as asked:
@@ -56,7 +56,7 @@ async def not_sent(client: KreaClient) -> NotSent:
 
 @pytest.fixture
 def untrusted() -> ssl.SSLContext:
-    """The server's side of TLS, with a certificate that the client does not trust."""
+    """Return the server's side of TLS, with a certificate that the client does not trust."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1", "localhost").configure_cert(context)
     return context
@@ -93,7 +93,7 @@ async def test_a_certificate_of_a_file_host_that_is_not_trusted(
             await client.download(server.url, sink=io.BytesIO(), max_bytes=9)
 
 
-async def test_a_certificate_for_another_name_says_so(
+async def test_the_error_for_a_certificate_of_another_name_says_so(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(answers(200, {}), tls) as server:
@@ -119,15 +119,15 @@ async def listening(handle: Callable[..., Any]) -> AsyncIterator[int]:
 BROKEN: dict[str, Behaviour] = {
     "wants another password": answers(407),
     "may not go there": answers(403, b"<html>"),
-    "answers garbage": says(b"garbage\r\n\r\n", keep=False),
-    "closes in silence": says(keep=False),
-    "never answers": holds(),
-    "echoes the password": says(b"HTTP/1.1 502 \x1b[31mhunter2\r\nContent-Length: 0\r\n\r\n"),
+    "answers garbage": writes(b"garbage\r\n\r\n", keep=False),
+    "closes in silence": writes(keep=False),
+    "never answers": hangs(),
+    "echoes the password": writes(b"HTTP/1.1 502 \x1b[31mhunter2\r\nContent-Length: 0\r\n\r\n"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-async def test_a_proxy_that_does_not_work_is_named_without_its_password(
+async def test_a_proxy_that_fails_is_shown_without_its_password(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(BROKEN[case]) as proxy:
@@ -145,7 +145,7 @@ async def test_a_proxy_that_does_not_work_is_named_without_its_password(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "proxy.invalid"])
-async def test_a_proxy_that_is_not_there(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_that_is_unreachable(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     port = closed_port()
     monkeypatch.setenv("ALL_PROXY", f"http://me:s3cretword@{host}:{port}")
     async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
@@ -158,8 +158,8 @@ async def test_a_proxy_that_is_not_there(host: str, monkeypatch: pytest.MonkeyPa
 async def test_a_proxy_that_reads_an_http_purchase_and_closes_leaves_it_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without a tunnel the proxy is given the purchase itself, and may have passed it on."""
-    async with serving(says(keep=False)) as proxy:
+    """Without a tunnel the proxy receives the purchase, and may have forwarded it."""
+    async with serving(writes(keep=False)) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         async with KreaClient(KEY, base_url="http://api.evolink.internal") as client:
             with pytest.raises(OutcomeUnknown):
@@ -167,13 +167,13 @@ async def test_a_proxy_that_reads_an_http_purchase_and_closes_leaves_it_unknown(
     assert len(proxy.seen) == 1
 
 
-async def test_a_certificate_that_is_refused_behind_a_proxy_is_the_certificates_trouble(
+async def test_a_certificate_refused_behind_a_proxy_is_a_certificate_error(
     untrusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(answers(200, {}), untrusted) as server:
 
-        async def tunnel(_: Seen, writer: asyncio.StreamWriter) -> bool:
-            """Carry bytes both ways, past the stream that has read the CONNECT."""
+        async def tunnel(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
+            """Forward bytes both ways, without the stream that has read the CONNECT."""
             loop = asyncio.get_running_loop()
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
             writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -201,7 +201,7 @@ async def test_a_certificate_that_is_refused_behind_a_proxy_is_the_certificates_
     assert "the certificate of api.evolink.invalid was refused" in error.message
 
 
-# -- the rest ---------------------------------------------------------------------------------
+# -- other causes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", [None, httpx.AsyncHTTPTransport])
@@ -213,7 +213,7 @@ async def test_a_certificate_that_is_refused_behind_a_proxy_is_the_certificates_
         ("https://127.0.0.1:PORT", "connection", "no connection to 127.0.0.1"),
     ],
 )
-async def test_a_name_or_a_host_that_is_not_there(
+async def test_an_unknown_name_or_an_unreachable_host(
     transport: Callable[[], httpx.AsyncBaseTransport] | None, url: str, cause: Cause, words: str
 ) -> None:
     settings: dict[str, Any] = {} if transport is None else {"transport": transport()}
@@ -224,10 +224,10 @@ async def test_a_name_or_a_host_that_is_not_there(
     assert words in error.message
 
 
-async def test_a_place_that_does_not_become_free() -> None:
+async def test_no_connection_becomes_free() -> None:
     reached = asyncio.Event()
     async with (
-        serving(holds(reached=reached)) as server,
+        serving(hangs(reached=reached)) as server,
         KreaClient(KEY, base_url=server.url, max_connections=1, timeout_s=0.2) as client,
     ):
         holder = asyncio.ensure_future(client._get_answer("GET", "/v1/credits"))
@@ -243,14 +243,14 @@ async def test_a_place_that_does_not_become_free() -> None:
 # -- the transport, as any client of httpx sees it ----------------------------------------------
 
 FAILURES: dict[str, tuple[Behaviour, type[httpx.TransportError]]] = {
-    "closes in silence": (says(keep=False), httpx.RemoteProtocolError),
-    "never answers": (holds(), httpx.ReadTimeout),
-    "answers garbage": (says(b"garbage\r\n\r\n", keep=False), httpx.RemoteProtocolError),
+    "closes in silence": (writes(keep=False), httpx.RemoteProtocolError),
+    "never answers": (hangs(), httpx.ReadTimeout),
+    "answers garbage": (writes(b"garbage\r\n\r\n", keep=False), httpx.RemoteProtocolError),
     "breaks off": (
-        says(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", keep=False),
+        writes(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", keep=False),
         httpx.RemoteProtocolError,
     ),
-    "stops": (holds(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"), httpx.ReadTimeout),
+    "stops": (hangs(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"), httpx.ReadTimeout),
 }
 
 
@@ -266,7 +266,7 @@ async def test_a_request_that_was_sent_is_never_a_failure_to_connect(case: str) 
     assert type(caught.value) is error
 
 
-async def test_any_client_of_httpx_can_use_it() -> None:
+async def test_an_httpx_client_can_use_the_transport() -> None:
     async with (
         serving(answers(200, {"a": 1}, set_cookie="a=b")) as server,
         httpx.AsyncClient(transport=AiohttpTransport()) as http,
@@ -280,10 +280,10 @@ async def test_any_client_of_httpx_can_use_it() -> None:
     assert server.connections == 1
 
 
-async def test_a_place_is_given_back_whatever_becomes_of_a_request() -> None:
-    endings = iter([says(keep=False), holds(), answers(200, b"x" * 100_000), answers(200, b"x")])
+async def test_a_connection_is_released_for_any_end_of_a_request() -> None:
+    endings = iter([writes(keep=False), hangs(), answers(200, b"x" * 100_000), answers(200, b"x")])
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await next(endings)(seen, writer)
 
     transport = AiohttpTransport(max_connections=1)
@@ -299,10 +299,10 @@ async def test_a_place_is_given_back_whatever_becomes_of_a_request() -> None:
         assert (await http.get(server.url)).content == b"x"
 
 
-async def test_a_get_is_sent_again_where_a_kept_connection_was_closed_and_a_post_is_not() -> None:
-    endings = iter([answers(200), says(keep=False), answers(200), says(keep=False)])
+async def test_a_get_is_repeated_if_a_kept_connection_was_closed_and_a_post_is_not() -> None:
+    endings = iter([answers(200), writes(keep=False), answers(200), writes(keep=False)])
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await next(endings)(seen, writer)
 
     async with serving(behave) as server, httpx.AsyncClient(transport=AiohttpTransport()) as http:

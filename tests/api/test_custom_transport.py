@@ -1,4 +1,4 @@
-"""A client over a transport of its user's: the API and the files go through it, nothing else."""
+"""A client over a custom transport, which sends all requests to the API and to file hosts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ REQUEST = ImageRequest(
 )
 
 
-class World:
-    """EvoLink and its file host, in a function."""
+class FakeEvoLink:
+    """EvoLink and its file host as a request handler."""
 
     def __init__(self) -> None:
         self.seen: list[httpx.Request] = []
@@ -56,7 +56,7 @@ def over(handler: Callable[[httpx.Request], Any], **settings: Any) -> KreaClient
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever would look up a name, or open a thread, fails."""
+    """Make every lookup of a name and every thread fail."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("the network or a thread was used")
@@ -65,11 +65,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", forbidden)
 
 
-async def test_an_image_is_bought_asked_about_and_fetched_without_network_or_threads(
+async def test_an_image_is_bought_read_and_downloaded_without_network_or_threads(
     no_network: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    world, got = World(), io.BytesIO()
+    world, got = FakeEvoLink(), io.BytesIO()
     async with over(world) as client:
         bought = await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
         task = await client.task(bought.task_id)
@@ -84,7 +84,7 @@ async def test_an_image_is_bought_asked_about_and_fetched_without_network_or_thr
     assert KEY not in caplog.text
 
 
-async def test_what_a_mock_raises_is_believed_by_httpx_rules() -> None:
+async def test_errors_of_a_mock_are_believed_like_those_of_httpx() -> None:
     errors = {httpx.ConnectError: NotSent, httpx.ReadError: OutcomeUnknown, OSError: OutcomeUnknown}
     for raised, meant in errors.items():
 
@@ -101,27 +101,27 @@ async def test_what_a_mock_raises_is_believed_by_httpx_rules() -> None:
 @pytest.mark.parametrize(
     "host", ["169.254.169.254", "10.0.0.1", "2130706433", "[::1]", "meta.test"]
 )
-async def test_an_address_that_this_machine_can_tell_is_checked_before(host: str) -> None:
+async def test_an_address_that_this_machine_can_resolve_is_checked_before(host: str) -> None:
     async def names(name: str, _port: int) -> list[str]:
         known = {"api.evolink.ai": "8.8.8.8", "2130706433": "127.0.0.1", "meta.test": "10.0.0.9"}
         return [known[name]]
 
-    world = World()
+    world = FakeEvoLink()
     async with over(world, resolve=names) as client:
         with pytest.raises(LinkRefused):
             await client.download(f"https://{host}/a.png", sink=io.BytesIO(), max_bytes=9)
     assert world.seen == []
 
 
-async def test_a_written_out_private_address_is_not_fetched_where_no_name_can_be_told() -> None:
-    world = World()
+async def test_a_written_out_private_address_is_not_fetched_if_names_cannot_be_resolved() -> None:
+    world = FakeEvoLink()
     async with over(world) as client:
         with pytest.raises(NoUsableBody):
             await client.download("https://169.254.169.254/", sink=io.BytesIO(), max_bytes=9)
     assert world.seen == []
 
 
-async def test_a_mocks_body_may_be_a_stream_and_shorter_than_it_promised() -> None:
+async def test_the_body_of_a_mock_may_be_a_stream_and_too_short() -> None:
     async def parts() -> AsyncIterator[bytes]:
         yield PICTURE[:1000]
 
@@ -133,7 +133,7 @@ async def test_a_mocks_body_may_be_a_stream_and_shorter_than_it_promised() -> No
             await client.download(LINK, sink=io.BytesIO(), max_bytes=9000)
 
 
-async def test_a_mocks_silence_ends_a_download_though_the_mock_knows_no_time_limit() -> None:
+async def test_silence_of_a_mock_without_time_limits_ends_a_download() -> None:
     async def silent(_: httpx.Request) -> httpx.Response:
         await asyncio.Event().wait()
         raise AssertionError
@@ -150,6 +150,6 @@ async def test_a_transport_that_serves_the_api_and_the_files_is_closed_once() ->
         async def aclose(self) -> None:
             closed.append(self)
 
-    async with KreaClient(KEY, transport=Counted(World())) as client:
+    async with KreaClient(KEY, transport=Counted(FakeEvoLink())) as client:
         await client.task("t")
     assert len(closed) == 1

@@ -1,4 +1,4 @@
-"""Result links over real sockets: every bound holds, and a whole body arrives as it was sent."""
+"""Downloads over real sockets: every limit is enforced, and a body arrives as it was sent."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from krea_dagster.api.decompress import CHUNK_BYTES, Decompressor
 from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
 from tests.api.loopback_server import (
     Behaviour,
-    Seen,
+    ReceivedRequest,
     answers,
     by_path,
     closed_port,
     floods,
-    holds,
+    hangs,
     message,
-    says,
     serving,
+    writes,
 )
 
 pytestmark = pytest.mark.anyio
@@ -38,8 +38,8 @@ PUBLIC_API = "https://api.evolink.ai"
 PICTURE = bytes(range(256)) * 1000
 
 
-class Names:
-    """A resolver that knows the names it is given, and counts how often it is asked."""
+class FakeResolver:
+    """A resolver with fixed names that counts its calls."""
 
     def __init__(self, **known: list[str]) -> None:
         self.known = {name.replace("_", "."): found for name, found in known.items()}
@@ -88,14 +88,14 @@ async def test_a_body_arrives_as_it_was_sent_with_its_hash() -> None:
 async def test_the_sink_gets_few_and_large_pieces() -> None:
     pieces: list[bytes] = []
     slices = [PICTURE[start : start + 1000] for start in range(0, len(PICTURE), 1000)]
-    behaviour = says(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", *slices, keep=False)
+    behaviour = writes(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", *slices, keep=False)
     async with serving(behaviour) as server, KreaClient(KEY, base_url=LOCAL_API) as client:
         await client.download(server.url, sink=pieces.append, max_bytes=1_000_000)
     assert b"".join(pieces) == PICTURE
     assert all(len(piece) >= CHUNK_BYTES for piece in pieces[:-1])
 
 
-async def test_neither_key_nor_cookie_goes_to_a_file_host() -> None:
+async def test_neither_key_nor_cookie_is_sent_to_a_file_host() -> None:
     async with (
         serving(answers(200, b"x", set_cookie="a=b")) as server,
         KreaClient(KEY, base_url=server.url) as client,
@@ -113,7 +113,7 @@ async def test_neither_key_nor_cookie_goes_to_a_file_host() -> None:
     assert server.connections == 1
 
 
-async def test_what_the_sink_raises_is_passed_on() -> None:
+async def test_errors_of_the_sink_pass_through() -> None:
     def full(_: bytes) -> None:
         raise OSError(28, "No space left on device")
 
@@ -131,7 +131,7 @@ async def test_what_the_sink_raises_is_passed_on() -> None:
         ("identity", PICTURE),
     ],
 )
-async def test_a_body_that_is_packed_though_not_asked_for_is_unpacked(
+async def test_a_compressed_body_that_was_not_requested_is_decompressed(
     encoding: str, packed: bytes
 ) -> None:
     async with serving(answers(200, packed, content_encoding=encoding)) as server:
@@ -140,7 +140,7 @@ async def test_a_body_that_is_packed_though_not_asked_for_is_unpacked(
     assert download.sha256 == hashlib.sha256(PICTURE).hexdigest()
 
 
-def test_a_packed_body_is_unpacked_a_bounded_piece_at_a_time() -> None:
+def test_a_compressed_body_is_decompressed_in_pieces_of_bounded_size() -> None:
     packed = gzip.compress(bytes(5_000_000))
     decompressor = Decompressor("gzip")
     sizes: list[int] = []
@@ -168,14 +168,14 @@ UNUSABLE: dict[str, Behaviour] = {
     "204": answers(204),
     "302 to nowhere": answers(302),
     "empty": answers(200, b""),
-    "truncated": says(HEAD + b"Content-Length: 99\r\n\r\nx", keep=False),
-    "truncated between chunks": says(
+    "truncated": writes(HEAD + b"Content-Length: 99\r\n\r\nx", keep=False),
+    "truncated between chunks": writes(
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n", keep=False
     ),
-    "closed in silence": says(keep=False),
-    "garbage": says(b"garbage\r\n\r\n", keep=False),
-    "silent": holds(),
-    "silent within": holds(HEAD + b"Content-Length: 99\r\n\r\nx"),
+    "closed in silence": writes(keep=False),
+    "garbage": writes(b"garbage\r\n\r\n", keep=False),
+    "silent": hangs(),
+    "silent within": hangs(HEAD + b"Content-Length: 99\r\n\r\nx"),
     "unknown packing": answers(200, b"x", content_encoding="br"),
     "damaged packing": answers(200, b"xyz", content_encoding="gzip"),
     "cut packing": answers(200, gzip.compress(PICTURE)[:-9], content_encoding="gzip"),
@@ -183,25 +183,27 @@ UNUSABLE: dict[str, Behaviour] = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-async def test_a_body_that_is_not_whole_is_not_usable(case: str) -> None:
+async def test_an_incomplete_body_is_not_usable(case: str) -> None:
     async with serving(UNUSABLE[case]) as server:
         error = await failed_fetch(server.url, download_timeout_s=0.3)
     assert type(error) is NoUsableBody
 
 
-async def test_a_refused_connection_is_no_usable_body() -> None:
+async def test_a_refused_connection_is_not_a_usable_body() -> None:
     url = f"http://127.0.0.1:{closed_port()}/"
     assert type(await failed_fetch(url)) is NoUsableBody
 
 
-async def test_a_name_without_addresses_is_no_usable_body() -> None:
-    error = await failed_fetch("https://files.test/", PUBLIC_API, resolve=Names())
+async def test_a_name_without_addresses_is_not_a_usable_body() -> None:
+    error = await failed_fetch("https://files.test/", PUBLIC_API, resolve=FakeResolver())
     assert type(error) is NoUsableBody
-    error = await failed_fetch("https://files.test/", PUBLIC_API, resolve=Names(files_test=[]))
+    error = await failed_fetch(
+        "https://files.test/", PUBLIC_API, resolve=FakeResolver(files_test=[])
+    )
     assert type(error) is NoUsableBody
 
 
-async def test_an_unresolvable_name_is_no_usable_body_with_the_systems_resolver() -> None:
+async def test_an_unresolvable_name_is_not_a_usable_body_with_the_systems_resolver() -> None:
     for url in ("https://files.evolink.invalid/", f"https://{'x' * 70}.test/", "https://a..b/"):
         assert type(await failed_fetch(url, PUBLIC_API)) in (NoUsableBody, LinkRefused)
 
@@ -210,13 +212,13 @@ async def test_an_unresolvable_name_is_no_usable_body_with_the_systems_resolver(
     "behaviour",
     [
         answers(200, b"x" * 101),
-        says(HEAD + b"\r\n", b"x" * 101, keep=False),
+        writes(HEAD + b"\r\n", b"x" * 101, keep=False),
         floods(HEAD + b"\r\n", b"x" * 1000),
         floods(HEAD + b"Content-Length: 999999999999\r\n\r\n", b"x" * 1000),
         answers(200, gzip.compress(bytes(50_000_000)), content_encoding="gzip"),
     ],
 )
-async def test_a_body_longer_than_the_bound_is_left_at_once(behaviour: Behaviour) -> None:
+async def test_a_body_longer_than_the_limit_is_not_read_further(behaviour: Behaviour) -> None:
     got = bytearray()
     async with serving(behaviour) as server, KreaClient(KEY, base_url=LOCAL_API) as client:
         with pytest.raises(NoUsableBody):
@@ -224,13 +226,13 @@ async def test_a_body_longer_than_the_bound_is_left_at_once(behaviour: Behaviour
     assert len(got) <= 100
 
 
-async def test_a_body_of_exactly_the_bound_is_taken() -> None:
+async def test_a_body_of_exactly_the_limit_is_accepted() -> None:
     async with serving(answers(200, b"x" * 100)) as server:
         assert (await fetch(server.url, max_bytes=100))[0] == b"x" * 100
 
 
 async def test_a_download_ends_after_silence() -> None:
-    async with serving(holds(HEAD + b"Content-Length: 99\r\n\r\nx")) as server:
+    async with serving(hangs(HEAD + b"Content-Length: 99\r\n\r\nx")) as server:
         error = await failed_fetch(server.url, download_timeout_s=0.2)
     assert type(error) is NoUsableBody
     assert "no byte came for 0.2 s" in str(error)
@@ -240,8 +242,8 @@ async def test_a_download_ends_after_silence() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "127.1", "[::ffff:127.0.0.1]"])
-async def test_a_link_to_this_machine_is_refused_where_the_api_is_public(host: str) -> None:
-    names = Names(
+async def test_a_link_to_this_machine_is_refused_if_the_api_is_public(host: str) -> None:
+    names = FakeResolver(
         api_evolink_ai=["8.8.8.8"], **{"2130706433": ["127.0.0.1"], "127_1": ["127.0.0.1"]}
     )
     async with serving(answers(200, b"x")) as server:
@@ -251,33 +253,33 @@ async def test_a_link_to_this_machine_is_refused_where_the_api_is_public(host: s
     assert server.connections == 0
 
 
-async def test_a_name_of_which_one_address_is_local_is_refused() -> None:
-    names = Names(api_evolink_ai=["8.8.8.8"], files_test=["8.8.8.8", "10.0.0.1"])
+async def test_a_name_with_one_local_address_is_refused() -> None:
+    names = FakeResolver(api_evolink_ai=["8.8.8.8"], files_test=["8.8.8.8", "10.0.0.1"])
     error = await failed_fetch("https://files.test/a.png", PUBLIC_API, resolve=names)
     assert type(error) is LinkRefused
     assert "10.0.0.1" in str(error)
 
 
-async def test_a_metadata_address_is_refused_even_where_the_api_is_local() -> None:
+async def test_a_metadata_address_is_refused_even_if_the_api_is_local() -> None:
     assert type(await failed_fetch("http://169.254.169.254/latest")) is LinkRefused
 
 
-async def test_addresses_that_a_proxy_invents_are_allowed_where_the_api_has_one_too() -> None:
-    """Some proxies answer every name with an address of 198.18.0.0/15."""
-    base = Names(api_evolink_ai=["198.18.0.1"], files_test=["198.18.0.2"])
+async def test_addresses_that_a_proxy_invents_are_allowed_if_the_api_has_one_too() -> None:
+    """Some proxies resolve every name to an address of 198.18.0.0/15."""
+    base = FakeResolver(api_evolink_ai=["198.18.0.1"], files_test=["198.18.0.2"])
     error = await failed_fetch(
         f"https://files.test:{closed_port()}/", PUBLIC_API, resolve=base, connect_timeout_s=0.2
     )
     assert type(error) is NoUsableBody
-    public = Names(api_evolink_ai=["8.8.8.8"], files_test=["198.18.0.2"])
+    public = FakeResolver(api_evolink_ai=["8.8.8.8"], files_test=["198.18.0.2"])
     assert (
         type(await failed_fetch("https://files.test/", PUBLIC_API, resolve=public)) is LinkRefused
     )
 
 
 async def test_the_checked_address_is_the_one_that_is_connected_to() -> None:
-    """The name exists in the given resolver only, and is asked for once."""
-    names = Names(files_test=["127.0.0.1"])
+    """The name exists in this resolver only, and is resolved once."""
+    names = FakeResolver(files_test=["127.0.0.1"])
     async with serving(answers(200, b"x")) as server:
         url = f"http://files.test:{server.port}/a.png"
         got, download = await fetch(url, resolve=names)
@@ -286,8 +288,8 @@ async def test_the_checked_address_is_the_one_that_is_connected_to() -> None:
     assert server.seen[0].headers["host"] == f"files.test:{server.port}"
 
 
-async def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
-    names = Names(files_test=["127.0.0.2", "127.0.0.1"])
+async def test_the_next_address_is_tried_if_one_does_not_answer() -> None:
+    names = FakeResolver(files_test=["127.0.0.2", "127.0.0.1"])
     async with serving(answers(200, b"x")) as server:
         assert (await fetch(f"http://files.test:{server.port}/", resolve=names))[0] == b"x"
 
@@ -327,7 +329,7 @@ async def test_a_redirect_to_something_unsafe_is_refused(location: str) -> None:
 
 @pytest.mark.parametrize("turns", [5, 6])
 async def test_redirects_are_followed_five_times(turns: int) -> None:
-    async def turn(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def turn(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         count = int(seen.target.strip("/") or "0")
         writer.write(
             message(200, b"x") if count == turns else message(302, location=f"/{count + 1}")
@@ -349,7 +351,7 @@ async def test_redirects_are_followed_five_times(turns: int) -> None:
 async def test_an_http_link_is_fetched_by_https_and_the_name_is_verified(
     scheme: str, tls: ssl.SSLContext
 ) -> None:
-    names = Names(files_test=["127.0.0.1"])
+    names = FakeResolver(files_test=["127.0.0.1"])
     async with serving(answers(200, b"x"), tls) as server:
         url = f"{scheme}://files.test:{server.port}/a.png"
         got, download = await fetch(url, "https://127.0.0.1", resolve=names)
@@ -358,7 +360,7 @@ async def test_an_http_link_is_fetched_by_https_and_the_name_is_verified(
 
 
 async def test_a_certificate_for_another_name_is_not_accepted(tls: ssl.SSLContext) -> None:
-    names = Names(other_test=["127.0.0.1"])
+    names = FakeResolver(other_test=["127.0.0.1"])
     async with serving(answers(200, b"x"), tls) as server:
         url = f"https://other.test:{server.port}/"
         error = await failed_fetch(url, "https://127.0.0.1", resolve=names)
@@ -367,7 +369,7 @@ async def test_a_certificate_for_another_name_is_not_accepted(tls: ssl.SSLContex
 
 
 async def test_a_redirect_from_https_to_http_is_refused(tls: ssl.SSLContext) -> None:
-    names = Names(files_test=["127.0.0.1"])
+    names = FakeResolver(files_test=["127.0.0.1"])
     async with serving(answers(200, b"x")) as plain:
         moved = answers(302, location=plain.url)
         async with serving(moved, tls) as server:
@@ -382,27 +384,27 @@ async def test_a_redirect_from_https_to_http_is_refused(tls: ssl.SSLContext) -> 
 async def test_a_proxy_of_the_environment_gets_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(by_path(**{"http:": answers(200, b"x")})) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//me:secret@"))
-        got, _ = await fetch("http://files.test/a.png", resolve=Names())
+        got, _ = await fetch("http://files.test/a.png", resolve=FakeResolver())
     assert got == b"x"
     (seen,) = proxy.seen
     assert seen.target == "http://files.test/a.png"
     assert seen.headers["proxy-authorization"].startswith("Basic ")
 
 
-async def test_a_name_that_no_proxy_names_is_fetched_directly(
+async def test_a_host_in_no_proxy_is_reached_directly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setenv("NO_PROXY", "files.test")
-    names = Names(files_test=["127.0.0.1"])
+    names = FakeResolver(files_test=["127.0.0.1"])
     async with serving(answers(200, b"x")) as server:
         assert (await fetch(f"http://files.test:{server.port}/", resolve=names))[0] == b"x"
 
 
-async def test_a_proxy_does_not_open_the_way_to_a_metadata_address(
+async def test_a_metadata_address_is_refused_behind_a_proxy_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = Names(meta_test=["169.254.169.254"])
+    names = FakeResolver(meta_test=["169.254.169.254"])
     async with serving(answers(200, b"x")) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         for url in ("http://169.254.169.254/", "http://meta.test/"):
@@ -410,19 +412,19 @@ async def test_a_proxy_does_not_open_the_way_to_a_metadata_address(
     assert proxy.connections == 0
 
 
-async def test_behind_a_proxy_a_private_address_is_not_fetched_where_no_name_can_be_told(
+async def test_behind_a_proxy_a_private_address_is_not_fetched_if_names_cannot_be_resolved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing but the proxy resolves names there, so it is not known what the API's host is."""
+    """Only the proxy resolves names there, so the kind of the API's host is not known."""
     async with serving(answers(200, b"x")) as proxy:
         monkeypatch.setenv("ALL_PROXY", proxy.url)
         for url in ("https://100.100.100.200/", "https://203.0.113.7/"):
-            error = await failed_fetch(url, PUBLIC_API, resolve=Names())
+            error = await failed_fetch(url, PUBLIC_API, resolve=FakeResolver())
             assert type(error) in (LinkRefused, NoUsableBody)
     assert proxy.connections == 0
 
 
-async def test_a_proxy_url_that_cannot_be_used_is_a_setting(
+async def test_an_unusable_proxy_url_is_a_config_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "bogus://127.0.0.1")

@@ -1,4 +1,4 @@
-"""Slow lines: silence and a crawl end a download, its length does not, and the rest is fetched."""
+"""Slow downloads: silence and too low a speed end one, its length does not; it is resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.download import RESUMED_MAX
 from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.errors import LinkDead, NoUsableBody
-from tests.api.loopback_server import Behaviour, Seen, answers, message, serving
+from tests.api.loopback_server import Behaviour, ReceivedRequest, answers, message, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -25,10 +25,10 @@ KEY = "sk-test-0123456789abcdefghij"
 LOCAL_API = "http://127.0.0.1:1"
 PICTURE = bytes(range(256)) * 1000
 
-# -- what is decided --------------------------------------------------------------------------
+# -- decisions --------------------------------------------------------------------------------
 
 
-async def test_fewer_than_a_kilobyte_a_second_is_a_crawl() -> None:
+async def test_fewer_than_a_kilobyte_a_second_is_too_slow() -> None:
     enough = RateWindow(100.0).add(60 * MIN_BYTES_PER_S)
     assert not enough.is_over(159.9, 60.0)
     assert enough.is_over(160.0, 60.0)
@@ -37,11 +37,11 @@ async def test_fewer_than_a_kilobyte_a_second_is_a_crawl() -> None:
     assert RateWindow(100.0).add(60 * MIN_BYTES_PER_S - 1).is_too_slow(160.0)
 
 
-async def test_what_the_sink_takes_its_time_for_is_no_crawl() -> None:
+async def test_time_of_the_sink_does_not_count() -> None:
     assert not RateWindow(100.0).add(MIN_BYTES_PER_S).pause(59.0).is_too_slow(160.0)
 
 
-async def test_a_slow_download_halves_the_number_and_one_that_ends_well_adds_one() -> None:
+async def test_a_slow_download_halves_the_limit_and_a_success_adds_one() -> None:
     at_once = DownloadLimit(most=16, number=16)
     for now_s, number in enumerate([8, 4, 2, 1, 1]):
         at_once = at_once.slow(began_at_s=now_s, now_s=now_s + 0.5)
@@ -52,7 +52,7 @@ async def test_a_slow_download_halves_the_number_and_one_that_ends_well_adds_one
     assert DownloadLimit(most=16, number=16).success().number == 16
 
 
-async def test_downloads_that_began_together_and_stop_together_halve_it_once() -> None:
+async def test_downloads_that_began_and_stop_together_halve_the_limit_once() -> None:
     at_once = DownloadLimit(most=16, number=16)
     for _ in range(16):
         at_once = at_once.slow(began_at_s=0.0, now_s=60.0)
@@ -62,8 +62,8 @@ async def test_downloads_that_began_together_and_stop_together_halve_it_once() -
 # -- a slow line ------------------------------------------------------------------------------
 
 
-class Line:
-    """A line of so many bytes a second in all, shared by all that is sent over it in turn."""
+class SharedConnection:
+    """A shared connection with a limited number of bytes a second."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
@@ -79,13 +79,13 @@ class Line:
             await writer.drain()
 
 
-async def test_64_files_of_6_mb_come_over_a_line_of_half_a_megabyte_a_second() -> None:
-    """Bytes and time are both 1 in 200: files of 30 KB, and silence of 0.3 s instead of 60 s."""
+async def test_64_files_of_6_mb_arrive_over_half_a_megabyte_a_second() -> None:
+    """Bytes and times are both 1/200: files of 30 KB, and silence of 0.3 s instead of 60 s."""
     scale = 200
     picture = PICTURE[: 6_000_000 // scale]
-    line = Line(500_000)
+    line = SharedConnection(500_000)
 
-    async def behave(_: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         writer.write(message(200, picture)[: -len(picture)])
         await line.carry(writer, picture, piece_bytes=1000)
         return True
@@ -105,11 +105,11 @@ async def download(client: KreaClient, url: str) -> tuple[bytes, Download]:
     return got.getvalue(), done
 
 
-# -- silence, and a crawl, on a clock that is moved by hand -------------------------------------
+# -- silence and low speed, on a clock that the test moves --------------------------------------
 
 
-class Host:
-    """A file host in a function, and the clock that its bytes move."""
+class FakeHost:
+    """A file host as a request handler, and a clock that its bytes move."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -135,7 +135,7 @@ LINK = "https://files.evolink.ai/a.png"
 
 async def test_a_body_that_keeps_coming_has_no_deadline() -> None:
     """Nine hours, at 2 KB/s."""
-    host = Host()
+    host = FakeHost()
 
     def slow(_: httpx.Request) -> httpx.Response:
         return httpx.Response(200, content=host.trickle(540, 120_000, each_s=60.0))
@@ -146,8 +146,8 @@ async def test_a_body_that_keeps_coming_has_no_deadline() -> None:
     assert host.now_s == 9 * 3600
 
 
-async def test_a_body_that_crawls_ends_and_fewer_run_at_once_then() -> None:
-    host = Host()
+async def test_a_body_that_is_too_slow_ends_and_halves_the_limit() -> None:
+    host = FakeHost()
 
     def crawl(_: httpx.Request) -> httpx.Response:
         return httpx.Response(200, content=host.trickle(10_000, 1, each_s=1.0))
@@ -159,8 +159,8 @@ async def test_a_body_that_crawls_ends_and_fewer_run_at_once_then() -> None:
     assert host.now_s == 60
 
 
-async def test_a_slow_sink_is_neither_silence_nor_a_crawl() -> None:
-    host = Host()
+async def test_a_slow_sink_is_neither_silence_nor_too_slow() -> None:
+    host = FakeHost()
 
     def quick(_: httpx.Request) -> httpx.Response:
         return httpx.Response(200, content=host.trickle(3, 100_000, each_s=0.1))
@@ -174,8 +174,8 @@ async def test_a_slow_sink_is_neither_silence_nor_a_crawl() -> None:
     assert done.size_bytes == 300_000
 
 
-async def test_after_silence_fewer_run_at_once_and_one_more_for_each_that_ends_well() -> None:
-    host = Host()
+async def test_silence_halves_the_limit_and_each_success_adds_one() -> None:
+    host = FakeHost()
     silent = True
 
     async def answer(_: httpx.Request) -> httpx.Response:
@@ -204,30 +204,30 @@ async def test_after_silence_fewer_run_at_once_and_one_more_for_each_that_ends_w
         assert (host.most_running, client._files._limit.number) == (4, 8)
 
 
-async def test_the_wait_for_a_place_is_no_part_of_a_downloads_time() -> None:
-    """Five in a row through one place, each of which takes most of the time that one may."""
+async def test_waiting_for_a_place_does_not_count_as_download_time() -> None:
+    """Five downloads one after another, each of which takes most of the allowed time."""
 
     async def slowish(_: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0.06)
         return httpx.Response(200, content=b"x")
 
-    async with Host().client(slowish, max_connections=1, download_timeout_s=0.25) as client:
+    async with FakeHost().client(slowish, max_connections=1, download_timeout_s=0.25) as client:
         calls = (client.download(LINK, sink=len, max_bytes=9) for _ in range(5))
         assert len(await asyncio.gather(*calls)) == 5
 
 
-# -- going on where it broke off --------------------------------------------------------------
+# -- resuming ---------------------------------------------------------------------------------
 
 
-class Ranged:
-    """A host that cuts each answer after so many bytes, and then goes on where it is asked to."""
+class ResumingHost:
+    """A host that cuts each answer after a number of bytes, and answers range requests."""
 
     def __init__(self, cut_after: list[int], **headers: str) -> None:
         self.cuts = iter(cut_after)
         self.headers = headers
         self.taken = asyncio.Event()
 
-    async def __call__(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def __call__(self, seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         start = int(seen.headers.get("range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         rest = PICTURE[start:]
         headers = dict(self.headers)
@@ -241,11 +241,11 @@ class Ranged:
         await writer.drain()
         if cut == len(rest):
             return True
-        await self.taken.wait()  # else the reset could overtake what was sent
+        await self.taken.wait()  # else the reset could overtake the sent bytes
         return False
 
     async def fetch(self, url: str, **settings: Any) -> tuple[bytes, Download]:
-        """Fetch the picture, and let the host go on once a piece has come."""
+        """Fetch the image, and let the host continue once a piece has come."""
         got = bytearray()
 
         def sink(piece: bytes) -> None:
@@ -261,8 +261,8 @@ TAG = '"v1"'
 
 
 @pytest.mark.parametrize("accept_ranges", [{"accept_ranges": "bytes"}, {}])
-async def test_a_download_goes_on_where_it_broke_off(accept_ranges: dict[str, str]) -> None:
-    host = Ranged([70_000, 80_000], etag=TAG, **accept_ranges)
+async def test_a_download_is_resumed_where_it_broke_off(accept_ranges: dict[str, str]) -> None:
+    host = ResumingHost([70_000, 80_000], etag=TAG, **accept_ranges)
     async with serving(host) as server:
         got, done = await host.fetch(server.url)
     assert got == PICTURE
@@ -274,8 +274,8 @@ async def test_a_download_goes_on_where_it_broke_off(accept_ranges: dict[str, st
     assert [seen.headers["range"] for seen in others] == ["bytes=70000-", "bytes=150000-"]
 
 
-async def test_a_download_that_went_silent_goes_on_too() -> None:
-    async def silent(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+async def test_a_download_that_went_silent_is_resumed_too() -> None:
+    async def silent(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         if "range" in seen.headers:
             return await host(seen, writer)
         whole = message(200, PICTURE, etag=TAG)
@@ -283,17 +283,17 @@ async def test_a_download_that_went_silent_goes_on_too() -> None:
         await asyncio.Event().wait()
         return False
 
-    host = Ranged([], etag=TAG)
+    host = ResumingHost([], etag=TAG)
     async with serving(silent) as server:
         got, _ = await host.fetch(server.url, download_timeout_s=0.2)
     assert got == PICTURE
 
 
-async def test_it_goes_on_a_bounded_number_of_times() -> None:
-    host = Ranged([66_000] + [20_000] * 20, etag=TAG)
+async def test_a_download_is_resumed_a_limited_number_of_times() -> None:
+    host = ResumingHost([66_000] + [20_000] * 20, etag=TAG)
     host.taken.set()
 
-    async def cuts(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def cuts(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         await host(seen, writer)
         return False
 
@@ -307,8 +307,8 @@ async def test_it_goes_on_a_bounded_number_of_times() -> None:
 @pytest.mark.parametrize(
     "headers", [{}, {"etag": 'W/"v1"'}, {"etag": TAG, "accept_ranges": "none"}]
 )
-async def test_a_host_that_cannot_go_on_is_asked_once(headers: dict[str, str]) -> None:
-    host = Ranged([70_000], **headers)
+async def test_a_host_that_cannot_resume_gets_one_request(headers: dict[str, str]) -> None:
+    host = ResumingHost([70_000], **headers)
     async with serving(host) as server:
         with pytest.raises(NoUsableBody):
             await host.fetch(server.url)
@@ -337,12 +337,10 @@ async def test_a_host_that_cannot_go_on_is_asked_once(headers: dict[str, str]) -
         (answers(403), LinkDead),
     ],
 )
-async def test_a_rest_that_is_not_of_the_same_file_is_not_taken(
-    rest: Behaviour, error: type[Exception]
-) -> None:
-    host = Ranged([70_000], etag=TAG)
+async def test_a_rest_of_another_file_is_not_used(rest: Behaviour, error: type[Exception]) -> None:
+    host = ResumingHost([70_000], etag=TAG)
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await (rest if "range" in seen.headers else host)(seen, writer)
 
     async with serving(behave) as server:

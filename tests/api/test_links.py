@@ -78,7 +78,7 @@ def test_each_address_has_a_kind(address: str, kind: AddressKind) -> None:
 
 
 def test_each_documented_range_is_of_the_kind_of_its_row() -> None:
-    """No row hides behind an earlier one; the ends of a range are as its middle."""
+    """No row is hidden by an earlier one; the ends of a range have the same kind as its middle."""
     for kind, networks in (*IPV4_KINDS, *IPV6_KINDS):
         for network in networks:
             assert address_kind(str(network[-1])) is kind
@@ -109,7 +109,7 @@ def test_what_python_calls_private_is_never_called_public(
         (["127.0.0.1"], [BENCHMARKING], False),
     ],
 )
-def test_an_address_beyond_the_public_ones_is_allowed_only_as_the_base_urls_own(
+def test_a_nonpublic_address_is_allowed_only_if_the_base_url_has_its_kind(
     addresses: list[str],
     base: list[AddressKind],
     allowed: bool,
@@ -184,7 +184,7 @@ def test_an_http_link_is_tried_as_https_unless_the_api_itself_is_http(
         ("http://h.com/a", "http://i.com/b", "http://i.com/b"),
     ],
 )
-def test_a_redirect_is_followed_by_the_same_rules(start: str, location: str, target: str) -> None:
+def test_a_redirect_follows_the_same_rules(start: str, location: str, target: str) -> None:
     assert str(check_redirect(httpx.URL(start), location, http_allowed=True)) == target
 
 
@@ -229,5 +229,5 @@ def test_any_text_is_a_web_url_or_refused(text: str, http_allowed: bool) -> None
         ("localhost.example.com", False),
     ],
 )
-def test_a_local_name_is_one_that_public_dns_does_not_answer(host: str, local: bool) -> None:
+def test_a_local_name_is_one_that_public_dns_does_not_resolve(host: str, local: bool) -> None:
     assert is_local_name(host) is local

@@ -1,4 +1,4 @@
-"""Whether a file is fetched on from where it broke off: only if both parts are of the same file."""
+"""When a download is resumed: only if both parts are of the same file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATED = ResumableFile(100, "last-modified", OLDER)
         ({"etag": 'W/"a"', "last-modified": OLDER, "date": DATE, "content-length": "100"}, DATED),
     ],
 )
-def test_a_host_that_names_a_strong_validator_can_be_asked_for_the_rest(
+def test_a_download_with_a_strong_validator_can_be_resumed(
     headers: dict[str, str], whole: ResumableFile
 ) -> None:
     assert resumable_file(headers) == whole
@@ -43,25 +43,25 @@ def test_a_host_that_names_a_strong_validator_can_be_asked_for_the_rest(
         {"last-modified": "lately", "date": DATE},
     ],
 )
-def test_without_one_a_file_is_never_continued(headers: dict[str, str]) -> None:
+def test_without_a_strong_validator_a_download_is_not_resumed(headers: dict[str, str]) -> None:
     assert resumable_file(headers) is None
 
 
-def test_the_rest_is_asked_for_with_the_validator() -> None:
+def test_the_rest_is_requested_with_the_validator() -> None:
     assert TAGGED.range_headers(40) == {"Range": "bytes=40-", "If-Range": '"a"'}
 
 
 PART = {"etag": '"a"', "content-range": "bytes 40-99/100"}
 
 
-def test_a_part_that_begins_there_and_is_of_the_same_file_continues_it() -> None:
+def test_a_part_of_the_same_file_from_the_right_byte_is_used() -> None:
     assert TAGGED.resumed_size(206, PART, 40) == 100
     assert ResumableFile(None, "etag", '"a"').resumed_size(206, PART, 40) == 100
     shorter = {**PART, "content-range": "bytes 40-59/100"}
     assert TAGGED.resumed_size(206, shorter, 40) == 100
 
 
-def test_a_host_that_was_given_a_date_may_leave_it_out() -> None:
+def test_a_date_validator_may_be_left_out_of_the_answer() -> None:
     part = {"content-range": "bytes 40-99/100"}
     assert DATED.resumed_size(206, part, 40) == 100
     assert DATED.resumed_size(206, {**part, "last-modified": OLDER}, 40) == 100
@@ -87,5 +87,5 @@ def test_a_host_that_was_given_a_date_may_leave_it_out() -> None:
         (206, {"content-encoding": "gzip"}),
     ],
 )
-def test_anything_else_does_not_continue_it(status: int, changed: dict[str, str]) -> None:
+def test_any_other_answer_is_not_used(status: int, changed: dict[str, str]) -> None:
     assert TAGGED.resumed_size(status, {**PART, **changed}, 40) is None

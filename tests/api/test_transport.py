@@ -1,4 +1,4 @@
-"""What a failure says of the purchase, for each way of sending, on a real socket.
+"""What a failure means for the purchase, for each transport, on a real socket.
 
 The same event is another exception in every HTTP library. What counts is whether a byte of the
 purchase may have left: only where it certainly has not may it be sent again.
@@ -23,12 +23,12 @@ from krea_dagster.errors import NotSent, OutcomeUnknown, SubmitError
 from krea_dagster.models import ImageRequest
 from tests.api.loopback_server import (
     Behaviour,
-    Seen,
+    ReceivedRequest,
     answers,
     closed_port,
-    holds,
-    says,
+    hangs,
     serving,
+    writes,
 )
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +50,7 @@ MakeClient = Callable[..., KreaClient]
 
 @pytest.fixture(params=["aiohttp", "httpx"])
 def make_client(request: pytest.FixtureRequest) -> MakeClient:
-    """The default way of sending, and httpx's own transport, for which the caller vouches."""
+    """Return clients with the default transport, and with httpx's own."""
 
     def make(url: str, *, max_connections: int = 16, **settings: Any) -> KreaClient:
         if request.param == "httpx":
@@ -89,8 +89,8 @@ async def test_a_name_that_does_not_resolve(make_client: MakeClient) -> None:
         assert await failed(client) is NotSent
 
 
-async def test_a_connection_that_is_not_taken_in_time(make_client: MakeClient) -> None:
-    """A full queue of the listener: the system answers nothing at all."""
+async def test_a_connection_that_is_not_accepted_in_time(make_client: MakeClient) -> None:
+    """The queue of the listener is full, so the system does not answer."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -126,10 +126,10 @@ async def test_a_tls_handshake_that_hangs(make_client: MakeClient) -> None:
         assert await failed(client) is NotSent
 
 
-async def test_waiting_for_a_place_in_vain(make_client: MakeClient) -> None:
+async def test_no_free_connection_in_time(make_client: MakeClient) -> None:
     found: list[type[SubmitError]] = []
     async with (
-        serving(holds()) as server,
+        serving(hangs()) as server,
         make_client(server.url, max_connections=1, timeout_s=0.3) as client,
     ):
 
@@ -154,7 +154,7 @@ async def test_a_proxy_that_opens_no_tunnel(monkeypatch: pytest.MonkeyPatch) -> 
     assert "authorization" not in seen.headers
 
 
-async def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_that_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{closed_port()}")
     async with KreaClient(KEY, base_url="https://api.evolink.invalid") as client:
         assert await failed(client) is NotSent
@@ -175,35 +175,35 @@ async def test_a_deadline_that_passes_while_connecting() -> None:
 # -- sent, or in doubt ------------------------------------------------------------------------
 
 
-def _reset(seen: Seen, writer: asyncio.StreamWriter) -> None:
-    """Close so that the other side gets a reset instead of an end."""
+def _reset(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> None:
+    """Close with a reset."""
     linger = struct.pack("ii", 1, 0)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     writer.transport.abort()
 
 
-async def resets(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+async def resets(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
     _reset(seen, writer)
     return False
 
 
 IN_DOUBT: dict[str, Behaviour] = {
-    "the server reads the purchase and closes in silence": says(keep=False),
+    "the server reads the purchase and closes in silence": writes(keep=False),
     "the server reads the purchase and resets the connection": resets,
-    "the server never answers": holds(),
-    "the status line is garbage": says(b"garbage\r\n\r\n", keep=False),
-    "the head breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Le", keep=False),
-    "the head is too long": says(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, keep=False),
-    "the body breaks off": says(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False),
-    "the chunks are damaged": says(
+    "the server never answers": hangs(),
+    "the status line is garbage": writes(b"garbage\r\n\r\n", keep=False),
+    "the head breaks off": writes(b"HTTP/1.1 200 OK\r\nContent-Le", keep=False),
+    "the head is too long": writes(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, keep=False),
+    "the body breaks off": writes(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", keep=False),
+    "the chunks are damaged": writes(
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", keep=False
     ),
-    "the body hangs": holds(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+    "the body hangs": hangs(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
 }
 
 
 @pytest.mark.parametrize("case", IN_DOUBT)
-async def test_in_doubt_where(make_client: MakeClient, case: str) -> None:
+async def test_in_doubt_if(make_client: MakeClient, case: str) -> None:
     async with (
         serving(IN_DOUBT[case]) as server,
         make_client(server.url, timeout_s=0.3) as client,
@@ -212,25 +212,25 @@ async def test_in_doubt_where(make_client: MakeClient, case: str) -> None:
     assert len(server.seen) == 1
 
 
-async def test_in_doubt_where_the_connection_is_reset_while_the_purchase_is_sent(
+async def test_in_doubt_if_the_connection_is_reset_while_the_purchase_is_sent(
     make_client: MakeClient,
 ) -> None:
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(20)
-        _reset(None, writer)  # type: ignore[arg-type]  # nothing whole was seen
+        _reset(None, writer)  # type: ignore[arg-type]  # no whole request was read
 
     async with listening(cut) as port, make_client(f"http://127.0.0.1:{port}") as client:
         assert await failed(client) is OutcomeUnknown
 
 
-@pytest.mark.parametrize("ending", [says(keep=False), resets])
-async def test_a_kept_connection_that_ends_on_the_next_purchase_is_not_sent_anew(
+@pytest.mark.parametrize("ending", [writes(keep=False), resets])
+async def test_a_purchase_on_a_kept_connection_that_ends_is_not_repeated(
     make_client: MakeClient, ending: Behaviour
 ) -> None:
-    """Libraries repeat requests on connections that turn out to be closed. No purchase."""
+    """Libraries repeat requests on closed connections. A purchase must not be repeated."""
     purchases = iter([answers(200, CREATED), ending])
 
-    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         return await next(purchases)(seen, writer)
 
     async with serving(behave) as server, make_client(server.url) as client:
@@ -240,8 +240,8 @@ async def test_a_kept_connection_that_ends_on_the_next_purchase_is_not_sent_anew
     assert server.connections == 1
 
 
-async def test_a_library_that_connects_in_another_way_is_not_believed() -> None:
-    """Nothing is certain where the connector was never asked for a connection."""
+async def test_a_library_that_bypasses_the_connector_is_not_believed() -> None:
+    """Nothing is certain if the connector was not used."""
     async with KreaClient(KEY, base_url="http://127.0.0.1:1") as client:
 
         class Other:
@@ -254,10 +254,10 @@ async def test_a_library_that_connects_in_another_way_is_not_believed() -> None:
         assert await failed(client) is OutcomeUnknown
 
 
-# -- what is sent -----------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------
 
 
-async def test_an_http_request_by_way_of_a_proxy_carries_the_proxys_password(
+async def test_an_http_request_through_a_proxy_has_the_proxys_password(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving(answers(200, CREATED)) as proxy:
@@ -272,12 +272,12 @@ async def test_an_http_request_by_way_of_a_proxy_carries_the_proxys_password(
 async def test_a_purchase_over_tls_whose_answer_is_cut_is_in_doubt(
     tls: ssl.SSLContext, make_client: MakeClient
 ) -> None:
-    async with serving(says(keep=False), tls) as server, make_client(server.url) as client:
+    async with serving(writes(keep=False), tls) as server, make_client(server.url) as client:
         assert await failed(client) is OutcomeUnknown
     assert len(server.seen) == 1
 
 
-async def test_a_certificate_of_nobody_that_is_trusted(
+async def test_an_untrusted_certificate(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SSL_CERT_FILE")

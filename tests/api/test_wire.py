@@ -1,4 +1,4 @@
-"""What each documented answer of EvoLink means, and that no answer at all can surprise."""
+"""The meaning of each documented answer of EvoLink, and of arbitrary ones."""
 
 from __future__ import annotations
 
@@ -197,10 +197,10 @@ def read_created(value: object, headers: dict[str, str] | None = None) -> Submis
     return wire.read_submission(RawAnswer(200, headers or {}, to_bytes(value)), now=NOW)
 
 
-# -- what is sent -----------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------
 
 
-def test_a_request_is_sent_with_all_that_decides_the_picture_and_nothing_else() -> None:
+def test_a_request_has_all_fields_that_decide_the_image_and_no_others() -> None:
     assert wire.generation_body(request()) == {
         "model": "krea-2-turbo",
         "prompt": "a red cube",
@@ -223,7 +223,7 @@ def test_a_callback_url_that_the_api_would_refuse_is_not_sent(url: str) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, -1, 1_048_577, True])
-def test_a_seed_that_could_not_be_known_afterwards_is_never_sent(seed: int) -> None:
+def test_a_seed_that_the_server_would_replace_is_not_sent(seed: int) -> None:
     with pytest.raises(InputError):
         wire.generation_body(request(seed=seed))
 
@@ -241,7 +241,7 @@ def test_a_prompt_with_a_lone_surrogate_can_be_sent() -> None:
 # -- the answer to a purchase -----------------------------------------------------------------
 
 
-def test_the_documented_answer_to_a_purchase_is_read_whole() -> None:
+def test_the_documented_answer_to_a_purchase_is_read_in_full() -> None:
     submission = read_created(CREATED)
     assert submission == Submission(
         task_id=TASK_ID,
@@ -259,7 +259,7 @@ def test_the_documented_answer_to_a_purchase_is_read_whole() -> None:
     SUBMIT_ERRORS,
     ids=[f"{row[0]}-{row[1]}" for row in SUBMIT_ERRORS],
 )
-def test_each_answer_to_a_purchase_says_whether_money_was_spent(
+def test_each_answer_to_a_purchase_tells_whether_money_was_spent(
     status: int, code: object, kind: str, message: str, error: type[SubmitError]
 ) -> None:
     caught = submit_error(status, error_body(code, kind, message))
@@ -269,8 +269,8 @@ def test_each_answer_to_a_purchase_says_whether_money_was_spent(
     assert message in caught.message
 
 
-def test_every_error_of_a_purchase_comes_from_some_answer_or_from_the_line() -> None:
-    """The leaves of the tree of errors.py are those of the table, and of what is no answer."""
+def test_every_error_of_a_purchase_comes_from_an_answer_or_the_connection() -> None:
+    """The leaves of the tree in errors.py are those of the tables, and NotSent."""
 
     def leaves(error: type[SubmitError]) -> set[type[SubmitError]]:
         below = [leaves(child) for child in error.__subclasses__()]
@@ -347,7 +347,7 @@ def test_a_success_that_is_not_an_object_is_an_unknown_outcome(body: bytes) -> N
 
 
 @pytest.mark.parametrize("error", [None, {}, "", {"code": "", "message": "", "type": ""}])
-def test_an_empty_error_beside_a_task_id_is_no_error(error: object) -> None:
+def test_an_empty_error_with_a_task_id_is_not_an_error(error: object) -> None:
     assert read_created({**CREATED, "error": error}).task_id == TASK_ID
 
 
@@ -381,7 +381,7 @@ def test_reserved_credits_are_read_exactly_or_not_at_all(
 
 
 @pytest.mark.parametrize("usage", [None, [], "x", {}, {"billing_rule": 7, "user_group": None}])
-def test_a_purchase_without_usage_says_nothing_of_money(usage: object) -> None:
+def test_a_purchase_without_usage_has_no_credits(usage: object) -> None:
     submission = read_created({**CREATED, "usage": usage})
     assert submission.credits_reserved_units is None
     assert submission.billing_rule is None
@@ -389,11 +389,11 @@ def test_a_purchase_without_usage_says_nothing_of_money(usage: object) -> None:
 
 
 @pytest.mark.parametrize(("value", "replayed"), [("true", True), ("TRUE", True), ("false", False)])
-def test_a_replay_is_known_by_its_header(value: str, replayed: bool) -> None:
+def test_a_replay_is_recognised_by_its_header(value: str, replayed: bool) -> None:
     assert read_created(CREATED, {"Idempotency-Replayed": value}).replayed is replayed
 
 
-def test_the_kept_answer_holds_nothing_that_a_database_cannot_store() -> None:
+def test_the_kept_answer_can_be_stored_in_a_database() -> None:
     body = b'{"id":"t-1","a\\u0000":"\\ud800","n":NaN,"h":1e999,"i":' + b"9" * 5000 + b"}"
     submission = wire.read_submission(RawAnswer(200, {}, body), now=NOW)
     assert submission.answer == {"id": "t-1", "a\ufffd": "\ufffd", "n": None, "h": None, "i": None}
@@ -405,10 +405,10 @@ def test_a_byte_order_mark_and_bad_utf8_do_not_lose_a_paid_task() -> None:
     assert (submission.task_id, submission.status) == ("t-1", "pending")
 
 
-# -- what an error says -----------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------
 
 
-def test_the_request_id_is_taken_out_of_the_message() -> None:
+def test_the_request_id_is_removed_from_the_message() -> None:
     error = submit_error(400, error_body("invalid_request", "", "Bad size (request id: 2025abc)"))
     assert error.message == "Bad size"
     assert error.request_id == "2025abc"
@@ -426,12 +426,12 @@ def test_a_long_message_is_shortened_after_its_request_id_was_found() -> None:
     assert error.request_id == "r1"
 
 
-def test_a_message_cannot_steer_the_terminal() -> None:
+def test_a_message_contains_no_terminal_escapes() -> None:
     message = "\x1b[31mred\x1b[0m \x1b]0;title\x07line\r\nnext\x01\u202egnp.exe\x9b2J"
     assert submit_error(400, error_body("", "", message)).message == "red line next gnp.exe 2J"
 
 
-def test_a_page_is_named_by_its_title_only() -> None:
+def test_a_page_is_shown_by_its_title_only() -> None:
     error = submit_error(502, b"<html><head><title>Bad\ngateway</title></head>" + b"x" * 10_000)
     assert error.message == "Bad Gateway (a page, not JSON: Bad gateway)"
 
@@ -448,12 +448,12 @@ def test_a_page_is_named_by_its_title_only() -> None:
         (b'{"error":["slow"]}', "Too Many Requests"),
     ],
 )
-def test_an_error_has_a_message_whatever_its_shape(body: bytes, message: str) -> None:
+def test_an_error_of_any_shape_has_a_message(body: bytes, message: str) -> None:
     assert submit_error(429, body).message == message
 
 
 @pytest.mark.parametrize("code", sorted(wire.HINTS))
-def test_a_code_that_needs_words_gets_them(code: str) -> None:
+def test_a_code_with_a_hint_shows_it(code: str) -> None:
     assert submit_error(403, error_body(code, "", "No.")).message == f"No. ({wire.HINTS[code]})"
 
 
@@ -497,8 +497,8 @@ def test_retry_after_is_seconds_or_a_date_within_an_hour(value: str, seconds: fl
     assert wire.retry_after_s({"Retry-After": value}, NOW) == seconds
 
 
-def test_a_retry_after_date_is_counted_from_the_answers_own_date() -> None:
-    """A machine whose clock is wrong by hours waits no longer than the server meant."""
+def test_a_retry_after_date_is_compared_with_the_answers_date() -> None:
+    """A machine whose clock is wrong by hours waits as long as the server meant."""
     headers = {
         "date": "Tue, 01 Jul 2031 06:00:00 GMT",
         "retry-after": "Tue, 01 Jul 2031 06:00:40 GMT",
@@ -516,7 +516,7 @@ def test_retry_after_reaches_the_error() -> None:
     assert submit_error(429, b"", {"retry-after": "12"}).retry_after_s == 12.0
 
 
-# -- the answer about a task ------------------------------------------------------------------
+# -- the answer to a task read ----------------------------------------------------------------
 
 
 def test_the_documented_completed_task_is_read() -> None:
@@ -543,7 +543,7 @@ def test_the_documented_failed_task_is_read_on_one_line() -> None:
     TASK_ERRORS,
     ids=[f"{row[0]}-{row[1]}-{row[4].__name__}" for row in TASK_ERRORS],
 )
-def test_each_answer_about_a_task_has_its_class(
+def test_each_answer_to_a_task_read_has_its_error(
     status: int, code: object, kind: str, message: str, error: type[ApiError]
 ) -> None:
     caught = task_error(status, error_body(code, kind, message))
@@ -556,7 +556,7 @@ def test_a_404_that_does_not_name_the_task_does_not_mean_that_it_is_gone(body: b
     assert type(task_error(404, body)) is NoUsableAnswer
 
 
-def test_a_success_that_says_task_not_found_does_not_mean_that_it_is_gone() -> None:
+def test_a_success_with_task_not_found_does_not_mean_that_it_is_gone() -> None:
     assert type(task_error(200, error_body("task_not_found", "", "gone"))) is NoUsableAnswer
 
 
@@ -636,7 +636,7 @@ def test_cancelled_is_one_status_in_both_spellings() -> None:
         (None, None),
     ],
 )
-def test_credits_used_are_read_where_the_server_says_them(usage: object, units: int | None) -> None:
+def test_credits_used_are_read_if_the_server_sends_them(usage: object, units: int | None) -> None:
     assert read_task({**COMPLETED, "usage": usage}).credits_used_units == units
 
 
@@ -648,7 +648,7 @@ def read_many(value: object, *ids: str, status: int = 200) -> dict[str, Task]:
 
 
 @pytest.mark.parametrize("wrap", [lambda data: {"code": 200, "data": data}, lambda data: data])
-def test_a_batch_is_read_in_the_order_asked(wrap: Any) -> None:
+def test_a_batch_is_returned_in_the_requested_order(wrap: Any) -> None:
     data = [{"id": "b", "status": "pending"}, {"id": "a", "status": "failed"}]
     found = read_many(wrap(data), "a", "b", "c")
     assert [(key, task.status) for key, task in found.items()] == [
@@ -657,12 +657,12 @@ def test_a_batch_is_read_in_the_order_asked(wrap: Any) -> None:
     ]
 
 
-def test_what_cannot_be_read_in_a_batch_or_was_not_asked_for_is_left_out() -> None:
+def test_unreadable_and_unrequested_tasks_of_a_batch_are_left_out() -> None:
     data = [None, 5, {}, {"id": "a"}, {"id": "x", "status": "pending"}, {"status": "pending"}]
     assert read_many({"code": 200, "data": data}, "a", "b") == {}
 
 
-def test_a_batch_of_null_holds_nothing() -> None:
+def test_a_batch_of_null_is_empty() -> None:
     assert read_many({"code": 200, "data": None}, "a") == {}
 
 
@@ -689,7 +689,7 @@ def test_a_batch_endpoint_that_answers_something_else_is_taken_to_be_missing(bod
         (524, NoUsableAnswer),
     ],
 )
-def test_a_batch_endpoint_that_is_only_troubled_is_not_missing(
+def test_a_batch_endpoint_with_a_passing_error_is_not_missing(
     status: int, error: type[ApiError]
 ) -> None:
     with pytest.raises(ApiError) as caught:
@@ -704,7 +704,7 @@ def test_a_batch_endpoint_that_is_only_troubled_is_not_missing(
         {"error": {"code": "busy", "message": "busy"}},
     ],
 )
-def test_a_batch_answer_that_carries_an_error_is_an_error(value: object) -> None:
+def test_a_batch_answer_with_an_error_is_an_error(value: object) -> None:
     with pytest.raises(NoUsableAnswer, match="busy"):
         read_many(value, "a")
 
@@ -756,7 +756,7 @@ def test_the_message_of_an_unsuccessful_success_is_kept() -> None:
         wire.read_credits(RawAnswer(200, {}, to_bytes(value)), now=NOW)
 
 
-# -- anything at all --------------------------------------------------------------------------
+# -- arbitrary answers ------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none()
@@ -789,7 +789,7 @@ HEADERS = st.dictionaries(
 
 
 @given(status=STATUSES, headers=HEADERS, body=BODIES)
-def test_no_answer_raises_anything_but_our_errors(
+def test_any_answer_is_read_or_raises_an_error_of_the_package(
     status: int, headers: dict[str, str], body: bytes
 ) -> None:
     readers: list[Callable[[], object]] = [
@@ -814,6 +814,6 @@ def check_read(read: Callable[[], object]) -> None:
 
 
 @given(value=st.text())
-def test_no_retry_after_is_out_of_bounds(value: str) -> None:
+def test_retry_after_is_always_within_its_bounds(value: str) -> None:
     seconds = wire.retry_after_s({"retry-after": value}, NOW)
     assert seconds is None or 0 <= seconds <= wire.RETRY_AFTER_MAX_S

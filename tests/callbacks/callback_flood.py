@@ -53,7 +53,7 @@ EXPECTED = {
 
 
 def make_journal(folder: Path) -> Path:
-    """A journal that knows ``KEYS``."""
+    """Create a journal that knows ``KEYS``."""
     file = folder / "journal.db"
     journal = Journal(f"sqlite:///{file}")
     journal.plan(
@@ -69,7 +69,7 @@ def make_journal(folder: Path) -> Path:
 
 
 def state_of(file: Path) -> dict[str, list[tuple[object, ...]]]:
-    """Everything that the journal holds, but for the calls."""
+    """Return all tables of the journal except that of the calls."""
     journal = Journal(f"sqlite:///{file}")
     with contextlib.closing(journal), journal.reading() as connection:
         return {
@@ -81,7 +81,7 @@ def state_of(file: Path) -> dict[str, list[tuple[object, ...]]]:
 
 @dataclass
 class Running:
-    """The receiver's process, and where it listens."""
+    """The receiver's process and its address."""
 
     process: psutil.Process
     url: str
@@ -117,7 +117,7 @@ def serving(folder: Path, *options: str, port: int = 0) -> Iterator[Running]:
 
 @dataclass
 class Outcome:
-    """What came of a flood. ``rss_mib`` by the number of calls; ``good_ms`` of each good call."""
+    """The results of a flood: ``rss_mib`` by the number of calls, ``good_ms`` of each good call."""
 
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
     rss_mib: dict[int, float] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Outcome:
 
 
 def _wrong(kind: str, chance: random.Random) -> tuple[str, bytes, dict[str, str]]:
-    """A path, a body and further headers that are wrong in one way."""
+    """Return a path, a body and headers that are wrong in one way."""
     key = chance.choice(KEYS)
     path = urlsplit(URLS.url(key)).path
     said = {"id": TASK_ID, "status": "completed", "results": ["https://files.example.com/a.png"]}
@@ -162,8 +162,8 @@ def _wrong(kind: str, chance: random.Random) -> tuple[str, bytes, dict[str, str]
     return path, body, headers
 
 
-class _Line:
-    """One connection, made anew where the receiver has closed it."""
+class _Connection:
+    """One connection, reopened if the receiver has closed it."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -196,7 +196,7 @@ async def flood(
     look_every: int = 10_000,
     say: Callable[[str], object] = lambda _: None,
 ) -> Outcome:
-    """Send so many wrong calls over some connections, and a good one beside every hundredth."""
+    """Send wrong calls over some connections, and a good one with every hundredth."""
     outcome = Outcome()
     numbers = itertools.count(1)
     kinds = list(EXPECTED)
@@ -204,7 +204,7 @@ async def flood(
 
     async def sender(seed: int) -> None:
         chance = random.Random(seed)
-        line = _Line(running.url)
+        line = _Connection(running.url)
         for number in numbers:
             if number > calls:
                 break
@@ -227,7 +227,7 @@ async def flood(
 
 
 def main() -> None:
-    """Flood a receiver, and say what came of it."""
+    """Flood a receiver and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=100_000)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the tests of callbacks share with the engine's: each database, and no proxies."""
+"""Fixtures shared with the engine's tests: each database, and no proxies."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from tests.callbacks.callback_flood import (
     serving,
     state_of,
 )
-from tests.callbacks.tls_certificates import Tls
+from tests.callbacks.tls_certificates import TlsCertificates
 
 PATH = URLS.url(KEYS[0]).removeprefix("https://hooks.example.com")
 PLAIN = {"trust_env": False, "timeout": 10.0}
@@ -42,17 +42,17 @@ def called(file: Path) -> dict[str, ReceivedCallback]:
         return log.received(KEYS)
 
 
-def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: Path) -> None:
-    """20 tasks: 2 calls are missing, 2 are doubled, 2 lie, and each row is found but the 2."""
+def test_the_emulators_callbacks_are_recorded_over_tls(tmp_path: Path) -> None:
+    """20 tasks: 2 callbacks are missing, 2 doubled, 2 forged; all but the missing are recorded."""
     file = make_journal(tmp_path)
-    tls = Tls.make(tmp_path)
+    tls = TlsCertificates.make(tmp_path)
     wanted = KEYS[:20]
     with (
         serving(tmp_path, *tls.options) as running,
         Emulator(
             latency_s=0.01, latency_jitter=0, callbacks_to_private=True, callback_ca=tls.ca
         ) as emulator,
-        httpx.Client(base_url=emulator.url, headers=HEADERS, **PLAIN) as client,  # type: ignore[arg-type]  # alike for all
+        httpx.Client(base_url=emulator.url, headers=HEADERS, **PLAIN) as client,  # type: ignore[arg-type]  # the same for all
     ):
         assert running.url.startswith("https://127.0.0.1:")
         urls = CallbackUrls(
@@ -72,8 +72,8 @@ def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: P
         ends = time.monotonic() + 10
         while emulator.stats()["callbacks_waiting"]:
             assert time.monotonic() < ends, emulator.stats()
-        books = emulator.stats()
-        assert books["callbacks"] == {"204": 20}
+        stats = emulator.stats()
+        assert stats["callbacks"] == {"204": 20}
         with httpx.Client(verify=ssl.create_default_context(cafile=tls.ca), **PLAIN) as http:  # type: ignore[arg-type]  # as above
             health = http.get(running.url.replace("127.0.0.1", "localhost") + "/health")
         assert health.status_code == 200
@@ -85,7 +85,7 @@ def test_finished_tasks_of_the_emulator_announce_themselves_over_tls(tmp_path: P
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_when_it_is_told_to_and_what_it_answered_is_in_the_journal(
+def test_it_stops_on_a_signal_and_recorded_calls_are_in_the_journal(
     tmp_path: Path, stop: signal.Signals
 ) -> None:
     file = make_journal(tmp_path)
@@ -96,7 +96,7 @@ def test_it_ends_when_it_is_told_to_and_what_it_answered_is_in_the_journal(
     assert called(file)[KEYS[0]].count == 1
 
 
-def test_a_flood_of_wrong_calls_changes_nothing_and_takes_no_memory(tmp_path: Path) -> None:
+def test_a_flood_of_wrong_calls_changes_nothing_and_needs_no_memory(tmp_path: Path) -> None:
     """3,000 here; ``callback_flood`` sends 100,000 in half a minute."""
     file = make_journal(tmp_path)
     before = state_of(file)
@@ -112,14 +112,14 @@ def test_a_flood_of_wrong_calls_changes_nothing_and_takes_no_memory(tmp_path: Pa
     assert sum(call.count for call in called(file).values()) == hints
     assert state_of(file) == before
     assert outcome.rss_mib[3000] - outcome.rss_mib[1000] < 8
-    assert running.stderr.read_text() == ""  # nothing that a stranger could fill a disk with
+    assert running.stderr.read_text() == ""  # a stranger cannot fill a disk with log lines
 
 
-def test_what_is_not_http_or_has_no_end_is_cut_off_and_not_logged(tmp_path: Path) -> None:
+def test_data_that_is_not_http_or_is_endless_is_cut_off_and_not_logged(tmp_path: Path) -> None:
     make_journal(tmp_path)
 
     async def cut_off(port: int, *pieces: bytes) -> bool:
-        """Whether the receiver closes the connection, before all of it was sent or after."""
+        """Return whether the receiver closes the connection, before or after the last byte."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             for piece in pieces:
@@ -148,7 +148,7 @@ def test_what_is_not_http_or_has_no_end_is_cut_off_and_not_logged(tmp_path: Path
     assert running.stderr.read_text() == ""
 
 
-def test_one_client_is_held_to_its_rate_and_the_proxy_in_front_is_believed_only_if_named(
+def test_one_client_has_a_rate_limit_and_a_proxy_is_trusted_only_if_named(
     tmp_path: Path,
 ) -> None:
     make_journal(tmp_path)
@@ -167,12 +167,12 @@ def test_one_client_is_held_to_its_rate_and_the_proxy_in_front_is_believed_only_
     assert statuses("--trust-proxy", "127.0.0.1") == [204, 204]
 
 
-# -- connections that ask for nothing ---------------------------------------------------------
+# -- idle connections -------------------------------------------------------------------------
 
 HALF = b"POST /a HTTP/1.1\r\nhost: a\r\n"
 
 
-class Hoard:
+class IdleConnections:
     """Connections of one client that never end a request."""
 
     def __init__(self, url: str, count: int, said: bytes = HALF) -> None:
@@ -186,7 +186,7 @@ class Hoard:
         return opened
 
     def closed(self) -> int:
-        """How many of them the receiver has closed."""
+        """Return how many of them the receiver has closed."""
         ready, _, _ = select.select(self.sockets, [], [], 0)
         return len(ready)
 
@@ -196,19 +196,19 @@ class Hoard:
 
 
 def call(url: str, client: str, path: str = PATH) -> int:
-    """The answer to a good call from an address of this machine."""
+    """Return the status of a good call from an address of this machine."""
     transport = httpx.HTTPTransport(local_address=client)
     with httpx.Client(transport=transport, **PLAIN) as http:  # type: ignore[arg-type]  # as above
         return http.post(url + path).status_code
 
 
-def test_a_client_that_hoards_connections_has_a_few_of_them_and_others_are_answered(
+def test_a_client_with_too_many_connections_is_limited_and_others_are_answered(
     tmp_path: Path,
 ) -> None:
     make_journal(tmp_path)
     with (
         serving(tmp_path, "--connections", "40", "--header-timeout", "60") as running,
-        contextlib.closing(Hoard(running.url, 400)) as hoard,
+        contextlib.closing(IdleConnections(running.url, 400)) as hoard,
     ):
         assert call(running.url, "127.0.0.2") == 204
         assert hoard.closed() == 360
@@ -220,11 +220,11 @@ def test_a_client_that_hoards_connections_has_a_few_of_them_and_others_are_answe
 
 
 @pytest.mark.parametrize("said", [b"", HALF], ids=["nothing", "half a request"])
-def test_connections_that_send_no_request_in_time_are_closed(tmp_path: Path, said: bytes) -> None:
+def test_connections_without_a_request_in_time_are_closed(tmp_path: Path, said: bytes) -> None:
     make_journal(tmp_path)
     with (
         serving(tmp_path, "--connections", "40", "--header-timeout", "0.5") as running,
-        contextlib.closing(Hoard(running.url, 40, said)) as hoard,
+        contextlib.closing(IdleConnections(running.url, 40, said)) as hoard,
     ):
         for one in hoard.sockets:
             with contextlib.suppress(ConnectionError):
@@ -232,12 +232,12 @@ def test_connections_that_send_no_request_in_time_are_closed(tmp_path: Path, sai
         assert call(running.url, "127.0.0.1") == 204
 
 
-def test_a_client_that_sends_a_byte_now_and_then_wins_no_time(tmp_path: Path) -> None:
+def test_a_client_that_sends_a_byte_now_and_then_is_cut_off_too(tmp_path: Path) -> None:
     make_journal(tmp_path)
     unread = b"POST /a HTTP/1.1\r\nhost: a\r\ncontent-length: 60000\r\n\r\n"
     with serving(tmp_path, "--header-timeout", "0.5") as running:
         for said in (HALF, unread):
-            with contextlib.closing(Hoard(running.url, 1, said)) as hoard:
+            with contextlib.closing(IdleConnections(running.url, 1, said)) as hoard:
                 (one,) = hoard.sockets
                 with contextlib.suppress(ConnectionError):
                     for _ in range(1000):
@@ -248,18 +248,18 @@ def test_a_client_that_sends_a_byte_now_and_then_wins_no_time(tmp_path: Path) ->
                         pytest.fail("uvicorn alone would never close it")
 
 
-def test_a_trusted_proxy_holds_any_number_of_connections(tmp_path: Path) -> None:
+def test_a_trusted_proxy_has_no_connection_limit(tmp_path: Path) -> None:
     make_journal(tmp_path)
     options = ("--connections", "1", "--trust-proxy", "127.0.0.0/8")
     with (
         serving(tmp_path, *options) as running,
-        contextlib.closing(Hoard(running.url, 20)) as hoard,
+        contextlib.closing(IdleConnections(running.url, 20)) as hoard,
     ):
         assert call(running.url, "127.0.0.1") == 204
         assert hoard.closed() == 0
 
 
-# -- wrong use --------------------------------------------------------------------------------
+# -- usage errors -----------------------------------------------------------------------------
 
 
 def invoke(*options: str, secret: str | None = SECRET) -> tuple[int, str, BaseException | None]:
@@ -268,7 +268,7 @@ def invoke(*options: str, secret: str | None = SECRET) -> tuple[int, str, BaseEx
     return result.exit_code, result.output, result.exception
 
 
-def test_it_does_not_make_a_journal_because_one_made_in_the_wrong_place_knows_nothing(
+def test_it_does_not_create_a_journal_because_a_wrong_one_would_know_no_request(
     tmp_path: Path,
 ) -> None:
     _, _, error = invoke("--storage", str(tmp_path))
@@ -277,7 +277,7 @@ def test_it_does_not_make_a_journal_because_one_made_in_the_wrong_place_knows_no
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_storage_that_is_no_folder_needs_a_journal_of_its_own() -> None:
+def test_a_storage_url_needs_a_journal_url() -> None:
     _, _, error = invoke("--storage", "memory://bucket/krea")
     assert isinstance(error, ConfigError)
     assert "KREA_JOURNAL_URL" in str(error)
@@ -290,14 +290,14 @@ def test_a_missing_secret_names_its_variable(tmp_path: Path) -> None:
     assert "KREA_CALLBACK_SECRET" in str(error)
 
 
-def test_a_certificate_without_its_key_is_wrong_use(tmp_path: Path) -> None:
+def test_a_certificate_without_its_key_is_a_usage_error(tmp_path: Path) -> None:
     cert = tmp_path / "cert.pem"
     cert.write_text("")
     code, output, _ = invoke("--tls-cert", str(cert))
     assert (code, "must be given together" in output) == (2, True)
 
 
-def test_a_taken_port_is_wrong_use(tmp_path: Path) -> None:
+def test_a_taken_port_is_a_usage_error(tmp_path: Path) -> None:
     make_journal(tmp_path)
     with serving(tmp_path) as running:
         code, output, _ = invoke(
@@ -306,7 +306,7 @@ def test_a_taken_port_is_wrong_use(tmp_path: Path) -> None:
     assert (code, "cannot listen" in output) == (2, True)
 
 
-def test_help_says_what_must_be_set() -> None:
+def test_help_lists_the_required_settings() -> None:
     result = CliRunner().invoke(callbacks_command, ["serve", "--help"])
     assert result.exit_code == 0
     for word in (

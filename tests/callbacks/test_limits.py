@@ -1,4 +1,4 @@
-"""How many calls a client may make, and that counting them takes bounded memory."""
+"""The limits of each client, and that they need bounded memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from krea_dagster.callbacks.limits import ConnectionLimit, RateLimiter, client_n
 
 
 class Seconds:
-    """A clock that only the test moves."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -15,7 +15,7 @@ class Seconds:
         return self.now_s
 
 
-def test_a_burst_is_admitted_and_then_only_as_much_as_flows_in() -> None:
+def test_a_burst_is_admitted_and_then_only_the_rate() -> None:
     clock = Seconds()
     limits = RateLimiter(2, 5, monotonic=clock)
     assert [limits.admit("a") for _ in range(7)] == [True] * 5 + [False] * 2
@@ -25,12 +25,12 @@ def test_a_burst_is_admitted_and_then_only_as_much_as_flows_in() -> None:
     assert [limits.admit("a") for _ in range(6)] == [True] * 5 + [False]
 
 
-def test_one_client_takes_nothing_from_another() -> None:
+def test_clients_have_separate_limits() -> None:
     limits = RateLimiter(1, 1, monotonic=Seconds())
     assert [limits.admit(name) for name in "aab"] == [True, False, True]
 
 
-def test_a_client_that_is_refused_gets_in_again_although_it_goes_on_trying() -> None:
+def test_a_refused_client_is_admitted_again_although_it_keeps_trying() -> None:
     clock = Seconds()
     limits = RateLimiter(1, 1, monotonic=clock)
     admitted = 0
@@ -40,7 +40,7 @@ def test_a_client_that_is_refused_gets_in_again_although_it_goes_on_trying() -> 
     assert admitted in (10, 11)
 
 
-def test_the_clients_that_are_remembered_are_bounded_and_the_silent_are_forgotten_first() -> None:
+def test_the_number_of_remembered_clients_is_bounded_and_idle_ones_are_forgotten_first() -> None:
     limits = RateLimiter(1, 1, monotonic=Seconds(), max_clients=10)
     for number in range(1000):
         limits.admit("busy")
@@ -49,7 +49,7 @@ def test_the_clients_that_are_remembered_are_bounded_and_the_silent_are_forgotte
     assert not limits.admit("busy")
 
 
-def test_a_clock_that_steps_back_admits_nobody_more() -> None:
+def test_a_clock_that_steps_back_admits_no_more_calls() -> None:
     clock = Seconds()
     limits = RateLimiter(1, 1, monotonic=clock)
     assert limits.admit("a")
@@ -57,14 +57,14 @@ def test_a_clock_that_steps_back_admits_nobody_more() -> None:
     assert not limits.admit("a")
 
 
-def test_a_host_of_ipv6_counts_as_its_network() -> None:
+def test_an_ipv6_host_counts_as_its_network() -> None:
     assert client_name("2001:db8::1") == client_name("2001:db8::ffff:1%eth0")
     assert client_name("2001:db8::1") != client_name("2001:db8:0:1::1")
     assert client_name("::ffff:192.0.2.1") == client_name("192.0.2.1") == "192.0.2.1"
     assert client_name("a" * 1000) == "a" * 64
 
 
-def test_a_client_holds_so_many_connections_and_another_one_for_each_that_it_leaves() -> None:
+def test_a_client_has_a_connection_limit_and_regains_closed_connections() -> None:
     held = ConnectionLimit(2)
     assert [held.admit(host) for host in ("::1", "::2", "::3")] == ["::/64", "::/64", None]
     assert held.admit("192.0.2.1") == "192.0.2.1", "another client"
@@ -72,7 +72,7 @@ def test_a_client_holds_so_many_connections_and_another_one_for_each_that_it_lea
     assert [held.admit("::4"), held.admit("::5")] == ["::/64", None]
 
 
-def test_proxies_hold_any_number_of_connections() -> None:
+def test_proxies_have_no_connection_limit() -> None:
     for free, host in (("192.0.2.1", "192.0.2.1"), ("192.0.2.0/24", "192.0.2.9"), ("*", "")):
         held = ConnectionLimit(1, exempt=[free])
         assert None not in [held.admit(host) for _ in range(9)]

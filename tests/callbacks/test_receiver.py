@@ -1,4 +1,4 @@
-"""The receiver: each call is answered, remembered or refused, and nothing that it says believed."""
+"""The receiver: each call is recorded or refused, and its content is not trusted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TASK_ID = "task-unified-1800000000-abcdefgh"
 SAID = {"id": TASK_ID, "status": "completed", "results": ["https://files.example.com/1.png"]}
 
 
-class Book:
-    """What is written of calls; may be slow, or fail."""
+class FakeCallbackLog:
+    """A callback log that may be slow or fail."""
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[str, str | None]]] = []
@@ -52,7 +52,7 @@ class Book:
 
 
 class Seconds:
-    """A clock that only the test moves."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -62,12 +62,12 @@ class Seconds:
 
 
 @pytest.fixture
-def book() -> Book:
-    return Book()
+def log() -> FakeCallbackLog:
+    return FakeCallbackLog()
 
 
-def receiver(book: Book, **settings: Any) -> Receiver:
-    return Receiver(SECRET, book.remember, check=book.check, **settings)
+def receiver(log: FakeCallbackLog, **settings: Any) -> Receiver:
+    return Receiver(SECRET, log.remember, check=log.check, **settings)
 
 
 def ask(app: Any, method: str, url: str, client: str = "192.0.2.1", **sent: Any) -> httpx.Response:
@@ -85,13 +85,13 @@ def post(app: Any, url: str | None = None, **sent: Any) -> int:
     return ask(app, "POST", url or URLS.url(KEY), **sent).status_code
 
 
-# -- what is remembered -----------------------------------------------------------------------
+# -- recorded calls ---------------------------------------------------------------------------
 
 
-def test_a_call_is_answered_204_once_it_is_remembered(book: Book) -> None:
-    answer = ask(receiver(book), "POST", URLS.url(KEY), json=SAID)
+def test_a_call_gets_204_once_it_is_recorded(log: FakeCallbackLog) -> None:
+    answer = ask(receiver(log), "POST", URLS.url(KEY), json=SAID)
     assert (answer.status_code, answer.content) == (204, b"")
-    assert book.calls == [(KEY, TASK_ID)]
+    assert log.calls == [(KEY, TASK_ID)]
 
 
 @pytest.mark.parametrize(
@@ -109,24 +109,26 @@ def test_a_call_is_answered_204_once_it_is_remembered(book: Book) -> None:
         b"NaN",
     ],
 )
-def test_a_body_that_says_nothing_is_still_a_hint(book: Book, body: bytes) -> None:
-    assert post(receiver(book), content=body) == 204
-    assert book.calls == [(KEY, None)]
+def test_a_call_with_a_meaningless_body_is_still_recorded(
+    log: FakeCallbackLog, body: bytes
+) -> None:
+    assert post(receiver(log), content=body) == 204
+    assert log.calls == [(KEY, None)]
 
 
-def test_what_a_body_claims_is_kept_as_a_claim_and_bounded() -> None:
+def test_the_task_id_of_a_body_is_bounded() -> None:
     assert claimed_task_id(json.dumps({"id": "a" * 128}).encode()) == "a" * 128
     for wrong in ("a" * 129, "a\x00", "ä", "", "a'; drop table requests", "a\nb"):
         assert claimed_task_id(json.dumps({"id": wrong}).encode()) is None
 
 
-def test_repeated_and_late_calls_are_taken_like_the_first(book: Book) -> None:
-    app = receiver(book)
+def test_repeated_and_late_calls_are_recorded_like_the_first(log: FakeCallbackLog) -> None:
+    app = receiver(log)
     assert [post(app) for _ in range(3)] == [204] * 3
-    assert book.calls == [(KEY, TASK_ID)] * 3
+    assert log.calls == [(KEY, TASK_ID)] * 3
 
 
-# -- what is refused --------------------------------------------------------------------------
+# -- refused calls ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,27 +145,29 @@ def test_repeated_and_late_calls_are_taken_like_the_first(book: Book) -> None:
         "/" + "a" * 5000,
     ],
 )
-def test_a_wrong_token_is_404_without_a_reason_and_without_a_line(book: Book, path: str) -> None:
-    answer = ask(receiver(book), "POST", BASE + path, json=SAID)
+def test_a_wrong_token_is_404_without_a_reason_and_without_a_log_line(
+    log: FakeCallbackLog, path: str
+) -> None:
+    answer = ask(receiver(log), "POST", BASE + path, json=SAID)
     assert (answer.status_code, answer.content) == (404, b"")
-    assert book.calls == []
+    assert log.calls == []
 
 
-def test_a_request_that_the_journal_does_not_know_is_404(book: Book) -> None:
-    assert post(receiver(book), URLS.url(UNKNOWN)) == 404
+def test_a_request_that_the_journal_does_not_know_is_404(log: FakeCallbackLog) -> None:
+    assert post(receiver(log), URLS.url(UNKNOWN)) == 404
 
 
-def test_anything_but_post_is_405_whether_the_token_is_right_or_not(book: Book) -> None:
-    app = receiver(book)
+def test_anything_but_post_is_405_whether_the_token_is_right_or_not(log: FakeCallbackLog) -> None:
+    app = receiver(log)
     for url in (URLS.url(KEY), f"{BASE}/{'0' * 32}/{KEY}.{'0' * 32}"):
         for method in ("GET", "PUT", "DELETE", "OPTIONS"):
             answer = ask(app, method, url)
             assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-    assert book.calls == []
+    assert log.calls == []
 
 
-def test_a_body_beyond_64_kib_is_413_and_not_remembered(book: Book) -> None:
-    app = receiver(book)
+def test_a_body_above_64_kib_is_413_and_not_recorded(log: FakeCallbackLog) -> None:
+    app = receiver(log)
     whole = json.dumps({**SAID, "more": "a" * MAX_BODY_BYTES}).encode()
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -173,10 +177,10 @@ def test_a_body_beyond_64_kib_is_413_and_not_remembered(book: Book) -> None:
     assert post(app, content=whole) == 413
     assert post(app, content=pieces()) == 413  # without a declared length
     assert post(app, content=b"a" * MAX_BODY_BYTES) == 204
-    assert book.calls == [(KEY, None)]
+    assert log.calls == [(KEY, None)]
 
 
-def test_no_more_than_the_limit_is_read_of_a_body_without_end(book: Book) -> None:
+def test_an_endless_body_is_read_only_up_to_the_limit(log: FakeCallbackLog) -> None:
     read = 0
 
     async def receive() -> dict[str, Any]:
@@ -184,38 +188,38 @@ def test_no_more_than_the_limit_is_read_of_a_body_without_end(book: Book) -> Non
         read += 1
         return {"type": "http.request", "body": b"a" * 1024, "more_body": True}
 
-    assert status_of(receiver(book), receive) == 413
+    assert status_of(receiver(log), receive) == 413
     assert read == MAX_BODY_BYTES // 1024 + 1
 
 
-def test_a_wrong_token_is_refused_before_its_body_is_read(book: Book) -> None:
+def test_a_wrong_token_is_refused_before_its_body_is_read(log: FakeCallbackLog) -> None:
     async def receive() -> dict[str, Any]:
         raise AssertionError("the body was read")
 
-    assert status_of(receiver(book), receive, path="/nobody") == 404
+    assert status_of(receiver(log), receive, path="/unknown") == 404
 
 
-def test_a_body_that_takes_too_long_is_408(book: Book) -> None:
+def test_a_body_that_takes_too_long_is_408(log: FakeCallbackLog) -> None:
     async def receive() -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError
 
-    assert status_of(receiver(book, body_timeout_s=0.01), receive) == 408
-    assert book.calls == []
+    assert status_of(receiver(log, body_timeout_s=0.01), receive) == 408
+    assert log.calls == []
 
 
-def test_a_caller_that_leaves_in_the_middle_has_given_a_hint(book: Book) -> None:
+def test_a_call_is_recorded_although_its_caller_leaves_early(log: FakeCallbackLog) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    assert status_of(receiver(book), receive) == 204
-    assert book.calls == [(KEY, None)]
+    assert status_of(receiver(log), receive) == 204
+    assert log.calls == [(KEY, None)]
 
 
 def status_of(
     app: Receiver, receive: Callable[[], Any], path: str = URLS.url(KEY).removeprefix(BASE)
 ) -> int:
-    """The status for a body that comes as ``receive`` says."""
+    """Return the status for a body that comes from ``receive``."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -235,18 +239,20 @@ def status_of(
 # -- limits -----------------------------------------------------------------------------------
 
 
-def test_a_client_beyond_its_rate_is_429_until_its_bucket_fills(book: Book) -> None:
+def test_a_client_above_its_rate_gets_429_until_its_bucket_fills(log: FakeCallbackLog) -> None:
     clock = Seconds()
-    app = receiver(book, rate_per_s=1, burst=2, monotonic=clock)
+    app = receiver(log, rate_per_s=1, burst=2, monotonic=clock)
     assert [post(app) for _ in range(3)] == [204, 204, 429]
     assert post(app, client="192.0.2.2") == 204
     clock.now_s += 1
     assert [post(app) for _ in range(2)] == [204, 429]
 
 
-def test_wrong_tokens_take_nothing_from_the_right_ones_of_the_same_proxy(book: Book) -> None:
-    app = receiver(book, rate_per_s=1, burst=2, monotonic=Seconds())
-    assert [post(app, f"{BASE}/nobody") for _ in range(4)] == [404, 404, 429, 429]
+def test_wrong_tokens_do_not_use_up_the_limit_of_right_ones_behind_the_same_proxy(
+    log: FakeCallbackLog,
+) -> None:
+    app = receiver(log, rate_per_s=1, burst=2, monotonic=Seconds())
+    assert [post(app, f"{BASE}/unknown") for _ in range(4)] == [404, 404, 429, 429]
     assert post(app) == 204
 
 
@@ -261,98 +267,98 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
-def test_what_gathers_while_a_commit_is_under_way_is_the_next_commit(book: Book) -> None:
-    app = receiver(book)
+def test_calls_that_arrive_during_a_commit_are_one_next_commit(log: FakeCallbackLog) -> None:
+    app = receiver(log)
     urls = CallbackUrls(BASE, SECRET)
 
     async def burst() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as http:
-            book.gate.clear()
+            log.gate.clear()
             calls = [asyncio.create_task(http.post(urls.url(KEY)))]
-            await until(lambda: len(book.calls) == 1)
+            await until(lambda: len(log.calls) == 1)
             calls += [
                 asyncio.create_task(http.post(urls.url(f"{number:064x}"))) for number in range(299)
             ]
-            await until(lambda: len(book.calls) + len(app._batcher._waiting) == 300)
-            book.gate.set()
+            await until(lambda: len(log.calls) + len(app._batcher._waiting) == 300)
+            log.gate.set()
             return [answer.status_code for answer in await asyncio.gather(*calls)]
 
     assert asyncio.run(burst()) == [204] * 300
-    assert [len(batch) for batch in book.batches] == [1, 299]
+    assert [len(batch) for batch in log.batches] == [1, 299]
 
 
-def test_a_caller_that_leaves_takes_no_other_with_it(book: Book) -> None:
-    app = receiver(book)
+def test_a_caller_that_leaves_does_not_affect_others(log: FakeCallbackLog) -> None:
+    app = receiver(log)
 
     async def leave() -> list[Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as http:
-            book.gate.clear()
+            log.gate.clear()
             calls = [asyncio.create_task(http.post(URLS.url(key))) for key in (KEY, OTHER)]
-            await until(lambda: len(book.calls) + len(app._batcher._waiting) == 2)
+            await until(lambda: len(log.calls) + len(app._batcher._waiting) == 2)
             calls[0].cancel()
             calls[1].cancel()
-            book.gate.set()
+            log.gate.set()
             last = await http.post(URLS.url(KEY))
             return [last.status_code, *await asyncio.gather(*calls, return_exceptions=True)]
 
     status, *left = asyncio.run(leave())
     assert status == 204
     assert [type(one) for one in left] == [asyncio.CancelledError] * 2
-    assert {key for key, _ in book.calls} == {KEY, OTHER}
+    assert {key for key, _ in log.calls} == {KEY, OTHER}
 
 
-# -- when the journal fails -------------------------------------------------------------------
+# -- a failing journal ------------------------------------------------------------------------
 
 
-def test_a_journal_that_fails_is_503_so_that_evolink_calls_again(
-    book: Book, caplog: pytest.LogCaptureFixture
+def test_a_failing_journal_is_503_so_that_evolink_calls_again(
+    log: FakeCallbackLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = receiver(book)
-    book.error = JournalError("the disk is full")
+    app = receiver(log)
+    log.error = JournalError("the disk is full")
     with caplog.at_level(logging.DEBUG):
         assert [post(app) for _ in range(5)] == [503] * 5
-        book.error = None
+        log.error = None
         assert post(app) == 204
     assert [record.levelname for record in caplog.records if "disk is full" in record.message] == [
         "ERROR"
     ]
 
 
-def test_health_says_whether_calls_can_be_remembered_and_is_asked_of_the_journal_once_a_second(
-    book: Book,
+def test_health_reports_whether_calls_can_be_recorded_and_checks_the_journal_once_a_second(
+    log: FakeCallbackLog,
 ) -> None:
     clock = Seconds()
-    app = receiver(book, monotonic=clock)
+    app = receiver(log, monotonic=clock)
     assert ask(app, "GET", f"{BASE}/health").status_code == 200
-    book.error = JournalError("gone")
+    log.error = JournalError("gone")
     assert ask(app, "GET", f"{BASE}/health").status_code == 200
     clock.now_s += 1.5
     assert ask(app, "GET", f"{BASE}/health").status_code == 503
-    book.error = None
+    log.error = None
     clock.now_s += 1.5
     assert ask(app, "HEAD", f"{BASE}/health").status_code == 200
 
 
-# -- in the company of others -----------------------------------------------------------------
+# -- mounting and logging ---------------------------------------------------------------------
 
 
-def test_it_can_be_mounted_under_a_path_of_another_application(book: Book) -> None:
-    app = Starlette(routes=[Mount("/krea", receiver(book))])
+def test_it_can_be_mounted_under_a_path_of_another_application(log: FakeCallbackLog) -> None:
+    app = Starlette(routes=[Mount("/krea", receiver(log))])
     url = CallbackUrls(f"{BASE}/krea", SECRET).url(KEY)
     assert post(app, url) == 204
     assert ask(app, "GET", f"{BASE}/krea/health").status_code == 200
-    assert book.calls == [(KEY, TASK_ID)]
+    assert log.calls == [(KEY, TASK_ID)]
 
 
 def test_nothing_of_a_path_or_a_body_is_logged(
-    book: Book, caplog: pytest.LogCaptureFixture
+    log: FakeCallbackLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = receiver(book)
+    app = receiver(log)
     with caplog.at_level(logging.DEBUG, logger="krea_dagster"):
         post(app)
-        post(app, f"{BASE}/nobody")
+        post(app, f"{BASE}/unknown")
         post(app, content=b"a-word-of-the-body")
-        book.error = JournalError("full")
+        log.error = JournalError("full")
         post(app, content=b"a-word-of-the-body")
     ours = " ".join(one.message for one in caplog.records if one.name.startswith("krea_dagster"))
     assert KEY not in ours
@@ -360,6 +366,6 @@ def test_nothing_of_a_path_or_a_body_is_logged(
     assert SECRET not in ours
 
 
-def test_a_weak_secret_is_refused_at_the_start(book: Book) -> None:
+def test_a_weak_secret_is_refused_at_the_start(log: FakeCallbackLog) -> None:
     with pytest.raises(ConfigError, match="KREA_CALLBACK_SECRET"):
-        Receiver("short", book.remember)
+        Receiver("short", log.remember)

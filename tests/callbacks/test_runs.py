@@ -1,4 +1,4 @@
-"""Finished images announce themselves: a run, the emulator over TLS, and the receiver's process.
+"""Callbacks end to end: a run, the emulator over TLS, and the receiver's process.
 
 Nothing here is made up but the certificate: the emulator calls back with EvoLink's documented
 retries, the receiver is the command in a process of its own, and the journal is theirs together.
@@ -20,7 +20,7 @@ from krea_dagster.engine.journal.schema import submissions
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
-from tests.callbacks.tls_certificates import Tls
+from tests.callbacks.tls_certificates import TlsCertificates
 from tests.engine.harness import EngineHarness, make_requests, open_harness, rows, to_requested
 
 pytestmark = pytest.mark.anyio
@@ -30,15 +30,15 @@ IMAGES = int(os.environ.get("KREA_CALLBACK_IMAGES", "100"))
 
 
 @pytest.fixture
-def tls(tmp_path: Path) -> Tls:
-    return Tls.make(tmp_path)
+def tls(tmp_path: Path) -> TlsCertificates:
+    return TlsCertificates.make(tmp_path)
 
 
 @contextmanager
 def announced(
-    folder: Path, tls: Tls, **emulator: Any
+    folder: Path, tls: TlsCertificates, **emulator: Any
 ) -> Iterator[tuple[EngineHarness, CallbackUrls]]:
-    """An engine whose tasks call a receiver over TLS."""
+    """An engine whose tasks have callbacks to a receiver over TLS."""
     options = {"callbacks_to_private": True, "callback_ca": tls.ca, **emulator}
     with (
         open_harness(folder, **options) as engine,
@@ -60,10 +60,10 @@ async def _run(
     [(IMAGES, {}, 1.05), (IMAGES, {"callback_missing": 0.1}, 1.1)],
     ids=["all calls arrive", "every tenth call is lost"],
 )
-async def test_images_that_announce_themselves_are_asked_about_once(
-    tmp_path: Path, tls: Tls, count: int, faults: dict[str, float], most_reads: float
+async def test_tasks_with_callbacks_are_read_once(
+    tmp_path: Path, tls: TlsCertificates, count: int, faults: dict[str, float], most_reads: float
 ) -> None:
-    """With 5 % of the create answers lost besides: none is bought twice, and each finds its row."""
+    """Also with 5 % of the create answers lost, none is bought twice, and each finds its row."""
     requests = make_requests(count)
     rates = {**faults, "drop_after_create": 0.05}
     with announced(tmp_path, tls, latency_s=0.5, latency_jitter=0.2, faults=rates) as (
@@ -71,18 +71,18 @@ async def test_images_that_announce_themselves_are_asked_about_once(
         urls,
     ):
         report = await _run(engine, urls, requests)
-        books = engine.assert_accounts_agree()
+        stats = engine.assert_accounts_agree()
         called = engine.journal.callbacks.received([one.request_key for one in requests])
     reads = report.tasks_read / len(requests)
     print(
         f"{count} images, {faults or 'all calls arrive'}: {reads:.3f} reads an image, "
-        f"{books['reads'] + books['batch_reads']} calls, {len(called)} called about, "
-        f"{report.missed_callbacks} found by the sweep, {books['replays']} answers lost, "
+        f"{stats['reads'] + stats['batch_reads']} calls, {len(called)} called about, "
+        f"{report.missed_callbacks} found by the sweep, {stats['replays']} answers lost, "
         f"{report.seconds:.1f} s"
     )
     assert engine.states(requests) == ["stored"] * count
-    assert books["creates"] == count
-    assert books["replays"] > 0, "answers were lost"
+    assert stats["creates"] == count
+    assert stats["replays"] > 0, "answers were lost"
     assert reads <= most_reads
     lost = count - len(called)
     # On a busy machine some calls are later than the sweep, and count as missed as well.
@@ -90,8 +90,8 @@ async def test_images_that_announce_themselves_are_asked_about_once(
     assert (lost > 0) == bool(faults)
 
 
-async def test_calls_that_are_forged_doubled_or_late_change_no_row(
-    tmp_path: Path, tls: Tls
+async def test_forged_doubled_and_late_callbacks_change_no_row(
+    tmp_path: Path, tls: TlsCertificates
 ) -> None:
     requests = make_requests(60)
     rates = {"callback_forged": 0.2, "callback_doubled": 0.2, "callback_late": 0.1}

@@ -1,4 +1,4 @@
-"""A request's address: made with the secret only, read back with it only, and public."""
+"""A callback address: made and read with the secret only, and public."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def request_key_of(path: str, secret: str) -> str | None:
 
 
 @given(keys)
-def test_an_address_names_its_request_to_whoever_has_the_secret_and_to_nobody_else(
+def test_an_address_is_read_with_its_secret_only(
     key: str,
 ) -> None:
     path = path_of(callback_url(BASE, SECRET, key))
@@ -43,11 +43,11 @@ def test_an_address_names_its_request_to_whoever_has_the_secret_and_to_nobody_el
     assert request_key_of(path, OTHER) is None
 
 
-def test_an_address_is_always_the_same_because_a_repeat_must_send_the_same_body() -> None:
+def test_the_address_of_a_request_is_always_the_same() -> None:
     assert callback_url(BASE, SECRET, KEY) == callback_url(BASE + "/", SECRET, KEY)
 
 
-def test_path_and_proof_have_128_bits_each_and_the_secret_is_in_neither() -> None:
+def test_deployment_and_proof_have_128_bits_each_and_do_not_contain_the_secret() -> None:
     url = callback_url(BASE, SECRET, KEY)
     deployment, last = path_of(url).strip("/").split("/")
     key, proof = last.split(".")
@@ -57,7 +57,7 @@ def test_path_and_proof_have_128_bits_each_and_the_secret_is_in_neither() -> Non
     assert "f3a1f3a1" not in url
 
 
-def test_the_proof_of_one_request_is_none_of_another() -> None:
+def test_the_proof_of_one_request_is_not_that_of_another() -> None:
     urls = CallbackUrls(BASE, SECRET)
     mine, other = path_of(urls.url(KEY)), path_of(urls.url("other"))
     stolen = f"{mine.partition('.')[0]}.{other.partition('.')[2]}"
@@ -65,7 +65,7 @@ def test_the_proof_of_one_request_is_none_of_another() -> None:
 
 
 @given(st.data())
-def test_no_character_of_an_address_can_be_changed(data: st.DataObject) -> None:
+def test_an_address_with_a_changed_character_is_not_accepted(data: st.DataObject) -> None:
     path = path_of(callback_url(BASE, SECRET, KEY))
     at = data.draw(st.integers(1, len(path) - 1))
     character = data.draw(st.sampled_from("0123456789abcdefXYZ/.-_%\x00é"))
@@ -75,12 +75,12 @@ def test_no_character_of_an_address_can_be_changed(data: st.DataObject) -> None:
 
 
 @given(st.text())
-def test_any_text_at_all_is_taken_for_a_path_and_names_nothing(text: str) -> None:
+def test_any_other_text_is_not_an_address(text: str) -> None:
     assert request_key_of(text, SECRET) is None
     assert request_key_of(path_of(callback_url(BASE, SECRET, KEY)) + text, SECRET) in (None, KEY)
 
 
-def test_a_proxy_may_keep_a_prefix_or_take_it_away() -> None:
+def test_a_proxy_may_keep_a_prefix_or_remove_it() -> None:
     base = "https://example.com/krea/hooks"
     path = callback_url(base, SECRET, KEY).removeprefix("https://example.com")
     assert path.startswith("/krea/hooks/")
@@ -89,12 +89,12 @@ def test_a_proxy_may_keep_a_prefix_or_take_it_away() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "a/b", "a.b", "ä", "a" * 65, "a\n"])
-def test_what_cannot_be_a_request_key_gets_no_address(key: str) -> None:
+def test_an_impossible_request_key_has_no_address(key: str) -> None:
     with pytest.raises(ValueError, match="request key"):
         callback_url(BASE, SECRET, key)
 
 
-# -- what is wrong with a setting is said before anything is bought ---------------------------
+# -- wrong settings ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_a_base_url_that_evolink_would_refuse_or_not_reach_is_refused(
         "https://[2606:4700::1111]:8443",
     ],
 )
-def test_a_public_base_url_is_taken_and_the_emulator_takes_what_is_made_of_it(
+def test_a_public_base_url_and_its_addresses_are_accepted(
     base_url: str,
 ) -> None:
     assert is_public_https(callback_url(base_url, SECRET, KEY))
 
 
-def test_the_address_of_a_receiver_of_the_users_own_may_have_a_query() -> None:
+def test_the_address_of_a_custom_receiver_may_have_a_query() -> None:
     assert url_trouble("https://example.com/hook?token=1#part") is None
     assert url_trouble("https://example.com/" + "a" * 2029) == (
         "has 2049 characters; EvoLink accepts 2048"
@@ -169,14 +169,14 @@ def test_the_address_of_a_receiver_of_the_users_own_may_have_a_query() -> None:
     assert "private address" in str(url_trouble("https://localhost/hook"))
 
 
-def test_a_private_host_is_taken_where_the_api_is_an_emulator_on_this_machine() -> None:
+def test_a_private_host_is_accepted_if_the_api_is_an_emulator_on_this_machine() -> None:
     urls = CallbackUrls("https://localhost:8443", SECRET, private_allowed=True)
     assert urls.url(KEY).startswith("https://localhost:8443/")
     with pytest.raises(ConfigError):
         CallbackUrls("http://localhost:8443", SECRET, private_allowed=True)
 
 
-def test_an_address_has_at_most_2048_characters_whatever_the_request() -> None:
+def test_an_address_has_at_most_2048_characters_for_any_request() -> None:
     longest = BASE + "/" + "a" * (2048 - len(BASE) - 1 - 1 - 32 - 1 - 64 - 1 - 32)
     assert len(callback_url(longest, SECRET, "k" * 64)) == 2048
     with pytest.raises(ConfigError, match="2048"):

@@ -1,4 +1,4 @@
-"""A certificate for localhost, and the authority that the emulator trusts."""
+"""A certificate for localhost, and its authority, which the emulator trusts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trustme
 
 
 @dataclass(frozen=True)
-class Tls:
+class TlsCertificates:
     """Files in PEM."""
 
     ca: Path
@@ -17,8 +17,8 @@ class Tls:
     key: Path
 
     @classmethod
-    def make(cls, folder: Path) -> Tls:
-        """Make an authority and a certificate."""
+    def make(cls, folder: Path) -> TlsCertificates:
+        """Create an authority and a certificate."""
         authority = trustme.CA()
         made = cls(*(folder / name for name in ("ca.pem", "cert.pem", "key.pem")))
         authority.cert_pem.write_to_path(made.ca)

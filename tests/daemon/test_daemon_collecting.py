@@ -14,7 +14,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.states import State
 from krea_dagster.plugin.sensors.collect import COLLECTS_TAG
 from tests.callbacks.callback_flood import SECRET, serving
-from tests.callbacks.tls_certificates import Tls
+from tests.callbacks.tls_certificates import TlsCertificates
 from tests.daemon.daemon_bench import Dagster, dagster_dev
 from tests.dagster_bench import write_table
 from tests.engine.harness import ServerClock
@@ -47,7 +47,7 @@ def test_runs_submit_and_end_and_later_runs_collect_what_is_ready_the_most_urgen
     """One partition by a callback over TLS, two by the clock, whose calls nobody takes."""
     prompts = [f"picture {number}" for number in range(COUNT)]
     write_table(tmp_path / "prompts.parquet", {"prompt": prompts})
-    storage, tls, port = tmp_path / "krea", Tls.make(tmp_path), free_port()
+    storage, tls, port = tmp_path / "krea", TlsCertificates.make(tmp_path), free_port()
     krea = KreaResource(storage=str(storage))
     clock = ServerClock()
     with (
