@@ -19,7 +19,7 @@ from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from tests.curation.accepted.quota_harness import Studio, prompts_of
+from tests.curation.accepted.quota_harness import QuotaProject, prompts_of
 from tests.dagster_bench import OpenAccount, failure_text, latest, tick, values
 
 PREFIX = "judged"
@@ -34,11 +34,11 @@ def studio(
     emulator: Emulator,
     open_account: OpenAccount,
     instance: dg.DagsterInstance,
-) -> Studio:
+) -> QuotaProject:
     """Six images in two partitions, bought, and taken as they are: nobody has judged any."""
     prompts = prompts_of(6, PREFIX, num_images=1, campaign=["autumn"] * 6)
     folder = tmp_path_factory.mktemp(PREFIX)
-    made = Studio(folder, emulator, open_account(), prompts, WantedImages(1), Rules(), PREFIX)
+    made = QuotaProject(folder, emulator, open_account(), prompts, WantedImages(1), Rules(), PREFIX)
     assert made.buy(instance).success
     assert made.accept(instance).success
     return made
@@ -47,7 +47,7 @@ def studio(
 class Bench:
     """The studio's definitions, and the sensor from tick to tick."""
 
-    def __init__(self, studio: Studio, instance: dg.DagsterInstance) -> None:
+    def __init__(self, studio: QuotaProject, instance: dg.DagsterInstance) -> None:
         self.studio, self.instance = studio, instance
         self.defs = studio.defs
         self.cursor: str | None = None
@@ -76,11 +76,11 @@ class Bench:
 
 
 @pytest.fixture
-def bench(studio: Studio, instance: dg.DagsterInstance) -> Bench:
+def bench(studio: QuotaProject, instance: dg.DagsterInstance) -> Bench:
     return Bench(studio, instance)
 
 
-def home(studio: Studio, prompt_id: str) -> str:
+def home(studio: QuotaProject, prompt_id: str) -> str:
     """The partition of a prompt."""
     (found,) = {row["partition_key"] for row in studio.manifest() if row["prompt_id"] == prompt_id}
     return str(found)
@@ -90,7 +90,7 @@ def home(studio: Studio, prompt_id: str) -> str:
 
 
 def without_a_review_every_image_is_accepted_with_its_columns_and_the_tables(
-    bench: Bench, studio: Studio, instance: dg.DagsterInstance
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     key = studio.partitions[0]
     file = studio.folder / "krea" / "accepted" / PREFIX / f"{key}.parquet"
@@ -107,7 +107,7 @@ def without_a_review_every_image_is_accepted_with_its_columns_and_the_tables(
 
 
 def the_runs_own_report_of_the_verdicts_leaves_nothing_stale_and_nothing_to_report(
-    bench: Bench, studio: Studio, instance: dg.DagsterInstance
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     assert bench.stale() == []
     assert bench.reported() == set()
@@ -115,7 +115,7 @@ def the_runs_own_report_of_the_verdicts_leaves_nothing_stale_and_nothing_to_repo
 
 
 def a_verdict_makes_its_own_partition_stale_and_no_other(
-    bench: Bench, studio: Studio, instance: dg.DagsterInstance
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     bench.tick()
     studio.judge({("judged-000", 0): "reject"})
@@ -141,7 +141,7 @@ def a_verdict_makes_its_own_partition_stale_and_no_other(
 
 
 def a_verdict_that_is_given_and_taken_at_once_leaves_nothing_stale(
-    bench: Bench, studio: Studio, instance: dg.DagsterInstance
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     bench.tick()
     studio.judge({("judged-001", 0): "flag"})
@@ -151,7 +151,7 @@ def a_verdict_that_is_given_and_taken_at_once_leaves_nothing_stale(
 
 
 def a_run_that_is_launched_before_the_sensor_has_seen_the_verdicts_is_not_stale_after_it(
-    bench: Bench, studio: Studio, instance: dg.DagsterInstance
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     bench.tick()
     studio.judge({("judged-002", 0): "keep"}, reviewer="ben")
@@ -164,7 +164,7 @@ def a_run_that_is_launched_before_the_sensor_has_seen_the_verdicts_is_not_stale_
 
 
 def from_rejected_to_replaced_to_accepted_again_as_lineage(
-    bench: Bench, studio: Studio, instance: dg.DagsterInstance
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     graph = bench.defs.resolve_asset_graph()
 
@@ -204,7 +204,9 @@ def from_rejected_to_replaced_to_accepted_again_as_lineage(
     assert shown["credits_per_accepted_image"] == pytest.approx(cost / shown["accepted"], abs=1e-4)
 
 
-def test_the_story_of_a_review(bench: Bench, studio: Studio, instance: dg.DagsterInstance) -> None:
+def test_the_story_of_a_review(
+    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+) -> None:
     """One after the other: each goes on from where the one before it ended."""
     without_a_review_every_image_is_accepted_with_its_columns_and_the_tables(
         bench, studio, instance
@@ -221,7 +223,7 @@ def test_the_story_of_a_review(bench: Bench, studio: Studio, instance: dg.Dagste
 
 
 def test_made_again_the_file_is_the_same_to_the_byte(
-    studio: Studio, instance: dg.DagsterInstance
+    studio: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     files = sorted((studio.folder / "krea" / "accepted" / PREFIX).glob("*.parquet"))
     before = [file.read_bytes() for file in files]
@@ -233,7 +235,9 @@ def test_a_column_of_the_table_that_is_in_the_way_is_named(
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount, instance: dg.DagsterInstance
 ) -> None:
     prompts = prompts_of(1, "taken", num_images=1, reviewer=["ann"])
-    made = Studio(tmp_path, emulator, open_account(), prompts, None, Rules(), "taken", "hash:1")
+    made = QuotaProject(
+        tmp_path, emulator, open_account(), prompts, None, Rules(), "taken", "hash:1"
+    )
     made.carry()
     with pytest.raises(ConfigError, match="column 'reviewer'"):
         made.outcomes()
@@ -252,7 +256,7 @@ def test_measures_and_likeness_count_where_the_rules_name_them(
 ) -> None:
     rules = Rules.parse(["sharpness>=50"], one_of_duplicates=True)
     prompts = prompts_of(4, "rules", num_images=1)
-    made = Studio(tmp_path, emulator, open_account(), prompts, None, rules, "rules", "hash:1")
+    made = QuotaProject(tmp_path, emulator, open_account(), prompts, None, rules, "rules", "hash:1")
     made.carry()
     rows = sorted(made.manifest(), key=lambda row: str(row["prompt_id"]))
     assert made.outcomes() == {}

@@ -17,7 +17,7 @@ from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.plugin.assets.accepted import check_wanted
 from krea_dagster.plugin.config import KreaImagesConfig
-from tests.curation.accepted.quota_harness import PRICE, Studio, prompts_of
+from tests.curation.accepted.quota_harness import PRICE, QuotaProject, prompts_of
 from tests.dagster_bench import OpenAccount, check_of, latest, values, write_table
 
 KEPT = Rules(require_keep=True)
@@ -26,7 +26,7 @@ CHECK = "all_wanted_accepted"
 
 def shown(
     instance: dg.DagsterInstance,
-    studio: Studio,
+    studio: QuotaProject,
     asset: str = "images",
     keys: Sequence[str] = (),
 ) -> Counter[str]:
@@ -47,7 +47,7 @@ def test_three_of_each_prompt_are_reached_and_never_more_is_bought_than_is_missi
 ) -> None:
     key = open_account()
     wanted = WantedImages(3, most_images=30)
-    studio = Studio(tmp_path, emulator, key, prompts_of(10, "reach"), wanted, KEPT, "reach")
+    studio = QuotaProject(tmp_path, emulator, key, prompts_of(10, "reach"), wanted, KEPT, "reach")
     rounds = studio.rounds()
     assert rounds[0].bought == 30
     assert all(one.bought == one.missing for one in rounds)
@@ -74,7 +74,7 @@ def test_a_budget_that_is_too_small_is_not_passed_and_the_short_prompts_are_name
 ) -> None:
     wanted = WantedImages(2, most_images=3)
     prompts = prompts_of(4, "tight", num_images=2)
-    studio = Studio(
+    studio = QuotaProject(
         tmp_path, emulator, open_account(), prompts, wanted, KEPT, "tight", rejects=0.6, seed=1
     )
     studio.rounds()
@@ -108,7 +108,7 @@ def test_what_would_be_the_same_picture_or_has_failed_is_never_bought_again(
         ],
         "seed": pa.array([7, None, None, 9, 9], pa.int32()),
     }  # fmt: skip
-    studio = Studio(
+    studio = QuotaProject(
         tmp_path, emulator, open_account(), prompts, WantedImages(1), Rules(), "alone", "hash:1"
     )
     studio.carry()
@@ -133,7 +133,7 @@ def test_a_flagged_picture_waits_and_one_that_is_taken_back_counts_again(
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount
 ) -> None:
     prompts = prompts_of(2, "wait", num_images=1)
-    studio = Studio(
+    studio = QuotaProject(
         tmp_path, emulator, open_account(), prompts, WantedImages(1), Rules(), "wait", "hash:1"
     )
     studio.carry()
@@ -158,7 +158,9 @@ def test_values_of_a_column_are_counted_over_all_partitions_and_the_rest_is_held
 ) -> None:
     prompts = prompts_of(12, "col", num_images=1, campaign=["autumn"] * 8 + ["spring"] * 4)
     wanted = WantedImages.parse(["column:campaign:autumn=3"])
-    studio = Studio(tmp_path, emulator, open_account(), prompts, wanted, Rules(), "col", "hash:3")
+    studio = QuotaProject(
+        tmp_path, emulator, open_account(), prompts, wanted, Rules(), "col", "hash:3"
+    )
     # One run each, as a backfill by several workers does it.
     first, *others = studio.partitions
     assert check_of(studio.buy(instance, [first])).passed
@@ -182,7 +184,7 @@ def test_exactly_as_many_are_taken_where_more_are_accepted(
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount
 ) -> None:
     prompts = prompts_of(4, "many", num_images=3)
-    studio = Studio(tmp_path, emulator, open_account(), prompts, None, Rules(), "many")
+    studio = QuotaProject(tmp_path, emulator, open_account(), prompts, None, Rules(), "many")
     studio.carry()
     studio.judge({("many-000", 2): "keep"})
     studio.wanted = WantedImages(2)
@@ -201,7 +203,9 @@ def test_two_runs_that_decide_at_once_raise_a_slot_once(
 ) -> None:
     prompts = prompts_of(3, "twice", num_images=1)
     wanted, rules = WantedImages(1), Rules()
-    studio = Studio(tmp_path, emulator, open_account(), prompts, wanted, rules, "twice", "hash:1")
+    studio = QuotaProject(
+        tmp_path, emulator, open_account(), prompts, wanted, rules, "twice", "hash:1"
+    )
     studio.carry()
     studio.judge({("twice-000", 0): "reject", ("twice-001", 0): "reject"})
     krea, config = studio.krea, KreaImagesConfig()
@@ -233,7 +237,9 @@ def test_rows_that_come_while_a_run_decides_are_decided_about_too(
 ) -> None:
     """The table is read again once attempts are raised; what is new in it is not simply bought."""
     prompts, wanted = prompts_of(2, "late", num_images=1), WantedImages(1)
-    studio = Studio(tmp_path, emulator, open_account(), prompts, wanted, Rules(), "late", "hash:1")
+    studio = QuotaProject(
+        tmp_path, emulator, open_account(), prompts, wanted, Rules(), "late", "hash:1"
+    )
     studio.carry()
     studio.judge({("late-000", 0): "reject"})
     batch = Batch.read(studio.table, None, studio.krea, to_buy=True)

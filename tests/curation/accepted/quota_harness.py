@@ -1,6 +1,6 @@
-"""Exactly N accepted, with a reviewer who rejects some at random: rounds of a run and a review.
+"""Exactly N accepted, with a reviewer who rejects at random: rounds of a run and a review.
 
-Run it for the figures of 100 prompts::
+Run it to print the rounds of 100 prompts::
 
     .venv/bin/python -m tests.curation.accepted.quota_harness
     .venv/bin/python -m tests.curation.accepted.quota_harness --most-images 3
@@ -43,7 +43,7 @@ PRICE = 0.45
 
 @dataclass(frozen=True)
 class Round:
-    """One run of ``images`` and the review after it; counts of pictures."""
+    """One run of ``images`` and the review after it; counts of images."""
 
     missing: int
     bought: int
@@ -51,8 +51,8 @@ class Round:
 
 
 @dataclass
-class Studio:
-    """A prompt table, its assets with a wish for accepted images, and a reviewer."""
+class QuotaProject:
+    """A prompt table, its assets with a number of wanted images, and a reviewer."""
 
     folder: Path
     emulator: Emulator
@@ -80,7 +80,7 @@ class Studio:
 
     @property
     def defs(self) -> dg.Definitions:
-        """The assets and the two jobs, made anew as a code location that is loaded again."""
+        """Build the assets and the two jobs, as a reloaded code location does."""
         assets = build_krea_assets(
             self.table, key_prefix=self.prefix, wanted=self.wanted, rules=self.rules
         )
@@ -111,12 +111,12 @@ class Studio:
     def buy(
         self, instance: dg.DagsterInstance, partitions: Sequence[str] | None = None
     ) -> dg.ExecuteInProcessResult:
-        """One run of ``images`` and ``image_manifest`` over these partitions, or all."""
+        """Run ``images`` and ``image_manifest`` for these partitions, or all."""
         keys = partitions or self.partitions
         return run_job(self.defs, instance, keys[0], keys[-1])
 
     def carry(self, partitions: Sequence[str] | None = None) -> Asked:
-        """The same without Dagster: decide, buy, write the manifests."""
+        """Do the same without Dagster: decide, buy, write the manifests."""
         batch = Batch.read(self.table, partitions, self.krea, to_buy=True)
         run_id = f"run-{next(self._runs)}"
         batch, asked = ask_for_wanted(
@@ -137,7 +137,7 @@ class Studio:
         return asked
 
     def outcomes(self) -> Mapping[str, GroupResult]:
-        """Make ``accepted_images`` without Dagster; returns how each group stands."""
+        """Build ``accepted_images`` without Dagster; return the result of each group."""
         with self.journal() as journal:
             storage, folders = self.krea.open_storage(), [self.prefix]
             accepting = AcceptedTableBuilder.read(
@@ -149,7 +149,7 @@ class Studio:
     def accept(
         self, instance: dg.DagsterInstance, partitions: Sequence[str] | None = None
     ) -> dg.ExecuteInProcessResult:
-        """One run of ``accepted_images``."""
+        """Run ``accepted_images``."""
         keys = partitions or self.partitions
         return run_job(self.defs, instance, keys[0], keys[-1], job=f"{self.prefix}_krea_accepted")
 
@@ -169,7 +169,7 @@ class Studio:
         return rows
 
     def judge(self, verdicts: Mapping[tuple[str, int], str], reviewer: str = "ann") -> None:
-        """Say what a person thinks of the present pictures of these (prompt_id, sample)."""
+        """Give verdicts on the current images of these (prompt_id, sample)."""
         rows = [row for row in self.manifest() if (row["prompt_id"], row["sample"]) in verdicts]
         assert len(rows) == len(verdicts)
         with self.journal() as journal:
@@ -191,7 +191,7 @@ class Studio:
             )
 
     def review(self) -> int:
-        """Look at all that nobody has looked at; returns how many were rejected."""
+        """Review all images without a verdict; return how many were rejected."""
         with self.journal() as journal:
             seen = set(journal.verdicts.current())
         verdicts = {}
@@ -203,11 +203,11 @@ class Studio:
         return sum(verdict == REJECT for verdict in verdicts.values())
 
     def tasks(self) -> list[dict[str, Any]]:
-        """The emulator's own entries of what this studio has bought."""
+        """Return the emulator's entries of this project's purchases."""
         return bought(self.emulator, f"[{self.prefix}]")
 
     def kept(self) -> dict[str, int]:
-        """How many present pictures of each prompt are kept."""
+        """Return the number of kept images of each prompt."""
         with self.journal() as journal:
             present = journal.verdicts.current()
         counts = dict.fromkeys((row["prompt_id"] for row in self.manifest()), 0)
@@ -217,7 +217,7 @@ class Studio:
         return counts
 
     def rounds(self, instance: dg.DagsterInstance | None = None, most: int = 40) -> list[Round]:
-        """Runs and reviews until a run has bought nothing more; by Dagster where it is given."""
+        """Run and review until a run buys nothing; through Dagster where an instance is given."""
         assert self.wanted is not None
         number, found = self.wanted.number or 0, []
         missing = number * len(self.prompts["prompt_id"])
@@ -239,14 +239,14 @@ def prompts_of(count: int, prefix: str, *, num_images: int = 3, **further: Any) 
     names = [f"{prefix}-{number:03d}" for number in range(count)]
     return {
         "prompt_id": names,
-        "prompt": [f"a picture for {name} [{prefix}]" for name in names],
+        "prompt": [f"an image for {name} [{prefix}]" for name in names],
         "num_images": pa.array([num_images] * count, pa.int32()),
         **further,
     }
 
 
 def main() -> None:
-    """Print the rounds of 100 prompts, and what the books say."""
+    """Print the rounds of 100 prompts, and the emulator's account."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--wanted", type=int, default=3)
@@ -261,7 +261,7 @@ def main() -> None:
     ):
         key = "sk-of-exactly-n-Zq81"
         emulator.world.add_account(key, 10_000_000)
-        studio = Studio(
+        studio = QuotaProject(
             Path(folder) / "studio",
             emulator,
             key,

@@ -60,7 +60,7 @@ def table(*slots: dict[str, Any]) -> pa.Table:
 
 
 def decided(wanted: WantedImages | int, *stands: str, **columns: list[Any]) -> QuotaDecision:
-    """The decision about one prompt whose samples stand so."""
+    """Decide for one prompt whose samples have these states."""
     slots = [
         slot(
             sample=number,
@@ -76,14 +76,14 @@ def decided(wanted: WantedImages | int, *stands: str, **columns: list[Any]) -> Q
 
 
 def marks(decision: QuotaDecision) -> str:
-    """One letter a slot: a for asked, g for another picture, h for held, - for left alone."""
+    """Return a letter per slot: a for asked, g for another attempt, h for held, - for left alone."""
     letters = zip(decision.ask, decision.again, decision.held, strict=True)
     return "".join(
         "a" if ask else "g" if again else "h" if held else "-" for ask, again, held in letters
     )
 
 
-# -- what is asked for ------------------------------------------------------------------------
+# -- what is bought ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def marks(decision: QuotaDecision) -> str:
         (2, "open open open", "aah"),
         (3, "accepted refused accepted", "-g-"),
         (3, "accepted refused refused", "-gg"),
-        # What waits for a review, or is at the server, may yet be the one.
+        # An image that waits for a review or is at the server may still be accepted.
         (2, "undecided refused accepted", "---"),
         (2, "undecided refused refused", "-g-"),
-        # A slot without a picture is taken before one whose picture was refused.
+        # A slot without an image comes before one whose image was refused.
         (2, "accepted refused open", "--a"),
         (1, "accepted refused open", "--h"),
         (0, "open refused", "h-"),
-        # Neither would give another picture.
+        # Neither would give another image.
         (2, "fixed failed", "--"),
     ],
 )
-def test_no_more_is_asked_for_than_is_missing(wanted: int, stands: str, expected: str) -> None:
+def test_no_more_is_bought_than_is_missing(wanted: int, stands: str, expected: str) -> None:
     assert marks(decided(wanted, *stands.split())) == expected
 
 
@@ -133,20 +133,20 @@ def test_values_of_a_column_are_counted_over_all_prompts_and_null_is_a_value() -
     assert {one.name: one.asked for one in found.outcomes} == {"": 1, "x": 1}
 
 
-def test_two_slots_that_share_a_request_are_one_picture() -> None:
+def test_two_slots_that_share_a_request_count_as_one_image() -> None:
     wanted = WantedImages(2, "column")
     shared = {"value": "x", "request_key": "the same"}
     slots = table(slot("a", **shared), slot("b", **shared), slot("c", value="x"))
     accepted = decide(wanted, slots, np.array([IS_ACCEPTED, IS_ACCEPTED, IS_OPEN], np.int8))
     assert accepted.outcomes[0].accepted == 1
     assert marks(accepted) == "--a"
-    # Bought for the one, it is there for the other, which is not held back.
+    # Bought for one, it is available for the other, which is not held back.
     fresh = decide(wanted, slots, np.full(3, IS_OPEN, np.int8))
     assert (marks(fresh), fresh.outcomes[0].asked) == ("aaa", 2)
 
 
 def test_two_requests_of_a_group_that_gave_the_same_file_are_one_image() -> None:
-    """As a server does that leaves the seed out: the later of the two is asked for again."""
+    """As a server that ignores the seed does: the later of the two is requested again."""
     stands = ("accepted", "accepted", "accepted")
     files = ["f" * 64, "f" * 64, "e" * 64]
     found = decided(3, *stands, image_sha256=files)
@@ -190,11 +190,11 @@ def test_without_a_budget_four_candidates_are_bought_for_each_wanted_image() -> 
     assert marks(decided(1, "refused", bought_images=[4])) == "-"
 
 
-def test_first_pictures_too_are_held_back_where_the_budget_ends() -> None:
+def test_first_attempts_are_held_back_too_at_the_end_of_the_budget() -> None:
     assert marks(decided(WantedImages(3, most_images=2), "open", "open", "open")) == "aah"
 
 
-# -- why not ----------------------------------------------------------------------------------
+# -- reasons ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,9 @@ def test_first_pictures_too_are_held_back_where_the_budget_ends() -> None:
         (3, "accepted fixed", 2, "num_images"),
     ],
 )
-def test_a_prompt_that_stays_short_says_why(wanted: int, stands: str, short: int, why: str) -> None:
+def test_a_prompt_that_stays_short_has_a_reason(
+    wanted: int, stands: str, short: int, why: str
+) -> None:
     (outcome,) = decided(wanted, *stands.split()).outcomes
     assert outcome.short == short
     assert why in outcome.why
@@ -222,7 +224,7 @@ def test_totals_count_no_more_accepted_than_are_wanted() -> None:
     assert (found["candidates"], found["candidate_credits"]) == (2, 0.9)
 
 
-# -- how a slot stands ------------------------------------------------------------------------
+# -- states of slots --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,14 +249,14 @@ def test_totals_count_no_more_accepted_than_are_wanted() -> None:
         ({"status": "failed", "error_code": "x"}, "not stored", "failed"),
         ({"status": "failed", "error_code": "busy"}, "not stored", "open"),
         ({"status": "refused", "error_code": "busy"}, "not stored", "open"),
-        # Every run tries this one again, so that another slot in its place would be one too many.
+        # Every run retries this one, so another slot in its place would be one too many.
         ({"status": "failed", "error_code": "service_error"}, "not stored", "open"),
         ({"status": "refused", "error_code": "service_error"}, "not stored", "failed"),
         # Paid and lost: retry_errors does not buy it again.
         ({"status": "expired", "error_code": "busy"}, "not stored", "failed"),
     ],
 )
-def test_how_a_slot_stands(values: dict[str, Any], reason: str, stands: str) -> None:
+def test_the_state_of_a_slot(values: dict[str, Any], reason: str, stands: str) -> None:
     found = slot_states(table(slot(**values)), pa.array([reason]), retry_errors=["busy"])
     assert found.tolist() == [NAMES[stands]]
 
@@ -262,7 +264,7 @@ def test_how_a_slot_stands(values: dict[str, Any], reason: str, stands: str) -> 
 # -- configuration ----------------------------------------------------------------------------
 
 
-def test_a_wish_is_read_from_texts() -> None:
+def test_wanted_images_are_parsed() -> None:
     assert WantedImages.parse([]) is None
     assert WantedImages.parse(["prompt=3"]) == WantedImages(3)
     found = WantedImages.parse(
@@ -280,12 +282,12 @@ def test_a_wish_is_read_from_texts() -> None:
         ["column:a=1", "column:b=1"], ["column:a:x=1", "column:a:x=2"],
     ],
 )  # fmt: skip
-def test_a_wish_that_cannot_be_read_is_refused(texts: list[str]) -> None:
+def test_invalid_wanted_images_are_rejected(texts: list[str]) -> None:
     with pytest.raises(ConfigError):
         WantedImages.parse(texts)
 
 
-def test_a_budget_without_a_wish_is_refused() -> None:
+def test_a_budget_without_a_number_is_rejected() -> None:
     with pytest.raises(ConfigError, match="needs a number of wanted images"):
         WantedImages.parse([], most_images=3)
 
@@ -308,7 +310,7 @@ def worlds(draw: st.DrawFn) -> tuple[WantedImages, list[dict[str, Any]], list[in
         )
         for one in stands
     ]
-    keys: dict[str, int] = {}  # what shares a request stands alike
+    keys: dict[str, int] = {}  # slots that share a request have the same state
     stands = [
         keys.setdefault(one["request_key"], two) for one, two in zip(slots, stands, strict=True)
     ]
@@ -321,7 +323,7 @@ def worlds(draw: st.DrawFn) -> tuple[WantedImages, list[dict[str, Any]], list[in
 
 
 @given(worlds())
-def test_whatever_the_world_never_too_much_is_asked(
+def test_never_more_is_bought_than_is_missing_or_budgeted(
     world: tuple[WantedImages, list[dict[str, Any]], list[int]],
 ) -> None:
     wanted, slots, stands = world

@@ -51,7 +51,7 @@ def test_case_spaces_and_unicode_forms_do_not_change_the_split(same: str) -> Non
 
 
 def test_the_hash_of_splits_never_changes() -> None:
-    """Published datasets hang on it: a change of the hash would move their images."""
+    """Published datasets depend on it: a change of the hash would move their images."""
     texts = ["a harbor at dawn", "straße", "", *(f"prompt {n}" for n in range(12))]
     found = "".join("abc"[n] for n in numbers(texts, "a=0.5", "b=0.3", "c=0.2"))
     assert found == "aaababcaabcaaba"
