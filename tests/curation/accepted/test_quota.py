@@ -76,7 +76,7 @@ def decided(wanted: WantedImages | int, *stands: str, **columns: list[Any]) -> Q
 
 
 def marks(decision: QuotaDecision) -> str:
-    """Return a letter per slot: a for asked, g for another attempt, h for held, - for left alone."""
+    """Return a letter per slot: a asked, g another attempt, h held, - left alone."""
     letters = zip(decision.ask, decision.again, decision.held, strict=True)
     return "".join(
         "a" if ask else "g" if again else "h" if held else "-" for ask, again, held in letters
