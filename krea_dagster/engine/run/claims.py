@@ -14,7 +14,6 @@ from krea_dagster.engine.resolution import Claim
 from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.poll import PollStep
 from krea_dagster.engine.run.work_item import WorkItem
-from krea_dagster.engine.run.worklist import WorkList
 from krea_dagster.engine.states import State
 from krea_dagster.models import is_task_id
 
@@ -35,20 +34,14 @@ class Claims:
     """
 
     def __init__(
-        self,
-        context: RunContext,
-        work: WorkList,
-        poll: PollStep,
-        *,
-        owner: str,
-        enqueue: Callable[[WorkItem], None],
+        self, context: RunContext, poll: PollStep, enqueue: Callable[[WorkItem], None]
     ) -> None:
         self._context = context
         self._journal = context.options.journal
         self._in_thread = context.in_thread
-        self._work = work
+        self._work = context.work
         self._poll = poll
-        self._owner = owner
+        self._owner = context.owner
         self._enqueue = enqueue
         self._elsewhere: deque[str] = deque()  # requests that another run holds
         self._elsewhere_since_s: float | None = None

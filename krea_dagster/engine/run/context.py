@@ -8,6 +8,7 @@ from typing import Any
 
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.group_commit import GroupCommit
+from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.pace import Pace
 from krea_dagster.engine.policy import backoff_s
 from krea_dagster.engine.record import Record
@@ -16,23 +17,25 @@ from krea_dagster.engine.run.options import Client, RunOptions
 from krea_dagster.engine.run.outages import Outages
 from krea_dagster.engine.run.poller import TaskPoller
 from krea_dagster.engine.run.work_item import WorkItem
+from krea_dagster.engine.run.worklist import WorkList
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import AccountStopped, RunStopped
 
 
 class RunContext:
-    """The options, the client, the journal's writer and the tasks in flight of one run.
+    """The options, the client, the work list, the journal's writer and the tasks in flight.
 
     ``in_thread`` also waits for a journal or a storage root that is away. ``wake`` is called when
     the scheduler may have something to do. ``on_release`` is called when a purchase commits less
-    than before, so that caps have room. ``stopped`` is what ended the buying.
+    than before, so that caps have room. ``stopped`` is what ended the buying. ``owner`` is the name
+    under which the run claims requests.
     """
 
     def __init__(
         self,
         options: RunOptions,
         client: Client,
-        writer: GroupCommit,
+        work: WorkList,
         outages: Outages,
         wake: Callable[[], None],
     ) -> None:
@@ -40,15 +43,26 @@ class RunContext:
         self.policy = options.policy
         self.clock = options.clock
         self.client = client
+        self.work = work
         self.outages = outages
         self.in_thread = outages.patient(options.in_thread)
+        self.process = new_owner(options.run_id)
+        self.owner = self.process.owner
+        self.writer = GroupCommit(
+            options.journal,
+            owner=self.owner,
+            run_id=options.run_id,
+            caps=options.caps,
+            launch=options.launch,
+            root_id=options.root.root_id,
+            in_thread=self.in_thread,
+        )
         self.poller = TaskPoller(client, options.clock.monotonic, options.latencies)
         pace = Pace(options.max_in_flight, options.max_per_s)
         self.in_flight = InFlight(self.poller, pace, options.clock)
         self.wake = wake
         self.on_release: Callable[[], None] = lambda: None
         self.stopped: AccountStopped | RunStopped | None = None
-        self._writer = writer
 
     def stop_buying(self, reason: AccountStopped | RunStopped) -> None:
         """Buy nothing more in this run. The first reason counts."""
@@ -72,7 +86,7 @@ class RunContext:
         before, values = item.record, dict(values or {})
         if error is not None:
             values["error_code"], values["error_message"] = error
-        item.record = await self._writer.append(
+        item.record = await self.writer.append(
             Change(before.request_key, event, self.clock.now(), values, data), known=before
         )
         if item.record.committed_units < before.committed_units:

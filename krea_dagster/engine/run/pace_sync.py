@@ -12,12 +12,11 @@ _log = logging.getLogger(__name__)
 
 
 class PaceSync:
-    """The exchanges of one run, which other runs know as ``owner``."""
+    """The exchanges of one run."""
 
-    def __init__(self, context: RunContext, owner: str) -> None:
+    def __init__(self, context: RunContext) -> None:
         self._context = context
         self._in_flight = context.in_flight
-        self._owner = owner
 
     async def run(self) -> None:
         """Exchange when it is due and there is something to tell or to want, until cancelled."""
@@ -32,7 +31,7 @@ class PaceSync:
         """Exchange once. If the journal is away, the run goes on with what it knows."""
         options, shared = self._context.options, self._in_flight.shared
         clock = self._context.clock.monotonic
-        lease, untold = self._in_flight.lease(self._owner), shared.untold()
+        lease, untold = self._in_flight.lease(self._context.owner), shared.untold()
         exchange, api_key = options.journal.paces.exchange, options.api_key or ""
         try:
             found = await options.in_thread(exchange, api_key, lease, untold, clock)

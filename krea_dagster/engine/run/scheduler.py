@@ -20,9 +20,7 @@ import anyio
 import anyio.abc
 
 from krea_dagster.engine.clock import wait_for_event
-from krea_dagster.engine.journal.group_commit import GroupCommit
 from krea_dagster.engine.journal.journal import NO_CAPS
-from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.policy import (
     Action,
     Adopt,
@@ -110,27 +108,15 @@ class RunScheduler:
         self._work = work
         self._outages = outages
         outages.changed = self._wake
-        self._owner = new_owner(options.run_id)
-        self._in_thread = outages.patient(options.in_thread)
-        self._writer = GroupCommit(
-            options.journal,
-            owner=self._owner.owner,
-            run_id=options.run_id,
-            caps=options.caps,
-            launch=options.launch,
-            root_id=options.root.root_id,
-            in_thread=self._in_thread,
-        )
-        self._context = RunContext(options, client, self._writer, outages, self._wake)
+        self._context = RunContext(options, client, work, outages, self._wake)
+        self._in_thread, self._owner = self._context.in_thread, self._context.owner
         self._poller, self._in_flight = self._context.poller, self._context.in_flight
         self._in_flight.wants = work.unfinished if options.buying else 0
-        self._pace_sync = PaceSync(self._context, self._owner.owner)
+        self._pace_sync = PaceSync(self._context)
         self._poll = PollStep(self._context)
         self._submit = SubmitStep(self._context, self._poll)
         self._fetch = FetchStep(self._context)
-        self._claims = Claims(
-            self._context, work, self._poll, owner=self._owner.owner, enqueue=self._push
-        )
+        self._claims = Claims(self._context, self._poll, self._push)
         self._to_submit: _Queue = []
         self._to_collect: _Queue = []  # paid requests
         self._order = count()
@@ -149,9 +135,9 @@ class RunScheduler:
     async def run(self) -> None:
         """Claim unfinished requests, and carry them until nothing more can be done."""
         await self._in_thread(self._journal.check_integrity)
-        await self._in_thread(self._journal.register, self._owner)
+        await self._in_thread(self._journal.register, self._context.process)
         try:
-            async with self._writer:
+            async with self._context.writer:
                 await self._pace_sync.exchange()
                 await self._claims.claim_part()
                 await self._read_account()
@@ -165,12 +151,12 @@ class RunScheduler:
         except BaseException as error:
             # Tried once: the next run need not wait for claims that cannot be released.
             with anyio.CancelScope(shield=True), suppress(JournalError):
-                await self._options.in_thread(self._journal.release, self._owner.owner)
+                await self._options.in_thread(self._journal.release, self._owner)
             if self._submit.unwritten:
                 why = str(self._failure or error)
                 raise PurchasesNotWritten(self._submit.unwritten, why) from error
             raise
-        await self._in_thread(self._journal.release, self._owner.owner)
+        await self._in_thread(self._journal.release, self._owner)
 
     def report(self, seconds: float, recovered: Sequence[str]) -> RunReport:
         """Return how the run ended."""
@@ -515,7 +501,7 @@ class RunScheduler:
                 keys,
                 code=held.code,
                 message=held.reason,
-                owner=self._owner.owner,
+                owner=self._owner,
                 run_id=self._options.run_id,
                 at=self._clock.now(),
             )
