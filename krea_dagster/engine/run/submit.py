@@ -217,20 +217,10 @@ class SubmitStep:
             self._refused_since_s = None
             self._unanswered, self._silent_since_s = 0, None
             return None
-        is_first = item.record.state is not State.UNKNOWN
         if isinstance(answer, TurnedAway):
             self.rate_limited += 1
             self._in_flight.refused(sent_at_s, answer.retry_after_s or 0.0)
-        restored = self._options.root.adopts
-        if isinstance(answer, IdempotencyConflict) and is_first and not restored:
-            # A first POST certainly created nothing: another purchase has its key. In a journal
-            # that has lost purchases, that one may be its own.
-            error = (CONFLICT, str(answer))
-            await self._record(item, Event.REFUSED, {"charged_units": 0}, error=error)
-            return None
-        if isinstance(answer, NotCharged) and is_first:
-            return await self._not_charged(item, answer)
-        return await self._outcome_unknown(item, answer)
+        return await self._rejected(item, answer)
 
     async def _accepted(self, item: WorkItem, submission: Submission) -> None:
         """Write what was bought, or keep in a file what cannot be written."""
@@ -304,34 +294,33 @@ class SubmitStep:
                 f"{quality} costs {credits_text(units)} credits, and {expected} were expected"
             )
 
-    # -- what the answer says of money --------------------------------------------------------
+    async def _rejected(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
+        """Write what an error means for the money; returns it if the POST is to be retried.
 
-    async def _not_charged(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
+        Only the error of a first POST can make it certain that nothing was charged.
+        """
         said = (_code(error), str(error))
+        is_first = item.record.state is not State.UNKNOWN
+        conflict = isinstance(error, IdempotencyConflict)
+        if conflict and is_first and not self._options.root.adopts:
+            # A first POST certainly created nothing: another purchase has its key. In a journal
+            # that has lost purchases, that one may be its own.
+            await self._record(item, Event.REFUSED, {"charged_units": 0}, error=(CONFLICT, said[1]))
+            return None
+        certain = is_first and isinstance(error, NotCharged)
+        event = _event_of(error) if certain else Event.OUTCOME_UNKNOWN
+        values = {"charged_units": 0} if event is Event.REFUSED else None
+        await self._record(item, event, values, error=said)
         match error:
+            case TurnedAway():
+                self._note_rate_limit(error)
             case AccountStopped():
-                await self._record(item, Event.DEFERRED, error=said)
                 await self._account_stopped(error)
-                item.retry.leave_reason = self._why_stopped()
-            case Refused():
-                await self._record(item, Event.REFUSED, {"charged_units": 0}, error=said)
-            case TurnedAway():
-                await self._record(item, Event.TURNED_AWAY, error=said)
-                self._note_rate_limit(error)
-            case _:
-                await self._record(item, Event.TURNED_AWAY, error=said)
-                return error
-        return None
-
-    async def _outcome_unknown(self, item: WorkItem, error: SubmitError) -> SubmitError | None:
-        await self._record(item, Event.OUTCOME_UNKNOWN, error=(_code(error), str(error)))
-        match error:
-            case TurnedAway():
-                self._note_rate_limit(error)
+                if certain:
+                    item.retry.leave_reason = self._why_stopped()
             case IdempotencyConflict() | Refused():
-                item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
-            case AccountStopped():
-                await self._account_stopped(error)
+                if not certain:
+                    item.retry.leave_reason = f"outcome unknown, a person decides: {error}"
             case _:
                 return error
         return None
@@ -470,6 +459,13 @@ class SubmitStep:
                 case Event.ACCEPTED:
                     known = data.get("replayed") is True
         return repeated and not known
+
+
+def _event_of(error: SubmitError) -> Event:
+    """Return the event after an error which makes it certain that nothing was charged."""
+    if isinstance(error, AccountStopped):
+        return Event.DEFERRED
+    return Event.REFUSED if isinstance(error, Refused) else Event.TURNED_AWAY
 
 
 def _code(error: SubmitError) -> str:
