@@ -119,12 +119,12 @@ def _do(work: str, folder: Path, options: Namespace, until: str) -> EndedProcess
 
 def simulate(options: Namespace) -> dict[str, Any]:
     """Write the days of the year, and return the sums of the simulation's own accounts."""
-    from tests.spend.simulated_year import Year  # noqa: PLC0415 - only what is measured is imported
+    from tests.spend.simulated_year import SimulatedYear  # noqa: PLC0415 - only what is measured is imported
 
-    year = Year(options.folder, options.purchases)
+    year = SimulatedYear(options.folder, options.purchases)
     for until in options.until.split(","):
         year.write(date.fromisoformat(until))
-    accounts = year.books()
+    accounts = year.expected()
     return {name: accounts.total(name) for name in ("asked", *_SUMS.values())}
 
 

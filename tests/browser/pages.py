@@ -17,7 +17,7 @@ from krea_dagster.curation.gallery.page import write_gallery
 from krea_dagster.engine.budget import Budget
 from krea_dagster.spend.report.report import write_report
 from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
-from tests.spend.simulated_tables import Tables, simulated_year
+from tests.spend.simulated_tables import SimulatedTables, simulated_year
 
 DESK, PHONE = 1440, 390
 Scheme = Literal["light", "dark"]
@@ -94,14 +94,16 @@ def make_gallery(root: Path) -> Path:
     return path
 
 
-def tables_to_december() -> Tables:
+def tables_to_december() -> SimulatedTables:
     """Return the spend tables of a simulated year, up to a day in December."""
     year = simulated_year(purchases=40_000)
     parts = (year.ledger, year.daily, year.failures)
-    return Tables(*(part.filter(pc.less_equal(part["day"], REPORT_AT.date())) for part in parts))
+    return SimulatedTables(
+        *(part.filter(pc.less_equal(part["day"], REPORT_AT.date())) for part in parts)
+    )
 
 
-def make_spend_report(tables: Tables, path: Path) -> Path:
+def make_spend_report(tables: SimulatedTables, path: Path) -> Path:
     """Write the report on a year's spend tables."""
     write_report(
         tables.ledger,

@@ -1,4 +1,4 @@
-"""The manifest: a row per image asked for, which agrees with the file, the journal, the books."""
+"""The manifest: a row per requested image that agrees with its file, the journal and the server."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def prompt_rows() -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Shop:
-    """What is left once the emulator has been shut down: the table, the journal, its books."""
+class FinishedRun:
+    """A finished run: its resource, its plan, and the server's records."""
 
     krea: KreaResource
     plan: Plan
-    books: dict[str, Any]
+    stats: dict[str, Any]
 
     def build(self, run_id: str = RUN, krea: KreaResource | None = None) -> pa.Table:
         """The manifest, from the journal and the table alone."""
@@ -120,7 +120,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
     folder = tmp_path_factory.mktemp("manifest")
     pq.write_table(pa.Table.from_pylist(prompt_rows()), folder / "prompts.parquet")
     table = PromptTable(str(folder / "prompts.parquet"), parse_partition_by("hash:1"))
@@ -135,9 +135,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
             on_unknown="hold",
         )
         krea.carry(wanted(images), run_id=RUN)
-        books = emulator.stats()
+        stats = emulator.stats()
     with table.plan() as plan:
-        yield Shop(krea, plan, books)
+        yield FinishedRun(krea, plan, stats)
 
 
 # -- the contract -----------------------------------------------------------------------------
@@ -147,8 +147,10 @@ def test_the_columns_are_the_documented_ones_in_order_and_type() -> None:
     assert [(field.name, field.type) for field in MANIFEST_SCHEMA] == COLUMNS
 
 
-def test_a_built_manifest_has_them_first_and_then_the_tables_further_columns(shop: Shop) -> None:
-    schema = shop.build().schema
+def test_a_built_manifest_has_them_first_and_then_the_tables_further_columns(
+    finished: FinishedRun,
+) -> None:
+    schema = finished.build().schema
     assert [(field.name, field.type) for field in list(schema)[: len(COLUMNS)]] == COLUMNS
     assert schema.names[len(COLUMNS) :] == ["note", "weight"]
 
@@ -168,8 +170,8 @@ def test_no_further_column_of_a_table_can_have_the_name_of_a_column_of_the_manif
 # -- rows -------------------------------------------------------------------------------------
 
 
-def test_there_is_one_row_per_image_asked_for_in_the_tables_order(shop: Shop) -> None:
-    found = [(row["prompt_id"], row["sample"]) for row in shop.build().to_pylist()]
+def test_there_is_one_row_per_image_asked_for_in_the_tables_order(finished: FinishedRun) -> None:
+    found = [(row["prompt_id"], row["sample"]) for row in finished.build().to_pylist()]
     assert found == [
         (row["prompt_id"], sample) for row in prompt_rows() for sample in range(row["num_images"])
     ]
@@ -185,13 +187,13 @@ def test_there_is_one_row_per_image_asked_for_in_the_tables_order(shop: Shop) ->
     ],
 )
 def test_a_row_says_how_it_ended_and_what_it_cost(
-    shop: Shop,
+    finished: FinishedRun,
     prompt_id: str,
     status: str,
     credits_in_and_out: tuple[float | None, float | None],
     code: str | None,
 ) -> None:
-    row = shop.by_id()[prompt_id]
+    row = finished.by_id()[prompt_id]
     assert row["status"] == status
     # Null means that it is not known.
     assert (row["credits_reserved"], row["credits_charged"]) == credits_in_and_out
@@ -202,8 +204,8 @@ def test_a_row_says_how_it_ended_and_what_it_cost(
         assert row["error_message"]
 
 
-def test_every_stored_row_agrees_with_its_file(shop: Shop) -> None:
-    stored = [row for row in shop.build().to_pylist() if row["status"] == "stored"]
+def test_every_stored_row_agrees_with_its_file(finished: FinishedRun) -> None:
+    stored = [row for row in finished.build().to_pylist() if row["status"] == "stored"]
     assert len(stored) == 9
     for row in stored:
         data = Path(row["image_path"]).read_bytes()
@@ -215,17 +217,17 @@ def test_every_stored_row_agrees_with_its_file(shop: Shop) -> None:
             assert image.size == PIXELS[row["size"], row["quality"]]
 
 
-def test_a_row_without_an_image_has_nothing_of_a_file(shop: Shop) -> None:
+def test_a_row_without_an_image_has_nothing_of_a_file(finished: FinishedRun) -> None:
     columns = ["image_path", "image_sha256", "image_bytes", "image_format", "width", "height"]
-    for row in shop.build().to_pylist():
+    for row in finished.build().to_pylist():
         if row["status"] != "stored":
             assert {row[name] for name in [*columns, "stored_at"]} == {None}
 
 
-def test_the_credits_are_those_of_the_servers_books_task_by_task(shop: Shop) -> None:
-    tasks = {task["task_id"]: task for task in shop.books["tasks"]}
+def test_the_credits_are_those_of_the_server_task_by_task(finished: FinishedRun) -> None:
+    tasks = {task["task_id"]: task for task in finished.stats["tasks"]}
     charged: dict[str, float] = {}
-    for row in shop.build().to_pylist():
+    for row in finished.build().to_pylist():
         if row["task_id"] is not None:
             task = tasks[row["task_id"]]
             assert row["credits_reserved"] * 10_000 == task["reserved_units"]
@@ -237,34 +239,38 @@ def test_the_credits_are_those_of_the_servers_books_task_by_task(shop: Shop) -> 
     (unknown,) = [task for id_, task in tasks.items() if id_ not in charged]
     assert "line that is cut" in unknown["prompt"]
     known = round(sum(charged.values()) * 10_000)
-    assert known + unknown["charged_units"] == shop.books["charged_units"]
+    assert known + unknown["charged_units"] == finished.stats["charged_units"]
 
 
-def test_rows_that_ask_for_the_same_picture_share_the_purchase(shop: Shop) -> None:
-    rows = shop.by_id()
+def test_rows_with_the_same_request_share_the_purchase(finished: FinishedRun) -> None:
+    rows = finished.by_id()
     same = ("request_key", "task_id", "image_path", "image_sha256", "credits_charged")
     assert [rows["twin-a"][name] for name in same] == [rows["twin-b"][name] for name in same]
 
 
-def test_times_are_in_order(shop: Shop) -> None:
-    for row in shop.build().to_pylist():
+def test_times_are_in_order(finished: FinishedRun) -> None:
+    for row in finished.build().to_pylist():
         if row["status"] == "stored":
             assert row["submitted_at"] <= row["completed_at"] <= row["stored_at"]
             assert row["submitted_at"].utcoffset() == timedelta(0)
 
 
-def test_reused_tells_what_this_run_bought_from_what_an_earlier_one_did(shop: Shop) -> None:
-    mine, later = shop.by_id(), shop.by_id("a-later-run")
+def test_reused_tells_what_this_run_bought_from_what_an_earlier_one_did(
+    finished: FinishedRun,
+) -> None:
+    mine, later = finished.by_id(), finished.by_id("a-later-run")
     assert not any(row["reused"] for row in mine.values())
     assert {id_ for id_, row in later.items() if row["reused"]} >= {"wide", "twin-a", "twin-b"}
     assert not later["refused"]["reused"]
     for rows in (mine, later):
-        assert rows["wide"]["run_id"] == RUN, "the run that bought it, whoever asks"
+        assert rows["wide"]["run_id"] == RUN, "the run that bought it, for any reader"
 
 
-def test_columns_of_the_table_are_carried_as_they_are_also_nested_ones(shop: Shop) -> None:
+def test_columns_of_the_table_are_carried_as_they_are_also_nested_ones(
+    finished: FinishedRun,
+) -> None:
     wanted = {row["prompt_id"]: (row["note"], row["weight"]) for row in prompt_rows()}
-    table = shop.build()
+    table = finished.build()
     assert table.schema.field("note").type == pa.struct(
         [("who", pa.string()), ("tags", pa.list_(pa.string()))]
     )
@@ -275,8 +281,8 @@ def test_columns_of_the_table_are_carried_as_they_are_also_nested_ones(shop: Sho
 # -- a view of the journal --------------------------------------------------------------------
 
 
-def test_a_request_that_the_journal_has_never_seen_is_planned(shop: Shop) -> None:
-    (images,) = shop.plan.batches(KEY)
+def test_a_request_that_the_journal_has_never_seen_is_planned(finished: FinishedRun) -> None:
+    (images,) = finished.plan.batches(KEY)
     nothing = pa.Table.from_pylist([{}] * images.num_rows, RECORD_SCHEMA)
     table = manifest_table(images, nothing, locate=str, run_id="none")
     assert table["status"].unique().to_pylist() == ["planned"]
@@ -286,16 +292,16 @@ def test_a_request_that_the_journal_has_never_seen_is_planned(shop: Shop) -> Non
 
 
 def test_it_is_made_again_from_journal_and_table_without_any_server(
-    shop: Shop, tmp_path: Path
+    finished: FinishedRun, tmp_path: Path
 ) -> None:
     # The emulator is down since the fixture; a new process would begin like this.
-    elsewhere = KreaResource(storage=shop.krea.storage, base_url="http://127.0.0.1:9")
-    assert shop.build(krea=elsewhere).equals(shop.build())
+    elsewhere = KreaResource(storage=finished.krea.storage, base_url="http://127.0.0.1:9")
+    assert finished.build(krea=elsewhere).equals(finished.build())
 
 
-def test_equal_inputs_give_equal_bytes(shop: Shop, tmp_path: Path) -> None:
+def test_equal_inputs_give_equal_bytes(finished: FinishedRun, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write_manifest(Storage(str(tmp_path / name)), "p", shop.build())
+        write_manifest(Storage(str(tmp_path / name)), "p", finished.build())
     one, two = (tmp_path / name / manifest_name("p") for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -339,12 +345,12 @@ def test_a_manifest_is_replaced_whole_and_leaves_no_scraps(tmp_path: Path) -> No
 
 
 def test_manifests_that_are_made_part_by_part_are_published_as_they_are(
-    shop: Shop, tmp_path: Path
+    finished: FinishedRun, tmp_path: Path
 ) -> None:
-    made, whole = Manifests(), shop.build()
+    made, whole = Manifests(), finished.build()
     parts = [whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)]
-    made.add("p", manifest_schema(shop.plan), parts)
-    made.add("empty", manifest_schema(shop.plan), [])
+    made.add("p", manifest_schema(finished.plan), parts)
+    made.add("empty", manifest_schema(finished.plan), [])
     assert made.partition_keys == ["empty", "p"]
     assert made.to_table().equals(whole)
     storage = Storage(str(tmp_path / "made"))
@@ -364,8 +370,10 @@ def test_a_large_manifest_has_row_groups_that_fit_into_memory(tmp_path: Path) ->
     assert groups == [10_000, 10_000, 5_000]
 
 
-def test_the_rows_without_an_image_are_read_back_alone(shop: Shop, tmp_path: Path) -> None:
-    storage, whole = Storage(str(tmp_path)), shop.build()
+def test_the_rows_without_an_image_are_read_back_alone(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    storage, whole = Storage(str(tmp_path)), finished.build()
     write_manifest(storage, "p", whole)
     write_manifest(storage, "none", whole.slice(0, 0))
     missing = read_missing(storage, ["none", "p", "never written"], ["prompt_id", "error_code"])

@@ -23,7 +23,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.plugin.assets.salvage import LOOKS, due, past_last_look
 from tests.dagster_bench import tick
 from tests.engine.harness import ServerClock, make_request
-from tests.spend.project_harness import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, ProjectHarness
 
 NOW = datetime(2026, 11, 2, 12, 0, tzinfo=timezone.utc)
 EVER = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -111,7 +111,7 @@ def slow(tmp_path: Path, server_clock: ServerClock) -> Iterator[Emulator]:
 class Left:
     """A shop whose run was killed after it had bought, and the daemon that looks after it."""
 
-    def __init__(self, shop: Shop, instance: dg.DagsterInstance) -> None:
+    def __init__(self, shop: ProjectHarness, instance: dg.DagsterInstance) -> None:
         self.shop, self.instance = shop, instance
         shop.table  # noqa: B018 - written where it is asked for
         self.defs = build_krea_definitions(
@@ -152,7 +152,7 @@ class Left:
 def test_a_rejected_picture_is_downloaded_once_however_often_the_sensor_looks(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
-    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
+    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         here = Left(shop, instance)
         server_clock.move(3601.0)
@@ -166,7 +166,7 @@ def test_a_rejected_picture_is_downloaded_once_however_often_the_sensor_looks(
 def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_told_once(
     tmp_path: Path, slow: Emulator
 ) -> None:
-    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
+    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         here = Left(shop, instance)
         here.pass_by(2 * HOUR)
@@ -188,7 +188,7 @@ def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_t
 def test_a_salvage_that_a_person_starts_takes_up_everything(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
-    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash", "birch")
+    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash", "birch")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         here = Left(shop, instance)
         here.pass_by(60 * HOUR)
@@ -201,7 +201,7 @@ def test_a_salvage_that_a_person_starts_takes_up_everything(
 def test_what_was_given_up_is_asked_about_for_a_week(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
-    shop = Shop(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
+    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         here = Left(shop, instance)
         with closing(sqlite3.connect(tmp_path / "krea" / "journal.db")) as database, database:

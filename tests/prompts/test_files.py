@@ -144,7 +144,7 @@ NOT_PARQUET = [b"", b"PAR1", b"prompt,size\na,1:1\n", b"PAR1" + b"\xff" * 100 + 
 
 
 @pytest.mark.parametrize("content", NOT_PARQUET, ids=["empty", "magic only", "csv", "bad footer"])
-def test_what_is_no_parquet_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_parquet_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "prompts.parquet"
     path.write_bytes(content)
     said = refused(path)

@@ -60,7 +60,7 @@ def test_nonsense_is_a_config_error_that_says_what_is_allowed(text: str) -> None
 
 
 @pytest.mark.parametrize("zone", ["Berlin", "", "europe/berlin", "UTC+1"])
-def test_a_zone_that_nobody_knows_is_named(zone: str) -> None:
+def test_an_unknown_zone_is_named(zone: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown time zone {zone!r}".replace("+", r"\+")):
         parse_partition_by(f"day:made_at@{zone}")
 
@@ -142,7 +142,9 @@ def test_a_usual_key_is_percent_quoted() -> None:
 @pytest.mark.parametrize(
     ("key", "name"), [(".", "%2E"), ("..", "%2E."), (".hidden", "%2Ehidden"), ("_a", "%5Fa")]
 )
-def test_a_name_is_no_directory_and_not_hidden_from_readers_of_folders(key: str, name: str) -> None:
+def test_a_name_is_not_a_directory_and_not_hidden_from_readers_of_folders(
+    key: str, name: str
+) -> None:
     assert safe_name(key) == name
 
 

@@ -147,7 +147,7 @@ def test_hashes_are_those_of_the_standard_library(few: int, texts: list[str]) ->
 @given(
     st.lists(st.binary(min_size=32, max_size=32), max_size=30), st.binary(min_size=8, max_size=8)
 )
-def test_a_version_of_bytes_is_that_of_the_keys_also_where_keys_begin_alike(
+def test_a_version_of_bytes_is_that_of_the_keys_also_where_keys_begin_with_the_same_bytes(
     keys: list[bytes], begin: bytes
 ) -> None:
     keys += [begin + key[8:] for key in keys]

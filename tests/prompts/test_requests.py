@@ -1,4 +1,4 @@
-"""Identity, seeds and the plan: what a row asks for, the same on every machine and for ever."""
+"""Identity, seeds and the plan: a row's requests are the same on every machine and forever."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def row(**changes: object) -> PromptRow:
 # -- the formulas, pinned: these values were made with printf and sha256sum --------------------
 
 
-def test_the_request_key_is_the_pinned_hash_of_what_decides_the_picture() -> None:
+def test_the_request_key_is_the_pinned_hash_of_what_decides_the_image() -> None:
     key = request_key(
         prompt="a red kite over a green hill", size="16:9", quality="1K", seed=42, nsfw_check=False
     )
@@ -110,7 +110,7 @@ CHANGES: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
-def test_each_thing_that_decides_the_picture_changes_the_key(change: dict[str, object]) -> None:
+def test_each_thing_that_decides_the_image_changes_the_key(change: dict[str, object]) -> None:
     values: dict[str, object] = {
         "prompt": "a",
         "size": "1:1",
@@ -160,7 +160,7 @@ def test_drawn_seeds_use_the_whole_range_evenly() -> None:
 
 
 @given(st.integers(1, 1_048_576), st.integers(0, 5))
-def test_an_explicit_seed_is_used_as_it_is_whatever_the_attempt(seed: int, attempt: int) -> None:
+def test_an_explicit_seed_is_used_unchanged_at_every_attempt(seed: int, attempt: int) -> None:
     assert seed_for(seed, "a", 0, attempt) == seed
 
 
@@ -189,7 +189,7 @@ def test_a_row_asks_for_each_of_its_samples_with_a_seed_of_its_own() -> None:
     assert images[0].request.pixels == (1024, 1024)
 
 
-def test_a_key_in_the_plan_is_the_key_of_the_request_beside_it() -> None:
+def test_a_key_in_the_plan_is_the_key_of_its_request() -> None:
     raised = {("harbor-dawn-01", 0): 2}
     (image,) = plan_images([row(seed=5, size="2:1", quality="2K", nsfw_check=True)], raised)
     request = image.request
@@ -200,7 +200,7 @@ def test_a_key_in_the_plan_is_the_key_of_the_request_beside_it() -> None:
     )
 
 
-def test_a_raised_attempt_asks_for_another_picture_of_that_sample_only() -> None:
+def test_a_raised_attempt_requests_another_image_of_that_sample_only() -> None:
     rows = [row(num_images=2)]
     before = [image.request for image in plan_images(rows)]
     after = [image.request for image in plan_images(rows, {("harbor-dawn-01", 1): 1})]

@@ -461,7 +461,7 @@ def test_a_column_that_is_there_twice_is_a_problem(write: Write) -> None:
 # -- further columns ----------------------------------------------------------------------------
 
 
-def test_further_columns_are_carried_beside_their_rows(open_table: Open) -> None:
+def test_passthrough_columns_stay_with_their_rows(open_table: Open) -> None:
     columns = {
         "a.b": [1, 2, 3],
         "prompt": ["x", "y", "z"],
@@ -488,7 +488,7 @@ def test_a_column_is_found_by_its_whole_name_not_as_a_path(open_table: Open) -> 
     assert [row.prompt for row in read_rows(table, ["q"]).rows] == ["y"]
 
 
-def test_a_table_without_further_columns_carries_as_many_empty_rows(open_table: Open) -> None:
+def test_a_table_without_passthrough_columns_has_as_many_empty_rows(open_table: Open) -> None:
     rows = read_rows(open_table({"prompt": ["a", "b"], "prompt_id": ["a", "b"]}))
     assert (rows.passthrough.num_columns, rows.passthrough.num_rows) == (0, 2)
 
@@ -736,7 +736,7 @@ def test_a_key_without_rows_has_none(open_table: Open, by: str, values: Any, key
     assert read_rows(table, []).rows == ()
 
 
-def test_one_text_is_no_list_of_keys(open_table: Open) -> None:
+def test_one_text_is_not_a_list_of_keys(open_table: Open) -> None:
     with pytest.raises(TypeError, match="not one text"):
         read_rows(open_table({"prompt": ["x"]}), "bucket-000")
 

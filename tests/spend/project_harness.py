@@ -1,4 +1,4 @@
-"""What the tests of quote and proof share: a small shop whose books can be looked at and forged."""
+"""A small project on an emulated account: it buys, quotes and verifies, and can be manipulated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LEARNED: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
 
 
 @dataclass(frozen=True)
-class Shop:
+class ProjectHarness:
     """A table in two partitions, an account, and a storage root."""
 
     folder: Path
@@ -43,8 +43,8 @@ class Shop:
     rows: Sequence[dict[str, Any]] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def with_rows(self, *names: str, **wishes: Any) -> Shop:
-        """The same shop with more rows, one for each name; the smallest pictures."""
+    def with_rows(self, *names: str, **wishes: Any) -> ProjectHarness:
+        """Return the project with more rows, one for each name, of the smallest size."""
         more = [
             {"prompt_id": name, "prompt": f"{name} of {self.folder.name}"}
             | {"size": "1:2", "quality": "1K", "seed": None, "num_images": 1}
@@ -53,8 +53,8 @@ class Shop:
         ]
         return replace(self, rows=[*self.rows, *more])
 
-    def with_settings(self, **settings: Any) -> Shop:
-        """The same shop with other settings of its resource."""
+    def with_settings(self, **settings: Any) -> ProjectHarness:
+        """Return the project with other settings of its resource."""
         return replace(self, settings=self.settings | settings)
 
     @property
@@ -78,13 +78,13 @@ class Shop:
         return Batch.read(self.table, self.table.partition_keys(), self.krea)
 
     def buy(self, run_id: str = "run-1", *, ask_again: Iterable[str] = ()) -> RunReport:
-        """A run over all partitions, and their manifests."""
+        """Run all partitions, and write their manifests."""
         report = self.carry(run_id, ask_again=ask_again)
         self.write_manifests(run_id)
         return report
 
     def carry(self, run_id: str = "run-1", *, ask_again: Iterable[str] = ()) -> RunReport:
-        """A run alone, as KreaResource.generate makes it, but without its pauses."""
+        """Run all partitions as KreaResource.generate does, without pauses and manifests."""
         krea = self.krea
         wanted = [RequestedImage(image.request, image.partition_key) for image in self.images()]
         with krea._runner(run_id, lambda _: None, self.table) as runner:
@@ -108,16 +108,14 @@ class Shop:
     def prove(self, **options: Any) -> Proof:
         return prove(self.krea, **options)
 
-    # -- what others say ----------------------------------------------------------------------
-
     def paid_units(self) -> int:
-        """What the account was charged, by the emulator's own books."""
+        """What the account was charged, by the emulator's own expected."""
         account = self.emulator.world.account(self.api_key)
         assert account is not None
         return account.charged
 
     def records(self) -> dict[str, Record]:
-        """What the journal knows, by prompt_id."""
+        """Return the journal's records by prompt_id."""
         images = self.images()
         found = self.krea.records(images)
         return {
@@ -131,15 +129,13 @@ class Shop:
         assert image is not None
         return self.folder / "krea" / image.path
 
-    # -- forgery ------------------------------------------------------------------------------
-
     def sql(self, statement: str, *values: object) -> None:
-        """Change the journal behind its back."""
+        """Change the journal's database directly."""
         with closing(sqlite3.connect(self.folder / "krea" / "journal.db")) as database, database:
             assert database.execute(statement, values).rowcount > 0, statement
 
     def forge_row(self, name: str, **values: object) -> None:
-        """Change a row of a manifest behind its back."""
+        """Change a row of a manifest file directly."""
         for path in sorted((self.folder / "krea" / "manifest").rglob("*.parquet")):
             table = pq.read_table(path)
             rows = table.to_pylist()
@@ -150,5 +146,5 @@ class Shop:
 
 
 def kinds(proof: Proof) -> list[str]:
-    """What a proof found, one entry for each finding."""
+    """Return the kind of each finding of a proof."""
     return [finding.kind.value for finding in proof.findings]

@@ -69,7 +69,7 @@ FATES: Final = (
 
 
 @dataclass(frozen=True)
-class Tables:
+class SimulatedTables:
     """The three tables of the spend folder."""
 
     ledger: pa.Table
@@ -79,8 +79,8 @@ class Tables:
 
 def simulated_year(
     seed: int = 1, purchases: int = 20_000, *, planted: bool = True, weekend: float = 0.4
-) -> Tables:
-    """A year of about so many purchases."""
+) -> SimulatedTables:
+    """Simulate a year of about ``purchases`` purchases."""
     chance = np.random.default_rng(seed)
     weekday = (np.arange(DAYS) + FIRST.weekday()) % 7
     level = np.where(weekday >= 5, weekend, 1.0) * np.linspace(0.8, 1.3, DAYS)
@@ -158,12 +158,12 @@ def money(units: np.ndarray, missing: np.ndarray | None = None) -> pa.Array:
     return pa.compute.multiply(whole, _TICK).cast(MONEY)
 
 
-def tables_of(ledger: pa.Table) -> Tables:
+def tables_of(ledger: pa.Table) -> SimulatedTables:
     """The daily tables that belong to a ledger, by plain SQL."""
     with closing(open_views({"ledger": ledger})) as database:
         daily = database.execute(_DAILY).to_arrow_table()
         failures = database.execute(_FAILURES).to_arrow_table()
-    return Tables(ledger, daily, failures)
+    return SimulatedTables(ledger, daily, failures)
 
 
 _DAILY: Final = """

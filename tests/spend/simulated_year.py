@@ -1,8 +1,8 @@
-"""A simulated year of purchases, written straight into a journal, beside books kept apart.
+"""A simulated year of purchases, written directly into a journal, and its expected sums.
 
 365 days: prices rise on 12 May, 14 to 16 July the server fails, and on 17 September twelve times
-as much is bought as on other days. The books are added up from the simulation's own arrays and
-never read back from the journal: they are the witness that the tables are held against.
+as much is bought as on other days. The expected sums are computed from the simulation's arrays and
+never read from the journal: the tables are compared with them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _Ints = npt.NDArray[np.int64]
 
 
 @dataclass
-class Books:
-    """Sums by UTC day, in units: what the simulation itself knows.
+class ExpectedSums:
+    """The simulation's sums by UTC day, in units.
 
     ``asked`` counts purchases; of them ``delivered`` (``replaced`` among them), ``failed`` and so
     on. ``unknown_units`` is what is committed and not settled.
@@ -77,8 +77,8 @@ class Books:
         return sum(sums[name] for day, sums in self.days.items() if start <= day <= end)
 
 
-class Year:
-    """A year of about so many purchases. ``write`` puts days of it into the journal."""
+class SimulatedYear:
+    """A year of about ``purchases`` purchases. ``write`` puts days of it into the journal."""
 
     def __init__(self, folder: Path, purchases: int, *, seed: int = 1) -> None:
         self.folder = folder
@@ -114,7 +114,7 @@ class Year:
         fate[outage & (luck > 0.5)] = FAILED
         fate[outage & (luck > 0.8)] = UNKNOWN
         drawn = chance.random(count) < 0.5
-        # What failed is bought again a minute later; of some that are delivered another picture
+        # What failed is bought again a minute later; of some that are delivered another image
         # is bought up to forty days later.
         retried = np.flatnonzero((fate == FAILED) & (chance.random(count) < 0.5))
         again = np.flatnonzero((fate == DELIVERED) & (chance.random(count) < 0.005))
@@ -184,10 +184,10 @@ class Year:
     def partition(self, row: int) -> str:
         return f"bucket-{row % PARTITIONS:03d}"
 
-    # -- the books ----------------------------------------------------------------------------
+    # -- the expected sums --------------------------------------------------------------------
 
-    def books(self) -> Books:
-        """What the simulation knows of the days that were written."""
+    def expected(self) -> ExpectedSums:
+        """Return the sums of the days that were written."""
         assert self.written_to is not None
         until = (self.written_to - FIRST).days
         there = self._day <= until
@@ -223,14 +223,14 @@ class Year:
             "unknown_units": unknown,
             "saved_units": np.where(shared & delivered, charged, 0),
         }
-        books = Books()
+        expected = ExpectedSums()
         for number in range(until + 1):
             mask = there & (self._day == number)
             if mask.any():
-                books.days[FIRST + timedelta(days=number)] = {
+                expected.days[FIRST + timedelta(days=number)] = {
                     name: int(np.asarray(values)[mask].sum()) for name, values in figures.items()
                 }
-        return books
+        return expected
 
     def _listed_attempt(self, until: int) -> _Ints:
         return (self._again_on <= until).astype(np.int64)

@@ -11,30 +11,32 @@ import pytest
 from krea_dagster import KreaResource
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.errors import ConfigError
-from tests.spend.project_harness import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, ProjectHarness
 
 
-def campaigns(shop: Shop) -> Shop:
+def campaigns(project: ProjectHarness) -> ProjectHarness:
     """Three rows of autumn, two of spring, one of none."""
     names = {"autumn": ("ash", "birch", "cedar"), "spring": ("date", "elm"), None: ("fig",)}
     for campaign, rows in names.items():
-        shop = shop.with_rows(*rows, campaign=campaign)
-    return shop
+        project = project.with_rows(*rows, campaign=campaign)
+    return project
 
 
-def run(shop: Shop, run_id: str = "run-1") -> RunReport:
+def run(project: ProjectHarness, run_id: str = "run-1") -> RunReport:
     """A run over the whole table, as the asset makes it."""
-    krea = shop.krea
-    with shop.batch() as batch, krea._runner(run_id, lambda _: None, shop.table) as runner:
+    krea = project.krea
+    with project.batch() as batch, krea._runner(run_id, lambda _: None, project.table) as runner:
         policy = replace(runner.policy, wait_scale=0.01)
         ready = replace(runner, policy=policy, latencies=LEARNED)
         return asyncio.run(ready.run(batch.standing(krea).wanted()))
 
 
-def bought(shop: Shop) -> Counter[str | None]:
-    by_name = {row["prompt_id"]: row["campaign"] for row in shop.rows}
+def bought(project: ProjectHarness) -> Counter[str | None]:
+    by_name = {row["prompt_id"]: row["campaign"] for row in project.rows}
     return Counter(
-        by_name[name] for name, record in shop.records().items() if record.state.value == "stored"
+        by_name[name]
+        for name, record in project.records().items()
+        if record.state.value == "stored"
     )
 
 
@@ -49,45 +51,47 @@ def bought(shop: Shop) -> Counter[str | None]:
     ],
 )
 def test_a_quote_says_what_a_budget_will_keep_back_and_the_run_keeps_it_back(
-    shop: Shop, budget: str, deferred: int, said: str
+    project: ProjectHarness, budget: str, deferred: int, said: str
 ) -> None:
-    shop = campaigns(shop).with_settings(budgets=[budget])
-    quoted = shop.quote()
+    project = campaigns(project).with_settings(budgets=[budget])
+    quoted = project.quote()
     assert (quoted.total.purchases, quoted.total.deferred) == (6, deferred)
     assert quoted.cap is not None
     assert quoted.cap.startswith(said)
-    report = run(shop)
+    report = run(project)
     assert len(report.left) == deferred
     assert all(text.startswith(said) for text in report.caps_reached)
-    assert shop.paid_units() == (6 - deferred) * 4_500
-    assert sum(bought(shop).values()) == 6 - deferred
-    assert shop.quote().total.deferred == deferred
+    assert project.paid_units() == (6 - deferred) * 4_500
+    assert sum(bought(project).values()) == 6 - deferred
+    assert project.quote().total.deferred == deferred
 
 
-def test_a_budget_of_a_value_leaves_the_others_alone_and_frees_what_is_raised(shop: Shop) -> None:
-    shop = campaigns(shop)
-    run(shop.with_settings(budgets=["column:campaign:autumn=0.9"]))
-    assert bought(shop) == {"autumn": 2, "spring": 2, None: 1}
-    run(shop.with_settings(budgets=["column:campaign:autumn=1.35"]), "run-2")
-    assert bought(shop) == {"autumn": 3, "spring": 2, None: 1}
-    assert shop.paid_units() == 6 * 4_500
+def test_a_budget_of_a_value_leaves_the_others_alone_and_frees_what_is_raised(
+    project: ProjectHarness,
+) -> None:
+    project = campaigns(project)
+    run(project.with_settings(budgets=["column:campaign:autumn=0.9"]))
+    assert bought(project) == {"autumn": 2, "spring": 2, None: 1}
+    run(project.with_settings(budgets=["column:campaign:autumn=1.35"]), "run-2")
+    assert bought(project) == {"autumn": 3, "spring": 2, None: 1}
+    assert project.paid_units() == 6 * 4_500
 
 
-def test_each_partition_has_its_own_budget(shop: Shop) -> None:
-    shop = campaigns(shop).with_settings(budgets=["partition=0.9"])
-    sizes = Counter(image.partition_key for image in shop.images())
+def test_each_partition_has_its_own_budget(project: ProjectHarness) -> None:
+    project = campaigns(project).with_settings(budgets=["partition=0.9"])
+    sizes = Counter(image.partition_key for image in project.images())
     expected = sum(min(count, 2) for count in sizes.values())
-    assert shop.quote().total.deferred == 6 - expected
-    run(shop)
-    assert shop.paid_units() == expected * 4_500
+    assert project.quote().total.deferred == 6 - expected
+    run(project)
+    assert project.paid_units() == expected * 4_500
 
 
-def test_a_column_that_the_table_has_not_is_wrong_and_buys_nothing(shop: Shop) -> None:
-    shop = campaigns(shop).with_settings(budgets=["column:campagin=1"])
-    for attempt in (shop.quote, lambda: run(shop)):
+def test_a_column_that_the_table_has_not_is_wrong_and_buys_nothing(project: ProjectHarness) -> None:
+    project = campaigns(project).with_settings(budgets=["column:campagin=1"])
+    for attempt in (project.quote, lambda: run(project)):
         with pytest.raises(ConfigError, match="names the column 'campagin', and the prompt table"):
             attempt()
-    assert shop.paid_units() == 0
+    assert project.paid_units() == 0
 
 
 def test_a_budget_that_cannot_be_read_is_said_before_anything_is_bought() -> None:

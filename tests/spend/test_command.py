@@ -18,20 +18,22 @@ import pytest
 from krea_dagster import KreaResource, cli
 from krea_dagster.plugin.assets.spend import build_spend_assets, update_tables
 from tests.dagster_bench import run_job
-from tests.spend.simulated_year import OUTAGE, Year
+from tests.spend.simulated_year import OUTAGE, SimulatedYear
 
 Shell = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def year(tmp_path_factory: pytest.TempPathFactory) -> Year:
-    made = Year(tmp_path_factory.mktemp("year"), 2_000)
+def year(tmp_path_factory: pytest.TempPathFactory) -> SimulatedYear:
+    made = SimulatedYear(tmp_path_factory.mktemp("year"), 2_000)
     made.write()
     return made
 
 
 @pytest.fixture
-def shell(year: Year, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+def shell(
+    year: SimulatedYear, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shell:
     """Run the command on the year; exit code, stdout, stderr."""
     monkeypatch.setenv("KREA_STORAGE", str(year.folder))
     monkeypatch.setenv("KREA_PROMPTS", "data/prompts.parquet")
@@ -60,10 +62,10 @@ def units(credits: Any) -> int:
 @pytest.mark.parametrize(
     "by", [(), ("day",), ("month", "quality"), ("campaign",), ("outcome", "partition_key")]
 )
-def test_json_and_csv_add_up_to_the_books_to_the_last_unit(
-    year: Year, shell: Shell, by: tuple[str, ...]
+def test_json_and_csv_add_up_exactly(
+    year: SimulatedYear, shell: Shell, by: tuple[str, ...]
 ) -> None:
-    books = year.books()
+    expected = year.expected()
     wishes = [word for name in by for word in ("--by", name)]
     code, out, err = shell("--json", *wishes)
     assert (code, err) == (0, "")
@@ -75,28 +77,32 @@ def test_json_and_csv_add_up_to_the_books_to_the_last_unit(
     rows = list(csv.DictReader(io.StringIO(text)))[-len(lines) :]
     assert len(rows) == len(lines)
     for said in (lines, rows):
-        assert sum(units(line["credits_charged"]) for line in said) == books.total("charged_units")
-        assert sum(units(line["credits_returned"]) for line in said) == books.total(
+        assert sum(units(line["credits_charged"]) for line in said) == expected.total(
+            "charged_units"
+        )
+        assert sum(units(line["credits_returned"]) for line in said) == expected.total(
             "returned_units"
         )
-        assert sum(units(line["credits_at_stake"]) for line in said) >= books.total("unknown_units")
-        assert sum(int(line["unknown"]) for line in said) == books.total("unknown")
+        assert sum(units(line["credits_at_stake"]) for line in said) >= expected.total(
+            "unknown_units"
+        )
+        assert sum(int(line["unknown"]) for line in said) == expected.total("unknown")
 
 
 def test_a_part_of_the_year_is_asked_for_by_its_month_or_its_first_day(
-    year: Year, shell: Shell
+    year: SimulatedYear, shell: Shell
 ) -> None:
-    books = year.books()
+    expected = year.expected()
     _, out, _ = shell("--month", "2026-07", "--json")
     (july,) = json.loads(out)["lines"]
     first, last = OUTAGE[0].replace(day=1), OUTAGE[0].replace(day=31)
-    assert (july["when"], july["purchases"]) == ("2026-07", books.total("asked", first, last))
+    assert (july["when"], july["purchases"]) == ("2026-07", expected.total("asked", first, last))
     _, out, _ = shell("--since", "2026-07-01", "--json")
     (since,) = json.loads(out)["lines"]
-    assert units(since["credits_charged"]) == books.total("charged_units", first)
+    assert units(since["credits_charged"]) == expected.total("charged_units", first)
 
 
-def test_the_table_shows_whole_figures_and_its_rate(year: Year, shell: Shell) -> None:
+def test_the_table_shows_whole_figures_and_its_rate(year: SimulatedYear, shell: Shell) -> None:
     code, out, _ = shell("--by", "quality")
     assert code == 0
     assert out.splitlines()[0].split() == [
@@ -104,13 +110,13 @@ def test_the_table_shows_whole_figures_and_its_rate(year: Year, shell: Shell) ->
         *("credits", "USD", "at", "stake", "each"),
     ]
     figures = [line.split() for line in out.splitlines()[1:3]]
-    assert sum(units(line[6]) for line in figures) == year.books().total("charged_units")
+    assert sum(units(line[6]) for line in figures) == year.expected().total("charged_units")
     assert "USD at 68 credits per USD; days are UTC" in out
 
 
-def test_a_question_in_sql_is_answered_in_every_form(year: Year, shell: Shell) -> None:
+def test_a_question_in_sql_is_answered_in_every_form(year: SimulatedYear, shell: Shell) -> None:
     query = "SELECT sum(credits_charged) AS credits, min(day) AS first FROM ledger"
-    charged = year.books().total("charged_units")
+    charged = year.expected().total("charged_units")
     _, out, _ = shell("--sql", query, "--json")
     (row,) = json.loads(out)
     assert (units(row["credits"]), row["first"]) == (charged, "2026-01-01")
@@ -139,15 +145,15 @@ def test_wrong_use_is_said_and_exits_2(shell: Shell, arguments: tuple[str, ...])
     assert "Error" in err
 
 
-def test_the_report_is_one_file_with_the_sums_of_the_books(
-    year: Year, shell: Shell, tmp_path: Path
+def test_the_report_is_one_file_with_exact_sums(
+    year: SimulatedYear, shell: Shell, tmp_path: Path
 ) -> None:
     file = tmp_path / "report.html"
     code, out, err = shell("--html", str(file), "--by", "campaign")
     assert (code, err) == (0, "")
     assert f"The report is in {file}" in out
     page = file.read_text()
-    assert f"{year.books().total('charged_units') / 10_000:,.2f}" in page
+    assert f"{year.expected().total('charged_units') / 10_000:,.2f}" in page
     code, _, err = shell("--html", str(file), "--json")
     assert (code, "--html writes the whole report" in err) == (2, True)
 
@@ -155,7 +161,7 @@ def test_the_report_is_one_file_with_the_sums_of_the_books(
 def test_dollars_are_at_the_rate_that_the_tables_are_kept_at(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    small = Year(tmp_path, 200)
+    small = SimulatedYear(tmp_path, 200)
     small.write()
     monkeypatch.setenv("KREA_STORAGE", str(tmp_path))
     update_tables(KreaResource(emulator=True, storage=str(tmp_path)), credits_per_usd=34.0)
@@ -174,7 +180,7 @@ def test_without_a_journal_there_is_nothing_to_say(
 
 
 def test_the_job_makes_both_tables_and_shows_figures_that_plot(
-    year: Year, instance: dg.DagsterInstance
+    year: SimulatedYear, instance: dg.DagsterInstance
 ) -> None:
     spend = build_spend_assets(
         dg.AssetKey(["kept", "image_manifest"]), prefix=["kept"], by=["campaign"]
@@ -183,7 +189,7 @@ def test_the_job_makes_both_tables_and_shows_figures_that_plot(
     defs = dg.Definitions(assets=[spend.tables], jobs=[spend.job], resources={"krea": krea})
     result = run_job(defs, instance, job="kept_krea_spend")
     assert result.success
-    books = year.books()
+    expected = year.expected()
     for name in ("spend_ledger", "spend_daily"):
         key = dg.AssetKey(["kept", name])
         (made,) = [
@@ -194,10 +200,10 @@ def test_the_job_makes_both_tables_and_shows_figures_that_plot(
         said = {one: entry.value for one, entry in made.items()}
         files = (year.folder / "spend" / name.removeprefix("spend_")).glob("*.parquet")
         assert said["dagster/row_count"] == sum(pq.read_metadata(file).num_rows for file in files)
-        assert said["purchases"] == books.total("asked")
-        assert ("spend" in said) is (name == "spend_daily"), "a picture of the days"
-        assert units(said["credits_charged"]) == books.total("charged_units")
-        assert said["unknown"] == books.total("unknown")
+        assert said["purchases"] == expected.total("asked")
+        assert ("spend" in said) is (name == "spend_daily"), "the sparkline"
+        assert units(said["credits_charged"]) == expected.total("charged_units")
+        assert said["unknown"] == expected.total("unknown")
         assert isinstance(said["credits_today"], float)
         assert said["path"] == str(year.folder / "spend" / name.removeprefix("spend_"))
     graph = defs.resolve_asset_graph()

@@ -1,4 +1,4 @@
-"""docs/spend.md: its ten questions have the answers that stand there, on the sample data."""
+"""docs/spend.md: its ten queries have the printed results on the sample data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from krea_dagster import cli
 from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import OpenAccount
-from tests.spend.project_harness import Shop
+from tests.spend.project_harness import ProjectHarness
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data" / "prompts.parquet"
@@ -23,8 +23,8 @@ QUESTIONS = re.findall(
 )
 
 
-class Sample(Shop):
-    """A shop whose table is the sample, as the demo takes it."""
+class Sample(ProjectHarness):
+    """A project whose table is the sample, as the demo takes it."""
 
     @property
     def table(self) -> PromptTable:
@@ -35,9 +35,9 @@ class Sample(Shop):
 def sample(
     tmp_path_factory: pytest.TempPathFactory, emulator: Emulator, open_account: OpenAccount
 ) -> Sample:
-    shop = Sample(tmp_path_factory.mktemp("sample"), emulator, open_account())
-    shop.buy()
-    return shop
+    project = Sample(tmp_path_factory.mktemp("sample"), emulator, open_account())
+    project.buy()
+    return project
 
 
 def test_there_are_ten_questions() -> None:

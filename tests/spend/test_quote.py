@@ -1,4 +1,4 @@
-"""The quote: what it says is what the next run then does, by the emulator's own books."""
+"""The quote: what it says is what the next run then does, by the emulator's own expected."""
 
 from __future__ import annotations
 
@@ -28,40 +28,42 @@ from krea_dagster.spend.quote import (
     expected_outcome,
     quote,
 )
-from tests.spend.project_harness import Shop
+from tests.spend.project_harness import ProjectHarness
 
 ONE_K = 4500
 TWO_K = 18_000
 
 
-def files_fetched(shop: Shop) -> int:
-    return int(shop.emulator.stats(tasks=False)["file_gets"])
+def files_fetched(project: ProjectHarness) -> int:
+    return int(project.emulator.stats(tasks=False)["file_gets"])
 
 
 # -- against real runs ------------------------------------------------------------------------
 
 
-def test_before_the_first_run_all_is_to_buy_at_the_published_price(shop: Shop) -> None:
-    shop = shop.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
-    shop = shop.with_rows("twin-0", "twin-1", seed=5, prompt=f"twins of {shop.folder.name}")
-    said = shop.quote()
-    assert not (shop.folder / "krea").exists()  # neither a journal nor a folder for it
+def test_before_the_first_run_all_is_to_buy_at_the_published_price(project: ProjectHarness) -> None:
+    project = project.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
+    project = project.with_rows(
+        "twin-0", "twin-1", seed=5, prompt=f"twins of {project.folder.name}"
+    )
+    said = project.quote()
+    assert not (project.folder / "krea").exists()  # neither a journal nor a folder for it
     total = said.total
     assert (total.asked, total.to_buy, total.purchases) == (6, 6, 5)
     assert total.units == 4 * ONE_K + TWO_K
     assert said.prices == {"1K": Price(ONE_K, True), "2K": Price(TWO_K, True)}
     assert said.usd(total.units) == pytest.approx(3.6 / 68)
-    shop.buy()
-    assert shop.paid_units() == total.units
+    project.buy()
+    assert project.paid_units() == total.units
 
 
 def test_what_is_done_costs_nothing_and_needs_no_network(tmp_path: Path) -> None:
     with Emulator(latency_s=0.02, latency_jitter=0.0) as emulator:
-        shop = Shop(tmp_path, emulator, "emulator").with_rows("ash", "birch", "cedar")
-        shop.buy()
+        project = ProjectHarness(tmp_path, emulator, "emulator").with_rows("ash", "birch", "cedar")
+        project.buy()
         address = emulator.url
     # The emulator is gone, and no address answers.
-    stranded = shop.with_settings(emulator=False)
+    stranded = project.with_settings(emulator=False)
     assert stranded.krea.base_url == address
     said = stranded.quote()
     assert (said.total.asked, said.total.reused) == (3, 3)
@@ -69,83 +71,85 @@ def test_what_is_done_costs_nothing_and_needs_no_network(tmp_path: Path) -> None
     assert said.prices == {"1K": Price(ONE_K, False)}
 
 
-def test_after_a_run_with_faults_the_quote_is_what_the_next_run_buys(shop: Shop) -> None:
-    name = shop.folder.name
-    shop = shop.with_rows("lost answer", "blocked", "black", "kept", "deleted")
-    shop = shop.with_rows("refused", prompt=f"[emulator: refuse] of {name}")
-    shop = shop.with_settings(on_unknown="hold")
-    world = shop.emulator.world
+def test_after_a_run_with_faults_the_quote_is_what_the_next_run_buys(
+    project: ProjectHarness,
+) -> None:
+    name = project.folder.name
+    project = project.with_rows("lost answer", "blocked", "black", "kept", "deleted")
+    project = project.with_rows("refused", prompt=f"[emulator: refuse] of {name}")
+    project = project.with_settings(on_unknown="hold")
+    world = project.emulator.world
     world.script("drop_before_create", match=f"lost answer of {name}")
     world.script("fail", match=f"blocked of {name}", arg="content_policy_violation")
     world.script("black", 9, match=f"black of {name}")
     try:
-        shop.buy()
+        project.buy()
     finally:
         world.forget_scripts()
-    shop.file_of("deleted").unlink()
-    shop = shop.with_rows("new-0", "new-1").with_rows("new-2", quality="2K")
+    project.file_of("deleted").unlink()
+    project = project.with_rows("new-0", "new-1").with_rows("new-2", quality="2K")
 
-    said = shop.quote()
+    said = project.quote()
     total = said.total
     assert (total.asked, total.reused, total.refetched, total.taken_up) == (9, 1, 1, 0)
     assert (total.held, total.replayed, total.ended, total.to_buy) == (1, 0, 3, 3)
     assert total.units == 2 * ONE_K + TWO_K
     assert (total.at_stake, total.at_stake_units) == (1, ONE_K)
-    assert total.at_stake_since == shop.records()["lost answer"].sent_at
+    assert total.at_stake_since == project.records()["lost answer"].sent_at
     assert said.prices == {"1K": Price(ONE_K, False), "2K": Price(TWO_K, True)}
 
-    paid, fetched = shop.paid_units(), files_fetched(shop)
-    shop.buy("run-2")
-    assert shop.paid_units() - paid == total.units
-    assert files_fetched(shop) - fetched == total.to_buy + total.refetched + total.taken_up
-    assert shop.records()["lost answer"].state is State.UNKNOWN
+    paid, fetched = project.paid_units(), files_fetched(project)
+    project.buy("run-2")
+    assert project.paid_units() - paid == total.units
+    assert files_fetched(project) - fetched == total.to_buy + total.refetched + total.taken_up
+    assert project.records()["lost answer"].state is State.UNKNOWN
 
     # A person wants the blocked row again, and lets the unknown one be repeated.
-    final = shop.with_settings(on_unknown="replay")
+    final = project.with_settings(on_unknown="replay")
     said = final.quote(ask_again=["content_policy_violation"])
     total = said.total
     assert (total.reused, total.replayed, total.held, total.ended) == (5, 1, 0, 1)
     assert (total.to_buy, total.units) == (2, 2 * ONE_K)  # the blocked row, and the refused one
     assert (total.at_stake, total.at_stake_units) == (1, ONE_K)
-    paid = shop.paid_units()
+    paid = project.paid_units()
     final.buy("run-3", ask_again=["content_policy_violation"])
     # The refused row is refused again, which costs nothing; the replay costs what was at stake.
     assert final.paid_units() - paid == total.units - ONE_K + total.at_stake_units
     assert final.quote().total.to_buy == 0
 
 
-def test_a_cap_says_what_would_be_deferred_and_the_run_defers_it(shop: Shop) -> None:
-    shop = shop.with_rows(*(f"row-{number}" for number in range(5)))
-    shop = shop.with_settings(run_credits=1.0)
-    said = shop.quote()
+def test_a_cap_says_what_would_be_deferred_and_the_run_defers_it(project: ProjectHarness) -> None:
+    project = project.with_rows(*(f"row-{number}" for number in range(5)))
+    project = project.with_settings(run_credits=1.0)
+    said = project.quote()
     assert (said.total.purchases, said.total.deferred) == (5, 3)
     assert said.total.deferred_units == 3 * ONE_K
     assert said.cap is not None
     assert said.cap.startswith("the run cap of 1 credits leaves no room for 0.45 more")
-    shop.buy()
-    states = Counter(record.state for record in shop.records().values())
+    project.buy()
+    states = Counter(record.state for record in project.records().values())
     assert states == {State.STORED: 2, State.DEFERRED: 3}
-    assert shop.paid_units() == said.total.units - said.total.deferred_units
+    assert project.paid_units() == said.total.units - said.total.deferred_units
 
-    # The day remembers what was committed, in whatever run.
-    days = shop.with_settings(run_credits=None, day_credits=1.4)
+    # The day remembers what was committed, in any run.
+    days = project.with_settings(run_credits=None, day_credits=1.4)
     said = days.quote()
     assert (said.total.purchases, said.total.deferred) == (3, 2)
     days.buy("run-2")
     assert days.paid_units() == 3 * ONE_K
 
 
-def test_a_partition_that_is_not_there_is_refused_by_name(shop: Shop) -> None:
+def test_a_partition_that_is_not_there_is_refused_by_name(project: ProjectHarness) -> None:
     from krea_dagster.application.quotes import quote_partitions  # noqa: PLC0415
 
-    shop = shop.with_rows("ash")
+    project = project.with_rows("ash")
     with pytest.raises(ConfigError, match="no partition 'bucket-007'; there are bucket-000"):
-        quote_partitions(shop.krea, shop.table, ["bucket-007"])
-    only = quote_partitions(shop.krea, shop.table, ["bucket-000"])
-    both = quote_partitions(shop.krea, shop.table, ["bucket-000", "bucket-001"])
+        quote_partitions(project.krea, project.table, ["bucket-007"])
+    only = quote_partitions(project.krea, project.table, ["bucket-000"])
+    both = quote_partitions(project.krea, project.table, ["bucket-000", "bucket-001"])
     assert only.partitions == ["bucket-000"]
     assert both.quote.total.asked == 1
-    assert both.quote == quote_partitions(shop.krea, shop.table).quote
+    assert both.quote == quote_partitions(project.krea, project.table).quote
 
 
 # -- the decisions ----------------------------------------------------------------------------
@@ -183,7 +187,7 @@ def test_each_state_has_its_fate() -> None:
         State.STORED: ExpectedOutcome.REUSED,
         State.FAILED: ExpectedOutcome.ENDED,
         State.REFUSED: ExpectedOutcome.ENDED,
-        State.EXPIRED: ExpectedOutcome.TAKEN_UP,  # asked about once more, which is free
+        State.EXPIRED: ExpectedOutcome.TAKEN_UP,  # read once more, which is free
     }
 
 
@@ -290,7 +294,7 @@ def _committed(scope: str) -> Commitment:
     ),
     _CAPS,
 )
-def test_many_alike_are_quoted_as_they_would_be_one_by_one(
+def test_a_group_of_images_is_quoted_like_its_images_one_by_one(
     groups: list[tuple[int, bool, str]], caps: Caps
 ) -> None:
     """A large table is quoted by how its images stand, thousands at once."""

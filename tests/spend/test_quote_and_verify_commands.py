@@ -13,7 +13,7 @@ from krea_dagster import build_krea_definitions, cli
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from tests.dagster_bench import QUIET, OpenAccount, latest, run_job, values
-from tests.spend.project_harness import Shop
+from tests.spend.project_harness import ProjectHarness
 
 BUCKETS = ("bucket-000", "bucket-001")
 
@@ -30,12 +30,12 @@ def evaluation(result: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
 
 
 def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
-    shop: Shop, instance: dg.DagsterInstance
+    project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    shop = shop.with_rows("ash", "birch", "cedar", "date")
-    sizes = {key: sum(image.partition_key == key for image in shop.images()) for key in BUCKETS}
+    project = project.with_rows("ash", "birch", "cedar", "date")
+    sizes = {key: sum(image.partition_key == key for image in project.images()) for key in BUCKETS}
     defs = build_krea_definitions(
-        prompts=shop.table.source, partition_by="hash:2", krea=shop.krea, key_prefix="proved"
+        prompts=project.table.source, partition_by="hash:2", krea=project.krea, key_prefix="proved"
     )
     first = run_job(defs, instance, *BUCKETS, job="proved_krea_images")
     assert first.success
@@ -53,7 +53,7 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
         assert shown["quoted_credits"] == pytest.approx(0.45 * sizes[key])
 
     # A byte changes, and the next proof says so.
-    path = shop.file_of("ash")
+    path = project.file_of("ash")
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     second = run_job(defs, instance, BUCKETS[0], job="proved_krea_images")
     assert second.success
@@ -70,15 +70,15 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     assert (shown["quoted_to_buy"], shown["quoted_credits"]) == (0, 0)
 
 
-def test_beside_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
-    shop: Shop, instance: dg.DagsterInstance
+def test_with_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
+    project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
     """A launch from the UI takes every check of its assets along."""
-    shop = shop.with_rows("elder", "fir")
+    project = project.with_rows("elder", "fir")
     defs = build_krea_definitions(
-        prompts=shop.table.source, partition_by="hash:1", krea=shop.krea, key_prefix="beside"
+        prompts=project.table.source, partition_by="hash:1", krea=project.krea, key_prefix="prefix"
     )
-    keys = [dg.AssetKey(["beside", name]) for name in ("images", "image_manifest")]
+    keys = [dg.AssetKey(["prefix", name]) for name in ("images", "image_manifest")]
     result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
         instance=instance, asset_selection=keys, partition_key="bucket-000", run_config=QUIET
     )
@@ -90,18 +90,21 @@ def test_beside_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
 
 
 class Shell:
-    """The command, in the environment of a shop."""
+    """The command, in the environment of a project."""
 
     def __init__(
-        self, shop: Shop, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+        self,
+        project: ProjectHarness,
+        patch: pytest.MonkeyPatch,
+        capture: pytest.CaptureFixture[str],
     ) -> None:
         self._patch = patch
         self._capture = capture
         variables = {
-            "EVOLINK_API_KEY": shop.api_key,
-            "EVOLINK_BASE_URL": shop.emulator.url,
-            "KREA_PROMPTS": shop.table.source,
-            "KREA_STORAGE": str(shop.folder / "krea"),
+            "EVOLINK_API_KEY": project.api_key,
+            "EVOLINK_BASE_URL": project.emulator.url,
+            "KREA_PROMPTS": project.table.source,
+            "KREA_STORAGE": str(project.folder / "krea"),
             "KREA_PARTITION_BY": "hash:2",
         }
         for name, value in variables.items():
@@ -118,11 +121,11 @@ class Shell:
 
 
 def test_quote_prints_a_table_and_makes_nothing(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: ProjectHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shop = shop.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
-    before = shop.emulator.stats(tasks=False)["requests"]
-    shell = Shell(shop, monkeypatch, capsys)
+    project = project.with_rows("ash", "birch", "cedar").with_rows("large", quality="2K")
+    before = project.emulator.stats(tasks=False)["requests"]
+    shell = Shell(project, monkeypatch, capsys)
     code, out, err = shell.run("quote")
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
@@ -142,8 +145,8 @@ def test_quote_prints_a_table_and_makes_nothing(
     code, out, err = shell.run("quote", "--partition", "bucket-002")
     assert (code, out) == (2, "")
     assert "there is no partition 'bucket-002'" in err
-    assert not (shop.folder / "krea").exists()
-    assert shop.emulator.stats(tasks=False)["requests"] == before
+    assert not (project.folder / "krea").exists()
+    assert project.emulator.stats(tasks=False)["requests"] == before
 
 
 def test_the_commands_rate_is_the_published_one() -> None:
@@ -152,10 +155,10 @@ def test_the_commands_rate_is_the_published_one() -> None:
 
 
 def test_quote_shows_totals_where_the_partitions_are_many(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: ProjectHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shop = shop.with_rows(*(f"row-{number}" for number in range(30)))
-    shell = Shell(shop, monkeypatch, capsys)
+    project = project.with_rows(*(f"row-{number}" for number in range(30)))
+    shell = Shell(project, monkeypatch, capsys)
     monkeypatch.setenv("KREA_PARTITION_BY", "hash:20")
     _, out, _ = shell.run("quote")
     assert "20 partitions; --by-partition lists them." in out
@@ -165,9 +168,11 @@ def test_quote_shows_totals_where_the_partitions_are_many(
 
 
 def test_verify_prints_what_it_proved_and_exits_1_where_something_does_not_add_up(
-    bought: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared_project: ProjectHarness,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shell = Shell(bought, monkeypatch, capsys)
+    shell = Shell(shared_project, monkeypatch, capsys)
     code, out, err = shell.run("verify")
     assert (code, err) == (0, "")
     figures = {line[:16].strip(): line[16:].strip() for line in out.splitlines()}
@@ -179,7 +184,7 @@ def test_verify_prints_what_it_proved_and_exits_1_where_something_does_not_add_u
     assert figures["unexplained"] == "0 credits"
     assert "Every credit is accounted for." in out
 
-    bought.file_of("ash").write_bytes(b"another picture")
+    shared_project.file_of("ash").write_bytes(b"another image")
     code, out, _ = shell.run("verify", "--no-files", "--json")
     told = json.loads(out)
     assert code == 1
@@ -193,12 +198,12 @@ def test_verify_prints_what_it_proved_and_exits_1_where_something_does_not_add_u
 
 
 def test_verify_without_a_journal_is_wrong_use(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: ProjectHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = Shell(shop.with_rows("ash"), monkeypatch, capsys).run("verify")
+    code, out, err = Shell(project.with_rows("ash"), monkeypatch, capsys).run("verify")
     assert (code, out) == (2, "")
     assert "there is no journal for" in err
-    assert not (shop.folder / "krea").exists()
+    assert not (project.folder / "krea").exists()
 
 
 def test_quote_of_a_journal_elsewhere_needs_no_emulator(
@@ -209,8 +214,8 @@ def test_quote_of_a_journal_elsewhere_needs_no_emulator(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without a key, where a run would start an emulator of its own."""
-    shop = Shop(tmp_path, emulator, open_account()).with_rows("ash")
-    shell = Shell(shop, monkeypatch, capsys)
+    project = ProjectHarness(tmp_path, emulator, open_account()).with_rows("ash")
+    shell = Shell(project, monkeypatch, capsys)
     monkeypatch.delenv("EVOLINK_API_KEY")
     monkeypatch.delenv("EVOLINK_BASE_URL")
     code, out, _ = shell.run("quote")

@@ -10,7 +10,7 @@ import pytest
 from krea_dagster.emulator import Emulator
 from tests.engine.conftest import journal_url
 from tests.engine.harness import ServerClock
-from tests.spend.project_harness import Shop
+from tests.spend.project_harness import ProjectHarness
 
 __all__ = ["journal_url"]
 
@@ -35,10 +35,10 @@ def server(tmp_path: Path, clock: ServerClock) -> Iterator[Emulator]:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, server: Emulator) -> Shop:
+def shop(tmp_path: Path, server: Emulator) -> ProjectHarness:
     """Four rows, to be bought; the journal is not in the storage root."""
     folder = tmp_path / "shop"
     folder.mkdir()
     journal_url = f"sqlite:///{tmp_path / 'journal' / 'journal.db'}"
-    shop = Shop(folder, server, KEY).with_settings(journal_url=journal_url)
+    shop = ProjectHarness(folder, server, KEY).with_settings(journal_url=journal_url)
     return shop.with_rows("ash", "birch", "cedar", "date")

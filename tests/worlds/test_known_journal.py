@@ -10,7 +10,7 @@ import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
-from tests.spend.project_harness import Shop
+from tests.spend.project_harness import ProjectHarness
 
 ALL = {
     "dagster/asset_partition_range_start": "bucket-000",
@@ -27,7 +27,9 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def run(shop: Shop, instance: dg.DagsterInstance, storage: str) -> dg.ExecuteInProcessResult:
+def run(
+    shop: ProjectHarness, instance: dg.DagsterInstance, storage: str
+) -> dg.ExecuteInProcessResult:
     """A run of all partitions, of definitions that are loaded here and now."""
     krea = KreaResource(api_key=shop.api_key, base_url=shop.emulator.url, storage=storage)
     definitions = build_krea_definitions(
@@ -44,7 +46,7 @@ def what_failed(result: dg.ExecuteInProcessResult) -> str:
 
 
 def test_a_whole_root_that_is_not_mounted_with_its_journal_buys_nothing_again(
-    shop: Shop, server: Emulator, instance: dg.DagsterInstance
+    shop: ProjectHarness, server: Emulator, instance: dg.DagsterInstance
 ) -> None:
     root = shop.folder / "krea"
     assert run(shop, instance, str(root)).success
@@ -55,7 +57,7 @@ def test_a_whole_root_that_is_not_mounted_with_its_journal_buys_nothing_again(
 
 
 def test_a_relative_root_in_another_working_folder_begins_no_second_journal(
-    shop: Shop,
+    shop: ProjectHarness,
     server: Emulator,
     instance: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
@@ -71,7 +73,7 @@ def test_a_relative_root_in_another_working_folder_begins_no_second_journal(
 
 
 def test_another_root_of_the_same_instance_is_a_first_run(
-    shop: Shop, server: Emulator, instance: dg.DagsterInstance
+    shop: ProjectHarness, server: Emulator, instance: dg.DagsterInstance
 ) -> None:
     assert run(shop, instance, str(shop.folder / "one")).success
     assert run(shop, instance, str(shop.folder / "other")).success
@@ -79,7 +81,7 @@ def test_another_root_of_the_same_instance_is_a_first_run(
 
 
 def test_another_project_with_the_same_relative_root_and_instance_is_a_first_run(
-    shop: Shop,
+    shop: ProjectHarness,
     server: Emulator,
     instance: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
@@ -88,5 +90,5 @@ def test_another_project_with_the_same_relative_root_and_instance_is_a_first_run
         folder = shop.folder / name
         folder.mkdir()
         monkeypatch.chdir(folder)
-        project = Shop(folder, server, shop.api_key, shop.rows)
+        project = ProjectHarness(folder, server, shop.api_key, shop.rows)
         assert run(project, instance, "data/krea").success

@@ -20,14 +20,14 @@ from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from krea_dagster.plugin.assets.spend import update_tables
 from tests.engine.harness import ServerClock
-from tests.spend.project_harness import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, ProjectHarness
 
 
-def root(shop: Shop) -> Path:
+def root(shop: ProjectHarness) -> Path:
     return shop.folder / "krea"
 
 
-def files(shop: Shop) -> dict[str, int]:
+def files(shop: ProjectHarness) -> dict[str, int]:
     """The stored files, with the times at which they were written."""
     return {
         str(path.relative_to(root(shop))): path.stat().st_mtime_ns
@@ -35,7 +35,7 @@ def files(shop: Shop) -> dict[str, int]:
     }
 
 
-def journal_file(shop: Shop) -> Path:
+def journal_file(shop: ProjectHarness) -> Path:
     return Path(str(shop.settings["journal_url"]).removeprefix("sqlite:///"))
 
 
@@ -55,11 +55,11 @@ def restore(backup: Path, file: Path) -> None:
     shutil.copy(backup, file)
 
 
-def states(shop: Shop) -> set[State]:
+def states(shop: ProjectHarness) -> set[State]:
     return {record.state for record in shop.records().values()}
 
 
-def nothing_happens(shop: Shop, emulator: Emulator, match: str) -> None:
+def nothing_happens(shop: ProjectHarness, emulator: Emulator, match: str) -> None:
     """No command begins: not the run, the quote, the salvage, the proof or the spend tables."""
     before = (emulator.stats()["creates"], shop.records())
     salvage = lambda: shop.krea.salvage(run_id="salvage")  # noqa: E731 - a command as the others
@@ -75,7 +75,7 @@ def nothing_happens(shop: Shop, emulator: Emulator, match: str) -> None:
 
 @pytest.mark.parametrize("in_its_place", ["nothing", "an empty folder"])
 def test_a_root_that_is_not_mounted_stops_everything_and_back_again_nothing_is_lost(
-    shop: Shop, server: Emulator, in_its_place: str
+    shop: ProjectHarness, server: Emulator, in_its_place: str
 ) -> None:
     shop.buy()
     before = (files(shop), shop.records())
@@ -91,7 +91,7 @@ def test_a_root_that_is_not_mounted_stops_everything_and_back_again_nothing_is_l
 
 
 def test_images_that_are_a_mount_of_their_own_and_missing_stop_everything(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     (root(shop) / "images").rename(shop.folder / "away")
@@ -100,7 +100,9 @@ def test_images_that_are_a_mount_of_their_own_and_missing_stop_everything(
     assert shop.carry("run-2").progress.reused == 4
 
 
-def test_a_file_or_two_that_are_missing_are_fetched_again(shop: Shop, server: Emulator) -> None:
+def test_a_file_or_two_that_are_missing_are_fetched_again(
+    shop: ProjectHarness, server: Emulator
+) -> None:
     shop.buy()
     for name in sorted(files(shop))[:2]:
         (root(shop) / name).unlink()
@@ -110,7 +112,7 @@ def test_a_file_or_two_that_are_missing_are_fetched_again(shop: Shop, server: Em
 
 
 def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     shutil.rmtree(root(shop))
@@ -123,7 +125,7 @@ def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
 
 
 def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
-    shop: Shop, server: Emulator, clock: ServerClock
+    shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     """A day later the links are dead and the tasks forgotten: only the files are left."""
     shop.buy()
@@ -147,7 +149,7 @@ def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
 
 
 def test_a_root_that_belongs_to_another_journal_is_not_worked_in(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     other = shop.with_settings(journal_url=f"sqlite:///{shop.folder / 'other.db'}")
@@ -161,7 +163,7 @@ def test_a_root_that_belongs_to_another_journal_is_not_worked_in(
 
 
 def test_a_lost_journal_is_made_again_from_its_root_once_a_person_says_so(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     before = files(shop)
@@ -182,7 +184,7 @@ def test_a_lost_journal_is_made_again_from_its_root_once_a_person_says_so(
 
 
 def test_a_journal_that_is_older_than_its_root_stops_everything(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     """Restored from a backup, it knows nothing of what was bought since."""
     shop.carry()
@@ -199,7 +201,7 @@ def test_a_journal_that_is_older_than_its_root_stops_everything(
 
 
 def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     krea = shop.krea
     backups: list[Path] = []
@@ -217,7 +219,7 @@ def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
 
 
 def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.with_settings(day_credits=0.1).carry()  # planned, and deferred
     backup = keep(journal_file(shop), "backup.db")
@@ -240,7 +242,7 @@ def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
 
 
 def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purchase(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     """It was bought after the backup, before callbacks were set up; the files are lost too."""
     shop.with_settings(day_credits=0.1).carry()
@@ -259,7 +261,7 @@ def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purcha
 
 
 def test_a_root_that_is_older_than_its_journal_stops_everything(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.carry()
     shutil.copytree(root(shop), shop.folder / "backup")
@@ -274,7 +276,9 @@ def test_a_root_that_is_older_than_its_journal_stops_everything(
     assert server.stats()["creates"] == 8
 
 
-def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulator) -> None:
+def test_a_root_that_was_moved_is_known_by_its_marker(
+    shop: ProjectHarness, server: Emulator
+) -> None:
     shop.buy()
     root(shop).rename(shop.folder / "moved")
     moved = shop.with_settings(storage=str(shop.folder / "moved"))
@@ -284,7 +288,7 @@ def test_a_root_that_was_moved_is_known_by_its_marker(shop: Shop, server: Emulat
 
 
 def test_a_copy_of_a_root_that_is_there_too_is_a_root_of_its_own(
-    shop: Shop, server: Emulator, clock: ServerClock
+    shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     shop.buy()
     shutil.copytree(root(shop), shop.folder / "copy")
@@ -300,7 +304,9 @@ def test_a_copy_of_a_root_that_is_there_too_is_a_root_of_its_own(
     assert server.stats()["creates"] == 5
 
 
-def test_a_copy_of_a_root_takes_nothing_from_its_original(shop: Shop, server: Emulator) -> None:
+def test_a_copy_of_a_root_takes_nothing_from_its_original(
+    shop: ProjectHarness, server: Emulator
+) -> None:
     shop.buy()
     shutil.copytree(root(shop), shop.folder / "copy")
     copy = shop.with_settings(storage=str(shop.folder / "copy"))
@@ -311,7 +317,7 @@ def test_a_copy_of_a_root_takes_nothing_from_its_original(shop: Shop, server: Em
     assert server.stats()["creates"] == 4
 
 
-def test_a_root_that_has_two_paths_is_no_copy(shop: Shop, server: Emulator) -> None:
+def test_a_root_that_has_two_paths_is_no_copy(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     (shop.folder / "linked").symlink_to(root(shop))
     linked = shop.with_settings(storage=str(shop.folder / "linked"))
@@ -320,7 +326,7 @@ def test_a_root_that_has_two_paths_is_no_copy(shop: Shop, server: Emulator) -> N
     assert server.stats()["creates"] == 4
 
 
-def test_a_damaged_marker_is_not_taken_for_none(shop: Shop) -> None:
+def test_a_damaged_marker_is_not_taken_for_none(shop: ProjectHarness) -> None:
     shop.buy()
     (root(shop) / MARKER).write_text("{")
     with pytest.raises(ConfigError, match="cannot be read, and it says which journal"):
@@ -330,7 +336,7 @@ def test_a_damaged_marker_is_not_taken_for_none(shop: Shop) -> None:
 
 
 def test_an_image_of_a_root_that_is_away_and_whose_link_is_not_known_is_left_where_it_is(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     shutil.rmtree(journal_file(shop).parent)
@@ -347,7 +353,7 @@ def test_an_image_of_a_root_that_is_away_and_whose_link_is_not_known_is_left_whe
 
 
 def test_of_two_roots_with_one_journal_neither_takes_the_others_images_for_lost(
-    shop: Shop, server: Emulator, clock: ServerClock
+    shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     """Also when the links are dead: the second copies from the first."""
     shop.carry()
@@ -366,7 +372,7 @@ def test_of_two_roots_with_one_journal_neither_takes_the_others_images_for_lost(
 
 
 def test_an_image_of_a_root_that_cannot_be_read_stays_that_roots(
-    shop: Shop, server: Emulator, clock: ServerClock
+    shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     shop.carry()
     root(shop).rename(shop.folder / "away")
@@ -382,7 +388,7 @@ def test_an_image_of_a_root_that_cannot_be_read_stays_that_roots(
 
 
 def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     """Its name is the request's key; what does not verify is bought."""
     shop.carry()
@@ -405,7 +411,7 @@ def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
 
 
 def test_a_run_that_was_killed_before_it_wrote_the_marker_stops_no_other(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     """Nor does one that is about to write it: several may begin at the same instant."""
     with shop.krea.open_journal() as journal:

@@ -20,12 +20,14 @@ from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.prompts import PromptTable
-from tests.spend.project_harness import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, ProjectHarness
 
 OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
 
 
-def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: bool = False) -> int:
+def wish(
+    shop: ProjectHarness, run_id: str, *again: str, killed: bool = False, new_seed: bool = False
+) -> int:
     """A run with a wish, as the asset makes it; returns how many images were bought."""
     krea = shop.krea
     before = int(shop.emulator.stats(tasks=False)["creates"])
@@ -42,15 +44,15 @@ def wish(shop: Shop, run_id: str, *again: str, killed: bool = False, new_seed: b
     return int(shop.emulator.stats(tasks=False)["creates"]) - before
 
 
-def tmp_journal(shop: Shop) -> str:
+def tmp_journal(shop: ProjectHarness) -> str:
     return str(shop.settings["journal_url"]).removeprefix("sqlite:///")
 
 
-def second_project(shop: Shop) -> Shop:
+def second_project(shop: ProjectHarness) -> ProjectHarness:
     """Another project that shares the journal, with rows of the same prompt_ids."""
     folder = shop.folder.with_name("second")
     folder.mkdir()
-    other = Shop(folder, shop.emulator, shop.api_key, settings=shop.settings)
+    other = ProjectHarness(folder, shop.emulator, shop.api_key, settings=shop.settings)
     return other.with_rows("ash", "birch")
 
 
@@ -58,7 +60,7 @@ def second_project(shop: Shop) -> Shop:
 
 
 def test_another_image_of_a_row_is_nothing_to_the_row_of_that_name_in_another_table(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     other = second_project(shop)
@@ -70,7 +72,7 @@ def test_another_image_of_a_row_is_nothing_to_the_row_of_that_name_in_another_ta
     assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
 
 
-def test_two_tables_of_one_name_in_two_roots_are_two(shop: Shop) -> None:
+def test_two_tables_of_one_name_in_two_roots_are_two(shop: ProjectHarness) -> None:
     other = second_project(shop)
     shop.carry()
     other.carry()
@@ -79,7 +81,9 @@ def test_two_tables_of_one_name_in_two_roots_are_two(shop: Shop) -> None:
     assert names == {"../prompts.parquet": 2}
 
 
-def test_a_table_with_a_name_of_its_own_is_known_by_it_wherever_it_lies(shop: Shop) -> None:
+def test_a_table_with_a_name_of_its_own_is_known_by_it_wherever_it_lies(
+    shop: ProjectHarness,
+) -> None:
     shop.carry()
     krea = shop.krea
     named = replace(shop.table, name="posters")
@@ -91,7 +95,7 @@ def test_a_table_with_a_name_of_its_own_is_known_by_it_wherever_it_lies(shop: Sh
 
 
 def test_a_wish_in_which_a_run_was_killed_is_gone_on_with_and_bought_once(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     assert wish(shop, "killed", "ash", killed=True) == 1
@@ -105,14 +109,14 @@ def test_a_wish_in_which_a_run_was_killed_is_gone_on_with_and_bought_once(
 
 
 def test_a_row_that_was_never_bought_is_bought_once_when_another_image_is_wished_for(
-    shop: Shop,
+    shop: ProjectHarness,
 ) -> None:
     assert wish(shop, "run-1", "ash") == 4
     assert shop.krea.attempts(shop.table) == {}
 
 
 def test_a_row_whose_seed_the_table_fixes_is_refused_unless_a_seed_is_to_be_drawn(
-    shop: Shop,
+    shop: ProjectHarness,
 ) -> None:
     shop = shop.with_rows("fixed", seed=5)
     shop.buy()
@@ -127,7 +131,7 @@ def test_a_row_whose_seed_the_table_fixes_is_refused_unless_a_seed_is_to_be_draw
 
 
 def test_rows_may_be_wished_for_by_their_error_or_because_they_were_rejected(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     record = shop.records()["birch"]
@@ -157,20 +161,20 @@ def test_rows_may_be_wished_for_by_their_error_or_because_they_were_rejected(
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("blocked", 0): 1}
 
 
-def test_a_row_that_has_the_name_of_a_word_is_asked_about(shop: Shop) -> None:
+def test_a_row_that_has_the_name_of_a_word_is_asked_about(shop: ProjectHarness) -> None:
     shop = shop.with_rows("rejected")
     shop.buy()
     with pytest.raises(ConfigError, match="may mean the row of that prompt_id"):
         wish(shop, "run-2", "rejected")
 
 
-def test_a_wish_for_a_row_that_is_not_there_buys_nothing(shop: Shop) -> None:
+def test_a_wish_for_a_row_that_is_not_there_buys_nothing(shop: ProjectHarness) -> None:
     with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
         wish(shop, "run-1", "nobody")
 
 
 def test_a_wish_may_name_rows_of_other_partitions_but_none_that_no_partition_has(
-    shop: Shop,
+    shop: ProjectHarness,
 ) -> None:
     """Partitions of one launch are runs of their own, each of which has all its wishes."""
     bought = 0
@@ -185,14 +189,16 @@ def test_a_wish_may_name_rows_of_other_partitions_but_none_that_no_partition_has
     assert bought == 2
 
 
-def test_a_wish_for_an_image_that_was_rejected_buys_one(shop: Shop, server: Emulator) -> None:
+def test_a_wish_for_an_image_that_was_rejected_buys_one(
+    shop: ProjectHarness, server: Emulator
+) -> None:
     server.world.script("black", match="ash of")
     shop.carry()
     assert wish(shop, "run-2", "error:flat_image") == 1
     assert shop.records()["ash"].error_code == "flat_image"
 
 
-def test_a_run_that_was_planned_before_a_wish_does_not_end_it(shop: Shop) -> None:
+def test_a_run_that_was_planned_before_a_wish_does_not_end_it(shop: ProjectHarness) -> None:
     shop.buy()
     with Batch.read(shop.table, None, shop.krea) as earlier:
         assert wish(shop, "killed", "ash", killed=True) == 1
@@ -200,7 +206,9 @@ def test_a_run_that_was_planned_before_a_wish_does_not_end_it(shop: Shop) -> Non
     assert wish(shop, "repeated", "ash") == 0
 
 
-def test_a_table_whose_file_is_renamed_stays_the_same_table(shop: Shop, server: Emulator) -> None:
+def test_a_table_whose_file_is_renamed_stays_the_same_table(
+    shop: ProjectHarness, server: Emulator
+) -> None:
     shop.buy()
     assert wish(shop, "run-2", "ash") == 1
     (shop.folder / "prompts.parquet").rename(shop.folder / "renamed.parquet")
@@ -213,7 +221,9 @@ def test_a_table_whose_file_is_renamed_stays_the_same_table(shop: Shop, server: 
     assert shop.krea.attempts(renamed) == {("ash", 0): 1}
 
 
-def test_the_table_beside_a_copy_of_a_root_has_the_wishes_of_its_own_alone(shop: Shop) -> None:
+def test_the_table_beside_a_copy_of_a_root_has_the_wishes_of_its_own_alone(
+    shop: ProjectHarness,
+) -> None:
     shop.buy()
     assert wish(shop, "run-2", "ash") == 1
     shutil.copytree(shop.folder / "krea", shop.folder / "copy")
@@ -225,7 +235,7 @@ def test_the_table_beside_a_copy_of_a_root_has_the_wishes_of_its_own_alone(shop:
 
 
 def test_two_projects_with_one_bucket_and_tables_of_one_relative_path_are_two(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: ProjectHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop = shop.with_settings(storage=f"memory://{tmp_path.name}/krea")
     with shop.krea.open_journal() as journal:
@@ -238,7 +248,9 @@ def test_two_projects_with_one_bucket_and_tables_of_one_relative_path_are_two(
     assert len(ids) == 2
 
 
-def test_a_wish_may_be_the_first_thing_after_an_upgrade(shop: Shop, server: Emulator) -> None:
+def test_a_wish_may_be_the_first_thing_after_an_upgrade(
+    shop: ProjectHarness, server: Emulator
+) -> None:
     """Attempts of before tables were known are those of the first table that is entered."""
     server.world.script("fail", match="birch of", arg="service_error", n=3)
     shop.buy()
@@ -260,7 +272,7 @@ def test_a_wish_may_be_the_first_thing_after_an_upgrade(shop: Shop, server: Emul
 # -- budgets and salvage ----------------------------------------------------------------------
 
 
-def test_a_budget_of_partitions_counts_those_of_its_own_table(shop: Shop) -> None:
+def test_a_budget_of_partitions_counts_those_of_its_own_table(shop: ProjectHarness) -> None:
     budget = shop.with_settings(budgets=["partition=0.9"])
     budget.carry()
     other = second_project(budget)
@@ -270,7 +282,7 @@ def test_a_budget_of_partitions_counts_those_of_its_own_table(shop: Shop) -> Non
 
 
 def test_a_salvage_collects_its_own_table_and_what_others_have_left_for_long(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     other = second_project(shop)
     server.world.script("stuck", n=6)
@@ -289,7 +301,7 @@ def test_a_salvage_collects_its_own_table_and_what_others_have_left_for_long(
 
 
 def test_the_key_of_another_account_repeats_nothing_until_a_person_says_it_is_the_same(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     server.world.add_account(OTHER_KEY, 10_000_000)
     server.world.script("drop_after_create", n=2)
@@ -304,7 +316,7 @@ def test_the_key_of_another_account_repeats_nothing_until_a_person_says_it_is_th
 
 
 def test_which_account_a_key_is_of_is_asked_where_there_are_several(
-    shop: Shop, server: Emulator
+    shop: ProjectHarness, server: Emulator
 ) -> None:
     keys = [OTHER_KEY, "sk-of-the-worlds-0003-Zq81"]
     for key in keys:
@@ -324,13 +336,13 @@ def test_which_account_a_key_is_of_is_asked_where_there_are_several(
 
 
 def test_a_purchase_that_is_replayed_to_another_journal_is_charged_once(
-    shop: Shop, server: Emulator, tmp_path: Path
+    shop: ProjectHarness, server: Emulator, tmp_path: Path
 ) -> None:
     shop.buy()
     folder = tmp_path / "second"
     folder.mkdir()
     settings = {"journal_url": f"sqlite:///{folder / 'journal.db'}", "day_credits": 2.0}
-    other = Shop(folder, server, shop.api_key, shop.rows, settings)
+    other = ProjectHarness(folder, server, shop.api_key, shop.rows, settings)
     rows = [{**row, "prompt": row["prompt"]} for row in shop.rows]
     other = replace(other, rows=rows)
     report = other.carry("run-2")
@@ -347,7 +359,7 @@ def test_a_purchase_that_is_replayed_to_another_journal_is_charged_once(
 
 
 def test_a_purchase_under_a_key_that_has_another_body_is_made_under_the_next(
-    shop: Shop, server: Emulator, tmp_path: Path
+    shop: ProjectHarness, server: Emulator, tmp_path: Path
 ) -> None:
     """The first journal bought with an address for callbacks, the second without."""
     krea = shop.krea
@@ -362,7 +374,7 @@ def test_a_purchase_under_a_key_that_has_another_body_is_made_under_the_next(
     folder = tmp_path / "second"
     folder.mkdir()
     settings = {"journal_url": f"sqlite:///{folder / 'journal.db'}"}
-    other = Shop(folder, server, shop.api_key, shop.rows, settings)
+    other = ProjectHarness(folder, server, shop.api_key, shop.rows, settings)
     report = other.carry("run-2")
     assert (report.progress.delivered, report.left) == (4, {})
     with other.krea.open_journal() as journal:

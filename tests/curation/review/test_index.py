@@ -31,7 +31,7 @@ from tests.curation.review.review_harness import (
     sha256,
 )
 from tests.prompts.reference import images_of
-from tests.spend.project_harness import LEARNED, Shop
+from tests.spend.project_harness import LEARNED, ProjectHarness
 
 ROWS = 844  # four of them without an image
 
@@ -168,7 +168,9 @@ def test_an_empty_root_has_an_empty_index(tmp_path: Path) -> None:
 def test_images_of_earlier_attempts_have_rows(
     tmp_path: Path, emulator: Emulator, open_account: Callable[..., str]
 ) -> None:
-    shop = Shop(tmp_path, emulator, open_account()).with_rows("first", "second", campaign="spring")
+    shop = ProjectHarness(tmp_path, emulator, open_account()).with_rows(
+        "first", "second", campaign="spring"
+    )
     shop.buy()
     krea = shop.krea
     krea.raise_attempts(shop.table, [("first", 0)], raised_by="a person")

@@ -1,4 +1,4 @@
-"""What the account used, against what the journal explains, whatever was on its way meanwhile."""
+"""The account's use compared with the journal, with purchases in flight."""
 
 from __future__ import annotations
 

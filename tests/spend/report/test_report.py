@@ -1,4 +1,4 @@
-"""The report: exact in every sum, safe whatever a prompt holds, and complete without a network."""
+"""The report: exact sums, safe with any text, and complete without a network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.report.sparkline import spend_sparkline
-from tests.spend.simulated_tables import END, LEDGER, Tables, money, simulated_year, tables_of
+from tests.spend.simulated_tables import (
+    END,
+    LEDGER,
+    SimulatedTables,
+    money,
+    simulated_year,
+    tables_of,
+)
 
 NOW = datetime(2025, 3, 20, 12, tzinfo=timezone.utc)
 
@@ -83,7 +90,7 @@ class Page(HTMLParser):
         return found
 
 
-def report(tables: Tables, now: datetime = NOW, **options: Any) -> Page:
+def report(tables: SimulatedTables, now: datetime = NOW, **options: Any) -> Page:
     file = io.BytesIO()
     write_report(tables.ledger, tables.daily, tables.failures, file, now=now, **options)
     return Page(file.getvalue().decode())
@@ -110,7 +117,7 @@ _PURCHASES = st.lists(
 )
 
 
-def tables_from(purchases: Sequence[tuple[Any, ...]]) -> Tables:
+def tables_from(purchases: Sequence[tuple[Any, ...]]) -> SimulatedTables:
     rows: dict[str, list[Any]] = {name: [] for name in LEDGER.names if "credits" not in name}
     charged, unsettled, missing = [], [], []
     first = date(2025, 1, 1).toordinal()
@@ -246,12 +253,14 @@ def test_accepted_are_delivered_and_not_replaced() -> None:
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)>&amp;{{ 7*7 }}'
 
 
-def test_whatever_a_name_or_a_prompt_holds_is_shown_as_text() -> None:
+def test_names_and_prompts_are_escaped() -> None:
     tables = simulated_year(purchases=300, planted=False)
     for name in ("prompt_id", "partition_key", "campaign", "error_code", "quality", "size"):
         place = tables.ledger.column_names.index(name)
         nasty = pa.repeat(pa.scalar(NASTY), tables.ledger.num_rows)
-        tables = Tables(tables.ledger.set_column(place, name, nasty), tables.daily, tables.failures)
+        tables = SimulatedTables(
+            tables.ledger.set_column(place, name, nasty), tables.daily, tables.failures
+        )
     tables = tables_of(tables.ledger)
     page = report(
         tables,
@@ -355,16 +364,16 @@ def test_a_column_or_a_rate_that_cannot_be_is_refused() -> None:
         report(tables, rate=0)
 
 
-# -- the small picture ------------------------------------------------------------------------
+# -- the sparkline ------------------------------------------------------------------------
 
 
-def test_the_picture_is_small_and_names_the_month() -> None:
-    picture = spend_sparkline(simulated_year(purchases=40_000).daily)
-    assert len(picture) < 20_000
-    assert b"credits in December 2025" in picture
-    assert b"<script" not in picture
-    assert picture.startswith(b"<svg")
+def test_the_sparkline_is_small_and_names_the_month() -> None:
+    image = spend_sparkline(simulated_year(purchases=40_000).daily)
+    assert len(image) < 20_000
+    assert b"credits in December 2025" in image
+    assert b"<script" not in image
+    assert image.startswith(b"<svg")
 
 
-def test_of_nothing_there_is_a_picture_too() -> None:
+def test_without_purchases_the_sparkline_says_so() -> None:
     assert b"No purchases yet" in spend_sparkline(tables_of(LEDGER.empty_table()).daily)

@@ -1,4 +1,4 @@
-"""The purchases are read in bulk alike from every database, beside runs that bought for real."""
+"""Purchases are read the same from every database, written by a real journal."""
 
 from __future__ import annotations
 

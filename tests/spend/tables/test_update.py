@@ -1,4 +1,4 @@
-"""The ledger and the daily sums: what they hold, and that it is the books', to the last unit."""
+"""The ledger and the daily sums agree with the simulation's sums to the last unit."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from krea_dagster.spend.tables.ledger import CREDITS, LEDGER_SCHEMA, decimals
 from krea_dagster.spend.tables.query import open_tables, run_query, sums
 from krea_dagster.spend.tables.sql import units_of
 from krea_dagster.spend.tables.update import TABLES, SpendUpdate, update_spend
-from tests.spend.simulated_year import FIRST, OUTAGE, Year
+from tests.spend.simulated_year import FIRST, OUTAGE, SimulatedYear
 
 LAST = date(2026, 12, 31)
 LATER = datetime(2027, 1, 2, tzinfo=timezone.utc)
 
 
-def update(year: Year, **options: Any) -> SpendUpdate:
+def update(year: SimulatedYear, **options: Any) -> SpendUpdate:
     with closing(Journal(year.url)) as journal:
         return update_spend(journal, year.storage, **({"now": LATER} | options))
 
 
-def read(year: Year, table: str) -> pa.Table:
+def read(year: SimulatedYear, table: str) -> pa.Table:
     paths = sorted((year.folder / "spend" / table).glob("*.parquet"))
     schemas = {"ledger": LEDGER_SCHEMA, "failures": FAILURES_SCHEMA}
     tables = [pq.read_table(path) for path in paths]
     return pa.concat_tables(tables or [schemas[table].empty_table()])
 
 
-def files(year: Year) -> dict[str, bytes]:
+def files(year: SimulatedYear) -> dict[str, bytes]:
     """The bytes of every table, by name."""
     root = year.folder / "spend"
     return {
@@ -55,9 +55,9 @@ def total_units(column: pa.ChunkedArray) -> int:
 
 
 @pytest.fixture(scope="module")
-def year(tmp_path_factory: pytest.TempPathFactory) -> Year:
+def year(tmp_path_factory: pytest.TempPathFactory) -> SimulatedYear:
     """A whole year with its tables."""
-    made = Year(tmp_path_factory.mktemp("year"), 3_000)
+    made = SimulatedYear(tmp_path_factory.mktemp("year"), 3_000)
     made.write()
     update(made, by=["campaign"])
     return made
@@ -76,11 +76,11 @@ _BOOKED = {
 }
 
 
-def test_every_day_of_the_daily_sums_is_the_books_to_the_last_unit(year: Year) -> None:
-    books, daily = year.books(), read(year, "daily")
+def test_every_day_of_the_daily_sums_is_exact(year: SimulatedYear) -> None:
+    expected, daily = year.expected(), read(year, "daily")
     assert daily.schema.equals(daily_schema(["campaign"]))
-    assert {*daily["day"].to_pylist()} == set(books.days)
-    for day, sums_of_day in books.days.items():
+    assert {*daily["day"].to_pylist()} == set(expected.days)
+    for day, sums_of_day in expected.days.items():
         rows = daily.filter(pc.equal(daily["day"], pa.scalar(day)))
         for column, booked in _BOOKED.items():
             kind = daily.schema.field(column).type
@@ -88,8 +88,8 @@ def test_every_day_of_the_daily_sums_is_the_books_to_the_last_unit(year: Year) -
             assert found == sums_of_day[booked], (day, column)
 
 
-def test_the_ledger_has_one_row_per_purchase_and_the_books_sums(year: Year) -> None:
-    books, ledger = year.books(), read(year, "ledger")
+def test_the_ledger_has_one_row_per_purchase_and_exact_sums(year: SimulatedYear) -> None:
+    expected, ledger = year.expected(), read(year, "ledger")
     assert ledger.schema.equals(LEDGER_SCHEMA)
     assert ledger.num_rows == year.purchases == len(set(ledger["idempotency_key"].to_pylist()))
     for column, booked in (
@@ -98,14 +98,16 @@ def test_the_ledger_has_one_row_per_purchase_and_the_books_sums(year: Year) -> N
         ("credits_returned", "returned_units"),
         ("credits_unknown", "unknown_units"),
     ):
-        assert total_units(ledger[column]) == books.total(booked), column
+        assert total_units(ledger[column]) == expected.total(booked), column
     usd = [(row, Fraction(units_of(row), 680_000)) for row in ledger["credits_charged"].to_pylist()]
     for (_, exact), said in zip(usd, ledger["usd_charged"].to_pylist(), strict=True):
         assert said is None or abs(Fraction(said) - exact) <= Fraction(1, 2_000_000)
     assert ledger["sent_at"].to_pylist() == sorted(ledger["sent_at"].to_pylist())
 
 
-def test_an_earlier_purchase_stays_failed_and_keeps_the_code_of_its_failure(year: Year) -> None:
+def test_an_earlier_purchase_stays_failed_and_keeps_the_code_of_its_failure(
+    year: SimulatedYear,
+) -> None:
     ledger = read(year, "ledger").to_pylist()
     second = [row for row in ledger if row["number"] == 2]
     assert second
@@ -117,35 +119,35 @@ def test_an_earlier_purchase_stays_failed_and_keeps_the_code_of_its_failure(year
         assert (first["credits_charged"], first["width"]) == (Decimal("0.0000"), None)
 
 
-def test_a_picture_that_a_later_attempt_replaced_is_known_by_its_row(year: Year) -> None:
+def test_an_image_that_a_later_attempt_replaced_has_its_row(year: SimulatedYear) -> None:
     """The manifest lists the later one alone."""
     ledger = read(year, "ledger").to_pylist()
     replaced = [row for row in ledger if row["outcome"] == "replaced"]
-    assert len(replaced) == year.books().total("replaced") > 5
+    assert len(replaced) == year.expected().total("replaced") > 5
     later = {row["prompt_id"] for row in ledger if row["attempt"] == 1}
     assert {row["prompt_id"] for row in replaced} == later
     assert all(row["rows"] >= 1 for row in replaced)
 
 
-def test_failures_are_told_by_class_with_what_they_cost(year: Year) -> None:
-    failures, books = read(year, "failures"), year.books()
+def test_failures_are_told_by_class_with_what_they_cost(year: SimulatedYear) -> None:
+    failures, expected = read(year, "failures"), year.expected()
     assert failures.schema.equals(FAILURES_SCHEMA)
     by_code: dict[str, int] = {}
     for row in failures.to_pylist():
         by_code[row["error_code"]] = by_code.get(row["error_code"], 0) + row["count"]
-    assert by_code["generation_failed"] == books.total("failed")
-    assert by_code["no_answer"] == books.total("unknown")
-    assert by_code["task_not_found"] == books.total("lost")
+    assert by_code["generation_failed"] == expected.total("failed")
+    assert by_code["no_answer"] == expected.total("unknown")
+    assert by_code["task_not_found"] == expected.total("lost")
     in_outage = pc.and_(
         pc.greater_equal(failures["day"], pa.scalar(OUTAGE[0])),
         pc.less_equal(failures["day"], pa.scalar(OUTAGE[1])),
     )
     unknown = failures.filter(pc.and_(in_outage, pc.equal(failures["error_code"], "no_answer")))
-    assert total_units(unknown["credits"]) == books.total("unknown_units", *OUTAGE)
+    assert total_units(unknown["credits"]) == expected.total("unknown_units", *OUTAGE)
 
 
-def test_sums_by_any_column_and_by_sql_are_the_books(year: Year) -> None:
-    books = year.books()
+def test_sums_by_any_column_and_by_sql_are_exact(year: SimulatedYear) -> None:
+    expected = year.expected()
     with closing(open_tables(year.storage)) as duck:
         for by in (
             [],
@@ -157,19 +159,19 @@ def test_sums_by_any_column_and_by_sql_are_the_books(year: Year) -> None:
             ["outcome"],
         ):
             lines = sums(duck, by)
-            assert sum(line.purchases for line in lines) == books.total("asked"), by
+            assert sum(line.purchases for line in lines) == expected.total("asked"), by
             for name in ("charged", "returned"):
                 found = sum(getattr(line, f"{name}_units") for line in lines)
-                assert found == books.total(f"{name}_units"), by
+                assert found == expected.total(f"{name}_units"), by
         july = sums(duck, since=OUTAGE[0], until=OUTAGE[1])
-        assert july[0].unknown == books.total("unknown", *OUTAGE)
+        assert july[0].unknown == expected.total("unknown", *OUTAGE)
         questions = (
             "SELECT sum(credits_charged) AS credits FROM ledger",
             "SELECT sum(credits_charged) AS credits FROM daily",
         )
         for question in questions:
             answer = run_query(duck, question)
-            assert units_of(answer["credits"][0].as_py()) == books.total("charged_units")
+            assert units_of(answer["credits"][0].as_py()) == expected.total("charged_units")
         with pytest.raises(
             ConfigError, match="cannot sum by 'hue': no such column; there are month"
         ):
@@ -189,7 +191,7 @@ def test_sums_by_any_column_and_by_sql_are_the_books(year: Year) -> None:
     ],
 )
 def test_nothing_but_a_question_about_the_tables_is_answered(
-    year: Year, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    year: SimulatedYear, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with closing(open_tables(year.storage)) as duck, pytest.raises(ConfigError):
@@ -216,12 +218,12 @@ def test_units_become_decimals_exactly(units: list[int | None]) -> None:
 def test_many_increments_end_in_the_bytes_of_one_rebuild(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], seed: int, by: tuple[str, ...]
 ) -> None:
-    year = Year(tmp_path_factory.mktemp("steps"), 150, seed=seed)
+    year = SimulatedYear(tmp_path_factory.mktemp("steps"), 150, seed=seed)
     for number in [*steps, (LAST - FIRST).days]:
         year.write(FIRST + timedelta(days=number))
         update(year, by=by)
         ledger = read(year, "ledger")
-        assert total_units(ledger["credits_charged"]) == year.books().total("charged_units")
+        assert total_units(ledger["credits_charged"]) == year.expected().total("charged_units")
     small_steps = files(year)
     update(year, by=by, rebuild=True)
     assert files(year) == small_steps
@@ -229,14 +231,14 @@ def test_many_increments_end_in_the_bytes_of_one_rebuild(
 
 
 def test_only_the_months_that_are_touched_are_written(tmp_path: Path) -> None:
-    year = Year(tmp_path, 800)
+    year = SimulatedYear(tmp_path, 800)
     year.write(date(2026, 11, 10))
     assert len(update(year).months) == 11
     before = files(year)
     year.write(date(2026, 11, 11))
     written = update(year).months
     assert "2026-11" in written
-    assert len(written) < 4, "November, and those of which a picture was replaced"
+    assert len(written) < 4, "November, and those with a replaced image"
     after = files(year)
     assert {name for name in after if after[name] != before.get(name)} <= {
         f"{table}/{month}.parquet" for table in TABLES for month in written
@@ -245,7 +247,7 @@ def test_only_the_months_that_are_touched_are_written(tmp_path: Path) -> None:
 
 def test_a_change_that_the_clocks_hide_is_found_by_the_sums(tmp_path: Path) -> None:
     """A machine whose clock is a month behind settles a purchase."""
-    year = Year(tmp_path, 300)
+    year = SimulatedYear(tmp_path, 300)
     year.write()
     update(year)
     with closing(sqlite3.connect(tmp_path / "journal.db")) as database, database:
@@ -259,12 +261,12 @@ def test_a_change_that_the_clocks_hide_is_found_by_the_sums(tmp_path: Path) -> N
         )
     assert len(update(year).months) == 2, "and December, for the margin"
     ledger = read(year, "ledger")
-    assert total_units(ledger["credits_charged"]) == year.books().total("charged_units") - 1
+    assert total_units(ledger["credits_charged"]) == year.expected().total("charged_units") - 1
 
 
 def test_a_purchase_that_moves_to_another_month_leaves_no_row_behind(tmp_path: Path) -> None:
     """One that was turned away is sent again, and counts from then on."""
-    year = Year(tmp_path, 200)
+    year = SimulatedYear(tmp_path, 200)
     year.write()
     update(year)
     with closing(sqlite3.connect(tmp_path / "journal.db")) as database, database:
@@ -276,8 +278,8 @@ def test_a_purchase_that_moves_to_another_month_leaves_no_row_behind(tmp_path: P
     assert {day.year for day in read(year, "daily")["day"].to_pylist()} <= {2027, 2028}
 
 
-def test_lost_files_another_rate_and_other_columns_are_made_anew(tmp_path: Path) -> None:
-    year = Year(tmp_path, 300)
+def test_missing_files_another_rate_or_other_columns_make_the_months_again(tmp_path: Path) -> None:
+    year = SimulatedYear(tmp_path, 300)
     year.write()
     update(year)
     (tmp_path / "spend" / "daily" / "2026-03.parquet").unlink()
@@ -293,7 +295,7 @@ def test_lost_files_another_rate_and_other_columns_are_made_anew(tmp_path: Path)
 
 
 def test_a_journal_without_a_purchase_gives_empty_tables(tmp_path: Path) -> None:
-    year = Year(tmp_path, 10)
+    year = SimulatedYear(tmp_path, 10)
     with closing(Journal(year.url)):
         assert update(year) == SpendUpdate((), (), 0)
     with closing(open_tables(year.storage)) as duck:

@@ -19,13 +19,13 @@ from krea_dagster.spend.report.report_data import figures_of
 from krea_dagster.spend.tables.query import SpendLine, open_tables, sums
 from krea_dagster.spend.tables.update import TABLES, update_spend
 from krea_dagster.spend.warnings.sources import stored_tables
-from tests.spend.simulated_year import Year
+from tests.spend.simulated_year import SimulatedYear
 
 NOW = datetime(2027, 3, 1, tzinfo=timezone.utc)
 _NUMBERS = itertools.count(1)
 
 
-def judge(year: Year, verdicts: Mapping[str, str]) -> None:
+def judge(year: SimulatedYear, verdicts: Mapping[str, str]) -> None:
     """Give verdicts on the images of these requests; in this year a request is its image's hash."""
     with closing(Journal(year.url)) as journal:
         journal.verdicts.add(
@@ -36,12 +36,12 @@ def judge(year: Year, verdicts: Mapping[str, str]) -> None:
         )
 
 
-def update(year: Year, *, rebuild: bool = False) -> tuple[str, ...]:
+def update(year: SimulatedYear, *, rebuild: bool = False) -> tuple[str, ...]:
     with closing(Journal(year.url)) as journal:
         return update_spend(journal, year.storage, now=NOW, rebuild=rebuild).months
 
 
-def files(year: Year) -> dict[str, bytes]:
+def files(year: SimulatedYear) -> dict[str, bytes]:
     return {
         f"{table}/{path.name}": path.read_bytes()
         for table in TABLES
@@ -49,26 +49,26 @@ def files(year: Year) -> dict[str, bytes]:
     }
 
 
-def ledger(year: Year) -> list[dict[str, object]]:
+def ledger(year: SimulatedYear) -> list[dict[str, object]]:
     paths = sorted((year.folder / "spend" / "ledger").iterdir())
     rows: list[dict[str, object]] = pa.concat_tables(map(pq.read_table, paths)).to_pylist()
     return rows
 
 
-def asked(year: Year, *by: str) -> list[SpendLine]:
+def asked(year: SimulatedYear, *by: str) -> list[SpendLine]:
     with closing(open_tables(year.storage)) as duck:
         return sums(duck, by)
 
 
 @pytest.fixture
-def year(tmp_path: Path) -> Year:
-    made = Year(tmp_path, 300)
+def year(tmp_path: Path) -> SimulatedYear:
+    made = SimulatedYear(tmp_path, 300)
     made.write()
     update(made)
     return made
 
 
-def delivered(year: Year, month: str) -> list[str]:
+def delivered(year: SimulatedYear, month: str) -> list[str]:
     return [
         str(row["request_key"])
         for row in ledger(year)
@@ -76,7 +76,7 @@ def delivered(year: Year, month: str) -> list[str]:
     ]
 
 
-def test_without_a_verdict_accepted_is_delivered_and_not_replaced(year: Year) -> None:
+def test_without_a_verdict_accepted_is_delivered_and_not_replaced(year: SimulatedYear) -> None:
     (total,) = asked(year)
     assert total.accepted == total.delivered - total.replaced > 0
     assert total.replaced > 0
@@ -84,8 +84,8 @@ def test_without_a_verdict_accepted_is_delivered_and_not_replaced(year: Year) ->
     assert {row["verdict"] for row in ledger(year)} == {None}
 
 
-def test_a_verdict_of_today_on_an_image_of_spring_makes_spring_anew_and_equals_a_rebuild(
-    year: Year,
+def test_a_verdict_on_an_old_image_makes_its_month_again_with_the_result_of_a_rebuild(
+    year: SimulatedYear,
 ) -> None:
     before, march = files(year), delivered(year, "2026-03")
     (earlier,) = asked(year)
@@ -110,7 +110,7 @@ def test_a_verdict_of_today_on_an_image_of_spring_makes_spring_anew_and_equals_a
     assert files(year) == before
 
 
-def test_the_daily_table_and_the_report_count_what_a_person_accepts(year: Year) -> None:
+def test_the_daily_table_and_the_report_count_what_a_person_accepts(year: SimulatedYear) -> None:
     march = delivered(year, "2026-03")
     judge(year, dict.fromkeys(march, "reject"))
     update(year)
@@ -128,7 +128,7 @@ def test_the_daily_table_and_the_report_count_what_a_person_accepts(year: Year) 
 
 
 def test_a_prompts_refused_attempts_are_part_of_what_its_accepted_image_came_to(
-    year: Year,
+    year: SimulatedYear,
 ) -> None:
     """One that was replaced: two were paid for, one is accepted."""
     replaced = next(row for row in ledger(year) if row["outcome"] == "replaced")
@@ -141,7 +141,9 @@ def test_a_prompts_refused_attempts_are_part_of_what_its_accepted_image_came_to(
     assert (row["outcome"], row["verdict"]) == ("replaced", "reject")
 
 
-def test_a_verdict_on_an_image_whose_file_was_lost_since_counts_for_nothing(year: Year) -> None:
+def test_a_verdict_on_an_image_whose_file_was_lost_since_counts_for_nothing(
+    year: SimulatedYear,
+) -> None:
     key = delivered(year, "2026-05")[0]
     judge(year, {key: "keep"})
     engine = create_engine(year.url)

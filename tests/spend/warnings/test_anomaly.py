@@ -113,7 +113,7 @@ def test_a_steady_month_is_forecast_exactly() -> None:
     assert forecast.days == 42
 
 
-def test_with_less_than_two_weeks_there_is_no_forecast() -> None:
+def test_a_forecast_needs_two_weeks() -> None:
     assert forecast_month(days_of(week(1)), FIRST + timedelta(days=7)) is None
     assert forecast_month({}, FIRST) is None
 

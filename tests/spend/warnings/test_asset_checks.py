@@ -19,8 +19,8 @@ from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_check
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import WarningKind
-from tests.spend.project_harness import Shop
-from tests.spend.simulated_year import FIRST, RUNAWAY, Year
+from tests.spend.project_harness import ProjectHarness
+from tests.spend.simulated_year import FIRST, RUNAWAY, SimulatedYear
 
 DAILY = dg.AssetKey("spend_daily")
 
@@ -41,31 +41,31 @@ def evaluations(
 
 
 def test_each_kind_is_a_check_and_a_quiet_account_passes_all(
-    stocked: Shop, instance: dg.DagsterInstance
+    bought_project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    update_tables(stocked.krea)
-    found = evaluations(stocked.krea, instance, budgets=["day=50", "month=900"])
+    update_tables(bought_project.krea)
+    found = evaluations(bought_project.krea, instance, budgets=["day=50", "month=900"])
     assert set(found) == {f"spend_{kind.value}" for kind in WarningKind}
     assert all(one.passed for one in found.values())
 
 
 def test_a_budget_that_is_used_warns_with_its_figures(
-    stocked: Shop, instance: dg.DagsterInstance
+    bought_project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    update_tables(stocked.krea)
-    one = evaluations(stocked.krea, instance, budgets=["day=2"])["spend_budget_used"]
+    update_tables(bought_project.krea)
+    one = evaluations(bought_project.krea, instance, budgets=["day=2"])["spend_budget_used"]
     assert not one.passed
     assert one.severity is dg.AssetCheckSeverity.WARN
     assert "1.80 credits of 2.00 credits (90%) of the budget for" in (one.description or "")
-    assert one.metadata["credits_in_question"].value == stocked.paid_units() / 10_000 == 1.8
+    assert one.metadata["credits_in_question"].value == bought_project.paid_units() / 10_000 == 1.8
 
 
 def test_an_account_that_used_more_than_the_journal_explains_is_an_error(
-    stocked: Shop, instance: dg.DagsterInstance
+    bought_project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    update_tables(stocked.krea)
-    stocked.sql("update account_readings set used_units = used_units + 4500 where id = 2")
-    found = evaluations(stocked.krea, instance)
+    update_tables(bought_project.krea)
+    bought_project.sql("update account_readings set used_units = used_units + 4500 where id = 2")
+    found = evaluations(bought_project.krea, instance)
     one = found["spend_account_differs"]
     assert not one.passed
     assert one.severity is dg.AssetCheckSeverity.ERROR
@@ -74,9 +74,9 @@ def test_an_account_that_used_more_than_the_journal_explains_is_an_error(
 
 
 def test_without_tables_the_checks_say_that_nothing_was_checked(
-    shop: Shop, instance: dg.DagsterInstance
+    project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    found = evaluations(shop.krea, instance)
+    found = evaluations(project.krea, instance)
     assert not any(one.passed for one in found.values())
     assert {one.severity for one in found.values()} == {dg.AssetCheckSeverity.WARN}
     assert "no spend tables yet" in (found["spend_forecast"].description or "")
@@ -84,7 +84,7 @@ def test_without_tables_the_checks_say_that_nothing_was_checked(
 
 def test_a_warning_is_shown_for_a_week(tmp_path: Path) -> None:
     """The runaway day of the simulated year, asked for on the days after it."""
-    simulated = Year(tmp_path, 4_000)
+    simulated = SimulatedYear(tmp_path, 4_000)
     simulated.write(RUNAWAY + timedelta(days=9))
     with closing(Journal(simulated.url)) as journal:
         update_spend(journal, simulated.storage)
@@ -108,20 +108,24 @@ def test_a_budget_that_cannot_be_read_is_refused_when_the_checks_are_built() -> 
         build_spend_warnings_checks(DAILY, recent_days=-1)
 
 
-def test_the_account_is_held_against_the_journal_where_it_was_read_twice(stocked: Shop) -> None:
-    with stocked.krea.open_journal() as journal:
+def test_the_account_is_held_against_the_journal_where_it_was_read_twice(
+    bought_project: ProjectHarness,
+) -> None:
+    with bought_project.krea.open_journal() as journal:
         found = account_proof(journal)
     assert found is not None
-    assert found.used_units == found.journal_units == stocked.paid_units()
-    stocked.sql("delete from account_readings where id > 1")
-    with stocked.krea.open_journal() as journal:
+    assert found.used_units == found.journal_units == bought_project.paid_units()
+    bought_project.sql("delete from account_readings where id > 1")
+    with bought_project.krea.open_journal() as journal:
         assert account_proof(journal) is None
 
 
-def test_the_texts_of_prompts_are_looked_up_in_the_manifests(stocked: Shop) -> None:
-    found = prompt_texts(stocked.krea.open_storage(), ["ash", "cedar", "no such row"])
-    assert found == {name: f"{name} of {stocked.folder.name}" for name in ("ash", "cedar")}
+def test_the_texts_of_prompts_are_looked_up_in_the_manifests(
+    bought_project: ProjectHarness,
+) -> None:
+    found = prompt_texts(bought_project.krea.open_storage(), ["ash", "cedar", "no such row"])
+    assert found == {name: f"{name} of {bought_project.folder.name}" for name in ("ash", "cedar")}
 
 
-def test_where_nothing_is_on_file_there_are_no_texts(shop: Shop) -> None:
-    assert prompt_texts(shop.krea.open_storage(), ["ash"]) == {}
+def test_where_nothing_is_on_file_there_are_no_texts(project: ProjectHarness) -> None:
+    assert prompt_texts(project.krea.open_storage(), ["ash"]) == {}

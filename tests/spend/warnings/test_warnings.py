@@ -69,7 +69,7 @@ def test_the_warnings_of_a_year_are_the_planted_ones_and_no_others(purchases: in
 
 def test_so_are_those_of_a_year_in_a_journal(tmp_path: Path) -> None:
     """The same, from the journal through the tables on file: the other simulation's year."""
-    simulated = year.Year(tmp_path, 8_000)
+    simulated = year.SimulatedYear(tmp_path, 8_000)
     simulated.write()
     with closing(Journal(simulated.url)) as journal:
         update_spend(journal, simulated.storage)
@@ -84,12 +84,12 @@ def test_so_are_those_of_a_year_in_a_journal(tmp_path: Path) -> None:
         (WarningKind.PRICE_CHANGED, "1K", year.PRICE_CHANGE),
         (WarningKind.PRICE_CHANGED, "2K", year.PRICE_CHANGE),
     ]
-    books = simulated.books()
-    assert sum(day.charged_units for day in history.days) == books.total("charged_units")
-    assert sum(day.at_stake_units for day in history.days) == books.total("unknown_units")
+    expected = simulated.expected()
+    assert sum(day.charged_units for day in history.days) == expected.total("charged_units")
+    assert sum(day.at_stake_units for day in history.days) == expected.total("unknown_units")
 
 
-def test_quiet_years_have_hardly_a_warning() -> None:
+def test_quiet_years_have_few_warnings() -> None:
     """Six years of 20,000 purchases in eight partitions: nearly 20,000 chances of a false alarm."""
     alarms = []
     for seed in range(6):
@@ -219,7 +219,7 @@ def test_a_changed_price_is_said_with_what_it_has_cost_since() -> None:
     assert said.units == 300_000
 
 
-def test_a_single_call_of_another_price_is_no_change_of_price() -> None:
+def test_a_single_call_at_another_price_does_not_change_the_price() -> None:
     prices = [PriceSeen(day.day, "1K", 4_500, 100) for day in steady(60)]
     prices += [PriceSeen(TODAY, "1K", 9_000, 1)]
     assert not found(SpendHistory(prices=prices), WarningKind.PRICE_CHANGED)
@@ -278,7 +278,7 @@ def test_stretches_that_differ_both_ways_do_not_cancel_out() -> None:
     assert abs(use.unexplained_units) == 4_500
 
 
-def test_an_account_that_agrees_is_no_warning() -> None:
+def test_an_account_that_agrees_does_not_warn() -> None:
     assert (
         find_warnings(SpendHistory(steady(), account=account_use(proof(1_000_000, 1_000_000))), NOW)
         == []
