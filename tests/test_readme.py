@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -69,7 +72,7 @@ def names(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Itera
 @pytest.fixture(scope="module")
 def result(names: dict[str, Any], instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
     """A run of its own assets, after one of its first code location."""
-    own = [names[name] for name in ("delivered", "dearest", "spend", "first_bytes", "hero")]
+    own = [names[name] for name in ("delivered", "most_expensive", "spend", "first_bytes", "hero")]
     defs = dg.Definitions.merge(names["defs"], dg.Definitions(assets=own))
     instance.add_dynamic_partitions("krea_category", ["Sea & Sky"])
     assert run_job(defs, instance, "Sea & Sky", "Sea & Sky").success
@@ -110,7 +113,7 @@ def test_its_readers_get_what_they_are_annotated_with(result: dg.ExecuteInProces
     files = result.output_for_node("delivered")
     assert len(files) == 2
     assert all(Path(file).is_file() for file in files)
-    assert set(result.output_for_node("dearest")) == {"boat", "kite"}
+    assert set(result.output_for_node("most_expensive")) == {"boat", "kite"}
     assert result.output_for_node("spend") == pytest.approx(0.9)
     assert result.output_for_node("first_bytes") == [b"\x89PNG\r\n\x1a\n"] * 2
 
@@ -132,7 +135,7 @@ def test_its_client_asks_for_the_credits(
 
 def test_its_client_over_a_mock_of_httpx_asks_and_fetches(names: dict[str, Any]) -> None:
     answer = {"id": "t", "status": "completed", "results": ["https://files.evolink.ai/t.png"]}
-    assert asyncio.run(names["picture_of"]("t", answer, b"picture")) == b"picture"
+    assert asyncio.run(names["image_of"]("t", answer, b"image")) == b"image"
 
 
 def test_its_automation_and_its_schedule_are_of_the_same_assets(names: dict[str, Any]) -> None:
@@ -211,6 +214,19 @@ def test_the_list_of_public_names_is_whole_and_says_what_was_left_out() -> None:
         assert sentence.endswith("."), name
         assert sentence.count(". ") == 0, name
     assert "## Left out on purpose" in page
+
+
+def test_its_commands_from_a_table_to_a_dataset_run(tmp_path: Path) -> None:
+    """All but the review, which waits for a person."""
+    section = README.split("## From a table to a dataset")[1].split("\n## ")[0]
+    (table,) = blocks("python", section)
+    commands = "".join(blocks("console", section)).replace("krea-dagster review\n", "")
+    ours = ("DAGSTER_", "EVOLINK_", "KREA_")  # without a key the emulator is used
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for program in ([sys.executable, "-c", table], ["bash", "-euc", commands]):
+        subprocess.run(program, cwd=tmp_path, env=environment, check=True)
+    assert len(list((tmp_path / "dataset" / "latest").rglob("*.png"))) == 2
 
 
 def test_its_make_targets_exist() -> None:
