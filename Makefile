@@ -46,7 +46,7 @@ dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000
 	@DAGSTER_HOME="$${DAGSTER_HOME:-$(CURDIR)/data/krea/dagster}"; mkdir -p "$$DAGSTER_HOME"; \
 	DAGSTER_HOME="$$DAGSTER_HOME" $(BIN)/dagster dev -f definitions.py -h 127.0.0.1 -p $${PORT:-3000}
 
-simulate: setup  ## Play whole runs on virtual time, a story a seed (SEEDS=10000, or SEED=7 alone)
+simulate: setup  ## Play whole runs on virtual time, a scenario a seed (SEEDS=10000, or SEED=7 alone)
 	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
 
 simulate-bugs: setup  ## Put old bugs back, one at a time, and see the simulation find them

@@ -1,4 +1,4 @@
-"""Plays many stories, in as many processes as there are cores: ``make simulate SEEDS=10000``.
+"""Plays many scenarios, in as many processes as there are cores: ``make simulate SEEDS=10000``.
 
 With ``--seed`` it plays one, as short as it can be, and with ``--lines`` tells it line by line.
 """
@@ -16,24 +16,24 @@ if os.environ.get(_HASHES) != "0":
     os.environ[_HASHES] = "0"
     os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]])  # noqa: S606
 
-from tests.simulation.many import one, several  # noqa: E402 - only with these hashes
+from tests.simulation.batch import run_many, run_one  # noqa: E402 - only with these hashes
 
 
 def main() -> int:
-    """Return how many stories failed, 1 at most."""
+    """Return how many scenarios failed, 1 at most."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1000, help="how many stories")
+    parser.add_argument("--seeds", type=int, default=1000, help="how many scenarios")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--seed", type=int, help="one story alone")
+    parser.add_argument("--seed", type=int, help="one scenario alone")
     parser.add_argument("--lines", action="store_true", help="tell it line by line")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--until", type=int, default=5, help="end after this many failures")
-    parser.add_argument("--plain", action="store_true", help="shorten no story that fails")
+    parser.add_argument("--plain", action="store_true", help="shorten no scenario that fails")
     asked = parser.parse_args()
     if asked.seed is not None:
-        return one(asked.seed, lines=asked.lines)
+        return run_one(asked.seed, lines=asked.lines)
     seeds = range(asked.first, asked.first + asked.seeds)
-    return several(seeds, processes=asked.processes, most_failures=asked.until, plain=asked.plain)
+    return run_many(seeds, processes=asked.processes, most_failures=asked.until, plain=asked.plain)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What must be true after every story."""
+"""What must be true after every scenario."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State, replay
 from krea_dagster.errors import IllegalTransition, JournalError, KreaError, StorageError
-from tests.simulation.story import HOUR_S, Away, ForgedCall, Stop, Story
+from tests.simulation.scenario import HOUR_S, ForgedCallback, Outage, Scenario, Stop
 from tests.simulation.world import SimulatedWorld, open_journal
 
 if TYPE_CHECKING:
-    from tests.simulation.play import StoryResult
+    from tests.simulation.play import ScenarioResult
     from tests.simulation.process import Process
 
 #: Faults after which a paid image cannot be fetched.
@@ -29,7 +29,7 @@ _AT_SERVER = frozenset({State.SUBMITTED, State.COMPLETED, State.EXPIRED})
 _NOT_ALIVE = ("failed", "cancelled")
 
 
-def wrong_end(process: Process, story: Story) -> str | None:
+def wrong_end(process: Process, scenario: Scenario) -> str | None:
     """Why a run may not end as this one did, None where it may."""
     error = process.error
     if error is None:
@@ -40,17 +40,17 @@ def wrong_end(process: Process, story: Story) -> str | None:
         part = "journal" if isinstance(one, JournalError) else "store"
         if not isinstance(one, JournalError | StorageError):
             return f"{process.name} broke: {one!r}"
-        if not _may_end_for(part, process, story):
+        if not _may_end_for(part, process, scenario):
             return f"{process.name} ended by {type(one).__name__}, without need: {one}"
     return None
 
 
-def _may_end_for(part: str, process: Process, story: Story) -> bool:
+def _may_end_for(part: str, process: Process, scenario: Scenario) -> bool:
     """Whether a run may end because a part is away: what passes is to be waited for."""
-    away = [one for one in story.decisions if isinstance(one, Away) and one.what == part]
+    away = [one for one in scenario.events if isinstance(one, Outage) and one.what == part]
     if not process.carries or not hasattr(Policy, "outage_patience_s"):
         return bool(away)  # not in the hands of the engine
-    if story.has(Stop, run=process.run.number):
+    if scenario.has(Stop, run=process.run.number):
         return bool(away)  # a run that is told to stop waits for nothing
     for_good = any(one.how == "is full" for one in away)
     return for_good or sum(one.for_s for one in away) > Policy.outage_patience_s
@@ -64,20 +64,20 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def not_waited_for(story: Story, records: Iterable[Record]) -> Iterator[str]:
+def not_waited_for(scenario: Scenario, records: Iterable[Record]) -> Iterator[str]:
     """Why runs that met nothing but short outages have not done all that they were asked for."""
-    runs = story.runs
-    away = [one for one in story.decisions if isinstance(one, Away)]
-    plain = len(runs) + len(away) == len(story.decisions) and not any(
+    runs = scenario.runs
+    away = [one for one in scenario.events if isinstance(one, Outage)]
+    plain = len(runs) + len(away) == len(scenario.events) and not any(
         run.cap_images is not None or not run.wait or run.patience_s < 600 or run.kind != "run"
         for run in runs
     )
     passes = sum(one.for_s for one in away) < 200 and not any(
         one.how in ("is full", "loses its answers") for one in away
     )
-    if not plain or not passes or story.server.link_lifetime_s < HOUR_S:
+    if not plain or not passes or scenario.server.link_lifetime_s < HOUR_S:
         return
-    wanted = {story.rows[number].prompt for run in runs for number in run.rows}
+    wanted = {scenario.rows[number].prompt for run in runs for number in run.rows}
     for record in records:
         if record.request.prompt in wanted and record.state is not State.STORED:
             yield (
@@ -86,33 +86,35 @@ def not_waited_for(story: Story, records: Iterable[Record]) -> Iterator[str]:
             )
 
 
-def look(
-    world: SimulatedWorld, story: Story, processes: Sequence[Process], told: StoryResult
+def check_all(
+    world: SimulatedWorld, scenario: Scenario, processes: Sequence[Process], result: ScenarioResult
 ) -> None:
     """Compare the journal with the server's records and with the disk."""
     journal = open_journal(world)
     try:
-        _Look(world, story, processes, told, journal).all()
+        _Checks(world, scenario, processes, result, journal).all()
     finally:
         journal.close()
 
 
-class _Look:
+class _Checks:
     def __init__(
         self,
         world: SimulatedWorld,
-        story: Story,
+        scenario: Scenario,
         processes: Sequence[Process],
-        told: StoryResult,
+        result: ScenarioResult,
         journal: Journal,
     ) -> None:
-        self.world, self.story, self.processes = world, story, processes
-        self.told, self.journal = told, journal
+        self.world, self.scenario, self.processes = world, scenario, processes
+        self.told, self.journal = result, journal
         self.stats = world.emulated.stats()
         self.tasks: list[dict[str, Any]] = self.stats["tasks"]
         self.records = {record.request_key: record for record in journal.all_records()}
         self.charges = {charge.idempotency_key: charge for charge in journal.charges()}
-        self.honoured = story.server.honours_keys and not story.has_fault("ignore_idempotency")
+        self.honoured = scenario.server.honours_keys and not scenario.has_fault(
+            "ignore_idempotency"
+        )
 
     def fail(self, said: str) -> None:
         """Note what is wrong."""
@@ -154,12 +156,12 @@ class _Look:
             if [row.seq for row in events] != list(range(len(events))):
                 self.fail(f"the events of {key[:8]} have a gap: {[row.seq for row in events]}")
             try:
-                told = replay(Event(row.event) for row in events)
+                result = replay(Event(row.event) for row in events)
             except IllegalTransition as error:
                 self.fail(f"the events of {key[:8]} lead nowhere: {error}")
                 continue
-            if told is None or told.value != state:
-                self.fail(f"the events of {key[:8]} lead to {told}, and it is {state}")
+            if result is None or result.value != state:
+                self.fail(f"the events of {key[:8]} lead to {result}, and it is {state}")
 
     def claims(self) -> None:
         """A run that ended holds no claim; a killed one may, and counts as dead."""
@@ -212,7 +214,7 @@ class _Look:
                     )
 
     def _holds(self) -> bool:
-        return all(run.on_unknown == "hold" for run in self.story.runs) and not any(
+        return all(run.on_unknown == "hold" for run in self.scenario.runs) and not any(
             task_replayed for task_replayed in self._replayed_in_calm()
         )
 
@@ -256,13 +258,13 @@ class _Look:
 
         Then the images of two rows cannot be told apart: a task's answer names no prompt.
         """
-        return self.story.has_fault("repeated_id") or self.story.has(ForgedCall)
+        return self.scenario.has_fault("repeated_id") or self.scenario.has(ForgedCallback)
 
     def _excused(self, record: Record, tasks: Sequence[dict[str, Any]]) -> bool:
         faults = {fault for task in tasks for fault in task["faults"]}
         if faults & _NEVER_HAD or self._misnamed:
             return True
-        if self.story.server.task_lifetime_s is not None and record.state in _AT_SERVER:
+        if self.scenario.server.task_lifetime_s is not None and record.state in _AT_SERVER:
             return True  # forgotten by the server before it was fetched
         if record.error_code == "request_cancelled":
             return True  # whether it was charged is not known, so it is not bought again
@@ -280,14 +282,14 @@ class _Look:
         path = self.world.folder / "root" / image.path
         if not path.is_file() or path.stat().st_size != image.bytes:
             self.fail(f"{record.request_key[:8]} is stored, and its file is not there")
-        elif image.sha256 not in digests and not self.story.has_fault(
+        elif image.sha256 not in digests and not self.scenario.has_fault(
             "jpeg_as_png", "same_file", "octet_stream"
         ):
             self.fail(f"{record.request_key[:8]} is stored, and no task made its file")
 
     def charges_agree(self) -> None:
         """What the journal says was charged is what the server has charged."""
-        if not self.honoured or self.story.has_fault("price"):
+        if not self.honoured or self.scenario.has_fault("price"):
             return
         by_id = {task["task_id"]: task for task in self.tasks}
         for charge in self.charges.values():
@@ -318,7 +320,7 @@ class _Look:
 
     def caps(self) -> None:
         """No run commits more than its cap."""
-        if self.story.has_fault("price"):
+        if self.scenario.has_fault("price"):
             return
         for process in self.processes:
             cap = process.run.cap_images

@@ -1,4 +1,4 @@
-"""An event loop on virtual time: it never waits, and the same story runs in the same order.
+"""An event loop on virtual time: it never waits, and the same scenario runs in the same order.
 
 If nothing is ready it jumps to the next timer. If there is no timer either, nothing can ever go
 on, and that is a failure.
@@ -106,7 +106,7 @@ def ordered() -> None:
 
     anyio keeps its scopes in sets, whose order comes of addresses, and cancels them in that order.
     """
-    global _numbers  # noqa: PLW0603 - one story after another
+    global _numbers  # noqa: PLW0603 - one scenario after another
     _numbers = itertools.count(1)
     _scopes.clear()
 

@@ -1,4 +1,4 @@
-"""Puts a bug back and counts the stories that it takes to find it: ``make simulate-bugs``.
+"""Puts a bug back and counts the scenarios that it takes to find it: ``make simulate-bugs``.
 
 Each is one that was there, or could have been. The package's text is changed in a copy, and the
 simulation is run there.
@@ -162,7 +162,7 @@ MUTATIONS: Final = (
 def main() -> int:
     """Return 1 where a bug was not found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3000, help="how many stories at most")
+    parser.add_argument("--seeds", type=int, default=3000, help="how many scenarios at most")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("names", nargs="*")
     asked = parser.parse_args()
@@ -175,14 +175,14 @@ def main() -> int:
         seconds = time.monotonic() - began_s
         if seed is None:
             missed += 1
-            print(f"{mutation.name}: NOT FOUND in {asked.seeds} stories, {seconds:.0f} s. {said}")
+            print(f"{mutation.name}: NOT FOUND in {asked.seeds} scenarios, {seconds:.0f} s. {said}")
         else:
             print(f"{mutation.name}: found by seed {seed}, {seconds:.0f} s: {said}", flush=True)
     return 1 if missed else 0
 
 
 def find(mutation: Mutation, first: int, seeds: int) -> tuple[int | None, str]:
-    """Return the first seed whose story fails with a bug, and what it says."""
+    """Return the first seed whose scenario fails with a bug, and what it says."""
     which = ("--first", str(first), "--seeds", str(seeds))
     ended = simulate(mutation, *which, "--until", "1", "--plain")
     found = re.search(r"^seed (\d+): (.*)$", ended.stdout, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Plays a story: whole runs on virtual time, then calm ones, then the questions."""
+"""Plays a scenario: whole runs on virtual time, then calm ones, then the questions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from krea_dagster.errors import ConfigError
 from tests.simulation import checks
 from tests.simulation.loop import Stuck, VirtualLoop, ordered
 from tests.simulation.process import Process
-from tests.simulation.story import (
+from tests.simulation.scenario import (
     HOUR_S,
-    Away,
-    Decision,
-    ForgedCall,
+    ClockStep,
+    FaultRate,
+    ForgedCallback,
     Kill,
-    Rate,
+    Outage,
     Run,
-    Step,
+    Scenario,
+    ScenarioEvent,
+    ScriptedFault,
     Stop,
-    Story,
-    Strike,
     TopUp,
 )
 from tests.simulation.world import SimulatedWorld, open_journal, present, remember
@@ -47,10 +47,10 @@ _MOST_CALM_RUNS: Final = 5
 
 
 @dataclass
-class StoryResult:
-    """How a story went. ``failures`` is empty where all is as it should be."""
+class ScenarioResult:
+    """How a scenario went. ``failures`` is empty where all is as it should be."""
 
-    story: Story
+    scenario: Scenario
     failures: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     digest: str = ""
@@ -58,12 +58,14 @@ class StoryResult:
     lines: list[str] = field(default_factory=list)
 
 
-def play(story: Story, *, keep_lines: bool = False, parent: Path | None = None) -> StoryResult:
-    """Play a story in a folder below ``parent``, and look at what came of it."""
-    told = StoryResult(story)
+def play(
+    scenario: Scenario, *, keep_lines: bool = False, parent: Path | None = None
+) -> ScenarioResult:
+    """Play a scenario in a folder below ``parent``, and look at what came of it."""
+    result = ScenarioResult(scenario)
     ordered()
     loop = VirtualLoop()
-    folder = Path(tempfile.mkdtemp(prefix="krea-story-", dir=parent or memory()))
+    folder = Path(tempfile.mkdtemp(prefix="krea-scenario-", dir=parent or memory()))
     before, tempfile.tempdir = tempfile.tempdir, str(folder / "tmp")
     logging.disable(logging.CRITICAL)
     unheard: list[str] = []
@@ -76,16 +78,16 @@ def play(story: Story, *, keep_lines: bool = False, parent: Path | None = None) 
         (folder / "journal.db").write_bytes(_new_journal())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            loop.run_until_complete(_tell(story, folder, told, keep_lines=keep_lines))
+            loop.run_until_complete(_play(scenario, folder, result, keep_lines=keep_lines))
     except Stuck as error:
-        told.failures.append(str(error))
+        result.failures.append(str(error))
     finally:
-        told.virtual_s = loop.time()
+        result.virtual_s = loop.time()
         _end(loop)
         tempfile.tempdir = before
         logging.disable(logging.NOTSET)
         shutil.rmtree(folder)
-    return told
+    return result
 
 
 def memory() -> str | None:
@@ -95,7 +97,7 @@ def memory() -> str | None:
 
 @lru_cache(maxsize=1)
 def _new_journal() -> bytes:
-    """A new journal's file: making one takes longer than telling some stories."""
+    """A new journal's file: making one takes longer than telling some scenarios."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "journal.db"
         Journal(f"sqlite:///{file}").close()
@@ -117,45 +119,47 @@ def _end(loop: VirtualLoop) -> None:
     loop.close()
 
 
-async def _tell(story: Story, folder: Path, told: StoryResult, *, keep_lines: bool) -> None:
-    world = SimulatedWorld(folder, story.server, story.seed)
-    world.counts = told.counts
-    world.lines = told.lines if keep_lines else None
-    teller = _Teller(world, story, told)
+async def _play(
+    scenario: Scenario, folder: Path, result: ScenarioResult, *, keep_lines: bool
+) -> None:
+    world = SimulatedWorld(folder, scenario.server, scenario.seed)
+    world.counts = result.counts
+    world.lines = result.lines if keep_lines else None
+    player = _Player(world, scenario, result)
     with present(world):
-        if await teller.story():
-            await teller.calm()
-            told.failures += world.broken
-            if not told.failures:
-                checks.look(world, story, teller.processes, told)
-        told.failures += world.broken
-        told.digest = world.trace.hexdigest()
+        if await player.scenario():
+            await player.calm()
+            result.failures += world.broken
+            if not result.failures:
+                checks.check_all(world, scenario, player.processes, result)
+        result.failures += world.broken
+        result.digest = world.trace.hexdigest()
         await world.close()
 
 
-class _Teller:
-    def __init__(self, world: SimulatedWorld, story: Story, told: StoryResult) -> None:
+class _Player:
+    def __init__(self, world: SimulatedWorld, scenario: Scenario, result: ScenarioResult) -> None:
         self.world = world
-        self._story = story
-        self._told = told
+        self._scenario = scenario
+        self._results = result
         self._numbered = {
             run.number: Process(
                 world,
                 run,
-                story.rows,
-                [k for k in story.decisions if isinstance(k, Kill) and k.run == run.number],
+                scenario.rows,
+                [k for k in scenario.events if isinstance(k, Kill) and k.run == run.number],
             )
-            for run in story.runs
+            for run in scenario.runs
         }
         self.processes = list(self._numbered.values())
         self._began = {number: asyncio.Event() for number in self._numbered}
         self._ended = {number: asyncio.Event() for number in self._numbered}
 
-    async def story(self) -> bool:
+    async def scenario(self) -> bool:
         """Have all decisions happen; whether every run ended as it may."""
-        others = [other for one in self._story.decisions if (other := self._happens(one))]
+        others = [other for one in self._scenario.events if (other := self._happens(one))]
         background = [self.world.spawn(other) for other in others]
-        runs = [self.world.spawn(self._run(run)) for run in self._story.runs]
+        runs = [self.world.spawn(self._run(run)) for run in self._scenario.runs]
         if runs:
             await asyncio.wait(runs)
         for task in background:
@@ -166,8 +170,8 @@ class _Teller:
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if all(process.ended == "done" for process in self.processes):
-            self._told.failures += checks.not_waited_for(self._story, self._records())
-        return not self._told.failures
+            self._results.failures += checks.not_waited_for(self._scenario, self._records())
+        return not self._results.failures
 
     async def _run(self, run: Run) -> None:
         if run.after in self._ended:
@@ -179,22 +183,22 @@ class _Teller:
         await self._end_of(living, process)
         self._ended[run.number].set()
 
-    def _happens(self, one: Decision) -> Coroutine[Any, Any, None] | None:
+    def _happens(self, one: ScenarioEvent) -> Coroutine[Any, Any, None] | None:
         """Return what has a decision happen in its time; None for those of the runs."""
         match one:
-            case Strike(at_s, fault, n, arg):
+            case ScriptedFault(at_s, fault, n, arg):
                 return self._later(at_s, partial(self.world.emulated.script, fault, n, arg=arg))
-            case Rate(fault, share):
+            case FaultRate(fault, share):
                 return self._later(0.0, partial(self.world.emulated.set_rate, fault, share))
-            case Away():
+            case Outage():
                 return self._away(one)
             case TopUp(at_s):
                 return self._later(at_s, self.world.top_up)
             case Stop(number, after_s):
                 return self._within(number, after_s, Process.stop)
-            case Step(number, after_s, by_s):
+            case ClockStep(number, after_s, by_s):
                 return self._within(number, after_s, partial(self._step, by_s))
-            case ForgedCall(at_s):
+            case ForgedCallback(at_s):
                 return self._later(at_s, partial(self._forge, one))
         return None
 
@@ -211,7 +215,7 @@ class _Teller:
         began_s = self.world.loop.time()
         await asyncio.wait([living], timeout=LIMIT_S)
         if not living.done():
-            self._told.failures.append(
+            self._results.failures.append(
                 f"{process.name} hangs: it has not ended {LIMIT_S / HOUR_S:g} hours after its "
                 "beginning"
             )
@@ -219,10 +223,10 @@ class _Teller:
             await living
         self.world.counts["virtual run seconds"] += round(self.world.loop.time() - began_s)
         living.result()
-        if problem := checks.wrong_end(process, self._story):
-            self._told.failures.append(problem)
+        if problem := checks.wrong_end(process, self._scenario):
+            self._results.failures.append(problem)
 
-    async def _away(self, one: Away) -> None:
+    async def _away(self, one: Outage) -> None:
         world = self.world
         await asyncio.sleep(one.at_s)
         world.away[one.what] = one.how
@@ -236,15 +240,15 @@ class _Teller:
         self.world.count("clock set")
         process.clock.ahead += type(process.clock.ahead)(seconds=by_s)
 
-    def _forge(self, call: ForgedCall) -> None:
+    def _forge(self, call: ForgedCallback) -> None:
         """Have a stranger call, who has seen a task of this account."""
-        if not (call.about < len(self._story.rows) and call.names < len(self._story.rows)):
+        if not (call.about < len(self._scenario.rows) and call.names < len(self._scenario.rows)):
             return
         tasks = self.world.emulated.stats()["tasks"]
-        prompt = self._story.rows[call.names].prompt
+        prompt = self._scenario.rows[call.names].prompt
         named = [task["task_id"] for task in tasks if task["prompt"] == prompt]
         keys = {task["prompt"]: task["idempotency_key"] for task in tasks}
-        key = keys.get(self._story.rows[call.about].prompt)
+        key = keys.get(self._scenario.rows[call.about].prompt)
         if named and key:
             self.world.count("forged call")
             remember(self.world, key.split("-")[1], named[0])
@@ -253,15 +257,15 @@ class _Teller:
 
     async def calm(self) -> None:
         """Let everything come to its end: nothing goes wrong any more, and a person decides."""
-        world, story = self.world, self._story
+        world, scenario = self.world, self._scenario
         world.mend()
         world.note("calm")
         await asyncio.sleep(_PAUSE_S)
-        everything = tuple(range(len(story.rows)))
+        everything = tuple(range(len(scenario.rows)))
         before: Any = None
         for number in range(1, _MOST_CALM_RUNS + 1):
             run = Run(100 + number, everything, on_unknown="replay", patience_s=300.0)
-            process = Process(world, run, story.rows, ())
+            process = Process(world, run, scenario.rows, ())
             self.processes.append(process)
             resolutions = self._decided() if number > 1 else {}
             if number > 1:
@@ -277,14 +281,14 @@ class _Teller:
             )
             await self._end_of(living, process)
             if process.ended != "done":
-                self._told.failures.append(f"a calm run ended as {process.ended}")
+                self._results.failures.append(f"a calm run ended as {process.ended}")
                 return
             records = list(self._records())
             standing = {record.request_key: (record.state, record.task_id) for record in records}
             if all(record.state is State.STORED for record in records) or standing == before:
                 return
             # One that comes without results may need some more reads.
-            before = standing if number > 1 and not story.has_fault("no_results") else None
+            before = standing if number > 1 and not scenario.has_fault("no_results") else None
 
     def _records(self) -> Any:
         journal = open_journal(self.world)

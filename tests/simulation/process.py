@@ -1,4 +1,4 @@
-"""One process of a story: a run with its own clock, journal and client, which may be killed."""
+"""One process of a scenario: a run with its own clock, journal and client, which may be killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.prompts.requests import PlannedImage
 from tests.prompts.reference import PromptRow, plan_images
 from tests.simulation.loop import ON_TASK
-from tests.simulation.story import Kill, Row, Run
+from tests.simulation.scenario import Kill, Row, Run
 from tests.simulation.world import (
     API_KEY,
     BASE_URL,

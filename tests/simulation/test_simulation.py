@@ -1,4 +1,4 @@
-"""Whole runs on virtual time: some hundred stories are clean, repeat exactly, and find a bug."""
+"""Whole runs on virtual time: some hundred scenarios are clean, repeat exactly, and find a bug."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 
 from tests.simulation.loop import Stuck, VirtualLoop
 from tests.simulation.mutations import MUTATIONS, Mutation, simulate
-from tests.simulation.story import Kill, Run, Story, Strike, draw
+from tests.simulation.scenario import Kill, Run, Scenario, ScriptedFault, draw
 
 _ROOT = Path(__file__).parents[2]
 
-#: How many stories are told in the suite; `make simulate` tells 10,000.
-_STORIES = 240
+#: How many scenarios are told in the suite; `make simulate` tells 10,000.
+_SCENARIOS = 240
 
 
 def _simulation(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,41 +29,41 @@ def _simulation(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_hundreds_of_stories_end_with_every_image_and_every_credit_in_its_place() -> None:
-    ended = _simulation("--seeds", str(_STORIES), "--processes", "2")
+def test_hundreds_of_scenarios_end_with_every_image_and_every_credit_in_its_place() -> None:
+    ended = _simulation("--seeds", str(_SCENARIOS), "--processes", "2")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counts = {what: int(n) for n, what in re.findall(r"^ +(\d+) (.+)$", ended.stdout, re.MULTILINE)}
-    assert counts["ended stored"] > 3 * _STORIES
+    assert counts["ended stored"] > 3 * _SCENARIOS
     # What is to be survived has really happened.
     for what in ("event outcome_unknown", "event replaying", "callback", "clock set"):
         assert counts[what] > 10, what
-    assert sum(n for what, n in counts.items() if what.startswith("killed")) > _STORIES / 10
-    assert sum(n for what, n in counts.items() if what.startswith("fault ")) > _STORIES
+    assert sum(n for what, n in counts.items() if what.startswith("killed")) > _SCENARIOS / 10
+    assert sum(n for what, n in counts.items() if what.startswith("fault ")) > _SCENARIOS
     assert sum(n for what, n in counts.items() if what.startswith("journal ")) > 0
     assert sum(n for what, n in counts.items() if what.startswith("store ")) > 0
 
 
 @pytest.mark.parametrize("seed", [3, 12, 32])
-def test_one_seed_is_one_story_however_often_it_is_told(seed: int) -> None:
-    told = [_simulation("--seed", str(seed), "--lines") for _ in range(2)]
-    assert told[0].returncode == 0, told[0].stdout
-    assert told[0].stdout == told[1].stdout
-    assert len(told[0].stdout.splitlines()) > 20
+def test_one_seed_is_one_scenario_however_often_it_is_told(seed: int) -> None:
+    result = [_simulation("--seed", str(seed), "--lines") for _ in range(2)]
+    assert result[0].returncode == 0, result[0].stdout
+    assert result[0].stdout == result[1].stdout
+    assert len(result[0].stdout.splitlines()) > 20
 
 
-def test_another_seed_is_another_story() -> None:
+def test_another_seed_is_another_scenario() -> None:
     assert len({str(draw(seed)) for seed in range(100)}) == 100
 
 
-def test_a_bug_that_is_put_back_is_found_and_told_as_a_short_story() -> None:
+def test_a_bug_that_is_put_back_is_found_and_told_as_a_short_scenario() -> None:
     (mutation,) = [one for one in MUTATIONS if one.name == "claims-kept"]
     ended = simulate(mutation, "--seeds", "40", "--until", "1")
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "still claimed by" in ended.stdout
-    story = ended.stdout.partition("The shortest story with the same failure:")[2]
-    decisions = re.findall(r"^- ", story, re.MULTILINE)
-    assert 1 <= len(decisions) <= 2
-    assert re.search(r"make simulate SEED=\d+", story)
+    scenario = ended.stdout.partition("Shortest scenario with the same failure:")[2]
+    events = re.findall(r"^- ", scenario, re.MULTILINE)
+    assert 1 <= len(events) <= 2
+    assert re.search(r"make simulate SEED=\d+", scenario)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda one: one.name)
@@ -72,11 +72,11 @@ def test_each_bug_can_be_put_back_into_the_present_text(mutation: Mutation) -> N
         assert old in (_ROOT / "krea_dagster" / name).read_text()
 
 
-def test_a_story_is_told_in_words() -> None:
+def test_a_scenario_is_told_in_words() -> None:
     run = Run(1, (0,), on_unknown="hold")
-    strike = Strike(2.0, "drop_after_create", 3)
-    story = Story(1, draw(1).rows[:1], draw(1).server, (run, Kill(1, 7, "after"), strike))
-    assert str(story).splitlines()[-3:] == [
+    strike = ScriptedFault(2.0, "drop_after_create", 3)
+    scenario = Scenario(1, draw(1).rows[:1], draw(1).server, (run, Kill(1, 7, "after"), strike))
+    assert str(scenario).splitlines()[-3:] == [
         (
             "- 0.0 s after the beginning, run 1 wants the rows [0], it holds unknown outcomes; 16 "
             "at once, patience 600 s"

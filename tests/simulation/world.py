@@ -1,6 +1,6 @@
 """The world around the runs: the server, the line to it, the journal's disk, the storage's disk.
 
-All of it is shared by the processes of a story. What is away is away for all of them.
+All of it is shared by the processes of a scenario. What is away is away for all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
 from tests.simulation.images import AtOnce, CheapPictures
-from tests.simulation.story import Server
+from tests.simulation.scenario import Server
 
 API_KEY: Final = "sk-of-the-simulation-7Qz"
 BASE_URL: Final = "http://127.0.0.1:9"
@@ -58,7 +58,7 @@ class CountingWorld(World):
 
 
 class SimulatedWorld:
-    """The world of one story."""
+    """The world of one scenario."""
 
     def __init__(self, folder: Path, server: Server, seed: int) -> None:
         self.folder = folder
@@ -111,7 +111,7 @@ class SimulatedWorld:
         self.note(what)
 
     def note(self, what: str) -> None:
-        """Add a line to the trace, by which two tellings of a story are compared."""
+        """Add a line to the trace, by which two tellings of a scenario are compared."""
         line = f"{self.loop.time():.6f} {what}"
         self.trace.update(line.encode())
         if self.lines is not None:
@@ -179,7 +179,7 @@ class SimulatedWorld:
             raise sqlite3.OperationalError(said)
 
 
-#: The house whose journal is opened: all journals of a story are one file.
+#: The house whose journal is opened: all journals of a scenario are one file.
 _PRESENT: Final[dict[str, SimulatedWorld]] = {}
 
 
@@ -424,7 +424,7 @@ class _Exchange:
     async def _serve(self, scope: dict[str, Any]) -> None:
         try:
             await self._world.app(scope, self._receive, self._send)
-        except Exception as error:  # noqa: BLE001 - the story ends with it
+        except Exception as error:  # noqa: BLE001 - the scenario ends with it
             self._world.broken.append(f"the emulator failed: {error!r}")
         self.ended.set()
 

@@ -1,6 +1,6 @@
-"""A story: what is asked for, of which server, and everything that happens, drawn from a seed.
+"""A scenario: what is asked for, of which server, and everything that happens, drawn from a seed.
 
-A story is plain data, so that a failing one can be shortened by leaving parts out.
+A scenario is plain data, so that a failing one can be shortened by leaving parts out.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HOW_AWAY: Final[dict[str, tuple[str, ...]]] = {
     "receiver": ("is down",),
 }
 
-#: Faults that a story does not draw: one costs 64 MB each time, the other two are those of an API
-#: that this client does not use.
+#: Faults that are not drawn: one costs 64 MB each time, the other two are of an API that this
+#: client does not use.
 _LEFT_OUT: Final = ("endless", "list_", "no_list")
 
 
@@ -81,8 +81,8 @@ class Server:
 class Run:
     """A process that runs, on a host whose clock is ahead.
 
-    It starts ``at_s`` after the story, or after the end of the run ``after``. ``again`` are rows of
-    which another image is asked for. ``kind`` "salvage" buys nothing.
+    It starts ``at_s`` after the start, or after the end of the run ``after``. ``again`` are rows of
+    which another image is requested. ``kind`` "salvage" buys nothing.
     """
 
     number: int
@@ -149,7 +149,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Step:
+class ClockStep:
     """The clock of a run's host is set, a number of seconds after it has begun."""
 
     run: int
@@ -161,7 +161,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Strike:
+class ScriptedFault:
     """The next ``n`` requests of a kind meet a fault, from ``at_s`` on."""
 
     at_s: float
@@ -175,8 +175,8 @@ class Strike:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """A share of the requests of a kind meets a fault, in the whole story."""
+class FaultRate:
+    """A share of the requests of a kind meets a fault, in the whole scenario."""
 
     fault: str
     share: float
@@ -186,7 +186,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Away:
+class Outage:
     """A part of the world is away for some time."""
 
     what: str
@@ -209,7 +209,7 @@ class TopUp:
 
 
 @dataclass(frozen=True)
-class ForgedCall:
+class ForgedCallback:
     """A stranger calls about one row's request, and names another row's task."""
 
     at_s: float
@@ -223,39 +223,43 @@ class ForgedCall:
         )
 
 
-Decision: TypeAlias = Run | Kill | Stop | Step | Strike | Rate | Away | TopUp | ForgedCall
+ScenarioEvent: TypeAlias = (
+    Run | Kill | Stop | ClockStep | ScriptedFault | FaultRate | Outage | TopUp | ForgedCallback
+)
 
 
 @dataclass(frozen=True)
-class Story:
+class Scenario:
     """What is asked for, of which server, and what happens."""
 
     seed: int
     rows: tuple[Row, ...]
     server: Server
-    decisions: tuple[Decision, ...]
+    events: tuple[ScenarioEvent, ...]
 
     def __str__(self) -> str:
         lines = [f"The server {self.server}."]
         lines += [f"Row {number}: {row}" for number, row in enumerate(self.rows)]
-        lines += [f"- {decision}" for decision in self.decisions]
+        lines += [f"- {event}" for event in self.events]
         return "\n".join(lines)
 
     @property
     def runs(self) -> Sequence[Run]:
         """The runs, in the order of their numbers."""
-        return [one for one in self.decisions if isinstance(one, Run)]
+        return [one for one in self.events if isinstance(one, Run)]
 
-    def has(self, kind: type[Decision], **fields: object) -> bool:
+    def has(self, kind: type[ScenarioEvent], **fields: object) -> bool:
         """Whether there is such a decision, with these fields."""
         return any(
             isinstance(one, kind) and all(getattr(one, k) == v for k, v in fields.items())
-            for one in self.decisions
+            for one in self.events
         )
 
     def has_fault(self, *names: str) -> bool:
         """Whether one of these faults may strike."""
-        return any(isinstance(one, Strike | Rate) and one.fault in names for one in self.decisions)
+        return any(
+            isinstance(one, ScriptedFault | FaultRate) and one.fault in names for one in self.events
+        )
 
 
 def _faults(kind: str) -> list[Fault]:
@@ -287,7 +291,7 @@ _WORST: Final = {
 #: By how much the clock of a host may be wrong.
 _AHEAD_S: Final = (-25 * HOUR_S, -400.0, -100.0, -2.0, 2.0, 100.0, 400.0, 25 * HOUR_S)
 
-#: How often each kind of thing is part of a story, out of 100.
+#: How often each kind of thing is part of a scenario, out of 100.
 _THEMES: Final[tuple[tuple[str, int], ...]] = (
     ("create", 30),
     ("task", 25),
@@ -303,33 +307,33 @@ _THEMES: Final[tuple[tuple[str, int], ...]] = (
 )
 
 
-def draw(seed: int) -> Story:
-    """Draw the story of a seed."""
-    chance = random.Random(f"story {seed}")
+def draw(seed: int) -> Scenario:
+    """Draw the scenario of a seed."""
+    chance = random.Random(f"scenario {seed}")
     rows = _rows(chance)
     runs, called = _runs(chance, len(rows))
-    decisions: list[Decision] = [*runs]
+    events: list[ScenarioEvent] = [*runs]
     server = _server(chance)
     for theme, percent in _THEMES:
         if chance.random() * 100 < percent:
-            decisions += _MAKERS[theme](chance, runs, len(rows))
+            events += _MAKERS[theme](chance, runs, len(rows))
     if called and chance.random() < 0.5:
-        decisions += [_strike(chance, "callback") for _ in range(chance.randint(1, 3))]
-    if any(isinstance(one, ForgedCall) for one in decisions):
-        decisions = _in_doubt(chance, decisions)
-    if any(isinstance(one, TopUp) for one in decisions):
+        events += [_strike(chance, "callback") for _ in range(chance.randint(1, 3))]
+    if any(isinstance(one, ForgedCallback) for one in events):
+        events = _in_doubt(chance, events)
+    if any(isinstance(one, TopUp) for one in events):
         server = replace(server, images_paid=chance.randint(0, len(rows)))
-    return Story(seed, rows, server, tuple(decisions))
+    return Scenario(seed, rows, server, tuple(events))
 
 
-def _in_doubt(chance: random.Random, decisions: Sequence[Decision]) -> list[Decision]:
+def _in_doubt(chance: random.Random, events: Sequence[ScenarioEvent]) -> list[ScenarioEvent]:
     """Have purchases in doubt when a stranger calls, and a run that finds both."""
-    runs = [replace(one, on_unknown="hold") for one in decisions if isinstance(one, Run)]
-    others = [one for one in decisions if not isinstance(one, Run)]
+    runs = [replace(one, on_unknown="hold") for one in events if isinstance(one, Run)]
+    others = [one for one in events if not isinstance(one, Run)]
     lost = chance.choice(("drop_after_create", "reset_after_create", "500_after_create", "no_id"))
     last = runs[-1].number
     later = replace(runs[0], number=last + 1, after=last, at_s=chance.uniform(0, 60))
-    return [*runs, later, Strike(0.0, lost, chance.choice((1, 2, 6))), *others]
+    return [*runs, later, ScriptedFault(0.0, lost, chance.choice((1, 2, 6))), *others]
 
 
 def _rows(chance: random.Random) -> tuple[Row, ...]:
@@ -421,32 +425,33 @@ def _arg(chance: random.Random, fault: Fault) -> str | None:
     return None
 
 
-def _strike(chance: random.Random, kind: str) -> Strike:
+def _strike(chance: random.Random, kind: str) -> ScriptedFault:
     fault = chance.choice(_BY_KIND[kind])
     if kind in _WORST and chance.random() < 0.4:
         fault = FAULTS[chance.choice(_WORST[kind])]
     n = chance.choice((1, 1, 1, 2, 3, 6, 15))
-    return Strike(_when_s(chance), fault.name, n, _arg(chance, fault))
+    return ScriptedFault(_when_s(chance), fault.name, n, _arg(chance, fault))
 
 
-def _strikes(*kinds: str) -> Callable[[random.Random, Sequence[Run], int], list[Decision]]:
-    def make(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _strikes(*kinds: str) -> Callable[[random.Random, Sequence[Run], int], list[ScenarioEvent]]:
+    def make(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
         return [_strike(chance, chance.choice(kinds)) for _ in range(chance.choice((1, 1, 2, 3)))]
 
     return make
 
 
-def _rates(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _rates(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     kinds = [chance.choice(list(_BY_KIND)) for _ in range(chance.choice((1, 1, 2)))]
     return [
-        Rate(chance.choice(_BY_KIND[kind]).name, chance.choice((0.1, 0.3, 0.7))) for kind in kinds
+        FaultRate(chance.choice(_BY_KIND[kind]).name, chance.choice((0.1, 0.3, 0.7)))
+        for kind in kinds
     ]
 
 
-def _aways(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _aways(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     what = [chance.choice(list(HOW_AWAY)) for _ in range(chance.choice((1, 1, 2)))]
     return [
-        Away(
+        Outage(
             one,
             chance.choice(HOW_AWAY[one]),
             _when_s(chance),
@@ -456,7 +461,7 @@ def _aways(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decisi
     ]
 
 
-def _kills(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _kills(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     chosen = chance.sample(list(runs), chance.randint(1, len(runs)))
     return [
         Kill(
@@ -468,28 +473,28 @@ def _kills(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decisi
     ]
 
 
-def _stops(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _stops(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     after_s = chance.choice((0.0, chance.uniform(0, 2), chance.uniform(0, 40)))
     return [Stop(chance.choice(runs).number, after_s)]
 
 
-def _clocks(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _clocks(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     by_s = chance.choice((-1.0, 1.0)) * chance.choice((3.0, 100.0, 400.0, 25 * HOUR_S))
     after_s = chance.choice((0.0, chance.uniform(0, 2), chance.uniform(0, 40)))
-    return [Step(chance.choice(runs).number, after_s, by_s)]
+    return [ClockStep(chance.choice(runs).number, after_s, by_s)]
 
 
-def _forged(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _forged(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     names = chance.randrange(rows)
     about = [names, *(chance.randrange(rows) for _ in range(chance.choice((1, 2))))]
-    return [ForgedCall(chance.uniform(2, 40), one, names) for one in about]
+    return [ForgedCallback(chance.uniform(2, 40), one, names) for one in about]
 
 
-def _credits(chance: random.Random, runs: Sequence[Run], rows: int) -> list[Decision]:
+def _credits(chance: random.Random, runs: Sequence[Run], rows: int) -> list[ScenarioEvent]:
     return [TopUp(chance.uniform(1, 100))]
 
 
-_MAKERS: Final[dict[str, Callable[[random.Random, Sequence[Run], int], list[Decision]]]] = {
+_MAKERS: Final[dict[str, Callable[[random.Random, Sequence[Run], int], list[ScenarioEvent]]]] = {
     "create": _strikes("create"),
     "task": _strikes("task"),
     "questions": _strikes("read", "batch", "batch", "credits"),
