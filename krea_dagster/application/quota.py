@@ -221,7 +221,7 @@ def _decided(
             every = [key for key in batch.table.partition_keys() if has_come(batch.table, key, now)]
             view = stack.enter_context(krea.plan(batch.table, every))
         slots = read_slots(
-            _batches(view), journal, column=wanted.column, prices=journal.highest_prices()
+            _batches(view), journal, column=wanted.column, prices=journal.prices.highest()
         )
         reasons = judge(slots, accepting.rules, accepting.evidence())
         standing = slot_states(slots, reasons, retry_errors=config.retry_errors)

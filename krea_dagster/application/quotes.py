@@ -72,7 +72,7 @@ def quote_images(
         journal = None
         if krea.has_journal():
             journal = stack.enter_context(krea.open_journal())
-            prices = journal.highest_prices()
+            prices = journal.prices.highest()
         caps = krea.caps()
         return quote(
             _asked(standing, journal, in_order=caps != Caps()),

@@ -27,6 +27,8 @@ from krea_dagster.drill import edges
 from krea_dagster.drill.job import WorkerJob
 from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.changes import Change
+from krea_dagster.engine.journal.claim_log import ClaimLog
+from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
@@ -59,12 +61,34 @@ class KillSwitch:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+class InstrumentedClaims(ClaimLog):
+    """The claims of the journal, with an edge before and after each commit."""
+
+    def __init__(self, database: Database, switch: KillSwitch) -> None:
+        super().__init__(database)
+        self._switch = switch
+
+    def claim(self, keys: Iterable[str], owner: str) -> set[str]:
+        """Claim requests."""
+        self._switch.passing(edges.BEFORE_CLAIM)
+        claimed = super().claim(keys, owner)
+        self._switch.passing(edges.AFTER_CLAIM)
+        return claimed
+
+    def release(self, owner: str) -> None:
+        """Give up all claims."""
+        self._switch.passing(edges.BEFORE_RELEASE)
+        super().release(owner)
+        self._switch.passing(edges.AFTER_RELEASE)
+
+
 class InstrumentedJournal(Journal):
     """The journal, with an edge before and after each commit."""
 
     def __init__(self, url: str, switch: KillSwitch) -> None:
         super().__init__(url)
         self._switch = switch
+        self.claims = InstrumentedClaims(self.database, switch)
 
     def plan(
         self,
@@ -79,19 +103,6 @@ class InstrumentedJournal(Journal):
         added = super().plan(wanted, run_id=run_id, at=at, table_id=table_id)
         self._switch.passing(edges.AFTER_PLANNED)
         return added
-
-    def claim(self, keys: Iterable[str], owner: str) -> set[str]:
-        """Claim requests."""
-        self._switch.passing(edges.BEFORE_CLAIM)
-        claimed = super().claim(keys, owner)
-        self._switch.passing(edges.AFTER_CLAIM)
-        return claimed
-
-    def release(self, owner: str) -> None:
-        """Give up all claims."""
-        self._switch.passing(edges.BEFORE_RELEASE)
-        super().release(owner)
-        self._switch.passing(edges.AFTER_RELEASE)
 
     def append(self, changes: Sequence[Change], **keywords: Any) -> list[Any]:
         """Write events. A kill before the commit loses the whole group."""

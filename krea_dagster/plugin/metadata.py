@@ -20,7 +20,7 @@ from PIL import Image
 from krea_dagster import redact
 from krea_dagster.application.manifest_summary import SHEET_IMAGES, Figures
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage.images import DAMAGED
+from krea_dagster.engine.storage.images import DECODE_ERRORS
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import DESCRIPTIONS
 from krea_dagster.models import credits_from_units
@@ -227,7 +227,7 @@ def _thumbnail(storage: Storage, name: str) -> Image.Image | None:
         with storage.open(name) as file, Image.open(file) as image:
             image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
             picture: Image.Image = image.convert("RGB")
-    except DAMAGED:
+    except DECODE_ERRORS:
         return None
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), reducing_gap=2.0)
     return picture

@@ -258,7 +258,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         if not self.has_journal():
             return ""
         with self.open_journal() as journal:
-            return journal.journal_id
+            return journal.database.journal_id
 
     def accept_root(self) -> str:
         """Take the storage root as it is for the journal's; returns what that means, for people."""
@@ -279,11 +279,11 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
         """Believe the price of a quality that was far from the expected one, or ``dismiss`` it."""
         with self.open_journal() as journal:
             if dismiss:
-                journal.dismiss_price(quality)
+                journal.prices.dismiss(quality)
                 return (
                     f"the doubted price of {quality} counts as a mistake; its charge stays unknown"
                 )
-            units, settled = journal.accept_price(quality, datetime.now(timezone.utc))
+            units, settled = journal.prices.accept(quality, datetime.now(timezone.utc))
         return (
             f"{quality} costs {credits_text(units)} credits from now on; the charges of {settled} "
             "purchases at that price are settled"
@@ -495,7 +495,7 @@ class KreaResource(dg.ConfigurableResource[None], extra="forbid"):
             yield Runner(
                 connect=self._connect,
                 journal=journal,
-                images=ImageStore(storage, look=self.look_at_images, on_image=on_image),
+                images=ImageStore(storage, verify=self.look_at_images, on_image=on_image),
                 run_id=run_id,
                 root=RunRoot(
                     root_id,

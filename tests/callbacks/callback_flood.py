@@ -71,7 +71,7 @@ def make_journal(folder: Path) -> Path:
 def state_of(file: Path) -> dict[str, list[tuple[object, ...]]]:
     """Return all tables of the journal except that of the calls."""
     journal = Journal(f"sqlite:///{file}")
-    with contextlib.closing(journal), journal.reading() as connection:
+    with contextlib.closing(journal), journal.database.read() as connection:
         return {
             name: sorted(map(tuple, connection.execute(table.select())), key=str)
             for name, table in metadata.tables.items()

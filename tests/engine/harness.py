@@ -105,13 +105,13 @@ class JournalWriter:
         self.journal = journal
         self.run_id = run_id
         self.owner = new_owner(run_id)
-        journal.register(self.owner)
+        journal.claims.register(self.owner)
 
     def plan(self, *requests: ImageRequest) -> int:
         """Plan and claim requests; how many were new."""
         pairs = [(request, "p") for request in requests]
         new = self.journal.plan(pairs, run_id=self.run_id, at=NOW)
-        self.journal.claim([r.request_key for r in requests], self.owner.owner)
+        self.journal.claims.claim([r.request_key for r in requests], self.owner.owner)
         return new
 
     def append(self, *changes: Change) -> list[Record | JournalError | BuyingClosed]:

@@ -176,9 +176,9 @@ def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(
     first.plan(request)
     buy(first, request, "column:campaign=1")
     first.write(request, Event.ACCEPTED)
-    journal.release(first.owner.owner)
+    journal.claims.release(first.owner.owner)
     later = JournalWriter(journal, "run-2")
-    journal.claim([request.request_key], later.owner.owner)
+    journal.claims.claim([request.request_key], later.owner.owner)
     later.write(request, Event.FAILED)
     for scope in scopes_of("run-1", NOW, "p", [AUTUMN]):
         assert journal.commitment(scope) == NOTHING, scope

@@ -41,7 +41,7 @@ async def run(work: Work, journal: Journal) -> dict[str, object]:
     runner = Runner(
         connect=lambda: KreaClient("emulator", base_url=work.server_url, timeout_s=20.0),
         journal=journal,
-        images=ImageStore(Storage(work.root), look=False),
+        images=ImageStore(Storage(work.root), verify=False),
         run_id=work.run_id,
         policy=Policy(on_unknown=work.on_unknown, wait_scale=0.05),
         max_in_flight=16,

@@ -237,10 +237,10 @@ Trouble = Callable[[Path], Any]
 TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
     (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
     (locked, "database is locked", "let it end, or end it"),
-    (removed, "unable to open", "not there any more. Put it back"),
+    (removed, "unable to open", "The file is missing. Put it back"),
     # Between its removal and the new one, a write finds none at all.
-    (replaced, "was replaced by another|not there any more", "Put it back"),
-    (folder_removed, "unable to open", "not there any more. Put it back"),
+    (replaced, "was replaced by another|file is missing", "Put it back"),
+    (folder_removed, "unable to open", "The file is missing. Put it back"),
     (header_overwritten, "not a database", "Do not remove it.*restore a backup"),
     (cut, "malformed", "Do not remove it.*restore a backup"),
 ]
@@ -362,9 +362,9 @@ def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
         database.write("write to", write)
 
     with closing(Database(f"sqlite:///{fort.path}")) as database:
-        with pytest.raises(JournalError, match="removed or replaced while it was written to"):
+        with pytest.raises(JournalError, match="removed or replaced during a write"):
             write_and_lose(database)
-        with pytest.raises(JournalError, match=r"not there any more. Put it back"):
+        with pytest.raises(JournalError, match=r"The file is missing. Put it back"):
             database.check_integrity()
 
 
@@ -530,14 +530,14 @@ def _is_refused(path: Path, said: str) -> None:
 
 def test_an_empty_file_is_not_taken_for_a_new_journal(fort: Fort) -> None:
     fort.path.write_bytes(b"")
-    _is_refused(fort.path, "is empty, which a journal never is")
+    _is_refused(fort.path, "is an empty file")
 
 
 def test_a_journal_that_was_emptied_is_refused(fort: Fort) -> None:
     with closing(fort.open()):
         pass
     with emptied(fort.path):
-        _is_refused(fort.path, "is empty, which a journal never is")
+        _is_refused(fort.path, "is an empty file")
     with closing(fort.open()):
         pass
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 
 from krea_dagster.engine.journal import schema
-from krea_dagster.engine.journal.journal import Journal, scopes_of_charge
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.rows import scopes_of_charge
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State, replay
@@ -141,7 +142,7 @@ class _Checks:
 
     def events(self) -> None:
         """The events of each request lead to its state, without a gap."""
-        with self.journal.reading() as connection:
+        with self.journal.database.read() as connection:
             rows = connection.execute(
                 select(schema.events).order_by(schema.events.c.request_key, schema.events.c.seq)
             ).all()
@@ -166,7 +167,7 @@ class _Checks:
     def claims(self) -> None:
         """A run that ended holds no claim; a killed one may, and counts as dead."""
         killed = {process.name for process in self.processes if process.ended != "done"}
-        with self.journal.reading() as connection:
+        with self.journal.database.read() as connection:
             owners = connection.execute(select(schema.owners)).all()
             held = connection.execute(
                 select(schema.requests.c.request_key, schema.requests.c.claimed_by).where(
@@ -219,7 +220,7 @@ class _Checks:
         )
 
     def _replayed_in_calm(self) -> Iterator[bool]:
-        with self.journal.reading() as connection:
+        with self.journal.database.read() as connection:
             rows = connection.execute(
                 select(schema.events.c.run_id).where(schema.events.c.event == "replaying")
             )
@@ -310,7 +311,7 @@ class _Checks:
             for scope in scopes_of_charge(charge):
                 committed[scope] += charge.committed_units
                 spent[scope] += charge.charged_units or 0
-        with self.journal.reading() as connection:
+        with self.journal.database.read() as connection:
             rows = connection.execute(select(schema.commitments)).all()
         found = {row.scope: (row.committed_units, row.spent_units) for row in rows}
         for scope in {*committed, *found}:

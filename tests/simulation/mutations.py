@@ -100,8 +100,8 @@ MUTATIONS: Final = (
         (
             (
                 "engine/journal/attempt_log.py",
-                "self._wishes_for(slot), mine | open_",
-                "self._wishes_for(slot), mine",
+                "self._raised_for(slot), mine | open_",
+                "self._raised_for(slot), mine",
             ),
             ("engine/journal/attempt_log.py", "if not settled(slot, attempt):", "if False:"),
         ),
@@ -139,7 +139,7 @@ MUTATIONS: Final = (
         "a run that ends gives nothing back",
         (
             (
-                "engine/journal/journal.py",
+                "engine/journal/claim_log.py",
                 _RELEASED,
                 "            connection.execute(select(owners))\n",
             ),

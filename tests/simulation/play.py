@@ -316,7 +316,7 @@ class _Player:
         journal = open_journal(self.world)
         for quality in ("1K", "2K"):
             with suppress(ConfigError):  # none is doubted
-                journal.accept_price(quality, self.world.now())
+                journal.prices.accept(quality, self.world.now())
         journal.close()
 
     def _codes(self) -> frozenset[str]:

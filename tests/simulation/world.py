@@ -225,7 +225,7 @@ _COMPILED: Final[dict[str, Any]] = {}
 def open_journal(world: SimulatedWorld) -> Journal:
     """Open the journal, as each process does."""
     journal = Journal(f"sqlite:///{world.folder / 'journal.db'}", lock_timeout_s=0.0)
-    for engine in (journal._database._reading, journal._database._writing):
+    for engine in (journal.database._reading, journal.database._writing):
         engine.dialect = _COMPILED.setdefault("dialect", engine.dialect)
         engine._compiled_cache = _COMPILED.setdefault("cache", engine._compiled_cache)
     return journal

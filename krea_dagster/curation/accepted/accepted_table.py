@@ -235,7 +235,7 @@ class AcceptedTableBuilder:
         """Return the slots of these partitions, and the first and the number of each one's."""
         column = "" if self.wanted is None else self.wanted.column
         names = list(dict.fromkeys([*PLAN_SCHEMA.names, *_STATES, *([column] if column else [])]))
-        prices = self.journal.highest_prices()
+        prices = self.journal.prices.highest()
         tables, places, start = [SLOT_SCHEMA.empty_table()], {}, 0
         for key in keys:
             table = read_slots(self.batches(key, names), self.journal, column=column, prices=prices)

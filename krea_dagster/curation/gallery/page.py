@@ -28,7 +28,7 @@ from krea_dagster.curation.gallery.filter import GalleryRows
 from krea_dagster.curation.measures.builtin import to_grey_or_rgb
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DAMAGED, FORMATS
+from krea_dagster.engine.storage.verify import DECODE_ERRORS, FORMATS
 from krea_dagster.errors import ConfigError
 
 #: The default for the longest side of a thumbnail, pixels, and for the size of a page.
@@ -169,7 +169,7 @@ def _thumbnail(storage: Storage, row: dict[str, Any], side: int) -> Thumbnail:
         return Thumbnail(problem="The file is not the one that was verified.")
     try:
         return _thumbnail_of(data, side)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *DAMAGED):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *DECODE_ERRORS):
         return Thumbnail(problem="The file cannot be decoded.")
 
 

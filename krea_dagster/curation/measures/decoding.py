@@ -128,7 +128,7 @@ def _decode(storage: Storage, file: ImageFile) -> _Decoded:
             data = opened.read()
         if hashlib.sha256(data).hexdigest() != file.sha256:
             return _Decoded(file, why="the file is not the one that was stored: its hash differs")
-        verify_image(data, file.pixels, seen=images.append)
+        verify_image(data, file.pixels, on_decoded=images.append)
     except FileNotFoundError:
         return _Decoded(file, why="the file is missing")
     except (DownloadError, OSError) as error:

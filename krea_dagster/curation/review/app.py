@@ -98,7 +98,7 @@ class Review:
 
     def __init__(self, settings: ReviewSettings) -> None:
         self._settings = settings
-        with settings.journal.reading() as connection:
+        with settings.journal.database.read() as connection:
             self._journal_id = connection.execute(select(schema.about.c.journal_id)).scalar()
         self._verdicts = VerdictView(settings.journal.verdicts)
         self._index = self._build()

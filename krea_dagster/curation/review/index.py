@@ -280,7 +280,7 @@ def _earlier_attempts(
         if one.request_key not in present
     }
     if table.num_rows and pc.any(pc.greater(table["attempt"], 0)).as_py():
-        with duckdb.connect() as duck, journal.reading() as connection:
+        with duckdb.connect() as duck, journal.database.read() as connection:
             load_listed(duck, storage, connection)
             found = duck.execute("SELECT request_key, prompt_id, sample FROM listed").fetchall()
         asked |= {key: (prompt, sample) for key, prompt, sample in found if key not in present}

@@ -19,7 +19,7 @@ import anyio.to_thread
 from PIL import Image, ImageOps
 
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DAMAGED, FORMATS
+from krea_dagster.engine.storage.verify import DECODE_ERRORS, FORMATS
 
 #: The longer side of a thumbnail, pixels: a cell of the grid on a high-density screen.
 SIDE: Final = 384
@@ -100,7 +100,7 @@ def make_thumbnail(file: BinaryIO) -> bytes:
             _on_background(turned).save(out, "JPEG", quality=_QUALITY)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise NoThumbnail("the image declares too many pixels") from None
-    except DAMAGED as error:
+    except DECODE_ERRORS as error:
         raise NoThumbnail(f"the image is damaged: {error}") from None
     return out.getvalue()
 

@@ -1,4 +1,4 @@
-"""API keys, as fingerprints: which purchases were made with which, and which are of one account."""
+"""API keys as fingerprints: which of them belong to one account."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from datetime import datetime, timezone
 from sqlalchemy import Connection, select, update
 
 from krea_dagster.engine.journal.database import Database
-from krea_dagster.engine.journal.schema import about, api_keys, submissions
+from krea_dagster.engine.journal.schema import api_keys, submissions
+from krea_dagster.engine.journal.statements import insertion
 from krea_dagster.errors import ConfigError
 
 
 class ApiKeyLog:
     """The fingerprints of API keys in a journal's database, never the keys.
 
-    A fingerprint is told by the key and the journal together, so that it is worth nothing
-    elsewhere. Its methods block. Raises JournalError wherever the database fails.
+    A fingerprint depends on the key and the journal, so that it is useless elsewhere. The methods
+    block. They raise JournalError if the database fails.
     """
 
     def __init__(self, database: Database) -> None:
@@ -25,17 +26,16 @@ class ApiKeyLog:
 
     def fingerprint(self, api_key: str) -> str:
         """Return the fingerprint of a key in this journal."""
-        with self._database.read("read") as connection:
-            journal_id = connection.execute(select(about.c.journal_id)).scalar_one()
-        return hmac.new(api_key.encode(), str(journal_id).encode(), hashlib.sha256).hexdigest()[:16]
+        journal_id = self._database.journal_id.encode()
+        return hmac.new(api_key.encode(), journal_id, hashlib.sha256).hexdigest()[:16]
 
     def enter(self, fingerprint: str) -> frozenset[str]:
-        """Enter a key where it is new; returns the keys of its account, itself among them."""
+        """Enter a key if it is new, and return the keys of its account, including itself."""
         at = datetime.now(timezone.utc)
 
         def write(connection: Connection) -> None:
             row = {"fingerprint": fingerprint, "account": fingerprint, "first_at": at}
-            new = self._database.insertion(api_keys).values(row)
+            new = insertion(connection, api_keys).values(row)
             connection.execute(new.on_conflict_do_nothing())
 
         found = self._of_account(fingerprint)
@@ -44,10 +44,10 @@ class ApiKeyLog:
         return found or frozenset({fingerprint})
 
     def accept(self, fingerprint: str, same_as: str = "") -> int:
-        """Declare a key to be of the account that the other purchases were made with.
+        """Declare that a key belongs to the account of the other purchases; return their number.
 
-        Returns how many purchases that concerns. ``same_as`` is the fingerprint of a key of that
-        account. Raises ConfigError where it is needed, because there are several, or not known.
+        ``same_as`` is the fingerprint of a key of that account. Raises ConfigError if there are
+        several accounts and it is missing, or if it is unknown.
         """
         self.enter(fingerprint)
 
@@ -72,7 +72,7 @@ class ApiKeyLog:
                 raise ConfigError(
                     f"the journal {self._database.where} holds purchases with keys of "
                     f"several accounts, with the fingerprints {', '.join(known)}: "
-                    "say with --same-as which one is of this key's account. Nothing was changed."
+                    "name a key of this key's account with --same-as. Nothing was changed."
                 )
             for account in accounts:
                 connection.execute(
@@ -93,8 +93,7 @@ class ApiKeyLog:
             .where(api_keys.c.fingerprint == fingerprint)
             .scalar_subquery()
         )
-        with self._database.read("read") as connection:
-            rows = connection.execute(
-                select(api_keys.c.fingerprint).where(api_keys.c.account == account)
-            )
-            return frozenset(rows.scalars())
+        rows = self._database.fetch(
+            select(api_keys.c.fingerprint).where(api_keys.c.account == account)
+        )
+        return frozenset(row.fingerprint for row in rows)

@@ -1,8 +1,8 @@
-"""Writes a batch of changes within one transaction, in few statements.
+"""Writing a batch of changes in one transaction, with few statements.
 
-The records that the changes are made of may be known already, to the maker of the last change.
-They are believed only as far as the database agrees: every update names the number of the
-request's last event and its holder, and the count of rows that it touched must be right.
+The caller may know the records already, from its last changes. The database has the last word:
+every update names the number of the request's last event and its owner, and the number of rows that
+it changed must be right.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from krea_dagster.errors import BuyingClosed, JournalError, TaskTaken
 
 
 class StaleRecord(Exception):
-    """A record that was thought to be known has changed meanwhile. Nothing may be committed."""
+    """A known record is out of date. The transaction must not be committed."""
 
 
 def write_changes(
@@ -54,13 +54,11 @@ def write_changes(
     known: Mapping[str, Record],
     repeated: bool,
 ) -> list[Record | JournalError | BuyingClosed]:
-    """Write what may be written; answers in the order of the changes.
+    """Write the changes that may be written; return a result for each, in their order.
 
-    ``root_id`` is the storage root whose files the changes are about.
-
-    ``known`` are records by request key; what is not among them is read, and kept from being
-    changed by others until the transaction ends. ``repeated``: what is written already is answered
-    with the record as it stands. Raises StaleRecord.
+    ``root_id`` is the storage root whose files the changes describe. ``known`` are records by
+    request key; others are read and locked. ``repeated``: a change that is written already is
+    answered with the present record. Raises StaleRecord.
     """
     present = dict(known)
     missing = {change.request_key for change in changes} - present.keys()
@@ -80,8 +78,8 @@ def write_changes(
             task_id, key = _task_id(change), before.idempotency_key
             if task_id and taken.get(task_id, key) != key:
                 raise TaskTaken(
-                    f"task {task_id} is that of the purchase {taken[task_id]}, and not of "
-                    f"request {change.request_key} now"
+                    f"task {task_id} belongs to the purchase {taken[task_id]}, not to request "
+                    f"{change.request_key}"
                 )
             if change.event is Event.SUBMITTING:
                 committed = expected = ledger.admit(change, before)
@@ -106,7 +104,7 @@ def write_changes(
 
 
 def _rounds(steps: Sequence[AppliedChange]) -> Iterable[Sequence[AppliedChange]]:
-    """The steps in rounds that hold each request once: within a round the order is free."""
+    """Return the steps in rounds that contain each request once, so that their order is free."""
     rounds: list[list[AppliedChange]] = []
     taken: Counter[str] = Counter()
     for step in steps:
@@ -126,7 +124,7 @@ def _write_steps(
     run_id: str,
     root_id: str,
 ) -> None:
-    """Write four kinds of rows; statements of one shape go to the driver together."""
+    """Write the rows of four tables; statements of one shape go to the driver together."""
     request_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     submission_updates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for step in steps:
@@ -145,7 +143,7 @@ def _write_steps(
             submission_updates.setdefault(tuple(values), []).append(
                 {**values, "old_key": step.after.idempotency_key or step.before.idempotency_key}
             )
-    # First, for by these alone the database tells what is out of date.
+    # First, because only these show what is out of date.
     for rows in request_updates.values():
         if not execute_for_all(connection, REQUEST_UPDATE, rows):
             raise StaleRecord
@@ -161,7 +159,7 @@ def _write_steps(
 
 
 def _write_files(connection: Connection, steps: Sequence[AppliedChange], root_id: str) -> None:
-    """Note which files lie in the run's storage root, and which are missing there."""
+    """Note which files are in the run's storage root, and which are missing there."""
     if not root_id:
         return
     rows = [
@@ -179,11 +177,11 @@ def _write_files(connection: Connection, steps: Sequence[AppliedChange], root_id
 
 
 def _task_id(change: Change) -> str | None:
-    """The task that a change gives a request."""
+    """Return the task that a change gives a request."""
     return change.values.get("task_id") if change.event is Event.ACCEPTED else None
 
 
 def _tasks_of_others(connection: Connection, changes: Sequence[Change]) -> dict[str, str]:
-    """The purchases that have the tasks which these changes name, by task id."""
+    """Return the purchases that have the tasks of these changes, by task id."""
     named = [task_id for change in changes if (task_id := _task_id(change))]
     return purchases_of_tasks(connection, named) if named else {}

@@ -1,11 +1,13 @@
-"""Attempts: how often another image was asked for of a row's sample, and by which run.
+"""Attempts: how often another image was requested for a row's sample, and by which run.
 
-An attempt is part of a request, so that raising one asks for a new purchase. Therefore each is
-raised by name, once, in a durable commit, and every time is kept with the run that asked. The
-attempts of one prompt table are nothing to another that shares the journal.
+An attempt is part of a request, so raising it means a new purchase. Each is therefore raised by
+name, once, in a durable commit, and recorded with the run that raised it. Prompt tables that share
+a journal have separate attempts.
 
-A wish is open until a run has ended with it: a run that was killed, and is started again with the
-same wish, continues it and asks for nothing more.
+A raised attempt is open until a run has ended with it. A run that was killed, and is started again
+in the same way, continues the open attempt and raises nothing.
+
+A slot is a prompt_id and a sample.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from sqlalchemy import Connection, and_, func, insert, select, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import attempts, raised_attempts
+from krea_dagster.engine.journal.statements import insertion
 
 
 class AttemptLog:
     """The attempts of one prompt table in a journal's database.
 
-    Its methods block. Raises JournalError wherever the database cannot be read or written.
+    Its methods block. They raise JournalError if the database fails.
     """
 
     def __init__(self, database: Database, table_id: str) -> None:
@@ -32,30 +35,21 @@ class AttemptLog:
         self._of_table = attempts.c.table_id == table_id
 
     def current(self) -> dict[tuple[str, int], int]:
-        """Return the attempt of each slot that was asked for again; all others are at 0.
-
-        A slot is a prompt_id and a sample.
-        """
+        """Return the attempt of each slot that has one; all others are at 0."""
         columns = attempts.c.prompt_id, attempts.c.sample, attempts.c.attempt
-        with self._database.read("read") as connection:
-            rows = connection.execute(select(*columns).where(self._of_table))
-            return {(row.prompt_id, row.sample): row.attempt for row in rows}
+        rows = self._database.fetch(select(*columns).where(self._of_table))
+        return {(row.prompt_id, row.sample): row.attempt for row in rows}
 
     def drawn(self) -> frozenset[tuple[str, int]]:
         """Return the slots whose seed is drawn, although the table may fix one."""
         query = select(attempts.c.prompt_id, attempts.c.sample)
-        with self._database.read("read") as connection:
-            rows = connection.execute(query.where(self._of_table, attempts.c.draws))
-            return frozenset((row.prompt_id, row.sample) for row in rows)
+        rows = self._database.fetch(query.where(self._of_table, attempts.c.draws))
+        return frozenset((row.prompt_id, row.sample) for row in rows)
 
     def fingerprint(self) -> tuple[int, int]:
-        """Return what changes whenever an attempt is raised."""
-        with self._database.read("read") as connection:
-            count, total = connection.execute(
-                select(func.count(), func.coalesce(func.sum(attempts.c.attempt), 0)).where(
-                    self._of_table
-                )
-            ).one()
+        """Return numbers that change whenever an attempt is raised."""
+        figures = func.count(), func.coalesce(func.sum(attempts.c.attempt), 0)
+        ((count, total),) = self._database.fetch(select(*figures).where(self._of_table))
         return int(count), int(total)
 
     def raise_attempts(
@@ -67,16 +61,16 @@ class AttemptLog:
         settled: Callable[[tuple[str, int], int], bool] = lambda _slot, _attempt: True,
         draw: bool = False,
     ) -> list[tuple[str, int]]:
-        """Ask for another image of these slots; returns of which it was asked for.
+        """Raise the attempts of these slots, and return the slots that were raised.
 
-        Not where a run is executed again with the same wish, nor where the last wish has not come
-        to its end: no run has ended with it, or its present attempt is not ``settled``. ``draw``:
-        the seed is drawn, also where the table fixes it.
+        A slot is not raised if the run ``raised_by`` has raised it before, if its last attempt is
+        open, or if its present attempt is not ``settled``. ``draw``: the seed is drawn, even if the
+        table fixes it.
         """
 
         def write(connection: Connection) -> list[tuple[str, int]]:
             raised = []
-            # Sorted, so that two runs never wait for each other's row locks.
+            # Sorted, so that two runs do not deadlock.
             for slot in sorted(set(slots)):
                 while True:
                     attempt = self._locked_attempt(connection, slot)
@@ -87,24 +81,23 @@ class AttemptLog:
                     if self._raise(connection, slot, attempt, raised_by, at, draw=draw):
                         raised.append(slot)
                         break
-                    # Of a slot without a row nothing is locked: another run made it just now.
+                    # A slot without a row is not locked: another run has just inserted it.
             return raised
 
         return self._database.write("raise attempts in", write)
 
     def open_slots(self) -> frozenset[tuple[str, int]]:
-        """Return the slots with a wish that no run has come to its end with."""
-        wishes = raised_attempts.c
-        query = select(wishes.prompt_id, wishes.sample).where(
-            wishes.table_id == self._table_id, wishes.ended_at.is_(None)
+        """Return the slots whose last attempt no run has ended with."""
+        raised = raised_attempts.c
+        query = select(raised.prompt_id, raised.sample).where(
+            raised.table_id == self._table_id, raised.ended_at.is_(None)
         )
-        with self._database.read("read") as connection:
-            return frozenset((row.prompt_id, row.sample) for row in connection.execute(query))
+        return frozenset((row.prompt_id, row.sample) for row in self._database.fetch(query))
 
     def close_slots(self, slots: Iterable[tuple[str, int, int]], *, at: datetime) -> None:
-        """Note that a run has come to its end with these (prompt_id, sample, attempt).
+        """Note that a run has ended with these (prompt_id, sample, attempt).
 
-        A wish that was made since is another one.
+        Attempts that were raised since then stay open.
         """
 
         def write(connection: Connection) -> None:
@@ -112,22 +105,22 @@ class AttemptLog:
                 connection.execute(
                     update(raised_attempts)
                     .where(
-                        self._wishes_for((prompt_id, sample)),
+                        self._raised_for((prompt_id, sample)),
                         raised_attempts.c.attempt <= attempt,
                         raised_attempts.c.ended_at.is_(None),
                     )
                     .values(ended_at=at)
                 )
 
-        self._database.write("end wishes in", write)
+        self._database.write("close attempts in", write)
 
     def replace(
         self, slots: Iterable[tuple[str, int, int]], *, raised_by: str, at: datetime
     ) -> list[tuple[str, int]]:
-        """Ask for another image in place of these (prompt_id, sample, attempt); returns of which.
+        """Raise these (prompt_id, sample, attempt), and return the slots that were raised.
 
-        Only where the attempt is still the one that is named: of two runs that want the same
-        image replaced, one asks.
+        A slot is raised only if the attempt is still the given one, so that of two runs that
+        replace the same image, one buys.
         """
         wanted = sorted(slots)
 
@@ -150,13 +143,13 @@ class AttemptLog:
         *,
         draw: bool = False,
     ) -> bool:
-        """Raise a slot's attempt where it still is this one, and tell whether it was."""
+        """Raise a slot's attempt if it is still this one, and return whether it was."""
         name = {"table_id": self._table_id, "prompt_id": slot[0], "sample": slot[1]}
         values: dict[str, Any] = {"attempt": attempt + 1, "at": at, "raised_by": raised_by}
         drawn = {"draws": True} if draw else {}
         statement: Any
         if attempt == 0:
-            rows = self._database.insertion(attempts).values(**name, **values, **drawn)
+            rows = insertion(connection, attempts).values(**name, **values, **drawn)
             statement = rows.on_conflict_do_nothing()
         else:
             statement = (
@@ -170,7 +163,7 @@ class AttemptLog:
         return True
 
     def _locked_attempt(self, connection: Connection, slot: tuple[str, int]) -> int:
-        """Return a slot's attempt; its row, if it has one, is locked until the commit."""
+        """Return a slot's attempt, and lock its row, if it has one."""
         found = connection.execute(
             select(attempts.c.attempt).where(self._is(slot)).with_for_update()
         )
@@ -179,18 +172,18 @@ class AttemptLog:
     def _is_open(
         self, connection: Connection, slot: tuple[str, int], attempt: int, raised_by: str
     ) -> bool:
-        """Whether this run has asked before, or the present wish has not come to its end."""
+        """Return whether this run has raised the slot before, or its attempt is open."""
         mine = raised_attempts.c.raised_by == raised_by
         open_ = and_(raised_attempts.c.attempt == attempt, raised_attempts.c.ended_at.is_(None))
         found = connection.execute(
-            select(raised_attempts.c.attempt).where(self._wishes_for(slot), mine | open_)
+            select(raised_attempts.c.attempt).where(self._raised_for(slot), mine | open_)
         )
         return found.first() is not None
 
     def _is(self, slot: tuple[str, int]) -> Any:
         return and_(self._of_table, attempts.c.prompt_id == slot[0], attempts.c.sample == slot[1])
 
-    def _wishes_for(self, slot: tuple[str, int]) -> Any:
+    def _raised_for(self, slot: tuple[str, int]) -> Any:
         return and_(
             raised_attempts.c.table_id == self._table_id,
             raised_attempts.c.prompt_id == slot[0],

@@ -114,7 +114,7 @@ def known_requests(journal: Journal, storage: Storage, digests: Digests) -> Know
     found = all_known_requests(journal, storage, len(digests))
     if found is not None:
         return found
-    with journal.reading() as connection:
+    with journal.database.read() as connection:
         requests = _look_up(connection, digests)
     return KnownRequests(requests, _those_at_hand(storage, requests))
 
@@ -125,7 +125,7 @@ def all_known_requests(journal: Journal, storage: Storage, number: int) -> Known
     None where it has so many that to look up this ``number`` of them costs less. Raises
     JournalError.
     """
-    with journal.reading() as connection:
+    with journal.database.read() as connection:
         if number * _DEAR < _row_count(connection):
             return None
         requests = _pass_over(connection)
@@ -141,7 +141,7 @@ def record_columns(
     """
     schema = pa.schema([("request_key", pa.string()), *map(RECORD_SCHEMA.field, names)])
     tables = [schema.empty_table()]
-    with journal.reading() as connection:
+    with journal.database.read() as connection:
         for at in range(0, len(keys), _ROWS):
             wanted = json.dumps(keys.slice(at, _ROWS).to_pylist())
             columns = _lists(connection, schema.names, wanted)

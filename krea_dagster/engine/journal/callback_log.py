@@ -1,24 +1,22 @@
-"""The journal's part of callbacks: which requests were called about, how often, and when.
+"""Received callbacks: for which requests, how often, and when.
 
-A row here is a hint, and no more: it is written by whoever knows an address, so nothing in it is
-a fact about a request or its money. It changes no other table, and may be emptied at any time.
+A row is only a hint: anyone who knows a callback address can write it, so nothing in it is a fact
+about a request or its money. It changes no other table, and may be deleted at any time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
 from typing import Any, Final
 
 from sqlalchemy import Connection, Select, case, func, select
 
 from krea_dagster.engine.journal.database import Database
-from krea_dagster.engine.journal.rows import chunks
+from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import callbacks, requests
-
-#: Two receivers may commit in another order than their clocks say, so a reader looks back so far.
-OVERLAP: Final = timedelta(seconds=10)
+from krea_dagster.engine.journal.statements import insertion
 
 
 def _utc_now() -> datetime:
@@ -27,7 +25,7 @@ def _utc_now() -> datetime:
 
 @dataclass(frozen=True)
 class ReceivedCallback:
-    """The calls about one request. ``task_id`` is the last claim of a task: never a fact."""
+    """The callbacks for one request. ``task_id`` is the task that the last one claimed."""
 
     request_key: str
     task_id: str | None
@@ -36,50 +34,23 @@ class ReceivedCallback:
     count: int
 
 
-@dataclass(frozen=True)
-class CalledSince:
-    """What was called about since a mark, the oldest first, and the mark to go on from."""
-
-    calls: tuple[ReceivedCallback, ...]
-    mark: datetime | None
-
-
 class CallbackLog:
-    """The calls in a journal's database, for receivers and for those who read.
+    """The callbacks in a journal's database.
 
-    Its methods block. Raises JournalError wherever the database cannot be read or written.
+    Its methods block. They raise JournalError if the database fails.
     """
 
     def __init__(self, database: Database, *, now: Callable[[], datetime] = _utc_now) -> None:
         self._database = database
         self._now = now
-        statement = self._database.insertion(callbacks)
-        new = statement.excluded
-        self._upsert = statement.on_conflict_do_update(
-            index_elements=["request_key"],
-            set_={
-                "task_id": func.coalesce(new.task_id, callbacks.c.task_id),
-                # The clock of another receiver may be ahead of this one's.
-                "last_at": case(
-                    (new.last_at > callbacks.c.last_at, new.last_at), else_=callbacks.c.last_at
-                ),
-                # Another task: another purchase of the request, whose first call this is.
-                "first_at": case(
-                    (new.task_id != callbacks.c.task_id, new.first_at),
-                    else_=callbacks.c.first_at,
-                ),
-                "count": callbacks.c["count"] + new["count"],
-            },
-        )
 
     @classmethod
     def open(
         cls, url: str, *, lock_timeout_s: float = 5.0, now: Callable[[], datetime] = _utc_now
     ) -> CallbackLog:
-        """The calls in the journal behind a SQLAlchemy URL; to be closed by whoever opened it.
+        """Open the callbacks in the journal behind a SQLAlchemy URL. The caller closes them.
 
-        ``lock_timeout_s`` is shorter than EvoLink waits for an answer. Raises ConfigError where
-        the URL cannot be used.
+        ``lock_timeout_s`` is less than EvoLink's time-out. Raises ConfigError for an unusable URL.
         """
         return cls(Database(url, lock_timeout_s=lock_timeout_s), now=now)
 
@@ -91,15 +62,15 @@ class CallbackLog:
         self._database.close()
 
     def check(self) -> None:
-        """See whether the journal can be read. Raises JournalError."""
-        with self._database.read("read") as connection:
+        """Check that the journal can be read. Raises JournalError."""
+        with self._database.read() as connection:
             connection.execute(select(1))
 
     def add(self, claims: Sequence[tuple[str, str | None]]) -> set[str]:
-        """Remember calls in one durable commit; returns the keys whose request is known.
+        """Add callbacks in one durable commit, and return the keys of known requests.
 
-        ``claims`` are pairs of a request key and the task id that the call named, None where it
-        named none. Those about a request that the journal does not know are left out.
+        ``claims`` are pairs of a request key and the task id that the callback named, or None.
+        Callbacks for unknown requests are left out.
         """
         sums: dict[str, dict[str, Any]] = {}
         for request_key, task_id in claims:
@@ -110,52 +81,51 @@ class CallbackLog:
             row["task_id"] = task_id or row["task_id"]
 
         def write(connection: Connection) -> set[str]:
-            known: set[str] = set()
+            key = requests.c.request_key
+            found = rows_with(connection, select(key), key, sorted(sums))
+            known = {row.request_key for row in found}
+            at = (
+                self._now()
+            )  # with the write lock held, so that readers do not see older times later
             # Sorted, so that two receivers never wait for each other's rows.
-            for chunk in chunks(sorted(sums)):
-                found = connection.execute(
-                    select(requests.c.request_key).where(requests.c.request_key.in_(chunk))
-                )
-                known.update(found.scalars())
-            at = self._now()  # once the write lock is held, so that it is not older than a reader
             rows = [{**sums[key], "first_at": at, "last_at": at} for key in sorted(known)]
             if rows:
-                connection.execute(self._upsert, rows)
+                connection.execute(_upsert(connection), rows)
             return known
 
-        return self._database.write("remember callbacks in", write)
+        return self._database.write("write callbacks to", write)
 
     def received(self, request_keys: Iterable[str]) -> dict[str, ReceivedCallback]:
-        """Those of these requests that were called about, by request key.
+        """Return the callbacks for these requests, by request key.
 
-        To be asked again and again by whoever waits for them: one that has a ``count`` that was
-        not seen before is worth asking about.
+        A waiting run polls this: a new ``count`` means that the task is worth reading.
         """
-        found: dict[str, ReceivedCallback] = {}
-        with self._database.read("read the callbacks of") as connection:
-            for chunk in chunks(sorted(set(request_keys))):
-                rows = connection.execute(_CALLS.where(callbacks.c.request_key.in_(chunk)))
-                found.update((row.request_key, ReceivedCallback(*row)) for row in rows)
-        return found
-
-    def calls_since(self, mark: datetime | None) -> CalledSince:
-        """What was called about since ``mark`` (None: ever), the last call of each.
-
-        Looks back a little beyond the mark, so that nothing is missed; what was given out before
-        may therefore come again, and is known by its ``count``.
-        """
-        query = _CALLS.order_by(callbacks.c.last_at, callbacks.c.request_key)
-        if mark is not None:
-            query = query.where(callbacks.c.last_at >= mark - OVERLAP)
-        with self._database.read("read the callbacks of") as connection:
-            calls = tuple(ReceivedCallback(*row) for row in connection.execute(query))
-        return CalledSince(calls, max((one.last_at for one in calls), default=mark))
+        keys = sorted(set(request_keys))
+        with self._database.read() as connection:
+            rows = rows_with(connection, _CALLBACKS, callbacks.c.request_key, keys)
+            return {row.request_key: ReceivedCallback(*row) for row in rows}
 
 
-_CALLS: Final[Select[Any]] = select(
-    callbacks.c.request_key,
-    callbacks.c.task_id,
-    callbacks.c.first_at,
-    callbacks.c.last_at,
-    callbacks.c["count"],
+_CALLBACKS: Final[Select[Any]] = select(
+    *(callbacks.c[one.name] for one in fields(ReceivedCallback))
 )
+
+
+def _upsert(connection: Connection) -> Any:
+    statement = insertion(connection, callbacks)
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=["request_key"],
+        set_={
+            "task_id": func.coalesce(new.task_id, callbacks.c.task_id),
+            # The clock of another receiver may be ahead.
+            "last_at": case(
+                (new.last_at > callbacks.c.last_at, new.last_at), else_=callbacks.c.last_at
+            ),
+            # Another task means another purchase of the request: this is its first callback.
+            "first_at": case(
+                (new.task_id != callbacks.c.task_id, new.first_at), else_=callbacks.c.first_at
+            ),
+            "count": callbacks.c["count"] + new["count"],
+        },
+    )

@@ -1,4 +1,4 @@
-"""What an event writes: the columns that it sets in each of the journal's tables. Pure."""
+"""The columns that each event sets in the journal's tables. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from krea_dagster.models import evolve
 class Change:
     """One event of one request, with the columns that it sets.
 
-    ``values`` may hold exactly the columns that ``_COLUMNS`` names for the event; ``data`` is
-    kept with the event as it is, for whoever asks later.
+    ``values`` may hold only the columns that ``_COLUMNS`` names for the event. ``data`` is kept
+    with the event as it is.
     """
 
     request_key: str
@@ -60,10 +60,10 @@ _COLUMNS: Final[Mapping[Event, tuple[frozenset[str], frozenset[str]]]] = {
     Event.EXPIRED: (_ERROR, frozenset()),
 }
 
-#: What an event sets to nothing or to its own time, beside the columns that it is given.
+#: The columns that an event sets to null, in addition to those that it is given.
 _CLEARS: Final[Mapping[Event, tuple[str, ...]]] = {
     Event.PLANNED: ("idempotency_key", "result_url", "completed_at", *sorted(_ERROR)),
-    # Certainly not created, and never to be asked for under that key again: the next has another.
+    # Certainly not created. The key is not used again: the next submission has another.
     Event.RELEASED: ("idempotency_key", *sorted(_ERROR)),
     Event.ACCEPTED: tuple(sorted(_ERROR)),
     Event.COMPLETED: tuple(sorted(_ERROR)),
@@ -71,14 +71,14 @@ _CLEARS: Final[Mapping[Event, tuple[str, ...]]] = {
     Event.FOUND: tuple(sorted(_ERROR)),
 }
 
-#: What an event says of the request's file in the run's storage root: whether it is there.
+#: Whether the request's file is in the run's storage root after an event, where the event tells.
 _FILES: Final[Mapping[Event, bool]] = {
     Event.STORED: True,
     Event.FOUND: True,
     Event.FILE_MISSING: False,
 }
 
-#: States that a request may be in without a purchase: not bought yet, or found in the storage root.
+#: States without a purchase: not bought yet, or found in the storage root.
 _WITHOUT_PURCHASE: Final = frozenset(
     {State.PLANNED, State.DEFERRED, State.STORED, State.COMPLETED, State.EXPIRED}
 )
@@ -86,7 +86,7 @@ _WITHOUT_PURCHASE: Final = frozenset(
 #: Events after which a request has no present submission.
 _ENDS_SUBMISSION: Final = frozenset({Event.PLANNED, Event.RELEASED})
 
-#: A record's fields of its present submission, as they are while there is none.
+#: The fields of a record's present submission while there is none.
 _NO_SUBMISSION: Final[Mapping[str, Any]] = {
     "submission": 0,
     "idempotency_key": None,
@@ -108,9 +108,9 @@ _NO_SUBMISSION: Final[Mapping[str, Any]] = {
     "bought_for_table": "",
 }
 
-#: What is not set as it is given: the scopes are written as text, and the callback URL stays as the
-#: submission was opened with it.
-_BY_THEMSELVES: Final = frozenset({"scopes", "callback_url", "table_id"})
+#: Columns that are not set as they are given: the scopes are written as text, and the others stay
+#: as the submission was opened with them.
+_NOT_AS_GIVEN: Final = frozenset({"scopes", "callback_url", "table_id"})
 
 #: Columns of ``requests`` and ``submissions`` that are not fields of a record of the same name.
 _NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key", "scopes"}
@@ -118,12 +118,12 @@ _NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partitio
 
 @dataclass(frozen=True)
 class AppliedChange:
-    """One legal change, what it leaves behind, and the columns that it sets for that.
+    """A legal change, the record that results, and the columns that it sets.
 
-    ``opens`` is the whole row of a new submission, where this is the intent of a purchase under
-    a new Idempotency-Key; else ``submission`` are the columns that the present one gets, among
-    them ``posts``, which is added to what is there. ``file`` says whether its file is in the run's
-    storage root, where the event tells.
+    ``opens`` is the row of a new submission, if this is the intent of a purchase under a new
+    Idempotency-Key. Otherwise ``submission`` are columns of the present one; its ``posts`` is added
+    to the stored number. ``file``: whether the file is in the run's storage root, where the event
+    tells.
     """
 
     change: Change
@@ -136,10 +136,10 @@ class AppliedChange:
 
 
 def check_change(change: Change, before: Record | None, owner: str) -> Record:
-    """The record that a change may be made of.
+    """Return the record, if the change may be applied to it.
 
-    Raises TakenOver where another owner holds the request, IllegalTransition where the state
-    machine does not know the change, and JournalError where the request is not known at all.
+    Raises TakenOver if another owner claims the request, IllegalTransition if the state machine
+    does not allow the event, and JournalError if the journal does not have the request.
     """
     if before is None:
         raise JournalError(f"request {change.request_key} is not in the journal")
@@ -164,43 +164,20 @@ def check_change(change: Change, before: Record | None, owner: str) -> Record:
 def apply_change(
     change: Change, before: Record, run_id: str, *, committed_units: int, expected_units: int
 ) -> AppliedChange:
-    """The step of a change that was checked, with what its submission commits from now on."""
-    state = advance(before.state, change.event)
+    """Apply a change that was checked. ``committed_units`` is what its submission now commits."""
     request = _request_values(change, before)
     opens: dict[str, Any] | None = None
     submission: dict[str, Any] = {}
     fields: dict[str, Any] = {}
     if change.event is Event.SUBMITTING and before.idempotency_key is None:
-        number = before.submissions + 1
-        key = idempotency_key(change.request_key, number)
-        request["idempotency_key"] = key
-        opens = {
-            "idempotency_key": key,
-            "request_key": change.request_key,
-            "number": number,
-            "run_id": run_id,
-            "table_id": change.values.get("table_id", ""),
-            "partition_key": change.values.get("partition_key", ""),
-            "api_key": change.values.get("api_key"),
-            "sent_at": change.at,
-            "posts": 1,
-            "expected_units": expected_units,
-            "committed_units": committed_units,
-            "scopes": _scopes_text(change),
-            "callback_url": change.values.get("callback_url"),
-            "replayed": False,
-        }
+        opens = _new_submission(change, before, run_id, committed_units, expected_units)
+        request["idempotency_key"] = opens["idempotency_key"]
         fields = {
             **_NO_SUBMISSION,
-            "submission": number,
-            "submissions": number,
-            "run_id": run_id,
-            "sent_at": change.at,
-            "expected_units": expected_units,
-            "committed_units": committed_units,
-            "callback_url": change.values.get("callback_url"),
-            "api_key": change.values.get("api_key"),
-            "bought_for_table": change.values.get("table_id", ""),
+            **{name: opens[name] for name in opens.keys() & _NO_SUBMISSION.keys()},
+            "submission": opens["number"],
+            "submissions": opens["number"],
+            "bought_for_table": opens["table_id"],
         }
     elif before.idempotency_key is not None:
         submission = _submission_values(change, before, run_id, expected_units)
@@ -213,19 +190,40 @@ def apply_change(
     if change.event is Event.SUBMITTING:
         fields["bought_for"] = change.values.get("partition_key", "")
         fields["scopes"] = tuple(change.values.get("scopes", ()))
-    request["state"] = state.value
-    request["seq"] = before.seq + 1
-    request["updated_at"] = change.at
+    state = advance(before.state, change.event)
+    request |= {"state": state.value, "seq": before.seq + 1, "updated_at": change.at}
     fields.update((k, v) for k, v in request.items() if k not in _NOT_IN_RECORD)
     fields["state"] = state
     if "image_path" in request:
-        fields["image"] = _image(request)
+        fields["image"] = stored_image(request)
     file = _FILES.get(change.event)
     return AppliedChange(change, before, evolve(before, **fields), request, submission, opens, file)
 
 
+def _new_submission(
+    change: Change, before: Record, run_id: str, committed_units: int, expected_units: int
+) -> dict[str, Any]:
+    number = before.submissions + 1
+    return {
+        "idempotency_key": idempotency_key(change.request_key, number),
+        "request_key": change.request_key,
+        "number": number,
+        "run_id": run_id,
+        "table_id": change.values.get("table_id", ""),
+        "partition_key": change.values.get("partition_key", ""),
+        "api_key": change.values.get("api_key"),
+        "sent_at": change.at,
+        "posts": 1,
+        "expected_units": expected_units,
+        "committed_units": committed_units,
+        "scopes": _scopes_text(change),
+        "callback_url": change.values.get("callback_url"),
+        "replayed": False,
+    }
+
+
 def event_row(step: AppliedChange, run_id: str) -> dict[str, Any]:
-    """The row of ``events``."""
+    """Return the row of ``events``."""
     return {
         "request_key": step.change.request_key,
         "seq": step.after.seq,
@@ -240,14 +238,14 @@ def event_row(step: AppliedChange, run_id: str) -> dict[str, Any]:
 
 
 def _kept(change: Change) -> Mapping[str, Any] | None:
-    """What is kept with an event: of a failure its code, which the request's next try clears."""
+    """Return the data kept with an event: for a failure its code, which the next try clears."""
     if change.data is None and change.event in (Event.FAILED, Event.REFUSED):
         return {"error_code": change.values.get("error_code")}
     return change.data
 
 
 def _request_values(change: Change, before: Record) -> dict[str, Any]:
-    """The columns of ``requests`` that an event sets, beside the state and its number."""
+    """Return the columns of ``requests`` that an event sets, without state and number."""
     values: dict[str, Any] = dict.fromkeys(_CLEARS.get(change.event, ()))
     allowed = _COLUMNS[change.event][0]
     for name, item in change.values.items():
@@ -263,11 +261,11 @@ def _request_values(change: Change, before: Record) -> dict[str, Any]:
 def _submission_values(
     change: Change, before: Record, run_id: str, expected_units: int
 ) -> dict[str, Any]:
-    """The columns of the present submission that an event sets."""
+    """Return the columns of the present submission that an event sets."""
     values: dict[str, Any] = {}
     match change.event:
         case Event.SUBMITTING:
-            # Taken up again after it was certainly not created: the hours start anew.
+            # Sent again after it was certainly not created: the replay window starts again.
             values = {
                 "posts": 1,
                 "sent_at": change.at,
@@ -281,39 +279,39 @@ def _submission_values(
         case Event.ACCEPTED:
             values = {"submitted_at": change.at}
         case Event.OUTCOME_UNKNOWN if before.state is State.SUBMITTED:
-            values = {"task_id": None}  # it was no task's
+            values = {"task_id": None}  # it did not belong to a task
         case Event.COMPLETED | Event.FAILED | Event.REFUSED | Event.RELEASED | Event.FOUND if (
             change.values.get("charged_units") is not None
         ):
             values = {"settled_at": change.at}
     allowed = _COLUMNS[change.event][1]
     for name, item in change.values.items():
-        if name in allowed and name not in _BY_THEMSELVES:
+        if name in allowed and name not in _NOT_AS_GIVEN:
             values[name] = _storable(item)
     return values
 
 
 def _scopes_text(change: Change) -> str | None:
-    """What a purchase counts for, as the column has it."""
     scopes = change.values.get("scopes")
     return json.dumps(list(scopes)) if scopes else None
 
 
-def _image(values: Mapping[str, Any]) -> StoredImage | None:
-    if values["image_path"] is None:
+def stored_image(columns: Mapping[str, Any]) -> StoredImage | None:
+    """Return the image that columns of ``requests`` describe, None where there is none."""
+    if columns["image_path"] is None:
         return None
     return StoredImage(
-        path=values["image_path"],
-        sha256=values["image_sha256"],
-        bytes=values["image_bytes"],
-        format=values["image_format"],
-        width=values["width"],
-        height=values["height"],
+        path=columns["image_path"],
+        sha256=columns["image_sha256"],
+        bytes=columns["image_bytes"],
+        format=columns["image_format"],
+        width=columns["width"],
+        height=columns["height"],
     )
 
 
 def _storable(value: Any) -> Any:
-    """Text as every database takes it: without lone surrogates and NUL."""
+    """Return a value that every database accepts: text without lone surrogates and NUL."""
     if isinstance(value, str) and not value.isascii():
         value = value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, str) and "\x00" in value:

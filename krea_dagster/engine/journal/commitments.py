@@ -1,4 +1,4 @@
-"""Within one transaction of the journal: what its scopes have committed, and who may buy."""
+"""What scopes such as a day have committed, and whether a purchase is admitted."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from krea_dagster.models import credits_text
 
 
 class CommitmentLedger:
-    """The sums that a batch of changes reads and moves.
+    """The sums that a batch of changes reads and updates, in one transaction.
 
-    ``run_id`` and ``launch`` name the run that writes, and the launch whose shard it is.
+    ``launch`` is the launch that the run ``run_id`` is a shard of.
     """
 
     def __init__(
@@ -59,13 +59,12 @@ class CommitmentLedger:
         self._stop_read = False
 
     def lock(self, changes: Sequence[Change], present: Mapping[str, Record]) -> None:
-        """Keep the sums that these changes read or move from being moved by others meanwhile.
+        """Lock the sums that these changes read or update.
 
-        All together and in their order, so that no two writers wait for each other, whatever
-        each of them is bounded by.
+        All at once and in order, so that two writers with different caps do not deadlock.
         """
         if not self._capped:
-            return  # then they are only moved, which is done in their order
+            return  # then they are only updated, which happens in order
         scopes: set[str] = set()
         for change in changes:
             before = present.get(change.request_key)
@@ -73,7 +72,7 @@ class CommitmentLedger:
                 scopes.update(self._scopes_of_intent(change))
             elif before is not None:
                 scopes.update(_scopes_of(before))
-        # Written before they are read, so that writers of one scope follow one another.
+        # Written before they are read, so that writers of one scope wait for each other.
         nothing = [
             {"scope": scope, "committed_units": 0, "spent_units": 0} for scope in sorted(scopes)
         ]
@@ -81,7 +80,7 @@ class CommitmentLedger:
             add_to_commitments(self._connection, nothing)
 
     def admit(self, change: Change, before: Record) -> int:
-        """What a purchase may cost and commits, in units. Raises BuyingClosed where it may not."""
+        """Return the units that a purchase commits. Raises BuyingClosed if it is not admitted."""
         at = change.at
         if (stop := self._stopped(at)) is not None:
             raise stop
@@ -95,19 +94,19 @@ class CommitmentLedger:
         return units
 
     def settle(self, change: Change, before: Record) -> int:
-        """What the request's submission commits, in units, after an event made it certain."""
+        """Return the units that the request's submission commits after an event."""
         if change.values.get("replayed"):
             return 0  # another journal has bought it, and counts it
         units = change.values.get("reserved_units")
         told = units if change.event is Event.ACCEPTED and isinstance(units, int) else 0
-        if told > 0 and not self._believe(told, before.request.quality, change.at):
+        if told > 0 and not self._is_plausible(told, before.request.quality, change.at):
             return before.committed_units
         return committed_after(change.event, before.state, before.committed_units, change.values)
 
     def move(self, step: AppliedChange) -> None:
-        """Move the sums by what a step commits and spends."""
+        """Add what a step commits and spends to the sums."""
         after = step.after
-        # By the submission's own row: one that ended without a known charge stays committed.
+        # From the submission's row: one that ended without a known charge stays committed.
         columns = step.opens or step.submission
         earlier = 0 if step.opens else step.before.committed_units
         committed = columns.get("committed_units", earlier) - earlier
@@ -115,13 +114,13 @@ class CommitmentLedger:
         if step.change.event in (Event.COMPLETED, Event.FOUND):
             spent = step.change.values.get("charged_units") or 0
         if committed or spent:
-            # What ends a submission leaves the request without one: then it is the one before.
+            # An event that ends the submission leaves the request without one: use the one before.
             for scope in _scopes_of(after) or _scopes_of(step.before):
                 delta = self._deltas.get(scope, Commitment())
                 self._deltas[scope] = delta.plus(committed, spent)
 
     def write(self) -> None:
-        """Write the sums and the prices that have moved."""
+        """Write the sums and the prices that have changed."""
         moved = [
             {
                 "scope": scope,
@@ -173,8 +172,8 @@ class CommitmentLedger:
                     self._doubts[quality] = price_doubted(quality, doubted, in_row)
         return self._prices
 
-    def _believe(self, units: int, quality: str, at: datetime) -> bool:
-        """Take note of a price, and tell whether it is believed (``budget.is_doubtful``)."""
+    def _is_plausible(self, units: int, quality: str, at: datetime) -> bool:
+        """Note a price, and return whether it is plausible (``budget.is_doubtful``)."""
         highest = self._highest()
         latest, doubted, in_row, _ = self._new_prices.get(
             quality, (highest.get(quality, 0), None, 0, at)
@@ -195,7 +194,7 @@ class CommitmentLedger:
 
 
 def _scopes_of(record: Record) -> tuple[str, ...]:
-    """What a request's present submission counts for; nothing where it has none."""
+    """Return the scopes of a request's present submission, if it has one."""
     if record.sent_at is None:
         return ()
     return scopes_of(
@@ -207,16 +206,15 @@ def _scopes_of(record: Record) -> tuple[str, ...]:
     )
 
 
-#: Prices in a row that cannot be believed, after which nothing more is bought at any.
+#: Implausible prices in a row after which buying stops.
 DOUBTED_IN_ROW: Final = 3
 
 
 def price_doubted(quality: str, units: int, in_row: int) -> RunStopped:
-    """Return why nothing more of a quality is bought until a person has looked at its price."""
+    """Return the error that stops buying a quality until a person has checked its price."""
     return RunStopped(
         "price_doubted",
-        f"EvoLink has said {in_row} times in a row that a {quality} image costs a price that is "
-        f"far from the expected one, the last time {credits_text(units)} credits. If that is "
-        f"right, run `krea-dagster accept price {quality}`; if it was a mistake, the same with "
-        "--dismiss",
+        f"EvoLink has reported a price far from the expected one for a {quality} image {in_row} "
+        f"times in a row, most recently {credits_text(units)} credits. If the price is right, run "
+        f"`krea-dagster accept price {quality}`; otherwise run the same command with --dismiss",
     )

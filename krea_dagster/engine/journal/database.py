@@ -1,14 +1,14 @@
-"""Connections to the journal's database: opened, upgraded, guarded, and explained when they fail.
+"""Connections to the journal's database: opening, upgrades, guards, and readable errors.
 
-A journal that is lost or exchanged while a run works must not look like one that is empty: the
-run would buy everything again. So a SQLite file is created whole and in one place only, every
-connection after that needs it to exist, every transaction asks which journal it is in, and one
-that has written looks whether the file is still the one under the journal's name.
+A journal that is lost or replaced during a run must not look like an empty one: the run would buy
+everything again. So a SQLite file is created complete and in one place only, every later connection
+requires that it exists, every transaction checks the identity of the journal, and a transaction
+that has written checks that the journal's name still refers to the same file.
 
-Connections are kept between uses, because the last one that closes takes SQLite's log into the
-file, at ten times the cost of a commit. A kept one would not notice what happens to its file. So
-before each use the file is looked at: where it is another one, or was written to by anybody else,
-the connection is closed and a new one must find the journal as it should be.
+Connections are pooled, because closing the last one merges SQLite's write-ahead log into the file,
+which costs ten times as much as a commit. A pooled connection would not notice that its file was
+replaced. So the file is checked before each use: if it is another file, or if another process has
+written to it, the connection is closed, and a new one checks the journal again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sqlalchemy import (
     URL,
     Connection,
     Engine,
-    Table,
+    Select,
     create_engine,
     event,
     make_url,
@@ -43,29 +43,28 @@ from sqlalchemy.pool import QueuePool
 from krea_dagster import redact
 from krea_dagster.engine.journal import migrations, schema
 from krea_dagster.engine.journal.migrations import REVISIONS, Revisions
-from krea_dagster.engine.journal.owners import FileLocks, Locks, SessionLocks
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.owners import AdvisoryLocks, FileLocks, Locks
 from krea_dagster.engine.storage.storage import Storage, sync_folder
 from krea_dagster.errors import ConfigError, JournalError, JournalUnavailable
 
-#: What may be done, by words of SQLite's message.
+#: Advice by words in SQLite's error message.
 _ADVICE: Final = (
     ("disk is full", "Free space on its disk."),
     ("readonly", "Make the file and its folder writable for this user."),
-    ("locked", "Another process is writing to it for too long: let it end, or end it."),
+    ("locked", "Another process has been writing to it for too long: wait for it, or end it."),
     (
         "unable to open",
-        "Look whether the path is right, and whether its folder can be read and written.",
+        "Check the path, and that its folder can be read and written.",
     ),
-    ("disk I/O error", "Look at its disk: space, quota, health."),
+    ("disk I/O error", "Check the disk: space, quota, health."),
     ("not a database", "{damaged}"),
     ("malformed", "{damaged}"),
     ("no such table", "{damaged}"),
     ("no such column", "{damaged}"),
 )
 _DAMAGED: Final = (
-    "Do not remove it, for it may be the only record of what was paid for: restore a backup, or "
-    "recover it with the command .recover of sqlite3."
+    "Do not remove it: it may be the only record of what was paid for. Restore a backup, or "
+    "recover it with the .recover command of sqlite3."
 )
 _GONE: Final = (
     "Put it back before anything else runs: a new journal would know nothing of what was paid for."
@@ -75,16 +74,16 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
-#: SQLSTATEs of a transaction that PostgreSQL broke off for the sake of another (a deadlock, a
-#: serialization failure), and the pauses before it is repeated, in seconds.
+#: SQLSTATEs of a transaction that PostgreSQL rolled back because of another one (a deadlock, a
+#: serialization failure), and the pauses before retries, in seconds.
 _CONCURRENT: Final = frozenset({"40001", "40P01"})
 _PAUSES_S: Final = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
 
-#: The beginnings of SQLSTATEs by which PostgreSQL says that it cannot be talked to now: connection
-#: exceptions, shutting down, starting up, too many connections.
-_AWAY_STATES: Final = ("08", "57P", "53300")
+#: Prefixes of SQLSTATEs that mean that PostgreSQL is unavailable: connection exceptions, shutting
+#: down, starting up, too many connections.
+_UNAVAILABLE_STATES: Final = ("08", "57P", "53300")
 
-#: How long connections to a server may be silent before they count as broken, for libpq's drivers.
+#: Time-outs after which libpq drivers treat a silent connection as broken.
 _LIBPQ: Final = {
     "connect_timeout": 10,
     "keepalives_idle": 20,
@@ -97,17 +96,16 @@ _LIBPQ: Final = {
 class Database:
     """The database behind a SQLAlchemy URL, at the schema of this version of the package.
 
-    A new database is made, an older one upgraded, a newer one refused. Raises ConfigError where
-    the URL cannot be used, and JournalError wherever the database fails. ``lock_timeout_s`` is
-    how long SQLite waits for another process that writes. ``revisions`` is another than the
-    package's own only in tests.
+    A missing database is created, an older one upgraded, a newer one refused. Raises ConfigError if
+    the URL cannot be used, and JournalError if the database fails. ``lock_timeout_s`` is how long
+    SQLite waits for another process that writes. Only tests pass other ``revisions``.
     """
 
     def __init__(
         self, url: str, *, lock_timeout_s: float = 60.0, revisions: Revisions = REVISIONS
     ) -> None:
         parsed = _parsed(url)
-        self._given = url  # what is to be seen of it nowhere
+        self._url_with_secrets = url  # must not appear in any message
         self.where = redact.location(url)
         self.sqlite = parsed.get_backend_name() == "sqlite"
         self._file = _file_of(parsed) if self.sqlite else None
@@ -115,18 +113,17 @@ class Database:
         if self._file is not None:
             self._url = _file_url(parsed, self._file, str(parsed.query.get("mode", "rw")))
         self._lock_timeout_s = lock_timeout_s
-        self._history = revisions
+        self._revisions = revisions
         self._identity: tuple[str, str] | None = None
-        self.begun = False
         try:
             self._reading = self._engine(begin="BEGIN")
             self._writing = self._engine(begin="BEGIN IMMEDIATE")
         except (ImportError, ValueError, TypeError, SQLAlchemyError) as error:
             said = redact.text(str(error), url)
             raise ConfigError(f"the journal {self.where} cannot be used: {said}") from None
-        #: Which runs hold claims, and which of them are at work.
+        #: The locks of the runs that are at work.
         self.locks: Locks = (
-            SessionLocks(self._writing)
+            AdvisoryLocks(self._writing)
             if self._file is None
             else FileLocks(self._file.with_name(f"{self._file.name}-runs"))
         )
@@ -134,19 +131,15 @@ class Database:
             self, _dispose, os.getpid(), self.locks, self._reading, self._writing
         )
         try:
-            with self.explained("open"):
+            with self.translated_errors("open"):
                 self._open()
         except BaseException:
             self.close()
             raise
 
-    def insertion(self, table: Table) -> Any:
-        """Return an INSERT that may say what is done about a conflict."""
-        return insertion(self._writing, table)
-
     @property
     def journal_id(self) -> str:
-        """The random name that tells this journal from every other."""
+        """The random name that identifies this journal."""
         return "" if self._identity is None else self._identity[0]
 
     def close(self) -> None:
@@ -154,75 +147,77 @@ class Database:
         self._finalizer()
 
     @contextmanager
-    def read(self, doing: str) -> Iterator[Connection]:
-        """Yield a connection for one reading transaction. ``doing`` is a verb for its errors."""
-        with self.explained(doing), self._reading.begin() as connection:
+    def read(self) -> Iterator[Connection]:
+        """Yield a connection for one reading transaction."""
+        with self.translated_errors("read"), self._reading.begin() as connection:
             self._check_identity(connection)
             yield connection
 
+    def fetch(self, query: Select[Any]) -> Sequence[Any]:
+        """Return the rows of a query."""
+        with self.read() as connection:
+            return connection.execute(query).all()
+
     def write(self, doing: str, work: Callable[[Connection], _T]) -> _T:
-        """Do ``work`` in one transaction that is durable once this has returned.
+        """Do ``work`` in one transaction, which is durable when this returns.
 
-        One that the database broke off for the sake of another, as PostgreSQL does, is repeated.
+        A transaction that PostgreSQL rolled back because of another one is repeated. ``doing`` is a
+        verb for error messages.
         """
+        with self.translated_errors(doing):
+            for pause_s in _PAUSES_S:
+                try:
+                    return self._write_once(work)
+                except DBAPIError as error:
+                    if getattr(error.orig, "sqlstate", None) not in _CONCURRENT:
+                        raise
+                    time.sleep(pause_s)
+            return self._write_once(work)
 
-        def once() -> _T:
-            with self._writing.connect() as connection:
-                with connection.begin():
-                    self._check_identity(connection)
-                    done = work(connection)
-                if self._file is not None:
-                    self._look_at_file(self._file, connection.info)
-                return done
+    def _write_once(self, work: Callable[[Connection], _T]) -> _T:
+        with self._writing.connect() as connection:
+            with connection.begin():
+                self._check_identity(connection)
+                done = work(connection)
+            if self._file is not None:
+                self._check_file(self._file, connection.info)
+            return done
 
-        with self.explained(doing):
-            return self._repeated(once)
-
-    def _repeated(self, once: Callable[[], _T]) -> _T:
-        for pause_s in _PAUSES_S:
-            try:
-                return once()
-            except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) not in _CONCURRENT:
-                    raise
-                time.sleep(pause_s)
-        return once()
-
-    def _look_at_file(self, file: Path, info: dict[Any, Any]) -> None:
-        """See that what was written is in the file that has the journal's name."""
-        found, opened = _Stamp.of(file), info.get("stamp")
+    def _check_file(self, file: Path, info: dict[Any, Any]) -> None:
+        """Check that the journal's name still refers to the file that was written to."""
+        found, opened = _FileStamp.of(file), info.get("stamp")
         if found is None or opened is None or not found.is_same_file(opened):
             raise JournalError(
-                f"the journal {self.where} was removed or replaced while it was written to. "
+                f"the journal {self.where} was removed or replaced during a write. "
                 f"Nothing more is bought. {_GONE}"
             )
-        info["stamp"] = found  # a commit may have taken the log into the file
+        info["stamp"] = found  # a commit may have merged the log into the file
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
-        """Yield a connection whose reads all see one moment. No error of the caller is changed."""
-        with self.explained("open"):
+        """Yield a connection whose reads see one moment. Errors of the caller are not changed."""
+        with self.translated_errors("open"):
             connection = self._reading.connect()
         with connection:
             if not self.sqlite:
-                # There each statement would see a moment of its own.
+                # By default, each statement there sees a later moment.
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
-            with self.explained("read"):
+            with self.translated_errors("read"):
                 self._check_identity(connection)
             yield connection
 
     def ping(self) -> None:
         """Check that the database answers. Raises JournalUnavailable, or another JournalError."""
-        with self.read("read"):
+        with self.read():
             pass
 
     def check_integrity(self) -> None:
-        """Read a SQLite file from end to end. Raises JournalError where it is damaged.
+        """Check a SQLite file completely. Raises JournalError if it is damaged.
 
-        SQLite by itself notices damage only where it reads. About 6 microseconds an image.
+        SQLite notices damage only in pages that it reads. Takes about 6 microseconds an image.
         """
         if self.sqlite:
-            with self.read("read") as connection:
+            with self.read() as connection:
                 found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
             if found != "ok":
                 raise JournalError(
@@ -237,43 +232,42 @@ class Database:
             self._make_file(self._file)
         elif self._file is not None and self._file.is_file() and self._file.stat().st_size == 0:
             raise JournalError(
-                f"the journal {self.where} is empty, which a journal never is. Restore a backup; "
-                "only if nothing was ever bought with it, remove the file."
+                f"the journal {self.where} is an empty file, so its content was lost. Restore a "
+                "backup; remove the file only if nothing was ever bought with it."
             )
         with self._reading.begin() as connection:
             found = migrations.revision(connection)
-        if found != self._history.head:
-            self._bring_to_head(self._url)
+        if found != self._revisions.head:
+            self._upgrade(self._url)
         with self._reading.begin() as connection:
             self._identity = _as_identity(connection.execute(_IDENTITY).first())
 
     def _make_file(self, file: Path) -> None:
-        """Make a new file, whole before it has its name: an empty one is never a new journal."""
+        """Create the file under another name and rename it, so that it is never empty."""
         file.parent.mkdir(parents=True, exist_ok=True)
         log = file.with_name(f"{file.name}-wal")
         if log.exists() and log.stat().st_size:
             raise JournalError(
-                f"the journal {self.where} is not there any more, but its write-ahead log "
-                f"{log.name} is. {_GONE}"
+                f"the journal {self.where} is missing, but its write-ahead log {log.name} is "
+                f"there. {_GONE}"
             )
         new = file.with_name(f"{file.name}.{uuid4().hex}.new")
         try:
-            self._bring_to_head(_file_url(self._url, new, "rwc"))
+            self._upgrade(_file_url(self._url, new, "rwc"))
             with suppress(FileExistsError):  # another process was first
                 _give_name(new, file)
-                self.begun = True
-                # Loudly, because it knows of no purchase: a wrong path begins one, too.
-                _log.warning("A new journal is begun: %s. It knows of no earlier purchase.", file)
+                # A warning, because a wrong path creates one, too.
+                _log.warning("Created a new journal: %s. It has no earlier purchases.", file)
             sync_folder(file.parent)
         finally:
             for ending in ("", "-wal", "-shm"):
                 new.with_name(new.name + ending).unlink(missing_ok=True)
 
-    def _bring_to_head(self, url: URL) -> None:
+    def _upgrade(self, url: URL) -> None:
         engine = self._engine(url, begin="BEGIN IMMEDIATE", foreign_keys=False)
         try:
             with engine.begin() as connection:
-                migrations.bring_to_head(connection, self._history, self.where)
+                migrations.upgrade(connection, self._revisions, self.where)
         finally:
             engine.dispose()
 
@@ -288,18 +282,18 @@ class Database:
             return
         if found[0] == self._identity[0]:
             raise JournalError(
-                f"the journal {self.where} was brought to schema revision {found[1]} by another "
-                "version of krea-dagster while this run worked. Nothing more is bought. Run again "
-                "with that version."
+                f"the journal {self.where} was upgraded to schema revision {found[1]} by another "
+                "version of krea-dagster during this run. Nothing more is bought. Run again with "
+                "that version."
             )
         raise JournalError(
-            f"the journal {self.where} was replaced by another one while this run worked. "
-            f"Nothing more is bought. {_GONE}"
+            f"the journal {self.where} was replaced by another one during this run. Nothing more "
+            f"is bought. {_GONE}"
         )
 
     @contextmanager
-    def explained(self, doing: str) -> Iterator[None]:
-        """Raise the database's errors as JournalErrors that say what may be done."""
+    def translated_errors(self, doing: str) -> Iterator[None]:
+        """Raise the database's errors as JournalErrors with advice."""
         try:
             yield
         except OSError as error:
@@ -308,11 +302,11 @@ class Database:
             ) from error
         except SQLAlchemyError as error:
             cause = (error.orig or error) if isinstance(error, DBAPIError) else error
-            said = self._explanation(doing, cause, is_away=self._is_away(error))
-            raise said from redact.safe_cause(cause, self._given)
+            said = self._translated(doing, cause, is_unavailable=self._is_unavailable(error))
+            raise said from redact.safe_cause(cause, self._url_with_secrets)
 
-    def _is_away(self, error: SQLAlchemyError) -> bool:
-        """Whether it is the database that cannot be reached now, and not what was asked of it."""
+    def _is_unavailable(self, error: SQLAlchemyError) -> bool:
+        """Return whether the database cannot be reached now, and the statement is not to blame."""
         if isinstance(error, PoolTimeout):
             return True
         if not isinstance(error, DBAPIError):
@@ -320,32 +314,34 @@ class Database:
         if self.sqlite:
             return "locked" in str(error.orig)
         state = getattr(error.orig, "sqlstate", None)
-        if state is None:  # the driver itself says it: there was no connection, or it broke
+        if state is None:  # an error of the driver: there was no connection, or it broke
             return error.connection_invalidated or isinstance(error, OperationalError)
-        return str(state).startswith(_AWAY_STATES)
+        return str(state).startswith(_UNAVAILABLE_STATES)
 
-    def _explanation(self, doing: str, error: BaseException, *, is_away: bool) -> JournalError:
-        # The statement, its parameters and the further lines of some drivers hold prompts.
+    def _translated(
+        self, doing: str, error: BaseException, *, is_unavailable: bool
+    ) -> JournalError:
+        # The statement, its parameters and the further lines of some drivers contain prompts.
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        said = redact.text(said, self._given)
-        if is_away:
+        said = redact.text(said, self._url_with_secrets)
+        if is_unavailable:
             return JournalUnavailable(
                 f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
                 f"until it answers. {self._advice(said)}"
             )
         return JournalError(
             f"could not {doing} the journal {self.where}: {said}. Nothing more is bought "
-            f"until this is mended. {self._advice(said)}"
+            f"until this is fixed. {self._advice(said)}"
         )
 
     def _advice(self, said: str) -> str:
         if self._file is not None and not self._file.exists():
-            return f"The file is not there any more. {_GONE}"
+            return f"The file is missing. {_GONE}"
         if self.sqlite:
             for words, advice in _ADVICE:
                 if words in said:
                     return advice.format(damaged=_DAMAGED)
-        return "What was paid for is written in it, and the next run takes it up."
+        return "What was paid for is recorded in it, and the next run continues it."
 
     # -- connections --------------------------------------------------------------------------
 
@@ -355,7 +351,7 @@ class Database:
             given = set(self._url.query)
             settings = {k: v for k, v in _LIBPQ.items() if libpq and k not in given}
             return create_engine(self._url, pool_size=2, pool_pre_ping=True, connect_args=settings)
-        # The engine must not hold this object, or neither would ever end.
+        # The engine must not reference this object, or neither would be collected.
         file, lock_timeout_s = self._file, self._lock_timeout_s
         engine = create_engine(
             url or self._url,
@@ -366,23 +362,23 @@ class Database:
         )
 
         @event.listens_for(engine, "checkout")
-        def _look(connection: Any, record: Any, proxy: Any) -> None:
+        def _check(connection: Any, record: Any, proxy: Any) -> None:
             if record.info.pop("new", False):
-                # Made just now, of the file as it is. That it has been written to since says
-                # nothing, and after two refusals the pool would give up.
+                # Just opened. A write since then is no problem, and after two refusals the pool
+                # would give up.
                 return
             if record.info["pid"] != os.getpid():
-                # It is the parent's, whose locks go with it if it is closed here.
+                # It belongs to the parent process. Closing it here would drop the parent's locks.
                 _of_the_parent.append(connection)
                 record.dbapi_connection = proxy.dbapi_connection = None
                 raise DisconnectionError
-            if _Stamp.of(file) != record.info["stamp"]:
+            if _FileStamp.of(file) != record.info["stamp"]:
                 raise DisconnectionError
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, record: Any) -> None:
-            record.info.update(pid=os.getpid(), stamp=_Stamp.of(file), new=True)
-            # Transactions are begun by hand, because the driver would begin them too late to
+            record.info.update(pid=os.getpid(), stamp=_FileStamp.of(file), new=True)
+            # Transactions are begun explicitly, because the driver would begin them too late to
             # read and write under one lock.
             connection.isolation_level = None
             cursor = connection.cursor()
@@ -399,7 +395,7 @@ class Database:
 
 
 def _turn_log_on(cursor: Any, lock_timeout_s: float) -> None:
-    """Switch to the write-ahead log. SQLite itself does not wait for the lock it needs once."""
+    """Switch to the write-ahead log. SQLite does not wait for the lock that this needs once."""
     deadline_s = time.monotonic() + lock_timeout_s
     while True:
         try:
@@ -413,22 +409,22 @@ def _turn_log_on(cursor: Any, lock_timeout_s: float) -> None:
 
 
 def database_in(storage: Storage) -> str:
-    """Return the URL of the journal in a storage root, where nobody named another.
+    """Return the URL of the default journal, in a storage root.
 
-    Raises ConfigError for a root that is no folder: SQLite needs a file.
+    Raises ConfigError for a root that is not a folder: SQLite needs a file.
     """
     if storage.folder is None:
         raise ConfigError(
-            f"the storage root {storage.locate('')} is not a folder, so the journal needs a place "
-            "of its own: set journal_url (KREA_JOURNAL_URL), for example to PostgreSQL"
+            f"the storage root {storage.locate('')} is not a folder, so the journal needs another "
+            "place: set journal_url (KREA_JOURNAL_URL), for example to PostgreSQL"
         )
     return f"sqlite:///{storage.folder / 'journal.db'}"
 
 
 def has_database(url: str) -> bool:
-    """Whether a journal's database is there, or what is left of it; makes nothing.
+    """Return whether a journal's database, or a rest of it, exists. Creates nothing.
 
-    Of a server's database it is taken for granted. Raises ConfigError for an unusable URL.
+    A server's database is assumed to exist. Raises ConfigError for an unusable URL.
     """
     parsed = _parsed(url)
     if parsed.get_backend_name() != "sqlite":
@@ -445,7 +441,7 @@ def _parsed(url: str) -> URL:
         usable = False
     if not usable:
         shown = f": {redact.location(url)}" if "://" in url else ""
-        # Not what SQLAlchemy said: a password that is not encoded is taken for the port, and named.
+        # Without SQLAlchemy's text: it takes an unencoded password for the port, and shows it.
         raise ConfigError(
             f"the journal's URL cannot be read{shown} (KREA_JOURNAL_URL); "
             "expected something like sqlite:////data/journal.db or "
@@ -456,14 +452,14 @@ def _parsed(url: str) -> URL:
         name = parsed.database or ""
         if name in ("", ":memory:") or "memory" in parsed.query.get("mode", ""):
             raise ConfigError(
-                "the journal's URL names no file; expected something like "
+                "the journal's URL does not name a file; expected something like "
                 "sqlite:////data/journal.db: a journal must outlive its process"
             )
     return parsed
 
 
 def _file_of(url: URL) -> Path:
-    """The file of a SQLite URL, which may also be written as file:PATH with uri=true."""
+    """Return the file of a SQLite URL, which may also be file:PATH with uri=true."""
     name = str(url.database)
     if name.startswith("file:"):
         name = unquote(urlsplit(name).path)
@@ -471,11 +467,11 @@ def _file_of(url: URL) -> Path:
 
 
 def _file_url(url: URL, file: Path, mode: str) -> URL:
-    """The URL that opens a file in a mode: rw needs the file to be there."""
+    """Return the URL that opens a file in a mode: rw requires that the file exists."""
     return url.set(database=file.as_uri()).update_query_dict({"mode": mode, "uri": "true"})
 
 
-#: Which journal this is, and at which revision of its tables.
+#: The journal's id, and the revision of its tables.
 _IDENTITY: Final = select(
     schema.about.c.journal_id,
     select(migrations.version_table.c.version_num).scalar_subquery().label("version"),
@@ -487,8 +483,8 @@ def _as_identity(row: Sequence[Any] | None) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class _Stamp:
-    """What tells a file from another of its name, and from itself before it was written to."""
+class _FileStamp:
+    """What shows that a file was replaced or written to."""
 
     device: int
     number: int
@@ -496,20 +492,20 @@ class _Stamp:
     written_ns: int
 
     @classmethod
-    def of(cls, file: Path) -> _Stamp | None:
-        """The stamp of a file as it is now, or None where there is none."""
+    def of(cls, file: Path) -> _FileStamp | None:
+        """Return the present stamp of a file, None where there is none."""
         try:
             found = file.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def is_same_file(self, other: _Stamp) -> bool:
-        """Whether both are of one file."""
+    def is_same_file(self, other: _FileStamp) -> bool:
+        """Return whether both are of the same file."""
         return (self.device, self.number) == (other.device, other.number)
 
 
-#: SQLite's connections of the process that this one was forked from: never used, never closed.
+#: SQLite connections of the parent process after a fork: never used, never closed.
 _of_the_parent: Final[list[Any]] = []
 
 
@@ -517,17 +513,17 @@ def _dispose(pid: int, locks: Locks, *engines: Engine) -> None:
     if os.getpid() == pid:
         locks.close()
     for engine in engines:
-        # What a process has inherited is not its own to close.
+        # A process must not close connections that it inherited.
         engine.dispose(close=os.getpid() == pid)
 
 
 def _give_name(new: Path, file: Path) -> None:
-    """Name a file, if the name is free. Raises FileExistsError."""
+    """Rename a file, if the name is free. Raises FileExistsError."""
     try:
         os.link(new, file)
     except FileExistsError:
         raise
-    except OSError:  # a file system without a second name for a file
+    except OSError:  # a file system without hard links
         if file.exists():
             raise FileExistsError(str(file)) from None
         new.rename(file)

@@ -1,7 +1,7 @@
-"""Group commit: all changes that have gathered are written in one transaction.
+"""Group commit: changes of many requests are written in one transaction.
 
-A durable commit costs an fsync. Paid once per change it bounds a run to some hundred changes
-a second; paid once for all that gathered while the last one was under way, it vanishes.
+A durable commit costs an fsync. One per change limits a run to a few hundred changes a second; one
+for all changes that arrived during the last commit is negligible.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from krea_dagster.engine.states import AT_STAKE
 from krea_dagster.engine.threads import InThread, in_thread
 from krea_dagster.errors import BuyingClosed, JournalError
 
-#: Changes per commit: enough that the fsync vanishes, few enough that nobody waits long.
+#: Most changes per commit: enough to make the fsync negligible, few enough to answer quickly.
 _MOST: Final = 256
-#: While changes come by so many at a time, the first one waits so long for others: a commit costs
-#: as much as ten more changes in it, and beside an image's seconds the wait is nothing.
+#: If the last commit had at least ``_MANY`` changes, the next one waits ``_GATHER_S`` for more: a
+#: commit costs as much as ten more changes, and an image takes seconds anyway.
 _MANY: Final = 4
 _GATHER_S: Final = 0.008
 
-_Answer = Record | JournalError | BuyingClosed | BaseException
+_Result = Record | JournalError | BuyingClosed | BaseException
 _Job = tuple[Change, Record | None, "asyncio.Future[Record]"]
 
 
 class GroupCommit:
     """Writes changes durably, many at a time. Use as an async context manager.
 
-    Leaving it writes all that was given before, also where the caller is cancelled.
+    Leaving it writes all pending changes, even if the caller is cancelled.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GroupCommit:
         self._arrived = asyncio.Event()
         self._closing = False
         self._working: asyncio.Task[None] | None = None
-        # The requests under way as the last change left them.
+        # The unfinished requests after their last change.
         self._known: dict[str, Record] = {}
 
     async def __aenter__(self) -> GroupCommit:
@@ -88,12 +88,11 @@ class GroupCommit:
             raise stopped
 
     async def append(self, change: Change, known: Record | None = None) -> Record:
-        """Write one change; returns the record as it stands once it is durable.
+        """Write one change durably, and return the new record.
 
-        ``known`` is the record that the change is made of, where the caller has it: then it is
-        not read again. A caller that is cancelled leaves, and the change is written all the
-        same. Raises IllegalTransition, BuyingClosed or JournalError, with nothing changed for
-        this request.
+        ``known`` is the present record, if the caller has it, so that it is not read again. The
+        change is also written if the caller is cancelled. Raises IllegalTransition, BuyingClosed or
+        another JournalError, with the request unchanged.
         """
         if self._broken is not None:
             raise self._broken
@@ -133,9 +132,9 @@ class GroupCommit:
             for _, _, answer in batch:
                 answer.cancel()
             raise
-        except Exception as error:  # noqa: BLE001 - the caller gets it, of any kind
+        except Exception as error:  # noqa: BLE001 - passed on to the callers
             if len(batch) > 1 and not _of_the_database(error):
-                # One change that the database refuses must not take the others' ids with it.
+                # One change that the database refuses must not lose the task ids of the others.
                 for job in batch:
                     await self._write([job])
                 return
@@ -147,23 +146,23 @@ class GroupCommit:
                 self._known.pop(change.request_key, None)
             _give(answer, said)
 
-    async def _answers(self, changes: Sequence[Change]) -> Sequence[_Answer]:
+    async def _answers(self, changes: Sequence[Change]) -> Sequence[_Result]:
         keys = {change.request_key for change in changes}
         known = {key: self._known[key] for key in keys if key in self._known}
         tried = False
 
-        def write() -> Sequence[_Answer]:
+        def write() -> Sequence[_Result]:
             nonlocal tried
             repeated, tried = tried, True
             return self._append(changes, known=known, repeated=repeated)
 
-        # Repeated where the database was away: nobody knows then whether it was written.
+        # A repetition after an outage: the first try may have been written.
         return await self._in_thread(write)
 
 
-def _give(answer: asyncio.Future[Record], said: _Answer) -> None:
+def _give(answer: asyncio.Future[Record], said: _Result) -> None:
     if answer.done():
-        return  # its caller was cancelled
+        return  # the caller was cancelled
     if isinstance(said, Record):
         answer.set_result(said)
     else:
@@ -171,10 +170,10 @@ def _give(answer: asyncio.Future[Record], said: _Answer) -> None:
 
 
 def _of_the_database(error: BaseException) -> bool:
-    """Whether the database as a whole fails (locked, full, gone), and not one change.
+    """Return whether the whole database fails (locked, full, gone), and not one change.
 
-    Each try may wait a minute for a lock, so the rest of a batch is not tried one by one then.
-    By the names that PEP 249 gives, because the journal hides the rest.
+    Each try may wait a minute for a lock, so the changes are not tried one by one then. Errors are
+    recognised by their names in PEP 249, because the journal hides the driver.
     """
     kinds = {kind.__name__ for kind in type(error.__cause__).__mro__}
     return isinstance(error, JournalError) and not kinds & {"IntegrityError", "DataError"}

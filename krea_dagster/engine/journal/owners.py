@@ -1,11 +1,13 @@
-"""Who holds a claim on requests, and whether that run is still at work.
+"""The owners of claims, and whether they are alive.
 
-No clock of a host and no process table is asked: clocks are set, and process ids repeat. On SQLite
-a run locks a file beside the journal. The kernel drops the lock with the process, and a run that
-ends in a living process gives it back. On PostgreSQL a run holds an advisory lock of a session of
-its own and writes a heartbeat by the database's clock; it is dead once it has lost the lock and has
-been silent for ``SILENCE_S``: a connection that breaks for seconds loses the lock alone, a process
-that is suspended the heartbeat alone.
+This does not rely on clocks of hosts or process tables: clocks are set, and process ids repeat.
+
+On SQLite a run locks a file next to the journal. The kernel releases the lock with the process, and
+a run that ends in a living process releases it.
+
+On PostgreSQL a run holds an advisory lock in a separate session and writes a heartbeat by the
+database's clock. It is dead when it has lost the lock and has been silent for ``SILENCE_S``: a
+connection that breaks for seconds loses only the lock, a suspended process only the heartbeat.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, UtcTime, owners
 
-#: Seconds without a heartbeat after which an owner without a lock is dead.
+#: Seconds without a heartbeat after which an owner without a lock counts as dead.
 SILENCE_S: Final = 90.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """One run of one process. ``host`` and ``pid`` are for people."""
+    """A run of a process. ``host`` and ``pid`` are for people."""
 
     owner: str
     run_id: str
@@ -43,7 +45,7 @@ class Owner:
 
 
 def new_owner(run_id: str) -> Owner:
-    """Return an owner for a run in this process; each call returns another one."""
+    """Return a new owner for a run in this process."""
     return Owner(uuid.uuid4().hex, run_id, socket.gethostname(), os.getpid())
 
 
@@ -54,26 +56,26 @@ class Locks(Protocol):
         """Take an owner's lock, or take it again where it was lost."""
 
     def give_back(self, owner: str) -> None:
-        """Give an owner's lock back; nothing where it has none."""
+        """Release an owner's lock, if it has one."""
 
     def dead(self, connection: Connection) -> set[str]:
-        """Return the owners in the journal that are not at work any more."""
+        """Return the registered owners that are dead."""
 
     def forget(self, owner: str) -> None:
-        """Remove the file of an owner that is not in the journal any more."""
+        """Remove the file of an owner that is no longer registered."""
 
     def now(self) -> Any:
-        """Return what a heartbeat is written with."""
+        """Return the time of a heartbeat, as a value or an expression."""
 
     def close(self) -> None:
-        """Give every lock back that was taken by this object."""
+        """Release every lock that this object has taken."""
 
 
 class FileLocks:
-    """Locks on files in a folder beside a SQLite journal, one file for each owner.
+    """Locks on files in a folder next to a SQLite journal, one file for each owner.
 
-    Where the file system has no locks, or the file of an owner was removed, its heartbeat tells: it
-    is dead once this process has seen no new one for ``SILENCE_S`` by its own monotonic clock.
+    If the file system has no locks, or an owner's file was removed, the heartbeat decides: the
+    owner is dead when this process has seen no new one for ``SILENCE_S`` by its monotonic clock.
     """
 
     def __init__(self, folder: Path, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -82,13 +84,13 @@ class FileLocks:
         self._taken: set[str] = set()
 
     def take(self, owner: str) -> None:
-        """Lock the owner's file, or make and lock it again where somebody has removed it."""
+        """Lock the owner's file; create it again if it was removed."""
         path = self._folder / owner
         with _guard:
             held = _held.get(owner)
             if held is not None and _is_file(path, held):
                 return
-            with suppress(OSError):  # then the heartbeat tells
+            with suppress(OSError):  # then the heartbeat decides
                 self._folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
                 try:
@@ -103,7 +105,7 @@ class FileLocks:
                     os.close(held)
 
     def give_back(self, owner: str) -> None:
-        """Close the owner's file, which gives the lock back, and leave it for others to see."""
+        """Close the owner's file, which releases the lock, and leave the file for others to see."""
         with _guard:
             _ended.add(owner)
             self._taken.discard(owner)
@@ -112,11 +114,11 @@ class FileLocks:
                 os.close(descriptor)
 
     def dead(self, connection: Connection) -> set[str]:
-        """Return the owners whose file is there and locked by nobody, or that are silent."""
+        """Return the owners whose file exists unlocked, or that are silent."""
         return {row.owner for row in connection.execute(select(owners)) if not self._is_alive(row)}
 
     def forget(self, owner: str) -> None:
-        """Remove the file of an owner that is not in the journal any more."""
+        """Remove the file of an owner that is no longer registered."""
         with suppress(OSError):
             (self._folder / owner).unlink(missing_ok=True)
 
@@ -125,7 +127,7 @@ class FileLocks:
         return datetime.now(timezone.utc)
 
     def close(self) -> None:
-        """Give every lock back that was taken by this object."""
+        """Release every lock that this object has taken."""
         for owner in list(self._taken):
             self.give_back(owner)
 
@@ -156,8 +158,8 @@ class FileLocks:
         return now_s - since_s <= SILENCE_S
 
 
-#: The files that this process has locked, its owners whose runs have ended, and the heartbeats that
-#: it has seen, by owner.
+#: The files that this process has locked, its owners that have ended, and the heartbeats that it
+#: has seen, by owner.
 _held: Final[dict[str, int]] = {}
 _ended: Final[set[str]] = set()
 _heard: Final[dict[str, tuple[datetime, float]]] = {}
@@ -165,7 +167,7 @@ _guard: Final = threading.RLock()
 
 
 def _close_inherited() -> None:
-    """Close the locked files in a forked child, or its parent's locks would live on in it."""
+    """Close the locked files in a forked child, which would keep its parent's locks alive."""
     for descriptor in _held.values():
         with suppress(OSError):
             os.close(descriptor)
@@ -187,13 +189,13 @@ def _is_file(path: Path, descriptor: int) -> bool:
     return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-#: Which advisory locks are held in this database.
+#: The advisory locks that are held in this database.
 _ADVISORY: Final = text(
     "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
     "AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = "
     "current_database())"
 )
-#: So that the server notices within a minute where the host of a session is gone.
+#: With these the server notices within a minute that a session's host is gone.
 _KEEPALIVE: Final = (
     "SET tcp_keepalives_idle = 20",
     "SET tcp_keepalives_interval = 10",
@@ -201,15 +203,15 @@ _KEEPALIVE: Final = (
 )
 
 
-class SessionLocks:
-    """Advisory locks of PostgreSQL, each of a session of its own, and heartbeats by its clock."""
+class AdvisoryLocks:
+    """PostgreSQL's advisory locks, each in its own session, and heartbeats by its clock."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sessions: dict[str, Connection] = {}
 
     def take(self, owner: str) -> None:
-        """Lock the owner's number in a session that stays open."""
+        """Lock the owner's number, in a session that stays open."""
         session = self._sessions.get(owner)
         if session is not None:
             try:
@@ -230,11 +232,11 @@ class SessionLocks:
         self._sessions[owner] = session
 
     def give_back(self, owner: str) -> None:
-        """End the owner's session, and with it its lock."""
+        """End the owner's session, which releases the lock."""
         session = self._sessions.pop(owner, None)
         if session is not None:
             with suppress(SQLAlchemyError):
-                # Not back to the pool: there the session, and its lock, would live on.
+                # In the pool the session would keep its lock.
                 session.invalidate()
             session.close()
 
@@ -248,18 +250,18 @@ class SessionLocks:
         return {owner for owner in silent if _number(owner) not in locked}
 
     def forget(self, owner: str) -> None:
-        """Do nothing: nothing is left of it."""
+        """Do nothing: a session leaves nothing behind."""
 
     def now(self) -> Any:
         """Return the database's time, as an expression."""
         return literal_column(POSTGRES_NOW_US, UtcTime)
 
     def close(self) -> None:
-        """End every session that was begun by this object."""
+        """End every session that this object has begun."""
         for owner in list(self._sessions):
             self.give_back(owner)
 
 
 def _number(owner: str) -> int:
-    """Return the number of an owner's lock: 64 bits with a sign."""
+    """Return the number of an owner's lock, a signed 64-bit integer."""
     return int.from_bytes(bytes.fromhex(owner)[:8], "big", signed=True)

@@ -1,4 +1,4 @@
-"""Where the runs of a journal tell each other what they learned of an account's limits."""
+"""What the runs of a journal have learned about the rate limits of their accounts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sqlalchemy import Connection, literal_column, select, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, api_keys, pace_leases, paces
+from krea_dagster.engine.journal.statements import insertion
 from krea_dagster.engine.pace_sharing import (
     LEASE_S,
     Lease,
@@ -22,9 +23,9 @@ _SECOND_US: Final = 1_000_000
 
 
 class PaceLog:
-    """The paces and the leases in a journal's database.
+    """The paces and leases in a journal's database.
 
-    Its methods block. Raises JournalError wherever the database fails.
+    Its methods block. They raise JournalError if the database fails.
     """
 
     def __init__(self, database: Database) -> None:
@@ -37,15 +38,15 @@ class PaceLog:
         untold: Sequence[PaceEvent],
         monotonic: Callable[[], float],
     ) -> PaceExchange:
-        """Tell the other runs what was answered and what this run has; returns what they told.
+        """Share this run's answers and its lease with the other runs, and return theirs.
 
-        ``api_key`` is a fingerprint: keys of one account share one pace.
+        ``api_key`` is a fingerprint. Keys of one account share one pace.
         """
 
         def write(connection: Connection) -> PaceExchange:
             key = select(api_keys.c.account).where(api_keys.c.fingerprint == api_key)
             account = connection.execute(key).scalar() or api_key
-            new = self._database.insertion(paces).values(account=account, kept="", at_us=0)
+            new = insertion(connection, paces).values(account=account, kept="", at_us=0)
             connection.execute(new.on_conflict_do_nothing())
             this = paces.c.account == account
             row = connection.execute(select(paces).where(this).with_for_update()).one()
@@ -67,14 +68,14 @@ class PaceLog:
                 "wants": mine.wants,
                 "at_us": now_us,
             }
-            own = self._database.insertion(pace_leases).values(owner=mine.owner, **lease)
+            own = insertion(connection, pace_leases).values(owner=mine.owner, **lease)
             connection.execute(own.on_conflict_do_update(index_elements=["owner"], set_=lease))
             return PaceExchange(told.learned(), mine, found, len(untold), now_us / _SECOND_US)
 
         return self._database.write("share the pace in", write)
 
     def _now_us(self, connection: Connection, monotonic: Callable[[], float]) -> int:
-        """The time by a clock that all runs share: the server's, or that of their one host."""
+        """Return the time of a clock that all runs share: the server's, or that of their host."""
         if self._database.sqlite:
             return int(monotonic() * _SECOND_US)
         now: Any = connection.execute(select(literal_column(POSTGRES_NOW_US))).scalar_one()

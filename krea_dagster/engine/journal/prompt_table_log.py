@@ -1,4 +1,4 @@
-"""Prompt tables: what belongs to one of several that share a journal."""
+"""The prompt tables whose runs share a journal."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Final
 from uuid import uuid4
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from krea_dagster import redact
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import attempts, prompt_tables, raised_attempts
+from krea_dagster.engine.journal.statements import lock_transaction
 from krea_dagster.engine.storage.storage import Storage
 
 
 def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple[str, str]:
-    """Return the name that a table has in the journal, and the root that it counts from.
+    """Return a table's name in the journal, and the root that it is relative to.
 
-    ``name`` is one that a person gave (an asset key prefix), and tells it from all others. Without
-    one it is known by its ``source``: a local path is one of the root's, and counts from there
-    where that is a folder, so that a project that is moved as a whole keeps its tables.
+    ``name`` is chosen by a person (an asset key prefix) and unique. Without one, the table is
+    identified by its ``source``. A local path is relative to the root, if that is a folder, so that
+    a project that is moved as a whole keeps its tables.
     """
     if name:
         return name, ""
@@ -35,8 +37,8 @@ def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple
 class PromptTableLog:
     """The prompt tables in a journal's database.
 
-    A table is known by its name: an asset key prefix, a URL, or a path, which counts from the
-    storage root ``root_id``, so that a project that is moved as a whole keeps its tables.
+    A table is identified by its name (``identity_of``): an asset key prefix, a URL, or a path
+    relative to the storage root ``root_id``.
     """
 
     def __init__(self, database: Database) -> None:
@@ -45,28 +47,27 @@ class PromptTableLog:
     def find(
         self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
     ) -> str:
-        """Return the id of a table; empty for one that the journal does not know.
+        """Return the id of a table, empty for an unknown one.
 
-        Where the only other table of a root ``is_gone``, its file was renamed, and it is the same
-        table. What was asked for before tables were known has the empty id too. Raises
+        If the only other table of a root ``is_gone``, its file was renamed, and it is the same
+        table. Requests from before the journal had tables have the empty id too. Raises
         JournalError.
         """
-        with self._database.read("read") as connection:
+        with self._database.read() as connection:
             found = _id_of(connection, name, root_id)
             return found or _renamed(connection, root_id, is_gone)
 
     def enter(
         self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False
     ) -> str:
-        """Return the id of a table, which is entered where it is new. Raises JournalError.
+        """Return the id of a table, and enter it if it is new (see ``find``).
 
-        As ``find``. The first one gets what was asked for before tables were known.
+        The first table gets the attempts from before the journal had tables. Raises JournalError.
         """
         at = datetime.now(timezone.utc)
 
         def write(connection: Connection) -> str:
-            if not self._database.sqlite:
-                connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
+            lock_transaction(connection, _ENTERING)
             if found := _id_of(connection, name, root_id):
                 return found
             if found := _renamed(connection, root_id, is_gone):
@@ -88,19 +89,18 @@ class PromptTableLog:
                     )
             return table_id
 
-        with self._database.read("read") as connection:
+        with self._database.read() as connection:
             known = _id_of(connection, name, root_id)
         return known or self._database.write("enter a prompt table in", write)
 
     def names(self) -> dict[str, str]:
         """Return the names of the tables, by their ids. Raises JournalError."""
-        with self._database.read("read") as connection:
-            rows = connection.execute(select(prompt_tables.c.table_id, prompt_tables.c.name))
-            return {row.table_id: row.name for row in rows}
+        rows = self._database.fetch(select(prompt_tables.c.table_id, prompt_tables.c.name))
+        return {row.table_id: row.name for row in rows}
 
 
-#: The advisory lock under which PostgreSQL's tables are entered, so that one is entered once.
-_ENTERING = 4_705_170_318
+#: PostgreSQL's advisory lock for entering a table, so that it is entered once.
+_ENTERING: Final = 4_705_170_318
 
 
 def _id_of(connection: Connection, name: str, root_id: str) -> str:

@@ -1,8 +1,7 @@
-"""Bulk reads of the journal's purchases, for the tables of what was spent: columns, as a stream.
+"""Bulk reads of the journal's purchases for the spend tables, as a stream of columns.
 
-The driver's own cursor hands over thousands of rows at once; no object is made for a row. Times
-are microseconds since 1970, UTC, and money is in units: integers throughout, so that what is
-added up later is exact.
+The driver's cursor returns thousands of rows at once; no object is made for a row. Times are
+microseconds since 1970, UTC, and money is in units: integers, so that sums are exact.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from sqlalchemy import (
     type_coerce,
 )
 
+from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import (
     events,
     microseconds,
@@ -37,9 +37,9 @@ from krea_dagster.engine.journal.schema import (
 )
 from krea_dagster.engine.states import Event
 
-#: One row per purchase. ``present`` says that it is its request's latest, so that what follows of
-#: the request (``state`` and the columns after it) is about this purchase; else they are null,
-#: and ``said`` is what was kept with the event that ended it, as JSON.
+#: One row per purchase. The columns from ``state`` to ``error_code`` are the request's, and null
+#: unless this is its latest purchase. For earlier ones ``said`` is the data, as JSON, of the event
+#: that ended them.
 PURCHASE_SCHEMA: Final = pa.schema(
     [
         ("sent_at", pa.int64()),
@@ -71,20 +71,17 @@ PURCHASE_SCHEMA: Final = pa.schema(
     ]
 )
 
-#: Rows that are handed over together.
+#: Rows per batch.
 _ROWS: Final = 20_000
-#: Keys in one statement.
-_KEYS: Final = 500
-
 DAY_US: Final = 86_400_000_000
 
 
 @dataclass(frozen=True)
 class PurchaseTotals:
-    """The purchases of a month, or a day: how many, and their money in units.
+    """The number of purchases of a month or a day, and their money in units.
 
-    ``settled`` counts those whose charge is known. By these it is told whether a table has taken
-    all that the journal holds.
+    ``settled`` counts those whose charge is known. A table is complete if its totals are equal to
+    the journal's.
     """
 
     purchases: int = 0
@@ -94,7 +91,7 @@ class PurchaseTotals:
     charged_units: int = 0
 
     def __add__(self, other: PurchaseTotals) -> PurchaseTotals:
-        """Both together."""
+        """Return the sum."""
         return PurchaseTotals(
             self.purchases + other.purchases,
             self.settled + other.settled,
@@ -128,16 +125,16 @@ def totals_by_month(connection: Connection) -> dict[str, PurchaseTotals]:
 
 
 def newest_event(connection: Connection) -> int:
-    """Return the time of the newest event of all, 0 where there is none."""
+    """Return the time of the newest event, 0 where there is none."""
     newest = connection.execute(select(func.max(type_coerce(requests.c.updated_at, BigInteger))))
     return int(newest.scalar() or 0)
 
 
 def changed_since(connection: Connection, since_us: int) -> set[str]:
-    """Return the months of the purchases whose request had an event since a time."""
+    """Return the months of purchases whose request had an event since a time."""
     changed_at = type_coerce(requests.c.updated_at, BigInteger)
     day = _day(submissions.c.sent_at)
-    # Not as a join: SQLite would begin at the purchases, all of them.
+    # Not a join: SQLite would scan all purchases first.
     touched = select(requests.c.request_key).where(changed_at >= since_us)
     days = connection.execute(
         select(day).where(submissions.c.request_key.in_(touched)).distinct()
@@ -148,7 +145,7 @@ def changed_since(connection: Connection, since_us: int) -> set[str]:
 def purchases(
     connection: Connection, months: Collection[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the purchases that were sent in these UTC months, or all, in no order."""
+    """Yield the purchases that were sent in these UTC months, or all, unordered."""
     query = _QUERY
     if months is not None:
         sent_at = type_coerce(submissions.c.sent_at, BigInteger)
@@ -166,7 +163,7 @@ def purchases(
 
 
 def _cursor(connection: Connection) -> Any:
-    """Return a cursor of the driver whose rows stay with the server until they are fetched."""
+    """Return a cursor of the driver that leaves its rows with the server until they are fetched."""
     driver = connection.connection
     if connection.dialect.name == "sqlite":
         return driver.cursor()
@@ -174,14 +171,10 @@ def _cursor(connection: Connection) -> Any:
 
 
 def states_of(connection: Connection, keys: list[str]) -> dict[str, str]:
-    """Return the states of the requests with these keys, as text; unknown ones are left out."""
-    found: dict[str, str] = {}
-    for start in range(0, len(keys), _KEYS):
-        query = select(requests.c.request_key, requests.c.state).where(
-            requests.c.request_key.in_(keys[start : start + _KEYS])
-        )
-        found.update((key, state) for key, state in connection.execute(query))
-    return found
+    """Return the states of the requests with these keys; unknown keys are left out."""
+    query = select(requests.c.request_key, requests.c.state)
+    rows = rows_with(connection, query, requests.c.request_key, keys)
+    return {row.request_key: row.state for row in rows}
 
 
 def month_of(at_us: int) -> str:
@@ -191,7 +184,7 @@ def month_of(at_us: int) -> str:
 
 
 def span_of(month: str) -> tuple[int, int]:
-    """Return when a month begins and when the next one does."""
+    """Return the begin of a month and of the next one, in microseconds."""
     year, number = int(month[:4]), int(month[5:])
     begins = time_of(0).replace(year=year, month=number)
     ends = begins.replace(year=year + number // 12, month=number % 12 + 1)

@@ -1,9 +1,9 @@
-"""Storage roots: which journal a root belongs to, and whether both are of the same time.
+"""Storage roots: which journal a root belongs to, and whether both have the same age.
 
-A root carries a marker, a small file with its id, the id of its journal, and the token of the last
-run that wrote into it. A token is in the journal before it is in the marker. So a root that is
-empty, not mounted or another journal's, and a journal or a root that was restored from a backup,
-are found before anything is asked, fetched or bought.
+A root contains a marker, a small file with its id, the id of its journal, and the token of the last
+run that wrote into it. A token is written to the journal first. This detects, before anything is
+requested, fetched or bought, a root that is empty, not mounted or of another journal, and a journal
+or a root that was restored from a backup.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from uuid import uuid4
 from sqlalchemy import Connection, func, insert, select, update
 
 from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import about, files, requests, root_tokens, roots
+from krea_dagster.engine.journal.statements import lock_transaction
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 
 #: The marker's name under the root.
 MARKER: Final = "krea-root.json"
 
-#: Files that are looked for when a run begins: the newest and the oldest, in a folder and behind a
-#: URL. All missing, or more than half of many, means that it is the root that is missing.
-_LOOKED_FOR: Final = (32, 8)
-_FEW: Final = 10
+#: How many of the newest and of the oldest files are checked when a run begins, in a folder and
+#: behind a URL. If all are missing, or more than half of many, the root itself is missing.
+_CHECKED_FILES: Final = (32, 8)
+_MANY: Final = 10
 
-#: The advisory lock under which PostgreSQL's roots are entered, so that one is entered once.
+#: PostgreSQL's advisory lock for entering a root, so that it is entered once.
 _ENTERING: Final = 4_705_170_319
 
 _ACCEPT: Final = "krea-dagster accept root"
@@ -41,7 +43,7 @@ _ACCEPT: Final = "krea-dagster accept root"
 
 @dataclass(frozen=True)
 class RootMarker:
-    """What a root says of itself."""
+    """The content of a root's marker file."""
 
     root_id: str
     journal_id: str
@@ -49,7 +51,7 @@ class RootMarker:
 
     @classmethod
     def read(cls, storage: Storage) -> RootMarker | None:
-        """Read a root's marker, None where it has none. Raises ConfigError for a damaged one."""
+        """Read a root's marker, None if it has none. Raises ConfigError for a damaged one."""
         try:
             with storage.open(MARKER) as file:
                 found = json.loads(file.read(4096))
@@ -62,8 +64,8 @@ class RootMarker:
             ) from error
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"{storage.shown(MARKER)} cannot be read, and it says which journal the storage "
-                "root belongs to. Nothing was asked for or bought. Restore it, or run "
+                f"{storage.shown(MARKER)} cannot be read, and it names the journal that the storage "
+                "root belongs to. Nothing was requested or bought. Restore it, or run "
                 f"`{_ACCEPT}` if this is the right root."
             ) from None
 
@@ -75,22 +77,20 @@ class RootMarker:
 class RootLog:
     """The storage roots in a journal's database.
 
-    Its methods block. Raises JournalError wherever the database cannot be read or written.
+    Its methods block. They raise JournalError if the database fails.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def check(self, storage: Storage) -> str | None:
-        """Return the id of a root that may be worked in; None for one that is new to the journal.
+        """Return the id of a root that may be used, None for one that is new to the journal.
 
-        A copy of a root that is there too is a new one.
-
-        Raises ConfigError for a root that is not as this journal left it: what is wrong, what is
-        at stake, and what to do.
+        A copy counts as new if the original exists too. Raises ConfigError for a root that is not
+        as this journal left it; the message says what to do.
         """
         marker = RootMarker.read(storage)
-        with self._database.read("read") as connection:
+        with self._database.read() as connection:
             journal_id = connection.execute(select(about.c.journal_id)).scalar_one()
             known = {row.root_id: row for row in connection.execute(select(roots))}
             if marker is None:
@@ -100,9 +100,9 @@ class RootLog:
                 raise ConfigError(
                     f"the storage root {here} belongs to another journal ({marker.journal_id}); "
                     f"that of {self._database.where} is {journal_id}. Its images would be bought "
-                    "again, and its records taken over. Nothing was asked for or bought. Name the "
-                    "journal that belongs to it (KREA_JOURNAL_URL), or another storage root "
-                    f"(KREA_STORAGE); run `{_ACCEPT}` only if that journal is gone for good."
+                    "again. Nothing was requested or bought. Name the journal that belongs to it "
+                    "(KREA_JOURNAL_URL), or another storage root (KREA_STORAGE); run "
+                    f"`{_ACCEPT}` only if that journal is lost for good."
                 )
             token = connection.execute(
                 select(root_tokens).where(root_tokens.c.token == marker.token)
@@ -111,10 +111,10 @@ class RootLog:
                 raise ConfigError(
                     f"the journal {self._database.where} is older than the storage root {here}: a "
                     "run that is not in it has written there. It was restored from a backup, and "
-                    "does not know what was bought since. Nothing was asked for or bought. "
-                    "Restore a newer one. If there is none, wait until no earlier run can be at "
-                    f"the server any more (24 hours), and run `{_ACCEPT}`: images in the root are "
-                    "then taken up without a charge that is known, and not bought again."
+                    "does not know what was bought since. Nothing was requested or bought. "
+                    "Restore a newer one. If there is none, wait until the tasks of earlier runs "
+                    f"have ended (24 hours), and run `{_ACCEPT}`: images in the root are then "
+                    "adopted without a known charge, and not bought again."
                 )
             if _is_copy(storage, known[marker.root_id].location, marker.root_id):
                 return None
@@ -125,32 +125,31 @@ class RootLog:
         here = storage.shown("")
         for row in known:
             if row.location == here and not (count := _count(connection, row.root_id)):
-                return str(row.root_id)  # another run is about to write the marker, or was killed
+                return str(row.root_id)  # another run is writing the marker, or was killed
             if row.location == here:
                 raise ConfigError(
                     f"the storage root {here} is empty or not mounted: its marker {MARKER} is "
                     f"not there, and the journal {self._database.where} has {count} images in it. "
-                    "Nothing was asked for, fetched or bought. Mount it, or name the folder that "
+                    "Nothing was requested, fetched or bought. Mount it, or name the folder that "
                     f"it was moved to (KREA_STORAGE). If its images are lost, run `{_ACCEPT}`: "
-                    "the next run then fetches what links are still good for."
+                    "the next run then fetches the images whose links still work."
                 )
         for row in known:
-            if row.location == "":  # of before roots were known
+            if row.location == "":  # from before the journal had roots
                 self._check_files(connection, storage, row.root_id)
                 return str(row.root_id)
         if self._holds_images_of_others(connection, storage):
             raise ConfigError(
-                f"{storage.shown('images')} holds images, and the journal that bought them is not "
-                f"{self._database.where}, which knows nothing of this storage root: a new one "
-                "would buy them again. Nothing was bought. Put their journal back "
-                f"(KREA_JOURNAL_URL), or move the images away to start empty; or run `{_ACCEPT}`: "
-                "images in the root are then taken up without a charge that is known."
+                f"{storage.shown('images')} contains images that were not bought with the journal "
+                f"{self._database.where}: it would buy them again. Nothing was bought. Put their "
+                "journal back (KREA_JOURNAL_URL), or move the images away to start empty; or run "
+                f"`{_ACCEPT}`: images in the root are then adopted without a known charge."
             )
         return None
 
     def _holds_images_of_others(self, connection: Connection, storage: Storage) -> bool:
-        """Whether there are images, and among the first some that this journal has not stored."""
-        names = islice(storage.names("images"), _LOOKED_FOR[1])
+        """Return whether some of the first images were not stored by this journal."""
+        names = islice(storage.names("images"), _CHECKED_FILES[1])
         keys = {Path(name).stem for name in names}
         if not keys:
             return False
@@ -162,19 +161,19 @@ class RootLog:
     def _check_files(
         self, connection: Connection, storage: Storage, root_id: str, since: int | None = None
     ) -> None:
-        """Look for some of the files that should be there."""
-        most = _LOOKED_FOR[storage.folder is None]
+        """Check that some of the expected files exist."""
+        most = _CHECKED_FILES[storage.folder is None]
         expected = _files_of(connection, root_id, most)
         missing = [one for one in expected if storage.size_bytes(one.image_path) is None]
         all_gone = 2 < len(expected) == len(missing)
-        if all_gone or len(missing) * 2 > len(expected) >= _FEW:
+        if all_gone or len(missing) * 2 > len(expected) >= _MANY:
             raise ConfigError(
-                f"{len(missing)} of {len(expected)} images that were looked for under the storage "
-                f"root {storage.shown('')} are not there, such as {missing[0].image_path}: it is "
-                "not mounted as a whole, or was emptied. The journal "
+                f"{len(missing)} of {len(expected)} images that were checked under the storage "
+                f"root {storage.shown('')} are missing, such as {missing[0].image_path}: it is "
+                "not mounted completely, or was emptied. The journal "
                 f"{self._database.where} has {_count(connection, root_id)} images in it. Nothing "
-                f"was asked for, fetched or bought. Put them back; if they are lost, run "
-                f"`{_ACCEPT}`: the next run then fetches what links are still good for."
+                f"was requested, fetched or bought. Put them back; if they are lost, run "
+                f"`{_ACCEPT}`: the next run then fetches the images whose links still work."
             )
         if since is None:
             return
@@ -190,35 +189,30 @@ class RootLog:
         if newer and len(gone) * 2 > len(newer):
             raise ConfigError(
                 f"the storage root {storage.shown('')} is older than the journal "
-                f"{self._database.where}: it was restored from a backup of before "
-                f"{later:%Y-%m-%d %H:%M} UTC, and {len(gone)} of {len(newer)} images that were "
-                "stored since and looked for are not in it. Nothing was asked for, fetched or "
+                f"{self._database.where}: it was restored from a backup from before "
+                f"{later:%Y-%m-%d %H:%M} UTC, and {len(gone)} of {len(newer)} images stored since "
+                "then that were checked are missing. Nothing was requested, fetched or "
                 f"bought. Put them back; if they are lost, run `{_ACCEPT}`: the next run then "
-                "fetches what links are still good for."
+                "fetches the images whose links still work."
             )
 
     def id_of(self, storage: Storage) -> str:
-        """Return the id of a root, unchecked; empty for one that no run has begun in."""
+        """Return the id of a root without a check, empty where no run has used it."""
         marker = RootMarker.read(storage)
         if marker is None:
             return ""
-        with self._database.read("read") as connection:
-            query = select(roots.c.location).where(roots.c.root_id == marker.root_id)
-            location = connection.execute(query).scalar() or ""
+        query = select(roots.c.location).where(roots.c.root_id == marker.root_id)
+        location = "".join(row.location for row in self._database.fetch(query))
         return "" if _is_copy(storage, location, marker.root_id) else marker.root_id
 
     def begin(self, storage: Storage, root_id: str | None) -> str:
-        """Enter a root that was checked, and have its marker say that a run writes into it.
-
-        Returns its id.
-        """
+        """Enter a checked root, write a new token into its marker, and return its id."""
         token, here = uuid4().hex, storage.shown("")
         at = datetime.now(timezone.utc)
 
         def write(connection: Connection) -> RootMarker:
-            if not self._database.sqlite:
-                connection.execute(select(func.pg_advisory_xact_lock(_ENTERING)))
-            # One that another run has entered since this one looked has the location already.
+            lock_transaction(connection, _ENTERING)
+            # A root that another run has entered since the check has the location already.
             which = roots.c.root_id == root_id if root_id else roots.c.location == here
             known = connection.execute(select(roots).where(which)).first()
             name = uuid4().hex if known is None else str(known.root_id)
@@ -244,14 +238,13 @@ class RootLog:
         return marker.root_id
 
     def accept(self, storage: Storage) -> str:
-        """Take a root as it is for this journal's, because a person says so; returns what was done.
+        """Accept a root as this journal's, as a person decided; return a text that says so.
 
-        What is missing in it is noted as missing, and what it holds beyond the journal is taken up
-        by later runs.
+        Missing images are noted as missing. Later runs adopt images that the journal does not know.
         """
         here = storage.shown("")
         marker = None
-        with suppress(ConfigError):  # a damaged one is written again
+        with suppress(ConfigError):  # a damaged marker is written again
             marker = RootMarker.read(storage)
         at = datetime.now(timezone.utc)
 
@@ -276,7 +269,7 @@ class RootLog:
             return chosen
 
         root_id = self._database.write("accept a storage root in", write)
-        with self._database.read("read") as connection:
+        with self._database.read() as connection:
             expected = _files_of(connection, root_id, None)
         gone = [one.request_key for one in expected if storage.size_bytes(one.image_path) is None]
 
@@ -294,42 +287,35 @@ class RootLog:
 
     def adopts(self, root_id: str) -> bool:
         """Return whether a person has accepted a root as it is."""
-        with self._database.read("read") as connection:
-            return bool(
-                connection.execute(
-                    select(roots.c.adopts).where(roots.c.root_id == root_id)
-                ).scalar()
-            )
+        query = select(roots).where(roots.c.root_id == root_id, roots.c.adopts)
+        return bool(self._database.fetch(query))
 
     def any_accepted(self) -> bool:
         """Return whether a person has accepted any root as it is."""
-        with self._database.read("read") as connection:
-            return connection.execute(select(roots).where(roots.c.adopts)).first() is not None
+        return bool(self._database.fetch(select(roots).where(roots.c.adopts)))
 
     def elsewhere(self, request_keys: Sequence[str], root_id: str) -> dict[str, list[str]]:
         """Return the locations of the other roots that hold these images, by request key."""
+        query = (
+            select(files.c.request_key, roots.c.location)
+            .join(roots, files.c.root_id == roots.c.root_id)
+            .where(
+                files.c.root_id != root_id,
+                files.c.missing_since.is_(None),
+                roots.c.location != "",
+            )
+        )
         found: dict[str, list[str]] = {}
-        with self._database.read("read") as connection:
-            for start in range(0, len(request_keys), 500):
-                rows = connection.execute(
-                    select(files.c.request_key, roots.c.location)
-                    .join(roots, files.c.root_id == roots.c.root_id)
-                    .where(
-                        files.c.request_key.in_(request_keys[start : start + 500]),
-                        files.c.root_id != root_id,
-                        files.c.missing_since.is_(None),
-                        roots.c.location != "",
-                    )
-                )
-                for key, location in rows:
-                    found.setdefault(key, []).append(location)
+        with self._database.read() as connection:
+            for key, location in rows_with(connection, query, files.c.request_key, request_keys):
+                found.setdefault(key, []).append(location)
         return found
 
 
 def _is_copy(storage: Storage, location: str, root_id: str) -> bool:
-    """Whether a root has been copied from another folder, which is there too.
+    """Return whether a root is a copy of another folder that still exists.
 
-    One folder may have two paths (a mount, a link): its marker is then one file.
+    One folder may have two paths (a mount, a link): then its marker is the same file.
     """
     here = storage.folder
     if here is None or location in ("", storage.shown("")):
@@ -345,7 +331,7 @@ def _is_copy(storage: Storage, location: str, root_id: str) -> bool:
 
 
 def _files_of(connection: Connection, root_id: str, most: int | None) -> list[Any]:
-    """Return files that should be in a root: ``most`` of the newest and of the oldest, or all."""
+    """Return expected files of a root: ``most`` of the newest and of the oldest, or all."""
     query = (
         select(files.c.request_key, files.c.at, requests.c.image_path)
         .join(requests, files.c.request_key == requests.c.request_key)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy import ColumnElement, Connection, Select, case, false, func, select
 
+from krea_dagster.engine.budget import scopes_of
+from krea_dagster.engine.journal.changes import stored_image
 from krea_dagster.engine.journal.schema import requests, submissions
-from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.models import ImageRequest
 
 _T = TypeVar("_T")
 
-#: Keys per statement: under every database's limit of parameters.
+#: Keys per statement: below the limit of parameters of every database.
 _CHUNK: Final = 500
 
 
@@ -27,7 +29,7 @@ class Charge:
     """One submission: a purchase, or what may have been one. Money in units, None if not known.
 
     ``state`` is the request's, where this submission is its present one, and else None: an
-    earlier one ended without an image and, as far as is known, without a charge.
+    earlier one ended without an image and, if the journal is right, without a charge.
     """
 
     idempotency_key: str
@@ -61,109 +63,107 @@ class AccountReading:
     remaining_units: int
 
 
-#: Columns of the present submission that a record shows.
-_SUBMISSION: Final = (
-    "number",
+_REQUEST_FIELDS: Final = tuple(one.name for one in fields(ImageRequest))
+_IMAGE_COLUMNS: Final = (
+    "image_path",
+    "image_sha256",
+    "image_bytes",
+    "image_format",
+    "width",
+    "height",
+)
+
+#: Fields of a record that are columns of the same name, of the request and of its submission.
+_OF_REQUEST: Final = (
+    "state",
+    "partition_key",
+    "idempotency_key",
+    "result_url",
+    "completed_at",
+    "stored_at",
+    "error_code",
+    "error_message",
+    "claimed_by",
+    "seq",
+    "table_id",
+)
+_OF_SUBMISSION: Final = (
     "run_id",
     "sent_at",
     "submitted_at",
     "task_id",
     "reserved_units",
     "charged_units",
-    "committed_units",
-    "expected_units",
     "billing_rule",
     "user_group",
     "scopes",
     "callback_url",
     "api_key",
-    "replayed",
 )
 
 
-def _joined() -> Select[Any]:
-    """Requests, each beside its present submission where it has one, and how many it has had."""
+def _records_query() -> Select[Any]:
     earlier = submissions.alias("earlier")
     count = (
         select(func.coalesce(func.max(earlier.c.number), 0))
         .where(earlier.c.request_key == requests.c.request_key)
         .scalar_subquery()
-        .label("submissions")
     )
-    bought_for = submissions.c.partition_key.label("bought_for")
-    for_table = submissions.c.table_id.label("for_table")
-    columns = (*(submissions.c[name] for name in _SUBMISSION), bought_for, for_table, count)
-    return select(requests, *columns).select_from(
-        requests.outerjoin(submissions, requests.c.idempotency_key == submissions.c.idempotency_key)
+    sent = submissions.c
+    return select(
+        *(requests.c[name] for name in (*_REQUEST_FIELDS, *_IMAGE_COLUMNS, *_OF_REQUEST)),
+        *(sent[name] for name in _OF_SUBMISSION),
+        func.coalesce(sent.number, 0).label("submission"),
+        count.label("submissions"),
+        func.coalesce(sent.committed_units, 0).label("committed_units"),
+        func.coalesce(sent.expected_units, 0).label("expected_units"),
+        func.coalesce(sent.replayed, false()).label("replayed"),
+        sent.partition_key.label("bought_for"),
+        func.coalesce(sent.table_id, "").label("bought_for_table"),
+    ).select_from(
+        requests.outerjoin(submissions, requests.c.idempotency_key == sent.idempotency_key)
     )
 
 
-#: Every request as a record needs it.
-JOINED: Final = _joined()
+#: Every request, with its present submission where it has one.
+RECORDS: Final = _records_query()
 
-
-def read_records(connection: Connection, keys: Iterable[str]) -> dict[str, Record]:
-    """The requests with these keys; unknown keys are left out."""
-    found: dict[str, Record] = {}
-    for chunk in chunks(keys):
-        query = JOINED.where(requests.c.request_key.in_(chunk))
-        found.update((row.request_key, record_from_row(row)) for row in connection.execute(query))
-    return found
+#: Every submission.
+CHARGES: Final = select(
+    *(submissions.c[one.name] for one in fields(Charge) if one.name not in ("quality", "state")),
+    requests.c.quality,
+    case((submissions.c.idempotency_key == requests.c.idempotency_key, requests.c.state)).label(
+        "state"
+    ),
+).join(requests, submissions.c.request_key == requests.c.request_key)
 
 
 def record_from_row(row: Any) -> Record:
-    """The record in a row of ``JOINED``."""
-    image = None
-    if row.image_path is not None:
-        image = StoredImage(
-            path=row.image_path,
-            sha256=row.image_sha256,
-            bytes=row.image_bytes,
-            format=row.image_format,
-            width=row.width,
-            height=row.height,
-        )
-    return Record(
-        request=ImageRequest(
-            request_key=row.request_key,
-            prompt=row.prompt,
-            size=row.size,
-            quality=row.quality,
-            seed=row.seed,
-            nsfw_check=row.nsfw_check,
-            attempt=row.attempt,
-            model=row.model,
-        ),
-        state=State(row.state),
-        partition_key=row.partition_key,
-        submission=row.number or 0,
-        idempotency_key=row.idempotency_key,
-        sent_at=row.sent_at,
-        submitted_at=row.submitted_at,
-        task_id=row.task_id,
-        reserved_units=row.reserved_units,
-        charged_units=row.charged_units,
-        committed_units=row.committed_units or 0,
-        billing_rule=row.billing_rule,
-        user_group=row.user_group,
-        run_id=row.run_id,
-        result_url=row.result_url,
-        completed_at=row.completed_at,
-        stored_at=row.stored_at,
-        image=image,
-        error_code=row.error_code,
-        error_message=row.error_message,
-        claimed_by=row.claimed_by,
-        seq=row.seq,
-        submissions=row.submissions,
-        expected_units=row.expected_units or 0,
-        bought_for=row.bought_for,
-        scopes=_scopes(row.scopes),
-        callback_url=row.callback_url,
-        api_key=row.api_key,
-        replayed=bool(row.replayed),
-        table_id=row.table_id,
-        bought_for_table=row.for_table or "",
+    """Return the record in a row of ``RECORDS``."""
+    columns = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    request = ImageRequest(**{name: columns.pop(name) for name in _REQUEST_FIELDS})
+    image = stored_image({name: columns.pop(name) for name in _IMAGE_COLUMNS})
+    columns["state"] = State(columns["state"])
+    columns["scopes"] = _scopes(columns["scopes"])
+    return Record(request=request, image=image, **columns)
+
+
+def charge_from_row(row: Any) -> Charge:
+    """Return the charge in a row of ``CHARGES``."""
+    columns = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    columns["state"] = None if columns["state"] is None else State(columns["state"])
+    columns["scopes"] = _scopes(columns["scopes"])
+    return Charge(**columns)
+
+
+def scopes_of_charge(charge: Charge) -> tuple[str, ...]:
+    """Return the scopes that a purchase counts for."""
+    return scopes_of(
+        charge.run_id,
+        charge.sent_at,
+        charge.partition_key,
+        charge.scopes,
+        table_id=charge.table_id,
     )
 
 
@@ -171,43 +171,22 @@ def _scopes(text: str | None) -> tuple[str, ...]:
     return tuple(json.loads(text)) if text else ()
 
 
-#: Every submission as a charge needs it.
-CHARGES: Final = select(
-    submissions,
-    requests.c.quality,
-    requests.c.state,
-    requests.c.idempotency_key.label("present_key"),
-).join(requests, submissions.c.request_key == requests.c.request_key)
+def read_records(connection: Connection, keys: Iterable[str]) -> dict[str, Record]:
+    """Return the requests with these keys; unknown keys are left out."""
+    rows = rows_with(connection, RECORDS, requests.c.request_key, keys)
+    return {row.request_key: record_from_row(row) for row in rows}
 
 
-def charge_from_row(row: Row[Any]) -> Charge:
-    """The charge in a row of ``CHARGES``."""
-    present = row.idempotency_key == row.present_key
-    return Charge(
-        idempotency_key=row.idempotency_key,
-        request_key=row.request_key,
-        number=row.number,
-        run_id=row.run_id,
-        partition_key=row.partition_key,
-        quality=row.quality,
-        sent_at=row.sent_at,
-        posts=row.posts,
-        task_id=row.task_id,
-        submitted_at=row.submitted_at,
-        expected_units=row.expected_units,
-        committed_units=row.committed_units,
-        reserved_units=row.reserved_units,
-        charged_units=row.charged_units,
-        settled_at=row.settled_at,
-        state=State(row.state) if present else None,
-        scopes=_scopes(row.scopes),
-        table_id=row.table_id,
-        replayed=bool(row.replayed),
-    )
+def rows_with(
+    connection: Connection, query: Select[Any], column: ColumnElement[Any], values: Iterable[Any]
+) -> Iterator[Any]:
+    """Yield the rows of a query whose column has one of these values."""
+    for chunk in chunks(values):
+        yield from connection.execute(query.where(column.in_(chunk)))
 
 
 def chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
-    """The items in lists that a statement can take as parameters."""
+    """Yield the items in lists that a statement can take as parameters."""
     iterator = iter(items)
     while chunk := list(islice(iterator, _CHUNK)):
         yield chunk

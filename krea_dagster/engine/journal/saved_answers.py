@@ -1,8 +1,8 @@
-"""Purchases whose answer could not be written into the journal: kept in files, for the next run.
+"""Answers to purchases that could not be written to the journal, saved in files for the next run.
 
-The id of a bought task is in no other place once its answer is gone: a journal that is locked, full
-or away, or one in which another run has taken the request over, must not lose it. So it is written
-to a file of its own in the storage root, or, where that fails too, in the temporary folder.
+Only the answer contains the id of the bought task. It must not be lost because the journal is
+locked, full or unavailable, or because another run has claimed the request. So it is written to a
+file in the storage root or, if that fails too, in the temporary folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOT_BOUGHT: Final = frozenset({State.PLANNED, State.DEFERRED})
 
 @dataclass(frozen=True)
 class SavedAnswer:
-    """What the server answered to a purchase. ``values`` are those of its event."""
+    """The server's answer to a purchase. ``values`` are those of its event."""
 
     journal_id: str
     request_key: str
@@ -48,22 +48,22 @@ class SavedAnswer:
 
     @property
     def name(self) -> str:
-        """The name of its file: the same purchase is kept once."""
+        """The name of its file: the same purchase is saved once."""
         return f"{self.idempotency_key}-{str(self.values['task_id']).replace(':', '_')}.json"
 
 
 def save_answer(storage: Storage, answer: SavedAnswer) -> str:
-    """Write an answer where the next run finds it; returns where, for people.
+    """Save an answer for the next run, and return its location, for people.
 
-    Raises OSError where it can be written nowhere.
+    Raises OSError if it cannot be saved.
     """
     content = json.dumps(answer.__dict__).encode()
     try:
         storage.write(f"{FOLDER}/{answer.name}", lambda file: file.write(content))
         return storage.shown(f"{FOLDER}/{answer.name}")
-    except Exception as error:  # noqa: BLE001 - whatever the store says, there is one more place
+    except Exception as error:  # noqa: BLE001 - the temporary folder remains
         folder = Path(tempfile.gettempdir()) / _TEMPORARY
-        _log.warning("%s cannot be written (%s), %s is tried", storage.shown(FOLDER), error, folder)
+        _log.warning("%s cannot be written (%s), trying %s", storage.shown(FOLDER), error, folder)
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / answer.name).write_bytes(content)
         return str(folder / answer.name)
@@ -72,19 +72,19 @@ def save_answer(storage: Storage, answer: SavedAnswer) -> str:
 def write_saved_answers(
     journal: Journal, storage: Storage, *, run_id: str, at: datetime
 ) -> list[str]:
-    """Write the answers that are kept into the journal; returns what was done, for people.
+    """Write the saved answers to the journal, and return messages for people.
 
-    An answer whose request another run holds, or whose journal this is not, stays where it is.
-    Raises JournalError.
+    Answers of other journals, and for requests that another run holds, stay saved. Raises
+    JournalError.
     """
-    found = [one for one in _kept(storage) if one[1].journal_id == journal.journal_id]
+    found = [one for one in _kept(storage) if one[1].journal_id == journal.database.journal_id]
     if not found:
         return []
     owner = new_owner(run_id)
-    journal.register(owner)
+    journal.claims.register(owner)
     said: list[str] = []
     try:
-        mine = journal.claim({answer.request_key for _, answer in found}, owner.owner)
+        mine = journal.claims.claim({answer.request_key for _, answer in found}, owner.owner)
         for place, answer in found:
             if answer.request_key in mine:
                 written, text = _write(journal, answer, owner.owner, run_id, at)
@@ -92,14 +92,14 @@ def write_saved_answers(
                 if written:
                     _remove(storage, place)
     finally:
-        journal.release(owner.owner)
+        journal.claims.release(owner.owner)
     return said
 
 
 def _write(
     journal: Journal, answer: SavedAnswer, owner: str, run_id: str, at: datetime
 ) -> tuple[bool, str]:
-    """Write an answer; returns whether the journal has its task now, and what was done."""
+    """Write an answer; return whether the journal has its task now, and a message."""
     record = journal.records([answer.request_key]).get(answer.request_key)
     task_id = answer.values["task_id"]
     named = f"task {task_id} of request {answer.request_key}"
@@ -109,11 +109,11 @@ def _write(
         return True, f"{named} is in the journal already"
     changes = []
     if _was_before(record, answer):
-        # The journal was restored from before the purchase: its intent is lost, too.
+        # The journal was restored from before the purchase, so the intent is lost too.
         values = {"partition_key": record.partition_key, "table_id": record.table_id}
         changes.append(Change(answer.request_key, Event.SUBMITTING, at, values))
     elif not _waits_for(record, answer):
-        said = f"{named} was bought, but its request stands elsewhere by now"
+        said = f"{named} was bought, but its request has another state now"
         return False, f"{said} (as task {record.task_id})" if record.task_id else said
     data = {"answer": dict(answer.answer), "taken_up": "its answer could not be written before"}
     change = Change(answer.request_key, Event.ACCEPTED, at, dict(answer.values), data)
@@ -124,7 +124,7 @@ def _write(
 
 
 def _was_before(record: Record, answer: SavedAnswer) -> bool:
-    """Whether a record is of before the purchase that is answered."""
+    """Return whether a record is from before the purchase."""
     next_key = record.idempotency_key or idempotency_key(record.request_key, record.submissions + 1)
     return record.state in _NOT_BOUGHT and answer.idempotency_key == next_key
 
@@ -138,7 +138,7 @@ def _waits_for(record: Record, answer: SavedAnswer) -> bool:
 
 
 def _kept(storage: Storage) -> Iterator[tuple[str | Path, SavedAnswer]]:
-    """Yield the answers that are kept, with their places. One that cannot be read is left."""
+    """Yield the saved answers with their places. Unreadable ones are skipped."""
     places: list[str | Path] = list(storage.names(FOLDER))
     places += sorted((Path(tempfile.gettempdir()) / _TEMPORARY).glob("*.json"))
     for place in places:
@@ -150,9 +150,7 @@ def _kept(storage: Storage) -> Iterator[tuple[str | Path, SavedAnswer]]:
                     content = file.read()
             yield place, SavedAnswer(**json.loads(content))
         except (OSError, ValueError, TypeError) as error:
-            _log.warning(
-                "the answer to a purchase that is kept in %s cannot be read: %s", place, error
-            )
+            _log.warning("the saved answer to a purchase in %s cannot be read: %s", place, error)
 
 
 def _remove(storage: Storage, place: str | Path) -> None:

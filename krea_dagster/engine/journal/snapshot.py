@@ -1,19 +1,19 @@
-"""The whole journal at one moment, streamed: what the checks of the books read."""
+"""Consistent streaming reads of the whole journal, for the checks of its accounts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import Connection, Select, select
 
 from krea_dagster.engine.budget import Commitment
 from krea_dagster.engine.journal.rows import (
     CHARGES,
-    JOINED,
+    RECORDS,
     AccountReading,
     Charge,
     charge_from_row,
@@ -31,9 +31,9 @@ from krea_dagster.engine.record import Record
 
 @dataclass(frozen=True)
 class RequestEvents:
-    """A request's state, and the events that led to it: ``(seq, event)`` in their order, as text.
+    """A request's state and its events, ``(seq, event)`` in order, as text.
 
-    ``seq`` is the number that the request gives its last event.
+    ``seq`` is the number of its last event, according to the request.
     """
 
     request_key: str
@@ -43,9 +43,9 @@ class RequestEvents:
 
 
 class Snapshot:
-    """The journal at one moment. Rows stream by, a thousand at a time, in the order of the keys.
+    """The journal at one moment. Rows are streamed in the order of their keys.
 
-    All raise JournalError where they cannot be read.
+    All methods raise JournalError.
     """
 
     def __init__(
@@ -53,27 +53,23 @@ class Snapshot:
         connection: Connection,
         explained: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._connection = connection.execution_options(yield_per=1000)
+        #: For queries in bulk.
+        self.connection = connection.execution_options(yield_per=1000)
         self._explained = explained
 
-    @property
-    def connection(self) -> Connection:
-        """The connection itself, for those who read many columns at once."""
-        return self._connection
-
     def records(self) -> Iterator[Record]:
-        """Every request."""
-        for row in self._rows(JOINED.order_by(requests.c.request_key)):
+        """Yield every request."""
+        for row in self._rows(RECORDS.order_by(requests.c.request_key)):
             yield record_from_row(row)
 
     def charges(self) -> Iterator[Charge]:
-        """Every submission; those of one request follow one another by their numbers."""
+        """Yield every submission, by request key and number."""
         order = (submissions.c.request_key, submissions.c.number)
         for row in self._rows(CHARGES.order_by(*order)):
             yield charge_from_row(row)
 
     def request_events(self) -> Iterator[RequestEvents]:
-        """Every request's events."""
+        """Yield the events of every request."""
         query = (
             select(
                 requests.c.request_key,
@@ -91,20 +87,18 @@ class Snapshot:
             yield RequestEvents(key, found[0].state, found[0].last, happened)
 
     def commitments(self) -> dict[str, Commitment]:
-        """What each run and day has committed and spent, by scope."""
+        """Return what each scope (``budget.scopes_of``) has committed and spent."""
         return {
             row.scope: Commitment(row.committed_units, row.spent_units)
             for row in self._rows(select(commitments))
         }
 
     def account_readings(self) -> list[AccountReading]:
-        """What the account said, in its order."""
-        query = select(account_readings).order_by(account_readings.c.id)
-        return [
-            AccountReading(row.at, row.run_id, row.used_units, row.remaining_units)
-            for row in self._rows(query)
-        ]
+        """Return the readings of the account, in order."""
+        columns = [account_readings.c[one.name] for one in fields(AccountReading)]
+        query = select(*columns).order_by(account_readings.c.id)
+        return [AccountReading(*row) for row in self._rows(query)]
 
-    def _rows(self, query: Select[Any]) -> Iterator[Row[Any]]:
+    def _rows(self, query: Select[Any]) -> Iterator[Any]:
         with self._explained("read"):
-            yield from self._connection.execute(query)
+            yield from self.connection.execute(query)

@@ -1,6 +1,7 @@
-"""The statements that write a batch of changes.
+"""SQL statements that write a batch of changes.
 
-Made once: SQLAlchemy keeps their text, and a row costs some 6 µs more than by the driver alone.
+They are built once: SQLAlchemy caches their text, so that a row costs some 6 µs more than with the
+driver alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from krea_dagster.engine.journal.changes import Change
-from krea_dagster.engine.journal.rows import JOINED, record_from_row
+from krea_dagster.engine.journal.rows import RECORDS, record_from_row
 from krea_dagster.engine.journal.schema import (
     POSTGRES_NOW_US,
     commitments,
@@ -38,14 +39,14 @@ from krea_dagster.engine.journal.schema import (
 )
 from krea_dagster.engine.record import Record
 
-#: How long the account's stop holds for the other shards of a launch: long enough that all of
-#: them see it, short enough that a launch which is taken up again after topping up may buy.
+#: How long a stop by the account holds for the other shards of a launch: long enough that all of
+#: them see it, short enough that a launch that is started again after a top-up may buy.
 STOP_HOLDS_S: Final = 300.0
 
-#: The parameter that is added to a submission's ``posts``.
+#: The name of the parameter that is added to a submission's ``posts``.
 ADDED_POSTS: Final = "added_posts"
 
-#: Sets the given columns of the request that stands at ``old_seq`` and is held by ``old_owner``.
+#: Sets the given columns of a request, if ``old_seq`` is its last event and ``old_owner`` holds it.
 REQUEST_UPDATE: Final = update(requests).where(
     requests.c.request_key == bindparam("old_key"),
     requests.c.seq == bindparam("old_seq"),
@@ -56,7 +57,7 @@ REQUEST_UPDATE: Final = update(requests).where(
 SUBMISSION_UPDATE: Final = update(submissions).where(
     submissions.c.idempotency_key == bindparam("old_key")
 )
-#: As well, and adds ``ADDED_POSTS`` to its posts.
+#: The same, and adds ``ADDED_POSTS`` to its posts.
 POSTED_UPDATE: Final = SUBMISSION_UPDATE.values(posts=submissions.c.posts + bindparam(ADDED_POSTS))
 
 NEW_SUBMISSION: Final = insert(submissions).inline()
@@ -71,26 +72,46 @@ _PRICES: Final = select(
 
 
 def is_sqlite(database: Connection | Engine) -> bool:
-    """Whether the database is SQLite."""
+    """Return whether the database is SQLite."""
     return database.dialect.name == "sqlite"
 
 
 def insertion(database: Connection | Engine, table: Table) -> Any:
-    """Return an INSERT that may say what is done about a conflict."""
+    """Return an INSERT that may say what happens on a conflict."""
     return (sqlite.insert if is_sqlite(database) else postgresql.insert)(table)
+
+
+def lock_transaction(connection: Connection, number: int) -> None:
+    """Wait for other transactions that took this lock. SQLite locks the whole file anyway."""
+    if not is_sqlite(connection):
+        connection.execute(select(func.pg_advisory_xact_lock(number)))
+
+
+def lock_requests(connection: Connection, *conditions: Any) -> None:
+    """Lock requests in the order of their keys, so that no two transactions deadlock.
+
+    An UPDATE locks them in the order in which it finds them. SQLite locks the whole file.
+    """
+    if not is_sqlite(connection):
+        connection.execute(
+            select(requests.c.request_key)
+            .where(*conditions)
+            .order_by(requests.c.request_key)
+            .with_for_update(key_share=True)
+        )
 
 
 def execute_for_all(
     connection: Connection, statement: Update, rows: Sequence[dict[str, Any]]
 ) -> bool:
-    """Execute an UPDATE of one row for each of these; returns whether each has found its row."""
+    """Execute an UPDATE of one row for each of these; return whether each found its row."""
     return connection.execute(statement, rows).rowcount == len(rows)
 
 
 def locked_records(connection: Connection, keys: Sequence[str]) -> dict[str, Record]:
-    """Return the requests with these keys, kept from being changed by others meanwhile."""
-    wanted = JOINED.where(requests.c.request_key.in_(keys))
-    # SQLite has no such lock: there the whole file is locked already.
+    """Return the requests with these keys, locked against changes by others."""
+    wanted = RECORDS.where(requests.c.request_key.in_(keys))
+    # Without effect on SQLite, where the whole file is locked already.
     rows = connection.execute(wanted.with_for_update(of=requests, key_share=True))
     return {row.request_key: record_from_row(row) for row in rows}
 
@@ -98,7 +119,7 @@ def locked_records(connection: Connection, keys: Sequence[str]) -> dict[str, Rec
 def events_of_run(
     connection: Connection, changes: Sequence[Change], run_id: str
 ) -> set[tuple[str, str, datetime]]:
-    """Return which events a run has written about the requests of these changes: what, and when."""
+    """Return the events that a run has written for the requests of these changes."""
     keys = {change.request_key for change in changes}
     query = select(events.c.request_key, events.c.event, events.c.at)
     rows = connection.execute(
@@ -115,9 +136,9 @@ def purchases_of_tasks(connection: Connection, task_ids: Sequence[str]) -> dict[
 
 
 def active_stop(connection: Connection, launch: str, at: datetime) -> tuple[str, str] | None:
-    """Return the code and the message of the stop that holds for a launch."""
+    """Return the code and the message of the stop that is in force for a launch."""
     since: Any = stops.c.at >= at - timedelta(seconds=STOP_HOLDS_S)
-    if not is_sqlite(connection):  # by its own clock, as it was written
+    if not is_sqlite(connection):  # by the server's clock, as it was written
         since = text(f"stops.at >= {POSTGRES_NOW_US} - {int(STOP_HOLDS_S * 1_000_000)}")
     query = select(stops.c.error_code, stops.c.error_message)
     row = connection.execute(query.where(stops.c.launch == launch, since)).first()
@@ -125,13 +146,13 @@ def active_stop(connection: Connection, launch: str, at: datetime) -> tuple[str,
 
 
 def commitment_of(connection: Connection, scope: str) -> tuple[int, int]:
-    """Return what a scope has committed and spent, in units. Its row must be there."""
+    """Return what a scope has committed and spent, in units. Its row must exist."""
     row = connection.execute(_COMMITMENT, {"wanted": scope}).one()
     return row.committed_units, row.spent_units
 
 
 def known_prices(connection: Connection) -> Sequence[Any]:
-    """Return what is known of the prices: one row for each quality."""
+    """Return the known prices, one row for each quality."""
     return connection.execute(_PRICES).all()
 
 
@@ -147,10 +168,10 @@ def add_to_commitments(connection: Connection, rows: Sequence[dict[str, Any]]) -
 
 
 def upsert_prices(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep the latest price of qualities, the highest, and the last that was not believed."""
+    """Keep the latest, the highest and the last implausible price of each quality."""
     statement = insertion(connection, prices)
     new = statement.excluded
-    # Compared here, because two runs may have read the same highest price.
+    # Compared in the database, because two runs may have read the same highest price.
     greater = func.max if is_sqlite(connection) else func.greatest
     seen = {
         "highest_units": greater(prices.c.highest_units, new.highest_units),
@@ -165,11 +186,11 @@ def upsert_prices(connection: Connection, rows: Sequence[dict[str, Any]]) -> Non
 
 
 def upsert_files(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep whether files lie in a storage root."""
+    """Note whether files are in a storage root."""
     statement = insertion(connection, files)
     new = statement.excluded
     seen = {
-        # Its own time, as long as it has only gone missing.
+        # The time of a file that is missing stays the time at which it was stored.
         "at": case((new.missing_since.is_(None), new.at), else_=files.c.at),
         "missing_since": new.missing_since,
     }

@@ -70,7 +70,7 @@ class Claims:
         """Renew the claims until cancelled, and release what is finished."""
         while True:
             await self._context.clock.sleep(_HEARTBEAT_S)
-            await self._in_thread(self._journal.heartbeat, self._owner)
+            await self._in_thread(self._journal.claims.heartbeat, self._owner)
             await self._release_finished()
 
     async def watch_elsewhere(self) -> None:
@@ -104,7 +104,7 @@ class Claims:
 
         They are read again after the claim: another run may have carried them further.
         """
-        mine = await self._in_thread(self._journal.claim, keys, self._owner)
+        mine = await self._in_thread(self._journal.claims.claim, keys, self._owner)
         found = await self._in_thread(self._journal.records, mine)
         calls = await self._calls_for(found)
         files, elsewhere = await self._in_thread(self._find_files, found)
@@ -154,7 +154,7 @@ class Claims:
     async def _leave_elsewhere(self) -> None:
         """Leave what another run still holds, with its name."""
         keys = list(self._elsewhere)
-        holders = await self._in_thread(self._journal.holders, keys)
+        holders = await self._in_thread(self._journal.claims.holders, keys)
         records = await self._in_thread(self._journal.records, keys)
         for key in keys:
             if key in records:
@@ -165,4 +165,4 @@ class Claims:
 
     async def _release_finished(self) -> None:
         finished, self._finished = self._finished, set()
-        await self._in_thread(self._journal.unclaim, finished, self._owner)
+        await self._in_thread(self._journal.claims.unclaim, finished, self._owner)

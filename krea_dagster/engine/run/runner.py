@@ -35,7 +35,7 @@ class Runner(RunOptions):
         """
         started_s = self.clock.monotonic()
         outages = Outages(self.clock, self.policy)
-        outages.probes[Dependency.JOURNAL] = partial(self._probe, self.journal.ping)
+        outages.probes[Dependency.JOURNAL] = partial(self._probe, self.journal.database.ping)
         outages.probes[Dependency.STORAGE] = partial(self._probe, self.images.storage.ping)
         in_thread = outages.patient(self.in_thread)
         work = await WorkList.enter(requested, self, in_thread, self._is_unfinished, reused_rows)

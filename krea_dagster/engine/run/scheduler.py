@@ -134,8 +134,8 @@ class RunScheduler:
 
     async def run(self) -> None:
         """Claim unfinished requests, and carry them until nothing more can be done."""
-        await self._in_thread(self._journal.check_integrity)
-        await self._in_thread(self._journal.register, self._context.process)
+        await self._in_thread(self._journal.database.check_integrity)
+        await self._in_thread(self._journal.claims.register, self._context.process)
         try:
             async with self._context.writer:
                 await self._pace_sync.exchange()
@@ -151,12 +151,12 @@ class RunScheduler:
         except BaseException as error:
             # Tried once: the next run need not wait for claims that cannot be released.
             with anyio.CancelScope(shield=True), suppress(JournalError):
-                await self._options.in_thread(self._journal.release, self._owner)
+                await self._options.in_thread(self._journal.claims.release, self._owner)
             if self._submit.unwritten:
                 why = str(self._failure or error)
                 raise PurchasesNotWritten(self._submit.unwritten, why) from error
             raise
-        await self._in_thread(self._journal.release, self._owner)
+        await self._in_thread(self._journal.claims.release, self._owner)
 
     def report(self, seconds: float, recovered: Sequence[str]) -> RunReport:
         """Return how the run ended."""

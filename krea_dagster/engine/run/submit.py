@@ -264,7 +264,11 @@ class SubmitStep:
         """Write a purchase to a file for the next run; returns its place."""
         journal, storage = self._options.journal, self._options.images.storage
         kept = SavedAnswer(
-            journal.journal_id, bought.request_key, bought.idempotency_key, values, dict(answer)
+            journal.database.journal_id,
+            bought.request_key,
+            bought.idempotency_key,
+            values,
+            dict(answer),
         )
         try:
             return save_answer(storage, kept)

@@ -21,7 +21,7 @@ from PIL import Image
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.storage.byte_budget import ByteBudget
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DAMAGED, FORMATS, decoded_bytes, verify_image
+from krea_dagster.engine.storage.verify import FORMATS, decoded_bytes, verify_image
 from krea_dagster.engine.threads import InThread, Threads
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
@@ -225,7 +225,7 @@ class ImageStore:
         with self._decoding:
             if self._on_picture is None:
                 return verify_image(body.content(), request.pixels)
-            return verify_image(body.content(), request.pixels, seen=pictures.append)
+            return verify_image(body.content(), request.pixels, on_decoded=pictures.append)
 
     def _show(self, sha256: str, picture: Image.Image) -> None:
         if self._on_picture is None:

@@ -38,7 +38,7 @@ _SAMPLE: Final = 32
 
 #: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus; RuntimeError is
 #: AVIF's.
-DAMAGED: Final = (
+DECODE_ERRORS: Final = (
     OSError,
     RuntimeError,
     SyntaxError,
@@ -93,7 +93,7 @@ def verify_image(
         ) from None
     except DownloadError:
         raise
-    except (*DAMAGED, Warning) as error:  # a warning, where those are errors
+    except (*DECODE_ERRORS, Warning) as error:  # a warning, where those are errors
         raise NoUsableBody(f"the image is damaged: {error}") from None
     if flat:
         raise ImageRejected("flat_image", "the image is one flat colour, or nothing of it shows")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from krea_dagster.engine.journal.journal import AccountReading, Charge
+from krea_dagster.engine.journal.rows import AccountReading, Charge
 
 
 @dataclass(frozen=True)

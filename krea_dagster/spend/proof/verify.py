@@ -16,13 +16,9 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from krea_dagster.engine.budget import Commitment
-from krea_dagster.engine.journal.journal import (
-    Charge,
-    Journal,
-    RequestEvents,
-    Snapshot,
-    scopes_of_charge,
-)
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.rows import Charge, scopes_of_charge
+from krea_dagster.engine.journal.snapshot import RequestEvents, Snapshot
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import Event, State
 from krea_dagster.engine.states import replay as replayed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from krea_dagster.engine.journal.callback_log import OVERLAP, CallbackLog
+from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.schema import metadata
@@ -67,7 +67,7 @@ def log(journal: Journal, journal_url: str, now: Now) -> Iterator[CallbackLog]:
 
 
 def everything_else(journal: Journal) -> dict[str, list[tuple[object, ...]]]:
-    with journal.reading() as connection:
+    with journal.database.read() as connection:
         return {
             name: sorted(map(tuple, connection.execute(table.select())), key=str)
             for name, table in metadata.tables.items()
@@ -105,25 +105,6 @@ def test_a_call_changes_nothing_but_its_own_table(log: CallbackLog, journal: Jou
     before = everything_else(journal)
     log.add([(A, "task-of-somebody-else"), (B, None), (C, None)] * 10)
     assert everything_else(journal) == before
-
-
-def test_what_came_since_a_mark_is_found_whatever_was_committed_a_little_late(
-    log: CallbackLog, now: Now
-) -> None:
-    assert log.calls_since(None).mark is None
-    log.add([(A, None)])
-    first = log.calls_since(None)
-    assert [call.request_key for call in first.calls] == [A]
-    assert first.mark == START
-    now.move(-OVERLAP.total_seconds() / 2)  # another receiver, whose clock is behind
-    log.add([(B, None)])
-    second = log.calls_since(first.mark)
-    assert [call.request_key for call in second.calls] == [B, A]
-    assert second.mark == first.mark
-    now.move(1000)
-    log.add([(A, None)])
-    third = log.calls_since(log.calls_since(second.mark).mark)
-    assert [(call.request_key, call.count) for call in third.calls] == [(A, 2)]
 
 
 def test_a_clock_behind_does_not_take_a_later_call_back(log: CallbackLog, now: Now) -> None:

@@ -26,7 +26,7 @@ def write(database: Database, launch: str) -> None:
 
 
 def read(database: Database) -> list[str]:
-    with database.read("read") as connection:
+    with database.read() as connection:
         return sorted(connection.execute(select(stops.c.launch)).scalars())
 
 

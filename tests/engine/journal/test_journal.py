@@ -241,8 +241,8 @@ def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
 ) -> None:
     mine, theirs = JournalWriter(journal, "mine"), JournalWriter(journal, "theirs")
     old = mine.bring_to(make_request(), State.PLANNED)
-    journal.release(mine.owner.owner)
-    journal.claim([old.request_key], theirs.owner.owner)
+    journal.claims.release(mine.owner.owner)
+    journal.claims.claim([old.request_key], theirs.owner.owner)
     (answer,) = journal.append(
         [change(make_request(), Event.SUBMITTING)],
         owner=mine.owner.owner,
@@ -348,10 +348,10 @@ def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
     first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
     key = make_request().request_key
     first.plan(make_request())
-    assert journal.claim([key], second.owner.owner) == set()
-    assert journal.claim([key], first.owner.owner) == {key}
-    journal.release(first.owner.owner)
-    assert journal.claim([key], second.owner.owner) == {key}
+    assert journal.claims.claim([key], second.owner.owner) == set()
+    assert journal.claims.claim([key], first.owner.owner) == {key}
+    journal.claims.release(first.owner.owner)
+    assert journal.claims.claim([key], second.owner.owner) == {key}
 
 
 def test_only_the_holder_writes_and_the_other_learns_that_it_was_taken_over(
@@ -370,13 +370,13 @@ def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
     requests = make_requests(3)
     keys = [request.request_key for request in requests]
     first.plan(*requests)
-    journal.unclaim(keys[:1], first.owner.owner)
-    journal.unclaim(keys, second.owner.owner)  # nothing of its own
-    assert journal.claim(keys, second.owner.owner) == set(keys[:1])
+    journal.claims.unclaim(keys[:1], first.owner.owner)
+    journal.claims.unclaim(keys, second.owner.owner)  # nothing of its own
+    assert journal.claims.claim(keys, second.owner.owner) == set(keys[:1])
 
 
 def test_claiming_what_nobody_planned_claims_nothing(journal: Journal) -> None:
-    assert journal.claim(["no such key"], JournalWriter(journal).owner.owner) == set()
+    assert journal.claims.claim(["no such key"], JournalWriter(journal).owner.owner) == set()
 
 
 def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
@@ -393,7 +393,7 @@ def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
         with closing(Journal(journal_url)) as mine:
             me = JournalWriter(mine, f"run-{number}").owner.owner
             start.wait()
-            claimed.append(mine.claim(keys[:: 1 if number % 2 else -1], me))
+            claimed.append(mine.claims.claim(keys[:: 1 if number % 2 else -1], me))
             end.wait()  # its claims end with its journal
 
     threads = [threading.Thread(target=claim, args=(number,)) for number in range(4)]
@@ -611,7 +611,7 @@ def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
             me = JournalWriter(mine, f"run-{number}").owner.owner
             for _ in range(15):
                 some = chance.sample(keys, chance.randint(1, len(keys)))
-                mine.unclaim(mine.claim(some, me), me)
+                mine.claims.unclaim(mine.claims.claim(some, me), me)
 
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(claim_and_let_go, number) for number in range(3)]:
@@ -636,4 +636,4 @@ def test_the_highest_price_of_two_runs_at_once_is_the_highest(
                 upsert_prices(connection, [{**row, **none, "seen_at": NOW}])
 
         database.write("write prices to", write)
-    assert journal.highest_prices() == {"1K": 9000}
+    assert journal.prices.highest() == {"1K": 9000}

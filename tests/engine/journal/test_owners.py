@@ -17,7 +17,7 @@ from sqlalchemy import text, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, Owner, _held, new_owner
+from krea_dagster.engine.journal.owners import SILENCE_S, FileLocks, _held, new_owner
 from krea_dagster.engine.journal.schema import owners, requests
 from tests.engine.harness import NOW, JournalWriter, make_request, make_requests
 
@@ -28,8 +28,8 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import new_owner
 journal = Journal(sys.argv[1])
 owner = new_owner("other")
-journal.register(owner)
-journal.claim([sys.argv[2]], owner.owner)
+journal.claims.register(owner)
+journal.claims.claim([sys.argv[2]], owner.owner)
 print(owner.owner, flush=True)
 for line in sys.stdin:
     if line == "fork\\n":
@@ -92,10 +92,10 @@ def test_what_a_living_process_holds_is_not_free_however_long_it_is_silent(
 ) -> None:
     key, me = planned(journal), JournalWriter(journal).owner.owner
     with another_process(journal_url) as (_, owner):
-        assert journal.claim([key], me) == set()
+        assert journal.claims.claim([key], me) == set()
         for silence in (timedelta(days=400), timedelta(days=-400)):
             make_silent(journal_url, owner, silence)
-            assert journal.claim([key], me) == set()
+            assert journal.claims.claim([key], me) == set()
 
 
 def test_what_a_killed_process_held_is_free_at_once_or_after_its_silence(
@@ -106,10 +106,10 @@ def test_what_a_killed_process_held_is_free_at_once_or_after_its_silence(
         process.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its parent has not noticed
         if not is_sqlite(journal_url):
-            assert journal.claim([key], me) == set()
+            assert journal.claims.claim([key], me) == set()
             make_silent(journal_url, owner, timedelta(seconds=SILENCE_S + 1))
-        assert journal.claim([key], me) == {key}
-        assert journal.holders([key])[key].startswith("run run-by-hand (process ")
+        assert journal.claims.claim([key], me) == {key}
+        assert journal.claims.holders([key])[key].startswith("run run-by-hand (process ")
 
 
 def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
@@ -124,7 +124,7 @@ def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
         assert process.stdout.readline() == "forked\n"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert journal.claim([key], me) == {key}
+        assert journal.claims.claim([key], me) == {key}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of its own need root")
@@ -134,7 +134,7 @@ def test_a_process_of_another_host_with_the_same_numbers_keeps_what_it_holds(
     key, me = planned(journal), JournalWriter(journal).owner.owner
     apart = ("unshare", "--uts", "--pid", "--fork", "--kill-child")
     with another_process(journal_url, *apart):
-        assert journal.claim([key], me) == set()
+        assert journal.claims.claim([key], me) == set()
 
 
 def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
@@ -143,18 +143,14 @@ def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
     """Also where its journal could not be written when it ended."""
     key = planned(journal)
 
-    class Failing(Journal):
-        def end(self, owner: Owner) -> None:
-            self._locks.give_back(owner.owner)
-
-    with closing(Failing(journal_url)) as other:
+    with closing(Journal(journal_url)) as other:
         owner = new_owner("ended")
-        other.register(owner)
-        assert other.claim([key], owner.owner) == {key}
-        other.end(owner)
+        other.claims.register(owner)
+        assert other.claims.claim([key], owner.owner) == {key}
+        other.database.locks.give_back(owner.owner)
         if not is_sqlite(journal_url):
             make_silent(journal_url, owner.owner, timedelta(seconds=SILENCE_S + 1))
-        assert journal.claim([key], JournalWriter(journal).owner.owner) == {key}
+        assert journal.claims.claim([key], JournalWriter(journal).owner.owner) == {key}
 
 
 def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbeat_tells(
@@ -164,15 +160,15 @@ def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbea
         pytest.skip("there the kernel's lock tells alone")
     key, me = planned(journal), JournalWriter(journal).owner.owner
     owner = new_owner("other")
-    journal.register(owner)
-    journal.claim([key], owner.owner)
+    journal.claims.register(owner)
+    journal.claims.claim([key], owner.owner)
     make_silent(journal_url, owner.owner, timedelta(hours=1))
-    assert journal.claim([key], me) == set()  # it has its lock
-    journal.heartbeat(owner.owner)
-    journal._locks.give_back(owner.owner)
-    assert journal.claim([key], me) == set()  # it was heard of
+    assert journal.claims.claim([key], me) == set()  # it has its lock
+    journal.claims.heartbeat(owner.owner)
+    journal.database.locks.give_back(owner.owner)
+    assert journal.claims.claim([key], me) == set()  # it was heard of
     make_silent(journal_url, owner.owner, timedelta(seconds=SILENCE_S + 1))
-    assert journal.claim([key], me) == {key}
+    assert journal.claims.claim([key], me) == {key}
 
 
 # -- where there is no lock file --------------------------------------------------------------
@@ -183,9 +179,9 @@ def test_a_living_run_whose_lock_file_was_removed_makes_it_again(tmp_path: Path)
         writer = JournalWriter(journal)
         (file,) = (tmp_path / "journal.db-runs").iterdir()
         file.unlink()
-        journal.heartbeat(writer.owner.owner)
+        journal.claims.heartbeat(writer.owner.owner)
         assert file.exists()
-        journal.release(writer.owner.owner)
+        journal.claims.release(writer.owner.owner)
         assert not file.exists()
 
 
@@ -200,16 +196,18 @@ def test_an_owner_without_a_lock_file_is_dead_after_its_silence_by_our_own_clock
         owner = writer.owner.owner
 
         def dead() -> set[str]:
-            with database.read("read") as connection:
+            with database.read() as connection:
                 return locks.dead(connection)
 
         os.close(_held.pop(owner))  # as of another process
         assert dead() == set()
         now_s += SILENCE_S
         assert dead() == set()
-        journal._locks = locks  # its next heartbeat finds no folder to lock in, and is written
+        journal.claims._locks = (
+            locks  # its next heartbeat finds no folder to lock in, and is written
+        )
         (tmp_path / "nowhere").write_text("no folder")
-        journal.heartbeat(owner)
+        journal.claims.heartbeat(owner)
         assert dead() == set()
         now_s += SILENCE_S + 1
         assert dead() == {owner}
@@ -222,9 +220,9 @@ def test_what_a_dead_owner_has_left_is_removed(tmp_path: Path) -> None:
         with another_process(url) as (process, owner):
             process.kill()
             process.wait()
-            assert journal.claim([key], me) == {key}
+            assert journal.claims.claim([key], me) == {key}
         assert [file.name for file in (tmp_path / "journal.db-runs").iterdir()] == [me]
-        with closing(Database(url)) as database, database.read("read") as connection:
+        with closing(Database(url)) as database, database.read() as connection:
             assert set(connection.execute(owners.select()).scalars()) == {me}
         assert owner != me
 
@@ -245,4 +243,4 @@ def test_a_dead_owner_of_which_part_was_taken_is_dead_for_the_rest_too(tmp_path:
             process.kill()
             process.wait()
             for request in (make_request(), *make_requests(2)):
-                assert journal.claim([request.request_key], me) == {request.request_key}
+                assert journal.claims.claim([request.request_key], me) == {request.request_key}

@@ -29,7 +29,7 @@ class Hours:
 
 def begun(journal: Journal) -> Owner:
     owner = new_owner("run")
-    journal.register(owner)
+    journal.claims.register(owner)
     return owner
 
 
@@ -65,7 +65,7 @@ def test_each_run_sees_what_the_others_have_and_want_until_they_end(journal: Jou
     assert exchanged(journal, first, clock, refused(clock), wants=7).others == ()
     (seen,) = exchanged(journal, second, clock).others
     assert (seen.owner, seen.in_flight, seen.wants) == (first.owner, 1, 7)
-    journal.release(first.owner)
+    journal.claims.release(first.owner)
     assert exchanged(journal, second, clock).others == ()
 
 
@@ -75,7 +75,7 @@ def test_keys_of_one_account_share_it_and_other_accounts_do_not(journal: Journal
     other = "fedcba9876543210"
     assert exchanged(journal, begun(journal), clock, key=other).learned == Pace(1_000_000)
     same = {"fingerprint": "0000000000000000", "account": KEY, "first_at": NOW}
-    journal._write("enter", lambda at: at.execute(insert(api_keys).values(same)))
+    journal.database.write("enter", lambda at: at.execute(insert(api_keys).values(same)))
     one = exchanged(journal, begun(journal), clock, key="0000000000000000")
     assert one.learned.limit is Limit.UNCLEAR
 
@@ -85,5 +85,5 @@ def test_what_is_kept_and_cannot_be_read_is_nothing_known(journal: Journal) -> N
     exchanged(journal, owner, clock, refused(clock))
     for kept in ("", "{", "[]", '{"pace": {"window": 3}, "answers": []}', '{"pace": 3}'):
         spoiled = update(paces).values(kept=kept)
-        journal._write("spoil", partial(Connection.execute, statement=spoiled))
+        journal.database.write("spoil", partial(Connection.execute, statement=spoiled))
         assert exchanged(journal, owner, clock).learned == Pace(1_000_000)

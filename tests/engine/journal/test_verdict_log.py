@@ -256,5 +256,5 @@ def test_a_journal_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     with closing(VerdictLog.open(f"sqlite:///{file}")) as log:
         log.add([on(1)])
         file.unlink()
-        with pytest.raises(JournalError, match="not there any more"):
+        with pytest.raises(JournalError, match="file is missing"):
             log.add([on(2)])

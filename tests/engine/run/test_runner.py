@@ -18,6 +18,7 @@ import pytest
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.claim_log import ClaimLog
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.worklist import RequestedImage
@@ -225,7 +226,7 @@ async def test_a_run_that_ended_between_post_and_answer_left_an_unknown_outcome(
     """It is repeated under the same key, and the server knows it again."""
     writer = JournalWriter(engine.journal, "run-1")
     writer.bring_to(make_request(), State.SUBMITTING)
-    engine.journal.release(writer.owner.owner)
+    engine.journal.claims.release(writer.owner.owner)
     clock = ClockAhead(NOW + timedelta(hours=22) - SystemClock().now())
     report = await engine.run([make_request()], "run-2", clock=clock)
     assert (report.posts, report.progress.delivered) == (1, 1)
@@ -237,7 +238,7 @@ async def test_a_run_that_ended_between_post_and_answer_left_an_unknown_outcome(
 async def test_after_23_hours_an_unknown_outcome_waits_for_a_person(engine: EngineHarness) -> None:
     writer = JournalWriter(engine.journal, "run-1")
     writer.bring_to(make_request(), State.SUBMITTING)
-    engine.journal.release(writer.owner.owner)
+    engine.journal.claims.release(writer.owner.owner)
     clock = ClockAhead(NOW + timedelta(hours=23, minutes=1) - SystemClock().now())
     report = await engine.run([make_request()], "run-2", clock=clock)
     assert report.posts == 0
@@ -295,8 +296,8 @@ async def test_runs_that_wait_for_each_others_rows_end(engine: EngineHarness) ->
             quick = engine.runner("B", clock=Quick(), on_progress=watch)
             runs.start_soon(quick.run, to_requested([one, two]))
             await anyio.sleep(0.05)
-            assert engine.journal.claim(key_of_two, third.owner.owner) == key_of_two
-            engine.journal.release(third.owner.owner)
+            assert engine.journal.claims.claim(key_of_two, third.owner.owner) == key_of_two
+            engine.journal.claims.release(third.owner.owner)
     assert engine.states([one, two]) == ["stored", "stored"]
     assert engine.assert_accounts_agree()["creates"] == 2
 
@@ -341,7 +342,7 @@ async def test_a_journal_that_fails_in_the_background_ends_the_run_as_a_journal_
 ) -> None:
     """Here at the heartbeat, which no request waits for."""
 
-    class Failing(Journal):
+    class FailingClaims(ClaimLog):
         def heartbeat(self, owner: str) -> None:
             raise JournalError("disk full")
 
@@ -350,7 +351,8 @@ async def test_a_journal_that_fails_in_the_background_ends_the_run_as_a_journal_
             await super().sleep(seconds / 100)
 
     engine.emulator.world.script("stuck", n=3)
-    with closing(Failing(engine.url)) as failing:
+    with closing(Journal(engine.url)) as failing:
+        failing.claims = FailingClaims(failing.database)
         runner = replace(engine.runner(clock=Hurried()), journal=failing)
         with anyio.fail_after(10), pytest.raises(JournalError, match="disk full"):
             await runner.run(to_requested(make_requests(3)))

@@ -109,7 +109,7 @@ async def test_a_purchase_after_a_failed_one_names_the_present_address(
     running = asyncio.create_task(again.run(to_requested([other])))
     await called_about(engine, [other])
     await running
-    with engine.journal.reading() as connection:
+    with engine.journal.database.read() as connection:
         urls = connection.execute(
             select(schema.submissions.c.callback_url)
             .where(schema.submissions.c.request_key == other.request_key)

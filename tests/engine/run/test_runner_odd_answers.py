@@ -66,7 +66,7 @@ async def test_a_failed_task_that_is_completed_after_the_pause_is_not_bought_aga
         writer.write(make_request(), Event.SUBMITTING)
         writer.write(make_request(), Event.ACCEPTED, task_id=bought.task_id)
         writer.write(make_request(), Event.FAILED)
-        engine.journal.release(writer.owner.owner)
+        engine.journal.claims.release(writer.owner.owner)
         report = await engine.run([make_request()])
     record = engine.record(make_request())
     assert (record.state, record.task_id, record.charged_units) == (
@@ -122,7 +122,7 @@ async def test_a_task_id_of_another_purchase_affects_only_its_row(
     states = engine.states(requests)
     assert sorted(states) == ["stored"] * 4 + ["unknown"]
     (why,) = report.left.values()
-    assert "is that of the purchase" in why
+    assert "belongs to the purchase" in why
     assert engine.emulator.stats()["bodies_bought_more_than_once"] == 0
 
 
@@ -135,7 +135,7 @@ async def test_a_task_id_of_the_rows_own_earlier_purchase_affects_only_its_row(
     engine.emulator.world.script("repeated_id")
     report = await engine.run(requests[:1], "run-2")
     assert engine.states(requests[:1]) == ["unknown"]
-    assert "is that of the purchase" in report.left[requests[0].request_key]
+    assert "belongs to the purchase" in report.left[requests[0].request_key]
     await engine.run(requests, "run-3")
     assert engine.states(requests) == ["stored"] * 3
 
@@ -188,7 +188,7 @@ async def test_a_decision_with_the_task_of_another_row_affects_only_its_row(
     decided = replace(runner, resolutions={requests[1].request_key: HasTask(task_id)})
     report = await decided.run(to_requested(requests))
     assert engine.states(requests) == ["stored", "unknown", "stored", "stored"]
-    assert "is that of the purchase" in report.left[requests[1].request_key]
+    assert "belongs to the purchase" in report.left[requests[1].request_key]
 
 
 async def test_an_invalid_task_id_in_the_journal_does_not_end_the_run(
@@ -200,7 +200,7 @@ async def test_an_invalid_task_id_in_the_journal_does_not_end_the_run(
     writer.plan(requests[0])
     writer.write(requests[0], Event.SUBMITTING)
     writer.write(requests[0], Event.ACCEPTED, task_id="..")
-    engine.journal.release(writer.owner.owner)
+    engine.journal.claims.release(writer.owner.owner)
     report = await engine.run(requests, on_unknown="hold")
     assert engine.states(requests) == ["unknown", "stored", "stored", "stored"]
     assert list(report.left) == [requests[0].request_key]
@@ -217,7 +217,7 @@ async def test_a_task_that_two_rows_claim_goes_to_one(engine: EngineHarness) -> 
         report = await engine.run(requests, "run-2", on_unknown="hold")
     assert sorted(engine.states(requests)) == ["stored", "unknown"]
     (why,) = report.left.values()
-    assert "is that of the purchase" in why
+    assert "belongs to the purchase" in why
 
 
 # -- tasks that are not found -----------------------------------------------------------------
@@ -284,7 +284,7 @@ async def test_one_implausible_price_is_reported_and_not_used(
     report = await replace(runner, caps=Caps(day_units=10 * 4500)).run(to_requested(requests))
     assert engine.states(requests) == ["stored"] * 6
     assert "far from the 0.45 that were expected" in " ".join(report.price_increases)
-    assert engine.journal.highest_prices() == {"1K": 4500}
+    assert engine.journal.prices.highest() == {"1K": 4500}
     charges = sorted(str(one.charged_units) for one in engine.journal.charges())
     assert charges == ["4500"] * 5 + ["None"]
     assert engine.journal.commitment("run:run-1").committed_units == 6 * 4500
@@ -299,14 +299,14 @@ async def test_a_price_that_a_person_accepts_is_charged_and_used(
 ) -> None:
     engine.emulator.world.script("price", arg=3)
     await engine.run(make_requests(2), max_in_flight=1)
-    units, settled = engine.journal.accept_price("1K", NOW)
+    units, settled = engine.journal.prices.accept("1K", NOW)
     assert (units, settled) == (30_000, 1)
-    assert engine.journal.highest_prices() == {"1K": 30_000}
+    assert engine.journal.prices.highest() == {"1K": 30_000}
     assert sorted(one.charged_units or 0 for one in engine.journal.charges()) == [4500, 30_000]
     commitment = engine.journal.commitment("run:run-1")
     assert (commitment.committed_units, commitment.spent_units) == (34_500, 34_500)
     with pytest.raises(ConfigError, match="no price of 1K waits"):
-        engine.journal.accept_price("1K", NOW)
+        engine.journal.prices.accept("1K", NOW)
 
 
 async def test_several_implausible_prices_in_a_row_end_the_buying(
@@ -329,10 +329,10 @@ async def test_doubtful_prices_stop_later_runs_until_a_person_has_decided(
         report = await engine.run(make_requests(20), run)
         assert report.posts == 0
         assert "krea-dagster accept price 1K" in str(report.stopped)
-    engine.journal.dismiss_price("1K")
+    engine.journal.prices.dismiss("1K")
     report = await engine.run(make_requests(20), "run-4")
     assert (report.posts, report.stopped) == (17, None)
-    assert engine.journal.highest_prices() == {"1K": 4500}
+    assert engine.journal.prices.highest() == {"1K": 4500}
 
 
 async def test_a_price_that_is_right_again_ends_the_doubt(engine: EngineHarness) -> None:
@@ -353,9 +353,9 @@ async def test_a_price_is_not_accepted_while_a_run_has_purchases_at_it(
         closing(Journal(engine.url)) as other,
         pytest.raises(ConfigError, match="a run is at work with purchases at that price"),
     ):
-        other.accept_price("1K", NOW)
-    engine.journal.release(writer.owner.owner)
-    units, _ = engine.journal.accept_price("1K", NOW)
+        other.prices.accept("1K", NOW)
+    engine.journal.claims.release(writer.owner.owner)
+    units, _ = engine.journal.prices.accept("1K", NOW)
     assert units == 90_000
 
 

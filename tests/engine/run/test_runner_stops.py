@@ -550,4 +550,4 @@ async def test_a_price_above_the_expected_one_is_reported_and_used(
     client = Dearer("emulator", base_url=engine.emulator.url)
     report = await replace(runner, connect=lambda: client).run(to_requested(make_requests(1)))
     assert report.price_increases == ("1K costs 0.9 credits, and 0.45 were expected",)
-    assert engine.journal.highest_prices() == {"1K": 9000}
+    assert engine.journal.prices.highest() == {"1K": 9000}

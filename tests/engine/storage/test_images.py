@@ -426,7 +426,7 @@ async def test_what_is_not_taken_or_not_decoded_is_not_shown(tmp_path: Path) -> 
     for body in (flat("RGB", (0, 0, 0)), encoded("PNG", (352, 736)), encoded("PNG")[:-30]):
         with pytest.raises((ImageRejected, NoUsableBody)):
             await fetch(store, body)
-    blind = ImageStore(storage, look=False, on_image=lambda sha256, _: shown.append(sha256))
+    blind = ImageStore(storage, verify=False, on_image=lambda sha256, _: shown.append(sha256))
     assert await fetch(blind, encoded("PNG"))
     assert shown == []
 
@@ -449,7 +449,7 @@ async def test_a_paid_image_stays_stored_whatever_is_made_of_its_picture(
 
 async def test_without_a_look_only_the_header_is_believed(tmp_path: Path) -> None:
     """A flat picture passes, and one that is cut; another size or no picture does not."""
-    store = ImageStore(Storage(str(tmp_path)), look=False)
+    store = ImageStore(Storage(str(tmp_path)), verify=False)
     black = flat("RGB", (0, 0, 0))
     image = await store.fetch(Server(black), "https://x/a", REQUEST)
     assert (image.format, image.width, image.height) == ("PNG", *PIXELS)

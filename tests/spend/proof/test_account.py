@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster.engine.journal.journal import AccountReading, Charge
+from krea_dagster.engine.journal.rows import AccountReading, Charge
 from krea_dagster.engine.states import State
 from krea_dagster.spend.proof.account import AccountComparison, AccountProof
 

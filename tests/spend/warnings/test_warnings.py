@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.engine.budget import Budget
-from krea_dagster.engine.journal.journal import AccountReading, Journal
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.rows import AccountReading
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.account import AccountInterval, AccountProof
 from krea_dagster.spend.tables.update import update_spend

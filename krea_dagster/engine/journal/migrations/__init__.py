@@ -1,13 +1,12 @@
-"""Brings a journal's tables to the schema of this version of the package, or says why it cannot.
+"""Upgrades of a journal's tables to the schema of this version of the package.
 
 ``REVISIONS.head`` is the revision that ``schema.metadata`` and ``states.TRANSITIONS`` describe. A
-change of either needs a new file under ``versions`` and the new head here; a test holds the two
-against each other. A revision that was released is never changed. New transitions are rows that
-the revision inserts, and a new state means that the CHECK of ``requests.state`` is made anew:
-on SQLite by ``op.batch_alter_table``, which copies the table.
+change of either needs a new file under ``versions`` and the new head here; a test compares the two.
+A released revision is never changed. New transitions are rows that the revision inserts. A new
+state means a new CHECK of ``requests.state``: on SQLite by ``op.batch_alter_table``, which copies
+the table.
 
-Alembic takes longer to import than a journal takes to open, so it is imported only where
-something is to be upgraded.
+Importing Alembic takes longer than opening a journal, so it is imported only for an upgrade.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     String,
     Table,
-    func,
     insert,
     inspect,
     select,
 )
 
 from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.statements import is_sqlite, lock_transaction
 from krea_dagster.engine.states import TRANSITIONS
 from krea_dagster.errors import JournalError
 
-#: Alembic's table, under a name of its own: a PostgreSQL database may be shared with Dagster.
+#: Alembic's table, under a separate name: a PostgreSQL database may be shared with Dagster.
 version_table: Final = Table(
     "journal_version",
     MetaData(),
@@ -42,13 +41,13 @@ version_table: Final = Table(
     PrimaryKeyConstraint("version_num", name="journal_version_pkc"),
 )
 
-#: The advisory lock under which PostgreSQL's tables are made; any number that nobody else uses.
+#: The advisory lock for creating PostgreSQL's tables: any number that is not used elsewhere.
 _MIGRATING: Final = 4_705_170_317
 
 
 @dataclass(frozen=True)
 class Revisions:
-    """The revisions of the journal's tables: the newest, and the folders that hold them all."""
+    """The revisions of the journal's tables: the newest, and the folders of their files."""
 
     head: str
     folders: tuple[Path, ...]
@@ -58,14 +57,14 @@ REVISIONS: Final = Revisions(head="0007", folders=(Path(__file__).with_name("ver
 
 
 def revision(connection: Connection) -> str | None:
-    """The schema revision that a database is at, or None where it has none."""
+    """Return the schema revision of a database, or None where it has none."""
     if not inspect(connection).has_table(version_table.name):
         return None
     return connection.execute(select(version_table.c.version_num)).scalar()
 
 
 def transition_rows() -> list[dict[str, Any]]:
-    """The state machine as rows of ``transitions``."""
+    """Return the state machine as rows of ``transitions``."""
     return [
         {
             "from_state": "" if before is None else before.value,
@@ -76,29 +75,28 @@ def transition_rows() -> list[dict[str, Any]]:
     ]
 
 
-def bring_to_head(connection: Connection, revisions: Revisions, where: str) -> None:
-    """Make the tables, or upgrade them, within the transaction that is open.
+def upgrade(connection: Connection, revisions: Revisions, where: str) -> None:
+    """Create or upgrade the tables, in the open transaction.
 
-    The transaction must hold SQLite's write lock, with foreign keys off, because SQLite changes
-    a table by copying it. Raises JournalError where the revision is not known here, or where
-    tables of these names are there without any revision.
+    The transaction must hold SQLite's write lock, with foreign keys off, because SQLite changes a
+    table by copying it. Raises JournalError for an unknown revision, or for tables of these names
+    without a revision.
     """
-    if connection.dialect.name != "sqlite":
-        # Two runs that open a database together: the second waits for the first.
-        connection.execute(select(func.pg_advisory_xact_lock(_MIGRATING)))
+    # Where two runs open a database at once, the second waits for the first.
+    lock_transaction(connection, _MIGRATING)
     found = revision(connection)
     if found == revisions.head:
         return  # another process was first
     if found is None:
         _create(connection, revisions, where)
     else:
-        _upgrade(connection, revisions, found, where)
+        _run_revisions(connection, revisions, found, where)
 
 
 def _create(connection: Connection, revisions: Revisions, where: str) -> None:
     there = set(inspect(connection).get_table_names())
-    # A file of SQLite is the journal's alone, while a PostgreSQL database may be shared.
-    if connection.dialect.name != "sqlite":
+    # A SQLite file belongs to the journal alone; a PostgreSQL database may be shared.
+    if not is_sqlite(connection):
         there &= set(schema.metadata.tables)
     if there:
         raise JournalError(
@@ -114,9 +112,9 @@ def _create(connection: Connection, revisions: Revisions, where: str) -> None:
 
 
 def run(connection: Connection, revisions: Revisions) -> set[str]:
-    """Run the revisions that the database lacks; returns the names of all that are known.
+    """Run the revisions that the database lacks, and return the names of all known ones.
 
-    Runs none where the database is at a revision that is not known.
+    Runs none if the database is at an unknown revision.
     """
     from alembic import command  # noqa: PLC0415 - see above
     from alembic.config import Config  # noqa: PLC0415 - see above
@@ -124,7 +122,7 @@ def run(connection: Connection, revisions: Revisions) -> set[str]:
 
     config = Config(attributes={"connection": connection})
     folders = "\n".join(str(folder) for folder in revisions.folders)
-    # Alembic reads % as the start of a name to fill in.
+    # Alembic interpolates names after %.
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.set_main_option("version_locations", folders.replace("%", "%%"))
     config.set_main_option("path_separator", "newline")
@@ -135,14 +133,14 @@ def run(connection: Connection, revisions: Revisions) -> set[str]:
     return known
 
 
-def _upgrade(connection: Connection, revisions: Revisions, found: str, where: str) -> None:
+def _run_revisions(connection: Connection, revisions: Revisions, found: str, where: str) -> None:
     if found not in run(connection, revisions):
         raise JournalError(
             f"{where} has schema revision {found}, which this version of krea-dagster does not "
-            f"know (its own is {revisions.head}). Nothing was changed. A newer version has written "
-            "it: install that one (pip install --upgrade krea-dagster)."
+            f"know (its own is {revisions.head}). Nothing was changed. A newer version wrote it: "
+            "upgrade (pip install --upgrade krea-dagster)."
         )
-    if connection.dialect.name == "sqlite":
+    if is_sqlite(connection):
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
         if broken is not None:
             raise JournalError(

@@ -1,4 +1,4 @@
-"""What Alembic runs: the revisions, on the connection and in the transaction it is given."""
+"""Run the revisions on a given connection, in its transaction: what Alembic executes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=schema.metadata,
     version_table=version_table.name,
-    # SQLite can take the whole of it back, which Alembic does not assume.
+    # SQLite can roll it back, which Alembic does not assume.
     transactional_ddl=True,
 )
 with context.begin_transaction():
