@@ -64,7 +64,7 @@ class RootMarker:
             ) from error
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"{storage.shown(MARKER)} cannot be read, and it names the journal that the storage "
+                f"{storage.shown(MARKER)} cannot be read. It names the journal that the storage "
                 "root belongs to. Nothing was requested or bought. Restore it, or run "
                 f"`{_ACCEPT}` if this is the right root."
             ) from None

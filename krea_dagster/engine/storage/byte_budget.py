@@ -1,4 +1,4 @@
-"""Lets work into memory by its bytes and not by its number: what does not fit waits its turn."""
+"""A limit on the bytes that concurrent work holds in memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager, suppress
 
 
 class ByteBudget:
-    """So many bytes at a time, first come, first served. In one event loop at a time.
+    """A semaphore that counts bytes, first come, first served. For one event loop at a time.
 
-    What alone is larger than the whole budget is let in when nothing else is.
+    Work that is larger than the whole budget is admitted when nothing else is.
     """
 
     def __init__(self, total_bytes: int) -> None:
@@ -21,7 +21,7 @@ class ByteBudget:
 
     @asynccontextmanager
     async def take(self, size_bytes: int) -> AsyncIterator[None]:
-        """Hold so many bytes for the length of the block, once there is room."""
+        """Hold this number of bytes for the length of the block, once there is room."""
         await self._enter(size_bytes)
         try:
             yield
@@ -38,18 +38,18 @@ class ByteBudget:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._leave(size_bytes)  # its turn had come, and is given to the next
+                self._leave(size_bytes)  # its turn had come, and passes to the next
             else:
-                with suppress(ValueError):  # it was passed over already
+                with suppress(ValueError):  # it was removed already
                     self._waiting.remove((size_bytes, turn))
-                self._let_in()
+                self._admit_next()
             raise
 
     def _leave(self, size_bytes: int) -> None:
         self.used_bytes -= size_bytes
-        self._let_in()
+        self._admit_next()
 
-    def _let_in(self) -> None:
+    def _admit_next(self) -> None:
         while self._waiting and self._fits(self._waiting[0][0]):
             size_bytes, turn = self._waiting.popleft()
             if not turn.done():

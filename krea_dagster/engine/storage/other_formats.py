@@ -1,4 +1,4 @@
-"""Knows pictures of other formats than those that are taken: a whole one was paid for."""
+"""Recognition of formats that are not accepted: a complete image in one of them was paid for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image, UnidentifiedImageError
 
 from krea_dagster.errors import NoUsableBody
 
-#: What Pillow decodes by itself, and with bounded memory once the dimensions are known. Not among
-#: them: ICO, which is decoded as it is opened, and what has no signature.
+#: What Pillow decodes without plugins, with bounded memory once the dimensions are known. Excluded:
+#: ICO, which is decoded when it is opened, and formats without a signature.
 OTHERS: Final = ("GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
-#: What else begins in a way of its own, and cannot be decoded here.
-_BEGINNINGS: Final = (
+#: Signatures of formats that cannot be decoded here.
+_SIGNATURES: Final = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
     (b"8BPS\x00\x01", "PSD"),
@@ -29,7 +29,7 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 def open_other_format(data: bytes) -> Image.Image | None:
-    """The picture, its pixels not yet decoded; None where it is of none of these formats."""
+    """Return the image, not yet decoded; None if it has none of these formats."""
     try:
         return Image.open(io.BytesIO(data), formats=OTHERS)
     except UnidentifiedImageError:
@@ -37,20 +37,20 @@ def open_other_format(data: bytes) -> Image.Image | None:
 
 
 def decode_other_format(image: Image.Image) -> None:
-    """Decode a picture of another format, and raise what Pillow raises where it is damaged."""
+    """Decode an image in another format. Raises what Pillow raises for a damaged one."""
     if image.format == "TIFF":
-        # A tile may be declared larger than the picture, and is unpacked as a whole.
+        # A tile may claim to be larger than the image, and is decompressed as a whole.
         tags = getattr(image, "tag_v2", {})
         width, length = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
         if width * length > 4 * image.width * image.height:
-            raise NoUsableBody("the image is damaged: a tile is larger than the TIFF picture")
+            raise NoUsableBody("the image is damaged: a tile is larger than the TIFF image")
     image.load()
 
 
 def undecodable_format(data: bytes) -> str | None:
-    """The format of a file that Pillow cannot decode, by its beginning; None for no picture."""
-    for beginning, name in _BEGINNINGS:
-        if data.startswith(beginning):
+    """Return the format of a file by its signature; None if it is not an image."""
+    for signature, name in _SIGNATURES:
+        if data.startswith(signature):
             return name
     if data[4:8] == b"ftyp":
         brands = data[8 : min(64, int.from_bytes(data[:4], "big"))]
@@ -62,7 +62,7 @@ def undecodable_format(data: bytes) -> str | None:
 
 
 def _holds_icons(data: bytes) -> bool:
-    """Whether each entry of an ICO's directory lies within the file: four bytes tell little."""
+    """Return whether all entries of an ICO directory are inside the file."""
     count = int.from_bytes(data[4:6], "little")
     if not count or len(data) < 6 + 16 * count:
         return False

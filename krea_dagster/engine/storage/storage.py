@@ -1,10 +1,10 @@
-"""Where files end up: a local folder, or an object store through fsspec.
+"""The storage root: a local folder, or an object store through fsspec.
 
-A file appears under its name whole or not at all: it is written elsewhere first, made durable,
-and then renamed (a folder) or put (an object store).
+Files are written atomically: under another name first, then made durable, and then renamed (a
+folder) or uploaded (an object store).
 
-A store that does not answer is never taken for one without the file: each method that reads or
-writes raises StorageUnavailable then.
+A store that does not answer is never mistaken for one without the file: methods that read or write
+raise StorageUnavailable.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from krea_dagster import redact
 from krea_dagster.engine.storage import temp_files
 from krea_dagster.errors import ConfigError, StorageUnavailable
 
-#: What file systems say of themselves, and not of a network on the way to them.
-_ABOUT_FILES: Final = (
+#: Errors about files, not about the network to a store.
+_FILE_ERRORS: Final = (
     FileNotFoundError,
     FileExistsError,
     NotADirectoryError,
@@ -35,7 +35,7 @@ _ABOUT_FILES: Final = (
 )
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
-#: What a folder of another host says while that is not there.
+#: Error numbers of a mounted folder whose host is not reachable.
 _NETWORK: Final = frozenset(
     {
         errno.ESTALE,
@@ -52,9 +52,9 @@ _NETWORK: Final = frozenset(
 
 
 class Storage:
-    """The storage root: a folder or a URL that fsspec knows. Names under it use ``/``.
+    """The storage root: a folder or a URL for fsspec. Names under it use ``/``.
 
-    Raises ConfigError where the root cannot be understood.
+    Raises ConfigError if the root cannot be used.
     """
 
     def __init__(self, root: str) -> None:
@@ -69,25 +69,25 @@ class Storage:
             ) from redact.safe_cause(error, root)
         self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
         self.folder: Path | None = Path(path).absolute() if self._remote is None else None
-        self._folders: set[str] = set()  # those that this one has made, or found
+        self._folders: set[str] = set()  # known to exist
 
     def __repr__(self) -> str:
         return f"Storage({redact.location(self.locate(''))!r})"
 
     def locate(self, name: str) -> str:
-        """The path or URL of a name, for people and for the manifest."""
+        """Return the path or URL of a name."""
         if self.folder is not None:
             return str(self.folder / name)
         return str(self._fs.unstrip_protocol(self._full(name)))
 
     def shown(self, name: str) -> str:
-        """The path or URL of a name, for people: without user, password and query."""
+        """Return the path or URL of a name for people, without user, password and query."""
         return redact.location(self.locate(name))
 
     def name_of(self, location: str) -> str:
-        """The name under the root of an image's path or URL, as a manifest has it.
+        """Return the name under the root for an image's path or URL in a manifest.
 
-        A root that was moved after its manifests were written is understood.
+        This also works if the root was moved after the manifest was written.
         """
         root = f"{self.locate('').rstrip('/')}/"
         if location.startswith(root):
@@ -96,10 +96,10 @@ class Storage:
         return f"images/{rest}" if found else location.lstrip("/")
 
     def size_bytes(self, name: str) -> int | None:
-        """The size of a file, or None where there is none."""
+        """Return the size of a file, or None where there is none."""
         try:
             if self.folder is not None:
-                # Not by pathlib, which costs ten times the call: this is asked for every image.
+                # Not pathlib, which is ten times slower: this is called for every image.
                 return os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116
             return cast("int", self._fs.info(self._full(name))["size"])
         except (FileNotFoundError, NotADirectoryError):
@@ -108,7 +108,7 @@ class Storage:
             self.fail(error)
 
     def ping(self) -> None:
-        """See that the store answers. Raises StorageUnavailable where it does not."""
+        """Check that the store answers. Raises StorageUnavailable."""
         self.size_bytes("krea-root.json")
 
     def open(self, name: str) -> BinaryIO:
@@ -121,13 +121,13 @@ class Storage:
             self.fail(error)
 
     def has_files(self, folder: str) -> bool:
-        """Whether there is a file below a folder. Lists no more than it must."""
+        """Return whether there is a file below a folder. Lists as little as possible."""
         if self.folder is not None:
             return next(self.names(folder), None) is not None
         return any(files for _, _, files in self._fs.walk(self._full(folder)))
 
     def names(self, folder: str) -> Iterator[str]:
-        """The names of all files below a folder, which need not exist."""
+        """Yield the names of all files below a folder, which may be missing."""
         if self.folder is None:
             for path in self._fs.find(self._full(folder)):
                 yield cast("str", path).removeprefix(f"{self._remote}/")
@@ -138,7 +138,7 @@ class Storage:
                 yield (Path(parent) / file).relative_to(self.folder).as_posix()
 
     def modified_at(self, name: str) -> datetime | None:
-        """When a file was last written, UTC; None where there is none, or nobody can tell."""
+        """Return when a file was last written, UTC; None if that is not known."""
         try:
             if self.folder is not None:
                 written_s = (self.folder / name).stat().st_mtime
@@ -149,7 +149,7 @@ class Storage:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yield a path to write a new file at; it is removed afterwards where it is still there."""
+        """Yield the path of a new file, which is removed afterwards unless it was published."""
         path = self.new_file()
         try:
             yield path
@@ -157,15 +157,15 @@ class Storage:
             path.unlink(missing_ok=True)
 
     def new_file(self) -> Path:
-        """The path of a new, empty file, for whoever fills it to publish or to remove."""
+        """Create an empty file, which the caller publishes or removes."""
         path, descriptor = self.open_new_file()
         os.close(descriptor)
         return path
 
     def open_new_file(self) -> tuple[Path, int]:
-        """The same, and a descriptor to write to it, which the caller closes.
+        """Create an empty file, and return its path and a descriptor, which the caller closes.
 
-        In the same file system as the root, so that publishing is a rename.
+        It is in the same file system as the root, so that publishing is a rename.
         """
         if self.folder is None:
             descriptor, name = tempfile.mkstemp(suffix=".part")
@@ -176,7 +176,7 @@ class Storage:
         try:
             if self._make(folder):
                 temp_files.remove_abandoned(folder)
-            with suppress(FileNotFoundError):  # somebody has tidied up
+            with suppress(FileNotFoundError):  # the folder was removed meanwhile
                 return path, os.open(path, flags, 0o644)
             folder.mkdir(parents=True, exist_ok=True)
             return path, os.open(path, flags, 0o644)
@@ -184,7 +184,7 @@ class Storage:
             self.fail(error)
 
     def publish(self, temporary: Path, name: str) -> None:
-        """Give a finished file its name, durably; an older one of that name is replaced."""
+        """Give a finished file its name, durably. An older file of that name is replaced."""
         try:
             if self.folder is None:
                 self._fs.put_file(str(temporary), self._full(name))
@@ -198,23 +198,23 @@ class Storage:
         self._make(target.parent)
         try:
             temporary.replace(target)
-        except FileNotFoundError:  # somebody has removed the folder
+        except FileNotFoundError:  # the folder was removed meanwhile
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
         sync_folder(target.parent)
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raise the error, or StorageUnavailable where the store cannot be reached now."""
+        """Raise the error, or StorageUnavailable if the store cannot be reached now."""
         number = getattr(error, "errno", None)
-        about_files = isinstance(error, _ABOUT_FILES) or number in _FULL
-        is_away = number in _NETWORK if self.folder is not None else not about_files
-        if not is_away:
+        is_about_file = isinstance(error, _FILE_ERRORS) or number in _FULL
+        is_unavailable = number in _NETWORK if self.folder is not None else not is_about_file
+        if not is_unavailable:
             raise error
         said = redact.text(str(error) or type(error).__name__, self.locate(""))
         raise StorageUnavailable(
             f"the storage root {self.shown('')} does not answer: {said}. Nothing more is bought "
-            "until it does. What was paid for is in the journal, and the next run fetches it: do "
-            "not wait longer than its links live, which is 24 hours."
+            "until it does. What was paid for is in the journal, and the next run fetches it: run "
+            "again within 24 hours, before the links expire."
         ) from redact.safe_cause(error, self.locate(""))
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
@@ -225,14 +225,14 @@ class Storage:
             self.publish(temporary, name)
 
     def remove(self, name: str) -> None:
-        """Remove a file, where there is one."""
+        """Remove a file, if it exists."""
         if self.folder is not None:
             (self.folder / name).unlink(missing_ok=True)
         elif self._fs.exists(self._full(name)):
             self._fs.rm_file(self._full(name))
 
     def _make(self, folder: str | Path) -> bool:
-        """Make a folder, durably; false where this one has made or found it before."""
+        """Create a folder durably; return False if this object knows that it exists."""
         name = os.fspath(folder)
         if name in self._folders:
             return False
@@ -249,14 +249,13 @@ class Storage:
 
 
 def _without_listings(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a root, which asks the store each time.
+    """Return the file system and the path of a root, without a cache of listings.
 
-    A listing that is remembered does not know of what another host has stored since: its images
-    would count as missing.
+    A cached listing lacks what another host has stored since: its images would count as missing.
     """
     try:
         fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
-    except TypeError:  # one that takes no such option
+    except TypeError:  # a file system without that option
         fs, path = fsspec.core.url_to_fs(root)
     return fs, str(path)
 
@@ -267,12 +266,12 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make a rename durable: the name is the folder's content, not the file's."""
+    """Make a rename durable: a name is content of the folder, not of the file."""
     sync_file(folder)
 
 
 def sync_file(path: str | Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

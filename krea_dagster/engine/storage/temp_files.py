@@ -1,8 +1,7 @@
-"""Files that are being written: where they lie until they have their name, and who left them.
+"""Temporary files that are being written, and the removal of abandoned ones.
 
-Their names say which process writes them. What a killed process has left is removed by the next
-one on the same machine that writes here; what cannot be told from a living one's is left alone
-for a day.
+Their names identify the process that writes them. Files of a killed process are removed by the next
+process that writes here on the same machine. Files whose process is unknown are kept for a day.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import psutil
 
 #: The folder under the storage root.
 FOLDER: Final = ".partial"
-#: No file takes this long to be written, so whoever began it is gone.
+#: A file of this age is abandoned: writing it does not take so long.
 _ABANDONED_S: Final = 24 * 3600.0
 
 _NAME = re.compile(r"(?P<host>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-\d+\.part")
@@ -30,7 +29,7 @@ _NUMBERS: Final = count()
 
 
 def new_name() -> str:
-    """A name that no other file has, here or on another machine."""
+    """Return a file name that is unique among processes and machines."""
     return f"{_prefix(os.getpid())}-{next(_NUMBERS)}.part"
 
 
@@ -52,7 +51,7 @@ def _is_abandoned(entry: os.DirEntry[str]) -> bool:
 
 def _is_alive(pid: int, started_s: int) -> bool:
     try:
-        # The start is derived from the clock, which may have been set a little since.
+        # The start time depends on the clock, which may have been adjusted since.
         return abs(psutil.Process(pid).create_time() - started_s) < 5.0
     except psutil.NoSuchProcess:
         return False
@@ -67,7 +66,7 @@ def _prefix(pid: int) -> str:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """The machine, and on Linux the process namespace: within another one, numbers differ."""
+    """Return a hash of the machine and, on Linux, of the namespace of process ids."""
     namespace = ""
     with suppress(OSError):
         namespace = str(Path("/proc/self/ns/pid").readlink())

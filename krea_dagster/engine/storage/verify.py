@@ -1,8 +1,8 @@
-"""Looks at a file that should be a picture: is it whole, of the right size, and not one colour.
+"""Verification of image files: complete, of the right format and size, and not one flat colour.
 
-What a file is, is read from its bytes; neither a link's ending nor an answer's header is
-believed. Decoding alone forgives what is missing at the end, and damage in a JPEG; what
-``verify_jpeg``, ``verify_png`` and ``verify_webp`` compare finds that. Both are asked here.
+The format is read from the content; a link's ending and an answer's header are not trusted.
+Decoders ignore a truncated end and damage in a JPEG, which ``verify_jpeg``, ``verify_png`` and
+``verify_webp`` detect.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from krea_dagster.engine.storage.verify_png import check_png
 from krea_dagster.engine.storage.verify_webp import check_webp
 from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
 
-#: Formats that are looked at, and the ending of their files.
+#: The accepted formats, and the endings of their files.
 FORMATS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
 
-#: A picture whose every channel stays within this range is one flat colour: hosts were seen to
-#: answer an overlong prompt with a black one.
+#: An image is flat if each channel stays within this range. EvoLink's hosts have answered an
+#: overlong prompt with a black image.
 _FLAT_RANGE: Final = 2
 
-#: Pixels of a side of the squares that are looked at before the whole picture.
+#: The side, in pixels, of the squares that are examined before the whole image.
 _SAMPLE: Final = 32
 
-#: What Pillow's decoders raise for damaged files, found by its own fuzzing corpus; RuntimeError is
-#: AVIF's.
+#: What Pillow's decoders raise for damaged files, found with its fuzzing corpus. RuntimeError is
+#: raised for AVIF.
 DECODE_ERRORS: Final = (
     OSError,
     RuntimeError,
@@ -57,18 +57,17 @@ def verify_image(
     pixels: tuple[int, int],
     *,
     decode: bool = True,
-    seen: Callable[[Image.Image], object] = lambda _: None,
+    on_decoded: Callable[[Image.Image], object] = lambda _: None,
 ) -> str:
-    """Look at a file's content and return its format: ``PNG``, ``JPEG``, ``WEBP`` or ``AVIF``.
+    """Verify a file's content, and return its format: ``PNG``, ``JPEG``, ``WEBP`` or ``AVIF``.
 
-    Raises NoUsableBody where it is no whole picture, and ImageRejected where it is one of
-    another format or of other dimensions, has several frames, or is of one flat colour.
-    Dimensions are compared before anything is decoded, so that a small file cannot ask for much
-    memory. Without ``decode`` only the file's header is looked at: its format, dimensions and
-    frames.
+    Raises NoUsableBody if it is not a complete image, and ImageRejected if it has another format,
+    other dimensions or several frames, or is one flat colour. Dimensions are checked before
+    decoding, so that a small file cannot claim much memory. Without ``decode`` only the header is
+    checked: format, dimensions and frames.
 
-    ``seen`` is given the decoded picture of a whole file, also of one flat colour, so that nobody
-    need decode it again. The pixels stay readable when this has returned.
+    ``on_decoded`` is called with the decoded image of a complete file, even if it is flat. Its
+    pixels stay valid after the return.
     """
     try:
         with _open(data) as image:
@@ -85,7 +84,7 @@ def verify_image(
                 return image_format
             _check_whole(data, image_format)
             image.load()
-            seen(image)
+            on_decoded(image)
             flat = is_flat(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageRejected(
@@ -96,12 +95,11 @@ def verify_image(
     except (*DECODE_ERRORS, Warning) as error:  # a warning, where those are errors
         raise NoUsableBody(f"the image is damaged: {error}") from None
     if flat:
-        raise ImageRejected("flat_image", "the image is one flat colour, or nothing of it shows")
+        raise ImageRejected("flat_image", "the image is one flat colour, or fully transparent")
     return image_format
 
 
 def _open(data: bytes) -> Image.Image:
-    """The picture, its pixels not yet decoded."""
     try:
         return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except UnidentifiedImageError:
@@ -114,9 +112,9 @@ def _open(data: bytes) -> Image.Image:
 
 
 def decoded_bytes(pixels: tuple[int, int]) -> int:
-    """About what looking at a picture takes in memory, beside the file itself.
+    """Estimate the memory for verifying an image, without the file itself.
 
-    Pillow keeps four bytes a pixel, and the look converts some kinds of pictures twice.
+    Pillow uses four bytes per pixel, and some kinds of images are converted twice.
     """
     return 10 * pixels[0] * pixels[1]
 
@@ -130,40 +128,39 @@ def _wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> ImageRejecte
 
 def _wrong_format(found: str) -> ImageRejected:
     return ImageRejected(
-        "wrong_format", f"the image is a {found} file, and none of {', '.join(FORMATS)}"
+        "wrong_format", f"the image is a {found} file; accepted are {', '.join(FORMATS)}"
     )
 
 
 def is_flat(image: Image.Image) -> bool:
-    """Whether a decoded picture is one flat colour, or nearly so, or nothing of it shows.
+    """Return whether a decoded image is one flat colour, nearly flat, or fully transparent.
 
-    Two small squares settle it for nearly every picture: what is not flat in a part is not
-    flat. Only where both are, the whole is looked at.
+    Two small squares decide for nearly every image: an image with a part that is not flat is not
+    flat. The whole image is examined only if both are flat.
     """
     width, height = image.size
     for left, top in ((width // 2, height // 2), (width // 4, height // 3)):
         box = (left, top, min(left + _SAMPLE, width), min(top + _SAMPLE, height))
-        if not _shows_nothing(image.crop(box)):
+        if not _is_blank(image.crop(box)):
             return False
-    return _shows_nothing(image)
+    return _is_blank(image)
 
 
-def _shows_nothing(image: Image.Image) -> bool:
-    return _all_alike(image) or _all_transparent(image)
+def _is_blank(image: Image.Image) -> bool:
+    return _is_one_colour(image) or _is_transparent(image)
 
 
-def _all_alike(image: Image.Image) -> bool:
+def _is_one_colour(image: Image.Image) -> bool:
     if image.mode.startswith("I"):  # grey in 16 bits
         low, high = cast("tuple[int, int]", image.getextrema())
         return high - low <= _FLAT_RANGE * 257
-    # By way of RGBA, because a palette may hold its transparency in a form that RGB cannot.
+    # Through RGBA, because a palette's transparency may have no equivalent in RGB.
     colours = image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
     extrema = cast("tuple[tuple[int, int], ...]", colours.getextrema())
     return all(high - low <= _FLAT_RANGE for low, high in extrema)
 
 
-def _all_transparent(image: Image.Image) -> bool:
-    """Whatever colours lie beneath. Where one colour is transparent, all alike says as much."""
+def _is_transparent(image: Image.Image) -> bool:
     if not {"A", "P"} & {*image.getbands()}:
         return False
     _, most = cast("tuple[int, int]", image.convert("RGBA").getchannel("A").getextrema())
@@ -171,9 +168,9 @@ def _all_transparent(image: Image.Image) -> bool:
 
 
 def _check_whole(data: bytes, image_format: str) -> None:
-    """Raise NoUsableBody where something is missing that Pillow's decoder forgives.
+    """Raise NoUsableBody if something is missing that Pillow's decoder ignores.
 
-    For AVIF nothing is: its decoder compares each extent with the file.
+    AVIF needs no check: its decoder compares each extent with the file.
     """
     match image_format:
         case "PNG":

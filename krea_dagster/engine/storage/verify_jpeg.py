@@ -1,4 +1,4 @@
-"""Finds a JPEG that is not whole: a decoder fills what is missing with grey, and says nothing."""
+"""Detection of damaged JPEG files: decoders silently fill missing parts with grey."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from krea_dagster.errors import NoUsableBody
 
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 
-#: Begins of frames whose scans name coefficients: all but the lossless ones.
+#: Markers of frames whose scans name coefficients: all but the lossless ones.
 _FRAMES: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 
-#: A mark, with its padding; and the next one in coded data, where FF 00 is a byte of them and
-#: restarts belong to them. That one begins with a single byte, which is looked for 20 times faster.
+#: A marker with its padding, and the next one in coded data, where FF 00 is an escaped byte and
+#: restart markers are data. The second begins with a single byte, so that the search is 20 times
+#: faster.
 _MARK: Final = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _NEXT_MARK: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 
-#: libjpeg-turbo's own fuzzers take no more: each scan costs a pass over the whole picture, and
-#: ten bytes make one.
+#: The limit of libjpeg-turbo's fuzzers: ten bytes make a scan, and each costs a pass over the whole
+#: image.
 _MOST_SCANS: Final = 500
 
 
 def check_jpeg(data: bytes) -> None:
-    """Raise NoUsableBody where a JPEG lacks its end mark, or its data do not fill the picture.
+    """Raise NoUsableBody if the end mark is missing, or if the data does not fill the image.
 
-    What follows the end mark is not looked at: a newline, a gain map.
+    Data after the end mark is ignored: a newline, a gain map.
     """
-    picture = memoryview(data)[: end_of_jpeg(data)]
+    image = memoryview(data)[: end_of_jpeg(data)]
     try:
-        # The data are read in full; an eighth of the size, and grey, leave out the rest of the
-        # work. Gaps, surplus and impossible codes are errors here, and no decoder else says so.
-        simplejpeg.decode_jpeg(picture, "GRAY", min_height=1, min_width=1, min_factor=8)
+        # This reads all data; an eighth of the size and grey save the other work. Unlike other
+        # decoders, it reports gaps, surplus data and invalid codes as errors.
+        simplejpeg.decode_jpeg(image, "GRAY", min_height=1, min_width=1, min_factor=8)
     except KeyError:
-        return  # a subsampling whose name it does not know
+        return  # a subsampling that it has no name for
     except ValueError as error:
         if "Could not determine subsampling" in str(error):
-            return  # neither does it read all that is allowed
+            return  # not every allowed subsampling is supported
         raise NoUsableBody(f"the image is damaged: {error}") from None
 
 
 def end_of_jpeg(data: bytes) -> int:
-    """The place behind the end mark. An end mark within a segment is that of a preview.
+    """Return the offset after the end mark. End marks inside segments belong to previews.
 
-    Raises NoUsableBody where there is none.
+    Raises NoUsableBody if there is none.
     """
     mark, behind, scans = 0, 0, 0
     missing: set[tuple[int, int]] = set()
@@ -63,19 +64,19 @@ def end_of_jpeg(data: bytes) -> int:
     else:
         raise NoUsableBody("the JPEG file is cut short, or a segment of it is damaged")
     if mark != _END or not scans:
-        raise NoUsableBody("the image is damaged: the JPEG file does not hold one picture")
+        raise NoUsableBody("the image is damaged: the JPEG file does not contain exactly one image")
     if missing:
         raise NoUsableBody("the image is damaged: scans of the JPEG file are missing")
     return behind
 
 
 def _of_frame(segment: bytes) -> set[tuple[int, int]]:
-    """All that a picture consists of: channels, and the coefficients of each."""
+    """Return the coefficients of each channel that make up an image."""
     return {(segment[8 + 3 * n], k) for n in range(segment[7]) for k in range(64)}
 
 
 def _of_scan(segment: bytes) -> set[tuple[int, int]]:
-    """What is known to its last bit after a scan: a progressive picture is refined by many."""
+    """Return the coefficients that are complete after a scan; progressive images need several."""
     channels = segment[2]
     first, last, precision = segment[3 + 2 * channels : 6 + 2 * channels]
     if precision & 15:
@@ -84,7 +85,7 @@ def _of_scan(segment: bytes) -> set[tuple[int, int]]:
 
 
 def _marks(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each mark, and the place behind it; segments and coded data are stepped over."""
+    """Yield each marker and the offset after it; segments and coded data are skipped."""
     found = _MARK.match(data, 2)
     while found is not None:
         mark, behind = found[1][0], found.end()

@@ -1,4 +1,4 @@
-"""Finds a PNG that is not whole: decoding compares no checksum, and leaves missing rows black."""
+"""Detection of damaged PNG files: decoders ignore checksums, and leave missing rows black."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from krea_dagster.errors import NoUsableBody
 
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 
-#: Samples of a pixel, by colour type.
+#: Samples per pixel, by colour type.
 _SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
-#: Where each pass of an interlaced picture begins, and its steps: x, y, x, y.
+#: The start and step of each pass of an interlaced image: x, y, dx, dy.
 _PASSES: Final = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -25,15 +25,15 @@ _PASSES: Final = (
     (0, 1, 1, 2),
 )
 
-#: So much is unpacked at once: the pixels are counted, and not kept.
+#: Bytes that are decompressed at once: pixels are counted, not kept.
 _PIECE_BYTES: Final = 256 * 1024
 
 
 def check_png(data: bytes) -> None:
-    """Raise NoUsableBody where a checksum is wrong, the end is missing, or the rows are not all.
+    """Raise NoUsableBody if a checksum is wrong, or if the end or rows are missing.
 
-    What follows the end mark is not looked at. Raises zlib.error where the pixels cannot be
-    unpacked, and struct.error or KeyError for a header that says nothing.
+    Data after the end mark is ignored. Raises zlib.error if the pixels cannot be decompressed, and
+    struct.error or KeyError for an invalid header.
     """
     chunks = chunks_of_png(data)
     kind, header = next(chunks, (b"", memoryview(b"")))
@@ -47,9 +47,9 @@ def check_png(data: bytes) -> None:
 
 
 def chunks_of_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """The kind and the content of every chunk to the end mark, its checksum compared.
+    """Yield the kind and content of every chunk up to the end mark.
 
-    Raises NoUsableBody where it is wrong, or there is no end mark.
+    Raises NoUsableBody if a checksum is wrong or the end mark is missing.
     """
     view = memoryview(data)
     place = len(_SIGNATURE)
@@ -69,7 +69,7 @@ def chunks_of_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _unpacked_bytes(header: memoryview) -> int:
-    """The bytes of all rows, each with the one that names its filter."""
+    """Return the bytes of all rows, each with its filter byte."""
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", header)
     bits = depth * _SAMPLES[colour]
     total = 0
@@ -82,7 +82,7 @@ def _unpacked_bytes(header: memoryview) -> int:
 
 
 def _count(pixels: Iterable[memoryview], most: int) -> int:
-    """How many bytes are packed there; it gives up once there are more than ``most``."""
+    """Return the number of decompressed bytes; stop counting above ``most``."""
     unpacking, total = zlib.decompressobj(), 0
     for content in pixels:
         for start in range(0, len(content), _PIECE_BYTES):

@@ -1,4 +1,4 @@
-"""Finds a WebP whose parts do not fit into it."""
+"""Detection of truncated WebP files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from typing import Final
 
 from krea_dagster.errors import NoUsableBody
 
-#: Chunks that hold the pixels.
-_PICTURES: Final = frozenset({b"VP8 ", b"VP8L"})
+#: Chunks that contain pixels.
+_PIXEL_CHUNKS: Final = frozenset({b"VP8 ", b"VP8L"})
 
 
 def check_webp(data: bytes) -> None:
-    """Raise NoUsableBody where a chunk, or the whole, is longer than what holds it.
+    """Raise NoUsableBody if a chunk, or the whole, is longer than its container.
 
-    What follows the whole is not looked at. The data in a chunk hold no checksum: what does not
-    decode is all that can be told of them.
+    Data after the end is ignored. Chunks have no checksum, so only decoding can find more damage.
     """
     end = 8 + _number(data, 4)
     if end > len(data):
@@ -26,8 +25,8 @@ def check_webp(data: bytes) -> None:
         if place + 8 + length > end:
             raise NoUsableBody("the image is damaged: a part of the WEBP file is cut short")
         place += 8 + length + length % 2
-    if not kinds & _PICTURES:
-        raise NoUsableBody("the image is damaged: the WEBP file holds no picture")
+    if not kinds & _PIXEL_CHUNKS:
+        raise NoUsableBody("the image is damaged: the WEBP file does not contain an image")
 
 
 def _number(data: bytes, place: int) -> int:

@@ -351,7 +351,7 @@ async def test_a_price_is_not_accepted_while_a_run_has_purchases_at_it(
     writer.write(make_request(), Event.ACCEPTED, reserved_units=90_000)
     with (
         closing(Journal(engine.url)) as other,
-        pytest.raises(ConfigError, match="a run is at work with purchases at that price"),
+        pytest.raises(ConfigError, match="a run is working with purchases at that price"),
     ):
         other.prices.accept("1K", NOW)
     engine.journal.claims.release(writer.owner.owner)

@@ -26,7 +26,7 @@ from krea_dagster.engine.policy import REPEATABLE_TASK_ERRORS
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, SendAgain
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.states import Event, State
-from krea_dagster.engine.storage.images import Fetched
+from krea_dagster.engine.storage.images import DownloadedFile
 from krea_dagster.errors import (
     AccountStopped,
     KeyRejected,
@@ -275,7 +275,7 @@ class Told:
 
     async def download(
         self, url: str, *, sink: Callable[[bytes], object], max_bytes: int
-    ) -> Fetched:
+    ) -> DownloadedFile:
         raise NoUsableBody("503")
 
     @asynccontextmanager
