@@ -1,62 +1,60 @@
-"""Every error this package raises, as one tree; the class says whether money was spent.
+"""All errors that this package raises; the class says whether money was spent.
 
 .. code-block:: text
 
     KreaError
     ├── InputError            what the caller gave is wrong; nothing was sent or bought
-    │   ├── ConfigError         a setting; mend it and run again
+    │   ├── ConfigError         a setting; correct it and run again
     │   └── PromptTableError    rows of the prompt table; names each row and column
     ├── JournalError          the journal cannot be trusted or written; nothing more is bought
-    │   ├── JournalUnavailable         its database does not answer; run again when it does
-    │   ├── PurchasesNotWritten tasks were created and could not be written; it names them
-    │   ├── TakenOver           another run holds this request now, and carries it on
+    │   ├── JournalUnavailable  its database does not answer; run again when it does
+    │   ├── PurchasesNotWritten tasks were created and could not be recorded; it names them
+    │   ├── TakenOver           another run holds this request now, and continues it
     │   ├── TaskTaken           another purchase has this task; nothing changed
     │   └── IllegalTransition   an event that the state does not allow; nothing changed
     ├── ImagesNotAsStored     files are missing or not what was verified (curation/export)
-    ├── Damaged               a shard that was read back is not what was written (curation/export)
+    ├── CorruptShard          a shard that was read back is not what was written (curation/export)
     ├── StorageError          a paid image cannot be written; nothing more is bought until it can
-    │   └── StorageUnavailable         the store does not answer; run again when it does
+    │   └── StorageUnavailable  the store does not answer; run again when it does
     ├── BuyingClosed          nothing was sent; the row is deferred
     │   ├── CapReached          a cap leaves no room; the text says when it frees
     │   └── RunStopped          the account stopped another shard of this run
-    │       └── TryLater          the API is away, or turns everything away: run again later
-    ├── ApiError              EvoLink did not answer a *question* as hoped; asking is free
+    │       └── TryLater          the API is unavailable, or refuses everything: run again later
+    ├── ApiError              a *read* did not get a usable answer; reads are free
     │   ├── TaskNotFound        the task is not known (any more)
-    │   ├── Unauthorized        401: the key is wrong or expired; mend the key
+    │   ├── Unauthorized        401: the key is wrong or expired; replace it
     │   ├── AccessDenied        403
     │   ├── InsufficientCredits 402
-    │   ├── RateLimited         429; ask again after ``retry_after_s``
+    │   ├── RateLimited         429; read again after ``retry_after_s``
     │   ├── NotSupported        the server does not have this endpoint; use another
-    │   └── NoUsableAnswer      disconnect, time-out, 5xx, HTML, nonsense; ask again
+    │   └── NoUsableAnswer      disconnect, time-out, 5xx, HTML, garbage; read again
     ├── SubmitError           a *purchase* did not get a usable answer
     │   ├── NotCharged          certainly unspent
     │   │   ├── NotSent           no connection was made; send it again when there is one
     │   │   ├── TurnedAway        429: the server was too busy; send it again later
     │   │   ├── GatewayRefused    400 of a gateway, not of EvoLink; send it again later
-    │   │   ├── Refused           400, 413, 415: never taken as it is; change the row
+    │   │   ├── Refused           400, 413, 415: never accepted unchanged; change the row
     │   │   │   └── ContentRefused  moderation at submit; change the prompt
     │   │   └── AccountStopped    nothing can be bought with this key now; stop buying
     │   │       ├── KeyRejected     401
     │   │       ├── OutOfCredits    402
     │   │       └── ModelDenied     403
     │   └── OutcomeUnknown      may be spent; repeat with the same key, or ask a person
-    │       ├── NoCapacity        a 400 for lack of capacity; not said to be free
+    │       ├── NoCapacity        a 400 for lack of capacity; not documented as free
     │       ├── PurchasePending   409 paid_outcome_unknown: wait a minute, the same key
     │       └── IdempotencyConflict 409: the key has another body; ask a person
-    └── DownloadError         a paid image is not at hand yet; certainly spent
+    └── DownloadError         a paid image is not available yet; certainly spent
         ├── LinkRefused         the link is unsafe: a private address, a file
-        ├── LinkDead            it has expired or is gone; read the task for a fresh one
+        ├── LinkExpired         it has expired or is gone; read the task for a fresh one
         ├── NoUsableBody        truncated, endless, HTML, or no answer; fetch again
-        └── ImageRejected       a whole file, but not the picture that was asked for
+        └── ImageRejected       a complete file, but not the requested image
 
-So a reader of an ``except`` clause knows the money: ``NotCharged`` is certainly unspent,
-``OutcomeUnknown`` may be spent, ``DownloadError`` is certainly spent, and an ``ApiError``
-is the answer to a question, which costs nothing.
+An ``except`` clause thus shows what was spent: ``NotCharged`` nothing, ``OutcomeUnknown`` perhaps
+the price, ``DownloadError`` the price, and an ``ApiError`` nothing, because reads are free.
 
-Which answers count as certainly not charged follows EvoLink's own client: no connection, or
-400 (not capacity), 401, 402, 403, 413, 415. 429 is added, because the documented meaning of
-that answer is that the request was not processed, and because the repeat carries the same
-Idempotency-Key.
+Which answers are certainly not charged follows EvoLink's own client: no connection, or 400 (not for
+capacity), 401, 402, 403, 413, 415. 429 is added, because by its documented meaning the request was
+not processed, and because the repetition has the same Idempotency-Key.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ from typing import Literal
 
 from krea_dagster import redact
 
-#: Why no connection was made: none was free, or which step on the way to one failed.
+#: Why no connection was made: the pool had none, or which step failed.
 Cause = Literal["connection", "name", "certificate", "proxy", "pool"]
 
 
@@ -78,11 +76,11 @@ class KreaError(Exception):
         super().__init__(*(redact.text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
-# -- what the caller gave ---------------------------------------------------------------------
+# -- input ------------------------------------------------------------------------------------
 
 
 class InputError(KreaError):
-    """What the caller gave is wrong. Nothing was sent and nothing was bought."""
+    """The input is wrong. Nothing was sent and nothing was bought."""
 
 
 class ConfigError(InputError):
@@ -91,10 +89,10 @@ class ConfigError(InputError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong in a prompt table.
+    """A problem in a prompt table.
 
-    ``row`` counts from 1 in the table's order, or is None where the table as a whole is meant.
-    ``value`` is already shortened and safe to print.
+    ``row`` counts from 1 in the table's order; None means the whole table. ``value`` is shortened
+    and safe to print.
     """
 
     row: int | None
@@ -113,8 +111,7 @@ class Problem:
 class PromptTableError(InputError):
     """The prompt table cannot be used as it is. Nothing was bought.
 
-    ``problems`` holds the first of them, at most 20 by default, in row order; ``count`` how
-    many there are in all.
+    ``problems`` are the first ones, in row order; ``count`` is the total number.
     """
 
     def __init__(self, source: str, problems: Sequence[Problem], count: int | None = None) -> None:
@@ -125,7 +122,7 @@ class PromptTableError(InputError):
 
     def __str__(self) -> str:
         many = "1 problem" if self.count == 1 else f"{self.count} problems"
-        lines = [f"{self.source}: {many}. Nothing was bought. Mend the table and run again."]
+        lines = [f"{self.source}: {many}. Nothing was bought. Correct the table and run again."]
         lines += [f"  {problem}" for problem in self.problems]
         if self.count > len(self.problems):
             lines.append(f"  … and {self.count - len(self.problems)} more")
@@ -140,14 +137,14 @@ class JournalError(KreaError):
 
 
 class JournalUnavailable(JournalError):
-    """The journal's database does not answer, or is locked: that may pass by itself."""
+    """The journal's database does not answer or is locked, perhaps only for a while."""
 
 
 @dataclass(frozen=True)
 class UnwrittenPurchase:
-    """A task that the server created, and that is not in the journal.
+    """A task that the server created, and that the journal does not have.
 
-    ``credits`` is what the server reserved for it, None where it did not say.
+    ``credits`` is what the server reserved for it, if it said so.
     """
 
     request_key: str
@@ -156,16 +153,16 @@ class UnwrittenPurchase:
     credits: float | None
 
     def __str__(self) -> str:
-        cost = "credits not known" if self.credits is None else f"{self.credits:g} credits"
+        cost = "unknown credits" if self.credits is None else f"{self.credits:g} credits"
         return f"task {self.task_id} ({cost}) of request {self.request_key}"
 
 
 class PurchasesNotWritten(JournalError):
-    """Tasks were created, and the journal could not be written. The message names them all.
+    """Tasks were created, and the journal could not be written. The message names them.
 
-    Mend the journal and run again: within 23 hours the next run repeats their POSTs under the
-    same Idempotency-Keys, which brings the same tasks and buys nothing. Later, or with the
-    policy ``hold``, a person resolves them by the task ids.
+    Repair the journal and run again: within 23 hours the next run repeats their POSTs under the
+    same Idempotency-Keys, which returns the same tasks and buys nothing. Later, or with the policy
+    ``hold``, a person resolves them by their task ids.
     """
 
     def __init__(self, purchases: Sequence[UnwrittenPurchase], why: str) -> None:
@@ -177,22 +174,22 @@ class PurchasesNotWritten(JournalError):
         many = "1 purchase" if len(self.purchases) == 1 else f"{len(self.purchases)} purchases"
         text = (
             f"{many} could not be written to the journal: {self.why}\n"
-            "Once it is mended, run again within 23 hours, which brings the same tasks and buys "
+            "Once it is repaired, run again within 23 hours, which returns the same tasks and buys "
             "nothing. Bought and not written:"
         )
         return "\n".join([text, *(f"  {purchase}" for purchase in self.purchases)])
 
 
 class TakenOver(JournalError):
-    """Another run holds the request now. Nothing was changed; that run carries it on."""
+    """Another run holds the request now, and continues it. Nothing was changed."""
 
 
 class TaskTaken(JournalError):
-    """A task is that of another purchase, so it cannot be this one's too. Nothing was changed."""
+    """A task belongs to another purchase. Nothing was changed."""
 
 
 class IllegalTransition(JournalError):
-    """An event that the request's present state does not allow. Nothing was changed."""
+    """The request's present state does not allow the event. Nothing was changed."""
 
 
 # -- the storage root ---------------------------------------------------------------------------
@@ -203,10 +200,10 @@ class StorageError(KreaError):
 
 
 class StorageUnavailable(StorageError):
-    """The storage root does not answer: that may pass by itself."""
+    """The storage root does not answer, perhaps only for a while."""
 
 
-# -- what keeps a run from buying -------------------------------------------------------------
+# -- buying is not admitted -------------------------------------------------------------------
 
 
 class BuyingClosed(KreaError):
@@ -218,9 +215,9 @@ class BuyingClosed(KreaError):
 
 
 class CapReached(BuyingClosed):
-    """A cap or budget leaves no room. The message names it, spent, reserved, and when it frees.
+    """A cap or budget leaves no room. The message says what is spent, reserved, and when it frees.
 
-    ``scope`` is what is full, such as ``day:2026-11-22``; ``shown`` is what people call it.
+    ``scope`` is the full scope, such as ``day:2026-11-22``; ``shown`` is its name for people.
     """
 
     def __init__(self, code: str, message: str, scope: str = "", shown: str = "") -> None:
@@ -230,26 +227,26 @@ class CapReached(BuyingClosed):
 
 
 class RunStopped(BuyingClosed):
-    """The account stopped the buying, as another shard of the same run has found."""
+    """Another shard of the same run has found that the account cannot buy."""
 
 
 class TryLater(RunStopped):
-    """What stopped the run may pass by itself: the same run later buys what this one left."""
+    """The cause may be temporary: the same run later buys what this one left."""
 
 
-# -- what EvoLink answered --------------------------------------------------------------------
+# -- answers of EvoLink -----------------------------------------------------------------------
 
 
-#: By which gateways say that they cannot reach what is behind them; 52x and 530 are Cloudflare's.
+#: Statuses of gateways that cannot reach the server behind them; 52x and 530 are Cloudflare's.
 _GATEWAY_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
 
 
 class _Answered(KreaError):
-    """What an answer said, for the errors that stand for one.
+    """An error that describes an answer, or its absence.
 
-    ``status`` is the HTTP status, None where there was no answer. ``code`` is lower-cased
-    text, "" where there was none. ``cause`` says why no connection was made, None where one was,
-    or may have been. Neither the message nor any other field ever holds the key.
+    ``status`` is the HTTP status, None without an answer. ``code`` is lower-cased text, perhaps
+    empty. ``cause`` says why no connection was made, None if one was, or may have been. No field
+    contains the API key.
     """
 
     def __init__(
@@ -272,10 +269,7 @@ class _Answered(KreaError):
 
     @property
     def may_be_away(self) -> bool:
-        """Whether it may be the API itself that is away, and not this request that fails.
-
-        There was no answer, or one of a gateway in front of it.
-        """
+        """Whether the API itself may be unavailable: no answer, or one of a gateway."""
         return self.status is None or self.status in _GATEWAY_STATUSES
 
     def __str__(self) -> str:
@@ -288,27 +282,27 @@ class _Answered(KreaError):
 
 
 class ApiError(_Answered):
-    """EvoLink answered a question with an error, or not at all. Asking again costs nothing."""
+    """A read got an error or no answer. Reading again costs nothing."""
 
 
 class TaskNotFound(ApiError):
-    """The task is not known, or not any more, or belongs to another account."""
+    """The task is unknown, or no longer known, or belongs to another account."""
 
 
 class Unauthorized(ApiError):
-    """401: the key is wrong or has expired. Mend the key; what is paid waits at the server."""
+    """401: the key is wrong or has expired. Replace it; paid images wait at the server."""
 
 
 class AccessDenied(ApiError):
-    """403: the key may not ask this."""
+    """403: the key does not have this permission."""
 
 
 class InsufficientCredits(ApiError):
-    """402: the account's quota is used up, so that the server answers nothing."""
+    """402: the account's quota is used up, so that the server does not answer reads."""
 
 
 class RateLimited(ApiError):
-    """429: asked too often. Ask again after ``retry_after_s``."""
+    """429: too many reads. Read again after ``retry_after_s``."""
 
 
 class NotSupported(ApiError):
@@ -316,11 +310,11 @@ class NotSupported(ApiError):
 
 
 class NoUsableAnswer(ApiError):
-    """A disconnect, a time-out, a 5xx, HTML or nonsense. Ask again."""
+    """A disconnect, a time-out, a 5xx, HTML or garbage. Read again."""
 
 
 class SubmitError(_Answered):
-    """A purchase did not get a usable answer. Its two halves say what that means for the money."""
+    """A purchase did not get a usable answer. The subclasses say whether it may be charged."""
 
 
 class NotCharged(SubmitError):
@@ -332,17 +326,17 @@ class NotSent(NotCharged):
 
 
 class TurnedAway(NotCharged):
-    """429: the server was too busy to take it. Send it again after ``retry_after_s``."""
+    """429: the server was too busy. Send it again after ``retry_after_s``."""
 
 
 class GatewayRefused(NotCharged):
-    """A 400 without EvoLink's error: a gateway's page, not a word on the row. Send it again."""
+    """A 400 without EvoLink's error: a page of a gateway. Send it again."""
 
     may_be_away = True
 
 
 class Refused(NotCharged):
-    """The request will never be taken as it is. Change the row."""
+    """The request will never be accepted unchanged. Change the row."""
 
 
 class ContentRefused(Refused):
@@ -350,7 +344,7 @@ class ContentRefused(Refused):
 
 
 class AccountStopped(NotCharged):
-    """Nothing can be bought with this key now. Stop buying, finish what is paid."""
+    """This key cannot buy anything now. Stop buying, finish what is paid."""
 
 
 class KeyRejected(AccountStopped):
@@ -370,11 +364,11 @@ class OutcomeUnknown(SubmitError):
 
 
 class NoCapacity(OutcomeUnknown):
-    """A 400 that is a lack of capacity. EvoLink's client does not count it as certainly free."""
+    """A 400 for lack of capacity. EvoLink's client does not treat it as certainly free."""
 
 
 class PurchasePending(OutcomeUnknown):
-    """409 ``paid_outcome_unknown``: the first try is undecided. Wait a minute, same key."""
+    """409 ``paid_outcome_unknown``: the first try is undecided. Wait a minute; use the same key."""
 
 
 class IdempotencyConflict(OutcomeUnknown):
@@ -385,7 +379,7 @@ class IdempotencyConflict(OutcomeUnknown):
 
 
 class DownloadError(KreaError):
-    """A paid image could not be fetched, or is not what was asked for."""
+    """A paid image could not be fetched, or is not what was requested."""
 
     code = "download_failed"
 
@@ -396,7 +390,7 @@ class LinkRefused(DownloadError):
     code = "link_refused"
 
 
-class LinkDead(DownloadError):
+class LinkExpired(DownloadError):
     """The link has expired or is gone. Read the task again for a fresh one."""
 
     code = "link_dead"
@@ -409,7 +403,7 @@ class NoUsableBody(DownloadError):
 
 
 class ImageRejected(DownloadError):
-    """A whole file, but not the picture that was asked for. ``code`` says in which way."""
+    """A complete file, but not the requested image. ``code`` says how it differs."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -1,6 +1,6 @@
-"""The frozen values that several parts share: what is asked for, and what EvoLink answers.
+"""Frozen values that several parts share: requests, and the answers of EvoLink.
 
-Sizes are in pixels, times in UTC, money in units: integer 1/10,000 credits, so that sums are
+Sizes are in pixels, times in UTC. Money is in units, integer 1/10,000 credits, so that sums are
 exact (EvoLink's amounts have at most four decimals).
 """
 
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 MODEL: Final = "krea-2-turbo"
 
-#: Output pixels (width, height) by size and quality: the table of EvoLink's documentation.
+#: Output pixels (width, height) by size and quality, from EvoLink's documentation.
 PIXELS: Final[Mapping[tuple[str, str], tuple[int, int]]] = {
     ("1:1", "1K"): (1024, 1024),
     ("1:1", "2K"): (2048, 2048),
@@ -47,25 +47,25 @@ PIXELS: Final[Mapping[tuple[str, str], tuple[int, int]]] = {
 SIZES: Final = tuple(dict.fromkeys(size for size, _ in PIXELS))
 QUALITIES: Final = ("1K", "2K")
 
-#: The seeds that can be asked for and known: 0 would let the server draw one and not say which.
+#: The seeds that are sent. With 0 the server would draw one and not report it.
 SEED_MIN: Final = 1
 SEED_MAX: Final = 1_048_576
 
 UNITS_PER_CREDIT: Final = 10_000
 
-#: What a task id is: it stands in the path of a URL, where dots alone would mean another place.
+#: A task id is part of a URL's path, where dots alone would mean another place.
 _TASK_ID: Final = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
-#: The most credits that a cap may be, and how one is written.
+#: The largest cap in credits, and the syntax of one.
 MOST_CREDITS: Final = 1_000_000_000
 _CREDITS: Final = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,4})?", re.ASCII)
 _WHOLE: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
-#: Beyond this, an amount of credits is none: it would not fit the journal.
+#: Amounts of credits beyond this are refused: they would not fit the journal.
 _ABSURD: Final = 10**14
 
 
 def is_task_id(value: object) -> bool:
-    """Whether this is a text that can be the id of a task."""
+    """Return whether a value is a valid task id."""
     return isinstance(value, str) and _TASK_ID.fullmatch(value) is not None
 
 
@@ -81,26 +81,26 @@ def evolve(value: _T, **fields: Any) -> _T:
 
 
 def units_from_credits(credits: float | str | Decimal) -> int:
-    """Credits as EvoLink writes them, in units, to the nearest 1/10,000 credit.
+    """Return credits in units, rounded to the nearest 1/10,000 credit.
 
-    Goes through the number's shortest decimal text, so that 0.45 is 4,500 and not a
-    neighbour of it. Raises ValueError for what is no amount: not a number, or beyond 10^14.
+    Uses the number's shortest decimal text, so that 0.45 is exactly 4,500. Raises ValueError for
+    values that are not numbers, or beyond 10^14.
     """
     try:
         amount = Decimal(str(credits))
     except InvalidOperation:
         amount = Decimal("NaN")
     if not amount.is_finite() or abs(amount) > _ABSURD:
-        raise ValueError(f"{str(credits)[:40]!r} is no amount of credits")
+        raise ValueError(f"{str(credits)[:40]!r} is not an amount of credits")
     return int((amount * UNITS_PER_CREDIT).quantize(Decimal(1), ROUND_HALF_UP))
 
 
 def parse_cap(value: float | str, name: str) -> int:
-    """The most credits that may be spent, as a person wrote it, in units.
+    """Parse a cap in credits that a person wrote, and return it in units.
 
-    Digits with an optional point and at most four decimals, and nothing else: no sign, no
-    exponent, no space, no grouping. What is not plainly one number must not become a cap that
-    nobody meant. Raises ConfigError, which says ``name`` and the rule.
+    Accepts digits with an optional point and at most four decimals: no sign, exponent, space or
+    grouping, because a misread number would be a wrong cap. Raises ConfigError, which contains
+    ``name`` and the rule.
     """
     if not _CREDITS.fullmatch(str(value)) or Decimal(str(value)) > MOST_CREDITS:
         raise ConfigError(
@@ -111,7 +111,7 @@ def parse_cap(value: float | str, name: str) -> int:
 
 
 def parse_whole_number(text: str, name: str, *, most: int) -> int:
-    """A whole number from 1 to ``most``, as a person wrote it, by the same rule."""
+    """Parse a whole number from 1 to ``most`` that a person wrote, by the same rule."""
     if not _WHOLE.fullmatch(text) or not 1 <= int(text) <= most:
         raise ConfigError(
             f"{name} is {text[:60]!r}; use a whole number from 1 to {most}, in plain digits"
@@ -120,18 +120,18 @@ def parse_whole_number(text: str, name: str, *, most: int) -> int:
 
 
 def credits_from_units(units: int) -> float:
-    """Units as credits, for tables and for people."""
+    """Return units as credits."""
     return units / UNITS_PER_CREDIT
 
 
 def credits_text(units: int) -> str:
-    """Units as credits in exact text: ``0.45``, and no digit is lost, however many there are."""
+    """Return units as exact decimal text in credits, such as ``0.45``."""
     return f"{Decimal(units) / UNITS_PER_CREDIT:f}"
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to be asked for: all that decides the picture, and its identity.
+    """A request for one image: everything that determines it, and its identity.
 
     ``request_key`` is the hash of the other fields (``krea_dagster.prompts.requests``).
     ``seed`` is from 1 to 1048576, never 0.
@@ -148,17 +148,16 @@ class ImageRequest:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Width and height that the finished image must have."""
+        """Return the width and height that the image must have."""
         return PIXELS[self.size, self.quality]
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The answer to a create call that was taken: what is not kept of it is gone.
+    """The answer to an accepted create call. The server does not send it again.
 
-    ``credits_reserved_units`` is None where the answer did not say. ``replayed`` is true
-    where the server recognised the Idempotency-Key and created nothing. ``answer`` is the
-    whole JSON object.
+    ``credits_reserved_units`` is None if the answer did not say. ``replayed``: the server
+    recognised the Idempotency-Key and created nothing. ``answer`` is the whole JSON object.
     """
 
     task_id: str
@@ -172,7 +171,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class TaskFailure:
-    """Why a task failed. ``code`` is lower-cased, ``unknown_error`` where there was none."""
+    """Why a task failed. ``code`` is lower-cased, ``unknown_error`` if there was none."""
 
     code: str
     message: str
@@ -180,12 +179,11 @@ class TaskFailure:
 
 @dataclass(frozen=True)
 class Task:
-    """One answer about a task.
+    """The state of a task, as the server reports it.
 
-    ``status`` is ``pending``, ``processing``, ``completed``, ``failed``, ``cancelled``, or any
-    other text that the server used. ``progress`` is 0 to 100. ``results`` are links, empty
-    while there are none. ``credits_used_units`` and ``created_at`` are None unless the server said
-    them.
+    ``status`` is ``pending``, ``processing``, ``completed``, ``failed``, ``cancelled``, or another
+    text. ``progress`` is 0 to 100. ``results`` are links, if there are any. ``credits_used_units``
+    and ``created_at`` are None unless the server reports them.
     """
 
     task_id: str
@@ -199,10 +197,10 @@ class Task:
 
 @dataclass(frozen=True)
 class AccountCredits:
-    """What ``GET /v1/credits`` says, in units. ``token_*`` is the key's own limit.
+    """The answer of ``GET /v1/credits``, in units. ``token_*`` is the key's own limit.
 
-    ``token_remaining_units`` means nothing where ``token_unlimited`` is true;
-    ``user_remaining_units`` may be negative.
+    ``token_remaining_units`` is meaningless if ``token_unlimited``. ``user_remaining_units`` may be
+    negative.
     """
 
     user_remaining_units: int

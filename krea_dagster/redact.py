@@ -1,12 +1,11 @@
-"""Hides credentials in what leaves: errors, logs, metadata, cards, the terminal. Pure.
+"""Redaction of credentials in errors, logs, metadata, dataset cards and the terminal. Pure.
 
-Three things do it, and nothing else in the package does: ``location`` for one path or URL (and
-``address`` for what must be a URL), ``text`` for a sentence in which URLs may stand, and ``Hidden``
-for a secret that is known, such as the API key. Each may be applied again to what it gave.
+``location`` redacts one path or URL (``address`` one that must be a URL), ``text`` a sentence that
+may contain URLs, and ``SecretFilter`` a known secret, such as the API key. All are idempotent.
 
-A password that nobody has encoded may hold any of the characters that end an address. So what is
-shown of a URL is no part of a credential in whatever way the URL is read; where that leaves
-nothing, only its scheme is shown.
+A password that is not percent-encoded may contain any of the characters that end an address. So the
+part of a URL that is shown is not a credential in any reading of the URL; if that leaves nothing,
+only the scheme is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from urllib.parse import unquote
 HIDDEN: Final = "***"
 
 _SCHEME: Final = r"(?:[A-Za-z][A-Za-z0-9+.-]*:/{2,}|https?:/)"
-#: Where a URL begins in a sentence, and where the next one of a chain such as zip://a::https://b.
+#: The start of a URL in a sentence, and of the next one in a chain such as zip://a::https://b.
 _IN_SENTENCE: Final = re.compile(rf"(?<![A-Za-z0-9+.-]){_SCHEME}", re.ASCII | re.IGNORECASE)
 _IN_CHAIN: Final = re.compile(rf"(?:\A|(?<=::)){_SCHEME}", re.ASCII | re.IGNORECASE)
 _NEXT_IN_LIST: Final = re.compile(rf"(?<=[,;|\"'<>()]){_SCHEME}", re.ASCII | re.IGNORECASE)
@@ -31,7 +30,7 @@ _BEFORE_HOST: Final = re.compile(r"@(?=[^@/?#\\]*(?:[/?#\\]|\Z))")
 _SECRET_PART: Final = re.compile(r"[?#]")
 _IPV6: Final = re.compile(r"\[[0-9A-Fa-f:.%]*\](?::[0-9]{0,5})?", re.ASCII)
 _HOST_AND_PORT: Final = re.compile(r"[^:@\[\]]*:[0-9]{0,5}", re.ASCII)
-#: What closes a URL in a sentence, and is no part of it.
+#: Punctuation after a URL in a sentence.
 _CLOSING: Final = re.compile(r"[]'\"`)}>,;:.!]*\Z")
 
 #: Settings as drivers write them, outside of URLs too.
@@ -41,28 +40,28 @@ _SETTING: Final = re.compile(
     re.IGNORECASE,
 )
 
-#: A shorter part of a URL may be in a sentence by chance, and is in none that can be read alone.
+#: Shorter parts of a URL may occur in a sentence by chance, and reveal nothing on their own.
 _LEAST_PART: Final = 3
-#: A shorter key may be a part of a word, a link or an id by chance: it is no secret.
+#: A shorter key may occur in a word, a link or an id by chance, and is not treated as a secret.
 LEAST_SECRET: Final = 12
 _LEAST_BASE64: Final = 8
 
 
 def location(place: str) -> str:
-    """A path or URL, also a chain of them, without user, password, query and fragment."""
+    """Return a path, a URL or a chain of them without user, password, query and fragment."""
     before, url = _parted(place)
     return before + _chain(url)
 
 
 def address(given: str) -> str:
-    """The same for a setting that must be a URL, and may lack its scheme."""
+    """Return the same for a setting that must be a URL, and may lack its scheme."""
     return location(given) if "://" in given else location(f"https://{given.lstrip('/')}")[8:]
 
 
 def text(sentence: str, *known: str) -> str:
-    """A sentence whose URLs, and whose settings such as ``password=``, are without secrets.
+    """Return a sentence without the secrets in its URLs and in settings such as ``password=``.
 
-    ``known`` are paths or URLs that it is about: what they hide is hidden outside of them too.
+    ``known`` are paths or URLs whose secrets are also removed outside of them.
     """
     for place in known:
         if (shown := location(place)) != place:
@@ -73,9 +72,9 @@ def text(sentence: str, *known: str) -> str:
 
 
 def safe_cause(error: BaseException, *known: str) -> BaseException | None:
-    """The error as the cause of another, None where its text or a cause of it shows a secret.
+    """Return an error that may be the cause of another, None if it or a cause shows a secret.
 
-    Dagster and Python print the causes of an error along with it.
+    Dagster and Python print the causes of an error.
     """
     found: BaseException | None = error
     while found is not None:
@@ -86,8 +85,8 @@ def safe_cause(error: BaseException, *known: str) -> BaseException | None:
     return error
 
 
-class Hidden:
-    """Hides one secret in texts: in either case, escaped, percent-encoded, in hex and in base64."""
+class SecretFilter:
+    """Removes a secret from texts, also if it is escaped, percent-encoded, in hex or in base64."""
 
     __slots__ = ("_found", "_long", "_plain")
 
@@ -102,15 +101,15 @@ class Hidden:
         self._found = re.compile("|".join(forms), re.IGNORECASE)
 
     def hide(self, said: str) -> str:
-        """The text without the secret."""
+        """Return the text without the secret."""
         return self._found.sub(HIDDEN, said) if self._may_be_in(said) else said
 
     def is_in(self, said: str) -> bool:
-        """Whether a text holds the secret, and not by chance, as it may hold a short one."""
+        """Return whether a text contains the secret. Short secrets are not reported."""
         return self._long and self._may_be_in(said) and self._found.search(said) is not None
 
     def _may_be_in(self, said: str) -> bool:
-        """A quick look, because every answer is looked through, and hardly any holds a secret."""
+        """Check quickly, because every answer is searched and almost none contains a secret."""
         if "%" in said or "\\" in said or "&#" in said:
             return True
         small = said.lower()
@@ -137,14 +136,14 @@ def _urls(sentence: str) -> str:
 
 
 def _end_of_url(sentence: str, start: int) -> int:
-    """Where a URL in a sentence ends: at white space, or where another one of a list begins."""
+    """Return where a URL in a sentence ends: at white space, or at the next URL of a list."""
     space = re.search(r"\s", sentence[start:])
     end = len(sentence) if space is None else start + space.start()
     following = _NEXT_IN_LIST.search(sentence, start, end)
     if following is not None:
         return following.start()
     if space is not None and _lacks_host(sentence[start:end]):
-        # A password with a space in it, as far as that can be told.
+        # Probably a password with a space in it.
         line = re.compile(r"[^\n@]{0,200}?@\S*").match(sentence, end)
         if line is not None and "://" not in line.group():
             return line.end()
@@ -156,20 +155,20 @@ def _chain(url: str) -> str:
 
 
 def _links(url: str) -> Iterator[str]:
-    """The parts of a chain, each with the :: behind it."""
+    """Yield the parts of a chain, each with the :: after it."""
     begins = [found.start() for found in _IN_CHAIN.finditer(url)]
     return (url[a:b] for a, b in itertools.pairwise([*begins, len(url)]))
 
 
 def _parted(place: str) -> tuple[str, str]:
-    """What stands before the first URL, such as ``simplecache::``, and the rest."""
+    """Return the text before the first URL, such as ``simplecache::``, and the rest."""
     begin = _IN_SENTENCE.search(place)
     at = len(place) if begin is None else begin.start()
     return place[:at], place[at:]
 
 
 def _one(url: str) -> str:
-    """One URL, or the part of a chain up to the next one, with the :: between them."""
+    """Redact one URL, or one part of a chain with the :: after it."""
     scheme, slashes, rest = _split(url)
     rest, link = (rest[:-2], "::") if rest.endswith("::") else (rest, "")
     return f"{scheme}{slashes}{_shown(rest)}{link}"
@@ -178,31 +177,31 @@ def _one(url: str) -> str:
 def _split(url: str) -> tuple[str, str, str]:
     scheme, _, rest = url.partition(":")
     path = rest.lstrip("/")
-    # sqlite:////data: of more than two slashes, the others are the path's.
+    # sqlite:////data: after two slashes, the others belong to the path.
     slashes = min(2, len(rest) - len(path))
     return f"{scheme}:", rest[:slashes], rest[slashes:]
 
 
 def _shown(rest: str) -> str:
-    """What may be shown of the part of a URL that follows its scheme."""
+    """Redact the part of a URL after its scheme."""
     end = _user_end(rest)
     shown = HIDDEN if end is None else _SECRET_PART.split(rest[end:], maxsplit=1)[0]
-    # What follows the user may look like another one, such as a host with a wrong port.
+    # The rest may look like another user, such as a host with a wrong port.
     return shown if _user_end(shown) == 0 else HIDDEN
 
 
 def _user_end(rest: str) -> int | None:
-    """Where user and password end, 0 where there are none; None where that cannot be told."""
+    """Return where user and password end, 0 if there are none, None if that is ambiguous."""
     head = _END_OF_HOST.split(rest, maxsplit=1)[0]
     if _IPV6.fullmatch(head) or not (":" in head or "@" in head):
-        return 0  # whatever @ there is belongs to the path
+        return 0  # an @ belongs to the path
     last = rest.rfind("@")
     if _HOST_AND_PORT.fullmatch(head):
-        # With an @ behind it, host and port may be a user and the digits of a password.
+        # Before an @, host and port may be a user and a password of digits.
         return 0 if last < 0 else None
     if last < 0:
         return None
-    # Each @ that a host follows may be the one.
+    # Each @ before a host may be the end.
     return last + 1 if len(_BEFORE_HOST.findall(rest)) == 1 else None
 
 
@@ -211,7 +210,7 @@ def _lacks_host(rest: str) -> bool:
 
 
 def _secrets(place: str) -> Iterator[str]:
-    """What is hidden of a URL, part by part, as it is and decoded."""
+    """Yield the hidden parts of a URL, as they are and decoded."""
     for url in _links(_parted(place)[1]):
         rest = _split(url.removesuffix("::"))[2]
         end = _user_end(rest)
@@ -229,7 +228,7 @@ def _secrets(place: str) -> Iterator[str]:
 
 
 def _character(one: str) -> str:
-    """A pattern for one character, as JSON, URLs and HTML may write it."""
+    """Return a pattern for one character, as JSON, URLs and HTML may write it."""
     code = ord(one)
     return (
         rf"(?:\\{{0,4}}{re.escape(one)}|%(?:25){{0,3}}{code:02x}|\\{{1,4}}u{code:04x}"
@@ -238,11 +237,11 @@ def _character(one: str) -> str:
 
 
 def _in_base64(secret: str) -> Iterator[str]:
-    """The secret in base64, in both alphabets, wherever it stands in what was encoded."""
+    """Yield the secret in base64, in both alphabets, at any offset in the encoded data."""
     data = secret.encode()
     for offset in range(3):
         encoded = base64.b64encode(bytes(offset) + data).decode()
-        # Without the digits that hang on what stands before and behind it.
+        # Without the digits that depend on the bytes before and after.
         skipped, over = (0, 2, 3)[offset], (0, 3, 2)[(offset + len(data)) % 3]
         core = encoded[skipped : len(encoded) - over]
         if len(core) >= _LEAST_BASE64:
@@ -250,5 +249,5 @@ def _in_base64(secret: str) -> Iterator[str]:
 
 
 def _in_base64_text(core: str) -> str:
-    """A pattern for base64, with the digits around it that hold a part of the secret as well."""
+    """Return a pattern for base64, with the digits around it that contain parts of the secret."""
     return rf"[A-Za-z0-9+/_-]{{0,4}}{re.escape(core)}[A-Za-z0-9+/_=-]{{0,4}}"

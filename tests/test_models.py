@@ -127,6 +127,6 @@ def test_a_whole_number_is_plain_digits_too(text: str) -> None:
     "value", ["nan", "inf", "-inf", "1e25", "1e400", "five", 1e300, Decimal("sNaN")]
 )
 def test_what_is_no_amount_of_credits_is_said_to_be_none(value: str | float | Decimal) -> None:
-    with pytest.raises(ValueError, match="is no amount of credits"):
+    with pytest.raises(ValueError, match="is not an amount of credits"):
         units_from_credits(value)
     assert units_from_credits(-0.45) == -4_500

@@ -169,7 +169,7 @@ KEY: Final = 'sk-Ab/cd+EF"0123_4567~xyz'
     ],
 )
 def test_a_known_secret_is_hidden_in_every_form(form: str) -> None:
-    hidden = redact.Hidden(KEY)
+    hidden = redact.SecretFilter(KEY)
     said = hidden.hide(f"invalid_key_{form}: no")
     assert said.startswith("invalid_key_") or "***" in said
     assert said.endswith(": no")
@@ -181,13 +181,13 @@ def test_a_known_secret_is_hidden_in_every_form(form: str) -> None:
 
 
 def test_a_short_key_is_hidden_where_it_stands_alone_and_refuses_nothing() -> None:
-    hidden = redact.Hidden("emulator")
+    hidden = redact.SecretFilter("emulator")
     assert hidden.hide("the key Emulator is wrong") == "the key *** is wrong"
     assert hidden.hide("emulators") == "emulators"
     assert not hidden.is_in("https://host/emulator/files/1")
 
 
 def test_a_long_text_is_looked_through_in_no_time() -> None:
-    hidden = redact.Hidden(KEY)
+    hidden = redact.SecretFilter(KEY)
     for text in ("\\" * 100_000, "A" * 100_000, "%25" * 30_000, "&#0" * 30_000):
         assert hidden.hide(text) == text

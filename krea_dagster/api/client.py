@@ -66,7 +66,7 @@ from krea_dagster.errors import (
     InputError,
     InsufficientCredits,
     KreaError,
-    LinkDead,
+    LinkExpired,
     LinkRefused,
     NotSent,
     NotSupported,
@@ -118,7 +118,7 @@ class _Key:
     __slots__ = ("header", "hide", "is_in")
 
     def __init__(self, text: str) -> None:
-        hidden = redact.Hidden(text)
+        hidden = redact.SecretFilter(text)
         self.hide, self.is_in = hidden.hide, hidden.is_in
         self.header = Secret(f"Bearer {text}")
 
@@ -503,7 +503,7 @@ class KreaClient:
         Raises:
             InputError: the client is closed.
             LinkRefused: the link, or a redirect of it, is not safe to follow.
-            LinkDead: 403, 404 or 410: read the task again for a fresh link.
+            LinkExpired: 403, 404 or 410: read the task again for a fresh link.
             NoUsableBody: any other failure. Discard what the sink has received.
         """
         self._refuse_if_closed()
@@ -512,7 +512,7 @@ class KreaClient:
             raise LinkRefused("the link contains the API key")
         try:
             return await self._files.fetch(url, sink, max_bytes)
-        except (LinkRefused, LinkDead, NoUsableBody) as caught:
+        except (LinkRefused, LinkExpired, NoUsableBody) as caught:
             # Without the frames that hold the texts of the host, such as a redirect.
             error = type(caught)(self._key.hide(str(caught)))
         raise error

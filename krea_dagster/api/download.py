@@ -24,7 +24,7 @@ from krea_dagster.api.resolver import CheckedResolver
 from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.api.transport import UNSENT, raw_body
 from krea_dagster.api.untrusted import safe_text
-from krea_dagster.errors import KreaError, LinkDead, NoUsableBody
+from krea_dagster.errors import KreaError, LinkExpired, NoUsableBody
 
 #: How often one download is resumed, if each time brings more bytes.
 RESUMED_MAX: Final = 5
@@ -129,7 +129,7 @@ class FileDownloader:
 
         Raises:
             LinkRefused: the link, a redirect, or an address is not allowed.
-            LinkDead: 403, 404 or 410.
+            LinkExpired: 403, 404 or 410.
             NoUsableBody: another status, no answer, a body that is empty, truncated, longer
                 than ``max_bytes`` or has an unreadable encoding, too many redirects, silence, or
                 a body that comes too slowly.
@@ -254,7 +254,7 @@ class _DownloadBody:
     def read_head(self, shown: str, answer: httpx.Response) -> None:
         """Check that the answer has a usable body, or its rest. Raises DownloadError."""
         if answer.status_code in _DEAD_STATUSES:
-            raise LinkDead(f"{shown}: status {answer.status_code}")
+            raise LinkExpired(f"{shown}: status {answer.status_code}")
         headers = answer.headers
         if self.resumable is not None:
             self._expected_bytes = self.resumable.resumed_size(

@@ -16,7 +16,7 @@ import pytest
 
 from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.decompress import CHUNK_BYTES, Decompressor
-from krea_dagster.errors import ConfigError, DownloadError, LinkDead, LinkRefused, NoUsableBody
+from krea_dagster.errors import ConfigError, DownloadError, LinkExpired, LinkRefused, NoUsableBody
 from tests.api.loopback_server import (
     Behaviour,
     ReceivedRequest,
@@ -157,7 +157,7 @@ def test_a_compressed_body_is_decompressed_in_pieces_of_bounded_size() -> None:
 @pytest.mark.parametrize("status", [403, 404, 410])
 async def test_an_expired_link_is_dead(status: int) -> None:
     async with serving(answers(status, b"<html>")) as server:
-        assert type(await failed_fetch(server.url)) is LinkDead
+        assert type(await failed_fetch(server.url)) is LinkExpired
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"

@@ -16,7 +16,7 @@ import pytest
 from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.download import RESUMED_MAX
 from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
-from krea_dagster.errors import LinkDead, NoUsableBody
+from krea_dagster.errors import LinkExpired, NoUsableBody
 from tests.api.loopback_server import Behaviour, ReceivedRequest, answers, message, serving
 
 pytestmark = pytest.mark.anyio
@@ -334,7 +334,7 @@ async def test_a_host_that_cannot_resume_gets_one_request(headers: dict[str, str
         (answers(206, PICTURE[70_000:], etag=TAG), NoUsableBody),
         (answers(416), NoUsableBody),
         (answers(503), NoUsableBody),
-        (answers(403), LinkDead),
+        (answers(403), LinkExpired),
     ],
 )
 async def test_a_rest_of_another_file_is_not_used(rest: Behaviour, error: type[Exception]) -> None:

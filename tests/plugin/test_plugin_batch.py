@@ -63,7 +63,7 @@ def bought(
     emulator: Emulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Bought:
-    monkeypatch.setattr(bulk_reads, "_DEAR", 0 if request.param == "looked up" else 5)
+    monkeypatch.setattr(bulk_reads, "_LOOKUP_COST", 0 if request.param == "looked up" else 5)
     return Bought(tmp_path, emulator)
 
 

@@ -1,8 +1,7 @@
-"""Bulk reads of the journal in columns: what is stored and whole, and what the views show.
+"""Bulk reads of the journal in columns: which images are intact, and what the views show.
 
-The database puts a column of many rows into one text, so that no object is made for a row. Where
-many requests are asked about, the journal is passed over once and the image folders are listed;
-where few are, they are looked up.
+The database joins a column of many rows into one text, so that no object is made for a row. For
+many requests, the journal is scanned once and the image folders are listed; a few are looked up.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import FORMATS
 from krea_dagster.engine.storage.storage import Storage
 
-#: What the views read of a request and of its present submission. Times are in microseconds
-#: since 1970, UTC.
+#: The columns of a request and of its present submission that the views read. Times are in
+#: microseconds since 1970, UTC.
 RECORD_SCHEMA: Final = pa.schema(
     [
         ("state", pa.string()),
@@ -61,16 +60,16 @@ RECORD_SCHEMA: Final = pa.schema(
 )
 _SUBMISSION: Final = frozenset(RECORD_SCHEMA.names[RECORD_SCHEMA.get_field_index("task_id") :])
 
-#: What is kept of a file that is gone, and shown only while it is there.
+#: Columns that describe the file. They are kept if it is gone, but shown only while it is stored.
 _FILE: Final = frozenset({"image_path", "image_sha256", "image_bytes", "stored_at"})
 
-#: Rows of the journal that are put into one text.
+#: Rows of the journal that are joined into one text.
 _ROWS: Final = 10_000
 
-#: To look up one request and its file costs so many times what a row costs in a pass over all.
-_DEAR: Final = 5
+#: The cost of looking up one request and its file, in rows of a scan.
+_LOOKUP_COST: Final = 5
 
-#: Threads that list folders: the system does the work.
+#: Threads that list folders. The operating system does the work.
 _THREADS: Final = min(4, os.cpu_count() or 1)
 
 _ENDINGS: Final = pa.array([f".{ending}" for ending in FORMATS.values()], pa.string())
@@ -85,59 +84,58 @@ _Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class KnownRequests:
-    """What a journal knows of some requests: which it has, and which are stored and whole.
+    """Some requests of a journal, and which of them are intact.
 
-    Whole is an image whose file is there, under its own name and with its size. ``whole`` is
-    beside the requests, in their order.
+    An image is intact if its file exists under its own name with its size. ``intact`` has the order
+    of ``requests``.
     """
 
     requests: DigestSet
-    whole: Mask
+    intact: Mask
 
     def of(self, digests: Digests) -> tuple[Mask, Mask]:
-        """Return which of these requests it has, and which are stored and whole."""
+        """Return which of these requests it has, and which are intact."""
         places = self.requests.find(digests)
         seen = places >= 0
-        if not len(self.whole):
+        if not len(self.intact):
             return seen, seen.copy()
-        return seen, seen & self.whole[places]
+        return seen, seen & self.intact[places]
 
 
 NO_KNOWN_REQUESTS: Final = KnownRequests(DigestSet(_NO_DIGESTS), np.zeros(0, np.bool_))
 
 
 def known_requests(journal: Journal, storage: Storage, digests: Digests) -> KnownRequests:
-    """Return what the journal knows of these requests, and perhaps of others.
+    """Return which of these requests, and perhaps others, the journal knows.
 
-    ``digests`` are request keys as bytes, 32 a row. Raises JournalError.
+    ``digests`` are request keys as bytes, 32 per row. Raises JournalError.
     """
     found = all_known_requests(journal, storage, len(digests))
     if found is not None:
         return found
     with journal.database.read() as connection:
         requests = _look_up(connection, digests)
-    return KnownRequests(requests, _those_at_hand(storage, requests))
+    return KnownRequests(requests, _intact_by_lookup(storage, requests))
 
 
 def all_known_requests(journal: Journal, storage: Storage, number: int) -> KnownRequests | None:
-    """Return what the journal knows of all its requests.
+    """Return all requests of the journal, or None if ``number`` look-ups cost less.
 
-    None where it has so many that to look up this ``number`` of them costs less. Raises
-    JournalError.
+    Raises JournalError.
     """
     with journal.database.read() as connection:
-        if number * _DEAR < _row_count(connection):
+        if number * _LOOKUP_COST < _row_count(connection):
             return None
-        requests = _pass_over(connection)
-    return KnownRequests(requests, _those_listed(storage, requests))
+        requests = _scan(connection)
+    return KnownRequests(requests, _intact_by_listing(storage, requests))
 
 
 def record_columns(
     journal: Journal, keys: pa.Array, names: Sequence[str] = RECORD_SCHEMA.names
 ) -> pa.Table:
-    """Return these columns of ``RECORD_SCHEMA``, row by row beside the request keys.
+    """Return these columns of ``RECORD_SCHEMA``, in the order of the request keys.
 
-    All are null where the journal does not know a request. Raises JournalError.
+    Rows of unknown requests are null. Raises JournalError.
     """
     schema = pa.schema([("request_key", pa.string()), *map(RECORD_SCHEMA.field, names)])
     tables = [schema.empty_table()]
@@ -167,7 +165,7 @@ def _is_sqlite(connection: Connection) -> bool:
 
 
 def _row_count(connection: Connection) -> int:
-    """Return about how many requests there are."""
+    """Return the approximate number of requests."""
     count = "max(rowid)" if _is_sqlite(connection) else "count(*)"
     return connection.execute(text(f"SELECT {count} FROM requests")).scalar() or 0
 
@@ -176,7 +174,7 @@ def _lists(connection: Connection, names: Sequence[str], keys: str) -> list[list
     """Return columns of the requests whose keys are in a JSON list."""
     table = {name: "submissions" if name in _SUBMISSION else "requests" for name in names}
     if _is_sqlite(connection):
-        # The keys first, whatever the planner thinks.
+        # CROSS JOIN makes SQLite start with the keys.
         source = "json_each(:keys) AS wanted CROSS JOIN requests"
         listed = [f"json_group_array({_value(table[name], name)})" for name in names]
     else:
@@ -193,22 +191,22 @@ def _lists(connection: Connection, names: Sequence[str], keys: str) -> list[list
 
 
 def _value(table: str, name: str) -> str:
-    """Return a column as the views show it: a file only of a request that is stored."""
+    """Return the expression of a column; the file is shown only if it is stored."""
     if name not in _FILE:
         return f"{table}.{name}"
     return f"CASE WHEN requests.state = '{State.STORED.value}' THEN requests.{name} END"
 
 
-# Requests are held with a number beside: what their file must be like (``_like``), or -1 where
-# they are not stored, or not under their own names.
+# Each request has a number: the size and ending of its file (``_file_numbers``), or -1 if it is not
+# stored under its own name.
 
 
-def _like(sizes: _Numbers, endings: _Numbers | int) -> _Numbers:
-    """Return a file's size in bytes and its ending, a place in ``_ENDINGS``, as one number."""
+def _file_numbers(sizes: _Numbers, endings: _Numbers | int) -> _Numbers:
+    """Return sizes in bytes and endings (indices of ``_ENDINGS``) as one number each."""
     return sizes * len(_ENDINGS) + endings
 
 
-def _pass_over(connection: Connection) -> DigestSet:
+def _scan(connection: Connection) -> DigestSet:
     """Return all requests."""
     sqlite = _is_sqlite(connection)
     join = "group_concat" if sqlite else "string_agg"
@@ -227,7 +225,7 @@ def _pass_over(connection: Connection) -> DigestSet:
         if keys:
             every.append(digests_from_joined_hex(keys))
             files.append(_files(keys, sizes, paths))
-    return _held(every, files)
+    return _digest_set(every, files)
 
 
 def _ranges(connection: Connection) -> Iterator[tuple[int, int] | tuple[str, str]]:
@@ -236,7 +234,7 @@ def _ranges(connection: Connection) -> Iterator[tuple[int, int] | tuple[str, str
         for low in range(1, rows + 1, _ROWS):
             yield low, low + _ROWS - 1
         return
-    # Keys are hashes, so that as many begin with any digits as with any others.
+    # Keys are hashes, so all prefixes are equally frequent.
     digits = 0 if rows <= _ROWS else 1 if rows <= 16 * _ROWS else 2
     for number in range(16**digits):
         low_digits = f"{number:0{digits}x}" if digits else ""
@@ -244,7 +242,7 @@ def _ranges(connection: Connection) -> Iterator[tuple[int, int] | tuple[str, str
 
 
 def _look_up(connection: Connection, digests: Digests) -> DigestSet:
-    """Return those of these requests that there are."""
+    """Return which of these requests exist."""
     names = ("request_key", "state", "image_bytes", "image_path")
     every: list[Digests] = []
     files: list[_Numbers] = []
@@ -259,7 +257,7 @@ def _look_up(connection: Connection, digests: Digests) -> DigestSet:
             ]
             every.append(digests_from_joined_hex("".join(keys)))
             files.append(_files("".join(keys), *map(",".join, zip(*shown, strict=True))))
-    return _held(every, files)
+    return _digest_set(every, files)
 
 
 def _split(joined: str) -> pa.Array:
@@ -267,18 +265,18 @@ def _split(joined: str) -> pa.Array:
 
 
 def _files(keys: str, sizes: str, paths: str) -> _Numbers:
-    """Return what the files must be like, from lists in text, with "" where not stored."""
-    endings = _endings_if_alike(keys, paths)
+    """Return the files as numbers, from joined texts, with "" if not stored."""
+    endings = _common_ending(keys, paths)
     if endings is None:
         endings = _endings_of(keys, _split(paths))
     wanted = pc.if_else(pa.array(endings >= 0), _split(sizes), "0").cast(pa.int64()).to_numpy()
-    return np.where(endings >= 0, _like(wanted, endings), -1)
+    return np.where(endings >= 0, _file_numbers(wanted, endings), -1)
 
 
-def _endings_if_alike(keys: str, paths: str) -> _Numbers | None:
-    """Return the ending of each path where all are under their own names and have the same.
+def _common_ending(keys: str, paths: str) -> _Numbers | None:
+    """Return the ending of each path if all have their own names and the same ending.
 
-    So it is in most journals, and is seen in a third of the time that it takes to look at each.
+    This is the case in most journals, and takes a third of the time of checking each path.
     """
     named = np.frombuffer(keys.encode(), np.uint8).reshape(-1, 64)
     found = np.frombuffer(f"{paths},".encode(), np.uint8)
@@ -287,20 +285,20 @@ def _endings_if_alike(keys: str, paths: str) -> _Numbers | None:
         if len(found) == len(named) * (_STEM + len(tail)):
             rows = found.reshape(len(named), -1)
             home, digits = rows[:, :_HOME], named[:, :2]
-            alike = (
+            same = (
                 bool((home[:, :-3] == np.frombuffer(b"images/", np.uint8)).all())
                 and bool((home[:, -3:-1] == digits).all())
                 and bool((home[:, -1] == ord("/")).all())
                 and bool((rows[:, _HOME:_STEM] == named).all())
                 and bool((rows[:, _STEM:] == tail).all())
             )
-            if alike:
+            if same:
                 return np.full(len(named), number)
     return None
 
 
 def _endings_of(keys: str, paths: pa.Array) -> _Numbers:
-    """Return the ending of each path, -1 where it is not the request's own name."""
+    """Return the ending of each path, -1 if it is not the request's own name."""
     ends = pa.array(np.arange(0, len(keys) + 64, 64, dtype=np.int32)).buffers()[1]
     named = pa.Array.from_buffers(
         pa.string(), len(paths), [None, ends, pa.py_buffer(keys.encode())]
@@ -312,7 +310,7 @@ def _endings_of(keys: str, paths: pa.Array) -> _Numbers:
     return np.asarray(endings.fill_null(-1).to_numpy(), np.int64)
 
 
-def _held(every: list[Digests], files: list[_Numbers]) -> DigestSet:
+def _digest_set(every: list[Digests], files: list[_Numbers]) -> DigestSet:
     return DigestSet(
         np.concatenate([_NO_DIGESTS, *every]), np.concatenate([np.empty(0, np.int64), *files])
     )
@@ -321,44 +319,44 @@ def _held(every: list[Digests], files: list[_Numbers]) -> DigestSet:
 # -- the files ------------------------------------------------------------------------------------
 
 
-def _those_at_hand(storage: Storage, requests: DigestSet) -> Mask:
-    """Look at the file of each. Behind a URL, list them all where they are more than a few."""
+def _intact_by_lookup(storage: Storage, requests: DigestSet) -> Mask:
+    """Check the file of each. Behind a URL, list all files if there are more than a few."""
     (stored,) = np.nonzero(requests.values >= 0)
     if storage.folder is None and len(stored) > _THREADS:
-        return _those_listed(storage, requests)
-    whole = np.zeros(len(requests), np.bool_)
+        return _intact_by_listing(storage, requests)
+    intact = np.zeros(len(requests), np.bool_)
     endings = _ENDINGS.to_pylist()
     for place in stored.tolist():
         key = requests.words[place].tobytes().hex()
         size, ending = divmod(int(requests.values[place]), len(endings))
-        whole[place] = storage.size_bytes(f"images/{key[:2]}/{key}{endings[ending]}") == size
-    return whole
+        intact[place] = storage.size_bytes(f"images/{key[:2]}/{key}{endings[ending]}") == size
+    return intact
 
 
-def _those_listed(storage: Storage, requests: DigestSet) -> Mask:
-    """Return those whose file is in the listing of its folder, with its size."""
-    whole = np.zeros(len(requests), np.bool_)
+def _intact_by_listing(storage: Storage, requests: DigestSet) -> Mask:
+    """Check whether the file of each is listed in its folder with its size."""
+    intact = np.zeros(len(requests), np.bool_)
     if not len(requests):
-        return whole
+        return intact
     for digests, files in _listed(storage):
         places = requests.find(digests)
         same = (places >= 0) & (requests.values[places] == files)
-        whole[places[same]] = True
-    return whole
+        intact[places[same]] = True
+    return intact
 
 
 def _listed(storage: Storage) -> Iterator[tuple[Digests, _Numbers]]:
-    """Yield the files of each image folder: their keys, and what they are like as one number.
+    """Yield the files of each image folder: their keys, and their sizes and endings as numbers.
 
-    A file counts in the folder that its key begins with, and in no other.
+    A file counts only in the folder that its key begins with.
     """
     if storage.folder is None:
         remote, path = fsspec.core.url_to_fs(storage.locate("images"))
         remote.invalidate_cache()
         found: Mapping[str, Mapping[str, Any]] = remote.find(path, detail=True)
         files = {tuple(name.split("/")[-2:]): about["size"] for name, about in found.items()}
-        at_home = {name[-1]: size for name, size in files.items() if name[-1][:2] == name[0]}
-        yield _named(list(at_home), list(at_home.values()))
+        in_place = {name[-1]: size for name, size in files.items() if name[-1][:2] == name[0]}
+        yield _named(list(in_place), list(in_place.values()))
         return
     root = storage.folder / "images"
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -373,26 +371,26 @@ def _in_folder(folder: Path) -> tuple[Digests, _Numbers]:
     digests, files = _named(names, [-1 if size is None else size for size in sizes])
     if len(folder.name) != 2 or not set(folder.name) <= set("0123456789abcdef"):
         return _NO_DIGESTS, files[:0]
-    at_home = digests[:, 0] == int(folder.name, 16)
-    return digests[at_home], files[at_home]
+    in_place = digests[:, 0] == int(folder.name, 16)
+    return digests[in_place], files[in_place]
 
 
 def _named(names: Sequence[str], sizes: Sequence[int]) -> tuple[Digests, _Numbers]:
-    """Read names of a request key and an ending; others are left out."""
+    """Return the keys of file names, and the files as numbers. Other names are left out."""
     sized, lengths = np.array(sizes, np.int64), np.fromiter(map(len, names), np.int64, len(names))
     digests, files = [_NO_DIGESTS], [sized[:0]]
     for number, ending in enumerate(_ENDINGS.to_pylist()):
         chosen = np.flatnonzero(lengths == 64 + len(ending))
         if len(chosen):
-            alike = names if len(chosen) == len(names) else [names[at] for at in chosen.tolist()]
-            data = "".join(alike).encode("ascii", "replace")
+            same = names if len(chosen) == len(names) else [names[at] for at in chosen.tolist()]
+            data = "".join(same).encode("ascii", "replace")
             characters = np.frombuffer(data, np.uint8).reshape(-1, 64 + len(ending))
             ends = (characters[:, 64:] == np.frombuffer(ending.encode(), np.uint8)).all(axis=1)
             if ends.any():
                 characters = characters[:, :64]
                 right = ends & _are_digits(characters)
                 digests.append(digests_from_ascii(characters[right]))
-                files.append(_like(sized[chosen], number)[right])
+                files.append(_file_numbers(sized[chosen], number)[right])
     return np.concatenate(digests), np.concatenate(files)
 
 

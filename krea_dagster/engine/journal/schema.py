@@ -38,12 +38,12 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 
 def microseconds(at: datetime) -> int:
-    """A time as microseconds since 1970 in UTC."""
+    """Return a time as microseconds since 1970 in UTC."""
     return (at - _EPOCH) // _MICROSECOND
 
 
 def time_of(at_us: int) -> datetime:
-    """The time that so many microseconds since 1970 are."""
+    """Return the time of a number of microseconds since 1970."""
     return _EPOCH + at_us * _MICROSECOND
 
 
@@ -54,15 +54,15 @@ class UtcTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:  # noqa: ARG002 - SQLAlchemy's signature
-        """To the column."""
+        """Convert a value for the column."""
         return None if value is None else microseconds(value)
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's signature
-        """From the column."""
+        """Convert a value from the column."""
         return None if value is None else time_of(value)
 
 
-#: The time of a PostgreSQL server, which hosts with clocks of their own share.
+#: The time of a PostgreSQL server, which all hosts share.
 POSTGRES_NOW_US: Final = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
 
 
@@ -80,8 +80,7 @@ metadata: Final = MetaData(
     }
 )
 
-#: One row: a random name that tells this journal from every other, and where its images are
-#: bought.
+#: One row: a random name that identifies this journal, and the origin of its images.
 about: Final = Table(
     "about",
     metadata,
@@ -89,8 +88,8 @@ about: Final = Table(
     Column("origin", String(255)),
 )
 
-#: The state machine, as rows: an event that it does not hold cannot be written. ``from_state``
-#: is empty before the first event.
+#: The state machine, as rows: other events cannot be written. ``from_state`` is empty before the
+#: first event.
 transitions: Final = Table(
     "transitions",
     metadata,
@@ -99,9 +98,9 @@ transitions: Final = Table(
     Column("to_state", String(16), primary_key=True),
 )
 
-#: The storage roots that hold this journal's images. ``location`` is where a root was seen last,
-#: empty for that of a journal from before roots were known. ``adopts``: a person accepted it as it
-#: is, so it may hold files that this journal does not know.
+#: The storage roots of this journal's images. ``location`` is the last known one, empty for a root
+#: from before the journal had roots. ``adopts``: a person accepted it as it is, so it may contain
+#: files that this journal does not know.
 roots: Final = Table(
     "roots",
     metadata,
@@ -111,8 +110,8 @@ roots: Final = Table(
     Column("first_at", UtcTime, nullable=False),
 )
 
-#: One row per run that wrote into a root: its token is here before it is in the root's marker. So
-#: a marker whose token is not here tells that the journal is older than the root.
+#: One row per run that wrote into a root. Its token is written here first, and then into the root's
+#: marker. So a marker with an unknown token shows that the journal is older than the root.
 root_tokens: Final = Table(
     "root_tokens",
     metadata,
@@ -123,8 +122,8 @@ root_tokens: Final = Table(
     sqlite_autoincrement=True,
 )
 
-#: The prompt tables whose runs share this journal. ``root_id`` is empty where the name alone tells
-#: the table from others (an asset key prefix, a URL), and else the root that the path starts at.
+#: The prompt tables whose runs share this journal. ``root_id`` is the root that a relative path
+#: starts at, and empty if the name alone identifies the table (an asset key prefix, a URL).
 prompt_tables: Final = Table(
     "prompt_tables",
     metadata,
@@ -135,7 +134,7 @@ prompt_tables: Final = Table(
     Index("ix_prompt_tables_name", "root_id", "name", unique=True),
 )
 
-#: The API keys that images were bought with, as fingerprints, and which are of one account.
+#: The API keys that images were bought with, as fingerprints, and the account of each.
 api_keys: Final = Table(
     "api_keys",
     metadata,
@@ -144,8 +143,8 @@ api_keys: Final = Table(
     Column("first_at", UtcTime, nullable=False),
 )
 
-#: One row per run that carries requests; a claim is good while its owner lives. The host, the
-#: process and the time are for people: what tells whether an owner lives is ``owner.py``'s.
+#: One row per run that claims requests; a claim is valid while its owner is alive (``owners.py``).
+#: The host, the process and the time are for people.
 owners: Final = Table(
     "owners",
     metadata,
@@ -157,8 +156,8 @@ owners: Final = Table(
     Column("heartbeat_at", UtcTime, nullable=False),
 )
 
-#: What the runs of an account have learned of its limits (``sharing.py``). ``at_us`` is of a clock
-#: that all of them share: PostgreSQL's, or the one of SQLite's host that is never set.
+#: What the runs of an account have learned about its limits (``pace_sharing.py``). ``at_us`` is the
+#: time of a clock that they share: PostgreSQL's, or the monotonic clock of SQLite's host.
 paces: Final = Table(
     "paces",
     metadata,
@@ -167,7 +166,7 @@ paces: Final = Table(
     Column("at_us", BigInteger, nullable=False),
 )
 
-#: What each run has at the server, and how many more it wants.
+#: How many tasks each run has in flight, and how many more it wants.
 pace_leases: Final = Table(
     "pace_leases",
     metadata,
@@ -178,7 +177,7 @@ pace_leases: Final = Table(
     Column("at_us", BigInteger, nullable=False),
 )
 
-#: One row per image that was ever asked for: what it is, and how it stands now.
+#: One row per requested image: the request, and its current state.
 requests: Final = Table(
     "requests",
     metadata,
@@ -214,7 +213,7 @@ requests: Final = Table(
         "state <> 'stored' or (image_path is not null and image_sha256 is not null)",
         name="stored_has_file",
     ),
-    # One without a key was found in its root, and who bought it is not known.
+    # A request without a key was found in its root, and its purchase is not known.
     CheckConstraint(
         "state in ('planned', 'deferred', 'stored', 'completed', 'expired') "
         "or idempotency_key is not null",
@@ -225,7 +224,7 @@ requests: Final = Table(
     Index("ix_requests_updated_at", "updated_at"),
 )
 
-#: One row per purchase, or what may have been one: the money.
+#: One row per purchase, or possible purchase: the money.
 submissions: Final = Table(
     "submissions",
     metadata,
@@ -235,7 +234,7 @@ submissions: Final = Table(
     Column("run_id", String(255), nullable=False),
     Column("table_id", String(32), nullable=False, default="", server_default=text("''")),
     Column("partition_key", Text, nullable=False),
-    # The fingerprint of the API key that it was sent with; null: from before they were kept.
+    # The fingerprint of the API key that it was sent with; null in rows of older versions.
     Column("api_key", String(16)),
     Column("sent_at", UtcTime, nullable=False),
     Column("posts", Integer, nullable=False, default=1),
@@ -248,12 +247,12 @@ submissions: Final = Table(
     Column("reserved_units", BigInteger),
     Column("charged_units", BigInteger),
     Column("settled_at", UtcTime),
-    # The server's words, of whatever length: a text that does not fit would cost the task's id.
+    # Text of the server, without a limit: a text that does not fit would lose the task's id.
     Column("billing_rule", Text),
     Column("user_group", Text),
     # Part of what was sent: a repeat under the same Idempotency-Key must send the same one.
     Column("callback_url", Text),
-    # What it counts for beside its run, day, month and partition, as a JSON list.
+    # Scopes in addition to its run, day, month and partition, as a JSON list.
     Column("scopes", Text),
     CheckConstraint("reserved_units >= 0", name="reserved"),
     CheckConstraint("charged_units >= 0", name="charged"),
@@ -261,7 +260,7 @@ submissions: Final = Table(
     Index("ix_submissions_request", "request_key", "number", unique=True),
 )
 
-#: Which files lie in which root. ``missing_since``: it was looked for there, and was gone.
+#: The files in each root. ``missing_since``: when it was found missing.
 files: Final = Table(
     "files",
     metadata,
@@ -272,8 +271,8 @@ files: Final = Table(
     Index("ix_files_root", "root_id", "at"),
 )
 
-#: What each run, UTC day, month, partition and budgeted value has committed and spent: the sums
-#: that caps and budgets are checked against.
+#: What each scope (run, UTC day, month, partition, budgeted value) has committed and spent: the
+#: sums that caps and budgets are checked against.
 commitments: Final = Table(
     "commitments",
     metadata,
@@ -282,8 +281,8 @@ commitments: Final = Table(
     Column("spent_units", BigInteger, nullable=False),
 )
 
-#: The highest price of each quality that was believed, and the last that was not: it was far from
-#: the others, and counts for nothing until a person accepts it.
+#: The highest plausible price of each quality, and the last implausible one, which is far from the
+#: others and ignored until a person accepts it.
 prices: Final = Table(
     "prices",
     metadata,
@@ -291,7 +290,7 @@ prices: Final = Table(
     Column("highest_units", BigInteger, nullable=False),
     Column("latest_units", BigInteger, nullable=False),
     Column("doubted_units", BigInteger),
-    # How many prices in a row were not believed, over all runs.
+    # How many prices in a row were implausible, over all runs.
     Column("doubted_in_row", Integer, nullable=False, default=0, server_default=text("0")),
     Column("seen_at", UtcTime, nullable=False),
 )
@@ -306,8 +305,8 @@ stops: Final = Table(
     Column("error_message", Text, nullable=False),
 )
 
-#: How often another image was asked for of a row's sample, by table. ``draws``: its seed is drawn,
-#: also where the table fixes one.
+#: How often another image was requested for a row's sample, by table. ``draws``: its seed is drawn,
+#: even if the table fixes one.
 attempts: Final = Table(
     "attempts",
     metadata,
@@ -321,9 +320,9 @@ attempts: Final = Table(
     CheckConstraint("attempt > 0", name="attempt"),
 )
 
-#: Every time that another image was asked for, and by which run: a run that is executed again does
-#: not ask again. ``ended_at`` is when a run ended with that wish; until then the wish is continued,
-#: and not made again.
+#: Every raised attempt, and the run that raised it: a run that is executed again does not raise it
+#: again. ``ended_at`` is when a run ended with that attempt; until then it is open, and is
+#: continued instead of raised again.
 raised_attempts: Final = Table(
     "raised_attempts",
     metadata,
@@ -336,7 +335,7 @@ raised_attempts: Final = Table(
     Column("ended_at", UtcTime),
 )
 
-#: What the account said of itself, to hold the journal against.
+#: What the account reported, to compare the journal with it.
 account_readings: Final = Table(
     "account_readings",
     metadata,
@@ -347,12 +346,12 @@ account_readings: Final = Table(
     Column("remaining_units", BigInteger, nullable=False),
 )
 
-#: Requests that somebody who knows their address has called about: hints, and never facts.
+#: Received callbacks by request: hints from anyone who knows the address, not facts.
 callbacks: Final = Table(
     "callbacks",
     metadata,
     Column("request_key", String(64), ForeignKey("requests.request_key"), primary_key=True),
-    # What the last call claimed that named a task at all.
+    # The task of the last callback that named one.
     Column("task_id", String(128)),
     Column("first_at", UtcTime, nullable=False),
     Column("last_at", UtcTime, nullable=False),
@@ -361,9 +360,9 @@ callbacks: Final = Table(
     Index("ix_callbacks_last_at", "last_at"),
 )
 
-#: What people think of the images, in order: the last verdict on an image counts. No row is ever
-#: changed or removed, which triggers see to. A verdict belongs to the file with this hash, and
-#: beside it stands what the file was made for when somebody looked at it.
+#: Verdicts of people on images, in order: the last one on an image counts. Triggers prevent changes
+#: and removals. A verdict belongs to the file with this hash; the other columns say what the file
+#: was made for at the time.
 verdicts: Final = Table(
     "verdicts",
     metadata,
@@ -386,7 +385,7 @@ verdicts: Final = Table(
     sqlite_autoincrement=True,
 )
 
-#: The statements that make the table of verdicts append only, by the kind of database.
+#: The statements that make the table of verdicts append-only, by database.
 APPEND_ONLY: Final = {
     "sqlite": tuple(
         f"CREATE TRIGGER verdicts_before_{change} BEFORE {change.upper()} ON verdicts BEGIN "

@@ -10,7 +10,13 @@ from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.outages import Dependency
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
-from krea_dagster.errors import DownloadError, ImageRejected, LinkDead, NoUsableBody, StorageError
+from krea_dagster.errors import (
+    DownloadError,
+    ImageRejected,
+    LinkExpired,
+    NoUsableBody,
+    StorageError,
+)
 
 
 class FetchStep:
@@ -58,7 +64,7 @@ class FetchStep:
                 return 0.0
             retry.fetch_failures += 1
             retry.stale_link = True
-            retry.link_dead = isinstance(error, LinkDead)
+            retry.link_dead = isinstance(error, LinkExpired)
             return self._context.backoff_s(retry.fetch_failures)
         except OSError as error:
             raise self._not_stored(error) from error

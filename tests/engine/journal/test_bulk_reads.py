@@ -34,7 +34,9 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def use(number: int) -> None:
         monkeypatch.setattr(bulk_reads, "_ROWS", 3)
-        monkeypatch.setattr(bulk_reads, "_DEAR", 10**6 if request.param == "a pass over all" else 0)
+        monkeypatch.setattr(
+            bulk_reads, "_LOOKUP_COST", 10**6 if request.param == "a pass over all" else 0
+        )
         assert number
 
     return use
