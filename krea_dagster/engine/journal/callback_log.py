@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, Select, case, func, select
 
+from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import callbacks, requests
 from krea_dagster.engine.journal.statements import insertion
-
-
-def _utc_now() -> datetime:
-    return datetime.now(timezone.utc)
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,19 @@ class CallbackLog:
     Its methods block. They raise JournalError if the database fails.
     """
 
-    def __init__(self, database: Database, *, now: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(
+        self, database: Database, *, now: Callable[[], datetime] = SystemClock().now
+    ) -> None:
         self._database = database
         self._now = now
 
     @classmethod
     def open(
-        cls, url: str, *, lock_timeout_s: float = 5.0, now: Callable[[], datetime] = _utc_now
+        cls,
+        url: str,
+        *,
+        lock_timeout_s: float = 5.0,
+        now: Callable[[], datetime] = SystemClock().now,
     ) -> CallbackLog:
         """Open the callbacks in the journal behind a SQLAlchemy URL. The caller closes them.
 

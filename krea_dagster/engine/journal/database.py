@@ -43,7 +43,7 @@ from sqlalchemy.pool import QueuePool
 from krea_dagster import redact
 from krea_dagster.engine.journal import migrations, schema
 from krea_dagster.engine.journal.migrations import REVISIONS, Revisions
-from krea_dagster.engine.journal.owners import AdvisoryLocks, FileLocks, Locks
+from krea_dagster.engine.journal.owners import AdvisoryLocks, FileLocks
 from krea_dagster.engine.storage.storage import Storage, sync_folder
 from krea_dagster.errors import ConfigError, JournalError, JournalUnavailable
 
@@ -122,7 +122,7 @@ class Database:
             said = redact.text(str(error), url)
             raise ConfigError(f"the journal {self.where} cannot be used: {said}") from None
         #: The locks of the runs that are at work.
-        self.locks: Locks = (
+        self.locks: FileLocks | AdvisoryLocks = (
             AdvisoryLocks(self._writing)
             if self._file is None
             else FileLocks(self._file.with_name(f"{self._file.name}-runs"))
@@ -509,7 +509,7 @@ class _FileStamp:
 _of_the_parent: Final[list[Any]] = []
 
 
-def _dispose(pid: int, locks: Locks, *engines: Engine) -> None:
+def _dispose(pid: int, locks: FileLocks | AdvisoryLocks, *engines: Engine) -> None:
     if os.getpid() == pid:
         locks.close()
     for engine in engines:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, literal_column, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,28 +47,6 @@ class Owner:
 def new_owner(run_id: str) -> Owner:
     """Return a new owner for a run in this process."""
     return Owner(uuid.uuid4().hex, run_id, socket.gethostname(), os.getpid())
-
-
-class Locks(Protocol):
-    """The locks of the owners of one journal."""
-
-    def take(self, owner: str) -> None:
-        """Take an owner's lock, or take it again where it was lost."""
-
-    def give_back(self, owner: str) -> None:
-        """Release an owner's lock, if it has one."""
-
-    def dead(self, connection: Connection) -> set[str]:
-        """Return the registered owners that are dead."""
-
-    def forget(self, owner: str) -> None:
-        """Remove the file of an owner that is no longer registered."""
-
-    def now(self) -> Any:
-        """Return the time of a heartbeat, as a value or an expression."""
-
-    def close(self) -> None:
-        """Release every lock that this object has taken."""
 
 
 class FileLocks:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, Select, func, insert, select, text
 
+from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.rows import chunks, rows_with
 from krea_dagster.engine.journal.schema import verdicts
@@ -28,10 +29,6 @@ __all__ = ["FLAG", "KEEP", "NONE", "REJECT", "VERDICTS", "Verdict", "VerdictLog"
 _MANY: Final = 5000
 
 
-def _utc_now() -> datetime:
-    return datetime.now(timezone.utc)
-
-
 class VerdictLog:
     """The verdicts in a journal's database.
 
@@ -39,13 +36,19 @@ class VerdictLog:
     database fails.
     """
 
-    def __init__(self, database: Database, *, now: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(
+        self, database: Database, *, now: Callable[[], datetime] = SystemClock().now
+    ) -> None:
         self._database = database
         self._now = now
 
     @classmethod
     def open(
-        cls, url: str, *, lock_timeout_s: float = 60.0, now: Callable[[], datetime] = _utc_now
+        cls,
+        url: str,
+        *,
+        lock_timeout_s: float = 60.0,
+        now: Callable[[], datetime] = SystemClock().now,
     ) -> VerdictLog:
         """Open the verdicts in the journal behind a SQLAlchemy URL. The caller closes them.
 

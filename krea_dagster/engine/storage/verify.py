@@ -2,7 +2,7 @@
 
 The format is read from the content; a link's ending and an answer's header are not trusted.
 Decoders ignore a truncated end and damage in a JPEG, which ``verify_jpeg``, ``verify_png`` and
-``verify_webp`` detect.
+``_check_webp`` detect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from krea_dagster.engine.storage.other_formats import (
 )
 from krea_dagster.engine.storage.verify_jpeg import check_jpeg
 from krea_dagster.engine.storage.verify_png import check_png
-from krea_dagster.engine.storage.verify_webp import check_webp
 from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
 
 #: The accepted formats, and the endings of their files.
@@ -50,6 +49,9 @@ DECODE_ERRORS: Final = (
     struct.error,
     zlib.error,
 )
+
+#: Chunks that contain pixels.
+_PIXEL_CHUNKS: Final = frozenset({b"VP8 ", b"VP8L"})
 
 
 def verify_image(
@@ -178,4 +180,27 @@ def _check_whole(data: bytes, image_format: str) -> None:
         case "JPEG":
             check_jpeg(data)
         case "WEBP":
-            check_webp(data)
+            _check_webp(data)
+
+
+def _check_webp(data: bytes) -> None:
+    """Raise NoUsableBody if a chunk, or the file, is longer than its container.
+
+    Data after the end is ignored. Chunks have no checksum, so only decoding can find more damage.
+    """
+    end = 8 + _number(data, 4)
+    if end > len(data):
+        raise NoUsableBody("the WEBP file is cut short")
+    place, kinds = 12, set[bytes]()
+    while place + 8 <= end:
+        kinds.add(data[place : place + 4])
+        length = _number(data, place + 4)
+        if place + 8 + length > end:
+            raise NoUsableBody("the image is damaged: a part of the WEBP file is cut short")
+        place += 8 + length + length % 2
+    if not kinds & _PIXEL_CHUNKS:
+        raise NoUsableBody("the image is damaged: the WEBP file does not contain an image")
+
+
+def _number(data: bytes, place: int) -> int:
+    return int.from_bytes(data[place : place + 4], "little")
