@@ -19,7 +19,7 @@ from krea_dagster.plugin.resource import KreaResource
 
 
 @pytest.mark.parametrize("text", ["task-unified-1-a", "a", ".a", "a..b", "1:2_3-4.5", "a" * 128])
-def test_what_can_be_a_task_id_is_one_everywhere(text: str) -> None:
+def test_valid_task_ids_are_valid_everywhere(text: str) -> None:
     assert is_task_id(text)
     assert parse_resolution(f"task:{text}") == HasTask(text)
     assert claimed_task_id(json.dumps({"id": text}).encode()) == text
@@ -29,7 +29,7 @@ def test_what_can_be_a_task_id_is_one_everywhere(text: str) -> None:
     "text",
     ["", ".", "..", "...", "." * 128, "a" * 129, "a/b", "a b", "a\n", "\n", "é", "a?b", "%2e%2e"],
 )
-def test_what_cannot_be_one_is_one_nowhere(text: str) -> None:
+def test_invalid_task_ids_are_invalid_everywhere(text: str) -> None:
     assert not is_task_id(text)
     with pytest.raises(ConfigError, match="unknown decision"):
         parse_resolution(f"task:{text}")
@@ -37,7 +37,7 @@ def test_what_cannot_be_one_is_one_nowhere(text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 7, 1.5, b"task", ["task"], {"id": "task"}])
-def test_what_is_no_text_is_no_task_id(value: object) -> None:
+def test_only_text_can_be_a_task_id(value: object) -> None:
     assert not is_task_id(value)
 
 
@@ -72,7 +72,7 @@ def test_a_cap_is_digits_with_at_most_four_decimals(text: str, units: int) -> No
 
 @pytest.mark.parametrize("text", NO_AMOUNTS)
 @pytest.mark.parametrize("name", ["KREA_RUN_CREDITS", "KREA_DAY_CREDITS"])
-def test_anything_else_is_refused_with_the_variable_and_the_rule(name: str, text: str) -> None:
+def test_invalid_caps_are_refused_with_the_variable_and_the_rule(name: str, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Settings.from_environment({name: text})
     said = str(caught.value)
@@ -81,11 +81,11 @@ def test_anything_else_is_refused_with_the_variable_and_the_rule(name: str, text
     assert len(said) < 250
 
 
-# White space around the budgets of a list is no part of them.
+# White space around the budgets of a list is not part of them.
 @pytest.mark.parametrize(
     "text", [one for one in NO_AMOUNTS if one.strip() == one and "," not in one]
 )
-def test_a_budget_of_another_amount_is_refused_by_the_same_rule(text: str) -> None:
+def test_invalid_budgets_are_refused_by_the_same_rule(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Settings.from_environment({"KREA_BUDGETS": f"month={text}"})
     assert str(caught.value).startswith("KREA_BUDGETS: budget ")
@@ -93,14 +93,14 @@ def test_a_budget_of_another_amount_is_refused_by_the_same_rule(text: str) -> No
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e25, 1e10])
-def test_the_resource_takes_no_other_cap_either(value: float) -> None:
+def test_the_resource_refuses_invalid_caps_too(value: float) -> None:
     for field in ("run_credits", "day_credits"):
         with pytest.raises(ValueError, match=rf"{field}\n  Input should be"):
             KreaResource.model_validate({field: value})
 
 
 @pytest.mark.parametrize("value", [0.00001, 0.1 + 0.2])
-def test_a_cap_of_more_than_four_decimals_is_refused_before_anything_is_bought(
+def test_a_cap_with_five_decimals_is_refused_before_buying(
     value: float,
 ) -> None:
     with pytest.raises(ConfigError, match=r"run_credits is .* at most 4 decimals"):
@@ -109,7 +109,7 @@ def test_a_cap_of_more_than_four_decimals_is_refused_before_anything_is_bought(
 
 @pytest.mark.parametrize("field", ["patience_s", "timeout_s", "download_timeout_s", "max_per_s"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, -1.0, 1e12])
-def test_no_number_of_the_resource_is_without_bounds(field: str, value: float) -> None:
+def test_all_numbers_of_the_resource_are_bounded(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         KreaResource.model_validate({field: value})
 
@@ -117,7 +117,7 @@ def test_no_number_of_the_resource_is_without_bounds(field: str, value: float) -
 @pytest.mark.parametrize(
     "text", ["0", "-1", "+1", " 1", "1.0", "1e3", "4097", "١٢", "1_0", "9" * 99]
 )
-def test_a_whole_number_is_plain_digits_too(text: str) -> None:
+def test_a_whole_number_is_plain_digits(text: str) -> None:
     with pytest.raises(ConfigError, match=r"KREA_MAX_IN_FLIGHT is .* whole number from 1 to 4096"):
         Settings.from_environment({"KREA_MAX_IN_FLIGHT": text})
     assert parse_whole_number("4096", "x", most=4096) == 4096
@@ -126,7 +126,7 @@ def test_a_whole_number_is_plain_digits_too(text: str) -> None:
 @pytest.mark.parametrize(
     "value", ["nan", "inf", "-inf", "1e25", "1e400", "five", 1e300, Decimal("sNaN")]
 )
-def test_what_is_no_amount_of_credits_is_said_to_be_none(value: str | float | Decimal) -> None:
+def test_invalid_amounts_of_credits_are_refused(value: str | float | Decimal) -> None:
     with pytest.raises(ValueError, match="is not an amount of credits"):
         units_from_credits(value)
     assert units_from_credits(-0.45) == -4_500

@@ -75,7 +75,7 @@ URLS: Final = [
 
 
 @pytest.mark.parametrize(("given", "shown"), URLS)
-def test_of_a_location_no_credential_is_shown_and_the_rest_is(given: str, shown: str) -> None:
+def test_a_location_is_shown_without_credentials(given: str, shown: str) -> None:
     assert redact.location(given) == shown
     assert redact.location(shown) == shown
 
@@ -85,7 +85,9 @@ def test_of_a_location_no_credential_is_shown_and_the_rest_is(given: str, shown:
     ["{}", "{} is gone", "look at {}, please", "({})", "'{}': not found", 'url="{}".', "a {}\nb"],
 )
 @pytest.mark.parametrize(("given", "shown"), [one for one in URLS if "://" in one[0]])
-def test_of_a_url_in_a_sentence_neither(given: str, shown: str, sentence: str) -> None:
+def test_a_url_in_a_sentence_is_shown_without_credentials(
+    given: str, shown: str, sentence: str
+) -> None:
     said = redact.text(sentence.format(given))
     assert said == sentence.format(shown)
     assert redact.text(said) == said
@@ -100,18 +102,18 @@ def test_of_several_urls_in_a_sentence_each_is_shown_without_its_credentials() -
     assert redact.text("at https://u:s3 cret@h/x now") == "at https://h/x now"
 
 
-def test_settings_with_a_secret_are_hidden_without_a_url_too() -> None:
+def test_secret_settings_are_hidden_outside_of_urls() -> None:
     said = redact.text("host=h password=s3cret sslpassword='s3 cret' client_secret = \"x\" db=d")
     assert said == "host=h password=*** sslpassword=*** client_secret = *** db=d"
 
 
-def test_what_a_library_says_of_a_place_does_not_show_its_parts_either() -> None:
+def test_messages_of_libraries_do_not_show_parts_of_a_url() -> None:
     place = "ftp://s3user:s3cr%2Fet@host/x?token=abc123"
     said = redact.text(f"login s3cr/et failed for s3cr%2Fet with abc123 at {place}", place)
     assert said == "login *** failed for *** with *** at ftp://host/x"
 
 
-def test_no_part_of_a_password_is_shown_whatever_it_is_made_of() -> None:
+def test_no_part_of_any_password_is_shown() -> None:
     drawn = random.Random(7)
     for _ in range(3000):
         password = "".join(drawn.choices("aZ09@:/?#%&=[].-_~!$'(),;*+\\", k=drawn.randint(3, 14)))
@@ -133,7 +135,7 @@ def test_every_error_of_the_package_is_without_credentials() -> None:
         assert "https://host/x" in str(error)
 
 
-def test_a_cause_that_shows_a_credential_is_no_cause() -> None:
+def test_a_cause_with_a_credential_is_dropped() -> None:
     plain, telling = OSError("the disk is full"), OSError("https://s3user:s3cret@host/x")
     outer = ValueError("outer")
     outer.__cause__ = telling
@@ -187,7 +189,7 @@ def test_a_short_key_is_hidden_where_it_stands_alone_and_refuses_nothing() -> No
     assert not hidden.is_in("https://host/emulator/files/1")
 
 
-def test_a_long_text_is_looked_through_in_no_time() -> None:
+def test_a_long_text_is_searched_quickly() -> None:
     hidden = redact.SecretFilter(KEY)
     for text in ("\\" * 100_000, "A" * 100_000, "%25" * 30_000, "&#0" * 30_000):
         assert hidden.hide(text) == text

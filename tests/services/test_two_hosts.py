@@ -102,7 +102,7 @@ async def each_killed_once(both: Hosts, work: Work) -> list[dict[str, object]]:
 
 
 @pytest.mark.anyio
-async def test_nobody_is_taken_over_who_lives_whatever_the_clocks_say(
+async def test_a_living_host_is_not_taken_over_for_any_clock(
     tmp_path: Path, journal_url: str
 ) -> None:
     with hosts(tmp_path, journal_url, honours_keys=False) as both:
@@ -116,7 +116,7 @@ async def test_nobody_is_taken_over_who_lives_whatever_the_clocks_say(
 
 
 @pytest.mark.anyio
-async def test_killed_once_each_the_two_have_bought_every_row_once(
+async def test_two_hosts_killed_once_each_buy_every_row_once(
     tmp_path: Path, journal_url: str
 ) -> None:
     with hosts(tmp_path, journal_url, honours_keys=True) as both:
@@ -128,7 +128,7 @@ async def test_killed_once_each_the_two_have_bought_every_row_once(
 
 
 @pytest.mark.anyio
-async def test_killed_once_each_under_hold_nothing_is_bought_twice_and_the_unknown_is_listed(
+async def test_under_hold_two_killed_hosts_buy_nothing_twice_and_list_unknown_rows(
     tmp_path: Path, journal_url: str
 ) -> None:
     with hosts(tmp_path, journal_url, honours_keys=False) as both:

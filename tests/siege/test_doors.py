@@ -30,7 +30,7 @@ MARK: Final = "c4n4ry"
 KEY: Final = f"sk-{MARK}-Key-5f3a9C7e1B2d4F60"
 SECRET: Final = f"{MARK}-callbacks-0123456789abcdef0123"
 
-#: The mark, and what of it in base64 does not hang on the letters around it.
+#: The mark, and what of it in base64 does not depend on the letters around it.
 _MARKS: Final = re.compile(f"{MARK}|YzRuNHJ5|M0bjRye|jNG40cn".encode(), re.IGNORECASE)
 
 COMMANDS: Final[Sequence[Sequence[str]]] = (
@@ -125,7 +125,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-def test_what_works_shows_no_secret(server: str, tmp_path: Path) -> None:
+def test_successful_commands_show_no_secret(server: str, tmp_path: Path) -> None:
     house = live_in(
         tmp_path / "house",
         COMMANDS,
@@ -167,7 +167,7 @@ FAILING: Final[Mapping[str, Mapping[str, str]]] = {
 SOME: Final = [one for one in COMMANDS if "--json" not in one and "--help" not in one]
 
 
-def test_what_fails_shows_no_secret_and_no_traceback(server: str, tmp_path: Path) -> None:
+def test_failing_commands_show_no_secret_and_no_traceback(server: str, tmp_path: Path) -> None:
     usual = {
         "EVOLINK_BASE_URL": f"http://{server}",
         "KREA_PROMPTS": f"http://{server}/table.parquet",

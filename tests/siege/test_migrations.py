@@ -90,7 +90,7 @@ def other(journal_url: str, tmp_path: Path) -> str:
 # -- the revisions and the code say the same --------------------------------------------------
 
 
-def test_the_revisions_make_what_the_code_describes(journal_url: str, tmp_path: Path) -> None:
+def test_the_revisions_create_the_described_schema(journal_url: str, tmp_path: Path) -> None:
     """Fails where schema.metadata or TRANSITIONS was changed without a revision."""
     Journal(journal_url).close()
     made = tables(journal_url)
@@ -112,7 +112,7 @@ def test_the_revisions_make_what_the_code_describes(journal_url: str, tmp_path: 
     assert tables(url) == made
 
 
-def test_the_head_is_the_newest_revision_and_there_is_one_line_of_them() -> None:
+def test_revisions_are_linear_and_head_is_the_newest() -> None:
     config = Config()
     config.set_main_option("script_location", str(REVISIONS.folders[0].parent))
     script = ScriptDirectory.from_config(config)
@@ -135,10 +135,8 @@ def test_a_journal_at_the_head_opens_without_alembic(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005"])
-def test_a_journal_of_every_release_opens_with_all_that_it_holds(
-    journal_url: str, revision: str
-) -> None:
-    """Rows in every state; what it knew of nobody is entered as not known."""
+def test_journals_of_all_releases_open_with_their_content(journal_url: str, revision: str) -> None:
+    """Rows in every state; unknown values are entered as unknown."""
     first_release.make(journal_url, revision)
     with closing(Journal(journal_url)) as journal:
         assert version(journal_url) == REVISIONS.head
@@ -163,7 +161,7 @@ def kept_sums() -> dict[str, Any]:
     return UPGRADED | {"commitments": ROWS["commitments"]}
 
 
-def test_the_files_of_before_lie_in_a_root_that_is_found_by_them(
+def test_files_from_before_roots_belong_to_a_root_that_is_found_by_them(
     tmp_path: Path,
 ) -> None:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
@@ -209,7 +207,7 @@ def test_an_upgrade_that_fails_changes_nothing(journal_url: str, name: str) -> N
     Journal(journal_url).close()
 
 
-def test_no_journal_is_upgraded_while_an_earlier_version_is_at_work(journal_url: str) -> None:
+def test_a_journal_is_not_upgraded_while_an_earlier_version_is_running(journal_url: str) -> None:
     """It would go on by claims that the new version does not see."""
     first_release.make(journal_url)
     with engine_of(journal_url) as engine, engine.begin() as connection:
@@ -221,7 +219,7 @@ def test_no_journal_is_upgraded_while_an_earlier_version_is_at_work(journal_url:
     assert version(journal_url) == before
 
 
-def test_processes_that_open_an_old_journal_together_upgrade_it_once(tmp_path: Path) -> None:
+def test_concurrent_processes_upgrade_an_old_journal_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
     first_release.make(url)
     Journal(url).close()
@@ -273,7 +271,7 @@ def test_a_journal_of_a_newer_version_is_refused_and_not_changed(journal_url: st
     assert (tables(journal_url), content(journal_url)) == before
 
 
-def test_tables_of_the_same_names_without_a_revision_are_not_taken_for_a_journal(
+def test_tables_without_a_revision_are_not_a_journal(
     journal_url: str,
 ) -> None:
     with engine_of(journal_url) as engine, engine.begin() as connection:
@@ -284,7 +282,7 @@ def test_tables_of_the_same_names_without_a_revision_are_not_taken_for_a_journal
         assert inspect(connection).get_table_names() == ["events"]
 
 
-def test_another_programs_sqlite_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
+def test_another_programs_sqlite_file_is_not_a_journal(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'runs.db'}"
     with engine_of(url) as engine, engine.begin() as connection:
         connection.execute(text("create table runs (id integer)"))

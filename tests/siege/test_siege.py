@@ -1,6 +1,6 @@
 """The journal in trouble: a run stops with a clear error, and the next one buys nothing twice.
 
-The emulator's books are the witness: what was posted, created, and bought twice.
+The emulator's accounts are the witness: what was posted, created, and bought twice.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def place(fort: Fort, request: pytest.FixtureRequest) -> Iterator[None]:
 
 @every_trouble
 @pytest.mark.usefixtures("place")
-async def test_where_no_intent_can_be_written_nothing_is_posted(
+async def test_nothing_is_posted_if_the_intent_cannot_be_written(
     fort: Fort, trouble: Trouble, said: str, advice: str
 ) -> None:
     with closing(fort.open()):
@@ -296,7 +296,7 @@ async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(fort: For
 
 @every_trouble
 @pytest.mark.usefixtures("place")
-async def test_a_purchase_that_cannot_be_written_is_named_and_taken_up_by_the_next_run(
+async def test_an_unwritten_purchase_is_named_and_continued_by_the_next_run(
     fort: Fort, trouble: Trouble, said: str, advice: str
 ) -> None:
     with Stage(trouble, fort) as stage:
@@ -314,7 +314,7 @@ async def test_a_purchase_that_cannot_be_written_is_named_and_taken_up_by_the_ne
     await fort.settle()
 
 
-async def test_what_could_not_be_written_is_taken_up_and_needs_no_person(
+async def test_an_unwritten_purchase_is_continued_without_a_person(
     fort: Fort,
 ) -> None:
     hold = replace(QUICK, on_unknown="hold")
@@ -329,7 +329,7 @@ async def test_what_could_not_be_written_is_taken_up_and_needs_no_person(
     await fort.settle()
 
 
-async def test_a_run_that_is_stopped_while_its_journal_fails_names_what_it_bought_too(
+async def test_a_run_stopped_during_a_journal_failure_names_its_purchases(
     fort: Fort,
 ) -> None:
     runs: list[asyncio.Task[RunReport]] = []
@@ -352,7 +352,7 @@ async def test_a_run_that_is_stopped_while_its_journal_fails_names_what_it_bough
 def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
     fort: Fort,
 ) -> None:
-    """The commit succeeds, in a file that nobody will find."""
+    """The commit succeeds, in a file that is unreachable."""
 
     def write_and_lose(database: Database) -> None:
         def write(connection: Connection) -> None:
@@ -378,7 +378,7 @@ async def test_a_storage_root_that_is_full_ends_the_run_and_loses_no_image(fort:
     await fort.settle()
 
 
-async def test_the_next_run_of_the_same_process_takes_the_rows_up_at_once(fort: Fort) -> None:
+async def test_the_next_run_of_the_same_process_continues_at_once(fort: Fort) -> None:
     """A run that could not give up its claims does not keep them."""
     with Stage(locked, fort) as stage, pytest.raises(JournalError):
         await fort.run("run-1", stage.client("after_a_post"))
@@ -413,7 +413,7 @@ class Stage:
 # -- a journal that was lost, or went back in time ------------------------------------------------
 
 
-async def test_a_journal_that_is_lost_for_good_is_made_again_from_the_files(fort: Fort) -> None:
+async def test_a_lost_journal_is_rebuilt_from_the_files(fort: Fort) -> None:
     """They lie under their requests' names, so that nothing is bought; who paid is not known."""
     await fort.run("run-1")
     before = {name: fort.images.storage.modified_at(name) for name in fort.files()}
@@ -427,7 +427,7 @@ async def test_a_journal_that_is_lost_for_good_is_made_again_from_the_files(fort
         assert journal.charges() == []
 
 
-async def test_a_journal_and_files_that_are_lost_are_made_again_from_the_servers_memory(
+async def test_a_lost_journal_and_lost_files_are_rebuilt_from_the_server(
     fort: Fort,
 ) -> None:
     """The same rows have the same Idempotency-Keys; what is replayed is not charged again."""
@@ -481,7 +481,7 @@ async def test_a_damaged_write_ahead_log_buys_nothing_twice(fort: Fort) -> None:
 # -- damage -----------------------------------------------------------------------------------
 
 
-async def test_whichever_page_of_the_file_is_damaged_nothing_is_bought_twice(fort: Fort) -> None:
+async def test_damage_in_any_page_buys_nothing_twice(fort: Fort) -> None:
     """What a run on damaged pages cannot notice must not cost anything either."""
     await fort.run("run-1")
     whole = fort.path.read_bytes()
@@ -501,7 +501,7 @@ async def test_whichever_page_of_the_file_is_damaged_nothing_is_bought_twice(for
     await fort.settle()
 
 
-async def test_a_damaged_page_that_a_run_would_not_read_is_found_before_it_buys(
+async def test_damage_in_an_unread_page_is_found_before_buying(
     fort: Fort,
 ) -> None:
     with closing(fort.open()):
@@ -528,7 +528,7 @@ def _is_refused(path: Path, said: str) -> None:
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
-def test_an_empty_file_is_not_taken_for_a_new_journal(fort: Fort) -> None:
+def test_an_empty_file_is_not_a_new_journal(fort: Fort) -> None:
     fort.path.write_bytes(b"")
     _is_refused(fort.path, "is an empty file")
 
@@ -542,7 +542,7 @@ def test_a_journal_that_was_emptied_is_refused(fort: Fort) -> None:
         pass
 
 
-def test_a_write_ahead_log_without_its_journal_is_not_given_a_new_one(fort: Fort) -> None:
+def test_a_write_ahead_log_without_its_journal_is_an_error(fort: Fort) -> None:
     """SQLite would take the old log into the new file."""
     fort.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
     _is_refused(fort.path, "its write-ahead log journal.db-wal is. Put it back")
@@ -554,7 +554,7 @@ def test_a_folder_is_not_a_journal(fort: Fort) -> None:
     _is_refused(fort.path, "unable to open database file.*Look whether the path is right")
 
 
-def test_a_new_journal_appears_whole_or_not_at_all(fort: Fort) -> None:
+def test_a_new_journal_is_created_atomically(fort: Fort) -> None:
     with closing(fort.open()):
         pass
     assert [file.name for file in fort.folder.iterdir()] == ["journal.db"]

@@ -52,7 +52,7 @@ def begin_together(folder: Path, settings: dict[str, str]) -> list[tuple[int, st
 @pytest.mark.parametrize(
     ("partition_by", "home"), [("column:category", "home"), ("day:day", "beside what is made")]
 )
-def test_none_of_them_fails_and_no_image_is_bought_twice(
+def test_concurrent_first_runs_succeed_and_buy_each_image_once(
     tmp_path: Path, server: Emulator, journal_url: str, partition_by: str, home: str
 ) -> None:
     settings = {

@@ -45,7 +45,7 @@ def what_failed(result: dg.ExecuteInProcessResult) -> str:
     return "" if data is None else str(data.description)
 
 
-def test_a_whole_root_that_is_not_mounted_with_its_journal_buys_nothing_again(
+def test_an_unmounted_root_with_its_journal_buys_nothing_again(
     shop: ProjectHarness, server: Emulator, instance: dg.DagsterInstance
 ) -> None:
     root = shop.folder / "krea"
@@ -56,7 +56,7 @@ def test_a_whole_root_that_is_not_mounted_with_its_journal_buys_nothing_again(
     assert server.stats()["creates"] == 4
 
 
-def test_a_relative_root_in_another_working_folder_begins_no_second_journal(
+def test_a_relative_root_in_another_working_folder_creates_no_second_journal(
     shop: ProjectHarness,
     server: Emulator,
     instance: dg.DagsterInstance,

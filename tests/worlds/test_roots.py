@@ -74,7 +74,7 @@ def nothing_happens(shop: ProjectHarness, emulator: Emulator, match: str) -> Non
 
 
 @pytest.mark.parametrize("in_its_place", ["nothing", "an empty folder"])
-def test_a_root_that_is_not_mounted_stops_everything_and_back_again_nothing_is_lost(
+def test_an_unmounted_root_stops_the_run_and_nothing_is_lost(
     shop: ProjectHarness, server: Emulator, in_its_place: str
 ) -> None:
     shop.buy()
@@ -90,7 +90,7 @@ def test_a_root_that_is_not_mounted_stops_everything_and_back_again_nothing_is_l
     assert (files(shop), shop.records()) == before
 
 
-def test_images_that_are_a_mount_of_their_own_and_missing_stop_everything(
+def test_an_unmounted_image_folder_stops_the_run(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -100,7 +100,7 @@ def test_images_that_are_a_mount_of_their_own_and_missing_stop_everything(
     assert shop.carry("run-2").progress.reused == 4
 
 
-def test_a_file_or_two_that_are_missing_are_fetched_again(
+def test_a_few_missing_files_are_fetched_again(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -111,7 +111,7 @@ def test_a_file_or_two_that_are_missing_are_fetched_again(
     assert server.stats()["creates"] == 4
 
 
-def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
+def test_lost_images_are_fetched_again_after_acceptance(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -124,7 +124,7 @@ def test_images_that_are_lost_for_good_are_fetched_again_once_a_person_says_so(
     assert server.stats()["creates"] == 4
 
 
-def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
+def test_expired_images_are_found_when_their_files_are_back(
     shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     """A day later the links are dead and the tasks forgotten: only the files are left."""
@@ -148,7 +148,7 @@ def test_what_could_not_be_fetched_any_more_is_found_when_its_files_are_back(
 # -- another journal's ------------------------------------------------------------------------
 
 
-def test_a_root_that_belongs_to_another_journal_is_not_worked_in(
+def test_a_root_of_another_journal_is_refused(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -162,7 +162,7 @@ def test_a_root_that_belongs_to_another_journal_is_not_worked_in(
     assert server.stats()["creates"] == 4
 
 
-def test_a_lost_journal_is_made_again_from_its_root_once_a_person_says_so(
+def test_a_lost_journal_is_rebuilt_from_its_root_after_acceptance(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -183,7 +183,7 @@ def test_a_lost_journal_is_made_again_from_its_root_once_a_person_says_so(
 # -- of another time --------------------------------------------------------------------------
 
 
-def test_a_journal_that_is_older_than_its_root_stops_everything(
+def test_a_journal_older_than_its_root_stops_the_run(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     """Restored from a backup, it knows nothing of what was bought since."""
@@ -200,7 +200,7 @@ def test_a_journal_that_is_older_than_its_root_stops_everything(
     assert (files(shop), server.stats()["creates"]) == (before, 6)
 
 
-def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
+def test_a_journal_backed_up_during_the_last_run_is_older_too(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     krea = shop.krea
@@ -218,7 +218,7 @@ def test_a_journal_that_was_backed_up_in_the_midst_of_the_last_run_is_older_too(
     nothing_happens(shop, server, r"is older than the storage root .* It was restored")
 
 
-def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
+def test_unwritten_purchases_are_recovered_by_a_restored_journal(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.with_settings(day_credits=0.1).carry()  # planned, and deferred
@@ -241,7 +241,7 @@ def test_what_was_bought_and_not_written_is_taken_up_by_a_restored_journal(
     assert server.stats()["creates"] == 4
 
 
-def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purchase(
+def test_after_a_restore_a_key_with_another_body_is_unknown(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     """It was bought after the backup, before callbacks were set up; the files are lost too."""
@@ -260,7 +260,7 @@ def test_after_a_restore_a_key_with_another_body_is_a_question_and_no_new_purcha
     assert server.stats()["creates"] == 4
 
 
-def test_a_root_that_is_older_than_its_journal_stops_everything(
+def test_a_root_older_than_its_journal_stops_the_run(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.carry()
@@ -276,7 +276,7 @@ def test_a_root_that_is_older_than_its_journal_stops_everything(
     assert server.stats()["creates"] == 8
 
 
-def test_a_root_that_was_moved_is_known_by_its_marker(
+def test_a_moved_root_is_recognised_by_its_marker(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -287,7 +287,7 @@ def test_a_root_that_was_moved_is_known_by_its_marker(
     assert server.stats()["creates"] == 4
 
 
-def test_a_copy_of_a_root_that_is_there_too_is_a_root_of_its_own(
+def test_a_copy_of_an_existing_root_is_a_new_root(
     shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     shop.buy()
@@ -317,7 +317,7 @@ def test_a_copy_of_a_root_takes_nothing_from_its_original(
     assert server.stats()["creates"] == 4
 
 
-def test_a_root_that_has_two_paths_is_no_copy(shop: ProjectHarness, server: Emulator) -> None:
+def test_a_root_with_two_paths_is_not_a_copy(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     (shop.folder / "linked").symlink_to(root(shop))
     linked = shop.with_settings(storage=str(shop.folder / "linked"))
@@ -326,7 +326,7 @@ def test_a_root_that_has_two_paths_is_no_copy(shop: ProjectHarness, server: Emul
     assert server.stats()["creates"] == 4
 
 
-def test_a_damaged_marker_is_not_taken_for_none(shop: ProjectHarness) -> None:
+def test_a_damaged_marker_is_an_error(shop: ProjectHarness) -> None:
     shop.buy()
     (root(shop) / MARKER).write_text("{")
     with pytest.raises(ConfigError, match="cannot be read, and it says which journal"):
@@ -335,13 +335,13 @@ def test_a_damaged_marker_is_not_taken_for_none(shop: ProjectHarness) -> None:
     assert shop.carry("run-3").progress.reused == 4
 
 
-def test_an_image_of_a_root_that_is_away_and_whose_link_is_not_known_is_left_where_it_is(
+def test_an_image_of_an_unavailable_root_without_a_link_is_left_alone(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
     shutil.rmtree(journal_file(shop).parent)
     shop.krea.accept_root()
-    shop.carry("run-2")  # found by their files, and never asked about
+    shop.carry("run-2")  # found by their files, and never read from the API
     root(shop).rename(shop.folder / "away")
     other = shop.with_settings(storage=str(shop.folder / "other"))
     report = other.carry("run-3")
@@ -352,7 +352,7 @@ def test_an_image_of_a_root_that_is_away_and_whose_link_is_not_known_is_left_whe
 # -- shared -----------------------------------------------------------------------------------
 
 
-def test_of_two_roots_with_one_journal_neither_takes_the_others_images_for_lost(
+def test_two_roots_of_one_journal_do_not_miss_each_others_images(
     shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     """Also when the links are dead: the second copies from the first."""
@@ -371,7 +371,7 @@ def test_of_two_roots_with_one_journal_neither_takes_the_others_images_for_lost(
     assert files(shop) == before
 
 
-def test_an_image_of_a_root_that_cannot_be_read_stays_that_roots(
+def test_an_image_of_an_unreadable_root_stays_there(
     shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
     shop.carry()
@@ -387,7 +387,7 @@ def test_an_image_of_a_root_that_cannot_be_read_stays_that_roots(
     assert shop.carry("run-3").progress.reused == 4
 
 
-def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
+def test_an_unknown_file_is_adopted_and_not_overwritten(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     """Its name is the request's key; what does not verify is bought."""
@@ -410,7 +410,7 @@ def test_a_file_that_the_journal_did_not_enter_is_adopted_and_not_overwritten(
     assert len(before) == 4
 
 
-def test_a_run_that_was_killed_before_it_wrote_the_marker_stops_no_other(
+def test_a_run_killed_before_writing_the_marker_does_not_block_others(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     """Nor does one that is about to write it: several may begin at the same instant."""

@@ -59,7 +59,7 @@ def second_project(shop: ProjectHarness) -> ProjectHarness:
 # -- another image of a row -------------------------------------------------------------------
 
 
-def test_another_image_of_a_row_is_nothing_to_the_row_of_that_name_in_another_table(
+def test_attempts_of_equal_prompt_ids_in_two_tables_are_separate(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -72,7 +72,7 @@ def test_another_image_of_a_row_is_nothing_to_the_row_of_that_name_in_another_ta
     assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
 
 
-def test_two_tables_of_one_name_in_two_roots_are_two(shop: ProjectHarness) -> None:
+def test_tables_with_the_same_name_in_two_roots_are_different(shop: ProjectHarness) -> None:
     other = second_project(shop)
     shop.carry()
     other.carry()
@@ -81,7 +81,7 @@ def test_two_tables_of_one_name_in_two_roots_are_two(shop: ProjectHarness) -> No
     assert names == {"../prompts.parquet": 2}
 
 
-def test_a_table_with_a_name_of_its_own_is_known_by_it_wherever_it_lies(
+def test_a_named_table_is_identified_by_its_name_anywhere(
     shop: ProjectHarness,
 ) -> None:
     shop.carry()
@@ -94,7 +94,7 @@ def test_a_table_with_a_name_of_its_own_is_known_by_it_wherever_it_lies(
         assert krea.table_id(journal, shop.table) not in ("", first)
 
 
-def test_a_wish_in_which_a_run_was_killed_is_gone_on_with_and_bought_once(
+def test_an_attempt_of_a_killed_run_is_continued_and_bought_once(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -108,14 +108,14 @@ def test_a_wish_in_which_a_run_was_killed_is_gone_on_with_and_bought_once(
     assert server.stats()["bodies_bought_more_than_once"] == 0
 
 
-def test_a_row_that_was_never_bought_is_bought_once_when_another_image_is_wished_for(
+def test_again_for_a_row_without_an_image_buys_one(
     shop: ProjectHarness,
 ) -> None:
     assert wish(shop, "run-1", "ash") == 4
     assert shop.krea.attempts(shop.table) == {}
 
 
-def test_a_row_whose_seed_the_table_fixes_is_refused_unless_a_seed_is_to_be_drawn(
+def test_again_for_a_fixed_seed_needs_a_drawn_seed(
     shop: ProjectHarness,
 ) -> None:
     shop = shop.with_rows("fixed", seed=5)
@@ -130,7 +130,7 @@ def test_a_row_whose_seed_the_table_fixes_is_refused_unless_a_seed_is_to_be_draw
     assert shop.carry("run-4").posts == 0  # the drawn seed stays
 
 
-def test_rows_may_be_wished_for_by_their_error_or_because_they_were_rejected(
+def test_again_accepts_error_codes_and_rejected(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -161,19 +161,19 @@ def test_rows_may_be_wished_for_by_their_error_or_because_they_were_rejected(
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("blocked", 0): 1}
 
 
-def test_a_row_that_has_the_name_of_a_word_is_asked_about(shop: ProjectHarness) -> None:
+def test_again_is_ambiguous_for_a_row_named_like_a_keyword(shop: ProjectHarness) -> None:
     shop = shop.with_rows("rejected")
     shop.buy()
     with pytest.raises(ConfigError, match="may mean the row of that prompt_id"):
         wish(shop, "run-2", "rejected")
 
 
-def test_a_wish_for_a_row_that_is_not_there_buys_nothing(shop: ProjectHarness) -> None:
+def test_again_for_an_unknown_row_buys_nothing(shop: ProjectHarness) -> None:
     with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
         wish(shop, "run-1", "nobody")
 
 
-def test_a_wish_may_name_rows_of_other_partitions_but_none_that_no_partition_has(
+def test_again_may_name_rows_of_other_partitions(
     shop: ProjectHarness,
 ) -> None:
     """Partitions of one launch are runs of their own, each of which has all its wishes."""
@@ -189,7 +189,7 @@ def test_a_wish_may_name_rows_of_other_partitions_but_none_that_no_partition_has
     assert bought == 2
 
 
-def test_a_wish_for_an_image_that_was_rejected_buys_one(
+def test_again_for_a_rejected_image_buys_one(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     server.world.script("black", match="ash of")
@@ -198,7 +198,7 @@ def test_a_wish_for_an_image_that_was_rejected_buys_one(
     assert shop.records()["ash"].error_code == "flat_image"
 
 
-def test_a_run_that_was_planned_before_a_wish_does_not_end_it(shop: ProjectHarness) -> None:
+def test_a_run_planned_before_an_attempt_does_not_close_it(shop: ProjectHarness) -> None:
     shop.buy()
     with Batch.read(shop.table, None, shop.krea) as earlier:
         assert wish(shop, "killed", "ash", killed=True) == 1
@@ -206,7 +206,7 @@ def test_a_run_that_was_planned_before_a_wish_does_not_end_it(shop: ProjectHarne
     assert wish(shop, "repeated", "ash") == 0
 
 
-def test_a_table_whose_file_is_renamed_stays_the_same_table(
+def test_a_renamed_file_stays_the_same_table(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
@@ -221,7 +221,7 @@ def test_a_table_whose_file_is_renamed_stays_the_same_table(
     assert shop.krea.attempts(renamed) == {("ash", 0): 1}
 
 
-def test_the_table_beside_a_copy_of_a_root_has_the_wishes_of_its_own_alone(
+def test_the_table_of_a_copied_root_has_separate_attempts(
     shop: ProjectHarness,
 ) -> None:
     shop.buy()
@@ -234,7 +234,7 @@ def test_the_table_beside_a_copy_of_a_root_has_the_wishes_of_its_own_alone(
     assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
 
 
-def test_two_projects_with_one_bucket_and_tables_of_one_relative_path_are_two(
+def test_two_projects_in_one_bucket_with_equal_table_paths_are_separate(
     shop: ProjectHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop = shop.with_settings(storage=f"memory://{tmp_path.name}/krea")
@@ -248,7 +248,7 @@ def test_two_projects_with_one_bucket_and_tables_of_one_relative_path_are_two(
     assert len(ids) == 2
 
 
-def test_a_wish_may_be_the_first_thing_after_an_upgrade(
+def test_an_attempt_can_be_raised_first_after_an_upgrade(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     """Attempts of before tables were known are those of the first table that is entered."""
@@ -272,7 +272,7 @@ def test_a_wish_may_be_the_first_thing_after_an_upgrade(
 # -- budgets and salvage ----------------------------------------------------------------------
 
 
-def test_a_budget_of_partitions_counts_those_of_its_own_table(shop: ProjectHarness) -> None:
+def test_a_partition_budget_counts_only_its_table(shop: ProjectHarness) -> None:
     budget = shop.with_settings(budgets=["partition=0.9"])
     budget.carry()
     other = second_project(budget)
@@ -281,7 +281,7 @@ def test_a_budget_of_partitions_counts_those_of_its_own_table(shop: ProjectHarne
     assert report.posts == 2
 
 
-def test_a_salvage_collects_its_own_table_and_what_others_have_left_for_long(
+def test_a_salvage_collects_its_table_and_old_requests_of_others(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     other = second_project(shop)
@@ -300,7 +300,7 @@ def test_a_salvage_collects_its_own_table_and_what_others_have_left_for_long(
 # -- accounts ---------------------------------------------------------------------------------
 
 
-def test_the_key_of_another_account_repeats_nothing_until_a_person_says_it_is_the_same(
+def test_a_key_of_another_account_replays_nothing_until_accepted(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     server.world.add_account(OTHER_KEY, 10_000_000)
@@ -315,7 +315,7 @@ def test_the_key_of_another_account_repeats_nothing_until_a_person_says_it_is_th
     assert other.carry("run-3").posts == 2
 
 
-def test_which_account_a_key_is_of_is_asked_where_there_are_several(
+def test_accepting_a_key_needs_same_as_with_several_accounts(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     keys = [OTHER_KEY, "sk-of-the-worlds-0003-Zq81"]
@@ -335,7 +335,7 @@ def test_which_account_a_key_is_of_is_asked_where_there_are_several(
 # -- a purchase that another journal has made -------------------------------------------------
 
 
-def test_a_purchase_that_is_replayed_to_another_journal_is_charged_once(
+def test_a_purchase_replayed_to_another_journal_is_charged_once(
     shop: ProjectHarness, server: Emulator, tmp_path: Path
 ) -> None:
     shop.buy()
@@ -358,7 +358,7 @@ def test_a_purchase_that_is_replayed_to_another_journal_is_charged_once(
     assert proof.account.unexplained_units == 0
 
 
-def test_a_purchase_under_a_key_that_has_another_body_is_made_under_the_next(
+def test_a_purchase_after_a_key_conflict_uses_the_next_key(
     shop: ProjectHarness, server: Emulator, tmp_path: Path
 ) -> None:
     """The first journal bought with an address for callbacks, the second without."""

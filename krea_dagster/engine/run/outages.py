@@ -86,7 +86,7 @@ class Outages:
     async def repeated(self, call: Callable[[], Awaitable[_T]]) -> _T:
         """Make a call, and repeat it while the journal or the storage root is away.
 
-        Raises JournalAway or StorageAway if that lasts for longer than the patience.
+        Raises JournalUnavailable or StorageUnavailable if that lasts for longer than the patience.
         """
         since_s = self._clock.monotonic()
         for tries in count(1):

@@ -1,4 +1,4 @@
-"""Another picture in place of a refused one: asked for once, however many runs want it."""
+"""Another image in place of a refused one: requested once, however many runs want it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT = datetime(2026, 11, 22, tzinfo=timezone.utc)
 TABLE = "a table"
 
 
-def test_an_attempt_is_raised_only_where_it_is_the_one_that_was_refused(journal: Journal) -> None:
+def test_replace_raises_only_the_given_attempt(journal: Journal) -> None:
     def replace(*samples: tuple[str, int, int]) -> list[tuple[str, int]]:
         return journal.attempts(TABLE).replace(samples, raised_by="run", at=AT)
 
@@ -25,7 +25,7 @@ def test_an_attempt_is_raised_only_where_it_is_the_one_that_was_refused(journal:
     assert journal.attempts(TABLE).current() == {("a", 0): 2, ("b", 1): 1}
 
 
-def test_it_goes_together_with_a_persons_wish_for_another(journal: Journal) -> None:
+def test_replace_and_raise_work_together(journal: Journal) -> None:
     journal.attempts(TABLE).raise_attempts([("a", 0)], raised_by="a person's run", at=AT)
     assert journal.attempts(TABLE).replace([("a", 0, 0)], raised_by="run", at=AT) == []
     assert journal.attempts(TABLE).replace([("a", 0, 1)], raised_by="run", at=AT) == [("a", 0)]
@@ -34,7 +34,7 @@ def test_it_goes_together_with_a_persons_wish_for_another(journal: Journal) -> N
     assert journal.attempts(TABLE).current() == {("a", 0): 3}
 
 
-def test_the_attempts_of_one_table_are_nothing_to_another(journal: Journal) -> None:
+def test_tables_have_separate_attempts(journal: Journal) -> None:
     journal.attempts("one").raise_attempts([("a", 0)], raised_by="run", at=AT, draw=True)
     assert journal.attempts("other").current() == {}
     assert journal.attempts("other").drawn() == frozenset()
@@ -45,7 +45,7 @@ def test_the_attempts_of_one_table_are_nothing_to_another(journal: Journal) -> N
     assert journal.attempts("one").drawn() == {("a", 0)}
 
 
-def test_a_wish_is_gone_on_with_until_a_run_has_come_to_its_end_with_it(journal: Journal) -> None:
+def test_an_open_attempt_is_continued_until_a_run_ends_with_it(journal: Journal) -> None:
     log = journal.attempts(TABLE)
     slots = [("a", 0)]
     assert log.raise_attempts(slots, raised_by="killed", at=AT) == slots
@@ -59,7 +59,7 @@ def test_a_wish_is_gone_on_with_until_a_run_has_come_to_its_end_with_it(journal:
     assert log.current() == {("a", 0): 2}
 
 
-def test_no_other_image_is_asked_for_while_the_last_has_not_come_to_its_end(
+def test_an_attempt_that_is_not_settled_is_not_raised(
     journal: Journal,
 ) -> None:
     found = journal.attempts(TABLE).raise_attempts(
@@ -71,7 +71,7 @@ def test_no_other_image_is_asked_for_while_the_last_has_not_come_to_its_end(
     assert found == [("b", 0)]
 
 
-def test_a_run_that_is_executed_again_asks_for_nothing_whoever_has_asked_in_between(
+def test_a_run_that_is_executed_again_raises_nothing(
     journal: Journal,
 ) -> None:
     def again(run: str, *slots: tuple[str, int]) -> list[tuple[str, int]]:
@@ -87,7 +87,7 @@ def test_a_run_that_is_executed_again_asks_for_nothing_whoever_has_asked_in_betw
     assert journal.attempts(TABLE).current() == {("a", 0): 2, ("b", 0): 2, ("c", 0): 1}
 
 
-def test_of_wishes_for_the_same_rows_at_the_same_time_one_is_met(journal_url: str) -> None:
+def test_of_concurrent_raises_of_a_row_one_counts(journal_url: str) -> None:
     """Two people wish for them, and one of their runs is there twice: one image each."""
     slots = [(f"p{number}", 0) for number in range(40)]
 
@@ -102,7 +102,7 @@ def test_of_wishes_for_the_same_rows_at_the_same_time_one_is_met(journal_url: st
     assert raised == Counter(slots)
 
 
-def test_of_runs_at_the_same_time_one_raises_each(journal_url: str) -> None:
+def test_each_slot_is_raised_by_one_of_concurrent_runs(journal_url: str) -> None:
     samples = [(f"p{number}", number % 3, 0) for number in range(60)]
 
     def run(number: int) -> list[tuple[str, int]]:

@@ -79,7 +79,7 @@ class Shelf:
         return image.path
 
 
-def test_whole_is_what_the_store_holds_and_nothing_else(
+def test_images_are_intact_if_the_store_has_them(
     journal: Journal, storage: Storage, look: Callable[..., None]
 ) -> None:
     shelf = Shelf(journal, storage)
@@ -127,7 +127,7 @@ def remove(storage: Storage, name: str) -> None:
         storage._fs.rm(storage._full(name))
 
 
-def test_a_file_whose_name_is_no_key_is_passed_over(journal: Journal, tmp_path: Path) -> None:
+def test_files_without_a_key_as_name_are_ignored(journal: Journal, tmp_path: Path) -> None:
     shelf = Shelf(journal, Storage(str(tmp_path / "made")))
     request = shelf.store(0)
     key = request.request_key
@@ -140,7 +140,7 @@ def test_a_file_whose_name_is_no_key_is_passed_over(journal: Journal, tmp_path: 
 
 
 @pytest.mark.parametrize("part", ["images", "00", "/", "key", "ending"])
-def test_a_name_that_is_wrong_in_one_letter_is_seen_among_names_that_are_all_alike(
+def test_a_name_with_one_wrong_letter_is_noticed(
     journal: Journal, tmp_path: Path, look: Callable[..., None], part: str
 ) -> None:
     shelf = Shelf(journal, Storage(str(tmp_path / "made")))
@@ -161,12 +161,14 @@ def test_a_name_that_is_wrong_in_one_letter_is_seen_among_names_that_are_all_ali
     assert whole.tolist() == [True, True, False]
 
 
-def test_an_empty_journal_without_a_folder_knows_nothing(journal: Journal, tmp_path: Path) -> None:
+def test_an_empty_journal_without_a_folder_has_no_requests(
+    journal: Journal, tmp_path: Path
+) -> None:
     found = known_requests(journal, Storage(str(tmp_path / "none")), digests(make_request()))
     assert [mask.tolist() for mask in found.of(digests(make_request()))] == [[False], [False]]
 
 
-def test_columns_are_those_of_the_records(journal: Journal, look: Callable[..., None]) -> None:
+def test_record_columns_equal_the_records(journal: Journal, look: Callable[..., None]) -> None:
     writer = JournalWriter(journal)
     requests = [make_request(f"in state {state.value} 'ä\n\" 🦊") for state in State]
     for request, state in zip(requests, State, strict=True):

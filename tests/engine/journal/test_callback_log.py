@@ -75,7 +75,7 @@ def everything_else(journal: Journal) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-def test_a_call_is_remembered_and_another_one_counted(log: CallbackLog, now: Now) -> None:
+def test_callbacks_are_stored_and_counted(log: CallbackLog, now: Now) -> None:
     assert log.add([(A, "task-1")]) == {A}
     later = now.move(5)
     assert log.add([(A, None), (B, None)]) == {A, B}
@@ -86,14 +86,14 @@ def test_a_call_is_remembered_and_another_one_counted(log: CallbackLog, now: Now
     assert found[B].task_id is None
 
 
-def test_calls_that_came_together_are_one_row_with_their_number_and_the_last_claim(
+def test_concurrent_callbacks_are_one_row_with_count_and_last_claim(
     log: CallbackLog,
 ) -> None:
     assert log.add([(A, "task-1"), (A, "task-2"), (A, None)]) == {A}
     assert (log.received([A])[A].count, log.received([A])[A].task_id) == (3, "task-2")
 
 
-def test_a_call_about_a_request_that_the_journal_does_not_know_leaves_nothing(
+def test_callbacks_for_unknown_requests_are_ignored(
     log: CallbackLog,
 ) -> None:
     assert log.add([(C, "task-1"), (A, None)]) == {A}
@@ -101,20 +101,20 @@ def test_a_call_about_a_request_that_the_journal_does_not_know_leaves_nothing(
     assert set(log.received([A, B, C])) == {A}
 
 
-def test_a_call_changes_nothing_but_its_own_table(log: CallbackLog, journal: Journal) -> None:
+def test_callbacks_change_only_their_table(log: CallbackLog, journal: Journal) -> None:
     before = everything_else(journal)
     log.add([(A, "task-of-somebody-else"), (B, None), (C, None)] * 10)
     assert everything_else(journal) == before
 
 
-def test_a_clock_behind_does_not_take_a_later_call_back(log: CallbackLog, now: Now) -> None:
+def test_an_earlier_clock_does_not_lower_last_at(log: CallbackLog, now: Now) -> None:
     log.add([(A, None)])
     now.move(-60)
     log.add([(A, None)])
     assert log.received([A])[A].last_at == START
 
 
-def test_receivers_that_write_together_lose_no_call(
+def test_concurrent_receivers_lose_no_callback(
     log: CallbackLog, journal_url: str, now: Now
 ) -> None:
     def write() -> None:
@@ -130,9 +130,7 @@ def test_receivers_that_write_together_lose_no_call(
     assert {key: call.count for key, call in log.received([A, B]).items()} == {A: 80, B: 80}
 
 
-def test_a_run_that_holds_a_request_does_not_keep_its_call_waiting(
-    log: CallbackLog, journal_url: str
-) -> None:
+def test_a_locked_request_does_not_delay_its_callback(log: CallbackLog, journal_url: str) -> None:
     """Or the two could wait for each other, each with a row that the other wants."""
     if journal_url.startswith("sqlite"):
         pytest.skip("SQLite has one writer at a time")
@@ -145,13 +143,13 @@ def test_a_run_that_holds_a_request_does_not_keep_its_call_waiting(
         database.write("hold a request of", hold)
 
 
-def test_many_keys_at_once_are_no_trouble(log: CallbackLog) -> None:
+def test_more_keys_than_fit_in_a_statement_are_handled(log: CallbackLog) -> None:
     keys = [f"{number:064x}" for number in range(5000)]
     assert log.add([(key, None) for key in keys] + [(A, None)]) == {A}
     assert set(log.received([*keys, A])) == {A}
 
 
-def test_a_journal_that_is_gone_is_an_error_and_no_empty_one(
+def test_a_removed_journal_is_an_error(
     log: CallbackLog, journal_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if not journal_url.startswith("sqlite"):

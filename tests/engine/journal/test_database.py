@@ -55,7 +55,7 @@ def test_one_connection_serves_one_write_after_another(path: Path) -> None:
     assert open_files(path) == 0
 
 
-def test_a_file_that_was_changed_by_others_is_opened_anew(path: Path) -> None:
+def test_a_file_that_others_changed_is_opened_again(path: Path) -> None:
     """SQLite would go on with the pages that it remembers."""
     with closing(Database(f"sqlite:///{path}")) as database:
         write(database, "first")
@@ -70,7 +70,7 @@ def test_a_file_that_was_changed_by_others_is_opened_anew(path: Path) -> None:
         assert read(database) == ["first", "third"]
 
 
-def test_a_journal_that_is_written_to_all_the_time_can_be_read_all_the_same(path: Path) -> None:
+def test_a_journal_can_be_read_during_constant_writes(path: Path) -> None:
     """Every checkpoint of a busy run changes the file, also while a connection is being made."""
     with closing(Database(f"sqlite:///{path}")) as database:
         write(database, "first")
@@ -92,7 +92,7 @@ def test_a_journal_that_is_written_to_all_the_time_can_be_read_all_the_same(path
             touching.result()
 
 
-def test_a_file_that_is_put_in_the_place_of_the_journal_is_not_written_to(path: Path) -> None:
+def test_a_replaced_file_is_not_written_to(path: Path) -> None:
     with closing(Database(f"sqlite:///{path}")) as database:
         write(database, "mine")
         path.rename(path.with_name("aside"))
@@ -106,7 +106,7 @@ def test_a_file_that_is_put_in_the_place_of_the_journal_is_not_written_to(path: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_uses_connections_of_its_own(path: Path) -> None:
+def test_a_forked_process_uses_new_connections(path: Path) -> None:
     """SQLite's locks are the process's: a connection that is shared would corrupt the file."""
     with closing(Database(f"sqlite:///{path}")) as database:
         write(database, "parent")
@@ -125,7 +125,7 @@ def test_a_forked_process_uses_connections_of_its_own(path: Path) -> None:
         database.check_integrity()
 
 
-def test_a_database_that_nobody_holds_any_more_closes_its_connections(path: Path) -> None:
+def test_an_unreferenced_database_closes_its_connections(path: Path) -> None:
     write(Database(f"sqlite:///{path}"), "x")
     assert open_files(path) == 0
 
@@ -163,7 +163,7 @@ def test_a_database_that_nobody_holds_any_more_closes_its_connections(path: Path
         "postgresql+psycopg://s3user:s3cr3t%00@127.0.0.1:1/db?connect_timeout=1",
     ],
 )
-def test_a_journal_that_cannot_be_opened_is_a_clear_error_without_the_password(url: str) -> None:
+def test_an_open_error_does_not_contain_the_password(url: str) -> None:
     with pytest.raises((ConfigError, JournalError)) as caught:
         Database(url)
     said = "".join(traceback.format_exception(caught.value))
@@ -172,7 +172,7 @@ def test_a_journal_that_cannot_be_opened_is_a_clear_error_without_the_password(u
     assert "journal" in str(caught.value)
 
 
-def test_a_password_that_is_not_encoded_is_told_how_to_be() -> None:
+def test_an_unencoded_password_error_explains_encoding() -> None:
     with pytest.raises(ConfigError, match="write @ as %40, : as %3A") as caught:
         Database("postgresql+psycopg://s3user:p@s3cr3t:w@h:5432/db")
     assert "postgresql+psycopg://h:5432/db" in str(caught.value)

@@ -52,7 +52,7 @@ def states(journal: Journal, requests: Sequence[ImageRequest]) -> list[State]:
     return [records[request.request_key].state for request in requests]
 
 
-async def test_changes_that_come_together_share_few_commits(journal_url: str) -> None:
+async def test_concurrent_changes_share_commits(journal_url: str) -> None:
     journal = CountingJournal(journal_url)
     journal_writer, requests = JournalWriter(journal), make_requests(300)
     journal_writer.plan(*requests)
@@ -64,7 +64,7 @@ async def test_changes_that_come_together_share_few_commits(journal_url: str) ->
     journal.close()
 
 
-async def test_what_is_answered_is_on_disk(journal: Journal, journal_url: str) -> None:
+async def test_answered_changes_are_on_disk(journal: Journal, journal_url: str) -> None:
     journal_writer, request = JournalWriter(journal), make_request()
     journal_writer.plan(request)
     async with group_commit(journal_writer) as writer:
@@ -101,7 +101,7 @@ async def test_a_change_that_the_database_refuses_fails_alone(journal: Journal) 
     assert states(journal, requests).count(State.SUBMITTED) == 4
 
 
-async def test_a_change_whose_caller_was_cancelled_is_written_all_the_same(
+async def test_a_change_of_a_cancelled_caller_is_written(
     journal: Journal,
 ) -> None:
     journal_writer, requests = JournalWriter(journal), make_requests(20)
@@ -114,7 +114,7 @@ async def test_a_change_whose_caller_was_cancelled_is_written_all_the_same(
     assert set(states(journal, requests)) == {State.SUBMITTING}
 
 
-async def test_leaving_writes_all_that_was_given_before(journal: Journal) -> None:
+async def test_leaving_writes_pending_changes(journal: Journal) -> None:
     journal_writer, requests = JournalWriter(journal), make_requests(600)
     journal_writer.plan(*requests)
     async with group_commit(journal_writer) as writer:
@@ -126,7 +126,7 @@ async def test_leaving_writes_all_that_was_given_before(journal: Journal) -> Non
     await asyncio.gather(*tasks)
 
 
-async def test_the_changes_of_one_request_keep_their_order(journal: Journal) -> None:
+async def test_changes_of_one_request_keep_their_order(journal: Journal) -> None:
     journal_writer, (first, second) = JournalWriter(journal), make_requests(2)
     journal_writer.plan(first, second)
     changes = [
@@ -143,10 +143,10 @@ async def test_the_changes_of_one_request_keep_their_order(journal: Journal) -> 
     assert [event for _, event, _ in journal.history(first.request_key)][-1] is Event.ACCEPTED
 
 
-async def test_a_locked_database_fails_all_that_wait_for_it_at_once(
+async def test_a_locked_database_fails_all_waiting_changes_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not one after the other: each would wait for the lock anew."""
+    """Not one after the other: each would wait for the lock again."""
     path = tmp_path / "journal.db"
     journal = Journal(f"sqlite:///{path}", lock_timeout_s=0.2)
     journal_writer, requests = JournalWriter(journal), make_requests(40)
@@ -163,7 +163,7 @@ async def test_a_locked_database_fails_all_that_wait_for_it_at_once(
     assert set(states(journal, requests)) == {State.PLANNED}
 
 
-async def test_a_writer_that_breaks_fails_its_callers_and_those_that_come_later(
+async def test_a_broken_writer_fails_present_and_later_callers(
     journal_url: str,
 ) -> None:
     class Broken(Journal):

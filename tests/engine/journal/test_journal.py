@@ -62,7 +62,7 @@ def test_a_request_that_is_planned_twice_in_one_call_is_entered_once(journal: Jo
     assert JournalWriter(journal).plan(make_request(), make_request()) == 1
 
 
-def test_a_planned_request_comes_back_as_it_was_asked_for(journal: Journal) -> None:
+def test_a_planned_request_is_read_back_unchanged(journal: Journal) -> None:
     request = make_request(
         "Fuchs, 狐, 🦊\n\"quoted\" 'twice' %s :name", quality="2K", nsfw_check=True
     )
@@ -73,7 +73,7 @@ def test_a_planned_request_comes_back_as_it_was_asked_for(journal: Journal) -> N
     assert (record.submission, record.idempotency_key) == (0, None)
 
 
-def test_more_requests_than_a_statement_takes_are_planned_claimed_and_read(
+def test_more_requests_than_fit_in_a_statement_are_planned_claimed_and_read(
     journal: Journal,
 ) -> None:
     many = make_requests(1203)
@@ -84,7 +84,7 @@ def test_more_requests_than_a_statement_takes_are_planned_claimed_and_read(
     assert len({record.claimed_by for record in journal.all_records()}) == 1
 
 
-def test_keys_that_nobody_planned_are_left_out(journal: Journal) -> None:
+def test_unknown_keys_are_left_out(journal: Journal) -> None:
     assert journal.records(["no such key"]) == {}
     assert journal.history("no such key") == []
 
@@ -92,9 +92,7 @@ def test_keys_that_nobody_planned_are_left_out(journal: Journal) -> None:
 # -- events -----------------------------------------------------------------------------------
 
 
-def test_an_event_and_the_state_that_it_leads_to_are_written_in_one_transaction(
-    journal: Journal, journal_url: str
-) -> None:
+def test_event_and_state_are_written_in_one_transaction(journal: Journal, journal_url: str) -> None:
     """Where the state cannot be written, the event is not there either."""
     writer, request = JournalWriter(journal), make_request()
     writer.bring_to(request, State.COMPLETED)
@@ -104,7 +102,7 @@ def test_an_event_and_the_state_that_it_leads_to_are_written_in_one_transaction(
     assert all_rows(journal_url) == before
 
 
-def test_each_event_says_when_and_what_and_keeps_what_came_with_it(journal: Journal) -> None:
+def test_an_event_keeps_its_time_kind_and_data(journal: Journal) -> None:
     writer, request = JournalWriter(journal), make_request()
     writer.bring_to(request, State.SUBMITTING)
     later = NOW + timedelta(seconds=3)
@@ -123,7 +121,7 @@ def test_each_event_says_when_and_what_and_keeps_what_came_with_it(journal: Jour
     assert history[-1][2] == {"answer": answer}
 
 
-def test_a_record_carries_a_request_from_intent_to_file(journal: Journal) -> None:
+def test_a_record_describes_a_request_from_intent_to_file(journal: Journal) -> None:
     writer, request = JournalWriter(journal), make_request()
     record = writer.bring_to(request, State.STORED)
     assert record.submission == 1
@@ -136,7 +134,7 @@ def test_a_record_carries_a_request_from_intent_to_file(journal: Journal) -> Non
     assert record.image.path == "images/a.png"
 
 
-def test_one_bad_change_keeps_none_of_the_others_from_being_written(journal: Journal) -> None:
+def test_one_bad_change_does_not_prevent_the_others(journal: Journal) -> None:
     writer, (first, second) = JournalWriter(journal), make_requests(2)
     writer.plan(first, second)
     good, bad, good_too = writer.append(
@@ -150,7 +148,7 @@ def test_one_bad_change_keeps_none_of_the_others_from_being_written(journal: Jou
     assert good_too.state is State.SUBMITTED
 
 
-def test_no_two_requests_can_hold_the_same_task(journal: Journal) -> None:
+def test_two_requests_cannot_have_the_same_task(journal: Journal) -> None:
     writer, (first, second) = JournalWriter(journal), make_requests(2)
     writer.bring_to(first, State.SUBMITTING)
     writer.bring_to(second, State.SUBMITTING)
@@ -161,14 +159,14 @@ def test_no_two_requests_can_hold_the_same_task(journal: Journal) -> None:
 
 
 @pytest.mark.parametrize("units", [-1, -4500])
-def test_no_amount_can_be_negative(journal: Journal, units: int) -> None:
+def test_amounts_cannot_be_negative(journal: Journal, units: int) -> None:
     writer, request = JournalWriter(journal), make_request()
     writer.bring_to(request, State.SUBMITTING)
     with pytest.raises(JournalError):
         writer.write(request, Event.ACCEPTED, reserved_units=units)
 
 
-def test_texts_of_the_server_that_no_database_takes_are_stored_made_harmless(
+def test_texts_that_a_database_refuses_are_cleaned(
     journal: Journal,
 ) -> None:
     writer, request = JournalWriter(journal), make_request()
@@ -181,7 +179,7 @@ def test_texts_of_the_server_that_no_database_takes_are_stored_made_harmless(
     assert str(record.error_message).startswith("a\ufffdb?c?d \U0001f98a")
 
 
-def test_words_of_the_server_of_any_length_never_cost_a_task_its_id(journal: Journal) -> None:
+def test_long_texts_of_the_server_do_not_lose_the_task_id(journal: Journal) -> None:
     writer, request = JournalWriter(journal), make_request()
     writer.bring_to(request, State.SUBMITTING)
     record = writer.write(
@@ -193,9 +191,7 @@ def test_words_of_the_server_of_any_length_never_cost_a_task_its_id(journal: Jou
 # -- records that the writer knows already ------------------------------------------------------
 
 
-def test_a_record_that_is_handed_in_leads_to_the_same_rows_as_one_that_is_read(
-    journal: Journal, journal_url: str
-) -> None:
+def test_known_and_read_records_lead_to_the_same_rows(journal: Journal, journal_url: str) -> None:
     """For every event there is, the computed record is what another reader finds."""
     writer = JournalWriter(journal)
     for request, state in zip(make_requests(len(State)), State, strict=True):
@@ -214,7 +210,7 @@ def test_a_record_that_is_handed_in_leads_to_the_same_rows_as_one_that_is_read(
                 assert only(journal.records([request.request_key])) == known
 
 
-def test_a_record_that_is_out_of_date_is_read_again_and_nothing_is_written_twice(
+def test_a_stale_record_is_read_again_and_written_once(
     journal: Journal,
 ) -> None:
     writer, (first, second) = JournalWriter(journal), make_requests(2)
@@ -236,7 +232,7 @@ def test_a_record_that_is_out_of_date_is_read_again_and_nothing_is_written_twice
     assert len(journal.charges()) == 2
 
 
-def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
+def test_a_record_from_before_a_takeover_buys_nothing(
     journal: Journal,
 ) -> None:
     mine, theirs = JournalWriter(journal, "mine"), JournalWriter(journal, "theirs")
@@ -256,7 +252,7 @@ def test_a_record_of_before_another_run_took_the_request_over_buys_nothing(
 # -- money ------------------------------------------------------------------------------------
 
 
-def test_a_repeat_of_a_purchase_keeps_its_idempotency_key_and_the_time_of_its_first_try(
+def test_a_replay_keeps_the_idempotency_key_and_the_time_of_the_first_try(
     journal: Journal,
 ) -> None:
     writer, request = JournalWriter(journal), make_request()
@@ -270,7 +266,7 @@ def test_a_repeat_of_a_purchase_keeps_its_idempotency_key_and_the_time_of_its_fi
 
 
 @pytest.mark.parametrize("free", [Event.TURNED_AWAY, Event.DEFERRED])
-def test_what_was_certainly_not_created_is_sent_again_under_the_same_key_and_a_new_time(
+def test_a_purchase_that_was_not_created_is_sent_again_with_its_key_and_a_new_time(
     journal: Journal, journal_url: str, free: Event
 ) -> None:
     writer, request = JournalWriter(journal), make_request()
@@ -285,7 +281,7 @@ def test_what_was_certainly_not_created_is_sent_again_under_the_same_key_and_a_n
 
 
 @pytest.mark.parametrize("state", [State.FAILED, State.REFUSED])
-def test_a_purchase_after_a_certain_end_has_a_key_of_its_own_and_the_old_one_is_kept(
+def test_a_purchase_after_a_certain_failure_has_a_new_key_and_the_old_one_is_kept(
     journal: Journal, journal_url: str, state: State
 ) -> None:
     writer, request = JournalWriter(journal), make_request()
@@ -307,14 +303,14 @@ def test_a_failed_task_and_a_refused_request_cost_nothing(journal: Journal) -> N
     assert writer.write(refused, Event.REFUSED, charged_units=0).charged_units == 0
 
 
-def test_the_charge_of_an_open_purchase_is_not_known(journal: Journal) -> None:
+def test_the_charge_of_an_open_purchase_is_unknown(journal: Journal) -> None:
     writer, (unknown, submitted) = JournalWriter(journal), make_requests(2)
     assert writer.bring_to(unknown, State.UNKNOWN).charged_units is None
     record = writer.bring_to(submitted, State.SUBMITTED)
     assert (record.reserved_units, record.charged_units) == (4500, None)
 
 
-def test_a_fresh_link_changes_neither_the_charge_nor_the_time_of_completion(
+def test_a_fresh_link_keeps_charge_and_completion_time(
     journal: Journal,
 ) -> None:
     writer, request = JournalWriter(journal), make_request()
@@ -326,7 +322,7 @@ def test_a_fresh_link_changes_neither_the_charge_nor_the_time_of_completion(
     assert (record.charged_units, record.completed_at) == (4500, NOW)
 
 
-def test_of_a_stored_file_that_is_missing_nothing_is_forgotten(
+def test_a_missing_file_keeps_its_record(
     journal: Journal,
 ) -> None:
     writer, request = JournalWriter(journal), make_request()
@@ -342,7 +338,7 @@ def test_of_a_stored_file_that_is_missing_nothing_is_forgotten(
 # -- claims -----------------------------------------------------------------------------------
 
 
-def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
+def test_a_request_belongs_to_its_first_claimant_until_released(
     journal: Journal,
 ) -> None:
     first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
@@ -354,7 +350,7 @@ def test_a_request_belongs_to_the_first_that_claims_it_until_it_is_released(
     assert journal.claims.claim([key], second.owner.owner) == {key}
 
 
-def test_only_the_holder_writes_and_the_other_learns_that_it_was_taken_over(
+def test_only_the_holder_writes_and_others_get_taken_over(
     journal: Journal, journal_url: str
 ) -> None:
     first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
@@ -365,7 +361,7 @@ def test_only_the_holder_writes_and_the_other_learns_that_it_was_taken_over(
     assert all_rows(journal_url) == before
 
 
-def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
+def test_unclaiming_some_requests_keeps_the_others(journal: Journal) -> None:
     first, second = JournalWriter(journal, "first"), JournalWriter(journal, "second")
     requests = make_requests(3)
     keys = [request.request_key for request in requests]
@@ -375,14 +371,12 @@ def test_letting_go_of_some_requests_keeps_the_others(journal: Journal) -> None:
     assert journal.claims.claim(keys, second.owner.owner) == set(keys[:1])
 
 
-def test_claiming_what_nobody_planned_claims_nothing(journal: Journal) -> None:
+def test_claiming_unplanned_requests_claims_nothing(journal: Journal) -> None:
     assert journal.claims.claim(["no such key"], JournalWriter(journal).owner.owner) == set()
 
 
-def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
-    journal_url: str, journal: Journal
-) -> None:
-    """In whatever order they ask; and opening a new journal together harms nobody."""
+def test_concurrent_claims_cover_every_request_once(journal_url: str, journal: Journal) -> None:
+    """In any order; the journal may be new and opened by all of them at once."""
     requests = make_requests(1100)
     journal.plan([(r, "p") for r in requests], run_id="r", at=NOW)
     keys = [request.request_key for request in requests]
@@ -407,14 +401,14 @@ def test_claims_of_many_at_the_same_time_share_everything_and_nothing_twice(
 # -- trust ------------------------------------------------------------------------------------
 
 
-def test_a_journal_holds_the_images_of_one_place_for_good(journal: Journal) -> None:
+def test_a_journal_is_bound_to_one_origin(journal: Journal) -> None:
     journal.bind("api.evolink.ai")
     journal.bind("api.evolink.ai")
     with pytest.raises(ConfigError, match=r"holds images from api\.evolink\.ai.*an emulator"):
         journal.bind("an emulator")
 
 
-def test_a_new_journal_can_be_opened_by_many_at_the_same_time(journal_url: str) -> None:
+def test_a_new_journal_can_be_opened_concurrently(journal_url: str) -> None:
     start = threading.Barrier(6)
     opened: list[Journal] = []
 
@@ -432,7 +426,7 @@ def test_a_new_journal_can_be_opened_by_many_at_the_same_time(journal_url: str) 
         one.close()
 
 
-def test_a_journal_of_another_version_is_not_touched(journal_url: str, journal: Journal) -> None:
+def test_a_journal_of_another_version_is_not_changed(journal_url: str, journal: Journal) -> None:
     engine = create_engine(journal_url)
     with engine.begin() as connection:
         connection.execute(text("update journal_version set version_num = '9999'"))
@@ -448,7 +442,7 @@ def _is_trouble(error: pytest.ExceptionInfo[JournalError], path: Path) -> bool:
     return str(path) in str(error.value) and "Nothing more is bought" in str(error.value)
 
 
-def test_a_file_that_is_no_database_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_an_error_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     path.write_bytes(b"this is not a database, " * 100)
     with pytest.raises(JournalError) as caught:
@@ -488,7 +482,7 @@ def test_a_journal_that_cannot_be_written_is_an_error_and_can_still_be_read(
         read_only.plan([(make_request(), "p")], run_id="r", at=NOW)
 
 
-def test_a_journal_in_a_place_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+def test_a_journal_at_an_impossible_path_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="could not open the journal"):
         Journal(f"sqlite:///{tmp_path / 'file' / 'journal.db'}")
@@ -524,13 +518,13 @@ def several_pairs() -> list[tuple[Any, str]]:
         "postgresql+nosuchdriver://here/journal",
     ],
 )
-def test_a_url_that_cannot_be_used_is_a_wrong_setting(url: str) -> None:
+def test_an_unusable_url_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Journal(url)
     assert "secret" not in str(caught.value)
 
 
-def test_no_prompt_is_in_an_error_message(journal: Journal) -> None:
+def test_error_messages_do_not_contain_prompts(journal: Journal) -> None:
     secret = make_request("a secret prompt")
     writer = JournalWriter(journal)
     writer.bring_to(secret, State.COMPLETED)
@@ -539,7 +533,7 @@ def test_no_prompt_is_in_an_error_message(journal: Journal) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_what_a_journal_wrote_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
+def test_writes_are_on_disk_when_the_call_returns(tmp_path: Path) -> None:
     """A process that ends without any goodbye has lost nothing."""
     path = tmp_path / "journal.db"
     program = f"""
@@ -569,8 +563,8 @@ def test_the_answer_of_the_server_is_kept_as_json(journal: Journal, journal_url:
 # -- at the same time -------------------------------------------------------------------------
 
 
-def test_of_two_first_runs_at_the_same_instant_one_binds_the_journal(journal_url: str) -> None:
-    """Else it would hold an emulator's images beside EvoLink's."""
+def test_one_of_two_concurrent_first_runs_binds_the_journal(journal_url: str) -> None:
+    """Else it would mix an emulator's images with EvoLink's."""
     for _ in range(10):
         with closing(Journal(journal_url)) as one, closing(Journal(journal_url)) as other:
             make_unbound(journal_url)
@@ -597,9 +591,7 @@ def make_unbound(journal_url: str) -> None:
     engine.dispose()
 
 
-def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
-    journal_url: str, journal: Journal
-) -> None:
+def test_overlapping_claims_do_not_deadlock(journal_url: str, journal: Journal) -> None:
     """In chunks of all sizes, for a database finds the rows of each in another order."""
     wanted = make_requests(1200)
     journal.plan([(one, "p") for one in wanted], run_id="r", at=NOW)
@@ -619,9 +611,7 @@ def test_claims_of_overlapping_requests_never_end_in_a_deadlock(
     assert not any(record.claimed_by for record in journal.all_records())
 
 
-def test_the_highest_price_of_two_runs_at_once_is_the_highest(
-    journal_url: str, journal: Journal
-) -> None:
+def test_concurrent_prices_keep_the_highest(journal_url: str, journal: Journal) -> None:
     first, second = make_requests(2)
     dear, cheap = JournalWriter(journal, "dear"), JournalWriter(journal, "cheap")
     for writer, request in ((dear, first), (cheap, second)):

@@ -87,7 +87,7 @@ def is_sqlite(journal_url: str) -> bool:
     return journal_url.startswith("sqlite")
 
 
-def test_what_a_living_process_holds_is_not_free_however_long_it_is_silent(
+def test_a_living_process_keeps_its_claims_without_heartbeats(
     journal: Journal, journal_url: str
 ) -> None:
     key, me = planned(journal), JournalWriter(journal).owner.owner
@@ -98,9 +98,7 @@ def test_what_a_living_process_holds_is_not_free_however_long_it_is_silent(
             assert journal.claims.claim([key], me) == set()
 
 
-def test_what_a_killed_process_held_is_free_at_once_or_after_its_silence(
-    journal: Journal, journal_url: str
-) -> None:
+def test_the_claims_of_a_killed_process_become_free(journal: Journal, journal_url: str) -> None:
     key, me = planned(journal), JournalWriter(journal).owner.owner
     with another_process(journal_url) as (process, owner):
         process.send_signal(signal.SIGKILL)
@@ -112,7 +110,7 @@ def test_what_a_killed_process_held_is_free_at_once_or_after_its_silence(
         assert journal.claims.holders([key])[key].startswith("run run-by-hand (process ")
 
 
-def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
+def test_a_forked_child_does_not_keep_the_claims_of_its_killed_parent(
     journal: Journal, journal_url: str
 ) -> None:
     if not is_sqlite(journal_url):
@@ -128,7 +126,7 @@ def test_a_child_that_a_killed_process_has_forked_does_not_keep_its_claims(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of its own need root")
-def test_a_process_of_another_host_with_the_same_numbers_keeps_what_it_holds(
+def test_a_process_of_another_host_with_the_same_pid_keeps_its_claims(
     journal: Journal, journal_url: str
 ) -> None:
     key, me = planned(journal), JournalWriter(journal).owner.owner
@@ -137,7 +135,7 @@ def test_a_process_of_another_host_with_the_same_numbers_keeps_what_it_holds(
         assert journal.claims.claim([key], me) == set()
 
 
-def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
+def test_a_run_that_ended_in_a_living_process_releases_its_claims(
     journal: Journal, journal_url: str
 ) -> None:
     """Also where its journal could not be written when it ended."""
@@ -153,9 +151,7 @@ def test_a_run_that_ended_in_a_living_process_gives_its_claims_back(
         assert journal.claims.claim([key], JournalWriter(journal).owner.owner) == {key}
 
 
-def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbeat_tells(
-    journal: Journal, journal_url: str
-) -> None:
+def test_a_run_with_a_lock_or_a_heartbeat_is_alive(journal: Journal, journal_url: str) -> None:
     if is_sqlite(journal_url):
         pytest.skip("there the kernel's lock tells alone")
     key, me = planned(journal), JournalWriter(journal).owner.owner
@@ -174,7 +170,7 @@ def test_a_suspended_or_disconnected_run_is_alive_while_one_of_lock_and_heartbea
 # -- where there is no lock file --------------------------------------------------------------
 
 
-def test_a_living_run_whose_lock_file_was_removed_makes_it_again(tmp_path: Path) -> None:
+def test_a_removed_lock_file_is_created_again(tmp_path: Path) -> None:
     with closing(Journal(f"sqlite:///{tmp_path / 'journal.db'}")) as journal:
         writer = JournalWriter(journal)
         (file,) = (tmp_path / "journal.db-runs").iterdir()
@@ -185,7 +181,7 @@ def test_a_living_run_whose_lock_file_was_removed_makes_it_again(tmp_path: Path)
         assert not file.exists()
 
 
-def test_an_owner_without_a_lock_file_is_dead_after_its_silence_by_our_own_clock(
+def test_an_owner_without_a_lock_file_is_dead_after_silence(
     tmp_path: Path,
 ) -> None:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
@@ -213,7 +209,7 @@ def test_an_owner_without_a_lock_file_is_dead_after_its_silence_by_our_own_clock
         assert dead() == {owner}
 
 
-def test_what_a_dead_owner_has_left_is_removed(tmp_path: Path) -> None:
+def test_the_rows_and_files_of_dead_owners_are_removed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
     with closing(Journal(url)) as journal:
         key, me = planned(journal), JournalWriter(journal).owner.owner
@@ -227,7 +223,7 @@ def test_what_a_dead_owner_has_left_is_removed(tmp_path: Path) -> None:
         assert owner != me
 
 
-def test_a_dead_owner_of_which_part_was_taken_is_dead_for_the_rest_too(tmp_path: Path) -> None:
+def test_a_partly_released_dead_owner_stays_dead(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'journal.db'}"
     with closing(Journal(url)) as journal:
         planned(journal)

@@ -49,7 +49,7 @@ def refused(clock: Hours, wait_s: float = 0.0) -> PaceEvent:
     return PaceEvent(clock(), "refused", 0.01, FULL, wait_s)
 
 
-def test_what_one_run_was_refused_the_next_one_knows_before_its_first_submission(
+def test_a_run_knows_earlier_refusals_before_its_first_submission(
     journal: Journal,
 ) -> None:
     clock = Hours()
@@ -59,7 +59,7 @@ def test_what_one_run_was_refused_the_next_one_knows_before_its_first_submission
     assert 29.0 < learned.wait_s(clock()) <= 30.0
 
 
-def test_each_run_sees_what_the_others_have_and_want_until_they_end(journal: Journal) -> None:
+def test_runs_see_the_leases_of_living_runs(journal: Journal) -> None:
     clock = Hours()
     first, second = begun(journal), begun(journal)
     assert exchanged(journal, first, clock, refused(clock), wants=7).others == ()
@@ -69,7 +69,7 @@ def test_each_run_sees_what_the_others_have_and_want_until_they_end(journal: Jou
     assert exchanged(journal, second, clock).others == ()
 
 
-def test_keys_of_one_account_share_it_and_other_accounts_do_not(journal: Journal) -> None:
+def test_keys_of_one_account_share_a_pace(journal: Journal) -> None:
     clock = Hours()
     exchanged(journal, begun(journal), clock, refused(clock))
     other = "fedcba9876543210"
@@ -80,7 +80,7 @@ def test_keys_of_one_account_share_it_and_other_accounts_do_not(journal: Journal
     assert one.learned.limit is Limit.UNCLEAR
 
 
-def test_what_is_kept_and_cannot_be_read_is_nothing_known(journal: Journal) -> None:
+def test_an_unreadable_pace_is_ignored(journal: Journal) -> None:
     clock, owner = Hours(), begun(journal)
     exchanged(journal, owner, clock, refused(clock))
     for kept in ("", "{", "[]", '{"pace": {"window": 3}, "answers": []}', '{"pace": 3}'):

@@ -62,7 +62,7 @@ def log(journal_url: str, clock: Callable[[], datetime]) -> Iterator[VerdictLog]
         yield opened
 
 
-def test_a_verdict_is_remembered_with_its_number_and_time(log: VerdictLog) -> None:
+def test_a_verdict_is_stored_with_number_and_time(log: VerdictLog) -> None:
     given = on(1, "reject", reason="six fingers", sample=2, attempt=1)
     (kept,) = log.add([given])
     assert (kept.number, kept.at) == (1, NOON)
@@ -71,7 +71,7 @@ def test_a_verdict_is_remembered_with_its_number_and_time(log: VerdictLog) -> No
     assert log.last_number() == 1
 
 
-def test_a_time_that_is_there_already_is_kept(log: VerdictLog) -> None:
+def test_a_given_time_is_kept(log: VerdictLog) -> None:
     then = NOON - timedelta(days=30)
     assert log.add([on(1, at=then)])[0].at == then
 
@@ -99,7 +99,7 @@ def test_none_takes_a_verdict_back_and_leaves_it_in_the_history(log: VerdictLog)
     assert [one.verdict for one in log.history()] == ["keep", "none"]
 
 
-def test_a_verdict_that_is_sent_again_is_remembered_once(log: VerdictLog) -> None:
+def test_a_repeated_verdict_is_stored_once(log: VerdictLog) -> None:
     """No answer came, so the page sends it again, and perhaps beside new ones."""
     first = on(1, "keep")
     (kept,) = log.add([first])
@@ -118,7 +118,7 @@ def test_the_verdicts_of_some_images_are_read_without_the_others(log: VerdictLog
     assert set(log.current(many)) == {sha256(number) for number in range(1100, 1200)}
 
 
-def test_a_reader_goes_on_from_the_last_number(log: VerdictLog) -> None:
+def test_a_reader_continues_from_the_last_number(log: VerdictLog) -> None:
     log.add([on(1), on(2)])
     assert [one.number for one in log.since(0)] == [1, 2]
     log.add([on(3)])
@@ -126,7 +126,7 @@ def test_a_reader_goes_on_from_the_last_number(log: VerdictLog) -> None:
     assert log.since(3) == []
 
 
-def test_a_journal_gives_its_verdicts(journal: Journal) -> None:
+def test_a_journal_has_a_verdict_log(journal: Journal) -> None:
     journal.verdicts.add([on(1)])
     assert set(journal.verdicts.current()) == {sha256(1)}
 
@@ -144,9 +144,7 @@ def test_a_journal_gives_its_verdicts(journal: Journal) -> None:
         ({"reason": "a\x00b"}, "a verdict's reason must be a text of at most 2000"),
     ],
 )
-def test_what_is_no_verdict_is_refused_before_anything_is_written(
-    wrong: dict[str, object], said: str
-) -> None:
+def test_invalid_verdicts_are_refused_before_writing(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         on(1, **wrong)  # type: ignore[arg-type]  # wrong on purpose
 
@@ -159,7 +157,7 @@ def test_what_is_no_verdict_is_refused_before_anything_is_written(
     ["update verdicts set verdict = 'keep'", "delete from verdicts"],
 )
 @pytest.mark.parametrize("age", ["new", "upgraded"])
-def test_the_database_itself_changes_and_removes_no_verdict(
+def test_the_database_refuses_to_change_or_remove_verdicts(
     journal_url: str, change: str, age: str
 ) -> None:
     if age == "upgraded":
@@ -175,7 +173,7 @@ def test_the_database_itself_changes_and_removes_no_verdict(
         assert [one.verdict for one in log.history()] == ["reject"]
 
 
-def test_what_is_no_verdict_is_refused_by_the_database_too(journal_url: str) -> None:
+def test_the_database_refuses_invalid_verdicts_too(journal_url: str) -> None:
     unknown = (
         "insert into verdicts (verdict_id, image_sha256, verdict, reviewer, at, request_key, "
         "prompt_id, sample, attempt, partition_key) "
@@ -194,7 +192,7 @@ def test_what_is_no_verdict_is_refused_by_the_database_too(journal_url: str) -> 
 # -- several at once --------------------------------------------------------------------------
 
 
-def test_writers_and_a_reader_at_once_miss_nothing_and_see_nothing_twice(
+def test_a_reader_sees_concurrent_verdicts_exactly_once(
     journal_url: str, clock: Callable[[], datetime]
 ) -> None:
     """The reader goes on from the last number it saw, as the page's poll does."""
@@ -229,7 +227,7 @@ def test_writers_and_a_reader_at_once_miss_nothing_and_see_nothing_twice(
     assert times == sorted(times)
 
 
-def test_numbers_become_visible_in_their_order(journal_url: str) -> None:
+def test_numbers_become_visible_in_order(journal_url: str) -> None:
     """A later number is never to be seen before an earlier one: the later writer waits."""
     entered, go = threading.Event(), threading.Event()
 
@@ -251,7 +249,7 @@ def test_numbers_become_visible_in_their_order(journal_url: str) -> None:
         assert [one.image_sha256 for one in quick.since(0)] == [sha256(1), sha256(2)]
 
 
-def test_a_journal_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+def test_a_removed_journal_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "journal.db"
     with closing(VerdictLog.open(f"sqlite:///{file}")) as log:
         log.add([on(1)])

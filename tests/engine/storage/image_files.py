@@ -1,4 +1,4 @@
-"""Files that hold a picture, made here."""
+"""Image files for tests."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from tests.engine.harness import make_request
 
-#: Width and height of the picture that is asked for.
+#: Width and height of the requested image.
 PIXELS = make_request().pixels
 
-#: The same of a picture that is quick to make and to decode.
+#: The size of an image that is quick to make and to decode.
 SMALL = (200, 168)
 
 
-def picture(pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> Image.Image:
-    """A picture with something in it."""
+def draw_image(pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> Image.Image:
+    """Draw an image that is not flat."""
     image = Image.new("RGB", pixels, (200, 180, 90))
     draw = ImageDraw.Draw(image)
     draw.ellipse((10, 10, pixels[0] - 50, pixels[1] - 90), fill=(20, 90, 160))
@@ -30,13 +30,13 @@ def picture(pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> Image.Image:
 def encoded(file_format: str, pixels: tuple[int, int] = PIXELS, mode: str = "RGB") -> bytes:
     target = io.BytesIO()
     options = {"compress_level": 1} if file_format == "PNG" else {}
-    picture(pixels, mode).save(target, file_format, **options)
+    draw_image(pixels, mode).save(target, file_format, **options)
     return target.getvalue()
 
 
 @cache
 def detailed(file_format: str, mode: str = "RGB", **options: object) -> bytes:
-    """A small picture with detail everywhere: each part of its file holds a part of it."""
+    """A small image with detail everywhere: each part of its file holds a part of it."""
     image = Image.merge("RGB", [Image.effect_noise(SMALL, 60) for _ in range(3)])
     target = io.BytesIO()
     image.filter(ImageFilter.GaussianBlur(1)).convert(mode).save(target, file_format, **options)

@@ -1,4 +1,4 @@
-"""Work is let into memory by its bytes, in turn, and whoever leaves the queue costs nothing."""
+"""Work is admitted by its bytes and in turn, and a cancelled waiter costs nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from krea_dagster.engine.storage.byte_budget import ByteBudget
 pytestmark = pytest.mark.anyio
 
 
-async def test_no_more_is_let_in_than_fits_and_all_get_their_turn() -> None:
+async def test_work_is_admitted_within_the_budget_and_all_gets_its_turn() -> None:
     budget, most, done = ByteBudget(100), 0, 0
 
     async def work(size: int) -> None:
@@ -29,7 +29,7 @@ async def test_no_more_is_let_in_than_fits_and_all_get_their_turn() -> None:
     assert 50 < most <= 100
 
 
-async def test_what_is_larger_than_everything_is_let_in_alone() -> None:
+async def test_work_larger_than_the_budget_runs_alone() -> None:
     budget = ByteBudget(100)
     async with budget.take(1):
         big = asyncio.ensure_future(_hold(budget, 1000))
@@ -63,7 +63,7 @@ async def test_small_work_does_not_overtake_large_work() -> None:
     assert order == [50, 5, 6]
 
 
-async def test_whoever_is_cancelled_in_the_queue_lets_the_next_one_pass() -> None:
+async def test_a_cancelled_waiter_lets_the_next_pass() -> None:
     budget = ByteBudget(100)
     async with budget.take(60):
         large = asyncio.ensure_future(_hold(budget, 90))
@@ -74,7 +74,7 @@ async def test_whoever_is_cancelled_in_the_queue_lets_the_next_one_pass() -> Non
     assert budget.used_bytes == 0
 
 
-async def test_whoever_is_cancelled_as_its_turn_comes_gives_it_back() -> None:
+async def test_a_waiter_cancelled_at_its_turn_returns_its_bytes() -> None:
     budget = ByteBudget(100)
     async with budget.take(100):
         waiting = asyncio.ensure_future(_hold(budget, 100))

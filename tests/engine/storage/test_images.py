@@ -1,4 +1,4 @@
-"""Only the picture that was asked for is published; every other body is told apart."""
+"""Only the requested image is published; other bodies are classified."""
 
 # ruff: noqa: ARG002 - doubles take all that their interface gives them
 
@@ -28,7 +28,7 @@ from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsa
 from krea_dagster.models import ImageRequest
 from krea_dagster.spend.tables.ledger import REJECTED_CODES
 from tests.engine.harness import make_request, wait_until
-from tests.engine.storage.image_files import chunk, encoded, picture
+from tests.engine.storage.image_files import chunk, draw_image, encoded
 
 pytestmark = pytest.mark.anyio
 
@@ -72,9 +72,9 @@ def flat_palette_with_alpha() -> bytes:
 
 
 def unseen() -> bytes:
-    """A picture under an alpha of 0."""
+    """An image under an alpha of 0."""
     target = io.BytesIO()
-    image = picture()
+    image = draw_image()
     image.putalpha(0)
     image.save(target, "PNG", compress_level=1)
     return target.getvalue()
@@ -99,7 +99,7 @@ def bomb() -> bytes:
 
 def animated(file_format: str) -> bytes:
     target = io.BytesIO()
-    first, second = picture(), picture().rotate(180)
+    first, second = draw_image(), draw_image().rotate(180)
     first.save(target, file_format, save_all=True, append_images=[second])
     return target.getvalue()
 
@@ -125,7 +125,7 @@ async def fetch(
 @pytest.mark.parametrize(
     ("file_format", "ending"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("AVIF", "avif")]
 )
-async def test_a_picture_is_published_under_its_request_key_and_its_true_format(
+async def test_an_image_is_published_by_request_key_and_actual_format(
     store: ImageStore, tmp_path: Path, file_format: str, ending: str
 ) -> None:
     """Whatever the link's ending says."""
@@ -140,22 +140,20 @@ async def test_a_picture_is_published_under_its_request_key_and_its_true_format(
     assert store.holds(image)
 
 
-async def test_bytes_after_the_end_of_a_jpeg_are_kept_as_they_came(
-    store: ImageStore, tmp_path: Path
-) -> None:
+async def test_bytes_after_the_end_of_a_jpeg_are_kept(store: ImageStore, tmp_path: Path) -> None:
     body = encoded("JPEG") + b"\r\n" + b"SEFT" * 125
     image = await store.fetch(Server(body), "https://x/a", REQUEST)
     assert (tmp_path / image.path).read_bytes() == body
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
-async def test_pictures_in_other_colour_modes_are_pictures(store: ImageStore, mode: str) -> None:
+async def test_images_in_other_colour_modes_are_accepted(store: ImageStore, mode: str) -> None:
     assert await fetch(store, encoded("PNG", PIXELS, mode))
 
 
-async def test_a_picture_in_16_bit_grey_is_a_picture(store: ImageStore) -> None:
+async def test_an_image_in_16_bit_grey_is_accepted(store: ImageStore) -> None:
     target = io.BytesIO()
-    picture(mode="L").convert("I").point(lambda v: v * 256).convert("I;16").save(target, "PNG")
+    draw_image(mode="L").convert("I").point(lambda v: v * 256).convert("I;16").save(target, "PNG")
     assert await fetch(store, target.getvalue())
 
 
@@ -164,7 +162,7 @@ async def test_a_file_can_be_read_by_others(store: ImageStore, tmp_path: Path) -
     assert (tmp_path / image.path).stat().st_mode & 0o777 == 0o644
 
 
-async def test_a_picture_that_is_fetched_again_replaces_the_old_file(
+async def test_an_image_that_is_fetched_again_replaces_the_old_file(
     store: ImageStore, tmp_path: Path
 ) -> None:
     await fetch(store, encoded("PNG"))
@@ -173,7 +171,7 @@ async def test_a_picture_that_is_fetched_again_replaces_the_old_file(
     assert (tmp_path / name).read_bytes() == encoded("PNG", PIXELS, "RGBA")
 
 
-async def test_a_missing_or_shorter_file_is_not_held(store: ImageStore, tmp_path: Path) -> None:
+async def test_a_missing_or_shorter_file_does_not_count(store: ImageStore, tmp_path: Path) -> None:
     image = await store.fetch(Server(encoded("PNG")), "https://x/a", REQUEST)
     os.truncate(tmp_path / image.path, 100)
     assert not store.holds(image)
@@ -198,7 +196,7 @@ async def test_a_missing_or_shorter_file_is_not_held(store: ImageStore, tmp_path
         pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", id="SVG"),
     ],
 )
-async def test_a_body_that_is_no_picture_is_to_be_fetched_again(
+async def test_a_body_that_is_not_an_image_is_fetched_again(
     store: ImageStore, tmp_path: Path, body: bytes
 ) -> None:
     with pytest.raises(NoUsableBody):
@@ -208,7 +206,7 @@ async def test_a_body_that_is_no_picture_is_to_be_fetched_again(
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
-async def test_a_picture_that_is_cut_short_is_to_be_fetched_again(
+async def test_a_truncated_image_is_fetched_again(
     store: ImageStore, tmp_path: Path, file_format: str, share: float
 ) -> None:
     whole = encoded(file_format)
@@ -217,7 +215,7 @@ async def test_a_picture_that_is_cut_short_is_to_be_fetched_again(
     assert files(tmp_path) == []
 
 
-async def test_a_jpeg_that_is_cut_before_an_end_mark_is_to_be_fetched_again(
+async def test_a_jpeg_cut_before_an_end_mark_is_fetched_again(
     store: ImageStore, tmp_path: Path
 ) -> None:
     whole = encoded("JPEG")
@@ -227,14 +225,14 @@ async def test_a_jpeg_that_is_cut_before_an_end_mark_is_to_be_fetched_again(
 
 
 @pytest.mark.parametrize("missing", [1, 4, 12])
-async def test_a_png_without_its_last_bytes_is_to_be_fetched_again(
+async def test_a_png_without_its_last_bytes_is_fetched_again(
     store: ImageStore, missing: int
 ) -> None:
     with pytest.raises(NoUsableBody):
         await fetch(store, encoded("PNG")[:-missing])
 
 
-async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageStore) -> None:
+async def test_a_png_with_a_damaged_middle_is_fetched_again(store: ImageStore) -> None:
     body = bytearray(encoded("PNG"))
     body[len(body) // 2] ^= 0xFF
     with pytest.raises(NoUsableBody):
@@ -250,7 +248,7 @@ async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageSt
         pytest.param("wrong_size", bomb(), id="bomb"),
         pytest.param("animated", animated("PNG"), id="animated PNG"),
         pytest.param("animated", animated("WEBP"), id="animated WebP"),
-        pytest.param("animated", animated("MPO"), id="two pictures in one JPEG"),
+        pytest.param("animated", animated("MPO"), id="two images in one JPEG"),
         pytest.param("wrong_format", encoded("GIF"), id="GIF"),
         pytest.param("wrong_format", encoded("TIFF"), id="TIFF"),
         pytest.param("wrong_size", encoded("BMP", (352, 736)), id="BMP of half the size"),
@@ -263,10 +261,10 @@ async def test_a_png_with_a_damaged_middle_is_to_be_fetched_again(store: ImageSt
         pytest.param("flat_image", flat_palette_with_alpha(), id="palette with transparency"),
         pytest.param("flat_image", flat("RGBA", (1, 2, 3, 128)), id="flat with alpha"),
         pytest.param("flat_image", flat("LA", (7, 0)), id="grey with alpha"),
-        pytest.param("flat_image", unseen(), id="a picture of which nothing shows"),
+        pytest.param("flat_image", unseen(), id="an image of which nothing shows"),
     ],
 )
-async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
+async def test_a_complete_file_that_is_not_the_image_is_rejected_and_kept(
     store: ImageStore, tmp_path: Path, code: str, body: bytes
 ) -> None:
     """It was paid for: a person may look at it."""
@@ -280,7 +278,7 @@ async def test_a_whole_file_that_is_not_the_picture_is_rejected_and_kept(
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_dimensions_are_compared_before_anything_is_decoded() -> None:
+def test_dimensions_are_checked_before_decoding() -> None:
     """Rows that would take 3 GB are not even begun: the data behind the header is nonsense."""
     body = bytearray(bomb())
     body[16:24] = struct.pack(">II", 30_000, 2_900)  # below the library's own limit
@@ -290,7 +288,7 @@ def test_dimensions_are_compared_before_anything_is_decoded() -> None:
     assert caught.value.code == "wrong_size"
 
 
-async def test_a_body_without_an_end_is_cut_off(store: ImageStore, tmp_path: Path) -> None:
+async def test_an_endless_body_is_cut_off(store: ImageStore, tmp_path: Path) -> None:
     class Endless(Server):
         asked_for = 0
 
@@ -323,8 +321,8 @@ async def test_a_download_that_breaks_off_leaves_nothing(store: ImageStore, tmp_
 # -- where it goes ----------------------------------------------------------------------------
 
 
-async def test_a_file_has_its_name_only_when_it_is_whole(store: ImageStore, tmp_path: Path) -> None:
-    """Until then it is in a folder that nobody reads."""
+async def test_a_file_gets_its_name_when_it_is_complete(store: ImageStore, tmp_path: Path) -> None:
+    """Until then it is in a folder that is not read."""
     seen: list[list[str]] = []
 
     class Watched(Server):
@@ -361,21 +359,21 @@ async def test_an_object_store_gets_the_same_names(memory: str) -> None:
     assert store.storage.name_of(store.storage.locate(image.path)) == image.path
 
 
-async def test_an_object_store_keeps_what_is_rejected(memory: str) -> None:
+async def test_an_object_store_keeps_rejected_files(memory: str) -> None:
     store = ImageStore(Storage(memory))
     with pytest.raises(ImageRejected, match="kept as memory://"):
         await fetch(store, flat("RGB", (0, 0, 0)))
     assert store.storage.size_bytes(f"images/rejected/{REQUEST.request_key}")
 
 
-def test_a_file_that_is_not_there_has_no_size(memory: str, tmp_path: Path) -> None:
+def test_a_missing_file_has_no_size(memory: str, tmp_path: Path) -> None:
     assert Storage(memory).size_bytes("images/a.png") is None
     assert Storage(str(tmp_path)).size_bytes("images/a.png") is None
     (tmp_path / "images").write_text("a file where a folder should be")
     assert Storage(str(tmp_path)).size_bytes("images/a.png") is None
 
 
-def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_atomically(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
 
     def write_old(file: BinaryIO) -> None:
@@ -393,7 +391,7 @@ def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("root", ["", "nosuchprotocol://bucket/x"])
-def test_a_root_that_cannot_be_used_is_a_wrong_setting(root: str) -> None:
+def test_an_unusable_root_is_a_config_error(root: str) -> None:
     with pytest.raises(ConfigError):
         Storage(root)
 
@@ -402,10 +400,10 @@ def test_a_root_that_cannot_be_used_is_a_wrong_setting(root: str) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "AVIF"])
-async def test_a_published_picture_is_shown_as_it_was_decoded(
+async def test_on_image_gets_the_decoded_image_after_publication(
     tmp_path: Path, file_format: str
 ) -> None:
-    """Once it has its name, by its hash, so that nobody need decode it again."""
+    """Once it has its name, by its hash, so that it need not be decoded again."""
     shown: list[tuple[str, bytes, list[str]]] = []
 
     def on_image(sha256: str, image: Image.Image) -> None:
@@ -419,7 +417,7 @@ async def test_a_published_picture_is_shown_as_it_was_decoded(
     assert shown == [(image.sha256, pixels, [image.path])]
 
 
-async def test_what_is_not_taken_or_not_decoded_is_not_shown(tmp_path: Path) -> None:
+async def test_on_image_is_not_called_for_rejected_or_undecoded_images(tmp_path: Path) -> None:
     shown: list[str] = []
     storage = Storage(str(tmp_path))
     store = ImageStore(storage, on_image=lambda sha256, _: shown.append(sha256))
@@ -431,7 +429,7 @@ async def test_what_is_not_taken_or_not_decoded_is_not_shown(tmp_path: Path) -> 
     assert shown == []
 
 
-async def test_a_paid_image_stays_stored_whatever_is_made_of_its_picture(
+async def test_a_paid_image_stays_stored_when_on_image_fails(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(sha256: str, image: Image.Image) -> None:
@@ -447,8 +445,8 @@ async def test_a_paid_image_stays_stored_whatever_is_made_of_its_picture(
 # -- what it takes ----------------------------------------------------------------------------
 
 
-async def test_without_a_look_only_the_header_is_believed(tmp_path: Path) -> None:
-    """A flat picture passes, and one that is cut; another size or no picture does not."""
+async def test_without_verification_only_the_header_is_checked(tmp_path: Path) -> None:
+    """A flat image passes, and one that is cut; another size or no image does not."""
     store = ImageStore(Storage(str(tmp_path)), verify=False)
     black = flat("RGB", (0, 0, 0))
     image = await store.fetch(Server(black), "https://x/a", REQUEST)
@@ -474,7 +472,7 @@ class Waits(Server):
 
 
 def noise(side: int = 0) -> bytes:
-    """A picture whose file is larger than what is kept in memory."""
+    """An image whose file is larger than what is kept in memory."""
     target = io.BytesIO()
     pixels = (side, side) if side else PIXELS
     image = Image.merge("RGB", [Image.effect_noise(pixels, 90) for _ in range(3)])
@@ -482,7 +480,9 @@ def noise(side: int = 0) -> bytes:
     return target.getvalue()
 
 
-async def test_a_large_file_is_written_while_it_comes(store: ImageStore, tmp_path: Path) -> None:
+async def test_a_large_file_is_written_during_the_download(
+    store: ImageStore, tmp_path: Path
+) -> None:
     body, sizes = noise(), set[int]()
 
     class Watched(Waits):
@@ -513,8 +513,8 @@ async def test_a_stop_waits_for_the_file_that_is_being_written(
     assert [name for name in files(tmp_path) if name.startswith(".partial")] == []
 
 
-def test_a_picture_that_is_flat_in_its_middle_only_is_not_flat() -> None:
-    """The squares that are looked at first settle only that a picture is not flat."""
+def test_an_image_with_a_flat_middle_is_not_flat() -> None:
+    """The squares that are looked at first settle only that an image is not flat."""
     image = Image.new("RGB", PIXELS, (7, 7, 7))
     assert is_flat(image)
     image.putpixel((PIXELS[0] - 1, PIXELS[1] - 1), (7, 10, 7))
@@ -523,7 +523,7 @@ def test_a_picture_that_is_flat_in_its_middle_only_is_not_flat() -> None:
     assert is_flat(image)
 
 
-def test_whatever_byte_of_an_avif_is_damaged_it_is_one_file_s_trouble() -> None:
+def test_any_damaged_byte_of_an_avif_fails_one_file() -> None:
     """Its decoder raises RuntimeError, which no other does: a run would end by it."""
     body, troubled = encoded("AVIF"), 0
     source = random.Random(7)

@@ -45,7 +45,7 @@ def _registered() -> None:
     Listing.store.clear()
 
 
-def test_a_file_that_another_host_has_stored_since_is_not_missing() -> None:
+def test_a_file_stored_by_another_host_is_found() -> None:
     storage = Storage("listing://bucket/root")
     storage.write("images/aa/1.png", lambda file: file.write(b"12345"))
     assert list(storage.names("images")) == ["images/aa/1.png"]

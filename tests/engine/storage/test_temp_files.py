@@ -20,7 +20,7 @@ _KILLED = """
 import os, sys
 from krea_dagster.engine.storage.storage import Storage
 path = Storage(sys.argv[1]).new_file()
-path.write_bytes(b"half of a picture")
+path.write_bytes(b"half of an image")
 print(path, flush=True)
 {then}
 """
@@ -45,7 +45,7 @@ def store(folder: Path) -> None:
     Storage(str(folder)).write("a/b", write)
 
 
-def test_what_a_killed_process_has_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed_by_the_next_one(tmp_path: Path) -> None:
     process, left = begun_elsewhere(tmp_path, "os._exit(9)")
     process.communicate()
     assert left.exists()
@@ -53,7 +53,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_one(tmp_path: Pat
     assert not left.exists()
 
 
-def test_what_a_living_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+def test_files_of_a_living_process_are_kept(tmp_path: Path) -> None:
     process, written = begun_elsewhere(tmp_path, "input()")
     store(tmp_path)
     assert written.exists()
@@ -64,9 +64,7 @@ def test_what_a_living_process_is_writing_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["0123456789ab-1-1-0.part", "tmpx1y2.part", "of a person.txt"])
-def test_what_cannot_be_told_from_a_living_ones_is_left_for_a_day(
-    tmp_path: Path, name: str
-) -> None:
+def test_files_of_unknown_processes_are_kept_for_a_day(tmp_path: Path, name: str) -> None:
     """Of another machine that shares the folder, or of an earlier version."""
     folder = tmp_path / temp_files.FOLDER
     folder.mkdir()
@@ -79,5 +77,5 @@ def test_what_cannot_be_told_from_a_living_ones_is_left_for_a_day(
     assert not (folder / name).exists()
 
 
-def test_no_two_files_get_the_same_name() -> None:
+def test_file_names_are_unique() -> None:
     assert len({temp_files.new_name() for _ in range(1000)}) == 1000

@@ -22,24 +22,20 @@ TRAILERS = [
     pytest.param(b"\n", id="newline"),
     pytest.param(b"\r\n", id="CRLF"),
     pytest.param(b"SEFT" * 125, id="500 bytes"),
-    pytest.param(b"\xff\xd8" + b"\x00" * 900, id="like another picture"),
+    pytest.param(b"\xff\xd8" + b"\x00" * 900, id="like another image"),
     pytest.param(detailed("JPEG"), id="a gain map"),
 ]
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("trailer", TRAILERS)
-def test_a_whole_picture_is_taken_with_whatever_follows_its_end(
-    file_format: str, trailer: bytes
-) -> None:
+def test_a_complete_image_with_trailing_data_is_accepted(file_format: str, trailer: bytes) -> None:
     assert verify_image(encoded(file_format, SMALL) + trailer, SMALL) == file_format
 
 
 @pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
-def test_a_jpeg_with_a_cut_picture_and_an_end_mark_is_damaged(
-    share: float, progressive: bool
-) -> None:
+def test_a_cut_jpeg_with_an_end_mark_is_damaged(share: float, progressive: bool) -> None:
     """A decoder fills the rest with grey, or leaves it coarse, and says nothing."""
     whole = detailed("JPEG", progressive=progressive)
     with pytest.raises(NoUsableBody):
@@ -47,12 +43,12 @@ def test_a_jpeg_with_a_cut_picture_and_an_end_mark_is_damaged(
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
-def test_a_jpeg_without_its_end_mark_is_cut_short(missing: int) -> None:
+def test_a_jpeg_without_end_mark_is_truncated(missing: int) -> None:
     with pytest.raises(NoUsableBody):
         verify_image(encoded("JPEG", SMALL)[:-missing], SMALL)
 
 
-def test_the_end_mark_of_a_preview_is_not_the_picture_s() -> None:
+def test_the_end_mark_of_a_preview_does_not_count() -> None:
     """A preview in the header is a JPEG with an end of its own."""
     preview = encoded("JPEG", (160, 120))
     segment = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
@@ -75,7 +71,7 @@ def test_the_end_mark_of_a_preview_is_not_the_picture_s() -> None:
         pytest.param({"comment": b"\xff\xd9" * 500}, id="end marks in a comment"),
     ],
 )
-def test_a_jpeg_of_any_kind_is_whole(mode: str, options: dict[str, object]) -> None:
+def test_all_kinds_of_jpeg_are_complete(mode: str, options: dict[str, object]) -> None:
     if mode != "RGB":
         options = {k: v for k, v in options.items() if k not in {"subsampling", "keep_rgb"}}
     assert verify_image(detailed("JPEG", mode, **options), SMALL) == "JPEG"
@@ -99,14 +95,14 @@ def of_grey_scans() -> bytes:
     return b"".join(parts) + b"\xff\xd9"
 
 
-def test_a_jpeg_of_a_subsampling_without_a_name_is_taken() -> None:
+def test_a_jpeg_with_unnamed_subsampling_is_accepted() -> None:
     """The strict decoder refuses to read it, which is no fault of the file."""
     assert verify_image(of_grey_scans(), SMALL) == "JPEG"
     with pytest.raises(NoUsableBody):
         verify_image(of_grey_scans()[:-2], SMALL)
 
 
-def test_padding_before_a_mark_is_no_damage() -> None:
+def test_padding_before_a_marker_is_accepted() -> None:
     whole = detailed("JPEG", restart_marker_blocks=7)
     for mark in (b"\xff\xdb", b"\xff\xda", b"\xff\xd9"):
         place = whole.rindex(mark)
@@ -119,12 +115,12 @@ def scans_of(whole: bytes) -> list[int]:
 
 
 def test_a_progressive_jpeg_without_its_last_scans_is_damaged() -> None:
-    """Each scan is whole, and the picture a coarse one."""
+    """Each scan is whole, and the image a coarse one."""
     whole = detailed("JPEG", progressive=True)
     places = scans_of(whole)[1:]
     assert len(places) > 8
     for place in places:
-        with pytest.raises(NoUsableBody, match=r"missing|one picture"):
+        with pytest.raises(NoUsableBody, match=r"missing|one image"):
             verify_image(whole[:place] + b"\xff\xd9", SMALL)
 
 
@@ -135,8 +131,8 @@ def test_a_jpeg_without_the_scan_of_a_channel_is_damaged() -> None:
             verify_image(whole[:place] + b"\xff\xd9", SMALL)
 
 
-def test_a_jpeg_of_thousands_of_scans_is_not_begun() -> None:
-    """Ten bytes make a scan, and each costs a pass over the whole picture."""
+def test_a_jpeg_with_thousands_of_scans_is_not_decoded() -> None:
+    """Ten bytes make a scan, and each costs a pass over the whole image."""
     whole = detailed("JPEG", progressive=True)
     last = whole.rindex(b"\xff\xda")
     with pytest.raises(NoUsableBody, match="more than 500 scans"):
@@ -179,7 +175,7 @@ def rows_of(pixels: tuple[int, int], colour: int, depth: int, *, interlaced: boo
 @pytest.mark.parametrize("interlaced", [False, True], ids=["row by row", "interlaced"])
 @pytest.mark.parametrize(("colour", "depth"), COLOURS)
 @pytest.mark.parametrize("pixels", [(33, 67), (64, 64), (3, 50)])
-def test_a_png_has_as_many_rows_as_its_header_says(
+def test_a_png_has_the_rows_of_its_header(
     pixels: tuple[int, int], colour: int, depth: int, interlaced: bool
 ) -> None:
     header = struct.pack(">IIBBBBB", *pixels, depth, colour, 0, 0, interlaced)
@@ -192,7 +188,7 @@ def test_a_png_has_as_many_rows_as_its_header_says(
             verify_image(png(header, wrong, between=palette), pixels)
 
 
-def test_a_png_of_half_its_rows_is_damaged() -> None:
+def test_a_png_with_half_its_rows_is_damaged() -> None:
     """Its checksums are right; a decoder leaves the lower half black."""
     header = struct.pack(">IIBBBBB", *SMALL, 8, 2, 0, 0, 0)
     rows = rows_of(SMALL, 2, 8, interlaced=False)
@@ -222,7 +218,7 @@ def test_the_rows_of_a_png_are_counted_in_little_memory() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 5000])
-def test_the_pixels_of_a_png_may_be_in_any_number_of_pieces(pieces: int) -> None:
+def test_png_pixels_may_be_in_any_number_of_chunks(pieces: int) -> None:
     header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
     packed = zlib.compress(rows_of((64, 64), 2, 8, interlaced=False))
     step = -(-len(packed) // pieces)
@@ -253,7 +249,7 @@ def with_its_chunk_resized(webp: bytes) -> bytes:
 @pytest.mark.parametrize("options", [{}, {"lossless": True}], ids=["lossy", "lossless"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
-def test_a_cut_webp_is_damaged_whatever_its_lengths_say(
+def test_a_cut_webp_is_damaged_for_any_lengths(
     share: float, mode: str, options: dict[str, object]
 ) -> None:
     whole = detailed("WEBP", mode, **options)
@@ -269,9 +265,7 @@ def test_a_cut_webp_is_damaged_whatever_its_lengths_say(
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 @pytest.mark.parametrize("missing", [1, 2, 5, 500, 5000])
-def test_an_avif_is_damaged_where_any_of_its_data_lie_beyond_its_end(
-    missing: int, mode: str
-) -> None:
+def test_an_avif_with_data_beyond_its_end_is_damaged(missing: int, mode: str) -> None:
     """Its decoder compares each extent with the file, those of the transparency too."""
     whole = detailed("AVIF", mode)
     assert verify_image(whole, SMALL) == "AVIF"
@@ -327,7 +321,7 @@ def transparent_16_bit(colour: int, alpha: int) -> bytes:
         pytest.param(transparent_16_bit(6, 500), id="RGBA 16, nearly"),
     ],
 )
-def test_a_picture_of_which_nothing_shows_is_flat(body: bytes) -> None:
+def test_an_invisible_image_is_flat(body: bytes) -> None:
     """Whatever colours lie beneath."""
     with pytest.raises(ImageRejected) as caught:
         verify_image(body, SMALL)
@@ -344,12 +338,12 @@ def test_a_picture_of_which_nothing_shows_is_flat(body: bytes) -> None:
         pytest.param(transparent_16_bit(4, 40_000), id="LA 16, half"),
     ],
 )
-def test_a_picture_of_which_something_shows_is_not_flat(body: bytes) -> None:
+def test_a_partly_visible_image_is_not_flat(body: bytes) -> None:
     assert verify_image(body, SMALL) == "PNG"
 
 
 @pytest.mark.parametrize("mode", ["PA", "LA", "RGBA"])
-def test_transparency_is_seen_in_every_mode_that_has_it(mode: str) -> None:
+def test_transparency_is_detected_in_every_mode(mode: str) -> None:
     image = Image.effect_noise((64, 64), 60).convert("RGB")
     image.putalpha(0)
     assert is_flat(image.convert(mode))
@@ -357,15 +351,15 @@ def test_transparency_is_seen_in_every_mode_that_has_it(mode: str) -> None:
     assert not is_flat(image.convert(mode))
 
 
-def test_one_transparent_colour_of_16_bits_is_no_trouble() -> None:
-    """Its place in the file's 16 bits has none in the picture's 8."""
+def test_one_transparent_16_bit_colour_is_accepted() -> None:
+    """Its place in the file's 16 bits has none in the image's 8."""
     header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
     clear = chunk(b"tRNS", struct.pack(">HHH", 65535, 65535, 65535))
     rows = rows_of((64, 64), 2, 16, interlaced=False)
     assert verify_image(png(header, rows, between=clear), (64, 64)) == "PNG"
 
 
-# -- pictures of other formats ----------------------------------------------------------------
+# -- images of other formats ----------------------------------------------------------------
 
 OTHERS = [
     pytest.param("GIF", {}, id="GIF"),
@@ -386,7 +380,7 @@ def code_of(body: bytes, *, decode: bool = True) -> str:
 
 
 @pytest.mark.parametrize(("file_format", "options"), OTHERS)
-def test_a_whole_picture_of_another_format_is_rejected_as_such(
+def test_a_complete_image_in_another_format_is_rejected(
     file_format: str, options: dict[str, object]
 ) -> None:
     """It was paid for, and does not come otherwise the next time."""
@@ -397,7 +391,7 @@ def test_a_whole_picture_of_another_format_is_rejected_as_such(
 
 @pytest.mark.parametrize(("file_format", "options"), OTHERS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.99])
-def test_a_damaged_picture_of_another_format_is_to_be_fetched_again(
+def test_a_damaged_image_in_another_format_is_fetched_again(
     file_format: str, options: dict[str, object], share: float
 ) -> None:
     body = detailed(file_format, **options)
@@ -406,13 +400,13 @@ def test_a_damaged_picture_of_another_format_is_to_be_fetched_again(
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
-def test_a_picture_of_another_format_and_size_is_not_decoded(file_format: str) -> None:
+def test_an_image_in_another_format_and_size_is_not_decoded(file_format: str) -> None:
     target = io.BytesIO()
     Image.new("RGB", (1200, 900)).save(target, file_format)
     assert code_of(target.getvalue()) == "wrong_size"
 
 
-def test_an_animated_gif_is_of_the_wrong_format() -> None:
+def test_an_animated_gif_has_the_wrong_format() -> None:
     target = io.BytesIO()
     first = Image.effect_noise(SMALL, 60)
     first.save(target, "GIF", save_all=True, append_images=[first.rotate(180)])
@@ -439,7 +433,7 @@ def icon() -> bytes:
         pytest.param(icon(), id="ICO"),
     ],
 )
-def test_a_picture_that_cannot_be_decoded_here_is_known_by_its_beginning(body: bytes) -> None:
+def test_undecodable_formats_are_recognised_by_signature(body: bytes) -> None:
     assert code_of(body) == "wrong_format"
 
 
@@ -454,15 +448,15 @@ def test_a_picture_that_cannot_be_decoded_here_is_known_by_its_beginning(body: b
         pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", id="EPS"),
         pytest.param(b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", id="XML"),
         pytest.param(b"P6 and other papers", id="text"),
-        pytest.param(b"BM is no picture" + bytes(90), id="other text"),
+        pytest.param(b"BM is not an image" + bytes(90), id="other text"),
     ],
 )
-def test_what_only_begins_like_a_picture_is_to_be_fetched_again(body: bytes) -> None:
+def test_a_file_with_only_an_image_signature_is_fetched_again(body: bytes) -> None:
     with pytest.raises(NoUsableBody):
         verify_image(body, SMALL)
 
 
-def test_a_tiff_with_a_tile_beyond_its_size_is_not_unpacked() -> None:
+def test_a_tiff_with_an_oversized_tile_is_not_decompressed() -> None:
     """A tile is unpacked as a whole: this one would take 1.2 GB."""
     body = bytearray(detailed("TIFF", compression="tiff_deflate"))
     entries = int.from_bytes(body[4:8], "little")
