@@ -56,8 +56,8 @@ COMMANDS: Final[Sequence[Sequence[str]]] = (
 
 
 @dataclass(frozen=True)
-class House:
-    """A folder with all that a process writes, and what it has said."""
+class CommandOutput:
+    """The output of a process, and the folder that it wrote to."""
 
     folder: Path
     codes: Sequence[int]
@@ -65,7 +65,7 @@ class House:
     err: str
 
     def found(self) -> list[str]:
-        """Where a mark is: a stream, or the name of a file."""
+        """Return the streams and files that contain a mark."""
         texts: dict[str, bytes] = {"stdout": self.out.encode(), "stderr": self.err.encode()}
         for path in self.folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
@@ -77,8 +77,10 @@ class House:
         return sorted(name for name, text in texts.items() if _MARKS.search(text))
 
 
-def live_in(folder: Path, commands: Sequence[Sequence[str]], variables: Mapping[str, str]) -> House:
-    """Run commands with these variables in a folder of their own."""
+def run_commands(
+    folder: Path, commands: Sequence[Sequence[str]], variables: Mapping[str, str]
+) -> CommandOutput:
+    """Run commands with these variables in their own folder."""
     work = folder / "work"
     work.mkdir(parents=True)
     environment = {
@@ -102,7 +104,7 @@ def live_in(folder: Path, commands: Sequence[Sequence[str]], variables: Mapping[
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return House(folder, json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr)
+    return CommandOutput(folder, json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr)
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def test_successful_commands_show_no_secret(server: str, tmp_path: Path) -> None:
-    house = live_in(
+    house = run_commands(
         tmp_path / "house",
         COMMANDS,
         {
@@ -177,7 +179,8 @@ def test_failing_commands_show_no_secret_and_no_traceback(server: str, tmp_path:
             zip(
                 FAILING,
                 threads.map(
-                    lambda name: live_in(tmp_path / name, SOME, {**usual, **FAILING[name]}), FAILING
+                    lambda name: run_commands(tmp_path / name, SOME, {**usual, **FAILING[name]}),
+                    FAILING,
                 ),
                 strict=True,
             )

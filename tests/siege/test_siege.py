@@ -1,4 +1,4 @@
-"""The journal in trouble: a run stops with a clear error, and the next one buys nothing twice.
+"""The journal in failure: a run stops with a clear error, and the next one buys nothing twice.
 
 The emulator's accounts are the witness: what was posted, created, and bought twice.
 """
@@ -44,8 +44,8 @@ ROWS: Final = 6
 STOP: Final = {"launch": "l", "at": NOW, "error_code": "c", "error_message": "m"}
 
 
-class Client(KreaClient):
-    """The real client, which tells the test of two moments of a run."""
+class HookedClient(KreaClient):
+    """The real client, with hooks at two moments of a run."""
 
     before_buying: Callable[[], None] = staticmethod(lambda: None)
     after_a_post: Callable[[], None] = staticmethod(lambda: None)
@@ -65,8 +65,8 @@ class Client(KreaClient):
         return answer
 
 
-class Fort:
-    """A journal in a folder of its own, and runs over the same rows against one emulator."""
+class SiegeHarness:
+    """A journal in its own folder, and runs over the same rows against one emulator."""
 
     def __init__(self, folder: Path, emulator: Emulator) -> None:
         self.emulator = emulator
@@ -79,14 +79,20 @@ class Fort:
     def open(self) -> Journal:
         return Journal(f"sqlite:///{self.path}", lock_timeout_s=0.2)
 
-    async def run(self, run_id: str, client: type[Client] = Client, **options: Any) -> RunReport:
+    async def run(
+        self, run_id: str, client: type[HookedClient] = HookedClient, **options: Any
+    ) -> RunReport:
         with closing(self.open()) as journal:
             return await self.runner(journal, run_id, client, **options).run(
                 to_requested(self.requests)
             )
 
     def runner(
-        self, journal: Journal, run_id: str, client: type[Client] = Client, **options: Any
+        self,
+        journal: Journal,
+        run_id: str,
+        client: type[HookedClient] = HookedClient,
+        **options: Any,
     ) -> Runner:
         return Runner(
             connect=lambda: client("emulator", base_url=self.emulator.url, timeout_s=5.0),
@@ -110,17 +116,17 @@ class Fort:
         """The tasks that the server has created."""
         return {task["task_id"] for task in self.emulator.stats()["tasks"]}
 
-    async def settle(self, *, adopted: bool = False) -> None:
-        """Run again without trouble: every row is delivered, and none was bought twice.
+    async def assert_recovers(self, *, adopted: bool = False) -> None:
+        """Run again without a failure: every row is delivered, and none was bought twice.
 
-        ``adopted``: the journal has forgotten purchases, and takes their files up.
+        ``adopted``: the journal has forgotten purchases, and adopts their files.
         """
         with anyio.fail_after(60):
             report = await self.run("run-after")
         assert report.left == {}
-        books = self.emulator.stats()
-        assert books["creates"] == len(self.requests)
-        assert books["bodies_bought_more_than_once"] == 0
+        stats = self.emulator.stats()
+        assert stats["creates"] == len(self.requests)
+        assert stats["bodies_bought_more_than_once"] == 0
         known = self.task_ids()
         assert known <= self.created() if adopted else known == self.created()
         with closing(self.open()) as journal:
@@ -128,9 +134,9 @@ class Fort:
 
 
 @pytest.fixture
-def fort(tmp_path: Path) -> Iterator[Fort]:
+def siege(tmp_path: Path) -> Iterator[SiegeHarness]:
     with Emulator(latency_s=0.01, latency_jitter=0.0, state=tmp_path / "emulator") as emulator:
-        yield Fort(tmp_path, emulator)
+        yield SiegeHarness(tmp_path, emulator)
 
 
 # -- the troubles: each yields once it is there, and ends with the block --------------------------
@@ -231,10 +237,10 @@ def cut(path: Path) -> Iterator[None]:
     path.write_bytes(before)
 
 
-Trouble = Callable[[Path], Any]
+Failure = Callable[[Path], Any]
 
-#: The trouble, words of the error, and words of the advice.
-TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
+#: The failure, words of the error, and words of the advice.
+TROUBLES: Final[list[tuple[Failure, str, str]]] = [
     (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
     (locked, "database is locked", "let it end, or end it"),
     (removed, "unable to open", "The file is missing. Put it back"),
@@ -245,16 +251,16 @@ TROUBLES: Final[list[tuple[Trouble, str, str]]] = [
     (cut, "malformed", "Do not remove it.*restore a backup"),
 ]
 _NEED_A_MOUNT: Final = (full,)
-every_trouble = pytest.mark.parametrize(
-    ("trouble", "said", "advice"), TROUBLES, ids=[trouble.__name__ for trouble, _, _ in TROUBLES]
+every_failure = pytest.mark.parametrize(
+    ("failure", "said", "advice"), TROUBLES, ids=[failure.__name__ for failure, _, _ in TROUBLES]
 )
 
 
 @pytest.fixture
-def place(fort: Fort, request: pytest.FixtureRequest) -> Iterator[None]:
+def place(siege: SiegeHarness, request: pytest.FixtureRequest) -> Iterator[None]:
     """A file system for those troubles that need one."""
-    if request.node.callspec.params["trouble"] in _NEED_A_MOUNT:
-        with _file_system(fort.folder):
+    if request.node.callspec.params["failure"] in _NEED_A_MOUNT:
+        with _file_system(siege.folder):
             yield
     else:
         yield
@@ -263,74 +269,74 @@ def place(fort: Fort, request: pytest.FixtureRequest) -> Iterator[None]:
 # -- the moments ------------------------------------------------------------------------------
 
 
-@every_trouble
+@every_failure
 @pytest.mark.usefixtures("place")
 async def test_nothing_is_posted_if_the_intent_cannot_be_written(
-    fort: Fort, trouble: Trouble, said: str, advice: str
+    siege: SiegeHarness, failure: Failure, said: str, advice: str
 ) -> None:
-    with closing(fort.open()):
+    with closing(siege.open()):
         pass
-    with Stage(trouble, fort) as stage:
+    with FailureAtMoment(failure, siege) as stage:
         with pytest.raises(JournalError, match=f"(?s)({said}).*Nothing more is bought") as error:
-            await fort.run("run-1", stage.client("before_buying"))
+            await siege.run("run-1", stage.client("before_buying"))
         assert stage.began
         assert re.search(advice, str(error.value))
-        assert fort.emulator.stats()["submit_posts"] == 0
-    await fort.settle()
+        assert siege.emulator.stats()["submit_posts"] == 0
+    await siege.assert_recovers()
 
 
-async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(fort: Fort) -> None:
+async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(siege: SiegeHarness) -> None:
     """No system makes a disk read-only under a file that is open for writing."""
-    with _file_system(fort.folder):
-        with closing(fort.open()):
+    with _file_system(siege.folder):
+        with closing(siege.open()):
             pass
         with (
-            read_only(fort.path),
+            read_only(siege.path),
             pytest.raises(JournalError, match=r"(?s)(readonly|unable to open).*writ") as error,
         ):
-            await fort.run("run-1")
+            await siege.run("run-1")
         assert "Nothing more is bought" in str(error.value)
-        assert fort.emulator.stats()["submit_posts"] == 0
-        await fort.settle()
+        assert siege.emulator.stats()["submit_posts"] == 0
+        await siege.assert_recovers()
 
 
-@every_trouble
+@every_failure
 @pytest.mark.usefixtures("place")
 async def test_an_unwritten_purchase_is_named_and_continued_by_the_next_run(
-    fort: Fort, trouble: Trouble, said: str, advice: str
+    siege: SiegeHarness, failure: Failure, said: str, advice: str
 ) -> None:
-    with Stage(trouble, fort) as stage:
+    with FailureAtMoment(failure, siege) as stage:
         with pytest.raises(PurchasesNotWritten, match=f"(?s)({said}).*Nothing more is") as error:
-            await fort.run("run-1", stage.client("after_a_post"))
-        created = {task["task_id"]: task for task in fort.emulator.stats()["tasks"]}
+            await siege.run("run-1", stage.client("after_a_post"))
+        created = {task["task_id"]: task for task in siege.emulator.stats()["tasks"]}
     named = {purchase.task_id: purchase for purchase in error.value.purchases}
-    assert named.keys() == created.keys() - fort.task_ids() != set()
+    assert named.keys() == created.keys() - siege.task_ids() != set()
     for task_id, purchase in named.items():
         assert purchase.idempotency_key == created[task_id]["idempotency_key"]
         assert purchase.credits == 0.45
         assert f"task {task_id} (0.45 credits) of request {purchase.request_key}" in str(
             error.value
         )
-    await fort.settle()
+    await siege.assert_recovers()
 
 
 async def test_an_unwritten_purchase_is_continued_without_a_person(
-    fort: Fort,
+    siege: SiegeHarness,
 ) -> None:
     hold = replace(QUICK, on_unknown="hold")
-    with Stage(locked, fort) as stage, pytest.raises(PurchasesNotWritten) as error:
-        await fort.run("run-1", stage.client("after_a_post"), policy=hold)
+    with FailureAtMoment(locked, siege) as stage, pytest.raises(PurchasesNotWritten) as error:
+        await siege.run("run-1", stage.client("after_a_post"), policy=hold)
     named = {purchase.request_key: purchase.task_id for purchase in error.value.purchases}
-    report = await fort.run("run-2", policy=hold)
+    report = await siege.run("run-2", policy=hold)
     assert len(report.recovered) == len(named) > 0
     assert all("is in the journal now" in said for said in report.recovered)
     assert not set(report.left) & set(named)
-    assert fort.emulator.stats()["replays"] == 0
-    await fort.settle()
+    assert siege.emulator.stats()["replays"] == 0
+    await siege.assert_recovers()
 
 
 async def test_a_run_stopped_during_a_journal_failure_names_its_purchases(
-    fort: Fort,
+    siege: SiegeHarness,
 ) -> None:
     runs: list[asyncio.Task[RunReport]] = []
 
@@ -340,182 +346,186 @@ async def test_a_run_stopped_during_a_journal_failure_names_its_purchases(
             runs[0].cancel()
             yield
 
-    with Stage(locked_and_stopped, fort) as stage:
-        runs.append(asyncio.ensure_future(fort.run("run-1", stage.client("after_a_post"))))
+    with FailureAtMoment(locked_and_stopped, siege) as stage:
+        runs.append(asyncio.ensure_future(siege.run("run-1", stage.client("after_a_post"))))
         with pytest.raises(PurchasesNotWritten) as error:
             await runs[0]
-    created = {task["task_id"] for task in fort.emulator.stats()["tasks"]}
+    created = {task["task_id"] for task in siege.emulator.stats()["tasks"]}
     assert {purchase.task_id for purchase in error.value.purchases} == created != set()
-    await fort.settle()
+    await siege.assert_recovers()
 
 
 def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
-    fort: Fort,
+    siege: SiegeHarness,
 ) -> None:
     """The commit succeeds, in a file that is unreachable."""
 
     def write_and_lose(database: Database) -> None:
         def write(connection: Connection) -> None:
             connection.execute(insert(stops).values(STOP))
-            fort.path.unlink()
+            siege.path.unlink()
 
         database.write("write to", write)
 
-    with closing(Database(f"sqlite:///{fort.path}")) as database:
+    with closing(Database(f"sqlite:///{siege.path}")) as database:
         with pytest.raises(JournalError, match="removed or replaced during a write"):
             write_and_lose(database)
         with pytest.raises(JournalError, match=r"The file is missing. Put it back"):
             database.check_integrity()
 
 
-async def test_a_storage_root_that_is_full_ends_the_run_and_loses_no_image(fort: Fort) -> None:
-    folder = Path(fort.images.storage.locate(""))
+async def test_a_storage_root_that_is_full_ends_the_run_and_loses_no_image(
+    siege: SiegeHarness,
+) -> None:
+    folder = Path(siege.images.storage.locate(""))
     folder.mkdir()  # noqa: ASYNC240 - on this machine
     with _file_system(folder, "300k"), pytest.raises(StorageError, match="No space left") as error:
-        await fort.run("run-1")
+        await siege.run("run-1")
     assert "Nothing more is bought" in str(error.value)
-    assert fort.task_ids() == fort.created() != set()
-    await fort.settle()
+    assert siege.task_ids() == siege.created() != set()
+    await siege.assert_recovers()
 
 
-async def test_the_next_run_of_the_same_process_continues_at_once(fort: Fort) -> None:
+async def test_the_next_run_of_the_same_process_continues_at_once(siege: SiegeHarness) -> None:
     """A run that could not give up its claims does not keep them."""
-    with Stage(locked, fort) as stage, pytest.raises(JournalError):
-        await fort.run("run-1", stage.client("after_a_post"))
-    with closing(fort.open()) as journal:
+    with FailureAtMoment(locked, siege) as stage, pytest.raises(JournalError):
+        await siege.run("run-1", stage.client("after_a_post"))
+    with closing(siege.open()) as journal:
         assert any(record.claimed_by for record in journal.all_records())
-    await fort.settle()
+    await siege.assert_recovers()
 
 
-class Stage:
-    """Brings a trouble on at a moment of a run, and ends it with the block."""
+class FailureAtMoment:
+    """A failure that begins at a moment of a run, and ends with the block."""
 
-    def __init__(self, trouble: Trouble, fort: Fort) -> None:
-        self._trouble = trouble(fort.path)
+    def __init__(self, failure: Failure, siege: SiegeHarness) -> None:
+        self._failure = failure(siege.path)
         self.began = False
 
-    def client(self, moment: str) -> type[Client]:
-        return type("Told", (Client,), {moment: staticmethod(self._begin)})
+    def client(self, moment: str) -> type[HookedClient]:
+        return type("Told", (HookedClient,), {moment: staticmethod(self._begin)})
 
     def _begin(self) -> None:
         if not self.began:
             self.began = True
-            self._trouble.__enter__()
+            self._failure.__enter__()
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> FailureAtMoment:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.began:
-            self._trouble.__exit__(None, None, None)
+            self._failure.__exit__(None, None, None)
 
 
 # -- a journal that was lost, or went back in time ------------------------------------------------
 
 
-async def test_a_lost_journal_is_rebuilt_from_the_files(fort: Fort) -> None:
+async def test_a_lost_journal_is_rebuilt_from_the_files(siege: SiegeHarness) -> None:
     """They lie under their requests' names, so that nothing is bought; who paid is not known."""
-    await fort.run("run-1")
-    before = {name: fort.images.storage.modified_at(name) for name in fort.files()}
-    fort.path.unlink()
-    report = await fort.run("run-2")
+    await siege.run("run-1")
+    before = {name: siege.images.storage.modified_at(name) for name in siege.files()}
+    siege.path.unlink()
+    report = await siege.run("run-2")
     assert (report.new, report.posts, report.progress.delivered) == (ROWS, 0, ROWS)
-    assert fort.emulator.stats()["creates"] == ROWS
-    assert {name: fort.images.storage.modified_at(name) for name in fort.files()} == before
-    with closing(fort.open()) as journal:
+    assert siege.emulator.stats()["creates"] == ROWS
+    assert {name: siege.images.storage.modified_at(name) for name in siege.files()} == before
+    with closing(siege.open()) as journal:
         assert journal.count_by_state() == {State.STORED: ROWS}
         assert journal.charges() == []
 
 
 async def test_a_lost_journal_and_lost_files_are_rebuilt_from_the_server(
-    fort: Fort,
+    siege: SiegeHarness,
 ) -> None:
     """The same rows have the same Idempotency-Keys; what is replayed is not charged again."""
-    await fort.run("run-1")
-    fort.path.unlink()
-    for name in fort.files():
-        fort.images.storage.remove(name)
-    report = await fort.run("run-2")
+    await siege.run("run-1")
+    siege.path.unlink()
+    for name in siege.files():
+        siege.images.storage.remove(name)
+    report = await siege.run("run-2")
     assert report.new == report.posts == ROWS
-    assert fort.emulator.stats()["replays"] == ROWS
-    with closing(fort.open()) as journal:
+    assert siege.emulator.stats()["replays"] == ROWS
+    with closing(siege.open()) as journal:
         assert {charge.replayed for charge in journal.charges()} == {True}
         assert sum(charge.charged_units or 0 for charge in journal.charges()) == 0
         assert journal.commitment("run:run-2").committed_units == 0
-    await fort.settle()
+    await siege.assert_recovers()
 
 
-async def test_a_journal_whose_write_ahead_log_was_removed_buys_nothing_twice(fort: Fort) -> None:
+async def test_a_journal_whose_write_ahead_log_was_removed_buys_nothing_twice(
+    siege: SiegeHarness,
+) -> None:
     """All that was written since the last checkpoint is forgotten."""
-    with closing(fort.open()) as journal:
-        journal.plan([(r, "p") for r in fort.requests[:1]], run_id="r", at=NOW)
-    with closing(sqlite3.connect(fort.path)) as reader:
+    with closing(siege.open()) as journal:
+        journal.plan([(r, "p") for r in siege.requests[:1]], run_id="r", at=NOW)
+    with closing(sqlite3.connect(siege.path)) as reader:
         reader.execute("begin")
         reader.execute("select * from requests").fetchall()
-        await fort.run("run-1")  # the reader keeps the log from being taken into the file
-        shutil.copy(fort.path, fort.path.with_name("kept"))
-    assert fort.path.with_name("kept").read_bytes() != fort.path.read_bytes()
-    fort.path.unlink()
-    fort.path.with_name("kept").rename(fort.path)
-    with closing(fort.open()) as journal:
+        await siege.run("run-1")  # the reader keeps the log from being taken into the file
+        shutil.copy(siege.path, siege.path.with_name("kept"))
+    assert siege.path.with_name("kept").read_bytes() != siege.path.read_bytes()
+    siege.path.unlink()
+    siege.path.with_name("kept").rename(siege.path)
+    with closing(siege.open()) as journal:
         assert journal.count_by_state() == {State.PLANNED: 1}
-    await fort.settle(adopted=True)
+    await siege.assert_recovers(adopted=True)
 
 
-async def test_a_damaged_write_ahead_log_buys_nothing_twice(fort: Fort) -> None:
-    with closing(fort.open()):
+async def test_a_damaged_write_ahead_log_buys_nothing_twice(siege: SiegeHarness) -> None:
+    with closing(siege.open()):
         pass
-    with closing(sqlite3.connect(fort.path)) as reader:
+    with closing(sqlite3.connect(siege.path)) as reader:
         reader.execute("begin")
         reader.execute("select * from requests").fetchall()
-        await fort.run("run-1")
-        log = bytearray(fort.path.with_name("journal.db-wal").read_bytes())
-        shutil.copy(fort.path, fort.path.with_name("kept"))
-    fort.path.unlink()
-    fort.path.with_name("kept").rename(fort.path)
+        await siege.run("run-1")
+        log = bytearray(siege.path.with_name("journal.db-wal").read_bytes())
+        shutil.copy(siege.path, siege.path.with_name("kept"))
+    siege.path.unlink()
+    siege.path.with_name("kept").rename(siege.path)
     log[len(log) // 2 :] = b"\x55" * (len(log) - len(log) // 2)
-    fort.path.with_name("journal.db-wal").write_bytes(log)
-    await fort.settle(adopted=True)
+    siege.path.with_name("journal.db-wal").write_bytes(log)
+    await siege.assert_recovers(adopted=True)
 
 
 # -- damage -----------------------------------------------------------------------------------
 
 
-async def test_damage_in_any_page_buys_nothing_twice(fort: Fort) -> None:
+async def test_damage_in_any_page_buys_nothing_twice(siege: SiegeHarness) -> None:
     """What a run on damaged pages cannot notice must not cost anything either."""
-    await fort.run("run-1")
-    whole = fort.path.read_bytes()
-    fort.requests = make_requests(ROWS + 1)
+    await siege.run("run-1")
+    whole = siege.path.read_bytes()
+    siege.requests = make_requests(ROWS + 1)
     noticed = 0
     pages = range(4096, len(whole), 4096)
     for start in pages:
-        fort.path.write_bytes(whole[:start] + b"\xa5" * 4096 + whole[start + 4096 :])
+        siege.path.write_bytes(whole[:start] + b"\xa5" * 4096 + whole[start + 4096 :])
         try:
-            await fort.run("run-2")
+            await siege.run("run-2")
         except JournalError as error:
             assert "Nothing more is bought" in str(error)  # noqa: PT017 - or it went well
             noticed += 1
-        assert fort.emulator.stats()["creates"] <= ROWS + 1
+        assert siege.emulator.stats()["creates"] <= ROWS + 1
     assert noticed > 0.9 * len(pages)
-    fort.path.write_bytes(whole)
-    await fort.settle()
+    siege.path.write_bytes(whole)
+    await siege.assert_recovers()
 
 
 async def test_damage_in_an_unread_page_is_found_before_buying(
-    fort: Fort,
+    siege: SiegeHarness,
 ) -> None:
-    with closing(fort.open()):
+    with closing(siege.open()):
         pass
-    with closing(sqlite3.connect(fort.path)) as other:
+    with closing(sqlite3.connect(siege.path)) as other:
         page = other.execute(
             "select rootpage from sqlite_master where name = 'account_readings'"
         ).fetchone()[0]
-    data = bytearray(fort.path.read_bytes())
+    data = bytearray(siege.path.read_bytes())
     data[(page - 1) * 4096 : page * 4096] = b"\xa5" * 4096
-    fort.path.write_bytes(data)
+    siege.path.write_bytes(data)
     with pytest.raises(JournalError, match="Do not remove it"):
-        await fort.run("run-1")
-    assert fort.emulator.stats()["requests"] == {}
+        await siege.run("run-1")
+    assert siege.emulator.stats()["requests"] == {}
 
 
 # -- what is found where a journal should be ------------------------------------------------------
@@ -528,33 +538,33 @@ def _is_refused(path: Path, said: str) -> None:
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
-def test_an_empty_file_is_not_a_new_journal(fort: Fort) -> None:
-    fort.path.write_bytes(b"")
-    _is_refused(fort.path, "is an empty file")
+def test_an_empty_file_is_not_a_new_journal(siege: SiegeHarness) -> None:
+    siege.path.write_bytes(b"")
+    _is_refused(siege.path, "is an empty file")
 
 
-def test_a_journal_that_was_emptied_is_refused(fort: Fort) -> None:
-    with closing(fort.open()):
+def test_a_journal_that_was_emptied_is_refused(siege: SiegeHarness) -> None:
+    with closing(siege.open()):
         pass
-    with emptied(fort.path):
-        _is_refused(fort.path, "is an empty file")
-    with closing(fort.open()):
+    with emptied(siege.path):
+        _is_refused(siege.path, "is an empty file")
+    with closing(siege.open()):
         pass
 
 
-def test_a_write_ahead_log_without_its_journal_is_an_error(fort: Fort) -> None:
+def test_a_write_ahead_log_without_its_journal_is_an_error(siege: SiegeHarness) -> None:
     """SQLite would take the old log into the new file."""
-    fort.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
-    _is_refused(fort.path, "its write-ahead log journal.db-wal is. Put it back")
-    assert not fort.path.exists()
+    siege.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
+    _is_refused(siege.path, "its write-ahead log journal.db-wal is. Put it back")
+    assert not siege.path.exists()
 
 
-def test_a_folder_is_not_a_journal(fort: Fort) -> None:
-    fort.path.mkdir()
-    _is_refused(fort.path, "unable to open database file.*Look whether the path is right")
+def test_a_folder_is_not_a_journal(siege: SiegeHarness) -> None:
+    siege.path.mkdir()
+    _is_refused(siege.path, "unable to open database file.*Look whether the path is right")
 
 
-def test_a_new_journal_is_created_atomically(fort: Fort) -> None:
-    with closing(fort.open()):
+def test_a_new_journal_is_created_atomically(siege: SiegeHarness) -> None:
+    with closing(siege.open()):
         pass
-    assert [file.name for file in fort.folder.iterdir()] == ["journal.db"]
+    assert [file.name for file in siege.folder.iterdir()] == ["journal.db"]

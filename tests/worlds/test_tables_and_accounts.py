@@ -25,10 +25,10 @@ from tests.spend.project_harness import LEARNED, ProjectHarness
 OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
 
 
-def wish(
+def run_again(
     shop: ProjectHarness, run_id: str, *again: str, killed: bool = False, new_seed: bool = False
 ) -> int:
-    """A run with a wish, as the asset makes it; returns how many images were bought."""
+    """Run with ``again``, as the asset does, and return how many images were bought."""
     krea = shop.krea
     before = int(shop.emulator.stats(tasks=False)["creates"])
     config = KreaImagesConfig(again=list(again), new_seed=new_seed)
@@ -66,7 +66,7 @@ def test_attempts_of_equal_prompt_ids_in_two_tables_are_separate(
     other = second_project(shop)
     other.buy()
     assert server.stats()["creates"] == 6
-    assert wish(shop, "run-2", "ash") == 1
+    assert run_again(shop, "run-2", "ash") == 1
     assert other.carry("run-3").posts == 0
     assert other.krea.attempts(other.table) == {}
     assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
@@ -98,12 +98,12 @@ def test_an_attempt_of_a_killed_run_is_continued_and_bought_once(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
-    assert wish(shop, "killed", "ash", killed=True) == 1
-    assert wish(shop, "repeated", "ash") == 0
+    assert run_again(shop, "killed", "ash", killed=True) == 1
+    assert run_again(shop, "repeated", "ash") == 0
     assert shop.krea.attempts(shop.table) == {("ash", 0): 1}
     with shop.krea.open_journal() as journal:
         assert journal.count_by_state() == {State.STORED: 5}
-    assert wish(shop, "a new wish", "ash") == 1
+    assert run_again(shop, "a new wish", "ash") == 1
     assert shop.krea.attempts(shop.table) == {("ash", 0): 2}
     assert server.stats()["bodies_bought_more_than_once"] == 0
 
@@ -111,7 +111,7 @@ def test_an_attempt_of_a_killed_run_is_continued_and_bought_once(
 def test_again_for_a_row_without_an_image_buys_one(
     shop: ProjectHarness,
 ) -> None:
-    assert wish(shop, "run-1", "ash") == 4
+    assert run_again(shop, "run-1", "ash") == 4
     assert shop.krea.attempts(shop.table) == {}
 
 
@@ -121,8 +121,8 @@ def test_again_for_a_fixed_seed_needs_a_drawn_seed(
     shop = shop.with_rows("fixed", seed=5)
     shop.buy()
     with pytest.raises(ConfigError, match=r"'fixed' has its seed in the prompt table.*--new-seed"):
-        wish(shop, "run-2", "fixed")
-    assert wish(shop, "run-3", "fixed", new_seed=True) == 1
+        run_again(shop, "run-2", "fixed")
+    assert run_again(shop, "run-3", "fixed", new_seed=True) == 1
     with shop.krea.open_journal() as journal:
         seeds = {one.request.seed for one in journal.all_records() if "fixed" in one.request.prompt}
     assert len(seeds) == 2
@@ -152,12 +152,12 @@ def test_again_accepts_error_codes_and_rejected(
                 )
             ]
         )
-    assert wish(shop, "run-2", "rejected") == 1
+    assert run_again(shop, "run-2", "rejected") == 1
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1}
     shop = shop.with_rows("blocked")
     server.world.script("fail", match="blocked of", arg="content_policy_violation")
     shop.carry("run-3")
-    assert wish(shop, "run-4", "error:content_policy_violation") == 1
+    assert run_again(shop, "run-4", "error:content_policy_violation") == 1
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("blocked", 0): 1}
 
 
@@ -165,12 +165,12 @@ def test_again_is_ambiguous_for_a_row_named_like_a_keyword(shop: ProjectHarness)
     shop = shop.with_rows("rejected")
     shop.buy()
     with pytest.raises(ConfigError, match="may mean the row of that prompt_id"):
-        wish(shop, "run-2", "rejected")
+        run_again(shop, "run-2", "rejected")
 
 
 def test_again_for_an_unknown_row_buys_nothing(shop: ProjectHarness) -> None:
     with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
-        wish(shop, "run-1", "nobody")
+        run_again(shop, "run-1", "nobody")
 
 
 def test_again_may_name_rows_of_other_partitions(
@@ -194,23 +194,23 @@ def test_again_for_a_rejected_image_buys_one(
 ) -> None:
     server.world.script("black", match="ash of")
     shop.carry()
-    assert wish(shop, "run-2", "error:flat_image") == 1
+    assert run_again(shop, "run-2", "error:flat_image") == 1
     assert shop.records()["ash"].error_code == "flat_image"
 
 
 def test_a_run_planned_before_an_attempt_does_not_close_it(shop: ProjectHarness) -> None:
     shop.buy()
     with Batch.read(shop.table, None, shop.krea) as earlier:
-        assert wish(shop, "killed", "ash", killed=True) == 1
+        assert run_again(shop, "killed", "ash", killed=True) == 1
         earlier.end_wishes(shop.krea)
-    assert wish(shop, "repeated", "ash") == 0
+    assert run_again(shop, "repeated", "ash") == 0
 
 
 def test_a_renamed_file_stays_the_same_table(
     shop: ProjectHarness, server: Emulator
 ) -> None:
     shop.buy()
-    assert wish(shop, "run-2", "ash") == 1
+    assert run_again(shop, "run-2", "ash") == 1
     (shop.folder / "prompts.parquet").rename(shop.folder / "renamed.parquet")
     renamed = PromptTable(str(shop.folder / "renamed.parquet"), shop.table.partition_by)
     (shop.folder / "prompts.parquet").unlink()  # which the shop writes when it is asked for it
@@ -225,7 +225,7 @@ def test_the_table_of_a_copied_root_has_separate_attempts(
     shop: ProjectHarness,
 ) -> None:
     shop.buy()
-    assert wish(shop, "run-2", "ash") == 1
+    assert run_again(shop, "run-2", "ash") == 1
     shutil.copytree(shop.folder / "krea", shop.folder / "copy")
     copy = shop.with_settings(storage=str(shop.folder / "copy"))
     assert copy.krea.attempts(shop.table) == {}  # before its first run, as after it
@@ -254,7 +254,7 @@ def test_an_attempt_can_be_raised_first_after_an_upgrade(
     """Attempts of before tables were known are those of the first table that is entered."""
     server.world.script("fail", match="birch of", arg="service_error", n=3)
     shop.buy()
-    assert wish(shop, "run-2", "birch") == 1
+    assert run_again(shop, "run-2", "birch") == 1
     with closing(sqlite3.connect(tmp_journal(shop))) as database, database:
         for table in ("attempts", "raised_attempts", "requests", "submissions"):
             database.execute(f"UPDATE {table} SET table_id = ''")  # noqa: S608 - as named above
@@ -263,9 +263,9 @@ def test_an_attempt_can_be_raised_first_after_an_upgrade(
         database.execute("UPDATE roots SET location = ''")
     (shop.folder / "krea" / MARKER).unlink()
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1}
-    assert wish(shop, "run-3", "ash") == 1
+    assert run_again(shop, "run-3", "ash") == 1
     assert shop.krea.attempts(shop.table) == {("birch", 0): 1, ("ash", 0): 1}
-    assert wish(shop, "run-4", "ash") == 1
+    assert run_again(shop, "run-4", "ash") == 1
     assert server.stats()["bodies_bought_more_than_once"] == 0
 
 

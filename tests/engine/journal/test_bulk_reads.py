@@ -49,7 +49,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(f"memory://{hashlib.sha256(str(tmp_path).encode()).hexdigest()}")
 
 
-class Shelf:
+class ImageFiles:
     """Requests that were stored, and their files."""
 
     def __init__(self, journal: Journal, storage: Storage) -> None:
@@ -82,23 +82,23 @@ class Shelf:
 def test_images_are_intact_if_the_store_has_them(
     journal: Journal, storage: Storage, look: Callable[..., None]
 ) -> None:
-    shelf = Shelf(journal, storage)
-    requests = [shelf.store(number) for number in range(12)]
+    files = ImageFiles(journal, storage)
+    requests = [files.store(number) for number in range(12)]
     others = [
         make_request(f"in state {state.value}") for state in State if state is not State.STORED
     ]
     for request, state in zip(others, (s for s in State if s is not State.STORED), strict=True):
-        shelf.writer.bring_to(request, state)
+        files.writer.bring_to(request, state)
     gone, cut, grown = requests[:3]
     for request in (gone, cut, grown):
-        remove(storage, shelf.path_of(request))
-    shelf.write(shelf.path_of(cut), 5)
-    shelf.write(shelf.path_of(grown), 5000)
-    elsewhere = shelf.store(20, name="images/zz/some other name.png")
+        remove(storage, files.path_of(request))
+    files.write(files.path_of(cut), 5)
+    files.write(files.path_of(grown), 5000)
+    elsewhere = files.store(20, name="images/zz/some other name.png")
     key = requests[3].request_key
-    shelf.write(f"images/{key[:2]}/{key}.bak", 13)
-    shelf.write(f"images/{'00' if key[:2] != '00' else '01'}/{key}.png", 13)
-    shelf.write("images/rejected/" + key, 13)
+    files.write(f"images/{key[:2]}/{key}.bak", 13)
+    files.write(f"images/{'00' if key[:2] != '00' else '01'}/{key}.png", 13)
+    files.write("images/rejected/" + key, 13)
     unknown = make_request("never planned")
     look(1)
 
@@ -128,14 +128,14 @@ def remove(storage: Storage, name: str) -> None:
 
 
 def test_files_without_a_key_as_name_are_ignored(journal: Journal, tmp_path: Path) -> None:
-    shelf = Shelf(journal, Storage(str(tmp_path / "made")))
-    request = shelf.store(0)
+    files = ImageFiles(journal, Storage(str(tmp_path / "made")))
+    request = files.store(0)
     key = request.request_key
     folder = tmp_path / "made" / "images" / key[:2]
     for name in (f"{key.upper()}.png", f"{key[:-1]}g.png", f"{key}0.png", "x.png", f"{key}.PNG"):
         (folder / name).write_bytes(b"x" * 10)
     (folder / f"{key}.jpg").mkdir()
-    _, whole = known_requests(journal, shelf.storage, digests(request)).of(digests(request))
+    _, whole = known_requests(journal, files.storage, digests(request)).of(digests(request))
     assert whole.tolist() == [True]
 
 
@@ -143,8 +143,8 @@ def test_files_without_a_key_as_name_are_ignored(journal: Journal, tmp_path: Pat
 def test_a_name_with_one_wrong_letter_is_noticed(
     journal: Journal, tmp_path: Path, look: Callable[..., None], part: str
 ) -> None:
-    shelf = Shelf(journal, Storage(str(tmp_path / "made")))
-    requests = [shelf.store(4 * number) for number in range(2)]
+    files = ImageFiles(journal, Storage(str(tmp_path / "made")))
+    requests = [files.store(4 * number) for number in range(2)]
     key = make_request("stored 8").request_key
     other = "1" if key[0] == "0" else "0"
     names = {
@@ -154,10 +154,10 @@ def test_a_name_with_one_wrong_letter_is_noticed(
         "key": f"images/{key[:2]}/{key[:-1]}{'1' if key[-1] == '0' else '0'}.png",
         "ending": f"images/{key[:2]}/{key}.pnG",
     }
-    requests.append(shelf.store(8, name=names[part]))
-    shelf.write(f"images/{key[:2]}/{key}.png", 18)
+    requests.append(files.store(8, name=names[part]))
+    files.write(f"images/{key[:2]}/{key}.png", 18)
     look(1)
-    _, whole = known_requests(journal, shelf.storage, digests(*requests)).of(digests(*requests))
+    _, whole = known_requests(journal, files.storage, digests(*requests)).of(digests(*requests))
     assert whole.tolist() == [True, True, False]
 
 
