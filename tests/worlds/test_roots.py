@@ -90,9 +90,7 @@ def test_an_unmounted_root_stops_the_run_and_nothing_is_lost(
     assert (files(shop), shop.records()) == before
 
 
-def test_an_unmounted_image_folder_stops_the_run(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_an_unmounted_image_folder_stops_the_run(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     (root(shop) / "images").rename(shop.folder / "away")
     nothing_happens(shop, server, r"4 of 4 images that were looked for .* are not there")
@@ -100,9 +98,7 @@ def test_an_unmounted_image_folder_stops_the_run(
     assert shop.carry("run-2").progress.reused == 4
 
 
-def test_a_few_missing_files_are_fetched_again(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_a_few_missing_files_are_fetched_again(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     for name in sorted(files(shop))[:2]:
         (root(shop) / name).unlink()
@@ -148,9 +144,7 @@ def test_expired_images_are_found_when_their_files_are_back(
 # -- another journal's ------------------------------------------------------------------------
 
 
-def test_a_root_of_another_journal_is_refused(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_a_root_of_another_journal_is_refused(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     other = shop.with_settings(journal_url=f"sqlite:///{shop.folder / 'other.db'}")
     with pytest.raises(ConfigError, match=r"holds images, and the journal that bought them"):
@@ -276,9 +270,7 @@ def test_a_root_older_than_its_journal_stops_the_run(
     assert server.stats()["creates"] == 8
 
 
-def test_a_moved_root_is_recognised_by_its_marker(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_a_moved_root_is_recognised_by_its_marker(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     root(shop).rename(shop.folder / "moved")
     moved = shop.with_settings(storage=str(shop.folder / "moved"))

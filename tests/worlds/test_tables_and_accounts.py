@@ -130,9 +130,7 @@ def test_again_for_a_fixed_seed_needs_a_drawn_seed(
     assert shop.carry("run-4").posts == 0  # the drawn seed stays
 
 
-def test_again_accepts_error_codes_and_rejected(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_again_accepts_error_codes_and_rejected(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     record = shop.records()["birch"]
     assert record.image is not None
@@ -189,9 +187,7 @@ def test_again_may_name_rows_of_other_partitions(
     assert bought == 2
 
 
-def test_again_for_a_rejected_image_buys_one(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_again_for_a_rejected_image_buys_one(shop: ProjectHarness, server: Emulator) -> None:
     server.world.script("black", match="ash of")
     shop.carry()
     assert run_again(shop, "run-2", "error:flat_image") == 1
@@ -206,9 +202,7 @@ def test_a_run_planned_before_an_attempt_does_not_close_it(shop: ProjectHarness)
     assert run_again(shop, "repeated", "ash") == 0
 
 
-def test_a_renamed_file_stays_the_same_table(
-    shop: ProjectHarness, server: Emulator
-) -> None:
+def test_a_renamed_file_stays_the_same_table(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     assert run_again(shop, "run-2", "ash") == 1
     (shop.folder / "prompts.parquet").rename(shop.folder / "renamed.parquet")
