@@ -555,13 +555,13 @@ def test_a_journal_that_was_emptied_is_refused(siege: SiegeHarness) -> None:
 def test_a_write_ahead_log_without_its_journal_is_an_error(siege: SiegeHarness) -> None:
     """SQLite would take the old log into the new file."""
     siege.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
-    _is_refused(siege.path, "its write-ahead log journal.db-wal is. Put it back")
+    _is_refused(siege.path, "its write-ahead log journal.db-wal is there. Put it back")
     assert not siege.path.exists()
 
 
 def test_a_folder_is_not_a_journal(siege: SiegeHarness) -> None:
     siege.path.mkdir()
-    _is_refused(siege.path, "unable to open database file.*Look whether the path is right")
+    _is_refused(siege.path, "unable to open database file.*Check the path")
 
 
 def test_a_new_journal_is_created_atomically(siege: SiegeHarness) -> None:

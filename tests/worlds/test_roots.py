@@ -93,7 +93,7 @@ def test_an_unmounted_root_stops_the_run_and_nothing_is_lost(
 def test_an_unmounted_image_folder_stops_the_run(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     (root(shop) / "images").rename(shop.folder / "away")
-    nothing_happens(shop, server, r"4 of 4 images that were looked for .* are not there")
+    nothing_happens(shop, server, r"4 of 4 images that were checked .* are missing")
     (shop.folder / "away").rename(root(shop) / "images")
     assert shop.carry("run-2").progress.reused == 4
 
@@ -321,7 +321,7 @@ def test_a_root_with_two_paths_is_not_a_copy(shop: ProjectHarness, server: Emula
 def test_a_damaged_marker_is_an_error(shop: ProjectHarness) -> None:
     shop.buy()
     (root(shop) / MARKER).write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read, and it says which journal"):
+    with pytest.raises(ConfigError, match="cannot be read. It names the journal"):
         shop.carry("run-2")
     shop.krea.accept_root()
     assert shop.carry("run-3").progress.reused == 4

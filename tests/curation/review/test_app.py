@@ -358,5 +358,5 @@ def test_without_a_journal_a_verdict_is_refused_with_503(tmp_path: Path) -> None
     headers = {"Origin": f"http://127.0.0.1:{server.port}"}
     answer = httpx.post(f"{server.url}api/verdicts", json={"verdicts": [given()]}, headers=headers)
     assert answer.status_code == 503
-    assert "not there any more" in answer.json()["error"]
+    assert "The file is missing" in answer.json()["error"]
     server.stop()
