@@ -1,4 +1,4 @@
-"""A dataset by category: images, checks, and a JSONL of what was delivered.
+"""A dataset by category: images, checks, and a JSONL of the delivered images.
 
 ``python examples/curated_dataset/definitions.py`` makes it; ``dagster dev -f`` and this file opens
 Dagster's UI on it.
@@ -32,7 +32,7 @@ ROWS = [
     ("surf", "surf on black sand, long exposure", "sea"),
     ("lighthouse", "a lighthouse in fog, telephoto", "sea"),
     ("twins", "two sisters on a tandem, summer", "people"),
-    # The emulator refuses this one, to show what the checks make of it.
+    # The emulator refuses this one, to show what the checks say.
     ("refused", "a prompt that is refused [emulator: refuse]", "people"),
 ]
 
@@ -79,7 +79,7 @@ def main() -> None:
     pd.DataFrame(ROWS, columns=["prompt_id", "prompt", "category"]).to_parquet(PROMPTS)
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     with dg.DagsterInstance.local_temp(str(FOLDER)) as instance:
-        # What the sensor krea_prompts does, where the daemon runs.
+        # The sensor krea_prompts does this where the daemon runs.
         instance.add_dynamic_partitions("krea_category", ["people", "sea"])
         bought = defs.resolve_job_def("krea_images").execute_in_process(
             run_config=quiet,

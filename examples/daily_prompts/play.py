@@ -20,18 +20,18 @@ from krea_dagster import (
     on_prompts_changed,
 )
 
-#: What is written on which day: the day that a prompt is for, and the prompt.
+#: The new rows of each day: the day that a prompt is for, and the prompt.
 DAYS = {
     "2025-03-03": [("2025-03-03", "a tram in the rain"), ("2025-03-03", "a kite over stubble")],
     "2025-03-04": [("2025-03-04", "three lemons and a jug")],
-    # The third day also brings a late one for the first.
+    # The third day also brings a late prompt for the first.
     "2025-03-05": [("2025-03-05", "a fox in the snow"), ("2025-03-03", "a tram depot at night")],
 }
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 def build(folder: Path) -> dg.Definitions:
-    """The code location: a table by day, an automation, and a schedule."""
+    """Return the code location: a table by day, an automation, and a schedule."""
     images = build_krea_definitions(
         prompts=str(folder / "prompts.parquet"),
         partition_by="day:day",
@@ -44,7 +44,7 @@ def build(folder: Path) -> dg.Definitions:
 
 
 class Player:
-    """Stands in for Dagster's daemon, with a clock of its own."""
+    """Does the work of Dagster's daemon, with its own clock."""
 
     def __init__(self, folder: Path, instance: dg.DagsterInstance) -> None:
         self.defs, self.instance = build(folder), instance
@@ -89,7 +89,7 @@ class Player:
 
 
 def play(folder: Path) -> None:
-    """Play the days: write the prompts, run what is launched, and say what was bought."""
+    """Play the days: write the prompts, run the launched partitions, and print what was bought."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str]] = []
     with dg.DagsterInstance.local_temp(str(folder)) as instance:
@@ -106,6 +106,6 @@ def play(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # That evaluates conditions by hand is beta in Dagster; its daemon does the same unasked.
+    # Evaluating conditions by hand is beta in Dagster; its daemon does the same.
     warnings.simplefilter("ignore", dg.BetaWarning)
     play(Path(os.environ.get("EXAMPLE_FOLDER", "data/examples/daily_prompts")).absolute())
