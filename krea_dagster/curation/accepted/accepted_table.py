@@ -213,23 +213,21 @@ class AcceptedTableBuilder:
         JournalError.
         """
         evidence = self.evidence()
-        made: list[AcceptedPartition] = []
-        outcomes: list[GroupResult] = []
+        groups = [[key] for key in partition_keys]
         if self.wanted is not None and self.wanted.column:
-            every = sorted({*self.partitions(), *partition_keys})
-            slots, of_each = self.slots(every)
-            reasons, outcomes = self._judge(slots, evidence)
-            made = [
-                self._write(key, slots.slice(*of_each[key]), reasons.slice(*of_each[key]))
-                for key in partition_keys
-            ]
-            return made, outcomes
-        for key in partition_keys:
-            slots, _ = self.slots([key])
+            groups = [sorted({*self.partitions(), *partition_keys})]
+        made: dict[str, AcceptedPartition] = {}
+        results: list[GroupResult] = []
+        for keys in groups:
+            slots, spans = self.slots(keys)
             reasons, found = self._judge(slots, evidence)
-            made.append(self._write(key, slots, reasons))
-            outcomes += found
-        return made, outcomes
+            results += found
+            for key in partition_keys:
+                if key in spans:
+                    made[key] = self._write(
+                        key, slots.slice(*spans[key]), reasons.slice(*spans[key])
+                    )
+        return [made[key] for key in partition_keys], results
 
     def slots(self, keys: Sequence[str]) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
         """Return the slots of these partitions, and the first and the number of each one's."""

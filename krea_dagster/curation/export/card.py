@@ -49,7 +49,7 @@ class DatasetFacts:
     prompts: int
     splits: Mapping[str, int]
     leaked: Mapping[str, int]
-    likeness_known: bool
+    near_duplicates_known: bool
     models: Sequence[str]
     sizes: Mapping[str, int]
     qualities: Mapping[str, int]
@@ -79,7 +79,7 @@ def facts_of(rows: SelectedRows, plan: ExportPlan, spec: ExportSpec) -> DatasetF
             one.name: sum(len(shard.rows) for shard in plan.of(one.name)) for one in spec.splits
         },
         leaked=plan.leaked,
-        likeness_known=plan.likeness_known,
+        near_duplicates_known=plan.near_duplicates_known,
         models=sorted(_counts(table["model"])),
         sizes=_counts(table["size"]),
         qualities=_counts(table["quality"]),
@@ -243,7 +243,7 @@ def _cost(facts: DatasetFacts) -> str:
 def _about_splits(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
     if len(spec.splits) == 1:
         return []
-    basis = "by near-duplicates" if facts.likeness_known else "by equal files only"
+    basis = "by near-duplicates" if facts.near_duplicates_known else "by equal files only"
     similar = (
         "Similar images of different prompts may be in several splits."
         if spec.leaks

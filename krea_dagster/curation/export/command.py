@@ -244,7 +244,7 @@ def _print_summary(done: Exported) -> None:
     click.echo(f"{'size':<10} {done.bytes / 1e6:.1f} MB")
     click.echo(f"{'credits':<10} {facts.credits:g} for these images")
     click.echo(f"{'version':<10} {done.path}")
-    if len(facts.splits) > 1 and not facts.likeness_known and not done.spec.leaks:
+    if len(facts.splits) > 1 and not facts.near_duplicates_known and not done.spec.leaks:
         click.echo(
             "Near-duplicates across splits are unknown: materialize near_duplicates first.",
             err=True,

@@ -66,7 +66,7 @@ class Exported:
                 name: {"images": count, "left_out_as_alike": facts.leaked.get(name, 0)}
                 for name, count in facts.splits.items()
             },
-            "likeness_known": facts.likeness_known,
+            "likeness_known": facts.near_duplicates_known,
             "left_out_by_filter": self.left_by_filter,
             "repeated": self.repeated,
             "shards": self.shards,

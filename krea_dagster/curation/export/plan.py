@@ -52,14 +52,14 @@ class Shard:
 class ExportPlan:
     """The shards in order, and what was left out.
 
-    ``leaked`` counts by split the images left out because a later split has a similar one.
-    ``likeness_known``: whether near-duplicates are known, or only equal files. ``endings`` are the
-    extensions of the files.
+    ``leaked`` counts by split the images left out because a later split has a similar one; without
+    ``near_duplicates_known``, only equal files count as similar. ``endings`` are the extensions of
+    the files.
     """
 
     shards: tuple[Shard, ...]
     leaked: Mapping[str, int]
-    likeness_known: bool
+    near_duplicates_known: bool
     endings: tuple[str, ...]
 
     @property

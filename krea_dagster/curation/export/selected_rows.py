@@ -11,6 +11,7 @@ import hashlib
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,7 +65,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 class SelectedRows:
-    """The selected rows, sorted by their keys. Close it, or use it in a ``with`` statement.
+    """The selected rows, sorted by their keys.
 
     ``keys`` are 24 hexadecimal digits, from the request, the prompt_id and the sample: the
     permanent name of an image in exports. ``digests`` are the sha256 of all that is written for a
@@ -76,24 +77,23 @@ class SelectedRows:
         self._file = file
         self.columns = tuple(columns)
         self.left_by_filter = left_by_filter
-        self.repeated = 0
-        self.keys: npt.NDArray[np.bytes_] = np.zeros(0, "S24")
-        self.digests = np.zeros((0, 32), np.uint8)
-        self.sizes: Numbers = np.zeros(0, np.int64)
-        self._places: Numbers = np.zeros(0, np.int64)
+        keys: list[bytes] = []
+        digests: list[bytes] = []
+        sizes: list[int] = []
+        for batch in self._file.batches():
+            table = pa.Table.from_batches([batch])
+            keys += _keys(table)
+            images = table["image_sha256"].to_pylist()
+            digests += map(_digest, records(table.select(self.columns)), images)
+            sizes += table["image_bytes"].fill_null(0).to_pylist()
+        self.keys, first = np.unique(np.array(keys, "S24"), return_index=True)
+        self._places: Numbers = first.astype(np.int64)
+        self.digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)[first]
+        self.sizes: Numbers = np.array(sizes, np.int64)[first]
+        self.repeated = len(keys) - len(first)
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def __enter__(self) -> SelectedRows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the temporary file."""
-        self._file.close()
 
     @property
     def schema(self) -> pa.Schema:
@@ -108,27 +108,12 @@ class SelectedRows:
         """Return a column of all rows."""
         return self.take(np.arange(len(self)), [name])[name]
 
-    def sort(self) -> None:
-        """Compute keys, digests and sizes, sort the rows by key, and drop repeated ones."""
-        keys: list[bytes] = []
-        digests: list[bytes] = []
-        sizes: list[int] = []
-        for batch in self._file.batches():
-            table = pa.Table.from_batches([batch])
-            keys += _keys(table)
-            images = table["image_sha256"].to_pylist()
-            digests += map(_digest, records(table.select(self.columns)), images)
-            sizes += table["image_bytes"].fill_null(0).to_pylist()
-        found, first = np.unique(np.array(keys, "S24"), return_index=True)
-        self.repeated = len(keys) - len(found)
-        self.keys, self._places = found, first.astype(np.int64)
-        joined = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-        self.digests = joined[first]
-        self.sizes = np.array(sizes, np.int64)[first]
 
-
-def select_rows(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()) -> SelectedRows:
-    """Select the rows of an export.
+@contextmanager
+def select_rows(
+    storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()
+) -> Iterator[SelectedRows]:
+    """Yield the selected rows of an export, whose temporary file exists until the end.
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
     are in no file or have a reserved name.
@@ -154,24 +139,18 @@ def select_rows(storage: Storage, spec: ExportSpec, folders: Sequence[str] = ())
             "the prompt table, or select the columns to export"
         )
     kept = pa.schema([_decoded(schema.field(name)) for name in dict.fromkeys([*columns, *_NEEDED])])
-    file = _RowFile(kept)
-    try:
+    filtered = [one.column for one in spec.filters]
+    with closing(_RowFile(kept)) as file:
         left = 0
-        filtered = [one.column for one in spec.filters]
         for name in names:
             for batch in _batches(storage, name, [*kept.names, *filtered]):
                 mask = matching(batch, spec.filters)
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
                 file.write(batch.filter(mask))
         rows = SelectedRows(file, columns, left)
-        rows.sort()
-    except BaseException:
-        file.close()
-        raise
-    if not len(rows):
-        rows.close()
-        raise ConfigError(_no_rows(storage, spec, left))
-    return rows
+        if not len(rows):
+            raise ConfigError(_no_rows(storage, spec, left))
+        yield rows
 
 
 # -- files -----------------------------------------------------------------------------------

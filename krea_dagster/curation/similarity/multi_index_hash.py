@@ -24,9 +24,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-#: Bytes and bits of a hash.
+#: Bytes of a hash.
 HASH_BYTES: Final = 32
-HASH_BITS: Final = 8 * HASH_BYTES
 #: The largest limit: beyond it the pieces would have to be looked up too often.
 MOST_BITS: Final = 47
 

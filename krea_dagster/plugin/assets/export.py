@@ -128,7 +128,7 @@ def export_metadata(done: Exported, source_key: dg.AssetKey) -> Metadata:
         "shards_written": done.written,
         "shards_unchanged": done.linked + done.found,
         "left_out_as_alike": sum(facts.leaked.values()),
-        "near_duplicates_known": facts.likeness_known,
+        "near_duplicates_known": facts.near_duplicates_known,
         "splits": small_table(
             [
                 {"split": name, "images": count, "left_out_as_alike": facts.leaked.get(name, 0)}
