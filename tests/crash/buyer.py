@@ -1,4 +1,4 @@
-"""Buys images in a process of its own: ``python -m tests.crash.buyer URL FOLDER COUNT``."""
+"""Buys images in a separate process: ``python -m tests.crash.buyer URL FOLDER COUNT``."""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ FAULTS: Final = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial came to, in units.
+    """The result of one trial, in units.
 
-    ``most_units`` is the most that the server held and had charged at any time it was looked.
+    ``most_units`` is the highest sum of held and charged credits that was seen.
     """
 
     most_units: int
@@ -76,7 +76,7 @@ def trial(
         if scope == "run":
             run["run_id"] = "the-one-run"
         with _Watch(emulator) as watch:
-            # Half of each process's rows are another's too.
+            # Half of each process's rows are also those of another one.
             ended = outcomes(
                 harness.start(*({**run, "start": n * ROWS // 2} for n in range(PROCESSES)))
             )
@@ -132,7 +132,7 @@ def _say(line: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print one line per trial; 1 where one has passed the cap."""
+    """Print one line per trial; return 1 if one has passed the cap."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--scope", choices=["day", "run"], default="day")

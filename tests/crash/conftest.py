@@ -1,4 +1,4 @@
-"""Keeps the machine's proxies away from tests that talk to this machine only; the databases."""
+"""Fixtures: no proxies, and the databases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of the engine in a process of its own, which is forked with all of it imported."""
+"""One run of the engine in a separate process, forked from one that has imported it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.crash.process_harness import Job, wanted
 
 
 def work(job: Job, connection: Connection) -> None:
-    """Run once, when told to; send the report, and exit with 0 where all was delivered.
+    """Run once, after ``go``; send the report, and exit with 0 if all was delivered.
 
-    Else with 1, with 3 where the journal failed, and with 143 where SIGTERM ended it.
+    Otherwise with 1, with 3 if the journal failed, and with 143 if SIGTERM ended it.
     """
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""Runs of the engine in processes of their own, which share one journal and one emulator."""
+"""Runs of the engine in separate processes, which share one journal and one emulator."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.models import ImageRequest
 from tests.engine.harness import make_request
 
-#: Importing the engine takes longer than many a run here, so each process is a fork of one
-#: that has imported it, and has done nothing else.
+#: Importing the engine takes longer than many runs here, so each process is a fork of one that
+#: has only imported it.
 _PROCESSES: Final = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.crash.engine_worker"])
 
@@ -57,14 +57,14 @@ def requests(job: Job) -> list[ImageRequest]:
 
 
 def wanted(job: Job) -> Iterator[RequestedImage]:
-    """The same, with the partition and the campaign that each is bought for."""
+    """The requested images of a job, with partition and campaign."""
     for request in requests(job):
         campaign = "autumn" if request.seed % 2 else "spring"
         yield RequestedImage(request, job.partition, scopes=(column_scope("campaign", campaign),))
 
 
 class Process:
-    """A run in a process of its own, which waits for ``go``."""
+    """A run in a separate process, which waits for ``go``."""
 
     def __init__(self, job: Job) -> None:
         from tests.crash.engine_worker import work  # noqa: PLC0415 - which imports this file
@@ -84,7 +84,7 @@ class Process:
         os.kill(self._process.pid, number)
 
     def end(self) -> tuple[int | None, dict[str, Any]]:
-        """Wait for its end; its exit code and what it reports."""
+        """Wait for its end; return its exit code and its report."""
         report: dict[str, Any] = {}
         assert self._here.poll(120), "the process does not end"
         with suppress(EOFError):

@@ -1,4 +1,4 @@
-"""Hard budgets of every kind hold where four processes race for what is left of them."""
+"""Budgets of every kind hold while four processes compete for the rest."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.crash.process_harness import ProcessHarness, outcomes
 IMAGE = 4_500
 ROWS = 20
 
-#: A budget, the scopes that it bounds, and how many images it leaves room for in all: each of
-#: four processes wants 20, half of them another's too, in two partitions and two campaigns.
+#: A budget, the scopes that it bounds, and how many images it has room for: each of four
+#: processes wants 20, half of them also wanted by another, in two partitions and two campaigns.
 BUDGETS = {
     "day=4.6": ("day:", 10),
     "month=4.6": ("month:", 10),

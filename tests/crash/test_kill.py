@@ -19,7 +19,7 @@ from tests.engine.harness import EngineHarness, make_requests, open_harness
 
 ROOT = Path(__file__).parents[2]
 
-#: Far more than any of this takes, also on a busy machine.
+#: Far more than any of this takes, even on a busy machine.
 PATIENCE_S = 60.0
 
 
@@ -71,7 +71,7 @@ def test_purchases_of_a_killed_process_are_finished_and_not_bought_again(
 def test_a_process_that_is_killed_between_post_and_answer_finds_its_task_again(
     tmp_path: Path,
 ) -> None:
-    """Its parent has not even noticed its death: the next run does not wait for that."""
+    """Its parent has not reaped it yet, and the next run does not wait for that."""
     with open_harness(tmp_path) as engine:
         engine.emulator.world.script("delay_create", arg=2)
         with buying(engine, 1) as process:

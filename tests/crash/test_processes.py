@@ -51,7 +51,7 @@ def test_two_processes_on_the_same_rows_buy_each_row_once(tmp_path: Path, journa
 def test_three_processes_that_start_one_after_the_other_buy_each_row_once(
     harness: ProcessHarness,
 ) -> None:
-    """The later ones find rows bought, rows in the hands of the others, and rows of their own."""
+    """The later ones find rows that are bought, rows that others hold, and new rows."""
     first, second, third = (harness.prepare(start=start, count=30) for start in (0, 10, 20))
     first.go()
     wait_for(harness, lambda stats: stats["creates"] >= 5)
@@ -66,7 +66,7 @@ def test_three_processes_that_start_one_after_the_other_buy_each_row_once(
 def test_requests_of_a_killed_process_are_taken_over_by_a_parallel_one(
     harness: ProcessHarness,
 ) -> None:
-    """Without another run, and without waiting: the process table says that it is dead."""
+    """At once, because the process table shows that it is dead."""
     killed, other = harness.prepare(count=40), harness.prepare(count=40)
     killed.go()
     wait_for(harness, lambda stats: stats["creates"] >= 10)
@@ -146,7 +146,7 @@ def test_four_processes_with_64_in_flight_each_never_pass_a_cap_of_ten_credits(
 
 
 def test_a_process_at_its_disk_quota_ends_with_a_clear_error(harness: ProcessHarness) -> None:
-    """A quota, as the system sets it: the write fails in the middle of the run."""
+    """The write fails in the middle of the run."""
     (first,) = harness.start({"count": 8})
     assert first.end()[0] == 0
     file = Path(harness.job.journal.removeprefix("sqlite:///"))

@@ -1,4 +1,4 @@
-"""SIGTERM to the command: it ends soon, writes what it knows, and the next run completes."""
+"""SIGTERM to the command: it ends soon, writes its answers, and the next run completes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(engine: EngineHarness) -> subprocess.Popen[bytes]:
 
 
 def test_a_terminated_command_waits_for_the_answer_to_a_post(tmp_path: Path) -> None:
-    """Under hold a torn one would need a person."""
+    """Under hold, a lost answer would need a person."""
     with open_harness(tmp_path, latency_s=0.05) as engine:
         engine.emulator.world.set_rate("stuck", 1.0)
         engine.emulator.world.script("delay_create", arg=1)

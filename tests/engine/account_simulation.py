@@ -1,7 +1,7 @@
 """An account with limits and runs that pace themselves at it, in virtual time.
 
-What decides (pace, looking, latency) is the package's own; what acts (the session, the asker,
-the network) is replaced by a few lines, so that a hundred seconds take one.
+The decisions (pace, poll_schedule, latency) are the package's; the actions (the scheduler, the
+poller, the network) are replaced by a few lines, so that a hundred seconds take one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from krea_dagster.engine.run.poll_schedule import (
 
 _T = TypeVar("_T")
 
-#: Seconds that a call takes to the server and back, on the whole.
+#: Seconds of a round trip to the server.
 ROUND_TRIP_S = 0.006
 JOIN_S = 0.1
 
@@ -67,7 +67,7 @@ class Account:
         self._chance = random.Random(self.seed + 1)
 
     def afresh(self) -> Account:
-        """The same account before anybody used it."""
+        """The same account, unused."""
         return replace(self, _tokens=math.nan, _recent=[], _ends=[], taken=0, most_seen=0)
 
     def create(self, now_s: float) -> float | None:
@@ -101,7 +101,7 @@ class Account:
         return True
 
     def bound_s(self, images: int) -> float:
-        """The least time in which anybody could have these images."""
+        """The least time in which these images can be made."""
         latencies = random.Random(self.seed)
         running: list[float] = []
         start_s = end_s = 0.0
@@ -118,8 +118,8 @@ class Account:
 
 
 @dataclass
-class Shelf:
-    """What a journal holds for the runs that share it."""
+class SharedJournal:
+    """The shared pace and the leases, as a journal keeps them."""
 
     kept: str = ""
     kept_at_s: float = 0.0
@@ -136,7 +136,7 @@ class _Task:
 
 
 class Run:
-    """One run's side: submits by the pace, asks by the chances."""
+    """One run: submits by the pace, polls by the chances."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Run:
         batch: bool,
         most: int = 256,
         starts_s: float = 0.0,
-        shelf: Shelf | None = None,
+        shared: SharedJournal | None = None,
         owner: str = "",
     ) -> None:
         self.images = images
@@ -153,7 +153,7 @@ class Run:
         self.batch = batch
         self.starts_s = starts_s
         self.shared = SharedPace(Pace(most))
-        self.shelf = shelf
+        self.shelf = shared
         self.owner = owner
         self.exchanging = False
         self.latencies = Latencies()
@@ -178,7 +178,7 @@ class Run:
         self.shared.pace = pace
 
     def step(self, now_s: float, world: World) -> float:
-        """Do what is due; returns when to look again."""
+        """Do what is due; return when to continue."""
         if now_s < self.starts_s:
             return self.starts_s
         again_s = self._exchange(now_s, world)
@@ -188,8 +188,8 @@ class Run:
         return min(again_s, self._ask(now_s, world))
 
     def _exchange(self, now_s: float, world: World) -> float:
-        shelf = self.shelf
-        if shelf is None or self.exchanging or not (self.left or self.tasks or self.submitting):
+        shared = self.shelf
+        if shared is None or self.exchanging or not (self.left or self.tasks or self.submitting):
             return math.inf
         due_s = self.shared.due_s(now_s) if self.joined else self.starts_s + JOIN_S - now_s
         if due_s > 1e-9 and self.met:
@@ -201,16 +201,16 @@ class Run:
         lease = Lease(self.owner, in_flight, self.left)
 
         def arrive(at_s: float) -> PaceExchange:
-            shelf.leases[self.owner] = (lease, at_s)
-            shelf.exchanges += 1
+            shared.leases[self.owner] = (lease, at_s)
+            shared.exchanges += 1
             others = [
                 one
-                for owner, (one, then_s) in shelf.leases.items()
+                for owner, (one, then_s) in shared.leases.items()
                 if owner != self.owner and at_s - then_s <= LEASE_S
             ]
-            told = load_history(shelf.kept, at_s - shelf.kept_at_s, at_s).among((lease, *others))
+            told = load_history(shared.kept, at_s - shared.kept_at_s, at_s).among((lease, *others))
             told = told.with_events(untold, at_s)
-            shelf.kept, shelf.kept_at_s = dump_history(told, at_s), at_s
+            shared.kept, shared.kept_at_s = dump_history(told, at_s), at_s
             return PaceExchange(told.learned(), lease, others, len(untold), at_s)
 
         def answered(at_s: float, found: PaceExchange) -> None:
@@ -306,7 +306,7 @@ class Run:
 
 
 class World:
-    """Virtual time: calls take a while, and runs are looked at when something is due."""
+    """Virtual time: calls take a while, and runs continue when something is due."""
 
     def __init__(self, account: Account, runs: Sequence[Run]) -> None:
         self.account = account
@@ -319,7 +319,7 @@ class World:
             run.retry_after_s = account.retry_after_s
 
     def call(self, ask: Callable[[float], _T], answered: Callable[[float, _T], None]) -> None:
-        """Let the server do something after half a round trip, and hear of it after another."""
+        """Call the server after half a round trip, and return its answer after another."""
 
         def arrive() -> None:
             value = ask(self.now_s)
@@ -346,7 +346,7 @@ class World:
         return ROUND_TRIP_S * (0.5 + self._jitter.random()) / 2.0
 
 
-def made(account: Account, *runs: Run) -> float:
+def makespan(account: Account, *runs: Run) -> float:
     """Let the runs finish; returns the makespan as a multiple of the least possible."""
     world = World(account, runs)
     world.go()

@@ -29,7 +29,7 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["sqlite", *(["postgres"] if POSTGRES in os.environ else [])])
 def journal_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database: a file, and a PostgreSQL schema of its own where one is named."""
+    """An empty database: a file, and a PostgreSQL schema if a server is named."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'journal.db'}"
         return

@@ -91,7 +91,7 @@ EVENTS_TO_STATE: Final[Mapping[State, tuple[Event, ...]]] = MappingProxyType(
 
 
 def change(request: ImageRequest, event: Event, at: datetime = NOW, /, **values: Any) -> Change:
-    """An event of a request, with what it needs."""
+    """An event of a request, with the columns that it needs."""
     needed = dict(VALUES.get(event, {}))
     if event is Event.ACCEPTED:
         needed["task_id"] = f"task-unified-{request.request_key[:20]}"
@@ -108,7 +108,7 @@ class JournalWriter:
         journal.claims.register(self.owner)
 
     def plan(self, *requests: ImageRequest) -> int:
-        """Plan and claim requests; how many were new."""
+        """Plan and claim requests; return how many were new."""
         pairs = [(request, "p") for request in requests]
         new = self.journal.plan(pairs, run_id=self.run_id, at=NOW)
         self.journal.claims.claim([r.request_key for r in requests], self.owner.owner)
@@ -118,7 +118,7 @@ class JournalWriter:
         return self.journal.append(changes, owner=self.owner.owner, run_id=self.run_id)
 
     def write(self, request: ImageRequest, event: Event, **values: Any) -> Record:
-        """Write one event. Raises what the journal says against it."""
+        """Write one event. Raises the journal's error."""
         (answer,) = self.append(change(request, event, **values))
         if not isinstance(answer, Record):
             raise answer
@@ -133,7 +133,7 @@ class JournalWriter:
 
 
 def rows(journal_url: str, table: Table) -> list[dict[str, Any]]:
-    """All rows of a table, as the database has them, in the order of their keys."""
+    """Return all rows of a table, in the order of their keys."""
     engine = create_engine(journal_url)
     with engine.connect() as connection:
         found = connection.execute(select(table).order_by(*table.primary_key.columns)).mappings()
@@ -143,14 +143,14 @@ def rows(journal_url: str, table: Table) -> list[dict[str, Any]]:
 
 
 def all_rows(journal_url: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every table."""
+    """Return the rows of every table."""
     return {table.name: rows(journal_url, table) for table in schema.metadata.sorted_tables}
 
 
 #: Retries without pauses; a task is gone as soon as it was not found three times.
 QUICK: Final = Policy(wait_scale=0.01, gone_after_s=0.0, patience_s=20.0, outage_patience_s=5.0)
 
-#: The emulator's latency is known, so that a run does not wait for the first look.
+#: The emulator's latency is known, so that a run does not need to learn it.
 KNOWN_LATENCIES: Final = Latencies.known({"1K": 0.02, "2K": 0.02})
 
 

@@ -171,7 +171,7 @@ def test_a_purchase_that_certainly_cost_nothing_is_returned_to_every_scope(
 def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(
     journal: Journal,
 ) -> None:
-    """Though it knows nothing of the budget, and would buy it for another partition."""
+    """Although it has no budget, and would buy it for another partition."""
     first, (request,) = JournalWriter(journal, "run-1"), make_requests(1)
     first.plan(request)
     buy(first, request, "column:campaign=1")

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea_dagster.engine.pace import InWork, Limit, Pace
-from tests.engine.account_simulation import Account, Run, Shelf, World, made
+from tests.engine.account_simulation import Account, Run, SharedJournal, World, makespan
 
 IMAGES = 600
 
-#: Limits of the kinds that servers have, and how far from the best a run may end.
+#: Kinds of limits, and how far from the optimum a run may end.
 LIMITED: dict[str, tuple[Account, float]] = {
     "20 a second, saved up to 20": (Account(rate=20, at_once=64), 1.05),
     "20 a second, saved up to 5": (Account(rate=20, burst=5, at_once=64), 1.05),
@@ -24,7 +24,7 @@ LIMITED: dict[str, tuple[Account, float]] = {
 
 
 def share_refused(run: Run, after_s: float = 10.0) -> float:
-    """The share of POSTs answered by 429, after the first seconds."""
+    """Return the share of POSTs answered by 429, after the first seconds."""
     posts = [at_s for at_s in run.posts_s if at_s > after_s]
     return sum(at_s > after_s for at_s in run.refused_s) / len(posts)
 
@@ -33,7 +33,7 @@ def share_refused(run: Run, after_s: float = 10.0) -> float:
 @pytest.mark.parametrize("name", LIMITED)
 def test_a_run_that_knows_no_limit_finds_it(name: str, batch: bool) -> None:
     account, most = LIMITED[name]
-    assert made(account.afresh(), Run(IMAGES, batch=batch)) <= most
+    assert makespan(account.afresh(), Run(IMAGES, batch=batch)) <= most
 
 
 @pytest.mark.parametrize(("batch", "reads"), [(False, 1.3), (True, 0.1)])
@@ -42,7 +42,7 @@ def test_under_a_limit_on_the_rate_few_are_refused_and_each_is_read_about_once(
     reads: float,
 ) -> None:
     run = Run(IMAGES, batch=batch)
-    made(Account(rate=20, at_once=64), run)
+    makespan(Account(rate=20, at_once=64), run)
     assert share_refused(run) <= 0.02
     assert run.reads / IMAGES <= reads
     assert run.pace.limit is Limit.RATE
@@ -54,7 +54,7 @@ def test_a_limit_on_the_number_at_once_is_filled_and_not_flooded(
     reads: float,
 ) -> None:
     run = Run(IMAGES, batch=batch)
-    made(Account(at_once=32), run)
+    makespan(Account(at_once=32), run)
     assert run.pace.limit is Limit.AT_ONCE
     assert 30 <= run.pace.room <= 38
     assert share_refused(run) <= 0.08
@@ -63,7 +63,7 @@ def test_a_limit_on_the_number_at_once_is_filled_and_not_flooded(
 
 def test_two_runs_with_one_key_share_it_without_a_journal() -> None:
     runs = [Run(1000, batch=True), Run(1000, batch=True, starts_s=0.2)]
-    assert made(Account(rate=20, at_once=64), *runs) <= 1.08
+    assert makespan(Account(rate=20, at_once=64), *runs) <= 1.08
     first_s = min(run.finished_s for run in runs)
     shares = [sum(at_s <= first_s for at_s in run.taken_s) for run in runs]
     assert min(shares) / sum(shares) >= 0.4
@@ -71,23 +71,23 @@ def test_two_runs_with_one_key_share_it_without_a_journal() -> None:
 
 def test_a_run_that_starts_later_gets_a_share_and_nothing_is_wasted() -> None:
     runs = [Run(800, batch=True), Run(400, batch=True, starts_s=10.0)]
-    assert made(Account(rate=20, at_once=64), *runs) <= 1.15
+    assert makespan(Account(rate=20, at_once=64), *runs) <= 1.15
     middle = [at_s for at_s in runs[1].taken_s if 20.0 < at_s < 30.0]
     assert len(middle) >= 30, "of 200 in these ten seconds"
 
 
 def sharing(account: Account, images: int, runs: int) -> tuple[float, float, float]:
-    """Runs that share a journal: the time, the 429s per image, the slowest's rate to the mean."""
-    shelf = Shelf()
+    """Return the time, the 429s per image, and the lowest rate to the mean, for parallel runs."""
+    shared = SharedJournal()
     parts = [
-        Run(images // runs, batch=True, starts_s=0.01 * n, shelf=shelf, owner=f"{n * 7 % 10}")
+        Run(images // runs, batch=True, starts_s=0.01 * n, shared=shared, owner=f"{n * 7 % 10}")
         for n in range(runs)
     ]
     world = World(account, parts)
     world.go()
     rates = [run.images / (run.finished_s - run.starts_s) for run in parts]
     refused = sum(len(run.refused_s) for run in parts)
-    assert shelf.exchanges <= 2.5 * (world.now_s + 4) * runs, "about two a second"
+    assert shared.exchanges <= 2.5 * (world.now_s + 4) * runs, "about two a second"
     return world.now_s, refused / images, min(rates) / (sum(rates) / runs)
 
 
@@ -115,18 +115,18 @@ def test_places_are_shared_evenly(runs: int) -> None:
 
 def test_a_single_run_with_a_journal_is_as_fast_as_one_without() -> None:
     account = Account(rate=20, at_once=64)
-    ratio = made(account.afresh(), Run(IMAGES, batch=True, shelf=Shelf(), owner="a"))
+    ratio = makespan(account.afresh(), Run(IMAGES, batch=True, shared=SharedJournal(), owner="a"))
     assert ratio <= 1.05
 
 
 def test_random_refusals_do_not_lower_the_pace() -> None:
     run = Run(IMAGES, batch=True)
-    assert made(Account(at_once=64, refuse_by_chance=0.05), run) <= 2.0
+    assert makespan(Account(at_once=64, refuse_by_chance=0.05), run) <= 2.0
 
 
 def test_without_limits_the_window_opens_to_max_in_flight() -> None:
     account, run = Account(), Run(400, batch=True, most=50)
-    made(account, run)
+    makespan(account, run)
     assert account.most_seen == 50
     assert run.refused_s == []
 
@@ -134,13 +134,13 @@ def test_without_limits_the_window_opens_to_max_in_flight() -> None:
 def test_a_rate_that_the_user_knows_is_kept() -> None:
     account, run = Account(), Run(100, batch=True)
     run.pace = Pace(256, most_per_s=10.0)
-    made(account, run)
+    makespan(account, run)
     assert run.posts_s[-1] >= 9.8
     gaps_s = [b - a for a, b in zip(run.posts_s, run.posts_s[1:], strict=False)]
     assert sum(gap_s < 0.05 for gap_s in gaps_s) <= 2
 
 
-# -- the rules by themselves ------------------------------------------------------------------
+# -- single rules -----------------------------------------------------------------------------
 
 
 def busy(tasks: int) -> InWork:

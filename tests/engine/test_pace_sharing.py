@@ -1,4 +1,4 @@
-"""What each run of an account may send, by what the others have and want."""
+"""What each run of an account may send, by the leases of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done next, for each state and each history: one table, and what holds for all."""
+"""The next action for each state and history."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_outcome_that_stays_unknown_is_left_for_the_next_run() -> None:
     assert isinstance(following(State.UNKNOWN, RetryState(submit_failures=12)), Leave)
 
 
-# -- asking -----------------------------------------------------------------------------------
+# -- polling ----------------------------------------------------------------------------------
 
 
 def test_a_task_is_waited_for_until_patience_ends_counted_from_its_submission() -> None:

@@ -23,7 +23,7 @@ BEFORE: list[State | None] = [None, *State]
 #: States in which a request may end: its image is stored, or certainly never will be.
 ENDS = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
 
-#: What makes it certain that the last purchase cost nothing, or was kept from happening.
+#: Events after which it is certain that the last purchase cost nothing or did not happen.
 CERTAINLY_FREE = frozenset(
     {Event.TURNED_AWAY, Event.REFUSED, Event.DEFERRED, Event.FAILED, Event.RELEASED}
 )
@@ -140,7 +140,7 @@ def test_an_event_of_an_unknown_request_is_refused(journal: Journal) -> None:
 def test_the_database_itself_refuses_what_the_table_does_not_hold(
     journal: Journal, journal_url: str
 ) -> None:
-    """Whatever code writes to the tables: an illegal event breaks a foreign key."""
+    """An illegal event breaks a foreign key, for any code that writes to the tables."""
     request = make_request()
     JournalWriter(journal).plan(request)
     engine = _with_foreign_keys(journal_url)
@@ -195,7 +195,7 @@ HISTORIES = st.lists(st.integers(0, 100), min_size=1, max_size=12)
 def test_histories_of_two_requests_in_one_commit_end_where_their_events_lead(
     journal: Journal, choices: list[int], others: list[int]
 ) -> None:
-    """However the changes of both are mixed: the last event of each is what stands."""
+    """In any order of the changes of both, the last event of each decides."""
     writer = JournalWriter(journal)
     first, second = (make_request(f"{name} {uuid.uuid4().hex}") for name in ("one", "other"))
     writer.plan(first, second)
@@ -222,7 +222,9 @@ def _walk(choices: list[int]) -> list[Event]:
     for choice in choices:
         legal = sorted(happened for before, happened in TRANSITIONS if before is state)
         if not {Event.SUBMITTING, Event.DEFERRED}.isdisjoint(legal):
-            legal.remove(Event.FOUND)  # what was found unbought has no purchase to go on with
+            legal.remove(
+                Event.FOUND
+            )  # a file that was found without a purchase has none to go on with
         if legal:
             walk.append(legal[choice % len(legal)])
             state = advance(state, walk[-1])

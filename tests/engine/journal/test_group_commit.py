@@ -173,7 +173,7 @@ async def test_a_broken_writer_fails_present_and_later_callers(
     with closing(Broken(journal_url)) as journal:
         journal_writer, requests = JournalWriter(journal), make_requests(2)
         journal_writer.plan(*requests)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             async with group_commit(journal_writer) as writer:
                 for request in requests:
                     with pytest.raises(ValueError, match="shorter"):

@@ -1,4 +1,4 @@
-"""What is learned of how long images take, from looks that bracket their end."""
+"""How long images take, learned from reads that bracket their end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from krea_dagster.engine.run.latency import EXPECTED_LATENCY_S, Curve, Latencies
 
 
 def age_when_s(curve: Curve, chance: float, not_yet_s: float = 0.0) -> float:
-    """The age at which a task that had not ended has, with this chance, within 1 %."""
+    """Return the age at which an unfinished task has ended with this chance, within 1 %."""
     ages_s = not_yet_s + np.concatenate([np.arange(0.01, 60.0, 0.01), np.geomspace(60, 1200, 400)])
     ended = curve.done_since(np.full(len(ages_s), not_yet_s), ages_s)
     return float(ages_s[int(np.argmax(ended >= chance))])
 
 
 def learned(latency_s: float, *, looks_at_s: tuple[float, ...], images: int = 150) -> Curve:
-    """A curve that saw images of one latency, each looked at from these ages on."""
+    """Return a curve that saw images of one latency, each read at these ages."""
     curve = Curve.expecting(2.0)
     for _ in range(images):
         not_yet_s = max((age for age in looks_at_s if age < latency_s), default=0.0)
@@ -50,7 +50,7 @@ def test_a_narrow_bracket_teaches_the_latency_within_a_few_images() -> None:
 
 
 def test_a_late_read_does_not_make_the_next_one_later() -> None:
-    """Learned from when the end was noticed, 2 s would become 3, and then more."""
+    """If the time of the read counted, 2 s would become 3, and then more."""
     curve = Curve.expecting(2.0)
     look_s = 3.0
     for _ in range(200):

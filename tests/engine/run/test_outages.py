@@ -1,4 +1,4 @@
-"""What passes is waited for: a network, an API, a store and a journal that are away for a while."""
+"""Outages that pass are waited for: of the network, the API, a store and the journal."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing
 
 
 async def test_a_certificate_that_is_refused_is_not_waited_for(engine: EngineHarness) -> None:
-    """It is so until a person has looked at it."""
+    """It needs a person."""
     untrusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(untrusted)
     runner = engine.runner(outage_patience_s=60.0)
@@ -229,7 +229,7 @@ async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 async def test_a_folder_of_another_host_that_is_away_is_waited_for(
     engine: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NFS says it: the handles are stale until the server is back."""
+    """As on NFS: the handles are stale until the server is back."""
     away = False
 
     def set_stale(stale: bool) -> None:
@@ -293,7 +293,7 @@ async def test_a_stopped_run_waits_for_no_dependency(engine: EngineHarness, tmp_
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), lambda: None)
         runner = replace(engine.runner(clock=passing, on_progress=passing.look), journal=journal)
         runner = replace(runner, policy=replace(runner.policy, outage_patience_s=3600.0))
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 group.start_soon(runner.run, to_requested(make_requests(ROWS)))
                 while not other.in_transaction:  # noqa: ASYNC110 - it is the run that begins it

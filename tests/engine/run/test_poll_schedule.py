@@ -89,7 +89,7 @@ def test_pauses_grow_with_the_age_of_the_tasks() -> None:
     assert pause_s(KNOWN, [old], now_s=1000.0) == 1.0
 
 
-# -- where callbacks are waited for -----------------------------------------------------------
+# -- with callbacks ---------------------------------------------------------------------------
 
 CALLBACK = PendingTask("1K", since_s=100.0)
 

@@ -27,7 +27,7 @@ def ended(task_id: str) -> Task:
 
 
 class Server:
-    """Its tasks have all ended. Whether it has the batch read is the test's to say."""
+    """A server whose tasks have all ended, with or without the batch read."""
 
     def __init__(self, batch: bool | None = None) -> None:
         self.batch_supported = batch
@@ -48,7 +48,7 @@ async def polling(server: Server) -> AsyncIterator[TaskPoller]:
     one = TaskPoller(server, time.monotonic, KNOWN)
     async with anyio.create_task_group() as group:
         group.start_soon(one.run)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             yield one
         group.cancel_scope.cancel()
 

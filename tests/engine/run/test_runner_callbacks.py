@@ -1,6 +1,6 @@
-"""Runs whose purchases name an address to call: what is asked, when, and what a call may decide.
+"""Runs whose purchases have a callback address: which tasks are read, and which claims are used.
 
-The calls are written into the journal as the receiver writes them. Over TLS, from the emulator
+The callbacks are written into the journal as the receiver writes them. Over TLS, from the emulator
 to a receiver of its own process, it is shown in tests/callbacks/test_runs.py.
 """
 
@@ -47,7 +47,7 @@ def listening(engine: EngineHarness, run_id: str = "run-1", **options: Any) -> R
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[EngineHarness]:
-    """Tasks that never end by themselves, so that what is asked is asked for a reason."""
+    """Tasks that never end, so that each read has a reason."""
     with open_harness(tmp_path, latency_s=3600.0) as engine:
         yield engine
 
@@ -64,7 +64,7 @@ def submitted(engine: EngineHarness, requests: list[ImageRequest]) -> bool:
 
 
 async def called_about(engine: EngineHarness, requests: list[ImageRequest]) -> None:
-    """Write down a call about each, once all are submitted."""
+    """Record a callback for each request, once all are submitted."""
     await wait_until(lambda: submitted(engine, requests))
     engine.journal.callbacks.add([(request.request_key, None) for request in requests])
 
@@ -129,7 +129,7 @@ async def test_a_row_with_its_own_callback_address_is_polled(engine: EngineHarne
     assert report.missed_callbacks == 0
 
 
-# -- what is asked ----------------------------------------------------------------------------
+# -- reads ------------------------------------------------------------------------------------
 
 
 async def test_a_task_is_read_once_when_its_callback_comes(
@@ -164,7 +164,7 @@ async def test_early_or_doubled_callbacks_only_cost_a_read(
 
 async def test_a_missing_callback_is_replaced_by_a_read_and_counted(engine: EngineHarness) -> None:
     requests = make_requests(3)
-    # Its median is 20 ms, so that the sweep comes after some five seconds.
+    # Its median is 20 ms, so the timeout comes after about five seconds.
     report = await listening(engine).run(to_requested(requests))
     assert engine.states(requests) == ["stored"] * 3
     assert report.missed_callbacks == 3
@@ -183,7 +183,7 @@ async def test_tasks_whose_callback_came_between_runs_are_read_at_once(
     assert (report.tasks_read, report.missed_callbacks) == (4, 0)
 
 
-# -- an unknown outcome that is called about --------------------------------------------------
+# -- callbacks for unknown outcomes -----------------------------------------------------------
 
 
 async def _lost(engine: EngineHarness) -> tuple[ImageRequest, str]:
@@ -234,7 +234,7 @@ async def test_a_claimed_task_of_another_row_or_another_time_is_not_taken(
     await listening(engine, "run-3", on_unknown="hold").run(to_requested([request]))
     assert engine.states([request, other]) == ["unknown", "stored"]
 
-    # A purchase that was sent a day after the task that is claimed for it.
+    # A purchase that was sent a day after the claimed task was created.
     late = make_request(seed=12)
     engine.emulator.world.script("drop_after_create", 1)
     tomorrow = ClockAhead(timedelta(days=1))
@@ -248,7 +248,7 @@ async def test_a_claimed_task_of_another_row_or_another_time_is_not_taken(
 async def test_a_claimed_task_that_failed_does_not_prove_that_the_purchase_cost_nothing(
     tmp_path: Path,
 ) -> None:
-    """It may be another row's: this row's own task may be paid for."""
+    """It may be another row's task, while this row's own task is paid."""
     with open_harness(tmp_path, latency_s=0.3) as engine:
         one, other = make_requests(2)
         engine.emulator.world.script("fail", arg="service_error")
@@ -275,7 +275,7 @@ async def test_under_replay_the_repeat_decides_and_no_claim_is_used(
     assert engine.assert_accounts_agree()["creates"] == 2
 
 
-# -- runs that wait for nothing ---------------------------------------------------------------
+# -- runs that do not wait --------------------------------------------------------------------
 
 
 async def test_a_run_that_does_not_wait_submits_and_ends(slow: EngineHarness) -> None:
@@ -344,7 +344,7 @@ async def test_an_unknown_purchase_does_not_keep_a_run_waiting_for_a_place(
     engine.emulator.world.latency_s = 3600.0
     requests = make_requests(8)
     engine.emulator.world.script("drop_after_create", 1)
-    with anyio.fail_after(20.0):
+    with anyio.fail_after(60):
         report = await engine.runner(wait=False, max_in_flight=4).run(to_requested(requests))
     assert engine.states(requests).count("unknown") == 0
     assert report.left_for_room == engine.states(requests).count("planned") > 0

@@ -1,4 +1,4 @@
-"""Each thing that the emulator can do wrong, and what becomes of the request.
+"""Each fault of the emulator, and the outcome of the request.
 
 One run per kind of fault, with one request for each fault, so that a fault is also shown to
 harm no other row. The emulator's list of faults must be covered in full.
@@ -28,7 +28,7 @@ from tests.engine.harness import (
     to_requested,
 )
 
-#: Faults with an argument of their own, to be quick.
+#: Arguments of faults, to be quick.
 ARGUMENTS: Mapping[str, float | str] = {
     "delay_create": 0.2,
     "paid_outcome_unknown": 0.3,
@@ -50,13 +50,13 @@ ARGUMENTS: Mapping[str, float | str] = {
     "redirect_private": "http://169.254.169.254/file.png",
 }
 
-#: Faults that end all buying; they have a test each in test_runner_stops.py.
+#: Faults that end all buying; each has a test in test_runner_stops.py.
 STOPPING = frozenset({"unauthorized", "insufficient_quota", "model_denied"})
 
-#: Faults whose purchases a person must look at; they have a test each in test_odd_answers.py.
+#: Faults that need a person; each has a test in test_runner_odd_answers.py.
 APART = frozenset({"repeated_id"})
 
-#: What becomes of a request whose first POST met the fault; else it is bought.
+#: The outcome of a request whose first POST met the fault, if it is not bought.
 CREATE_ENDS: Mapping[str, str] = {
     "upper_case_code": "refused",
     "content_refused": "refused",
@@ -76,7 +76,7 @@ CERTAIN = frozenset(
     }
 ) | frozenset(CREATE_ENDS)
 
-#: What becomes of a task with the fault: state, and the error's code.
+#: The outcome of a task with the fault: its state and the error's code.
 TASK_ENDS: Mapping[str, tuple[str, str | None]] = {
     "fail": ("failed", "invalid_parameters"),
     "fail_bare": ("failed", "content_policy_violation"),
@@ -89,7 +89,7 @@ TASK_ENDS: Mapping[str, tuple[str, str | None]] = {
     "file_link": ("completed", "link_refused"),
 }
 
-#: Images that are whole and wrong, each time that they are fetched.
+#: Complete files that are wrong each time they are fetched.
 REJECTED: Mapping[str, str] = {
     "black": "flat_image",
     "wrong_dimensions": "wrong_size",
@@ -99,7 +99,7 @@ REJECTED: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Ended:
-    """A run after which every fault has struck once."""
+    """A run in which every fault has occurred once."""
 
     engine: EngineHarness
     report: RunReport
@@ -114,7 +114,7 @@ class Ended:
 
 
 def about(name: str) -> ImageRequest:
-    """The request that one fault strikes."""
+    """The request that meets a fault."""
     return make_request(f"a fox [{name}]")
 
 
@@ -124,7 +124,7 @@ def names(kind: str) -> list[str]:
 
 
 def without_pictures(engine: EngineHarness) -> None:
-    """Let every task fail, at once and for good: drawing takes longer than all the rest."""
+    """Let every task fail at once and finally: rendering takes longer than all the rest."""
     engine.emulator.world.set_rate("fail", 1.0, arg="invalid_parameters")
 
 
@@ -162,7 +162,7 @@ def test_every_fault_of_a_purchase_has_occurred(after_create: Ended) -> None:
 
 @pytest.mark.parametrize("name", names("create"))
 def test_a_purchase_that_met_a_fault_ends(after_create: Ended, name: str) -> None:
-    """Bought once, or refused; what is bought here fails afterwards."""
+    """Bought once, or refused; the tasks fail afterwards."""
     refused = name in CREATE_ENDS
     assert after_create.state(name) == CREATE_ENDS.get(name, "failed")
     tasks = [t for t in after_create.stats["tasks"] if t["prompt"] == about(name).prompt]
@@ -173,7 +173,7 @@ def test_a_purchase_that_met_a_fault_ends(after_create: Ended, name: str) -> Non
 def test_an_answer_that_leaves_the_purchase_open_is_recorded_as_unknown(
     after_create: Ended, name: str
 ) -> None:
-    """And repeated under the same key only; what is certain is not recorded as unknown."""
+    """It is repeated only under the same key, and certain answers are not recorded as unknown."""
     events = after_create.engine.events(about(name))
     assert (Event.OUTCOME_UNKNOWN in events) == (name not in CERTAIN)
     assert (Event.REPLAYING in events) == (name not in CERTAIN)
@@ -240,7 +240,7 @@ def test_an_unsafe_link_is_not_followed_and_its_image_stays_paid(
 
 # -- reading ----------------------------------------------------------------------------------
 
-#: Reads that a run does not repeat, because the key or the account must be mended first.
+#: Reads that a run does not repeat, because the key or the account must be fixed first.
 DETACHING = frozenset({"read_401", "read_402", "read_403"})
 
 
@@ -280,7 +280,7 @@ def test_a_batch_read_that_met_a_fault_costs_nothing_and_loses_nothing(
 ) -> None:
     quick_home.emulator.world.script(name, arg=ARGUMENTS.get(name))
     requests = [make_request(f"a fox [{name}]", seed=seed) for seed in (1, 2, 3)]
-    # Looked at together, because they are looked at later than they take to be bought.
+    # Read together, because they are read later than they take to be bought.
     runner = replace(quick_home.runner(f"run-{name}"), latencies=Latencies.known({"1K": 0.15}))
     report = asyncio.run(runner.run(to_requested(requests)))
     assert (report.posts, report.progress.failed) == (3, 3)
@@ -309,7 +309,7 @@ def test_a_server_without_the_batch_read_gets_single_reads(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def after_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
-    # Long enough that on a busy machine no fault is used up by a download that was given up.
+    # Long enough that even on a busy machine no abandoned download uses up a fault.
     yield from run_with_each(tmp_path_factory.mktemp("file"), "file", timeout_s=6.0)
 
 
@@ -368,6 +368,6 @@ def test_an_image_that_is_always_wrong_is_left_with_its_reason(tmp_path: Path) -
 
 
 def test_every_fault_that_the_emulator_knows_is_tested() -> None:
-    """``list`` is not here: the engine asks for tasks that it knows. Nor ``callback``, yet."""
+    """Without ``list``: the engine reads tasks that it knows. And without ``callback``."""
     kinds = {fault.kind for fault in FAULTS.values()}
     assert kinds == {"create", "task", "read", "batch", "credits", "file", "list", "callback"}

@@ -1,4 +1,4 @@
-"""Answers that are odd about money or a task are one row's trouble, and never believed too quickly.
+"""Strange answers about money or a task affect only their row, and are verified.
 
 Of the kinds that an attacker's reading found: each would have bought twice, lost an image, or ended
 the run of all other rows.
@@ -55,7 +55,7 @@ async def test_a_failure_in_a_batch_read_is_confirmed_before_anything_is_bought_
 async def test_a_failed_task_that_is_completed_after_the_pause_is_not_bought_again(
     engine: EngineHarness,
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         engine.emulator.world.script("slow_task", n=1, arg=0.2)
         # Its single reads say failed, until the pause is over.
         writer = JournalWriter(engine.journal, "earlier")
@@ -143,7 +143,7 @@ async def test_a_task_id_of_the_rows_own_earlier_purchase_affects_only_its_row(
 async def test_a_purchase_sent_twice_whose_task_failed_is_bought_again_only_by_a_person(
     tmp_path: Path,
 ) -> None:
-    """Of a server that does not know the key again, the first POST may have a task, too."""
+    """If the server does not recognise the key, the first POST may have a task too."""
     with open_harness(tmp_path, idempotency=False) as engine:
         await repeat_a_purchase_whose_task_fails(engine)
         assert engine.states([make_request()]) == ["failed"]
@@ -163,7 +163,7 @@ async def test_a_purchase_whose_repeat_was_recognised_is_bought_again_after_its_
 
 
 async def repeat_a_purchase_whose_task_fails(engine: EngineHarness) -> None:
-    """Where the server recognises the repeat, there is one task; else the second one fails."""
+    """If the server recognises the repeat, there is one task; otherwise the second one fails."""
     script = engine.emulator.world.script
     honoured = engine.emulator.world.idempotency
     if honoured:
@@ -213,7 +213,7 @@ async def test_a_task_that_two_rows_claim_goes_to_one(engine: EngineHarness) -> 
     await engine.run(requests, on_unknown="hold")
     (task, _) = engine.emulator.stats()["tasks"]
     engine.journal.callbacks.add([(one.request_key, task["task_id"]) for one in requests])
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         report = await engine.run(requests, "run-2", on_unknown="hold")
     assert sorted(engine.states(requests)) == ["stored", "unknown"]
     (why,) = report.left.values()
@@ -363,7 +363,7 @@ async def test_a_price_is_not_accepted_while_a_run_has_purchases_at_it(
 async def test_if_the_price_rises_a_cap_is_passed_by_a_few_purchases_at_most(
     engine: EngineHarness, number: int
 ) -> None:
-    """Those that were without an answer when the first one told the new price."""
+    """Those without an answer when the first one returned the new price."""
     cap, rise = 10 * 4500, 17_000 - 4500
     engine.emulator.world.script("price", n=100, arg=1.7)
     runner = engine.runner(max_in_flight=16)
@@ -431,7 +431,7 @@ async def test_a_purchase_that_was_not_sent_is_not_unknown_when_a_run_is_stopped
         task.cancel()
         await asyncio.sleep(0.2)
         free.set()
-        with pytest.raises(asyncio.CancelledError), anyio.fail_after(15):
+        with pytest.raises(asyncio.CancelledError), anyio.fail_after(60):
             await task
     assert engine.states(make_requests(2)) == ["planned", "planned"]
     assert engine.emulator.stats()["creates"] == 0
