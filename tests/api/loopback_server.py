@@ -10,6 +10,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from krea_dagster.models import ImageRequest
+
+KEY = "sk-test-0123456789abcdefghij"
+IDEMPOTENCY_KEY = "krea-0123456789abcdef"
+REQUEST = ImageRequest(
+    request_key="k",
+    prompt="a red cube",
+    size="1:1",
+    quality="1K",
+    seed=7,
+    nsfw_check=False,
+    attempt=0,
+)
+CREATED = {"id": "task-unified-1-a", "status": "pending", "usage": {"credits_reserved": 0.45}}
+
 
 class ReceivedRequest:
     """One received request. Header names are lower-case."""
@@ -153,3 +168,13 @@ def closed_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@asynccontextmanager
+async def listening(handle: Callable[..., Any]) -> AsyncIterator[int]:
+    """Accept connections with a stream handler until the block ends; yield the port."""
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()

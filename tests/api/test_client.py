@@ -42,8 +42,11 @@ from krea_dagster.errors import (
     TurnedAway,
     Unauthorized,
 )
-from krea_dagster.models import ImageRequest
 from tests.api.loopback_server import (
+    CREATED,
+    IDEMPOTENCY_KEY,
+    KEY,
+    REQUEST,
     Behaviour,
     ReceivedRequest,
     Server,
@@ -55,21 +58,9 @@ from tests.api.loopback_server import (
     serving,
     writes,
 )
+from tests.manual_clock import ManualClock
 
 pytestmark = pytest.mark.anyio
-
-KEY = "sk-test-0123456789abcdefghij"
-IDEMPOTENCY_KEY = "krea-0123456789abcdef"
-REQUEST = ImageRequest(
-    request_key="k",
-    prompt="a red cube",
-    size="1:1",
-    quality="1K",
-    seed=7,
-    nsfw_check=False,
-    attempt=0,
-)
-CREATED = {"id": "task-unified-1-a", "status": "pending", "usage": {"credits_reserved": 0.45}}
 
 
 def client_for(server: Server, **settings: Any) -> KreaClient:
@@ -487,22 +478,12 @@ async def test_a_batch_endpoint_that_never_worked_is_given_up() -> None:
         assert client.batch_supported is False
 
 
-class Seconds:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.mark.parametrize("away", [answers(404, b"<html>"), answers(403), answers(405)])
 async def test_a_batch_endpoint_that_disappears_and_returns_is_paused_and_used_again(
     away: Behaviour,
 ) -> None:
     """The call that finds it missing reads its ids singly, so no id is left unread."""
-    ids, clock = ["t1", "t2", "t3"], Seconds()
+    ids, clock = ["t1", "t2", "t3"], ManualClock()
     is_away = False
 
     async def batch(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
@@ -545,7 +526,7 @@ async def test_a_batch_endpoint_that_breaks_is_not_used_for_a_while() -> None:
 
     async with (
         serving(fake_evolink(batch=batch)) as server,
-        client_for(server, monotonic=Seconds()) as client,
+        client_for(server, monotonic=ManualClock()) as client,
     ):
         assert await client.tasks(["t1", "t2"]) == {}
         for _ in range(BATCH_TRIES - 1):

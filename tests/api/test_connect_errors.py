@@ -6,8 +6,8 @@ import asyncio
 import io
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -18,8 +18,10 @@ import trustme
 from krea_dagster.api import KreaClient
 from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.errors import Cause, NotSent, NoUsableAnswer, NoUsableBody, OutcomeUnknown
-from krea_dagster.models import ImageRequest
 from tests.api.loopback_server import (
+    IDEMPOTENCY_KEY,
+    KEY,
+    REQUEST,
     Behaviour,
     ReceivedRequest,
     answers,
@@ -31,22 +33,11 @@ from tests.api.loopback_server import (
 
 pytestmark = pytest.mark.anyio
 
-KEY = "sk-test-0123456789abcdefghij"
-REQUEST = ImageRequest(
-    request_key="k",
-    prompt="a red cube",
-    size="1:1",
-    quality="1K",
-    seed=7,
-    nsfw_check=False,
-    attempt=0,
-)
-
 
 async def not_sent(client: KreaClient) -> NotSent:
     """Return the failure of a purchase, and check that a read fails for the same cause."""
     with pytest.raises(NotSent) as caught:
-        await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+        await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
     with pytest.raises(NoUsableAnswer) as asked:
         await client.credits()
     assert asked.value.cause == caught.value.cause
@@ -107,15 +98,6 @@ async def test_the_error_for_a_certificate_of_another_name_says_so(
 # -- proxies ----------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def listening(handle: Callable[..., Any]) -> AsyncIterator[int]:
-    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
-    try:
-        yield listener.sockets[0].getsockname()[1]
-    finally:
-        listener.close()
-
-
 BROKEN: dict[str, Behaviour] = {
     "wants another password": answers(407),
     "may not go there": answers(403, b"<html>"),
@@ -163,7 +145,7 @@ async def test_a_proxy_that_reads_an_http_purchase_and_closes_leaves_it_unknown(
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         async with KreaClient(KEY, base_url="http://api.evolink.internal") as client:
             with pytest.raises(OutcomeUnknown):
-                await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+                await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
     assert len(proxy.seen) == 1
 
 
@@ -233,7 +215,7 @@ async def test_no_connection_becomes_free() -> None:
         holder = asyncio.ensure_future(client._get_answer("GET", "/v1/credits"))
         await reached.wait()
         with pytest.raises(NotSent, match=r"no connection was free for 0\.2 s") as caught:
-            await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+            await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
         assert caught.value.cause == "pool"
         with pytest.raises(NoUsableAnswer) as asked:
             await holder

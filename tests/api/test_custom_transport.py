@@ -15,22 +15,12 @@ import pytest
 
 from krea_dagster.api import KreaClient
 from krea_dagster.errors import LinkRefused, NotSent, NoUsableBody, OutcomeUnknown
-from krea_dagster.models import ImageRequest
+from tests.api.loopback_server import IDEMPOTENCY_KEY, KEY, REQUEST
 
 pytestmark = pytest.mark.anyio
 
-KEY = "sk-test-0123456789abcdefghij"
-PICTURE = bytes(range(256)) * 1000
+IMAGE = bytes(range(256)) * 1000
 LINK = "https://files.evolink.ai/a.png?sign=secret"
-REQUEST = ImageRequest(
-    request_key="k",
-    prompt="a red cube",
-    size="1:1",
-    quality="1K",
-    seed=7,
-    nsfw_check=False,
-    attempt=0,
-)
 
 
 class FakeEvoLink:
@@ -47,7 +37,7 @@ class FakeEvoLink:
             case ("api.evolink.ai", _):
                 done = {"id": "t", "status": "completed", "results": [LINK]}
                 return httpx.Response(200, json=done)
-        return httpx.Response(200, content=PICTURE, headers={"Content-Type": "image/png"})
+        return httpx.Response(200, content=IMAGE, headers={"Content-Type": "image/png"})
 
 
 def over(handler: Callable[[httpx.Request], Any], **settings: Any) -> KreaClient:
@@ -71,11 +61,11 @@ async def test_an_image_is_bought_read_and_downloaded_without_network_or_threads
     caplog.set_level(logging.DEBUG)
     world, got = FakeEvoLink(), io.BytesIO()
     async with over(world) as client:
-        bought = await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+        bought = await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
         task = await client.task(bought.task_id)
         download = await client.download(task.results[0], sink=got, max_bytes=1_000_000)
-    assert got.getvalue() == PICTURE
-    assert (download.size_bytes, download.content_type) == (len(PICTURE), "image/png")
+    assert got.getvalue() == IMAGE
+    assert (download.size_bytes, download.content_type) == (len(IMAGE), "image/png")
     *api, file = world.seen
     assert [request.headers["authorization"] for request in api] == [f"Bearer {KEY}"] * 2
     assert "authorization" not in file.headers
@@ -93,7 +83,7 @@ async def test_errors_of_a_mock_are_believed_like_those_of_httpx() -> None:
 
         async with over(fails) as client:
             with pytest.raises(meant):
-                await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+                await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
             with pytest.raises(NoUsableBody):
                 await client.download(LINK, sink=io.BytesIO(), max_bytes=9)
 
@@ -123,7 +113,7 @@ async def test_a_written_out_private_address_is_not_fetched_if_names_cannot_be_r
 
 async def test_the_body_of_a_mock_may_be_a_stream_and_too_short() -> None:
     async def parts() -> AsyncIterator[bytes]:
-        yield PICTURE[:1000]
+        yield IMAGE[:1000]
 
     def short(_: httpx.Request) -> httpx.Response:
         return httpx.Response(200, headers={"Content-Length": "2000"}, content=parts())

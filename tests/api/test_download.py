@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 KEY = "sk-test-0123456789abcdefghij"
 LOCAL_API = "http://127.0.0.1:1"
 PUBLIC_API = "https://api.evolink.ai"
-PICTURE = bytes(range(256)) * 1000
+IMAGE = bytes(range(256)) * 1000
 
 
 class FakeResolver:
@@ -73,13 +73,13 @@ async def failed_fetch(
 
 
 async def test_a_body_arrives_as_it_was_sent_with_its_hash() -> None:
-    behaviour = answers(200, PICTURE, content_type="Image/PNG; x=y")
+    behaviour = answers(200, IMAGE, content_type="Image/PNG; x=y")
     async with serving(behaviour) as server:
         got, download = await fetch(f"{server.url}/a/b.png?sig=1#top")
-    assert got == PICTURE
+    assert got == IMAGE
     assert download == Download(
-        size_bytes=len(PICTURE),
-        sha256=hashlib.sha256(PICTURE).hexdigest(),
+        size_bytes=len(IMAGE),
+        sha256=hashlib.sha256(IMAGE).hexdigest(),
         content_type="image/png",
         url=f"{server.url}/a/b.png?sig=1",
     )
@@ -87,11 +87,11 @@ async def test_a_body_arrives_as_it_was_sent_with_its_hash() -> None:
 
 async def test_the_sink_gets_few_and_large_pieces() -> None:
     pieces: list[bytes] = []
-    slices = [PICTURE[start : start + 1000] for start in range(0, len(PICTURE), 1000)]
+    slices = [IMAGE[start : start + 1000] for start in range(0, len(IMAGE), 1000)]
     behaviour = writes(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", *slices, keep=False)
     async with serving(behaviour) as server, KreaClient(KEY, base_url=LOCAL_API) as client:
         await client.download(server.url, sink=pieces.append, max_bytes=1_000_000)
-    assert b"".join(pieces) == PICTURE
+    assert b"".join(pieces) == IMAGE
     assert all(len(piece) >= CHUNK_BYTES for piece in pieces[:-1])
 
 
@@ -117,7 +117,7 @@ async def test_errors_of_the_sink_pass_through() -> None:
     def full(_: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    async with serving(answers(200, PICTURE)) as server, KreaClient(KEY, base_url=LOCAL_API) as api:
+    async with serving(answers(200, IMAGE)) as server, KreaClient(KEY, base_url=LOCAL_API) as api:
         with pytest.raises(OSError, match="No space left"):
             await api.download(server.url, sink=full, max_bytes=1_000_000)
 
@@ -125,10 +125,10 @@ async def test_errors_of_the_sink_pass_through() -> None:
 @pytest.mark.parametrize(
     ("encoding", "packed"),
     [
-        ("gzip", gzip.compress(PICTURE)),
-        ("x-gzip", gzip.compress(PICTURE)),
-        ("deflate", zlib.compress(PICTURE)),
-        ("identity", PICTURE),
+        ("gzip", gzip.compress(IMAGE)),
+        ("x-gzip", gzip.compress(IMAGE)),
+        ("deflate", zlib.compress(IMAGE)),
+        ("identity", IMAGE),
     ],
 )
 async def test_a_compressed_body_that_was_not_requested_is_decompressed(
@@ -136,8 +136,8 @@ async def test_a_compressed_body_that_was_not_requested_is_decompressed(
 ) -> None:
     async with serving(answers(200, packed, content_encoding=encoding)) as server:
         got, download = await fetch(server.url)
-    assert got == PICTURE
-    assert download.sha256 == hashlib.sha256(PICTURE).hexdigest()
+    assert got == IMAGE
+    assert download.sha256 == hashlib.sha256(IMAGE).hexdigest()
 
 
 def test_a_compressed_body_is_decompressed_in_pieces_of_bounded_size() -> None:
@@ -178,7 +178,7 @@ UNUSABLE: dict[str, Behaviour] = {
     "silent within": hangs(HEAD + b"Content-Length: 99\r\n\r\nx"),
     "unknown packing": answers(200, b"x", content_encoding="br"),
     "damaged packing": answers(200, b"xyz", content_encoding="gzip"),
-    "cut packing": answers(200, gzip.compress(PICTURE)[:-9], content_encoding="gzip"),
+    "cut packing": answers(200, gzip.compress(IMAGE)[:-9], content_encoding="gzip"),
 }
 
 
@@ -304,11 +304,11 @@ async def test_a_link_that_is_not_a_plain_web_link_is_refused(link: str) -> None
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_is_followed(status: int) -> None:
-    async with serving(answers(200, PICTURE)) as target:
+    async with serving(answers(200, IMAGE)) as target:
         moved = answers(status, location=f"{target.url}/b.png")
         async with serving(moved) as server:
             got, download = await fetch(f"{server.url}/a.png")
-    assert got == PICTURE
+    assert got == IMAGE
     assert download.url == f"{target.url}/b.png"
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 KEY = "sk-test-0123456789abcdefghij"
 LOCAL_API = "http://127.0.0.1:1"
-PICTURE = bytes(range(256)) * 1000
+IMAGE = bytes(range(256)) * 1000
 
 # -- decisions --------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class SharedConnection:
 async def test_64_files_of_6_mb_arrive_over_half_a_megabyte_a_second() -> None:
     """Bytes and times are both 1/200: files of 30 KB, and silence of 0.3 s instead of 60 s."""
     scale = 200
-    picture = PICTURE[: 6_000_000 // scale]
+    picture = IMAGE[: 6_000_000 // scale]
     line = SharedConnection(500_000)
 
     async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
@@ -229,10 +229,10 @@ class ResumingHost:
 
     async def __call__(self, seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         start = int(seen.headers.get("range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-        rest = PICTURE[start:]
+        rest = IMAGE[start:]
         headers = dict(self.headers)
         if "range" in seen.headers:
-            headers["content_range"] = f"bytes {start}-{len(PICTURE) - 1}/{len(PICTURE)}"
+            headers["content_range"] = f"bytes {start}-{len(IMAGE) - 1}/{len(IMAGE)}"
         whole = message(206 if start else 200, rest, **headers)
         head = len(whole) - len(rest)
         cut = next(self.cuts, len(rest))
@@ -265,9 +265,9 @@ async def test_a_download_is_resumed_where_it_broke_off(accept_ranges: dict[str,
     host = ResumingHost([70_000, 80_000], etag=TAG, **accept_ranges)
     async with serving(host) as server:
         got, done = await host.fetch(server.url)
-    assert got == PICTURE
-    assert done.size_bytes == len(PICTURE)
-    assert done.sha256 == hashlib.sha256(PICTURE).hexdigest()
+    assert got == IMAGE
+    assert done.size_bytes == len(IMAGE)
+    assert done.sha256 == hashlib.sha256(IMAGE).hexdigest()
     first, *others = server.seen
     assert "range" not in first.headers
     assert [seen.headers["if-range"] for seen in others] == [TAG, TAG]
@@ -278,15 +278,15 @@ async def test_a_download_that_went_silent_is_resumed_too() -> None:
     async def silent(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         if "range" in seen.headers:
             return await host(seen, writer)
-        whole = message(200, PICTURE, etag=TAG)
-        writer.write(whole[: len(whole) - len(PICTURE) + 70_000])
+        whole = message(200, IMAGE, etag=TAG)
+        writer.write(whole[: len(whole) - len(IMAGE) + 70_000])
         await asyncio.Event().wait()
         return False
 
     host = ResumingHost([], etag=TAG)
     async with serving(silent) as server:
         got, _ = await host.fetch(server.url, download_timeout_s=0.2)
-    assert got == PICTURE
+    assert got == IMAGE
 
 
 async def test_a_download_is_resumed_a_limited_number_of_times() -> None:
@@ -318,20 +318,20 @@ async def test_a_host_that_cannot_resume_gets_one_request(headers: dict[str, str
 @pytest.mark.parametrize(
     ("rest", "error"),
     [
-        (answers(200, PICTURE, etag=TAG), NoUsableBody),
+        (answers(200, IMAGE, etag=TAG), NoUsableBody),
         (
-            answers(206, PICTURE[70_000:], etag='"v2"', content_range="bytes 70000-255999/256000"),
+            answers(206, IMAGE[70_000:], etag='"v2"', content_range="bytes 70000-255999/256000"),
             NoUsableBody,
         ),
         (
-            answers(206, PICTURE[70_000:], etag=TAG, content_range="bytes 0-255999/256000"),
+            answers(206, IMAGE[70_000:], etag=TAG, content_range="bytes 0-255999/256000"),
             NoUsableBody,
         ),
         (
-            answers(206, PICTURE[70_000:], etag=TAG, content_range="bytes 70000-256000/256001"),
+            answers(206, IMAGE[70_000:], etag=TAG, content_range="bytes 70000-256000/256001"),
             NoUsableBody,
         ),
-        (answers(206, PICTURE[70_000:], etag=TAG), NoUsableBody),
+        (answers(206, IMAGE[70_000:], etag=TAG), NoUsableBody),
         (answers(416), NoUsableBody),
         (answers(503), NoUsableBody),
         (answers(403), LinkExpired),

@@ -1,7 +1,7 @@
 """What a failure means for the purchase, for each transport, on a real socket.
 
 The same event is another exception in every HTTP library. What counts is whether a byte of the
-purchase may have left: only where it certainly has not may it be sent again.
+purchase may have left: it may be sent again only if certainly none has.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import asyncio
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -20,30 +20,24 @@ import pytest
 
 from krea_dagster.api import KreaClient
 from krea_dagster.errors import NotSent, OutcomeUnknown, SubmitError
-from krea_dagster.models import ImageRequest
 from tests.api.loopback_server import (
+    CREATED,
+    IDEMPOTENCY_KEY,
+    KEY,
+    REQUEST,
     Behaviour,
     ReceivedRequest,
     answers,
     closed_port,
     hangs,
+    listening,
     serving,
     writes,
 )
 
 pytestmark = pytest.mark.anyio
 
-KEY = "sk-test-0123456789abcdefghij"
-CREATED = {"id": "task-unified-1-a", "status": "pending", "usage": {"credits_reserved": 0.45}}
-REQUEST = ImageRequest(
-    request_key="k",
-    prompt="a red cube " * 90,
-    size="1:1",
-    quality="1K",
-    seed=7,
-    nsfw_check=False,
-    attempt=0,
-)
+LONG_REQUEST = replace(REQUEST, prompt="a red cube " * 90)
 
 MakeClient = Callable[..., KreaClient]
 
@@ -63,17 +57,8 @@ def make_client(request: pytest.FixtureRequest) -> MakeClient:
 
 async def failed(client: KreaClient) -> type[SubmitError]:
     with pytest.raises(SubmitError) as caught:
-        await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+        await client.submit(LONG_REQUEST, idempotency_key=IDEMPOTENCY_KEY)
     return type(caught.value)
-
-
-@asynccontextmanager
-async def listening(handle: Callable[..., Any]) -> AsyncIterator[int]:
-    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
-    try:
-        yield listener.sockets[0].getsockname()[1]
-    finally:
-        listener.close()
 
 
 # -- certainly not sent -----------------------------------------------------------------------
@@ -234,7 +219,7 @@ async def test_a_purchase_on_a_kept_connection_that_ends_is_not_repeated(
         return await next(purchases)(seen, writer)
 
     async with serving(behave) as server, make_client(server.url) as client:
-        await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+        await client.submit(LONG_REQUEST, idempotency_key=IDEMPOTENCY_KEY)
         assert await failed(client) is OutcomeUnknown
     assert len(server.seen) == 2
     assert server.connections == 1
@@ -263,7 +248,7 @@ async def test_an_http_request_through_a_proxy_has_the_proxys_password(
     async with serving(answers(200, CREATED)) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//me:secret@"))
         async with KreaClient(KEY, base_url="http://api.evolink.internal") as client:
-            await client.submit(REQUEST, idempotency_key="krea-0123456789abcdef")
+            await client.submit(LONG_REQUEST, idempotency_key=IDEMPOTENCY_KEY)
     (seen,) = proxy.seen
     assert seen.target == "http://api.evolink.internal/v1/images/generations"
     assert seen.headers["proxy-authorization"] == "Basic bWU6c2VjcmV0"

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from krea_dagster.callbacks.limits import ConnectionLimit, RateLimiter, client_name
-
-
-class Seconds:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.manual_clock import ManualClock
 
 
 def test_a_burst_is_admitted_and_then_only_the_rate() -> None:
-    clock = Seconds()
+    clock = ManualClock()
     limits = RateLimiter(2, 5, monotonic=clock)
     assert [limits.admit("a") for _ in range(7)] == [True] * 5 + [False] * 2
     clock.now_s += 1
@@ -26,12 +17,12 @@ def test_a_burst_is_admitted_and_then_only_the_rate() -> None:
 
 
 def test_clients_have_separate_limits() -> None:
-    limits = RateLimiter(1, 1, monotonic=Seconds())
+    limits = RateLimiter(1, 1, monotonic=ManualClock())
     assert [limits.admit(name) for name in "aab"] == [True, False, True]
 
 
 def test_a_refused_client_is_admitted_again_although_it_keeps_trying() -> None:
-    clock = Seconds()
+    clock = ManualClock()
     limits = RateLimiter(1, 1, monotonic=clock)
     admitted = 0
     for _ in range(100):
@@ -41,7 +32,7 @@ def test_a_refused_client_is_admitted_again_although_it_keeps_trying() -> None:
 
 
 def test_the_number_of_remembered_clients_is_bounded_and_idle_ones_are_forgotten_first() -> None:
-    limits = RateLimiter(1, 1, monotonic=Seconds(), max_clients=10)
+    limits = RateLimiter(1, 1, monotonic=ManualClock(), max_clients=10)
     for number in range(1000):
         limits.admit("busy")
         limits.admit(f"client {number}")
@@ -50,7 +41,7 @@ def test_the_number_of_remembered_clients_is_bounded_and_idle_ones_are_forgotten
 
 
 def test_a_clock_that_steps_back_admits_no_more_calls() -> None:
-    clock = Seconds()
+    clock = ManualClock()
     limits = RateLimiter(1, 1, monotonic=clock)
     assert limits.admit("a")
     clock.now_s -= 100

@@ -17,6 +17,7 @@ from starlette.routing import Mount
 from krea_dagster.callbacks import CallbackUrls, Receiver
 from krea_dagster.callbacks.receiver import MAX_BODY_BYTES, claimed_task_id
 from krea_dagster.errors import ConfigError, JournalError
+from tests.manual_clock import ManualClock
 
 SECRET = "f3a1" * 16
 BASE = "https://hooks.example.com"
@@ -49,16 +50,6 @@ class FakeCallbackLog:
     @property
     def calls(self) -> list[tuple[str, str | None]]:
         return [call for batch in self.batches for call in batch]
-
-
-class Seconds:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
@@ -240,7 +231,7 @@ def status_of(
 
 
 def test_a_client_above_its_rate_gets_429_until_its_bucket_fills(log: FakeCallbackLog) -> None:
-    clock = Seconds()
+    clock = ManualClock()
     app = receiver(log, rate_per_s=1, burst=2, monotonic=clock)
     assert [post(app) for _ in range(3)] == [204, 204, 429]
     assert post(app, client="192.0.2.2") == 204
@@ -251,7 +242,7 @@ def test_a_client_above_its_rate_gets_429_until_its_bucket_fills(log: FakeCallba
 def test_wrong_tokens_do_not_use_up_the_limit_of_right_ones_behind_the_same_proxy(
     log: FakeCallbackLog,
 ) -> None:
-    app = receiver(log, rate_per_s=1, burst=2, monotonic=Seconds())
+    app = receiver(log, rate_per_s=1, burst=2, monotonic=ManualClock())
     assert [post(app, f"{BASE}/unknown") for _ in range(4)] == [404, 404, 429, 429]
     assert post(app) == 204
 
@@ -327,7 +318,7 @@ def test_a_failing_journal_is_503_so_that_evolink_calls_again(
 def test_health_reports_whether_calls_can_be_recorded_and_checks_the_journal_once_a_second(
     log: FakeCallbackLog,
 ) -> None:
-    clock = Seconds()
+    clock = ManualClock()
     app = receiver(log, monotonic=clock)
     assert ask(app, "GET", f"{BASE}/health").status_code == 200
     log.error = JournalError("gone")

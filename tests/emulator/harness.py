@@ -10,23 +10,18 @@ from typing import Any
 import httpx
 
 from krea_dagster.emulator import Emulator
+from tests.manual_clock import ManualClock
 
 KEY = "emulator"
 PLAIN: dict[str, Any] = {"timeout": 5.0, "verify": False, "trust_env": False}
 AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
-class Clock:
-    """A clock that stops until it is moved."""
+class Clock(ManualClock):
+    """A clock in unix seconds that the test moves."""
 
     def __init__(self) -> None:
-        self.now_s = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def move(self, seconds: float) -> None:
-        self.now_s += seconds
+        super().__init__(1_800_000_000.0)
 
 
 class EmulatorClient:
