@@ -296,7 +296,8 @@ class KreaClient:
         """Buy one image with one POST, sent once.
 
         The same request, key and callback URL give the same bytes, so a server that honours
-        ``Idempotency-Key`` recognises a repeat.
+        ``Idempotency-Key`` recognises a repeat. EvoLink does not document this header; its own
+        clients rely on it for 23 hours.
 
         Args:
             request: the image to buy.
@@ -333,7 +334,8 @@ class KreaClient:
             task_id: 1 to 128 letters, digits, ``.``, ``_``, ``:`` and ``-``.
 
         Returns:
-            The task. Its ``results`` are links to the image, valid for 24 hours.
+            The task. Its ``results`` are links to the image, which EvoLink documents as valid for
+            24 hours.
 
         Raises:
             InputError: not a task id, or the client is closed. Nothing was sent.
@@ -348,6 +350,8 @@ class KreaClient:
 
     async def tasks(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """Read many tasks, 50 in a request if the server can, else a few single reads at a time.
+
+        EvoLink does not document the batch endpoint; its own clients use it.
 
         Args:
             task_ids: in any order; duplicates are read once.
@@ -380,7 +384,8 @@ class KreaClient:
         """Read the credits of the account and the limit of the key. Free; it also checks a key.
 
         Returns:
-            Remaining and used credits in units of 1/10,000 credit, and when they were read.
+            Remaining and used credits in units of 1/10,000 credit, and when they were read
+            (EvoLink's documented ``GET /v1/credits``).
 
         Raises:
             InputError: the client is closed.

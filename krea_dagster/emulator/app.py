@@ -47,8 +47,7 @@ class EmulatorApp:
         batch: whether ``POST /v1/tasks/batch`` exists.
         callbacks_to_private: whether a ``callback_url`` may have a private address.
         images: draws the images.
-        executor: runs the drawing; by default ``render_threads`` threads.
-        render_threads: the number of drawing threads.
+        executor: runs the drawing; by default two threads.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class EmulatorApp:
         callbacks_to_private: bool = False,
         images: ImageFiles | None = None,
         executor: concurrent.futures.Executor | None = None,
-        render_threads: int = 2,
     ) -> None:
         self.world = world
         self.break_connection: BreakConnection | None = None
@@ -68,7 +66,7 @@ class EmulatorApp:
         self._batch = batch
         self._images = images or ImageFiles()
         self._executor = executor or concurrent.futures.ThreadPoolExecutor(
-            render_threads, thread_name_prefix="emulator-render"
+            2, thread_name_prefix="emulator-render"
         )
         self._app = Starlette(
             routes=[

@@ -63,9 +63,9 @@ class CallbackQueue:
     def answered(self, call: QueuedCallback, status: int, now: float) -> None:
         """Record the status of the response to a callback, 0 if there was none."""
         with self._state.transaction():
-            self._count("call", str(status) if status else "no answer")
+            self._state.count("call", str(status) if status else "no answer")
             if 200 <= status < 300:
-                self._count("note", "callbacks_answered")
+                self._state.count("note", "callbacks_answered")
             elif call.tries < len(RETRY_AFTER_S):
                 self._db.execute(
                     "UPDATE callbacks SET tries = tries + 1, due_at = ? WHERE id = ?",
@@ -73,13 +73,8 @@ class CallbackQueue:
                 )
                 return
             else:
-                self._count("note", "callbacks_given_up")
+                self._state.count("note", "callbacks_given_up")
             self._db.execute("DELETE FROM callbacks WHERE id = ?", (call.id,))
-
-    def _count(self, kind: str, what: str) -> None:
-        self._db.execute(
-            "INSERT INTO counts VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1", (kind, what)
-        )
 
 
 def _calls(

@@ -106,19 +106,12 @@ class CallbackSender:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), wait_s)
 
-    async def call_due(self) -> int:
-        """Send the callbacks that are due now, wait for the responses, and return how many."""
-        self._start_due()
-        calls = list(self._in_progress.values())
-        await asyncio.gather(*calls)
-        return len(calls)
-
     def _start_due(self) -> float | None:
         """Start what is due. Return the seconds until the next one, None if there is none."""
         free = MAX_CALLS - len(self._in_progress)
         if free <= 0:
             return None  # the next that ends wakes the loop
-        found = self._world.due_calls(MAX_CALLS + 1, without=self._in_progress.keys())
+        found = self._world.due_callbacks(MAX_CALLS + 1, without=self._in_progress.keys())
         now = self._world.now()
         for due in found:
             if due.due_at > now:
@@ -144,10 +137,10 @@ class CallbackSender:
                 self._ca, to_private=self._to_private, timeout_s=self._timeout_s
             )
         body = json.dumps(self._body(due), ensure_ascii=False).encode()
-        self._world.called(due, await self._poster.post(due.url, body))
+        self._world.callback_answered(due, await self._poster.post(due.url, body))
 
     def _body(self, due: QueuedCallback) -> Mapping[str, Any]:
-        now, task = self._world.now(), self._world.task_called_about(due)
+        now, task = self._world.now(), self._world.task_of_callback(due)
         if due.forged == "early":
             body = task_body(task, now, [])
             return {**body, "status": "completed", "progress": 100, "results": [self._link(task)]}

@@ -56,7 +56,6 @@ class Emulator:
         port: the port to listen on; 0 takes a free one.
         faults: rates (0 to 1) by fault name; see ``World.script`` for faults that strike once.
         batch: whether ``POST /v1/tasks/batch`` exists.
-        render_threads: threads that draw images.
         callbacks_to_private: whether a ``callback_url`` may have a private address.
         callback_ca: a file of certificates (PEM) that are trusted for receivers of callbacks, in
             addition to the machine's.
@@ -88,12 +87,10 @@ class Emulator:
         task_lifetime_s: float | None = None,
         link_lifetime_s: float = LINK_LIFETIME_S,
         denies_foreign_tasks: bool = True,
-        render_threads: int = 2,
         callbacks_to_private: bool = False,
         callback_ca: Path | None = None,
         callback_timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._exit = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             if state is None:
                 state = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="emulator-")))
@@ -127,10 +124,7 @@ class Emulator:
                 timeout_s=callback_timeout_s,
             )
             self.app = EmulatorApp(
-                self.world,
-                batch=batch,
-                render_threads=render_threads,
-                callbacks_to_private=callbacks_to_private,
+                self.world, batch=batch, callbacks_to_private=callbacks_to_private
             )
             undo.callback(self.app.close)
             self._exit = undo.pop_all()
@@ -244,9 +238,6 @@ def serve(
                 unlocked_since = time.monotonic()
             elif time.monotonic() - unlocked_since >= UNLOCKED_FOR_S:
                 return
-
-
-# -- inside -----------------------------------------------------------------------------------
 
 
 class _ThreadServer(uvicorn.Server):

@@ -125,6 +125,14 @@ class StateFile:
             finally:
                 self._inside = False
 
+    def count(self, kind: str, what: str) -> None:
+        """Add one to a count."""
+        with self.transaction():
+            self.db.execute(
+                "INSERT INTO counts VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1",
+                (kind, what),
+            )
+
     def meta(self, name: str, default: str) -> str:
         """Return a stored text; the first time it is ``default``."""
         self.db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, default))

@@ -102,7 +102,7 @@ class World:
         self._state = StateFile(state)
         self._db = self._state.db
         self._lock = self._state.lock
-        self._outbox = CallbackQueue(self._state)
+        self._callbacks = CallbackQueue(self._state)
         start = int(self._state.meta("starts", "0")) + 1
         self._db.execute("UPDATE meta SET value = ? WHERE name = 'starts'", (str(start),))
         self._random = random.Random(f"{seed}:{start}")  # noqa: S311 - nothing secret
@@ -175,7 +175,7 @@ class World:
             row.update(account=account.id, idempotency_key=idempotency_key, reserved=price)
             task = self._insert(row)
             if order.callback_url is not None and task.ready_at is not None:
-                self._outbox.plan(
+                self._callbacks.plan(
                     task.n, task.faults, created_at=task.created_at, ready_at=task.ready_at
                 )
             self._db.execute(
@@ -292,15 +292,15 @@ class World:
 
     # -- callbacks ----------------------------------------------------------------------------
 
-    def due_calls(self, most: int, *, without: Collection[int] = ()) -> list[QueuedCallback]:
+    def due_callbacks(self, most: int, *, without: Collection[int] = ()) -> list[QueuedCallback]:
         """Return the next callbacks, the earliest first, due or not, except ``without``."""
-        return self._outbox.due(most, without=without)
+        return self._callbacks.due(most, without=without)
 
-    def called(self, call: QueuedCallback, status: int) -> None:
+    def callback_answered(self, call: QueuedCallback, status: int) -> None:
         """Record a callback's response, 0 for none; plan its repeat, or give it up."""
-        self._outbox.answered(call, status, self.now())
+        self._callbacks.answered(call, status, self.now())
 
-    def task_called_about(self, call: QueuedCallback) -> EmulatedTask:
+    def task_of_callback(self, call: QueuedCallback) -> EmulatedTask:
         """Return the task of a callback."""
         return self._task_number(call.n)
 
@@ -400,11 +400,7 @@ class World:
 
     def count(self, kind: str, what: str) -> None:
         """Count one more request of a kind. ``what`` is its status, or another word."""
-        with self.transaction():
-            self._db.execute(
-                "INSERT INTO counts VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1",
-                (kind, what),
-            )
+        self._state.count(kind, what)
 
     def stats(self, *, tasks: bool = True) -> dict[str, Any]:
         """Return counts of requests, tasks and callbacks and sums of credits, as JSON values.

@@ -437,7 +437,7 @@ def no_success(client: EmulatorClient) -> None:
 def calls_planned(wanted: list[tuple[float, str]], client: EmulatorClient) -> None:
     """test_callback_sender.py tests the calls themselves."""
     client.create(callback_url="https://hooks.example.com/hook")
-    planned = client.world.due_calls(3)
+    planned = client.world.due_callbacks(3)
     assert [(round(c.due_at - client.clock(), 3), c.forged) for c in planned] == wanted
 
 
