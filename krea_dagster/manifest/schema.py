@@ -28,11 +28,7 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("image_format", pa.string(), "Format, from the file's bytes"),
     ("width", pa.int32(), "Width, pixels"),
     ("height", pa.int32(), "Height, pixels"),
-    (
-        "credits_reserved",
-        pa.float64(),
-        "Credits that EvoLink reserved for the request",
-    ),
+    ("credits_reserved", pa.float64(), "Credits that EvoLink reserved for the request"),
     (
         "credits_charged",
         pa.float64(),

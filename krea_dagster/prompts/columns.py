@@ -172,9 +172,7 @@ def _by_value(
 
 
 def _keys_of(
-    by: ColumnPartitions | TimePartitions,
-    array: pa.Array,
-    problem: Callable[[str], str | None],
+    by: ColumnPartitions | TimePartitions, array: pa.Array, problem: Callable[[str], str | None]
 ) -> tuple[pa.Array, BadCells]:
     array = plain_array(array)
     if isinstance(by, ColumnPartitions):

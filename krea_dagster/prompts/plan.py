@@ -258,8 +258,7 @@ class Planner:
             columns, fields = images.columns, list(images.schema)
             del columns[_KEY], fields[_KEY]
             whole = pa.RecordBatch.from_arrays(
-                [*columns, *passthrough.columns],
-                schema=pa.schema([*fields, *passthrough.schema]),
+                [*columns, *passthrough.columns], schema=pa.schema([*fields, *passthrough.schema])
             )
         keys = images.column("request_key")
         return PlannedBatch(

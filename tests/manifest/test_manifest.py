@@ -31,12 +31,7 @@ from krea_dagster.manifest import (
     write_manifest,
 )
 from krea_dagster.models import PIXELS
-from krea_dagster.prompts import (
-    RECOGNISED_COLUMNS,
-    RESERVED_COLUMNS,
-    Plan,
-    parse_partition_by,
-)
+from krea_dagster.prompts import RECOGNISED_COLUMNS, RESERVED_COLUMNS, Plan, parse_partition_by
 from tests.dagster_bench import wanted
 from tests.prompts.reference import images_of
 

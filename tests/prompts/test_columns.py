@@ -17,9 +17,7 @@ TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-def test_text_with_a_nul_is_not_read_as_a_whole_and_a_slice_counts_alone(
-    kind: pa.DataType,
-) -> None:
+def test_text_with_a_nul_is_not_read_as_a_whole_and_a_slice_counts_alone(kind: pa.DataType) -> None:
     column = pa.array(["a", "b\0", "", "c", None, "d"], pa.string()).cast(kind)
     assert texts(column) is None
     assert texts(column.slice(1, 2)) is None

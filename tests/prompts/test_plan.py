@@ -72,10 +72,7 @@ KINDS = {
     st.dictionaries(st.tuples(st.integers(0, 5), st.integers(0, 3)), st.integers(1, 3)),
 )
 def test_keys_seeds_ids_and_versions_are_those_of_the_definition(
-    tmp_path: Path,
-    rows: list[dict[str, Any]],
-    with_ids: bool,
-    raised: dict[tuple[int, int], int],
+    tmp_path: Path, rows: list[dict[str, Any]], with_ids: bool, raised: dict[tuple[int, int], int]
 ) -> None:
     kinds = {name: kind for name, kind in KINDS.items() if with_ids or name != "prompt_id"}
     path = tmp_path / "prompts.parquet"

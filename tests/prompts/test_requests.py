@@ -10,11 +10,7 @@ from hypothesis import strategies as st
 
 from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.models import QUALITIES, SIZES
-from krea_dagster.prompts import (
-    Defaults,
-    drawn_seed,
-    request_key,
-)
+from krea_dagster.prompts import Defaults, drawn_seed, request_key
 from tests.prompts.reference import (
     PromptRow,
     derived_prompt_id,
@@ -63,12 +59,7 @@ def test_the_request_key_is_the_pinned_hash_of_what_decides_the_image() -> None:
     )
     assert key == "782aa0fc08a6733455bbe89c7ecbae98a0b3c05469f86c2dae971ebec0f5eae1"
     key = request_key(
-        prompt="雪の朝 – café",
-        size="1:1",
-        quality="2K",
-        seed=1_048_576,
-        nsfw_check=True,
-        attempt=3,
+        prompt="雪の朝 – café", size="1:1", quality="2K", seed=1_048_576, nsfw_check=True, attempt=3
     )
     assert key == "d212cf66ab505505ff99dbfc9eb6c1402a68f283e8228903d093f43174e71009"
 

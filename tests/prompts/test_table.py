@@ -414,9 +414,7 @@ def test_a_doubled_prompt_id_names_both_rows(problems: Problems) -> None:
     assert "row 1 has it too" in problem.allowed
 
 
-def test_a_doubled_prompt_id_is_found_when_only_another_partition_is_read(
-    open_table: Open,
-) -> None:
+def test_a_doubled_prompt_id_is_found_when_only_another_partition_is_read(open_table: Open) -> None:
     columns = {"prompt": ["a", "b", "c"], "prompt_id": ["x", "y", "x"], "part": ["p", "q", "r"]}
     with pytest.raises(PromptTableError, match="row 1 has it too"):
         read_rows(open_table(columns, "column:part"), ["q"])

@@ -224,11 +224,7 @@ def quality_of(number: int) -> str:
 
 @given(_ROWS, _STATES, _CAPS, st.booleans(), st.booleans())
 def test_lines_add_up_to_the_totals_and_every_row_has_one_fate(
-    rows: list[tuple[int, str]],
-    states: dict[int, State],
-    caps: Caps,
-    hold: bool,
-    at_hand: bool,
+    rows: list[tuple[int, str]], states: dict[int, State], caps: Caps, hold: bool, at_hand: bool
 ) -> None:
     records = {
         number: record(state, number, quality_of(number)) for number, state in states.items()

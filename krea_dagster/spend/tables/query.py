@@ -141,8 +141,7 @@ def sums(
     grouped = f"GROUP BY {', '.join(names)} ORDER BY {', '.join(names)}" if by else ""
     low, high = since or date(1970, 1, 1), until or date(9999, 12, 31)
     found = duck.execute(
-        f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? {grouped}",
-        [low, high],
+        f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? {grouped}", [low, high]
     ).fetchall()
     return [SpendLine(tuple(row[: len(by)]), *row[len(by) :]) for row in found]
 

@@ -129,9 +129,7 @@ def update_spend(
             labels=dict(sorted(labels.items())),
         ).write(storage)
     return SpendUpdate(
-        tuple(sorted(touched)),
-        tuple(removed),
-        sum(month.purchases for month in totals.values()),
+        tuple(sorted(touched)), tuple(removed), sum(month.purchases for month in totals.values())
     )
 
 

@@ -460,11 +460,7 @@ def test_a_stored_image_without_any_purchase_is_found(shared_project: ProjectHar
     shared_project.sql("delete from submissions where request_key = ?", key)
     shared_project.write_manifests()
     proof = shared_project.prove()
-    assert kinds(proof) == [
-        "stored_without_charge",
-        *["sum_differs"] * 4,
-        "account_differs",
-    ]
+    assert kinds(proof) == ["stored_without_charge", *["sum_differs"] * 4, "account_differs"]
 
 
 def test_what_another_client_spent_between_two_readings_is_named(
