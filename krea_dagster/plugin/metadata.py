@@ -113,12 +113,14 @@ def quote_metadata(line: QuoteLine | None) -> Metadata:
     }
 
 
-def table_schema(schema: pa.Schema) -> dg.TableSchema:
-    """A manifest's columns as Dagster shows them; of very many the first, and how many more."""
+def table_schema(
+    schema: pa.Schema, descriptions: Mapping[str, str] = DESCRIPTIONS
+) -> dg.TableSchema:
+    """Return a table's columns as Dagster shows them: the first ones, and the number of others."""
     columns: list[dg.TableColumn] = []
     left = SCHEMA_BYTES
     for field in schema:
-        means = DESCRIPTIONS.get(field.name, "Carried from the prompt table")
+        means = descriptions.get(field.name, "Carried from the prompt table")
         column = dg.TableColumn(field.name, _short(str(field.type)), description=means)
         left -= _COLUMN_BYTES + _written(column.name, column.type, means)
         if left < 0:

@@ -17,6 +17,8 @@ import pytest
 
 from krea_dagster import KreaResource, cli
 from krea_dagster.plugin.assets.spend import build_spend_assets, update_tables
+from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS
+from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS
 from tests.dagster_bench import run_job
 from tests.spend.simulated_year import OUTAGE, SimulatedYear
 
@@ -207,6 +209,16 @@ def test_the_job_makes_both_tables_and_shows_figures_that_plot(
         assert isinstance(said["credits_today"], float)
         assert said["path"] == str(year.folder / "spend" / name.removeprefix("spend_"))
     graph = defs.resolve_asset_graph()
+    described = {
+        (name, column.name): column.description
+        for name in ("spend_ledger", "spend_daily")
+        for column in graph.get(dg.AssetKey(["kept", name]))
+        .metadata["dagster/column_schema"]
+        .columns
+    }
+    assert described["spend_ledger", "outcome"] == LEDGER_DESCRIPTIONS["outcome"]
+    assert described["spend_daily", "delivered"] == DAILY_DESCRIPTIONS["delivered"]
+    assert described["spend_daily", "campaign"] == "Carried from the prompt table"
     assert graph.get(dg.AssetKey(["kept", "spend_ledger"])).parent_keys == {
         dg.AssetKey(["kept", "image_manifest"])
     }

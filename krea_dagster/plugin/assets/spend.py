@@ -17,8 +17,8 @@ from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
 from krea_dagster.plugin.resource import KreaResource, krea_of
 from krea_dagster.spend.report.sparkline import spend_sparkline
-from krea_dagster.spend.tables.daily import daily_schema
-from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
+from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
+from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_tables, sums
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.warnings.sources import stored_tables
@@ -72,7 +72,9 @@ def build_spend_assets(
                 group_name=group_name,
                 kinds={"parquet", "duckdb"},
                 description="One row per purchase: when, what for, what it cost, what it bought.",
-                metadata={"dagster/column_schema": table_schema(LEDGER_SCHEMA)},
+                metadata={
+                    "dagster/column_schema": table_schema(LEDGER_SCHEMA, LEDGER_DESCRIPTIONS)
+                },
             ),
             dg.AssetSpec(
                 daily_key,
@@ -80,7 +82,7 @@ def build_spend_assets(
                 group_name=group_name,
                 kinds={"parquet", "duckdb"},
                 description="Sums by day, partition, quality and size, and what an image came to.",
-                metadata={"dagster/column_schema": table_schema(schema)},
+                metadata={"dagster/column_schema": table_schema(schema, DAILY_DESCRIPTIONS)},
             ),
         ],
         required_resource_keys={resource_key},
