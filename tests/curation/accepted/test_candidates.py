@@ -1,4 +1,4 @@
-"""Slots as the journal has them: how each stands, and what was bought for it at all attempts."""
+"""Slots from the journal: their state, and their purchases at all attempts."""
 
 from __future__ import annotations
 

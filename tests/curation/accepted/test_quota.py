@@ -1,4 +1,4 @@
-"""Exactly N accepted: what is asked for, what is asked again, what is held back, and why not."""
+"""Exactly N accepted: what is bought, regenerated or held back, and why groups stay short."""
 
 from __future__ import annotations
 

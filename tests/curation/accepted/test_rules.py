@@ -1,4 +1,4 @@
-"""Which images are accepted, why a row is not, and which of more than are wanted are taken."""
+"""The rules of acceptance, and the choice where more are accepted than wanted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows(*names: str, status: str | None = "stored", sample: int = 0) -> pa.Tabl
 
 
 def said(**verdicts: str) -> pa.Table:
-    """What one reviewer says of the images of these names."""
+    """Return the verdicts of one reviewer on images with these names."""
     at = datetime(2026, 11, 22, tzinfo=timezone.utc)
     return verdict_table(
         Verdict(f"id-{name}", sha(name), verdict, "ann", f"k-{name}", f"p-{name}", 0, 0, "b", at=at)
@@ -127,7 +127,7 @@ def test_an_invalid_range_is_rejected_with_an_example(text: str) -> None:
 
 
 def clusters(*members: tuple[str, str, bool, int]) -> pa.Table:
-    """Rows of near_duplicates: image, cluster, keep, distance."""
+    """Return rows of near_duplicates: image, cluster, keep, distance."""
     names = [name for name, *_ in members]
     return pa.table(
         {

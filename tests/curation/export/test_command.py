@@ -1,4 +1,4 @@
-"""The command: figures on stdout, progress on stderr, and exit codes that say what happened."""
+"""The command: the summary on stdout, progress on stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_card_names_the_prompt_table_without_credentials(
 
 
 def test_invalid_options_are_input_errors_and_bad_images_are_not(project: ExportProject) -> None:
-    """The command group makes exit code 2 of the former, and 1 of the latter."""
+    """The command group exits with 2 for the former, and with 1 for the latter."""
     assert isinstance(run(project, "--split", "train=0.5").exception, ConfigError)
     assert isinstance(run(project, "--where", "nope=1").exception, ConfigError)
     Path(project.row(3)["image_path"]).unlink()

@@ -1,4 +1,4 @@
-"""Exports as a whole: what goes in, what comes out, what stays, and what a fault leaves behind."""
+"""Exports end to end: selection, content, versions, and faults."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def index_of(exported: Exported) -> list[dict[str, Any]]:
 
 
 def images_in(exported: Exported) -> dict[str, tuple[bytes, dict[str, Any]]]:
-    """Each image's bytes and columns by prompt_id, read without any of the package's readers."""
+    """Return each image's bytes and columns by prompt_id, read without the package."""
     read = {"parquet": from_parquet, "webdataset": from_tar}.get(exported.spec.form, from_files)
     return {row["prompt_id"]: (data, row) for data, row in read(Path(exported.path))}
 
@@ -411,7 +411,7 @@ def memory() -> Iterator[Any]:
 def test_a_moved_storage_root_can_be_exported(
     project: ExportProject, tmp_path: Path, to: str
 ) -> None:
-    """Its manifests name the files where they were."""
+    """Its manifests contain the old paths."""
     project.write_accepted(project.rows(3))
     Path(project.root).rename(tmp_path / "krea-moved")
     moved = export(Storage(str(tmp_path / "krea-moved")), ExportSpec.parse(form="jsonl"), to)
@@ -421,7 +421,7 @@ def test_a_moved_storage_root_can_be_exported(
 def test_a_version_that_another_export_removed_is_not_published(
     project: ExportProject, to: str
 ) -> None:
-    """That one was told to keep few, and this one's was complete and not the one that counts."""
+    """The other export keeps few versions; this one is complete but not yet current."""
     rows = project.rows(3)
     project.write_accepted(rows)
     first = done(project, to, form="jsonl")

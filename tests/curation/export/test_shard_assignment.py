@@ -1,4 +1,4 @@
-"""Shards: bounded, numbered without gaps, and an image stays in its own."""
+"""Shards: bounded, numbered without gaps, and images stay in theirs."""
 
 from __future__ import annotations
 

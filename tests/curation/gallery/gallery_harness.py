@@ -115,7 +115,7 @@ class GalleryProject:
         return self.storage
 
     def path_of(self, row: Mapping[str, Any]) -> Path:
-        """The file of a row."""
+        """Return the file of a row."""
         return self.root / self.storage.name_of(row["image_path"])
 
 

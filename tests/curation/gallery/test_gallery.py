@@ -1,4 +1,4 @@
-"""The gallery: one page that holds all it shows, only of verified files, and prompts as text."""
+"""The gallery: one self-contained page of verified files, with escaped prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> GalleryProject:
 
 
 class Page(HTMLParser):
-    """What a page holds: its elements with their attributes, and its text."""
+    """A parsed page: its elements with their attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ def chosen(
 
 @pytest.fixture
 def mixed(project: GalleryProject) -> GalleryProject:
-    """Four rows in two partitions, the second of which has no column ``mood``."""
+    """Add four rows in two partitions; the second has no column ``mood``."""
     small = (32, 32)
     project.add_image(
         "one", "a", pixels=small, seed=7, further={"mood": "calm", "score": 0.5, "new": True}

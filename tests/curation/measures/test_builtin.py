@@ -18,12 +18,12 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def noise(side: int = 256, seed: int = 0) -> Image.Image:
-    """Every level of every channel as likely as any other."""
+    """Draw noise with uniformly distributed levels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
 
 
 def gradient() -> Image.Image:
-    """256 columns, from black to white."""
+    """Draw 256 columns from black to white."""
     return Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
 
 
@@ -44,7 +44,7 @@ def waves(width: int, height: int, kind: int = 0) -> Image.Image:
 
 
 def framed(share: float) -> Image.Image:
-    """Noise of 200 pixels a side within a white frame, so that it takes this share of the area."""
+    """Draw noise of 200×200 pixels in a white frame that takes this share of the area."""
     side = round(200 / (1 - share) ** 0.5 / 2) * 2
     image = Image.new("RGB", (side, side), "white")
     image.paste(noise(200), ((side - 200) // 2, (side - 200) // 2))
@@ -52,7 +52,7 @@ def framed(share: float) -> Image.Image:
 
 
 def bits(one: bytes, other: bytes) -> int:
-    """In how many bits two hashes differ."""
+    """Return the number of bits in which two hashes differ."""
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()
 
 

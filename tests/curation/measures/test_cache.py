@@ -92,7 +92,7 @@ def test_small_files_are_merged_without_loss(storage: Storage) -> None:
 
 
 class NothingRemoved(Storage):
-    """A store whose key may not remove anything."""
+    """A store without permission to remove files."""
 
     def remove(self, name: str) -> None:
         raise PermissionError(f"{name} may not be removed")

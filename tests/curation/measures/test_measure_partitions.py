@@ -33,7 +33,7 @@ def measured(stored: StoredImages, *keys: str, **options: Any) -> list[MeasuredP
 
 
 class Redness:
-    """A user's function that remembers what it was called with."""
+    """A custom function that records the sizes of its batches."""
 
     def __init__(self, fails_on: Sequence[int] = ()) -> None:
         self.batches: list[int] = []

@@ -50,7 +50,7 @@ class ReviewProject:
 
 @lru_cache
 def texts() -> list[str]:
-    """The prompts of the sample table."""
+    """Return the prompts of the sample table."""
     table = pq.read_table(Path(__file__).parents[3] / "data" / "prompts.parquet")
     return [str(one) for one in table["prompt"].to_pylist()]
 

@@ -1,4 +1,4 @@
-"""The review's server, over real HTTP: who may speak to it, and what becomes of a verdict."""
+"""The review's application over real HTTP: access control, rows, images and verdicts."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def server(project: ReviewProject) -> Iterator[Server]:
 
 @pytest.fixture
 def page(server: Server) -> Iterator[httpx.Client]:
-    """What the page itself would ask with."""
+    """An HTTP client that sends what the page sends."""
     origin = f"http://127.0.0.1:{server.port}"
     with httpx.Client(base_url=server.url, headers={"Origin": origin}) as client:
         yield client
 
 
 def given(number: int = 0, **further: Any) -> dict[str, Any]:
-    """A verdict as the page posts it."""
+    """Return a verdict as the page posts it."""
     return {
         "verdict_id": uuid4().hex,
         "image_sha256": sha256(number),
@@ -188,7 +188,7 @@ def test_an_invalid_verdict_is_named_and_does_not_block_the_others(
 def test_a_page_of_another_journal_s_review_is_refused_and_keeps_its_verdicts(
     page: httpx.Client, project: ReviewProject
 ) -> None:
-    """As where the command was started for another root, with the same port and token."""
+    """As after a start for another root with the same port and token."""
     own, before = page.get("api/start").json()["journal"], len(history(project))
     entry = given(9)
     for journal, status in (("another", 409), (own, 200)):
@@ -312,7 +312,7 @@ def test_images_are_addressed_by_hash_and_cached_forever(
 
 
 def test_a_file_outside_the_root_is_not_served(tmp_path: Path) -> None:
-    """A manifest is a file that somebody may have changed."""
+    """A manifest may have been changed."""
     storage = Storage(str(tmp_path / "krea"))
     inside = storage.locate("images/aa/b.png")
     assert name_in(storage, inside) == "images/aa/b.png"

@@ -1,4 +1,4 @@
-"""The command of the review: what it says, what it needs, and how it ends."""
+"""The command ``review``: output, inputs and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.curation.review.review_harness import TOKEN, Server, make_project
 
 
 def run(*arguments: str, **environment: str) -> object:
-    """Run the command where it is to end at once; returns what it raised, or what it printed."""
+    """Run a command that fails or prints help; return its exception or its output."""
     done = CliRunner(env={"KREA_REVIEW_TOKEN": "", **environment}).invoke(
         review_command, ["--no-open", *arguments]
     )
@@ -37,7 +37,7 @@ def test_the_address_is_printed_and_the_reviewer_is_the_given_one(tmp_path: Path
 
 
 def test_the_token_is_not_on_the_browser_s_command_line(tmp_path: Path) -> None:
-    """Every user of the machine can read that. What is opened can be read by this user only."""
+    """Every user can read a command line; only this user can read the opened page."""
     project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
     browser, seen = tmp_path / "browser", tmp_path / "seen"
     browser.write_text(f'#!/bin/sh\necho "$1" > {seen}.new; mv {seen}.new {seen}\n')

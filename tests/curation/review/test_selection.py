@@ -1,4 +1,4 @@
-"""What a reviewer wants to see: any column, any value, and never a line of a query language."""
+"""Selections: conditions on any column, search and order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NO_VERDICTS = np.full(4, empty_code(), np.int8)
 
 
 def found(codes: Any = NO_VERDICTS, **selection: Any) -> str:
-    """The prompts that a selection finds, by their ids."""
+    """Return the ids of the selected prompts, joined."""
     rows = rows_of(TABLE, Selection.parse(json.dumps(selection)), codes)
     return "".join(TABLE["prompt_id"].take(rows).to_pylist())
 

@@ -1,4 +1,4 @@
-"""Several review servers on one journal, as several machines of a team have it on PostgreSQL."""
+"""Several review servers on one journal, as on several machines with PostgreSQL."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.engine.conftest import journal_url  # noqa: F401 - a fixture of this 
 EACH = 60
 
 
-class Person:
-    """Somebody at one of the servers, as their page does it: gives verdicts, and hears others'."""
+class Reviewer:
+    """A reviewer's page: it gives verdicts, and polls for those of others."""
 
     def __init__(self, server: Server, name: str) -> None:
         self.name, self._number = name, 0
@@ -46,7 +46,7 @@ class Person:
         assert [one["verdict_id"] for one in answer["verdicts"]] == [entry["verdict_id"]]
         return str(entry["verdict_id"])
 
-    def listen(self) -> None:
+    def poll(self) -> None:
         said = self.page.get("api/since", params={"number": self._number}).json()
         self.heard += [one["verdict_id"] for one in said["verdicts"]]
         self._number = said["number"]
@@ -58,10 +58,10 @@ def project(tmp_path: Path) -> ReviewProject:
 
 
 @pytest.fixture
-def people(project: ReviewProject, journal_url: str) -> Iterator[list[Person]]:  # noqa: F811 - the fixture
+def people(project: ReviewProject, journal_url: str) -> Iterator[list[Reviewer]]:  # noqa: F811 - the fixture
     Journal(journal_url).close()
     servers = [Server(project, "--journal", journal_url) for _ in range(2)]
-    team = [Person(server, name) for server, name in zip(servers, ("ada", "ben"), strict=True)]
+    team = [Reviewer(server, name) for server, name in zip(servers, ("ada", "ben"), strict=True)]
     yield team
     for person, server in zip(team, servers, strict=True):
         person.page.close()
@@ -69,25 +69,25 @@ def people(project: ReviewProject, journal_url: str) -> Iterator[list[Person]]: 
 
 
 def test_every_reviewer_gets_each_verdict_once_in_the_journal_s_order(
-    people: list[Person],
+    people: list[Reviewer],
     journal_url: str,  # noqa: F811 - the fixture
 ) -> None:
-    """They review the same images at the same time, and listen all the while."""
+    """They review the same images at the same time while both poll."""
     over = threading.Event()
 
-    def work(person: Person) -> list[str]:
+    def work(person: Reviewer) -> list[str]:
         return [person.judge(row) for row in range(EACH)]
 
-    def listen(person: Person) -> None:
+    def poll(person: Reviewer) -> None:
         while not over.is_set():
-            person.listen()
-        person.listen()
+            person.poll()
+        person.poll()
 
     with ThreadPoolExecutor(4) as pool:
-        listening = [pool.submit(listen, person) for person in people]
+        polling = [pool.submit(poll, person) for person in people]
         given = [found for done in pool.map(work, people) for found in done]
         over.set()
-        for one in listening:
+        for one in polling:
             one.result()
     with closing(Journal(journal_url)) as journal:
         kept = [one.verdict_id for one in journal.verdicts.history()]

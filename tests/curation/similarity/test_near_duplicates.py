@@ -180,7 +180,7 @@ def test_a_limit_out_of_range_is_rejected(images: SimilarImages) -> None:
 
 
 def test_the_kept_one_is_by_verdict_sharpness_time_and_key(images: SimilarImages) -> None:
-    """Each is better than the one before it by the rule that comes first."""
+    """Each image is better than the one before by a rule with higher priority."""
     hashed = hashes(1)[0]
     first, second = sorted(["1", "2"], key=lambda name: digest(f"request {name}"))
     images.add(second, hashed, sharpness=None, later_s=9)
