@@ -246,7 +246,7 @@ def plan(options: Namespace) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         with Batch.read(table, table.partition_keys(), krea, look=True) as batch:
-            standing = batch.standing(krea)
+            standing = batch.state(krea)
             return {"left": sum(1 for _ in standing.wanted())}
 
     return _timed(work)

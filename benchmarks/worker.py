@@ -81,7 +81,7 @@ def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
             "KREA_MAX_IN_FLIGHT": str(options.most),
         }
     )
-    from krea_dagster.plugin.environment import Settings  # noqa: PLC0415 - as above
+    from krea_dagster.application.settings import Settings  # noqa: PLC0415 - as above
     from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415
 
     def work() -> dict[str, Any]:

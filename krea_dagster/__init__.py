@@ -1,13 +1,12 @@
 """Krea 2 Turbo images as Dagster assets: each bought once, verified, and accounted for.
 
 ``build_krea_definitions`` makes a code location from a prompt table and a ``KreaResource``, and
-``KreaImages`` the same from YAML; ``build_krea_assets`` makes the assets alone. Below that,
-``KreaResource.generate`` buys a few prompts in an asset of one's own, and ``KreaClient`` speaks
-EvoLink's API without Dagster.
+``KreaImages`` the same from YAML; ``build_krea_assets`` makes the assets alone.
+``KreaResource.generate`` buys a few prompts in a custom asset. ``Krea`` is the application without
+Dagster, for notebooks and scripts, and ``KreaClient`` the client of EvoLink's API.
 
-A name is imported when it is first used: the command's help and the emulator need no Dagster,
-which takes two seconds to import. The library is registered with Dagster in
-``krea_dagster.plugin``.
+A name is imported when it is first used: importing Dagster takes two seconds, and not everything
+needs it. ``krea_dagster.plugin`` registers the library with Dagster.
 """
 
 from __future__ import annotations
@@ -18,16 +17,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
+    from krea_dagster.application.buy_options import BuyOptions
+    from krea_dagster.application.curation import Curation
+    from krea_dagster.application.krea import Krea
+    from krea_dagster.application.settings import Settings
     from krea_dagster.curation.export.spec import ExportSpec
     from krea_dagster.curation.measures.custom import Measure
     from krea_dagster.errors import KreaError
-    from krea_dagster.plugin.assets.curation import Curation
     from krea_dagster.plugin.assets.images import KreaAssets, build_krea_assets
     from krea_dagster.plugin.checks import (
         build_failure_share_check,
         build_files_check,
+        build_images_check,
         build_manifest_schema_check,
-        build_pictures_check,
         build_spend_check,
     )
     from krea_dagster.plugin.component import KreaImages
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
     from krea_dagster.prompts import Defaults, PromptTable
 
 __all__ = [
+    "BuyOptions",
     "Curation",
     "Defaults",
     "ExportSpec",
+    "Krea",
     "KreaAssets",
     "KreaClient",
     "KreaError",
@@ -53,13 +57,14 @@ __all__ = [
     "KreaResource",
     "Measure",
     "PromptTable",
+    "Settings",
     "build_failure_share_check",
     "build_files_check",
+    "build_images_check",
     "build_krea_assets",
     "build_krea_definitions",
     "build_krea_schedule",
     "build_manifest_schema_check",
-    "build_pictures_check",
     "build_spend_check",
     "definitions_from_environment",
     "failure_of",
@@ -68,10 +73,12 @@ __all__ = [
 
 __version__: Final = version("krea-dagster")
 
-_HOMES: Final = {
-    "Curation": "plugin.assets.curation",
+_MODULES: Final = {
+    "BuyOptions": "application.buy_options",
+    "Curation": "application.curation",
     "Defaults": "prompts",
     "ExportSpec": "curation.export.spec",
+    "Krea": "application.krea",
     "KreaAssets": "plugin.assets.images",
     "KreaClient": "api",
     "KreaError": "errors",
@@ -81,13 +88,14 @@ _HOMES: Final = {
     "KreaResource": "plugin.resource",
     "Measure": "curation.measures.custom",
     "PromptTable": "prompts",
+    "Settings": "application.settings",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",
+    "build_images_check": "plugin.checks",
     "build_krea_assets": "plugin.assets.images",
     "build_krea_definitions": "plugin.definitions",
     "build_krea_schedule": "plugin.schedules",
     "build_manifest_schema_check": "plugin.checks",
-    "build_pictures_check": "plugin.checks",
     "build_spend_check": "plugin.checks",
     "definitions_from_environment": "plugin.environment",
     "failure_of": "plugin.failures",
@@ -96,12 +104,12 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home."""
+    """Import a public name from its module."""
     try:
-        home = _HOMES[name]
+        module = _MODULES[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -7,12 +7,13 @@ from decimal import Decimal
 
 import pytest
 
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.settings import Settings
 from krea_dagster.callbacks.receiver import claimed_task_id
 from krea_dagster.engine.budget import Budget
 from krea_dagster.engine.resolution import HasTask, parse_resolution
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import is_task_id, parse_cap, parse_whole_number, units_from_credits
-from krea_dagster.plugin.environment import Settings
 from krea_dagster.plugin.resource import KreaResource
 
 # -- task ids -----------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_a_cap_is_digits_with_at_most_four_decimals(text: str, units: int) -> No
     assert parse_cap(text, "a cap") == units
     assert Budget.parse(f"month={text}").units == units
     settings = Settings.from_environment({"KREA_RUN_CREDITS": text, "KREA_BUDGETS": f"day={text}"})
-    caps = settings.resource().caps()
+    caps = Krea(settings).caps()
     assert caps.run_units == units
     assert [budget.units for budget in caps.budgets] == [units]
 
@@ -104,7 +105,7 @@ def test_a_cap_with_five_decimals_is_refused_before_buying(
     value: float,
 ) -> None:
     with pytest.raises(ConfigError, match=r"run_credits is .* at most 4 decimals"):
-        KreaResource(run_credits=value).caps()
+        KreaResource(run_credits=value).krea().caps()
 
 
 @pytest.mark.parametrize("field", ["patience_s", "timeout_s", "download_timeout_s", "max_per_s"])

@@ -19,6 +19,7 @@ import yaml
 
 import krea_dagster
 from krea_dagster import KreaImages
+from krea_dagster.application.settings import Settings, variable_of
 from krea_dagster.cli import main
 from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import (
@@ -36,6 +37,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+#: The subcommands by name.
+COMMANDS: dict[str, click.Command] = {
+    name: main.get_command(click.Context(main), name) or main
+    for name in main.list_commands(click.Context(main))
+}
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -240,19 +247,18 @@ def test_its_make_targets_exist() -> None:
 
 def test_its_commands_and_options_exist() -> None:
     for name, options in re.findall(r"krea-dagster ([a-z]+)((?: --[a-z-]+)*)", README):
-        command = main.commands[name]
+        command = COMMANDS[name]
         known = {option for parameter in command.params for option in parameter.opts}
         assert set(options.split()) <= known, name
 
 
 def test_every_command_is_in_it() -> None:
-    for name in main.commands:
+    for name in COMMANDS:
         assert f"krea-dagster {name}" in README, name
 
 
 def test_its_variables_are_those_that_are_read() -> None:
-    source = (ROOT / "krea_dagster" / "plugin" / "environment.py").read_text(encoding="utf-8")
-    read = set(re.findall(r"\"((?:KREA|EVOLINK)_[A-Z_]+)\"", source))
+    read = {variable_of(field) for field in Settings.model_fields.values()} - {""}
     assert set(re.findall(r"^\| `((?:KREA|EVOLINK)_[A-Z_]+)`", README, re.MULTILINE)) == read
 
 
@@ -284,7 +290,7 @@ def test_the_commands_and_options_of_the_pages_exist() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name, options in re.findall(r"^krea-dagster ([a-z]+)(.*)$", text, re.MULTILINE):
-            command = main.commands[name]
+            command = COMMANDS[name]
             below = command.commands.values() if isinstance(command, click.Group) else ()
             parameters = [each for one in (command, *below) for each in one.params]
             known = {option for parameter in parameters for option in parameter.opts}

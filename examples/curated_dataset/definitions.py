@@ -16,9 +16,9 @@ from krea_dagster import (
     KreaResource,
     build_failure_share_check,
     build_files_check,
+    build_images_check,
     build_krea_definitions,
     build_manifest_schema_check,
-    build_pictures_check,
     build_spend_check,
 )
 
@@ -45,7 +45,7 @@ krea_defs = build_krea_definitions(
         build_manifest_schema_check,
         partial(build_failure_share_check, warn_above=0.1, error_above=0.3),
         partial(build_files_check, sample=None),
-        partial(build_pictures_check, sample=None),
+        partial(build_images_check, sample=None),
         partial(build_spend_check, most_credits=5),
     ],
 )

@@ -1,4 +1,6 @@
-"""Data versions of the columns that a prompt table only carries along into the manifest."""
+"""Data versions of the columns that a prompt table only passes through to the manifest."""
+
+from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
@@ -19,8 +21,8 @@ _BITS: Final = 2**64
 def carried_versions(table: PromptTable) -> Mapping[str, str]:
     """Return a version of each partition's further columns, by key, sorted.
 
-    It hangs on their names, types and order, and on each row's values by its prompt_id; the order
-    of the rows changes nothing. Raises ConfigError or PromptTableError.
+    It depends on their names, types and order, and on each row's prompt_id and values, but not on
+    the order of the rows. Raises ConfigError or PromptTableError.
     """
     sums: dict[str, int] = defaultdict(int)
     with closing(Hasher()) as hasher, closing(duckdb.connect(":memory:")) as duck:

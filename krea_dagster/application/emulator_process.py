@@ -1,8 +1,10 @@
-"""Starts the emulator where no key is given, shares it among runs, and never leaves it behind.
+"""Starts an emulator process for runs without an API key; runs share it, and it ends after them.
 
-Every user of an emulator holds a shared lock on one file in its folder. The emulator ends by
-itself once nobody holds it: the kernel releases a lock when a process dies, however it dies.
+Every user of an emulator holds a shared lock on a file in its folder. The emulator exits once the
+lock is free: the kernel releases it when a process dies, also when it is killed.
 """
+
+from __future__ import annotations
 
 import fcntl
 import json
@@ -19,20 +21,20 @@ import httpx
 
 from krea_dagster.errors import ConfigError
 
-#: The key that the emulator takes unless it is told another one.
+#: The emulator's default API key.
 EMULATOR_KEY: Final = "emulator"
 
 _START_S: Final = 20.0
 
-#: Emulators that this process has started. They outlive the run, so nobody waits for them here.
+#: Emulators that this process started. They may outlive the run, so it does not wait for them.
 _started: Final[list[subprocess.Popen[bytes]]] = []
 
 
 @contextmanager
 def local_emulator(folder: Path) -> Iterator[str]:
-    """Yield the URL of the emulator whose state is in ``folder``, started where none runs.
+    """Yield the URL of the emulator whose state is in ``folder``; start it if none runs.
 
-    Raises ConfigError where it cannot be started.
+    Raises ConfigError if it cannot be started.
     """
     folder.mkdir(parents=True, exist_ok=True)
     in_use = folder / "in_use.lock"
@@ -45,7 +47,7 @@ def local_emulator(folder: Path) -> Iterator[str]:
 
 
 def _running(folder: Path) -> str | None:
-    """The URL of the emulator that last served this folder, where it still answers."""
+    """Return the URL of the emulator that serves this folder, if it answers."""
     try:
         url = str(json.loads((folder / "ready.json").read_text())["url"])
         answer = httpx.get(f"{url}/emulator/health", timeout=2.0, trust_env=False)
@@ -56,7 +58,7 @@ def _running(folder: Path) -> str | None:
 
 def _start(folder: Path, in_use: Path) -> str:
     ready = folder / "ready.json"
-    # The port that was used before, so that links given out earlier stay alive.
+    # The port that was used before, so that earlier links stay valid.
     port = _last_port(ready)
     ready.unlink(missing_ok=True)
     for wanted in dict.fromkeys((port, 0)):
@@ -76,7 +78,7 @@ def _start(folder: Path, in_use: Path) -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a Ctrl-C is for the run, which still has tasks to read
+                start_new_session=True,  # Ctrl-C is for the run, which still polls
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
         _started.append(process)
@@ -88,7 +90,7 @@ def _start(folder: Path, in_use: Path) -> str:
         process.kill()
         process.wait()
     raise ConfigError(
-        f"the emulator could not be started; see {folder / 'emulator.log'}. "
+        f"the emulator did not start; see {folder / 'emulator.log'}. "
         "Set EVOLINK_API_KEY to use EvoLink instead."
     )
 

@@ -1,23 +1,21 @@
-"""Images for a few prompts at hand, without a table: the layer below the assets."""
+"""Buys the images of a few prompts that are given in Python, without a table."""
 
-import uuid
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
+from krea_dagster.application.purchase import buy
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import Defaults, PromptTable, parse_partition_by
-
-if TYPE_CHECKING:
-    from krea_dagster.plugin.resource import KreaResource
 
 #: What ``generate`` takes: texts, rows by column, or a table (of pandas, Polars or Arrow).
 Prompts = Any
@@ -26,58 +24,67 @@ _ALL: Final = parse_partition_by("column:partition_key_of_these")
 
 
 def generate(
-    krea: "KreaResource",
+    backend: Backend,
     prompts: Prompts,
     *,
     run_id: str,
     name: str,
-    defaults: Defaults | None,
-    on_progress: Callable[[Progress], None],
+    defaults: Defaults | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> pa.Table:
-    """Do what ``KreaResource.generate`` says."""
+    """Buy, fetch and verify the images of some prompts, and return their manifest.
+
+    Args:
+        prompts: Texts, or rows with the columns of a prompt table, or a table (pandas, Polars or
+            Arrow).
+        run_id: Is written with every purchase.
+        name: The partition key in the manifest, such as the name of the asset.
+        defaults: Values for what a row leaves open.
+        on_progress: Is called on the event loop whenever something changed.
+
+    Returns:
+        The manifest: a row for each requested image, also if it is missing (``status`` and
+        ``error_message`` then say why).
+
+    Raises:
+        ConfigError, PromptTableError: before anything is bought.
+        AccountStopped, RunStopped: if buying stopped. The next call takes up what is paid for.
+        JournalError, StorageError: if what was bought could not be written.
+    """
     rows = _as_table(prompts)
     with TemporaryDirectory(prefix="krea-prompts-") as folder:
         file = Path(folder, "prompts.parquet")
-        # The column is of this file only: what is bought is told by the asset's or op's name.
-        own = pa.repeat(pa.scalar(name, pa.string()), rows.num_rows)
-        pq.write_table(rows.append_column(_ALL.columns[0], own), file)
+        # The column is in this file only; in the manifest the name takes its place.
+        keys = pa.repeat(pa.scalar(name, pa.string()), rows.num_rows)
+        pq.write_table(rows.append_column(_ALL.columns[0], keys), file)
         table = PromptTable(
             str(file), _ALL, defaults=defaults or Defaults(), name=f"generate:{name}"
         )
         try:
-            batch = Batch.read(table, [name], krea, to_buy=True, look=True)
+            batch = Batch.read(table, [name], backend, to_buy=True, look=True)
         except PromptTableError as error:
             raise PromptTableError("the given prompts", error.problems, error.count) from None
-        with closing(batch):
-            standing = batch.standing(krea)
-            report = krea.carry(
-                standing.wanted(),
+        with batch:
+            state = batch.state(backend)
+            report = buy(
+                backend,
+                state.wanted(),
                 run_id=run_id,
                 table=table,
-                reused_rows=int(standing.whole.sum()),
+                reused_rows=int(state.intact.sum()),
                 on_progress=on_progress,
             )
             if report.stopped is not None:
                 raise report.stopped
-            with krea.open_journal() as journal:
-                parts = list(batch.manifest_parts(name, krea, journal, run_id))
-            schema = batch.manifest_schema
-            found = pa.concat_tables(parts) if parts else schema.empty_table()
+            with backend.open_journal() as journal:
+                parts = list(batch.manifest_parts(name, backend, journal, run_id))
+            found = pa.concat_tables(parts) if parts else batch.manifest_schema.empty_table()
             return found.drop_columns(list(_ALL.columns))
-
-
-def ids_of(context: dg.OpExecutionContext | dg.AssetExecutionContext | None) -> tuple[str, str]:
-    """The run that buys, and the name under which: the asset's, or the op's."""
-    if context is None:
-        return f"without-dagster-{uuid.uuid4()}", "generate"
-    if isinstance(context, dg.AssetExecutionContext):
-        return context.run.run_id, context.asset_key.to_user_string()
-    return context.run_id, context.op_def.name
 
 
 def _as_table(prompts: Prompts) -> pa.Table:
     if isinstance(prompts, str | Mapping):
-        raise TypeError("prompts is a list of texts or rows, or a table; not one of them")
+        raise TypeError("prompts is a list of texts or rows, or a table; not one text or row")
     if isinstance(prompts, pa.Table):
         return prompts
     if hasattr(prompts, "__arrow_c_stream__"):

@@ -1,4 +1,6 @@
-"""A manifest in the shape that a downstream asset asks for: pandas, Arrow, Polars or DuckDB."""
+"""Loads manifests as a pandas, Arrow, Polars or DuckDB object."""
+
+from __future__ import annotations
 
 import importlib
 import io
@@ -15,7 +17,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_paths, no_column, read_manifests
 
-#: Images that are given at once, where nothing else is asked for: about 1.5 GB of 1K pictures.
+#: Default maximum number of images to load: about 1.5 GB of 1K images.
 MOST_IMAGES: Final = 1_000
 
 #: The column that holds them.
@@ -35,11 +37,11 @@ _SHAPES: Final = {
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a downstream asset's ``AssetIn(metadata=…)`` asks for.
+class Selection:
+    """What to load of a manifest; a downstream asset's ``AssetIn(metadata=…)`` says it.
 
-    ``columns`` are read and no others; ``images`` is ``bytes`` or ``pil`` and adds the column
-    ``image``, of at most ``most_images`` rows.
+    Only ``columns`` are read; ``images`` is ``bytes`` or ``pil`` and adds the column ``image``, for
+    at most ``most_images`` rows.
     """
 
     columns: Sequence[str] | None = None
@@ -47,8 +49,8 @@ class Wishes:
     most_images: int = MOST_IMAGES
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, Any]) -> "Wishes":
-        """Read the metadata; keys of others are passed over. Raises ConfigError."""
+    def parse(cls, metadata: Mapping[str, Any]) -> Selection:
+        """Read the metadata; other keys are ignored. Raises ConfigError."""
         given = {name: plain(metadata[name]) for name in _OPTIONS if name in metadata}
         columns = given.get("columns")
         if columns is not None and (
@@ -69,20 +71,20 @@ class Wishes:
 
 
 def plain(value: Any) -> Any:
-    """A metadata value of Dagster's as the plain one that somebody gave."""
+    """Return the plain value of a Dagster metadata value."""
     return getattr(value, "value", value)
 
 
 def shape_of(annotation: Any) -> str:
-    """The shape that an annotation stands for; Arrow where there is none. Raises ConfigError."""
+    """Return the type that an annotation means; Arrow without one. Raises ConfigError."""
     if annotation is Any or annotation is None:
         return "pyarrow.Table"
     module = str(getattr(annotation, "__module__", "")).partition(".")[0]
     shape = _SHAPES.get((module, str(getattr(annotation, "__name__", ""))))
     if shape is None:
         raise ConfigError(
-            f"a manifest cannot be given as {annotation!r}; annotate the parameter with "
-            f"{', '.join(dict.fromkeys(_SHAPES.values()))}, or with nothing for an Arrow table"
+            f"a manifest cannot be loaded as {annotation!r}; annotate the parameter with "
+            f"{', '.join(dict.fromkeys(_SHAPES.values()))}, or leave it out for an Arrow table"
         )
     return shape
 
@@ -93,49 +95,49 @@ def load(
     folders: Sequence[str],
     *,
     annotation: Any,
-    wishes: Wishes,
+    selection: Selection,
 ) -> Any:
     """Read the manifests of these partitions in the shape of an annotation.
 
-    Raises ConfigError for an annotation or a column that there is not, for too many images, and
-    for an image that is not there.
+    Raises ConfigError for an unknown annotation or column, for too many images, and for a missing
+    image.
     """
     shape = shape_of(annotation)
-    if wishes.images == "pil" and shape != "pandas.DataFrame":
+    if selection.images == "pil" and shape != "pandas.DataFrame":
         raise ConfigError(
             f"images='pil' needs the annotation pandas.DataFrame: a {shape} cannot hold "
-            "pictures; ask for images='bytes'"
+            "images; use images='bytes'"
         )
-    columns = wishes.columns
+    columns = selection.columns
     extra: list[str] = []
-    if wishes.images is not None and columns is not None:
+    if selection.images is not None and columns is not None:
         extra = [name for name in ("prompt_id", "image_path") if name not in columns]
         columns = [*columns, *extra]
-    if wishes.images is None and shape == "polars.LazyFrame":
+    if selection.images is None and shape == "polars.LazyFrame":
         paths = manifest_paths(storage, partition_keys, folders)
-        if paths:  # on disk: read when it is collected, and only what is asked for
+        if paths:  # on disk: Polars reads only what the query needs, when it is collected
             return _scanned(paths, columns)
     table = read_manifests(storage, partition_keys, columns, folders)
-    if wishes.images is None:
+    if selection.images is None:
         return _shaped(table, shape)
-    contents = _contents(table, storage, wishes.most_images)
+    contents = _contents(table, storage, selection.most_images)
     table = table.drop_columns(extra)
     if IMAGE_COLUMN in table.column_names:
         raise ConfigError(
-            f"the prompt table has a column {IMAGE_COLUMN!r} of its own, which the images would "
-            "hide; name the columns that you need without it"
+            f"the prompt table already has a column {IMAGE_COLUMN!r}, which the images would hide; "
+            "select the columns that you need without it"
         )
-    if wishes.images == "pil":
+    if selection.images == "pil":
         frame = table.to_pandas()
-        pictures = [None if one is None else Image.open(io.BytesIO(one)) for one in contents]
-        pandas = importlib.import_module("pandas")  # takes a second, and few ask for it
-        frame[IMAGE_COLUMN] = pandas.Series(pictures, index=frame.index, dtype=object)
+        opened = [None if one is None else Image.open(io.BytesIO(one)) for one in contents]
+        pandas = importlib.import_module("pandas")  # takes a second to import
+        frame[IMAGE_COLUMN] = pandas.Series(opened, index=frame.index, dtype=object)
         return frame
     return _shaped(table.append_column(IMAGE_COLUMN, pa.array(contents, pa.large_binary())), shape)
 
 
 def _scanned(paths: Sequence[str], columns: Sequence[str] | None) -> Any:
-    """A Polars plan over files on disk; what one file lacks of another's columns is null."""
+    """Return a LazyFrame over files on disk; columns that a file lacks are null."""
     polars = importlib.import_module("polars")
     frames = [polars.scan_parquet(path, glob=False) for path in paths]
     names = list(dict.fromkeys(name for one in frames for name in one.collect_schema().names()))
@@ -159,14 +161,13 @@ def _shaped(table: pa.Table, shape: str) -> Any:
 
 
 def _contents(table: pa.Table, storage: Storage, most: int) -> list[bytes | None]:
-    """The files of the rows that have one, beside the rows."""
+    """Return the bytes of each row's image, None for rows without one."""
     count = len(table) - table["image_path"].null_count
     if count > most:
         total = f", {gigabytes:.1f} GB" if (gigabytes := _gigabytes(table)) else ""
         raise ConfigError(
-            f"the images of {count} rows were asked for{total}, and at most {most} are given at "
-            "once: read fewer partitions, or image_path alone and open the files one by one, or "
-            "raise most_images beside images"
+            f"{count} images would be loaded{total}, but the limit is {most}: read fewer "
+            "partitions, or read image_path and open the files one by one, or raise most_images"
         )
     contents: list[bytes | None] = []
     for prompt_id, location in zip(
@@ -182,7 +183,7 @@ def _content(storage: Storage, prompt_id: str, location: str) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise ConfigError(
-            f"the image of {prompt_id} is not at {redact.location(location)}; a run of images "
+            f"the image of {prompt_id} is missing at {redact.location(location)}; a run of images "
             "fetches it again"
         ) from None
 

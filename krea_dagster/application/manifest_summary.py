@@ -1,4 +1,6 @@
-"""What a manifest adds up to, taken from its parts as they go by: none of its rows is kept."""
+"""Counts and credits of a manifest, added up part by part without keeping its rows."""
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,19 +15,19 @@ import pyarrow.compute as pc
 from krea_dagster.digests import Digests, Mask, digests_from_hex, first_of_each
 from krea_dagster.engine.states import State
 
-#: Pictures that are kept for a sheet of thumbnails.
+#: Maximum number of images in a sheet of thumbnails.
 SHEET_IMAGES: Final = 12
 
-#: Rows of a table of what is missing.
+#: Maximum number of missing rows in the metadata.
 MISSING_ROWS: Final = 50
 
-#: Failures that are kept for a table of the newest.
+#: Maximum number of failures in the metadata.
 NEWEST_FAILURES: Final = 20
 
-#: States in which a row has no image, and will have none by waiting.
+#: States in which a row has no image, and will not get one by waiting.
 FAILED_STATES: Final = (State.FAILED, State.REFUSED, State.EXPIRED, State.UNKNOWN)
 
-#: States in which a row waits, and nothing is wrong.
+#: States in which a row waits for its image.
 _UNDER_WAY: Final = (State.PLANNED, State.SUBMITTED, State.COMPLETED)
 
 _FAILED_NAMES: Final = pa.array([state.value for state in FAILED_STATES])
@@ -36,14 +38,14 @@ _MISSING: Final = (
 )  # fmt: skip
 
 
-class Figures:
+class ManifestSummary:
     """Counts and credits of manifest rows.
 
-    ``reserved`` and ``charged`` are credits; rows that ask for the same thing share one
-    purchase. ``spent`` is the part of ``charged`` that the run which asks has bought, and
-    ``saved`` what its rows would have cost beside, had each been bought by it. ``reasons`` counts
-    the rows without an image by status and error code, ``missing`` holds the first of them,
-    ``failures`` the newest that failed, and ``shown`` where the first images are.
+    ``reserved`` and ``charged`` are credits; rows with the same request share one purchase.
+    ``spent`` is the part of ``charged`` that the present run bought, and ``saved`` what its rows
+    would have cost in addition, had it bought each of them. ``reasons`` counts the rows without
+    an image by status and error code, ``missing`` holds the first of them, ``failures`` the newest
+    failures, and ``shown`` the paths of the first images.
     """
 
     def __init__(self) -> None:
@@ -62,28 +64,28 @@ class Figures:
         self._latencies: list[npt.NDArray[np.float64]] = []
 
     @classmethod
-    def of(cls, table: pa.Table) -> "Figures":
-        """The figures of a whole manifest."""
-        figures = cls()
-        figures.add(table, first_of_each(_digests(table))[0])
-        return figures
+    def of(cls, table: pa.Table) -> ManifestSummary:
+        """Summarize a whole manifest."""
+        summary = cls()
+        summary.add(table, first_of_each(_digests(table))[0])
+        return summary
 
     @property
     def missing_count(self) -> int:
-        """Rows that have no image."""
+        """Number of rows without an image."""
         return self.rows - self.statuses[State.STORED.value]
 
     @property
     def under_way(self) -> int:
-        """Rows that wait for the server, or for a place there: a later run delivers them."""
+        """Number of rows that wait for the server: a later run delivers them."""
         return sum(self.statuses[state.value] for state in _UNDER_WAY)
 
     def latencies_s(self) -> npt.NDArray[np.float64]:
-        """Seconds from submission to completion of what was bought, sorted."""
+        """Return the seconds from submission to completion of what was bought, sorted."""
         return np.sort(np.concatenate([np.empty(0), *self._latencies]))
 
     def add(self, part: pa.Table, first: Mask) -> None:
-        """Add rows. ``first`` says which are the first that ask for their request."""
+        """Add rows; ``first`` masks the first row of each request."""
         self.rows += part.num_rows
         self.statuses.update(_counted(part["status"]))
         once = part.select(["credits_reserved", "credits_charged", "reused"])
@@ -117,9 +119,9 @@ class Figures:
             latest = failed.select(_FAILURE).take(order[:NEWEST_FAILURES]).to_pylist()
             self.failures = _newest([*self.failures, *latest])
 
-    def __add__(self, other: "Figures") -> "Figures":
-        """Two partitions together; a purchase that they share counts in both."""
-        both = Figures()
+    def __add__(self, other: ManifestSummary) -> ManifestSummary:
+        """Add two partitions; a purchase that they share counts in both."""
+        both = ManifestSummary()
         for one in (self, other):
             both.rows += one.rows
             both.statuses += one.statuses
@@ -136,18 +138,20 @@ class Figures:
         return both
 
 
-def watched(parts: Iterable[pa.Table], digests: Digests, figures: Figures) -> Iterator[pa.Table]:
-    """Yield the parts of a manifest and add them to the figures; ``digests`` are its keys."""
+def watched(
+    parts: Iterable[pa.Table], digests: Digests, summary: ManifestSummary
+) -> Iterator[pa.Table]:
+    """Yield the parts of a manifest and add them to the summary; ``digests`` are its keys."""
     first, _ = first_of_each(digests)
     start = 0
     for part in parts:
-        figures.add(part, first[start : start + part.num_rows])
+        summary.add(part, first[start : start + part.num_rows])
         start += part.num_rows
         yield part
 
 
 def _newest(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest first; last those that EvoLink never took, for which no time is known."""
+    """Sort by submission, the newest first; failures without one come last."""
     began = datetime.min.replace(tzinfo=timezone.utc)
     ordered = sorted(failures, key=lambda row: row["submitted_at"] or began, reverse=True)
     return ordered[:NEWEST_FAILURES]

@@ -1,7 +1,9 @@
-"""What the command ``spend`` asks: the tables brought up to date, and sums of them."""
+"""What was spent: the spend tables brought up to date, sums of them, the report, the proof."""
+
+from __future__ import annotations
 
 from calendar import monthrange
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
@@ -12,16 +14,18 @@ import duckdb
 import pyarrow as pa
 
 from krea_dagster import redact
+from krea_dagster.application.backend import Backend
 from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.assets.spend import update_tables
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.spend.proof.findings import Proof, ProofFigures
+from krea_dagster.spend.proof.verify import verify
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA
 from krea_dagster.spend.tables.ledger import exact_rate
 from krea_dagster.spend.tables.query import FIGURES, SpendLine, open_tables, run_query, sums
 from krea_dagster.spend.tables.state import SpendState
+from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning
 
@@ -42,7 +46,7 @@ class Spend:
 
 
 def spend_of(
-    krea: KreaResource,
+    backend: Backend,
     by: Sequence[str] = (),
     *,
     since: date | None = None,
@@ -57,7 +61,7 @@ def spend_of(
     until = None
     if month is not None:
         since, until = _days_of(month)
-    with closing(_opened(krea)) as duck:
+    with closing(_opened(backend)) as duck:
         if by:
             lines = sums(duck, by, since=since, until=until)
             names = tuple(by)
@@ -77,32 +81,32 @@ def spend_of(
                 for name, (start, end) in spans.items()
                 for line in sums(duck, since=start, until=end)
             ]
-    storage = krea.open_storage()
+    storage = backend.open_storage()
     rate, _ = _as_kept(storage)
     return Spend(names, lines, since, until, exact_rate(rate), redact.location(storage.locate("")))
 
 
-def answer_of(krea: KreaResource, query: str, prompts: str | None = None) -> pa.Table:
+def answer_of(backend: Backend, query: str, prompts: str | None = None) -> pa.Table:
     """Answer one SELECT over the views. Raises ConfigError or JournalError."""
-    with closing(_opened(krea, prompts)) as duck:
+    with closing(_opened(backend, prompts)) as duck:
         return run_query(duck, query)
 
 
 def report_of(
-    krea: KreaResource, path: Path, *, by: Sequence[str] = (), now: datetime | None = None
+    backend: Backend, path: Path, *, by: Sequence[str] = (), now: datetime | None = None
 ) -> list[SpendWarning]:
     """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
     now = now or datetime.now(timezone.utc)
-    storage = krea.open_storage()
+    storage = backend.open_storage()
     rate, own = _as_kept(storage)
     # What daily does not keep apart yet is added to what it does.
     wanted = [*own, *(name for name in by if name not in DAILY_SCHEMA.names)]
-    wanted += krea.budget_columns()
-    update_tables(krea, credits_per_usd=rate, by=tuple(dict.fromkeys(wanted)))
+    wanted += backend.budget_columns()
+    update_tables(backend, credits_per_usd=rate, by=tuple(dict.fromkeys(wanted)))
     tables = stored_tables(storage)
-    with krea.open_journal() as journal:
+    with backend.open_journal() as journal:
         account = account_proof(journal)
-    caps = krea.caps()
+    caps = backend.caps()
     budgets = [*caps.budgets]
     if caps.day_units is not None:
         budgets.append(Budget("day", caps.day_units))
@@ -120,11 +124,48 @@ def report_of(
     )
 
 
-def _opened(krea: KreaResource, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
+def update_tables(
+    backend: Backend,
+    *,
+    credits_per_usd: float = CREDITS_PER_USD,
+    by: Sequence[str] = (),
+    rebuild: bool = False,
+) -> SpendUpdate:
+    """Bring the spend tables up to date. Raises ConfigError or JournalError."""
+    storage = backend.open_storage()
+    if not backend.has_journal():
+        raise ConfigError(f"{storage.shown('')} has no journal yet: nothing was spent")
+    backend.check_root()
+    with backend.open_journal() as journal:
+        return update_spend(
+            journal, storage, credits_per_usd=credits_per_usd, by=by, rebuild=rebuild
+        )
+
+
+def prove(
+    backend: Backend,
+    *,
+    hash_bytes: int | None = None,
+    on_progress: Callable[[ProofFigures], None] = lambda _: None,
+) -> Proof:
+    """Prove that journal, files, manifests and account agree; see ``spend.proof.verify``.
+
+    ``hash_bytes`` bounds how many bytes of images are hashed again; None hashes all. Raises
+    ConfigError if there is no journal, and JournalError if it cannot be read.
+    """
+    storage = backend.open_storage()
+    if not backend.has_journal():
+        raise ConfigError(f"{storage.shown('')} has no journal yet: there is nothing to verify")
+    backend.check_root()
+    with backend.open_journal() as journal:
+        return verify(journal, storage, hash_bytes=hash_bytes, on_progress=on_progress)
+
+
+def _opened(backend: Backend, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
     """Bring the tables up to date, as they are kept apart, and open the views."""
-    storage = krea.open_storage()
+    storage = backend.open_storage()
     rate, by = _as_kept(storage)
-    update_tables(krea, credits_per_usd=rate, by=by)
+    update_tables(backend, credits_per_usd=rate, by=by)
     return open_tables(storage, prompts)
 
 

@@ -23,6 +23,8 @@ from krea_dagster.api.client import KreaClient
 from krea_dagster.api.download import Download, Sink
 from krea_dagster.api.transport import reports_unsent
 from krea_dagster.api.wire import CREATE_PATH, TASKS_PATH
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.settings import Settings
 from krea_dagster.drill import edges
 from krea_dagster.drill.job import WorkerJob
 from krea_dagster.engine.clock import SystemClock
@@ -37,7 +39,6 @@ from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest
-from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable
 
 _OK: Final = 200
@@ -226,32 +227,32 @@ class WorkerContext:
 MakeClient = Callable[..., KreaClient]
 
 
-def instrumented_resource(context: WorkerContext, make_client: MakeClient) -> KreaResource:
-    """Return a worker's resource. Dagster copies it, so what differs is in its class."""
+def instrumented_krea(context: WorkerContext, make_client: MakeClient) -> Krea:
+    """Return a worker's application, with the instrumented parts."""
     job, switch = context.job, context.switch
 
-    class InstrumentedResource(KreaResource):
-        """KreaResource with the instrumented parts."""
+    class InstrumentedKrea(Krea):
+        """Krea with the instrumented parts."""
 
         def open_storage(self) -> Storage:
-            return InstrumentedStorage(self.storage, switch)
+            return InstrumentedStorage(self.settings.storage, switch)
 
         @contextmanager
         def open_journal(self) -> Iterator[Journal]:
-            with closing(InstrumentedJournal(self._journal_url(), switch)) as journal:
+            with closing(InstrumentedJournal(self.settings.journal_url, switch)) as journal:
                 yield journal
 
-        def policy(self, ask_again: Iterable[str] = ()) -> Policy:
-            return replace(super().policy(ask_again), **job.policy)
+        def policy(self, retry_errors: Iterable[str] = ()) -> Policy:
+            return replace(super().policy(retry_errors), **job.policy)
 
         @contextmanager
-        def _runner(
+        def runner(
             self,
             run_id: str,
-            on_progress: Callable[[Progress], None],
+            on_progress: Callable[[Progress], None] = lambda _: None,
             table: PromptTable | None = None,
         ) -> Iterator[Runner]:
-            with super()._runner(run_id, on_progress, table) as runner:
+            with super().runner(run_id, on_progress, table) as runner:
                 yield replace(
                     runner,
                     clock=context.clock,
@@ -259,21 +260,25 @@ def instrumented_resource(context: WorkerContext, make_client: MakeClient) -> Kr
                     latencies=Latencies.known({"1K": job.latency_s}),
                 )
 
-        def _client(self, api_key: str, base_url: str) -> KreaClient:
+        def _client(self, base_url: str) -> KreaClient:
             return make_client(
                 context,
-                api_key,
+                self.key,
                 base_url=base_url,
-                timeout_s=self.timeout_s,
-                download_timeout_s=self.download_timeout_s,
+                timeout_s=self.settings.timeout_s,
+                download_timeout_s=self.settings.download_timeout_s,
             )
 
-    return InstrumentedResource(
-        api_key=job.api_key,
-        base_url=job.url,
-        storage=str(job.paths.storage),
-        journal_url=job.paths.journal_url,
-        max_in_flight=job.max_in_flight,
-        on_unknown=job.on_unknown,
-        measure_images=False,  # it decides nothing, and takes more time than all else here
+    return InstrumentedKrea(
+        Settings(
+            api_key=job.api_key,
+            base_url=job.url,
+            prompts=str(job.paths.prompts),
+            partition_by="hash:1",
+            storage=str(job.paths.storage),
+            journal_url=job.paths.journal_url,
+            max_in_flight=job.max_in_flight,
+            on_unknown=job.on_unknown,
+            measure_images=False,  # it decides nothing, and takes more time than all else here
+        )
     )

@@ -20,20 +20,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Final
 
+from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.purchase import buy
+from krea_dagster.application.run import run
 from krea_dagster.drill.instrumented import (
     InstrumentedClient,
     MakeClient,
     WorkerContext,
-    instrumented_resource,
+    instrumented_krea,
 )
 from krea_dagster.drill.job import PARTITION, WorkerJob, read_requests
 from krea_dagster.engine.resolution import parse_resolution
 from krea_dagster.engine.run.worklist import RequestedImage
-from krea_dagster.errors import ConfigError, JournalError, KreaError, StorageError
-from krea_dagster.plugin.config import KreaImagesConfig
-from krea_dagster.plugin.environment import KEY_VARIABLE, Settings
-from krea_dagster.plugin.materialize import materialize
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.errors import ConfigError, JournalError, StorageError
 
 #: The exit code of a worker that stopped with an error meant for people.
 STOPPED: Final = 3
@@ -41,14 +41,15 @@ STOPPED: Final = 3
 
 def work(job: WorkerJob, make_client: MakeClient = InstrumentedClient) -> None:
     """Do a job as far as possible, and print on stderr how it ended."""
-    krea = instrumented_resource(WorkerContext.of(job), make_client)
+    krea = instrumented_krea(WorkerContext.of(job), make_client)
     ended = _carry(job, krea) if job.again is None else _regenerate(job, krea)
     print(json.dumps({"worker": job.number, **ended}), file=sys.stderr)  # noqa: T201 - its log
 
 
-def _carry(job: WorkerJob, krea: KreaResource) -> dict[str, Any]:
+def _carry(job: WorkerJob, krea: Krea) -> dict[str, Any]:
     requests = read_requests(job.paths.folder)[: job.rows]
-    report = krea.carry(
+    report = buy(
+        krea,
         [RequestedImage(request, PARTITION) for request in requests],
         run_id=f"worker-{job.number}",
         resolutions={key: parse_resolution(text) for key, text in job.resolutions.items()},
@@ -62,36 +63,16 @@ def _carry(job: WorkerJob, krea: KreaResource) -> dict[str, Any]:
     }
 
 
-def _regenerate(job: WorkerJob, krea: KreaResource) -> dict[str, Any]:
-    """Run the command ``materialize --again``. Raises KreaError if a run of it fails."""
-
-    class InstrumentedSettings(Settings):
-        """The environment's settings, with the instrumented resource."""
-
-        def resource(self) -> KreaResource:
-            return krea
-
-    os.environ["DAGSTER_HOME"] = str(job.paths.folder / "dagster")
-    settings = InstrumentedSettings.from_environment(
-        {
-            KEY_VARIABLE: job.api_key,
-            "EVOLINK_BASE_URL": job.url,
-            "KREA_PROMPTS": str(job.paths.prompts),
-            "KREA_STORAGE": str(job.paths.storage),
-            "KREA_JOURNAL_URL": job.paths.journal_url,
-            "KREA_PARTITION_BY": "hash:1",
-            "KREA_ON_UNKNOWN": job.on_unknown,
-        }
-    )
-    config = KreaImagesConfig(again=list(job.again or ()), wait=True)
-    done = materialize(settings, (), config)
-    if done.failures:
-        raise KreaError("; ".join(done.failures))
+def _regenerate(job: WorkerJob, krea: Krea) -> dict[str, Any]:
+    """Regenerate rows as ``materialize --again`` does."""
+    rows = list(job.again or ())
+    options = BuyOptions(regenerate=rows, wait=True)
+    ran = run(krea, krea.table(), None, options, run_id=f"worker-{job.number}")
     return {
-        "again": list(config.again),
-        "seconds": round(done.seconds, 3),
-        "delivered": done.progress.delivered,
-        "left": done.progress.left,
+        "again": rows,
+        "seconds": round(ran.report.seconds, 3),
+        "delivered": ran.report.progress.delivered,
+        "left": ran.report.progress.left,
     }
 
 

@@ -9,6 +9,7 @@ from krea_dagster.manifest.build import (
 from krea_dagster.manifest.files import (
     manifest_name,
     manifest_names,
+    manifest_partitions,
     manifest_paths,
     no_column,
     read_manifests,
@@ -26,6 +27,7 @@ __all__ = [
     "credits_charged",
     "manifest_name",
     "manifest_names",
+    "manifest_partitions",
     "manifest_parts",
     "manifest_paths",
     "manifest_schema",

@@ -36,6 +36,17 @@ def manifest_names(storage: Storage, folders: Sequence[str] = ()) -> Iterator[st
             yield name
 
 
+def manifest_partitions(storage: Storage, folders: Sequence[str] = ()) -> list[str]:
+    """Return the partition keys that have a manifest, sorted, as their first rows say."""
+    keys = []
+    for name in manifest_names(storage, folders):
+        with storage.open(name) as file:
+            for batch in pq.ParquetFile(file).iter_batches(1, columns=["partition_key"]):
+                keys.append(str(batch.column(0)[0].as_py()))
+                break
+    return sorted(keys)
+
+
 def write_manifest(
     storage: Storage, partition_key: str, table: pa.Table, folders: Sequence[str] = ()
 ) -> str:

@@ -10,21 +10,21 @@ from typing import Annotated, Any, Final, Literal
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from krea_dagster.application.curation import Curation
+from krea_dagster.application.settings import Settings, SharedSettings, variable_of
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.models import MOST_CREDITS
-from krea_dagster.plugin.assets.curation import Curation
 from krea_dagster.plugin.checks import (
     CheckFactory,
     build_failure_share_check,
     build_files_check,
+    build_images_check,
     build_manifest_schema_check,
-    build_pictures_check,
     build_spend_check,
 )
 from krea_dagster.plugin.definitions import build_krea_definitions
-from krea_dagster.plugin.environment import KEY_VARIABLE
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.scaffolder import KreaImagesScaffolder
 from krea_dagster.plugin.sensors.prompts import on_prompts_changed
@@ -60,14 +60,14 @@ def _go_into_sections(extra: Mapping[str, Any], schema: dict[str, Any]) -> None:
             field |= {"if": {"type": "object"}, "then": sections[0]}
 
 
-class KreaSettings(_Section):
+class KreaSettings(SharedSettings, _Section):
     """How EvoLink is reached, and where what is bought is kept: the fields of ``KreaResource``.
 
     Secrets are given by the names of their variables, so that no YAML and no page shows them.
     """
 
     api_key_env: str = Field(
-        default=KEY_VARIABLE,
+        default=variable_of(Settings.model_fields["api_key"]),
         description="Name of the environment variable that holds the EvoLink API key.",
     )
     journal_url_env: str | None = Field(
@@ -76,10 +76,6 @@ class KreaSettings(_Section):
             "Name of the environment variable that holds the journal's SQLAlchemy URL. Without it "
             "the journal is SQLite in the storage root."
         ),
-    )
-    callback_base_url: str = Field(
-        default="",
-        description="Where the receiver of callbacks is reached from outside, https://.",
     )
     callback_secret_env: str | None = Field(
         default=None,
@@ -91,60 +87,6 @@ class KreaSettings(_Section):
             "Use the emulator: synthetic pictures, no charge. By default where the variable of the "
             "key is not set."
         ),
-    )
-    storage: str = Field(
-        default="data/krea",
-        description="Root of what is made: a folder below the project's root, or a URL.",
-    )
-    base_url: str = Field(default="https://api.evolink.ai", description="Root of the API.")
-    max_in_flight: int = Field(
-        default=64, ge=1, le=4096, description="Most tasks of one run at the server at once."
-    )
-    max_per_s: float | None = Field(
-        default=None, gt=0, le=10_000, description="Most images a second that one run asks for."
-    )
-    expected_latency_s: float | None = Field(
-        default=None, gt=0, le=900, description="Seconds from an order to its image, where known."
-    )
-    look_at_images: bool = Field(
-        default=True, description="Decode each image once before it counts as stored."
-    )
-    measure_images: bool = Field(
-        default=True, description="Measure each image in the decode that verifies it."
-    )
-    on_unknown: Literal["replay", "hold"] = Field(
-        default="replay", description="What is done about a purchase whose outcome is unknown."
-    )
-    run_credits: float | None = Field(
-        default=None, ge=0, le=MOST_CREDITS, description="Most credits that one run may commit."
-    )
-    day_credits: float | None = Field(
-        default=None,
-        ge=0,
-        le=MOST_CREDITS,
-        description="Most credits that all runs may commit in one UTC day.",
-    )
-    budgets: list[str] = Field(
-        default=[],
-        description=(
-            "Most credits that all runs may commit, each as SCOPE=CREDITS, such as month=900 or "
-            "column:campaign:autumn=100."
-        ),
-    )
-    patience_s: float = Field(
-        default=1800.0, gt=0, le=30 * 86_400, description="Seconds that a run waits for a task."
-    )
-    outage_patience_s: float = Field(
-        default=300.0,
-        ge=0,
-        le=86_400,
-        description="Seconds that the API, the journal or the storage root may be away.",
-    )
-    timeout_s: float = Field(
-        default=60.0, gt=0, le=3600, description="Seconds that EvoLink may take to answer a call."
-    )
-    download_timeout_s: float = Field(
-        default=60.0, gt=0, le=86_400, description="Seconds without a byte that end a download."
     )
 
 
@@ -202,7 +144,7 @@ class Checks(_Section):
             "manifest_schema": build_manifest_schema_check,
             "failure_share": build_failure_share_check,
             "files": build_files_check,
-            "pictures": build_pictures_check,
+            "pictures": build_images_check,
             "spend": build_spend_check,
         }
         named = ((name, getattr(self, name)) for name in known)

@@ -7,8 +7,9 @@ from typing import Any
 import dagster as dg
 
 import krea_dagster.plugin.assets.images as krea_assets
+from krea_dagster.application.curation import Curation
 from krea_dagster.engine.budget import CREDITS_PER_USD
-from krea_dagster.plugin.assets.curation import Curation, build_curation
+from krea_dagster.plugin.assets.curation import build_curation
 from krea_dagster.plugin.assets.salvage import build_salvage
 from krea_dagster.plugin.assets.spend import build_spend_assets
 from krea_dagster.plugin.checks import CheckFactory, default_checks
@@ -105,8 +106,7 @@ def build_krea_definitions(
         freshness_policy=freshness_policy,
         pool=pool,
         collect_later=collect_later,
-        wanted=curation.wanted_images,
-        rules=curation.rules,
+        curation=curation,
         resource_key=f"{before}krea",
         io_manager_key=f"{before}krea_manifest",
         relative_storage=relative_storage,
@@ -150,7 +150,11 @@ def build_krea_definitions(
     launching: list[dg.SensorDefinition] = (
         []
         if automation_condition is None
-        else [build_automation_sensor(assets, name=f"{before}krea_automation")]
+        else [
+            build_automation_sensor(
+                [assets.images, assets.image_manifest], name=f"{before}krea_automation"
+            )
+        ]
     )
     if collect_later:
         collecting = build_collect_sensor(

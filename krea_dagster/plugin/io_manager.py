@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from krea_dagster.application.manifest_frames import Wishes, load
+from krea_dagster.application.manifest_frames import Selection, load
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import Manifests, write_manifest
 from krea_dagster.plugin.failures import as_failure
@@ -58,7 +58,7 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
                 sorted(context.asset_partition_keys),
                 manifest_folders(context.asset_key),
                 annotation=context.dagster_type.typing_type,
-                wishes=Wishes.parse(context.definition_metadata or {}),
+                selection=Selection.parse(context.definition_metadata or {}),
             )
 
 

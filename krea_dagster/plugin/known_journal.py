@@ -5,15 +5,15 @@ from typing import Final
 import dagster as dg
 
 from krea_dagster import redact
+from krea_dagster.application.backend import Backend
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.prompts import PromptTable
 
 #: The metadata entry of a materialization of ``images``.
 JOURNAL_ENTRY: Final = "krea_journal"
 
 
-def journal_entry(krea: KreaResource, table: PromptTable, relative: str) -> dg.JsonMetadataValue:
+def journal_entry(krea: Backend, table: PromptTable, relative: str) -> dg.JsonMetadataValue:
     """Return what a materialization says of the journal that bought its images.
 
     ``relative`` is the storage root as the definitions name it, where that is a relative path.
@@ -21,7 +21,7 @@ def journal_entry(krea: KreaResource, table: PromptTable, relative: str) -> dg.J
     return dg.MetadataValue.json(
         {
             "journal": krea.journal_id(),
-            "origin": krea.origin,
+            "origin": krea.settings.origin,
             "root": krea.open_storage().shown(""),
             "relative": relative,
             "prompts": redact.location(table.source),
@@ -32,7 +32,7 @@ def journal_entry(krea: KreaResource, table: PromptTable, relative: str) -> dg.J
 def refuse_second_journal(
     context: dg.AssetExecutionContext,
     images: dg.AssetKey,
-    krea: KreaResource,
+    krea: Backend,
     table: PromptTable,
     relative: str,
 ) -> None:
@@ -47,7 +47,7 @@ def refuse_second_journal(
     made = event.asset_materialization if event is not None else None
     entry = made.metadata.get(JOURNAL_ENTRY) if made is not None else None
     before = entry.value if isinstance(entry, dg.JsonMetadataValue) else None
-    if not isinstance(before, dict) or before.get("origin") != krea.origin:
+    if not isinstance(before, dict) or before.get("origin") != krea.settings.origin:
         return
     here = krea.open_storage().shown("")
     same_place = before.get("root") == here

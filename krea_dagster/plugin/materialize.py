@@ -1,4 +1,4 @@
-"""Materializes partitions in this process: real runs of the job, in a real instance."""
+"""Materializes partitions in this process, by runs of the job in a Dagster instance."""
 
 import fcntl
 import os
@@ -13,21 +13,23 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster.application.batch import Batch
+from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.run import check_options
+from krea_dagster.application.settings import Settings
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped, TryLater
 from krea_dagster.manifest import read_missing
-from krea_dagster.plugin.config import KreaImagesConfig
+from krea_dagster.plugin.data_versions import report_prompts
 from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
-from krea_dagster.plugin.environment import Settings
+from krea_dagster.plugin.environment import definitions_of
 from krea_dagster.plugin.failures import TRY_LATER
 from krea_dagster.plugin.partitions import partitions_for, ranges, register_partitions
 from krea_dagster.plugin.progress import observed
-from krea_dagster.plugin.resource import KreaResource
-from krea_dagster.plugin.sensors.prompts import report_prompts
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION
 
-#: What is told of a row without an image.
+#: The columns that are shown of a row without an image.
 MISSING_COLUMNS: Final = ("prompt_id", "prompt", "status", "error_code", "error_message")
 
 SALVAGED_IMAGES: Final = dg.AssetKey("salvaged_images")
@@ -37,23 +39,22 @@ _PROMPTS: Final = dg.AssetKey("prompts")
 _RANGE_START: Final = "dagster/asset_partition_range_start"
 _RANGE_END: Final = "dagster/asset_partition_range_end"
 
-#: Written where an instance of our own is made: a tool that was asked for images should neither
-#: call home nor greet.
+#: For an instance that this command creates: no telemetry, no greeting.
 _INSTANCE_SETTINGS: Final = "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
 
-#: In DAGSTER_HOME: locked by a process for as long as it opens the instance.
+#: A file in DAGSTER_HOME that a process locks while it opens the instance.
 _OPENING: Final = "krea-opening.lock"
 
 
 @dataclass(frozen=True)
 class Materialized:
-    """What became of the partitions that were asked for.
+    """The outcome of the partitions that were materialized.
 
     ``missing`` are the rows without an image (``MISSING_COLUMNS``). ``failures`` are the texts
-    of runs that failed; ``try_later``: it may pass by itself. ``waiting`` are partitions of the
-    table that Dagster does not have yet (days to come). ``notes`` are what the runs found: answers
-    of earlier runs, one file for several requests. ``unknown`` are all purchases of the journal
-    whose outcome is unknown, the oldest first.
+    of runs that failed; ``try_later`` if a later run may succeed. ``waiting`` are partitions of the
+    table that Dagster does not have yet (future dates). ``notes`` are findings of the runs, such as
+    one file for several requests. ``unknown`` are all purchases of the journal with an unknown
+    outcome, the oldest first.
     """
 
     partitions: Sequence[str]
@@ -77,7 +78,7 @@ class Materialized:
 def materialize(
     settings: Settings,
     partitions: Sequence[str] = (),
-    wishes: KreaImagesConfig | None = None,
+    options: BuyOptions | None = None,
     *,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Materialized:
@@ -87,22 +88,22 @@ def materialize(
     ConfigError, JournalError or PromptTableError.
     """
     started_s = time.monotonic()
-    table = settings.table()
+    krea = Krea(settings)
+    table = krea.table()
     partitions_def = partitions_for(table, name="krea")
-    krea = settings.resource()
-    wishes = wishes or KreaImagesConfig()
-    keep = bool(wishes.again or wishes.resolve)
+    options = options or BuyOptions()
+    keep = bool(options.regenerate or options.resolve)
     with Batch.read(table, list(partitions) or None, krea, to_buy=True, keep=keep) as batch:
-        _check_wishes(wishes, batch, krea)
+        check_options(krea, batch, options)
         versions = batch.versions()
-    job = settings.definitions().resolve_job_def(JOB_NAME)
+    job = definitions_of(settings).resolve_job_def(JOB_NAME)
     home = _dagster_home(settings)
     with _instance_in(home) as instance:
         in_table = table.partition_keys()
         register_partitions(instance, partitions_def, in_table)
         known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
         chosen = _chosen(partitions, known, in_table)
-        # Before the runs, so that they know the version that they are about to buy.
+        # Before the runs, so that they refer to the version that they buy.
         nothing = EMPTY_PARTITION_VERSION
         report_prompts(instance, _PROMPTS, {key: versions.get(key, nothing) for key in chosen})
         watch = _Watch(on_progress)
@@ -115,7 +116,7 @@ def materialize(
                         tags={_RANGE_START: start, _RANGE_END: end},
                         run_config={
                             "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-                            "ops": {"images": {"config": wishes.model_dump()}},
+                            "ops": {"images": {"config": options.model_dump()}},
                         },
                         raise_on_error=False,
                     )
@@ -152,7 +153,7 @@ def materialize(
 
 @dataclass(frozen=True)
 class Salvaged:
-    """What a salvage did. ``figures`` are those of its materialization."""
+    """The outcome of a salvage; ``figures`` are those of its materialization."""
 
     figures: Mapping[str, int | float]
     run_id: str
@@ -164,9 +165,9 @@ def salvage(
     settings: Settings, *, on_progress: Callable[[Progress], None] = lambda _: None
 ) -> Salvaged:
     """Run the salvage job in this process. Raises ConfigError or JournalError."""
-    krea = settings.resource()
+    krea = Krea(settings)
     krea.check()
-    job = settings.definitions().resolve_job_def(SALVAGE_JOB_NAME)
+    job = definitions_of(settings).resolve_job_def(SALVAGE_JOB_NAME)
     with _instance_in(_dagster_home(settings)) as instance:
         with observed(on_progress, lambda _: None):
             result = job.execute_in_process(
@@ -185,44 +186,6 @@ def salvage(
     return Salvaged(figures, result.run_id, _failures(result), krea.unknown())
 
 
-def _check_wishes(wishes: KreaImagesConfig, batch: Batch, krea: KreaResource) -> None:
-    """Refuse a wish that names no row, before anything is launched."""
-    batch.wished(wishes, krea, all_rows=True)
-    if not wishes.resolve:
-        return
-    resolutions = wishes.resolutions(batch.plan)
-    images = list(batch.plan.named(wishes.resolve))
-    unknown = {record.request_key: record for record in krea.unknown()}
-    named = {key for key in resolutions if key in unknown}
-    by_name = {
-        name: [
-            image.request.request_key
-            for image in images
-            if name in (image.prompt_id, image.request.request_key)
-            and image.request.request_key in named
-        ]
-        for name in wishes.resolve
-    }
-    for name, keys in by_name.items():
-        if not keys:
-            raise ConfigError(
-                f"{name!r} names no purchase whose outcome is unknown; nothing was decided"
-            )
-        if len(set(keys)) > 1 and wishes.resolve[name].startswith("task:"):
-            raise ConfigError(
-                f"{name!r} names {len(set(keys))} purchases, and one task is of one of them; "
-                "name its request_key"
-            )
-        if wishes.resolve[name].startswith("task:"):
-            task_id = wishes.resolve[name].removeprefix("task:")
-            with krea.open_journal() as journal:
-                if journal.known_task_ids([task_id]):
-                    raise ConfigError(
-                        f"task {task_id} is that of another purchase in the journal, and not of "
-                        f"{name!r} too; nothing was decided"
-                    )
-
-
 class _Watch:
     """Adds up the progress of several runs."""
 
@@ -234,35 +197,35 @@ class _Watch:
 
     @property
     def stopped(self) -> AccountStopped | RunStopped | None:
-        """The answer that ended the buying."""
+        """Why buying stopped."""
         return next((r.stopped for r in self.reports if r.stopped is not None), None)
 
     def on_progress(self, progress: Progress) -> None:
-        """Take the progress of the present run."""
+        """Add the progress of the present run."""
         self.total = self._before + progress
         self._on_progress(self.total)
 
     def next_run(self) -> None:
-        """Keep what has been added up."""
+        """Keep the sum, and start the next run at zero."""
         self._before = self.total
 
 
 def _dagster_home(settings: Settings) -> Path:
-    """DAGSTER_HOME, or where there is none, a folder beside what is made."""
+    """Return DAGSTER_HOME, or a folder in the storage root."""
     if home := os.environ.get("DAGSTER_HOME"):
         return Path(home).absolute()
-    root = settings.resource().open_storage().folder
+    root = Krea(settings).open_storage().folder
     if root is None:
-        raise ConfigError("set DAGSTER_HOME to a folder: the storage root is not one")
+        raise ConfigError("set DAGSTER_HOME to a folder: the storage root is not a folder")
     return root / "dagster"
 
 
 @contextmanager
 def _instance_in(home: Path) -> Iterator[dg.DagsterInstance]:
-    """Open the instance in a folder, and make it where there is none.
+    """Open the instance in a folder, and create it if there is none.
 
-    One process at a time: Dagster makes the tables of its SQLite files without a lock, and several
-    that begin together would break one another.
+    One process at a time: Dagster creates the tables of its SQLite files without a lock, so that
+    processes that start together would fail.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / _OPENING).open("a") as lock:
@@ -276,20 +239,22 @@ def _instance_in(home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
-    """What the failed steps said; Dagster's own stack is left to its log."""
+    """Return the messages of the failed steps, without Dagster's stack."""
     texts: list[str] = []
     for event in result.all_events:
         if event.event_type_value == "STEP_FAILURE":
             data = event.step_failure_data
             said = data.user_failure_data.description if data.user_failure_data else None
             if data.error and data.error.cls_name == "DagsterExecutionInterruptedError":
-                said = "The run was stopped. What is paid for is kept: the next run collects it."
+                said = (
+                    "The run was interrupted. What is paid for is kept: the next run collects it."
+                )
             texts.append(said or (data.error.message.strip() if data.error else "a step failed"))
     return texts
 
 
 def _may_pass(result: dg.ExecuteInProcessResult) -> bool:
-    """Whether a step failed because something was away."""
+    """Return whether a step failed because something was unavailable."""
     for event in result.all_events:
         if event.event_type_value == "STEP_FAILURE":
             data = event.step_failure_data.user_failure_data
@@ -303,5 +268,5 @@ def _chosen(wanted: Sequence[str], known: Sequence[str], in_table: Sequence[str]
         return [key for key in known if key in set(in_table)]
     if unknown := [key for key in wanted if key not in set(known)]:
         shown = ", ".join(list(known)[:10]) + (", …" if len(known) > 10 else "")
-        raise ConfigError(f"there is no partition {unknown[0]!r}; there are {shown or 'none'}")
+        raise ConfigError(f"unknown partition {unknown[0]!r}; the partitions are {shown or 'none'}")
     return [key for key in known if key in set(wanted)]

@@ -14,11 +14,12 @@ import dagster as dg
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from krea_dagster import redact
-from krea_dagster.application.manifest_summary import SHEET_IMAGES, Figures
+from krea_dagster.application.manifest_summary import SHEET_IMAGES, ManifestSummary
+from krea_dagster.application.quota import QuotaState
+from krea_dagster.curation.accepted.quota import GroupResult, quota_totals
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import DECODE_ERRORS
 from krea_dagster.engine.storage.storage import Storage
@@ -40,6 +41,9 @@ TABLE_BYTES: Final = 15_000
 SCHEMA_BYTES: Final = 45_000
 LINEAGE_BYTES: Final = 30_000
 
+#: Maximum number of groups in the table of those that stay short.
+_MOST_SHORT: Final = 50
+
 #: What Dagster writes beside a row or a column of its own words.
 _ROW_BYTES: Final = 60
 _COLUMN_BYTES: Final = 200
@@ -53,7 +57,7 @@ _FROM_PROMPTS: Final[Mapping[str, str]] = {
 Metadata = Mapping[str, Any]
 
 
-def images_metadata(figures: Figures, storage: Storage, *, seconds: float) -> Metadata:
+def images_metadata(figures: ManifestSummary, storage: Storage, *, seconds: float) -> Metadata:
     """The metadata of one partition of ``images``, from the figures of its manifest.
 
     ``seconds`` is how long the run worked, for all its partitions together.
@@ -72,13 +76,13 @@ def images_metadata(figures: Figures, storage: Storage, *, seconds: float) -> Me
         values["latency_p95_s"] = round(_quantile(latencies_s, 0.95), 3)
     if figures.failures:
         values["newest_failures"] = failures_table(figures)
-    if (sheet := _sheet(figures.shown[:SHEET_IMAGES], storage, _COLUMNS)) is not None:
+    if (sheet := contact_sheet(figures.shown[:SHEET_IMAGES], storage)) is not None:
         picture = base64.b64encode(sheet).decode()
         values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{picture})")
     return values
 
 
-def count_metadata(figures: Figures) -> Metadata:
+def count_metadata(figures: ManifestSummary) -> Metadata:
     """Rows by status, and credits, of one partition's manifest rows."""
     statuses = figures.statuses
     at_stake = sum(
@@ -96,7 +100,7 @@ def count_metadata(figures: Figures) -> Metadata:
     }
 
 
-def manifest_metadata(figures: Figures, path: str) -> Metadata:
+def manifest_metadata(figures: ManifestSummary, path: str) -> Metadata:
     """The metadata of one partition of ``image_manifest``."""
     return {
         **count_metadata(figures),
@@ -149,12 +153,51 @@ def prompts_lineage(schema: pa.Schema, prompts: dg.AssetKey) -> dg.TableColumnLi
     return dg.TableColumnLineage(found)
 
 
-def missing_table(figures: Figures) -> dg.TableMetadataValue:
+def quota_metadata(quota: QuotaState, partition_key: str) -> Metadata:
+    """Return the quota's metadata of a partition; of a column's values, all groups of the table."""
+    if not quota.outcomes:
+        return {}
+    outcomes = [
+        one
+        for one in quota.outcomes
+        if not quota.homes or quota.homes.get(one.name) == partition_key
+    ]
+    return {
+        **outcomes_metadata(outcomes),
+        "slots_asked_again": quota.again.get(partition_key, 0),
+        "slots_held_back": quota.held.get(partition_key, 0),
+    }
+
+
+def outcomes_metadata(outcomes: Sequence[GroupResult]) -> Metadata:
+    """Return counts over groups, and a table of the groups that stay short."""
+    values: dict[str, Any] = {
+        f"wanted_{key}": count for key, count in quota_totals(outcomes).items()
+    }
+    values["wanted_images"] = values.pop("wanted_wanted")
+    short = [one for one in outcomes if one.short]
+    if short:
+        values["stay_short"] = small_table(
+            {
+                "of": one.name,
+                "wanted": one.wanted,
+                "accepted": one.accepted,
+                "undecided": one.undecided,
+                "candidates": one.images,
+                "credits": credits_from_units(one.units),
+                "why": one.why,
+            }
+            for one in short[:_MOST_SHORT]
+        )
+    return values
+
+
+def missing_table(figures: ManifestSummary) -> dg.TableMetadataValue:
     """The rows without an image, as a table for the UI; the first 50, or as many as are small."""
     return small_table(figures.missing)
 
 
-def failures_table(figures: Figures) -> dg.TableMetadataValue:
+def failures_table(figures: ManifestSummary) -> dg.TableMetadataValue:
     """The newest failures; ``at`` is when EvoLink took the request, null where it never did."""
     return small_table(
         [
@@ -197,17 +240,9 @@ def location_value(location: str) -> dg.MetadataValue[Any]:
 
 
 def contact_sheet(
-    table: pa.Table, storage: Storage, *, most: int = SHEET_IMAGES, columns: int = _COLUMNS
+    locations: Sequence[str], storage: Storage, *, columns: int = _COLUMNS
 ) -> bytes | None:
-    """A JPEG of the first images of a manifest, or None where there is none.
-
-    A file that cannot be read is left out: the run that finds it missing fetches it again.
-    """
-    stored = table.filter(pc.is_valid(table["image_path"])).slice(0, most)
-    return _sheet(stored["image_path"].to_pylist(), storage, columns)
-
-
-def _sheet(locations: Sequence[str], storage: Storage, columns: int) -> bytes | None:
+    """Return a JPEG of images, None if none can be read."""
     names = [storage.name_of(location) for location in locations]
     thumbnails = [thumbnail for name in names if (thumbnail := _thumbnail(storage, name))]
     if not thumbnails:

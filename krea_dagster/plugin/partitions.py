@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from datetime import date, datetime, timezone
 from typing import Final
-from zoneinfo import ZoneInfo
 
 import dagster as dg
 from sqlalchemy.exc import IntegrityError
@@ -87,17 +86,6 @@ def _first_day(table: PromptTable) -> date:
     except InputError:
         first = None
     return datetime.now(timezone.utc).date() if first is None else date.fromisoformat(first)
-
-
-def has_come(table: PromptTable, key: str, now: datetime) -> bool:
-    """Whether a partition of the table has begun; those that are not by time always have."""
-    by = table.partition_by
-    if isinstance(by, MultiPartitions):
-        parts = MultiPartitions.split(key)
-        by, key = by.time, "" if parts is None else parts[1]
-    if not isinstance(by, TimePartitions):
-        return True
-    return key <= by.key_of(now.astimezone(ZoneInfo(by.zone)).date())
 
 
 def dynamic_keys(

@@ -6,7 +6,7 @@ from typing import Any, Final
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from krea_dagster.plugin.environment import KEY_VARIABLE
+from krea_dagster.application.settings import Settings, variable_of
 
 #: The first prompts of somebody who has none yet.
 FIRST_PROMPTS: Final = (
@@ -25,7 +25,8 @@ class KreaImagesParams(BaseModel):
     )
     partition_by: str = Field(default="hash:8", description="How the table is partitioned.")
     api_key_env: str = Field(
-        default=KEY_VARIABLE, description="Name of the variable that holds the API key."
+        default=variable_of(Settings.model_fields["api_key"]),
+        description="Name of the variable that holds the API key.",
     )
 
 

@@ -57,7 +57,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         if docs := os.environ.get("KREA_DOCS_IMAGES"):
             storage = Storage(environment["KREA_STORAGE"])
             keys = [f"bucket-{number:03d}" for number in range(8)]
-            sheet = contact_sheet(read_manifests(storage, keys), storage, most=36, columns=9)
+            sheet = contact_sheet(
+                read_manifests(storage, keys)["image_path"].drop_null().to_pylist()[:36],
+                storage,
+                columns=9,
+            )
             assert sheet is not None
             Path(docs, "contact-sheet.jpg").write_bytes(sheet)
         yield environment

@@ -17,12 +17,12 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from krea_dagster import KreaResource, build_krea_definitions
+from krea_dagster.application.curation import Curation
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
 from krea_dagster.manifest import read_manifests
-from krea_dagster.plugin.assets.curation import Curation
 from tests.browser.test_dagster_ui import _keep, _wait_for, answers, page  # noqa: F401 - fixtures
 from tests.curation.accepted.quota_harness import prompts_of
 from tests.dagster_bench import QUIET, end_group, tick, write_table
@@ -36,7 +36,7 @@ import os
 import dagster as dg
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.plugin.assets.curation import Curation
+from krea_dagster.application.curation import Curation
 
 defs = build_krea_definitions(
     prompts=os.environ["KREA_PROMPTS"],
@@ -87,7 +87,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, s
         )
         with dg.DagsterInstance.from_config(str(home)) as instance:
             _make(defs, instance)
-            with krea.open_journal() as journal:
+            with krea.krea().open_journal() as journal:
                 _reject_one(krea, journal)
             tick(defs, instance, "krea_verdicts")
         yield environment
@@ -106,7 +106,7 @@ def _make(defs: dg.Definitions, instance: dg.DagsterInstance) -> None:
 
 
 def _reject_one(krea: KreaResource, journal: Journal) -> None:
-    row = read_manifests(krea.open_storage(), PARTITIONS).to_pylist()[0]
+    row = read_manifests(krea.krea().open_storage(), PARTITIONS).to_pylist()[0]
     names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
     about = {name: row[name] for name in names}
     journal.verdicts.add([Verdict("one", row["image_sha256"], REJECT, "ann", **about)])

@@ -24,6 +24,12 @@ from tests.dagster_bench import OpenAccount, posts, write_table
 REPOSITORY = Path(__file__).parents[2]
 REFUSE = "[emulator: refuse]"
 
+#: The subcommands by name.
+COMMANDS: dict[str, click.Command] = {
+    name: cli.main.get_command(click.Context(cli.main), name) or cli.main
+    for name in cli.main.list_commands(click.Context(cli.main))
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -106,7 +112,7 @@ def test_all_delivered_is_exit_0_with_figures_on_stdout_and_progress_on_stderr(
     before = posts(emulator)
     again = shell.run("materialize")
     assert again.code == 0
-    assert "Nothing was bought: every image was at hand." in again.out
+    assert "Nothing was bought: every image was already there." in again.out
     assert posts(emulator) == before
 
 
@@ -212,14 +218,14 @@ def test_a_partition_that_a_column_does_not_have_is_exit_2_and_names_those_that_
     shell.patch.setenv("KREA_PARTITION_BY", "column:topic")
     done = shell.run("materialize", "--partition", "Harbor")
     assert done.code == 2
-    assert "there is no partition 'Harbor'; there are Harbour" in done.err
+    assert "unknown partition 'Harbor'; the partitions are Harbour" in done.err
 
 
 def test_a_day_to_come_waits_and_is_said(shell: Shell) -> None:
     shell.table(prompt=[f"{n} {REFUSE}" for n in range(2)], day=["2026-01-31", "2999-12-31"])
     shell.patch.setenv("KREA_PARTITION_BY", "day:day")
     done = shell.run("materialize")
-    assert "partition 2999-12-31 waits: its day has not come" in done.out
+    assert "partition 2999-12-31 skipped: its date is in the future" in done.out
     files = (shell.folder / "krea" / "manifest").iterdir()
     assert [file.stem for file in files] == ["2026-01-31"]
 
@@ -350,13 +356,13 @@ def test_a_cap_that_is_none_is_exit_2_with_the_variable_and_the_rule(
             "postgresql+psycopg://me:s3cr3t@h:99999/db",
             "postgresql+psycopg://h:99999/db",
         ),
-        ("EVOLINK_BASE_URL", "https://me:s3cr3t@api.invalid", "EVOLINK_BASE_URL holds a user"),
+        ("EVOLINK_BASE_URL", "https://me:s3cr3t@api.invalid", "EVOLINK_BASE_URL contains a user"),
         ("EVOLINK_BASE_URL", "me:s3cr3t@api.invalid", "EVOLINK_BASE_URL is 'api.invalid'"),
-        ("EVOLINK_BASE_URL", "https://api.invalid/?key=s3cr3t", "https://api.invalid/ is"),
+        ("EVOLINK_BASE_URL", "https://api.invalid/?key=s3cr3t", "use https://api.invalid/"),
         (
             "KREA_CALLBACK_BASE_URL",
             "https://me:s3cr3t@h.example.com",
-            "KREA_CALLBACK_BASE_URL holds",
+            "KREA_CALLBACK_BASE_URL contains",
         ),
         ("KREA_CALLBACK_SECRET", "s3cr3t", "callback_secret"),
     ],
@@ -417,9 +423,9 @@ def test_a_salvage_with_nothing_left_behind_is_exit_0(shell: Shell, emulator: Em
 # -- help -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(cli.main.commands))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_says_what_a_command_does_and_what_each_option_means(shell: Shell, name: str) -> None:
-    command = cli.main.commands[name]
+    command = COMMANDS[name]
     done = shell.run(name, "--help")
     assert done.code == 0
     assert (command.help or "").splitlines()[0].split(".")[0] in " ".join(done.out.split())
@@ -431,16 +437,40 @@ def test_help_says_what_a_command_does_and_what_each_option_means(shell: Shell, 
 
 def test_the_group_lists_every_command_the_variables_and_the_exit_codes(shell: Shell) -> None:
     done = shell.run("--help")
-    for name in cli.main.commands:
+    for name in COMMANDS:
         assert re.search(rf"^  {name}  ", done.out, re.MULTILINE), name
-    for word in ("EVOLINK_API_KEY", "KREA_PROMPTS", "KREA_STORAGE", "0 done", "3 the account"):
+    for word in ("EVOLINK_API_KEY", "0 done", "3 the account"):
         assert word in done.out
+
+
+@pytest.mark.parametrize("name", ["materialize", "salvage", "quote", "spend", "verify", "demo"])
+def test_every_command_takes_the_project_by_the_same_options(shell: Shell, name: str) -> None:
+    out = " ".join(shell.run(name, "--help").out.split())
+    for option, variable in (
+        ("--prompts", "KREA_PROMPTS"),
+        ("--storage", "KREA_STORAGE"),
+        ("--journal", "KREA_JOURNAL_URL"),
+        ("--partition-by", "KREA_PARTITION_BY"),
+    ):
+        assert f" {option} " in out
+        assert f"[env var: {variable}]" in out
+
+
+def test_an_option_overrides_its_variable_for_this_command_alone(shell: Shell) -> None:
+    shell.table(prompt=["one", "two"])
+    elsewhere = shell.folder / "elsewhere"
+    assert shell.run("quote", "--partition-by", "hash:1", "--storage", str(elsewhere)).code == 0
+    quoted = json.loads(shell.run("quote", "--partition-by", "hash:1", "--json").out)
+    assert [one["partition"] for one in quoted["partitions"]] == ["bucket-000"]
+    wrong = shell.run("quote", "--max-in-flight", "many")
+    assert (wrong.code, "KREA_MAX_IN_FLIGHT is 'many'" in wrong.err) == (2, True)
+    assert json.loads(shell.run("quote", "--json").out)["total"]["asked"] == 2
 
 
 def test_every_command_and_option_that_the_readme_names_exists() -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     used = re.findall(r"krea-dagster[ \n]+([a-z]+)((?: +--[a-z-]+(?:[= ][^\s`-]\S*)?)*)", text)
-    known = cli.main.commands
+    known = COMMANDS
     named = [(name, options) for name, options in used if f"`krea-dagster {name}" in text]
     assert named, "the README names commands"
     for name, options in named:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
+from krea_dagster.cli.show_runs import materialized_figures, show_materialized
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.materialize import MISSING_COLUMNS, Materialized
-from krea_dagster.terminal import materialized_figures, show_materialized
 
 
 def ended(progress: Progress, *rows: dict[str, object]) -> Materialized:

@@ -60,7 +60,9 @@ sensors = [
         table, made.partitions_def, made.prompts.key, columns_key=made.prompt_columns.key,
         name="krea_prompts", minimum_interval_s=1,
     ),
-    build_automation_sensor(made, name="krea_automation", minimum_interval_s=1),
+    build_automation_sensor(
+        [made.images, made.image_manifest], name="krea_automation", minimum_interval_s=1
+    ),
 ]
 collecting = [
     build_collect_sensor(

@@ -88,7 +88,7 @@ def test_the_daemon_buys_what_is_missing_once_and_then_exactly_what_changed(
         made = pq.read_table(manifest).to_pylist()
         assert [row["campaign"] for row in made] == campaign[:-1]
         assert "d-12" not in {row["prompt_id"] for row in made}
-        with KreaResource(storage=str(tmp_path / "krea")).open_journal() as journal:
+        with KreaResource(storage=str(tmp_path / "krea")).krea().open_journal() as journal:
             assert len(list(journal.all_records())) == COUNT + 3
 
         # The account has nothing left: the one partition that changes fails, once.

@@ -37,7 +37,7 @@ def collections(dagster: Dagster) -> list[dg.DagsterRun]:
 
 
 def states(krea: KreaResource) -> dict[State, int]:
-    with krea.open_journal() as journal:
+    with krea.krea().open_journal() as journal:
         return journal.count_by_state()
 
 

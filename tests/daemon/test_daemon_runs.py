@@ -79,7 +79,7 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
         dagster.wait(lambda: emulator.stats(tasks=False)["creates"] == COUNT)
         terminate(dagster, run)
         dagster.wait(lambda: status(dagster, run) is dg.DagsterRunStatus.CANCELED)
-        with krea.open_journal() as journal:
+        with krea.krea().open_journal() as journal:
             records = list(journal.all_records())
         assert Counter(record.state for record in records) == {State.SUBMITTED: COUNT}
         assert {record.claimed_by for record in records} == {None}
@@ -108,7 +108,7 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
 
         tasks = Counter(task["prompt"] for task in emulator.stats()["tasks"])
         assert set(tasks) >= {f"picture {number}" for number in range(COUNT + 9)}
-        with krea.open_journal() as journal:
+        with krea.krea().open_journal() as journal:
             states = Counter(record.state for record in journal.all_records())
         assert states == {State.STORED: COUNT + 9}
         assert tasks == dict.fromkeys(tasks, 1)

@@ -13,7 +13,7 @@ from krea_dagster.drill.instrumented import (
     InstrumentedClient,
     InstrumentedTransport,
     WorkerContext,
-    instrumented_resource,
+    instrumented_krea,
 )
 from krea_dagster.drill.job import API_KEY, WorkerJob, read_requests, write_requests
 from krea_dagster.drill.plan import DrillPlan, requests_of
@@ -38,10 +38,10 @@ def job(folder: Path, url: str) -> WorkerJob:
 
 def test_it_sends_by_the_transport_that_production_uses(tmp_path: Path) -> None:
     async def way() -> object:
-        krea = instrumented_resource(
+        krea = instrumented_krea(
             WorkerContext.of(job(tmp_path, "http://127.0.0.1:1")), InstrumentedClient
         )
-        async with krea._connect() as client:
+        async with krea.connect() as client:
             assert isinstance(client._transport, InstrumentedTransport)
             assert client._transport.reports_unsent
             return client._transport.inner
@@ -66,6 +66,6 @@ def test_it_is_checked_before_anything_is_bought_as_a_run_is(tmp_path: Path) -> 
     images.mkdir(parents=True)
     (images / "abcd.png").touch()
     with Emulator(api_key=API_KEY, state=tmp_path / "emulator") as emulator:
-        with pytest.raises(ConfigError, match="the journal that bought them is not there"):
+        with pytest.raises(ConfigError, match="the journal that bought them is missing"):
             work(job(tmp_path, emulator.url))
         assert emulator.stats()["submit_posts"] == 0

@@ -14,7 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from krea_dagster import KreaResource, PromptTable
+from krea_dagster import PromptTable
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.purchase import buy
+from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.bulk_reads import RECORD_SCHEMA
 from krea_dagster.engine.storage.storage import Storage
@@ -97,11 +100,11 @@ def prompt_rows() -> list[dict[str, Any]]:
 class FinishedRun:
     """A finished run: its resource, its plan, and the server's records."""
 
-    krea: KreaResource
+    krea: Krea
     plan: Plan
     stats: dict[str, Any]
 
-    def build(self, run_id: str = RUN, krea: KreaResource | None = None) -> pa.Table:
+    def build(self, run_id: str = RUN, krea: Krea | None = None) -> pa.Table:
         """The manifest, from the journal and the table alone."""
         krea = krea or self.krea
         locate = krea.open_storage().locate
@@ -122,14 +125,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
     images = tuple(images_of(table))
     with Emulator(latency_s=0.02, latency_jitter=0.0) as emulator:
         emulator.world.script("drop_after_create", match="line that is cut")
-        krea = KreaResource(
-            api_key="emulator",
-            base_url=emulator.url,
-            expected_latency_s=0.02,
-            storage=str(folder / "krea"),
-            on_unknown="hold",
+        krea = Krea(
+            Settings(
+                api_key="emulator",
+                base_url=emulator.url,
+                expected_latency_s=0.02,
+                storage=str(folder / "krea"),
+                on_unknown="hold",
+            )
         )
-        krea.carry(wanted(images), run_id=RUN)
+        buy(krea, wanted(images), run_id=RUN)
         stats = emulator.stats()
     with table.plan() as plan:
         yield FinishedRun(krea, plan, stats)
@@ -290,7 +295,9 @@ def test_it_is_made_again_from_journal_and_table_without_any_server(
     finished: FinishedRun, tmp_path: Path
 ) -> None:
     # The emulator is down since the fixture; a new process would begin like this.
-    elsewhere = KreaResource(storage=finished.krea.storage, base_url="http://127.0.0.1:9")
+    elsewhere = Krea(
+        Settings(storage=finished.krea.settings.storage, base_url="http://127.0.0.1:9")
+    )
     assert finished.build(krea=elsewhere).equals(finished.build())
 
 

@@ -120,7 +120,7 @@ def test_what_a_person_accepted_is_kept_whatever_the_measures_say(images: Simila
         attempt=0,
         partition_key="a",
     )
-    with KreaResource(storage=str(images.root)).open_journal() as journal:
+    with KreaResource(storage=str(images.root)).krea().open_journal() as journal:
         journal.verdicts.add([given])
     run(images)
     table = read_near_duplicates(images.storage, ["shop"])

@@ -36,7 +36,7 @@ def asset(further: Sequence[Measure] = ()) -> dg.AssetsDefinition:
         partitions_def=dg.StaticPartitionsDefinition(list(KEYS)),
         prefix=["gauge"],
         resource_key="gauge_krea",
-        further=further,
+        custom=further,
     )
 
 

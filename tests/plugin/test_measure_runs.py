@@ -18,7 +18,7 @@ from tests.dagster_bench import OpenAccount
 
 @pytest.mark.parametrize(
     ("settings", "measured"),
-    [({}, True), ({"measure_images": False}, False), ({"look_at_images": False}, False)],
+    [({}, True), ({"measure_images": False}, False), ({"verify_images": False}, False)],
 )
 def test_a_run_measures_what_it_decodes_unless_it_is_told_not_to(
     tmp_path: Path,

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaResource, PromptTable, build_krea_assets
-from krea_dagster.application.manifest_summary import Figures
+from krea_dagster.application.manifest_summary import ManifestSummary
+from krea_dagster.application.purchase import buy
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
@@ -102,7 +103,7 @@ def test_one_purchase_for_two_rows_of_a_partition_counts_once_in_its_credits(
 ) -> None:
     rows = [row for row in manifest(trip, BUCKETS[0]).to_pylist() if row["status"] == "stored"]
     doubled = pa.Table.from_pylist([rows[0], {**rows[0], "prompt_id": "its-twin"}], MANIFEST_SCHEMA)
-    shown = images_metadata(Figures.of(doubled), Storage(str(trip.storage)), seconds=1.0)
+    shown = images_metadata(ManifestSummary.of(doubled), Storage(str(trip.storage)), seconds=1.0)
     assert (shown["rows"], shown["credits_charged"]) == (2, rows[0]["credits_charged"])
 
 
@@ -175,10 +176,10 @@ def noise(storage: Storage, count: int, *, side: int, files: int) -> pa.Table:
 def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     table = noise(storage, 2_000, side=1024, files=1)
-    sheet = contact_sheet(table, storage)
+    sheet = contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage)
     assert sheet is not None
     assert len(sheet) <= 45_000
-    shown = images_metadata(Figures.of(table), storage, seconds=1.0)
+    shown = images_metadata(ManifestSummary.of(table), storage, seconds=1.0)
     assert len(shown["thumbnails"].value) < 65_000
 
 
@@ -211,11 +212,11 @@ def test_a_damaged_picture_is_left_out_of_the_sheet_and_does_not_fail_the_run(
         data[at : at + len(damage)] = damage
         path.write_bytes(data)
     (tmp_path / "images/no/noise-3.png").unlink()
-    assert contact_sheet(table, storage) is not None
+    assert contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage) is not None
 
 
 def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:
-    assert contact_sheet(MANIFEST_SCHEMA.empty_table(), Storage(str(tmp_path))) is None
+    assert contact_sheet([], Storage(str(tmp_path))) is None
 
 
 # -- the check --------------------------------------------------------------------------------
@@ -295,5 +296,5 @@ def test_the_resource_finds_nothing_to_do_in_an_empty_partition(
         api_key="emulator", base_url=emulator.url, expected_latency_s=0.02, storage=str(tmp_path)
     )
     before = posts(emulator)
-    report = krea.carry([], run_id="nothing")
+    report = buy(krea.krea(), [], run_id="nothing")
     assert (report.progress.total, posts(emulator)) == (0, before)

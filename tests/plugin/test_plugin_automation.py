@@ -10,11 +10,8 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaAssets, KreaManifestIOManager, KreaResource, build_krea_assets
-from krea_dagster.plugin.sensors.prompts import (
-    build_automation_sensor,
-    on_prompts_changed,
-    report_prompts,
-)
+from krea_dagster.plugin.data_versions import report_prompts
+from krea_dagster.plugin.sensors.prompts import build_automation_sensor, on_prompts_changed
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import QUIET
 
@@ -234,7 +231,9 @@ def test_a_version_that_was_reported_already_launches_nothing(shop: Shop) -> Non
 
 
 def test_the_sensor_is_on_and_launches_the_two_assets_only(shop: Shop) -> None:
-    sensor = build_automation_sensor(shop.assets, name="krea_automation")
+    sensor = build_automation_sensor(
+        [shop.assets.images, shop.assets.image_manifest], name="krea_automation"
+    )
     assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
     graph = shop.defs.resolve_asset_graph()
     assert sensor.asset_selection.resolve(graph) == {

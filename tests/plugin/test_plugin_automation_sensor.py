@@ -16,8 +16,9 @@ from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster import KreaResource, build_krea_assets
 from krea_dagster.application.column_versions import carried_versions
+from krea_dagster.plugin.data_versions import last_versions, report_prompts
 from krea_dagster.plugin.sensors.change_marks import Marks, hash_of_versions, mark_of_files
-from krea_dagster.plugin.sensors.prompts import build_prompts_sensor, last_versions, report_prompts
+from krea_dagster.plugin.sensors.prompts import build_prompts_sensor
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import tick, write_table
 from tests.prompts.reference import key_for, partition_version
@@ -182,11 +183,11 @@ def test_of_an_object_store_its_own_words_are_taken(tmp_path: Path) -> None:
 def test_a_raised_attempt_reports_its_partition(tmp_path: Path, own: dg.DagsterInstance) -> None:
     table = Table(tmp_path, own)
     table.write()
-    with table.krea.open_journal():
+    with table.krea.krea().open_journal():
         pass
     table.tick()
     assert table.settled()
-    table.krea.raise_attempts(table.table, [("s-03", 0)], raised_by="somebody")
+    table.krea.krea().raise_attempts(table.table, [("s-03", 0)], raised_by="somebody")
     assert table.reported() == {key_for(table.table.partition_by, "s-03")}
     assert table.settled()
 

@@ -8,8 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from krea_dagster import KreaResource, PromptTable
+from krea_dagster import PromptTable
 from krea_dagster.application.batch import Batch
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.purchase import buy
+from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal import bulk_reads
 from krea_dagster.plugin.io_manager import split_by_partition
@@ -32,28 +35,30 @@ class Bought:
     def __init__(self, folder: Path, emulator: Emulator) -> None:
         source = write_table(folder / "prompts.parquet", ROWS)
         self.table = PromptTable(source, parse_partition_by("hash:2"))
-        self.krea = KreaResource(
-            api_key="emulator",
-            base_url=emulator.url,
-            expected_latency_s=0.02,
-            storage=str(folder / "krea"),
+        self.krea = Krea(
+            Settings(
+                api_key="emulator",
+                base_url=emulator.url,
+                expected_latency_s=0.02,
+                storage=str(folder / "krea"),
+            )
         )
         self.images = images_of(self.table)
-        self.krea.carry(wanted(self.images), run_id="first")
+        buy(self.krea, wanted(self.images), run_id="first")
 
     def left(self) -> dict[str, int]:
         """The prompts of what is left to carry, each with its rows."""
         with Batch.read(self.table, None, self.krea, look=True) as batch:
-            standing = batch.standing(self.krea)
-            wanted = list(standing.wanted())
-            assert int(standing.whole.sum()) + sum(one.rows for one in wanted) == 8
+            state = batch.state(self.krea)
+            wanted = list(state.wanted())
+            assert int(state.intact.sum()) + sum(one.rows for one in wanted) == 8
             return {f"{one.request.prompt} {one.request.seed}": one.rows for one in wanted}
 
     def file_of(self, prompt_id: str) -> Path:
         (image,) = [image for image in self.images if image.prompt_id == prompt_id]
         stored = self.krea.records([image])[image.request.request_key].image
         assert stored is not None
-        return Path(self.krea.storage) / stored.path
+        return Path(self.krea.settings.storage) / stored.path
 
 
 @pytest.fixture(params=["looked up", "a pass over all"])
@@ -84,14 +89,16 @@ def test_before_anything_was_bought_everything_is_left_and_twins_are_one(
     table = PromptTable(
         write_table(tmp_path / "prompts.parquet", ROWS), parse_partition_by("hash:2")
     )
-    krea = KreaResource(
-        api_key="emulator",
-        base_url=emulator.url,
-        expected_latency_s=0.02,
-        storage=str(tmp_path / "krea"),
+    krea = Krea(
+        Settings(
+            api_key="emulator",
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            storage=str(tmp_path / "krea"),
+        )
     )
     with Batch.read(table, None, krea, look=True) as batch:
-        wanted = list(batch.standing(krea).wanted())
+        wanted = list(batch.state(krea).wanted())
     assert not (tmp_path / "krea").exists(), "no journal is made to look into it"
     assert sorted(one.rows for one in wanted) == [1, 1, 1, 1, 1, 1, 2]
     keys = {image.request.request_key for image in images_of(table)}

@@ -27,8 +27,8 @@ from krea_dagster.plugin.checks import (
     CheckFactory,
     build_failure_share_check,
     build_files_check,
+    build_images_check,
     build_manifest_schema_check,
-    build_pictures_check,
     build_spend_check,
     default_checks,
 )
@@ -210,14 +210,14 @@ def test_a_range_of_any_partitions_is_looked_at_whole_and_no_other(
     assert (number(check, "partitions_checked"), number(check, "rows_checked")) == (2, 2)
 
 
-@pytest.mark.parametrize("factory", [*default_checks(), build_pictures_check, build_spend_check])
+@pytest.mark.parametrize("factory", [*default_checks(), build_images_check, build_spend_check])
 def test_without_a_manifest_nothing_is_called_good(shelf: Shelf, factory: CheckFactory) -> None:
     check = shelf.check(factory)
     assert (check.passed, check.severity) == (False, WARN)
     assert "no manifest yet" in (check.description or "")
 
 
-@pytest.mark.parametrize("factory", [*default_checks(), build_pictures_check, build_spend_check])
+@pytest.mark.parametrize("factory", [*default_checks(), build_images_check, build_spend_check])
 def test_a_manifest_that_cannot_be_read_fails_each_check_by_its_name(
     shelf: Shelf, factory: CheckFactory
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_manifest_that_cannot_be_read_fails_each_check_by_its_name(
     assert "shop/a.parquet cannot be read" in (check.description or "")
 
 
-@pytest.mark.parametrize("factory", [*default_checks(), build_pictures_check, build_spend_check])
+@pytest.mark.parametrize("factory", [*default_checks(), build_images_check, build_spend_check])
 def test_an_empty_manifest_passes_each_check(shelf: Shelf, factory: CheckFactory) -> None:
     shelf.write([])
     assert shelf.check(factory, "a").passed
@@ -354,7 +354,7 @@ def test_a_flat_a_damaged_and_a_wrong_size_picture_are_found(shelf: Shelf) -> No
             shelf.row(5, content=picture(5, 1344, 768), size="16:9", width=1344, height=768),
         ]
     )
-    check = shelf.check(build_pictures_check)
+    check = shelf.check(build_images_check)
     assert (check.passed, check.severity) == (False, ERROR)
     found = named(check)
     assert set(found) == {"row-0001", "row-0002", "row-0003", "row-0004"}
@@ -372,7 +372,7 @@ def test_a_picture_twice_under_different_seeds_is_named_with_the_other_and_twins
     shelf.write([shelf.row(0), shelf.row(1, content=same), shelf.row(2)])
     twin = {**shelf.row(1, content=same), "prompt_id": "twin-of-1"}
     shelf.write([twin, shelf.row(3, content=same), shelf.row(4, content=same)], "b/1")
-    check = shelf.check(functools.partial(build_pictures_check, sample=0))
+    check = shelf.check(functools.partial(build_images_check, sample=0))
     assert (check.passed, check.severity) == (False, WARN)
     assert number(check, "pictures_twice") == 2
     why = "gave the same picture as row-0001 sample 0 (partition a) with seed 2"
@@ -381,11 +381,11 @@ def test_a_picture_twice_under_different_seeds_is_named_with_the_other_and_twins
 
 def test_the_sample_bounds_what_is_decoded(shelf: Shelf) -> None:
     shelf.write([shelf.row(n) for n in range(10)])  # none of them is a picture
-    check = shelf.check(functools.partial(build_pictures_check, sample=4))
+    check = shelf.check(functools.partial(build_images_check, sample=4))
     assert (number(check, "pictures_decoded"), len(named(check))) == (4, 4)
 
 
-@pytest.mark.parametrize("build", [build_files_check, build_pictures_check])
+@pytest.mark.parametrize("build", [build_files_check, build_images_check])
 def test_a_negative_sample_is_refused(build: Callable[..., object]) -> None:
     with pytest.raises(ConfigError, match="sample is -1"):
         build(MANIFEST, sample=-1)
@@ -508,7 +508,7 @@ def test_a_partition_of_the_run_without_a_manifest_is_named(shelf: Shelf) -> Non
     [
         (build_manifest_schema_check, True),
         (functools.partial(build_files_check, sample=None), True),
-        (functools.partial(build_pictures_check, sample=None), True),
+        (functools.partial(build_images_check, sample=None), True),
         (functools.partial(build_spend_check, most_credits=8.1), True),
         (build_failure_share_check, False),  # two rows fail on purpose
     ],

@@ -59,7 +59,7 @@ EVERYTHING: dict[str, Any] = {
         "max_in_flight": 5,
         "max_per_s": 2.5,
         "expected_latency_s": 12.0,
-        "look_at_images": False,
+        "verify_images": False,
         "measure_images": False,
         "on_unknown": "hold",
         "run_credits": 7.5,
@@ -428,7 +428,7 @@ def test_the_emulator_can_be_chosen_and_forbidden(
         assert made.api_key == ""
     else:
         with pytest.raises(ConfigError, match="the variable HERO_KEY is not set"):
-            made.check()
+            made.krea()
 
 
 def test_a_run_without_the_journals_variable_buys_nothing_by_another_journal(
@@ -449,7 +449,7 @@ def test_a_run_without_the_journals_variable_buys_nothing_by_another_journal(
 OWN = '''
 import dagster as dg
 from functools import partial
-from krea_dagster import KreaImages, build_pictures_check
+from krea_dagster import KreaImages, build_images_check
 
 class Own(KreaImages):
     """A component of one's own, with a field of its own."""
@@ -460,7 +460,7 @@ class Own(KreaImages):
         return super().build_resource(context).model_copy(update={"max_in_flight": 3})
 
     def build_checks(self):
-        return [partial(build_pictures_check, sample=1)]
+        return [partial(build_images_check, sample=1)]
 
     def get_asset_spec(self, spec):
         return spec.replace_attributes(owners=[self.owner])

@@ -10,9 +10,10 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaManifestIOManager, KreaResource, build_krea_definitions
+from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.environment import Settings
+from krea_dagster.plugin.environment import definitions_from_environment
 from tests.dagster_bench import QUIET, failure_text, posts, run_job, write_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_run_config_replaces_all_settings_so_that_one_without_a_key_buys_nothing
         raise_on_error=False,
     )
     assert not result.success
-    assert "KreaResource.api_key is empty" in failure_text(result, "partial__images")
+    assert "the API key is empty" in failure_text(result, "partial__images")
     assert posts(emulator) == before
 
 
@@ -257,7 +258,7 @@ def test_paths_do_not_depend_on_the_working_folder_of_the_process_that_runs(
 )
 def test_a_wrong_variable_is_named_with_its_value(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Settings.from_environment({name: value}).definitions()
+        definitions_from_environment({name: value})
     assert name in str(caught.value)
     assert value in str(caught.value)
 

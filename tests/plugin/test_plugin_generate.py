@@ -113,12 +113,12 @@ def test_bad_prompts_are_named_by_number_and_column_before_anything_is_bought(
     assert [(p.row, p.column) for p in caught.value.problems] == [(2, "prompt"), (3, "size")]
     with pytest.raises(ConfigError, match="the column seed of the given prompts"):
         krea.generate([{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": "two"}])
-    with pytest.raises(TypeError, match="not one of them"):
+    with pytest.raises(TypeError, match="not one text or row"):
         krea.generate("a single text")
     with pytest.raises(TypeError, match="prompt 2 is a int"):
         krea.generate(["a", 5])
     assert posts(emulator) == before
-    assert not krea.has_journal()
+    assert not krea.krea().has_journal()
 
 
 def test_an_account_that_stops_is_an_error_and_what_is_paid_for_is_kept(

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from krea_dagster import KreaManifestIOManager, KreaResource, build_krea_definitions
-from krea_dagster.application.manifest_frames import Wishes, load
+from krea_dagster.application.manifest_frames import Selection, load
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -200,7 +200,7 @@ def test_an_annotation_that_there_is_not_fails_and_names_those_that_there_are(ma
         """Never called."""
 
     said = refusal(made.run(wrong, raise_on_error=False))
-    assert "cannot be given as <class 'dict'>" in said
+    assert "cannot be loaded as <class 'dict'>" in said
     for shape in ("pandas.DataFrame", "polars.LazyFrame", "duckdb.DuckDBPyRelation"):
         assert shape in said
 
@@ -266,7 +266,7 @@ def test_a_column_that_there_is_not_fails_and_names_those_that_there_are(made: M
 )
 def test_a_wish_that_cannot_be_read_is_refused(metadata: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Wishes.parse(metadata)
+        Selection.parse(metadata)
 
 
 def test_partitions_that_carry_other_columns_are_read_together(tmp_path: Path) -> None:
@@ -278,13 +278,13 @@ def test_partitions_that_carry_other_columns_are_read_together(tmp_path: Path) -
     keys = ["one", "two", "three"]
     for annotation in (pa.Table, pl.DataFrame, pl.LazyFrame, duckdb.DuckDBPyRelation):
         for wanted in (["mood"], ["prompt_id", "mood"], None):
-            given = load(storage, keys, (), annotation=annotation, wishes=Wishes(wanted))
+            given = load(storage, keys, (), annotation=annotation, selection=Selection(wanted))
             if isinstance(given, pl.LazyFrame):
                 given = given.collect()
             arrow = given if isinstance(given, pa.Table) else pl.DataFrame(given).to_arrow()
             assert arrow["mood"].to_pylist() == [None, "calm"]
     # Where there is no file yet, a further column is not known to be wrong.
-    empty = load(storage, ["three"], (), annotation=pa.Table, wishes=Wishes(["seed", "mood"]))
+    empty = load(storage, ["three"], (), annotation=pa.Table, selection=Selection(["seed", "mood"]))
     assert (empty.num_rows, empty.schema.names) == (0, ["seed", "mood"])
 
 
@@ -312,7 +312,7 @@ def put(file: BinaryIO, content: bytes) -> None:
 
 
 def give(storage: Storage, annotation: Any, **wishes: Any) -> Any:
-    return load(storage, ["one", "two"], (), annotation=annotation, wishes=Wishes(**wishes))
+    return load(storage, ["one", "two"], (), annotation=annotation, selection=Selection(**wishes))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_images_come_as_pil_in_pandas_and_nowhere_else(pictures: Storage) -> Non
 
 
 def test_more_images_than_agreed_are_refused_before_one_is_read(pictures: Storage) -> None:
-    with pytest.raises(ConfigError, match=r"images of 2 rows .* at most 1 are given at once"):
+    with pytest.raises(ConfigError, match=r"2 images would be loaded, but the limit is 1"):
         give(pictures, pa.Table, images="bytes", most_images=1)
     assert give(pictures, pa.Table, images="bytes", most_images=2).num_rows == 3
 
@@ -351,7 +351,7 @@ def test_an_image_that_is_gone_is_named(pictures: Storage) -> None:
         [{"prompt_id": "lost", "image_path": pictures.locate("images/9.png")}], MANIFEST_SCHEMA
     )
     write_manifest(pictures, "two", table)
-    with pytest.raises(ConfigError, match=r"the image of lost is not at .*; a run of images"):
+    with pytest.raises(ConfigError, match=r"the image of lost is missing at .*; a run of images"):
         give(pictures, pa.Table, images="bytes")
 
 

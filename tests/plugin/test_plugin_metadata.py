@@ -13,7 +13,7 @@ import pytest
 from dagster_shared.serdes import serialize_value
 from PIL import Image
 
-from krea_dagster.application.manifest_summary import Figures
+from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import (
@@ -55,8 +55,8 @@ def failed(number: int, **different: Any) -> dict[str, Any]:
     return row(number, **{**nothing, **said, "status": "failed", **different})
 
 
-def figures(rows: list[dict[str, Any]]) -> Figures:
-    return Figures.of(pa.Table.from_pylist(rows, MANIFEST_SCHEMA))
+def figures(rows: list[dict[str, Any]]) -> ManifestSummary:
+    return ManifestSummary.of(pa.Table.from_pylist(rows, MANIFEST_SCHEMA))
 
 
 def shown(rows: list[dict[str, Any]], storage: Storage) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import pytest
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster import build_krea_definitions
+from krea_dagster.application.salvage_schedule import AGES, due, past_last_age
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
-from krea_dagster.plugin.assets.salvage import LOOKS, due, past_last_look
 from tests.dagster_bench import tick
 from tests.engine.harness import ServerClock, make_request
 from tests.spend.project_harness import LEARNED, ProjectHarness
@@ -60,12 +60,12 @@ def test_what_does_not_end_is_looked_for_at_growing_pauses_and_then_no_more() ->
     pauses = [after - before for before, after in pairwise(day)]
     assert pauses[0] == TICK
     assert max(pauses) <= 4 * HOUR + TICK
-    assert len(runs(30 * 24 * HOUR)) == len(LOOKS), "not for ever"
+    assert len(runs(30 * 24 * HOUR)) == len(AGES), "not for ever"
     assert runs(30 * 24 * HOUR)[-1] == 48 * HOUR
 
 
 def test_whatever_ends_meanwhile_is_looked_for_while_its_link_lives() -> None:
-    assert all(after - before <= 4 * HOUR for before, after in pairwise(LOOKS))
+    assert all(after - before <= 4 * HOUR for before, after in pairwise(AGES))
 
 
 def test_each_is_looked_for_at_its_own_age_whatever_others_have_started() -> None:
@@ -85,9 +85,9 @@ def test_where_runs_collect_later_what_is_young_is_theirs() -> None:
 
 
 def test_the_end_of_the_looking_comes_once() -> None:
-    assert past_last_look([left(48 * HOUR)], NOW - TICK, NOW)
-    assert not past_last_look([left(48 * HOUR + TICK)], NOW - TICK, NOW)
-    assert not past_last_look([left(47 * HOUR)], EVER, NOW)
+    assert past_last_age([left(48 * HOUR)], NOW - TICK, NOW)
+    assert not past_last_age([left(48 * HOUR + TICK)], NOW - TICK, NOW)
+    assert not past_last_age([left(47 * HOUR)], EVER, NOW)
 
 
 # -- through Dagster --------------------------------------------------------------------------
@@ -115,13 +115,13 @@ class Left:
         self.shop, self.instance = shop, instance
         shop.table  # noqa: B018 - written where it is asked for
         self.defs = build_krea_definitions(
-            prompts=str(shop.folder / "prompts.parquet"), krea=shop.krea, partition_by="hash:2"
+            prompts=str(shop.folder / "prompts.parquet"), krea=shop.resource, partition_by="hash:2"
         )
         self.cursor: str | None = None
         self.runs = 0
         krea = shop.krea
-        with krea._runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
-            wanted = batch.standing(krea).wanted()
+        with krea.runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
+            wanted = batch.state(krea).wanted()
             policy = replace(runner.policy, patience_s=0.05)
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
 
@@ -173,7 +173,7 @@ def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_t
         looks = [here.tick() for _ in range(4)]
         assert [len(look.run_requests or ()) for look in looks] == [1, 0, 0, 0]
         assert looks[1].skip_message == (
-            "1 images that are paid for are left behind, none to look for yet."
+            "1 images that are paid for are left behind; none is due yet."
         )
         here.pass_by(60 * HOUR)
         last, told, after = here.tick(), here.tick(), here.tick()

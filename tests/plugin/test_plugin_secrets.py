@@ -10,8 +10,8 @@ from dagster._core.remote_representation.external_data import RepositorySnap
 from dagster_shared.serdes import serialize_value
 
 from krea_dagster import KreaResource, build_krea_definitions, definitions_from_environment
+from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
-from krea_dagster.plugin.environment import Settings
 from tests.dagster_bench import OpenAccount, run_job, write_table
 from tests.plugin.shopping_trip import MARKER, Trip
 
@@ -135,7 +135,7 @@ def test_an_env_var_is_read_outside_a_run_too(
         storage=dg.EnvVar("STORAGE_IN_A_NOTEBOOK"),
         base_url=emulator.url,
     )
-    krea.check()
+    krea.krea().check()
     assert (tmp_path / "krea" / "journal.db").exists()
 
 

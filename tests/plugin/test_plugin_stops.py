@@ -168,7 +168,7 @@ def test_a_bad_table_fails_the_step_before_any_request_and_names_row_and_column(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"api_key": ""}, "KreaResource.api_key is empty"),
+        ({"api_key": ""}, "the API key is empty"),
         ({"storage": ""}, "the storage root is empty"),
         ({"journal_url": "nonsense"}, "the journal's URL cannot be read"),
         ({"storage": "memory://krea"}, "set journal_url (KREA_JOURNAL_URL)"),
@@ -200,15 +200,15 @@ def test_images_whose_journal_is_gone_are_not_bought_again(tmp_path: Path) -> No
     (tmp_path / "images" / "ab").mkdir(parents=True)
     (tmp_path / "images" / "ab" / "abcd.png").write_bytes(b"paid for")
     krea = KreaResource(api_key="emulator", base_url="http://127.0.0.1:9", storage=str(tmp_path))
-    with pytest.raises(ConfigError, match="holds images, and the journal that bought them is not"):
-        krea.check()
+    with pytest.raises(ConfigError, match="but the journal that bought them is missing"):
+        krea.krea().check()
     assert not (tmp_path / "journal.db").exists(), "nor is a new one begun"
 
     empty = krea.model_copy(update={"journal_url": f"sqlite:///{tmp_path / 'another.db'}"})
-    with empty.open_journal():
+    with empty.krea().open_journal():
         pass
     with pytest.raises(ConfigError, match="move the images away"):
-        empty.check()
+        empty.krea().check()
 
 
 def test_a_server_that_fell_silent_is_not_called_a_stop_of_the_account() -> None:

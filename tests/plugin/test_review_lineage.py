@@ -15,11 +15,11 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from krea_dagster import KreaResource, build_krea_definitions
+from krea_dagster.application.curation import Curation
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
-from krea_dagster.plugin.assets.curation import Curation
 from tests.curation.accepted.quota_harness import prompts_of
 from tests.dagster_bench import (
     QUIET,

@@ -11,12 +11,12 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster.application.batch import Batch
-from krea_dagster.application.quota import ask_for_wanted
+from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.quota import apply_quota
 from krea_dagster.curation.accepted.quota import WantedImages
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.plugin.assets.accepted import check_wanted
-from krea_dagster.plugin.config import KreaImagesConfig
 from tests.curation.accepted.quota_harness import PRICE, QuotaProject, prompts_of
 from tests.dagster_bench import OpenAccount, check_of, latest, values, write_table
 
@@ -208,15 +208,15 @@ def test_two_runs_that_decide_at_once_raise_a_slot_once(
     )
     studio.carry()
     studio.judge({("twice-000", 0): "reject", ("twice-001", 0): "reject"})
-    krea, config = studio.krea, KreaImagesConfig()
+    krea, config = studio.krea, BuyOptions()
 
     def ask(batch: Batch, run_id: str) -> tuple[int, list[Any]]:
         folders = [studio.prefix]
-        batch, asked = ask_for_wanted(
+        batch, asked = apply_quota(
             batch, config, krea, wanted, rules, folders=folders, raised_by=run_id
         )
         with batch:
-            open_ = [one.request.request_key for one in batch.standing(krea).wanted()]
+            open_ = [one.request.request_key for one in batch.state(krea).wanted()]
             return sum(asked.again.values()), sorted(open_)
 
     # Both have read the table and the attempts before either raises one.
@@ -245,11 +245,11 @@ def test_rows_that_come_while_a_run_decides_are_decided_about_too(
     batch = Batch.read(studio.table, None, studio.krea, to_buy=True)
     more = prompts_of(3, "late", num_images=1)
     write_table(tmp_path / "prompts.parquet", {**more, "num_images": [1, 1, 5]})
-    batch, asked = ask_for_wanted(
-        batch, KreaImagesConfig(), studio.krea, wanted, Rules(), folders=["late"], raised_by="run"
+    batch, asked = apply_quota(
+        batch, BuyOptions(), studio.krea, wanted, Rules(), folders=["late"], raised_by="run"
     )
     with batch:
-        open_ = list(batch.standing(studio.krea).wanted())
+        open_ = list(batch.state(studio.krea).wanted())
         assert [(one.name, one.asked) for one in asked.outcomes] == [
             ("late-000", 1), ("late-001", 0), ("late-002", 1)
         ]  # fmt: skip

@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 
 from krea_dagster import KreaResource
 from krea_dagster.application.batch import Batch
+from krea_dagster.application.krea import Krea
 from krea_dagster.application.quotes import quote_images, quote_partitions
+from krea_dagster.application.spend import prove
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.manifest import write_manifest_parts
-from krea_dagster.plugin.checks.spend_proof import prove
 from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by
 from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.quote import Quote
@@ -58,7 +59,11 @@ class ProjectHarness:
         return replace(self, settings=self.settings | settings)
 
     @property
-    def krea(self) -> KreaResource:
+    def krea(self) -> Krea:
+        return self.resource.krea()
+
+    @property
+    def resource(self) -> KreaResource:
         given: dict[str, Any] = {
             "api_key": self.api_key,
             "base_url": self.emulator.url,
@@ -87,7 +92,7 @@ class ProjectHarness:
         """Run all partitions as KreaResource.generate does, without pauses and manifests."""
         krea = self.krea
         wanted = [RequestedImage(image.request, image.partition_key) for image in self.images()]
-        with krea._runner(run_id, lambda _: None, self.table) as runner:
+        with krea.runner(run_id, lambda _: None, self.table) as runner:
             again = frozenset(ask_again)
             policy = replace(runner.policy, retry_codes=again, wait_scale=0.01)
             return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
@@ -102,7 +107,7 @@ class ProjectHarness:
     def quote(self, *, ask_again: Iterable[str] = ()) -> Quote:
         if ask_again:
             with self.batch() as batch:
-                return quote_images(self.krea, batch.standing(self.krea), ask_again=ask_again)
+                return quote_images(self.krea, batch.state(self.krea), retry_errors=ask_again)
         return quote_partitions(self.krea, self.table).quote
 
     def prove(self, **options: Any) -> Proof:

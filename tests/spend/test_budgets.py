@@ -25,10 +25,10 @@ def campaigns(project: ProjectHarness) -> ProjectHarness:
 def run(project: ProjectHarness, run_id: str = "run-1") -> RunReport:
     """A run over the whole table, as the asset makes it."""
     krea = project.krea
-    with project.batch() as batch, krea._runner(run_id, lambda _: None, project.table) as runner:
+    with project.batch() as batch, krea.runner(run_id, lambda _: None, project.table) as runner:
         policy = replace(runner.policy, wait_scale=0.01)
         ready = replace(runner, policy=policy, latencies=LEARNED)
-        return asyncio.run(ready.run(batch.standing(krea).wanted()))
+        return asyncio.run(ready.run(batch.state(krea).wanted()))
 
 
 def bought(project: ProjectHarness) -> Counter[str | None]:
@@ -89,11 +89,13 @@ def test_each_partition_has_its_own_budget(project: ProjectHarness) -> None:
 def test_a_column_that_the_table_has_not_is_wrong_and_buys_nothing(project: ProjectHarness) -> None:
     project = campaigns(project).with_settings(budgets=["column:campagin=1"])
     for attempt in (project.quote, lambda: run(project)):
-        with pytest.raises(ConfigError, match="names the column 'campagin', and the prompt table"):
+        with pytest.raises(
+            ConfigError, match="names the column 'campagin', which the prompt table does not"
+        ):
             attempt()
     assert project.paid_units() == 0
 
 
 def test_a_budget_that_cannot_be_read_is_said_before_anything_is_bought() -> None:
     with pytest.raises(ConfigError, match="budget 'weekly=3' is invalid"):
-        KreaResource(emulator=True, budgets=["weekly=3"]).caps()
+        KreaResource(emulator=True, budgets=["weekly=3"]).krea().caps()

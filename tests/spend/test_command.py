@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster import KreaResource, cli
-from krea_dagster.plugin.assets.spend import build_spend_assets, update_tables
+from krea_dagster.application.spend import update_tables
+from krea_dagster.plugin.assets.spend import build_spend_assets
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS
 from tests.dagster_bench import run_job
@@ -166,7 +167,7 @@ def test_dollars_are_at_the_rate_that_the_tables_are_kept_at(
     small = SimulatedYear(tmp_path, 200)
     small.write()
     monkeypatch.setenv("KREA_STORAGE", str(tmp_path))
-    update_tables(KreaResource(emulator=True, storage=str(tmp_path)), credits_per_usd=34.0)
+    update_tables(KreaResource(emulator=True, storage=str(tmp_path)).krea(), credits_per_usd=34.0)
     code, out, _ = shell()
     assert (code, "USD at 34 credits per USD" in out) == (0, True)
 

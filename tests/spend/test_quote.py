@@ -64,7 +64,7 @@ def test_what_is_done_costs_nothing_and_needs_no_network(tmp_path: Path) -> None
         address = emulator.url
     # The emulator is gone, and no address answers.
     stranded = project.with_settings(emulator=False)
-    assert stranded.krea.base_url == address
+    assert stranded.krea.settings.base_url == address
     said = stranded.quote()
     assert (said.total.asked, said.total.reused) == (3, 3)
     assert (said.total.to_buy, said.total.units) == (0, 0)
@@ -143,7 +143,9 @@ def test_a_partition_that_is_not_there_is_refused_by_name(project: ProjectHarnes
     from krea_dagster.application.quotes import quote_partitions  # noqa: PLC0415
 
     project = project.with_rows("ash")
-    with pytest.raises(ConfigError, match="no partition 'bucket-007'; there are bucket-000"):
+    with pytest.raises(
+        ConfigError, match="unknown partition 'bucket-007'; the partitions are bucket"
+    ):
         quote_partitions(project.krea, project.table, ["bucket-007"])
     only = quote_partitions(project.krea, project.table, ["bucket-000"])
     both = quote_partitions(project.krea, project.table, ["bucket-000", "bucket-001"])

@@ -35,7 +35,10 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     project = project.with_rows("ash", "birch", "cedar", "date")
     sizes = {key: sum(image.partition_key == key for image in project.images()) for key in BUCKETS}
     defs = build_krea_definitions(
-        prompts=project.table.source, partition_by="hash:2", krea=project.krea, key_prefix="proved"
+        prompts=project.table.source,
+        partition_by="hash:2",
+        krea=project.resource,
+        key_prefix="proved",
     )
     first = run_job(defs, instance, *BUCKETS, job="proved_krea_images")
     assert first.success
@@ -76,7 +79,10 @@ def test_with_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
     """A launch from the UI takes every check of its assets along."""
     project = project.with_rows("elder", "fir")
     defs = build_krea_definitions(
-        prompts=project.table.source, partition_by="hash:1", krea=project.krea, key_prefix="prefix"
+        prompts=project.table.source,
+        partition_by="hash:1",
+        krea=project.resource,
+        key_prefix="prefix",
     )
     keys = [dg.AssetKey(["prefix", name]) for name in ("images", "image_manifest")]
     result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
@@ -144,13 +150,13 @@ def test_quote_prints_a_table_and_makes_nothing(
 
     code, out, err = shell.run("quote", "--partition", "bucket-002")
     assert (code, out) == (2, "")
-    assert "there is no partition 'bucket-002'" in err
+    assert "unknown partition 'bucket-002'" in err
     assert not (project.folder / "krea").exists()
     assert project.emulator.stats(tasks=False)["requests"] == before
 
 
 def test_the_commands_rate_is_the_published_one() -> None:
-    (rate,) = [one for one in cli.quote_command.params if one.name == "credits_per_usd"]
+    (rate,) = [one for one in quote_command.params if one.name == "credits_per_usd"]
     assert rate.default == CREDITS_PER_USD
 
 
@@ -202,7 +208,7 @@ def test_verify_without_a_journal_is_wrong_use(
 ) -> None:
     code, out, err = Shell(project.with_rows("ash"), monkeypatch, capsys).run("verify")
     assert (code, out) == (2, "")
-    assert "there is no journal for" in err
+    assert "has no journal yet" in err
     assert not (project.folder / "krea").exists()
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from krea_dagster.application.spend import update_tables
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.root_log import MARKER
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
-from krea_dagster.plugin.assets.spend import update_tables
 from tests.engine.harness import ServerClock
 from tests.spend.project_harness import LEARNED, ProjectHarness
 
@@ -147,7 +147,7 @@ def test_expired_images_are_found_when_their_files_are_back(
 def test_a_root_of_another_journal_is_refused(shop: ProjectHarness, server: Emulator) -> None:
     shop.buy()
     other = shop.with_settings(journal_url=f"sqlite:///{shop.folder / 'other.db'}")
-    with pytest.raises(ConfigError, match=r"holds images, and the journal that bought them"):
+    with pytest.raises(ConfigError, match=r"holds images, but the journal that bought them"):
         other.carry()
     with other.krea.open_journal():
         pass
@@ -205,7 +205,7 @@ def test_a_journal_backed_up_during_the_last_run_is_older_too(
             backups.append(keep(journal_file(shop), "backup.db"))
 
     wanted = [RequestedImage(image.request, image.partition_key) for image in shop.images()]
-    with krea._runner("run-1", back_up, shop.table) as runner:
+    with krea.runner("run-1", back_up, shop.table) as runner:
         policy = replace(runner.policy, wait_scale=0.01)
         asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
     restore(backups[0], journal_file(shop))

@@ -31,15 +31,15 @@ def run_again(
     """Run with ``again``, as the asset does, and return how many images were bought."""
     krea = shop.krea
     before = int(shop.emulator.stats(tasks=False)["creates"])
-    config = KreaImagesConfig(again=list(again), new_seed=new_seed)
+    config = KreaImagesConfig(regenerate=list(again), new_seed=new_seed)
     with Batch.read(shop.table, None, krea, to_buy=True) as read:
-        batch = read.ask_again(config, krea, run_id)
-        with krea._runner(run_id, lambda _: None, shop.table) as runner:
+        batch = read.regenerate(config, krea, run_id)
+        with krea.runner(run_id, lambda _: None, shop.table) as runner:
             policy = replace(runner.policy, wait_scale=0.01, wait=not killed)
             ready = replace(runner, policy=policy, latencies=LEARNED)
-            asyncio.run(ready.run(batch.standing(krea).wanted()))
+            asyncio.run(ready.run(batch.state(krea).wanted()))
         if not killed:
-            batch.end_wishes(krea)
+            batch.end_regenerations(krea)
         batch.close()
     return int(shop.emulator.stats(tasks=False)["creates"]) - before
 
@@ -120,7 +120,7 @@ def test_again_for_a_fixed_seed_needs_a_drawn_seed(
 ) -> None:
     shop = shop.with_rows("fixed", seed=5)
     shop.buy()
-    with pytest.raises(ConfigError, match=r"'fixed' has its seed in the prompt table.*--new-seed"):
+    with pytest.raises(ConfigError, match=r"fixes the seed of row 'fixed'.*--new-seed"):
         run_again(shop, "run-2", "fixed")
     assert run_again(shop, "run-3", "fixed", new_seed=True) == 1
     with shop.krea.open_journal() as journal:
@@ -162,7 +162,7 @@ def test_again_accepts_error_codes_and_rejected(shop: ProjectHarness, server: Em
 def test_again_is_ambiguous_for_a_row_named_like_a_keyword(shop: ProjectHarness) -> None:
     shop = shop.with_rows("rejected")
     shop.buy()
-    with pytest.raises(ConfigError, match="may mean the row of that prompt_id"):
+    with pytest.raises(ConfigError, match="is ambiguous: a row has this prompt_id"):
         run_again(shop, "run-2", "rejected")
 
 
@@ -179,11 +179,11 @@ def test_again_may_name_rows_of_other_partitions(
     for key in shop.table.partition_keys():
         with Batch.read(shop.table, [key], shop.krea) as batch:
             names = [image.prompt_id for image in batch.plan.named(["ash", "birch"])]
-            wished = batch.wished(KreaImagesConfig(again=["ash", "birch"]), shop.krea)
+            wished = batch.selected(KreaImagesConfig(regenerate=["ash", "birch"]), shop.krea)
             assert [name for name, _ in wished] == names
             bought += len(wished)
             with pytest.raises(ConfigError, match="no row has the prompt_id 'nobody'"):
-                batch.wished(KreaImagesConfig(again=["ash", "nobody"]), shop.krea)
+                batch.selected(KreaImagesConfig(regenerate=["ash", "nobody"]), shop.krea)
     assert bought == 2
 
 
@@ -282,9 +282,9 @@ def test_a_salvage_collects_its_table_and_old_requests_of_others(
     server.world.script("stuck", n=6)
     for one, run_id in ((shop, "run-1"), (other, "run-2")):
         krea = one.krea
-        with krea._runner(run_id, lambda _: None, one.table) as runner, one.batch() as batch:
+        with krea.runner(run_id, lambda _: None, one.table) as runner, one.batch() as batch:
             policy = replace(runner.policy, patience_s=0.05)
-            wanted = batch.standing(krea).wanted()
+            wanted = batch.state(krea).wanted()
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
     assert len(shop.krea.left_behind(shop.table)) == 4
     assert len(other.krea.left_behind(other.table)) == 2
@@ -305,7 +305,7 @@ def test_a_key_of_another_account_replays_nothing_until_accepted(
     assert report.posts == 0
     assert all("sent with another API key" in why for why in report.left.values())
     assert len(report.left) == 2
-    assert "of the account that 4 purchases were made with" in other.krea.accept_key()
+    assert "the account of 4 earlier purchases" in other.krea.accept_key()
     assert other.carry("run-3").posts == 2
 
 
@@ -323,7 +323,7 @@ def test_accepting_a_key_needs_same_as_with_several_accounts(
         third.krea.accept_key()
     with third.krea.open_journal() as journal:
         fingerprint = journal.api_keys.fingerprint(shop.api_key)
-    assert "4 purchases" in third.krea.accept_key(fingerprint)
+    assert "4 earlier purchases" in third.krea.accept_key(fingerprint)
 
 
 # -- a purchase that another journal has made -------------------------------------------------
@@ -357,14 +357,14 @@ def test_a_purchase_after_a_key_conflict_uses_the_next_key(
 ) -> None:
     """The first journal bought with an address for callbacks, the second without."""
     krea = shop.krea
-    with krea._runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
+    with krea.runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
         called = replace(
             runner,
             policy=replace(runner.policy, wait_scale=0.01),
             latencies=LEARNED,
             callback_url_of=lambda key: f"https://hooks.example.com/{key}",
         )
-        asyncio.run(called.run(batch.standing(krea).wanted()))
+        asyncio.run(called.run(batch.state(krea).wanted()))
     folder = tmp_path / "second"
     folder.mkdir()
     settings = {"journal_url": f"sqlite:///{folder / 'journal.db'}"}

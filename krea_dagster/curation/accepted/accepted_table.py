@@ -44,7 +44,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import KEEP
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_name, manifest_names
+from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_name, manifest_partitions
 from krea_dagster.manifest.files import write_parts
 from krea_dagster.prompts import PLAN_SCHEMA, safe_name
 
@@ -178,14 +178,8 @@ class AcceptedTableBuilder:
         return found
 
     def partitions(self) -> list[str]:
-        """Return the partitions that have a manifest with rows, sorted."""
-        keys = []
-        for name in manifest_names(self.storage, self.folders):
-            with self.storage.open(name) as file:
-                for batch in pq.ParquetFile(file).iter_batches(1, columns=["partition_key"]):
-                    keys.append(str(batch.column(0)[0].as_py()))
-                    break
-        return sorted(keys)
+        """Return the partitions that have a manifest."""
+        return manifest_partitions(self.storage, self.folders)
 
     def batches(self, key: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
         """Yield the rows of a partition's manifest; none where there is no file."""

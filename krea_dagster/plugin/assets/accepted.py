@@ -8,7 +8,7 @@ from typing import Any, Final
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.application.quota import wanted_metadata
+from krea_dagster.application.backend import Backend
 from krea_dagster.curation.accepted.accepted_table import (
     ACCEPTED_COLUMNS,
     AcceptedPartition,
@@ -20,19 +20,25 @@ from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.io_manager import manifest_folders
-from krea_dagster.plugin.metadata import Metadata, location_value, small_table, table_schema
-from krea_dagster.plugin.quiet_beta import quiet_beta
-from krea_dagster.plugin.resource import KreaResource, krea_of
-from krea_dagster.plugin.sensors.change_marks import mark_of_reports
-from krea_dagster.plugin.sensors.prompts import (
+from krea_dagster.plugin.data_versions import (
     changed_versions,
     knows_partition,
     last_versions,
     report_in_step,
     version_events,
 )
+from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.io_manager import manifest_folders
+from krea_dagster.plugin.metadata import (
+    Metadata,
+    location_value,
+    outcomes_metadata,
+    small_table,
+    table_schema,
+)
+from krea_dagster.plugin.quiet_beta import quiet_beta
+from krea_dagster.plugin.resource import krea_of
+from krea_dagster.plugin.sensors.change_marks import mark_of_reports
 
 ACCEPTED_ASSET: Final = "accepted_images"
 VERDICTS_ASSET: Final = "verdicts"
@@ -199,7 +205,7 @@ def build_verdicts_sensor(
         description=f"Reports the partitions of {verdicts_key.to_user_string()} that have changed.",
     )
     def verdicts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        krea: KreaResource = getattr(context.resources, resource_key)
+        krea = krea_of(context, resource_key)
         instance = context.instance
         try:
             if not krea.has_journal():
@@ -294,7 +300,7 @@ def check_wanted(outcomes: Sequence[GroupResult], wanted: WantedImages) -> dg.As
         # What a review or a run still brings is no error.
         severity=dg.AssetCheckSeverity.ERROR if short else dg.AssetCheckSeverity.WARN,
         description=f"{said}.",
-        metadata=wanted_metadata(outcomes),
+        metadata=outcomes_metadata(outcomes),
     )
 
 
@@ -310,7 +316,7 @@ def _check_specs(key: dg.AssetKey, wanted: WantedImages | None) -> list[dg.Asset
     ]
 
 
-def _journal(krea: KreaResource) -> Any:
+def _journal(krea: Backend) -> Any:
     if not krea.has_journal():
         raise ConfigError(
             f"there is no journal for {krea.open_storage().locate('')} yet, and so no image"

@@ -53,7 +53,7 @@ def build_image_measures(
     prefix: Sequence[str] = (),
     group_name: str = "krea",
     resource_key: str = "krea",
-    further: Sequence[Measure] = (),
+    custom: Sequence[Measure] = (),
     threads: int | None = None,
     backfill_policy: dg.BackfillPolicy | None = None,
     automation_condition: dg.AutomationCondition[Any] | None = None,
@@ -62,11 +62,11 @@ def build_image_measures(
 
     A run takes one partition or, by default (single_run), any range of them in one step. What a
     run of ``images`` measured while it verified is taken over, and what was measured before;
-    only other files are read, by ``threads`` threads (one for each core). ``further`` are
+    only other files are read, by ``threads`` threads (one for each core). ``custom`` are
     measures of one's own. Nothing is bought, and the network is needed only where the images lie
     behind a URL. Raises ConfigError for two measures of one name.
     """
-    own = checked(further)
+    own = checked(custom)
     schema = measures_schema(one.name for one in own)
 
     @dg.asset(

@@ -7,6 +7,7 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster import redact
+from krea_dagster.application.curation import present_verdicts
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
 from krea_dagster.curation.similarity.near_duplicates import (
@@ -25,7 +26,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
 from krea_dagster.plugin.metadata import location_value, small_table
-from krea_dagster.plugin.resource import KreaResource, krea_of
+from krea_dagster.plugin.resource import krea_of
 
 #: Clusters that metadata shows, and that a sentence names.
 _SHOWN: Final = 50
@@ -151,14 +152,6 @@ def _counted(copies: DuplicateCounts) -> Mapping[str, Any]:
         "credits_in_copies": copies.credits,
         "copies_unpriced": copies.unpriced,
     }
-
-
-def present_verdicts(krea: KreaResource) -> dict[str, str]:
-    """The verdicts that count, by sha256; none where there is no journal yet."""
-    if not krea.has_journal():
-        return {}
-    with krea.open_journal() as journal:
-        return {sha256: one.verdict for sha256, one in journal.verdicts.current().items()}
 
 
 def _checked(table: pa.Table) -> dg.AssetCheckResult:

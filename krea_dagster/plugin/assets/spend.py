@@ -9,18 +9,17 @@ from typing import Any, Final
 import dagster as dg
 from pydantic import Field
 
+from krea_dagster.application.spend import update_tables
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
-from krea_dagster.plugin.resource import KreaResource, krea_of
+from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.report.sparkline import spend_sparkline
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_tables, sums
-from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.warnings.sources import stored_tables
 
 SPEND_JOB_NAME: Final = "krea_spend"
@@ -125,27 +124,6 @@ def build_spend_assets(
         description="Brings the tables of what was spent up to the journal; buys nothing.",
     )
     return KreaSpend(spend_tables, job)
-
-
-def update_tables(
-    krea: KreaResource,
-    *,
-    credits_per_usd: float = CREDITS_PER_USD,
-    by: Sequence[str] = (),
-    rebuild: bool = False,
-) -> SpendUpdate:
-    """Bring a resource's spend tables up to date, as ``spend.tables.update_spend`` does.
-
-    Raises ConfigError where there is no journal yet, and JournalError where it cannot be read.
-    """
-    storage = krea.open_storage()
-    if not krea.has_journal():
-        raise ConfigError(f"there is no journal for {storage.shown('')} yet: nothing was spent")
-    krea.check_root()
-    with krea.open_journal() as journal:
-        return update_spend(
-            journal, storage, credits_per_usd=credits_per_usd, by=by, rebuild=rebuild
-        )
 
 
 def spend_metadata(storage: Storage, now: datetime) -> Mapping[str, Any]:

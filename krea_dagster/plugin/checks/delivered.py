@@ -4,14 +4,14 @@ from collections import Counter
 
 import dagster as dg
 
-from krea_dagster.application.manifest_summary import Figures
+from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.plugin.metadata import missing_table
 
 CHECK_NAME = "all_rows_delivered"
 
 
-def check_rows(figures: Figures, report: RunReport, held: int = 0) -> dg.AssetCheckResult:
+def check_rows(figures: ManifestSummary, report: RunReport, held: int = 0) -> dg.AssetCheckResult:
     """Whether every row of a run has its image; names those that have not, and why.
 
     Of a run that did not wait, rows that are under way are a warning, and no error. Those that

@@ -40,7 +40,7 @@ _HEIGHTS: Final = pa.array([height for _, height in PIXELS.values()], pa.int32()
 _Words = npt.NDArray[np.uint64]
 
 
-def build_pictures_check(
+def build_images_check(
     manifest_key: dg.AssetKey,
     *,
     resource_key: str = "krea",

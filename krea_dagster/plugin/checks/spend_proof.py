@@ -1,15 +1,14 @@
 """The asset check spend_proof: the whole journal against files, manifests and account."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import dagster as dg
 
-from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.resource import KreaResource, krea_of
-from krea_dagster.spend.proof.findings import Proof, ProofFigures
+from krea_dagster.plugin.resource import krea_of
+from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.proof.verify import verify
 
 PROOF_NAME: Final = "spend_proof"
@@ -55,24 +54,6 @@ def build_spend_proof_check(
         )
 
     return spend_proof
-
-
-def prove(
-    krea: KreaResource,
-    *,
-    hash_bytes: int | None = None,
-    on_progress: Callable[[ProofFigures], None] = lambda _: None,
-) -> Proof:
-    """Prove the books of a resource, as ``spend.verify.verify`` does.
-
-    Raises ConfigError where there is no journal, and JournalError where it cannot be read.
-    """
-    storage = krea.open_storage()
-    if not krea.has_journal():
-        raise ConfigError(f"there is no journal for {storage.shown('')} yet: nothing to prove")
-    krea.check_root()
-    with krea.open_journal() as journal:
-        return verify(journal, storage, hash_bytes=hash_bytes, on_progress=on_progress)
 
 
 def _sentence(proof: Proof) -> str:

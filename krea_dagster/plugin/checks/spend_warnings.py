@@ -6,12 +6,13 @@ from typing import Any, Final
 
 import dagster as dg
 
+from krea_dagster.application.backend import Backend
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
-from krea_dagster.plugin.resource import KreaResource, krea_of
+from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.sources import account_proof, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
@@ -80,7 +81,7 @@ def build_spend_warnings_checks(
 
 
 def recent_warnings(
-    krea: KreaResource,
+    krea: Backend,
     budgets: Sequence[Budget] = (),
     *,
     now: datetime,

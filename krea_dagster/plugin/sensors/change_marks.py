@@ -14,7 +14,7 @@ from typing import Any, Final
 import dagster as dg
 import fsspec.core
 
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.application.backend import Backend
 from krea_dagster.prompts import PromptTable
 
 #: What file systems say of a file that another content would change, each in its own words.
@@ -88,7 +88,7 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     return _hash(lines)
 
 
-def mark_of_attempts(krea: KreaResource, table: PromptTable) -> str:
+def mark_of_attempts(krea: Backend, table: PromptTable) -> str:
     """Return how many attempts the journal knows of a table, and their sum: they only ever grow.
 
     Makes no journal where there is none. Raises ConfigError or JournalError.

@@ -13,12 +13,13 @@ from typing import Final
 
 import dagster as dg
 
+from krea_dagster.application.backend import Backend
 from krea_dagster.engine.journal.callback_log import ReceivedCallback
 from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.errors import KreaError
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import krea_of
 
 #: The tag of a run that collects: how many images wait for it.
 COLLECTS_TAG: Final = "krea/collects"
@@ -173,7 +174,7 @@ def build_collect_sensor(
     def collect_sensor(
         context: dg.SensorEvaluationContext,
     ) -> dg.SensorResult | dg.SkipReason:
-        krea: KreaResource = getattr(context.resources, resource_key)
+        krea = krea_of(context, resource_key)
         now = datetime.now(timezone.utc)
         try:
             waiting, called = _waiting(krea)
@@ -211,7 +212,7 @@ def build_collect_sensor(
     return collect_sensor
 
 
-def _waiting(krea: KreaResource) -> tuple[list[Record], Mapping[str, ReceivedCallback]]:
+def _waiting(krea: Backend) -> tuple[list[Record], Mapping[str, ReceivedCallback]]:
     """What is paid for and held by no living run, and what was called about of it."""
     if not krea.has_journal():
         return [], {}

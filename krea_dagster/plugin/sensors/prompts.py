@@ -4,16 +4,24 @@ Nothing here launches a run unless a user gives a condition: runs spend money.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import dagster as dg
 
+from krea_dagster.application.backend import Backend
 from krea_dagster.application.column_versions import carried_versions
 from krea_dagster.errors import KreaError
+from krea_dagster.plugin.data_versions import (
+    NO_ROWS,
+    changed_versions,
+    knows_partition,
+    last_versions,
+    version_events,
+)
 from krea_dagster.plugin.partitions import missing_dynamic_keys
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import (
     Marks,
     hash_of_versions,
@@ -21,15 +29,7 @@ from krea_dagster.plugin.sensors.change_marks import (
     mark_of_files,
     mark_of_reports,
 )
-from krea_dagster.prompts import EMPTY_PARTITION_VERSION, MultiPartitions, PromptTable
-
-if TYPE_CHECKING:
-    from krea_dagster.plugin.assets.images import KreaAssets
-
-_DATA_VERSION = "dagster/data_version"
-
-#: Partitions that are asked for by name.
-_MOST_NAMES = 500
+from krea_dagster.prompts import PromptTable
 
 #: Partitions that one tick reports, each by two events of some 12 ms in Dagster's database.
 _MOST_REPORTS = 250
@@ -37,10 +37,6 @@ _MOST_REPORTS = 250
 #: The assets that stand for the prompt table, with any prefix.
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
 
-#: The version of a partition without a row.
-_NOTHING: Final = EMPTY_PARTITION_VERSION
-
-_Event = dg.AssetObservation | dg.AssetMaterialization
 _Versions = Mapping[str, str]
 
 
@@ -69,7 +65,7 @@ def on_prompts_changed() -> dg.AutomationCondition[Any]:
 
 
 def build_automation_sensor(
-    assets: "KreaAssets", *, name: str, minimum_interval_s: int = 30
+    assets: Sequence[dg.AssetsDefinition], *, name: str, minimum_interval_s: int = 30
 ) -> dg.AutomationConditionSensorDefinition:
     """Build the sensor that evaluates the conditions of these assets. It is on by default.
 
@@ -78,48 +74,12 @@ def build_automation_sensor(
     """
     return dg.AutomationConditionSensorDefinition(
         name=name,
-        target=dg.AssetSelection.assets(assets.images, assets.image_manifest),
+        target=dg.AssetSelection.assets(*assets),
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=minimum_interval_s,
         run_tags={"krea/launched_by": "automation"},
         description="Launches the partitions whose prompts have changed. This spends credits.",
     )
-
-
-def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Versions) -> None:
-    """Report the partitions of ``prompts`` whose data version is not the one last reported."""
-    last = last_versions(instance, key, list(versions))
-    for partition, version in versions.items():
-        if last.get(partition) != version:
-            for event in version_events(key, partition, version):
-                instance.report_runless_asset_event(event)
-
-
-def report_in_step(
-    context: dg.AssetExecutionContext, key: dg.AssetKey, versions: _Versions
-) -> None:
-    """Do the same from a step of an asset downstream, which is then made of these versions.
-
-    Dagster notes what a step is made of when the step begins: it has to look again, or what the
-    step makes would be out of date at once.
-    """
-    report_prompts(context.instance, key, versions)
-    context.get_step_execution_context().wipe_input_asset_version_info(key)
-
-
-def last_versions(
-    instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Sequence[str] | None = None
-) -> _Versions:
-    """The data versions that were last reported for these partitions, or all, in one question."""
-    few = partitions is not None and len(partitions) <= _MOST_NAMES
-    found = instance.event_log_storage.get_latest_tags_by_partition(
-        key,
-        dg.DagsterEventType.ASSET_MATERIALIZATION,
-        tag_keys=[_DATA_VERSION],
-        # Of very many, all: databases take only so many names in one question.
-        asset_partitions=partitions if few else None,
-    )
-    return {partition: tags[_DATA_VERSION] for partition, tags in found.items() if tags}
 
 
 class _Watcher:
@@ -131,7 +91,7 @@ class _Watcher:
         self._lock = threading.Lock()
         self._known: tuple[tuple[str, str], tuple[_Versions, _Versions]] | None = None
 
-    def versions(self, krea: KreaResource, marks: Marks) -> tuple[_Versions, _Versions]:
+    def versions(self, krea: Backend, marks: Marks) -> tuple[_Versions, _Versions]:
         """By partition: of what is asked for, and of the columns that are carried along."""
         state = (marks.files, marks.attempts)
         with self._lock:
@@ -141,7 +101,7 @@ class _Watcher:
         carried: _Versions = {}
         if self._carried:
             # Partitions without a row have a version too: what waits for it must not wait forever.
-            carried = {**dict.fromkeys(asked, _NOTHING), **carried_versions(self._table)}
+            carried = {**dict.fromkeys(asked, NO_ROWS), **carried_versions(self._table)}
         found = (asked, carried)
         with self._lock:
             # Marked before it was read: where it changed meanwhile, the next mark is another.
@@ -183,7 +143,7 @@ def build_prompts_sensor(
         description=f"Reports the partitions of {key.to_user_string()} that have changed.",
     )
     def prompts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        krea: KreaResource = getattr(context.resources, resource_key)
+        krea = krea_of(context, resource_key)
         instance = context.instance
         same = "The prompt table asks for the same images as before."
         try:
@@ -221,45 +181,3 @@ def build_prompts_sensor(
         return dg.SensorResult(skip_reason=same, cursor=settled.cursor())
 
     return prompts_sensor
-
-
-def changed_versions(versions: _Versions, last: _Versions) -> _Versions:
-    """The versions to report: those that differ, and of partitions without a row any more."""
-    gone = dict.fromkeys(sorted(last.keys() - versions.keys()), _NOTHING)
-    return {
-        partition: version
-        for partition, version in {**versions, **gone}.items()
-        if last.get(partition) != version
-    }
-
-
-def knows_partition(
-    instance: dg.DagsterInstance, partitions_def: dg.PartitionsDefinition[str]
-) -> Callable[[str], bool]:
-    """Whether Dagster has a partition now: not one of a day to come, or before the first."""
-    if isinstance(partitions_def, dg.DynamicPartitionsDefinition):
-        return lambda _: True
-    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
-        (time,) = (
-            one.partitions_def
-            for one in partitions_def.partitions_defs
-            if isinstance(one.partitions_def, dg.TimeWindowPartitionsDefinition)
-        )
-        times = frozenset(time.get_partition_keys())
-        return lambda key: (MultiPartitions.split(key) or ("", ""))[1] in times
-    known = frozenset(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
-    return known.__contains__
-
-
-def version_events(key: dg.AssetKey, partition: str, version: str) -> tuple[_Event, _Event]:
-    """The two events by which Dagster learns of a new version of an external asset's partition.
-
-    Automation conditions look at materializations, and the UI's "unsynced" at observations. In
-    this order: what is downstream remembers the materialization, and is taken for out of date
-    where an observation came after it.
-    """
-    tags = {_DATA_VERSION: version}
-    return (
-        dg.AssetObservation(key, partition=partition, tags=tags),
-        dg.AssetMaterialization(key, partition=partition, tags=tags),
-    )

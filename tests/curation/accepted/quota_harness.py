@@ -25,7 +25,11 @@ import pyarrow.parquet as pq
 
 from krea_dagster import KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets
 from krea_dagster.application.batch import Batch
-from krea_dagster.application.quota import Asked, ask_for_wanted
+from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.curation import Curation
+from krea_dagster.application.krea import Krea
+from krea_dagster.application.purchase import buy
+from krea_dagster.application.quota import QuotaState, apply_quota
 from krea_dagster.curation.accepted.accepted_table import AcceptedTableBuilder
 from krea_dagster.curation.accepted.quota import GroupResult, WantedImages
 from krea_dagster.curation.accepted.rules import Rules
@@ -34,7 +38,6 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import KEEP, REJECT, Verdict
 from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.plugin.assets.accepted import build_accepted_assets
-from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, run_job, write_table
 
@@ -68,7 +71,7 @@ class QuotaProject:
     def __post_init__(self) -> None:
         source = write_table(self.folder / "prompts.parquet", self.prompts)
         self.table = PromptTable(source, parse_partition_by(self.by))
-        self.krea = KreaResource(
+        self.resource = KreaResource(
             api_key=self.api_key,
             base_url=self.emulator.url,
             expected_latency_s=0.02,
@@ -79,11 +82,20 @@ class QuotaProject:
         self._runs = itertools.count(1)
 
     @property
+    def curation(self) -> Curation:
+        """Return the curation with these rules and this quota, given as objects and not as text."""
+        made = Curation()
+        vars(made).update(rules=self.rules, wanted_images=self.wanted)
+        return made
+
+    @property
+    def krea(self) -> Krea:
+        return self.resource.krea()
+
+    @property
     def defs(self) -> dg.Definitions:
         """Build the assets and the two jobs, as a reloaded code location does."""
-        assets = build_krea_assets(
-            self.table, key_prefix=self.prefix, wanted=self.wanted, rules=self.rules
-        )
+        assets = build_krea_assets(self.table, key_prefix=self.prefix, curation=self.curation)
         accepted = build_accepted_assets(
             assets.image_manifest.key,
             partitions_def=assets.partitions_def,
@@ -99,8 +111,8 @@ class QuotaProject:
             jobs=[job, accepted.job],
             sensors=[accepted.sensor],
             resources={
-                "krea": self.krea,
-                "krea_manifest": KreaManifestIOManager(storage=self.krea.storage),
+                "krea": self.resource,
+                "krea_manifest": KreaManifestIOManager(storage=self.resource.storage),
             },
         )
 
@@ -115,13 +127,13 @@ class QuotaProject:
         keys = partitions or self.partitions
         return run_job(self.defs, instance, keys[0], keys[-1])
 
-    def carry(self, partitions: Sequence[str] | None = None) -> Asked:
+    def carry(self, partitions: Sequence[str] | None = None) -> QuotaState:
         """Do the same without Dagster: decide, buy, write the manifests."""
         batch = Batch.read(self.table, partitions, self.krea, to_buy=True)
         run_id = f"run-{next(self._runs)}"
-        batch, asked = ask_for_wanted(
+        batch, asked = apply_quota(
             batch,
-            KreaImagesConfig(),
+            BuyOptions(),
             self.krea,
             self.wanted,
             self.rules,
@@ -129,7 +141,7 @@ class QuotaProject:
             raised_by=run_id,
         )
         with batch, self.journal() as journal:
-            self.krea.carry(batch.standing(self.krea).wanted(), run_id=run_id)
+            buy(self.krea, batch.state(self.krea).wanted(), run_id=run_id)
             for key in batch.plan.keys:
                 parts = batch.manifest_parts(key, self.krea, journal, run_id)
                 storage, schema = self.krea.open_storage(), batch.manifest_schema

@@ -178,7 +178,7 @@ def test_images_of_earlier_attempts_have_rows(
         planned = images_of(shop.table, krea.attempts(shop.table))
         wanted = [RequestedImage(one.request, one.partition_key) for one in planned]
         policy = replace(krea.policy([]), wait_scale=0.01)
-        with krea._runner("run-2", lambda _: None, shop.table) as runner:
+        with krea.runner("run-2", lambda _: None, shop.table) as runner:
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
         shop.write_manifests("run-2")
         index = build_index(krea.open_storage(), journal)

@@ -12,9 +12,9 @@ import dagster as dg
 import pytest
 
 from krea_dagster import KreaResource
+from krea_dagster.application.spend import update_tables
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.assets.spend import update_tables
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks, recent_warnings
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
@@ -44,7 +44,7 @@ def test_each_kind_is_a_check_and_a_quiet_account_passes_all(
     bought_project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
     update_tables(bought_project.krea)
-    found = evaluations(bought_project.krea, instance, budgets=["day=50", "month=900"])
+    found = evaluations(bought_project.resource, instance, budgets=["day=50", "month=900"])
     assert set(found) == {f"spend_{kind.value}" for kind in WarningKind}
     assert all(one.passed for one in found.values())
 
@@ -53,7 +53,7 @@ def test_a_budget_that_is_used_warns_with_its_figures(
     bought_project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
     update_tables(bought_project.krea)
-    one = evaluations(bought_project.krea, instance, budgets=["day=2"])["spend_budget_used"]
+    one = evaluations(bought_project.resource, instance, budgets=["day=2"])["spend_budget_used"]
     assert not one.passed
     assert one.severity is dg.AssetCheckSeverity.WARN
     assert "1.80 credits of 2.00 credits (90%) of the budget for" in (one.description or "")
@@ -65,7 +65,7 @@ def test_an_account_that_used_more_than_the_journal_explains_is_an_error(
 ) -> None:
     update_tables(bought_project.krea)
     bought_project.sql("update account_readings set used_units = used_units + 4500 where id = 2")
-    found = evaluations(bought_project.krea, instance)
+    found = evaluations(bought_project.resource, instance)
     one = found["spend_account_differs"]
     assert not one.passed
     assert one.severity is dg.AssetCheckSeverity.ERROR
@@ -76,7 +76,7 @@ def test_an_account_that_used_more_than_the_journal_explains_is_an_error(
 def test_without_tables_the_checks_say_that_nothing_was_checked(
     project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    found = evaluations(project.krea, instance)
+    found = evaluations(project.resource, instance)
     assert not any(one.passed for one in found.values())
     assert {one.severity for one in found.values()} == {dg.AssetCheckSeverity.WARN}
     assert "no spend tables yet" in (found["spend_forecast"].description or "")
@@ -88,7 +88,7 @@ def test_a_warning_is_shown_for_a_week(tmp_path: Path) -> None:
     simulated.write(RUNAWAY + timedelta(days=9))
     with closing(Journal(simulated.url)) as journal:
         update_spend(journal, simulated.storage)
-    krea = KreaResource(storage=str(tmp_path), api_key="not used")
+    krea = KreaResource(storage=str(tmp_path), api_key="not used").krea()
 
     def kinds(day: date) -> list[WarningKind]:
         now = datetime(day.year, day.month, day.day, 23, tzinfo=timezone.utc)

@@ -1,0 +1,301 @@
+"""The storage root and the journal that the settings name, and what they hold of a table."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from typing import Final
+
+from krea_dagster.api import KreaClient
+from krea_dagster.application.callback_column import receiver_urls
+from krea_dagster.application.emulator_process import EMULATOR_KEY, local_emulator
+from krea_dagster.application.settings import ConnectionSettings
+from krea_dagster.callbacks import CallbackUrls
+from krea_dagster.curation.measures.cache import measured_while_verified
+from krea_dagster.engine.budget import Budget, Caps
+from krea_dagster.engine.journal.database import database_in, has_database
+from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.prompt_table_log import identity_of
+from krea_dagster.engine.journal.root_log import RootMarker
+from krea_dagster.engine.policy import REJECTED, Policy
+from krea_dagster.engine.record import Record
+from krea_dagster.engine.run.latency import Latencies
+from krea_dagster.engine.run.options import RunRoot
+from krea_dagster.engine.run.report import Progress
+from krea_dagster.engine.run.runner import Runner
+from krea_dagster.engine.states import State
+from krea_dagster.engine.storage.images import ImageStore
+from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
+from krea_dagster.models import parse_cap
+from krea_dagster.prompts import Plan, PlannedImage, PromptTable
+
+#: After this time a salvage also takes what another table paid for and no run has collected:
+#: half of the 24 hours that its link lives.
+_TAKEN_FROM_OTHERS: Final = timedelta(hours=12)
+
+
+class Backend:
+    """Opens the storage root, the journal and the API of some settings."""
+
+    def __init__(self, settings: ConnectionSettings) -> None:
+        self.settings = settings
+
+    def open_storage(self) -> Storage:
+        """Return the storage root. Raises ConfigError."""
+        return Storage(self.settings.storage)
+
+    @contextmanager
+    def open_journal(self) -> Iterator[Journal]:
+        """Open the journal, and create it if there is none. Raises ConfigError or JournalError."""
+        with closing(Journal(self._journal_url())) as journal:
+            yield journal
+
+    def has_journal(self) -> bool:
+        """Return whether the journal exists. Raises ConfigError."""
+        return has_database(self._journal_url())
+
+    def check(self) -> None:
+        """Check the settings before anything is bought. Raises ConfigError or JournalError.
+
+        Binds the journal to the origin that these settings buy from, and compares the storage
+        root with what the journal knows of it.
+        """
+        if not self.settings.emulator and not self.settings.api_key:
+            raise ConfigError(
+                "the API key is empty; set EVOLINK_API_KEY (in a resource, give "
+                "dagster.EnvVar('EVOLINK_API_KEY') as api_key), or set emulator=True"
+            )
+        self.callback_urls()
+        storage = self.open_storage()
+        if not self.has_journal():
+            refuse_without_journal(storage)
+        with self.open_journal() as journal:
+            journal.bind(self.settings.origin)
+            journal.roots.check(storage)
+
+    def check_root(self) -> None:
+        """Compare the storage root with the journal, if there is one.
+
+        Raises ConfigError or JournalError.
+        """
+        if self.has_journal():
+            with self.open_journal() as journal:
+                journal.roots.check(self.open_storage())
+
+    def has_purchases(self) -> bool:
+        """Return whether a journal exists and knows a request or an accepted root."""
+        if not self.has_journal():
+            return False
+        with self.open_journal() as journal:
+            return bool(journal.count_by_state()) or journal.roots.any_accepted()
+
+    def journal_id(self) -> str:
+        """Return the journal's id; empty if there is no journal."""
+        if not self.has_journal():
+            return ""
+        with self.open_journal() as journal:
+            return journal.journal_id
+
+    def records(self, images: Iterable[PlannedImage]) -> dict[str, Record]:
+        """Return the journal's records of these images, by request key."""
+        with self.open_journal() as journal:
+            return journal.records({image.request.request_key for image in images})
+
+    def left_behind(self, table: PromptTable | None = None) -> list[Record]:
+        """Return what is paid for, not stored, and not claimed by a living run; oldest first.
+
+        Of other tables than ``table`` only what no run has collected for 12 hours.
+        """
+        with self.open_journal() as journal:
+            table_id = None if table is None else self.table_id(journal, table)
+            return [one for one in paid_and_open(journal) if belongs_to(table_id, one)]
+
+    def unknown(self) -> list[Record]:
+        """Return the purchases whose outcome is unknown; the oldest first."""
+        with self.open_journal() as journal:
+            return [record for record in journal.unsettled() if record.state is State.UNKNOWN]
+
+    def table_id(self, journal: Journal, table: PromptTable, *, enter: bool = False) -> str:
+        """Return a prompt table's id in the journal; empty if it has none and is not entered."""
+        storage = self.open_storage()
+        root_id = journal.roots.id_of(storage)
+        if enter and not root_id:
+            root_id = journal.roots.begin(storage, journal.roots.check(storage))
+        name = identity_of(table.name, table.source, storage, root_id)
+
+        def is_gone(path: str) -> bool:
+            return storage.folder is not None and not (storage.folder / path).exists()
+
+        seen = journal.tables.enter if enter else journal.tables.find
+        return seen(*name, is_gone=is_gone)
+
+    def raise_attempts(
+        self, table: PromptTable, samples: Iterable[tuple[str, int]], *, raised_by: str
+    ) -> int:
+        """Request another image of these (prompt_id, sample); returns how many were raised."""
+        with self.open_journal() as journal:
+            log = journal.attempts(self.table_id(journal, table, enter=True))
+            at = datetime.now(timezone.utc)
+            return len(log.raise_attempts(samples, raised_by=raised_by, at=at))
+
+    def attempts(self, table: PromptTable) -> dict[tuple[str, int], int]:
+        """Return the attempt of each (prompt_id, sample) that was raised."""
+        return self._attempts(table)[0]
+
+    def versions(self, table: PromptTable) -> Mapping[str, str]:
+        """Return the data version of each partition of a table. Creates no journal."""
+        attempts, drawn = self._attempts(table)
+        return table.versions(attempts=attempts, drawn=drawn)
+
+    def plan(
+        self, table: PromptTable, keys: Sequence[str] | None = None, *, keep: bool = True
+    ) -> Plan:
+        """Return the images that a table's rows request, at their attempts. Creates no journal."""
+        attempts, drawn = self._attempts(table)
+        return table.plan(keys, attempts, drawn=drawn, keep=keep)
+
+    def _attempts(
+        self, table: PromptTable
+    ) -> tuple[dict[tuple[str, int], int], frozenset[tuple[str, int]]]:
+        if not self.has_journal():
+            return {}, frozenset()
+        with self.open_journal() as journal:
+            log = journal.attempts(self.table_id(journal, table))
+            return log.current(), log.drawn()
+
+    def caps(self) -> Caps:
+        """Return the caps and budgets, in units. Raises ConfigError for a malformed budget."""
+        run, day = self.settings.run_credits, self.settings.day_credits
+        return Caps(
+            run_units=None if run is None else parse_cap(run, "run_credits"),
+            day_units=None if day is None else parse_cap(day, "day_credits"),
+            budgets=tuple(map(Budget.parse, self.settings.budgets)),
+        )
+
+    def budget_columns(self) -> list[str]:
+        """Return the columns whose values have a budget. Raises ConfigError."""
+        return list(dict.fromkeys(one.name for one in self.caps().budgets if one.name))
+
+    def policy(self, retry_errors: Iterable[str] = ()) -> Policy:
+        """Return what a run does about failures; ``retry_errors`` are bought again."""
+        return Policy(
+            on_unknown="hold" if self.settings.on_unknown == "hold" else "replay",
+            patience_s=self.settings.patience_s,
+            outage_patience_s=self.settings.outage_patience_s,
+            retry_codes=frozenset(retry_errors),
+        )
+
+    @contextmanager
+    def runner(
+        self,
+        run_id: str,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        table: PromptTable | None = None,
+    ) -> Iterator[Runner]:
+        """Yield the engine's runner with these settings. Raises ConfigError or JournalError."""
+        self.check()
+        settings, storage = self.settings, self.open_storage()
+        with ExitStack() as stack:
+            journal = stack.enter_context(self.open_journal())
+            root_id = journal.roots.begin(storage, journal.roots.check(storage))
+            fingerprint = journal.api_keys.fingerprint(self.key)
+            account = journal.api_keys.enter(fingerprint)
+            on_image = None
+            if settings.measure_images and settings.verify_images:
+                on_image = stack.enter_context(measured_while_verified(storage))
+            urls = self.callback_urls()
+            yield Runner(
+                connect=self.connect,
+                journal=journal,
+                images=ImageStore(storage, look=settings.verify_images, on_image=on_image),
+                run_id=run_id,
+                root=RunRoot(
+                    root_id,
+                    adopts=journal.roots.adopts(root_id),
+                    elsewhere=lambda keys: journal.roots.elsewhere(keys, root_id),
+                ),
+                table_id="" if table is None else self.table_id(journal, table, enter=True),
+                api_key=fingerprint,
+                policy=replace(self.policy(), account_keys=account),
+                max_in_flight=settings.max_in_flight,
+                max_per_s=settings.max_per_s,
+                latencies=Latencies.expecting(settings.expected_latency_s),
+                caps=self.caps(),
+                callback_url_of=None if urls is None else urls.url,
+                on_progress=on_progress,
+            )
+            # A new token: a copy of the journal from the time of the run is then known to be old.
+            journal.roots.begin(storage, root_id)
+
+    def callback_urls(self) -> CallbackUrls | None:
+        """Return the callback addresses; None without a receiver. Raises ConfigError."""
+        return receiver_urls(
+            self.settings.callback_base_url,
+            self.settings.callback_secret,
+            private_allowed=self.settings.synthetic,
+        )
+
+    @property
+    def key(self) -> str:
+        """The API key that purchases are made with."""
+        return EMULATOR_KEY if self.settings.emulator else self.settings.api_key
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[KreaClient]:
+        """Yield a client of the API, or of the emulator, which is started if none runs."""
+        if not self.settings.emulator:
+            async with self._client(self.settings.base_url) as client:
+                yield client
+            return
+        folder = self.open_storage().folder
+        if folder is None:
+            raise ConfigError("the emulator keeps its state in the storage root: use a folder")
+        with local_emulator(folder / "emulator") as url:
+            async with self._client(url) as client:
+                yield client
+
+    def _client(self, base_url: str) -> KreaClient:
+        return KreaClient(
+            self.key,
+            base_url=base_url,
+            timeout_s=self.settings.timeout_s,
+            download_timeout_s=self.settings.download_timeout_s,
+        )
+
+    def _journal_url(self) -> str:
+        return self.settings.journal_url or database_in(self.open_storage())
+
+
+def paid_and_open(journal: Journal) -> list[Record]:
+    """Return what is to be collected; not what was fetched and rejected, which would come again."""
+    return [
+        record
+        for record in journal.unattended()
+        if record.state in (State.SUBMITTED, State.COMPLETED)
+        and not (record.state is State.COMPLETED and record.error_code in REJECTED)
+    ]
+
+
+def belongs_to(table_id: str | None, record: Record) -> bool:
+    """Return whether a salvage for a table (None: for all tables) takes a request."""
+    if table_id is None or record.table_id in ("", table_id):
+        return True
+    since = record.sent_at
+    return since is None or datetime.now(timezone.utc) - since > _TAKEN_FROM_OTHERS
+
+
+def refuse_without_journal(storage: Storage) -> None:
+    """Refuse to create a journal next to images: it would not know that they are paid for."""
+    marker = RootMarker.read(storage)
+    if marker is not None or storage.has_files("images"):
+        named = f" (its id is {marker.journal_id})" if marker is not None else ""
+        raise ConfigError(
+            f"{storage.shown('images')} holds images, but the journal that bought them{named} is "
+            "missing: a new one would buy them again. Nothing was bought. Restore the journal "
+            "(KREA_JOURNAL_URL), or move the images away to start empty; or run "
+            "`krea-dagster accept root`: a new journal then takes up these images, without a "
+            "known charge."
+        )

@@ -1,0 +1,112 @@
+"""Curation: which images are accepted, how many are wanted, and the tables made of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from krea_dagster.application.backend import Backend
+from krea_dagster.curation.accepted.accepted_table import AcceptedPartition, AcceptedTableBuilder
+from krea_dagster.curation.accepted.quota import GroupResult, WantedImages
+from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.export.spec import ExportSpec
+from krea_dagster.curation.measures.custom import Measure
+from krea_dagster.curation.measures.measure_partitions import MeasuredPartition, measure_partitions
+from krea_dagster.curation.similarity.near_duplicates import (
+    NearDuplicateSummary,
+    update_near_duplicates,
+)
+
+
+@dataclass(frozen=True)
+class Curation:
+    """Which images are accepted, how many are wanted, and what is measured of them.
+
+    Args:
+        measures: Custom measures, in addition to the built-in ones.
+        accept: Bounds of measures, such as ``sharpness>=40``.
+        require_keep: Accept only images that a person kept, instead of all that nobody rejected or
+            flagged.
+        one_of_duplicates: Accept only the best of near-duplicate images.
+        wanted: How many accepted images are wanted: ``prompt=3`` of each prompt,
+            ``column:NAME=500`` of each value of a column, ``column:NAME:VALUE=20`` of one value.
+            Runs regenerate what was not accepted until the number is reached.
+        most_images: Maximum number of images bought for each prompt or value.
+        most_credits: Maximum credits spent on each prompt or value.
+        exports: Datasets of the accepted images; each becomes an asset of that name.
+
+    Raises:
+        ConfigError: for a malformed bound or number.
+    """
+
+    measures: Sequence[Measure] = ()
+    accept: Sequence[str] = ()
+    require_keep: bool = False
+    one_of_duplicates: bool = False
+    wanted: Sequence[str] = ()
+    most_images: int | None = None
+    most_credits: float | None = None
+    exports: Mapping[str, ExportSpec] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _ = self.rules, self.wanted_images  # so that errors are raised where they are written
+
+    @cached_property
+    def rules(self) -> Rules:
+        """The rules that an accepted image meets."""
+        return Rules.parse(
+            self.accept,
+            require_keep=self.require_keep,
+            one_of_duplicates=self.one_of_duplicates,
+        )
+
+    @cached_property
+    def wanted_images(self) -> WantedImages | None:
+        """How many accepted images are wanted, and of what."""
+        return WantedImages.parse(
+            self.wanted, most_images=self.most_images, most_credits=self.most_credits
+        )
+
+
+@dataclass(frozen=True)
+class Curated:
+    """The tables that ``curate`` wrote: measures and accepted images by partition, duplicates.
+
+    ``outcomes`` says for each group with a quota how many images are accepted.
+    """
+
+    measured: Sequence[MeasuredPartition]
+    duplicates: NearDuplicateSummary
+    accepted: Sequence[AcceptedPartition]
+    outcomes: Sequence[GroupResult]
+
+
+def curate(
+    backend: Backend, curation: Curation | None = None, *, folders: Sequence[str] = ()
+) -> Curated:
+    """Measure all stored images, find near-duplicates, and write the accepted images.
+
+    ``folders`` are those of the manifests. Raises ConfigError, JournalError or StorageError.
+    """
+    curation = curation or Curation()
+    storage = backend.open_storage()
+    with backend.open_journal() as journal:
+        accepting = AcceptedTableBuilder.read(
+            storage, journal, curation.rules, curation.wanted_images, folders
+        )
+        keys = accepting.partitions()
+        measured = list(
+            measure_partitions(storage, keys, folders=folders, custom=curation.measures)
+        )
+        duplicates = update_near_duplicates(storage, folders, verdicts=present_verdicts(backend))
+        accepted, outcomes = accepting.make(keys)
+    return Curated(measured, duplicates, accepted, outcomes)
+
+
+def present_verdicts(backend: Backend) -> dict[str, str]:
+    """Return the present verdict by the image's sha256; empty without a journal."""
+    if not backend.has_journal():
+        return {}
+    with backend.open_journal() as journal:
+        return {sha256: one.verdict for sha256, one in journal.verdicts.current().items()}

@@ -1,0 +1,369 @@
+"""The use cases as methods of one class: the whole application, without Dagster."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from krea_dagster.application.backend import Backend
+from krea_dagster.application.settings import Settings
+from krea_dagster.engine.run.report import Progress
+from krea_dagster.errors import ConfigError
+from krea_dagster.models import credits_text
+from krea_dagster.prompts import Defaults, PromptTable, parse_partition_by
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from krea_dagster.application.buy_options import BuyOptions
+    from krea_dagster.application.curation import Curated, Curation
+    from krea_dagster.application.quotes import Quoted
+    from krea_dagster.application.run import Ran
+    from krea_dagster.application.spend import Spend
+    from krea_dagster.curation.export.export import Exported
+    from krea_dagster.curation.export.spec import ExportSpec
+    from krea_dagster.engine.record import Record
+    from krea_dagster.engine.run.report import RunReport
+    from krea_dagster.spend.proof.findings import Proof, ProofFigures
+    from krea_dagster.spend.warnings.warnings import SpendWarning
+
+_OnProgress = Callable[[Progress], None]
+
+
+class Krea(Backend):
+    """Buys images, keeps them verified, and accounts for them; needs no Dagster.
+
+    Example:
+        >>> krea = Krea.from_environment()
+        >>> krea.quote().quote.total.to_buy
+        >>> krea.run()
+        >>> krea.manifest()[["prompt_id", "seed", "image_path"]]
+
+    Every method that takes a ``table`` uses the settings' prompt table by default.
+    """
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Krea:
+        """Read the settings from environment variables. Raises ConfigError, which names one."""
+        return cls(Settings.from_environment(environ))
+
+    def table(self) -> PromptTable:
+        """Return the prompt table of the settings. Raises ConfigError if they have none."""
+        settings = self.settings
+        if not isinstance(settings, Settings):
+            raise ConfigError("these settings name no prompt table; pass one")
+        return PromptTable(settings.prompts, parse_partition_by(settings.partition_by))
+
+    # -- buying ----------------------------------------------------------------------------------
+
+    def quote(
+        self,
+        table: PromptTable | None = None,
+        partitions: Sequence[str] = (),
+        *,
+        credits_per_usd: float | None = None,
+    ) -> Quoted:
+        """Quote what ``run`` would buy now, and at most for how much. Buys nothing.
+
+        Args:
+            table: The prompt table.
+            partitions: Keys; all that a run would take by default.
+            credits_per_usd: Credits that one US dollar buys.
+
+        Raises:
+            ConfigError: for an unknown partition or a wrong setting.
+            PromptTableError: for a table with errors, which it lists by row and column.
+            JournalError: if the journal cannot be read.
+        """
+        from krea_dagster.application.quotes import quote_partitions
+        from krea_dagster.engine.budget import CREDITS_PER_USD
+
+        return quote_partitions(
+            self,
+            table or self.table(),
+            partitions,
+            credits_per_usd=credits_per_usd or CREDITS_PER_USD,
+        )
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        name: str = "generate",
+        run_id: str = "",
+        defaults: Defaults | None = None,
+        on_progress: _OnProgress = lambda _: None,
+    ) -> pa.Table:
+        """Buy, fetch and verify the images of a few prompts, and return their manifest.
+
+        What was bought before, by this method or by an asset with the same journal, is not bought
+        again.
+
+        Args:
+            prompts: Texts, or rows with the columns of a prompt table, or a table (pandas, Polars
+                or Arrow).
+            name: The partition key of these images in the manifest.
+            run_id: Is written with every purchase; a random one by default.
+            defaults: Values for what a row leaves open.
+            on_progress: Is called whenever something changed.
+
+        Returns:
+            The manifest: one row for each requested image, also if it is missing (``status`` and
+            ``error_message`` then say why).
+
+        Raises:
+            ConfigError, PromptTableError: before anything is bought.
+            AccountStopped, RunStopped: if buying stopped. The next call takes up what is paid for.
+            JournalError, StorageError: if what was bought could not be written.
+        """
+        from krea_dagster.application.generate import generate
+
+        return generate(
+            self,
+            prompts,
+            run_id=run_id or _run_id(),
+            name=name,
+            defaults=defaults,
+            on_progress=on_progress,
+        )
+
+    def run(
+        self,
+        table: PromptTable | None = None,
+        partitions: Sequence[str] = (),
+        options: BuyOptions | None = None,
+        *,
+        curation: Curation | None = None,
+        run_id: str = "",
+        on_progress: _OnProgress = lambda _: None,
+    ) -> Ran:
+        """Buy what partitions of a table lack, and write their manifests.
+
+        Does what the assets ``images`` and ``image_manifest`` do, without Dagster's events.
+
+        Args:
+            table: The prompt table.
+            partitions: Keys; all by default.
+            options: Rows to regenerate, error codes to retry, decisions about unknown outcomes.
+            curation: How many accepted images are wanted, and which are accepted.
+            run_id: Is written with every purchase; a random one by default.
+            on_progress: Is called whenever something changed.
+
+        Raises:
+            ConfigError, PromptTableError: before anything is bought.
+            JournalError, StorageError: if what was bought could not be written.
+        """
+        from krea_dagster.application.buy_options import BuyOptions
+        from krea_dagster.application.run import run
+
+        return run(
+            self,
+            table or self.table(),
+            list(partitions) or None,
+            options or BuyOptions(),
+            curation=curation,
+            run_id=run_id or _run_id(),
+            on_progress=on_progress,
+        )
+
+    def salvage(
+        self,
+        table: PromptTable | None = None,
+        *,
+        run_id: str = "",
+        on_progress: _OnProgress = lambda _: None,
+    ) -> tuple[RunReport, dict[str, Record]]:
+        """Poll and fetch what is paid for and not stored; buys nothing.
+
+        With a ``table``, other tables' images are left to their runs for 12 hours. Returns the
+        engine's report, and the record of each request that was taken up, by request key. Raises
+        ConfigError, JournalError or StorageError.
+        """
+        from krea_dagster.application.purchase import collect
+
+        return collect(self, table=table, run_id=run_id or _run_id(), on_progress=on_progress)
+
+    # -- accounting ------------------------------------------------------------------------------
+
+    def spend(
+        self, by: Sequence[str] = (), *, since: date | None = None, month: str | None = None
+    ) -> Spend:
+        """Sum up what was spent: today, this month and in total, or by columns.
+
+        Args:
+            by: Columns of the ledger or the manifest.
+            since: First UTC day.
+            month: One UTC month, as ``YYYY-MM``.
+
+        Raises:
+            ConfigError: for an unknown column or a malformed month.
+            JournalError: if the journal cannot be read.
+        """
+        from krea_dagster.application.spend import spend_of
+
+        return spend_of(self, by, since=since, month=month)
+
+    def spend_sql(self, query: str) -> pa.Table:
+        """Answer a SELECT over ledger, daily, failures, manifest and prompts.
+
+        Raises ConfigError or JournalError.
+        """
+        from krea_dagster.application.spend import answer_of
+
+        prompts = self.settings.prompts if isinstance(self.settings, Settings) else None
+        return answer_of(self, query, prompts)
+
+    def spend_report(self, path: Path, *, by: Sequence[str] = ()) -> list[SpendWarning]:
+        """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
+        from krea_dagster.application.spend import report_of
+
+        return report_of(self, path, by=by)
+
+    def verify(
+        self,
+        *,
+        hash_bytes: int | None = None,
+        on_progress: Callable[[ProofFigures], None] = lambda _: None,
+    ) -> Proof:
+        """Prove that journal, files, manifests and account agree. Changes nothing.
+
+        Args:
+            hash_bytes: Maximum number of bytes of images to hash again; None for all.
+            on_progress: Is called with the figures so far.
+
+        Raises:
+            ConfigError: if there is no journal.
+            JournalError: if it cannot be read.
+        """
+        from krea_dagster.application.spend import prove
+
+        return prove(self, hash_bytes=hash_bytes, on_progress=on_progress)
+
+    # -- curation --------------------------------------------------------------------------------
+
+    def manifest(
+        self,
+        partitions: Sequence[str] | None = None,
+        *,
+        columns: Sequence[str] | None = None,
+        images: str | None = None,
+    ) -> pd.DataFrame:
+        """Return the manifest as a DataFrame: one row per requested image.
+
+        Args:
+            partitions: Keys; all that have a manifest by default.
+            columns: Columns to read; all by default.
+            images: ``bytes`` or ``pil`` adds a column ``image``, for at most 1,000 rows.
+
+        Raises:
+            ConfigError: for an unknown column, or a missing image.
+        """
+        import pandas as pd
+
+        from krea_dagster.application.manifest_frames import Selection, load
+        from krea_dagster.manifest import manifest_partitions
+
+        storage = self.open_storage()
+        keys = manifest_partitions(storage) if partitions is None else partitions
+        selection = Selection(columns, images)
+        frame: pd.DataFrame = load(storage, keys, (), annotation=pd.DataFrame, selection=selection)
+        return frame
+
+    def verdicts(self) -> pd.DataFrame:
+        """Return the verdict that counts of each reviewed image, with reviewer, reason and time."""
+        import pandas as pd
+
+        found: list[dict[str, Any]] = []
+        if self.has_journal():
+            with self.open_journal() as journal:
+                found = [asdict(one) for one in journal.verdicts.current().values()]
+        frame: pd.DataFrame = pd.DataFrame(found)
+        return frame
+
+    def curate(self, curation: Curation | None = None) -> Curated:
+        """Measure all stored images, find near-duplicates, and write the accepted images.
+
+        Raises ConfigError, JournalError or StorageError.
+        """
+        from krea_dagster.application.curation import curate
+
+        return curate(self, curation)
+
+    def export(
+        self,
+        spec: ExportSpec | None = None,
+        to: str | None = None,
+        *,
+        fresh: bool = False,
+        keep: int | None = None,
+        threads: int | None = None,
+        on_progress: Callable[[Any], None] = lambda _: None,
+    ) -> Exported:
+        """Export the accepted images as a dataset, each compared with its hash.
+
+        Args:
+            spec: Format, splits, filters; see ``ExportSpec``.
+            to: Folder or URL; ``exports/FORMAT`` in the storage root by default.
+            fresh: Assign images to shards again, instead of as in the last version.
+            keep: Number of complete versions to keep; all by default.
+            threads: One per core by default, 8 for URLs.
+            on_progress: Is called with the images exported so far.
+
+        Raises:
+            ConfigError: if there is nothing to export.
+            ImagesNotAsStored: if images are missing or changed; nothing is published.
+        """
+        from krea_dagster.curation.export.export import export
+        from krea_dagster.curation.export.spec import ExportSpec
+
+        spec, storage = spec or ExportSpec(), self.open_storage()
+        return export(
+            storage,
+            spec,
+            to or storage.locate(f"exports/{spec.form}"),
+            fresh=fresh,
+            keep=keep,
+            threads=threads,
+            on_progress=on_progress,
+        )
+
+    # -- a person's decisions --------------------------------------------------------------------
+
+    def accept_root(self) -> str:
+        """Accept the storage root as it is; returns a sentence on what that means."""
+        with self.open_journal() as journal:
+            return journal.roots.accept(self.open_storage())
+
+    def accept_key(self, same_as: str = "") -> str:
+        """Declare that the API key belongs to the account of the journal's purchases."""
+        with self.open_journal() as journal:
+            fingerprint = journal.api_keys.fingerprint(self.key)
+            count = journal.api_keys.accept(fingerprint, same_as)
+        return (
+            f"the API key with the fingerprint {fingerprint} belongs to the account of {count} "
+            "earlier purchases"
+        )
+
+    def accept_price(self, quality: str, *, dismiss: bool = False) -> str:
+        """Accept the price of a quality that was far from the expected one, or ``dismiss`` it."""
+        with self.open_journal() as journal:
+            if dismiss:
+                journal.dismiss_price(quality)
+                return (
+                    f"the reported price of {quality} counts as a mistake; the charges at it stay "
+                    "unknown"
+                )
+            units, settled = journal.accept_price(quality, datetime.now(timezone.utc))
+        return (
+            f"{quality} now costs {credits_text(units)} credits; the charges of {settled} "
+            "purchases at that price are settled"
+        )
+
+
+def _run_id() -> str:
+    return f"without-dagster-{uuid.uuid4()}"

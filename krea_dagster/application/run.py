@@ -1,0 +1,168 @@
+"""Runs partitions of a prompt table: regenerate, apply the quota, buy, write the manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from krea_dagster.application.backend import Backend
+from krea_dagster.application.batch import Batch, PlanState
+from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.curation import Curation
+from krea_dagster.application.manifest_summary import ManifestSummary
+from krea_dagster.application.purchase import buy
+from krea_dagster.application.quota import QuotaState, apply_quota
+from krea_dagster.engine.run.report import Progress, RunReport
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import write_manifest_parts
+from krea_dagster.prompts import PromptTable
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The result of a run: the engine's report, a summary of the manifests, and their paths."""
+
+    report: RunReport
+    summary: ManifestSummary
+    manifests: Sequence[str]
+
+
+@contextmanager
+def prepared(
+    backend: Backend,
+    table: PromptTable,
+    keys: Sequence[str] | None,
+    options: BuyOptions,
+    *,
+    curation: Curation | None = None,
+    folders: Sequence[str] = (),
+    raised_by: str,
+) -> Iterator[tuple[Batch, QuotaState]]:
+    """Yield what a run works on, after raising the attempts of what is regenerated.
+
+    Args:
+        keys: The partitions; None for all.
+        folders: The folders of the manifests, next to which measures are stored.
+        raised_by: The root run, whose re-executions raise no attempt again.
+
+    Raises:
+        ConfigError, PromptTableError, JournalError: before anything is bought.
+    """
+    curation = curation or Curation()
+    batch = Batch.read(table, keys, backend, to_buy=True, look=True)
+    try:
+        check_options(backend, batch, options, all_rows=keys is None)
+        batch = batch.regenerate(options, backend, raised_by)
+        batch, quota = apply_quota(
+            batch,
+            options,
+            backend,
+            curation.wanted_images,
+            curation.rules,
+            folders=folders,
+            raised_by=raised_by,
+        )
+        yield batch, quota
+    finally:
+        batch.close()
+
+
+def buy_batch(
+    backend: Backend,
+    batch: Batch,
+    state: PlanState,
+    options: BuyOptions,
+    *,
+    run_id: str,
+    launch: str = "",
+    wait: bool = True,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> RunReport:
+    """Buy what a batch lacks; see ``purchase.buy`` for the arguments and errors."""
+    report = buy(
+        backend,
+        state.wanted(),
+        reused_rows=int(state.intact.sum()),
+        run_id=run_id,
+        table=batch.table,
+        launch=launch or run_id,
+        retry_errors=options.retry_errors,
+        resolutions=options.resolutions(batch.plan),
+        wait=options.waits(wait),
+        on_progress=on_progress,
+    )
+    batch.end_regenerations(backend)
+    return report
+
+
+def write_manifests(
+    backend: Backend, batch: Batch, run_id: str, folders: Sequence[str] = ()
+) -> Iterator[tuple[str, ManifestSummary, str]]:
+    """Write the manifest of each partition; yields its key, summary, and path."""
+    storage, schema = backend.open_storage(), batch.manifest_schema
+    for key, summary, parts in batch.summarized_parts(backend, run_id):
+        yield key, summary, write_manifest_parts(storage, key, schema, parts, folders)
+
+
+def run(
+    backend: Backend,
+    table: PromptTable,
+    keys: Sequence[str] | None,
+    options: BuyOptions,
+    *,
+    curation: Curation | None = None,
+    run_id: str,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Ran:
+    """Buy what some partitions lack, and write their manifests; for the errors see ``prepared``.
+
+    The manifests are also written if the account stopped the run; ``Ran.report`` says so.
+    """
+    with prepared(backend, table, keys, options, curation=curation, raised_by=run_id) as found:
+        batch, _ = found
+        state = batch.state(backend)
+        report = buy_batch(backend, batch, state, options, run_id=run_id, on_progress=on_progress)
+        total, paths = ManifestSummary(), []
+        for _, summary, path in write_manifests(backend, batch, run_id):
+            total += summary
+            paths.append(path)
+    return Ran(report, total, paths)
+
+
+def check_options(
+    backend: Backend, batch: Batch, options: BuyOptions, *, all_rows: bool = True
+) -> None:
+    """Refuse options that name a row or purchase that does not exist. Raises ConfigError."""
+    batch.selected(options, backend, all_rows=all_rows)
+    if not options.resolve or not all_rows:
+        return
+    resolutions = options.resolutions(batch.plan)
+    images = list(batch.plan.named(options.resolve))
+    unknown = {record.request_key for record in backend.unknown()}
+    for name, decision in options.resolve.items():
+        keys = {
+            image.request.request_key
+            for image in images
+            if name in (image.prompt_id, image.request.request_key)
+            and image.request.request_key in unknown & set(resolutions)
+        }
+        if not keys:
+            raise ConfigError(
+                f"{name!r} names no purchase with an unknown outcome; nothing was decided"
+            )
+        if decision.startswith("task:"):
+            _check_task(backend, name, decision.removeprefix("task:"), len(keys))
+
+
+def _check_task(backend: Backend, name: str, task_id: str, purchases: int) -> None:
+    if purchases > 1:
+        raise ConfigError(
+            f"{name!r} names {purchases} purchases, but a task belongs to one; use the request_key"
+        )
+    with backend.open_journal() as journal:
+        if journal.known_task_ids([task_id]):
+            raise ConfigError(
+                f"task {task_id} belongs to another purchase in the journal, so not to {name!r}; "
+                "nothing was decided"
+            )

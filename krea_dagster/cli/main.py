@@ -1,0 +1,89 @@
+"""The command group, which imports a subcommand when it is used, and the error handling."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Final
+
+import click
+
+from krea_dagster import redact
+from krea_dagster.cli.exit_codes import NOT_DELIVERED, code_of
+from krea_dagster.errors import KreaError
+
+#: Variables whose URLs may contain credentials.
+_PLACES: Final = ("KREA_PROMPTS", "KREA_STORAGE", "KREA_JOURNAL_URL", "EVOLINK_BASE_URL")
+
+#: The subcommands: where each is, and its line in the group's help.
+_COMMANDS: Final = {
+    "accept": ("cli.accept:accept_group", "Accept what a run stopped for: a root, a key, a price."),
+    "callbacks": ("callbacks.command:callbacks_command", "Receive EvoLink's callbacks."),
+    "demo": ("cli.materialize:demo_command", "Try materialize with the emulator: no key, no cost."),
+    "drill": ("drill.command:drill_command", "Kill workers while they buy, and check the result."),
+    "emulator": ("emulator.command:emulator_command", "Run EvoLink's API on this machine."),
+    "export": ("curation.export.command:export_command", "Export images as a dataset."),
+    "gallery": ("curation.gallery.command:gallery_command", "Write an HTML page of images."),
+    "materialize": ("cli.materialize:materialize_command", "Buy the missing images."),
+    "quote": ("cli.quote:quote_command", "Say what materialize would buy, and for how much."),
+    "review": ("curation.review.command:review_command", "Keep, reject or flag images."),
+    "salvage": ("cli.materialize:salvage_command", "Collect what is paid for; buy nothing."),
+    "spend": ("cli.spend:spend_command", "Say where the credits went."),
+    "verify": ("cli.verify:verify_command", "Prove that every credit is accounted for."),
+}
+
+_EPILOG: Final = """
+The API key is read from EVOLINK_API_KEY; without it an emulator makes synthetic images. Every
+option with an environment variable takes its default from there, as definitions.py does.
+
+\b
+Exit codes: 0 done, 1 rows not delivered or accounts that do not agree,
+2 wrong use or bad input, 3 the account or the key stops everything,
+75 something was unavailable for too long: run again later.
+"""
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a subcommand when it is used, and lists all without an import."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(import_module(f"krea_dagster.{module}"), attribute)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(package_name="krea-dagster")
+def main() -> None:
+    """Krea 2 Turbo images as Dagster assets: each bought once, verified, and accounted for."""
+
+
+def run() -> None:
+    """Run the command; the package's errors become one message and an exit code."""
+    places = [os.environ.get(name, "") for name in _PLACES]
+    try:
+        main()
+    except KreaError as error:
+        from krea_dagster.cli.terminal import say_error  # noqa: PLC0415 - errors are rare
+
+        say_error(redact.text(str(error), *places))
+        sys.exit(code_of(error))
+    except Exception as error:
+        if redact.safe_cause(error, *places) is not None:
+            raise
+        # An unexpected error whose traceback would show a credential.
+        sys.stderr.write(redact.text("".join(traceback.format_exception(error)), *places))
+        sys.exit(NOT_DELIVERED)

@@ -1,0 +1,186 @@
+"""The commands ``materialize``, ``demo`` and ``salvage``: runs of Dagster jobs in this process."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from krea_dagster import redact
+from krea_dagster.application.buy_options import BuyOptions, with_files
+from krea_dagster.application.settings import Settings
+from krea_dagster.cli.exit_codes import DONE, NOT_DELIVERED, STOPPED, TRY_LATER
+from krea_dagster.cli.options import (
+    buying_options,
+    json_option,
+    partition_option,
+    project_options,
+)
+from krea_dagster.cli.show_runs import (
+    materialized_figures,
+    show_materialized,
+    show_salvaged,
+    unknown_figures,
+)
+from krea_dagster.cli.terminal import progress_bar, say_error, say_synthetic, show_json
+
+if TYPE_CHECKING:
+    from krea_dagster.plugin.materialize import Materialized
+
+#: The demo's base URL: no request is sent to it.
+_NO_ADDRESS: Final = "https://emulator.invalid"
+
+
+@click.command("materialize")
+@buying_options
+@partition_option
+@click.option(
+    "--again",
+    multiple=True,
+    metavar="ROWS",
+    help=(
+        "Buy another image of a row: its attempt is raised, the old image stays. ROWS is a "
+        "prompt_id, @FILE (one prompt_id per line), error:CODE (rows that failed with it), or "
+        "rejected (rows whose image was rejected in the review). If the run is killed, the same "
+        "command continues it and buys no second image."
+    ),
+)
+@click.option(
+    "--new-seed",
+    is_flag=True,
+    help="With --again: draw a seed for rows whose seed the table fixes; else they are refused.",
+)
+@click.option(
+    "--retry",
+    "retry_errors",
+    multiple=True,
+    metavar="ERROR_CODE",
+    help="Buy rows again that failed or were refused with this error code.",
+)
+@click.option(
+    "--resolve",
+    "decisions",
+    multiple=True,
+    metavar="ROW=DECISION",
+    help=(
+        "Decide about a purchase with an unknown outcome. ROW is a prompt_id or request_key; "
+        "DECISION is replay (send it again under the same key), not-charged (buy it again), lost, "
+        "or task:ID (it was charged, and this is its task)."
+    ),
+)
+@json_option
+def materialize_command(
+    partitions: Sequence[str],
+    again: Sequence[str],
+    retry_errors: Sequence[str],
+    decisions: Sequence[str],
+    *,
+    new_seed: bool,
+    as_json: bool,
+) -> None:
+    """Buy the missing images of the prompt table, and write the manifest.
+
+    Runs the Dagster job krea_images in this process, with its events in DAGSTER_HOME, or by
+    default in dagster/ of the storage root. Repeat it at any time: what is stored is not bought
+    again, and what was interrupted is continued.
+    """
+    options = BuyOptions(
+        regenerate=with_files(again),
+        new_seed=new_seed,
+        retry_errors=list(retry_errors),
+        resolve=_decisions(decisions),
+        wait=True,
+    )
+    done = _materialize(Settings.from_environment(), partitions, options, as_json=as_json)
+    sys.exit(_exit_code(done, done.progress.failed + done.progress.left))
+
+
+@click.command("demo")
+@project_options
+@json_option
+def demo_command(*, as_json: bool) -> None:
+    """Try materialize with the emulator: no key, no cost, synthetic images.
+
+    Materializes every partition of the prompt table. Never uses EVOLINK_API_KEY. Rows whose prompt
+    asks the emulator for a failure are meant to fail.
+    """
+    settings = Settings.from_environment().model_copy(
+        update={"api_key": "", "emulator": True, "base_url": _NO_ADDRESS}
+    )
+    done = _materialize(settings, (), None, as_json=as_json)
+    meant = sum("[emulator:" in prompt for prompt in done.missing["prompt"].to_pylist())
+    sys.exit(_exit_code(done, done.missing.num_rows - meant))
+
+
+@click.command("salvage")
+@buying_options
+@json_option
+def salvage_command(*, as_json: bool) -> None:
+    """Collect what is paid for and not stored; buys nothing.
+
+    Polls the tasks that earlier runs left behind and fetches their images, the most urgent link
+    first: links expire after 24 hours. What was given up as lost is polled once more. Runs the
+    Dagster job krea_salvage in this process.
+    """
+    from krea_dagster.plugin.materialize import salvage  # noqa: PLC0415 - imports Dagster
+
+    with progress_bar() as on_progress:
+        done = salvage(Settings.from_environment(), on_progress=on_progress)
+    if as_json:
+        unknown = unknown_figures(done.unknown)
+        show_json({**done.figures, "run_id": done.run_id, "unknown": unknown})
+    else:
+        show_salvaged(done)
+    for failure in done.failures:
+        say_error(failure)
+    waiting = done.figures.get("still_waiting", 0) + done.figures.get("lost", 0)
+    sys.exit(NOT_DELIVERED if waiting or done.failures else DONE)
+
+
+def _decisions(texts: Sequence[str]) -> dict[str, str]:
+    decisions: dict[str, str] = {}
+    for text in texts:
+        row, equals, decision = text.rpartition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not ROW=DECISION", param_hint="--resolve")
+        decisions[row] = decision
+    return decisions
+
+
+def _materialize(
+    settings: Settings, partitions: Sequence[str], options: BuyOptions | None, *, as_json: bool
+) -> Materialized:
+    from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415 - imports Dagster
+
+    if settings.synthetic:
+        say_synthetic()
+    with progress_bar() as on_progress:
+        done = materialize(settings, partitions, options, on_progress=on_progress)
+    where = redact.location(settings.storage)
+    if as_json:
+        show_json(materialized_figures(done, where=where))
+    else:
+        show_materialized(done, where=where, ui=_ui_line(done))
+    for failure in done.failures:
+        say_error(failure)
+    return done
+
+
+def _ui_line(done: Materialized) -> str:
+    """Return the shell command that opens Dagster's UI on the result."""
+    dagster = Path(sys.executable).with_name("dagster")
+    home, command = shlex.quote(done.dagster_home), shlex.quote(os.path.relpath(dagster))
+    return f"DAGSTER_HOME={home} {command} dev -f definitions.py"
+
+
+def _exit_code(done: Materialized, missing: int) -> int:
+    if done.try_later:
+        return TRY_LATER
+    if done.stopped is not None:
+        return STOPPED
+    return NOT_DELIVERED if missing or done.failures else DONE

@@ -1,0 +1,97 @@
+"""Data versions of external assets, by partition: reported, compared, and read back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import dagster as dg
+
+from krea_dagster.prompts import EMPTY_PARTITION_VERSION, MultiPartitions
+
+_DATA_VERSION: Final = "dagster/data_version"
+
+#: Maximum number of partitions in a query by name.
+_MOST_NAMES: Final = 500
+
+#: The version of a partition without a row.
+NO_ROWS: Final = EMPTY_PARTITION_VERSION
+
+_Event = dg.AssetObservation | dg.AssetMaterialization
+_Versions = Mapping[str, str]
+
+
+def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Versions) -> None:
+    """Report the partitions of ``prompts`` whose data version is not the one last reported."""
+    last = last_versions(instance, key, list(versions))
+    for partition, version in versions.items():
+        if last.get(partition) != version:
+            for event in version_events(key, partition, version):
+                instance.report_runless_asset_event(event)
+
+
+def report_in_step(
+    context: dg.AssetExecutionContext, key: dg.AssetKey, versions: _Versions
+) -> None:
+    """Do the same from a step of an asset downstream, which is then made of these versions.
+
+    Dagster notes what a step is made of when the step begins: it has to look again, or what the
+    step makes would be out of date at once.
+    """
+    report_prompts(context.instance, key, versions)
+    context.get_step_execution_context().wipe_input_asset_version_info(key)
+
+
+def last_versions(
+    instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Sequence[str] | None = None
+) -> _Versions:
+    """The data versions that were last reported for these partitions, or all, in one question."""
+    few = partitions is not None and len(partitions) <= _MOST_NAMES
+    found = instance.event_log_storage.get_latest_tags_by_partition(
+        key,
+        dg.DagsterEventType.ASSET_MATERIALIZATION,
+        tag_keys=[_DATA_VERSION],
+        # Of very many, all: databases take only so many names in one question.
+        asset_partitions=partitions if few else None,
+    )
+    return {partition: tags[_DATA_VERSION] for partition, tags in found.items() if tags}
+
+
+def changed_versions(versions: _Versions, last: _Versions) -> _Versions:
+    """The versions to report: those that differ, and of partitions without a row any more."""
+    gone = dict.fromkeys(sorted(last.keys() - versions.keys()), NO_ROWS)
+    return {
+        partition: version
+        for partition, version in {**versions, **gone}.items()
+        if last.get(partition) != version
+    }
+
+
+def knows_partition(
+    instance: dg.DagsterInstance, partitions_def: dg.PartitionsDefinition[str]
+) -> Callable[[str], bool]:
+    """Whether Dagster has a partition now: not one of a day to come, or before the first."""
+    if isinstance(partitions_def, dg.DynamicPartitionsDefinition):
+        return lambda _: True
+    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
+        (time,) = (
+            one.partitions_def
+            for one in partitions_def.partitions_defs
+            if isinstance(one.partitions_def, dg.TimeWindowPartitionsDefinition)
+        )
+        times = frozenset(time.get_partition_keys())
+        return lambda key: (MultiPartitions.split(key) or ("", ""))[1] in times
+    known = frozenset(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
+    return known.__contains__
+
+
+def version_events(key: dg.AssetKey, partition: str, version: str) -> tuple[_Event, _Event]:
+    """The two events by which Dagster learns of a new version of an external asset's partition.
+
+    Automation conditions look at materializations, and the UI's "unsynced" at observations. In
+    this order: what is downstream remembers the materialization, and is taken for out of date
+    where an observation came after it.
+    """
+    tags = {_DATA_VERSION: version}
+    return (
+        dg.AssetObservation(key, partition=partition, tags=tags),
+        dg.AssetMaterialization(key, partition=partition, tags=tags),
+    )
