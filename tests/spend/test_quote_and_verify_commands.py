@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from krea_dagster import build_krea_definitions, cli
+from krea_dagster.cli.quote import quote_command
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from tests.dagster_bench import QUIET, OpenAccount, latest, run_job, values
