@@ -97,7 +97,7 @@ class Backend:
         if not self.has_journal():
             return ""
         with self.open_journal() as journal:
-            return journal.journal_id
+            return journal.database.journal_id
 
     def records(self, images: Iterable[PlannedImage]) -> dict[str, Record]:
         """Return the journal's records of these images, by request key."""
@@ -210,7 +210,7 @@ class Backend:
             yield Runner(
                 connect=self.connect,
                 journal=journal,
-                images=ImageStore(storage, look=settings.verify_images, on_image=on_image),
+                images=ImageStore(storage, verify=settings.verify_images, on_image=on_image),
                 run_id=run_id,
                 root=RunRoot(
                     root_id,

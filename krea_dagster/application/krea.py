@@ -353,12 +353,12 @@ class Krea(Backend):
         """Accept the price of a quality that was far from the expected one, or ``dismiss`` it."""
         with self.open_journal() as journal:
             if dismiss:
-                journal.dismiss_price(quality)
+                journal.prices.dismiss(quality)
                 return (
                     f"the reported price of {quality} counts as a mistake; the charges at it stay "
                     "unknown"
                 )
-            units, settled = journal.accept_price(quality, datetime.now(timezone.utc))
+            units, settled = journal.prices.accept(quality, datetime.now(timezone.utc))
         return (
             f"{quality} now costs {credits_text(units)} credits; the charges of {settled} "
             "purchases at that price are settled"

@@ -73,7 +73,7 @@ def quote_images(
         journal = None
         if backend.has_journal():
             journal = stack.enter_context(backend.open_journal())
-            prices = journal.highest_prices()
+            prices = journal.prices.highest()
         caps = backend.caps()
         return quote(
             _asked(state, journal, in_order=caps != Caps()),

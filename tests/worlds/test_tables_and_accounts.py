@@ -198,7 +198,7 @@ def test_a_run_planned_before_an_attempt_does_not_close_it(shop: ProjectHarness)
     shop.buy()
     with Batch.read(shop.table, None, shop.krea) as earlier:
         assert run_again(shop, "killed", "ash", killed=True) == 1
-        earlier.end_wishes(shop.krea)
+        earlier.end_regenerations(shop.krea)
     assert run_again(shop, "repeated", "ash") == 0
 
 
