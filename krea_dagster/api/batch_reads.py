@@ -40,10 +40,7 @@ class BatchSupport:
         if self.supported(now_s) is False:
             return self
         return replace(
-            self,
-            works=False,
-            off_until_s=now_s + self.off_s,
-            off_s=min(2 * self.off_s, OFF_MAX_S),
+            self, works=False, off_until_s=now_s + self.off_s, off_s=min(2 * self.off_s, OFF_MAX_S)
         )
 
     def not_answered(self, now_s: float) -> BatchSupport:

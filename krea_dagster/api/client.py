@@ -548,10 +548,7 @@ class KreaClient:
             extensions={"timeout": self._timeout},
         )
         answer = await send_once(
-            self._transport,
-            request,
-            deadline_s=self._deadline_s,
-            describe=self._key.describe,
+            self._transport, request, deadline_s=self._deadline_s, describe=self._key.describe
         )
         return replace(answer, trouble=self._key.shown(answer.trouble))
 

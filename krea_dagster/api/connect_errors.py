@@ -16,10 +16,7 @@ from krea_dagster.errors import Cause
 # of a proxy that is not found is a proxy error.
 _CAUSES: Final[tuple[tuple[Cause, tuple[type[BaseException], ...]], ...]] = (
     ("certificate", (ssl.SSLCertVerificationError,)),
-    (
-        "proxy",
-        (httpx.ProxyError, aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError),
-    ),
+    ("proxy", (httpx.ProxyError, aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)),
     ("pool", (httpx.PoolTimeout,)),
     ("name", (socket.gaierror, aiohttp.ClientConnectorDNSError)),
 )

@@ -107,11 +107,7 @@ class FileDownloader:
         self._resolver = resolver
         self._checks_itself = checks_itself
         self._http_allowed = http_allowed
-        self._headers = {
-            "User-Agent": user_agent,
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-        }
+        self._headers = {"User-Agent": user_agent, "Accept": "*/*", "Accept-Encoding": "identity"}
         self._timeout = timeout
         self._silence_s = silence_s
         self._limit = DownloadLimit(most, most)

@@ -51,11 +51,7 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
     @property
     def connector(self) -> Mapping[str, Any]:
         """Options that make aiohttp's connector use checked addresses only."""
-        return {
-            "resolver": self,
-            "use_dns_cache": False,
-            "socket_factory": self._checked_socket,
-        }
+        return {"resolver": self, "use_dns_cache": False, "socket_factory": self._checked_socket}
 
     async def check_url(self, url: httpx.URL, *, by_connector: bool) -> None:
         """Check what can be checked before a request is sent.

@@ -32,12 +32,11 @@ def callbacks_command() -> None:
     """Receive EvoLink's callbacks, which announce finished images."""
 
 
-@callbacks_command.command("serve", epilog=_EPILOG)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@callbacks_command.command("serve", epilog=_EPILOG, context_settings={"show_default": True})
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option(
     "--port",
     default=8766,
-    show_default=True,
     type=click.IntRange(0, 65535),
     help="Port to listen on; 0 takes a free one.",
 )
@@ -45,14 +44,12 @@ def callbacks_command() -> None:
     "--storage",
     envvar="KREA_STORAGE",
     default="data/krea",
-    show_default=True,
     help="Storage root of the runs, with their journal.",
 )
 @click.option(
     "--journal",
     "journal_url",
     envvar="KREA_JOURNAL_URL",
-    default="",
     metavar="URL",
     help="URL of the journal if it is not in the storage root.",
 )
@@ -80,21 +77,18 @@ def callbacks_command() -> None:
 @click.option(
     "--rate",
     default=1000.0,
-    show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     help="Most calls a second of one client.",
 )
 @click.option(
     "--burst",
     default=5000.0,
-    show_default=True,
     type=click.FloatRange(min=1),
     help="Most calls at once of one client.",
 )
 @click.option(
     "--connections",
     default=1000,
-    show_default=True,
     type=click.IntRange(1),
     help="Most connections of one client; a trusted proxy has no limit.",
 )
@@ -102,7 +96,6 @@ def callbacks_command() -> None:
     "--header-timeout",
     "header_timeout_s",
     default=10.0,
-    show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
     help="Longest time for a client to send the headers of a request.",
@@ -112,7 +105,7 @@ def serve_command(
     host: str,
     port: int,
     storage: str,
-    journal_url: str,
+    journal_url: str | None,
     secret_file: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,

@@ -128,7 +128,7 @@ class EmulatorApp:
         key = contract.read_idempotency_key(call.request.headers.get("idempotency-key"))
         marked = _markers(order.prompt)
         refused = faults.of_kind(marked, "create")
-        chosen = refused[0] if refused else self.world.choose("create", order.prompt)
+        chosen = refused[0] if refused else self.world.choose_fault("create", order.prompt)
         effect = "" if chosen is None else chosen.fault.effect
         if effect == "conflict":
             if key is not None:
@@ -205,7 +205,7 @@ class EmulatorApp:
         if not task_id.startswith(contract.TASK_ID_PREFIX):
             raise contract.invalid_task_id()
         known = self._task_or_none(task_id, account)
-        chosen = self.world.choose("read", known.prompt if known else "")
+        chosen = self.world.choose_fault("read", known.prompt if known else "")
         return self._reply_or_fault(
             "read",
             request,
@@ -219,7 +219,7 @@ class EmulatorApp:
             raise contract.no_such_route(request.method, request.url.path)
         account = self._account(request, "batch")
         task_ids = contract.read_task_ids(call.json())
-        chosen = self.world.choose("batch", "")
+        chosen = self.world.choose_fault("batch", "")
         all_failed = chosen is not None and chosen.fault.effect == "all_failed"
         changed: dict[str, Any] = {}
         if all_failed:
@@ -255,11 +255,11 @@ class EmulatorApp:
             rows = [list_row(task, now) for task in found]
             return {"code": 200, "data": rows, "page": page, "page_size": page_size, "total": total}
 
-        return self._reply_or_fault("list", request, self.world.choose("list"), body)
+        return self._reply_or_fault("list", request, self.world.choose_fault("list"), body)
 
     def _credits(self, call: _Call) -> Reply:
         account = self._account(call.request, "credits")
-        chosen = self.world.choose("credits")
+        chosen = self.world.choose_fault("credits")
         return self._reply_or_fault("credits", call.request, chosen, lambda: credits_body(account))
 
     def _task_or_none(self, task_id: str, account: Account) -> EmulatedTask | None:
@@ -333,7 +333,7 @@ class EmulatorApp:
         for one in faults.of_kind(_markers(task.prompt), "file"):
             if not one.once or task.fetched == 0:
                 return one
-        return self.world.choose("file", task.prompt)
+        return self.world.choose_fault("file", task.prompt)
 
     def _reply_without_image(self, request: Request, chosen: ChosenFault) -> Reply | None:
         """Return the reply of a fault that needs no image, None for other faults."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import tempfile
 from pathlib import Path
 
 import click
+
+from krea_dagster.emulator import faults
 
 _EPILOG = """
 \b
@@ -24,10 +27,8 @@ A prompt can request a fault: [emulator: refuse], [emulator: fail CODE],
 
 def _fault_options(
     _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
-) -> list[object]:
+) -> list[faults.FaultOption]:
     """Check each ``NAME=VALUE``."""
-    from krea_dagster.emulator import faults  # noqa: PLC0415 - keeps --help quick
-
     try:
         return [faults.parse_fault_option(value) for value in values]
     except faults.UnknownFaultError as error:
@@ -38,8 +39,6 @@ def _certificates(
     _context: click.Context, _option: click.Parameter, path: Path | None
 ) -> Path | None:
     """Check that a file contains certificates."""
-    import ssl  # noqa: PLC0415 - keeps --help quick
-
     try:
         if path is not None:
             ssl.create_default_context(cafile=path)
@@ -48,32 +47,26 @@ def _certificates(
     return path
 
 
-@click.command("emulator", epilog=_EPILOG)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.command("emulator", epilog=_EPILOG, context_settings={"show_default": True})
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option(
     "--port",
     default=8765,
-    show_default=True,
     type=click.IntRange(0, 65535),
     help="Port to listen on; 0 takes a free one.",
 )
-@click.option("--api-key", default="emulator", show_default=True, help="The key of the account.")
+@click.option("--api-key", default="emulator", help="The key of the account.")
 @click.option(
     "--state",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder that keeps accounts and tasks across restarts. [default: a temporary one]",
 )
 @click.option(
-    "--latency-s",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(min=0),
-    help="Seconds that a task takes.",
+    "--latency-s", default=1.0, type=click.FloatRange(min=0), help="Seconds that a task takes."
 )
 @click.option(
     "--latency-jitter",
     default=0.3,
-    show_default=True,
     type=click.FloatRange(0, 1),
     help="Share by which the latency varies, up and down.",
 )
@@ -88,7 +81,6 @@ def _certificates(
 @click.option(
     "--credits",
     default=1000.0,
-    show_default=True,
     type=click.FloatRange(min=0),
     help="Credits of a new account; an account in --state keeps its own.",
 )
@@ -102,7 +94,6 @@ def _certificates(
 @click.option(
     "--foreign-tasks",
     default="denied",
-    show_default=True,
     type=click.Choice(["denied", "unknown"]),
     help="Response to a read of another account's task: 403, or 404 as for an unknown task.",
 )
@@ -119,12 +110,9 @@ def _certificates(
 @click.option(
     "--idempotency/--no-idempotency",
     default=True,
-    show_default=True,
     help="Honour the Idempotency-Key; without it each repeat is bought again.",
 )
-@click.option(
-    "--batch/--no-batch", default=True, show_default=True, help="Serve POST /v1/tasks/batch."
-)
+@click.option("--batch/--no-batch", default=True, help="Serve POST /v1/tasks/batch.")
 @click.option(
     "--callbacks-to-private",
     is_flag=True,
@@ -137,7 +125,7 @@ def _certificates(
     callback=_certificates,
     help="Certificates (PEM) to trust for receivers of callbacks, in addition to the machine's.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of all random draws.")
+@click.option("--seed", default=0, help="Seed of all random draws.")
 @click.option(
     "--until-unlocked",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -157,7 +145,7 @@ def emulator_command(
     state: Path | None,
     latency_s: float,
     latency_jitter: float,
-    fault_options: list[object],
+    fault_options: list[faults.FaultOption],
     credits: float,
     other_keys: tuple[str, ...],
     foreign_tasks: str,
@@ -178,7 +166,7 @@ def emulator_command(
     over HTTPS when it ends, with retries after 1, 2 and 4 s until the response is 2xx. The
     address is printed on stdout.
     """
-    from krea_dagster.emulator import StateInUseError, faults, server  # noqa: PLC0415 - as above
+    from krea_dagster.emulator import StateInUseError, server  # noqa: PLC0415 - keeps --help quick
 
     if list_faults:
         for fault in faults.FAULTS.values():
@@ -214,8 +202,7 @@ def emulator_command(
             raise click.UsageError(f"cannot listen on {host}:{port}: {error}") from None
         stack.callback(emulator.stop)
         for option in fault_options:
-            if isinstance(option, faults.FaultOption):
-                emulator.world.apply(option)
+            emulator.world.apply(option)
         click.echo(
             "Emulator of EvoLink's API: the images are synthetic and nothing is charged. "
             f"State: {state}",

@@ -112,7 +112,7 @@ _NUMBER_EFFECTS: Final = frozenset(
 _COUNT_EFFECTS: Final = frozenset({"no_results", "integer_code"})
 
 
-def choose(name: str, arg: str | float | None = None, *, once: bool = False) -> ChosenFault:
+def parse_fault(name: str, arg: str | float | None = None, *, once: bool = False) -> ChosenFault:
     """Return the fault ``name`` with its argument checked. Raises UnknownFaultError."""
     fault = FAULTS.get(name)
     if fault is None:
@@ -144,7 +144,7 @@ def markers(prompt: str) -> list[ChosenFault]:
     found = []
     for name, arg, once in _MARKER.findall(prompt):
         real = "content_refused" if name == "refuse" else name
-        chosen = choose(real, arg or None, once=bool(once))
+        chosen = parse_fault(real, arg or None, once=bool(once))
         if chosen.fault.kind not in ("task", "file", "callback") and real != "content_refused":
             raise UnknownFaultError(f"a prompt cannot request the fault {name!r}")
         found.append(chosen)
@@ -185,7 +185,7 @@ def parse_fault_option(text: str) -> FaultOption:
     if name == QUOTA:
         _number(text, value)
         return FaultOption(name, arg=value)
-    choose(name, arg if colon else None)
+    parse_fault(name, arg if colon else None)
     given = arg if colon else None
     if value.isdigit():
         return FaultOption(name, n=int(value), arg=given)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from krea_dagster.emulator.faults import ChosenFault, choose
+from krea_dagster.emulator.faults import ChosenFault, parse_fault
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EmulatedTask:
     def from_row(cls, row: Sequence[Any]) -> EmulatedTask:
         """Return the task of a row of ``TASK_COLUMNS``."""
         named = json.loads(row[-1]) if row[-1] != "[]" else ()
-        return cls(*[*row[:-1], tuple(choose(name, arg or None) for name, arg in named)])
+        return cls(*[*row[:-1], tuple(parse_fault(name, arg or None) for name, arg in named)])
 
     def status(self, now: float) -> str:
         """Return pending, processing, completed, failed or cancelled."""

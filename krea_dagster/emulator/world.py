@@ -320,7 +320,7 @@ class World:
         the order in which they were scripted, and before those at a rate. Raises
         UnknownFaultError.
         """
-        chosen = faults.choose(name, arg)
+        chosen = faults.parse_fault(name, arg)
         if match is not None and chosen.fault.kind not in _WITH_PROMPT:
             raise faults.UnknownFaultError(f"the fault {name!r} has no prompt to match")
         if n < 1:
@@ -349,7 +349,7 @@ class World:
 
         Raises UnknownFaultError.
         """
-        chosen = faults.choose(name, arg)
+        chosen = faults.parse_fault(name, arg)
         if not 0 <= rate <= 1:
             raise faults.UnknownFaultError(f"{name}: a rate is from 0.0 to 1.0, not {rate}")
         with self._lock:
@@ -375,7 +375,7 @@ class World:
         else:
             self.script(option.name, option.n, arg=option.arg)
 
-    def choose(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
+    def choose_fault(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
         """Return the fault that strikes a request of this kind now, and use up its script."""
         with self.transaction():
             row = self._db.execute(
@@ -385,7 +385,7 @@ class World:
             ).fetchone()
             if row is not None:
                 self._db.execute("UPDATE scripts SET still = still - 1 WHERE id = ?", row[:1])
-                return faults.choose(row[1], row[2])
+                return faults.parse_fault(row[1], row[2])
             for rate, chosen in self._rates.values():
                 if chosen.fault.kind == kind and self._random.random() < rate:
                     return chosen
@@ -511,15 +511,15 @@ class World:
     ) -> dict[str, Any]:
         """Decide a new task's id, seed, faults and end; return them as columns."""
         chosen = [one for one in requested if not (one.once and self._known(order))]
-        struck = self.choose("task", order.prompt)
+        struck = self.choose_fault("task", order.prompt)
         if struck is not None:
             chosen.append(struck)
         spread = 1 + self.latency_jitter * self._random.uniform(-1, 1)
         duration_s = max(0.0, self.latency_s * spread)
         ready_at, ends_as, error_code = _end(chosen, now, duration_s)
         if order.callback_url is not None and ready_at is not None:
-            lied_about = self.choose("callback", order.prompt)
-            chosen += [] if lied_about is None else [lied_about]
+            callback_fault = self.choose_fault("callback", order.prompt)
+            chosen += [] if callback_fault is None else [callback_fault]
         return {
             "task_id": self._new_task_id(now),
             "fingerprint": order.fingerprint,

@@ -13,9 +13,7 @@ def test_the_endpoint_is_untried_at_first_and_works_once_it_has_answered() -> No
 
 
 @pytest.mark.parametrize("before", [BatchSupport(), BatchSupport().answered()])
-def test_a_missing_endpoint_is_not_used_for_a_while_and_then_untried(
-    before: BatchSupport,
-) -> None:
+def test_a_missing_endpoint_is_not_used_for_a_while_and_then_untried(before: BatchSupport) -> None:
     use = before.missing(100.0)
     assert use.supported(100.0 + OFF_S - 0.1) is False
     assert use.supported(100.0 + OFF_S) is None

@@ -228,10 +228,7 @@ UNKNOWN: dict[str, Behaviour] = {
 
 @pytest.mark.parametrize("case", UNKNOWN)
 async def test_any_failure_after_the_purchase_has_left_is_an_unknown_outcome(case: str) -> None:
-    async with (
-        serving(UNKNOWN[case]) as server,
-        client_for(server, timeout_s=0.3) as client,
-    ):
+    async with serving(UNKNOWN[case]) as server, client_for(server, timeout_s=0.3) as client:
         assert type(await failed_purchase(client)) is OutcomeUnknown
     assert len(server.seen) == 1
 
@@ -851,9 +848,7 @@ async def test_a_task_id_with_the_key_leaves_the_purchase_unknown() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_a_result_link_with_the_key_is_not_used_and_the_task_is_read_again(
-    form: str,
-) -> None:
+async def test_a_result_link_with_the_key_is_not_used_and_the_task_is_read_again(form: str) -> None:
     def done(task_id: str, link: str) -> dict[str, Any]:
         return {"id": task_id, "status": "completed", "results": [link]}
 
@@ -915,8 +910,7 @@ def test_a_private_host_is_reached_without_a_proxy(
 
 
 @pytest.mark.parametrize(
-    "host",
-    ["api.evolink.ai", "8.8.8.8", "172.32.0.1", "[2606:4700::1111]", "localhost.test"],
+    "host", ["api.evolink.ai", "8.8.8.8", "172.32.0.1", "[2606:4700::1111]", "localhost.test"]
 )
 def test_a_public_host_is_reached_through_the_proxy(
     host: str, monkeypatch: pytest.MonkeyPatch

@@ -73,9 +73,7 @@ async def test_a_certificate_that_is_not_trusted(
     assert server.seen == []
 
 
-async def test_a_certificate_of_a_file_host_that_is_not_trusted(
-    untrusted: ssl.SSLContext,
-) -> None:
+async def test_a_certificate_of_a_file_host_that_is_not_trusted(untrusted: ssl.SSLContext) -> None:
     async with (
         serving(answers(200, b"x"), untrusted) as server,
         KreaClient(KEY, base_url="http://127.0.0.1:1") as client,

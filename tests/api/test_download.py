@@ -391,9 +391,7 @@ async def test_a_proxy_of_the_environment_gets_the_name(monkeypatch: pytest.Monk
     assert seen.headers["proxy-authorization"].startswith("Basic ")
 
 
-async def test_a_host_in_no_proxy_is_reached_directly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_host_in_no_proxy_is_reached_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setenv("NO_PROXY", "files.test")
     names = FakeResolver(files_test=["127.0.0.1"])
@@ -424,9 +422,7 @@ async def test_behind_a_proxy_a_private_address_is_not_fetched_if_names_cannot_b
     assert proxy.connections == 0
 
 
-async def test_an_unusable_proxy_url_is_a_config_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_unusable_proxy_url_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "bogus://127.0.0.1")
     with pytest.raises(ConfigError):
         await fetch("http://127.0.0.1/")

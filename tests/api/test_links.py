@@ -110,9 +110,7 @@ def test_what_python_calls_private_is_never_called_public(
     ],
 )
 def test_a_nonpublic_address_is_allowed_only_if_the_base_url_has_its_kind(
-    addresses: list[str],
-    base: list[AddressKind],
-    allowed: bool,
+    addresses: list[str], base: list[AddressKind], allowed: bool
 ) -> None:
     if allowed:
         check_addresses("h", addresses, base)

@@ -189,10 +189,7 @@ IN_DOUBT: dict[str, Behaviour] = {
 
 @pytest.mark.parametrize("case", IN_DOUBT)
 async def test_in_doubt_if(make_client: MakeClient, case: str) -> None:
-    async with (
-        serving(IN_DOUBT[case]) as server,
-        make_client(server.url, timeout_s=0.3) as client,
-    ):
+    async with serving(IN_DOUBT[case]) as server, make_client(server.url, timeout_s=0.3) as client:
         assert await failed(client) is OutcomeUnknown
     assert len(server.seen) == 1
 

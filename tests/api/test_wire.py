@@ -339,8 +339,7 @@ def test_a_success_without_a_usable_id_or_with_an_error_is_an_unknown_outcome(
 
 
 @pytest.mark.parametrize(
-    "body",
-    [b"", b"null", b"[]", b"{", b"<html>", b'"' + TASK_ID.encode() + b'"', b"[" * 100_000],
+    "body", [b"", b"null", b"[]", b"{", b"<html>", b'"' + TASK_ID.encode() + b'"', b"[" * 100_000]
 )
 def test_a_success_that_is_not_an_object_is_an_unknown_outcome(body: bytes) -> None:
     assert type(submit_error(200, body)) is OutcomeUnknown

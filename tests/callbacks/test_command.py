@@ -148,9 +148,7 @@ def test_data_that_is_not_http_or_is_endless_is_cut_off_and_not_logged(tmp_path:
     assert running.stderr.read_text() == ""
 
 
-def test_one_client_has_a_rate_limit_and_a_proxy_is_trusted_only_if_named(
-    tmp_path: Path,
-) -> None:
+def test_one_client_has_a_rate_limit_and_a_proxy_is_trusted_only_if_named(tmp_path: Path) -> None:
     make_journal(tmp_path)
 
     def statuses(*options: str) -> list[int]:

@@ -40,10 +40,7 @@ def announced(
 ) -> Iterator[tuple[EngineHarness, CallbackUrls]]:
     """An engine whose tasks have callbacks to a receiver over TLS."""
     options = {"callbacks_to_private": True, "callback_ca": tls.ca, **emulator}
-    with (
-        open_harness(folder, **options) as engine,
-        serving(folder, *tls.options) as receiver,
-    ):
+    with open_harness(folder, **options) as engine, serving(folder, *tls.options) as receiver:
         base = receiver.url.replace("127.0.0.1", "localhost")
         yield engine, CallbackUrls(base, SECRET, private_allowed=True)
 

@@ -35,9 +35,7 @@ def request_key_of(path: str, secret: str) -> str | None:
 
 
 @given(keys)
-def test_an_address_is_read_with_its_secret_only(
-    key: str,
-) -> None:
+def test_an_address_is_read_with_its_secret_only(key: str) -> None:
     path = path_of(callback_url(BASE, SECRET, key))
     assert request_key_of(path, SECRET) == key
     assert request_key_of(path, OTHER) is None
@@ -154,9 +152,7 @@ def test_a_base_url_that_evolink_would_refuse_or_not_reach_is_refused(
         "https://[2606:4700::1111]:8443",
     ],
 )
-def test_a_public_base_url_and_its_addresses_are_accepted(
-    base_url: str,
-) -> None:
+def test_a_public_base_url_and_its_addresses_are_accepted(base_url: str) -> None:
     assert is_public_https(callback_url(base_url, SECRET, KEY))
 
 

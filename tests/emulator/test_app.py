@@ -468,11 +468,7 @@ def test_credits_are_reserved_at_once_settled_at_the_end_and_returned_on_failure
 def test_the_credits_call_is_answered_as_documented(client: EmulatorClient) -> None:
     assert client.http.get("/v1/credits").json() == {
         "data": {
-            "token": {
-                "remaining_credits": 1000.0,
-                "unlimited_credits": True,
-                "used_credits": 0.0,
-            },
+            "token": {"remaining_credits": 1000.0, "unlimited_credits": True, "used_credits": 0.0},
             "user": {"remaining_credits": 1000.0, "used_credits": 0.0},
         },
         "message": "",
@@ -480,9 +476,7 @@ def test_the_credits_call_is_answered_as_documented(client: EmulatorClient) -> N
     }
 
 
-def test_repeating_a_failed_task_does_not_count_as_bought_twice(
-    client: EmulatorClient,
-) -> None:
+def test_repeating_a_failed_task_does_not_count_as_bought_twice(client: EmulatorClient) -> None:
     client.world.script("fail")
     client.finished()
     client.finished()

@@ -125,9 +125,7 @@ def test_it_stops_once_the_lock_file_is_unlocked(tmp_path: Path) -> None:
     with (
         lock.open() as mine,
         subprocess.Popen(
-            [sys.executable, "-c", holder, str(lock)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", holder, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as user,
     ):
         fcntl.flock(mine, fcntl.LOCK_SH)

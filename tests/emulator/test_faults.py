@@ -180,10 +180,7 @@ def delayed_create(client: EmulatorClient) -> None:
     body = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}
     with pytest.raises(httpx.ReadTimeout):
         client.http.post(
-            "/v1/images/generations",
-            json=body,
-            headers={"Idempotency-Key": KEY},
-            timeout=0.05,
+            "/v1/images/generations", json=body, headers={"Idempotency-Key": KEY}, timeout=0.05
         )
     assert creates(client) == 1
     assert client.post(key=KEY).json()["error"]["code"] == "paid_outcome_unknown"
@@ -197,10 +194,7 @@ def undecided(client: EmulatorClient) -> None:
     assert creates(client) == 1
     for _ in range(2):
         answer = client.post(key=KEY)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (
-            409,
-            "paid_outcome_unknown",
-        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "paid_outcome_unknown")
         client.clock.move(30)
     assert client.post(key=KEY).headers["idempotency-replayed"] == "true"
     assert creates(client) == 1

@@ -24,7 +24,7 @@ CONFIG = SchemathesisConfig.from_dict(
             "deterministic": True,
             "database": "none",
             "allow-extra-parameters": False,
-        },
+        }
     }
 )
 

@@ -43,9 +43,7 @@ def test_it_stops_with_requests_in_progress(tmp_path: Path) -> None:
     client.close()
 
 
-def test_after_a_restart_on_another_port_links_have_the_new_address(
-    tmp_path: Path,
-) -> None:
+def test_after_a_restart_on_another_port_links_have_the_new_address(tmp_path: Path) -> None:
     clock = Clock()
     with Emulator(state=tmp_path, clock=clock, latency_jitter=0) as emulator:
         client = EmulatorClient(emulator, clock)

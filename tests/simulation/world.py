@@ -49,9 +49,9 @@ class CountingWorld(World):
 
     struck: Callable[[str], None] = lambda _: None
 
-    def choose(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
+    def choose_fault(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
         """Return the fault that strikes, and tell of it."""
-        chosen = super().choose(kind, prompt)
+        chosen = super().choose_fault(kind, prompt)
         if chosen is not None:
             type(self).struck(chosen.fault.name)
         return chosen
