@@ -48,8 +48,8 @@ json_option = click.option(
 @contextmanager
 def open_verdicts(storage: Storage, journal_url: str) -> Iterator[VerdictLog | None]:
     """Open the verdicts of a journal, by default the one in the storage root; None without one."""
-    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.engine.journal.verdict_log import VerdictLog  # noqa: PLC0415 - as above
+    from krea_dagster.engine.journal.database import database_in, has_database
+    from krea_dagster.engine.journal.verdict_log import VerdictLog
 
     url = journal_url or ("" if storage.folder is None else database_in(storage))
     if not url or not has_database(url):

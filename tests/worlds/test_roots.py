@@ -321,7 +321,7 @@ def test_a_root_with_two_paths_is_not_a_copy(shop: ProjectHarness, server: Emula
 def test_a_damaged_marker_is_an_error(shop: ProjectHarness) -> None:
     shop.buy()
     (root(shop) / MARKER).write_text("{")
-    with pytest.raises(ConfigError, match=r"cannot be read. It names the journal"):
+    with pytest.raises(ConfigError, match=r"cannot be read\. It names the journal"):
         shop.carry("run-2")
     shop.krea.accept_root()
     assert shop.carry("run-3").progress.reused == 4

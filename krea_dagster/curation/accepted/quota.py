@@ -282,16 +282,16 @@ def slot_states(
     found[np.asarray(unasked)] = IS_OPEN
     is_stored = np.asarray(stored)
     waiting = np.asarray(pc.is_in(reasons, value_set=pa.array(rules.WAITING)))
-    fine = np.asarray(pc.equal(reasons, rules.ACCEPTED))
+    accepted = np.asarray(pc.equal(reasons, rules.ACCEPTED))
     drawn = np.asarray(slots["drawn"])
     found[is_stored & drawn] = IS_REFUSED
     found[is_stored & ~drawn] = IS_FIXED
     found[is_stored & waiting] = IS_UNDECIDED
-    found[is_stored & fine] = IS_ACCEPTED
+    found[is_stored & accepted] = IS_ACCEPTED
     return found
 
 
-def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]) -> QuotaDecision:
+def decide(wanted: WantedImages, slots: pa.Table, states: npt.NDArray[np.int8]) -> QuotaDecision:
     """Decide what is bought. ``slots`` has ``SLOT_SCHEMA``, in the order of the table.
 
     Two slots of a group that share a request count as one: it is bought once and is one image. Two
@@ -299,14 +299,14 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     """
     groups = Groups.by(wanted, slots)
     of, number = groups.of, len(groups.names)
-    standing = _without_same_images(of, slots, standing)
+    states = _without_same_images(of, slots, states)
     numbers = wanted.numbers(groups.names)
     governed = numbers[of] >= 0
     first = _first_of_each(of, slots["request_key"])
     counted = governed & first
 
     def count(*kinds: int) -> Numbers:
-        return np.bincount(of[counted & np.isin(standing, kinds)], minlength=number)
+        return np.bincount(of[counted & np.isin(states, kinds)], minlength=number)
 
     # The cost of a shared request counts once for the group.
     images = _sums(of[counted], _numbers(slots, "bought_images")[counted], number)
@@ -315,36 +315,20 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     missing = np.maximum(numbers - accepted - undecided, 0)
     room = np.maximum(wanted.most(numbers) - images, 0)
     credits_left = (_NO_LIMIT if wanted.most_units is None else wanted.most_units) - units
-    candidates = counted & np.isin(standing, (IS_OPEN, IS_REFUSED))
-    (places,) = np.nonzero(candidates)
-    order = places[
-        np.lexsort(
-            (
-                places,
-                _numbers(slots, "sample")[places],
-                _numbers(slots, "attempt")[places],
-                standing[places],
-                of[places],
-            )
-        )
-    ]
-    of_each, prices = of[order], _numbers(slots, "price_units")[order]
-    place_in_group = ranks(of_each)
-    # The running cost within the group: the total less the total before the group's first row.
-    running = np.cumsum(prices)
-    before = running - prices
-    begins = np.arange(len(order)) - place_in_group
-    within = running - before[begins] if len(order) else running
-    chosen = (place_in_group < np.minimum(missing, room)[of_each]) & (
-        within <= credits_left[of_each]
+    candidates = counted & np.isin(states, (IS_OPEN, IS_REFUSED))
+    picked = _pick(
+        of,
+        slots,
+        states,
+        candidates=candidates,
+        most=np.minimum(missing, room),
+        most_units=credits_left,
     )
-    picked = np.zeros(len(of), np.bool_)
-    picked[order[chosen]] = True
     asked = np.bincount(of[picked], minlength=number)
     left = count(IS_OPEN, IS_REFUSED) - asked
     # Slots that share a request are treated the same.
     picked = _with_shared_requests(of, slots["request_key"], picked, first)
-    is_open = standing == IS_OPEN
+    is_open = states == IS_OPEN
     fixed, failed = count(IS_FIXED), count(IS_FAILED)
     outcomes = [
         GroupResult(
@@ -369,17 +353,46 @@ def decide(wanted: WantedImages, slots: pa.Table, standing: npt.NDArray[np.int8]
     ]
     return QuotaDecision(
         ask=is_open & (picked | ~governed),
-        again=picked & (standing == IS_REFUSED) & first,
+        again=picked & (states == IS_REFUSED) & first,
         held=is_open & governed & ~picked,
         outcomes=outcomes,
     )
 
 
+def _pick(
+    of: Numbers,
+    slots: pa.Table,
+    states: npt.NDArray[np.int8],
+    *,
+    candidates: Mask,
+    most: Numbers,
+    most_units: Numbers,
+) -> Mask:
+    """Return the candidates to buy: at most ``most`` and for at most ``most_units`` of each group.
+
+    Open ones first, then the fewest attempts, the lowest sample, the order of the table.
+    """
+    (places,) = np.nonzero(candidates)
+    keys = (_numbers(slots, "sample"), _numbers(slots, "attempt"), states, of)
+    order = places[np.lexsort((places, *(key[places] for key in keys)))]
+    of_each, prices = of[order], _numbers(slots, "price_units")[order]
+    place_in_group = ranks(of_each)
+    # The running cost within the group: the total less the total before the group's first row.
+    running = np.cumsum(prices)
+    before = running - prices
+    begins = np.arange(len(order)) - place_in_group
+    within = running - before[begins] if len(order) else running
+    chosen = (place_in_group < most[of_each]) & (within <= most_units[of_each])
+    picked = np.zeros(len(of), np.bool_)
+    picked[order[chosen]] = True
+    return picked
+
+
 def _without_same_images(
-    of: Numbers, slots: pa.Table, standing: npt.NDArray[np.int8]
+    of: Numbers, slots: pa.Table, states: npt.NDArray[np.int8]
 ) -> npt.NDArray[np.int8]:
     """Return the states, with one accepted slot where requests of a group gave the same file."""
-    (places,) = np.nonzero(standing == IS_ACCEPTED)
+    (places,) = np.nonzero(states == IS_ACCEPTED)
     order = places[np.lexsort((places, _numbers(slots, "sample")[places], of[places]))]
     chosen = slots.select(["image_sha256", "request_key"]).take(pa.array(order))
     images = _requests(of[order], pc.coalesce(chosen["image_sha256"], chosen["request_key"]))
@@ -387,8 +400,8 @@ def _without_same_images(
     _, first, image = np.unique(images, return_index=True, return_inverse=True)
     again = order[requests != requests[first][image]]
     if not len(again):
-        return standing
-    found: npt.NDArray[np.int8] = standing.copy()
+        return states
+    found: npt.NDArray[np.int8] = states.copy()
     found[again] = np.where(np.asarray(slots["drawn"])[again], IS_REFUSED, IS_FIXED)
     return found
 

@@ -160,9 +160,9 @@ def export_command(
     This buys nothing, and needs no network where images and target are folders. Splits depend on
     the prompts' text: equal prompts are never in two splits, and none moves as the table grows.
     """
-    from krea_dagster.curation.export.export import export  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415 - as above
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
+    from krea_dagster.curation.export.export import export
+    from krea_dagster.curation.export.spec import ExportSpec
+    from krea_dagster.engine.storage.storage import Storage
 
     spec = ExportSpec.parse(
         splits=splits,
@@ -200,8 +200,8 @@ def export_command(
 
 def _warn_of_newer_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
     """Warn of images that were refused since ``accepted_images`` was materialized."""
-    from krea_dagster.curation.export.target import ExportTarget  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.engine.verdict import FLAG, REJECT  # noqa: PLC0415 - as above
+    from krea_dagster.curation.export.target import ExportTarget
+    from krea_dagster.engine.verdict import FLAG, REJECT
 
     with open_verdicts(root, journal_url) as log:
         if log is None:

@@ -111,10 +111,10 @@ def gallery_command(
     It shows prompt, seed, size, credits and ids of each image, and needs no network, other file or
     script. Files that are missing or have changed since they were verified are not shown.
     """
-    from krea_dagster.curation.column_filter import parse_filters  # noqa: PLC0415 - --help
-    from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows  # noqa: PLC0415
-    from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery  # noqa: PLC0415 - --help
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.column_filter import parse_filters
+    from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
+    from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery
+    from krea_dagster.engine.storage.storage import Storage
 
     filters = GalleryFilter(
         partitions=partitions,

@@ -80,12 +80,12 @@ def review_command(
     overwritten: the last one on an image counts. The printed address is secret: everyone on this
     machine who has it can give verdicts.
     """
-    from krea_dagster.curation.review.app import REASONS, Review, ReviewSettings  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.curation.review.server import serve  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415 - as above
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
-    from krea_dagster.uvicorn_server import listen  # noqa: PLC0415 - as above
+    from krea_dagster.curation.review.app import REASONS, Review, ReviewSettings
+    from krea_dagster.curation.review.server import serve
+    from krea_dagster.engine.journal.database import database_in, has_database
+    from krea_dagster.engine.journal.journal import Journal
+    from krea_dagster.engine.storage.storage import Storage
+    from krea_dagster.uvicorn_server import listen
 
     if len(reasons) > 9:
         raise click.UsageError("--reason can be given at most nine times, for the keys 1 to 9")
