@@ -1,6 +1,6 @@
 """Plays many scenarios, in as many processes as there are cores: ``make simulate SEEDS=10000``.
 
-With ``--seed`` it plays one, as short as it can be, and with ``--lines`` tells it line by line.
+With ``--seed`` it plays one, shortened if it fails, and with ``--lines`` prints every call.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-#: Sets of texts are read in the order of their hashes, so those must be the same each time.
+#: The order of sets of strings depends on their hashes, so those must be the same each time.
 _HASHES = "PYTHONHASHSEED"
 
 if os.environ.get(_HASHES) != "0":

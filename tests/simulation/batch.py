@@ -1,4 +1,4 @@
-"""Plays many scenarios, adds up what happened in them, and tells of those that failed."""
+"""Plays many scenarios, adds up their events, and prints those that failed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.simulation.play import ScenarioResult, memory, play
 from tests.simulation.scenario import Scenario, draw
 from tests.simulation.shrink import shrink
 
-#: Real seconds after which a scenario goes on for ever without letting virtual time pass.
+#: Real seconds after which a scenario counts as endless.
 _LIMIT_S: Final = 60
-#: Scenarios that a process is given together, and after how many all processes are replaced.
+#: Scenarios that a process gets together, and after how many all processes are replaced.
 _TOGETHER: Final = 5
 _BLOCK: Final = 1000
 
 
 def play_seed(seed: int, parent: Path) -> ScenarioResult:
-    """Play the scenario of a seed; what breaks the simulation itself is a failure, too."""
+    """Play the scenario of a seed; an error of the simulation itself is a failure too."""
     return _played(draw(seed), parent=parent)
 
 
@@ -51,7 +51,7 @@ def _too_long(_signal: int, _frame: FrameType | None) -> None:
 
 
 def prepare() -> None:
-    """Look for garbage more rarely: a scenario leaves little."""
+    """Collect garbage less often: a scenario leaves little."""
     gc.freeze()
     gc.set_threshold(50_000)
 
@@ -62,7 +62,7 @@ def _prepare_worker() -> None:
 
 
 def run_one(seed: int, *, lines: bool) -> int:
-    """Play one scenario and say how it went; returns the exit code."""
+    """Play one scenario and print its result; return the exit code."""
     prepare()
     result = _played(draw(seed), keep_lines=lines)
     if not result.failures:
@@ -105,14 +105,14 @@ def _parts(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def run_many(
     seeds: Sequence[int], *, processes: int, most_failures: int, plain: bool = False
 ) -> int:
-    """Play the scenarios of these seeds and print what came of them; returns the exit code."""
+    """Play the scenarios of these seeds and print their results; return the exit code."""
     prepare()
     began_s = time.monotonic()
     counts: Counter[str] = Counter()
     failed: list[ScenarioResult] = []
     done, virtual_s = 0, 0.0
     with (
-        suppress(KeyboardInterrupt),  # what has been told is summed up all the same
+        suppress(KeyboardInterrupt),  # the results so far are still summed up
         tempfile.TemporaryDirectory(prefix="krea-simulation-", dir=memory()) as folder,
         closing(_results(seeds, processes, Path(folder))) as scenarios,
     ):

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 #: Faults after which a paid image cannot be fetched.
 _NEVER_HAD = frozenset({"stuck", "unknown_final_status", "vanished", "private_link", "file_link"})
-#: States of what has to be asked for at the server.
+#: States whose task has to be read at the server.
 _AT_SERVER = frozenset({State.SUBMITTED, State.COMPLETED, State.EXPIRED})
-#: What the server itself says ended without an image and without a charge.
+#: Task states at the server that ended without an image and without a charge.
 _NOT_ALIVE = ("failed", "cancelled")
 
 
 def wrong_end(process: Process, scenario: Scenario) -> str | None:
-    """Why a run may not end as this one did, None where it may."""
+    """Return why a run may not end as this one did, None if it may."""
     error = process.error
     if error is None:
         return None
@@ -47,10 +47,10 @@ def wrong_end(process: Process, scenario: Scenario) -> str | None:
 
 
 def _may_end_for(part: str, process: Process, scenario: Scenario) -> bool:
-    """Whether a run may end because a part is away: what passes is to be waited for."""
+    """Whether a run may end because a part is away: a short outage has to be waited for."""
     away = [one for one in scenario.events if isinstance(one, Outage) and one.what == part]
     if not process.carries or not hasattr(Policy, "outage_patience_s"):
-        return bool(away)  # not in the hands of the engine
+        return bool(away)  # not within the engine
     if scenario.has(Stop, run=process.run.number):
         return bool(away)  # a run that is told to stop waits for nothing
     for_good = any(one.how == "is full" for one in away)
@@ -66,7 +66,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def not_waited_for(scenario: Scenario, records: Iterable[Record]) -> Iterator[str]:
-    """Why runs that met nothing but short outages have not done all that they were asked for."""
+    """Yield requests that runs have not finished although they only met short outages."""
     runs = scenario.runs
     away = [one for one in scenario.events if isinstance(one, Outage)]
     plain = len(runs) + len(away) == len(scenario.events) and not any(
@@ -118,11 +118,11 @@ class _Checks:
         )
 
     def fail(self, said: str) -> None:
-        """Note what is wrong."""
+        """Note a failure."""
         self.told.failures.append(said)
 
     def all(self) -> None:
-        """Ask every question."""
+        """Run every check."""
         self.events()
         self.claims()
         self.every_task_is_in_the_journal()
@@ -189,7 +189,7 @@ class _Checks:
                 self.fail(f"task {task['task_id']} was bought without a line in the journal")
 
     def nothing_bought_twice(self) -> None:
-        """One living task for each body, and repeats only where their outcome was unknown."""
+        """One valid task for each body, and repeats only of unknown outcomes."""
         alive: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for task in self.tasks:
             if task["status"] not in _NOT_ALIVE:
@@ -227,7 +227,7 @@ class _Checks:
             yield from (row.run_id.startswith("run-10") for row in rows)
 
     def nothing_lost(self) -> None:
-        """Every image is stored after the calm, or there is a reason on the server's side."""
+        """Every image is stored after the calm runs, or the server gives a reason."""
         by_key: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for task in self.tasks:
             by_key[task["idempotency_key"]].append(task)
@@ -255,7 +255,7 @@ class _Checks:
 
     @property
     def _misnamed(self) -> bool:
-        """Whether somebody has named a task as that of another purchase.
+        """Whether a task was named as that of another purchase.
 
         Then the images of two rows cannot be told apart: a task's answer names no prompt.
         """
@@ -274,7 +274,7 @@ class _Checks:
             for process in self.processes[-1:]
             for image in process.planned(self.journal)
         }
-        # An image that a later wish replaced is wanted by no row any more.
+        # No row wants an image any more that a later request has replaced.
         return record.request_key not in wanted
 
     def _file(self, record: Record, digests: set[str]) -> None:
@@ -289,7 +289,7 @@ class _Checks:
             self.fail(f"{record.request_key[:8]} is stored, and no task made its file")
 
     def charges_agree(self) -> None:
-        """What the journal says was charged is what the server has charged."""
+        """The charges of the journal are those of the server."""
         if not self.honoured or self.scenario.has_fault("price"):
             return
         by_id = {task["task_id"]: task for task in self.tasks}
@@ -304,7 +304,7 @@ class _Checks:
                 )
 
     def sums(self) -> None:
-        """The sums that caps are checked against are those of the purchases."""
+        """The sums for the caps are those of the purchases."""
         committed: dict[str, int] = defaultdict(int)
         spent: dict[str, int] = defaultdict(int)
         for charge in self.charges.values():
@@ -333,7 +333,7 @@ class _Checks:
                 self.fail(f"{process.name} committed {total} units, and its cap is {cap * 4500}")
 
     def wishes(self) -> None:
-        """A wish asks for one image, however often its run is killed and started again."""
+        """One regeneration requests one image, also if its run is killed and started again."""
         wished: dict[tuple[str, int], int] = defaultdict(int)
         open_: set[tuple[str, int]] = set()
         for said, slot in self.world.wishes:

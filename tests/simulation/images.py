@@ -1,4 +1,4 @@
-"""Pictures that cost next to nothing: of the right size, each another one, damaged on demand."""
+"""Images that cost almost nothing: of the right size, each different, damaged on demand."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _encoded(image: Image.Image, kind: str) -> bytes:
 
 
 class AtOnce(concurrent.futures.Executor):
-    """Makes each call at once, where it is given."""
+    """Makes each call at once, in the caller's thread."""
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
         """Make the call."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from anyio._backends._asyncio import CancelScope
 
-#: Turns of the loop without a pause after which it goes round in circles.
+#: Turns of the loop without a pause after which it counts as endless.
 _MOST_TURNS: Final = 100_000
 #: Seconds that a turn takes, and the shortest time that counts as a pause.
 _TURN_S: Final = 1e-6
@@ -22,7 +22,7 @@ _PAUSE_S: Final = 1e-4
 
 
 class Stuck(Exception):
-    """Nothing can ever go on, or everything goes on for ever at one instant."""
+    """Nothing can go on, or the loop never pauses."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -32,7 +32,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now_s = 0.0
         self._turns = 0
-        self._selector = self  # what BaseEventLoop asks for events
+        self._selector = self  # where BaseEventLoop reads its events
         self.set_task_factory(_task_factory)
 
     def time(self) -> float:
@@ -64,14 +64,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Any, *args: Any
     ) -> Any:
-        """Refuse a thread: it would not know of virtual time."""
+        """Refuse a thread: it does not know virtual time."""
         if executor is None:
             raise RuntimeError(f"{func} is called in a thread, which a simulation does not have")
         return super().run_in_executor(executor, func, *args)
 
 
 class Task(asyncio.Task[Any]):
-    """A task whose place in a set comes of its number, and not of its address."""
+    """A task whose place in a set depends on its number, and not on its address."""
 
     def __init__(self, coro: Any, number: int, **options: Any) -> None:
         self.number = number
@@ -81,7 +81,7 @@ class Task(asyncio.Task[Any]):
         return self.number
 
 
-#: Told of each new task, for those that count the tasks of one process.
+#: Called with each new task, to count the tasks of one process.
 ON_TASK: Final[contextvars.ContextVar[Callable[[asyncio.Task[Any]], None]]] = (
     contextvars.ContextVar("ON_TASK")
 )
@@ -104,7 +104,7 @@ def _task_factory(
 def ordered() -> None:
     """Restart the count of tasks, and count the cancel scopes of anyio too.
 
-    anyio keeps its scopes in sets, whose order comes of addresses, and cancels them in that order.
+    anyio keeps its scopes in sets, ordered by address, and cancels them in that order.
     """
     global _numbers  # noqa: PLW0603 - one scenario after another
     _numbers = itertools.count(1)

@@ -1,7 +1,6 @@
 """Puts a bug back and counts the scenarios that it takes to find it: ``make simulate-bugs``.
 
-Each is one that was there, or could have been. The package's text is changed in a copy, and the
-simulation is run there.
+Each of them existed, or could have. The simulation runs on a changed copy of the package.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ MUTATIONS: Final = (
 
 
 def main() -> int:
-    """Return 1 where a bug was not found."""
+    """Return 1 if a bug was not found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3000, help="how many scenarios at most")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -182,7 +181,7 @@ def main() -> int:
 
 
 def find(mutation: Mutation, first: int, seeds: int) -> tuple[int | None, str]:
-    """Return the first seed whose scenario fails with a bug, and what it says."""
+    """Return the first seed whose scenario fails with a bug, and the failure."""
     which = ("--first", str(first), "--seeds", str(seeds))
     ended = simulate(mutation, *which, "--until", "1", "--plain")
     found = re.search(r"^seed (\d+): (.*)$", ended.stdout, re.MULTILINE)
@@ -194,7 +193,7 @@ def find(mutation: Mutation, first: int, seeds: int) -> tuple[int | None, str]:
 def simulate(mutation: Mutation, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the simulation on a copy of the package with a bug.
 
-    Raises ValueError where the text that is to be changed is not there any more.
+    Raises ValueError if the text to change does not exist any more.
     """
     with tempfile.TemporaryDirectory(prefix="krea-mutation-") as folder:
         copy = Path(folder)

@@ -1,4 +1,4 @@
-"""Plays a scenario: whole runs on virtual time, then calm ones, then the questions."""
+"""Plays a scenario: whole runs on virtual time, then calm runs, then the checks."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from tests.simulation.scenario import (
 )
 from tests.simulation.world import SimulatedWorld, open_journal, present, remember
 
-#: A run that has not ended by then will never end.
+#: A run of this many virtual seconds counts as endless.
 LIMIT_S: Final = 4 * HOUR_S
-#: So long after the last run the calm begins: slow tasks have ended by then.
+#: The calm runs start this long after the last run: slow tasks have ended by then.
 _PAUSE_S: Final = 2 * HOUR_S
 _MOST_CALM_RUNS: Final = 5
 
 
 @dataclass
 class ScenarioResult:
-    """How a scenario went. ``failures`` is empty where all is as it should be."""
+    """The result of a scenario. ``failures`` is empty if every check passed."""
 
     scenario: Scenario
     failures: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class ScenarioResult:
 def play(
     scenario: Scenario, *, keep_lines: bool = False, parent: Path | None = None
 ) -> ScenarioResult:
-    """Play a scenario in a folder below ``parent``, and look at what came of it."""
+    """Play a scenario in a folder below ``parent``, and check its result."""
     result = ScenarioResult(scenario)
     ordered()
     loop = VirtualLoop()
@@ -97,7 +97,7 @@ def memory() -> str | None:
 
 @lru_cache(maxsize=1)
 def _new_journal() -> bytes:
-    """A new journal's file: making one takes longer than telling some scenarios."""
+    """Return an empty journal's file: making one takes longer than some scenarios."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "journal.db"
         Journal(f"sqlite:///{file}").close()
@@ -156,7 +156,7 @@ class _Player:
         self._ended = {number: asyncio.Event() for number in self._numbered}
 
     async def scenario(self) -> bool:
-        """Have all decisions happen; whether every run ended as it may."""
+        """Play all events; return whether every run ended as it may."""
         others = [other for one in self._scenario.events if (other := self._happens(one))]
         background = [self.world.spawn(other) for other in others]
         runs = [self.world.spawn(self._run(run)) for run in self._scenario.runs]
@@ -184,7 +184,7 @@ class _Player:
         self._ended[run.number].set()
 
     def _happens(self, one: ScenarioEvent) -> Coroutine[Any, Any, None] | None:
-        """Return what has a decision happen in its time; None for those of the runs."""
+        """Return a coroutine that plays an event at its time, None for those of the runs."""
         match one:
             case ScriptedFault(at_s, fault, n, arg):
                 return self._later(at_s, partial(self.world.emulated.script, fault, n, arg=arg))
@@ -241,7 +241,7 @@ class _Player:
         process.clock.ahead += type(process.clock.ahead)(seconds=by_s)
 
     def _forge(self, call: ForgedCallback) -> None:
-        """Have a stranger call, who has seen a task of this account."""
+        """Send a forged callback that names a task of this account."""
         if not (call.about < len(self._scenario.rows) and call.names < len(self._scenario.rows)):
             return
         tasks = self.world.emulated.stats()["tasks"]
@@ -253,10 +253,10 @@ class _Player:
             self.world.count("forged call")
             remember(self.world, key.split("-")[1], named[0])
 
-    # -- the calm -----------------------------------------------------------------------------
+    # -- the calm runs ------------------------------------------------------------------------
 
     async def calm(self) -> None:
-        """Let everything come to its end: nothing goes wrong any more, and a person decides."""
+        """Play runs without faults, with a person's decisions, until nothing changes."""
         world, scenario = self.world, self._scenario
         world.mend()
         world.note("calm")
@@ -298,7 +298,7 @@ class _Player:
             journal.close()
 
     def _decided(self) -> dict[str, Resolution]:
-        """What a person decides, who sees the account's list of tasks."""
+        """Return the decisions of a person who sees the account's list of tasks."""
         tasks = {}
         for task in self.world.emulated.stats()["tasks"]:
             if task["status"] not in ("failed", "cancelled"):
@@ -312,15 +312,15 @@ class _Player:
         }
 
     def _decide_prices(self) -> None:
-        """Believe each price that was doubted, or take it for a mistake."""
+        """Accept or dismiss each doubtful price."""
         journal = open_journal(self.world)
         for quality in ("1K", "2K"):
-            with suppress(ConfigError):  # none is doubted
+            with suppress(ConfigError):  # there is none
                 journal.prices.accept(quality, self.world.now())
         journal.close()
 
     def _codes(self) -> frozenset[str]:
-        """Return the codes of all that a person may ask for once more."""
+        """Return the codes of all failures that a person may retry."""
         again = (State.FAILED, State.REFUSED, State.COMPLETED)
         return REJECTED | {
             record.error_code

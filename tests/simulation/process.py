@@ -35,7 +35,7 @@ from tests.simulation.world import (
     API_KEY,
     BASE_URL,
     DiskStorage,
-    Line,
+    SimulatedTransport,
     SimulatedWorld,
     callback_url,
     open_journal,
@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 
 TABLE: Final = "0" * 32
 
-#: States in which a request has come to its end, so that another image may be asked for.
+#: States in which a request has ended, so that another image may be requested.
 _SETTLED: Final = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
 
 
@@ -54,14 +54,14 @@ class Killed(BaseException):
 
 
 class HostClock:
-    """The clocks of a host, which may be wrong, and set."""
+    """The clocks of a host, which may be wrong and may be set."""
 
     def __init__(self, world: SimulatedWorld, ahead_s: float) -> None:
         self._world = world
         self.ahead = timedelta(seconds=ahead_s)
 
     def now(self) -> datetime:
-        """Return what this host takes for the time."""
+        """Return the time by this host's clock."""
         return self._world.now() + self.ahead
 
     def monotonic(self) -> float:
@@ -76,7 +76,7 @@ class HostClock:
 class Process:
     """A run, from the opening of its journal to its end. Use it once.
 
-    ``ended`` is how: "done", "killed", "stopped", or what it raised.
+    ``ended`` is "done", "killed", "stopped", or the error.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Process:
     # -- being a process ----------------------------------------------------------------------
 
     def start(self, work: Callable[[], Any]) -> asyncio.Task[None]:
-        """Start it; the task ends when the process has ended, however it does."""
+        """Start it; the task ends when the process has ended in any way."""
         return self.world.spawn(self._live(work))
 
     async def _live(self, work: Callable[[], Any]) -> None:
@@ -155,7 +155,7 @@ class Process:
         self.world.broken.append(f"{self.name} could not be killed")
 
     def _enter(self, what: str) -> tuple[int, str]:
-        """Count a call of the world, and be killed before it where that is told."""
+        """Count a call of the world, and be killed before it if the scenario says so."""
         if self.dead:
             raise Killed
         self._calls += 1
@@ -168,7 +168,7 @@ class Process:
         return call, what
 
     def _leave(self, entered: tuple[int, str]) -> None:
-        """Be killed after a call where that is told, or where it has been meanwhile."""
+        """Be killed after a call if the scenario says so, or if it was killed meanwhile."""
         call, what = entered
         if self._kills.get(call) == "after" and not self.dead:
             self.world.count(f"killed after {what}")
@@ -179,7 +179,7 @@ class Process:
     async def in_thread(  # noqa: C901 - a thread has many ends
         self, call: Callable[..., _T], /, *arguments: Any
     ) -> _T:
-        """Make a call as a thread would: it goes on where its caller is cancelled."""
+        """Make a call like a thread: it goes on if its caller is cancelled."""
         entered = self._enter(_name_of(call))
         answer: asyncio.Future[_T] = self.world.loop.create_future()
 
@@ -226,7 +226,7 @@ class Process:
         ask_again: frozenset[str] = frozenset(),
         revive: bool = False,
     ) -> None:
-        """Do what the command does: open the journal, plan the rows, carry them, end the wishes."""
+        """Do what the command does: open the journal, plan the rows, run them, close the slots."""
         run, journal = self.run, await self.in_thread(self._open)
         storage = DiskStorage(str(self.world.folder / "root"), self._check_store)
         root_id = await self.in_thread(self._begin, journal, storage)
@@ -279,7 +279,7 @@ class Process:
         return journal.roots.begin(storage, journal.roots.check(storage))
 
     def planned(self, journal: Journal) -> list[PlannedImage]:
-        """Return the images that the run's rows ask for, at their attempts."""
+        """Return the images that the run's rows request, at their attempts."""
         attempts = journal.attempts(TABLE).current()
         return list(plan_images(_prompt_rows(self._rows, self.run.rows), attempts))
 
@@ -287,7 +287,7 @@ class Process:
         return [(_id(number), 0) for number in self.run.again if self._rows[number].seed is None]
 
     async def _wish(self, journal: Journal) -> None:
-        """Ask for other images, as ``--again`` does."""
+        """Request other images, as ``--again`` does."""
         slots = self._slots()
         if not slots:
             return
@@ -343,7 +343,7 @@ class Process:
         client = KreaClient(
             API_KEY,
             base_url=BASE_URL,
-            transport=Line(self.world, self._enter, self._leave),
+            transport=SimulatedTransport(self.world, self._enter, self._leave),
             resolve=refuse_lookup,
             now=self.clock.now,
             monotonic=self.clock.monotonic,

@@ -1,4 +1,4 @@
-"""A scenario: what is asked for, of which server, and everything that happens, drawn from a seed.
+"""A scenario: the rows, the server, and all events, drawn from a seed.
 
 A scenario is plain data, so that a failing one can be shortened by leaving parts out.
 """
@@ -30,7 +30,7 @@ _LEFT_OUT: Final = ("endless", "list_", "no_list")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the prompt table. Without a seed, another image may be asked for."""
+    """A row of the prompt table. Without a seed, another image may be requested."""
 
     prompt: str
     seed: int | None = None
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Server:
-    """What the server is like, when nothing goes wrong."""
+    """The server without faults."""
 
     honours_keys: bool = True
     has_batch: bool = True
@@ -230,7 +230,7 @@ ScenarioEvent: TypeAlias = (
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is asked for, of which server, and what happens."""
+    """The rows, the server, and the events."""
 
     seed: int
     rows: tuple[Row, ...]
@@ -249,7 +249,7 @@ class Scenario:
         return [one for one in self.events if isinstance(one, Run)]
 
     def has(self, kind: type[ScenarioEvent], **fields: object) -> bool:
-        """Whether there is such a decision, with these fields."""
+        """Whether there is an event of a kind with these fields."""
         return any(
             isinstance(one, kind) and all(getattr(one, k) == v for k, v in fields.items())
             for one in self.events
@@ -275,7 +275,7 @@ _BY_KIND: Final = {
     for kind in ("create", "task", "read", "batch", "credits", "file", "callback")
 }
 
-#: Faults that cost most where they are not understood, and so are drawn more often.
+#: The most expensive faults if handled wrongly, which are drawn more often.
 _WORST: Final = {
     "create": (
         "drop_after_create",
@@ -288,7 +288,7 @@ _WORST: Final = {
     "batch": ("no_batch", "batch_failed"),
 }
 
-#: By how much the clock of a host may be wrong.
+#: How far the clock of a host may be off.
 _AHEAD_S: Final = (-25 * HOUR_S, -400.0, -100.0, -2.0, 2.0, 100.0, 400.0, 25 * HOUR_S)
 
 #: How often each kind of thing is part of a scenario, out of 100.
@@ -327,7 +327,7 @@ def draw(seed: int) -> Scenario:
 
 
 def _in_doubt(chance: random.Random, events: Sequence[ScenarioEvent]) -> list[ScenarioEvent]:
-    """Have purchases in doubt when a stranger calls, and a run that finds both."""
+    """Return events that leave outcomes unknown, a forged callback, and a run that finds both."""
     runs = [replace(one, on_unknown="hold") for one in events if isinstance(one, Run)]
     others = [one for one in events if not isinstance(one, Run)]
     lost = chance.choice(("drop_after_create", "reset_after_create", "500_after_create", "no_id"))

@@ -41,7 +41,7 @@ def shrink(result: ScenarioResult, *, within_s: float = 90.0) -> ScenarioResult:
 
 
 def _kind(result: ScenarioResult) -> str:
-    """What a failure says, without its numbers and names."""
+    """Return a failure's text without its numbers and names."""
     return re.sub(r"'[^']*'|[0-9a-f]{6,}|task-[\w-]+|\d+", "#", result.failures[0])[:60]
 
 
@@ -79,7 +79,7 @@ def _halves(events: tuple[ScenarioEvent, ...]) -> Iterator[tuple[ScenarioEvent, 
 
 
 def _whole(events: tuple[ScenarioEvent, ...]) -> tuple[ScenarioEvent, ...]:
-    """Leave out what is about a run that is not there."""
+    """Drop the events of runs that are left out."""
     runs = {one.number for one in events if isinstance(one, Run)}
     return tuple(
         one for one in events if not isinstance(one, Kill | Stop | ClockStep) or one.run in runs

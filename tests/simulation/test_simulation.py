@@ -18,7 +18,7 @@ from tests.simulation.scenario import Kill, Run, Scenario, ScriptedFault, draw
 
 _ROOT = Path(__file__).parents[2]
 
-#: How many scenarios are told in the suite; `make simulate` tells 10,000.
+#: How many scenarios the suite plays; `make simulate` plays 10,000.
 _SCENARIOS = 240
 
 
@@ -34,7 +34,7 @@ def test_hundreds_of_scenarios_end_with_every_image_and_every_credit_in_its_plac
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counts = {what: int(n) for n, what in re.findall(r"^ +(\d+) (.+)$", ended.stdout, re.MULTILINE)}
     assert counts["ended stored"] > 3 * _SCENARIOS
-    # What is to be survived has really happened.
+    # The faults have really occurred.
     for what in ("event outcome_unknown", "event replaying", "callback", "clock set"):
         assert counts[what] > 10, what
     assert sum(n for what, n in counts.items() if what.startswith("killed")) > _SCENARIOS / 10

@@ -1,6 +1,6 @@
-"""The world around the runs: the server, the line to it, the journal's disk, the storage's disk.
+"""The world around the runs: the server, the network, the journal's disk, the storage's disk.
 
-All of it is shared by the processes of a scenario. What is away is away for all of them.
+The processes of a scenario share all of it: an outage is one for all of them.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _RICH_UNITS: Final = 10_000_000
 
 
 class CountingWorld(World):
-    """Tells which faults have struck."""
+    """The emulator's world, with a count of the faults that have occurred."""
 
     struck: Callable[[str], None] = lambda _: None
 
     def choose_fault(self, kind: RequestKind, prompt: str = "") -> ChosenFault | None:
-        """Return the fault that strikes, and tell of it."""
+        """Return the chosen fault, and count it."""
         chosen = super().choose_fault(kind, prompt)
         if chosen is not None:
             type(self).struck(chosen.fault.name)
@@ -69,8 +69,8 @@ class SimulatedWorld:
         self.away: dict[str, str] = {}
         self.trace = hashlib.sha256()
         self.lines: list[str] | None = None
-        self.wishes: list[tuple[str, tuple[str, int]]] = []  # asked or ended, of which slot
-        self.broken: list[str] = []  # what went wrong in the simulation's own tasks
+        self.wishes: list[tuple[str, tuple[str, int]]] = []  # ("asked" or "ended", slot)
+        self.broken: list[str] = []  # failures of the simulation's own tasks
         CountingWorld.struck = lambda name: self.count(f"fault {name}")
         self.emulated = CountingWorld(
             folder / "server",
@@ -95,7 +95,7 @@ class SimulatedWorld:
         self._calling = self.spawn(self._caller.run())
         self._tasks: list[asyncio.Task[Any]] = []
 
-    # -- time, order and what happened --------------------------------------------------------
+    # -- time, order and the trace ------------------------------------------------------------
 
     def now_s(self) -> float:
         """Return the true time, in unix seconds."""
@@ -111,7 +111,7 @@ class SimulatedWorld:
         self.note(what)
 
     def note(self, what: str) -> None:
-        """Add a line to the trace, by which two tellings of a scenario are compared."""
+        """Add a line to the trace, by which two plays of a scenario are compared."""
         line = f"{self.loop.time():.6f} {what}"
         self.trace.update(line.encode())
         if self.lines is not None:
@@ -122,7 +122,7 @@ class SimulatedWorld:
         return contextvars.Context().run(self.loop.create_task, coro)
 
     def line_s(self) -> float:
-        """Return how long one way over the line takes now."""
+        """Return how long one way over the network takes now."""
         return self.server.line_s * self.chance.choice((0.5, 1.0, 1.0, 1.0, 1.5, 5.0))
 
     def disk_s(self) -> float:
@@ -130,13 +130,13 @@ class SimulatedWorld:
         return self.chance.choice((0.0, 0.001, 0.001, 0.002, 0.02))
 
     async def close(self) -> None:
-        """End what is the world's own."""
+        """Close the server."""
         self._caller.stop()
         await self._calling
         self.emulated.close()
 
     def mend(self) -> None:
-        """Let nothing go wrong any more."""
+        """End all faults and outages."""
         self.away.clear()
         self.emulated.forget_scripts()
         for name in list(self.emulated.rates()):
@@ -152,7 +152,7 @@ class SimulatedWorld:
     # -- disks --------------------------------------------------------------------------------
 
     def check_store(self, *, writes: bool) -> None:
-        """Raise OSError where the storage's disk is away, or full for those that write."""
+        """Raise OSError if the storage's disk is away, or full for writes."""
         how = self.away.get("store")
         if how == "is gone":
             self.count("store is gone")
@@ -162,7 +162,7 @@ class SimulatedWorld:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def check_journal(self, *, begins: bool = False, commits: bool = False) -> None:
-        """Raise what SQLite raises where the journal is away."""
+        """Raise SQLite's error if the journal is away."""
         how = self.away.get("journal")
         if how is None:
             return
@@ -179,13 +179,13 @@ class SimulatedWorld:
             raise sqlite3.OperationalError(said)
 
 
-#: The house whose journal is opened: all journals of a scenario are one file.
+#: The world whose journal is opened: all journals of a scenario are one file.
 _PRESENT: Final[dict[str, SimulatedWorld]] = {}
 
 
 @contextmanager
 def present(world: SimulatedWorld) -> Any:
-    """Have all connections to a journal meet what is wrong in this house."""
+    """Let all connections to a journal meet the outages of this world."""
     _PRESENT["world"] = world
     try:
         yield
@@ -195,7 +195,7 @@ def present(world: SimulatedWorld) -> Any:
 
 class _Cursor(sqlite3.Cursor):
     def execute(self, sql: str, *arguments: Any) -> Any:
-        """Execute, where the journal is there."""
+        """Execute, unless the journal is away."""
         if world := _PRESENT.get("world"):
             world.check_journal(begins=sql.startswith("BEGIN IMMEDIATE"))
         return super().execute(sql, *arguments)
@@ -207,7 +207,7 @@ class _Connection(sqlite3.Connection):
         return super().cursor(_Cursor)
 
     def commit(self) -> None:
-        """Commit; the caller may not hear of it."""
+        """Commit; the answer may be lost."""
         super().commit()
         if (world := _PRESENT.get("world")) and self.total_changes:
             world.check_journal(commits=True)
@@ -274,18 +274,18 @@ class DiskStorage(Storage):
 
 
 def callback_url(request_key: str) -> str:
-    """Return the address at which a request is called back."""
+    """Return the callback address of a request."""
     return f"{RECEIVER}{request_key}"
 
 
 class Receiver:
-    """Writes down who was called about."""
+    """Records callbacks."""
 
     def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
 
     async def post(self, url: str, body: bytes) -> int:
-        """Take a call; returns the status of the answer."""
+        """Take a callback; return the status of the answer."""
         world = self._world
         await asyncio.sleep(world.line_s())
         if "receiver" in world.away:
@@ -296,7 +296,7 @@ class Receiver:
 
 
 def remember(world: SimulatedWorld, request_key: str, task_id: str | None) -> int:
-    """Write a call down, as the receiver does."""
+    """Record a callback, as the receiver does."""
     try:
         log = CallbackLog.open(f"sqlite:///{world.folder / 'journal.db'}", now=world.now)
         try:
@@ -310,10 +310,10 @@ def remember(world: SimulatedWorld, request_key: str, task_id: str | None) -> in
 # -- HTTP -------------------------------------------------------------------------------------
 
 
-class Line(httpx.AsyncBaseTransport):
-    """The line from one process to the server, in this process and on virtual time.
+class SimulatedTransport(httpx.AsyncBaseTransport):
+    """The network from one process to the server, in this process and on virtual time.
 
-    ``enters`` is called as a request is about to leave, and ``leaves`` as its answer has come.
+    ``enters`` is called before a request leaves, and ``leaves`` after its answer has come.
     """
 
     reports_unsent = True
