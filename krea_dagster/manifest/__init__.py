@@ -14,6 +14,8 @@ from krea_dagster.manifest.files import (
     no_column,
     read_manifests,
     read_missing,
+    table_name,
+    table_names,
     write_manifest,
     write_manifest_parts,
 )
@@ -35,6 +37,8 @@ __all__ = [
     "no_column",
     "read_manifests",
     "read_missing",
+    "table_name",
+    "table_names",
     "write_manifest",
     "write_manifest_parts",
 ]

@@ -19,21 +19,32 @@ from krea_dagster.prompts import safe_name
 _ROW_GROUP: Final = 10_000
 
 
-def manifest_name(partition_key: str, folders: Sequence[str] = ()) -> str:
-    """Return the name of a partition's file under the storage root, safe for any key.
+def table_name(kind: str, partition_key: str, folders: Sequence[str] = ()) -> str:
+    """Return the name of a partition's table, such as ``accepted/KEY.parquet``, safe for any key.
 
-    ``folders`` below ``manifest`` separate tables that share a storage root.
+    ``kind`` is the folder under the storage root; ``folders`` below it separate prompt tables that
+    share a storage root.
     """
-    return "/".join(["manifest", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
+    return "/".join([kind, *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
 
 
-def manifest_names(storage: Storage, folders: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the names of all stored manifests, except those in folders further down."""
-    home = "/".join(["manifest", *map(safe_name, folders)])
+def table_names(storage: Storage, kind: str, folders: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the names of all stored tables of a kind, except those in folders further down."""
+    home = "/".join([kind, *map(safe_name, folders)])
     for name in storage.names(home):
         folder, _, file = name.rpartition("/")
         if folder == home and file.endswith(".parquet"):
             yield name
+
+
+def manifest_name(partition_key: str, folders: Sequence[str] = ()) -> str:
+    """Return the name of a partition's manifest (see ``table_name``)."""
+    return table_name("manifest", partition_key, folders)
+
+
+def manifest_names(storage: Storage, folders: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the names of all stored manifests, except those in folders further down."""
+    return table_names(storage, "manifest", folders)
 
 
 def manifest_partitions(storage: Storage, folders: Sequence[str] = ()) -> list[str]:

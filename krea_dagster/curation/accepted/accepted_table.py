@@ -44,9 +44,15 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import KEEP
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_name, manifest_partitions
+from krea_dagster.manifest import (
+    MANIFEST_SCHEMA,
+    manifest_name,
+    manifest_partitions,
+    table_name,
+    table_names,
+)
 from krea_dagster.manifest.files import write_parts
-from krea_dagster.prompts import PLAN_SCHEMA, safe_name
+from krea_dagster.prompts import PLAN_SCHEMA
 
 #: The columns added to the manifest's, with their descriptions.
 ACCEPTED_COLUMNS: Final[Mapping[str, str]] = {
@@ -73,7 +79,7 @@ _DUPLICATES: Final = pa.schema(
 
 def accepted_name(partition_key: str, folders: Sequence[str] = ()) -> str:
     """Return the name of a partition's accepted images under the storage root."""
-    return "/".join(["accepted", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
+    return table_name("accepted", partition_key, folders)
 
 
 def accepted_schema(manifest: pa.Schema) -> pa.Schema:
@@ -299,11 +305,8 @@ class AcceptedTableBuilder:
 
     def _read(self, kind: str, columns: Sequence[str]) -> pa.Table:
         """Read these columns of all files of a kind, such as ``measures``."""
-        home = "/".join([kind, *map(safe_name, self.folders)])
         tables = []
-        for name in sorted(self.storage.names(home)):
-            if name.rpartition("/")[0] != home or not name.endswith(".parquet"):
-                continue
+        for name in sorted(table_names(self.storage, kind, self.folders)):
             with self.storage.open(name) as file:
                 names = pq.ParquetFile(file).schema_arrow.names
                 if missing := [column for column in columns if column not in names]:

@@ -27,8 +27,7 @@ from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import manifest_name, manifest_names, no_column
-from krea_dagster.prompts import safe_name
+from krea_dagster.manifest import no_column, table_name, table_names
 
 #: Columns that are only meaningful in the storage root, and are exported only if they are named.
 LEFT_OUT: Final = ("status", "image_path", "reused", "error_code", "error_message")
@@ -157,36 +156,23 @@ def select_rows(
 
 
 def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[str]:
-    home = "manifest" if spec.everything else "accepted"
+    kind = "manifest" if spec.everything else "accepted"
     if spec.partitions is None:
-        below = "/".join([home, *map(safe_name, folders)])
-        names = (
-            list(manifest_names(storage, folders))
-            if spec.everything
-            else [
-                name
-                for name in storage.names(below)
-                if name.rpartition("/")[0] == below and name.endswith(".parquet")
-            ]
-        )
-        if names:
-            return sorted(names)
+        if names := sorted(table_names(storage, kind, folders)):
+            return names
         raise ConfigError(
-            f"there is no table below {storage.locate(below)} yet. "
+            f"there is no table below {storage.locate('/'.join([kind, *folders]))} yet. "
             + (
                 "Materialize image_manifest first"
                 if spec.everything
                 else "Materialize accepted_images first, or export all stored images (--all)"
             )
         )
-    found = [
-        home + manifest_name(key, folders).removeprefix("manifest")
-        for key in dict.fromkeys(spec.partitions)
-    ]
-    for key, name in zip(dict.fromkeys(spec.partitions), found, strict=True):
+    found = {key: table_name(kind, key, folders) for key in spec.partitions}
+    for key, name in found.items():
         if storage.size_bytes(name) is None:
             raise ConfigError(f"the partition {key!r} has no table at {storage.locate(name)}")
-    return found
+    return list(found.values())
 
 
 def _schema_of(storage: Storage, name: str) -> pa.Schema:

@@ -16,7 +16,7 @@ from krea_dagster.curation.measures.builtin import VERSION
 from krea_dagster.curation.measures.pdq import HASH_BYTES
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
-from krea_dagster.prompts import safe_name
+from krea_dagster.manifest import table_name
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("image_sha256", pa.string(), "Hash of the file's bytes"),
@@ -59,7 +59,7 @@ BUILTIN: Final = ""
 
 def measures_name(partition_key: str, folders: Sequence[str] = ()) -> str:
     """Return the name of a partition's file under the storage root."""
-    return "/".join(["measures", *map(safe_name, folders), f"{safe_name(partition_key)}.parquet"])
+    return table_name("measures", partition_key, folders)
 
 
 def measures_schema(custom: Iterable[str] = ()) -> pa.Schema:
