@@ -19,14 +19,21 @@ from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.findings import Proof, ProofFigures
-from krea_dagster.spend.proof.verify import verify
+from krea_dagster.spend.proof.verify import account_proof, verify
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA
 from krea_dagster.spend.tables.ledger import exact_rate
-from krea_dagster.spend.tables.query import FIGURES, SpendLine, open_tables, run_query, sums
+from krea_dagster.spend.tables.query import (
+    FIGURES,
+    SpendLine,
+    open_tables,
+    prompt_texts,
+    run_query,
+    stored_tables,
+    sums,
+)
 from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
-from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning
 
 
@@ -111,9 +118,7 @@ def report_of(
     if caps.day_units is not None:
         budgets.append(Budget("day", caps.day_units))
     return write_report(
-        tables.ledger,
-        tables.daily,
-        tables.failures,
+        tables,
         path,
         now=now,
         rate=rate,

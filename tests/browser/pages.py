@@ -16,8 +16,9 @@ from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import write_gallery
 from krea_dagster.engine.budget import Budget
 from krea_dagster.spend.report.report import write_report
+from krea_dagster.spend.tables.query import SpendTables
 from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
-from tests.spend.simulated_tables import SimulatedTables, simulated_year
+from tests.spend.simulated_tables import simulated_year
 
 DESK, PHONE = 1440, 390
 Scheme = Literal["light", "dark"]
@@ -94,21 +95,19 @@ def make_gallery(root: Path) -> Path:
     return path
 
 
-def tables_to_december() -> SimulatedTables:
+def tables_to_december() -> SpendTables:
     """Return the spend tables of a simulated year, up to a day in December."""
     year = simulated_year(purchases=40_000)
     parts = (year.ledger, year.daily, year.failures)
-    return SimulatedTables(
+    return SpendTables(
         *(part.filter(pc.less_equal(part["day"], REPORT_AT.date())) for part in parts)
     )
 
 
-def make_spend_report(tables: SimulatedTables, path: Path) -> Path:
+def make_spend_report(tables: SpendTables, path: Path) -> Path:
     """Write the report on a year's spend tables."""
     write_report(
-        tables.ledger,
-        tables.daily,
-        tables.failures,
+        tables,
         path,
         now=REPORT_AT,
         caps=[Budget.parse(text) for text in ("day=250", "month=2600")],

@@ -11,6 +11,7 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Browser, expect
 
 from krea_dagster.spend.report.sparkline import spend_sparkline
+from krea_dagster.spend.tables.query import SpendTables
 from tests.browser.pages import (
     DESK,
     PHONE,
@@ -19,7 +20,6 @@ from tests.browser.pages import (
     make_spend_report,
     tables_to_december,
 )
-from tests.spend.simulated_tables import SimulatedTables
 
 pytestmark = pytest.mark.browser
 
@@ -30,12 +30,12 @@ VIEWS: list[tuple[int, Scheme]] = [
 
 
 @pytest.fixture(scope="module")
-def tables() -> SimulatedTables:
+def tables() -> SpendTables:
     return tables_to_december()
 
 
 @pytest.fixture(scope="module")
-def report(tables: SimulatedTables, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(tables: SpendTables, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_spend_report(tables, tmp_path_factory.mktemp("report") / "spend.html")
 
 
@@ -146,7 +146,7 @@ def test_the_page_s_own_policy_lets_no_script_run(browser: Browser, report: Path
 
 
 def test_the_small_picture_is_drawn_as_an_image(
-    browser: Browser, tables: SimulatedTables, tmp_path: Path
+    browser: Browser, tables: SpendTables, tmp_path: Path
 ) -> None:
     (tmp_path / "spend.svg").write_bytes(spend_sparkline(tables.daily))
     (tmp_path / "page.html").write_text("<img src='spend.svg' alt='spend'>")

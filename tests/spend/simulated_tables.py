@@ -7,7 +7,6 @@ where wanted, a price change in May, an outage in July and a runaway day in Sept
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from typing import Final
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from krea_dagster.spend.tables.query import SpendTables
 from krea_dagster.spend.tables.sql import open_views
 
 FIRST: Final = date(2025, 1, 1)
@@ -68,18 +68,9 @@ FATES: Final = (
 )
 
 
-@dataclass(frozen=True)
-class SimulatedTables:
-    """The three tables of the spend folder."""
-
-    ledger: pa.Table
-    daily: pa.Table
-    failures: pa.Table
-
-
 def simulated_year(
     seed: int = 1, purchases: int = 20_000, *, planted: bool = True, weekend: float = 0.4
-) -> SimulatedTables:
+) -> SpendTables:
     """Simulate a year of about ``purchases`` purchases."""
     chance = np.random.default_rng(seed)
     weekday = (np.arange(DAYS) + FIRST.weekday()) % 7
@@ -158,12 +149,12 @@ def money(units: np.ndarray, missing: np.ndarray | None = None) -> pa.Array:
     return pa.compute.multiply(whole, _TICK).cast(MONEY)
 
 
-def tables_of(ledger: pa.Table) -> SimulatedTables:
+def tables_of(ledger: pa.Table) -> SpendTables:
     """The daily tables that belong to a ledger, by plain SQL."""
     with closing(open_views({"ledger": ledger})) as database:
         daily = database.execute(_DAILY).to_arrow_table()
         failures = database.execute(_FAILURES).to_arrow_table()
-    return SimulatedTables(ledger, daily, failures)
+    return SpendTables(ledger, daily, failures)
 
 
 _DAILY: Final = """

@@ -19,8 +19,7 @@ from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.report.sparkline import spend_sparkline
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
-from krea_dagster.spend.tables.query import open_tables, sums
-from krea_dagster.spend.warnings.sources import stored_tables
+from krea_dagster.spend.tables.query import open_tables, stored_tables, sums
 
 SPEND_JOB_NAME: Final = "krea_spend"
 

@@ -13,8 +13,9 @@ from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
 from krea_dagster.plugin.resource import krea_of
+from krea_dagster.spend.proof.verify import account_proof
+from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.warnings.load_history import observe
-from krea_dagster.spend.warnings.sources import account_proof, stored_tables
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
 #: Days after its last day for which a warning fails its check.
@@ -98,9 +99,7 @@ def recent_warnings(
     if krea.has_journal():
         with krea.open_journal() as journal:
             proof = account_proof(journal)
-    history = observe(
-        tables.ledger, tables.daily, tables.failures, now=now, budgets=budgets, account=proof
-    )
+    history = observe(tables, now=now, budgets=budgets, account=proof)
     since = now.astimezone(timezone.utc).date() - timedelta(days=recent_days)
     return [one for one in find_warnings(history, now) if one.until >= since]
 

@@ -30,6 +30,7 @@ from krea_dagster.spend.report.charts import (
     month_chart,
 )
 from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
+from krea_dagster.spend.tables.query import SpendTables
 from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     Forecast,
@@ -37,7 +38,7 @@ from krea_dagster.spend.warnings.anomaly import (
     find_anomalies,
     forecast_month,
 )
-from krea_dagster.spend.warnings.load_history import Table, observe
+from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
 #: Most days that the chart of days shows, up to the last.
@@ -59,9 +60,7 @@ _KINDS: Final[Mapping[WarningKind, str]] = {
 
 
 def write_report(
-    ledger: Table,
-    daily: Table,
-    failures: Table,
+    tables: SpendTables,
     path: str | Path | BinaryIO,
     *,
     now: datetime,
@@ -81,8 +80,8 @@ def write_report(
     """
     if not rate > 0:
         raise ConfigError(f"the rate must be credits per US dollar, more than 0, not {rate:g}")
-    figures = figures_of(ledger, daily, failures, by=by, prompts=prompts, now=now)
-    history = observe(ledger, daily, failures, now=now, budgets=caps, account=account)
+    figures = figures_of(tables, by=by, prompts=prompts, now=now)
+    history = observe(tables, now=now, budgets=caps, account=account)
     warnings = find_warnings(history, now)
     page = render(figures, warnings, now=now, rate=rate, caps=caps, title=title).encode()
     if isinstance(path, (str, Path)):

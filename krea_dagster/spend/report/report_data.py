@@ -11,16 +11,15 @@ from typing import Any, Final
 import duckdb
 
 from krea_dagster.errors import ConfigError
+from krea_dagster.spend.tables.query import SpendTables
 from krea_dagster.spend.tables.sql import (
     AT_STAKE,
     COMMITTED,
     IS_ACCEPTED,
     count_of,
-    open_views,
     quoted,
     units_of,
 )
-from krea_dagster.spend.warnings.load_history import Table
 
 #: Rows of a breakdown, after which the others are added up in one row, and of the prompts.
 MOST_ROWS: Final = 12
@@ -120,9 +119,7 @@ class ReportFigures:
 
 
 def figures_of(
-    ledger: Table,
-    daily: Table,
-    failures: Table,
+    tables: SpendTables,
     *,
     by: Sequence[str] = (),
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
@@ -133,7 +130,7 @@ def figures_of(
     Raises ConfigError for a column in ``by`` that ``daily`` does not have.
     """
     today = now.astimezone(timezone.utc).date()
-    with closing(open_views({"ledger": ledger, "daily": daily, "failures": failures})) as database:
+    with closing(tables.open()) as database:
         names = _names(database, "daily")
         if missing := [name for name in by if name not in names]:
             raise ConfigError(

@@ -9,9 +9,9 @@ from typing import Final
 import svg
 
 from krea_dagster.spend.report.charts import svg_text
+from krea_dagster.spend.tables.query import Table
 from krea_dagster.spend.tables.sql import open_views, units_of
 from krea_dagster.spend.text import amount, day_words
-from krea_dagster.spend.warnings.load_history import Table
 
 #: Days that are drawn, up to the last with purchases.
 DAYS: Final = 60

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from fractions import Fraction
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 import duckdb
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
@@ -21,6 +22,9 @@ from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.sql import AT_STAKE, IS_ACCEPTED, count_of, open_views, quoted
+
+#: The types of a table that DuckDB reads.
+Table: TypeAlias = pa.Table | ds.Dataset
 
 #: Columns to sum by that are computed, in addition to those of the ledger and the manifest.
 _MADE: Final = {"month": "strftime(day, '%Y-%m')", "year": "strftime(day, '%Y')"}
@@ -80,21 +84,41 @@ _SUMS: Final = f"""
 """
 
 
+@dataclass(frozen=True)
+class SpendTables:
+    """The three spend tables, and the number of months that have files."""
+
+    ledger: Table
+    daily: Table
+    failures: Table
+    months: int = 0
+
+    def open(self, **views: Table) -> duckdb.DuckDBPyConnection:
+        """Open a DuckDB with the tables, and others, as views."""
+        own = {"ledger": self.ledger, "daily": self.daily, "failures": self.failures}
+        return open_views({**own, **views})
+
+
+def stored_tables(storage: Storage) -> SpendTables:
+    """Open the spend tables, empty ones without files. Raises OSError."""
+    return SpendTables(
+        stored_table(storage, "spend/ledger", LEDGER_SCHEMA),
+        stored_table(storage, "spend/daily", DAILY_SCHEMA),
+        stored_table(storage, "spend/failures", FAILURES_SCHEMA),
+        months=sum(name.endswith(".parquet") for name in storage.names("spend/ledger")),
+    )
+
+
 def open_tables(storage: Storage, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
     """Open a DuckDB with the views ``ledger``, ``daily``, ``failures``, ``manifest``, ``prompts``.
 
     ``prompts`` is the source of the prompt table. Nothing else can be read, and nothing written.
     Raises ConfigError.
     """
-    views = {
-        "ledger": stored_table(storage, "spend/ledger", LEDGER_SCHEMA),
-        "daily": stored_table(storage, "spend/daily", DAILY_SCHEMA),
-        "failures": stored_table(storage, "spend/failures", FAILURES_SCHEMA),
-        "manifest": stored_table(storage, "manifest", MANIFEST_SCHEMA),
-    }
+    views = {"manifest": stored_table(storage, "manifest", MANIFEST_SCHEMA)}
     if prompts is not None:
         views["prompts"] = _prompts(prompts)
-    return open_views(views)
+    return stored_tables(storage).open(**views)
 
 
 def run_query(duck: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
@@ -150,7 +174,7 @@ def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:
     return list(duck.sql(f"SELECT * FROM {view} LIMIT 0").columns)
 
 
-def _prompts(source: str) -> Any:
+def _prompts(source: str) -> Table:
     try:
         paths = _prompt_files(source)
         return dataset_of(paths, pa.schema([] if paths else [("prompt", pa.string())]))
@@ -171,13 +195,27 @@ def _prompt_files(source: str) -> list[str]:
     return [source] if fs.exists(path) else []
 
 
-def stored_table(storage: Storage, folder: str, schema: pa.Schema) -> pa.Table | ds.Dataset:
+def prompt_texts(storage: Storage, prompt_ids: Sequence[str]) -> Mapping[str, str]:
+    """Read the prompts of a few prompt_ids from the manifests. Raises OSError."""
+    names = [name for name in storage.names("manifest") if name.endswith(".parquet")]
+    if not names or not prompt_ids:
+        return {}
+    found = [fsspec.core.url_to_fs(storage.locate(name)) for name in names]
+    schema = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
+    paths = [path for _, path in found]
+    manifests = ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
+    wanted = pc.field("prompt_id").isin(list(prompt_ids))
+    rows = manifests.to_table(filter=wanted).to_pydict()
+    return dict(zip(rows["prompt_id"], rows["prompt"], strict=True))
+
+
+def stored_table(storage: Storage, folder: str, schema: pa.Schema) -> Table:
     """Open the Parquet files of a folder as one table; an empty one where there are none."""
     names = sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
     return dataset_of(map(storage.locate, names), schema)
 
 
-def dataset_of(locations: Iterable[str], schema: pa.Schema) -> pa.Table | ds.Dataset:
+def dataset_of(locations: Iterable[str], schema: pa.Schema) -> Table:
     """Open Parquet files as one table with the columns of ``schema`` and of all files.
 
     Rows are read when they are used. Raises ConfigError where types disagree.

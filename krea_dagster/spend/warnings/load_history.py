@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
-from typing import Final, TypeAlias
+from typing import Final
 
 import duckdb
-import pyarrow as pa
-import pyarrow.dataset as ds
 
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.account import AccountProof
-from krea_dagster.spend.tables.sql import COMMITTED, count_of, open_views, quoted, units_of
+from krea_dagster.spend.tables.query import SpendTables
+from krea_dagster.spend.tables.sql import COMMITTED, count_of, quoted, units_of
 from krea_dagster.spend.warnings.history import (
     AccountUse,
     BudgetUse,
@@ -26,9 +25,6 @@ from krea_dagster.spend.warnings.history import (
     SpendHistory,
 )
 
-#: The types of a spend table.
-Table: TypeAlias = pa.Table | ds.Dataset
-
 #: Counts the purchases that brought nothing, or of which that is not known.
 _TROUBLE: Final = count_of("failed", "refused", "lost", "rejected", "unknown")
 
@@ -37,9 +33,7 @@ LATELY_DAYS: Final = 7
 
 
 def observe(
-    ledger: Table,
-    daily: Table,
-    failures: Table,
+    tables: SpendTables,
     *,
     now: datetime,
     budgets: Sequence[Budget] = (),
@@ -49,7 +43,7 @@ def observe(
 
     ``budgets`` only warn. Only aggregates leave DuckDB: a million purchases need a few megabytes.
     """
-    with closing(open_views({"ledger": ledger, "daily": daily, "failures": failures})) as database:
+    with closing(tables.open()) as database:
         days = [
             DaySpend(row[0], units_of(row[1]), units_of(row[2]), int(row[3]), int(row[4]))
             for row in database.execute(

@@ -23,10 +23,10 @@ from krea_dagster.errors import ConfigError, StorageError
 from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.report.sparkline import spend_sparkline
+from krea_dagster.spend.tables.query import SpendTables
 from tests.spend.simulated_tables import (
     END,
     LEDGER,
-    SimulatedTables,
     money,
     simulated_year,
     tables_of,
@@ -90,9 +90,9 @@ class Page(HTMLParser):
         return found
 
 
-def report(tables: SimulatedTables, now: datetime = NOW, **options: Any) -> Page:
+def report(tables: SpendTables, now: datetime = NOW, **options: Any) -> Page:
     file = io.BytesIO()
-    write_report(tables.ledger, tables.daily, tables.failures, file, now=now, **options)
+    write_report(tables, file, now=now, **options)
     return Page(file.getvalue().decode())
 
 
@@ -117,7 +117,7 @@ _PURCHASES = st.lists(
 )
 
 
-def tables_from(purchases: Sequence[tuple[Any, ...]]) -> SimulatedTables:
+def tables_from(purchases: Sequence[tuple[Any, ...]]) -> SpendTables:
     rows: dict[str, list[Any]] = {name: [] for name in LEDGER.names if "credits" not in name}
     charged, unsettled, missing = [], [], []
     first = date(2025, 1, 1).toordinal()
@@ -258,7 +258,7 @@ def test_names_and_prompts_are_escaped() -> None:
     for name in ("prompt_id", "partition_key", "campaign", "error_code", "quality", "size"):
         place = tables.ledger.column_names.index(name)
         nasty = pa.repeat(pa.scalar(NASTY), tables.ledger.num_rows)
-        tables = SimulatedTables(
+        tables = SpendTables(
             tables.ledger.set_column(place, name, nasty), tables.daily, tables.failures
         )
     tables = tables_of(tables.ledger)
@@ -311,7 +311,7 @@ def test_every_chart_has_a_name_and_its_table() -> None:
 def test_the_warnings_are_on_top_and_given_back(tmp_path: Path) -> None:
     tables = simulated_year(purchases=8_000)
     path = tmp_path / "deep" / "report.html"
-    warnings = write_report(tables.ledger, tables.daily, tables.failures, path, now=END)
+    warnings = write_report(tables, path, now=END)
     page = path.read_text()
     assert len(warnings) == 5
     places = [page.index(one.text.partition(" (")[0]) for one in warnings]
@@ -341,7 +341,7 @@ def test_many_partitions_are_summed_up_in_one_line() -> None:
 def test_the_file_is_written_whole_and_readable(tmp_path: Path) -> None:
     tables = simulated_year(purchases=300)
     path = tmp_path / "report.html"
-    write_report(tables.ledger, tables.daily, tables.failures, path, now=END)
+    write_report(tables, path, now=END)
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert path.stat().st_size < 400_000
@@ -351,9 +351,7 @@ def test_where_it_cannot_be_written_is_said(tmp_path: Path) -> None:
     tables = simulated_year(purchases=300)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="the report cannot be written to"):
-        write_report(
-            tables.ledger, tables.daily, tables.failures, tmp_path / "file" / "r.html", now=END
-        )
+        write_report(tables, tmp_path / "file" / "r.html", now=END)
 
 
 def test_a_column_or_a_rate_that_cannot_be_is_refused() -> None:

@@ -16,9 +16,8 @@ from sqlalchemy import create_engine, text
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.spend.report.report_data import figures_of
-from krea_dagster.spend.tables.query import SpendLine, open_tables, sums
+from krea_dagster.spend.tables.query import SpendLine, open_tables, stored_tables, sums
 from krea_dagster.spend.tables.update import TABLES, update_spend
-from krea_dagster.spend.warnings.sources import stored_tables
 from tests.spend.simulated_year import SimulatedYear
 
 NOW = datetime(2027, 3, 1, tzinfo=timezone.utc)
@@ -118,7 +117,7 @@ def test_the_daily_table_and_the_report_count_what_a_person_accepts(year: Simula
     assert sum(row["accepted"] for row in daily) == 0
     assert {row["credits_per_accepted"] for row in daily} == {None}
     tables = stored_tables(year.storage)
-    found = figures_of(tables.ledger, tables.daily, tables.failures, now=NOW)
+    found = figures_of(tables, now=NOW)
     (total,) = asked(year)
     assert found.total.accepted == total.accepted
     assert found.total.per_accepted_units == total.per_accepted_units

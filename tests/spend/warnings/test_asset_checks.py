@@ -16,8 +16,9 @@ from krea_dagster.application.spend import update_tables
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks, recent_warnings
+from krea_dagster.spend.proof.verify import account_proof
+from krea_dagster.spend.tables.query import prompt_texts, stored_tables
 from krea_dagster.spend.tables.update import update_spend
-from krea_dagster.spend.warnings.sources import account_proof, prompt_texts, stored_tables
 from krea_dagster.spend.warnings.warnings import WarningKind
 from tests.spend.project_harness import ProjectHarness
 from tests.spend.simulated_year import FIRST, RUNAWAY, SimulatedYear

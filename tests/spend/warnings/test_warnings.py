@@ -14,6 +14,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.rows import AccountReading
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.account import AccountInterval, AccountProof
+from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.warnings.history import (
     BudgetUse,
@@ -24,7 +25,6 @@ from krea_dagster.spend.warnings.history import (
     SpendHistory,
 )
 from krea_dagster.spend.warnings.load_history import account_use, observe
-from krea_dagster.spend.warnings.sources import stored_tables
 from krea_dagster.spend.warnings.warnings import Level, SpendWarning, WarningKind, find_warnings
 from tests.spend import simulated_year as year
 from tests.spend.simulated_tables import END, OUTAGE, PRICE_DAY, RUNAWAY, simulated_year
@@ -61,7 +61,7 @@ PLANTED = [
 @pytest.mark.parametrize("purchases", [8_000, 40_000])
 def test_the_warnings_of_a_year_are_the_planted_ones_and_no_others(purchases: int) -> None:
     tables = simulated_year(purchases=purchases)
-    history = observe(tables.ledger, tables.daily, tables.failures, now=END)
+    history = observe(tables, now=END)
     said = [(one.kind, one.about, one.since) for one in find_warnings(history, END)]
     assert said == PLANTED
     outage = the(history, WarningKind.FAILURES_HIGH, END)
@@ -76,7 +76,7 @@ def test_so_are_those_of_a_year_in_a_journal(tmp_path: Path) -> None:
         update_spend(journal, simulated.storage)
     tables = stored_tables(simulated.storage)
     now = datetime(2026, 12, 31, 20, tzinfo=timezone.utc)
-    history = observe(tables.ledger, tables.daily, tables.failures, now=now)
+    history = observe(tables, now=now)
     said = [(one.kind, one.about, one.since) for one in find_warnings(history, now)]
     assert said == [
         (WarningKind.DAY_OUT_OF_HABIT, "", year.RUNAWAY),
@@ -95,14 +95,14 @@ def test_quiet_years_have_few_warnings() -> None:
     alarms = []
     for seed in range(6):
         tables = simulated_year(100 + seed, 20_000, planted=False)
-        history = observe(tables.ledger, tables.daily, tables.failures, now=END)
+        history = observe(tables, now=END)
         alarms += find_warnings(history, END)
     assert len(alarms) <= 1, [one.text for one in alarms]
 
 
 def test_what_a_day_s_look_says_of_the_past_a_later_look_says_too() -> None:
     tables = simulated_year(purchases=8_000)
-    history = observe(tables.ledger, tables.daily, tables.failures, now=END)
+    history = observe(tables, now=END)
     early = datetime(2025, 9, 18, tzinfo=timezone.utc)
     assert [(one.kind, one.since) for one in find_warnings(history, early)] == [
         (kind, since) for kind, _, since in PLANTED
@@ -293,7 +293,7 @@ def test_budgets_are_held_against_the_tables_exactly() -> None:
     tables = simulated_year(purchases=4_000)
     texts = ("day=1", "month=1", "partition=1", "column:campaign=1", "partition:bucket-002=2")
     budgets = [Budget.parse(text) for text in texts]
-    history = observe(tables.ledger, tables.daily, tables.failures, now=END, budgets=budgets)
+    history = observe(tables, now=END, budgets=budgets)
     rows = tables.ledger.select(
         ["day", "partition_key", "campaign", "credits_charged", "credits_unknown"]
     ).to_pylist()
@@ -321,7 +321,7 @@ def test_budgets_are_held_against_the_tables_exactly() -> None:
 def test_a_run_s_budget_is_looked_at_for_a_week_after_its_last_purchase() -> None:
     tables = simulated_year(purchases=4_000)
     budget = Budget.parse("run=1")
-    history = observe(tables.ledger, tables.daily, tables.failures, now=END, budgets=[budget])
+    history = observe(tables, now=END, budgets=[budget])
     runs = sorted(one.name for one in history.budgets)
     assert runs == [f"run run-{number}" for number in range(357, 365)]
 
@@ -330,4 +330,4 @@ def test_a_budget_for_a_column_that_is_not_there_names_those_that_are() -> None:
     tables = simulated_year(purchases=500)
     budget = Budget.parse("column:client:acme=1")
     with pytest.raises(ConfigError, match="the column client, which spend_daily does not have"):
-        observe(tables.ledger, tables.daily, tables.failures, now=END, budgets=[budget])
+        observe(tables, now=END, budgets=[budget])
