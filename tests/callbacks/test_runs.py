@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from krea_dagster.engine.run.report import RunReport
 from krea_dagster.models import ImageRequest
 from tests.callbacks.callback_flood import SECRET, serving
 from tests.callbacks.tls_certificates import TlsCertificates
-from tests.engine.harness import EngineHarness, make_requests, open_harness, rows, to_requested
+from tests.engine.harness import EngineHarness, make_requests, open_harness, rows
 
 pytestmark = pytest.mark.anyio
 
@@ -48,8 +47,7 @@ def announced(
 async def _run(
     engine: EngineHarness, urls: CallbackUrls, requests: list[ImageRequest]
 ) -> RunReport:
-    runner = replace(engine.runner(max_in_flight=256), callback_url_of=urls.url)
-    return await runner.run(to_requested(requests))
+    return await engine.run(requests, max_in_flight=256, callback_url_of=urls.url)
 
 
 @pytest.mark.parametrize(

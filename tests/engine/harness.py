@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from sqlalchemy import Table, create_engine, select
 
 from krea_dagster.api import KreaClient
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.clock import Clock, SystemClock
+from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.journal import Journal
@@ -25,7 +25,7 @@ from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.report import Progress, RunReport
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event, State, replay
@@ -184,6 +184,9 @@ class ClockAhead(SystemClock):
         return super().now() + self._ahead
 
 
+_RUN_OPTIONS: Final = {field.name for field in fields(Runner)}
+
+
 class EngineHarness:
     """A storage root with its journal, and runs against one emulator."""
 
@@ -194,32 +197,19 @@ class EngineHarness:
         self.journal = Journal(self.url)
         self.images = ImageStore(Storage(str(folder)))
 
-    def runner(
-        self,
-        run_id: str = "run-1",
-        *,
-        max_in_flight: int = 64,
-        clock: Clock | None = None,
-        timeout_s: float = 5.0,
-        on_progress: Callable[[Progress], None] = lambda _: None,
-        images: ImageStore | None = None,
-        **policy: Any,
-    ) -> Runner:
-        """A runner whose pauses are short."""
-        return Runner(
-            connect=lambda: KreaClient(
+    def runner(self, run_id: str = "run-1", *, timeout_s: float = 5.0, **options: Any) -> Runner:
+        """Return a runner whose pauses are short; ``options`` are fields of it or its policy."""
+        own = {name: options.pop(name) for name in _RUN_OPTIONS & options.keys()}
+        defaults = {
+            "connect": lambda: KreaClient(
                 "emulator", base_url=self.emulator.url, timeout_s=timeout_s, max_connections=16
             ),
-            journal=self.journal,
-            images=images or self.images,
-            run_id=run_id,
-            policy=replace(QUICK, **policy),
-            max_in_flight=max_in_flight,
-            clock=clock or SystemClock(),
-            randomness=random.Random(1),
-            latencies=KNOWN_LATENCIES,
-            on_progress=on_progress,
-        )
+            "journal": self.journal,
+            "images": self.images,
+            "randomness": random.Random(1),
+            "latencies": KNOWN_LATENCIES,
+        }
+        return Runner(run_id=run_id, policy=replace(QUICK, **options), **{**defaults, **own})
 
     async def run(
         self, requests: Iterable[ImageRequest], run_id: str = "run-1", **options: Any

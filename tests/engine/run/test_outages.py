@@ -221,7 +221,7 @@ async def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     with pytest.raises(StorageUnavailable, match="does not answer: no route to the store"):
         await replace(runner, images=shaky).run(to_requested(make_requests(ROWS)))
     set_away(False)
-    await replace(engine.runner("run-2"), images=shaky).run(to_requested(make_requests(ROWS)))
+    await engine.run(make_requests(ROWS), "run-2", images=shaky)
     assert engine.states(make_requests(ROWS)) == ["stored"] * ROWS
     assert engine.assert_accounts_agree()["creates"] == ROWS
 
@@ -291,7 +291,7 @@ async def test_a_stopped_run_waits_for_no_dependency(engine: EngineHarness, tmp_
         closing(sqlite3.connect(tmp_path / "journal.db", check_same_thread=False)) as other,
     ):
         passing = Passing(lambda: other.execute("BEGIN IMMEDIATE"), lambda: None)
-        runner = replace(engine.runner(clock=passing, on_progress=passing.look), journal=journal)
+        runner = engine.runner(clock=passing, on_progress=passing.look, journal=journal)
         runner = replace(runner, policy=replace(runner.policy, outage_patience_s=3600.0))
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:

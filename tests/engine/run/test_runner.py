@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -254,9 +253,8 @@ async def test_two_runs_over_the_same_rows_at_the_same_time_buy_nothing_twice(
 ) -> None:
     requests = make_requests(6)
     with closing(Journal(engine.url)) as other_journal:
-        other = replace(engine.runner("run-2"), journal=other_journal)
         first, second = await asyncio.gather(
-            engine.run(requests[:5]), other.run(to_requested(requests[1:]))
+            engine.run(requests[:5]), engine.run(requests[1:], "run-2", journal=other_journal)
         )
     assert engine.states(requests) == ["stored"] * 6
     assert first.posts + second.posts == 6
@@ -317,8 +315,7 @@ async def test_a_run_leaves_no_claim_behind(engine: EngineHarness) -> None:
 
 
 async def test_a_cap_is_not_passed_by_purchases_at_the_same_time(engine: EngineHarness) -> None:
-    runner = replace(engine.runner(), caps=Caps(run_units=3 * 4500))
-    report = await runner.run(to_requested(make_requests(8)))
+    report = await engine.run(make_requests(8), caps=Caps(run_units=3 * 4500))
     assert (report.posts, report.progress.delivered, report.progress.left) == (3, 3, 5)
     assert len(report.caps_reached) == 1
     assert engine.assert_accounts_agree()["creates"] == 3
@@ -328,8 +325,8 @@ async def test_a_cap_is_not_passed_by_purchases_at_the_same_time(engine: EngineH
 async def test_the_cap_of_a_day_holds_for_all_of_its_runs_together(engine: EngineHarness) -> None:
     caps = Caps(day_units=3 * 4500)
     first, second = await asyncio.gather(
-        replace(engine.runner("run-1"), caps=caps).run(to_requested(make_requests(3))),
-        replace(engine.runner("run-2"), caps=caps).run(to_requested(make_requests(3, start=3))),
+        engine.run(make_requests(3), "run-1", caps=caps),
+        engine.run(make_requests(3, start=3), "run-2", caps=caps),
     )
     assert first.posts + second.posts == engine.assert_accounts_agree()["creates"] == 3
 
@@ -353,9 +350,8 @@ async def test_a_journal_that_fails_in_the_background_ends_the_run_as_a_journal_
     engine.emulator.world.script("stuck", n=3)
     with closing(Journal(engine.url)) as failing:
         failing.claims = FailingClaims(failing.database)
-        runner = replace(engine.runner(clock=Hurried()), journal=failing)
         with anyio.fail_after(60), pytest.raises(JournalError, match="disk full"):
-            await runner.run(to_requested(make_requests(3)))
+            await engine.run(make_requests(3), clock=Hurried(), journal=failing)
     assert engine.assert_accounts_agree()["creates"] == 3
 
 
@@ -384,8 +380,6 @@ async def test_a_rate_limited_purchase_gives_its_room_under_the_cap_back(
 ) -> None:
     """While it was reserved, another row found the cap full."""
     engine.emulator.world.script("429_empty", 2)
-    report = await replace(engine.runner(), caps=Caps(run_units=2 * 4500)).run(
-        to_requested(make_requests(4))
-    )
+    report = await engine.run(make_requests(4), caps=Caps(run_units=2 * 4500))
     assert report.progress.delivered == 2
     assert engine.assert_accounts_agree()["creates"] == 2

@@ -42,7 +42,7 @@ def url_of(request_key: str) -> str:
 
 
 def listening(engine: EngineHarness, run_id: str = "run-1", **options: Any) -> Runner:
-    return replace(engine.runner(run_id, **options), callback_url_of=url_of)
+    return engine.runner(run_id, **options, callback_url_of=url_of)
 
 
 @pytest.fixture
@@ -291,9 +291,9 @@ async def test_a_run_that_does_not_wait_submits_and_ends(slow: EngineHarness) ->
 
 async def test_the_next_run_collects_what_has_ended_and_buys_nothing(engine: EngineHarness) -> None:
     requests = make_requests(10)
-    await engine.runner(wait=False).run(to_requested(requests))
+    await engine.run(requests, wait=False)
     await anyio.sleep(0.1)  # the emulator's tasks take 10 ms
-    report = await engine.runner("run-2", wait=False).run(to_requested(requests))
+    report = await engine.run(requests, "run-2", wait=False)
     assert engine.states(requests) == ["stored"] * 10
     assert report.posts == 0
     engine.assert_accounts_agree()
@@ -303,7 +303,7 @@ async def test_a_run_that_does_not_wait_leaves_requests_without_a_place_to_a_lat
     engine: EngineHarness,
 ) -> None:
     requests = make_requests(20)
-    first = await engine.runner(wait=False, max_in_flight=8).run(to_requested(requests))
+    first = await engine.run(requests, wait=False, max_in_flight=8)
     assert first.posts == 8
     assert sorted(set(first.left.values())) == [
         LEFT_AT_SERVER,
@@ -311,9 +311,7 @@ async def test_a_run_that_does_not_wait_leaves_requests_without_a_place_to_a_lat
     ]
     for number in range(2, 5):
         await anyio.sleep(0.1)
-        await engine.runner(f"run-{number}", wait=False, max_in_flight=8).run(
-            to_requested(requests)
-        )
+        await engine.run(requests, f"run-{number}", wait=False, max_in_flight=8)
     assert engine.states(requests) == ["stored"] * 20
     assert engine.assert_accounts_agree()["creates"] == 20
 
@@ -323,7 +321,7 @@ async def test_a_server_that_refuses_more_tasks_ends_a_run_that_does_not_wait(
 ) -> None:
     with open_harness(tmp_path, latency_s=3600.0, max_concurrent=4) as engine:
         requests = make_requests(12)
-        await engine.runner(wait=False).run(to_requested(requests))
+        await engine.run(requests, wait=False)
         assert engine.states(requests).count("submitted") == 4
         assert engine.states(requests).count("planned") == 8
         engine.assert_accounts_agree()
@@ -332,7 +330,7 @@ async def test_a_server_that_refuses_more_tasks_ends_a_run_that_does_not_wait(
 async def test_a_run_that_does_not_wait_repeats_an_unknown_purchase(engine: EngineHarness) -> None:
     request = make_request()
     engine.emulator.world.script("drop_after_create", 1)
-    await engine.runner(wait=False).run(to_requested([request]))
+    await engine.run([request], wait=False)
     assert engine.states([request]) == ["submitted"]
     assert engine.assert_accounts_agree()["creates"] == 1
 
@@ -345,7 +343,7 @@ async def test_an_unknown_purchase_does_not_keep_a_run_waiting_for_a_place(
     requests = make_requests(8)
     engine.emulator.world.script("drop_after_create", 1)
     with anyio.fail_after(60):
-        report = await engine.runner(wait=False, max_in_flight=4).run(to_requested(requests))
+        report = await engine.run(requests, wait=False, max_in_flight=4)
     assert engine.states(requests).count("unknown") == 0
     assert report.left_for_room == engine.states(requests).count("planned") > 0
     assert engine.assert_accounts_agree()["creates"] == engine.states(requests).count("submitted")

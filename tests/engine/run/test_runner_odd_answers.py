@@ -242,8 +242,9 @@ async def test_lost_tasks_that_were_bought_with_this_key_do_not_stop_the_run(
     engine: EngineHarness,
 ) -> None:
     engine.emulator.world.script("vanished", n=3)
-    mine = replace(engine.runner(max_in_flight=3, account_keys=frozenset({"mine"})), api_key="mine")
-    report = await mine.run(to_requested(make_requests(12)))
+    report = await engine.run(
+        make_requests(12), max_in_flight=3, account_keys=frozenset({"mine"}), api_key="mine"
+    )
     assert (report.posts, report.progress.delivered, report.stopped) == (12, 9, None)
 
 
@@ -288,9 +289,7 @@ async def test_one_implausible_price_is_reported_and_not_used(
     charges = sorted(str(one.charged_units) for one in engine.journal.charges())
     assert charges == ["4500"] * 5 + ["None"]
     assert engine.journal.commitment("run:run-1").committed_units == 6 * 4500
-    later = await replace(engine.runner("run-2"), caps=Caps(day_units=10 * 4500)).run(
-        to_requested(make_requests(10))
-    )
+    later = await engine.run(make_requests(10), "run-2", caps=Caps(day_units=10 * 4500))
     assert later.caps_reached == ()
 
 
@@ -380,11 +379,10 @@ async def test_with_the_key_of_another_account_nothing_is_repeated_and_nothing_g
 ) -> None:
     requests = make_requests(6)
     engine.emulator.world.script("drop_after_create", n=3)
-    mine = replace(engine.runner(on_unknown="hold"), api_key="mine")
+    mine = engine.runner(on_unknown="hold", api_key="mine")
     await mine.run(to_requested(requests[:3]))
     engine.emulator.world.script("stuck", n=3)
-    stuck = replace(engine.runner("run-2", patience_s=0.05), api_key="mine")
-    await stuck.run(to_requested(requests[3:]))
+    await engine.run(requests[3:], "run-2", patience_s=0.05, api_key="mine")
     engine.emulator.world.set_rate("read_404", 1.0)
     foreign = engine.runner("run-3", account_keys=frozenset({"theirs"}), gone_after_s=0.0)
     report = await replace(foreign, api_key="theirs").run(to_requested(requests))
@@ -425,8 +423,7 @@ async def test_a_purchase_that_was_not_sent_is_not_unknown_when_a_run_is_stopped
             return super().append(changes, **options)
 
     with closing(Busy(engine.url)) as busy:
-        runner = replace(engine.runner(grace_s=0.01), journal=busy)
-        task = asyncio.ensure_future(runner.run(to_requested(make_requests(2))))
+        task = asyncio.ensure_future(engine.run(make_requests(2), grace_s=0.01, journal=busy))
         await asyncio.sleep(0.5)
         task.cancel()
         await asyncio.sleep(0.2)

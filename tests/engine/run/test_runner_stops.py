@@ -184,8 +184,7 @@ async def test_a_person_who_finds_the_task_has_its_image_without_a_purchase(
 ) -> None:
     task_id = await _left_unknown(engine)
     decided = {make_request().request_key: HasTask(task_id)}
-    runner = replace(engine.runner("run-2", on_unknown="hold"), resolutions=decided)
-    report = await runner.run(to_requested([make_request()]))
+    report = await engine.run([make_request()], "run-2", on_unknown="hold", resolutions=decided)
     assert (report.posts, report.progress.delivered) == (0, 1)
     assert engine.record(make_request()).task_id == task_id
 
@@ -193,8 +192,7 @@ async def test_a_person_who_finds_the_task_has_its_image_without_a_purchase(
 async def test_a_repeat_that_a_person_decides_gets_the_same_task(engine: EngineHarness) -> None:
     task_id = await _left_unknown(engine)
     decided = {make_request().request_key: SendAgain()}
-    runner = replace(engine.runner("run-2", on_unknown="hold"), resolutions=decided)
-    report = await runner.run(to_requested([make_request()]))
+    report = await engine.run([make_request()], "run-2", on_unknown="hold", resolutions=decided)
     assert (report.posts, report.progress.delivered) == (1, 1)
     assert engine.record(make_request()).task_id == task_id
     engine.assert_accounts_agree()
@@ -206,8 +204,7 @@ async def test_a_purchase_declared_as_not_charged_is_bought_under_the_next_key(
     engine.emulator.world.script("drop_before_create")
     await engine.run([make_request()], on_unknown="hold")
     decided = {make_request().request_key: NotBought()}
-    runner = replace(engine.runner("run-2", on_unknown="hold"), resolutions=decided)
-    await runner.run(to_requested([make_request()]))
+    await engine.run([make_request()], "run-2", on_unknown="hold", resolutions=decided)
     record = engine.record(make_request())
     assert (record.state, record.submissions) == (State.STORED, 2)
     first, second = engine.journal.charges()
@@ -219,8 +216,7 @@ async def test_a_purchase_declared_as_not_charged_is_bought_under_the_next_key(
 async def test_a_purchase_declared_as_lost_ends_without_another(engine: EngineHarness) -> None:
     await _left_unknown(engine)
     decided = {make_request().request_key: Lost()}
-    runner = replace(engine.runner("run-2"), resolutions=decided)
-    report = await runner.run(to_requested([make_request()]))
+    report = await engine.run([make_request()], "run-2", resolutions=decided)
     assert (report.posts, engine.record(make_request()).state) == (0, State.EXPIRED)
 
 
@@ -293,9 +289,7 @@ async def test_a_cancelled_task_is_never_bought_again_for_any_code(
         return Task(task_id, "cancelled", 0, failure=TaskFailure(code, "sorry"))
 
     client = FakeClient(cancelled)
-    report = await replace(engine.runner(), connect=client.connected).run(
-        to_requested([make_request()])
-    )
+    report = await engine.run([make_request()], connect=client.connected)
     record = engine.record(make_request())
     assert (record.state, record.error_code) == (State.FAILED, "request_cancelled")
     assert code in (record.error_message or "")
@@ -336,9 +330,7 @@ async def test_a_download_that_fails_while_the_task_cannot_be_read_keeps_its_lin
         return Task(task_id, "completed", 100, ("https://files.test/a.png",))
 
     client = FakeClient(once)
-    report = await replace(engine.runner(), connect=client.connected).run(
-        to_requested([make_request()])
-    )
+    report = await engine.run([make_request()], connect=client.connected)
     record = engine.record(make_request())
     assert (record.state, record.result_url) == (State.COMPLETED, "https://files.test/a.png")
     assert report.left[make_request().request_key].startswith("not stored")
@@ -510,8 +502,7 @@ async def test_a_stop_ends_submitting_at_once(engine: EngineHarness) -> None:
     """A request with only its intent written is not sent, and goes back to planned."""
     requests = make_requests(12)
     with closing(Held(engine.url)) as held:
-        runner = replace(engine.runner(), journal=held)
-        task = asyncio.ensure_future(runner.run(to_requested(requests)))
+        task = asyncio.ensure_future(engine.run(requests, journal=held))
         await wait_until(held.reached.is_set)
         task.cancel()
         await anyio.sleep(0.05)
