@@ -31,6 +31,8 @@ from typing import Any, Final
 
 import anyio
 import anyio.to_thread
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from krea_dagster.callbacks.batcher import CallbackBatcher, RecordCallbacks
@@ -99,36 +101,42 @@ class Receiver:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http":
-            status = await self._status(scope, receive)
-            # The connection is closed rather than reading the rest of a body.
-            declared = _declared_bytes(scope)
-            unread = declared is None or declared > self._max_body_bytes
-            ended = status in (200, 204, 503) or scope["method"] in ("GET", "HEAD")
-            await _answer(send, status, close=status == 408 or (unread and not ended))
+            request = Request(scope, receive)
+            status = await self._status(request)
+            headers = {"allow": "POST"} if status == 405 else {}
+            if self._must_close(request, status):
+                headers["connection"] = "close"
+            await Response(status_code=status, headers=headers)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _status(self, scope: Scope, receive: Receive) -> int:
-        path, method = str(scope["path"]), scope["method"]
-        if path.endswith("/health") and method in ("GET", "HEAD"):
+    def _must_close(self, request: Request, status: int) -> bool:
+        """Return whether to close the connection rather than to read the rest of the body."""
+        declared = _declared_bytes(request)
+        unread = declared is None or declared > self._max_body_bytes
+        ended = status in (200, 204, 503) or request.method in ("GET", "HEAD")
+        return status == 408 or (unread and not ended)
+
+    async def _status(self, request: Request) -> int:
+        path = str(request.scope["path"])
+        if path.endswith("/health") and request.method in ("GET", "HEAD"):
             return await self._health_status()
-        if method != "POST":
+        if request.method != "POST":
             return 405
         request_key = self._paths.request_key(path)
-        client = scope.get("client")
-        name = client_name(str(client[0])) if client else ""
+        name = client_name(request.client.host) if request.client else ""
         if not self._limits.admit(name if request_key else f"{name} without a secret"):
             return 429
         if request_key is None:
             return 404  # before a byte of the body is read
-        return await self._record_call(request_key, scope, receive)
+        return await self._record_call(request_key, request)
 
-    async def _record_call(self, request_key: str, scope: Scope, receive: Receive) -> int:
-        if (_declared_bytes(scope) or 0) > self._max_body_bytes:
+    async def _record_call(self, request_key: str, request: Request) -> int:
+        if (_declared_bytes(request) or 0) > self._max_body_bytes:
             return 413
         try:
             with anyio.fail_after(self._body_timeout_s):
-                body = await _read(receive, self._max_body_bytes)
+                body = await _read(request, self._max_body_bytes)
         except TimeoutError:
             return 408
         if body is None:
@@ -171,42 +179,26 @@ def claimed_task_id(body: bytes) -> str | None:
     return task_id if isinstance(task_id, str) and is_task_id(task_id) else None
 
 
-async def _read(receive: Receive, most: int) -> bytes | None:
+async def _read(request: Request, most: int) -> bytes | None:
     """Return the body; None, and stop reading, if it is longer than ``most`` bytes.
 
     A body that is cut off because the client left is returned too: the call is a hint in any case.
     """
-    pieces: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b"".join(pieces)
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > most:
-            return None
-        pieces.append(piece)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
+    body = bytearray()
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > most:
+                return None
+    except ClientDisconnect:
+        pass
+    return bytes(body)
 
 
-def _declared_bytes(scope: Scope) -> int | None:
+def _declared_bytes(request: Request) -> int | None:
     """Return the ``Content-Length``, None if there is none."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and len(value) < 16:
-            return int(value)
-    return None
-
-
-async def _answer(send: Send, status: int, *, close: bool) -> None:
-    headers = [(b"content-length", b"0")] if status != 204 else []
-    if status == 405:
-        headers.append((b"allow", b"POST"))
-    if close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
+    text = request.headers.get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
