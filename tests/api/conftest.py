@@ -32,7 +32,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch, no_certificates: Path) -
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for files.test and 127.0.0.1, and its key, made for this run."""
+    """Return a certificate for files.test and 127.0.0.1, and its key, made for this run."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("needs the openssl command to make a certificate")
@@ -52,7 +52,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
-    """A server's side; the client trusts it through SSL_CERT_FILE."""
+    """Return the server's side of TLS; the client trusts it through SSL_CERT_FILE."""
     crt, key = certificate
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(crt, key)

@@ -82,12 +82,12 @@ class SharedConnection:
 async def test_64_files_of_6_mb_arrive_over_half_a_megabyte_a_second() -> None:
     """Bytes and times are both 1/200: files of 30 KB, and silence of 0.3 s instead of 60 s."""
     scale = 200
-    picture = IMAGE[: 6_000_000 // scale]
+    image = IMAGE[: 6_000_000 // scale]
     line = SharedConnection(500_000)
 
     async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
-        writer.write(message(200, picture)[: -len(picture)])
-        await line.carry(writer, picture, piece_bytes=1000)
+        writer.write(message(200, image)[: -len(image)])
+        await line.carry(writer, image, piece_bytes=1000)
         return True
 
     async with (
@@ -95,7 +95,7 @@ async def test_64_files_of_6_mb_arrive_over_half_a_megabyte_a_second() -> None:
         KreaClient(KEY, base_url=LOCAL_API, download_timeout_s=60 / scale) as client,
     ):
         done = await asyncio.gather(*(download(client, server.url) for _ in range(64)))
-    assert [data for data, _ in done] == [picture] * 64
+    assert [data for data, _ in done] == [image] * 64
     assert len(server.seen) == 64
 
 

@@ -24,7 +24,7 @@ from tests.engine.harness import EngineHarness, make_requests, open_harness, row
 
 pytestmark = pytest.mark.anyio
 
-#: 500 are what docs/callbacks.md speaks of; the emulator draws 22 a second on a core.
+#: docs/callbacks.md shows the results of 500; the emulator draws 22 a second on a core.
 IMAGES = int(os.environ.get("KREA_CALLBACK_IMAGES", "100"))
 
 
@@ -34,10 +34,10 @@ def tls(tmp_path: Path) -> TlsCertificates:
 
 
 @contextmanager
-def announced(
+def run_with_callbacks(
     folder: Path, tls: TlsCertificates, **emulator: Any
 ) -> Iterator[tuple[EngineHarness, CallbackUrls]]:
-    """An engine whose tasks have callbacks to a receiver over TLS."""
+    """Run an engine whose tasks have callbacks to a receiver over TLS."""
     options = {"callbacks_to_private": True, "callback_ca": tls.ca, **emulator}
     with open_harness(folder, **options) as engine, serving(folder, *tls.options) as receiver:
         base = receiver.url.replace("127.0.0.1", "localhost")
@@ -61,7 +61,7 @@ async def test_tasks_with_callbacks_are_read_once(
     """Also with 5 % of the create answers lost, none is bought twice, and each finds its row."""
     requests = make_requests(count)
     rates = {**faults, "drop_after_create": 0.05}
-    with announced(tmp_path, tls, latency_s=0.5, latency_jitter=0.2, faults=rates) as (
+    with run_with_callbacks(tmp_path, tls, latency_s=0.5, latency_jitter=0.2, faults=rates) as (
         engine,
         urls,
     ):
@@ -80,7 +80,7 @@ async def test_tasks_with_callbacks_are_read_once(
     assert stats["replays"] > 0, "answers were lost"
     assert reads <= most_reads
     lost = count - len(called)
-    # On a busy machine some calls are later than the sweep, and count as missed as well.
+    # On a busy machine some callbacks come after the sweep, and count as missed too.
     assert report.missed_callbacks >= lost
     assert (lost > 0) == bool(faults)
 
@@ -90,7 +90,7 @@ async def test_forged_doubled_and_late_callbacks_change_no_row(
 ) -> None:
     requests = make_requests(60)
     rates = {"callback_forged": 0.2, "callback_doubled": 0.2, "callback_late": 0.1}
-    with announced(tmp_path, tls, latency_s=0.2, faults=rates) as (engine, urls):
+    with run_with_callbacks(tmp_path, tls, latency_s=0.2, faults=rates) as (engine, urls):
         report = await _run(engine, urls, requests)
         engine.assert_accounts_agree()
     assert engine.states(requests) == ["stored"] * 60

@@ -47,7 +47,7 @@ def listener(ca: trustme.CA) -> Iterator[Listener]:
 def calling(
     state: Path, ca_file: Path | None, clock: Clock, **settings: Any
 ) -> Iterator[EmulatorClient]:
-    """An emulator that may call this machine; tasks take 2 s of the test's clock."""
+    """Run an emulator that may call this machine; tasks take 2 s of the test's clock."""
     with Emulator(
         state=state,
         clock=clock,

@@ -137,7 +137,7 @@ QUESTION: dict[str, Callable[[EmulatorClient, str], None]] = {
 
 
 def no_task(check: Callable[[EmulatorClient, str], Any], client: EmulatorClient) -> None:
-    """The check passes, no task exists, and a repeat with the same key creates it."""
+    """Check that no task exists, and that a repeat with the same key creates it."""
     check(client, "create")
     assert creates(client) == 0
     answer = client.post(key=KEY)
@@ -146,7 +146,7 @@ def no_task(check: Callable[[EmulatorClient, str], Any], client: EmulatorClient)
 
 
 def one_task(check: Callable[[EmulatorClient, str], Any], client: EmulatorClient) -> None:
-    """The check passes, the task exists, and a repeat with the same key finds it."""
+    """Check that the task exists, and that a repeat with the same key finds it."""
     check(client, "create")
     assert creates(client) == 1
     answer = client.post(key=KEY)

@@ -102,14 +102,14 @@ def test_the_written_prompt_has_no_control_characters_and_is_shortened() -> None
 
 
 def test_images_are_cached_up_to_a_limit_and_drawn_again_above_it() -> None:
-    pictures = ImageFiles(keep_bytes=1)
-    first = pictures.png(("a red fox", 7, 704, 1472))
-    again = pictures.png(("a red fox", 7, 704, 1472))
+    images = ImageFiles(keep_bytes=1)
+    first = images.png(("a red fox", 7, 704, 1472))
+    again = images.png(("a red fox", 7, 704, 1472))
     assert first == again
     assert first is not again
-    pictures = ImageFiles()
+    images = ImageFiles()
     key = ("a red fox", 7, 704, 1472)
-    assert pictures.png(key) is pictures.png(key)
+    assert images.png(key) is images.png(key)
 
 
 def test_pillow_detects_the_decompression_bomb() -> None:
