@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from ssl import SSLContext
 from typing import Any, ClassVar, Final
@@ -68,17 +69,15 @@ async def raw_body(response: httpx.Response) -> AsyncIterator[AsyncIterator[byte
         await response.aclose()
 
 
+@dataclass(slots=True)
 class _SendState:
     """The step at which a request is on its way to a connection."""
 
-    __slots__ = ("attempts", "connected", "connecting", "is_new", "repeatable")
-
-    def __init__(self, *, repeatable: bool) -> None:
-        self.attempts = 0
-        self.connecting = False
-        self.connected = False
-        self.is_new = False
-        self.repeatable = repeatable
+    repeatable: bool
+    attempts: int = 0
+    connecting: bool = False
+    connected: bool = False
+    is_new: bool = False
 
     @property
     def unsent(self) -> bool:
@@ -86,7 +85,7 @@ class _SendState:
         return self.connecting and not self.connected
 
 
-_SEND_STATE: Final[ContextVar[_SendState | None]] = ContextVar("krea_request_way", default=None)
+_SEND_STATE: Final[ContextVar[_SendState | None]] = ContextVar("krea_send_state", default=None)
 
 
 class _Connector(aiohttp.TCPConnector):
