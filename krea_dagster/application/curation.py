@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,13 +11,17 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.curation.accepted.accepted_table import AcceptedPartition, AcceptedTableBuilder
 from krea_dagster.curation.accepted.quota import GroupResult, WantedImages
 from krea_dagster.curation.accepted.rules import Rules
+from krea_dagster.curation.export.export import Exported
 from krea_dagster.curation.export.spec import ExportSpec
+from krea_dagster.curation.export.target import ExportTarget
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.measure_partitions import MeasuredPartition, measure_partitions
 from krea_dagster.curation.similarity.near_duplicates import (
     NearDuplicateSummary,
     update_near_duplicates,
 )
+from krea_dagster.engine.journal.verdict_log import VerdictLog
+from krea_dagster.engine.verdict import FLAG, REJECT
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,38 @@ def curate(
         measured = list(
             measure_partitions(storage, keys, folders=folders, custom=curation.measures)
         )
-        duplicates = update_near_duplicates(storage, folders, verdicts=present_verdicts(backend))
+        duplicates = update_near_duplicates(storage, folders, verdicts=current_verdicts(backend))
         accepted, outcomes = accepting.make(keys)
     return Curated(measured, duplicates, accepted, outcomes)
 
 
-def present_verdicts(backend: Backend) -> dict[str, str]:
-    """Return the present verdict by the image's sha256; empty without a journal."""
-    if not backend.has_journal():
-        return {}
+@contextmanager
+def open_verdicts(backend: Backend) -> Iterator[VerdictLog | None]:
+    """Open the verdicts of the journal; None if there is no journal."""
+    # A storage root behind a URL may have no journal that is known here.
+    known = backend.settings.journal_url or backend.open_storage().folder is not None
+    if not known or not backend.has_journal():
+        yield None
+        return
     with backend.open_journal() as journal:
-        return {sha256: one.verdict for sha256, one in journal.verdicts.current().items()}
+        yield journal.verdicts
+
+
+def refused_since(backend: Backend, exported: Exported) -> int:
+    """Count the exported images that were rejected or flagged since they were accepted."""
+    if exported.spec.everything:
+        return 0
+    with open_verdicts(backend) as log:
+        if log is None:
+            return 0
+        path, _, version = exported.path.rpartition("/")
+        images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
+        return sum(one.verdict in (REJECT, FLAG) for one in log.current(images).values())
+
+
+def current_verdicts(backend: Backend) -> dict[str, str] | None:
+    """Return the current verdict by the image's sha256; None without a journal."""
+    with open_verdicts(backend) as log:
+        if log is None:
+            return None
+        return {sha256: one.verdict for sha256, one in log.current().items()}

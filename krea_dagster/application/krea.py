@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from krea_dagster.application.spend import Spend
     from krea_dagster.curation.export.export import Exported
     from krea_dagster.curation.export.spec import ExportSpec
+    from krea_dagster.curation.gallery.filter import GalleryFilter
+    from krea_dagster.curation.gallery.page import GallerySummary
     from krea_dagster.engine.record import Record
     from krea_dagster.engine.run.report import RunReport
     from krea_dagster.spend.proof.findings import Proof, ProofFigures
@@ -331,6 +333,78 @@ class Krea(Backend):
             threads=threads,
             on_progress=on_progress,
         )
+
+    def refused_since(self, exported: Exported) -> int:
+        """Count the exported images that were rejected or flagged since they were accepted."""
+        from krea_dagster.application.curation import refused_since
+
+        return refused_since(self, exported)
+
+    def gallery(
+        self,
+        output: Path,
+        filters: GalleryFilter | None = None,
+        *,
+        title: str = "Gallery",
+        side: int = 320,
+        most_bytes: int = 25_000_000,
+        on_selected: Callable[[int, int, int], None] = lambda *_: None,
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> GallerySummary:
+        """Write one HTML file with thumbnails of images.
+
+        Args:
+            output: The file.
+            filters: The rows to show; all stored ones by default.
+            title: The page's heading.
+            side: Longest side of the thumbnails, in pixels.
+            most_bytes: Maximum size of the file; further rows are left out.
+            on_selected: Is called with the rows to show, all matching rows, and the estimated size
+                in bytes.
+            on_progress: Is called with the number of finished rows.
+
+        Raises:
+            ConfigError: if no row matches, or verdicts are filtered without a journal.
+            StorageError: if the file cannot be written.
+        """
+        from krea_dagster.application.gallery import write
+
+        return write(
+            self,
+            output,
+            filters,
+            title=title,
+            side=side,
+            most_bytes=most_bytes,
+            on_selected=on_selected,
+            on_progress=on_progress,
+        )
+
+    def review(
+        self,
+        *,
+        reviewer: str,
+        port: int = 0,
+        token: str = "",
+        reasons: Sequence[str] = (),
+        on_ready: Callable[[str], object] = print,
+    ) -> None:
+        """Serve the review page on this machine until it is interrupted.
+
+        Args:
+            reviewer: Is written with every verdict.
+            port: Port on 127.0.0.1; 0 takes a free one.
+            token: Secret part of the address; a random one by default.
+            reasons: Reasons for a rejection, on the keys 1 to 9.
+            on_ready: Is called with the page's address, which is a secret.
+
+        Raises:
+            ConfigError: if there is no journal.
+            OSError: if the port is taken.
+        """
+        from krea_dagster.application.review import review
+
+        review(self, reviewer=reviewer, port=port, token=token, reasons=reasons, on_ready=on_ready)
 
     # -- a person's decisions --------------------------------------------------------------------
 

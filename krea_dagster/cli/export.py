@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
-from krea_dagster.curation.options import (
-    journal_option,
-    json_option,
-    open_verdicts,
-    partition_option,
-    storage_option,
-    where_option,
-)
-
-if TYPE_CHECKING:
-    from krea_dagster.curation.export.export import Exported
-    from krea_dagster.curation.export.shards import ExportProgress
-    from krea_dagster.engine.storage.storage import Storage
-
-#: Seconds between two lines of progress.
-_LINE_EVERY_S: Final = 5.0
+from krea_dagster.application.krea import Krea
+from krea_dagster.cli.options import json_option, partition_option, project_options, where_option
+from krea_dagster.cli.terminal import LINE_EVERY_S
+from krea_dagster.curation.export.export import Exported
+from krea_dagster.curation.export.shards import ExportProgress
+from krea_dagster.curation.export.spec import ExportSpec
 
 _EPILOG: Final = """
-\b
-Environment:
-  KREA_STORAGE      storage root                       [data/krea]
-  KREA_JOURNAL_URL  SQLAlchemy URL                     [SQLite in the storage root]
-  KREA_PROMPTS      the prompt table, for the dataset card  [none]
-
-\b
-An export is a new version: a folder below --to that never changes. LATEST (and
-the link latest) names the current one, and is written last. Shards that have
-not changed since the previous version are linked, and shards of an interrupted
-export are not written again.
+An export is a new version: a folder below --to that never changes. LATEST (and the link latest)
+names the current one, and is written last. Shards that have not changed since the previous version
+are linked, and shards of an interrupted export are not written again.
 
 \b
   datasets:    load_dataset("TO/latest")
@@ -50,8 +33,7 @@ published, 2 invalid usage or nothing to export.
 
 
 @click.command("export", epilog=_EPILOG)
-@storage_option
-@journal_option
+@project_options
 @click.option(
     "--to",
     metavar="FOLDER|URL",
@@ -118,8 +100,7 @@ published, 2 invalid usage or nothing to export.
 @click.option("--title", help="Title for the card.")
 @click.option(
     "--source",
-    envvar="KREA_PROMPTS",
-    help="Origin of the prompts for the card; credentials are removed.",
+    help="Origin of the prompts for the card, without credentials.  [default: KREA_PROMPTS]",
 )
 @click.option("--fresh", is_flag=True, help="Distribute images to shards again.")
 @click.option(
@@ -133,8 +114,6 @@ published, 2 invalid usage or nothing to export.
 @json_option
 def export_command(
     *,
-    storage: str,
-    journal_url: str,
     to: str | None,
     form: str,
     everything: bool,
@@ -160,10 +139,7 @@ def export_command(
     This buys nothing, and needs no network where images and target are folders. Splits depend on
     the prompts' text: equal prompts are never in two splits, and none moves as the table grows.
     """
-    from krea_dagster.curation.export.export import export
-    from krea_dagster.curation.export.spec import ExportSpec
-    from krea_dagster.engine.storage.storage import Storage
-
+    krea = Krea.from_environment()
     spec = ExportSpec.parse(
         splits=splits,
         where=where,
@@ -178,54 +154,31 @@ def export_command(
         sidecars=sidecars,
         license=license_name,
         title=title,
-        source=source,
+        source=source or os.environ.get("KREA_PROMPTS"),
     )
-    root = Storage(storage)
-    done = export(
-        root,
-        spec,
-        to or root.locate(f"exports/{form}"),
-        fresh=fresh,
-        keep=keep,
-        threads=threads,
-        on_progress=_progress_lines(),
+    done = krea.export(
+        spec, to, fresh=fresh, keep=keep, threads=threads, on_progress=_progress_lines()
     )
-    if not everything:
-        _warn_of_newer_verdicts(root, journal_url, done)
+    if refused := krea.refused_since(done):
+        click.echo(
+            f"{refused} of these images {'was' if refused == 1 else 'were'} rejected or flagged "
+            "since accepted_images was materialized: materialize it, and export again.",
+            err=True,
+        )
     if as_json:
         click.echo(json.dumps(done.figures(), indent=2))
     else:
         _print_summary(done)
 
 
-def _warn_of_newer_verdicts(root: Storage, journal_url: str, done: Exported) -> None:
-    """Warn of images that were refused since ``accepted_images`` was materialized."""
-    from krea_dagster.curation.export.target import ExportTarget
-    from krea_dagster.engine.verdict import FLAG, REJECT
-
-    with open_verdicts(root, journal_url) as log:
-        if log is None:
-            return
-        path, _, version = done.path.rpartition("/")
-        images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
-        found = log.current(images).values()
-    refused = sum(1 for one in found if one.verdict in (REJECT, FLAG))
-    if refused:
-        click.echo(
-            f"{refused} of these images {'was' if refused == 1 else 'were'} rejected or flagged "
-            "since accepted_images was materialized: materialize it, and export again.",
-            err=True,
-        )
-
-
 def _progress_lines() -> Callable[[ExportProgress], None]:
     """Return a callback that prints the progress to stderr every few seconds."""
-    next_s = time.monotonic() + _LINE_EVERY_S
+    next_s = time.monotonic() + LINE_EVERY_S
 
     def show(progress: ExportProgress) -> None:
         nonlocal next_s
         if time.monotonic() >= next_s:
-            next_s = time.monotonic() + _LINE_EVERY_S
+            next_s = time.monotonic() + LINE_EVERY_S
             click.echo(f"{progress.images} of {progress.total} images exported", err=True)
 
     return show

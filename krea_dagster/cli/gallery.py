@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
-from krea_dagster.curation.options import (
-    journal_option,
-    json_option,
-    open_verdicts,
-    partition_option,
-    storage_option,
-    where_option,
-)
-from krea_dagster.engine.storage.page import write_page
-from krea_dagster.errors import ConfigError
-
-if TYPE_CHECKING:
-    from krea_dagster.curation.gallery.page import GallerySummary
-    from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.application.krea import Krea
+from krea_dagster.cli.options import json_option, partition_option, project_options, where_option
+from krea_dagster.curation.column_filter import parse_filters
+from krea_dagster.curation.gallery.filter import GalleryFilter
+from krea_dagster.curation.gallery.page import GallerySummary
 
 _EPILOG: Final = """
-\b
-Environment:
-  KREA_STORAGE      storage root    [data/krea]
-  KREA_JOURNAL_URL  SQLAlchemy URL  [SQLite in the storage root]
-
 \b
   krea-dagster gallery --partition bucket-000
   krea-dagster gallery --where campaign=autumn --verdict keep -o autumn.html
@@ -50,8 +35,7 @@ page), 2 invalid usage or no matching rows.
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file to write.",
 )
-@storage_option
-@journal_option
+@project_options
 @partition_option
 @where_option
 @click.option(
@@ -94,8 +78,6 @@ page), 2 invalid usage or no matching rows.
 def gallery_command(
     *,
     output: Path,
-    storage: str,
-    journal_url: str,
     partitions: tuple[str, ...],
     where: tuple[str, ...],
     statuses: tuple[str, ...],
@@ -111,11 +93,6 @@ def gallery_command(
     It shows prompt, seed, size, credits and ids of each image, and needs no network, other file or
     script. Files that are missing or have changed since they were verified are not shown.
     """
-    from krea_dagster.curation.column_filter import parse_filters
-    from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
-    from krea_dagster.curation.gallery.page import estimate_bytes, write_gallery
-    from krea_dagster.engine.storage.storage import Storage
-
     filters = GalleryFilter(
         partitions=partitions,
         where=parse_filters(where),
@@ -123,33 +100,22 @@ def gallery_command(
         verdicts=verdicts,
         limit=limit,
     )
-    root = Storage(storage)
-    chosen = select_rows(root, filters, _verdicts(root, journal_url, wanted=bool(verdicts)))
-    if not chosen.matched:
-        raise ConfigError(
-            "no row matches the filter. Remove a --where, --verdict or --partition, or use "
-            "--status any"
-        )
-    about = min(estimate_bytes(root, chosen.rows, pixels), round(most_mb * 1e6))
-    click.echo(
-        f"{len(chosen.rows):,} of {chosen.matched:,} rows, about {about / 1e6:.1f} MB", err=True
+    written = Krea.from_environment().gallery(
+        output,
+        filters,
+        title=title,
+        side=pixels,
+        most_bytes=round(most_mb * 1e6),
+        on_selected=_print_estimate,
+        on_progress=_print_progress if sys.stderr.isatty() else lambda _: None,
     )
-    with tempfile.TemporaryFile() as page:
-        written = write_gallery(
-            root,
-            chosen,
-            page,
-            title=title,
-            filter_text=filters.words(),
-            side=pixels,
-            most_bytes=round(most_mb * 1e6),
-            on_progress=_show_progress if sys.stderr.isatty() else lambda _: None,
-        )
-        page.seek(0)
-        write_page(output, page.read(), "the gallery")
     _print_summary(output, written, as_json=as_json)
     if written.missing:
         sys.exit(1)
+
+
+def _print_estimate(rows: int, matched: int, size_bytes: int) -> None:
+    click.echo(f"{rows:,} of {matched:,} rows, about {size_bytes / 1e6:.1f} MB", err=True)
 
 
 def _print_summary(output: Path, written: GallerySummary, *, as_json: bool) -> None:
@@ -174,18 +140,6 @@ def _print_summary(output: Path, written: GallerySummary, *, as_json: bool) -> N
         click.echo(f"{written.left_out:,} more rows left out: --limit, --most-mb", err=True)
 
 
-def _show_progress(done: int) -> None:
+def _print_progress(done: int) -> None:
     if done % 50 == 0:
         click.echo(f"\r{done:,} images", nl=False, err=True)
-
-
-def _verdicts(storage: Storage, journal_url: str, *, wanted: bool) -> dict[str, str]:
-    """Return the current verdicts by sha256. Raises ConfigError where wanted ones are missing."""
-    with open_verdicts(storage, journal_url) as log:
-        if log is not None:
-            return {sha256: one.verdict for sha256, one in log.current().items()}
-    if wanted:
-        raise ConfigError(
-            "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or omit --verdict"
-        )
-    return {}

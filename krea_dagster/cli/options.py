@@ -88,6 +88,17 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = text
 
 
+def where_option(command: _Command) -> _Command:
+    """Add ``--where``."""
+    option = click.option(
+        "--where",
+        multiple=True,
+        metavar="COLUMN=VALUE",
+        help="Only rows with this value; values of one column are alternatives. Repeatable.",
+    )
+    return option(command)
+
+
 def json_option(command: _Command) -> _Command:
     """Add ``--json``."""
     option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

@@ -9,40 +9,30 @@ import secrets
 import tempfile
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import click
 
-from krea_dagster import redact
-from krea_dagster.curation.options import journal_option, storage_option
+from krea_dagster.application.krea import Krea
+from krea_dagster.cli.options import project_options
 from krea_dagster.errors import ConfigError
 
 _TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the variable
 
-_EPILOG = """
-\b
-Environment:
-  KREA_STORAGE       storage root    [data/krea]
-  KREA_JOURNAL_URL   SQLAlchemy URL  [SQLite in the storage root]
-  KREA_REVIEW_TOKEN  secret part of the page's address  [a new one each time]
+_EPILOG = f"""
+Verdicts are in the journal when the page shows them as saved. If the server stops, the page keeps
+unsaved verdicts: restart it with the same --port and token (--token-file or {_TOKEN_VARIABLE}), or
+open the new address in the same browser.
 
-\b
-Verdicts are in the journal when the page shows them as saved. If the server
-stops, the page keeps unsaved verdicts: restart it with the same --port and
-token, or open the new address in the same browser.
-
-\b
-Several people can review at once: each runs the command on their own machine
-with the same KREA_JOURNAL_URL and KREA_STORAGE, or they open one server's page
-through a tunnel and enter their names.
+Several people can review at the same time: each runs the command on their own machine with the
+same --journal and --storage, or they open one server's page through a tunnel and enter their names.
 """
 
 
 @click.command("review", epilog=_EPILOG)
-@storage_option
-@journal_option
+@project_options
 @click.option("--reviewer", metavar="NAME", help="The reviewer's name.  [default: the login name]")
 @click.option(
     "--port",
@@ -66,8 +56,6 @@ through a tunnel and enter their names.
 @click.option("--no-open", is_flag=True, help="Do not open a browser.")
 def review_command(
     *,
-    storage: str,
-    journal_url: str,
     reviewer: str | None,
     port: int,
     token_file: Path | None,
@@ -80,44 +68,27 @@ def review_command(
     overwritten: the last one on an image counts. The printed address is secret: everyone on this
     machine who has it can give verdicts.
     """
-    from krea_dagster.curation.review.app import REASONS, Review, ReviewSettings
-    from krea_dagster.curation.review.server import serve
-    from krea_dagster.engine.journal.database import database_in, has_database
-    from krea_dagster.engine.journal.journal import Journal
-    from krea_dagster.engine.storage.storage import Storage
-    from krea_dagster.uvicorn_server import listen
-
     if len(reasons) > 9:
         raise click.UsageError("--reason can be given at most nine times, for the keys 1 to 9")
-    token = _token(token_file)
-    root = Storage(storage)
-    url = journal_url or database_in(root)
-    if not has_database(url):
-        raise ConfigError(
-            "there is no journal, so there is nothing to review. Check that KREA_STORAGE and "
-            "KREA_JOURNAL_URL are those of the runs, or run `krea-dagster materialize` first"
-        )
-    try:
-        listener = listen("127.0.0.1", port)
-    except OSError as error:
-        raise click.UsageError(f"cannot listen on 127.0.0.1:{port}: {error}") from None
 
-    def ready(address: str) -> None:
-        click.echo(address)
-        if not no_open and not webbrowser.open(redirect(address)):
-            click.echo("Open this address in a browser on this machine.", err=True)
+    with _redirect_page() as redirect:
 
-    with listener, closing(Journal(url)) as journal, _redirect_page() as redirect:
-        settings = ReviewSettings(
-            storage=root,
-            journal=journal,
-            reviewer=reviewer or _login(),
-            title=redact.location(root.locate("")).rstrip("/"),
-            reasons=reasons or REASONS,
-        )
-        review = Review(settings)
-        click.echo(f"{len(review):,} rows; press Ctrl+C to stop.", err=True)
-        serve(review, listener, token, on_ready=ready)
+        def ready(address: str) -> None:
+            click.echo(address)
+            if not no_open and not webbrowser.open(redirect(address)):
+                click.echo("Open this address in a browser on this machine.", err=True)
+            click.echo("Press Ctrl+C to stop.", err=True)
+
+        try:
+            Krea.from_environment().review(
+                reviewer=reviewer or _login(),
+                port=port,
+                token=_token(token_file),
+                reasons=reasons,
+                on_ready=ready,
+            )
+        except OSError as error:
+            raise click.UsageError(f"cannot listen on 127.0.0.1:{port}: {error}") from None
 
 
 @contextmanager

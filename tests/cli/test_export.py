@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from krea_dagster.curation.export.command import export_command
+from krea_dagster.cli.export import export_command
 from krea_dagster.curation.export.image_content import ImagesNotAsStored
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
@@ -98,7 +98,7 @@ def test_invalid_options_are_input_errors_and_bad_images_are_not(project: Export
 
 def test_help_imports_nothing_large() -> None:
     code = (
-        "import sys; from krea_dagster.curation.export.command import export_command; "
+        "import sys; from krea_dagster.cli.export import export_command; "
         "print([name for name in ('pyarrow', 'numpy', 'dagster') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

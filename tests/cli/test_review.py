@@ -11,7 +11,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from krea_dagster.curation.review.command import review_command
+from krea_dagster.cli.review import review_command
 from krea_dagster.errors import ConfigError
 from tests.curation.review.review_harness import TOKEN, Server, make_project
 

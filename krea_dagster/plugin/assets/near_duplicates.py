@@ -7,7 +7,7 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster import redact
-from krea_dagster.application.curation import present_verdicts
+from krea_dagster.application.curation import current_verdicts
 from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS
 from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
 from krea_dagster.curation.similarity.near_duplicates import (
@@ -76,7 +76,7 @@ def build_near_duplicates(
             figures = update_near_duplicates(
                 storage,
                 folders,
-                verdicts=present_verdicts(krea),
+                verdicts=current_verdicts(krea),
                 most_bits=most_bits,
                 least_quality=least_quality,
             )

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from krea_dagster.cli.gallery import gallery_command
 from krea_dagster.curation.column_filter import parse_filters
-from krea_dagster.curation.gallery.command import gallery_command
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import GallerySummary, estimate_bytes, write_gallery
 from krea_dagster.engine.journal.journal import Journal

@@ -166,7 +166,7 @@ class Server:
     def __init__(
         self, project: ReviewProject, *further: str, port: int = 0, opens: str = ""
     ) -> None:
-        code = "from krea_dagster.curation.review.command import review_command; review_command()"
+        code = "from krea_dagster.cli.review import review_command; review_command()"
         settings = ["--storage", str(project.folder), "--port", str(port)]
         if not opens:
             settings.append("--no-open")
