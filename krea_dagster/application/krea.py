@@ -387,7 +387,7 @@ class Krea(Backend):
         port: int = 0,
         token: str = "",
         reasons: Sequence[str] = (),
-        on_ready: Callable[[str], object] = print,
+        on_ready: Callable[[str, int], object] = print,
     ) -> None:
         """Serve the review page on this machine until it is interrupted.
 
@@ -396,7 +396,7 @@ class Krea(Backend):
             port: Port on 127.0.0.1; 0 takes a free one.
             token: Secret part of the address; a random one by default.
             reasons: Reasons for a rejection, on the keys 1 to 9.
-            on_ready: Is called with the page's address, which is a secret.
+            on_ready: Is called with the page's address, which is a secret, and the number of rows.
 
         Raises:
             ConfigError: if there is no journal.

@@ -20,7 +20,7 @@ def review(
     port: int,
     token: str,
     reasons: Sequence[str],
-    on_ready: Callable[[str], object],
+    on_ready: Callable[[str, int], object],
 ) -> None:
     """Serve the page until it is interrupted; see ``Krea.review``."""
     if not backend.has_journal():
@@ -37,4 +37,10 @@ def review(
             title=redact.location(storage.locate("")).rstrip("/"),
             reasons=reasons or REASONS,
         )
-        serve(Review(settings), listener, token or secrets.token_urlsafe(24), on_ready=on_ready)
+        page = Review(settings)
+        serve(
+            page,
+            listener,
+            token or secrets.token_urlsafe(24),
+            on_ready=lambda address: on_ready(address, len(page)),
+        )

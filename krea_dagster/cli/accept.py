@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from krea_dagster.application.krea import Krea
-from krea_dagster.cli.options import project_options
+from krea_dagster.cli.options import open_krea, project_options
 
 
 @click.group("accept")
@@ -22,7 +21,7 @@ def accept_root_command() -> None:
     Missing images are fetched again while their links live; images that the journal does not know
     are taken up without a known charge. Buys nothing.
     """
-    click.echo(Krea.from_environment().accept_root())
+    click.echo(open_krea().accept_root())
 
 
 @accept_group.command("key")
@@ -39,7 +38,7 @@ def accept_key_command(same_as: str) -> None:
     For a key that was rotated: otherwise purchases made with the old key are neither repeated nor
     given up. Buys nothing.
     """
-    click.echo(Krea.from_environment().accept_key(same_as))
+    click.echo(open_krea().accept_key(same_as))
 
 
 @accept_group.command("price")
@@ -51,4 +50,4 @@ def accept_price_command(quality: str, *, dismiss: bool) -> None:
 
     Settles the charges of the purchases at that price; caps then use it. Buys nothing.
     """
-    click.echo(Krea.from_environment().accept_price(quality, dismiss=dismiss))
+    click.echo(open_krea().accept_price(quality, dismiss=dismiss))

@@ -6,16 +6,23 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from krea_dagster.application.krea import Krea
-from krea_dagster.cli.options import json_option, partition_option, project_options, where_option
+from krea_dagster.cli.options import (
+    json_option,
+    open_krea,
+    partition_option,
+    project_options,
+    where_option,
+)
 from krea_dagster.cli.terminal import LINE_EVERY_S
-from krea_dagster.curation.export.export import Exported
-from krea_dagster.curation.export.shards import ExportProgress
-from krea_dagster.curation.export.spec import ExportSpec
+
+if TYPE_CHECKING:
+    from krea_dagster.curation.export.export import Exported
+    from krea_dagster.curation.export.shards import ExportProgress
+
 
 _EPILOG: Final = """
 An export is a new version: a folder below --to that never changes. LATEST (and the link latest)
@@ -139,7 +146,9 @@ def export_command(
     This buys nothing, and needs no network where images and target are folders. Splits depend on
     the prompts' text: equal prompts are never in two splits, and none moves as the table grows.
     """
-    krea = Krea.from_environment()
+    from krea_dagster.curation.export.spec import ExportSpec
+
+    krea = open_krea()
     spec = ExportSpec.parse(
         splits=splits,
         where=where,

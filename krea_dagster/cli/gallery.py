@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from krea_dagster.application.krea import Krea
-from krea_dagster.cli.options import json_option, partition_option, project_options, where_option
-from krea_dagster.curation.column_filter import parse_filters
-from krea_dagster.curation.gallery.filter import GalleryFilter
-from krea_dagster.curation.gallery.page import GallerySummary
+from krea_dagster.cli.options import (
+    json_option,
+    open_krea,
+    partition_option,
+    project_options,
+    where_option,
+)
+
+if TYPE_CHECKING:
+    from krea_dagster.curation.gallery.page import GallerySummary
+
 
 _EPILOG: Final = """
 \b
@@ -93,6 +99,9 @@ def gallery_command(
     It shows prompt, seed, size, credits and ids of each image, and needs no network, other file or
     script. Files that are missing or have changed since they were verified are not shown.
     """
+    from krea_dagster.curation.column_filter import parse_filters
+    from krea_dagster.curation.gallery.filter import GalleryFilter
+
     filters = GalleryFilter(
         partitions=partitions,
         where=parse_filters(where),
@@ -100,7 +109,7 @@ def gallery_command(
         verdicts=verdicts,
         limit=limit,
     )
-    written = Krea.from_environment().gallery(
+    written = open_krea().gallery(
         output,
         filters,
         title=title,

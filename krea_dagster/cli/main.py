@@ -77,7 +77,7 @@ def run() -> None:
     try:
         main()
     except KreaError as error:
-        from krea_dagster.cli.terminal import say_error  # noqa: PLC0415 - errors are rare
+        from krea_dagster.cli.terminal import say_error
 
         say_error(redact.text(str(error), *places))
         sys.exit(code_of(error))

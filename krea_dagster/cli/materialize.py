@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from krea_dagster import redact
-from krea_dagster.application.buy_options import BuyOptions, with_files
 from krea_dagster.application.settings import Settings
 from krea_dagster.cli.exit_codes import DONE, NOT_DELIVERED, STOPPED, TRY_LATER
 from krea_dagster.cli.options import (
@@ -21,15 +20,10 @@ from krea_dagster.cli.options import (
     partition_option,
     project_options,
 )
-from krea_dagster.cli.show_runs import (
-    materialized_figures,
-    show_materialized,
-    show_salvaged,
-    unknown_figures,
-)
 from krea_dagster.cli.terminal import progress_bar, say_error, say_synthetic, show_json
 
 if TYPE_CHECKING:
+    from krea_dagster.application.buy_options import BuyOptions
     from krea_dagster.plugin.materialize import Materialized
 
 #: The demo's base URL: no request is sent to it.
@@ -89,6 +83,8 @@ def materialize_command(
     default in dagster/ of the storage root. Repeat it at any time: what is stored is not bought
     again, and what was interrupted is continued.
     """
+    from krea_dagster.application.buy_options import BuyOptions, with_files
+
     options = BuyOptions(
         regenerate=with_files(again),
         new_seed=new_seed,
@@ -127,7 +123,8 @@ def salvage_command(*, as_json: bool) -> None:
     first: links expire after 24 hours. What was given up as lost is polled once more. Runs the
     Dagster job krea_salvage in this process.
     """
-    from krea_dagster.plugin.materialize import salvage  # noqa: PLC0415 - imports Dagster
+    from krea_dagster.cli.show_runs import show_salvaged, unknown_figures
+    from krea_dagster.plugin.materialize import salvage
 
     with progress_bar() as on_progress:
         done = salvage(Settings.from_environment(), on_progress=on_progress)
@@ -155,7 +152,8 @@ def _decisions(texts: Sequence[str]) -> dict[str, str]:
 def _materialize(
     settings: Settings, partitions: Sequence[str], options: BuyOptions | None, *, as_json: bool
 ) -> Materialized:
-    from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415 - imports Dagster
+    from krea_dagster.cli.show_runs import materialized_figures, show_materialized
+    from krea_dagster.plugin.materialize import materialize
 
     if settings.synthetic:
         say_synthetic()

@@ -6,11 +6,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from krea_dagster.application.settings import Settings, metavar_of, variable_of
+
+if TYPE_CHECKING:
+    from krea_dagster.application.krea import Krea
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -29,6 +32,13 @@ BUYING: Final = (
 )
 
 _NAMES: Final = {"journal_url": "--journal"}
+
+
+def open_krea() -> Krea:
+    """Return the application with the settings of the command."""
+    from krea_dagster.application.krea import Krea
+
+    return Krea.from_environment()
 
 
 def project_options(command: _Command) -> _Command:

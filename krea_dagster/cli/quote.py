@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from krea_dagster.application.krea import Krea
-from krea_dagster.application.quotes import Quoted
-from krea_dagster.cli.options import buying_options, json_option, partition_option
+from krea_dagster.cli.options import buying_options, json_option, open_krea, partition_option
 from krea_dagster.cli.terminal import out, printable, show_json
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.models import credits_from_units, credits_text
-from krea_dagster.spend.quote import Quote, QuoteLine
+
+if TYPE_CHECKING:
+    from krea_dagster.application.quotes import Quoted
+    from krea_dagster.spend.quote import Quote, QuoteLine
+
 
 #: Partitions up to which a quote lists them.
 _QUOTE_PARTITIONS: Final = 16
@@ -53,7 +55,7 @@ def quote_command(
     Reads the prompt table, the journal and the files; needs no network. The price of a quality is
     the highest that this account has paid, and before the first purchase the published one.
     """
-    quoted = Krea.from_environment().quote(partitions=partitions, credits_per_usd=credits_per_usd)
+    quoted = open_krea().quote(partitions=partitions, credits_per_usd=credits_per_usd)
     if as_json:
         show_json(quote_figures(quoted))
     else:

@@ -15,8 +15,7 @@ from typing import Final
 
 import click
 
-from krea_dagster.application.krea import Krea
-from krea_dagster.cli.options import project_options
+from krea_dagster.cli.options import open_krea, project_options
 from krea_dagster.errors import ConfigError
 
 _TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the variable
@@ -73,14 +72,14 @@ def review_command(
 
     with _redirect_page() as redirect:
 
-        def ready(address: str) -> None:
+        def ready(address: str, rows: int) -> None:
             click.echo(address)
             if not no_open and not webbrowser.open(redirect(address)):
                 click.echo("Open this address in a browser on this machine.", err=True)
-            click.echo("Press Ctrl+C to stop.", err=True)
+            click.echo(f"{rows:,} rows; press Ctrl+C to stop.", err=True)
 
         try:
-            Krea.from_environment().review(
+            open_krea().review(
                 reviewer=reviewer or _login(),
                 port=port,
                 token=_token(token_file),

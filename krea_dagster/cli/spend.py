@@ -8,20 +8,23 @@ from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-import pyarrow as pa
 from rich.markup import escape
 from rich.table import Table
 
-from krea_dagster.application.krea import Krea
-from krea_dagster.application.spend import Spend
-from krea_dagster.cli.options import json_option, project_options
+from krea_dagster.cli.options import json_option, open_krea, project_options
 from krea_dagster.cli.terminal import out, printable, show_json
 from krea_dagster.models import credits_from_units, credits_text
-from krea_dagster.spend.tables.query import SpendLine
-from krea_dagster.spend.warnings.warnings import SpendWarning
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from krea_dagster.application.spend import Spend
+    from krea_dagster.spend.tables.query import SpendLine
+    from krea_dagster.spend.warnings.warnings import SpendWarning
+
 
 _SPEND_COUNTS: Final = (
     "delivered",
@@ -84,7 +87,7 @@ def spend_command(
         raise click.UsageError("--since and --month exclude each other")
     if html is not None and (as_json or as_csv or since or month or sql):
         raise click.UsageError("--html writes the whole report; it can be combined with --by only")
-    krea = Krea.from_environment()
+    krea = open_krea()
     if html is not None:
         show_report(html, krea.spend_report(html, by=by))
         return
@@ -203,6 +206,8 @@ def show_answer(answer: pa.Table, form: str) -> None:
         writer.writerows(rows)
     else:
         table = Table(box=None, pad_edge=False)
+        import pyarrow as pa
+
         for name, kind in zip(answer.column_names, answer.schema.types, strict=True):
             is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
             justify: Any = "right" if is_number or pa.types.is_decimal(kind) else "left"

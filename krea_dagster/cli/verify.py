@@ -7,18 +7,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from krea_dagster.application.krea import Krea
 from krea_dagster.cli.exit_codes import DONE, NOT_DELIVERED
-from krea_dagster.cli.options import json_option, project_options
+from krea_dagster.cli.options import json_option, open_krea, project_options
 from krea_dagster.cli.terminal import LINE_EVERY_S, err, out, printable, show_json
 from krea_dagster.models import credits_from_units, credits_text
-from krea_dagster.spend.proof.findings import Proof, ProofFigures
+
+if TYPE_CHECKING:
+    from krea_dagster.spend.proof.findings import Proof, ProofFigures
 
 
 @click.command("verify")
@@ -33,9 +34,7 @@ def verify_command(*, no_files: bool, as_json: bool) -> None:
     needs no network.
     """
     with _progress() as on_progress:
-        proof = Krea.from_environment().verify(
-            hash_bytes=0 if no_files else None, on_progress=on_progress
-        )
+        proof = open_krea().verify(hash_bytes=0 if no_files else None, on_progress=on_progress)
     if as_json:
         show_json(proof_figures(proof))
     else:
