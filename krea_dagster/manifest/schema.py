@@ -41,8 +41,8 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("stored_at", _TIME, "When the verified file was in place, UTC"),
     ("reused", pa.bool_(), "Whether it was bought by an earlier run"),
     ("run_id", pa.string(), "Dagster run that bought it"),
-    ("error_code", pa.string(), "Why there is no image, as a code"),
-    ("error_message", pa.string(), "Why there is no image, as text"),
+    ("error_code", pa.string(), "Error code of a request without an image"),
+    ("error_message", pa.string(), "Error message of a request without an image"),
 )
 
 MANIFEST_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _COLUMNS])

@@ -1,7 +1,7 @@
 """The definition of how a cell of a prompt table is read: lenient in type, exact in value.
 
 Each reader returns a list that holds, for every cell, its value, None where it is missing (null or
-NaN), or a :class:`Bad` that says what is there instead.
+NaN), or a :class:`Bad` that describes the cell.
 """
 
 from __future__ import annotations

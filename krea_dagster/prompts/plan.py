@@ -63,7 +63,7 @@ class Plan:
         rows: Number of rows.
         images: Number of images.
         passthrough: Schema of the table's columns that are not recognised.
-        warnings: The first rows whose prompt is so long that the model may not read all of it.
+        warnings: The first rows whose prompt is longer than the model may read.
         warning_count: Number of all such rows.
         all_digests: Request keys as bytes, shape (images, 32), partition by partition.
     """

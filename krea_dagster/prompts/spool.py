@@ -63,7 +63,7 @@ class Keys:
 
 
 @dataclass
-class _Section:
+class _SortedRun:
     """Rows that were written together: sorted by partition, in blocks of ``block_rows`` rows.
 
     ``numbers`` are the partitions, ``starts`` their first rows and the end; ``places`` are the
@@ -85,12 +85,12 @@ class Spool:
         self._keys = keys
         self._gathered: list[tuple[pa.RecordBatch, _Numbers]] = []
         self._bytes = 0
-        self._sections: list[_Section] = []
+        self._runs: list[_SortedRun] = []
 
     def close(self) -> None:
         """Free memory and disk."""
         self._gathered = []
-        self._sections = []
+        self._runs = []
         self._file.close()
 
     def add(self, batch: pa.RecordBatch, numbers: _Numbers) -> None:
@@ -105,24 +105,24 @@ class Spool:
         number = self._keys.number_of(key)
         if number is None:
             return
-        for section in self._sections:
-            yield from self._from_section(section, number)
+        for run in self._runs:
+            yield from self._from_run(run, number)
         for batch, numbers in self._gathered:
             mask = numbers == number
             if mask.any():
                 yield batch.filter(pa.array(mask))
 
-    def _from_section(self, section: _Section, number: int) -> Iterator[pa.RecordBatch]:
-        (places,) = np.nonzero(section.numbers == number)
+    def _from_run(self, run: _SortedRun, number: int) -> Iterator[pa.RecordBatch]:
+        (places,) = np.nonzero(run.numbers == number)
         if not len(places):
             return
-        start, end = int(section.starts[places[0]]), int(section.starts[places[0] + 1])
+        start, end = int(run.starts[places[0]]), int(run.starts[places[0] + 1])
         while start < end:
-            block, first = divmod(start, section.block_rows)
-            length = min(end - start, section.block_rows - first)
-            if section.last[0] != block:
-                section.last = (block, self._read(*section.places[block]))
-            yield section.last[1].slice(first, length)
+            block, first = divmod(start, run.block_rows)
+            length = min(end - start, run.block_rows - first)
+            if run.last[0] != block:
+                run.last = (block, self._read(*run.places[block]))
+            yield run.last[1].slice(first, length)
             start += length
 
     def _read(self, offset: int, size: int) -> pa.RecordBatch:
@@ -139,7 +139,7 @@ class Spool:
         ranks = ranks[order]
         starts = np.flatnonzero(np.concatenate([[True], ranks[1:] != ranks[:-1]]))
         rows = max(1, _BLOCK_BYTES * table.num_rows // max(1, self._bytes))
-        section = _Section(numbers[order][starts], np.append(starts, table.num_rows), rows, [])
+        run = _SortedRun(numbers[order][starts], np.append(starts, table.num_rows), rows, [])
         end = self._file.seek(0, 2)
         for batch in table.to_batches(max_chunksize=rows):
             # A stream for each block: nested dictionaries may differ between blocks.
@@ -148,8 +148,8 @@ class Spool:
                 writer.write_batch(batch)
             data = sink.getvalue()
             self._file.write(data)
-            section.places.append((end, data.size))
+            run.places.append((end, data.size))
             end += data.size
-        self._sections.append(section)
+        self._runs.append(run)
         self._gathered = []
         self._bytes = 0

@@ -65,7 +65,7 @@ class FindingKind(str, Enum):
     MAYBE_CHARGED = "maybe_charged"
     #: Paid, and lost.
     LOST = "lost"
-    #: Stored, and the server never said what it cost.
+    #: Stored, and the server did not report its cost.
     PRICE_UNKNOWN = "price_unknown"
     #: Stored, because its file was found in the storage root; it was bought under another journal.
     PURCHASE_UNKNOWN = "purchase_unknown"
@@ -151,7 +151,7 @@ class Proof:
 
     @property
     def adds_up(self) -> bool:
-        """Whether there is no error."""
+        """Whether no finding is an error."""
         return self.errors == 0
 
 

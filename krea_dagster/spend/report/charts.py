@@ -90,7 +90,7 @@ class _Plot:
         self, points: Sequence[tuple[float, float]], kind: str, *, close: bool = False
     ) -> None:
         """Draw a line through points, or the area inside them."""
-        steps: list[svg.PathData] = [svg.M(*points[0]), *(svg.L(*one) for one in points[1:])]
+        steps: list[svg.PathData] = [svg.M(*points[0]), *(svg.L(*point) for point in points[1:])]
         if close:
             steps.append(svg.Z())
         self.elements.append(svg.Path(d=steps, class_=[kind]))
@@ -144,7 +144,7 @@ def daily_chart(
 ) -> list[str]:
     """Draw credits by day as bars, at stake on top of charged, with the budgets and some labels."""
     start, end = days[0].start, max(days[-1].start, days[0].start + timedelta(days=6))
-    most = max(one.line.committed_units for one in days)
+    most = max(period.line.committed_units for period in days)
     # A budget far above the bars would flatten them.
     near = [cap.units for cap in caps if cap.units <= 3 * most]
     images = []
@@ -152,10 +152,10 @@ def daily_chart(
         plot = _Plot(size, start, end, max([most, *near]))
         width = round(max(plot.step * (0.8 if plot.step > 4 else 0.9), 0.6), 2)
         for kind in ("charged", "stake"):
-            bars = [_bar(plot, one, kind, width) for one in days]
+            bars = [_bar(plot, period, kind, width) for period in days]
             plot.elements.append(svg.Path(d=[part for bar in bars for part in bar], class_=[kind]))
         plot.caps(caps)
-        _label(plot, labels, {one.start: one for one in days})
+        _label(plot, labels, {period.start: period for period in days})
         if size == "wide":
             _tips(plot, days)
         images.append(plot.drawn(label))
@@ -172,7 +172,7 @@ def month_chart(
     """Draw this month's credits added up by day, the month's budget, and the forecast."""
     start = today.replace(day=1)
     end = today + timedelta(days=days_left(today))
-    by_day = {one.start: one.line.committed_units for one in days}
+    by_day = {period.start: period.line.committed_units for period in days}
     total, sums = 0, []
     for number in range((today - start).days + 1):
         total += by_day.get(start + timedelta(days=number), 0)
@@ -209,9 +209,9 @@ def month_chart(
 def cost_chart(periods: Sequence[Period], days: int, label: str) -> list[str]:
     """Draw credits per accepted image, by periods of ``days`` days, as points on a line."""
     found = [
-        (one.start + timedelta(days=days // 2), one.line.per_accepted_units)
-        for one in periods
-        if one.line.per_accepted_units is not None
+        (period.start + timedelta(days=days // 2), period.line.per_accepted_units)
+        for period in periods
+        if period.line.per_accepted_units is not None
     ]
     if not found:
         return []
@@ -232,26 +232,26 @@ def cost_chart(periods: Sequence[Period], days: int, label: str) -> list[str]:
     return images
 
 
-def _bar(plot: _Plot, one: Period, kind: str, width: float) -> list[svg.PathData]:
-    line = one.line
+def _bar(plot: _Plot, period: Period, kind: str, width: float) -> list[svg.PathData]:
+    line = period.line
     low = 0 if kind == "charged" else line.charged_units
     high = line.charged_units if kind == "charged" else line.committed_units
     if high == low:
         return []
-    x, bottom, top = plot.x(one.start), plot.y(low), plot.y(high)
+    x, bottom, top = plot.x(period.start), plot.y(low), plot.y(high)
     return [svg.M(x, bottom), svg.V(top), svg.h(width), svg.V(bottom), svg.Z()]
 
 
 def _tips(plot: _Plot, days: Sequence[Period]) -> None:
     """Add a tooltip for each day; keyboard users have the table."""
     base = plot.height - _BOTTOM
-    for one in days:
-        units = one.line.committed_units
+    for period in days:
+        units = period.line.committed_units
         if units:
-            words = f"{day_words(one.start)}: {amount(units)} credits"
+            words = f"{day_words(period.start)}: {amount(units)} credits"
             plot.elements.append(
                 svg.Rect(
-                    x=plot.x(one.start),
+                    x=plot.x(period.start),
                     y=_TOP,
                     width=round(plot.step, 2),
                     height=base - _TOP,
@@ -265,10 +265,10 @@ def _label(plot: _Plot, labels: Sequence[DayLabel], days: dict[date, Period]) ->
     """Label days above their bars; a label that would overlap an earlier one is left out."""
     taken: list[tuple[float, float, float]] = []
     for mark in labels:
-        one = days.get(mark.day)
-        if one is None:
+        period = days.get(mark.day)
+        if period is None:
             continue
-        x, y = plot.middle(mark.day), plot.y(one.line.committed_units)
+        x, y = plot.middle(mark.day), plot.y(period.line.committed_units)
         y = max(y, _TOP + 4)
         width = len(mark.text) * _LETTER
         to_left = x + 8 + width > plot.width
@@ -290,7 +290,7 @@ def _ticks(most: float, count: int) -> list[float]:
         return [0.0, 1.0]
     rough = most / count
     power = 10.0 ** floor(log10(rough))
-    step = next(one * power for one in (1, 2, 2.5, 5, 10) if one * power >= rough * 0.999)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     return [step * number for number in range(ceil(most / step - 1e-9) + 1)]
 
 
@@ -312,7 +312,9 @@ def _dates(start: date, days: int, size: str) -> list[tuple[date, str]]:
         ]
     firsts = [day for day in every[: -days // 40 or None] if day.day == 1]
     room = {"wide": 24, "middle": 13, "narrow": 6}[size]
-    step = next(one for one in (1, 2, 3, 4, 6, 12, 24, 48, 96) if len(firsts) <= one * room)
+    step = next(
+        months for months in (1, 2, 3, 4, 6, 12, 24, 48, 96) if len(firsts) <= months * room
+    )
     chosen = [day for day in firsts if (day.month - 1 + 12 * day.year) % step == 0] or firsts[:1]
     return [
         (

@@ -117,7 +117,7 @@ def render(
             month_budget=next((cap for cap in caps if cap.kind == "month"), None),
             forecast=forecast,
             charts=_charts(figures, warnings, forecast, caps, today),
-            month_days=[one for one in figures.days if one.start >= today.replace(day=1)],
+            month_days=[period for period in figures.days if period.start >= today.replace(day=1)],
             caps=caps,
             now=now.astimezone(timezone.utc),
             today=today,
@@ -143,20 +143,23 @@ def _charts(
     if not figures.days:
         return {"days": Markup(), "month": Markup(), "cost": Markup()}
     since = figures.last - timedelta(days=CHART_DAYS - 1)
-    days = [one for one in figures.days if one.start >= since]
+    days = [period for period in figures.days if period.start >= since]
     unusual = sorted(
         (
-            one
-            for one in warnings
-            if one.kind is WarningKind.DAY_OUT_OF_HABIT and one.since >= since
+            warning
+            for warning in warnings
+            if warning.kind is WarningKind.DAY_OUT_OF_HABIT and warning.since >= since
         ),
-        key=lambda one: -one.units,
+        key=lambda warning: -warning.units,
     )
-    by_day = {one.start: one.line.committed_units for one in days}
+    by_day = {period.start: period.line.committed_units for period in days}
     labels = [
-        DayLabel(one.since, f"{one.since.day} {one.since:%b}: {amount(by_day[one.since])}")
-        for one in unusual[:_LABELS]
-        if one.since in by_day
+        DayLabel(
+            warning.since,
+            f"{warning.since.day} {warning.since:%b}: {amount(by_day[warning.since])}",
+        )
+        for warning in unusual[:_LABELS]
+        if warning.since in by_day
     ]
     total = credits_words(sum(by_day.values()))
     span = f"{day_words(days[0].start)} to {day_words(days[-1].start)}"
@@ -186,15 +189,19 @@ def _charts(
 
 
 def _forecast(figures: ReportFigures, today: date) -> Forecast | None:
-    spent = {one.start: one.line.committed_units for one in figures.days if one.start <= today}
+    spent = {
+        period.start: period.line.committed_units
+        for period in figures.days
+        if period.start <= today
+    }
     return forecast_month(spent, today, anomalous_days(find_anomalies(spent, today)))
 
 
 def _needs_four(figures: ReportFigures) -> bool:
     """Return whether any sum has more than two decimals, so that columns are aligned."""
-    lines = [figures.total, *(one.line for one in figures.days), *figures.failures]
+    lines = [figures.total, *(period.line for period in figures.days), *figures.failures]
     lines += [*figures.outcomes, *figures.prompts]
-    lines += [line for one in figures.breakdowns for line in one.lines]
+    lines += [line for breakdown in figures.breakdowns for line in breakdown.lines]
     return any(
         line.charged_units % CENT_UNITS or line.at_stake_units % CENT_UNITS for line in lines
     )

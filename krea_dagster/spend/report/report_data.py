@@ -115,7 +115,7 @@ class ReportFigures:
 
     def sum_since(self, start: date) -> ReportLine:
         """Return the sums from a day on."""
-        return _added("", (one.line for one in self.days if one.start >= start))
+        return _added("", (period.line for period in self.days if period.start >= start))
 
 
 def figures_of(
@@ -224,7 +224,7 @@ def _breakdown(
     database: duckdb.DuckDBPyConnection, title: str, head: str, columns: Sequence[str]
 ) -> Breakdown:
     name = " || ', ' || ".join(
-        f"coalesce(cast({quoted(one)} as varchar), '(none)')" for one in columns
+        f"coalesce(cast({quoted(column)} as varchar), '(none)')" for column in columns
     )
     rows = database.execute(
         f"select {name}, {_daily_sums(database)} from daily group by 1 "
@@ -288,8 +288,8 @@ def _costliest_prompts(
 
 def _grouped(days: Iterable[Period], start_of: Callable[[date], date]) -> list[Period]:
     groups: dict[date, list[ReportLine]] = {}
-    for one in days:
-        groups.setdefault(start_of(one.start), []).append(one.line)
+    for period in days:
+        groups.setdefault(start_of(period.start), []).append(period.line)
     return [Period(start, _added("", lines)) for start, lines in groups.items()]
 
 

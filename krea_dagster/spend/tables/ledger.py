@@ -60,7 +60,7 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("usd_charged", USD, "Its cost, US dollars, at the rate of the table"),
     ("billing_rule", pa.string(), "EvoLink's billing rule"),
     ("user_group", pa.string(), "EvoLink's user group"),
-    ("error_code", pa.string(), "Why there is no image, as a code"),
+    ("error_code", pa.string(), "Error code of a purchase without an image"),
     ("latency_s", pa.float64(), "From submission to completion, seconds"),
 )
 

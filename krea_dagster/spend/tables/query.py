@@ -229,8 +229,8 @@ def dataset_of(locations: Iterable[str], schema: pa.Schema) -> Table:
     return ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
 
 
-def _unified(one: pa.Schema, other: pa.Schema) -> pa.Schema:
+def _unified(left: pa.Schema, right: pa.Schema) -> pa.Schema:
     try:
-        return pa.unify_schemas([one, other.remove_metadata()], promote_options="permissive")
+        return pa.unify_schemas([left, right.remove_metadata()], promote_options="permissive")
     except pa.ArrowTypeError as error:
         raise ConfigError(f"columns of the files have different types: {error}") from error

@@ -26,8 +26,8 @@ class SpendState:
     """The journal and the settings that the tables were made from, and how far.
 
     ``taken_until_us`` is the time up to which every event was seen, if clocks agree. ``months`` are
-    the totals of each month when its files were written, ``labels`` a hash of what the manifests
-    said about its purchases then.
+    the totals of each month when its files were written, ``labels`` a hash of the columns
+    ``by`` of its purchases then.
     """
 
     journal_id: str

@@ -90,7 +90,7 @@ def find_anomalies(spent: Mapping[date, int], last: date, grain_units: int = 0) 
             continue
         since = max(habit_from, day - timedelta(days=WINDOW_DAYS))
         before = active[bisect_left(active, since) : bisect_right(active, day) - 1]
-        usual = [one for one in before if one not in odd]
+        usual = [other for other in before if other not in odd]
         expected = _expected(day, since, usual, spent=spent, odd=odd, grain_units=grain_units)
         if expected is None:
             continue
@@ -111,7 +111,7 @@ def find_anomalies(spent: Mapping[date, int], last: date, grain_units: int = 0) 
 def far_above(units: int, usual: Sequence[int], grain_units: int = 0) -> bool:
     """Return whether a sum is far above comparable sums, by their median and MAD."""
     middle = median(usual)
-    spread = median(abs(one - middle) for one in usual)
+    spread = median(abs(value - middle) for value in usual)
     chance = sqrt(max(middle, sum(usual) / len(usual)) * grain_units)
     return _is_far(units, middle, spread, max(usual), chance)
 
@@ -119,10 +119,10 @@ def far_above(units: int, usual: Sequence[int], grain_units: int = 0) -> bool:
 def anomalous_days(found: Sequence[Anomaly]) -> frozenset[date]:
     """Return the days of short anomalies, which do not predict later days."""
     return frozenset(
-        one.since + timedelta(days=number)
-        for one in found
-        if (one.until - one.since).days < SETTLED_DAYS
-        for number in range((one.until - one.since).days + 1)
+        anomaly.since + timedelta(days=number)
+        for anomaly in found
+        if (anomaly.until - anomaly.since).days < SETTLED_DAYS
+        for number in range((anomaly.until - anomaly.since).days + 1)
     )
 
 
@@ -157,7 +157,7 @@ def forecast_month(
     so_far = sum(units for day, units in spent.items() if start <= day <= today)
     left = [today + timedelta(days=number) for number in range(1, days_left(today) + 1)]
     rest = sum(means.get(day.weekday(), overall) for day in left)
-    # For the rest of today, what is missing to its mean; nothing where the mean is passed.
+    # For the rest of today, the difference to its mean; nothing where the mean is passed.
     rest += max(0.0, means.get(today.weekday(), overall) - spent.get(today, 0))
     days = [today, *left]
     of_means = 0.0
@@ -192,25 +192,25 @@ def _expected(
     if len(usual) < LEAST_ACTIVE:
         return None
     units = spent[day]
-    highest = max(spent[one] for one in usual)
+    highest = max(spent[other] for other in usual)
     if units <= FAR_OVER_HIGHEST * highest:  # most days: the rest need not be computed
         return None
     window = [since + timedelta(days=number) for number in range((day - since).days)]
-    window = [one for one in window if one not in odd]
+    window = [other for other in window if other not in odd]
     if len(usual) * 2 < len(window):
         # Most days have no purchases: the weekday matters little, and the others are compared.
-        values = [spent[one] for one in usual]
+        values = [spent[other] for other in usual]
         middle = median(values)
-        spread = median(abs(one - middle) for one in values)
+        spread = median(abs(value - middle) for value in values)
         mean = sum(values) / len(values)
     else:
         by_weekday: dict[int, list[int]] = {}
-        for one in window:
-            by_weekday.setdefault(one.weekday(), []).append(spent.get(one, 0))
+        for other in window:
+            by_weekday.setdefault(other.weekday(), []).append(spent.get(other, 0))
         medians = {name: median(values) for name, values in by_weekday.items()}
-        spread = median(abs(spent.get(one, 0) - medians[one.weekday()]) for one in window)
+        spread = median(abs(spent.get(other, 0) - medians[other.weekday()]) for other in window)
         middle = medians.get(day.weekday(), median(medians.values()))
-        mean = sum(spent.get(one, 0) for one in window) / len(window)
+        mean = sum(spent.get(other, 0) for other in window) / len(window)
     chance = sqrt(max(middle, mean) * grain_units)
     return round(middle) if _is_far(units, middle, spread, highest, chance) else None
 

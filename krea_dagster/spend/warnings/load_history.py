@@ -80,8 +80,8 @@ def account_use(proof: AccountProof | None) -> AccountUse | None:
     """Return the result of a comparison; differences in opposite directions do not cancel."""
     if proof is None:
         return None
-    wrong = [one for one in proof.stretches if one.unexplained_units]
-    sums = [one.unexplained_units for one in wrong]
+    wrong = [stretch for stretch in proof.stretches if stretch.unexplained_units]
+    sums = [stretch.unexplained_units for stretch in wrong]
     units = sum(sums) or max(sums, default=0, key=abs)
     places = list(proof.gaps) or wrong or list(proof.stretches)
     since = places[0].before.at.astimezone(timezone.utc).date()

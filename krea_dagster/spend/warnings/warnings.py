@@ -113,9 +113,9 @@ def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
     spent = {day.day: day.committed_units for day in history.days if day.day <= today}
     grain_units = max((seen.units for seen in history.prices), default=HIGHEST_PRICE_UNITS)
     anomalies = [
-        one
-        for one in find_anomalies(spent, today, grain_units)
-        if one.excess_units >= LEAST_EXCESS_UNITS
+        anomaly
+        for anomaly in find_anomalies(spent, today, grain_units)
+        if anomaly.excess_units >= LEAST_EXCESS_UNITS
     ]
     unusual_days = anomalous_days(anomalies)
     found = [
@@ -129,8 +129,10 @@ def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
         *_many_failures(history.days, today),
     ]
     order = list(WarningKind)
-    found.sort(key=lambda one: (-one.until.toordinal(), order.index(one.kind), one.about))
-    return sorted(found, key=lambda one: one.level is not Level.ERROR)
+    found.sort(
+        key=lambda warning: (-warning.until.toordinal(), order.index(warning.kind), warning.about)
+    )
+    return sorted(found, key=lambda warning: warning.level is not Level.ERROR)
 
 
 def _account(account: AccountUse | None, today: date) -> Iterator[SpendWarning]:
@@ -207,27 +209,33 @@ def _forecast(
 
 
 def _days(history: SpendHistory, anomalies: Sequence[Anomaly]) -> Iterator[SpendWarning]:
-    for one in anomalies:
-        times = f", {one.units / one.expected_units:.1f} times" if one.expected_units else ","
+    for anomaly in anomalies:
+        times = (
+            f", {anomaly.units / anomaly.expected_units:.1f} times"
+            if anomaly.expected_units
+            else ","
+        )
         yield SpendWarning(
             WarningKind.DAY_OUT_OF_HABIT,
-            f"{credits_words(one.units)} {_on(one.since, one.until)}{times} the "
-            f"{credits_words(one.expected_units)} that are usual{_mostly(history, one)}.",
-            one.since,
-            one.until,
+            f"{credits_words(anomaly.units)} {_on(anomaly.since, anomaly.until)}{times} the "
+            f"{credits_words(anomaly.expected_units)} that are usual{_mostly(history, anomaly)}.",
+            anomaly.since,
+            anomaly.until,
             "`krea-dagster spend --by run_id` shows the run; a day's budget would stop it.",
-            one.excess_units,
+            anomaly.excess_units,
         )
 
 
-def _mostly(history: SpendHistory, one: Anomaly) -> str:
-    """Name the partition with most of the spend, if there is one."""
+def _mostly(history: SpendHistory, anomaly: Anomaly) -> str:
+    """Name the partition with most of the spend, if there is anomaly."""
     sums: dict[str, int] = defaultdict(int)
     for part in history.partitions:
-        if one.since <= part.day <= one.until:
+        if anomaly.since <= part.day <= anomaly.until:
             sums[part.partition_key] += part.committed_units
     name, units = max(sums.items(), key=lambda item: item[1], default=("", 0))
-    return f"; {credits_words(units)} of it for partition {name}" if units * 2 > one.units else ""
+    return (
+        f"; {credits_words(units)} of it for partition {name}" if units * 2 > anomaly.units else ""
+    )
 
 
 def _partitions(
@@ -249,7 +257,7 @@ def _partitions(
         if len(days) < LEAST_ACTIVE:
             short.append((min(days), key, sum(days.values())))
         else:
-            found += [(key, one) for one in find_anomalies(days, today, grain_units)]
+            found += [(key, anomaly) for anomaly in find_anomalies(days, today, grain_units)]
     peers: list[int] = []
     for since, key, units in sorted(short):
         usual = peers[-WINDOW_DAYS:]
@@ -260,24 +268,24 @@ def _partitions(
     least_units = LEAST_EXCESS_UNITS
     if sums := [day.committed_units for day in history.days if day.committed_units]:
         least_units = max(least_units, int(LEAST_PARTITION_SHARE * median(sums)))
-    for key, one in found:
+    for key, anomaly in found:
         is_known = any(
-            one.since + timedelta(days=number) in unusual_days
-            for number in range((one.until - one.since).days + 1)
+            anomaly.since + timedelta(days=number) in unusual_days
+            for number in range((anomaly.until - anomaly.since).days + 1)
         )
-        if one.excess_units >= least_units and not is_known:
-            yield _partition(key, one)
+        if anomaly.excess_units >= least_units and not is_known:
+            yield _partition(key, anomaly)
 
 
-def _partition(key: str, one: Anomaly) -> SpendWarning:
+def _partition(key: str, anomaly: Anomaly) -> SpendWarning:
     return SpendWarning(
         WarningKind.PARTITION_OUT_OF_HABIT,
-        f"Partition {key} cost {credits_words(one.units)} {_on(one.since, one.until)}; "
-        f"{credits_words(one.expected_units)} are usual.",
-        one.since,
-        one.until,
+        f"Partition {key} cost {credits_words(anomaly.units)} {_on(anomaly.since, anomaly.until)}; "
+        f"{credits_words(anomaly.expected_units)} are usual.",
+        anomaly.since,
+        anomaly.until,
         "Check that its rows are intended; a budget for partitions would stop it.",
-        one.excess_units,
+        anomaly.excess_units,
         key,
     )
 
@@ -360,9 +368,9 @@ def _new_failures(history: SpendHistory, today: date) -> Iterator[SpendWarning]:
             if days[day][0] < LEAST_FAILURES:
                 continue  # too few to be new; the next day may have more
             last = day
-            week = [days[one] for one in days if 0 <= (one - day).days < 7]
-            count, units = sum(one[0] for one in week), sum(one[1] for one in week)
-            until = max(one for one in days if 0 <= (one - day).days < 7)
+            week = [days[other] for other in days if 0 <= (other - day).days < 7]
+            count, units = sum(part[0] for part in week), sum(part[1] for part in week)
+            until = max(other for other in days if 0 <= (other - day).days < 7)
             yield SpendWarning(
                 WarningKind.FAILURE_NEW,
                 f"{count:,} purchases ended with {code} {_on(day, until)}, which "
@@ -387,11 +395,11 @@ def _many_failures(days: Sequence[DaySpend], today: date) -> Iterator[SpendWarni
         if open_days and (day.day - open_days[-1].day).days > 1:
             yield _failing(open_days, usual_share)
             open_days = []
-        window = [one for one in usual[-WINDOW_DAYS:] if one.asked]
-        asked = sum(one.asked for one in window)
+        window = [past for past in usual[-WINDOW_DAYS:] if past.asked]
+        asked = sum(past.asked for past in window)
         learning = not usual or (day.day - usual[0].day).days < LEARNING_DAYS
         if not learning and asked and day.asked:
-            share = sum(one.trouble for one in window) / asked
+            share = sum(past.trouble for past in window) / asked
             # Even without any earlier failure, one in a thousand is usual.
             deviation = sqrt(max(share, 0.001) * (1 - share) / day.asked)
             limit = share + max(TROUBLE_DEVIATIONS * deviation, TROUBLE_POINTS)
