@@ -18,6 +18,7 @@ from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.decompress import CHUNK_BYTES, Decompressor
 from krea_dagster.errors import ConfigError, DownloadError, LinkExpired, LinkRefused, NoUsableBody
 from tests.api.loopback_server import (
+    KEY,
     Behaviour,
     ReceivedRequest,
     answers,
@@ -32,7 +33,6 @@ from tests.api.loopback_server import (
 
 pytestmark = pytest.mark.anyio
 
-KEY = "sk-test-0123456789abcdefghij"
 LOCAL_API = "http://127.0.0.1:1"
 PUBLIC_API = "https://api.evolink.ai"
 IMAGE = bytes(range(256)) * 1000

@@ -15,49 +15,13 @@ import pytest
 
 from krea_dagster.api import Download, KreaClient
 from krea_dagster.api.download import RESUMED_MAX
-from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.errors import LinkExpired, NoUsableBody
-from tests.api.loopback_server import Behaviour, ReceivedRequest, answers, message, serving
+from tests.api.loopback_server import KEY, Behaviour, ReceivedRequest, answers, message, serving
 
 pytestmark = pytest.mark.anyio
 
-KEY = "sk-test-0123456789abcdefghij"
 LOCAL_API = "http://127.0.0.1:1"
 IMAGE = bytes(range(256)) * 1000
-
-# -- decisions --------------------------------------------------------------------------------
-
-
-async def test_fewer_than_a_kilobyte_a_second_is_too_slow() -> None:
-    enough = RateWindow(100.0).add(60 * MIN_BYTES_PER_S)
-    assert not enough.is_over(159.9, 60.0)
-    assert enough.is_over(160.0, 60.0)
-    assert not enough.is_too_slow(160.0)
-    assert enough.is_too_slow(160.1)
-    assert RateWindow(100.0).add(60 * MIN_BYTES_PER_S - 1).is_too_slow(160.0)
-
-
-async def test_time_of_the_sink_does_not_count() -> None:
-    assert not RateWindow(100.0).add(MIN_BYTES_PER_S).pause(59.0).is_too_slow(160.0)
-
-
-async def test_a_slow_download_halves_the_limit_and_a_success_adds_one() -> None:
-    at_once = DownloadLimit(most=16, number=16)
-    for now_s, number in enumerate([8, 4, 2, 1, 1]):
-        at_once = at_once.slow(began_at_s=now_s, now_s=now_s + 0.5)
-        assert at_once.number == number
-    for number in (2, 3, 4):
-        at_once = at_once.success()
-        assert at_once.number == number
-    assert DownloadLimit(most=16, number=16).success().number == 16
-
-
-async def test_downloads_that_began_and_stop_together_halve_the_limit_once() -> None:
-    at_once = DownloadLimit(most=16, number=16)
-    for _ in range(16):
-        at_once = at_once.slow(began_at_s=0.0, now_s=60.0)
-    assert at_once.number == 8
-
 
 # -- a slow line ------------------------------------------------------------------------------
 

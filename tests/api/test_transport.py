@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from krea_dagster.api import KreaClient
+from krea_dagster.api.transport import AiohttpTransport
 from krea_dagster.errors import NotSent, OutcomeUnknown, SubmitError
 from tests.api.loopback_server import (
     CREATED,
@@ -269,3 +270,76 @@ async def test_an_untrusted_certificate(
     ):
         assert await failed(client) is NotSent
     assert server.seen == []
+
+
+# -- the transport under httpx.AsyncClient ------------------------------------------------------
+
+FAILURES: dict[str, tuple[Behaviour, type[httpx.TransportError]]] = {
+    "closes in silence": (writes(keep=False), httpx.RemoteProtocolError),
+    "never answers": (hangs(), httpx.ReadTimeout),
+    "answers garbage": (writes(b"garbage\r\n\r\n", keep=False), httpx.RemoteProtocolError),
+    "breaks off": (
+        writes(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", keep=False),
+        httpx.RemoteProtocolError,
+    ),
+    "stops": (hangs(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"), httpx.ReadTimeout),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+async def test_a_request_that_was_sent_is_never_a_failure_to_connect(case: str) -> None:
+    behaviour, error = FAILURES[case]
+    async with (
+        serving(behaviour) as server,
+        httpx.AsyncClient(transport=AiohttpTransport(), timeout=0.3) as http,
+    ):
+        with pytest.raises(httpx.TransportError) as caught:
+            await http.post(server.url, content=b"purchase")
+    assert type(caught.value) is error
+
+
+async def test_an_httpx_client_can_use_the_transport() -> None:
+    async with (
+        serving(answers(200, {"a": 1}, set_cookie="a=b")) as server,
+        httpx.AsyncClient(transport=AiohttpTransport()) as http,
+    ):
+        response = await http.post(server.url, json={"b": 2}, headers={"X-Own": "1"})
+        assert (response.status_code, response.json()) == (200, {"a": 1})
+        async with http.stream("GET", server.url) as streamed:
+            assert await streamed.aread() == b'{"a": 1}'
+    assert server.seen[0].json == {"b": 2}
+    assert server.seen[0].headers["x-own"] == "1"
+    assert server.connections == 1
+
+
+async def test_a_connection_is_released_for_any_end_of_a_request() -> None:
+    endings = iter([writes(keep=False), hangs(), answers(200, b"x" * 100_000), answers(200, b"x")])
+
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
+        return await next(endings)(seen, writer)
+
+    transport = AiohttpTransport(max_connections=1)
+    async with (
+        serving(behave) as server,
+        httpx.AsyncClient(transport=transport, timeout=0.2) as http,
+    ):
+        for _ in range(2):
+            with pytest.raises(httpx.TransportError):
+                await http.get(server.url)
+        async with http.stream("GET", server.url):
+            pass  # the body is left unread
+        assert (await http.get(server.url)).content == b"x"
+
+
+async def test_a_get_is_repeated_if_a_kept_connection_was_closed_and_a_post_is_not() -> None:
+    endings = iter([answers(200), writes(keep=False), answers(200), writes(keep=False)])
+
+    async def behave(seen: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
+        return await next(endings)(seen, writer)
+
+    async with serving(behave) as server, httpx.AsyncClient(transport=AiohttpTransport()) as http:
+        await http.get(server.url)
+        assert (await http.get(server.url)).status_code == 200
+        with pytest.raises(httpx.RemoteProtocolError):
+            await http.post(server.url, content=b"purchase")
+    assert [seen.method for seen in server.seen] == ["GET", "GET", "GET", "POST"]
