@@ -30,6 +30,8 @@ RATE_LIMITED: Final = "turned_away"
 NO_USABLE_ANSWER: Final = "no_usable_answer"
 #: The server knows none of the tasks: the API key may be another account's.
 TASKS_NOT_FOUND: Final = "tasks_not_found"
+#: Several prices in a row were implausible.
+PRICE_DOUBTED: Final = "price_doubted"
 
 # Codes of requests.
 

@@ -142,9 +142,9 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
             return "EvoLink gives no usable answer", "wait until it does"
         case RunStopped(code=policy.API_AWAY):
             return "EvoLink's API cannot be reached", "mend what the message says"
-        case RunStopped(code="tasks_not_found"):
+        case RunStopped(code=policy.TASKS_NOT_FOUND):
             return "the key is probably another account's", "set the right EVOLINK_API_KEY"
-        case RunStopped(code="price_doubted"):
+        case RunStopped(code=policy.PRICE_DOUBTED):
             return "a price cannot be believed", "run the command that the message names"
         case RunStopped():
             return (

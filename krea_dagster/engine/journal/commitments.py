@@ -25,6 +25,7 @@ from krea_dagster.engine.journal.statements import (
     known_prices,
     upsert_prices,
 )
+from krea_dagster.engine.policy import PRICE_DOUBTED
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event
 from krea_dagster.errors import RunStopped
@@ -213,7 +214,7 @@ DOUBTED_IN_ROW: Final = 3
 def price_doubted(quality: str, units: int, in_row: int) -> RunStopped:
     """Return the error that stops buying a quality until a person has checked its price."""
     return RunStopped(
-        "price_doubted",
+        PRICE_DOUBTED,
         f"EvoLink has reported a price far from the expected one for a {quality} image {in_row} "
         f"times in a row, most recently {credits_text(units)} credits. If the price is right, run "
         f"`krea-dagster accept price {quality}`; otherwise run the same command with --dismiss",
