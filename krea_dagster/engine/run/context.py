@@ -14,12 +14,12 @@ from krea_dagster.engine.policy import backoff_s
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.in_flight import InFlight
 from krea_dagster.engine.run.options import Client, RunOptions
-from krea_dagster.engine.run.outages import Outages
+from krea_dagster.engine.run.outages import Dependency, Outages
 from krea_dagster.engine.run.poller import TaskPoller
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.run.worklist import WorkList
 from krea_dagster.engine.states import Event
-from krea_dagster.errors import AccountStopped, RunStopped
+from krea_dagster.errors import AccountStopped, KreaError, NoUsableBody, RunStopped
 
 
 class RunContext:
@@ -91,6 +91,11 @@ class RunContext:
         )
         if item.record.committed_units < before.committed_units:
             self.on_release()
+
+    async def api_was_away(self, error: KreaError) -> bool:
+        """Wait for the API if an error suggests that it is away; return whether it was."""
+        suspected = isinstance(error, NoUsableBody) or getattr(error, "may_be_away", False)
+        return suspected and await self.outages.until_back(Dependency.API, error)
 
     def age_s(self, record: Record) -> float:
         """Return the seconds since a request was submitted."""

@@ -7,14 +7,12 @@ from typing import Any
 
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.run.context import RunContext
-from krea_dagster.engine.run.outages import Dependency
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
     DownloadError,
     ImageRejected,
     LinkExpired,
-    NoUsableBody,
     StorageError,
 )
 
@@ -53,9 +51,7 @@ class FetchStep:
         try:
             image = await self._download(str(record.result_url), record)
         except DownloadError as error:
-            if isinstance(error, NoUsableBody) and await self._outages.until_back(
-                Dependency.API, error
-            ):
+            if await self._context.api_was_away(error):
                 return 0.0  # the network failed, and not the file
             await self._record(item, Event.NOT_STORED, error=(error.code, str(error)))
             if isinstance(error, ImageRejected):

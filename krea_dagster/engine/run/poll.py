@@ -13,14 +13,12 @@ from krea_dagster.engine.resolution import Claim, why_not_taken
 from krea_dagster.engine.run.callback_listener import CallbackListener
 from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.latency import is_overdue
-from krea_dagster.engine.run.outages import Dependency
 from krea_dagster.engine.run.poll_schedule import PendingTask, PollReason, worth_polling
 from krea_dagster.engine.run.poller import TaskRead
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import (
     AccessDenied,
-    ApiError,
     InputError,
     InsufficientCredits,
     KreaError,
@@ -76,9 +74,7 @@ class PollStep:
                 callback_key=record.request_key if expects_callback and pending else None,
             )
         except KreaError as error:
-            if _may_be_away(error) and await self._context.outages.until_back(
-                Dependency.API, error
-            ):
+            if await self._context.api_was_away(error):
                 return 0.0  # it was not the read that failed
             return self._failed(item, error)
         self._found_one = True
@@ -263,10 +259,6 @@ class PollStep:
                     "is given up",
                 )
             )
-
-
-def _may_be_away(error: KreaError) -> bool:
-    return isinstance(error, ApiError) and error.may_be_away
 
 
 def _charge(record: Record, task: Task) -> int | None:

@@ -24,7 +24,6 @@ from krea_dagster.engine.policy import (
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
 from krea_dagster.engine.run.context import RunContext
-from krea_dagster.engine.run.outages import Dependency
 from krea_dagster.engine.run.poll import PollStep
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
@@ -331,7 +330,7 @@ class SubmitStep:
 
     async def _failed(self, item: WorkItem, error: SubmitError) -> float:
         """Wait for the API if it was away; otherwise count the failure, and pause."""
-        if error.may_be_away and await self._context.outages.until_back(Dependency.API, error):
+        if await self._context.api_was_away(error):
             return 0.0  # it was not the request that failed
         item.retry.submit_failures += 1
         at_least_s = error.retry_after_s or 0.0
