@@ -6,6 +6,7 @@ NaN), or a :class:`Bad` that describes the cell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -109,7 +110,7 @@ def whole_cells(array: pa.Array) -> Cells[int]:
 
 
 def _whole_cell(value: float | Decimal | None) -> int | Bad | None:
-    if value is None or value != value:  # noqa: PLR0124 - only NaN differs from itself
+    if value is None or math.isnan(value):
         return None
     number = Decimal(value)
     if number.is_finite() and number == number.to_integral_value():
@@ -129,7 +130,7 @@ def flag_cells(array: pa.Array) -> Cells[bool]:
 def _only_missing(array: pa.Array) -> Cells[Any]:
     """Read floats, which pandas makes of a column in which every cell is missing."""
     return [
-        None if value is None or value != value else Bad(shown(value))  # noqa: PLR0124 - NaN
+        None if value is None or math.isnan(value) else Bad(shown(value))
         for value in array.to_pylist()
     ]
 

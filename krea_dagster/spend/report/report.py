@@ -144,23 +144,7 @@ def _charts(
         return {"days": Markup(), "month": Markup(), "cost": Markup()}
     since = figures.last - timedelta(days=CHART_DAYS - 1)
     days = [period for period in figures.days if period.start >= since]
-    unusual = sorted(
-        (
-            warning
-            for warning in warnings
-            if warning.kind is WarningKind.DAY_OUT_OF_HABIT and warning.since >= since
-        ),
-        key=lambda warning: -warning.units,
-    )
     by_day = {period.start: period.line.committed_units for period in days}
-    labels = [
-        DayLabel(
-            warning.since,
-            f"{warning.since.day} {warning.since:%b}: {amount(by_day[warning.since])}",
-        )
-        for warning in unusual[:_LABELS]
-        if warning.since in by_day
-    ]
     total = credits_words(sum(by_day.values()))
     span = f"{day_words(days[0].start)} to {day_words(days[-1].start)}"
     day_caps = [BudgetMark("day’s budget", cap.units) for cap in caps if cap.kind == "day"]
@@ -168,24 +152,41 @@ def _charts(
     month = figures.sum_since(today.replace(day=1))
     drawn = {
         "days": daily_chart(
-            days, day_caps, labels, f"Bar chart of credits by day, {span}: {total} in all."
+            days,
+            day_caps,
+            _labels(warnings, by_day),
+            f"Bar chart of credits by day, {span}: {total} in total.",
         ),
         "month": month_chart(
             figures.days,
             today,
             month_caps,
             forecast,
-            f"Line chart of the credits of {today:%B %Y}, added up by day: "
+            f"Line chart of the cumulative credits of {today:%B %Y}: "
             f"{credits_words(month.committed_units)} so far.",
         ),
         "cost": cost_chart(
             figures.periods,
             _UNIT_DAYS[figures.unit],
-            f"Line chart of credits for each accepted image by {figures.unit}.",
+            f"Line chart of credits per accepted image by {figures.unit}.",
         ),
     }
     # charts.py escapes all text that it is given.
     return {name: Markup("".join(images)) for name, images in drawn.items()}  # noqa: S704
+
+
+def _labels(warnings: Sequence[SpendWarning], by_day: Mapping[date, int]) -> list[DayLabel]:
+    """Return the labels of the most expensive unusual days."""
+    unusual = [
+        warning
+        for warning in warnings
+        if warning.kind is WarningKind.DAY_OUT_OF_HABIT and warning.since in by_day
+    ]
+    unusual.sort(key=lambda warning: -warning.units)
+    return [
+        DayLabel(day, f"{day.day} {day:%b}: {amount(by_day[day])}")
+        for day in (warning.since for warning in unusual[:_LABELS])
+    ]
 
 
 def _forecast(figures: ReportFigures, today: date) -> Forecast | None:

@@ -115,8 +115,7 @@ def update_spend(
         spool = _MonthSpool(folder)
         spool.fill(purchases(connection, None if touched == totals.keys() else touched))
         for month in sorted(touched):
-            raw = spool.reader(month)
-            duck.register("raw", raw)
+            duck.register("raw", spool.reader(month))
             make_month(duck, "raw", rate)
             duck.unregister("raw")
             labels[month] = _write_month(duck, storage, month, by, schema)
