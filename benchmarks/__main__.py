@@ -41,7 +41,7 @@ def main() -> None:
     add.add_argument("--quick", action="store_true", help="a few minutes, and nothing is written")
     options = add.parse_args()
     if wrong := set(options.names) - set(NAMES):
-        add.error(f"there is no benchmark {', '.join(sorted(wrong))}")
+        add.error(f"unknown benchmark {', '.join(sorted(wrong))}")
     found: dict[str, Any] = {}
     failed = []
     for name in options.names or NAMES:

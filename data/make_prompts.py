@@ -149,7 +149,7 @@ def make_table() -> pa.Table:
 
 
 def main(output: Path = OUTPUT) -> None:
-    """Write the table. Nothing in it hangs on the clock, the machine or the order of a dict."""
+    """Write the table. Nothing in it depends on the clock, the machine or the order of a dict."""
     pq.write_table(make_table(), output, compression="zstd", use_dictionary=False)
 
 

@@ -369,14 +369,23 @@ class DrillRunner:
                     await worker.ended.wait()
 
     async def _finish_open_rows(self) -> None:
-        """Let workers with right clocks work until the rows so far do not change."""
-        before: object = None
-        for _ in range(_MOST_PASSES):
+        """Let workers with right clocks finish the rows that are open so far."""
+
+        async def run_one(_number: int) -> None:
             await self._ended(await self._launch(set_clock=False))
+
+        await self._until_settled(run_one)
+
+    async def _until_settled(self, run_pass: Callable[[int], Awaitable[None]]) -> int:
+        """Run passes until the rows' states do not change; return how many."""
+        before: object = None
+        for number in range(1, _MOST_PASSES + 1):
+            await run_pass(number)
             now = await self._states()
             if now == before or _ENDED.issuperset(now) or self._went_wrong:
-                return
+                return number
             before = now
+        return _MOST_PASSES
 
     def _open_rows_for_episode(self) -> None:
         kept = len(self._requests) * _KEPT_BACK
@@ -392,8 +401,8 @@ class DrillRunner:
         self._rows = len(self._requests)
         for fork_server in self._fork_servers:  # so that the first worker does not work alone
             await fork_server.ready.wait()
-        before: object = None
-        for number in range(1, _MOST_PASSES + 1):
+
+        async def run_all(number: int) -> None:
             # In a part without kills, clocks are set here.
             set_clock = number == 1 and not self._part.kills
             async with anyio.create_task_group() as group:
@@ -405,11 +414,8 @@ class DrillRunner:
                         if not self._part.kills:  # the next worker meets its purchases
                             await self._until_bought(worker, posts=0)
                 group.cancel_scope.cancel()
-            now = await self._states()
-            if now == before or _ENDED.issuperset(now) or self._went_wrong:
-                return number
-            before = now
-        return _MOST_PASSES
+
+        return await self._until_settled(run_all)
 
     async def compare(self) -> Reconciliation:
         """Compare the server's records, the journal and the files, once all tasks have ended."""

@@ -40,7 +40,7 @@ STOPPED: Final = 3
 
 
 def work(job: WorkerJob, make_client: MakeClient = InstrumentedClient) -> None:
-    """Do a job as far as possible, and print on stderr how it ended."""
+    """Do a job, and print on stderr how it ended."""
     krea = instrumented_krea(WorkerContext.of(job), make_client)
     ended = _carry(job, krea) if job.again is None else _regenerate(job, krea)
     print(json.dumps({"worker": job.number, **ended}), file=sys.stderr)  # noqa: T201 - its log

@@ -272,7 +272,7 @@ WORLDS: Final[Mapping[str, DrillWorld]] = {
         (
             WorldPart("killed", share=0.7, hosts=_AWAY, workers=2),
             WorldPart(
-                "nobody killed, keys ignored",
+                "no kills, keys ignored",
                 share=0.3,
                 kills=False,
                 on_unknown="replay",
@@ -302,7 +302,7 @@ WORLDS: Final[Mapping[str, DrillWorld]] = {
                 ),
             ),
             WorldPart(
-                "two workers, nobody killed, keys ignored",
+                "two workers, no kills, keys ignored",
                 share=0.3,
                 kills=False,
                 on_unknown="replay",
@@ -389,7 +389,7 @@ WORLDS: Final[Mapping[str, DrillWorld]] = {
             ),
             WorldPart("keys ignored, policy hold", share=0.4, on_unknown="hold", honours_key=False),
             WorldPart(
-                "409 conflict, nobody killed",
+                "409 conflict, no kills",
                 share=0.2,
                 kills=False,
                 on_unknown="replay",

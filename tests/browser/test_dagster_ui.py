@@ -28,7 +28,7 @@ from tests.dagster_bench import end_group
 
 ROOT = Path(__file__).parents[2]
 START_S = 120.0
-KEY = "sk-a-key-that-nobody-may-see"
+KEY = "sk-a-key-that-must-not-show"
 
 pytestmark = pytest.mark.browser
 
@@ -129,7 +129,7 @@ def test_a_partition_shows_its_figures_and_its_thumbnails(page: Page, ui: str) -
     page.get_by_text("Show Markdown").first.click()
     sheet = page.locator("img[src^='data:image/jpeg']").first
     expect(sheet).to_be_visible()
-    assert sheet.evaluate("picture => picture.naturalWidth") > 100
+    assert sheet.evaluate("image => image.naturalWidth") > 100
     page.wait_for_timeout(500)
     _keep(page, "partition-thumbnails")
     page.keyboard.press("Escape")

@@ -1,4 +1,4 @@
-"""The examples do what their README says, started by the very command that stands in it."""
+"""The examples do what their README says, started by the command in it."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def by_csv(folder: Path) -> Found:
 
 
 def described(data: bytes, row: dict[str, Any]) -> dict[str, Any]:
-    with Pillow.open(io.BytesIO(data)) as picture:
-        pixels = hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+    with Pillow.open(io.BytesIO(data)) as image:
+        pixels = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
     return {
         "sha256": hashlib.sha256(data).hexdigest(),
         "pixels": pixels,

@@ -1,4 +1,4 @@
-"""Reads every export back with its own library, in an environment that has nothing of ours.
+"""Reads every export back with its own library, in an environment without this package.
 
 Images must be equal by sha256 and by pixels, columns equal to the rows they were made from, and
 splits the same when the table has grown by a tenth. ``EXPORT_PYTHON`` names a Python that has the
@@ -36,7 +36,7 @@ from tests.curation.export.export_project import ExportProject  # noqa: E402
 
 
 def main() -> int:
-    """Return 0 where all is as it was written."""
+    """Return 0 if everything is as it was written."""
     with tempfile.TemporaryDirectory(prefix="krea-export-env-") as folder:
         home = Path(folder)
         python = Path(os.environ.get("EXPORT_PYTHON") or make_environment(home))
@@ -134,8 +134,8 @@ def compare(reader: str, found: dict[str, Any], rows: list[dict[str, Any]], *, e
 
 
 def pixels_of(row: dict[str, Any]) -> str:
-    with Image.open(io.BytesIO(Path(row["image_path"]).read_bytes())) as picture:
-        return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+    with Image.open(io.BytesIO(Path(row["image_path"]).read_bytes())) as image:
+        return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def splits_of(found: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Runs the README's commands for a project of one's own, with the package installed as a wheel.
+"""Runs the README's commands for a new project, with the package installed as a wheel.
 
-A fresh environment, a fresh project, and nothing of this checkout but the wheel that is built
-from it. The versions are those of requirements.lock, which uv has in its cache.
+A new environment, a new project, and nothing of this checkout except the wheel that is built from
+it. The versions are those of requirements.lock, which uv has in its cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = ("create-dagster", "dagster-dg-cli")
 
 
 def main() -> int:
-    """Return 0 where all is as the README says."""
+    """Return 0 if everything is as the README says."""
     steps = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="krea-project-") as folder:
         home = Path(folder)
@@ -37,12 +37,12 @@ def main() -> int:
         assert {row["status"] for row in first} == {"stored"}, first
         assert not any(row["reused"] for row in first), first
         for row in first:
-            with Image.open(row["image_path"]) as picture:
-                picture.load()
-                assert picture.size == (row["width"], row["height"]), row
+            with Image.open(row["image_path"]) as image:
+                image.load()
+                assert image.size == (row["width"], row["height"]), row
         assert Path(first[0]["image_path"]).is_relative_to(project)
 
-        # As the README has it, in the same shell: settings first, and the last command again.
+        # As in the README, in the same shell: the settings first, and the last command again.
         settings = [step for step in steps if step.startswith(("cd ", "export "))]
         bash("\n".join([*settings, steps[-1]]), home, environment)
         second = manifest(project)
@@ -67,7 +67,7 @@ def commands(readme: str) -> list[str]:
 
 
 def install(home: Path) -> dict[str, str]:
-    """Build the wheel, install it beside dg in a fresh environment; returns its variables."""
+    """Build the wheel, install it with dg in a new environment, and return its variables."""
     wheels, venv = home / "wheels", home / "environment"
     uv(
         "build", "--wheel", "--no-build-isolation", "--python", sys.executable,
@@ -94,7 +94,7 @@ def uv(*arguments: str) -> None:
 
 
 def bash(script: str, folder: Path, environment: dict[str, str]) -> None:
-    """Run commands in one shell, each shown; the first that fails ends it."""
+    """Run commands in one shell, each shown; the first failure ends it."""
     subprocess.run(
         ["/bin/bash", "-euxo", "pipefail", "-c", script],
         cwd=folder,
