@@ -1,7 +1,7 @@
 """Proves on this machine that nothing is bought twice or lost when processes are killed.
 
 The drill starts an emulator of EvoLink's API with durable state. Worker processes buy from it over
-a socket as a run does in production: by ``KreaResource.carry``, with its checks, its client and its
+a socket as a run does in production, by the application ``Krea``, with its checks, its client and its
 transport. The workers are killed with SIGKILL, at chosen edges of the state machine and at random
 times. At the end the emulator's records are compared with the journal and the files on disk.
 

@@ -31,7 +31,7 @@ def run(project: ProjectHarness, run_id: str = "run-1") -> RunReport:
         return asyncio.run(ready.run(batch.state(krea).wanted()))
 
 
-def shared_project(project: ProjectHarness) -> Counter[str | None]:
+def bought(project: ProjectHarness) -> Counter[str | None]:
     by_name = {row["prompt_id"]: row["campaign"] for row in project.rows}
     return Counter(
         by_name[name]

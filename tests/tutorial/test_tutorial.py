@@ -222,7 +222,7 @@ def test_8_a_rejected_image_is_bought_again_with_another_seed(
     assert review.stdout is not None
     reject(review.stdout.readline().strip(), first["boat"])
 
-    second = project.materialize(config={"again": ["rejected"]})
+    second = project.materialize(config={"regenerate": ["rejected"]})
     assert (second["boat"]["attempt"], second["pier"]["attempt"]) == (1, 0)
     assert second["boat"]["seed"] != first["boat"]["seed"]
     assert second["boat"]["image_sha256"] != first["boat"]["image_sha256"]
