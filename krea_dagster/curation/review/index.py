@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array
 from krea_dagster.curation.review.selection import OPERATORS, as_text, kind_of
+from krea_dagster.engine.journal.bulk_reads import record_columns
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.record import Record
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import MANIFEST_SCHEMA, credits_charged
-from krea_dagster.models import credits_from_units
+from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_table
+from krea_dagster.prompts import PLAN_SCHEMA
 from krea_dagster.spend.tables.prompt_rows import load_listed
 
 #: The folders whose files are in an index.
@@ -282,8 +282,8 @@ def _earlier_attempts(
     if table.num_rows and pc.any(pc.greater(table["attempt"], 0)).as_py():
         with duckdb.connect() as duck, journal.database.read() as connection:
             load_listed(duck, storage, connection)
-            found = duck.execute("SELECT request_key, prompt_id, sample FROM listed").fetchall()
-        asked |= {key: (prompt, sample) for key, prompt, sample in found if key not in present}
+            listed = duck.execute("SELECT request_key, prompt_id, sample FROM listed").fetchall()
+        asked |= {key: (prompt, sample) for key, prompt, sample in listed if key not in present}
     records = {
         key: one for key, one in journal.records(sorted(asked)).items() if one.image is not None
     }
@@ -300,44 +300,26 @@ def _earlier_attempts(
         name for name in table.column_names if name not in {*MANIFEST_SCHEMA.names, "earlier"}
     ]
     order = sorted(records, key=lambda key: (*asked[key], records[key].request.attempt))
-    values = [_row(records[key], asked[key], storage) for key in order]
-    schema = pa.schema([*MANIFEST_SCHEMA, pa.field("earlier", pa.bool_())])
-    made = pa.Table.from_pylist(values, schema=schema)
+    plan = pa.RecordBatch.from_pylist(
+        [
+            {
+                "prompt_id": asked[key][0],
+                "sample": asked[key][1],
+                "partition_key": records[key].partition_key,
+                **{
+                    name: getattr(records[key].request, name)
+                    for name in PLAN_SCHEMA.names
+                    if name not in {"prompt_id", "sample", "partition_key"}
+                },
+            }
+            for key in order
+        ],
+        PLAN_SCHEMA,
+    )
+    found = record_columns(journal, plan.column("request_key"))
+    made = manifest_table(plan, found, locate=storage.locate, run_id="")
+    made = made.append_column("earlier", pa.array(np.ones(len(order), bool)))
     places = pa.array([rows.get(asked[key]) for key in order], pa.int64())
     for name in further:
         made = made.append_column(name, as_array(table[name]).take(places))
     return made
-
-
-def _row(record: Record, listed: tuple[str, int], storage: Storage) -> dict[str, Any]:
-    """Return a record as a row of the manifest."""
-    image, request = record.image, record.request
-    reserved = record.reserved_units
-    row: dict[str, Any] = {
-        "prompt_id": listed[0],
-        "sample": listed[1],
-        "partition_key": record.partition_key,
-        "status": record.state.value,
-        "credits_charged": credits_charged(record),
-        "credits_reserved": None if reserved is None else credits_from_units(reserved),
-        "reused": True,
-        "earlier": True,
-    }
-    for name in ("prompt", "model", "size", "quality", "seed", "nsfw_check", "attempt"):
-        row[name] = getattr(request, name)
-    for name in (
-        "task_id", "billing_rule", "user_group", "submitted_at", "completed_at", "stored_at",
-        "run_id", "error_code", "error_message",
-    ):  # fmt: skip
-        row[name] = getattr(record, name)
-    row["request_key"] = request.request_key
-    if image is not None:
-        row |= {
-            "image_path": storage.locate(image.path),
-            "image_sha256": image.sha256,
-            "image_bytes": image.bytes,
-            "image_format": image.format,
-            "width": image.width,
-            "height": image.height,
-        }
-    return row
