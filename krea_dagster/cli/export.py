@@ -175,7 +175,7 @@ def export_command(
             err=True,
         )
     if as_json:
-        click.echo(json.dumps(done.figures(), indent=2))
+        click.echo(json.dumps(done.summary(), indent=2))
     else:
         _print_summary(done)
 

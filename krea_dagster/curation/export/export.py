@@ -53,7 +53,7 @@ class Exported:
         """Return the number of shards."""
         return self.written + self.found + self.linked
 
-    def figures(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return the summary as JSON."""
         facts = self.facts
         return {
@@ -118,7 +118,6 @@ def export(
             version,
             PreviousVersion.read(latest, previous, target),
             on_progress,
-            plan.images,
         )
         shards = builder.run(plan, threads)
         described = write_version_files(builder, plan, shards, card, facts)

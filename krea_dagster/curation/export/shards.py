@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,10 +91,7 @@ class ShardBuilder:
     version: str
     previous: PreviousVersion | None
     on_progress: Callable[[ExportProgress], object]
-    images: int
-
-    def __post_init__(self) -> None:
-        self.bad: list[BadImage] = []
+    bad: list[BadImage] = field(default_factory=list)
 
     def run(self, plan: ExportPlan, threads: int | None) -> list[FinishedShard]:
         """Build all shards; return them in the plan's order. Raises ImagesNotAsStored."""
@@ -107,7 +104,7 @@ class ShardBuilder:
                 for future in as_completed(futures):
                     if (done := future.result()) is not None:
                         ready += len(done.shard.rows)
-                    self.on_progress(ExportProgress(ready, self.images))
+                    self.on_progress(ExportProgress(ready, plan.images))
             except BaseException:
                 for future in futures:
                     future.cancel()

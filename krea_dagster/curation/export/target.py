@@ -135,7 +135,7 @@ class ExportTarget:
                 temporary.replace(link)
 
     def _point_at(self, version: str) -> None:
-        self.storage.write(LATEST, lambda file: _put(file, f"{version}\n".encode()))
+        self.storage.write(LATEST, lambda file: file.write(f"{version}\n".encode()))
 
     def _check_there(self, version: str) -> None:
         if self.described(version) is None:
@@ -162,7 +162,7 @@ class ExportTarget:
     def put(self, name: str, data: bytes) -> None:
         """Write a small file atomically, without waiting until it is durable."""
         if self.storage.folder is None:
-            self.storage.write(name, lambda file: _put(file, data))
+            self.storage.write(name, lambda file: file.write(data))
             return
         path = self._path(name)
         temporary = self._temporary(path)
@@ -239,7 +239,3 @@ def crc32_of(file: BinaryIO) -> str:
     while piece := file.read(_PIECE):
         found = zlib.crc32(piece, found)
     return f"{found:08x}"
-
-
-def _put(file: BinaryIO, data: bytes) -> None:
-    file.write(data)

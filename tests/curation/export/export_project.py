@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -128,12 +128,8 @@ class ExportProject:
 
     def _put(self, name: str, data: bytes) -> None:
         if self.storage.folder is None:
-            self.storage.write(name, lambda file: _write(file, data))
+            self.storage.write(name, lambda file: file.write(data))
             return
         path = self.storage.folder / name  # without waiting for the disk, image by image
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)

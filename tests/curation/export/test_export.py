@@ -256,7 +256,7 @@ def test_similar_images_are_in_the_last_split_only(project: ExportProject, to: s
     exported = done(project, to, splits=HALVES)
     left = {one["prompt_id"] for one in (train[0], train[3], train[4])}
     assert {row["prompt_id"] for row in index_of(exported)} == set(split_of) - left
-    assert exported.figures()["splits"]["train"]["left_out_as_alike"] == 3
+    assert exported.summary()["splits"]["train"]["left_out_as_alike"] == 3
     assert "3 images of the others are left out" in (Path(exported.path) / "README.md").read_text()
     assert done(project, to, splits=HALVES, leaks=True).facts.images == 40
 

@@ -71,7 +71,7 @@ class GalleryProject:
         sha256 = hashlib.sha256(data).hexdigest()
         key = hashlib.sha256(f"{name} {partition}".encode()).hexdigest()
         path = f"images/{key[:2]}/{key}.{file_format.lower()}"
-        self.storage.write(path, lambda file: _put(file, data))
+        self.storage.write(path, lambda file: file.write(data))
         row = {
             "prompt_id": name,
             "sample": 0,
@@ -117,7 +117,3 @@ class GalleryProject:
     def path_of(self, row: Mapping[str, Any]) -> Path:
         """Return the file of a row."""
         return self.root / self.storage.name_of(row["image_path"])
-
-
-def _put(file: Any, data: bytes) -> None:
-    file.write(data)

@@ -48,7 +48,7 @@ class StoredImages:
         data = png(drawn(number)) if content is None else content
         name = f"images/{key[:2]}/{key}.png"
         if written:
-            self.storage.write(name, lambda file: _put(file, data))
+            self.storage.write(name, lambda file: file.write(data))
         return {
             "prompt_id": f"row-{number:04d}",
             "sample": 0,
@@ -73,7 +73,3 @@ def read_measures(storage: Storage, keys: Sequence[str], folders: Sequence[str] 
         with storage.open(measures_name(key, folders)) as file:
             tables.append(pq.ParquetFile(file).read().replace_schema_metadata(None))
     return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _put(file: Any, data: bytes) -> None:
-    file.write(data)
