@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from krea_dagster.curation.review.app import REASONS
 from krea_dagster.curation.review.index import ReviewIndex, build_index
-from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
+from krea_dagster.curation.review.selection import ReviewSelection, empty_code, rows_of
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
@@ -143,7 +143,7 @@ def index_of(project: ReviewProject) -> ReviewIndex:
 def order_of(index: ReviewIndex, selection: str = STORED) -> list[str]:
     """The images of a list, by their places."""
     codes = np.full(len(index), empty_code(), np.int8)
-    rows = rows_of(index.table, Selection.parse(selection), codes)
+    rows = rows_of(index.table, ReviewSelection.parse(selection), codes)
     return [str(one) for one in index.table["image_sha256"].take(rows).to_pylist()]
 
 

@@ -32,7 +32,7 @@ from krea_dagster.curation.review.responses import (
     journal_error,
     parse_whole_number,
 )
-from krea_dagster.curation.review.selection import Rows, Selection, empty_code, rows_of
+from krea_dagster.curation.review.selection import ReviewSelection, Rows, empty_code, rows_of
 from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
 from krea_dagster.curation.review.verdict_view import VerdictView, verdict_json
 from krea_dagster.engine.journal import schema
@@ -206,7 +206,7 @@ class Review:
         key = (selection, number, index.generation)
         found = self._lists.get(key)
         if found is None:
-            wanted = Selection.parse(selection)
+            wanted = ReviewSelection.parse(selection)
             if number < self._verdicts.number:
                 codes = self._verdicts.codes(index, number)
             else:

@@ -45,7 +45,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Selection:
+class ReviewSelection:
     """The rows to show. In ``verdicts``, ``none`` means images without a verdict."""
 
     verdicts: frozenset[str] = frozenset()
@@ -55,7 +55,7 @@ class Selection:
     down: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Selection:
+    def parse(cls, text: str) -> ReviewSelection:
         """Parse a selection from the page. Raises InputError.
 
         ``{"verdicts": ["none"], "search": "fox", "where": [["seed", "at least", "7"]],
@@ -95,7 +95,7 @@ def kind_of(type_: pa.DataType) -> str:
     return "number" if any(test(type_) for test in numeric) else "text"
 
 
-def rows_of(table: pa.Table, selection: Selection, codes: npt.NDArray[np.int8]) -> Rows:
+def rows_of(table: pa.Table, selection: ReviewSelection, codes: npt.NDArray[np.int8]) -> Rows:
     """Return the selected rows, in order.
 
     ``codes`` are the rows' verdicts as indices into ``VERDICTS``. Raises InputError for an unknown

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from krea_dagster.curation.review.selection import Selection, empty_code, rows_of
+from krea_dagster.curation.review.selection import ReviewSelection, empty_code, rows_of
 from krea_dagster.engine.journal.verdict_log import VERDICTS
 from krea_dagster.errors import InputError
 
@@ -37,14 +37,14 @@ NO_VERDICTS = np.full(4, empty_code(), np.int8)
 
 def found(codes: Any = NO_VERDICTS, **selection: Any) -> str:
     """Return the ids of the selected prompts, joined."""
-    rows = rows_of(TABLE, Selection.parse(json.dumps(selection)), codes)
+    rows = rows_of(TABLE, ReviewSelection.parse(json.dumps(selection)), codes)
     return "".join(TABLE["prompt_id"].take(rows).to_pylist())
 
 
 def test_no_selection_shows_everything_in_the_table_s_order() -> None:
     assert found() == "abcd"
     assert found(down=True) == "dcba"
-    assert rows_of(TABLE, Selection.parse(""), NO_VERDICTS).tolist() == [0, 1, 2, 3]
+    assert rows_of(TABLE, ReviewSelection.parse(""), NO_VERDICTS).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -123,4 +123,4 @@ def test_equal_values_stay_in_order_and_empty_ones_come_last() -> None:
 )
 def test_an_invalid_selection_is_rejected_with_the_reason(selection: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        rows_of(TABLE, Selection.parse(selection), NO_VERDICTS)
+        rows_of(TABLE, ReviewSelection.parse(selection), NO_VERDICTS)
