@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.purchase import buy
+from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import Defaults, PromptTable, parse_partition_by
@@ -58,7 +59,7 @@ def generate(
         keys = pa.repeat(pa.scalar(name, pa.string()), rows.num_rows)
         pq.write_table(rows.append_column(_ALL.columns[0], keys), file)
         table = PromptTable(
-            str(file), _ALL, defaults=defaults or Defaults(), name=f"generate:{name}"
+            str(file), _ALL, defaults=defaults or Defaults(), name=f"{GENERATED}{name}"
         )
         try:
             batch = Batch.read(table, [name], backend, to_buy=True, look=True)

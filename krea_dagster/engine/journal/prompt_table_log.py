@@ -17,6 +17,9 @@ from krea_dagster.engine.journal.schema import attempts, prompt_tables, raised_a
 from krea_dagster.engine.journal.statements import lock_transaction
 from krea_dagster.engine.storage.storage import Storage
 
+#: The prefix of a table's name that a ``generate`` call makes for its prompts.
+GENERATED: Final = "generate:"
+
 
 def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple[str, str]:
     """Return a table's name in the journal, and the root that it is relative to.
@@ -92,6 +95,10 @@ class PromptTableLog:
         with self._database.read() as connection:
             known = _id_of(connection, name, root_id)
         return known or self._database.write("enter a prompt table in", write)
+
+    def generated(self) -> frozenset[str]:
+        """Return the ids of the tables of ``generate`` calls. Raises JournalError."""
+        return frozenset(key for key, name in self.names().items() if name.startswith(GENERATED))
 
     def names(self) -> dict[str, str]:
         """Return the names of the tables, by their ids. Raises JournalError."""
