@@ -38,9 +38,9 @@ def body_of(number: int) -> dict[str, Any]:
 
 def thread_pool(url: str, key: str, images: int, folder: Path, threads: int = 64) -> None:
     """Requests in a thread pool: POST, then sleep 3 s and read until done, then download."""
-    import threading  # noqa: PLC0415 - the other baseline has none
+    import threading
 
-    import requests  # noqa: PLC0415 - imported where it is measured
+    import requests
 
     own = threading.local()
 
@@ -75,7 +75,7 @@ def thread_pool(url: str, key: str, images: int, folder: Path, threads: int = 64
 
 def bare_aiohttp(url: str, key: str, images: int, folder: Path, at_once: int = 64) -> None:
     """The simplest correct loop on aiohttp."""
-    import aiohttp  # noqa: PLC0415 - imported where it is measured
+    import aiohttp
 
     headers = {"Authorization": f"Bearer {key}"}
 

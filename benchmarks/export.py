@@ -144,12 +144,12 @@ def _row(number: int, path: str, sha256: str, size: int) -> dict[str, Any]:
 
 
 def _accept(options: Namespace, rows: Iterator[dict[str, Any]], key: str = "a") -> None:
-    import pyarrow as pa  # noqa: PLC0415 - only what is measured is imported
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema  # noqa: PLC0415
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
-    from krea_dagster.manifest import MANIFEST_SCHEMA  # noqa: PLC0415
+    from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema
+    from krea_dagster.engine.storage.storage import Storage
+    from krea_dagster.manifest import MANIFEST_SCHEMA
 
     table = pa.Table.from_pylist(list(rows), accepted_schema(MANIFEST_SCHEMA))
     store = Storage(str(options.folder / "krea"))
@@ -158,8 +158,8 @@ def _accept(options: Namespace, rows: Iterator[dict[str, Any]], key: str = "a") 
 
 def draw(options: Namespace) -> dict[str, Any]:
     """Write the images, and a tenth more, and the tables of both."""
-    from benchmarks.image_files import draw as drawn  # noqa: PLC0415
-    from benchmarks.image_files import marked  # noqa: PLC0415
+    from benchmarks.image_files import draw as drawn
+    from benchmarks.image_files import marked
 
     image = drawn((1024, 1024), FILE_BYTES, "jpeg")
     home = options.folder / "krea" / "images"
@@ -176,7 +176,7 @@ def draw(options: Namespace) -> dict[str, Any]:
 
 
 def _rows(options: Namespace) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq
 
     path = options.folder / "krea" / "accepted" / "a.parquet"
     columns = ["prompt_id", "prompt", "seed", "image_path"]
@@ -186,8 +186,8 @@ def _rows(options: Namespace) -> list[dict[str, Any]]:
 
 def copy(options: Namespace) -> dict[str, Any]:
     """Copy the files, and write a line for each."""
-    import os  # noqa: PLC0415
-    import shutil  # noqa: PLC0415
+    import os
+    import shutil
 
     rows = _rows(options)
     began = _now()
@@ -204,8 +204,8 @@ def copy(options: Namespace) -> dict[str, Any]:
 
 def tar(options: Namespace) -> dict[str, Any]:
     """Put the files into one tar file, and write a line for each; ``checked`` hashes them twice."""
-    import os  # noqa: PLC0415
-    import tarfile  # noqa: PLC0415
+    import os
+    import tarfile
 
     rows = _rows(options)
     began = _now()
@@ -234,9 +234,9 @@ def tar(options: Namespace) -> dict[str, Any]:
 
 def export(options: Namespace) -> dict[str, Any]:
     """Export in one form; ``grow`` takes the further images too."""
-    from krea_dagster.curation.export.export import export as exported  # noqa: PLC0415
-    from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.export.export import export as exported
+    from krea_dagster.curation.export.spec import ExportSpec
+    from krea_dagster.engine.storage.storage import Storage
 
     grow = options.work == "grow"
     form = "webdataset" if grow else options.work
@@ -264,11 +264,11 @@ def many(options: Namespace) -> dict[str, Any]:
 
 def plan(options: Namespace) -> dict[str, Any]:
     """Choose and plan many rows; none has a file."""
-    from krea_dagster.curation.export.card import facts_of, write_card  # noqa: PLC0415
-    from krea_dagster.curation.export.plan import make_plan  # noqa: PLC0415
-    from krea_dagster.curation.export.selected_rows import select_rows  # noqa: PLC0415
-    from krea_dagster.curation.export.spec import ExportSpec  # noqa: PLC0415
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
+    from krea_dagster.curation.export.card import facts_of, write_card
+    from krea_dagster.curation.export.plan import make_plan
+    from krea_dagster.curation.export.selected_rows import select_rows
+    from krea_dagster.curation.export.spec import ExportSpec
+    from krea_dagster.engine.storage.storage import Storage
 
     began = _now()
     spec = ExportSpec.parse(

@@ -123,9 +123,9 @@ def _timed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def write_table(options: Namespace) -> dict[str, Any]:
     """Write the table."""
-    import numpy as np  # noqa: PLC0415 - only what is measured is imported
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     chance = np.random.default_rng(1)
     known = np.array(SENTENCE.split())
@@ -153,7 +153,7 @@ def write_table(options: Namespace) -> dict[str, Any]:
 
 def write_done(options: Namespace) -> dict[str, Any]:
     """Write a journal and files in which every row of the table is stored."""
-    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
+    from krea_dagster.engine.journal.journal import Journal
 
     krea = _krea(options)
     table = _table(options, "hash:8")
@@ -224,7 +224,7 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _krea(options: Namespace) -> Any:
-    from krea_dagster.plugin.resource import KreaResource  # noqa: PLC0415
+    from krea_dagster.plugin.resource import KreaResource
 
     # An address without a server: planning needs no network.
     return KreaResource(
@@ -233,14 +233,14 @@ def _krea(options: Namespace) -> Any:
 
 
 def _table(options: Namespace, by: str) -> Any:
-    from krea_dagster.prompts import PromptTable, parse_partition_by  # noqa: PLC0415
+    from krea_dagster.prompts import PromptTable, parse_partition_by
 
     return PromptTable(str(options.folder / "prompts.parquet"), parse_partition_by(by))
 
 
 def plan(options: Namespace) -> dict[str, Any]:
     """Plan as a run does, up to the rows that are left."""
-    from krea_dagster.application.batch import Batch  # noqa: PLC0415
+    from krea_dagster.application.batch import Batch
 
     krea, table = _krea(options), _table(options, "hash:8")
 
@@ -254,7 +254,7 @@ def plan(options: Namespace) -> dict[str, Any]:
 
 def journal_only(options: Namespace) -> dict[str, Any]:
     """Plan as a run does, but take every file of the journal as present."""
-    from krea_dagster.engine.journal import bulk_reads  # noqa: PLC0415
+    from krea_dagster.engine.journal import bulk_reads
 
     vars(bulk_reads)["_those_listed"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
     return plan(options)
@@ -284,7 +284,7 @@ def partition(options: Namespace) -> dict[str, Any]:
 
 def loop(options: Namespace) -> dict[str, Any]:
     """Loop over a data frame as a user would write it. It checks nothing, and no files."""
-    import pandas as pd  # noqa: PLC0415
+    import pandas as pd
 
     def digest(*parts: object) -> str:
         return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()

@@ -110,8 +110,8 @@ def finish(report: Report, options: Namespace) -> None:
 
 def show(report: Report) -> None:
     """Print a report as a table."""
-    from rich.console import Console  # noqa: PLC0415 - only here
-    from rich.table import Table  # noqa: PLC0415 - only here
+    from rich.console import Console
+    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(title=report.title, title_justify="left", caption_justify="left")

@@ -373,7 +373,7 @@ def main() -> None:
     """Run the command."""
     options = parser().parse_args()
     if find_spec("uvloop"):
-        import uvloop  # noqa: PLC0415 - only where it is installed
+        import uvloop
 
         uvloop.run(serve(options))
     else:

@@ -101,7 +101,7 @@ def _take_tables(before: Path, after: Path) -> None:
 
 
 def _journal_id(folder: Path) -> str:
-    import sqlite3  # noqa: PLC0415 - only here
+    import sqlite3
 
     with closing(sqlite3.connect(folder / "journal.db")) as database:
         return str(database.execute("select journal_id from about").fetchone()[0])
@@ -119,7 +119,7 @@ def _do(work: str, folder: Path, options: Namespace, until: str) -> EndedProcess
 
 def simulate(options: Namespace) -> dict[str, Any]:
     """Write the days of the year, and return the sums of the simulation's own accounts."""
-    from tests.spend.simulated_year import SimulatedYear  # noqa: PLC0415 - only what is measured is imported
+    from tests.spend.simulated_year import SimulatedYear
 
     year = SimulatedYear(options.folder, options.purchases)
     for until in options.until.split(","):
@@ -130,11 +130,11 @@ def simulate(options: Namespace) -> dict[str, Any]:
 
 def update(options: Namespace) -> dict[str, Any]:
     """Update the tables from the journal, and sum them up."""
-    import duckdb  # noqa: PLC0415 - only what is measured is imported
+    import duckdb
 
-    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
-    from krea_dagster.spend.tables.update import update_spend  # noqa: PLC0415
+    from krea_dagster.engine.journal.journal import Journal
+    from krea_dagster.engine.storage.storage import Storage
+    from krea_dagster.spend.tables.update import update_spend
 
     storage = Storage(str(options.folder))
     wall_s, cpu_s = time.perf_counter(), time.process_time()

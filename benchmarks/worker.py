@@ -27,15 +27,15 @@ from benchmarks.harness import peak_bytes
 
 def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
     """Return the engine as a run of the plugin builds it."""
-    from krea_dagster.api import KreaClient  # noqa: PLC0415 - only what is measured is imported
-    from krea_dagster.engine.journal.journal import Journal  # noqa: PLC0415
-    from krea_dagster.engine.run.report import RunReport  # noqa: PLC0415
-    from krea_dagster.engine.run.runner import Runner  # noqa: PLC0415
-    from krea_dagster.engine.run.worklist import RequestedImage  # noqa: PLC0415
-    from krea_dagster.engine.storage.images import ImageStore  # noqa: PLC0415
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415
-    from krea_dagster.models import ImageRequest  # noqa: PLC0415
-    from krea_dagster.prompts.requests import request_key  # noqa: PLC0415
+    from krea_dagster.api import KreaClient
+    from krea_dagster.engine.journal.journal import Journal
+    from krea_dagster.engine.run.report import RunReport
+    from krea_dagster.engine.run.runner import Runner
+    from krea_dagster.engine.run.worklist import RequestedImage
+    from krea_dagster.engine.storage.images import ImageStore
+    from krea_dagster.engine.storage.storage import Storage
+    from krea_dagster.models import ImageRequest
+    from krea_dagster.prompts.requests import request_key
 
     def wanted(number: int) -> RequestedImage:
         body = {**body_of(number), "quality": options.quality}
@@ -81,8 +81,8 @@ def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
             "KREA_MAX_IN_FLIGHT": str(options.most),
         }
     )
-    from krea_dagster.application.settings import Settings  # noqa: PLC0415 - as above
-    from krea_dagster.plugin.materialize import materialize  # noqa: PLC0415
+    from krea_dagster.application.settings import Settings
+    from krea_dagster.plugin.materialize import materialize
 
     def work() -> dict[str, Any]:
         done = materialize(Settings.from_environment())
@@ -98,8 +98,8 @@ def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
 
 def table(options: Namespace) -> Callable[[], dict[str, Any]]:
     """Write a prompt table with the same images as the engine alone."""
-    import pyarrow as pa  # noqa: PLC0415 - as above
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     def work() -> dict[str, Any]:
         first = options.first

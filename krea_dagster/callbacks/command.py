@@ -122,12 +122,12 @@ def serve_command(
     only: use a reverse proxy with TLS, or --tls-cert and --tls-key. The address is printed on
     stdout.
     """
-    from krea_dagster.callbacks.receiver import Receiver  # noqa: PLC0415 - keeps --help quick
-    from krea_dagster.callbacks.server import TlsFiles, serve  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.callback_log import CallbackLog  # noqa: PLC0415 - as above
-    from krea_dagster.engine.journal.database import database_in, has_database  # noqa: PLC0415 - as above
-    from krea_dagster.engine.storage.storage import Storage  # noqa: PLC0415 - as above
-    from krea_dagster.uvicorn_server import listen  # noqa: PLC0415 - as above
+    from krea_dagster.callbacks.receiver import Receiver
+    from krea_dagster.callbacks.server import TlsFiles, serve
+    from krea_dagster.engine.journal.callback_log import CallbackLog
+    from krea_dagster.engine.journal.database import database_in, has_database
+    from krea_dagster.engine.storage.storage import Storage
+    from krea_dagster.uvicorn_server import listen
 
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key must be given together")

@@ -130,11 +130,7 @@ def drill_command(
         raise click.UsageError("--storm kills nothing; leave out --kills")
     if storm and worlds:
         raise click.UsageError("--storm is a separate drill; leave out --world")
-    from krea_dagster.drill.plan import (  # noqa: PLC0415 - keeps --help quick
-        KILL_FAULTS,
-        STORM_FAULTS,
-        DrillPlan,
-    )
+    from krea_dagster.drill.plan import KILL_FAULTS, STORM_FAULTS, DrillPlan
 
     held = on_unknown == "hold"
     share = faults if faults is not None else (0.05 if storm else 0.01)
@@ -164,7 +160,7 @@ def drill_command(
 
 def _drill_plain(plan: DrillPlan, folder: Path, *, as_json: bool) -> bool:
     """Hold one drill, print its figures, and return whether it passed."""
-    import anyio  # noqa: PLC0415 - keeps --help quick
+    import anyio
 
     figures = anyio.run(_drill, plan, folder)
     _write(figures, folder, as_json=as_json)
@@ -175,7 +171,7 @@ def _drill_plain(plan: DrillPlan, folder: Path, *, as_json: bool) -> bool:
 
 def _drill_worlds(plan: DrillPlan, worlds: Sequence[str], folder: Path, *, as_json: bool) -> bool:
     """Hold the drill in each world, print the figures, and return whether all passed."""
-    import anyio  # noqa: PLC0415 - keeps --help quick
+    import anyio
 
     wanted = list(WORLDS) if "all" in worlds else list(dict.fromkeys(worlds))
     lacking = {name: WORLDS[name].lacking() for name in wanted}
@@ -243,7 +239,7 @@ def _world_row(figures: dict[str, Any]) -> tuple[str, ...]:
 
 async def _drill(plan: DrillPlan, folder: Path, prefix: str = "") -> dict[str, Any]:
     """Hold one drill, print its progress, and return its figures."""
-    from krea_dagster.drill.drill import drill  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.drill.drill import drill
 
     printer = _ProgressPrinter(plan, prefix)
     try:
@@ -446,7 +442,7 @@ def _kills(figures: dict[str, Any]) -> int:
 
 
 def _show_edges(figures: dict[str, Any]) -> None:
-    from krea_dagster.drill.edges import EDGES, NOT_UNDER  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.drill.edges import EDGES, NOT_UNDER
 
     if not _kills(figures) + figures["kills_missed"]:
         return

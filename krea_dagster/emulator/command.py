@@ -166,7 +166,8 @@ def emulator_command(
     over HTTPS when it ends, with retries after 1, 2 and 4 s until the response is 2xx. The
     address is printed on stdout.
     """
-    from krea_dagster.emulator import StateInUseError, server  # noqa: PLC0415 - keeps --help quick
+    from krea_dagster.emulator import server
+    from krea_dagster.emulator.state_file import StateInUseError
 
     if list_faults:
         for fault in faults.FAULTS.values():

@@ -10,6 +10,7 @@ import pytest
 from tests.house.measure import (
     circles_of,
     find_tests_without_assert,
+    import_graph,
     imports_of,
     measure,
     module_of,
@@ -19,6 +20,11 @@ from tests.house.measure import (
 )
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also inside functions, which import-linter reads in the same way."""
+    assert circles_of(import_graph(ROOT)) == []
 
 
 def test_every_test_asserts_something() -> None:
