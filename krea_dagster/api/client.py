@@ -150,7 +150,7 @@ class KreaClient:
         connect_timeout_s: the longest time in seconds for TCP and for TLS each.
         deadline_s: the longest time in seconds for one API call as a whole, so that a slow trickle
             ends. By default ``3 * timeout_s + 2 * connect_timeout_s``, the sum of the limits of
-            the steps of a call.
+            the steps of a call, so that it does not end a call earlier than they do.
         download_timeout_s: the longest time in seconds without a byte from a file host. A download
             has no other deadline, but it ends if it brings fewer than 1024 bytes a second over
             this time.

@@ -98,7 +98,7 @@ class CheckedResolver(aiohttp.abc.AbstractResolver):
         return found
 
     async def close(self) -> None:
-        """Do nothing: there is no resource to release."""
+        """Release nothing: aiohttp requires this method."""
 
     def _checked_socket(self, address_info: Any) -> socket.socket:
         """Return a socket for an address that may be connected to.

@@ -1,7 +1,7 @@
-"""A flood of callbacks that are wrong in every way, over real connections, at a real receiver.
+"""A flood of wrong callbacks of every kind, over real connections, to a real receiver.
 
-``python -m tests.callbacks.callback_flood --calls 100000`` prints what came of it: the memory of
-the receiver's process on the way, the answers, and how long a good call took beside them.
+``python -m tests.callbacks.callback_flood --calls 100000`` prints the results: the memory of
+the receiver's process on the way, the answers, and the duration of a good call during the flood.
 """
 
 from __future__ import annotations
