@@ -42,7 +42,7 @@ class Krea(Backend):
 
     Example:
         >>> krea = Krea.from_environment()
-        >>> krea.quote().quote.total.to_buy
+        >>> krea.quote().total.to_buy
         >>> krea.run()
         >>> krea.manifest()[["prompt_id", "seed", "image_path"]]
 

@@ -21,7 +21,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PLAN_SCHEMA, PromptTable
-from krea_dagster.spend.quote import ImageGroup, Quote, quote
+from krea_dagster.spend.quote import ImageGroup, Quote, QuoteLine, quote
 
 _QUALITY: Final = PLAN_SCHEMA.get_field_index("quality")
 _KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
@@ -34,6 +34,11 @@ class Quoted:
     quote: Quote
     partitions: Sequence[str]
     waiting: Sequence[str]
+
+    @property
+    def total(self) -> QuoteLine:
+        """The sum over all partitions and qualities."""
+        return self.quote.total
 
 
 def quote_partitions(

@@ -64,7 +64,7 @@ def quote_command(
 
 def show_quote(quoted: Quoted, *, by_partition: bool) -> None:
     """Print a quote by partition and quality; of many partitions, by quality alone."""
-    quote, total = quoted.quote, quoted.quote.total
+    quote, total = quoted.quote, quoted.total
     many = len(quoted.partitions) > _QUOTE_PARTITIONS and not by_partition
     out.print(_quote_table(quote, quote.by_quality() if many else quote.lines, names=not many))
     if many:

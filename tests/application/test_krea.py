@@ -57,10 +57,10 @@ def test_a_run_buys_what_the_quote_said_and_a_second_run_buys_nothing(
     krea: Krea, emulator: Emulator
 ) -> None:
     before = creates(emulator)
-    assert krea.quote().quote.total.to_buy == 2
+    assert krea.quote().total.to_buy == 2
     assert krea.run().summary.statuses == {"stored": 2}
     assert creates(emulator) == before + 2
-    assert krea.quote().quote.total.to_buy == 0
+    assert krea.quote().total.to_buy == 0
     assert krea.run().report.progress.delivered == 0
     assert creates(emulator) == before + 2
     assert sorted(krea.manifest()["prompt_id"]) == ["ash", "birch"]
@@ -107,7 +107,7 @@ def test_settings_without_a_table_say_so(tmp_path: Path) -> None:
         krea.quote()
     source = write_table(tmp_path / "prompts.parquet", {"prompt": ["a boat"]})
     table = PromptTable(source, parse_partition_by("hash:1"))
-    assert krea.quote(table).quote.total.to_buy == 1
+    assert krea.quote(table).total.to_buy == 1
 
 
 @pytest.mark.parametrize("use", ["krea.quote()", "krea.run()", "krea.verify()", "krea.spend()"])
