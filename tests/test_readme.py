@@ -133,6 +133,20 @@ def test_its_own_asset_buys_a_few_prompts(result: dg.ExecuteInProcessResult) -> 
     assert all(Path(str(file)).is_file() for file in files)
 
 
+def test_its_application_buys_what_a_table_lacks(
+    names: dict[str, Any], emulator: Emulator, open_account: OpenAccount, tmp_path: Path
+) -> None:
+    environ = {
+        "EVOLINK_API_KEY": open_account(),
+        "EVOLINK_BASE_URL": emulator.url,
+        "KREA_PROMPTS": write_table(tmp_path / "prompts.parquet", {"prompt": ["a gull", "a tern"]}),
+        "KREA_STORAGE": str(tmp_path / "krea"),
+    }
+    files = names["buy_missing"](environ)
+    assert len(files) == 2
+    assert all(Path(file).is_file() for file in files)
+
+
 def test_its_client_asks_for_the_credits(
     names: dict[str, Any], emulator: Emulator, open_account: OpenAccount
 ) -> None:
