@@ -168,9 +168,7 @@ def test_a_purchase_that_certainly_cost_nothing_is_returned_to_every_scope(
     assert journal.commitment(refused.scope) == Commitment(9_000, 4_500)
 
 
-def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(
-    journal: Journal,
-) -> None:
+def test_a_later_run_returns_to_the_scopes_that_the_purchase_was_made_for(journal: Journal) -> None:
     """Although it has no budget, and would buy it for another partition."""
     first, (request,) = JournalWriter(journal, "run-1"), make_requests(1)
     first.plan(request)
@@ -200,9 +198,7 @@ def test_a_request_that_is_sent_again_counts_for_its_new_scopes(journal: Journal
     assert journal.commitment(AUTUMN) == journal.commitment("partition:p") == NOTHING
 
 
-def test_the_sums_of_all_scopes_are_always_those_of_the_purchases(
-    journal: Journal,
-) -> None:
+def test_the_sums_of_all_scopes_are_always_those_of_the_purchases(journal: Journal) -> None:
     chance = random.Random(7)
     writer, requests = JournalWriter(journal), make_requests(30)
     writer.plan(*requests)

@@ -38,8 +38,7 @@ def test_a_run_that_knows_no_limit_finds_it(name: str, batch: bool) -> None:
 
 @pytest.mark.parametrize(("batch", "reads"), [(False, 1.3), (True, 0.1)])
 def test_under_a_limit_on_the_rate_few_are_refused_and_each_is_read_about_once(
-    batch: bool,
-    reads: float,
+    batch: bool, reads: float
 ) -> None:
     run = Run(IMAGES, batch=batch)
     makespan(Account(rate=20, at_once=64), run)
@@ -49,10 +48,7 @@ def test_under_a_limit_on_the_rate_few_are_refused_and_each_is_read_about_once(
 
 
 @pytest.mark.parametrize(("batch", "reads"), [(False, 2.5), (True, 0.3)])
-def test_a_limit_on_the_number_at_once_is_filled_and_not_flooded(
-    batch: bool,
-    reads: float,
-) -> None:
+def test_a_limit_on_the_number_at_once_is_filled_and_not_flooded(batch: bool, reads: float) -> None:
     run = Run(IMAGES, batch=batch)
     makespan(Account(at_once=32), run)
     assert run.pace.limit is Limit.AT_ONCE
@@ -221,9 +217,7 @@ def test_a_server_that_becomes_slow_gets_fewer_tasks() -> None:
     ),
 )
 def test_there_is_always_room_for_one_and_never_for_more_than_max_in_flight(
-    most: int,
-    per_s: float | None,
-    events: list[tuple[bool, float, float, int, float, float]],
+    most: int, per_s: float | None, events: list[tuple[bool, float, float, int, float, float]]
 ) -> None:
     pace, now_s = Pace(most, per_s), 0.0
     for taken, after_s, ago_s, known, share, wait_s in events:

@@ -239,9 +239,7 @@ def test_a_file_under_a_requests_own_name_is_verified_first(state: State) -> Non
 
 
 @pytest.mark.parametrize("code", sorted(REJECTED))
-def test_a_rejected_image_is_fetched_again_only_on_request_and_by_a_new_link(
-    code: str,
-) -> None:
+def test_a_rejected_image_is_fetched_again_only_on_request_and_by_a_new_link(code: str) -> None:
     assert isinstance(following(State.COMPLETED, error_code=code), Leave)
     wished = Policy(retry_codes=frozenset({code}))
     assert following(State.COMPLETED, error_code=code, policy=wished) == Poll()

@@ -273,10 +273,7 @@ class _Player:
             ask_again = self._codes() if number > 1 else frozenset()
             living = process.start(
                 partial(
-                    process.carry,
-                    resolutions=resolutions,
-                    ask_again=ask_again,
-                    revive=number > 1,
+                    process.carry, resolutions=resolutions, ask_again=ask_again, revive=number > 1
                 )
             )
             await self._end_of(living, process)

@@ -9,12 +9,7 @@ from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.run.context import RunContext
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import Event, State
-from krea_dagster.errors import (
-    DownloadError,
-    ImageRejected,
-    LinkExpired,
-    StorageError,
-)
+from krea_dagster.errors import DownloadError, ImageRejected, LinkExpired, StorageError
 
 
 class FetchStep:

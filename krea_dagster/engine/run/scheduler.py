@@ -79,14 +79,7 @@ _NOT_BOUGHT: Final = frozenset({State.PLANNED, State.DEFERRED})
 
 #: States from which a request's next step is, or leads to, a POST.
 _TO_SUBMIT: Final = frozenset(
-    {
-        State.PLANNED,
-        State.DEFERRED,
-        State.SUBMITTING,
-        State.UNKNOWN,
-        State.FAILED,
-        State.REFUSED,
-    }
+    {State.PLANNED, State.DEFERRED, State.SUBMITTING, State.UNKNOWN, State.FAILED, State.REFUSED}
 )
 
 #: Items by the time before which they are not started, and by their order.

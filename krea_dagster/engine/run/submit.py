@@ -15,12 +15,7 @@ import anyio.lowlevel
 from krea_dagster.engine.budget import is_doubtful, scopes_of
 from krea_dagster.engine.journal.commitments import DOUBTED_IN_ROW, price_doubted
 from krea_dagster.engine.journal.saved_answers import SavedAnswer, save_answer
-from krea_dagster.engine.policy import (
-    CONFLICT,
-    NO_USABLE_ANSWER,
-    RATE_LIMITED,
-    task_error_wait_s,
-)
+from krea_dagster.engine.policy import CONFLICT, NO_USABLE_ANSWER, RATE_LIMITED, task_error_wait_s
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import HasTask, Lost, NotBought, Resolution, SendAgain
 from krea_dagster.engine.run.context import RunContext

@@ -91,10 +91,7 @@ class WorkList:
         batches = _batches(requested)
         journal = options.journal
         enter = partial(
-            journal.plan,
-            run_id=options.run_id,
-            at=options.clock.now(),
-            table_id=options.table_id,
+            journal.plan, run_id=options.run_id, at=options.clock.now(), table_id=options.table_id
         )
         while batch := await in_thread(next, batches, []):
             work.new += await in_thread(enter, [(one.request, one.partition_key) for one in batch])
@@ -109,12 +106,7 @@ class WorkList:
         return work
 
     def _add(
-        self,
-        one: RequestedImage,
-        record: Record,
-        *,
-        is_open: bool,
-        paid: list[tuple[float, str]],
+        self, one: RequestedImage, record: Record, *, is_open: bool, paid: list[tuple[float, str]]
     ) -> None:
         key = record.request_key
         self.progress = self.progress.plus(total=one.rows)

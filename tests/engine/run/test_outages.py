@@ -126,9 +126,7 @@ async def test_a_run_that_begins_while_the_api_is_away_waits_for_it(
     all_delivered(engine, await run_through(engine, passing, **through(gate)))
 
 
-async def test_tasks_that_could_not_be_read_have_their_patience_afterwards(
-    tmp_path: Path,
-) -> None:
+async def test_tasks_that_could_not_be_read_have_their_patience_afterwards(tmp_path: Path) -> None:
     """Each was read before, and had not ended."""
     slow = {"latency_s": 0.4, "latency_jitter": 0.9}
     with open_harness(tmp_path, **slow) as engine, gate_to(port_of(engine)) as gate:

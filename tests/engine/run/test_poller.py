@@ -115,9 +115,7 @@ async def test_a_task_is_read_at_the_end_of_its_patience_without_a_callback() ->
     assert answer.reason is None
 
 
-async def test_a_call_that_never_ends_fails_its_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_call_that_never_ends_fails_its_read(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(Server):
         async def task(self, task_id: str) -> Task:  # noqa: ARG002 - as a reader has it
             await anyio.sleep_forever()

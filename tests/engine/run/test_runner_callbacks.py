@@ -132,9 +132,7 @@ async def test_a_row_with_its_own_callback_address_is_polled(engine: EngineHarne
 # -- reads ------------------------------------------------------------------------------------
 
 
-async def test_a_task_is_read_once_when_its_callback_comes(
-    engine: EngineHarness,
-) -> None:
+async def test_a_task_is_read_once_when_its_callback_comes(engine: EngineHarness) -> None:
     requests = make_requests(20)
     running = asyncio.create_task(listening(engine).run(to_requested(requests)))
     await called_about(engine, requests)
@@ -145,9 +143,7 @@ async def test_a_task_is_read_once_when_its_callback_comes(
     engine.assert_accounts_agree()
 
 
-async def test_early_or_doubled_callbacks_only_cost_a_read(
-    slow: EngineHarness,
-) -> None:
+async def test_early_or_doubled_callbacks_only_cost_a_read(slow: EngineHarness) -> None:
     request = make_request()
     running = asyncio.create_task(listening(slow).run(to_requested([request])))
     await called_about(slow, [request])
@@ -263,9 +259,7 @@ async def test_a_claimed_task_that_failed_does_not_prove_that_the_purchase_cost_
         assert engine.emulator.stats()["creates"] == 2
 
 
-async def test_under_replay_the_repeat_decides_and_no_claim_is_used(
-    engine: EngineHarness,
-) -> None:
+async def test_under_replay_the_repeat_decides_and_no_claim_is_used(engine: EngineHarness) -> None:
     request, task_id = await _lost(engine)
     other = make_request(seed=11)
     await engine.run([other], "run-2")

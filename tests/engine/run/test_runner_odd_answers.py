@@ -89,9 +89,7 @@ async def test_a_failed_task_that_cannot_be_read_again_is_left_and_not_bought_ag
     assert "cannot be read" in report.left[make_request().request_key]
 
 
-async def test_a_batch_read_that_disappears_leaves_no_task_unread(
-    tmp_path: Path,
-) -> None:
+async def test_a_batch_read_that_disappears_leaves_no_task_unread(tmp_path: Path) -> None:
     scripted: list[int] = []
     with open_harness(tmp_path, latency_s=1.0, latency_jitter=0.5) as engine:
 
@@ -112,9 +110,7 @@ async def test_a_batch_read_that_disappears_leaves_no_task_unread(
 # -- ids --------------------------------------------------------------------------------------
 
 
-async def test_a_task_id_of_another_purchase_affects_only_its_row(
-    engine: EngineHarness,
-) -> None:
+async def test_a_task_id_of_another_purchase_affects_only_its_row(engine: EngineHarness) -> None:
     requests = make_requests(5)
     await engine.run(requests[:1])
     engine.emulator.world.script("repeated_id", match="")
@@ -248,9 +244,7 @@ async def test_lost_tasks_that_were_bought_with_this_key_do_not_stop_the_run(
     assert (report.posts, report.progress.delivered, report.stopped) == (12, 9, None)
 
 
-async def test_a_lost_task_that_is_back_is_found_by_the_next_run(
-    engine: EngineHarness,
-) -> None:
+async def test_a_lost_task_that_is_back_is_found_by_the_next_run(engine: EngineHarness) -> None:
     engine.emulator.world.set_rate("read_404", 1.0)
     await engine.run([make_request()], gone_after_s=0.0)
     assert engine.states([make_request()]) == ["expired"]
@@ -276,9 +270,7 @@ def test_a_price_that_was_paid_before_counts_as_known() -> None:
     assert is_doubtful(40_001, "1K", {"1K": 10_000})
 
 
-async def test_one_implausible_price_is_reported_and_not_used(
-    engine: EngineHarness,
-) -> None:
+async def test_one_implausible_price_is_reported_and_not_used(engine: EngineHarness) -> None:
     requests = make_requests(6)
     engine.emulator.world.script("price", arg=50)
     runner = engine.runner()
@@ -293,9 +285,7 @@ async def test_one_implausible_price_is_reported_and_not_used(
     assert later.caps_reached == ()
 
 
-async def test_a_price_that_a_person_accepts_is_charged_and_used(
-    engine: EngineHarness,
-) -> None:
+async def test_a_price_that_a_person_accepts_is_charged_and_used(engine: EngineHarness) -> None:
     engine.emulator.world.script("price", arg=3)
     await engine.run(make_requests(2), max_in_flight=1)
     units, settled = engine.journal.prices.accept("1K", NOW)
@@ -308,9 +298,7 @@ async def test_a_price_that_a_person_accepts_is_charged_and_used(
         engine.journal.prices.accept("1K", NOW)
 
 
-async def test_several_implausible_prices_in_a_row_end_the_buying(
-    engine: EngineHarness,
-) -> None:
+async def test_several_implausible_prices_in_a_row_end_the_buying(engine: EngineHarness) -> None:
     engine.emulator.world.script("price", n=100, arg=99)
     report = await engine.run(make_requests(20), max_in_flight=2)
     assert isinstance(report.stopped, RunStopped)
@@ -396,9 +384,7 @@ async def test_with_the_key_of_another_account_nothing_is_repeated_and_nothing_g
     assert engine.emulator.stats()["creates"] == 6
 
 
-async def test_an_unknown_outcome_from_a_clock_ahead_is_not_repeated(
-    engine: EngineHarness,
-) -> None:
+async def test_an_unknown_outcome_from_a_clock_ahead_is_not_repeated(engine: EngineHarness) -> None:
     engine.emulator.world.script("drop_after_create", n=3)
     ahead = engine.runner(clock=ClockAhead(timedelta(hours=30)), on_unknown="hold")
     await ahead.run(to_requested(make_requests(3)))

@@ -380,9 +380,7 @@ async def test_a_rate_limited_run_stops_only_after_its_patience_without_a_purcha
     assert (await engine.run(make_requests(2), "run-2")).progress.delivered == 2
 
 
-async def test_one_refusal_after_a_long_pause_does_not_stop_the_run(
-    engine: EngineHarness,
-) -> None:
+async def test_one_refusal_after_a_long_pause_does_not_stop_the_run(engine: EngineHarness) -> None:
     """The row waits for a slow task, longer than the patience; then it is rate-limited once."""
     engine.emulator.world.script("stuck", match="slow")
     engine.emulator.world.script("429_empty", match="late")
@@ -527,9 +525,7 @@ async def test_a_stop_does_not_wait_for_tasks_or_pauses(engine: EngineHarness) -
     assert not {"submitting", "unknown"} & set(engine.states(requests))
 
 
-async def test_a_price_above_the_expected_one_is_reported_and_used(
-    engine: EngineHarness,
-) -> None:
+async def test_a_price_above_the_expected_one_is_reported_and_used(engine: EngineHarness) -> None:
     """Before an account's first answer the published price is expected; this one pays more."""
     runner = engine.runner()
 
