@@ -253,10 +253,10 @@ class DiskStorage(Storage):
         self._checked(writes=True)
         super().publish(temporary, name)
 
-    def open_new_file(self) -> tuple[Path, int]:
+    def create_temporary(self) -> tuple[Path, int]:
         """Open a new file."""
         self._checked(writes=True)
-        return super().open_new_file()
+        return super().create_temporary()
 
     def names(self, folder: str) -> Iterator[str]:
         """The names of files."""

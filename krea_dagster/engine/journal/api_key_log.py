@@ -8,21 +8,17 @@ from datetime import datetime, timezone
 
 from sqlalchemy import Connection, select, update
 
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import api_keys, submissions
 from krea_dagster.engine.journal.statements import insertion
 from krea_dagster.errors import ConfigError
 
 
-class ApiKeyLog:
+class ApiKeyLog(DatabaseLog):
     """The fingerprints of API keys in a journal's database, never the keys.
 
-    A fingerprint depends on the key and the journal, so that it is useless elsewhere. The methods
-    block. They raise JournalError if the database fails.
+    A fingerprint depends on the key and the journal, so that it is useless elsewhere.
     """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
 
     def fingerprint(self, api_key: str) -> str:
         """Return the fingerprint of a key in this journal."""

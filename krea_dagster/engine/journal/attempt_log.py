@@ -18,19 +18,16 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, func, insert, select, update
 
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.schema import attempts, raised_attempts
 from krea_dagster.engine.journal.statements import insertion
 
 
-class AttemptLog:
-    """The attempts of one prompt table in a journal's database.
-
-    Its methods block. They raise JournalError if the database fails.
-    """
+class AttemptLog(DatabaseLog):
+    """The attempts of one prompt table in a journal's database."""
 
     def __init__(self, database: Database, table_id: str) -> None:
-        self._database = database
+        super().__init__(database)
         self._table_id = table_id
         self._of_table = attempts.c.table_id == table_id
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, case, func, select
 
 from krea_dagster.engine.clock import SystemClock
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import callbacks, requests
 from krea_dagster.engine.journal.statements import insertion
@@ -31,16 +31,13 @@ class ReceivedCallback:
     count: int
 
 
-class CallbackLog:
-    """The callbacks in a journal's database.
-
-    Its methods block. They raise JournalError if the database fails.
-    """
+class CallbackLog(DatabaseLog):
+    """The callbacks in a journal's database."""
 
     def __init__(
         self, database: Database, *, now: Callable[[], datetime] = SystemClock().now
     ) -> None:
-        self._database = database
+        super().__init__(database)
         self._now = now
 
     @classmethod
@@ -57,17 +54,9 @@ class CallbackLog:
         """
         return cls(Database(url, lock_timeout_s=lock_timeout_s), now=now)
 
-    def __repr__(self) -> str:
-        return f"CallbackLog({self._database.where!r})"
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._database.close()
-
     def check(self) -> None:
         """Check that the journal can be read. Raises JournalError."""
-        with self._database.read() as connection:
-            connection.execute(select(1))
+        self._database.ping()
 
     def add(self, claims: Sequence[tuple[str, str | None]]) -> set[str]:
         """Add callbacks in one durable commit, and return the keys of known requests.

@@ -6,21 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, delete, or_, select, update
 
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.owners import Owner
 from krea_dagster.engine.journal.rows import chunks, rows_with
 from krea_dagster.engine.journal.schema import owners, requests
 from krea_dagster.engine.journal.statements import insertion, lock_requests
 
 
-class ClaimLog:
-    """The owners and claims in a journal's database. A claim is valid while its owner is alive.
-
-    Its methods block. They raise JournalError if the database fails.
-    """
+class ClaimLog(DatabaseLog):
+    """The owners and claims in a journal's database. A claim is valid while its owner is alive."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        super().__init__(database)
         self._locks = database.locks
 
     def register(self, owner: Owner) -> None:

@@ -394,6 +394,20 @@ class Database:
         return engine
 
 
+class DatabaseLog:
+    """A part of a journal's database. Its methods block, and raise JournalError if it fails."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._database.where!r})"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
+
+
 def _turn_log_on(cursor: Any, lock_timeout_s: float) -> None:
     """Switch to the write-ahead log. SQLite does not wait for the lock that this needs once."""
     deadline_s = time.monotonic() + lock_timeout_s

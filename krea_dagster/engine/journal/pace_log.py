@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, literal_column, select, update
 
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, api_keys, pace_leases, paces
 from krea_dagster.engine.journal.statements import insertion
 from krea_dagster.engine.pace_sharing import (
@@ -22,14 +22,8 @@ from krea_dagster.engine.pace_sharing import (
 _SECOND_US: Final = 1_000_000
 
 
-class PaceLog:
-    """The paces and leases in a journal's database.
-
-    Its methods block. They raise JournalError if the database fails.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
+class PaceLog(DatabaseLog):
+    """The paces and leases in a journal's database."""
 
     def exchange(
         self,

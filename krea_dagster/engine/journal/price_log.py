@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, select, update
 
 from krea_dagster.engine.journal.claim_log import ClaimLog
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.rows import CHARGES, Charge, charge_from_row, scopes_of_charge
 from krea_dagster.engine.journal.schema import commitments, prices, requests, submissions
 from krea_dagster.engine.states import State
@@ -19,14 +19,11 @@ from krea_dagster.errors import ConfigError
 _SETTLED: Final = (State.COMPLETED, State.STORED, State.EXPIRED)
 
 
-class PriceLog:
-    """The price of each quality in a journal's database, in units.
-
-    Its methods block. They raise JournalError if the database fails.
-    """
+class PriceLog(DatabaseLog):
+    """The price of each quality in a journal's database, in units."""
 
     def __init__(self, database: Database, claims: ClaimLog) -> None:
-        self._database = database
+        super().__init__(database)
         self._claims = claims
 
     def highest(self) -> dict[str, int]:

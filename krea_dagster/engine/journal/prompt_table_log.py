@@ -12,7 +12,7 @@ from uuid import uuid4
 from sqlalchemy import Connection, insert, select, update
 
 from krea_dagster import redact
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import attempts, prompt_tables, raised_attempts
 from krea_dagster.engine.journal.statements import lock_transaction
 from krea_dagster.engine.storage.storage import Storage
@@ -37,15 +37,12 @@ def identity_of(name: str, source: str, storage: Storage, root_id: str) -> tuple
     return Path(os.path.relpath(Path(source).absolute(), storage.folder)).as_posix(), root_id
 
 
-class PromptTableLog:
+class PromptTableLog(DatabaseLog):
     """The prompt tables in a journal's database.
 
     A table is identified by its name (``identity_of``): an asset key prefix, a URL, or a path
     relative to the storage root ``root_id``.
     """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
 
     def find(
         self, name: str, root_id: str, *, is_gone: Callable[[str], bool] = lambda _: False

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import about, files, requests, root_tokens, roots
 from krea_dagster.engine.journal.statements import lock_transaction
@@ -74,14 +74,8 @@ class RootMarker:
         storage.write(MARKER, lambda file: file.write(json.dumps(asdict(self)).encode()))
 
 
-class RootLog:
-    """The storage roots in a journal's database.
-
-    Its methods block. They raise JournalError if the database fails.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
+class RootLog(DatabaseLog):
+    """The storage roots in a journal's database."""
 
     def check(self, storage: Storage) -> str | None:
         """Return the id of a root that may be used, None for one that is new to the journal.

@@ -18,7 +18,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, func, insert, select, text
 
 from krea_dagster.engine.clock import SystemClock
-from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.rows import chunks, rows_with
 from krea_dagster.engine.journal.schema import verdicts
 from krea_dagster.engine.verdict import FLAG, KEEP, NONE, REJECT, VERDICTS, Verdict
@@ -29,17 +29,13 @@ __all__ = ["FLAG", "KEEP", "NONE", "REJECT", "VERDICTS", "Verdict", "VerdictLog"
 _MANY: Final = 5000
 
 
-class VerdictLog:
-    """The verdicts in a journal's database.
-
-    Its methods block, and may be called from several threads. They raise JournalError if the
-    database fails.
-    """
+class VerdictLog(DatabaseLog):
+    """The verdicts in a journal's database. Its methods may be called from several threads."""
 
     def __init__(
         self, database: Database, *, now: Callable[[], datetime] = SystemClock().now
     ) -> None:
-        self._database = database
+        super().__init__(database)
         self._now = now
 
     @classmethod
@@ -55,13 +51,6 @@ class VerdictLog:
         Raises ConfigError for an unusable URL.
         """
         return cls(Database(url, lock_timeout_s=lock_timeout_s), now=now)
-
-    def __repr__(self) -> str:
-        return f"VerdictLog({self._database.where!r})"
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._database.close()
 
     def add(self, given: Sequence[Verdict]) -> list[Verdict]:
         """Add verdicts in one durable commit, and return them with their numbers and times.

@@ -272,7 +272,7 @@ class _DownloadedBody:
         """Write the buffer to the file, and return its path. Blocks."""
         try:
             if self.path is None:
-                self.path, descriptor = self._storage.open_new_file()
+                self.path, descriptor = self._storage.create_temporary()
             else:
                 descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:

@@ -150,19 +150,14 @@ class Storage:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Yield the path of a new file, which is removed afterwards unless it was published."""
-        path = self.new_file()
+        path, descriptor = self.create_temporary()
+        os.close(descriptor)
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
 
-    def new_file(self) -> Path:
-        """Create an empty file, which the caller publishes or removes."""
-        path, descriptor = self.open_new_file()
-        os.close(descriptor)
-        return path
-
-    def open_new_file(self) -> tuple[Path, int]:
+    def create_temporary(self) -> tuple[Path, int]:
         """Create an empty file, and return its path and a descriptor, which the caller closes.
 
         It is in the same file system as the root, so that publishing is a rename.

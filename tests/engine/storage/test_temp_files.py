@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 _KILLED = """
 import os, sys
 from krea_dagster.engine.storage.storage import Storage
-path = Storage(sys.argv[1]).new_file()
+path, _ = Storage(sys.argv[1]).create_temporary()
 path.write_bytes(b"half of an image")
 print(path, flush=True)
 {then}
