@@ -19,12 +19,11 @@ TESTS = (
     "tests/engine/journal",
     "tests/engine/test_budget.py",
     "tests/engine/run/test_outages.py",
-    "tests/siege/test_migrations.py",
     "tests/crash/test_processes.py",
     "tests/crash/test_crash_budgets.py",
     "tests/spend/tables/test_databases.py",
     "tests/services/test_two_hosts.py",
-    "tests/worlds/test_beginning.py",
+    "tests/scenarios/test_concurrent_first_runs.py",
     "tests/curation/accepted/test_candidates.py",
     "tests/curation/review/test_server.py",
 )

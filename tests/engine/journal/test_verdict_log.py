@@ -17,8 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict, VerdictLog
 from krea_dagster.errors import InputError, JournalError
-from tests.siege import first_release
-from tests.siege.first_release import engine_of
+from tests.engine.journal import first_release
+from tests.engine.journal.first_release import engine_of
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
 

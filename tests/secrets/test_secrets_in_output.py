@@ -23,7 +23,7 @@ import pytest
 
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import write_table
-from tests.siege.echoing_server import echoing, forms_of
+from tests.secrets.echoing_server import echoing, forms_of
 
 #: Is in every secret, and nowhere else.
 MARK: Final = "c4n4ry"
@@ -94,7 +94,7 @@ def run_commands(
     (folder / "home").mkdir()
     (folder / "home" / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.siege.every_door"],
+        [sys.executable, "-m", "tests.secrets.run_commands"],
         input=json.dumps(commands),
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """One of several commands that begin at one instant: it imports, waits for the others, and runs.
 
-``python -m tests.worlds.beginner FILE ARGUMENTS...`` says ``ready``, waits for the file, and is
+``python -m tests.scenarios.waiting_command FILE ARGUMENTS...`` says ``ready``, waits for the file, and is
 ``krea-dagster ARGUMENTS`` from there.
 """
 

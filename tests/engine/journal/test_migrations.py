@@ -29,8 +29,8 @@ from krea_dagster.engine.journal.migrations import (
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import JournalError
-from tests.siege import first_release
-from tests.siege.first_release import ROWS, content, engine_of
+from tests.engine.journal import first_release
+from tests.engine.journal.first_release import ROWS, content, engine_of
 
 #: What is there after the upgrade: the sums of its month and its partition are added up.
 UPGRADED = {
@@ -224,7 +224,7 @@ def test_concurrent_processes_upgrade_an_old_journal_once(tmp_path: Path) -> Non
     first_release.make(url)
     Journal(url).close()
     code = (
-        "import sys; from tests.siege.test_migrations import *; "
+        "import sys; from tests.engine.journal.test_migrations import *; "
         f"print('ready', flush=True); sys.stdin.read(1); "
         f"Database({url!r}, revisions=later('grown')).close()"
     )

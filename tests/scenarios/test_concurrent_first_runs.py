@@ -15,7 +15,7 @@ import pytest
 
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import write_table
-from tests.worlds.conftest import KEY
+from tests.scenarios.conftest import KEY
 
 ROOT: Final = Path(__file__).parents[2]
 BEGINNERS: Final = int(os.environ.get("KREA_BEGINNERS", "4"))
@@ -27,7 +27,7 @@ def begin_together(folder: Path, settings: dict[str, str]) -> list[tuple[int, st
     begin = folder / "begin"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.worlds.beginner", str(begin), "materialize"],
+            [sys.executable, "-m", "tests.scenarios.waiting_command", str(begin), "materialize"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
