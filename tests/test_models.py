@@ -1,4 +1,4 @@
-"""The rules that several parts share: what a task id is, and how credits are written."""
+"""Shared rules: the syntax of task ids and of credits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is hidden of a URL, of a sentence, and of a secret that is known: one table for all."""
+"""Redaction of URLs, sentences and known secrets."""
 
 from __future__ import annotations
 

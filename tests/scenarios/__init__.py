@@ -1,1 +1,1 @@
-"""Whatever the table, the storage root, the key or the host: bought once, and never lost."""
+"""Scenarios across tables, storage roots, keys and hosts: bought once, and never lost."""

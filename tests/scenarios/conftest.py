@@ -1,4 +1,4 @@
-"""A shop whose journal lies apart from its storage root, so that each can be in another world."""
+"""A project whose journal is not in its storage root, so that each can be exchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.spend.project_harness import ProjectHarness
 
 __all__ = ["journal_url"]
 
-KEY = "sk-of-the-worlds-0001-Zq81"
+KEY = "sk-of-the-scenarios-0001-Zq81"
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def clock() -> ServerClock:
 
 @pytest.fixture
 def server(tmp_path: Path, clock: ServerClock) -> Iterator[Emulator]:
-    """An emulator of this test's own."""
+    """An emulator for this test."""
     state = tmp_path / "server"
     with Emulator(
         state=state, latency_s=0.01, latency_jitter=0.0, clock=clock, task_lifetime_s=86400
@@ -36,7 +36,7 @@ def server(tmp_path: Path, clock: ServerClock) -> Iterator[Emulator]:
 
 @pytest.fixture
 def shop(tmp_path: Path, server: Emulator) -> ProjectHarness:
-    """Four rows, to be bought; the journal is not in the storage root."""
+    """A project with four rows."""
     folder = tmp_path / "shop"
     folder.mkdir()
     journal_url = f"sqlite:///{tmp_path / 'journal' / 'journal.db'}"

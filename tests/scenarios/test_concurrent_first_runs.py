@@ -1,6 +1,6 @@
-"""Several commands begin at one instant where nothing is yet: no root, journal or DAGSTER_HOME.
+"""Several commands start at once without a root, journal or DAGSTER_HOME.
 
-KREA_BEGINNERS=8 begins with as many.
+KREA_BEGINNERS=8 starts as many.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS: Final = 12
 
 
 def begin_together(folder: Path, settings: dict[str, str]) -> list[tuple[int, str]]:
-    """Run ``materialize`` in several processes; returns how each ended, and what it said."""
+    """Run ``materialize`` in several processes; return exit codes and outputs."""
     begin = folder / "begin"
     processes = [
         subprocess.Popen(

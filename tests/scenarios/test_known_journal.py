@@ -1,4 +1,4 @@
-"""Dagster knows that images were bought, where everything else looks like a first run."""
+"""Dagster knows of bought images although everything else looks like a first run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 def run(
     shop: ProjectHarness, instance: dg.DagsterInstance, storage: str
 ) -> dg.ExecuteInProcessResult:
-    """A run of all partitions, of definitions that are loaded here and now."""
+    """Run all partitions, with definitions that are loaded now."""
     krea = KreaResource(api_key=shop.api_key, base_url=shop.emulator.url, storage=storage)
     definitions = build_krea_definitions(
         prompts=shop.table.source, partition_by="hash:2", krea=krea

@@ -1,4 +1,4 @@
-"""Several tables and several keys on one journal: what belongs to one is nothing to another."""
+"""Several tables and keys share one journal and stay separate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.prompts import PromptTable
 from tests.spend.project_harness import LEARNED, ProjectHarness
 
-OTHER_KEY = "sk-of-the-worlds-0002-Zq81"
+OTHER_KEY = "sk-of-the-scenarios-0002-Zq81"
 
 
 def run_again(
@@ -174,7 +174,7 @@ def test_again_for_an_unknown_row_buys_nothing(shop: ProjectHarness) -> None:
 def test_again_may_name_rows_of_other_partitions(
     shop: ProjectHarness,
 ) -> None:
-    """Partitions of one launch are runs of their own, each of which has all its wishes."""
+    """Partitions of one launch are separate runs, each with all rows of ``again``."""
     bought = 0
     for key in shop.table.partition_keys():
         with Batch.read(shop.table, [key], shop.krea) as batch:
@@ -245,7 +245,7 @@ def test_two_projects_in_one_bucket_with_equal_table_paths_are_separate(
 def test_an_attempt_can_be_raised_first_after_an_upgrade(
     shop: ProjectHarness, server: Emulator
 ) -> None:
-    """Attempts of before tables were known are those of the first table that is entered."""
+    """Attempts from before the journal had tables belong to the first entered table."""
     server.world.script("fail", match="birch of", arg="service_error", n=3)
     shop.buy()
     assert run_again(shop, "run-2", "birch") == 1
@@ -312,7 +312,7 @@ def test_a_key_of_another_account_replays_nothing_until_accepted(
 def test_accepting_a_key_needs_same_as_with_several_accounts(
     shop: ProjectHarness, server: Emulator
 ) -> None:
-    keys = [OTHER_KEY, "sk-of-the-worlds-0003-Zq81"]
+    keys = [OTHER_KEY, "sk-of-the-scenarios-0003-Zq81"]
     for key in keys:
         server.world.add_account(key, 10_000_000)
     shop.carry()

@@ -28,7 +28,7 @@ def root(shop: ProjectHarness) -> Path:
 
 
 def files(shop: ProjectHarness) -> dict[str, int]:
-    """The stored files, with the times at which they were written."""
+    """Return the stored files and their modification times."""
     return {
         str(path.relative_to(root(shop))): path.stat().st_mtime_ns
         for path in root(shop).glob("images/*/*.png")
@@ -40,7 +40,7 @@ def journal_file(shop: ProjectHarness) -> Path:
 
 
 def keep(file: Path, name: str) -> Path:
-    """Back a journal up, with its log."""
+    """Back up a journal with its log."""
     backup = file.with_name(name)
     with sqlite3.connect(file) as source, sqlite3.connect(backup) as target:
         source.backup(target)
@@ -60,7 +60,7 @@ def states(shop: ProjectHarness) -> set[State]:
 
 
 def nothing_happens(shop: ProjectHarness, emulator: Emulator, match: str) -> None:
-    """No command begins: not the run, the quote, the salvage, the proof or the spend tables."""
+    """Assert that no command starts: run, quote, salvage, proof or spend tables."""
     before = (emulator.stats()["creates"], shop.records())
     salvage = lambda: shop.krea.salvage(run_id="salvage")  # noqa: E731 - a command as the others
     tables = lambda: update_tables(shop.krea)  # noqa: E731 - as above
@@ -123,7 +123,7 @@ def test_lost_images_are_fetched_again_after_acceptance(
 def test_expired_images_are_found_when_their_files_are_back(
     shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
-    """A day later the links are dead and the tasks forgotten: only the files are left."""
+    """A day later the links are dead and the tasks unknown: only the files are left."""
     shop.buy()
     before = shop.records()
     shutil.copytree(root(shop), shop.folder / "away")
@@ -347,7 +347,7 @@ def test_an_image_of_an_unavailable_root_without_a_link_is_left_alone(
 def test_two_roots_of_one_journal_do_not_miss_each_others_images(
     shop: ProjectHarness, server: Emulator, clock: ServerClock
 ) -> None:
-    """Also when the links are dead: the second copies from the first."""
+    """Even with dead links: the second copies from the first."""
     shop.carry()
     before = files(shop)
     clock.move(timedelta(days=2).total_seconds())
@@ -405,7 +405,7 @@ def test_an_unknown_file_is_adopted_and_not_overwritten(
 def test_a_run_killed_before_writing_the_marker_does_not_block_others(
     shop: ProjectHarness, server: Emulator
 ) -> None:
-    """Nor does one that is about to write it: several may begin at the same instant."""
+    """Nor does a run that is about to write it: several may start at once."""
     with shop.krea.open_journal() as journal:
         begun = journal.roots.begin(shop.krea.open_storage(), None)
     (root(shop) / MARKER).unlink()

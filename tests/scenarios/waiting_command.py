@@ -1,7 +1,7 @@
-"""One of several commands that begin at one instant: it imports, waits for the others, and runs.
+"""A command that imports, waits for a file to exist, and runs, so that several start at once.
 
-``python -m tests.scenarios.waiting_command FILE ARGUMENTS...`` says ``ready``, waits for the file, and is
-``krea-dagster ARGUMENTS`` from there.
+``python -m tests.scenarios.waiting_command FILE ARGUMENTS...`` prints ``ready``, waits for
+the file, and then runs ``krea-dagster ARGUMENTS``.
 """
 
 from __future__ import annotations

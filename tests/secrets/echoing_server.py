@@ -1,4 +1,4 @@
-"""An emulator that tells everybody the key: in codes, types, names, values, headers and links.
+"""An emulator that leaks the key in codes, types, names, values, headers and links.
 
 It stands before the real one and changes its answers. What a prompt holds decides how:
 ``[refuse]`` is refused with the key in every field of the error, ``[link]`` has the key in the
@@ -28,13 +28,13 @@ BAD_LINKS: Final = 1
 
 
 def forms_of(key: str) -> list[str]:
-    """The key in some of the forms that a server may write it in."""
+    """Return the key in forms in which a server may write it."""
     encoded = base64.b64encode(f"Bearer {key}".encode()).decode()
     return [key, key.upper(), f"Bearer {key}", encoded]
 
 
 def error_of(key: str) -> dict[str, Any]:
-    """An error that is nothing but the key."""
+    """Return an error that consists of the key."""
     said = " ".join(forms_of(key))
     return {
         "code": f"invalid_{key}",
@@ -46,7 +46,7 @@ def error_of(key: str) -> dict[str, Any]:
 
 
 class Echo:
-    """What the server makes of the answers, and which prompts it has seen."""
+    """The changes of the answers, and the prompts that were seen."""
 
     def __init__(self, emulator: Emulator, table: Path) -> None:
         self.table = table
@@ -55,7 +55,7 @@ class Echo:
         self.asked: Counter[str] = Counter()
 
     def with_key(self, value: Any, key: str) -> Any:
-        """An answer with the key added in names and values, and in links and errors of tasks."""
+        """Return an answer with the key in names, values, links and errors."""
         if isinstance(value, list):
             return [self.with_key(item, key) for item in value]
         if not isinstance(value, dict):
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def _send_table(self, data: bytes) -> None:
-        """Send the file, or the part of it that is asked for."""
+        """Send the file, or the requested range."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked is None:
             self._send(200, data, {"Accept-Ranges": "bytes"})
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _key(self) -> str:
-        """The key that was sent along."""
+        """Return the key of the request."""
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:

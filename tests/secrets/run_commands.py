@@ -1,4 +1,4 @@
-"""Runs several commands of krea-dagster in this process, one after the other.
+"""Run several commands of krea-dagster in one process.
 
 Read from stdin: a JSON list of lists of arguments. Between them stands a line on either stream,
 and on stdout a last one with their exit codes. One process spares each command the imports.

@@ -1,7 +1,7 @@
-"""Every door of the package is tried with secrets of which each is a marked text.
+"""Commands run with marked secrets, and no output or file may contain a mark.
 
 The marks are in the key, the callbacks' secret, and the users, passwords and signatures of the
-prompt table's, the storage's and the journal's URL. The server tells the key back wherever it can.
+prompt table's, the storage's and the journal's URL. The server leaks the key wherever it can.
 Then everything that a command has written is looked through, and no mark may be found.
 """
 
@@ -109,7 +109,7 @@ def run_commands(
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a server that echoes the key, and has the prompt table.
+    """The address of a server that leaks the key and serves the prompt table.
 
     A new one for each test: with callbacks the same request has another body, and its
     Idempotency-Key would be one of an older purchase.
@@ -140,10 +140,10 @@ def test_successful_commands_show_no_secret(server: str, tmp_path: Path) -> None
         },
     )
     print(house.out, house.err)
-    # Nothing is wrong with how the commands are used; two rows have no image, as was meant.
+    # The commands are used correctly; two rows have no image, as intended.
     assert not {2, -1} & set(house.codes), house.err
     assert house.out.count("refused") > 1
-    # The search finds what is there, and the key in every form in which it was told.
+    # The search finds what is there, and the key in every form in which it was leaked.
     assert all(_MARKS.search(form.encode()) for form in forms_of(KEY))
     assert (house.folder / "work" / "journal.db").exists()
     assert b"[fail] alas" in (house.folder / "work" / "journal.db").read_bytes()

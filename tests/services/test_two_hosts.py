@@ -1,7 +1,7 @@
 """Two hosts that share their rows and a PostgreSQL journal, one clock five minutes ahead.
 
-Each is a process with a host name and process namespace of its own. KREA_TWO_HOSTS_ROWS=500 runs it
-with as many rows.
+Each is a process with its own host name and process namespace. KREA_TWO_HOSTS_ROWS=500 sets the
+number of rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Hosts:
         )
 
     def kill(self, host: str) -> None:
-        """Kill a host's worker as it is."""
+        """Kill a host's worker."""
         process = self._running[host]
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -65,7 +65,7 @@ class Hosts:
         return int(self.emulator.stats(tasks=False)["creates"])
 
     async def ended(self, within_s: float) -> list[dict[str, object]]:
-        """Wait for both, and return what they report."""
+        """Wait for both, and return their reports."""
         found = []
         with anyio.fail_after(within_s):
             for process in self._running.values():

@@ -1,4 +1,4 @@
-"""One of two hosts that buy the same rows: a process of its own, whose wall clock may be ahead."""
+"""One of two hosts that buy the same rows, with a wall clock that may be ahead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.engine.harness import KNOWN_LATENCIES, ClockAhead, make_requests, to_
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is to do: buy ``rows`` rows, which the other one buys too."""
+    """The task of a worker: buy ``rows`` rows, which the other one buys too."""
 
     journal_url: str
     server_url: str
@@ -33,7 +33,7 @@ class Work:
     on_unknown: OnUnknown = "replay"
 
     def as_text(self) -> str:
-        """The same for the command line."""
+        """Return it for the command line."""
         return json.dumps(asdict(self))
 
 

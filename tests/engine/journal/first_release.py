@@ -1,6 +1,6 @@
 """A journal as the first release made it and filled it: by its own revision, in plain SQL.
 
-Never changed with the code: what stands here lies on people's disks.
+Never changed with the code: users have such files.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ ROWS: Final[dict[str, list[dict[str, Any]]]] = {
 
 @contextlib.contextmanager
 def engine_of(journal_url: str) -> Iterator[Engine]:
-    """A plain engine whose transactions hold for changes of tables too; no foreign keys."""
+    """Yield an engine whose transactions include changes of tables; without foreign keys."""
     engine = create_engine(journal_url, poolclass=NullPool)
     if engine.dialect.name == "sqlite":
 
@@ -169,7 +169,7 @@ def engine_of(journal_url: str) -> Iterator[Engine]:
 
 
 def make(journal_url: str, revision: str = "0001") -> None:
-    """Make the tables of a release by its revision, and fill them: the first one's by default."""
+    """Create and fill the tables of a release, by its revision."""
     with engine_of(journal_url) as engine, engine.begin() as connection:
         migrations.run(connection, Revisions(revision, REVISIONS.folders))
         for name, rows in ROWS.items():
@@ -177,9 +177,9 @@ def make(journal_url: str, revision: str = "0001") -> None:
 
 
 def content(journal_url: str, names: dict[str, list[dict[str, Any]]] = ROWS) -> dict[str, Any]:
-    """What the database holds of these tables and columns, in the same form.
+    """Return the content of these tables and columns, in the same form.
 
-    Of all but the owners, which are no record of anything and have other columns later.
+    Without the owners, which are temporary and have other columns later.
     """
     found: dict[str, Any] = {}
     with engine_of(journal_url) as engine, engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""Another image in place of a refused one: requested once, however many runs want it."""
+"""Another image in place of a refused one: requested once by any number of runs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_run_that_is_executed_again_raises_nothing(
 
 
 def test_of_concurrent_raises_of_a_row_one_counts(journal_url: str) -> None:
-    """Two people wish for them, and one of their runs is there twice: one image each."""
+    """Two people raise them, and one of their runs is executed twice: one image each."""
     slots = [(f"p{number}", 0) for number in range(40)]
 
     def run(number: int) -> list[tuple[str, int]]:

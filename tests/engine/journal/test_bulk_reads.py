@@ -1,4 +1,4 @@
-"""Bulk reads of the journal say, row by row, what the records and the files say one by one."""
+"""Bulk reads return the same as records and files that are read one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def digests(*requests: ImageRequest) -> Digests:
 
 @pytest.fixture(params=["a pass over all", "looked up"])
 def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have few requests looked up, or all of the journal passed over, in parts of three rows."""
+    """Look up a few requests, or scan the whole journal, in chunks of three rows."""
 
     def use(number: int) -> None:
         monkeypatch.setattr(bulk_reads, "_ROWS", 3)
@@ -113,7 +113,7 @@ def test_images_are_intact_if_the_store_has_them(
         record = records.get(request.request_key)
         image = None if record is None or record.state is not State.STORED else record.image
         expected.append(image is not None and store.holds(image))
-    # One that is stored under another name is not plainly whole: the run decides about it alone.
+    # An image under another name does not count as intact: the run decides about it.
     assert expected[every.index(elsewhere)]
     expected[every.index(elsewhere)] = False
     assert whole.tolist() == expected

@@ -1,4 +1,4 @@
-"""The journal's part of callbacks: what is remembered of a call, and that nothing else changes."""
+"""Callbacks are stored and counted, and change nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 
 class Now:
-    """UTC that only the test moves."""
+    """UTC that the test sets."""
 
     def __init__(self) -> None:
         self.at = START
@@ -45,7 +45,7 @@ def now() -> Now:
 
 @pytest.fixture
 def log(journal: Journal, journal_url: str, now: Now) -> Iterator[CallbackLog]:
-    """The calls of a journal that knows the requests A and B."""
+    """The callbacks of a journal with the requests A and B."""
     wanted = [
         (
             ImageRequest(
@@ -131,7 +131,7 @@ def test_concurrent_receivers_lose_no_callback(
 
 
 def test_a_locked_request_does_not_delay_its_callback(log: CallbackLog, journal_url: str) -> None:
-    """Or the two could wait for each other, each with a row that the other wants."""
+    """Otherwise the two could deadlock."""
     if journal_url.startswith("sqlite"):
         pytest.skip("SQLite has one writer at a time")
     with closing(Database(journal_url)) as database, ThreadPoolExecutor(1) as pool:

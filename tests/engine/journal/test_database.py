@@ -1,4 +1,4 @@
-"""Connections are kept, and a kept one notices what happens to its file, and to its process."""
+"""Pooled connections notice changes of their file and of their process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def open_files(path: Path) -> int:
-    """How many descriptors of this process are of a file of that name."""
+    """Count the open descriptors of a file in this process."""
     links = Path("/proc/self/fd").iterdir()
     return sum(1 for link in links if link.exists() and str(path) == os.path.realpath(link))
 
@@ -47,7 +47,7 @@ def test_one_connection_serves_one_write_after_another(path: Path) -> None:
         before = path.with_name("journal.db-wal").stat().st_ino
         for number in range(1, 20):
             write(database, str(number))
-        # The log is taken into the file and removed where the last connection closes.
+        # Closing the last connection merges the log into the file and removes it.
         assert path.with_name("journal.db-wal").stat().st_ino == before
         assert open_files(path) <= 2
         assert len(read(database)) == 20
@@ -56,7 +56,7 @@ def test_one_connection_serves_one_write_after_another(path: Path) -> None:
 
 
 def test_a_file_that_others_changed_is_opened_again(path: Path) -> None:
-    """SQLite would go on with the pages that it remembers."""
+    """SQLite would use its cached pages."""
     with closing(Database(f"sqlite:///{path}")) as database:
         write(database, "first")
         with closing(sqlite3.connect(path)) as other:
@@ -107,7 +107,7 @@ def test_a_replaced_file_is_not_written_to(path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_uses_new_connections(path: Path) -> None:
-    """SQLite's locks are the process's: a connection that is shared would corrupt the file."""
+    """SQLite's locks belong to the process: a shared connection would corrupt the file."""
     with closing(Database(f"sqlite:///{path}")) as database:
         write(database, "parent")
 

@@ -1,4 +1,4 @@
-"""Group commit: many changes in few transactions, and each caller gets its own answer."""
+"""Group commit: many changes in few transactions, with an answer for each caller."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_an_illegal_change_fails_alone(journal: Journal) -> None:
 
 
 async def test_a_change_that_the_database_refuses_fails_alone(journal: Journal) -> None:
-    """The others' task ids are paid for: they must be on disk."""
+    """The others' task ids are paid for and must be on disk."""
     journal_writer, requests = JournalWriter(journal), make_requests(5)
     for request in requests:
         journal_writer.bring_to(request, State.SUBMITTING)

@@ -1,4 +1,4 @@
-"""The journal: what was asked for and paid, in a database that can be trusted or says so."""
+"""The journal: requests and payments, in a database that is either right or an error."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_unknown_keys_are_left_out(journal: Journal) -> None:
 
 
 def test_event_and_state_are_written_in_one_transaction(journal: Journal, journal_url: str) -> None:
-    """Where the state cannot be written, the event is not there either."""
+    """If the state cannot be written, neither is the event."""
     writer, request = JournalWriter(journal), make_request()
     writer.bring_to(request, State.COMPLETED)
     before = all_rows(journal_url)
@@ -192,7 +192,7 @@ def test_long_texts_of_the_server_do_not_lose_the_task_id(journal: Journal) -> N
 
 
 def test_known_and_read_records_lead_to_the_same_rows(journal: Journal, journal_url: str) -> None:
-    """For every event there is, the computed record is what another reader finds."""
+    """For every event, the computed record is the one that another reader finds."""
     writer = JournalWriter(journal)
     for request, state in zip(make_requests(len(State)), State, strict=True):
         known = writer.bring_to(request, State.PLANNED)
@@ -437,8 +437,8 @@ def test_a_journal_of_another_version_is_not_changed(journal_url: str, journal: 
     assert all_rows(journal_url) == before
 
 
-def _is_trouble(error: pytest.ExceptionInfo[JournalError], path: Path) -> bool:
-    """The error names the file, and says what it means for the money."""
+def _assert_explained(error: pytest.ExceptionInfo[JournalError], path: Path) -> bool:
+    """Assert that the error names the file and says what it means for the money."""
     return str(path) in str(error.value) and "Nothing more is bought" in str(error.value)
 
 
@@ -447,7 +447,7 @@ def test_a_file_that_is_not_a_database_is_an_error_and_not_changed(tmp_path: Pat
     path.write_bytes(b"this is not a database, " * 100)
     with pytest.raises(JournalError) as caught:
         Journal(f"sqlite:///{path}")
-    assert _is_trouble(caught, path)
+    assert _assert_explained(caught, path)
     assert path.read_bytes() == b"this is not a database, " * 100
 
 
@@ -467,7 +467,7 @@ def test_a_damaged_journal_is_an_error_and_never_an_empty_one(tmp_path: Path) ->
         ):
             with pytest.raises(JournalError) as caught:
                 question()
-            assert _is_trouble(caught, path)
+            assert _assert_explained(caught, path)
 
 
 def test_a_journal_that_cannot_be_written_is_an_error_and_can_still_be_read(
@@ -497,7 +497,7 @@ def test_a_journal_that_another_process_keeps_locked_is_an_error(tmp_path: Path)
         other.execute("begin immediate")
         with pytest.raises(JournalError, match="locked") as caught:
             journal.plan(several_pairs(), run_id="r", at=NOW)
-        assert _is_trouble(caught, path)
+        assert _assert_explained(caught, path)
         other.rollback()
     assert all_rows(f"sqlite:///{path}") == before
     assert journal.plan(several_pairs(), run_id="r", at=NOW) == 2
@@ -534,7 +534,7 @@ def test_error_messages_do_not_contain_prompts(journal: Journal) -> None:
 
 
 def test_writes_are_on_disk_when_the_call_returns(tmp_path: Path) -> None:
-    """A process that ends without any goodbye has lost nothing."""
+    """A process that is killed loses nothing."""
     path = tmp_path / "journal.db"
     program = f"""
 import os
@@ -592,7 +592,7 @@ def make_unbound(journal_url: str) -> None:
 
 
 def test_overlapping_claims_do_not_deadlock(journal_url: str, journal: Journal) -> None:
-    """In chunks of all sizes, for a database finds the rows of each in another order."""
+    """In chunks of all sizes, because a database finds the rows of each in another order."""
     wanted = make_requests(1200)
     journal.plan([(one, "p") for one in wanted], run_id="r", at=NOW)
     keys = [one.request_key for one in wanted]

@@ -65,7 +65,7 @@ class HookedClient(KreaClient):
         return answer
 
 
-class SiegeHarness:
+class JournalHarness:
     """A journal in its own folder, and runs over the same rows against one emulator."""
 
     def __init__(self, folder: Path, emulator: Emulator) -> None:
@@ -134,9 +134,9 @@ class SiegeHarness:
 
 
 @pytest.fixture
-def siege(tmp_path: Path) -> Iterator[SiegeHarness]:
+def harness(tmp_path: Path) -> Iterator[JournalHarness]:
     with Emulator(latency_s=0.01, latency_jitter=0.0, state=tmp_path / "emulator") as emulator:
-        yield SiegeHarness(tmp_path, emulator)
+        yield JournalHarness(tmp_path, emulator)
 
 
 # -- the troubles: each yields once it is there, and ends with the block --------------------------
@@ -144,7 +144,7 @@ def siege(tmp_path: Path) -> Iterator[SiegeHarness]:
 
 @contextmanager
 def _file_system(folder: Path, size: str = "2m") -> Iterator[None]:
-    """Mount a small file system at a folder, where this user may."""
+    """Mount a small file system at a folder, if this user may."""
     if (
         os.name != "posix"
         or os.getuid()
@@ -195,7 +195,7 @@ def removed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[None]:
-    """With its log: an old one would keep a new journal from being made."""
+    """Including its log: an old log would prevent a new journal."""
     logs = [path.with_name(path.name + ending) for ending in ("-wal", "-shm")]
     kept = [log.rename(log.with_name(f"aside{log.name}")) for log in logs]
     with removed(path):
@@ -244,7 +244,7 @@ TROUBLES: Final[list[tuple[Failure, str, str]]] = [
     (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
     (locked, "database is locked", "let it end, or end it"),
     (removed, "unable to open", "The file is missing. Put it back"),
-    # Between its removal and the new one, a write finds none at all.
+    # Between removal and replacement, a write finds no file.
     (replaced, "was replaced by another|file is missing", "Put it back"),
     (folder_removed, "unable to open", "The file is missing. Put it back"),
     (header_overwritten, "not a database", "Do not remove it.*restore a backup"),
@@ -257,10 +257,10 @@ every_failure = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def place(siege: SiegeHarness, request: pytest.FixtureRequest) -> Iterator[None]:
-    """A file system for those troubles that need one."""
+def file_system(harness: JournalHarness, request: pytest.FixtureRequest) -> Iterator[None]:
+    """A file system for the failures that need one."""
     if request.node.callspec.params["failure"] in _NEED_A_MOUNT:
-        with _file_system(siege.folder):
+        with _file_system(harness.folder):
             yield
     else:
         yield
@@ -270,73 +270,75 @@ def place(siege: SiegeHarness, request: pytest.FixtureRequest) -> Iterator[None]
 
 
 @every_failure
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("file_system")
 async def test_nothing_is_posted_if_the_intent_cannot_be_written(
-    siege: SiegeHarness, failure: Failure, said: str, advice: str
+    harness: JournalHarness, failure: Failure, said: str, advice: str
 ) -> None:
-    with closing(siege.open()):
+    with closing(harness.open()):
         pass
-    with FailureAtMoment(failure, siege) as stage:
+    with FailureAtMoment(failure, harness) as failing:
         with pytest.raises(JournalError, match=f"(?s)({said}).*Nothing more is bought") as error:
-            await siege.run("run-1", stage.client("before_buying"))
-        assert stage.began
+            await harness.run("run-1", failing.client("before_buying"))
+        assert failing.began
         assert re.search(advice, str(error.value))
-        assert siege.emulator.stats()["submit_posts"] == 0
-    await siege.assert_recovers()
+        assert harness.emulator.stats()["submit_posts"] == 0
+    await harness.assert_recovers()
 
 
-async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(siege: SiegeHarness) -> None:
-    """No system makes a disk read-only under a file that is open for writing."""
-    with _file_system(siege.folder):
-        with closing(siege.open()):
+async def test_a_journal_on_a_read_only_disk_ends_a_run_before_it_buys(
+    harness: JournalHarness,
+) -> None:
+    """A disk cannot become read-only while a file is open for writing."""
+    with _file_system(harness.folder):
+        with closing(harness.open()):
             pass
         with (
-            read_only(siege.path),
+            read_only(harness.path),
             pytest.raises(JournalError, match=r"(?s)(readonly|unable to open).*writ") as error,
         ):
-            await siege.run("run-1")
+            await harness.run("run-1")
         assert "Nothing more is bought" in str(error.value)
-        assert siege.emulator.stats()["submit_posts"] == 0
-        await siege.assert_recovers()
+        assert harness.emulator.stats()["submit_posts"] == 0
+        await harness.assert_recovers()
 
 
 @every_failure
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("file_system")
 async def test_an_unwritten_purchase_is_named_and_continued_by_the_next_run(
-    siege: SiegeHarness, failure: Failure, said: str, advice: str
+    harness: JournalHarness, failure: Failure, said: str, advice: str
 ) -> None:
-    with FailureAtMoment(failure, siege) as stage:
+    with FailureAtMoment(failure, harness) as failing:
         with pytest.raises(PurchasesNotWritten, match=f"(?s)({said}).*Nothing more is") as error:
-            await siege.run("run-1", stage.client("after_a_post"))
-        created = {task["task_id"]: task for task in siege.emulator.stats()["tasks"]}
+            await harness.run("run-1", failing.client("after_a_post"))
+        created = {task["task_id"]: task for task in harness.emulator.stats()["tasks"]}
     named = {purchase.task_id: purchase for purchase in error.value.purchases}
-    assert named.keys() == created.keys() - siege.task_ids() != set()
+    assert named.keys() == created.keys() - harness.task_ids() != set()
     for task_id, purchase in named.items():
         assert purchase.idempotency_key == created[task_id]["idempotency_key"]
         assert purchase.credits == 0.45
         assert f"task {task_id} (0.45 credits) of request {purchase.request_key}" in str(
             error.value
         )
-    await siege.assert_recovers()
+    await harness.assert_recovers()
 
 
 async def test_an_unwritten_purchase_is_continued_without_a_person(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
     hold = replace(QUICK, on_unknown="hold")
-    with FailureAtMoment(locked, siege) as stage, pytest.raises(PurchasesNotWritten) as error:
-        await siege.run("run-1", stage.client("after_a_post"), policy=hold)
+    with FailureAtMoment(locked, harness) as failing, pytest.raises(PurchasesNotWritten) as error:
+        await harness.run("run-1", failing.client("after_a_post"), policy=hold)
     named = {purchase.request_key: purchase.task_id for purchase in error.value.purchases}
-    report = await siege.run("run-2", policy=hold)
+    report = await harness.run("run-2", policy=hold)
     assert len(report.recovered) == len(named) > 0
     assert all("is in the journal now" in said for said in report.recovered)
     assert not set(report.left) & set(named)
-    assert siege.emulator.stats()["replays"] == 0
-    await siege.assert_recovers()
+    assert harness.emulator.stats()["replays"] == 0
+    await harness.assert_recovers()
 
 
 async def test_a_run_stopped_during_a_journal_failure_names_its_purchases(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
     runs: list[asyncio.Task[RunReport]] = []
 
@@ -346,28 +348,28 @@ async def test_a_run_stopped_during_a_journal_failure_names_its_purchases(
             runs[0].cancel()
             yield
 
-    with FailureAtMoment(locked_and_stopped, siege) as stage:
-        runs.append(asyncio.ensure_future(siege.run("run-1", stage.client("after_a_post"))))
+    with FailureAtMoment(locked_and_stopped, harness) as failing:
+        runs.append(asyncio.ensure_future(harness.run("run-1", failing.client("after_a_post"))))
         with pytest.raises(PurchasesNotWritten) as error:
             await runs[0]
-    created = {task["task_id"] for task in siege.emulator.stats()["tasks"]}
+    created = {task["task_id"] for task in harness.emulator.stats()["tasks"]}
     assert {purchase.task_id for purchase in error.value.purchases} == created != set()
-    await siege.assert_recovers()
+    await harness.assert_recovers()
 
 
 def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
     """The commit succeeds, in a file that is unreachable."""
 
     def write_and_lose(database: Database) -> None:
         def write(connection: Connection) -> None:
             connection.execute(insert(stops).values(STOP))
-            siege.path.unlink()
+            harness.path.unlink()
 
         database.write("write to", write)
 
-    with closing(Database(f"sqlite:///{siege.path}")) as database:
+    with closing(Database(f"sqlite:///{harness.path}")) as database:
         with pytest.raises(JournalError, match="removed or replaced during a write"):
             write_and_lose(database)
         with pytest.raises(JournalError, match=r"The file is missing. Put it back"):
@@ -375,31 +377,31 @@ def test_a_journal_that_is_removed_within_a_transaction_is_noticed_at_its_end(
 
 
 async def test_a_storage_root_that_is_full_ends_the_run_and_loses_no_image(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
-    folder = Path(siege.images.storage.locate(""))
+    folder = Path(harness.images.storage.locate(""))
     folder.mkdir()  # noqa: ASYNC240 - on this machine
     with _file_system(folder, "300k"), pytest.raises(StorageError, match="No space left") as error:
-        await siege.run("run-1")
+        await harness.run("run-1")
     assert "Nothing more is bought" in str(error.value)
-    assert siege.task_ids() == siege.created() != set()
-    await siege.assert_recovers()
+    assert harness.task_ids() == harness.created() != set()
+    await harness.assert_recovers()
 
 
-async def test_the_next_run_of_the_same_process_continues_at_once(siege: SiegeHarness) -> None:
-    """A run that could not give up its claims does not keep them."""
-    with FailureAtMoment(locked, siege) as stage, pytest.raises(JournalError):
-        await siege.run("run-1", stage.client("after_a_post"))
-    with closing(siege.open()) as journal:
+async def test_the_next_run_of_the_same_process_continues_at_once(harness: JournalHarness) -> None:
+    """A run that could not release its claims does not keep them."""
+    with FailureAtMoment(locked, harness) as failing, pytest.raises(JournalError):
+        await harness.run("run-1", failing.client("after_a_post"))
+    with closing(harness.open()) as journal:
         assert any(record.claimed_by for record in journal.all_records())
-    await siege.assert_recovers()
+    await harness.assert_recovers()
 
 
 class FailureAtMoment:
     """A failure that begins at a moment of a run, and ends with the block."""
 
-    def __init__(self, failure: Failure, siege: SiegeHarness) -> None:
-        self._failure = failure(siege.path)
+    def __init__(self, failure: Failure, harness: JournalHarness) -> None:
+        self._failure = failure(harness.path)
         self.began = False
 
     def client(self, moment: str) -> type[HookedClient]:
@@ -421,111 +423,111 @@ class FailureAtMoment:
 # -- a journal that was lost, or went back in time ------------------------------------------------
 
 
-async def test_a_lost_journal_is_rebuilt_from_the_files(siege: SiegeHarness) -> None:
-    """They lie under their requests' names, so that nothing is bought; who paid is not known."""
-    await siege.run("run-1")
-    before = {name: siege.images.storage.modified_at(name) for name in siege.files()}
-    siege.path.unlink()
-    report = await siege.run("run-2")
+async def test_a_lost_journal_is_rebuilt_from_the_files(harness: JournalHarness) -> None:
+    """They have their requests' names, so nothing is bought; the payer is unknown."""
+    await harness.run("run-1")
+    before = {name: harness.images.storage.modified_at(name) for name in harness.files()}
+    harness.path.unlink()
+    report = await harness.run("run-2")
     assert (report.new, report.posts, report.progress.delivered) == (ROWS, 0, ROWS)
-    assert siege.emulator.stats()["creates"] == ROWS
-    assert {name: siege.images.storage.modified_at(name) for name in siege.files()} == before
-    with closing(siege.open()) as journal:
+    assert harness.emulator.stats()["creates"] == ROWS
+    assert {name: harness.images.storage.modified_at(name) for name in harness.files()} == before
+    with closing(harness.open()) as journal:
         assert journal.count_by_state() == {State.STORED: ROWS}
         assert journal.charges() == []
 
 
 async def test_a_lost_journal_and_lost_files_are_rebuilt_from_the_server(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
     """The same rows have the same Idempotency-Keys; what is replayed is not charged again."""
-    await siege.run("run-1")
-    siege.path.unlink()
-    for name in siege.files():
-        siege.images.storage.remove(name)
-    report = await siege.run("run-2")
+    await harness.run("run-1")
+    harness.path.unlink()
+    for name in harness.files():
+        harness.images.storage.remove(name)
+    report = await harness.run("run-2")
     assert report.new == report.posts == ROWS
-    assert siege.emulator.stats()["replays"] == ROWS
-    with closing(siege.open()) as journal:
+    assert harness.emulator.stats()["replays"] == ROWS
+    with closing(harness.open()) as journal:
         assert {charge.replayed for charge in journal.charges()} == {True}
         assert sum(charge.charged_units or 0 for charge in journal.charges()) == 0
         assert journal.commitment("run:run-2").committed_units == 0
-    await siege.assert_recovers()
+    await harness.assert_recovers()
 
 
 async def test_a_journal_whose_write_ahead_log_was_removed_buys_nothing_twice(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
-    """All that was written since the last checkpoint is forgotten."""
-    with closing(siege.open()) as journal:
-        journal.plan([(r, "p") for r in siege.requests[:1]], run_id="r", at=NOW)
-    with closing(sqlite3.connect(siege.path)) as reader:
+    """Everything written since the last checkpoint is lost."""
+    with closing(harness.open()) as journal:
+        journal.plan([(r, "p") for r in harness.requests[:1]], run_id="r", at=NOW)
+    with closing(sqlite3.connect(harness.path)) as reader:
         reader.execute("begin")
         reader.execute("select * from requests").fetchall()
-        await siege.run("run-1")  # the reader keeps the log from being taken into the file
-        shutil.copy(siege.path, siege.path.with_name("kept"))
-    assert siege.path.with_name("kept").read_bytes() != siege.path.read_bytes()
-    siege.path.unlink()
-    siege.path.with_name("kept").rename(siege.path)
-    with closing(siege.open()) as journal:
+        await harness.run("run-1")  # the reader keeps the log from being taken into the file
+        shutil.copy(harness.path, harness.path.with_name("kept"))
+    assert harness.path.with_name("kept").read_bytes() != harness.path.read_bytes()
+    harness.path.unlink()
+    harness.path.with_name("kept").rename(harness.path)
+    with closing(harness.open()) as journal:
         assert journal.count_by_state() == {State.PLANNED: 1}
-    await siege.assert_recovers(adopted=True)
+    await harness.assert_recovers(adopted=True)
 
 
-async def test_a_damaged_write_ahead_log_buys_nothing_twice(siege: SiegeHarness) -> None:
-    with closing(siege.open()):
+async def test_a_damaged_write_ahead_log_buys_nothing_twice(harness: JournalHarness) -> None:
+    with closing(harness.open()):
         pass
-    with closing(sqlite3.connect(siege.path)) as reader:
+    with closing(sqlite3.connect(harness.path)) as reader:
         reader.execute("begin")
         reader.execute("select * from requests").fetchall()
-        await siege.run("run-1")
-        log = bytearray(siege.path.with_name("journal.db-wal").read_bytes())
-        shutil.copy(siege.path, siege.path.with_name("kept"))
-    siege.path.unlink()
-    siege.path.with_name("kept").rename(siege.path)
+        await harness.run("run-1")
+        log = bytearray(harness.path.with_name("journal.db-wal").read_bytes())
+        shutil.copy(harness.path, harness.path.with_name("kept"))
+    harness.path.unlink()
+    harness.path.with_name("kept").rename(harness.path)
     log[len(log) // 2 :] = b"\x55" * (len(log) - len(log) // 2)
-    siege.path.with_name("journal.db-wal").write_bytes(log)
-    await siege.assert_recovers(adopted=True)
+    harness.path.with_name("journal.db-wal").write_bytes(log)
+    await harness.assert_recovers(adopted=True)
 
 
 # -- damage -----------------------------------------------------------------------------------
 
 
-async def test_damage_in_any_page_buys_nothing_twice(siege: SiegeHarness) -> None:
-    """What a run on damaged pages cannot notice must not cost anything either."""
-    await siege.run("run-1")
-    whole = siege.path.read_bytes()
-    siege.requests = make_requests(ROWS + 1)
+async def test_damage_in_any_page_buys_nothing_twice(harness: JournalHarness) -> None:
+    """Damage that a run does not notice must not cost anything either."""
+    await harness.run("run-1")
+    whole = harness.path.read_bytes()
+    harness.requests = make_requests(ROWS + 1)
     noticed = 0
     pages = range(4096, len(whole), 4096)
     for start in pages:
-        siege.path.write_bytes(whole[:start] + b"\xa5" * 4096 + whole[start + 4096 :])
+        harness.path.write_bytes(whole[:start] + b"\xa5" * 4096 + whole[start + 4096 :])
         try:
-            await siege.run("run-2")
+            await harness.run("run-2")
         except JournalError as error:
             assert "Nothing more is bought" in str(error)  # noqa: PT017 - or it went well
             noticed += 1
-        assert siege.emulator.stats()["creates"] <= ROWS + 1
+        assert harness.emulator.stats()["creates"] <= ROWS + 1
     assert noticed > 0.9 * len(pages)
-    siege.path.write_bytes(whole)
-    await siege.assert_recovers()
+    harness.path.write_bytes(whole)
+    await harness.assert_recovers()
 
 
 async def test_damage_in_an_unread_page_is_found_before_buying(
-    siege: SiegeHarness,
+    harness: JournalHarness,
 ) -> None:
-    with closing(siege.open()):
+    with closing(harness.open()):
         pass
-    with closing(sqlite3.connect(siege.path)) as other:
+    with closing(sqlite3.connect(harness.path)) as other:
         page = other.execute(
             "select rootpage from sqlite_master where name = 'account_readings'"
         ).fetchone()[0]
-    data = bytearray(siege.path.read_bytes())
+    data = bytearray(harness.path.read_bytes())
     data[(page - 1) * 4096 : page * 4096] = b"\xa5" * 4096
-    siege.path.write_bytes(data)
+    harness.path.write_bytes(data)
     with pytest.raises(JournalError, match="Do not remove it"):
-        await siege.run("run-1")
-    assert siege.emulator.stats()["requests"] == {}
+        await harness.run("run-1")
+    assert harness.emulator.stats()["requests"] == {}
 
 
 # -- what is found where a journal should be ------------------------------------------------------
@@ -538,33 +540,33 @@ def _is_refused(path: Path, said: str) -> None:
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
-def test_an_empty_file_is_not_a_new_journal(siege: SiegeHarness) -> None:
-    siege.path.write_bytes(b"")
-    _is_refused(siege.path, "is an empty file")
+def test_an_empty_file_is_not_a_new_journal(harness: JournalHarness) -> None:
+    harness.path.write_bytes(b"")
+    _is_refused(harness.path, "is an empty file")
 
 
-def test_a_journal_that_was_emptied_is_refused(siege: SiegeHarness) -> None:
-    with closing(siege.open()):
+def test_a_journal_that_was_emptied_is_refused(harness: JournalHarness) -> None:
+    with closing(harness.open()):
         pass
-    with emptied(siege.path):
-        _is_refused(siege.path, "is an empty file")
-    with closing(siege.open()):
+    with emptied(harness.path):
+        _is_refused(harness.path, "is an empty file")
+    with closing(harness.open()):
         pass
 
 
-def test_a_write_ahead_log_without_its_journal_is_an_error(siege: SiegeHarness) -> None:
-    """SQLite would take the old log into the new file."""
-    siege.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
-    _is_refused(siege.path, "its write-ahead log journal.db-wal is there. Put it back")
-    assert not siege.path.exists()
+def test_a_write_ahead_log_without_its_journal_is_an_error(harness: JournalHarness) -> None:
+    """SQLite would merge the old log into the new file."""
+    harness.path.with_name("journal.db-wal").write_bytes(b"x" * 100)
+    _is_refused(harness.path, "its write-ahead log journal.db-wal is there. Put it back")
+    assert not harness.path.exists()
 
 
-def test_a_folder_is_not_a_journal(siege: SiegeHarness) -> None:
-    siege.path.mkdir()
-    _is_refused(siege.path, "unable to open database file.*Check the path")
+def test_a_folder_is_not_a_journal(harness: JournalHarness) -> None:
+    harness.path.mkdir()
+    _is_refused(harness.path, "unable to open database file.*Check the path")
 
 
-def test_a_new_journal_is_created_atomically(siege: SiegeHarness) -> None:
-    with closing(siege.open()):
+def test_a_new_journal_is_created_atomically(harness: JournalHarness) -> None:
+    with closing(harness.open()):
         pass
-    assert [file.name for file in siege.folder.iterdir()] == ["journal.db"]
+    assert [file.name for file in harness.folder.iterdir()] == ["journal.db"]

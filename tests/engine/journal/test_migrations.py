@@ -1,4 +1,4 @@
-"""The journal's tables through the versions: made, upgraded with all that they hold, or refused."""
+"""The journal's tables are created, upgraded with their content, or refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def version(journal_url: str) -> Any:
 
 
 def tables(journal_url: str) -> dict[str, Any]:
-    """Everything that the database says of its tables."""
+    """Return everything that the database knows about its tables."""
     with engine_of(journal_url) as engine, engine.connect() as connection:
         return {name: _table(connection, name) for name in schema.metadata.tables}
 
@@ -91,7 +91,7 @@ def other(journal_url: str, tmp_path: Path) -> str:
 
 
 def test_the_revisions_create_the_described_schema(journal_url: str, tmp_path: Path) -> None:
-    """Fails where schema.metadata or TRANSITIONS was changed without a revision."""
+    """Fails if schema.metadata or TRANSITIONS was changed without a revision."""
     Journal(journal_url).close()
     made = tables(journal_url)
     url = other(journal_url, tmp_path)
@@ -157,7 +157,7 @@ def test_journals_of_all_releases_open_with_their_content(journal_url: str, revi
 
 
 def kept_sums() -> dict[str, Any]:
-    """What is there after the upgrade of a journal that had its sums already."""
+    """Return the sums after an upgrade of a journal that had them already."""
     return UPGRADED | {"commitments": ROWS["commitments"]}
 
 
@@ -208,7 +208,7 @@ def test_an_upgrade_that_fails_changes_nothing(journal_url: str, name: str) -> N
 
 
 def test_a_journal_is_not_upgraded_while_an_earlier_version_is_running(journal_url: str) -> None:
-    """It would go on by claims that the new version does not see."""
+    """It would rely on claims that the new version does not see."""
     first_release.make(journal_url)
     with engine_of(journal_url) as engine, engine.begin() as connection:
         now_us = int(time.time() * 1_000_000)

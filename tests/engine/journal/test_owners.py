@@ -1,4 +1,4 @@
-"""Who holds a request: the lock of a run tells, and no clock and no process table."""
+"""The holder of a request is found by its lock, not by clocks or process tables."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_process_of_another_host_with_the_same_pid_keeps_its_claims(
 def test_a_run_that_ended_in_a_living_process_releases_its_claims(
     journal: Journal, journal_url: str
 ) -> None:
-    """Also where its journal could not be written when it ended."""
+    """Even if its journal could not be written when it ended."""
     key = planned(journal)
 
     with closing(Journal(journal_url)) as other:

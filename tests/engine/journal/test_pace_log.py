@@ -1,4 +1,4 @@
-"""What runs that share a journal tell each other of their account, in a real database."""
+"""Runs that share a journal share what they learn about their account."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FULL = InWork(20, 20.0, 0.0)
 
 
 class Hours:
-    """Seconds of a host's clock, moved by hand."""
+    """A host's clock in seconds, set by the test."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0

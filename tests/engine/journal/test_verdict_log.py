@@ -1,4 +1,4 @@
-"""Verdicts on images: kept for good, in one order for everybody, and remembered once each."""
+"""Verdicts on images are kept for good, in one order, and stored once each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def on(number: int, verdict: str = "keep", **further: object) -> Verdict:
 
 @pytest.fixture
 def clock() -> Callable[[], datetime]:
-    """A clock that goes on by a second each time it is read."""
+    """A clock that advances by a second each time it is read."""
     times = iter(NOON + timedelta(seconds=at) for at in range(100_000))
     lock = threading.Lock()
 
@@ -100,7 +100,7 @@ def test_none_takes_a_verdict_back_and_leaves_it_in_the_history(log: VerdictLog)
 
 
 def test_a_repeated_verdict_is_stored_once(log: VerdictLog) -> None:
-    """No answer came, so the page sends it again, and perhaps beside new ones."""
+    """No answer came, so the page sends it again, perhaps with new ones."""
     first = on(1, "keep")
     (kept,) = log.add([first])
     again = log.add([on(2), first, first])
@@ -195,7 +195,7 @@ def test_the_database_refuses_invalid_verdicts_too(journal_url: str) -> None:
 def test_a_reader_sees_concurrent_verdicts_exactly_once(
     journal_url: str, clock: Callable[[], datetime]
 ) -> None:
-    """The reader goes on from the last number it saw, as the page's poll does."""
+    """The reader continues from the last number it saw, as the page's poll does."""
     VerdictLog.open(journal_url).close()
     done = threading.Event()
     seen: list[int] = []
@@ -228,7 +228,7 @@ def test_a_reader_sees_concurrent_verdicts_exactly_once(
 
 
 def test_numbers_become_visible_in_order(journal_url: str) -> None:
-    """A later number is never to be seen before an earlier one: the later writer waits."""
+    """A later number must not be visible before an earlier one: the later writer waits."""
     entered, go = threading.Event(), threading.Event()
 
     def slowly() -> datetime:
@@ -242,7 +242,7 @@ def test_numbers_become_visible_in_order(journal_url: str) -> None:
         first = pool.submit(slow.add, [on(1)])
         assert entered.wait(20)
         second = pool.submit(quick.add, [on(2)])
-        assert quick.since(0) == [], "a reader waits for nobody"
+        assert quick.since(0) == [], "a reader does not wait"
         assert not second.done()
         go.set()
         assert first.result()[0].number < second.result()[0].number

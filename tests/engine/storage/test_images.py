@@ -43,7 +43,7 @@ class Body:
 
 
 class Server:
-    """Answers every download with the same bytes, in pieces, and stops at the limit."""
+    """A client that answers every download with the same bytes, in pieces, up to the limit."""
 
     def __init__(self, body: bytes) -> None:
         self.body = body
@@ -81,7 +81,7 @@ def unseen() -> bytes:
 
 
 def almost_black_jpeg() -> bytes:
-    """Black as a lossy encoder leaves it: not every pixel is quite the same."""
+    """Black after lossy encoding: not all pixels are equal."""
     image = Image.new("RGB", PIXELS, (0, 0, 0))
     image.putpixel((5, 5), (2, 1, 2))
     target = io.BytesIO()
@@ -128,7 +128,7 @@ async def fetch(
 async def test_an_image_is_published_by_request_key_and_actual_format(
     store: ImageStore, tmp_path: Path, file_format: str, ending: str
 ) -> None:
-    """Whatever the link's ending says."""
+    """The ending of the link does not matter."""
     body = encoded(file_format)
     image = await store.fetch(Server(body), "https://files.test/x.gif", REQUEST)
     key = REQUEST.request_key
@@ -267,7 +267,7 @@ async def test_a_png_with_a_damaged_middle_is_fetched_again(store: ImageStore) -
 async def test_a_complete_file_that_is_not_the_image_is_rejected_and_kept(
     store: ImageStore, tmp_path: Path, code: str, body: bytes
 ) -> None:
-    """It was paid for: a person may look at it."""
+    """It was paid for, and a person may look at it."""
     with pytest.raises(ImageRejected) as caught:
         await fetch(store, body)
     assert caught.value.code == code
@@ -279,7 +279,7 @@ async def test_a_complete_file_that_is_not_the_image_is_rejected_and_kept(
 
 
 def test_dimensions_are_checked_before_decoding() -> None:
-    """Rows that would take 3 GB are not even begun: the data behind the header is nonsense."""
+    """Rows that would take 3 GB are not decoded: the data after the header is garbage."""
     body = bytearray(bomb())
     body[16:24] = struct.pack(">II", 30_000, 2_900)  # below the library's own limit
     body[29:33] = struct.pack(">I", zlib.crc32(bytes(body[12:29])))
@@ -461,7 +461,7 @@ async def test_without_verification_only_the_header_is_checked(tmp_path: Path) -
 
 
 class Waits(Server):
-    """Waits for what the sink returns, as the client does."""
+    """A client that awaits the results of the sink."""
 
     async def download(self, url: str, *, sink: Callable[[bytes], object], max_bytes: int) -> Body:
         for start in range(0, len(self.body), 65536):
@@ -504,7 +504,7 @@ async def test_a_large_file_is_written_during_the_download(
 async def test_a_stop_waits_for_the_file_that_is_being_written(
     store: ImageStore, tmp_path: Path
 ) -> None:
-    """It is there whole or not at all, and no thread is left behind with it."""
+    """The file is complete or missing, and no thread still works with it."""
     fetching = asyncio.ensure_future(store.fetch(Waits(noise()), "https://x/a", REQUEST))
     await wait_until(lambda: files(tmp_path) != [])
     fetching.cancel()
@@ -514,7 +514,7 @@ async def test_a_stop_waits_for_the_file_that_is_being_written(
 
 
 def test_an_image_with_a_flat_middle_is_not_flat() -> None:
-    """The squares that are looked at first settle only that an image is not flat."""
+    """The squares that are examined first can only show that an image is not flat."""
     image = Image.new("RGB", PIXELS, (7, 7, 7))
     assert is_flat(image)
     image.putpixel((PIXELS[0] - 1, PIXELS[1] - 1), (7, 10, 7))
@@ -524,7 +524,7 @@ def test_an_image_with_a_flat_middle_is_not_flat() -> None:
 
 
 def test_any_damaged_byte_of_an_avif_fails_one_file() -> None:
-    """Its decoder raises RuntimeError, which no other does: a run would end by it."""
+    """Its decoder raises RuntimeError, unlike others, which would end a run."""
     body, troubled = encoded("AVIF"), 0
     source = random.Random(7)
     for _ in range(150):

@@ -1,4 +1,4 @@
-"""The storage root behind a URL: it is asked each time, because other hosts write there too."""
+"""A storage root behind a URL is read each time, because other hosts write to it too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from krea_dagster.engine.storage.storage import Storage
 
 
 class Listing(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """Answers from a listing that it remembers, as the file systems of object stores do."""
+    """A file system with cached listings, as those of object stores have."""
 
     protocol = "listing"
     store: ClassVar[dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What killed runs have left half written goes; what a living one writes stays."""
+"""Partial files of killed runs are removed; those of living ones are kept."""
 
 from __future__ import annotations
 

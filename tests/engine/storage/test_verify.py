@@ -1,4 +1,4 @@
-"""A verified file is whole: nothing is missing that a decoder would forgive."""
+"""A verified file is complete, also where a decoder would ignore a gap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_complete_image_with_trailing_data_is_accepted(file_format: str, trail
 @pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_a_cut_jpeg_with_an_end_mark_is_damaged(share: float, progressive: bool) -> None:
-    """A decoder fills the rest with grey, or leaves it coarse, and says nothing."""
+    """A decoder silently fills the rest with grey, or leaves it coarse."""
     whole = detailed("JPEG", progressive=progressive)
     with pytest.raises(NoUsableBody):
         verify_image(whole[: int(len(whole) * share)] + b"\xff\xd9", SMALL)
@@ -49,7 +49,7 @@ def test_a_jpeg_without_end_mark_is_truncated(missing: int) -> None:
 
 
 def test_the_end_mark_of_a_preview_does_not_count() -> None:
-    """A preview in the header is a JPEG with an end of its own."""
+    """A preview in the header is a JPEG with its own end mark."""
     preview = encoded("JPEG", (160, 120))
     segment = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
     whole = encoded("JPEG", SMALL)
@@ -78,9 +78,9 @@ def test_all_kinds_of_jpeg_are_complete(mode: str, options: dict[str, object]) -
 
 
 def of_grey_scans() -> bytes:
-    """A JPEG whose second channel alone is half as wide, which few decoders have a name for.
+    """A JPEG in which only the second channel is half as wide, which few decoders support.
 
-    Each of its channels is a scan of its own, taken from a grey JPEG of that width.
+    Each channel is a separate scan, taken from a grey JPEG of that width.
     """
     width, height = SMALL
     greys = [encoded("JPEG", (wide, height), "L") for wide in (width, (width + 1) // 2, width)]
@@ -96,7 +96,7 @@ def of_grey_scans() -> bytes:
 
 
 def test_a_jpeg_with_unnamed_subsampling_is_accepted() -> None:
-    """The strict decoder refuses to read it, which is no fault of the file."""
+    """The strict decoder does not support it, but the file is right."""
     assert verify_image(of_grey_scans(), SMALL) == "JPEG"
     with pytest.raises(NoUsableBody):
         verify_image(of_grey_scans()[:-2], SMALL)
@@ -110,12 +110,12 @@ def test_padding_before_a_marker_is_accepted() -> None:
 
 
 def scans_of(whole: bytes) -> list[int]:
-    """Where its scans begin, and the tables before them."""
+    """Return where the scans begin, and the tables before them."""
     return [k for k in range(len(whole) - 1) if whole[k : k + 2] in {b"\xff\xda", b"\xff\xc4"}]
 
 
 def test_a_progressive_jpeg_without_its_last_scans_is_damaged() -> None:
-    """Each scan is whole, and the image a coarse one."""
+    """Each scan is complete, but the image is coarse."""
     whole = detailed("JPEG", progressive=True)
     places = scans_of(whole)[1:]
     assert len(places) > 8
@@ -205,7 +205,7 @@ def test_a_png_that_does_not_begin_with_its_header_is_damaged(first: bytes) -> N
 
 
 def test_the_rows_of_a_png_are_counted_in_little_memory() -> None:
-    """A file of 100 KB that unpacks to 100 MB: it is left as soon as there are too many."""
+    """A file of 100 KB that unpacks to 100 MB: counting stops at the limit."""
     header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
     body = png(header, rows_of((64, 64), 2, 8, interlaced=False) + bytes(100_000_000))
     tracemalloc.start()
@@ -237,12 +237,12 @@ def test_png_pixels_may_be_in_any_number_of_chunks(pieces: int) -> None:
 
 
 def resized(webp: bytes) -> bytes:
-    """A WebP whose header says that it is as long as it is."""
+    """A WebP whose header has its actual length."""
     return webp[:4] + struct.pack("<I", len(webp) - 8) + webp[8:]
 
 
 def with_its_chunk_resized(webp: bytes) -> bytes:
-    """The same of its only chunk."""
+    """The same for its only chunk."""
     return resized(webp[:16] + struct.pack("<I", len(webp) - 20) + webp[20:])
 
 
@@ -277,7 +277,7 @@ def test_an_avif_with_data_beyond_its_end_is_damaged(missing: int, mode: str) ->
 
 
 def transparent(mode: str, alpha: int, seen_at: tuple[int, int] | None = None) -> bytes:
-    """Noise under one transparency; at one place it is opaque."""
+    """Noise with constant transparency, except for one opaque place."""
     image = Image.effect_noise(SMALL, 60).convert("L" if mode == "LA" else "RGB")
     cover = Image.new("L", SMALL, alpha)
     if seen_at:
@@ -289,7 +289,7 @@ def transparent(mode: str, alpha: int, seen_at: tuple[int, int] | None = None) -
 
 
 def transparent_palette(*opaque: int) -> bytes:
-    """Noise in a palette, of which only these entries show."""
+    """Noise in a palette in which only these entries are visible."""
     image = Image.effect_noise(SMALL, 60).convert("P")
     target = io.BytesIO()
     shown = bytes(255 if k in opaque else 0 for k in range(256))
@@ -322,7 +322,7 @@ def transparent_16_bit(colour: int, alpha: int) -> bytes:
     ],
 )
 def test_an_invisible_image_is_flat(body: bytes) -> None:
-    """Whatever colours lie beneath."""
+    """The colours beneath do not matter."""
     with pytest.raises(ImageRejected) as caught:
         verify_image(body, SMALL)
     assert caught.value.code == "flat_image"
@@ -352,7 +352,7 @@ def test_transparency_is_detected_in_every_mode(mode: str) -> None:
 
 
 def test_one_transparent_16_bit_colour_is_accepted() -> None:
-    """Its place in the file's 16 bits has none in the image's 8."""
+    """The 16-bit colour in the file has no equivalent in the image's 8 bits."""
     header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
     clear = chunk(b"tRNS", struct.pack(">HHH", 65535, 65535, 65535))
     rows = rows_of((64, 64), 2, 16, interlaced=False)
@@ -383,7 +383,7 @@ def code_of(body: bytes, *, decode: bool = True) -> str:
 def test_a_complete_image_in_another_format_is_rejected(
     file_format: str, options: dict[str, object]
 ) -> None:
-    """It was paid for, and does not come otherwise the next time."""
+    """It was paid for, and would come in the same format again."""
     body = detailed(file_format, **options)
     assert code_of(body) == "wrong_format"
     assert code_of(body, decode=False) == "wrong_format"

@@ -1,4 +1,4 @@
-"""A revision that fails after it has changed a good deal."""
+"""A revision that fails after several changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A revision as a later version might bring it: a new state, its transitions, and a column."""
+"""A revision of a later version: a new state, its transitions, and a column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A revision that forgets the rows which belong to those that it removes."""
+"""A revision that leaves rows that refer to removed ones."""
 
 from __future__ import annotations
 
