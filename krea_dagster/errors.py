@@ -269,7 +269,7 @@ class _Answered(KreaError):
 
     @property
     def may_be_away(self) -> bool:
-        """Whether the API itself may be unavailable: no answer, or one of a gateway."""
+        """Return whether the API itself may be unavailable: no answer, or one of a gateway."""
         return self.status is None or self.status in _GATEWAY_STATUSES
 
     def __str__(self) -> str:

@@ -139,7 +139,7 @@ class Database:
 
     @property
     def journal_id(self) -> str:
-        """The random name that identifies this journal."""
+        """Return the random name that identifies this journal."""
         return "" if self._identity is None else self._identity[0]
 
     def close(self) -> None:

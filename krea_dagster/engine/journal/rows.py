@@ -140,7 +140,7 @@ CHARGES: Final = select(
 
 def record_from_row(row: Any) -> Record:
     """Return the record in a row of ``RECORDS``."""
-    columns = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    columns = row._asdict()
     request = ImageRequest(**{name: columns.pop(name) for name in _REQUEST_FIELDS})
     image = stored_image({name: columns.pop(name) for name in _IMAGE_COLUMNS})
     columns["state"] = State(columns["state"])
@@ -150,7 +150,7 @@ def record_from_row(row: Any) -> Record:
 
 def charge_from_row(row: Any) -> Charge:
     """Return the charge in a row of ``CHARGES``."""
-    columns = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    columns = row._asdict()
     columns["state"] = None if columns["state"] is None else State(columns["state"])
     columns["scopes"] = _scopes(columns["scopes"])
     return Charge(**columns)

@@ -48,7 +48,7 @@ class SavedAnswer:
 
     @property
     def name(self) -> str:
-        """The name of its file: the same purchase is saved once."""
+        """Return the name of its file: the same purchase is saved once."""
         return f"{self.idempotency_key}-{str(self.values['task_id']).replace(':', '_')}.json"
 
 

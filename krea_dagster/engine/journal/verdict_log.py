@@ -142,4 +142,4 @@ def _row(one: Verdict) -> dict[str, Any]:
 
 
 def _verdict(row: Any) -> Verdict:
-    return Verdict(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    return Verdict(**row._asdict())

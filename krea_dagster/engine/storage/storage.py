@@ -62,7 +62,7 @@ class Storage:
             raise ConfigError("the storage root is empty; give a folder or a URL")
         try:
             self._fs, path = _without_listings(root)
-        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        except Exception as error:  # noqa: BLE001 - file systems raise different errors
             said = redact.text(str(error), root)
             raise ConfigError(
                 f"the storage root {redact.location(root)!r} (KREA_STORAGE) cannot be used: {said}"
@@ -104,7 +104,7 @@ class Storage:
             return cast("int", self._fs.info(self._full(name))["size"])
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        except Exception as error:  # noqa: BLE001 - file systems raise different errors
             self.fail(error)
 
     def ping(self) -> None:
@@ -117,7 +117,7 @@ class Storage:
             if self.folder is not None:
                 return (self.folder / name).open("rb")
             return cast("BinaryIO", self._fs.open(self._full(name), "rb"))
-        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        except Exception as error:  # noqa: BLE001 - file systems raise different errors
             self.fail(error)
 
     def has_files(self, folder: str) -> bool:
@@ -185,7 +185,7 @@ class Storage:
                 self._fs.put_file(str(temporary), self._full(name))
             else:
                 self._rename(temporary, self.folder / name)
-        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        except Exception as error:  # noqa: BLE001 - file systems raise different errors
             self.fail(error)
 
     def _rename(self, temporary: Path, target: Path) -> None:
