@@ -65,7 +65,7 @@ def write_changes(
     if missing:
         present.update(locked_records(connection, sorted(missing)))
     ledger.lock(changes, present)
-    taken = _tasks_of_others(connection, changes)
+    purchases = _purchases_of_tasks(connection, changes)
     answers: list[Record | JournalError | BuyingClosed] = []
     steps: list[AppliedChange] = []
     written = events_of_run(connection, changes, run_id) if repeated else set()
@@ -74,33 +74,46 @@ def write_changes(
             answers.append(present[change.request_key])
             continue
         try:
-            before = check_change(change, present.get(change.request_key), owner)
-            task_id, key = _task_id(change), before.idempotency_key
-            if task_id and taken.get(task_id, key) != key:
-                raise TaskTaken(
-                    f"task {task_id} belongs to the purchase {taken[task_id]}, not to request "
-                    f"{change.request_key}"
-                )
-            if change.event is Event.SUBMITTING:
-                committed = expected = ledger.admit(change, before)
-            else:
-                committed, expected = ledger.settle(change, before), before.expected_units
+            before = present.get(change.request_key)
+            step = _apply(ledger, change, before, owner=owner, run_id=run_id, purchases=purchases)
         except (JournalError, BuyingClosed) as error:
             answers.append(error)
             continue
-        step = apply_change(
-            change, before, run_id, committed_units=committed, expected_units=expected
-        )
-        ledger.move(step)
         present[change.request_key] = step.after
         answers.append(step.after)
         steps.append(step)
-        if task_id:
-            taken[task_id] = str(key)
     for round_ in _rounds(steps):
         _write_steps(connection, round_, owner=owner, run_id=run_id, root_id=root_id)
     ledger.write()
     return answers
+
+
+def _apply(
+    ledger: CommitmentLedger,
+    change: Change,
+    record: Record | None,
+    *,
+    owner: str,
+    run_id: str,
+    purchases: dict[str, str],
+) -> AppliedChange:
+    """Apply a change. ``purchases`` are those of named tasks. Raises JournalError, BuyingClosed."""
+    before = check_change(change, record, owner)
+    task_id, key = _task_id(change), before.idempotency_key
+    if task_id and purchases.get(task_id, key) != key:
+        raise TaskTaken(
+            f"task {task_id} belongs to the purchase {purchases[task_id]}, not to request "
+            f"{change.request_key}"
+        )
+    if change.event is Event.SUBMITTING:
+        committed = expected = ledger.admit(change, before)
+    else:
+        committed, expected = ledger.settle(change, before), before.expected_units
+    step = apply_change(change, before, run_id, committed_units=committed, expected_units=expected)
+    ledger.move(step)
+    if task_id:
+        purchases[task_id] = str(key)
+    return step
 
 
 def _rounds(steps: Sequence[AppliedChange]) -> Iterable[Sequence[AppliedChange]]:
@@ -181,7 +194,7 @@ def _task_id(change: Change) -> str | None:
     return change.values.get("task_id") if change.event is Event.ACCEPTED else None
 
 
-def _tasks_of_others(connection: Connection, changes: Sequence[Change]) -> dict[str, str]:
+def _purchases_of_tasks(connection: Connection, changes: Sequence[Change]) -> dict[str, str]:
     """Return the purchases that have the tasks of these changes, by task id."""
     named = [task_id for change in changes if (task_id := _task_id(change))]
     return purchases_of_tasks(connection, named) if named else {}

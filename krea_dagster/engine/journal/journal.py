@@ -15,7 +15,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from krea_dagster.engine.budget import Caps, Commitment
 from krea_dagster.engine.journal.api_key_log import ApiKeyLog
@@ -41,7 +41,6 @@ from krea_dagster.engine.journal.rows import (
     rows_with,
 )
 from krea_dagster.engine.journal.schema import (
-    UtcTime,
     about,
     account_readings,
     commitments,
@@ -51,7 +50,7 @@ from krea_dagster.engine.journal.schema import (
     submissions,
 )
 from krea_dagster.engine.journal.snapshot import Snapshot
-from krea_dagster.engine.journal.statements import insertion, lock_requests
+from krea_dagster.engine.journal.statements import defer_requests, insert_planned, insertion
 from krea_dagster.engine.journal.verdict_log import VerdictLog
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import AT_STAKE, Event, State
@@ -137,46 +136,23 @@ class Journal:
         ``wanted`` are pairs of a request and the partition key of the first row that wants it, in
         the prompt table ``table_id``.
         """
-        ordered = sorted(wanted, key=lambda pair: pair[0].request_key)
+        rows = {
+            request.request_key: {
+                **vars(request),
+                "table_id": table_id,
+                "partition_key": partition_key,
+                "state": State.PLANNED.value,
+                "seq": 0,
+                "updated_at": at,
+            }
+            # In the order of the keys, so that two runs do not deadlock.
+            for request, partition_key in sorted(wanted, key=lambda pair: pair[0].request_key)
+        }
 
         def write(connection: Connection) -> int:
-            added = 0
-            for chunk in chunks(ordered):
-                rows = {
-                    request.request_key: {
-                        **vars(request),
-                        "table_id": table_id,
-                        "partition_key": partition_key,
-                        "state": State.PLANNED.value,
-                        "seq": 0,
-                        "updated_at": at,
-                    }
-                    for request, partition_key in chunk
-                }
-                new = connection.execute(
-                    insertion(connection, requests)
-                    .on_conflict_do_nothing()
-                    .returning(requests.c.request_key),
-                    list(rows.values()),
-                )
-                first = [
-                    {
-                        "request_key": key,
-                        "seq": 0,
-                        "at": at,
-                        "run_id": run_id,
-                        "from_state": "",
-                        "event": Event.PLANNED.value,
-                        "to_state": State.PLANNED.value,
-                        "idempotency_key": None,
-                        "data": None,
-                    }
-                    for key in new.scalars()
-                ]
-                if first:
-                    connection.execute(insert(events), first)
-                added += len(first)
-            return added
+            return sum(
+                insert_planned(connection, chunk, run_id, at) for chunk in chunks(rows.values())
+            )
 
         return self.database.write("plan requests in", write)
 
@@ -197,39 +173,12 @@ class Journal:
 
         def write(connection: Connection) -> None:
             for chunk in chunks(sorted(keys)):
-                changed = (
-                    requests.c.request_key.in_(chunk),
-                    or_(requests.c.claimed_by.is_(None), requests.c.claimed_by == owner),
-                    or_(
-                        requests.c.state == State.PLANNED.value,
-                        and_(
-                            requests.c.state == State.DEFERRED.value,
-                            func.coalesce(requests.c.error_code, "") != code,
-                        ),
-                    ),
-                )
-                lock_requests(connection, *changed)
-                event = {
-                    "request_key": requests.c.request_key,
-                    "seq": requests.c.seq + 1,
-                    "at": literal(at, UtcTime),
-                    "run_id": literal(run_id),
-                    "from_state": requests.c.state,
-                    "event": literal(Event.DEFERRED.value),
-                    "to_state": literal(State.DEFERRED.value),
-                }
-                rows = select(*event.values()).where(*changed)
-                connection.execute(insert(events).from_select(list(event), rows))
-                connection.execute(
-                    update(requests)
-                    .where(*changed)
-                    .values(
-                        state=State.DEFERRED.value,
-                        seq=requests.c.seq + 1,
-                        updated_at=at,
-                        error_code=code,
-                        error_message=message,
-                    )
+                defer_requests(
+                    connection,
+                    chunk,
+                    owner,
+                    run_id,
+                    {"updated_at": at, "error_code": code, "error_message": message},
                 )
 
         self.database.write("defer requests in", write)

@@ -1,7 +1,7 @@
-"""SQL statements that write a batch of changes.
+"""SQL statements that write requests and their changes.
 
-They are built once: SQLAlchemy caches their text, so that a row costs some 6 µs more than with the
-driver alone.
+Those of a batch of changes are built once: SQLAlchemy caches their text, so that a row costs some
+6 µs more than with the driver alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from sqlalchemy import (
     Engine,
     Table,
     Update,
+    and_,
     bindparam,
     case,
     func,
     insert,
+    literal,
+    or_,
     select,
     text,
     update,
@@ -29,6 +32,7 @@ from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.rows import RECORDS, record_from_row
 from krea_dagster.engine.journal.schema import (
     POSTGRES_NOW_US,
+    UtcTime,
     commitments,
     events,
     files,
@@ -38,6 +42,7 @@ from krea_dagster.engine.journal.schema import (
     submissions,
 )
 from krea_dagster.engine.record import Record
+from krea_dagster.engine.states import Event, State
 
 #: How long a stop by the account holds for the other shards of a launch: long enough that all of
 #: them see it, short enough that a launch that is started again after a top-up may buy.
@@ -99,6 +104,67 @@ def lock_requests(connection: Connection, *conditions: Any) -> None:
             .order_by(requests.c.request_key)
             .with_for_update(key_share=True)
         )
+
+
+def insert_planned(
+    connection: Connection, rows: Sequence[dict[str, Any]], run_id: str, at: datetime
+) -> int:
+    """Insert the rows of planned requests that are new, with their events; return their number."""
+    new = connection.execute(
+        insertion(connection, requests).on_conflict_do_nothing().returning(requests.c.request_key),
+        rows,
+    )
+    first = [
+        {
+            "request_key": key,
+            "seq": 0,
+            "at": at,
+            "run_id": run_id,
+            "from_state": "",
+            "event": Event.PLANNED.value,
+            "to_state": State.PLANNED.value,
+            "idempotency_key": None,
+            "data": None,
+        }
+        for key in new.scalars()
+    ]
+    if first:
+        connection.execute(insert(events), first)
+    return len(first)
+
+
+def defer_requests(
+    connection: Connection, keys: Sequence[str], owner: str, run_id: str, values: dict[str, Any]
+) -> None:
+    """Defer the requests among these that have another reason, and that no other run holds.
+
+    ``values`` are the time and the reason: ``updated_at``, ``error_code`` and ``error_message``.
+    """
+    changed = (
+        requests.c.request_key.in_(keys),
+        or_(requests.c.claimed_by.is_(None), requests.c.claimed_by == owner),
+        or_(
+            requests.c.state == State.PLANNED.value,
+            and_(
+                requests.c.state == State.DEFERRED.value,
+                func.coalesce(requests.c.error_code, "") != values["error_code"],
+            ),
+        ),
+    )
+    lock_requests(connection, *changed)
+    event = {
+        "request_key": requests.c.request_key,
+        "seq": requests.c.seq + 1,
+        "at": literal(values["updated_at"], UtcTime),
+        "run_id": literal(run_id),
+        "from_state": requests.c.state,
+        "event": literal(Event.DEFERRED.value),
+        "to_state": literal(State.DEFERRED.value),
+    }
+    rows = select(*event.values()).where(*changed)
+    connection.execute(insert(events).from_select(list(event), rows))
+    deferred = {"state": State.DEFERRED.value, "seq": requests.c.seq + 1, **values}
+    connection.execute(update(requests).where(*changed).values(deferred))
 
 
 def execute_for_all(
