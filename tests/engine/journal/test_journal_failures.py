@@ -242,13 +242,13 @@ Failure = Callable[[Path], Any]
 #: The failure, words of the error, and words of the advice.
 TROUBLES: Final[list[tuple[Failure, str, str]]] = [
     (full, "disk is full|disk I/O error|unable to open", "space|read and written"),
-    (locked, "database is locked", "let it end, or end it"),
+    (locked, "database is locked", "wait for it, or end it"),
     (removed, "unable to open", "The file is missing. Put it back"),
     # Between removal and replacement, a write finds no file.
     (replaced, "was replaced by another|file is missing", "Put it back"),
     (folder_removed, "unable to open", "The file is missing. Put it back"),
-    (header_overwritten, "not a database", "Do not remove it.*restore a backup"),
-    (cut, "malformed", "Do not remove it.*restore a backup"),
+    (header_overwritten, "not a database", "Do not remove it.*Restore a backup"),
+    (cut, "malformed", "Do not remove it.*Restore a backup"),
 ]
 _NEED_A_MOUNT: Final = (full,)
 every_failure = pytest.mark.parametrize(
