@@ -31,8 +31,8 @@ class Curation:
     Args:
         measures: Custom measures, in addition to the built-in ones.
         accept: Bounds of measures, such as ``sharpness>=40``.
-        require_keep: Accept only images that a person kept, instead of all that nobody rejected or
-            flagged.
+        require_keep: Accept only images that a person kept, instead of all except rejected and
+            flagged ones.
         one_of_duplicates: Accept only the best of near-duplicate images.
         wanted: How many accepted images are wanted: ``prompt=3`` of each prompt,
             ``column:NAME=500`` of each value of a column, ``column:NAME:VALUE=20`` of one value.

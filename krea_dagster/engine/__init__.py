@@ -1,1 +1,1 @@
-"""Every request paid for once and delivered, whatever happens in between."""
+"""Pays for every request once and delivers it, also after crashes and outages."""

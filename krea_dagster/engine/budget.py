@@ -143,7 +143,7 @@ def scopes_of(
 
 @dataclass(frozen=True)
 class Caps:
-    """The most that may be committed, in units; None is no cap.
+    """The most that may be committed, in units; None means no cap.
 
     ``run_units`` bounds one run, ``day_units`` all runs of a UTC day together. ``budgets`` count
     all runs that share the journal.

@@ -288,7 +288,7 @@ class Pace:
 
 
 def is_slow(median_s: float, best_s: float) -> bool:
-    """Whether images take so long that the server must be overloaded."""
+    """Return whether images take much longer than the best, so the server must be overloaded."""
     return median_s >= _SLOW * best_s
 
 

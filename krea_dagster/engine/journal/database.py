@@ -364,7 +364,7 @@ class Database:
         @event.listens_for(engine, "checkout")
         def _check(connection: Any, record: Any, proxy: Any) -> None:
             if record.info.pop("new", False):
-                # Just opened. A write since then is no problem, and after two refusals the pool
+                # Just opened. A write since then is harmless, and after two refusals the pool
                 # would give up.
                 return
             if record.info["pid"] != os.getpid():

@@ -243,7 +243,7 @@ class ImageStore:
         try:
             with self._decoding:
                 self._on_image(sha256, image)
-        except Exception:  # noqa: BLE001 - a paid image stays stored whatever fails
+        except Exception:  # noqa: BLE001 - a paid image stays stored after any error
             _log.exception("the image %s is stored, but its callback failed", sha256)
 
 

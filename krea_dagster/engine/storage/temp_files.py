@@ -21,7 +21,7 @@ import psutil
 
 #: The folder under the storage root.
 FOLDER: Final = ".partial"
-#: A file of this age is abandoned: writing it does not take so long.
+#: A file of this age is abandoned: writing a file never takes that long.
 _ABANDONED_S: Final = 24 * 3600.0
 
 _NAME = re.compile(r"(?P<host>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-\d+\.part")

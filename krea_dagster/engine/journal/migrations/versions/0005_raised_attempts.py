@@ -1,4 +1,4 @@
-"""Every time that another picture was asked for, and by which run."""
+"""Every regeneration of an image, and the run that requested it."""
 
 from __future__ import annotations
 
