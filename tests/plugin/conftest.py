@@ -11,7 +11,7 @@ import pytest
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import OpenAccount, run_job, write_table
-from tests.plugin.shopping_trip import BUCKETS, PREFIX, Trip, rows_of_the_trip
+from tests.plugin.bought_partitions import BUCKETS, PREFIX, Trip, rows_of_the_trip
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from krea_dagster import KreaResource, build_krea_definitions, definitions_from_
 from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import OpenAccount, run_job, write_table
-from tests.plugin.shopping_trip import MARKER, Trip
+from tests.plugin.bought_partitions import MARKER, Trip
 
 PASSWORD = "hunter2-of-the-journal"
 

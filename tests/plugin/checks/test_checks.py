@@ -33,7 +33,7 @@ from krea_dagster.plugin.checks import (
     default_checks,
 )
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START
-from tests.plugin.shopping_trip import BUCKETS, PREFIX, Trip
+from tests.plugin.bought_partitions import BUCKETS, PREFIX, Trip
 
 MANIFEST = dg.AssetKey(["shop", "image_manifest"])
 FOLDERS = ["shop"]

@@ -24,7 +24,7 @@ from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import contact_sheet, images_metadata
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, check_of, latest, posts, run_job, values
-from tests.plugin.shopping_trip import BUCKETS, MARKER, PREFIX, Trip
+from tests.plugin.bought_partitions import BUCKETS, MARKER, PREFIX, Trip
 
 IMAGES = (PREFIX, "images")
 MANIFEST = (PREFIX, "image_manifest")

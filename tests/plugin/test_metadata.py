@@ -25,7 +25,7 @@ from krea_dagster.plugin.metadata import (
     table_schema,
 )
 from tests.dagster_bench import latest, values
-from tests.plugin.shopping_trip import BUCKETS, PREFIX, Trip
+from tests.plugin.bought_partitions import BUCKETS, PREFIX, Trip
 
 NOW = datetime(2026, 11, 2, 12, tzinfo=timezone.utc)
 #: Takes twelve bytes in Dagster's database, where it is written as two escapes.

@@ -30,7 +30,7 @@ from krea_dagster.plugin.component import (
 )
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 from tests.dagster_bench import QUIET, tick, write_table
-from tests.plugin.test_plugin_secrets import told_to_the_ui
+from tests.plugin.test_secrets import told_to_the_ui
 
 DG = Path(sys.executable).with_name("dg")
 
