@@ -1,7 +1,7 @@
 """The manifest's IO manager: one Parquet file per partition, read back as one."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import dagster as dg
 import pyarrow as pa
@@ -12,9 +12,7 @@ from krea_dagster.application.manifest_frames import Selection, load
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import Manifests, write_manifest
 from krea_dagster.plugin.failures import as_failure
-
-#: The last part of the key of the asset that this IO manager is made for.
-MANIFEST_ASSET: Final = "image_manifest"
+from krea_dagster.plugin.names import MANIFEST_ASSET
 
 
 class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):

@@ -22,9 +22,9 @@ from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped, TryLater
 from krea_dagster.manifest import read_missing
 from krea_dagster.plugin.data_versions import report_prompts
-from krea_dagster.plugin.definitions import JOB_NAME, SALVAGE_JOB_NAME
 from krea_dagster.plugin.environment import definitions_of
 from krea_dagster.plugin.failures import TRY_LATER
+from krea_dagster.plugin.names import JOB_NAME, SALVAGE_JOB_NAME
 from krea_dagster.plugin.partitions import partitions_for, ranges, register_partitions
 from krea_dagster.plugin.progress import observed
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION

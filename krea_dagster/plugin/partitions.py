@@ -1,6 +1,8 @@
 """How the table is cut, as Dagster's partitions."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date, datetime, timezone
 from typing import Final
 
@@ -19,6 +21,18 @@ from krea_dagster.prompts import (
 #: The name of a multi-dimensional partition's dimension that is a column; the other one's is the
 #: unit. Dagster joins keys in the order of these names.
 COLUMN_DIMENSION: Final = "column"
+
+
+@contextmanager
+def without_beta_warnings() -> Iterator[None]:
+    """Silence Dagster's beta warnings while assets are built.
+
+    Backfill policies are beta in Dagster. This package decided to use them and tests them; its
+    users cannot act on a warning at each start.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        yield
 
 
 def partitions_for(

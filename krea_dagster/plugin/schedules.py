@@ -9,7 +9,7 @@ import dagster as dg
 
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.images import KreaAssets
-from krea_dagster.plugin.io_manager import MANIFEST_ASSET
+from krea_dagster.plugin.names import MANIFEST_ASSET
 from krea_dagster.plugin.partitions import COLUMN_DIMENSION
 from krea_dagster.prompts import MultiPartitions
 

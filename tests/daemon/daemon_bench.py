@@ -42,6 +42,7 @@ import dagster as dg
 from krea_dagster import (
     KreaManifestIOManager, KreaResource, PromptTable, build_krea_assets, on_prompts_changed,
 )
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.prompts import parse_partition_by
@@ -56,20 +57,12 @@ made = build_krea_assets(
     collect_later=os.environ["COLLECT"] == "later",
 )
 sensors = [
-    build_prompts_sensor(
-        table, made.partitions_def, made.prompts.key, columns_key=made.prompt_columns.key,
-        name="krea_prompts", minimum_interval_s=1,
-    ),
+    build_prompts_sensor(Names(), table, made.partitions_def, minimum_interval_s=1),
     build_automation_sensor(
         [made.images, made.image_manifest], name="krea_automation", minimum_interval_s=1
     ),
 ]
-collecting = [
-    build_collect_sensor(
-        name="krea_collect", job_name="krea_images", images_key=made.images.key,
-        resource_key="krea", minimum_interval_s=1,
-    )
-]
+collecting = [build_collect_sensor(Names(), minimum_interval_s=1)]
 storage = os.environ["STORAGE"]
 callbacks = {}
 if "CALLBACK_BASE_URL" in os.environ:

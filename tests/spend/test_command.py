@@ -17,7 +17,8 @@ import pytest
 
 from krea_dagster import KreaResource, cli
 from krea_dagster.application.spend import update_tables
-from krea_dagster.plugin.assets.spend import build_spend_assets
+from krea_dagster.plugin.assets.spend import build_spend
+from krea_dagster.plugin.names import Names
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS
 from tests.dagster_bench import run_job
@@ -185,11 +186,9 @@ def test_without_a_journal_there_is_nothing_to_say(
 def test_the_job_makes_both_tables_and_shows_figures_that_plot(
     year: SimulatedYear, instance: dg.DagsterInstance
 ) -> None:
-    spend = build_spend_assets(
-        dg.AssetKey(["kept", "image_manifest"]), prefix=["kept"], by=["campaign"]
-    )
+    spend = build_spend(Names(("kept",)), by=["campaign"])
     krea = KreaResource(emulator=True, storage=str(year.folder))
-    defs = dg.Definitions(assets=[spend.tables], jobs=[spend.job], resources={"krea": krea})
+    defs = dg.Definitions.merge(spend, dg.Definitions(resources={"krea": krea}))
     result = run_job(defs, instance, job="kept_krea_spend")
     assert result.success
     expected = year.expected()

@@ -1,4 +1,4 @@
-"""The assets verdicts (external) and accepted_images, and the sensor that reports new verdicts."""
+"""The assets ``verdicts`` (external) and ``accepted_images``, and the sensor of new verdicts."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,6 @@ from typing import Any, Final
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.application.backend import Backend
 from krea_dagster.curation.accepted.accepted_table import (
     ACCEPTED_COLUMNS,
     AcceptedPartition,
@@ -18,7 +17,7 @@ from krea_dagster.curation.accepted.accepted_table import (
 from krea_dagster.curation.accepted.quota import GroupResult, WantedImages, quota_totals
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.errors import ConfigError, KreaError
-from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.manifest import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.data_versions import (
     changed_versions,
@@ -28,7 +27,6 @@ from krea_dagster.plugin.data_versions import (
     version_events,
 )
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.io_manager import manifest_folders
 from krea_dagster.plugin.metadata import (
     Metadata,
     location_value,
@@ -36,140 +34,115 @@ from krea_dagster.plugin.metadata import (
     small_table,
     table_schema,
 )
-from krea_dagster.plugin.quiet_beta import quiet_beta
+from krea_dagster.plugin.names import Names
+from krea_dagster.plugin.partitions import without_beta_warnings
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import mark_of_reports
 
-ACCEPTED_ASSET: Final = "accepted_images"
-VERDICTS_ASSET: Final = "verdicts"
-ACCEPTED_JOB_NAME: Final = "krea_accepted"
-VERDICTS_SENSOR_NAME: Final = "krea_verdicts"
+#: The check of a quota.
 WANTED_CHECK_NAME: Final = "all_wanted_accepted"
 
 #: Partitions that one tick reports, each by two events in Dagster's database.
 _MOST_REPORTS: Final = 250
-_SAME: Final = "Nobody has judged an image since."
+_SAME: Final = "There are no new verdicts."
 
 
-@dataclass(frozen=True)
-class KreaAccepted:
-    """What people think of the images, the images that are accepted, their sensor and their job."""
-
-    verdicts: dg.AssetSpec
-    accepted: dg.AssetsDefinition
-    sensor: dg.SensorDefinition
-    job: Any
-
-    @property
-    def all(self) -> list[dg.AssetSpec | dg.AssetsDefinition]:
-        """The assets, for ``dagster.Definitions``."""
-        return [self.verdicts, self.accepted]
-
-
-@quiet_beta
 def build_accepted_assets(
-    manifest_key: dg.AssetKey,
-    *,
+    names: Names,
     partitions_def: dg.PartitionsDefinition[str],
-    prefix: Sequence[str] = (),
-    group_name: str = "krea",
-    resource_key: str = "krea",
-    rules: Rules | None = None,
-    wanted: WantedImages | None = None,
-    backfill_policy: dg.BackfillPolicy | None = None,
-    automation_condition: dg.AutomationCondition[Any] | None = None,
-    minimum_interval_s: int = 60,
-) -> KreaAccepted:
+    *,
+    rules: Rules,
+    wanted: WantedImages | None,
+) -> dg.Definitions:
     """Build ``verdicts``, ``accepted_images``, the sensor ``krea_verdicts`` and a job.
 
-    ``rules`` say which images are accepted (``curation.accepted``; by default all that are stored
-    and not rejected or flagged), and ``wanted`` how many of each prompt or value are taken. Where
-    they read measures or likeness, ``accepted_images`` hangs on ``image_measures`` and
-    ``near_duplicates`` too. A partition becomes stale where its verdicts change: a sensor reports
-    their data versions, and so does each run. All is made from files and the journal, without
-    network.
+    ``wanted`` is how many images of each prompt or value are accepted. If the rules read measures
+    or near-duplicates, ``accepted_images`` depends on ``image_measures`` and ``near_duplicates``
+    too. A partition becomes stale when its verdicts change: a sensor reports their data versions,
+    and so does each run. Everything is made from files and the journal, without network.
     """
-    rules = rules or Rules()
-    folders = manifest_folders(manifest_key)
-    verdicts_key, accepted_key = (
-        dg.AssetKey([*prefix, name]) for name in (VERDICTS_ASSET, ACCEPTED_ASSET)
-    )
-    deps = [manifest_key, verdicts_key]
-    if rules.ranges:
-        deps.append(dg.AssetKey([*prefix, "image_measures"]))
-    if rules.one_of_duplicates:
-        deps.append(dg.AssetKey([*prefix, "near_duplicates"]))
     verdicts = dg.AssetSpec(
-        verdicts_key,
-        deps=[manifest_key],
+        names.key("verdicts"),
+        deps=[names.manifest_key],
         partitions_def=partitions_def,
-        group_name=group_name,
+        group_name=names.group_name,
         kinds={"sql"},
-        description="What people think of the images: kept, rejected, flagged, in the journal.",
+        description="People's verdicts on the images, from the journal: keep, reject, flag.",
     )
+    with without_beta_warnings():
+        accepted = _build_accepted_images(names, partitions_def, rules, wanted)
+    job = dg.define_asset_job(
+        names.prefixed("krea_accepted"),
+        selection=dg.AssetSelection.assets(accepted),
+        description="Rebuilds the accepted images from the present verdicts; buys nothing.",
+    )
+    sensor = build_verdicts_sensor(names, partitions_def, rules)
+    return dg.Definitions(assets=[verdicts, accepted], jobs=[job], sensors=[sensor])
+
+
+def _build_accepted_images(
+    names: Names,
+    partitions_def: dg.PartitionsDefinition[str],
+    rules: Rules,
+    wanted: WantedImages | None,
+) -> dg.AssetsDefinition:
+    key, verdicts_key = names.key("accepted_images"), names.key("verdicts")
+    deps = [names.manifest_key, verdicts_key]
+    if rules.ranges:
+        deps.append(names.key("image_measures"))
+    if rules.one_of_duplicates:
+        deps.append(names.key("near_duplicates"))
 
     @dg.asset(
-        key=accepted_key,
+        key=key,
         deps=deps,
         partitions_def=partitions_def,
-        backfill_policy=backfill_policy or dg.BackfillPolicy.single_run(),
-        group_name=group_name,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        group_name=names.group_name,
         kinds={"parquet", "pyarrow"},
-        automation_condition=automation_condition,
-        required_resource_keys={resource_key},
-        metadata={"dagster/column_schema": shown_schema(accepted_schema(MANIFEST_SCHEMA))},
-        check_specs=_check_specs(accepted_key, wanted),
+        required_resource_keys={names.resource_key},
+        metadata={"dagster/column_schema": _shown_schema(accepted_schema(MANIFEST_SCHEMA))},
+        check_specs=_check_specs(key, wanted),
         description="The rows of the manifest whose image passed the rules and the review.",
     )
-    def accepted_images(
-        context: dg.AssetExecutionContext,
-    ) -> Iterator[dg.MaterializeResult[None]]:
-        krea = krea_of(context, resource_key)
+    def accepted_images(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+        krea = krea_of(context, names.resource_key)
         keys = sorted(map(str, context.partition_keys))
-        with as_failure(), _journal(krea) as journal:
-            accepting = AcceptedTableBuilder.read(
-                krea.open_storage(), journal, rules, wanted, folders
-            )
-            # Before they are made: these verdicts, and no later ones, are what they are made of.
-            report_in_step(context, verdicts_key, accepting.versions(keys))
-            made, outcomes = accepting.make(keys)
+        with as_failure():
+            if not krea.has_journal():
+                root = krea.open_storage().locate("")
+                raise ConfigError(f"there is no journal for {root} yet, and so no image")
+            with krea.open_journal() as journal:
+                builder = AcceptedTableBuilder.read(
+                    krea.open_storage(), journal, rules, wanted, names.prefix
+                )
+                # Before the tables are made: they are made from exactly these verdicts.
+                report_in_step(context, verdicts_key, builder.versions(keys))
+                made, outcomes = builder.make(keys)
         for one in made:
             context.add_asset_metadata(accepted_metadata(one), partition_key=one.partition_key)
         if wanted is None:
             yield dg.MaterializeResult()
             return
-        context.log.info(check_wanted(outcomes, wanted).description or "")
-        yield dg.MaterializeResult(check_results=[check_wanted(outcomes, wanted)])
+        check = check_wanted(outcomes, wanted)
+        context.log.info(check.description or "")
+        yield dg.MaterializeResult(check_results=[check])
 
-    job = dg.define_asset_job(
-        "_".join([*prefix, ACCEPTED_JOB_NAME]),
-        selection=dg.AssetSelection.assets(accepted_images),
-        description="Takes the accepted images as people have judged by now; buys nothing.",
-    )
-    sensor = build_verdicts_sensor(
-        manifest_key,
-        verdicts_key,
-        partitions_def,
-        rules,
-        name="_".join([*prefix, VERDICTS_SENSOR_NAME]),
-        resource_key=resource_key,
-        minimum_interval_s=minimum_interval_s,
-    )
-    return KreaAccepted(verdicts, accepted_images, sensor, job)
+    return accepted_images
 
 
-# -- what has been judged since --------------------------------------------------------------
+# -- the sensor of verdicts -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What the sensor keeps between ticks: the last verdict, and the last report of a manifest."""
+class _VerdictsCursor:
+    """The sensor's cursor: the last verdict, and the last report of a manifest."""
 
     number: int
     manifests: str
 
     @classmethod
-    def from_cursor(cls, cursor: str | None) -> "_Seen | None":
+    def parse(cls, cursor: str | None) -> "_VerdictsCursor | None":
         """Read a cursor; None for none, and for one of another version of this package."""
         try:
             return cls(**json.loads(cursor or "null"))
@@ -178,76 +151,70 @@ class _Seen:
 
 
 def build_verdicts_sensor(
-    manifest_key: dg.AssetKey,
-    verdicts_key: dg.AssetKey,
-    partitions_def: dg.PartitionsDefinition[str],
-    rules: Rules,
-    *,
-    name: str,
-    resource_key: str = "krea",
-    minimum_interval_s: int = 60,
-    most_reports: int = _MOST_REPORTS,
+    names: Names, partitions_def: dg.PartitionsDefinition[str], rules: Rules
 ) -> dg.SensorDefinition:
-    """Build the sensor that reports the partitions of ``verdicts`` whose images were judged anew.
+    """Build the sensor that reports the partitions of ``verdicts`` with new verdicts.
 
-    Where nobody has judged, and no manifest was made, a tick asks the journal for one number and
-    Dagster for one place. Else it reads the hashes of the images in the manifests, and reports
-    the partitions whose data version is not the one last reported, ``most_reports`` at most in
-    one tick. It is on by default, and starts no run.
+    Without a new verdict or manifest, a tick reads one number of the journal and one position of
+    Dagster's event log. Otherwise it reads the hashes of the images in the manifests, and reports
+    the partitions whose data version differs from the last reported one, some in each tick. It is
+    on by default, and starts no run.
     """
-    folders = manifest_folders(manifest_key)
+    key = names.key("verdicts")
 
     @dg.sensor(
-        name=name,
-        minimum_interval_seconds=minimum_interval_s,
+        name=names.prefixed("krea_verdicts"),
+        minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={resource_key},
-        description=f"Reports the partitions of {verdicts_key.to_user_string()} that have changed.",
+        required_resource_keys={names.resource_key},
+        description=f"Reports the partitions of {key.to_user_string()} that have changed.",
     )
     def verdicts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        krea = krea_of(context, resource_key)
+        krea = krea_of(context, names.resource_key)
         instance = context.instance
         try:
             if not krea.has_journal():
-                return dg.SkipReason("There is no journal yet, so that nobody has judged an image.")
+                return dg.SkipReason("There is no journal yet, and so there are no verdicts.")
             with krea.open_journal() as journal:
-                # Noted before the verdicts are read: what comes in between is seen again.
-                seen = _Seen(
-                    journal.verdicts.last_number(), mark_of_reports(instance, [manifest_key])
+                # Taken before the verdicts are read: those that come meanwhile are seen next time.
+                present = _VerdictsCursor(
+                    journal.verdicts.last_number(),
+                    mark_of_reports(instance, [names.manifest_key]),
                 )
-                if seen == _Seen.from_cursor(context.cursor):
+                if present == _VerdictsCursor.parse(context.cursor):
                     return dg.SkipReason(_SAME)
-                accepting = AcceptedTableBuilder.read(
-                    krea.open_storage(), journal, rules, None, folders
+                builder = AcceptedTableBuilder.read(
+                    krea.open_storage(), journal, rules, None, names.prefix
                 )
-                versions = accepting.versions(accepting.partitions())
+                versions = builder.versions(builder.partitions())
         except KreaError as error:
             return dg.SkipReason(str(error))
         has_key = knows_partition(instance, partitions_def)
-        last = last_versions(instance, verdicts_key)
+        last = last_versions(instance, key)
         changed = [
             (partition, version)
             for partition, version in sorted(changed_versions(versions, last).items())
             if partition in versions and has_key(partition)
         ]
-        if now := changed[:most_reports]:
-            rest = len(changed) > len(now)
-            return dg.SensorResult(
-                asset_events=[event for one in now for event in version_events(verdicts_key, *one)],
-                cursor=context.cursor if rest else json.dumps(asdict(seen)),
-            )
-        return dg.SensorResult(skip_reason=_SAME, cursor=json.dumps(asdict(seen)))
+        cursor = json.dumps(asdict(present))
+        if not changed:
+            return dg.SensorResult(skip_reason=_SAME, cursor=cursor)
+        now = changed[:_MOST_REPORTS]
+        return dg.SensorResult(
+            asset_events=[event for one in now for event in version_events(key, *one)],
+            cursor=context.cursor if len(changed) > len(now) else cursor,
+        )
 
     return verdicts_sensor
 
 
-# -- what is shown ---------------------------------------------------------------------------
+# -- metadata and the check -------------------------------------------------------------------
 
 
 def accepted_metadata(made: AcceptedPartition) -> Metadata:
-    """The metadata of one partition: counts of rows, credits, and why rows are not accepted.
+    """Return the metadata of one partition: rows, credits, and why rows are not accepted.
 
-    ``credits`` are those of all that was bought for the partition's rows, the refused among them.
+    ``credits`` are those of all images bought for the partition's rows, also of refused ones.
     """
     credits = credits_from_units(made.units)
     values: dict[str, Any] = {
@@ -259,7 +226,7 @@ def accepted_metadata(made: AcceptedPartition) -> Metadata:
         "images_bought": made.images,
         "credits": credits,
         "path": location_value(made.path),
-        "dagster/column_schema": shown_schema(made.schema),
+        "dagster/column_schema": _shown_schema(made.schema),
         "reasons": small_table(
             [{"reason": reason, "rows": count} for reason, count in made.reasons.most_common()]
         ),
@@ -269,20 +236,12 @@ def accepted_metadata(made: AcceptedPartition) -> Metadata:
     return values
 
 
-def shown_schema(schema: pa.Schema) -> dg.TableSchema:
-    """The columns of accepted images as Dagster shows them."""
-    shown = table_schema(schema)
-    columns = [
-        dg.TableColumn(one.name, one.type, description=ACCEPTED_COLUMNS[one.name])
-        if one.name in ACCEPTED_COLUMNS
-        else one
-        for one in shown.columns
-    ]
-    return dg.TableSchema(columns, shown.constraints)
+def _shown_schema(schema: pa.Schema) -> dg.TableSchema:
+    return table_schema(schema, {**DESCRIPTIONS, **ACCEPTED_COLUMNS})
 
 
 def check_wanted(outcomes: Sequence[GroupResult], wanted: WantedImages) -> dg.AssetCheckResult:
-    """Whether each group has exactly as many accepted images as are wanted; names the short."""
+    """Check that each group has exactly the wanted number of accepted images; name the others."""
     totals = quota_totals(outcomes)
     lacking = totals["groups"] - totals["groups_reached"]
     short = [one for one in outcomes if one.short]
@@ -293,11 +252,11 @@ def check_wanted(outcomes: Sequence[GroupResult], wanted: WantedImages) -> dg.As
         names = ", ".join(one.name for one in short[:5]) + (", …" if len(short) > 5 else "")
         said += f", and {len(short)} stay short: {names} ({short[0].why})"
     if lacking and not short:
-        said += "; all of these are under way, wait for a review, or are asked for by the next run"
+        said += "; these are under way, wait for a review, or are requested by the next run"
     return dg.AssetCheckResult(
         passed=not lacking,
         check_name=WANTED_CHECK_NAME,
-        # What a review or a run still brings is no error.
+        # A review or a run may still bring the others.
         severity=dg.AssetCheckSeverity.ERROR if short else dg.AssetCheckSeverity.WARN,
         description=f"{said}.",
         metadata=outcomes_metadata(outcomes),
@@ -311,14 +270,6 @@ def _check_specs(key: dg.AssetKey, wanted: WantedImages | None) -> list[dg.Asset
         dg.AssetCheckSpec(
             WANTED_CHECK_NAME,
             asset=key,
-            description=f"Each {wanted.of} has as many accepted images as are wanted of it.",
+            description=f"Each {wanted.of} has the wanted number of accepted images.",
         )
     ]
-
-
-def _journal(krea: Backend) -> Any:
-    if not krea.has_journal():
-        raise ConfigError(
-            f"there is no journal for {krea.open_storage().locate('')} yet, and so no image"
-        )
-    return krea.open_journal()

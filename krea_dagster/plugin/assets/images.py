@@ -4,13 +4,13 @@ They depend on two external assets for the same table: ``prompts`` (what rows re
 ``prompt_columns`` (columns that are only passed through to the manifest).
 """
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 
 from krea_dagster import redact
 from krea_dagster.application.backend import Backend
@@ -21,17 +21,13 @@ from krea_dagster.application.quota import QuotaState
 from krea_dagster.application.quotes import quote_images
 from krea_dagster.application.run import buy_batch, prepared, write_manifests
 from krea_dagster.engine.run.report import Progress, RunReport
-from krea_dagster.manifest import (
-    MANIFEST_SCHEMA,
-    Manifests,
-    manifest_name,
-)
+from krea_dagster.manifest import MANIFEST_SCHEMA, Manifests, manifest_name
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.data_versions import report_in_step
 from krea_dagster.plugin.failures import as_failure, failure_tags, stop_failure
-from krea_dagster.plugin.io_manager import MANIFEST_ASSET, manifest_folders
+from krea_dagster.plugin.io_manager import manifest_folders
 from krea_dagster.plugin.known_journal import JOURNAL_ENTRY, journal_entry, refuse_second_journal
 from krea_dagster.plugin.metadata import (
     images_metadata,
@@ -41,15 +37,13 @@ from krea_dagster.plugin.metadata import (
     quote_metadata,
     table_schema,
 )
-from krea_dagster.plugin.partitions import partitions_for
-from krea_dagster.plugin.progress import tell_progress, tell_report
-from krea_dagster.plugin.quiet_beta import quiet_beta
+from krea_dagster.plugin.names import Names, prefix_of
+from krea_dagster.plugin.partitions import partitions_for, without_beta_warnings
+from krea_dagster.plugin.progress import ThrottledLog, tell_progress, tell_report
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.collect import GOES_ON, GOES_ON_TAG
 from krea_dagster.prompts import Plan, PromptTable
-
-#: Seconds between two log lines of progress: each is an event in Dagster's database.
-_LOG_EVERY_S = 30.0
+from krea_dagster.spend.quote import QuoteLine
 
 #: Logged if callbacks are configured but do not arrive.
 _MISSED = (
@@ -81,7 +75,6 @@ class KreaAssets:
         return [self.prompts, self.prompt_columns, self.images, self.image_manifest]
 
 
-@quiet_beta
 def build_krea_assets(
     table: PromptTable,
     *,
@@ -128,132 +121,181 @@ def build_krea_assets(
     Raises:
         ConfigError: for a start that cannot be used.
     """
-    key_prefix = [key_prefix] if isinstance(key_prefix, str) else key_prefix
-    partitions_def = partitions_for(table, name="_".join([*key_prefix, "krea"]), start=start)
-    policy = backfill_policy or dg.BackfillPolicy.single_run()
-    prompts_key, columns_key, images_key, manifest_key = (
-        dg.AssetKey([*key_prefix, name])
-        for name in ("prompts", "prompt_columns", "images", MANIFEST_ASSET)
-    )
-    prompts, prompt_columns = _table_specs(
-        table, prompts_key, columns_key, partitions_def, group_name
-    )
+    names = Names(prefix_of(key_prefix), group_name, resource_key)
+    partitions_def = partitions_for(table, name=names.prefixed("krea"), start=start)
+    common: dict[str, Any] = {
+        "partitions_def": partitions_def,
+        "backfill_policy": backfill_policy or dg.BackfillPolicy.single_run(),
+        "group_name": group_name,
+        "automation_condition": automation_condition,
+        "freshness_policy": freshness_policy,
+        "required_resource_keys": {resource_key},
+    }
+    step = _ImagesStep(names, table, curation, wait=not collect_later, relative=relative_storage)
+    with without_beta_warnings():
+        images = _build_images(step, pool, common)
+        manifest = _build_image_manifest(names, table, io_manager_key, common)
+    prompts, prompt_columns = _table_specs(names, table, partitions_def)
+    return KreaAssets(table, partitions_def, prompts, prompt_columns, images, manifest)
 
-    @dg.asset(
-        key=images_key,
-        deps=[prompts_key],
-        partitions_def=partitions_def,
-        backfill_policy=policy,
-        group_name=group_name,
+
+def _build_images(
+    step: "_ImagesStep", pool: str | None, common: Mapping[str, Any]
+) -> dg.AssetsDefinition:
+    key = step.names.key("images")
+    description = "Every row of the prompt table has its verified image."
+
+    def images(
+        context: dg.AssetExecutionContext, config: KreaImagesConfig
+    ) -> Iterator[dg.MaterializeResult[None]]:
+        yield from step.run(context, config)
+
+    built: dg.AssetsDefinition = dg.asset(
+        key=key,
+        deps=[step.names.key("prompts")],
         kinds={"evolink", "png"},
-        automation_condition=automation_condition,
-        freshness_policy=freshness_policy,
         pool=pool,
-        required_resource_keys={resource_key},
-        check_specs=[
-            dg.AssetCheckSpec(
-                CHECK_NAME,
-                asset=images_key,
-                description="Every row of the prompt table has its verified image.",
-            )
-        ],
+        check_specs=[dg.AssetCheckSpec(CHECK_NAME, asset=key, description=description)],
         description=(
             "Images of Krea 2 Turbo: each row is bought once, fetched, verified, and named by its "
             "request key."
         ),
-    )
-    def images(
-        context: dg.AssetExecutionContext, config: KreaImagesConfig
+        **common,
+    )(images)
+    return built
+
+
+def _build_image_manifest(
+    names: Names, table: PromptTable, io_manager_key: str, common: Mapping[str, Any]
+) -> dg.AssetsDefinition:
+    def shown(schema: pa.Schema) -> Mapping[str, Any]:
+        return {
+            "dagster/column_schema": table_schema(schema),
+            "dagster/column_lineage": prompts_lineage(schema, names.key("prompts")),
+        }
+
+    def image_manifest(context: dg.AssetExecutionContext) -> Manifests:
+        krea = krea_of(context, names.resource_key)
+        storage, manifests = krea.open_storage(), Manifests()
+        with as_failure(), Batch.read(table, partition_keys_of(context), krea) as batch:
+            schema = shown(batch.manifest_schema)
+            for key, summary, parts in batch.summarized_parts(krea, context.run.run_id):
+                manifests.add(key, batch.manifest_schema, parts)
+                path = storage.locate(manifest_name(key, names.prefix))
+                values = {**manifest_metadata(summary, path), **schema}
+                context.add_asset_metadata(values, partition_key=key)
+        return manifests
+
+    built: dg.AssetsDefinition = dg.asset(
+        key=names.manifest_key,
+        deps=[names.key("images"), names.key("prompt_columns")],
+        kinds={"parquet", "pyarrow"},
+        io_manager_key=io_manager_key,
+        metadata=shown(MANIFEST_SCHEMA),
+        description=(
+            "One row per requested image: seed, size, credits, file, and why it is missing."
+        ),
+        **common,
+    )(image_manifest)
+    return built
+
+
+@dataclass(frozen=True)
+class _ImagesStep:
+    """The step of ``images``. ``relative`` is the storage root as written, if it was relative."""
+
+    names: Names
+    table: PromptTable
+    curation: Curation | None
+    wait: bool
+    relative: str
+
+    def run(
+        self, context: dg.AssetExecutionContext, config: KreaImagesConfig
     ) -> Iterator[dg.MaterializeResult[None]]:
-        krea = krea_of(context, resource_key)
-        folders, run_id = manifest_folders(manifest_key), context.run.run_id
+        """Buy the images of the step's partitions, and yield the result with its check.
+
+        Raises Failure if buying stopped.
+        """
+        krea = krea_of(context, self.names.resource_key)
         with as_failure():
-            refuse_second_journal(context, images_key, krea, table, relative_storage)
+            refuse_second_journal(
+                context, self.names.key("images"), krea, self.table, self.relative
+            )
         with ExitStack() as stack:
             with as_failure():
                 batch, quota = stack.enter_context(
                     prepared(
                         krea,
-                        table,
+                        self.table,
                         partition_keys_of(context),
                         config,
-                        curation=curation,
-                        folders=folders,
-                        raised_by=context.run.root_run_id or run_id,
+                        curation=self.curation,
+                        folders=self.names.prefix,
+                        raised_by=context.run.root_run_id or context.run.run_id,
                     )
                 )
-            report_in_step(context, prompts_key, batch.versions())
+            report_in_step(context, self.names.key("prompts"), batch.versions())
             _log_before(context, batch, krea, quota)
-            with as_failure():
-                state = batch.state(krea)
-                quoted = quote_images(krea, state, retry_errors=config.retry_errors).by_partition()
-                report = buy_batch(
-                    krea,
-                    batch,
-                    state,
-                    config,
-                    run_id=run_id,
-                    # Not shared with a re-execution: that is how to go on after a top-up.
-                    launch=context.run.tags.get(_BACKFILL_TAG) or run_id,
-                    wait=not collect_later,
-                    on_progress=ProgressLog(context),
-                )
-            del state
+            report, quoted = self._buy(context, krea, batch, config)
             _log_after(context, report)
-            total, journal = ManifestSummary(), journal_entry(krea, table, relative_storage)
-            for key, summary, parts in batch.summarized_parts(krea, run_id):
-                for _ in parts:  # reading them fills the summary
-                    pass
-                total += summary
-                values = {
-                    **images_metadata(summary, krea.open_storage(), seconds=report.seconds),
-                    **quote_metadata(quoted.get(key)),
-                    **quota_metadata(quota, key),
-                    JOURNAL_ENTRY: journal,
-                }
-                context.add_asset_metadata(values, partition_key=key)
+            total = self._add_metadata(
+                context, krea, batch, report=report, quota=quota, quoted=quoted
+            )
             _tag_run(context, report, total, batch.held_count)
             yield dg.MaterializeResult(check_results=[check_rows(total, report, batch.held_count)])
             if report.stopped is not None:
                 # The step that writes the manifest will not run after this one has failed.
-                rewrite_manifests(context, batch, krea, manifest_key)
+                rewrite_manifests(context, batch, krea, self.names.manifest_key)
                 raise stop_failure(report)
 
-    @dg.asset(
-        key=manifest_key,
-        deps=[images_key, columns_key],
-        partitions_def=partitions_def,
-        backfill_policy=policy,
-        group_name=group_name,
-        kinds={"parquet", "pyarrow"},
-        automation_condition=automation_condition,
-        freshness_policy=freshness_policy,
-        required_resource_keys={resource_key},
-        io_manager_key=io_manager_key,
-        metadata={
-            "dagster/column_schema": table_schema(MANIFEST_SCHEMA),
-            "dagster/column_lineage": prompts_lineage(MANIFEST_SCHEMA, prompts_key),
-        },
-        description=(
-            "One row per requested image: seed, size, credits, file, and why it is missing."
-        ),
-    )
-    def image_manifest(context: dg.AssetExecutionContext) -> Manifests:
-        krea = krea_of(context, resource_key)
-        storage, made = krea.open_storage(), Manifests()
-        with as_failure(), Batch.read(table, partition_keys_of(context), krea) as batch:
-            shown = {
-                "dagster/column_schema": table_schema(batch.manifest_schema),
-                "dagster/column_lineage": prompts_lineage(batch.manifest_schema, prompts_key),
-            }
-            for key, summary, parts in batch.summarized_parts(krea, context.run.run_id):
-                made.add(key, batch.manifest_schema, parts)
-                path = storage.locate(manifest_name(key, manifest_folders(manifest_key)))
-                values = {**manifest_metadata(summary, path), **shown}
-                context.add_asset_metadata(values, partition_key=key)
-        return made
+    def _buy(
+        self,
+        context: dg.AssetExecutionContext,
+        krea: Backend,
+        batch: Batch,
+        config: KreaImagesConfig,
+    ) -> tuple[RunReport, Mapping[str, QuoteLine]]:
+        with as_failure():
+            state = batch.state(krea)
+            quoted = quote_images(krea, state, retry_errors=config.retry_errors).by_partition()
+            report = buy_batch(
+                krea,
+                batch,
+                state,
+                config,
+                run_id=context.run.run_id,
+                # Not shared with a re-execution, which is how to continue after a top-up.
+                launch=context.run.tags.get(_BACKFILL_TAG) or context.run.run_id,
+                wait=self.wait,
+                on_progress=run_progress_log(context),
+            )
+        return report, quoted
 
-    return KreaAssets(table, partitions_def, prompts, prompt_columns, images, image_manifest)
+    def _add_metadata(
+        self,
+        context: dg.AssetExecutionContext,
+        krea: Backend,
+        batch: Batch,
+        *,
+        report: RunReport,
+        quota: QuotaState,
+        quoted: Mapping[str, QuoteLine],
+    ) -> ManifestSummary:
+        """Add the metadata of each partition, and return the sum of their summaries."""
+        total, journal = ManifestSummary(), journal_entry(krea, self.table, self.relative)
+        for key, summary, parts in batch.summarized_parts(krea, context.run.run_id):
+            for _ in parts:  # reading them fills the summary
+                pass
+            total += summary
+            values = {
+                **images_metadata(summary, krea.open_storage(), seconds=report.seconds),
+                **quote_metadata(quoted.get(key)),
+                **quota_metadata(quota, key),
+                JOURNAL_ENTRY: journal,
+            }
+            context.add_asset_metadata(values, partition_key=key)
+        return total
 
 
 def _tag_run(
@@ -266,31 +308,28 @@ def _tag_run(
 
 
 def _table_specs(
-    table: PromptTable,
-    prompts_key: dg.AssetKey,
-    columns_key: dg.AssetKey,
-    partitions_def: dg.PartitionsDefinition[str],
-    group_name: str,
+    names: Names, table: PromptTable, partitions_def: dg.PartitionsDefinition[str]
 ) -> tuple[dg.AssetSpec, dg.AssetSpec]:
     """Return the two external assets of the table: what rows request, and further columns."""
     source = redact.location(table.source)
+    common: dict[str, Any] = {
+        "partitions_def": partitions_def,
+        "group_name": names.group_name,
+        "kinds": {"parquet"},
+    }
     prompts = dg.AssetSpec(
-        prompts_key,
-        partitions_def=partitions_def,
-        group_name=group_name,
-        kinds={"parquet"},
+        names.key("prompts"),
         description=f"The prompt table {source}, partitioned by {table.partition_by}.",
         metadata={"dagster/uri": source},
+        **common,
     )
     prompt_columns = dg.AssetSpec(
-        columns_key,
-        partitions_def=partitions_def,
-        group_name=group_name,
-        kinds={"parquet"},
+        names.key("prompt_columns"),
         description=(
             "Further columns of the prompt table, passed through to the manifest. If only they "
             "change, nothing is bought."
         ),
+        **common,
     )
     return prompts, prompt_columns
 
@@ -310,19 +349,15 @@ def partition_keys_of(context: dg.AssetExecutionContext) -> list[str]:
     return [str(key) for key in context.partition_keys]
 
 
-class ProgressLog:
-    """Passes progress to the observer, and some of it to Dagster's log."""
+def run_progress_log(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
+    """Return a function that passes progress to the observer, and some of it to Dagster's log."""
+    log = ThrottledLog(context.log)
 
-    def __init__(self, context: dg.AssetExecutionContext) -> None:
-        self._log = context.log
-        self._next_s = time.monotonic() + _LOG_EVERY_S
-
-    def __call__(self, progress: Progress) -> None:
-        """Take the progress of the run."""
+    def on_progress(progress: Progress) -> None:
         tell_progress(progress)
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + _LOG_EVERY_S
-            self._log.info(progress_line(progress))
+        log.info(lambda: progress_line(progress))
+
+    return on_progress
 
 
 def progress_line(progress: Progress) -> str:

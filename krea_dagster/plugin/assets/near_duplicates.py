@@ -1,6 +1,6 @@
-"""The asset near_duplicates and its check: which pictures are there more than once."""
+"""The asset ``near_duplicates`` and its check: which images exist more than once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import dagster as dg
@@ -8,8 +8,6 @@ import pyarrow as pa
 
 from krea_dagster import redact
 from krea_dagster.application.curation import current_verdicts
-from krea_dagster.curation.measures.pdq import LEAST_QUALITY, NEAR_BITS
-from krea_dagster.curation.similarity.multi_index_hash import MOST_BITS
 from krea_dagster.curation.similarity.near_duplicates import (
     NEAR_DUPLICATES_DESCRIPTIONS,
     NEAR_DUPLICATES_SCHEMA,
@@ -21,120 +19,101 @@ from krea_dagster.curation.similarity.near_duplicates import (
     read_near_duplicates,
     update_near_duplicates,
 )
-from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.io_manager import manifest_folders
-from krea_dagster.plugin.metadata import location_value, small_table
+from krea_dagster.plugin.metadata import location_value, small_table, table_schema
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import krea_of
 
-#: Clusters that metadata shows, and that a sentence names.
+#: Maximum number of clusters in the metadata, and in a sentence.
 _SHOWN: Final = 50
 _NAMED: Final = 3
 
+_NO_DUPLICATES: Final = "No image was bought twice, and no two are nearly equal."
 
-def build_near_duplicates(
-    manifest_key: dg.AssetKey,
-    *,
-    measures_key: dg.AssetKey | None = None,
-    prefix: Sequence[str] = (),
-    group_name: str = "krea",
-    resource_key: str = "krea",
-    most_bits: int = NEAR_BITS,
-    least_quality: int = LEAST_QUALITY,
-) -> dg.AssetsDefinition:
-    """Build ``near_duplicates``: clusters of pictures that are the same, over all partitions.
 
-    Made of the manifests and the measures on file and of the verdicts, without network. Two files
-    are near where their perceptual hashes differ in at most ``most_bits`` of 256 bits; pictures of
-    a quality below ``least_quality`` are compared by their sha256 only. Raises ConfigError for a
-    limit that cannot be.
+def build_near_duplicates(names: Names) -> dg.AssetsDefinition:
+    """Build ``near_duplicates``: clusters of similar images over all partitions.
+
+    Made from the stored manifests and measures and the verdicts, without network. Two files are
+    near-duplicates if their perceptual hashes differ in few of 256 bits; images whose hash has a
+    low quality are compared by their sha256 only.
     """
-    if not 0 <= most_bits <= MOST_BITS or least_quality < 0:
-        raise ConfigError(
-            f"most_bits {most_bits} must be 0 to {MOST_BITS}, and least_quality {least_quality} "
-            "not negative"
-        )
-    folders = manifest_folders(manifest_key)
 
     @dg.asset(
-        key=dg.AssetKey([*prefix, "near_duplicates"]),
-        deps=[manifest_key, measures_key or dg.AssetKey([*prefix, "image_measures"])],
-        group_name=group_name,
+        key=names.key("near_duplicates"),
+        deps=[names.manifest_key, names.key("image_measures")],
+        group_name=names.group_name,
         kinds={"parquet"},
-        required_resource_keys={resource_key},
+        required_resource_keys={names.resource_key},
         description=(
-            "Pictures that were bought more than once, or are nearly alike, within and across "
+            "Images that were bought more than once, or are nearly equal, within and across "
             "prompts and partitions, and which one of each to keep."
         ),
-        metadata={"dagster/column_schema": _schema()},
+        metadata={
+            "dagster/column_schema": table_schema(
+                NEAR_DUPLICATES_SCHEMA, NEAR_DUPLICATES_DESCRIPTIONS
+            )
+        },
     )
     def near_duplicates(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
-        krea = krea_of(context, resource_key)
+        krea = krea_of(context, names.resource_key)
         with as_failure():
             storage = krea.open_storage()
-            figures = update_near_duplicates(
-                storage,
-                folders,
-                verdicts=current_verdicts(krea),
-                most_bits=most_bits,
-                least_quality=least_quality,
-            )
-            table = _read(storage, folders)
+            summary = update_near_duplicates(storage, names.prefix, verdicts=current_verdicts(krea))
+            table = read_near_duplicates(storage, names.prefix)
+            if table is None:
+                table = NEAR_DUPLICATES_SCHEMA.empty_table()
             shown = largest_clusters(table, _SHOWN)
         return dg.MaterializeResult(
             metadata={
-                **likeness_metadata(figures),
+                **duplicates_metadata(summary),
                 "dagster/row_count": len(table),
                 **({"largest_clusters": small_table(shown)} if shown else {}),
-                "path": location_value(storage.locate(near_duplicates_name(folders))),
+                "path": location_value(storage.locate(near_duplicates_name(names.prefix))),
             }
         )
 
     return near_duplicates
 
 
-def build_no_near_duplicates_check(
-    likeness_key: dg.AssetKey, manifest_key: dg.AssetKey, *, resource_key: str = "krea"
-) -> dg.AssetChecksDefinition:
-    """Build the check ``no_near_duplicates`` of ``near_duplicates``: a warning where there are any.
+def build_no_near_duplicates_check(names: Names) -> dg.AssetChecksDefinition:
+    """Build the check ``no_near_duplicates`` of ``near_duplicates``, which warns if there are any.
 
-    It names the largest clusters and says what went into copies. Reads the table on file.
+    It reads the stored table, names the largest clusters, and adds up the credits of the copies.
     """
-    folders = manifest_folders(manifest_key)
+    key = names.key("near_duplicates")
 
     @dg.asset_check(
-        asset=likeness_key,
+        asset=key,
         name="no_near_duplicates",
-        required_resource_keys={resource_key},
-        description="No picture was bought twice, and no two are nearly alike.",
+        required_resource_keys={names.resource_key},
+        description=_NO_DUPLICATES,
     )
     def no_near_duplicates(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with as_failure():
-            table = read_near_duplicates(krea_of(context, resource_key).open_storage(), folders)
+            storage = krea_of(context, names.resource_key).open_storage()
+            table = read_near_duplicates(storage, names.prefix)
         if table is None:
             return dg.AssetCheckResult(
                 passed=False,
                 severity=dg.AssetCheckSeverity.WARN,
-                description=(
-                    f"{likeness_key.to_user_string()} was never made, so that nothing was checked."
-                ),
+                description=f"Nothing was checked: {key.to_user_string()} does not exist yet.",
             )
         return _checked(table)
 
     return no_near_duplicates
 
 
-def likeness_metadata(figures: NearDuplicateSummary) -> Mapping[str, Any]:
-    """The figures as Dagster plots them, and the copies by distance as a table."""
-    copies = figures.copies
+def duplicates_metadata(summary: NearDuplicateSummary) -> Mapping[str, Any]:
+    """Return figures that Dagster plots, and the copies by distance as a table."""
+    copies = summary.copies
     values: dict[str, Any] = {
-        "images": figures.images,
-        "purchases": figures.purchases,
+        "images": summary.images,
+        "purchases": summary.purchases,
         **_counted(copies),
-        "images_not_measured": figures.not_measured,
-        "images_of_low_quality": figures.low_quality,
-        "most_bits": figures.most_bits,
+        "images_not_measured": summary.not_measured,
+        "images_of_low_quality": summary.low_quality,
+        "most_bits": summary.most_bits,
     }
     if copies.by_distance:
         values["copies_by_distance"] = small_table(
@@ -160,12 +139,12 @@ def _checked(table: pa.Table) -> dg.AssetCheckResult:
         return dg.AssetCheckResult(
             passed=True,
             severity=dg.AssetCheckSeverity.WARN,
-            description="No picture was bought twice, and no two are nearly alike.",
+            description=_NO_DUPLICATES,
             metadata=_counted(copies),
         )
     shown = largest_clusters(table, _SHOWN)
     named = "; ".join(
-        f"{one['purchases']} like {str(one['prompt_id'])[:60]} sample {one['sample']} "
+        f"{one['purchases']} similar to {str(one['prompt_id'])[:60]} sample {one['sample']} "
         f"(partition {one['partition_key']}, cluster {one['cluster'][:12]})"
         for one in shown[:_NAMED]
     )
@@ -175,25 +154,9 @@ def _checked(table: pa.Table) -> dg.AssetCheckResult:
         passed=False,
         severity=dg.AssetCheckSeverity.WARN,
         description=redact.text(
-            f"{copies.exact} pictures are there twice and {copies.near} are nearly alike, in "
-            f"{copies.clusters} clusters; {copies.credits:g} credits went into these copies. "
+            f"{copies.exact} images are exact copies and {copies.near} nearly equal ones, in "
+            f"{copies.clusters} clusters; these copies cost {copies.credits:g} credits. "
             f"{named}{more}."
         ),
         metadata={**_counted(copies), "largest_clusters": small_table(shown)},
-    )
-
-
-def _read(storage: Storage, folders: Sequence[str]) -> pa.Table:
-    table = read_near_duplicates(storage, folders)
-    return NEAR_DUPLICATES_SCHEMA.empty_table() if table is None else table
-
-
-def _schema() -> dg.TableSchema:
-    return dg.TableSchema(
-        columns=[
-            dg.TableColumn(
-                one.name, str(one.type), description=NEAR_DUPLICATES_DESCRIPTIONS[one.name]
-            )
-            for one in NEAR_DUPLICATES_SCHEMA
-        ]
     )

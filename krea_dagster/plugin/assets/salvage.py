@@ -13,23 +13,20 @@ from krea_dagster.application.salvage_schedule import due
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.assets.images import KreaAssets, ProgressLog, rewrite_manifests
+from krea_dagster.plugin.assets.images import rewrite_manifests, run_progress_log
 from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.names import SALVAGE_JOB_NAME, Names
 from krea_dagster.plugin.progress import tell_report
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.salvage import SINCE_TAG, build_salvage_sensor
+from krea_dagster.prompts import PromptTable
 
 #: With ``collect_later``, the salvage takes images only from this age on.
 _LATE: Final = timedelta(hours=1)
 
 
 def build_salvage(
-    assets: KreaAssets,
-    *,
-    resource_key: str,
-    prefix: str,
-    group_name: str,
-    collect_later: bool = False,
+    names: Names, table: PromptTable, *, collect_later: bool = False
 ) -> dg.Definitions:
     """Build the salvage of one prompt table: an asset, a job, and the sensor that starts it.
 
@@ -37,51 +34,48 @@ def build_salvage(
     that it completed. With ``collect_later`` the sensor leaves images to the runs that collect for
     an hour.
     """
-    manifest_key = assets.image_manifest.key
     first = _LATE if collect_later else timedelta(0)
 
     @dg.asset(
-        key=dg.AssetKey([*manifest_key.path[:-1], "salvaged_images"]),
-        group_name=group_name,
+        key=names.key("salvaged_images"),
+        group_name=names.group_name,
         kinds={"evolink"},
-        required_resource_keys={resource_key},
+        required_resource_keys={names.resource_key},
         description=(
-            "Images that earlier runs paid for and left behind: polled and fetched, never bought."
+            "Images that earlier runs paid for and did not collect: polled and fetched, never "
+            "bought."
         ),
     )
     def salvaged_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
-        krea = krea_of(context, resource_key)
+        krea = krea_of(context, names.resource_key)
         with as_failure():
             report, found = collect(
                 krea,
                 run_id=context.run.run_id,
-                table=assets.table,
+                table=table,
                 only=_due_for(context.run, first),
-                on_progress=ProgressLog(context),
+                on_progress=run_progress_log(context),
             )
         tell_report(report)
         with as_failure():
             with krea.open_journal() as journal:
-                table_id = krea.table_id(journal, assets.table)
+                table_id = krea.table_id(journal, table)
             collected = {
                 record.partition_key
                 for record in found.values()
                 if record.state is State.STORED and record.table_id in ("", table_id)
             }
-            keys = [key for key in assets.table.partition_keys() if key in collected]
-            with Batch.read(assets.table, keys, krea) as batch:
-                rewrite_manifests(context, batch, krea, manifest_key)
+            keys = [key for key in table.partition_keys() if key in collected]
+            with Batch.read(table, keys, krea) as batch:
+                rewrite_manifests(context, batch, krea, names.manifest_key)
         return dg.MaterializeResult(metadata=salvage_figures(list(found.values())))
 
     job = dg.define_asset_job(
-        f"{prefix}krea_salvage",
+        names.prefixed(SALVAGE_JOB_NAME),
         selection=dg.AssetSelection.assets(salvaged_images),
-        description="Collects what is paid for and was left behind; buys nothing.",
+        description="Collects images that are paid for and were not collected; buys nothing.",
     )
-
-    sensor = build_salvage_sensor(
-        assets.table, job=job, resource_key=resource_key, prefix=prefix, first=first
-    )
+    sensor = build_salvage_sensor(names, table, job=job, first=first)
     return dg.Definitions(assets=[salvaged_images], jobs=[job], sensors=[sensor])
 
 

@@ -1,94 +1,62 @@
-"""The assets spend_ledger and spend_daily, and the job krea_spend that brings them up to date."""
+"""The assets ``spend_ledger`` and ``spend_daily``, and the job ``krea_spend`` that updates them."""
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Final
+from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 from pydantic import Field
 
 from krea_dagster.application.spend import update_tables
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.report.sparkline import spend_sparkline
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_tables, stored_tables, sums
 
-SPEND_JOB_NAME: Final = "krea_spend"
-
 
 class KreaSpendConfig(dg.Config):
-    """What a person may ask of one run."""
+    """Options of one run of the spend tables."""
 
     rebuild: bool = Field(
-        default=False, description="Make the tables of all months anew, not only what has changed."
+        default=False, description="Rebuild the tables of all months, not only what has changed."
     )
 
 
-@dataclass(frozen=True)
-class KreaSpend:
-    """The spend assets of one prompt table, and their job."""
-
-    tables: dg.AssetsDefinition
-    job: Any
-
-
-def build_spend_assets(
-    manifest_key: dg.AssetKey,
+def build_spend(
+    names: Names,
     *,
-    prefix: Sequence[str] = (),
-    group_name: str = "krea",
-    resource_key: str = "krea",
     credits_per_usd: float = CREDITS_PER_USD,
     by: Sequence[str] = (),
-) -> KreaSpend:
-    """Build ``spend_ledger``, ``spend_daily`` and the job ``krea_spend``.
+    budgets: Sequence[str] = (),
+) -> dg.Definitions:
+    """Build ``spend_ledger``, ``spend_daily`` with its checks, and the job ``krea_spend``.
 
-    Both are made from the journal and the manifests, without network, a month at a time: what is
-    new, and what has settled since. ``credits_per_usd`` is the rate of the dollars, and ``by``
-    names further columns of the prompt table that the daily sums are kept apart by. Raises
-    ConfigError for a column that the daily sums have already.
+    Both are made from the journal and the manifests, without network, a month at a time: new
+    purchases, and those that have settled since. ``by`` are further columns of the prompt table
+    that the daily sums are grouped by; ``budgets`` are soft ones. Raises ConfigError for a column
+    that the daily sums already have, or a malformed budget.
     """
-    schema = daily_schema(by)
-    ledger_key, daily_key = (
-        dg.AssetKey([*prefix, f"spend_{name}"]) for name in ("ledger", "daily")
-    )
+    ledger_key, daily_key = names.key("spend_ledger"), names.key("spend_daily")
 
     @dg.multi_asset(
-        name="_".join([*prefix, "krea_spend_tables"]),
-        specs=[
-            dg.AssetSpec(
-                ledger_key,
-                deps=[manifest_key],
-                group_name=group_name,
-                kinds={"parquet", "duckdb"},
-                description="One row per purchase: when, what for, what it cost, what it bought.",
-                metadata={
-                    "dagster/column_schema": table_schema(LEDGER_SCHEMA, LEDGER_DESCRIPTIONS)
-                },
-            ),
-            dg.AssetSpec(
-                daily_key,
-                deps=[ledger_key],
-                group_name=group_name,
-                kinds={"parquet", "duckdb"},
-                description="Sums by day, partition, quality and size, and what an image came to.",
-                metadata={"dagster/column_schema": table_schema(schema, DAILY_DESCRIPTIONS)},
-            ),
-        ],
-        required_resource_keys={resource_key},
+        name=names.prefixed("krea_spend_tables"),
+        specs=_table_specs(names, ledger_key, daily_key, daily_schema(by)),
+        required_resource_keys={names.resource_key},
     )
     def spend_tables(
         context: dg.AssetExecutionContext, config: KreaSpendConfig
     ) -> Iterator[dg.MaterializeResult[None]]:
-        krea = krea_of(context, resource_key)
+        krea = krea_of(context, names.resource_key)
         with as_failure():
             updated = update_tables(
                 krea, credits_per_usd=credits_per_usd, by=by, rebuild=config.rebuild
@@ -96,15 +64,11 @@ def build_spend_assets(
             storage = krea.open_storage()
             figures = spend_metadata(storage, datetime.now(timezone.utc))
             tables = stored_tables(storage)
-            picture = base64.b64encode(spend_sparkline(tables.daily)).decode()
+            sparkline = base64.b64encode(spend_sparkline(tables.daily)).decode()
+        plot = dg.MetadataValue.md(f"![credits by day](data:image/svg+xml;base64,{sparkline})")
         own: dict[str, Mapping[str, Any]] = {
             "ledger": {"dagster/row_count": tables.ledger.count_rows()},
-            "daily": {
-                "dagster/row_count": tables.daily.count_rows(),
-                "spend": dg.MetadataValue.md(
-                    f"![credits by day](data:image/svg+xml;base64,{picture})"
-                ),
-            },
+            "daily": {"dagster/row_count": tables.daily.count_rows(), "spend": plot},
         }
         for key, table in ((ledger_key, "ledger"), (daily_key, "daily")):
             yield dg.MaterializeResult(
@@ -118,15 +82,40 @@ def build_spend_assets(
             )
 
     job = dg.define_asset_job(
-        "_".join([*prefix, SPEND_JOB_NAME]),
+        names.prefixed("krea_spend"),
         selection=dg.AssetSelection.assets(spend_tables),
-        description="Brings the tables of what was spent up to the journal; buys nothing.",
+        description="Updates the spend tables from the journal; buys nothing.",
     )
-    return KreaSpend(spend_tables, job)
+    warnings = build_spend_warnings_checks(
+        daily_key, resource_key=names.resource_key, budgets=budgets
+    )
+    return dg.Definitions(assets=[spend_tables], asset_checks=[warnings], jobs=[job])
+
+
+def _table_specs(
+    names: Names, ledger_key: dg.AssetKey, daily_key: dg.AssetKey, schema: pa.Schema
+) -> list[dg.AssetSpec]:
+    common: dict[str, Any] = {"group_name": names.group_name, "kinds": {"parquet", "duckdb"}}
+    return [
+        dg.AssetSpec(
+            ledger_key,
+            deps=[names.manifest_key],
+            description="One row per purchase: time, request, cost, and outcome.",
+            metadata={"dagster/column_schema": table_schema(LEDGER_SCHEMA, LEDGER_DESCRIPTIONS)},
+            **common,
+        ),
+        dg.AssetSpec(
+            daily_key,
+            deps=[ledger_key],
+            description="Sums by day, partition, quality and size, and the cost per image.",
+            metadata={"dagster/column_schema": table_schema(schema, DAILY_DESCRIPTIONS)},
+            **common,
+        ),
+    ]
 
 
 def spend_metadata(storage: Storage, now: datetime) -> Mapping[str, Any]:
-    """Return figures that Dagster plots: credits today, this month, in all, and at stake."""
+    """Return figures that Dagster plots: credits today, this month, in total, and at stake."""
     today = now.astimezone(timezone.utc).date()
     duck = open_tables(storage)
     try:

@@ -1,4 +1,4 @@
-"""The asset check spend_proof: the whole journal against files, manifests and account."""
+"""The asset check ``spend_proof``: the whole journal against files, manifests and account."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -7,45 +7,43 @@ import dagster as dg
 
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.proof.verify import verify
 
-PROOF_NAME: Final = "spend_proof"
+#: Maximum number of bytes that the check reads again in one run; of other files it compares the
+#: size. The command ``krea-dagster verify`` reads all.
+_HASH_BYTES: Final = 20 * 1024**3
 
-#: Bytes that the check reads again in one run; of further files it compares the size. The
-#: command ``krea-dagster verify`` reads all.
-HASH_BYTES: Final = 20 * 1024**3
-
-#: Findings in the check's table.
+#: Maximum number of findings in the check's table.
 _ROWS: Final = 50
 
 
-def build_spend_proof_check(
-    manifest_key: dg.AssetKey, *, resource_key: str = "krea", hash_bytes: int | None = HASH_BYTES
-) -> dg.AssetChecksDefinition:
+def build_spend_proof_check(names: Names) -> dg.AssetChecksDefinition:
     """Build the check of ``image_manifest`` that every credit is accounted for.
 
-    It looks at the whole journal, not only at the partitions of a run. Manifests that other
-    runs are yet to write do not fail it. ``hash_bytes`` bounds what is read again in one run,
-    None for all. In a run that was launched for assets, as from the UI, of every file only the size
-    is compared: reading all again is the job's to do.
+    It reads the whole journal, not only the partitions of a run. Manifests that other runs have
+    yet to write do not fail it. In a run that was launched for assets, as from the UI, only the
+    size of each file is compared: the job reads the files again.
     """
 
     @dg.asset_check(
-        asset=manifest_key,
-        name=PROOF_NAME,
-        required_resource_keys={resource_key},
+        asset=names.manifest_key,
+        name="spend_proof",
+        required_resource_keys={names.resource_key},
         description=(
-            "Every charge in the journal has one task, one file whose hash holds, and a manifest "
-            "row; and the account used what the journal explains."
+            "Every charge in the journal has one task, one file whose hash matches, and a manifest "
+            "row; and the journal explains what the account used."
         ),
     )
     def spend_proof(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        krea = krea_of(context, resource_key)
-        bound = 0 if context.run.asset_selection else hash_bytes
+        krea = krea_of(context, names.resource_key)
+        most_bytes = 0 if context.run.asset_selection else _HASH_BYTES
         with as_failure(), krea.open_journal() as journal:
-            proof = verify(journal, krea.open_storage(), hash_bytes=bound, manifests_may_lag=True)
+            proof = verify(
+                journal, krea.open_storage(), hash_bytes=most_bytes, manifests_may_lag=True
+            )
         return dg.AssetCheckResult(
             passed=proof.adds_up,
             severity=dg.AssetCheckSeverity.ERROR,

@@ -1,6 +1,6 @@
-"""What the prompts sensor looks at: a mark of the table's files, of the attempts, and of reports.
+"""Marks of the table's files, of the attempts and of reports, which the prompts sensor compares.
 
-Marks are cheap. Only where one has moved is the table read.
+They are cheap to take. The table is read only if one has changed.
 """
 
 import hashlib
@@ -17,24 +17,24 @@ import fsspec.core
 from krea_dagster.application.backend import Backend
 from krea_dagster.prompts import PromptTable
 
-#: What file systems say of a file that another content would change, each in its own words.
-_TELLING: Final = (
+#: Keys of a file's info that change with its content; each file system has its own.
+_CONTENT_KEYS: Final = (
     "size", "Size", "mtime", "created", "ino", "ETag", "etag", "e_tag", "md5Hash", "content_md5",
     "generation", "LastModified", "last_modified", "updated", "modified",
 )  # fmt: skip
-_TIMES: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+_TIME_KEYS: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 
-#: A file that was written to so lately may be written to again without a new time or size.
+#: A file written more recently than this may be written again without a new time or size.
 _TOO_FRESH_S: Final = 2.0
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What the sensor keeps between ticks: some 200 bytes, however many partitions there are.
+    """The sensor's cursor: about 200 bytes for any number of partitions.
 
-    ``files`` is empty where the files cannot be told from others by their listing; then the table
-    is read at every tick. ``reported`` are the places in Dagster's event log of the last reports,
-    whoever made them. ``versions`` is one hash over the data versions of all partitions.
+    ``files`` is empty if the listing of the files does not show changes; the table is then read at
+    every tick. ``reported`` are the positions in Dagster's event log of the last reports, by the
+    sensor or by runs. ``versions`` is one hash over the data versions of all partitions.
     """
 
     files: str
@@ -51,11 +51,11 @@ class Marks:
             return None
 
     def cursor(self) -> str:
-        """Return the text to keep."""
+        """Return the text of the cursor."""
         return json.dumps(asdict(self))
 
-    def stand_still(self, before: "Marks | None") -> bool:
-        """Whether nothing has moved since ``before``, at which all was reported."""
+    def unchanged_since(self, before: "Marks | None") -> bool:
+        """Return whether nothing has changed since ``before``, when everything was reported."""
         return (
             before is not None
             and self.files != ""
@@ -65,10 +65,10 @@ class Marks:
 
 
 def mark_of_files(source: str, *, now_s: float | None = None) -> str:
-    """Return a hash over path, size, time and etag of a table's files; reads none of them.
+    """Return a hash over path, size, time and etag of a table's files, without reading them.
 
-    Returns "" where that says too little: there is no such file, its file system has no words for
-    it, or it was written to just now (``now_s`` in seconds since 1970; None for the clock's).
+    Returns "" if that does not show changes: there is no such file, its file system gives no time,
+    or it was written just now (``now_s`` in seconds since 1970; None for the clock's).
     """
     now_s = time.time() if now_s is None else now_s
     try:
@@ -79,7 +79,7 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     except (ImportError, OSError, ValueError):
         return ""
     lines = sorted(
-        json.dumps([path, *(str(info.get(word)) for word in _TELLING)])
+        json.dumps([path, *(str(info.get(name)) for name in _CONTENT_KEYS)])
         for path, info in found.items()
     )
     newest_s = max((at for one in found.values() if (at := _time_s(one))), default=None)
@@ -89,9 +89,9 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
 
 
 def mark_of_attempts(krea: Backend, table: PromptTable) -> str:
-    """Return how many attempts the journal knows of a table, and their sum: they only ever grow.
+    """Return the number of a table's attempts in the journal, and their sum, which only grow.
 
-    Makes no journal where there is none. Raises ConfigError or JournalError.
+    Creates no journal. Raises ConfigError or JournalError.
     """
     if not krea.has_journal():
         return ""
@@ -101,12 +101,12 @@ def mark_of_attempts(krea: Backend, table: PromptTable) -> str:
 
 
 def mark_of_reports(instance: dg.DagsterInstance, keys: Sequence[dg.AssetKey]) -> str:
-    """Return the places of the assets' last materializations in Dagster's event log."""
-    places = {}
+    """Return the positions of the assets' last materializations in Dagster's event log."""
+    positions = {}
     for record in instance.get_asset_records(keys):
         last = record.asset_entry.last_materialization_record
-        places[record.asset_entry.asset_key] = None if last is None else last.storage_id
-    return "/".join(str(places.get(key) or 0) for key in keys)
+        positions[record.asset_entry.asset_key] = None if last is None else last.storage_id
+    return "/".join(str(positions.get(key) or 0) for key in keys)
 
 
 def hash_of_versions(*versions: Mapping[str, str]) -> str:
@@ -119,9 +119,9 @@ def hash_of_versions(*versions: Mapping[str, str]) -> str:
 
 
 def _time_s(info: Mapping[str, Any]) -> float | None:
-    """When a file was written, in seconds since 1970, by the first word that tells."""
-    for word in _TIMES:
-        value = info.get(word)
+    """Return when a file was written, in seconds since 1970; None if its info does not say."""
+    for name in _TIME_KEYS:
+        value = info.get(name)
         if isinstance(value, datetime):
             return value.timestamp()
         if isinstance(value, int | float):

@@ -1,8 +1,8 @@
 """Submit now, collect later: the sensor that launches the runs which collect.
 
-A run that does not wait ends once its images are at the server. When callbacks say that some are
-finished, or the clock says so where none came, the same partitions are launched again: that run
-fetches what has ended, submits what had no place before, and ends as well.
+A run that does not wait ends once its images are submitted. When callbacks report finished images,
+or enough time has passed without one, the same partitions are launched again: that run fetches
+finished images, submits those that the server did not accept before, and ends as well.
 """
 
 import json
@@ -19,41 +19,42 @@ from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.errors import KreaError
+from krea_dagster.plugin.names import JOB_NAME, Names
 from krea_dagster.plugin.resource import krea_of
 
-#: The tag of a run that collects: how many images wait for it.
+#: The tag of a run that collects: the number of images that are due.
 COLLECTS_TAG: Final = "krea/collects"
 
-#: The tags that say which partitions a run is for.
+#: The tags with the partitions of a run.
 _PARTITION_TAGS: Final = (
     "dagster/partition",
     "dagster/asset_partition_range_start",
     "dagster/asset_partition_range_end",
 )
 
-#: Runs that one look launches; the next look launches the rest.
+#: Runs that one tick launches; the next tick launches the rest.
 _MOST_RUNS: Final = 10
 
-#: The tag of a run that left rows because the server took no more, and its value.
+#: The tag of a run that left rows because the server accepted no more, and its value.
 GOES_ON_TAG: Final = "krea/goes_on"
 GOES_ON: Final = "yes"
 #: The tag's value once a later run was for the same partitions.
 _FOLLOWED: Final = "followed"
 
-#: Runs that left rows so, the oldest, that a look takes into account.
-_MOST_LOOKED_AT: Final = 1000
+#: Maximum number of such runs, the oldest first, that a tick considers.
+_MOST_CONSIDERED: Final = 1000
 
-#: Without a call, an image is collected at this age; where one is to be expected, later.
-_CLOCK: Final = timedelta(minutes=1)
-_CALL_MISSED: Final = timedelta(minutes=10)
-#: A collection that found an image unfinished is followed by one at so many times its age.
+#: The age at which an image is collected without a callback, and with a missing callback.
+_FIRST_AGE: Final = timedelta(minutes=1)
+_CALLBACK_MISSED: Final = timedelta(minutes=10)
+#: If an image was unfinished at some age, it is collected again at this multiple of that age.
 _GROWTH: Final = 1.5
-#: From this age on an image is collected every half hour: its link lives for 24 hours. After two
-#: days it is left to the salvage and to people: what could be had was had.
+#: From this age on an image is collected every half hour: its link is valid for 24 hours. After
+#: two days it is left to the salvage and to people.
 _URGENT: Final = timedelta(hours=20)
 _URGENT_PAUSE: Final = timedelta(minutes=30)
 _GIVEN_UP: Final = timedelta(hours=48)
-#: The least time between two collections without a new call.
+#: Minimum time between two collections without a new callback.
 _PAUSE: Final = timedelta(minutes=5)
 
 _UNFINISHED: Final = [
@@ -66,15 +67,15 @@ _UNFINISHED: Final = [
 
 #: The partitions of a run, by its tags.
 _Partitions = tuple[tuple[str, str], ...]
-#: Those of several runs, by run id.
+#: The partitions of several runs, by run id.
 _Runs = dict[str, _Partitions]
-#: Whether a run buys, and so collects.
+#: Returns whether a run buys, and so collects.
 _Buys = Callable[[dg.DagsterRun], bool]
 
 
 @dataclass(frozen=True)
 class Due:
-    """A collection that is worth a run: the partitions of a run before it, and for how many."""
+    """A collection to launch: the partitions of an earlier run, and how many images are due."""
 
     partitions: _Partitions
     images: int
@@ -88,11 +89,11 @@ def due_collections(
     launched: Mapping[_Partitions, datetime],
     now: datetime,
 ) -> list[Due]:
-    """Which partitions to collect now; those whose links expire soonest first.
+    """Return the partitions to collect now; those whose links expire soonest first.
 
-    ``waiting`` are paid for, and held by no run; ``partitions`` are those of the runs that
-    submitted them, by run id: what is not among them is not collected here. ``called`` are the
-    calls by request key, and ``launched`` when partitions were last launched.
+    ``waiting`` are paid for and not claimed by a run; ``partitions`` are those of the runs that
+    submitted them, by run id: images of other runs are not collected here. ``called`` are the
+    callbacks by request key, and ``launched`` is when partitions were last launched.
     """
     found: dict[_Partitions, Due] = {}
     for record in waiting:
@@ -115,17 +116,17 @@ def _is_due(
         return True
     at = record.submitted_at
     if at is None or record.state is State.UNKNOWN:
-        return False  # only a call says more about it than the run did that left it
+        return False  # only a callback brings news about it
     age = now - at
-    looked_at = None if launched_at is None else launched_at - at  # its age at the last collection
+    tried = None if launched_at is None else launched_at - at  # its age at the last collection
     if age >= _GIVEN_UP:
         return False
-    if record.state is State.COMPLETED:  # its link is at hand
-        return looked_at is None or age >= max(_GROWTH * looked_at, looked_at + _PAUSE)
+    if record.state is State.COMPLETED:  # its link is known
+        return tried is None or age >= max(_GROWTH * tried, tried + _PAUSE)
     if age >= _URGENT:
-        return looked_at is None or age >= looked_at + _URGENT_PAUSE
-    first = _CLOCK if record.callback_url is None else _CALL_MISSED
-    return age >= max(first, _GROWTH * (looked_at or timedelta(0)))
+        return tried is None or age >= tried + _URGENT_PAUSE
+    first = _FIRST_AGE if record.callback_url is None else _CALLBACK_MISSED
+    return age >= max(first, _GROWTH * (tried or timedelta(0)))
 
 
 def due_to_go_on(
@@ -133,9 +134,9 @@ def due_to_go_on(
     launched: Mapping[_Partitions, datetime],
     now: datetime,
 ) -> list[_Partitions]:
-    """Return the partitions whose last run left rows for want of room, and when it ended.
+    """Return the partitions to launch again, because the server accepted no more of their rows.
 
-    They are launched again after a pause, for as long as rows are left.
+    ``left`` has the partitions and when their last run ended. A pause lies between two runs.
     """
     return [
         where
@@ -144,37 +145,31 @@ def due_to_go_on(
     ]
 
 
-def build_collect_sensor(
-    *,
-    name: str,
-    job_name: str,
-    images_key: dg.AssetKey,
-    resource_key: str,
-    minimum_interval_s: int = 30,
-) -> dg.SensorDefinition:
+def build_collect_sensor(names: Names, *, minimum_interval_s: int = 30) -> dg.SensorDefinition:
     """Build the sensor that launches the runs which collect.
 
-    It looks at what successful runs of ``images`` have left at the server, and at those that left
-    rows because the server took no more. What a failed or cancelled run has left is the salvage's,
-    which buys nothing.
+    It considers images that successful runs of ``images`` have left at the server, and runs that
+    left rows because the server accepted no more. Images of failed or cancelled runs are left to
+    the salvage, which buys nothing.
     """
+    job_name, images_key = names.prefixed(JOB_NAME), names.key("images")
 
     def buys(run: dg.DagsterRun) -> bool:
-        # Also by the UI's button, a backfill or the automation, whose runs are of no named job.
+        # Also runs from the UI's button, a backfill or the automation, which have no named job.
         return run.job_name == job_name or images_key in (run.asset_selection or ())
 
     @dg.sensor(
-        name=name,
+        name=names.prefixed("krea_collect"),
         job_name=job_name,
         minimum_interval_seconds=minimum_interval_s,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={resource_key},
-        description="Collects what is at the server, once callbacks or the clock say so.",
+        required_resource_keys={names.resource_key},
+        description="Launches runs that collect images, after callbacks or when they are due.",
     )
     def collect_sensor(
         context: dg.SensorEvaluationContext,
     ) -> dg.SensorResult | dg.SkipReason:
-        krea = krea_of(context, resource_key)
+        krea = krea_of(context, names.resource_key)
         now = datetime.now(timezone.utc)
         try:
             waiting, called = _waiting(krea)
@@ -193,7 +188,7 @@ def build_collect_sensor(
             if not _is_followed(context.instance, buys, where, left[where]):
                 runs.append(Due(where, 0, now))
         if not runs:
-            return dg.SkipReason(f"{len(waiting)} images are at the server, none to collect yet.")
+            return dg.SkipReason(f"{len(waiting)} images are at the server; none is due yet.")
         launched.update((one.partitions, now) for one in runs)
         return dg.SensorResult(
             run_requests=[
@@ -213,17 +208,17 @@ def build_collect_sensor(
 
 
 def _waiting(krea: Backend) -> tuple[list[Record], Mapping[str, ReceivedCallback]]:
-    """What is paid for and held by no living run, and what was called about of it."""
+    """Return the records that are paid for and not claimed by a living run, and their callbacks."""
     if not krea.has_journal():
         return [], {}
-    # Those of unknown outcome too: a call about one may name its task.
+    # Also those with an unknown outcome: a callback may name the task.
     with krea.open_journal() as journal:
         waiting = journal.unattended()
         return waiting, journal.callbacks.received([record.request_key for record in waiting])
 
 
 def _partitions_of(instance: dg.DagsterInstance, buys: _Buys, run_ids: Iterable[str]) -> _Runs:
-    """The partitions of the successful runs among these, by run id."""
+    """Return the partitions of the successful runs among these, by run id."""
     found: dict[str, _Partitions] = {}
     for chunk in chunks(sorted(run_ids)):
         ended = dg.RunsFilter(run_ids=chunk, statuses=[dg.DagsterRunStatus.SUCCESS])
@@ -234,13 +229,13 @@ def _partitions_of(instance: dg.DagsterInstance, buys: _Buys, run_ids: Iterable[
 
 
 def _left_for_room(instance: dg.DagsterInstance, buys: _Buys) -> dict[_Partitions, dg.RunRecord]:
-    """The newest runs that left rows for want of room, by their partitions.
+    """Return the newest runs that left rows because the server accepted no more, by partitions.
 
-    Their tag says so, and is changed where a run has followed: nothing is kept elsewhere.
+    Their tag says so. It is changed once a run has followed, and is the only state that is kept.
     """
     found: dict[_Partitions, dg.RunRecord] = {}
     left = dg.RunsFilter(tags={GOES_ON_TAG: GOES_ON}, statuses=[dg.DagsterRunStatus.SUCCESS])
-    for record in instance.get_run_records(left, limit=_MOST_LOOKED_AT, ascending=True):
+    for record in instance.get_run_records(left, limit=_MOST_CONSIDERED, ascending=True):
         where = _partition_tags(record.dagster_run)
         if not where or not buys(record.dagster_run):
             continue
@@ -253,7 +248,7 @@ def _left_for_room(instance: dg.DagsterInstance, buys: _Buys) -> dict[_Partition
 def _is_followed(
     instance: dg.DagsterInstance, buys: _Buys, where: _Partitions, record: dg.RunRecord
 ) -> bool:
-    """Whether a later run that buys was for the same partitions, whatever became of it."""
+    """Return whether a later run bought for the same partitions, successfully or not."""
     later = dg.RunsFilter(tags=dict(where), created_after=record.create_timestamp)
     followed = any(
         buys(run) and run.run_id != record.dagster_run.run_id for run in instance.get_runs(later)

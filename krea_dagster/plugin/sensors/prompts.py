@@ -1,6 +1,6 @@
-"""Automation: tells Dagster which prompts have changed, and launches what is asked for by them.
+"""Automation: reports to Dagster which prompts have changed, and launches runs for them.
 
-Nothing here launches a run unless a user gives a condition: runs spend money.
+No run is launched unless a user gives a condition: runs spend money.
 """
 
 import threading
@@ -20,6 +20,7 @@ from krea_dagster.plugin.data_versions import (
     last_versions,
     version_events,
 )
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import missing_dynamic_keys
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import (
@@ -34,33 +35,39 @@ from krea_dagster.prompts import PromptTable
 #: Partitions that one tick reports, each by two events of some 12 ms in Dagster's database.
 _MOST_REPORTS = 250
 
-#: The assets that stand for the prompt table, with any prefix.
+#: The external assets of a prompt table, with any prefix.
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
 
 _Versions = Mapping[str, str]
 
 
 def on_prompts_changed() -> dg.AutomationCondition[Any]:
-    """Build the condition that launches what is missing once, and then only what changed.
+    """Build the condition that launches missing partitions once, and then only changed ones.
 
-    For ``images`` and ``image_manifest``. A partition is launched when it is first seen without a
-    materialization, and whenever a partition that it depends on has changed, also where this
-    happened while it was being run. A run that fails, or ends with rows missing, is not launched
-    again before its prompts change: after a top-up a person launches it (the runs' tags say
-    which, see ``krea_dagster.plugin.failures``), and only what is missing is bought. A run that a
-    person launches before the sensor has seen the new prompts is followed by one more, which has
-    nothing left to buy.
+    A partition is launched when it is first seen without a materialization, and whenever a
+    partition that it depends on has changed, also if that happened during its run. A run that
+    fails, or ends with rows missing, is not launched again before its prompts change: after a
+    top-up a person launches it (its tags say so, see ``failure_of``), and only missing images are
+    bought. A run that a person launches before the sensor has seen the new prompts is followed by
+    one more, which has nothing left to buy.
+
+    Returns:
+        A condition for ``images`` and ``image_manifest``.
+
+    Example::
+
+        build_krea_definitions(..., automation_condition=on_prompts_changed())
     """
     condition = dg.AutomationCondition
     requested, made = condition.newly_requested(), condition.newly_updated()
     never_made = condition.missing().newly_true().since(requested | made)
-    # Not ended by the target's own materialization, nor by a launch where there is news since: a
-    # run that is under way may have read the table before it changed.
+    # Not reset by the target's own materialization, nor by a launch that came with newer changes:
+    # a run that is under way may have read the table before it changed.
     prompts = condition.any_deps_updated().allow(_TABLE)
-    asked = prompts.since(requested & ~prompts)
+    changed = prompts.since(requested & ~prompts)
     images = condition.any_deps_updated().ignore(_TABLE).since(requested | made)
     return (
-        (never_made | asked | images) & ~condition.in_progress() & ~condition.any_deps_missing()
+        (never_made | changed | images) & ~condition.in_progress() & ~condition.any_deps_missing()
     ).with_label("on_prompts_changed")
 
 
@@ -69,8 +76,8 @@ def build_automation_sensor(
 ) -> dg.AutomationConditionSensorDefinition:
     """Build the sensor that evaluates the conditions of these assets. It is on by default.
 
-    Several partitions at once become one backfill: it can be cancelled in one place, and where
-    the account stops one of its runs, the others buy nothing more.
+    Several partitions at once become one backfill: it can be cancelled in one place, and if the
+    account stops one of its runs, the others buy nothing more.
     """
     return dg.AutomationConditionSensorDefinition(
         name=name,
@@ -82,90 +89,83 @@ def build_automation_sensor(
     )
 
 
-class _Watcher:
-    """Knows the versions of a table, and reads it again only where it may have others."""
+class _VersionsReader:
+    """Keeps the versions of a table, and reads the table only if they may have changed."""
 
-    def __init__(self, table: PromptTable, *, carried: bool) -> None:
+    def __init__(self, table: PromptTable) -> None:
         self._table = table
-        self._carried = carried
         self._lock = threading.Lock()
         self._known: tuple[tuple[str, str], tuple[_Versions, _Versions]] | None = None
 
     def versions(self, krea: Backend, marks: Marks) -> tuple[_Versions, _Versions]:
-        """By partition: of what is asked for, and of the columns that are carried along."""
+        """Return the versions by partition: of the requests, and of the passthrough columns."""
         state = (marks.files, marks.attempts)
         with self._lock:
             if self._known is not None and marks.files and self._known[0] == state:
                 return self._known[1]
-        asked = krea.versions(self._table)
-        carried: _Versions = {}
-        if self._carried:
-            # Partitions without a row have a version too: what waits for it must not wait forever.
-            carried = {**dict.fromkeys(asked, NO_ROWS), **carried_versions(self._table)}
-        found = (asked, carried)
+        requested = krea.versions(self._table)
+        # A partition without a row has a version too: its manifest must not wait for one forever.
+        columns = {**dict.fromkeys(requested, NO_ROWS), **carried_versions(self._table)}
         with self._lock:
-            # Marked before it was read: where it changed meanwhile, the next mark is another.
-            self._known = (state, found)
-        return found
+            # The marks are older than the read: if the table changed meanwhile, the next differ.
+            self._known = (state, (requested, columns))
+        return requested, columns
 
 
 def build_prompts_sensor(
+    names: Names,
     table: PromptTable,
     partitions_def: dg.PartitionsDefinition[str],
-    key: dg.AssetKey,
     *,
-    name: str,
-    resource_key: str = "krea",
     minimum_interval_s: int = 60,
-    columns_key: dg.AssetKey | None = None,
     most_reports: int = _MOST_REPORTS,
 ) -> dg.SensorDefinition:
     """Build the sensor that watches the prompt table.
 
-    It reports the changed partitions of ``prompts`` and registers new dynamic ones. The data
-    versions hang on the rows' request keys alone: a table that was rewritten, reordered, or
-    given a further column reports nothing. Raising a row's attempt reports its partition. A
-    partition that has left the table is reported with the version of no rows.
+    It reports the changed partitions of ``prompts`` and ``prompt_columns``, and registers new
+    dynamic ones. The data versions of ``prompts`` depend only on the rows' request keys: a table
+    that was rewritten, reordered, or given another column reports nothing. Raising a row's attempt
+    reports its partition. A partition that has left the table is reported with the version of no
+    rows. ``prompt_columns`` has the versions of the columns that only the manifest contains.
 
-    ``columns_key`` is an asset whose data versions hang on the further columns, which only the
-    manifest carries. One tick reports ``most_reports`` partitions at most, and the next ones the
-    rest. A tick reads the table only where its files (by size, time and etag), the attempts or
-    the reports of others have moved.
+    One tick reports ``most_reports`` partitions at most, the next ticks the rest. A tick reads the
+    table only if its files (size, time, etag), the attempts or reports by others have changed.
     """
-    watcher = _Watcher(table, carried=columns_key is not None)
-    keys = [key] if columns_key is None else [key, columns_key]
+    reader = _VersionsReader(table)
+    key = names.key("prompts")
+    keys = [key, names.key("prompt_columns")]
 
     @dg.sensor(
-        name=name,
+        name=names.prefixed("krea_prompts"),
         minimum_interval_seconds=minimum_interval_s,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={resource_key},
+        required_resource_keys={names.resource_key},
         description=f"Reports the partitions of {key.to_user_string()} that have changed.",
     )
     def prompts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        krea = krea_of(context, resource_key)
+        krea = krea_of(context, names.resource_key)
         instance = context.instance
-        same = "The prompt table asks for the same images as before."
+        same = "The prompt table requests the same images as before."
         try:
             marks = Marks(
                 mark_of_files(table.source),
                 mark_of_attempts(krea, table),
                 mark_of_reports(instance, keys),
             )
-            if marks.stand_still(Marks.from_cursor(context.cursor)):
+            if marks.unchanged_since(Marks.from_cursor(context.cursor)):
                 return dg.SkipReason(same)
-            asked, carried = watcher.versions(krea, marks)
+            versions = reader.versions(krea, marks)
         except KreaError as error:
             return dg.SkipReason(str(error))
-        missing = missing_dynamic_keys(instance, partitions_def, asked)
+        missing = missing_dynamic_keys(instance, partitions_def, versions[0])
         requests = [] if missing is None else [dg.AddDynamicPartitionsRequest(*missing)]
         has_key = knows_partition(instance, partitions_def)
-        # Compared with what Dagster was told last, by whomever: a run may have reported meanwhile.
+        # Compared with the last reported versions: a run may have reported some meanwhile.
         changed = [
             (asset, partition, version)
-            for asset, versions in zip(keys, (asked, carried), strict=False)
+            for asset, found in zip(keys, versions, strict=True)
             for partition, version in changed_versions(
-                versions, last_versions(instance, asset)
+                found, last_versions(instance, asset)
             ).items()
             if has_key(partition)
         ]
@@ -177,7 +177,7 @@ def build_prompts_sensor(
                 asset_events=[event for one in now for event in version_events(*one)],
                 dynamic_partitions_requests=requests,
             )
-        settled = replace(marks, versions=hash_of_versions(asked, carried))
+        settled = replace(marks, versions=hash_of_versions(*versions))
         return dg.SensorResult(skip_reason=same, cursor=settled.cursor())
 
     return prompts_sensor

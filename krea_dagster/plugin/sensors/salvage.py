@@ -1,4 +1,4 @@
-"""The sensor that starts the salvage of what is paid for and left behind."""
+"""The sensor that starts the salvage of images that are paid for and were not collected."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from krea_dagster.application.salvage_schedule import EVER, LAST_AGE, due, paid_
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import KreaError
 from krea_dagster.models import credits_text
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.prompts import PromptTable
 
@@ -41,26 +42,29 @@ class _Cursor:
 
 
 def build_salvage_sensor(
-    table: PromptTable, *, job: Any, resource_key: str, prefix: str, first: timedelta
+    names: Names, table: PromptTable, *, job: Any, first: timedelta
 ) -> dg.SensorDefinition:
-    """Build the sensor that starts ``job`` for what no living run has claimed, for two days.
+    """Build the sensor that starts ``job`` for paid images that no living run has claimed.
 
-    Images younger than ``first`` are not salvaged yet.
+    It does so for two days. Images younger than ``first`` are not salvaged yet.
     """
 
     @dg.sensor(
-        name=f"{prefix}krea_salvage",
+        name=names.prefixed("krea_salvage"),
         job=job,
         minimum_interval_seconds=_TICK_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={resource_key},
-        description="Starts the salvage of what is paid for and left behind, at growing intervals.",
+        required_resource_keys={names.resource_key},
+        description=(
+            "Starts the salvage of images that are paid for and were not collected, at growing "
+            "intervals."
+        ),
     )
     def salvage_sensor(
         context: dg.SensorEvaluationContext,
     ) -> dg.SensorResult | dg.SkipReason:
         try:
-            left = krea_of(context, resource_key).left_behind(table)
+            left = krea_of(context, names.resource_key).left_behind(table)
         except KreaError as error:
             return dg.SkipReason(str(error))
         now = datetime.now(timezone.utc)
@@ -74,10 +78,7 @@ def build_salvage_sensor(
         last = context.instance.get_runs(dg.RunsFilter(job_name=job.name), limit=1)
         if any(not run.is_finished for run in last):
             return dg.SkipReason("A salvage is running.")
-        tags = {
-            "krea/left_behind": str(len(waiting)),
-            SINCE_TAG: cursor.looked_at.isoformat(),
-        }
+        tags = {"krea/left_behind": str(len(waiting)), SINCE_TAG: cursor.looked_at.isoformat()}
         return dg.SensorResult(
             run_requests=[dg.RunRequest(tags=tags)],
             cursor=_Cursor(looked_at=now, told_at=cursor.told_at).text(),
@@ -92,10 +93,10 @@ def _nothing_due(left: Sequence[Record], told_at: datetime, now: datetime) -> st
         hours = LAST_AGE // timedelta(hours=1)
         return (
             f"{len(ended)} images that were paid for ({at_stake} credits) could not be fetched in "
-            f"{hours} hours: their links have expired, or their tasks do not end. They are not "
-            "polled any more; `krea-dagster salvage` polls them once more."
+            f"{hours} hours: their links have expired, or their tasks do not end. The sensor does "
+            "not poll them any more; `krea-dagster salvage` polls them once more."
         )
     waiting = sum(now - paid_at(record) < LAST_AGE for record in left)
     if waiting:
-        return f"{waiting} images that are paid for are left behind; none is due yet."
-    return "Nothing that was paid for is left behind."
+        return f"{waiting} images that are paid for are not collected yet; none is due now."
+    return "All images that were paid for are collected."

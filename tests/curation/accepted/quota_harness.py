@@ -38,6 +38,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import KEEP, REJECT, Verdict
 from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.plugin.assets.accepted import build_accepted_assets
+from krea_dagster.plugin.names import Names
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, run_job, write_table
 
@@ -97,24 +98,20 @@ class QuotaProject:
         """Build the assets and the two jobs, as a reloaded code location does."""
         assets = build_krea_assets(self.table, key_prefix=self.prefix, curation=self.curation)
         accepted = build_accepted_assets(
-            assets.image_manifest.key,
-            partitions_def=assets.partitions_def,
-            prefix=[self.prefix],
-            rules=self.rules,
-            wanted=self.wanted,
+            Names((self.prefix,)), assets.partitions_def, rules=self.rules, wanted=self.wanted
         )
         job = dg.define_asset_job(
             "krea_images", selection=dg.AssetSelection.assets(assets.images, assets.image_manifest)
         )
-        return dg.Definitions(
-            assets=[*assets.all, *accepted.all],
-            jobs=[job, accepted.job],
-            sensors=[accepted.sensor],
+        images = dg.Definitions(
+            assets=assets.all,
+            jobs=[job],
             resources={
                 "krea": self.resource,
                 "krea_manifest": KreaManifestIOManager(storage=self.resource.storage),
             },
         )
+        return dg.Definitions.merge(images, accepted)
 
     @property
     def partitions(self) -> Sequence[str]:

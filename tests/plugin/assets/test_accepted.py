@@ -25,7 +25,7 @@ from tests.dagster_bench import OpenAccount, failure_text, latest, tick, values
 PREFIX = "judged"
 SENSOR = f"{PREFIX}_krea_verdicts"
 VERSION = "dagster/data_version"
-SAME = "Nobody has judged an image since."
+SAME = "There are no new verdicts."
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def studio(
     open_account: OpenAccount,
     instance: dg.DagsterInstance,
 ) -> QuotaProject:
-    """Six images in two partitions, bought, and taken as they are: nobody has judged any."""
+    """Six images in two partitions, bought, and taken as they are: there is no verdict."""
     prompts = prompts_of(6, PREFIX, num_images=1, campaign=["autumn"] * 6)
     folder = tmp_path_factory.mktemp(PREFIX)
     made = QuotaProject(folder, emulator, open_account(), prompts, WantedImages(1), Rules(), PREFIX)

@@ -17,10 +17,12 @@ from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 from krea_dagster.plugin.assets.export import build_export
+from krea_dagster.plugin.names import Names
 from tests.curation.export.export_project import ExportProject
 from tests.dagster_bench import QUIET, values
 
-MANIFEST = dg.AssetKey(["hand", "image_manifest"])
+NAMES = Names(("hand",))
+MANIFEST = NAMES.manifest_key
 ACCEPTED = dg.AssetKey(["hand", "accepted_images"])
 FOLDERS = ["hand"]
 
@@ -48,7 +50,7 @@ def asset(**fields: Any) -> dg.AssetsDefinition:
     spec = ExportSpec.parse(
         splits=["train=0.5", "test=0.5"], form="webdataset", shard_images=5, **fields
     )
-    return build_export(MANIFEST, name="training", spec=spec, prefix=["hand"])
+    return build_export(NAMES, "training", spec)
 
 
 def run(
@@ -125,4 +127,4 @@ def test_all_stored_images_hang_on_the_manifest(
 
 def test_an_export_needs_a_name() -> None:
     with pytest.raises(ConfigError, match="needs a name"):
-        build_export(MANIFEST, name="")
+        build_export(NAMES, "", ExportSpec())

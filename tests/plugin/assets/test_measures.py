@@ -16,10 +16,10 @@ from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.measures import build_image_measures, histogram_text
+from krea_dagster.plugin.names import Names
 from tests.curation.measures.stored_images import StoredImages, read_measures
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, values
 
-MANIFEST = dg.AssetKey(["gauge", "image_manifest"])
 FOLDERS = ["gauge"]
 KEYS = ("a", "b/1", "c")
 MEASURES = dg.AssetKey(["gauge", "image_measures"])
@@ -32,10 +32,8 @@ def stored(tmp_path: Path) -> StoredImages:
 
 def asset(further: Sequence[Measure] = ()) -> dg.AssetsDefinition:
     return build_image_measures(
-        MANIFEST,
-        partitions_def=dg.StaticPartitionsDefinition(list(KEYS)),
-        prefix=["gauge"],
-        resource_key="gauge_krea",
+        Names(("gauge",), resource_key="gauge_krea"),
+        dg.StaticPartitionsDefinition(list(KEYS)),
         custom=further,
     )
 

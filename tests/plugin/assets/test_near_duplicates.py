@@ -13,16 +13,16 @@ from krea_dagster.curation.similarity.near_duplicates import (
     read_near_duplicates,
 )
 from krea_dagster.engine.journal.verdict_log import Verdict
-from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.near_duplicates import (
     build_near_duplicates,
     build_no_near_duplicates_check,
 )
+from krea_dagster.plugin.names import Names
 from tests.curation.similarity.similar_images import SimilarImages, digest, flipped, hashes
 from tests.dagster_bench import QUIET, check_of, values
 
-MANIFEST = dg.AssetKey(["shop", "image_manifest"])
-DUPLICATES = dg.AssetKey(["shop", "near_duplicates"])
+NAMES = Names(("shop",), resource_key="shop_krea")
+DUPLICATES = NAMES.key("near_duplicates")
 
 
 @pytest.fixture
@@ -32,10 +32,8 @@ def images(tmp_path: Path) -> SimilarImages:
 
 def definitions(images: SimilarImages) -> dg.Definitions:
     return dg.Definitions(
-        assets=[build_near_duplicates(MANIFEST, prefix=["shop"], resource_key="shop_krea")],
-        asset_checks=[
-            build_no_near_duplicates_check(DUPLICATES, MANIFEST, resource_key="shop_krea")
-        ],
+        assets=[build_near_duplicates(NAMES)],
+        asset_checks=[build_no_near_duplicates_check(NAMES)],
         resources={"shop_krea": KreaResource(storage=str(images.root))},
         jobs=[
             dg.define_asset_job("both", selection=dg.AssetSelection.assets(DUPLICATES)),
@@ -126,9 +124,3 @@ def test_what_a_person_accepted_is_kept_whatever_the_measures_say(images: Simila
     table = read_near_duplicates(images.storage, ["shop"])
     assert table is not None
     assert {row["prompt_id"] for row in table.to_pylist() if row["keep"]} == {"chosen"}
-
-
-@pytest.mark.parametrize("wrong", [{"most_bits": -1}, {"most_bits": 48}, {"least_quality": -1}])
-def test_a_limit_out_of_range_is_rejected_when_the_asset_is_built(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError):
-        build_near_duplicates(MANIFEST, **wrong)  # type: ignore[arg-type]  # numbers, all of them

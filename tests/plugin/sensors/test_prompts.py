@@ -17,6 +17,7 @@ from dagster._core.definitions.sensor_definition import SensorExecutionData
 from krea_dagster import KreaResource, build_krea_assets
 from krea_dagster.application.column_versions import carried_versions
 from krea_dagster.plugin.data_versions import last_versions, report_prompts
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.sensors.change_marks import Marks, hash_of_versions, mark_of_files
 from krea_dagster.plugin.sensors.prompts import build_prompts_sensor
 from krea_dagster.prompts import PromptTable, parse_partition_by
@@ -25,7 +26,7 @@ from tests.prompts.reference import key_for, partition_version
 
 PROMPTS = dg.AssetKey("prompts")
 COLUMNS = dg.AssetKey("prompt_columns")
-SAME = "The prompt table asks for the same images as before."
+SAME = "The prompt table requests the same images as before."
 
 #: Long enough ago that a file of this time is not written to any more.
 LONG_AGO_S = 1_700_000_000.0
@@ -63,16 +64,14 @@ class Table:
     def restart(self) -> None:
         """The code server starts anew, and knows nothing but the cursor."""
         partitions_def = build_krea_assets(self.table).partitions_def
-        sensor = build_prompts_sensor(
-            self.table, partitions_def, PROMPTS, name="watch", **self._options
-        )
+        sensor = build_prompts_sensor(Names(), self.table, partitions_def, **self._options)
         self._defs = dg.Definitions(sensors=[sensor], resources={"krea": self.krea})
 
     def tick(self) -> SensorExecutionData:
         """One tick, with the cursor kept as the daemon keeps it."""
         if not hasattr(self, "_defs"):
             self.restart()
-        outcome = tick(self._defs, self.instance, "watch", self.cursor)
+        outcome = tick(self._defs, self.instance, "krea_prompts", self.cursor)
         self.cursor = outcome.cursor
         return outcome
 
@@ -135,7 +134,7 @@ def test_the_cursor_stays_small_however_many_partitions_there_are() -> None:
 def test_one_tick_reports_only_so_many_partitions_and_the_next_ones_the_rest(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own, by="hash:10", most_reports=4)
+    table = Table(tmp_path, own, by="hash:10", most_reports=8)
     table.write()
     ticks = [table.reported() for _ in range(3)]
     assert [len(one) for one in ticks] == [4, 4, 2]
@@ -267,7 +266,7 @@ def test_a_cursor_of_another_version_is_no_cursor() -> None:
 def test_a_carried_column_is_reported_for_the_manifest_and_not_for_the_images(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own, columns_key=COLUMNS)
+    table = Table(tmp_path, own)
     table.write()
     table.tick()
     assert table.settled()

@@ -173,15 +173,15 @@ def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_t
         looks = [here.tick() for _ in range(4)]
         assert [len(look.run_requests or ()) for look in looks] == [1, 0, 0, 0]
         assert looks[1].skip_message == (
-            "1 images that are paid for are left behind; none is due yet."
+            "1 images that are paid for are not collected yet; none is due now."
         )
         here.pass_by(60 * HOUR)
         last, told, after = here.tick(), here.tick(), here.tick()
         assert len(last.run_requests or ()) == 1, "its last look"
-        assert "1 images that were paid for (0.45 credits) could not be had" in str(
+        assert "1 images that were paid for (0.45 credits) could not be fetched" in str(
             told.skip_message
         )
-        assert after.skip_message == "Nothing that was paid for is left behind."
+        assert after.skip_message == "All images that were paid for are collected."
         assert not [*(told.run_requests or ()), *(after.run_requests or ())]
 
 

@@ -1,0 +1,41 @@
+"""The names of one prompt table's assets, jobs, sensors and resources."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import dagster as dg
+
+#: The last part of the manifest's asset key.
+MANIFEST_ASSET: Final = "image_manifest"
+
+#: The jobs' names without a key prefix.
+JOB_NAME: Final = "krea_images"
+SALVAGE_JOB_NAME: Final = "krea_salvage"
+
+
+@dataclass(frozen=True)
+class Names:
+    """The key prefix of the assets, their group, and the key of the ``KreaResource``."""
+
+    prefix: tuple[str, ...] = ()
+    group_name: str = "krea"
+    resource_key: str = "krea"
+
+    def key(self, name: str) -> dg.AssetKey:
+        """Return the key of an asset."""
+        return dg.AssetKey([*self.prefix, name])
+
+    def prefixed(self, name: str) -> str:
+        """Return the name of a job, a sensor, an op or a resource."""
+        return "_".join([*self.prefix, name])
+
+    @property
+    def manifest_key(self) -> dg.AssetKey:
+        """The key of ``image_manifest``."""
+        return self.key(MANIFEST_ASSET)
+
+
+def prefix_of(key_prefix: str | Sequence[str]) -> tuple[str, ...]:
+    """Return a key prefix, which may be given as one text, as its parts."""
+    return (key_prefix,) if isinstance(key_prefix, str) else tuple(key_prefix)
