@@ -1,7 +1,7 @@
-"""The asset checks, as factories: each looks at manifests and the files that they name.
+"""The asset checks of manifests and their files, as factories.
 
-They read the manifests of the run's partitions (one, or a range), or where the run has none, all
-that are on file; never the network of EvoLink, and never the journal.
+They read the manifests of the run's partitions (one or a range), or all manifests if the run has no
+partitions. They use neither EvoLink's API nor the journal.
 """
 
 from krea_dagster.plugin.checks.delivered import CHECK_NAME, check_rows
@@ -26,9 +26,9 @@ __all__ = [
 
 
 def default_checks() -> tuple[CheckFactory, ...]:
-    """The checks that cost little: schema, failure share, and the files, of which a few are hashed.
+    """Return the checks that cost little: schema, failure share, and files with some hashes.
 
-    Pictures are not decoded again and no price is compared: add ``build_images_check`` and
-    ``build_spend_check`` where that is wanted.
+    Images are not decoded again and prices are not compared: add ``build_images_check`` and
+    ``build_spend_check`` for that.
     """
     return (build_manifest_schema_check, build_failure_share_check, build_files_check)

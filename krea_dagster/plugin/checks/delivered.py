@@ -1,4 +1,4 @@
-"""Whether every row of a run has its image: the check of `images`, made from the run itself."""
+"""The check of ``images``, made by the run itself: every row has its image."""
 
 from collections import Counter
 
@@ -12,9 +12,9 @@ CHECK_NAME = "all_rows_delivered"
 
 
 def check_rows(figures: ManifestSummary, report: RunReport, held: int = 0) -> dg.AssetCheckResult:
-    """Whether every row of a run has its image; names those that have not, and why.
+    """Check that every row of a run has its image; name the missing rows, and why.
 
-    Of a run that did not wait, rows that are under way are a warning, and no error. Those that
+    In a run that did not wait, rows that are under way are a warning instead of an error. Rows that
     are ``held`` back, because enough are accepted or a candidate budget is spent, are not missing.
     """
     missing = figures.missing_count - held
@@ -30,7 +30,7 @@ def check_rows(figures: ManifestSummary, report: RunReport, held: int = 0) -> dg
             description=(
                 f"All {figures.rows} rows have their image."
                 if not held
-                else f"All {figures.rows} rows have their image, but {held} that are held back: "
+                else f"All {figures.rows} rows have their image, except {held} that are held back: "
                 "enough are accepted, or the candidate budget is spent."
             ),
         )
@@ -38,7 +38,7 @@ def check_rows(figures: ManifestSummary, report: RunReport, held: int = 0) -> dg
     listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     left = Counter(report.left_reasons).most_common(10)
     later = not report.waited and missing == figures.under_way
-    when = " yet, and a later run collects them" if later else ""
+    when = " yet; a later run collects them" if later else ""
     return dg.AssetCheckResult(
         passed=False,
         check_name=CHECK_NAME,

@@ -1,4 +1,4 @@
-"""The check of how many rows failed: a few are a warning, many an error."""
+"""The check of the share of failed rows: a few are a warning, many an error."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,10 +10,14 @@ import pyarrow.compute as pc
 
 from krea_dagster.application.manifest_summary import FAILED_STATES
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.checks.findings import Findings
-from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
+from krea_dagster.plugin.checks.findings import RowFindings
+from krea_dagster.plugin.checks.manifest_check import (
+    CheckedManifests,
+    common_metadata,
+    manifest_check,
+)
 
-#: Deferred rows and tasks under way are not among them: ``all_rows_delivered`` counts those.
+#: Without deferred rows and tasks under way, which ``all_rows_delivered`` counts.
 _FAILED: Final = pa.array([state.value for state in FAILED_STATES])
 
 
@@ -24,11 +28,27 @@ def build_failure_share_check(
     warn_above: float = 0.01,
     error_above: float = 0.05,
 ) -> dg.AssetChecksDefinition:
-    """Build the check ``failure_share`` of the rows that failed.
+    """Build the check ``failure_share``: the share of rows that failed.
 
-    Failed, refused, lost, or of unknown outcome; as a share (0 to 1) of all rows that the check
-    looks at. It warns above one share and is an error above the other. Raises ConfigError for
-    shares that cannot be.
+    These are failed, refused and lost rows, and rows with an unknown outcome.
+
+    Args:
+        manifest_key: Key of the manifest's asset.
+        resource_key: Key of the ``KreaResource``.
+        warn_above: Share, from 0 to 1, above which the check warns.
+        error_above: Share above which it is an error.
+
+    Returns:
+        The check.
+
+    Raises:
+        ConfigError: for shares out of range or order.
+
+    Example::
+
+        build_krea_definitions(
+            ..., checks=[functools.partial(build_failure_share_check, error_above=0.1)]
+        )
     """
     if not 0 <= warn_above <= error_above <= 1:
         raise ConfigError(
@@ -36,9 +56,9 @@ def build_failure_share_check(
             "1, the second not below the first"
         )
 
-    def look(subject: Subject) -> dg.AssetCheckResult:
-        findings, rows, reasons = Findings(), 0, Counter[str]()
-        for batch in subject.batches(["status", "error_code", "error_message"]):
+    def check(manifests: CheckedManifests) -> dg.AssetCheckResult:
+        findings, rows, reasons = RowFindings(), 0, Counter[str]()
+        for batch in manifests.batches(["status", "error_code", "error_message"]):
             rows += batch.num_rows
             failed = pc.is_in(batch.column("status"), value_set=_FAILED)
             if findings.add(batch, failed, _why):
@@ -59,7 +79,7 @@ def build_failure_share_check(
             severity=_severity(share, error_above),
             description=description,
             metadata={
-                **common_metadata(subject, rows),
+                **common_metadata(manifests, rows),
                 "failure_share": share,
                 **findings.metadata(),
             },
@@ -72,7 +92,7 @@ def build_failure_share_check(
         description=(
             f"At most {warn_above:.2%} of the rows failed; above {error_above:.2%} is an error."
         ),
-        look=look,
+        check=check,
     )
 
 

@@ -1,7 +1,7 @@
-"""The check that every image's file is there and whole: sizes of all, hashes of a sample."""
+"""The check that every image's file exists and is complete: all sizes, some hashes."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -10,20 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.plugin.checks.findings import Findings
-from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
-from krea_dagster.plugin.checks.sampling import Sample, checked_sample
+from krea_dagster.plugin.checks.findings import RowFindings
+from krea_dagster.plugin.checks.manifest_check import (
+    CheckedManifests,
+    common_metadata,
+    manifest_check,
+)
+from krea_dagster.plugin.checks.sampling import Row, Sample, check_sample, inspect_stored
 
 _COLUMNS: Final = ("request_key", "status", "image_path", "image_sha256", "image_bytes")
 
-#: Files that are asked for at once: a disk does not gain by more, an object store does.
+#: Files that are read at the same time: an object store gains by more, a disk does not.
 _LOCAL_THREADS: Final = 4
 _REMOTE_THREADS: Final = 16
 _PIECE_BYTES: Final = 1024 * 1024
-
-Row = Mapping[str, Any]
 
 
 def build_files_check(
@@ -33,47 +34,55 @@ def build_files_check(
     sample: int | None = 100,
     seed: int | None = None,
 ) -> dg.AssetChecksDefinition:
-    """Build the check ``files_whole``: every stored row's file is there, in its full size.
+    """Build the check ``files_whole``: the file of every stored row exists in its full size.
 
-    Of a random ``sample`` (a number of files; None for all) the SHA-256 is compared too. The
-    ``seed`` of the sample is drawn from the run where there is none; the metadata says it, so that
-    the same sample can be drawn again. What is wrong is an error: the next run of ``images``
-    fetches missing files again. Raises ConfigError for a negative sample.
+    Of a random sample the SHA-256 is compared too. Wrong files are an error: the next run of
+    ``images`` fetches missing files again.
+
+    Args:
+        manifest_key: Key of the manifest's asset.
+        resource_key: Key of the ``KreaResource``.
+        sample: Number of files to hash; None for all.
+        seed: Seed of the sample. By default derived from the run; the metadata shows it, so that
+            the sample can be drawn again.
+
+    Returns:
+        The check.
+
+    Raises:
+        ConfigError: for a negative sample.
+
+    Example::
+
+        build_krea_definitions(..., checks=[functools.partial(build_files_check, sample=None)])
     """
-    checked_sample(sample)
+    check_sample(sample)
 
-    def look(subject: Subject) -> dg.AssetCheckResult:
-        storage, findings, rows = subject.storage, Findings(), 0
-        used = subject.seed if seed is None else seed
-        drawn = Sample(sample or 0, used)
-        hashed = 0
+    def check(manifests: CheckedManifests) -> dg.AssetCheckResult:
+        storage, findings = manifests.storage, RowFindings()
+        used = manifests.seed if seed is None else seed
         threads = _LOCAL_THREADS if storage.folder is not None else _REMOTE_THREADS
         with ThreadPoolExecutor(threads) as pool:
-            for batch in subject.batches(_COLUMNS):
-                stored = batch.filter(pc.equal(batch.column("status"), State.STORED.value))
-                rows += stored.num_rows
-                whole = _sizes_hold(stored, storage, pool, findings)
-                if sample is not None:
-                    drawn.add(whole)
-                    continue
-                hashed += whole.num_rows
-                _compare_hashes(whole.to_pylist(), storage, pool, findings)
-            if sample is not None:
-                chosen = list(drawn.rows())
-                hashed = len(chosen)
-                _compare_hashes(chosen, storage, pool, findings)
+            rows, hashed = inspect_stored(
+                manifests.batches(_COLUMNS),
+                findings,
+                threads=threads,
+                sample=None if sample is None else Sample(sample, used),
+                screen=lambda stored: _with_right_sizes(stored, storage, pool, findings),
+                inspect=lambda row: _hash_problem(row, storage),
+            )
         bad = findings.count
         return dg.AssetCheckResult(
             passed=not bad,
             description=(
                 f"{bad} of {rows} files are missing or damaged: {findings.named()}"
                 if bad
-                else f"All {rows} files are there in their size; {hashed} hashes compared."
+                else f"All {rows} files exist in their full size; {hashed} hashes were compared."
                 if rows
-                else "No row has an image yet, so that there are no files to look at."
+                else "No row has an image yet."
             ),
             metadata={
-                **common_metadata(subject, rows),
+                **common_metadata(manifests, rows),
                 "files_hashed": hashed,
                 **({"sample_seed": used} if sample is not None else {}),
                 **findings.metadata(),
@@ -85,19 +94,19 @@ def build_files_check(
         resource_key,
         name="files_whole",
         description=(
-            "Every stored image's file is there in its full size, and the hash holds of "
+            "The file of every stored image exists in its full size; the hash is compared for "
             + ("all." if sample is None else f"a random sample of {sample}.")
         ),
-        look=look,
+        check=check,
     )
 
 
-def _sizes_hold(
-    rows: pa.RecordBatch, storage: Storage, pool: ThreadPoolExecutor, findings: Findings
+def _with_right_sizes(
+    rows: pa.RecordBatch, storage: Storage, pool: ThreadPoolExecutor, findings: RowFindings
 ) -> pa.RecordBatch:
-    """The rows whose file has its size; the others become findings."""
+    """Return the rows whose file has its size; the others become findings."""
     places, wanted = rows.column("image_path"), rows.column("image_bytes")
-    # All names are under one root: cut off for the whole column, not row by row.
+    # All files are under one root, which is removed from the whole column at once.
     root = storage.locate("images").removesuffix("images")
     under = pc.starts_with(places, root).fill_null(False)
     known = pc.and_(under, pc.is_valid(wanted))
@@ -105,9 +114,9 @@ def _sizes_hold(
         rows,
         pc.invert(known),
         lambda row: (
-            f"its file {row['image_path']} does not lie under {root}"
+            f"its file {row['image_path']} is not under {root}"
             if row["image_path"] and row["image_bytes"] is not None
-            else "it is stored, and the manifest does not say where or how large"
+            else "it is stored, but the manifest has no path or size"
         ),
     )
     rows = rows.filter(known)
@@ -123,44 +132,30 @@ def _sizes_hold(
 def _sizes(
     storage: Storage, names: Iterable[str], pool: ThreadPoolExecutor
 ) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Sizes in bytes, -1 where there is no file."""
-    # A folder answers sooner than a thread takes over.
-    asked = (
+    """Return the sizes in bytes, -1 for a missing file."""
+    # In a folder this is faster than handing it to a thread.
+    found = (
         pool.map(storage.size_bytes, names)
         if storage.folder is None
         else map(storage.size_bytes, names)
     )
-    return np.array([-1 if size is None else size for size in asked], np.int64)
+    return np.array([-1 if size is None else size for size in found], np.int64)
 
 
 def _wrong_size(row: Row, size: int) -> str:
     if size < 0:
-        return f"its file {row['image_path']} is not there"
+        return f"its file {row['image_path']} is missing"
     return f"its file {row['image_path']} has {size} bytes instead of {row['image_bytes']}"
 
 
-def _compare_hashes(
-    rows: list[dict[str, Any]], storage: Storage, pool: ThreadPoolExecutor, findings: Findings
-) -> None:
-    for row, trouble in _hash_troubles(rows, storage, pool):
-        findings.say(row, trouble)
-
-
-def _hash_troubles(
-    rows: list[dict[str, Any]], storage: Storage, pool: ThreadPoolExecutor
-) -> Iterator[tuple[Row, str]]:
-    def trouble(row: Row) -> str | None:
-        try:
-            found = _sha256(storage, storage.name_of(row["image_path"]))
-        except OSError as error:
-            return f"its file {row['image_path']} cannot be read: {error}"
-        if found == row["image_sha256"]:
-            return None
-        return f"its file {row['image_path']} has another content than was stored"
-
-    for row, said in zip(rows, pool.map(trouble, rows), strict=True):
-        if said is not None:
-            yield row, said
+def _hash_problem(row: Row, storage: Storage) -> str | None:
+    try:
+        found = _sha256(storage, storage.name_of(row["image_path"]))
+    except OSError as error:
+        return f"its file {row['image_path']} cannot be read: {error}"
+    if found == row["image_sha256"]:
+        return None
+    return f"its file {row['image_path']} has other content than was stored"
 
 
 def _sha256(storage: Storage, name: str) -> str:

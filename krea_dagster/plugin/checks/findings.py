@@ -1,4 +1,4 @@
-"""Rows that a check has something to say about: the first of them by name, and how many."""
+"""Rows in which a check found something: their number, and the first of them by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -13,18 +13,18 @@ from krea_dagster.plugin.metadata import small_table
 #: The columns that name a row.
 NAMING: Final = ("partition_key", "prompt_id", "sample")
 
-#: Rows of a table of findings.
+#: Maximum number of rows in the table of findings.
 MOST_ROWS: Final = 50
 
-#: Bytes of such a table.
+#: Maximum size of that table in bytes.
 _MOST_BYTES: Final = 40_000
 
-#: Characters of a reason in a sentence.
-_REASON: Final = 200
+#: Maximum number of characters of a reason in a sentence.
+_MOST_REASON: Final = 200
 
 
-class Findings:
-    """Findings about rows. ``count`` is that of all; ``rows`` holds the first 50."""
+class RowFindings:
+    """Findings about rows. ``count`` counts all of them; ``rows`` holds the first 50."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,7 +32,7 @@ class Findings:
 
     @property
     def room(self) -> int:
-        """How many more are kept by name."""
+        """The number of rows that are still kept by name."""
         return MOST_ROWS - len(self.rows)
 
     def add(
@@ -41,9 +41,9 @@ class Findings:
         which: pa.Array,
         why: str | Callable[[Mapping[str, Any]], str],
     ) -> int:
-        """Add the rows of a batch that are true in ``which``; returns how many.
+        """Add the rows of a batch that are true in ``which``, and return their number.
 
-        ``why`` is asked of those that are kept only. The batch must have the columns ``NAMING``.
+        ``why`` is called for the rows that are kept. The batch must have the columns ``NAMING``.
         """
         count = pc.sum(which).as_py() or 0
         self.count += count
@@ -52,7 +52,7 @@ class Findings:
                 self._keep(row, why if isinstance(why, str) else why(row))
         return count
 
-    def say(self, row: Mapping[str, Any], why: str) -> None:
+    def add_row(self, row: Mapping[str, Any], why: str) -> None:
         """Add one row."""
         self.count += 1
         if self.room:
@@ -62,13 +62,13 @@ class Findings:
         self.rows.append({**{name: row.get(name) for name in NAMING}, "why": redact.text(why)})
 
     def named(self, most: int = 3) -> str:
-        """The first of them in a sentence: who, and why."""
-        said = [f"{_who(row)}: {row['why'][:_REASON]}" for row in self.rows[:most]]
+        """Return a sentence with the first rows, and why."""
+        said = [f"{_name_of(row)}: {row['why'][:_MOST_REASON]}" for row in self.rows[:most]]
         more = self.count - len(said)
         return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 
     def metadata(self) -> dict[str, Any]:
-        """The table for the UI, and the count; nothing where there is no finding."""
+        """Return the table for the UI, and the count; empty without findings."""
         if not self.count:
             return {}
         schema = dg.TableSchema(
@@ -85,7 +85,7 @@ class Findings:
         }
 
 
-def _who(row: Mapping[str, Any]) -> str:
+def _name_of(row: Mapping[str, Any]) -> str:
     if row["prompt_id"] is None:
         return f"partition {row['partition_key']}"
     sample = f" sample {row['sample']}" if row["sample"] else ""

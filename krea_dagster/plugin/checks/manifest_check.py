@@ -1,4 +1,4 @@
-"""What a check looks at: the manifests of its run's partitions, read a row group at a time."""
+"""The shape of all checks of manifests: which manifests they read, and how."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,29 +18,29 @@ from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
 from krea_dagster.plugin.resource import krea_of
 
-#: Rows that are read at once.
+#: Rows of a batch.
 _ROWS: Final = 10_000
 
 
 class CheckFactory(Protocol):
-    """Makes a check of a manifest; ``functools.partial`` gives one with options of its own."""
+    """Builds a check of a manifest; ``functools.partial`` makes one with other options."""
 
     def __call__(
         self, manifest_key: dg.AssetKey, *, resource_key: str = "krea"
     ) -> dg.AssetChecksDefinition:
-        """Return the check of this asset, whose KreaResource has this key."""
+        """Build the check of this asset, with the key of its KreaResource."""
 
 
 class UnreadableManifest(Exception):
-    """A manifest file cannot be read. Its text names the file."""
+    """A manifest file cannot be read. The text names the file."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The manifests that a check looks at.
+class CheckedManifests:
+    """The manifests that a check reads.
 
-    ``names`` are their files under the storage root, ``absent`` the partitions of the run that
-    have none. ``seed`` is drawn from the run, for samples.
+    ``names`` are their files under the storage root, ``absent`` the partitions of the run without
+    one. ``seed`` is derived from the run, for samples.
     """
 
     storage: Storage
@@ -63,7 +63,7 @@ class Subject:
             try:
                 yield from parquet.iter_batches(_ROWS, columns=wanted)
             except (OSError, pa.ArrowException) as error:
-                raise UnreadableManifest(_cannot(self.storage, name, error)) from error
+                raise UnreadableManifest(_unreadable(self.storage, name, error)) from error
 
     @contextmanager
     def open(self, name: str) -> Iterator[pq.ParquetFile]:
@@ -71,12 +71,12 @@ class Subject:
         try:
             file = self.storage.open(name)
         except OSError as error:
-            raise UnreadableManifest(_cannot(self.storage, name, error)) from error
+            raise UnreadableManifest(_unreadable(self.storage, name, error)) from error
         with file:
             try:
                 parquet = pq.ParquetFile(file)
             except (OSError, pa.ArrowException) as error:
-                raise UnreadableManifest(_cannot(self.storage, name, error)) from error
+                raise UnreadableManifest(_unreadable(self.storage, name, error)) from error
             yield parquet
 
 
@@ -86,11 +86,11 @@ def manifest_check(
     *,
     name: str,
     description: str,
-    look: Callable[[Subject], dg.AssetCheckResult],
+    check: Callable[[CheckedManifests], dg.AssetCheckResult],
 ) -> dg.AssetChecksDefinition:
-    """Build a check that looks at manifests.
+    """Build a check of manifests.
 
-    A manifest that cannot be read fails it as an error; where there is none, it warns.
+    A manifest that cannot be read fails it as an error; if there is none, it warns.
     """
 
     @dg.asset_check(
@@ -99,19 +99,19 @@ def manifest_check(
         required_resource_keys={resource_key},
         description=description,
     )
-    def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+    def run_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         krea = krea_of(context, resource_key)
         with as_failure():
-            subject = _subject(context, krea.open_storage(), manifest_key)
-            if not subject.names:
+            manifests = _manifests_of(context, krea.open_storage(), manifest_key)
+            if not manifests.names:
                 return dg.AssetCheckResult(
                     passed=False,
                     severity=dg.AssetCheckSeverity.WARN,
-                    description="There is no manifest yet, so that nothing was checked.",
+                    description="Nothing was checked: there is no manifest yet.",
                     metadata={"partitions_checked": 0},
                 )
             try:
-                return look(subject)
+                return check(manifests)
             except UnreadableManifest as error:
                 return dg.AssetCheckResult(
                     passed=False,
@@ -121,34 +121,34 @@ def manifest_check(
                     metadata={"partitions_checked": 0},
                 )
 
-    return check
+    return run_check
 
 
-def common_metadata(subject: Subject, rows: int) -> dict[str, Any]:
-    """What every check tells: how much it looked at."""
-    return {"partitions_checked": len(subject.names), "rows_checked": rows}
+def common_metadata(manifests: CheckedManifests, rows: int) -> dict[str, Any]:
+    """Return the metadata of every check: how much it read."""
+    return {"partitions_checked": len(manifests.names), "rows_checked": rows}
 
 
-def _subject(
+def _manifests_of(
     context: dg.AssetCheckExecutionContext, storage: Storage, manifest_key: dg.AssetKey
-) -> Subject:
+) -> CheckedManifests:
     folders = manifest_folders(manifest_key)
     seed = int.from_bytes(hashlib.sha256(context.run.run_id.encode()).digest()[:4], "big")
     keys = _partition_keys(context)
     if keys is None:
-        return Subject(storage, list(manifest_names(storage, folders)), (), seed)
+        return CheckedManifests(storage, list(manifest_names(storage, folders)), (), seed)
     names = {key: manifest_name(key, folders) for key in keys}
     there = [key for key, name in names.items() if storage.size_bytes(name) is not None]
-    return Subject(
+    return CheckedManifests(
         storage, [names[key] for key in there], [key for key in keys if key not in there], seed
     )
 
 
 def _partition_keys(context: dg.AssetCheckExecutionContext) -> list[str] | None:
-    """The partitions of the run, one or a range; None where it has none.
+    """Return the partitions of the run, one or a range; None for a run without partitions.
 
-    The check itself is not partitioned, for that is a preview in Dagster, and a job of such
-    checks alone fails with a partition.
+    The check itself is not partitioned: that is a preview in Dagster, and a job of such checks
+    alone fails with a partition.
     """
     run = context.op_execution_context
     if not run.has_partition_key and not run.has_partition_key_range:
@@ -156,5 +156,5 @@ def _partition_keys(context: dg.AssetCheckExecutionContext) -> list[str] | None:
     return [str(key) for key in run.partition_keys]
 
 
-def _cannot(storage: Storage, name: str, error: Exception) -> str:
+def _unreadable(storage: Storage, name: str, error: Exception) -> str:
     return f"{storage.locate(name)} cannot be read: {str(error).strip()[:300]}"

@@ -1,6 +1,7 @@
-"""A random sample of the rows of manifests, drawn in one pass and the same for the same seed."""
+"""A random sample of manifest rows, drawn in one pass and reproducible by its seed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
@@ -9,7 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.digests import digests_from_hex
+from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.checks.findings import RowFindings
+
+#: A row of a manifest.
+Row = Mapping[str, Any]
 
 _Words = npt.NDArray[np.uint64]
 
@@ -18,7 +24,7 @@ _SHIFT: Final = np.uint64(31)
 
 
 class Sample:
-    """Keeps so many rows, of different requests, by a number drawn from request key and seed."""
+    """Keeps up to ``most`` rows of different requests, by a hash of request key and seed."""
 
     def __init__(self, most: int, seed: int) -> None:
         self._most = most
@@ -27,7 +33,7 @@ class Sample:
         self._rows: pa.Table | None = None
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Let rows take part; those without a whole request key do not."""
+        """Add candidates; rows without a complete request key are skipped."""
         batch = with_digests(batch, "request_key")
         if not batch.num_rows or not self._most:
             return
@@ -41,10 +47,9 @@ class Sample:
         self._numbers = numbers[: self._most]
         self._rows = rows.take(pa.array(places[: self._most]))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows that were drawn."""
-        if self._rows is not None:
-            yield from self._rows.to_pylist()
+    def rows(self) -> list[Row]:
+        """Return the drawn rows."""
+        return [] if self._rows is None else self._rows.to_pylist()
 
     def _drawn(self, batch: pa.RecordBatch) -> _Words:
         numbers = (first_words(batch, "request_key") ^ self._seed) * _ODD
@@ -53,20 +58,56 @@ class Sample:
 
 
 def with_digests(batch: pa.RecordBatch, column: str) -> pa.RecordBatch:
-    """The rows in which this column is 64 digits."""
+    """Return the rows whose value in this column is a hash of 64 hexadecimal digits."""
     whole = pc.match_substring_regex(batch.column(column), "^[0-9a-f]{64}$").fill_null(False)
     return batch.filter(whole)
 
 
 def first_words(batch: pa.RecordBatch, column: str) -> _Words:
-    """The first 8 bytes of each hash in a column of 64 digits, as numbers."""
+    """Return the first 8 bytes of each hash in a column of 64 digits, as numbers."""
     digests = digests_from_hex(batch.column(column).cast(pa.string()))
     words = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 4)
     return np.array(words[:, 0], np.uint64)
 
 
-def checked_sample(sample: int | None) -> int | None:
-    """A number of rows, or None for all. Raises ConfigError for another."""
+def check_sample(sample: int | None) -> None:
+    """Raise ConfigError for a negative number of files. None means all files."""
     if sample is not None and sample < 0:
         raise ConfigError(f"sample is {sample}; give a number of files, or None for all")
-    return sample
+
+
+def inspect_stored(
+    batches: Iterable[pa.RecordBatch],
+    findings: RowFindings,
+    *,
+    threads: int,
+    sample: Sample | None,
+    screen: Callable[[pa.RecordBatch], pa.RecordBatch],
+    inspect: Callable[[Row], str | None],
+) -> tuple[int, int]:
+    """Inspect the files of stored rows, and return the number of stored and of inspected rows.
+
+    ``screen`` adds findings about a batch, and returns the rows to inspect: all of them, or those
+    in the sample. ``inspect`` returns what is wrong with a row's file, or None; it is called by
+    several threads.
+    """
+    stored_count = inspected = 0
+    with ThreadPoolExecutor(threads) as pool:
+
+        def inspect_all(rows: list[Row]) -> int:
+            for row, why in zip(rows, pool.map(inspect, rows), strict=True):
+                if why is not None:
+                    findings.add_row(row, why)
+            return len(rows)
+
+        for batch in batches:
+            stored = batch.filter(pc.equal(batch.column("status"), State.STORED.value))
+            stored_count += stored.num_rows
+            screened = screen(stored)
+            if sample is None:
+                inspected += inspect_all(screened.to_pylist())
+            else:
+                sample.add(screened)
+        if sample is not None:
+            inspected = inspect_all(sample.rows())
+    return stored_count, inspected

@@ -1,4 +1,4 @@
-"""The check that what was charged is what was expected: the published price, and a limit."""
+"""The check of charges against the published prices, and against a limit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,17 @@ from krea_dagster.engine.budget import PUBLISHED_UNITS
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import UNITS_PER_CREDIT, credits_from_units, parse_cap, units_from_credits
-from krea_dagster.plugin.checks.findings import Findings
-from krea_dagster.plugin.checks.manifest_check import Subject, common_metadata, manifest_check
+from krea_dagster.plugin.checks.findings import RowFindings
+from krea_dagster.plugin.checks.manifest_check import (
+    CheckedManifests,
+    common_metadata,
+    manifest_check,
+)
 from krea_dagster.plugin.checks.sampling import with_digests
 
 _COLUMNS: Final = ("request_key", "status", "quality", "credits_charged")
 
-#: States of which the server says that they cost nothing.
+#: States that the server does not charge.
 _FREE: Final = pa.array([State.FAILED.value, State.REFUSED.value])
 
 
@@ -32,13 +36,29 @@ def build_spend_check(
     tolerance: float = 0.0,
     prices: Mapping[str, float] | None = None,
 ) -> dg.AssetChecksDefinition:
-    """Build the check ``spend_expected``: charged is at most the price of what was bought.
+    """Build the check ``spend_expected``: no image cost more than its price.
 
-    ``prices`` are credits an image by quality, the published ones by default; ``tolerance`` is
-    the share above them that is let pass (0.1: a tenth). Rows that ask for the same thing are one
-    purchase. A dearer image, or a charge without an image, is a warning. ``most_credits`` is the
-    most that one partition may have cost, by whichever runs; above it is an error. Raises
-    ConfigError for a negative number.
+    A higher charge, or a charge without an image, is a warning. Rows with equal requests are one
+    purchase.
+
+    Args:
+        manifest_key: Key of the manifest's asset.
+        resource_key: Key of the ``KreaResource``.
+        most_credits: Maximum credits of one partition, for all runs; above it is an error.
+        tolerance: Share above the price that is accepted; 0.1 is a tenth.
+        prices: Credits per image by quality; the published ones by default.
+
+    Returns:
+        The check.
+
+    Raises:
+        ConfigError: for a negative number.
+
+    Example::
+
+        build_krea_definitions(
+            ..., checks=[functools.partial(build_spend_check, most_credits=50)]
+        )
     """
     if tolerance < 0 or (most_credits is not None and most_credits < 0):
         raise ConfigError("tolerance and most_credits must not be negative")
@@ -50,10 +70,10 @@ def build_spend_check(
     most_units = None if most_credits is None else parse_cap(most_credits, "most_credits")
     limits = {name: int(units * (1 + tolerance)) for name, units in expected.items()}
 
-    def look(subject: Subject) -> dg.AssetCheckResult:
-        findings, total, over = Findings(), _Spent(), list[str]()
-        for name in subject.names:
-            spent = _spent(subject, name, expected, limits, findings)
+    def check(manifests: CheckedManifests) -> dg.AssetCheckResult:
+        findings, total, over = RowFindings(), _Spent(), list[str]()
+        for name in manifests.names:
+            spent = _spent(manifests, name, expected, limits, findings)
             total += spent
             if most_units is not None and spent.charged_units > most_units:
                 over.append(
@@ -73,7 +93,7 @@ def build_spend_check(
             severity=dg.AssetCheckSeverity.ERROR if over else dg.AssetCheckSeverity.WARN,
             description=f"{said}. {'. '.join(parts)}" if parts else f"{said}.",
             metadata={
-                **common_metadata(subject, total.rows),
+                **common_metadata(manifests, total.rows),
                 "credits_charged": charged,
                 "credits_expected": wanted,
                 "charges_unknown": total.unknown,
@@ -87,20 +107,20 @@ def build_spend_check(
         resource_key,
         name="spend_expected",
         description=(
-            "No image was dearer than its published price"
+            "No image cost more than its published price"
             + (
                 "."
                 if most_credits is None
                 else f", and no partition cost more than {most_credits:g} credits."
             )
         ),
-        look=look,
+        check=check,
     )
 
 
 @dataclass(frozen=True)
 class _Spent:
-    """What a manifest adds up to; purchases whose charge is not known yet are ``unknown``."""
+    """The sums of a manifest; ``unknown`` counts purchases whose charge is not known yet."""
 
     partition: str = ""
     rows: int = 0
@@ -121,23 +141,23 @@ class _Spent:
 
 
 def _spent(
-    subject: Subject,
+    manifests: CheckedManifests,
     name: str,
     expected: Mapping[str, int],
     limits: Mapping[str, int],
-    findings: Findings,
+    findings: RowFindings,
 ) -> _Spent:
     qualities = pa.array(list(expected), pa.string())
-    dearest = max(expected.values(), default=0)
-    price_of = np.array([*expected.values(), dearest], np.int64)
+    highest = max(expected.values(), default=0)  # for an unknown quality
+    price_of = np.array([*expected.values(), highest], np.int64)
     limit_of = np.array([*(limits[one] for one in expected), max(limits.values(), default=0)])
     digests = [np.empty((0, 32), np.uint8)]
     charges = [np.empty(0, np.int64)]
     prices = [np.empty(0, np.int64)]
     rows, partition = 0, ""
-    for batch in subject.batches_of(name, _COLUMNS):
+    for batch in manifests.batches_of(name, _COLUMNS):
         rows += batch.num_rows
-        batch = with_digests(batch, "request_key")  # noqa: PLW2901 - the others name no purchase
+        batch = with_digests(batch, "request_key")  # noqa: PLW2901 - other rows have no purchase
         if batch.num_rows and not partition:
             partition = str(batch.column("partition_key")[0])
         place = pc.index_in(batch.column("quality"), value_set=qualities).fill_null(len(expected))
@@ -148,9 +168,9 @@ def _spent(
         free = np.asarray(
             pc.is_in(batch.column("status"), value_set=_FREE).to_numpy(zero_copy_only=False), bool
         )
-        dear = (units > limit_of[at]) | (free & (units > 0))
-        if dear.any():
-            findings.add(batch, pa.array(dear), lambda row: _why(row, expected))
+        above = (units > limit_of[at]) | (free & (units > 0))
+        if above.any():
+            findings.add(batch, pa.array(above), lambda row: _why(row, expected))
         digests.append(digests_from_hex(batch.column("request_key").cast(pa.string())))
         valid = np.asarray(credits.is_valid().to_numpy(zero_copy_only=False), bool)
         charges.append(np.where(valid, units, -1))
@@ -171,8 +191,8 @@ def _spent(
 def _why(row: Mapping[str, Any], expected: Mapping[str, int]) -> str:
     charged = f"{row['credits_charged']:g} credits charged"
     if row["status"] in (State.FAILED.value, State.REFUSED.value):
-        return f"{charged}, and it {row['status']}"
+        return f"{charged}, but it {row['status']}"
     price = expected.get(row["quality"])
     if price is None:
-        return f"{charged}, and no price of {row['quality']} is known"
+        return f"{charged}, but the price of {row['quality']} is not known"
     return f"{charged} instead of {credits_from_units(price):g} for {row['quality']}"

@@ -1,4 +1,4 @@
-"""The asset checks of spend_daily: a warning of each kind, found in the spend tables."""
+"""The asset checks of ``spend_daily``, one for each kind of warning in the spend tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -8,7 +8,6 @@ import dagster as dg
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.engine.budget import Budget
-from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
@@ -19,23 +18,23 @@ from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
 #: Days after its last day for which a warning fails its check.
-RECENT_DAYS: Final = 7
+_RECENT_DAYS: Final = 7
 
-#: What each check looks for, by its kind; the check's name is ``spend_`` and the kind.
-_LOOKS_FOR: Final[Mapping[WarningKind, str]] = {
-    WarningKind.ACCOUNT_DIFFERS: "The account used what the journal explains.",
+#: What each check verifies, by its kind; the check's name is ``spend_`` and the kind.
+_DESCRIPTIONS: Final[Mapping[WarningKind, str]] = {
+    WarningKind.ACCOUNT_DIFFERS: "The journal explains what the account used.",
     WarningKind.BUDGET_USED: (
-        "No budget is nearly used, and the month's is not ahead of the days of the month."
+        "No budget is nearly used up, and the month's is not used faster than the month passes."
     ),
-    WarningKind.FORECAST: "The month will end within its budget, by the last six weeks.",
+    WarningKind.FORECAST: "The month will end within its budget, judging by the last six weeks.",
     WarningKind.DAY_OUT_OF_HABIT: (
-        "No day cost more than two and a half times what its weekday usually does, and six "
-        "deviations (by the median and the MAD of eight weeks)."
+        "No day cost both 2.5 times as much as its weekday usually does and 6 deviations more (by "
+        "the median and the MAD of eight weeks)."
     ),
-    WarningKind.PARTITION_OUT_OF_HABIT: "No partition cost far more than it, or its like, does.",
-    WarningKind.PRICE_CHANGED: "A call costs what it cost before.",
-    WarningKind.FAILURE_NEW: "No purchase failed in a way that was not seen before.",
-    WarningKind.FAILURES_HIGH: "No day brought far fewer images for its purchases than usual.",
+    WarningKind.PARTITION_OUT_OF_HABIT: "No partition cost far more than usual.",
+    WarningKind.PRICE_CHANGED: "A call costs as much as before.",
+    WarningKind.FAILURE_NEW: "No purchase failed with a new kind of error.",
+    WarningKind.FAILURES_HIGH: "No day had far more failed purchases than usual.",
 }
 
 
@@ -44,21 +43,18 @@ def build_spend_warnings_checks(
     *,
     resource_key: str = "krea",
     budgets: Sequence[str] = (),
-    recent_days: int = RECENT_DAYS,
 ) -> dg.AssetChecksDefinition:
     """Build the checks of ``spend_daily``, one for each kind of warning.
 
-    They are warnings; the account against the journal is an error. ``budgets`` are soft ones,
-    written as the hard ones of ``KreaResource.budgets``: ``month=900``, ``partition=20``, or
-    ``column:campaign:autumn=100`` for a column of ``spend_daily``. A warning fails its check until
-    ``recent_days`` after the last day that it is about. Needs no network. Raises ConfigError.
+    They are warnings, except a difference between account and journal, which is an error.
+    ``budgets`` are soft ones, written as those of ``KreaResource.budgets``: ``month=900``,
+    ``partition=20``, or ``column:campaign:autumn=100`` for a column of ``spend_daily``. A warning
+    fails its check until seven days after its last day. Needs no network. Raises ConfigError.
     """
     parsed = [Budget.parse(text) for text in budgets]
-    if recent_days < 0:
-        raise ConfigError("recent_days must not be negative")
     specs = [
         dg.AssetCheckSpec(f"spend_{kind.value}", asset=daily_key, description=text)
-        for kind, text in _LOOKS_FOR.items()
+        for kind, text in _DESCRIPTIONS.items()
     ]
 
     @dg.multi_asset_check(
@@ -71,7 +67,7 @@ def build_spend_warnings_checks(
         krea = krea_of(context, resource_key)
         now = datetime.now(timezone.utc)
         with as_failure():
-            found = recent_warnings(krea, parsed, now=now, recent_days=recent_days)
+            found = recent_warnings(krea, parsed, now=now)
         chosen = {key.name for key in context.selected_asset_check_keys}
         for kind in WarningKind:
             name = f"spend_{kind.value}"
@@ -82,13 +78,9 @@ def build_spend_warnings_checks(
 
 
 def recent_warnings(
-    krea: Backend,
-    budgets: Sequence[Budget] = (),
-    *,
-    now: datetime,
-    recent_days: int = RECENT_DAYS,
+    krea: Backend, budgets: Sequence[Budget] = (), *, now: datetime
 ) -> list[SpendWarning] | None:
-    """Find the warnings of the last days in a resource's spend tables; None where there are none.
+    """Return the warnings of the last days in the spend tables; None without spend tables.
 
     Raises ConfigError for a budget of an unknown column, and JournalError.
     """
@@ -100,7 +92,7 @@ def recent_warnings(
         with krea.open_journal() as journal:
             proof = account_proof(journal)
     history = observe(tables, now=now, budgets=budgets, account=proof)
-    since = now.astimezone(timezone.utc).date() - timedelta(days=recent_days)
+    since = now.astimezone(timezone.utc).date() - timedelta(days=_RECENT_DAYS)
     return [one for one in find_warnings(history, now) if one.until >= since]
 
 
@@ -115,7 +107,7 @@ def _result(
             asset_key=daily_key,
             check_name=name,
             severity=dg.AssetCheckSeverity.WARN,
-            description="There are no spend tables yet, so that nothing was checked.",
+            description="Nothing was checked: there are no spend tables yet.",
         )
     mine = [one for one in found if one.kind is kind]
     more = f" And {len(mine) - 1} more." if len(mine) > 1 else ""
@@ -124,7 +116,7 @@ def _result(
         asset_key=daily_key,
         check_name=name,
         severity=severity,
-        description=f"{mine[0].text} {mine[0].advice}{more}" if mine else _LOOKS_FOR[kind],
+        description=f"{mine[0].text} {mine[0].advice}{more}" if mine else _DESCRIPTIONS[kind],
         metadata=_metadata(mine),
     )
 
