@@ -39,7 +39,7 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
     out.print(table)
     for reason, count, ids in _reasons(done.missing):
         out.print(escape(printable(f"  {count} × {reason}: {ids}")))
-    for price in done.dearer:
+    for price in done.price_increases:
         out.print(escape(f"price: {price}"))
     for note in done.notes:
         out.print(escape(printable(f"note: {note}")))
@@ -117,7 +117,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "dagster_home": done.dagster_home,
         "run_ids": list(done.run_ids),
         "caps_reached": list(done.caps_reached),
-        "dearer": list(done.dearer),
+        "dearer": list(done.price_increases),
         "notes": list(done.notes),
         "missed_callbacks": done.missed_callbacks,
         "unknown": unknown_figures(done.unknown),

@@ -1,4 +1,4 @@
-"""The only folder that knows Dagster: turns the engine into assets, checks and sensors."""
+"""The Dagster side of the package: assets, checks, sensors, and the component."""
 
 from dagster_shared.libraries import DagsterLibraryRegistry
 

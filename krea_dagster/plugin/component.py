@@ -1,4 +1,4 @@
-"""The component for ``dg``: everything that the factory takes, as YAML."""
+"""The component for ``dg``: the arguments of ``build_krea_definitions`` as YAML."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -34,19 +34,19 @@ _Size = Literal["1:1", "4:3", "3:4", "5:4", "4:5", "2:3", "3:2", "9:16", "16:9",
 
 
 class _Section(dg.Model, dg.Resolvable):
-    """A part of the YAML in which a wrong line is named, however deep it lies.
+    """A section of the YAML whose errors are reported at their own line, at any depth.
 
-    Dagster lets every field be a text too, a template such as ``{{ name }}``, and says so by
-    ``anyOf``: of a section with one misspelt line, ``dg check yaml`` then only says that all of it
-    fits nothing. So the schema takes any section there, and says by ``if`` what one must hold.
+    Dagster accepts a template such as ``{{ name }}`` for each field by ``anyOf``. For a section
+    with one misspelt line, ``dg check yaml`` would therefore report the whole section. This schema
+    accepts any section in ``anyOf``, and describes its content by ``if`` and ``then``.
     """
 
     @classmethod
     def model(cls) -> type[BaseModel]:
-        """The model that the YAML is read with."""
+        """Return the model that reads the YAML."""
         model = super().model()
         extra = model.model_config.get("json_schema_extra")
-        if isinstance(extra, dict):  # else it has been done
+        if isinstance(extra, dict):  # not done yet
             model.model_config["json_schema_extra"] = partial(_go_into_sections, extra)
         return model
 
@@ -61,7 +61,7 @@ def _go_into_sections(extra: Mapping[str, Any], schema: dict[str, Any]) -> None:
 
 
 class KreaSettings(SharedSettings, _Section):
-    """How EvoLink is reached, and where what is bought is kept: the fields of ``KreaResource``.
+    """The settings of ``KreaResource``: how to reach EvoLink, and where to keep the images.
 
     Secrets are given by the names of their variables, so that no YAML and no page shows them.
     """
@@ -84,18 +84,18 @@ class KreaSettings(SharedSettings, _Section):
     emulator: bool | None = Field(
         default=None,
         description=(
-            "Use the emulator: synthetic pictures, no charge. By default where the variable of the "
-            "key is not set."
+            "Use the emulator: the images are synthetic, and nothing is charged. By default if the "
+            "variable of the key is not set."
         ),
     )
 
 
-#: Fields that are not the resource's own.
+#: Fields that ``KreaResource`` does not have under this name and type.
 _BY_NAME: Final = {"api_key_env", "journal_url_env", "callback_secret_env", "emulator"}
 
 
 class RowDefaults(_Section):
-    """What a row of the prompt table leaves open."""
+    """Values for what a row of the prompt table leaves open."""
 
     size: _Size = "1:1"
     quality: Literal["1K", "2K"] = "1K"
@@ -104,21 +104,21 @@ class RowDefaults(_Section):
 
 
 class FailureShareCheck(_Section):
-    """The share of rows that failed: a warning above one, an error above the other."""
+    """Shares of failed rows above which the check warns or is an error."""
 
     warn_above: float = 0.01
     error_above: float = 0.05
 
 
 class SampledCheck(_Section):
-    """A check of so many files, drawn by the seed; ``sample: null`` takes all."""
+    """The size and seed of a random sample; ``sample: null`` takes all files."""
 
     sample: int | None = 100
     seed: int | None = None
 
 
 class SpendCheck(_Section):
-    """What the rows cost against the published prices, and against a bound in credits."""
+    """The prices, their tolerance, and the maximum credits of a partition."""
 
     most_credits: float | None = None
     tolerance: float = 0.0
@@ -130,7 +130,7 @@ class NoSettings(_Section):
 
 
 class Checks(_Section):
-    """The asset checks of ``image_manifest``; one that is not named is not made."""
+    """The asset checks of ``image_manifest``; only those that are named are built."""
 
     manifest_schema: NoSettings | None = None
     failure_share: FailureShareCheck | None = None
@@ -139,7 +139,7 @@ class Checks(_Section):
     spend: SpendCheck | None = None
 
     def factories(self) -> list[CheckFactory]:
-        """The checks that are named, each with its settings."""
+        """Return the factories of the named checks, with their settings."""
         known: dict[str, Any] = {
             "manifest_schema": build_manifest_schema_check,
             "failure_share": build_failure_share_check,
@@ -156,13 +156,13 @@ class Checks(_Section):
 
 
 class ExportSettings(_Section):
-    """A dataset that is made of the accepted images, an asset of its own."""
+    """A dataset of the accepted images, as a separate asset."""
 
     form: Literal["parquet", "imagefolder", "webdataset", "jsonl", "csv"] = Field(
         default="parquet",
         description=(
-            "parquet (images inside) and imagefolder are for the library datasets, webdataset is "
-            "tar shards, jsonl and csv are files and a plain table."
+            "parquet (images inside) and imagefolder are for the library datasets, webdataset has "
+            "tar shards, jsonl and csv have image files and a table."
         ),
     )
     splits: list[str] = Field(
@@ -175,21 +175,23 @@ class ExportSettings(_Section):
         default=False, description="Take all stored images, not only the accepted ones."
     )
     columns: list[str] | None = Field(
-        default=None, description="Columns that are handed on; by default all that mean something."
+        default=None, description="Exported columns; by default all that are meaningful elsewhere."
     )
-    shard_images: int = Field(default=10_000, ge=1, description="Most images of a shard.")
-    shard_bytes: int = Field(default=500_000_000, ge=1, description="Most bytes of a shard.")
-    leaks: bool = Field(default=False, description="Keep images that are alike in several splits.")
+    shard_images: int = Field(default=10_000, ge=1, description="Maximum images per shard.")
+    shard_bytes: int = Field(default=500_000_000, ge=1, description="Maximum bytes per shard.")
+    leaks: bool = Field(default=False, description="Keep similar images in several splits.")
     embed_parameters: bool = Field(
         default=False, description="Write prompt, seed and so on into PNG files, as text."
     )
-    sidecars: bool = Field(default=False, description="Write KEY.json beside each image file.")
-    license: str | None = Field(default=None, description="For the card, such as cc-by-4.0.")
-    title: str | None = Field(default=None, description="For the card.")
-    source: str | None = Field(default=None, description="What the prompts are of, for the card.")
+    sidecars: bool = Field(default=False, description="Write KEY.json next to each image file.")
+    license: str | None = Field(
+        default=None, description="Licence identifier for the card, such as cc-by-4.0."
+    )
+    title: str | None = Field(default=None, description="Title of the card.")
+    source: str | None = Field(default=None, description="Origin of the prompts, for the card.")
 
     def spec(self) -> ExportSpec:
-        """The same for the engine. Raises ConfigError."""
+        """Return the specification. Raises ConfigError."""
         values = self.model_dump()
         if self.columns is not None:
             values["columns"] = tuple(self.columns)
@@ -199,35 +201,38 @@ class ExportSettings(_Section):
 class CurationSettings(_Section):
     """Which images are accepted, and how many are wanted: the fields of ``Curation``."""
 
-    accept: list[str] = Field(default=[], description="Bounds, such as sharpness>=40.")
+    accept: list[str] = Field(default=[], description="Bounds of measures, such as sharpness>=40.")
     require_keep: bool = Field(
-        default=False, description="Accept only what a person kept, not all that nobody rejected."
+        default=False,
+        description=(
+            "Accept only images that a person kept, instead of all that nobody rejected or flagged."
+        ),
     )
     one_of_duplicates: bool = Field(
-        default=False, description="Accept only the best of images that are alike."
+        default=False, description="Accept only the best of near-duplicate images."
     )
     wanted: list[str] = Field(
         default=[],
         description=(
             "How many accepted images are wanted: prompt=3, column:NAME=500 or "
-            "column:NAME:VALUE=20. A run asks again in place of what was not accepted."
+            "column:NAME:VALUE=20. Runs regenerate what was not accepted."
         ),
     )
     most_images: int | None = Field(
-        default=None, ge=1, description="Most candidates that are bought of each prompt or value."
+        default=None, ge=1, description="Maximum images bought for each prompt or value."
     )
     most_credits: float | None = Field(
         default=None,
         ge=0,
         le=MOST_CREDITS,
-        description="Most credits that these candidates may cost.",
+        description="Maximum credits spent on each prompt or value.",
     )
     exports: dict[str, ExportSettings] = Field(
-        default={}, description="Datasets to be made of the accepted images, by name."
+        default={}, description="Datasets of the accepted images, by name."
     )
 
     def curation(self, measures: Sequence[Measure]) -> Curation:
-        """The same for the factory. Raises ConfigError."""
+        """Return the curation with custom measures. Raises ConfigError."""
         exports = {name: one.spec() for name, one in self.exports.items()}
         values = self.model_dump(exclude={"exports"})
         return Curation(measures=measures, exports=exports, **values)
@@ -237,12 +242,21 @@ class CurationSettings(_Section):
 class KreaImages(dg.Component, _Section):
     """Images of Krea 2 Turbo from a Parquet prompt table: each bought once, and verified.
 
-    The assets ``prompts``, ``images`` and ``image_manifest`` with their job, sensors and checks.
-    Several instances in one project each need a ``key_prefix`` of their own.
+    It builds the assets, jobs, sensors and checks of ``build_krea_definitions``. Several instances
+    in one project need different ``key_prefix`` values.
 
-    To change what YAML cannot say, subclass it: ``build_resource`` makes the resource,
-    ``build_checks`` the checks, ``build_measures`` measures of your own, ``get_asset_spec`` has the
-    last word on every asset, and ``count_tokens`` counts those of a prompt.
+    Override its methods for what YAML cannot express: ``build_resource``, ``build_checks``,
+    ``build_measures`` (custom measures), ``get_asset_spec`` (changes any asset) and
+    ``count_tokens``.
+
+    Example::
+
+        type: krea_dagster.KreaImages
+        attributes:
+          prompts: data/prompts.parquet
+          partition_by: column:campaign
+          krea:
+            storage: data/krea
     """
 
     prompts: str = Field(
@@ -258,13 +272,13 @@ class KreaImages(dg.Component, _Section):
         ),
     )
     start: str | None = Field(
-        default=None, description="First day of partitions by time; by default the table's."
+        default=None, description="First day of partitions by time; by default the table's first."
     )
     krea: KreaSettings = Field(
-        default_factory=KreaSettings, description="How EvoLink is reached, and what is kept where."
+        default_factory=KreaSettings, description="How to reach EvoLink, and where to keep images."
     )
     defaults: RowDefaults = Field(
-        default_factory=RowDefaults, description="What a row of the table leaves open."
+        default_factory=RowDefaults, description="Values for what a row leaves open."
     )
     key_prefix: list[str] = Field(
         default=[], description="Prefix of the assets' keys, and of all names."
@@ -273,17 +287,17 @@ class KreaImages(dg.Component, _Section):
     partitions_per_run: int | None = Field(
         default=None,
         ge=1,
-        description="Most partitions that a run of a backfill takes; by default all in one run.",
+        description="Maximum partitions of a backfill's run; by default all in one run.",
     )
     launch_on_changed_prompts: bool = Field(
         default=False,
-        description="Have runs launched, and images bought, where prompts have changed.",
+        description="Launch runs, which buy images, when prompts have changed.",
     )
     collect_later: bool = Field(
         default=False,
         description=(
-            "Have runs submit and end; a sensor launches the runs that collect, when callbacks or "
-            "the clock say so, and no worker waits."
+            "Runs submit and end, so that no worker waits. A sensor launches the runs that "
+            "collect, when callbacks arrive or images should be finished."
         ),
     )
     curation: CurationSettings = Field(
@@ -293,35 +307,38 @@ class KreaImages(dg.Component, _Section):
     fresh_within_hours: float | None = Field(
         default=None,
         gt=0,
-        description="Hours after which images that were not materialized count as stale.",
+        description="Hours without a materialization after which images count as stale.",
     )
     pool: str | None = Field(
-        default="krea", description="Pool of the steps that buy, which bounds them across runs."
+        default="krea", description="Pool that limits the steps that buy, across runs."
     )
     checks: Checks | None = Field(
-        default=None, description="Asset checks of image_manifest; by default the cheap ones."
+        default=None,
+        description="Asset checks of image_manifest; by default the cheap ones.",
     )
     credits_per_usd: float = Field(
-        default=CREDITS_PER_USD, gt=0, description="Rate of the dollars in the spend tables."
+        default=CREDITS_PER_USD,
+        gt=0,
+        description="Exchange rate of dollars in the spend tables.",
     )
     spend_by: list[str] = Field(
         default=[],
-        description="Further columns of the table that the daily spend is kept apart by.",
+        description="Further columns of the table that the daily spend is grouped by.",
     )
     soft_budgets: list[str] = Field(
         default=[],
-        description="Budgets that warn and stop nothing, in the words of krea.budgets.",
+        description="Budgets that warn and stop nothing, written as krea.budgets.",
     )
     in_process: bool = Field(
         default=True,
         description=(
-            "Have the code location run steps in the run's own process: they wait for the network. "
-            "Set it to false where the project has an executor of its own."
+            "Run the steps in the run's own process, because they wait for the network. Set it to "
+            "false if the project defines another executor."
         ),
     )
 
     def build_resource(self, context: dg.ComponentLoadContext) -> KreaResource:
-        """The resource that the assets use."""
+        """Return the resource of the assets."""
         settings = self.krea.model_dump(exclude=_BY_NAME)
         settings["storage"] = _in_project(self.krea.storage, context)
         emulator = self.krea.emulator
@@ -338,19 +355,19 @@ class KreaImages(dg.Component, _Section):
         )
 
     def build_checks(self) -> Sequence[CheckFactory] | None:
-        """The checks of ``image_manifest``, each as a factory; None for the cheap ones."""
+        """Return factories of the checks of ``image_manifest``; None for those that cost little."""
         return None if self.checks is None else self.checks.factories()
 
     def build_measures(self) -> Sequence[Measure]:
-        """Measures of one's own, which ``image_measures`` takes of every image; here none."""
+        """Return the custom measures of ``image_measures``; none by default."""
         return ()
 
     def count_tokens(self, prompt: str) -> int:
-        """How many tokens a prompt has; here an estimate that needs no tokenizer."""
+        """Return the number of tokens of a prompt; by default an estimate without a tokenizer."""
         return estimate_tokens(prompt)
 
     def get_asset_spec(self, spec: dg.AssetSpec) -> dg.AssetSpec:
-        """An asset's spec as it shall be; this one is left as it is."""
+        """Return the changed spec of an asset; unchanged by default."""
         return spec
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
@@ -381,7 +398,7 @@ class KreaImages(dg.Component, _Section):
             curation=self.curation.curation(self.build_measures()),
             executor=dg.in_process_executor if self.in_process else None,
         )
-        # By hand: the method of Definitions that does this is a preview, and warns of itself.
+        # Definitions.map_asset_specs does the same, but warns that it is a preview.
         own = [
             one for one in defs.assets or () if isinstance(one, dg.AssetSpec | dg.AssetsDefinition)
         ]
@@ -395,11 +412,11 @@ class KreaImages(dg.Component, _Section):
         )
 
     def _counter(self) -> Callable[[str], int]:
-        # The estimate by its own name: a table counts whole columns by it at once.
+        # The estimate itself: a table applies it to whole columns.
         own = type(self).count_tokens is not KreaImages.count_tokens
         return self.count_tokens if own else estimate_tokens
 
 
 def _in_project(place: str, context: dg.ComponentLoadContext) -> str:
-    """A path below the project's root made absolute; a URL or an absolute path as it is."""
+    """Make a path below the project's root absolute; leave URLs and absolute paths."""
     return place if "://" in place else str(Path(context.project_root, place))

@@ -1,4 +1,4 @@
-"""KreaImagesConfig: the options of one run of ``images``, as Dagster's run config."""
+"""The options of one run of ``images``, as Dagster's run config."""
 
 import dagster as dg
 

@@ -1,4 +1,4 @@
-"""Data versions of external assets, by partition: reported, compared, and read back."""
+"""Reports, compares and reads the data versions of external assets by partition."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -20,7 +20,7 @@ _Versions = Mapping[str, str]
 
 
 def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Versions) -> None:
-    """Report the partitions of ``prompts`` whose data version is not the one last reported."""
+    """Report the partitions of ``prompts`` whose data version is not the last reported one."""
     last = last_versions(instance, key, list(versions))
     for partition, version in versions.items():
         if last.get(partition) != version:
@@ -31,10 +31,10 @@ def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Ve
 def report_in_step(
     context: dg.AssetExecutionContext, key: dg.AssetKey, versions: _Versions
 ) -> None:
-    """Do the same from a step of an asset downstream, which is then made of these versions.
+    """Report from a step of a downstream asset, so that it is recorded as made from these versions.
 
-    Dagster notes what a step is made of when the step begins: it has to look again, or what the
-    step makes would be out of date at once.
+    Dagster records the input versions when a step begins. It must read them again, or the result
+    would be out of date at once.
     """
     report_prompts(context.instance, key, versions)
     context.get_step_execution_context().wipe_input_asset_version_info(key)
@@ -43,20 +43,20 @@ def report_in_step(
 def last_versions(
     instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Sequence[str] | None = None
 ) -> _Versions:
-    """The data versions that were last reported for these partitions, or all, in one question."""
+    """Return the last reported data versions of these partitions, or of all, by one query."""
     few = partitions is not None and len(partitions) <= _MOST_NAMES
     found = instance.event_log_storage.get_latest_tags_by_partition(
         key,
         dg.DagsterEventType.ASSET_MATERIALIZATION,
         tag_keys=[_DATA_VERSION],
-        # Of very many, all: databases take only so many names in one question.
+        # Above the limit, all: databases limit the number of names in a query.
         asset_partitions=partitions if few else None,
     )
     return {partition: tags[_DATA_VERSION] for partition, tags in found.items() if tags}
 
 
 def changed_versions(versions: _Versions, last: _Versions) -> _Versions:
-    """The versions to report: those that differ, and of partitions without a row any more."""
+    """Return the versions to report: those that differ, and partitions that have lost all rows."""
     gone = dict.fromkeys(sorted(last.keys() - versions.keys()), NO_ROWS)
     return {
         partition: version
@@ -68,7 +68,7 @@ def changed_versions(versions: _Versions, last: _Versions) -> _Versions:
 def knows_partition(
     instance: dg.DagsterInstance, partitions_def: dg.PartitionsDefinition[str]
 ) -> Callable[[str], bool]:
-    """Whether Dagster has a partition now: not one of a day to come, or before the first."""
+    """Return a function that tells whether a partition exists now: no future or too early date."""
     if isinstance(partitions_def, dg.DynamicPartitionsDefinition):
         return lambda _: True
     if isinstance(partitions_def, dg.MultiPartitionsDefinition):
@@ -84,11 +84,11 @@ def knows_partition(
 
 
 def version_events(key: dg.AssetKey, partition: str, version: str) -> tuple[_Event, _Event]:
-    """The two events by which Dagster learns of a new version of an external asset's partition.
+    """Return the two events that report a new version of an external asset's partition.
 
-    Automation conditions look at materializations, and the UI's "unsynced" at observations. In
-    this order: what is downstream remembers the materialization, and is taken for out of date
-    where an observation came after it.
+    Automation conditions use materializations, and the UI's "unsynced" uses observations. The
+    order matters: downstream assets refer to the materialization, and would count as out of date
+    if an observation came after it.
     """
     tags = {_DATA_VERSION: version}
     return (

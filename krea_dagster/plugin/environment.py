@@ -1,4 +1,4 @@
-"""Makes the code location that environment variables describe."""
+"""Builds the code location that environment variables describe."""
 
 from collections.abc import Mapping
 

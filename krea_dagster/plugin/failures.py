@@ -1,14 +1,7 @@
-"""What went wrong in a run, for people and for their sensors: a text, and tags of the run.
+"""Failures of runs, as texts for people and as tags for sensors.
 
-A ``@dagster.run_failure_sensor`` reads them by ``failure_of``::
-
-    @dg.run_failure_sensor
-    def tell_us(context: dg.RunFailureSensorContext) -> None:
-        if (failure := failure_of(context.dagster_run)) is not None:
-            send(f"{failure.rows_missing} rows are missing: {failure.to_do}")
-
-Rows that fail while the account goes on do not fail a run; it has the tags all the same, so that
-a ``@dagster.run_status_sensor`` for SUCCESS can read them too.
+Rows that fail do not fail a run unless the account stops it. The run has the tags anyway, so that a
+``@dagster.run_status_sensor`` for SUCCESS can read them too.
 """
 
 from collections.abc import Iterator
@@ -32,27 +25,32 @@ from krea_dagster.errors import (
 )
 from krea_dagster.models import credits_text
 
-#: The tags of a run whose rows have not all got their image. The runs page filters by the first.
+#: The tags of a run with missing images. The runs page can filter by the first.
 OUTCOME_TAG: Final = "krea/outcome"
 ROWS_MISSING_TAG: Final = "krea/rows_missing"
 AT_STAKE_TAG: Final = "krea/credits_at_stake"
 STOPPED_TAG: Final = "krea/stopped"
 TO_DO_TAG: Final = "krea/to_do"
 
-#: The metadata of a failure that may pass by itself.
+#: The metadata of a failure that may be temporary.
 TRY_LATER: Final = "krea_try_later"
 
-#: Longest text of a tag that is shown whole in the UI's dialogs.
+#: Maximum length of a tag that the UI's dialogs show completely.
 _MOST_TEXT: Final = 250
 
 
 @dataclass(frozen=True)
 class KreaFailure:
-    """What a run left undone.
+    """The outcome of a run whose images are not all delivered.
 
-    ``credits_at_stake`` are credits of purchases whose image is not there yet, or whose outcome
-    is unknown, as exact text. ``stopped`` is the code by which the account ended the buying,
-    None where it did not. ``to_do`` is one sentence.
+    Attributes:
+        run_id: The run.
+        outcome: ``stopped`` or ``rows_missing``.
+        rows_missing: Number of rows without an image.
+        credits_at_stake: Credits of purchases whose image is not delivered yet or whose outcome is
+            unknown, as exact text.
+        stopped: The code with which the account stopped the run, or None.
+        to_do: What to do, in one sentence.
     """
 
     run_id: str
@@ -64,10 +62,21 @@ class KreaFailure:
 
 
 def failure_of(run: dg.DagsterRun) -> KreaFailure | None:
-    """What a run left undone, from its tags; None where it has nothing to say.
+    """Read the failure of a run from its tags.
 
-    A run that fails before it has asked for anything, as by a wrong setting, has no tags: its
-    failure's text says what to do.
+    Args:
+        run: The run.
+
+    Returns:
+        The failure; None if all images were delivered. A run that fails before it requests
+        anything, as with a wrong setting, has no tags either: its error message says what to do.
+
+    Example::
+
+        @dg.run_failure_sensor
+        def notify(context: dg.RunFailureSensorContext) -> None:
+            if (failure := failure_of(context.dagster_run)) is not None:
+                send(f"{failure.rows_missing} rows are missing: {failure.to_do}")
     """
     if OUTCOME_TAG not in run.tags:
         return None
@@ -82,7 +91,7 @@ def failure_of(run: dg.DagsterRun) -> KreaFailure | None:
 
 
 def failure_tags(report: RunReport, rows_missing: int) -> dict[str, str]:
-    """The tags of a run; none where every row has its image."""
+    """Return the tags of a run; empty if every row has its image."""
     if not rows_missing and report.stopped is None:
         return {}
     tags = {
@@ -98,9 +107,9 @@ def failure_tags(report: RunReport, rows_missing: int) -> dict[str, str]:
 
 @contextmanager
 def as_failure() -> Iterator[None]:
-    """Errors of this package as Dagster's: their text says all.
+    """Raise errors of this package as Dagster's Failure with their text.
 
-    A retry helps only where what was away may be back.
+    A retry is allowed only if something was unavailable.
     """
     try:
         yield
@@ -117,7 +126,7 @@ def as_failure() -> Iterator[None]:
 
 
 def stop_failure(report: RunReport) -> dg.Failure:
-    """A run that was stopped, as Dagster's failure: one sentence."""
+    """Return the failure of a run that was stopped: what happened, and what to do."""
     what, then = _what_and_then(report)
     later = isinstance(report.stopped, TryLater)
     return dg.Failure(
@@ -135,21 +144,21 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
         case OutOfCredits():
             return "the account or its key has no credits left", "top up"
         case TryLater(code=policy.RATE_LIMITED):
-            return "EvoLink takes nothing more for now", "wait until it does"
+            return "EvoLink accepts no more requests for now", "wait until it does"
         case TryLater(code=policy.API_AWAY):
             return "EvoLink's API cannot be reached", "wait until it can"
         case TryLater():
-            return "EvoLink gives no usable answer", "wait until it does"
+            return "EvoLink's responses are unusable", "wait until it has recovered"
         case RunStopped(code=policy.API_AWAY):
-            return "EvoLink's API cannot be reached", "mend what the message says"
+            return "EvoLink's API cannot be reached", "fix what the message says"
         case RunStopped(code=policy.TASKS_NOT_FOUND):
             return "the key is probably another account's", "set the right EVOLINK_API_KEY"
         case RunStopped(code=policy.PRICE_DOUBTED):
-            return "a price cannot be believed", "run the command that the message names"
+            return "a price is implausible", "run the command that the message names"
         case RunStopped():
             return (
                 "the account stopped another run of this launch",
-                "mend what its message says, wait five minutes",
+                "fix what its message says, wait five minutes",
             )
         case _:
             return "the key may not use this model", "ask for access or use another key"
@@ -158,9 +167,9 @@ def _what_and_then(report: RunReport) -> tuple[str, str]:
 def _to_do(report: RunReport) -> str:
     if report.stopped is not None:
         _, then = _what_and_then(report)
-        return f"{then}, then launch these partitions again: only what is missing is bought"
+        return f"{then}, then launch these partitions again: only missing images are bought"
     if report.caps_reached:
         return "raise the cap or wait for its next day, then launch these partitions again"
     if report.left:
-        return "launch these partitions again: what is under way is taken up, not bought anew"
-    return "see the rows of the check all_rows_delivered: they change, or retry_errors names them"
+        return "launch these partitions again: tasks under way are resumed, not bought again"
+    return "see the check all_rows_delivered: change its rows, or retry them with retry_errors"

@@ -1,4 +1,4 @@
-"""The manifest's IO manager: one Parquet file per partition, read back as one."""
+"""The manifest's IO manager: one Parquet file per partition, read back as one table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,26 +18,38 @@ from krea_dagster.plugin.names import MANIFEST_ASSET
 class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
     """Writes manifests as one file per partition, and reads any number of them as one table.
 
-    A downstream asset gets what its parameter is annotated with: ``pandas.DataFrame``,
-    ``polars.DataFrame``, ``polars.LazyFrame``, ``duckdb.DuckDBPyRelation`` (on a connection of
-    its own), or ``pyarrow.Table``, which is given without an annotation too. The metadata of its
-    ``AssetIn`` may ask for
+    A downstream asset receives the type of its annotation: ``pandas.DataFrame``,
+    ``polars.DataFrame``, ``polars.LazyFrame``, ``duckdb.DuckDBPyRelation`` (on its own
+    connection), or ``pyarrow.Table``, which is also the default. The metadata of its ``AssetIn``
+    may have
 
     - ``"columns"``: a list of names; only these are read from the files;
-    - ``"images"``: ``"bytes"`` or ``"pil"`` adds a column ``image`` with each row's file, or with
-      a ``PIL.Image`` (in pandas only), null where a row has none; of at most 1,000 rows, or as
-      many as ``"most_images"`` says.
+    - ``"images"``: ``"bytes"`` or ``"pil"`` adds a column ``image`` with each row's file or
+      ``PIL.Image`` (pandas only), null for rows without an image; for 1,000 rows at most, or
+      ``"most_images"``.
 
-    What cannot be given fails the step, and the text says what there is.
+    An unknown type or option fails the step; the message lists the valid ones.
+
+    Example::
+
+        @dg.asset(
+            ins={
+                "image_manifest": dg.AssetIn(
+                    input_manager_key="krea_manifest", metadata={"columns": ["prompt", "seed"]}
+                )
+            }
+        )
+        def seeds(image_manifest: polars.DataFrame) -> polars.DataFrame:
+            return image_manifest.select("seed")
     """
 
     storage: str = Field(
         default="data/krea",
-        description="Root under which manifest/ lies: the storage of the KreaResource.",
+        description="Storage root, which contains manifest/: the storage of the KreaResource.",
     )
 
     def handle_output(self, context: dg.OutputContext, obj: Manifests | pa.Table) -> None:
-        """Write each partition's rows as its file, atomically; also where it has no rows."""
+        """Write the file of each partition atomically, also without rows."""
         storage = Storage(self.storage)
         folders = manifest_folders(context.asset_key)
         if isinstance(obj, Manifests):
@@ -49,7 +61,7 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
             write_manifest(storage, key, table, folders)
 
     def load_input(self, context: dg.InputContext) -> Any:
-        """Read the manifests of the upstream partitions; those never written are left out."""
+        """Read the manifests of the upstream partitions; those never written are skipped."""
         with as_failure():
             return load(
                 Storage(self.storage),
@@ -61,16 +73,16 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
 
 
 def manifest_folders(key: dg.AssetKey) -> Sequence[str]:
-    """The folders below ``manifest`` in which an asset's files lie.
+    """Return the folders below ``manifest`` of an asset's files.
 
-    None for ``image_manifest`` itself; others have their prefix or their own name, so that no
-    asset ever writes over another's manifest.
+    They are the prefix of ``image_manifest``, and the whole key of other assets, so that no asset
+    overwrites another's manifest.
     """
     return key.path[:-1] if key.path[-1] == MANIFEST_ASSET else key.path
 
 
 def split_by_partition(table: pa.Table, keys: Sequence[str]) -> dict[str, pa.Table]:
-    """The rows of each of these partitions, by key, in their order."""
+    """Return the rows of each of these partitions by key, in their order."""
     keyed = table["partition_key"].combine_chunks().cast(pa.string())
     places = pc.index_in(keyed, value_set=pa.array(sorted(keys), pa.string()))
     order = pc.sort_indices(places)  # stable, the rows of other partitions last

@@ -1,4 +1,4 @@
-"""Which journal bought the images that Dagster's instance has: a new one would buy them again."""
+"""Refuses a new journal for images of another one, because it would buy them again."""
 
 from typing import Final
 
@@ -14,9 +14,9 @@ JOURNAL_ENTRY: Final = "krea_journal"
 
 
 def journal_entry(krea: Backend, table: PromptTable, relative: str) -> dg.JsonMetadataValue:
-    """Return what a materialization says of the journal that bought its images.
+    """Return the metadata entry about the journal that bought the images.
 
-    ``relative`` is the storage root as the definitions name it, where that is a relative path.
+    ``relative`` is the storage root as written in the definitions, if that is a relative path.
     """
     return dg.MetadataValue.json(
         {
@@ -36,10 +36,10 @@ def refuse_second_journal(
     table: PromptTable,
     relative: str,
 ) -> None:
-    """Refuse to begin a journal where the instance has images of another one from the same place.
+    """Raise ConfigError if the journal is new, but Dagster has images of another from this root.
 
     A storage root that is not mounted, and a relative one in another working folder, look like a
-    first run to everything but Dagster. Raises ConfigError, with nothing bought.
+    first run; only Dagster's instance knows better.
     """
     if krea.has_purchases():
         return
@@ -56,9 +56,9 @@ def refuse_second_journal(
     if not same_place or before.get("journal") == krea.journal_id():
         return
     raise ConfigError(
-        f"Dagster has images of {images.to_user_string()} in {before.get('root')}, and the journal "
-        f"of the storage root {here} has bought nothing: is the root not mounted, or its relative "
-        "path read in another working folder? A run would buy everything again. Nothing was "
-        "bought. Mount it, or set storage (KREA_STORAGE) to the absolute path; if the journal is "
-        "gone for good, run `krea-dagster accept root`."
+        f"Dagster has images of {images.to_user_string()} in {before.get('root')}, but the journal "
+        f"of the storage root {here} is empty. Either the root is not mounted, or a relative path "
+        "is used in another working folder. A run would buy everything again; nothing was bought. "
+        "Mount the root, or set storage (KREA_STORAGE) to the absolute path. If the journal is "
+        "lost, run `krea-dagster accept root`."
     )

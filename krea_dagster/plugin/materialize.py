@@ -39,7 +39,7 @@ _PROMPTS: Final = dg.AssetKey("prompts")
 _RANGE_START: Final = "dagster/asset_partition_range_start"
 _RANGE_END: Final = "dagster/asset_partition_range_end"
 
-#: For an instance that this command creates: no telemetry, no greeting.
+#: For an instance that this command creates: without telemetry and greeting.
 _INSTANCE_SETTINGS: Final = "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
 
 #: A file in DAGSTER_HOME that a process locks while it opens the instance.
@@ -68,7 +68,7 @@ class Materialized:
     try_later: bool = False
     left: Mapping[str, str] = field(default_factory=dict)
     caps_reached: Sequence[str] = ()
-    dearer: Sequence[str] = ()
+    price_increases: Sequence[str] = ()
     notes: Sequence[str] = ()
     missed_callbacks: int = 0
     waiting: Sequence[str] = ()
@@ -137,14 +137,14 @@ def materialize(
         try_later=isinstance(watch.stopped, TryLater) or any(map(_may_pass, results)),
         left={key: why for report in watch.reports for key, why in report.left.items()},
         missed_callbacks=sum(report.missed_callbacks for report in watch.reports),
-        dearer=list(
-            dict.fromkeys(said for report in watch.reports for said in report.price_increases)
+        price_increases=list(
+            dict.fromkeys(text for report in watch.reports for text in report.price_increases)
         ),
         notes=[
-            said for report in watch.reports for said in (*report.recovered, *report.same_files)
+            text for report in watch.reports for text in (*report.recovered, *report.same_files)
         ],
         caps_reached=list(
-            dict.fromkeys(said for report in watch.reports for said in report.caps_reached)
+            dict.fromkeys(text for report in watch.reports for text in report.caps_reached)
         ),
         waiting=sorted(set(in_table) - set(known)),
         unknown=krea.unknown(),
@@ -244,12 +244,10 @@ def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
     for event in result.all_events:
         if event.event_type_value == "STEP_FAILURE":
             data = event.step_failure_data
-            said = data.user_failure_data.description if data.user_failure_data else None
+            text = data.user_failure_data.description if data.user_failure_data else None
             if data.error and data.error.cls_name == "DagsterExecutionInterruptedError":
-                said = (
-                    "The run was interrupted. What is paid for is kept: the next run collects it."
-                )
-            texts.append(said or (data.error.message.strip() if data.error else "a step failed"))
+                text = "The run was interrupted. The next run collects what is paid for."
+            texts.append(text or (data.error.message.strip() if data.error else "a step failed"))
     return texts
 
 

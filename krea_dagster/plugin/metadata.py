@@ -1,7 +1,6 @@
-"""What a materialization shows: counts, credits, pace, schema and a sheet of thumbnails.
+"""Metadata of materializations: counts, credits, pace, schema and a sheet of thumbnails.
 
-The metadata keys of this package live here and nowhere else. Numbers are plain, so that
-Dagster plots them over time.
+Numbers are plain, so that Dagster plots them over time.
 """
 
 import base64
@@ -32,11 +31,10 @@ _COLUMNS: Final = 6
 _THUMBNAIL: Final = 128
 _GAP: Final = 6
 
-#: Bytes of a sheet's JPEG: the materialization must stay well under 100 KB, above which the
-#: UI becomes slow.
+#: Maximum bytes of a sheet's JPEG: the UI becomes slow if a materialization has over 100 KB.
 SHEET_BYTES: Final = 45_000
 
-#: Bytes of a table, of a schema and of a lineage, as Dagster writes them to its database.
+#: Maximum bytes of a table, a schema and a lineage, as Dagster writes them to its database.
 TABLE_BYTES: Final = 15_000
 SCHEMA_BYTES: Final = 45_000
 LINEAGE_BYTES: Final = 30_000
@@ -44,11 +42,11 @@ LINEAGE_BYTES: Final = 30_000
 #: Maximum number of groups in the table of those that stay short.
 _MOST_SHORT: Final = 50
 
-#: What Dagster writes beside a row or a column of its own words.
+#: Bytes that Dagster adds to a row and to a column.
 _ROW_BYTES: Final = 60
 _COLUMN_BYTES: Final = 200
 
-#: The manifest's columns that are made of the prompt table's, beside those that carry its own.
+#: The manifest's columns that are derived from columns of the prompt table.
 _FROM_PROMPTS: Final[Mapping[str, str]] = {
     **{name: name for name in ("prompt_id", "prompt", "size", "quality", "seed", "nsfw_check")},
     "sample": "num_images",
@@ -58,9 +56,9 @@ Metadata = Mapping[str, Any]
 
 
 def images_metadata(figures: ManifestSummary, storage: Storage, *, seconds: float) -> Metadata:
-    """The metadata of one partition of ``images``, from the figures of its manifest.
+    """Return the metadata of one partition of ``images``, from the summary of its manifest.
 
-    ``seconds`` is how long the run worked, for all its partitions together.
+    ``seconds`` is the duration of the run, for all its partitions together.
     """
     latencies_s = figures.latencies_s()
     values: dict[str, Any] = {
@@ -77,13 +75,13 @@ def images_metadata(figures: ManifestSummary, storage: Storage, *, seconds: floa
     if figures.failures:
         values["newest_failures"] = failures_table(figures)
     if (sheet := contact_sheet(figures.shown[:SHEET_IMAGES], storage)) is not None:
-        picture = base64.b64encode(sheet).decode()
-        values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{picture})")
+        encoded = base64.b64encode(sheet).decode()
+        values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{encoded})")
     return values
 
 
 def count_metadata(figures: ManifestSummary) -> Metadata:
-    """Rows by status, and credits, of one partition's manifest rows."""
+    """Return the rows by status, and the credits, of one partition."""
     statuses = figures.statuses
     at_stake = sum(
         statuses.get(state.value, 0) for state in (State.UNKNOWN, State.SUBMITTED, State.COMPLETED)
@@ -92,7 +90,7 @@ def count_metadata(figures: ManifestSummary) -> Metadata:
         "rows": figures.rows,
         **{f"rows_{state}": count for state, count in sorted(statuses.items())},
         "credits_reserved": round(figures.reserved, 4),
-        # What the rows cost, by whichever run; what this one spent; what it need not spend.
+        # Of the rows, for all runs; of this run; and of reused images.
         "credits_charged": round(figures.charged, 4),
         "credits_spent_by_run": round(figures.spent, 4),
         "credits_saved_by_reuse": round(figures.saved, 4),
@@ -101,7 +99,7 @@ def count_metadata(figures: ManifestSummary) -> Metadata:
 
 
 def manifest_metadata(figures: ManifestSummary, path: str) -> Metadata:
-    """The metadata of one partition of ``image_manifest``."""
+    """Return the metadata of one partition of ``image_manifest``."""
     return {
         **count_metadata(figures),
         "dagster/partition_row_count": figures.rows,
@@ -110,7 +108,7 @@ def manifest_metadata(figures: ManifestSummary, path: str) -> Metadata:
 
 
 def quote_metadata(line: QuoteLine | None) -> Metadata:
-    """What was said before a partition's run: rows to buy, and at most how many credits."""
+    """Return a partition's quote before the run: rows to buy, and their maximum credits."""
     return {
         "quoted_to_buy": 0 if line is None else line.to_buy,
         "quoted_credits": 0.0 if line is None else credits_from_units(line.units),
@@ -120,25 +118,25 @@ def quote_metadata(line: QuoteLine | None) -> Metadata:
 def table_schema(
     schema: pa.Schema, descriptions: Mapping[str, str] = DESCRIPTIONS
 ) -> dg.TableSchema:
-    """Return a table's columns as Dagster shows them: the first ones, and the number of others."""
+    """Return the first columns of a table as Dagster shows them, and the number of others."""
     columns: list[dg.TableColumn] = []
     left = SCHEMA_BYTES
     for field in schema:
-        means = descriptions.get(field.name, "Carried from the prompt table")
-        column = dg.TableColumn(field.name, _short(str(field.type)), description=means)
-        left -= _COLUMN_BYTES + _written(column.name, column.type, means)
+        described = descriptions.get(field.name, "Passed through from the prompt table")
+        column = dg.TableColumn(field.name, _short(str(field.type)), description=described)
+        left -= _COLUMN_BYTES + _written(column.name, column.type, described)
         if left < 0:
             break
         columns.append(column)
     more = len(schema) - len(columns)
-    said = dg.TableConstraints(other=[f"and {more} more columns"]) if more else None
-    return dg.TableSchema(columns, said)
+    rest = dg.TableConstraints(other=[f"and {more} more columns"]) if more else None
+    return dg.TableSchema(columns, rest)
 
 
 def prompts_lineage(schema: pa.Schema, prompts: dg.AssetKey) -> dg.TableColumnLineage:
-    """Which of the prompt table's columns a manifest's columns come from.
+    """Return the ``dagster/column_lineage`` from the prompt table's columns to a manifest's.
 
-    ``dagster/column_lineage``. Those that EvoLink or the journal gave come from none.
+    Columns from EvoLink or the journal have none.
     """
     found: dict[str, list[dg.TableColumnDep]] = {}
     left = LINEAGE_BYTES
@@ -193,12 +191,12 @@ def outcomes_metadata(outcomes: Sequence[GroupResult]) -> Metadata:
 
 
 def missing_table(figures: ManifestSummary) -> dg.TableMetadataValue:
-    """The rows without an image, as a table for the UI; the first 50, or as many as are small."""
+    """Return the first rows without an image as a table for the UI."""
     return small_table(figures.missing)
 
 
 def failures_table(figures: ManifestSummary) -> dg.TableMetadataValue:
-    """The newest failures; ``at`` is when EvoLink took the request, null where it never did."""
+    """Return the newest failures; ``at`` is when EvoLink accepted the request, or null."""
     return small_table(
         [
             {
@@ -220,7 +218,7 @@ def small_table(
     *,
     most_bytes: int = TABLE_BYTES,
 ) -> dg.TableMetadataValue:
-    """A table for the UI: long cells are cut, and rows that do not fit are left out."""
+    """Return a table for the UI: long cells are cut, and rows that do not fit are left out."""
     records: list[dg.TableRecord] = []
     for row in rows:
         cells = {name: _short(value) for name, value in row.items()}
@@ -232,7 +230,7 @@ def small_table(
 
 
 def location_value(location: str) -> dg.MetadataValue[Any]:
-    """A path or URL as metadata: a link where a browser can follow it, and never a credential."""
+    """Return a path or URL as metadata without credentials: a link if a browser can follow it."""
     shown = redact.location(location)
     if shown.startswith(("http://", "https://")):
         return dg.MetadataValue.url(shown)
@@ -251,11 +249,11 @@ def contact_sheet(
     cell = _THUMBNAIL + _GAP
     width = min(columns, len(thumbnails)) * cell + _GAP
     sheet = Image.new("RGB", (width, rows * cell + _GAP), "white")
-    for number, picture in enumerate(thumbnails):
+    for number, thumbnail in enumerate(thumbnails):
         row, column = divmod(number, columns)
-        left = _GAP + column * cell + (_THUMBNAIL - picture.width) // 2
-        top = _GAP + row * cell + (_THUMBNAIL - picture.height) // 2
-        sheet.paste(picture, (left, top))
+        left = _GAP + column * cell + (_THUMBNAIL - thumbnail.width) // 2
+        top = _GAP + row * cell + (_THUMBNAIL - thumbnail.height) // 2
+        sheet.paste(thumbnail, (left, top))
     return _jpeg(sheet)
 
 
@@ -263,11 +261,11 @@ def _thumbnail(storage: Storage, name: str) -> Image.Image | None:
     try:
         with storage.open(name) as file, Image.open(file) as image:
             image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
-            picture: Image.Image = image.convert("RGB")
+            thumbnail: Image.Image = image.convert("RGB")
     except DECODE_ERRORS:
         return None
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), reducing_gap=2.0)
-    return picture
+    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL), reducing_gap=2.0)
+    return thumbnail
 
 
 def _jpeg(sheet: Image.Image) -> bytes:
@@ -290,5 +288,5 @@ def _short(value: Any) -> Any:
 
 
 def _written(*values: object) -> int:
-    """How many bytes these are in Dagster's database, which escapes all but ASCII."""
+    """Return the size in Dagster's database, which escapes all but ASCII."""
     return len(json.dumps(values))

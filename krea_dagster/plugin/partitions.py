@@ -1,4 +1,4 @@
-"""How the table is cut, as Dagster's partitions."""
+"""The partitions of a prompt table as Dagster's partitions."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,8 +18,8 @@ from krea_dagster.prompts import (
     TimePartitions,
 )
 
-#: The name of a multi-dimensional partition's dimension that is a column; the other one's is the
-#: unit. Dagster joins keys in the order of these names.
+#: The dimension of a multi-dimensional partition that is a column; the other one has the name of
+#: its unit. Dagster joins keys in the order of these names.
 COLUMN_DIMENSION: Final = "column"
 
 
@@ -38,13 +38,13 @@ def without_beta_warnings() -> Iterator[None]:
 def partitions_for(
     table: PromptTable, *, name: str, start: str | None = None
 ) -> dg.PartitionsDefinition[str]:
-    """The partitions of a prompt table.
+    """Return the partitions of a prompt table.
 
     ``hash:N`` gives static partitions; ``column:NAME`` dynamic ones, registered under
     ``<name>_<column>``; ``day:NAME``, ``week:NAME`` and ``month:NAME`` time windows in their zone,
-    from ``start`` (``YYYY-MM-DD``; None for the table's first) to the present one; with a column
-    beside them the product of both. Raises ConfigError for a start that is no day, or of
-    partitions that have none.
+    from ``start`` (``YYYY-MM-DD``; None for the table's first) to the present one; with a column,
+    the product of both. Raises ConfigError for a start that is not a day, or for partitions
+    without a start.
     """
     by = table.partition_by
     if isinstance(by, HashPartitions | ColumnPartitions) and start is not None:
@@ -71,7 +71,7 @@ def _time_windows(
     table: PromptTable, by: TimePartitions, start: str | None
 ) -> dg.TimeWindowPartitionsDefinition:
     first = by.key_of(_first_day(table) if start is None else _day(start))
-    # The present window is there from its beginning: its prompts need not wait for its end.
+    # The present window exists from its beginning, so that its prompts do not wait for its end.
     match by.unit:
         case "day":
             return dg.DailyPartitionsDefinition(first, timezone=by.zone, end_offset=1)
@@ -91,9 +91,9 @@ def _day(text: str) -> date:
 
 
 def _first_day(table: PromptTable) -> date:
-    """The table's first day, or today while there is no table that can be read.
+    """Return the table's first day, or today if the table cannot be read.
 
-    A code location must load without its table: the run that reads it says what is wrong.
+    A code location must load without its table; the run that reads it reports the error.
     """
     try:
         first = table.first_time()
@@ -105,7 +105,7 @@ def _first_day(table: PromptTable) -> date:
 def dynamic_keys(
     partitions_def: dg.PartitionsDefinition[str], keys: Iterable[str]
 ) -> tuple[str, list[str]] | None:
-    """The name of the dynamic partitions behind these, and their keys in these; None without."""
+    """Return the name of the dynamic partitions, and their keys within these; None without any."""
     if isinstance(partitions_def, dg.MultiPartitionsDefinition):
         within = partitions_def.get_partitions_def_for_dimension(COLUMN_DIMENSION)
         parts = [part for part in map(MultiPartitions.split, keys) if part is not None]
@@ -120,7 +120,7 @@ def missing_dynamic_keys(
     partitions_def: dg.PartitionsDefinition[str],
     keys: Iterable[str],
 ) -> tuple[str, list[str]] | None:
-    """The dynamic partitions that the instance does not know yet, and their name, or None."""
+    """Return the name and keys of dynamic partitions that the instance does not know; or None."""
     found = dynamic_keys(partitions_def, keys)
     if found is None:
         return None
@@ -145,8 +145,7 @@ def register_partitions(
         try:
             instance.add_dynamic_partitions(*missing)
         except IntegrityError:
-            # Dagster looks which are there, and then writes: another process came in between, and
-            # none of these was written.
+            # Another process added some between Dagster's read and write; nothing was written.
             still = missing_dynamic_keys(instance, partitions_def, wanted)
             if still == missing:
                 raise
@@ -158,7 +157,7 @@ def register_partitions(
 def ranges(
     partitions_def: dg.PartitionsDefinition[str], chosen: Sequence[str], known: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Cut keys into ranges as Dagster takes them, each one run: its first and its last key.
+    """Return ranges of keys for Dagster, one for each run: the first and the last key.
 
     ``known`` are all keys in Dagster's order. A range of a multi-dimensional definition is the
     product of a range in each dimension, so that it stays within one value of the column.

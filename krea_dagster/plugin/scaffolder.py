@@ -1,4 +1,4 @@
-"""Writes the YAML of a new ``KreaImages``, and a prompt table to begin with where there is none."""
+"""Writes the YAML of a new ``KreaImages``, and a first prompt table if there is none."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from krea_dagster.application.settings import Settings, variable_of
 
-#: The first prompts of somebody who has none yet.
+#: The prompts of the first table.
 FIRST_PROMPTS: Final = (
     ("harbor-dawn", "a harbor at dawn, film grain"),
     ("red-kite", "a red kite over a quiet city"),
@@ -18,7 +18,7 @@ FIRST_PROMPTS: Final = (
 
 
 class KreaImagesParams(BaseModel):
-    """What ``dg scaffold defs krea_dagster.KreaImages NAME`` takes."""
+    """The options of ``dg scaffold defs krea_dagster.KreaImages NAME``."""
 
     prompts: str = Field(
         default="data/prompts.parquet", description="The prompt table, below the project's root."
@@ -31,15 +31,15 @@ class KreaImagesParams(BaseModel):
 
 
 class KreaImagesScaffolder(dg.Scaffolder[KreaImagesParams]):
-    """Scaffolds an instance of ``KreaImages`` that can be launched at once."""
+    """Scaffolds an instance of ``KreaImages`` that can be launched immediately."""
 
     @classmethod
     def get_scaffold_params(cls) -> type[KreaImagesParams]:
-        """What the command takes."""
+        """Return the options of the command."""
         return KreaImagesParams
 
     def scaffold(self, request: dg.ScaffoldRequest[KreaImagesParams]) -> None:
-        """Write the component's file, and four prompts where the table is not there yet."""
+        """Write the component's file, and a table of four prompts if there is none."""
         params = request.params
         attributes: dict[str, Any] = {
             "prompts": params.prompts,

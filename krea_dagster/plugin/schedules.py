@@ -1,4 +1,4 @@
-"""A schedule for the assets of a prompt table, whatever they are partitioned by."""
+"""A schedule for the assets of a prompt table, for all kinds of partitions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -9,7 +9,7 @@ import dagster as dg
 
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.images import KreaAssets
-from krea_dagster.plugin.names import MANIFEST_ASSET
+from krea_dagster.plugin.names import JOB_NAME, MANIFEST_ASSET, Names, prefix_of
 from krea_dagster.plugin.partitions import COLUMN_DIMENSION
 from krea_dagster.prompts import MultiPartitions
 
@@ -32,41 +32,55 @@ def build_krea_schedule(
 ) -> dg.ScheduleDefinition:
     """Build a schedule of the job ``krea_images``, for the partitions of its assets.
 
-    ``assets`` are those of ``build_krea_assets`` beside a job ``krea_images``, or what
-    ``build_krea_definitions`` returned, there with the ``key_prefix`` that it was given.
-    By day, week or month it launches the partition that has just ended, when it ends, in the
-    partitions' time zone; with a column beside it, for each of the column's values. By hash
-    buckets or a column's values it launches all partitions, every day at midnight in UTC: what
-    was bought is not bought again, so that this takes up new prompts and what was left for later.
-    ``cron_schedule`` and ``execution_timezone`` say another time.
+    With partitions by day, week or month it launches the last complete partition as soon as it has
+    ended, in the partitions' time zone; with a column as well, one run for each of its values. With
+    hash buckets or a column's values it launches all partitions, every day at midnight UTC: images
+    are never bought twice, so this buys new prompts and what was left for later.
 
-    Runs take as many partitions as the backfill policy says, and a tick that is repeated launches
-    none twice. ``tags`` are those of the runs. Like every schedule that spends money it is off
-    until it is switched on, or ``default_status`` says RUNNING. Raises ConfigError where
-    there are no such assets.
+    A run takes as many partitions as the backfill policy allows, and a repeated tick launches no
+    run twice.
+
+    Args:
+        assets: Those of ``build_krea_assets``, together with a job ``krea_images``, or the result
+            of ``build_krea_definitions``.
+        name: Name of the schedule; ``krea_schedule`` with the prefix by default.
+        cron_schedule: Another time.
+        execution_timezone: The time zone of ``cron_schedule``.
+        key_prefix: The prefix that ``build_krea_definitions`` was given.
+        tags: Tags of the runs.
+        default_status: Off by default, as every schedule that spends money.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ConfigError: if there are no such assets.
+
+    Example::
+
+        defs = build_krea_definitions(prompts="data/prompts", partition_by="day:day", krea=krea)
+        schedule = build_krea_schedule(defs)
+        defs = dg.Definitions.merge(defs, dg.Definitions(schedules=[schedule]))
     """
-    images, manifest = _assets_of(
-        assets, [key_prefix] if isinstance(key_prefix, str) else key_prefix
-    )
+    images, manifest = _assets_of(assets, prefix_of(key_prefix))
     partitions_def = images.partitions_def
     if partitions_def is None:
         raise ConfigError(f"{images.key.to_user_string()} has no partitions")
-    before = "".join(f"{part}_" for part in images.key.path[:-1])
-    name = name or f"{before}krea_schedule"
+    names = Names(tuple(images.key.path[:-1]))
     time = _time_of(partitions_def)
     policy = images.backfill_policy
     most = policy.max_partitions_per_run if policy else 1
 
     @dg.schedule(
-        name=name,
-        job_name=f"{before}krea_images",
+        name=name or names.prefixed("krea_schedule"),
+        job_name=names.prefixed(JOB_NAME),
         cron_schedule=cron_schedule or (_DAILY if time is None else time.cron_schedule),
         execution_timezone=execution_timezone or ("UTC" if time is None else time.timezone),
         default_status=default_status,
         description=(
-            "Buys what the partition that has just ended asks for."
+            "Buys the images of the partition that has just ended."
             if time is not None
-            else "Buys what is new or was left for later, in all partitions."
+            else "Buys new images, and those that were left for later, in all partitions."
         ),
     )
     def krea_schedule(
@@ -123,7 +137,7 @@ def _runs(
     at: datetime,
     most: int | None,
 ) -> Iterator[tuple[str, str]]:
-    """The runs of a tick: the first and the last partition of each."""
+    """Yield the runs of a tick: the first and the last partition of each."""
     time = _time_of(partitions_def)
     if time is None:
         keys = partitions_def.get_partition_keys(dynamic_partitions_store=instance)
@@ -144,7 +158,7 @@ def _runs(
 
 
 def _ended(time: dg.TimeWindowPartitionsDefinition, at: datetime) -> str | None:
-    """The partition that has ended last; None before the first one has."""
+    """Return the last partition that has ended; None before the first one has."""
     window = time.get_prev_partition_window(at)
     return (
         None if window is None else time.get_partition_key_for_timestamp(window.start.timestamp())

@@ -76,7 +76,7 @@ def test_the_first_look_reports_every_partition_and_the_second_none(
     assert sorted(versions(first)) == [f"bucket-{number:03d}" for number in range(8)]
     second = tick(defs, instance, "first_krea_prompts", first.cursor)
     assert not second.asset_events
-    assert second.skip_message == "The prompt table asks for the same images as before."
+    assert second.skip_message == "The prompt table requests the same images as before."
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_users_failure_sensor_reads_what_is_missing_what_it_costs_and_what_to_
             rows_missing=2,
             credits_at_stake="0",
             stopped="insufficient_quota",
-            to_do="top up, then launch these partitions again: only what is missing is bought",
+            to_do="top up, then launch these partitions again: only missing images are bought",
         )
     ]
 

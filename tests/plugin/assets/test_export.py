@@ -72,7 +72,7 @@ def test_it_exports_all_partitions_and_shows_where_from_and_how_many(
     accept(project, 12, "a")
     accept(project, 8, "b")
     exported = asset()
-    assert exported.asset_deps[exported.key] == {ACCEPTED}
+    assert exported.asset_deps[exported.key] == {ACCEPTED, NAMES.key("near_duplicates")}
     result = run(project, instance, exported)
     assert result.success
     (event,) = result.asset_materializations_for_node("hand__training")
@@ -120,7 +120,7 @@ def test_all_stored_images_hang_on_the_manifest(
     table = pa.Table.from_pylist(project.rows(4), MANIFEST_SCHEMA)
     write_manifest(project.storage, "a", table, FOLDERS)
     exported = asset(everything=True)
-    assert exported.asset_deps[exported.key] == {MANIFEST}
+    assert exported.asset_deps[exported.key] == {MANIFEST, NAMES.key("near_duplicates")}
     (event,) = run(project, instance, exported).asset_materializations_for_node("hand__training")
     assert values(event)["images"] == 4
 

@@ -56,7 +56,7 @@ def run(images: SimilarImages, job: str = "both") -> dg.ExecuteInProcessResult:
         )
 
 
-def test_a_run_makes_the_table_and_says_what_went_into_copies(images: SimilarImages) -> None:
+def test_a_run_makes_the_table_and_adds_up_the_cost_of_copies(images: SimilarImages) -> None:
     hashed, other = hashes(2)
     images.add("one", hashed, sharpness=9.0)
     images.add("two", flipped(hashed, range(12)), partition="b", sharpness=1.0)
@@ -82,8 +82,8 @@ def test_a_run_makes_the_table_and_says_what_went_into_copies(images: SimilarIma
     check = check_of(result, "no_near_duplicates")
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert (check.description or "").startswith(
-        "1 pictures are there twice and 1 are nearly alike, in 1 clusters; 0.9 credits went into "
-        "these copies. 3 like one sample 0 (partition a, cluster "
+        "1 images are exact copies and 1 nearly equal ones, in 1 clusters; these copies cost 0.9 "
+        "credits. 3 similar to one sample 0 (partition a, cluster "
     )
 
 
@@ -95,14 +95,14 @@ def test_without_duplicates_the_check_passes(images: SimilarImages) -> None:
     assert check.passed
 
 
-def test_before_the_table_is_made_nothing_is_called_good(images: SimilarImages) -> None:
+def test_the_check_warns_before_the_table_exists(images: SimilarImages) -> None:
     images.write()
     check = check_of(run(images, "check"), "no_near_duplicates")
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
-    assert "was never made" in (check.description or "")
+    assert "does not exist yet" in (check.description or "")
 
 
-def test_what_a_person_accepted_is_kept_whatever_the_measures_say(images: SimilarImages) -> None:
+def test_an_image_that_a_person_accepted_is_kept_even_with_worse_measures(images: SimilarImages) -> None:
     hashed = hashes(1)[0]
     images.add("sharp", hashed, sharpness=900.0)
     chosen = images.add("chosen", flipped(hashed, [1]), sharpness=1.0)

@@ -216,5 +216,5 @@ def test_a_server_that_fell_silent_is_not_called_a_stop_of_the_account() -> None
     failure = stop_failure(RunReport(0, Progress(total=1), 0.0, stopped=silent))
     said, may_retry = str(failure.description), failure.allow_retries
     assert may_retry
-    assert "EvoLink gives no usable answer" in said
+    assert "EvoLink's responses are unusable" in said
     assert "account" not in said

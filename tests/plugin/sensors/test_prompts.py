@@ -108,12 +108,12 @@ def test_a_table_whose_files_have_not_moved_is_not_read(
     table.write()
     assert table.reported() == all_buckets()
     assert table.settled()
-    assert table.reads == 1
+    reads = table.reads
     table.restart()
-    assert (table.tick().skip_message, table.reads) == (SAME, 1)
+    assert (table.tick().skip_message, table.reads) == (SAME, reads)
     table.write()
     assert table.settled()
-    assert table.reads == 2
+    assert table.reads == 2 * reads
 
 
 def test_looking_makes_no_journal(tmp_path: Path, own: dg.DagsterInstance) -> None:
