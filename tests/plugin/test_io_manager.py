@@ -32,7 +32,7 @@ INS = {"image_manifest": dg.AssetIn(MANIFEST, input_manager_key="io_krea_manifes
 
 
 @dataclass(frozen=True)
-class Made:
+class MaterializedTable:
     """A table, four of whose five partitions have been materialized in one run."""
 
     folder: Path
@@ -57,7 +57,7 @@ class Made:
 @pytest.fixture(scope="module")
 def made(
     tmp_path_factory: pytest.TempPathFactory, emulator: Emulator, instance: dg.DagsterInstance
-) -> Made:
+) -> MaterializedTable:
     folder = tmp_path_factory.mktemp("io")
     columns = {
         "prompt_id": [f"io-{number}" for number in range(12)],
@@ -76,10 +76,10 @@ def made(
         key_prefix="io",
     )
     assert run_job(defs, instance, MADE[0], MADE[-1], job="io_krea_images").success
-    return Made(folder, defs, instance)
+    return MaterializedTable(folder, defs, instance)
 
 
-def test_each_partition_of_a_range_is_a_file_of_its_own_rows(made: Made) -> None:
+def test_each_partition_of_a_range_is_a_file_of_its_own_rows(made: MaterializedTable) -> None:
     files = made.files()
     assert list(files) == MADE
     for key, table in files.items():
@@ -88,7 +88,7 @@ def test_each_partition_of_a_range_is_a_file_of_its_own_rows(made: Made) -> None
 
 
 def test_an_unpartitioned_asset_reads_all_partitions_as_pandas_where_it_says_so(
-    made: Made,
+    made: MaterializedTable,
 ) -> None:
     @dg.asset(ins=INS)
     def as_pandas(image_manifest: pd.DataFrame) -> list[str]:
@@ -102,7 +102,7 @@ def test_an_unpartitioned_asset_reads_all_partitions_as_pandas_where_it_says_so(
 
 
 @pytest.mark.parametrize("annotation", [pa.Table, Any])
-def test_any_other_annotation_gives_an_arrow_table(made: Made, annotation: Any) -> None:
+def test_any_other_annotation_gives_an_arrow_table(made: MaterializedTable, annotation: Any) -> None:
     def read(image_manifest: Any) -> bool:
         assert isinstance(image_manifest, pa.Table)
         assert image_manifest.schema.names == [*MANIFEST_SCHEMA.names, "tags"]
@@ -113,7 +113,7 @@ def test_any_other_annotation_gives_an_arrow_table(made: Made, annotation: Any) 
 
 
 @pytest.mark.filterwarnings("ignore::dagster.BetaWarning")  # backfill_policy is beta
-def test_a_partition_reads_its_own_file_and_a_range_reads_several(made: Made) -> None:
+def test_a_partition_reads_its_own_file_and_a_range_reads_several(made: MaterializedTable) -> None:
     @dg.asset(ins=INS, partitions_def=PARTITIONS, backfill_policy=dg.BackfillPolicy.single_run())
     def per_partition(image_manifest: pa.Table) -> None:
         read.append(image_manifest)
@@ -126,7 +126,7 @@ def test_a_partition_reads_its_own_file_and_a_range_reads_several(made: Made) ->
     assert read[1].equals(pa.concat_tables([files[MADE[1]], files[MADE[2]]]))
 
 
-def test_a_partition_that_was_never_written_is_an_empty_manifest(made: Made) -> None:
+def test_a_partition_that_was_never_written_is_an_empty_manifest(made: MaterializedTable) -> None:
     @dg.asset(ins=INS, partitions_def=PARTITIONS)
     def early(image_manifest: pd.DataFrame) -> None:
         assert image_manifest.empty
@@ -136,7 +136,7 @@ def test_a_partition_that_was_never_written_is_an_empty_manifest(made: Made) -> 
 
 
 def test_an_asset_of_ones_own_that_uses_the_io_manager_does_not_write_over_the_manifest(
-    made: Made,
+    made: MaterializedTable,
 ) -> None:
     @dg.asset(
         key=["io", "best"],
@@ -165,7 +165,7 @@ def test_a_misspelt_setting_is_refused() -> None:
 
 
 @pytest.mark.parametrize("annotation", [pl.DataFrame, pl.LazyFrame, duckdb.DuckDBPyRelation])
-def test_polars_and_duckdb_get_the_same_rows_by_the_annotation(made: Made, annotation: Any) -> None:
+def test_polars_and_duckdb_get_the_same_rows_by_the_annotation(made: MaterializedTable, annotation: Any) -> None:
     def read(image_manifest: Any) -> pa.Table:
         assert isinstance(image_manifest, annotation)
         if isinstance(image_manifest, pl.LazyFrame):
@@ -182,7 +182,7 @@ def test_polars_and_duckdb_get_the_same_rows_by_the_annotation(made: Made, annot
     assert table["tags"].to_pylist() == expected["tags"].to_pylist()
 
 
-def test_a_lazy_frame_asks_the_files_when_it_is_collected(made: Made) -> None:
+def test_a_lazy_frame_asks_the_files_when_it_is_collected(made: MaterializedTable) -> None:
     @dg.asset(ins=INS)
     def counted(image_manifest: pl.LazyFrame) -> int:
         plan = image_manifest.select("prompt_id").explain()
@@ -194,7 +194,7 @@ def test_a_lazy_frame_asks_the_files_when_it_is_collected(made: Made) -> None:
     assert made.run(counted).output_for_node("counted") == rows
 
 
-def test_an_annotation_that_there_is_not_fails_and_names_those_that_there_are(made: Made) -> None:
+def test_an_annotation_that_there_is_not_fails_and_names_those_that_there_are(made: MaterializedTable) -> None:
     @dg.asset(ins=INS)
     def wrong(image_manifest: dict) -> None:  # type: ignore[type-arg]  # as people write it
         """Never called."""
@@ -230,7 +230,7 @@ def asking(**metadata: Any) -> dict[str, dg.AssetIn]:
     "annotation", [pa.Table, pd.DataFrame, pl.DataFrame, pl.LazyFrame, duckdb.DuckDBPyRelation]
 )
 def test_only_the_columns_that_are_asked_for_are_given_in_their_order(
-    made: Made, annotation: Any
+    made: MaterializedTable, annotation: Any
 ) -> None:
     def read(image_manifest: Any) -> list[str]:
         if isinstance(image_manifest, pl.LazyFrame):
@@ -244,7 +244,7 @@ def test_only_the_columns_that_are_asked_for_are_given_in_their_order(
     assert made.run(asset).output_for_node("read") == ["tags", "prompt_id"]
 
 
-def test_a_column_that_there_is_not_fails_and_names_those_that_there_are(made: Made) -> None:
+def test_a_column_that_there_is_not_fails_and_names_those_that_there_are(made: MaterializedTable) -> None:
     @dg.asset(ins=asking(columns=["prompt_id", "promt"]))
     def wrong(image_manifest: pa.Table) -> None:
         """Never called."""
@@ -356,7 +356,7 @@ def test_an_image_that_is_gone_is_named(pictures: Storage) -> None:
 
 
 def test_the_io_manager_reads_a_range_behind_a_url(
-    made: Made, instance: dg.DagsterInstance
+    made: MaterializedTable, instance: dg.DagsterInstance
 ) -> None:
     url = "memory://io-range/krea"
     for key, table in made.files().items():

@@ -25,7 +25,7 @@ from krea_dagster.plugin.metadata import (
     table_schema,
 )
 from tests.dagster_bench import latest, values
-from tests.plugin.bought_partitions import BUCKETS, PREFIX, Trip
+from tests.plugin.bought_run import BUCKETS, PREFIX, BoughtRun
 
 NOW = datetime(2026, 11, 2, 12, tzinfo=timezone.utc)
 #: Takes twelve bytes in Dagster's database, where it is written as two escapes.
@@ -81,8 +81,8 @@ def test_what_the_rows_cost_is_told_apart_from_what_this_run_spent(storage: Stor
     assert told["credits_saved_by_reuse"] == pytest.approx(3 * 0.45)
 
 
-def test_a_real_runs_spending_adds_up(trip: Trip, instance: dg.DagsterInstance) -> None:
-    first = trip.result.asset_materializations_for_node(f"{PREFIX}__images")
+def test_a_real_runs_spending_adds_up(bought_run: BoughtRun, instance: dg.DagsterInstance) -> None:
+    first = bought_run.result.asset_materializations_for_node(f"{PREFIX}__images")
     told = {str(one.partition): values(one) for one in first}
     for bucket in BUCKETS:
         assert told[bucket]["credits_spent_by_run"] == told[bucket]["credits_charged"] > 0

@@ -13,7 +13,7 @@ from krea_dagster import KreaResource, build_krea_definitions, definitions_from_
 from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from tests.dagster_bench import OpenAccount, run_job, write_table
-from tests.plugin.bought_partitions import MARKER, Trip
+from tests.plugin.bought_run import MARKER, BoughtRun
 
 PASSWORD = "hunter2-of-the-journal"
 
@@ -34,21 +34,21 @@ def holding(folder: Path, text: str) -> list[Path]:
 
 
 def test_the_key_is_in_no_file_of_dagster_and_in_none_of_what_was_made(
-    trip: Trip, dagster_home: Path, emulator: Emulator
+    bought_run: BoughtRun, dagster_home: Path, emulator: Emulator
 ) -> None:
     # The search finds what is there: the run in Dagster's files, the prompts in the journal.
-    assert holding(dagster_home, trip.result.run_id)
-    assert holding(trip.storage, MARKER)
+    assert holding(dagster_home, bought_run.result.run_id)
+    assert holding(bought_run.storage, MARKER)
 
-    assert holding(dagster_home, trip.api_key) == []
-    assert holding(trip.storage, trip.api_key) == []
+    assert holding(dagster_home, bought_run.api_key) == []
+    assert holding(bought_run.storage, bought_run.api_key) == []
     assert emulator.stats(tasks=False)["key_leaks"] == 0
 
 
-def test_the_ui_is_told_the_name_of_the_variable_and_not_the_key(trip: Trip) -> None:
-    told = told_to_the_ui(trip.defs)
-    assert "KEY_OF_THE_TRIP" in told
-    assert trip.api_key not in told
+def test_the_ui_is_told_the_name_of_the_variable_and_not_the_key(bought_run: BoughtRun) -> None:
+    told = told_to_the_ui(bought_run.defs)
+    assert "KEY_OF_THE_RUN" in told
+    assert bought_run.api_key not in told
 
 
 def test_printing_the_resource_inside_a_run_shows_no_key(

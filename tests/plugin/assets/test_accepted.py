@@ -29,7 +29,7 @@ SAME = "There are no new verdicts."
 
 
 @pytest.fixture(scope="module")
-def studio(
+def project(
     tmp_path_factory: pytest.TempPathFactory,
     emulator: Emulator,
     open_account: OpenAccount,
@@ -44,12 +44,12 @@ def studio(
     return made
 
 
-class Bench:
-    """The studio's definitions, and the sensor from tick to tick."""
+class ReviewHarness:
+    """The project's definitions, and the sensor from tick to tick."""
 
-    def __init__(self, studio: QuotaProject, instance: dg.DagsterInstance) -> None:
-        self.studio, self.instance = studio, instance
-        self.defs = studio.defs
+    def __init__(self, project: QuotaProject, instance: dg.DagsterInstance) -> None:
+        self.project, self.instance = project, instance
+        self.defs = project.defs
         self.cursor: str | None = None
 
     def tick(self) -> SensorExecutionData:
@@ -70,19 +70,19 @@ class Bench:
         key = dg.AssetKey([PREFIX, asset])
         return [
             partition
-            for partition in self.studio.partitions
+            for partition in self.project.partitions
             if resolver.get_status(key, partition) is StaleStatus.STALE
         ]
 
 
 @pytest.fixture
-def bench(studio: QuotaProject, instance: dg.DagsterInstance) -> Bench:
-    return Bench(studio, instance)
+def review(project: QuotaProject, instance: dg.DagsterInstance) -> ReviewHarness:
+    return ReviewHarness(project, instance)
 
 
-def home(studio: QuotaProject, prompt_id: str) -> str:
+def home(project: QuotaProject, prompt_id: str) -> str:
     """The partition of a prompt."""
-    (found,) = {row["partition_key"] for row in studio.manifest() if row["prompt_id"] == prompt_id}
+    (found,) = {row["partition_key"] for row in project.manifest() if row["prompt_id"] == prompt_id}
     return str(found)
 
 
@@ -90,12 +90,12 @@ def home(studio: QuotaProject, prompt_id: str) -> str:
 
 
 def without_a_review_every_image_is_accepted_with_its_columns_and_the_tables(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    key = studio.partitions[0]
-    file = studio.folder / "krea" / "accepted" / PREFIX / f"{key}.parquet"
+    key = project.partitions[0]
+    file = project.folder / "krea" / "accepted" / PREFIX / f"{key}.parquet"
     table = pq.read_table(file)
-    manifest = pq.read_table(studio.folder / "krea" / "manifest" / PREFIX / f"{key}.parquet")
+    manifest = pq.read_table(project.folder / "krea" / "manifest" / PREFIX / f"{key}.parquet")
     assert table.schema.names == [*MANIFEST_SCHEMA.names, "campaign", *ACCEPTED_COLUMNS]
     assert table.select(manifest.schema.names).equals(manifest)
     assert table["verdict"].null_count == table.num_rows
@@ -107,27 +107,27 @@ def without_a_review_every_image_is_accepted_with_its_columns_and_the_tables(
 
 
 def the_runs_own_report_of_the_verdicts_leaves_nothing_stale_and_nothing_to_report(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    assert bench.stale() == []
-    assert bench.reported() == set()
-    assert bench.tick().skip_message == SAME
+    assert review.stale() == []
+    assert review.reported() == set()
+    assert review.tick().skip_message == SAME
 
 
 def a_verdict_makes_its_own_partition_stale_and_no_other(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    bench.tick()
-    studio.judge({("judged-000", 0): "reject"})
-    touched = home(studio, "judged-000")
-    assert bench.reported() == {touched}
-    assert bench.stale() == [touched]
+    review.tick()
+    project.judge({("judged-000", 0): "reject"})
+    touched = home(project, "judged-000")
+    assert review.reported() == {touched}
+    assert review.stale() == [touched]
     # Nothing that spends is asked for by it.
-    assert bench.stale("images") == bench.stale("image_manifest") == []
-    assert bench.tick().skip_message == SAME
-    result = studio.accept(instance, [touched])
+    assert review.stale("images") == review.stale("image_manifest") == []
+    assert review.tick().skip_message == SAME
+    result = project.accept(instance, [touched])
     assert result.success
-    assert bench.stale() == []
+    assert review.stale() == []
     shown = values(latest(instance, (PREFIX, "accepted_images"), touched))
     assert shown["rejected"] == 1
     reasons = [
@@ -137,36 +137,36 @@ def a_verdict_makes_its_own_partition_stale_and_no_other(
         .records  # type: ignore[attr-defined]
     ]
     assert ("rejected", 1) in reasons
-    assert "judged-000" not in {row["prompt_id"] for row in studio.accepted()}
+    assert "judged-000" not in {row["prompt_id"] for row in project.accepted()}
 
 
 def a_verdict_that_is_given_and_taken_at_once_leaves_nothing_stale(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    bench.tick()
-    studio.judge({("judged-001", 0): "flag"})
-    studio.judge({("judged-001", 0): "none"})
-    assert bench.reported() == set()
-    assert bench.stale() == []
+    review.tick()
+    project.judge({("judged-001", 0): "flag"})
+    project.judge({("judged-001", 0): "none"})
+    assert review.reported() == set()
+    assert review.stale() == []
 
 
 def a_run_that_is_launched_before_the_sensor_has_seen_the_verdicts_is_not_stale_after_it(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    bench.tick()
-    studio.judge({("judged-002", 0): "keep"}, reviewer="ben")
-    assert studio.accept(instance, [home(studio, "judged-002")]).success
-    assert bench.reported() == set()
-    assert bench.stale() == []
-    (row,) = [row for row in studio.accepted() if row["prompt_id"] == "judged-002"]
+    review.tick()
+    project.judge({("judged-002", 0): "keep"}, reviewer="ben")
+    assert project.accept(instance, [home(project, "judged-002")]).success
+    assert review.reported() == set()
+    assert review.stale() == []
+    (row,) = [row for row in project.accepted() if row["prompt_id"] == "judged-002"]
     assert (row["verdict"], row["reviewer"]) == ("keep", "ben")
     assert row["reviewed_at"] is not None
 
 
 def from_rejected_to_replaced_to_accepted_again_as_lineage(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    graph = bench.defs.resolve_asset_graph()
+    graph = review.defs.resolve_asset_graph()
 
     def parents(asset: str) -> set[str]:
         found = graph.get(dg.AssetKey([PREFIX, asset])).parent_keys
@@ -176,25 +176,25 @@ def from_rejected_to_replaced_to_accepted_again_as_lineage(
     assert parents("verdicts") == {"image_manifest"}
     assert parents("image_manifest") == {"images", "prompt_columns"}
     assert parents("images") == {"prompts"}
-    touched = home(studio, "judged-000")
+    touched = home(project, "judged-000")
     before = latest(instance, (PREFIX, "prompts"), touched).tags or {}
-    old = {row["prompt_id"]: row for row in studio.manifest()}
+    old = {row["prompt_id"]: row for row in project.manifest()}
     # One run replaces what was rejected: its attempt is raised, so that the prompts change.
-    assert studio.buy(instance, [touched]).success
-    new = {row["prompt_id"]: row for row in studio.manifest()}
+    assert project.buy(instance, [touched]).success
+    new = {row["prompt_id"]: row for row in project.manifest()}
     assert new["judged-000"]["attempt"] == 1
     assert new["judged-000"]["image_sha256"] != old["judged-000"]["image_sha256"]
     for prompt_id in set(new) - {"judged-000"}:
         assert new[prompt_id]["task_id"] == old[prompt_id]["task_id"]
     after = latest(instance, (PREFIX, "prompts"), touched).tags or {}
     assert after[VERSION] != before[VERSION]
-    assert bench.stale() == [touched]
-    assert bench.stale("images") == []
-    assert studio.accept(instance, [touched]).success
-    assert bench.stale() == []
-    bench.tick()
-    assert bench.stale() == []
-    (row,) = [row for row in studio.accepted() if row["prompt_id"] == "judged-000"]
+    assert review.stale() == [touched]
+    assert review.stale("images") == []
+    assert project.accept(instance, [touched]).success
+    assert review.stale() == []
+    review.tick()
+    assert review.stale() == []
+    (row,) = [row for row in project.accepted() if row["prompt_id"] == "judged-000"]
     assert row["image_sha256"] == new["judged-000"]["image_sha256"]
     # The refused picture's price is part of what the accepted ones came to.
     shown = values(latest(instance, (PREFIX, "accepted_images"), touched))
@@ -205,29 +205,29 @@ def from_rejected_to_replaced_to_accepted_again_as_lineage(
 
 
 def test_the_story_of_a_review(
-    bench: Bench, studio: QuotaProject, instance: dg.DagsterInstance
+    review: ReviewHarness, project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
     """One after the other: each goes on from where the one before it ended."""
     without_a_review_every_image_is_accepted_with_its_columns_and_the_tables(
-        bench, studio, instance
+        review, project, instance
     )
     the_runs_own_report_of_the_verdicts_leaves_nothing_stale_and_nothing_to_report(
-        bench, studio, instance
+        review, project, instance
     )
-    a_verdict_makes_its_own_partition_stale_and_no_other(bench, studio, instance)
-    a_verdict_that_is_given_and_taken_at_once_leaves_nothing_stale(bench, studio, instance)
+    a_verdict_makes_its_own_partition_stale_and_no_other(review, project, instance)
+    a_verdict_that_is_given_and_taken_at_once_leaves_nothing_stale(review, project, instance)
     a_run_that_is_launched_before_the_sensor_has_seen_the_verdicts_is_not_stale_after_it(
-        bench, studio, instance
+        review, project, instance
     )
-    from_rejected_to_replaced_to_accepted_again_as_lineage(bench, studio, instance)
+    from_rejected_to_replaced_to_accepted_again_as_lineage(review, project, instance)
 
 
 def test_made_again_the_file_is_the_same_to_the_byte(
-    studio: QuotaProject, instance: dg.DagsterInstance
+    project: QuotaProject, instance: dg.DagsterInstance
 ) -> None:
-    files = sorted((studio.folder / "krea" / "accepted" / PREFIX).glob("*.parquet"))
+    files = sorted((project.folder / "krea" / "accepted" / PREFIX).glob("*.parquet"))
     before = [file.read_bytes() for file in files]
-    assert studio.accept(instance).success
+    assert project.accept(instance).success
     assert [file.read_bytes() for file in files] == before
 
 

@@ -24,7 +24,7 @@ from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import contact_sheet, images_metadata
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, check_of, latest, posts, run_job, values
-from tests.plugin.bought_partitions import BUCKETS, MARKER, PREFIX, Trip
+from tests.plugin.bought_run import BUCKETS, MARKER, PREFIX, BoughtRun
 
 IMAGES = (PREFIX, "images")
 MANIFEST = (PREFIX, "image_manifest")
@@ -33,36 +33,36 @@ WHOLE = BUCKETS[0]
 DATA_URI = "![images](data:image/jpeg;base64,"
 
 
-def manifest(trip: Trip, bucket: str) -> pa.Table:
-    return pq.read_table(trip.storage / "manifest" / PREFIX / f"{bucket}.parquet")
+def manifest(bought_run: BoughtRun, bucket: str) -> pa.Table:
+    return pq.read_table(bought_run.storage / "manifest" / PREFIX / f"{bucket}.parquet")
 
 
 # -- one run, two partitions ------------------------------------------------------------------
 
 
-def test_a_range_of_partitions_is_one_step_and_each_partition_is_materialized(trip: Trip) -> None:
-    steps = [event.step_key for event in trip.result.all_events if event.is_step_start]
+def test_a_range_of_partitions_is_one_step_and_each_partition_is_materialized(bought_run: BoughtRun) -> None:
+    steps = [event.step_key for event in bought_run.result.all_events if event.is_step_start]
     for step in (f"{PREFIX}__images", f"{PREFIX}__image_manifest"):
         assert steps.count(step) == 1
-        done = trip.result.asset_materializations_for_node(step)
+        done = bought_run.result.asset_materializations_for_node(step)
         assert sorted(str(one.partition) for one in done) == list(BUCKETS)
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_a_manifest_holds_the_rows_of_its_own_partition_in_the_tables_order(
-    trip: Trip, bucket: str
+    bought_run: BoughtRun, bucket: str
 ) -> None:
-    table = manifest(trip, bucket)
-    assert list(dict.fromkeys(table["prompt_id"].to_pylist())) == trip.ids(bucket)
+    table = manifest(bought_run, bucket)
+    assert list(dict.fromkeys(table["prompt_id"].to_pylist())) == bought_run.ids(bucket)
     assert set(table["partition_key"].to_pylist()) == {bucket}
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_the_metadata_of_a_partition_counts_its_own_rows_by_status(
-    trip: Trip, instance: dg.DagsterInstance, bucket: str
+    bought_run: BoughtRun, instance: dg.DagsterInstance, bucket: str
 ) -> None:
     shown = values(latest(instance, IMAGES, bucket))
-    table = manifest(trip, bucket)
+    table = manifest(bought_run, bucket)
     counts = Counter(table["status"].to_pylist())
     assert shown["rows"] == table.num_rows
     assert {name: shown[name] for name in shown if name.startswith("rows_")} == {
@@ -74,10 +74,10 @@ def test_the_metadata_of_a_partition_counts_its_own_rows_by_status(
 
 
 def test_the_credits_of_all_partitions_are_what_the_account_was_charged(
-    trip: Trip, instance: dg.DagsterInstance, emulator: Emulator
+    bought_run: BoughtRun, instance: dg.DagsterInstance, emulator: Emulator
 ) -> None:
     shown = [values(latest(instance, IMAGES, bucket)) for bucket in BUCKETS]
-    account = emulator.world.account(trip.api_key)
+    account = emulator.world.account(bought_run.api_key)
     assert account is not None
     # 10 plain, 2 of other shapes, 2 of a pair, and the twins, who are one purchase. What failed
     # or was refused is not charged.
@@ -89,30 +89,30 @@ def test_the_credits_of_all_partitions_are_what_the_account_was_charged(
 
 
 def test_two_rows_that_ask_for_the_same_picture_are_bought_once_and_both_get_it(
-    trip: Trip, emulator: Emulator
+    bought_run: BoughtRun, emulator: Emulator
 ) -> None:
     assert len(bought(emulator, f"the twins {MARKER}")) == 1
-    both = pa.concat_tables([manifest(trip, bucket) for bucket in BUCKETS])
+    both = pa.concat_tables([manifest(bought_run, bucket) for bucket in BUCKETS])
     twins = [row for row in both.to_pylist() if row["prompt_id"].startswith("twin")]
     assert len(twins) == 2
     assert len({row["image_path"] for row in twins}) == 1
 
 
 def test_one_purchase_for_two_rows_of_a_partition_counts_once_in_its_credits(
-    trip: Trip,
+    bought_run: BoughtRun,
 ) -> None:
-    rows = [row for row in manifest(trip, BUCKETS[0]).to_pylist() if row["status"] == "stored"]
+    rows = [row for row in manifest(bought_run, BUCKETS[0]).to_pylist() if row["status"] == "stored"]
     doubled = pa.Table.from_pylist([rows[0], {**rows[0], "prompt_id": "its-twin"}], MANIFEST_SCHEMA)
-    shown = images_metadata(ManifestSummary.of(doubled), Storage(str(trip.storage)), seconds=1.0)
+    shown = images_metadata(ManifestSummary.of(doubled), Storage(str(bought_run.storage)), seconds=1.0)
     assert (shown["rows"], shown["credits_charged"]) == (2, rows[0]["credits_charged"])
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_latencies_are_those_of_the_partitions_tasks(
-    trip: Trip, instance: dg.DagsterInstance, bucket: str
+    bought_run: BoughtRun, instance: dg.DagsterInstance, bucket: str
 ) -> None:
     shown = values(latest(instance, IMAGES, bucket))
-    rows = manifest(trip, bucket).to_pylist()
+    rows = manifest(bought_run, bucket).to_pylist()
     seconds = [
         (row["completed_at"] - row["submitted_at"]).total_seconds()
         for row in rows
@@ -124,12 +124,12 @@ def test_latencies_are_those_of_the_partitions_tasks(
 
 
 def test_the_manifest_shows_its_path_its_schema_and_its_row_count(
-    trip: Trip, instance: dg.DagsterInstance
+    bought_run: BoughtRun, instance: dg.DagsterInstance
 ) -> None:
     materialization = latest(instance, MANIFEST, BUCKETS[0])
-    table = manifest(trip, BUCKETS[0])
+    table = manifest(bought_run, BUCKETS[0])
     assert Path(values(materialization)["path"]).samefile(
-        trip.storage / "manifest" / PREFIX / f"{BUCKETS[0]}.parquet"
+        bought_run.storage / "manifest" / PREFIX / f"{BUCKETS[0]}.parquet"
     )
     assert values(materialization)["dagster/partition_row_count"] == table.num_rows
     schema = materialization.metadata["dagster/column_schema"].value
@@ -143,7 +143,7 @@ def test_the_manifest_shows_its_path_its_schema_and_its_row_count(
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_the_thumbnails_are_a_jpeg_that_a_browser_can_decode(
-    trip: Trip, instance: dg.DagsterInstance, bucket: str
+    bought_run: BoughtRun, instance: dg.DagsterInstance, bucket: str
 ) -> None:
     text = values(latest(instance, IMAGES, bucket))["thumbnails"]
     assert text.startswith(DATA_URI)
@@ -184,10 +184,10 @@ def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
 
 
 def test_a_materialization_is_under_100_kb_in_dagsters_database(
-    trip: Trip, dagster_home: Path
+    bought_run: BoughtRun, dagster_home: Path
 ) -> None:
     sizes = []
-    for run in dagster_home.glob(f"history/runs/{trip.result.run_id}.db"):
+    for run in dagster_home.glob(f"history/runs/{bought_run.result.run_id}.db"):
         with sqlite3.connect(run) as database:
             sizes += [
                 size
@@ -223,10 +223,10 @@ def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:
 
 
 def test_undelivered_rows_fail_the_check_by_name_and_the_run_succeeds_all_the_same(
-    trip: Trip,
+    bought_run: BoughtRun,
 ) -> None:
-    assert trip.result.success
-    check = check_of(trip.result)
+    assert bought_run.result.success
+    check = check_of(bought_run.result)
     assert not check.passed
     assert check.severity is dg.AssetCheckSeverity.ERROR
     assert check.description == (
@@ -242,10 +242,10 @@ def test_undelivered_rows_fail_the_check_by_name_and_the_run_succeeds_all_the_sa
 
 
 def test_the_check_passes_where_every_row_has_its_image_and_a_repeated_run_buys_nothing(
-    trip: Trip, instance: dg.DagsterInstance, emulator: Emulator
+    bought_run: BoughtRun, instance: dg.DagsterInstance, emulator: Emulator
 ) -> None:
     before = posts(emulator)
-    result = run_job(trip.defs, instance, WHOLE, job=f"{PREFIX}_krea_images")
+    result = run_job(bought_run.defs, instance, WHOLE, job=f"{PREFIX}_krea_images")
     check = check_of(result)
     assert (result.success, check.passed) == (True, True)
     assert posts(emulator) == before
@@ -269,12 +269,12 @@ def test_a_range_is_one_run_by_default_and_several_where_workers_share_it(
 
 
 def test_a_resource_of_another_kind_is_told_at_once(
-    trip: Trip, instance: dg.DagsterInstance
+    bought_run: BoughtRun, instance: dg.DagsterInstance
 ) -> None:
     class Other(dg.ConfigurableResource[None]):
         name: str = ""
 
-    table = PromptTable(str(trip.storage.parent / "prompts.parquet"), parse_partition_by("hash:2"))
+    table = PromptTable(str(bought_run.storage.parent / "prompts.parquet"), parse_partition_by("hash:2"))
     assets = build_krea_assets(table, key_prefix="other")
     defs = dg.Definitions(
         assets=[assets.prompts, assets.images],

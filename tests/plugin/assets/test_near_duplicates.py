@@ -102,7 +102,7 @@ def test_the_check_warns_before_the_table_exists(images: SimilarImages) -> None:
     assert "does not exist yet" in (check.description or "")
 
 
-def test_an_image_that_a_person_accepted_is_kept_even_with_worse_measures(images: SimilarImages) -> None:
+def test_an_accepted_image_is_kept_even_with_worse_measures(images: SimilarImages) -> None:
     hashed = hashes(1)[0]
     images.add("sharp", hashed, sharpness=900.0)
     chosen = images.add("chosen", flipped(hashed, [1]), sharpness=1.0)

@@ -22,7 +22,7 @@ from krea_dagster.plugin.checks import (
     default_checks,
 )
 from tests.dagster_bench import QUIET
-from tests.plugin.bought_partitions import BUCKETS, PREFIX, Trip
+from tests.plugin.bought_run import BUCKETS, PREFIX, BoughtRun
 from tests.plugin.checks.stored_manifests import (
     BY_MOOD,
     DAYS,
@@ -128,14 +128,14 @@ def test_what_a_check_tells_of_very_many_rows_stays_small(stored: StoredManifest
     ],
 )
 def test_what_a_real_run_has_made_passes(
-    trip: Trip, emulator: Emulator, factory: CheckFactory, passes: bool
+    bought_run: BoughtRun, emulator: Emulator, factory: CheckFactory, passes: bool
 ) -> None:
-    manifest = trip.defs.resolve_asset_graph().get(dg.AssetKey([PREFIX, "image_manifest"])).key
+    manifest = bought_run.defs.resolve_asset_graph().get(dg.AssetKey([PREFIX, "image_manifest"])).key
     check = factory(manifest, resource_key="krea")
     defs = dg.Definitions(
         assets=[dg.AssetSpec(manifest)],
         asset_checks=[check],
-        resources={"krea": KreaResource(storage=str(trip.storage))},
+        resources={"krea": KreaResource(storage=str(bought_run.storage))},
         jobs=[dg.define_asset_job("checks", selection=dg.AssetSelection.checks(check))],
     )
     with dg.DagsterInstance.ephemeral() as instance:

@@ -30,7 +30,7 @@ def _stand_in(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
     return made
 
 
-class Shop:
+class AutomationHarness:
     """Three partitions of a table in an instance of their own, and what Dagster would launch."""
 
     def __init__(self, folder: Path, instance: dg.DagsterInstance) -> None:
@@ -102,9 +102,9 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Iterator[Shop]:
+def harness(tmp_path: Path) -> Iterator[AutomationHarness]:
     with dg.DagsterInstance.ephemeral() as instance:
-        yield Shop(tmp_path, instance)
+        yield AutomationHarness(tmp_path, instance)
 
 
 NOTHING: tuple[set[str], set[str]] = (set(), set())
@@ -114,129 +114,129 @@ def both(*partitions: str) -> tuple[set[str], set[str]]:
     return set(partitions), set(partitions)
 
 
-def test_what_is_missing_is_launched_once_and_then_only_what_changed(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    assert shop.tick() == both(*BUCKETS)
-    shop.made(*BUCKETS)
-    assert shop.tick() == NOTHING
-    shop.prompts("v2", BUCKETS[1])
-    assert shop.tick() == both(BUCKETS[1])
-    shop.made(BUCKETS[1])
-    assert shop.tick() == NOTHING
-    assert shop.tick() == NOTHING
+def test_what_is_missing_is_launched_once_and_then_only_what_changed(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    assert harness.tick() == both(*BUCKETS)
+    harness.made(*BUCKETS)
+    assert harness.tick() == NOTHING
+    harness.prompts("v2", BUCKETS[1])
+    assert harness.tick() == both(BUCKETS[1])
+    harness.made(BUCKETS[1])
+    assert harness.tick() == NOTHING
+    assert harness.tick() == NOTHING
 
 
-def test_what_was_made_before_the_condition_was_given_is_left_alone(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    shop.made(BUCKETS[0])
-    assert shop.tick() == both(*BUCKETS[1:])
+def test_what_was_made_before_the_condition_was_given_is_left_alone(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    harness.made(BUCKETS[0])
+    assert harness.tick() == both(*BUCKETS[1:])
 
 
-def test_a_partition_whose_prompts_are_not_known_yet_waits_for_them(shop: Shop) -> None:
-    assert shop.tick() == NOTHING
-    shop.prompts("v1", BUCKETS[2])
-    assert shop.tick() == both(BUCKETS[2])
+def test_a_partition_whose_prompts_are_not_known_yet_waits_for_them(harness: AutomationHarness) -> None:
+    assert harness.tick() == NOTHING
+    harness.prompts("v1", BUCKETS[2])
+    assert harness.tick() == both(BUCKETS[2])
 
 
 def test_a_run_that_fails_is_launched_again_by_new_prompts_and_never_by_a_tick(
-    shop: Shop,
+    harness: AutomationHarness,
 ) -> None:
     """Nothing was materialized: the account refused the key, say."""
-    shop.prompts("v1", *BUCKETS)
-    assert shop.tick() == both(*BUCKETS)
+    harness.prompts("v1", *BUCKETS)
+    assert harness.tick() == both(*BUCKETS)
     for _ in range(5):
-        assert shop.tick() == NOTHING
-    shop.prompts("v2", BUCKETS[0])
-    assert shop.tick() == both(BUCKETS[0])
+        assert harness.tick() == NOTHING
+    harness.prompts("v2", BUCKETS[0])
+    assert harness.tick() == both(BUCKETS[0])
     for _ in range(3):
-        assert shop.tick() == NOTHING
+        assert harness.tick() == NOTHING
 
 
 def test_a_run_that_ends_with_rows_missing_is_not_launched_again_before_its_prompts_change(
-    shop: Shop,
+    harness: AutomationHarness,
 ) -> None:
     """An account stop and a cap materialize what there is: after a top-up, a person launches it."""
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.made(*BUCKETS)
-    assert [shop.tick() for _ in range(3)] == [NOTHING] * 3
-    shop.made(BUCKETS[0])  # by a person, after the top-up
-    assert shop.tick() == NOTHING
-    shop.prompts("v2", BUCKETS[0])
-    assert shop.tick() == both(BUCKETS[0])
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.made(*BUCKETS)
+    assert [harness.tick() for _ in range(3)] == [NOTHING] * 3
+    harness.made(BUCKETS[0])  # by a person, after the top-up
+    assert harness.tick() == NOTHING
+    harness.prompts("v2", BUCKETS[0])
+    assert harness.tick() == both(BUCKETS[0])
 
 
-def test_prompts_that_change_while_their_partition_is_run_are_not_forgotten(shop: Shop) -> None:
+def test_prompts_that_change_while_their_partition_is_run_are_not_forgotten(harness: AutomationHarness) -> None:
     """The run read the table before: what it materializes is not what is asked for now."""
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.prompts("v2", BUCKETS[0])
-    shop.made(*BUCKETS)
-    images, _ = shop.tick()
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.prompts("v2", BUCKETS[0])
+    harness.made(*BUCKETS)
+    images, _ = harness.tick()
     assert images == {BUCKETS[0]}
-    shop.made(BUCKETS[0])
-    assert [shop.tick()[0] for _ in range(3)] == [set()] * 3
+    harness.made(BUCKETS[0])
+    assert [harness.tick()[0] for _ in range(3)] == [set()] * 3
 
 
-def test_prompts_that_change_under_a_run_wait_for_its_end_through_all_ticks(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.made(*BUCKETS)
-    shop.tick()
-    with shop.running(BUCKETS[0]):
-        shop.prompts("v2", *BUCKETS[:2])
-        assert shop.tick()[0] == {BUCKETS[1]}
-        assert [shop.tick()[0] for _ in range(3)] == [set()] * 3
-    assert shop.tick()[0] == {BUCKETS[0]}
-    assert shop.tick()[0] == set()
+def test_prompts_that_change_under_a_run_wait_for_its_end_through_all_ticks(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.made(*BUCKETS)
+    harness.tick()
+    with harness.running(BUCKETS[0]):
+        harness.prompts("v2", *BUCKETS[:2])
+        assert harness.tick()[0] == {BUCKETS[1]}
+        assert [harness.tick()[0] for _ in range(3)] == [set()] * 3
+    assert harness.tick()[0] == {BUCKETS[0]}
+    assert harness.tick()[0] == set()
 
 
-def test_prompts_that_change_again_right_after_a_launch_are_launched_again(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.made(*BUCKETS)
-    shop.tick()
-    shop.prompts("v2", BUCKETS[1])
-    assert shop.tick()[0] == {BUCKETS[1]}
-    shop.prompts("v3", BUCKETS[1])
-    assert shop.tick()[0] == {BUCKETS[1]}
-    assert shop.tick()[0] == set()
+def test_prompts_that_change_again_right_after_a_launch_are_launched_again(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.made(*BUCKETS)
+    harness.tick()
+    harness.prompts("v2", BUCKETS[1])
+    assert harness.tick()[0] == {BUCKETS[1]}
+    harness.prompts("v3", BUCKETS[1])
+    assert harness.tick()[0] == {BUCKETS[1]}
+    assert harness.tick()[0] == set()
 
 
-def test_images_that_a_person_made_alone_get_their_manifest(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.made(*BUCKETS)
-    shop.tick()
-    shop.made(BUCKETS[0], manifest=False)
-    assert shop.tick() == (set(), {BUCKETS[0]})
+def test_images_that_a_person_made_alone_get_their_manifest(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.made(*BUCKETS)
+    harness.tick()
+    harness.made(BUCKETS[0], manifest=False)
+    assert harness.tick() == (set(), {BUCKETS[0]})
 
 
-def test_a_carried_column_that_changes_makes_the_manifest_and_buys_nothing(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.made(*BUCKETS)
-    shop.tick()
-    shop.columns("others", BUCKETS[1])
-    assert shop.tick() == (set(), {BUCKETS[1]})
-    assert shop.tick() == NOTHING
+def test_a_carried_column_that_changes_makes_the_manifest_and_buys_nothing(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.made(*BUCKETS)
+    harness.tick()
+    harness.columns("others", BUCKETS[1])
+    assert harness.tick() == (set(), {BUCKETS[1]})
+    assert harness.tick() == NOTHING
 
 
-def test_a_version_that_was_reported_already_launches_nothing(shop: Shop) -> None:
-    shop.prompts("v1", *BUCKETS)
-    shop.tick()
-    shop.made(*BUCKETS)
-    shop.prompts("v1", *BUCKETS)
-    assert shop.tick() == NOTHING
+def test_a_version_that_was_reported_already_launches_nothing(harness: AutomationHarness) -> None:
+    harness.prompts("v1", *BUCKETS)
+    harness.tick()
+    harness.made(*BUCKETS)
+    harness.prompts("v1", *BUCKETS)
+    assert harness.tick() == NOTHING
 
 
-def test_the_sensor_is_on_and_launches_the_two_assets_only(shop: Shop) -> None:
+def test_the_sensor_is_on_and_launches_the_two_assets_only(harness: AutomationHarness) -> None:
     sensor = build_automation_sensor(
-        [shop.assets.images, shop.assets.image_manifest], name="krea_automation"
+        [harness.assets.images, harness.assets.image_manifest], name="krea_automation"
     )
     assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
-    graph = shop.defs.resolve_asset_graph()
+    graph = harness.defs.resolve_asset_graph()
     assert sensor.asset_selection.resolve(graph) == {
-        shop.assets.images.key,
-        shop.assets.image_manifest.key,
+        harness.assets.images.key,
+        harness.assets.image_manifest.key,
     }

@@ -32,7 +32,7 @@ SAME = "The prompt table requests the same images as before."
 LONG_AGO_S = 1_700_000_000.0
 
 
-class Table:
+class WatchedTable:
     """A table on disk, and the sensor over it as a code server holds it from tick to tick."""
 
     def __init__(
@@ -104,7 +104,7 @@ def all_buckets(count: int = 4) -> set[str]:
 def test_a_table_whose_files_have_not_moved_is_not_read(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     assert table.reported() == all_buckets()
     assert table.settled()
@@ -117,7 +117,7 @@ def test_a_table_whose_files_have_not_moved_is_not_read(
 
 
 def test_looking_makes_no_journal(tmp_path: Path, own: dg.DagsterInstance) -> None:
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     table.tick()
     assert not (tmp_path / "krea").exists()
@@ -134,7 +134,7 @@ def test_the_cursor_stays_small_however_many_partitions_there_are() -> None:
 def test_one_tick_reports_only_so_many_partitions_and_the_next_ones_the_rest(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own, by="hash:10", most_reports=8)
+    table = WatchedTable(tmp_path, own, by="hash:10", most_reports=8)
     table.write()
     ticks = [table.reported() for _ in range(3)]
     assert [len(one) for one in ticks] == [4, 4, 2]
@@ -180,7 +180,7 @@ def test_of_an_object_store_its_own_words_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_raised_attempt_reports_its_partition(tmp_path: Path, own: dg.DagsterInstance) -> None:
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     with table.krea.krea().open_journal():
         pass
@@ -192,7 +192,7 @@ def test_a_raised_attempt_reports_its_partition(tmp_path: Path, own: dg.DagsterI
 
 
 def test_what_a_run_reported_is_not_reported_again(tmp_path: Path, own: dg.DagsterInstance) -> None:
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     report_prompts(own, PROMPTS, dict(list(table.table.versions().items())[:3]))
     assert table.reported() == {"bucket-003"}
@@ -202,7 +202,7 @@ def test_an_older_version_that_a_run_reports_late_does_not_stay(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
     """The run had read the table before it changed, and says so after the sensor has."""
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     read_by_the_run = table.table.versions()
     table.tick()
@@ -218,7 +218,7 @@ def test_an_older_version_that_a_run_reports_late_does_not_stay(
 def test_a_table_that_changed_and_changed_back_is_reported_as_it_is_now(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     table.tick()
     assert table.settled()
@@ -229,7 +229,7 @@ def test_a_table_that_changed_and_changed_back_is_reported_as_it_is_now(
 def test_a_value_that_left_the_table_is_reported_with_the_version_of_no_rows(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own, by="column:style")
+    table = WatchedTable(tmp_path, own, by="column:style")
     table.write(rows=2, style=["ink", "oil"])
     assert table.reported() == {"ink", "oil"}
     table.write(rows=2, style=["ink", "ink"])
@@ -240,7 +240,7 @@ def test_a_value_that_left_the_table_is_reported_with_the_version_of_no_rows(
 
 
 def test_days_to_come_are_reported_when_they_come(tmp_path: Path, own: dg.DagsterInstance) -> None:
-    table = Table(tmp_path, own, by="day:day")
+    table = WatchedTable(tmp_path, own, by="day:day")
     table.write(rows=2, day=["2026-01-01", "2999-01-01"])
     assert table.reported() == {"2026-01-01"}
     assert table.settled()
@@ -249,7 +249,7 @@ def test_days_to_come_are_reported_when_they_come(tmp_path: Path, own: dg.Dagste
 def test_by_day_and_column_new_values_are_registered_and_reported(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own, by="day:day,column:style")
+    table = WatchedTable(tmp_path, own, by="day:day,column:style")
     table.write(rows=2, day=["2026-01-01", "2026-01-02"], style=["ink", "oil"])
     assert table.reported() == {"ink|2026-01-01", "oil|2026-01-02"}
     assert set(own.get_dynamic_partitions("krea_style")) == {"ink", "oil"}
@@ -266,7 +266,7 @@ def test_a_cursor_of_another_version_is_no_cursor() -> None:
 def test_a_carried_column_is_reported_for_the_manifest_and_not_for_the_images(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
-    table = Table(tmp_path, own)
+    table = WatchedTable(tmp_path, own)
     table.write()
     table.tick()
     assert table.settled()

@@ -108,19 +108,19 @@ def slow(tmp_path: Path, server_clock: ServerClock) -> Iterator[Emulator]:
         yield emulator
 
 
-class Left:
-    """A shop whose run was killed after it had bought, and the daemon that looks after it."""
+class SalvageHarness:
+    """A project whose run was killed after it had bought, and the daemon that looks after it."""
 
-    def __init__(self, shop: ProjectHarness, instance: dg.DagsterInstance) -> None:
-        self.shop, self.instance = shop, instance
-        shop.table  # noqa: B018 - written where it is asked for
+    def __init__(self, project: ProjectHarness, instance: dg.DagsterInstance) -> None:
+        self.project, self.instance = project, instance
+        project.table  # noqa: B018 - written where it is asked for
         self.defs = build_krea_definitions(
-            prompts=str(shop.folder / "prompts.parquet"), krea=shop.resource, partition_by="hash:2"
+            prompts=str(project.folder / "prompts.parquet"), krea=project.resource, partition_by="hash:2"
         )
         self.cursor: str | None = None
         self.runs = 0
-        krea = shop.krea
-        with krea.runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
+        krea = project.krea
+        with krea.runner("run-1", lambda _: None, project.table) as runner, project.batch() as batch:
             wanted = batch.state(krea).wanted()
             policy = replace(runner.policy, patience_s=0.05)
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
@@ -138,7 +138,7 @@ class Left:
 
     def pass_by(self, time: timedelta) -> None:
         """Let everything that is written down be older."""
-        journal = self.shop.folder / "krea" / "journal.db"
+        journal = self.project.folder / "krea" / "journal.db"
         with closing(sqlite3.connect(journal)) as connection, connection:
             connection.execute(
                 "UPDATE submissions SET submitted_at = submitted_at - ?, sent_at = sent_at - ?",
@@ -152,31 +152,31 @@ class Left:
 def test_a_rejected_picture_is_downloaded_once_however_often_the_sensor_looks(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
-    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
+    project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        here = Left(shop, instance)
+        harness = SalvageHarness(project, instance)
         server_clock.move(3601.0)
         for _ in range(4):
-            here.tick()
-        (record,) = shop.records().values()
+            harness.tick()
+        (record,) = project.records().values()
         assert (record.state, record.error_code) == (State.COMPLETED, "flat_image")
-        assert (here.runs, slow.stats()["file_gets"]) == (1, 1)
+        assert (harness.runs, slow.stats()["file_gets"]) == (1, 1)
 
 
 def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_told_once(
     tmp_path: Path, slow: Emulator
 ) -> None:
-    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
+    project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        here = Left(shop, instance)
-        here.pass_by(2 * HOUR)
-        looks = [here.tick() for _ in range(4)]
+        harness = SalvageHarness(project, instance)
+        harness.pass_by(2 * HOUR)
+        looks = [harness.tick() for _ in range(4)]
         assert [len(look.run_requests or ()) for look in looks] == [1, 0, 0, 0]
         assert looks[1].skip_message == (
             "1 images that are paid for are not collected yet; none is due now."
         )
-        here.pass_by(60 * HOUR)
-        last, told, after = here.tick(), here.tick(), here.tick()
+        harness.pass_by(60 * HOUR)
+        last, told, after = harness.tick(), harness.tick(), harness.tick()
         assert len(last.run_requests or ()) == 1, "its last look"
         assert "1 images that were paid for (0.45 credits) could not be fetched" in str(
             told.skip_message
@@ -188,28 +188,28 @@ def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_t
 def test_a_salvage_that_a_person_starts_takes_up_everything(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
-    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash", "birch")
+    project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash", "birch")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        here = Left(shop, instance)
-        here.pass_by(60 * HOUR)
+        harness = SalvageHarness(project, instance)
+        harness.pass_by(60 * HOUR)
         server_clock.move(3601.0)
-        job = here.defs.resolve_job_def("krea_salvage")
+        job = harness.defs.resolve_job_def("krea_salvage")
         assert job.execute_in_process(instance=instance).success
-        assert {record.state for record in shop.records().values()} == {State.STORED}
+        assert {record.state for record in project.records().values()} == {State.STORED}
 
 
 def test_what_was_given_up_is_asked_about_for_a_week(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
-    shop = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
+    project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        here = Left(shop, instance)
+        harness = SalvageHarness(project, instance)
         with closing(sqlite3.connect(tmp_path / "krea" / "journal.db")) as database, database:
             database.execute("UPDATE requests SET state = 'expired', error_code = 'task_not_found'")
         server_clock.move(3601.0)
-        here.pass_by(timedelta(days=8))
-        _, found = shop.krea.salvage(run_id="old", table=shop.table)
+        harness.pass_by(timedelta(days=8))
+        _, found = project.krea.salvage(run_id="old", table=project.table)
         assert found == {}
-        here.pass_by(timedelta(days=-2))
-        _, found = shop.krea.salvage(run_id="young", table=shop.table)
+        harness.pass_by(timedelta(days=-2))
+        _, found = project.krea.salvage(run_id="young", table=project.table)
         assert [record.state for record in found.values()] == [State.STORED]

@@ -1,4 +1,4 @@
-"""One shopping trip that many tests look at: a range of partitions, bought in one run."""
+"""One run that many tests read: it buys a range of partitions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import dagster as dg
 from krea_dagster.prompts import HashPartitions
 from tests.prompts.reference import key_for
 
-#: In every prompt of the trip, so that its tasks can be told from those of other tests.
-MARKER = "of the shopping trip"
-PREFIX = "trip"
+#: In every prompt of the run, to find its tasks.
+MARKER = "of the shared run"
+PREFIX = "shared"
 BUCKETS = ("bucket-000", "bucket-001")
 
 
 @dataclass(frozen=True)
-class Trip:
+class BoughtRun:
     """A table, its definitions, the account that paid, and the run that bought both partitions."""
 
     rows: list[dict[str, Any]]
@@ -33,7 +33,7 @@ class Trip:
         return [id_ for id_ in ids if key_for(HashPartitions(2), id_) == bucket]
 
 
-def rows_of_the_trip() -> list[dict[str, Any]]:
+def rows_of_the_run() -> list[dict[str, Any]]:
     def row(prompt_id: str, text: str = "", **wishes: Any) -> dict[str, Any]:
         prompt = f"{prompt_id} {MARKER} {text}".strip()
         wanted = {"quality": "1K", "size": "1:1", "seed": None, "num_images": 1, **wishes}
@@ -42,7 +42,7 @@ def rows_of_the_trip() -> list[dict[str, Any]]:
     rows = [row(f"plain-{number:02d}") for number in range(10)]
     rows += [row("wide-00", size="16:9"), row("tall-00", size="1:2")]
     rows += [row("pair-00", num_images=2)]
-    # Two rows that ask for the very same picture: bought once, and both get it.
+    # Two rows with the same request: bought once, and both get the image.
     rows += [{**row("twin-00", seed=7), "prompt": f"the twins {MARKER}"}]
     rows += [{**row("twin-04", seed=7), "prompt": f"the twins {MARKER}"}]
     rows += [row("refused-00", "[emulator: refuse]")]
