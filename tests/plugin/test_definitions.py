@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.environment import definitions_from_environment
+from krea_dagster.plugin.sensors.prompts import on_prompts_changed
 from tests.dagster_bench import QUIET, failure_text, posts, run_job, write_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -266,3 +268,41 @@ def test_a_wrong_variable_is_named_with_its_value(name: str, value: str) -> None
 def test_an_empty_variable_is_as_good_as_none() -> None:
     names = ("EVOLINK_API_KEY", "EVOLINK_BASE_URL", "KREA_PARTITION_BY", "KREA_MAX_IN_FLIGHT")
     assert Settings.from_environment(dict.fromkeys(names, "")) == Settings.from_environment({})
+
+
+SENSOR = "krea_automation"
+
+
+ASSETS = (dg.AssetKey("images"), dg.AssetKey("image_manifest"))
+
+
+def test_without_a_condition_nothing_launches_runs_that_buy(tmp_path: Path) -> None:
+    defs = build_krea_definitions(
+        prompts=str(tmp_path / "p.parquet"), krea=KreaResource(storage=str(tmp_path))
+    )
+    graph = defs.resolve_asset_graph()
+    assert {graph.get(key).automation_condition for key in ASSETS} == {None}
+    assert SENSOR not in {one.name for one in defs.sensors or ()}
+
+
+def test_a_condition_reaches_both_assets_and_brings_its_sensor_switched_on(tmp_path: Path) -> None:
+    condition = on_prompts_changed()
+    defs = build_krea_definitions(
+        prompts=str(tmp_path / "p.parquet"),
+        krea=KreaResource(storage=str(tmp_path)),
+        automation_condition=condition,
+    )
+    graph = defs.resolve_asset_graph()
+    assert [graph.get(key).automation_condition for key in ASSETS] == [condition, condition]
+    assert defs.resolve_sensor_def(SENSOR).default_status is dg.DefaultSensorStatus.RUNNING
+
+
+def test_a_freshness_policy_reaches_both_assets(tmp_path: Path) -> None:
+    policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=2))
+    defs = build_krea_definitions(
+        prompts=str(tmp_path / "p.parquet"),
+        krea=KreaResource(storage=str(tmp_path)),
+        freshness_policy=policy,
+    )
+    graph = defs.resolve_asset_graph()
+    assert [graph.get(key).freshness_policy for key in ASSETS] == [policy, policy]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import dagster as dg
 import duckdb
@@ -14,13 +13,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from krea_dagster import KreaManifestIOManager, KreaResource, build_krea_definitions
-from krea_dagster.application.manifest_frames import Selection, load
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 from tests.dagster_bench import QUIET, RANGE_END, RANGE_START, run_job, write_table
 
@@ -102,7 +98,9 @@ def test_an_unpartitioned_asset_reads_all_partitions_as_pandas_where_it_says_so(
 
 
 @pytest.mark.parametrize("annotation", [pa.Table, Any])
-def test_any_other_annotation_gives_an_arrow_table(made: MaterializedTable, annotation: Any) -> None:
+def test_any_other_annotation_gives_an_arrow_table(
+    made: MaterializedTable, annotation: Any
+) -> None:
     def read(image_manifest: Any) -> bool:
         assert isinstance(image_manifest, pa.Table)
         assert image_manifest.schema.names == [*MANIFEST_SCHEMA.names, "tags"]
@@ -165,7 +163,9 @@ def test_a_misspelt_setting_is_refused() -> None:
 
 
 @pytest.mark.parametrize("annotation", [pl.DataFrame, pl.LazyFrame, duckdb.DuckDBPyRelation])
-def test_polars_and_duckdb_get_the_same_rows_by_the_annotation(made: MaterializedTable, annotation: Any) -> None:
+def test_polars_and_duckdb_get_the_same_rows_by_the_annotation(
+    made: MaterializedTable, annotation: Any
+) -> None:
     def read(image_manifest: Any) -> pa.Table:
         assert isinstance(image_manifest, annotation)
         if isinstance(image_manifest, pl.LazyFrame):
@@ -194,7 +194,9 @@ def test_a_lazy_frame_asks_the_files_when_it_is_collected(made: MaterializedTabl
     assert made.run(counted).output_for_node("counted") == rows
 
 
-def test_an_annotation_that_there_is_not_fails_and_names_those_that_there_are(made: MaterializedTable) -> None:
+def test_an_annotation_that_there_is_not_fails_and_names_those_that_there_are(
+    made: MaterializedTable,
+) -> None:
     @dg.asset(ins=INS)
     def wrong(image_manifest: dict) -> None:  # type: ignore[type-arg]  # as people write it
         """Never called."""
@@ -244,7 +246,9 @@ def test_only_the_columns_that_are_asked_for_are_given_in_their_order(
     assert made.run(asset).output_for_node("read") == ["tags", "prompt_id"]
 
 
-def test_a_column_that_there_is_not_fails_and_names_those_that_there_are(made: MaterializedTable) -> None:
+def test_a_column_that_there_is_not_fails_and_names_those_that_there_are(
+    made: MaterializedTable,
+) -> None:
     @dg.asset(ins=asking(columns=["prompt_id", "promt"]))
     def wrong(image_manifest: pa.Table) -> None:
         """Never called."""
@@ -253,106 +257,6 @@ def test_a_column_that_there_is_not_fails_and_names_those_that_there_are(made: M
     assert "no column 'promt'" in said
     assert "prompt_id, sample, prompt, model" in said
     assert "tags" in said
-
-
-@pytest.mark.parametrize(
-    ("metadata", "said"),
-    [
-        ({"columns": "prompt_id"}, "give a list of column names"),
-        ({"columns": []}, "give a list of column names"),
-        ({"images": "png"}, "there are 'bytes' and 'pil'"),
-        ({"images": "bytes", "most_images": 0}, "most_images is 0"),
-    ],
-)
-def test_a_wish_that_cannot_be_read_is_refused(metadata: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Selection.parse(metadata)
-
-
-def test_partitions_that_carry_other_columns_are_read_together(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    row = {"prompt_id": "a", "partition_key": "one"}
-    plain = pa.Table.from_pylist([row], MANIFEST_SCHEMA)
-    write_manifest(storage, "one", plain)
-    write_manifest(storage, "two", plain.append_column("mood", pa.array(["calm"])))
-    keys = ["one", "two", "three"]
-    for annotation in (pa.Table, pl.DataFrame, pl.LazyFrame, duckdb.DuckDBPyRelation):
-        for wanted in (["mood"], ["prompt_id", "mood"], None):
-            given = load(storage, keys, (), annotation=annotation, selection=Selection(wanted))
-            if isinstance(given, pl.LazyFrame):
-                given = given.collect()
-            arrow = given if isinstance(given, pa.Table) else pl.DataFrame(given).to_arrow()
-            assert arrow["mood"].to_pylist() == [None, "calm"]
-    # Where there is no file yet, a further column is not known to be wrong.
-    empty = load(storage, ["three"], (), annotation=pa.Table, selection=Selection(["seed", "mood"]))
-    assert (empty.num_rows, empty.schema.names) == (0, ["seed", "mood"])
-
-
-# -- images -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["a folder", "behind a URL"])
-def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """Two pictures and a row without one, in two partitions."""
-    url = f"memory://io-{tmp_path.name}"
-    storage = Storage(str(tmp_path) if request.param == "a folder" else url)
-    for number, key in enumerate(["one", "two"]):
-        file = io.BytesIO()
-        Image.new("RGB", (8, 4 + number), "teal").save(file, "PNG")
-        content = file.getvalue()
-        storage.write(f"images/{number}.png", lambda file, content=content: put(file, content))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-        rows = [{"prompt_id": key, "image_path": storage.locate(f"images/{number}.png")}]
-        rows += [{"prompt_id": "none"}] if key == "two" else []
-        write_manifest(storage, key, pa.Table.from_pylist(rows, MANIFEST_SCHEMA))
-    return storage
-
-
-def put(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
-
-
-def give(storage: Storage, annotation: Any, **wishes: Any) -> Any:
-    return load(storage, ["one", "two"], (), annotation=annotation, selection=Selection(**wishes))
-
-
-@pytest.mark.parametrize(
-    "annotation", [pa.Table, pd.DataFrame, pl.DataFrame, duckdb.DuckDBPyRelation]
-)
-def test_images_come_as_bytes_beside_their_rows(pictures: Storage, annotation: Any) -> None:
-    given = give(pictures, annotation, images="bytes", columns=["seed"])
-    if isinstance(given, duckdb.DuckDBPyRelation | pl.DataFrame):
-        given = pl.DataFrame(given).to_arrow()
-    if isinstance(given, pd.DataFrame):
-        given = pa.Table.from_pandas(given, preserve_index=False)
-    assert given.schema.names == ["seed", "image"]
-    first, second, none = given["image"].to_pylist()
-    assert Image.open(io.BytesIO(first)).size == (8, 4)
-    assert Image.open(io.BytesIO(second)).size == (8, 5)
-    assert none is None
-
-
-def test_images_come_as_pil_in_pandas_and_nowhere_else(pictures: Storage) -> None:
-    frame = give(pictures, pd.DataFrame, images="pil")
-    first, second, none = frame["image"]
-    assert (first.size, second.size, none) == ((8, 4), (8, 5), None)
-    assert first.getpixel((0, 0)) == (0, 128, 128)
-    with pytest.raises(ConfigError, match=r"needs the annotation pandas\.DataFrame"):
-        give(pictures, pl.DataFrame, images="pil")
-
-
-def test_more_images_than_agreed_are_refused_before_one_is_read(pictures: Storage) -> None:
-    with pytest.raises(ConfigError, match=r"2 images would be loaded, but the limit is 1"):
-        give(pictures, pa.Table, images="bytes", most_images=1)
-    assert give(pictures, pa.Table, images="bytes", most_images=2).num_rows == 3
-
-
-def test_an_image_that_is_gone_is_named(pictures: Storage) -> None:
-    table = pa.Table.from_pylist(
-        [{"prompt_id": "lost", "image_path": pictures.locate("images/9.png")}], MANIFEST_SCHEMA
-    )
-    write_manifest(pictures, "two", table)
-    with pytest.raises(ConfigError, match=r"the image of lost is missing at .*; a run of images"):
-        give(pictures, pa.Table, images="bytes")
 
 
 def test_the_io_manager_reads_a_range_behind_a_url(

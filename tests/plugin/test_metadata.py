@@ -17,6 +17,7 @@ from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import (
+    contact_sheet,
     images_metadata,
     location_value,
     manifest_metadata,
@@ -218,3 +219,51 @@ def test_the_storage_is_a_link_where_a_browser_can_follow_it(storage: Storage) -
 
 def test_a_materialization_tells_dagster_its_row_count(storage: Storage) -> None:
     assert shown([row(0), failed(1)], storage)["dagster/partition_row_count"] == 2
+
+
+def noise(storage: Storage, count: int, *, side: int, files: int) -> pa.Table:
+    """So many stored pictures of pure noise, the worst that JPEG can be given; they share files."""
+    names = [f"images/no/noise-{number % files}.png" for number in range(count)]
+    for name in names[:files]:
+        picture = Image.frombytes("RGB", (side, side), os.urandom(3 * side * side))
+        storage.write(name, lambda file, picture=picture: picture.save(file, "PNG"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+    rows = [
+        {
+            "prompt_id": f"{number:05d}-{'x' * 100}",
+            "request_key": f"{number:064x}",
+            "status": "stored",
+            "reused": False,
+            "image_path": storage.locate(name),
+        }
+        for number, name in enumerate(names)
+    ]
+    return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+
+
+def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    table = noise(storage, 2_000, side=1024, files=1)
+    sheet = contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage)
+    assert sheet is not None
+    assert len(sheet) <= 45_000
+    shown = images_metadata(ManifestSummary.of(table), storage, seconds=1.0)
+    assert len(shown["thumbnails"].value) < 65_000
+
+
+def test_a_damaged_picture_is_left_out_of_the_sheet_and_does_not_fail_the_run(
+    tmp_path: Path,
+) -> None:
+    storage = Storage(str(tmp_path))
+    table = noise(storage, 5, side=64, files=5)
+    # In the signature, in the length of the pixels' chunk, and in the pixels.
+    for number, at, damage in ((0, 4, b"?"), (1, 33, b"\0\0\0\x40"), (2, 60, bytes(20))):
+        path = tmp_path / f"images/no/noise-{number}.png"
+        data = bytearray(path.read_bytes())
+        data[at : at + len(damage)] = damage
+        path.write_bytes(data)
+    (tmp_path / "images/no/noise-3.png").unlink()
+    assert contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage) is not None
+
+
+def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:
+    assert contact_sheet([], Storage(str(tmp_path))) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -21,7 +20,7 @@ from krea_dagster.application.purchase import buy
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
-from krea_dagster.plugin.metadata import contact_sheet, images_metadata
+from krea_dagster.plugin.metadata import images_metadata
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import bought, check_of, latest, posts, run_job, values
 from tests.plugin.bought_run import BUCKETS, MARKER, PREFIX, BoughtRun
@@ -40,7 +39,9 @@ def manifest(bought_run: BoughtRun, bucket: str) -> pa.Table:
 # -- one run, two partitions ------------------------------------------------------------------
 
 
-def test_a_range_of_partitions_is_one_step_and_each_partition_is_materialized(bought_run: BoughtRun) -> None:
+def test_a_range_of_partitions_is_one_step_and_each_partition_is_materialized(
+    bought_run: BoughtRun,
+) -> None:
     steps = [event.step_key for event in bought_run.result.all_events if event.is_step_start]
     for step in (f"{PREFIX}__images", f"{PREFIX}__image_manifest"):
         assert steps.count(step) == 1
@@ -101,9 +102,13 @@ def test_two_rows_that_ask_for_the_same_picture_are_bought_once_and_both_get_it(
 def test_one_purchase_for_two_rows_of_a_partition_counts_once_in_its_credits(
     bought_run: BoughtRun,
 ) -> None:
-    rows = [row for row in manifest(bought_run, BUCKETS[0]).to_pylist() if row["status"] == "stored"]
+    rows = [
+        row for row in manifest(bought_run, BUCKETS[0]).to_pylist() if row["status"] == "stored"
+    ]
     doubled = pa.Table.from_pylist([rows[0], {**rows[0], "prompt_id": "its-twin"}], MANIFEST_SCHEMA)
-    shown = images_metadata(ManifestSummary.of(doubled), Storage(str(bought_run.storage)), seconds=1.0)
+    shown = images_metadata(
+        ManifestSummary.of(doubled), Storage(str(bought_run.storage)), seconds=1.0
+    )
     assert (shown["rows"], shown["credits_charged"]) == (2, rows[0]["credits_charged"])
 
 
@@ -154,35 +159,6 @@ def test_the_thumbnails_are_a_jpeg_that_a_browser_can_decode(
         assert len(sheet.getcolors(2**24) or []) > 100  # there are pictures on it
 
 
-def noise(storage: Storage, count: int, *, side: int, files: int) -> pa.Table:
-    """So many stored pictures of pure noise, the worst that JPEG can be given; they share files."""
-    names = [f"images/no/noise-{number % files}.png" for number in range(count)]
-    for name in names[:files]:
-        picture = Image.frombytes("RGB", (side, side), os.urandom(3 * side * side))
-        storage.write(name, lambda file, picture=picture: picture.save(file, "PNG"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-    rows = [
-        {
-            "prompt_id": f"{number:05d}-{'x' * 100}",
-            "request_key": f"{number:064x}",
-            "status": "stored",
-            "reused": False,
-            "image_path": storage.locate(name),
-        }
-        for number, name in enumerate(names)
-    ]
-    return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
-
-
-def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    table = noise(storage, 2_000, side=1024, files=1)
-    sheet = contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage)
-    assert sheet is not None
-    assert len(sheet) <= 45_000
-    shown = images_metadata(ManifestSummary.of(table), storage, seconds=1.0)
-    assert len(shown["thumbnails"].value) < 65_000
-
-
 def test_a_materialization_is_under_100_kb_in_dagsters_database(
     bought_run: BoughtRun, dagster_home: Path
 ) -> None:
@@ -198,25 +174,6 @@ def test_a_materialization_is_under_100_kb_in_dagsters_database(
             ]
     assert len(sizes) == 4
     assert max(sizes) < 100_000
-
-
-def test_a_damaged_picture_is_left_out_of_the_sheet_and_does_not_fail_the_run(
-    tmp_path: Path,
-) -> None:
-    storage = Storage(str(tmp_path))
-    table = noise(storage, 5, side=64, files=5)
-    # In the signature, in the length of the pixels' chunk, and in the pixels.
-    for number, at, damage in ((0, 4, b"?"), (1, 33, b"\0\0\0\x40"), (2, 60, bytes(20))):
-        path = tmp_path / f"images/no/noise-{number}.png"
-        data = bytearray(path.read_bytes())
-        data[at : at + len(damage)] = damage
-        path.write_bytes(data)
-    (tmp_path / "images/no/noise-3.png").unlink()
-    assert contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage) is not None
-
-
-def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:
-    assert contact_sheet([], Storage(str(tmp_path))) is None
 
 
 # -- the check --------------------------------------------------------------------------------
@@ -274,7 +231,9 @@ def test_a_resource_of_another_kind_is_told_at_once(
     class Other(dg.ConfigurableResource[None]):
         name: str = ""
 
-    table = PromptTable(str(bought_run.storage.parent / "prompts.parquet"), parse_partition_by("hash:2"))
+    table = PromptTable(
+        str(bought_run.storage.parent / "prompts.parquet"), parse_partition_by("hash:2")
+    )
     assets = build_krea_assets(table, key_prefix="other")
     defs = dg.Definitions(
         assets=[assets.prompts, assets.images],

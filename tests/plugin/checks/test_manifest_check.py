@@ -130,7 +130,9 @@ def test_what_a_check_tells_of_very_many_rows_stays_small(stored: StoredManifest
 def test_what_a_real_run_has_made_passes(
     bought_run: BoughtRun, emulator: Emulator, factory: CheckFactory, passes: bool
 ) -> None:
-    manifest = bought_run.defs.resolve_asset_graph().get(dg.AssetKey([PREFIX, "image_manifest"])).key
+    manifest = (
+        bought_run.defs.resolve_asset_graph().get(dg.AssetKey([PREFIX, "image_manifest"])).key
+    )
     check = factory(manifest, resource_key="krea")
     defs = dg.Definitions(
         assets=[dg.AssetSpec(manifest)],

@@ -114,7 +114,9 @@ def both(*partitions: str) -> tuple[set[str], set[str]]:
     return set(partitions), set(partitions)
 
 
-def test_what_is_missing_is_launched_once_and_then_only_what_changed(harness: AutomationHarness) -> None:
+def test_what_is_missing_is_launched_once_and_then_only_what_changed(
+    harness: AutomationHarness,
+) -> None:
     harness.prompts("v1", *BUCKETS)
     assert harness.tick() == both(*BUCKETS)
     harness.made(*BUCKETS)
@@ -126,13 +128,17 @@ def test_what_is_missing_is_launched_once_and_then_only_what_changed(harness: Au
     assert harness.tick() == NOTHING
 
 
-def test_what_was_made_before_the_condition_was_given_is_left_alone(harness: AutomationHarness) -> None:
+def test_what_was_made_before_the_condition_was_given_is_left_alone(
+    harness: AutomationHarness,
+) -> None:
     harness.prompts("v1", *BUCKETS)
     harness.made(BUCKETS[0])
     assert harness.tick() == both(*BUCKETS[1:])
 
 
-def test_a_partition_whose_prompts_are_not_known_yet_waits_for_them(harness: AutomationHarness) -> None:
+def test_a_partition_whose_prompts_are_not_known_yet_waits_for_them(
+    harness: AutomationHarness,
+) -> None:
     assert harness.tick() == NOTHING
     harness.prompts("v1", BUCKETS[2])
     assert harness.tick() == both(BUCKETS[2])
@@ -166,7 +172,9 @@ def test_a_run_that_ends_with_rows_missing_is_not_launched_again_before_its_prom
     assert harness.tick() == both(BUCKETS[0])
 
 
-def test_prompts_that_change_while_their_partition_is_run_are_not_forgotten(harness: AutomationHarness) -> None:
+def test_prompts_that_change_while_their_partition_is_run_are_not_forgotten(
+    harness: AutomationHarness,
+) -> None:
     """The run read the table before: what it materializes is not what is asked for now."""
     harness.prompts("v1", *BUCKETS)
     harness.tick()
@@ -178,7 +186,9 @@ def test_prompts_that_change_while_their_partition_is_run_are_not_forgotten(harn
     assert [harness.tick()[0] for _ in range(3)] == [set()] * 3
 
 
-def test_prompts_that_change_under_a_run_wait_for_its_end_through_all_ticks(harness: AutomationHarness) -> None:
+def test_prompts_that_change_under_a_run_wait_for_its_end_through_all_ticks(
+    harness: AutomationHarness,
+) -> None:
     harness.prompts("v1", *BUCKETS)
     harness.tick()
     harness.made(*BUCKETS)
@@ -191,7 +201,9 @@ def test_prompts_that_change_under_a_run_wait_for_its_end_through_all_ticks(harn
     assert harness.tick()[0] == set()
 
 
-def test_prompts_that_change_again_right_after_a_launch_are_launched_again(harness: AutomationHarness) -> None:
+def test_prompts_that_change_again_right_after_a_launch_are_launched_again(
+    harness: AutomationHarness,
+) -> None:
     harness.prompts("v1", *BUCKETS)
     harness.tick()
     harness.made(*BUCKETS)
@@ -212,7 +224,9 @@ def test_images_that_a_person_made_alone_get_their_manifest(harness: AutomationH
     assert harness.tick() == (set(), {BUCKETS[0]})
 
 
-def test_a_carried_column_that_changes_makes_the_manifest_and_buys_nothing(harness: AutomationHarness) -> None:
+def test_a_carried_column_that_changes_makes_the_manifest_and_buys_nothing(
+    harness: AutomationHarness,
+) -> None:
     harness.prompts("v1", *BUCKETS)
     harness.tick()
     harness.made(*BUCKETS)

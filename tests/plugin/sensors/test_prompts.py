@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster import KreaResource, build_krea_assets
-from krea_dagster.application.column_versions import carried_versions
 from krea_dagster.plugin.data_versions import last_versions, report_prompts
 from krea_dagster.plugin.names import Names
-from krea_dagster.plugin.sensors.change_marks import Marks, hash_of_versions, mark_of_files
 from krea_dagster.plugin.sensors.prompts import build_prompts_sensor
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import tick, write_table
@@ -123,14 +118,6 @@ def test_looking_makes_no_journal(tmp_path: Path, own: dg.DagsterInstance) -> No
     assert not (tmp_path / "krea").exists()
 
 
-def test_the_cursor_stays_small_however_many_partitions_there_are() -> None:
-    versions = {f"2026-11-{day:05d}": partition_version([str(day)]) for day in range(10_000)}
-    marks = Marks("f" * 32, "10000/12345", "123456789/123456789", hash_of_versions(versions))
-    assert len(marks.cursor()) < 250
-    assert Marks.from_cursor(marks.cursor()) == marks
-    assert hash_of_versions({**versions, "2026-11-00001": ""}) != marks.versions
-
-
 def test_one_tick_reports_only_so_many_partitions_and_the_next_ones_the_rest(
     tmp_path: Path, own: dg.DagsterInstance
 ) -> None:
@@ -140,40 +127,6 @@ def test_one_tick_reports_only_so_many_partitions_and_the_next_ones_the_rest(
     assert [len(one) for one in ticks] == [4, 4, 2]
     assert set.union(*ticks) == all_buckets(10)
     assert table.settled()
-
-
-def test_a_file_that_was_written_to_just_now_is_read_again(tmp_path: Path) -> None:
-    """Another write within the clock's grain would leave no trace."""
-    source = write_table(tmp_path / "prompts.parquet", {"prompt": ["one"]})
-    now_s = Path(source).stat().st_mtime
-    assert mark_of_files(source, now_s=now_s + 0.5) == ""
-    assert mark_of_files(source, now_s=now_s + 5) != ""
-
-
-def test_the_mark_of_a_folder_moves_with_every_file_in_it(tmp_path: Path) -> None:
-    folder = tmp_path / "table"
-    write_table(folder / "a.parquet", {"prompt": ["one"]})
-    marks = {mark_of_files(str(folder), now_s=0)}
-    write_table(folder / "deep" / "b.parquet", {"prompt": ["two"]})
-    marks.add(mark_of_files(str(folder), now_s=0))
-    os.utime(folder / "a.parquet", (1000, 1000))
-    marks.add(mark_of_files(str(folder), now_s=0))
-    (folder / "deep" / "b.parquet").unlink()
-    marks.add(mark_of_files(str(folder), now_s=0))
-    assert len(marks - {""}) == 4
-
-
-def test_of_an_object_store_its_own_words_are_taken(tmp_path: Path) -> None:
-    """The store in memory tells the time at which an object was made."""
-    store = fsspec.filesystem("memory")
-    pq.write_table(pa.table({"prompt": ["one"]}), "/watched/a.parquet", filesystem=store)
-    source = "memory://watched"
-    first = mark_of_files(source, now_s=0)
-    assert first == mark_of_files(source, now_s=0) != ""
-    pq.write_table(pa.table({"prompt": ["two"]}), "/watched/a.parquet", filesystem=store)
-    assert mark_of_files(source, now_s=0) != first
-    store.rm("/watched", recursive=True)
-    assert mark_of_files(source, now_s=0) == ""
 
 
 # -- forgets nothing --------------------------------------------------------------------------
@@ -255,11 +208,6 @@ def test_by_day_and_column_new_values_are_registered_and_reported(
     assert set(own.get_dynamic_partitions("krea_style")) == {"ink", "oil"}
 
 
-def test_a_cursor_of_another_version_is_no_cursor() -> None:
-    for cursor in (None, "", "{", '{"bucket-000": "abc"}', "[1]"):
-        assert Marks.from_cursor(cursor) is None
-
-
 # -- the columns that are carried along -------------------------------------------------------
 
 
@@ -276,35 +224,3 @@ def test_a_carried_column_is_reported_for_the_manifest_and_not_for_the_images(
     assert table.settled()
     table.write(note=["x"] * 7 + ["y"])
     assert table.reported(COLUMNS) == {key_for(table.table.partition_by, "s-07")}
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"note": ["x", "z"]},
-        {"note": ["y", "x"]},
-        {"remark": ["x", "y"]},
-        {"note": [1, 2]},
-        {"note": ["x", "y"], "more": [1, 2]},
-        {},
-    ],
-)
-def test_the_version_of_carried_columns_hangs_on_names_types_and_each_rows_values(
-    tmp_path: Path, other: dict[str, list[Any]]
-) -> None:
-    def versions(ids: list[str], **columns: Any) -> Any:
-        source = write_table(
-            tmp_path / "p.parquet", {"prompt_id": ids, "prompt": ["p", "q"], **columns}
-        )
-        return carried_versions(PromptTable(source, parse_partition_by("hash:1")))
-
-    first = versions(["a", "b"], note=["x", "y"])
-    assert versions(["b", "a"], note=["y", "x"]) == first
-    assert versions(["a", "b"], **other) != first
-
-
-def test_nested_columns_and_nulls_have_versions_too(tmp_path: Path) -> None:
-    columns = {"tags": [["a", None], None], "size_of": [{"w": 1}, {"w": None}]}
-    source = write_table(tmp_path / "p.parquet", {"prompt": ["p", "q"], **columns})
-    table = PromptTable(source, parse_partition_by("hash:2"))
-    assert carried_versions(table) == carried_versions(table)
