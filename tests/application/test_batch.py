@@ -1,4 +1,4 @@
-"""What a run finds out before it buys: which images are at hand, and what is left to carry."""
+"""The state of a plan before the purchase: which images exist, and which are to be bought."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exactly N accepted, in runs of ``images``: asked again where refused, never more than missing."""
+"""Runs with a quota: they regenerate refused images, and never buy more than are missing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_three_of_each_prompt_are_reached_and_never_more_is_bought_than_is_missi
     assert rounds[0].bought == 30
     assert all(one.bought == one.missing for one in rounds)
     replaced = sum(one.bought for one in rounds[1:])
-    # The emulator's own books: what was bought, and what the account paid.
+    # The emulator's accounts: what was bought, and what the account paid.
     assert len(studio.tasks()) == 30 + replaced
     assert replaced == sum(one.rejected for one in rounds) > 0
     account = emulator.world.account(key)
@@ -96,7 +96,7 @@ def test_a_budget_that_is_too_small_is_not_passed_and_the_short_prompts_are_name
 # -- what is left alone ------------------------------------------------------------------------
 
 
-def test_what_would_be_the_same_picture_or_has_failed_is_never_bought_again(
+def test_what_would_be_the_same_image_or_has_failed_is_never_bought_again(
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount
 ) -> None:
     prompts = {
@@ -123,13 +123,13 @@ def test_what_would_be_the_same_picture_or_has_failed_is_never_bought_again(
         "shared [alone]": 1,
     }
     why = {one.name: one.why for one in studio.outcomes().values() if one.short}
-    # One picture, and so one verdict, for both rows that share it.
+    # One image, and so one verdict, for both rows that share it.
     assert set(why) == {"fixed", "failed", "shared-1", "shared-2"}
     assert "a seed in the table" in why["fixed"]
     assert "retry_errors" in why["failed"]
 
 
-def test_a_flagged_picture_waits_and_one_that_is_taken_back_counts_again(
+def test_a_flagged_image_waits_and_one_that_is_taken_back_counts_again(
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount
 ) -> None:
     prompts = prompts_of(2, "wait", num_images=1)
@@ -172,7 +172,7 @@ def test_values_of_a_column_are_counted_over_all_partitions_and_the_rest_is_held
     studio.judge({(refused, 0): "reject"})
     for key in studio.partitions:
         asked = studio.carry([key])
-    # A prompt that has no picture yet, before another picture of one that has.
+    # A prompt without an image comes before another image of one that has some.
     assert len(studio.tasks()) == 3 + 4 + 1
     assert [(one.name, one.asked) for one in asked.outcomes] == [("autumn", 0)]
     studio.outcomes()
@@ -191,7 +191,7 @@ def test_exactly_as_many_are_taken_where_more_are_accepted(
     assert all(one.reached for one in studio.outcomes().values())
     taken = {(row["prompt_id"], row["sample"]) for row in studio.accepted()}
     assert len(taken) == 8
-    # Kept by a person before those that nobody has looked at, then the lower sample.
+    # Kept by a person before those without a review, then the lower sample.
     assert {("many-000", 0), ("many-000", 2), ("many-001", 0), ("many-001", 1)} <= taken
 
 

@@ -37,12 +37,12 @@ def runs(until: timedelta, *, start: timedelta = timedelta(0)) -> list[timedelta
     return found
 
 
-def test_what_is_left_behind_is_looked_for_at_once() -> None:
+def test_an_image_is_salvaged_immediately() -> None:
     assert due([left(timedelta(0))], EVER, NOW)
     assert due([left(timedelta(minutes=1))], NOW - TICK, NOW), "since the last salvage"
 
 
-def test_what_does_not_end_is_looked_for_at_growing_pauses_and_then_no_more() -> None:
+def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_then_no_more() -> None:
     day = runs(24 * HOUR)
     assert len(day) == 16, "there are 288 ticks in a day"
     pauses = [after - before for before, after in pairwise(day)]
@@ -52,27 +52,27 @@ def test_what_does_not_end_is_looked_for_at_growing_pauses_and_then_no_more() ->
     assert runs(30 * 24 * HOUR)[-1] == 48 * HOUR
 
 
-def test_whatever_ends_meanwhile_is_looked_for_while_its_link_lives() -> None:
+def test_pauses_are_shorter_than_a_link_lives() -> None:
     assert all(after - before <= 4 * HOUR for before, after in pairwise(AGES))
 
 
-def test_each_is_looked_for_at_its_own_age_whatever_others_have_started() -> None:
+def test_each_task_is_salvaged_by_its_own_age() -> None:
     old, new = left(10 * HOUR, 1), left(timedelta(0), 2)
     assert due([old, new], NOW - TICK, NOW) == [new]
 
 
-def test_what_no_daemon_has_looked_for_is_looked_for_once_however_old_it_is() -> None:
+def test_an_old_task_is_salvaged_once_after_the_daemon_was_down() -> None:
     assert due([left(99 * 24 * HOUR)], EVER, NOW)
     assert not due([left(99 * 24 * HOUR)], NOW - TICK, NOW)
     assert due([left(49 * HOUR)], NOW - 3 * HOUR, NOW), "the daemon was down at its last look"
 
 
-def test_where_runs_collect_later_what_is_young_is_theirs() -> None:
+def test_with_collect_later_young_tasks_are_left_to_the_runs() -> None:
     assert not due([left(HOUR - TICK)], EVER, NOW, first=HOUR)
     assert due([left(HOUR)], NOW - TICK, NOW, first=HOUR)
 
 
-def test_the_end_of_the_looking_comes_once() -> None:
+def test_the_last_age_is_passed_once() -> None:
     assert past_last_age([left(48 * HOUR)], NOW - TICK, NOW)
     assert not past_last_age([left(48 * HOUR + TICK)], NOW - TICK, NOW)
     assert not past_last_age([left(47 * HOUR)], EVER, NOW)

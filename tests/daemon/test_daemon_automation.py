@@ -1,4 +1,4 @@
-"""Only what changed: by a real daemon, with the shipped automation, and the emulator's books."""
+"""Only what changed: by a real daemon, with the shipped automation, and the emulator's accounts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES = dg.AssetKey("images")
 def rows(**changed: Any) -> pa.Table:
     columns: dict[str, Any] = {
         "prompt_id": [f"d-{number:02d}" for number in range(COUNT)],
-        "prompt": [f"picture {number} {MARKER}" for number in range(COUNT)],
+        "prompt": [f"image {number} {MARKER}" for number in range(COUNT)],
         "quality": ["1K"] * COUNT,
     }
     return pa.table(columns | changed)
@@ -40,7 +40,7 @@ def partition_of(number: int) -> str:
 
 
 def worked_on(dagster: Dagster, since: int) -> Counter[str]:
-    """How often the runs after so many have worked on each partition of images."""
+    """How often the runs after these have worked on each partition of images."""
     partitions: Counter[str] = Counter()
     for run in dagster.runs()[since:]:
         for entry in dagster.instance.all_logs(run.run_id):
@@ -84,7 +84,7 @@ def test_the_daemon_buys_what_is_missing_once_and_then_exactly_what_changed(
         new = [task for task in bought(emulator, MARKER) if task["task_id"] not in first]
         assert len(new) == 3
         assert all(task["prompt"].endswith(", in the rain") for task in new)
-        # The images of the other partitions are left alone, and their manifests made anew.
+        # The images of the other partitions are left alone, and their manifests rewritten.
         made = pq.read_table(manifest).to_pylist()
         assert [row["campaign"] for row in made] == campaign[:-1]
         assert "d-12" not in {row["prompt_id"] for row in made}

@@ -25,7 +25,7 @@ def test_a_backfill_of_200_partitions_buys_every_row_once_also_where_it_is_launc
     tmp_path: Path, emulator: Emulator, open_account: OpenAccount, width: int, runs: int
 ) -> None:
     key, marker = open_account(), f"of the backfill by {width}."
-    prompts = [f"picture {number} {marker}" for number in range(ROWS)]
+    prompts = [f"image {number} {marker}" for number in range(ROWS)]
     ids = [f"b-{number:03d}" for number in range(ROWS)]
     write_table(tmp_path / "prompts.parquet", {"prompt_id": ids, "prompt": prompts})
     with dagster_dev(

@@ -44,8 +44,8 @@ def states(krea: KreaResource) -> dict[State, int]:
 def test_runs_submit_and_end_and_later_runs_collect_what_is_ready_the_most_urgent_first(
     tmp_path: Path,
 ) -> None:
-    """One partition by a callback over TLS, two by the clock, whose calls nobody takes."""
-    prompts = [f"picture {number}" for number in range(COUNT)]
+    """One partition by a callback over TLS, two by the clock, whose callbacks are not received."""
+    prompts = [f"image {number}" for number in range(COUNT)]
     write_table(tmp_path / "prompts.parquet", {"prompt": prompts})
     storage, tls, port = tmp_path / "krea", TlsCertificates.make(tmp_path), free_port()
     krea = KreaResource(storage=str(storage))
@@ -83,7 +83,7 @@ def test_runs_submit_and_end_and_later_runs_collect_what_is_ready_the_most_urgen
         assert {run.tags["dagster/partition"] for run in collections(dagster)} == {BUCKETS[0]}
         assert all(run.is_success for run in collections(dagster))
 
-        # Nobody takes the calls of the other two; the one whose links are older comes first.
+        # The callbacks of the other two are not received; the one with the older links comes first.
         before = len(collections(dagster))
         runs = [dagster.launch(bucket) for bucket in BUCKETS[1:]]
         dagster.wait(lambda: all(_is_over(dagster, run) for run in runs))

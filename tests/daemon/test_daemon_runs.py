@@ -51,14 +51,14 @@ def status(dagster: Dagster, run_id: str) -> dg.DagsterRunStatus:
 def write_rows(folder: Path, count: int, more: str = "") -> None:
     write_table(
         folder / "prompts.parquet",
-        {"prompt": [f"picture {number}{more}" for number in range(count)]},
+        {"prompt": [f"image {number}{more}" for number in range(count)]},
     )
 
 
 def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
     tmp_path: Path,
 ) -> None:
-    """The journal decides, whatever Dagster repeats."""
+    """The journal decides, also when Dagster repeats a run."""
     success = dg.DagsterRunStatus.SUCCESS
     write_rows(tmp_path, COUNT)
     with (
@@ -107,7 +107,7 @@ def test_a_run_that_is_cancelled_executed_again_or_retried_buys_each_image_once(
         assert (last.parent_run_id, last.status) == (retried, success)
 
         tasks = Counter(task["prompt"] for task in emulator.stats()["tasks"])
-        assert set(tasks) >= {f"picture {number}" for number in range(COUNT + 9)}
+        assert set(tasks) >= {f"image {number}" for number in range(COUNT + 9)}
         with krea.krea().open_journal() as journal:
             states = Counter(record.state for record in journal.all_records())
         assert states == {State.STORED: COUNT + 9}

@@ -72,7 +72,7 @@ EVERYTHING: dict[str, Any] = {
     },
     "defaults": {"size": "16:9", "quality": "2K", "num_images": 2, "nsfw_check": True},
     "key_prefix": ["shop", "hero"],
-    "group_name": "pictures",
+    "group_name": "hero_images",
     "partitions_per_run": 7,
     "launch_on_changed_prompts": True,
     "fresh_within_hours": 36,
@@ -219,7 +219,7 @@ def test_all_of_it_reaches_the_definitions(
     images = defs.resolve_assets_def(dg.AssetKey([*prefix, "images"]))
     manifest = dg.AssetKey([*prefix, "image_manifest"])
     spec = images.get_asset_spec()
-    assert spec.group_name == "pictures"
+    assert spec.group_name == "hero_images"
     assert images.op.pool == "painters"
     assert images.backfill_policy == dg.BackfillPolicy.multi_run(7)
     assert spec.freshness_policy == dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=36))
@@ -452,7 +452,7 @@ from functools import partial
 from krea_dagster import KreaImages, build_images_check
 
 class Own(KreaImages):
-    """A component of one's own, with a field of its own."""
+    """A custom component with another field."""
 
     owner: str
 

@@ -53,7 +53,7 @@ def definitions(folder: Path, prefix: str, base_url: str = "http://127.0.0.1:9")
 
 
 def versions(outcome: SensorExecutionData, asset: str = "prompts") -> Mapping[str, str]:
-    """What a tick has reported of one of the two assets that stand for the table."""
+    """What a tick has reported of one of the two assets of the table."""
     reported = {}
     events = [event for event in outcome.asset_events if event.asset_key.path[-1] == asset]
     for observed, event in zip(events[::2], events[1::2], strict=True):

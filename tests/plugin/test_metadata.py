@@ -161,8 +161,8 @@ def written(metadata: Any) -> int:
 
 def test_the_worst_materialization_stays_under_100_kb(storage: Storage) -> None:
     """Long prompts and ids, 200 failures with long messages, a sheet of pure noise, 900 columns."""
-    picture = Image.frombytes("RGB", (512, 512), os.urandom(3 * 512 * 512))
-    storage.write("images/no/noise.png", lambda file: picture.save(file, "PNG"))
+    image = Image.frombytes("RGB", (512, 512), os.urandom(3 * 512 * 512))
+    storage.write("images/no/noise.png", lambda file: image.save(file, "PNG"))
     path = storage.locate("images/no/noise.png")
     long = HERON * 2_000
     rows = [
@@ -222,11 +222,11 @@ def test_a_materialization_tells_dagster_its_row_count(storage: Storage) -> None
 
 
 def noise(storage: Storage, count: int, *, side: int, files: int) -> pa.Table:
-    """So many stored pictures of pure noise, the worst that JPEG can be given; they share files."""
+    """Return rows of stored noise images, the worst case for JPEG, that share some files."""
     names = [f"images/no/noise-{number % files}.png" for number in range(count)]
     for name in names[:files]:
-        picture = Image.frombytes("RGB", (side, side), os.urandom(3 * side * side))
-        storage.write(name, lambda file, picture=picture: picture.save(file, "PNG"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        image = Image.frombytes("RGB", (side, side), os.urandom(3 * side * side))
+        storage.write(name, lambda file, image=image: image.save(file, "PNG"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
     rows = [
         {
             "prompt_id": f"{number:05d}-{'x' * 100}",
@@ -240,7 +240,7 @@ def noise(storage: Storage, count: int, *, side: int, files: int) -> pa.Table:
     return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
 
 
-def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
+def test_a_sheet_stays_small_for_any_images(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     table = noise(storage, 2_000, side=1024, files=1)
     sheet = contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage)
@@ -250,7 +250,7 @@ def test_a_sheet_stays_small_whatever_the_pictures_are(tmp_path: Path) -> None:
     assert len(shown["thumbnails"].value) < 65_000
 
 
-def test_a_damaged_picture_is_left_out_of_the_sheet_and_does_not_fail_the_run(
+def test_a_damaged_image_is_left_out_of_the_sheet_and_does_not_fail_the_run(
     tmp_path: Path,
 ) -> None:
     storage = Storage(str(tmp_path))

@@ -137,7 +137,7 @@ def test_a_time_belongs_to_its_day_in_utc(tmp_path: Path, instance: dg.DagsterIn
     assert {event.partition for event in outcome.asset_events} == {date(2026, 3, 2).isoformat()}
 
 
-# -- weeks, months, zones, and a column beside them -------------------------------------------
+# -- weeks, months, zones, and with a column -------------------------------------------
 
 
 def partitions_of(defs: dg.Definitions, prefix: str) -> dg.PartitionsDefinition[str]:

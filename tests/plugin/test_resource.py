@@ -1,4 +1,4 @@
-"""A few prompts in an asset or op of one's own: the same journal, without a table."""
+"""KreaResource.generate: a few prompts in a custom asset or op, with the same journal."""
 
 from pathlib import Path
 from typing import Any

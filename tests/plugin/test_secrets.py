@@ -27,7 +27,7 @@ def told_to_the_ui(defs: dg.Definitions) -> str:
 
 
 def holding(folder: Path, text: str) -> list[Path]:
-    """The files below a folder that hold a text, whatever they are."""
+    """The files below a folder that contain a text."""
     wanted = text.encode()
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return [path for path in files if wanted in path.read_bytes()]

@@ -1,4 +1,4 @@
-"""From a verdict to the accepted images: which partitions become stale, and which do not."""
+"""From a verdict to the accepted images: which partitions become stale."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def from_rejected_to_replaced_to_accepted_again_as_lineage(
     assert review.stale() == []
     (row,) = [row for row in project.accepted() if row["prompt_id"] == "judged-000"]
     assert row["image_sha256"] == new["judged-000"]["image_sha256"]
-    # The refused picture's price is part of what the accepted ones came to.
+    # The refused image's price is part of what the accepted ones came to.
     shown = values(latest(instance, (PREFIX, "accepted_images"), touched))
     assert shown["images_bought"] == shown["accepted"] + 1
     cost = shown["images_bought"] * 0.45

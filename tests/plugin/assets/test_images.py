@@ -1,4 +1,4 @@
-"""A run of the assets: one step for a range of partitions, and what each partition then shows."""
+"""A run of ``images`` and ``image_manifest``: one step for a range, metadata per partition."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def test_the_credits_of_all_partitions_are_what_the_account_was_charged(
     # 10 plain, 2 of other shapes, 2 of a pair, and the twins, who are one purchase. What failed
     # or was refused is not charged.
     assert account.charged == (10 + 2 + 2 + 1) * 4500
-    # Each twin's partition shows what its picture cost.
+    # Each twin's partition shows what its image cost.
     assert sum(one["credits_charged"] for one in shown) == pytest.approx(
         account.charged / 10_000 + 0.45
     )
 
 
-def test_two_rows_that_ask_for_the_same_picture_are_bought_once_and_both_get_it(
+def test_two_rows_with_the_same_request_are_bought_once_and_both_get_it(
     bought_run: BoughtRun, emulator: Emulator
 ) -> None:
     assert len(bought(emulator, f"the twins {MARKER}")) == 1
@@ -156,7 +156,7 @@ def test_the_thumbnails_are_a_jpeg_that_a_browser_can_decode(
     with Image.open(io.BytesIO(data)) as sheet:
         sheet.load()
         assert sheet.format == "JPEG"
-        assert len(sheet.getcolors(2**24) or []) > 100  # there are pictures on it
+        assert len(sheet.getcolors(2**24) or []) > 100  # there are images on it
 
 
 def test_a_materialization_is_under_100_kb_in_dagsters_database(

@@ -1,4 +1,4 @@
-"""A run measures the pictures that it verifies, so that image_measures need decode none."""
+"""A run measures the images that it verifies, so that image_measures does not decode them."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_files_that_cannot_be_measured_are_named_and_fail_nothing(stored: Stored
 
 def test_own_measures_are_columns_and_figures_like_the_others(stored: StoredImages) -> None:
     stored.write("a", [stored.row(number) for number in range(3)], FOLDERS)
-    score = Measure("score", lambda pictures: [0.25] * len(pictures), description="How nice")
+    score = Measure("score", lambda images: [0.25] * len(images), description="How nice")
     (found,) = shown(run(stored, "a", further=[score])).values()
     assert found["score_median"] == 0.25
     schema = asset([score]).metadata_by_key[MEASURES]["dagster/column_schema"]
@@ -129,7 +129,7 @@ def test_own_measures_are_columns_and_figures_like_the_others(stored: StoredImag
 def test_a_broken_function_fails_the_step_with_its_name_and_the_image(stored: StoredImages) -> None:
     stored.write("a", [stored.row(number) for number in range(12)], FOLDERS)
 
-    def broken(pictures: list[Image.Image]) -> list[float]:
+    def broken(images: list[Image.Image]) -> list[float]:
         raise RuntimeError("no model")
 
     result = run(stored, "a", further=[Measure("score", broken)])

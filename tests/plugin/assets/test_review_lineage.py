@@ -72,7 +72,7 @@ def exported(instance: dg.DagsterInstance) -> tuple[str, list[dict[str, Any]]]:
 
 
 def chain(defs: dg.Definitions, start: str) -> Sequence[str]:
-    """All that an asset is made of, whatever the way."""
+    """All upstream assets of an asset."""
     graph = defs.resolve_asset_graph()
     found: set[dg.AssetKey] = set()
     left = [dg.AssetKey([PREFIX, start])]
@@ -112,7 +112,7 @@ def test_from_rejected_to_replaced_to_exported(
     first, images = exported(instance)
     assert len(images) == 3
 
-    # Rejected: what hangs on the verdict is out of date, and nothing else.
+    # Rejected: what depends on the verdict is out of date, and nothing else.
     rows = pq.read_table(tmp_path / "krea" / "manifest" / PREFIX / f"{PARTITION}.parquet")
     refused = rows.to_pylist()[1]
     with closing(Journal(f"sqlite:///{tmp_path / 'krea' / 'journal.db'}")) as journal:
@@ -132,7 +132,7 @@ def test_from_rejected_to_replaced_to_exported(
     assert "accepted_images" in stale(defs, instance)
     assert not {"images", "image_manifest"} & set(stale(defs, instance))
 
-    # Exported: the refused picture is gone, its successor is there, and nothing is out of date.
+    # Exported: the refused image is gone, its successor is there, and nothing is out of date.
     make(defs, instance, "image_measures")
     make(defs, instance, "near_duplicates")
     make(defs, instance, "accepted_images")

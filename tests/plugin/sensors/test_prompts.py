@@ -28,7 +28,7 @@ LONG_AGO_S = 1_700_000_000.0
 
 
 class WatchedTable:
-    """A table on disk, and the sensor over it as a code server holds it from tick to tick."""
+    """A table on disk, and its sensor from tick to tick."""
 
     def __init__(
         self, folder: Path, instance: dg.DagsterInstance, by: str = "hash:4", **options: Any
@@ -52,18 +52,18 @@ class WatchedTable:
         os.utime(self.path, (LONG_AGO_S, LONG_AGO_S + self._writes))
 
     def _count_tokens(self, prompt: str) -> int:
-        """ReceivedCallback for every row that is read: the first row's calls are counted."""
+        """Count the reads of the table by those of its first row."""
         self.reads += prompt == "s-00"
         return 1
 
     def restart(self) -> None:
-        """The code server starts anew, and knows nothing but the cursor."""
+        """Restart the code server, which then knows only the cursor."""
         partitions_def = build_krea_assets(self.table).partitions_def
         sensor = build_prompts_sensor(Names(), self.table, partitions_def, **self._options)
         self._defs = dg.Definitions(sensors=[sensor], resources={"krea": self.krea})
 
     def tick(self) -> SensorExecutionData:
-        """One tick, with the cursor kept as the daemon keeps it."""
+        """Evaluate one tick, and keep its cursor as the daemon does."""
         if not hasattr(self, "_defs"):
             self.restart()
         outcome = tick(self._defs, self.instance, "krea_prompts", self.cursor)
@@ -71,13 +71,13 @@ class WatchedTable:
         return outcome
 
     def reported(self, key: dg.AssetKey = PROMPTS) -> set[str]:
-        """The partitions that a tick reports."""
+        """Return the partitions that a tick reports."""
         events = self.tick().asset_events
         assert len(events) % 2 == 0
         return {str(event.partition) for event in events if event.asset_key == key}
 
     def settled(self) -> bool:
-        """Whether two ticks in a row report nothing."""
+        """Return whether two ticks in a row report nothing."""
         return not self.reported() and self.tick().skip_message == SAME
 
 

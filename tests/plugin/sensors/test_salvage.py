@@ -89,7 +89,7 @@ class SalvageHarness:
             self.cursor = json.dumps([(at - time).isoformat() for at in times])
 
 
-def test_a_rejected_picture_is_downloaded_once_however_often_the_sensor_looks(
+def test_a_rejected_image_is_downloaded_once(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
     project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
