@@ -5,6 +5,7 @@ from typing import Final
 
 import dagster as dg
 
+from krea_dagster.plugin.partitions import time_dimension
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION, MultiPartitions
 
 _DATA_VERSION: Final = "dagster/data_version"
@@ -71,12 +72,8 @@ def knows_partition(
     """Return a function that tells whether a partition exists now: no future or too early date."""
     if isinstance(partitions_def, dg.DynamicPartitionsDefinition):
         return lambda _: True
-    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
-        (time,) = (
-            one.partitions_def
-            for one in partitions_def.partitions_defs
-            if isinstance(one.partitions_def, dg.TimeWindowPartitionsDefinition)
-        )
+    time = time_dimension(partitions_def)
+    if time is not None and isinstance(partitions_def, dg.MultiPartitionsDefinition):
         times = frozenset(time.get_partition_keys())
         return lambda key: (MultiPartitions.split(key) or ("", ""))[1] in times
     known = frozenset(partitions_def.get_partition_keys(dynamic_partitions_store=instance))

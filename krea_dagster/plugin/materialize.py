@@ -25,7 +25,7 @@ from krea_dagster.plugin.data_versions import report_prompts
 from krea_dagster.plugin.environment import definitions_of
 from krea_dagster.plugin.failures import TRY_LATER
 from krea_dagster.plugin.names import JOB_NAME, SALVAGE_JOB_NAME
-from krea_dagster.plugin.partitions import partitions_for, ranges, register_partitions
+from krea_dagster.plugin.partitions import partitions_for, range_tags, ranges, register_partitions
 from krea_dagster.plugin.progress import observed
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION
 
@@ -35,9 +35,6 @@ MISSING_COLUMNS: Final = ("prompt_id", "prompt", "status", "error_code", "error_
 SALVAGED_IMAGES: Final = dg.AssetKey("salvaged_images")
 
 _PROMPTS: Final = dg.AssetKey("prompts")
-
-_RANGE_START: Final = "dagster/asset_partition_range_start"
-_RANGE_END: Final = "dagster/asset_partition_range_end"
 
 #: For an instance that this command creates: without telemetry and greeting.
 _INSTANCE_SETTINGS: Final = "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
@@ -113,7 +110,7 @@ def materialize(
                 results.append(
                     job.execute_in_process(
                         instance=instance,
-                        tags={_RANGE_START: start, _RANGE_END: end},
+                        tags=range_tags(start, end),
                         run_config={
                             "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
                             "ops": {"images": {"config": options.model_dump()}},

@@ -22,6 +22,10 @@ from krea_dagster.prompts import (
 #: its unit. Dagster joins keys in the order of these names.
 COLUMN_DIMENSION: Final = "column"
 
+#: Dagster's tags of a run over a range of partitions.
+RANGE_START_TAG: Final = "dagster/asset_partition_range_start"
+RANGE_END_TAG: Final = "dagster/asset_partition_range_end"
+
 
 @contextmanager
 def without_beta_warnings() -> Iterator[None]:
@@ -65,6 +69,25 @@ def partitions_for(
                     by.time.unit: _time_windows(table, by.time, start),
                 }
             )
+
+
+def time_dimension(
+    partitions_def: dg.PartitionsDefinition[str],
+) -> dg.TimeWindowPartitionsDefinition | None:
+    """Return the time windows of partitions: their own, or those of a dimension; else None."""
+    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
+        dimensions = [one.partitions_def for one in partitions_def.partitions_defs]
+    else:
+        dimensions = [partitions_def]
+    for dimension in dimensions:
+        if isinstance(dimension, dg.TimeWindowPartitionsDefinition):
+            return dimension
+    return None
+
+
+def range_tags(first: str, last: str) -> dict[str, str]:
+    """Return the tags of a run over a range of partitions."""
+    return {RANGE_START_TAG: first, RANGE_END_TAG: last}
 
 
 def _time_windows(

@@ -10,11 +10,8 @@ import dagster as dg
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.images import KreaAssets
 from krea_dagster.plugin.names import JOB_NAME, MANIFEST_ASSET, Names, prefix_of
-from krea_dagster.plugin.partitions import COLUMN_DIMENSION
+from krea_dagster.plugin.partitions import COLUMN_DIMENSION, range_tags, time_dimension
 from krea_dagster.prompts import MultiPartitions
-
-_RANGE_START: Final = "dagster/asset_partition_range_start"
-_RANGE_END: Final = "dagster/asset_partition_range_end"
 
 #: Every day at midnight.
 _DAILY: Final = "0 0 * * *"
@@ -67,7 +64,7 @@ def build_krea_schedule(
     if partitions_def is None:
         raise ConfigError(f"{images.key.to_user_string()} has no partitions")
     names = Names(tuple(images.key.path[:-1]))
-    time = _time_of(partitions_def)
+    time = time_dimension(partitions_def)
     policy = images.backfill_policy
     most = policy.max_partitions_per_run if policy else 1
 
@@ -93,7 +90,7 @@ def build_krea_schedule(
         return [
             dg.RunRequest(
                 run_key=f"{at.astimezone(timezone.utc).isoformat()}/{first}",
-                tags={**(tags or {}), _RANGE_START: first, _RANGE_END: last},
+                tags={**(tags or {}), **range_tags(first, last)},
                 asset_selection=[images.key, manifest],
             )
             for first, last in runs
@@ -117,20 +114,6 @@ def _assets_of(
     )
 
 
-def _time_of(
-    partitions_def: dg.PartitionsDefinition[str],
-) -> dg.TimeWindowPartitionsDefinition | None:
-    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
-        return next(
-            one.partitions_def
-            for one in partitions_def.partitions_defs
-            if isinstance(one.partitions_def, dg.TimeWindowPartitionsDefinition)
-        )
-    if isinstance(partitions_def, dg.TimeWindowPartitionsDefinition):
-        return partitions_def
-    return None
-
-
 def _runs(
     instance: dg.DagsterInstance,
     partitions_def: dg.PartitionsDefinition[str],
@@ -138,7 +121,7 @@ def _runs(
     most: int | None,
 ) -> Iterator[tuple[str, str]]:
     """Yield the runs of a tick: the first and the last partition of each."""
-    time = _time_of(partitions_def)
+    time = time_dimension(partitions_def)
     if time is None:
         keys = partitions_def.get_partition_keys(dynamic_partitions_store=instance)
         for chunk in _chunks(keys, most):
