@@ -68,7 +68,7 @@ def test_a_relative_root_in_another_working_folder_creates_no_second_journal(
     below.mkdir()
     monkeypatch.chdir(below)
     said = what_failed(run(shop, instance, "data/krea"))
-    assert "relative path read in another working folder" in said
+    assert "a relative path is used in another working folder" in said
     assert server.stats()["creates"] == 4
 
 

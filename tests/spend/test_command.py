@@ -218,7 +218,7 @@ def test_the_job_makes_both_tables_and_shows_figures_that_plot(
     }
     assert described["spend_ledger", "outcome"] == LEDGER_DESCRIPTIONS["outcome"]
     assert described["spend_daily", "delivered"] == DAILY_DESCRIPTIONS["delivered"]
-    assert described["spend_daily", "campaign"] == "Carried from the prompt table"
+    assert described["spend_daily", "campaign"] == "Passed through from the prompt table"
     assert graph.get(dg.AssetKey(["kept", "spend_ledger"])).parent_keys == {
         dg.AssetKey(["kept", "image_manifest"])
     }
