@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from krea_dagster.emulator.command import emulator_command
     from krea_dagster.emulator.faults import FAULTS, Fault, UnknownFaultError
-    from krea_dagster.emulator.server import Emulator, serve
+    from krea_dagster.emulator.foreground import serve
+    from krea_dagster.emulator.server import Emulator
     from krea_dagster.emulator.state_file import StateInUseError
     from krea_dagster.emulator.world import World
 
@@ -50,7 +51,7 @@ _MODULES: Final = {
     "UnknownFaultError": "faults",
     "World": "world",
     "emulator_command": "command",
-    "serve": "server",
+    "serve": "foreground",
 }
 
 

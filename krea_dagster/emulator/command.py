@@ -166,7 +166,8 @@ def emulator_command(
     over HTTPS when it ends, with retries after 1, 2 and 4 s until the response is 2xx. The
     address is printed on stdout.
     """
-    from krea_dagster.emulator import server
+    from krea_dagster.emulator.foreground import serve
+    from krea_dagster.emulator.server import Emulator
     from krea_dagster.emulator.state_file import StateInUseError
 
     if list_faults:
@@ -179,7 +180,7 @@ def emulator_command(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="krea-emulator-"))
             state = Path(folder)
         try:
-            emulator = server.Emulator(
+            emulator = Emulator(
                 api_key=api_key,
                 credits=credits,
                 other_accounts=dict.fromkeys(other_keys, credits),
@@ -209,7 +210,7 @@ def emulator_command(
             f"State: {state}",
             err=True,
         )
-        server.serve(
+        serve(
             emulator,
             until_unlocked=until_unlocked,
             ready_file=ready_file,

@@ -1,4 +1,4 @@
-"""Run the emulator: in a thread for tests and drills, or in the foreground."""
+"""Run the emulator in a background thread."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import asyncio
 import contextlib
 import importlib
 import importlib.util
-import json
-import os
-import signal
 import socket
 import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Final
 
 import uvicorn
@@ -26,10 +23,6 @@ from krea_dagster.emulator.app import EmulatorApp
 from krea_dagster.emulator.callback_sender import TIMEOUT_S, CallbackSender
 from krea_dagster.emulator.contract import UNITS_PER_CREDIT
 from krea_dagster.emulator.world import LINK_LIFETIME_S, World
-
-#: How often ``serve`` checks the users' lock, and how long it must be free.
-UNLOCKED_LOOK_S: Final = 0.5
-UNLOCKED_FOR_S: Final = 2.0
 
 _STOP_WITHIN_S: Final = 0.05
 
@@ -206,40 +199,6 @@ class Emulator:
                 await calling
 
 
-def serve(
-    emulator: Emulator,
-    *,
-    until_unlocked: Path | None = None,
-    ready_file: Path | None = None,
-    on_ready: Callable[[Emulator], None] = lambda _: None,
-) -> None:
-    """Run an emulator until SIGINT or SIGTERM. Call it in the main thread.
-
-    With ``until_unlocked`` it also ends once that file has been without a ``flock`` for two
-    seconds. A process that uses the emulator takes a shared lock before the start and keeps it.
-    A lock ends with its process, so the emulator does not outlive its users. ``ready_file`` gets
-    ``{"url", "port", "pid"}`` as JSON, atomically, once connections are accepted; a file of that
-    name from an earlier run is removed first.
-    """
-    stop = threading.Event()
-    if ready_file is not None:
-        ready_file.unlink(missing_ok=True)
-    with _signals(stop), emulator:
-        if ready_file is not None:
-            _write_ready(ready_file, emulator)
-        on_ready(emulator)
-        unlocked_since: float | None = None
-        while not stop.wait(UNLOCKED_LOOK_S):
-            if until_unlocked is None:
-                continue
-            if _is_locked(until_unlocked):
-                unlocked_since = None
-            elif unlocked_since is None:
-                unlocked_since = time.monotonic()
-            elif time.monotonic() - unlocked_since >= UNLOCKED_FOR_S:
-                return
-
-
 class _ThreadServer(uvicorn.Server):
     """uvicorn's server in a thread: it stops at once and does not wait for clients."""
 
@@ -318,42 +277,3 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
         loop: asyncio.AbstractEventLoop = importlib.import_module("uvloop").new_event_loop()
         return loop
     return asyncio.new_event_loop()
-
-
-@contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _write_ready(path: Path, emulator: Emulator) -> None:
-    ready = {"url": emulator.url, "port": emulator.port, "pid": os.getpid()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(ready), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock on a file. A missing file is not locked."""
-    import fcntl  # noqa: PLC0415 - not there on Windows, where only this option is missing
-
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
