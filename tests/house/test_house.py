@@ -9,6 +9,7 @@ import pytest
 
 from tests.house.measure import (
     circles_of,
+    class_names,
     find_tests_without_assert,
     import_graph,
     imports_of,
@@ -25,6 +26,20 @@ ROOT = Path(__file__).parents[2]
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Also inside functions, which import-linter reads in the same way."""
     assert circles_of(import_graph(ROOT)) == []
+
+
+def test_no_class_name_has_two_meanings() -> None:
+    twice = {name: modules for name, modules in class_names(ROOT).items() if len(modules) > 1}
+    assert twice == {}
+
+
+def test_comments_and_strings_use_the_words_of_the_field() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {word}"
+        for path in python_files(ROOT / "krea_dagster")
+        for line, word in private_words_of(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
 
 
 def test_every_test_asserts_something() -> None:
