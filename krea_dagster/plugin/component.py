@@ -205,7 +205,7 @@ class CurationSettings(_Section):
     require_keep: bool = Field(
         default=False,
         description=(
-            "Accept only images that a person kept, instead of all except rejected and flagged ones."
+            "Accept only images that a person kept, not all except rejected and flagged ones."
         ),
     )
     one_of_duplicates: bool = Field(
