@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from krea_dagster.application.emulator_process import EMULATOR_KEY
 from krea_dagster.application.settings import (
     ConnectionSettings,
     Settings,
@@ -22,7 +23,7 @@ def resource_of(settings: Settings) -> KreaResource:
     values = settings.model_dump(include=set(ConnectionSettings.model_fields))
     for name in (*_SECRETS, "storage"):
         is_secret = name in _SECRETS or holds_secret(values[name])
-        if values[name] and is_secret and not (name == "api_key" and settings.synthetic):
+        if values[name] and is_secret and values[name] != EMULATOR_KEY:
             values[name] = dg.EnvVar(variable_of(Settings.model_fields[name]))
     return KreaResource(**values)
 

@@ -106,6 +106,15 @@ def test_neither_secret_of_the_environment_is_told_to_the_ui(environment: dict[s
     assert PASSWORD not in told
 
 
+def test_a_key_for_an_emulator_elsewhere_is_not_told_to_the_ui_either(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOLINK_BASE_URL", "http://127.0.0.1:9")
+    told = told_to_the_ui(definitions_from_environment())
+    assert "EVOLINK_API_KEY" in told
+    assert environment["EVOLINK_API_KEY"] not in told
+
+
 def test_no_password_of_a_place_is_told_to_the_ui(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
