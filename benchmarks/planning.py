@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.harness import EndedProcess, note_progress, peak_bytes, run
 from benchmarks.report import Report, finish, options_of
+
+if TYPE_CHECKING:
+    from krea_dagster import Krea
 
 #: The rows, and the most time and memory for them.
 ROWS: Final = 1_000_000
@@ -223,13 +226,12 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _krea(options: Namespace) -> Any:
-    from krea_dagster.plugin.resource import KreaResource
+def _krea(options: Namespace) -> Krea:
+    from krea_dagster import Krea, Settings
 
     # An address without a server: planning needs no network.
-    return KreaResource(
-        api_key="none", base_url="http://127.0.0.1:9", storage=str(options.folder / "krea")
-    )
+    storage = str(options.folder / "krea")
+    return Krea(Settings(api_key="none", base_url="http://127.0.0.1:9", storage=storage))
 
 
 def _table(options: Namespace, by: str) -> Any:
