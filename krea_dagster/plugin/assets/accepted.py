@@ -37,7 +37,7 @@ from krea_dagster.plugin.metadata import (
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import without_beta_warnings
 from krea_dagster.plugin.resource import krea_of
-from krea_dagster.plugin.sensors.change_marks import mark_of_reports
+from krea_dagster.plugin.sensors.change_marks import mark_of_reports, read_cursor
 
 #: The check of a quota.
 WANTED_CHECK_NAME: Final = "all_wanted_accepted"
@@ -141,14 +141,6 @@ class _VerdictsCursor:
     number: int
     manifests: str
 
-    @classmethod
-    def parse(cls, cursor: str | None) -> "_VerdictsCursor | None":
-        """Read a cursor; None for none, and for one of another version of this package."""
-        try:
-            return cls(**json.loads(cursor or "null"))
-        except (TypeError, ValueError):
-            return None
-
 
 def build_verdicts_sensor(
     names: Names, partitions_def: dg.PartitionsDefinition[str], rules: Rules
@@ -181,7 +173,7 @@ def build_verdicts_sensor(
                     journal.verdicts.last_number(),
                     mark_of_reports(instance, [names.manifest_key]),
                 )
-                if present == _VerdictsCursor.parse(context.cursor):
+                if present == read_cursor(_VerdictsCursor, context.cursor):
                     return dg.SkipReason(_SAME)
                 builder = AcceptedTableBuilder.read(
                     krea.open_storage(), journal, rules, None, names.prefix

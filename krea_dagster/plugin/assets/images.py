@@ -120,6 +120,18 @@ def build_krea_assets(
 
     Raises:
         ConfigError: for a start that cannot be used.
+
+    Example::
+
+        table = PromptTable("data/prompts.parquet", parse_partition_by("hash:8"))
+        assets = build_krea_assets(table)
+        defs = dg.Definitions(
+            assets=assets.all,
+            resources={
+                "krea": KreaResource(api_key=dg.EnvVar("EVOLINK_API_KEY"), storage="data/krea"),
+                "krea_manifest": KreaManifestIOManager(storage="data/krea"),
+            },
+        )
     """
     names = Names(prefix_of(key_prefix), group_name, resource_key)
     partitions_def = partitions_for(table, name=names.prefixed("krea"), start=start)

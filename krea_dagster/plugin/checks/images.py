@@ -71,7 +71,7 @@ def build_images_check(
 
     Example::
 
-        build_krea_definitions(..., checks=[*default_checks(), build_images_check])
+        build_krea_definitions(..., checks=[build_files_check, build_images_check])
     """
     check_sample(sample)
 

@@ -7,9 +7,9 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import dagster as dg
 import fsspec.core
@@ -28,6 +28,9 @@ _TIME_KEYS: Final = ("mtime", "LastModified", "last_modified", "updated", "modif
 _TOO_FRESH_S: Final = 2.0
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Marks:
     """The sensor's cursor: about 200 bytes for any number of partitions.
@@ -42,18 +45,6 @@ class Marks:
     reported: str
     versions: str = ""
 
-    @classmethod
-    def from_cursor(cls, cursor: str | None) -> "Marks | None":
-        """Read a cursor; None for none, and for one of another version of this package."""
-        try:
-            return cls(**json.loads(cursor or "null"))
-        except (TypeError, ValueError):
-            return None
-
-    def cursor(self) -> str:
-        """Return the text of the cursor."""
-        return json.dumps(asdict(self))
-
     def unchanged_since(self, before: "Marks | None") -> bool:
         """Return whether nothing has changed since ``before``, when everything was reported."""
         return (
@@ -62,6 +53,14 @@ class Marks:
             and (self.files, self.attempts, self.reported)
             == (before.files, before.attempts, before.reported)
         )
+
+
+def read_cursor(kind: type[T], cursor: str | None) -> T | None:
+    """Read a cursor; None for none, and for one of another version of this package."""
+    try:
+        return kind(**json.loads(cursor or "null"))
+    except (TypeError, ValueError):
+        return None
 
 
 def mark_of_files(source: str, *, now_s: float | None = None) -> str:

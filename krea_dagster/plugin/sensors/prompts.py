@@ -3,9 +3,10 @@
 No run is launched unless a user gives a condition: runs spend money.
 """
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import dagster as dg
@@ -29,6 +30,7 @@ from krea_dagster.plugin.sensors.change_marks import (
     mark_of_attempts,
     mark_of_files,
     mark_of_reports,
+    read_cursor,
 )
 from krea_dagster.prompts import PromptTable
 
@@ -152,7 +154,7 @@ def build_prompts_sensor(
                 mark_of_attempts(krea, table),
                 mark_of_reports(instance, keys),
             )
-            if marks.unchanged_since(Marks.from_cursor(context.cursor)):
+            if marks.unchanged_since(read_cursor(Marks, context.cursor)):
                 return dg.SkipReason(same)
             versions = reader.versions(krea, marks)
         except KreaError as error:
@@ -178,6 +180,6 @@ def build_prompts_sensor(
                 dynamic_partitions_requests=requests,
             )
         settled = replace(marks, versions=hash_of_versions(*versions))
-        return dg.SensorResult(skip_reason=same, cursor=settled.cursor())
+        return dg.SensorResult(skip_reason=same, cursor=json.dumps(asdict(settled)))
 
     return prompts_sensor
