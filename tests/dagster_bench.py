@@ -1,4 +1,4 @@
-"""What tests of the Dagster side share: write a table, run a job, look at what was recorded."""
+"""Helpers of tests with Dagster: write a table, run a job or a sensor, read the instance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 def write_table(path: Path, columns: Mapping[str, Any] | pa.Table) -> str:
-    """Write a prompt table; its path as text."""
+    """Write a prompt table, and return its path."""
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
@@ -44,7 +44,7 @@ def run_job(
     *,
     job: str = "krea_images",
 ) -> dg.ExecuteInProcessResult:
-    """Run the job for one partition, for a range of them in one run, or without any."""
+    """Run the job for one partition, for a range of them in one run, or without partitions."""
     resolved = defs.resolve_job_def(job)
     if first is None or last is None:
         return resolved.execute_in_process(
@@ -61,7 +61,7 @@ def run_job(
 def tick(
     defs: dg.Definitions, instance: dg.DagsterInstance, sensor: str, cursor: str | None = None
 ) -> SensorExecutionData:
-    """Evaluate a sensor, and do with its outcome what the daemon does every minute."""
+    """Evaluate a sensor, and apply its result as the daemon does."""
     context = dg.build_sensor_context(instance, cursor, resources=defs.resources)
     outcome = defs.resolve_sensor_def(sensor).evaluate_tick(context)
     for request in outcome.dynamic_partitions_requests or []:
@@ -74,14 +74,14 @@ def tick(
 
 
 def wanted(images: Iterable[PlannedImage]) -> list[RequestedImage]:
-    """Planned images as what a run carries."""
+    """Return planned images as the requests of a run."""
     return [RequestedImage(image.request, image.partition_key) for image in images]
 
 
 def latest(
     instance: dg.DagsterInstance, key: Sequence[str], partition: str
 ) -> dg.AssetMaterialization:
-    """The last materialization of a partition, as the instance has it."""
+    """Return the last materialization of a partition in the instance."""
     found = instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=dg.AssetKey(key), asset_partitions=[partition]), limit=1
     )
@@ -92,31 +92,31 @@ def latest(
 
 
 def values(materialization: dg.AssetMaterialization) -> dict[str, Any]:
-    """Its metadata as plain values."""
+    """Return its metadata as plain values."""
     return {name: entry.value for name, entry in materialization.metadata.items()}
 
 
 def bought(emulator: Emulator, marker: str) -> list[dict[str, Any]]:
-    """The emulator's own entries of the tasks whose prompt holds this text."""
+    """Return the emulator's tasks whose prompt contains this text."""
     tasks: list[dict[str, Any]] = emulator.stats()["tasks"]
     return [task for task in tasks if marker in task["prompt"]]
 
 
 def posts(emulator: Emulator) -> int:
-    """How many create calls the emulator has seen so far."""
+    """Return the number of create calls that the emulator has received."""
     return int(emulator.stats(tasks=False)["submit_posts"])
 
 
 def check_of(
     result: dg.ExecuteInProcessResult, name: str = "all_rows_delivered"
 ) -> dg.AssetCheckEvaluation:
-    """The outcome of a check in a run."""
+    """Return the result of a check in a run."""
     (found,) = [one for one in result.get_asset_check_evaluations() if one.check_name == name]
     return found
 
 
 def failure_text(result: dg.ExecuteInProcessResult, step: str) -> str:
-    """What a failed step says to the person who reads the run's page."""
+    """Return the text of a failed step on the run's page."""
     for event in result.all_events:
         if event.event_type_value == "STEP_FAILURE" and event.step_key == step:
             data = event.step_failure_data
@@ -126,7 +126,7 @@ def failure_text(result: dg.ExecuteInProcessResult, step: str) -> str:
 
 
 def end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a group of its own, with its children: kindly at first."""
+    """End a process group, first by an interrupt."""
     os.killpg(leader.pid, signal.SIGINT)
     try:
         leader.wait(timeout=60)
