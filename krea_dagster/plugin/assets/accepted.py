@@ -1,8 +1,6 @@
-"""The assets ``verdicts`` (external) and ``accepted_images``, and the sensor of new verdicts."""
+"""The assets ``verdicts`` (external) and ``accepted_images``, with their job and check."""
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import dagster as dg
@@ -16,16 +14,10 @@ from krea_dagster.curation.accepted.accepted_table import (
 )
 from krea_dagster.curation.accepted.quota import GroupResult, WantedImages, quota_totals
 from krea_dagster.curation.accepted.rules import Rules
-from krea_dagster.errors import ConfigError, KreaError
+from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.data_versions import (
-    changed_versions,
-    knows_partition,
-    last_versions,
-    report_in_step,
-    version_events,
-)
+from krea_dagster.plugin.data_versions import report_in_step
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import (
     Metadata,
@@ -37,14 +29,10 @@ from krea_dagster.plugin.metadata import (
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import without_beta_warnings
 from krea_dagster.plugin.resource import krea_of
-from krea_dagster.plugin.sensors.change_marks import mark_of_reports, read_cursor
+from krea_dagster.plugin.sensors.verdicts import build_verdicts_sensor
 
 #: The check of a quota.
 WANTED_CHECK_NAME: Final = "all_wanted_accepted"
-
-#: Partitions that one tick reports, each by two events in Dagster's database.
-_MOST_REPORTS: Final = 250
-_SAME: Final = "There are no new verdicts."
 
 
 def build_accepted_assets(
@@ -129,75 +117,6 @@ def _build_accepted_images(
         yield dg.MaterializeResult(check_results=[check])
 
     return accepted_images
-
-
-# -- the sensor of verdicts -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _VerdictsCursor:
-    """The sensor's cursor: the last verdict, and the last report of a manifest."""
-
-    number: int
-    manifests: str
-
-
-def build_verdicts_sensor(
-    names: Names, partitions_def: dg.PartitionsDefinition[str], rules: Rules
-) -> dg.SensorDefinition:
-    """Build the sensor that reports the partitions of ``verdicts`` with new verdicts.
-
-    Without a new verdict or manifest, a tick reads one number of the journal and one position of
-    Dagster's event log. Otherwise it reads the hashes of the images in the manifests, and reports
-    the partitions whose data version differs from the last reported one, some in each tick. It is
-    on by default, and starts no run.
-    """
-    key = names.key("verdicts")
-
-    @dg.sensor(
-        name=names.prefixed("krea_verdicts"),
-        minimum_interval_seconds=60,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={names.resource_key},
-        description=f"Reports the partitions of {key.to_user_string()} that have changed.",
-    )
-    def verdicts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        krea = krea_of(context, names.resource_key)
-        instance = context.instance
-        try:
-            if not krea.has_journal():
-                return dg.SkipReason("There is no journal yet, and so there are no verdicts.")
-            with krea.open_journal() as journal:
-                # Taken before the verdicts are read: those that come meanwhile are seen next time.
-                present = _VerdictsCursor(
-                    journal.verdicts.last_number(),
-                    mark_of_reports(instance, [names.manifest_key]),
-                )
-                if present == read_cursor(_VerdictsCursor, context.cursor):
-                    return dg.SkipReason(_SAME)
-                builder = AcceptedTableBuilder.read(
-                    krea.open_storage(), journal, rules, None, names.prefix
-                )
-                versions = builder.versions(builder.partitions())
-        except KreaError as error:
-            return dg.SkipReason(str(error))
-        has_key = knows_partition(instance, partitions_def)
-        last = last_versions(instance, key)
-        changed = [
-            (partition, version)
-            for partition, version in sorted(changed_versions(versions, last).items())
-            if partition in versions and has_key(partition)
-        ]
-        cursor = json.dumps(asdict(present))
-        if not changed:
-            return dg.SensorResult(skip_reason=_SAME, cursor=cursor)
-        now = changed[:_MOST_REPORTS]
-        return dg.SensorResult(
-            asset_events=[event for one in now for event in version_events(key, *one)],
-            cursor=context.cursor if len(changed) > len(now) else cursor,
-        )
-
-    return verdicts_sensor
 
 
 # -- metadata and the check -------------------------------------------------------------------

@@ -111,9 +111,9 @@ def build_images_check(
             ),
             metadata={
                 **common_metadata(manifests, rows),
-                "images_decoded": decoded,
-                "images_wrong": wrong,
-                "images_twice": twice,
+                "pictures_decoded": decoded,
+                "pictures_wrong": wrong,
+                "pictures_twice": twice,
                 **({"sample_seed": used} if sample is not None else {}),
                 **findings.metadata(),
             },

@@ -54,7 +54,7 @@ def test_a_flat_a_damaged_and_a_wrong_size_image_are_found(stored: StoredManifes
     assert "cut short" in found["row-0002"]
     assert "1152×896 pixels instead of 1024×1024" in found["row-0003"]
     assert "the manifest says 1152×896" in found["row-0004"]
-    assert number(check, "images_decoded") == 5
+    assert number(check, "pictures_decoded") == 5
 
 
 def test_an_image_twice_under_different_seeds_is_named_with_the_other_and_twins_are_not(
@@ -66,7 +66,7 @@ def test_an_image_twice_under_different_seeds_is_named_with_the_other_and_twins_
     stored.write([twin, stored.row(3, content=same), stored.row(4, content=same)], "b/1")
     check = stored.check(functools.partial(build_images_check, sample=0))
     assert (check.passed, check.severity) == (False, WARN)
-    assert number(check, "images_twice") == 2
+    assert number(check, "pictures_twice") == 2
     why = "gave the same image as row-0001 sample 0 (partition a) with seed 2"
     assert named(check) == {"row-0003": f"seed 4 {why}", "row-0004": f"seed 5 {why}"}
 
@@ -74,7 +74,7 @@ def test_an_image_twice_under_different_seeds_is_named_with_the_other_and_twins_
 def test_the_sample_bounds_what_is_decoded(stored: StoredManifests) -> None:
     stored.write([stored.row(n) for n in range(10)])  # none of them is an image
     check = stored.check(functools.partial(build_images_check, sample=4))
-    assert (number(check, "images_decoded"), len(named(check))) == (4, 4)
+    assert (number(check, "pictures_decoded"), len(named(check))) == (4, 4)
 
 
 @pytest.mark.parametrize("build", [build_files_check, build_images_check])
