@@ -44,14 +44,14 @@ class SharedConnection:
 
 
 async def test_64_files_of_6_mb_arrive_over_half_a_megabyte_a_second() -> None:
-    """Bytes and times are both 1/200: files of 30 KB, and silence of 0.3 s instead of 60 s."""
-    scale = 200
+    """Bytes and times are both 1/100: files of 60 KB, and silence of 0.6 s instead of 60 s."""
+    scale = 100
     image = IMAGE[: 6_000_000 // scale]
     line = SharedConnection(500_000)
 
     async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         writer.write(message(200, image)[: -len(image)])
-        await line.carry(writer, image, piece_bytes=1000)
+        await line.carry(writer, image, piece_bytes=2000)
         return True
 
     async with (
