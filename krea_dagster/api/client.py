@@ -29,7 +29,7 @@ import anyio
 import httpx
 
 from krea_dagster import redact
-from krea_dagster.api.batch_reads import BatchSupport
+from krea_dagster.api.batch_support import BatchSupport
 from krea_dagster.api.download import Download, FileDownloader, Sink
 from krea_dagster.api.exchange import NoAnswer, send_once
 from krea_dagster.api.links import (

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from krea_dagster.api import KreaClient
-from krea_dagster.api.batch_reads import BATCH_TRIES
+from krea_dagster.api.batch_support import BATCH_TRIES
 from krea_dagster.api.client import check_base_url
 from krea_dagster.api.exchange import ANSWER_MAX_BYTES
 from krea_dagster.errors import (

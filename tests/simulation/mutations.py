@@ -48,7 +48,7 @@ MUTATIONS: Final = (
         (
             _NO_BOUND,
             (
-                "api/batch_reads.py",
+                "api/batch_support.py",
                 "off_until_s=now_s + self.off_s,",
                 "off_until_s=float('inf'),  # for good, as it was then",
             ),

@@ -34,7 +34,7 @@ from krea_dagster.curation.review.responses import (
 )
 from krea_dagster.curation.review.selection import ReviewSelection, Rows, empty_code, rows_of
 from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
-from krea_dagster.curation.review.verdict_view import VerdictView, verdict_json
+from krea_dagster.curation.review.verdict_cache import VerdictView, verdict_json
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict

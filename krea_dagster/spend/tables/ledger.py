@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.engine.journal.purchases import DAY_US
+from krea_dagster.engine.journal.purchase_reads import DAY_US
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from sqlalchemy import Connection
 
-from krea_dagster.engine.journal.purchases import states_of
+from krea_dagster.engine.journal.purchase_reads import states_of
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError

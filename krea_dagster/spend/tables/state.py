@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from krea_dagster.engine.journal.purchases import PurchaseTotals
+from krea_dagster.engine.journal.purchase_reads import PurchaseTotals
 from krea_dagster.engine.storage.storage import Storage
 
 #: Raised with every change of the files' content: then all of them are made again.

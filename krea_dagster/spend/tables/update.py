@@ -30,7 +30,7 @@ from sqlalchemy import select
 
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.purchases import (
+from krea_dagster.engine.journal.purchase_reads import (
     PURCHASE_SCHEMA,
     PurchaseTotals,
     changed_since,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster.curation.review.index import ReviewIndex, build_index, files_version
-from krea_dagster.curation.review.verdict_view import VerdictView
+from krea_dagster.curation.review.verdict_cache import VerdictView
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import VERDICTS, Verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from krea_dagster.api.batch_reads import BATCH_TRIES, OFF_MAX_S, OFF_S, BatchSupport
+from krea_dagster.api.batch_support import BATCH_TRIES, OFF_MAX_S, OFF_S, BatchSupport
 
 
 def test_the_endpoint_is_untried_at_first_and_works_once_it_has_answered() -> None:

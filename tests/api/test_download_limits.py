@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from krea_dagster.api.throughput import MIN_BYTES_PER_S, DownloadLimit, RateWindow
+from krea_dagster.api.download_limits import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 
 
 def test_fewer_than_a_kilobyte_a_second_is_too_slow() -> None:
