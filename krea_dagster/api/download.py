@@ -18,10 +18,10 @@ import httpx
 
 from krea_dagster.api.connect_errors import describe_connect_error
 from krea_dagster.api.decompress import CHUNK_BYTES, Decompressor
+from krea_dagster.api.download_limits import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.api.links import MAX_REDIRECTS, check_link, check_redirect, printable_link
 from krea_dagster.api.ranges import ResumableFile, content_length, is_encoded, resumable_file
 from krea_dagster.api.resolver import CheckedResolver
-from krea_dagster.api.download_limits import MIN_BYTES_PER_S, DownloadLimit, RateWindow
 from krea_dagster.api.transport import UNSENT, raw_body
 from krea_dagster.api.untrusted import safe_text
 from krea_dagster.errors import KreaError, LinkExpired, NoUsableBody
