@@ -239,9 +239,11 @@ def read_submission(answer: RawAnswer, *, now: datetime, hide: Hide = unchanged)
         task_id = ""
     if found.present:
         named = f"task {hide(task_id)}: " if task_id else ""
-        raise OutcomeUnknown(f"a success with an error: {named}{found.message}", **facts)
+        raise OutcomeUnknown(
+            f"EvoLink answered with success and an error: {named}{found.message}", **facts
+        )
     if not task_id:
-        raise OutcomeUnknown("a success without a usable task id", **facts)
+        raise OutcomeUnknown("EvoLink accepted the request but returned no usable task id", **facts)
     return _submission(task_id, answer.headers, value, hide)
 
 

@@ -296,6 +296,6 @@ def refuse_without_journal(storage: Storage) -> None:
             f"{storage.shown('images')} holds images, but the journal that bought them{named} is "
             "missing: a new one would buy them again. Nothing was bought. Restore the journal "
             "(KREA_JOURNAL_URL), or move the images away to start empty; or run "
-            "`krea-dagster accept root`: a new journal then takes up these images, without a "
-            "known charge."
+            "`krea-dagster accept root`: a new journal then adopts these images, and their charge "
+            "stays unknown."
         )

@@ -18,8 +18,8 @@ def accept_root_command() -> None:
     """Accept the storage root as it is.
 
     After a run said that the root is empty, older or newer than the journal, or another journal's.
-    Missing images are fetched again while their links live; images that the journal does not know
-    are taken up without a known charge. Buys nothing.
+    Missing images are fetched again while their links are valid; images that the journal does not
+    know are adopted, and their charge stays unknown. Buys nothing.
     """
     click.echo(open_krea().accept_root())
 

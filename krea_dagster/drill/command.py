@@ -120,9 +120,9 @@ def drill_command(
 ) -> None:
     """Prove on this machine that nothing is bought twice or lost. No key, no cost.
 
-    Buys images from an emulator with worker processes that are killed at every edge of the
-    state machine and at random times, while connections break and responses get lost. A last
-    worker finishes. Then the server's records are compared with the journal and the files.
+    Buys images from an emulator with worker processes that are killed before and after every
+    commit, call and file rename, and at random times, while connections break and responses get
+    lost. A last worker finishes. Then the server's records are compared with the journal and the files.
     """
     if sys.platform == "win32":
         raise click.UsageError("the drill needs fork and SIGKILL, which Windows does not have")

@@ -62,7 +62,7 @@ class ReplyResponse(Response):
 
     async def _end(self, how: str, scope: Scope, receive: Receive) -> None:
         if self._break_connection is None:
-            raise ConnectionError(f"the emulator was told to {how} a connection, and has none")
+            raise ConnectionError(f"cannot {how} the connection: this server does not support it")
         self._break_connection(scope, how)
         await _left_within(receive, None)
 

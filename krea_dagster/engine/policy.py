@@ -293,7 +293,7 @@ def _to_buy(retry: RetryState, policy: Policy, *, buying: bool) -> Action:
     if not buying:
         return Leave("not bought: this run has stopped buying")
     if retry.submit_failures >= policy.submit_tries:
-        return Leave(f"not taken in {retry.submit_failures} tries; nothing was bought")
+        return Leave(f"not accepted in {retry.submit_failures} tries; nothing was bought")
     return Submit()
 
 

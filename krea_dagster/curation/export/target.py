@@ -195,7 +195,9 @@ class ExportTarget:
         size = temporary.stat().st_size
         self.storage.publish(temporary, name)
         if self.storage.size_bytes(name) != size:
-            raise StorageError(f"{self.locate(name)} is not the {size} bytes that were written")
+            raise StorageError(
+                f"{self.locate(name)} does not have the {size} bytes that were written; export again"
+            )
 
     def prune(self, keep: int) -> list[str]:
         """Remove complete versions except the last ``keep``; return the removed ones."""

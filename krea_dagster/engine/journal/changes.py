@@ -156,7 +156,7 @@ def check_change(change: Change, before: Record | None, owner: str) -> Record:
     bought = before.idempotency_key is not None or change.event is Event.SUBMITTING
     if not bought and after not in _WITHOUT_PURCHASE:
         raise IllegalTransition(
-            f"request {change.request_key} has no purchase that {change.event.value} is about"
+            f"request {change.request_key} has no purchase, so {change.event.value} cannot apply"
         )
     return before
 

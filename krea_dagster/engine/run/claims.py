@@ -159,7 +159,7 @@ class Claims:
         for key in keys:
             if key in records:
                 holder = holders.get(key, "another run")
-                self.finish(records[key], f"held by {holder}; a later run goes on with it")
+                self.finish(records[key], f"{holder} holds this row; a later run continues it")
         self._elsewhere.clear()
         self._context.wake()
 
