@@ -240,7 +240,8 @@ def read_submission(answer: RawAnswer, *, now: datetime, hide: Hide = unchanged)
     if found.present:
         named = f"task {hide(task_id)}: " if task_id else ""
         raise OutcomeUnknown(
-            f"EvoLink answered with success and an error: {named}{found.message}", **facts
+            f"EvoLink answered with an error and status success: {named}{found.message}",
+            **facts,
         )
     if not task_id:
         raise OutcomeUnknown("EvoLink accepted the request but returned no usable task id", **facts)

@@ -122,7 +122,8 @@ def drill_command(
 
     Buys images from an emulator with worker processes that are killed before and after every
     commit, call and file rename, and at random times, while connections break and responses get
-    lost. A last worker finishes. Then the server's records are compared with the journal and the files.
+    lost. A last worker finishes. Then the server's records are compared with the journal and the
+    files.
     """
     if sys.platform == "win32":
         raise click.UsageError("the drill needs fork and SIGKILL, which Windows does not have")

@@ -195,9 +195,7 @@ class ExportTarget:
         size = temporary.stat().st_size
         self.storage.publish(temporary, name)
         if self.storage.size_bytes(name) != size:
-            raise StorageError(
-                f"{self.locate(name)} does not have the {size} bytes that were written; export again"
-            )
+            raise StorageError(f"{self.locate(name)} does not have its {size} bytes; export again")
 
     def prune(self, keep: int) -> list[str]:
         """Remove complete versions except the last ``keep``; return the removed ones."""

@@ -44,7 +44,7 @@ from krea_dagster.engine.run.outages import Outages
 from krea_dagster.engine.run.pace_sync import PaceSync
 from krea_dagster.engine.run.poll import PollStep
 from krea_dagster.engine.run.report import Progress, RunReport
-from krea_dagster.engine.run.submit import HeldBack, SubmitStep
+from krea_dagster.engine.run.submit import Deferral, SubmitStep
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.run.worklist import WorkList
 from krea_dagster.engine.states import Event, State
@@ -117,7 +117,7 @@ class RunScheduler:
         self._carried = 0  # requests that a task carries
         self._in_window = 0  # of those, the ones that hold a place in the window
         self._downloads = 0  # of those, the ones whose image is being downloaded
-        self._deferring: dict[HeldBack, list[str]] = {}  # requests to be recorded as held back
+        self._deferring: dict[Deferral, list[str]] = {}  # requests to be recorded as deferred
         self._resolutions = dict(options.resolutions)
         self._failure: JournalError | StorageError | None = None
         self._account_error: str | None = None
@@ -136,7 +136,7 @@ class RunScheduler:
                 await self._read_account()
                 await self._pace_sync.exchange()  # with the runs that have begun since the first
                 await self._work_off()
-                await self._record_held_back()
+                await self._record_deferred()
                 if self._outages.over is not None:
                     self._context.stop_buying(self._outages.over)
                 else:
@@ -209,7 +209,7 @@ class RunScheduler:
                 carriers.cancel_scope.cancel()
                 return
             self._changed = asyncio.Event()
-            self._leave_all_held_back()
+            self._leave_all_deferred()
             queued = len(self._to_submit) + len(self._to_collect)
             if self._work.backlog and queued < _QUEUE_LOW and not self._claims.under_way:
                 self._claims.under_way = True
@@ -247,7 +247,7 @@ class RunScheduler:
             and self._carried < self._max_carried
         ):
             not_before_s, _, item = self._to_submit[0]
-            held = self._held_back(item)
+            held = self._deferral_of(item)
             if held is not None:
                 heapq.heappop(self._to_submit)
                 self._deferring.setdefault(held, []).append(item.record.request_key)
@@ -298,13 +298,13 @@ class RunScheduler:
         awaits_price = capped and self._in_flight.submitting >= UNANSWERED_UNDER_CAP
         return math.inf if full or few or awaits_price else pace.wait_s(now_s)
 
-    def _held_back(self, item: WorkItem) -> HeldBack | None:
+    def _deferral_of(self, item: WorkItem) -> Deferral | None:
         """Return why a request that was not bought stays so in this run, if that is certain."""
         if item.record.state not in _NOT_BOUGHT or item.retry.file is not None:
             return None
-        return self._submit.held_back(item)
+        return self._submit.deferral_of(item)
 
-    def _leave_all_held_back(self) -> None:
+    def _leave_all_deferred(self) -> None:
         """Leave at once all requests that this run will not reach, without a step for each."""
         over = self._outages.over
         if over is not None:
@@ -317,7 +317,7 @@ class RunScheduler:
                 queue.clear()
             self._leave_unread(self._work.take(len(self._work.backlog)), reason)
         elif self._work.backlog_to_buy > 0 and (
-            held := self._submit.all_held_back(self._work.qualities)
+            held := self._submit.all_deferred(self._work.qualities)
         ):
             keys = self._work.take_to_buy()
             if self._work.deferral_codes != {held.code}:
@@ -393,7 +393,7 @@ class RunScheduler:
             if needs_grant and item.record.request_key not in self._resolutions:
                 return 0.0  # through the queue, because only the pace grants a POST
             if self._is_stopped(item):
-                return 0.0  # through the queue, which leaves all that is held back at once
+                return 0.0  # through the queue, which leaves all that is deferred at once
             wait_s = await self._step(item, action)
             self._changed.set()  # the pace may have room now
         return wait_s
@@ -485,7 +485,7 @@ class RunScheduler:
             self._told_at_s = now_s
             self._options.on_progress(self._progress())
 
-    async def _record_held_back(self) -> None:
+    async def _record_deferred(self) -> None:
         if isinstance(self._context.stopped, TryLater):
             return  # it passes, so rows need no event
         for held, keys in self._deferring.items():

@@ -47,7 +47,7 @@ from krea_dagster.models import Submission, credits_from_units, credits_text
 _PENDING_S: Final = 60.0
 
 
-class HeldBack(NamedTuple):
+class Deferral(NamedTuple):
     """Why rows are not bought in this run: a code, and a sentence for people."""
 
     code: str
@@ -77,7 +77,7 @@ class SubmitStep:
         self._silent_since_s: float | None = None
         self.caps_reached: dict[str, str] = {}
         # What caps do not admit, by scope and quality, until a purchase gives its room back.
-        self._full: dict[tuple[str, str], HeldBack] = {}
+        self._full: dict[tuple[str, str], Deferral] = {}
         context.on_release = self._full.clear
         self.price_increases: dict[str, str] = {}
         self.unwritten: list[UnwrittenPurchase] = []
@@ -153,7 +153,7 @@ class SubmitStep:
 
     async def _closed(self, item: WorkItem, closed: BuyingClosed) -> float:
         """Hold a row back that a cap or the account does not admit; nothing was sent."""
-        held = HeldBack(closed.code, f"not bought: {closed}")
+        held = Deferral(closed.code, f"not bought: {closed}")
         if isinstance(closed, RunStopped):
             self._context.stop_buying(closed)
         elif isinstance(closed, CapReached):
@@ -165,20 +165,20 @@ class SubmitStep:
         item.retry.leave_reason = held.reason
         return 0.0
 
-    def held_back(self, item: WorkItem) -> HeldBack | None:
+    def deferral_of(self, item: WorkItem) -> Deferral | None:
         """Return why a request is not bought in this run, if that is certain already."""
         if self._context.stopped is not None:
-            return HeldBack(self._context.stopped.code, self._why_stopped())
+            return Deferral(self._context.stopped.code, self._why_stopped())
         if self._full:
             for scope in self._scopes(item.partition_key, item.scopes):
                 if held := self._full.get((scope, item.record.request.quality)):
                     return held
         return None
 
-    def all_held_back(self, qualities: Collection[str]) -> HeldBack | None:
+    def all_deferred(self, qualities: Collection[str]) -> Deferral | None:
         """Return why no request of these qualities is bought in this run, in any partition."""
         if self._context.stopped is not None:
-            return HeldBack(self._context.stopped.code, self._why_stopped())
+            return Deferral(self._context.stopped.code, self._why_stopped())
         if self._full and qualities:
             for scope in self._scopes("", ()):
                 held = [self._full.get((scope, quality)) for quality in qualities]
