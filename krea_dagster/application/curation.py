@@ -22,6 +22,7 @@ from krea_dagster.curation.similarity.near_duplicates import (
 )
 from krea_dagster.engine.journal.verdict_log import VerdictLog
 from krea_dagster.engine.verdict import FLAG, REJECT
+from krea_dagster.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def curate(
     """
     curation = curation or Curation()
     storage = backend.open_storage()
+    if not backend.has_journal():
+        raise ConfigError(f"{storage.shown('')} has no journal yet, and so no image")
     with backend.open_journal() as journal:
         accepting = AcceptedTableBuilder.read(
             storage, journal, curation.rules, curation.wanted_images, folders
@@ -104,7 +107,8 @@ def curate(
         measured = list(
             measure_partitions(storage, keys, folders=folders, custom=curation.measures)
         )
-        duplicates = update_near_duplicates(storage, folders, verdicts=current_verdicts(backend))
+        verdicts = {sha256: one.verdict for sha256, one in journal.verdicts.current().items()}
+        duplicates = update_near_duplicates(storage, folders, verdicts=verdicts)
         accepted, outcomes = accepting.make(keys)
     return Curated(measured, duplicates, accepted, outcomes)
 

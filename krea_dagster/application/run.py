@@ -38,6 +38,7 @@ def prepared(
     curation: Curation | None = None,
     folders: Sequence[str] = (),
     raised_by: str,
+    check: bool = False,
 ) -> Iterator[tuple[Batch, QuotaState]]:
     """Yield what a run works on, after raising the attempts of what is regenerated.
 
@@ -45,6 +46,8 @@ def prepared(
         keys: The partitions; None for all.
         folders: The folders of the manifests, next to which measures are stored.
         raised_by: The root run, whose re-executions raise no attempt again.
+        check: Refuse options that name nothing in these partitions. A step of a larger run leaves
+            that to its launch: they may be meant for its other partitions.
 
     Raises:
         ConfigError, PromptTableError, JournalError: before anything is bought.
@@ -52,7 +55,8 @@ def prepared(
     curation = curation or Curation()
     batch = Batch.read(table, keys, backend, to_buy=True, look=True)
     try:
-        check_options(backend, batch, options, all_rows=keys is None)
+        if check:
+            check_options(backend, batch, options)
         batch = batch.regenerate(options, backend, raised_by)
         batch, quota = apply_quota(
             batch,
@@ -119,7 +123,9 @@ def run(
 
     The manifests are also written if the account stopped the run; ``Ran.report`` says so.
     """
-    with prepared(backend, table, keys, options, curation=curation, raised_by=run_id) as found:
+    with prepared(
+        backend, table, keys, options, curation=curation, raised_by=run_id, check=True
+    ) as found:
         batch, _ = found
         state = batch.state(backend)
         report = buy_batch(backend, batch, state, options, run_id=run_id, on_progress=on_progress)
@@ -130,12 +136,10 @@ def run(
     return Ran(report, total, paths)
 
 
-def check_options(
-    backend: Backend, batch: Batch, options: BuyOptions, *, all_rows: bool = True
-) -> None:
+def check_options(backend: Backend, batch: Batch, options: BuyOptions) -> None:
     """Refuse options that name a row or purchase that does not exist. Raises ConfigError."""
-    batch.selected(options, backend, all_rows=all_rows)
-    if not options.resolve or not all_rows:
+    batch.selected(options, backend, all_rows=True)
+    if not options.resolve:
         return
     resolutions = options.resolutions(batch.plan)
     images = list(batch.plan.named(options.resolve))

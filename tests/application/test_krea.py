@@ -99,6 +99,27 @@ def test_without_a_journal_there_are_no_verdicts_and_nothing_to_verify(krea: Kre
     assert not Path(krea.settings.storage).exists()
 
 
+def test_without_a_journal_nothing_is_curated_and_none_is_created(krea: Krea) -> None:
+    """A new journal next to images would not know that they are paid for."""
+    images = Path(krea.settings.storage, "images", "ab")
+    images.mkdir(parents=True)
+    (images / "abcd.png").write_bytes(b"paid for")
+    with pytest.raises(ConfigError, match="has no journal yet"):
+        krea.curate()
+    with pytest.raises(ConfigError, match="the journal that bought them is missing"):
+        krea.run()
+
+
+@pytest.mark.parametrize("rows", [{"regenerate": ["nobody"]}, {"resolve": {"ash": "lost"}}])
+def test_options_that_name_nothing_are_refused_before_anything_is_bought(
+    krea: Krea, emulator: Emulator, rows: dict[str, Any]
+) -> None:
+    before = creates(emulator)
+    with pytest.raises(ConfigError, match=r"no row has|names no purchase"):
+        krea.run(options=BuyOptions(**rows))
+    assert creates(emulator) == before
+
+
 def test_settings_without_a_table_say_so(tmp_path: Path) -> None:
     from krea_dagster.application.settings import ConnectionSettings  # noqa: PLC0415
 
