@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from importlib import import_module
+from itertools import pairwise
 from typing import Final
 
 import click
@@ -14,8 +15,13 @@ from krea_dagster import redact
 from krea_dagster.cli.exit_codes import NOT_DELIVERED, code_of
 from krea_dagster.errors import KreaError
 
-#: Variables whose URLs may contain credentials.
-_PLACES: Final = ("KREA_PROMPTS", "KREA_STORAGE", "KREA_JOURNAL_URL", "EVOLINK_BASE_URL")
+#: Options and variables whose URLs may contain credentials.
+_PLACES: Final = {
+    "--prompts": "KREA_PROMPTS",
+    "--storage": "KREA_STORAGE",
+    "--journal": "KREA_JOURNAL_URL",
+    "--base-url": "EVOLINK_BASE_URL",
+}
 
 #: The subcommands: where each is, and its line in the group's help.
 _COMMANDS: Final = {
@@ -73,7 +79,10 @@ def main() -> None:
 
 def run() -> None:
     """Run the command; the package's errors become one message and an exit code."""
-    places = [os.environ.get(name, "") for name in _PLACES]
+    places = [os.environ.get(name, "") for name in _PLACES.values()]
+    # An option's value is the word after it, or what follows its "=".
+    words = [word for text in sys.argv for word in text.split("=", text[:2] == "--") if word]
+    places += [value for option, value in pairwise(words) if option in _PLACES]
     try:
         main()
     except KreaError as error:

@@ -382,6 +382,36 @@ def test_a_place_that_cannot_be_used_is_told_without_its_secrets(
             assert said in " ".join(done.err.split())
 
 
+@pytest.mark.parametrize("form", ["{option}={value}", "{option} {value}"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--journal", "postgresql+psycopg://me:p@s3cr3t:w@h:x/db"),
+        ("--storage", "nosuch://me:s3cr3t#pw@host/krea?s3cr3t"),
+        ("--prompts", "http://me:s3cr/3t@127.0.0.1:9/s.parquet?s3cr3t"),
+        ("--base-url", "https://me:s3cr3t@api.invalid"),
+    ],
+)
+def test_nor_does_an_option_show_its_secrets(
+    shell: Shell, option: str, value: str, form: str
+) -> None:
+    shell.table(prompt=["never bought"])
+    done = shell.run("quote", *form.format(option=option, value=value).split())
+    assert done.code in (1, 2)
+    assert re.search("s3cr|3t@", done.out + done.err) is None
+
+
+def test_an_unexpected_error_shows_no_secret_of_an_option(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("login of me with p@s3cr3t:w failed")
+
+    monkeypatch.setattr(cli.main, "callback", fail)
+    done = shell.run("quote", "--journal", "postgresql+psycopg://me:p@s3cr3t:w@h:x/db")
+    assert (done.code, "s3cr3t" in done.err, "RuntimeError" in done.err) == (1, False, True)
+
+
 # -- demo and salvage -------------------------------------------------------------------------
 
 
