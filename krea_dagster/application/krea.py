@@ -399,8 +399,7 @@ class Krea(Backend):
             on_ready: Is called with the page's address, which is a secret, and the number of rows.
 
         Raises:
-            ConfigError: if there is no journal.
-            OSError: if the port is taken.
+            ConfigError: if there is no journal, or the port is taken.
         """
         from krea_dagster.application.review import review
 

@@ -29,7 +29,11 @@ def review(
             "KREA_JOURNAL_URL are those of the runs, or run `krea-dagster materialize` first"
         )
     storage = backend.open_storage()
-    with listen("127.0.0.1", port) as listener, backend.open_journal() as journal:
+    try:
+        listener = listen("127.0.0.1", port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on 127.0.0.1:{port}: {error}") from error
+    with listener, backend.open_journal() as journal:
         settings = ReviewSettings(
             storage=storage,
             journal=journal,

@@ -78,16 +78,13 @@ def review_command(
                 click.echo("Open this address in a browser on this machine.", err=True)
             click.echo(f"{rows:,} rows; press Ctrl+C to stop.", err=True)
 
-        try:
-            open_krea().review(
-                reviewer=reviewer or _login(),
-                port=port,
-                token=_token(token_file),
-                reasons=reasons,
-                on_ready=ready,
-            )
-        except OSError as error:
-            raise click.UsageError(f"cannot listen on 127.0.0.1:{port}: {error}") from None
+        open_krea().review(
+            reviewer=reviewer or _login(),
+            port=port,
+            token=_token(token_file),
+            reasons=reasons,
+            on_ready=ready,
+        )
 
 
 @contextmanager
