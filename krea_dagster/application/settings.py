@@ -219,8 +219,7 @@ class Settings(ConnectionSettings):
             if given.get(variable := variable_of(field))
         }
         values: dict[str, Any] = {
-            name: _read(text, variable_of(cls.model_fields[name]), name)
-            for name, text in texts.items()
+            name: _read(text, cls.model_fields[name], name) for name, text in texts.items()
         }
         for name in ("prompts", "storage"):
             values[name] = _absolute(values.get(name) or cls.model_fields[name].default)
@@ -242,10 +241,11 @@ def metavar_of(field: FieldInfo) -> str:
     return str(extra["metavar"]) if isinstance(extra, dict) else ""
 
 
-def _read(text: str, variable: str, name: str) -> Any:
+def _read(text: str, field: FieldInfo, name: str) -> Any:
+    variable = variable_of(field)
     match name:
         case "on_unknown" | "collect":
-            choices = {"on_unknown": ("replay", "hold"), "collect": ("wait", "later")}[name]
+            choices = metavar_of(field).split("|")
             if text not in choices:
                 raise ConfigError(f"{variable} is {text!r}; use {' or '.join(choices)}")
         case "base_url":
@@ -253,7 +253,8 @@ def _read(text: str, variable: str, name: str) -> Any:
         case "callback_base_url":
             return without_secret(text, variable)
         case "max_in_flight":
-            return parse_whole_number(text, variable, most=4096)
+            (most,) = (bound.le for bound in field.metadata if hasattr(bound, "le"))
+            return parse_whole_number(text, variable, most=most)
         case "run_credits" | "day_credits":
             return credits_from_units(parse_cap(text, variable))
         case "budgets":

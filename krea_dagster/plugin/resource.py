@@ -1,6 +1,5 @@
 """KreaResource: the settings as a Dagster resource, and the application behind them."""
 
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +77,7 @@ def krea_of(
 
 def _ids_of(context: dg.OpExecutionContext | dg.AssetExecutionContext | None) -> tuple[str, str]:
     if context is None:
-        return f"without-dagster-{uuid.uuid4()}", "generate"
+        return "", "generate"
     if isinstance(context, dg.AssetExecutionContext):
         return context.run.run_id, context.asset_key.to_user_string()
     return context.run_id, context.op_def.name
