@@ -27,7 +27,6 @@ from krea_dagster.errors import (
     BuyingClosed,
     CapReached,
     IdempotencyConflict,
-    JournalError,
     NotCharged,
     NotSent,
     OutcomeUnknown,
@@ -247,7 +246,7 @@ class SubmitStep:
         except TakenOver as error:
             where = self._keep(bought, values, submission.answer)
             raise TakenOver(f"{error}; {bought} is kept in {where} for the next run") from error
-        except JournalError:
+        except Exception:  # also a bug of ours: the task's id is nowhere else
             self._keep(bought, values, submission.answer)
             self.unwritten.append(bought)
             raise

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +18,13 @@ import pytest
 from krea_dagster.engine.budget import Caps
 from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.claim_log import ClaimLog
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event, State
-from krea_dagster.errors import JournalError
+from krea_dagster.errors import JournalError, PurchasesNotWritten
 from tests.engine.harness import (
     NOW,
     ClockAhead,
@@ -373,6 +375,33 @@ async def test_when_the_journal_cannot_be_written_nothing_more_is_bought(
     stats = engine.emulator.stats()
     assert stats["creates"] < 8
     assert stats["bodies_bought_more_than_once"] == 0
+
+
+class BrokenJournal(Journal):
+    """A journal with a bug in the writing of answers."""
+
+    def append(self, changes: Sequence[Change], **options: Any) -> Sequence[Any]:
+        if any(change.event is Event.ACCEPTED for change in changes):
+            raise TypeError("a bug")
+        return super().append(changes, **options)
+
+
+async def test_an_answer_that_a_bug_keeps_from_the_journal_is_saved_for_the_next_run(
+    engine: EngineHarness,
+) -> None:
+    """The id of a bought task is nowhere else."""
+    requests = make_requests(2)
+    with (
+        closing(BrokenJournal(engine.url)) as broken,
+        pytest.raises(PurchasesNotWritten),
+    ):
+        await engine.run(requests, journal=broken, max_in_flight=1)
+    posts = engine.emulator.stats()["submit_posts"]
+    report = await engine.run(requests, "run-2")
+    assert report.progress.delivered == 2
+    stats = engine.assert_accounts_agree()
+    assert (stats["creates"], stats["submit_posts"]) == (2, 2), "nothing is sent twice"
+    assert posts == 1
 
 
 async def test_a_rate_limited_purchase_gives_its_room_under_the_cap_back(
