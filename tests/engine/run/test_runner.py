@@ -380,7 +380,7 @@ async def test_when_the_journal_cannot_be_written_nothing_more_is_bought(
 class BrokenJournal(Journal):
     """A journal with a bug in the writing of answers."""
 
-    def append(self, changes: Sequence[Change], **options: Any) -> Sequence[Any]:
+    def append(self, changes: Sequence[Change], **options: Any) -> list[Any]:
         if any(change.event is Event.ACCEPTED for change in changes):
             raise TypeError("a bug")
         return super().append(changes, **options)
