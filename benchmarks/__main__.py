@@ -22,6 +22,7 @@ from benchmarks.report import Report, page, show
 NAMES: Final = (
     "makespan",
     "processes",
+    "images",
     "memory",
     "planning",
     "in_dagster",

@@ -184,6 +184,7 @@ with the package. Figures differ between machines; ratios within one table are m
 | --- | --- |
 | `makespan` | How close does a run come to the least time that the account's limits allow? |
 | `processes` | What do several processes on one account and one journal cost each other? |
+| `images` | How much CPU does an image take, and how many images come per second? |
 | `memory` | How much memory does a run take, with many images and with large ones? |
 | `planning` | How long does a run over a large table take before it buys? |
 | `in_dagster` | How much time does Dagster add to the engine? |

@@ -3,8 +3,10 @@
     python -m benchmarks.worker KIND --url URL --images 2000 --folder FOLDER
 
 ``engine`` is the engine without Dagster, with a SQLite journal and its images in the folder;
+``krea`` is ``Krea.run``, which looks at each image and measures it, and ``krea-unseen`` the same
+without ``verify_images``: both take a table that ``table`` writes, as does ``dagster``;
 ``dagster`` materializes all partitions of ``prompts.parquet`` in the folder, which ``table``
-writes; ``threads`` and ``aiohttp`` are the baselines.
+writes; ``threads``, ``aiohttp``, ``aiohttp-decode`` and ``aiohttp-journal`` are the baselines.
 
 ``wall_s`` and ``cpu_s`` leave out Python's start and imports; ``peak_bytes`` does not.
 """
@@ -21,7 +23,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.baselines import bare_aiohttp, body_of, thread_pool
+from benchmarks.baselines import (
+    bare_aiohttp,
+    body_of,
+    decoding_aiohttp,
+    journaled_aiohttp,
+    thread_pool,
+)
 from benchmarks.harness import peak_bytes
 
 
@@ -96,6 +104,31 @@ def through_dagster(options: Namespace) -> Callable[[], dict[str, Any]]:
     return work
 
 
+def krea(*, verify_images: bool) -> Callable[[Namespace], Callable[[], dict[str, Any]]]:
+    """Return a run of all partitions of ``prompts.parquet`` in the folder, without Dagster."""
+
+    def prepared(options: Namespace) -> Callable[[], dict[str, Any]]:
+        from krea_dagster.application.krea import Krea
+        from krea_dagster.application.settings import Settings
+
+        settings = Settings(
+            api_key=options.key,
+            base_url=options.url,
+            prompts=str(options.folder / "prompts.parquet"),
+            storage=str(options.folder / "krea"),
+            max_in_flight=options.most,
+            verify_images=verify_images,
+        )
+
+        def work() -> dict[str, Any]:
+            report = Krea(settings).run().report
+            return {"delivered": report.progress.delivered, "left": len(report.left)}
+
+        return work
+
+    return prepared
+
+
 def table(options: Namespace) -> Callable[[], dict[str, Any]]:
     """Write a prompt table with the same images as the engine alone."""
     import pyarrow as pa
@@ -122,7 +155,7 @@ def baseline(buy: Callable[..., None]) -> Callable[[Namespace], Callable[[], dic
     def prepared(options: Namespace) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
             buy(options.url, options.key, options.images, options.folder, options.most)
-            return {"delivered": sum(1 for _ in options.folder.glob("*.jpg"))}
+            return {"delivered": sum(1 for _ in options.folder.glob("*.[jp][pn]g"))}
 
         return work
 
@@ -131,10 +164,14 @@ def baseline(buy: Callable[..., None]) -> Callable[[Namespace], Callable[[], dic
 
 KINDS: Final = {
     "engine": engine,
+    "krea": krea(verify_images=True),
+    "krea-unseen": krea(verify_images=False),
     "dagster": through_dagster,
     "table": table,
     "threads": baseline(thread_pool),
     "aiohttp": baseline(bare_aiohttp),
+    "aiohttp-decode": baseline(decoding_aiohttp),
+    "aiohttp-journal": baseline(journaled_aiohttp),
 }
 
 
