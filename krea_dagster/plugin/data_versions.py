@@ -13,6 +13,11 @@ _DATA_VERSION: Final = "dagster/data_version"
 #: Maximum number of partitions in a query by name.
 _MOST_NAMES: Final = 500
 
+#: Maximum number of partitions that one tick of a sensor reports, each by one or two events of
+#: some 12 ms. The daemon writes them after the tick's evaluation, which alone has a time limit, but
+#: other sensors wait meanwhile. If the daemon is killed, the next tick reports the rest.
+MOST_REPORTS: Final = 2_500
+
 #: The version of a partition without a row.
 NO_ROWS: Final = EMPTY_PARTITION_VERSION
 
@@ -25,7 +30,7 @@ def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Ve
     last = last_versions(instance, key, list(versions))
     for partition, version in versions.items():
         if last.get(partition) != version:
-            for event in version_events(key, partition, version):
+            for event in version_events(key, partition, version, last.get(partition)):
                 instance.report_runless_asset_event(event)
 
 
@@ -80,15 +85,18 @@ def knows_partition(
     return known.__contains__
 
 
-def version_events(key: dg.AssetKey, partition: str, version: str) -> tuple[_Event, _Event]:
-    """Return the two events that report a new version of an external asset's partition.
+def version_events(
+    key: dg.AssetKey, partition: str, version: str, last: str | None
+) -> Sequence[_Event]:
+    """Return the events that report a new version of an external asset's partition.
 
-    Automation conditions use materializations, and the UI's "unsynced" uses observations. The
+    Automation conditions use materializations, and the UI's "unsynced" compares observations, of
+    which a first version (``last`` is None) needs none: nothing was made from an earlier one. The
     order matters: downstream assets refer to the materialization, and would count as out of date
     if an observation came after it.
     """
     tags = {_DATA_VERSION: version}
-    return (
-        dg.AssetObservation(key, partition=partition, tags=tags),
-        dg.AssetMaterialization(key, partition=partition, tags=tags),
-    )
+    made = dg.AssetMaterialization(key, partition=partition, tags=tags)
+    if last is None:
+        return [made]
+    return [dg.AssetObservation(key, partition=partition, tags=tags), made]

@@ -15,6 +15,7 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.application.column_versions import carried_versions
 from krea_dagster.errors import KreaError
 from krea_dagster.plugin.data_versions import (
+    MOST_REPORTS,
     NO_ROWS,
     changed_versions,
     knows_partition,
@@ -33,9 +34,6 @@ from krea_dagster.plugin.sensors.change_marks import (
     read_cursor,
 )
 from krea_dagster.prompts import PromptTable
-
-#: Partitions that one tick reports, each by two events of some 12 ms in Dagster's database.
-_MOST_REPORTS = 250
 
 #: The external assets of a prompt table, with any prefix.
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
@@ -120,7 +118,7 @@ def build_prompts_sensor(
     partitions_def: dg.PartitionsDefinition[str],
     *,
     minimum_interval_s: int = 60,
-    most_reports: int = _MOST_REPORTS,
+    most_reports: int = MOST_REPORTS,
 ) -> dg.SensorDefinition:
     """Build the sensor that watches the prompt table.
 
@@ -164,11 +162,10 @@ def build_prompts_sensor(
         has_key = knows_partition(instance, partitions_def)
         # Compared with the last reported versions: a run may have reported some meanwhile.
         changed = [
-            (asset, partition, version)
+            (asset, partition, version, last.get(partition))
             for asset, found in zip(keys, versions, strict=True)
-            for partition, version in changed_versions(
-                found, last_versions(instance, asset)
-            ).items()
+            for last in [last_versions(instance, asset)]
+            for partition, version in changed_versions(found, last).items()
             if has_key(partition)
         ]
         # A partition's columns before its prompts, so that one run makes images and manifest.

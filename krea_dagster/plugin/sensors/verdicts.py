@@ -10,6 +10,7 @@ from krea_dagster.curation.accepted.accepted_table import AcceptedTableBuilder
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.errors import KreaError
 from krea_dagster.plugin.data_versions import (
+    MOST_REPORTS,
     changed_versions,
     knows_partition,
     last_versions,
@@ -19,8 +20,6 @@ from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import mark_of_reports, read_cursor
 
-#: Partitions that one tick reports, each by two events in Dagster's database.
-_MOST_REPORTS: Final = 250
 _SAME: Final = "There are no new verdicts."
 
 
@@ -81,9 +80,13 @@ def build_verdicts_sensor(
         cursor = json.dumps(asdict(present))
         if not changed:
             return dg.SensorResult(skip_reason=_SAME, cursor=cursor)
-        now = changed[:_MOST_REPORTS]
+        now = changed[:MOST_REPORTS]
         return dg.SensorResult(
-            asset_events=[event for one in now for event in version_events(key, *one)],
+            asset_events=[
+                event
+                for partition, version in now
+                for event in version_events(key, partition, version, last.get(partition))
+            ],
             cursor=context.cursor if len(changed) > len(now) else cursor,
         )
 
