@@ -8,12 +8,15 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Final
 
+from PIL import Image
+
 from krea_dagster.api import KreaClient
 from krea_dagster.application.callback_column import receiver_urls
 from krea_dagster.application.emulator_process import EMULATOR_KEY, local_emulator
 from krea_dagster.application.settings import ConnectionSettings
 from krea_dagster.callbacks import CallbackUrls
 from krea_dagster.curation.measures.cache import measured_while_verified
+from krea_dagster.curation.thumbnails import Thumbnails
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.journal.database import database_in, has_database
 from krea_dagster.engine.journal.journal import Journal
@@ -203,9 +206,9 @@ class Backend:
             root_id = journal.roots.begin(storage, journal.roots.check(storage))
             fingerprint = journal.api_keys.fingerprint(self.key)
             account = journal.api_keys.enter(fingerprint)
-            on_image = None
+            on_image: list[Callable[[str, Image.Image], object]] = [Thumbnails(storage).add]
             if settings.measure_images and settings.verify_images:
-                on_image = stack.enter_context(measured_while_verified(storage))
+                on_image.append(stack.enter_context(measured_while_verified(storage)))
             urls = self.callback_urls()
             yield Runner(
                 connect=self.connect,

@@ -9,7 +9,7 @@ from pathlib import Path
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.curation import current_verdicts
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
-from krea_dagster.curation.gallery.page import GallerySummary, estimate_bytes, write_gallery
+from krea_dagster.curation.gallery.page import GallerySummary, estimate, write_gallery
 from krea_dagster.engine.storage.page import write_page
 from krea_dagster.errors import ConfigError
 
@@ -38,8 +38,8 @@ def write(
             "no row matches the filter. Remove a --where, --verdict or --partition, or use "
             "--status any"
         )
-    size_bytes = min(estimate_bytes(storage, chosen.rows, side), most_bytes)
-    on_selected(len(chosen.rows), chosen.matched, size_bytes)
+    expected = estimate(storage, chosen.rows, side)
+    on_selected(len(chosen.rows), chosen.matched, min(expected.size_bytes, most_bytes))
     with tempfile.TemporaryFile() as page:
         written = write_gallery(
             storage,
@@ -49,6 +49,7 @@ def write(
             filter_text=filters.words(),
             side=side,
             most_bytes=most_bytes,
+            made=expected.made,
             on_progress=on_progress,
         )
         page.seek(0)

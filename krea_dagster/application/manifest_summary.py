@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -38,6 +39,14 @@ _MISSING: Final = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """The file of a manifest row: its path or URL, and its hash if it is known."""
+
+    location: str
+    sha256: str | None = None
+
+
 class ManifestSummary:
     """Counts and credits of manifest rows.
 
@@ -45,7 +54,7 @@ class ManifestSummary:
     ``spent`` is the part of ``charged`` that the present run bought, and ``saved`` what its rows
     would have cost in addition, had it bought each of them. ``reasons`` counts the rows without
     an image by status and error code, ``missing`` holds the first of them, ``failures`` the newest
-    failures, and ``shown`` the paths of the first images.
+    failures, and ``shown`` the first images.
     """
 
     def __init__(self) -> None:
@@ -57,7 +66,7 @@ class ManifestSummary:
         self.saved = 0.0
         self.bought = 0
         self.reused = 0
-        self.shown: list[str] = []
+        self.shown: list[StoredFile] = []
         self.reasons: Counter[str] = Counter()
         self.missing: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
@@ -102,8 +111,10 @@ class ManifestSummary:
         took = pc.subtract(bought["completed_at"], bought["submitted_at"]).drop_null()
         self._latencies.append(took.cast(pa.int64()).to_numpy() / 1e6)
         if len(self.shown) < SHEET_IMAGES:
-            paths = part["image_path"].drop_null().slice(0, SHEET_IMAGES - len(self.shown))
-            self.shown += paths.to_pylist()
+            stored = part.filter(pc.is_valid(part["image_path"]))
+            first_stored = stored.slice(0, SHEET_IMAGES - len(self.shown))
+            files = (first_stored[name].to_pylist() for name in ("image_path", "image_sha256"))
+            self.shown += map(StoredFile, *files)
         missing = part.filter(pc.not_equal(part["status"], State.STORED.value))
         if missing.num_rows:
             codes = pc.if_else(pc.equal(missing["error_code"], ""), None, missing["error_code"])

@@ -16,12 +16,13 @@ import pyarrow as pa
 from PIL import Image
 
 from krea_dagster import redact
-from krea_dagster.application.manifest_summary import SHEET_IMAGES, ManifestSummary
+from krea_dagster.application.manifest_summary import ManifestSummary, StoredFile
 from krea_dagster.application.quota import QuotaState
 from krea_dagster.curation.accepted.quota import GroupResult, quota_totals
+from krea_dagster.curation.thumbnails import NoThumbnail, Thumbnails, decoded
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage.images import DECODE_ERRORS
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import StorageUnavailable
 from krea_dagster.manifest import DESCRIPTIONS
 from krea_dagster.models import credits_from_units
 from krea_dagster.spend.quote import QuoteLine
@@ -74,7 +75,7 @@ def images_metadata(figures: ManifestSummary, storage: Storage, *, seconds: floa
         values["latency_p95_s"] = round(_quantile(latencies_s, 0.95), 3)
     if figures.failures:
         values["newest_failures"] = failures_table(figures)
-    if (sheet := contact_sheet(figures.shown[:SHEET_IMAGES], storage)) is not None:
+    if (sheet := contact_sheet(figures.shown, storage)) is not None:
         encoded = base64.b64encode(sheet).decode()
         values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{encoded})")
     return values
@@ -238,11 +239,11 @@ def location_value(location: str) -> dg.MetadataValue[Any]:
 
 
 def contact_sheet(
-    locations: Sequence[str], storage: Storage, *, columns: int = _COLUMNS
+    files: Sequence[StoredFile], storage: Storage, *, columns: int = _COLUMNS
 ) -> bytes | None:
     """Return a JPEG of images, None if none can be read."""
-    names = [storage.name_of(location) for location in locations]
-    thumbnails = [thumbnail for name in names if (thumbnail := _thumbnail(storage, name))]
+    kept = Thumbnails(storage)
+    thumbnails = [one for file in files if (one := _thumbnail(storage, kept, file))]
     if not thumbnails:
         return None
     rows = -(-len(thumbnails) // columns)
@@ -257,15 +258,19 @@ def contact_sheet(
     return _jpeg(sheet)
 
 
-def _thumbnail(storage: Storage, name: str) -> Image.Image | None:
+def _thumbnail(storage: Storage, kept: Thumbnails, file: StoredFile) -> Image.Image | None:
+    name, sha256 = storage.name_of(file.location), file.sha256 or ""
     try:
-        with storage.open(name) as file, Image.open(file) as image:
-            image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
-            thumbnail: Image.Image = image.convert("RGB")
-    except DECODE_ERRORS:
+        if storage.size_bytes(name) is None:
+            return None
+        try:
+            small = decoded(kept.get(sha256, name), _THUMBNAIL)
+        except NoThumbnail:  # the kept one is damaged
+            small = decoded(kept.make(sha256, name), _THUMBNAIL)
+    except (NoThumbnail, StorageUnavailable, OSError):
         return None
-    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL), reducing_gap=2.0)
-    return thumbnail
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL), reducing_gap=2.0)
+    return small
 
 
 def _jpeg(sheet: Image.Image) -> bytes:

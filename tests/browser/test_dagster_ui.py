@@ -15,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import pyarrow.compute as pc
 import pytest
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, Response, expect
 
+from krea_dagster.application.manifest_summary import StoredFile
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests
@@ -57,11 +59,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         if docs := os.environ.get("KREA_DOCS_IMAGES"):
             storage = Storage(environment["KREA_STORAGE"])
             keys = [f"bucket-{number:03d}" for number in range(8)]
-            sheet = contact_sheet(
-                read_manifests(storage, keys)["image_path"].drop_null().to_pylist()[:36],
-                storage,
-                columns=9,
+            stored = read_manifests(storage, keys).filter(pc.field("image_path").is_valid())[:36]
+            files = map(
+                StoredFile,
+                stored["image_path"].to_pylist(),
+                stored["image_sha256"].to_pylist(),
             )
+            sheet = contact_sheet([*files], storage, columns=9)
             assert sheet is not None
             Path(docs, "contact-sheet.jpg").write_bytes(sheet)
         yield environment

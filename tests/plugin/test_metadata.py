@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 import pyarrow as pa
@@ -13,7 +14,8 @@ import pytest
 from dagster_shared.serdes import serialize_value
 from PIL import Image
 
-from krea_dagster.application.manifest_summary import ManifestSummary
+from krea_dagster.application.manifest_summary import ManifestSummary, StoredFile
+from krea_dagster.curation.thumbnails import Thumbnails
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import (
@@ -243,7 +245,7 @@ def noise(storage: Storage, count: int, *, side: int, files: int) -> pa.Table:
 def test_a_sheet_stays_small_for_any_images(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     table = noise(storage, 2_000, side=1024, files=1)
-    sheet = contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage)
+    sheet = contact_sheet(ManifestSummary.of(table).shown, storage)
     assert sheet is not None
     assert len(sheet) <= 45_000
     shown = images_metadata(ManifestSummary.of(table), storage, seconds=1.0)
@@ -262,7 +264,29 @@ def test_a_damaged_image_is_left_out_of_the_sheet_and_does_not_fail_the_run(
         data[at : at + len(damage)] = damage
         path.write_bytes(data)
     (tmp_path / "images/no/noise-3.png").unlink()
-    assert contact_sheet(table["image_path"].drop_null().to_pylist()[:12], storage) is not None
+    assert contact_sheet(ManifestSummary.of(table).shown, storage) is not None
+
+
+def test_a_sheet_shows_kept_thumbnails_of_the_files_that_exist(tmp_path: Path) -> None:
+    storage, sha256 = Storage(str(tmp_path)), "ab" * 32
+    storage.write(
+        "images/ab/a.png", lambda file: Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    )
+    files = [StoredFile(storage.locate("images/ab/a.png"), sha256)]
+    assert colour_of(contact_sheet(files, storage)) == "red"
+    Thumbnails(storage).add(sha256, Image.new("RGB", (64, 64), "blue"))
+    assert colour_of(contact_sheet(files, storage)) == "blue", "the file is not decoded again"
+    (kept,) = (tmp_path / "thumbnails").rglob("*.jpg")
+    kept.write_bytes(b"\xff\xd8 damaged \xff\xd9")
+    assert colour_of(contact_sheet(files, storage)) == "red"
+    storage.remove("images/ab/a.png")
+    assert contact_sheet(files, storage) is None
+
+
+def colour_of(sheet: bytes | None) -> str:
+    assert sheet is not None
+    red, _, blue = cast("tuple[int, int, int]", Image.open(io.BytesIO(sheet)).getpixel((38, 38)))
+    return "red" if red > blue else "blue"
 
 
 def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:

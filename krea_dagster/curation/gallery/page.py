@@ -11,13 +11,15 @@ import hashlib
 import io
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
 import jinja2
@@ -26,9 +28,15 @@ from PIL import Image
 
 from krea_dagster.curation.gallery.filter import GalleryRows
 from krea_dagster.curation.measures.builtin import to_grey_or_rgb
+from krea_dagster.curation.thumbnails import (
+    LEAST_SIDE,
+    SIDE,
+    NoThumbnail,
+    Thumbnails,
+    decoded,
+)
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DECODE_ERRORS, FORMATS
 from krea_dagster.errors import ConfigError
 
 #: The default for the longest side of a thumbnail, pixels, and for the size of a page.
@@ -71,13 +79,22 @@ class GallerySummary:
     size_bytes: int
 
 
-def estimate_bytes(storage: Storage, rows: Sequence[dict[str, Any]], side: int = THUMBNAIL) -> int:
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated bytes of a page, and the thumbnails that were made for it, by SHA-256."""
+
+    size_bytes: int
+    made: Mapping[str, Thumbnail]
+
+
+def estimate(storage: Storage, rows: Sequence[dict[str, Any]], side: int = THUMBNAIL) -> Estimate:
     """Estimate the bytes of a page of these rows from a sample of their thumbnails."""
     stored = [row for row in rows if row["status"] == State.STORED.value]
     step = max(1, len(stored) // _SAMPLE)
-    sample = [one.data for _, one in _thumbnails(storage, stored[::step][:_SAMPLE], side)]
-    mean = sum(map(len, sample)) / max(1, len(sample))
-    return round(len(stored) * mean * 4 / 3) + len(rows) * _MARKUP_BYTES
+    sample = [*_thumbnails(storage, stored[::step][:_SAMPLE], side, {})]
+    mean = sum(len(one.data) for _, one in sample) / max(1, len(sample))
+    size_bytes = round(len(stored) * mean * 4 / 3) + len(rows) * _MARKUP_BYTES
+    return Estimate(size_bytes, {row["image_sha256"]: one for row, one in sample if one.data})
 
 
 def write_gallery(
@@ -90,19 +107,20 @@ def write_gallery(
     side: int = THUMBNAIL,
     most_bytes: int = MOST_BYTES,
     now: datetime | None = None,
+    made: Mapping[str, Thumbnail] = MappingProxyType({}),
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> GallerySummary:
     """Write the page of these rows into an open file.
 
     Rows are added while the page stays below ``most_bytes``. ``filter_text`` describes the filter;
-    ``on_progress`` gets the number of finished rows. Raises ConfigError where not even one row
-    fits.
+    ``made`` are those thumbnails of an ``Estimate``; ``on_progress`` gets the number of finished
+    rows. Raises ConfigError where not even one row fits.
     """
     if not 32 <= side <= 1024:
         raise ConfigError(f"thumbnails must have 32 to 1024 pixels, not {side}")
     cards: list[dict[str, Any]] = []
     room = most_bytes - len(_style()) - 4 * _MARKUP_BYTES
-    for row, thumbnail in _thumbnails(storage, chosen.rows, side):
+    for row, thumbnail in _thumbnails(storage, chosen.rows, side, made):
         card = _card(row, thumbnail)
         room -= card.pop("bytes")
         if room < 0:
@@ -141,18 +159,21 @@ def write_gallery(
 
 
 def _thumbnails(
-    storage: Storage, rows: Sequence[dict[str, Any]], side: int
+    storage: Storage, rows: Sequence[dict[str, Any]], side: int, made: Mapping[str, Thumbnail]
 ) -> Iterator[tuple[dict[str, Any], Thumbnail]]:
     """Yield rows with their thumbnails, which are made in threads, in the order of the rows."""
+    kept = Thumbnails(storage)
+
+    def thumbnail(row: dict[str, Any]) -> Thumbnail:
+        return made.get(row["image_sha256"]) or _thumbnail(storage, kept, row, side)
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for first in range(0, len(rows), _AT_ONCE):
             part = rows[first : first + _AT_ONCE]
-            yield from zip(
-                part, pool.map(lambda row: _thumbnail(storage, row, side), part), strict=True
-            )
+            yield from zip(part, pool.map(thumbnail, part), strict=True)
 
 
-def _thumbnail(storage: Storage, row: dict[str, Any], side: int) -> Thumbnail:
+def _thumbnail(storage: Storage, kept: Thumbnails, row: dict[str, Any], side: int) -> Thumbnail:
     if row["status"] != State.STORED.value:
         state = [row["status"], row["error_code"], row["error_message"]]
         return Thumbnail(problem=_short(": ".join(_readable(text) for text in state if text)))
@@ -168,18 +189,27 @@ def _thumbnail(storage: Storage, row: dict[str, Any], side: int) -> Thumbnail:
     if hashlib.sha256(data).hexdigest() != row["image_sha256"]:
         return Thumbnail(problem="The file is not the one that was verified.")
     try:
-        return _thumbnail_of(data, side)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *DECODE_ERRORS):
+        return _thumbnail_of(_small(kept, row["image_sha256"], data, side), side)
+    except NoThumbnail:
         return Thumbnail(problem="The file cannot be decoded.")
 
 
-def _thumbnail_of(data: bytes, side: int) -> Thumbnail:
-    with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-        image.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
-        image.load()
-        small = to_grey_or_rgb(image)
-        # Halved first, which is fast, and then filtered to the final size.
-        small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=1.5)
+def _small(kept: Thumbnails, sha256: str, data: bytes, side: int) -> Image.Image:
+    """Return the kept thumbnail where it is large enough, otherwise the image itself."""
+    if (found := kept.find(sha256)) is not None:
+        with suppress(NoThumbnail):  # it is damaged
+            small = decoded(found, side)
+            large_enough = side <= LEAST_SIDE or max(small.size) >= side
+            return small if large_enough else decoded(data, side)
+    image = decoded(data, max(side, SIDE))
+    kept.add(sha256, image)
+    return image
+
+
+def _thumbnail_of(image: Image.Image, side: int) -> Thumbnail:
+    small = to_grey_or_rgb(image)
+    # Halved first, which is fast, and then filtered to the final size.
+    small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()
     small.convert("RGB").save(buffer, "WEBP", quality=_QUALITY, method=2)
     return Thumbnail(buffer.getvalue(), *small.size)

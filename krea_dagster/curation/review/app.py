@@ -33,8 +33,9 @@ from krea_dagster.curation.review.responses import (
     parse_whole_number,
 )
 from krea_dagster.curation.review.selection import ReviewSelection, Rows, empty_code, rows_of
-from krea_dagster.curation.review.thumbnails import NoThumbnail, Thumbnails
+from krea_dagster.curation.review.thumbnails import GridThumbnails
 from krea_dagster.curation.review.verdict_cache import VerdictView, verdict_json
+from krea_dagster.curation.thumbnails import NoThumbnail, Thumbnails
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
@@ -90,7 +91,6 @@ class ReviewSettings:
     reviewer: str
     title: str
     reasons: Sequence[str] = REASONS
-    thumbnails: Path | None = None
 
 
 class Review:
@@ -102,7 +102,7 @@ class Review:
             self._journal_id = connection.execute(select(schema.about.c.journal_id)).scalar()
         self._verdicts = VerdictView(settings.journal.verdicts)
         self._index = self._build()
-        self._thumbnails = Thumbnails(settings.storage, settings.thumbnails)
+        self._thumbnails = GridThumbnails(Thumbnails(settings.storage))
         self._lists: OrderedDict[tuple[str, int, str], Rows] = OrderedDict()
         self._page = {
             path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix != ".py"

@@ -219,6 +219,18 @@ class Storage:
                 write(file)
             self.publish(temporary, name)
 
+    def cache(self, name: str, data: bytes) -> None:
+        """Write a file that can be made again, in a root that is a folder.
+
+        Unlike ``write``, neither atomically nor durably: readers must recognize an incomplete file.
+        """
+        path = cast("Path", self.folder) / name
+        try:
+            path.write_bytes(data)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
         if self.folder is not None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,7 +19,8 @@ from PIL import Image
 from krea_dagster.cli.gallery import gallery_command
 from krea_dagster.curation.column_filter import parse_filters
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
-from krea_dagster.curation.gallery.page import GallerySummary, estimate_bytes, write_gallery
+from krea_dagster.curation.gallery.page import GallerySummary, estimate, write_gallery
+from krea_dagster.curation.thumbnails import Thumbnails
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
@@ -158,6 +159,33 @@ def test_images_of_every_mode_are_shown(
     page, _ = page_of(project)
     (shown,) = page.images()
     assert shown.size == (320, 320)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(320, "kept"), (200, "kept"), (512, "file")])
+def test_a_kept_thumbnail_is_shown_if_it_is_large_enough(
+    project: GalleryProject, side: int, expected: str
+) -> None:
+    row = project.add_image("one", PROMPTS[0], image=Image.new("RGB", (1024, 1024), "red"))
+    project.write()
+    Thumbnails(project.storage).add(row["image_sha256"], Image.new("RGB", (1024, 1024), "blue"))
+    page, _ = page_of(project, side=side)
+    (shown,) = page.images()
+    assert shown.size == (side, side)
+    red, _, blue = cast("tuple[int, int, int]", shown.getpixel((9, 9)))
+    assert ("kept" if blue > red else "file") == expected
+
+
+def test_a_thumbnail_that_is_missing_or_damaged_is_made_again(project: GalleryProject) -> None:
+    row = project.add_image("one", PROMPTS[0], image=Image.new("RGB", (1024, 1024), "red"))
+    first, _ = page_of(project)
+    made = Thumbnails(project.storage).find(row["image_sha256"])
+    assert made is not None
+    (kept,) = Path(project.storage.locate("thumbnails")).rglob("*.jpg")
+    for damage in (made[:900], made[:2] + bytes(900) + made[-2:]):
+        kept.write_bytes(damage)
+        page, _ = page_of(project)
+        assert page.images()[0].tobytes() == first.images()[0].tobytes()
+        assert kept.read_bytes() == made
 
 
 def test_a_purchase_that_rows_share_is_counted_once(project: GalleryProject) -> None:
@@ -328,8 +356,8 @@ def test_the_page_stays_below_its_size_and_says_what_is_left_out(project: Galler
     assert 0 < written.shown < 30
     assert written.left_out == 30 - written.shown
     assert f"{written.left_out} more rows are left out" in page.text
-    about = estimate_bytes(project.storage, select_rows(project.storage, GalleryFilter(), {}).rows)
-    assert 0.6 < about / all_of_it.size_bytes < 1.6
+    about = estimate(project.storage, select_rows(project.storage, GalleryFilter(), {}).rows)
+    assert 0.6 < about.size_bytes / all_of_it.size_bytes < 1.6
     assert len(whole.all("img")) == 30
 
 

@@ -410,7 +410,7 @@ async def test_on_image_gets_the_decoded_image_after_publication(
         shown.append((sha256, image.convert("RGB").tobytes(), files(tmp_path)))
 
     body = encoded(file_format)
-    store = ImageStore(Storage(str(tmp_path)), on_image=on_image)
+    store = ImageStore(Storage(str(tmp_path)), on_image=[on_image])
     image = await store.fetch(Server(body), "https://x/a", REQUEST)
     with Image.open(io.BytesIO(body)) as decoded:
         pixels = decoded.convert("RGB").tobytes()
@@ -420,11 +420,11 @@ async def test_on_image_gets_the_decoded_image_after_publication(
 async def test_on_image_is_not_called_for_rejected_or_undecoded_images(tmp_path: Path) -> None:
     shown: list[str] = []
     storage = Storage(str(tmp_path))
-    store = ImageStore(storage, on_image=lambda sha256, _: shown.append(sha256))
+    store = ImageStore(storage, on_image=[lambda sha256, _: shown.append(sha256)])
     for body in (flat("RGB", (0, 0, 0)), encoded("PNG", (352, 736)), encoded("PNG")[:-30]):
         with pytest.raises((ImageRejected, NoUsableBody)):
             await fetch(store, body)
-    blind = ImageStore(storage, verify=False, on_image=lambda sha256, _: shown.append(sha256))
+    blind = ImageStore(storage, verify=False, on_image=[lambda sha256, _: shown.append(sha256)])
     assert await fetch(blind, encoded("PNG"))
     assert shown == []
 
@@ -435,7 +435,7 @@ async def test_a_paid_image_stays_stored_when_on_image_fails(
     def broken(sha256: str, image: Image.Image) -> None:
         raise ValueError("no such figure")
 
-    store = ImageStore(Storage(str(tmp_path)), on_image=broken)
+    store = ImageStore(Storage(str(tmp_path)), on_image=[broken])
     image = await store.fetch(Server(encoded("PNG")), "https://x/a", REQUEST)
     assert store.holds(image)
     assert f"the image {image.sha256} is stored" in caplog.text

@@ -159,6 +159,17 @@ def test_the_thumbnails_are_a_jpeg_that_a_browser_can_decode(
         assert len(sheet.getcolors(2**24) or []) > 100  # there are images on it
 
 
+def test_each_bought_image_has_a_kept_thumbnail(bought_run: BoughtRun) -> None:
+    hashes = {
+        row["image_sha256"]
+        for bucket in BUCKETS
+        for row in manifest(bought_run, bucket).to_pylist()
+        if row["status"] == "stored"
+    }
+    kept = {path.name for path in (bought_run.storage / "thumbnails").rglob("*") if path.is_file()}
+    assert kept == {f"{sha256}-384.jpg" for sha256 in hashes}
+
+
 def test_a_materialization_is_under_100_kb_in_dagsters_database(
     bought_run: BoughtRun, dagster_home: Path
 ) -> None:
