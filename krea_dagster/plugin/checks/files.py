@@ -17,9 +17,15 @@ from krea_dagster.plugin.checks.manifest_check import (
     common_metadata,
     manifest_check,
 )
-from krea_dagster.plugin.checks.sampling import Row, Sample, check_sample, inspect_stored
+from krea_dagster.plugin.checks.sampling import (
+    Row,
+    Sample,
+    bought_by_others,
+    check_sample,
+    inspect_stored,
+)
 
-_COLUMNS: Final = ("request_key", "status", "image_path", "image_sha256", "image_bytes")
+_COLUMNS: Final = ("request_key", "status", "image_path", "image_sha256", "image_bytes", "run_id")
 
 #: Files that are read at the same time: an object store gains by more, a disk does not.
 _LOCAL_THREADS: Final = 4
@@ -36,7 +42,8 @@ def build_files_check(
 ) -> dg.AssetChecksDefinition:
     """Build the check ``files_whole``: the file of every stored row exists in its full size.
 
-    Of a random sample the SHA-256 is compared too. Wrong files are an error: the next run of
+    Of a random sample the SHA-256 is compared too; what the same run has bought is not in the
+    sample, because it was hashed as it was stored. Wrong files are an error: the next run of
     ``images`` fetches missing files again.
 
     Args:
@@ -61,14 +68,25 @@ def build_files_check(
     def check(manifests: CheckedManifests) -> dg.AssetCheckResult:
         storage, findings = manifests.storage, RowFindings()
         used = manifests.seed if seed is None else seed
+        new = 0
         threads = _LOCAL_THREADS if storage.folder is not None else _REMOTE_THREADS
         with ThreadPoolExecutor(threads) as pool:
+
+            def screen(stored: pa.RecordBatch) -> pa.RecordBatch:
+                nonlocal new
+                right = _with_right_sizes(stored, storage, pool, findings)
+                if sample is None:
+                    return right
+                older = bought_by_others(right, manifests.run_id)
+                new += right.num_rows - older.num_rows
+                return older
+
             rows, hashed = inspect_stored(
                 manifests.batches(_COLUMNS),
                 findings,
                 threads=threads,
                 sample=None if sample is None else Sample(sample, used),
-                screen=lambda stored: _with_right_sizes(stored, storage, pool, findings),
+                screen=screen,
                 inspect=lambda row: _hash_problem(row, storage),
             )
         bad = findings.count
@@ -77,7 +95,8 @@ def build_files_check(
             description=(
                 f"{bad} of {rows} files are missing or damaged: {findings.named()}"
                 if bad
-                else f"All {rows} files exist in their full size; {hashed} hashes were compared."
+                else f"All {rows} files exist in their full size; {hashed} hashes were compared"
+                + (f", and {new} files were hashed as this run stored them." if new else ".")
                 if rows
                 else "No row has an image yet."
             ),

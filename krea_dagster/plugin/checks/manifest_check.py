@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import dagster as dg
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster import redact
+from krea_dagster.application.krea import Krea
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import manifest_name, manifest_names
 from krea_dagster.plugin.checks.findings import NAMING
@@ -40,13 +42,16 @@ class CheckedManifests:
     """The manifests that a check reads.
 
     ``names`` are their files under the storage root, ``absent`` the partitions of the run without
-    one. ``seed`` is derived from the run, for samples.
+    one. ``seed`` is derived from the run, ``run_id``, for samples. ``verified`` tells whether runs
+    decode the images that they buy.
     """
 
     storage: Storage
     names: Sequence[str]
     absent: Sequence[str]
     seed: int
+    run_id: str
+    verified: bool
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of all manifests. Raises UnreadableManifest."""
@@ -102,7 +107,7 @@ def manifest_check(
     def run_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         krea = krea_of(context, resource_key)
         with as_failure():
-            manifests = _manifests_of(context, krea.open_storage(), manifest_key)
+            manifests = _manifests_of(context, krea, manifest_key)
             if not manifests.names:
                 return dg.AssetCheckResult(
                     passed=False,
@@ -130,17 +135,24 @@ def common_metadata(manifests: CheckedManifests, rows: int) -> dict[str, Any]:
 
 
 def _manifests_of(
-    context: dg.AssetCheckExecutionContext, storage: Storage, manifest_key: dg.AssetKey
+    context: dg.AssetCheckExecutionContext, krea: Krea, manifest_key: dg.AssetKey
 ) -> CheckedManifests:
+    storage, run_id = krea.open_storage(), context.run.run_id
+    found = partial(
+        CheckedManifests,
+        storage=storage,
+        seed=int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:4], "big"),
+        run_id=run_id,
+        verified=krea.settings.verify_images,
+    )
     folders = manifest_folders(manifest_key)
-    seed = int.from_bytes(hashlib.sha256(context.run.run_id.encode()).digest()[:4], "big")
     keys = _partition_keys(context)
     if keys is None:
-        return CheckedManifests(storage, list(manifest_names(storage, folders)), (), seed)
+        return found(names=list(manifest_names(storage, folders)), absent=())
     names = {key: manifest_name(key, folders) for key in keys}
     there = [key for key, name in names.items() if storage.size_bytes(name) is not None]
-    return CheckedManifests(
-        storage, [names[key] for key in there], [key for key in keys if key not in there], seed
+    return found(
+        names=[names[key] for key in there], absent=[key for key in keys if key not in there]
     )
 
 

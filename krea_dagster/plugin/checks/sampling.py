@@ -70,6 +70,11 @@ def first_words(batch: pa.RecordBatch, column: str) -> _Words:
     return np.array(words[:, 0], np.uint64)
 
 
+def bought_by_others(batch: pa.RecordBatch, run_id: str) -> pa.RecordBatch:
+    """Return the rows of images that other runs than this one have bought."""
+    return batch.filter(pc.not_equal(batch.column("run_id"), run_id).fill_null(True))
+
+
 def check_sample(sample: int | None) -> None:
     """Raise ConfigError for a negative number of files. None means all files."""
     if sample is not None and sample < 0:

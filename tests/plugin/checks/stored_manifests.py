@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
@@ -110,8 +111,12 @@ class StoredManifests:
         first: str | None = None,
         last: str | None = None,
         partitions_def: dg.PartitionsDefinition[str] = dg.StaticPartitionsDefinition(list(KEYS)),
+        before: Callable[[str], object] = lambda _: None,
     ) -> dg.AssetCheckEvaluation:
-        """Run a check alone, or after a run of the manifest of one partition or a range."""
+        """Run a check alone, or after a run of the manifest of one partition or a range.
+
+        ``before`` is called with the run's id.
+        """
 
         @dg.asset(
             key=MANIFEST,
@@ -119,7 +124,7 @@ class StoredManifests:
             backfill_policy=dg.BackfillPolicy.single_run(),
         )
         def made() -> None:
-            """Represent a manifest that exists already."""
+            before(dg.AssetExecutionContext.get().run.run_id)
 
         check = factory(MANIFEST, resource_key="shop_krea")
         defs = dg.Definitions(

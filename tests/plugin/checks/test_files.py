@@ -69,3 +69,19 @@ def test_files_behind_a_url_are_looked_at_there() -> None:
     check = stored.check(functools.partial(build_files_check, sample=None))
     assert list(named(check)) == ["row-0003"]
     assert number(check, "files_hashed") == 4
+
+
+def test_what_the_run_has_bought_is_not_hashed_again(stored: StoredManifests) -> None:
+    rows = [stored.row(n, run_id="an earlier run") for n in range(3)]
+
+    def buy(run_id: str) -> None:
+        stored.write([*rows, *(stored.row(n, run_id=run_id) for n in range(3, 7))])
+
+    check = stored.check(build_files_check, "a", before=buy)
+    assert (number(check, "rows_checked"), number(check, "files_hashed")) == (7, 3)
+    assert check.description == (
+        "All 7 files exist in their full size; 3 hashes were compared, and 4 files were hashed as "
+        "this run stored them."
+    )
+    every = functools.partial(build_files_check, sample=None)
+    assert number(stored.check(every, "a", before=buy), "files_hashed") == 7

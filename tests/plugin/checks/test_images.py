@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from krea_dagster import KreaResource
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks import (
     build_files_check,
@@ -75,6 +76,20 @@ def test_the_sample_bounds_what_is_decoded(stored: StoredManifests) -> None:
     stored.write([stored.row(n) for n in range(10)])  # none of them is an image
     check = stored.check(functools.partial(build_images_check, sample=4))
     assert (number(check, "pictures_decoded"), len(named(check))) == (4, 4)
+
+
+@pytest.mark.parametrize(("verified", "decoded"), [(True, 1), (False, 3)])
+def test_what_the_run_has_bought_and_verified_is_not_decoded_again(
+    stored: StoredManifests, verified: bool, decoded: int
+) -> None:
+    stored.krea = KreaResource(storage=stored.root, verify_images=verified)
+
+    def buy(run_id: str) -> None:
+        ids = ["an earlier run", run_id, run_id]
+        stored.write([stored.row(n, run_id=one) for n, one in enumerate(ids)])
+
+    check = stored.check(build_images_check, "a", before=buy)
+    assert (number(check, "rows_checked"), number(check, "pictures_decoded")) == (3, decoded)
 
 
 @pytest.mark.parametrize("build", [build_files_check, build_images_check])
