@@ -17,6 +17,9 @@ _Indices = npt.NDArray[np.int64]
 #: The two hexadecimal digits of each byte, in the order in which they lie in memory.
 _CHARACTERS: Final = np.frombuffer(bytes(range(256)).hex().encode(), np.uint16)
 
+#: Digests that are looked up together: more would only take memory.
+_AT_ONCE: Final = 100_000
+
 
 # -- hexadecimal text and bytes ---------------------------------------------------------------
 
@@ -86,10 +89,12 @@ class DigestSet:
     def find(self, digests: Digests) -> _Indices:
         """Return the index of each in ``words`` and ``values``, -1 where it is not in the set."""
         words = _words(digests)
-        # Looked up in sorted order, so that memory is read sequentially.
-        order = np.argsort(np.ascontiguousarray(words[:, 0]))
         found = np.empty(len(words), np.int64)
-        found[order] = find_sorted(self.words, words[order], self._firsts)
+        for start in range(0, len(words), _AT_ONCE):
+            part = words[start : start + _AT_ONCE]
+            # Looked up in sorted order, so that memory is read sequentially.
+            order = np.argsort(part[:, 0])
+            found[start + order] = find_sorted(self.words, part[order], self._firsts)
         return found
 
     def contains(self, digests: Digests) -> Mask:
@@ -116,19 +121,28 @@ def find_sorted(words: _Words, wanted: _Words, firsts: _Words | None = None) -> 
 def first_of_each(digests: Digests) -> tuple[Mask, _Indices]:
     """Return which rows are the first with their digest, and how many rows share each digest."""
     words = _words(digests)
-    order = np.argsort(words[:, 0], kind="stable")
-    same_start = words[order[1:], 0] == words[order[:-1], 0]
-    if (same_start & (words[order[1:]] != words[order[:-1]]).any(axis=1)).any():
-        order = np.lexsort(words.T[::-1])  # stable too, and slower
+    first, counts = np.ones(len(words), np.bool_), np.ones(len(words), np.int64)
+    order = np.argsort(words[:, 0])
+    firsts = words[:, 0][order]
+    alike = np.zeros(len(words) + 1, np.bool_)
+    alike[1:-1] = firsts[1:] == firsts[:-1]
+    # Nearly all digests differ, already in their first word. Only the others are compared.
+    if alike.any():
+        some = np.sort(order[alike[1:] | alike[:-1]])
+        first[some], counts[some] = _first_of_alike(words[some])
+    return first, counts
+
+
+def _first_of_alike(words: _Words) -> tuple[Mask, _Indices]:
+    order = np.lexsort(words.T[::-1])  # stable
     words = words[order]
     begins = np.ones(len(words), np.bool_)
     begins[1:] = (words[1:] != words[:-1]).any(axis=1)
     groups = np.cumsum(begins) - 1
-    sizes = np.bincount(groups, minlength=int(begins.sum())) if len(groups) else groups
     first = np.zeros(len(words), np.bool_)
     first[order[begins]] = True
     counts = np.empty(len(words), np.int64)
-    counts[order] = sizes[groups]
+    counts[order] = np.bincount(groups)[groups]
     return first, counts
 
 

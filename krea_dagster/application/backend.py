@@ -153,12 +153,21 @@ class Backend:
         attempts, drawn = self._attempts(table)
         return table.versions(attempts=attempts, drawn=drawn)
 
-    def plan(
-        self, table: PromptTable, keys: Sequence[str] | None = None, *, keep: bool = True
-    ) -> Plan:
+    def mark_of_attempts(self, table: PromptTable) -> str:
+        """Return the number of a table's attempts in the journal, and their sum, which only grow.
+
+        Creates no journal. Raises ConfigError or JournalError.
+        """
+        count = total = 0
+        if self.has_journal():
+            with self.open_journal() as journal:
+                count, total = journal.attempts(self.table_id(journal, table)).fingerprint()
+        return f"{count}/{total}"
+
+    def plan(self, table: PromptTable, keys: Sequence[str] | None = None) -> Plan:
         """Return the images that a table's rows request, at their attempts. Creates no journal."""
         attempts, drawn = self._attempts(table)
-        return table.plan(keys, attempts, drawn=drawn, keep=keep)
+        return table.plan(keys, attempts, drawn=drawn)
 
     def _attempts(
         self, table: PromptTable

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import partial
 from itertools import repeat
 from typing import Final, TypeAlias
 from zoneinfo import ZoneInfo
@@ -19,6 +20,7 @@ from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.buy_options import BuyOptions, RowSelection, Sample
 from krea_dagster.application.callback_column import COLUMN, check_own_urls, own_urls
+from krea_dagster.application.look import Look
 from krea_dagster.application.manifest_summary import ManifestSummary, watched
 from krea_dagster.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.budget import column_scope
@@ -36,6 +38,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_parts, manifest_schema
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
+from krea_dagster.prompts.file_marks import mark_of_files
 from krea_dagster.prompts.partitioning import MultiPartitions, TimePartitions
 from krea_dagster.prompts.requests import drawn_seed
 
@@ -44,6 +47,9 @@ _ENDED: Final = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPI
 
 #: The budget scopes of an image, and the callback address of its row.
 _Further: TypeAlias = tuple[tuple[str, ...], str | None]
+
+#: The batch that the runs of this process may use again.
+_handed_over: Final[ContextVar[Batch | None]] = ContextVar("krea_batch", default=None)
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ class Batch:
     table: PromptTable
     keys: Sequence[str] | None
     plan: Plan
-    _ahead: Future[KnownRequests | None] | None = None
     held: Mask | None = None
+    _look: Look | None = field(default=None, repr=False)
+    _mark: Sequence[str] = ()
 
     @classmethod
     def read(
@@ -67,33 +74,59 @@ class Batch:
         backend: Backend,
         *,
         to_buy: bool = False,
-        keep: bool = True,
         look: bool = False,
     ) -> Batch:
         """Read the partitions, or all, and if they are ``to_buy``, check that this is possible.
 
-        In that order: a bad table creates nothing, not even a journal. ``keep`` as for
-        ``PromptTable.plan``; ``look`` if the state will be needed. Raises PromptTableError,
-        ConfigError or JournalError.
+        In that order: a bad table creates nothing, not even a journal. ``look`` if the state will
+        be needed. A batch that is ``handed_over`` serves again, if it has the same partitions and
+        nothing has changed. Raises PromptTableError, ConfigError or JournalError.
         """
         _return_memory()
         has_journal = backend.has_journal()
         backend.check_root()
-        # A large table is compared with all that is stored. Listing that is work for the system,
-        # planning for the processor, so they run at the same time.
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(_look_ahead, table, keys, backend) if has_journal and look else None
-            plan = backend.plan(table, keys, keep=keep)
+        # Before the table is read: what changes meanwhile has another mark.
+        mark = [mark_of_files(table.source), backend.mark_of_attempts(table)]
+        earlier = _handed_over.get()
+        if earlier is not None and earlier.serves(table, keys, [*mark, backend.journal_id()]):
+            batch = replace(earlier, keys=keys, plan=earlier.plan.shared())
+        else:
+            # A large table is compared with all that is stored. Listing that is work for the
+            # system, planning for the processor, so they run at the same time.
+            ahead = Look(partial(_look, table, keys, backend)) if has_journal and look else None
+            try:
+                batch = cls(table, keys, backend.plan(table, keys), _look=ahead)
+            except BaseException:
+                if ahead is not None:
+                    ahead.close()
+                raise
         try:
             if to_buy:
                 backend.check()
+            return replace(batch, _mark=[*mark, backend.journal_id()])
         except BaseException:
-            plan.close()
+            batch.close()
             raise
-        return cls(table, keys, plan, ahead)
+
+    @contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Let the runs in this block, in this process, use this batch instead of reading again."""
+        token = _handed_over.set(self)
+        try:
+            yield
+        finally:
+            _handed_over.reset(token)
+
+    def serves(self, table: PromptTable, keys: Sequence[str] | None, mark: Sequence[str]) -> bool:
+        """Return whether this batch is what reading these partitions now would give."""
+        here = replace(self.table, source=table.source)  # the path may be relative or absolute
+        whole = set(self.plan.keys) == set(keys) if keys is not None else self.keys is None
+        return bool(mark[0]) and self._mark == mark and here == table and whole
 
     def close(self) -> None:
         """Release memory and disk."""
+        if self._look is not None:
+            self._look.close()
         self.plan.close()
 
     def __enter__(self) -> Batch:
@@ -203,13 +236,14 @@ class Batch:
         source = redact.location(self.table.source)
         check_own_urls(self.plan, source, private_allowed=backend.settings.synthetic)
         if not backend.has_journal():
-            return PlanState(self.plan, NO_KNOWN_REQUESTS, columns, self.held)
-        found = None if self._ahead is None else self._ahead.result()
+            nothing = NO_KNOWN_REQUESTS.of(self.plan.all_digests)
+            return PlanState(self.plan, *nothing, columns, self.held)
+        found = None if self._look is None else self._look.take()
         with backend.open_journal() as journal:
             if found is None:
                 found = known_requests(journal, backend.open_storage(), self.plan.all_digests)
             table_id = backend.table_id(journal, self.table)
-        return PlanState(self.plan, found, columns, self.held, table_id)
+        return PlanState(self.plan, *found.of(self.plan.all_digests), columns, self.held, table_id)
 
     def manifest_parts(
         self, key: str, backend: Backend, journal: Journal, run_id: str
@@ -264,9 +298,7 @@ def _return_memory() -> None:
         pa.set_memory_pool(pa.system_memory_pool())
 
 
-def _look_ahead(
-    table: PromptTable, keys: Sequence[str] | None, backend: Backend
-) -> KnownRequests | None:
+def _look(table: PromptTable, keys: Sequence[str] | None, backend: Backend) -> KnownRequests | None:
     """Read the state of all that is stored, if the table seems to request much of it."""
     expected = table.row_count()
     if keys is not None and isinstance(table.partition_by, HashPartitions):
@@ -277,36 +309,24 @@ def _look_ahead(
 
 @dataclass(frozen=True)
 class PlanState:
-    """The images of a plan: which are stored and intact, and which the journal knows.
+    """The images of a plan: which of them the journal has ``seen``, and which are ``intact``.
 
+    An image is intact if it is stored and complete: nothing is left to do for it.
     ``budget_columns`` are the columns whose values have a budget; ``held`` as in ``Batch``;
     ``table_id`` is the prompt table's in the journal.
     """
 
     plan: Plan
-    known: KnownRequests
+    seen: Mask
+    intact: Mask
     budget_columns: Sequence[str] = ()
     held: Mask | None = None
     table_id: str = ""
 
     @property
-    def intact(self) -> Mask:
-        """Images that are stored and intact: nothing is left to do for them."""
-        return self._seen_and_intact[1]
-
-    @property
     def settled(self) -> Mask:
         """Images that a run does nothing for: those that are intact, and those held back."""
         return self.intact if self.held is None else self.intact | self.held
-
-    @property
-    def seen(self) -> Mask:
-        """Images whose request the journal knows."""
-        return self._seen_and_intact[0]
-
-    @cached_property
-    def _seen_and_intact(self) -> tuple[Mask, Mask]:
-        return self.known.of(self.digests)
 
     def wanted(self) -> Iterator[RequestedImage]:
         """Yield each request that is not settled once, in the order of the plan."""

@@ -89,59 +89,44 @@ def materialize(
     table = krea.table()
     partitions_def = partitions_for(table, name="krea")
     options = options or BuyOptions()
-    keep = bool(options.regenerate or options.resolve)
-    with Batch.read(table, list(partitions) or None, krea, to_buy=True, keep=keep) as batch:
+    runs = _Runs(on_progress)
+    with Batch.read(table, list(partitions) or None, krea, to_buy=True, look=True) as batch:
         check_options(krea, batch, options)
-        versions = batch.versions()
-    job = definitions_of(settings).resolve_job_def(JOB_NAME)
-    home = _dagster_home(settings)
-    with _instance_in(home) as instance:
         in_table = table.partition_keys()
-        register_partitions(instance, partitions_def, in_table)
-        known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
-        chosen = _chosen(partitions, known, in_table)
-        # Before the runs, so that they refer to the version that they buy.
-        nothing = EMPTY_PARTITION_VERSION
-        report_prompts(instance, _PROMPTS, {key: versions.get(key, nothing) for key in chosen})
-        watch = _Watch(on_progress)
-        results: list[dg.ExecuteInProcessResult] = []
-        for start, end in ranges(partitions_def, chosen, known):
-            with observed(watch.on_progress, watch.reports.append):
-                results.append(
-                    job.execute_in_process(
-                        instance=instance,
-                        tags=range_tags(start, end),
-                        run_config={
-                            "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-                            "ops": {"images": {"config": options.model_dump()}},
-                        },
-                        raise_on_error=False,
-                    )
-                )
-            watch.next_run()
-            if watch.stopped is not None:
-                break
+        job = definitions_of(settings).resolve_job_def(JOB_NAME)
+        home = _dagster_home(settings)
+        with _instance_in(home) as instance:
+            register_partitions(instance, partitions_def, in_table)
+            known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
+            chosen = _chosen(partitions, known, in_table)
+            # Before the runs, so that they refer to the version that they buy.
+            versions = {**dict.fromkeys(chosen, EMPTY_PARTITION_VERSION), **batch.versions()}
+            report_prompts(instance, _PROMPTS, {key: versions[key] for key in chosen})
+            with batch.handed_over():
+                results = [
+                    runs.run(job, instance, range_tags(start, end), options)
+                    for start, end in ranges(partitions_def, chosen, known)
+                    if runs.stopped is None
+                ]
     storage = krea.open_storage()
     return Materialized(
         partitions=chosen,
         missing=read_missing(storage, chosen, MISSING_COLUMNS),
-        progress=watch.total,
+        progress=runs.total,
         seconds=time.monotonic() - started_s,
         dagster_home=str(home),
         run_ids=[result.run_id for result in results],
         failures=[text for result in results for text in _failures(result)],
-        stopped=watch.stopped,
-        try_later=isinstance(watch.stopped, TryLater) or any(map(_may_pass, results)),
-        left={key: why for report in watch.reports for key, why in report.left.items()},
-        missed_callbacks=sum(report.missed_callbacks for report in watch.reports),
+        stopped=runs.stopped,
+        try_later=isinstance(runs.stopped, TryLater) or any(map(_may_pass, results)),
+        left={key: why for report in runs.reports for key, why in report.left.items()},
+        missed_callbacks=sum(report.missed_callbacks for report in runs.reports),
         price_increases=list(
-            dict.fromkeys(text for report in watch.reports for text in report.price_increases)
+            dict.fromkeys(text for report in runs.reports for text in report.price_increases)
         ),
-        notes=[
-            text for report in watch.reports for text in (*report.recovered, *report.same_files)
-        ],
+        notes=[text for report in runs.reports for text in (*report.recovered, *report.same_files)],
         caps_reached=list(
-            dict.fromkeys(text for report in watch.reports for text in report.caps_reached)
+            dict.fromkeys(text for report in runs.reports for text in report.caps_reached)
         ),
         waiting=sorted(set(in_table) - set(known)),
         unknown=krea.unknown(),
@@ -183,8 +168,8 @@ def salvage(
     return Salvaged(figures, result.run_id, _failures(result), krea.unknown())
 
 
-class _Watch:
-    """Adds up the progress of several runs."""
+class _Runs:
+    """Runs the job for several ranges of partitions, and adds up their progress."""
 
     def __init__(self, on_progress: Callable[[Progress], None]) -> None:
         self._on_progress = on_progress
@@ -197,14 +182,30 @@ class _Watch:
         """Why buying stopped."""
         return next((r.stopped for r in self.reports if r.stopped is not None), None)
 
-    def on_progress(self, progress: Progress) -> None:
-        """Add the progress of the present run."""
+    def run(
+        self,
+        job: dg.JobDefinition,
+        instance: dg.DagsterInstance,
+        tags: Mapping[str, str],
+        options: BuyOptions,
+    ) -> dg.ExecuteInProcessResult:
+        """Run the job, and add its progress."""
+        with observed(self._add, self.reports.append):
+            result = job.execute_in_process(
+                instance=instance,
+                tags=tags,
+                run_config={
+                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                    "ops": {"images": {"config": options.model_dump()}},
+                },
+                raise_on_error=False,
+            )
+        self._before = self.total
+        return result
+
+    def _add(self, progress: Progress) -> None:
         self.total = self._before + progress
         self._on_progress(self.total)
-
-    def next_run(self) -> None:
-        """Keep the sum, and start the next run at zero."""
-        self._before = self.total
 
 
 def _dagster_home(settings: Settings) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -78,8 +79,14 @@ class Plan:
     _places: Mapping[str, slice] = field(repr=False)
     _spool: Spool | None = field(repr=False)
 
+    def shared(self) -> Plan:
+        """Return this plan for another user, who closes it too."""
+        if self._spool is not None:
+            self._spool.users += 1
+        return self
+
     def close(self) -> None:
-        """Free memory and disk."""
+        """Free memory and disk, if no other user is left."""
         if self._spool is not None:
             self._spool.close()
 
@@ -114,6 +121,10 @@ class Plan:
 
     def versions(self) -> dict[str, str]:
         """Return the data version of each partition."""
+        return dict(self._versions)
+
+    @cached_property
+    def _versions(self) -> Mapping[str, str]:
         return {key: partition_version(self.digests(key)) for key in self.keys}
 
     def requests(self, masks: Mapping[str, Mask]) -> Iterator[tuple[ImageRequest, str]]:
@@ -174,8 +185,8 @@ class Planner:
         self._hasher = hasher
         self._keys = Keys()
         self._spool = Spool(self._keys) if keep else None
-        self._numbers: list[npt.NDArray[np.int32]] = []
-        self._digests: list[Digests] = []
+        self._parts: list[tuple[npt.NDArray[np.int32], Digests]] = []
+        self._counts = np.zeros(0, np.int64)
         self._rows = 0
 
     def close(self) -> None:
@@ -205,17 +216,18 @@ class Planner:
         for part in found:
             self._rows += part.rows
             numbers = self._keys.numbers(part.keys)
-            self._numbers.append(numbers.astype(np.int32))
-            self._digests.append(part.digests)
+            self._parts.append((numbers.astype(np.int32), part.digests))
+            counts = np.bincount(numbers, minlength=len(self._counts))
+            counts[: len(self._counts)] += self._counts
+            self._counts = counts
             if self._spool is not None and part.images is not None:
                 self._spool.add(part.images, numbers)
 
     def plan(self, named: Iterable[str], warnings: tuple[Problem, ...], warning_count: int) -> Plan:
         """Return the plan of all rows. Nothing can be added afterwards."""
         keys = self._keys.in_order()
-        ranks = self._keys.ranks()[np.concatenate([np.empty(0, np.int32), *self._numbers])]
-        digests = self._in_order(ranks)
-        ends = np.bincount(ranks, minlength=len(keys)).cumsum().tolist()
+        ends = np.cumsum(self._counts[: len(keys)][np.argsort(self._keys.ranks())])
+        digests = self._in_order(ends)
         return Plan(
             keys=sorted({*named, *keys}),
             rows=self._rows,
@@ -226,21 +238,25 @@ class Planner:
             all_digests=digests,
             _places={
                 key: slice(start, end)
-                for key, start, end in zip(keys, [0, *ends], ends, strict=False)
+                for key, start, end in zip(keys, [0, *ends.tolist()], ends.tolist(), strict=False)
             },
             _spool=self._spool,
         )
 
-    def _in_order(self, ranks: npt.NDArray[np.int64]) -> Digests:
-        """Return the request keys by partition, without holding any twice in memory."""
-        places = np.empty(len(ranks), np.int64)
-        places[np.argsort(ranks, kind="stable")] = np.arange(len(ranks))
-        digests = np.empty((len(ranks), 32), np.uint8)
-        end = len(ranks)
-        while self._digests:
-            part = self._digests.pop()
-            digests[places[end - len(part) : end]] = part
-            end -= len(part)
+    def _in_order(self, ends: npt.NDArray[np.int64]) -> Digests:
+        """Return the request keys by partition; each part is freed once its keys are in place."""
+        digests = np.empty((int(ends[-1]) if len(ends) else 0, 32), np.uint8)
+        ranks_of = self._keys.ranks()
+        free = np.concatenate([np.zeros(1, np.int64), ends])  # each partition's next place
+        self._parts.reverse()
+        while self._parts:
+            numbers, part = self._parts.pop()
+            ranks = ranks_of[numbers]
+            order = np.argsort(ranks, kind="stable")
+            ranks = ranks[order]
+            begins = np.searchsorted(ranks, ranks)
+            digests[free[ranks] + np.arange(len(ranks)) - begins] = part[order]
+            free[:-1] += np.bincount(ranks, minlength=len(ends))
         return digests
 
     def _planned(self, rows: pa.RecordBatch, passthrough: pa.RecordBatch) -> PlannedBatch:

@@ -78,9 +78,13 @@ class _SortedRun:
 
 
 class Spool:
-    """Rows of one schema, by partition, in the order in which they were added."""
+    """Rows of one schema, by partition, in the order in which they were added.
+
+    The last of its ``users`` to close it frees memory and disk.
+    """
 
     def __init__(self, keys: Keys) -> None:
+        self.users = 1
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``close``
         self._keys = keys
         self._gathered: list[tuple[pa.RecordBatch, _Numbers]] = []
@@ -88,7 +92,10 @@ class Spool:
         self._runs: list[_SortedRun] = []
 
     def close(self) -> None:
-        """Free memory and disk."""
+        """Free memory and disk, if no other user is left."""
+        self.users -= 1
+        if self.users > 0:
+            return
         self._gathered = []
         self._runs = []
         self._file.close()

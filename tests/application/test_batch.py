@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,44 @@ def test_a_table_is_cut_by_partition_in_the_order_of_its_rows() -> None:
         "b": [0, 3, 6],
         "d": [],
     }
+
+
+def test_a_batch_that_is_handed_over_serves_the_steps_of_a_run(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    bought = Bought(tmp_path, emulator)
+    written_a_while_ago(bought.table)
+    keys = bought.table.partition_keys()
+    with Batch.read(bought.table, None, bought.krea, look=True) as batch:
+        with batch.handed_over():
+            with Batch.read(bought.table, keys, bought.krea, to_buy=True) as step:
+                assert step.plan is batch.plan
+                left = [one.request.prompt for one in step.state(bought.krea).wanted()]
+                assert left == ["[emulator: refuse] this"]
+            with Batch.read(bought.table, keys, bought.krea) as next_step:
+                assert next_step.plan is batch.plan
+                assert sum(part.num_rows for key in keys for part in step.plan.batches(key)) == 8
+            with Batch.read(bought.table, keys[:1], bought.krea) as part_of_it:
+                assert part_of_it.plan is not batch.plan
+        with Batch.read(bought.table, keys, bought.krea) as later:
+            assert later.plan is not batch.plan
+
+
+@pytest.mark.parametrize("what", ["the table", "an attempt"])
+def test_what_changed_since_a_batch_was_read_is_read_again(
+    what: str, tmp_path: Path, emulator: Emulator
+) -> None:
+    bought = Bought(tmp_path, emulator)
+    written_a_while_ago(bought.table)
+    with Batch.read(bought.table, None, bought.krea) as batch, batch.handed_over():
+        if what == "the table":
+            write_table(Path(bought.table.source), {**ROWS, "seed": [9, 2, 3, 3, 4, 5]})
+        else:
+            bought.krea.raise_attempts(bought.table, [("one", 0)], raised_by="a person")
+        with Batch.read(bought.table, bought.table.partition_keys(), bought.krea) as step:
+            assert step.versions() != batch.versions()
+
+
+def written_a_while_ago(table: PromptTable) -> None:
+    """Another write to a file that was just written might leave no trace, so it is read again."""
+    os.utime(table.source, (1_000_000_000, 1_000_000_000))

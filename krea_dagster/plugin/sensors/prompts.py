@@ -28,12 +28,11 @@ from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import (
     Marks,
     hash_of_versions,
-    mark_of_attempts,
-    mark_of_files,
     mark_of_reports,
     read_cursor,
 )
 from krea_dagster.prompts import PromptTable
+from krea_dagster.prompts.file_marks import mark_of_files
 
 #: The external assets of a prompt table, with any prefix.
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
@@ -149,7 +148,7 @@ def build_prompts_sensor(
         try:
             marks = Marks(
                 mark_of_files(table.source),
-                mark_of_attempts(krea, table),
+                krea.mark_of_attempts(table),
                 mark_of_reports(instance, keys),
             )
             if marks.unchanged_since(read_cursor(Marks, context.cursor)):

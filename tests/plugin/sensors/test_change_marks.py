@@ -1,23 +1,15 @@
-"""Marks of the table's files, and the sensor's cursor."""
+"""The sensor's cursor."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
-from pathlib import Path
-
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from krea_dagster.plugin.sensors.change_marks import (
     Marks,
     hash_of_versions,
-    mark_of_files,
     read_cursor,
 )
-from tests.dagster_bench import write_table
 from tests.prompts.reference import partition_version
 
 
@@ -28,40 +20,6 @@ def test_the_cursor_stays_small_however_many_partitions_there_are() -> None:
     assert len(cursor) < 250
     assert read_cursor(Marks, cursor) == marks
     assert hash_of_versions({**versions, "2026-11-00001": ""}) != marks.versions
-
-
-def test_a_file_that_was_written_to_just_now_is_read_again(tmp_path: Path) -> None:
-    """Another write within the clock's grain would leave no trace."""
-    source = write_table(tmp_path / "prompts.parquet", {"prompt": ["one"]})
-    now_s = Path(source).stat().st_mtime
-    assert mark_of_files(source, now_s=now_s + 0.5) == ""
-    assert mark_of_files(source, now_s=now_s + 5) != ""
-
-
-def test_the_mark_of_a_folder_moves_with_every_file_in_it(tmp_path: Path) -> None:
-    folder = tmp_path / "table"
-    write_table(folder / "a.parquet", {"prompt": ["one"]})
-    marks = {mark_of_files(str(folder), now_s=0)}
-    write_table(folder / "deep" / "b.parquet", {"prompt": ["two"]})
-    marks.add(mark_of_files(str(folder), now_s=0))
-    os.utime(folder / "a.parquet", (1000, 1000))
-    marks.add(mark_of_files(str(folder), now_s=0))
-    (folder / "deep" / "b.parquet").unlink()
-    marks.add(mark_of_files(str(folder), now_s=0))
-    assert len(marks - {""}) == 4
-
-
-def test_of_an_object_store_its_own_words_are_taken(tmp_path: Path) -> None:
-    """The store in memory tells the time at which an object was made."""
-    store = fsspec.filesystem("memory")
-    pq.write_table(pa.table({"prompt": ["one"]}), "/watched/a.parquet", filesystem=store)
-    source = "memory://watched"
-    first = mark_of_files(source, now_s=0)
-    assert first == mark_of_files(source, now_s=0) != ""
-    pq.write_table(pa.table({"prompt": ["two"]}), "/watched/a.parquet", filesystem=store)
-    assert mark_of_files(source, now_s=0) != first
-    store.rm("/watched", recursive=True)
-    assert mark_of_files(source, now_s=0) == ""
 
 
 def test_a_cursor_of_another_version_is_no_cursor() -> None:

@@ -1,0 +1,62 @@
+"""The mark of a table's files: it tells cheaply whether the table must be read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import fsspec.core
+
+#: Keys of a file's info that change with its content; each file system has its own.
+_CONTENT_KEYS: Final = (
+    "size", "Size", "mtime", "created", "ino", "ETag", "etag", "e_tag", "md5Hash", "content_md5",
+    "generation", "LastModified", "last_modified", "updated", "modified",
+)  # fmt: skip
+_TIME_KEYS: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+
+#: A file written more recently than this may be written again without a new time or size.
+_TOO_FRESH_S: Final = 2.0
+
+
+def mark_of_files(source: str, *, now_s: float | None = None) -> str:
+    """Return a hash over path, size, time and etag of a table's files, without reading them.
+
+    Returns "" if that does not show changes: there is no such file, its file system gives no time,
+    or it was written just now (``now_s`` in seconds since 1970; None for the clock's).
+    """
+    now_s = time.time() if now_s is None else now_s
+    try:
+        filesystem, root = fsspec.core.url_to_fs(source)
+        filesystem.invalidate_cache()
+        info = filesystem.info(root)
+        found = {root: info} if info["type"] == "file" else filesystem.find(root, detail=True)
+    except Exception:  # noqa: BLE001 - each file system has errors of its own; reading shows them
+        return ""
+    lines = sorted(
+        json.dumps([path, *(str(info.get(name)) for name in _CONTENT_KEYS)])
+        for path, info in found.items()
+    )
+    newest_s = max((at for one in found.values() if (at := _time_s(one))), default=None)
+    if not lines or newest_s is None or abs(now_s - newest_s) < _TOO_FRESH_S:
+        return ""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _time_s(info: Mapping[str, Any]) -> float | None:
+    """Return when a file was written, in seconds since 1970; None if its info does not say."""
+    for name in _TIME_KEYS:
+        value = info.get(name)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp()
+            except ValueError:
+                continue
+    return None
