@@ -48,8 +48,8 @@ _TRANSIT_BYTES: Final = 512 * 1024
 _DOWNLOADS_BYTES: Final = 96 * 1024 * 1024
 _VERIFICATION_BYTES: Final = 256 * 1024 * 1024
 
-#: Just below the largest block that glibc's limit follows.
-_LARGE_BLOCK_BYTES: Final = 31 * 1024 * 1024
+#: Twice this is more than the memory of verifying a 1K image.
+_LARGE_BLOCK_BYTES: Final = 12 * 1024 * 1024
 
 
 class DownloadedFile(Protocol):
