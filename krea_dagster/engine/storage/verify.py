@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable
 from typing import Final, cast
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from krea_dagster.engine.storage.other_formats import (
@@ -21,7 +23,7 @@ from krea_dagster.engine.storage.other_formats import (
     open_other_format,
     undecodable_format,
 )
-from krea_dagster.engine.storage.verify_jpeg import check_jpeg
+from krea_dagster.engine.storage.verify_jpeg import decoded_jpeg
 from krea_dagster.engine.storage.verify_png import whole_png
 from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
 
@@ -178,10 +180,19 @@ def _decoded(image: Image.Image, data: bytes) -> Image.Image:
         case "PNG":
             image = Image.open(io.BytesIO(whole_png(data)), formats=("PNG",))
         case "JPEG":
-            check_jpeg(data)
+            pixels = decoded_jpeg(data, image.mode)
+            if pixels is not None:
+                return _of_pixels(image, pixels)
         case "WEBP":
             _check_webp(data)
     image.load()
+    return image
+
+
+def _of_pixels(opened: Image.Image, pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """Return the opened image with these pixels, without another copy where Pillow allows it."""
+    image = Image.frombuffer(opened.mode, opened.size, pixels, "raw", opened.mode, 0, 1)
+    image.info = opened.info
     return image
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, cast
 
+import numpy as np
+import numpy.typing as npt
 import simplejpeg
 
 from krea_dagster.errors import NoUsableBody
+
+#: The decoder's names of Pillow's modes.
+_COLOUR_SPACES: Final = {"L": "GRAY", "RGB": "RGB"}
 
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 
@@ -26,22 +31,28 @@ _NEXT_MARK: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _MOST_SCANS: Final = 500
 
 
-def check_jpeg(data: bytes) -> None:
-    """Raise NoUsableBody if the end mark is missing, or if the data does not fill the image.
+def decoded_jpeg(data: bytes, mode: str) -> npt.NDArray[np.uint8] | None:
+    """Decode a JPEG of this mode, as Pillow names it; return the pixels that Pillow would.
 
-    Data after the end mark is ignored: a newline, a gain map.
+    Raises NoUsableBody if the end mark is missing, or if the data does not fill the image: unlike
+    Pillow, this decoder reports gaps, surplus data and invalid codes. Data after the end mark is
+    ignored: a newline, a gain map. Returns None where Pillow has to decode the file: for other
+    modes than grey and RGB, whose data is checked all the same, and unusual subsampling.
     """
     image = memoryview(data)[: end_of_jpeg(data)]
     try:
-        # This reads all data; an eighth of the size and grey save the other work. Unlike other
-        # decoders, it reports gaps, surplus data and invalid codes as errors.
+        if mode in _COLOUR_SPACES:
+            pixels = simplejpeg.decode_jpeg(image, _COLOUR_SPACES[mode])
+            return cast("npt.NDArray[np.uint8]", pixels)
+        # This reads all data; an eighth of the size and grey save the other work.
         simplejpeg.decode_jpeg(image, "GRAY", min_height=1, min_width=1, min_factor=8)
     except KeyError:
-        return  # a subsampling that it has no name for
+        return None  # a subsampling that it has no name for
     except ValueError as error:
         if "Could not determine subsampling" in str(error):
-            return  # not every allowed subsampling is supported
+            return None  # not every allowed subsampling is supported
         raise NoUsableBody(f"the image is damaged: {error}") from None
+    return None
 
 
 def end_of_jpeg(data: bytes) -> int:
