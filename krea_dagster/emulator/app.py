@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from krea_dagster.emulator import contract, faults
 from krea_dagster.emulator.contract import ErrorResponse
 from krea_dagster.emulator.faults import ChosenFault, RequestKind
-from krea_dagster.emulator.images import BODY_EFFECTS, ImageFiles, ImageKey
+from krea_dagster.emulator.images import BODY_EFFECTS, DRAWN, ImageFiles, ImageKey
 from krea_dagster.emulator.model import Account, CreateResult, EmulatedTask
 from krea_dagster.emulator.payloads import create_body, credits_body, list_row, task_body
 from krea_dagster.emulator.reply import ENDLESS_PIECE_BYTES, BreakConnection, Reply, ReplyResponse
@@ -46,7 +46,7 @@ class EmulatorApp:
         world: the state.
         batch: whether ``POST /v1/tasks/batch`` exists.
         callbacks_to_private: whether a ``callback_url`` may have a private address.
-        images: draws the images.
+        images: draws the images; by default what all emulators of the process share.
         executor: runs the drawing; by default two threads.
     """
 
@@ -64,7 +64,7 @@ class EmulatorApp:
         self.wake: Callable[[], None] = lambda: None
         self._callbacks_to_private = callbacks_to_private
         self._batch = batch
-        self._images = images or ImageFiles()
+        self._images = images or DRAWN
         self._executor = executor or concurrent.futures.ThreadPoolExecutor(
             2, thread_name_prefix="emulator-render"
         )

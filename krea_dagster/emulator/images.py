@@ -71,6 +71,10 @@ class ImageFiles:
         return b""
 
 
+#: What an emulator of this process has drawn, no other draws again: the same key is the same image.
+DRAWN: Final = ImageFiles()
+
+
 def bomb() -> bytes:
     """Return a small PNG that declares 60,000 × 60,000 RGB pixels, with valid checksums.
 

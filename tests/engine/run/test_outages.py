@@ -141,7 +141,9 @@ async def test_an_api_that_stays_away_ends_the_run_with_one_sentence_and_nothing
     engine: EngineHarness, gate: Gate
 ) -> None:
     passing = Passing(gate.close, lambda: None)
-    runner = engine.runner(clock=passing, on_progress=passing.look, outage_patience_s=0.5)
+    runner = engine.runner(
+        clock=passing, on_progress=passing.look, outage_patience_s=0.5, max_in_flight=8
+    )
     report = await replace(runner, **through(gate)).run(to_requested(make_requests(ROWS)))
     assert isinstance(report.stopped, TryLater)
     assert "EvoLink's API was away for" in str(report.stopped)
