@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
     gc.enable()
 
+
+# Journals and Dagster's databases wait for the disk at each commit, so their folders are in memory,
+# where there is room for them.
+_MEMORY = Path("/dev/shm")  # noqa: S108 - pytest and tempfile make folders of their own in it
+if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 << 30:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(_MEMORY)
 
 _VARIABLES = (
     "DAGSTER_HOME",
