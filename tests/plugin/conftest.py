@@ -18,7 +18,7 @@ from tests.plugin.bought_run import BUCKETS, PREFIX, BoughtRun, rows_of_the_run
 def bought_run(
     tmp_path_factory: pytest.TempPathFactory,
     emulator: Emulator,
-    instance: dg.DagsterInstance,
+    instance_on_disk: dg.DagsterInstance,
     open_account: OpenAccount,
 ) -> Iterator[BoughtRun]:
     """Both partitions, bought in one run with a key that is given as an EnvVar."""
@@ -37,5 +37,5 @@ def bought_run(
             ),
             key_prefix=PREFIX,
         )
-        result = run_job(defs, instance, *BUCKETS, job=f"{PREFIX}_krea_images")
+        result = run_job(defs, instance_on_disk, *BUCKETS, job=f"{PREFIX}_krea_images")
         yield BoughtRun(rows, folder / "krea", defs, result, api_key)

@@ -270,7 +270,7 @@ def test_the_defaults_of_a_row_decide_what_is_bought(
     by = parse_partition_by("hash:8")
     expected = PromptTable(source, by, defaults=Defaults(size="16:9", num_images=2)).versions()
     assert expected != PromptTable(source, by).versions()
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         told = {
             event.partition: (event.tags or {})["dagster/data_version"]
             for event in tick(defs, instance, "krea_prompts").asset_events
@@ -483,7 +483,7 @@ def test_a_subclass_changes_what_yaml_cannot_say(
         assert checks == {"all_rows_delivered", "spend_proof", "pictures"}
         for key in ("images", "image_manifest", "prompts"):
             assert defs.resolve_asset_graph().get(dg.AssetKey(key)).owners == ["team:art"]
-        with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        with dg.DagsterInstance.ephemeral() as instance:
             assert "1000 tokens" in str(tick(defs, instance, "krea_prompts").skip_message)
 
 

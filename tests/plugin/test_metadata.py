@@ -84,12 +84,14 @@ def test_what_the_rows_cost_is_told_apart_from_what_this_run_spent(storage: Stor
     assert told["credits_saved_by_reuse"] == pytest.approx(3 * 0.45)
 
 
-def test_a_real_runs_spending_adds_up(bought_run: BoughtRun, instance: dg.DagsterInstance) -> None:
+def test_a_real_runs_spending_adds_up(
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance
+) -> None:
     first = bought_run.result.asset_materializations_for_node(f"{PREFIX}__images")
     told = {str(one.partition): values(one) for one in first}
     for bucket in BUCKETS:
         assert told[bucket]["credits_spent_by_run"] == told[bucket]["credits_charged"] > 0
-        manifest = values(latest(instance, (PREFIX, "image_manifest"), bucket))
+        manifest = values(latest(instance_on_disk, (PREFIX, "image_manifest"), bucket))
         assert manifest["credits_charged"] == told[bucket]["credits_charged"]
 
 

@@ -150,7 +150,7 @@ def test_an_env_var_is_read_outside_a_run_too(
 
 def test_a_journal_that_cannot_be_reached_is_told_without_its_password(
     tmp_path: Path,
-    instance: dg.DagsterInstance,
+    instance_on_disk: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
     dagster_home: Path,
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_journal_that_cannot_be_reached_is_told_without_its_password(
         ),
         key_prefix="elsewhere",
     )
-    result = run_job(defs, instance, "bucket-000", job="elsewhere_krea_images")
+    result = run_job(defs, instance_on_disk, "bucket-000", job="elsewhere_krea_images")
     assert not result.success
     assert holding(dagster_home, "could not open the journal postgresql+psycopg://127.0.0.1:9/krea")
     assert holding(dagster_home, PASSWORD) == []

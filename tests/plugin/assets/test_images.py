@@ -60,9 +60,9 @@ def test_a_manifest_holds_the_rows_of_its_own_partition_in_the_tables_order(
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_the_metadata_of_a_partition_counts_its_own_rows_by_status(
-    bought_run: BoughtRun, instance: dg.DagsterInstance, bucket: str
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance, bucket: str
 ) -> None:
-    shown = values(latest(instance, IMAGES, bucket))
+    shown = values(latest(instance_on_disk, IMAGES, bucket))
     table = manifest(bought_run, bucket)
     counts = Counter(table["status"].to_pylist())
     assert shown["rows"] == table.num_rows
@@ -75,9 +75,9 @@ def test_the_metadata_of_a_partition_counts_its_own_rows_by_status(
 
 
 def test_the_credits_of_all_partitions_are_what_the_account_was_charged(
-    bought_run: BoughtRun, instance: dg.DagsterInstance, emulator: Emulator
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance, emulator: Emulator
 ) -> None:
-    shown = [values(latest(instance, IMAGES, bucket)) for bucket in BUCKETS]
+    shown = [values(latest(instance_on_disk, IMAGES, bucket)) for bucket in BUCKETS]
     account = emulator.world.account(bought_run.api_key)
     assert account is not None
     # 10 plain, 2 of other shapes, 2 of a pair, and the twins, who are one purchase. What failed
@@ -114,9 +114,9 @@ def test_one_purchase_for_two_rows_of_a_partition_counts_once_in_its_credits(
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_latencies_are_those_of_the_partitions_tasks(
-    bought_run: BoughtRun, instance: dg.DagsterInstance, bucket: str
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance, bucket: str
 ) -> None:
-    shown = values(latest(instance, IMAGES, bucket))
+    shown = values(latest(instance_on_disk, IMAGES, bucket))
     rows = manifest(bought_run, bucket).to_pylist()
     seconds = [
         (row["completed_at"] - row["submitted_at"]).total_seconds()
@@ -129,9 +129,9 @@ def test_latencies_are_those_of_the_partitions_tasks(
 
 
 def test_the_manifest_shows_its_path_its_schema_and_its_row_count(
-    bought_run: BoughtRun, instance: dg.DagsterInstance
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance
 ) -> None:
-    materialization = latest(instance, MANIFEST, BUCKETS[0])
+    materialization = latest(instance_on_disk, MANIFEST, BUCKETS[0])
     table = manifest(bought_run, BUCKETS[0])
     assert Path(values(materialization)["path"]).samefile(
         bought_run.storage / "manifest" / PREFIX / f"{BUCKETS[0]}.parquet"
@@ -148,9 +148,9 @@ def test_the_manifest_shows_its_path_its_schema_and_its_row_count(
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_the_thumbnails_are_a_jpeg_that_a_browser_can_decode(
-    bought_run: BoughtRun, instance: dg.DagsterInstance, bucket: str
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance, bucket: str
 ) -> None:
-    text = values(latest(instance, IMAGES, bucket))["thumbnails"]
+    text = values(latest(instance_on_disk, IMAGES, bucket))["thumbnails"]
     assert text.startswith(DATA_URI)
     data = base64.b64decode(text.removeprefix(DATA_URI).removesuffix(")"), validate=True)
     with Image.open(io.BytesIO(data)) as sheet:
@@ -210,10 +210,10 @@ def test_undelivered_rows_fail_the_check_by_name_and_the_run_succeeds_all_the_sa
 
 
 def test_the_check_passes_where_every_row_has_its_image_and_a_repeated_run_buys_nothing(
-    bought_run: BoughtRun, instance: dg.DagsterInstance, emulator: Emulator
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance, emulator: Emulator
 ) -> None:
     before = posts(emulator)
-    result = run_job(bought_run.defs, instance, WHOLE, job=f"{PREFIX}_krea_images")
+    result = run_job(bought_run.defs, instance_on_disk, WHOLE, job=f"{PREFIX}_krea_images")
     check = check_of(result)
     assert (result.success, check.passed) == (True, True)
     assert posts(emulator) == before
@@ -237,7 +237,7 @@ def test_a_range_is_one_run_by_default_and_several_where_workers_share_it(
 
 
 def test_a_resource_of_another_kind_is_told_at_once(
-    bought_run: BoughtRun, instance: dg.DagsterInstance
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance
 ) -> None:
     class Other(dg.ConfigurableResource[None]):
         name: str = ""
@@ -251,7 +251,7 @@ def test_a_resource_of_another_kind_is_told_at_once(
         jobs=[dg.define_asset_job("other", selection=[assets.images])],
         resources={"krea": Other()},
     )
-    result = run_job(defs, instance, BUCKETS[0], job="other")
+    result = run_job(defs, instance_on_disk, BUCKETS[0], job="other")
     assert not result.success
     (failed,) = result.get_step_failure_events()
     error = failed.step_failure_data.user_failure_data

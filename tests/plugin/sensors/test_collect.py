@@ -170,7 +170,7 @@ def test_a_run_submits_and_ends_and_the_sensor_launches_the_one_that_collects(
 ) -> None:
     defs = location(tmp_path, slow)
     job = defs.resolve_job_def("krea_images")
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         first = job.execute_in_process(instance=instance, tags=RANGE)
         assert first.success
         assert slow.stats()["in_flight"] == 6
@@ -209,7 +209,7 @@ def _make_older(journal: Path, *, seconds: float) -> None:
 
 def test_rows_that_found_no_room_are_bought_by_a_later_run(tmp_path: Path, slow: Emulator) -> None:
     defs = location(tmp_path, slow, max_in_flight=2)
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         done = defs.resolve_job_def("krea_images").execute_in_process(instance=instance, tags=RANGE)
         assert slow.stats()["in_flight"] == 2
         run = instance.get_run_by_id(done.run_id)
@@ -269,7 +269,7 @@ def test_a_look_asks_dagster_the_same_few_questions_however_many_runs_there_are(
     tmp_path: Path, slow: Emulator
 ) -> None:
     defs = location(tmp_path, slow, max_in_flight=1)
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         for bucket in ("bucket-000", "bucket-001"):
             run_job(defs, instance, bucket)
         first = _questions(defs, instance)
@@ -303,7 +303,7 @@ def _questions(defs: dg.Definitions, instance: dg.DagsterInstance) -> int:
 
 def test_a_person_may_have_one_run_wait_all_the_same(tmp_path: Path, emulator: Emulator) -> None:
     defs = location(tmp_path, emulator)
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         done = defs.resolve_job_def("krea_images").execute_in_process(
             instance=instance,
             tags=RANGE,

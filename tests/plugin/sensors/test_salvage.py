@@ -93,7 +93,7 @@ def test_a_rejected_image_is_downloaded_once(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
     project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash [emulator: black]")
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         harness = SalvageHarness(project, instance)
         server_clock.move(3601.0)
         for _ in range(4):
@@ -107,7 +107,7 @@ def test_a_task_that_does_not_end_is_salvaged_at_growing_pauses_and_its_end_is_t
     tmp_path: Path, slow: Emulator
 ) -> None:
     project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         harness = SalvageHarness(project, instance)
         harness.pass_by(2 * HOUR)
         looks = [harness.tick() for _ in range(4)]
@@ -129,7 +129,7 @@ def test_a_salvage_that_a_person_starts_takes_up_everything(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
     project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash", "birch")
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         harness = SalvageHarness(project, instance)
         harness.pass_by(60 * HOUR)
         server_clock.move(3601.0)
@@ -142,7 +142,7 @@ def test_what_was_given_up_is_asked_about_for_a_week(
     tmp_path: Path, slow: Emulator, server_clock: ServerClock
 ) -> None:
     project = ProjectHarness(tmp_path, slow, "sk-of-the-salvage").with_rows("ash")
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         harness = SalvageHarness(project, instance)
         with closing(sqlite3.connect(tmp_path / "krea" / "journal.db")) as database, database:
             database.execute("UPDATE requests SET state = 'expired', error_code = 'task_not_found'")
