@@ -18,8 +18,8 @@ from krea_dagster.emulator import Emulator
 if TYPE_CHECKING:
     import dagster as dg
 
-# What is imported and collected stays to the end: to look through it for garbage takes a tenth of the
-# suite's time.
+# What is imported and collected stays to the end: to look through it for garbage would take a
+# tenth of the suite's time.
 gc.disable()
 
 
