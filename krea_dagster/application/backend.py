@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-from PIL import Image
-
-from krea_dagster.api import KreaClient
 from krea_dagster.application.callback_column import receiver_urls
-from krea_dagster.application.emulator_process import EMULATOR_KEY, local_emulator
-from krea_dagster.application.settings import ConnectionSettings
+from krea_dagster.application.settings import EMULATOR_KEY, ConnectionSettings
 from krea_dagster.callbacks import CallbackUrls
-from krea_dagster.curation.measures.cache import measured_while_verified
-from krea_dagster.curation.thumbnails import Thumbnails
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.engine.journal.database import database_in, has_database
 from krea_dagster.engine.journal.journal import Journal
@@ -24,16 +17,14 @@ from krea_dagster.engine.journal.prompt_table_log import identity_of
 from krea_dagster.engine.journal.root_log import RootMarker
 from krea_dagster.engine.policy import REJECTED, Policy
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.options import RunRoot
-from krea_dagster.engine.run.report import Progress
-from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import parse_cap
 from krea_dagster.prompts import Plan, PlannedImage, PromptTable
+
+if TYPE_CHECKING:
+    from krea_dagster.api import KreaClient
 
 #: After this time a salvage also takes what another table paid for and no run has collected:
 #: half of the 24 hours that its link lives.
@@ -200,48 +191,6 @@ class Backend:
             retry_codes=frozenset(retry_errors),
         )
 
-    @contextmanager
-    def runner(
-        self,
-        run_id: str,
-        on_progress: Callable[[Progress], None] = lambda _: None,
-        table: PromptTable | None = None,
-    ) -> Iterator[Runner]:
-        """Yield the engine's runner with these settings. Raises ConfigError or JournalError."""
-        self.check()
-        settings, storage = self.settings, self.open_storage()
-        with ExitStack() as stack:
-            journal = stack.enter_context(self.open_journal())
-            root_id = journal.roots.begin(storage, journal.roots.check(storage))
-            fingerprint = journal.api_keys.fingerprint(self.key)
-            account = journal.api_keys.enter(fingerprint)
-            on_image: list[Callable[[str, Image.Image], object]] = [Thumbnails(storage).add]
-            if settings.measure_images and settings.verify_images:
-                on_image.append(stack.enter_context(measured_while_verified(storage)))
-            urls = self.callback_urls()
-            yield Runner(
-                connect=self.connect,
-                journal=journal,
-                images=ImageStore(storage, verify=settings.verify_images, on_image=on_image),
-                run_id=run_id,
-                root=RunRoot(
-                    root_id,
-                    adopts=journal.roots.adopts(root_id),
-                    elsewhere=lambda keys: journal.roots.elsewhere(keys, root_id),
-                ),
-                table_id="" if table is None else self.table_id(journal, table, enter=True),
-                api_key=fingerprint,
-                policy=replace(self.policy(), account_keys=account),
-                max_in_flight=settings.max_in_flight,
-                max_per_s=settings.max_per_s,
-                latencies=Latencies.expecting(settings.expected_latency_s),
-                caps=self.caps(),
-                callback_url_of=None if urls is None else urls.url,
-                on_progress=on_progress,
-            )
-            # A new token: a copy of the journal from the time of the run is then known to be old.
-            journal.roots.begin(storage, root_id)
-
     def callback_urls(self) -> CallbackUrls | None:
         """Return the callback addresses; None without a receiver. Raises ConfigError."""
         return receiver_urls(
@@ -255,27 +204,21 @@ class Backend:
         """The API key that purchases are made with."""
         return EMULATOR_KEY if self.settings.emulator else self.settings.api_key
 
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[KreaClient]:
-        """Yield a client of the API, or of the emulator, which is started if none runs."""
-        if not self.settings.emulator:
-            async with self._client(self.settings.base_url) as client:
-                yield client
-            return
-        folder = self.open_storage().folder
-        if folder is None:
-            raise ConfigError("the emulator keeps its state in the storage root: use a folder")
-        with local_emulator(folder / "emulator") as url:
-            async with self._client(url) as client:
-                yield client
+    def client(self, base_url: str) -> KreaClient:
+        """Return a client of the API at this address."""
+        # Here, because only a purchase needs the HTTP library.
+        from krea_dagster.api import KreaClient
 
-    def _client(self, base_url: str) -> KreaClient:
         return KreaClient(
             self.key,
             base_url=base_url,
             timeout_s=self.settings.timeout_s,
             download_timeout_s=self.settings.download_timeout_s,
         )
+
+    def run_options(self) -> Mapping[str, Any]:
+        """Return options of ``Runner`` that replace what follows from the settings; none here."""
+        return {}
 
     def _journal_url(self) -> str:
         return self.settings.journal_url or database_in(self.open_storage())

@@ -19,10 +19,8 @@ from typing import Final
 
 import httpx
 
+from krea_dagster.application.settings import EMULATOR_KEY
 from krea_dagster.errors import ConfigError
-
-#: The emulator's default API key.
-EMULATOR_KEY: Final = "emulator"
 
 _START_S: Final = 20.0
 

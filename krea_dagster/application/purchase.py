@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
 from krea_dagster.application.backend import Backend, belongs_to, paid_and_open
+from krea_dagster.application.runner import open_runner
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.run.report import Progress, RunReport
@@ -56,7 +57,7 @@ def buy(
         ConfigError: for a wrong setting, before anything is bought.
         JournalError: if the journal cannot be written.
     """
-    with backend.runner(run_id, on_progress, table) as runner:
+    with open_runner(backend, run_id, on_progress, table) as runner:
         buying = replace(
             runner,
             policy=replace(runner.policy, retry_codes=frozenset(retry_errors), wait=wait),
@@ -81,7 +82,7 @@ def collect(
     ``table`` what no run has collected for 12 hours. Returns the report, and the record of each
     request that it took, by request key. Raises as ``buy`` does.
     """
-    with backend.runner(run_id, on_progress, table) as runner:
+    with open_runner(backend, run_id, on_progress, table) as runner:
         table_id = runner.table_id if table else None
         since = datetime.now(timezone.utc) - timedelta(seconds=runner.policy.lost_for_s)
         known = [*paid_and_open(runner.journal), *runner.journal.expired_since(since)]

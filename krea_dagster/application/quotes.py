@@ -18,7 +18,6 @@ from krea_dagster.digests import Mask, first_of_each
 from krea_dagster.engine.budget import CREDITS_PER_USD, Caps, Commitment
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PLAN_SCHEMA, PromptTable
 from krea_dagster.spend.quote import ImageGroup, Quote, QuoteLine, quote
@@ -85,7 +84,7 @@ def quote_images(
             prices=prices,
             now=now,
             policy=backend.policy(retry_errors),
-            holds=ImageStore(backend.open_storage()).holds,
+            holds=backend.open_storage().holds,
             caps=caps,
             committed=(lambda _: Commitment()) if journal is None else journal.commitment,
             credits_per_usd=credits_per_usd,

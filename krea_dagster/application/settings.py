@@ -9,19 +9,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from krea_dagster import redact
-from krea_dagster.application.emulator_process import EMULATOR_KEY
+from krea_dagster.callbacks.urls import url_parts
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import MOST_CREDITS, credits_from_units, parse_cap, parse_whole_number
+
+#: The emulator's default API key.
+EMULATOR_KEY: Final = "emulator"
 
 
 def _setting(
@@ -172,12 +174,12 @@ class ConnectionSettings(SharedSettings):
     @property
     def synthetic(self) -> bool:
         """Whether images come from an emulator, on this machine or its network."""
-        return self.emulator or httpx.URL(self.base_url).scheme == "http"
+        return self.emulator or url_parts(self.base_url).scheme == "http"
 
     @property
     def origin(self) -> str:
         """The host that images are bought from; all emulators are one origin."""
-        return "an emulator" if self.synthetic else httpx.URL(self.base_url).host
+        return "an emulator" if self.synthetic else url_parts(self.base_url).hostname or ""
 
 
 class Settings(ConnectionSettings):
@@ -224,7 +226,7 @@ class Settings(ConnectionSettings):
         for name in ("prompts", "storage"):
             values[name] = _absolute(values.get(name) or cls.model_fields[name].default)
         if not values.get("api_key"):
-            is_emulator = httpx.URL(values.get("base_url", "https:")).scheme == "http"
+            is_emulator = url_parts(values.get("base_url", "")).scheme == "http"
             values |= {"api_key": EMULATOR_KEY} if is_emulator else {"emulator": True}
         return cls(**values)
 
@@ -267,11 +269,8 @@ def _absolute(place: str) -> str:
 
 
 def _api_root(text: str, variable: str) -> str:
-    try:
-        url = httpx.URL(text)
-    except (httpx.InvalidURL, ValueError):  # ValueError: a malformed address such as [::1
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
+    url = url_parts(text) if text.isprintable() else url_parts("")
+    if url.scheme not in ("http", "https") or not url.hostname or " " in url.hostname:
         default = SharedSettings.model_fields["base_url"].default
         raise ConfigError(f"{variable} is {redact.address(text)!r}; use a URL such as {default}")
     return without_secret(text, variable)

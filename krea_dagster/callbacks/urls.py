@@ -157,7 +157,7 @@ def url_trouble(url: str, *, private_allowed: bool = False) -> str | None:
         return "contains characters that a URL cannot (write a host name in its xn-- form)"
     if len(url) > MAX_URL_CHARS:
         return f"has {len(url)} characters; EvoLink accepts {MAX_URL_CHARS}"
-    parts = _parts(url)
+    parts = url_parts(url)
     if parts.scheme.lower() != "https" or not parts.hostname:
         return "is not an https:// URL with a host"
     if "@" in parts.netloc:
@@ -169,9 +169,10 @@ def url_trouble(url: str, *, private_allowed: bool = False) -> str | None:
     return None
 
 
-def _parts(root: str) -> SplitResult:
+def url_parts(url: str) -> SplitResult:
+    """Return the parts of a URL; empty ones if it is malformed."""
     try:
-        parts = urlsplit(root)
+        parts = urlsplit(url)
         _ = parts.port, parts.hostname  # parsed on access, and may raise
     except ValueError:
         return SplitResult("", "", "", "", "")

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -35,11 +35,8 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
-from krea_dagster.engine.run.report import Progress
-from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import ImageRequest
-from krea_dagster.prompts import PromptTable
 
 _OK: Final = 200
 
@@ -245,22 +242,14 @@ def instrumented_krea(context: WorkerContext, make_client: MakeClient) -> Krea:
         def policy(self, retry_errors: Iterable[str] = ()) -> Policy:
             return replace(super().policy(retry_errors), **job.policy)
 
-        @contextmanager
-        def runner(
-            self,
-            run_id: str,
-            on_progress: Callable[[Progress], None] = lambda _: None,
-            table: PromptTable | None = None,
-        ) -> Iterator[Runner]:
-            with super().runner(run_id, on_progress, table) as runner:
-                yield replace(
-                    runner,
-                    clock=context.clock,
-                    randomness=random.Random(f"{job.seed}:{job.number}"),  # noqa: S311 - nothing secret
-                    latencies=Latencies.known({"1K": job.latency_s}),
-                )
+        def run_options(self) -> Mapping[str, Any]:
+            return {
+                "clock": context.clock,
+                "randomness": random.Random(f"{job.seed}:{job.number}"),  # noqa: S311 - nothing secret
+                "latencies": Latencies.known({"1K": job.latency_s}),
+            }
 
-        def _client(self, base_url: str) -> KreaClient:
+        def client(self, base_url: str) -> KreaClient:
             return make_client(
                 context,
                 self.key,

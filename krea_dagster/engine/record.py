@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from krea_dagster.engine.states import State
 from krea_dagster.models import ImageRequest
+
+#: The accepted formats of images, and the endings of their files.
+FORMATS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from krea_dagster.application.emulator_process import EMULATOR_KEY
 from krea_dagster.application.settings import (
+    EMULATOR_KEY,
     ConnectionSettings,
     Settings,
     holds_secret,

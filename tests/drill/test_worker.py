@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.api.transport import AiohttpTransport
+from krea_dagster.application.runner import connect
 from krea_dagster.drill import edges
 from krea_dagster.drill.instrumented import (
     InstrumentedClient,
@@ -41,7 +42,7 @@ def test_it_sends_by_the_transport_that_production_uses(tmp_path: Path) -> None:
         krea = instrumented_krea(
             WorkerContext.of(job(tmp_path, "http://127.0.0.1:1")), InstrumentedClient
         )
-        async with krea.connect() as client:
+        async with connect(krea) as client:
             assert isinstance(client._transport, InstrumentedTransport)
             assert client._transport.reports_unsent
             return client._transport.inner

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from krea_dagster.application.batch import Batch
+from krea_dagster.application.runner import open_runner
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.root_log import MARKER
 from krea_dagster.engine.states import State
@@ -34,7 +35,7 @@ def run_again(
     config = KreaImagesConfig(regenerate=list(again), new_seed=new_seed)
     with Batch.read(shop.table, None, krea, to_buy=True) as read:
         batch = read.regenerate(config, krea, run_id)
-        with krea.runner(run_id, lambda _: None, shop.table) as runner:
+        with open_runner(krea, run_id, lambda _: None, shop.table) as runner:
             policy = replace(runner.policy, wait_scale=0.01, wait=not killed)
             ready = replace(runner, policy=policy, latencies=LEARNED)
             asyncio.run(ready.run(batch.state(krea).wanted()))
@@ -282,7 +283,7 @@ def test_a_salvage_collects_its_table_and_old_requests_of_others(
     server.world.script("stuck", n=6)
     for one, run_id in ((shop, "run-1"), (other, "run-2")):
         krea = one.krea
-        with krea.runner(run_id, lambda _: None, one.table) as runner, one.batch() as batch:
+        with open_runner(krea, run_id, lambda _: None, one.table) as runner, one.batch() as batch:
             policy = replace(runner.policy, patience_s=0.05)
             wanted = batch.state(krea).wanted()
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
@@ -357,7 +358,7 @@ def test_a_purchase_after_a_key_conflict_uses_the_next_key(
 ) -> None:
     """The first journal bought with an address for callbacks, the second without."""
     krea = shop.krea
-    with krea.runner("run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
+    with open_runner(krea, "run-1", lambda _: None, shop.table) as runner, shop.batch() as batch:
         called = replace(
             runner,
             policy=replace(runner.policy, wait_scale=0.01),

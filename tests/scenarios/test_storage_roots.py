@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from krea_dagster.application.runner import open_runner
 from krea_dagster.application.spend import update_tables
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.root_log import MARKER
@@ -205,7 +206,7 @@ def test_a_journal_backed_up_during_the_last_run_is_older_too(
             backups.append(keep(journal_file(shop), "backup.db"))
 
     wanted = [RequestedImage(image.request, image.partition_key) for image in shop.images()]
-    with krea.runner("run-1", back_up, shop.table) as runner:
+    with open_runner(krea, "run-1", back_up, shop.table) as runner:
         policy = replace(runner.policy, wait_scale=0.01)
         asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
     restore(backups[0], journal_file(shop))

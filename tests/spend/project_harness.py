@@ -17,6 +17,7 @@ from krea_dagster import KreaResource
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.krea import Krea
 from krea_dagster.application.quotes import quote_images, quote_partitions
+from krea_dagster.application.runner import open_runner
 from krea_dagster.application.spend import prove
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.record import Record
@@ -92,7 +93,7 @@ class ProjectHarness:
         """Run all partitions as KreaResource.generate does, without pauses and manifests."""
         krea = self.krea
         wanted = [RequestedImage(image.request, image.partition_key) for image in self.images()]
-        with krea.runner(run_id, lambda _: None, self.table) as runner:
+        with open_runner(krea, run_id, lambda _: None, self.table) as runner:
             again = frozenset(ask_again)
             policy = replace(runner.policy, retry_codes=again, wait_scale=0.01)
             return asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))

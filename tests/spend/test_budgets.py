@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from krea_dagster import KreaResource
+from krea_dagster.application.runner import open_runner
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.errors import ConfigError
 from tests.spend.project_harness import LEARNED, ProjectHarness
@@ -25,7 +26,10 @@ def campaigns(project: ProjectHarness) -> ProjectHarness:
 def run(project: ProjectHarness, run_id: str = "run-1") -> RunReport:
     """A run over the whole table, as the asset makes it."""
     krea = project.krea
-    with project.batch() as batch, krea.runner(run_id, lambda _: None, project.table) as runner:
+    with (
+        project.batch() as batch,
+        open_runner(krea, run_id, lambda _: None, project.table) as runner,
+    ):
         policy = replace(runner.policy, wait_scale=0.01)
         ready = replace(runner, policy=policy, latencies=LEARNED)
         return asyncio.run(ready.run(batch.state(krea).wanted()))

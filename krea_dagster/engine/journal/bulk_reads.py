@@ -30,8 +30,8 @@ from krea_dagster.digests import (
     digests_from_joined_hex,
 )
 from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.record import FORMATS
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage.images import FORMATS
 from krea_dagster.engine.storage.storage import Storage
 
 #: The columns of a request and of its present submission that the views read. Times are in

@@ -18,17 +18,16 @@ from typing import Any, Final, Protocol
 
 from PIL import Image
 
-from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.record import FORMATS, Record, StoredImage
 from krea_dagster.engine.storage.byte_budget import ByteBudget
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DECODE_ERRORS, FORMATS, decoded_bytes, verify_image
+from krea_dagster.engine.storage.verify import DECODE_ERRORS, decoded_bytes, verify_image
 from krea_dagster.engine.threads import InThread, Threads
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
 from krea_dagster.models import ImageRequest
 
 __all__ = [
     "DECODE_ERRORS",
-    "FORMATS",
     "MAX_IMAGE_BYTES",
     "DownloadedFile",
     "Downloader",
@@ -123,7 +122,7 @@ class ImageStore:
 
     def holds(self, image: StoredImage) -> bool:
         """Return whether the file exists with its full size."""
-        return self.storage.size_bytes(image.path) == image.bytes
+        return self.storage.holds(image)
 
     def find(self, record: Record, *, adopts: bool = False) -> str | None:
         """Return the name of a file that may be a request's image, None where there is none.

@@ -21,6 +21,7 @@ from typing import BinaryIO, Final, NoReturn, cast
 import fsspec
 
 from krea_dagster import redact
+from krea_dagster.engine.record import StoredImage
 from krea_dagster.engine.storage import temp_files
 from krea_dagster.errors import ConfigError, StorageUnavailable
 
@@ -106,6 +107,10 @@ class Storage:
             return None
         except Exception as error:  # noqa: BLE001 - file systems raise different errors
             self.fail(error)
+
+    def holds(self, image: StoredImage) -> bool:
+        """Return whether an image's file exists with its full size."""
+        return self.size_bytes(image.path) == image.bytes
 
     def ping(self) -> None:
         """Check that the store answers. Raises StorageUnavailable."""

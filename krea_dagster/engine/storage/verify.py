@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from krea_dagster.engine.record import FORMATS
 from krea_dagster.engine.storage.other_formats import (
     OTHERS,
     decode_other_format,
@@ -26,9 +27,6 @@ from krea_dagster.engine.storage.other_formats import (
 from krea_dagster.engine.storage.verify_jpeg import decoded_jpeg
 from krea_dagster.engine.storage.verify_png import whole_png
 from krea_dagster.errors import DownloadError, ImageRejected, NoUsableBody
-
-#: The accepted formats, and the endings of their files.
-FORMATS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
 
 #: An image is flat if each channel stays within this range. EvoLink's hosts have answered an
 #: overlong prompt with a black image.

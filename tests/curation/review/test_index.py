@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from krea_dagster.application.runner import open_runner
 from krea_dagster.curation.review.index import ReviewIndex, build_index, files_version
 from krea_dagster.curation.review.verdict_cache import VerdictView
 from krea_dagster.emulator import Emulator
@@ -178,7 +179,7 @@ def test_images_of_earlier_attempts_have_rows(
         planned = images_of(shop.table, krea.attempts(shop.table))
         wanted = [RequestedImage(one.request, one.partition_key) for one in planned]
         policy = replace(krea.policy([]), wait_scale=0.01)
-        with krea.runner("run-2", lambda _: None, shop.table) as runner:
+        with open_runner(krea, "run-2", lambda _: None, shop.table) as runner:
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
         shop.write_manifests("run-2")
         index = build_index(krea.open_storage(), journal)

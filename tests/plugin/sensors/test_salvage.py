@@ -16,6 +16,7 @@ import pytest
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster import build_krea_definitions
+from krea_dagster.application.runner import open_runner
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.states import State
 from tests.dagster_bench import tick
@@ -58,7 +59,7 @@ class SalvageHarness:
         self.runs = 0
         krea = project.krea
         with (
-            krea.runner("run-1", lambda _: None, project.table) as runner,
+            open_runner(krea, "run-1", lambda _: None, project.table) as runner,
             project.batch() as batch,
         ):
             wanted = batch.state(krea).wanted()
