@@ -38,8 +38,8 @@ def engine(options: Namespace) -> Callable[[], dict[str, Any]]:
     from krea_dagster.api import KreaClient
     from krea_dagster.engine.journal.journal import Journal
     from krea_dagster.engine.run.report import RunReport
+    from krea_dagster.engine.run.requested_image import RequestedImage
     from krea_dagster.engine.run.runner import Runner
-    from krea_dagster.engine.run.worklist import RequestedImage
     from krea_dagster.engine.storage.images import ImageStore
     from krea_dagster.engine.storage.storage import Storage
     from krea_dagster.models import ImageRequest

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.prompts import PlannedImage
 
 #: Opens an account at the emulator, with 1,000 credits or as many as are given; returns its key.

@@ -33,7 +33,7 @@ from krea_dagster.engine.journal.bulk_reads import (
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_parts, manifest_schema

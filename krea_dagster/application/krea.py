@@ -222,7 +222,7 @@ class Krea(Backend):
 
     def spend_report(self, path: Path, *, by: Sequence[str] = ()) -> list[SpendWarning]:
         """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
-        from krea_dagster.application.spend import report_of
+        from krea_dagster.application.spend_report import report_of
 
         return report_of(self, path, by=by)
 
@@ -242,7 +242,7 @@ class Krea(Backend):
             ConfigError: if there is no journal.
             JournalError: if it cannot be read.
         """
-        from krea_dagster.application.spend import prove
+        from krea_dagster.application.proof import prove
 
         return prove(self, hash_bytes=hash_bytes, on_progress=on_progress)
 

@@ -16,7 +16,7 @@ from krea_dagster.application.runner import open_runner
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.run.report import Progress, RunReport
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.prompts import PromptTable
 
 _T = TypeVar("_T")

@@ -6,22 +6,16 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bar
 
 from krea_dagster import redact
-from krea_dagster.engine.run.report import Progress
 from krea_dagster.models import credits_text
+
+if TYPE_CHECKING:
+    from krea_dagster.engine.run.report import Progress
 
 #: Seconds between two lines of progress without a terminal.
 LINE_EVERY_S: Final = 5.0
@@ -32,6 +26,8 @@ err: Final = Console(stderr=True, highlight=False)
 
 def say_synthetic() -> None:
     """Warn that the images are not Krea's."""
+    from rich.panel import Panel
+
     err.print(
         Panel(
             "The images are [bold]synthetic[/]: they come from an emulator on this machine, and "
@@ -54,6 +50,9 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     if not err.is_terminal:
         yield _Lines()
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
     columns = (
         BarColumn(),
         MofNCompleteColumn(),

@@ -32,7 +32,7 @@ from krea_dagster.drill.instrumented import (
 )
 from krea_dagster.drill.job import PARTITION, WorkerJob, read_requests
 from krea_dagster.engine.resolution import parse_resolution
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.errors import ConfigError, JournalError, StorageError
 
 #: The exit code of a worker that stopped with an error meant for people.

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Protocol
 
-import anyio
-
 
 class Clock(Protocol):
     """UTC for the journal, a monotonic clock for pacing, and a pause."""
@@ -38,7 +36,7 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         """Pause."""
-        await anyio.sleep(seconds)
+        await asyncio.sleep(seconds)
 
 
 async def wait_for_event(event: asyncio.Event, timeout_s: float | None) -> None:

@@ -15,7 +15,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.models import ImageRequest
 from tests.engine.harness import make_request
 

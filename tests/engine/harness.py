@@ -26,8 +26,8 @@ from krea_dagster.engine.policy import Policy
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.run.runner import Runner
-from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event, State, replay
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.engine.storage.storage import Storage

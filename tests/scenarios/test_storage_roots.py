@@ -17,7 +17,7 @@ from krea_dagster.application.spend import update_tables
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.root_log import MARKER
 from krea_dagster.engine.run.report import Progress
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from tests.engine.harness import ServerClock

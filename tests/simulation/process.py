@@ -23,8 +23,8 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.run.options import RunRoot
 from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.run.runner import Runner
-from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.prompts.requests import PlannedImage

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 from krea_dagster import KreaResource
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.krea import Krea
+from krea_dagster.application.proof import prove
 from krea_dagster.application.quotes import quote_images, quote_partitions
 from krea_dagster.application.runner import open_runner
-from krea_dagster.application.spend import prove
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.latency import Latencies
 from krea_dagster.engine.run.report import RunReport
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by
 from krea_dagster.spend.proof.findings import Proof

@@ -12,8 +12,9 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.options import Client, RunOptions
 from krea_dagster.engine.run.outages import Dependency, Outages
 from krea_dagster.engine.run.report import RunReport
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.run.scheduler import RunScheduler
-from krea_dagster.engine.run.worklist import RequestedImage, WorkList
+from krea_dagster.engine.run.worklist import WorkList
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ApiError, JournalUnavailable, KreaError, StorageUnavailable
 

@@ -18,10 +18,10 @@ from krea_dagster.engine.policy import RetryState
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.options import RunOptions
 from krea_dagster.engine.run.report import Progress, count_of
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.threads import InThread
-from krea_dagster.models import ImageRequest
 
 #: Requests that are entered into the journal and read together.
 _BATCH: Final = 2000
@@ -29,21 +29,6 @@ _BATCH: Final = 2000
 #: Requests that are left and named with their reason, and different reasons that are counted.
 _LEFT_NAMED: Final = 1000
 _OTHER_REASONS: Final = "other reasons"
-
-
-@dataclass(frozen=True)
-class RequestedImage:
-    """A request with the number of rows that share it.
-
-    ``scopes`` are the budget scopes of its first row (``budget.column_scope``), in addition to
-    those of its run, day, month and partition. ``callback_url`` is the row's own callback address.
-    """
-
-    request: ImageRequest
-    partition_key: str
-    rows: int = 1
-    scopes: tuple[str, ...] = ()
-    callback_url: str | None = None
 
 
 @dataclass

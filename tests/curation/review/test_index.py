@@ -20,7 +20,7 @@ from krea_dagster.curation.review.verdict_cache import VerdictView
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import VERDICTS, Verdict
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import read_manifests, write_manifest

@@ -22,7 +22,7 @@ from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.claim_log import ClaimLog
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.report import Progress
-from krea_dagster.engine.run.worklist import RequestedImage
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.states import Event, State
 from krea_dagster.errors import JournalError, PurchasesNotWritten
 from tests.engine.harness import (

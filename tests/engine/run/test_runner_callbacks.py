@@ -19,8 +19,8 @@ from sqlalchemy import select
 
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.policy import LEFT_AT_SERVER
+from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.run.runner import Runner
-from krea_dagster.engine.run.worklist import RequestedImage
 from krea_dagster.engine.states import Event
 from krea_dagster.models import ImageRequest
 from tests.engine.harness import (
