@@ -16,8 +16,9 @@ from typing import Final
 from PIL import Image, ImageOps
 
 from krea_dagster.curation.measures.builtin import to_grey_or_rgb
+from krea_dagster.engine.record import FORMATS
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.storage.verify import DECODE_ERRORS, FORMATS
+from krea_dagster.engine.storage.verify import DECODE_ERRORS
 from krea_dagster.engine.storage.verify_png import whole_png
 from krea_dagster.errors import ConfigError, NoUsableBody, StorageUnavailable
 
