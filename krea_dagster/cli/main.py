@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -22,6 +24,9 @@ _PLACES: Final = {
     "--journal": "KREA_JOURNAL_URL",
     "--base-url": "EVOLINK_BASE_URL",
 }
+
+#: The objects after which Python looks for cycles that it can free.
+_COLLECT_AFTER_OBJECTS: Final = 200_000
 
 #: The subcommands: where each is, and its line in the group's help.
 _COMMANDS: Final = {
@@ -79,6 +84,10 @@ def main() -> None:
 
 def run() -> None:
     """Run the command; the package's errors become one message and an exit code."""
+    # A start makes no garbage. A collection every 700 objects, and those at the end over all that
+    # the system takes back anyway, take a third of a short command's time.
+    gc.set_threshold(_COLLECT_AFTER_OBJECTS)
+    atexit.register(gc.freeze)
     places = [os.environ.get(name, "") for name in _PLACES.values()]
     # An option's value is the word after it, or what follows its "=".
     words = [word for text in sys.argv for word in text.split("=", text[:2] == "--") if word]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from krea_dagster.application.settings import Settings, metavar_of, variable_of
+from krea_dagster.cli.without_pandas import without_pandas
 
 if TYPE_CHECKING:
     from krea_dagster.application.krea import Krea
@@ -34,8 +35,14 @@ BUYING: Final = (
 _NAMES: Final = {"journal_url": "--journal"}
 
 
-def open_krea() -> Krea:
-    """Return the application with the settings of the command."""
+def open_krea(*, reads_values: bool = True) -> Krea:
+    """Return the application with the settings of the command.
+
+    A command that reads no values of a user's own columns needs no pandas, which Arrow needs for
+    times in nanoseconds.
+    """
+    if not reads_values:
+        click.get_current_context().with_resource(without_pandas())
     from krea_dagster.application.krea import Krea
 
     return Krea.from_environment()

@@ -55,7 +55,8 @@ def quote_command(
     Reads the prompt table, the journal and the files; needs no network. The price of a quality is
     the highest that this account has paid, and before the first purchase the published one.
     """
-    quoted = open_krea().quote(partitions=partitions, credits_per_usd=credits_per_usd)
+    krea = open_krea(reads_values=False)
+    quoted = krea.quote(partitions=partitions, credits_per_usd=credits_per_usd)
     if as_json:
         show_json(quote_figures(quoted))
     else:

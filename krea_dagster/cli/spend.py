@@ -87,7 +87,7 @@ def spend_command(
         raise click.UsageError("--since and --month exclude each other")
     if html is not None and (as_json or as_csv or since or month or sql):
         raise click.UsageError("--html writes the whole report; it can be combined with --by only")
-    krea = open_krea()
+    krea = open_krea(reads_values=sql is not None)
     if html is not None:
         show_report(html, krea.spend_report(html, by=by))
         return

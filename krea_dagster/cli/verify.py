@@ -34,7 +34,8 @@ def verify_command(*, no_files: bool, as_json: bool) -> None:
     needs no network.
     """
     with _progress() as on_progress:
-        proof = open_krea().verify(hash_bytes=0 if no_files else None, on_progress=on_progress)
+        krea = open_krea(reads_values=False)
+        proof = krea.verify(hash_bytes=0 if no_files else None, on_progress=on_progress)
     if as_json:
         show_json(proof_figures(proof))
     else:

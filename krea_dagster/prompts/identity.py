@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -23,6 +22,9 @@ from krea_dagster.prompts.murmur import Hashes
 from krea_dagster.prompts.partitioning import HashPartitions
 from krea_dagster.prompts.requests import SEPARATOR
 
+if TYPE_CHECKING:
+    import duckdb
+
 #: Request keys that are hashed at once for a version.
 _AT_ONCE: Final = 10_000
 
@@ -31,24 +33,19 @@ class Hasher:
     """Hashes columns of text in DuckDB, without file, network or extension.
 
     Threads may share it. Below ``few`` texts the standard library is used: it takes less time than
-    DuckDB takes to begin.
+    DuckDB takes to be imported and to begin.
     """
 
     def __init__(self, few: int = 1_000) -> None:
         self._few = few
-        self._duck = duckdb.connect(
-            ":memory:",
-            config={
-                "threads": "1",
-                "autoinstall_known_extensions": "false",
-                "autoload_known_extensions": "false",
-            },
-        )
+        self._duck: duckdb.DuckDBPyConnection | None = None
+        self._opening = threading.Lock()
         self._per_thread = threading.local()
 
     def close(self) -> None:
         """Free the memory."""
-        self._duck.close()
+        if self._duck is not None:
+            self._duck.close()
 
     def sha256(self, texts: pa.Array) -> pa.Array:
         """Return the SHA-256 of each text's UTF-8 form, as 64 hexadecimal digits."""
@@ -58,13 +55,28 @@ class Hasher:
             ]
             return pa.array(digests, pa.string())
         if not hasattr(self._per_thread, "duck"):
-            self._per_thread.duck = self._duck.cursor()
+            self._per_thread.duck = self._opened().cursor()
         numbers = np.arange(len(texts))
         given = self._per_thread.duck.from_arrow(pa.table({"number": numbers, "text": texts}))
         found = given.project("number, sha256(text) AS value").to_arrow_table()
         values = found["value"].combine_chunks()
         order = found["number"].to_numpy()
         return values if (order == numbers).all() else values.take(pa.array(np.argsort(order)))
+
+    def _opened(self) -> duckdb.DuckDBPyConnection:
+        import duckdb
+
+        with self._opening:
+            if self._duck is None:
+                self._duck = duckdb.connect(
+                    ":memory:",
+                    config={
+                        "threads": "1",
+                        "autoinstall_known_extensions": "false",
+                        "autoload_known_extensions": "false",
+                    },
+                )
+            return self._duck
 
 
 def request_keys(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:

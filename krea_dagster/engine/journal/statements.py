@@ -26,7 +26,6 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.rows import RECORDS, record_from_row
@@ -83,7 +82,14 @@ def is_sqlite(database: Connection | Engine) -> bool:
 
 def insertion(database: Connection | Engine, table: Table) -> Any:
     """Return an INSERT that may say what happens on a conflict."""
-    return (sqlite.insert if is_sqlite(database) else postgresql.insert)(table)
+    # Here, because a journal has one of them, and PostgreSQL's takes as long as ten other modules.
+    if is_sqlite(database):
+        from sqlalchemy.dialects import sqlite
+
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql
+
+    return postgresql.insert(table)
 
 
 def lock_transaction(connection: Connection, number: int) -> None:

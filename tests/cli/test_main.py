@@ -1,0 +1,108 @@
+"""A command imports what it needs, so that a short one starts in half a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from krea_dagster import Krea, Settings
+from krea_dagster.prompts import PromptTable, parse_partition_by
+
+#: What buying, showing and Dagster need.
+NOT_NEEDED = {
+    "PIL",
+    "aiohttp",
+    "alembic",
+    "anyio",
+    "dagster",
+    "httpx",
+    "jinja2",
+    "pandas",
+    "simplejpeg",
+    "starlette",
+    "svg",
+    "uvicorn",
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two images were bought."""
+    folder = tmp_path_factory.mktemp("project")
+    prompts = folder / "prompts.parquet"
+    pq.write_table(pa.table({"prompt_id": ["a", "b"], "prompt": ["a boat", "a bird"]}), prompts)
+    krea = Krea(Settings(emulator=True, prompts=str(prompts), storage=str(folder / "krea")))
+    krea.run(PromptTable(str(prompts), parse_partition_by("hash:1")))
+    return folder
+
+
+def imported_by(project: Path, *arguments: str) -> tuple[str, set[str]]:
+    """Run a command in a fresh process; returns its stdout, and the packages that it imported."""
+    code = (
+        "import sys\n"
+        "from krea_dagster.cli import run\n"
+        "try:\n"
+        "    run()\n"
+        "finally:\n"
+        "    sys.stderr.write('\\n' + ' '.join(name for name in sys.modules if '.' not in name))"
+    )
+    environ = {
+        **os.environ,
+        "KREA_PROMPTS": str(project / "prompts.parquet"),
+        "KREA_STORAGE": str(project / "krea"),
+        "KREA_PARTITION_BY": "hash:1",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout, set(ran.stderr.rpartition("\n")[2].split())
+
+
+def figures(project: Path, *arguments: str) -> Any:
+    return json.loads(imported_by(project, *arguments, "--json")[0])
+
+
+@pytest.mark.parametrize("command", ["quote", "spend", "verify"])
+def test_a_command_that_buys_nothing_imports_no_dagster_client_decoder_or_pandas(
+    project: Path, command: str
+) -> None:
+    out, names = imported_by(project, command)
+    assert out
+    assert names & NOT_NEEDED == set()
+    assert "sqlalchemy" in names
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_no_tables_and_no_journal(project: Path, option: str) -> None:
+    _, names = imported_by(project, option)
+    assert names & (NOT_NEEDED | {"pyarrow", "numpy", "sqlalchemy", "pydantic", "rich"}) == set()
+
+
+def test_the_answer_to_a_query_keeps_its_nanoseconds(project: Path) -> None:
+    """For which Arrow needs pandas, so that this command imports it."""
+    query = "SELECT TIMESTAMP_NS '2026-01-01 00:00:00.000000001' AS at"
+    assert figures(project, "spend", "--sql", query) == [{"at": "2026-01-01T00:00:00.000000001"}]
+
+
+def test_a_table_partitioned_by_nanoseconds_is_quoted_without_pandas(
+    project: Path, tmp_path: Path
+) -> None:
+    at = pa.array([1_767_225_600_000_000_001, 1_767_312_000_000_000_002], pa.timestamp("ns"))
+    table = pa.table({"prompt_id": ["c", "d"], "prompt": ["a cat", "a dog"], "at": at})
+    pq.write_table(table, tmp_path / "prompts.parquet")
+    options = ["--prompts", str(tmp_path / "prompts.parquet"), "--partition-by", "day:at"]
+    quoted = figures(project, "quote", *options)
+    assert [line["partition"] for line in quoted["partitions"]] == ["2026-01-01", "2026-01-02"]
