@@ -20,6 +20,7 @@ from benchmarks.report import Report, page, show
 
 #: In the order of the page.
 NAMES: Final = (
+    "start",
     "makespan",
     "processes",
     "images",

@@ -182,6 +182,7 @@ with the package. Figures differ between machines; ratios within one table are m
 
 | benchmark | question |
 | --- | --- |
+| `start` | How long does a command take that has nothing to buy? |
 | `makespan` | How close does a run come to the least time that the account's limits allow? |
 | `processes` | What do several processes on one account and one journal cost each other? |
 | `images` | How much CPU does an image take, and how many images come per second? |

@@ -12,7 +12,6 @@ needs it. ``krea_dagster.plugin`` registers the library with Dagster.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -71,8 +70,6 @@ __all__ = [
     "on_prompts_changed",
 ]
 
-__version__: Final = version("krea-dagster")
-
 _MODULES: Final = {
     "BuyOptions": "application.buy_options",
     "Curation": "application.curation",
@@ -105,6 +102,10 @@ _MODULES: Final = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("krea-dagster")
     try:
         module = _MODULES[name]
     except KeyError:

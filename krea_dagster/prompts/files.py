@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import fsspec.core
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -20,6 +19,7 @@ from pyarrow import fs
 
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, KreaError
+from krea_dagster.file_systems import file_system_of
 
 #: The size of a batch: these bytes, within these rows.
 _BATCH_BYTES: Final = 4 * 1024**2
@@ -164,7 +164,7 @@ def _filesystem(source: str) -> tuple[Any, str]:
     if "://" not in source:
         return fs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     try:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem, path = file_system_of(source)
     except ImportError as missing:
         # Without the fsspec package for this kind of URL, Arrow may have its own.
         try:

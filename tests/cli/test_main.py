@@ -23,6 +23,7 @@ NOT_NEEDED = {
     "alembic",
     "anyio",
     "dagster",
+    "fsspec",
     "httpx",
     "jinja2",
     "pandas",

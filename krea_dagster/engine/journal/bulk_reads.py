@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import fsspec.core
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -33,6 +32,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import FORMATS
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.file_systems import file_system_of
 
 #: The columns of a request and of its present submission that the views read. Times are in
 #: microseconds since 1970, UTC.
@@ -351,7 +351,7 @@ def _listed(storage: Storage) -> Iterator[tuple[Digests, _Numbers]]:
     A file counts only in the folder that its key begins with.
     """
     if storage.folder is None:
-        remote, path = fsspec.core.url_to_fs(storage.locate("images"))
+        remote, path = file_system_of(storage.locate("images"))
         remote.invalidate_cache()
         found: Mapping[str, Mapping[str, Any]] = remote.find(path, detail=True)
         files = {tuple(name.split("/")[-2:]): about["size"] for name, about in found.items()}

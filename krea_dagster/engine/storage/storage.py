@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO, Final, NoReturn, cast
-
-import fsspec
+from typing import Any, BinaryIO, Final, NoReturn, cast
 
 from krea_dagster import redact
 from krea_dagster.engine.record import StoredImage
 from krea_dagster.engine.storage import temp_files
 from krea_dagster.errors import ConfigError, StorageUnavailable
+from krea_dagster.file_systems import file_system_of, local_path
 
 #: Errors about files, not about the network to a store.
 _FILE_ERRORS: Final = (
@@ -61,6 +60,14 @@ class Storage:
     def __init__(self, root: str) -> None:
         if not root:
             raise ConfigError("the storage root is empty; give a folder or a URL")
+        self.folder = local_path(root)
+        self._fs: Any = None
+        self._remote: str | None = None
+        if self.folder is None:
+            self._connect(root)
+        self._folders: set[str] = set()  # known to exist
+
+    def _connect(self, root: str) -> None:
         try:
             self._fs, path = _without_listings(root)
         except Exception as error:  # noqa: BLE001 - file systems raise different errors
@@ -68,9 +75,10 @@ class Storage:
             raise ConfigError(
                 f"the storage root {redact.location(root)!r} (KREA_STORAGE) cannot be used: {said}"
             ) from redact.safe_cause(error, root)
-        self._remote = None if "file" in _protocols(self._fs) else path.rstrip("/")
-        self.folder: Path | None = Path(path).absolute() if self._remote is None else None
-        self._folders: set[str] = set()  # known to exist
+        if "file" in _protocols(self._fs):
+            self.folder = Path(path).absolute()
+        else:
+            self._remote = path.rstrip("/")
 
     def __repr__(self) -> str:
         return f"Storage({redact.location(self.locate(''))!r})"
@@ -260,19 +268,19 @@ class Storage:
         return f"{self._remote}/{name}" if name else str(self._remote)
 
 
-def _without_listings(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _without_listings(root: str) -> tuple[Any, str]:
     """Return the file system and the path of a root, without a cache of listings.
 
     A cached listing lacks what another host has stored since: its images would count as missing.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        fs, path = file_system_of(root, use_listings_cache=False)
     except TypeError:  # a file system without that option
-        fs, path = fsspec.core.url_to_fs(root)
+        fs, path = file_system_of(root)
     return fs, str(path)
 
 
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+def _protocols(fs: Any) -> tuple[str, ...]:
     protocol = fs.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 

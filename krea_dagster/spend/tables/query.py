@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Final, TypeAlias
 
 import duckdb
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from krea_dagster import redact
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, KreaError
+from krea_dagster.file_systems import arrow_file_system_of, file_system_of
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
@@ -188,7 +188,7 @@ def _prompts(source: str) -> Table:
 
 
 def _prompt_files(source: str) -> list[str]:
-    fs, path = fsspec.core.url_to_fs(source)
+    fs, path = file_system_of(source)
     if fs.isdir(path):
         found = [name for name in fs.find(path) if name.endswith(".parquet")]
         return [str(fs.unstrip_protocol(name)) for name in sorted(found)]
@@ -200,7 +200,7 @@ def prompt_texts(storage: Storage, prompt_ids: Sequence[str]) -> Mapping[str, st
     names = [name for name in storage.names("manifest") if name.endswith(".parquet")]
     if not names or not prompt_ids:
         return {}
-    found = [fsspec.core.url_to_fs(storage.locate(name)) for name in names]
+    found = [arrow_file_system_of(storage.locate(name)) for name in names]
     schema = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
     paths = [path for _, path in found]
     manifests = ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
@@ -220,7 +220,7 @@ def dataset_of(locations: Iterable[str], schema: pa.Schema) -> Table:
 
     Rows are read when they are used. Raises ConfigError where types disagree.
     """
-    found = [fsspec.core.url_to_fs(location) for location in locations]
+    found = [arrow_file_system_of(location) for location in locations]
     for fs, path in found:
         schema = _unified(schema, pq.read_schema(path, filesystem=fs))
     if not found:
