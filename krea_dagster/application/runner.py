@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from krea_dagster.api import KreaClient
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.emulator_process import local_emulator
 from krea_dagster.curation.measures.cache import measured_while_verified
 from krea_dagster.curation.thumbnails import Thumbnails
 from krea_dagster.engine.run.latency import Latencies
@@ -21,6 +20,9 @@ from krea_dagster.engine.run.runner import Runner
 from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PromptTable
+
+if TYPE_CHECKING:
+    from krea_dagster.api import KreaClient
 
 
 @contextmanager
@@ -77,6 +79,8 @@ async def connect(backend: Backend) -> AsyncIterator[KreaClient]:
     folder = backend.open_storage().folder
     if folder is None:
         raise ConfigError("the emulator keeps its state in the storage root: use a folder")
+    from krea_dagster.application.emulator_process import local_emulator
+
     with local_emulator(folder / "emulator") as url:
         async with backend.client(url) as client:
             yield client

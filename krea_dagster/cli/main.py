@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import sys
 import traceback
@@ -15,6 +13,7 @@ import click
 
 from krea_dagster import redact
 from krea_dagster.cli.exit_codes import NOT_DELIVERED, code_of
+from krea_dagster.cli.garbage import collect_seldom
 from krea_dagster.errors import KreaError
 
 #: Options and variables whose URLs may contain credentials.
@@ -24,9 +23,6 @@ _PLACES: Final = {
     "--journal": "KREA_JOURNAL_URL",
     "--base-url": "EVOLINK_BASE_URL",
 }
-
-#: The objects after which Python looks for cycles that it can free.
-_COLLECT_AFTER_OBJECTS: Final = 200_000
 
 #: The subcommands: where each is, and its line in the group's help.
 _COMMANDS: Final = {
@@ -84,10 +80,7 @@ def main() -> None:
 
 def run() -> None:
     """Run the command; the package's errors become one message and an exit code."""
-    # A start makes no garbage. A collection every 700 objects, and those at the end over all that
-    # the system takes back anyway, take a third of a short command's time.
-    gc.set_threshold(_COLLECT_AFTER_OBJECTS)
-    atexit.register(gc.freeze)
+    collect_seldom()
     places = [os.environ.get(name, "") for name in _PLACES.values()]
     # An option's value is the word after it, or what follows its "=".
     words = [word for text in sys.argv for word in text.split("=", text[:2] == "--") if word]

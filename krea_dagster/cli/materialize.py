@@ -14,6 +14,7 @@ import click
 from krea_dagster import redact
 from krea_dagster.application.settings import Settings
 from krea_dagster.cli.exit_codes import DONE, NOT_DELIVERED, STOPPED, TRY_LATER
+from krea_dagster.cli.garbage import importing
 from krea_dagster.cli.options import (
     buying_options,
     json_option,
@@ -123,8 +124,9 @@ def salvage_command(*, as_json: bool) -> None:
     first: links expire after 24 hours. What was given up as lost is polled once more. Runs the
     Dagster job krea_salvage in this process.
     """
-    from krea_dagster.cli.show_runs import show_salvaged, unknown_figures
-    from krea_dagster.plugin.materialize import salvage
+    with importing():
+        from krea_dagster.cli.show_runs import show_salvaged, unknown_figures
+        from krea_dagster.plugin.materialize import salvage
 
     with progress_bar() as on_progress:
         done = salvage(Settings.from_environment(), on_progress=on_progress)
@@ -152,8 +154,9 @@ def _decisions(texts: Sequence[str]) -> dict[str, str]:
 def _materialize(
     settings: Settings, partitions: Sequence[str], options: BuyOptions | None, *, as_json: bool
 ) -> Materialized:
-    from krea_dagster.cli.show_runs import materialized_figures, show_materialized
-    from krea_dagster.plugin.materialize import materialize
+    with importing():
+        from krea_dagster.cli.show_runs import materialized_figures, show_materialized
+        from krea_dagster.plugin.materialize import materialize
 
     if settings.synthetic:
         say_synthetic()

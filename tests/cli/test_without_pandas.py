@@ -24,4 +24,4 @@ with without_pandas():
     import pandas
     assert pa.array(pd.Series([1.5, None])).to_pylist() == [1.5, None]
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,6 @@ from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import krea_of
-from krea_dagster.spend.report.sparkline import spend_sparkline
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_tables, stored_tables, sums
@@ -56,6 +55,8 @@ def build_spend(
     def spend_tables(
         context: dg.AssetExecutionContext, config: KreaSpendConfig
     ) -> Iterator[dg.MaterializeResult[None]]:
+        from krea_dagster.spend.report.sparkline import spend_sparkline
+
         krea = krea_of(context, names.resource_key)
         with as_failure():
             updated = update_tables(
