@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
-import fsspec.core
+from krea_dagster.file_systems import file_system_of
 
 #: Keys of a file's info that change with its content; each file system has its own.
 _CONTENT_KEYS: Final = (
@@ -30,7 +30,7 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     """
     now_s = time.time() if now_s is None else now_s
     try:
-        filesystem, root = fsspec.core.url_to_fs(source)
+        filesystem, root = file_system_of(source)
         filesystem.invalidate_cache()
         info = filesystem.info(root)
         found = {root: info} if info["type"] == "file" else filesystem.find(root, detail=True)
