@@ -152,11 +152,11 @@ class ImageStore:
         return await self._in_thread(self._copied, location, record)
 
     def _verified(self, storage: Storage, name: str, record: Record) -> StoredImage | None:
-        try:
-            with storage.open(name) as file:
-                data = file.read(MAX_IMAGE_BYTES + 1)
-        except OSError:
-            return None
+        data = _read(storage, name)
+        return None if data is None else self._of(record, name, data)
+
+    def _of(self, record: Record, name: str, data: bytes) -> StoredImage | None:
+        """Return the image of a record in a file's content, None if it is another."""
         sha256 = hashlib.sha256(data).hexdigest()
         if record.image is not None:
             return record.image if record.image.sha256 == sha256 else None
@@ -171,12 +171,10 @@ class ImageStore:
     def _copied(self, location: str, record: Record) -> StoredImage | None:
         image = record.image
         try:
-            other = Storage(location)
-            if image is None or self._verified(other, image.path, record) is None:
+            data = None if image is None else _read(Storage(location), image.path)
+            if image is None or data is None or self._of(record, image.path, data) is None:
                 return None
-            with other.open(image.path) as source, self.storage.scratch() as temporary:
-                temporary.write_bytes(source.read())
-                self.storage.publish(temporary, image.path)
+            self.storage.write(image.path, lambda file: file.write(data))
         except (OSError, ConfigError):
             return None
         return image
@@ -256,6 +254,15 @@ class ImageStore:
                     call(sha256, image)
                 except Exception:  # noqa: BLE001 - a paid image stays stored after any error
                     _log.exception("the image %s is stored, but its callback failed", sha256)
+
+
+def _read(storage: Storage, name: str) -> bytes | None:
+    """Return the content of an image's file, None if it cannot be read."""
+    try:
+        with storage.open(name) as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+    except OSError:
+        return None
 
 
 class _DownloadedBody:
