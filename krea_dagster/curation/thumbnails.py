@@ -47,12 +47,9 @@ class Thumbnails:
     folder: there, each would cost a request when it is written, and one when it is shown.
     """
 
-    def __init__(self, storage: Storage, cache: Path | None = None) -> None:
+    def __init__(self, storage: Storage) -> None:
         self._images = storage
-        self._files: Storage | None = storage if cache is None else None
-        if cache is not None or storage.folder is None:
-            with suppress(ConfigError, OSError):
-                self._files = Storage(str(cache or user_cache()))
+        self._files = storage if storage.folder is not None else _user_cache()
 
     def add(self, sha256: str, image: Image.Image) -> bytes:
         """Make the thumbnail of a decoded image, keep it if possible, and return it."""
@@ -91,10 +88,13 @@ class Thumbnails:
         return self.add(sha256, decoded(data, SIDE))
 
 
-def user_cache() -> Path:
-    """Return the folder of this package in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "krea-dagster"
+def _user_cache() -> Storage | None:
+    """Return the folder of this package in the user's cache; None where there is none."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Storage(str(home / "krea-dagster"))
+    except (ConfigError, OSError, RuntimeError):  # such as a container's user without a home
+        return None
 
 
 def decoded(data: bytes, side: int) -> Image.Image:

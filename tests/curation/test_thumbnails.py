@@ -17,7 +17,6 @@ from krea_dagster.curation.thumbnails import (
     Thumbnails,
     decoded,
     thumbnail_of,
-    user_cache,
 )
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import PIXELS
@@ -163,5 +162,23 @@ def test_thumbnails_of_an_object_store_are_in_the_user_s_cache(
     storage = Storage(f"memory://{tmp_path.name}")
     made = Thumbnails(storage).add(SHA, Image.linear_gradient("L"))
     assert Thumbnails(storage).find(SHA) == made
-    assert (user_cache() / f"thumbnails/ab/{SHA}-{SIDE}.jpg").read_bytes() == made
+    kept = tmp_path / "krea-dagster" / "thumbnails" / "ab" / f"{SHA}-{SIDE}.jpg"
+    assert kept.read_bytes() == made
     assert not list(storage.names(""))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="users are known otherwise there")
+def test_a_user_without_a_home_folder_has_thumbnails_that_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may run with any user id."""
+
+    def unknown(user_id: int) -> object:
+        raise KeyError(user_id)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    thumbnails = Thumbnails(Storage(f"memory://{tmp_path.name}"))
+    assert opened(thumbnails.add(SHA, Image.linear_gradient("L"))).format == "JPEG"
+    assert thumbnails.find(SHA) is None

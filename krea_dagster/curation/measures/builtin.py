@@ -66,7 +66,7 @@ NAMES: Final = tuple(field.name for field in fields(Measures))
 
 
 def measure(image: Image.Image) -> Measures:
-    """Compute the measures of a decoded image of any mode: about 6 ms of CPU at 1024×1024."""
+    """Compute the measures of a decoded image of any mode: about 3 ms of CPU at 1024×1024."""
     image = to_grey_or_rgb(image)
     grey_image = image if image.mode == "L" else image.convert("L")
     grey = np.asarray(grey_image)
