@@ -58,9 +58,10 @@ _VARIABLES = (
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _plain_environment() -> Iterator[None]:
-    """No test reads a developer's settings, and none can spend a developer's credits."""
+def _plain_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads a developer's settings or caches, and none can spend a developer's credits."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         for name in _VARIABLES:
             patch.delenv(name, raising=False)
         yield
