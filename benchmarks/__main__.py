@@ -27,6 +27,7 @@ NAMES: Final = (
     "memory",
     "planning",
     "in_dagster",
+    "partitions",
     "spend",
     "export",
 )

@@ -189,6 +189,7 @@ with the package. Figures differ between machines; ratios within one table are m
 | `memory` | How much memory does a run take, with many images and with large ones? |
 | `planning` | How long does a run over a large table take before it buys? |
 | `in_dagster` | How much time does Dagster add to the engine? |
+| `partitions` | What do many partitions cost in Dagster, with nothing to do, and if they are new? |
 | `spend` | How long do the spend tables of a year take? |
 | `export` | How much slower is an export than a loop that copies files? |
 """

@@ -82,7 +82,8 @@ def materialize_command(
 
     Runs the Dagster job krea_images in this process, with its events in DAGSTER_HOME, or by
     default in dagster/ of the storage root. Repeat it at any time: what is stored is not bought
-    again, and what was interrupted is continued.
+    again, and what was interrupted is continued. Partitions with nothing to do are left out,
+    unless --partition names them.
     """
     from krea_dagster.application.buy_options import BuyOptions, with_files
 

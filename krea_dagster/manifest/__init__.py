@@ -7,6 +7,7 @@ from krea_dagster.manifest.build import (
     manifest_table,
 )
 from krea_dagster.manifest.files import (
+    has_manifest,
     manifest_name,
     manifest_names,
     manifest_partitions,
@@ -27,6 +28,7 @@ __all__ = [
     "MANIFEST_SCHEMA",
     "Manifests",
     "credits_charged",
+    "has_manifest",
     "manifest_name",
     "manifest_names",
     "manifest_partitions",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
 import pyarrow as pa
@@ -76,6 +76,40 @@ def write_manifest_parts(
     name = manifest_name(partition_key, folders)
     storage.write(name, lambda file: write_parts(file, schema, parts))
     return storage.locate(name)
+
+
+def has_manifest(
+    storage: Storage,
+    partition_key: str,
+    schema: pa.Schema,
+    parts: Iterable[pa.Table],
+    folders: Sequence[str] = (),
+    *,
+    rows: int,
+    ignored: Collection[str] = (),
+) -> bool:
+    """Return whether the stored manifest is as these parts would be written.
+
+    ``rows`` is the number of all rows: with another one no part is read. ``ignored`` columns may
+    differ. A manifest that cannot be read is none.
+    """
+    compared = [at for at, name in enumerate(schema.names) if name not in ignored]
+    try:
+        with storage.open(manifest_name(partition_key, folders)) as file:
+            stored, group = pq.ParquetFile(file), 0
+            if stored.metadata.num_rows != rows or not stored.schema_arrow.equals(schema):
+                return False
+            for part in parts:
+                end = group + max(1, -(-part.num_rows // _ROW_GROUP))
+                if end > stored.num_row_groups:
+                    return False
+                found = stored.read_row_groups(range(group, end), use_threads=False)
+                if not found.select(compared).equals(part.select(compared)):
+                    return False
+                group = end
+            return bool(group == stored.num_row_groups)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
 
 
 def write_parts(file: BinaryIO, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:

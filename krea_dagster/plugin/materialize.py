@@ -3,7 +3,7 @@
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.finished import is_finished
 from krea_dagster.application.krea import Krea
 from krea_dagster.application.run import check_options
 from krea_dagster.application.settings import Settings
@@ -22,10 +23,17 @@ from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import AccountStopped, ConfigError, RunStopped, TryLater
 from krea_dagster.manifest import read_missing
 from krea_dagster.plugin.data_versions import report_prompts
+from krea_dagster.plugin.delivered import delivered_partitions
 from krea_dagster.plugin.environment import definitions_of
 from krea_dagster.plugin.failures import TRY_LATER
-from krea_dagster.plugin.names import JOB_NAME, SALVAGE_JOB_NAME
-from krea_dagster.plugin.partitions import partitions_for, range_tags, ranges, register_partitions
+from krea_dagster.plugin.names import JOB_NAME, SALVAGE_JOB_NAME, Names
+from krea_dagster.plugin.partitions import (
+    partitions_for,
+    range_tags,
+    ranges,
+    register_partitions,
+    without_finished,
+)
 from krea_dagster.plugin.progress import observed
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION
 
@@ -79,9 +87,10 @@ def materialize(
     *,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Materialized:
-    """Materialize these partitions of ``images`` and ``image_manifest``, or all.
+    """Materialize these partitions of ``images`` and ``image_manifest``, or all that need it.
 
-    The table and the settings are checked first, so that bad input launches nothing. Raises
+    A partition does not need it if all is stored, and the manifest and Dagster show that. The
+    table and the settings are checked first, so that bad input launches nothing. Raises
     ConfigError, JournalError or PromptTableError.
     """
     started_s = time.monotonic()
@@ -102,10 +111,15 @@ def materialize(
             # Before the runs, so that they refer to the version that they buy.
             versions = {**dict.fromkeys(chosen, EMPTY_PARTITION_VERSION), **batch.versions()}
             report_prompts(instance, _PROMPTS, {key: versions[key] for key in chosen})
+            to_run = chosen
+            if options.only_missing and not partitions:
+                found = ranges(partitions_def, chosen, known)
+                to_run = _unfinished(instance, krea, batch, found, known)
+                runs.leave_out(batch, set(chosen) - set(to_run))
             with batch.handed_over():
                 results = [
                     runs.run(job, instance, range_tags(start, end), options)
-                    for start, end in ranges(partitions_def, chosen, known)
+                    for start, end in ranges(partitions_def, to_run, known)
                     if runs.stopped is None
                 ]
     storage = krea.open_storage()
@@ -131,6 +145,23 @@ def materialize(
         waiting=sorted(set(in_table) - set(known)),
         unknown=krea.unknown(),
     )
+
+
+def _unfinished(
+    instance: dg.DagsterInstance,
+    krea: Krea,
+    batch: Batch,
+    found: Sequence[tuple[str, str]],
+    known: Sequence[str],
+) -> list[str]:
+    """Return the partitions of these ranges, without those at their ends that need no run."""
+    delivered = delivered_partitions(instance, Names())
+    with krea.open_journal() as journal:
+        return without_finished(
+            found,
+            known,
+            lambda key: key in delivered and is_finished(krea, batch, journal, key),
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +233,12 @@ class _Runs:
             )
         self._before = self.total
         return result
+
+    def leave_out(self, batch: Batch, keys: Collection[str]) -> None:
+        """Count the images of partitions that need no run."""
+        rows = sum(len(batch.plan.digests(key)) for key in keys)
+        self._add(Progress(total=rows, reused=rows))
+        self._before = self.total
 
     def _add(self, progress: Progress) -> None:
         self.total = self._before + progress

@@ -1,7 +1,7 @@
 """The partitions of a prompt table as Dagster's partitions."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, timezone
 from typing import Final
@@ -197,3 +197,20 @@ def ranges(
                 continue
         found.append((key, key))
     return found
+
+
+def without_finished(
+    found: Iterable[tuple[str, str]], known: Sequence[str], is_finished: Callable[[str], bool]
+) -> list[str]:
+    """Return the keys of ranges, without the finished ones at both ends of each.
+
+    Those in between stay, because a range is one run. ``known`` are all keys in Dagster's order.
+    """
+    position = {key: number for number, key in enumerate(known)}
+    left: list[str] = []
+    for first, last in found:
+        keys = known[position[first] : position[last] + 1]
+        begin = next((at for at, key in enumerate(keys) if not is_finished(key)), len(keys))
+        end = next((at for at in range(len(keys), begin, -1) if not is_finished(keys[at - 1])), 0)
+        left += keys[begin:end]
+    return left

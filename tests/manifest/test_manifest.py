@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from krea_dagster.manifest import (
     DESCRIPTIONS,
     MANIFEST_SCHEMA,
     Manifests,
+    has_manifest,
     manifest_name,
     manifest_parts,
     manifest_schema,
@@ -32,6 +33,7 @@ from krea_dagster.manifest import (
     read_manifests,
     read_missing,
     write_manifest,
+    write_manifest_parts,
 )
 from krea_dagster.models import PIXELS
 from krea_dagster.prompts import RECOGNISED_COLUMNS, RESERVED_COLUMNS, Plan, parse_partition_by
@@ -370,6 +372,28 @@ def test_a_large_manifest_has_row_groups_that_fit_into_memory(tmp_path: Path) ->
     metadata = pq.read_metadata(write_manifest(storage, "p", table))
     groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     assert groups == [10_000, 10_000, 5_000]
+
+
+def test_a_manifest_that_would_be_written_as_it_is_needs_no_writing(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    storage, whole = Storage(str(tmp_path)), finished.build()
+    parts = [whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)]
+
+    def is_there(*parts: pa.Table, ignored: Sequence[str] = ()) -> bool:
+        rows = sum(part.num_rows for part in parts)
+        return has_manifest(storage, "p", whole.schema, parts, rows=rows, ignored=ignored)
+
+    assert not is_there(*parts)
+    write_manifest_parts(storage, "p", whole.schema, parts)
+    assert is_there(*parts)
+    assert not is_there(*parts[:2])
+    assert not is_there(*parts[:2], whole.slice(4), whole.slice(3, 1))
+    other = finished.build("a later run")
+    assert not is_there(other.slice(0, 3), *parts[1:])
+    assert is_there(other.slice(0, 3), *parts[1:], ignored=["reused"])
+    Path(tmp_path, manifest_name("p")).write_bytes(b"PAR1 cut off")
+    assert not is_there(*parts)
 
 
 def test_the_rows_without_an_image_are_read_back_alone(

@@ -17,7 +17,7 @@ from sqlalchemy import Engine, event
 from krea_dagster import KreaResource, build_krea_definitions
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError, PromptTableError
-from krea_dagster.plugin.partitions import ranges, register_partitions
+from krea_dagster.plugin.partitions import ranges, register_partitions, without_finished
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import bought, run_job, tick, write_table
 from tests.prompts.reference import key_from_name, partition_version
@@ -218,6 +218,15 @@ def test_ranges_of_two_dimensions_stay_within_one_value_of_the_column() -> None:
         ("2026-11-01", "2026-11-01"),
         ("2026-11-03", "2026-11-03"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "left"),
+    [("", ""), ("a", "a"), ("ce", "cde"), ("f", "f"), ("ag", "ag"), ("abcdefg", "abcdefg")],
+)
+def test_finished_keys_are_cut_off_at_the_ends_of_each_range(unfinished: str, left: str) -> None:
+    found = [("a", "e"), ("f", "f"), ("g", "g")]
+    assert "".join(without_finished(found, "abcdefg", lambda key: key not in unfinished)) == left
 
 
 def test_partitions_that_another_process_registers_at_the_same_time_are_there(

@@ -1,0 +1,160 @@
+"""The command's runs: a partition that needs none is left out, and every other one is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from krea_dagster import BuyOptions, Krea, Settings
+from krea_dagster.emulator import Emulator
+from krea_dagster.engine.run.report import Progress
+from krea_dagster.plugin.materialize import Materialized, materialize
+from tests.dagster_bench import posts, write_table
+
+BUCKETS = ("a", "b", "c")
+
+
+class ProjectHarness:
+    """Two rows in each of three partitions, and the command that materializes them."""
+
+    def __init__(self, folder: Path, emulator: Emulator) -> None:
+        self.folder = folder
+        self.rows: dict[str, list[Any]] = {"prompt_id": [], "prompt": [], "bucket": []}
+        for bucket in BUCKETS:
+            for number in range(2):
+                self.add_row(f"{bucket}{number}", bucket)
+        self.settings = Settings(
+            api_key="emulator",
+            base_url=emulator.url,
+            expected_latency_s=0.02,
+            prompts=str(folder / "prompts.parquet"),
+            partition_by="column:bucket",
+            storage=str(folder / "krea"),
+        )
+
+    def add_row(self, prompt_id: str, bucket: str, prompt: str = "") -> None:
+        for name, value in zip(self.rows, (prompt_id, prompt or prompt_id, bucket), strict=True):
+            self.rows[name].append(value)
+        write_table(self.folder / "prompts.parquet", self.rows)
+
+    def materialize(
+        self, partitions: Sequence[str] = (), options: BuyOptions | None = None
+    ) -> Materialized:
+        done = materialize(self.settings, partitions, options)
+        assert not done.failures
+        return done
+
+    def run_partitions(self, done: Materialized) -> list[list[str]]:
+        """Return the partitions whose images each run has materialized."""
+        with dg.DagsterInstance.from_config(str(self.folder / "krea" / "dagster")) as instance:
+            return [
+                sorted(
+                    str(one.partition)
+                    for event in instance.all_logs(
+                        run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+                    )
+                    if event.dagster_event is not None
+                    and event.dagster_event.asset_key == dg.AssetKey("images")
+                    and (one := event.asset_materialization) is not None
+                )
+                for run_id in done.run_ids
+            ]
+
+    def manifest(self, bucket: str) -> Path:
+        return self.folder / "krea" / "manifest" / f"{bucket}.parquet"
+
+
+@pytest.fixture
+def project(tmp_path: Path, emulator: Emulator) -> ProjectHarness:
+    return ProjectHarness(tmp_path, emulator)
+
+
+def test_with_nothing_to_do_no_run_is_launched_and_all_images_count_as_reused(
+    project: ProjectHarness, emulator: Emulator
+) -> None:
+    first = project.materialize()
+    assert project.run_partitions(first) == [list(BUCKETS)]
+    before = posts(emulator)
+    told: list[Progress] = []
+    again = materialize(project.settings, on_progress=told.append)
+    assert (again.run_ids, again.missing.num_rows, posts(emulator)) == ([], 0, before)
+    assert (again.progress.total, again.progress.reused) == (6, 6)
+    assert list(again.partitions) == list(BUCKETS)
+    assert told == [again.progress]
+
+
+def test_a_partition_that_is_named_is_run_also_with_nothing_to_do(project: ProjectHarness) -> None:
+    project.materialize()
+    assert project.run_partitions(project.materialize(["b"])) == [["b"]]
+
+
+def test_only_the_partitions_from_the_first_to_the_last_with_something_to_do_are_run(
+    project: ProjectHarness,
+) -> None:
+    """Those in between are run with them, because more runs would take longer."""
+    project.materialize()
+    project.add_row("c2", "c")
+    done = project.materialize()
+    assert project.run_partitions(done) == [["c"]]
+    assert (done.progress.total, done.progress.reused, done.progress.delivered) == (7, 6, 1)
+    project.add_row("a2", "a")
+    project.add_row("c3", "c")
+    done = project.materialize()
+    assert project.run_partitions(done) == [["a", "b", "c"]]
+    assert (done.progress.total, done.progress.reused, done.progress.delivered) == (9, 7, 2)
+
+
+def test_a_missing_row_is_asked_for_in_every_run(project: ProjectHarness) -> None:
+    project.add_row("refused", "b", "[emulator: refuse] this")
+    for _ in range(2):
+        done = project.materialize()
+        assert done.missing["prompt_id"].to_pylist() == ["refused"]
+        assert "b" in project.run_partitions(done)[0]
+
+
+def test_rows_that_are_regenerated_are_run(project: ProjectHarness, emulator: Emulator) -> None:
+    project.materialize()
+    before = posts(emulator)
+    project.materialize(options=BuyOptions(regenerate=["b1"]))
+    assert posts(emulator) == before + 1
+
+
+def test_a_partition_whose_files_are_not_as_they_should_be_is_run(project: ProjectHarness) -> None:
+    project.materialize()
+    manifest = project.manifest("b")
+    before = pq.read_table(manifest)
+    image = Path(before["image_path"][0].as_py())
+    for lose in (
+        image.unlink,
+        manifest.unlink,
+        lambda: pq.write_table(before.slice(1), manifest),
+    ):
+        lose()
+        assert project.run_partitions(project.materialize()) == [["b"]]
+        assert image.exists()
+        assert pq.read_table(manifest)["prompt_id"].to_pylist() == ["b0", "b1"]
+
+
+def test_a_passthrough_column_that_changed_is_written_by_a_run(project: ProjectHarness) -> None:
+    for notes, changed in (
+        (["old"] * 6, list(BUCKETS)),
+        ([*["old"] * 3, "new", "old", "old"], ["b"]),
+    ):
+        project.rows["note"] = notes
+        write_table(project.folder / "prompts.parquet", project.rows)
+        assert project.run_partitions(project.materialize()) == [changed]
+
+
+def test_images_that_were_delivered_without_dagster_are_shown_in_dagster_by_a_run(
+    project: ProjectHarness,
+) -> None:
+    """Until then the last materialization says that a row is missing."""
+    project.add_row("b2", "b", "[emulator: fail content_policy_violation once] a boat")
+    (code,) = project.materialize().missing["error_code"].to_pylist()
+    Krea(project.settings).run(options=BuyOptions(retry_errors=[code]))
+    assert project.run_partitions(project.materialize()) == [["b"]]
