@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.file_systems import file_system_of
+from krea_dagster.file_systems import file_system_of, local_path
 
 #: Keys of a file's info that change with its content; each file system has its own.
 _CONTENT_KEYS: Final = (
@@ -30,10 +32,8 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     """
     now_s = time.time() if now_s is None else now_s
     try:
-        filesystem, root = file_system_of(source)
-        filesystem.invalidate_cache()
-        info = filesystem.info(root)
-        found = {root: info} if info["type"] == "file" else filesystem.find(root, detail=True)
+        path = local_path(source)
+        found = _remote_files(source) if path is None else _local_files(path)
     except Exception:  # noqa: BLE001 - each file system has errors of its own; reading shows them
         return ""
     lines = sorted(
@@ -44,6 +44,37 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     if not lines or newest_s is None or abs(now_s - newest_s) < _TOO_FRESH_S:
         return ""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _remote_files(source: str) -> Mapping[str, Mapping[str, Any]]:
+    filesystem, root = file_system_of(source)
+    filesystem.invalidate_cache()
+    info = filesystem.info(root)
+    if info["type"] == "file":
+        return {root: info}
+    found: Mapping[str, Mapping[str, Any]] = filesystem.find(root, detail=True)
+    return found
+
+
+def _local_files(root: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return the same for a file or folder of this machine. Links to folders are not followed."""
+    found = [root]
+    if root.is_dir():
+        found = [
+            Path(folder, name)
+            for folder, folders, files in os.walk(root)
+            for name in (*files, *(name for name in folders if Path(folder, name).is_symlink()))
+        ]
+    infos = {}
+    for path in found:
+        about = path.stat()
+        infos[str(path)] = {
+            "size": about.st_size,
+            "mtime": about.st_mtime,
+            "created": about.st_ctime,
+            "ino": about.st_ino,
+        }
+    return infos
 
 
 def _time_s(info: Mapping[str, Any]) -> float | None:

@@ -34,6 +34,21 @@ def test_the_mark_of_a_folder_moves_with_every_file_in_it(tmp_path: Path) -> Non
     assert len(marks - {""}) == 4
 
 
+def test_a_link_is_marked_by_the_file_that_it_names(tmp_path: Path) -> None:
+    source = tmp_path / "prompts.parquet"
+    write_table(tmp_path / "first.parquet", {"prompt": ["one"]})
+    source.symlink_to("first.parquet")
+    first = mark_of_files(str(source), now_s=0)
+    write_table(tmp_path / "first.parquet", {"prompt": ["one", "two"]})
+    assert mark_of_files(str(source), now_s=0) not in {first, ""}
+
+
+def test_nothing_is_known_of_a_table_that_is_not_there(tmp_path: Path) -> None:
+    assert mark_of_files(str(tmp_path / "none.parquet"), now_s=0) == ""
+    (tmp_path / "dangling.parquet").symlink_to("none.parquet")
+    assert mark_of_files(str(tmp_path), now_s=0) == ""
+
+
 def test_of_an_object_store_its_own_words_are_taken(tmp_path: Path) -> None:
     """The store in memory tells the time at which an object was made."""
     store = fsspec.filesystem("memory")
