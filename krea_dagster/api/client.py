@@ -550,7 +550,9 @@ class KreaClient:
         answer = await send_once(
             self._transport, request, deadline_s=self._deadline_s, describe=self._key.describe
         )
-        return replace(answer, trouble=self._key.shown(answer.trouble))
+        return (
+            replace(answer, trouble=self._key.shown(answer.trouble)) if answer.trouble else answer
+        )
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:

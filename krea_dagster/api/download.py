@@ -26,6 +26,10 @@ from krea_dagster.api.transport import UNSENT, raw_body
 from krea_dagster.api.untrusted import safe_text
 from krea_dagster.errors import KreaError, LinkExpired, NoUsableBody
 
+#: The share of the longest silence by which a download may end later: each further byte in it
+#: needs no new timer.
+_LATE: Final = 1 / 16
+
 #: How often one download is resumed, if each time brings more bytes.
 RESUMED_MAX: Final = 5
 
@@ -159,21 +163,21 @@ class FileDownloader:
 
     async def _receive(self, link: str, body: _DownloadBody) -> Download:
         """Fetch a link, or the rest of it if the body has begun."""
-        shown = printable_link(link)
+        body.link = link
         with anyio.CancelScope(deadline=anyio.current_time() + self._silence_s) as silence:
             url = check_link(link, http_allowed=self._http_allowed)
             for _ in range(MAX_REDIRECTS + 1):
                 async with self._answer(url, body) as (answer, parts):
-                    shown = printable_link(str(url))
+                    body.link = str(url)
                     location = answer.headers.get("Location", "")
                     if answer.status_code not in _REDIRECT_STATUSES or not location:
-                        body.read_head(shown, answer)
-                        await self._read_body(shown, parts, body, silence)
-                        return await body.finish(url, shown)
+                        body.read_head(answer)
+                        await self._read_body(parts, body, silence)
+                        return await body.finish()
                 url = check_redirect(url, location, http_allowed=self._http_allowed)
                 silence.deadline = anyio.current_time() + self._silence_s
             raise NoUsableBody(f"{printable_link(link)}: more than {MAX_REDIRECTS} redirects")
-        raise _Interrupted(f"{shown}: no byte came for {self._silence_s:g} s", silent=True)
+        raise _Interrupted(f"{body.shown}: no byte came for {self._silence_s:g} s", silent=True)
 
     @asynccontextmanager
     async def _answer(
@@ -195,47 +199,53 @@ class FileDownloader:
             yield answer, parts
 
     async def _read_body(
-        self,
-        shown: str,
-        parts: AsyncIterator[bytes],
-        body: _DownloadBody,
-        silence: anyio.CancelScope,
+        self, parts: AsyncIterator[bytes], body: _DownloadBody, silence: anyio.CancelScope
     ) -> None:
         """Read a body to its end. Time that the sink takes does not count as silence."""
         window = RateWindow(self._monotonic())
+        renewed_at_s = -math.inf
         while True:
-            silence.deadline = anyio.current_time() + self._silence_s
+            began_at_s = self._monotonic()
+            if began_at_s - renewed_at_s > _LATE * self._silence_s:
+                renewed_at_s = began_at_s
+                silence.deadline = anyio.current_time() + (1 + _LATE) * self._silence_s
             try:
                 part = await anext(parts)
             except StopAsyncIteration:
+                silence.deadline = math.inf
                 return
             except Exception as error:
-                silent = isinstance(error, httpx.ReadTimeout)
-                raise _Interrupted(f"{shown}: {_describe(error)}", silent=silent) from error
-            finally:
                 silence.deadline = math.inf
+                silent = isinstance(error, httpx.ReadTimeout)
+                raise _Interrupted(f"{body.shown}: {_describe(error)}", silent=silent) from error
             came_at_s = self._monotonic()
             window = window.add(len(part))
-            await body.add(part, shown)
+            waited = False
+            for waiting in body.add(part):
+                waited, renewed_at_s, silence.deadline = True, -math.inf, math.inf
+                await waiting
             if body.is_complete:
                 continue
             if window.is_over(came_at_s, self._silence_s):
                 if window.is_too_slow(came_at_s):
                     raise _TooSlow(
-                        f"{shown}: fewer than {MIN_BYTES_PER_S} bytes a second came over "
+                        f"{body.shown}: fewer than {MIN_BYTES_PER_S} bytes a second came over "
                         f"{came_at_s - window.since_s:.3g} s"
                     )
                 window = RateWindow(came_at_s)
-            window = window.pause(self._monotonic() - came_at_s)
+            if waited:
+                window = window.pause(self._monotonic() - came_at_s)
 
 
 class _DownloadBody:
     """The received part of a file: counted, hashed, and written in pieces of 64 KiB or more.
 
-    ``resumable`` is None if the download cannot be resumed.
+    ``link`` is where it comes from, also after a redirect. ``resumable`` is None if the download
+    cannot be resumed.
     """
 
     def __init__(self, write: Callable[[bytes], object], max_bytes: int) -> None:
+        self.link = ""
         self.size_bytes = 0
         self.resumable: ResumableFile | None = None
         self._expected_bytes: int | None = None
@@ -247,75 +257,83 @@ class _DownloadBody:
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
 
-    def read_head(self, shown: str, answer: httpx.Response) -> None:
+    def read_head(self, answer: httpx.Response) -> None:
         """Check that the answer has a usable body, or its rest. Raises DownloadError."""
         if answer.status_code in _DEAD_STATUSES:
-            raise LinkExpired(f"{shown}: status {answer.status_code}")
-        headers = answer.headers
+            raise LinkExpired(f"{self.shown}: status {answer.status_code}")
+        headers = dict(answer.headers.items())  # lower-case, and quicker to search
         if self.resumable is not None:
             self._expected_bytes = self.resumable.resumed_size(
                 answer.status_code, headers, self.size_bytes
             )
             if self._expected_bytes is None:
                 raise NoUsableBody(
-                    f"{shown}: broke off after {self.size_bytes} bytes, and the host does not"
+                    f"{self.shown}: broke off after {self.size_bytes} bytes, and the host does not"
                     f" resume there (status {answer.status_code})"
                 )
         elif answer.status_code == _OK:
             self.resumable = resumable_file(headers)
             self._expected_bytes = None if is_encoded(headers) else content_length(headers)
-            self._media_type = headers.get("Content-Type", "").partition(";")[0]
+            self._media_type = headers.get("content-type", "").partition(";")[0]
             try:
-                self._decompressor = Decompressor(headers.get("Content-Encoding", ""))
+                self._decompressor = Decompressor(headers.get("content-encoding", ""))
             except ValueError as error:
-                raise NoUsableBody(f"{shown}: {error}") from None
+                raise NoUsableBody(f"{self.shown}: {error}") from None
         else:
-            raise NoUsableBody(f"{shown}: status {answer.status_code}")
+            raise NoUsableBody(f"{self.shown}: status {answer.status_code}")
         longest = max(self._expected_bytes or 0, content_length(headers) or 0)
         if longest > self._max_bytes:
-            raise NoUsableBody(f"{shown}: {longest} bytes, which is more than {self._max_bytes}")
+            raise NoUsableBody(
+                f"{self.shown}: {longest} bytes, which is more than {self._max_bytes}"
+            )
+
+    @property
+    def shown(self) -> str:
+        """The link for a message."""
+        return printable_link(self.link)
 
     @property
     def is_complete(self) -> bool:
         """Whether all announced bytes have come."""
         return self._expected_bytes is not None and self.size_bytes >= self._expected_bytes
 
-    async def add(self, part: bytes, shown: str) -> None:
-        """Take the next part as it was received."""
-        for piece in self._decompress(part, shown):
+    def add(self, part: bytes) -> Iterator[Awaitable[object]]:
+        """Take the next part as it was received; yields what must be awaited before the next."""
+        for piece in self._decompress(part):
             self.size_bytes += len(piece)
             if self.size_bytes > self._max_bytes:
-                raise NoUsableBody(f"{shown}: longer than {self._max_bytes} bytes")
+                raise NoUsableBody(f"{self.shown}: longer than {self._max_bytes} bytes")
             self._buffer.append(piece)
             self._buffered_bytes += len(piece)
             if self._buffered_bytes >= CHUNK_BYTES:
-                await self._flush()
+                yield from self._flush()
 
-    def _decompress(self, part: bytes, shown: str) -> Iterator[bytes]:
+    def _decompress(self, part: bytes) -> Iterator[bytes]:
         try:
             yield from self._decompressor.feed(part)
         except ValueError as error:
-            raise NoUsableBody(f"{shown}: {error}") from None
+            raise NoUsableBody(f"{self.shown}: {error}") from None
 
-    async def finish(self, url: httpx.URL, shown: str) -> Download:
+    async def finish(self) -> Download:
         """Write the rest and return the download. Raise if something is missing."""
         if self._expected_bytes is not None and self.size_bytes != self._expected_bytes:
             raise _Interrupted(
-                f"{shown}: ended after {self.size_bytes} of {self._expected_bytes} bytes"
+                f"{self.shown}: ended after {self.size_bytes} of {self._expected_bytes} bytes"
             )
         if not self.size_bytes:
-            raise NoUsableBody(f"{shown}: the body is empty")
+            raise NoUsableBody(f"{self.shown}: the body is empty")
         if not self._decompressor.finished:
-            raise NoUsableBody(f"{shown}: the compressed body is cut off")
-        await self._flush()
+            raise NoUsableBody(f"{self.shown}: the compressed body is cut off")
+        for waiting in self._flush():
+            await waiting
         return Download(
             size_bytes=self.size_bytes,
             sha256=self._digest.hexdigest(),
             content_type=safe_text(self._media_type, max_chars=100).lower(),
-            url=str(url),
+            url=self.link,
         )
 
-    async def _flush(self) -> None:
+    def _flush(self) -> Iterator[Awaitable[object]]:
         if not self._buffer:
             return
         data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
@@ -323,8 +341,8 @@ class _DownloadBody:
         self._buffered_bytes = 0
         self._digest.update(data)
         done = self._write(data)
-        if isinstance(done, Awaitable):
-            await done
+        if done is not None and isinstance(done, Awaitable):
+            yield done
 
 
 def _broken_off(url: httpx.URL, error: Exception) -> _Interrupted:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+from krea_dagster.models import evolve
+
 #: A download that brings fewer bytes a second, over a whole window, ends: it would never finish.
 MIN_BYTES_PER_S: Final = 1024
 
@@ -18,11 +20,11 @@ class RateWindow:
 
     def add(self, size_bytes: int) -> RateWindow:
         """Return the window with more bytes."""
-        return replace(self, received_bytes=self.received_bytes + size_bytes)
+        return evolve(self, received_bytes=self.received_bytes + size_bytes)
 
     def pause(self, lasted_s: float) -> RateWindow:
         """Return the window without a time in which nothing was read."""
-        return replace(self, since_s=self.since_s + lasted_s)
+        return evolve(self, since_s=self.since_s + lasted_s)
 
     def is_over(self, now_s: float, window_s: float) -> bool:
         """Return whether the window is long enough to be judged."""
