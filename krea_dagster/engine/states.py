@@ -68,7 +68,8 @@ class Event(str, Enum):
     REPLAYING = "replaying"
     #: A person decided that the unknown purchase did not happen.
     RELEASED = "released"
-    #: The task is completed and a link is known, or a fresh link for one that is.
+    #: The task is completed and a link is known, or a fresh link for one that is. The first time it
+    #: is written together with what became of the download: until then a read tells the same.
     COMPLETED = "completed"
     #: The task failed or was cancelled.
     FAILED = "failed"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
+from krea_dagster.engine.budget import committed_after
 from krea_dagster.engine.record import Record, StoredImage, idempotency_key
 from krea_dagster.engine.states import Event, State, advance
 from krea_dagster.errors import IllegalTransition, JournalError, TakenOver
@@ -198,6 +199,23 @@ def apply_change(
         fields["image"] = stored_image(request)
     file = _FILES.get(change.event)
     return AppliedChange(change, before, evolve(before, **fields), request, submission, opens, file)
+
+
+def record_after(change: Change, before: Record, owner: str, run_id: str) -> Record:
+    """Return the record after a change of a paid request that is yet to be written.
+
+    Raises as ``check_change`` does.
+    """
+    check_change(change, before, owner)
+    committed = committed_after(change.event, before.state, before.committed_units, change.values)
+    step = apply_change(
+        change,
+        before,
+        run_id,
+        committed_units=committed,
+        expected_units=before.expected_units,
+    )
+    return step.after
 
 
 def _new_submission(

@@ -28,7 +28,7 @@ _MANY: Final = 4
 _GATHER_S: Final = 0.008
 
 _Result = Record | JournalError | BuyingClosed | BaseException
-_Job = tuple[Change, Record | None, "asyncio.Future[Record]"]
+_Job = tuple[Sequence[Change], Record | None, "asyncio.Future[Record]"]
 
 
 class GroupCommit:
@@ -87,17 +87,17 @@ class GroupCommit:
         if stopped is not None:
             raise stopped
 
-    async def append(self, change: Change, known: Record | None = None) -> Record:
-        """Write one change durably, and return the new record.
+    async def append(self, *changes: Change, known: Record | None = None) -> Record:
+        """Write changes of one request durably, in one commit, and return the new record.
 
-        ``known`` is the present record, if the caller has it, so that it is not read again. The
-        change is also written if the caller is cancelled. Raises IllegalTransition, BuyingClosed or
+        ``known`` is the present record, if the caller has it, so that it is not read again. They
+        are also written if the caller is cancelled. Raises IllegalTransition, BuyingClosed or
         another JournalError, with the request unchanged.
         """
         if self._broken is not None:
             raise self._broken
         answer: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
-        self._jobs.append((change, known, answer))
+        self._jobs.append((changes, known, answer))
         self._arrived.set()
         return await answer
 
@@ -122,12 +122,12 @@ class GroupCommit:
                 many = len(self._batch) >= _MANY
 
     async def _write(self, batch: Sequence[_Job]) -> None:
-        changes = [change for change, _, _ in batch]
-        for change, record, _ in batch:
+        for changes, record, _ in batch:
             if record is not None:
-                self._known.setdefault(change.request_key, record)
+                self._known.setdefault(changes[0].request_key, record)
+        every = [change for changes, _, _ in batch for change in changes]
         try:
-            answers = await self._answers(changes)
+            answers = await self._answers(every)
         except asyncio.CancelledError:
             for _, _, answer in batch:
                 answer.cancel()
@@ -138,13 +138,16 @@ class GroupCommit:
                 for job in batch:
                     await self._write([job])
                 return
-            answers = [error] * len(batch)
-        for (change, _, answer), said in zip(batch, answers, strict=True):
-            if isinstance(said, Record) and said.state in AT_STAKE:
-                self._known[change.request_key] = said
+            answers = [error] * len(every)
+        answered = zip(every, answers, strict=True)
+        for changes, _, answer in batch:
+            said = [next(answered)[1] for _ in changes]
+            result = next((one for one in said if not isinstance(one, Record)), said[-1])
+            if isinstance(result, Record) and result.state in AT_STAKE:
+                self._known[result.request_key] = result
             else:
-                self._known.pop(change.request_key, None)
-            _give(answer, said)
+                self._known.pop(changes[0].request_key, None)
+            _give(answer, result)
 
     async def _answers(self, changes: Sequence[Change]) -> Sequence[_Result]:
         keys = {change.request_key for change in changes}

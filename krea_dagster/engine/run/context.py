@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from krea_dagster.engine.journal.changes import Change
+import anyio
+
+from krea_dagster.engine.journal.changes import Change, record_after
 from krea_dagster.engine.journal.group_commit import GroupCommit
 from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.pace import Pace
@@ -83,12 +85,33 @@ class RunContext:
 
         Raises JournalError.
         """
-        before, values = item.record, dict(values or {})
+        values = dict(values or {})
         if error is not None:
             values["error_code"], values["error_message"] = error
-        item.record = await self.writer.append(
-            Change(before.request_key, event, self.clock.now(), values, data), known=before
-        )
+        change = Change(item.record.request_key, event, self.clock.now(), values, data)
+        await self._write(item, *item.unwritten, change)
+
+    def record_with_next(self, item: WorkItem, event: Event, values: Mapping[str, Any]) -> None:
+        """Note an event that the request's next one is written with, or ``write_noted``.
+
+        Only for what is free to ask the server again: a process that dies before loses it.
+        """
+        before = item.record
+        change = Change(before.request_key, event, self.clock.now(), values)
+        item.record = record_after(change, before, self.owner, self.options.run_id)
+        item.written, item.unwritten = item.written or before, (*item.unwritten, change)
+
+    async def write_noted(self, item: WorkItem) -> None:
+        """Write the events that were noted and no event has followed. Raises JournalError."""
+        if item.unwritten:
+            with anyio.CancelScope(shield=True):
+                await self._write(item, *item.unwritten)
+
+    async def _write(self, item: WorkItem, *changes: Change) -> None:
+        before = item.written or item.record
+        item.written, item.unwritten = None, ()
+        item.record = before
+        item.record = await self.writer.append(*changes, known=before)
         if item.record.committed_units < before.committed_units:
             self.on_release()
 

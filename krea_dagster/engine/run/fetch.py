@@ -46,6 +46,7 @@ class FetchStep:
         try:
             image = await self._download(str(record.result_url), record)
         except DownloadError as error:
+            await self._context.write_noted(item)
             if await self._context.api_was_away(error):
                 return 0.0  # the network failed, and not the file
             await self._record(item, Event.NOT_STORED, error=(error.code, str(error)))

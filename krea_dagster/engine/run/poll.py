@@ -206,7 +206,11 @@ class PollStep:
             self._context.in_flight.learn(item, read)
         charged = _charge(record, read.task)
         values = {"result_url": url, "charged_units": charged}
-        await self._record(item, Event.COMPLETED, values)
+        if record.state is State.SUBMITTED:
+            # The image is fetched at once. Until it is there, a read of the task tells the same.
+            self._context.record_with_next(item, Event.COMPLETED, values)
+        else:
+            await self._record(item, Event.COMPLETED, values)
         self.charged_units += charged or 0
 
     async def _task_failed(self, item: WorkItem, task: Task) -> None:

@@ -365,7 +365,10 @@ class RunScheduler:
     async def _carry(self, item: WorkItem) -> None:
         """Carry one request until it is finished, left, or must wait."""
         try:
-            wait_s = await self._advance(item)
+            try:
+                wait_s = await self._advance(item)
+            finally:
+                await self._context.write_noted(item)
             if wait_s is not None:
                 self._push(item, wait_s)
         except TakenOver as error:

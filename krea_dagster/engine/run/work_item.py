@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.policy import RetryState
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.poll_schedule import PendingTask
@@ -16,7 +17,8 @@ class WorkItem:
     ``callback_url`` is the row's own callback address. ``holds_place``: it counts in the window.
     ``may_submit``: it may send one POST; the pace is kept by granting that. ``since_s`` is when its
     task was submitted, by the run's clock, and ``not_yet_s`` its age when it was last seen
-    unfinished.
+    unfinished. ``unwritten`` are events that the next one is written with; ``written`` is the
+    record without them, and ``record`` the one with them.
     """
 
     record: Record
@@ -28,6 +30,8 @@ class WorkItem:
     may_submit: bool = False
     since_s: float = 0.0
     not_yet_s: float = 0.0
+    written: Record | None = None
+    unwritten: tuple[Change, ...] = ()
 
     @property
     def pending(self) -> PendingTask:

@@ -64,6 +64,23 @@ async def test_concurrent_changes_share_commits(journal_url: str) -> None:
     journal.close()
 
 
+async def test_changes_that_are_given_together_share_one_commit(journal_url: str) -> None:
+    journal, request = CountingJournal(journal_url), make_request()
+    journal_writer = JournalWriter(journal)
+    journal_writer.bring_to(request, State.SUBMITTED)
+    journal.commits = 0
+    async with group_commit(journal_writer) as writer:
+        record = await writer.append(
+            change(request, Event.COMPLETED), change(request, Event.STORED)
+        )
+    assert (record.state, journal.commits) == (State.STORED, 1)
+    assert [event for _, event, _ in journal.history(request.request_key)][-2:] == [
+        Event.COMPLETED,
+        Event.STORED,
+    ]
+    journal.close()
+
+
 async def test_answered_changes_are_on_disk(journal: Journal, journal_url: str) -> None:
     journal_writer, request = JournalWriter(journal), make_request()
     journal_writer.plan(request)

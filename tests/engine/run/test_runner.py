@@ -24,6 +24,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.states import Event, State
+from krea_dagster.engine.storage.images import ImageStore
 from krea_dagster.errors import JournalError, PurchasesNotWritten
 from tests.engine.harness import (
     NOW,
@@ -87,6 +88,43 @@ async def test_the_intent_is_on_disk_before_the_post_and_the_answer_before_anyth
     kept = next(data for _, event, data in history if event is Event.ACCEPTED)
     assert kept["answer"]["id"] == task["task_id"]
     assert kept["answer"]["usage"]["credits_reserved"] == 0.45
+
+
+async def test_a_completed_task_is_written_together_with_its_stored_image(
+    engine: EngineHarness,
+) -> None:
+    written: list[list[Event]] = []
+
+    class ListeningJournal(Journal):
+        def append(self, changes: Sequence[Change], **who: Any) -> Any:
+            written.append([change.event for change in changes])
+            return super().append(changes, **who)
+
+    await engine.run([make_request()], journal=ListeningJournal(engine.url))
+    assert written == [[Event.SUBMITTING], [Event.ACCEPTED], [Event.COMPLETED, Event.STORED]]
+
+
+async def test_a_run_that_is_stopped_during_a_download_has_written_the_completed_task(
+    engine: EngineHarness,
+) -> None:
+    fetching = asyncio.Event()
+
+    class EndlessDownloads(ImageStore):
+        async def fetch(self, *arguments: Any, **options: Any) -> Any:
+            fetching.set()
+            await asyncio.Event().wait()
+
+    run = asyncio.create_task(
+        engine.run([make_request()], images=EndlessDownloads(engine.images.storage))
+    )
+    await fetching.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    record = engine.record(make_request())
+    assert (record.state, record.charged_units) == (State.COMPLETED, 4500)
+    report = await engine.run([make_request()], "run-2")
+    assert (report.posts, report.tasks_read, report.progress.delivered) == (0, 0, 1)
 
 
 async def test_a_second_run_over_the_same_rows_reads_nothing_and_buys_nothing(
