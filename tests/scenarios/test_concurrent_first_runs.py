@@ -5,6 +5,7 @@ KREA_BEGINNERS=8 starts as many.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,29 +25,18 @@ ROWS: Final = 12
 
 def begin_together(folder: Path, settings: dict[str, str]) -> list[tuple[int, str]]:
     """Run ``materialize`` in several processes; return exit codes and outputs."""
-    begin = folder / "begin"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.scenarios.waiting_command", str(begin), "materialize"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **settings},
-            cwd=ROOT,
-        )
-        for _ in range(BEGINNERS)
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        begin.touch()
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    command = [sys.executable, "-m", "tests.scenarios.commands_at_once"]
+    done = subprocess.run(
+        [*command, str(BEGINNERS), str(folder), "materialize"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+    )
+    codes = json.loads(done.stdout)
+    return [(code, (folder / f"{n}.txt").read_text()) for n, code in enumerate(codes)]
 
 
 @pytest.mark.parametrize(
