@@ -536,7 +536,7 @@ def test_dg_check_yaml_finds_each_typo_at_its_line(tmp_path: Path) -> None:
     environment["PATH"] = f"{DG.parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         [str(DG), "check", "yaml"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
