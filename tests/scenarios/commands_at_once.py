@@ -1,8 +1,9 @@
 """Several processes of one command, which start at the same moment.
 
 ``python -m tests.scenarios.commands_at_once COUNT FOLDER ARGUMENTS...`` runs ``krea-dagster
-ARGUMENTS`` in COUNT processes, and prints their exit codes as a JSON list. What the first one prints
-is in FOLDER/0.txt. They are forks of a process that has imported the command and done nothing else.
+ARGUMENTS`` in COUNT processes, and prints their exit codes as a JSON list. What the first one
+prints is in FOLDER/0.txt. They are forks of a process that has imported the command and done
+nothing else.
 """
 
 from __future__ import annotations
