@@ -76,12 +76,22 @@ def _packed(digits: Digests) -> Digests:
 class DigestSet:
     """A set of digests, each with a number (0 by default)."""
 
-    def __init__(self, digests: Digests, values: _Indices | None = None) -> None:
-        words = _words(digests)
-        order = np.argsort(np.ascontiguousarray(words[:, 0]))
-        self.words = words[order]
-        self._firsts = np.ascontiguousarray(self.words[:, 0])
+    def __init__(self, digests: Digests | list[Digests], values: _Indices | None = None) -> None:
+        """Sort digests, given in one array or in several; a list of these is emptied."""
+        parts = digests if isinstance(digests, list) else [digests]
+        firsts = np.concatenate([np.empty(0, np.uint64), *(_words(one)[:, 0] for one in parts)])
+        order = np.argsort(firsts)
+        self._firsts = firsts[order]
         self.values = np.zeros(len(order), np.int64) if values is None else values[order]
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(len(order))
+        # Part by part, so that a million are not in memory twice.
+        self.words = np.empty((len(order), 4), np.uint64)
+        end = len(order)
+        while parts:
+            words = _words(parts.pop())
+            self.words[places[end - len(words) : end]] = words
+            end -= len(words)
 
     def __len__(self) -> int:
         return len(self.words)

@@ -36,7 +36,7 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import manifest_parts, manifest_schema
+from krea_dagster.manifest import Manifests, manifest_parts, manifest_schema
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
 from krea_dagster.prompts.file_marks import mark_of_files
 from krea_dagster.prompts.partitioning import MultiPartitions, TimePartitions
@@ -53,6 +53,15 @@ _handed_over: Final[ContextVar[Batch | None]] = ContextVar("krea_batch", default
 
 
 @dataclass(frozen=True)
+class MadeManifests:
+    """The manifests of a plan, to be stored or closed, and the summary of each."""
+
+    plan: Plan
+    manifests: Manifests
+    summaries: dict[str, ManifestSummary]
+
+
+@dataclass(frozen=True)
 class Batch:
     """The images that some partitions request, at their attempts. Must be closed.
 
@@ -65,6 +74,8 @@ class Batch:
     held: Mask | None = None
     _look: Look | None = field(default=None, repr=False)
     _mark: Sequence[str] = ()
+    #: The manifests that a run made in its step of images, by run; None where no step takes them.
+    _made: dict[str, MadeManifests] | None = field(default=None, repr=False)
 
     @classmethod
     def read(
@@ -110,12 +121,18 @@ class Batch:
 
     @contextmanager
     def handed_over(self) -> Iterator[None]:
-        """Let the runs in this block, in this process, use this batch instead of reading again."""
-        token = _handed_over.set(self)
+        """Let the runs in this block, in this process, use this batch instead of reading again.
+
+        A run's manifests are then made once too, in its first step that needs their figures.
+        """
+        made: dict[str, MadeManifests] = {}
+        token = _handed_over.set(replace(self, _made=made))
         try:
             yield
         finally:
             _handed_over.reset(token)
+            for one in made.values():
+                one.manifests.close()
 
     def serves(self, table: PromptTable, keys: Sequence[str] | None, mark: Sequence[str]) -> bool:
         """Return whether this batch is what reading these partitions now would give."""
@@ -251,6 +268,32 @@ class Batch:
         """Yield the manifest of a partition as the journal has it now, part by part."""
         locate = backend.open_storage().locate
         return manifest_parts(self.plan, key, journal, locate=locate, run_id=run_id)
+
+    def summaries(self, backend: Backend, run_id: str) -> Mapping[str, ManifestSummary]:
+        """Return the summary of each partition's manifest, as the journal has it now."""
+        if self._made is not None:
+            self._made[run_id] = made = self._make_manifests(backend, run_id)
+            return made.summaries
+        found: dict[str, ManifestSummary] = {}
+        for key, summary, parts in self.summarized_parts(backend, run_id):
+            for _ in parts:  # reading them fills the summary
+                pass
+            found[key] = summary
+        return found
+
+    def manifests(self, backend: Backend, run_id: str) -> MadeManifests:
+        """Make the manifest of each partition; or return those that this run made a moment ago."""
+        made = self._made.pop(run_id, None) if self._made is not None else None
+        if made is not None and made.plan is self.plan:
+            return made
+        return self._make_manifests(backend, run_id)
+
+    def _make_manifests(self, backend: Backend, run_id: str) -> MadeManifests:
+        made = MadeManifests(self.plan, Manifests(), {})
+        for key, summary, parts in self.summarized_parts(backend, run_id):
+            made.manifests.add(key, self.manifest_schema, parts)
+            made.summaries[key] = summary
+        return made
 
     def summarized_parts(
         self, backend: Backend, run_id: str

@@ -152,6 +152,40 @@ def test_what_changed_since_a_batch_was_read_is_read_again(
             assert step.versions() != batch.versions()
 
 
+def test_a_run_makes_its_manifests_once_for_their_figures_and_their_files(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    bought = Bought(tmp_path, emulator)
+    written_a_while_ago(bought.table)
+    keys = bought.table.partition_keys()
+    with Batch.read(bought.table, None, bought.krea) as batch, batch.handed_over():
+        with Batch.read(bought.table, keys, bought.krea) as images:
+            figures = images.summaries(bought.krea, "run")
+        with Batch.read(bought.table, keys, bought.krea) as manifest:
+            made = manifest.manifests(bought.krea, "run")
+            assert made.summaries is figures
+            assert made.manifests.to_table().num_rows == 8
+            made.manifests.close()
+            another = manifest.manifests(bought.krea, "another run")
+            assert another.summaries is not figures
+            assert sum(one.rows for one in another.summaries.values()) == 8
+            another.manifests.close()
+
+
+def test_without_a_step_that_takes_them_manifests_are_made_for_their_figures_only(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    bought = Bought(tmp_path, emulator)
+    with Batch.read(bought.table, None, bought.krea) as batch:
+        figures = batch.summaries(bought.krea, "run")
+        made = batch.manifests(bought.krea, "run")
+        assert made.summaries is not figures
+        assert [one.statuses for one in made.summaries.values()] == [
+            one.statuses for one in figures.values()
+        ]
+        made.manifests.close()
+
+
 def written_a_while_ago(table: PromptTable) -> None:
     """Another write to a file that was just written might leave no trace, so it is read again."""
     os.utime(table.source, (1_000_000_000, 1_000_000_000))

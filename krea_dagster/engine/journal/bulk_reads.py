@@ -311,9 +311,7 @@ def _endings_of(keys: str, paths: pa.Array) -> _Numbers:
 
 
 def _digest_set(every: list[Digests], files: list[_Numbers]) -> DigestSet:
-    return DigestSet(
-        np.concatenate([_NO_DIGESTS, *every]), np.concatenate([np.empty(0, np.int64), *files])
-    )
+    return DigestSet(every, np.concatenate([np.empty(0, np.int64), *files]))
 
 
 # -- the files ------------------------------------------------------------------------------------

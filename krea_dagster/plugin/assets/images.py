@@ -188,15 +188,15 @@ def _build_image_manifest(
 
     def image_manifest(context: dg.AssetExecutionContext) -> Manifests:
         krea = krea_of(context, names.resource_key)
-        storage, manifests = krea.open_storage(), Manifests()
+        storage = krea.open_storage()
         with as_failure(), Batch.read(table, partition_keys_of(context), krea) as batch:
             schema = shown(batch.manifest_schema)
-            for key, summary, parts in batch.summarized_parts(krea, context.run.run_id):
-                manifests.add(key, batch.manifest_schema, parts)
-                path = storage.locate(manifest_name(key, names.prefix))
-                values = {**manifest_metadata(summary, path), **schema}
-                context.add_asset_metadata(values, partition_key=key)
-        return manifests
+            made = batch.manifests(krea, context.run.run_id)
+        for key, summary in made.summaries.items():
+            path = storage.locate(manifest_name(key, names.prefix))
+            values = {**manifest_metadata(summary, path), **schema}
+            context.add_asset_metadata(values, partition_key=key)
+        return made.manifests
 
     built: dg.AssetsDefinition = dg.asset(
         key=names.manifest_key,
@@ -296,9 +296,7 @@ class _ImagesStep:
     ) -> ManifestSummary:
         """Add the metadata of each partition, and return the sum of their summaries."""
         total, journal = ManifestSummary(), journal_entry(krea, self.table, self.relative)
-        for key, summary, parts in batch.summarized_parts(krea, context.run.run_id):
-            for _ in parts:  # reading them fills the summary
-                pass
+        for key, summary in batch.summaries(krea, context.run.run_id).items():
             total += summary
             values = {
                 **images_metadata(summary, krea.open_storage(), seconds=report.seconds),
