@@ -12,7 +12,6 @@ import duckdb
 import pyarrow as pa
 
 from krea_dagster.prompts import PromptTable
-from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.scan import Chunk
 
 _BITS: Final = 2**64
@@ -25,8 +24,8 @@ def carried_versions(table: PromptTable) -> Mapping[str, str]:
     the order of the rows. Raises ConfigError or PromptTableError.
     """
     sums: dict[str, int] = defaultdict(int)
-    with closing(Hasher()) as hasher, closing(duckdb.connect(":memory:")) as duck:
-        scan = table.scan(hasher)
+    with closing(duckdb.connect(":memory:")) as duck:
+        scan = table.scan()
         for chunk in scan.map(lambda chunk: chunk):
             for key, value in _sums(chunk, duck):
                 sums[key] = (sums[key] + value) % _BITS

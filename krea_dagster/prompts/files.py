@@ -23,7 +23,7 @@ from krea_dagster.file_systems import file_system_of
 
 #: The size of a batch: these bytes, within these rows.
 _BATCH_BYTES: Final = 4 * 1024**2
-BATCH_ROWS: Final = 32_768
+BATCH_ROWS: Final = 16_384
 _LEAST_ROWS: Final = 2_048
 
 # Column chunks are read piece by piece, so that a row group of a million rows takes no more memory

@@ -1,90 +1,41 @@
 """The formulas of ``requests`` for whole Arrow columns: keys, seeds, prompt_ids and versions.
 
-Property tests compare them with the formulas for one row. Arrow joins the texts, and DuckDB hashes
-them.
+Property tests compare them with the formulas for one row.
 """
 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.digests import Digests, digits_from_hex
+from krea_dagster.digests import Digests, hex_from_digests
 from krea_dagster.models import MODEL, SEED_MAX, SEED_MIN
 from krea_dagster.prompts.murmur import Hashes
 from krea_dagster.prompts.partitioning import HashPartitions
 from krea_dagster.prompts.requests import SEPARATOR
 
-if TYPE_CHECKING:
-    import duckdb
-
 #: Request keys that are hashed at once for a version.
 _AT_ONCE: Final = 10_000
 
 
-class Hasher:
-    """Hashes columns of text in DuckDB, without file, network or extension.
-
-    Threads may share it. Below ``few`` texts the standard library is used: it takes less time than
-    DuckDB takes to be imported and to begin.
-    """
-
-    def __init__(self, few: int = 1_000) -> None:
-        self._few = few
-        self._duck: duckdb.DuckDBPyConnection | None = None
-        self._opening = threading.Lock()
-        self._per_thread = threading.local()
-
-    def close(self) -> None:
-        """Free the memory."""
-        if self._duck is not None:
-            self._duck.close()
-
-    def sha256(self, texts: pa.Array) -> pa.Array:
-        """Return the SHA-256 of each text's UTF-8 form, as 64 hexadecimal digits."""
-        if len(texts) < self._few:
-            digests = [
-                hashlib.sha256(text).hexdigest() for text in texts.cast(pa.binary()).to_pylist()
-            ]
-            return pa.array(digests, pa.string())
-        if not hasattr(self._per_thread, "duck"):
-            self._per_thread.duck = self._opened().cursor()
-        numbers = np.arange(len(texts))
-        given = self._per_thread.duck.from_arrow(pa.table({"number": numbers, "text": texts}))
-        found = given.project("number, sha256(text) AS value").to_arrow_table()
-        values = found["value"].combine_chunks()
-        order = found["number"].to_numpy()
-        return values if (order == numbers).all() else values.take(pa.array(np.argsort(order)))
-
-    def _opened(self) -> duckdb.DuckDBPyConnection:
-        import duckdb
-
-        with self._opening:
-            if self._duck is None:
-                self._duck = duckdb.connect(
-                    ":memory:",
-                    config={
-                        "threads": "1",
-                        "autoinstall_known_extensions": "false",
-                        "autoload_known_extensions": "false",
-                    },
-                )
-            return self._duck
+def sha256(texts: pa.Array) -> Digests:
+    """Return the SHA-256 of each text's UTF-8 form as bytes: shape (rows, 32)."""
+    hashed = [hashlib.sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()]
+    return np.frombuffer(b"".join(hashed), np.uint8).reshape(-1, 32)
 
 
-def request_keys(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
-    """Return ``requests.request_key`` of each row.
+def request_digests(rows: Mapping[str, pa.Array]) -> Digests:
+    """Return ``requests.request_key`` of each row, as bytes.
 
     ``rows`` holds ``prompt``, ``size``, ``quality``, ``seed``, ``nsfw_check`` and ``attempt``.
     """
-    return hasher.sha256(
+    return sha256(
         _joined(
             f"krea-dagster/1{SEPARATOR}{MODEL}",
             rows["size"],
@@ -97,7 +48,7 @@ def request_keys(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
     )
 
 
-def image_seeds(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
+def image_seeds(rows: Mapping[str, pa.Array]) -> pa.Array:
     """Return the seed of each image, as int32.
 
     ``rows`` holds ``prompt_id``, ``sample``, ``attempt`` and ``seed``. A null seed is drawn
@@ -118,11 +69,11 @@ def image_seeds(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
             _text(rows["attempt"].filter(mask)),
             rows["prompt_id"].filter(mask),
         )
-        values[drawn] = SEED_MIN + _number(digits_from_hex(hasher.sha256(texts), 5))
+        values[drawn] = SEED_MIN + _first_20_bits(sha256(texts))
     return pa.array(values, pa.int32())
 
 
-def derived_prompt_ids(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array:
+def derived_prompt_ids(rows: Mapping[str, pa.Array]) -> pa.Array:
     """Return the prompt_id of each row of a table that has no such column.
 
     It is derived from the content (``prompt``, ``size``, ``quality``, ``seed``, ``nsfw_check``), so
@@ -136,8 +87,8 @@ def derived_prompt_ids(hasher: Hasher, rows: Mapping[str, pa.Array]) -> pa.Array
         _flags(rows["nsfw_check"]),
         rows["prompt"],
     )
-    digests = pc.utf8_slice_codeunits(hasher.sha256(texts), 0, 16)
-    return pc.binary_join_element_wise("p", digests, "-")
+    digits = pc.utf8_slice_codeunits(hex_from_digests(sha256(texts)), 0, 16)
+    return pc.binary_join_element_wise("p", digits, "-")
 
 
 def buckets(by: HashPartitions, hashes: Hashes) -> npt.NDArray[np.uint32]:
@@ -183,8 +134,6 @@ def _flags(values: pa.Array) -> pa.Array:
     return pc.if_else(values, "1", "0")
 
 
-def _number(digits: Digests) -> npt.NDArray[np.int64]:
-    number = np.zeros(len(digits), np.int64)
-    for place in range(digits.shape[1]):
-        number = number * 16 + digits[:, place]
-    return number
+def _first_20_bits(digests: Digests) -> npt.NDArray[np.int64]:
+    first, second, third = digests[:, :3].astype(np.int64).T
+    return np.asarray((first << 12) | (second << 4) | (third >> 4), np.int64)

@@ -14,22 +14,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.arrow import as_array
-from krea_dagster.prompts.identity import Hasher, image_seeds, request_keys
+from krea_dagster.digests import hex_from_digests
+from krea_dagster.prompts.identity import image_seeds, request_digests
 
 _Rows: TypeAlias = pa.RecordBatch | pa.Table
 
 
-def seeds_drawn(hasher: Hasher, rows: _Rows) -> pa.BooleanArray:
+def seeds_drawn(rows: _Rows) -> pa.BooleanArray:
     """Return which rows have a drawn seed, which another attempt would change.
 
     ``rows`` hold ``prompt_id``, ``sample``, ``attempt`` and ``seed``. A seed of the table that
     happens to be the one that would have been drawn (one in a million) counts as drawn.
     """
     columns = _columns(rows)
-    return pc.equal(columns["seed"], _drawn_seeds(hasher, columns))
+    return pc.equal(columns["seed"], _drawn_seeds(columns))
 
 
-def earlier_attempts(hasher: Hasher, rows: _Rows) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
+def earlier_attempts(rows: _Rows) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
     """Yield the rows that had an attempt 0, 1, … before the present one, each at that attempt.
 
     ``rows`` hold the columns of ``PLAN_SCHEMA`` (the partition is not needed), and any others. Each
@@ -40,19 +41,19 @@ def earlier_attempts(hasher: Hasher, rows: _Rows) -> Iterator[tuple[pa.RecordBat
     present = np.asarray(columns["attempt"].to_numpy(zero_copy_only=False), np.int64)
     if not present.any():
         return
-    drawn = seeds_drawn(hasher, rows)
+    drawn = seeds_drawn(rows)
     for attempt in range(int(present.max())):
         places = pa.array(np.flatnonzero(present > attempt))
         then = {name: column.take(places) for name, column in columns.items()}
         then["attempt"] = pa.array(np.full(len(places), attempt, np.int32))
-        then["seed"] = pc.if_else(drawn.take(places), _drawn_seeds(hasher, then), then["seed"])
-        then["request_key"] = request_keys(hasher, then)
+        then["seed"] = pc.if_else(drawn.take(places), _drawn_seeds(then), then["seed"])
+        then["request_key"] = hex_from_digests(request_digests(then))
         yield pa.RecordBatch.from_pydict(then), places
 
 
-def _drawn_seeds(hasher: Hasher, columns: dict[str, pa.Array]) -> pa.Array:
+def _drawn_seeds(columns: dict[str, pa.Array]) -> pa.Array:
     nothing = pa.nulls(len(columns["prompt_id"]), pa.int32())
-    return image_seeds(hasher, {**columns, "seed": nothing})
+    return image_seeds({**columns, "seed": nothing})
 
 
 def _columns(rows: _Rows) -> dict[str, pa.Array]:

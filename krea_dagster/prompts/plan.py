@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.digests import Digests, digests_from_hex, hex_from_digests
+from krea_dagster.digests import Digests, hex_from_digests
 from krea_dagster.errors import Problem
 from krea_dagster.models import ImageRequest
-from krea_dagster.prompts.identity import Hasher, image_seeds, partition_version, request_keys
+from krea_dagster.prompts.identity import image_seeds, partition_version, request_digests
 from krea_dagster.prompts.requests import SEPARATOR, PlannedImage
 from krea_dagster.prompts.scan import Chunk
 from krea_dagster.prompts.spool import Keys, Spool
@@ -43,6 +44,9 @@ PLAN_SCHEMA: Final = pa.schema(
 )
 
 _KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
+
+#: What is kept of each image on disk. The request keys are in memory, and do not compress.
+_KEPT: Final = [field for field in PLAN_SCHEMA if field.name != "request_key"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -102,7 +106,6 @@ class Plan:
             return
         digests, start = self.digests(key), 0
         for batch in self._spool.batches(key):
-            # The request keys are in memory anyway, and do not compress.
             end = start + batch.num_rows
             columns = batch.columns
             columns.insert(_KEY, hex_from_digests(digests[start:end]))
@@ -175,22 +178,23 @@ class Planner:
         self,
         passthrough: pa.Schema,
         attempts: Attempts,
-        hasher: Hasher,
         drawn: Collection[tuple[str, int]] = (),
         *,
         keep: bool,
     ) -> None:
         self._passthrough = passthrough
         self._attempts = _Attempts(attempts, drawn)
-        self._hasher = hasher
         self._keys = Keys()
         self._spool = Spool(self._keys) if keep else None
-        self._parts: list[tuple[npt.NDArray[np.int32], Digests]] = []
+        self._numbers: list[npt.NDArray[np.int32]] = []
+        # Until they are in order: in memory they would be there twice.
+        self._digests = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``plan`` or ``close``
         self._counts = np.zeros(0, np.int64)
         self._rows = 0
 
     def close(self) -> None:
         """Free memory and disk."""
+        self._digests.close()
         if self._spool is not None:
             self._spool.close()
 
@@ -216,7 +220,8 @@ class Planner:
         for part in found:
             self._rows += part.rows
             numbers = self._keys.numbers(part.keys)
-            self._parts.append((numbers.astype(np.int32), part.digests))
+            self._numbers.append(numbers.astype(np.int32))
+            self._digests.write(part.digests.tobytes())
             counts = np.bincount(numbers, minlength=len(self._counts))
             counts[: len(self._counts)] += self._counts
             self._counts = counts
@@ -244,19 +249,20 @@ class Planner:
         )
 
     def _in_order(self, ends: npt.NDArray[np.int64]) -> Digests:
-        """Return the request keys by partition; each part is freed once its keys are in place."""
+        """Return the request keys by partition."""
         digests = np.empty((int(ends[-1]) if len(ends) else 0, 32), np.uint8)
         ranks_of = self._keys.ranks()
         free = np.concatenate([np.zeros(1, np.int64), ends])  # each partition's next place
-        self._parts.reverse()
-        while self._parts:
-            numbers, part = self._parts.pop()
-            ranks = ranks_of[numbers]
-            order = np.argsort(ranks, kind="stable")
-            ranks = ranks[order]
-            begins = np.searchsorted(ranks, ranks)
-            digests[free[ranks] + np.arange(len(ranks)) - begins] = part[order]
-            free[:-1] += np.bincount(ranks, minlength=len(ends))
+        with self._digests as file:
+            file.seek(0)
+            for numbers in self._numbers:
+                part = np.frombuffer(file.read(32 * len(numbers)), np.uint8).reshape(-1, 32)
+                ranks = ranks_of[numbers]
+                order = np.argsort(ranks, kind="stable")
+                ranks = ranks[order]
+                begins = np.searchsorted(ranks, ranks)
+                digests[free[ranks] + np.arange(len(ranks)) - begins] = part[order]
+                free[:-1] += np.bincount(ranks, minlength=len(ends))
         return digests
 
     def _planned(self, rows: pa.RecordBatch, passthrough: pa.RecordBatch) -> PlannedBatch:
@@ -268,29 +274,22 @@ class Planner:
             parents = pa.array(np.repeat(np.arange(len(counts)), counts))
             samples = np.arange(len(parents)) - np.repeat(counts.cumsum() - counts, counts)
             rows, passthrough = rows.take(parents), passthrough.take(parents)
-        images = self._images_of(rows, pa.array(samples))
-        whole = None
+        columns = self._columns_of(rows, pa.array(samples))
+        digests = request_digests(columns)
+        images = None
         if self._spool is not None:
-            columns, fields = images.columns, list(images.schema)
-            del columns[_KEY], fields[_KEY]
-            whole = pa.RecordBatch.from_arrays(
-                [*columns, *passthrough.columns], schema=pa.schema([*fields, *passthrough.schema])
+            images = pa.RecordBatch.from_arrays(
+                [*(columns[one.name].cast(one.type) for one in _KEPT), *passthrough.columns],
+                schema=pa.schema([*_KEPT, *passthrough.schema]),
             )
-        keys = images.column("request_key")
-        return PlannedBatch(
-            row_count, images.column("partition_key"), digests_from_hex(keys), whole
-        )
+        return PlannedBatch(row_count, columns["partition_key"], digests, images)
 
-    def _images_of(self, rows: pa.RecordBatch, samples: pa.Array) -> pa.RecordBatch:
+    def _columns_of(self, rows: pa.RecordBatch, samples: pa.Array) -> dict[str, pa.Array]:
         columns = {name: rows.column(name) for name in rows.schema.names}
         columns["sample"] = samples
         columns["attempt"] = self._attempts.of(columns["prompt_id"], samples)
-        columns["seed"] = self._attempts.seeds(columns)
-        columns["seed"] = image_seeds(self._hasher, columns)
-        columns["request_key"] = request_keys(self._hasher, columns)
-        return pa.RecordBatch.from_arrays(
-            [columns[field.name].cast(field.type) for field in PLAN_SCHEMA], schema=PLAN_SCHEMA
-        )
+        columns["seed"] = image_seeds({**columns, "seed": self._attempts.seeds(columns)})
+        return columns
 
 
 class _Attempts:

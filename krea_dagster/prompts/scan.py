@@ -1,7 +1,7 @@
 """Pass once over a prompt table: choose the rows, check them, yield them batch by batch.
 
-Whole columns are read at a time, and several batches at once in threads: Arrow and DuckDB release
-the interpreter lock.
+Whole columns are read at a time, and several batches at once in threads: Arrow releases the
+interpreter lock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from krea_dagster.prompts.columns import (
 )
 from krea_dagster.prompts.duplicates import find_duplicates, hashes_of_ids
 from krea_dagster.prompts.files import open_files
-from krea_dagster.prompts.identity import Hasher, buckets, derived_prompt_ids
+from krea_dagster.prompts.identity import buckets, derived_prompt_ids
 from krea_dagster.prompts.murmur import Hashes, hashes_of_texts
 from krea_dagster.prompts.partitioning import HashPartitions, PartitionBy
 from krea_dagster.prompts.pushdown import row_group_filter
@@ -116,7 +116,6 @@ class Scan:
         count_tokens: Callable[[str], int],
         max_prompt_tokens: int,
         passthrough: bool,
-        hasher: Hasher,
     ) -> None:
         self._source = source
         self._by = by
@@ -125,7 +124,6 @@ class Scan:
         self._max_tokens = max_prompt_tokens
         self._wanted = wanted
         self._wanted_keys = pa.array(sorted(wanted or ()), pa.string())
-        self._hasher = hasher
         self._problems = Problems()
         self.warnings = Problems()
         self._layout = Layout.of(by, open_files(source), self._problems)
@@ -197,7 +195,7 @@ class Scan:
             pc.equal(rows["seed"], 0), pa.scalar(None, pa.int64()), rows["seed"]
         )
         if "prompt_id" not in self._layout.recognised:
-            rows["prompt_id"] = derived_prompt_ids(self._hasher, rows)
+            rows["prompt_id"] = derived_prompt_ids(rows)
         keys, passthrough = batch.keys, batch.columns
         if isinstance(self._by, HashPartitions) and keys is None:
             # The bucket follows from the prompt_id, which was derived from the row just now.

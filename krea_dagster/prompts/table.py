@@ -14,7 +14,6 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.prompts.cells import shown
 from krea_dagster.prompts.columns import partition_keys
 from krea_dagster.prompts.files import open_files
-from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     HashPartitions,
@@ -126,9 +125,7 @@ class PromptTable:
         with closing(self._plan(keys, attempts, drawn, keep=False, passthrough=False)) as plan:
             return plan.versions()
 
-    def scan(
-        self, hasher: Hasher, wanted: frozenset[str] | None = None, *, passthrough: bool = True
-    ) -> Scan:
+    def scan(self, wanted: frozenset[str] | None = None, *, passthrough: bool = True) -> Scan:
         """Return a pass over the rows of some partitions, or of all."""
         return Scan(
             self.source,
@@ -138,7 +135,6 @@ class PromptTable:
             count_tokens=self.count_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             passthrough=passthrough,
-            hasher=hasher,
         )
 
     def _plan(
@@ -154,17 +150,16 @@ class PromptTable:
         named = wanted
         if named is None and isinstance(self.partition_by, HashPartitions):
             named = frozenset(self.partition_by.keys())
-        with closing(Hasher()) as hasher:
-            scan = self.scan(hasher, wanted, passthrough=passthrough)
-            planner = Planner(scan.passthrough_schema, attempts or {}, hasher, drawn, keep=keep)
-            try:
-                for planned in scan.map(planner.planned):
-                    planner.add(planned)
-                warnings = scan.warnings
-                return planner.plan(named or (), tuple(warnings.first), warnings.count)
-            except BaseException:
-                planner.close()
-                raise
+        scan = self.scan(wanted, passthrough=passthrough)
+        planner = Planner(scan.passthrough_schema, attempts or {}, drawn, keep=keep)
+        try:
+            for planned in scan.map(planner.planned):
+                planner.add(planned)
+            warnings = scan.warnings
+            return planner.plan(named or (), tuple(warnings.first), warnings.count)
+        except BaseException:
+            planner.close()
+            raise
 
     def _wanted(self, keys: Sequence[str] | None) -> frozenset[str] | None:
         if keys is None:

@@ -7,7 +7,6 @@ images a table requests.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote
@@ -24,7 +23,6 @@ from krea_dagster.prompts import (
     drawn_seed,
     request_key,
 )
-from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.plan import Attempts
 from krea_dagster.prompts.requests import digest_of
 
@@ -62,11 +60,10 @@ def read_rows(table: PromptTable, keys: Sequence[str] | None = None) -> PromptRo
     wanted = table._wanted(keys)
     rows: list[PromptRow] = []
     batches: list[pa.RecordBatch] = []
-    with closing(Hasher()) as hasher:
-        scan = table.scan(hasher, wanted)
-        for chunk in scan.map(lambda chunk: chunk):
-            rows += (PromptRow(**row) for row in chunk.rows.to_pylist())
-            batches.append(chunk.passthrough)
+    scan = table.scan(wanted)
+    for chunk in scan.map(lambda chunk: chunk):
+        rows += (PromptRow(**row) for row in chunk.rows.to_pylist())
+        batches.append(chunk.passthrough)
     if scan.passthrough_schema.names:
         passthrough = pa.Table.from_batches(batches, scan.passthrough_schema)
     else:  # a table without columns has no length of its own

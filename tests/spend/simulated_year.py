@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from krea_dagster.digests import hex_from_digests
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
-from krea_dagster.prompts.identity import Hasher, image_seeds, request_keys
+from krea_dagster.prompts.identity import image_seeds, request_digests
 
 DAYS: Final = 365
 FIRST: Final = date(2026, 1, 1)
@@ -164,22 +165,21 @@ class SimulatedYear:
         checks, zeros = pa.repeat(pa.scalar(False), rows), pa.array(np.zeros(rows, np.int32))
         self._seeds: list[pa.Array] = []
         self._keys: list[pa.Array] = []
-        with closing(Hasher()) as hasher:
-            for attempt in (0, 1):
-                attempts = pa.array(np.full(rows, attempt, np.int32))
-                columns = {
-                    "prompt_id": self.prompt_ids,
-                    "sample": zeros,
-                    "prompt": self._prompts,
-                    "size": self._sizes,
-                    "quality": self._qualities,
-                    "seed": chosen,
-                    "nsfw_check": checks,
-                    "attempt": attempts,
-                }
-                columns["seed"] = image_seeds(hasher, columns)
-                self._seeds.append(columns["seed"])
-                self._keys.append(request_keys(hasher, columns))
+        for attempt in (0, 1):
+            attempts = pa.array(np.full(rows, attempt, np.int32))
+            columns = {
+                "prompt_id": self.prompt_ids,
+                "sample": zeros,
+                "prompt": self._prompts,
+                "size": self._sizes,
+                "quality": self._qualities,
+                "seed": chosen,
+                "nsfw_check": checks,
+                "attempt": attempts,
+            }
+            columns["seed"] = image_seeds(columns)
+            self._seeds.append(columns["seed"])
+            self._keys.append(hex_from_digests(request_digests(columns)))
 
     def partition(self, row: int) -> str:
         return f"bucket-{row % PARTITIONS:03d}"

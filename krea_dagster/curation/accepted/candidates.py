@@ -7,7 +7,6 @@ From batches of a plan or a manifest, about ten thousand rows at a time; only th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from typing import Final
 
 import numpy as np
@@ -22,7 +21,6 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PLAN_SCHEMA
-from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.past_attempts import earlier_attempts, seeds_drawn
 
 #: States in which a purchase gave an image, or was paid, or may have been.
@@ -44,13 +42,12 @@ def read_slots(
     counted, empty for prompts. ``prices`` are the highest prices seen, by quality, in units. Raises
     ConfigError for a missing column, and JournalError.
     """
-    with closing(Hasher()) as hasher:
-        tables = [_slots(batch, journal, hasher, column, prices) for batch in batches]
+    tables = [_slots(batch, journal, column, prices) for batch in batches]
     return pa.concat_tables([SLOT_SCHEMA.empty_table(), *tables]).combine_chunks()
 
 
 def bought(
-    rows: pa.RecordBatch, journal: Journal, hasher: Hasher, prices: Mapping[str, int]
+    rows: pa.RecordBatch, journal: Journal, prices: Mapping[str, int]
 ) -> tuple[pa.Array, pa.Array]:
     """Return the number and the cost in units of each row's purchases at all attempts.
 
@@ -58,7 +55,7 @@ def bought(
     """
     images = np.zeros(rows.num_rows, np.int64)
     units = np.zeros(rows.num_rows, np.int64)
-    parts = [(rows, pa.array(np.arange(rows.num_rows))), *earlier_attempts(hasher, rows)]
+    parts = [(rows, pa.array(np.arange(rows.num_rows))), *earlier_attempts(rows)]
     for part, places in parts:
         found = record_columns(journal, part.column("request_key"), _SPENT)
         state = as_array(found["state"])
@@ -85,7 +82,6 @@ def price_of(rows: pa.RecordBatch, prices: Mapping[str, int]) -> pa.Array:
 def _slots(
     batch: pa.RecordBatch,
     journal: Journal,
-    hasher: Hasher,
     column: str,
     prices: Mapping[str, int],
 ) -> pa.Table:
@@ -114,7 +110,7 @@ def _slots(
         found = record_columns(journal, plan.column("request_key"), record)
         for name in record:
             values["status" if name == "state" else name] = as_array(found[name])
-    values["drawn"] = seeds_drawn(hasher, plan)
+    values["drawn"] = seeds_drawn(plan)
     values["price_units"] = price_of(plan, prices)
-    values["bought_images"], values["bought_units"] = bought(plan, journal, hasher, prices)
+    values["bought_images"], values["bought_units"] = bought(plan, journal, prices)
     return pa.table([values[field.name] for field in SLOT_SCHEMA], schema=SLOT_SCHEMA)

@@ -7,7 +7,6 @@ A manifest lists the present attempt of a row; the requests of earlier attempts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Final
 
 import duckdb
@@ -21,7 +20,6 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column
-from krea_dagster.prompts.identity import Hasher
 from krea_dagster.prompts.past_attempts import earlier_attempts
 from krea_dagster.spend.tables.sql import quoted
 
@@ -115,12 +113,11 @@ def _insert_earlier(
     later: list[str],
 ) -> None:
     """Load the earlier attempts of rows that all have some."""
-    with closing(Hasher()) as hasher:
-        for made, _ in earlier_attempts(hasher, batch):
-            keys = made.column("request_key")
-            if made.num_rows and made.column("attempt")[0].as_py():
-                later.extend(keys.to_pylist())
-            _insert(duck, pa.RecordBatchReader.from_batches(made.schema, [made]), source, by)
+    for made, _ in earlier_attempts(batch):
+        keys = made.column("request_key")
+        if made.num_rows and made.column("attempt")[0].as_py():
+            later.extend(keys.to_pylist())
+        _insert(duck, pa.RecordBatchReader.from_batches(made.schema, [made]), source, by)
 
 
 def _keep_first(duck: duckdb.DuckDBPyConnection, stored: Sequence[str], by: Sequence[str]) -> None:
