@@ -9,6 +9,7 @@ hashlib and a set of the stored keys.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import sqlite3
@@ -20,7 +21,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.harness import EndedProcess, note_progress, peak_bytes, run
+from benchmarks.harness import (
+    BenchmarkServer,
+    EndedProcess,
+    RunningProcess,
+    note_progress,
+    peak_bytes,
+    run,
+)
 from benchmarks.report import Report, finish, options_of
 
 if TYPE_CHECKING:
@@ -32,6 +40,11 @@ LARGE: Final = 10_000_000
 PLAN_S: Final = 4.0
 PLAN_BYTES: Final = 700_000_000
 PARTITION_S: Final = 5.0
+
+#: Of the rows, one in a hundred is bought: the time to the first POST, and the peak memory as a
+#: multiple of that of the imports.
+FIRST_POST_S: Final = 6.0
+PEAK_RATIO: Final = 2.2
 
 SENTENCE: Final = "harbor dawn red kite quiet city soft light film grain portrait sailor lake fog"
 _AT_ONCE: Final = 100_000
@@ -79,6 +92,25 @@ def _measure(options: Namespace, folder: Path) -> None:
     _row(report, "read, check and identify alone", _best("identify", folder, options.rows, times))
     loop = _best("loop", folder, options.rows, 1)
     _row(report, "pandas, hashlib and a set, without checks and files", loop)
+    alone = _do("imports", folder, options.rows)
+    _row(report, "the imports of the command alone", alone)
+    new = _do("forget", folder, options.rows).output["left"]
+    ended, first_post_s = _materialize(folder, new)
+    report.add(
+        f"materialize, {new:,} images to buy",
+        f"{ended.wall_s:.2f}",
+        f"{ended.cpu_s:.2f}",
+        f"{ended.peak_bytes / 1e6:.0f}",
+        "0",
+    )
+    report.claim(
+        f"start of materialize to its first POST, {new:,} to buy", first_post_s, FIRST_POST_S, "s"
+    )
+    report.claim(
+        "its peak memory to that of the imports",
+        ended.peak_bytes / alone.output["peak_bytes"],
+        PEAK_RATIO,
+    )
     _do("table", folder, options.large)
     part = _best("partition", folder, options.large, times)
     _row(report, f"one partition of hash:{_BUCKETS} of {options.large:,} rows", part)
@@ -88,7 +120,11 @@ def _measure(options: Namespace, folder: Path) -> None:
     report.claim("its peak memory with the files, MB", peak / 1e6, PLAN_BYTES / 1e6)
     limit_s = PARTITION_S * options.large / LARGE
     report.claim("one partition", part.output["wall_s"], limit_s, "s")
-    report.note("Seconds are without Python's start and imports, memory is with them.")
+    late = first_post_s / loop.output["wall_s"]
+    report.note(
+        "Seconds are without Python's start and imports, memory is with them; those of materialize "
+        f"are of the whole command. Its first POST took {late:.1f} times as long as the loop."
+    )
     finish(report, options)
 
 
@@ -193,8 +229,12 @@ def _fill(database: sqlite3.Connection, root: Path, rows: list[dict[str, Any]]) 
         key = row["request_key"]
         path = root / "images" / key[:2] / f"{key}.png"
         descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
-        os.write(descriptor, b"0123456789")
+        os.write(descriptor, _content(key))
         os.close(descriptor)
+
+
+def _content(key: str) -> bytes:
+    return key[:10].encode()
 
 
 def _stored(row: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +252,7 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
         "idempotency_key": f"krea-{key}-1",
         "result_url": f"https://files.example/{key}.png",
         "image_path": f"images/{key[:2]}/{key}.png",
-        "image_sha256": key,
+        "image_sha256": hashlib.sha256(_content(key)).hexdigest(),
         "image_bytes": 10,
         "image_format": "PNG",
         "width": 1024,
@@ -224,6 +264,52 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
         "billing_rule": "standard",
         "user_group": "default",
     }
+
+
+_OF_THE_NEW: Final = "select request_key from requests where rowid % 100 = 0"
+
+
+def forget(options: Namespace) -> dict[str, Any]:
+    """Make of every hundredth row one that was never bought."""
+    root = options.folder / "krea"
+    with closing(sqlite3.connect(root / "journal.db")) as database:
+        keys = [key for (key,) in database.execute(_OF_THE_NEW)]
+        database.execute(f"delete from submissions where request_key in ({_OF_THE_NEW})")
+        database.execute(f"delete from requests where request_key in ({_OF_THE_NEW})")
+        database.commit()
+    for key in keys:
+        (root / "images" / key[:2] / f"{key}.png").unlink()
+    return {"left": len(keys)}
+
+
+def imports(_: Namespace) -> dict[str, Any]:
+    """Import what the command imports."""
+
+    def work() -> dict[str, Any]:
+        importlib.import_module("krea_dagster.plugin.materialize")
+        return {}
+
+    return _timed(work)
+
+
+def _materialize(folder: Path, new: int) -> tuple[EndedProcess, float]:
+    """Run the command; return its cost, and the seconds from its start to its first POST."""
+    note_progress(f"materialize, {new:,} images to buy")
+    with BenchmarkServer.start("--latency", 0, "--image-bytes", 1) as server:
+        process = RunningProcess(
+            ["krea_dagster.cli", "materialize", "--json"],
+            environ={
+                "EVOLINK_API_KEY": "bench",
+                "EVOLINK_BASE_URL": server.url,
+                "KREA_PROMPTS": str(folder / "prompts.parquet"),
+                "KREA_STORAGE": str(folder / "krea"),
+                "KREA_PARTITION_BY": "hash:8",
+            },
+        )
+        ended, stats = process.wait(), server.stats(brief=True)
+    if stats["accepted"] != new:
+        raise RuntimeError(f"{stats['accepted']} images were bought instead of {new}")
+    return ended, stats["first_post_s"] - process.started_s
 
 
 def _krea(options: Namespace) -> Krea:
@@ -258,7 +344,7 @@ def journal_only(options: Namespace) -> dict[str, Any]:
     """Plan as a run does, but take every file of the journal as present."""
     from krea_dagster.engine.journal import bulk_reads
 
-    vars(bulk_reads)["_those_listed"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
+    vars(bulk_reads)["_intact_by_listing"] = lambda _, known: known.values >= 0  # noqa: PD011 - no pandas
     return plan(options)
 
 
@@ -311,6 +397,8 @@ def loop(options: Namespace) -> dict[str, Any]:
 WORK: Final[dict[str, Callable[[Namespace], dict[str, Any]]]] = {
     "table": write_table,
     "done": write_done,
+    "forget": forget,
+    "imports": imports,
     "files": plan,
     "journal": journal_only,
     "identify": identify,
