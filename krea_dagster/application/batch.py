@@ -74,6 +74,8 @@ class Batch:
     held: Mask | None = None
     _look: Look | None = field(default=None, repr=False)
     _mark: Sequence[str] = ()
+    #: The state of the whole that was handed over, until a run has used it.
+    _states: list[PlanState] = field(default_factory=list, repr=False)
     #: The manifests that a run made in its step of images, by run; None where no step takes them.
     _made: dict[str, MadeManifests] | None = field(default=None, repr=False)
 
@@ -90,7 +92,7 @@ class Batch:
         """Read the partitions, or all, and if they are ``to_buy``, check that this is possible.
 
         In that order: a bad table creates nothing, not even a journal. ``look`` if the state will
-        be needed. A batch that is ``handed_over`` serves again, if it has the same partitions and
+        be needed. A batch that is ``handed_over`` is used again if it has these partitions and
         nothing has changed. Raises PromptTableError, ConfigError or JournalError.
         """
         _return_memory()
@@ -100,7 +102,7 @@ class Batch:
         mark = [mark_of_files(table.source), backend.mark_of_attempts(table)]
         earlier = _handed_over.get()
         if earlier is not None and earlier.serves(table, keys, [*mark, backend.journal_id()]):
-            batch = replace(earlier, keys=keys, plan=earlier.plan.shared())
+            batch = earlier.part(keys)
         else:
             # A large table is compared with all that is stored. Listing that is work for the
             # system, planning for the processor, so they run at the same time.
@@ -120,13 +122,14 @@ class Batch:
             raise
 
     @contextmanager
-    def handed_over(self) -> Iterator[None]:
+    def handed_over(self, state: PlanState) -> Iterator[None]:
         """Let the runs in this block, in this process, use this batch instead of reading again.
 
-        A run's manifests are then made once too, in its first step that needs their figures.
+        The first run also uses its ``state``; a later one looks at what that has stored. A run's
+        manifests are made once too, in its first step that needs their figures.
         """
         made: dict[str, MadeManifests] = {}
-        token = _handed_over.set(replace(self, _made=made))
+        token = _handed_over.set(replace(self, _made=made, _states=[state]))
         try:
             yield
         finally:
@@ -137,8 +140,13 @@ class Batch:
     def serves(self, table: PromptTable, keys: Sequence[str] | None, mark: Sequence[str]) -> bool:
         """Return whether this batch is what reading these partitions now would give."""
         here = replace(self.table, source=table.source)  # the path may be relative or absolute
-        whole = set(self.plan.keys) == set(keys) if keys is not None else self.keys is None
-        return bool(mark[0]) and self._mark == mark and here == table and whole
+        has_keys = self.keys is None if keys is None else set(keys) <= set(self.plan.keys)
+        return bool(mark[0]) and self._mark == mark and here == table and has_keys
+
+    def part(self, keys: Sequence[str] | None) -> Batch:
+        """Return the batch of some of its partitions, or all, for another user."""
+        plan = self.plan.part(self.plan.keys if keys is None else keys)
+        return replace(self, keys=keys, plan=plan)
 
     def close(self) -> None:
         """Release memory and disk."""
@@ -172,6 +180,7 @@ class Batch:
                 draw=options.new_seed,
             )
         self.close()
+        self._states.clear()
         return replace(self, plan=backend.plan(self.table, self.keys))
 
     def selected(
@@ -252,6 +261,8 @@ class Batch:
             )
         source = redact.location(self.table.source)
         check_own_urls(self.plan, source, private_allowed=backend.settings.synthetic)
+        if self._states:
+            return replace(self._states.pop().part(self.plan), held=self.held)
         if not backend.has_journal():
             nothing = NO_KNOWN_REQUESTS.of(self.plan.all_digests)
             return PlanState(self.plan, *nothing, columns, self.held)
@@ -284,8 +295,10 @@ class Batch:
     def manifests(self, backend: Backend, run_id: str) -> MadeManifests:
         """Make the manifest of each partition; or return those that this run made a moment ago."""
         made = self._made.pop(run_id, None) if self._made is not None else None
-        if made is not None and made.plan is self.plan:
-            return made
+        if made is not None:
+            if made.plan.same_images(self.plan):
+                return made
+            made.manifests.close()
         return self._make_manifests(backend, run_id)
 
     def _make_manifests(self, backend: Backend, run_id: str) -> MadeManifests:
@@ -365,6 +378,14 @@ class PlanState:
     budget_columns: Sequence[str] = ()
     held: Mask | None = None
     table_id: str = ""
+
+    def part(self, plan: Plan) -> PlanState:
+        """Return the state of a part of its plan."""
+        seen, intact = (
+            np.concatenate([mask[:0], *(mask[self.plan.place(key)] for key in plan.keys)])
+            for mask in (self.seen, self.intact)
+        )
+        return replace(self, plan=plan, seen=seen, intact=intact)
 
     @property
     def settled(self) -> Mask:

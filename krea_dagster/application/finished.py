@@ -6,27 +6,32 @@ from collections.abc import Sequence
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
-from krea_dagster.engine.journal.bulk_reads import known_requests
+from krea_dagster.digests import Mask
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.manifest import has_manifest
 
 
 def is_finished(
-    backend: Backend, batch: Batch, journal: Journal, key: str, folders: Sequence[str] = ()
+    backend: Backend,
+    batch: Batch,
+    journal: Journal,
+    key: str,
+    *,
+    intact: Mask,
+    folders: Sequence[str] = (),
 ) -> bool:
     """Return whether a partition's images are all intact, and its manifest as a run would write it.
 
     The column ``reused`` may differ: it tells what the run that wrote the manifest has bought.
-    ``folders`` are those of the manifests. Raises JournalError.
+    ``intact`` masks the images of the partition whose files are as they were stored. ``folders``
+    are those of the manifests. Raises JournalError.
     """
-    storage, digests = backend.open_storage(), batch.plan.digests(key)
-    _, intact = known_requests(journal, storage, digests).of(digests)
     return bool(intact.all()) and has_manifest(
-        storage,
+        backend.open_storage(),
         key,
         batch.manifest_schema,
         batch.manifest_parts(key, backend, journal, run_id=""),
         folders,
-        rows=len(digests),
+        rows=len(intact),
         ignored=["reused"],
     )

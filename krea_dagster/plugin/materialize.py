@@ -12,7 +12,7 @@ from typing import Final
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster.application.batch import Batch
+from krea_dagster.application.batch import Batch, PlanState
 from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.finished import is_finished
 from krea_dagster.application.krea import Krea
@@ -101,6 +101,7 @@ def materialize(
     runs = _Runs(on_progress)
     with Batch.read(table, list(partitions) or None, krea, to_buy=True, look=True) as batch:
         check_options(krea, batch, options)
+        state = batch.state(krea)
         in_table = table.partition_keys()
         job = definitions_of(settings).resolve_job_def(JOB_NAME)
         home = _dagster_home(settings)
@@ -114,9 +115,9 @@ def materialize(
             to_run = chosen
             if options.only_missing and not partitions:
                 found = ranges(partitions_def, chosen, known)
-                to_run = _unfinished(instance, krea, batch, found, known)
+                to_run = _unfinished(instance, krea, batch, found, known=known, state=state)
                 runs.leave_out(batch, set(chosen) - set(to_run))
-            with batch.handed_over():
+            with batch.handed_over(state):
                 results = [
                     runs.run(job, instance, range_tags(start, end), options)
                     for start, end in ranges(partitions_def, to_run, known)
@@ -152,7 +153,9 @@ def _unfinished(
     krea: Krea,
     batch: Batch,
     found: Sequence[tuple[str, str]],
+    *,
     known: Sequence[str],
+    state: PlanState,
 ) -> list[str]:
     """Return the partitions of these ranges, without those at their ends that need no run."""
     delivered = delivered_partitions(instance, Names())
@@ -160,7 +163,12 @@ def _unfinished(
         return without_finished(
             found,
             known,
-            lambda key: key in delivered and is_finished(krea, batch, journal, key),
+            lambda key: (
+                key in delivered
+                and is_finished(
+                    krea, batch, journal, key, intact=state.intact[batch.plan.place(key)]
+                )
+            ),
         )
 
 

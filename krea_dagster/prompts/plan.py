@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -65,8 +66,6 @@ class Plan:
 
     Args:
         keys: The partitions, sorted: those that were named, and those that have images.
-        rows: Number of rows.
-        images: Number of images.
         passthrough: Schema of the table's columns that are not recognised.
         warnings: The first rows whose prompt is longer than the model may read.
         warning_count: Number of all such rows.
@@ -74,8 +73,6 @@ class Plan:
     """
 
     keys: Sequence[str]
-    rows: int
-    images: int
     passthrough: pa.Schema
     warnings: tuple[Problem, ...]
     warning_count: int
@@ -83,11 +80,26 @@ class Plan:
     _places: Mapping[str, slice] = field(repr=False)
     _spool: Spool | None = field(repr=False)
 
-    def shared(self) -> Plan:
-        """Return this plan for another user, who closes it too."""
+    def part(self, keys: Sequence[str]) -> Plan:
+        """Return the plan of some of its partitions, for another user, who closes it too."""
         if self._spool is not None:
             self._spool.users += 1
-        return self
+        wanted = sorted(keys)
+        if wanted == list(self.keys):
+            return self
+        parts = [self.digests(key) for key in wanted]
+        ends = np.cumsum([0, *map(len, parts)]).tolist()
+        return replace(
+            self,
+            keys=wanted,
+            all_digests=np.concatenate([self.all_digests[:0], *parts]),
+            _places={key: slice(*place) for key, place in zip(wanted, pairwise(ends), strict=True)},
+        )
+
+    def same_images(self, other: Plan) -> bool:
+        """Return whether another plan of the same table has the same images."""
+        same_keys = list(self.keys) == list(other.keys)
+        return same_keys and np.array_equal(self.all_digests, other.all_digests)
 
     def close(self) -> None:
         """Free memory and disk, if no other user is left."""
@@ -165,7 +177,6 @@ class Plan:
 class PlannedBatch:
     """The images of some rows: their partitions, request keys (as bytes) and other columns."""
 
-    rows: int
     keys: pa.Array
     digests: Digests
     images: pa.RecordBatch | None
@@ -190,7 +201,6 @@ class Planner:
         # Until they are in order: in memory they would be there twice.
         self._digests = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``plan`` or ``close``
         self._counts = np.zeros(0, np.int64)
-        self._rows = 0
 
     def close(self) -> None:
         """Free memory and disk."""
@@ -218,7 +228,6 @@ class Planner:
     def add(self, found: Iterable[PlannedBatch]) -> None:
         """Keep planned images. To be called in the order of the rows."""
         for part in found:
-            self._rows += part.rows
             numbers = self._keys.numbers(part.keys)
             self._numbers.append(numbers.astype(np.int32))
             self._digests.write(part.digests.tobytes())
@@ -235,8 +244,6 @@ class Planner:
         digests = self._in_order(ends)
         return Plan(
             keys=sorted({*named, *keys}),
-            rows=self._rows,
-            images=len(digests),
             passthrough=self._passthrough,
             warnings=warnings,
             warning_count=warning_count,
@@ -267,7 +274,6 @@ class Planner:
 
     def _planned(self, rows: pa.RecordBatch, passthrough: pa.RecordBatch) -> PlannedBatch:
         counts = np.asarray(rows.column("num_images").to_numpy())
-        row_count = rows.num_rows
         if (counts == 1).all():
             samples = np.zeros(len(counts), np.int64)
         else:
@@ -282,7 +288,7 @@ class Planner:
                 [*(columns[one.name].cast(one.type) for one in _KEPT), *passthrough.columns],
                 schema=pa.schema([*_KEPT, *passthrough.schema]),
             )
-        return PlannedBatch(row_count, columns["partition_key"], digests, images)
+        return PlannedBatch(columns["partition_key"], digests, images)
 
     def _columns_of(self, rows: pa.RecordBatch, samples: pa.Array) -> dict[str, pa.Array]:
         columns = {name: rows.column(name) for name in rows.schema.names}

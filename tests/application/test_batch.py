@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,7 @@ def test_a_batch_that_is_handed_over_serves_the_steps_of_a_run(
     written_a_while_ago(bought.table)
     keys = bought.table.partition_keys()
     with Batch.read(bought.table, None, bought.krea, look=True) as batch:
-        with batch.handed_over():
+        with batch.handed_over(batch.state(bought.krea)):
             with Batch.read(bought.table, keys, bought.krea, to_buy=True) as step:
                 assert step.plan is batch.plan
                 left = [one.request.prompt for one in step.state(bought.krea).wanted()]
@@ -131,8 +133,6 @@ def test_a_batch_that_is_handed_over_serves_the_steps_of_a_run(
             with Batch.read(bought.table, keys, bought.krea) as next_step:
                 assert next_step.plan is batch.plan
                 assert sum(part.num_rows for key in keys for part in step.plan.batches(key)) == 8
-            with Batch.read(bought.table, keys[:1], bought.krea) as part_of_it:
-                assert part_of_it.plan is not batch.plan
         with Batch.read(bought.table, keys, bought.krea) as later:
             assert later.plan is not batch.plan
 
@@ -143,7 +143,7 @@ def test_what_changed_since_a_batch_was_read_is_read_again(
 ) -> None:
     bought = Bought(tmp_path, emulator)
     written_a_while_ago(bought.table)
-    with Batch.read(bought.table, None, bought.krea) as batch, batch.handed_over():
+    with handed_over(bought) as batch:
         if what == "the table":
             write_table(Path(bought.table.source), {**ROWS, "seed": [9, 2, 3, 3, 4, 5]})
         else:
@@ -152,13 +152,33 @@ def test_what_changed_since_a_batch_was_read_is_read_again(
             assert step.versions() != batch.versions()
 
 
+def test_a_run_of_some_partitions_uses_its_part_of_a_batch_that_is_handed_over(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    bought = Bought(tmp_path, emulator)
+    written_a_while_ago(bought.table)
+    keys = bought.table.partition_keys()[1:]
+    with Batch.read(bought.table, keys, bought.krea) as alone, handed_over(bought):
+        with Batch.read(bought.table, keys, bought.krea) as images:
+            assert images.plan.same_images(alone.plan)
+            assert images.versions() == alone.versions()
+            for one in (images, images):  # handed over, and looked up again
+                state = one.state(bought.krea)
+                assert (state.intact == alone.state(bought.krea).intact).all()
+            figures = images.summaries(bought.krea, "run")
+        with Batch.read(bought.table, keys, bought.krea) as manifest:
+            made = manifest.manifests(bought.krea, "run")
+            assert made.summaries is figures
+            made.manifests.close()
+
+
 def test_a_run_makes_its_manifests_once_for_their_figures_and_their_files(
     tmp_path: Path, emulator: Emulator
 ) -> None:
     bought = Bought(tmp_path, emulator)
     written_a_while_ago(bought.table)
     keys = bought.table.partition_keys()
-    with Batch.read(bought.table, None, bought.krea) as batch, batch.handed_over():
+    with handed_over(bought):
         with Batch.read(bought.table, keys, bought.krea) as images:
             figures = images.summaries(bought.krea, "run")
         with Batch.read(bought.table, keys, bought.krea) as manifest:
@@ -184,6 +204,16 @@ def test_without_a_step_that_takes_them_manifests_are_made_for_their_figures_onl
             one.statuses for one in figures.values()
         ]
         made.manifests.close()
+
+
+@contextmanager
+def handed_over(bought: Bought) -> Iterator[Batch]:
+    """Read the whole table and hand it over to the runs in the block."""
+    with (
+        Batch.read(bought.table, None, bought.krea) as batch,
+        batch.handed_over(batch.state(bought.krea)),
+    ):
+        yield batch
 
 
 def written_a_while_ago(table: PromptTable) -> None:

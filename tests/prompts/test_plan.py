@@ -85,7 +85,7 @@ def test_keys_seeds_ids_and_versions_are_those_of_the_definition(
     }
     with table.plan(attempts=attempts) as plan:
         expected = list(plan_images(defined, attempts))
-        assert (plan.rows, plan.images) == (len(defined), len(expected))
+        assert len(plan.all_digests) == len(expected)
         by_key: dict[str, list[PlannedImage]] = {key: [] for key in plan.keys}
         for image in expected:
             by_key[image.partition_key].append(image)
@@ -203,5 +203,5 @@ def test_a_plan_that_is_not_kept_still_knows_its_keys_and_versions(open_table: O
     table = open_table({"prompt": ["a", "b", "a"], "num_images": [1, 3, 1], "sample_": [1, 2, 3]})
     with table.plan() as kept, table.plan(keep=False) as bare:
         assert bare.versions() == kept.versions() == table.versions()
-        assert (bare.rows, bare.images) == (kept.rows, kept.images) == (3, 5)
+        assert bare.same_images(kept)
         assert [list(bare.batches(key)) for key in bare.keys] == [[]] * 4
