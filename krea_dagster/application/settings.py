@@ -198,6 +198,15 @@ class Settings(ConnectionSettings):
         variable="KREA_PARTITION_BY",
         metavar="HOW",
     )
+    partitions_per_run: int | None = _setting(
+        None,
+        "Maximum partitions of a backfill's run, so that several workers share a backfill. By "
+        "default one run has them all.",
+        variable="KREA_PARTITIONS_PER_RUN",
+        metavar="N",
+        ge=1,
+        le=100_000,
+    )
     collect: str = _setting(
         "wait",
         "wait: a Dagster run waits for its images. later: it submits and ends, and a sensor "
@@ -254,7 +263,7 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return _api_root(text, variable)
         case "callback_base_url":
             return without_secret(text, variable)
-        case "max_in_flight":
+        case "max_in_flight" | "partitions_per_run":
             (most,) = (bound.le for bound in field.metadata if hasattr(bound, "le"))
             return parse_whole_number(text, variable, most=most)
         case "run_credits" | "day_credits":

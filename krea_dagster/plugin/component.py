@@ -25,6 +25,7 @@ from krea_dagster.plugin.checks import (
     build_spend_check,
 )
 from krea_dagster.plugin.definitions import build_krea_definitions
+from krea_dagster.plugin.partitions import backfill_policy_of
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.scaffolder import KreaImagesScaffolder
 from krea_dagster.plugin.sensors.prompts import on_prompts_changed
@@ -287,7 +288,7 @@ class KreaImages(dg.Component, _Section):
     partitions_per_run: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum partitions of a backfill's run; by default all in one run.",
+        description=Settings.model_fields["partitions_per_run"].description,
     )
     launch_on_changed_prompts: bool = Field(
         default=False,
@@ -372,7 +373,7 @@ class KreaImages(dg.Component, _Section):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Build the definitions. Raises ConfigError for a setting that cannot be used."""
-        per_run, fresh_hours = self.partitions_per_run, self.fresh_within_hours
+        fresh_hours = self.fresh_within_hours
         defs = build_krea_definitions(
             prompts=_in_project(self.prompts, context),
             krea=self.build_resource(context),
@@ -382,7 +383,7 @@ class KreaImages(dg.Component, _Section):
             count_tokens=self._counter(),
             key_prefix=self.key_prefix,
             group_name=self.group_name,
-            backfill_policy=None if per_run is None else dg.BackfillPolicy.multi_run(per_run),
+            backfill_policy=backfill_policy_of(self.partitions_per_run),
             automation_condition=on_prompts_changed() if self.launch_on_changed_prompts else None,
             freshness_policy=(
                 None

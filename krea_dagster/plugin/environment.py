@@ -12,6 +12,7 @@ from krea_dagster.application.settings import (
     variable_of,
 )
 from krea_dagster.plugin.definitions import build_krea_definitions
+from krea_dagster.plugin.partitions import backfill_policy_of
 from krea_dagster.plugin.resource import KreaResource
 
 #: Settings that Dagster must show by the name of their variable.
@@ -34,6 +35,7 @@ def definitions_of(settings: Settings) -> dg.Definitions:
         prompts=settings.prompts,
         partition_by=settings.partition_by,
         krea=resource_of(settings),
+        backfill_policy=backfill_policy_of(settings.partitions_per_run),
         collect_later=settings.collect == "later",
     )
 

@@ -39,6 +39,14 @@ def without_beta_warnings() -> Iterator[None]:
         yield
 
 
+def backfill_policy_of(partitions_per_run: int | None) -> dg.BackfillPolicy | None:
+    """Return the backfill policy of a setting; None if one run has all partitions."""
+    if partitions_per_run is None:
+        return None
+    with without_beta_warnings():
+        return dg.BackfillPolicy.multi_run(partitions_per_run)
+
+
 def partitions_for(
     table: PromptTable, *, name: str, start: str | None = None
 ) -> dg.PartitionsDefinition[str]:

@@ -25,7 +25,7 @@ def test_the_component_has_the_setting_as_it_is_defined(name: str) -> None:
 def test_no_two_settings_share_a_variable() -> None:
     variables = [variable_of(field) for field in Settings.model_fields.values()]
     named = [variable for variable in variables if variable]
-    assert len(named) == len(set(named)) == 14
+    assert len(named) == len(set(named)) == 15
 
 
 def test_secrets_are_not_in_the_repr() -> None:
@@ -54,6 +54,7 @@ def test_without_a_key_the_images_come_from_an_emulator() -> None:
         ("KREA_COLLECT", "never"),
         ("EVOLINK_BASE_URL", "not a URL"),
         ("KREA_MAX_IN_FLIGHT", "1e3"),
+        ("KREA_PARTITIONS_PER_RUN", "0"),
         ("KREA_RUN_CREDITS", "many"),
         ("KREA_BUDGETS", "weekly=3"),
     ],

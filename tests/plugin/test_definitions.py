@@ -233,6 +233,17 @@ def test_every_variable_reaches_the_setting_that_it_names(
     assert partitions.name == "krea_campaign"
 
 
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [("", dg.BackfillPolicy.single_run()), ("3", dg.BackfillPolicy.multi_run(3))],
+)
+def test_a_backfill_has_runs_of_as_many_partitions_as_the_environment_says(
+    value: str, policy: dg.BackfillPolicy
+) -> None:
+    graph = definitions_from_environment({"KREA_PARTITIONS_PER_RUN": value}).resolve_asset_graph()
+    assert [graph.get(key).backfill_policy for key in ASSETS] == [policy, policy]
+
+
 def test_paths_do_not_depend_on_the_working_folder_of_the_process_that_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -253,6 +264,7 @@ def test_paths_do_not_depend_on_the_working_folder_of_the_process_that_runs(
         ("KREA_MAX_IN_FLIGHT", "many"),
         ("KREA_MAX_IN_FLIGHT", "1e3"),
         ("KREA_MAX_IN_FLIGHT", "99999"),
+        ("KREA_PARTITIONS_PER_RUN", "some"),
         ("KREA_PARTITION_BY", "weekly"),
         ("EVOLINK_BASE_URL", "https://"),
         ("EVOLINK_BASE_URL", "api.evolink.ai"),
