@@ -8,7 +8,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test lint bench dev simulate simulate-bugs services-test daemon-test \
-	browser-test docs-images project-test export-test lock clean
+	browser-test docs-images project-test export-test cluster-setup cluster-test lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -70,9 +70,27 @@ project-test: setup  ## Install the wheel into a fresh dg project, as the README
 export-test: setup  ## Read every export back by its own library, in an environment of its own
 	@$(BIN)/python tests/export_env/run.py
 
-lock: setup  ## Resolve the newest packages into requirements.lock
-	@.uv/bin/uv pip compile --quiet --upgrade pyproject.toml --all-extras --group dev --universal \
-		--python-version 3.10 --generate-hashes --no-header --output-file requirements.lock
+cluster-setup: setup .venv/azurite/package.json
+	@.uv/bin/uv pip install --quiet --python $(BIN)/python --require-hashes \
+		--requirements requirements-cluster.lock
+
+.venv/azurite/package.json: .venv/.ready
+	@command -v npm >/dev/null || { echo 'azurite, the emulator of Azure, needs npm (Node.js 20)'; exit 1; }
+	@mkdir -p .venv/azurite
+	@npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.37.0
+	@touch $@
+
+cluster-test: cluster-setup  ## Share work between hosts, on real stores, PostgreSQL and Celery (root)
+	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 2 --dist loadfile
+
+LOCK = .uv/bin/uv pip compile --quiet pyproject.toml --group dev --universal --python-version 3.10 \
+	--generate-hashes --no-header
+
+# What few need is large, and is in a file of its own: `make demo` does not install it.
+lock: setup  ## Resolve the newest packages into requirements.lock and requirements-cluster.lock
+	@$(LOCK) --upgrade --extra polars --extra postgres --extra ui --output-file requirements.lock
+	@$(LOCK) --upgrade --all-extras --group cluster --constraints requirements.lock \
+		--output-file requirements-cluster.lock
 
 clean:  ## Remove what was made and installed
 	@rm -rf data/krea .venv .uv

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import dagster as dg
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -29,14 +31,7 @@ from tests.cluster.servers import SCRIPTS, Postgres, Store, Valkey, free_ports, 
 ROOT: Final = Path(__file__).parents[2]
 SHIPPED: Final = ROOT / "examples" / "cluster"
 
-#: What a backfill from the UI sends.
-LAUNCH_BACKFILL: Final = """
-mutation($partitions: [String!]) {
-  launchPartitionBackfill(backfillParams: {
-    assetSelection: [{path: ["images"]}, {path: ["image_manifest"]}], partitionNames: $partitions
-  }) { __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } }
-}
-"""
+PAGE: Final = ROOT / "docs" / "beyond-one-machine.md"
 
 
 class Cluster:
@@ -52,20 +47,22 @@ class Cluster:
         emulator: Emulator,
         partition_by: str,
         settings: Mapping[str, Any],
+        name: str = "",
     ) -> None:
         self.folder = folder
         self.emulator = emulator
         self._settings = settings
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         (self._port,) = free_ports(1)
+        end = name and f"_{name}"
         self.environment = {
             **store.environment(),
-            "DAGSTER_POSTGRES_URL": postgres.url("dagster", "psycopg2"),
+            "DAGSTER_POSTGRES_URL": postgres.url(f"dagster{end}", "psycopg2"),
             "CELERY_BROKER_URL": broker.url(0),
             "CELERY_BACKEND_URL": broker.url(1),
             "KREA_CODE_HOST": "127.0.0.1",
-            "KREA_JOURNAL_URL": postgres.url("krea"),
-            "KREA_STORAGE": f"{store.url}/made",
+            "KREA_JOURNAL_URL": postgres.url(f"krea{end}"),
+            "KREA_STORAGE": f"{store.url}/made{end}",
             "KREA_PROMPTS": f"{store.url}/prompts.parquet",
             "KREA_PARTITION_BY": partition_by,
             "KREA_PARTITIONS_PER_RUN": "1",
@@ -111,6 +108,10 @@ class Cluster:
             *("dagster-celery", "worker", "start", "-A", "dagster_celery.app", "-y", "celery.yaml"),
         )
 
+    def process(self, name: str) -> psutil.Process:
+        """Return the process that holds a host's others."""
+        return psutil.Process(self._processes[name].pid)
+
     def kill(self, name: str) -> None:
         """Kill a host: all of its processes at once."""
         process = self._processes.pop(name)
@@ -118,19 +119,24 @@ class Cluster:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    def kill_run(self, name: str) -> None:
+        """Kill only the process of a worker that runs, as the kernel does if memory is short."""
+        family = self.process(name).children(recursive=True)
+        family[-1].kill()
+
     def kill_all(self) -> None:
         """Kill every host."""
         for name in list(self._processes):
             self.kill(name)
 
-    def backfill(self, partitions: list[str]) -> str:
-        """Launch a backfill as the UI does; return its id."""
+    def backfill(self) -> str:
+        """Launch a backfill of all partitions as the documentation says; return its id."""
+        (mutation,) = re.findall(r"--text '(mutation.*?)'", PAGE.read_text(), flags=re.DOTALL)
         home = self._home("person")
         done = subprocess.run(
             [
                 *(str(SCRIPTS / "dagster-graphql"), "-w", "workspace.yaml"),
-                *("-t", LAUNCH_BACKFILL, "-v", json.dumps({"partitions": partitions})),
-                *("-o", "answer.json"),
+                *("--text", mutation, "--output", "answer.json"),
             ],
             cwd=home,
             env={**os.environ, **self.environment, "DAGSTER_HOME": str(home)},
@@ -189,13 +195,13 @@ def _changed(content: Any, changes: Any, where: str) -> Any:
     return changes
 
 
-def write_prompts(store: Store, rows: int) -> None:
+def write_prompts(store: Store, rows: int, of: str = "image") -> None:
     """Write a table of so many prompts to the bucket."""
-    table = pa.table({"prompt": [f"image {number}" for number in range(rows)]})
+    table = pa.table({"prompt": [f"{of} {number}" for number in range(rows)]})
     with store.client() as client, client.open(f"{store.url}/prompts.parquet", "wb") as file:
         pq.write_table(table, file)
 
 
-def count_by_status(runs: list[dg.DagsterRun]) -> Counter[str]:
+def count_by_status(runs: Sequence[dg.DagsterRun]) -> Counter[str]:
     """Return how many runs have each status."""
     return Counter(run.status.value for run in runs)

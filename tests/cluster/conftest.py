@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from tests.cluster.servers import (
     Valkey,
     running,
 )
+
+#: `make test` does not install the group cluster, and pytest imports what it does not run.
+collect_ignore = [] if importlib.util.find_spec("dagster_k8s") else ["test_kubernetes.py"]
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +56,3 @@ def store(request: pytest.FixtureRequest) -> Store:
     """Each object store in turn."""
     found: Store = request.getfixturevalue(request.param)
     return found
-
-
-__all__ = ["Postgres", "Valkey"]

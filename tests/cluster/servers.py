@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Final
 
 import fsspec
 import psycopg
+from psycopg import sql
 
 #: The programs of this environment.
 SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
@@ -207,7 +208,9 @@ class Azurite(Store):
 
     protocol = "az"
     _ACCOUNT = "devstoreaccount1"
-    _KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    _KEY = (
+        "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    )
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -262,7 +265,7 @@ class FakeGcs(Store):
 
 
 class Postgres(Server):
-    """PostgreSQL over TCP, with the databases ``dagster`` and ``krea``.
+    """PostgreSQL over TCP.
 
     Its folder must be readable by another user: it does not run as root.
     """
@@ -292,16 +295,19 @@ class Postgres(Server):
 
     def is_up(self) -> bool:
         try:
-            with closing(self.connect("postgres")) as connection:
-                for name in ("dagster", "krea"):
-                    with suppress(psycopg.errors.DuplicateDatabase):
-                        connection.execute(f"CREATE DATABASE {name}".encode())
+            self.connect().close()
         except psycopg.OperationalError:
             return False
         return True
 
-    def connect(self, database: str) -> psycopg.Connection[Any]:
-        """Open a connection."""
+    def create(self, database: str) -> str:
+        """Create a database; return its URL for the journal."""
+        with closing(self.connect()) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        return self.url(database)
+
+    def connect(self, database: str = "postgres") -> psycopg.Connection[Any]:
+        """Open a connection to a database."""
         return psycopg.connect(
             host="127.0.0.1", port=self._port, user="krea", dbname=database, autocommit=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,15 +18,19 @@ from krea_dagster.engine.states import State
 from tests.cluster.cluster import Cluster, count_by_status, write_prompts
 from tests.cluster.servers import Postgres, SeaweedFS, Server, Valkey, wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(os.geteuid() != 0, reason="hosts of their own need root"),
+]
 
 PARTITIONS: Final = 16
 ROWS: Final = PARTITIONS * 60
 AWAY_S: Final = 15.0
-MOST_S: Final = 360.0
+#: Seconds after which something hangs. On two idle cores it takes less than half as long.
+MOST_S: Final = 600.0
 
 #: The shipped times are for runs of an hour.
-SHORTER: Final = {"run_monitoring": {"poll_interval_seconds": 5, "max_runtime_seconds": 60}}
+SHORTER: Final = {"run_monitoring": {"poll_interval_seconds": 5, "max_runtime_seconds": 90}}
 
 
 def away(server: Server) -> None:
@@ -35,7 +40,7 @@ def away(server: Server) -> None:
     server.start()
 
 
-def test_a_backfill_ends_by_itself_although_a_worker_the_bucket_and_the_database_are_lost(
+def test_a_backfill_ends_by_itself_although_a_worker_and_every_server_are_lost_for_a_while(
     tmp_path: Path,
     s3: SeaweedFS,
     postgres: Postgres,
@@ -43,6 +48,8 @@ def test_a_backfill_ends_by_itself_although_a_worker_the_bucket_and_the_database
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_prompts(s3, ROWS)
+    for database in ("dagster", "krea"):
+        postgres.create(database)
     with ExitStack() as stack:
         emulator = stack.enter_context(Emulator(state=tmp_path / "emulator", latency_s=1.0))
         cluster = Cluster(
@@ -61,7 +68,7 @@ def test_a_backfill_ends_by_itself_although_a_worker_the_bucket_and_the_database
         for name in ("worker-1", "worker-2", "worker-3"):
             cluster.start_worker(name)
         started_s = time.monotonic()
-        backfill_id = cluster.backfill([f"bucket-{number:03d}" for number in range(PARTITIONS)])
+        backfill_id = cluster.backfill()
 
         def bought(share: float) -> None:
             wait_until(lambda: cluster.created() >= share * ROWS, MOST_S, lambda: why(cluster))
@@ -78,6 +85,10 @@ def test_a_backfill_ends_by_itself_although_a_worker_the_bucket_and_the_database
         away(s3)
         bought(0.6)
         away(postgres)
+        bought(0.8)
+        cluster.kill_run("worker-2")
+        bought(0.9)
+        away(broker)
         with cluster.instance() as instance:
             wait_until(
                 lambda: backfill_ended(instance, backfill_id),
