@@ -190,6 +190,7 @@ class SeaweedFS(Store):
             f"-volume.port={ports['volume']}",
             f"-filer.port={ports['filer']}",
             f"-metricsPort={ports['metrics']}",
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # fixed ports of things not needed
             "-volume.max=100",  # a bucket takes seven; with too few it answers 500
             "-master.volumeSizeLimitMB=256",
         ]
