@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -169,6 +171,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
     given = parser.parse_args()
+    # Ended from outside, it ends its servers and workers, too.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="krea-cluster-") as folder, ExitStack() as stack:
         Path(folder).chmod(0o755)
         bench = Bench(Path(folder), given.images, stack)
