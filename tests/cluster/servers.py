@@ -32,7 +32,7 @@ SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 AZURITE: Final = Path(sys.prefix) / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 
 #: Seconds after which a server does not come up any more, on a busy machine.
-_UP_S: Final = 25.0
+_UP_S: Final = 240.0
 
 #: The bucket of every store.
 BUCKET: Final = "krea"
@@ -193,6 +193,8 @@ class SeaweedFS(Store):
             *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # fixed ports of things not needed
             "-volume.max=100",  # a bucket takes seven; with too few it answers 500
             "-master.volumeSizeLimitMB=256",
+            # A killed one serves again after half the time.
+            *("-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"),
         ]
 
     def environment(self) -> dict[str, str]:
