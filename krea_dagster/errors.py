@@ -15,7 +15,8 @@
     ├── ImagesNotAsStored     files are missing or not what was verified (curation/export)
     ├── CorruptShard          a shard that was read back is not what was written (curation/export)
     ├── StorageError          a paid image cannot be written; nothing more is bought until it can
-    │   └── StorageUnavailable  the store does not answer; run again when it does
+    │   ├── StorageUnavailable  the store does not answer; run again when it does
+    │   └── StorageRefused      it does not exist or refuses access; correct the setting
     ├── BuyingClosed          nothing was sent; the row is deferred
     │   ├── CapReached          a cap leaves no room; the text says when it frees
     │   └── RunStopped          the account stopped another shard of this run
@@ -201,6 +202,10 @@ class StorageError(KreaError):
 
 class StorageUnavailable(StorageError):
     """The storage root does not answer, perhaps only for a while."""
+
+
+class StorageRefused(StorageError):
+    """The storage root does not exist or refuses access: a setting or a permission is wrong."""
 
 
 # -- buying is not admitted -------------------------------------------------------------------

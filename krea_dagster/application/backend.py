@@ -39,7 +39,7 @@ class Backend:
 
     def open_storage(self) -> Storage:
         """Return the storage root. Raises ConfigError."""
-        return Storage(self.settings.storage)
+        return Storage(self.settings.storage, self.settings.storage_options)
 
     @contextmanager
     def open_journal(self) -> Iterator[Journal]:

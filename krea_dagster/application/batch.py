@@ -99,7 +99,7 @@ class Batch:
         has_journal = backend.has_journal()
         backend.check_root()
         # Before the table is read: what changes meanwhile has another mark.
-        mark = [mark_of_files(table.source), backend.mark_of_attempts(table)]
+        mark = [mark_of_files(table.source, table.storage_options), backend.mark_of_attempts(table)]
         earlier = _handed_over.get()
         if earlier is not None and earlier.serves(table, keys, [*mark, backend.journal_id()]):
             batch = earlier.part(keys)

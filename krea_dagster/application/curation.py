@@ -133,7 +133,8 @@ def refused_since(backend: Backend, exported: Exported) -> int:
         if log is None:
             return 0
         path, _, version = exported.path.rpartition("/")
-        images = ExportTarget(path).index(version)["image_sha256"].to_pylist()
+        target = ExportTarget(path, backend.open_storage().options_for(path))
+        images = target.index(version)["image_sha256"].to_pylist()
         return sum(one.verdict in (REJECT, FLAG) for one in log.current(images).values())
 
 

@@ -13,6 +13,7 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.application.settings import Settings
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError
+from krea_dagster.file_systems import Options, same_kind
 from krea_dagster.models import credits_text
 from krea_dagster.prompts import Defaults, PromptTable, parse_partition_by
 
@@ -59,7 +60,16 @@ class Krea(Backend):
         settings = self.settings
         if not isinstance(settings, Settings):
             raise ConfigError("these settings name no prompt table; pass one")
-        return PromptTable(settings.prompts, parse_partition_by(settings.partition_by))
+        return PromptTable(
+            settings.prompts,
+            parse_partition_by(settings.partition_by),
+            storage_options=self._prompts_options(settings),
+        )
+
+    def _prompts_options(self, settings: Settings) -> Options:
+        if settings.prompts_options or not same_kind(settings.prompts, settings.storage):
+            return settings.prompts_options
+        return settings.storage_options
 
     # -- buying ----------------------------------------------------------------------------------
 
@@ -217,8 +227,10 @@ class Krea(Backend):
         """
         from krea_dagster.application.spend import answer_of
 
-        prompts = self.settings.prompts if isinstance(self.settings, Settings) else None
-        return answer_of(self, query, prompts)
+        settings = self.settings
+        if not isinstance(settings, Settings):
+            return answer_of(self, query)
+        return answer_of(self, query, settings.prompts, self._prompts_options(settings))
 
     def spend_report(self, path: Path, *, by: Sequence[str] = ()) -> list[SpendWarning]:
         """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""

@@ -35,6 +35,7 @@ def open_runner(
     """Yield the engine's runner with these settings. Raises ConfigError or JournalError."""
     backend.check()
     settings, storage = backend.settings, backend.open_storage()
+    storage.probe()
     with ExitStack() as stack:
         journal = stack.enter_context(backend.open_journal())
         root_id = journal.roots.begin(storage, journal.roots.check(storage))

@@ -20,6 +20,7 @@ from krea_dagster import redact
 from krea_dagster.callbacks.urls import url_parts
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
+from krea_dagster.file_systems import parse_options
 from krea_dagster.models import MOST_CREDITS, credits_from_units, parse_cap, parse_whole_number
 
 #: The emulator's default API key.
@@ -51,6 +52,14 @@ class SharedSettings(BaseModel):
         variable="KREA_STORAGE",
         metavar="FOLDER|URL",
         repr=False,  # a URL may contain a password
+    )
+    storage_options: dict[str, Any] = _setting(
+        {},
+        "How fsspec opens a storage root behind a URL, such as its endpoint and credentials, and "
+        'other URLs of its kind. A value {"env": "NAME"} at any depth names a variable.',
+        variable="KREA_STORAGE_OPTIONS",
+        metavar="JSON",
+        repr=False,
     )
     max_in_flight: int = _setting(
         64,
@@ -192,6 +201,14 @@ class Settings(ConnectionSettings):
         metavar="FILE|FOLDER|URL",
         repr=False,
     )
+    prompts_options: dict[str, Any] = _setting(
+        {},
+        "How fsspec opens a prompt table behind a URL. Empty: as the storage root, if that is of "
+        "the same kind.",
+        variable="KREA_PROMPTS_OPTIONS",
+        metavar="JSON",
+        repr=False,
+    )
     partition_by: str = _setting(
         "hash:8",
         "How the table is partitioned: hash:N, column:NAME, day:NAME, week:NAME or month:NAME.",
@@ -270,6 +287,8 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return credits_from_units(parse_cap(text, variable))
         case "budgets":
             return _budgets(text, variable)
+        case "storage_options" | "prompts_options":
+            return parse_options(text, variable)
     return text
 
 

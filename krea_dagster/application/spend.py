@@ -17,6 +17,7 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
+from krea_dagster.file_systems import Options
 from krea_dagster.spend.tables.ledger import exact_rate
 from krea_dagster.spend.tables.query import (
     FIGURES,
@@ -85,9 +86,14 @@ def spend_of(
     return Spend(names, lines, since, until, exact_rate(rate), redact.location(storage.locate("")))
 
 
-def answer_of(backend: Backend, query: str, prompts: str | None = None) -> pa.Table:
+def answer_of(
+    backend: Backend,
+    query: str,
+    prompts: str | None = None,
+    prompts_options: Options | None = None,
+) -> pa.Table:
     """Answer one SELECT over the views. Raises ConfigError or JournalError."""
-    with closing(_opened(backend, prompts)) as duck:
+    with closing(_opened(backend, prompts, prompts_options)) as duck:
         return run_query(duck, query)
 
 
@@ -109,12 +115,14 @@ def update_tables(
         )
 
 
-def _opened(backend: Backend, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
+def _opened(
+    backend: Backend, prompts: str | None = None, prompts_options: Options | None = None
+) -> duckdb.DuckDBPyConnection:
     """Bring the tables up to date, as they are kept apart, and open the views."""
     storage = backend.open_storage()
     rate, by = as_kept(storage)
     update_tables(backend, credits_per_usd=rate, by=by)
-    return open_tables(storage, prompts)
+    return open_tables(storage, prompts, prompts_options)
 
 
 def as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:

@@ -2,7 +2,13 @@
 
 from typing import Final
 
-from krea_dagster.errors import InputError, JournalUnavailable, KreaError, StorageUnavailable
+from krea_dagster.errors import (
+    InputError,
+    JournalUnavailable,
+    KreaError,
+    StorageRefused,
+    StorageUnavailable,
+)
 
 DONE: Final = 0
 NOT_DELIVERED: Final = 1
@@ -16,4 +22,4 @@ def code_of(error: KreaError) -> int:
     """Return the exit code of an error that ended a command."""
     if isinstance(error, JournalUnavailable | StorageUnavailable):
         return TRY_LATER
-    return WRONG_USE if isinstance(error, InputError) else NOT_DELIVERED
+    return WRONG_USE if isinstance(error, InputError | StorageRefused) else NOT_DELIVERED

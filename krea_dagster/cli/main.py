@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
-from typing import Final
+from typing import Final, NoReturn
 
 import click
 
@@ -88,13 +89,21 @@ def run() -> None:
     try:
         main()
     except KreaError as error:
-        from krea_dagster.cli.terminal import say_error
-
-        say_error(redact.text(str(error), *places))
-        sys.exit(code_of(error))
+        _say_and_exit(error, places)
     except Exception as error:
+        from krea_dagster.file_systems import error_of_client
+
+        if (said := error_of_client(error)) is not None:
+            _say_and_exit(said, places)
         if redact.safe_cause(error, *places) is not None:
             raise
         # An unexpected error whose traceback would show a credential.
         sys.stderr.write(redact.text("".join(traceback.format_exception(error)), *places))
         sys.exit(NOT_DELIVERED)
+
+
+def _say_and_exit(error: KreaError, places: Sequence[str]) -> NoReturn:
+    from krea_dagster.cli.terminal import say_error
+
+    say_error(redact.text(str(error), *places))
+    sys.exit(code_of(error))

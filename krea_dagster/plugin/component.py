@@ -265,6 +265,13 @@ class KreaImages(dg.Component, _Section):
             "The prompt table: a Parquet file or a folder below the project's root, or a URL."
         )
     )
+    prompts_options: dict[str, Any] = Field(
+        default={},
+        description=(
+            "How fsspec opens the table's URL; by default as krea.storage_options, if both URLs "
+            "are of the same kind. A value {env: NAME} names a variable."
+        ),
+    )
     partition_by: str = Field(
         default="hash:8",
         description=(
@@ -376,6 +383,7 @@ class KreaImages(dg.Component, _Section):
         fresh_hours = self.fresh_within_hours
         defs = build_krea_definitions(
             prompts=_in_project(self.prompts, context),
+            prompts_options=self.prompts_options,
             krea=self.build_resource(context),
             partition_by=self.partition_by,
             start=self.start,

@@ -1,6 +1,6 @@
 """Builds a code location from a prompt table, a way to partition it, and a resource."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import dagster as dg
 
 from krea_dagster.application.curation import Curation
 from krea_dagster.engine.budget import CREDITS_PER_USD
+from krea_dagster.file_systems import same_kind
 from krea_dagster.plugin.assets.curation import build_curation
 from krea_dagster.plugin.assets.images import POOL, KreaAssets, build_krea_assets
 from krea_dagster.plugin.assets.salvage import build_salvage
@@ -16,7 +17,7 @@ from krea_dagster.plugin.checks import CheckFactory, default_checks
 from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
 from krea_dagster.plugin.names import JOB_NAME, Names, prefix_of
-from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.plugin.resource import KreaResource, named_options
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
@@ -25,6 +26,7 @@ from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_p
 def build_krea_definitions(
     *,
     prompts: str,
+    prompts_options: Mapping[str, Any] | None = None,
     krea: KreaResource,
     partition_by: str = "hash:8",
     start: str | None = None,
@@ -51,6 +53,8 @@ def build_krea_definitions(
 
     Args:
         prompts: The prompt table: a Parquet file, a folder of them, or a URL.
+        prompts_options: How fsspec opens the table's URL; by default as the storage root, if that
+            is of the same kind. Name secrets as ``dagster.EnvVar``.
         krea: The resource that buys the images.
         partition_by: ``hash:N``, ``column:NAME``, ``day:NAME``, ``week:NAME`` or ``month:NAME``.
             The last three may have a time zone (``day:NAME@Europe/Berlin``) and a column
@@ -113,6 +117,7 @@ def build_krea_definitions(
         defaults=defaults or Defaults(),
         count_tokens=count_tokens,
         name="/".join(prefix),
+        storage_options=_prompts_options(prompts, prompts_options, krea),
     )
     krea, relative_storage = _with_absolute_storage(krea)
     curation = curation or Curation()
@@ -134,7 +139,9 @@ def build_krea_definitions(
     )
     resources = {
         names.resource_key: krea,
-        io_manager_key: KreaManifestIOManager(storage=krea.storage),
+        io_manager_key: KreaManifestIOManager(
+            storage=krea.storage, storage_options=krea.storage_options
+        ),
     }
     return dg.Definitions.merge(
         dg.Definitions(assets=assets.all, resources=resources, executor=executor),
@@ -185,6 +192,18 @@ def _sensors(
     if collect:
         sensors.append(build_collect_sensor(names))
     return sensors
+
+
+def _prompts_options(
+    prompts: str, options: Mapping[str, Any] | None, krea: KreaResource
+) -> Mapping[str, Any]:
+    """Return how the table is opened: as given, else as a storage root of the same kind."""
+    if options:
+        return named_options(options)
+    storage = krea.storage
+    if isinstance(storage, dg.EnvVar):
+        storage = storage.get_value() or ""
+    return named_options(krea.storage_options) if same_kind(prompts, storage) else {}
 
 
 def _with_absolute_storage(krea: KreaResource) -> tuple[KreaResource, str]:

@@ -26,6 +26,8 @@ def resource_of(settings: Settings) -> KreaResource:
         is_secret = name in _SECRETS or holds_secret(values[name])
         if values[name] and is_secret and values[name] != EMULATOR_KEY:
             values[name] = dg.EnvVar(variable_of(Settings.model_fields[name]))
+    if values["storage_options"]:
+        values["storage_options"] = {"env": variable_of(Settings.model_fields["storage_options"])}
     return KreaResource(**values)
 
 
@@ -33,6 +35,7 @@ def definitions_of(settings: Settings) -> dg.Definitions:
     """Return the code location of settings that were read from the environment."""
     return build_krea_definitions(
         prompts=settings.prompts,
+        prompts_options=settings.prompts_options,
         partition_by=settings.partition_by,
         krea=resource_of(settings),
         backfill_policy=backfill_policy_of(settings.partitions_per_run),

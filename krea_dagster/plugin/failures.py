@@ -23,6 +23,7 @@ from krea_dagster.errors import (
     StorageUnavailable,
     TryLater,
 )
+from krea_dagster.file_systems import error_of_client
 from krea_dagster.models import credits_text
 
 #: The tags of a run with missing images. The runs page can filter by the first.
@@ -120,6 +121,10 @@ def as_failure() -> Iterator[None]:
     except KreaError as error:
         raise dg.Failure(str(error), allow_retries=False) from redact.safe_cause(error)
     except Exception as error:
+        if (said := error_of_client(error)) is not None:
+            later = isinstance(said, StorageUnavailable)
+            metadata = {TRY_LATER: True} if later else None
+            raise dg.Failure(str(said), metadata=metadata, allow_retries=later) from None
         if redact.safe_cause(error) is None:  # Dagster would keep its text, and a URL in that
             raise dg.Failure(f"{type(error).__name__}: {redact.text(str(error))}") from None
         raise

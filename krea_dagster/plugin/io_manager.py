@@ -13,6 +13,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import Manifests, write_manifest
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.names import MANIFEST_ASSET
+from krea_dagster.plugin.resource import named_options
 
 
 class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
@@ -48,9 +49,15 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
         description="Storage root, which contains manifest/: the storage of the KreaResource.",
     )
 
+    storage_options: dict[str, Any] = Field(
+        default={},
+        description="How fsspec opens a root behind a URL: those of the KreaResource.",
+        repr=False,
+    )
+
     def handle_output(self, context: dg.OutputContext, obj: Manifests | pa.Table) -> None:
         """Write the file of each partition atomically, also without rows."""
-        storage = Storage(self.storage)
+        storage = self._storage()
         folders = manifest_folders(context.asset_key)
         if isinstance(obj, Manifests):
             for key in obj.partition_keys:
@@ -64,12 +71,15 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
         """Read the manifests of the upstream partitions; those never written are skipped."""
         with as_failure():
             return load(
-                Storage(self.storage),
+                self._storage(),
                 sorted(context.asset_partition_keys),
                 manifest_folders(context.asset_key),
                 annotation=context.dagster_type.typing_type,
                 selection=Selection.parse(context.definition_metadata or {}),
             )
+
+    def _storage(self) -> Storage:
+        return Storage(self.storage, named_options(self.storage_options))
 
 
 def manifest_folders(key: dg.AssetKey) -> Sequence[str]:

@@ -1,6 +1,6 @@
 """KreaResource: the settings as a Dagster resource, and the application behind them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -17,7 +17,8 @@ class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
     """Buys images of Krea 2 Turbo from EvoLink, each once, and keeps them verified.
 
     Give ``api_key``, ``callback_secret``, and a ``journal_url`` or ``storage`` with a password as
-    ``dagster.EnvVar``: Dagster shows the name of a variable, but the text of a string.
+    ``dagster.EnvVar``: Dagster shows the name of a variable, but the text of a string. So do the
+    secrets in ``storage_options``.
     """
 
     def krea(self) -> Krea:
@@ -75,6 +76,19 @@ def krea_of(
     return resource.krea()
 
 
+def named_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return storage options with ``{"env": NAME}`` for each EnvVar, as within a run."""
+    return {name: _named(value) for name, value in options.items()}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, dg.EnvVar):
+        return {"env": value.env_var_name}
+    if isinstance(value, Mapping):
+        return named_options(value)
+    return [_named(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def _ids_of(context: dg.OpExecutionContext | dg.AssetExecutionContext | None) -> tuple[str, str]:
     if context is None:
         return "", "generate"
@@ -89,6 +103,8 @@ def _resolved(value: Any) -> Any:
     Raises ConfigError if its variable is not set: with an empty journal URL another journal would
     be created, which knows no purchase.
     """
+    if isinstance(value, Mapping):
+        return named_options(value)
     if not isinstance(value, dg.EnvVar):
         return value
     text = value.get_value()

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.file_systems import file_system_of, local_path
+from krea_dagster.file_systems import Options, local_path, open_url
 
 #: Keys of a file's info that change with its content; each file system has its own.
 _CONTENT_KEYS: Final = (
@@ -24,7 +24,9 @@ _TIME_KEYS: Final = ("mtime", "LastModified", "last_modified", "updated", "modif
 _TOO_FRESH_S: Final = 2.0
 
 
-def mark_of_files(source: str, *, now_s: float | None = None) -> str:
+def mark_of_files(
+    source: str, options: Options | None = None, *, now_s: float | None = None
+) -> str:
     """Return a hash over path, size, time and etag of a table's files, without reading them.
 
     Returns "" if that does not show changes: there is no such file, its file system gives no time,
@@ -33,7 +35,7 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     now_s = time.time() if now_s is None else now_s
     try:
         path = local_path(source)
-        found = _remote_files(source) if path is None else _local_files(path)
+        found = _remote_files(source, options) if path is None else _local_files(path)
     except Exception:  # noqa: BLE001 - each file system has errors of its own; reading shows them
         return ""
     lines = sorted(
@@ -46,9 +48,8 @@ def mark_of_files(source: str, *, now_s: float | None = None) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
-def _remote_files(source: str) -> Mapping[str, Mapping[str, Any]]:
-    filesystem, root = file_system_of(source)
-    filesystem.invalidate_cache()
+def _remote_files(source: str, options: Options | None) -> Mapping[str, Mapping[str, Any]]:
+    filesystem, root = open_url(source, options)
     info = filesystem.info(root)
     if info["type"] == "file":
         return {root: info}

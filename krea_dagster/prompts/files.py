@@ -19,7 +19,8 @@ from pyarrow import fs
 
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, KreaError
-from krea_dagster.file_systems import file_system_of
+from krea_dagster.file_systems import Options, open_url, store_error
+from krea_dagster.store_faults import is_of_client
 
 #: The size of a batch: these bytes, within these rows.
 _BATCH_BYTES: Final = 4 * 1024**2
@@ -47,6 +48,7 @@ class TableFile:
     schema: pa.Schema
     first_row: int
     _path: str
+    _options: Options
     _filesystem: Any
     _fragment: Any
 
@@ -65,7 +67,7 @@ class TableFile:
         ConfigError.
         """
         columns = list(dict.fromkeys(columns))
-        with _reading(self.name, self._path):
+        with _reading(self.name, self._path, self._options):
             metadata = self._fragment.metadata
             first_rows = [self.first_row]
             for group in range(metadata.num_row_groups):
@@ -126,29 +128,30 @@ def _batch_rows(group: Any) -> int:
     return int(min(BATCH_ROWS, max(_LEAST_ROWS, rows)))
 
 
-def open_files(source: str) -> list[TableFile]:
+def open_files(source: str, options: Options | None = None) -> list[TableFile]:
     """Return the table's files, sorted, with their footers read. Raises ConfigError.
 
     In a folder these are all ``.parquet`` and ``.pq`` files in it and below, except names that
     begin with "." or "_".
     """
-    filesystem, root = _filesystem(source)
+    filesystem, root = _filesystem(source, options)
     files: list[TableFile] = []
     first_row = 1
-    for name, path in _listing(source, filesystem, root):
-        file = replace(_open(name, path, filesystem), first_row=first_row)
+    options = options or {}
+    for name, path in _listing(source, options, filesystem, root):
+        file = replace(_open(name, path, options, filesystem), first_row=first_row)
         first_row += file.row_count
         files.append(file)
     return files
 
 
-def _open(name: str, path: str, filesystem: Any) -> TableFile:
-    with _reading(name, path):
+def _open(name: str, path: str, options: Options, filesystem: Any) -> TableFile:
+    with _reading(name, path, options):
         fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=filesystem)
         fragment.ensure_complete_metadata()
         schema = fragment.physical_schema
         _read_names(schema)
-        return TableFile(name, schema, 1, path, filesystem, fragment)
+        return TableFile(name, schema, 1, path, options, filesystem, fragment)
 
 
 def _read_names(fields: Iterable[pa.Field]) -> None:
@@ -158,13 +161,13 @@ def _read_names(fields: Iterable[pa.Field]) -> None:
         _read_names(field.type.field(at) for at in range(field.type.num_fields))
 
 
-def _filesystem(source: str) -> tuple[Any, str]:
+def _filesystem(source: str, options: Options | None) -> tuple[Any, str]:
     if not source.strip():
         raise ConfigError("the prompt table has no name; give a Parquet file, a folder or a URL")
     if "://" not in source:
         return fs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     try:
-        filesystem, path = file_system_of(source)
+        filesystem, path = open_url(source, options)
     except ImportError as missing:
         # Without the fsspec package for this kind of URL, Arrow may have its own.
         try:
@@ -173,20 +176,20 @@ def _filesystem(source: str) -> tuple[Any, str]:
             raise ConfigError(
                 f"{redact.location(source)} cannot be opened: {redact.text(str(missing), source)}"
             ) from redact.safe_cause(missing, source)
+    except ConfigError:
+        raise
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
         reason = redact.text(_first_line(error), source)
         raise ConfigError(
             f"{redact.location(source)} cannot be opened: {reason}; "
             "give a Parquet file, a folder, or a URL of a kind that fsspec supports"
         ) from redact.safe_cause(error, source)
-    # Some file systems cache listings; a process that runs for days must see new files.
-    filesystem.invalidate_cache()
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
-def _listing(source: str, filesystem: Any, root: str) -> list[tuple[str, str]]:
+def _listing(source: str, options: Options, filesystem: Any, root: str) -> list[tuple[str, str]]:
     shown = redact.location(source)
-    with _reading(shown, source):
+    with _reading(shown, source, options):
         info = filesystem.get_file_info(root)
         if info.type == fs.FileType.File:
             return [(shown, root)]
@@ -234,16 +237,21 @@ def _is_table(name: str) -> bool:
 
 
 @contextmanager
-def _reading(name: str, path: str) -> Iterator[None]:
+def _reading(name: str, path: str, options: Options) -> Iterator[None]:
     """Raise errors of Arrow and file systems as a ConfigError that names the file.
 
-    ``path`` may hold credentials, which ``name`` does not.
+    ``path`` and ``options`` may hold credentials, which ``name`` does not. A store that does not
+    answer or refuses access is said to do so.
     """
     try:
         yield
     except KreaError:
         raise
     except Exception as error:  # noqa: BLE001 - Arrow and file systems raise errors of any type
+        if is_of_client(error) and (
+            said := store_error(error, name, options, called="the prompt table")
+        ):
+            raise ConfigError(redact.text(str(said), path)) from None
         reason = redact.text(_first_line(error), path)
         if "crypt" in reason.lower():
             advice = "it is encrypted; write it without encryption"

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, Problem
+from krea_dagster.file_systems import Options
 from krea_dagster.prompts.cells import Bad, plain_array, shown
 from krea_dagster.prompts.columns import (
     BadCells,
@@ -112,6 +113,7 @@ class Scan:
         by: PartitionBy,
         wanted: frozenset[str] | None,
         *,
+        options: Options,
         defaults: Defaults,
         count_tokens: Callable[[str], int],
         max_prompt_tokens: int,
@@ -126,7 +128,7 @@ class Scan:
         self._wanted_keys = pa.array(sorted(wanted or ()), pa.string())
         self._problems = Problems()
         self.warnings = Problems()
-        self._layout = Layout.of(by, open_files(source), self._problems)
+        self._layout = Layout.of(by, open_files(source, options), self._problems)
         self.passthrough_schema = self._layout.passthrough if passthrough else pa.schema([])
         names = by.keys() if isinstance(by, HashPartitions) else []
         self._bucket_names = pa.array(names, pa.string())

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from krea_dagster.errors import ConfigError
+from krea_dagster.file_systems import Options
 from krea_dagster.prompts.cells import shown
 from krea_dagster.prompts.columns import partition_keys
 from krea_dagster.prompts.files import open_files
@@ -40,6 +41,7 @@ class PromptTable:
         count_tokens: Counts the tokens of a prompt.
         max_prompt_tokens: A prompt with more tokens is a problem of its row.
         name: Distinguishes tables that share a journal. Empty: ``source`` does.
+        storage_options: How fsspec opens a URL. A value ``{"env": "NAME"}`` names a variable.
 
     Raises:
         ConfigError: By every method: a file is missing or cannot be read.
@@ -53,6 +55,7 @@ class PromptTable:
     count_tokens: Callable[[str], int] = estimate_tokens
     max_prompt_tokens: int = MAX_TOKENS
     name: str = ""
+    storage_options: Options = field(default_factory=dict, hash=False, repr=False)
 
     def partition_keys(self) -> list[str]:
         """Return the keys of all partitions, sorted.
@@ -79,7 +82,7 @@ class PromptTable:
 
     def row_count(self) -> int:
         """Return the number of rows, from the footers of the files."""
-        return sum(file.row_count for file in open_files(self.source))
+        return sum(file.row_count for file in open_files(self.source, self.storage_options))
 
     def plan(
         self,
@@ -131,6 +134,7 @@ class PromptTable:
             self.source,
             self.partition_by,
             wanted,
+            options=self.storage_options,
             defaults=self.defaults,
             count_tokens=self.count_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
@@ -173,7 +177,7 @@ class PromptTable:
 
     def _keys_in_table(self, by: ColumnPartitions | TimePartitions | MultiPartitions) -> set[str]:
         problems = Problems()
-        layout = Layout.of(by, open_files(self.source), problems)
+        layout = Layout.of(by, open_files(self.source, self.storage_options), problems)
         keys: set[str] = set()
         for file in layout.files if layout.partition_columns else ():
             for first, batch in file.batches(layout.partition_columns):

@@ -46,6 +46,7 @@ KEY = "sk-of-the-component-7Hq2"
 #: Everything that the YAML takes, nothing as it is by default.
 EVERYTHING: dict[str, Any] = {
     "prompts": "data/prompts.parquet",
+    "prompts_options": {"anon": True},
     "partition_by": "day:day@Europe/Berlin",
     "start": "2026-10-26",
     "krea": {
@@ -55,6 +56,7 @@ EVERYTHING: dict[str, Any] = {
         "callback_secret_env": "HERO_SECRET",
         "emulator": False,
         "storage": "made",
+        "storage_options": {"client_kwargs": {"key": {"env": "HERO_STORE_KEY"}}},
         "base_url": "https://gateway.example",
         "max_in_flight": 5,
         "max_per_s": 2.5,

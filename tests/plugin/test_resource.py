@@ -8,10 +8,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from krea_dagster import Defaults, KreaResource
+from krea_dagster import Defaults, Krea, KreaResource, Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import AccountStopped, ConfigError, PromptTableError
 from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.plugin.environment import resource_of
 from tests.dagster_bench import OpenAccount, bought, posts
 
 
@@ -153,3 +154,31 @@ def test_a_variable_that_is_not_set_is_an_error_and_begins_no_other_journal(
     with pytest.raises(ConfigError, match="the variable A_JOURNAL_THAT_IS_NOT_SET is not set"):
         krea.generate(["never bought"])
     assert not (tmp_path / "krea").exists()
+
+
+def test_a_secret_in_the_storage_options_is_known_by_its_variable_only() -> None:
+    options = {"key": "AKIA", "client_kwargs": {"secret": dg.EnvVar("STORE_SECRET")}}
+    resource = KreaResource(emulator=True, storage="memory://krea", storage_options=options)
+    named = {"key": "AKIA", "client_kwargs": {"secret": {"env": "STORE_SECRET"}}}
+    assert resource.krea().settings.storage_options == named
+    assert "AKIA" not in repr(resource)
+
+
+def test_options_of_the_environment_reach_the_resource_by_the_name_of_their_variable() -> None:
+    environ = {"KREA_STORAGE": "s3://krea", "KREA_STORAGE_OPTIONS": '{"secret": "s3cr3t-word"}'}
+    resource = resource_of(Settings.from_environment(environ))
+    assert resource.storage_options == {"env": "KREA_STORAGE_OPTIONS"}
+
+
+def test_a_prompt_table_is_opened_as_a_storage_root_of_its_kind() -> None:
+    options = {"endpoint_url": "http://store:9000"}
+    store: dict[str, Any] = {
+        "storage": "s3://krea/made",
+        "journal_url": "sqlite:////tmp/journal.db",
+    }
+    settings = Settings(prompts="s3://krea/p.parquet", storage_options=options, **store)
+    assert Krea(settings).table().storage_options == options
+    elsewhere = settings.model_copy(update={"prompts": "/data/prompts.parquet"})
+    assert Krea(elsewhere).table().storage_options == {}
+    own = settings.model_copy(update={"prompts_options": {"anon": True}})
+    assert Krea(own).table().storage_options == {"anon": True}

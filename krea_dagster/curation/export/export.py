@@ -99,7 +99,7 @@ def export(
     published.
     """
     with _storage_errors(to), select_rows(storage, spec, folders) as rows:
-        target = ExportTarget(to)
+        target = ExportTarget(to, storage.options_for(to))
         latest = None if fresh else target.latest()
         previous = target.described(latest) if latest else None
         index = None

@@ -27,12 +27,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.engine.storage.storage import Storage, sync_folder
 from krea_dagster.errors import StorageError
+from krea_dagster.file_systems import Options
 
 LATEST: Final = "LATEST"
 LINK: Final = "latest"
@@ -63,8 +63,8 @@ _PIECE: Final = 1 << 20
 class ExportTarget:
     """A folder or URL for exports. Thread-safe."""
 
-    def __init__(self, root: str) -> None:
-        self.storage = Storage(root)
+    def __init__(self, root: str, options: Options | None = None) -> None:
+        self.storage = Storage(root, options, called="the export's target")
         self._numbers = count()
         self._made: set[str] = set()
         self._unsynced = False
@@ -176,8 +176,7 @@ class ExportTarget:
     def link(self, old: str, new: str) -> None:
         """Give a file a second name: a hard link, or a copy where that is not possible."""
         if self.storage.folder is None:
-            fs, path = fsspec.core.url_to_fs(self.locate(new))
-            fs.cp_file(fsspec.core.url_to_fs(self.locate(old))[1], path)
+            self.storage.copy(old, new)
             return
         path = self._path(new)
         temporary = self._temporary(path)

@@ -1,15 +1,16 @@
 """Bulk reads of the journal in columns: which images are intact, and what the views show.
 
 The database joins a column of many rows into one text, so that no object is made for a row. For
-many requests, the journal is scanned once and the image folders are listed; a few are looked up.
+many requests, the journal is scanned once and the image folders are listed; a few are looked up. An
+object store is asked for the wanted images only.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,8 +32,8 @@ from krea_dagster.digests import (
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import FORMATS
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.file_systems import file_system_of
+from krea_dagster.engine.storage.lookups import listing_of, plan_lookups
+from krea_dagster.engine.storage.storage import STORE_THREADS, Storage
 
 #: The columns of a request and of its present submission that the views read. Times are in
 #: microseconds since 1970, UTC.
@@ -71,6 +72,9 @@ _LOOKUP_COST: Final = 5
 
 #: Threads that list folders. The operating system does the work.
 _THREADS: Final = min(4, os.cpu_count() or 1)
+
+#: Questions about single files that a thread asks one after the other.
+_QUESTIONS: Final = 8
 
 _ENDINGS: Final = pa.array([f".{ending}" for ending in FORMATS.values()], pa.string())
 
@@ -114,8 +118,8 @@ def known_requests(journal: Journal, storage: Storage, digests: Digests) -> Know
     if found is not None:
         return found
     with journal.database.read() as connection:
-        requests = _look_up(connection, digests)
-    return KnownRequests(requests, _intact_by_lookup(storage, requests))
+        requests, known = _look_up(connection, digests), request_count(connection)
+    return KnownRequests(requests, _intact_by_lookup(storage, requests, known))
 
 
 def all_known_requests(journal: Journal, storage: Storage, number: int) -> KnownRequests | None:
@@ -124,7 +128,7 @@ def all_known_requests(journal: Journal, storage: Storage, number: int) -> Known
     Raises JournalError.
     """
     with journal.database.read() as connection:
-        if number * _LOOKUP_COST < _row_count(connection):
+        if number * _LOOKUP_COST < request_count(connection):
             return None
         requests = _scan(connection)
     return KnownRequests(requests, _intact_by_listing(storage, requests))
@@ -164,10 +168,21 @@ def _is_sqlite(connection: Connection) -> bool:
     return connection.dialect.name == "sqlite"
 
 
-def _row_count(connection: Connection) -> int:
-    """Return the approximate number of requests."""
-    count = "max(rowid)" if _is_sqlite(connection) else "count(*)"
-    return connection.execute(text(f"SELECT {count} FROM requests")).scalar() or 0
+def request_count(connection: Connection) -> int:
+    """Return the approximate number of requests, without counting them."""
+    if _is_sqlite(connection):
+        return connection.execute(text("SELECT max(rowid) FROM requests")).scalar() or 0
+    # As PostgreSQL's planner: the rows per page of the last analysis, for the pages of now.
+    estimate = connection.execute(
+        text(
+            "SELECT reltuples / greatest(relpages, 1) "
+            "* greatest(pg_relation_size(oid) / current_setting('block_size')::int, 1) "
+            "FROM pg_class WHERE oid = 'requests'::regclass AND relpages > 0"
+        )
+    ).scalar()
+    if estimate is None or estimate < 0:  # not analysed yet
+        return connection.execute(text("SELECT count(*) FROM requests")).scalar() or 0
+    return int(estimate)
 
 
 def _lists(connection: Connection, names: Sequence[str], keys: str) -> list[list[Any]]:
@@ -229,7 +244,7 @@ def _scan(connection: Connection) -> DigestSet:
 
 
 def _ranges(connection: Connection) -> Iterator[tuple[int, int] | tuple[str, str]]:
-    rows = _row_count(connection)
+    rows = request_count(connection)
     if _is_sqlite(connection):
         for low in range(1, rows + 1, _ROWS):
             yield low, low + _ROWS - 1
@@ -317,46 +332,84 @@ def _digest_set(every: list[Digests], files: list[_Numbers]) -> DigestSet:
 # -- the files ------------------------------------------------------------------------------------
 
 
-def _intact_by_lookup(storage: Storage, requests: DigestSet) -> Mask:
-    """Check the file of each. Behind a URL, list all files if there are more than a few."""
-    (stored,) = np.nonzero(requests.values >= 0)
-    if storage.folder is None and len(stored) > _THREADS:
-        return _intact_by_listing(storage, requests)
+def _intact_by_lookup(storage: Storage, requests: DigestSet, known: int) -> Mask:
+    """Check the file of each. ``known`` is about how many requests the journal has."""
+    if storage.folder is None:
+        return _intact_in_store(storage, requests, known)
     intact = np.zeros(len(requests), np.bool_)
-    endings = _ENDINGS.to_pylist()
-    for place in stored.tolist():
-        key = requests.words[place].tobytes().hex()
-        size, ending = divmod(int(requests.values[place]), len(endings))
-        intact[place] = storage.size_bytes(f"images/{key[:2]}/{key}{endings[ending]}") == size
+    for place in np.flatnonzero(requests.values >= 0).tolist():
+        intact[place] = _is_intact(storage, requests, place)
     return intact
+
+
+def _is_intact(storage: Storage, requests: DigestSet, place: int) -> bool:
+    key = requests.words[place].tobytes().hex()
+    size, ending = divmod(int(requests.values[place]), len(_ENDINGS))
+    return storage.size_bytes(f"images/{key[:2]}/{key}{_ENDINGS[ending].as_py()}") == size
 
 
 def _intact_by_listing(storage: Storage, requests: DigestSet) -> Mask:
     """Check whether the file of each is listed in its folder with its size."""
+    if storage.folder is None:
+        return _intact_in_store(storage, requests, len(requests))
     intact = np.zeros(len(requests), np.bool_)
     if not len(requests):
         return intact
-    for digests, files in _listed(storage):
+    for digests, files in _listed(storage.folder / "images"):
         places = requests.find(digests)
         same = (places >= 0) & (requests.values[places] == files)
         intact[places[same]] = True
     return intact
 
 
-def _listed(storage: Storage) -> Iterator[tuple[Digests, _Numbers]]:
+def _intact_in_store(storage: Storage, requests: DigestSet, known: int) -> Mask:
+    """Check the file of each in an object store, as ``lookups.py`` plans it.
+
+    One beginning of keys is in memory at a time for each thread.
+    """
+    intact = np.zeros(len(requests), np.bool_)
+    stored = np.flatnonzero(requests.values >= 0)
+    wanted = requests.words[stored].view(np.uint8).reshape(len(stored), 32)
+
+    def ask(places: _Numbers) -> None:
+        for place in places.tolist():
+            intact[place] = _is_intact(storage, requests, place)
+
+    def list_beginning(beginning: str) -> None:
+        digests, files = _in_place(storage.listed(listing_of(beginning)))
+        places = requests.find(digests)
+        same = (places >= 0) & (requests.values[places] == files)
+        intact[places[same]] = True
+
+    with ThreadPoolExecutor(STORE_THREADS) as pool:
+        calls: list[Future[None]] = []
+        for one in plan_lookups(wanted, known, by_prefix=storage.lists_by_prefix):
+            if one.beginning is not None:
+                calls.append(pool.submit(list_beginning, one.beginning))
+                continue
+            places = stored[one.places]
+            starts = range(0, len(places), _QUESTIONS)
+            calls += [pool.submit(ask, places[at : at + _QUESTIONS]) for at in starts]
+        for call in calls:
+            call.result()
+    return intact
+
+
+def _in_place(listed: Sequence[tuple[str, int]]) -> tuple[Digests, _Numbers]:
+    """Return the keys and files of a listing, as ``_named``; those in their own folders."""
+    own = []
+    for path, size in listed:
+        folder, _, name = path.removeprefix("images/").partition("/")
+        if name[:2] == folder:
+            own.append((name, size))
+    return _named([name for name, _ in own], [size for _, size in own])
+
+
+def _listed(root: Path) -> Iterator[tuple[Digests, _Numbers]]:
     """Yield the files of each image folder: their keys, and their sizes and endings as numbers.
 
     A file counts only in the folder that its key begins with.
     """
-    if storage.folder is None:
-        remote, path = file_system_of(storage.locate("images"))
-        remote.invalidate_cache()
-        found: Mapping[str, Mapping[str, Any]] = remote.find(path, detail=True)
-        files = {tuple(name.split("/")[-2:]): about["size"] for name, about in found.items()}
-        in_place = {name[-1]: size for name, size in files.items() if name[-1][:2] == name[0]}
-        yield _named(list(in_place), list(in_place.values()))
-        return
-    root = storage.folder / "images"
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(_in_folder, folders)

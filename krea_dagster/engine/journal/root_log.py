@@ -57,6 +57,7 @@ class RootMarker:
                 found = json.loads(file.read(4096))
             return cls(*(str(found[name]) for name in ("root_id", "journal_id", "token")))
         except (FileNotFoundError, NotADirectoryError):
+            storage.require_bucket()
             return None
         except OSError as error:
             raise StorageError(
@@ -158,7 +159,7 @@ class RootLog(DatabaseLog):
         """Check that some of the expected files exist."""
         most = _CHECKED_FILES[storage.folder is None]
         expected = _files_of(connection, root_id, most)
-        missing = [one for one in expected if storage.size_bytes(one.image_path) is None]
+        missing = _missing(storage, expected)
         all_gone = 2 < len(expected) == len(missing)
         if all_gone or len(missing) * 2 > len(expected) >= _MANY:
             raise ConfigError(
@@ -179,7 +180,7 @@ class RootLog(DatabaseLog):
         if later is None:
             return
         newer = [one for one in _files_of(connection, root_id, most) if one.at >= later]
-        gone = [one for one in newer if storage.size_bytes(one.image_path) is None]
+        gone = _missing(storage, newer)
         if newer and len(gone) * 2 > len(newer):
             raise ConfigError(
                 f"the storage root {storage.shown('')} is older than the journal "
@@ -265,7 +266,7 @@ class RootLog(DatabaseLog):
         root_id = self._database.write("accept a storage root in", write)
         with self._database.read() as connection:
             expected = _files_of(connection, root_id, None)
-        gone = [one.request_key for one in expected if storage.size_bytes(one.image_path) is None]
+        gone = [one.request_key for one in _missing(storage, expected)]
 
         def note(connection: Connection) -> None:
             for key in gone:
@@ -304,6 +305,12 @@ class RootLog(DatabaseLog):
             for key, location in rows_with(connection, query, files.c.request_key, request_keys):
                 found.setdefault(key, []).append(location)
         return found
+
+
+def _missing(storage: Storage, expected: Sequence[Any]) -> list[Any]:
+    """Return which of these files a root does not have."""
+    sizes = storage.sizes_bytes([one.image_path for one in expected])
+    return [one for one, size in zip(expected, sizes, strict=True) if size is None]
 
 
 def _is_copy(storage: Storage, location: str, root_id: str) -> bool:

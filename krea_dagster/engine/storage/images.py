@@ -171,7 +171,8 @@ class ImageStore:
     def _copied(self, location: str, record: Record) -> StoredImage | None:
         image = record.image
         try:
-            data = None if image is None else _read(Storage(location), image.path)
+            other = Storage(location, self.storage.options_for(location))
+            data = None if image is None else _read(other, image.path)
             if image is None or data is None or self._of(record, image.path, data) is None:
                 return None
             self.storage.write(image.path, lambda file: file.write(data))

@@ -10,6 +10,8 @@ import hashlib
 import os
 import re
 import socket
+import stat
+import tempfile
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -19,6 +21,8 @@ from typing import Final
 
 import psutil
 
+from krea_dagster.errors import ConfigError
+
 #: The folder under the storage root.
 FOLDER: Final = ".partial"
 #: A file of this age is abandoned: writing a file never takes that long.
@@ -26,6 +30,24 @@ _ABANDONED_S: Final = 24 * 3600.0
 
 _NAME = re.compile(r"(?P<host>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-\d+\.part")
 _NUMBERS: Final = count()
+
+
+def own_folder() -> Path:
+    """Return this user's folder for temporary files of storage roots behind URLs.
+
+    It is in the system's folder for such files, which TMPDIR names. Raises ConfigError if another
+    user owns it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"krea-dagster-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} does not belong to this user, or is not a folder; remove it, or name "
+            "another folder for temporary files (TMPDIR)"
+        )
+    return folder
 
 
 def new_name() -> str:

@@ -147,7 +147,7 @@ def build_prompts_sensor(
         same = "The prompt table requests the same images as before."
         try:
             marks = Marks(
-                mark_of_files(table.source),
+                mark_of_files(table.source, table.storage_options),
                 krea.mark_of_attempts(table),
                 mark_of_reports(instance, keys),
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from krea_dagster.engine.record import Record, StoredImage
+from krea_dagster.engine.storage.listed_sizes import ListedSizes
 from krea_dagster.engine.storage.storage import Storage
 
 #: Bytes read at once.
@@ -36,10 +37,17 @@ class FileChecker:
 
     The first ``hash_bytes`` bytes are hashed (None: all); of the other files only the size is read.
     Use it as a context manager.
+
+    Args:
+        storage: The storage root.
+        hash_bytes: How many bytes to hash.
+        stored: About how many images it has. The requests come in the order of their keys, so that
+            an object store is listed page by page.
     """
 
-    def __init__(self, storage: Storage, *, hash_bytes: int | None = None) -> None:
+    def __init__(self, storage: Storage, *, hash_bytes: int | None = None, stored: int = 0) -> None:
         self._storage = storage
+        self._listed = ListedSizes(storage, stored)
         self._left = hash_bytes
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         self._waiting: deque[tuple[Record, StoredImage, Future[FileState]]] = deque()
@@ -73,7 +81,7 @@ class FileChecker:
 
     def _size(self, name: str) -> FileState:
         try:
-            return FileState(self._storage.size_bytes(name))
+            return FileState(self._listed.size_bytes(name))
         except OSError as error:
             return FileState(trouble=str(error))
 

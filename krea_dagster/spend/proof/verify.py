@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from itertools import groupby, islice
 from pathlib import PurePosixPath
 from typing import Final
 
 from krea_dagster.engine.budget import Commitment
+from krea_dagster.engine.journal.bulk_reads import request_count
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.rows import Charge, scopes_of_charge
 from krea_dagster.engine.journal.snapshot import RequestEvents, Snapshot
@@ -56,7 +58,10 @@ def verify(
     findings = ProofFindings(frozenset(excused))
     listed = compare_rows(storage, journal, findings)
     _compare_files(storage, journal, findings)
-    with journal.snapshot() as snapshot, FileChecker(storage, hash_bytes=hash_bytes) as checker:
+    with journal.snapshot() as snapshot, ExitStack() as stack:
+        stored = request_count(snapshot.connection)
+        checker = FileChecker(storage, hash_bytes=hash_bytes, stored=stored)
+        stack.enter_context(checker)
         check = _JournalCheck(
             findings,
             listed,

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from krea_dagster import redact
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, KreaError
-from krea_dagster.file_systems import arrow_file_system_of, file_system_of
+from krea_dagster.file_systems import Options, open_for_arrow, open_url
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
@@ -109,15 +109,17 @@ def stored_tables(storage: Storage) -> SpendTables:
     )
 
 
-def open_tables(storage: Storage, prompts: str | None = None) -> duckdb.DuckDBPyConnection:
+def open_tables(
+    storage: Storage, prompts: str | None = None, prompts_options: Options | None = None
+) -> duckdb.DuckDBPyConnection:
     """Open a DuckDB with the views ``ledger``, ``daily``, ``failures``, ``manifest``, ``prompts``.
 
-    ``prompts`` is the source of the prompt table. Nothing else can be read, and nothing written.
-    Raises ConfigError.
+    ``prompts`` is the source of the prompt table, opened with ``prompts_options``. Nothing else can
+    be read, and nothing written. Raises ConfigError.
     """
     views = {"manifest": stored_table(storage, "manifest", MANIFEST_SCHEMA)}
     if prompts is not None:
-        views["prompts"] = _prompts(prompts)
+        views["prompts"] = _prompts(prompts, prompts_options)
     return stored_tables(storage).open(**views)
 
 
@@ -174,10 +176,11 @@ def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:
     return list(duck.sql(f"SELECT * FROM {view} LIMIT 0").columns)
 
 
-def _prompts(source: str) -> Table:
+def _prompts(source: str, options: Options | None) -> Table:
     try:
-        paths = _prompt_files(source)
-        return dataset_of(paths, pa.schema([] if paths else [("prompt", pa.string())]))
+        paths = _prompt_files(source, options)
+        schema = pa.schema([] if paths else [("prompt", pa.string())])
+        return dataset_of(paths, schema, options)
     except KreaError:
         raise
     except Exception as error:  # noqa: BLE001 - Arrow and file systems raise errors of any type
@@ -187,8 +190,8 @@ def _prompts(source: str) -> Table:
         ) from redact.safe_cause(error, source)
 
 
-def _prompt_files(source: str) -> list[str]:
-    fs, path = file_system_of(source)
+def _prompt_files(source: str, options: Options | None) -> list[str]:
+    fs, path = open_url(source, options)
     if fs.isdir(path):
         found = [name for name in fs.find(path) if name.endswith(".parquet")]
         return [str(fs.unstrip_protocol(name)) for name in sorted(found)]
@@ -200,7 +203,7 @@ def prompt_texts(storage: Storage, prompt_ids: Sequence[str]) -> Mapping[str, st
     names = [name for name in storage.names("manifest") if name.endswith(".parquet")]
     if not names or not prompt_ids:
         return {}
-    found = [arrow_file_system_of(storage.locate(name)) for name in names]
+    found = [open_for_arrow(storage.locate(name), storage.options) for name in names]
     schema = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
     paths = [path for _, path in found]
     manifests = ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
@@ -212,15 +215,17 @@ def prompt_texts(storage: Storage, prompt_ids: Sequence[str]) -> Mapping[str, st
 def stored_table(storage: Storage, folder: str, schema: pa.Schema) -> Table:
     """Open the Parquet files of a folder as one table; an empty one where there are none."""
     names = sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
-    return dataset_of(map(storage.locate, names), schema)
+    return dataset_of(map(storage.locate, names), schema, storage.options)
 
 
-def dataset_of(locations: Iterable[str], schema: pa.Schema) -> Table:
+def dataset_of(
+    locations: Iterable[str], schema: pa.Schema, options: Options | None = None
+) -> Table:
     """Open Parquet files as one table with the columns of ``schema`` and of all files.
 
     Rows are read when they are used. Raises ConfigError where types disagree.
     """
-    found = [arrow_file_system_of(location) for location in locations]
+    found = [open_for_arrow(location, options) for location in locations]
     for fs, path in found:
         schema = _unified(schema, pq.read_schema(path, filesystem=fs))
     if not found:

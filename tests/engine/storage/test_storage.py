@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
@@ -9,6 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError, StorageRefused
 
 
 class Listing(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -56,3 +63,97 @@ def test_a_file_stored_by_another_host_is_found() -> None:
     with elsewhere.open(storage.locate("images/aa/1.png"), "wb") as file:
         file.write(b"1234567890")
     assert storage.size_bytes("images/aa/1.png") == 10
+
+
+class Refusing(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A store whose credentials do not permit one call."""
+
+    protocol = "refusing"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    refused: ClassVar[str] = ""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("refusing://", "memory://")))
+
+    def _check(self, call: str) -> None:
+        if self.refused == call:
+            raise PermissionError("Access Denied")
+
+    def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
+        self._check("write")
+        super().pipe_file(path, value, **kwargs)
+
+    def cat_file(self, path: str, **kwargs: Any) -> Any:
+        self._check("read")
+        return super().cat_file(path, **kwargs)
+
+    def find(self, path: str, **kwargs: Any) -> Any:
+        self._check("list")
+        return super().find(path, **kwargs)
+
+    def rm_file(self, path: str) -> None:
+        self._check("delete")
+        super().rm_file(path)
+
+
+@pytest.mark.parametrize("refused", ["write", "read", "list", "delete"])
+def test_what_the_credentials_do_not_permit_is_named_before_anything_is_bought(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    storage = Storage("refusing://bucket/krea")
+    storage.probe()
+    monkeypatch.setattr(Refusing, "refused", refused)
+    with pytest.raises(StorageRefused, match=rf"access is refused \(tried to {refused}\)"):
+        storage.probe()
+
+
+def test_a_probe_leaves_nothing_behind() -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/krea")
+    storage.probe()
+    assert list(storage.names("")) == []
+
+
+def test_files_behind_a_url_are_listed_folder_by_folder() -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/krea")
+    names = ["images/00/1.png", "images/00/2.png", "images/ff/3.png", "manifest/a/b.parquet"]
+    for name in names:
+        storage.write(name, lambda file: file.write(b"1"))
+    assert list(storage.names("images")) == names[:3]
+    assert list(storage.names("")) == names
+    assert list(storage.names("missing")) == []
+    assert storage.listed("images/00/2") == [("images/00/2.png", 1)]
+    assert storage.has_files("images")
+    assert not storage.has_files("missing")
+
+
+def test_a_killed_process_leaves_no_temporary_file_of_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begins_a_file_and_is_killed = (
+        "import os, signal, sys\n"
+        "from krea_dagster.engine.storage.storage import Storage\n"
+        "Storage('memory://bucket/krea').create_temporary()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", begins_a_file_and_is_killed], env=environ, check=False)
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (left,) = folder.iterdir()
+    with Storage("memory://bucket/krea").scratch() as own:
+        assert list(folder.iterdir()) == [own]
+    assert not left.exists()
+
+
+def test_another_users_folder_for_temporary_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"krea-dagster-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        Storage("memory://bucket/krea").create_temporary()
