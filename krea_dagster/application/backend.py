@@ -84,7 +84,7 @@ class Backend:
         if not self.has_journal():
             return False
         with self.open_journal() as journal:
-            return bool(journal.count_by_state()) or journal.roots.any_accepted()
+            return journal.has_requests() or journal.roots.any_accepted()
 
     def journal_id(self) -> str:
         """Return the journal's id; empty if there is no journal."""

@@ -93,6 +93,11 @@ _LIBPQ: Final = {
 }
 
 
+#: Most connections of an open journal to PostgreSQL: half of them read, and half of them write, of
+#: which each run holds one for its lock. A run usually has three.
+MOST_CONNECTIONS: Final = 8
+
+
 class Database:
     """The database behind a SQLAlchemy URL, at the schema of this version of the package.
 
@@ -350,7 +355,13 @@ class Database:
             libpq = self._url.get_driver_name() in ("psycopg", "psycopg2")
             given = set(self._url.query)
             settings = {k: v for k, v in _LIBPQ.items() if libpq and k not in given}
-            return create_engine(self._url, pool_size=2, pool_pre_ping=True, connect_args=settings)
+            return create_engine(
+                self._url,
+                pool_size=2,
+                max_overflow=MOST_CONNECTIONS // 2 - 2,  # there are two engines
+                pool_pre_ping=True,
+                connect_args=settings,
+            )
         # The engine must not reference this object, or neither would be collected.
         file, lock_timeout_s = self._file, self._lock_timeout_s
         engine = create_engine(

@@ -50,7 +50,12 @@ from krea_dagster.engine.journal.schema import (
     submissions,
 )
 from krea_dagster.engine.journal.snapshot import Snapshot
-from krea_dagster.engine.journal.statements import defer_requests, insert_planned, insertion
+from krea_dagster.engine.journal.statements import (
+    defer_requests,
+    insert_planned,
+    insertion,
+    remove_old_stops,
+)
 from krea_dagster.engine.journal.verdict_log import VerdictLog
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import AT_STAKE, Event, State
@@ -229,6 +234,10 @@ class Journal:
             if record.claimed_by is None or record.claimed_by in dead
         ]
 
+    def has_requests(self) -> bool:
+        """Return whether the journal knows a request. Reads one row."""
+        return bool(self.database.fetch(select(requests.c.request_key).limit(1)))
+
     def count_by_state(self) -> dict[State, int]:
         """Return how many requests are in each state; states without any are left out."""
         query = select(requests.c.state, func.count()).group_by(requests.c.state)
@@ -314,10 +323,11 @@ class Journal:
 
         PostgreSQL uses the time of its own clock instead of ``at``.
         """
-        at = at if self.database.sqlite else self.database.locks.now()
-        values = {"launch": launch, "at": at, "error_code": code, "error_message": message}
+        written = at if self.database.sqlite else self.database.locks.now()
+        values = {"launch": launch, "at": written, "error_code": code, "error_message": message}
 
         def write(connection: Connection) -> None:
+            remove_old_stops(connection, at)
             statement = insertion(connection, stops).values(values)
             connection.execute(
                 statement.on_conflict_do_update(index_elements=["launch"], set_=values)

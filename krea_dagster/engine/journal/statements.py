@@ -21,9 +21,11 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    delete,
     func,
     insert,
     literal,
+    literal_column,
     or_,
     select,
     text,
@@ -49,6 +51,9 @@ from krea_dagster.engine.states import Event, State
 #: How long a stop by the account holds for the other shards of a launch: long enough that all of
 #: them see it, short enough that a launch that is started again after a top-up may buy.
 STOP_HOLDS_S: Final = 300.0
+
+#: Seconds after which a stop is removed. The clocks of the runs need not agree.
+_STOP_KEPT_S: Final = 86_400.0
 
 #: The name of the parameter that is added to a submission's ``posts``.
 ADDED_POSTS: Final = "added_posts"
@@ -235,6 +240,14 @@ def _active_stop(*, sqlite: bool) -> Select[Any]:
         since = text(f"stops.at >= {POSTGRES_NOW_US} - {int(STOP_HOLDS_S * 1_000_000)}")
     query = select(stops.c.error_code, stops.c.error_message)
     return query.where(stops.c.launch == bindparam("wanted"), since)
+
+
+def remove_old_stops(connection: Connection, at: datetime) -> None:
+    """Remove the stops of launches that ended long ago."""
+    before: Any = at - timedelta(seconds=_STOP_KEPT_S)
+    if not is_sqlite(connection):  # by the server's clock, as it was written
+        before = literal_column(f"{POSTGRES_NOW_US} - {int(_STOP_KEPT_S * 1_000_000)}", UtcTime)
+    connection.execute(delete(stops).where(stops.c.at < before))
 
 
 def commitment_of(connection: Connection, scope: str) -> tuple[int, int]:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, select, text
+from sqlalchemy.event import listen, remove
 
 from krea_dagster.engine.journal import schema
+from krea_dagster.engine.journal.bulk_reads import request_count
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.engine.journal.statements import upsert_prices
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import TRANSITIONS, Event, State
@@ -540,6 +543,7 @@ def test_writes_are_on_disk_when_the_call_returns(tmp_path: Path) -> None:
 import os
 from datetime import datetime, timezone
 from krea_dagster.engine.journal.journal import Journal
+from krea_dagster.engine.journal.owners import new_owner
 from tests.engine.harness import make_requests
 journal = Journal("sqlite:///{path}")
 journal.plan([(r, "p") for r in make_requests(7)], run_id="r", at=datetime.now(timezone.utc))
@@ -627,3 +631,50 @@ def test_concurrent_prices_keep_the_highest(journal_url: str, journal: Journal) 
 
         database.write("write prices to", write)
     assert journal.prices.highest() == {"1K": 9000}
+
+
+# -- at scale ---------------------------------------------------------------------------------
+
+
+def test_stops_of_launches_that_ended_long_ago_are_removed(journal: Journal) -> None:
+    journal.stop("a launch", "key_rejected", "401", NOW)
+    two_days_earlier = text("update stops set at = at - 2 * 86400000000")
+    journal.database.write("age a stop in", lambda connection: connection.execute(two_days_earlier))
+    journal.stop("another", "key_rejected", "401", NOW)
+    journal.stop("one more", "key_rejected", "401", NOW)
+    kept = journal.database.fetch(select(schema.stops.c.launch))
+    assert {row.launch for row in kept} == {"another", "one more"}
+
+
+def test_what_a_run_reads_at_its_start_does_not_grow_with_the_journal(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    asked: list[tuple[str, Any]] = []
+
+    def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        asked.append((statement, parameters))
+
+    with closing(Journal(url)) as journal:
+        writer = JournalWriter(journal)
+        wanted = make_requests(3)
+        writer.plan(*wanted)
+        listen(Engine, "before_cursor_execute", note)
+        try:
+            assert journal.has_requests()
+            journal.claims.register(new_owner("run-1"))
+            journal.claims.claim([request.request_key for request in wanted], "nobody")
+            journal.claims.dead()
+            with journal.database.read() as connection:
+                assert request_count(connection) == 3
+        finally:
+            remove(Engine, "before_cursor_execute", note)
+        journal.claims.close()
+    grows = {"requests", "submissions", "events", "files"}
+    found = []
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as database:
+        for statement, parameters in asked:
+            if statement.startswith(("SELECT", "UPDATE", "DELETE")) and "LIMIT" not in statement:
+                plan = database.execute(f"explain query plan {statement}", parameters).fetchall()
+                scanned = [row[3] for row in plan if row[3].startswith("SCAN ")]
+                found += [line for line in scanned if line.split()[1] in grows]
+    assert asked
+    assert found == []
