@@ -61,7 +61,7 @@ def main() -> None:
         )
         if name in LIMITS:
             report.claim(f"{name}: CPU to that of {DAGSTER}", ratio, LIMITS[name])
-    report.note("`materialize` finds nothing to buy; it imports Dagster, and runs a job with it.")
+    report.note("`materialize` finds nothing to buy: it imports Dagster, and launches no run.")
     finish(report, options)
 
 

@@ -142,6 +142,15 @@ def changed_since(connection: Connection, since_us: int) -> set[str]:
     return {month_of(int(number) * DAY_US) for number in days}
 
 
+def events_since(connection: Connection, since_us: int) -> str:
+    """Return a text that differs once a request had a further event since a time."""
+    changed_at = type_coerce(requests.c.updated_at, BigInteger)
+    found = connection.execute(
+        select(func.count(), func.sum(requests.c.seq)).where(changed_at >= since_us)
+    ).one()
+    return "/".join(str(number or 0) for number in found)
+
+
 def purchases(
     connection: Connection, months: Collection[str] | None = None
 ) -> Iterator[pa.RecordBatch]:

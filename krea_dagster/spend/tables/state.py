@@ -27,7 +27,7 @@ class SpendState:
 
     ``taken_until_us`` is the time up to which every event was seen, if clocks agree. ``months`` are
     the totals of each month when its files were written, ``labels`` a hash of the columns
-    ``by`` of its purchases then.
+    ``by`` of its purchases then. ``recent`` counts the events of the margin before that time.
     """
 
     journal_id: str
@@ -36,6 +36,7 @@ class SpendState:
     taken_until_us: int = 0
     months: Mapping[str, PurchaseTotals] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    recent: str = ""
 
     @classmethod
     def read(cls, storage: Storage) -> SpendState | None:
@@ -52,6 +53,7 @@ class SpendState:
                 int(state["taken_until_us"]),
                 {month: PurchaseTotals(**totals) for month, totals in state["months"].items()},
                 {month: str(label) for month, label in state["labels"].items()},
+                str(state.get("recent", "")),
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None

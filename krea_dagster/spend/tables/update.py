@@ -5,7 +5,7 @@ updates end in the same bytes as one large one. The months to make are
 
 - those with purchases whose request had an event since the last update, with a margin of two days:
   clocks of machines that share a journal may differ, and an event's time is taken before its
-  transaction ends;
+  transaction ends. Without a further event in that time there are none;
 - those whose totals (purchases, settled, money) changed: regardless of the times, no purchase and
   no unit is missed, and none stays in a month that it was moved away from;
 - those with a row whose prompt_id, number of sharing rows or later attempt differs from the
@@ -34,6 +34,7 @@ from krea_dagster.engine.journal.purchase_reads import (
     PURCHASE_SCHEMA,
     PurchaseTotals,
     changed_since,
+    events_since,
     month_of,
     newest_event,
     purchases,
@@ -105,7 +106,9 @@ def update_spend(
         changed: set[str] = set()
         if known and (known.journal_id, known.credits_per_usd, known.by) == settings:
             state = known
-            changed = changed_since(connection, known.taken_until_us - MARGIN_US)
+            since_us = known.taken_until_us - MARGIN_US
+            if events_since(connection, since_us) != known.recent:
+                changed = changed_since(connection, since_us)
         load_listed(duck, storage, connection, by)
         load_reviewed(duck, connection)
         stale = {month for month in totals if _is_stale(storage, state, month, totals[month])}
@@ -113,7 +116,8 @@ def update_spend(
         labels = _labels(duck, storage, sorted(totals.keys() - touched), by)
         touched |= {month for month, label in labels.items() if label != state.labels.get(month)}
         spool = _MonthSpool(folder)
-        spool.fill(purchases(connection, None if touched == totals.keys() else touched))
+        if touched:
+            spool.fill(purchases(connection, None if touched == totals.keys() else touched))
         for month in sorted(touched):
             duck.register("raw", spool.reader(month))
             make_month(duck, "raw", rate)
@@ -121,12 +125,16 @@ def update_spend(
             labels[month] = _write_month(duck, storage, month, by, schema)
         removed = _remove_others(storage, totals.keys())
         # An event from a clock that is ahead must not hide later ones.
-        replace(
+        taken_until_us = min(newest_event(connection), now_us)
+        state = replace(
             state,
-            taken_until_us=min(newest_event(connection), now_us),
+            taken_until_us=taken_until_us,
             months=dict(sorted(totals.items())),
             labels=dict(sorted(labels.items())),
-        ).write(storage)
+            recent=events_since(connection, taken_until_us - MARGIN_US),
+        )
+        if state != known:
+            state.write(storage)
     return SpendUpdate(
         tuple(sorted(touched)), tuple(removed), sum(month.purchases for month in totals.values())
     )
