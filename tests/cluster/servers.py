@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -39,18 +39,17 @@ BUCKET: Final = "krea"
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free ports, each below 55,000: SeaweedFS takes the one 10,000 above, too."""
-    sockets: list[socket.socket] = []
-    try:
-        while len(sockets) < count:
-            sockets.append(socket.socket())
-            sockets[-1].bind(("127.0.0.1", 0))
-            if sockets[-1].getsockname()[1] >= 55_000:
-                sockets.pop().close()
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Return free ports whose neighbours 10,000 above are free: SeaweedFS takes these, too."""
+    with ExitStack() as stack:
+        found: list[int] = []
+        while len(found) < count:
+            low, high = (stack.enter_context(socket.socket()) for _ in range(2))
+            low.bind(("127.0.0.1", 0))
+            port = low.getsockname()[1]
+            with suppress(OSError, OverflowError):  # it is taken, or there is no such port
+                high.bind(("127.0.0.1", port + 10_000))
+                found.append(port)
+        return found
 
 
 def packaged(package: str, pattern: str) -> str:
