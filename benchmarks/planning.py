@@ -354,7 +354,7 @@ def identify(options: Namespace) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         with table.plan(keep=False) as found:
-            return {"left": found.images}
+            return {"left": len(found.all_digests)}
 
     return _timed(work)
 
@@ -365,7 +365,7 @@ def partition(options: Namespace) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         with table.plan(["bucket-007"]) as found:
-            return {"left": found.images}
+            return {"left": len(found.all_digests)}
 
     return _timed(work)
 
