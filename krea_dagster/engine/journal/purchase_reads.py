@@ -145,9 +145,9 @@ def changed_since(connection: Connection, since_us: int) -> set[str]:
 def events_since(connection: Connection, since_us: int) -> str:
     """Return a text that differs once a request had a further event since a time."""
     changed_at = type_coerce(requests.c.updated_at, BigInteger)
-    found = connection.execute(
-        select(func.count(), func.sum(requests.c.seq)).where(changed_at >= since_us)
-    ).one()
+    # With the time of the newest, which tells a restored journal that has gone another way.
+    counts = select(func.count(), func.sum(requests.c.seq), func.max(changed_at))
+    found = connection.execute(counts.where(changed_at >= since_us)).one()
     return "/".join(str(number or 0) for number in found)
 
 
