@@ -134,11 +134,11 @@ def first_of_each(digests: Digests) -> tuple[Mask, _Indices]:
     first, counts = np.ones(len(words), np.bool_), np.ones(len(words), np.int64)
     order = np.argsort(words[:, 0])
     firsts = words[:, 0][order]
-    alike = np.zeros(len(words) + 1, np.bool_)
-    alike[1:-1] = firsts[1:] == firsts[:-1]
+    repeats = np.zeros(len(words) + 1, np.bool_)
+    repeats[1:-1] = firsts[1:] == firsts[:-1]
     # Nearly all digests differ, already in their first word. Only the others are compared.
-    if alike.any():
-        some = np.sort(order[alike[1:] | alike[:-1]])
+    if repeats.any():
+        some = np.sort(order[repeats[1:] | repeats[:-1]])
         first[some], counts[some] = _first_of_alike(words[some])
     return first, counts
 
