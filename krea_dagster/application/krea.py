@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import date, datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from krea_dagster.curation.export.spec import ExportSpec
     from krea_dagster.curation.gallery.filter import GalleryFilter
     from krea_dagster.curation.gallery.page import GallerySummary
+    from krea_dagster.engine.journal.prune import Pruned
     from krea_dagster.engine.record import Record
     from krea_dagster.engine.run.report import RunReport
     from krea_dagster.spend.proof.findings import Proof, ProofFigures
@@ -448,6 +449,30 @@ class Krea(Backend):
             f"{quality} now costs {credits_text(units)} credits; the charges of {settled} "
             "purchases at that price are settled"
         )
+
+    # -- the journal's size ----------------------------------------------------------------------
+
+    def prune_events(self, older_than: timedelta) -> Pruned:
+        """Remove the events that no account needs of images stored long ago, and their callbacks.
+
+        Requests, purchases and charges stay: nothing is bought again, and ``verify`` and ``spend``
+        say the same as before. Runs may buy meanwhile.
+
+        Args:
+            older_than: How long a stored request must not have changed; at least a day.
+
+        Raises:
+            ConfigError: if it is less than a day, or there is no journal.
+            JournalError: if the journal cannot be written.
+        """
+        from krea_dagster.engine.journal.prune import prune
+
+        if older_than < timedelta(days=1):
+            raise ConfigError("only events that are at least a day old can be removed")
+        if not self.has_journal():
+            raise ConfigError("there is no journal yet: there is nothing to remove")
+        with self.open_journal() as journal:
+            return prune(journal.database, datetime.now(timezone.utc) - older_than)
 
 
 def _run_id() -> str:

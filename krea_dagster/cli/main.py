@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "export": ("cli.export:export_command", "Export images as a dataset."),
     "gallery": ("cli.gallery:gallery_command", "Write an HTML page of images."),
     "materialize": ("cli.materialize:materialize_command", "Buy the missing images."),
+    "prune": ("cli.prune:prune_command", "Remove old events from the journal."),
     "quote": ("cli.quote:quote_command", "Say what materialize would buy, and for how much."),
     "review": ("cli.review:review_command", "Keep, reject or flag images."),
     "salvage": ("cli.materialize:salvage_command", "Collect what is paid for; buy nothing."),

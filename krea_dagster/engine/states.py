@@ -133,9 +133,8 @@ def advance(state: State | None, event: Event) -> State:
         raise IllegalTransition(f"{where} cannot take the event {event.value!r}") from None
 
 
-def replay(events: Iterable[Event]) -> State | None:
-    """Return the state that a request's events lead to."""
-    state: State | None = None
+def replay(events: Iterable[Event], state: State | None = None) -> State | None:
+    """Return the state that a request's events lead to, from the ``state`` before them."""
     for event in events:
         state = advance(state, event)
     return state

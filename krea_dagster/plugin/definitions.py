@@ -20,6 +20,7 @@ from krea_dagster.plugin.names import JOB_NAME, Names, prefix_of
 from krea_dagster.plugin.resource import KreaResource, named_options
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
+from krea_dagster.plugin.sensors.retries import build_retries_sensor
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 
 
@@ -92,8 +93,9 @@ def build_krea_definitions(
         - the jobs ``krea_images``, ``krea_spend``, ``krea_salvage``, ``krea_proof``,
           ``krea_dataset`` and ``krea_accepted``;
         - the sensors ``krea_prompts`` (reports changed prompts), ``krea_verdicts`` (reports new
-          verdicts), ``krea_salvage`` (starts its job), with an ``automation_condition``
-          ``krea_automation`` (launches runs), and with ``collect_later`` ``krea_collect``;
+          verdicts), ``krea_salvage`` (starts its job), ``krea_retries`` (reports failures again
+          whose retry Dagster has missed), with an ``automation_condition`` ``krea_automation``
+          (launches runs), and with ``collect_later`` ``krea_collect``;
         - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``,
           ``no_near_duplicates``, and for ``spend_daily`` one for each kind of warning;
         - the resources ``krea`` and ``krea_manifest``.
@@ -184,7 +186,8 @@ def _sensors(
     names: Names, assets: KreaAssets, *, launch: bool, collect: bool
 ) -> list[dg.SensorDefinition]:
     sensors: list[dg.SensorDefinition] = [
-        build_prompts_sensor(names, assets.table, assets.partitions_def)
+        build_prompts_sensor(names, assets.table, assets.partitions_def),
+        build_retries_sensor(names),
     ]
     if launch:
         name = names.prefixed("krea_automation")

@@ -30,7 +30,13 @@ AWAY_S: Final = 15.0
 MOST_S: Final = 600.0
 
 #: The shipped times are for runs of an hour.
-SHORTER: Final = {"run_monitoring": {"poll_interval_seconds": 5, "max_runtime_seconds": 90}}
+SHORTER: Final = {
+    "run_monitoring": {
+        "poll_interval_seconds": 5,
+        "start_timeout_seconds": 60,  # a worker that is killed keeps the run that it has taken
+        "max_runtime_seconds": 90,
+    }
+}
 
 
 def away(server: Server) -> None:

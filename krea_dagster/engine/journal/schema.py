@@ -193,6 +193,8 @@ requests: Final = Table(
     Column("partition_key", Text, nullable=False),
     Column("state", String(16), nullable=False),
     Column("seq", Integer, nullable=False),
+    # Events with lower numbers may have been removed (``prune.py``).
+    Column("kept_from_seq", Integer, nullable=False, default=0, server_default=text("0")),
     Column("claimed_by", String(64), ForeignKey("owners.owner", ondelete="SET NULL")),
     Column("idempotency_key", String(96), unique=True),
     Column("result_url", Text),
@@ -410,7 +412,8 @@ for _kind, _statements in APPEND_ONLY.items():
         _make = DDL(_statement)  # type: ignore[no-untyped-call]  # SQLAlchemy's has no types
         event.listen(verdicts, "after_create", _make.execute_if(dialect=_kind))
 
-#: Everything that happened, in order; replaying it gives the current state.
+#: Everything that happened, in order; replaying it gives the current state. Events before the
+#: ``kept_from_seq`` of a request may have been removed.
 events: Final = Table(
     "events",
     metadata,

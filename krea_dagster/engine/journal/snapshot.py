@@ -31,15 +31,17 @@ from krea_dagster.engine.record import Record
 
 @dataclass(frozen=True)
 class RequestEvents:
-    """A request's state and its events, ``(seq, event)`` in order, as text.
+    """A request's state and its events, ``(seq, event, state before)`` in order, as text.
 
-    ``seq`` is the number of its last event, according to the request.
+    ``seq`` is the number of its last event, and ``kept_from_seq`` that of the first one that must
+    be there, according to the request. The state before the first event is empty.
     """
 
     request_key: str
     state: str
     seq: int
-    events: Sequence[tuple[int, str]]
+    kept_from_seq: int
+    events: Sequence[tuple[int, str, str]]
 
 
 class Snapshot:
@@ -75,16 +77,21 @@ class Snapshot:
                 requests.c.request_key,
                 requests.c.state,
                 requests.c.seq.label("last"),
+                requests.c.kept_from_seq,
                 events.c.seq,
                 events.c.event,
+                events.c.from_state,
             )
             .select_from(requests.outerjoin(events))
             .order_by(requests.c.request_key, events.c.seq)
         )
         for key, group in groupby(self._rows(query), key=lambda row: str(row.request_key)):
             found = list(group)
-            happened = [(row.seq, row.event) for row in found if row.event is not None]
-            yield RequestEvents(key, found[0].state, found[0].last, happened)
+            happened = [
+                (row.seq, row.event, row.from_state) for row in found if row.event is not None
+            ]
+            first = found[0]
+            yield RequestEvents(key, first.state, first.last, first.kept_from_seq, happened)
 
     def commitments(self) -> dict[str, Commitment]:
         """Return what each scope (``budget.scopes_of``) has committed and spent."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.states import State, advance
+from krea_dagster.engine.states import Event, State, advance
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import IllegalTransition
 from krea_dagster.manifest import credits_charged, manifest_name
@@ -169,11 +169,14 @@ def _was_right(row: Mapping[str, Any], record: Record, journal: Journal) -> bool
 
 
 def _states(journal: Journal, request_key: str) -> set[str]:
-    """Return all states that a request was in."""
+    """Return all states that a request was in, or may have been in."""
     state: State | None = None
     states: set[str] = set()
     try:
-        for _, event, _ in journal.history(request_key):
+        history = journal.history(request_key)
+        if history and history[0][1] is not Event.PLANNED:  # pruned
+            return {state.value for state in State}
+        for _, event, _ in history:
             state = advance(state, event)
             states.add(state.value)
     except (ValueError, IllegalTransition):

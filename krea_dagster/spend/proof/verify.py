@@ -185,7 +185,7 @@ class _JournalCheck:
                 f"{record.state.value}",
                 paid[0].charged_units or 0,
             )
-        found = any(name == Event.FOUND.value for _, name in history.events)
+        found = any(name == Event.FOUND.value for _, name, _ in history.events)
         if record.state is State.STORED and not charges and found:
             self._find(
                 FindingKind.PURCHASE_UNKNOWN,
@@ -326,11 +326,12 @@ class _JournalCheck:
 
 def _replay_trouble(history: RequestEvents) -> str:
     """Return why a request's events do not lead to its state; empty where they do."""
-    numbers = [number for number, _ in history.events]
-    if numbers != list(range(history.seq + 1)):
-        return f"their numbers are not 0 to {history.seq}"
+    kept = [event for event in history.events if event[0] >= history.kept_from_seq]
+    if [number for number, _, _ in kept] != list(range(history.kept_from_seq, history.seq + 1)):
+        return f"their numbers are not {history.kept_from_seq} to {history.seq}"
     try:
-        state = replayed(Event(name) for _, name in history.events)
+        before = State(kept[0][2]) if history.kept_from_seq else None
+        state = replayed((Event(name) for _, name, _ in kept), before)
     except (ValueError, IllegalTransition) as error:
         return str(error)
     if state is None or state.value != history.state:
