@@ -82,8 +82,14 @@ class Host:
 
 
 @pytest.fixture
+def database(tmp_path: Path) -> str:
+    """The name of the journal's database."""
+    return f"journal_{tmp_path.name}"
+
+
+@pytest.fixture
 def hosts(
-    tmp_path: Path, s3: SeaweedFS, postgres: Postgres, emulator: Emulator
+    tmp_path: Path, database: str, s3: SeaweedFS, postgres: Postgres, emulator: Emulator
 ) -> Callable[[str], Host]:
     root = f"{s3.url}/{tmp_path.name}"
     write_table(s3, f"{root}/prompts.parquet")
@@ -91,7 +97,7 @@ def hosts(
         **s3.environment(),
         "KREA_STORAGE": f"{root}/made",
         "KREA_PROMPTS": f"{root}/prompts.parquet",
-        "KREA_JOURNAL_URL": postgres.create("shared_bucket"),
+        "KREA_JOURNAL_URL": postgres.create(database),
         "KREA_PARTITION_BY": "column:part",
         "EVOLINK_BASE_URL": emulator.url,
         "EVOLINK_API_KEY": "emulator",
@@ -107,7 +113,11 @@ def emulator(tmp_path: Path) -> Any:
 
 
 def test_two_hosts_that_want_the_same_images_fetch_each_of_them_once(
-    hosts: Callable[[str], Host], s3: SeaweedFS, postgres: Postgres, emulator: Emulator
+    hosts: Callable[[str], Host],
+    database: str,
+    s3: SeaweedFS,
+    postgres: Postgres,
+    emulator: Emulator,
 ) -> None:
     one, two = hosts("one"), hosts("two")
     one.run("materialize", "--partition", "before")
@@ -119,12 +129,29 @@ def test_two_hosts_that_want_the_same_images_fetch_each_of_them_once(
 
     assert after["creates"] - before["creates"] == SHARED
     assert after["file_gets"] - before["file_gets"] == SHARED
-    with closing(postgres.connect("shared_bucket")) as connection:
+    with closing(postgres.connect(database)) as connection:
         missing = connection.execute("SELECT 1 FROM events WHERE event = 'file_missing'")
         assert missing.fetchall() == []
     assert "Every credit is accounted for" in two.run("verify")
-    # Beside the images: the marker, the probe, the manifests and the measures of two runs.
+    # Apart from the images: the marker, the probe, the manifests and the measures of two runs.
     assert asked["PUT"] <= SHARED + 20
     assert asked["LIST"] <= 20
     # SeaweedFS counts HEAD as GET. A check reads up to 100 files of another run again.
     assert asked["GET"] <= 6 * 2 * SHARED
+
+
+def test_a_new_journal_that_adopts_a_bucket_asks_once_for_each_image(
+    hosts: Callable[[str], Host], s3: SeaweedFS, postgres: Postgres, emulator: Emulator
+) -> None:
+    hosts("one").run("materialize", "--partition", "before")
+    other = postgres.create("another_journal")
+    two = hosts("two")
+    two.run("accept", "root", "--journal", other)
+    counted, created = requests_of(s3), emulator.stats()["creates"]
+    two.run("materialize", "--partition", "before", "--journal", other)
+    asked = requests_of(s3) - counted
+    assert emulator.stats()["creates"] == created
+    # One listing finds an image. It is read, which takes two requests, and its size is asked for;
+    # a check reads 100 of them again.
+    assert asked["LIST"] <= BEFORE + 20
+    assert asked["GET"] <= 5 * BEFORE

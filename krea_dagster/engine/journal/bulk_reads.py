@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +32,8 @@ from krea_dagster.digests import (
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import FORMATS
 from krea_dagster.engine.states import State
-from krea_dagster.engine.storage.lookups import listing_of, plan_lookups
-from krea_dagster.engine.storage.storage import STORE_THREADS, Storage
+from krea_dagster.engine.storage.listed_sizes import Listing, look_up
+from krea_dagster.engine.storage.storage import Storage
 
 #: The columns of a request and of its present submission that the views read. Times are in
 #: microseconds since 1970, UTC.
@@ -72,9 +72,6 @@ _LOOKUP_COST: Final = 5
 
 #: Threads that list folders. The operating system does the work.
 _THREADS: Final = min(4, os.cpu_count() or 1)
-
-#: Questions about single files that a thread asks one after the other.
-_QUESTIONS: Final = 8
 
 _ENDINGS: Final = pa.array([f".{ending}" for ending in FORMATS.values()], pa.string())
 
@@ -363,35 +360,22 @@ def _intact_by_listing(storage: Storage, requests: DigestSet) -> Mask:
 
 
 def _intact_in_store(storage: Storage, requests: DigestSet, known: int) -> Mask:
-    """Check the file of each in an object store, as ``lookups.py`` plans it.
-
-    One beginning of keys is in memory at a time for each thread.
-    """
+    """Check the file of each in an object store."""
     intact = np.zeros(len(requests), np.bool_)
     stored = np.flatnonzero(requests.values >= 0)
     wanted = requests.words[stored].view(np.uint8).reshape(len(stored), 32)
 
     def ask(places: _Numbers) -> None:
-        for place in places.tolist():
+        for place in stored[places].tolist():
             intact[place] = _is_intact(storage, requests, place)
 
-    def list_beginning(beginning: str) -> None:
-        digests, files = _in_place(storage.listed(listing_of(beginning)))
+    def take(listed: Listing, _: _Numbers) -> None:
+        digests, files = _in_place(listed)
         places = requests.find(digests)
         same = (places >= 0) & (requests.values[places] == files)
         intact[places[same]] = True
 
-    with ThreadPoolExecutor(STORE_THREADS) as pool:
-        calls: list[Future[None]] = []
-        for one in plan_lookups(wanted, known, by_prefix=storage.lists_by_prefix):
-            if one.beginning is not None:
-                calls.append(pool.submit(list_beginning, one.beginning))
-                continue
-            places = stored[one.places]
-            starts = range(0, len(places), _QUESTIONS)
-            calls += [pool.submit(ask, places[at : at + _QUESTIONS]) for at in starts]
-        for call in calls:
-            call.result()
+    look_up(storage, wanted, known, ask=ask, take=take)
     return intact
 
 

@@ -125,14 +125,12 @@ class Claims:
     ) -> tuple[dict[str, str], Mapping[str, Sequence[str]]]:
         """Return which requests may have a file in the storage root, or in another one. Blocks."""
         root, images = self._context.options.root, self._context.options.images
-        files: dict[str, str] = {}
-        missing: list[str] = []
-        for key, record in found.items():
-            name = images.find(record, adopts=root.adopts)
-            if name is not None:
-                files[key] = name
-            elif record.state is State.STORED:
-                missing.append(key)
+        files = images.find_all(found.values(), adopts=root.adopts)
+        missing = [
+            key
+            for key, record in found.items()
+            if key not in files and record.state is State.STORED
+        ]
         return files, root.elsewhere(missing) if missing else {}
 
     async def _calls_for(self, found: Mapping[str, Record]) -> Mapping[str, ReceivedCallback]:

@@ -77,10 +77,8 @@ class Runner(RunOptions):
     def _is_unfinished(self, record: Record) -> bool:
         if record.state is State.STORED:
             return self.file_is_missing(record)
-        if self.images.find(record, adopts=self.root.adopts) is not None:
-            return True
         action = next_action(record, RetryState(), self.clock.now(), self.policy, buying=True)
-        return action != DONE
+        return action != DONE or self.images.find(record, adopts=self.root.adopts) is not None
 
 
 async def _probe_api(client: Client) -> KreaError | None:

@@ -11,7 +11,8 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -20,7 +21,8 @@ from PIL import Image
 
 from krea_dagster.engine.record import FORMATS, Record, StoredImage
 from krea_dagster.engine.storage.byte_budget import ByteBudget
-from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.storage.lookups import listing_of
+from krea_dagster.engine.storage.storage import STORE_THREADS, Storage
 from krea_dagster.engine.storage.verify import DECODE_ERRORS, decoded_bytes, verify_image
 from krea_dagster.engine.threads import InThread, Threads
 from krea_dagster.errors import ConfigError, DownloadError, ImageRejected, NoUsableBody
@@ -132,13 +134,29 @@ class ImageStore:
         """
         if record.image is not None:
             return record.image.path if self.holds(record.image) else None
-        if self.storage.folder is None and not adopts:
-            return None
-        for image_format in FORMATS:
-            name = image_name(record.request_key, image_format)
-            if self.storage.size_bytes(name):
-                return name
-        return None
+        names = [image_name(record.request_key, image_format) for image_format in FORMATS]
+        if self.storage.folder is None:
+            found = self._listed(record.request_key, names) if adopts else set()
+            return next((name for name in names if name in found), None)
+        return next((name for name in names if self.storage.size_bytes(name)), None)
+
+    def find_all(self, records: Iterable[Record], *, adopts: bool) -> dict[str, str]:
+        """Return the name of a file for each request that has one; a store is asked in parallel."""
+        find = partial(self.find, adopts=adopts)
+        wanted = list(records)
+        if self.storage.folder is not None or len(wanted) < 2:
+            names: Iterable[str | None] = map(find, wanted)
+        else:
+            with ThreadPoolExecutor(min(len(wanted), STORE_THREADS)) as pool:
+                names = list(pool.map(find, wanted))
+        pairs = zip(wanted, names, strict=True)
+        return {record.request_key: name for record, name in pairs if name is not None}
+
+    def _listed(self, request_key: str, names: Sequence[str]) -> set[str]:
+        """Return which of a request's names the store has, with some content: by one request."""
+        if not self.storage.lists_by_prefix:
+            return {name for name in names if self.storage.size_bytes(name)}
+        return {name for name, size in self.storage.listed(listing_of(request_key)) if size}
 
     async def verified(self, name: str, record: Record) -> StoredImage | None:
         """Return the image in a file of the storage root, None if it is not the request's.

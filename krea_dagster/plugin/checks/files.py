@@ -1,15 +1,14 @@
 """The check that every image's file exists and is complete: all sizes, some hashes."""
 
 import hashlib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.engine.storage.listed_sizes import sizes_of_images
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.plugin.checks.findings import RowFindings
 from krea_dagster.plugin.checks.manifest_check import (
@@ -31,6 +30,9 @@ _COLUMNS: Final = ("request_key", "status", "image_path", "image_sha256", "image
 _LOCAL_THREADS: Final = 4
 _REMOTE_THREADS: Final = 16
 _PIECE_BYTES: Final = 1024 * 1024
+
+#: The size of a file that does not exist.
+_MISSING: Final = -1
 
 
 def build_files_check(
@@ -70,25 +72,24 @@ def build_files_check(
         used = manifests.seed if seed is None else seed
         new = 0
         threads = _LOCAL_THREADS if storage.folder is not None else _REMOTE_THREADS
-        with ThreadPoolExecutor(threads) as pool:
 
-            def screen(stored: pa.RecordBatch) -> pa.RecordBatch:
-                nonlocal new
-                right = _with_right_sizes(stored, storage, pool, findings)
-                if sample is None:
-                    return right
-                older = bought_by_others(right, manifests.run_id)
-                new += right.num_rows - older.num_rows
-                return older
+        def screen(stored: pa.RecordBatch) -> pa.RecordBatch:
+            nonlocal new
+            right = _with_right_sizes(stored, manifests, findings)
+            if sample is None:
+                return right
+            older = bought_by_others(right, manifests.run_id)
+            new += right.num_rows - older.num_rows
+            return older
 
-            rows, hashed = inspect_stored(
-                manifests.batches(_COLUMNS),
-                findings,
-                threads=threads,
-                sample=None if sample is None else Sample(sample, used),
-                screen=screen,
-                inspect=lambda row: _hash_problem(row, storage),
-            )
+        rows, hashed = inspect_stored(
+            manifests.batches(_COLUMNS),
+            findings,
+            threads=threads,
+            sample=None if sample is None else Sample(sample, used),
+            screen=screen,
+            inspect=lambda row: _hash_problem(row, storage),
+        )
         bad = findings.count
         return dg.AssetCheckResult(
             passed=not bad,
@@ -121,9 +122,10 @@ def build_files_check(
 
 
 def _with_right_sizes(
-    rows: pa.RecordBatch, storage: Storage, pool: ThreadPoolExecutor, findings: RowFindings
+    rows: pa.RecordBatch, manifests: CheckedManifests, findings: RowFindings
 ) -> pa.RecordBatch:
     """Return the rows whose file has its size; the others become findings."""
+    storage = manifests.storage
     places, wanted = rows.column("image_path"), rows.column("image_bytes")
     # All files are under one root, which is removed from the whole column at once.
     root = storage.locate("images").removesuffix("images")
@@ -140,29 +142,17 @@ def _with_right_sizes(
     )
     rows = rows.filter(known)
     names = pc.utf8_slice_codeunits(rows.column("image_path"), len(root))
-    sizes = _sizes(storage, names.to_pylist(), pool)
+    found = sizes_of_images(storage, names.to_pylist(), manifests.stored)
+    sizes = np.array([_MISSING if size is None else size for size in found], np.int64)
     same = sizes == rows.column("image_bytes").to_numpy()
     if not same.all():
-        found = iter(sizes[~same].tolist())
-        findings.add(rows, pa.array(~same), lambda row: _wrong_size(row, next(found)))
+        wrong = iter(sizes[~same].tolist())
+        findings.add(rows, pa.array(~same), lambda row: _wrong_size(row, next(wrong)))
     return rows.filter(pa.array(same))
 
 
-def _sizes(
-    storage: Storage, names: Iterable[str], pool: ThreadPoolExecutor
-) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Return the sizes in bytes, -1 for a missing file."""
-    # In a folder this is faster than handing it to a thread.
-    found = (
-        pool.map(storage.size_bytes, names)
-        if storage.folder is None
-        else map(storage.size_bytes, names)
-    )
-    return np.array([-1 if size is None else size for size in found], np.int64)
-
-
 def _wrong_size(row: Row, size: int) -> str:
-    if size < 0:
+    if size == _MISSING:
         return f"its file {row['image_path']} is missing"
     return f"its file {row['image_path']} has {size} bytes instead of {row['image_bytes']}"
 

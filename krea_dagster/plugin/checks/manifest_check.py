@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster import redact
 from krea_dagster.application.krea import Krea
+from krea_dagster.engine.journal.bulk_reads import request_count
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import manifest_name, manifest_names
 from krea_dagster.plugin.checks.findings import NAMING
@@ -42,13 +43,15 @@ class CheckedManifests:
     """The manifests that a check reads.
 
     ``names`` are their files under the storage root, ``absent`` the partitions of the run without
-    one. ``seed`` is derived from the run, ``run_id``, for samples. ``verified`` tells whether runs
-    decode the images that they buy.
+    one. ``stored`` is about how many images an object store has, 0 for a folder. ``seed`` is
+    derived from the run, ``run_id``, for samples. ``verified`` tells whether runs decode the images
+    that they buy.
     """
 
     storage: Storage
     names: Sequence[str]
     absent: Sequence[str]
+    stored: int
     seed: int
     run_id: str
     verified: bool
@@ -141,6 +144,7 @@ def _manifests_of(
     found = partial(
         CheckedManifests,
         storage=storage,
+        stored=0 if storage.folder is not None else _count_stored(krea),
         seed=int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:4], "big"),
         run_id=run_id,
         verified=krea.settings.verify_images,
@@ -154,6 +158,13 @@ def _manifests_of(
     return found(
         names=[names[key] for key in there], absent=[key for key in keys if key not in there]
     )
+
+
+def _count_stored(krea: Krea) -> int:
+    if not krea.settings.journal_url or not krea.has_journal():
+        return 0
+    with krea.open_journal() as journal, journal.database.read() as connection:
+        return request_count(connection)
 
 
 def _partition_keys(context: dg.AssetCheckExecutionContext) -> list[str] | None:
