@@ -70,15 +70,12 @@ project-test: setup  ## Install the wheel into a fresh dg project, as the README
 export-test: setup  ## Read every export back by its own library, in an environment of its own
 	@$(BIN)/python tests/export_env/run.py
 
-cluster-setup: setup .venv/azurite/package.json
+# Azurite, the emulator of Azure, is a program for Node.js, which is among the packages.
+cluster-setup: setup
 	@.uv/bin/uv pip install --quiet --python $(BIN)/python --require-hashes \
 		--requirements requirements-cluster.lock
-
-.venv/azurite/package.json: .venv/.ready
-	@command -v npm >/dev/null || { echo 'azurite, the emulator of Azure, needs npm (Node.js 20)'; exit 1; }
-	@mkdir -p .venv/azurite
-	@npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.37.0
-	@touch $@
+	@test -e .venv/azurite/package.json || PATH="$(abspath $(BIN)):$$PATH" \
+		npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.37.0
 
 cluster-test: cluster-setup  ## Share work between hosts, on real stores, PostgreSQL and Celery (root)
 	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 2 --dist loadfile

@@ -28,7 +28,7 @@ from psycopg import sql
 #: The programs of this environment.
 SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 
-#: Azurite is Node's: `make cluster-setup` installs it here.
+#: Azurite is a program for Node.js: `make cluster-setup` installs it here.
 AZURITE: Final = Path(sys.prefix) / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 
 #: Seconds after which a server does not come up any more, on a busy machine.
@@ -220,6 +220,7 @@ class Azurite(Store):
 
     def command(self) -> list[str]:
         return [
+            str(SCRIPTS / "node"),
             str(AZURITE),
             "--skipApiVersionCheck",  # its clients are newer than it
             f"--blobPort={self._port}",

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, and_, delete, exists, select, update
+from sqlalchemy import Connection, delete, exists, func, select, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import callbacks, events, requests
@@ -68,40 +68,42 @@ class _Part(NamedTuple):
 
 def _prune_next(connection: Connection, before: datetime, after: str) -> _Part:
     """Prune the next requests after this key."""
-    prunable = and_(
-        requests.c.request_key > after,
+    prunable = (
         requests.c.state == State.STORED.value,
         requests.c.updated_at < before,
         requests.c.claimed_by.is_(None),
         requests.c.kept_from_seq < requests.c.seq,
     )
-    query = select(requests.c.request_key).where(prunable).order_by(requests.c.request_key)
-    keys = list(connection.execute(query.limit(_PER_WRITE)).scalars())
-    if not keys:
-        return _Part("", 0, 0)
-    chosen = requests.c.request_key.in_(keys), prunable
-    lock_requests(connection, *chosen)
-    # It is still the same: a run may have taken it since.
-    changed = connection.execute(
-        update(requests)
-        .where(*chosen)
-        .values(kept_from_seq=requests.c.seq)
-        .returning(requests.c.request_key)
+    following = (
+        select(requests.c.request_key)
+        .where(requests.c.request_key > after, *prunable)
+        .order_by(requests.c.request_key)
+        .limit(_PER_WRITE)
+        .subquery()
     )
-    taken = list(changed.scalars())
-    last_seq = (
+    last = connection.execute(select(func.max(following.c.request_key))).scalar()
+    if last is None:
+        return _Part("", 0, 0)
+    # A run may have changed one of them since: the conditions are checked again under the lock.
+    chosen = (requests.c.request_key > after, requests.c.request_key <= last, *prunable)
+    lock_requests(connection, *chosen)
+    changed = connection.execute(
+        update(requests).where(*chosen).values(kept_from_seq=requests.c.seq)
+    )
+    kept_from_seq = (
         select(requests.c.kept_from_seq)
         .where(requests.c.request_key == events.c.request_key)
         .scalar_subquery()
     )
     removed = connection.execute(
         delete(events).where(
-            events.c.request_key.in_(taken),
-            events.c.seq < last_seq,
+            events.c.request_key > after,
+            events.c.request_key <= last,
+            events.c.seq < kept_from_seq,
             events.c.event.not_in([event.value for event in KEPT_EVENTS]),
         )
     )
-    return _Part(keys[-1], len(taken), removed.rowcount)
+    return _Part(last, changed.rowcount, removed.rowcount)
 
 
 def _remove_callbacks(connection: Connection, before: datetime) -> int:
