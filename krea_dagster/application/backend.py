@@ -118,7 +118,7 @@ class Backend:
         root_id = journal.roots.id_of(storage)
         if enter and not root_id:
             root_id = journal.roots.begin(storage, journal.roots.check(storage))
-        name = identity_of(table.name, table.source, storage, root_id)
+        name = identity_of(*_named(table), storage, root_id)
 
         def is_gone(path: str) -> bool:
             return storage.folder is not None and not (storage.folder / path).exists()
@@ -163,6 +163,7 @@ class Backend:
     def _attempts(
         self, table: PromptTable
     ) -> tuple[dict[tuple[str, int], int], frozenset[tuple[str, int]]]:
+        _named(table)  # also where there is no journal yet
         if not self.has_journal():
             return {}, frozenset()
         with self.open_journal() as journal:
@@ -222,6 +223,16 @@ class Backend:
 
     def _journal_url(self) -> str:
         return self.settings.journal_url or database_in(self.open_storage())
+
+
+def _named(table: PromptTable) -> tuple[str, str]:
+    """Return a table's name and its path or URL, one of which it needs. Raises ConfigError."""
+    if not (table.name or table.place):
+        raise ConfigError(
+            f"{table.shown} needs a name, by which the journal knows its rows again; "
+            "give it one (key_prefix, or PromptTable's name). Nothing was bought."
+        )
+    return table.name, table.place
 
 
 def paid_and_open(journal: Journal) -> list[Record]:

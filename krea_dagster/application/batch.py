@@ -16,7 +16,6 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pyarrow as pa
 
-from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.buy_options import BuyOptions, RowSelection, Sample
 from krea_dagster.application.callback_column import COLUMN, check_own_urls, own_urls
@@ -38,7 +37,6 @@ from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import Manifests, manifest_parts, manifest_schema
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
-from krea_dagster.prompts.file_marks import mark_of_files
 from krea_dagster.prompts.partitioning import MultiPartitions, TimePartitions
 from krea_dagster.prompts.requests import drawn_seed
 
@@ -99,7 +97,8 @@ class Batch:
         has_journal = backend.has_journal()
         backend.check_root()
         # Before the table is read: what changes meanwhile has another mark.
-        mark = [mark_of_files(table.source, table.storage_options), backend.mark_of_attempts(table)]
+        table = table.pinned()
+        mark = [table.mark(), backend.mark_of_attempts(table)]
         earlier = _handed_over.get()
         if earlier is not None and earlier.serves(table, keys, [*mark, backend.journal_id()]):
             batch = earlier.part(keys)
@@ -259,8 +258,7 @@ class Batch:
                 f"a budget names the column {missing[0]!r}, which the prompt table does not have; "
                 f"its columns are {', '.join(self._columns)}. Nothing was bought."
             )
-        source = redact.location(self.table.source)
-        check_own_urls(self.plan, source, private_allowed=backend.settings.synthetic)
+        check_own_urls(self.plan, self.table.shown, private_allowed=backend.settings.synthetic)
         if self._states:
             return replace(self._states.pop().part(self.plan), held=self.held)
         if not backend.has_journal():

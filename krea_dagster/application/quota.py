@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch, has_begun
 from krea_dagster.application.buy_options import BuyOptions
@@ -109,7 +108,7 @@ def apply_quota(
     else:
         batch.close()
         raise ConfigError(
-            f"the prompt table {redact.location(batch.table.source)} changed each time it was "
+            f"the prompt table {batch.table.shown} changed each time it was "
             "read. Nothing was bought. Run again when it is complete."
         )
     homes = {} if wanted.column else dict(_pairs(decided.slots, "prompt_id", "partition_key"))

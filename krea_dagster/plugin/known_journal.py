@@ -4,7 +4,6 @@ from typing import Final
 
 import dagster as dg
 
-from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PromptTable
@@ -24,7 +23,7 @@ def journal_entry(krea: Backend, table: PromptTable, relative: str) -> dg.JsonMe
             "origin": krea.settings.origin,
             "root": krea.open_storage().shown(""),
             "relative": relative,
-            "prompts": redact.location(table.source),
+            "prompts": table.shown,
         }
     )
 
@@ -51,7 +50,7 @@ def refuse_second_journal(
         return
     here = krea.open_storage().shown("")
     same_place = before.get("root") == here
-    if relative and before.get("prompts") == redact.location(table.source):
+    if relative and before.get("prompts") == table.shown:
         same_place = same_place or before.get("relative") == relative
     if not same_place or before.get("journal") == krea.journal_id():
         return

@@ -41,7 +41,8 @@ _ENDINGS: Final = (".parquet", ".pq")
 class TableFile:
     """One Parquet file of the table. ``name`` is shown in messages, without credentials.
 
-    ``first_row`` is the number of its first row in the table, from 1.
+    ``first_row`` is the number of its first row in the table, from 1. ``owner`` keeps a temporary
+    file as long as this one is used.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TableFile:
     _options: Options
     _filesystem: Any
     _fragment: Any
+    owner: object = None
 
     @property
     def row_count(self) -> int:
@@ -179,7 +181,7 @@ def _filesystem(source: str, options: Options | None) -> tuple[Any, str]:
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-        reason = redact.text(_first_line(error), source)
+        reason = redact.text(first_line(error), source)
         raise ConfigError(
             f"{redact.location(source)} cannot be opened: {reason}; "
             "give a Parquet file, a folder, or a URL of a kind that fsspec supports"
@@ -252,7 +254,7 @@ def _reading(name: str, path: str, options: Options) -> Iterator[None]:
             said := store_error(error, name, options, called="the prompt table")
         ):
             raise ConfigError(redact.text(str(said), path)) from None
-        reason = redact.text(_first_line(error), path)
+        reason = redact.text(first_line(error), path)
         if "crypt" in reason.lower():
             advice = "it is encrypted; write it without encryption"
         elif isinstance(error, PermissionError):
@@ -263,7 +265,8 @@ def _reading(name: str, path: str, options: Options) -> Iterator[None]:
         raise ConfigError(f"{name} cannot be read: {advice} ({reason})") from cause
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, short and printable."""
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     return line[:200].encode("unicode_escape").decode() if not line.isprintable() else line[:200]

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, Problem
-from krea_dagster.file_systems import Options
 from krea_dagster.prompts.cells import Bad, plain_array, shown
 from krea_dagster.prompts.columns import (
     BadCells,
@@ -30,12 +29,12 @@ from krea_dagster.prompts.columns import (
     text_values,
 )
 from krea_dagster.prompts.duplicates import find_duplicates, hashes_of_ids
-from krea_dagster.prompts.files import open_files
 from krea_dagster.prompts.identity import buckets, derived_prompt_ids
 from krea_dagster.prompts.murmur import Hashes, hashes_of_texts
 from krea_dagster.prompts.partitioning import HashPartitions, PartitionBy
 from krea_dagster.prompts.pushdown import row_group_filter
 from krea_dagster.prompts.requests import Defaults
+from krea_dagster.prompts.sources import Reading
 from krea_dagster.prompts.table_schema import Layout, Problems, problem_in
 from krea_dagster.prompts.tokens import WARN_TOKENS, at_most_tokens, estimate_tokens
 
@@ -109,11 +108,10 @@ class Scan:
 
     def __init__(
         self,
-        source: str,
+        source: Reading,
         by: PartitionBy,
         wanted: frozenset[str] | None,
         *,
-        options: Options,
         defaults: Defaults,
         count_tokens: Callable[[str], int],
         max_prompt_tokens: int,
@@ -128,7 +126,7 @@ class Scan:
         self._wanted_keys = pa.array(sorted(wanted or ()), pa.string())
         self._problems = Problems()
         self.warnings = Problems()
-        self._layout = Layout.of(by, open_files(source, options), self._problems)
+        self._layout = Layout.of(by, source.files(), self._problems)
         self.passthrough_schema = self._layout.passthrough if passthrough else pa.schema([])
         names = by.keys() if isinstance(by, HashPartitions) else []
         self._bucket_names = pa.array(names, pa.string())
@@ -160,7 +158,7 @@ class Scan:
             if made is not None and not self._problems.count:
                 yield made
         find_duplicates(hashes, files, self._problems)
-        self._problems.raise_for(self._source)
+        self._problems.raise_for(self._source.shown)
 
     def _batches(self) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         layout = self._layout

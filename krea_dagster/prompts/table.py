@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
 from krea_dagster.prompts.cells import shown
 from krea_dagster.prompts.columns import partition_keys
-from krea_dagster.prompts.files import open_files
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     HashPartitions,
@@ -25,22 +24,32 @@ from krea_dagster.prompts.partitioning import (
 from krea_dagster.prompts.plan import Attempts, Plan, Planner
 from krea_dagster.prompts.requests import Defaults
 from krea_dagster.prompts.scan import Scan
+from krea_dagster.prompts.sources import (
+    Reading,
+    Source,
+    place_of,
+    reading_of,
+    shown_source,
+    source_of,
+)
 from krea_dagster.prompts.table_schema import Layout, Problems, problem_in
 from krea_dagster.prompts.tokens import MAX_TOKENS, estimate_tokens
 
 
 @dataclass(frozen=True)
 class PromptTable:
-    """A prompt table in Parquet. Every method reads the files again.
+    """A prompt table. Every method reads a path again, and calls a function again.
 
     Args:
         source: A Parquet file, a folder (all ``.parquet`` and ``.pq`` files in it and below), or
-            the URL of either, of any kind that fsspec knows.
+            the URL of either, of any kind that fsspec knows; a value: a table of pandas, Polars,
+            Arrow or DuckDB, or a list of rows, which is read once; or a function without arguments
+            that returns a path or a value.
         partition_by: How rows are divided into partitions; see :func:`parse_partition_by`.
         defaults: The settings of rows that do not say theirs.
         count_tokens: Counts the tokens of a prompt.
         max_prompt_tokens: A prompt with more tokens is a problem of its row.
-        name: Distinguishes tables that share a journal. Empty: ``source`` does.
+        name: Distinguishes tables that share a journal. Empty: the path ``source`` does.
         storage_options: How fsspec opens a URL. A value ``{"env": "NAME"}`` names a variable.
 
     Raises:
@@ -49,13 +58,41 @@ class PromptTable:
             first problems by row and column, and counts all.
     """
 
-    source: str
+    source: Source
     partition_by: PartitionBy
     defaults: Defaults = field(default_factory=Defaults)
     count_tokens: Callable[[str], int] = estimate_tokens
     max_prompt_tokens: int = MAX_TOKENS
     name: str = ""
     storage_options: Options = field(default_factory=dict, hash=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", source_of(self.source))
+
+    @property
+    def shown(self) -> str:
+        """What the table is called in messages: its path or URL without credentials, or a text."""
+        return shown_source(self.source)
+
+    @property
+    def place(self) -> str:
+        """The path or URL; empty if the source is a value or a function."""
+        return place_of(self.source)
+
+    def pinned(self) -> PromptTable:
+        """Return the table with its source as it is now: a function is called, but once.
+
+        Raises ConfigError.
+        """
+        reading = reading_of(self.source, self.storage_options)
+        return self if reading is self.source else replace(self, source=reading)
+
+    def mark(self) -> str:
+        """Return a mark that changes with the source's content; empty if nothing cheap tells.
+
+        Of a file it is made of size, time and etag. Raises ConfigError.
+        """
+        return self._reading().mark()
 
     def partition_keys(self) -> list[str]:
         """Return the keys of all partitions, sorted.
@@ -82,7 +119,7 @@ class PromptTable:
 
     def row_count(self) -> int:
         """Return the number of rows, from the footers of the files."""
-        return sum(file.row_count for file in open_files(self.source, self.storage_options))
+        return sum(file.row_count for file in self._reading().files())
 
     def plan(
         self,
@@ -131,15 +168,17 @@ class PromptTable:
     def scan(self, wanted: frozenset[str] | None = None, *, passthrough: bool = True) -> Scan:
         """Return a pass over the rows of some partitions, or of all."""
         return Scan(
-            self.source,
+            self._reading(),
             self.partition_by,
             wanted,
-            options=self.storage_options,
             defaults=self.defaults,
             count_tokens=self.count_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             passthrough=passthrough,
         )
+
+    def _reading(self) -> Reading:
+        return reading_of(self.source, self.storage_options)
 
     def _plan(
         self,
@@ -177,7 +216,8 @@ class PromptTable:
 
     def _keys_in_table(self, by: ColumnPartitions | TimePartitions | MultiPartitions) -> set[str]:
         problems = Problems()
-        layout = Layout.of(by, open_files(self.source, self.storage_options), problems)
+        reading = self._reading()
+        layout = Layout.of(by, reading.files(), problems)
         keys: set[str] = set()
         for file in layout.files if layout.partition_columns else ():
             for first, batch in file.batches(layout.partition_columns):
@@ -188,5 +228,5 @@ class PromptTable:
                     problems.add(
                         *(problem_in(first + at, None, name, cell) for at, cell in cells.items())
                     )
-        problems.raise_for(self.source)
+        problems.raise_for(reading.shown)
         return keys

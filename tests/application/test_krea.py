@@ -142,3 +142,27 @@ def test_it_imports_no_dagster(tmp_path: Path, use: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_function_that_makes_prompts_is_called_once_a_run(krea: Krea) -> None:
+    calls: list[str] = []
+
+    def ideas() -> list[dict[str, str]]:
+        calls.append("called")
+        return [{"prompt_id": f"idea-{number}", "prompt": "an elm"} for number in range(3)]
+
+    table = PromptTable(ideas, parse_partition_by("hash:2"), name="ideas")
+    assert krea.run(table=table).summary.statuses == {"stored": 3}
+    assert calls == ["called"]
+    assert krea.quote(table).total.to_buy == 0
+
+
+def test_a_table_without_a_path_needs_a_name_before_anything_is_bought(
+    krea: Krea, emulator: Emulator
+) -> None:
+    before = creates(emulator)
+    table = PromptTable([{"prompt": "an elm"}], parse_partition_by("hash:2"))
+    with pytest.raises(ConfigError, match="the prompt table given as a list needs a name"):
+        krea.run(table=table)
+    assert creates(emulator) == before
+    assert not krea.has_journal()

@@ -12,7 +12,6 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
-from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.curation import Curation
@@ -321,7 +320,7 @@ def _table_specs(
     names: Names, table: PromptTable, partitions_def: dg.PartitionsDefinition[str]
 ) -> tuple[dg.AssetSpec, dg.AssetSpec]:
     """Return the two external assets of the table: what rows request, and further columns."""
-    source = redact.location(table.source)
+    source = table.shown
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
         "group_name": names.group_name,

@@ -32,7 +32,6 @@ from krea_dagster.plugin.sensors.change_marks import (
     read_cursor,
 )
 from krea_dagster.prompts import PromptTable
-from krea_dagster.prompts.file_marks import mark_of_files
 
 #: The external assets of a prompt table, with any prefix.
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
@@ -91,20 +90,21 @@ def build_automation_sensor(
 class _VersionsReader:
     """Keeps the versions of a table, and reads the table only if they may have changed."""
 
-    def __init__(self, table: PromptTable) -> None:
-        self._table = table
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: tuple[tuple[str, str], tuple[_Versions, _Versions]] | None = None
 
-    def versions(self, krea: Backend, marks: Marks) -> tuple[_Versions, _Versions]:
+    def versions(
+        self, krea: Backend, table: PromptTable, marks: Marks
+    ) -> tuple[_Versions, _Versions]:
         """Return the versions by partition: of the requests, and of the passthrough columns."""
         state = (marks.files, marks.attempts)
         with self._lock:
             if self._known is not None and marks.files and self._known[0] == state:
                 return self._known[1]
-        requested = krea.versions(self._table)
+        requested = krea.versions(table)
         # A partition without a row has a version too: its manifest must not wait for one forever.
-        columns = {**dict.fromkeys(requested, NO_ROWS), **carried_versions(self._table)}
+        columns = {**dict.fromkeys(requested, NO_ROWS), **carried_versions(table)}
         with self._lock:
             # The marks are older than the read: if the table changed meanwhile, the next differ.
             self._known = (state, (requested, columns))
@@ -130,7 +130,7 @@ def build_prompts_sensor(
     One tick reports ``most_reports`` partitions at most, the next ticks the rest. A tick reads the
     table only if its files (size, time, etag), the attempts or reports by others have changed.
     """
-    reader = _VersionsReader(table)
+    reader = _VersionsReader()
     key = names.key("prompts")
     keys = [key, names.key("prompt_columns")]
 
@@ -146,14 +146,15 @@ def build_prompts_sensor(
         instance = context.instance
         same = "The prompt table requests the same images as before."
         try:
+            pinned = table.pinned()
             marks = Marks(
-                mark_of_files(table.source, table.storage_options),
+                pinned.mark(),
                 krea.mark_of_attempts(table),
                 mark_of_reports(instance, keys),
             )
             if marks.unchanged_since(read_cursor(Marks, context.cursor)):
                 return dg.SkipReason(same)
-            versions = reader.versions(krea, marks)
+            versions = reader.versions(krea, pinned, marks)
         except KreaError as error:
             return dg.SkipReason(str(error))
         missing = missing_dynamic_keys(instance, partitions_def, versions[0])

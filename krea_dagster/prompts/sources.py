@@ -1,0 +1,170 @@
+"""What a prompt table is read from: a path, a value in Python, or a function that returns either.
+
+What is not a Parquet file is copied into one, so that all other code reads Parquet.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from krea_dagster import redact
+from krea_dagster.errors import ConfigError, KreaError
+from krea_dagster.file_systems import Options
+from krea_dagster.prompts.copies import Copy
+from krea_dagster.prompts.file_marks import mark_of_files
+from krea_dagster.prompts.files import TableFile, first_line, open_files
+from krea_dagster.prompts.values import kind_of_value, stream_of
+
+#: A path or URL, a value such as a data frame, or a function without arguments that returns either.
+Source: TypeAlias = Any
+
+_TABLE: Final = "the prompt table"
+
+
+class Given:
+    """A value that is a table. It is read once: a stream cannot be read again."""
+
+    def __init__(self, value: object, shown: str = "") -> None:
+        self.shown = shown or f"{_TABLE} given as {kind_of_value(value)}"
+        self._value: object = value
+        self._lock = threading.Lock()
+        self._copy: Copy | None = None
+
+    def copy(self) -> Copy:
+        """Return the copy of the value. Raises ConfigError, or TypeError for another value."""
+        with self._lock:
+            if self._copy is None:
+                self._copy = _copied(self._value, self.shown)
+                self._value = None
+            return self._copy
+
+
+class Reading(ABC):
+    """A source as it is at one moment; ``source`` is what was given."""
+
+    def __init__(self, source: Source, shown: str) -> None:
+        self.source = source
+        self.shown = shown
+
+    @abstractmethod
+    def mark(self) -> str:
+        """Return a mark that another content has not; empty if there is none."""
+
+    @abstractmethod
+    def files(self) -> list[TableFile]:
+        """Return the files of the table, with their footers read. Raises ConfigError."""
+
+
+class ParquetReading(Reading):
+    """A Parquet file or folder. It is read where it is, each time."""
+
+    def __init__(self, source: Source, place: str, options: Options) -> None:
+        super().__init__(source, redact.location(place))
+        self._place = place
+        self._options = options
+
+    def mark(self) -> str:
+        """Return a mark of the files' sizes and times."""
+        return mark_of_files(self._place, self._options)
+
+    def files(self) -> list[TableFile]:
+        """Return the files."""
+        return open_files(self._place, self._options)
+
+
+class GivenReading(Reading):
+    """A value."""
+
+    def __init__(self, source: Source, given: Given) -> None:
+        super().__init__(source, given.shown)
+        self._given = given
+
+    def mark(self) -> str:
+        """Return a hash of the content."""
+        return self._given.copy().mark()
+
+    def files(self) -> list[TableFile]:
+        """Return the value's copy."""
+        return files_of_copy(self._given.copy(), self.shown)
+
+
+def source_of(given: Any, shown: str = "") -> Source:
+    """Return what a table keeps as its source: a value is read once, by all that read the table."""
+    is_value = not (isinstance(given, str | Path | Given | Reading) or is_function(given))
+    return Given(given, shown) if is_value else given
+
+
+def is_function(source: Source) -> bool:
+    """Return whether a source is a function that returns one."""
+    return callable(source) and not hasattr(source, "__arrow_c_stream__")
+
+
+def shown_source(source: Source) -> str:
+    """Return a source for messages, without credentials."""
+    if isinstance(source, Given | Reading):
+        return source.shown
+    if is_function(source):
+        return f"{_TABLE} of the function {_name_of(source)}"
+    return redact.location(str(source))
+
+
+def place_of(source: Source) -> str:
+    """Return a source's path or URL; empty if it is a value or a function."""
+    if isinstance(source, Reading):
+        return place_of(source.source)
+    return str(source) if isinstance(source, str | Path) else ""
+
+
+def reading_of(source: Source, options: Options) -> Reading:
+    """Return a source as it is now: a function is called. Raises ConfigError."""
+    if isinstance(source, Reading):
+        return source
+    if not is_function(source):
+        return _reading_of(source, source, options)
+    shown = shown_source(source)
+    result = _called(source, shown)
+    if is_function(result):
+        raise ConfigError(f"{shown} is a function again; return a path or a table")
+    return _reading_of(source, source_of(result, shown), options)
+
+
+def files_of_copy(copy: Copy, shown: str) -> list[TableFile]:
+    """Return the file of a copy, which lives as long as the file is used."""
+    return [replace(file, name=shown, owner=copy) for file in open_files(copy.path)]
+
+
+def _reading_of(source: Source, found: Source, options: Options) -> Reading:
+    if isinstance(found, Given):
+        return GivenReading(source, found)
+    return ParquetReading(source, str(found), options)
+
+
+def _called(function: Callable[[], Any], shown: str) -> Any:
+    try:
+        return function()
+    except KreaError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a function of the user raises errors of any type
+        raise ConfigError(
+            f"{shown} raised {type(error).__name__}: {first_line(error)}. Nothing was bought."
+        ) from redact.safe_cause(error)
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _copied(value: object, shown: str) -> Copy:
+    try:
+        return Copy(stream_of(value, shown))
+    except (KreaError, TypeError):
+        raise
+    except Exception as error:  # noqa: BLE001 - each library has errors of its own
+        raise ConfigError(f"{shown} cannot be read: {first_line(error)}") from redact.safe_cause(
+            error
+        )
