@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from krea_dagster.plugin.resource import KreaResource
     from krea_dagster.plugin.schedules import build_krea_schedule
     from krea_dagster.plugin.sensors.prompts import on_prompts_changed
+    from krea_dagster.plugin.tables import build_krea_tables
     from krea_dagster.prompts import Defaults, PromptTable
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "build_krea_assets",
     "build_krea_definitions",
     "build_krea_schedule",
+    "build_krea_tables",
     "build_manifest_schema_check",
     "build_spend_check",
     "definitions_from_environment",
@@ -92,6 +94,7 @@ _MODULES: Final = {
     "build_krea_assets": "plugin.assets.images",
     "build_krea_definitions": "plugin.definitions",
     "build_krea_schedule": "plugin.schedules",
+    "build_krea_tables": "plugin.tables",
     "build_manifest_schema_check": "plugin.checks",
     "build_spend_check": "plugin.checks",
     "definitions_from_environment": "plugin.environment",

@@ -98,14 +98,14 @@ class Backend:
         with self.open_journal() as journal:
             return journal.records({image.request.request_key for image in images})
 
-    def left_behind(self, table: PromptTable | None = None) -> list[Record]:
+    def left_behind(self, tables: Sequence[PromptTable] | None = None) -> list[Record]:
         """Return what is paid for, not stored, and not claimed by a living run; oldest first.
 
-        Of other tables than ``table`` only what no run has collected for 12 hours.
+        Of other tables than ``tables`` only what no run has collected for 12 hours.
         """
         with self.open_journal() as journal:
-            table_id = None if table is None else self.table_id(journal, table)
-            return [one for one in paid_and_open(journal) if belongs_to(table_id, one)]
+            table_ids = self.table_ids(journal, tables)
+            return [one for one in paid_and_open(journal) if belongs_to(table_ids, one)]
 
     def unknown(self) -> list[Record]:
         """Return the purchases whose outcome is unknown; the oldest first."""
@@ -125,6 +125,14 @@ class Backend:
 
         seen = journal.tables.enter if enter else journal.tables.find
         return seen(*name, is_gone=is_gone)
+
+    def table_ids(
+        self, journal: Journal, tables: Sequence[PromptTable] | None
+    ) -> frozenset[str] | None:
+        """Return the ids of tables in the journal; None for None, which means all tables."""
+        if tables is None:
+            return None
+        return frozenset(self.table_id(journal, table) for table in tables)
 
     def raise_attempts(
         self, table: PromptTable, samples: Iterable[tuple[str, int]], *, raised_by: str
@@ -245,9 +253,9 @@ def paid_and_open(journal: Journal) -> list[Record]:
     ]
 
 
-def belongs_to(table_id: str | None, record: Record) -> bool:
-    """Return whether a salvage for a table (None: for all tables) takes a request."""
-    if table_id is None or record.table_id in ("", table_id):
+def belongs_to(table_ids: frozenset[str] | None, record: Record) -> bool:
+    """Return whether a salvage for some tables (None: for all tables) takes a request."""
+    if table_ids is None or record.table_id == "" or record.table_id in table_ids:
         return True
     since = record.sent_at
     return since is None or datetime.now(timezone.utc) - since > _TAKEN_FROM_OTHERS

@@ -199,7 +199,8 @@ class Krea(Backend):
         """
         from krea_dagster.application.purchase import collect
 
-        return collect(self, table=table, run_id=run_id or _run_id(), on_progress=on_progress)
+        tables = None if table is None else [table]
+        return collect(self, tables=tables, run_id=run_id or _run_id(), on_progress=on_progress)
 
     # -- accounting ------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -71,7 +71,7 @@ def collect(
     backend: Backend,
     *,
     run_id: str,
-    table: PromptTable | None = None,
+    tables: Sequence[PromptTable] | None = None,
     only: Callable[[Record], bool] = lambda _: True,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> tuple[RunReport, dict[str, Record]]:
@@ -79,14 +79,14 @@ def collect(
 
     The oldest first, because links live for a day. What was given up as lost within the last week
     is polled once more. Of all this it takes what ``only`` selects, and of other tables than
-    ``table`` what no run has collected for 12 hours. Returns the report, and the record of each
+    ``tables`` what no run has collected for 12 hours. Returns the report, and the record of each
     request that it took, by request key. Raises as ``buy`` does.
     """
-    with open_runner(backend, run_id, on_progress, table) as runner:
-        table_id = runner.table_id if table else None
+    with open_runner(backend, run_id, on_progress) as runner:
+        table_ids = backend.table_ids(runner.journal, tables)
         since = datetime.now(timezone.utc) - timedelta(seconds=runner.policy.lost_for_s)
         known = [*paid_and_open(runner.journal), *runner.journal.expired_since(since)]
-        paid = [record for record in known if belongs_to(table_id, record) and only(record)]
+        paid = [record for record in known if belongs_to(table_ids, record) and only(record)]
         wanted = [RequestedImage(record.request, record.partition_key) for record in paid]
         policy = replace(runner.policy, revive=True)
         report = _run(replace(runner, buying=False, policy=policy).run(wanted))

@@ -239,6 +239,14 @@ class CurationSettings(_Section):
         return Curation(measures=measures, exports=exports, **values)
 
 
+def _curation_of(context: dg.ResolutionContext, value: Any) -> CurationSettings | bool:
+    """Read the section ``curation``, which may also be true or false."""
+    if isinstance(value, bool):
+        return value
+    settings: CurationSettings = CurationSettings.resolve_from_model(context, value)
+    return settings
+
+
 @dg.scaffold_with(KreaImagesScaffolder)
 class KreaImages(dg.Component, _Section):
     """Images of Krea 2 Turbo from a Parquet prompt table: each bought once, and verified.
@@ -288,10 +296,24 @@ class KreaImages(dg.Component, _Section):
     defaults: RowDefaults = Field(
         default_factory=RowDefaults, description="Values for what a row leaves open."
     )
-    key_prefix: list[str] = Field(
-        default=[], description="Prefix of the assets' keys, and of all names."
+    key_prefix: list[str] | str = Field(
+        default=[],
+        description="Prefix of the assets' keys, and of all names: hero, shop/hero or a list.",
     )
-    group_name: str = Field(default="krea", description="Group of the assets.")
+    group_name: str | None = Field(
+        default=None, description="Group of the assets; by default the prefix, krea without one."
+    )
+    resource_key: str | None = Field(
+        default=None,
+        description=(
+            "Key of the resource, by default krea with the prefix; choose another if the project "
+            "has its own resource of that name."
+        ),
+    )
+    io_manager_key: str | None = Field(
+        default=None,
+        description="Key of the manifest's IO manager, by default krea_manifest with the prefix.",
+    )
     partitions_per_run: int | None = Field(
         default=None,
         ge=1,
@@ -308,9 +330,25 @@ class KreaImages(dg.Component, _Section):
             "collect, when callbacks arrive or images should be finished."
         ),
     )
-    curation: CurationSettings = Field(
+    curation: Annotated[
+        CurationSettings | bool,
+        dg.Resolver(_curation_of, model_field_type=CurationSettings.model() | bool),
+    ] = Field(
         default_factory=CurationSettings,
-        description="Which images are accepted, and how many are wanted.",
+        description=(
+            "Which images are accepted, and how many are wanted; false leaves out its assets."
+        ),
+    )
+    spend: bool = Field(
+        default=True,
+        description=(
+            "Build the spend tables and the proof. They contain all purchases of the journal: of "
+            "several tables that share one, only one should have them."
+        ),
+    )
+    salvage: bool = Field(
+        default=True,
+        description="Build the salvage, which collects paid images that runs left behind.",
     )
     fresh_within_hours: float | None = Field(
         default=None,
@@ -391,6 +429,8 @@ class KreaImages(dg.Component, _Section):
             count_tokens=self._counter(),
             key_prefix=self.key_prefix,
             group_name=self.group_name,
+            resource_key=self.resource_key,
+            io_manager_key=self.io_manager_key,
             backfill_policy=backfill_policy_of(self.partitions_per_run),
             automation_condition=on_prompts_changed() if self.launch_on_changed_prompts else None,
             freshness_policy=(
@@ -404,7 +444,9 @@ class KreaImages(dg.Component, _Section):
             spend_by=self.spend_by,
             soft_budgets=self.soft_budgets,
             collect_later=self.collect_later,
-            curation=self.curation.curation(self.build_measures()),
+            curation=self._curation(),
+            spend=self.spend,
+            salvage=self.salvage,
             executor=dg.in_process_executor if self.in_process else None,
         )
         # Definitions.map_asset_specs does the same, but warns that it is a preview.
@@ -419,6 +461,12 @@ class KreaImages(dg.Component, _Section):
             resources=defs.resources,
             executor=defs.executor,
         )
+
+    def _curation(self) -> Curation | bool:
+        if self.curation is False:
+            return False
+        settings = CurationSettings() if self.curation is True else self.curation
+        return settings.curation(self.build_measures())
 
     def _counter(self) -> Callable[[str], int]:
         # The estimate itself: a table applies it to whole columns.

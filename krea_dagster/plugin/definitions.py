@@ -8,15 +8,15 @@ import dagster as dg
 
 from krea_dagster.application.curation import Curation
 from krea_dagster.engine.budget import CREDITS_PER_USD
+from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import same_kind
 from krea_dagster.plugin.assets.curation import build_curation
 from krea_dagster.plugin.assets.images import POOL, KreaAssets, build_krea_assets
-from krea_dagster.plugin.assets.salvage import build_salvage
+from krea_dagster.plugin.assets.salvage import SalvagedTable, build_salvage
 from krea_dagster.plugin.assets.spend import build_spend
 from krea_dagster.plugin.checks import CheckFactory, default_checks
-from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
 from krea_dagster.plugin.io_manager import KreaManifestIOManager
-from krea_dagster.plugin.names import JOB_NAME, Names, prefix_of
+from krea_dagster.plugin.names import JOB_NAME, Names
 from krea_dagster.plugin.resource import KreaResource, named_options
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
@@ -34,7 +34,9 @@ def build_krea_definitions(
     defaults: Defaults | None = None,
     count_tokens: Callable[[str], int] = estimate_tokens,
     key_prefix: str | Sequence[str] = (),
-    group_name: str = "krea",
+    group_name: str | None = None,
+    resource_key: str | None = None,
+    io_manager_key: str | None = None,
     backfill_policy: dg.BackfillPolicy | None = None,
     automation_condition: dg.AutomationCondition[Any] | None = None,
     freshness_policy: dg.FreshnessPolicy | None = None,
@@ -44,7 +46,9 @@ def build_krea_definitions(
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
     collect_later: bool = False,
-    curation: Curation | None = None,
+    curation: Curation | bool = True,
+    spend: bool = True,
+    salvage: bool = True,
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build the code location of one prompt table.
@@ -64,8 +68,12 @@ def build_krea_definitions(
         defaults: Values for what a row leaves open.
         count_tokens: Returns the number of tokens of a prompt.
         key_prefix: Prefix of the asset keys and of all other names. It separates several tables
-            in one code location.
-        group_name: Group of the assets.
+            in one code location; see also ``build_krea_tables``.
+        group_name: Group of the assets; the prefix by default, ``krea`` without one.
+        resource_key: Key of the resource; ``krea`` with the prefix by default. Choose another if
+            your project has its own resource of that name.
+        io_manager_key: Key of the manifest's IO manager; ``krea_manifest`` with the prefix by
+            default.
         backfill_policy: Of ``images`` and ``image_manifest``; single_run by default.
         automation_condition: Of both, such as ``on_prompts_changed()``: a sensor then launches
             runs, which spend credits. Without it, every purchase is launched by a person.
@@ -80,6 +88,11 @@ def build_krea_definitions(
         collect_later: Runs submit and end. The sensor ``krea_collect`` launches the runs that
             collect, when callbacks arrive or images should be finished.
         curation: Which images are accepted, how many are wanted, and what is measured of them.
+            False leaves out its assets.
+        spend: Build the spend tables, with their checks and the proof. They contain all purchases
+            of the journal: of several tables that share one, only one should have them.
+        salvage: Build the salvage. Without it, paid images that a killed run left behind are
+            collected by the next run of their partitions.
         executor: The code location's executor. In-process by default: the steps wait for the
             network, and another process would take seconds to start. None if other definitions
             bring one.
@@ -87,9 +100,9 @@ def build_krea_definitions(
     Returns:
         Definitions with
 
-        - the assets ``prompts``, ``prompt_columns``, ``images``, ``image_manifest``,
-          ``spend_ledger``, ``spend_daily``, ``salvaged_images``, ``image_measures``,
-          ``near_duplicates``, ``verdicts`` and ``accepted_images``;
+        - the assets ``prompts``, ``prompt_columns``, ``images``, ``image_manifest``; with ``spend``
+          ``spend_ledger`` and ``spend_daily``; with ``salvage`` ``salvaged_images``; with
+          ``curation`` ``image_measures``, ``near_duplicates``, ``verdicts``, ``accepted_images``;
         - the jobs ``krea_images``, ``krea_spend``, ``krea_salvage``, ``krea_proof``,
           ``krea_dataset`` and ``krea_accepted``;
         - the sensors ``krea_prompts`` (reports changed prompts), ``krea_verdicts`` (reports new
@@ -111,30 +124,32 @@ def build_krea_definitions(
             krea=KreaResource(api_key=dg.EnvVar("EVOLINK_API_KEY"), storage="data/krea"),
         )
     """
-    prefix = prefix_of(key_prefix)
-    names = Names(prefix, group_name, Names(prefix).prefixed("krea"))
-    table = PromptTable(
-        _absolute(prompts),
-        parse_partition_by(partition_by),
-        defaults=defaults or Defaults(),
+    names = Names.of(key_prefix, group_name, resource_key)
+    io_manager_key = io_manager_key or names.prefixed("krea_manifest")
+    if io_manager_key == names.resource_key:
+        raise ConfigError(f"resource_key and io_manager_key are both {io_manager_key!r}")
+    table = prompt_table(
+        names,
+        krea,
+        prompts=prompts,
+        prompts_options=prompts_options,
+        partition_by=partition_by,
+        defaults=defaults,
         count_tokens=count_tokens,
-        name="/".join(prefix),
-        storage_options=_prompts_options(prompts, prompts_options, krea),
     )
     krea, relative_storage = _with_absolute_storage(krea)
-    curation = curation or Curation()
-    io_manager_key = names.prefixed("krea_manifest")
+    rules = (Curation() if curation else None) if isinstance(curation, bool) else curation
     assets = build_krea_assets(
         table,
         start=start,
-        key_prefix=prefix,
-        group_name=group_name,
+        key_prefix=names.prefix,
+        group_name=names.group_name,
         backfill_policy=backfill_policy,
         automation_condition=automation_condition,
         freshness_policy=freshness_policy,
         pool=pool,
         collect_later=collect_later,
-        curation=curation,
+        curation=rules,
         resource_key=names.resource_key,
         io_manager_key=io_manager_key,
         relative_storage=relative_storage,
@@ -145,41 +160,65 @@ def build_krea_definitions(
             storage=krea.storage, storage_options=krea.storage_options
         ),
     }
-    return dg.Definitions.merge(
+    parts = [
         dg.Definitions(assets=assets.all, resources=resources, executor=executor),
-        _jobs_and_checks(names, assets, default_checks() if checks is None else checks),
+        _job_and_checks(names, assets, default_checks() if checks is None else checks),
         dg.Definitions(
             sensors=_sensors(
                 names, assets, launch=automation_condition is not None, collect=collect_later
             )
         ),
-        build_spend(names, credits_per_usd=credits_per_usd, by=spend_by, budgets=soft_budgets),
-        build_salvage(names, assets.table, collect_later=collect_later),
-        build_curation(names, curation, assets.partitions_def),
+    ]
+    if spend:
+        parts.append(
+            build_spend(
+                names,
+                [names.manifest_key],
+                credits_per_usd=credits_per_usd,
+                by=spend_by,
+                budgets=soft_budgets,
+            )
+        )
+    if salvage:
+        salvaged = SalvagedTable(table, names.manifest_key)
+        parts.append(build_salvage(names, [salvaged], collect_later=collect_later))
+    if rules is not None:
+        parts.append(build_curation(names, rules, assets.partitions_def))
+    return dg.Definitions.merge(*parts)
+
+
+def prompt_table(
+    names: Names,
+    krea: KreaResource,
+    *,
+    prompts: str,
+    prompts_options: Mapping[str, Any] | None = None,
+    partition_by: str = "hash:8",
+    defaults: Defaults | None = None,
+    count_tokens: Callable[[str], int] = estimate_tokens,
+) -> PromptTable:
+    """Return the prompt table of these arguments of ``build_krea_definitions``."""
+    return PromptTable(
+        _absolute(prompts),
+        parse_partition_by(partition_by),
+        defaults=defaults or Defaults(),
+        count_tokens=count_tokens,
+        name="/".join(names.prefix),
+        storage_options=_prompts_options(prompts, prompts_options, krea),
     )
 
 
-def _jobs_and_checks(
+def _job_and_checks(
     names: Names, assets: KreaAssets, checks: Sequence[CheckFactory]
 ) -> dg.Definitions:
-    """Build the checks of ``image_manifest``, and the jobs of images and of the proof."""
-    proof = build_spend_proof_check(names)
+    """Build the checks of ``image_manifest``, and the job of the images."""
     job = dg.define_asset_job(
         names.prefixed(JOB_NAME),
-        # Without the proof, which reads every file again.
-        selection=dg.AssetSelection.assets(assets.images, assets.image_manifest)
-        - dg.AssetSelection.checks(proof),
+        selection=dg.AssetSelection.assets(assets.images, assets.image_manifest),
         description="Buys the missing images, and writes the manifest.",
     )
-    proof_job = dg.define_asset_job(
-        names.prefixed("krea_proof"),
-        selection=dg.AssetSelection.checks(proof),
-        description=(
-            "Compares every charge with its task, its file, its manifest row and the account."
-        ),
-    )
     built = [check(names.manifest_key, resource_key=names.resource_key) for check in checks]
-    return dg.Definitions(asset_checks=[proof, *built], jobs=[job, proof_job])
+    return dg.Definitions(asset_checks=built, jobs=[job])
 
 
 def _sensors(

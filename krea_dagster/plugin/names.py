@@ -1,5 +1,6 @@
 """The names of one prompt table's assets, jobs, sensors and resources."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,18 @@ class Names:
     group_name: str = "krea"
     resource_key: str = "krea"
 
+    @classmethod
+    def of(
+        cls,
+        key_prefix: str | Sequence[str] = (),
+        group_name: str | None = None,
+        resource_key: str | None = None,
+    ) -> "Names":
+        """Return the names with a prefix, which is also the default of group and resource."""
+        prefix = prefix_of(key_prefix)
+        group = re.sub(r"[^A-Za-z0-9_]", "_", "_".join(prefix)) or "krea"
+        return cls(prefix, group_name or group, resource_key or cls(prefix).prefixed("krea"))
+
     def key(self, name: str) -> dg.AssetKey:
         """Return the key of an asset."""
         return dg.AssetKey([*self.prefix, name])
@@ -37,5 +50,7 @@ class Names:
 
 
 def prefix_of(key_prefix: str | Sequence[str]) -> tuple[str, ...]:
-    """Return a key prefix, which may be given as one text, as its parts."""
-    return (key_prefix,) if isinstance(key_prefix, str) else tuple(key_prefix)
+    """Return a key prefix as its parts; one text has a slash between them."""
+    if isinstance(key_prefix, str):
+        return tuple(part for part in key_prefix.split("/") if part)
+    return tuple(key_prefix)

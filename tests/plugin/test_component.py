@@ -75,6 +75,8 @@ EVERYTHING: dict[str, Any] = {
     "defaults": {"size": "16:9", "quality": "2K", "num_images": 2, "nsfw_check": True},
     "key_prefix": ["shop", "hero"],
     "group_name": "hero_images",
+    "resource_key": "painter",
+    "io_manager_key": "painter_manifest",
     "partitions_per_run": 7,
     "launch_on_changed_prompts": True,
     "fresh_within_hours": 36,
@@ -115,6 +117,8 @@ EVERYTHING: dict[str, Any] = {
             }
         },
     },
+    "spend": True,
+    "salvage": True,
     "in_process": False,
 }
 
@@ -236,11 +240,12 @@ def test_all_of_it_reaches_the_definitions(
 
     checks = names_of_checks(defs)
     assert checks == {
-        "all_rows_delivered", "spend_proof", "manifest_schema", "failure_share", "files_whole",
-        "pictures", "spend_expected",
+        "all_rows_delivered", "manifest_schema", "failure_share", "files_whole", "pictures",
+        "spend_expected",
     }  # fmt: skip
     options = [dict(one.keywords) for one in component.build_checks() or ()]  # type: ignore[attr-defined]  # partials
     assert options == list(EVERYTHING["checks"].values())
+    assert isinstance(component.curation, CurationSettings)
     assert component.curation.wanted == ["prompt=2"]
     assert defs.resolve_asset_graph().has(dg.AssetKey([*prefix, "training_set"]))
     wanted = dg.AssetCheckKey(dg.AssetKey([*prefix, "accepted_images"]), "all_wanted_accepted")
@@ -248,7 +253,7 @@ def test_all_of_it_reaches_the_definitions(
     share = defs.resolve_asset_graph().get_check_spec(dg.AssetCheckKey(manifest, "failure_share"))
     assert "2.00%" in (share.description or "")
 
-    krea = resource_of(defs, "shop_hero_krea")
+    krea = resource_of(defs, "painter")
     settings = EVERYTHING["krea"]
     for name in set(settings) - _NAMED - {"storage"}:
         assert getattr(krea, name) == settings[name], name
@@ -261,6 +266,21 @@ def test_all_of_it_reaches_the_definitions(
     assert "campaign" in [column.name for column in columns.columns]
     uri = defs.resolve_asset_graph().get(dg.AssetKey([*prefix, "prompts"])).metadata["dagster/uri"]
     assert uri == str(sandbox.project_root / "data" / "prompts.parquet")
+
+
+def test_a_prefix_may_be_text_and_names_the_group(sandbox: DefsFolderSandbox) -> None:
+    _, defs = built(sandbox, {"prompts": "data/prompts.parquet", "key_prefix": "shop/hero"})
+    images = defs.resolve_asset_graph().get(dg.AssetKey(["shop", "hero", "images"]))
+    assert images.group_name == "shop_hero"
+    assert resource_of(defs, "shop_hero_krea")
+
+
+def test_what_is_switched_off_is_not_there(sandbox: DefsFolderSandbox) -> None:
+    off = {"spend": False, "salvage": False, "curation": False}
+    _, defs = built(sandbox, {"prompts": "data/prompts.parquet", **off})
+    assert {key.to_user_string() for key in defs.resolve_all_asset_keys()} == {
+        "prompts", "prompt_columns", "images", "image_manifest",
+    }  # fmt: skip
 
 
 def test_the_defaults_of_a_row_decide_what_is_bought(
@@ -385,7 +405,7 @@ def test_the_key_and_the_journals_url_are_given_by_name_and_shown_by_name(
     monkeypatch.setenv("HERO_KEY", KEY)
     monkeypatch.setenv("HERO_JOURNAL", url)
     component, defs = built(sandbox, EVERYTHING)
-    krea = resource_of(defs, "shop_hero_krea")
+    krea = resource_of(defs, "painter")
     assert isinstance(krea.api_key, dg.EnvVar)
     assert isinstance(krea.journal_url, dg.EnvVar)
     assert (krea.api_key.env_var_name, krea.journal_url.env_var_name) == (
@@ -482,7 +502,7 @@ def test_a_subclass_changes_what_yaml_cannot_say(
     with sandbox.load_component_and_build_defs(path) as (_, defs):
         assert resource_of(defs).max_in_flight == 3
         checks = names_of_checks(defs)
-        assert checks == {"all_rows_delivered", "spend_proof", "pictures"}
+        assert checks == {"all_rows_delivered", "pictures"}
         for key in ("images", "image_manifest", "prompts"):
             assert defs.resolve_asset_graph().get(dg.AssetKey(key)).owners == ["team:art"]
         with dg.DagsterInstance.ephemeral() as instance:

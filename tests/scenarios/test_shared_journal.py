@@ -287,8 +287,8 @@ def test_a_salvage_collects_its_table_and_old_requests_of_others(
             policy = replace(runner.policy, patience_s=0.05)
             wanted = batch.state(krea).wanted()
             asyncio.run(replace(runner, policy=policy, latencies=LEARNED).run(wanted))
-    assert len(shop.krea.left_behind(shop.table)) == 4
-    assert len(other.krea.left_behind(other.table)) == 2
+    assert len(shop.krea.left_behind([shop.table])) == 4
+    assert len(other.krea.left_behind([other.table])) == 2
     assert len(shop.krea.left_behind()) == 6
 
 

@@ -186,7 +186,7 @@ def test_without_a_journal_there_is_nothing_to_say(
 def test_the_job_makes_both_tables_and_shows_figures_that_plot(
     year: SimulatedYear, instance: dg.DagsterInstance
 ) -> None:
-    spend = build_spend(Names(("kept",)), by=["campaign"])
+    spend = build_spend(Names(("kept",)), [Names(("kept",)).manifest_key], by=["campaign"])
     krea = KreaResource(emulator=True, storage=str(year.folder))
     defs = dg.Definitions.merge(spend, dg.Definitions(resources={"krea": krea}))
     result = run_job(defs, instance, job="kept_krea_spend")

@@ -46,7 +46,7 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     assert "spend_proof" not in {one.check_name for one in first.get_asset_check_evaluations()}
     proof = evaluation(run_job(defs, instance, job="proved_krea_proof"))
     assert proof.passed
-    assert proof.asset_key == dg.AssetKey(["proved", "image_manifest"])
+    assert proof.asset_key == dg.AssetKey(["proved", "spend_ledger"])
     assert proof.description == "4 charges of 1.8 credits add up; 0 notes."
     said = {name: entry.value for name, entry in proof.metadata.items()}
     assert (said["charges"], said["files_hashed"], said["manifest_rows"]) == (4, 4, 4)
@@ -74,10 +74,10 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     assert (shown["quoted_to_buy"], shown["quoted_credits"]) == (0, 0)
 
 
-def test_with_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
+def test_a_launch_of_the_images_proves_nothing_and_one_of_the_ledger_reads_no_file(
     project: ProjectHarness, instance: dg.DagsterInstance
 ) -> None:
-    """A launch from the UI takes every check of its assets along."""
+    """A launch of assets, as by the UI, takes every check of these assets along."""
     project = project.with_rows("elder", "fir")
     defs = build_krea_definitions(
         prompts=project.table.source,
@@ -85,10 +85,15 @@ def test_with_assets_the_proof_compares_the_sizes_of_files_and_reads_none(
         krea=project.resource,
         key_prefix="prefix",
     )
+    job = defs.resolve_implicit_global_asset_job_def()
     keys = [dg.AssetKey(["prefix", name]) for name in ("images", "image_manifest")]
-    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+    result = job.execute_in_process(
         instance=instance, asset_selection=keys, partition_key="bucket-000", run_config=QUIET
     )
+    assert result.success
+    assert "spend_proof" not in {one.check_name for one in result.get_asset_check_evaluations()}
+    tables = [dg.AssetKey(["prefix", name]) for name in ("spend_ledger", "spend_daily")]
+    result = job.execute_in_process(instance=instance, asset_selection=tables, run_config=QUIET)
     said = {name: entry.value for name, entry in evaluation(result).metadata.items()}
     assert (said["files"], said["files_hashed"]) == (2, 0)
 

@@ -36,7 +36,7 @@ from krea_dagster.plugin.metadata import (
     quote_metadata,
     table_schema,
 )
-from krea_dagster.plugin.names import Names, prefix_of
+from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import partitions_for, without_beta_warnings
 from krea_dagster.plugin.progress import ThrottledLog, tell_progress, tell_report
 from krea_dagster.plugin.resource import krea_of
@@ -79,7 +79,7 @@ def build_krea_assets(
     *,
     start: str | None = None,
     key_prefix: str | Sequence[str] = (),
-    group_name: str = "krea",
+    group_name: str | None = None,
     backfill_policy: dg.BackfillPolicy | None = None,
     automation_condition: dg.AutomationCondition[Any] | None = None,
     freshness_policy: dg.FreshnessPolicy | None = None,
@@ -100,7 +100,7 @@ def build_krea_assets(
         table: The prompt table, and how it is partitioned.
         start: First day of partitions by time, as ``YYYY-MM-DD``; the table's first by default.
         key_prefix: Prefix of the asset keys.
-        group_name: Group of the assets.
+        group_name: Group of the assets; the prefix by default, ``krea`` without one.
         backfill_policy: Of ``images`` and ``image_manifest``; single_run by default.
         automation_condition: Of both; such as ``on_prompts_changed()``.
         freshness_policy: Of both.
@@ -132,12 +132,12 @@ def build_krea_assets(
             },
         )
     """
-    names = Names(prefix_of(key_prefix), group_name, resource_key)
+    names = Names.of(key_prefix, group_name, resource_key)
     partitions_def = partitions_for(table, name=names.prefixed("krea"), start=start)
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
         "backfill_policy": backfill_policy or dg.BackfillPolicy.single_run(),
-        "group_name": group_name,
+        "group_name": names.group_name,
         "automation_condition": automation_condition,
         "freshness_policy": freshness_policy,
         "required_resource_keys": {resource_key},

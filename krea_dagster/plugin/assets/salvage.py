@@ -1,12 +1,14 @@
 """The asset ``salvaged_images`` and its job: collect what is paid for; buy nothing."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Final
 
 import dagster as dg
 
+from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.purchase import collect
 from krea_dagster.application.salvage_schedule import due
@@ -25,10 +27,18 @@ from krea_dagster.prompts import PromptTable
 _LATE: Final = timedelta(hours=1)
 
 
+@dataclass(frozen=True)
+class SalvagedTable:
+    """A prompt table whose images a salvage collects, and the asset of its manifests."""
+
+    table: PromptTable
+    manifest_key: dg.AssetKey
+
+
 def build_salvage(
-    names: Names, table: PromptTable, *, collect_later: bool = False
+    names: Names, tables: Sequence[SalvagedTable], *, collect_later: bool = False
 ) -> dg.Definitions:
-    """Build the salvage of one prompt table: an asset, a job, and the sensor that starts it.
+    """Build the salvage of prompt tables: an asset, a job, and the sensor that starts it.
 
     The asset collects, the most urgent link first, and rewrites the manifests of the partitions
     that it completed. With ``collect_later`` the sensor leaves images to the runs that collect for
@@ -52,22 +62,16 @@ def build_salvage(
             report, found = collect(
                 krea,
                 run_id=context.run.run_id,
-                table=table,
+                tables=[one.table for one in tables],
                 only=_due_for(context.run, first),
                 on_progress=run_progress_log(context),
             )
         tell_report(report)
         with as_failure():
-            with krea.open_journal() as journal:
-                table_id = krea.table_id(journal, table)
-            collected = {
-                record.partition_key
-                for record in found.values()
-                if record.state is State.STORED and record.table_id in ("", table_id)
-            }
-            keys = [key for key in table.partition_keys() if key in collected]
-            with Batch.read(table, keys, krea) as batch:
-                rewrite_manifests(context, batch, krea, names.manifest_key)
+            for one in tables:
+                if keys := _completed(krea, one.table, found.values()):
+                    with Batch.read(one.table, keys, krea) as batch:
+                        rewrite_manifests(context, batch, krea, one.manifest_key)
         return dg.MaterializeResult(metadata=salvage_figures(list(found.values())))
 
     job = dg.define_asset_job(
@@ -75,8 +79,20 @@ def build_salvage(
         selection=dg.AssetSelection.assets(salvaged_images),
         description="Collects images that are paid for and were not collected; buys nothing.",
     )
-    sensor = build_salvage_sensor(names, table, job=job, first=first)
+    sensor = build_salvage_sensor(names, [one.table for one in tables], job=job, first=first)
     return dg.Definitions(assets=[salvaged_images], jobs=[job], sensors=[sensor])
+
+
+def _completed(krea: Backend, table: PromptTable, found: Iterable[Record]) -> list[str]:
+    """Return the partitions of a table with a collected image."""
+    with krea.open_journal() as journal:
+        table_id = krea.table_id(journal, table)
+    collected = {
+        record.partition_key
+        for record in found
+        if record.state is State.STORED and record.table_id in ("", table_id)
+    }
+    return [key for key in table.partition_keys() if key in collected] if collected else []
 
 
 def _due_for(run: dg.DagsterRun, first: timedelta) -> Callable[[Record], bool]:

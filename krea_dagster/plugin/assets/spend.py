@@ -13,6 +13,7 @@ from krea_dagster.application.spend import update_tables
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import credits_from_units
+from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
@@ -33,14 +34,15 @@ class KreaSpendConfig(dg.Config):
 
 def build_spend(
     names: Names,
+    manifests: Sequence[dg.AssetKey],
     *,
     credits_per_usd: float = CREDITS_PER_USD,
     by: Sequence[str] = (),
     budgets: Sequence[str] = (),
 ) -> dg.Definitions:
-    """Build ``spend_ledger``, ``spend_daily`` with its checks, and the job ``krea_spend``.
+    """Build ``spend_ledger`` and ``spend_daily`` with their checks and jobs.
 
-    Both are made from the journal and the manifests, without network, a month at a time: new
+    Both are made from the journal and the ``manifests``, without network, a month at a time: new
     purchases, and those that have settled since. ``by`` are further columns of the prompt table
     that the daily sums are grouped by; ``budgets`` are soft ones. Raises ConfigError for a column
     that the daily sums already have, or a malformed budget.
@@ -49,7 +51,7 @@ def build_spend(
 
     @dg.multi_asset(
         name=names.prefixed("krea_spend_tables"),
-        specs=_table_specs(names, ledger_key, daily_key, daily_schema(by)),
+        specs=_table_specs(names, manifests, daily_schema(by)),
         required_resource_keys={names.resource_key},
     )
     def spend_tables(
@@ -82,25 +84,37 @@ def build_spend(
                 },
             )
 
+    proof = build_spend_proof_check(names)
     job = dg.define_asset_job(
         names.prefixed("krea_spend"),
-        selection=dg.AssetSelection.assets(spend_tables),
+        # Without the proof, which reads every file again.
+        selection=dg.AssetSelection.assets(spend_tables) - dg.AssetSelection.checks(proof),
         description="Updates the spend tables from the journal; buys nothing.",
+    )
+    proof_job = dg.define_asset_job(
+        names.prefixed("krea_proof"),
+        selection=dg.AssetSelection.checks(proof),
+        description=(
+            "Compares every charge with its task, its file, its manifest row and the account."
+        ),
     )
     warnings = build_spend_warnings_checks(
         daily_key, resource_key=names.resource_key, budgets=budgets
     )
-    return dg.Definitions(assets=[spend_tables], asset_checks=[warnings], jobs=[job])
+    return dg.Definitions(
+        assets=[spend_tables], asset_checks=[proof, warnings], jobs=[job, proof_job]
+    )
 
 
 def _table_specs(
-    names: Names, ledger_key: dg.AssetKey, daily_key: dg.AssetKey, schema: pa.Schema
+    names: Names, manifests: Sequence[dg.AssetKey], schema: pa.Schema
 ) -> list[dg.AssetSpec]:
+    ledger_key, daily_key = names.key("spend_ledger"), names.key("spend_daily")
     common: dict[str, Any] = {"group_name": names.group_name, "kinds": {"parquet", "duckdb"}}
     return [
         dg.AssetSpec(
             ledger_key,
-            deps=[names.manifest_key],
+            deps=manifests,
             description="One row per purchase: time, request, cost, and outcome.",
             metadata={"dagster/column_schema": table_schema(LEDGER_SCHEMA, LEDGER_DESCRIPTIONS)},
             **common,

@@ -21,15 +21,16 @@ _ROWS: Final = 50
 
 
 def build_spend_proof_check(names: Names) -> dg.AssetChecksDefinition:
-    """Build the check of ``image_manifest`` that every credit is accounted for.
+    """Build the check of ``spend_ledger`` that every credit is accounted for.
 
-    It reads the whole journal, not only the partitions of a run. Manifests that other runs have
-    yet to write do not fail it. In a run that was launched for assets, as from the UI, only the
-    size of each file is compared: the job reads the files again.
+    It reads the whole journal, and so is not a check of ``image_manifest``: Dagster would run it
+    with every partition. Manifests that other runs have yet to write do not fail it. In a run that
+    was launched for assets, as from the UI, only the size of each file is compared: the job reads
+    the files again.
     """
 
     @dg.asset_check(
-        asset=names.manifest_key,
+        asset=names.key("spend_ledger"),
         name="spend_proof",
         required_resource_keys={names.resource_key},
         description=(

@@ -42,7 +42,7 @@ class _Cursor:
 
 
 def build_salvage_sensor(
-    names: Names, table: PromptTable, *, job: Any, first: timedelta
+    names: Names, tables: Sequence[PromptTable], *, job: Any, first: timedelta
 ) -> dg.SensorDefinition:
     """Build the sensor that starts ``job`` for paid images that no living run has claimed.
 
@@ -64,7 +64,7 @@ def build_salvage_sensor(
         context: dg.SensorEvaluationContext,
     ) -> dg.SensorResult | dg.SkipReason:
         try:
-            left = krea_of(context, names.resource_key).left_behind(table)
+            left = krea_of(context, names.resource_key).left_behind(tables)
         except KreaError as error:
             return dg.SkipReason(str(error))
         now = datetime.now(timezone.utc)
