@@ -280,6 +280,13 @@ class KreaImages(dg.Component, _Section):
             "are of the same kind. A value {env: NAME} names a variable."
         ),
     )
+    deps: list[str] = Field(
+        default=[],
+        description=(
+            "Keys of the assets that write the table, such as raw/prompts. In a job with them the "
+            "images are bought after they have run."
+        ),
+    )
     partition_by: str = Field(
         default="hash:8",
         description=(
@@ -422,6 +429,7 @@ class KreaImages(dg.Component, _Section):
         defs = build_krea_definitions(
             prompts=_in_project(self.prompts, context),
             prompts_options=self.prompts_options,
+            deps=[dg.AssetKey.from_user_string(key) for key in self.deps],
             krea=self.build_resource(context),
             partition_by=self.partition_by,
             start=self.start,

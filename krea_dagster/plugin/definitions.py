@@ -21,6 +21,7 @@ from krea_dagster.plugin.resource import KreaResource, named_options
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
 from krea_dagster.plugin.sensors.retries import build_retries_sensor
+from krea_dagster.plugin.upstream import CoercibleToAssetDep
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 
 
@@ -40,6 +41,7 @@ def build_krea_definitions(
     backfill_policy: dg.BackfillPolicy | None = None,
     automation_condition: dg.AutomationCondition[Any] | None = None,
     freshness_policy: dg.FreshnessPolicy | None = None,
+    deps: Sequence[CoercibleToAssetDep] = (),
     pool: str | None = POOL,
     checks: Sequence[CheckFactory] | None = None,
     credits_per_usd: float = CREDITS_PER_USD,
@@ -78,6 +80,8 @@ def build_krea_definitions(
         automation_condition: Of both, such as ``on_prompts_changed()``: a sensor then launches
             runs, which spend credits. Without it, every purchase is launched by a person.
         freshness_policy: Of both.
+        deps: The assets that write the table. In a job with them ``images`` runs after them; the
+            sensor reports what they have changed, and nothing is reported on them.
         pool: Limits how many steps of ``images`` run at the same time, across runs.
         checks: Factories of the checks of ``image_manifest``, such as ``build_files_check`` or a
             ``functools.partial`` of it; by default those that cost little.
@@ -148,6 +152,7 @@ def build_krea_definitions(
         automation_condition=automation_condition,
         freshness_policy=freshness_policy,
         pool=pool,
+        deps=deps,
         collect_later=collect_later,
         curation=rules,
         resource_key=names.resource_key,

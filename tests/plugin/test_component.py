@@ -47,6 +47,7 @@ KEY = "sk-of-the-component-7Hq2"
 EVERYTHING: dict[str, Any] = {
     "prompts": "data/prompts.parquet",
     "prompts_options": {"anon": True},
+    "deps": ["raw/prompts", "raw_styles"],
     "partition_by": "day:day@Europe/Berlin",
     "start": "2026-10-26",
     "krea": {
@@ -264,7 +265,11 @@ def test_all_of_it_reaches_the_definitions(
         .metadata["dagster/column_schema"]
     )
     assert "campaign" in [column.name for column in columns.columns]
-    uri = defs.resolve_asset_graph().get(dg.AssetKey([*prefix, "prompts"])).metadata["dagster/uri"]
+    prompts = defs.resolve_asset_graph().get(dg.AssetKey([*prefix, "prompts"]))
+    upstream = {dg.AssetKey(["raw", "prompts"]), dg.AssetKey("raw_styles")}
+    assert prompts.parent_keys == upstream
+    assert {dep.asset_key for dep in spec.deps} == {prompts.key, *upstream}
+    uri = prompts.metadata["dagster/uri"]
     assert uri == str(sandbox.project_root / "data" / "prompts.parquet")
 
 

@@ -41,6 +41,8 @@ from krea_dagster.plugin.partitions import partitions_for, without_beta_warnings
 from krea_dagster.plugin.progress import ThrottledLog, tell_progress, tell_report
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.collect import GOES_ON, GOES_ON_TAG
+from krea_dagster.plugin.sensors.prompts import ignoring
+from krea_dagster.plugin.upstream import CoercibleToAssetDep, Upstream
 from krea_dagster.prompts import Plan, PromptTable
 from krea_dagster.spend.quote import QuoteLine
 
@@ -84,6 +86,7 @@ def build_krea_assets(
     automation_condition: dg.AutomationCondition[Any] | None = None,
     freshness_policy: dg.FreshnessPolicy | None = None,
     pool: str | None = POOL,
+    deps: Sequence[CoercibleToAssetDep] = (),
     collect_later: bool = False,
     curation: Curation | None = None,
     resource_key: str = "krea",
@@ -105,6 +108,8 @@ def build_krea_assets(
         automation_condition: Of both; such as ``on_prompts_changed()``.
         freshness_policy: Of both.
         pool: Limits how many steps of ``images`` run at the same time, across runs.
+        deps: The assets that write the table. In a job with them ``images`` runs after them; the
+            sensor reports what they have changed, and nothing is reported on them.
         collect_later: Runs submit, collect what has ended, and end; the sensor ``krea_collect`` of
             ``build_krea_definitions`` launches the next.
         curation: A quota of accepted images: runs regenerate what was rejected.
@@ -134,24 +139,25 @@ def build_krea_assets(
     """
     names = Names.of(key_prefix, group_name, resource_key)
     partitions_def = partitions_for(table, name=names.prefixed("krea"), start=start)
+    upstream = Upstream.of(deps)
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
         "backfill_policy": backfill_policy or dg.BackfillPolicy.single_run(),
         "group_name": names.group_name,
-        "automation_condition": automation_condition,
+        "automation_condition": ignoring(automation_condition, upstream.keys),
         "freshness_policy": freshness_policy,
         "required_resource_keys": {resource_key},
     }
     step = _ImagesStep(names, table, curation, wait=not collect_later, relative=relative_storage)
     with without_beta_warnings():
-        images = _build_images(step, pool, common)
+        images = _build_images(step, pool, upstream, common)
         manifest = _build_image_manifest(names, table, io_manager_key, common)
-    prompts, prompt_columns = _table_specs(names, table, partitions_def)
+    prompts, prompt_columns = _table_specs(names, table, upstream, partitions_def)
     return KreaAssets(table, partitions_def, prompts, prompt_columns, images, manifest)
 
 
 def _build_images(
-    step: "_ImagesStep", pool: str | None, common: Mapping[str, Any]
+    step: "_ImagesStep", pool: str | None, upstream: Upstream, common: Mapping[str, Any]
 ) -> dg.AssetsDefinition:
     key = step.names.key("images")
     description = "Every row of the prompt table has its verified image."
@@ -163,7 +169,8 @@ def _build_images(
 
     built: dg.AssetsDefinition = dg.asset(
         key=key,
-        deps=[step.names.key("prompts")],
+        # Of external assets such as prompts a run knows no order, so the upstream is named too.
+        deps=[dg.AssetDep(step.names.key("prompts")), *upstream.deps],
         kinds={"evolink", "png"},
         pool=pool,
         check_specs=[dg.AssetCheckSpec(CHECK_NAME, asset=key, description=description)],
@@ -317,12 +324,16 @@ def _tag_run(
 
 
 def _table_specs(
-    names: Names, table: PromptTable, partitions_def: dg.PartitionsDefinition[str]
+    names: Names,
+    table: PromptTable,
+    upstream: Upstream,
+    partitions_def: dg.PartitionsDefinition[str],
 ) -> tuple[dg.AssetSpec, dg.AssetSpec]:
     """Return the two external assets of the table: what rows request, and further columns."""
     source = table.shown
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
+        "deps": upstream.deps,
         "group_name": names.group_name,
         "kinds": {"parquet"},
     }

@@ -5,7 +5,7 @@ No run is launched unless a user gives a condition: runs spend money.
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -36,6 +36,9 @@ from krea_dagster.prompts import PromptTable
 #: The external assets of a prompt table, with any prefix.
 _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_columns"')
 
+#: The label of ``on_prompts_changed``, in the UI and to find it within a user's condition.
+_LABEL: Final = "on_prompts_changed"
+
 _Versions = Mapping[str, str]
 
 
@@ -47,7 +50,8 @@ def on_prompts_changed() -> dg.AutomationCondition[Any]:
     fails, or ends with rows missing, is not launched again before its prompts change: after a
     top-up a person launches it (its tags say so, see ``failure_of``), and only missing images are
     bought. A run that a person launches before the sensor has seen the new prompts is followed by
-    one more, which has nothing left to buy.
+    one more, which has nothing left to buy. The assets that make the table (``deps`` of
+    ``build_krea_definitions``) launch nothing themselves: only what they change in the table does.
 
     Returns:
         A condition for ``images`` and ``image_manifest``.
@@ -56,17 +60,34 @@ def on_prompts_changed() -> dg.AutomationCondition[Any]:
 
         build_krea_definitions(..., automation_condition=on_prompts_changed())
     """
+    return _prompts_changed(dg.AssetSelection.assets())
+
+
+def _prompts_changed(ignored: dg.AssetSelection) -> dg.AutomationCondition[Any]:
     condition = dg.AutomationCondition
     requested, made = condition.newly_requested(), condition.newly_updated()
+    updated = condition.any_deps_updated().ignore(ignored)
     never_made = condition.missing().newly_true().since(requested | made)
     # Not reset by the target's own materialization, nor by a launch that came with newer changes:
     # a run that is under way may have read the table before it changed.
-    prompts = condition.any_deps_updated().allow(_TABLE)
+    prompts = updated.allow(_TABLE)
     changed = prompts.since(requested & ~prompts)
-    images = condition.any_deps_updated().ignore(_TABLE).since(requested | made)
-    return (
-        (never_made | changed | images) & ~condition.in_progress() & ~condition.any_deps_missing()
-    ).with_label("on_prompts_changed")
+    images = updated.ignore(_TABLE).since(requested | made)
+    ready = ~condition.in_progress() & ~condition.any_deps_missing().ignore(ignored)
+    return ((never_made | changed | images) & ready).with_label(_LABEL)
+
+
+def ignoring(
+    condition: dg.AutomationCondition[Any] | None, upstream: Collection[dg.AssetKey]
+) -> dg.AutomationCondition[Any] | None:
+    """Return a condition whose ``on_prompts_changed`` ignores the assets that make the table.
+
+    What their rows request counts, and not that they were materialized. Other conditions that are
+    combined with it stay as they are.
+    """
+    if condition is None or not upstream:
+        return condition
+    return condition.replace(_LABEL, _prompts_changed(dg.AssetSelection.assets(*upstream)))
 
 
 def build_automation_sensor(
