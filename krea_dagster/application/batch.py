@@ -390,6 +390,11 @@ class PlanState:
         """Images that a run does nothing for: those that are intact, and those held back."""
         return self.intact if self.held is None else self.intact | self.held
 
+    @property
+    def held_back(self) -> int:
+        """Number of images that are neither intact nor wanted now."""
+        return int((self.settled & ~self.intact).sum())
+
     def wanted(self) -> Iterator[RequestedImage]:
         """Yield each request that is not settled once, in the order of the plan."""
         open_ = np.flatnonzero(~self.settled)

@@ -21,7 +21,7 @@ from krea_dagster.cli.options import (
     partition_option,
     project_options,
 )
-from krea_dagster.cli.terminal import progress_bar, say_error, say_synthetic, show_json
+from krea_dagster.cli.terminal import run_shown, say_error, say_synthetic, show_json
 
 if TYPE_CHECKING:
     from krea_dagster.application.buy_options import BuyOptions
@@ -129,8 +129,8 @@ def salvage_command(*, as_json: bool) -> None:
         from krea_dagster.cli.show_runs import show_salvaged, unknown_figures
         from krea_dagster.plugin.materialize import salvage
 
-    with progress_bar() as on_progress:
-        done = salvage(Settings.from_environment(), on_progress=on_progress)
+    with run_shown() as listener:
+        done = salvage(Settings.from_environment(), listener=listener)
     if as_json:
         unknown = unknown_figures(done.unknown)
         show_json({**done.figures, "run_id": done.run_id, "unknown": unknown})
@@ -161,8 +161,8 @@ def _materialize(
 
     if settings.synthetic:
         say_synthetic()
-    with progress_bar() as on_progress:
-        done = materialize(settings, partitions, options, on_progress=on_progress)
+    with run_shown() as listener:
+        done = materialize(settings, partitions, options, listener=listener)
     where = redact.location(settings.storage)
     if as_json:
         show_json(materialized_figures(done, where=where))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -12,9 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from krea_dagster import redact
-from krea_dagster.models import credits_text
+from krea_dagster.application.run_log import Listener, RunLog
+from krea_dagster.application.run_text import counts_text
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from krea_dagster.engine.run.report import Progress
 
 #: Seconds between two lines of progress without a terminal.
@@ -45,60 +48,54 @@ def say_error(error: object) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Yield a callback that shows progress: a bar on a terminal, else a line every few seconds."""
+def run_shown() -> Iterator[Listener]:
+    """Yield what shows a run: lines, and a bar on a terminal, else its progress now and then."""
     if not err.is_terminal:
-        yield _Lines()
+        with RunLog(_print_line, LINE_EVERY_S) as log:
+            yield log
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[credits]}"),
-        TextColumn("{task.fields[trouble]}"),
+        TextColumn("{task.fields[counts]}"),
     )
     with Bar(*columns, console=err) as bar:
-        task = bar.add_task("images", total=None, rate="", credits="", trouble="")
-        started_s = time.monotonic()
-
-        def show(progress: Progress) -> None:
-            done = progress.delivered / max(0.001, time.monotonic() - started_s)
-            bar.update(
-                task,
-                total=progress.total,
-                completed=progress.ended,
-                rate=f"{done:.1f} images/s",
-                credits=f"{credits_text(progress.charged_units)} credits",
-                trouble=_trouble(progress),
-            )
-
-        yield show
+        yield _Bar(bar)
 
 
-class _Lines:
-    """Prints progress as lines, for logs."""
+class _Bar:
+    """Shows a run on a terminal."""
 
-    def __init__(self) -> None:
-        self._started_s = time.monotonic()
-        self._next_s = self._started_s
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None, counts="")
+        self._since_s: float | None = None
 
-    def __call__(self, progress: Progress) -> None:
+    def say(self, line: str) -> None:
+        _print_line(line)
+
+    def doing(self, what: str) -> None:
+        self._bar.update(self._task, description=escape(printable(what)))
+
+    def progress(self, progress: Progress) -> None:
         now_s = time.monotonic()
-        if now_s < self._next_s and progress.ended < progress.total:
-            return
-        self._next_s = now_s + LINE_EVERY_S
-        seconds = max(0.001, now_s - self._started_s)
-        rate = progress.delivered / seconds
-        to_come = progress.total - progress.ended
-        eta = f", about {to_come / rate:.0f} s to go" if rate > 0 and to_come else ""
-        err.print(
-            f"{progress.ended}/{progress.total} images, {rate:.1f} images/s{eta}, "
-            f"{credits_text(progress.charged_units)} credits{_trouble(progress)}"
+        self._since_s = self._since_s or now_s
+        self._bar.update(
+            self._task,
+            description="images",
+            total=progress.total,
+            completed=progress.ended,
+            counts=counts_text(progress, now_s - self._since_s),
         )
+
+
+def _print_line(line: str) -> None:
+    err.print(escape(printable(line)), soft_wrap=True)
 
 
 _SPEND_COUNTS: Final = (
@@ -118,15 +115,6 @@ def show_json(figures: object) -> None:
     """Print JSON on stdout."""
     # In ASCII: terminals interpret some other characters as commands.
     out.print_json(json.dumps(figures), ensure_ascii=True)
-
-
-def _trouble(progress: Progress) -> str:
-    parts = []
-    if progress.failed:
-        parts.append(f"{progress.failed} failed")
-    if progress.left:
-        parts.append(f"{progress.left} left")
-    return ", " + ", ".join(parts) if parts else ""
 
 
 def printable(text: str) -> str:

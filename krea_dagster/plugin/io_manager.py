@@ -13,6 +13,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import Manifests, write_manifest
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.names import MANIFEST_ASSET
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import named_options
 
 
@@ -60,8 +61,11 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
         storage = self._storage()
         folders = manifest_folders(context.asset_key)
         if isinstance(obj, Manifests):
-            for key in obj.partition_keys:
-                obj.publish(storage, key, folders)
+            keys = list(obj.partition_keys)
+            with step_log(context.log, "writing the manifests") as log:
+                for number, key in enumerate(keys):
+                    log.doing(f"{number} of {len(keys)} manifests written")
+                    obj.publish(storage, key, folders)
             obj.close()
             return
         for key, table in split_by_partition(obj, context.asset_partition_keys).items():

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.finished import is_finished
 from krea_dagster.application.krea import Krea
 from krea_dagster.application.run import check_options
+from krea_dagster.application.run_log import SILENT, Listener
 from krea_dagster.application.settings import Settings
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.report import Progress, RunReport
@@ -85,7 +86,7 @@ def materialize(
     partitions: Sequence[str] = (),
     options: BuyOptions | None = None,
     *,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    listener: Listener = SILENT,
 ) -> Materialized:
     """Materialize these partitions of ``images`` and ``image_manifest``, or all that need it.
 
@@ -98,7 +99,8 @@ def materialize(
     table = krea.table()
     partitions_def = partitions_for(table, name="krea")
     options = options or BuyOptions()
-    runs = _Runs(on_progress)
+    runs = _Runs(listener)
+    runs.doing("reading the prompt table")
     with Batch.read(table, list(partitions) or None, krea, to_buy=True, look=True) as batch:
         check_options(krea, batch, options)
         state = batch.state(krea)
@@ -182,15 +184,13 @@ class Salvaged:
     unknown: Sequence[Record]
 
 
-def salvage(
-    settings: Settings, *, on_progress: Callable[[Progress], None] = lambda _: None
-) -> Salvaged:
+def salvage(settings: Settings, *, listener: Listener = SILENT) -> Salvaged:
     """Run the salvage job in this process. Raises ConfigError or JournalError."""
     krea = Krea(settings)
     krea.check()
     job = definitions_of(settings).resolve_job_def(SALVAGE_JOB_NAME)
     with _instance_in(_dagster_home(settings)) as instance:
-        with observed(on_progress, lambda _: None):
+        with observed(listener, lambda _: None):
             result = job.execute_in_process(
                 instance=instance,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
@@ -210,8 +210,9 @@ def salvage(
 class _Runs:
     """Runs the job for several ranges of partitions, and adds up their progress."""
 
-    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
-        self._on_progress = on_progress
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self.say, self.doing = listener.say, listener.doing
         self._before = Progress(total=0)
         self.total = Progress(total=0)
         self.reports: list[RunReport] = []
@@ -229,7 +230,7 @@ class _Runs:
         options: BuyOptions,
     ) -> dg.ExecuteInProcessResult:
         """Run the job, and add its progress."""
-        with observed(self._add, self.reports.append):
+        with observed(self, self.reports.append):
             result = job.execute_in_process(
                 instance=instance,
                 tags=tags,
@@ -245,12 +246,13 @@ class _Runs:
     def leave_out(self, batch: Batch, keys: Collection[str]) -> None:
         """Count the images of partitions that need no run."""
         rows = sum(len(batch.plan.digests(key)) for key in keys)
-        self._add(Progress(total=rows, reused=rows))
+        self.progress(Progress(total=rows, reused=rows))
         self._before = self.total
 
-    def _add(self, progress: Progress) -> None:
+    def progress(self, progress: Progress) -> None:
+        """Add the progress of the present run."""
         self.total = self._before + progress
-        self._on_progress(self.total)
+        self._listener.progress(self.total)
 
 
 def _dagster_home(settings: Settings) -> Path:

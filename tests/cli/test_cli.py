@@ -106,7 +106,11 @@ def test_all_delivered_is_exit_0_with_figures_on_stdout_and_progress_on_stderr(
     }
     assert figures["credits_charged"] == 0.9
     assert figures["failures"] == figures["not_delivered"] == []
-    assert re.search(r"^2/2 images, .* images/s, 0.9 credits$", done.stderr, re.MULTILINE)
+    first, last = done.stderr.splitlines()[-2:]
+    assert first == (
+        "2 images in 2 partitions: 0 stored already, 2 to buy for at most 0.9 credits."
+    )
+    assert last.startswith("2 of 2 images ended: 2 delivered, 0 reused. 0.9 credits, ")
 
     # And again: nothing is bought, and it says so.
     before = posts(emulator)

@@ -33,9 +33,10 @@ def command(engine: EngineHarness) -> subprocess.Popen[bytes]:
         "KREA_ON_UNKNOWN": "hold",
     }
     arguments = [sys.executable, "-m", "krea_dagster.cli", "materialize"]
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    with (engine.folder / "stderr.txt").open("wb") as errors:
+        return subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
 
 
 def test_a_terminated_command_waits_for_the_answer_to_a_post(tmp_path: Path) -> None:
@@ -51,6 +52,11 @@ def test_a_terminated_command_waits_for_the_answer_to_a_post(tmp_path: Path) -> 
         finally:
             process.kill()
             process.wait()
+        assert (
+            "Cancelled: nothing was bought, and no image that is paid for is lost. The next run of "
+            "these partitions continues from here. 8 images in 1 partition: 0 stored already, 5 to "
+            "buy for at most 2.25 credits, 3 paid for and to be fetched."
+        ) in (engine.folder / "stderr.txt").read_text()
         stats = engine.assert_accounts_agree()
         assert stats["creates"] == stats["submit_posts"] == 3
         records = list(engine.journal.all_records())

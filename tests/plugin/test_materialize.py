@@ -69,6 +69,46 @@ class ProjectHarness:
         return self.folder / "krea" / "manifest" / f"{bucket}.parquet"
 
 
+class Listening:
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.told: list[Progress] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def doing(self, what: str) -> None:
+        self.said.append(f"({what})")
+
+    def progress(self, progress: Progress) -> None:
+        self.told.append(progress)
+
+
+def test_a_run_says_what_it_does_from_the_quote_to_the_place_of_its_files(
+    project: ProjectHarness,
+) -> None:
+    listener = Listening()
+    materialize(project.settings, listener=listener)
+    lines = [line for line in listener.said if not line.startswith("(")]
+    first, last = lines
+    assert first == "6 images in 3 partitions: 0 stored already, 6 to buy for at most 2.7 credits."
+    root = project.folder / "krea"
+    assert last.startswith("6 of 6 images ended: 6 delivered, 0 reused. 2.7 credits, ")
+    assert last.endswith(f"Images are in {root}/images, manifests in {root}/manifest.")
+    # Phases without a purchase have a name, so that none of them is silent.
+    phases = [line for line in listener.said if line not in lines]
+    assert phases[1:4] == [
+        "(reading the prompt table)",
+        "(comparing the prompts with the journal and the stored images)",
+        "(reading what became of each partition)",
+    ]
+    assert "(making the manifests)" in phases
+    assert "(2 of 3 manifests written)" in phases
+    assert "(comparing the manifests with the files)" in phases
+
+
 @pytest.fixture
 def project(tmp_path: Path, emulator: Emulator) -> ProjectHarness:
     return ProjectHarness(tmp_path, emulator)
@@ -80,12 +120,12 @@ def test_with_nothing_to_do_no_run_is_launched_and_all_images_count_as_reused(
     first = project.materialize()
     assert project.run_partitions(first) == [list(BUCKETS)]
     before = posts(emulator)
-    told: list[Progress] = []
-    again = materialize(project.settings, on_progress=told.append)
+    listener = Listening()
+    again = materialize(project.settings, listener=listener)
     assert (again.run_ids, again.missing.num_rows, posts(emulator)) == ([], 0, before)
     assert (again.progress.total, again.progress.reused) == (6, 6)
     assert list(again.partitions) == list(BUCKETS)
-    assert told == [again.progress]
+    assert listener.told == [again.progress]
 
 
 def test_a_partition_that_is_named_is_run_also_with_nothing_to_do(project: ProjectHarness) -> None:

@@ -28,6 +28,7 @@ from krea_dagster.plugin.metadata import (
 )
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import without_beta_warnings
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.verdicts import build_verdicts_sensor
 
@@ -96,7 +97,7 @@ def _build_accepted_images(
     def accepted_images(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
         krea = krea_of(context, names.resource_key)
         keys = sorted(map(str, context.partition_keys))
-        with as_failure():
+        with step_log(context.log, "reading the manifests and the verdicts"), as_failure():
             if not krea.has_journal():
                 root = krea.open_storage().locate("")
                 raise ConfigError(f"there is no journal for {root} yet, and so no image")

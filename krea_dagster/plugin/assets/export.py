@@ -18,7 +18,7 @@ from krea_dagster.plugin.metadata import (
     table_schema,
 )
 from krea_dagster.plugin.names import Names
-from krea_dagster.plugin.progress import ThrottledLog
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 
 #: Maximum number of columns in the lineage, to keep the metadata small.
@@ -69,8 +69,7 @@ def build_export(names: Names, name: str, spec: ExportSpec) -> dg.AssetsDefiniti
     def exported_images(
         context: dg.AssetExecutionContext, config: KreaExportConfig
     ) -> dg.MaterializeResult[None]:
-        log = ThrottledLog(context.log)
-        with as_failure():
+        with step_log(context.log, "reading the accepted images") as log, as_failure():
             storage = krea_of(context, names.resource_key).open_storage()
             done = export(
                 storage,
@@ -78,8 +77,8 @@ def build_export(names: Names, name: str, spec: ExportSpec) -> dg.AssetsDefiniti
                 storage.locate("/".join(["exports", *names.prefix, name])),
                 folders=names.prefix,
                 fresh=config.fresh,
-                on_progress=lambda progress: log.info(
-                    lambda: f"{progress.images} of {progress.total} images exported"
+                on_progress=lambda progress: log.doing(
+                    f"{progress.images} of {progress.total} images exported"
                 ),
             )
         return dg.MaterializeResult(

@@ -4,8 +4,8 @@ They depend on two external assets for the same table: ``prompts`` (what rows re
 ``prompt_columns`` (columns that are only passed through to the manifest).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.application.quota import QuotaState
 from krea_dagster.application.quotes import quote_images
 from krea_dagster.application.run import buy_batch, prepared, write_manifests
-from krea_dagster.engine.run.report import Progress, RunReport
+from krea_dagster.application.run_log import RunLog
+from krea_dagster.application.run_text import cancel_line, end_line, quote_line
+from krea_dagster.engine.run.report import RunReport
 from krea_dagster.manifest import MANIFEST_SCHEMA, Manifests, manifest_name
-from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
 from krea_dagster.plugin.config import KreaImagesConfig
 from krea_dagster.plugin.data_versions import report_in_step
@@ -38,7 +39,7 @@ from krea_dagster.plugin.metadata import (
 )
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import partitions_for, without_beta_warnings
-from krea_dagster.plugin.progress import ThrottledLog, tell_progress, tell_report
+from krea_dagster.plugin.progress import step_log, tell_report
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.collect import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.sensors.prompts import ignoring
@@ -195,7 +196,11 @@ def _build_image_manifest(
     def image_manifest(context: dg.AssetExecutionContext) -> Manifests:
         krea = krea_of(context, names.resource_key)
         storage = krea.open_storage()
-        with as_failure(), Batch.read(table, partition_keys_of(context), krea) as batch:
+        with (
+            step_log(context.log, "making the manifests"),
+            as_failure(),
+            Batch.read(table, partition_keys_of(context), krea) as batch,
+        ):
             schema = shown(batch.manifest_schema)
             made = batch.manifests(krea, context.run.run_id)
         for key, summary in made.summaries.items():
@@ -241,6 +246,7 @@ class _ImagesStep:
                 context, self.names.key("images"), krea, self.table, self.relative
             )
         with ExitStack() as stack:
+            log = stack.enter_context(step_log(context.log, "reading the prompt table"))
             with as_failure():
                 batch, quota = stack.enter_context(
                     prepared(
@@ -255,14 +261,19 @@ class _ImagesStep:
                 )
             report_in_step(context, self.names.key("prompts"), batch.versions())
             _log_before(context, batch, krea, quota)
-            report, quoted = self._buy(context, krea, batch, config)
-            _log_after(context, report)
-            total = self._add_metadata(
-                context, krea, batch, report=report, quota=quota, quoted=quoted
-            )
+            with self._says_if_cancelled(log, batch, krea):
+                report, quoted = self._buy(context, krea, batch, config, log)
+                log.doing("reading what became of each partition")
+                _log_after(context, report)
+                total = self._add_metadata(
+                    context, krea, batch, report=report, quota=quota, quoted=quoted
+                )
             _tag_run(context, report, total, batch.held_count)
+            log.say(end_line(report.progress, report.seconds, krea.open_storage().shown("")))
+            log.doing("reporting the partitions to Dagster")
             yield dg.MaterializeResult(check_results=[check_rows(total, report, batch.held_count)])
             if report.stopped is not None:
+                log.doing("writing the manifests")
                 # The step that writes the manifest will not run after this one has failed.
                 rewrite_manifests(context, batch, krea, self.names.manifest_key)
                 raise stop_failure(report)
@@ -273,10 +284,13 @@ class _ImagesStep:
         krea: Backend,
         batch: Batch,
         config: KreaImagesConfig,
+        log: RunLog,
     ) -> tuple[RunReport, Mapping[str, QuoteLine]]:
+        log.doing("comparing the prompts with the journal and the stored images")
         with as_failure():
             state = batch.state(krea)
-            quoted = quote_images(krea, state, retry_errors=config.retry_errors).by_partition()
+            quote = quote_images(krea, state, retry_errors=config.retry_errors)
+            log.say(quote_line(quote, partitions=len(batch.plan.keys), held=state.held_back))
             report = buy_batch(
                 krea,
                 batch,
@@ -286,9 +300,21 @@ class _ImagesStep:
                 # Not shared with a re-execution, which is how to continue after a top-up.
                 launch=context.run.tags.get(_BACKFILL_TAG) or context.run.run_id,
                 wait=self.wait,
-                on_progress=run_progress_log(context),
+                on_progress=log.progress,
             )
-        return report, quoted
+        return report, quote.by_partition()
+
+    @contextmanager
+    def _says_if_cancelled(self, log: RunLog, batch: Batch, krea: Backend) -> Iterator[None]:
+        """Say what is safe if the run is cancelled in this block, and what the next one does."""
+        try:
+            yield
+        except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+            state = batch.state(krea)
+            quote = quote_images(krea, state)
+            next_run = quote_line(quote, partitions=len(batch.plan.keys), held=state.held_back)
+            log.say(cancel_line(log.last, next_run))
+            raise
 
     def _add_metadata(
         self,
@@ -367,27 +393,6 @@ def rewrite_manifests(
 def partition_keys_of(context: dg.AssetExecutionContext) -> list[str]:
     """Return the partition keys of a step as plain strings: Dagster subclasses some."""
     return [str(key) for key in context.partition_keys]
-
-
-def run_progress_log(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
-    """Return a function that passes progress to the observer, and some of it to Dagster's log."""
-    log = ThrottledLog(context.log)
-
-    def on_progress(progress: Progress) -> None:
-        tell_progress(progress)
-        log.info(lambda: progress_line(progress))
-
-    return on_progress
-
-
-def progress_line(progress: Progress) -> str:
-    """Return the progress of a run in one line."""
-    return (
-        f"{progress.ended} of {progress.total} images: {progress.delivered} delivered, "
-        f"{progress.reused} reused, {progress.failed} failed, {progress.left} left, "
-        f"{progress.in_flight} in flight, "
-        f"{credits_from_units(progress.charged_units):g} credits"
-    )
 
 
 def _log_before(

@@ -21,7 +21,7 @@ from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, small_table, table_schema
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import without_beta_warnings
-from krea_dagster.plugin.progress import ThrottledLog
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 
 #: Built-in measures whose distribution is shown; not the hash.
@@ -72,15 +72,14 @@ def build_image_measures(
         )
         def image_measures(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
             krea = krea_of(context, names.resource_key)
-            log = ThrottledLog(context.log)
-            with as_failure():
+            with step_log(context.log, "reading the manifests") as log, as_failure():
                 for measured in measure_partitions(
                     krea.open_storage(),
                     partition_keys_of(context),
                     folders=names.prefix,
                     custom=own,
-                    on_progress=lambda read, of: log.info(
-                        lambda: f"{read} of {of} files read and measured"
+                    on_progress=lambda read, of: log.doing(
+                        f"{read} of {of} files read and measured"
                     ),
                 ):
                     for failure in measured.failures[:_NAMED]:

@@ -22,6 +22,7 @@ from krea_dagster.curation.similarity.near_duplicates import (
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, small_table, table_schema
 from krea_dagster.plugin.names import Names
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 
 #: Maximum number of clusters in the metadata, and in a sentence.
@@ -57,7 +58,7 @@ def build_near_duplicates(names: Names) -> dg.AssetsDefinition:
     )
     def near_duplicates(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         krea = krea_of(context, names.resource_key)
-        with as_failure():
+        with step_log(context.log, "comparing the images with each other"), as_failure():
             storage = krea.open_storage()
             summary = update_near_duplicates(storage, names.prefix, verdicts=current_verdicts(krea))
             table = read_near_duplicates(storage, names.prefix)

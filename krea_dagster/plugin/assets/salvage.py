@@ -15,10 +15,10 @@ from krea_dagster.application.salvage_schedule import due
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.models import credits_from_units
-from krea_dagster.plugin.assets.images import rewrite_manifests, run_progress_log
+from krea_dagster.plugin.assets.images import rewrite_manifests
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.names import SALVAGE_JOB_NAME, Names
-from krea_dagster.plugin.progress import tell_report
+from krea_dagster.plugin.progress import step_log, tell_report
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.salvage import SINCE_TAG, build_salvage_sensor
 from krea_dagster.prompts import PromptTable
@@ -58,16 +58,16 @@ def build_salvage(
     )
     def salvaged_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         krea = krea_of(context, names.resource_key)
-        with as_failure():
+        with step_log(context.log, "looking for paid images") as log, as_failure():
             report, found = collect(
                 krea,
                 run_id=context.run.run_id,
                 tables=[one.table for one in tables],
                 only=_due_for(context.run, first),
-                on_progress=run_progress_log(context),
+                on_progress=log.progress,
             )
-        tell_report(report)
-        with as_failure():
+            tell_report(report)
+            log.doing("writing the manifests")
             for one in tables:
                 if keys := _completed(krea, one.table, found.values()):
                     with Batch.read(one.table, keys, krea) as batch:

@@ -18,6 +18,7 @@ from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_check
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import location_value, table_schema
 from krea_dagster.plugin.names import Names
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
@@ -60,7 +61,7 @@ def build_spend(
         from krea_dagster.spend.report.sparkline import spend_sparkline
 
         krea = krea_of(context, names.resource_key)
-        with as_failure():
+        with step_log(context.log, "reading the journal"), as_failure():
             updated = update_tables(
                 krea, credits_per_usd=credits_per_usd, by=by, rebuild=config.rebuild
             )

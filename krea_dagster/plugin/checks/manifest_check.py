@@ -19,6 +19,7 @@ from krea_dagster.manifest import manifest_name, manifest_names
 from krea_dagster.plugin.checks.findings import NAMING
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 
 #: Rows of a batch.
@@ -109,7 +110,7 @@ def manifest_check(
     )
     def run_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         krea = krea_of(context, resource_key)
-        with as_failure():
+        with step_log(context.log, "comparing the manifests with the files"), as_failure():
             manifests = _manifests_of(context, krea, manifest_key)
             if not manifests.names:
                 return dg.AssetCheckResult(

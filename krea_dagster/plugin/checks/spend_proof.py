@@ -8,6 +8,7 @@ import dagster as dg
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.names import Names
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.proof.verify import verify
@@ -41,9 +42,19 @@ def build_spend_proof_check(names: Names) -> dg.AssetChecksDefinition:
     def spend_proof(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         krea = krea_of(context, names.resource_key)
         most_bytes = 0 if context.run.asset_selection else _HASH_BYTES
-        with as_failure(), krea.open_journal() as journal:
+        with (
+            step_log(context.log, "comparing the manifests with the journal") as log,
+            as_failure(),
+            krea.open_journal() as journal,
+        ):
             proof = verify(
-                journal, krea.open_storage(), hash_bytes=most_bytes, manifests_may_lag=True
+                journal,
+                krea.open_storage(),
+                hash_bytes=most_bytes,
+                manifests_may_lag=True,
+                on_progress=lambda figures: log.doing(
+                    f"{figures.charges} charges compared with their files"
+                ),
             )
         return dg.AssetCheckResult(
             passed=proof.adds_up,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -141,6 +142,21 @@ def test_the_manifest_shows_its_path_its_schema_and_its_row_count(
     assert isinstance(schema, dg.TableSchema)
     assert [column.name for column in schema.columns] == table.schema.names
     assert all(column.description for column in schema.columns)
+
+
+def test_the_log_says_what_will_be_bought_and_how_it_ended(
+    bought_run: BoughtRun, instance_on_disk: dg.DagsterInstance
+) -> None:
+    lines = [entry.user_message for entry in instance_on_disk.all_logs(bought_run.result.run_id)]
+    (first,) = [line for line in lines if " stored already, " in line]
+    assert re.fullmatch(
+        r"\d+ images in 2 partitions: 0 stored already, \d+ to buy in \d+ purchases for at most "
+        r"[\d.]+ credits\.",
+        first,
+    )
+    (last,) = [line for line in lines if " images ended: " in line]
+    assert f"Images are in {bought_run.storage}/images" in last
+    assert lines.index(first) < lines.index(last)
 
 
 # -- thumbnails -------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""The sentences in which a run says what it will do, how far it is, and how it ended. Pure.
+
+The command line and Dagster's log both take them from here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from krea_dagster.models import credits_text
+
+if TYPE_CHECKING:
+    from krea_dagster.engine.run.report import Progress
+    from krea_dagster.spend.quote import Quote
+
+
+def quote_line(quote: Quote, *, partitions: int, held: int = 0) -> str:
+    """Return what a run is about to do: rows, partitions, purchases, and their highest cost.
+
+    ``held`` images are not stored and not wanted now; a quote counts them as reused.
+    """
+    total = quote.total
+    parts = [f"{total.reused - held:,} stored already"]
+    if total.to_buy:
+        shared = f" in {total.purchases:,} purchases" if total.purchases < total.to_buy else ""
+        parts.append(
+            f"{total.to_buy:,} to buy{shared} for at most {credits_text(total.units)} credits"
+        )
+    else:
+        parts.append("none to buy")
+    if paid := total.taken_up + total.refetched:
+        parts.append(f"{paid:,} paid for and to be fetched")
+    if unknown := total.replayed + total.held:
+        parts.append(
+            f"{unknown:,} with an unknown outcome (at most {credits_text(total.at_stake_units)} "
+            "credits)"
+        )
+    if total.ended:
+        parts.append(f"{total.ended:,} failed before and not bought again")
+    if held:
+        parts.append(f"{held:,} held back")
+    if quote.cap is not None:
+        parts.append(
+            f"{total.deferred:,} purchases of {credits_text(total.deferred_units)} credits "
+            f"deferred: {quote.cap}"
+        )
+    places = f"{partitions:,} partition{'' if partitions == 1 else 's'}"
+    return f"{total.asked:,} images in {places}: {', '.join(parts)}."
+
+
+def progress_line(progress: Progress, seconds: float) -> str:
+    """Return how far a run is, ``seconds`` after it has begun to buy, and the time to go."""
+    to_come, rate = progress.total - progress.ended, _rate(progress, seconds)
+    time_to_go = f", about {duration_text(to_come / rate)} to go" if rate and to_come else ""
+    return (
+        f"{progress.ended:,} of {progress.total:,} images{time_to_go}: "
+        f"{counts_text(progress, seconds)}"
+    )
+
+
+def counts_text(progress: Progress, seconds: float) -> str:
+    """Return what became of the images, how many a second, and what they cost so far."""
+    return (
+        f"{_outcomes(progress)}, {progress.in_flight:,} in flight, "
+        f"{_rate(progress, seconds):.1f} images/s, {credits_text(progress.charged_units)} credits"
+    )
+
+
+def _rate(progress: Progress, seconds: float) -> float:
+    return progress.delivered / seconds if seconds > 0 else 0.0
+
+
+def end_line(progress: Progress, seconds: float, where: str) -> str:
+    """Return how a run ended, and where its files are."""
+    return (
+        f"{progress.ended:,} of {progress.total:,} images ended: {_outcomes(progress)}. "
+        f"{credits_text(progress.charged_units)} credits, {duration_text(seconds)}. "
+        f"Images are in {where}/images, manifests in {where}/manifest."
+    )
+
+
+def cancel_line(progress: Progress | None, next_run: str) -> str:
+    """Return what is safe when a run was cancelled, and what was paid.
+
+    ``next_run`` is the line of a quote that was made afterwards.
+    """
+    bought = "nothing was bought"
+    if progress is not None and (progress.delivered or progress.charged_units):
+        bought = (
+            f"this run delivered {progress.delivered:,} images for "
+            f"{credits_text(progress.charged_units)} credits, which are stored"
+        )
+    return (
+        f"Cancelled: {bought}, and no image that is paid for is lost. "
+        f"The next run of these partitions continues from here. {next_run}"
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that a person would use."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _outcomes(progress: Progress) -> str:
+    counts = [f"{progress.delivered:,} delivered", f"{progress.reused:,} reused"]
+    if progress.failed:
+        counts.append(f"{progress.failed:,} failed")
+    if progress.left:
+        counts.append(f"{progress.left:,} left for later")
+    return ", ".join(counts)
