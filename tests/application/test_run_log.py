@@ -32,8 +32,8 @@ def test_progress_is_repeated_as_it_is_then() -> None:
     with RunLog(lines.put, 0.001) as log:
         for delivered in range(10):
             log.progress(Progress(total=9, delivered=delivered))
-        while not lines.get(timeout=PATIENCE_S).startswith("9 of 9 images"):
-            pass
+        repeated = iter(lambda: lines.get(timeout=PATIENCE_S), None)
+        assert next(line for line in repeated if line.startswith("9 of 9 images"))
 
 
 def test_before_the_run_says_what_it_does_nothing_is_repeated() -> None:

@@ -261,7 +261,7 @@ class _ImagesStep:
                 )
             report_in_step(context, self.names.key("prompts"), batch.versions())
             _log_before(context, batch, krea, quota)
-            with self._says_if_cancelled(log, batch, krea):
+            with self._kept_if_cancelled(context, log, batch, krea):
                 report, quoted = self._buy(context, krea, batch, config, log)
                 log.doing("reading what became of each partition")
                 _log_after(context, report)
@@ -305,16 +305,41 @@ class _ImagesStep:
         return report, quote.by_partition()
 
     @contextmanager
-    def _says_if_cancelled(self, log: RunLog, batch: Batch, krea: Backend) -> Iterator[None]:
-        """Say what is safe if the run is cancelled in this block, and what the next one does."""
+    def _kept_if_cancelled(
+        self, context: dg.AssetExecutionContext, log: RunLog, batch: Batch, krea: Backend
+    ) -> Iterator[None]:
+        """If the run is cancelled in this block, say what is safe, and report what is finished.
+
+        Dagster materializes the partitions of a step together, when it ends, so that otherwise
+        none would be.
+        """
         try:
             yield
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
             state = batch.state(krea)
-            quote = quote_images(krea, state)
-            next_run = quote_line(quote, partitions=len(batch.plan.keys), held=state.held_back)
+            next_run = quote_line(
+                quote_images(krea, state), partitions=len(batch.plan.keys), held=state.held_back
+            )
             log.say(cancel_line(log.last, next_run))
+            intact = state.by_partition(state.intact)
+            if whole := [key for key in batch.plan.keys if intact[key].all()]:
+                finished = batch.part(whole)
+                self._report_finished(context, log, finished, krea)
+                log.say(
+                    "Finished and reported to Dagster, with their manifests: "
+                    f"{len(whole):,} of {len(batch.plan.keys):,} partitions."
+                )
             raise
+
+    def _report_finished(
+        self, context: dg.AssetExecutionContext, log: RunLog, batch: Batch, krea: Backend
+    ) -> None:
+        log.doing("reporting the finished partitions to Dagster")
+        key, storage = self.names.key("images"), krea.open_storage()
+        for partition, summary in batch.summaries(krea, context.run.run_id).items():
+            values = images_metadata(summary, storage, seconds=0.0)
+            context.log_event(dg.AssetMaterialization(key, partition=partition, metadata=values))
+        rewrite_manifests(context, batch, krea, self.names.manifest_key)
 
     def _add_metadata(
         self,
