@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="hosts of their own need root"),
 ]
 
+#: Of its storage root and databases: the servers are those of other tests, too.
+NAME: Final = "celery"
 PARTITIONS: Final = 16
 ROWS: Final = PARTITIONS * 60
 AWAY_S: Final = 15.0
@@ -54,7 +56,7 @@ def test_a_backfill_ends_by_itself_although_a_worker_and_every_server_are_lost_f
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_prompts(s3, ROWS)
-    for database in ("dagster", "krea"):
+    for database in (f"dagster_{NAME}", f"krea_{NAME}"):
         postgres.create(database)
     with ExitStack() as stack:
         emulator = stack.enter_context(Emulator(state=tmp_path / "emulator", latency_s=1.0))
@@ -66,6 +68,7 @@ def test_a_backfill_ends_by_itself_although_a_worker_and_every_server_are_lost_f
             emulator=emulator,
             partition_by=f"hash:{PARTITIONS}",
             settings=SHORTER,
+            name=NAME,
         )
         stack.callback(cluster.kill_all)
         for name, value in cluster.environment.items():
@@ -77,7 +80,12 @@ def test_a_backfill_ends_by_itself_although_a_worker_and_every_server_are_lost_f
         backfill_id = cluster.backfill()
 
         def bought(share: float) -> None:
-            wait_until(lambda: cluster.created() >= share * ROWS, MOST_S, lambda: why(cluster))
+            def is_bought() -> bool:
+                assert not backfill_ended(instance, backfill_id), why(cluster)
+                return cluster.created() >= share * ROWS
+
+            with cluster.instance() as instance:
+                wait_until(is_bought, MOST_S, lambda: why(cluster))
 
         def why(cluster: Cluster) -> str:
             with cluster.instance() as instance:
@@ -112,10 +120,10 @@ def test_a_backfill_ends_by_itself_although_a_worker_and_every_server_are_lost_f
         assert (books["creates"], books["bodies_bought_more_than_once"]) == (ROWS, 0)
         assert len({task["prompt"] for task in books["tasks"]}) == ROWS
         assert (books["charged_units"], books["held_units"]) == (ROWS * 4_500, 0)
-        with closing(Journal(postgres.url("krea"))) as journal:
+        with closing(Journal(postgres.url(f"krea_{NAME}"))) as journal:
             assert journal.count_by_state() == {State.STORED: ROWS}
         with s3.client() as client:
-            assert len(client.find(f"{s3.url}/made/images")) == ROWS
+            assert len(client.find(f"{s3.url}/made_{NAME}/images")) == ROWS
 
 
 def backfill_ended(instance: dg.DagsterInstance, backfill_id: str) -> bool:
