@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.settings import Settings
+from krea_dagster.application.settings import Settings, variable_of
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options, same_kind
@@ -63,7 +63,9 @@ class Krea(Backend):
             raise ConfigError("these settings name no prompt table; pass one")
         return PromptTable(
             settings.prompts,
-            parse_partition_by(settings.partition_by),
+            parse_partition_by(
+                settings.partition_by, variable_of(Settings.model_fields["partition_by"])
+            ),
             storage_options=self._prompts_options(settings),
         )
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import dagster as dg
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.settings import Settings, SharedSettings, variable_of
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
+from krea_dagster.errors import ConfigError
 from krea_dagster.models import MOST_CREDITS
 from krea_dagster.plugin.checks import (
     CheckFactory,
@@ -24,44 +25,19 @@ from krea_dagster.plugin.checks import (
     build_manifest_schema_check,
     build_spend_check,
 )
-from krea_dagster.plugin.definitions import build_krea_definitions
+from krea_dagster.plugin.definitions import build_krea_definitions, with_changed_specs
 from krea_dagster.plugin.partitions import backfill_policy_of
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.scaffolder import KreaImagesScaffolder
+from krea_dagster.plugin.schedules import build_krea_schedule
 from krea_dagster.plugin.sensors.prompts import on_prompts_changed
+from krea_dagster.plugin.yaml_section import TEMPLATE, YamlSection
 from krea_dagster.prompts import Defaults, estimate_tokens
 
 _Size = Literal["1:1", "4:3", "3:4", "5:4", "4:5", "2:3", "3:2", "9:16", "16:9", "1:2", "2:1"]
 
 
-class _Section(dg.Model, dg.Resolvable):
-    """A section of the YAML whose errors are reported at their own line, at any depth.
-
-    Dagster accepts a template such as ``{{ name }}`` for each field by ``anyOf``. For a section
-    with one misspelt line, ``dg check yaml`` would therefore report the whole section. This schema
-    accepts any section in ``anyOf``, and describes its content by ``if`` and ``then``.
-    """
-
-    @classmethod
-    def model(cls) -> type[BaseModel]:
-        """Return the model that reads the YAML."""
-        model = super().model()
-        extra = model.model_config.get("json_schema_extra")
-        if isinstance(extra, dict):  # not done yet
-            model.model_config["json_schema_extra"] = partial(_go_into_sections, extra)
-        return model
-
-
-def _go_into_sections(extra: Mapping[str, Any], schema: dict[str, Any]) -> None:
-    schema.update(extra)
-    for field in schema["properties"].values():
-        sections = [option for option in field.get("anyOf", ()) if "$ref" in option]
-        if len(sections) == 1:
-            field["anyOf"].append({"type": "object"})
-            field |= {"if": {"type": "object"}, "then": sections[0]}
-
-
-class KreaSettings(SharedSettings, _Section):
+class KreaSettings(SharedSettings, YamlSection):
     """The settings of ``KreaResource``: how to reach EvoLink, and where to keep the images.
 
     Secrets are given by the names of their variables, so that no YAML and no page shows them.
@@ -95,7 +71,7 @@ class KreaSettings(SharedSettings, _Section):
 _BY_NAME: Final = {"api_key_env", "journal_url_env", "callback_secret_env", "emulator"}
 
 
-class RowDefaults(_Section):
+class RowDefaults(YamlSection):
     """Values for what a row of the prompt table leaves open."""
 
     size: _Size = "1:1"
@@ -104,21 +80,21 @@ class RowDefaults(_Section):
     nsfw_check: bool = False
 
 
-class FailureShareCheck(_Section):
+class FailureShareCheck(YamlSection):
     """Shares of failed rows above which the check warns or is an error."""
 
     warn_above: float = 0.01
     error_above: float = 0.05
 
 
-class SampledCheck(_Section):
+class SampledCheck(YamlSection):
     """The size and seed of a random sample; ``sample: null`` takes all files."""
 
     sample: int | None = 100
     seed: int | None = None
 
 
-class SpendCheck(_Section):
+class SpendCheck(YamlSection):
     """The prices, their tolerance, and the maximum credits of a partition."""
 
     most_credits: float | None = None
@@ -126,11 +102,11 @@ class SpendCheck(_Section):
     prices: dict[str, float] | None = None
 
 
-class NoSettings(_Section):
+class NoSettings(YamlSection):
     """A check without settings: ``{}``."""
 
 
-class Checks(_Section):
+class Checks(YamlSection):
     """The asset checks of ``image_manifest``; only those that are named are built."""
 
     manifest_schema: NoSettings | None = None
@@ -156,7 +132,7 @@ class Checks(_Section):
         ]
 
 
-class ExportSettings(_Section):
+class ExportSettings(YamlSection):
     """A dataset of the accepted images, as a separate asset."""
 
     form: Literal["parquet", "imagefolder", "webdataset", "jsonl", "csv"] = Field(
@@ -199,7 +175,7 @@ class ExportSettings(_Section):
         return ExportSpec.parse(**values)
 
 
-class CurationSettings(_Section):
+class CurationSettings(YamlSection):
     """Which images are accepted, and how many are wanted: the fields of ``Curation``."""
 
     accept: list[str] = Field(default=[], description="Bounds of measures, such as sharpness>=40.")
@@ -239,6 +215,24 @@ class CurationSettings(_Section):
         return Curation(measures=measures, exports=exports, **values)
 
 
+class ScheduleSettings(YamlSection):
+    """When a schedule launches the job; by default when a day, week or month ends, or at midnight."""
+
+    cron: str | None = Field(default=None, description="Another time, such as 0 6 * * *.")
+    timezone: str | None = Field(default=None, description="The time zone of cron.")
+    running: bool = Field(
+        default=False, description="Turn it on. It buys, so it is off by default."
+    )
+
+
+def _schedule_of(context: dg.ResolutionContext, value: Any) -> ScheduleSettings | str | bool:
+    """Read the section ``schedule``, which may also be a cron expression, true or false."""
+    if isinstance(value, bool | str):
+        return value
+    settings: ScheduleSettings = ScheduleSettings.resolve_from_model(context, value)
+    return settings
+
+
 def _curation_of(context: dg.ResolutionContext, value: Any) -> CurationSettings | bool:
     """Read the section ``curation``, which may also be true or false."""
     if isinstance(value, bool):
@@ -248,7 +242,7 @@ def _curation_of(context: dg.ResolutionContext, value: Any) -> CurationSettings 
 
 
 @dg.scaffold_with(KreaImagesScaffolder)
-class KreaImages(dg.Component, _Section):
+class KreaImages(dg.Component, YamlSection):
     """Images of Krea 2 Turbo from a Parquet prompt table: each bought once, and verified.
 
     It builds the assets, jobs, sensors and checks of ``build_krea_definitions``. Several instances
@@ -293,6 +287,7 @@ class KreaImages(dg.Component, _Section):
             "hash:N, column:NAME, day:NAME, week:NAME, month:NAME, in a time zone "
             "day:NAME@Europe/Berlin, with a column day:NAME,column:NAME."
         ),
+        json_schema_extra={"pattern": rf"^(hash|column|day|week|month):.|{TEMPLATE}"},
     )
     start: str | None = Field(
         default=None, description="First day of partitions by time; by default the table's first."
@@ -310,6 +305,10 @@ class KreaImages(dg.Component, _Section):
     group_name: str | None = Field(
         default=None, description="Group of the assets; by default the prefix, krea without one."
     )
+    owners: list[str] = Field(
+        default=[], description="Owners of the assets: an address, or team:NAME."
+    )
+    tags: dict[str, str] = Field(default={}, description="Tags of the assets.")
     resource_key: str | None = Field(
         default=None,
         description=(
@@ -329,6 +328,20 @@ class KreaImages(dg.Component, _Section):
     launch_on_changed_prompts: bool = Field(
         default=False,
         description="Launch runs, which buy images, when prompts have changed.",
+    )
+    schedule: Annotated[
+        ScheduleSettings | str | bool,
+        dg.Resolver(
+            _schedule_of,
+            model_field_type=ScheduleSettings.model() | str | bool,
+            inject_before_resolve=True,
+        ),
+    ] = Field(
+        default=False,
+        description=(
+            "A schedule of the job: true for its usual time, a cron expression, or both with a "
+            "time zone. It is off until it is turned on."
+        ),
     )
     collect_later: bool = Field(
         default=False,
@@ -439,6 +452,8 @@ class KreaImages(dg.Component, _Section):
             group_name=self.group_name,
             resource_key=self.resource_key,
             io_manager_key=self.io_manager_key,
+            owners=self.owners,
+            tags=self.tags,
             backfill_policy=backfill_policy_of(self.partitions_per_run),
             automation_condition=on_prompts_changed() if self.launch_on_changed_prompts else None,
             freshness_policy=(
@@ -457,18 +472,27 @@ class KreaImages(dg.Component, _Section):
             salvage=self.salvage,
             executor=dg.in_process_executor if self.in_process else None,
         )
-        # Definitions.map_asset_specs does the same, but warns that it is a preview.
-        own = [
-            one for one in defs.assets or () if isinstance(one, dg.AssetSpec | dg.AssetsDefinition)
-        ]
-        return dg.Definitions(
-            assets=dg.map_asset_specs(self.get_asset_spec, own),
-            asset_checks=defs.asset_checks,
-            jobs=defs.jobs,
-            sensors=defs.sensors,
-            resources=defs.resources,
-            executor=defs.executor,
-        )
+        schedules = dg.Definitions(schedules=self._schedules(defs))
+        return dg.Definitions.merge(with_changed_specs(defs, self.get_asset_spec), schedules)
+
+    def _schedules(self, defs: dg.Definitions) -> list[dg.ScheduleDefinition]:
+        given = self.schedule
+        if given is False:
+            return []
+        if isinstance(given, bool | str):
+            given = ScheduleSettings(cron=given if isinstance(given, str) else None)
+        status = dg.DefaultScheduleStatus
+        try:
+            schedule = build_krea_schedule(
+                defs,
+                cron_schedule=given.cron,
+                execution_timezone=given.timezone,
+                key_prefix=self.key_prefix,
+                default_status=status.RUNNING if given.running else status.STOPPED,
+            )
+        except dg.DagsterInvalidDefinitionError as error:
+            raise ConfigError(f"schedule cannot be used: {error}") from error
+        return [schedule]
 
     def _curation(self) -> Curation | bool:
         if self.curation is False:

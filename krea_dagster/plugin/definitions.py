@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from krea_dagster.application.curation import Curation
-from krea_dagster.engine.budget import CREDITS_PER_USD
+from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import same_kind
 from krea_dagster.plugin.assets.curation import build_curation
@@ -36,6 +36,8 @@ def build_krea_definitions(
     count_tokens: Callable[[str], int] = estimate_tokens,
     key_prefix: str | Sequence[str] = (),
     group_name: str | None = None,
+    owners: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
     resource_key: str | None = None,
     io_manager_key: str | None = None,
     backfill_policy: dg.BackfillPolicy | None = None,
@@ -72,6 +74,8 @@ def build_krea_definitions(
         key_prefix: Prefix of the asset keys and of all other names. It separates several tables
             in one code location; see also ``build_krea_tables``.
         group_name: Group of the assets; the prefix by default, ``krea`` without one.
+        owners: Owners of the assets, such as ``team:art``.
+        tags: Tags of the assets.
         resource_key: Key of the resource; ``krea`` with the prefix by default. Choose another if
             your project has its own resource of that name.
         io_manager_key: Key of the manifest's IO manager; ``krea_manifest`` with the prefix by
@@ -128,6 +132,8 @@ def build_krea_definitions(
             krea=KreaResource(api_key=dg.EnvVar("EVOLINK_API_KEY"), storage="data/krea"),
         )
     """
+    for text in krea.budgets:
+        Budget.parse(text)
     names = Names.of(key_prefix, group_name, resource_key)
     io_manager_key = io_manager_key or names.prefixed("krea_manifest")
     if io_manager_key == names.resource_key:
@@ -189,7 +195,31 @@ def build_krea_definitions(
         parts.append(build_salvage(names, [salvaged], collect_later=collect_later))
     if rules is not None:
         parts.append(build_curation(names, rules, assets.partitions_def))
-    return dg.Definitions.merge(*parts)
+    return with_changed_specs(
+        dg.Definitions.merge(*parts),
+        lambda spec: spec.replace_attributes(
+            owners=[*spec.owners, *owners], tags={**spec.tags, **(tags or {})}
+        ),
+    )
+
+
+def with_changed_specs(
+    defs: dg.Definitions, change: Callable[[dg.AssetSpec], dg.AssetSpec]
+) -> dg.Definitions:
+    """Return definitions with another spec of each asset.
+
+    ``Definitions.map_asset_specs`` does the same, but warns that it is a preview.
+    """
+    own = [one for one in defs.assets or () if isinstance(one, dg.AssetSpec | dg.AssetsDefinition)]
+    return dg.Definitions(
+        assets=dg.map_asset_specs(change, own),
+        asset_checks=defs.asset_checks,
+        jobs=defs.jobs,
+        schedules=defs.schedules,
+        sensors=defs.sensors,
+        resources=defs.resources,
+        executor=defs.executor,
+    )
 
 
 def prompt_table(

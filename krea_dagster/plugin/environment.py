@@ -14,6 +14,7 @@ from krea_dagster.application.settings import (
 from krea_dagster.plugin.definitions import build_krea_definitions
 from krea_dagster.plugin.partitions import backfill_policy_of
 from krea_dagster.plugin.resource import KreaResource
+from krea_dagster.prompts import parse_partition_by
 
 #: Settings that Dagster must show by the name of their variable.
 _SECRETS = ("api_key", "journal_url", "callback_secret")
@@ -33,6 +34,7 @@ def resource_of(settings: Settings) -> KreaResource:
 
 def definitions_of(settings: Settings) -> dg.Definitions:
     """Return the code location of settings that were read from the environment."""
+    parse_partition_by(settings.partition_by, variable_of(Settings.model_fields["partition_by"]))
     return build_krea_definitions(
         prompts=settings.prompts,
         prompts_options=settings.prompts_options,

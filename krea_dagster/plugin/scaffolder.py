@@ -16,6 +16,16 @@ FIRST_PROMPTS: Final = (
     ("old-sailor", "portrait of an old sailor"),
 )
 
+#: What follows the storage in the YAML: limits to choose, and the variable for ``dg list envs``.
+_FURTHER: Final = """\
+    # run_credits: 10  # maximum credits of a run; rows beyond it are deferred
+    # day_credits: 100  # maximum credits of a UTC day, for all runs
+  # collect_later: true  # runs do not wait for their images; a sensor launches those that collect
+requirements:
+  env:
+  - {api_key_env}
+"""
+
 
 class KreaImagesParams(BaseModel):
     """The options of ``dg scaffold defs krea_dagster.KreaImages NAME``."""
@@ -47,6 +57,10 @@ class KreaImagesScaffolder(dg.Scaffolder[KreaImagesParams]):
             "krea": {"api_key_env": params.api_key_env, "storage": "data/krea"},
         }
         dg.scaffold_component(request, attributes)
+        if request.scaffold_format == "yaml":
+            path = request.target_path
+            with (path if request.append else path / "defs.yaml").open("a") as file:
+                file.write(_FURTHER.format(api_key_env=params.api_key_env))
         if request.project_root is not None and "://" not in params.prompts:
             _write_prompts(Path(request.project_root, params.prompts))
 

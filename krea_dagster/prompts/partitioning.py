@@ -179,14 +179,15 @@ class MultiPartitions:
 PartitionBy = HashPartitions | ColumnPartitions | TimePartitions | MultiPartitions
 
 
-def parse_partition_by(text: str) -> PartitionBy:
+def parse_partition_by(text: str, name: str = "partition_by") -> PartitionBy:
     """Parse the way in which a prompt table is partitioned.
 
     Args:
-        text: A value of ``KREA_PARTITION_BY``: ``hash:N`` (N buckets, up to 10000, by prompt_id),
+        text: ``hash:N`` (N buckets, up to 10000, by prompt_id),
             ``column:NAME`` (by the values of a column), or ``day:NAME``, ``week:NAME``,
             ``month:NAME`` (by a column of dates or times). The last three also with a time zone,
             ``day:NAME@Europe/Berlin``, or with a column, ``day:NAME,column:NAME``.
+        name: The name of the setting, for the error.
 
     Returns:
         The partitioning, for :class:`PromptTable`.
@@ -207,7 +208,7 @@ def parse_partition_by(text: str) -> PartitionBy:
             return time
         if time is not None and column:
             return MultiPartitions(time, ColumnPartitions(column))
-    raise ConfigError(f"KREA_PARTITION_BY is {text!r}; it must be {_ALLOWED}")
+    raise ConfigError(f"{name} is {text!r}; it must be {_ALLOWED}")
 
 
 def _time(unit: Unit, text: str) -> TimePartitions | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 from dagster import ComponentTree
 from dagster.components.testing import DefsFolderSandbox, create_defs_folder_sandbox
 
@@ -27,7 +28,9 @@ from krea_dagster.plugin.component import (
     ExportSettings,
     KreaSettings,
     RowDefaults,
+    ScheduleSettings,
 )
+from krea_dagster.plugin.scaffolder import KreaImagesParams, KreaImagesScaffolder
 from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
 from tests.dagster_bench import QUIET, tick, write_table
 from tests.plugin.test_secrets import told_to_the_ui
@@ -76,6 +79,9 @@ EVERYTHING: dict[str, Any] = {
     "defaults": {"size": "16:9", "quality": "2K", "num_images": 2, "nsfw_check": True},
     "key_prefix": ["shop", "hero"],
     "group_name": "hero_images",
+    "owners": ["team:art"],
+    "tags": {"campaign": "hero"},
+    "schedule": {"cron": "0 6 * * *", "timezone": "Europe/Berlin", "running": True},
     "resource_key": "painter",
     "io_manager_key": "painter_manifest",
     "partitions_per_run": 7,
@@ -175,6 +181,7 @@ def test_this_file_says_everything_that_the_yaml_takes() -> None:
     for section, model in (
         ("krea", KreaSettings),
         ("defaults", RowDefaults),
+        ("schedule", ScheduleSettings),
         ("checks", Checks),
         ("curation", CurationSettings),
     ):
@@ -212,7 +219,8 @@ def test_every_argument_of_the_factory_is_in_the_yaml_or_has_a_hook() -> None:
     assert said | {"partitions"} == {one.name for one in fields(ExportSpec)}
     assert {"measures", *CurationSettings.model_fields} == {one.name for one in fields(Curation)}
     in_yaml = {said_otherwise.get(name, name) for name in KreaImages.model_fields}
-    assert in_yaml | {"count_tokens"} == arguments
+    # A schedule is made by build_krea_schedule.
+    assert (in_yaml | {"count_tokens"}) - {"schedule"} == arguments
     assert callable(KreaImages.count_tokens)
 
 
@@ -227,6 +235,11 @@ def test_all_of_it_reaches_the_definitions(
     manifest = dg.AssetKey([*prefix, "image_manifest"])
     spec = images.get_asset_spec()
     assert spec.group_name == "hero_images"
+    assert spec.owners == ["team:art"]
+    assert spec.tags["campaign"] == "hero"
+    schedule = defs.resolve_schedule_def("shop_hero_krea_schedule")
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 6 * * *", "Europe/Berlin")
+    assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
     assert images.op.pool == "painters"
     assert images.backfill_policy == dg.BackfillPolicy.multi_run(7)
     assert spec.freshness_policy == dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=36))
@@ -317,6 +330,29 @@ def test_what_is_left_out_is_as_the_factory_has_it(tmp_path: Path) -> None:
     assert resource_of(defs) == resource_of(plain)
     assert defs.executor is plain.executor
     assert told_to_the_ui(defs) == told_to_the_ui(plain)
+
+
+def test_a_schedule_is_off_until_it_is_turned_on(sandbox: DefsFolderSandbox) -> None:
+    given = {"prompts": "data/prompts.parquet", "schedule": "30 5 * * *"}
+    schedule = built(sandbox, given)[1].resolve_schedule_def("krea_schedule")
+    assert schedule.cron_schedule == "30 5 * * *"
+    assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"schedule": "at noon"}, "schedule cannot be used: .*at noon"),
+        ({"partition_by": "columns:day"}, "partition_by is 'columns:day'"),
+        ({"krea": {"budgets": ["mont=9"]}}, "budget 'mont=9' is invalid"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_its_key_when_the_project_is_loaded(
+    tmp_path: Path, wrong: dict[str, Any], words: str
+) -> None:
+    component = KreaImages.resolve_from_dict({"prompts": str(tmp_path / "p.parquet"), **wrong})
+    with pytest.raises(ConfigError, match=words):
+        component.build_defs(ComponentTree.for_test().load_context)
 
 
 def test_a_url_is_not_taken_for_a_path_of_the_project(sandbox: DefsFolderSandbox) -> None:
@@ -552,19 +588,54 @@ attributes:
 """
 
 
-def test_dg_check_yaml_finds_each_typo_at_its_line(tmp_path: Path) -> None:
-    home = tmp_path / "src" / "hero" / "defs" / "hero"
-    home.mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text(PROJECT)
+def home_in(project: Path) -> Path:
+    """Make an empty project, and return the folder of its component."""
+    home = project / "src" / "hero" / "defs" / "hero"
+    home.parent.mkdir(parents=True)
+    (project / "pyproject.toml").write_text(PROJECT)
     for folder in (home.parent.parent, home.parent):
         (folder / "__init__.py").touch()
-    (home / "defs.yaml").write_text(YAML)
-    environment = {**os.environ, "DAGSTER_DISABLE_TELEMETRY": "1"}
+    return home
+
+
+def run_dg(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DAGSTER_DISABLE_TELEMETRY": "1", "COLUMNS": "120"}
     environment["PATH"] = f"{DG.parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        [str(DG), "check", "yaml"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False,
+    return subprocess.run(
+        [str(DG), *words],
+        cwd=project, env=environment, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
+
+
+def test_a_new_component_shows_its_limits_and_its_variable(tmp_path: Path) -> None:
+    home = home_in(tmp_path)
+    home.mkdir()
+    request = dg.ScaffoldRequest(
+        type_name="krea_dagster.KreaImages",
+        target_path=home,
+        scaffold_format="yaml",
+        project_root=tmp_path,
+        params=KreaImagesParams(api_key_env="HERO_KEY"),
+    )
+    KreaImagesScaffolder().scaffold(request)
+    text = (home / "defs.yaml").read_text()
+    assert "# run_credits: " in text
+    assert "# day_credits: " in text
+    assert "# collect_later: " in text
+    # What is commented out can be used.
+    content = yaml.safe_load(text.replace("# run_", "run_").replace("# collect", "collect"))
+    component = KreaImages.resolve_from_dict(content["attributes"])
+    assert component.krea.run_credits == 10
+    assert component.collect_later
+    listed = run_dg(tmp_path, "list", "envs")
+    assert "HERO_KEY" in listed.stdout, listed.stderr
+
+
+def test_dg_check_yaml_finds_each_typo_at_its_line(tmp_path: Path) -> None:
+    home = home_in(tmp_path)
+    home.mkdir()
+    (home / "defs.yaml").write_text(YAML)
+    done = run_dg(tmp_path, "check", "yaml")
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     for line, word in enumerate(YAML.splitlines(), 1):

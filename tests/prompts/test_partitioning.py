@@ -55,7 +55,7 @@ def test_the_kinds_are_read_and_written(text: str, meant: PartitionBy) -> None:
      "day:@UTC", "day:,column:a", "day:a,column:", "year:a"],
 )  # fmt: skip
 def test_nonsense_is_a_config_error_that_says_what_is_allowed(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"KREA_PARTITION_BY is .*must be hash:N"):
+    with pytest.raises(ConfigError, match=r"partition_by is .*must be hash:N"):
         parse_partition_by(text)
 
 
