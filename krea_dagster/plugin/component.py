@@ -1,29 +1,27 @@
 """The component for ``dg``: the arguments of ``build_krea_definitions`` as YAML."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any
 
 import dagster as dg
 from pydantic import Field
 
 from krea_dagster.application.curation import Curation
-from krea_dagster.application.settings import Settings, SharedSettings, variable_of
-from krea_dagster.curation.export.spec import ExportSpec
+from krea_dagster.application.settings import Settings
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import MOST_CREDITS
-from krea_dagster.plugin.checks import (
-    CheckFactory,
-    build_failure_share_check,
-    build_files_check,
-    build_images_check,
-    build_manifest_schema_check,
-    build_spend_check,
+from krea_dagster.plugin.checks import CheckFactory
+from krea_dagster.plugin.component_sections import (
+    BY_NAME,
+    Checks,
+    CurationSettings,
+    KreaSettings,
+    RowDefaults,
+    ScheduleSettings,
 )
 from krea_dagster.plugin.definitions import build_krea_definitions, with_changed_specs
 from krea_dagster.plugin.partitions import backfill_policy_of
@@ -33,196 +31,6 @@ from krea_dagster.plugin.schedules import build_krea_schedule
 from krea_dagster.plugin.sensors.prompts import on_prompts_changed
 from krea_dagster.plugin.yaml_section import TEMPLATE, YamlSection
 from krea_dagster.prompts import Defaults, estimate_tokens
-
-_Size = Literal["1:1", "4:3", "3:4", "5:4", "4:5", "2:3", "3:2", "9:16", "16:9", "1:2", "2:1"]
-
-
-class KreaSettings(SharedSettings, YamlSection):
-    """The settings of ``KreaResource``: how to reach EvoLink, and where to keep the images.
-
-    Secrets are given by the names of their variables, so that no YAML and no page shows them.
-    """
-
-    api_key_env: str = Field(
-        default=variable_of(Settings.model_fields["api_key"]),
-        description="Name of the environment variable that holds the EvoLink API key.",
-    )
-    journal_url_env: str | None = Field(
-        default=None,
-        description=(
-            "Name of the environment variable that holds the journal's SQLAlchemy URL. Without it "
-            "the journal is SQLite in the storage root."
-        ),
-    )
-    callback_secret_env: str | None = Field(
-        default=None,
-        description="Name of the environment variable that holds the secret of the callbacks.",
-    )
-    emulator: bool | None = Field(
-        default=None,
-        description=(
-            "Use the emulator: the images are synthetic, and nothing is charged. By default if the "
-            "variable of the key is not set."
-        ),
-    )
-
-
-#: Fields that ``KreaResource`` does not have under this name and type.
-_BY_NAME: Final = {"api_key_env", "journal_url_env", "callback_secret_env", "emulator"}
-
-
-class RowDefaults(YamlSection):
-    """Values for what a row of the prompt table leaves open."""
-
-    size: _Size = "1:1"
-    quality: Literal["1K", "2K"] = "1K"
-    num_images: Annotated[int, Field(ge=1, le=100)] = 1
-    nsfw_check: bool = False
-
-
-class FailureShareCheck(YamlSection):
-    """Shares of failed rows above which the check warns or is an error."""
-
-    warn_above: float = 0.01
-    error_above: float = 0.05
-
-
-class SampledCheck(YamlSection):
-    """The size and seed of a random sample; ``sample: null`` takes all files."""
-
-    sample: int | None = 100
-    seed: int | None = None
-
-
-class SpendCheck(YamlSection):
-    """The prices, their tolerance, and the maximum credits of a partition."""
-
-    most_credits: float | None = None
-    tolerance: float = 0.0
-    prices: dict[str, float] | None = None
-
-
-class NoSettings(YamlSection):
-    """A check without settings: ``{}``."""
-
-
-class Checks(YamlSection):
-    """The asset checks of ``image_manifest``; only those that are named are built."""
-
-    manifest_schema: NoSettings | None = None
-    failure_share: FailureShareCheck | None = None
-    files: SampledCheck | None = None
-    pictures: SampledCheck | None = None
-    spend: SpendCheck | None = None
-
-    def factories(self) -> list[CheckFactory]:
-        """Return the factories of the named checks, with their settings."""
-        known: dict[str, Any] = {
-            "manifest_schema": build_manifest_schema_check,
-            "failure_share": build_failure_share_check,
-            "files": build_files_check,
-            "pictures": build_images_check,
-            "spend": build_spend_check,
-        }
-        named = ((name, getattr(self, name)) for name in known)
-        return [
-            partial(known[name], **settings.model_dump())
-            for name, settings in named
-            if settings is not None
-        ]
-
-
-class ExportSettings(YamlSection):
-    """A dataset of the accepted images, as a separate asset."""
-
-    form: Literal["parquet", "imagefolder", "webdataset", "jsonl", "csv"] = Field(
-        default="parquet",
-        description=(
-            "parquet (images inside) and imagefolder are for the library datasets, webdataset has "
-            "tar shards, jsonl and csv have image files and a table."
-        ),
-    )
-    splits: list[str] = Field(
-        default=[], description="Splits and their shares of the prompts, such as train=0.9."
-    )
-    where: list[str] = Field(
-        default=[], description="Only rows with these values, each as COLUMN=VALUE."
-    )
-    everything: bool = Field(
-        default=False, description="Take all stored images, not only the accepted ones."
-    )
-    columns: list[str] | None = Field(
-        default=None, description="Exported columns; by default all that are meaningful elsewhere."
-    )
-    shard_images: int = Field(default=10_000, ge=1, description="Maximum images per shard.")
-    shard_bytes: int = Field(default=500_000_000, ge=1, description="Maximum bytes per shard.")
-    leaks: bool = Field(default=False, description="Keep similar images in several splits.")
-    embed_parameters: bool = Field(
-        default=False, description="Write prompt, seed and so on into PNG files, as text."
-    )
-    sidecars: bool = Field(default=False, description="Write KEY.json next to each image file.")
-    license: str | None = Field(
-        default=None, description="Licence identifier for the card, such as cc-by-4.0."
-    )
-    title: str | None = Field(default=None, description="Title of the card.")
-    source: str | None = Field(default=None, description="Origin of the prompts, for the card.")
-
-    def spec(self) -> ExportSpec:
-        """Return the specification. Raises ConfigError."""
-        values = self.model_dump()
-        if self.columns is not None:
-            values["columns"] = tuple(self.columns)
-        return ExportSpec.parse(**values)
-
-
-class CurationSettings(YamlSection):
-    """Which images are accepted, and how many are wanted: the fields of ``Curation``."""
-
-    accept: list[str] = Field(default=[], description="Bounds of measures, such as sharpness>=40.")
-    require_keep: bool = Field(
-        default=False,
-        description=(
-            "Accept only images that a person kept, not all except rejected and flagged ones."
-        ),
-    )
-    one_of_duplicates: bool = Field(
-        default=False, description="Accept only the best of near-duplicate images."
-    )
-    wanted: list[str] = Field(
-        default=[],
-        description=(
-            "How many accepted images are wanted: prompt=3, column:NAME=500 or "
-            "column:NAME:VALUE=20. Runs regenerate what was not accepted."
-        ),
-    )
-    most_images: int | None = Field(
-        default=None, ge=1, description="Maximum images bought for each prompt or value."
-    )
-    most_credits: float | None = Field(
-        default=None,
-        ge=0,
-        le=MOST_CREDITS,
-        description="Maximum credits spent on each prompt or value.",
-    )
-    exports: dict[str, ExportSettings] = Field(
-        default={}, description="Datasets of the accepted images, by name."
-    )
-
-    def curation(self, measures: Sequence[Measure]) -> Curation:
-        """Return the curation with custom measures. Raises ConfigError."""
-        exports = {name: one.spec() for name, one in self.exports.items()}
-        values = self.model_dump(exclude={"exports"})
-        return Curation(measures=measures, exports=exports, **values)
-
-
-class ScheduleSettings(YamlSection):
-    """When a schedule launches the job; by default when a day, week or month ends, or at midnight."""
-
-    cron: str | None = Field(default=None, description="Another time, such as 0 6 * * *.")
-    timezone: str | None = Field(default=None, description="The time zone of cron.")
-    running: bool = Field(
-        default=False, description="Turn it on. It buys, so it is off by default."
-    )
 
 
 def _schedule_of(context: dg.ResolutionContext, value: Any) -> ScheduleSettings | str | bool:
@@ -405,7 +213,7 @@ class KreaImages(dg.Component, YamlSection):
 
     def build_resource(self, context: dg.ComponentLoadContext) -> KreaResource:
         """Return the resource of the assets."""
-        settings = self.krea.model_dump(exclude=_BY_NAME)
+        settings = self.krea.model_dump(exclude=BY_NAME)
         settings["storage"] = _in_project(self.krea.storage, context)
         emulator = self.krea.emulator
         if emulator is None:

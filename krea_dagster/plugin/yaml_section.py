@@ -57,14 +57,14 @@ class YamlSection(dg.Model, dg.Resolvable):
         """Render the templates, and check the values. An error names the key and its line."""
         for name in model.model_fields_set:
             text, at = getattr(model, name), context.at_path(name)
-            if isinstance(text, str) and re.search(TEMPLATE, text):
-                if at.resolve_value(text, as_type=object) is None:
-                    # A limit that is silently missing would be no limit.
-                    why = (
-                        f"{name} is {text}, which gives no value: is its variable set? "
-                        f"env('NAME', 'DEFAULT') has a default.\n"
-                    )
-                    raise at.build_resolve_fn_exc([why], field_name=name, model=model)
+            is_template = isinstance(text, str) and re.search(TEMPLATE, text)
+            if is_template and at.resolve_value(text, as_type=object) is None:
+                # A limit that is silently missing would be no limit.
+                why = (
+                    f"{name} is {text}, which gives no value: is its variable set? "
+                    f"env('NAME', 'DEFAULT') has a default.\n"
+                )
+                raise at.build_resolve_fn_exc([why], field_name=name, model=model)
         try:
             resolved: Self = super().resolve_from_model(context, model)
         except ValidationError as error:

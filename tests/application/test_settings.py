@@ -7,7 +7,7 @@ import pytest
 from krea_dagster import KreaResource, Settings
 from krea_dagster.application.settings import ConnectionSettings, SharedSettings, variable_of
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.component import KreaSettings
+from krea_dagster.plugin.component_sections import KreaSettings
 
 
 @pytest.mark.parametrize("name", ConnectionSettings.model_fields)

@@ -22,7 +22,7 @@ from dagster.components.testing import DefsFolderSandbox, create_defs_folder_san
 from krea_dagster import Curation, KreaImages, KreaResource, build_krea_definitions
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
-from krea_dagster.plugin.component import (
+from krea_dagster.plugin.component_sections import (
     Checks,
     CurationSettings,
     ExportSettings,
@@ -42,6 +42,7 @@ DG = Path(sys.executable).with_name("dg")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`parse_obj_as` is deprecated"),
     pytest.mark.filterwarnings("ignore::dagster.BetaWarning"),
+    pytest.mark.filterwarnings("ignore:Property `ScheduleDefinition.environment_vars`"),
 ]
 
 KEY = "sk-of-the-component-7Hq2"
