@@ -92,8 +92,10 @@ def latest(
 
 
 def values(materialization: dg.AssetMaterialization) -> dict[str, Any]:
-    """Return its metadata as plain values."""
-    return {name: entry.value for name, entry in materialization.metadata.items()}
+    """Return its metadata as plain values, without the prefix of this package's entries."""
+    return {
+        name.removeprefix("krea/"): entry.value for name, entry in materialization.metadata.items()
+    }
 
 
 def bought(emulator: Emulator, marker: str) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ class Player:
                 run_config=QUIET, instance=self.instance, partition_key=partition
             )
             (made,) = result.asset_materializations_for_node("image_manifest")
-            manifest = pd.read_parquet(str(made.metadata["path"].value))
+            manifest = pd.read_parquet(str(made.metadata["krea/path"].value))
             bought += manifest.query("run_id == @result.run_id")["prompt"].tolist()
         return bought
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 import dagster as dg
 
 from krea_dagster.engine.states import State
+from krea_dagster.plugin.metadata import krea_entry
 from krea_dagster.plugin.names import MANIFEST_ASSET, Names
 
 #: Maximum number of events in a query.
@@ -46,6 +47,6 @@ def _delivered(
 
 
 def _is_delivered(metadata: Mapping[str, dg.MetadataValue[Any]]) -> bool:
-    rows = metadata.get("rows")
-    stored = metadata.get(f"rows_{State.STORED.value}", dg.MetadataValue.int(0))
+    rows = krea_entry(metadata, "rows")
+    stored = krea_entry(metadata, f"rows_{State.STORED.value}") or dg.MetadataValue.int(0)
     return rows is not None and rows.value == stored.value

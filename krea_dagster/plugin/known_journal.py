@@ -6,10 +6,11 @@ import dagster as dg
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.metadata import krea_entry
 from krea_dagster.prompts import PromptTable
 
 #: The metadata entry of a materialization of ``images``.
-JOURNAL_ENTRY: Final = "krea_journal"
+JOURNAL_ENTRY: Final = "journal"
 
 
 def journal_entry(krea: Backend, table: PromptTable, relative: str) -> dg.JsonMetadataValue:
@@ -44,7 +45,9 @@ def refuse_second_journal(
         return
     event = context.instance.get_latest_materialization_event(images)
     made = event.asset_materialization if event is not None else None
-    entry = made.metadata.get(JOURNAL_ENTRY) if made is not None else None
+    entry = None
+    if made is not None:  # earlier versions called it krea_journal
+        entry = krea_entry(made.metadata, JOURNAL_ENTRY) or made.metadata.get("krea_journal")
     before = entry.value if isinstance(entry, dg.JsonMetadataValue) else None
     if not isinstance(before, dict) or before.get("origin") != krea.settings.origin:
         return

@@ -27,6 +27,7 @@ from krea_dagster.plugin.data_versions import report_prompts
 from krea_dagster.plugin.delivered import delivered_partitions
 from krea_dagster.plugin.environment import definitions_of
 from krea_dagster.plugin.failures import TRY_LATER
+from krea_dagster.plugin.metadata import PREFIX
 from krea_dagster.plugin.names import JOB_NAME, SALVAGE_JOB_NAME, Names
 from krea_dagster.plugin.partitions import (
     partitions_for,
@@ -197,7 +198,7 @@ def salvage(settings: Settings, *, listener: Listener = SILENT) -> Salvaged:
                 raise_on_error=False,
             )
         figures = {
-            name: value.value
+            name.removeprefix(PREFIX): value.value
             for event in result.all_events
             if event.is_step_materialization and event.asset_key == SALVAGED_IMAGES
             for name, value in event.step_materialization_data.materialization.metadata.items()

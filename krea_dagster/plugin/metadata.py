@@ -7,7 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import dagster as dg
 import numpy as np
@@ -53,67 +53,94 @@ _FROM_PROMPTS: Final[Mapping[str, str]] = {
     "sample": "num_images",
 }
 
+#: The prefix of this package's entries.
+PREFIX: Final = "krea/"
+
 Metadata = Mapping[str, Any]
+
+_Entry = TypeVar("_Entry")
+
+
+def krea_metadata(values: Metadata) -> Metadata:
+    """Return these entries under ``krea/``, except those of Dagster."""
+    return {name if "/" in name else f"{PREFIX}{name}": value for name, value in values.items()}
+
+
+def krea_entry(metadata: Mapping[str, _Entry], name: str) -> _Entry | None:
+    """Return an entry of a materialization. Before they had a prefix, it was stored without."""
+    return metadata.get(f"{PREFIX}{name}", metadata.get(name))
 
 
 def images_metadata(figures: ManifestSummary, storage: Storage, *, seconds: float) -> Metadata:
     """Return the metadata of one partition of ``images``, from the summary of its manifest.
 
-    ``seconds`` is the duration of the run, for all its partitions together.
+    What a person looks for comes first. ``seconds`` is the duration of the run, for all its
+    partitions together.
     """
+    values = {**usage_metadata(figures, storage)}
     latencies_s = figures.latencies_s()
-    values: dict[str, Any] = {
-        **count_metadata(figures),
-        "dagster/partition_row_count": figures.rows,
-        "storage": location_value(storage.locate("")),
-        "images_bought": figures.bought,
-        "images_reused": figures.reused,
-        "images_per_second": round(figures.bought / seconds, 3) if seconds > 0 else 0.0,
-    }
     if len(latencies_s):
         values["latency_p50_s"] = round(_quantile(latencies_s, 0.5), 3)
         values["latency_p95_s"] = round(_quantile(latencies_s, 0.95), 3)
-    if figures.failures:
-        values["newest_failures"] = failures_table(figures)
-    if (sheet := contact_sheet(figures.shown, storage)) is not None:
-        encoded = base64.b64encode(sheet).decode()
-        values["thumbnails"] = dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{encoded})")
+    if figures.bought and seconds > 0:
+        values["images_per_second"] = round(figures.bought / seconds, 3)
+    values["dagster/partition_row_count"] = figures.rows
     return values
 
 
+def usage_metadata(figures: ManifestSummary, storage: Storage) -> Metadata:
+    """Return what rows of a manifest got and cost, with thumbnails, for any asset."""
+    return {
+        **thumbnails_metadata(figures, storage),
+        "images_bought": figures.bought,
+        "images_reused": figures.reused,
+        **count_metadata(figures),
+        **({"newest_failures": failures_table(figures)} if figures.failures else {}),
+        "storage": location_value(storage.locate("")),
+    }
+
+
+def thumbnails_metadata(figures: ManifestSummary, storage: Storage) -> Metadata:
+    """Return a sheet of the first images; nothing if none can be read."""
+    if (sheet := contact_sheet(figures.shown, storage)) is None:
+        return {}
+    encoded = base64.b64encode(sheet).decode()
+    return {"thumbnails": dg.MetadataValue.md(f"![images](data:image/jpeg;base64,{encoded})")}
+
+
 def count_metadata(figures: ManifestSummary) -> Metadata:
-    """Return the rows by status, and the credits, of one partition."""
+    """Return the credits and the rows by status of one partition; what is usually 0, if not 0."""
     statuses = figures.statuses
     at_stake = sum(
         statuses.get(state.value, 0) for state in (State.UNKNOWN, State.SUBMITTED, State.COMPLETED)
     )
+    charged, reserved = round(figures.charged, 4), round(figures.reserved, 4)
     return {
+        # Of this run; of the rows, for all runs; and of reused images.
+        "credits_spent_by_run": round(figures.spent, 4),
+        "credits_charged": charged,
+        **({"credits_reserved": reserved} if reserved != charged else {}),
+        **({"credits_saved_by_reuse": round(figures.saved, 4)} if figures.saved else {}),
         "rows": figures.rows,
         **{f"rows_{state}": count for state, count in sorted(statuses.items())},
-        "credits_reserved": round(figures.reserved, 4),
-        # Of the rows, for all runs; of this run; and of reused images.
-        "credits_charged": round(figures.charged, 4),
-        "credits_spent_by_run": round(figures.spent, 4),
-        "credits_saved_by_reuse": round(figures.saved, 4),
-        "rows_at_stake": at_stake,
+        **({"rows_at_stake": at_stake} if at_stake else {}),
     }
 
 
 def manifest_metadata(figures: ManifestSummary, path: str) -> Metadata:
     """Return the metadata of one partition of ``image_manifest``."""
     return {
+        "path": location_value(path),
         **count_metadata(figures),
         "dagster/partition_row_count": figures.rows,
-        "path": location_value(path),
     }
 
 
 def quote_metadata(line: QuoteLine | None) -> Metadata:
-    """Return a partition's quote before the run: rows to buy, and their maximum credits."""
-    return {
-        "quoted_to_buy": 0 if line is None else line.to_buy,
-        "quoted_credits": 0.0 if line is None else credits_from_units(line.units),
-    }
+    """Return a partition's quote before the run, if there was something to buy."""
+    if line is None or not line.to_buy:
+        return {}
+    return {"quoted_to_buy": line.to_buy, "quoted_credits": credits_from_units(line.units)}
 
 
 def table_schema(

@@ -1,7 +1,7 @@
 """KreaResource: the settings as a Dagster resource, and the application behind them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import dagster as dg
 import pyarrow as pa
@@ -10,7 +10,11 @@ from krea_dagster.application.krea import Krea
 from krea_dagster.application.settings import ConnectionSettings
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.usage import Context, add_usage, counted
 from krea_dagster.prompts import Defaults
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
@@ -33,8 +37,10 @@ class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
         self,
         prompts: Any,
         *,
-        context: dg.AssetExecutionContext | dg.OpExecutionContext | None = None,
+        context: Context | None = None,
         defaults: Defaults | None = None,
+        metadata: bool = True,
+        output_name: str | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> pa.Table:
         """Buy, fetch and verify the images of a few prompts, and return their manifest.
@@ -48,6 +54,10 @@ class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
             context: The asset's or op's context, whose run and name become the manifest's
                 ``run_id`` and ``partition_key``.
             defaults: Values for what a row leaves open.
+            metadata: Whether the asset that owns the context shows thumbnails, counts and credits,
+                as the sum of its calls.
+            output_name: The output that shows them, of a step with several; without it such a step
+                shows none.
             on_progress: Is called whenever something changed.
 
         Returns:
@@ -60,9 +70,40 @@ class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
             JournalError, StorageError: if what was bought could not be written.
         """
         run_id, name = _ids_of(context)
-        return self.krea().generate(
+        krea = self.krea()
+        manifest = krea.generate(
             prompts, run_id=run_id, name=name, defaults=defaults, on_progress=on_progress
         )
+        if context is not None and metadata:
+            add_usage(context, manifest, krea.open_storage(), output_name)
+        return manifest
+
+    def with_usage_metadata(
+        self,
+        context: Context,
+        call: Callable[_Arguments, _Result],
+        *,
+        output_name: str | None = None,
+    ) -> Callable[_Arguments, _Result]:
+        """Return a function whose purchases are shown on the asset that owns the context.
+
+        For calls of your own: ``Krea.generate``, ``Krea.run`` or ``KreaClient.submit``. The asset
+        shows the sum of all its calls, as it does for ``generate``. A submission shows the credits
+        that it reserves: what became of it is not known yet.
+
+        Args:
+            context: The asset's or op's context.
+            call: The function, or coroutine function.
+            output_name: The output that shows them, of a step with several.
+
+        Example::
+
+            @dg.asset
+            def posters(context: dg.AssetExecutionContext, krea: KreaResource) -> None:
+                run = krea.with_usage_metadata(context, krea.krea().run)
+                run(PromptTable("posters.parquet"))
+        """
+        return counted(context, call, self.krea().open_storage(), output_name)
 
 
 def krea_of(
@@ -89,12 +130,21 @@ def _named(value: Any) -> Any:
     return [_named(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _ids_of(context: dg.OpExecutionContext | dg.AssetExecutionContext | None) -> tuple[str, str]:
+def _ids_of(context: Context | None) -> tuple[str, str]:
+    """Return the run's id and the asset's or op's name; no id if a test calls the asset directly.
+
+    Dagster would give all such calls the same id, so that images of an earlier one would count as
+    bought by this one.
+    """
     if context is None:
         return "", "generate"
-    if isinstance(context, dg.AssetExecutionContext):
-        return context.run.run_id, context.asset_key.to_user_string()
-    return context.run_id, context.op_def.name
+    try:
+        run_id = context.run.run_id
+    except dg.DagsterError:
+        run_id = ""
+    if isinstance(context, dg.AssetExecutionContext) and len(context.assets_def.keys) == 1:
+        return run_id, context.asset_key.to_user_string()
+    return run_id, context.op_def.name
 
 
 def _resolved(value: Any) -> Any:

@@ -21,6 +21,8 @@ from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import (
     contact_sheet,
     images_metadata,
+    krea_entry,
+    krea_metadata,
     location_value,
     manifest_metadata,
     missing_table,
@@ -293,3 +295,26 @@ def colour_of(sheet: bytes | None) -> str:
 
 def test_without_a_single_image_there_is_no_sheet(tmp_path: Path) -> None:
     assert contact_sheet([], Storage(str(tmp_path))) is None
+
+
+# -- names and order --------------------------------------------------------------------------
+
+
+def test_thumbnails_come_first_and_what_is_nothing_is_left_out(storage: Storage) -> None:
+    told = shown([row(0, reused=True), row(1, reused=True)], storage)
+    assert list(told) == [
+        *(["thumbnails"] if "thumbnails" in told else []),
+        "images_bought", "images_reused", "credits_spent_by_run", "credits_charged",
+        "credits_saved_by_reuse", "rows", "rows_stored", "storage", "dagster/partition_row_count",
+    ]  # fmt: skip
+
+
+def test_entries_have_the_prefix_of_the_package_except_those_of_dagster() -> None:
+    values = {"rows": 1, "dagster/row_count": 1}
+    assert krea_metadata(values) == {"krea/rows": 1, "dagster/row_count": 1}
+
+
+@pytest.mark.parametrize("name", ["krea/rows", "rows"])
+def test_an_entry_is_also_found_as_earlier_versions_stored_it(name: str) -> None:
+    assert krea_entry({name: 7}, "rows") == 7
+    assert krea_entry({}, "rows") is None

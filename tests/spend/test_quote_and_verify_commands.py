@@ -71,7 +71,7 @@ def test_the_proof_is_a_job_of_its_own_and_each_run_shows_what_it_had_quoted(
     (row,) = table.records
     assert row.data["kind"] == "file_changed"
     shown = values(latest(instance, ("proved", "images"), BUCKETS[0]))
-    assert (shown["quoted_to_buy"], shown["quoted_credits"]) == (0, 0)
+    assert not {"quoted_to_buy", "quoted_credits"} & set(shown)
 
 
 def test_a_launch_of_the_images_proves_nothing_and_one_of_the_ledger_reads_no_file(

@@ -102,7 +102,7 @@ def test_3_running_it_again_buys_nothing(
     assert after["submit_posts"] == before["submit_posts"]
     assert after["charged_units"] == before["charged_units"]
     images = result.asset_materializations_for_node("images")[0]
-    assert images.metadata["images_reused"].value == 3
+    assert images.metadata["krea/images_reused"].value == 3
 
 
 #: The manifest's rows by prompt_id.

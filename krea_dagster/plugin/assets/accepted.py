@@ -21,6 +21,7 @@ from krea_dagster.plugin.data_versions import report_in_step
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import (
     Metadata,
+    krea_metadata,
     location_value,
     outcomes_metadata,
     small_table,
@@ -109,7 +110,9 @@ def _build_accepted_images(
                 report_in_step(context, verdicts_key, builder.versions(keys))
                 made, outcomes = builder.make(keys)
         for one in made:
-            context.add_asset_metadata(accepted_metadata(one), partition_key=one.partition_key)
+            context.add_asset_metadata(
+                krea_metadata(accepted_metadata(one)), partition_key=one.partition_key
+            )
         if wanted is None:
             yield dg.MaterializeResult()
             return

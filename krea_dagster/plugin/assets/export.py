@@ -13,6 +13,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import (
     Metadata,
+    krea_metadata,
     location_value,
     small_table,
     table_schema,
@@ -82,7 +83,7 @@ def build_export(names: Names, name: str, spec: ExportSpec) -> dg.AssetsDefiniti
                 ),
             )
         return dg.MaterializeResult(
-            metadata=export_metadata(done, source_key),
+            metadata=krea_metadata(export_metadata(done, source_key)),
             data_version=dg.DataVersion(done.version),
         )
 

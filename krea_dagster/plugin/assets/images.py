@@ -31,6 +31,7 @@ from krea_dagster.plugin.io_manager import manifest_folders
 from krea_dagster.plugin.known_journal import JOURNAL_ENTRY, journal_entry, refuse_second_journal
 from krea_dagster.plugin.metadata import (
     images_metadata,
+    krea_metadata,
     manifest_metadata,
     prompts_lineage,
     quota_metadata,
@@ -205,7 +206,7 @@ def _build_image_manifest(
             made = batch.manifests(krea, context.run.run_id)
         for key, summary in made.summaries.items():
             path = storage.locate(manifest_name(key, names.prefix))
-            values = {**manifest_metadata(summary, path), **schema}
+            values = {**krea_metadata(manifest_metadata(summary, path)), **schema}
             context.add_asset_metadata(values, partition_key=key)
         return made.manifests
 
@@ -323,8 +324,8 @@ class _ImagesStep:
             log.say(cancel_line(log.last, next_run))
             intact = state.by_partition(state.intact)
             if whole := [key for key in batch.plan.keys if intact[key].all()]:
-                finished = batch.part(whole)
-                self._report_finished(context, log, finished, krea)
+                with batch.part(whole) as finished:
+                    self._report_finished(context, log, finished, krea)
                 log.say(
                     "Finished and reported to Dagster, with their manifests: "
                     f"{len(whole):,} of {len(batch.plan.keys):,} partitions."
@@ -337,7 +338,7 @@ class _ImagesStep:
         log.doing("reporting the finished partitions to Dagster")
         key, storage = self.names.key("images"), krea.open_storage()
         for partition, summary in batch.summaries(krea, context.run.run_id).items():
-            values = images_metadata(summary, storage, seconds=0.0)
+            values = krea_metadata(images_metadata(summary, storage, seconds=0.0))
             context.log_event(dg.AssetMaterialization(key, partition=partition, metadata=values))
         rewrite_manifests(context, batch, krea, self.names.manifest_key)
 
@@ -355,12 +356,14 @@ class _ImagesStep:
         total, journal = ManifestSummary(), journal_entry(krea, self.table, self.relative)
         for key, summary in batch.summaries(krea, context.run.run_id).items():
             total += summary
-            values = {
-                **images_metadata(summary, krea.open_storage(), seconds=report.seconds),
-                **quote_metadata(quoted.get(key)),
-                **quota_metadata(quota, key),
-                JOURNAL_ENTRY: journal,
-            }
+            values = krea_metadata(
+                {
+                    **images_metadata(summary, krea.open_storage(), seconds=report.seconds),
+                    **quote_metadata(quoted.get(key)),
+                    **quota_metadata(quota, key),
+                    JOURNAL_ENTRY: journal,
+                }
+            )
             context.add_asset_metadata(values, partition_key=key)
         return total
 
@@ -411,7 +414,7 @@ def rewrite_manifests(
     """Write the manifests of a batch in a step of another asset, and report them to Dagster."""
     manifests = write_manifests(krea, batch, context.run.run_id, manifest_folders(key))
     for partition, summary, path in manifests:
-        values = manifest_metadata(summary, path)
+        values = krea_metadata(manifest_metadata(summary, path))
         context.log_event(dg.AssetMaterialization(key, partition=partition, metadata=values))
 
 

@@ -18,7 +18,7 @@ from krea_dagster.curation.measures.measures_table import (
 )
 from krea_dagster.plugin.assets.images import partition_keys_of
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.metadata import location_value, small_table, table_schema
+from krea_dagster.plugin.metadata import krea_metadata, location_value, small_table, table_schema
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import without_beta_warnings
 from krea_dagster.plugin.progress import step_log
@@ -85,7 +85,8 @@ def build_image_measures(
                     for failure in measured.failures[:_NAMED]:
                         context.log.warning("Not measured: %s", redact.text(str(failure)))
                     context.add_asset_metadata(
-                        measures_metadata(measured), partition_key=measured.partition_key
+                        krea_metadata(measures_metadata(measured)),
+                        partition_key=measured.partition_key,
                     )
             return dg.MaterializeResult()
 

@@ -20,7 +20,7 @@ from krea_dagster.curation.similarity.near_duplicates import (
     update_near_duplicates,
 )
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.metadata import location_value, small_table, table_schema
+from krea_dagster.plugin.metadata import krea_metadata, location_value, small_table, table_schema
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
@@ -66,12 +66,14 @@ def build_near_duplicates(names: Names) -> dg.AssetsDefinition:
                 table = NEAR_DUPLICATES_SCHEMA.empty_table()
             shown = largest_clusters(table, _SHOWN)
         return dg.MaterializeResult(
-            metadata={
-                **duplicates_metadata(summary),
-                "dagster/row_count": len(table),
-                **({"largest_clusters": small_table(shown)} if shown else {}),
-                "path": location_value(storage.locate(near_duplicates_name(names.prefix))),
-            }
+            metadata=krea_metadata(
+                {
+                    **duplicates_metadata(summary),
+                    "dagster/row_count": len(table),
+                    **({"largest_clusters": small_table(shown)} if shown else {}),
+                    "path": location_value(storage.locate(near_duplicates_name(names.prefix))),
+                }
+            )
         )
 
     return near_duplicates

@@ -17,6 +17,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.assets.images import rewrite_manifests
 from krea_dagster.plugin.failures import as_failure
+from krea_dagster.plugin.metadata import krea_metadata
 from krea_dagster.plugin.names import SALVAGE_JOB_NAME, Names
 from krea_dagster.plugin.progress import step_log, tell_report
 from krea_dagster.plugin.resource import krea_of
@@ -72,7 +73,7 @@ def build_salvage(
                 keys = _completed(krea, one.table, found.values())
                 with Batch.read(one.table, keys, krea) as batch:
                     rewrite_manifests(context, batch, krea, one.manifest_key)
-        return dg.MaterializeResult(metadata=salvage_figures(list(found.values())))
+        return dg.MaterializeResult(metadata=krea_metadata(salvage_figures(list(found.values()))))
 
     job = dg.define_asset_job(
         names.prefixed(SALVAGE_JOB_NAME),

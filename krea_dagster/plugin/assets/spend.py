@@ -16,7 +16,7 @@ from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.metadata import location_value, table_schema
+from krea_dagster.plugin.metadata import krea_metadata, location_value, table_schema
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
@@ -72,17 +72,19 @@ def build_spend(
         plot = dg.MetadataValue.md(f"![credits by day](data:image/svg+xml;base64,{sparkline})")
         own: dict[str, Mapping[str, Any]] = {
             "ledger": {"dagster/row_count": tables.ledger.count_rows()},
-            "daily": {"dagster/row_count": tables.daily.count_rows(), "spend": plot},
+            "daily": {"spend": plot, "dagster/row_count": tables.daily.count_rows()},
         }
         for key, table in ((ledger_key, "ledger"), (daily_key, "daily")):
             yield dg.MaterializeResult(
                 asset_key=key,
-                metadata={
-                    **figures,
-                    **own[table],
-                    "months_written": len(updated.months),
-                    "path": location_value(storage.locate(f"spend/{table}")),
-                },
+                metadata=krea_metadata(
+                    {
+                        **own[table],
+                        **figures,
+                        "months_written": len(updated.months),
+                        "path": location_value(storage.locate(f"spend/{table}")),
+                    }
+                ),
             )
 
     proof = build_spend_proof_check(names)

@@ -133,7 +133,7 @@ def a_verdict_makes_its_own_partition_stale_and_no_other(
     reasons = [
         (row.data["reason"], row.data["rows"])
         for row in latest(instance, (PREFIX, "accepted_images"), touched)
-        .metadata["reasons"]
+        .metadata["krea/reasons"]
         .records  # type: ignore[attr-defined]
     ]
     assert ("rejected", 1) in reasons
