@@ -56,4 +56,5 @@ def test_who_does_not_test_imports_neither_the_kit_nor_pytest() -> None:
         "assert not {'pytest', 'krea_dagster.testing', 'uvicorn'} & set(sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert done.returncode == 0
