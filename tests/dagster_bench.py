@@ -62,7 +62,9 @@ def tick(
     defs: dg.Definitions, instance: dg.DagsterInstance, sensor: str, cursor: str | None = None
 ) -> SensorExecutionData:
     """Evaluate a sensor, and apply its result as the daemon does."""
-    context = dg.build_sensor_context(instance, cursor, resources=defs.resources)
+    context = dg.build_sensor_context(
+        instance, cursor, resources=defs.resources, repository_def=defs.get_repository_def()
+    )
     outcome = defs.resolve_sensor_def(sensor).evaluate_tick(context)
     for request in outcome.dynamic_partitions_requests or []:
         assert isinstance(request, dg.AddDynamicPartitionsRequest)

@@ -1,12 +1,14 @@
 """Builds a code location from a prompt table, a way to partition it, and a resource."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from krea_dagster.application.curation import Curation
+from krea_dagster.application.kept_table import FOLDER
 from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import same_kind
@@ -21,13 +23,19 @@ from krea_dagster.plugin.resource import KreaResource, named_options
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
 from krea_dagster.plugin.sensors.retries import build_retries_sensor
-from krea_dagster.plugin.upstream import CoercibleToAssetDep
-from krea_dagster.prompts import Defaults, PromptTable, estimate_tokens, parse_partition_by
+from krea_dagster.plugin.upstream import CoercibleToAssetDep, is_asset
+from krea_dagster.prompts import (
+    Defaults,
+    PromptTable,
+    estimate_tokens,
+    parse_partition_by,
+    safe_name,
+)
 
 
 def build_krea_definitions(
     *,
-    prompts: str,
+    prompts: Any,
     prompts_options: Mapping[str, Any] | None = None,
     krea: KreaResource,
     partition_by: str = "hash:8",
@@ -61,7 +69,11 @@ def build_krea_definitions(
     ``dagster.Definitions.merge``.
 
     Args:
-        prompts: The prompt table: a Parquet file, a folder of them, or a URL.
+        prompts: The prompt table: a Parquet file, a folder of them, or a URL; a table of pandas,
+            Polars, Arrow or DuckDB; a function without arguments that returns one of these; or an
+            asset of the same code location whose value is one (``AssetKey``, ``AssetsDefinition``,
+            ``AssetSpec`` or ``AssetIn``). A run loads this value through the asset's IO manager
+            before it buys, and keeps it in ``prompt_tables`` of the storage root.
         prompts_options: How fsspec opens the table's URL; by default as the storage root, if that
             is of the same kind. Name secrets as ``dagster.EnvVar``.
         krea: The resource that buys the images.
@@ -159,6 +171,7 @@ def build_krea_definitions(
         freshness_policy=freshness_policy,
         pool=pool,
         deps=deps,
+        prompts=prompts if is_asset(prompts) else None,
         collect_later=collect_later,
         curation=rules,
         resource_key=names.resource_key,
@@ -226,21 +239,43 @@ def prompt_table(
     names: Names,
     krea: KreaResource,
     *,
-    prompts: str,
+    prompts: Any,
     prompts_options: Mapping[str, Any] | None = None,
     partition_by: str = "hash:8",
     defaults: Defaults | None = None,
     count_tokens: Callable[[str], int] = estimate_tokens,
 ) -> PromptTable:
     """Return the prompt table of these arguments of ``build_krea_definitions``."""
-    return PromptTable(
-        _absolute(prompts),
+    source: Any = prompts
+    if is_asset(prompts):
+        if prompts_options:
+            raise ConfigError("prompts_options open a path or URL, and prompts is an asset")
+        source = _kept_source(names, krea)
+    if isinstance(source, str | Path):
+        source = _absolute(str(source))
+    table = PromptTable(
+        source,
         parse_partition_by(partition_by),
         defaults=defaults or Defaults(),
         count_tokens=count_tokens,
         name="/".join(names.prefix),
-        storage_options=_prompts_options(prompts, prompts_options, krea),
     )
+    options = _prompts_options(table.place, prompts_options, krea)
+    # What has neither a prefix nor a path needs a name, by which the journal knows its rows.
+    name = table.name or ("" if table.place else "prompts")
+    return replace(table, storage_options=options, name=name)
+
+
+def _kept_source(names: Names, krea: KreaResource) -> str:
+    """Return the folder in which the value of an asset is kept. Raises ConfigError."""
+    storage = _storage_of(krea)
+    if not storage:
+        raise ConfigError(
+            "the storage root is not known (is its variable set?); the prompts that an asset makes "
+            "are kept in it"
+        )
+    folder = safe_name(names.key("prompts").to_user_string())
+    return f"{storage.rstrip('/')}/{FOLDER}/{folder}"
 
 
 def _job_and_checks(
@@ -260,7 +295,7 @@ def _sensors(
     names: Names, assets: KreaAssets, *, launch: bool, collect: bool
 ) -> list[dg.SensorDefinition]:
     sensors: list[dg.SensorDefinition] = [
-        build_prompts_sensor(names, assets.table, assets.partitions_def),
+        build_prompts_sensor(names, assets.table, assets.partitions_def, upstream=assets.upstream),
         build_retries_sensor(names),
     ]
     if launch:
@@ -277,10 +312,13 @@ def _prompts_options(
     """Return how the table is opened: as given, else as a storage root of the same kind."""
     if options:
         return named_options(options)
+    is_alike = same_kind(prompts, _storage_of(krea))
+    return named_options(krea.storage_options) if is_alike else {}
+
+
+def _storage_of(krea: KreaResource) -> str:
     storage = krea.storage
-    if isinstance(storage, dg.EnvVar):
-        storage = storage.get_value() or ""
-    return named_options(krea.storage_options) if same_kind(prompts, storage) else {}
+    return storage.get_value() or "" if isinstance(storage, dg.EnvVar) else storage
 
 
 def _with_absolute_storage(krea: KreaResource) -> tuple[KreaResource, str]:

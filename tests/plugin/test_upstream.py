@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 
 from krea_dagster import KreaResource, build_krea_definitions, on_prompts_changed
@@ -32,8 +34,14 @@ class Project:
     """A project in which an asset makes the prompts; what a test's own account has bought."""
 
     def __init__(
-        self, folder: Path, instance: dg.DagsterInstance, emulator: Emulator, api_key: str
+        self,
+        folder: Path,
+        instance: dg.DagsterInstance,
+        emulator: Emulator,
+        api_key: str,
+        wiring: str,
     ) -> None:
+        self.wiring = wiring
         self.folder, self.instance, self.api_key = folder, instance, api_key
         self.world = emulator.world
         self.rows = [
@@ -58,20 +66,32 @@ class Project:
         own = [UPSTREAM, IMAGES, MANIFEST]
         together = dg.define_asset_job("together", selection=dg.AssetSelection.assets(*own))
         self.defs = dg.Definitions.merge(
-            images, dg.Definitions(assets=[self.upstream], jobs=[together])
+            images,
+            dg.Definitions(
+                assets=[self.upstream],
+                jobs=[together],
+                resources={"io_manager": dg.FilesystemIOManager(base_dir=str(folder / "values"))},
+            ),
         )
         self._evaluated: dg.EvaluateAutomationConditionsResult | None = None
 
     def wired(self) -> tuple[dg.AssetsDefinition, dict[str, Any]]:
         """The upstream asset, and the arguments that say so to the plugin."""
-        path = self.folder / "tables" / "prompts.parquet"
+        if self.wiring == "writes the file":
+            path = self.folder / "tables" / "prompts.parquet"
+
+            @dg.asset(key=UPSTREAM)
+            def prompts() -> None:
+                path.parent.mkdir(exist_ok=True)
+                self.table().to_parquet(path)
+
+            return prompts, {"prompts": str(path), "deps": [prompts]}
 
         @dg.asset(key=UPSTREAM)
-        def prompts() -> None:
-            path.parent.mkdir(exist_ok=True)
-            self.table().to_parquet(path)
+        def value() -> Any:
+            return _VALUES[self.wiring](self.table(), self.folder)
 
-        return prompts, {"prompts": str(path), "deps": [prompts]}
+        return value, {"prompts": value}
 
     def table(self) -> pd.DataFrame:
         """What the upstream computes."""
@@ -134,10 +154,27 @@ class Project:
         return sum(record.event_log_entry.step_key is None for record in records)
 
 
-@pytest.fixture
-def project(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Iterator[Project]:
+def _written(table: pd.DataFrame, folder: Path) -> str:
+    path = folder / "of_the_upstream.parquet"
+    table.to_parquet(path)
+    return str(path)
+
+
+#: What an upstream returns; its IO manager keeps it as it is.
+_VALUES: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
+    "pandas": lambda table, _: table,
+    "Polars": lambda table, _: pl.from_pandas(table),
+    "Arrow": lambda table, _: pa.Table.from_pandas(table),
+    "a path": _written,
+}
+
+
+@pytest.fixture(params=["writes the file", *_VALUES])
+def project(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount, request: pytest.FixtureRequest
+) -> Iterator[Project]:
     with dg.DagsterInstance.ephemeral() as instance:
-        yield Project(tmp_path, instance, emulator, open_account(100.0))
+        yield Project(tmp_path, instance, emulator, open_account(100.0), request.param)
 
 
 def steps(result: dg.ExecuteInProcessResult) -> list[str]:

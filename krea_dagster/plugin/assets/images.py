@@ -44,7 +44,7 @@ from krea_dagster.plugin.progress import step_log, tell_report
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.collect import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.sensors.prompts import ignoring
-from krea_dagster.plugin.upstream import CoercibleToAssetDep, Upstream
+from krea_dagster.plugin.upstream import CoercibleToAssetDep, PromptsAsset, Upstream
 from krea_dagster.prompts import Plan, PromptTable
 from krea_dagster.spend.quote import QuoteLine
 
@@ -66,6 +66,7 @@ class KreaAssets:
     """The assets of one prompt table, with the table and its partitions."""
 
     table: PromptTable
+    upstream: Upstream
     partitions_def: dg.PartitionsDefinition[str]
     prompts: dg.AssetSpec
     prompt_columns: dg.AssetSpec
@@ -89,6 +90,7 @@ def build_krea_assets(
     freshness_policy: dg.FreshnessPolicy | None = None,
     pool: str | None = POOL,
     deps: Sequence[CoercibleToAssetDep] = (),
+    prompts: PromptsAsset | None = None,
     collect_later: bool = False,
     curation: Curation | None = None,
     resource_key: str = "krea",
@@ -112,6 +114,8 @@ def build_krea_assets(
         pool: Limits how many steps of ``images`` run at the same time, across runs.
         deps: The assets that write the table. In a job with them ``images`` runs after them; the
             sensor reports what they have changed, and nothing is reported on them.
+        prompts: The asset whose value is the table, or the path of one. It is an input of
+            ``images``, and is kept in the folder ``table.source``, from which all read it.
         collect_later: Runs submit, collect what has ended, and end; the sensor ``krea_collect`` of
             ``build_krea_definitions`` launches the next.
         curation: A quota of accepted images: runs regenerate what was rejected.
@@ -141,7 +145,7 @@ def build_krea_assets(
     """
     names = Names.of(key_prefix, group_name, resource_key)
     partitions_def = partitions_for(table, name=names.prefixed("krea"), start=start)
-    upstream = Upstream.of(deps)
+    upstream = Upstream.of(deps, prompts)
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
         "backfill_policy": backfill_policy or dg.BackfillPolicy.single_run(),
@@ -150,16 +154,18 @@ def build_krea_assets(
         "freshness_policy": freshness_policy,
         "required_resource_keys": {resource_key},
     }
-    step = _ImagesStep(names, table, curation, wait=not collect_later, relative=relative_storage)
+    step = _ImagesStep(
+        names, table, upstream, curation, wait=not collect_later, relative=relative_storage
+    )
     with without_beta_warnings():
-        images = _build_images(step, pool, upstream, common)
+        images = _build_images(step, pool, common)
         manifest = _build_image_manifest(names, table, io_manager_key, common)
-    prompts, prompt_columns = _table_specs(names, table, upstream, partitions_def)
-    return KreaAssets(table, partitions_def, prompts, prompt_columns, images, manifest)
+    external, prompt_columns = _table_specs(names, table, upstream, partitions_def)
+    return KreaAssets(table, upstream, partitions_def, external, prompt_columns, images, manifest)
 
 
 def _build_images(
-    step: "_ImagesStep", pool: str | None, upstream: Upstream, common: Mapping[str, Any]
+    step: "_ImagesStep", pool: str | None, common: Mapping[str, Any]
 ) -> dg.AssetsDefinition:
     key = step.names.key("images")
     description = "Every row of the prompt table has its verified image."
@@ -169,10 +175,16 @@ def _build_images(
     ) -> Iterator[dg.MaterializeResult[None]]:
         yield from step.run(context, config)
 
+    def images_of_value(
+        context: dg.AssetExecutionContext, config: KreaImagesConfig, prompt_table: Any
+    ) -> Iterator[dg.MaterializeResult[None]]:
+        yield from step.run(context, config, prompt_table)
+
     built: dg.AssetsDefinition = dg.asset(
         key=key,
         # Of external assets such as prompts a run knows no order, so the upstream is named too.
-        deps=[dg.AssetDep(step.names.key("prompts")), *upstream.deps],
+        deps=[dg.AssetDep(step.names.key("prompts")), *step.upstream.deps],
+        ins=step.upstream.ins,
         kinds={"evolink", "png"},
         pool=pool,
         check_specs=[dg.AssetCheckSpec(CHECK_NAME, asset=key, description=description)],
@@ -181,7 +193,7 @@ def _build_images(
             "request key."
         ),
         **common,
-    )(images)
+    )(images_of_value if step.upstream.ins else images)
     return built
 
 
@@ -230,22 +242,24 @@ class _ImagesStep:
 
     names: Names
     table: PromptTable
+    upstream: Upstream
     curation: Curation | None
     wait: bool
     relative: str
 
     def run(
-        self, context: dg.AssetExecutionContext, config: KreaImagesConfig
+        self, context: dg.AssetExecutionContext, config: KreaImagesConfig, value: Any = None
     ) -> Iterator[dg.MaterializeResult[None]]:
         """Buy the images of the step's partitions, and yield the result with its check.
 
-        Raises Failure if buying stopped.
+        ``value`` is the prompt table, if an asset makes it. Raises Failure if buying stopped.
         """
         krea = krea_of(context, self.names.resource_key)
         with as_failure():
             refuse_second_journal(
                 context, self.names.key("images"), krea, self.table, self.relative
             )
+            self.upstream.keep_input(context, self.table, value)
         with ExitStack() as stack:
             log = stack.enter_context(step_log(context.log, "reading the prompt table"))
             with as_failure():
@@ -387,7 +401,7 @@ def _table_specs(
     source = table.shown
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
-        "deps": upstream.deps,
+        "deps": upstream.all_deps,
         "group_name": names.group_name,
         "kinds": {"parquet"},
     }

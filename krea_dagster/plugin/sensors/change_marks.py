@@ -6,7 +6,7 @@ They are cheap to take. The table is read only if one has changed.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import dagster as dg
@@ -20,12 +20,14 @@ class Marks:
 
     ``files`` is empty if the listing of the files does not show changes; the table is then read at
     every tick. ``reported`` are the positions in Dagster's event log of the last reports, by the
-    sensor or by runs. ``versions`` is one hash over the data versions of all partitions.
+    sensor or by runs. ``upstream`` is one of the materializations of the asset whose value is the
+    table. ``versions`` is one hash over the data versions of all partitions.
     """
 
     files: str
     attempts: str
     reported: str
+    upstream: str = ""
     versions: str = ""
 
     def unchanged_since(self, before: "Marks | None") -> bool:
@@ -33,8 +35,7 @@ class Marks:
         return (
             before is not None
             and self.files != ""
-            and (self.files, self.attempts, self.reported)
-            == (before.files, before.attempts, before.reported)
+            and replace(self, versions="") == replace(before, versions="")
         )
 
 

@@ -31,6 +31,8 @@ from krea_dagster.plugin.sensors.change_marks import (
     mark_of_reports,
     read_cursor,
 )
+from krea_dagster.plugin.sensors.newest_value import NewestValue
+from krea_dagster.plugin.upstream import NO_UPSTREAM, Upstream
 from krea_dagster.prompts import PromptTable
 
 #: The external assets of a prompt table, with any prefix.
@@ -137,6 +139,7 @@ def build_prompts_sensor(
     table: PromptTable,
     partitions_def: dg.PartitionsDefinition[str],
     *,
+    upstream: Upstream = NO_UPSTREAM,
     minimum_interval_s: int = 60,
     most_reports: int = MOST_REPORTS,
 ) -> dg.SensorDefinition:
@@ -149,7 +152,8 @@ def build_prompts_sensor(
     rows. ``prompt_columns`` has the versions of the columns that only the manifest contains.
 
     One tick reports ``most_reports`` partitions at most, the next ticks the rest. A tick reads the
-    table only if its files (size, time, etag), the attempts or reports by others have changed.
+    table only if its files (size, time, etag), the attempts or reports by others have changed. If
+    the table is the value of an asset of ``upstream``, a tick first loads one that is newer.
     """
     reader = _VersionsReader()
     key = names.key("prompts")
@@ -159,22 +163,24 @@ def build_prompts_sensor(
         name=names.prefixed("krea_prompts"),
         minimum_interval_seconds=minimum_interval_s,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={names.resource_key},
+        required_resource_keys={names.resource_key, *upstream.resource_keys},
         description=f"Reports the partitions of {key.to_user_string()} that have changed.",
     )
     def prompts_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         krea = krea_of(context, names.resource_key)
         instance = context.instance
         same = "The prompt table requests the same images as before."
+        made = upstream.made
+        newest = None if made is None else NewestValue.at(instance, context.repository_def, made)
         try:
             pinned = table.pinned()
-            marks = Marks(
-                pinned.mark(),
-                krea.mark_of_attempts(table),
-                mark_of_reports(instance, keys),
-            )
+            marks = _marks(krea, instance, pinned, keys, newest)
             if marks.unchanged_since(read_cursor(Marks, context.cursor)):
                 return dg.SkipReason(same)
+            if newest is not None:
+                newest.keep_newer(table, context.resources)
+                pinned = table.pinned()
+                marks = _marks(krea, instance, pinned, keys, newest)
             versions = reader.versions(krea, pinned, marks)
         except KreaError as error:
             return dg.SkipReason(str(error))
@@ -201,3 +207,18 @@ def build_prompts_sensor(
         return dg.SensorResult(skip_reason=same, cursor=json.dumps(asdict(settled)))
 
     return prompts_sensor
+
+
+def _marks(
+    krea: Backend,
+    instance: dg.DagsterInstance,
+    table: PromptTable,
+    keys: Sequence[dg.AssetKey],
+    newest: NewestValue | None,
+) -> Marks:
+    return Marks(
+        table.mark(),
+        krea.mark_of_attempts(table),
+        mark_of_reports(instance, keys),
+        "" if newest is None else newest.mark(),
+    )
