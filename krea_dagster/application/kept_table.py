@@ -1,6 +1,6 @@
 """A prompt table that is made as a value, such as a data frame: it is kept as Parquet files.
 
-The folder has one file, or one for each partition of whoever makes the table. Each file says which
+The folder has one file, or one for each partition of the asset that makes it. Each file says which
 value it is: a run that was slow may write an older one, and the next look then sees that.
 """
 
@@ -57,7 +57,7 @@ class KeptTable:
             mark: Which value it is; empty if that is not known.
 
         Raises:
-            ConfigError: It is no table.
+            ConfigError: It is not a table.
             StorageError: It cannot be written.
         """
         copy, name = _copy_of(value, shown, self._table), _name(partition)

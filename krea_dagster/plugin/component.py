@@ -17,6 +17,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks import CheckFactory
 from krea_dagster.plugin.component_sections import (
     BY_NAME,
+    AssetPrompts,
     Checks,
     CurationSettings,
     KreaSettings,
@@ -31,6 +32,14 @@ from krea_dagster.plugin.schedules import build_krea_schedule
 from krea_dagster.plugin.sensors.prompts import on_prompts_changed
 from krea_dagster.plugin.yaml_section import TEMPLATE, YamlSection
 from krea_dagster.prompts import Defaults, estimate_tokens
+
+
+def _prompts_of(context: dg.ResolutionContext, value: Any) -> AssetPrompts | str:
+    """Read ``prompts``, which is a path, a URL, or a section that names an asset."""
+    if isinstance(value, str):
+        return value
+    settings: AssetPrompts = AssetPrompts.resolve_from_model(context, value)
+    return settings
 
 
 def _schedule_of(context: dg.ResolutionContext, value: Any) -> ScheduleSettings | str | bool:
@@ -70,9 +79,15 @@ class KreaImages(dg.Component, YamlSection):
             storage: data/krea
     """
 
-    prompts: str = Field(
+    prompts: Annotated[
+        AssetPrompts | str,
+        dg.Resolver(
+            _prompts_of, model_field_type=AssetPrompts.model() | str, inject_before_resolve=True
+        ),
+    ] = Field(
         description=(
-            "The prompt table: a Parquet file or a folder below the project's root, or a URL."
+            "The prompt table: a Parquet file or a folder below the project's root, or a URL; or "
+            "{asset: KEY} for the value of an asset of the project."
         )
     )
     prompts_options: dict[str, Any] = Field(
@@ -248,7 +263,7 @@ class KreaImages(dg.Component, YamlSection):
         """Build the definitions. Raises ConfigError for a setting that cannot be used."""
         fresh_hours = self.fresh_within_hours
         defs = build_krea_definitions(
-            prompts=_in_project(self.prompts, context),
+            prompts=self._prompts(context),
             prompts_options=self.prompts_options,
             deps=[dg.AssetKey.from_user_string(key) for key in self.deps],
             krea=self.build_resource(context),
@@ -307,6 +322,12 @@ class KreaImages(dg.Component, YamlSection):
             return False
         settings = CurationSettings() if self.curation is True else self.curation
         return settings.curation(self.build_measures())
+
+    def _prompts(self, context: dg.ComponentLoadContext) -> str | dg.AssetKey:
+        if isinstance(self.prompts, AssetPrompts):
+            key: dg.AssetKey = dg.AssetKey.from_user_string(self.prompts.asset)
+            return key
+        return _in_project(self.prompts, context)
 
     def _counter(self) -> Callable[[str], int]:
         # The estimate itself: a table applies it to whole columns.

@@ -202,6 +202,12 @@ class CurationSettings(YamlSection):
         return Curation(measures=measures, exports=exports, **values)
 
 
+class AssetPrompts(YamlSection):
+    """Prompts that are the value of an asset of the project."""
+
+    asset: str = Field(description="Key of the asset, such as raw/prompts.")
+
+
 class ScheduleSettings(YamlSection):
     """When a schedule launches the job: by default when a day, week or month ends, or daily."""
 

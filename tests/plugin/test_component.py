@@ -294,6 +294,20 @@ def test_a_prefix_may_be_text_and_names_the_group(sandbox: DefsFolderSandbox) ->
     assert resource_of(defs, "shop_hero_krea")
 
 
+@pytest.mark.parametrize("key", ["raw/prompts", "{{ env('PROMPTS_ASSET', 'raw/prompts') }}"])
+def test_prompts_may_be_an_asset_of_the_project(sandbox: DefsFolderSandbox, key: str) -> None:
+    _, defs = built(sandbox, {"prompts": {"asset": key}, "krea": {"storage": "made"}})
+    raw = dg.AssetKey(["raw", "prompts"])
+    graph = dg.Definitions.merge(
+        defs, dg.Definitions(assets=[dg.AssetSpec(raw)])
+    ).resolve_asset_graph()
+    assert graph.get(dg.AssetKey("prompts")).parent_keys == {raw}
+    assert graph.get(dg.AssetKey("images")).parent_keys == {dg.AssetKey("prompts"), raw}
+    assert graph.get(dg.AssetKey("prompts")).metadata["dagster/uri"] == str(
+        sandbox.project_root / "made" / "prompt_tables" / "prompts"
+    )
+
+
 def test_what_is_switched_off_is_not_there(sandbox: DefsFolderSandbox) -> None:
     off = {"spend": False, "salvage": False, "curation": False}
     _, defs = built(sandbox, {"prompts": "data/prompts.parquet", **off})
