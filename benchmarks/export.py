@@ -276,7 +276,7 @@ def plan(options: Namespace) -> dict[str, Any]:
     )
     with select_rows(Storage(str(options.folder / "krea")), spec) as chosen:
         planned = make_plan(chosen, spec, None, None)
-        planned.version(write_card(facts_of(chosen, planned, spec), spec, planned))
+        planned.version(write_card(facts_of(chosen, planned, spec), spec, planned, version=""))
     return _took(began)
 
 

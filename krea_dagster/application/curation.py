@@ -20,6 +20,7 @@ from krea_dagster.curation.similarity.near_duplicates import (
     NearDuplicateSummary,
     update_near_duplicates,
 )
+from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import VerdictLog
 from krea_dagster.engine.verdict import FLAG, REJECT
 from krea_dagster.errors import ConfigError
@@ -114,15 +115,28 @@ def curate(
 
 
 @contextmanager
-def open_verdicts(backend: Backend) -> Iterator[VerdictLog | None]:
-    """Open the verdicts of the journal; None if there is no journal."""
+def _open_known_journal(backend: Backend) -> Iterator[Journal | None]:
+    """Open the journal; None if there is none."""
     # A storage root behind a URL may have no journal that is known here.
     known = backend.settings.journal_url or backend.open_storage().folder is not None
     if not known or not backend.has_journal():
         yield None
         return
     with backend.open_journal() as journal:
-        yield journal.verdicts
+        yield journal
+
+
+@contextmanager
+def open_verdicts(backend: Backend) -> Iterator[VerdictLog | None]:
+    """Open the verdicts of the journal; None if there is no journal."""
+    with _open_known_journal(backend) as journal:
+        yield None if journal is None else journal.verdicts
+
+
+def images_origin(backend: Backend) -> str:
+    """Return where the images come from: a host, or "an emulator"; empty where it is not known."""
+    with _open_known_journal(backend) as journal:
+        return "" if journal is None else journal.origin()
 
 
 def refused_since(backend: Backend, exported: Exported) -> int:

@@ -317,6 +317,7 @@ class Krea(Backend):
         spec: ExportSpec | None = None,
         to: str | None = None,
         *,
+        folders: Sequence[str] = (),
         fresh: bool = False,
         keep: int | None = None,
         threads: int | None = None,
@@ -327,6 +328,7 @@ class Krea(Backend):
         Args:
             spec: Format, splits, filters; see ``ExportSpec``.
             to: Folder or URL; ``exports/FORMAT`` in the storage root by default.
+            folders: Those of the manifests, if their asset has a key prefix.
             fresh: Assign images to shards again, instead of as in the last version.
             keep: Number of complete versions to keep; all by default.
             threads: One per core by default, 8 for URLs.
@@ -336,6 +338,7 @@ class Krea(Backend):
             ConfigError: if there is nothing to export.
             ImagesNotAsStored: if images are missing or changed; nothing is published.
         """
+        from krea_dagster.application.curation import images_origin
         from krea_dagster.curation.export.export import export
         from krea_dagster.curation.export.spec import ExportSpec
 
@@ -344,6 +347,8 @@ class Krea(Backend):
             storage,
             spec,
             to or storage.locate(f"exports/{spec.form}"),
+            folders=folders,
+            origin=images_origin(self),
             fresh=fresh,
             keep=keep,
             threads=threads,

@@ -7,13 +7,15 @@ image's bytes and its pixels' size, and all columns.
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import io
 import json
 import math
 import sys
-from datetime import datetime
+from datetime import date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +106,20 @@ def described(data: bytes, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return None if isinstance(value, float) and math.isnan(value) else value
+    match value:
+        case datetime() | date() | time():
+            return value.isoformat()
+        case bytes():
+            return base64.b64encode(value).decode()
+        case Decimal():
+            return f"{value:f}"
+        case dict():
+            return {name: plain(one) for name, one in value.items()}
+        case list():
+            return [plain(one) for one in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 READERS = {
@@ -116,6 +129,7 @@ READERS = {
     "webdataset": by_webdataset,
     "webdataset-datasets": webdataset_by_datasets,
     "csv": by_csv,
+    "csv-datasets": by_datasets,
 }
 
 if __name__ == "__main__":

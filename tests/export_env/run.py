@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,19 @@ IMAGES = 200
 
 sys.path.insert(0, str(ROOT))
 
+import pyarrow.parquet as pq  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from krea_dagster.curation.export.export import export  # noqa: E402
 from krea_dagster.curation.export.selected_rows import LEFT_OUT  # noqa: E402
 from krea_dagster.curation.export.spec import FORMS, ExportSpec  # noqa: E402
 from tests.curation.export.export_project import ExportProject  # noqa: E402
+from tests.export_env.kinds import KINDS, column, expected, same  # noqa: E402
+
+READERS_OF = {form: (form,) for form in FORMS} | {
+    "webdataset": ("webdataset", "webdataset-datasets"),
+    "csv": ("csv", "csv-datasets"),
+}
 
 
 def main() -> int:
@@ -50,8 +56,6 @@ def main() -> int:
                 first = read(python, home, form, publish(project, form, to, embed=embed))
                 for reader, found in first.items():
                     compare(reader, found, rows, embed=embed)
-                if form == "webdataset":
-                    one_format(python, home, project, rows, embed=embed)
                 project.write_accepted(more)
                 second = read(python, home, form, publish(project, form, to, embed=embed))
                 for reader, found in second.items():
@@ -60,28 +64,69 @@ def main() -> int:
                     assert before == {name: after[name] for name in before}, "rows have moved"
                     sizes = {split: len(images) for split, images in found.items()}
                     print(f"{reader}, parameters in the files: {embed}; {sizes}: as written")
+        every_kind(python, home)
+        two_versions(python, home)
     return 0
 
 
-def one_format(
-    python: Path, home: Path, project: ExportProject, rows: list[dict[str, Any]], *, embed: bool
-) -> None:
-    """``datasets`` reads WebDataset shards too, where all images are of one format."""
-    to = home / "out" / f"png-{embed}"
-    folder = publish(project, "webdataset", to, embed=embed, where=["image_format=PNG"])
-    found = read(python, home, "webdataset-datasets", folder)
-    chosen = [row for row in rows if row["image_format"] == "PNG"]
-    for reader, images in found.items():
-        compare(reader, images, chosen, embed=embed)
-        print(f"{reader}, parameters in the files: {embed}; {len(chosen)} images: as written")
+def every_kind(python: Path, home: Path) -> None:
+    """Every kind of column, in a dataset of which one split has no verdict yet."""
+    project = ExportProject(str(home / "kinds"))
+    rows = project.rows(40)
+    to = home / "kinds-out"
+    project.write_accepted(rows)
+    halves = split_by_prompt(Path(export(project.storage, spec_of("csv"), str(to)).path))
+    judged = [
+        row if halves[row["prompt_id"]] == "train" else {**row, "verdict": None, "reviewer": None}
+        for row in rows
+    ]
+    project.write_accepted(judged, columns={name: column(name, len(rows)) for name in KINDS})
+    for form in FORMS:
+        folder = Path(export(project.storage, spec_of(form), str(home / "kinds-out" / form)).path)
+        for reader in READERS_OF[form]:
+            found = read(python, home, reader, folder)[reader]
+            images = {name: image for split in found.values() for name, image in split.items()}
+            assert set(images) == {row["prompt_id"] for row in rows}, reader
+            wrong = [
+                (reader, name, expected(name, at), images[row["prompt_id"]]["columns"][name])
+                for at, row in enumerate(rows)
+                for name in KINDS
+                if not same(
+                    expected(name, at),
+                    images[row["prompt_id"]]["columns"][name],
+                    csv=form == "csv",
+                )
+            ]
+            assert not wrong, wrong[:20]
+            print(f"{reader}: {len(KINDS)} kinds of columns, half of the images judged: as written")
 
 
-def publish(
-    project: ExportProject, form: Any, to: Path, *, embed: bool, where: Sequence[str] = ()
-) -> Path:
+def two_versions(python: Path, home: Path) -> None:
+    """The next version of an export, and another project's, are never taken for the first."""
+    for form in FORMS:
+        for reader in READERS_OF[form]:
+            for place, count in (("one", 12), ("one", 5), ("two", 7)):
+                project = ExportProject(str(home / f"cache-{place}"))
+                project.write_accepted(project.rows(count))
+                to = home / "cache-out" / place / form
+                export(project.storage, ExportSpec(form=form), str(to))
+                found = read(python, home, reader, to / "latest")[reader]
+                assert sum(map(len, found.values())) == count, (reader, place, count)
+        print(f"{form}: each version is read by its link `latest`, in one cache")
+
+
+def spec_of(form: Any) -> ExportSpec:
+    return ExportSpec.parse(splits=["train=0.6", "test=0.4"], form=form, shard_images=10)
+
+
+def split_by_prompt(folder: Path) -> dict[str, str]:
+    index = pq.read_table(folder / "index.parquet", columns=["prompt_id", "split"])
+    return dict(zip(*(column.to_pylist() for column in index.columns), strict=True))
+
+
+def publish(project: ExportProject, form: Any, to: Path, *, embed: bool) -> Path:
     spec = ExportSpec.parse(
         splits=["train=0.8", "test=0.2"],
-        where=where,
         form=form,
         shard_images=50,
         embed_parameters=embed,

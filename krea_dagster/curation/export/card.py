@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster import redact
+from krea_dagster.curation.export.features import card_entries
+from krea_dagster.curation.export.image_content import written_schema
 from krea_dagster.curation.export.plan import ExportPlan
 from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.spec import ExportSpec
@@ -35,16 +37,38 @@ _FORMS: Final = {
     "webdataset": "WebDataset shards: each image as `<key>.png` (or jpg, webp, avif), its prompt "
     "as `<key>.txt`, its row as `<key>.json`",
     "parquet": "Parquet files with the images inside, in the column `image`",
-    "imagefolder": "image files, with the rows in each split's `metadata.jsonl`",
+    "imagefolder": "image files, with the rows in each split's `metadata.parquet`",
     "jsonl": "image files, with the rows of each split as JSON lines",
     "csv": "image files, with the rows of each split as CSV",
 }
 
 
+#: The column of verdicts, and how the card names them.
+VERDICT: Final = "verdict"
+_VERDICTS: Final = {
+    "keep": "were kept by a person",
+    "flag": "were flagged by a person",
+    "reject": "were rejected by a person",
+    "": "were seen by nobody",
+}
+
+#: The origin of images that no model has made, as the journal has it.
+EMULATOR: Final = "an emulator"
+
+
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Facts about the images of an export. ``splits`` are numbers of images by name, in order."""
+    """Facts about the images of an export. ``splits`` are numbers of images by name, in order.
 
+    ``columns`` are those of the rows, and ``with_nulls`` names those that have a null. ``origin``
+    is a host, "an emulator", or empty where it is not known. ``verdicts`` counts the images by
+    verdict, "" for none; None where the rows do not tell it.
+    """
+
+    columns: pa.Schema
+    with_nulls: frozenset[str]
+    origin: str
+    verdicts: Mapping[str, int] | None
     images: int
     prompts: int
     splits: Mapping[str, int]
@@ -63,16 +87,23 @@ class DatasetFacts:
     made_by: Mapping[str, str]
 
 
-def facts_of(rows: SelectedRows, plan: ExportPlan, spec: ExportSpec) -> DatasetFacts:
-    """Compute the facts about the images of a plan."""
+def facts_of(
+    rows: SelectedRows, plan: ExportPlan, spec: ExportSpec, origin: str = ""
+) -> DatasetFacts:
+    """Compute the facts about the images of a plan. ``origin`` is where they come from."""
     names = ["prompt", "model", "size", "quality", "seed", "request_key", "image_format"]
     table = rows.take(plan.rows(), [*names, "credits_charged", "stored_at"])
+    judged = rows.take(plan.rows(), [VERDICT])[VERDICT] if rows.has_verdicts else None
     # A purchase that several rows share was paid once.
     paid = table.group_by("request_key").aggregate([("credits_charged", "max")])
     charged = paid["credits_charged_max"]
     seeds = pc.min_max(table["seed"])
     times = pc.min_max(table["stored_at"])
     return DatasetFacts(
+        columns=written_schema(rows.schema, embed=spec.embed_parameters),
+        with_nulls=rows.with_nulls,
+        origin=origin,
+        verdicts=None if judged is None else _counts(judged.fill_null("")),
         images=plan.images,
         prompts=int(pc.count_distinct(table["prompt"]).as_py()),
         splits={
@@ -102,11 +133,14 @@ def facts_of(rows: SelectedRows, plan: ExportPlan, spec: ExportSpec) -> DatasetF
     )
 
 
-def write_card(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan) -> str:
-    """Return the card as Markdown."""
+def write_card(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, *, version: str) -> str:
+    """Return the card of a version as Markdown."""
     title = spec.title or "Images of " + (", ".join(facts.models) or "a text-to-image model")
     return "\n".join(
-        ["---", *_header(facts, spec, plan, title), "---", "", *_body(facts, spec, plan, title), ""]
+        [
+            *("---", *_header(facts, spec, plan, title, version), "---"),
+            *("", *_body(facts, spec, plan, title), ""),
+        ]
     )
 
 
@@ -120,8 +154,14 @@ def _source(location: str) -> str:
 # -- the header ------------------------------------------------------------------------------
 
 
-def _header(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -> list[str]:
+def _header(
+    facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str, version: str
+) -> list[str]:
     size = next((name for most, name in _SIZES if facts.images < most), "n>10M")
+    # datasets keeps what it has read by this name: with the same one in each version, the new
+    # `latest` would be taken for the old one.
+    name = f"version-{version}"
+    in_config, in_info = card_entries(spec.form, facts.columns, facts.with_nulls, plan.endings)
     values: dict[str, Any] = {}
     if spec.license is not None:
         values["license"] = spec.license.lower()
@@ -130,8 +170,12 @@ def _header(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str)
         "task_categories": ["text-to-image"],
         "tags": ["synthetic", "text-to-image", "krea-dagster"],
         "size_categories": [size],
-        "configs": [{"config_name": "default", "data_files": _data_files(facts, spec, plan)}],
+        "configs": [
+            {"config_name": name, "data_files": _data_files(facts, spec, plan), **in_config}
+        ],
     }
+    if in_info:
+        values["dataset_info"] = [{"config_name": name, **in_info}]
     return [f"{name}: {json.dumps(value, ensure_ascii=True)}" for name, value in values.items()]
 
 
@@ -148,7 +192,7 @@ def _data_files(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan) -> list
             case "imagefolder":
                 # By extension: sidecars are not images.
                 endings = sorted({ending.lower() for ending in plan.endings})
-                path = [f"{name}/metadata.jsonl", *(f"{name}/*/*.{one}" for one in endings)]
+                path = [f"{name}/metadata.parquet", *(f"{name}/*/*.{one}" for one in endings)]
             case _:
                 path = f"{name}.{spec.form}"
         found.append({"split": name, "path": path})
@@ -167,6 +211,7 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
             f"{_many(facts.images, 'image')} of {_many(facts.prompts, 'prompt')}, all {kind}: "
             f"{_FORMS[spec.form]}."
         ),
+        *_about_verdicts(facts, spec),
         "",
         "| split | share of prompts | images | shards |",
         "|---|---:|---:|---:|",
@@ -179,7 +224,7 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
         *_about_splits(facts, spec),
         "## How the images were made",
         "",
-        f"- Model: {_list(facts.models)}, through EvoLink's API",
+        _model(facts),
         f"- Sizes: {_shares(facts.sizes)}",
         f"- Qualities: {_shares(facts.qualities)}",
         f"- Files: {_shares(facts.formats)}, {facts.bytes} bytes, as received",
@@ -219,24 +264,41 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
         "",
         "Made by " + ", ".join(f"{name} {number}" for name, number in facts.made_by.items()) + ".",
     ]
-    if spec.form == "webdataset" and len(plan.endings) > 1:
-        lines += [
-            "",
-            (
-                f"The files have several formats ({', '.join(plan.endings)}): the library "
-                "`webdataset` reads them, but `datasets` needs a single format."
-            ),
-        ]
     if spec.license is None:
         lines += ["", "No licence was specified for this export."]
     return lines
 
 
+def _model(facts: DatasetFacts) -> str:
+    if facts.origin == EMULATOR:
+        return (
+            f"- **Synthetic test images**: they were drawn by an emulator of EvoLink's API, not by "
+            f"{_list(facts.models)}"
+        )
+    host = f" ({_plain(facts.origin)})" if facts.origin else ""
+    return f"- Model: {_list(facts.models)}, through EvoLink's API{host}"
+
+
+def _about_verdicts(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
+    """Say how many of the images a person has looked at."""
+    if facts.verdicts is None:
+        return []
+    counts = [
+        f"{facts.verdicts.get(verdict, 0)} {text}"
+        for verdict, text in _VERDICTS.items()
+        if facts.verdicts.get(verdict) or verdict in ("keep", "")
+    ]
+    accepted = "" if spec.everything else " An image counts as accepted if nobody has rejected it."
+    return ["", f"Of the images, {', '.join(counts)}.{accepted}"]
+
+
 def _cost(facts: DatasetFacts) -> str:
     unknown = f", without {facts.unpriced} whose charge is unknown" if facts.unpriced else ""
+    emulated = ", which an emulator counts and nobody pays" if facts.origin == EMULATOR else ""
+    purchases = _many(facts.purchases, "purchase")
     return (
-        f"{facts.credits:g} credits for the {_many(facts.purchases, 'purchase')} of these images"
-        f"{unknown}. Purchases that are not in this export are not included."
+        f"{facts.credits:g} credits{emulated} for the {purchases} of these images{unknown}. "
+        "Purchases that are not in this export are not included."
     )
 
 

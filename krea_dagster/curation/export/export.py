@@ -85,6 +85,7 @@ def export(
     to: str,
     *,
     folders: Sequence[str] = (),
+    origin: str = "",
     fresh: bool = False,
     keep: int | None = None,
     threads: int | None = None,
@@ -92,7 +93,8 @@ def export(
 ) -> Exported:
     """Export images of a storage root to a folder or URL, as a new version (see ``target``).
 
-    ``folders`` as for the manifests. ``fresh`` distributes the images to shards again, instead of
+    ``folders`` as for the manifests. ``origin`` is where the images come from, for the card: a
+    host, or "an emulator". ``fresh`` distributes the images to shards again, instead of
     keeping them where the previous version has them. ``keep`` is the number of complete versions to
     keep, None for all. Raises ConfigError where no image is selected, ImagesNotAsStored where files
     are missing or changed, and StorageError where the target cannot be written; then nothing was
@@ -107,9 +109,9 @@ def export(
             index = target.index(latest)
         similar = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
         plan = make_plan(rows, spec, similar, index)
-        facts = facts_of(rows, plan, spec)
-        card = write_card(facts, spec, plan)
-        version = plan.version(card)
+        facts = facts_of(rows, plan, spec, origin)
+        version = plan.version(write_card(facts, spec, plan, version=""))
+        card = write_card(facts, spec, plan, version=version)
         builder = ShardBuilder(
             storage,
             target,

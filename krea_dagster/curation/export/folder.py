@@ -1,6 +1,7 @@
 """Exports of image files: a folder of images per shard, and one table per split.
 
-``imagefolder`` has ``<split>/metadata.jsonl``, which ``datasets`` reads; ``jsonl`` and ``csv`` have
+``imagefolder`` has ``<split>/metadata.parquet``, which ``datasets`` reads with the types of its
+columns: those of JSON lines it would guess, in each split. ``jsonl`` and ``csv`` have
 ``<split>.jsonl`` and ``<split>.csv``. The column ``file_name`` is the image's path relative to the
 table. Image files are synced together before the export is published, not one by one.
 """
@@ -14,6 +15,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from krea_dagster.curation.export.image_content import (
     CorruptShard,
     ExportedImage,
@@ -21,12 +25,12 @@ from krea_dagster.curation.export.image_content import (
     ShardContent,
     check_image,
 )
-from krea_dagster.curation.export.json_rows import to_json
+from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.target import ExportTarget
 
 #: The table of a split, by form.
 TABLES: Final = {
-    "imagefolder": "{split}/metadata.jsonl",
+    "imagefolder": "{split}/metadata.parquet",
     "jsonl": "{split}.jsonl",
     "csv": "{split}.csv",
 }
@@ -70,14 +74,36 @@ def images_sha256(content: ShardContent, shas: Iterable[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def table_lines(
-    form: str, rows: Iterable[tuple[str, dict[str, Any]]], *, columns: list[str]
-) -> Iterator[bytes]:
-    """Yield the lines of a split's table: file name and row of each image."""
-    if form != "csv":
-        for file, record in rows:
-            yield f"{to_json({'file_name': file, **record})}\n".encode()
+def write_table(
+    form: str,
+    file: BinaryIO,
+    schema: pa.Schema,
+    shards: Iterable[tuple[Sequence[str], pa.Table]],
+) -> None:
+    """Write a split's table from the file names and the rows of each shard."""
+    if form == "imagefolder":
+        columns = pa.schema([pa.field("file_name", pa.string()), *schema])
+        with pq.ParquetWriter(file, columns, compression="zstd") as writer:
+            for names, table in shards:
+                arrays = [pa.array(names, pa.string()), *table.columns]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=columns))
         return
+    rows = (
+        (name, record)
+        for names, table in shards
+        for name, record in zip(names, records(table), strict=True)
+    )
+    file.writelines(_csv_lines(rows, schema.names) if form == "csv" else _json_lines(rows))
+
+
+def _json_lines(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[bytes]:
+    for file, record in rows:
+        yield f"{to_json({'file_name': file, **record})}\n".encode()
+
+
+def _csv_lines(
+    rows: Iterable[tuple[str, dict[str, Any]]], columns: Sequence[str]
+) -> Iterator[bytes]:
     text = io.StringIO()
     # The writer quotes only its line terminator, and readers also end a line at a lone \r.
     writer = csv.writer(text, lineterminator="\r\n")
@@ -93,15 +119,21 @@ def table_lines(
 
 def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
     """Verify that a split's table has a complete row per image. Raises CorruptShard."""
+    if form == "imagefolder":
+        found = pq.read_table(file, columns=["file_name"])["file_name"].to_pylist()
+    else:
+        found = _file_names(form, file)
+    if found != list(names):
+        raise CorruptShard(f"the table of {len(names)} images has {len(found)} valid rows")
+
+
+def _file_names(form: str, file: BinaryIO) -> list[str]:
     with io.TextIOWrapper(file, encoding="utf-8", newline="" if form == "csv" else "\n") as text:
         if form == "csv":
             reader = csv.reader(text, strict=True)
             wide = len(next(reader))
-            found = [row[0] for row in reader if len(row) == wide]
-        else:
-            found = [json.loads(line)["file_name"] for line in text]
-    if found != list(names):
-        raise CorruptShard(f"the table of {len(names)} images has {len(found)} valid rows")
+            return [row[0] for row in reader if len(row) == wide]
+        return [json.loads(line)["file_name"] for line in text]
 
 
 def _cell(value: Any) -> Any:

@@ -223,3 +223,17 @@ def without_parameters(data: bytes) -> tuple[bytes, str | None]:
         return data, None
     end = _HEADER + 12 + length
     return data[:_HEADER] + data[end:], body[len(begin) :].decode("utf-8", "replace")
+
+
+def written_schema(exported: pa.Schema, *, embed: bool) -> pa.Schema:
+    """Return the columns of the rows: those that are exported, and the hash of a changed file."""
+    added = [pa.field("exported_sha256", pa.string())] if embed else []
+    return pa.schema([pa.field(one.name, one.type) for one in (*exported, *added)])
+
+
+def written_columns(content: ShardContent, places: Sequence[int], shas: Sequence[str]) -> pa.Table:
+    """Return these rows of a shard in the columns of ``written_schema``."""
+    table = content.table.take(pa.array(list(places), pa.int64()))
+    if not content.embed:
+        return table
+    return table.append_column("exported_sha256", pa.array(shas, pa.string()))

@@ -6,19 +6,21 @@ The column ``image`` is a struct of the file's bytes and name, and the schema ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from krea_dagster.curation.export.features import IMAGE, parquet_metadata
 from krea_dagster.curation.export.image_content import (
     CorruptShard,
     ExportedImage,
     ShardContent,
     check_image,
+    written_columns,
+    written_schema,
 )
 from krea_dagster.curation.export.json_rows import records
 
@@ -75,7 +77,7 @@ def check_parquet(path: Path, content: ShardContent) -> list[str]:
                     if value["path"] != item.file:
                         raise CorruptShard(f"{path.name}: {item.file} is missing or misplaced")
                     shas.append(check_image(item, value["bytes"]))
-                expected = _columns(content, [item.place for item in items], shas)
+                expected = written_columns(content, [item.place for item in items], shas)
                 if not _same(group.select(others), expected):
                     raise CorruptShard(f"{path.name} has other values")
                 found += shas
@@ -86,36 +88,9 @@ def check_parquet(path: Path, content: ShardContent) -> list[str]:
 
 def shard_schema(content: ShardContent) -> pa.Schema:
     """Return the columns of a shard, with the metadata of ``datasets``."""
-    added = [pa.field("exported_sha256", pa.string())] if content.embed else []
-    fields = [pa.field("image", _IMAGE), *content.table.schema, *added]
-    features: dict[str, Any] = {"image": {"_type": "Image"}}
-    for field in fields[1:]:
-        feature = _feature(field.type)
-        if feature is None:
-            # It has no stable name for this type, so it must infer the features.
-            features = {}
-            break
-        features[field.name] = feature
-    info = {"info": {"features": features}} if features else {}
-    metadata = {"huggingface": json.dumps(info)} if info else None
-    return pa.schema([pa.field(f.name, f.type) for f in fields], metadata)
-
-
-#: Arrow's type names that differ in ``datasets``.
-_NAMES: Final = {"double": "float64", "float": "float32", "halffloat": "float16"}
-
-
-def _feature(kind: pa.DataType) -> Any:
-    """Return how ``datasets`` describes a type, None where it has no stable description."""
-    if pa.types.is_list(kind) and not pa.types.is_nested(kind.value_type):
-        inner = _feature(kind.value_type)
-        return None if inner is None else {"feature": inner, "_type": "Sequence"}
-    if pa.types.is_nested(kind) or pa.types.is_fixed_size_binary(kind):
-        return None
-    name = str(kind)
-    if pa.types.is_date(kind):
-        name = name.partition("[")[0]
-    return {"dtype": _NAMES.get(name, name), "_type": "Value"}
+    rows = written_schema(content.table.schema, embed=content.embed)
+    schema = pa.schema([pa.field(IMAGE, _IMAGE), *rows])
+    return schema.with_metadata(parquet_metadata(schema))
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
@@ -131,15 +106,8 @@ def _group(content: ShardContent, group: list[ExportedImage], schema: pa.Schema)
         [{"bytes": one.data, "path": one.item.file} for one in group], schema.field("image").type
     )
     places = [one.item.place for one in group]
-    others = _columns(content, places, [one.sha256 for one in group])
+    others = written_columns(content, places, [one.sha256 for one in group])
     return pa.Table.from_arrays([images, *others.columns], schema=schema)
-
-
-def _columns(content: ShardContent, places: list[int], shas: list[str]) -> pa.Table:
-    table = content.table.take(pa.array(places, pa.int64()))
-    if not content.embed:
-        return table
-    return table.append_column("exported_sha256", pa.array(shas, pa.string()))
 
 
 def _same(found: pa.Table, expected: pa.Table) -> bool:

@@ -27,7 +27,7 @@ from krea_dagster.curation.export.splits import leaking, split_numbers
 from krea_dagster.curation.export.target import FORMAT_VERSION
 
 #: Increased when the same rows would be written as other bytes.
-_WRITER: Final = 1
+_WRITER: Final = 2
 
 _ENDINGS: Final = {"webdataset": ".tar", "parquet": ".parquet"}
 

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from krea_dagster.curation.column_filter import matching
+from krea_dagster.curation.export.exported_types import ExportedTypes
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.engine.states import State
@@ -49,6 +50,9 @@ _NEEDED: Final = (
     "credits_charged",
     "stored_at",
 )
+#: Columns that the card uses if they are there.
+_USED: Final = ("verdict",)
+
 _ROWS: Final = 10_000
 
 #: Column names reserved by a format.
@@ -68,8 +72,8 @@ class SelectedRows:
 
     ``keys`` are 24 hexadecimal digits, from the request, the prompt_id and the sample: the
     permanent name of an image in exports. ``digests`` are the sha256 of all that is written for a
-    row. ``sizes`` are the bytes of the images. ``left_by_filter`` and ``repeated`` count rows that
-    were read and left out.
+    row. ``sizes`` are the bytes of the images. ``with_nulls`` are the exported columns that have a
+    null. ``left_by_filter`` and ``repeated`` count rows that were read and left out.
     """
 
     def __init__(self, file: _RowFile, columns: Sequence[str], left_by_filter: int) -> None:
@@ -79,12 +83,15 @@ class SelectedRows:
         keys: list[bytes] = []
         digests: list[bytes] = []
         sizes: list[int] = []
+        nulls: set[str] = set()
         for batch in self._file.batches():
             table = pa.Table.from_batches([batch])
             keys += _keys(table)
             images = table["image_sha256"].to_pylist()
             digests += map(_digest, records(table.select(self.columns)), images)
             sizes += table["image_bytes"].fill_null(0).to_pylist()
+            nulls.update(name for name in self.columns if table[name].null_count)
+        self.with_nulls = frozenset(nulls)
         self.keys, first = np.unique(np.array(keys, "S24"), return_index=True)
         self._places: Numbers = first.astype(np.int64)
         self.digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)[first]
@@ -93,6 +100,11 @@ class SelectedRows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether the rows have verdicts of people."""
+        return "verdict" in self._file.schema.names
 
     @property
     def schema(self) -> pa.Schema:
@@ -118,7 +130,8 @@ def select_rows(
     are in no file or have a reserved name.
     """
     names = _names(storage, spec, folders)
-    files = [_schema_of(storage, name) for name in names]
+    types = ExportedTypes.of(spec.form)
+    files = [_schema_of(storage, name, types) for name in names]
     try:
         schema = pa.unify_schemas(files, promote_options="permissive")
     except pa.ArrowException as error:
@@ -137,9 +150,10 @@ def select_rows(
             f"the table has a column {taken[0]!r}, which is reserved in {spec.form}; rename it in "
             "the prompt table, or select the columns to export"
         )
-    kept = pa.schema([_decoded(schema.field(name)) for name in dict.fromkeys([*columns, *_NEEDED])])
+    wanted = dict.fromkeys([*columns, *_NEEDED, *(name for name in _USED if name in known)])
+    kept = pa.schema([(name, types.type_of(schema.field(name).type)) for name in wanted])
     filtered = [one.column for one in spec.filters]
-    with closing(_RowFile(kept)) as file:
+    with closing(_RowFile(kept, types)) as file:
         left = 0
         for name in names:
             for batch in _batches(storage, name, [*kept.names, *filtered]):
@@ -175,16 +189,16 @@ def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[s
     return list(found.values())
 
 
-def _schema_of(storage: Storage, name: str) -> pa.Schema:
+def _schema_of(storage: Storage, name: str, types: ExportedTypes) -> pa.Schema:
     with storage.open(name) as file:
         found = pq.ParquetFile(file).schema_arrow
-    return pa.schema([_decoded(field) for field in found])
-
-
-def _decoded(field: pa.Field) -> pa.Field:
-    """Return a column without dictionary encoding, which differs from file to file."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    return pa.field(field.name, kind)
+    # A column of nulls has the type that it has in another partition.
+    return pa.schema(
+        [
+            pa.field(one.name, one.type if pa.types.is_null(one.type) else types.type_of(one.type))
+            for one in found
+        ]
+    )
 
 
 def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -238,8 +252,9 @@ def _digest(record: dict[str, Any], image_sha256: str) -> bytes:
 class _RowFile:
     """A temporary Arrow file of rows: first written, then memory-mapped."""
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(self, schema: pa.Schema, types: ExportedTypes) -> None:
         self.schema = schema
+        self._types = types
         self._folder = tempfile.TemporaryDirectory(prefix="krea-export-")
         self._path = Path(self._folder.name) / "rows.arrow"
         self._writer: Any = pa.ipc.new_file(str(self._path), schema)
@@ -253,7 +268,7 @@ class _RowFile:
             return
         has = set(batch.schema.names)
         columns = [
-            batch.column(field.name).cast(field.type)
+            self._types.convert(batch.column(field.name)).cast(field.type)
             if field.name in has
             else pa.nulls(batch.num_rows, field.type)
             for field in self.schema

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.curation.export.card import DatasetFacts
-from krea_dagster.curation.export.folder import TABLES, check_table, table_lines
-from krea_dagster.curation.export.image_content import ending_of
+from krea_dagster.curation.export.folder import TABLES, check_table, write_table
+from krea_dagster.curation.export.image_content import ending_of, written_columns, written_schema
 from krea_dagster.curation.export.plan import ExportPlan, content_of, shard_layout
 from krea_dagster.curation.export.shards import FinishedShard, ShardBuilder
 from krea_dagster.curation.export.spec import ONE_FILE
@@ -28,15 +28,9 @@ def write_version_files(
 ) -> Mapping[str, Any]:
     """Write the tables, the index and the card, and finally ``export.json``; return its content."""
     target, spec, version = builder.target, builder.spec, builder.version
-    if spec.form in TABLES:
-        for split in spec.splits:
-            name = TABLES[spec.form].format(split=split.name)
-            names: list[str] = []
-            of_split = [one for one in shards if one.shard.split == split.name]
-            lines = _table(builder, of_split, names)
-            target.storage.write(f"{version}/{name}", partial(_all, pieces=lines))
-            with target.storage.open(f"{version}/{name}") as file:
-                check_table(spec.form, file, names)
+    for split in spec.splits if spec.form in TABLES else ():
+        of_split = [one for one in shards if one.shard.split == split.name]
+        _write_table(builder, split.name, of_split)
     target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, builder, shards))
     target.storage.write(f"{version}/README.md", partial(_all, pieces=[card.encode()]))
     described = {
@@ -68,25 +62,27 @@ def write_version_files(
     return described
 
 
-def _table(
-    builder: ShardBuilder, shards: Sequence[FinishedShard], names: list[str]
-) -> Iterator[bytes]:
-    """Yield the table of a split, shard by shard; append the names of its files to ``names``."""
-    form = builder.spec.form
-    added = ["exported_sha256"] if builder.spec.embed_parameters else []
+def _write_table(builder: ShardBuilder, split: str, shards: Sequence[FinishedShard]) -> None:
+    """Write the table of a split, shard by shard, and verify it."""
+    form, name = builder.spec.form, TABLES[builder.spec.form].format(split=split)
+    path, written = f"{builder.version}/{name}", list[str]()
 
-    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows() -> Iterator[tuple[Sequence[str], pa.Table]]:
         for one in shards:
             content = content_of(builder.rows, builder.spec, one.shard)
             # The table of an imagefolder is in the split's folder, the others are above it.
             folder = one.shard.name
             if form == "imagefolder":
                 folder = folder.partition("/")[2]
-            for item, sha in zip(content.items, one.shas, strict=True):
-                names.append(f"{folder}/{item.file}")
-                yield names[-1], content.ready(item, sha)
+            names = [f"{folder}/{item.file}" for item in content.items]
+            written.extend(names)
+            places = [item.place for item in content.items]
+            yield names, written_columns(content, places, one.shas)
 
-    return table_lines(form, rows(), columns=[*builder.rows.columns, *added])
+    schema = written_schema(builder.rows.schema, embed=builder.spec.embed_parameters)
+    builder.target.storage.write(path, lambda file: write_table(form, file, schema, rows()))
+    with builder.target.storage.open(path) as file:
+        check_table(form, file, written)
 
 
 def _write_index(file: BinaryIO, builder: ShardBuilder, shards: Sequence[FinishedShard]) -> None:

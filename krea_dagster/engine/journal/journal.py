@@ -126,6 +126,11 @@ class Journal:
                 "(KREA_STORAGE) or another journal (KREA_JOURNAL_URL)."
             )
 
+    def origin(self) -> str:
+        """Return what the journal is bound to: a host, or "an emulator"; empty if unbound."""
+        ((origin,),) = self.database.fetch(select(about.c.origin))
+        return origin or ""
+
     # -- requests -----------------------------------------------------------------------------
 
     def plan(

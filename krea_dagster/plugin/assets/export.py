@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from krea_dagster import redact
-from krea_dagster.curation.export.export import Exported, export
+from krea_dagster.curation.export.export import Exported
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.failures import as_failure
@@ -71,11 +71,10 @@ def build_export(names: Names, name: str, spec: ExportSpec) -> dg.AssetsDefiniti
         context: dg.AssetExecutionContext, config: KreaExportConfig
     ) -> dg.MaterializeResult[None]:
         with step_log(context.log, "reading the accepted images") as log, as_failure():
-            storage = krea_of(context, names.resource_key).open_storage()
-            done = export(
-                storage,
+            krea = krea_of(context, names.resource_key)
+            done = krea.export(
                 spec,
-                storage.locate("/".join(["exports", *names.prefix, name])),
+                krea.open_storage().locate("/".join(["exports", *names.prefix, name])),
                 folders=names.prefix,
                 fresh=config.fresh,
                 on_progress=lambda progress: log.doing(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -93,10 +94,18 @@ class ExportProject:
         """Return rows with the numbers from ``begin`` on."""
         return [self.row(number) for number in range(begin, begin + count)]
 
-    def write_accepted(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:
-        """Write the accepted images of a partition."""
+    def write_accepted(
+        self,
+        rows: Sequence[dict[str, Any]],
+        key: str = "a",
+        *,
+        columns: Mapping[str, pa.Array] = MappingProxyType({}),
+    ) -> None:
+        """Write the accepted images of a partition, with more columns."""
         schema = accepted_schema(pa.schema([*MANIFEST_SCHEMA, *FURTHER]))
         table = pa.Table.from_pylist([{**row, "partition_key": key} for row in rows], schema)
+        for name, values in columns.items():
+            table = table.append_column(name, values)
         self.storage.write(accepted_name(key), lambda file: pq.write_table(table, file))
 
     def write_listed(self, rows: Sequence[dict[str, Any]], key: str = "a") -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import fsspec
+import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
@@ -88,11 +89,17 @@ def from_tar(root: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def from_files(root: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    for path in [*root.glob("*.csv"), *root.glob("*.jsonl"), *root.glob("*/metadata.jsonl")]:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
-            for row in rows:
-                yield (path.parent / row["file_name"]).read_bytes(), row
+    for path in [*root.glob("*.csv"), *root.glob("*.jsonl"), *root.glob("*/metadata.parquet")]:
+        for row in table_rows(path):
+            yield (path.parent / row["file_name"]).read_bytes(), row
+
+
+def table_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        return rows
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file))
 
 
 def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -571,6 +578,37 @@ def test_the_card_describes_the_images_their_origin_and_cost(
         assert said in body, said
 
 
+def test_the_card_says_how_many_images_a_person_has_looked_at(
+    project: ExportProject, to: str
+) -> None:
+    verdicts = ["keep", "keep", "flag", None, None, None]
+    rows = [project.row(at, verdict=verdict) for at, verdict in enumerate(verdicts)]
+    project.write_accepted(rows)
+    exported = done(project, to, columns=("prompt",))
+    text = (Path(exported.path) / "README.md").read_text()
+    counts = "2 were kept by a person, 1 were flagged by a person, 3 were seen by nobody"
+    assert (
+        f"Of the images, {counts}. An image counts as accepted if nobody has rejected it." in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        ("an emulator", "**Synthetic test images**: they were drawn by an emulator"),
+        ("api.evolink.ai", "Model: krea-2-turbo, through EvoLink's API (api.evolink.ai)"),
+    ],
+)
+def test_the_card_says_whether_a_model_or_an_emulator_made_the_images(
+    project: ExportProject, to: str, origin: str, said: str
+) -> None:
+    project.write_accepted(project.rows(2))
+    exported = export(project.storage, ExportSpec(), to, origin=origin)
+    text = (Path(exported.path) / "README.md").read_text()
+    assert said in text
+    assert ("nobody pays" in text) == (origin == "an emulator")
+
+
 def test_a_shared_purchase_counts_once_and_both_rows_are_exported(
     project: ExportProject, to: str
 ) -> None:
@@ -586,3 +624,54 @@ def test_a_row_in_two_tables_is_exported_once(project: ExportProject, to: str) -
     project.write_accepted(project.rows(3), "b")
     exported = done(project, to, columns=("prompt",))
     assert (exported.facts.images, exported.repeated) == (3, 3)
+
+
+# -- what the datasets library is told ----------------------------------------------------------
+
+
+def header(exported: Exported) -> dict[str, Any]:
+    card = (Path(exported.path) / "README.md").read_text()
+    lines = card.split("---\n")[1].splitlines()
+    return {name: json.loads(value) for name, _, value in (line.partition(": ") for line in lines)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_version_has_a_config_of_its_own_so_that_no_cache_takes_it_for_another(
+    project: ExportProject, to: str, form: Form
+) -> None:
+    """datasets finds what it has read by the name of the config, not by the files."""
+    names = []
+    for count in (4, 5, 5):
+        project.write_accepted(project.rows(count))
+        exported = done(project, to, form=form)
+        (config,) = header(exported)["configs"]
+        assert config["config_name"] == f"version-{exported.version}"
+        names.append(config["config_name"])
+    assert names[0] != names[1] == names[2]
+
+
+def test_the_image_is_an_image_next_to_any_other_column(project: ExportProject, to: str) -> None:
+    rows = project.rows(2)
+    record = pa.array([{"lens": ["50"]}, None], pa.struct([("lens", pa.list_(pa.string()))]))
+    pairs = pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int32()))
+    project.write_accepted(rows, columns={"record": record, "pairs": pairs})
+    exported = done(project, to, form="parquet")
+    (path,) = Path(exported.path).glob("data/*.parquet")
+    told = json.loads(pq.read_schema(path).metadata[b"huggingface"])["info"]["features"]
+    assert told["image"] == {"_type": "Image"}
+    text = {"dtype": "string", "_type": "Value"}
+    assert told["record"] == {"lens": [text]}
+    assert told["pairs"] == [{"key": text, "value": {"dtype": "int32", "_type": "Value"}}]
+
+
+def test_the_types_of_columns_do_not_depend_on_the_rows_of_a_split(
+    project: ExportProject, to: str
+) -> None:
+    rows = project.rows(6)
+    project.write_accepted([{**row, "verdict": None, "reviewer": None} for row in rows])
+    (config,) = header(done(project, to, form="jsonl"))["configs"]
+    features = {one["name"]: one for one in config["features"]}
+    assert features["verdict"]["dtype"] == features["reviewer"]["dtype"] == "string"
+    (info,) = header(done(project, to, form="webdataset"))["dataset_info"]
+    row = next(one for one in info["features"] if one["name"] == "json")
+    assert {"name": "verdict", "dtype": "string"} in row["struct"]
