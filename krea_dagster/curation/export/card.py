@@ -49,7 +49,7 @@ _VERDICTS: Final = {
     "keep": "were kept by a person",
     "flag": "were flagged by a person",
     "reject": "were rejected by a person",
-    "": "were seen by nobody",
+    "": "were not seen by a person",
 }
 
 #: The origin of images that no model has made, as the journal has it.
@@ -288,13 +288,15 @@ def _about_verdicts(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
         for verdict, text in _VERDICTS.items()
         if facts.verdicts.get(verdict) or verdict in ("keep", "")
     ]
-    accepted = "" if spec.everything else " An image counts as accepted if nobody has rejected it."
+    accepted = (
+        "" if spec.everything else " An image counts as accepted unless it was rejected or flagged."
+    )
     return ["", f"Of the images, {', '.join(counts)}.{accepted}"]
 
 
 def _cost(facts: DatasetFacts) -> str:
     unknown = f", without {facts.unpriced} whose charge is unknown" if facts.unpriced else ""
-    emulated = ", which an emulator counts and nobody pays" if facts.origin == EMULATOR else ""
+    emulated = " of an emulator, which cost nothing," if facts.origin == EMULATOR else ""
     purchases = _many(facts.purchases, "purchase")
     return (
         f"{facts.credits:g} credits{emulated} for the {purchases} of these images{unknown}. "

@@ -586,9 +586,10 @@ def test_the_card_says_how_many_images_a_person_has_looked_at(
     project.write_accepted(rows)
     exported = done(project, to, columns=("prompt",))
     text = (Path(exported.path) / "README.md").read_text()
-    counts = "2 were kept by a person, 1 were flagged by a person, 3 were seen by nobody"
+    counts = "2 were kept by a person, 1 were flagged by a person, 3 were not seen by a person"
     assert (
-        f"Of the images, {counts}. An image counts as accepted if nobody has rejected it." in text
+        f"Of the images, {counts}. An image counts as accepted unless it was rejected or flagged."
+        in text
     )
 
 
@@ -606,7 +607,7 @@ def test_the_card_says_whether_a_model_or_an_emulator_made_the_images(
     exported = export(project.storage, ExportSpec(), to, origin=origin)
     text = (Path(exported.path) / "README.md").read_text()
     assert said in text
-    assert ("nobody pays" in text) == (origin == "an emulator")
+    assert ("which cost nothing" in text) == (origin == "an emulator")
 
 
 def test_a_shared_purchase_counts_once_and_both_rows_are_exported(
