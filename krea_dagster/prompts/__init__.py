@@ -1,7 +1,9 @@
-"""From a Parquet table of prompts to image requests, each with its identity and its seed.
+"""From a table of prompts to image requests, each with its identity and its seed.
 
-``table`` is the entry: it reads, checks and plans with ``files``, ``table_schema``, ``columns``,
-``cells``, ``duplicates`` and ``scan``. ``requests`` (pure) has the formulas for one image;
+``sources`` makes Parquet of what a table is given as: ``values``, ``text_files``,
+``table_formats`` and ``sql`` read the others, as ``kinds`` tells. ``table`` is the entry: it reads,
+checks and plans with ``files``, ``table_schema``, ``columns``, ``cells``, ``duplicates`` and
+``scan``. ``requests`` (pure) has the formulas for one image;
 ``identity`` and ``plan`` apply them to whole columns. ``partitioning`` (pure) defines the
 partition keys; ``tokens`` counts.
 """
@@ -18,6 +20,7 @@ from krea_dagster.prompts.partitioning import (
 )
 from krea_dagster.prompts.plan import PLAN_SCHEMA, Plan, image_requests
 from krea_dagster.prompts.requests import Defaults, PlannedImage, drawn_seed, request_key
+from krea_dagster.prompts.sql import SqlTable
 from krea_dagster.prompts.table import PromptTable
 from krea_dagster.prompts.table_schema import RECOGNISED_COLUMNS, RESERVED_COLUMNS
 from krea_dagster.prompts.tokens import MAX_TOKENS, WARN_TOKENS, estimate_tokens
@@ -37,6 +40,7 @@ __all__ = [
     "Plan",
     "PlannedImage",
     "PromptTable",
+    "SqlTable",
     "TimePartitions",
     "drawn_seed",
     "estimate_tokens",

@@ -6,6 +6,7 @@ of prompts, prompt_ids or seeds, whose values nearly all differ, is first tried 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -37,6 +38,9 @@ from krea_dagster.prompts.partitioning import (
     key_problem,
 )
 from krea_dagster.prompts.requests import MAX_IMAGES, Defaults
+
+_WHOLE: Final = re.compile(r"([+-]?[0-9]+)(?:\.0*)?", re.ASCII)
+_FLAGS: Final = {"true": True, "false": False}
 
 #: The cells of a column that cannot be used, by their place in it.
 BadCells = dict[int, Bad]
@@ -129,6 +133,29 @@ def texts(array: pa.Array) -> pa.Array | None:
     if _may_hold_nul(array) and pc.any(pc.match_substring(array, "\0")).as_py():
         return None
     return array.cast(pa.string())
+
+
+def type_of_text(column: str) -> pa.DataType:
+    """Return the type of a column whose cells are written as text."""
+    rule = RULES.get(column)
+    return pa.string() if rule is None or rule.fits(pa.string()) else rule.kind
+
+
+def value_of_text(column: str, text: str) -> str | int | bool | Bad | None:
+    """Return the value of a cell that is written as text; an empty one is missing."""
+    kind = type_of_text(column)
+    if not text:
+        return None
+    if pa.types.is_string(kind):
+        return text
+    value: int | bool | None
+    if pa.types.is_boolean(kind):
+        value = _FLAGS.get(text.strip().lower())
+    else:
+        found = _WHOLE.fullmatch(text.strip())
+        # Longer numbers do not fit, and their digits are in the message.
+        value = int(found[1]) if found and len(found[1]) < 19 else None
+    return Bad(shown(text), RULES[column].allowed) if value is None else value
 
 
 def is_blank(prompts: pa.Array) -> pa.Array:

@@ -6,9 +6,9 @@ what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,14 @@ from pyarrow import fs
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options, open_url, store_error
+from krea_dagster.prompts.hive import FolderColumns
+from krea_dagster.prompts.kinds import (
+    PARQUET_ENDINGS,
+    database_of,
+    describe_file,
+    table_around,
+    table_within,
+)
 from krea_dagster.store_faults import is_of_client
 
 #: The size of a batch: these bytes, within these rows.
@@ -33,8 +41,6 @@ _BUFFER_BYTES: Final = 1 << 20
 
 # A column with fewer bytes per value is dictionary-encoded in the file: plain text takes 4 or more.
 _LEAST_TEXT_BYTES: Final = 2
-
-_ENDINGS: Final = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class TableFile:
     _options: Options
     _filesystem: Any
     _fragment: Any
+    _by_folder: FolderColumns = field(default_factory=FolderColumns)
     owner: object = None
 
     @property
@@ -69,7 +76,9 @@ class TableFile:
         ConfigError.
         """
         columns = list(dict.fromkeys(columns))
-        with _reading(self.name, self._path, self._options):
+        in_file = set(self._fragment.physical_schema.names)
+        read = [name for name in columns if name in in_file]
+        with reading(self.name, self._path, self._options):
             metadata = self._fragment.metadata
             first_rows = [self.first_row]
             for group in range(metadata.num_row_groups):
@@ -77,25 +86,36 @@ class TableFile:
             wanted = self._groups(columns, keep)
             if not wanted or not columns:
                 return
-            with self._filesystem.open_input_file(self._path) as handle:
-                dictionaries: list[str] | None = None
-                for place, group in enumerate(wanted):
-                    if place == 1:
-                        dictionaries = self._dictionaries(columns, wanted[0])
-                    if place <= 1:
-                        file = pq.ParquetFile(
-                            handle,
-                            metadata=metadata,
-                            read_dictionary=dictionaries,
-                            pre_buffer=False,
-                            buffer_size=_BUFFER_BYTES,
-                        )
-                    row = first_rows[group]
-                    rows = _batch_rows(metadata.row_group(group))
-                    for batch in file.iter_batches(rows, [group], columns):
-                        # By name: "a.b" as a path also means the member b of a structure a.
-                        yield row, batch.select(columns)
-                        row += batch.num_rows
+            for group, batches in self._read(read, wanted):
+                row = first_rows[group]
+                for batch in batches:
+                    yield row, self._by_folder.complete(batch, columns, self.name, row)
+                    row += batch.num_rows
+
+    def _read(
+        self, columns: Sequence[str], wanted: Sequence[int]
+    ) -> Iterator[tuple[int, Iterable[pa.RecordBatch]]]:
+        """Yield the batches of each wanted row group."""
+        metadata = self._fragment.metadata
+        if not columns:
+            for group in wanted:
+                yield group, _without_columns(metadata.row_group(group).num_rows)
+            return
+        with self._filesystem.open_input_file(self._path) as handle:
+            dictionaries: list[str] | None = None
+            for place, group in enumerate(wanted):
+                if place == 1:
+                    dictionaries = self._dictionaries(columns, wanted[0])
+                if place <= 1:
+                    file = pq.ParquetFile(
+                        handle,
+                        metadata=metadata,
+                        read_dictionary=dictionaries,
+                        pre_buffer=False,
+                        buffer_size=_BUFFER_BYTES,
+                    )
+                rows = _batch_rows(metadata.row_group(group))
+                yield group, file.iter_batches(rows, [group], columns)
 
     def _dictionaries(self, columns: Sequence[str], group: int) -> list[str]:
         """Return the text columns that the file has as dictionaries, to read them as such.
@@ -124,6 +144,13 @@ class TableFile:
         return [group.id for group in self._fragment.subset(filter=keep, schema=schema).row_groups]
 
 
+def _without_columns(rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches with this number of rows: one without columns would have no length."""
+    for first in range(0, rows, BATCH_ROWS):
+        nothing = pa.nulls(min(BATCH_ROWS, rows - first))
+        yield pa.RecordBatch.from_arrays([nothing], names=[""])
+
+
 def _batch_rows(group: Any) -> int:
     """Return how many rows of a row group make a batch."""
     rows = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
@@ -134,38 +161,53 @@ def open_files(source: str, options: Options | None = None) -> list[TableFile]:
     """Return the table's files, sorted, with their footers read. Raises ConfigError.
 
     In a folder these are all ``.parquet`` and ``.pq`` files in it and below, except names that
-    begin with "." or "_".
+    begin with "." or "_". Folders such as ``theme=sea`` give a column to the files in them.
     """
-    filesystem, root = _filesystem(source, options)
+    filesystem, root = filesystem_of(source, options)
     files: list[TableFile] = []
     first_row = 1
     options = options or {}
     for name, path in _listing(source, options, filesystem, root):
-        file = replace(_open(name, path, options, filesystem), first_row=first_row)
+        by_folder = FolderColumns.of(path.removeprefix(root), name)
+        file = replace(_open(name, path, options, filesystem, by_folder), first_row=first_row)
         first_row += file.row_count
         files.append(file)
     return files
 
 
-def _open(name: str, path: str, options: Options, filesystem: Any) -> TableFile:
-    with _reading(name, path, options):
+def _open(
+    name: str, path: str, options: Options, filesystem: Any, by_folder: FolderColumns
+) -> TableFile:
+    with reading(name, path, options, lambda: describe_file(filesystem, path)):
         fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=filesystem)
         fragment.ensure_complete_metadata()
         schema = fragment.physical_schema
         _read_names(schema)
-        return TableFile(name, schema, 1, path, options, filesystem, fragment)
+        if (guarantee := by_folder.guarantee(schema)) is not None:
+            fragment = ds.ParquetFileFormat().make_fragment(
+                path, filesystem=filesystem, partition_expression=guarantee
+            )
+            fragment.ensure_complete_metadata()
+        schema = by_folder.added_to(schema)
+        return TableFile(name, schema, 1, path, options, filesystem, fragment, by_folder)
 
 
 def _read_names(fields: Iterable[pa.Field]) -> None:
     """Read every name, including nested ones: in a damaged file one may not be UTF-8."""
-    for field in fields:
-        _ = field.name
-        _read_names(field.type.field(at) for at in range(field.type.num_fields))
+    for one in fields:
+        _ = one.name
+        _read_names(one.type.field(at) for at in range(one.type.num_fields))
 
 
-def _filesystem(source: str, options: Options | None) -> tuple[Any, str]:
+def filesystem_of(source: str, options: Options | None) -> tuple[Any, str]:
+    """Return Arrow's file system of a path or URL, and the path in it. Raises ConfigError."""
     if not source.strip():
         raise ConfigError("the prompt table has no name; give a Parquet file, a folder or a URL")
+    if database := database_of(source):
+        raise ConfigError(
+            f"{redact.location(source)} is a database ({database}); give a function as the prompt "
+            "table, such as krea_dagster.prompts.SqlTable(uri, query)"
+        )
     if "://" not in source:
         return fs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     try:
@@ -191,8 +233,13 @@ def _filesystem(source: str, options: Options | None) -> tuple[Any, str]:
 
 def _listing(source: str, options: Options, filesystem: Any, root: str) -> list[tuple[str, str]]:
     shown = redact.location(source)
-    with _reading(shown, source, options):
+    with reading(shown, source, options):
         info = filesystem.get_file_info(root)
+        if around := table_around(filesystem, root):
+            raise ConfigError(
+                f"{shown} is a part of {around[0]}, {around[1]}: name the table, because its files "
+                "alone may hold rows that were deleted"
+            )
         if info.type == fs.FileType.File:
             return [(shown, root)]
         if info.type == fs.FileType.Directory:
@@ -206,6 +253,11 @@ def _listing(source: str, options: Options, filesystem: Any, root: str) -> list[
                 for name, kind in types.items()
                 if kind != fs.FileType.Directory and _is_table(name)
             )
+            if within := table_within(types):
+                raise ConfigError(
+                    f"{shown}/{within[0]} is {within[1]}: its Parquet files alone may hold "
+                    "rows that were deleted; name a table that can be read"
+                )
             base = shown.rstrip("/")
             for name in found:
                 if types[name] == fs.FileType.Unknown:
@@ -213,7 +265,7 @@ def _listing(source: str, options: Options, filesystem: Any, root: str) -> list[
             if not found:
                 raise ConfigError(
                     f"{shown} is a folder without a Parquet file; add files that end in "
-                    f"{' or '.join(_ENDINGS)}, or name another folder"
+                    f"{' or '.join(PARQUET_ENDINGS)}, or name another folder, or one CSV file"
                 )
             return [(f"{base}/{name}", f"{prefix}{name}") for name in found]
     if info.type == fs.FileType.NotFound:
@@ -234,16 +286,18 @@ def _dangling_links(root: str) -> dict[str, Any]:
 
 
 def _is_table(name: str) -> bool:
-    parts = name.split("/")
-    return name.lower().endswith(_ENDINGS) and not any(part[:1] in {".", "_"} for part in parts)
+    is_hidden = any(part[:1] in {".", "_"} for part in name.split("/"))
+    return name.lower().endswith(PARQUET_ENDINGS) and not is_hidden
 
 
 @contextmanager
-def _reading(name: str, path: str, options: Options) -> Iterator[None]:
+def reading(
+    name: str, path: str, options: Options, described: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
     """Raise errors of Arrow and file systems as a ConfigError that names the file.
 
     ``path`` and ``options`` may hold credentials, which ``name`` does not. A store that does not
-    answer or refuses access is said to do so.
+    answer or refuses access is said to do so. ``described`` says what a file is, if that is known.
     """
     try:
         yield
@@ -259,6 +313,8 @@ def _reading(name: str, path: str, options: Options) -> Iterator[None]:
             advice = "it is encrypted; write it without encryption"
         elif isinstance(error, PermissionError):
             advice = "allow this user to read it"
+        elif found := described():
+            advice = f"it is not a Parquet file but {found}; or write it again"
         else:
             advice = "it may be cut short, damaged, or not a Parquet file; write it again"
         cause = redact.safe_cause(error, path)

@@ -12,13 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import pyarrow as pa
+
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options
 from krea_dagster.prompts.copies import Copy
 from krea_dagster.prompts.file_marks import mark_of_files
-from krea_dagster.prompts.files import TableFile, first_line, open_files
-from krea_dagster.prompts.values import kind_of_value, stream_of
+from krea_dagster.prompts.files import (
+    TableFile,
+    filesystem_of,
+    first_line,
+    open_files,
+    reading,
+)
+from krea_dagster.prompts.kinds import FORMATS, Kind, kind_of
+from krea_dagster.prompts.table_formats import format_table, open_table
+from krea_dagster.prompts.text_files import csv_stream, jsonl_stream
+from krea_dagster.prompts.values import kind_of_value, plain_stream, stream_of
 
 #: A path or URL, a value such as a data frame, or a function without arguments that returns either.
 Source: TypeAlias = Any
@@ -39,8 +50,25 @@ class Given:
         """Return the copy of the value. Raises ConfigError, or TypeError for another value."""
         with self._lock:
             if self._copy is None:
-                self._copy = _copied(self._value, self.shown)
+                value = self._value
+                self._copy = _copied(lambda: stream_of(value, self.shown), self.shown)
                 self._value = None
+            return self._copy
+
+
+class Kept:
+    """The copy that a table made last, for readings with the same mark."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mark = ""
+        self._copy: Copy | None = None
+
+    def copy(self, mark: str, made: Callable[[], Copy]) -> Copy:
+        """Return the last copy if it has this mark, else make one."""
+        with self._lock:
+            if self._copy is None or not mark or mark != self._mark:
+                self._copy, self._mark = made(), mark
             return self._copy
 
 
@@ -77,6 +105,41 @@ class ParquetReading(Reading):
         return open_files(self._place, self._options)
 
 
+class CopiedReading(Reading):
+    """A source of another kind, which is copied into a Parquet file when it is first read."""
+
+    def __init__(
+        self,
+        source: Source,
+        shown: str,
+        kept: Kept,
+        mark: Callable[[], str],
+        stream: Callable[[], pa.RecordBatchReader],
+    ) -> None:
+        super().__init__(source, shown)
+        self._kept = kept
+        self._marked = mark
+        self._stream = stream
+        self._mark: str | None = None
+        self._copy: Copy | None = None
+        self._lock = threading.Lock()
+
+    def mark(self) -> str:
+        """Return the mark of the content, taken before it is read."""
+        with self._lock:
+            if self._mark is None:
+                self._mark = self._marked()
+            return self._mark
+
+    def files(self) -> list[TableFile]:
+        """Return the copy, which is made unless the last one of the table has the same mark."""
+        mark = self.mark()
+        with self._lock:
+            if self._copy is None:
+                self._copy = self._kept.copy(mark, lambda: _copied(self._stream, self.shown))
+        return files_of_copy(self._copy, self.shown)
+
+
 class GivenReading(Reading):
     """A value."""
 
@@ -95,8 +158,9 @@ class GivenReading(Reading):
 
 def source_of(given: Any, shown: str = "") -> Source:
     """Return what a table keeps as its source: a value is read once, by all that read the table."""
-    is_value = not (isinstance(given, str | Path | Given | Reading) or is_function(given))
-    return Given(given, shown) if is_value else given
+    if isinstance(given, str | Path | Given | Reading) or is_function(given):
+        return given
+    return given if format_table(given) else Given(given, shown)
 
 
 def is_function(source: Source) -> bool:
@@ -109,8 +173,10 @@ def shown_source(source: Source) -> str:
     if isinstance(source, Given | Reading):
         return source.shown
     if is_function(source):
-        return f"{_TABLE} of the function {_name_of(source)}"
-    return redact.location(str(source))
+        return getattr(source, "shown", "") or f"{_TABLE} of the function {_name_of(source)}"
+    if isinstance(source, str | Path):
+        return redact.location(str(source))
+    return f"{_TABLE} given as {kind_of_value(source)}"
 
 
 def place_of(source: Source) -> str:
@@ -120,17 +186,17 @@ def place_of(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else ""
 
 
-def reading_of(source: Source, options: Options) -> Reading:
+def reading_of(source: Source, options: Options, kept: Kept) -> Reading:
     """Return a source as it is now: a function is called. Raises ConfigError."""
     if isinstance(source, Reading):
         return source
     if not is_function(source):
-        return _reading_of(source, source, options)
+        return _reading_of(source, source, options, kept)
     shown = shown_source(source)
     result = _called(source, shown)
     if is_function(result):
         raise ConfigError(f"{shown} is a function again; return a path or a table")
-    return _reading_of(source, source_of(result, shown), options)
+    return _reading_of(source, source_of(result, shown), options, kept)
 
 
 def files_of_copy(copy: Copy, shown: str) -> list[TableFile]:
@@ -138,10 +204,32 @@ def files_of_copy(copy: Copy, shown: str) -> list[TableFile]:
     return [replace(file, name=shown, owner=copy) for file in open_files(copy.path)]
 
 
-def _reading_of(source: Source, found: Source, options: Options) -> Reading:
+def _reading_of(source: Source, found: Source, options: Options, kept: Kept) -> Reading:
+    """Return the reading of what a source is, or of what its function has returned."""
     if isinstance(found, Given):
         return GivenReading(source, found)
-    return ParquetReading(source, str(found), options)
+    if not isinstance(found, str | Path):
+        table = format_table(found)
+        if table is None:
+            raise TypeError(f"{_TABLE} cannot be {kind_of_value(found)}")
+        return CopiedReading(source, shown_source(source), kept, table.mark, table.stream)
+    place = str(found)
+    shown = redact.location(place)
+    filesystem, root = filesystem_of(place, options)
+    with reading(shown, place, options):
+        kind = kind_of(filesystem, root, shown)
+    if kind is Kind.PARQUET:
+        return ParquetReading(source, place, options)
+    if kind in FORMATS:
+        table = open_table(kind, place, shown, options)
+        return CopiedReading(source, shown, kept, table.mark, table.stream)
+    packed = "gzip" if root.lower().endswith(".gz") else None
+    read = csv_stream if kind is Kind.CSV else jsonl_stream
+
+    def stream() -> pa.RecordBatchReader:
+        return read(lambda: filesystem.open_input_stream(root, compression=packed), shown)
+
+    return CopiedReading(source, shown, kept, lambda: mark_of_files(place, options), stream)
 
 
 def _called(function: Callable[[], Any], shown: str) -> Any:
@@ -159,9 +247,9 @@ def _name_of(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _copied(value: object, shown: str) -> Copy:
+def _copied(stream: Callable[[], pa.RecordBatchReader], shown: str) -> Copy:
     try:
-        return Copy(stream_of(value, shown))
+        return Copy(plain_stream(stream()))
     except (KreaError, TypeError):
         raise
     except Exception as error:  # noqa: BLE001 - each library has errors of its own

@@ -25,6 +25,7 @@ from krea_dagster.prompts.plan import Attempts, Plan, Planner
 from krea_dagster.prompts.requests import Defaults
 from krea_dagster.prompts.scan import Scan
 from krea_dagster.prompts.sources import (
+    Kept,
     Reading,
     Source,
     place_of,
@@ -65,6 +66,7 @@ class PromptTable:
     max_prompt_tokens: int = MAX_TOKENS
     name: str = ""
     storage_options: Options = field(default_factory=dict, hash=False, repr=False)
+    _kept: Kept = field(default_factory=Kept, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", source_of(self.source))
@@ -84,7 +86,7 @@ class PromptTable:
 
         Raises ConfigError.
         """
-        reading = reading_of(self.source, self.storage_options)
+        reading = reading_of(self.source, self.storage_options, self._kept)
         return self if reading is self.source else replace(self, source=reading)
 
     def mark(self) -> str:
@@ -178,7 +180,7 @@ class PromptTable:
         )
 
     def _reading(self) -> Reading:
-        return reading_of(self.source, self.storage_options)
+        return reading_of(self.source, self.storage_options, self._kept)
 
     def _plan(
         self,

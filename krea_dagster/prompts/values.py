@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -51,10 +51,16 @@ def stream_of(value: Any, shown: str) -> pa.RecordBatchReader:
     if isinstance(value, str | bytes | Mapping):
         raise TypeError(f"{shown}: give a list of texts or rows, or a table; not one text or row")
     reader = _reader_of(value, shown)
+    unnamed = [name for name in reader.schema.names if _UNNAMED_INDEX.fullmatch(name)]
+    return plain_stream(reader, unnamed if _is_of_pandas(value) else ())
+
+
+def plain_stream(reader: pa.RecordBatchReader, dropped: Sequence[str] = ()) -> pa.RecordBatchReader:
+    """Return a stream in types that a Parquet file can hold, without metadata of the types."""
     fields = [
         pa.field(field.name, _storable(field.type))
         for field in reader.schema
-        if not (_is_of_pandas(value) and _UNNAMED_INDEX.fullmatch(field.name))
+        if field.name not in dropped
     ]
     return pa.RecordBatchReader.from_batches(pa.schema(fields), _cast(reader, fields))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,15 @@ def write(tmp_path: Path) -> Write:
         return str(path)
 
     return write_table
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A store behind URLs, in memory."""
+    filesystem = fsspec.filesystem("memory")
+    yield filesystem
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

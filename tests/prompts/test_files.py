@@ -7,11 +7,10 @@ import os
 import random
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
@@ -64,14 +63,6 @@ def test_a_relative_path_and_a_file_without_the_usual_ending_will_do(
     monkeypatch.chdir(tmp_path)
     assert len(read_rows(opened("wishes")).rows) == 1
     assert len(read_rows(opened("./wishes")).rows) == 1
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    filesystem = fsspec.filesystem("memory")
-    yield filesystem
-    filesystem.store.clear()
-    filesystem.pseudo_dirs[:] = [""]
 
 
 def test_a_url_is_read_through_fsspec(write: Write, memory: Any) -> None:
