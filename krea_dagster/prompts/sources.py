@@ -186,10 +186,14 @@ def place_of(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else ""
 
 
-def reading_of(source: Source, options: Options, kept: Kept) -> Reading:
-    """Return a source as it is now: a function is called. Raises ConfigError."""
+def reading_of(source: Source, options: Options, kept: Kept | None = None) -> Reading:
+    """Return a source as it is now: a function is called. Raises ConfigError.
+
+    ``kept`` has the last copy of the table, which is used again where its mark is still the same.
+    """
     if isinstance(source, Reading):
         return source
+    kept = kept or Kept()
     if not is_function(source):
         return _reading_of(source, source, options, kept)
     shown = shown_source(source)
