@@ -35,6 +35,7 @@ LEDGER: Final = pa.schema(
         ("day", pa.date32()),
         ("run_id", pa.string()),
         ("partition_key", pa.string()),
+        ("prompt_table", pa.string()),
         ("prompt_id", pa.string()),
         ("sample", pa.int32()),
         ("attempt", pa.int32()),
@@ -122,6 +123,7 @@ def _ledger(
         "partition_key": pa.array(
             [f"bucket-{number:03d}" for number in chance.choice(8, total, p=np.arange(1, 9) / 36)]
         ),
+        "prompt_table": pa.array(["prompts.parquet"] * total),
         "prompt_id": pa.array([f"row-{number:06d}" for number in row]),
         "sample": pa.array(np.zeros(total, np.int32)),
         "attempt": pa.array(np.zeros(total, np.int32)),

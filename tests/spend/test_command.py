@@ -199,7 +199,7 @@ def test_the_job_makes_both_tables_and_shows_figures_that_plot(
             for event in result.all_events
             if event.is_step_materialization and event.asset_key == key
         ]
-        said = {one: entry.value for one, entry in made.items()}
+        said = {one.removeprefix("krea/"): entry.value for one, entry in made.items()}
         files = (year.folder / "spend" / name.removeprefix("spend_")).glob("*.parquet")
         assert said["dagster/row_count"] == sum(pq.read_metadata(file).num_rows for file in files)
         assert said["purchases"] == expected.total("asked")

@@ -2,8 +2,8 @@
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
-from typing import Any
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final
 
 import dagster as dg
 import pyarrow as pa
@@ -16,13 +16,16 @@ from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
 from krea_dagster.plugin.failures import as_failure
-from krea_dagster.plugin.metadata import krea_metadata, location_value, table_schema
+from krea_dagster.plugin.metadata import krea_entry, krea_metadata, location_value, table_schema
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import open_tables, stored_tables, sums
+
+#: A ledger that was made before this time may be of definitions that no longer exist.
+_LATELY: Final = timedelta(days=7)
 
 
 class KreaSpendConfig(dg.Config):
@@ -69,6 +72,7 @@ def build_spend(
             figures = spend_metadata(storage, datetime.now(timezone.utc))
             tables = stored_tables(storage)
             sparkline = base64.b64encode(spend_sparkline(tables.daily)).decode()
+        others = _same_purchases(context, ledger_key, storage.locate("spend/ledger"))
         plot = dg.MetadataValue.md(f"![credits by day](data:image/svg+xml;base64,{sparkline})")
         own: dict[str, Mapping[str, Any]] = {
             "ledger": {"dagster/row_count": tables.ledger.count_rows()},
@@ -81,6 +85,7 @@ def build_spend(
                     {
                         **own[table],
                         **figures,
+                        **(others if key == ledger_key else {}),
                         "months_written": len(updated.months),
                         "path": location_value(storage.locate(f"spend/{table}")),
                     }
@@ -125,11 +130,39 @@ def _table_specs(
         dg.AssetSpec(
             daily_key,
             deps=[ledger_key],
-            description="Sums by day, partition, quality and size, and the cost per image.",
+            description="Sums by day, partition, table, quality and size, and the cost per image.",
             metadata={"dagster/column_schema": table_schema(schema, DAILY_DESCRIPTIONS)},
             **common,
         ),
     ]
+
+
+def _same_purchases(
+    context: dg.AssetExecutionContext, key: dg.AssetKey, path: str
+) -> Mapping[str, str]:
+    """Name the other ledgers that Dagster has lately made of the same journal.
+
+    Each contains the purchases of all prompt tables, so that their sum would be too high.
+    """
+    since_s = (datetime.now(timezone.utc) - _LATELY).timestamp()
+    same = []
+    for other in sorted(context.instance.all_asset_keys()):
+        if other.path[-1] == key.path[-1] and other != key:
+            event = context.instance.get_latest_materialization_event(other)
+            made = None if event is None else event.asset_materialization
+            if event is None or made is None or event.timestamp < since_s:
+                continue
+            if krea_entry(made.metadata, "path") == location_value(path):
+                same.append(other.to_user_string())
+    if not same:
+        return {}
+    context.log.warning(
+        "%s has the same purchases as %s: do not add them up. Give spend=False to all prompt "
+        "tables of a journal but one, or use build_krea_tables.",
+        key.to_user_string(),
+        ", ".join(same),
+    )
+    return {"same_purchases_as": ", ".join(same)}
 
 
 def spend_metadata(storage: Storage, now: datetime) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Daily sums of the ledger, by UTC day, partition, quality, size and the user's columns."""
+"""Daily sums of the ledger, by UTC day, partition, table, quality, size and the user's columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from krea_dagster.spend.tables.ledger import CREDITS, typed
 from krea_dagster.spend.tables.sql import AT_STAKE, IS_ACCEPTED, count_of, quoted
 
 #: The columns that the sums are grouped by, before the user's.
-DAILY_KEYS: Final = ("day", "partition_key", "quality", "size")
+DAILY_KEYS: Final = ("day", "partition_key", "prompt_table", "quality", "size")
 
 _FIGURES: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("images_asked", pa.int64(), "Purchases that were sent"),
@@ -48,6 +48,7 @@ DAILY_SCHEMA: Final = pa.schema(
 DAILY_DESCRIPTIONS: Final = {
     "day": "UTC day on which they were sent",
     "partition_key": "Dagster partition that they were bought for",
+    "prompt_table": "Prompt table that they were bought for; null where not known",
     "quality": "1K or 2K",
     "size": "Requested aspect ratio",
     **{name: text for name, _, text in _FIGURES},

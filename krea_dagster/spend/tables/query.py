@@ -158,11 +158,7 @@ def sums(
     names = [f"CAST({_MADE.get(name) or quoted(name)} AS VARCHAR)" for name in by]
     source = "ledger"
     if further:
-        values = ", ".join(f"any_value({quoted(name)}) AS {quoted(name)}" for name in further)
-        source = (
-            f"ledger LEFT JOIN (SELECT prompt_id, sample, {values} FROM manifest "
-            "GROUP BY prompt_id, sample) USING (prompt_id, sample)"
-        )
+        source = _with_columns(further)
     keys = "".join(f"{name}, " for name in names)
     grouped = f"GROUP BY {', '.join(names)} ORDER BY {', '.join(names)}" if by else ""
     low, high = since or date(1970, 1, 1), until or date(9999, 12, 31)
@@ -170,6 +166,31 @@ def sums(
         f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? {grouped}", [low, high]
     ).fetchall()
     return [SpendLine(tuple(row[: len(by)]), *row[len(by) :]) for row in found]
+
+
+def _with_columns(names: Sequence[str]) -> str:
+    """Return the ledger with columns of the manifest.
+
+    They are those of the row that requests the image: tables that share a journal may have rows of
+    the same prompt_id. The manifest does not list earlier attempts; theirs are those of the row.
+    """
+    first = ", ".join(
+        f"arg_min({quoted(name)}, (prompt_id, sample)) AS {quoted(name)}" for name in names
+    )
+    any_of = ", ".join(f"any_value({quoted(name)}) AS {quoted(name)}" for name in names)
+    chosen = ", ".join(
+        f"if(asked.request_key IS NULL, named.{quoted(name)}, asked.{quoted(name)}) AS "
+        f"{quoted(name)}"
+        for name in names
+    )
+    return f"""(
+        SELECT ledger.*, {chosen} FROM ledger
+        LEFT JOIN (SELECT request_key, {first} FROM manifest GROUP BY request_key) AS asked
+            ON asked.request_key = ledger.request_key
+        LEFT JOIN (
+            SELECT prompt_id, sample, {any_of} FROM manifest GROUP BY prompt_id, sample
+        ) AS named ON named.prompt_id = ledger.prompt_id AND named.sample = ledger.sample
+    )"""
 
 
 def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:

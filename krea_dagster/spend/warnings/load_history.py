@@ -10,6 +10,7 @@ from typing import Final
 import duckdb
 
 from krea_dagster.engine.budget import Budget
+from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.account import AccountProof
 from krea_dagster.spend.tables.query import SpendTables
@@ -27,6 +28,17 @@ from krea_dagster.spend.warnings.history import (
 
 #: Counts the purchases that brought nothing, or of which that is not known.
 _TROUBLE: Final = count_of("failed", "refused", "lost", "rejected", "unknown")
+
+#: The key of a partition; if several prompt tables share the journal, after the table's name.
+_PARTITION: Final = f"""
+    if(
+        prompt_table is null or starts_with(prompt_table, '{GENERATED}') or 1 >= (
+            select count(distinct prompt_table) from ledger
+            where not starts_with(prompt_table, '{GENERATED}')
+        ),
+        partition_key, prompt_table || '/' || partition_key
+    )
+"""
 
 #: Days since its last purchase for which the budget of a run, partition or value is checked.
 LATELY_DAYS: Final = 7
@@ -54,8 +66,8 @@ def observe(
         partitions = [
             PartitionSpend(row[0], row[1] or "", units_of(row[2]))
             for row in database.execute(
-                f"select day, partition_key, {COMMITTED} from ledger group by all "
-                f"having {COMMITTED} > 0 order by day, partition_key"
+                f"select day, {_PARTITION} as partition, {COMMITTED} from ledger group by all "
+                f"having {COMMITTED} > 0 order by day, partition"
             ).fetchall()
         ]
         prices = [
@@ -100,16 +112,18 @@ def _uses(database: duckdb.DuckDBPyConnection, budget: Budget, now: datetime) ->
     if budget.kind == "column":
         _refuse_unknown(database, budget.name)
         name, column, table = budget.name, quoted(budget.name), "daily"
+        shown = column
         # A paid image that is not stored yet counts twice: daily does not distinguish it.
         committed = "sum(credits_charged) + sum(credits_at_stake)"
     else:
         name, column = budget.kind, "run_id" if budget.kind == "run" else "partition_key"
+        shown = _PARTITION if budget.kind == "partition" else column
         table, committed = "ledger", COMMITTED
     # A null counts as the empty text, as it does for a hard budget.
-    value_of = f"coalesce(cast({column} as varchar), '')"
+    text_of = "coalesce(cast({} as varchar), '')".format
     rows = database.execute(
-        f"select {value_of} as value, {committed} from {table} "
-        f"where $only is null or {value_of} = $only "
+        f"select {text_of(shown)} as value, {committed} from {table} "
+        f"where $only is null or {text_of(column)} = $only "
         "group by value having max(day) >= $since order by value",
         {"only": budget.value, "since": today - timedelta(days=LATELY_DAYS)},
     ).fetchall()

@@ -134,6 +134,7 @@ def tables_from(purchases: Sequence[tuple[Any, ...]]) -> SpendTables:
             "day": when,
             "run_id": "run",
             "partition_key": f"part-{partition}",
+            "prompt_table": None,
             "prompt_id": f"row-{prompt}" if prompt else None,
             "sample": 0,
             "attempt": 0,
