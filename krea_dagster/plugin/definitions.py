@@ -80,7 +80,8 @@ def build_krea_definitions(
         partition_by: ``hash:N``, ``column:NAME``, ``day:NAME``, ``week:NAME`` or ``month:NAME``.
             The last three may have a time zone (``day:NAME@Europe/Berlin``) and a column
             (``day:NAME,column:NAME``).
-        start: First day of partitions by time, as ``YYYY-MM-DD``; the table's first by default.
+        start: First day of partitions by time, as ``YYYY-MM-DD``. By default the table's first, or
+            all as an upstream asset of the same windows has them.
         defaults: Values for what a row leaves open.
         count_tokens: Returns the number of tokens of a prompt.
         key_prefix: Prefix of the asset keys and of all other names. It separates several tables

@@ -1,7 +1,7 @@
 """The assets of the same project that make a prompt table: they write it, or their value is it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 import dagster as dg
@@ -27,11 +27,13 @@ class Upstream:
     """The assets that make a prompt table. They are foreign: nothing is reported on them.
 
     Those in ``deps`` write it. The value of ``made`` is the table: each run that buys, and the
-    sensor, keep it in the table's own folder, from which everything reads it.
+    sensor, keep it in the table's own folder, from which everything reads it. ``known`` are the
+    partitions of those that were not given by their key alone.
     """
 
     deps: Sequence[dg.AssetDep] = ()
     made: dg.AssetIn | None = None
+    known: Mapping[dg.AssetKey, dg.PartitionsDefinition[str]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -41,7 +43,15 @@ class Upstream:
         made = None if prompts is None else _asset_in(prompts)
         # A spec reads them as Dagster does, also an asset definition with several keys.
         written = dg.AssetSpec("of", deps=deps).deps
-        return cls(tuple(dep for dep in written if made is None or dep.asset_key != made.key), made)
+        others = tuple(dep for dep in written if made is None or dep.asset_key != made.key)
+        known = {
+            key: one.partitions_def
+            for one in (*deps, prompts)
+            if isinstance(one, dg.AssetsDefinition | dg.AssetSpec)
+            and one.partitions_def is not None
+            for key in (one.keys if isinstance(one, dg.AssetsDefinition) else [one.key])
+        }
+        return cls(others, made, known)
 
     @property
     def all_deps(self) -> list[dg.AssetDep]:
@@ -55,6 +65,34 @@ class Upstream:
     def ins(self) -> Mapping[str, dg.AssetIn]:
         """The inputs of ``images``."""
         return {} if self.made is None else {INPUT: self.made}
+
+    def partitions_like(self, own: dg.PartitionsDefinition[str]) -> dg.PartitionsDefinition[str]:
+        """Return the upstream's partitions if they are the same windows, else the table's own.
+
+        Dagster runs two assets in one job only if their partitions also begin and end together.
+        """
+        for one in self.known.values():
+            if _form(own) is not None and _form(own) == _form(one):
+                return one
+        return own
+
+    def mapped(self, own: dg.PartitionsDefinition[str]) -> "Upstream":
+        """Return it with the partitions that each partition of the table depends on.
+
+        For partitions that have nothing to do with each other Dagster would look for equal keys.
+        """
+        # Compared with None: a mapping without settings is an empty tuple.
+        mappings = {key: _mapping(one, own) for key, one in self.known.items()}
+        deps = tuple(
+            dg.AssetDep(one.asset_key, partition_mapping=mappings.get(one.asset_key))
+            if one.partition_mapping is None
+            else one
+            for one in self.deps
+        )
+        made = self.made
+        if made is not None and made.partition_mapping is None:
+            made = made._replace(partition_mapping=mappings.get(key_of(made)))
+        return replace(self, deps=deps, made=made)
 
     @property
     def keys(self) -> list[dg.AssetKey]:
@@ -84,6 +122,25 @@ NO_UPSTREAM: Final = Upstream()
 def is_asset(prompts: object) -> bool:
     """Return whether prompts are given as an asset."""
     return isinstance(prompts, PromptsAsset)
+
+
+def _form(partitions_def: dg.PartitionsDefinition[str]) -> tuple[str, str, str] | None:
+    if not isinstance(partitions_def, dg.TimeWindowPartitionsDefinition):
+        return None
+    return partitions_def.cron_schedule, partitions_def.timezone, partitions_def.fmt
+
+
+def _mapping(
+    upstream: dg.PartitionsDefinition[str], own: dg.PartitionsDefinition[str]
+) -> dg.PartitionMapping | None:
+    """Return how partitions of the table depend on the upstream's; None as Dagster finds it."""
+    dimensions = own.partitions_defs if isinstance(own, dg.MultiPartitionsDefinition) else ()
+    if own == upstream or upstream in [one.partitions_def for one in dimensions]:
+        return None
+    if _form(own) is not None and _form(upstream) is not None:
+        # The present window is the table's before it is the upstream's.
+        return dg.TimeWindowPartitionMapping(allow_nonexistent_upstream_partitions=True)
+    return dg.AllPartitionMapping()
 
 
 def _asset_in(asset: PromptsAsset) -> dg.AssetIn:

@@ -105,7 +105,8 @@ def build_krea_assets(
 
     Args:
         table: The prompt table, and how it is partitioned.
-        start: First day of partitions by time, as ``YYYY-MM-DD``; the table's first by default.
+        start: First day of partitions by time, as ``YYYY-MM-DD``. By default the table's first, or
+            all as an upstream asset of the same windows has them.
         key_prefix: Prefix of the asset keys.
         group_name: Group of the assets; the prefix by default, ``krea`` without one.
         backfill_policy: Of ``images`` and ``image_manifest``; single_run by default.
@@ -146,6 +147,9 @@ def build_krea_assets(
     names = Names.of(key_prefix, group_name, resource_key)
     partitions_def = partitions_for(table, name=names.prefixed("krea"), start=start)
     upstream = Upstream.of(deps, prompts)
+    if start is None:
+        partitions_def = upstream.partitions_like(partitions_def)
+    upstream = upstream.mapped(partitions_def)
     common: dict[str, Any] = {
         "partitions_def": partitions_def,
         "backfill_policy": backfill_policy or dg.BackfillPolicy.single_run(),
