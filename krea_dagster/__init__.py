@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from krea_dagster.plugin.schedules import build_krea_schedule
     from krea_dagster.plugin.sensors.prompts import on_prompts_changed
     from krea_dagster.plugin.tables import build_krea_tables
-    from krea_dagster.prompts import Defaults, PromptTable
+    from krea_dagster.prompts import Defaults, PromptTable, SqlTable
 
 __all__ = [
     "BuyOptions",
@@ -58,6 +58,7 @@ __all__ = [
     "Measure",
     "PromptTable",
     "Settings",
+    "SqlTable",
     "build_failure_share_check",
     "build_files_check",
     "build_images_check",
@@ -88,6 +89,7 @@ _MODULES: Final = {
     "Measure": "curation.measures.custom",
     "PromptTable": "prompts",
     "Settings": "application.settings",
+    "SqlTable": "prompts",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",
     "build_images_check": "plugin.checks",

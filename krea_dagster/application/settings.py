@@ -196,7 +196,8 @@ class Settings(ConnectionSettings):
 
     prompts: str = _setting(
         "data/prompts.parquet",
-        "Prompt table: a Parquet file, a folder of them, or a URL.",
+        "Prompt table: a Parquet, CSV or JSONL file, a folder of Parquet files, a Delta or Iceberg "
+        "table, or a URL.",
         variable="KREA_PROMPTS",
         metavar="FILE|FOLDER|URL",
         repr=False,

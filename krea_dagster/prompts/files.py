@@ -206,7 +206,7 @@ def filesystem_of(source: str, options: Options | None) -> tuple[Any, str]:
     if database := database_of(source):
         raise ConfigError(
             f"{redact.location(source)} is a database ({database}); give a function as the prompt "
-            "table, such as krea_dagster.prompts.SqlTable(uri, query)"
+            "table, such as krea_dagster.SqlTable(uri, query)"
         )
     if "://" not in source:
         return fs.LocalFileSystem(), str(Path(source).expanduser().absolute())

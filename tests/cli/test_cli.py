@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from krea_dagster import cli
 from krea_dagster.application import emulator_process
@@ -511,3 +513,33 @@ def test_every_command_and_option_that_the_readme_names_exists() -> None:
         assert name in known, f"README.md names krea-dagster {name}"
         opts = {opt for option in known[name].params for opt in option.opts}
         assert set(re.findall(r"--[a-z-]+", options)) <= opts
+
+
+def test_a_table_is_bought_once_in_all_the_kinds_of_its_files(shell: Shell) -> None:
+    lines = "prompt_id,prompt,seed\n007,an oak of text,\n8,an elm of text,9\n"
+    (shell.folder / "ideas.csv").write_text(lines)
+    bought = shell.run("materialize", "--prompts", str(shell.folder / "ideas.csv"))
+    assert bought.code == 0, bought.err
+    rows = [
+        {"prompt_id": "007", "prompt": "an oak of text", "seed": None},
+        {"prompt_id": "8", "prompt": "an elm of text", "seed": 9},
+    ]
+    (shell.folder / "ideas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_deltalake(str(shell.folder / "ideas"), pa.Table.from_pylist(rows))
+    shell.table(prompt_id=["007", "8"], prompt=["an oak of text", "an elm of text"], seed=[None, 9])
+    for name in ("ideas.csv", "ideas.jsonl", "ideas", "prompts.parquet"):
+        quoted = shell.run("quote", "--json", "--prompts", str(shell.folder / name))
+        total = json.loads(quoted.out)["total"]
+        assert (total["asked"], total["to_buy"]) == (2, 0), name
+
+
+def test_a_broken_line_of_a_table_is_exit_2_before_anything_is_bought(
+    shell: Shell, emulator: Emulator
+) -> None:
+    before = posts(emulator)
+    (shell.folder / "ideas.csv").write_text("prompt,seed\nan oak\n")
+    for command in ("quote", "materialize"):
+        outcome = shell.run(command, "--prompts", str(shell.folder / "ideas.csv"))
+        assert outcome.code == 2
+        assert "ideas.csv line 2: it has 1 cells, and the header has 2" in outcome.err
+    assert posts(emulator) == before
