@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -60,14 +61,25 @@ published, 2 invalid usage or nothing to export.
 @click.option(
     "--all", "everything", is_flag=True, help="Export all stored images, not only accepted ones."
 )
+@click.option("--kept", is_flag=True, help="Export only images that a person has kept.")
 @partition_option
 @where_option
+@click.option(
+    "--ids",
+    "ids_file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Export only the rows with these prompt_ids, one per line.",
+)
 @click.option(
     "--column",
     "columns",
     multiple=True,
-    metavar="NAME",
-    help="Export this column; repeatable.  [default: all but those of this storage root]",
+    metavar="NAME[=NEW]",
+    help=(
+        "Export this column, as NEW if given (prompt=text); repeatable. Measures are columns.  "
+        "[default: all but those of this storage root]"
+    ),
 )
 @click.option(
     "--split",
@@ -102,6 +114,9 @@ published, 2 invalid usage or nothing to export.
 )
 @click.option("--sidecars", is_flag=True, help="Write KEY.json next to each image file.")
 @click.option(
+    "--captions", is_flag=True, help="Write KEY.txt, with the prompt, next to each image file."
+)
+@click.option(
     "--license", "license_name", metavar="ID", help="Licence for the card, such as cc-by-4.0."
 )
 @click.option("--title", help="Title for the card.")
@@ -133,6 +148,9 @@ def export_command(
     shard_mb: float,
     embed_parameters: bool,
     sidecars: bool,
+    captions: bool,
+    kept: bool,
+    ids_file: str | None,
     license_name: str | None,
     title: str | None,
     source: str | None,
@@ -155,7 +173,10 @@ def export_command(
         form=form,
         everything=everything,
         partitions=tuple(partitions) or None,
-        columns=tuple(columns) or None,
+        columns=columns,
+        kept=kept,
+        prompt_ids=None if ids_file is None else _prompt_ids(ids_file),
+        captions=captions,
         shard_images=shard_images,
         shard_bytes=max(1, round(shard_mb * 1e6)),
         leaks=leaks,
@@ -178,6 +199,11 @@ def export_command(
         click.echo(json.dumps(done.summary(), indent=2))
     else:
         _print_summary(done)
+
+
+def _prompt_ids(file: str) -> frozenset[str]:
+    lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    return frozenset(line.strip() for line in lines if line.strip())
 
 
 def _progress_lines() -> Callable[[ExportProgress], None]:

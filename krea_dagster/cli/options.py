@@ -111,7 +111,10 @@ def where_option(command: _Command) -> _Command:
         "--where",
         multiple=True,
         metavar="COLUMN=VALUE",
-        help="Only rows with this value; values of one column are alternatives. Repeatable.",
+        help=(
+            'Only rows with this value, or with >=, <=, >, < or != (quoted: "sharpness>=20"). '
+            "Values of one column are alternatives, all else must hold together. Repeatable."
+        ),
     )
     return option(command)
 

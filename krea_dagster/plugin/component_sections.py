@@ -133,14 +133,20 @@ class ExportSettings(YamlSection):
         default=[], description="Splits and their shares of the prompts, such as train=0.9."
     )
     where: list[str] = Field(
-        default=[], description="Only rows with these values, each as COLUMN=VALUE."
+        default=[],
+        description="Only rows with these values: COLUMN=VALUE, or >=, <=, >, <, != for =.",
     )
     everything: bool = Field(
         default=False, description="Take all stored images, not only the accepted ones."
     )
     columns: list[str] | None = Field(
-        default=None, description="Exported columns; by default all that are meaningful elsewhere."
+        default=None,
+        description=(
+            "Exported columns, each as NAME or NAME=NEW_NAME; by default all that are meaningful "
+            "elsewhere, and the measures."
+        ),
     )
+    kept: bool = Field(default=False, description="Only images that a person has kept.")
     shard_images: int = Field(default=10_000, ge=1, description="Maximum images per shard.")
     shard_bytes: int = Field(default=500_000_000, ge=1, description="Maximum bytes per shard.")
     leaks: bool = Field(default=False, description="Keep similar images in several splits.")
@@ -148,6 +154,9 @@ class ExportSettings(YamlSection):
         default=False, description="Write prompt, seed and so on into PNG files, as text."
     )
     sidecars: bool = Field(default=False, description="Write KEY.json next to each image file.")
+    captions: bool = Field(
+        default=False, description="Write KEY.txt, with the prompt, next to each image file."
+    )
     license: str | None = Field(
         default=None, description="Licence identifier for the card, such as cc-by-4.0."
     )
@@ -157,8 +166,7 @@ class ExportSettings(YamlSection):
     def spec(self) -> ExportSpec:
         """Return the specification. Raises ConfigError."""
         values = self.model_dump()
-        if self.columns is not None:
-            values["columns"] = tuple(self.columns)
+        values["columns"] = values["columns"] or ()
         return ExportSpec.parse(**values)
 
 

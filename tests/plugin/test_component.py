@@ -119,6 +119,8 @@ EVERYTHING: dict[str, Any] = {
                 "leaks": True,
                 "embed_parameters": True,
                 "sidecars": False,
+                "captions": False,
+                "kept": True,
                 "license": "cc-by-4.0",
                 "title": "Boats",
                 "source": "our own",
@@ -217,7 +219,8 @@ def test_every_argument_of_the_factory_is_in_the_yaml_or_has_a_hook() -> None:
     assert set(exports) == set(ExportSettings.model_fields)
     renamed = {"splits": "splits", "where": "filters"}
     said = {renamed.get(name, name) for name in ExportSettings.model_fields}
-    assert said | {"partitions"} == {one.name for one in fields(ExportSpec)}
+    # Names are in the columns, and prompt_ids change from export to export.
+    assert said | {"partitions", "names", "prompt_ids"} == {one.name for one in fields(ExportSpec)}
     assert {"measures", *CurationSettings.model_fields} == {one.name for one in fields(Curation)}
     in_yaml = {said_otherwise.get(name, name) for name in KreaImages.model_fields}
     # A schedule is made by build_krea_schedule.

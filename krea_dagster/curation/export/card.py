@@ -240,7 +240,7 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
     if facts.stored is not None:
         lines.append(f"- Stored: {facts.stored[0]} to {facts.stored[1]}, UTC")
     if spec.filters:
-        texts = [f"{one.column} is {' or '.join(one.values)}" for one in spec.filters]
+        texts = list(map(str, spec.filters))
         lines.append(f"- Only rows where {_plain('; '.join(texts))}")
     if spec.embed_parameters:
         lines.append(

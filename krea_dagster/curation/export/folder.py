@@ -26,6 +26,7 @@ from krea_dagster.curation.export.image_content import (
     check_image,
 )
 from krea_dagster.curation.export.json_rows import records, to_json
+from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import ExportTarget
 
 #: The table of a split, by form.
@@ -41,29 +42,25 @@ def write_folder(
     folder: str,
     content: ShardContent,
     images: Iterator[ExportedImage],
-    *,
-    sidecars: bool,
+    spec: ExportSpec,
 ) -> None:
-    """Write the images of a shard, and their sidecars."""
+    """Write the images of a shard, and the files next to them."""
     for image in images:
         target.put(f"{folder}/{image.item.file}", image.data)
-        if sidecars:
-            target.put(
-                f"{folder}/{image.item.key}.json", _sidecar(content, image.item, image.sha256)
-            )
+        for ending, data in _next_to(content, image.item, image.sha256, spec):
+            target.put(f"{folder}/{image.item.key}.{ending}", data)
 
 
 def check_folder(
-    target: ExportTarget, folder: str, content: ShardContent, *, sidecars: bool
+    target: ExportTarget, folder: str, content: ShardContent, spec: ExportSpec
 ) -> list[str]:
     """Verify the images of a shard; return the sha256 of each. Raises CorruptShard."""
     found = []
     for item in content.items:
         sha256 = check_image(item, _read(target, f"{folder}/{item.file}"))
-        if sidecars:
-            written = _read(target, f"{folder}/{item.key}.json")
-            if written != _sidecar(content, item, sha256):
-                raise CorruptShard(f"{folder}/{item.key}.json has other values")
+        for ending, data in _next_to(content, item, sha256, spec):
+            if _read(target, f"{folder}/{item.key}.{ending}") != data:
+                raise CorruptShard(f"{folder}/{item.key}.{ending} has other values")
         found.append(sha256)
     return found
 
@@ -142,8 +139,20 @@ def _cell(value: Any) -> Any:
     return to_json(value) if isinstance(value, dict | list) else value
 
 
-def _sidecar(content: ShardContent, item: ImageEntry, sha256: str) -> bytes:
-    return f"{to_json(content.ready(item, sha256))}\n".encode()
+def next_to_endings(spec: ExportSpec) -> list[str]:
+    """Return the endings of the files next to each image."""
+    return [*(["json"] if spec.sidecars else []), *(["txt"] if spec.captions else [])]
+
+
+def _next_to(
+    content: ShardContent, item: ImageEntry, sha256: str, spec: ExportSpec
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the ending and the content of each file next to an image."""
+    if spec.sidecars:
+        yield "json", f"{to_json(content.ready(item, sha256))}\n".encode()
+    if spec.captions:
+        # Trainers take the whole text for the caption.
+        yield "txt", (content.facts["prompt"][item.place].as_py() or "").encode()
 
 
 def _read(target: ExportTarget, name: str) -> bytes:

@@ -150,12 +150,19 @@ def content_of(rows: SelectedRows, spec: ExportSpec, shard: Shard) -> ShardConte
     table = rows.take(shard.rows, needed)
     keys = [key.decode() for key in rows.keys[shard.rows].tolist()]
     return ShardContent(
-        table.select(rows.columns), table.select(FACTS), keys, embed=spec.embed_parameters
+        rows.exported(table), table.select(FACTS), keys, embed=spec.embed_parameters
     )
 
 
 def _fingerprint(rows: SelectedRows, spec: ExportSpec, members: Numbers) -> str:
-    form = [_WRITER, spec.form, spec.embed_parameters, spec.sidecars, str(rows.schema)]
+    form = [
+        _WRITER,
+        spec.form,
+        spec.embed_parameters,
+        spec.sidecars,
+        spec.captions,
+        str(rows.schema),
+    ]
     hashed = hashlib.sha256(json.dumps(form).encode())
     hashed.update(b"".join(rows.keys[members].tolist()))
     hashed.update(rows.digests[members].tobytes())

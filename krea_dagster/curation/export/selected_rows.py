@@ -19,13 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from krea_dagster.curation.column_filter import matching
+from krea_dagster.curation.column_filter import ColumnFilter, matching
 from krea_dagster.curation.export.exported_types import ExportedTypes
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.engine.states import State
+from krea_dagster.curation.export.table_batches import PartitionTable
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column, table_name, table_names
@@ -53,7 +52,6 @@ _NEEDED: Final = (
 #: Columns that the card uses if they are there.
 _USED: Final = ("verdict",)
 
-_ROWS: Final = 10_000
 
 #: Column names reserved by a format.
 _RESERVED: Final = {
@@ -76,21 +74,29 @@ class SelectedRows:
     null. ``left_by_filter`` and ``repeated`` count rows that were read and left out.
     """
 
-    def __init__(self, file: _RowFile, columns: Sequence[str], left_by_filter: int) -> None:
+    def __init__(
+        self,
+        file: _RowFile,
+        columns: Sequence[str],
+        exported: Sequence[str],
+        left_by_filter: int,
+    ) -> None:
         self._file = file
         self.columns = tuple(columns)
+        self._exported = tuple(exported)
         self.left_by_filter = left_by_filter
         keys: list[bytes] = []
         digests: list[bytes] = []
         sizes: list[int] = []
         nulls: set[str] = set()
+        names = list(zip(exported, columns, strict=True))
         for batch in self._file.batches():
             table = pa.Table.from_batches([batch])
             keys += _keys(table)
             images = table["image_sha256"].to_pylist()
             digests += map(_digest, records(table.select(self.columns)), images)
             sizes += table["image_bytes"].fill_null(0).to_pylist()
-            nulls.update(name for name in self.columns if table[name].null_count)
+            nulls.update(one for one, name in names if table[name].null_count)
         self.with_nulls = frozenset(nulls)
         self.keys, first = np.unique(np.array(keys, "S24"), return_index=True)
         self._places: Numbers = first.astype(np.int64)
@@ -108,8 +114,15 @@ class SelectedRows:
 
     @property
     def schema(self) -> pa.Schema:
-        """Return the exported columns."""
-        return pa.schema([self._file.schema.field(name) for name in self.columns])
+        """Return the exported columns, under their exported names."""
+        fields = (self._file.schema.field(name) for name in self.columns)
+        return pa.schema(
+            [one.with_name(name) for one, name in zip(fields, self._exported, strict=True)]
+        )
+
+    def exported(self, table: pa.Table) -> pa.Table:
+        """Return the exported columns of some rows, under their exported names."""
+        return table.select(self.columns).rename_columns(list(self._exported))
 
     def take(self, rows: Numbers, columns: Sequence[str] | None = None) -> pa.Table:
         """Return these rows in this order, with all columns or some."""
@@ -131,39 +144,56 @@ def select_rows(
     """
     names = _names(storage, spec, folders)
     types = ExportedTypes.of(spec.form)
-    files = [_schema_of(storage, name, types) for name in names]
+    tables = [PartitionTable(storage, name) for name in names]
     try:
-        schema = pa.unify_schemas(files, promote_options="permissive")
+        schema = pa.unify_schemas(
+            [table.schema(types) for table in tables], promote_options="permissive"
+        )
     except pa.ArrowException as error:
         raise ConfigError(
             f"a column has different types in different partitions: {error}. Give it one type in "
             "the prompt table, and materialize the partitions again; nothing was published"
         ) from None
     known = schema.names
-    columns = spec.columns or [name for name in known if name not in LEFT_OUT]
-    for name in [*columns, *_NEEDED, *(one.column for one in spec.filters)]:
+    columns = [*(spec.columns or (name for name in known if name not in LEFT_OUT))]
+    filters = spec.filters
+    if spec.kept:
+        filters = (*filters, ColumnFilter("verdict", ("keep",)))
+    for name in [*columns, *_NEEDED, *(one.column for one in filters)]:
         if name not in known:
             raise no_column(name, known)
-    reserved = [*_RESERVED[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
-    if taken := [name for name in columns if name in reserved]:
-        raise ConfigError(
-            f"the table has a column {taken[0]!r}, which is reserved in {spec.form}; rename it in "
-            "the prompt table, or select the columns to export"
-        )
+    exported = _exported_names(spec, columns)
     wanted = dict.fromkeys([*columns, *_NEEDED, *(name for name in _USED if name in known)])
     kept = pa.schema([(name, types.type_of(schema.field(name).type)) for name in wanted])
-    filtered = [one.column for one in spec.filters]
+    filtered = [one.column for one in filters]
     with closing(_RowFile(kept, types)) as file:
         left = 0
-        for name in names:
-            for batch in _batches(storage, name, [*kept.names, *filtered]):
-                mask = matching(batch, spec.filters)
+        chosen = pa.array(sorted(spec.prompt_ids or ()), pa.string())
+        for table in tables:
+            for batch in table.batches([*kept.names, *filtered, "prompt_id"]):
+                mask = matching(batch, filters)
+                if spec.prompt_ids is not None:
+                    mask = pc.and_(mask, pc.is_in(batch.column("prompt_id"), value_set=chosen))
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
                 file.write(batch.filter(mask))
-        rows = SelectedRows(file, columns, left)
+        rows = SelectedRows(file, columns, exported, left)
         if not len(rows):
             raise ConfigError(_no_rows(storage, spec, left))
         yield rows
+
+
+def _exported_names(spec: ExportSpec, columns: Sequence[str]) -> list[str]:
+    """Return the name of each column in the export. Raises ConfigError."""
+    names = [spec.names.get(name, name) for name in columns]
+    reserved = [*_RESERVED[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
+    if taken := [name for name in names if name in reserved]:
+        raise ConfigError(
+            f"the column {taken[0]!r} would be exported, a name that is reserved in {spec.form}; "
+            f"export it under another name (--column {taken[0]}=NAME), or select the columns"
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two columns would be exported as {twice[0]!r}; rename one of them")
+    return names
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -187,34 +217,6 @@ def _names(storage: Storage, spec: ExportSpec, folders: Sequence[str]) -> list[s
         if storage.size_bytes(name) is None:
             raise ConfigError(f"the partition {key!r} has no table at {storage.locate(name)}")
     return list(found.values())
-
-
-def _schema_of(storage: Storage, name: str, types: ExportedTypes) -> pa.Schema:
-    with storage.open(name) as file:
-        found = pq.ParquetFile(file).schema_arrow
-    # A column of nulls has the type that it has in another partition.
-    return pa.schema(
-        [
-            pa.field(one.name, one.type if pa.types.is_null(one.type) else types.type_of(one.type))
-            for one in found
-        ]
-    )
-
-
-def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    wanted = list(dict.fromkeys([*columns, "status"]))
-    with storage.open(name) as file:
-        opened = pq.ParquetFile(file)
-        has = set(opened.schema_arrow.names)
-        for batch in opened.iter_batches(_ROWS, columns=[one for one in wanted if one in has]):
-            stored = pc.and_(
-                pc.equal(batch.column("status"), State.STORED.value),
-                pc.and_(
-                    pc.is_valid(batch.column("image_sha256")),
-                    pc.is_valid(batch.column("image_path")),
-                ),
-            )
-            yield batch.filter(stored.fill_null(False))
 
 
 def _no_rows(storage: Storage, spec: ExportSpec, left: int) -> str:

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from krea_dagster.curation.export.folder import check_folder, images_sha256, write_folder
+from krea_dagster.curation.export.folder import (
+    check_folder,
+    images_sha256,
+    next_to_endings,
+    write_folder,
+)
 from krea_dagster.curation.export.image_content import (
     BadImage,
     CorruptShard,
@@ -128,7 +133,7 @@ class ShardBuilder:
         name = f"{self.version}/{shard.name}"
         try:
             if self.spec.form not in ONE_FILE:
-                shas = check_folder(self.target, name, content, sidecars=self.spec.sidecars)
+                shas = check_folder(self.target, name, content, self.spec)
                 return self._done(shard, content, "found", shas)
             if self.target.storage.size_bytes(name) is None:
                 return None
@@ -158,13 +163,14 @@ class ShardBuilder:
             shas = [previous.exported[key] for key in content.keys]
         if self.spec.form not in ONE_FILE:
             try:
-                check_folder(self.target, old, content, sidecars=self.spec.sidecars)
+                check_folder(self.target, old, content, self.spec)
             except CorruptShard:
                 return None
             for item in content.items:
                 self.target.link(f"{old}/{item.file}", f"{new}/{item.file}")
-                if self.spec.sidecars:
-                    self.target.link(f"{old}/{item.key}.json", f"{new}/{item.key}.json")
+                for ending in next_to_endings(self.spec):
+                    name = f"{item.key}.{ending}"
+                    self.target.link(f"{old}/{name}", f"{new}/{name}")
             return self._done(shard, content, "linked", shas)
         if self.target.storage.size_bytes(old) != known["bytes"]:
             return None
@@ -181,10 +187,10 @@ class ShardBuilder:
         images = read_images(content, self.storage, self.bad.append)
         name = f"{self.version}/{shard.name}"
         if self.spec.form not in ONE_FILE:
-            write_folder(self.target, name, content, images, sidecars=self.spec.sidecars)
+            write_folder(self.target, name, content, images, self.spec)
             if len(self.bad) > bad_before:
                 return None
-            shas = check_folder(self.target, name, content, sidecars=self.spec.sidecars)
+            shas = check_folder(self.target, name, content, self.spec)
             return self._done(shard, content, "written", shas)
         with self.target.storage.scratch() as path:
             _WRITE[self.spec.form](path, content, images)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from krea_dagster.curation.column_filter import ColumnFilter, parse_filters
@@ -35,13 +35,17 @@ class ExportSpec:
         everything: Export all stored images instead of the accepted ones.
         partitions: Only these partitions; None for all.
         filters: Only rows that match all of these.
+        kept: Only images that a person has kept.
+        prompt_ids: Only the rows with these; None for all.
         columns: The exported columns, in order; None for all but those that are only meaningful in
-            the storage root, such as ``image_path``.
+            the storage root, such as ``image_path``. The measures of images are columns, too.
+        names: Other names of exported columns, by the column's own.
         shard_images: The most images per shard.
         shard_bytes: The most bytes of image files per shard; a single image may exceed it.
         leaks: Keep similar images in several splits. By default only the last split keeps them.
         embed_parameters: Write prompt, seed and other parameters into PNG files.
         sidecars: Write a JSON file next to each image file.
+        captions: Write the prompt as a text file next to each image file.
         license: The licence identifier for the dataset card.
         title: The title of the dataset card.
         source: The origin of the prompts, for the dataset card.
@@ -55,12 +59,16 @@ class ExportSpec:
     everything: bool = False
     partitions: tuple[str, ...] | None = None
     filters: tuple[ColumnFilter, ...] = ()
+    kept: bool = False
+    prompt_ids: frozenset[str] | None = None
     columns: tuple[str, ...] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
     shard_images: int = 10_000
     shard_bytes: int = 500_000_000
     leaks: bool = False
     embed_parameters: bool = False
     sidecars: bool = False
+    captions: bool = False
     license: str | None = None
     title: str | None = None
     source: str | None = None
@@ -70,9 +78,10 @@ class ExportSpec:
             raise ConfigError(f"unknown form {self.form!r}; use one of {', '.join(FORMS)}")
         if self.shard_images < 1 or self.shard_bytes < 1:
             raise ConfigError("shard_images and shard_bytes must be 1 or more")
-        if self.sidecars and self.form in ONE_FILE:
+        if (self.sidecars or self.captions) and self.form in ONE_FILE:
+            what = "sidecars" if self.sidecars else "captions"
             raise ConfigError(
-                f"sidecars need image files, which {self.form} does not have; its shards contain "
+                f"{what} need image files, which {self.form} does not have; its shards contain "
                 "the columns already"
             )
         if self.license is not None and not _LICENSE.fullmatch(self.license):
@@ -83,16 +92,29 @@ class ExportSpec:
 
     @classmethod
     def parse(
-        cls, *, splits: Sequence[str] = (), where: Sequence[str] = (), **fields: Any
+        cls,
+        *,
+        splits: Sequence[str] = (),
+        where: Sequence[str] = (),
+        columns: Sequence[str] = (),
+        **fields: Any,
     ) -> ExportSpec:
-        """Return a specification with splits and filters from texts.
+        """Return a specification with splits, filters and columns from texts.
 
         Args:
             splits: ``NAME=SHARE`` each.
-            where: ``COLUMN=VALUE`` each.
+            where: ``COLUMN=VALUE``, ``COLUMN>=VALUE`` and the like each.
+            columns: ``NAME`` or ``NAME=EXPORTED_NAME`` each.
             **fields: The other fields.
 
         Raises:
             ConfigError: A text or value is invalid.
         """
-        return cls(splits=parse_splits(splits), filters=parse_filters(where), **fields)
+        pairs = [(name, new) for name, _, new in (text.partition("=") for text in columns)]
+        return cls(
+            splits=parse_splits(splits),
+            filters=parse_filters(where),
+            columns=tuple(name for name, _ in pairs) or None,
+            names={name: new for name, new in pairs if new},
+            **fields,
+        )

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from krea_dagster.curation.accepted.accepted_table import accepted_name, accepted_schema
+from krea_dagster.curation.measures.measures_table import measures_name
 from krea_dagster.curation.similarity.near_duplicates import (
     NEAR_DUPLICATES_SCHEMA,
     near_duplicates_name,
@@ -113,6 +114,14 @@ class ExportProject:
         schema = pa.schema([*MANIFEST_SCHEMA, *FURTHER])
         table = pa.Table.from_pylist([{**row, "partition_key": key} for row in rows], schema)
         write_manifest(self.storage, key, table)
+
+    def write_measures(
+        self, rows: Sequence[dict[str, Any]], key: str = "a", **measures: Sequence[float]
+    ) -> None:
+        """Write some measures of images of a partition."""
+        images = [row["image_sha256"] for row in rows]
+        table = pa.table({"image_sha256": images, "partition_key": [key] * len(rows), **measures})
+        self.storage.write(measures_name(key), lambda file: pq.write_table(table, file))
 
     def write_near_duplicates(self, *clusters: Sequence[dict[str, Any]]) -> None:
         """Write the table of near-duplicates."""

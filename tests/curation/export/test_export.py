@@ -209,7 +209,7 @@ def test_a_reserved_column_is_rejected(project: ExportProject, to: str) -> None:
     project.storage.write(
         name, lambda file: pq.write_table(table.append_column("image", table["category"]), file)
     )
-    with pytest.raises(ConfigError, match="rename it"):
+    with pytest.raises(ConfigError, match="under another name"):
         done(project, to)
 
 
@@ -625,6 +625,91 @@ def test_a_row_in_two_tables_is_exported_once(project: ExportProject, to: str) -
     project.write_accepted(project.rows(3), "b")
     exported = done(project, to, columns=("prompt",))
     assert (exported.facts.images, exported.repeated) == (3, 3)
+
+
+# -- what is chosen, and how it is named ----------------------------------------------------------
+
+
+def chosen(exported: Exported) -> set[str]:
+    return {row["prompt_id"] for row in index_of(exported)}
+
+
+def test_only_kept_images_or_named_rows_are_exported(project: ExportProject, to: str) -> None:
+    verdicts = ["keep", None, "flag", "keep"]
+    rows = [project.row(at, verdict=verdict) for at, verdict in enumerate(verdicts)]
+    project.write_accepted(rows)
+    assert chosen(done(project, to, kept=True)) == {"row-0000", "row-0003"}
+    ids = frozenset({"row-0001", "row-0003", "no such row"})
+    assert chosen(done(project, to, prompt_ids=ids)) == {"row-0001", "row-0003"}
+    assert chosen(done(project, to, prompt_ids=ids, kept=True)) == {"row-0003"}
+
+
+def test_measures_are_columns_and_filters(project: ExportProject, to: str) -> None:
+    rows = project.rows(4)
+    project.write_accepted(rows)
+    project.write_accepted([project.row(9)], "b")  # not measured
+    project.write_measures(rows[:3], sharpness=[10.0, 20.0, 30.0])
+    exported = done(project, to, form="jsonl", where=["sharpness>=20"])
+    assert chosen(exported) == {"row-0001", "row-0002"}
+    found = images_in(done(project, to, form="jsonl"))
+    sharpness = {name: row["sharpness"] for name, (_, row) in found.items()}
+    assert sharpness == {
+        "row-0000": 10.0,
+        "row-0001": 20.0,
+        "row-0002": 30.0,
+        "row-0003": None,
+        "row-0009": None,
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_is_exported_under_another_name(
+    project: ExportProject, to: str, form: Form
+) -> None:
+    rows = project.rows(3)
+    project.write_accepted(rows)
+    exported = done(project, to, form=form, columns=["prompt_id", "prompt=text", "seed"])
+    read = {"parquet": from_parquet}.get(exported.spec.form, from_files)
+    if form == "webdataset":
+        lines = dict(tar_rows(Path(exported.path)))
+    else:
+        lines = {row["prompt_id"]: row for _, row in read(Path(exported.path))}
+    assert {name: row["text"] for name, row in lines.items()} == {
+        row["prompt_id"]: row["prompt"] for row in rows
+    }
+    assert all("prompt" not in row for row in lines.values())
+
+
+def tar_rows(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in root.glob("data/*.tar"):
+        with tarfile.open(path) as tar:
+            for one in tar:
+                if one.name.endswith(".json"):
+                    row = json.loads(content(tar, one))
+                    yield row["prompt_id"], row
+
+
+def test_two_columns_cannot_have_one_name(project: ExportProject, to: str) -> None:
+    project.write_accepted(project.rows(1))
+    with pytest.raises(ConfigError, match="two columns would be exported as 'seed'"):
+        done(project, to, columns=["prompt=seed", "seed"])
+
+
+def test_captions_are_the_prompts_in_text_files_next_to_the_images(
+    project: ExportProject, to: str
+) -> None:
+    project.write_accepted(project.rows(3))
+    for count in (3, 4):  # the second time, the shard of the first is not linked but written again
+        project.write_accepted(project.rows(count))
+        exported = done(project, to, form="imagefolder", captions=True, columns=["prompt_id"])
+        root = Path(exported.path)
+        captions = {
+            row["prompt_id"]: (root / row["file"]).with_suffix(".txt").read_text()
+            for row in index_of(exported)
+        }
+        assert captions == {row["prompt_id"]: row["prompt"] for row in project.rows(count)}
+    with pytest.raises(ConfigError, match="captions need image files"):
+        ExportSpec(form="parquet", captions=True)
 
 
 # -- what the datasets library is told ----------------------------------------------------------
