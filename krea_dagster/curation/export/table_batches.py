@@ -49,7 +49,7 @@ class PartitionTable:
         )
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Yield these columns of the stored images, as far as there are such columns."""
+        """Yield those of these columns that exist, of the stored images."""
         needed = ["status", "image_sha256", "image_path"]
         wanted = list(dict.fromkeys([*columns, *needed]))
         own = set(self._own.names)
