@@ -128,8 +128,9 @@ def build_krea_definitions(
           ``krea_dataset`` and ``krea_accepted``;
         - the sensors ``krea_prompts`` (reports changed prompts), ``krea_verdicts`` (reports new
           verdicts), ``krea_salvage`` (starts its job), ``krea_retries`` (reports failures again
-          whose retry Dagster has missed), with an ``automation_condition`` ``krea_automation``
-          (launches runs), and with ``collect_later`` ``krea_collect``;
+          whose retry Dagster has missed, and makes lost launches of the automation again), with an
+          ``automation_condition`` ``krea_automation`` (launches runs), and with ``collect_later``
+          ``krea_collect``;
         - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``,
           ``no_near_duplicates``, and for ``spend_daily`` one for each kind of warning;
         - the resources ``krea`` and ``krea_manifest``.
@@ -297,7 +298,7 @@ def _sensors(
 ) -> list[dg.SensorDefinition]:
     sensors: list[dg.SensorDefinition] = [
         build_prompts_sensor(names, assets.table, assets.partitions_def, upstream=assets.upstream),
-        build_retries_sensor(names),
+        build_retries_sensor(names, assets.images),
     ]
     if launch:
         name = names.prefixed("krea_automation")

@@ -1,7 +1,7 @@
 """The partitions of a prompt table as Dagster's partitions."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, timezone
 from typing import Final
@@ -159,6 +159,21 @@ def missing_dynamic_keys(
     known = set(instance.get_dynamic_partitions(name))
     missing = [key for key in wanted if key not in known]
     return (name, missing) if missing else None
+
+
+def keys_of_run(tags: Mapping[str, str], known: Sequence[str]) -> frozenset[str]:
+    """Return the keys of a run's partition or range, by its tags; none without partitions.
+
+    ``known`` are all keys in Dagster's order.
+    """
+    if (key := tags.get("dagster/partition")) is not None:
+        return frozenset([key])
+    first, last = tags.get(RANGE_START_TAG), tags.get(RANGE_END_TAG)
+    if first is None or last is None:
+        return frozenset()
+    if first not in known or last not in known:
+        return frozenset([first, last])
+    return frozenset(known[known.index(first) : known.index(last) + 1])
 
 
 def register_partitions(

@@ -13,7 +13,8 @@ from typing import Final
 
 import dagster as dg
 
-from krea_dagster.plugin.names import Names
+from krea_dagster.plugin.names import JOB_NAME, Names
+from krea_dagster.plugin.sensors.lost_launches import lost_launches
 
 #: Seconds between two ticks of the sensor.
 _TICK_S: Final = 60
@@ -36,51 +37,67 @@ def _utc_now() -> datetime:
 
 
 def build_retries_sensor(
-    names: Names, *, utc_now: Callable[[], datetime] = _utc_now
+    names: Names, images: dg.AssetsDefinition, *, utc_now: Callable[[], datetime] = _utc_now
 ) -> dg.SensorDefinition:
-    """Build the sensor that reports missed failures of runs that buy images again."""
-    keys = frozenset({names.key("images"), names.manifest_key})
+    """Build the sensor that makes good what Dagster has missed about runs that buy images.
+
+    It reports missed failures of runs again, and makes launches of the automation again for which
+    there is no run (``lost_launches``).
+    """
+    keys = frozenset({images.key, names.manifest_key})
 
     @dg.sensor(
         name=names.prefixed("krea_retries"),
+        job_name=names.prefixed(JOB_NAME),
         minimum_interval_seconds=_TICK_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
             "Finds failed runs that Dagster meant to retry and has not, and reports their failure "
-            "once more. Does nothing if run retries are off."
+            "once more. Launches what the automation has launched without a run coming of it."
         ),
     )
-    def retries_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        instance = context.instance
-        if not instance.run_retries_enabled:
-            return dg.SkipReason("Run retries are off.")
+    def retries_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         now = utc_now()
-        failed = instance.get_run_records(
-            dg.RunsFilter(
-                statuses=[dg.DagsterRunStatus.FAILURE],
-                tags={_WILL_RETRY: "true"},
-                updated_after=now - _LAST_AGE,
-            )
-        )
-        missed = [
-            record.dagster_run
-            for record in failed
-            if not {_RETRIED_BY, REPORTED_TAG} & record.dagster_run.tags.keys()
-            and record.end_time is not None
-            and record.end_time < (now - _MISSED_AFTER).timestamp()
-            and keys & _assets_of(record.dagster_run, context)
-        ]
-        for run in missed:
-            instance.add_run_tags(run.run_id, {REPORTED_TAG: "true"})
-            instance.report_run_failed(
-                run, "Dagster has not retried this run, so its failure is reported once more."
-            )
-        if not missed:
-            return dg.SkipReason("Dagster has retried every run that it meant to.")
-        runs = ", ".join(run.run_id for run in missed)
-        return dg.SkipReason(f"Reported again, so that Dagster retries them: {runs}")
+        said = _report_missed(context, keys, now)
+        if lost := lost_launches(context, names, images, now):
+            context.log.info("%s Launched again: %d runs.", said, len(lost))
+            return dg.SensorResult(run_requests=lost)
+        return dg.SkipReason(said)
 
     return retries_sensor
+
+
+def _report_missed(
+    context: dg.SensorEvaluationContext, keys: frozenset[dg.AssetKey], now: datetime
+) -> str:
+    """Report missed failures of runs for these assets again, and return what was done."""
+    instance = context.instance
+    if not instance.run_retries_enabled:
+        return "Run retries are off."
+    failed = instance.get_run_records(
+        dg.RunsFilter(
+            statuses=[dg.DagsterRunStatus.FAILURE],
+            tags={_WILL_RETRY: "true"},
+            updated_after=now - _LAST_AGE,
+        )
+    )
+    missed = [
+        record.dagster_run
+        for record in failed
+        if not {_RETRIED_BY, REPORTED_TAG} & record.dagster_run.tags.keys()
+        and record.end_time is not None
+        and record.end_time < (now - _MISSED_AFTER).timestamp()
+        and keys & _assets_of(record.dagster_run, context)
+    ]
+    for run in missed:
+        instance.add_run_tags(run.run_id, {REPORTED_TAG: "true"})
+        instance.report_run_failed(
+            run, "Dagster has not retried this run, so its failure is reported once more."
+        )
+    if not missed:
+        return "Dagster has retried every run that it meant to."
+    runs = ", ".join(run.run_id for run in missed)
+    return f"Reported again, so that Dagster retries them: {runs}."
 
 
 def _assets_of(run: dg.DagsterRun, context: dg.SensorEvaluationContext) -> frozenset[dg.AssetKey]:

@@ -54,7 +54,10 @@ def failed_run(defs: dg.Definitions, retrying: dg.DagsterInstance) -> FailedRun:
 def tick(
     defs: dg.Definitions, instance: dg.DagsterInstance, *, later: timedelta = timedelta(minutes=1)
 ) -> SensorExecutionData:
-    sensor = build_retries_sensor(Names(), utc_now=lambda: datetime.now(timezone.utc) + later)
+    images = defs.resolve_assets_def(dg.AssetKey("images"))
+    sensor = build_retries_sensor(
+        Names(), images, utc_now=lambda: datetime.now(timezone.utc) + later
+    )
     with dg.build_sensor_context(instance, definitions=defs) as context:
         return sensor.evaluate_tick(context)
 
