@@ -51,6 +51,7 @@ def quote_partitions(
 
     Creates no journal. Raises ConfigError, PromptTableError or JournalError.
     """
+    table = table.pinned()
     in_table = table.partition_keys()
     now = datetime.now(timezone.utc)
     known = {key for key in in_table if has_begun(table, key, now)}

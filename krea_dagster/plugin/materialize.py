@@ -97,7 +97,7 @@ def materialize(
     """
     started_s = time.monotonic()
     krea = Krea(settings)
-    table = krea.table()
+    table = krea.table().pinned()
     partitions_def = partitions_for(table, name="krea")
     options = options or BuyOptions()
     runs = _Runs(listener)

@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 import weakref
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,10 @@ class Copy:
 
     def mark(self) -> str:
         """Return a hash of the content."""
+        return self._mark
+
+    @cached_property
+    def _mark(self) -> str:
         digest = hashlib.sha256()
         with Path(self.path).open("rb") as file:
             while block := file.read(1 << 20):

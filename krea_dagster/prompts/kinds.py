@@ -135,6 +135,12 @@ def table_around(filesystem: Any, root: str) -> tuple[str, str] | None:
     return None
 
 
+def catalog_of(source: str) -> tuple[str, str] | None:
+    """Return the catalog and the table of ``iceberg://catalog/namespace.table``, else None."""
+    found = re.fullmatch(r"iceberg://([^/]+)/([^/]+\.[^/]+)", source)
+    return (found[1], found[2]) if found else None
+
+
 def database_of(source: str) -> str:
     """Return the database that a URL names, such as ``postgresql``; empty for other sources."""
     name = source.partition("://")[0].partition("+")[0].lower() if "://" in source else ""

@@ -26,7 +26,7 @@ from krea_dagster.prompts.files import (
     open_files,
     reading,
 )
-from krea_dagster.prompts.kinds import FORMATS, Kind, kind_of
+from krea_dagster.prompts.kinds import FORMATS, Kind, catalog_of, kind_of
 from krea_dagster.prompts.table_formats import format_table, open_table
 from krea_dagster.prompts.text_files import csv_stream, jsonl_stream
 from krea_dagster.prompts.values import kind_of_value, plain_stream, stream_of
@@ -219,9 +219,12 @@ def _reading_of(source: Source, found: Source, options: Options, kept: Kept) -> 
         return CopiedReading(source, shown_source(source), kept, table.mark, table.stream)
     place = str(found)
     shown = redact.location(place)
-    filesystem, root = filesystem_of(place, options)
-    with reading(shown, place, options):
-        kind = kind_of(filesystem, root, shown)
+    if catalog_of(place):
+        kind = Kind.ICEBERG
+    else:
+        filesystem, root = filesystem_of(place, options)
+        with reading(shown, place, options):
+            kind = kind_of(filesystem, root, shown)
     if kind is Kind.PARQUET:
         return ParquetReading(source, place, options)
     if kind in FORMATS:

@@ -11,7 +11,7 @@ from krea_dagster import redact
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options, kind_of, local_path, open_url, resolved
 from krea_dagster.prompts.files import first_line
-from krea_dagster.prompts.kinds import FORMATS, METADATA_ENDING, Kind
+from krea_dagster.prompts.kinds import FORMATS, METADATA_ENDING, Kind, catalog_of
 
 #: The library that reads a format, and the extra that brings it.
 _LIBRARIES: Final = {Kind.DELTA: ("deltalake", "delta"), Kind.ICEBERG: ("pyiceberg", "iceberg")}
@@ -81,11 +81,11 @@ def format_table(value: object) -> FormatTable | None:
 
 
 def open_table(kind: Kind, place: str, shown: str, options: Options) -> FormatTable:
-    """Return the newest version of a Delta table, or the named one of an Iceberg table.
+    """Return the newest version of a Delta table, or the current one of an Iceberg table.
 
     Args:
         kind: Delta or Iceberg.
-        place: The table's folder; of Iceberg also a metadata file.
+        place: The table's folder; of Iceberg also a metadata file, or its place in a catalog.
         shown: What it is called in messages.
         options: How fsspec opens a URL.
 
@@ -119,6 +119,11 @@ def _delta(place: str, options: Options) -> DeltaFormat:
 
 
 def _iceberg(place: str, shown: str, options: Options) -> IcebergFormat:
+    if (named := catalog_of(place)) is not None:
+        from pyiceberg.catalog import load_catalog
+
+        catalog, table = named
+        return IcebergFormat(load_catalog(catalog).load_table(table))
     filesystem, root = open_url(place, options)
     # Where the table says its files are, in the words of its URL.
     at = place.rstrip("/") if "://" in place else root
@@ -136,8 +141,8 @@ def _version(filesystem: Any, root: str, shown: str) -> str:
     if not filesystem.exists(hint):
         raise ConfigError(
             f"{shown} is an Iceberg table without a version hint: only its catalog knows which "
-            "version is current. Give a function that returns "
-            "pyiceberg.catalog.load_catalog(...).load_table(...), or the path of a metadata file"
+            "version is current. Give iceberg://CATALOG/NAMESPACE.TABLE, or the path of a metadata "
+            "file"
         )
     version = str(filesystem.cat_file(hint), "utf-8").strip()
     return f"v{version}" if version.isdecimal() else version.removesuffix(METADATA_ENDING)

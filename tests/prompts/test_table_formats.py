@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,11 +181,38 @@ def test_a_folder_needs_a_version_hint_and_a_metadata_file_needs_none(iceberg: T
     folder = folder_of(iceberg)
     said = refused(folder)
     assert "only its catalog knows which version is current" in said
-    assert "load_catalog" in said
+    assert "iceberg://CATALOG/NAMESPACE.TABLE" in said
     metadata = Path(iceberg.metadata_location.removeprefix("file://"))
     assert len(prompts_of(opened(metadata))) == 3
     (folder / "metadata" / "version-hint.text").write_text(metadata.name)
     assert len(prompts_of(opened(folder))) == 3
+
+
+def test_a_catalog_is_asked_by_its_name_also_from_the_command_line(
+    iceberg: Table, tmp_path: Path
+) -> None:
+    """pyiceberg reads the catalog from its own variables or file."""
+    iceberg.delete("prompt_id = 'b'")
+    command = [sys.executable, "-m", "krea_dagster.cli", "quote", "--json"]
+    environ = {
+        **os.environ,
+        "KREA_STORAGE": str(tmp_path / "krea"),
+        "PYICEBERG_CATALOG__TEST__TYPE": "sql",
+        "PYICEBERG_CATALOG__TEST__URI": f"sqlite:///{tmp_path}/catalog.db",
+    }
+
+    def quote(source: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "--prompts", source],
+            env=environ, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    found = quote("iceberg://test/shop.prompts")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["total"]["asked"] == 3
+    missing = quote("iceberg://test/shop.ideas")
+    assert missing.returncode == 2
+    assert "iceberg://test/shop.ideas cannot be read as an Iceberg table" in missing.stderr
 
 
 def test_rows_in_a_position_delete_file_do_not_count(iceberg: Table) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 import pytest
 from dagster._core.definitions.sensor_definition import SensorExecutionData
+from deltalake import write_deltalake
 
 from krea_dagster import KreaResource, build_krea_assets
 from krea_dagster.plugin.data_versions import last_versions, report_prompts
@@ -118,6 +121,60 @@ def test_a_table_whose_files_have_not_moved_is_not_read(
     table.write()
     assert table.settled()
     assert table.reads == 2 * reads
+
+
+def write_csv(table: WatchedTable, prompts: list[str]) -> Path:
+    path = table.path.with_suffix(".csv")
+    path.write_text("prompt_id,prompt\n" + "".join(f"{name},{name}\n" for name in prompts))
+    os.utime(path, (LONG_AGO_S, LONG_AGO_S + len(prompts)))
+    return path
+
+
+def write_delta(table: WatchedTable, prompts: list[str]) -> Path:
+    path = table.path.with_suffix(".delta")
+    rows = pa.table({"prompt_id": prompts, "prompt": prompts})
+    write_deltalake(str(path), rows, mode="overwrite")
+    return path
+
+
+@pytest.mark.parametrize("write", [write_csv, write_delta])
+def test_a_table_of_another_kind_is_read_only_when_it_has_changed(
+    tmp_path: Path, own: dg.DagsterInstance, write: Callable[[WatchedTable, list[str]], Path]
+) -> None:
+    table = WatchedTable(tmp_path, own)
+    source = write(table, ["s-00", "s-01"])
+    table.table = replace(table.table, source=source)
+    assert table.reported() == all_buckets()
+    assert table.settled()
+    before = table.reads
+    table.restart()
+    assert table.tick().skip_message == SAME
+    assert table.reads == before, "the cursor has its mark"
+    write(table, ["s-00", "s-01", "s-02"])
+    assert table.reported() == {key_for(table.table.partition_by, "s-02")}
+    assert table.reads > before
+    assert table.settled()
+
+
+def test_a_function_is_called_in_each_tick_and_its_rows_are_read_if_they_differ(
+    tmp_path: Path, own: dg.DagsterInstance
+) -> None:
+    rows = [{"prompt_id": "s-00", "prompt": "s-00"}]
+    calls: list[int] = []
+
+    def ideas() -> list[dict[str, str]]:
+        calls.append(len(rows))
+        return rows
+
+    table = WatchedTable(tmp_path, own)
+    table.table = replace(table.table, source=ideas, name="ideas")
+    assert table.reported() == all_buckets()
+    assert table.settled()
+    read, called = table.reads, len(calls)
+    assert table.tick().skip_message == SAME
+    assert (table.reads, len(calls)) == (read, called + 1)
+    rows.append({"prompt_id": "s-01", "prompt": "s-01"})
+    assert table.reported() == {key_for(table.table.partition_by, "s-01")}
 
 
 def test_looking_makes_no_journal(tmp_path: Path, own: dg.DagsterInstance) -> None:
