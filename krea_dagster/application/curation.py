@@ -11,9 +11,7 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.curation.accepted.accepted_table import AcceptedPartition, AcceptedTableBuilder
 from krea_dagster.curation.accepted.quota import GroupResult, WantedImages
 from krea_dagster.curation.accepted.rules import Rules
-from krea_dagster.curation.export.export import Exported
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.curation.export.target import ExportTarget
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.measure_partitions import MeasuredPartition, measure_partitions
 from krea_dagster.curation.similarity.near_duplicates import (
@@ -139,17 +137,13 @@ def images_origin(backend: Backend) -> str:
         return "" if journal is None else journal.origin()
 
 
-def refused_since(backend: Backend, exported: Exported) -> int:
-    """Count the exported images that were rejected or flagged since they were accepted."""
-    if exported.spec.everything:
-        return 0
+def refused_images(backend: Backend) -> frozenset[str]:
+    """Return the sha256 of the images whose last verdict is reject or flag."""
     with open_verdicts(backend) as log:
         if log is None:
-            return 0
-        path, _, version = exported.path.rpartition("/")
-        target = ExportTarget(path, backend.open_storage().options_for(path))
-        images = target.index(version)["image_sha256"].to_pylist()
-        return sum(one.verdict in (REJECT, FLAG) for one in log.current(images).values())
+            return frozenset()
+        current = log.current().items()
+        return frozenset(sha256 for sha256, one in current if one.verdict in (REJECT, FLAG))
 
 
 def current_verdicts(backend: Backend) -> dict[str, str] | None:

@@ -325,6 +325,8 @@ class Krea(Backend):
     ) -> Exported:
         """Export the accepted images as a dataset, each compared with its hash.
 
+        If there are no accepted images yet, they are made first, by the usual rules (``curate``).
+
         Args:
             spec: Format, splits, filters; see ``ExportSpec``.
             to: Folder or URL; ``exports/FORMAT`` in the storage root by default.
@@ -335,31 +337,30 @@ class Krea(Backend):
             on_progress: Is called with the images exported so far.
 
         Raises:
-            ConfigError: if there is nothing to export.
+            ConfigError: if there is nothing to export, or images were rejected or flagged since
+                they were accepted.
             ImagesNotAsStored: if images are missing or changed; nothing is published.
         """
-        from krea_dagster.application.curation import images_origin
+        from krea_dagster.application.curation import curate, images_origin, refused_images
+        from krea_dagster.curation.accepted.accepted_table import has_accepted
         from krea_dagster.curation.export.export import export
         from krea_dagster.curation.export.spec import ExportSpec
 
         spec, storage = spec or ExportSpec(), self.open_storage()
+        if not spec.everything and not has_accepted(storage, folders):
+            curate(self, folders=folders)
         return export(
             storage,
             spec,
             to or storage.locate(f"exports/{spec.form}"),
             folders=folders,
             origin=images_origin(self),
+            refused=frozenset() if spec.everything else refused_images(self),
             fresh=fresh,
             keep=keep,
             threads=threads,
             on_progress=on_progress,
         )
-
-    def refused_since(self, exported: Exported) -> int:
-        """Count the exported images that were rejected or flagged since they were accepted."""
-        from krea_dagster.application.curation import refused_since
-
-        return refused_since(self, exported)
 
     def gallery(
         self,

@@ -189,12 +189,6 @@ def export_command(
     done = krea.export(
         spec, to, fresh=fresh, keep=keep, threads=threads, on_progress=_progress_lines()
     )
-    if refused := krea.refused_since(done):
-        click.echo(
-            f"{refused} of these images {'was' if refused == 1 else 'were'} rejected or flagged "
-            "since accepted_images was materialized: materialize it, and export again.",
-            err=True,
-        )
     if as_json:
         click.echo(json.dumps(done.summary(), indent=2))
     else:

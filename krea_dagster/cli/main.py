@@ -29,6 +29,7 @@ _PLACES: Final = {
 _COMMANDS: Final = {
     "accept": ("cli.accept:accept_group", "Accept what a run stopped for: a root, a key, a price."),
     "callbacks": ("callbacks.command:callbacks_command", "Receive EvoLink's callbacks."),
+    "curate": ("cli.curate:curate_command", "Measure images, find duplicates, accept images."),
     "demo": ("cli.materialize:demo_command", "Try materialize with the emulator: no key, no cost."),
     "drill": ("drill.command:drill_command", "Kill workers while they buy, and check the result."),
     "emulator": ("emulator.command:emulator_command", "Run EvoLink's API on this machine."),

@@ -8,9 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import pyarrow as pa
@@ -21,7 +19,8 @@ from deltalake import write_deltalake
 from krea_dagster import cli
 from krea_dagster.application import emulator_process
 from krea_dagster.emulator import Emulator
-from tests.dagster_bench import OpenAccount, posts, write_table
+from tests.cli.shell import Shell
+from tests.dagster_bench import posts
 
 REPOSITORY = Path(__file__).parents[2]
 REFUSE = "[emulator: refuse]"
@@ -31,60 +30,6 @@ COMMANDS: dict[str, click.Command] = {
     name: cli.main.get_command(click.Context(cli.main), name) or cli.main
     for name in cli.main.list_commands(click.Context(cli.main))
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
-class Shell:
-    """A folder with a prompt table, and the environment that names it."""
-
-    folder: Path
-    capture: pytest.CaptureFixture[str]
-    patch: pytest.MonkeyPatch
-
-    def table(self, **columns: Any) -> None:
-        write_table(self.folder / "prompts.parquet", columns)
-
-    def run(self, *arguments: str) -> Outcome:
-        """Run the command in this process, which spares it four seconds of imports."""
-        self.patch.setattr(sys, "argv", ["krea-dagster", *arguments])
-        self.capture.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.run()
-        captured = self.capture.readouterr()
-        code = ended.value.code
-        return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-
-@pytest.fixture
-def shell(
-    *,
-    tmp_path: Path,
-    dagster_home: Path,
-    emulator: Emulator,
-    open_account: OpenAccount,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Shell:
-    variables = {
-        "EVOLINK_API_KEY": open_account(),
-        "EVOLINK_BASE_URL": emulator.url,
-        "KREA_PROMPTS": str(tmp_path / "prompts.parquet"),
-        "KREA_STORAGE": str(tmp_path / "krea"),
-        "KREA_PARTITION_BY": "hash:2",
-        "DAGSTER_HOME": str(dagster_home),
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return Shell(tmp_path, capsys, monkeypatch)
 
 
 # -- materialize ------------------------------------------------------------------------------

@@ -43,20 +43,19 @@ def test_it_publishes_below_the_storage_root_and_prints_where(project: ExportPro
     assert "materialize near_duplicates first" in ran.stderr
 
 
-def test_a_refusal_after_accepted_images_is_reported(project: ExportProject) -> None:
+def test_an_image_that_was_rejected_since_is_named_and_nothing_is_published(
+    project: ExportProject,
+) -> None:
     row = project.rows(1)[0]
     names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
     with closing(Journal(f"sqlite:///{project.root}/journal.db")) as journal:
-        assert "rejected or flagged" not in run(project).stderr
         about = {name: row[name] for name in names}
         journal.verdicts.add([Verdict("1", row["image_sha256"], REJECT, "ann", **about)])
     ran = run(project)
-    assert ran.exit_code == 0
-    assert (
-        "1 of these images was rejected or flagged since accepted_images was materialized"
-        in ran.stderr
-    )
-    assert "rejected or flagged" not in run(project, "--all").stderr
+    assert isinstance(ran.exception, ConfigError)
+    assert "1 of these images were rejected or flagged" in str(ran.exception)
+    assert row["prompt_id"] in str(ran.exception)
+    assert not (Path(project.root) / "exports").exists()
 
 
 def test_only_json_is_on_stdout(project: ExportProject, tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ _DUPLICATES: Final = pa.schema(
 )
 
 
+def has_accepted(storage: Storage, folders: Sequence[str] = ()) -> bool:
+    """Return whether a partition has a table of accepted images."""
+    return next(iter(table_names(storage, "accepted", folders)), None) is not None
+
+
 def accepted_name(partition_key: str, folders: Sequence[str] = ()) -> str:
     """Return the name of a partition's accepted images under the storage root."""
     return table_name("accepted", partition_key, folders)

@@ -7,24 +7,25 @@ verified and kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.curation.export.card import DatasetFacts, facts_of, write_card
 from krea_dagster.curation.export.plan import make_plan, shard_layout
-from krea_dagster.curation.export.selected_rows import select_rows
+from krea_dagster.curation.export.selected_rows import SelectedRows, select_rows
 from krea_dagster.curation.export.shards import ExportProgress, PreviousVersion, ShardBuilder
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import ExportTarget
 from krea_dagster.curation.export.version_files import write_version_files
 from krea_dagster.curation.similarity.near_duplicates import read_near_duplicates
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import StorageError
+from krea_dagster.errors import ConfigError, StorageError
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def export(
     *,
     folders: Sequence[str] = (),
     origin: str = "",
+    refused: Collection[str] = (),
     fresh: bool = False,
     keep: int | None = None,
     threads: int | None = None,
@@ -94,11 +96,11 @@ def export(
     """Export images of a storage root to a folder or URL, as a new version (see ``target``).
 
     ``folders`` as for the manifests. ``origin`` is where the images come from, for the card: a
-    host, or "an emulator". ``fresh`` distributes the images to shards again, instead of
-    keeping them where the previous version has them. ``keep`` is the number of complete versions to
-    keep, None for all. Raises ConfigError where no image is selected, ImagesNotAsStored where files
-    are missing or changed, and StorageError where the target cannot be written; then nothing was
-    published.
+    host, or "an emulator". None of the images may be among ``refused``, by sha256. ``fresh``
+    distributes the images to shards again, instead of keeping them where the previous version has
+    them. ``keep`` is the number of complete versions to keep, None for all. Raises ConfigError
+    where no image is selected, or one was refused, ImagesNotAsStored where files are missing or
+    changed, and StorageError where the target cannot be written; then nothing was published.
     """
     with _storage_errors(to), select_rows(storage, spec, folders) as rows:
         target = ExportTarget(to, storage.options_for(to))
@@ -108,6 +110,7 @@ def export(
         if latest and previous and previous.get("layout") == shard_layout(spec):
             index = target.index(latest)
         similar = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
+        _check_verdicts(rows, refused)
         plan = make_plan(rows, spec, similar, index)
         facts = facts_of(rows, plan, spec, origin)
         version = plan.version(write_card(facts, spec, plan, version=""))
@@ -138,6 +141,22 @@ def export(
             linked=how.count("linked"),
             bytes=described["bytes"],
             removed=[] if keep is None else target.prune(keep),
+        )
+
+
+def _check_verdicts(rows: SelectedRows, refused: Collection[str]) -> None:
+    """Raise ConfigError if an image was rejected or flagged since it was accepted."""
+    if not refused:
+        return
+    images = rows.column("image_sha256")
+    places = pc.is_in(images, value_set=pa.array(sorted(refused), images.type))
+    late = rows.column("prompt_id").filter(places).to_pylist()
+    if late:
+        named = ", ".join(map(str, late[:5])) + (" …" if len(late) > 5 else "")
+        raise ConfigError(
+            f"{len(late)} of these images were rejected or flagged since they were accepted: "
+            f"{named}. Nothing was published. Bring the accepted images up to date "
+            "(`krea-dagster curate`, or materialize accepted_images in Dagster), and export again."
         )
 
 
