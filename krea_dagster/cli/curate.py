@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     help="Accept only images that a person has kept; otherwise all but rejected and flagged ones.",
 )
 @click.option(
-    "--one-of-duplicates", is_flag=True, help="Accept only the best of images that are alike."
+    "--one-of-duplicates", is_flag=True, help="Accept only the best of near-duplicate images."
 )
 @click.option(
     "--wanted",
