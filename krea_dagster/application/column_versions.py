@@ -6,34 +6,50 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Final
 
 import duckdb
 import pyarrow as pa
 
+from krea_dagster.application.partition_look import PartitionLook, looks_of
 from krea_dagster.prompts import PromptTable
 from krea_dagster.prompts.scan import Chunk
 
 _BITS: Final = 2**64
 
 
-def carried_versions(table: PromptTable) -> Mapping[str, str]:
-    """Return a version of each partition's further columns, by key, sorted.
+@dataclass(frozen=True)
+class Carried:
+    """The further columns of a table: their versions by partition, sorted, and their schema.
 
-    It depends on their names, types and order, and on each row's prompt_id and values, but not on
-    the order of the rows. Raises ConfigError or PromptTableError.
+    A version depends on their names, types and order, and on each row's prompt_id and values, but
+    not on the order of the rows. ``looks`` are at the rows that were read for it.
     """
+
+    versions: Mapping[str, str]
+    schema: pa.Schema
+    looks: Mapping[str, PartitionLook]
+
+
+def carried_columns(table: PromptTable) -> Carried:
+    """Read the further columns of a table. Raises ConfigError or PromptTableError."""
     sums: dict[str, int] = defaultdict(int)
+    looks: dict[str, PartitionLook] = defaultdict(PartitionLook)
     with closing(duckdb.connect(":memory:")) as duck:
         scan = table.scan()
         for chunk in scan.map(lambda chunk: chunk):
             for key, value in _sums(chunk, duck):
                 sums[key] = (sums[key] + value) % _BITS
+            rows = (chunk.rows.column(name) for name in ("partition_key", "prompt"))
+            for key, look in looks_of(*rows).items():
+                looks[key] += look
         about = str([(field.name, str(field.type)) for field in scan.passthrough_schema])
-    return {
+    versions = {
         key: hashlib.sha256(f"{about}\x1f{sums[key]}".encode()).hexdigest()[:16]
         for key in sorted(sums)
     }
+    return Carried(versions, scan.passthrough_schema, looks)
 
 
 def _sums(chunk: Chunk, duck: duckdb.DuckDBPyConnection) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ from typing import Final
 
 import dagster as dg
 
+from krea_dagster.plugin.metadata import Metadata
 from krea_dagster.plugin.partitions import time_dimension
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION, MultiPartitions
 
@@ -23,26 +24,45 @@ NO_ROWS: Final = EMPTY_PARTITION_VERSION
 
 _Event = dg.AssetObservation | dg.AssetMaterialization
 _Versions = Mapping[str, str]
+_MetadataOf = Callable[[Sequence[str]], Mapping[str, Metadata]]
 
 
-def report_prompts(instance: dg.DagsterInstance, key: dg.AssetKey, versions: _Versions) -> None:
-    """Report the partitions of ``prompts`` whose data version is not the last reported one."""
+def report_prompts(
+    instance: dg.DagsterInstance,
+    key: dg.AssetKey,
+    versions: _Versions,
+    metadata_of: _MetadataOf = lambda _: {},
+) -> None:
+    """Report the partitions of ``prompts`` whose data version is not the last reported one.
+
+    ``metadata_of`` returns the metadata of those that are reported.
+    """
     last = last_versions(instance, key, list(versions))
-    for partition, version in versions.items():
-        if last.get(partition) != version:
-            for event in version_events(key, partition, version, last.get(partition)):
-                instance.report_runless_asset_event(event)
+    changed = [one for one, version in versions.items() if last.get(one) != version]
+    metadata = metadata_of(changed)
+    for partition in changed:
+        for event in version_events(
+            key,
+            partition,
+            versions[partition],
+            last.get(partition),
+            metadata=metadata.get(partition),
+        ):
+            instance.report_runless_asset_event(event)
 
 
 def report_in_step(
-    context: dg.AssetExecutionContext, key: dg.AssetKey, versions: _Versions
+    context: dg.AssetExecutionContext,
+    key: dg.AssetKey,
+    versions: _Versions,
+    metadata_of: _MetadataOf = lambda _: {},
 ) -> None:
     """Report from a step of a downstream asset, so that it is recorded as made from these versions.
 
     Dagster records the input versions when a step begins. It must read them again, or the result
     would be out of date at once.
     """
-    report_prompts(context.instance, key, versions)
+    report_prompts(context.instance, key, versions, metadata_of)
     context.get_step_execution_context().wipe_input_asset_version_info(key)
 
 
@@ -86,7 +106,11 @@ def knows_partition(
 
 
 def version_events(
-    key: dg.AssetKey, partition: str, version: str, last: str | None
+    key: dg.AssetKey,
+    partition: str,
+    version: str,
+    last: str | None,
+    metadata: Metadata | None = None,
 ) -> Sequence[_Event]:
     """Return the events that report a new version of an external asset's partition.
 
@@ -96,7 +120,7 @@ def version_events(
     if an observation came after it.
     """
     tags = {_DATA_VERSION: version}
-    made = dg.AssetMaterialization(key, partition=partition, tags=tags)
+    made = dg.AssetMaterialization(key, partition=partition, tags=tags, metadata=metadata)
     if last is None:
         return [made]
     return [dg.AssetObservation(key, partition=partition, tags=tags), made]

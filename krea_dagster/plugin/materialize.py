@@ -37,6 +37,7 @@ from krea_dagster.plugin.partitions import (
     without_finished,
 )
 from krea_dagster.plugin.progress import observed
+from krea_dagster.plugin.prompts_metadata import plan_metadata
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION
 
 #: The columns that are shown of a row without an image.
@@ -114,7 +115,12 @@ def materialize(
             chosen = _chosen(partitions, known, in_table)
             # Before the runs, so that they refer to the version that they buy.
             versions = {**dict.fromkeys(chosen, EMPTY_PARTITION_VERSION), **batch.versions()}
-            report_prompts(instance, _PROMPTS, {key: versions[key] for key in chosen})
+            report_prompts(
+                instance,
+                _PROMPTS,
+                {key: versions[key] for key in chosen},
+                plan_metadata(batch.plan),
+            )
             to_run = chosen
             if options.only_missing and not partitions:
                 found = ranges(partitions_def, chosen, known)

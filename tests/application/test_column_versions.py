@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from krea_dagster.application.column_versions import carried_versions
+from krea_dagster.application.column_versions import carried_columns
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from tests.dagster_bench import write_table
 
@@ -30,7 +30,7 @@ def test_the_version_of_carried_columns_hangs_on_names_types_and_each_rows_value
         source = write_table(
             tmp_path / "p.parquet", {"prompt_id": ids, "prompt": ["p", "q"], **columns}
         )
-        return carried_versions(PromptTable(source, parse_partition_by("hash:1")))
+        return carried_columns(PromptTable(source, parse_partition_by("hash:1"))).versions
 
     first = versions(["a", "b"], note=["x", "y"])
     assert versions(["b", "a"], note=["y", "x"]) == first
@@ -41,4 +41,4 @@ def test_nested_columns_and_nulls_have_versions_too(tmp_path: Path) -> None:
     columns = {"tags": [["a", None], None], "size_of": [{"w": 1}, {"w": None}]}
     source = write_table(tmp_path / "p.parquet", {"prompt": ["p", "q"], **columns})
     table = PromptTable(source, parse_partition_by("hash:2"))
-    assert carried_versions(table) == carried_versions(table)
+    assert carried_columns(table).versions == carried_columns(table).versions

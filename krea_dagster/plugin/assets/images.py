@@ -41,6 +41,7 @@ from krea_dagster.plugin.metadata import (
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import partitions_for, without_beta_warnings
 from krea_dagster.plugin.progress import step_log, tell_report
+from krea_dagster.plugin.prompts_metadata import plan_metadata, prompts_schema
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.collect import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.sensors.prompts import ignoring
@@ -278,7 +279,9 @@ class _ImagesStep:
                         raised_by=context.run.root_run_id or context.run.run_id,
                     )
                 )
-            report_in_step(context, self.names.key("prompts"), batch.versions())
+            report_in_step(
+                context, self.names.key("prompts"), batch.versions(), plan_metadata(batch.plan)
+            )
             _log_before(context, batch, krea, quota)
             with self._kept_if_cancelled(context, log, batch, krea):
                 report, quoted = self._buy(context, krea, batch, config, log)
@@ -412,7 +415,7 @@ def _table_specs(
     prompts = dg.AssetSpec(
         names.key("prompts"),
         description=f"The prompt table {source}, partitioned by {table.partition_by}.",
-        metadata={"dagster/uri": source},
+        metadata={"dagster/uri": source, "dagster/column_schema": prompts_schema()},
         **common,
     )
     prompt_columns = dg.AssetSpec(

@@ -12,7 +12,8 @@ from typing import Any, Final
 import dagster as dg
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.column_versions import carried_versions
+from krea_dagster.application.column_versions import Carried, carried_columns
+from krea_dagster.application.partition_look import PartitionLook
 from krea_dagster.errors import KreaError
 from krea_dagster.plugin.data_versions import (
     MOST_REPORTS,
@@ -24,6 +25,7 @@ from krea_dagster.plugin.data_versions import (
 )
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.partitions import missing_dynamic_keys
+from krea_dagster.plugin.prompts_metadata import prompts_metadata
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import (
     Marks,
@@ -115,19 +117,21 @@ class _VersionsReader:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: tuple[tuple[str, str], tuple[_Versions, _Versions]] | None = None
+        self._known: tuple[tuple[str, str], tuple[_Versions, Carried]] | None = None
 
     def versions(
         self, krea: Backend, table: PromptTable, marks: Marks
-    ) -> tuple[_Versions, _Versions]:
-        """Return the versions by partition: of the requests, and of the passthrough columns."""
+    ) -> tuple[_Versions, Carried]:
+        """Return the versions of the requests by partition, and the passthrough columns."""
         state = (marks.files, marks.attempts)
         with self._lock:
             if self._known is not None and marks.files and self._known[0] == state:
                 return self._known[1]
         requested = krea.versions(table)
         # A partition without a row has a version too: its manifest must not wait for one forever.
-        columns = {**dict.fromkeys(requested, NO_ROWS), **carried_versions(table)}
+        columns = carried_columns(table)
+        versions = {**dict.fromkeys(requested, NO_ROWS), **columns.versions}
+        columns = replace(columns, versions=versions)
         with self._lock:
             # The marks are older than the read: if the table changed meanwhile, the next differ.
             self._known = (state, (requested, columns))
@@ -181,10 +185,11 @@ def build_prompts_sensor(
                 newest.keep_newer(table, context.resources)
                 pinned = table.pinned()
                 marks = _marks(krea, instance, pinned, keys, newest)
-            versions = reader.versions(krea, pinned, marks)
+            requested, columns = reader.versions(krea, pinned, marks)
         except KreaError as error:
             return dg.SkipReason(str(error))
-        missing = missing_dynamic_keys(instance, partitions_def, versions[0])
+        versions = (requested, columns.versions)
+        missing = missing_dynamic_keys(instance, partitions_def, requested)
         requests = [] if missing is None else [dg.AddDynamicPartitionsRequest(*missing)]
         has_key = knows_partition(instance, partitions_def)
         # Compared with the last reported versions: a run may have reported some meanwhile.
@@ -199,8 +204,17 @@ def build_prompts_sensor(
         changed.sort(key=lambda one: (one[1], one[0] == key))
         now = changed[:most_reports]
         if now or requests:
+            reported = [partition for asset, partition, *_ in now if asset == key]
+            looks = {one: columns.looks.get(one, PartitionLook()) for one in reported}
+            metadata = prompts_metadata(looks, columns.schema)
             return dg.SensorResult(
-                asset_events=[event for one in now for event in version_events(*one)],
+                asset_events=[
+                    event
+                    for one in now
+                    for event in version_events(
+                        *one, metadata=metadata.get(one[1]) if one[0] == key else None
+                    )
+                ],
                 dynamic_partitions_requests=requests,
             )
         settled = replace(marks, versions=hash_of_versions(*versions))
