@@ -17,8 +17,9 @@ from krea_dagster.plugin.assets.images import POOL, KreaAssets, build_krea_asset
 from krea_dagster.plugin.assets.salvage import SalvagedTable, build_salvage
 from krea_dagster.plugin.assets.spend import build_spend
 from krea_dagster.plugin.checks import CheckFactory, default_checks
-from krea_dagster.plugin.io_manager import KreaManifestIOManager
-from krea_dagster.plugin.names import JOB_NAME, Names
+from krea_dagster.plugin.code_references import caller_reference
+from krea_dagster.plugin.io_manager import manifest_io_manager
+from krea_dagster.plugin.names import JOB_NAME, TAG, Names
 from krea_dagster.plugin.resource import KreaResource, named_options
 from krea_dagster.plugin.sensors.collect import build_collect_sensor
 from krea_dagster.plugin.sensors.prompts import build_automation_sensor, build_prompts_sensor
@@ -148,6 +149,7 @@ def build_krea_definitions(
     """
     for text in krea.budgets:
         Budget.parse(text)
+    code_reference = caller_reference()
     names = Names.of(key_prefix, group_name, resource_key)
     io_manager_key = io_manager_key or names.prefixed("krea_manifest")
     if io_manager_key == names.resource_key:
@@ -182,9 +184,7 @@ def build_krea_definitions(
     )
     resources = {
         names.resource_key: krea,
-        io_manager_key: KreaManifestIOManager(
-            storage=krea.storage, storage_options=krea.storage_options
-        ),
+        io_manager_key: manifest_io_manager(names.resource_key),
     }
     parts = [
         dg.Definitions(assets=assets.all, resources=resources, executor=executor),
@@ -213,7 +213,9 @@ def build_krea_definitions(
     return with_changed_specs(
         dg.Definitions.merge(*parts),
         lambda spec: spec.replace_attributes(
-            owners=[*spec.owners, *owners], tags={**spec.tags, **(tags or {})}
+            owners=[*spec.owners, *owners],
+            tags={TAG: "", **spec.tags, **(tags or {})},
+            metadata={**code_reference, **spec.metadata},
         ),
     )
 

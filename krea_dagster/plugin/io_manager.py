@@ -14,7 +14,7 @@ from krea_dagster.manifest import Manifests, write_manifest
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.names import MANIFEST_ASSET
 from krea_dagster.plugin.progress import step_log
-from krea_dagster.plugin.resource import named_options
+from krea_dagster.plugin.resource import krea_of, named_options
 
 
 class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
@@ -84,6 +84,26 @@ class KreaManifestIOManager(dg.ConfigurableIOManager, extra="forbid"):
 
     def _storage(self) -> Storage:
         return Storage(self.storage, named_options(self.storage_options))
+
+
+def manifest_io_manager(resource_key: str) -> dg.IOManagerDefinition:
+    """Return the IO manager over the storage root of a ``KreaResource``.
+
+    It has no settings, so that the root is shown and changed in one place.
+    """
+
+    @dg.io_manager(
+        config_schema={},
+        required_resource_keys={resource_key},
+        description=f"Writes and reads manifests in the storage root of {resource_key}.",
+    )
+    def manager(context: dg.InitResourceContext) -> KreaManifestIOManager:
+        settings = krea_of(context, resource_key).settings
+        return KreaManifestIOManager(
+            storage=settings.storage, storage_options=dict(settings.storage_options)
+        )
+
+    return manager
 
 
 def manifest_folders(key: dg.AssetKey) -> Sequence[str]:

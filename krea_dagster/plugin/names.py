@@ -15,6 +15,10 @@ JOB_NAME: Final = "krea_images"
 SALVAGE_JOB_NAME: Final = "krea_salvage"
 
 
+#: The tag of all assets of this package.
+TAG: Final = "krea"
+
+
 @dataclass(frozen=True)
 class Names:
     """The key prefix of the assets, their group, and the key of the ``KreaResource``."""

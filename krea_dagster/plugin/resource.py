@@ -107,7 +107,10 @@ class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
 
 
 def krea_of(
-    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.SensorEvaluationContext,
+    context: dg.AssetExecutionContext
+    | dg.AssetCheckExecutionContext
+    | dg.SensorEvaluationContext
+    | dg.InitResourceContext,
     key: str,
 ) -> Krea:
     """Return the application of a step or sensor. Raises Failure if the resource is another."""

@@ -16,6 +16,7 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.environment import definitions_from_environment
 from krea_dagster.plugin.sensors.prompts import on_prompts_changed
+from krea_dagster.testing import FakeKrea, write_prompts
 from tests.dagster_bench import QUIET, failure_text, posts, run_job, write_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -318,3 +319,51 @@ def test_a_freshness_policy_reaches_both_assets(tmp_path: Path) -> None:
     )
     graph = defs.resolve_asset_graph()
     assert [graph.get(key).freshness_policy for key in ASSETS] == [policy, policy]
+
+
+# -- what the UI shows --------------------------------------------------------------------------
+
+#: Kinds that have an icon in Dagster's UI, of those that fit.
+_WITH_ICON = {"arrow", "csv", "duckdb", "file", "huggingface", "json", "numpy", "parquet", "sql"}
+
+
+def test_every_asset_has_the_tag_of_the_package_and_kinds_with_icons(tmp_path: Path) -> None:
+    defs = build_krea_definitions(
+        prompts=str(tmp_path / "p.parquet"), krea=KreaResource(emulator=True)
+    )
+    for spec in defs.resolve_all_asset_specs():
+        assert spec.tags["krea"] == ""
+        assert spec.kinds
+        assert spec.kinds <= _WITH_ICON, spec.key
+
+
+def test_the_storage_root_is_in_the_launchpad_once(tmp_path: Path) -> None:
+    defs = build_krea_definitions(
+        prompts=str(tmp_path / "p.parquet"), krea=KreaResource(emulator=True)
+    )
+    job = defs.resolve_job_def("krea_images")
+    elsewhere = {"config": {"storage": "elsewhere"}}
+    assert dg.validate_run_config(job, {"resources": {"krea": elsewhere}})
+    with pytest.raises(dg.DagsterInvalidConfigError, match='unexpected config entry "storage"'):
+        dg.validate_run_config(job, {"resources": {"krea_manifest": elsewhere}})
+
+
+def test_the_manifests_follow_the_root_of_the_run(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    defs = build_krea_definitions(
+        prompts=write_prompts(tmp_path),
+        partition_by="hash:1",
+        krea=FakeKrea(storage=str(tmp_path / "krea")),
+        key_prefix="moved",
+    )
+    elsewhere = str(tmp_path / "elsewhere")
+    config = {"resources": {"moved_krea": {"config": {"storage": elsewhere}}}, **QUIET}
+    job = defs.resolve_job_def("moved_krea_images")
+    result = job.execute_in_process(
+        instance=instance, partition_key="bucket-000", run_config=config
+    )
+    FakeKrea(storage=elsewhere).close()
+    assert result.success
+    assert (tmp_path / "elsewhere" / "manifest" / "moved" / "bucket-000.parquet").is_file()
+    assert not (tmp_path / "krea").exists()

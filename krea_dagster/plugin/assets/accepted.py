@@ -89,7 +89,7 @@ def _build_accepted_images(
         partitions_def=partitions_def,
         backfill_policy=dg.BackfillPolicy.single_run(),
         group_name=names.group_name,
-        kinds={"parquet", "pyarrow"},
+        kinds={"parquet", "arrow"},
         required_resource_keys={names.resource_key},
         metadata={"dagster/column_schema": _shown_schema(accepted_schema(MANIFEST_SCHEMA))},
         check_specs=_check_specs(key, wanted),

@@ -28,7 +28,7 @@ _COLUMNS: Final = 100
 _KINDS: Final[Mapping[str, str]] = {
     "parquet": "parquet",
     "imagefolder": "huggingface",
-    "webdataset": "tar",
+    "webdataset": "file",
     "jsonl": "json",
     "csv": "csv",
 }

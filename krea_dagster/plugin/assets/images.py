@@ -190,7 +190,7 @@ def _build_images(
         # Of external assets such as prompts a run knows no order, so the upstream is named too.
         deps=[dg.AssetDep(step.names.key("prompts")), *step.upstream.deps],
         ins=step.upstream.ins,
-        kinds={"evolink", "png"},
+        kinds={"file"},
         pool=pool,
         check_specs=[dg.AssetCheckSpec(CHECK_NAME, asset=key, description=description)],
         description=(
@@ -230,7 +230,7 @@ def _build_image_manifest(
     built: dg.AssetsDefinition = dg.asset(
         key=names.manifest_key,
         deps=[names.key("images"), names.key("prompt_columns")],
-        kinds={"parquet", "pyarrow"},
+        kinds={"parquet", "arrow"},
         io_manager_key=io_manager_key,
         metadata=shown(MANIFEST_SCHEMA),
         description=(

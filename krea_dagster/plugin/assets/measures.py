@@ -62,7 +62,7 @@ def build_image_measures(
             partitions_def=partitions_def,
             backfill_policy=dg.BackfillPolicy.single_run(),
             group_name=names.group_name,
-            kinds={"parquet", "pillow"},
+            kinds={"parquet", "numpy"},
             required_resource_keys={names.resource_key},
             metadata={"dagster/column_schema": _shown_schema(schema, own)},
             description=(

@@ -50,7 +50,7 @@ def build_salvage(
     @dg.asset(
         key=names.key("salvaged_images"),
         group_name=names.group_name,
-        kinds={"evolink"},
+        kinds={"file"},
         required_resource_keys={names.resource_key},
         description=(
             "Images that earlier runs paid for and did not collect: polled and fetched, never "
