@@ -316,7 +316,7 @@ def test_its_pictures_are_there() -> None:
             assert (page.parent / picture).is_file(), f"{page.name}: {picture}"
 
 
-@pytest.mark.parametrize("page", ["callbacks.md", "curation.md"])
+@pytest.mark.parametrize("page", ["callbacks.md", "curation.md", "upstream.md"])
 def test_the_code_of_the_pages_in_docs_makes_code_locations(
     names: dict[str, Any], page: str
 ) -> None:

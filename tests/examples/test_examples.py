@@ -91,6 +91,35 @@ def test_the_spend_dashboard_adds_up(tmp_path: Path) -> None:
     assert manifest["credits_charged"].sum() == pytest.approx(3.15 + 1.35)
 
 
+def test_prompts_from_pandas_are_made_before_their_images_and_only_changed_ones_bought(
+    tmp_path: Path,
+) -> None:
+    order = "products > product_prompts > images > image_manifest"
+    assert run("prompts_from_pandas", tmp_path).splitlines() == [
+        f"first: {order}: bought ['bowl', 'clock', 'jug', 'kettle', 'lamp', 'vase']",
+        f"the same: {order}: bought []",
+        f"changed: {order}: bought ['jug', 'vase']",
+    ]
+
+
+def test_prompts_from_dbt_are_read_after_the_model_has_run(tmp_path: Path) -> None:
+    order, when = "dbt_models > images > image_manifest", "early morning"
+    first = [f"a {what}, {when}" for what in ("harbor in Oslo", "market in Rome", "tram in Oslo")]
+    assert run("prompts_from_dbt", tmp_path).splitlines() == [
+        f"first: {order}: bought {first}",
+        f"the same: {order}: bought []",
+        f"one more: {order}: bought ['a fountain in Rome, {when}']",
+    ]
+
+
+def test_prompts_from_a_language_model_are_bought_topic_by_topic(tmp_path: Path) -> None:
+    assert run("prompts_from_llm", tmp_path).splitlines() == [
+        "2 topics: launched ['a lighthouse', 'a market'], 4 images in all",
+        "2 topics: launched [], 4 images in all",
+        "3 topics: launched ['a fox'], 6 images in all",
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_is_short_and_uses_public_names_only(name: str) -> None:
     (script,) = (EXAMPLES / name).glob("*.py")
