@@ -67,8 +67,12 @@ def tick(
     )
     outcome = defs.resolve_sensor_def(sensor).evaluate_tick(context)
     for request in outcome.dynamic_partitions_requests or []:
-        assert isinstance(request, dg.AddDynamicPartitionsRequest)
-        instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+        if isinstance(request, dg.AddDynamicPartitionsRequest):
+            name, keys = request.partitions_def_name, list(request.partition_keys)
+            instance.add_dynamic_partitions(name, keys)
+            continue
+        for key in request.partition_keys:
+            instance.delete_dynamic_partition(request.partitions_def_name, key)
     for event in outcome.asset_events:
         assert isinstance(event, dg.AssetMaterialization | dg.AssetObservation)
         instance.report_runless_asset_event(event)

@@ -173,6 +173,13 @@ class KreaImages(dg.Component, YamlSection):
             "collect, when callbacks arrive or images should be finished."
         ),
     )
+    prune_partitions: bool = Field(
+        default=False,
+        description=(
+            "Remove partitions by a column whose value has left the table, once no run of them is "
+            "under way. Their events, manifests, images and purchases stay."
+        ),
+    )
     curation: Annotated[
         CurationSettings | bool,
         dg.Resolver(_curation_of, model_field_type=CurationSettings.model() | bool),
@@ -290,6 +297,7 @@ class KreaImages(dg.Component, YamlSection):
             spend_by=self.spend_by,
             soft_budgets=self.soft_budgets,
             collect_later=self.collect_later,
+            prune_partitions=self.prune_partitions,
             curation=self._curation(),
             spend=self.spend,
             salvage=self.salvage,

@@ -59,6 +59,7 @@ def build_krea_definitions(
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
     collect_later: bool = False,
+    prune_partitions: bool = False,
     curation: Curation | bool = True,
     spend: bool = True,
     salvage: bool = True,
@@ -109,6 +110,8 @@ def build_krea_definitions(
             checks of ``spend_daily`` warn before they are used up and afterwards.
         collect_later: Runs submit and end. The sensor ``krea_collect`` launches the runs that
             collect, when callbacks arrive or images should be finished.
+        prune_partitions: Remove partitions by a column whose value has left the table, once no run
+            of them is under way. Their events, manifests, images and purchases stay.
         curation: Which images are accepted, how many are wanted, and what is measured of them.
             False leaves out its assets.
         spend: Build the spend tables, with their checks and the proof. They contain all purchases
@@ -191,7 +194,11 @@ def build_krea_definitions(
         _job_and_checks(names, assets, default_checks() if checks is None else checks),
         dg.Definitions(
             sensors=_sensors(
-                names, assets, launch=automation_condition is not None, collect=collect_later
+                names,
+                assets,
+                launch=automation_condition is not None,
+                collect=collect_later,
+                prune=prune_partitions,
             )
         ),
     ]
@@ -296,10 +303,12 @@ def _job_and_checks(
 
 
 def _sensors(
-    names: Names, assets: KreaAssets, *, launch: bool, collect: bool
+    names: Names, assets: KreaAssets, *, launch: bool, collect: bool, prune: bool
 ) -> list[dg.SensorDefinition]:
     sensors: list[dg.SensorDefinition] = [
-        build_prompts_sensor(names, assets.table, assets.partitions_def, upstream=assets.upstream),
+        build_prompts_sensor(
+            names, assets.table, assets.partitions_def, upstream=assets.upstream, prune=prune
+        ),
         build_retries_sensor(names, assets.images),
     ]
     if launch:

@@ -128,6 +128,7 @@ EVERYTHING: dict[str, Any] = {
             }
         },
     },
+    "prune_partitions": True,
     "spend": True,
     "salvage": True,
     "in_process": False,

@@ -21,13 +21,15 @@ class Marks:
     ``files`` is empty if the listing of the files does not show changes; the table is then read at
     every tick. ``reported`` are the positions in Dagster's event log of the last reports, by the
     sensor or by runs. ``upstream`` is one of the materializations of the asset whose value is the
-    table. ``versions`` is one hash over the data versions of all partitions.
+    table. ``prunes``: partitions that left the table are removed. ``versions`` is one hash over the
+    data versions of all partitions.
     """
 
     files: str
     attempts: str
     reported: str
     upstream: str = ""
+    prunes: bool = False
     versions: str = ""
 
     def unchanged_since(self, before: "Marks | None") -> bool:

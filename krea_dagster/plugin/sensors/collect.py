@@ -22,6 +22,7 @@ from krea_dagster.errors import KreaError
 from krea_dagster.plugin.names import JOB_NAME, Names
 from krea_dagster.plugin.partitions import RANGE_END_TAG, RANGE_START_TAG
 from krea_dagster.plugin.resource import krea_of
+from krea_dagster.plugin.sensors.pruning import UNFINISHED
 
 #: The tag of a run that collects: the number of images that are due.
 COLLECTS_TAG: Final = "krea/collects"
@@ -53,14 +54,6 @@ _URGENT_PAUSE: Final = timedelta(minutes=30)
 _GIVEN_UP: Final = timedelta(hours=48)
 #: Minimum time between two collections without a new callback.
 _PAUSE: Final = timedelta(minutes=5)
-
-_UNFINISHED: Final = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 #: The partitions of a run, by its tags.
 _Partitions = tuple[tuple[str, str], ...]
@@ -265,7 +258,7 @@ def _ended_at(record: dg.RunRecord) -> datetime:
 
 
 def _under_way(instance: dg.DagsterInstance, buys: _Buys) -> set[_Partitions]:
-    runs = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
+    runs = instance.get_runs(dg.RunsFilter(statuses=list(UNFINISHED)))
     return {_partition_tags(run) for run in runs if buys(run)}
 
 

@@ -24,7 +24,7 @@ from krea_dagster.plugin.data_versions import (
     version_events,
 )
 from krea_dagster.plugin.names import Names
-from krea_dagster.plugin.partitions import missing_dynamic_keys
+from krea_dagster.plugin.partitions import dynamic_keys, missing_dynamic_keys
 from krea_dagster.plugin.prompts_metadata import prompts_metadata
 from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.change_marks import (
@@ -34,6 +34,7 @@ from krea_dagster.plugin.sensors.change_marks import (
     read_cursor,
 )
 from krea_dagster.plugin.sensors.newest_value import NewestValue
+from krea_dagster.plugin.sensors.pruning import Departed, departed_partitions
 from krea_dagster.plugin.upstream import NO_UPSTREAM, Upstream
 from krea_dagster.prompts import PromptTable
 
@@ -44,6 +45,9 @@ _TABLE: Final = dg.AssetSelection.from_string('key:"*prompts" or key:"*prompt_co
 _LABEL: Final = "on_prompts_changed"
 
 _Versions = Mapping[str, str]
+#: A report: the asset, the partition, its version, and the last reported one.
+_Change = tuple[dg.AssetKey, str, str, str | None]
+_Request = dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest
 
 
 def on_prompts_changed() -> dg.AutomationCondition[Any]:
@@ -144,6 +148,7 @@ def build_prompts_sensor(
     partitions_def: dg.PartitionsDefinition[str],
     *,
     upstream: Upstream = NO_UPSTREAM,
+    prune: bool = False,
     minimum_interval_s: int = 60,
     most_reports: int = MOST_REPORTS,
 ) -> dg.SensorDefinition:
@@ -153,7 +158,8 @@ def build_prompts_sensor(
     dynamic ones. The data versions of ``prompts`` depend only on the rows' request keys: a table
     that was rewritten, reordered, or given another column reports nothing. Raising a row's attempt
     reports its partition. A partition that has left the table is reported with the version of no
-    rows. ``prompt_columns`` has the versions of the columns that only the manifest contains.
+    rows; with ``prune``, a dynamic one is removed instead, once no run of it is under way.
+    ``prompt_columns`` has the versions of the columns that only the manifest contains.
 
     One tick reports ``most_reports`` partitions at most, the next ticks the rest. A tick reads the
     table only if its files (size, time, etag), the attempts or reports by others have changed. If
@@ -178,32 +184,24 @@ def build_prompts_sensor(
         newest = None if made is None else NewestValue.at(instance, context.repository_def, made)
         try:
             pinned = table.pinned()
-            marks = _marks(krea, instance, pinned, keys, newest)
+            marks = _marks(krea, instance, pinned, keys, newest, prunes=prune)
             if marks.unchanged_since(read_cursor(Marks, context.cursor)):
                 return dg.SkipReason(same)
             if newest is not None:
                 newest.keep_newer(table, context.resources)
                 pinned = table.pinned()
-                marks = _marks(krea, instance, pinned, keys, newest)
+                marks = _marks(krea, instance, pinned, keys, newest, prunes=prune)
             requested, columns = reader.versions(krea, pinned, marks)
         except KreaError as error:
             return dg.SkipReason(str(error))
         versions = (requested, columns.versions)
-        missing = missing_dynamic_keys(instance, partitions_def, requested)
-        requests = [] if missing is None else [dg.AddDynamicPartitionsRequest(*missing)]
-        has_key = knows_partition(instance, partitions_def)
-        # Compared with the last reported versions: a run may have reported some meanwhile.
-        changed = [
-            (asset, partition, version, last.get(partition))
-            for asset, found in zip(keys, versions, strict=True)
-            for last in [last_versions(instance, asset)]
-            for partition, version in changed_versions(found, last).items()
-            if has_key(partition)
-        ]
-        # A partition's columns before its prompts, so that one run makes images and manifest.
-        changed.sort(key=lambda one: (one[1], one[0] == key))
+        departed = None
+        if prune:
+            departed = departed_partitions(instance, partitions_def, names.key("images"), requested)
+        requests, done = _registrations(instance, partitions_def, requested, departed)
+        changed = _changed(instance, partitions_def, keys, versions, departed)
         now = changed[:most_reports]
-        if now or requests:
+        if now or requests or (departed and departed.waiting):
             reported = [partition for asset, partition, *_ in now if asset == key]
             looks = {one: columns.looks.get(one, PartitionLook()) for one in reported}
             metadata = prompts_metadata(looks, columns.schema)
@@ -216,11 +214,83 @@ def build_prompts_sensor(
                     )
                 ],
                 dynamic_partitions_requests=requests,
+                skip_reason=" ".join([*_reported(now, changed), *done]),
             )
         settled = replace(marks, versions=hash_of_versions(*versions))
         return dg.SensorResult(skip_reason=same, cursor=json.dumps(asdict(settled)))
 
     return prompts_sensor
+
+
+def _registrations(
+    instance: dg.DagsterInstance,
+    partitions_def: dg.PartitionsDefinition[str],
+    in_table: Collection[str],
+    departed: Departed | None,
+) -> tuple[list[_Request], list[str]]:
+    """Return the requests to add and remove dynamic partitions, and what they do in words."""
+    requests: list[_Request] = []
+    said = []
+    if (missing := missing_dynamic_keys(instance, partitions_def, in_table)) is not None:
+        requests.append(dg.AddDynamicPartitionsRequest(*missing))
+        said.append(f"Registered {len(missing[1])} new partitions.")
+    if departed is not None and departed.removable:
+        removed = list(departed.removable)
+        requests.append(dg.DeleteDynamicPartitionsRequest(departed.name, removed))
+        said.append(f"Removed {len(removed)} partitions that have left the table: {_few(removed)}.")
+    if departed is not None and departed.waiting:
+        said.append(
+            f"{len(departed.waiting)} partitions that have left the table have a run under way: "
+            f"{_few(departed.waiting)}."
+        )
+    return requests, said
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _changed(
+    instance: dg.DagsterInstance,
+    partitions_def: dg.PartitionsDefinition[str],
+    keys: Sequence[dg.AssetKey],
+    versions: Sequence[_Versions],
+    departed: Departed | None,
+) -> list[_Change]:
+    """Return the reports to make: a partition's columns before its prompts.
+
+    One run then makes images and manifest. Partitions to remove are not reported: a run of them
+    would only make their manifest empty.
+    """
+    has_key = knows_partition(instance, partitions_def)
+    if departed is not None:
+        values = dynamic_keys(partitions_def, versions[0])
+        kept = frozenset(values[1] if values else ())
+    # Compared with the last reported versions: a run may have reported some meanwhile.
+    changed = [
+        (asset, partition, version, last.get(partition))
+        for asset, found in zip(keys, versions, strict=True)
+        for last in [last_versions(instance, asset)]
+        for partition, version in changed_versions(found, last).items()
+        if has_key(partition) and (departed is None or _value_of(partitions_def, partition) in kept)
+    ]
+    return sorted(changed, key=lambda one: (one[1], one[0] == keys[0]))
+
+
+def _value_of(partitions_def: dg.PartitionsDefinition[str], key: str) -> str:
+    """Return the dynamic part of a partition key."""
+    found = dynamic_keys(partitions_def, [key])
+    return found[1][0] if found and found[1] else key
+
+
+def _reported(now: Sequence[_Change], changed: Sequence[_Change]) -> list[str]:
+    """Return what a tick has reported in words."""
+    if not now:
+        return []
+    partitions = {one[1] for one in now}
+    left = len({one[1] for one in changed} - partitions)
+    more = f" {left} are left to the next ticks." if left else ""
+    return [f"Reported {len(partitions)} changed partitions.{more}"]
 
 
 def _marks(
@@ -229,10 +299,13 @@ def _marks(
     table: PromptTable,
     keys: Sequence[dg.AssetKey],
     newest: NewestValue | None,
+    *,
+    prunes: bool,
 ) -> Marks:
     return Marks(
         table.mark(),
         krea.mark_of_attempts(table),
         mark_of_reports(instance, keys),
         "" if newest is None else newest.mark(),
+        prunes,
     )

@@ -88,6 +88,7 @@ def build_verdicts_sensor(
                 for event in version_events(key, partition, version, last.get(partition))
             ],
             cursor=context.cursor if len(changed) > len(now) else cursor,
+            skip_reason=f"Reported {len(now)} of {len(changed)} partitions with new verdicts.",
         )
 
     return verdicts_sensor
