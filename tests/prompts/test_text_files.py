@@ -214,7 +214,7 @@ def test_a_file_without_a_line_is_an_empty_table(tmp_path: Path) -> None:
         ("prompts.json", b'[{"prompt": "a"}]', "a JSON array: write one object per line"),
         ("prompts.json", b'{"prompt": "a"}', "JSON: name it .jsonl if each line is an object"),
         ("prompts.txt", b"prompt\na boat\n", "text: its name must end in .csv or .jsonl"),
-        ("prompts.csv", gzip.compress(b"prompt\na\n"), "must end in .csv.gz"),
+        ("prompts.csv", gzip.compress(b"prompt\na\n", mtime=0), "must end in .csv.gz"),
         ("prompts.feather", b"ARROW1\0\0", "an Arrow IPC"),
         ("prompts.db", b"SQLite format 3\0", "an SQLite database"),
         ("prompts.bin", b"\0\1\2", "not a file of a known kind"),
