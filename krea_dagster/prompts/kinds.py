@@ -112,7 +112,7 @@ def table_within(names: Iterable[str]) -> tuple[str, str] | None:
         parts = name.split("/")
         for at, part in enumerate(parts):
             kind = _MARKERS.get(part)
-            if part == "metadata" and name.endswith(METADATA_ENDING) and at == len(parts) - 2:
+            if part == "metadata" and METADATA_ENDING in name and at == len(parts) - 2:
                 kind = FORMATS[Kind.ICEBERG]
             if kind is not None:
                 return "/".join(parts[:at]), kind
@@ -154,7 +154,7 @@ def _kind_of_folder(filesystem: Any, root: str) -> Kind:
         return Kind.DELTA
     if metadata.type == fs.FileType.Directory:
         found = filesystem.get_file_info(fs.FileSelector(metadata.path))
-        if any(one.path.endswith(METADATA_ENDING) for one in found):
+        if any(METADATA_ENDING in one.path for one in found):
             return Kind.ICEBERG
     return Kind.PARQUET
 

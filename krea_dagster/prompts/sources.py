@@ -28,7 +28,7 @@ from krea_dagster.prompts.files import (
 )
 from krea_dagster.prompts.kinds import FORMATS, Kind, catalog_of, kind_of
 from krea_dagster.prompts.table_formats import format_table, open_table
-from krea_dagster.prompts.text_files import csv_stream, jsonl_stream
+from krea_dagster.prompts.text_files import TextFile, csv_stream, jsonl_stream
 from krea_dagster.prompts.values import kind_of_value, plain_stream, stream_of
 
 #: A path or URL, a value such as a data frame, or a function without arguments that returns either.
@@ -45,6 +45,9 @@ class Given:
         self._value: object = value
         self._lock = threading.Lock()
         self._copy: Copy | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.shown}>"
 
     def copy(self) -> Copy:
         """Return the copy of the value. Raises ConfigError, or TypeError for another value."""
@@ -230,13 +233,14 @@ def _reading_of(source: Source, found: Source, options: Options, kept: Kept) -> 
     if kind in FORMATS:
         table = open_table(kind, place, shown, options)
         return CopiedReading(source, shown, kept, table.mark, table.stream)
-    packed = "gzip" if root.lower().endswith(".gz") else None
     read = csv_stream if kind is Kind.CSV else jsonl_stream
-
-    def stream() -> pa.RecordBatchReader:
-        return read(lambda: filesystem.open_input_stream(root, compression=packed), shown)
-
-    return CopiedReading(source, shown, kept, lambda: mark_of_files(place, options), stream)
+    return CopiedReading(
+        source,
+        shown,
+        kept,
+        lambda: mark_of_files(place, options),
+        lambda: read(TextFile(filesystem, root, shown)),
+    )
 
 
 def _called(function: Callable[[], Any], shown: str) -> Any:

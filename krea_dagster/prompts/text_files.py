@@ -10,10 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -22,10 +23,9 @@ from krea_dagster.prompts.cells import Bad, plain
 from krea_dagster.prompts.columns import type_of_text, value_of_text
 from krea_dagster.prompts.table_schema import Problems
 
-#: Opens a text file as bytes, unpacked; it is called for each pass over the file.
-OpenBytes: TypeAlias = Callable[[], Any]
-
 _AT_ONCE: Final = 8_192
+#: A file that was written more recently may be written further.
+_GROWING_S: Final = 10.0
 _OTHER_SEPARATORS: Final = (";", "\t", "|")
 
 #: The types of JSON, by Python's, with their names.
@@ -35,23 +35,67 @@ _JSON_KINDS: Final = {
 }  # fmt: skip
 
 
-def csv_stream(open_bytes: OpenBytes, name: str) -> pa.RecordBatchReader:
+class TextFile:
+    """A text file, perhaps packed. ``name`` is what it is called in messages."""
+
+    def __init__(self, filesystem: Any, path: str, name: str) -> None:
+        self.name = name
+        self._filesystem = filesystem
+        self._path = path
+        self._packed = "gzip" if path.lower().endswith(".gz") else None
+        self._info = filesystem.get_file_info(path)
+
+    @contextmanager
+    def text(self) -> Iterator[io.TextIOWrapper]:
+        """Open it. Raises ConfigError if its text is not UTF-8, or has changed at the end."""
+        data = self._filesystem.open_input_stream(self._path, compression=self._packed)
+        with data, io.TextIOWrapper(data, encoding="utf-8-sig", newline="") as file:
+            try:
+                yield file
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"{self.name} is not UTF-8 text: {error.reason} "
+                    f"({error.object[error.start]:#x}). Nothing was bought. Save it as UTF-8."
+                ) from error
+        now = self._filesystem.get_file_info(self._path)
+        if (now.size, now.mtime_ns) != (self._info.size, self._info.mtime_ns):
+            raise ConfigError(
+                f"{self.name} changed while it was read. Nothing was bought. Run again when it is "
+                "complete."
+            )
+
+    def refuse_growing(self, last_line: str, *, now_s: float | None = None) -> None:
+        """Raise ConfigError if it was written just now, and its last line has no end.
+
+        Its last cell may be cut short, which only the next write would show.
+        """
+        written = self._info.mtime
+        if written is None or last_line[-1:] in "\r\n" or self._packed:
+            return
+        if (time.time() if now_s is None else now_s) - written.timestamp() < _GROWING_S:
+            raise ConfigError(
+                f"{self.name} was written just now, and its last line has no line break: it may "
+                f"not be complete. Nothing was bought. Run again in {_GROWING_S:.0f} seconds."
+            )
+
+
+def csv_stream(file: TextFile) -> pa.RecordBatchReader:
     """Return the rows of a CSV file. Raises ConfigError for a broken line, also later."""
-    rows = _csv_rows(open_bytes, name)
+    rows = _csv_rows(file)
     header = next(rows)
     schema = pa.schema([(column, type_of_text(column)) for column in header])
-    return pa.RecordBatchReader.from_batches(schema, _csv_batches(rows, schema, name))
+    return pa.RecordBatchReader.from_batches(schema, _csv_batches(rows, schema, file.name))
 
 
-def jsonl_stream(open_bytes: OpenBytes, name: str) -> pa.RecordBatchReader:
+def jsonl_stream(file: TextFile) -> pa.RecordBatchReader:
     """Return the rows of a file with a JSON object on each line. Reads the file twice.
 
     Raises ConfigError for a line that is none, and for a column of several types.
     """
-    schema = _json_schema(_objects(open_bytes, name), name)
+    schema = _json_schema(_objects(file), file.name)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        objects = (found for _, found in _objects(open_bytes, name))
+        objects = (found for _, found in _objects(file))
         for some in _in_parts(objects):
             columns = [[one.get(field.name) for one in some] for field in schema]
             arrays = [
@@ -65,10 +109,12 @@ def jsonl_stream(open_bytes: OpenBytes, name: str) -> pa.RecordBatchReader:
 # -- CSV ------------------------------------------------------------------------------------------
 
 
-def _csv_rows(open_bytes: OpenBytes, name: str) -> Iterator[list[str]]:
+def _csv_rows(text_file: TextFile) -> Iterator[list[str]]:
     """Yield the header and the rows, which are all as long."""
-    with _text(open_bytes, name) as file:
-        reader = csv.reader(file, strict=True)
+    name = text_file.name
+    with text_file.text() as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines, strict=True)
         line, header = 1, None
         try:
             for row in reader:
@@ -88,6 +134,22 @@ def _csv_rows(open_bytes: OpenBytes, name: str) -> Iterator[list[str]]:
             raise ConfigError(f"{name} line {line}: {error}. Nothing was bought.") from error
         if header is None:
             raise ConfigError(f"{name} is empty; its first line must name the columns")
+        text_file.refuse_growing(lines.last)
+
+
+class _Lines:
+    """Yields lines, and keeps the last one."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = iter(lines)
+        self.last = ""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.last = next(self._lines)
+        return self.last
 
 
 def _checked_header(header: list[str], name: str) -> list[str]:
@@ -127,10 +189,11 @@ def _csv_array(field: pa.Field, cells: Sequence[str], first: int, problems: Prob
 # -- JSONL ----------------------------------------------------------------------------------------
 
 
-def _objects(open_bytes: OpenBytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(text_file: TextFile) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the object of each line that is not blank."""
+    name = text_file.name
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
-    with _text(open_bytes, name) as file:
+    with text_file.text() as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -219,21 +282,6 @@ def _nested_type(column: str, values: list[Any], name: str) -> pa.DataType:
 
 
 # -- both -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _text(open_bytes: OpenBytes, name: str) -> Iterator[io.TextIOWrapper]:
-    with (
-        open_bytes() as file,
-        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
-    ):
-        try:
-            yield text
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{name} is not UTF-8 text: {error.reason} ({error.object[error.start]:#x}). "
-                "Nothing was bought. Save it as UTF-8."
-            ) from error
 
 
 def _in_parts(items: Iterable[Any]) -> Iterator[list[Any]]:

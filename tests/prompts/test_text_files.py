@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pyarrow import fs
 
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import PromptTable, parse_partition_by
 from krea_dagster.prompts.files import open_files
+from krea_dagster.prompts.text_files import TextFile, csv_stream
 from tests.prompts.conftest import Write
 from tests.prompts.reference import read_rows
+
+#: Long enough ago that a file of this time is not written to any more.
+LONG_AGO_S = 1_700_000_000.0
 
 
 def opened(path: Path | str, content: str | bytes, by: str = "hash:2") -> PromptTable:
@@ -145,6 +151,26 @@ def test_a_copy_is_kept_until_the_file_changes(tmp_path: Path) -> None:
     path.write_text("prompt\na\nb\nc\n")
     assert pinned.row_count() == 2
     assert table.row_count() == 3
+
+
+def test_a_file_that_may_still_grow_is_refused(tmp_path: Path) -> None:
+    """The cut line is a whole row of another prompt, which would be bought."""
+    path = tmp_path / "a.csv"
+    table = opened(path, "prompt_id,prompt\na,a boat at night under the sta")
+    assert "it may not be complete" in refused(table)
+    os.utime(path, (LONG_AGO_S, LONG_AGO_S))
+    assert table.row_count() == 1
+    assert opened(path, "prompt_id,prompt\na,a boat at night under the stars\n").row_count() == 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt\n" + "a boat\n" * 20_000)
+    rows = csv_stream(TextFile(fs.LocalFileSystem(), str(path), "a.csv"))
+    rows.read_next_batch()
+    path.write_text("prompt\n" + "a gull\n" * 30_000)
+    with pytest.raises(ConfigError, match=r"a.csv changed while it was read"):
+        rows.read_all()
 
 
 # -- JSONL --------------------------------------------------------------------------------------
