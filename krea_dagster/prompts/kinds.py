@@ -81,12 +81,22 @@ def kind_of(filesystem: Any, root: str, shown: str) -> Kind:
     head = _head(filesystem, root)
     if head[:4] in _PARQUET:
         return Kind.PARQUET
-    is_packed = name.endswith(".gz")
-    ending = re.search(r"\.[a-z]+\Z", name.removesuffix(".gz"))
-    kind = _TEXT_ENDINGS.get(ending.group() if ending else "")
-    if kind is not None and _begins_as(kind, is_packed, head):
+    kind = _kind_of_text(name)
+    if kind is not None and _begins_as(kind, head, is_packed=name.endswith(".gz")):
         return kind
     raise ConfigError(f"{shown} is {describe(head) or 'not a file of a known kind'}")
+
+
+def kind_by_name(place: str) -> Kind:
+    """Return what a path or URL seems to be, without a look at it."""
+    if catalog_of(place) or place.endswith(METADATA_ENDING):
+        return Kind.ICEBERG
+    return _kind_of_text(place) or Kind.PARQUET
+
+
+def _kind_of_text(name: str) -> Kind | None:
+    ending = re.search(r"\.[a-z]+\Z", name.lower().removesuffix(".gz"))
+    return _TEXT_ENDINGS.get(ending.group() if ending else "")
 
 
 def describe(head: bytes) -> str:
@@ -173,7 +183,7 @@ def _content(head: bytes) -> tuple[str, str]:
     return "", ""
 
 
-def _begins_as(kind: Kind, is_packed: bool, head: bytes) -> bool:
+def _begins_as(kind: Kind, head: bytes, *, is_packed: bool) -> bool:
     """Return whether a file begins as its ending says."""
     name = _content(head)[0]
     if is_packed:

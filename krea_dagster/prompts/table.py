@@ -14,6 +14,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
 from krea_dagster.prompts.cells import shown
 from krea_dagster.prompts.columns import partition_keys
+from krea_dagster.prompts.kinds import kind_by_name
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     HashPartitions,
@@ -80,6 +81,11 @@ class PromptTable:
     def place(self) -> str:
         """The path or URL; empty if the source is a value or a function."""
         return place_of(self.source)
+
+    @property
+    def kind(self) -> str:
+        """What the source seems to be without a look at it, such as ``csv`` or ``python``."""
+        return kind_by_name(self.place).name.lower() if self.place else "python"
 
     def pinned(self) -> PromptTable:
         """Return the table with its source as it is now: a function is called, but once.

@@ -79,6 +79,23 @@ def test_a_path_may_be_a_path(write: Write) -> None:
     assert opened(path).place == opened(str(path)).place == str(path)
 
 
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("prompts.parquet", "parquet"),
+        ("s3://bucket/folder", "parquet"),
+        ("Ideas.CSV", "csv"),
+        (Path("ideas.csv.gz"), "csv"),
+        ("ideas.ndjson", "jsonl"),
+        ("iceberg://prod/shop.ideas", "iceberg"),
+        ([{"prompt": "a boat"}], "python"),
+        (list, "python"),
+    ],
+)
+def test_the_kind_of_a_source_is_known_without_a_look_at_it(source: object, kind: str) -> None:
+    assert opened(source).kind == kind
+
+
 def test_a_function_is_called_whenever_the_table_is_read(write: Write) -> None:
     rows: list[dict[str, Any]] = [{"prompt": "a boat"}]
 

@@ -410,12 +410,15 @@ def _table_specs(
         "partitions_def": partitions_def,
         "deps": upstream.all_deps,
         "group_name": names.group_name,
-        "kinds": {"parquet"},
+        "kinds": {"json" if table.kind == "jsonl" else table.kind},
     }
     prompts = dg.AssetSpec(
         names.key("prompts"),
         description=f"The prompt table {source}, partitioned by {table.partition_by}.",
-        metadata={"dagster/uri": source, "dagster/column_schema": prompts_schema()},
+        metadata={
+            **({"dagster/uri": source} if table.place else {}),
+            "dagster/column_schema": prompts_schema(),
+        },
         **common,
     )
     prompt_columns = dg.AssetSpec(
