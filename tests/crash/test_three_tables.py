@@ -176,6 +176,7 @@ def test_the_one_salvage_takes_up_a_killed_run_and_rewrites_the_manifest_of_its_
 ) -> None:
     kill_a_run(tmp_path, server, clock, "shelf/books")
     defs = together(tmp_path, server.url)
+    (tmp_path / "ads.parquet").rename(tmp_path / "away.parquet")  # which is of another table
     looked = tick(defs, instance, "krea_salvage")
     (request,) = looked.run_requests or ()
     assert request.tags["krea/left_behind"] == "3"
@@ -186,6 +187,7 @@ def test_the_one_salvage_takes_up_a_killed_run_and_rewrites_the_manifest_of_its_
     assert made["dagster/partition_row_count"] == len(ROWS)
     # Nothing was bought twice, and the others' images are still to be bought.
     assert posts(server) == len(ROWS)
+    (tmp_path / "away.parquet").rename(tmp_path / "ads.parquet")
     run_all(defs, instance)
     assert posts(server) == len(TABLES) * len(ROWS)
     assert server.stats()["bodies_bought_more_than_once"] == 0

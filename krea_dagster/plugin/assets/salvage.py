@@ -70,9 +70,10 @@ def build_salvage(
             tell_report(report)
             log.doing("writing the manifests")
             for one in tables:
-                keys = _completed(krea, one.table, found.values())
-                with Batch.read(one.table, keys, krea) as batch:
-                    rewrite_manifests(context, batch, krea, one.manifest_key)
+                # Of a table without a collected image nothing is read: its file may be missing.
+                if keys := _completed(krea, one.table, found.values()):
+                    with Batch.read(one.table, keys, krea) as batch:
+                        rewrite_manifests(context, batch, krea, one.manifest_key)
         return dg.MaterializeResult(metadata=krea_metadata(salvage_figures(list(found.values()))))
 
     job = dg.define_asset_job(
@@ -93,7 +94,7 @@ def _completed(krea: Backend, table: PromptTable, found: Iterable[Record]) -> li
         for record in found
         if record.state is State.STORED and record.table_id in ("", table_id)
     }
-    return [key for key in table.partition_keys() if key in collected]
+    return [key for key in table.partition_keys() if key in collected] if collected else []
 
 
 def _due_for(run: dg.DagsterRun, first: timedelta) -> Callable[[Record], bool]:
