@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +143,11 @@ class Dagster:
             backfill.status in BULK_ACTION_TERMINAL_STATUSES for backfill in backfills
         )
 
-    def backfill(self, partitions: list[str]) -> str:
+    def backfill(
+        self,
+        partitions: list[str],
+        assets: Sequence[Sequence[str]] = (["images"], ["image_manifest"]),
+    ) -> str:
         """Launch a backfill as the button does; its id."""
         data = self.ask(
             """
@@ -156,7 +160,7 @@ class Dagster:
             }
             """,
             params={
-                "assetSelection": [{"path": ["images"]}, {"path": ["image_manifest"]}],
+                "assetSelection": [{"path": list(path)} for path in assets],
                 "partitionNames": partitions,
             },
         )["launchPartitionBackfill"]
@@ -171,9 +175,15 @@ class Dagster:
         )
         return str(data["partitionBackfillOrError"]["status"])
 
-    def launch(self, partition: str, tags: Mapping[str, str] | None = None) -> str:
-        """Launch the job for one partition as the launchpad does; the run's id."""
-        given = {"dagster/partition": partition, **(tags or {})}
+    def launch(
+        self,
+        partition: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        *,
+        job: str = "krea_images",
+    ) -> str:
+        """Launch a job as the launchpad does, for one partition if it has any; the run's id."""
+        given = {**({"dagster/partition": partition} if partition else {}), **(tags or {})}
         data = self.ask(
             """
             mutation($params: ExecutionParams!) {
@@ -188,7 +198,7 @@ class Dagster:
                 "selector": {
                     "repositoryLocationName": "location.py",
                     "repositoryName": "__repository__",
-                    "jobName": "krea_images",
+                    "jobName": job,
                 },
                 "runConfigData": {},
                 "executionMetadata": {
@@ -211,15 +221,18 @@ def dagster_dev(
     settings: str = "",
     collect: str = "wait",
     callbacks: Mapping[str, str] | None = None,
+    definitions: str = DEFINITIONS,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Dagster]:
     """Run ``dagster dev`` over a code location of one table, and end it.
 
-    ``collect`` is ``wait`` or ``later``; ``callbacks`` are the variables of a receiver.
+    ``collect`` is ``wait`` or ``later``; ``callbacks`` are the variables of a receiver, and
+    ``variables`` those of ``definitions``.
     """
     home = folder / "home"
     home.mkdir(parents=True)
     (home / "dagster.yaml").write_text(_SETTINGS + settings)
-    (folder / "location.py").write_text(DEFINITIONS)
+    (folder / "location.py").write_text(definitions)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -235,6 +248,7 @@ def dagster_dev(
         "BASE_URL": base_url,
         "COLLECT": collect,
         **(callbacks or {}),
+        **(variables or {}),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }
