@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
+from krea_dagster.manifest.locations import located_now
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 from krea_dagster.prompts import safe_name
 
@@ -128,6 +129,7 @@ def read_manifests(
     """Read the manifests of some partitions as one table, in the order of the keys.
 
     Partitions without a file are left out. A column that a file does not have is null for its rows.
+    ``image_path`` is where the image is now, also in a root that was moved.
     ``columns`` limits the columns; without any file a passthrough column has Arrow's null type.
     Raises ConfigError for a column that none of the files has.
     """
@@ -144,12 +146,13 @@ def read_manifests(
             continue
     if columns is None:
         tables = tables or [MANIFEST_SCHEMA.empty_table()]
-        return pa.concat_tables(tables, promote_options="permissive")
+        return located_now(storage, pa.concat_tables(tables, promote_options="permissive"))
     if not tables:
         return _empty(columns)
     if missing := [name for name in columns if name not in known]:
         raise no_column(missing[0], known)
-    return pa.concat_tables(tables, promote_options="permissive").select(list(columns))
+    table = pa.concat_tables(tables, promote_options="permissive").select(list(columns))
+    return located_now(storage, table)
 
 
 def no_column(name: str, known: Iterable[str]) -> ConfigError:

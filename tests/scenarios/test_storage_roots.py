@@ -21,7 +21,7 @@ from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError, PurchasesNotWritten
 from tests.engine.harness import ServerClock
-from tests.spend.project_harness import LEARNED, ProjectHarness
+from tests.spend.project_harness import LEARNED, ProjectHarness, kinds
 
 
 def root(shop: ProjectHarness) -> Path:
@@ -269,6 +269,22 @@ def test_a_root_older_than_its_journal_stops_the_run(
     report = later.carry("run-3")
     assert (report.posts, report.progress.delivered, len(files(shop))) == (0, 4, 8)
     assert server.stats()["creates"] == 8
+
+
+def test_a_moved_root_is_proved_and_its_images_are_found_where_they_are_now(
+    shop: ProjectHarness,
+) -> None:
+    shop.buy()
+    root(shop).rename(shop.folder / "moved")
+    moved = shop.with_settings(storage=str(shop.folder / "moved"))
+    assert kinds(moved.prove()) == []
+    frame = moved.krea.manifest()
+    assert len(frame) == 4
+    for path in frame["image_path"]:
+        assert Path(path).parent.parent.parent == shop.folder / "moved"
+        assert Path(path).exists()
+    (shop.folder / "moved" / Path(frame["image_path"][0])).unlink()
+    assert kinds(moved.prove()) == ["file_missing"]
 
 
 def test_a_moved_root_is_recognised_by_its_marker(shop: ProjectHarness, server: Emulator) -> None:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from krea_dagster.engine.storage.listed_sizes import sizes_of_images
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.manifest.locations import image_names
 from krea_dagster.plugin.checks.findings import RowFindings
 from krea_dagster.plugin.checks.manifest_check import (
     CheckedManifests,
@@ -126,23 +127,19 @@ def _with_right_sizes(
 ) -> pa.RecordBatch:
     """Return the rows whose file has its size; the others become findings."""
     storage = manifests.storage
-    places, wanted = rows.column("image_path"), rows.column("image_bytes")
-    # All files are under one root, which is removed from the whole column at once.
-    root = storage.locate("images").removesuffix("images")
-    under = pc.starts_with(places, root).fill_null(False)
-    known = pc.and_(under, pc.is_valid(wanted))
+    names, wanted = image_names(storage, rows.column("image_path")), rows.column("image_bytes")
+    known = pc.and_(pc.is_valid(names), pc.is_valid(wanted))
     findings.add(
         rows,
         pc.invert(known),
         lambda row: (
-            f"its file {row['image_path']} is not under {root}"
+            f"its file {row['image_path']} is not under {storage.locate('')}"
             if row["image_path"] and row["image_bytes"] is not None
             else "it is stored, but the manifest has no path or size"
         ),
     )
     rows = rows.filter(known)
-    names = pc.utf8_slice_codeunits(rows.column("image_path"), len(root))
-    found = sizes_of_images(storage, names.to_pylist(), manifests.stored)
+    found = sizes_of_images(storage, names.filter(known).to_pylist(), manifests.stored)
     sizes = np.array([_MISSING if size is None else size for size in found], np.int64)
     same = sizes == rows.column("image_bytes").to_numpy()
     if not same.all():

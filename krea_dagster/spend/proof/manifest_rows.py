@@ -135,11 +135,14 @@ def _compare(
     recorded = {
         "status": record.state.value,
         "task_id": record.task_id,
-        "image_path": None if image is None else storage.locate(image.path),
+        "image_path": None if image is None else image.path,
         "image_sha256": None if image is None else image.sha256,
         "credits_charged": credits_charged(record),
     }
-    wrong = [column for column in _PROVED if row[column] != recorded[column]]
+    listed = {column: row[column] for column in _PROVED}
+    if listed["image_path"] is not None:  # as it was when the manifest was written
+        listed["image_path"] = storage.name_of(listed["image_path"])
+    wrong = [column for column in _PROVED if listed[column] != recorded[column]]
     if not wrong:
         return True
     behind = "status" in wrong and _was_right(row, record, journal)

@@ -85,3 +85,16 @@ def test_what_the_run_has_bought_is_not_hashed_again(stored: StoredManifests) ->
     )
     every = functools.partial(build_files_check, sample=None)
     assert number(stored.check(every, "a", before=buy), "files_hashed") == 7
+
+
+def test_files_of_a_root_that_was_moved_are_looked_for_where_they_are_now(
+    stored: StoredManifests,
+) -> None:
+    rows = [stored.row(n) for n in range(3)]
+    places = [Path(row["image_path"]) for row in rows]
+    elsewhere = [f"/old/place/images/{path.parent.name}/{path.name}" for path in places]
+    stored.write([{**row, "image_path": old} for row, old in zip(rows, elsewhere, strict=True)])
+    assert stored.check(build_files_check).passed
+    places[1].unlink()
+    found = stored.check(build_files_check)
+    assert set(named(found)) == {"row-0001"}
