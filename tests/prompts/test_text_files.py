@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import fs
 
 from krea_dagster.errors import ConfigError, PromptTableError
@@ -151,6 +156,29 @@ def test_a_copy_is_kept_until_the_file_changes(tmp_path: Path) -> None:
     path.write_text("prompt\na\nb\nc\n")
     assert pinned.row_count() == 2
     assert table.row_count() == 3
+
+
+#: Without what UTF-8 lacks, and without the line break that Python's writer leaves unquoted.
+TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\r")
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.text(TEXT)] * 3), max_size=5),
+    ending=st.sampled_from(["\n", "\r\n"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_text_that_a_writer_puts_into_cells_is_read_from_them(
+    rows: list[tuple[str, str, str]], ending: str, quoting: Literal[0, 1]
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator=ending, quoting=quoting)
+            writer.writerows([("prompt_id", "prompt", "theme"), *rows])
+        found = csv_stream(TextFile(fs.LocalFileSystem(), str(path), "a.csv")).read_all()
+    cells = [tuple(cell or "" for cell in row.values()) for row in found.to_pylist()]
+    assert cells == [tuple(row) for row in rows]
 
 
 def test_a_file_that_may_still_grow_is_refused(tmp_path: Path) -> None:
