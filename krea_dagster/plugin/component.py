@@ -25,6 +25,7 @@ from krea_dagster.plugin.component_sections import (
     ScheduleSettings,
 )
 from krea_dagster.plugin.definitions import build_krea_definitions, with_changed_specs
+from krea_dagster.plugin.names import prefix_of
 from krea_dagster.plugin.partitions import backfill_policy_of
 from krea_dagster.plugin.resource import KreaResource
 from krea_dagster.plugin.scaffolder import KreaImagesScaffolder
@@ -268,6 +269,7 @@ class KreaImages(dg.Component, YamlSection):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Build the definitions. Raises ConfigError for a setting that cannot be used."""
+        self._refuse_shared_prefix(context)
         fresh_hours = self.fresh_within_hours
         defs = build_krea_definitions(
             prompts=self._prompts(context),
@@ -305,6 +307,17 @@ class KreaImages(dg.Component, YamlSection):
         )
         schedules = dg.Definitions(schedules=self._schedules(defs))
         return dg.Definitions.merge(with_changed_specs(defs, self.get_asset_spec), schedules)
+
+    def _refuse_shared_prefix(self, context: dg.ComponentLoadContext) -> None:
+        """Refuse another instance with the same names, before Dagster finds the same keys."""
+        prefix = prefix_of(self.key_prefix)
+        every = context.component_tree.get_all_components(KreaImages)
+        if sum(prefix_of(one.key_prefix) == prefix for one in every) > 1:
+            shown = "/".join(prefix)
+            raise ConfigError(
+                f"several KreaImages have the key_prefix {shown!r}, and so the same names: give "
+                "each its own, such as key_prefix: posters"
+            )
 
     def _schedules(self, defs: dg.Definitions) -> list[dg.ScheduleDefinition]:
         given = self.schedule

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -61,32 +61,38 @@ BY_NAME: Final = {"api_key_env", "journal_url_env", "callback_secret_env", "emul
 class RowDefaults(YamlSection):
     """Values for what a row of the prompt table leaves open."""
 
-    size: _Size = "1:1"
-    quality: Literal["1K", "2K"] = "1K"
-    num_images: Annotated[int, Field(ge=1, le=100)] = 1
-    nsfw_check: bool = False
+    size: _Size = Field(default="1:1", description="Aspect ratio of an image.")
+    quality: Literal["1K", "2K"] = Field(default="1K", description="1K or 2K.")
+    num_images: int = Field(default=1, ge=1, le=100, description="Images of a prompt.")
+    nsfw_check: bool = Field(default=False, description="Request the stricter content check.")
 
 
 class FailureShareCheck(YamlSection):
     """Shares of failed rows above which the check warns or is an error."""
 
-    warn_above: float = 0.01
-    error_above: float = 0.05
+    warn_above: float = Field(default=0.01, description="Share above which it is a warning.")
+    error_above: float = Field(default=0.05, description="Share above which it is an error.")
 
 
 class SampledCheck(YamlSection):
     """The size and seed of a random sample; ``sample: null`` takes all files."""
 
-    sample: int | None = 100
-    seed: int | None = None
+    sample: int | None = Field(default=100, description="Number of files; null for all.")
+    seed: int | None = Field(default=None, description="Seed of the sample, for a repeatable one.")
 
 
 class SpendCheck(YamlSection):
     """The prices, their tolerance, and the maximum credits of a partition."""
 
-    most_credits: float | None = None
-    tolerance: float = 0.0
-    prices: dict[str, float] | None = None
+    most_credits: float | None = Field(
+        default=None, description="Maximum credits of a partition, for all runs."
+    )
+    tolerance: float = Field(
+        default=0.0, description="Share above a price that is accepted; 0.1 is a tenth."
+    )
+    prices: dict[str, float] | None = Field(
+        default=None, description="Credits per image by quality; by default the published ones."
+    )
 
 
 class NoSettings(YamlSection):
@@ -96,11 +102,19 @@ class NoSettings(YamlSection):
 class Checks(YamlSection):
     """The asset checks of ``image_manifest``; only those that are named are built."""
 
-    manifest_schema: NoSettings | None = None
-    failure_share: FailureShareCheck | None = None
-    files: SampledCheck | None = None
-    pictures: SampledCheck | None = None
-    spend: SpendCheck | None = None
+    manifest_schema: NoSettings | None = Field(
+        default=None, description="The manifest's columns, types and rows; {}."
+    )
+    failure_share: FailureShareCheck | None = Field(
+        default=None, description="How many rows failed."
+    )
+    files: SampledCheck | None = Field(
+        default=None, description="Every file exists and is whole; of a sample the hash."
+    )
+    pictures: SampledCheck | None = Field(
+        default=None, description="Images of a sample are decoded and looked at."
+    )
+    spend: SpendCheck | None = Field(default=None, description="What rows cost.")
 
     def factories(self) -> list[CheckFactory]:
         """Return the factories of the named checks, with their settings."""

@@ -439,6 +439,19 @@ def test_building_the_definitions_warns_of_nothing(tmp_path: Path) -> None:
     assert defs.resolve_job_def("krea_images")
 
 
+def test_two_instances_of_the_same_names_are_told_to_have_prefixes(
+    sandbox: DefsFolderSandbox,
+) -> None:
+    for name in ("ads", "shop"):
+        add(sandbox, {"prompts": "data/prompts.parquet"}, name=name)
+    with pytest.raises(Exception, match=r"ads|shop") as caught, sandbox.build_all_defs():
+        pass
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__
+    assert "several KreaImages have the key_prefix ''" in str(error)
+
+
 def test_two_instances_with_prefixes_of_their_own_share_a_project(
     sandbox: DefsFolderSandbox,
 ) -> None:
