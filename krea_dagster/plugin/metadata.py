@@ -166,16 +166,23 @@ def prompts_lineage(schema: pa.Schema, prompts: dg.AssetKey) -> dg.TableColumnLi
 
     Columns from EvoLink or the journal have none.
     """
+    sources = {
+        name: source
+        for name in schema.names
+        if (source := _FROM_PROMPTS.get(name, None if name in DESCRIPTIONS else name))
+    }
+    return column_lineage(sources, prompts)
+
+
+def column_lineage(sources: Mapping[str, str], upstream: dg.AssetKey) -> dg.TableColumnLineage:
+    """Return the ``dagster/column_lineage`` of columns from those of another asset, by name."""
     found: dict[str, list[dg.TableColumnDep]] = {}
     left = LINEAGE_BYTES
-    for name in schema.names:
-        source = _FROM_PROMPTS.get(name, None if name in DESCRIPTIONS else name)
-        if source is None:
-            continue
-        left -= _COLUMN_BYTES + _written(name, source, *prompts.path)
+    for name, source in sources.items():
+        left -= _COLUMN_BYTES + _written(name, source, *upstream.path)
         if left < 0:
             break
-        found[name] = [dg.TableColumnDep(prompts, source)]
+        found[name] = [dg.TableColumnDep(upstream, source)]
     return dg.TableColumnLineage(found)
 
 

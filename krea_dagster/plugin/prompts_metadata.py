@@ -22,12 +22,14 @@ def prompts_schema(further: pa.Schema | None = None) -> dg.TableSchema:
 
 
 def prompts_metadata(
-    looks: Mapping[str, PartitionLook], further: pa.Schema
+    looks: Mapping[str, PartitionLook],
+    further: pa.Schema,
+    lineage: dg.TableColumnLineage | None = None,
 ) -> Mapping[str, Metadata]:
     """Return the metadata of partitions, by key: the rows and some prompts of each.
 
-    Only the last has the columns: Dagster shows those of the last event, and they would be the same
-    in thousands of events.
+    Only the last has the columns, and those of the upstream that they come from (``lineage``):
+    Dagster shows those of the last event, and they would be the same in thousands of events.
     """
     values = {
         key: {
@@ -43,9 +45,13 @@ def prompts_metadata(
     if values:
         last = next(reversed(values))
         values[last]["dagster/column_schema"] = prompts_schema(further)
+        if lineage is not None:
+            values[last]["dagster/column_lineage"] = lineage
     return values
 
 
-def plan_metadata(plan: Plan) -> Callable[[Sequence[str]], Mapping[str, Metadata]]:
+def plan_metadata(
+    plan: Plan, lineage: dg.TableColumnLineage | None = None
+) -> Callable[[Sequence[str]], Mapping[str, Metadata]]:
     """Return a function that returns the metadata of some partitions of a plan."""
-    return lambda keys: prompts_metadata(looks_of_plan(plan, keys), plan.passthrough)
+    return lambda keys: prompts_metadata(looks_of_plan(plan, keys), plan.passthrough, lineage)

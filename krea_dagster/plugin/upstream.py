@@ -8,6 +8,7 @@ import dagster as dg
 
 from krea_dagster.application.kept_table import KeptTable
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.metadata import column_lineage
 from krea_dagster.prompts import PromptTable
 
 #: What Dagster takes as a dependency.
@@ -104,6 +105,18 @@ class Upstream:
         """The resources that the sensor needs to load the value."""
         manager = None if self.made is None else self.made.input_manager_key
         return set() if manager is None else {manager}
+
+    def lineage(self, table: PromptTable) -> dg.TableColumnLineage | None:
+        """Return the upstream's columns that the table's come from; None if that is not known.
+
+        It is for one asset that makes the table as it is. What a function reads, or several assets
+        write, may have other names there. Raises ConfigError for a table that cannot be read.
+        """
+        makes_all = self.made is not None or (len(self.deps) == 1 and table.place)
+        if not makes_all:
+            return None
+        names = table.column_names()
+        return column_lineage(dict(zip(names, names, strict=True)), self.keys[0])
 
     def keep_input(self, context: dg.AssetExecutionContext, table: PromptTable, value: Any) -> None:
         """Keep the value that a step was given. Raises ConfigError, StorageError."""

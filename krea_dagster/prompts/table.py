@@ -129,6 +129,11 @@ class PromptTable:
         """Return the number of rows, from the footers of the files."""
         return sum(file.row_count for file in self._reading().files())
 
+    def column_names(self) -> list[str]:
+        """Return the names of the columns, from the footers of the files."""
+        files = self._reading().files()
+        return list(dict.fromkeys(name for file in files for name in file.schema.names))
+
     def plan(
         self,
         keys: Sequence[str] | None = None,

@@ -280,3 +280,39 @@ def test_the_graph_goes_from_the_upstream_to_the_prompts_and_to_the_images(
         IMAGES,
     }
     assert graph.get(MANIFEST).parent_keys == {IMAGES, dg.AssetKey("prompt_columns")}
+
+
+def columns_from(
+    instance: dg.DagsterInstance, key: dg.AssetKey
+) -> dict[str, tuple[dg.AssetKey, str]]:
+    """The column of another asset that each column comes from, as the UI finds it."""
+    event = instance.get_latest_materialization_event(key)
+    assert event is not None
+    made = event.asset_materialization
+    assert made is not None
+    lineage = made.metadata["dagster/column_lineage"].value
+    assert isinstance(lineage, dg.TableColumnLineage)
+    return {
+        name: (dep.asset_key, dep.column_name) for name, (dep,) in lineage.deps_by_column.items()
+    }
+
+
+@pytest.mark.parametrize("by", ["a run", "the sensor"])
+def test_the_columns_of_the_manifest_lead_through_the_prompts_to_the_upstream(
+    project: Project, by: str
+) -> None:
+    project.run(*BUCKETS)
+    if by == "the sensor":
+        project.rows.append({"prompt_id": "new", "prompt": "new", "campaign": "winter"})
+        alone = dg.define_asset_job("alone", selection=[UPSTREAM])
+        project.defs = dg.Definitions.merge(project.defs, dg.Definitions(jobs=[alone]))
+        job = project.defs.resolve_job_def("alone")
+        job.execute_in_process(instance=project.instance, run_config=QUIET)
+        assert tick(project.defs, project.instance, "krea_prompts").asset_events
+    manifest = columns_from(project.instance, MANIFEST)
+    prompts = columns_from(project.instance, dg.AssetKey("prompts"))
+    for column in ("prompt_id", "prompt", "campaign"):
+        own, name = manifest[column]
+        assert own == dg.AssetKey("prompts")
+        assert prompts[name] == (UPSTREAM, column)
+    assert set(prompts) == {"prompt_id", "prompt", "campaign"}

@@ -264,10 +264,10 @@ class _ImagesStep:
             refuse_second_journal(
                 context, self.names.key("images"), krea, self.table, self.relative
             )
-            self.upstream.keep_input(context, self.table, value)
         with ExitStack() as stack:
             log = stack.enter_context(step_log(context.log, "reading the prompt table"))
             with as_failure():
+                self.upstream.keep_input(context, self.table, value)
                 batch, quota = stack.enter_context(
                     prepared(
                         krea,
@@ -280,7 +280,10 @@ class _ImagesStep:
                     )
                 )
             report_in_step(
-                context, self.names.key("prompts"), batch.versions(), plan_metadata(batch.plan)
+                context,
+                self.names.key("prompts"),
+                batch.versions(),
+                plan_metadata(batch.plan, self.upstream.lineage(batch.table)),
             )
             _log_before(context, batch, krea, quota)
             with self._kept_if_cancelled(context, log, batch, krea):

@@ -192,6 +192,7 @@ def build_prompts_sensor(
                 pinned = table.pinned()
                 marks = _marks(krea, instance, pinned, keys, newest, prunes=prune)
             requested, columns = reader.versions(krea, pinned, marks)
+            lineage = upstream.lineage(pinned)
         except KreaError as error:
             return dg.SkipReason(str(error))
         versions = (requested, columns.versions)
@@ -204,7 +205,7 @@ def build_prompts_sensor(
         if now or requests or (departed and departed.waiting):
             reported = [partition for asset, partition, *_ in now if asset == key]
             looks = {one: columns.looks.get(one, PartitionLook()) for one in reported}
-            metadata = prompts_metadata(looks, columns.schema)
+            metadata = prompts_metadata(looks, columns.schema, lineage)
             return dg.SensorResult(
                 asset_events=[
                     event
