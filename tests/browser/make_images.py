@@ -25,7 +25,11 @@ from tests.browser.test_review import visiting
 from tests.curation.review.review_harness import Server, make_project
 
 #: Tests of Dagster's UI, which take screenshots where KREA_DOCS_IMAGES names a folder.
-_UI_TESTS = ("tests/browser/test_dagster_ui.py", "tests/browser/test_review_lineage_ui.py")
+_UI_TESTS = (
+    "tests/browser/test_dagster_ui.py",
+    "tests/browser/test_review_lineage_ui.py",
+    "tests/browser/test_whole_project_ui.py",
+)
 #: Verdicts of the review that is shown, as keys.
 _VERDICTS = "kkfkrkkkrkkfkkkkrkkk"
 

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import os
-import socket
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import pyarrow.compute as pc
 import pytest
 from playwright.sync_api import Error as PlaywrightError
@@ -25,11 +23,8 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests
 from krea_dagster.plugin.metadata import contact_sheet
-from tests.browser.pages import chromium
-from tests.dagster_bench import end_group
+from tests.browser.dagster_server import ROOT, keep, open_page, project_environment, serving
 
-ROOT = Path(__file__).parents[2]
-START_S = 120.0
 KEY = "sk-a-key-that-must-not-show"
 
 pytestmark = pytest.mark.browser
@@ -40,16 +35,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a project that was materialized three times, with a key."""
     folder = tmp_path_factory.mktemp("project")
     with Emulator(api_key=KEY, latency_s=0.05) as emulator:
-        environment = {
-            **os.environ,
-            "KREA_STORAGE": str(folder / "krea"),
-            "EVOLINK_API_KEY": KEY,
-            "EVOLINK_BASE_URL": emulator.url,
-            "DAGSTER_HOME": str(folder / "home"),
-        }
-        (folder / "home").mkdir()
-        (folder / "home" / "dagster.yaml").write_text(
-            "telemetry:\n  enabled: false\nnux:\n  enabled: false\n"
+        environment = project_environment(
+            folder,
+            EVOLINK_API_KEY=KEY,
+            EVOLINK_BASE_URL=emulator.url,
+            KREA_PROMPTS=shutil.copy(ROOT / "data" / "prompts.parquet", folder),
         )
         for again in ((), ("terrace-rice-01", "dune-shadow-01"), ("dune-shadow-01",)):
             wishes = [word for prompt_id in again for word in ("--again", prompt_id)]
@@ -74,26 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def ui(made: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of ``dg dev`` over the project's instance."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dg = Path(sys.executable).with_name("dg")
-    log_file = tmp_path_factory.mktemp("ui") / "dg-dev.log"
-    with log_file.open("wb") as log:
-        server = subprocess.Popen(
-            [dg, "dev", "-f", "definitions.py", "-h", "127.0.0.1", "-p", str(port)],
-            cwd=ROOT,
-            env=made,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_for(url, server)
-            yield url
-        finally:
-            end_group(server)
+    with serving(made, tmp_path_factory.mktemp("ui")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +77,15 @@ def answers() -> list[str]:
 @pytest.fixture(scope="module")
 def page(answers: list[str]) -> Iterator[Page]:
     """A page of a headless Chromium."""
-    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
-    with chromium(*quiet) as browser:
-        page = browser.new_page(viewport={"width": 1440, "height": 960})
-        page.set_default_timeout(45_000)
+    with open_page() as page:
 
-        def keep(response: Response) -> None:
+        def note(response: Response) -> None:
             if "/graphql" in response.url:
                 with suppress(PlaywrightError):  # the page was left before it came
                     answers.append(response.text())
 
-        page.on("response", keep)
+        page.on("response", note)
         yield page
-
-
-def test_the_asset_graph_shows_prompts_images_and_manifest(page: Page, ui: str) -> None:
-    page.goto(f"{ui}/asset-groups/")
-    for name in ("prompts", "images", "image_manifest"):
-        expect(page.get_by_text(name, exact=True).first).to_be_visible()
-    page.wait_for_timeout(3000)
-    _keep(page, "asset-graph")
 
 
 def test_a_partition_shows_its_figures_and_its_thumbnails(page: Page, ui: str) -> None:
@@ -135,7 +96,7 @@ def test_a_partition_shows_its_figures_and_its_thumbnails(page: Page, ui: str) -
     expect(sheet).to_be_visible()
     assert sheet.evaluate("image => image.naturalWidth") > 100
     page.wait_for_timeout(500)
-    _keep(page, "partition-thumbnails")
+    keep(page, "partition-thumbnails")
     page.keyboard.press("Escape")
 
 
@@ -145,7 +106,7 @@ def test_credits_and_counts_are_plotted_over_the_runs(page: Page, ui: str) -> No
     page.get_by_role("button", name="Events").click()  # over time, not by partition
     expect(page.get_by_text("credits_spent_by_run").first).to_be_visible()
     page.wait_for_timeout(1500)
-    _keep(page, "plots")
+    keep(page, "plots")
 
 
 def test_the_failed_check_names_the_rows_that_are_missing(page: Page, ui: str) -> None:
@@ -153,14 +114,14 @@ def test_the_failed_check_names_the_rows_that_are_missing(page: Page, ui: str) -
     expect(page.get_by_text("all_rows_delivered").first).to_be_visible()
     expect(page.get_by_text("rows have no image").first).to_be_visible()
     page.wait_for_timeout(500)
-    _keep(page, "failed-check")
+    keep(page, "failed-check")
 
 
 def test_the_launchpad_shows_the_resources_fields(page: Page, ui: str) -> None:
     page.goto(f"{ui}/locations/definitions.py/jobs/krea_images/playground")
     expect(page.get_by_text("max_in_flight").first).to_be_visible()
     page.wait_for_timeout(500)
-    _keep(page, "launchpad")
+    keep(page, "launchpad")
 
 
 def test_no_page_and_no_answer_holds_a_secret(page: Page, ui: str, answers: list[str]) -> None:
@@ -171,20 +132,3 @@ def test_no_page_and_no_answer_holds_a_secret(page: Page, ui: str, answers: list
     assert sum(map(len, answers)) > 100_000, "the answers were looked at"
     assert any("EVOLINK_API_KEY" in answer for answer in answers), "it is shown by its name"
     assert not any(KEY in answer for answer in answers)
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + START_S
-    while time.monotonic() < deadline_s:
-        assert server.poll() is None, "the web server ended"
-        try:
-            if httpx.get(f"{url}/server_info", timeout=2.0).is_success:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.3)
-    pytest.fail("the web server did not start")
-
-
-def _keep(page: Page, name: str) -> None:
-    if folder := os.environ.get("KREA_DOCS_IMAGES"):
-        page.screenshot(path=str(Path(folder) / f"{name}.png"))

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,9 +19,9 @@ from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
 from krea_dagster.manifest import read_manifests
-from tests.browser.test_dagster_ui import _keep, _wait_for, answers, page  # noqa: F401 - fixtures
+from tests.browser.dagster_server import keep, open_page, project_environment, serving
 from tests.curation.accepted.quota_harness import prompts_of
-from tests.dagster_bench import QUIET, end_group, tick, write_table
+from tests.dagster_bench import QUIET, tick, write_table
 
 pytestmark = pytest.mark.browser
 
@@ -55,24 +51,18 @@ defs = build_krea_definitions(
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
     """The environment of a project whose images were taken as a dataset, and judged since."""
     folder = tmp_path_factory.mktemp("judged-project")
-    home = folder / "home"
-    home.mkdir()
-    (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\nnux:\n  enabled: false\n")
     (folder / "defs.py").write_text(_DEFINITIONS)
     with Emulator(latency_s=0.02) as emulator:
         key = "sk-of-the-judged-project-Zq81"
         emulator.world.add_account(key, 10_000_000)
-        environment = {
-            **os.environ,
-            "KREA_PROMPTS": write_table(
-                folder / "prompts.parquet", prompts_of(6, "plain", num_images=2)
-            ),
-            "KREA_STORAGE": str(folder / "krea"),
-            "EVOLINK_API_KEY": key,
-            "EVOLINK_BASE_URL": emulator.url,
-            "DAGSTER_HOME": str(home),
-            "PROJECT": str(folder),
-        }
+        prompts = write_table(folder / "prompts.parquet", prompts_of(6, "plain", num_images=2))
+        environment = project_environment(
+            folder,
+            KREA_PROMPTS=prompts,
+            EVOLINK_API_KEY=key,
+            EVOLINK_BASE_URL=emulator.url,
+            PROJECT=str(folder),
+        )
         krea = KreaResource(
             api_key=key,
             base_url=emulator.url,
@@ -85,7 +75,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, s
             krea=krea,
             curation=Curation(wanted=["prompt=2"], exports={"dataset": ExportSpec()}),
         )
-        with dg.DagsterInstance.from_config(str(home)) as instance:
+        with dg.DagsterInstance.from_config(environment["DAGSTER_HOME"]) as instance:
             _make(defs, instance)
             with krea.krea().open_journal() as journal:
                 _reject_one(krea, journal)
@@ -115,31 +105,21 @@ def _reject_one(krea: KreaResource, journal: Journal) -> None:
 @pytest.fixture(scope="module")
 def ui(project: Mapping[str, str]) -> Iterator[str]:
     """The address of ``dg dev`` over the project's instance."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder = Path(project["PROJECT"])
-    command = [str(Path(sys.executable).with_name("dg")), "dev", "-f", "defs.py"]
-    with (folder / "dg-dev.log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "-h", "127.0.0.1", "-p", str(port)],
-            cwd=folder,
-            env=project,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_for(url, server)
-            yield url
-        finally:
-            end_group(server)
+    with serving(project, folder, folder / "defs.py") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """A page of a headless Chromium."""
+    with open_page() as page:
+        yield page
 
 
 def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(
     ui: str,
-    page: Page,  # noqa: F811 - the fixture, which has a loop of its own: after the runs
+    page: Page,
 ) -> None:
     page.set_viewport_size({"width": 1900, "height": 760})
     page.goto(f"{ui}/assets/dataset?view=lineage&lineageScope=upstream&lineageDepth=6")
@@ -147,17 +127,17 @@ def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(
         expect(page.get_by_text(name, exact=True).first).to_be_visible(timeout=45_000)
     expect(page.get_by_text("Loading")).to_have_count(0, timeout=45_000)
     page.wait_for_timeout(1000)
-    _keep(page, "review-lineage")
+    keep(page, "review-lineage")
 
 
 def test_a_partition_whose_verdicts_have_changed_is_said_to_be_out_of_date(
     ui: str,
-    page: Page,  # noqa: F811 - the fixture, which has a loop of its own: after the runs
+    page: Page,
 ) -> None:
     # The first row of all was rejected, which lies in the first partition.
     page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={PARTITIONS[0]}")
     expect(page.get_by_text("Unsynced").first).to_be_visible(timeout=45_000)
-    _keep(page, "review-out-of-date")
+    keep(page, "review-out-of-date")
     page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={PARTITIONS[1]}")
     expect(page.get_by_text("credits_per_accepted_image").first).to_be_visible(timeout=45_000)
     expect(page.get_by_text("Unsynced")).to_have_count(0)
