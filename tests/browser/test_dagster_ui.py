@@ -39,7 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             folder,
             EVOLINK_API_KEY=KEY,
             EVOLINK_BASE_URL=emulator.url,
-            KREA_PROMPTS=shutil.copy(ROOT / "data" / "prompts.parquet", folder),
+            KREA_PROMPTS=str(
+                shutil.copy(ROOT / "data" / "prompts.parquet", folder / "prompts.parquet")
+            ),
         )
         for again in ((), ("terrace-rice-01", "dune-shadow-01"), ("dune-shadow-01",)):
             wishes = [word for prompt_id in again for word in ("--again", prompt_id)]
