@@ -67,8 +67,9 @@ class KeptTable:
         if is_new or (mark and kept.get(_MARK, b"").decode() != mark):
             entries = {_MARK: mark.encode(), _CONTENT: content.encode()}
             self._storage.write(name, lambda file: _write(copy, file, entries))
-        for other in list(self._names()):
-            if (other == _WHOLE) != (name == _WHOLE):
+        others = [_WHOLE] if partition is not None else list(self._names())
+        for other in others:
+            if other != name:
                 self._storage.remove(other)
 
     def _names(self) -> Iterator[str]:

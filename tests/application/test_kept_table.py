@@ -105,3 +105,14 @@ def test_what_is_no_table_is_refused_and_the_kept_one_stays(
     with pytest.raises(ConfigError):
         kept.keep(value, SHOWN)
     assert prompts_in(table) == ["a"]
+
+
+def test_it_is_kept_behind_a_url_too() -> None:
+    table = PromptTable("memory://kept-table/prompts", parse_partition_by("hash:1"))
+    kept = KeptTable(table)
+    assert not kept.exists()
+    kept.keep(frame("whole"), SHOWN, mark="1")
+    assert (table.row_count(), kept.mark(None)) == (1, "1")
+    for day in ("2026-11-01", "2026-11-02"):
+        kept.keep(frame(day), SHOWN, partition=day, mark=day)
+    assert (table.row_count(), kept.mark("2026-11-02"), kept.mark(None)) == (2, "2026-11-02", "")

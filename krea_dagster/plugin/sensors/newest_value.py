@@ -13,6 +13,7 @@ from krea_dagster.application.kept_table import KeptTable
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.plugin.upstream import key_of, value_of
 from krea_dagster.prompts import PromptTable
+from krea_dagster.prompts.files import first_line
 
 #: Maximum number of partitions that a tick loads.
 _MOST_LOADS: Final = 100
@@ -89,7 +90,7 @@ class NewestValue:
                 raise
             except Exception as error:  # noqa: BLE001 - each IO manager raises errors of its own
                 raise ConfigError(
-                    f"{value_of(key)} cannot be loaded: {type(error).__name__}: {error}"
+                    f"{value_of(key)} cannot be loaded: {type(error).__name__}: {first_line(error)}"
                 ) from redact.safe_cause(error)
 
         with self.repository.get_asset_value_loader(self.instance) as loader:
