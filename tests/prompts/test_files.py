@@ -6,8 +6,10 @@ import base64
 import os
 import random
 import re
+import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
+from pyarrow import fs
 
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.prompts import PromptTable, parse_partition_by
-from krea_dagster.prompts.files import BATCH_ROWS, open_files
+from krea_dagster.prompts.files import BATCH_ROWS, filesystem_of, open_files
 from tests.prompts.reference import read_rows
 
 Write = Callable[..., str]
@@ -90,9 +93,23 @@ def test_an_unknown_kind_of_url_says_so() -> None:
     assert "nosuch://a/b cannot be opened" in refused("nosuch://a/b")
 
 
-def test_a_url_whose_package_is_missing_names_the_package() -> None:
+def test_a_url_whose_package_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adlfs", None)
     said = refused("abfs://container/prompts.parquet")
     assert "abfs://container/prompts.parquet cannot be opened" in said
+    assert "pip install 'krea-dagster[azure]'" in said
+
+
+def test_a_bucket_that_arrow_opens_itself_is_given_up_after_half_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Arrow's own limit is a quarter of an hour."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for url in ("gs://anonymous@bucket/a.parquet", "gs://anonymous@bucket/a?scheme=http"):
+        opened_by_arrow, _ = filesystem_of(url, {})
+        assert isinstance(opened_by_arrow, fs.GcsFileSystem)
+        _, (options,) = opened_by_arrow.__reduce__()
+        assert options["retry_time_limit"] == timedelta(seconds=30)
 
 
 # -- files that cannot be used ------------------------------------------------------------------
