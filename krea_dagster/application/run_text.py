@@ -53,16 +53,16 @@ def progress_line(progress: Progress, seconds: float) -> str:
     to_come, rate = progress.total - progress.ended, _rate(progress, seconds)
     time_to_go = f", about {duration_text(to_come / rate)} to go" if rate and to_come else ""
     return (
-        f"{progress.ended:,} of {progress.total:,} images{time_to_go}: "
-        f"{counts_text(progress, seconds)}"
+        f"{progress.ended:,} of {progress.total:,} images{time_to_go}: {_delivered(progress)}, "
+        f"{progress.in_flight:,} in flight, {rate_text(progress, seconds)}"
     )
 
 
-def counts_text(progress: Progress, seconds: float) -> str:
-    """Return what became of the images, how many a second, and what they cost so far."""
+def rate_text(progress: Progress, seconds: float) -> str:
+    """Return the images per second, what they cost so far, and how many have no image."""
     return (
-        f"{_outcomes(progress)}, {progress.in_flight:,} in flight, "
         f"{_rate(progress, seconds):.1f} images/s, {credits_text(progress.charged_units)} credits"
+        f"{_without_image(progress)}"
     )
 
 
@@ -70,12 +70,14 @@ def _rate(progress: Progress, seconds: float) -> float:
     return progress.delivered / seconds if seconds > 0 else 0.0
 
 
-def end_line(progress: Progress, seconds: float, where: str) -> str:
-    """Return how a run ended, and where its files are."""
+def end_line(progress: Progress, seconds: float, where: str, *, manifests: bool = True) -> str:
+    """Return how a run ended, and where its files are; ``generate`` writes no manifest."""
+    written = f", manifests in {where}/manifest" if manifests else ""
     return (
-        f"{progress.ended:,} of {progress.total:,} images ended: {_outcomes(progress)}. "
+        f"{progress.ended:,} of {progress.total:,} images ended: {_delivered(progress)}"
+        f"{_without_image(progress)}. "
         f"{credits_text(progress.charged_units)} credits, {duration_text(seconds)}. "
-        f"Images are in {where}/images, manifests in {where}/manifest."
+        f"Images are in {where}/images{written}."
     )
 
 
@@ -105,10 +107,11 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _outcomes(progress: Progress) -> str:
-    counts = [f"{progress.delivered:,} delivered", f"{progress.reused:,} reused"]
-    if progress.failed:
-        counts.append(f"{progress.failed:,} failed")
-    if progress.left:
-        counts.append(f"{progress.left:,} left for later")
-    return ", ".join(counts)
+def _delivered(progress: Progress) -> str:
+    return f"{progress.delivered:,} delivered, {progress.reused:,} reused"
+
+
+def _without_image(progress: Progress) -> str:
+    failed = f", {progress.failed:,} failed" if progress.failed else ""
+    left = f", {progress.left:,} left for later" if progress.left else ""
+    return f"{failed}{left}"

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from krea_dagster import redact
 from krea_dagster.application.run_log import Listener, RunLog
-from krea_dagster.application.run_text import counts_text
+from krea_dagster.application.run_text import rate_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -62,7 +62,7 @@ def run_shown() -> Iterator[Listener]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[counts]}"),
+        TextColumn("{task.fields[rate]}"),
     )
     with Bar(*columns, console=err) as bar:
         yield _Bar(bar)
@@ -73,7 +73,7 @@ class _Bar:
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._task = bar.add_task("", total=None, counts="")
+        self._task = bar.add_task("", total=None, rate="")
         self._since_s: float | None = None
 
     def say(self, line: str) -> None:
@@ -90,7 +90,7 @@ class _Bar:
             description="images",
             total=progress.total,
             completed=progress.ended,
-            counts=counts_text(progress, now_s - self._since_s),
+            rate=rate_text(progress, now_s - self._since_s),
         )
 
 

@@ -252,6 +252,8 @@ class _Runs:
 
     def leave_out(self, batch: Batch, keys: Collection[str]) -> None:
         """Count the images of partitions that need no run."""
+        if not keys:
+            return
         rows = sum(len(batch.plan.digests(key)) for key in keys)
         self.progress(Progress(total=rows, reused=rows))
         self._before = self.total

@@ -1,5 +1,6 @@
 """KreaResource: the settings as a Dagster resource, and the application behind them."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -7,9 +8,11 @@ import dagster as dg
 import pyarrow as pa
 
 from krea_dagster.application.krea import Krea
+from krea_dagster.application.run_text import end_line
 from krea_dagster.application.settings import ConnectionSettings
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.errors import ConfigError
+from krea_dagster.plugin.progress import step_log
 from krea_dagster.plugin.usage import Context, add_usage, counted
 from krea_dagster.prompts import Defaults
 
@@ -71,10 +74,22 @@ class KreaResource(ConnectionSettings, dg.ConfigurableResource[None]):
         """
         run_id, name = _ids_of(context)
         krea = self.krea()
-        manifest = krea.generate(
-            prompts, run_id=run_id, name=name, defaults=defaults, on_progress=on_progress
-        )
-        if context is not None and metadata:
+        if context is None:
+            return krea.generate(prompts, name=name, defaults=defaults, on_progress=on_progress)
+        with step_log(context.log, "reading the prompts") as log:
+
+            def on_progress_too(progress: Progress) -> None:
+                log.progress(progress)
+                on_progress(progress)
+
+            started_s = time.monotonic()
+            manifest = krea.generate(
+                prompts, run_id=run_id, name=name, defaults=defaults, on_progress=on_progress_too
+            )
+            if log.last is not None:
+                where, seconds = krea.open_storage().shown(""), time.monotonic() - started_s
+                log.say(end_line(log.last, seconds, where, manifests=False))
+        if metadata:
             add_usage(context, manifest, krea.open_storage(), output_name)
         return manifest
 

@@ -75,8 +75,8 @@ def test_the_progress_has_the_rate_and_the_time_to_go() -> None:
         total=600, reused=54, delivered=300, failed=3, left=2, in_flight=64, charged_units=1_350_000
     )
     assert progress_line(progress, 30.0) == (
-        "359 of 600 images, about 24 s to go: 300 delivered, 54 reused, 3 failed, 2 left for "
-        "later, 64 in flight, 10.0 images/s, 135 credits"
+        "359 of 600 images, about 24 s to go: 300 delivered, 54 reused, 64 in flight, "
+        "10.0 images/s, 135 credits, 3 failed, 2 left for later"
     )
 
 

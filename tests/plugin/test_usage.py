@@ -136,3 +136,18 @@ def test_a_wrapped_submission_of_the_client_is_shown_with_what_it_reserves(
 def test_what_has_no_usage_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="a str has no usage: wrap"):
         Usage().add("a text")
+
+
+def test_the_log_of_its_run_says_how_a_call_of_generate_ended(krea: KreaResource) -> None:
+    @dg.asset
+    def hero(context: dg.AssetExecutionContext, krea: KreaResource) -> None:
+        krea.generate(["a boat"], context=context)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(
+            [hero], resources={"krea": krea}, run_config=QUIET, instance=instance
+        )
+        lines = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    (line,) = [line for line in lines if " images ended: " in line]
+    assert line.startswith("1 of 1 images ended: 1 delivered, 0 reused. 0.45 credits, ")
+    assert line.endswith(f"Images are in {krea.storage}/images.")
