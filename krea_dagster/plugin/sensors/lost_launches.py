@@ -56,9 +56,12 @@ def _again(
         return
     instance = context.instance
     known = list(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
-    runs = instance.get_runs(dg.RunsFilter(tags={_BACKFILL: backfill.backfill_id}))
     done = delivered_partitions(instance, names).union(
-        *(keys_of_run(run.tags, known) for run in runs)
+        *(
+            keys_of_run(run.tags, known)
+            for tag in (_BACKFILL, RELAUNCH_TAG)
+            for run in instance.get_runs(dg.RunsFilter(tags={tag: backfill.backfill_id}))
+        )
     )
     target = set(data.get_target_partitions_subset(images.key).get_partition_keys())
     lost = [key for key in known if key in target and key not in done]

@@ -37,7 +37,11 @@ def _utc_now() -> datetime:
 
 
 def build_retries_sensor(
-    names: Names, images: dg.AssetsDefinition, *, utc_now: Callable[[], datetime] = _utc_now
+    names: Names,
+    images: dg.AssetsDefinition,
+    *,
+    utc_now: Callable[[], datetime] = _utc_now,
+    minimum_interval_s: int = _TICK_S,
 ) -> dg.SensorDefinition:
     """Build the sensor that makes good what Dagster has missed about runs that buy images.
 
@@ -49,7 +53,7 @@ def build_retries_sensor(
     @dg.sensor(
         name=names.prefixed("krea_retries"),
         job_name=names.prefixed(JOB_NAME),
-        minimum_interval_seconds=_TICK_S,
+        minimum_interval_seconds=minimum_interval_s,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
             "Finds failed runs that Dagster meant to retry and has not, and reports their failure "
@@ -60,7 +64,7 @@ def build_retries_sensor(
         now = utc_now()
         said = _report_missed(context, keys, now)
         if lost := lost_launches(context, names, images, now):
-            context.log.info("%s Launched again: %d runs.", said, len(lost))
+            context.log.info("%s Launched again what came to nothing: %d runs.", said, len(lost))
             return dg.SensorResult(run_requests=lost)
         return dg.SkipReason(said)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import dagster as dg
 import pytest
@@ -25,38 +25,44 @@ KEYS: Final = [f"bucket-{number:03d}" for number in range(4)]
 AUTOMATION: Final = {"dagster/from_automation_condition": "true"}
 
 
+def lost_backfill(
+    name: str,
+    keys: list[str],
+    partitions_def: dg.PartitionsDefinition[str],
+    *,
+    tags: Mapping[str, str] = AUTOMATION,
+    status: BulkActionStatus = BulkActionStatus.FAILED,
+) -> PartitionBackfill:
+    """A backfill as the automation makes it, which the daemon could not work on."""
+    assets = [dg.AssetKey(one) for one in ("images", "image_manifest")]
+    specs = [dg.AssetSpec(key, partitions_def=partitions_def) for key in assets]
+    targets = {AssetKeyPartitionKey(asset, key) for asset in assets for key in keys}
+    backfill = PartitionBackfill.from_asset_graph_subset(
+        backfill_id=name,
+        backfill_timestamp=datetime.now(timezone.utc).timestamp(),
+        tags=tags,
+        dynamic_partitions_store=dg.DagsterInstance.ephemeral(),
+        asset_graph_subset=AssetGraphSubset.from_asset_partition_set(
+            targets, dg.Definitions(assets=specs).resolve_asset_graph()
+        ),
+        title=None,
+        description=None,
+        run_config=None,
+    )
+    made: PartitionBackfill = backfill._replace(status=status)
+    return made
+
+
 class Launches:
     """An instance, and backfills in it that the daemon could not work on."""
 
     def __init__(self, defs: dg.Definitions, instance: dg.DagsterInstance) -> None:
         self.defs, self.instance = defs, instance
 
-    def lost(
-        self,
-        name: str,
-        keys: list[str],
-        *,
-        tags: Mapping[str, str] = AUTOMATION,
-        status: BulkActionStatus = BulkActionStatus.FAILED,
-    ) -> None:
-        targets = {
-            AssetKeyPartitionKey(dg.AssetKey(asset), key)
-            for asset in ("images", "image_manifest")
-            for key in keys
-        }
-        backfill = PartitionBackfill.from_asset_graph_subset(
-            backfill_id=name,
-            backfill_timestamp=datetime.now(timezone.utc).timestamp(),
-            tags=tags,
-            dynamic_partitions_store=self.instance,
-            asset_graph_subset=AssetGraphSubset.from_asset_partition_set(
-                targets, self.defs.resolve_asset_graph()
-            ),
-            title=None,
-            description=None,
-            run_config=None,
-        )
-        self.instance.add_backfill(backfill._replace(status=status))
+    def lost(self, name: str, keys: list[str], **options: Any) -> None:
+        partitions_def = self.defs.resolve_assets_def(dg.AssetKey("images")).partitions_def
+        assert partitions_def is not None
+        self.instance.add_backfill(lost_backfill(name, keys, partitions_def, **options))
 
     def tick(self, *, later: timedelta = timedelta(minutes=1)) -> list[dg.RunRequest]:
         images = self.defs.resolve_assets_def(dg.AssetKey("images"))
@@ -119,6 +125,17 @@ def test_partitions_with_a_run_of_the_backfill_are_left_alone_whatever_became_of
     )
     launches.instance.report_run_failed(run, "the worker died")
     assert ranges_of(launches.tick()) == [(KEYS[2], KEYS[3])]
+
+
+def test_a_launch_that_was_made_again_is_left_alone_also_if_its_run_fails(
+    launches: Launches,
+) -> None:
+    launches.lost("again", KEYS)
+    (request,) = launches.tick()
+    job = launches.defs.resolve_job_def("krea_images")
+    run = launches.instance.create_run_for_job(job, tags=dict(request.tags))
+    launches.instance.report_run_failed(run, "the worker died")
+    assert launches.tick() == []
 
 
 def test_partitions_that_were_bought_since_are_left_alone(launches: Launches) -> None:
