@@ -188,7 +188,7 @@ def _by_value(
         encoded = array.dictionary_encode(null_encoding="encode")
         distinct, places = encoded.dictionary, encoded.indices
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # halves
-        distinct, places = array, pa.array(range(len(array)))
+        distinct, places = array, pa.array(range(len(array)), pa.int64())
     cells = list(read(distinct))
     bad = {at: cell for at, cell in enumerate(cells) if isinstance(cell, Bad)}
     values = pa.array([None if isinstance(cell, Bad) else cell for cell in cells], kind)

@@ -74,6 +74,8 @@ def _reader_of(value: Any, shown: str) -> pa.RecordBatchReader:
         return value.to_reader()
     if type(value).__name__ == "LazyFrame" and hasattr(value, "collect"):
         value = value.collect()
+    if type(value).__name__ == "Series" and _is_of_pandas(value):
+        value = pa.Array.from_pandas(value)  # before pandas 3 it exports no stream
     if isinstance(value, pa.Array):
         value = pa.chunked_array([value])
     if not hasattr(value, "__arrow_c_stream__"):

@@ -158,8 +158,9 @@ def test_a_copy_is_kept_until_the_file_changes(tmp_path: Path) -> None:
     assert table.row_count() == 3
 
 
-#: Without what UTF-8 lacks, and without the line break that Python's writer leaves unquoted.
-TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\r")
+#: Without what UTF-8 lacks, what Python 3.10 does not read, and the line break that its writer does
+#: not quote.
+TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\r\0")
 
 
 @given(
