@@ -334,6 +334,31 @@ def test_the_code_of_the_pages_in_docs_makes_code_locations(
         dg.Definitions.validate_loadable(one)
 
 
+def test_the_job_of_the_page_on_upstream_assets_makes_the_prompts_first(
+    instance: dg.DagsterInstance,
+    emulator: Emulator,
+    open_account: OpenAccount,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # its storage root is below the working folder
+    monkeypatch.setenv("EVOLINK_API_KEY", open_account())
+    page = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
+    key = 'api_key=dg.EnvVar("EVOLINK_API_KEY")'
+    made: dict[str, Any] = {}
+    for block in blocks("python", page):
+        text = block.replace(key, f'{key}, base_url="{emulator.url}"')
+        exec(compile(text, "upstream.md", "exec", dont_inherit=True), made)  # noqa: S102 - our own code
+    job, last = "product_dataset", "bucket-007"
+    result = run_job(made["product_images"], instance, "bucket-000", last, job=job)
+    assert result.success
+    steps = [event.step_key for event in result.all_events if event.is_step_materialization]
+    assert list(dict.fromkeys(steps)) == [
+        "product_prompts", "products__images", "products__image_manifest",
+    ]  # fmt: skip
+    assert len(list((tmp_path / "data" / "krea" / "images").rglob("*.png"))) == 2
+
+
 def test_the_commands_and_options_of_the_pages_exist() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
