@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +21,7 @@ from krea_dagster.cli.options import (
     partition_option,
     project_options,
 )
-from krea_dagster.cli.terminal import run_shown, say_error, say_synthetic, show_json
+from krea_dagster.cli.terminal import err, run_shown, say_error, say_synthetic, show_json
 
 if TYPE_CHECKING:
     from krea_dagster.application.buy_options import BuyOptions
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 #: The demo's base URL: no request is sent to it.
 _NO_ADDRESS: Final = "https://emulator.invalid"
+
+#: The file in this folder that is a copy of the repository's data/prompts.parquet.
+SAMPLE: Final = "sample_prompts.parquet"
 
 
 @click.command("materialize")
@@ -104,13 +107,16 @@ def materialize_command(
 def demo_command(*, as_json: bool) -> None:
     """Try materialize with the emulator: no key, no cost, synthetic images.
 
-    Materializes every partition of the prompt table. Never uses EVOLINK_API_KEY. Rows whose prompt
-    asks the emulator for a failure are meant to fail.
+    Materializes every partition of the prompt table. In a folder without one it first writes a
+    sample, data/prompts.parquet. Never uses EVOLINK_API_KEY. Rows whose prompt asks the emulator
+    for a failure are meant to fail.
     """
+    if not os.environ.get("KREA_PROMPTS"):
+        _write_sample(Path(Settings.model_fields["prompts"].default))
     settings = Settings.from_environment().model_copy(
         update={"api_key": "", "emulator": True, "base_url": _NO_ADDRESS}
     )
-    done = _materialize(settings, (), None, as_json=as_json)
+    done = _materialize(settings, (), None, as_json=as_json, demo=True)
     meant = sum("[emulator:" in prompt for prompt in done.missing["prompt"].to_pylist())
     sys.exit(_exit_code(done, done.missing.num_rows - meant))
 
@@ -152,10 +158,24 @@ def _decisions(texts: Sequence[str]) -> dict[str, str]:
     return decisions
 
 
+def _write_sample(path: Path) -> None:
+    """Write the sample table, unless there is a table."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(resources.files("krea_dagster.cli").joinpath(SAMPLE).read_bytes())
+        err.print(f"There was no {path}: it is now a sample of 60 prompts.")
+
+
 def _materialize(
-    settings: Settings, partitions: Sequence[str], options: BuyOptions | None, *, as_json: bool
+    settings: Settings,
+    partitions: Sequence[str],
+    options: BuyOptions | None,
+    *,
+    as_json: bool,
+    demo: bool = False,
 ) -> Materialized:
     with importing():
+        from krea_dagster.cli.next_steps import dagster_ui, own_command, ui_is_installed
         from krea_dagster.cli.show_runs import materialized_figures, show_materialized
         from krea_dagster.plugin.materialize import materialize
 
@@ -167,17 +187,16 @@ def _materialize(
     if as_json:
         show_json(materialized_figures(done, where=where))
     else:
-        show_materialized(done, where=where, ui=_ui_line(done))
+        commands = {"Dagster UI": dagster_ui(done.dagster_home, without_key=demo)}
+        if demo:
+            commands["review"] = own_command("review")
+            commands["gallery"] = own_command("gallery")
+        show_materialized(done, where=where, commands=commands)
+        if not ui_is_installed():
+            err.print("Dagster's UI is an extra: pip install 'krea-dagster[ui]'", markup=False)
     for failure in done.failures:
         say_error(failure)
     return done
-
-
-def _ui_line(done: Materialized) -> str:
-    """Return the shell command that opens Dagster's UI on the result."""
-    dagster = Path(sys.executable).with_name("dagster")
-    home, command = shlex.quote(done.dagster_home), shlex.quote(os.path.relpath(dagster))
-    return f"DAGSTER_HOME={home} {command} dev -f definitions.py"
 
 
 def _exit_code(done: Materialized, missing: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _REASONS: Final = 20
 
 
-def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
-    """Print the outcome: figures, reasons, paths, and how to open it in Dagster."""
+def show_materialized(done: Materialized, *, where: str, commands: Mapping[str, str]) -> None:
+    """Print the outcome: figures, reasons, paths, and the commands to go on with."""
     progress = done.progress
     table = Table(show_header=False, box=None, pad_edge=False)
     rows: list[tuple[str, object]] = [
@@ -58,9 +58,8 @@ def show_materialized(done: Materialized, *, where: str, ui: str) -> None:
         out.print("Nothing was bought.")
     for key in done.waiting:
         out.print(f"partition {escape(printable(key))} skipped: its date is in the future")
-    out.print(f"images     {escape(where)}/images")
-    out.print(f"manifest   {escape(where)}/manifest")
-    out.print(f"Dagster UI {escape(ui)}")
+    found = {"images": f"{where}/images", "manifest": f"{where}/manifest", **commands}
+    out.print(escape("\n".join(f"{name:10} {text}" for name, text in found.items())))
 
 
 def show_unknown(records: Sequence[Record]) -> None:

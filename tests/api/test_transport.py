@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 import httpx
+import psutil
 import pytest
 
 from krea_dagster.api import KreaClient
@@ -258,6 +259,22 @@ async def test_a_purchase_over_tls_whose_answer_is_cut_is_in_doubt(
     async with serving(writes(keep=False), tls) as server, make_client(server.url) as client:
         assert await failed(client) is OutcomeUnknown
     assert len(server.seen) == 1
+
+
+async def test_cut_answers_over_tls_leave_no_connection_open(
+    tls: ssl.SSLContext, make_client: MakeClient
+) -> None:
+    async with serving(writes(keep=False), tls) as server, make_client(server.url) as client:
+        for _ in range(10):
+            assert await failed(client) is OutcomeUnknown
+        with anyio.fail_after(30):
+            while _connected_to(server.port):  # noqa: ASYNC110 - nothing announces it
+                await anyio.sleep(0.01)
+
+
+def _connected_to(port: int) -> list[object]:
+    open_ones = psutil.Process().net_connections("tcp4")
+    return [one for one in open_ones if one.raddr and port in (one.laddr.port, one.raddr.port)]
 
 
 async def test_an_untrusted_certificate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import dagster as dg
@@ -106,7 +107,7 @@ def _is_over(dagster: Dagster, run_id: str) -> bool:
 
 
 def _make_older(journal: Path, seconds: dict[str, float]) -> None:
-    with sqlite3.connect(journal, timeout=60.0) as connection:
+    with closing(sqlite3.connect(journal, timeout=60.0)) as connection, connection:
         for run_id, older_s in seconds.items():
             connection.execute(
                 "UPDATE submissions SET submitted_at = submitted_at - ? WHERE run_id = ?",

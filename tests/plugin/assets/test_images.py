@@ -7,6 +7,7 @@ import io
 import re
 import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import dagster as dg
@@ -190,7 +191,7 @@ def test_a_materialization_is_under_100_kb_in_dagsters_database(
 ) -> None:
     sizes = []
     for run in dagster_home.glob(f"history/runs/{bought_run.result.run_id}.db"):
-        with sqlite3.connect(run) as database:
+        with closing(sqlite3.connect(run)) as database:
             sizes += [
                 size
                 for (size,) in database.execute(
